@@ -1,0 +1,1 @@
+"""Generated from proto/latchkey; `make proto` writes it."""
