@@ -1,0 +1,46 @@
+"""Entry point: `python -m latchkey_service [serve|config|worker]`."""
+
+import json
+import sys
+
+from latchkey_service import config
+
+USAGE = """\
+usage: python -m latchkey_service [serve | config [--json]]
+
+  serve    run the service (the default)
+  config   print the settings in force, passwords redacted
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Do what the arguments say and return the exit code: 2 for a wrong setting or argument."""
+    command = arguments[0] if arguments else "serve"
+    try:
+        settings = config.load()
+    except config.ConfigError as error:
+        print(f"latchkey: these settings are wrong:\n{error}", file=sys.stderr)  # noqa: T201
+        return 2
+    # Imported where needed: `config` must not wait for what `serve` loads.
+    if arguments in ([], ["serve"]):
+        from latchkey_service import supervisor
+
+        return supervisor.run(settings)
+    if arguments == ["worker"]:
+        from latchkey_service import worker
+
+        return worker.main()
+    if command == "config" and arguments[1:] in ([], ["--json"]):
+        rows = config.describe(settings)
+        if arguments[1:]:
+            print(json.dumps({name: value for name, value, _, _ in rows}, indent=2))  # noqa: T201
+        else:
+            for name, value, source, description in rows:
+                print(f"{name}={value}\n    {description} ({source})")  # noqa: T201
+        return 0
+    print(USAGE, end="", file=sys.stderr)  # noqa: T201
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,137 @@
+"""Settings: environment variables with the prefix LATCHKEY_, and the same names in a .env file."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from latchkey_service.embedded import default_data_dir
+
+__all__ = ["ConfigError", "Settings", "describe", "load"]
+
+PREFIX = "LATCHKEY_"
+# What a worker writes to its standard output once it answers calls; the supervisor waits for it.
+READY = b"ready\n"
+
+
+class ConfigError(Exception):
+    """A setting is wrong. The message names it and says what it should be, not what it holds."""
+
+
+def _listen(value: str) -> str:
+    """Accept HOST:PORT, [IPv6]:PORT and unix:PATH."""
+    if value.startswith("unix:"):
+        path = value.removeprefix("unix:").removeprefix("//")
+        # sun_path has 108 bytes, the last of them NUL.
+        if not 0 < len(os.fsencode(path)) < 108:
+            raise ValueError("the path of a UNIX socket has 1-107 bytes")
+        return "unix:" + str(Path(path).absolute())
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.%\w]+\]|[^:\s\[\]]+):(\d{1,5})", value)
+    if match is None or int(match[2]) > 65535:
+        raise ValueError("give HOST:PORT, such as 127.0.0.1:50051, or unix:PATH")
+    return value
+
+
+def _database_url(value: SecretStr) -> SecretStr:
+    parts = urlsplit(value.get_secret_value())
+    if parts.scheme not in ("postgresql", "postgres"):
+        raise ValueError("give postgresql://USER:PASSWORD@HOST:PORT/DATABASE")
+    return value
+
+
+class Settings(BaseSettings):
+    """All settings. Each field's description is what `latchkey config` and the README show."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_file=".env",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    listen: Annotated[str, AfterValidator(_listen)] = Field(
+        "127.0.0.1:50051", description="plaintext address: HOST:PORT or unix:PATH"
+    )
+    database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = Field(
+        None, description="any Postgres from 15 on; unset: an embedded one in DATA_DIR"
+    )
+    data_dir: Path = Field(
+        default_factory=default_data_dir,
+        description="embedded database and generated keys",
+    )
+    workers: int = Field(1, ge=1, le=256, description="server processes sharing the address")
+    transport: Literal["native", "grpcio"] = Field("native", description="native or grpcio")
+    pepper_file: Path | None = Field(
+        None, description="keys for digests, newest first; unset: generated in DATA_DIR"
+    )
+    secret_prefix: str = Field(
+        "lk", pattern=r"^[a-z]{2,10}$", description="what new secrets begin with: 2-10 of a-z"
+    )
+    tombstone_retention_days: int = Field(
+        90, ge=1, le=36_500, description="how long a deleted token is told DELETED, not UNKNOWN"
+    )
+    grace_seconds: float = Field(
+        10.0, ge=0, le=3_600, description="how long calls in flight may take once it stops"
+    )
+    log_format: Literal["json", "console", "auto"] = Field(
+        "auto", description="json or console; auto: console on a terminal"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="debug, info, warning or error"
+    )
+    log_verify_share: float = Field(
+        0.0, ge=0, le=1, description="share of successful verifies that get a log line, 0 to 1"
+    )
+
+    @property
+    def pepper_path(self) -> Path:
+        """Where the peppers are."""
+        return self.pepper_file or self.data_dir / "peppers"
+
+
+def load() -> Settings:
+    """Return the settings in force. Raises ConfigError, which names every setting that is wrong."""
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        lines = [
+            f"{PREFIX}{str(e['loc'][0]).upper()}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors(include_input=False, include_url=False)
+        ]
+        raise ConfigError("\n".join(lines)) from None
+    if settings.workers > 1 and settings.listen.startswith("unix:"):
+        raise ConfigError(
+            f"{PREFIX}WORKERS: several processes cannot share a UNIX socket; "
+            "listen on HOST:PORT, or use 1"
+        )
+    return settings
+
+
+def describe(settings: Settings) -> list[tuple[str, str, str, str]]:
+    """Return name, value (redacted), source and description of each setting."""
+    rows = []
+    for name, field in Settings.model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, SecretStr):
+            text = _redacted(value.get_secret_value())
+        else:
+            text = "" if value is None else str(value)
+        source = "set" if name in settings.model_fields_set else "default"
+        rows.append((PREFIX + name.upper(), text, source, field.description or ""))
+    return rows
+
+
+def _redacted(url: str) -> str:
+    """Return a database URL without its password, wherever that stands."""
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    if ":" in user:
+        user = user.partition(":")[0] + ":***"
+    query = re.sub(r"((?:^|&)(?:\w*password\w*)=)[^&]*", r"\1***", parts.query, flags=re.IGNORECASE)
+    return urlunsplit(parts._replace(netloc=user + at + host, query=query))

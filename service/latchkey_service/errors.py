@@ -1,0 +1,167 @@
+"""The errors of the domain, and the one table that turns them into gRPC statuses.
+
+    LatchkeyError
+    ├── InvalidArgument       the request is wrong; says which fields and why
+    ├── NotFound              the account has no such token
+    ├── AlreadyExists         the name is taken
+    ├── Overloaded            a bound was reached; worth a retry
+    └── Unavailable           a dependency is away or too slow; worth a retry
+        └── StoreUnavailable  Postgres
+
+Expected outcomes of a verify are values (`verdict.py`), never errors. Messages are written for the
+caller: they never contain a secret, a digest, SQL or an address.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+__all__ = [
+    "AlreadyExists",
+    "FieldViolation",
+    "InvalidArgument",
+    "LatchkeyError",
+    "NotFound",
+    "Overloaded",
+    "StatusParts",
+    "StoreUnavailable",
+    "Unavailable",
+    "status_of",
+]
+
+DOMAIN = "latchkey"
+INTERNAL_MESSAGE = "Latchkey failed to answer; its log has the cause under the request id."
+# Long enough not to add to an outage, short enough that service is felt to resume with Postgres.
+RETRY_DELAY_SECONDS = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """A field of the request (its path, such as `labels["team"]`) and what is wrong with it."""
+
+    field: str
+    description: str
+
+
+class LatchkeyError(Exception):
+    """Base of all errors of the domain. `reason` is the stable, machine-readable name."""
+
+    reason = "INTERNAL"
+
+
+class InvalidArgument(LatchkeyError):
+    """The request is wrong whatever the state of the service; a retry will not help."""
+
+    reason = "INVALID_ARGUMENT"
+
+    def __init__(self, *violations: FieldViolation, reason: str | None = None) -> None:
+        self.violations = violations
+        if reason is not None:
+            self.reason = reason
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
+
+
+class NotFound(LatchkeyError):
+    """The account has no such token. The same for another account's token, so as not to tell."""
+
+    reason = "TOKEN_NOT_FOUND"
+
+
+class AlreadyExists(LatchkeyError):
+    """A live token of the account has the name."""
+
+    reason = "TOKEN_NAME_TAKEN"
+
+
+class Overloaded(LatchkeyError):
+    """A bound on work in progress was reached."""
+
+    reason = "OVERLOADED"
+
+
+class Unavailable(LatchkeyError):
+    """No safe answer can be given now. Fail closed: whoever asked must not be let in."""
+
+    reason = "UNAVAILABLE"
+
+
+class StoreUnavailable(Unavailable):
+    """Postgres is away, restarting, or too slow."""
+
+    reason = "DATABASE_UNAVAILABLE"
+
+
+_CODES: Mapping[type[LatchkeyError], grpc.StatusCode] = MappingProxyType(
+    {
+        InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+        NotFound: grpc.StatusCode.NOT_FOUND,
+        AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+        Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        Unavailable: grpc.StatusCode.UNAVAILABLE,
+        StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
+        LatchkeyError: grpc.StatusCode.INTERNAL,
+    }
+)
+_RETRYABLE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED})
+
+
+@dataclass(frozen=True, slots=True)
+class StatusParts:
+    """What `ServicerContext.abort` takes. `reason` is for the log."""
+
+    code: grpc.StatusCode
+    message: str
+    reason: str
+    trailing_metadata: tuple[tuple[str, bytes], ...] = field(repr=False)
+
+
+def status_of(error: BaseException, request_id: str) -> StatusParts:
+    """Return the status that tells a caller of `error`.
+
+    Anything but a LatchkeyError becomes INTERNAL with a fixed text: an unforeseen exception's own
+    text may hold anything. Details follow AIP-193: ErrorInfo and RequestInfo always, BadRequest
+    and RetryInfo where they apply.
+    """
+    if not isinstance(error, LatchkeyError):
+        error = LatchkeyError(INTERNAL_MESSAGE)
+    code = _CODES[type(error)]
+    details: list[
+        error_details_pb2.ErrorInfo
+        | error_details_pb2.RequestInfo
+        | error_details_pb2.BadRequest
+        | error_details_pb2.RetryInfo
+    ] = [
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN),
+        error_details_pb2.RequestInfo(request_id=request_id),
+    ]
+    if isinstance(error, InvalidArgument):
+        details.append(
+            error_details_pb2.BadRequest(
+                field_violations=[
+                    error_details_pb2.BadRequest.FieldViolation(
+                        field=v.field, description=v.description
+                    )
+                    for v in error.violations
+                ]
+            )
+        )
+    if code in _RETRYABLE:
+        delay = duration_pb2.Duration(nanos=round(RETRY_DELAY_SECONDS * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    message = str(error)
+    number: int = code.value[0]
+    status = status_pb2.Status(code=number, message=message)
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return StatusParts(
+        code,
+        message,
+        error.reason,
+        (("grpc-status-details-bin", status.SerializeToString()),),
+    )

@@ -1,0 +1,76 @@
+"""Where peppers are kept: one key per line, newest first, in a file that only its owner reads."""
+
+import os
+import re
+import secrets
+from pathlib import Path
+
+from latchkey_service.secrets import Keyring, Pepper
+
+__all__ = ["PepperFileError", "load_or_create"]
+
+KEY_BYTES = 32
+_HEADER = """\
+# Latchkey's peppers: keys for the digests of secrets, one of 64 hexadecimal digits per line,
+# newest first. The first mints, all of them read. Losing a key kills every token minted with it.
+# To rotate: put a new line (openssl rand -hex 32) below the others on every server and restart,
+# then move it to the top on every server and restart.
+"""
+
+
+class PepperFileError(Exception):
+    """The pepper file cannot be used. The message says what to do and contains no key."""
+
+
+def load_or_create(path: Path, *, create: bool) -> Keyring:
+    """Return the keyring kept in `path`.
+
+    With `create`, a missing file is made with one new key, mode 0600. Raises PepperFileError.
+    """
+    if create:
+        _create_if_missing(path)
+    try:
+        with path.open() as file:
+            mode = os.fstat(file.fileno()).st_mode
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        raise PepperFileError(f"there is no pepper file at {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PepperFileError(f"cannot read the pepper file {path}: {error}") from None
+    if mode & 0o077:
+        raise PepperFileError(f"other users may read the pepper file {path}: chmod 600 it")
+    peppers = []
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
+            raise PepperFileError(f"{path}, line {number}: a key is 64 hexadecimal digits")
+        peppers.append(Pepper(bytes.fromhex(text)))
+    if not peppers:
+        raise PepperFileError(f"the pepper file {path} holds no key")
+    if len({pepper.id for pepper in peppers}) < len(peppers):
+        raise PepperFileError(f"the pepper file {path} holds a key twice")
+    return Keyring(peppers)
+
+
+def _create_if_missing(path: Path) -> None:
+    """Make the file whole or not at all: a half-written key must never mint."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as file:
+            file.write(_HEADER + secrets.token_hex(KEY_BYTES) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        # link, and not rename: of two servers that start at once, the second keeps the first's.
+        os.link(draft, path)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise PepperFileError(f"cannot write the pepper file {path}: {error}") from None
+    finally:
+        draft.unlink(missing_ok=True)

