@@ -89,17 +89,7 @@ class Tokens:
         ]
         if new.scope not in (Scope.READ, Scope.WRITE):
             violations.append(FieldViolation("scope", "must be SCOPE_READ or SCOPE_WRITE"))
-        expire_time = new.expire_time
-        if new.ttl is not None:
-            field = "ttl"
-            # Compared before it is added: the sum could be past the end of time.
-            expire_time = now + new.ttl if new.ttl < _END_OF_TIME - now else None
-            if expire_time is None:
-                violations.append(FieldViolation("ttl", "must end before the year 10000"))
-        else:
-            field = "expire_time"
-        if expire_time is not None and expire_time <= now:
-            violations.append(FieldViolation(field, "must lie in the future"))
+        expire_time = _expiry(new, now, violations)
         if violations:
             raise InvalidArgument(*violations)
         minted = self._keyring.mint(self._secret_prefix, self._random_bytes)
@@ -199,6 +189,22 @@ def _new_id(now: datetime, random_bytes: Callable[[int], bytes]) -> str:
 def _name_key(name: str) -> str:
     """Return what names are compared by: letter case folded, and one spelling of each letter."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
+def _expiry(new: NewToken, now: datetime, violations: list[FieldViolation]) -> datetime | None:
+    """Return when the new token expires, None for never, and add what is wrong with that."""
+    if new.ttl is None:
+        if new.expire_time is not None and new.expire_time <= now:
+            violations.append(FieldViolation("expire_time", "must lie in the future"))
+        return new.expire_time
+    # Checked before it is added: a sum outside the calendar is an OverflowError.
+    if new.ttl <= timedelta(0):
+        violations.append(FieldViolation("ttl", "must be greater than zero"))
+    elif new.ttl > _END_OF_TIME - now:
+        violations.append(FieldViolation("ttl", "must end before the year 10000"))
+    else:
+        return now + new.ttl
+    return None
 
 
 def _check(*violations: FieldViolation) -> None:

@@ -1,0 +1,160 @@
+"""Shared by all tests: a real Postgres, a fresh database for each test, servers on it."""
+
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import grpc
+import pytest
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from latchkey_service import peppers
+from latchkey_service.config import Settings
+from latchkey_service.embedded import EmbeddedPostgres
+from latchkey_service.migrate import bundled, migrate
+from latchkey_service.server import running
+from latchkey_service.store import Store
+
+if TYPE_CHECKING:
+    from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
+
+# What the developer's shell has set must not reach the tests.
+for name in [name for name in os.environ if name.startswith("LATCHKEY_")]:
+    del os.environ[name]
+
+TRANSPORTS = ("native", "grpcio")
+TEMPLATE = "latchkey_template"
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def scratch() -> Iterator[Path]:
+    """A folder that Postgres' own account can enter, which pytest's is not for root."""
+    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir="/tmp"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres_url(scratch: Path) -> Iterator[str]:
+    """URL of a Postgres of this test process's own."""
+    postgres = EmbeddedPostgres(scratch / "data")
+    url = postgres.start()
+    yield url
+    postgres.stop()
+
+
+@pytest.fixture(scope="session")
+async def template_url(postgres_url: str) -> str:
+    """A migrated database that fresh ones are cloned from: faster than migrating each."""
+    await _execute(postgres_url, f"CREATE DATABASE {TEMPLATE}")
+    url = with_database(postgres_url, TEMPLATE)
+    await migrate(url, bundled())
+    return url
+
+
+@pytest.fixture
+async def database_url(postgres_url: str, template_url: str) -> AsyncIterator[str]:
+    """A fresh, migrated database."""
+    name = f"test_{next(_numbers)}"
+    await _execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    yield with_database(postgres_url, name)
+    await _execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+async def store(database_url: str) -> AsyncIterator[Store]:
+    """A store on a fresh database."""
+    store = await Store.open(database_url)
+    yield store
+    await store.close()
+
+
+@pytest.fixture(scope="session")
+def pepper_file(scratch: Path) -> Path:
+    """A file with one pepper."""
+    path = scratch / "peppers"
+    peppers.load_or_create(path, create=True)
+    return path
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    """Each transport in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def settings(database_url: str, pepper_file: Path, scratch: Path, transport: str) -> Settings:
+    """Settings of a server on a fresh database and any free port."""
+    return Settings(
+        database_url=database_url,
+        pepper_file=pepper_file,
+        data_dir=scratch / "unused",
+        listen="127.0.0.1:0",
+        transport=transport,
+        grace_seconds=1.0,
+    )
+
+
+@pytest.fixture
+async def address(settings: Settings) -> AsyncIterator[str]:
+    """Address of a running server, in this process, on a fresh database."""
+    store = await Store.open(settings.database_url.get_secret_value())
+    for pepper in peppers.load_or_create(settings.pepper_path, create=False).peppers:
+        await store.register_pepper(pepper.id)
+    await store.close()
+    async with running(settings) as server:
+        yield server.address
+
+
+@pytest.fixture
+async def channel(address: str) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to the running server, shared with no other test."""
+    options = (("grpc.use_local_subchannel_pool", 1),)
+    async with grpc.aio.insecure_channel(address, options=options) as channel:
+        yield channel
+
+
+@pytest.fixture
+def stub(channel: grpc.aio.Channel) -> "TokenServiceAsyncStub":
+    """A stub of TokenService on the running server."""
+    return pb_grpc.TokenServiceStub(channel)
+
+
+Create = Callable[..., Awaitable[pb.CreateResponse]]
+
+
+@pytest.fixture
+def create(stub: "TokenServiceAsyncStub") -> Create:
+    """Create a token through the running server, with defaults for what a test does not care of."""
+
+    async def create(**fields: Any) -> pb.CreateResponse:
+        request = {
+            "account_id": "acme",
+            "name": f"token {next(_numbers)}",
+            "scope": pb.SCOPE_READ,
+        } | fields
+        return await stub.Create(pb.CreateRequest(**request), timeout=5)
+
+    return create
+
+
+def with_database(url: str, name: str) -> str:
+    """Return `url` with another database."""
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+async def _execute(url: str, statement: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()

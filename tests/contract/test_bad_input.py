@@ -1,0 +1,222 @@
+"""Every RPC and every field with everything that it should not have: always a clear answer."""
+
+import grpc
+import pytest
+from google.protobuf import descriptor as descriptors
+from latchkey_proto.v1 import token_service_pb2 as pb
+
+from tests.contract.rich_status import refusal
+
+SERVICE = "/latchkey.v1.TokenService/"
+MIB = 1024 * 1024
+
+GOOD = {
+    "Create": pb.CreateRequest(account_id="acme", name="ok", scope=pb.SCOPE_READ),
+    "Get": pb.GetRequest(account_id="acme", id="tok_never"),
+    "List": pb.ListRequest(account_id="acme"),
+    "Delete": pb.DeleteRequest(account_id="acme", id="tok_never"),
+    "Verify": pb.VerifyRequest(secret="lk_nonsense", required_scope=pb.SCOPE_READ),
+    "BatchVerify": pb.BatchVerifyRequest(requests=[{"secret": "lk_nonsense"}]),
+}
+BAD_TEXT = {
+    "empty": b"",
+    "control character": b"a\x1bb",
+    "NUL": b"a\x00b",
+    "invalid UTF-8": b"a\xff\xfeb",
+    "lone surrogate": b"a\xed\xa0\x80b",
+    "too long": b"x" * 600,
+    "4 MiB": b"x" * (4 * MIB),
+    "another script's digits": "١٢٣".encode(),
+}
+TEXT_FIELDS = [
+    (method, field.name)
+    for method, message in GOOD.items()
+    for field in message.DESCRIPTOR.fields
+    if field.type == descriptors.FieldDescriptor.TYPE_STRING
+]
+# Where the value is fine, or is an id or page token that merely is not there.
+ALLOWED = {
+    ("List", "page_token", "empty"),
+    ("Create", "name", "another script's digits"),
+}
+NOT_FOUND = {
+    (method, "id", kind) for method in ("Get", "Delete") for kind in ("another script's digits",)
+}
+
+
+def test_every_rpc_is_covered():
+    """A new RPC cannot be forgotten here."""
+    assert set(GOOD) == {m.name for m in pb.DESCRIPTOR.services_by_name["TokenService"].methods}
+
+
+def raw_call(channel, method):
+    """The method without client-side (de)serialisation: any bytes can be sent."""
+    return channel.unary_unary(SERVICE + method)
+
+
+def encoded(message, field, value):
+    """`message` with `field` (of type string) set to any bytes."""
+    copy = type(message)()
+    copy.CopyFrom(message)
+    copy.ClearField(field)
+    number = message.DESCRIPTOR.fields_by_name[field].number
+    return copy.SerializeToString() + bytes([number << 3 | 2]) + varint(len(value)) + value
+
+
+def varint(number):
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes(out + bytes([number]))
+
+
+@pytest.mark.parametrize("kind", BAD_TEXT)
+async def test_bad_text(channel, kind):
+    """Bad text in any field of any RPC: the field is named, or for Verify a verdict is given."""
+    assert TEXT_FIELDS
+    for method, field in TEXT_FIELDS:
+        call = raw_call(channel, method)(encoded(GOOD[method], field, BAD_TEXT[kind]), timeout=10)
+        where = (method, field, kind)
+        if method == "Verify":
+            answer = pb.VerifyResponse.FromString(await call)
+            assert answer.verdict == pb.VERDICT_MALFORMED, where
+        elif where in ALLOWED:
+            await call
+        else:
+            error = await refusal(call)
+            if where in NOT_FOUND:
+                assert error.code is grpc.StatusCode.NOT_FOUND, where
+            else:
+                assert error.code is grpc.StatusCode.INVALID_ARGUMENT, where
+                # Invalid UTF-8 makes the whole message unreadable.
+                unreadable = kind in ("invalid UTF-8", "lone surrogate")
+                assert error.fields == ([""] if unreadable else [field]), where
+            assert len(error.text) < 2_000, where
+
+
+@pytest.mark.parametrize("scope", [3, 99, -1, 2**31 - 1])
+async def test_unknown_scope(stub, create, scope):
+    """A scope that the server does not know is refused by Create and never VALID in Verify."""
+    error = await refusal(
+        stub.Create(pb.CreateRequest(account_id="acme", name="n", scope=scope))  # type: ignore[arg-type]
+    )
+    assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["scope"])
+    created = await create(scope=pb.SCOPE_WRITE)
+    answer = await stub.Verify(pb.VerifyRequest(secret=created.secret, required_scope=scope))
+    assert answer.verdict == pb.VERDICT_INSUFFICIENT_SCOPE
+
+
+async def test_missing_fields(channel):
+    """An empty message names each field that is required."""
+    required = {
+        "Create": ["account_id", "name", "scope"],
+        "Get": ["account_id", "id"],
+        "List": ["account_id"],
+        "Delete": ["account_id", "id"],
+        "BatchVerify": ["requests"],
+    }
+    for method, fields in required.items():
+        error = await refusal(raw_call(channel, method)(b""))
+        assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, fields)
+    answer = pb.VerifyResponse.FromString(await raw_call(channel, "Verify")(b""))
+    assert answer.verdict == pb.VERDICT_MALFORMED
+
+
+@pytest.mark.parametrize("data", [b"\xff" * 20, b"\x0a\x7fshort", b"\x0b", b"\x00\x00"])
+async def test_not_a_message(channel, data):
+    """Bytes that are no message are INVALID_ARGUMENT everywhere, and said to be that."""
+    for method in GOOD:
+        error = await refusal(raw_call(channel, method)(data))
+        assert (error.code, error.reason) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "REQUEST_NOT_PARSED",
+        )
+
+
+async def test_one_holders_bytes_do_not_fail_the_batch(channel, create):
+    """In a batch, a secret that is not text is MALFORMED in its place and no other's matter."""
+    created = await create()
+    good = pb.VerifyRequest(secret=created.secret, required_scope=pb.SCOPE_READ)
+    bad = encoded(good, "secret", b"\xff\xfe")
+    parts = [good.SerializeToString(), bad, good.SerializeToString()]
+    data = b"".join(b"\x0a" + varint(len(part)) + part for part in parts)
+    answer = pb.BatchVerifyResponse.FromString(await raw_call(channel, "BatchVerify")(data))
+    assert [r.verdict for r in answer.responses] == [
+        pb.VERDICT_VALID,
+        pb.VERDICT_MALFORMED,
+        pb.VERDICT_VALID,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "seconds", "nanos"),
+    [
+        ("expire_time", 2**62, 0),
+        ("expire_time", -(2**62), 0),
+        ("expire_time", 253402300800, 0),
+        ("expire_time", 4102444800, -1),
+        ("expire_time", 4102444800, 10**9),
+        ("expire_time", 0, 0),
+        ("ttl", 2**62, 0),
+        ("ttl", -(2**62), 0),
+        ("ttl", -315576000000, 0),
+        ("ttl", 315576000000, 0),
+        ("ttl", 5, -1),
+        ("ttl", 5, 10**9),
+        ("ttl", 0, 0),
+        ("ttl", -1, 0),
+        ("ttl", 0, 999),
+    ],
+)
+async def test_bad_expiry(stub, field, seconds, nanos):
+    """A moment or duration out of range, past, or of mixed signs is INVALID_ARGUMENT."""
+    expiry = {field: {"seconds": seconds, "nanos": nanos}}
+    request = pb.CreateRequest(account_id="acme", name="n", scope=pb.SCOPE_READ, **expiry)
+    error = await refusal(stub.Create(request))
+    assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, [field])
+
+
+@pytest.mark.parametrize("page_size", [-1, -(2**31)])
+async def test_negative_page_size(stub, page_size):
+    """A negative page size is INVALID_ARGUMENT."""
+    error = await refusal(stub.List(pb.ListRequest(account_id="acme", page_size=page_size)))
+    assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["page_size"])
+
+
+@pytest.mark.parametrize("page_token", ["x", "AAAA", "=", "a" * 5000, "../../etc", "\u00e9"])
+async def test_damaged_page_token(stub, page_token):
+    """A page token that is none of ours is INVALID_ARGUMENT."""
+    error = await refusal(stub.List(pb.ListRequest(account_id="acme", page_token=page_token)))
+    assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["page_token"])
+
+
+async def test_labels(stub):
+    """Too many labels, too long ones and control characters are named by their key."""
+    for labels, field in (
+        ({str(n): "" for n in range(17)}, "labels"),
+        ({"": "v"}, 'labels[""]'),
+        ({"k" * (4 * MIB): "v"}, f'labels["{"k" * 63}"]'),
+        ({"k": "v" * (4 * MIB)}, 'labels["k"]'),
+        ({"k": "a\x00b"}, 'labels["k"]'),
+    ):
+        request = pb.CreateRequest(account_id="acme", name="n", scope=pb.SCOPE_READ, labels=labels)
+        error = await refusal(stub.Create(request, timeout=10))
+        assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, [field])
+
+
+async def test_unknown_method(channel):
+    """A method that is not there is UNIMPLEMENTED."""
+    for path in (SERVICE + "Nope", SERVICE + "verify", "/nope.v1.Service/Verify"):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary(path)(b"")
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize("request_id", ["abc-123", "x" * 65, "a b", "a\u00e9", "", "<script>"])
+async def test_request_id(channel, request_id):
+    """A caller's harmless request id comes back in the refusal; another is replaced."""
+    metadata = (("x-request-id", request_id),) if request_id.isascii() else ()
+    call = raw_call(channel, "Get")(b"", metadata=metadata)
+    error = await refusal(call)
+    assert (error.request_id == request_id) == (request_id == "abc-123")

@@ -1,0 +1,119 @@
+"""A secret is shown once, in the answer to Create: not in logs, errors or the database."""
+
+import io
+import logging
+
+import asyncpg
+import grpc
+import pytest
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_service import log
+from latchkey_service.lookup import Lookup
+
+SERVICE = "/latchkey.v1.TokenService/"
+
+
+@pytest.fixture(params=["json", "console"])
+def logs(request):
+    """All that the process logs, at debug level, in either form."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    log.configure(request.param, "debug")
+    written = io.StringIO()
+    root.handlers[0].setStream(written)
+    yield written
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture
+def settings(settings):
+    """Every successful verify gets a log line as well."""
+    return settings.model_copy(update={"log_verify_share": 1.0})
+
+
+async def dump(database_url):
+    """Every row of every table, as text."""
+    connection = await asyncpg.connect(database_url)
+    try:
+        tables = await connection.fetch(
+            "SELECT format('%I', tablename) AS name FROM pg_tables WHERE schemaname = 'public'"
+        )
+        rows = [await connection.fetch(f"SELECT t::text FROM {t['name']} t") for t in tables]  # noqa: S608
+    finally:
+        await connection.close()
+    assert len(tables) > 5
+    return str(rows)
+
+
+async def test_the_secret_is_nowhere(logs, channel, stub, create, database_url, monkeypatch):
+    """Every RPC, in success and in failure, with the secret in every field that takes text."""
+    created = await create(name="canary")
+    secret = created.secret
+    told = []
+
+    async def attempt(method, request, **options):
+        call = channel.unary_unary(SERVICE + method)
+        try:
+            answer = await call(request, timeout=5, **options)
+            told.append(str(answer))
+        except grpc.aio.AioRpcError as error:
+            told.append(f"{error!r} {error.details()} {error.debug_error_string()}")
+            told.append(str(list(error.trailing_metadata() or ())))
+
+    def messages(value):
+        yield "Get", pb.GetRequest(account_id=value, id=value)
+        yield "Get", pb.GetRequest(account_id="acme", id=value)
+        yield "Get", pb.GetRequest(account_id="acme", id=created.token.id)
+        yield "List", pb.ListRequest(account_id=value)
+        yield "List", pb.ListRequest(account_id="acme", page_token=value)
+        yield "List", pb.ListRequest(account_id="acme")
+        yield "Create", pb.CreateRequest(account_id=value, name=value)
+        yield "Create", pb.CreateRequest(account_id="acme", name=value * 2, scope=pb.SCOPE_READ)
+        yield "Create", pb.CreateRequest(account_id="acme", name="canary", scope=pb.SCOPE_READ)
+        for scope in pb.Scope.values():
+            question = pb.VerifyRequest(secret=value, required_scope=scope)
+            yield "Verify", question
+            yield "BatchVerify", pb.BatchVerifyRequest(requests=[question])
+        yield "Verify", pb.VerifyRequest(secret=value + "x")
+        yield "Verify", pb.VerifyRequest(secret=value[:-1] + ("0" if value[-1] != "0" else "1"))
+        yield "Delete", pb.DeleteRequest(account_id=value, id=value)
+        yield "Delete", pb.DeleteRequest(account_id="acme", id=value)
+
+    for method, message in messages(secret):
+        await attempt(method, message.SerializeToString(), metadata=(("x-request-id", secret),))
+    for method in ("Create", "Get", "List", "Delete", "Verify", "BatchVerify"):
+        await attempt(method, b"\xff" + secret.encode())
+        await attempt(method, b"\x0a\x3f\xff" + secret.encode())
+
+    # An unforeseen failure whose own text quotes the secret, and one whose cause does.
+    async def fail(self, digests):
+        try:
+            raise KeyError(secret)
+        except KeyError as cause:
+            raise RuntimeError(f"unexpected {secret} {digests!r}") from cause
+
+    monkeypatch.setattr(Lookup, "find_all", fail)
+    question = pb.VerifyRequest(secret=secret)
+    await attempt("Verify", question.SerializeToString())
+    await attempt("BatchVerify", pb.BatchVerifyRequest(requests=[question]).SerializeToString())
+    assert "INTERNAL" in told[-1] or "INTERNAL" in told[-2]
+    monkeypatch.undo()
+    await attempt(
+        "Delete", pb.DeleteRequest(account_id="acme", id=created.token.id).SerializeToString()
+    )
+    await attempt("Verify", question.SerializeToString())
+
+    lines = logs.getvalue()
+    assert "RuntimeError" in lines, "the unforeseen failure is logged"
+    assert "unexpected" not in lines, "but not in its own words"
+    assert lines.count("TokenService/Verify") > 5
+    everywhere = {"logs": lines, "answers": str(told), "database": await dump(database_url)}
+    pieces = {"secret": secret, "body": secret[3:46], "end": secret[46:], "start": secret[:20]}
+    leaks = [
+        (place, piece)
+        for place, text in everywhere.items()
+        for piece, value in pieces.items()
+        if value in text
+    ]
+    assert leaks == []

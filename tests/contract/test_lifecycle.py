@@ -1,0 +1,249 @@
+"""A token's life, as any client sees it, over each transport."""
+
+import asyncio
+import re
+from datetime import UTC, datetime, timedelta
+
+import grpc
+import pytest
+from google.protobuf import duration_pb2, timestamp_pb2
+from latchkey_proto.v1 import token_service_pb2 as pb
+
+from tests.contract.rich_status import refusal
+
+
+async def verify(stub, secret, scope=pb.SCOPE_READ):
+    request = pb.VerifyRequest(secret=secret, required_scope=scope)
+    return await stub.Verify(request, timeout=5)
+
+
+async def test_create_answers_what_was_asked_for(stub):
+    """The token has the fields asked for, a creation time, a hint, and no secret in it."""
+    before = datetime.now(UTC)
+    created = await stub.Create(
+        pb.CreateRequest(
+            account_id="acme",
+            name="  CI deploy ",
+            scope=pb.SCOPE_WRITE,
+            ttl=duration_pb2.Duration(seconds=3600),
+            labels={"team": "build"},
+        )
+    )
+    token = created.token
+    assert re.fullmatch(r"[\w-]{1,64}", token.id)
+    assert (token.account_id, token.name, token.scope) == ("acme", "CI deploy", pb.SCOPE_WRITE)
+    create_time = token.create_time.ToDatetime(UTC)
+    assert before - timedelta(milliseconds=1) <= create_time <= datetime.now(UTC)
+    assert token.expire_time.ToDatetime(UTC) == create_time + timedelta(hours=1)
+    assert not token.HasField("last_used_time")
+    assert token.hint == f"lk_…{created.secret[-4:]}"
+    assert dict(token.labels) == {"team": "build"}
+    assert re.fullmatch(r"lk_[0-9A-Za-z]{57}", created.secret)
+    assert created.secret[:50] not in str(token)
+
+
+async def test_get_and_list_show_the_token_as_created(stub, create):
+    """Create's answer, Get, List and Verify all show the same token."""
+    created = await create(labels={"a": "b"})
+    got = await stub.Get(pb.GetRequest(account_id="acme", id=created.token.id))
+    listed = await stub.List(pb.ListRequest(account_id="acme"))
+    assert got.token == created.token
+    assert list(listed.tokens) == [created.token]
+    assert (await verify(stub, created.secret)).token == created.token
+
+
+async def test_scopes(stub, create):
+    """WRITE includes READ, READ does not include WRITE, and unspecified asks for none."""
+    read = await create(scope=pb.SCOPE_READ)
+    write = await create(scope=pb.SCOPE_WRITE)
+    verdicts = {
+        (token.token.scope, scope): (await verify(stub, token.secret, scope)).verdict
+        for token in (read, write)
+        for scope in pb.Scope.values()
+    }
+    assert verdicts == {
+        (pb.SCOPE_READ, pb.SCOPE_UNSPECIFIED): pb.VERDICT_VALID,
+        (pb.SCOPE_READ, pb.SCOPE_READ): pb.VERDICT_VALID,
+        (pb.SCOPE_READ, pb.SCOPE_WRITE): pb.VERDICT_INSUFFICIENT_SCOPE,
+        (pb.SCOPE_WRITE, pb.SCOPE_UNSPECIFIED): pb.VERDICT_VALID,
+        (pb.SCOPE_WRITE, pb.SCOPE_READ): pb.VERDICT_VALID,
+        (pb.SCOPE_WRITE, pb.SCOPE_WRITE): pb.VERDICT_VALID,
+    }
+
+
+async def test_deleted_token_is_refused(stub, create):
+    """A verify that starts after Delete answered is not VALID; the token is gone from sight."""
+    created = await create(scope=pb.SCOPE_WRITE)
+    assert (await verify(stub, created.secret)).verdict == pb.VERDICT_VALID
+    receipt = (await stub.Delete(pb.DeleteRequest(account_id="acme", id=created.token.id))).receipt
+    answer = await verify(stub, created.secret)
+    assert answer.verdict == pb.VERDICT_DELETED
+    assert answer.token == created.token
+    assert answer.revision >= receipt.revision
+    assert not (await stub.List(pb.ListRequest(account_id="acme"))).tokens
+    error = await refusal(stub.Get(pb.GetRequest(account_id="acme", id=created.token.id)))
+    assert (error.code, error.reason) == (grpc.StatusCode.NOT_FOUND, "TOKEN_NOT_FOUND")
+
+
+async def test_delete_again_answers_with_the_same_receipt(stub, create):
+    """A retry of Delete is safe, and so are many at once: one deletion, one receipt."""
+    created = await create()
+    request = pb.DeleteRequest(account_id="acme", id=created.token.id)
+    receipts = await asyncio.gather(*(stub.Delete(request) for _ in range(8)))
+    receipts.append(await stub.Delete(request))
+    assert len({r.SerializeToString(deterministic=True) for r in receipts}) == 1
+    receipt = receipts[0].receipt
+    assert receipt.revision == 1
+    assert receipt.effective_time.ToNanoseconds() >= receipt.commit_time.ToNanoseconds()
+
+
+async def test_revisions_follow_the_deletions(stub, create):
+    """Deletions at once get one revision each, without gaps, in the order of their commits."""
+    created = [await create() for _ in range(6)]
+    answers = await asyncio.gather(
+        *(stub.Delete(pb.DeleteRequest(account_id="acme", id=c.token.id)) for c in created)
+    )
+    receipts = sorted((a.receipt for a in answers), key=lambda r: r.revision)
+    assert [r.revision for r in receipts] == [1, 2, 3, 4, 5, 6]
+    times = [r.commit_time.ToNanoseconds() for r in receipts]
+    assert times == sorted(times)
+
+
+async def test_expiry_is_judged_at_each_answer(stub, create):
+    """A token is VALID until its time and EXPIRED from then on, and still listed."""
+    soon = timestamp_pb2.Timestamp()
+    soon.FromDatetime(datetime.now(UTC) + timedelta(milliseconds=400))
+    created = await create(expire_time=soon)
+    verdicts = []
+    while not verdicts or verdicts[-1] == pb.VERDICT_VALID:
+        asked = datetime.now(UTC)
+        verdicts.append((await verify(stub, created.secret)).verdict)
+        if verdicts[-1] == pb.VERDICT_VALID:
+            assert asked <= soon.ToDatetime(UTC)
+    assert verdicts[-1] == pb.VERDICT_EXPIRED
+    assert datetime.now(UTC) >= soon.ToDatetime(UTC)
+    assert (await stub.List(pb.ListRequest(account_id="acme"))).tokens
+    answer = await verify(stub, created.secret, pb.SCOPE_WRITE)
+    assert answer.verdict == pb.VERDICT_EXPIRED, "EXPIRED comes before INSUFFICIENT_SCOPE"
+
+
+async def test_name_is_unique_among_live_tokens(stub, create):
+    """A taken name is refused whatever its case; a deleted or another account's is free."""
+    created = await create(name="Deploy")
+    for name in ("Deploy", "dEPLOY", " deploy "):
+        request = pb.CreateRequest(account_id="acme", name=name, scope=pb.SCOPE_READ)
+        error = await refusal(stub.Create(request))
+        assert (error.code, error.reason) == (grpc.StatusCode.ALREADY_EXISTS, "TOKEN_NAME_TAKEN")
+    await create(account_id="other", name="deploy")
+    await stub.Delete(pb.DeleteRequest(account_id="acme", id=created.token.id))
+    await create(name="deploy")
+
+
+async def test_racing_creates_of_one_name_make_one_token(stub):
+    """Of creates of one name at once, one wins and the others are told that the name is taken."""
+    request = pb.CreateRequest(account_id="acme", name="race", scope=pb.SCOPE_READ)
+    results = await asyncio.gather(
+        *(stub.Create(request) for _ in range(8)), return_exceptions=True
+    )
+    won = [r for r in results if isinstance(r, pb.CreateResponse)]
+    lost = [r for r in results if not isinstance(r, pb.CreateResponse)]
+    assert len(won) == 1
+    assert {r.code() for r in lost} == {grpc.StatusCode.ALREADY_EXISTS}
+    assert len((await stub.List(pb.ListRequest(account_id="acme"))).tokens) == 1
+
+
+async def test_list_pages_through_everything_newest_first(stub, create):
+    """Pages hold each token once, newest first, whatever is created or deleted in between."""
+    created = [(await create()).token for _ in range(7)]
+    seen, page_token = [], ""
+    while True:
+        page = await stub.List(
+            pb.ListRequest(account_id="acme", page_size=3, page_token=page_token)
+        )
+        seen += page.tokens
+        if len(seen) == 3:
+            # A newer token, and the loss of the one that the next page starts after.
+            await create()
+            await stub.Delete(pb.DeleteRequest(account_id="acme", id=seen[-1].id))
+        page_token = page.next_page_token
+        if not page_token:
+            break
+    assert [t.id for t in seen] == [t.id for t in reversed(created)]
+
+
+@pytest.mark.parametrize(("asked", "given"), [(0, 50), (1, 1), (60, 60), (500, 505), (10**9, 505)])
+async def test_page_size(stub, create, asked, given):
+    """0 means 50, and anything above 500 means 500."""
+    await asyncio.gather(*(create() for _ in range(min(505, given + 1))))
+    page = await stub.List(pb.ListRequest(account_id="acme", page_size=asked))
+    assert len(page.tokens) == min(given, 500)
+    assert page.next_page_token
+
+
+async def test_the_last_page_says_so(stub, create):
+    """A page that ends with the last token has no next page, even when it is full."""
+    for _ in range(3):
+        await create()
+    page = await stub.List(pb.ListRequest(account_id="acme", page_size=3))
+    assert len(page.tokens) == 3
+    assert page.next_page_token == ""
+
+
+async def test_another_accounts_token_is_out_of_reach(stub, create):
+    """An account cannot get, list, delete or learn of another account's token."""
+    created = await create(account_id="owner")
+    other = {"account_id": "other", "id": created.token.id}
+    never = {"account_id": "other", "id": "tok_never"}
+    for call, theirs, nothing in (
+        (stub.Get, pb.GetRequest(**other), pb.GetRequest(**never)),
+        (stub.Delete, pb.DeleteRequest(**other), pb.DeleteRequest(**never)),
+    ):
+        first, second = await refusal(call(theirs)), await refusal(call(nothing))
+        assert first.code == grpc.StatusCode.NOT_FOUND
+        assert (first.code, first.message) == (second.code, second.message)
+    assert not (await stub.List(pb.ListRequest(account_id="other"))).tokens
+    assert (await verify(stub, created.secret)).verdict == pb.VERDICT_VALID
+
+
+async def test_page_token_of_another_account_is_refused(stub, create):
+    """A page token is of use to its own account only."""
+    for _ in range(2):
+        await create(account_id="owner")
+        await create(account_id="other")
+    page = await stub.List(pb.ListRequest(account_id="owner", page_size=1))
+    error = await refusal(
+        stub.List(pb.ListRequest(account_id="other", page_token=page.next_page_token))
+    )
+    assert error.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert error.fields == ["page_token"]
+
+
+async def test_batch_answers_in_order(stub, create):
+    """A batch of 1,000 mixes every verdict, doubles included, and answers each in its place."""
+    read, write, dead = await create(), await create(scope=pb.SCOPE_WRITE), await create()
+    await stub.Delete(pb.DeleteRequest(account_id="acme", id=dead.token.id))
+    kinds = [
+        (read.secret, pb.SCOPE_READ, pb.VERDICT_VALID),
+        (read.secret, pb.SCOPE_WRITE, pb.VERDICT_INSUFFICIENT_SCOPE),
+        (write.secret, pb.SCOPE_WRITE, pb.VERDICT_VALID),
+        (dead.secret, pb.SCOPE_READ, pb.VERDICT_DELETED),
+        ("nonsense", pb.SCOPE_READ, pb.VERDICT_MALFORMED),
+        ("", pb.SCOPE_READ, pb.VERDICT_MALFORMED),
+    ]
+    wanted = [kinds[n % len(kinds)] for n in range(1000)]
+    answer = await stub.BatchVerify(
+        pb.BatchVerifyRequest(
+            requests=[pb.VerifyRequest(secret=s, required_scope=r) for s, r, _ in wanted]
+        )
+    )
+    assert [r.verdict for r in answer.responses] == [verdict for _, _, verdict in wanted]
+    assert answer.responses[2].token == write.token
+    assert not answer.responses[4].HasField("token")
+
+
+@pytest.mark.parametrize("size", [0, 1001])
+async def test_batch_of_the_wrong_size_is_refused(stub, size):
+    """A batch has 1 to 1,000 requests."""
+    error = await refusal(stub.BatchVerify(pb.BatchVerifyRequest(requests=[{}] * size)))
+    assert error.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert error.fields == ["requests"]

@@ -1,0 +1,112 @@
+"""The secret format, for any key and any randomness."""
+
+import pickle
+import re
+import zlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from latchkey_service.secrets import ALPHABET, Keyring, Malformed, Pepper, Secret
+
+PEPPER = Pepper(bytes(range(32)))
+KEYRING = Keyring([PEPPER])
+
+prefixes = st.from_regex(r"[a-z]{2,10}", fullmatch=True)
+entropies = st.binary(min_size=32, max_size=32)
+
+
+def mint(entropy: bytes, prefix: str = "lk", keyring: Keyring = KEYRING):
+    return keyring.mint(prefix, lambda size: entropy[:size])
+
+
+@given(prefixes, entropies)
+def test_every_minted_secret_is_found_again(prefix, entropy):
+    """What is minted has the published shape, and reads back to the digest that is stored."""
+    minted = mint(entropy, prefix)
+    text = minted.secret.reveal()
+    assert re.fullmatch(rf"{prefix}_[0-9A-Za-z]{{57}}", text)
+    assert len(text) == len(prefix) + 58
+    assert KEYRING.digest_of(text) == minted.digest.value
+    assert minted.hint == f"{prefix}_…{text[-4:]}"
+    assert minted.digest.pepper_id == PEPPER.id
+
+
+def test_format_never_changes():
+    """A secret minted by an earlier release keeps its form: digits, tag and checksum stay."""
+    minted = mint(bytes(range(100, 132)))
+    text = minted.secret.reveal()
+    number = 0
+    for character in text[3:46]:
+        number = number * 62 + ALPHABET.index(character)
+    assert number.to_bytes(32) == bytes(range(100, 132))
+    tag = int.from_bytes(minted.digest.value[:8]) % 62**8
+    assert [ALPHABET.index(c) for c in text[46:54]] == [tag // 62**i % 62 for i in range(7, -1, -1)]
+    checksum = zlib.crc32(text[:54].encode())
+    assert [ALPHABET.index(c) for c in text[54:]] == [
+        checksum // 62**i % 62 for i in range(5, -1, -1)
+    ]
+
+
+@given(entropies, st.integers(0, 59), st.sampled_from(ALPHABET))
+def test_any_changed_character_is_malformed(entropy, place, character):
+    """One wrong character, wherever it is, is told without a key."""
+    text = mint(entropy).secret.reveal()
+    changed = text[:place] + character + text[place + 1 :]
+    if changed == text:
+        return
+    with pytest.raises(Malformed):
+        KEYRING.digest_of(changed)
+
+
+@given(st.text(max_size=200))
+def test_garbage_is_malformed(text):
+    """Any text that is no secret is MALFORMED, and nothing else is raised."""
+    with pytest.raises(Malformed):
+        KEYRING.digest_of(text)
+
+
+@pytest.mark.parametrize("odd", ["\n", "\0", " ", "é", "\U0001d7ce"])
+def test_shape_is_ascii_and_whole(odd):
+    """White space, a trailing newline and digits of other scripts are not let through."""
+    text = mint(bytes(32)).secret.reveal()
+    for changed in (text + odd, odd + text, text[:-1] + odd):
+        with pytest.raises(Malformed):
+            KEYRING.digest_of(changed)
+
+
+@given(entropies, entropies)
+def test_other_peppers_secrets_have_a_wrong_tag(entropy, key):
+    """A secret that our peppers did not mint is told by its tag, so that it needs no look-up."""
+    foreign = mint(entropy, keyring=Keyring([Pepper(key)]))
+    if key != PEPPER.key:
+        assert KEYRING.digest_of(foreign.secret.reveal()) is None
+
+
+def test_rotated_peppers_still_read():
+    """The newest pepper mints; secrets of the older ones are still found."""
+    newer = Pepper(b"n" * 32)
+    rotated = Keyring([newer, PEPPER])
+    old = mint(bytes(32))
+    assert rotated.digest_of(old.secret.reveal()) == old.digest.value
+    assert mint(bytes(32), keyring=rotated).digest.pepper_id == newer.id
+
+
+def test_a_secret_cannot_be_printed():
+    """repr, str, format, f-strings, containers and pickles never show a secret."""
+    text = mint(bytes(range(32))).secret.reveal()
+    secret = Secret(text)
+    shown = [repr(secret), str(secret), f"{secret}", f"{secret!r:>80}".strip(), repr([secret])]
+    minted = mint(bytes(range(32)))
+    shown.append(repr(minted))
+    assert not [s for s in shown if text in s or text[3:46] in s]
+    assert minted.digest.value.hex() not in repr(minted)
+    assert repr(PEPPER.key) not in repr(PEPPER)
+    with pytest.raises(TypeError):
+        pickle.dumps(secret)
+
+
+def test_keyring_needs_a_pepper():
+    """A keyring without a key would store plain hashes; it is refused."""
+    with pytest.raises(ValueError, match="pepper"):
+        Keyring([])

@@ -1,0 +1,183 @@
+"""Page tokens and the checks on what Create is asked for."""
+
+import base64
+import itertools
+import string
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from latchkey_service.errors import InvalidArgument
+from latchkey_service.secrets import Keyring, Pepper
+from latchkey_service.store import Position
+from latchkey_service.tokens import NewToken, Tokens, decode_page_token, encode_page_token
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+accounts = st.text(string.ascii_letters + string.digits + "._:-", min_size=1, max_size=64)
+moments = st.datetimes(datetime(2000, 1, 1), datetime(2200, 1, 1), timezones=st.just(UTC))
+ids = st.text(string.ascii_lowercase + string.digits + "_", min_size=1, max_size=64)
+positions = st.builds(Position, moments, ids)
+
+
+@given(accounts, positions)
+def test_page_token_reads_back(account, position):
+    """A page token means the position it was made for."""
+    assert decode_page_token(account, encode_page_token(account, position)) == position
+
+
+@given(accounts, accounts, positions)
+def test_page_token_is_bound_to_its_account(account, other, position):
+    """Another account's page token is refused, however alike the accounts."""
+    if account != other:
+        with pytest.raises(InvalidArgument, match="page_token"):
+            decode_page_token(other, encode_page_token(account, position))
+
+
+@given(accounts, positions, st.data())
+def test_damaged_page_token_is_refused(account, position, data):
+    """A changed, cut or lengthened page token is INVALID_ARGUMENT, and nothing else."""
+    token = encode_page_token(account, position)
+    place = data.draw(st.integers(0, len(token) - 1))
+    character = data.draw(st.characters(codec="utf-8"))
+    changed = token[:place] + character + token[place + 1 :]
+    for damaged in (changed, token[:place], token + character):
+        if damaged != token:
+            with pytest.raises(InvalidArgument, match="page_token"):
+                decode_page_token(account, damaged)
+
+
+@given(accounts, st.text(max_size=300) | st.binary(max_size=200))
+def test_made_up_page_token_is_refused(account, made_up):
+    """No text, base64 or not, makes the decoder fail in another way."""
+    if isinstance(made_up, bytes):
+        made_up = base64.urlsafe_b64encode(made_up).decode().rstrip("=")
+    with pytest.raises(InvalidArgument, match="page_token"):
+        decode_page_token(account, made_up)
+
+
+class Recorder:
+    """Takes the place of the store; keeps what it is given."""
+
+    def __init__(self):
+        self.inserted = []
+
+    async def insert_token(self, record, name_key, digest):
+        self.inserted.append((record, name_key, digest))
+
+
+def make(now=NOW):
+    store = Recorder()
+    entropy = iter(range(256))
+    return store, Tokens(
+        store,  # type: ignore[arg-type]  # all that Create uses of it
+        Keyring([Pepper(b"p" * 32)]),
+        "lk",
+        lambda: now,
+        lambda size: bytes([next(entropy)]) * size,
+    )
+
+
+def new(**fields):
+    defaults = {
+        "account_id": "acme",
+        "name": "ci",
+        "scope": 1,
+        "expire_time": None,
+        "ttl": None,
+        "labels": {},
+    }
+    return NewToken(**(defaults | fields))
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"),
+    [
+        ("account_id", {"account_id": ""}),
+        ("account_id", {"account_id": "a" * 65}),
+        ("account_id", {"account_id": "a/b"}),
+        ("account_id", {"account_id": "acme\n"}),
+        ("account_id", {"account_id": "ácme"}),
+        ("name", {"name": ""}),
+        ("name", {"name": " \t\n "}),
+        ("name", {"name": "n" * 65}),
+        ("name", {"name": "a\x00b"}),
+        ("name", {"name": "a\x1b[31mb"}),
+        ("name", {"name": "a\u2028b"}),
+        ("scope", {"scope": 0}),
+        ("scope", {"scope": 3}),
+        ("scope", {"scope": -1}),
+        ("expire_time", {"expire_time": NOW}),
+        ("expire_time", {"expire_time": NOW - timedelta(days=1)}),
+        ("ttl", {"ttl": timedelta(0)}),
+        ("ttl", {"ttl": timedelta(seconds=-1)}),
+        ("ttl", {"ttl": timedelta(days=3_650_000)}),
+        ("ttl", {"ttl": -timedelta(days=3_650_000)}),
+        ("labels", {"labels": {str(n): "" for n in range(17)}}),
+        ('labels[""]', {"labels": {"": "x"}}),
+        (f'labels["{"k" * 63}"]', {"labels": {"k" * 64: "x"}}),
+        ('labels["k"]', {"labels": {"k": "v" * 256}}),
+        ('labels["k"]', {"labels": {"k": "v\x00"}}),
+        ('labels["k\x07"]', {"labels": {"k\x07": "v"}}),
+    ],
+)
+async def test_create_names_the_wrong_field(field, bad):
+    """A wrong field is named in the violation, and nothing is stored."""
+    store, tokens = make()
+    with pytest.raises(InvalidArgument) as caught:
+        await tokens.create(new(**bad))
+    assert [v.field for v in caught.value.violations] == [field]
+    assert store.inserted == []
+
+
+async def test_create_names_all_wrong_fields_at_once():
+    """A form with several mistakes is told all of them."""
+    _, tokens = make()
+    with pytest.raises(InvalidArgument) as caught:
+        await tokens.create(new(account_id="", name="", scope=0, ttl=timedelta(0)))
+    assert {v.field for v in caught.value.violations} == {"account_id", "name", "scope", "ttl"}
+
+
+@pytest.mark.parametrize(
+    "fine",
+    [
+        {"account_id": "A.b_c:d-9" + "x" * 55},
+        {"name": "  trimmed  "},
+        {"name": "🙂" * 64},
+        {"name": "<script>alert(1)</script>"},
+        {"name": "\u202emirrored"},
+        {"ttl": timedelta(microseconds=1)},
+        {"expire_time": datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)},
+        {"labels": {"k" * 63: "v" * 255}},
+        {"labels": {str(n): "" for n in range(16)}},
+    ],
+)
+async def test_create_takes_what_is_allowed(fine):
+    """The limits themselves are within."""
+    store, tokens = make()
+    created = await tokens.create(new(**fine))
+    assert store.inserted[0][0] == created.record
+    assert created.record.name == fine.get("name", "ci").strip()
+
+
+async def test_names_that_look_alike_compare_alike():
+    """Letter case and composed forms do not make another name."""
+    store, tokens = make()
+    for name in ("Straße", "STRASSE", "Cafe\u0301", "CAFÉ"):
+        await tokens.create(new(name=name))
+    keys = [key for _, key, _ in store.inserted]
+    assert keys[0] == keys[1]
+    assert keys[2] == keys[3]
+    assert keys[0] != keys[2]
+
+
+@given(st.lists(st.datetimes(datetime(2001, 1, 1), datetime(2200, 1, 1)), min_size=2, max_size=5))
+async def test_ids_are_ordered_by_time(naive):
+    """Ids sort as their creation times do, to the millisecond, and have at most 64 characters."""
+    times = sorted(moment.replace(tzinfo=UTC, microsecond=0) for moment in naive)
+    made = []
+    for moment in times:
+        _, tokens = make(moment)
+        made.append((moment, (await tokens.create(new())).record.id))
+    assert all(a[0] == b[0] or a[1] < b[1] for a, b in itertools.pairwise(made))
+    assert all(len(token_id) <= 64 for _, token_id in made)
