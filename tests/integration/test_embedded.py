@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 import asyncpg
 import psutil
 import pytest
-from latchkey_service import embedded
+from latchkey_service import embedded_host
 from latchkey_service.embedded import (
     DataDirInUse,
     EmbeddedError,
@@ -43,7 +43,7 @@ WAIT_SECONDS = 20.0  # Far above what anything here takes; only a failing test w
 CHILD = """
 import codecs, json, os, sys
 from pathlib import Path
-from latchkey_service import embedded
+from latchkey_service import embedded, embedded_host
 
 options = json.loads(sys.argv[1])
 codecs.lookup("ascii")  # Loaded while the interpreter's own files are within reach.
@@ -52,7 +52,7 @@ if options.get("uid"):
     os.setgid(options["gid"])
     os.setuid(options["uid"])
 if options.get("untied"):
-    embedded._tie_to_parent = lambda death_signal: None
+    embedded_host._tie_to_parent = lambda death_signal: None
 data_dir = Path(options["data_dir"]) if "data_dir" in options else embedded.default_data_dir()
 server = embedded.EmbeddedPostgres(data_dir)
 try:
@@ -508,7 +508,7 @@ def test_programs_out_of_reach_are_copied(root_dir: Path, monkeypatch: pytest.Mo
     closed.mkdir(mode=0o700)
     for name in (package.name, f"{package.name}.libs"):
         (closed / name).symlink_to(package.parent / name)
-    monkeypatch.setattr(embedded, "_package_dir", lambda: closed / package.name)
+    monkeypatch.setattr(embedded_host, "_package_dir", lambda: closed / package.name)
     server = EmbeddedPostgres(root_dir / "copied")
     made = []
     for _ in range(2):

@@ -1,0 +1,201 @@
+"""A scripted Latchkey behind real gRPC: statuses, delays, nonsense and silence on demand."""
+
+import asyncio
+import socket
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import grpc
+import latchkey
+import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import Message
+from google.rpc import status_pb2
+from latchkey_proto.v1 import token_service_pb2 as pb
+
+Answer = Callable[[Any, Any], Awaitable[Message]]
+
+# With a right checksum, so that it passes the offline check.
+SECRET = "lk" + "_0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmno" + "0jDM4R"
+
+
+@dataclass
+class Call:
+    """One call as the server saw it."""
+
+    rpc: str
+    request: Any
+    seconds_left: float | None
+    metadata: dict[str, str]
+    at: float
+
+
+@dataclass
+class FakeLatchkey:
+    """Answers each RPC by its script; the last entry of a script stays."""
+
+    target: str = ""
+    calls: list[Call] = field(default_factory=list)
+    scripts: dict[str, list[Answer]] = field(default_factory=lambda: defaultdict(list))
+    called: asyncio.Event = field(default_factory=asyncio.Event)
+    server: grpc.aio.Server | None = None
+
+    def on(self, rpc: str, *answers: Answer) -> None:
+        self.scripts[rpc] = list(answers)
+
+    def count(self, rpc: str) -> int:
+        return sum(call.rpc == rpc for call in self.calls)
+
+    async def serve(self, rpc: str, request: Any, context: Any) -> Message:
+        self.calls.append(
+            Call(
+                rpc,
+                request,
+                context.time_remaining(),
+                dict(context.invocation_metadata()),
+                asyncio.get_running_loop().time(),
+            )
+        )
+        self.called.set()
+        script = self.scripts[rpc]
+        answer = script.pop(0) if len(script) > 1 else script[0]
+        return await answer(request, context)
+
+    async def start(self, address: str) -> None:
+        # Without SO_REUSEPORT: a second server must not silently share the port.
+        self.server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        service = pb.DESCRIPTOR.services_by_name["TokenService"]
+        handlers: dict[str, Any] = {
+            method.name: grpc.unary_unary_rpc_method_handler(
+                partial(self.serve, method.name),
+                getattr(pb, method.input_type.name).FromString,
+                lambda message: message.SerializeToString(),
+            )
+            for method in service.methods
+            if not (method.client_streaming or method.server_streaming)
+        }
+        self.server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler(service.full_name, handlers)]
+        )
+        port = self.server.add_insecure_port(address)
+        self.target = address if address.startswith("unix:") else f"127.0.0.1:{port}"
+        await self.server.start()
+
+    async def stop(self) -> None:
+        if self.server is not None:
+            await self.server.stop(None)
+            self.server = None
+
+    # Answers, here so that tests need to import nothing.
+
+    @staticmethod
+    def says(message: Message) -> Answer:
+        async def answer(_request: Any, _context: Any) -> Message:
+            return message
+
+        return answer
+
+    @staticmethod
+    def fails(code: grpc.StatusCode, text: str = "scripted", *details: Message) -> Answer:
+        async def answer(_request: Any, context: Any) -> Message:
+            status = status_pb2.Status(code=code.value[0], message=text)
+            for detail in details:
+                packed = AnyMessage()
+                packed.Pack(detail)
+                status.details.append(packed)
+            trailing = (("grpc-status-details-bin", status.SerializeToString()),)
+            await context.abort(code, text, trailing)
+            raise AssertionError
+
+        return answer
+
+    @staticmethod
+    def hangs() -> Answer:
+        async def answer(_request: Any, _context: Any) -> Message:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        return answer
+
+    def verdict(self, verdict: int, *, token: bool = True) -> Answer:
+        message = pb.VerifyResponse(revision=7)
+        # Through the wire's own type: any number can come from a newer server.
+        message.verdict = verdict  # type: ignore[assignment]
+        if token:
+            message.token.CopyFrom(self.token())
+        return self.says(message)
+
+    @staticmethod
+    def token(token_id: str = "t1", **fields: Any) -> pb.Token:  # noqa: S107 - no password
+        token = pb.Token(
+            id=token_id,
+            account_id="acme",
+            name="ci",
+            scope=pb.SCOPE_READ,
+            hint="lk_…DM4R",
+            **fields,
+        )
+        token.create_time.FromJsonString("2026-01-02T03:04:05.678901Z")
+        return token
+
+
+@pytest.fixture
+def secret() -> str:
+    """Return a secret that only the service can judge."""
+    return SECRET
+
+
+@pytest.fixture
+async def fake() -> AsyncIterator[FakeLatchkey]:
+    """Serve a scripted Latchkey on a loopback port of its own."""
+    server = FakeLatchkey()
+    await server.start("127.0.0.1:0")
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+async def client(fake: FakeLatchkey) -> AsyncIterator[latchkey.Client]:
+    """Connect to the scripted Latchkey."""
+    async with latchkey.Client(fake.target) as connected:
+        yield connected
+
+
+@pytest.fixture
+async def verifier(fake: FakeLatchkey) -> AsyncIterator[latchkey.Verifier]:
+    """Verify with the scripted Latchkey."""
+    async with latchkey.Verifier(fake.target) as connected:
+        yield connected
+
+
+@pytest.fixture
+async def dead_target() -> AsyncIterator[str]:
+    """Return an address that refuses connections for as long as the test runs."""
+    # Bound but not listening: nobody else gets the port in the meantime.
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{held.getsockname()[1]}"
+
+
+@pytest.fixture
+async def silent_target() -> AsyncIterator[str]:
+    """Return an address that accepts connections and never says a word."""
+
+    async def ignore(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(65536):
+            pass
+        writer.close()
+
+    server = await asyncio.start_server(ignore, "127.0.0.1", 0)
+    yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server.close()
+    await server.wait_closed()
+
+
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the delays between attempts; their number stays."""
+    monkeypatch.setattr("latchkey._retry.BACKOFF_FIRST_SECONDS", 0.001)

@@ -1,0 +1,283 @@
+"""The client library's Client against real gRPC: what is sent, and what comes back."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import latchkey
+import pytest
+from latchkey import Scope, Secret, Verdict
+from latchkey_proto.v1 import token_service_pb2 as pb
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.contract.client.conftest import FakeLatchkey
+
+CREATED = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+
+
+async def test_create_returns_token_and_redacted_secret(
+    client: latchkey.Client, fake: FakeLatchkey, secret: str
+) -> None:
+    """Create sends what was asked for and returns plain values, the secret unprintable."""
+    fake.on(
+        "Create", fake.says(pb.CreateResponse(token=fake.token(labels={"a": "b"}), secret=secret))
+    )
+    created = await client.create(
+        "acme", "ci", Scope.READ, ttl=timedelta(days=1, microseconds=5), labels={"a": "b"}
+    )
+    assert created.secret == Secret(secret)
+    assert created.secret.reveal() == secret
+    assert secret not in repr(created)
+    assert created.token == latchkey.Token(
+        id="t1",
+        account_id="acme",
+        name="ci",
+        scope=Scope.READ,
+        create_time=CREATED,
+        hint="lk_…DM4R",
+        labels={"a": "b"},
+    )
+    hash(created.token)
+    (call,) = fake.calls
+    assert call.request == pb.CreateRequest(
+        account_id="acme",
+        name="ci",
+        scope=pb.SCOPE_READ,
+        ttl=call.request.ttl,
+        labels={"a": "b"},
+    )
+    assert call.request.ttl.ToTimedelta() == timedelta(days=1, microseconds=5)
+    assert call.metadata["user-agent"].startswith(f"latchkey-python/{latchkey.__version__}")
+
+
+async def test_times_travel_as_moments(client: latchkey.Client, fake: FakeLatchkey) -> None:
+    """An expire_time of any zone arrives as its moment, and comes back in UTC."""
+    moment = datetime(2030, 6, 1, 12, 0, 0, 250, tzinfo=timezone(timedelta(hours=5, minutes=30)))
+    token = fake.token()
+    token.expire_time.FromDatetime(moment)
+    token.last_used_time.FromDatetime(moment)
+    fake.on("Create", fake.says(pb.CreateResponse(token=token)))
+    created = await client.create("acme", "ci", Scope.WRITE, expire_time=moment)
+    assert fake.calls[0].request.expire_time.ToDatetime(tzinfo=UTC) == moment
+    assert created.token.expire_time == moment
+    assert created.token.expire_time.tzinfo is UTC
+    assert created.token.last_used_time == moment
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"ttl": timedelta(1), "expire_time": CREATED},
+        {"expire_time": CREATED.replace(tzinfo=None)},
+        {"expire_time": datetime.min.replace(tzinfo=timezone(timedelta(hours=9)))},
+        {"ttl": timedelta.max},
+        {"name": "\ud800"},
+        {"labels": {"a": "\udcff"}},
+        {"scope": Scope.UNSPECIFIED},
+        {"timeout_seconds": 0},
+    ],
+)
+async def test_what_cannot_be_sent_is_an_invalid_argument(
+    client: latchkey.Client, fake: FakeLatchkey, arguments: dict[str, Any]
+) -> None:
+    """Values that no request can carry raise the same error as values that the service refuses."""
+    values: dict[str, Any] = {"account_id": "acme", "name": "ci", "scope": Scope.READ, **arguments}
+    fake.on("Create", fake.fails(grpc.StatusCode.INVALID_ARGUMENT))
+    with pytest.raises(latchkey.InvalidArgument):
+        await client.create(**values)
+
+
+@pytest.mark.parametrize("scope", [None, "read", 1])
+async def test_create_needs_a_real_scope(client: latchkey.Client, scope: Any) -> None:
+    """Nothing that is no Scope is taken for one."""
+    with pytest.raises(TypeError):
+        await client.create("acme", "ci", scope)
+
+
+async def test_get(client: latchkey.Client, fake: FakeLatchkey) -> None:
+    """Get asks for one token of one account."""
+    fake.on("Get", fake.says(pb.GetResponse(token=fake.token("t9"))))
+    assert (await client.get("acme", "t9")).id == "t9"
+    assert fake.calls[0].request == pb.GetRequest(account_id="acme", id="t9")
+
+
+async def test_list_goes_through_all_pages(client: latchkey.Client, fake: FakeLatchkey) -> None:
+    """The iterator yields every token in order and asks for each page once."""
+    fake.on(
+        "List",
+        fake.says(pb.ListResponse(tokens=[fake.token("3"), fake.token("2")], next_page_token="p2")),
+        fake.says(pb.ListResponse(next_page_token="p3")),
+        fake.says(pb.ListResponse(tokens=[fake.token("1")])),
+    )
+    assert [token.id async for token in client.list("acme", page_size=2)] == ["3", "2", "1"]
+    assert [call.request.page_token for call in fake.calls] == ["", "p2", "p3"]
+    assert {call.request.page_size for call in fake.calls} == {2}
+
+
+async def test_list_stops_when_pages_do_not_move(
+    client: latchkey.Client, fake: FakeLatchkey
+) -> None:
+    """A service that keeps answering with the same page does not hold its caller for ever."""
+    fake.on("List", fake.says(pb.ListResponse(tokens=[fake.token()], next_page_token="same")))
+    with pytest.raises(latchkey.InternalError):
+        _ = [token async for token in client.list("acme")]
+    assert fake.count("List") == 2
+
+
+async def test_list_page(client: latchkey.Client, fake: FakeLatchkey) -> None:
+    """One page comes with the token for the next."""
+    fake.on("List", fake.says(pb.ListResponse(tokens=[fake.token()], next_page_token="n")))
+    page = await client.list_page("acme", page_size=1, page_token="p")
+    assert ([token.id for token in page.tokens], page.next_page_token) == (["t1"], "n")
+    with pytest.raises(latchkey.InvalidArgument):
+        await client.list_page("acme", page_size=2**40)
+
+
+async def test_delete_returns_the_receipt(client: latchkey.Client, fake: FakeLatchkey) -> None:
+    """The receipt arrives whole."""
+    receipt = pb.Receipt(revision=2**40, verifiers_acknowledged=3, verifiers_outwaited=1)
+    receipt.commit_time.FromDatetime(CREATED)
+    receipt.effective_time.FromDatetime(CREATED + timedelta(seconds=1))
+    fake.on("Delete", fake.says(pb.DeleteResponse(receipt=receipt)))
+    assert await client.delete("acme", "t1") == latchkey.Receipt(
+        commit_time=CREATED,
+        effective_time=CREATED + timedelta(seconds=1),
+        revision=2**40,
+        verifiers_acknowledged=3,
+        verifiers_outwaited=1,
+    )
+    assert fake.calls[0].request == pb.DeleteRequest(account_id="acme", id="t1")
+
+
+@pytest.mark.parametrize("verdict", [v for v in Verdict if v is not Verdict.UNSPECIFIED])
+@pytest.mark.parametrize("wrap", [str, Secret])
+async def test_verify_translates_every_verdict(
+    client: latchkey.Client, fake: FakeLatchkey, secret: str, verdict: Verdict, wrap: Any
+) -> None:
+    """Each verdict arrives as itself, and only VALID is allowed."""
+    fake.on("Verify", fake.verdict(pb.Verdict.Value(f"VERDICT_{verdict.name}")))
+    answer = await client.verify(wrap(secret), Scope.READ)
+    assert answer.verdict is verdict
+    assert answer.allowed is (verdict is Verdict.VALID)
+    assert answer.revision == 7
+    assert fake.calls[0].request == pb.VerifyRequest(secret=secret, required_scope=pb.SCOPE_READ)
+
+
+@pytest.mark.parametrize("number", [0, 99, -1])
+async def test_unknown_numbers_allow_nothing(
+    client: latchkey.Client, fake: FakeLatchkey, secret: str, number: int
+) -> None:
+    """A verdict or scope of a newer server is UNSPECIFIED, and UNSPECIFIED is not allowed."""
+    fake.on("Verify", fake.verdict(number))
+    answer = await client.verify(secret)
+    assert (answer.verdict, answer.allowed) == (Verdict.UNSPECIFIED, False)
+    assert fake.calls[0].request.required_scope == pb.SCOPE_UNSPECIFIED
+    token = fake.token()
+    token.scope = number  # type: ignore[assignment]  # any number can come
+    fake.on("Get", fake.says(pb.GetResponse(token=token)))
+    assert (await client.get("acme", "t1")).scope is Scope.UNSPECIFIED
+
+
+async def test_valid_without_a_token_is_an_internal_error(
+    client: latchkey.Client, fake: FakeLatchkey, secret: str
+) -> None:
+    """An answer that breaks the contract allows nobody."""
+    fake.on("Verify", fake.verdict(pb.VERDICT_VALID, token=False))
+    with pytest.raises(latchkey.InternalError):
+        await client.verify(secret)
+
+
+async def test_unspecified_scope_is_not_asked_for(client: latchkey.Client, secret: str) -> None:
+    """A scope that this library does not know is never mistaken for "none required"."""
+    with pytest.raises(latchkey.InvalidArgument):
+        await client.verify(secret, Scope.UNSPECIFIED)
+
+
+async def test_verify_takes_any_text(client: latchkey.Client, fake: FakeLatchkey) -> None:
+    """Text that UTF-8 cannot carry is asked about as no secret; it breaks nothing."""
+    fake.on("Verify", fake.verdict(pb.VERDICT_MALFORMED, token=False))
+    for text in ("", "\ud800", "\x00", "🗝" * 1000):
+        assert (await client.verify(text)).verdict is Verdict.MALFORMED
+    assert [call.request.secret for call in fake.calls][:2] == ["", ""]
+    with pytest.raises(TypeError) as caught:
+        await client.verify(b"hunter2")  # type: ignore[arg-type]  # the point of the test
+    assert "hunter2" not in str(caught.value)
+
+
+async def test_batch_verify_keeps_the_order(
+    client: latchkey.Client, fake: FakeLatchkey, secret: str
+) -> None:
+    """Answers come in the order of the questions."""
+    fake.on(
+        "BatchVerify",
+        fake.says(
+            pb.BatchVerifyResponse(
+                responses=[
+                    pb.VerifyResponse(verdict=pb.VERDICT_UNKNOWN),
+                    pb.VerifyResponse(verdict=pb.VERDICT_VALID, token=fake.token()),
+                ]
+            )
+        ),
+    )
+    answers = await client.batch_verify([("\ud800", None), (Secret(secret), Scope.WRITE)])
+    assert [answer.verdict for answer in answers] == [Verdict.UNKNOWN, Verdict.VALID]
+    assert list(fake.calls[0].request.requests) == [
+        pb.VerifyRequest(),
+        pb.VerifyRequest(secret=secret, required_scope=pb.SCOPE_WRITE),
+    ]
+    with pytest.raises(latchkey.InternalError):
+        await client.batch_verify([(secret, None)])
+
+
+async def test_the_largest_batch_fits(client: latchkey.Client, fake: FakeLatchkey) -> None:
+    """1,000 answers with as many and as large labels as the contract allows are received."""
+    labels = {f"{n:063}".replace("0", "🗝"): "🗝" * 255 for n in range(1, 17)}
+    answer = pb.VerifyResponse(verdict=pb.VERDICT_VALID, token=fake.token(labels=labels))
+    fake.on("BatchVerify", fake.says(pb.BatchVerifyResponse(responses=[answer] * 1000)))
+    answers = await client.batch_verify([("x", None)] * 1000, timeout_seconds=30)
+    assert len(answers) == 1000
+    assert answers[999].token is not None
+    assert answers[999].token.labels == labels
+
+
+async def test_impossible_times_are_an_internal_error(
+    client: latchkey.Client, fake: FakeLatchkey
+) -> None:
+    """A timestamp out of range is the service's fault and says so."""
+    token = fake.token()
+    token.create_time.seconds = 2**62
+    fake.on("Get", fake.says(pb.GetResponse(token=token)))
+    with pytest.raises(latchkey.InternalError):
+        await client.get("acme", "t1")
+
+
+async def test_unix_sockets_and_given_channels(fake: FakeLatchkey, tmp_path: Path) -> None:
+    """A unix: target works; a channel that was passed in is used and stays open."""
+    await fake.stop()
+    await fake.start(f"unix:{tmp_path}/s")
+    fake.on("Get", fake.says(pb.GetResponse(token=fake.token())))
+    async with latchkey.Client(fake.target) as client:
+        assert (await client.get("acme", "t1")).id == "t1"
+    async with grpc.aio.insecure_channel(fake.target) as channel:
+        for _ in range(2):
+            async with latchkey.Client(channel=channel) as client:
+                assert (await client.get("acme", "t1")).id == "t1"
+
+
+def test_clients_are_made_before_the_loop_runs() -> None:
+    """A client or verifier at module level, with no event loop in sight, is fine."""
+    latchkey.Client("127.0.0.1:1")
+    latchkey.Verifier("127.0.0.1:1")
+
+
+async def test_channel_options_can_be_replaced(fake: FakeLatchkey) -> None:
+    """An option that is passed in takes the place of the library's."""
+    fake.on("Get", fake.says(pb.GetResponse(token=fake.token())))
+    options = [("grpc.primary_user_agent", "mine/1")]
+    async with latchkey.Client(fake.target, options=options) as client:
+        await client.get("acme", "t1")
+    assert fake.calls[0].metadata["user-agent"].startswith("mine/1")
