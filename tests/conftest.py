@@ -1,5 +1,8 @@
 """Shared by all tests: a real Postgres, a fresh database for each test, servers on it."""
 
+from __future__ import annotations
+
+import contextlib
 import itertools
 import os
 import shutil
@@ -91,28 +94,77 @@ def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def settings(database_url: str, pepper_file: Path, scratch: Path, transport: str) -> Settings:
-    """Settings of a server on a fresh database and any free port."""
+def make_settings(database_url: str, pepper_file: Path, transport: str) -> Settings:
+    """Settings of a server in this process, on any free port."""
     return Settings(
         database_url=database_url,
         pepper_file=pepper_file,
-        data_dir=scratch / "unused",
+        data_dir=pepper_file.parent / "unused",
         listen="127.0.0.1:0",
         transport=transport,
         grace_seconds=1.0,
     )
 
 
-@pytest.fixture
-async def address(settings: Settings) -> AsyncIterator[str]:
-    """Address of a running server, in this process, on a fresh database."""
+@contextlib.asynccontextmanager
+async def serving(settings: Settings) -> AsyncIterator[str]:
+    """Run a server in this process and yield its address. The supervisor's part is done here."""
+    assert settings.database_url is not None
     store = await Store.open(settings.database_url.get_secret_value())
     for pepper in peppers.load_or_create(settings.pepper_path, create=False).peppers:
         await store.register_pepper(pepper.id)
     await store.close()
     async with running(settings) as server:
         yield server.address
+
+
+@pytest.fixture
+def settings(database_url: str, pepper_file: Path, transport: str) -> Settings:
+    """Settings of a server on a fresh database; see `own_address`."""
+    return make_settings(database_url, pepper_file, transport)
+
+
+@pytest.fixture
+async def own_address(settings: Settings) -> AsyncIterator[str]:
+    """Address of a server of the test's own, with `settings`, which a test may override."""
+    async with serving(settings) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+async def shared_servers(
+    postgres_url: str, template_url: str, pepper_file: Path
+) -> AsyncIterator[Callable[[str], Awaitable[tuple[str, asyncpg.Connection[asyncpg.Record]]]]]:
+    """Servers that tests share, one for each transport, each with a connection to its database."""
+    started = {}
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def shared(transport: str) -> tuple[str, asyncpg.Connection[asyncpg.Record]]:
+            if transport not in started:
+                name = f"shared_{transport}"
+                await _execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+                url = with_database(postgres_url, name)
+                connection = await asyncpg.connect(url)
+                stack.push_async_callback(connection.close)
+                settings = make_settings(url, pepper_file, transport)
+                address = await stack.enter_async_context(serving(settings))
+                started[transport] = (address, connection)
+            return started[transport]
+
+        yield shared
+
+
+@pytest.fixture
+async def address(shared_servers: Any, transport: str) -> str:
+    """Address of a running server that holds no tokens. It is shared: a test gets it emptied.
+
+    A server and a database for each test would take most of the suite's time.
+    """
+    address, connection = await shared_servers(transport)
+    await connection.execute(
+        "DELETE FROM deletion; DELETE FROM secret; DELETE FROM invalidation; DELETE FROM token"
+    )
+    return str(address)
 
 
 @pytest.fixture
@@ -124,7 +176,7 @@ async def channel(address: str) -> AsyncIterator[grpc.aio.Channel]:
 
 
 @pytest.fixture
-def stub(channel: grpc.aio.Channel) -> "TokenServiceAsyncStub":
+def stub(channel: grpc.aio.Channel) -> TokenServiceAsyncStub:
     """A stub of TokenService on the running server."""
     return pb_grpc.TokenServiceStub(channel)
 
@@ -133,7 +185,7 @@ Create = Callable[..., Awaitable[pb.CreateResponse]]
 
 
 @pytest.fixture
-def create(stub: "TokenServiceAsyncStub") -> Create:
+def create(stub: TokenServiceAsyncStub) -> Create:
     """Create a token through the running server, with defaults for what a test does not care of."""
 
     async def create(**fields: Any) -> pb.CreateResponse:
