@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import structlog
 
+from latchkey_service.deadlines import budget_seconds
 from latchkey_service.errors import (
     FieldViolation,
     InvalidArgument,
@@ -27,10 +28,6 @@ from latchkey_service.log import Counts, logger
 
 __all__ = ["Calls"]
 
-# However patient the caller: longer than any healthy call, shorter than people wait.
-CALL_SECONDS_MAX = 10.0
-# Kept back from the caller's deadline, so that it gets our reason and not its own time-out.
-ANSWER_SECONDS = 0.05
 REQUEST_ID_METADATA = "x-request-id"
 REQUEST_ID_LENGTH_MAX = 64
 # Counted, and logged only as a sampled share when they succeed.
@@ -68,6 +65,8 @@ class Calls:
             # raise nothing of ours.
             return handler
         behaviour: Any = handler.unary_unary
+        if path not in VERIFIES:
+            behaviour = _bounded(behaviour)
         return grpc.unary_unary_rpc_method_handler(
             self._unary(path, behaviour),
             request_deserializer=_parser(path, handler.request_deserializer),
@@ -84,10 +83,9 @@ class Calls:
         async def call(request: Any, context: Any) -> Any:
             start = self._monotonic()
             try:
-                async with asyncio.timeout(_budget(context)):
-                    if request.__class__ is _Unparsed:
-                        raise _NOT_A_MESSAGE
-                    response = await behaviour(request, context)
+                if request.__class__ is _Unparsed:
+                    raise _NOT_A_MESSAGE
+                response = await behaviour(request, context)
             except asyncio.CancelledError:
                 # The caller left, its deadline passed, or the server's grace ended.
                 self._tell(path, context, start, "CANCELLED", "CANCELLED", _request_id(context))
@@ -160,6 +158,20 @@ _NOT_A_MESSAGE = InvalidArgument(
 )
 
 
+def _bounded(behaviour: Handler) -> Handler:
+    """Return `behaviour`, ended with TimeoutError when the caller's deadline nears.
+
+    Verifies do without: a timer for each would cost more than the hash and the decision together.
+    Their one wait is for `lookup.py`, which minds the deadlines of all with a single timer.
+    """
+
+    async def bounded(request: Any, context: Any) -> Any:
+        async with asyncio.timeout(budget_seconds(context)):
+            return await behaviour(request, context)
+
+    return bounded
+
+
 def _parser(path: str, parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
     """Return `parse`, made not to raise."""
     if parse is None:
@@ -172,15 +184,6 @@ def _parser(path: str, parse: Callable[[bytes], Any] | None) -> Callable[[bytes]
             return lenient_parse(path, data) or _Unparsed()
 
     return safely
-
-
-def _budget(context: Any) -> float:
-    """Return how many seconds the call may take."""
-    remaining: float | None = context.time_remaining()
-    if remaining is None:
-        return CALL_SECONDS_MAX
-    # A tenth at most, or short deadlines would leave no time for the work.
-    return min(CALL_SECONDS_MAX, remaining - min(ANSWER_SECONDS, remaining / 10))
 
 
 def _request_id(context: Any) -> str:

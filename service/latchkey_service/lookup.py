@@ -1,28 +1,32 @@
 """Verify's way to Postgres: look-ups that happen together share one query.
 
 The first look-up of a loop tick starts a query; those of the same tick join it, and those that
-come while it is under way wait for the next one. So one look-up waits for one round trip, and a
-thousand at once cost one query. A look-up never joins a query that was sent before it began
+come while all links are busy wait for the next one. So one look-up waits for one round trip, and
+a thousand at once cost one query. A look-up never joins a query that was sent before it began
 (coherence rule 4).
 
-It holds one connection of its own: a pool would add a round trip and a wait, and asyncpg does not
-pipeline, so that more connections would only make the batches smaller.
+It holds connections of its own: a pool would add a round trip and a wait. Two of them, since
+asyncpg does not pipeline: while Postgres works on one batch, this process works on the other.
+More would only make the batches smaller.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from latchkey_service.errors import LatchkeyError, Overloaded, StoreUnavailable
+from latchkey_service.errors import LatchkeyError, Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.store import FIND_BY_DIGEST, record_of, translated
 from latchkey_service.verdict import TokenRecord
 
 if TYPE_CHECKING:
     import asyncpg
 
+    Connection = asyncpg.Connection[asyncpg.Record]
+
 __all__ = ["Found", "Lookup"]
 
+LINKS = 2
 # Digests to a query: BatchVerify's limit, so that a full batch is one query.
 BATCH_MAX = 1_000
 # Digests waiting: some 100 ms of work. More would only make everyone late.
@@ -30,6 +34,8 @@ WAITING_MAX = 20_000
 # Between attempts to connect. Look-ups in between fail at once instead of piling up, and service
 # resumes this soon after Postgres does.
 RECONNECT_SECONDS = 0.25
+# How late a look-up may be told that its deadline has passed: well within deadlines.ANSWER_SECONDS.
+SWEEP_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,70 +46,97 @@ class Found:
     revision: int
 
 
-@dataclass(frozen=True, slots=True)
 class _Waiter:
-    """One call's digests and the future that gets their records, in order."""
+    """One call's digests, the future that gets what is found, in order, and its deadline."""
 
-    digests: Sequence[bytes]
-    future: "asyncio.Future[list[Found]]"
+    __slots__ = ("deadline", "digests", "future")
+
+    def __init__(
+        self, digests: Sequence[bytes], future: "asyncio.Future[list[Found]]", deadline: float
+    ) -> None:
+        self.digests = digests
+        self.future = future
+        self.deadline = deadline
+
+    def fail(self, error: Exception) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
 
 
 class Lookup:
     """Finds records by digest. Belongs to the event loop that it is used on."""
 
     def __init__(
-        self,
-        connect: "Callable[[], Awaitable[asyncpg.Connection[asyncpg.Record]]]",
-        monotonic: Callable[[], float],
+        self, connect: "Callable[[], Awaitable[Connection]]", monotonic: Callable[[], float]
     ) -> None:
-        self._connect = connect
         self._monotonic = monotonic
-        self._connection: asyncpg.Connection[asyncpg.Record] | None = None
-        self._connect_after = 0.0
+        self._idle = [_Link(connect, monotonic) for _ in range(LINKS)]
+        self._links = tuple(self._idle)
         self._waiting: list[_Waiter] = []
         self._waiting_digests = 0
-        self._worker: asyncio.Task[None] | None = None
+        # Links at work. One that has not begun yet will take whoever waits by then.
+        self._tasks: dict[asyncio.Task[None], _Link] = {}
+        self._beginning = False
+        self._sweeper: asyncio.TimerHandle | None = None
 
-    async def find(self, digest: bytes) -> Found:
-        """Return what is stored under a digest. Raises StoreUnavailable or Overloaded."""
-        return (await self.find_all((digest,)))[0]
+    async def find(self, digest: bytes, deadline: float) -> Found:
+        """Return what is stored under a digest.
 
-    async def find_all(self, digests: Sequence[bytes]) -> list[Found]:
+        Raises StoreUnavailable, Overloaded, and Unavailable at `deadline` (monotonic seconds).
+        """
+        return (await self.find_all((digest,), deadline))[0]
+
+    async def find_all(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
         """Return what is stored under each of up to 1,000 digests, in order, from one snapshot."""
         if self._waiting_digests + len(digests) > WAITING_MAX:
             raise Overloaded("Too many verifies are waiting for the database; try again shortly.")
+        loop = asyncio.get_running_loop()
         # A future for each caller: one that is cancelled leaves the others' answers alone.
-        future: asyncio.Future[list[Found]] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiter(digests, future))
+        future: asyncio.Future[list[Found]] = loop.create_future()
+        self._waiting.append(_Waiter(digests, future, deadline))
         self._waiting_digests += len(digests)
-        if self._worker is None:
-            self._worker = asyncio.create_task(self._work(), name="lookup")
+        if self._idle and not self._beginning:
+            self._begin()
+        if self._sweeper is None:
+            self._sweeper = loop.call_later(SWEEP_SECONDS, self._sweep)
         return await future
 
     async def close(self) -> None:
-        """Stop and give up the connection. Callers still waiting get StoreUnavailable."""
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.cancel()
-            await asyncio.gather(worker, return_exceptions=True)
-        for waiter in self._take(len(self._waiting)):
-            _fail(waiter, StoreUnavailable("The server is stopping."))
-        self._drop_connection()
+        """Stop and give up the connections. Callers still waiting get StoreUnavailable."""
+        stopping = StoreUnavailable("The server is stopping.")
+        for waiter in self._outstanding():
+            waiter.fail(stopping)
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for link in self._links:
+            link.drop()
 
-    async def _work(self) -> None:
-        """Query until nobody waits. Runs as a task of its own, so that no caller's end stops it."""
-        batch: list[_Waiter] = []
-        try:
-            while self._waiting:
-                batch = self._next_batch()
-                await self._answer(batch)
-        except asyncio.CancelledError:
-            for waiter in batch:
-                _fail(waiter, StoreUnavailable("The server is stopping."))
-            raise
-        finally:
-            # No await between the last look at the list and this: nobody is left waiting unseen.
-            self._worker = None
+    def _begin(self) -> None:
+        """Set an idle link to work: a task of its own, so that no caller's end stops it.
+
+        It runs at the loop's next turn, and so takes all that this turn's callers ask.
+        """
+        self._beginning = True
+        link = self._idle.pop()
+        task = asyncio.create_task(self._work(link), name="lookup")
+        self._tasks[task] = link
+        task.add_done_callback(self._ended)
+
+    async def _work(self, link: "_Link") -> None:
+        """Query until nobody waits."""
+        self._beginning = False
+        while self._waiting:
+            await link.answer(self._next_batch())
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._idle.append(self._tasks.pop(task))
+        # Somebody may have come between the link's last look and now, and found no link idle.
+        if self._waiting and not self._beginning and not task.cancelled():
+            self._begin()
 
     def _next_batch(self) -> list[_Waiter]:
         """Take waiters, in order, up to a full query."""
@@ -113,40 +146,65 @@ class Lookup:
             if size > BATCH_MAX and count:
                 break
             count += 1
-        return self._take(count)
-
-    def _take(self, count: int) -> list[_Waiter]:
         taken, self._waiting = self._waiting[:count], self._waiting[count:]
         self._waiting_digests -= sum(len(waiter.digests) for waiter in taken)
         return taken
 
-    async def _answer(self, batch: list[_Waiter]) -> None:
+    def _outstanding(self) -> Iterable[_Waiter]:
+        yield from self._waiting
+        for link in self._links:
+            yield from link.batch
+
+    def _sweep(self) -> None:
+        """Tell those whose deadline has passed. One timer for all: one each costs a verify 8 µs."""
+        now = self._monotonic()
+        pending = False
+        for waiter in self._outstanding():
+            if waiter.deadline <= now:
+                waiter.fail(Unavailable("The answer would come too late; try again shortly."))
+            pending = pending or not waiter.future.done()
+        loop = asyncio.get_running_loop()
+        self._sweeper = loop.call_later(SWEEP_SECONDS, self._sweep) if pending else None
+
+
+class _Link:
+    """One connection, made when first needed and again after a failure."""
+
+    def __init__(
+        self, connect: "Callable[[], Awaitable[Connection]]", monotonic: Callable[[], float]
+    ) -> None:
+        self._connect = connect
+        self._monotonic = monotonic
+        self._connection: Connection | None = None
+        self._connect_after = 0.0
+        self.batch: list[_Waiter] = []
+
+    async def answer(self, batch: list[_Waiter]) -> None:
         """Query for a batch and give each waiter its part, or the reason why there is none."""
-        wanted = [d for w in batch if not w.future.done() for d in w.digests]
-        if not wanted:
-            return
+        self.batch = batch
         try:
-            connection = await self._connected()
-            with translated():
-                rows = await connection.fetch(FIND_BY_DIGEST, wanted)
+            if wanted := [
+                d for waiter in batch if not waiter.future.done() for d in waiter.digests
+            ]:
+                connection = await self._connected()
+                with translated():
+                    rows = await connection.fetch(FIND_BY_DIGEST, wanted)
+                _deliver(rows, batch)
         except Exception as error:  # noqa: BLE001 - handed to every waiter, who raises it
             # Also after a time-out: what became of the query is unknown, so is the connection.
-            self._drop_connection()
+            self.drop()
             for waiter in batch:
-                _fail(waiter, error)
-            return
-        revision = rows[0]["revision"]
-        by_digest = {
-            row["digest"]: Found(record_of(row), revision)
-            for row in rows
-            if row["digest"] is not None
-        }
-        nothing = Found(None, revision)
-        for waiter in batch:
-            if not waiter.future.done():
-                waiter.future.set_result([by_digest.get(d, nothing) for d in waiter.digests])
+                waiter.fail(error)
+        finally:
+            self.batch = []
 
-    async def _connected(self) -> "asyncpg.Connection[asyncpg.Record]":
+    def drop(self) -> None:
+        """Give up the connection, without a word to a server that may not listen."""
+        connection, self._connection = self._connection, None
+        if connection is not None and not connection.is_closed():
+            connection.terminate()
+
+    async def _connected(self) -> "Connection":
         if self._connection is not None and not self._connection.is_closed():
             return self._connection
         if self._monotonic() < self._connect_after:
@@ -161,12 +219,13 @@ class Lookup:
             raise
         return connection
 
-    def _drop_connection(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None and not connection.is_closed():
-            connection.terminate()
 
-
-def _fail(waiter: _Waiter, error: Exception) -> None:
-    if not waiter.future.done():
-        waiter.future.set_exception(error)
+def _deliver(rows: "Sequence[asyncpg.Record]", batch: list[_Waiter]) -> None:
+    """Give each waiter of a batch what the rows of its query hold."""
+    revision = rows[0][0]
+    # Two columns come before the token's: the revision, and the digest, NULL for "nothing found".
+    by_digest = {row[1]: Found(record_of(row), revision) for row in rows if row[1] is not None}
+    nothing = Found(None, revision)
+    for waiter in batch:
+        if not waiter.future.done():
+            waiter.future.set_result([by_digest.get(d, nothing) for d in waiter.digests])

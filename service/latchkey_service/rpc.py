@@ -5,6 +5,7 @@ which bounds, counts and logs it and translates its errors; from there to `Verif
 `verifier.py`, on a well-formed secret to `lookup.py`, to `verdict.decide`, and back.
 """
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from google.protobuf import duration_pb2, timestamp_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
+from latchkey_service.deadlines import budget_seconds
 from latchkey_service.errors import FieldViolation, InvalidArgument
 from latchkey_service.log import Counts
 from latchkey_service.store import Deletion
@@ -36,13 +38,21 @@ if TYPE_CHECKING:
 class TokenService(pb_grpc.TokenServiceServicer):
     """latchkey.v1.TokenService. What each method does is said in the .proto."""
 
-    def __init__(self, tokens: Tokens, verifier: Verifier, counts: Counts) -> None:
+    def __init__(
+        self,
+        tokens: Tokens,
+        verifier: Verifier,
+        counts: Counts,
+        monotonic: Callable[[], float],
+    ) -> None:
         self._tokens = tokens
         self._verifier = verifier
         self._counts = counts
+        self._monotonic = monotonic
 
     async def Verify(self, request: pb.VerifyRequest, context: "Context") -> pb.VerifyResponse:
-        answer = await self._verifier.verify(request.secret, request.required_scope)
+        deadline = self._monotonic() + budget_seconds(context)
+        answer = await self._verifier.verify(request.secret, request.required_scope, deadline)
         self._counts.verdicts[answer.verdict] += 1
         return _verify_response(answer)
 
@@ -54,7 +64,8 @@ class TokenService(pb_grpc.TokenServiceServicer):
                 FieldViolation("requests", f"must be 1-{BATCH_MAX}, are {len(request.requests)}")
             )
         questions = [(r.secret, r.required_scope) for r in request.requests]
-        answers = await self._verifier.verify_batch(questions)
+        deadline = self._monotonic() + budget_seconds(context)
+        answers = await self._verifier.verify_batch(questions, deadline)
         for answer in answers:
             self._counts.verdicts[answer.verdict] += 1
         return pb.BatchVerifyResponse(responses=map(_verify_response, answers))
@@ -87,42 +98,45 @@ class TokenService(pb_grpc.TokenServiceServicer):
 
 
 def _verify_response(answer: Answer) -> pb.VerifyResponse:
-    record = answer.record
-    return pb.VerifyResponse(
-        verdict=pb.Verdict.ValueType(answer.verdict),
-        token=None if record is None else _token(record),
-        revision=answer.revision,
-    )
+    verdict = pb.Verdict.ValueType(answer.verdict)
+    if answer.record is None:
+        return pb.VerifyResponse(verdict=verdict, revision=answer.revision)
+    return pb.VerifyResponse(verdict=verdict, token=_token(answer.record), revision=answer.revision)
 
 
 def _token(record: TokenRecord) -> pb.Token:
-    return pb.Token(
+    token = pb.Token(
         id=record.id,
         account_id=record.account_id,
         name=record.name,
         scope=pb.Scope.ValueType(record.scope),
         create_time=_timestamp(record.create_time),
-        expire_time=_timestamp(record.expire_time),
-        last_used_time=_timestamp(record.last_used_time),
         hint=record.hint,
-        labels=record.labels,
     )
+    # Set only where they are there: each field passed costs a Verify, None and {} as well.
+    if record.expire_time is not None:
+        token.expire_time.CopyFrom(_timestamp(record.expire_time))
+    if record.last_used_time is not None:
+        token.last_used_time.CopyFrom(_timestamp(record.last_used_time))
+    if record.labels:
+        token.labels.update(record.labels)
+    return token
 
 
 def _receipt(deletion: Deletion) -> pb.Receipt:
     return pb.Receipt(
         commit_time=_timestamp(deletion.commit_time),
-        effective_time=_timestamp(deletion.effective_time),
+        effective_time=(
+            None if deletion.effective_time is None else _timestamp(deletion.effective_time)
+        ),
         revision=deletion.revision,
         verifiers_acknowledged=deletion.verifiers_acknowledged,
         verifiers_outwaited=deletion.verifiers_outwaited,
     )
 
 
-def _timestamp(moment: datetime | None) -> timestamp_pb2.Timestamp | None:
+def _timestamp(moment: datetime) -> timestamp_pb2.Timestamp:
     # Not FromDatetime: it takes four times as long, and Verify does this for each time it sends.
-    if moment is None:
-        return None
     since = moment - _EPOCH
     return timestamp_pb2.Timestamp(
         seconds=since.days * 86_400 + since.seconds, nanos=since.microseconds * 1_000

@@ -32,7 +32,8 @@ HINT_CHARACTERS = 4
 # Any prefix is read, whatever the setting: the tag covers it, and a changed setting must not
 # kill live tokens. [0-9A-Za-z] and not \w, which takes in other scripts' letters.
 _SHAPE = re.compile(r"[a-z]{2,10}_[0-9A-Za-z]{57}")
-_VALUE = {character: value for value, character in enumerate(ALPHABET)}
+# Digits are read in pairs, which takes half the time.
+_PAIRS = {a + b: x * 62 + y for x, a in enumerate(ALPHABET) for y, b in enumerate(ALPHABET)}
 
 
 class Secret:
@@ -116,7 +117,7 @@ class Keyring:
         if not _SHAPE.fullmatch(presented):
             raise Malformed
         tagged, checksum = presented[:-CHECKSUM_DIGITS], presented[-CHECKSUM_DIGITS:]
-        if checksum != _checksum(tagged):
+        if _number(checksum) != zlib.crc32(tagged.encode()):
             raise Malformed
         body, tag = tagged[:-TAG_DIGITS].encode(), _number(tagged[-TAG_DIGITS:])
         for pepper in self.peppers:
@@ -145,8 +146,8 @@ def _base62(number: int, digits: int) -> str:
 
 
 def _number(text: str) -> int:
-    """Return the number that `text` (base62 digits only) stands for."""
+    """Return the number that `text` (an even number of base62 digits) stands for."""
     number = 0
-    for character in text:
-        number = number * 62 + _VALUE[character]
+    for place in range(0, len(text), 2):
+        number = number * 3844 + _PAIRS[text[place : place + 2]]
     return number

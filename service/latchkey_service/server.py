@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
@@ -19,6 +19,7 @@ from latchkey_service import peppers
 from latchkey_service.calls import Calls
 from latchkey_service.config import Settings
 from latchkey_service.errors import StoreUnavailable
+from latchkey_service.health import Health
 from latchkey_service.log import Counts, logger
 from latchkey_service.lookup import Lookup
 from latchkey_service.rpc import TokenService
@@ -59,7 +60,7 @@ class Server:
 
     def __init__(self, settings: Settings, calls: Calls, service: TokenService) -> None:
         self._server = _transport(settings.transport)
-        self._health = health.aio.HealthServicer()
+        self._health = Health(("", SERVICE))
         registrar: Any = _Registrar(self._server, calls)
         pb_grpc.add_TokenServiceServicer_to_server(service, registrar)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, registrar)
@@ -75,19 +76,18 @@ class Server:
 
     async def start(self) -> None:
         """Serve, with health at NOT_SERVING until told otherwise."""
-        await self.set_serving(serving=False)
         await self._server.start()
 
-    async def set_serving(self, *, serving: bool) -> None:
+    def set_serving(self, *, serving: bool) -> None:
         """Say on the health service whether calls are likely to succeed."""
-        status = health_pb2.HealthCheckResponse
-        for name in ("", SERVICE):
-            await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+        self._health.set_serving(serving=serving)
 
     async def stop(self, grace_seconds: float) -> None:
         """Say so, let calls in flight finish, then end those that have not."""
-        await self._health.enter_graceful_shutdown()
+        self._health.stop()
         await asyncio.sleep(DRAIN_SECONDS)
+        # Else they would take up the whole grace.
+        self._health.end_watches()
         await self._server.stop(grace_seconds)
 
 
@@ -104,7 +104,7 @@ async def running(settings: Settings) -> AsyncIterator[Server]:
     verifier = Verifier(keyring, lookup, _now)
     tokens = Tokens(store, keyring, settings.secret_prefix, _now, os.urandom)
     calls = Calls(counts, settings.log_verify_share, time.monotonic)
-    server = Server(settings, calls, TokenService(tokens, verifier, counts))
+    server = Server(settings, calls, TokenService(tokens, verifier, counts, time.monotonic))
     await server.start()
     retention = timedelta(days=settings.tombstone_retention_days)
     background = [
@@ -189,7 +189,7 @@ async def _follow_store(server: Server, store: Store) -> None:
             log.exception("the database answers strangely")
             answers = False
         if answers != serving:
-            await server.set_serving(serving=answers)
+            server.set_serving(serving=answers)
             (log.info if answers else log.warning)("health", serving=answers)
             serving = answers
         await asyncio.sleep(PROBE_SECONDS)

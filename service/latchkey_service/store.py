@@ -8,9 +8,10 @@ the driver is translated here, by class or SQLSTATE: nothing above knows asyncpg
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -35,11 +36,15 @@ STATEMENT_TIMEOUT_SECONDS = 2.0
 CONNECT_TIMEOUT_SECONDS = 1.0
 # A row lock is held for one commit; past this something is stuck and the caller may retry.
 LOCK_TIMEOUT = "1500ms"
+CLIENT_CHECK_INTERVAL = "250ms"
 # Management calls are rare beside verifies; ten connections keep 2 cores of Postgres busy.
 POOL_SIZE_MAX = 10
 
 _COLUMNS = """t.id, t.account_id, t.name, t.scope, t.create_time, t.expire_time,
        t.last_used_time, t.delete_time, t.hint, t.labels"""
+_COLUMN_COUNT = 10
+_SCOPES = tuple(Scope)
+_NO_LABELS: Mapping[str, str] = MappingProxyType({})
 
 # The records of up to 1,000 digests, with the revision of the same snapshot. One row at least:
 # `head` comes first, so that the revision is known even when nothing matches.
@@ -48,6 +53,16 @@ SELECT h.revision, s.digest, {_COLUMNS}
   FROM head h
   LEFT JOIN (secret s JOIN token t ON t.id = s.token_id) ON s.digest = ANY($1::bytea[])
 """  # noqa: S608 - constants only
+
+# After these nothing is known of the connection, and it is not used again.
+_BROKEN = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,  # TimeoutError included
+    asyncio.CancelledError,
+)
 
 
 class _Connection(asyncpg.Connection):
@@ -85,8 +100,10 @@ class Deletion:
 class Store:
     """The tables, as methods. All raise StoreUnavailable when Postgres does not answer in time."""
 
-    def __init__(self, pool: asyncpg.Pool) -> None:
+    def __init__(self, pool: asyncpg.Pool, database_url: str) -> None:
         self._pool = pool
+        self._database_url = database_url
+        self._probe: asyncpg.Connection[asyncpg.Record] | None = None
 
     @classmethod
     async def open(cls, database_url: str) -> "Store":
@@ -98,10 +115,11 @@ class Store:
             connection_class=_Connection,
             **_options(),
         )
-        return cls(pool)
+        return cls(pool, database_url)
 
     async def close(self) -> None:
         """Give up all connections, waiting a bounded time for those in use."""
+        self._drop_probe()
         try:
             async with asyncio.timeout(STATEMENT_TIMEOUT_SECONDS):
                 await self._pool.close()
@@ -109,10 +127,21 @@ class Store:
             self._pool.terminate()
 
     async def ping(self) -> None:
-        """Tell whether Postgres answers and is one that can be written to."""
-        async with self._session() as session:
-            if await session.fetchval("SELECT pg_is_in_recovery()"):
-                raise StoreUnavailable("The database is a standby that cannot be written to.")
+        """Tell whether Postgres answers and is one that can be written to. One call at a time.
+
+        On a connection of its own: that the pool's are all taken, by calls that wait for one row
+        for example, is no outage of Postgres.
+        """
+        try:
+            if self._probe is None or self._probe.is_closed():
+                self._probe = await connect(self._database_url)
+            with translated():
+                standby = await self._probe.fetchval("SELECT pg_is_in_recovery()")
+        except BaseException:
+            self._drop_probe()
+            raise
+        if standby:
+            raise StoreUnavailable("The database is a standby that cannot be written to.")
 
     async def register_pepper(self, pepper_id: str) -> None:
         """Make a pepper known. Idempotent."""
@@ -204,7 +233,7 @@ class Store:
         None: the account never had it. One transaction: the tombstone, the next revision and the
         log entry stand together or not at all.
         """
-        async with self._session() as session, session.transaction():
+        async with self._transaction() as session:
             # The token's row is locked before head's, always in this order: no deadlock. Of two
             # deletions of one token, the second waits here and then finds delete_time set.
             deleted = await session.fetchrow(
@@ -250,6 +279,28 @@ class Store:
             )
         return int(status.removeprefix("DELETE "))
 
+    def _drop_probe(self) -> None:
+        probe, self._probe = self._probe, None
+        if probe is not None:
+            probe.terminate()
+
+    @contextlib.asynccontextmanager
+    async def _transaction(self) -> "AsyncIterator[_Session]":
+        """Lend a connection in a transaction: committed at the end, rolled back on an error."""
+        async with self._session() as session:
+            transaction = session.transaction()
+            await transaction.start()
+            try:
+                yield session
+            except _BROKEN:
+                # Rolled back by Postgres when the connection ends, as it does in `_session`. To
+                # wait for the answer to a ROLLBACK would be another wait on a frozen server.
+                raise
+            except BaseException:
+                await transaction.rollback()
+                raise
+            await transaction.commit()
+
     @contextlib.asynccontextmanager
     async def _session(self) -> "AsyncIterator[_Session]":
         """Lend a connection; translate what goes wrong with it, waiting for one included."""
@@ -257,8 +308,9 @@ class Store:
             async with self._pool.acquire(timeout=STATEMENT_TIMEOUT_SECONDS) as session:
                 try:
                     yield session
-                except (TimeoutError, asyncio.CancelledError):
-                    # Else the release would wait until a frozen server has cancelled the query.
+                except _BROKEN:
+                    # Else the release would wait until a frozen server has cancelled the query,
+                    # or hand on a connection that is ended but has not been told so yet.
                     session.terminate()
                     raise
 
@@ -288,6 +340,7 @@ def translated() -> Iterator[None]:
         asyncpg.InvalidAuthorizationSpecificationError,  # 28xxx: also while roles are restored
         asyncpg.InvalidCatalogNameError,  # 3D000: also while the database is restored
         asyncpg.InterfaceError,  # the driver's own word for a connection that is closing
+        asyncpg.InternalClientError,  # and for one that ended between two of its messages
         OSError,  # TimeoutError included
     ) as error:
         raise StoreUnavailable("The database does not answer; try again shortly.") from error
@@ -295,18 +348,20 @@ def translated() -> Iterator[None]:
 
 def record_of(row: asyncpg.Record) -> TokenRecord:
     """Return the token that a row with the token's columns holds."""
-    labels = row["labels"]
+    # The columns are the last of every row. By place, not by name: Verify does this for each.
+    columns = row[-_COLUMN_COUNT:]
+    token_id, account_id, name, scope, created, expires, last_used, deleted, hint, labels = columns
     return TokenRecord(
-        row["id"],
-        row["account_id"],
-        row["name"],
-        Scope(row["scope"]),
-        row["create_time"],
-        row["expire_time"],
-        row["hint"],
-        {} if labels == "{}" else json.loads(labels),
-        row["last_used_time"],
-        row["delete_time"],
+        token_id,
+        account_id,
+        name,
+        _SCOPES[scope],
+        created,
+        expires,
+        hint,
+        _NO_LABELS if labels == "{}" else json.loads(labels),
+        last_used,
+        deleted,
     )
 
 
@@ -340,6 +395,9 @@ def _options() -> dict[str, Any]:
             # A second bound, on the server: work that nobody waits for any more must end too.
             "statement_timeout": f"{int(STATEMENT_TIMEOUT_SECONDS * 1000)}ms",
             "idle_in_transaction_session_timeout": "10s",
+            # A connection that was given up ends by this also while it waits for a lock. Else
+            # callers with short deadlines would pile up connections behind one row.
+            "client_connection_check_interval": CLIENT_CHECK_INTERVAL,
             "jit": "off",
         },
     }

@@ -39,21 +39,24 @@ class Verifier:
         self._lookup = lookup
         self._now = now
 
-    async def verify(self, presented: str, required_scope: int) -> Answer:
-        """Return the answer to one question. At most one round trip, shared with others'."""
+    async def verify(self, presented: str, required_scope: int, deadline: float) -> Answer:
+        """Return the answer to one question. At most one round trip, shared with others'.
+
+        Raises StoreUnavailable, Overloaded, and Unavailable at `deadline` (monotonic seconds).
+        """
         digest = self._parse(presented)
         if isinstance(digest, Answer):
             return digest
-        found = await self._lookup.find(digest)
+        found = await self._lookup.find(digest, deadline)
         # The clock is read after the wait: expiry is judged at the moment of the answer.
         verdict = decide(found.record, required_scope, self._now())
         return Answer(verdict, found.record, found.revision)
 
-    async def verify_batch(self, questions: Sequence[Question]) -> list[Answer]:
-        """Return the answers to up to 1,000 questions, in order. At most one query for all."""
+    async def verify_batch(self, questions: Sequence[Question], deadline: float) -> list[Answer]:
+        """Return the answers to up to 1,000 questions, in order. One query at most; else `verify`."""
         parsed = [self._parse(presented) for presented, _ in questions]
         digests = [digest for digest in parsed if isinstance(digest, bytes)]
-        founds = iter(await self._lookup.find_all(digests) if digests else ())
+        founds = iter(await self._lookup.find_all(digests, deadline) if digests else ())
         now = self._now()
         answers = []
         for digest, (_, required_scope) in zip(parsed, questions, strict=True):

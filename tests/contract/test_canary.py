@@ -93,7 +93,7 @@ async def test_the_secret_is_nowhere(logs, channel, stub, create, database_url, 
         await attempt(method, b"\x0a\x3f\xff" + secret.encode())
 
     # An unforeseen failure whose own text quotes the secret, and one whose cause does.
-    async def fail(self, digests):
+    async def fail(self, digests, deadline):
         try:
             raise KeyError(secret)
         except KeyError as cause:

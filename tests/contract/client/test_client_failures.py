@@ -18,6 +18,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     from google.protobuf.message import Message
 
@@ -57,7 +58,8 @@ async def test_every_call_has_a_deadline(fake: FakeLatchkey, rpc: str) -> None:
         await METHODS[rpc](client, timeout_seconds=77.0)
     for call, expected in zip(fake.calls, (default, 77.0, 33.0, 77.0), strict=True):
         assert call.seconds_left is not None
-        assert expected / 2 < call.seconds_left <= expected + 0.1
+        # Room for a busy machine, and still none to mistake one deadline for another.
+        assert max(0.0, expected - 3) < call.seconds_left <= expected + 0.1
 
 
 @every_rpc
@@ -70,7 +72,7 @@ async def test_a_server_that_hangs_ends_with_the_deadline(
     with pytest.raises(latchkey.DeadlineExceeded) as caught:
         await METHODS[rpc](client, timeout_seconds=0.1)
     assert time.monotonic() - started < 2
-    assert fake.count(rpc) == 1
+    assert fake.count(rpc) <= 1  # 0 when the machine is too busy to connect in time
     assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
@@ -113,7 +115,7 @@ async def test_a_passing_failure_goes_unnoticed(
     assert second.at - first.at >= 0.3
     assert first.seconds_left is not None
     assert second.seconds_left is not None
-    assert second.seconds_left <= first.seconds_left - 0.3 + 0.05  # one deadline for both
+    assert second.seconds_left < first.seconds_left - 0.05  # one deadline for both
 
 
 async def test_no_waiting_past_the_deadline(client: latchkey.Client, fake: FakeLatchkey) -> None:
@@ -146,22 +148,26 @@ async def test_nobody_answering(silent_target: str) -> None:
             await client.get("acme", "t1", timeout_seconds=0.2)
 
 
-async def test_service_back_after_a_restart(client: latchkey.Client, fake: FakeLatchkey) -> None:
+async def test_service_back_after_a_restart(fake: FakeLatchkey, tmp_path: Path) -> None:
     """The same client finds a service that was away, without waiting out a long backoff."""
     fake.on("Get", fake.says(ANSWERS["Get"]))
-    await client.get("acme", "t1")
-    address = fake.target
+    # A socket of its own: a port could be somebody else's when it is needed again.
+    address = f"unix:{tmp_path}/s"
     await fake.stop()
-    with pytest.raises(latchkey.Unavailable):
-        await client.get("acme", "t1")
     await fake.start(address)
-    end = time.monotonic() + 10
-    while True:
-        try:
+    async with latchkey.Client(address) as client:
+        await client.get("acme", "t1")
+        await fake.stop()
+        with pytest.raises(latchkey.Unavailable):
             await client.get("acme", "t1")
-            break
-        except latchkey.Unavailable:
-            assert time.monotonic() < end
+        await fake.start(address)
+        end = time.monotonic() + 10
+        while True:
+            try:
+                await client.get("acme", "t1")
+                break
+            except latchkey.Unavailable:
+                assert time.monotonic() < end
 
 
 async def test_an_answer_that_cannot_be_read(caplog: pytest.LogCaptureFixture) -> None:
@@ -257,10 +263,10 @@ async def test_a_secret_is_never_said(
         ):
             fake.on("Verify", answer)
             with pytest.raises(latchkey.LatchkeyError) as caught:
-                await verifier.verify(secret, Scope.READ, timeout_seconds=0.3)
+                await verifier.verify(secret, Scope.READ)
             shown += "".join(traceback.format_exception(caught.value))
             shown += repr(caught.value) + repr(vars(caught.value))
-    assert fake.count("Verify") >= 4
+    assert fake.count("Verify") >= 3
     assert "Verify" in caplog.text
     # The random part, wherever it may be cut.
     for piece in (secret, secret[3:30], secret[20:46]):

@@ -125,29 +125,38 @@ async def ask(
     channel: grpc.aio.Channel,
     kind: str,
     *authorization: str,
+    send: bool = True,
     timeout: float | None = 10.0,  # noqa: ASYNC109 - gRPC's own, sent to the server
 ) -> list[bytes]:
-    """Call a method of Demo with these authorization values and return its answers."""
+    """Call a method of Demo with these authorization values and return its answers.
+
+    Without `send`, request streams stay silent: gRPC's Python client reports INTERNAL for a stream
+    that is refused, by whatever server, while it is writing.
+    """
     options: Any = {
         "metadata": tuple(("authorization", value) for value in authorization),
         "timeout": timeout,
     }
     untyped: Any = channel  # the stubs cannot tell the type of raw bytes
     method, short = f"/demo.Demo/{kind}", kind.removeprefix("sync_")[:2]
+    requests = iter([b"hi"]) if send else None
     if short == "uu":
         return [await untyped.unary_unary(method)(b"hi", **options)]
     if short == "su":
-        return [await untyped.stream_unary(method)(iter([b"hi"]), **options)]
+        return [await untyped.stream_unary(method)(requests, **options)]
     if short == "us":
         return [answer async for answer in untyped.unary_stream(method)(b"hi", **options)]
-    return [answer async for answer in untyped.stream_stream(method)(iter([b"hi"]), **options)]
+    call = untyped.stream_stream(method)(requests, **options)
+    if not send:
+        return [await call.read()]
+    return [answer async for answer in call]
 
 
 async def refused(
     channel: grpc.aio.Channel, kind: str, *authorization: str, **options: Any
 ) -> grpc.aio.AioRpcError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await ask(channel, kind, *authorization, **options)
+        await ask(channel, kind, *authorization, send=False, **options)
     return caught.value
 
 

@@ -1,0 +1,60 @@
+"""What scripts read: JSON with the names of the proto. A key that is there once is always there.
+
+Times are RFC 3339 in UTC, or null. Enums are as in the proto: SCOPE_READ, VERDICT_VALID.
+"""
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    # For types alone: completing a word on the command line does not wait for gRPC.
+    from latchkey import CreatedToken, Receipt, Token, Verification
+
+__all__ = ["created", "receipt", "token", "verification"]
+
+
+def created(answer: "CreatedToken") -> dict[str, Any]:
+    """Return a new token with its secret."""
+    return {"token": token(answer.token), "secret": answer.secret.reveal()}
+
+
+def token(token: "Token") -> dict[str, Any]:
+    """Return a token."""
+    return {
+        "id": token.id,
+        "account_id": token.account_id,
+        "name": token.name,
+        "scope": f"SCOPE_{token.scope.name}",
+        "create_time": _time(token.create_time),
+        "expire_time": _time(token.expire_time),
+        "last_used_time": _time(token.last_used_time),
+        "hint": token.hint,
+        "labels": dict(sorted(token.labels.items())),
+    }
+
+
+def receipt(receipt: "Receipt") -> dict[str, Any]:
+    """Return the proof of a deletion."""
+    return {
+        "commit_time": _time(receipt.commit_time),
+        "effective_time": _time(receipt.effective_time),
+        "revision": receipt.revision,
+        "verifiers_acknowledged": receipt.verifiers_acknowledged,
+        "verifiers_outwaited": receipt.verifiers_outwaited,
+    }
+
+
+def verification(answer: "Verification") -> dict[str, Any]:
+    """Return the answer to a verify."""
+    return {
+        "verdict": f"VERDICT_{answer.verdict.name}",
+        "token": None if answer.token is None else token(answer.token),
+        "revision": answer.revision,
+    }
+
+
+def _time(moment: datetime | None) -> str | None:
+    if moment is None:
+        return None
+    # Always with microseconds: all times have one length, and sort as text.
+    return moment.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

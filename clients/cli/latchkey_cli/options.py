@@ -1,0 +1,107 @@
+"""Options that several commands share, each defined once."""
+
+import enum
+import math
+from typing import Annotated, Final
+
+import typer
+
+from latchkey_cli.times import Expiry, parse_expiry
+
+__all__ = [
+    "AccountOption",
+    "ExpiresOption",
+    "JsonOption",
+    "LabelOption",
+    "ScopeName",
+    "TargetOption",
+    "TimeoutOption",
+    "labels_of",
+]
+
+# Every wait ends. Longer than this is a typo, and gRPC counts in nanoseconds.
+TIMEOUT_SECONDS_MAX: Final = 3_600.0
+
+
+class ScopeName(enum.StrEnum):
+    """A scope as people type it."""
+
+    READ = "read"
+    WRITE = "write"
+
+
+def _expires(text: str) -> Expiry:
+    try:
+        return parse_expiry(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _timeout(value: float | None) -> float | None:
+    if value is not None and not (math.isfinite(value) and 0 < value <= TIMEOUT_SECONDS_MAX):
+        raise typer.BadParameter(f"give more than 0 and at most {TIMEOUT_SECONDS_MAX:.0f} seconds")
+    return value
+
+
+def _target(value: str) -> str:
+    if not value.strip():
+        raise typer.BadParameter("give HOST:PORT, such as 127.0.0.1:50051, or unix:PATH")
+    return value
+
+
+def labels_of(pairs: list[str]) -> dict[str, str]:
+    """Return the labels that `KEY=VALUE` pairs say. Raises typer.BadParameter."""
+    labels: dict[str, str] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise typer.BadParameter("give KEY=VALUE", param_hint="--label")
+        if key in labels:
+            raise typer.BadParameter(f"{key!r} is given twice", param_hint="--label")
+        labels[key] = value
+    return labels
+
+
+AccountOption = Annotated[
+    str,
+    typer.Option(
+        "--account", "-a", envvar="LATCHKEY_ACCOUNT", metavar="ID", help="Owner of the tokens."
+    ),
+]
+TargetOption = Annotated[
+    str,
+    typer.Option(
+        "--target",
+        envvar="LATCHKEY_TARGET",
+        metavar="HOST:PORT",
+        callback=_target,
+        help="Where Latchkey listens; unix:PATH too.",
+    ),
+]
+TimeoutOption = Annotated[
+    float | None,
+    typer.Option(
+        "--timeout",
+        metavar="SECONDS",
+        callback=_timeout,
+        show_default=False,
+        help="How long one call may take; by default 5, for delete 10.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+ExpiresOption = Annotated[
+    Expiry | None,
+    typer.Option(
+        "--expires",
+        parser=_expires,
+        metavar="WHEN",
+        show_default="never",
+        help="90m, 12h, 30d, a date (from 0:00 local time), 2030-01-31T18:00:00Z, or never.",
+    ),
+]
+LabelOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--label", metavar="KEY=VALUE", show_default=False, help="A label; may be repeated."
+    ),
+]

@@ -1,0 +1,129 @@
+"""One connection to the service, for commands that are plain functions.
+
+It owns the event loop, and the translation of the client library's errors into failures. Prompts
+come between the calls and not inside the loop, which would keep the first Ctrl-C to itself.
+"""
+
+import asyncio
+import os
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+# Before grpc is loaded: its core writes lines of its own to standard error.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+import latchkey
+
+from latchkey_cli.failures import Exit, Failure
+
+__all__ = ["Doing", "Session"]
+
+T = TypeVar("T")
+
+_AGAIN: Final = "try again"
+
+
+@dataclass(frozen=True, slots=True)
+class Doing:
+    """What a call is for ("get token X"), and what to do when its answer is lost."""
+
+    what: str
+    if_lost: str = _AGAIN
+
+
+class Session:
+    """A client and the loop that it lives on. Use it as a context manager, in the main thread."""
+
+    def __init__(self, target: str, timeout_seconds: float | None) -> None:
+        self._target = target
+        self._runner = asyncio.Runner()
+        self.client = latchkey.Client(target, timeout_seconds=timeout_seconds)
+
+    def run(self, call: Coroutine[Any, Any, T], doing: Doing) -> T:
+        """Return what `call` returns. Raises Failure, also on Ctrl-C."""
+        try:
+            return self._runner.run(call)
+        except latchkey.LatchkeyError as error:
+            failure = _failure(error, doing, self._target)
+        except KeyboardInterrupt:
+            to_do = "nothing was changed" if doing.if_lost == _AGAIN else doing.if_lost
+            failure = Failure(
+                f"interrupted while trying to {doing.what}",
+                to_do,
+                Exit.INTERRUPTED,
+                code="INTERRUPTED",
+            )
+        # Outside the handler: no traceback, should there ever be one, drags the original along.
+        raise failure
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self._runner.run(self.client.close())
+        finally:
+            self._runner.close()
+
+
+def _failure(error: latchkey.LatchkeyError, doing: Doing, target: str) -> Failure:
+    """Return `error` in the words of this tool: the library speaks of its own methods."""
+    what, to_do, exit_code = _words(error, doing, target)
+    violations: list[tuple[str, str]] = []
+    if isinstance(error, latchkey.InvalidArgument):
+        violations = [(v.field, v.description) for v in error.field_violations]
+    return Failure(
+        f"cannot {doing.what}: {what}",
+        to_do,
+        exit_code,
+        code=error.code.name,
+        reason=error.reason,
+        request_id=error.request_id,
+        field_violations=violations,
+        detail=str(error),
+    )
+
+
+def _words(error: latchkey.LatchkeyError, doing: Doing, target: str) -> tuple[str, str, Exit]:
+    match error:
+        case latchkey.InvalidArgument():
+            wrong = [f"{v.field}: {v.description.rstrip('. ')}" for v in error.field_violations]
+            return "; ".join(wrong) or str(error), "correct it and try again", Exit.USAGE
+        case latchkey.NotFound():
+            to_do = "check --account and the ID, 'latchkey list' shows what there is"
+            return "the account has no such token", to_do, Exit.NOT_FOUND
+        case latchkey.AlreadyExists():
+            to_do = "choose another name, or delete that token first"
+            return "a live token of the account has that name", to_do, Exit.ALREADY_EXISTS
+        case latchkey.PermissionDenied():
+            return "permission denied", "ask whoever runs Latchkey for access", Exit.DENIED
+        case latchkey.Unauthenticated():
+            return "Latchkey does not know this caller", "check its credentials", Exit.DENIED
+        case latchkey.DeadlineExceeded():
+            to_do = f"{doing.if_lost}; --timeout allows more time"
+            return f"{target} did not answer in time", to_do, Exit.UNAVAILABLE
+        case latchkey.Unavailable() if error.reason:
+            # Latchkey itself said so: it is there, and something behind it is not.
+            return f"{target} cannot answer now ({error.reason})", doing.if_lost, Exit.UNAVAILABLE
+        case latchkey.Unavailable():
+            to_do = (
+                f"check --target and that Latchkey runs there ('latchkey serve'), {_then(doing)}"
+            )
+            return f"no answer from {target}", to_do, Exit.UNAVAILABLE
+        case latchkey.ResourceExhausted():
+            return f"{target} takes no more work now", "try again later", Exit.UNAVAILABLE
+        case _:
+            # Its text says it best, and ends with what to do.
+            to_do = f"check that '{target}' is Latchkey, and its log"
+            return str(error).rstrip(". "), to_do, Exit.UNEXPECTED
+
+
+def _then(doing: Doing) -> str:
+    return f"then {doing.if_lost}"

@@ -1,0 +1,169 @@
+"""What people read: tables and short texts for a console.
+
+Every string of the service's goes through `visible` into a Text, so that no name is taken for
+markup or obeyed by the terminal.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from latchkey_cli.text import visible
+from latchkey_cli.times import local, relative
+
+if TYPE_CHECKING:
+    # For types alone: completing a word on the command line does not wait for gRPC.
+    from latchkey import Receipt, Token, Verification
+
+__all__ = ["TokenTable", "describe_token", "print_receipt", "print_verification", "short_token"]
+
+# From this width on a row takes one line. Below, it takes two, which hold all that one does.
+_WIDE: Final = 110
+_GAP: Final = 2
+
+_VERDICTS: Final = {
+    "VALID": "the secret belongs to a live token{scope}",
+    "MALFORMED": "this is not a secret of Latchkey: wrong shape or checksum, perhaps a typo",
+    "UNKNOWN": "no token has this secret",
+    "DELETED": "the token was deleted",
+    "EXPIRED": "the token has expired",
+    "INSUFFICIENT_SCOPE": "the token is live, but does not include the scope {asked}",
+}
+
+
+class TokenTable:
+    """A table of tokens that is printed page by page, so that no account is too large for it."""
+
+    def __init__(self, output: Console) -> None:
+        self._output = output
+        self._wide = output.width >= _WIDE
+        self._names = ["Name", "Scope", "Created", "Expires", "Hint", "ID"]
+        if not self._wide:
+            self._names[0] += "\n" + self._names.pop()
+        self._widths = [max(map(cell_len, name.split("\n"))) for name in self._names]
+        self._first = True
+
+    def print_page(self, tokens: Sequence["Token"]) -> None:
+        """Print `tokens` below those before, in columns that are never narrower."""
+        now = datetime.now(UTC)
+        rows = [self._row(token, now) for token in tokens]
+        if not rows:
+            return
+        for column, width in enumerate(self._widths):
+            lines = (line for row in rows for line in row[column].plain.split("\n"))
+            self._widths[column] = max(width, *map(cell_len, lines))
+        # The name is what gives way, by folding: all the rest is short, or there to be copied.
+        gaps = _GAP * (len(self._widths) - 1)
+        room = self._output.width - sum(self._widths[1:]) - gaps
+        name_width = min(self._widths[0], max(room, len("Name")))
+        table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, show_header=self._first)
+        for name, width in zip(self._names, [name_width, *self._widths[1:]], strict=True):
+            table.add_column(name, width=width, overflow="fold", header_style="bold")
+        for row in rows:
+            table.add_row(*row)
+        self._output.print(table)
+        self._first = False
+
+    def _row(self, token: "Token", now: datetime) -> list[Text]:
+        """Return the cells of one token, of two lines each unless there is room for one."""
+        separator = " " if self._wide else "\n"
+        expires = Text("never", style="dim")
+        if token.expire_time is not None:
+            day = local(token.expire_time).partition(" ")[0]
+            expires = _expiry(day, token.expire_time, now, separator)
+        name = Text(visible(token.name), style="bold")
+        token_id = Text(visible(token.id), style="cyan")
+        cells = [
+            name if self._wide else Text("\n").join([name, token_id]),
+            _scope(token),
+            Text(local(token.create_time).replace(" ", separator, 1)),
+            expires,
+            Text(visible(token.hint), style="dim"),
+        ]
+        return [*cells, token_id] if self._wide else cells
+
+
+def describe_token(output: Console, token: "Token") -> None:
+    """Print one token with all that is known of it."""
+    now = datetime.now(UTC)
+    grid = Table.grid(padding=(0, _GAP, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row("Name", Text(visible(token.name), style="bold"))
+    grid.add_row("ID", Text(visible(token.id), style="cyan"))
+    grid.add_row("Account", Text(visible(token.account_id)))
+    grid.add_row("Scope", _scope(token))
+    grid.add_row("Created", Text(local(token.create_time, seconds=True)))
+    expires = Text("never")
+    if token.expire_time is not None:
+        expires = _expiry(local(token.expire_time, seconds=True), token.expire_time, now, " ")
+    grid.add_row("Expires", expires)
+    if token.last_used_time is not None:
+        used = local(token.last_used_time, seconds=True)
+        grid.add_row("Last used", Text(f"{used} ({relative(token.last_used_time, now)})"))
+    grid.add_row("Hint", Text(visible(token.hint)))
+    if token.labels:
+        labels = (f"{visible(key)}={visible(value)}" for key, value in sorted(token.labels.items()))
+        grid.add_row("Labels", Text("\n".join(labels)))
+    output.print(grid)
+
+
+def short_token(token: "Token") -> str:
+    """Return the token in one line, with what tells whether it is the right one."""
+    scope = token.scope.name.lower()
+    return f"'{visible(token.name)}' (scope {scope}, {visible(token.hint)}, {visible(token.id)})"
+
+
+def print_receipt(output: Console, token_id: str, receipt: "Receipt") -> None:
+    """Print what proves a deletion."""
+    output.print(Text.assemble(("Deleted", "bold green"), " ", (visible(token_id), "cyan")))
+    grid = Table.grid(padding=(0, _GAP, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row("Committed", Text(local(receipt.commit_time, seconds=True)))
+    grid.add_row("Revision", Text(str(receipt.revision)))
+    grid.add_row("Effective", Text(_effect(receipt)))
+    output.print(grid)
+
+
+def print_verification(output: Console, answer: "Verification", asked_scope: str | None) -> None:
+    """Print a verdict and what it is about."""
+    name = answer.verdict.name
+    meaning = _VERDICTS.get(name, "this version of latchkey does not know the answer: not allowed")
+    meaning = meaning.format(
+        scope=f" that includes the scope {asked_scope}" if asked_scope else "", asked=asked_scope
+    )
+    style = "bold green" if answer.allowed else "bold red"
+    output.print(Text.assemble((name, style), f": {meaning}"))
+    if answer.token is not None:
+        describe_token(output, answer.token)
+
+
+def _effect(receipt: "Receipt") -> str:
+    verifiers = receipt.verifiers_acknowledged + receipt.verifiers_outwaited
+    if not verifiers:
+        return f"dead everywhere since {local(receipt.effective_time, seconds=True)}"
+    milliseconds = (receipt.effective_time - receipt.commit_time).total_seconds() * 1_000
+    text = f"dead on {receipt.verifiers_acknowledged} of {verifiers} verifiers"
+    text += f" after {milliseconds:.0f} ms"
+    if receipt.verifiers_outwaited:
+        text += f"; {receipt.verifiers_outwaited} did not confirm and could not answer any more"
+    return text
+
+
+def _scope(token: "Token") -> Text:
+    # What may change things is what the eye should find.
+    style = "yellow" if token.scope.name == "WRITE" else ""
+    return Text(token.scope.name.lower(), style=style)
+
+
+def _expiry(text: str, moment: datetime, now: datetime, separator: str) -> Text:
+    hint = relative(moment, now)
+    if moment <= now:
+        return Text(f"{text}{separator}expired", style="red")
+    return Text(f"{text}{separator}{hint if separator != ' ' else f'({hint})'}")

@@ -1,0 +1,89 @@
+"""Moments and durations for people. Pure but for the local time zone."""
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from typing import Final
+
+__all__ = ["NEVER", "Expiry", "ago", "local", "parse_expiry", "relative"]
+
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+_DURATION: Final = re.compile(r"([0-9]{1,9})([smhdw])")
+_DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+# RFC 3339 §5.6. datetime.fromisoformat takes more than that, and guesses no zone.
+_RFC3339: Final = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?"
+    r"([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
+# The largest unit of which there are at least two is precise enough to plan with.
+_UNITS: Final = (
+    ("year", 365 * 86_400),
+    ("day", 86_400),
+    ("hour", 3_600),
+    ("minute", 60),
+    ("second", 1),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Expiry:
+    """When a new token ends: at a moment, after a duration, or (neither) never."""
+
+    expire_time: datetime | None = None
+    ttl: timedelta | None = None
+
+
+NEVER: Final = Expiry()
+
+
+def parse_expiry(text: str) -> Expiry:
+    """Return what `--expires` says. Raises ValueError, whose text says what is understood.
+
+    A duration is kept as one, for the service's clock to start it. A date is that day's first
+    moment here: when in doubt, a token ends sooner.
+    """
+    if text.lower() == "never":
+        return NEVER
+    try:
+        if match := _DURATION.fullmatch(text):
+            ttl = timedelta(seconds=int(match[1]) * _SECONDS[match[2]])
+            if not ttl:
+                raise ValueError("a duration is longer than 0")
+            return Expiry(ttl=ttl)
+        if _DATE.fullmatch(text):
+            midnight = datetime.combine(date.fromisoformat(text), time())
+            return Expiry(expire_time=midnight.astimezone())
+        if _RFC3339.fullmatch(text):
+            return Expiry(expire_time=datetime.fromisoformat(text.upper()))
+    except OverflowError:
+        raise ValueError("that is too far away; 'never' is the word for it") from None
+    raise ValueError(
+        "give a duration (90m, 12h, 30d), a date (2030-01-31), a time with its zone "
+        "(2030-01-31T18:00:00Z) or never"
+    )
+
+
+def local(moment: datetime, *, seconds: bool = False) -> str:
+    """Return `moment` in local time, with its zone."""
+    try:
+        moment = moment.astimezone()
+    except (OverflowError, OSError, ValueError):
+        # The ends of the calendar have no local time everywhere.
+        moment = moment.astimezone(UTC)
+    return moment.strftime(f"%Y-%m-%d %H:%M{':%S' if seconds else ''} %Z")
+
+
+def relative(moment: datetime, now: datetime) -> str:
+    """Return "in 29 days" or "3 hours ago"."""
+    difference = moment - now
+    words = ago(abs(difference))
+    return f"{words} ago" if difference < timedelta() else f"in {words}"
+
+
+def ago(duration: timedelta) -> str:
+    """Return "29 days": rounded, in the largest unit of which there are two."""
+    total = duration.total_seconds()
+    for name, seconds in _UNITS:
+        if total >= 2 * seconds:
+            return f"{round(total / seconds)} {name}s"
+    return "a moment"

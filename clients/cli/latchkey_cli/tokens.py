@@ -1,0 +1,257 @@
+"""The commands that manage tokens: `create`, `list`, `get` and `delete`."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from latchkey_cli import documents, output, tables
+from latchkey_cli.failures import ClosedPipe, Exit, Failure, worst
+from latchkey_cli.options import (
+    AccountOption,
+    ExpiresOption,
+    JsonOption,
+    LabelOption,
+    ScopeName,
+    TargetOption,
+    TimeoutOption,
+    labels_of,
+)
+from latchkey_cli.text import visible
+from latchkey_cli.times import NEVER
+
+if TYPE_CHECKING:
+    from latchkey import CreatedToken, Receipt
+
+    from latchkey_cli.session import Session
+
+__all__ = ["create", "delete", "get", "list_tokens"]
+
+TARGET = "127.0.0.1:50051"
+# The service's own maximum: the fewest round trips.
+PAGE_SIZE = 500
+
+
+def create(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name, unique among the account's tokens.")
+    ],
+    account: AccountOption,
+    scope: Annotated[
+        ScopeName,
+        typer.Option(
+            "--scope", case_sensitive=False, help="What the token may do; write includes read."
+        ),
+    ],
+    expires: ExpiresOption = None,
+    label: LabelOption = None,
+    target: TargetOption = TARGET,
+    timeout: TimeoutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Create a token and print its secret, which is never shown again.
+
+    When standard output is not a terminal, it gets the secret alone, and the
+    rest goes to standard error: latchkey create ci --scope read > FILE
+
+    With --json, standard output gets one object with token and secret.
+    """
+    labels = labels_of(label or [])
+    expiry = expires or NEVER
+    # Imported where needed: completing a word does not wait for gRPC.
+    from latchkey import Scope
+
+    from latchkey_cli.session import Doing, Session
+
+    if_lost = (
+        f"the token may exist: look for '{name}' in 'latchkey list' and delete it before trying "
+        "again"
+    )
+    with Session(target, timeout) as session:
+        call = session.client.create(
+            account,
+            name,
+            Scope[scope.name],
+            expire_time=expiry.expire_time,
+            ttl=expiry.ttl,
+            labels=labels,
+        )
+        created = session.run(call, Doing(f"create token '{name}'", if_lost))
+    try:
+        _hand_over(created, as_json=as_json)
+    except (OSError, ClosedPipe) as error:
+        reason = error.strerror if isinstance(error, OSError) else "its reader is gone"
+        raise Failure(
+            f"token {created.token.id} was created, but its secret could not be written: {reason}",
+            f"delete it ('latchkey delete {created.token.id}') and create another",
+            Exit.UNEXPECTED,
+            code="SECRET_NOT_WRITTEN",
+        ) from None
+
+
+def _hand_over(created: "CreatedToken", *, as_json: bool) -> None:
+    if as_json:
+        output.write(sys.stdout, output.to_json(documents.created(created)) + "\n")
+        return
+    secret = created.secret.reveal()
+    if output.is_terminal(sys.stdout):
+        tables.describe_token(output.console(sys.stdout), created.token)
+        # Without a frame or a wrap: it is there to be copied.
+        output.write(sys.stdout, f"\n{visible(secret)}\n\n")
+    else:
+        # First, so that nothing can come between the token and its secret.
+        output.write(sys.stdout, f"{secret}\n")
+        tables.describe_token(output.console(sys.stderr), created.token)
+    output.write(
+        sys.stderr,
+        "The secret is shown once and cannot be had again: store it now. "
+        "If it gets lost, delete the token and create another.\n",
+    )
+
+
+def list_tokens(
+    account: AccountOption,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, metavar="N", show_default=False, help="At most N tokens."),
+    ] = None,
+    target: TargetOption = TARGET,
+    timeout: TimeoutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the account's live tokens, newest first, all of them.
+
+    With --json it prints one array. An array without its end means that the
+    list is not complete, and the exit code says why.
+    """
+    from latchkey_cli.session import Doing, Session
+
+    doing = Doing(f"list the tokens of account '{account}'")
+    table = tables.TokenTable(output.console(sys.stdout))
+    left, page_token, printed = limit, "", 0
+    with Session(target, timeout) as session:
+        while True:
+            page = session.run(
+                session.client.list_page(
+                    account,
+                    page_size=PAGE_SIZE if left is None else min(left, PAGE_SIZE),
+                    page_token=page_token,
+                ),
+                doing,
+            )
+            tokens = page.tokens if left is None else page.tokens[:left]
+            if as_json:
+                for number, token in enumerate(tokens, start=printed):
+                    start = ",\n" if number else "[\n"
+                    line = output.to_json(documents.token(token), indent=None)
+                    output.write(sys.stdout, start + line)
+            else:
+                table.print_page(tokens)
+            printed += len(tokens)
+            left = None if left is None else left - len(tokens)
+            # The same page again would never end; a page can be empty and not the last.
+            if left == 0 or page.next_page_token in ("", page_token):
+                break
+            page_token = page.next_page_token
+    if as_json:
+        output.write(sys.stdout, "\n]\n" if printed else "[]\n")
+    elif not printed:
+        output.write(sys.stderr, f"Account '{visible(account)}' has no tokens.\n")
+
+
+def get(
+    token_id: Annotated[str, typer.Argument(metavar="ID", help="ID of the token.")],
+    account: AccountOption,
+    target: TargetOption = TARGET,
+    timeout: TimeoutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show one token."""
+    from latchkey_cli.session import Doing, Session
+
+    with Session(target, timeout) as session:
+        doing = Doing(f"get token '{token_id}' of account '{account}'")
+        token = session.run(session.client.get(account, token_id), doing)
+    if as_json:
+        output.write(sys.stdout, output.to_json(documents.token(token)) + "\n")
+    else:
+        tables.describe_token(output.console(sys.stdout), token)
+
+
+def delete(
+    token_ids: Annotated[list[str], typer.Argument(metavar="ID", help="IDs of the tokens.")],
+    account: AccountOption,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    target: TargetOption = TARGET,
+    timeout: TimeoutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete tokens for good: once this is done, no verify calls them valid, anywhere.
+
+    It asks before each, unless --yes is given; without a terminal to ask on,
+    --yes is required. Deleting a deleted token again prints the same receipt.
+
+    With several IDs each result is told, and the exit code is the worst one;
+    1 if nothing failed but you said no. With --json it prints an array with
+    the receipt or the error of each.
+    """
+    if not yes and not (output.is_terminal(sys.stdin) and output.is_terminal(sys.stderr)):
+        raise Failure(
+            "there is no terminal to ask on", "pass --yes to delete", Exit.USAGE, code="USAGE"
+        )
+    from latchkey_cli.session import Session
+
+    codes: list[Exit] = []
+    results: list[dict[str, Any]] = []
+    declined = False
+    with Session(target, timeout) as session:
+        for token_id in token_ids:
+            try:
+                receipt = _delete_one(session, account, token_id, ask=not yes)
+            except Failure as failure:
+                output.report(failure, as_json=as_json)
+                codes.append(failure.exit_code)
+                results.append({"id": token_id, "error": failure.document()})
+                if failure.exit_code is Exit.INTERRUPTED:
+                    break
+                continue
+            if receipt is None:
+                declined = True
+                output.write(sys.stderr, f"Kept {visible(token_id)}.\n")
+                continue
+            results.append({"id": token_id, "receipt": documents.receipt(receipt)})
+            if not as_json:
+                tables.print_receipt(output.console(sys.stdout), token_id, receipt)
+    if as_json:
+        output.write(sys.stdout, output.to_json(results) + "\n")
+    code = worst(codes)
+    raise typer.Exit(Exit.UNEXPECTED if declined and code is Exit.OK else code)
+
+
+def _delete_one(session: "Session", account: str, token_id: str, *, ask: bool) -> "Receipt | None":
+    """Delete one token; return its receipt, or None when the person says no. Raises Failure."""
+    from latchkey_cli.session import Doing
+
+    name = f"token '{token_id}' of account '{account}'"
+    if ask:
+        try:
+            token = session.run(session.client.get(account, token_id), Doing(f"get {name}"))
+        except Failure as failure:
+            # It may be deleted already, and then there is a receipt to show and nothing to lose.
+            if failure.exit_code is not Exit.NOT_FOUND:
+                raise
+        else:
+            question = f"Delete {tables.short_token(token)} of account '{visible(account)}'? [y/N] "
+            if not _confirmed(question):
+                return None
+    if_lost = "the deletion may stand but is not confirmed: run this again for its receipt"
+    return session.run(session.client.delete(account, token_id), Doing(f"delete {name}", if_lost))
+
+
+def _confirmed(question: str) -> bool:
+    """Ask on standard error, so that standard output stays clean. End of input means no."""
+    output.write(sys.stderr, question)
+    answer = sys.stdin.readline()
+    if not answer.endswith("\n"):
+        output.write(sys.stderr, "\n")
+    return answer.strip().lower() in ("y", "yes")

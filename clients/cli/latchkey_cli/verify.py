@@ -1,0 +1,74 @@
+"""The command `verify`."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from latchkey_cli import documents, output, secrets, tables
+from latchkey_cli.failures import Exit, Failure
+from latchkey_cli.options import JsonOption, ScopeName, TargetOption, TimeoutOption
+
+__all__ = ["verify"]
+
+# The library's second is for services that verify each request. A person, or a script on a busy
+# machine, would rather wait for an answer.
+TIMEOUT_SECONDS = 5.0
+
+
+def verify(
+    context: typer.Context,
+    scope: Annotated[
+        ScopeName | None,
+        typer.Option(
+            "--scope",
+            case_sensitive=False,
+            show_default=False,
+            help="What the holder asks to do; by default nothing in particular.",
+        ),
+    ] = None,
+    target: TargetOption = "127.0.0.1:50051",
+    timeout: TimeoutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask whether a secret is valid: exit code 0 if it is, 5 if it is not.
+
+    The secret comes from standard input or, on a terminal, from a hidden
+    prompt. It is never an argument: those are seen by everyone on the machine
+    and kept in the shell's history.
+    """
+    # Let through by main.py to be refused here: the parser's own message would repeat it.
+    if context.args:
+        raise refusal("an argument after 'verify'")
+    try:
+        secret = secrets.read_secret()
+    except secrets.SecretInputError as error:
+        what, _, to_do = str(error).partition("; ")
+        raise Failure(what, to_do, Exit.USAGE, code="USAGE") from None
+    # Imported where needed: completing a word does not wait for gRPC.
+    from latchkey import Scope
+
+    from latchkey_cli.session import Doing, Session
+
+    with Session(target, timeout or TIMEOUT_SECONDS) as session:
+        required_scope = None if scope is None else Scope[scope.name]
+        call = session.client.verify(secret, required_scope)
+        answer = session.run(call, Doing("verify", "treat the secret as not valid, and try again"))
+    if as_json:
+        output.write(sys.stdout, output.to_json(documents.verification(answer)) + "\n")
+    else:
+        tables.print_verification(output.console(sys.stdout), answer, scope)
+    if not answer.allowed:
+        raise typer.Exit(Exit.NOT_VALID)
+
+
+def refusal(where: str) -> Failure:
+    """Return the failure for a secret on the command line, which is not repeated."""
+    return Failure(
+        f"refused {where}: secrets do not belong on the command line, where process lists and the "
+        "shell's history show them",
+        "pass it on standard input ('latchkey verify < FILE') or at the prompt, and replace the "
+        "token if that was a real secret",
+        Exit.USAGE,
+        code="USAGE",
+    )

@@ -1,0 +1,52 @@
+"""Python client library of Latchkey: manage API tokens, verify secrets, guard your own service.
+
+It owns the friendly face of the gRPC contract: typed values, deadlines, safe retries, exceptions.
+It does not own the contract (proto/latchkey/v1). The guards for gRPC and ASGI servers are in
+`latchkey.guards` and are imported only by those who use them.
+"""
+
+from latchkey._version import __version__
+from latchkey.client import Client
+from latchkey.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    FieldViolation,
+    InternalError,
+    InvalidArgument,
+    LatchkeyError,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+    UnexpectedStatus,
+)
+from latchkey.models import CreatedToken, Page, Receipt, Scope, Token, Verdict, Verification
+from latchkey.secret import Secret
+from latchkey.verifier import Verifier
+
+__all__ = [
+    "AlreadyExists",
+    "Client",
+    "CreatedToken",
+    "DeadlineExceeded",
+    "FieldViolation",
+    "InternalError",
+    "InvalidArgument",
+    "LatchkeyError",
+    "NotFound",
+    "Page",
+    "PermissionDenied",
+    "Receipt",
+    "ResourceExhausted",
+    "Scope",
+    "Secret",
+    "Token",
+    "Unauthenticated",
+    "Unavailable",
+    "UnexpectedStatus",
+    "Verdict",
+    "Verification",
+    "Verifier",
+    "__version__",
+]

@@ -1,0 +1,150 @@
+"""Between protobuf messages and the library's values: the only module that reads and builds them.
+
+What the server sends is not trusted to make sense: an answer that breaks the contract is an
+InternalError, and an enum value of a newer server is UNSPECIFIED, which allows nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Final, TypeVar
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from latchkey_proto.v1 import token_service_pb2 as pb
+
+from latchkey.errors import InternalError, InvalidArgument, invalid
+from latchkey.models import Page, Receipt, Scope, Token, Verdict, Verification
+from latchkey.secret import Secret
+
+M = TypeVar("M", bound=Message)
+T = TypeVar("T")
+
+_SCOPES: Final[Mapping[int, Scope]] = {pb.SCOPE_READ: Scope.READ, pb.SCOPE_WRITE: Scope.WRITE}
+_SCOPES_OUT: Final[Mapping[Scope, pb.Scope.ValueType]] = {
+    Scope.READ: pb.SCOPE_READ,
+    Scope.WRITE: pb.SCOPE_WRITE,
+}
+_VERDICTS: Final[Mapping[int, Verdict]] = {
+    pb.VERDICT_VALID: Verdict.VALID,
+    pb.VERDICT_MALFORMED: Verdict.MALFORMED,
+    pb.VERDICT_UNKNOWN: Verdict.UNKNOWN,
+    pb.VERDICT_DELETED: Verdict.DELETED,
+    pb.VERDICT_EXPIRED: Verdict.EXPIRED,
+    pb.VERDICT_INSUFFICIENT_SCOPE: Verdict.INSUFFICIENT_SCOPE,
+}
+
+
+def build(make: Callable[[], M]) -> M:
+    """Return the request that `make` makes. Raises InvalidArgument for values that do not fit.
+
+    The cause is left out: a UnicodeEncodeError carries the whole text that it stumbled over.
+    """
+    try:
+        return make()
+    except InvalidArgument:
+        raise
+    except (ValueError, OverflowError):
+        failure = InvalidArgument(
+            "A value cannot be sent: a text is not Unicode, or a number or time is out of range."
+        )
+    raise failure
+
+
+def secret_out(secret: str | Secret) -> str:
+    """Return the text to ask about. Raises TypeError for anything but text.
+
+    A text that UTF-8 cannot carry is nobody's secret: asked about as "", it is MALFORMED like any
+    other garbage, where protobuf would raise an exception that contains it.
+    """
+    text = secret.reveal() if isinstance(secret, Secret) else secret
+    if not isinstance(text, str):
+        raise TypeError(f"a secret is a str or a Secret, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return ""
+    return text
+
+
+def scope_out(scope: Scope | None, field: str) -> pb.Scope.ValueType:
+    """Return the level to ask for; None asks for none. Raises InvalidArgument for no real level.
+
+    UNSPECIFIED would reach the server as "no scope is required": it has to be said as None.
+    """
+    if scope is None:
+        return pb.SCOPE_UNSPECIFIED
+    if not isinstance(scope, Scope):
+        raise TypeError(f"{field} is a Scope, not {type(scope).__name__}")
+    if scope not in _SCOPES_OUT:
+        raise invalid(field, "has to be Scope.READ or Scope.WRITE")
+    return _SCOPES_OUT[scope]
+
+
+def time_out(time: datetime, field: str) -> Timestamp:
+    """Return a moment. Raises InvalidArgument when it does not say which one."""
+    if time.tzinfo is None:
+        raise invalid(field, "has no time zone; use datetime.now(UTC) and its like")
+    message = Timestamp()
+    message.FromDatetime(time)
+    return message
+
+
+def duration_out(duration: timedelta) -> Duration:
+    """Return a duration."""
+    message = Duration()
+    message.FromTimedelta(duration)
+    return message
+
+
+def token_in(message: pb.Token) -> Token:
+    """Return a token as received."""
+    return Token(
+        id=message.id,
+        account_id=message.account_id,
+        name=message.name,
+        scope=_SCOPES.get(message.scope, Scope.UNSPECIFIED),
+        create_time=_time_in(message.create_time),
+        expire_time=_time_in(message.expire_time) if message.HasField("expire_time") else None,
+        last_used_time=(
+            _time_in(message.last_used_time) if message.HasField("last_used_time") else None
+        ),
+        hint=message.hint,
+        labels=dict(message.labels),
+    )
+
+
+def page_in(message: pb.ListResponse) -> Page:
+    """Return a page as received."""
+    return Page(
+        tokens=tuple(token_in(token) for token in message.tokens),
+        next_page_token=message.next_page_token,
+    )
+
+
+def receipt_in(message: pb.Receipt) -> Receipt:
+    """Return a receipt as received."""
+    return Receipt(
+        commit_time=_time_in(message.commit_time),
+        effective_time=_time_in(message.effective_time),
+        revision=message.revision,
+        verifiers_acknowledged=message.verifiers_acknowledged,
+        verifiers_outwaited=message.verifiers_outwaited,
+    )
+
+
+def verification_in(message: pb.VerifyResponse) -> Verification:
+    """Return an answer as received. Raises InternalError for VALID without a token."""
+    verdict = _VERDICTS.get(message.verdict, Verdict.UNSPECIFIED)
+    token = token_in(message.token) if message.HasField("token") else None
+    if verdict is Verdict.VALID and token is None:
+        # The contract sets the token whenever there is one: nobody is allowed in without a name.
+        raise InternalError("The service called a secret valid without saying whose it is.")
+    return Verification(verdict=verdict, token=token, revision=message.revision)
+
+
+def _time_in(message: Timestamp) -> datetime:
+    try:
+        return message.ToDatetime(tzinfo=UTC)
+    except (ValueError, OverflowError) as error:
+        raise InternalError("The service sent a time that does not exist.") from error

@@ -1,0 +1,271 @@
+"""Guard for grpc.aio servers.
+
+    server = grpc.aio.server(interceptors=[GuardInterceptor(verifier, Scope.READ)])
+
+It owns the way from a call's metadata to a refusal; `_decision` decides. A call is judged once,
+when it starts: a stream that outlives its token goes on.
+"""
+
+import asyncio
+import contextvars
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
+from concurrent.futures import CancelledError as FutureCancelledError
+from contextlib import aclosing
+from typing import Any, Final, TypeAlias
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
+
+from latchkey.guards._decision import (
+    Decision,
+    Outcome,
+    SupportsVerify,
+    checked_scope,
+    decide,
+    token_var,
+)
+from latchkey.models import Scope
+
+__all__ = ["GuardInterceptor"]
+
+# How long a handler's thread waits for the event loop to bring a decision. Only a loop that hangs
+# gets near it: the verify itself has a far shorter deadline.
+THREAD_WAIT_SECONDS: Final = 30.0
+
+# Status, text and ErrorInfo.reason. The same text for a token that expired, was deleted or never
+# existed: its presenter is not told which.
+_REFUSALS: Final[Mapping[Outcome, tuple[grpc.StatusCode, str, str]]] = {
+    Outcome.MISSING: (
+        grpc.StatusCode.UNAUTHENTICATED,
+        "No bearer token: send the metadata 'authorization: Bearer <token>'.",
+        "TOKEN_MISSING",
+    ),
+    Outcome.INVALID: (
+        grpc.StatusCode.UNAUTHENTICATED,
+        "The bearer token is not valid.",
+        "TOKEN_INVALID",
+    ),
+    Outcome.FORBIDDEN: (
+        grpc.StatusCode.PERMISSION_DENIED,
+        "The bearer token's scope does not include this call.",
+        "TOKEN_SCOPE_INSUFFICIENT",
+    ),
+    Outcome.UNAVAILABLE: (
+        grpc.StatusCode.UNAVAILABLE,
+        "The bearer token cannot be verified now. Try again later.",
+        "VERIFIER_UNAVAILABLE",
+    ),
+}
+
+# Handlers, messages and contexts are the service's own, of any type.
+# In quotes: at run time this class takes no parameters.
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Judge = Callable[[float | None], Awaitable[Decision]]
+
+
+class GuardInterceptor(grpc.aio.ServerInterceptor):
+    """Lets a call in when its bearer token is valid and its scope includes what the call needs.
+
+    `required_scope` is for every method, `scopes` for single ones by full name
+    ("/pkg.Service/Method"); None accepts any valid token. The methods in `public` need no token,
+    exactly as they are spelled. Everything else, methods that do not exist included, is refused:
+    UNAUTHENTICATED, PERMISSION_DENIED, or UNAVAILABLE when Latchkey gives no safe answer.
+
+    A handler finds the token with `latchkey.guards.current_token()`. The call's deadline bounds
+    the verify. No request is parsed before its caller is let in. Put it before interceptors whose
+    own work should wait for that, and note that all of them look up the handler first.
+    """
+
+    def __init__(
+        self,
+        verifier: SupportsVerify,
+        required_scope: Scope | None,
+        *,
+        scopes: Mapping[str, Scope | None] | None = None,
+        public: Collection[str] = (),
+    ) -> None:
+        if isinstance(public, str):
+            raise TypeError("public is a collection of method names, not one of them")
+        self._verifier = verifier
+        self._required_scope = checked_scope(required_scope)
+        self._scopes = {name: checked_scope(scope) for name, scope in (scopes or {}).items()}
+        self._public = frozenset(public)
+
+    # The types of grpc-stubs are generic in messages, which an interceptor knows nothing about.
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Return the method's handler, wrapped so that it runs for valid tokens only."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if method in self._public:
+            return handler
+        authorization = [
+            # Bytes come with keys that end in "-bin" only; who knows, with every transport.
+            value if isinstance(value, str) else value.decode("latin-1")
+            for key, value in handler_call_details.invocation_metadata
+            if key.lower() == "authorization"
+        ]
+        required_scope = self._scopes.get(method, self._required_scope)
+
+        async def judge(timeout_seconds: float | None) -> Decision:
+            return await decide(self._verifier, authorization, required_scope, timeout_seconds)
+
+        if handler is None:
+            return grpc.stream_stream_rpc_method_handler(_unimplemented(judge))
+        return _guarded(handler, judge)
+
+
+def _guarded(handler: Handler, judge: Judge) -> Handler:
+    """Return `handler` behind `judge`; the same kind of handler, sync or async as it was."""
+    deserializer, parse = None, handler.request_deserializer or _as_is
+    if handler.request_streaming:
+        # A stream is parsed when it is read, and the handler may read it through its context.
+        deserializer, parse = handler.request_deserializer, _as_is
+    serializer = handler.response_serializer
+    if handler.response_streaming:
+        behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        make_streaming: Any = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_stream_rpc_method_handler
+        )
+        made = make_streaming(_streaming(behaviour, parse, judge), deserializer, serializer)
+    else:
+        behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        make_unary: Any = (
+            grpc.stream_unary_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_unary_rpc_method_handler
+        )
+        made = make_unary(_unary(behaviour, parse, judge), deserializer, serializer)
+    guarded: Handler = made
+    return guarded
+
+
+# In each of the wrappers the service's code runs in the branch for ALLOWED and nowhere else, so
+# that nothing runs even if abort() were to return. grpc.aio makes a task for each call: what is
+# set in the task's context is seen by all of this call's code, generators too, and by no other's.
+
+
+def _unary(behaviour: Any, parse: Callable[[Any], Any], judge: Judge) -> Any:
+    if inspect.iscoroutinefunction(behaviour):
+
+        async def run(request: Any, context: Any) -> Any:
+            decision = await judge(_remaining(context))
+            if decision.outcome is Outcome.ALLOWED:
+                token_var.set(decision.token)
+                return await behaviour(parse(request), context)
+            return await context.abort(*_refusal(decision))
+
+        return run
+
+    loop = asyncio.get_running_loop()
+
+    def run_in_thread(request: Any, context: Any) -> Any:
+        decision = _judge_from_thread(judge, context, loop)
+        if decision.outcome is Outcome.ALLOWED:
+            # Threads are used again by other calls: a context of its own, and not the thread's.
+            own = contextvars.copy_context()
+            own.run(token_var.set, decision.token)
+            return own.run(behaviour, parse(request), context)
+        return context.abort(*_refusal(decision))
+
+    return run_in_thread
+
+
+def _streaming(behaviour: Any, parse: Callable[[Any], Any], judge: Judge) -> Any:
+    if inspect.isasyncgenfunction(behaviour):
+
+        async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
+            decision = await judge(_remaining(context))
+            if decision.outcome is Outcome.ALLOWED:
+                token_var.set(decision.token)
+                async with aclosing(behaviour(parse(request), context)) as responses:
+                    async for response in responses:
+                        yield response
+            else:
+                await context.abort(*_refusal(decision))
+
+        return generate
+
+    if inspect.iscoroutinefunction(behaviour):
+        # Reads and writes through its context, and returns nothing.
+        return _unary(behaviour, parse, judge)
+
+    loop = asyncio.get_running_loop()
+
+    def generate_in_thread(request: Any, context: Any) -> Iterator[Any]:
+        decision = _judge_from_thread(judge, context, loop)
+        if decision.outcome is Outcome.ALLOWED:
+            own = contextvars.copy_context()
+            own.run(token_var.set, decision.token)
+            responses = own.run(lambda: iter(behaviour(parse(request), context)))
+            end = object()
+            while (response := own.run(next, responses, end)) is not end:
+                yield response
+        else:
+            context.abort(*_refusal(decision))
+
+    return generate_in_thread
+
+
+def _unimplemented(judge: Judge) -> Any:
+    """Return a handler of no method. Which methods exist is told to valid callers only."""
+
+    async def run(_requests: Any, context: Any) -> None:
+        decision = await judge(_remaining(context))
+        if decision.outcome is Outcome.ALLOWED:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        await context.abort(*_refusal(decision))
+
+    return run
+
+
+def _judge_from_thread(judge: Judge, context: Any, loop: asyncio.AbstractEventLoop) -> Decision:
+    """Judge on the event loop, and wait for it in the thread that a sync handler runs in."""
+
+    async def on_loop() -> Decision:
+        return await judge(_remaining(context))
+
+    future = asyncio.run_coroutine_threadsafe(on_loop(), loop)
+    try:
+        return future.result(THREAD_WAIT_SECONDS)
+    except (TimeoutError, FutureCancelledError):
+        future.cancel()
+        return Decision(Outcome.UNAVAILABLE)
+
+
+def _remaining(context: Any) -> float | None:
+    """Return the seconds that the call has left; None when its caller set no deadline."""
+    remaining: float | None = context.time_remaining()
+    # A deadline that has just passed is still no endless one.
+    return None if remaining is None else max(remaining, 0.001)
+
+
+def _refusal(
+    decision: Decision,
+) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]:
+    """Return the arguments of abort(): status, text, and rich details as trailing metadata."""
+    code, text, reason = _REFUSALS[decision.outcome]
+    details = [error_details_pb2.ErrorInfo(reason=reason, domain="latchkey")]
+    if decision.retry_after is not None:
+        delay = Duration()
+        delay.FromTimedelta(decision.retry_after)
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    status = status_pb2.Status(code=code.value[0], message=text)
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    # abort() and not abort_with_status(): contexts of sync handlers have no such method.
+    return code, text, (("grpc-status-details-bin", status.SerializeToString()),)
+
+
+def _as_is(message: Any) -> Any:
+    return message

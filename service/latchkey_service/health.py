@@ -1,0 +1,79 @@
+"""grpc.health.v1.Health: tells whether calls are likely to succeed. Who decides is `server.py`.
+
+Not grpcio-health-checking's servicer (1.75): there the end of one watch cuts the others off from
+further changes, a watcher that does not read holds up every change, and a watch never ends, so
+that each stop would last its whole grace.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+__all__ = ["Health"]
+
+_Response = health_pb2.HealthCheckResponse
+
+
+class Health(health_pb2_grpc.HealthServicer):
+    """The status of some services, the same for all, NOT_SERVING at first."""
+
+    def __init__(self, services: Iterable[str]) -> None:
+        self._services = frozenset(services)
+        self._serving = False
+        self._stopping = False
+        self._ended = False
+        # Set and replaced at each change, so that whoever holds the old one wakes.
+        self._changed = asyncio.Event()
+
+    def set_serving(self, *, serving: bool) -> None:
+        """Change the status. Without effect once it stops."""
+        if not self._stopping:
+            self._serving = serving
+            self._wake()
+
+    def stop(self) -> None:
+        """Say NOT_SERVING from now on."""
+        self.set_serving(serving=False)
+        self._stopping = True
+
+    def end_watches(self) -> None:
+        """End the watches, after they have told the last status."""
+        self._ended = True
+        self._wake()
+
+    async def Check(  # noqa: N802 - the contract's name
+        self, request: health_pb2.HealthCheckRequest, context: Any
+    ) -> _Response:
+        """Answer with the status. NOT_FOUND for a service that there is not."""
+        if request.service not in self._services:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "There is no such service.")
+        return _Response(status=self._status(request.service))
+
+    async def Watch(  # noqa: N802 - the contract's name
+        self, request: health_pb2.HealthCheckRequest, context: Any
+    ) -> AsyncIterator[_Response]:
+        """Answer with the status, and again whenever it changes, until the server stops."""
+        told: object = None
+        while True:
+            # Taken before the status is read: no change in between is slept through.
+            changed = self._changed
+            status = self._status(request.service)
+            if status != told:
+                yield _Response(status=status)
+                told = status
+                continue
+            if self._ended:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "The server is stopping.")
+            await changed.wait()
+
+    def _status(self, service: str) -> Any:
+        if service not in self._services:
+            return _Response.SERVICE_UNKNOWN
+        return _Response.SERVING if self._serving else _Response.NOT_SERVING
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()

@@ -1,0 +1,63 @@
+"""The examples in the client library's README."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from latchkey_proto.v1 import token_service_pb2 as pb
+
+if TYPE_CHECKING:
+    from tests.contract.client.conftest import FakeLatchkey
+
+README = Path(__file__).parents[3] / "clients" / "python" / "README.md"
+MANAGE, VERIFY, GRPC, ASGI = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("example", "said"),
+    [
+        (MANAGE, "lk_…(redacted)\nSECRET\nt1 ci Scope.READ\ndead everywhere since 1970-01-01"),
+        (VERIFY, "False Verdict.MALFORMED None"),
+        (GRPC, ""),
+    ],
+)
+async def test_examples_run(fake: FakeLatchkey, secret: str, example: str, said: str) -> None:
+    """Each program runs as printed, but for addresses, and says what it should."""
+    fake.on("Create", fake.says(pb.CreateResponse(token=fake.token(), secret=secret)))
+    fake.on("List", fake.says(pb.ListResponse(tokens=[fake.token()])))
+    fake.on("Delete", fake.says(pb.DeleteResponse()))
+    program = (
+        example.replace("127.0.0.1:50051", fake.target)
+        .replace("127.0.0.1:8080", "127.0.0.1:0")
+        .replace("wait_for_termination()", "stop(None)")
+    )
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-W", "error", "-c", program),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    assert (process.returncode, err.decode()) == (0, "")
+    assert out.decode().startswith(said.replace("SECRET", secret))
+
+
+async def test_asgi_example_guards(fake: FakeLatchkey, secret: str) -> None:
+    """The application lets in who has a token, and anybody to its health check."""
+    fake.on("Verify", fake.verdict(pb.VERDICT_VALID))
+    names: dict[str, Any] = {}
+    exec(ASGI.replace("127.0.0.1:50051", fake.target), names)  # noqa: S102 - our own README
+    transport = httpx.ASGITransport(names["app"])
+    async with (
+        names["verifier"],
+        httpx.AsyncClient(transport=transport, base_url="http://demo") as web,
+    ):
+        assert (await web.get("/healthz")).text == "Hello, stranger"
+        assert (await web.get("/")).status_code == 401
+        answer = await web.get("/", headers={"authorization": f"Bearer {secret}"})
+        assert answer.text == "Hello, acme"

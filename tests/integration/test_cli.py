@@ -1,0 +1,409 @@
+"""The command line tool as a process of its own, against a running server."""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+
+# A process starts in about half a second, and the machine may be busy.
+TIMEOUT_SECONDS = 20
+# Nobody listens there: the port is reserved (RFC 6335 §6).
+NOWHERE = "127.0.0.1:1"
+GARBAGE = "lk" + "_" + "x" * 57
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run of the tool ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> Any:
+        return json.loads(self.err)["error"]
+
+
+Run = Callable[..., Awaitable[Result]]
+Create = Callable[..., Awaitable[pb.CreateResponse]]
+
+
+@pytest.fixture
+def transport() -> str:
+    """What the tool sees is the same over both transports; one is enough here."""
+    return "native"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run the tool with arguments, away from any .env file; kill it when it takes too long."""
+
+    async def run(
+        *arguments: str,
+        target: str = NOWHERE,
+        stdin: str | bytes = b"",
+        stdout: int = asyncio.subprocess.PIPE,
+        command: tuple[str, ...] = (sys.executable, "-m", "latchkey_cli"),
+        **environment: str,
+    ) -> Result:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            *arguments,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=stdout,
+            stderr=asyncio.subprocess.PIPE,
+            cwd=tmp_path,
+            env={
+                "PATH": os.defpath,
+                "HOME": str(tmp_path),
+                "LANG": "C.UTF-8",
+                "TZ": "UTC",
+                "LATCHKEY_TARGET": target,
+                "LATCHKEY_ACCOUNT": "acme",
+                **environment,
+            },
+        )
+        try:
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                data = stdin.encode() if isinstance(stdin, str) else stdin
+                out, err = await process.communicate(data)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        assert process.returncode is not None
+        assert b"Traceback" not in err
+        return Result(process.returncode, (out or b"").decode(), err.decode())
+
+    return run
+
+
+class Scripted(pb_grpc.TokenServiceServicer):
+    """A Latchkey that answers what a healthy one seldom does."""
+
+    status: grpc.StatusCode = grpc.StatusCode.PERMISSION_DENIED
+
+    async def Get(self, request: pb.GetRequest, context: Any) -> pb.GetResponse:  # noqa: N802
+        await context.abort(self.status, f"no: {GARBAGE} \x1b[2J")
+        raise AssertionError("abort raises")
+
+    async def List(self, request: pb.ListRequest, context: Any) -> pb.ListResponse:  # noqa: N802
+        page = int(request.page_token or "0")
+        if request.account_id == "broken" and page == 1:
+            await context.abort(grpc.StatusCode.INTERNAL, "the second page is lost")
+        tokens = [
+            pb.Token(
+                id=f"tok_{page}_{number}",
+                account_id=request.account_id,
+                name=f"[red]\x1b[31m{page}-{number}",
+                scope=pb.SCOPE_READ,
+                create_time=Timestamp(seconds=1_700_000_000),
+            )
+            for number in range(2)
+        ]
+        return pb.ListResponse(tokens=tokens, next_page_token=str(page + 1) if page < 2 else "")
+
+    async def Delete(self, request: pb.DeleteRequest, context: Any) -> pb.DeleteResponse:  # noqa: N802
+        if request.id == "lost":
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "too late")
+        if request.id == "never":
+            await context.abort(grpc.StatusCode.NOT_FOUND, "never had it")
+        receipt = pb.Receipt(
+            commit_time=Timestamp(seconds=1_700_000_000),
+            effective_time=Timestamp(seconds=1_700_000_000, nanos=250_000_000),
+            revision=9,
+            verifiers_acknowledged=2,
+            verifiers_outwaited=1,
+        )
+        return pb.DeleteResponse(receipt=receipt)
+
+
+@pytest.fixture
+async def scripted() -> AsyncIterator[tuple[str, Scripted]]:
+    """Address of a scripted service, and the service."""
+    service = Scripted()  # type: ignore[abstract]  # the rest is never called
+    server = grpc.aio.server()
+    pb_grpc.add_TokenServiceServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield f"127.0.0.1:{port}", service
+    await server.stop(0)
+
+
+async def test_a_token_lives_and_dies(run: Run, address: str) -> None:
+    """A script can create, list, get, verify and delete a token, by JSON and exit codes alone."""
+    created = await run(
+        *("create", "ci", "--scope", "read", "--expires", "30d", "--json"),
+        *("--label", "team=core", "--label", "formula=a=b"),
+        target=address,
+    )
+    assert (created.code, created.err) == (0, "")
+    token, secret = created.json["token"], created.json["secret"]
+    assert token["scope"] == "SCOPE_READ"
+    assert token["labels"] == {"team": "core", "formula": "a=b"}
+    assert token["expire_time"] > token["create_time"]
+
+    listed, got, valid, too_much, garbage = await asyncio.gather(
+        run("list", "--json", target=address),
+        run("get", token["id"], "--json", target=address),
+        run("verify", "--json", target=address, stdin=secret + "\n"),
+        run("verify", "--scope", "write", "--json", target=address, stdin=secret),
+        run("verify", target=address, stdin=secret + "\n\n"),
+    )
+    assert listed.json == [token]
+    assert got.json == token
+    assert (valid.code, valid.json["verdict"]) == (0, "VERDICT_VALID")
+    assert valid.json["token"] == token
+    assert (too_much.code, too_much.json["verdict"]) == (5, "VERDICT_INSUFFICIENT_SCOPE")
+    # One newline is the pipe's; a second one is what the holder presented.
+    assert garbage.code == 5
+    assert "MALFORMED" in garbage.out
+
+    deleted = await run("delete", token["id"], "--yes", "--json", target=address)
+    assert deleted.code == 0
+    assert deleted.json[0]["id"] == token["id"]
+    assert deleted.json[0]["receipt"]["revision"] > 0
+    after, gone, again, empty = await asyncio.gather(
+        run("verify", "--json", target=address, stdin=secret),
+        run("get", token["id"], "--json", target=address),
+        run("delete", token["id"], "--yes", "--json", target=address),
+        run("list", "--json", target=address),
+    )
+    assert (after.code, after.json["verdict"]) == (5, "VERDICT_DELETED")
+    assert (gone.code, gone.out, gone.error["code"]) == (3, "", "NOT_FOUND")
+    assert gone.error["request_id"]
+    assert again.json == deleted.json
+    assert empty.json == []
+
+
+async def test_a_piped_create_writes_the_secret_alone(run: Run, address: str) -> None:
+    """`latchkey create … > file` puts the secret in the file, and the secret nowhere else."""
+    created = await run("create", "ci", "--scope", "WRITE", target=address)
+    assert created.code == 0
+    secret = created.out.removesuffix("\n")
+    assert secret.startswith("lk_")
+    assert secret.isascii()
+    assert len(secret) == 60
+    assert secret not in created.err
+    assert "shown once" in created.err
+    assert "ci" in created.err
+    verified = await run("verify", "--scope", "write", target=address, stdin=created.out)
+    assert verified.code == 0
+    assert secret not in verified.out + verified.err
+
+
+async def test_what_the_service_refuses_has_its_exit_code(
+    run: Run, address: str, create: Create
+) -> None:
+    """A taken name is 4, a wrong argument 2 with every field named, an unknown id 3."""
+    await create(name="Taken")
+    taken, wrong, unknown = await asyncio.gather(
+        run("create", "taken", "--scope", "read", target=address),
+        run("create", " ", "--scope", "read", "--label", "k=a\nb", target=address),
+        run("get", "nope", target=address),
+    )
+    assert taken.code == 4
+    assert "another name" in taken.err
+    assert wrong.code == 2
+    assert "name: " in wrong.err
+    assert "labels[" in wrong.err
+    assert unknown.code == 3
+    for result in (taken, wrong, unknown):
+        assert result.out == ""
+        assert result.err.startswith("latchkey: ")
+        assert "; " in result.err
+        assert result.err.count("\n") == 1
+
+
+async def test_wrong_usage_is_2_in_one_line(run: Run) -> None:
+    """What is wrong with the command line is told before any server is asked, also as JSON."""
+    deleted, huge, as_json = await asyncio.gather(
+        run("delete", "x"),
+        run("verify", stdin="x" * 70_000),
+        run("create", "x", "--json"),
+    )
+    for result, words in ((deleted, "--yes"), (huge, "64 KiB")):
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith("latchkey: ")
+        assert result.err.count("\n") == 1
+        assert words in result.err
+    assert (as_json.code, as_json.error["exit_code"], as_json.error["code"]) == (2, 2, "USAGE")
+
+
+async def test_no_answer_is_6_and_soon(run: Run) -> None:
+    """Without a server the tool says so within seconds, and what it does not know."""
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    listed, created, deleted, verified = await asyncio.gather(
+        run("list"),
+        run("create", "x", "--scope", "read"),
+        run("delete", "x", "--yes", "--json"),
+        run("verify", stdin=GARBAGE),
+    )
+    assert loop.time() - start < 15
+    assert [r.code for r in (listed, created, deleted, verified)] == [6, 6, 6, 6]
+    assert NOWHERE in listed.err
+    assert "may exist" in created.err
+    assert deleted.error["code"] == "UNAVAILABLE"
+    assert "may stand" in deleted.error["to_do"]
+    assert GARBAGE not in verified.err
+
+
+async def test_secrets_among_the_arguments_are_refused(run: Run) -> None:
+    """A secret on the command line is refused wherever it stands, and not repeated."""
+    results = await asyncio.gather(
+        run("verify", GARBAGE),
+        run("verify", "--json", "--", "anything"),
+    )
+    for result in results:
+        assert (result.code, result.out) == (2, "")
+        assert GARBAGE not in result.err
+        assert "anything" not in result.err
+        assert "standard input" in result.err
+
+
+async def test_refused_callers_get_7_and_no_text_of_the_service(
+    run: Run, scripted: tuple[str, Scripted]
+) -> None:
+    """Whoever may not call is told so; nothing that looks like a secret gets through."""
+    target, service = scripted
+    for status in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
+        service.status = status
+        result = await run("get", "x", "--json", target=target)
+        assert (result.code, result.error["code"]) == (7, status.name)
+        assert GARBAGE not in result.err
+    service.status = grpc.StatusCode.UNIMPLEMENTED
+    result = await run("get", "x", target=target)
+    assert result.code == 1
+    assert GARBAGE not in result.err
+    assert "\x1b" not in result.err
+
+
+async def test_lists_are_whole_and_harmless(run: Run, scripted: tuple[str, Scripted]) -> None:
+    """All pages are listed, or up to the limit, and names do nothing to the terminal."""
+    target, _ = scripted
+    table, array, limited, broken = await asyncio.gather(
+        run("list", target=target),
+        run("list", "--json", target=target),
+        run("list", "--json", "--limit", "3", target=target),
+        run("list", "--json", "-a", "broken", target=target),
+    )
+    lines = table.out.splitlines()
+    assert lines[0].split() == ["Name", "Scope", "Created", "Expires", "Hint", "ID"]
+    assert len(lines) == 7
+    assert r"[red]\x1b[31m2-1" in lines[6]
+    assert "2023-11-14 22:13 UTC" in lines[6]
+    assert "\x1b" not in table.out + array.out
+    ids = [f"tok_{page}_{number}" for page in range(3) for number in range(2)]
+    assert [token["id"] for token in array.json] == ids
+    assert [token["id"] for token in limited.json] == ids[:3]
+    # What is missing must not look complete.
+    assert broken.code == 1
+    with pytest.raises(ValueError, match=r"Expecting"):
+        json.loads(broken.out)
+
+
+async def test_each_deletion_is_told_and_the_worst_is_the_exit_code(
+    run: Run, scripted: tuple[str, Scripted]
+) -> None:
+    """Several deletions all happen; one without confirmation outweighs all others."""
+    target, _ = scripted
+    people, script = await asyncio.gather(
+        run("delete", "lost", "one", "never", "--yes", target=target),
+        run("delete", "one", "never", "--yes", "--json", target=target),
+    )
+    assert people.code == 6
+    assert "Deleted one" in people.out
+    assert "dead on 2 of 3 verifiers after 250 ms" in people.out
+    assert [line.split("'")[1] for line in people.err.splitlines()] == ["lost", "never"]
+    assert script.code == 3
+    assert script.json[0]["receipt"]["verifiers_outwaited"] == 1
+    assert script.json[1]["error"]["exit_code"] == 3
+
+
+async def test_a_closed_pipe_is_quiet(
+    run: Run, address: str, scripted: tuple[str, Scripted]
+) -> None:
+    """`latchkey list | head` says nothing of its own; a secret that nobody got is told."""
+    ends = [os.pipe() for _ in range(2)]
+    for reader, _ in ends:
+        os.close(reader)
+    listed, created = await asyncio.gather(
+        run("list", target=scripted[0], stdout=ends[0][1]),
+        run("create", "x", "--scope", "read", target=address, stdout=ends[1][1]),
+    )
+    for _, writer in ends:
+        os.close(writer)
+    assert (listed.code, listed.err) == (141, "")
+    assert created.code == 1
+    assert "latchkey delete tok_" in created.err
+
+
+async def test_completion_works(run: Run) -> None:
+    """Each shell gets its script, and bash with it completes commands and scopes."""
+    variable = "_LATCHKEY_COMPLETE"
+    scripts = await asyncio.gather(
+        *(run(**{variable: f"source_{shell}"}) for shell in ("bash", "zsh", "fish"))
+    )
+    for script in scripts:
+        assert script.code == 0
+        assert variable in script.out
+    words = await run(**{variable: "complete_bash", "COMP_WORDS": "latchkey ", "COMP_CWORD": "1"})
+    assert words.out.split() == ["create", "list", "get", "delete", "verify", "serve", "config"]
+    in_bash = """
+        source /dev/stdin
+        COMP_WORDS=(latchkey create x --scope w) COMP_CWORD=4
+        _latchkey_completion latchkey
+        echo "${COMPREPLY[@]}"
+        latchkey --show-completion
+        exit 0
+    """
+    path = f"{Path(sys.executable).parent}:{os.defpath}"
+    result = await run(command=("bash", "-c", in_bash), stdin=scripts[0].out, PATH=path)
+    completed, _, shown = result.out.partition("\n")
+    assert completed == "write"
+    assert shown.strip() == scripts[0].out.strip()
+
+
+async def test_serve_and_config_become_the_service(run: Run) -> None:
+    """They run the service with this environment; where it is not installed, they say how to."""
+    hidden = "import sys; sys.modules['latchkey_service'] = None; "
+    start = "from latchkey_cli.main import main; sys.exit(main())"
+    config, serve, missing, version = await asyncio.gather(
+        run("config", "--json", LATCHKEY_LISTEN="127.0.0.1:7"),
+        run("serve", LATCHKEY_LISTEN="nonsense"),
+        run("serve", command=(sys.executable, "-c", hidden + start)),
+        run("--version", command=(sys.executable, "-c", hidden + start)),
+    )
+    assert config.code == 0
+    assert config.json["LATCHKEY_LISTEN"] == "127.0.0.1:7"
+    assert serve.code == 2
+    assert "LATCHKEY_LISTEN" in serve.err
+    assert missing.code == 1
+    assert "pip install 'latchkey[service,embedded]'" in missing.err
+    assert version.code == 0
+    assert version.out.startswith("latchkey ")
+
+
+async def test_help_tells_the_exit_codes(run: Run) -> None:
+    """`latchkey --help` lists the commands and every exit code."""
+    shown, nothing = await asyncio.gather(run("--help"), run())
+    assert shown.code == 0
+    assert "141" in shown.out
+    assert "5  verify: any verdict but VALID" in shown.out
+    assert nothing.code == 2

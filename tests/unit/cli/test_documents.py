@@ -1,0 +1,102 @@
+from datetime import UTC, datetime, timedelta, timezone
+from io import StringIO
+
+from latchkey import CreatedToken, Receipt, Scope, Secret, Token, Verdict, Verification
+from latchkey_cli import documents, tables
+from latchkey_proto.v1 import token_service_pb2 as pb
+from rich.console import Console
+
+TIME = datetime(2026, 3, 1, 12, tzinfo=UTC)
+TOKEN = Token(
+    id="tok_1",
+    account_id="acme",
+    name="[bold]deploy[/bold] \x1b]0;x\x07",
+    scope=Scope.READ,
+    create_time=TIME.astimezone(timezone(timedelta(hours=2))),
+    hint="lk_…abcd",
+    labels={"b": "2", "a": "1"},
+)
+
+
+def fields(message: str) -> set[str]:
+    return set(pb.DESCRIPTOR.message_types_by_name[message].fields_by_name)
+
+
+def receipt(acknowledged: int, outwaited: int) -> Receipt:
+    return Receipt(
+        commit_time=TIME,
+        effective_time=TIME + timedelta(milliseconds=12.4),
+        revision=7,
+        verifiers_acknowledged=acknowledged,
+        verifiers_outwaited=outwaited,
+    )
+
+
+def test_documents_have_the_fields_of_the_proto() -> None:
+    """JSON has every field of its message under the proto's name, absent ones as null."""
+    token = documents.token(TOKEN)
+    assert set(token) == fields("Token")
+    assert set(documents.receipt(receipt(0, 0))) == fields("Receipt")
+    assert set(documents.verification(Verification(verdict=Verdict.UNKNOWN))) == fields(
+        "VerifyResponse"
+    )
+    created = documents.created(CreatedToken(token=TOKEN, secret=Secret("s")))
+    assert set(created) == fields("CreateResponse")
+    assert created["secret"] == "s"
+    assert token["scope"] in set(pb.Scope.keys())
+    assert token["create_time"] == "2026-03-01T12:00:00.000000Z"
+    assert token["expire_time"] is None
+    for verdict in Verdict:
+        document = documents.verification(Verification(verdict=verdict, token=TOKEN))
+        assert document["verdict"] in set(pb.Verdict.keys())
+
+
+def shown(width: int, *tokens: Token) -> str:
+    console = Console(file=StringIO(), width=width, markup=False, highlight=False, emoji=False)
+    table = tables.TokenTable(console)
+    for token in tokens:
+        table.print_page([token])
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+def test_names_are_shown_as_data() -> None:
+    """Markup and escape sequences in a name are shown and do nothing."""
+    for width in (80, 120):
+        text = shown(width, TOKEN)
+        assert r"[bold]deploy[/bold] \x1b]0;x\x07" in text
+        assert "\x1b" not in text
+
+
+def test_pages_make_one_table_that_fits() -> None:
+    """Page after page there is one header, no line too long, and each id is in one piece."""
+    tokens = [
+        Token(
+            id=f"tok_01m85p4026a9mpn8gsxx9fkn{number:02}",
+            account_id="acme",
+            name="n" * length,
+            scope=Scope.WRITE,
+            create_time=TIME,
+            expire_time=datetime(2100, 1, 1, tzinfo=UTC),
+            hint="lk_…abcd",
+        )
+        for number, length in enumerate((1, 64, 5))
+    ]
+    for width in (80, 120):
+        text = shown(width, *tokens)
+        assert max(map(len, text.splitlines())) <= width
+        assert text.count("Created") == 1
+        assert all(token.id in text for token in tokens)
+
+
+def test_receipts_tell_who_confirmed() -> None:
+    """A deletion says since when the token is dead and how many verifiers confirmed it."""
+    for proof, words in (
+        (receipt(0, 0), "dead everywhere since"),
+        (receipt(3, 0), "dead on 3 of 3 verifiers after 12 ms"),
+        (receipt(3, 1), "dead on 3 of 4 verifiers after 12 ms; 1 did not confirm"),
+    ):
+        console = Console(file=StringIO(), width=100)
+        tables.print_receipt(console, "tok_1", proof)
+        assert isinstance(console.file, StringIO)
+        assert words in console.file.getvalue()

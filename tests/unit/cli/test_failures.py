@@ -1,0 +1,110 @@
+import ast
+import inspect
+from pathlib import Path
+
+import latchkey
+import latchkey_cli
+import pytest
+from latchkey import errors
+from latchkey_cli.failures import Exit, Failure, worst
+from latchkey_cli.main import EPILOG
+from latchkey_cli.session import Doing, Session
+
+SECRET = "lk" + "_0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmno" + "0jDM4R"
+
+EXIT_CODES = {
+    latchkey.AlreadyExists: 4,
+    latchkey.DeadlineExceeded: 6,
+    latchkey.InternalError: 1,
+    latchkey.InvalidArgument: 2,
+    latchkey.LatchkeyError: 1,
+    latchkey.NotFound: 3,
+    latchkey.PermissionDenied: 7,
+    latchkey.ResourceExhausted: 6,
+    latchkey.Unauthenticated: 7,
+    latchkey.Unavailable: 6,
+    latchkey.UnexpectedStatus: 1,
+}
+
+
+def failure_of(error: latchkey.LatchkeyError, doing: Doing) -> Failure:
+    async def call() -> None:
+        raise error
+
+    with Session("127.0.0.1:1", None) as session, pytest.raises(Failure) as raised:
+        session.run(call(), doing)
+    return raised.value
+
+
+def test_every_error_of_the_library_has_an_exit_code() -> None:
+    """No error of the client library is left to chance: each has the exit code that is promised."""
+    known = {
+        kind
+        for _, kind in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(kind, latchkey.LatchkeyError)
+    }
+    assert known == set(EXIT_CODES)
+    for kind, exit_code in EXIT_CODES.items():
+        failure = failure_of(kind("It failed."), Doing("get token 'x'"))
+        assert failure.exit_code == exit_code, kind
+        assert failure.line().startswith("latchkey: cannot get token 'x': ")
+        assert "; " in failure.line()
+        assert "\n" not in failure.line()
+
+
+def test_lost_answers_say_what_may_have_happened() -> None:
+    """After a deletion without an answer nobody is left to believe that it did not happen."""
+    doing = Doing("delete token 'x'", "the deletion may stand")
+    for error in (latchkey.Unavailable("Gone."), latchkey.DeadlineExceeded("Late.")):
+        assert "the deletion may stand" in failure_of(error, doing).line()
+
+
+def test_errors_carry_the_request_and_every_violation() -> None:
+    """What the service says is wrong is told field by field, with the id to ask about."""
+    error = latchkey.InvalidArgument("No.", request_id="17")
+    error.field_violations = (
+        latchkey.FieldViolation("name", "is required"),
+        latchkey.FieldViolation("ttl", "must be greater than zero"),
+    )
+    failure = failure_of(error, Doing("create token ''"))
+    assert "name: is required; ttl: must be greater than zero (request 17);" in failure.line()
+    assert [violation["field"] for violation in failure.document()["field_violations"]] == [
+        "name",
+        "ttl",
+    ]
+
+
+def test_failures_carry_no_secret_and_no_control_character() -> None:
+    """Whatever a service answers, an error shows no secret and moves no cursor."""
+    error = latchkey.InternalError(f"Oops \x1b[2J {SECRET}", request_id="1\x1b")
+    failure = failure_of(error, Doing(f"verify {SECRET}", f"do {SECRET}"))
+    text = failure.line() + repr(failure.document())
+    assert SECRET not in text
+    assert "\x1b" not in failure.line()
+
+
+def test_worst_is_what_leaves_most_doubt() -> None:
+    """A deletion that is not confirmed outweighs a token that never was."""
+    assert worst([]) is Exit.OK
+    assert worst([Exit.OK, Exit.NOT_FOUND]) is Exit.NOT_FOUND
+    assert worst([Exit.UNAVAILABLE, Exit.NOT_FOUND, Exit.OK]) is Exit.UNAVAILABLE
+    for code in Exit:
+        assert worst([Exit.OK, code]) is code
+
+
+def test_every_exit_code_is_in_the_help() -> None:
+    """A code that the tool may exit with is described in `latchkey --help`, and no other is."""
+    described = [line.split()[0] for line in EPILOG.splitlines()[1:]]
+    assert described == [str(int(code)) for code in Exit]
+
+
+def test_the_tool_imports_no_service() -> None:
+    """The service need not be installed: no module imports it, or the library's insides."""
+    for path in Path(latchkey_cli.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for name in names:
+                assert name.split(".")[0] != "latchkey_service", path
+                assert not name.startswith(("latchkey.", "latchkey_proto")), path

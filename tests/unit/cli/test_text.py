@@ -1,0 +1,41 @@
+import pytest
+from latchkey_cli.secrets import find_secret, redact
+from latchkey_cli.text import visible
+
+SECRET = "lk" + "_0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmno" + "0jDM4R"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("deploy bot", "deploy bot"),
+        ("Überwacher 監視 🔑", "Überwacher 監視 🔑"),
+        ("\x1b[31mred\x07", r"\x1b[31mred\x07"),
+        ("\x9b31m", r"\x9b31m"),
+        ("a\nb\tc\r", r"a\nb\tc\r"),
+        ("user\u202egnp.exe", r"user\u202egnp.exe"),
+        ("\u2066a\u2069\u200b\ufeff", r"\u2066a\u2069\u200b\ufeff"),
+        ("line\u2028paragraph\u2029", r"line\u2028paragraph\u2029"),
+        ("\ud800", r"\ud800"),
+        ("\U000e0041", r"\U000e0041"),
+    ],
+)
+def test_nothing_that_a_terminal_obeys_or_hides_is_left(text: str, shown: str) -> None:
+    """Control, bidirectional and invisible characters are written out; letters stay."""
+    assert visible(text) == shown
+
+
+@pytest.mark.parametrize(
+    "argument", [SECRET, f"--label=key={SECRET}", SECRET[:46], "acme" + SECRET[2:]]
+)
+def test_secrets_among_arguments_are_found(argument: str) -> None:
+    """A secret is recognised within an argument, with any prefix, and when its end is missing."""
+    assert find_secret(["verify", argument]) == 2
+    assert SECRET[3:46] not in redact(argument)
+
+
+def test_what_is_no_secret_is_left_alone() -> None:
+    """Names and ids that are no secrets can be arguments."""
+    arguments = ["get", "tok_01m85p4026a9mpn8gsxx9fknb8", "lk_short", "ci_deploy_bot", "a" * 64]
+    assert find_secret(arguments) is None
+    assert [redact(argument) for argument in arguments] == arguments

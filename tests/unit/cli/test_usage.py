@@ -1,0 +1,71 @@
+import sys
+
+import pytest
+from latchkey_cli.main import main
+
+GARBAGE = "lk" + "_" + "x" * 57
+
+
+@pytest.fixture(autouse=True)
+def account(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the option that most commands need. Nothing here gets as far as a server."""
+    monkeypatch.setenv("LATCHKEY_ACCOUNT", "acme")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("create x", "read, write"),
+        ("create x --scope admin", "'admin' is not one of 'read', 'write'"),
+        ("create x --scope read --expires soon", "30d"),
+        ("create x --scope read --expires 0d", "longer than 0"),
+        ("create x --scope read --label team", "KEY=VALUE"),
+        ("create x --scope read --label a=1 --label a=2", "twice"),
+        ("list --timeout nan", "more than 0"),
+        ("list --timeout 0", "more than 0"),
+        ("list --target=", "HOST:PORT"),
+        ("list --limit 0", "--limit"),
+        ("list --account", "--account"),
+        ("get", "'ID'"),
+        ("lits", "'list'"),
+        ("config --nonsense", "--nonsense"),
+    ],
+)
+def test_wrong_usage_is_one_line_that_says_what_is_right(
+    line: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A mistake on the command line is exit code 2, and told in one line on standard error."""
+    monkeypatch.setattr(sys, "argv", ["latchkey", *line.split()])
+    assert main() == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("latchkey: ")
+    assert shown.err.count("\n") == 1
+    assert words in shown.err
+    assert "--help" in shown.err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"verify {GARBAGE}",
+        f"verify --scope {GARBAGE}",
+        f"create {GARBAGE} --scope read --json",
+        f"create x --scope read --label secret={GARBAGE}",
+        f"get x --account={GARBAGE}",
+        f"delete x {GARBAGE} --yes",
+        GARBAGE,
+    ],
+)
+def test_secrets_are_refused_wherever_they_stand(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No argument may hold a secret: it is neither used, nor stored, nor repeated."""
+    monkeypatch.setattr(sys, "argv", ["latchkey", *line.split()])
+    assert main() == 2
+    shown = capsys.readouterr()
+    assert GARBAGE not in shown.out + shown.err
+    assert "looks like a secret" in shown.err

@@ -1,0 +1,309 @@
+"""The ASGI guard around real applications."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+from latchkey import Scope, Secret, Token, Unavailable, Verdict, Verification
+from latchkey.guards import current_token
+from latchkey.guards.asgi import GuardMiddleware, scope_by_method
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+SECRET = "lk" + "_" + "S3cr3t" * 9 + "abc"
+TOKEN = Token(
+    id="t1",
+    account_id="acme",
+    name="ci",
+    scope=Scope.READ,
+    create_time=datetime(2026, 1, 1, tzinfo=UTC),
+)
+BEARER = {"authorization": f"Bearer {SECRET}"}
+Message = MutableMapping[str, Any]
+
+
+class Stub:
+    """A verifier whose one token is TOKEN, with READ only, unless told to fail."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.failure = failure
+        self.calls = 0
+
+    async def verify(
+        self, secret: Secret, scope: Scope | None, /, *, timeout_seconds: float | None = None
+    ) -> Verification:
+        del timeout_seconds
+        self.calls += 1
+        if self.failure is not None:
+            raise self.failure
+        if secret.reveal() != SECRET:
+            return Verification(verdict=Verdict.UNKNOWN)
+        if scope is Scope.WRITE:
+            return Verification(verdict=Verdict.INSUFFICIENT_SCOPE, token=TOKEN)
+        return Verification(verdict=Verdict.VALID, token=TOKEN)
+
+
+async def whoami(request: Request) -> PlainTextResponse:
+    token = current_token()
+    assert request.scope.get("latchkey.token") == token
+    return PlainTextResponse(token.name if token else "nobody")
+
+
+def whoami_in_thread(_request: Request) -> PlainTextResponse:
+    token = current_token()
+    return PlainTextResponse(token.name if token else "nobody")
+
+
+ROUTES = [
+    Route("/", whoami, methods=["GET", "HEAD", "POST"]),
+    Route("/thread", whoami_in_thread),
+    Route("/healthz", whoami),
+]
+
+
+@asynccontextmanager
+async def web(verifier: Stub, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+    app = Starlette(
+        routes=ROUTES, middleware=[Middleware(GuardMiddleware, verifier=verifier, **options)]
+    )
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://demo") as client:
+        yield client
+
+
+async def test_a_valid_token_gets_in_and_is_known_to_the_application() -> None:
+    """The handler, in the loop or in a thread, finds the token; afterwards it is gone again."""
+    async with web(Stub()) as client:
+        for path in ("/", "/thread"):
+            response = await client.get(path, headers=BEARER)
+            assert (response.status_code, response.text) == (200, "ci")
+    assert current_token() is None
+
+
+async def test_no_token_is_401_without_an_error_code() -> None:
+    """RFC 6750 §3.1: who presented nothing is told how, not what was wrong."""
+    async with web(Stub()) as client:
+        for headers in ({}, {"authorization": "Basic dXNlcjpwYXNz"}):
+            response = await client.get("/", headers=headers)
+            assert response.status_code == 401
+            assert response.headers["www-authenticate"] == 'Bearer realm="latchkey"'
+            assert response.headers["content-type"] == "application/problem+json"
+            assert response.headers["cache-control"] == "no-store"
+            assert response.json()["status"] == 401
+
+
+async def test_a_wrong_token_is_401_invalid_token() -> None:
+    """RFC 6750 §3.1: invalid_token, and the answer does not repeat what was presented."""
+    async with web(Stub(), realm="demo") as client:
+        response = await client.get("/", headers={"authorization": "Bearer wr0ng"})
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == 'Bearer realm="demo", error="invalid_token"'
+    assert "wr0ng" not in response.text + str(response.headers)
+
+
+async def test_a_small_scope_is_403_insufficient_scope() -> None:
+    """RFC 6750 §3.1: insufficient_scope, with the scope that would do."""
+    async with web(Stub()) as client:
+        response = await client.post("/", headers=BEARER)
+    assert response.status_code == 403
+    assert response.headers["www-authenticate"] == (
+        'Bearer realm="latchkey", error="insufficient_scope", scope="write"'
+    )
+
+
+@pytest.mark.parametrize(
+    ("failure", "wait"),
+    [
+        (Unavailable("down"), "1"),
+        (Unavailable("down", retry_after=timedelta(seconds=2.1)), "3"),
+        (RuntimeError(SECRET), "1"),
+    ],
+)
+async def test_no_safe_answer_is_503(failure: Exception, wait: str) -> None:
+    """When Latchkey cannot tell, nobody gets in, and the answer says when to come back."""
+    async with web(Stub(failure)) as client:
+        response = await client.get("/", headers=BEARER)
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == wait
+    assert "www-authenticate" not in response.headers
+    assert "S3cr3t" not in response.text + str(response.headers)
+
+
+async def test_head_is_answered_without_a_body() -> None:
+    """A refused HEAD has the headers of a refused GET and no body."""
+    get = http([])
+    answers = [
+        await talk(GuardMiddleware(accept, Stub()), s) for s in (get, {**get, "method": "HEAD"})
+    ]
+    assert answers[0][0] == answers[1][0]
+    assert answers[0][1]["body"]
+    assert answers[1][1]["body"] == b""
+
+
+async def test_public_paths_match_exactly() -> None:
+    """A public path needs no token; nothing that only resembles it is public."""
+    verifier = Stub()
+    async with web(verifier, public={"/healthz"}) as client:
+        assert (await client.get("/healthz")).text == "nobody"
+        for path in (
+            "/healthz/",
+            "/Healthz",
+            "//healthz",
+            "/healthz/../",
+            "/healthz%2f",
+            "/healthz;x",
+        ):
+            assert (await client.get(path)).status_code == 401, path
+        assert (await client.get("/healthz?x=1")).status_code == 200
+    assert verifier.calls == 0
+
+
+async def test_duplicate_headers_are_refused() -> None:
+    """Two authorization headers are refused, valid or not: layers may read different ones."""
+    async with web(Stub()) as client:
+        pair = ("authorization", f"Bearer {SECRET}")
+        assert (await client.get("/", headers=[pair, pair])).status_code == 401
+
+
+async def test_scope_can_be_fixed_or_computed() -> None:
+    """required_scope takes a Scope, None, or a function of the request."""
+    async with web(Stub(), required_scope=Scope.READ) as client:
+        assert (await client.post("/", headers=BEARER)).status_code == 200
+    async with web(Stub(), required_scope=None) as client:
+        assert (await client.post("/", headers=BEARER)).status_code == 200
+    async with web(Stub(), required_scope=lambda _: Scope.WRITE) as client:
+        assert (await client.get("/", headers=BEARER)).status_code == 403
+
+
+@pytest.mark.parametrize("result", ["read", Scope.UNSPECIFIED, ZeroDivisionError])
+async def test_a_broken_scope_function_lets_nobody_in(result: object) -> None:
+    """A scope function that fails or returns nonsense is the server's error, not an open door."""
+
+    def broken(_scope: object) -> Any:
+        if result is ZeroDivisionError:
+            raise ZeroDivisionError
+        return result
+
+    reached = False
+
+    async def app(*_: object) -> None:
+        nonlocal reached
+        reached = True
+
+    guard = GuardMiddleware(app, Stub(), broken)
+    with pytest.raises((TypeError, ValueError, ZeroDivisionError)):
+        await talk(guard, http([(b"authorization", f"Bearer {SECRET}".encode())]))
+    assert not reached
+
+
+def http(headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
+    return {"type": "http", "method": "GET", "path": "/", "headers": headers}
+
+
+async def talk(app: Callable[..., Awaitable[None]], scope: dict[str, Any]) -> list[Message]:
+    """Run `app` on one connection and return what it sent."""
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect" if scope["type"] == "websocket" else "http.request"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    return sent
+
+
+async def accept(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+    if scope["type"] == "websocket":
+        await receive()
+        token = current_token()
+        await send({"type": "websocket.accept", "subprotocol": token.name if token else None})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"Bearer \xff\xfe",
+        b"\xff",
+        b"Bearer \x00",
+        b"",
+        "Bearer \u00e4".encode(),
+        b"Bearer " + b"=" * 9000,
+    ],
+)
+async def test_bytes_that_are_no_text_are_refused(value: bytes) -> None:
+    """Header bytes that no encoding explains end in a 401 like any other wrong token."""
+    sent = await talk(GuardMiddleware(accept, Stub()), http([(b"Authorization", value)]))
+    assert sent[0]["status"] == 401
+
+
+async def test_websocket_with_a_valid_token_is_accepted() -> None:
+    """A WebSocket handshake is judged by its header, and its application knows the token."""
+    guard = GuardMiddleware(accept, Stub(), Scope.READ)
+    headers = [(b"authorization", f"Bearer {SECRET}".encode())]
+    sent = await talk(guard, {"type": "websocket", "path": "/", "headers": headers})
+    assert sent == [{"type": "websocket.accept", "subprotocol": "ci"}]
+
+
+@pytest.mark.parametrize(
+    ("verifier", "headers", "code", "status"),
+    [
+        (Stub(), [], 1008, 401),
+        (Stub(), [(b"authorization", f"Bearer {SECRET}".encode())], 1008, 403),  # needs WRITE
+        (Stub(OSError()), [(b"authorization", f"Bearer {SECRET}".encode())], 1013, 503),
+    ],
+)
+async def test_websocket_is_refused_before_it_is_accepted(
+    verifier: Stub, headers: list[tuple[bytes, bytes]], code: int, status: int
+) -> None:
+    """A refused handshake is closed, or answered with the status where the server can do that."""
+    guard = GuardMiddleware(accept, verifier)
+    scope: dict[str, Any] = {"type": "websocket", "path": "/", "headers": headers}
+    assert await talk(guard, scope) == [{"type": "websocket.close", "code": code, "reason": ""}]
+    scope["extensions"] = {"websocket.http.response": {}}
+    start, body = await talk(guard, scope)
+    assert (start["type"], start["status"]) == ("websocket.http.response.start", status)
+    assert body["type"] == "websocket.http.response.body"
+    assert body["body"]
+
+
+async def test_lifespan_passes_and_the_unknown_does_not() -> None:
+    """Start-up messages pass; a connection type that nobody has heard of is refused."""
+    seen = []
+
+    async def app(scope: MutableMapping[str, Any], _receive: object, _send: object) -> None:
+        seen.append(scope["type"])
+
+    guard = GuardMiddleware(app, Stub())
+    await talk(guard, {"type": "lifespan"})
+    with pytest.raises(ValueError, match="webtransport"):
+        await talk(guard, {"type": "webtransport", "path": "/", "headers": []})
+    assert seen == ["lifespan"]
+
+
+def test_default_scopes_by_method() -> None:
+    """What reads needs READ; everything else, known or not, needs WRITE."""
+    for method in ("GET", "HEAD", "OPTIONS"):
+        assert scope_by_method({"type": "http", "method": method}) is Scope.READ
+    for method in ("POST", "PUT", "PATCH", "DELETE", "TRACE", "get", "BREW"):
+        assert scope_by_method({"type": "http", "method": method}) is Scope.WRITE
+    assert scope_by_method({"type": "websocket"}) is Scope.WRITE
+
+
+def test_options_are_checked_when_the_guard_is_made() -> None:
+    """Mistakes that would open or break the guard show at start-up."""
+    with pytest.raises(TypeError):
+        GuardMiddleware(accept, Stub(), public="/healthz")
+    with pytest.raises(ValueError, match="realm"):
+        GuardMiddleware(accept, Stub(), realm='a"b')
+    with pytest.raises(ValueError, match="UNSPECIFIED"):
+        GuardMiddleware(accept, Stub(), Scope.UNSPECIFIED)
+    with pytest.raises(TypeError):
+        GuardMiddleware(accept, Stub(), "read")  # type: ignore[arg-type]  # the point of the test

@@ -1,0 +1,149 @@
+"""The guards' one decision."""
+
+import asyncio
+import logging
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from latchkey import Scope, Secret, Token, Unavailable, Verdict, Verification
+from latchkey.guards._decision import Decision, Outcome, checked_scope, decide
+
+SECRET = "lk" + "_" + "S3cr3t" * 9 + "abc"
+TOKEN = Token(
+    id="t1",
+    account_id="acme",
+    name="ci",
+    scope=Scope.READ,
+    create_time=datetime(2026, 1, 1, tzinfo=UTC),
+)
+
+
+class Stub:
+    """A verifier that does what it is told."""
+
+    def __init__(self, answer: object) -> None:
+        self.answer = answer
+        self.asked: list[tuple[str, Scope | None, float | None]] = []
+
+    async def verify(
+        self, secret: Secret, scope: Scope | None, /, *, timeout_seconds: float | None = None
+    ) -> Verification:
+        self.asked.append((secret.reveal(), scope, timeout_seconds))
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return cast("Verification", self.answer)
+
+
+def valid() -> Stub:
+    return Stub(Verification(verdict=Verdict.VALID, token=TOKEN, revision=1))
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "bEaReR"])
+@pytest.mark.parametrize("spaces", [" ", "   "])
+async def test_a_valid_token_gets_in(scheme: str, spaces: str) -> None:
+    """RFC 6750's header, whatever the scheme's letter case, brings the secret to the verifier."""
+    verifier = valid()
+    decision = await decide(verifier, [scheme + spaces + SECRET], Scope.WRITE, 0.5)
+    assert decision == Decision(Outcome.ALLOWED, token=TOKEN)
+    assert verifier.asked == [(SECRET, Scope.WRITE, 0.5)]
+
+
+@pytest.mark.parametrize(
+    "values", [[], ["Basic dXNlcjpwYXNz"], [""], [SECRET], ["Bearerx " + SECRET]]
+)
+async def test_no_bearer_token_is_missing(values: list[str]) -> None:
+    """Without a bearer token nothing is asked, and nobody gets in."""
+    verifier = valid()
+    assert (await decide(verifier, values, None)).outcome is Outcome.MISSING
+    assert verifier.asked == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["Bearer"],
+        ["Bearer "],
+        ["Bearer\t" + SECRET, "Bearer " + SECRET],
+        ["Bearer " + SECRET, "Bearer " + SECRET],
+        ["Bearer " + SECRET, "Basic x"],
+        ["Basic x", "Bearer " + SECRET],
+        ["Bearer a b"],
+        ["Bearer " + SECRET + " "],
+        ["Bearer " + SECRET + "\n"],
+        ["Bearer " + SECRET + ", Bearer " + SECRET],
+        ["Bearer \u00e4\u00f6\u00fc"],
+        ["Bearer \ufffd\x00"],
+        ["Bearer =" + SECRET],
+        ["Bearer " + "\u212a" + SECRET],  # the Kelvin sign, a "k" to careless matching
+    ],
+)
+async def test_a_mangled_header_is_invalid(values: list[str]) -> None:
+    """Of anything but exactly one well-formed value, no part is tried."""
+    verifier = valid()
+    assert (await decide(verifier, values, None)).outcome is Outcome.INVALID
+    assert verifier.asked == []
+
+
+@given(st.lists(st.text(max_size=80) | st.text(max_size=60).map("Bearer {}".format), max_size=3))
+@settings(deadline=None)  # a busy machine is no bug
+async def test_no_header_breaks_the_decision(values: list[str]) -> None:
+    """Any values at all come to an outcome, and an unknown secret is never let in."""
+    stub = Stub(Verification(verdict=Verdict.UNKNOWN))
+    decision = await decide(stub, values, None)
+    assert decision.outcome in (Outcome.MISSING, Outcome.INVALID)
+
+
+@pytest.mark.parametrize("verdict", [v for v in Verdict if v is not Verdict.VALID])
+async def test_no_other_verdict_gets_in(verdict: Verdict) -> None:
+    """VALID alone lets in, token or not."""
+    decision = await decide(
+        Stub(Verification(verdict=verdict, token=TOKEN)), ["Bearer " + SECRET], Scope.READ
+    )
+    insufficient = verdict is Verdict.INSUFFICIENT_SCOPE
+    assert decision == Decision(Outcome.FORBIDDEN if insufficient else Outcome.INVALID)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Unavailable("down", retry_after=timedelta(seconds=3)),
+        RuntimeError(SECRET),
+        TimeoutError(),
+        None,
+        True,
+        "VALID",
+        object(),
+    ],
+)
+async def test_whatever_goes_wrong_nobody_gets_in(
+    answer: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Any exception and any nonsense from the verifier is a refusal, logged without the secret."""
+    caplog.set_level(logging.DEBUG)
+    decision = await decide(Stub(answer), ["Bearer " + SECRET], Scope.READ)
+    assert decision.outcome is Outcome.UNAVAILABLE
+    assert decision.token is None
+    assert "S3cr3t" not in caplog.text
+    assert caplog.records
+
+
+async def test_valid_without_a_token_does_not_get_in() -> None:
+    """Nobody gets in without a name."""
+    stub = Stub(Verification(verdict=Verdict.VALID))
+    assert (await decide(stub, ["Bearer " + SECRET], None)).outcome is not Outcome.ALLOWED
+
+
+async def test_cancellation_passes_through() -> None:
+    """A cancelled request is not turned into an answer."""
+    with pytest.raises(asyncio.CancelledError):
+        await decide(Stub(asyncio.CancelledError()), ["Bearer " + SECRET], None)
+
+
+@pytest.mark.parametrize("scope", ["read", 1, Scope.UNSPECIFIED, Verdict.VALID])
+def test_a_wrong_scope_is_refused_early(scope: Any) -> None:
+    """A guard that would ask for no scope by mistake is not built."""
+    with pytest.raises((TypeError, ValueError)):
+        checked_scope(scope)

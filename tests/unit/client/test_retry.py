@@ -1,0 +1,158 @@
+"""Retries as a pure function of time, randomness and what the attempts do."""
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from latchkey import DeadlineExceeded, InvalidArgument, LatchkeyError, NotFound, Unavailable, _retry
+
+
+class World:
+    """A clock that only sleeping and attempts move."""
+
+    def __init__(self, *failures: LatchkeyError | None, attempt_seconds: float = 0.0) -> None:
+        self.now = 1000.0
+        self.failures = list(failures)
+        self.attempt_seconds = attempt_seconds
+        self.attempts: list[tuple[float, float]] = []  # when, with how many seconds left
+        self.slept: list[float] = []
+
+    async def attempt(self, left_seconds: float) -> str:
+        self.attempts.append((self.now, left_seconds))
+        self.now += self.attempt_seconds
+        failure = self.failures.pop(0) if len(self.failures) > 1 else self.failures[0]
+        if failure is not None:
+            raise failure
+        return "answer"
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+    async def run(
+        self,
+        rpc: str = "Get",
+        timeout_seconds: float = 5.0,
+        budget: _retry.Budget | None = None,
+        randomness: Callable[[], float] = lambda: 0.5,
+    ) -> str:
+        return await _retry.run(
+            rpc,
+            self.attempt,
+            timeout_seconds=timeout_seconds,
+            budget=budget or _retry.Budget(),
+            monotonic=lambda: self.now,
+            sleep=self.sleep,
+            randomness=randomness,
+        )
+
+
+@pytest.mark.parametrize("rpc", ["Get", "List", "Delete", "Verify", "BatchVerify"])
+async def test_safe_calls_are_tried_again(rpc: str) -> None:
+    """A call that is safe to repeat survives a passing UNAVAILABLE."""
+    world = World(Unavailable("x"), Unavailable("x"), None)
+    assert await world.run(rpc) == "answer"
+    assert len(world.attempts) == 3
+
+
+async def test_create_is_never_tried_again() -> None:
+    """A Create whose answer is lost is left to the caller, who can find out what became of it."""
+    world = World(Unavailable("x"))
+    with pytest.raises(Unavailable):
+        await world.run("Create")
+    assert len(world.attempts) == 1
+
+
+@pytest.mark.parametrize("failure", [DeadlineExceeded("x"), NotFound("x"), InvalidArgument("x")])
+async def test_an_answer_is_not_asked_for_again(failure: LatchkeyError) -> None:
+    """Only UNAVAILABLE is tried again: all else is an answer, or has used up the time."""
+    world = World(failure)
+    with pytest.raises(type(failure)):
+        await world.run()
+    assert len(world.attempts) == 1
+
+
+async def test_attempts_are_bounded() -> None:
+    """A dead service costs a call five attempts and no more, however long the deadline."""
+    world = World(Unavailable("x"))
+    with pytest.raises(Unavailable):
+        await world.run(timeout_seconds=1e9)
+    assert len(world.attempts) == _retry.ATTEMPTS_MAX == 5
+
+
+async def test_all_delays_fit_into_the_shortest_deadline() -> None:
+    """Verify's second holds every attempt of a service that refuses at once."""
+    world = World(Unavailable("x"))
+    with pytest.raises(Unavailable):
+        await world.run("Verify", _retry.VERIFY_TIMEOUT_SECONDS, randomness=lambda: 1.0)
+    assert len(world.attempts) == _retry.ATTEMPTS_MAX
+    assert sum(world.slept) <= 0.75
+
+
+async def test_deadline_covers_attempts_and_delays() -> None:
+    """Every attempt gets what is left, and nothing is waited for that would come too late."""
+    world = World(Unavailable("x"), attempt_seconds=0.3)
+    with pytest.raises(Unavailable):
+        await world.run(timeout_seconds=1.0)
+    assert 1 < len(world.attempts) < _retry.ATTEMPTS_MAX
+    for when, left in world.attempts:
+        assert left == pytest.approx(1001.0 - when)
+    assert world.now <= 1001.0 + world.attempt_seconds
+
+
+async def test_the_cause_is_raised_when_waiting_is_no_use() -> None:
+    """When the service asks for more patience than the deadline has, its answer comes at once."""
+    world = World(Unavailable("busy", retry_after=timedelta(seconds=10)))
+    with pytest.raises(Unavailable, match="busy"):
+        await world.run(timeout_seconds=1.0)
+    assert world.slept == []
+
+
+@given(
+    st.integers(1, 100),
+    st.none() | st.floats(0, 1e6).map(lambda s: timedelta(seconds=s)),
+    st.floats(0, 1, exclude_max=True),
+)
+@settings(deadline=None)  # a busy machine is no bug
+def test_delays_honour_retry_info_and_are_bounded(
+    failures: int, retry_after: timedelta | None, randomness: float
+) -> None:
+    """A delay is never shorter than asked for, and never longer than that plus the backoff."""
+    delay = _retry.delay_seconds(failures, retry_after, randomness)
+    asked = retry_after.total_seconds() if retry_after else 0.0
+    assert delay >= asked
+    assert 0.025 <= delay <= max(asked, 0.5) + _retry.BACKOFF_MAX_SECONDS / 2
+
+
+def test_delays_spread() -> None:
+    """Clients that failed together return at different times, even when told the same delay."""
+    asked = timedelta(seconds=1)
+    assert _retry.delay_seconds(3, asked, 0.0) != _retry.delay_seconds(3, asked, 0.9)
+    assert _retry.delay_seconds(3, None, 0.0) != _retry.delay_seconds(3, None, 0.9)
+
+
+async def test_an_outage_stops_retries_and_recovery_brings_them_back() -> None:
+    """In an outage each call becomes one attempt; enough answers and retries are back."""
+    budget = _retry.Budget()
+    attempts = []
+    for _ in range(5):
+        world = World(Unavailable("x"))
+        with pytest.raises(Unavailable):
+            await world.run(budget=budget)
+        attempts.append(len(world.attempts))
+    assert attempts[0] == _retry.ATTEMPTS_MAX
+    assert attempts[-1] == 1
+    for _ in range(200):
+        await World(None).run(budget=budget)
+    world = World(Unavailable("x"), None)
+    assert await world.run(budget=budget) == "answer"
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])
+def test_no_endless_deadlines(seconds: float) -> None:
+    """A deadline that is none is refused before anything is sent."""
+    with pytest.raises(InvalidArgument) as caught:
+        _retry.checked_timeout(seconds)
+    assert caught.value.field_violations[0].field == "timeout_seconds"

@@ -1,0 +1,91 @@
+"""The offline check of a secret's shape."""
+
+import zlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from latchkey._shape import checksum, is_well_formed, redact
+
+BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+SECRETS = [  # computed apart from the code under test
+    "lk" + "_" + "A" * 43 + "B" * 8 + "39kuGq",
+    "lk" + "_0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmno" + "0jDM4R",
+    "demo" + "_" + "z" * 51 + "1KS3KR",
+]
+bodies = st.builds(
+    "{}_{}".format,
+    st.text("abcdefghijklmnopqrstuvwxyz", min_size=2, max_size=10),
+    st.text(BASE62, min_size=51, max_size=51),
+)
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_known_secrets_are_well_formed(secret: str) -> None:
+    """The format is the contract's: CRC-32, base62 with digits first, most significant first."""
+    assert is_well_formed(secret)
+
+
+@given(bodies)
+@settings(deadline=None)  # a busy machine is no bug
+def test_checksum_is_the_crc_in_base_62(body: str) -> None:
+    """Six digits, zero-padded, read back as the CRC-32; and body with checksum is well-formed."""
+    digits = checksum(body)
+    assert len(digits) == 6
+    value = 0
+    for digit in digits:
+        value = value * 62 + BASE62.index(digit)
+    assert value == zlib.crc32(body.encode())
+    assert is_well_formed(body + digits)
+
+
+@given(bodies, st.integers(0, 61), st.sampled_from(BASE62))
+@settings(deadline=None)  # a busy machine is no bug
+def test_one_wrong_character_is_noticed(body: str, position: int, character: str) -> None:
+    """A typo of one character is told without asking the service."""
+    secret = body + checksum(body)
+    position = min(position, len(secret) - 1)
+    typo = secret[:position] + character + secret[position + 1 :]
+    assert is_well_formed(typo) == (typo == secret)
+
+
+@given(st.text())
+@settings(deadline=None)  # a busy machine is no bug
+def test_any_text_has_an_answer(text: str) -> None:
+    """No text makes the check fail, lone surrogates and newlines included."""
+    assert not is_well_formed(text)
+    assert not is_well_formed("lk" + "_" + text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s + "\n",
+        lambda s: " " + s,
+        lambda s: s.upper(),
+        lambda s: s.replace("_", "-"),
+        lambda s: s[:-1],
+        lambda s: s + "0",
+        lambda s: s.replace("0", "\u0660"),  # a digit to str.isdigit(), not to us
+        lambda s: "l" + s[2:],
+        lambda s: "lklklklklkl" + s[2:],
+    ],
+)
+def test_near_misses_are_malformed(change: "object") -> None:
+    """What only resembles a secret is none."""
+    assert callable(change)
+    assert not is_well_formed(change(SECRETS[1]))
+
+
+def test_a_right_checksum_does_not_excuse_a_wrong_length() -> None:
+    """What is longer than a secret is none, though its checksum fits."""
+    for body in (SECRETS[1], SECRETS[1] + "\n", "l" + SECRETS[1]):
+        assert not is_well_formed(body + checksum(body))
+    assert not is_well_formed(SECRETS[1] + "ü" * 6)
+
+
+@given(st.text(), st.sampled_from(SECRETS), st.text())
+@settings(deadline=None)  # a busy machine is no bug
+def test_redaction_leaves_no_secret(before: str, secret: str, after: str) -> None:
+    """Wherever in a text a secret stands, its random part is gone."""
+    assert secret[-40:] not in redact(before + secret + after)

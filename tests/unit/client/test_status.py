@@ -1,0 +1,167 @@
+"""gRPC statuses as exceptions."""
+
+import pickle
+from datetime import timedelta
+from typing import Any
+
+import grpc
+import latchkey
+import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from latchkey._status import from_rpc_error
+
+KEY = "grpc-status-details-bin"
+SECRET = "lk" + "_" + "S3cr3t" * 9 + "abc"
+
+
+def rpc_error(
+    code: grpc.StatusCode, text: str | None, *details: Message, raw: Any = None
+) -> grpc.aio.AioRpcError:
+    status = status_pb2.Status(code=code.value[0], message=text or "")
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    value = status.SerializeToString() if raw is None else raw
+    return grpc.aio.AioRpcError(
+        code, grpc.aio.Metadata(), trailing_metadata=grpc.aio.Metadata((KEY, value)), details=text
+    )
+
+
+@pytest.mark.parametrize(
+    "code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
+)
+def test_every_status_has_its_exception(code: grpc.StatusCode) -> None:
+    """Each failure is one class of the tree, carries its code and says what happened."""
+    failure = from_rpc_error("Get", rpc_error(code, "it broke"))
+    assert failure.code is code
+    assert "Get failed: it broke" in str(failure)
+    assert code.name in str(failure)
+    expected = code.name.title().replace("_", "")
+    expected = "InternalError" if expected == "Internal" else expected
+    named = getattr(latchkey, expected, latchkey.UnexpectedStatus)
+    assert type(failure) is named
+
+
+def test_details_are_carried() -> None:
+    """Reason, request id, delay and field violations reach the caller."""
+    failure = from_rpc_error(
+        "Create",
+        rpc_error(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "bad name",
+            error_details_pb2.ErrorInfo(reason="NAME_TOO_LONG", domain="latchkey"),
+            error_details_pb2.RequestInfo(request_id="r-1"),
+            error_details_pb2.RetryInfo(retry_delay=Duration(seconds=1, nanos=500_000_000)),
+            error_details_pb2.BadRequest(
+                field_violations=[
+                    error_details_pb2.BadRequest.FieldViolation(
+                        field="name", description="at most 64 characters"
+                    )
+                ]
+            ),
+        ),
+    )
+    assert isinstance(failure, latchkey.InvalidArgument)
+    assert isinstance(failure, ValueError)
+    assert failure.reason == "NAME_TOO_LONG"
+    assert failure.request_id == "r-1"
+    assert "r-1" in str(failure)
+    assert failure.retry_after == timedelta(seconds=1.5)
+    assert list(failure.field_violations) == [
+        latchkey.FieldViolation("name", "at most 64 characters")
+    ]
+
+
+def test_deadline_is_a_kind_of_unavailable() -> None:
+    """Who catches "no safe answer" catches a deadline too."""
+    failure = from_rpc_error("Verify", rpc_error(grpc.StatusCode.DEADLINE_EXCEEDED, "late"))
+    assert isinstance(failure, latchkey.Unavailable)
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED])
+def test_lost_answers_come_with_what_to_do(code: grpc.StatusCode) -> None:
+    """After a lost Create or Delete the message says how to find out what became of it."""
+    assert "may exist" in str(from_rpc_error("Create", rpc_error(code, "x")))
+    assert "receipt" in str(from_rpc_error("Delete", rpc_error(code, "x")))
+
+
+@given(st.binary() | st.text())
+@settings(deadline=None)  # a busy machine is no bug
+def test_damaged_details_hide_nothing(raw: bytes | str) -> None:
+    """Whatever stands where details should be, the failure keeps its class and message."""
+    failure = from_rpc_error("Get", rpc_error(grpc.StatusCode.NOT_FOUND, "gone", raw=raw))
+    assert type(failure) is latchkey.NotFound
+    assert "gone" in str(failure)
+
+
+@given(
+    st.sampled_from(["ErrorInfo", "RequestInfo", "RetryInfo", "BadRequest", "Nonsense"]),
+    st.binary(),
+)
+@settings(deadline=None)  # a busy machine is no bug
+def test_damaged_parts_of_details_hide_nothing(name: str, value: bytes) -> None:
+    """A detail of the right type with the wrong bytes is left out."""
+    status = status_pb2.Status(code=grpc.StatusCode.UNAVAILABLE.value[0])
+    status.details.add(type_url=f"type.googleapis.com/google.rpc.{name}", value=value)
+    failure = from_rpc_error(
+        "Get", rpc_error(grpc.StatusCode.UNAVAILABLE, "down", raw=status.SerializeToString())
+    )
+    assert type(failure) is latchkey.Unavailable
+    assert failure.retry_after is None or failure.retry_after >= timedelta(0)
+
+
+def test_details_of_another_status_are_ignored() -> None:
+    """Details that contradict the status are not believed."""
+    status = status_pb2.Status(code=grpc.StatusCode.NOT_FOUND.value[0])
+    packed = AnyMessage()
+    packed.Pack(error_details_pb2.ErrorInfo(reason="WRONG"))
+    status.details.append(packed)
+    raw = status.SerializeToString()
+    failure = from_rpc_error("Get", rpc_error(grpc.StatusCode.UNAVAILABLE, "down", raw=raw))
+    assert failure.reason is None
+
+
+def test_an_absurd_delay_is_no_delay() -> None:
+    """Delays that are negative or past all calendars are left out."""
+    for duration in (Duration(seconds=-5), Duration(seconds=2**62)):
+        info = error_details_pb2.RetryInfo(retry_delay=duration)
+        failure = from_rpc_error("Get", rpc_error(grpc.StatusCode.UNAVAILABLE, "x", info))
+        assert failure.retry_after is None
+
+
+def test_no_text_of_the_server_carries_a_secret_through() -> None:
+    """Even if a server echoed a secret everywhere, no exception would contain it."""
+    failure = from_rpc_error(
+        "Verify",
+        rpc_error(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"bad secret {SECRET}",
+            error_details_pb2.ErrorInfo(reason=SECRET),
+            error_details_pb2.RequestInfo(request_id=SECRET),
+            error_details_pb2.BadRequest(
+                field_violations=[
+                    error_details_pb2.BadRequest.FieldViolation(field=SECRET, description=SECRET)
+                ]
+            ),
+        ),
+    )
+    assert "S3cr3t" not in repr(failure) + str(failure) + repr(vars(failure))
+
+
+def test_exceptions_survive_pickling() -> None:
+    """An exception reaches the parent of a worker process whole."""
+    failure = from_rpc_error(
+        "Get",
+        rpc_error(
+            grpc.StatusCode.UNAVAILABLE, "down", error_details_pb2.RequestInfo(request_id="r-2")
+        ),
+    )
+    again = pickle.loads(pickle.dumps(failure))  # noqa: S301 - our own bytes
+    assert type(again) is type(failure)
+    assert (str(again), again.code, again.request_id) == (str(failure), failure.code, "r-2")

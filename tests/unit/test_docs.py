@@ -1,0 +1,109 @@
+"""The documents say what is so: settings, the secret's pattern, links, and which blocks are run."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from latchkey_service.config import Settings
+from latchkey_service.embedded import default_data_dir
+from latchkey_service.secrets import Keyring, Pepper
+from pydantic_core import PydanticUndefined
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+# Each of them has its test in tests/integration/test_readme_grpcurl.py, or below.
+MARKS = {
+    "cli",
+    "config",
+    "grpcurl",
+    "grpcurl install",
+    "make run",
+    "python",
+    "python asgi guard",
+    "python grpc guard",
+    "regex",
+}
+
+
+def test_settings_table() -> None:
+    """The README's table has every setting, in order, with its default and meaning."""
+    rows = re.findall(r"^\| `(LATCHKEY_\w+)` \| (.+?) \| (.+) \|$", README, re.MULTILINE)
+    expected = []
+    for name, field in Settings.model_fields.items():
+        if field.default is PydanticUndefined:
+            default = "the user's data directory"
+        else:
+            default = "none" if field.default is None else f"`{field.default}`"
+        expected.append((f"LATCHKEY_{name.upper()}", default, field.description))
+    assert rows == expected
+
+
+@pytest.mark.skipif(os.uname().sysname != "Linux", reason="the README names Linux's directories")
+def test_data_directories(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README names the directories that data is kept in."""
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    theirs = str(default_data_dir()).replace("/home/someone", "~")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    roots = default_data_dir()
+    assert f"is `{theirs}` on Linux, and `{roots}` for root" in README
+
+
+def test_scanner_pattern() -> None:
+    """The scanners' pattern finds a secret in a text, whole, and nothing longer or shorter."""
+    match = re.search(r"<!-- test: regex -->\n```\n(.+)\n```", README)
+    assert match is not None
+    pattern = re.compile(match[1])
+    for number in range(100):
+        minted = Keyring([Pepper(bytes([number]) * 32)]).mint("lk", os.urandom)
+        secret = minted.secret.reveal()
+        assert pattern.findall(f'TOKEN="{secret}", {secret}.') == [secret, secret]
+        assert not pattern.search(secret[:-1])
+        assert not pattern.search(secret + "0")
+
+
+def test_every_block_is_run() -> None:
+    """Each code block of the README is marked with the test that runs it."""
+    fences = len(re.findall(r"^```\w*$", README, re.MULTILINE))
+    marked = re.findall(r"^<!-- test: (.+) -->\n```", README, re.MULTILINE)
+    assert fences == 2 * len(marked)
+    assert set(marked) == MARKS
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links(name: str) -> None:
+    """What a document links to in the repository is there."""
+    text = (ROOT / name).read_text("utf-8")
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        if not target.startswith("https://"):
+            assert (ROOT / target).exists(), target
+
+
+def test_make_targets() -> None:
+    """CONTRIBUTING names only commands that the Makefile has."""
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    contributing = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    for target in re.findall(r"`make (\w+)", contributing):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_layout() -> None:
+    """The directories and modules that CONTRIBUTING names are there."""
+    contributing = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    for path in re.findall(r"^\| `([\w/]+/)` \|", contributing, re.MULTILINE):
+        assert (ROOT / path).is_dir(), path
+
+
+def test_changelog_has_this_version() -> None:
+    """The changelog has a heading for what comes and for the version in pyproject.toml."""
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    match = re.search(r'^version = "(.+)"$', project, re.MULTILINE)
+    assert match is not None
+    headings = re.findall(
+        r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert headings[0] == "Unreleased"
+    assert match[1] in headings
