@@ -17,7 +17,7 @@ __all__ = ["main", "target"]
 # Health is answered from memory: a server that takes longer is not well.
 TIMEOUT_SECONDS: Final = 2.0
 # Where a server listens on every address, it is asked on this machine's own.
-_LOCAL: Final = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - not bound
+_LOCAL: Final = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # nosec B104 # noqa: S104 - not bound
 _OPTIONS: Final = (
     # A proxy that the environment names is for the way out, and this is not one.
     ("grpc.enable_http_proxy", 0),

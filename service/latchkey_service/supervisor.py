@@ -69,6 +69,10 @@ def run(settings: Settings) -> int:
     except KeyboardInterrupt:
         return 130
     finally:
+        # For good, as nothing comes after: who presses Ctrl-C again must not cut the database's
+        # shutdown short.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         if postgres is not None:
             postgres.stop()
 
@@ -267,7 +271,7 @@ def _reserved(listen: str) -> Iterator[str]:
 
     The workers share a port by SO_REUSEPORT, and with that a second service would silently take a
     part of the calls. So it is tried without first; then a socket that never listens keeps the
-    port, which also settles which one port 0 is.
+    port, also while no worker has it, which also settles which one port 0 is.
     """
     if listen.startswith("unix:"):
         path = Path(listen.removeprefix("unix:"))
@@ -283,30 +287,44 @@ def _reserved(listen: str) -> Iterator[str]:
     except OSError as error:
         raise StartError(f"{PREFIX}LISTEN: {host} is no address of this machine: {error}") from None
     family, _, _, _, address = found[0]
-    _wait_until_free(family, address, listen)
-    with socket.socket(family, socket.SOCK_STREAM) as keeper:
-        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with (
+        _listening_alone(family, address, listen) as probe,
+        socket.socket(family, socket.SOCK_STREAM) as keeper,
+    ):
+        # Without SO_REUSEADDR, which would let another service's probe in beside it.
         keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        keeper.bind(address)
-        yield f"{host}:{keeper.getsockname()[1]}"
+        # The probe stays until the keeper is there: of two that start at once, one gets it.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        address = probe.getsockname()
+        try:
+            keeper.bind(address)
+        except OSError:
+            # Past connections of a program that did not share the port are in TIME_WAIT.
+            probe.close()
+            keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            keeper.bind(address)
+        probe.close()
+        yield f"{host}:{address[1]}"
 
 
-def _wait_until_free(family: int, address: Any, listen: str) -> None:
+def _listening_alone(family: int, address: Any, listen: str) -> socket.socket:
+    """Return a socket that listens on an address as the only one. Raises StartError."""
     give_up = time.monotonic() + ADDRESS_TIMEOUT_SECONDS
     while True:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            # Past connections in TIME_WAIT do not count; a listener does.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(address)
-                probe.listen(1)
-                return
-            except OSError as error:
-                if time.monotonic() > give_up:
-                    raise StartError(
-                        f"cannot listen on {listen}: {error.strerror}. Is another Latchkey "
-                        f"running? {PREFIX}LISTEN chooses another address"
-                    ) from None
+        probe = socket.socket(family, socket.SOCK_STREAM)
+        # Past connections in TIME_WAIT do not count; a listener does.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+            probe.listen(1)
+            return probe
+        except OSError as error:
+            probe.close()
+            if time.monotonic() > give_up:
+                raise StartError(
+                    f"cannot listen on {listen}: {error.strerror}. Is another Latchkey "
+                    f"running? {PREFIX}LISTEN chooses another address"
+                ) from None
         time.sleep(POLL_SECONDS)
 
 

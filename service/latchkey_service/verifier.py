@@ -53,7 +53,7 @@ class Verifier:
         return Answer(verdict, found.record, found.revision)
 
     async def verify_batch(self, questions: Sequence[Question], deadline: float) -> list[Answer]:
-        """Return the answers to up to 1,000 questions, in order. One query at most; else `verify`."""
+        """Return the answers to up to 1,000 questions, in order, at the cost of one `verify`."""
         parsed = [self._parse(presented) for presented, _ in questions]
         digests = [digest for digest in parsed if isinstance(digest, bytes)]
         founds = iter(await self._lookup.find_all(digests, deadline) if digests else ())
