@@ -15,7 +15,7 @@ help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 run: $(VENV)/.run  ## Start Latchkey with what it needs, the database included
-	@exec $(PY) -m latchkey_service
+	@exec $(PY) -P -m latchkey_service
 
 test: $(VENV)/.dev  ## Run the tests
 	@exec $(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
@@ -58,7 +58,8 @@ $(VENV)/.dev: $(VENV)/.run requirements/dev.txt
 
 LOCK = $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 \
   --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate \
-  --constraint requirements/pins.in --all-extras
+  --constraint requirements/pins.in
 lock: $(VENV)/.dev  ## Resolve the dependencies anew (ARGS=--upgrade to move them)
-	@$(LOCK) requirements/build.in -o requirements/run.txt $(ARGS)
-	@$(LOCK) requirements/build.in --group dev --constraint requirements/run.txt -o requirements/dev.txt $(ARGS)
+	@$(LOCK) --all-extras requirements/build.in -o requirements/run.txt $(ARGS)
+	@$(LOCK) --extra service --extra cli --constraint requirements/run.txt -o requirements/service.txt $(ARGS)
+	@$(LOCK) --all-extras requirements/build.in --group dev --constraint requirements/run.txt -o requirements/dev.txt $(ARGS)

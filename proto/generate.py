@@ -29,9 +29,11 @@ def generate() -> dict[Path, str]:
         outs = [f"--{kind}_out={tmp}" for kind in ("python", "grpc_python")]
         outs += [f"--{kind}_out=quiet:{tmp}" for kind in ("mypy", "mypy_grpc")]
         subprocess.run(  # noqa: S603 - fixed arguments
-            [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT}", f"-I{WELL_KNOWN}"]
-            + outs
-            + protos,
+            [
+                *(sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT}", f"-I{WELL_KNOWN}"),
+                *outs,
+                *protos,
+            ],
             check=True,
         )
         base = Path(tmp) / "latchkey"
@@ -48,15 +50,21 @@ def generate() -> dict[Path, str]:
 
 def rewrite(text: str) -> str:
     """Point imports of latchkey.* at latchkey_proto.*, and nothing else."""
-    text = re.sub(r"^from latchkey\.(\S+) import", r"from latchkey_proto.\1 import", text, flags=re.M)
-    text = re.sub(r"^import latchkey\.", "import latchkey_proto.", text, flags=re.M)
+    text = re.sub(
+        r"^from latchkey\.(\S+) import", r"from latchkey_proto.\1 import", text, flags=re.MULTILINE
+    )
+    text = re.sub(r"^import latchkey\.", "import latchkey_proto.", text, flags=re.MULTILINE)
     return re.sub(r"\blatchkey\.(v\d+\.\w+_pb2)\b", r"latchkey_proto.\1", text)
 
 
 def main() -> int:
     """Write or check, as asked."""
     files = generate()
-    present = {p.relative_to(OUT) for p in OUT.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    present = {
+        path.relative_to(OUT)
+        for path in OUT.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
     if "--check" in sys.argv:
         stale = sorted(
             str(path)

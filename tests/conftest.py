@@ -189,7 +189,7 @@ def create(stub: TokenServiceAsyncStub) -> Create:
     """Create a token through the running server, with defaults for what a test does not care of."""
 
     async def create(**fields: Any) -> pb.CreateResponse:
-        request = {
+        request: dict[str, Any] = {
             "account_id": "acme",
             "name": f"token {next(_numbers)}",
             "scope": pb.SCOPE_READ,

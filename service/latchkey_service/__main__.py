@@ -1,6 +1,7 @@
 """Entry point: `python -m latchkey_service [serve|config|worker]`."""
 
 import json
+import os
 import sys
 
 from latchkey_service import config
@@ -43,4 +44,11 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `config | head`: nobody reads on. Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 
-from latchkey_service.errors import StoreUnavailable
 from latchkey_service.store import translated
 
 if TYPE_CHECKING:
@@ -70,9 +69,13 @@ async def migrate(database_url: str, migrations: "Sequence[Migration]") -> "list
     connection = await _connect(database_url)
     try:
         with translated():
-            return await _apply(connection, migrations)
-    except asyncpg.LockNotAvailableError as error:  # pragma: no cover - translated() has it
-        raise StoreUnavailable("A lock was not to be had.") from error
+            try:
+                return await _apply(connection, migrations)
+            except asyncpg.LockNotAvailableError as error:
+                raise MigrationError(
+                    f"a lock was not to be had in {LOCK_TIMEOUT_SECONDS} s: another migration is "
+                    "still at work, or a long transaction uses a table; try again once it has ended"
+                ) from error
     except asyncpg.PostgresError as error:
         raise MigrationError(f"a migration failed, nothing of it was applied: {error}") from error
     finally:
@@ -95,8 +98,12 @@ async def _connect(database_url: str) -> "asyncpg.Connection[asyncpg.Record]":
                 },
             )
             break
-        except (asyncpg.InvalidPasswordError, asyncpg.InvalidCatalogNameError) as error:
-            raise MigrationError(f"the database refuses the connection: {error}") from error
+        except (
+            asyncpg.InvalidAuthorizationSpecificationError,  # a wrong password included
+            asyncpg.InvalidCatalogNameError,
+            asyncpg.ClientConfigurationError,  # the URL
+        ) as error:
+            raise MigrationError(f"cannot connect to the database: {error}") from error
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             if loop.time() > give_up:
                 message = f"cannot connect to the database: {type(error).__name__}: {error}"

@@ -31,13 +31,15 @@ def load_or_create(path: Path, *, create: bool) -> Keyring:
         _create_if_missing(path)
     try:
         with path.open() as file:
-            mode = os.fstat(file.fileno()).st_mode
+            status = os.fstat(file.fileno())
             lines = file.read().splitlines()
     except FileNotFoundError:
         raise PepperFileError(f"there is no pepper file at {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise PepperFileError(f"cannot read the pepper file {path}: {error}") from None
-    if mode & 0o077:
+    # A secret that an orchestrator mounts belongs to root, and is ours by its group (0440).
+    open_to_others = 0o077 if status.st_uid == os.geteuid() else 0o037
+    if status.st_mode & open_to_others:
         raise PepperFileError(f"other users may read the pepper file {path}: chmod 600 it")
     peppers = []
     for number, line in enumerate(lines, 1):
@@ -59,7 +61,8 @@ def _create_if_missing(path: Path) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not named by the process id: in containers all have the same, also one that crashed here.
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w") as file:

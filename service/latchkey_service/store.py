@@ -52,7 +52,7 @@ FIND_BY_DIGEST = f"""
 SELECT h.revision, s.digest, {_COLUMNS}
   FROM head h
   LEFT JOIN (secret s JOIN token t ON t.id = s.token_id) ON s.digest = ANY($1::bytea[])
-"""  # noqa: S608 - constants only
+"""  # nosec B608 # noqa: S608 - constants only
 
 # After these nothing is known of the connection, and it is not used again.
 _BROKEN = (
@@ -200,7 +200,7 @@ class Store:
                 SELECT {_COLUMNS}
                   FROM token t
                  WHERE t.account_id = $1 AND t.id = $2 AND t.delete_time IS NULL
-                """,  # noqa: S608 - constants only
+                """,  # nosec B608 # noqa: S608 - constants only
                 account_id,
                 token_id,
             )
@@ -222,7 +222,7 @@ class Store:
                  WHERE t.account_id = $1 AND t.delete_time IS NULL {start}
                  ORDER BY t.create_time DESC, t.id DESC
                  LIMIT $2
-                """,  # noqa: S608 - constants only
+                """,  # nosec B608 # noqa: S608 - constants only
                 *arguments,
             )
         return [record_of(row) for row in rows]

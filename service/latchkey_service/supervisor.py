@@ -183,6 +183,8 @@ class _Supervisor:
         }
         return await asyncio.create_subprocess_exec(
             sys.executable,
+            # Without the current folder on the path: a stray asyncpg.py there must not be loaded.
+            "-P",
             "-m",
             "latchkey_service",
             "worker",

@@ -1,5 +1,7 @@
 """Every RPC and every field with everything that it should not have: always a clear answer."""
 
+from typing import Any
+
 import grpc
 import pytest
 from google.protobuf import descriptor as descriptors
@@ -16,7 +18,7 @@ GOOD = {
     "List": pb.ListRequest(account_id="acme"),
     "Delete": pb.DeleteRequest(account_id="acme", id="tok_never"),
     "Verify": pb.VerifyRequest(secret="lk_nonsense", required_scope=pb.SCOPE_READ),
-    "BatchVerify": pb.BatchVerifyRequest(requests=[{"secret": "lk_nonsense"}]),
+    "BatchVerify": pb.BatchVerifyRequest(requests=[pb.VerifyRequest(secret="lk_nonsense")]),
 }
 BAD_TEXT = {
     "empty": b"",
@@ -98,9 +100,7 @@ async def test_bad_text(channel, kind):
 @pytest.mark.parametrize("scope", [3, 99, -1, 2**31 - 1])
 async def test_unknown_scope(stub, create, scope):
     """A scope that the server does not know is refused by Create and never VALID in Verify."""
-    error = await refusal(
-        stub.Create(pb.CreateRequest(account_id="acme", name="n", scope=scope))  # type: ignore[arg-type]
-    )
+    error = await refusal(stub.Create(pb.CreateRequest(account_id="acme", name="n", scope=scope)))
     assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["scope"])
     created = await create(scope=pb.SCOPE_WRITE)
     answer = await stub.Verify(pb.VerifyRequest(secret=created.secret, required_scope=scope))
@@ -171,7 +171,7 @@ async def test_one_holders_bytes_do_not_fail_the_batch(channel, create):
 )
 async def test_bad_expiry(stub, field, seconds, nanos):
     """A moment or duration out of range, past, or of mixed signs is INVALID_ARGUMENT."""
-    expiry = {field: {"seconds": seconds, "nanos": nanos}}
+    expiry: Any = {field: {"seconds": seconds, "nanos": nanos}}
     request = pb.CreateRequest(account_id="acme", name="n", scope=pb.SCOPE_READ, **expiry)
     error = await refusal(stub.Create(request))
     assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, [field])

@@ -20,7 +20,9 @@ def logs(request):
     handlers, level = root.handlers[:], root.level
     log.configure(request.param, "debug")
     written = io.StringIO()
-    root.handlers[0].setStream(written)
+    handler = root.handlers[0]
+    assert isinstance(handler, logging.StreamHandler)
+    handler.setStream(written)
     yield written
     root.handlers[:] = handlers
     root.setLevel(level)

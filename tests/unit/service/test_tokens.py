@@ -4,6 +4,7 @@ import base64
 import itertools
 import string
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -78,8 +79,8 @@ def make(now=NOW):
     )
 
 
-def new(**fields):
-    defaults = {
+def new(**fields: Any) -> NewToken:
+    defaults: dict[str, Any] = {
         "account_id": "acme",
         "name": "ci",
         "scope": 1,

