@@ -54,7 +54,9 @@ class TokenService(pb_grpc.TokenServiceServicer):
         deadline = self._monotonic() + budget_seconds(context)
         answer = await self._verifier.verify(request.secret, request.required_scope, deadline)
         self._counts.verdicts[answer.verdict] += 1
-        return _verify_response(answer)
+        response = pb.VerifyResponse()
+        _put_answer(answer, response)
+        return response
 
     async def BatchVerify(
         self, request: pb.BatchVerifyRequest, context: "Context"
@@ -66,9 +68,11 @@ class TokenService(pb_grpc.TokenServiceServicer):
         questions = [(r.secret, r.required_scope) for r in request.requests]
         deadline = self._monotonic() + budget_seconds(context)
         answers = await self._verifier.verify_batch(questions, deadline)
+        response = pb.BatchVerifyResponse()
         for answer in answers:
             self._counts.verdicts[answer.verdict] += 1
-        return pb.BatchVerifyResponse(responses=map(_verify_response, answers))
+            _put_answer(answer, response.responses.add())
+        return response
 
     async def Create(self, request: pb.CreateRequest, context: "Context") -> pb.CreateResponse:
         expiry = request.WhichOneof("expiry")
@@ -81,66 +85,67 @@ class TokenService(pb_grpc.TokenServiceServicer):
             dict(request.labels),
         )
         created = await self._tokens.create(new)
-        return pb.CreateResponse(token=_token(created.record), secret=created.secret.reveal())
+        response = pb.CreateResponse(secret=created.secret.reveal())
+        _put_token(created.record, response.token)
+        return response
 
     async def Get(self, request: pb.GetRequest, context: "Context") -> pb.GetResponse:
-        return pb.GetResponse(token=_token(await self._tokens.get(request.account_id, request.id)))
+        record = await self._tokens.get(request.account_id, request.id)
+        response = pb.GetResponse()
+        _put_token(record, response.token)
+        return response
 
     async def List(self, request: pb.ListRequest, context: "Context") -> pb.ListResponse:
         page = await self._tokens.list(request.account_id, request.page_size, request.page_token)
-        return pb.ListResponse(
-            tokens=map(_token, page.records), next_page_token=page.next_page_token
-        )
+        response = pb.ListResponse(next_page_token=page.next_page_token)
+        for record in page.records:
+            _put_token(record, response.tokens.add())
+        return response
 
     async def Delete(self, request: pb.DeleteRequest, context: "Context") -> pb.DeleteResponse:
         deletion = await self._tokens.delete(request.account_id, request.id)
-        return pb.DeleteResponse(receipt=_receipt(deletion))
+        response = pb.DeleteResponse()
+        _put_receipt(deletion, response.receipt)
+        return response
 
 
-def _verify_response(answer: Answer) -> pb.VerifyResponse:
-    verdict = pb.Verdict.ValueType(answer.verdict)
-    if answer.record is None:
-        return pb.VerifyResponse(verdict=verdict, revision=answer.revision)
-    return pb.VerifyResponse(verdict=verdict, token=_token(answer.record), revision=answer.revision)
+def _put_answer(answer: Answer, response: pb.VerifyResponse) -> None:
+    response.verdict = pb.Verdict.ValueType(answer.verdict)
+    response.revision = answer.revision
+    if answer.record is not None:
+        _put_token(answer.record, response.token)
 
 
-def _token(record: TokenRecord) -> pb.Token:
-    token = pb.Token(
-        id=record.id,
-        account_id=record.account_id,
-        name=record.name,
-        scope=pb.Scope.ValueType(record.scope),
-        create_time=_timestamp(record.create_time),
-        hint=record.hint,
-    )
-    # Set only where they are there: each field passed costs a Verify, None and {} as well.
+def _put_token(record: TokenRecord, token: pb.Token) -> None:
+    """Fill `token`, in place: built apart and copied in, each would take three times as long."""
+    token.id = record.id
+    token.account_id = record.account_id
+    token.name = record.name
+    token.scope = pb.Scope.ValueType(record.scope)
+    token.hint = record.hint
+    _put_time(record.create_time, token.create_time)
     if record.expire_time is not None:
-        token.expire_time.CopyFrom(_timestamp(record.expire_time))
+        _put_time(record.expire_time, token.expire_time)
     if record.last_used_time is not None:
-        token.last_used_time.CopyFrom(_timestamp(record.last_used_time))
+        _put_time(record.last_used_time, token.last_used_time)
     if record.labels:
         token.labels.update(record.labels)
-    return token
 
 
-def _receipt(deletion: Deletion) -> pb.Receipt:
-    return pb.Receipt(
-        commit_time=_timestamp(deletion.commit_time),
-        effective_time=(
-            None if deletion.effective_time is None else _timestamp(deletion.effective_time)
-        ),
-        revision=deletion.revision,
-        verifiers_acknowledged=deletion.verifiers_acknowledged,
-        verifiers_outwaited=deletion.verifiers_outwaited,
-    )
+def _put_receipt(deletion: Deletion, receipt: pb.Receipt) -> None:
+    _put_time(deletion.commit_time, receipt.commit_time)
+    if deletion.effective_time is not None:
+        _put_time(deletion.effective_time, receipt.effective_time)
+    receipt.revision = deletion.revision
+    receipt.verifiers_acknowledged = deletion.verifiers_acknowledged
+    receipt.verifiers_outwaited = deletion.verifiers_outwaited
 
 
-def _timestamp(moment: datetime) -> timestamp_pb2.Timestamp:
+def _put_time(moment: datetime, timestamp: timestamp_pb2.Timestamp) -> None:
     # Not FromDatetime: it takes four times as long, and Verify does this for each time it sends.
     since = moment - _EPOCH
-    return timestamp_pb2.Timestamp(
-        seconds=since.days * 86_400 + since.seconds, nanos=since.microseconds * 1_000
-    )
+    timestamp.seconds = since.days * 86_400 + since.seconds
+    timestamp.nanos = since.microseconds * 1_000
 
 
 def _datetime(field: str, timestamp: timestamp_pb2.Timestamp) -> datetime:

@@ -1,0 +1,243 @@
+"""`make bench`: how fast Latchkey is, beside how fast its stack can be, in one run.
+
+All servers stay up throughout, each pinned to the same core and idle but for its own slice, and
+the load, which is this process, to another. In each round every row runs for a short slice, in an
+order of its own, those to be compared one right after the other: what else the machine does then
+falls on all alike, and ratios within a round hold where absolute figures do not. Needs Linux, for
+pinning and for CPU by process.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import grpc
+from latchkey_service import peppers
+from latchkey_service.secrets import Keyring
+
+from tests.benchmarks import load, processes, report
+from tests.benchmarks.answers import check_ceiling, check_service
+from tests.benchmarks.rows import TRANSPORTS, Row, Sizes, rows
+from tests.benchmarks.seed import Seeded, seed
+
+FULL, QUICK = Sizes(100_000, 10_000, 1_000_000), Sizes(10_000, 1_000, 50_000)
+ROUNDS, SECONDS = 13, 1.3
+QUICK_ROUNDS, QUICK_SECONDS = 3, 0.5
+# Of each slice, not measured: until the server's caches and the connection's buffers have settled.
+WARM_UP_SECONDS = 0.2
+# The run is promised to end in ten minutes; no round is begun that might not.
+RUN_SECONDS_MAX = 570.0
+OUTPUT = Path("build/bench.json")
+
+
+def main() -> int:
+    """Measure, print, write. Returns 1 if an answer was wrong: speed is no test, that is."""
+    options = _options()
+    began, load_before = time.monotonic(), os.getloadavg()[0]
+    # Either way every process is ended in order.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    cores = processes.cores(options.postgres_core)
+    sizes = QUICK if options.quick else FULL
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(_scratch())
+        pepper_file = scratch / "peppers"
+        keyring = peppers.load_or_create(pepper_file, create=True)
+        _say("Starting Postgres and filling databases")
+        url, postmaster = stack.enter_context(processes.postgres(scratch / "data", cores.postgres))
+        seeded = asyncio.run(_seed(url, sizes, keyring))
+        servers = _servers(stack, scratch, seeded, pepper_file, cores.server)
+        wrong = _check(servers, seeded, keyring)
+        for line in wrong:
+            _say(f"WRONG ANSWER: {line}")
+        if wrong:
+            return 1
+        os.sched_setaffinity(0, {cores.load})
+        chosen = [row for row in rows(seeded, sizes) if options.only in _title(row)]
+        give_up = began + RUN_SECONDS_MAX
+        results, failures = _measure(chosen, servers, postmaster, options, give_up)
+        wrong = _check(servers, seeded, keyring)
+    reached = report.targets(results, sizes)
+    _say("", *report.as_table(chosen, results, reached))
+    about = {
+        "slice_seconds": options.seconds,
+        "run_seconds": round(time.monotonic() - began),
+        "postgres_core": options.postgres_core,
+        # What the neighbours did: about 0 on a machine of one's own.
+        "load_average_before": round(load_before, 2),
+        "tokens": {"usual": sizes.usual, "small": sizes.small, "large": sizes.large},
+    }
+    OUTPUT.parent.mkdir(exist_ok=True)
+    document = report.as_json(chosen, results, reached, failures, about)
+    OUTPUT.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    _say("", f"Written to {OUTPUT} after {about['run_seconds']} s.")
+    wrong += [
+        f"{_title(row)}: {failures[row.key]} of its answers" for row in chosen if failures[row.key]
+    ]
+    for line in wrong:
+        _say(f"WRONG ANSWER: {line}")
+    return 1 if wrong else 0
+
+
+def _measure(
+    chosen: Sequence[Row],
+    servers: Mapping[str, processes.Server],
+    postmaster: int,
+    options: argparse.Namespace,
+    give_up: float,
+) -> tuple[dict[report.Key, list[report.Measured]], dict[report.Key, int]]:
+    """Run the rounds; return each row's slices, and how many of its answers were wrong."""
+    results: dict[report.Key, list[report.Measured]] = defaultdict(list)
+    failures: dict[report.Key, int] = defaultdict(int)
+    order = random.Random(1)  # noqa: S311 - for order, not for secrets
+    longest = 0.0
+    for number in range(1, options.rounds + 1):
+        began = time.monotonic()
+        if began + 1.5 * longest > give_up:
+            _say(f"Out of time: {number - 1} rounds instead of {options.rounds}")
+            break
+        for row in _shuffled(chosen, order):
+            server = servers[row.server]
+            try:
+                measured = load.run(
+                    server.address,
+                    row.path,
+                    row.requests,
+                    in_flight=row.in_flight,
+                    warm_up_seconds=WARM_UP_SECONDS,
+                    seconds=options.seconds,
+                    begins_with=row.begins_with,
+                    meter=processes.meter(server, postmaster),
+                )
+            except (load.LoadError, OSError) as error:
+                raise SystemExit(f"{_title(row)}: {error}") from error
+            if not measured.calls:
+                raise SystemExit(f"{_title(row)}: no call succeeded")
+            failures[row.key] += measured.failures
+            failures[row.key] += sum(not row.is_right(*sample) for sample in measured.samples)
+            server_cpu, postgres_cpu = measured.metered
+            results[row.key].append(
+                report.Measured(
+                    measured.calls / measured.seconds,
+                    measured.percentile_us(0.50),
+                    measured.percentile_us(0.99),
+                    *(
+                        cpu / measured.calls * 1e6
+                        for cpu in (server_cpu, postgres_cpu, measured.load_cpu)
+                    ),
+                )
+            )
+        longest = max(longest, time.monotonic() - began)
+        _say(f"Round {number} of {options.rounds}: {time.monotonic() - began:.0f} s")
+    return results, failures
+
+
+def _shuffled(chosen: Sequence[Row], order: random.Random) -> list[Row]:
+    """Return the rows in a new order that keeps those of a group together."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in order.sample(chosen, len(chosen)):
+        groups[row.group].append(row)
+    return [row for group in groups.values() for row in group]
+
+
+async def _seed(url: str, sizes: Sizes, keyring: Keyring) -> dict[str, Seeded]:
+    wanted = {"usual": sizes.usual, "small": sizes.small, "large": sizes.large}
+    return {name: await seed(url, tokens, keyring) for name, tokens in wanted.items()}
+
+
+def _servers(
+    stack: contextlib.ExitStack,
+    scratch: Path,
+    seeded: Mapping[str, Seeded],
+    pepper_file: Path,
+    core: int,
+) -> dict[str, processes.Server]:
+    """Start all servers: the two ceilings, the service on both transports, and by sizes."""
+    servers = {}
+    for transport in TRANSPORTS:
+        name = f"ceiling-{transport}"
+        servers[name] = stack.enter_context(processes.ceiling(scratch, transport, core))
+    for name, database, transport in (
+        ("native", "usual", "native"),
+        ("grpcio", "usual", "grpcio"),
+        ("small", "small", "native"),
+        ("large", "large", "native"),
+    ):
+        settings = {
+            "DATABASE_URL": seeded[database].url,
+            "PEPPER_FILE": str(pepper_file),
+            "TRANSPORT": transport,
+        }
+        servers[name] = stack.enter_context(processes.latchkey(scratch, name, settings, core))
+    return servers
+
+
+def _check(
+    servers: Mapping[str, processes.Server], seeded: Mapping[str, Seeded], keyring: Keyring
+) -> list[str]:
+    """Ask every server a set of questions with a real client; return what it got wrong."""
+    wrong = []
+    for name, server in servers.items():
+        try:
+            if name.startswith("ceiling"):
+                found = check_ceiling(server.address)
+            else:
+                database = seeded["usual" if name in TRANSPORTS else name]
+                found = check_service(server.address, database, keyring)
+        except grpc.RpcError as error:
+            found = [str(error)]
+        wrong += [f"{name}: {line}" for line in found]
+    return wrong
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """Make a folder that Postgres' account can enter, which root's others are not, for this run."""
+    path = Path(tempfile.mkdtemp(prefix="latchkey-bench-"))
+    path.chmod(0o755)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make bench ARGS=...", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a minute, with fewer tokens")
+    parser.add_argument("--rounds", type=int, help=f"how many; {ROUNDS}")
+    parser.add_argument("--seconds", type=float, help=f"of each slice; {SECONDS}")
+    parser.add_argument("--only", default="", help="only rows with this in their title")
+    parser.add_argument(
+        "--postgres-core",
+        choices=("auto", "load", "server"),
+        default="auto",
+        help="where Postgres runs: a third core if there is one, else the load's (auto)",
+    )
+    options = parser.parse_args()
+    options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    options.seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
+    return options
+
+
+def _title(row: Row) -> str:
+    return f"{row.name} {row.transport} {row.in_flight}"
+
+
+def _say(*lines: str) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

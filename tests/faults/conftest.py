@@ -1,0 +1,56 @@
+"""The fixtures of all tests, on a Postgres that a test may break."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+from latchkey_service.migrate import bundled, migrate
+
+from tests.conftest import TEMPLATE, with_database
+from tests.support import BreakablePostgres, session
+
+
+@pytest.fixture(scope="session")
+def postgres(scratch: Path) -> Iterator[BreakablePostgres]:
+    """A Postgres of these tests' own. Whoever breaks it brings it back."""
+    postgres = BreakablePostgres(scratch / "breakable")
+    postgres.start()
+    yield postgres
+    postgres.close()
+
+
+@pytest.fixture(scope="session")
+def postgres_url(postgres: BreakablePostgres) -> str:
+    """Its URL, the same after each restart."""
+    return postgres.start()
+
+
+@pytest.fixture(scope="session")
+async def template_url(postgres_url: str) -> str:
+    """A migrated database on it that fresh ones are cloned from."""
+    async with session(postgres_url) as connection:
+        await connection.execute(f"CREATE DATABASE {TEMPLATE}")
+    url = with_database(postgres_url, TEMPLATE)
+    await migrate(url, bundled())
+    return url
+
+
+@pytest.fixture
+def address(own_address: str) -> str:
+    """Address of a server of the test's own: its connections are counted and broken."""
+    return own_address
+
+
+@pytest.fixture(autouse=True)
+def plain_log() -> Iterator[None]:
+    """Log as in production: what is made pretty for people is slow enough to miss deadlines."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ]
+    )
+    yield
+    structlog.reset_defaults()

@@ -1,0 +1,299 @@
+"""Calls that Postgres keeps waiting: deadlines, what they leave behind, a graceful stop."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from latchkey_service import peppers, server
+from latchkey_service.server import running
+from latchkey_service.store import POOL_SIZE_MAX, Store
+
+from tests.support import (
+    CHANNEL_OPTIONS,
+    BreakablePostgres,
+    Outcome,
+    backends,
+    eventually,
+    is_serving,
+    outcome,
+    session,
+)
+
+if TYPE_CHECKING:
+    from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
+    from latchkey_service.config import Settings
+
+    from tests.conftest import Create
+
+pytestmark = [
+    pytest.mark.xdist_group("faults"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+]
+
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+# What measuring adds on a busy machine.
+SLACK_SECONDS = 0.3
+
+
+@contextlib.asynccontextmanager
+async def locked(database_url: str, token_id: str) -> AsyncIterator[None]:
+    """Hold the lock of a token's row, so that its deletion waits."""
+    async with session(database_url) as connection, connection.transaction():
+        await connection.execute("SELECT FROM token WHERE id = $1 FOR UPDATE", token_id)
+        yield
+
+
+async def waiting(database_url: str, count: int = 1) -> bool:
+    """Tell whether that many of the service's statements wait for a lock."""
+    rows = await backends(database_url)
+    return sum(row["wait_event_type"] == "Lock" for row in rows) >= count
+
+
+async def left_nothing(database_url: str) -> bool:
+    """Tell whether no connection of the service is in a transaction or at work."""
+    return all(row["state"] == "idle" for row in await backends(database_url))
+
+
+def delete(
+    stub: "TokenServiceAsyncStub", token: pb.Token, timeout: float | None
+) -> "asyncio.Task[Outcome]":
+    request = pb.DeleteRequest(account_id=token.account_id, id=token.id)
+    call: Awaitable[Any] = stub.Delete(request, timeout=timeout)
+    return asyncio.create_task(outcome(call))
+
+
+@pytest.mark.parametrize("deadline", [0.5, 1.0, None])
+async def test_a_delete_that_waits_for_a_lock_ends_in_time(
+    deadline: float | None, database_url: str, stub: "TokenServiceAsyncStub", create: "Create"
+) -> None:
+    """It is UNAVAILABLE by its deadline, or when the lock's time is up, deletes nothing, and
+    leaves no transaction behind; a retry deletes."""
+    token = (await create()).token
+    async with locked(database_url, token.id):
+        end = await delete(stub, token, deadline)
+        assert end.code is UNAVAILABLE
+        assert end.retry_info
+        assert end.seconds < (deadline or 2.0) + SLACK_SECONDS
+        await eventually(lambda: left_nothing(database_url), "no statement goes on", 2.0)
+        assert (await stub.Get(pb.GetRequest(account_id="acme", id=token.id))).token == token
+    assert (await delete(stub, token, 5)).ok
+
+
+async def test_a_caller_that_leaves_takes_its_transaction_along(
+    database_url: str, stub: "TokenServiceAsyncStub", create: "Create"
+) -> None:
+    """A Delete that its caller cancels ends on the server too, without effect."""
+    token = (await create()).token
+    async with locked(database_url, token.id):
+        call = stub.Delete(pb.DeleteRequest(account_id="acme", id=token.id))
+        task = asyncio.create_task(outcome(call))
+        await eventually(lambda: waiting(database_url), "the delete waits")
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await eventually(lambda: left_nothing(database_url), "no statement goes on", 1.0)
+    assert (await stub.Get(pb.GetRequest(account_id="acme", id=token.id))).token == token
+
+
+async def test_impatient_callers_pile_up_no_connections(
+    database_url: str, stub: "TokenServiceAsyncStub", create: "Create"
+) -> None:
+    """Deletes with short deadlines that wait for one row, again and again, keep the number of
+    connections to Postgres within bounds."""
+    token = (await create()).token
+    most = 0
+    async with locked(database_url, token.id):
+        for _ in range(8):
+            deletes = [delete(stub, token, 0.1) for _ in range(POOL_SIZE_MAX)]
+            assert not any(end.ok for end in await asyncio.gather(*deletes))
+            most = max(most, len(await backends(database_url)))
+    # Some that have been given up and not yet noticed it: 250 ms' worth.
+    assert most <= POOL_SIZE_MAX * 5
+
+
+async def test_a_freeze_in_a_transaction_is_told_in_time(
+    postgres: BreakablePostgres,
+    database_url: str,
+    stub: "TokenServiceAsyncStub",
+    create: "Create",
+) -> None:
+    """A Delete whose Postgres freezes in its middle is UNAVAILABLE by its deadline: nobody waits
+    for a ROLLBACK to be answered."""
+    tokens = [(await create()).token for _ in range(2)]
+    async with contextlib.AsyncExitStack() as stack:
+        for token in tokens:
+            await stack.enter_async_context(locked(database_url, token.id))
+        deletes = [delete(stub, tokens[0], 1.0), delete(stub, tokens[1], None)]
+        await eventually(lambda: waiting(database_url, 2), "the deletes wait")
+        async with postgres.broken_by("frozen"):
+            for end, bound in zip(await asyncio.gather(*deletes), (1.0, 2.0), strict=True):
+                assert end.code is UNAVAILABLE
+                assert end.retry_info
+                assert end.seconds < bound + SLACK_SECONDS
+        await eventually(lambda: left_nothing(database_url), "no statement goes on", 3.0)
+
+
+async def test_deletes_of_one_locked_token_do_not_take_the_service_down(
+    database_url: str,
+    channel: grpc.aio.Channel,
+    stub: "TokenServiceAsyncStub",
+    create: "Create",
+) -> None:
+    """While more deletes wait for one row than there are connections, verifies are answered,
+    health stays up, and all the deletes end within their bound."""
+    created = await create()
+    await eventually(lambda: is_serving(channel), "health is up")
+    async with locked(database_url, created.token.id):
+        deletes = [delete(stub, created.token, None) for _ in range(POOL_SIZE_MAX * 2)]
+        await eventually(lambda: waiting(database_url, POOL_SIZE_MAX), "the deletes wait")
+        while not all(task.done() for task in deletes):
+            answer = await stub.Verify(pb.VerifyRequest(secret=created.secret), timeout=1)
+            assert answer.verdict == pb.VERDICT_VALID
+            assert await is_serving(channel)
+            await asyncio.sleep(0.02)
+    for end in await asyncio.gather(*deletes):
+        assert end.code is UNAVAILABLE
+        assert end.seconds < 5.0
+    assert (await stub.Get(pb.GetRequest(account_id="acme", id=created.token.id), timeout=2)).token
+
+
+class Worker:
+    """A server that a test stops itself."""
+
+    def __init__(self, settings: "Settings") -> None:
+        self._running = running(settings)
+        self.address = ""
+        self.stopped: asyncio.Task[float] | None = None
+
+    async def start(self) -> None:
+        self.address = (await self._running.__aenter__()).address
+
+    def stop(self) -> "asyncio.Task[float]":
+        """Begin to stop; the task tells how many seconds it took."""
+
+        async def stop() -> float:
+            start = time.monotonic()
+            await self._running.__aexit__(None, None, None)
+            return time.monotonic() - start
+
+        if self.stopped is None:
+            self.stopped = asyncio.create_task(stop())
+        return self.stopped
+
+
+@pytest.fixture
+async def worker(
+    settings: "Settings", database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Callable[[float], Awaitable[Worker]]]:
+    """Start a server with a grace of so many seconds; stopped at the latest when the test ends."""
+    monkeypatch.setattr(server, "DRAIN_SECONDS", 0.3)
+    store = await Store.open(database_url)
+    for pepper in peppers.load_or_create(settings.pepper_path, create=False).peppers:
+        await store.register_pepper(pepper.id)
+    await store.close()
+    started: list[Worker] = []
+
+    async def start(grace_seconds: float) -> Worker:
+        worker = Worker(settings.model_copy(update={"grace_seconds": grace_seconds}))
+        started.append(worker)
+        await worker.start()
+        return worker
+
+    yield start
+    for worker in started:
+        await worker.stop()
+
+
+async def test_a_stop_lets_calls_in_flight_finish(
+    worker: Callable[[float], Awaitable[Worker]], database_url: str
+) -> None:
+    """Health falls while calls are still taken; then new ones are UNAVAILABLE, and the Delete in
+    flight is finished and answered."""
+    it = await worker(5.0)
+    async with grpc.aio.insecure_channel(it.address, options=CHANNEL_OPTIONS) as channel:
+        stub = pb_grpc.TokenServiceStub(channel)
+        create = pb.CreateRequest(account_id="acme", name="a", scope=pb.SCOPE_READ)
+        created = await stub.Create(create)
+        await eventually(lambda: is_serving(channel), "health is up")
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        statuses = aiter(watch)
+        serving = health_pb2.HealthCheckResponse
+        assert (await anext(statuses)).status == serving.SERVING
+        question = pb.VerifyRequest(secret=created.secret)
+        async with locked(database_url, created.token.id):
+            deleted = delete(stub, created.token, None)
+            await eventually(lambda: waiting(database_url), "the delete waits")
+            stopped = it.stop()
+            assert (await anext(statuses)).status == serving.NOT_SERVING
+            # Not drained yet.
+            assert (await stub.Verify(question, timeout=2)).verdict == pb.VERDICT_VALID
+
+            async def refused() -> bool:
+                async with grpc.aio.insecure_channel(it.address, options=CHANNEL_OPTIONS) as other:
+                    end = await outcome(pb_grpc.TokenServiceStub(other).Verify(question, timeout=2))
+                    assert end.ok or end.code is UNAVAILABLE, end
+                    return not end.ok
+
+            await eventually(refused, "new calls are refused", 1.0)
+            assert not deleted.done()
+            assert not stopped.done()
+        end = await deleted
+        assert end.ok
+        assert end.response.receipt.revision > 0
+        assert await stopped < 5.0
+        watch.cancel()
+
+
+async def test_a_stop_ends_in_its_grace(
+    worker: Callable[[float], Awaitable[Worker]], database_url: str
+) -> None:
+    """A call that does not finish within the grace is ended, is told a status that invites a
+    retry, and leaves nothing behind."""
+    it = await worker(0.4)
+    async with grpc.aio.insecure_channel(it.address, options=CHANNEL_OPTIONS) as channel:
+        stub = pb_grpc.TokenServiceStub(channel)
+        create = pb.CreateRequest(account_id="acme", name="a", scope=pb.SCOPE_READ)
+        token = (await stub.Create(create)).token
+        async with locked(database_url, token.id):
+            deleted = delete(stub, token, None)
+            await eventually(lambda: waiting(database_url), "the delete waits")
+            assert await it.stop() < 0.3 + 0.4 + SLACK_SECONDS
+            end = await deleted
+            assert end.code is UNAVAILABLE, end
+
+            async def gone() -> bool:
+                return not await backends(database_url)
+
+            await eventually(gone, "no connection is left", 1.0)
+
+
+async def test_a_stop_does_not_wait_for_a_frozen_postgres(
+    worker: Callable[[float], Awaitable[Worker]],
+    postgres: BreakablePostgres,
+) -> None:
+    """With Postgres frozen, and calls waiting for it, a server still stops in bounded time."""
+    it = await worker(0.4)
+    async with grpc.aio.insecure_channel(it.address, options=CHANNEL_OPTIONS) as channel:
+        stub = pb_grpc.TokenServiceStub(channel)
+        create = pb.CreateRequest(account_id="acme", name="a", scope=pb.SCOPE_READ)
+        created = await stub.Create(create)
+        await stub.Verify(pb.VerifyRequest(secret=created.secret))
+        async with postgres.broken_by("frozen"):
+            calls: list[Awaitable[Any]] = [
+                stub.Verify(pb.VerifyRequest(secret=created.secret)),
+                stub.List(pb.ListRequest(account_id="acme")),
+                stub.Delete(pb.DeleteRequest(account_id="acme", id=created.token.id)),
+            ]
+            ends = [asyncio.create_task(outcome(call)) for call in calls]
+            await asyncio.sleep(0.1)
+            # The drain, the grace, and what closing the pool may take.
+            assert await it.stop() < 0.3 + 0.4 + 2.0 + SLACK_SECONDS
+            for end in await asyncio.gather(*ends):
+                assert end.code is UNAVAILABLE, end

@@ -1,0 +1,277 @@
+"""Postgres stopped, killed, frozen, and back: what callers see, on both transports."""
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_service.lookup import LINKS
+from latchkey_service.store import POOL_SIZE_MAX
+
+from tests.support import (
+    RESUME_SECONDS,
+    BreakablePostgres,
+    backends,
+    eventually,
+    is_serving,
+    outcome,
+    session,
+)
+
+if TYPE_CHECKING:
+    from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
+
+    from tests.conftest import Create
+
+pytestmark = [
+    # They take turns in breaking one Postgres.
+    pytest.mark.xdist_group("faults"),
+    # A test restarts Postgres while the server under test has threads; its child only execs.
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+]
+
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+FAULTS = ("stopped", "killed", "frozen")
+METHODS = ("Verify", "Create", "List", "Delete")
+# The code tells that the server answered first; this is for what measuring it adds on a busy loop.
+SLACK_SECONDS = 0.3
+# A probe's interval and time-out, with room to spare.
+HEALTH_SECONDS = 2.0
+# Without a deadline: one wait for a connection and two statements, with room to spare.
+ANSWER_SECONDS_MAX = 6.0
+# Management's pool, Verify's own and health's own.
+CONNECTIONS_MAX = POOL_SIZE_MAX + LINKS + 1
+_names = itertools.count(1)
+
+Call = Callable[[str, "float | None"], Awaitable[Any]]
+
+
+@pytest.fixture
+async def token(create: "Create") -> pb.CreateResponse:
+    """A token of account acme that is not deleted."""
+    return await create()
+
+
+@pytest.fixture
+def call(stub: "TokenServiceAsyncStub", token: pb.CreateResponse) -> Call:
+    """Call a method by name, with or without a deadline."""
+
+    async def call(method: str, timeout: float | None) -> Any:  # noqa: ASYNC109 - the call's
+        if method == "Verify":
+            return await stub.Verify(pb.VerifyRequest(secret=token.secret), timeout=timeout)
+        if method == "List":
+            return await stub.List(pb.ListRequest(account_id="acme"), timeout=timeout)
+        if method == "Delete":
+            gone = pb.DeleteRequest(account_id="gone", id="tok_1")
+            try:
+                return await stub.Delete(gone, timeout=timeout)
+            except grpc.aio.AioRpcError as error:
+                # Postgres was asked: as good as an answer, and leaves the token to be verified.
+                if error.code() is grpc.StatusCode.NOT_FOUND:
+                    return error
+                raise
+        name = f"outage {next(_names)}"
+        request = pb.CreateRequest(account_id="acme", name=name, scope=pb.SCOPE_READ)
+        return await stub.Create(request, timeout=timeout)
+
+    return call
+
+
+async def is_down(channel: grpc.aio.Channel) -> bool:
+    return not await is_serving(channel)
+
+
+async def all_work(call: Call) -> bool:
+    """Tell that each method is answered; raise what one fails with."""
+    await asyncio.gather(*(call(method, 1.0) for method in METHODS))
+    return True
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_an_outage_is_told_in_time_and_ends_by_itself(
+    fault: str,
+    postgres: BreakablePostgres,
+    database_url: str,
+    channel: grpc.aio.Channel,
+    call: Call,
+) -> None:
+    """Each call of an outage is UNAVAILABLE with RetryInfo within its deadline, or soon without
+    one; health says NOT_SERVING; all is well within two seconds of Postgres' return."""
+    await eventually(lambda: is_serving(channel), "health is up")
+    # With connections in hand as well as without.
+    await asyncio.gather(*(call(method, 5) for method in METHODS * 3))
+    deadlines: list[tuple[float | None, ...]] = [(1.5, 3.0, None), (0.5,)]
+    async with postgres.broken_by(fault) as bring_back:
+        for some in deadlines:
+            calls = list(itertools.product(METHODS, some))
+            ends = await asyncio.gather(*(outcome(call(*c)) for c in calls))
+            for (method, timeout), end in zip(calls, ends, strict=True):
+                told = (fault, method, timeout, end.code, end.seconds)
+                assert end.code is UNAVAILABLE, told
+                assert end.retry_info, told
+                assert end.seconds < (timeout or ANSWER_SECONDS_MAX) + SLACK_SECONDS, told
+        await eventually(lambda: is_down(channel), "health is down", HEALTH_SECONDS)
+        bring_back()
+        await eventually(lambda: all_work(call), "all calls work", RESUME_SECONDS)
+        await eventually(lambda: is_serving(channel), "health is up", RESUME_SECONDS)
+        # Not only once.
+        for _ in range(3):
+            await all_work(call)
+        assert len(await backends(database_url)) <= CONNECTIONS_MAX
+
+
+async def test_a_restart_of_postgres_costs_only_the_calls_meanwhile(
+    postgres: BreakablePostgres, call: Call
+) -> None:
+    """Under steady calls a restart is UNAVAILABLE while it lasts, nothing else, and then over."""
+    await all_work(call)
+    ends = []
+    stop = asyncio.Event()
+
+    async def steady(method: str) -> None:
+        while not stop.is_set():
+            ends.append(await outcome(call(method, 2.0)))
+            await asyncio.sleep(0.005)
+
+    clients = [asyncio.create_task(steady(method)) for method in METHODS * 2]
+    await eventually(lambda: len(ends) > 50, "calls are under way")
+    async with postgres.broken_by("stopped"):
+        await eventually(lambda: not ends[-1].ok, "the outage is seen")
+    await eventually(lambda: all_work(call), "all calls work", RESUME_SECONDS)
+    stop.set()
+    await asyncio.gather(*clients)
+    bad = [end for end in ends if not end.ok]
+    assert bad
+    assert {(end.code, end.retry_info) for end in bad} == {(UNAVAILABLE, True)}
+
+
+async def test_a_pile_up_during_a_freeze_is_answered_in_time(
+    postgres: BreakablePostgres, database_url: str, call: Call
+) -> None:
+    """200 verifies and 100 management calls at once during a freeze: each is answered within its
+    deadline, and they leave no pile of connections behind."""
+    await all_work(call)
+    calls: list[tuple[str, float | None]] = []
+    for n in range(100):
+        method = METHODS[1 + n % 3]
+        calls += [("Verify", 1.0 + n / 100), ("Verify", None), (method, 1.0 + n / 100)]
+    async with postgres.broken_by("frozen") as bring_back:
+        ends = await asyncio.gather(*(outcome(call(*c)) for c in calls))
+        for (method, timeout), end in zip(calls, ends, strict=True):
+            told = (method, timeout, end.code, end.seconds)
+            assert end.code is UNAVAILABLE, told
+            assert end.retry_info, told
+            assert end.seconds < (timeout or ANSWER_SECONDS_MAX) + SLACK_SECONDS, told
+        bring_back()
+        await eventually(lambda: all_work(call), "all calls work", RESUME_SECONDS)
+    few = CONNECTIONS_MAX
+
+    async def bounded() -> bool:
+        return len(await backends(database_url)) <= few
+
+    await eventually(bounded, "no more connections than the bound")
+
+
+async def test_a_caller_that_gives_up_breaks_no_other(
+    postgres: BreakablePostgres, token: pb.CreateResponse, stub: "TokenServiceAsyncStub"
+) -> None:
+    """Verifies that share a query with one whose deadline passes still get their answers."""
+    question = pb.VerifyRequest(secret=token.secret)
+    await stub.Verify(question, timeout=5)
+    async with postgres.broken_by("frozen") as bring_back:
+        # The first is sent alone, the others together in the next query.
+        early = asyncio.create_task(outcome(stub.Verify(question, timeout=0.3)))
+        patient = [asyncio.create_task(outcome(stub.Verify(question))) for _ in range(20)]
+        left = stub.Verify(question)
+        await asyncio.sleep(0.1)
+        left.cancel()
+        assert (await early).code is UNAVAILABLE
+        bring_back()
+        for end in await asyncio.gather(*patient):
+            assert end.code is grpc.StatusCode.OK
+            assert end.response.verdict == pb.VERDICT_VALID
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+async def test_killed_backends_cost_at_most_the_calls_in_flight(
+    busy: bool, database_url: str, call: Call
+) -> None:
+    """After all connections are ended by Postgres, the next calls work at the first try."""
+    await asyncio.gather(*(call(method, 5) for method in METHODS * 5))
+    in_flight = []
+    if busy:
+        in_flight = [asyncio.create_task(outcome(call(m, 5))) for m in METHODS * 25]
+    before = {row["pid"] for row in await backends(database_url)}
+    assert before
+    async with session(database_url) as connection:
+        await connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM unnest($1::int[]) pid", before
+        )
+
+    async def gone() -> bool:
+        return before.isdisjoint(row["pid"] for row in await backends(database_url))
+
+    for end in await asyncio.gather(*in_flight):
+        assert end.ok or (end.code is UNAVAILABLE and end.retry_info), end
+    await eventually(gone, "the connections are gone")
+    for end in await asyncio.gather(*(outcome(call(m, 5)) for m in METHODS * 5)):
+        assert end.ok, end
+    assert len(await backends(database_url)) <= CONNECTIONS_MAX
+
+
+async def test_what_was_answered_before_a_crash_is_there_after_it(
+    postgres: BreakablePostgres, database_url: str, stub: "TokenServiceAsyncStub"
+) -> None:
+    """Of Creates that a crash of Postgres cuts through, each that was answered is listed and
+    verifies VALID after recovery, and none is half there."""
+    answered: list[pb.CreateResponse] = []
+    crashed = asyncio.Event()
+
+    async def creates(number: int) -> None:
+        for n in itertools.count():
+            request = pb.CreateRequest(
+                account_id="crash", name=f"{number}-{n}", scope=pb.SCOPE_WRITE
+            )
+            end = await outcome(stub.Create(request, timeout=3))
+            if not end.ok:
+                assert end.code is UNAVAILABLE
+                # Those that were in flight, and then no more.
+                if crashed.is_set():
+                    return
+            else:
+                answered.append(end.response)
+
+    clients = [asyncio.create_task(creates(number)) for number in range(30)]
+    await eventually(lambda: len(answered) > 60, "creates are under way")
+    async with postgres.broken_by("killed"):
+        crashed.set()
+        await asyncio.gather(*clients)
+    async with session(database_url) as connection:
+        kept = {row["id"] for row in await connection.fetch("SELECT id FROM token")}
+        halves = await connection.fetchval(
+            "SELECT count(*) FROM token t FULL JOIN secret s ON s.token_id = t.id"
+            " WHERE t.id IS NULL OR s.token_id IS NULL"
+        )
+    assert halves == 0
+    assert {a.token.id for a in answered} <= kept
+    # Those in flight may be there too: each client had one.
+    assert len(kept) <= len(answered) + len(clients)
+
+    async def verified() -> Any:
+        requests = [pb.VerifyRequest(secret=a.secret) for a in answered]
+        return await stub.BatchVerify(pb.BatchVerifyRequest(requests=requests[:1000]), timeout=2)
+
+    answers = await eventually(verified, "verifies work", RESUME_SECONDS)
+    assert {r.verdict for r in answers.responses} == {pb.VERDICT_VALID}
+    listed: set[str] = set()
+    page = pb.ListRequest(account_id="crash", page_size=500)
+    while True:
+        answer = await stub.List(page, timeout=5)
+        listed |= {token.id for token in answer.tokens}
+        if not answer.next_page_token:
+            break
+        page.page_token = answer.next_page_token
+    assert listed == kept

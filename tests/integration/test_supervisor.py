@@ -1,0 +1,351 @@
+"""`python -m latchkey_service` as a process: it starts, keeps itself up, and ends as a whole."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import psutil
+import pytest
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from latchkey_service.embedded import EmbeddedPostgres
+
+from tests.support import CHANNEL_OPTIONS, Service, eventually, is_serving, outcome
+
+if TYPE_CHECKING:
+    from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+# A restart of Postgres with recovery, or of a worker, on a busy machine.
+BACK_SECONDS = 10.0
+
+Run = Callable[..., Service]
+
+
+@pytest.fixture(scope="module")
+def made_data_dir(scratch: Path) -> Path:
+    """A data directory whose cluster is made and stopped, to be copied: making one takes longer
+    than all else in a start."""
+    path = scratch / "made"
+    postgres = EmbeddedPostgres(path)
+    postgres.start()
+    postgres.stop()
+    return path
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that Postgres' own account can enter."""
+    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir="/tmp"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def data_dir(folder: Path, made_data_dir: Path) -> Path:
+    """A data directory with an empty cluster."""
+    # Not shutil: owners are to be kept.
+    subprocess.run(["cp", "-a", made_data_dir, folder / "data"], check=True)
+    return folder / "data"
+
+
+@pytest.fixture
+def run(folder: Path) -> Iterator[Run]:
+    """Start services, on any free port unless told otherwise; they end with the test."""
+    started: list[Service] = []
+
+    def run(**settings: object) -> Service:
+        settings = {"listen": "127.0.0.1:0", "grace_seconds": 1, "log_format": "json"} | settings
+        started.append(Service(folder / f"service {len(started)}", **settings))
+        return started[-1]
+
+    yield run
+    for service in started:
+        service.clean_up()
+
+
+@contextlib.asynccontextmanager
+async def client(address: str) -> "AsyncIterator[TokenServiceAsyncStub]":
+    """A stub, once health is up."""
+    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        await eventually(lambda: is_serving(channel), "health is up", BACK_SECONDS)
+        yield pb_grpc.TokenServiceStub(channel)
+
+
+def create_request(name: str = "first") -> pb.CreateRequest:
+    return pb.CreateRequest(account_id="acme", name=name, scope=pb.SCOPE_READ)
+
+
+async def verdict(address: str, secret: str) -> Any:
+    """Verify over a connection of its own."""
+    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        request = pb.VerifyRequest(secret=secret)
+        return (await pb_grpc.TokenServiceStub(channel).Verify(request, timeout=2)).verdict
+
+
+async def is_valid(address: str, secret: str) -> bool:
+    return bool(await verdict(address, secret) == pb.VERDICT_VALID)
+
+
+@pytest.mark.parametrize(
+    ("transport", "number"), [("native", signal.SIGINT), ("grpcio", signal.SIGTERM)]
+)
+async def test_from_nothing_to_service_and_back(
+    run: Run, folder: Path, transport: str, number: signal.Signals
+) -> None:
+    """In an empty directory it makes a database, migrates, says where it serves and how to try
+    it, serves, and on Ctrl-C or SIGTERM ends with all its processes and exit code 0; the next
+    start has the data."""
+    service = run(data_dir=folder / "new", transport=transport)
+    address = await service.welcome()
+    assert f"    {address} latchkey.v1.TokenService/Create\n" in service.out
+    async with client(address) as stub:
+        created = await stub.Create(create_request(), timeout=5)
+    assert len(service.family()) > 3
+    assert await service.end(number) == 0
+    assert service.alive() == []
+    assert "Traceback" not in service.err
+    again = run(data_dir=folder / "new", transport=transport)
+    address = await again.welcome()
+    await eventually(lambda: is_valid(address, created.secret), "the token is there", BACK_SECONDS)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_stop_while_it_starts(run: Run, folder: Path, number: signal.Signals) -> None:
+    """Stopped while it makes its database, it ends at once and leaves nothing running."""
+    service = run(data_dir=folder / "new")
+    await eventually(lambda: len(service.family()) > 1, "initdb is at work")
+    assert await service.end(number) in (0, 130)
+    assert "Traceback" not in service.err
+    await eventually(lambda: not service.alive(), "nothing is left")
+
+
+async def test_an_impatient_ctrl_c(run: Run, data_dir: Path) -> None:
+    """Ctrl-C pressed again and again does not break the orderly stop: no traceback and
+    nothing left running."""
+    service = run(data_dir=data_dir)
+    await service.welcome()
+    os.kill(service.pid, signal.SIGINT)
+
+    async def pressed_until_it_ended() -> bool:
+        with contextlib.suppress(ProcessLookupError):
+            if service.ended_with() is None:
+                os.kill(service.pid, signal.SIGINT)
+        return service.ended_with() is not None
+
+    await eventually(pressed_until_it_ended, "the end")
+    assert "Traceback" not in service.err
+    assert service.ended_with() in (0, 130)
+    await eventually(lambda: not service.alive(), "nothing is left", 2.0)
+
+
+async def test_kill_9_of_the_supervisor(run: Run, data_dir: Path) -> None:
+    """Its workers and its Postgres end by themselves, and the next start, at once and on the same
+    address, works with the data kept."""
+    service = run(data_dir=data_dir, workers=2)
+    address = await service.welcome()
+    async with client(address) as stub:
+        created = await stub.Create(create_request(), timeout=5)
+    assert await service.end(signal.SIGKILL) == -signal.SIGKILL
+    again = run(data_dir=data_dir, listen=address)
+    assert await again.welcome() == address
+    assert service.alive() == []
+    await eventually(lambda: is_valid(address, created.secret), "the token is there", BACK_SECONDS)
+
+
+async def test_kill_9_of_a_worker(run: Run, database_url: str, folder: Path) -> None:
+    """The other worker goes on answering, and a new one takes the dead one's place."""
+    service = run(database_url=database_url, data_dir=folder / "data", workers=2)
+    address = await service.welcome()
+    async with client(address) as stub:
+        created = await stub.Create(create_request(), timeout=5)
+    dead, alive = service.worker_pids
+    os.kill(dead, signal.SIGKILL)
+    # While connections that the kernel gave the dead one are gone, the next attempt gets through.
+    await eventually(lambda: is_valid(address, created.secret), "an answer", 1.0)
+    await eventually(lambda: len(service.worker_pids) == 3, "a new worker", BACK_SECONDS)
+    os.kill(alive, signal.SIGKILL)
+    await eventually(lambda: is_valid(address, created.secret), "the new one answers", 2.0)
+    assert dead not in service.worker_pids[2:]
+
+
+async def test_kill_9_of_a_worker_on_a_unix_socket(
+    run: Run, database_url: str, folder: Path, transport: str
+) -> None:
+    """A worker that takes over a UNIX socket is not kept from it by the file left behind."""
+    path = folder / "socket"
+    service = run(
+        database_url=database_url,
+        data_dir=folder / "data",
+        listen=f"unix:{path}",
+        transport=transport,
+    )
+    address = await service.welcome()
+    async with client(address) as stub:
+        created = await stub.Create(create_request(), timeout=5)
+    os.kill(service.worker_pids[0], signal.SIGKILL)
+    await eventually(lambda: len(service.worker_pids) == 2, "a new worker", BACK_SECONDS)
+    await eventually(lambda: is_valid(address, created.secret), "an answer", BACK_SECONDS)
+
+
+async def test_kill_9_of_postgres(run: Run, data_dir: Path) -> None:
+    """The embedded Postgres is started again, and the service goes on with the data and with the
+    same workers."""
+    service = run(data_dir=data_dir)
+    address = await service.welcome()
+    async with client(address) as stub:
+        created = await stub.Create(create_request(), timeout=5)
+    service.postmaster().kill()
+    await eventually(
+        lambda: any(line["event"] == "embedded Postgres is back" for line in service.log),
+        "Postgres is back",
+        BACK_SECONDS,
+    )
+    await eventually(lambda: is_valid(address, created.secret), "an answer", 3.0)
+    async with client(address) as stub:
+        await stub.Create(create_request("second"), timeout=5)
+    assert len(service.worker_pids) == 1
+    assert await service.end() == 0
+    assert service.alive() == []
+
+
+async def test_a_second_run_on_the_data_directory(run: Run, data_dir: Path) -> None:
+    """It is refused, naming the directory, the process that has it and the setting, and does the
+    first no harm."""
+    first = run(data_dir=data_dir)
+    address = await first.welcome()
+    second = run(data_dir=data_dir)
+    assert await second.ended() == 1
+    for said in (str(data_dir), str(first.pid), "LATCHKEY_DATA_DIR", "cannot start"):
+        assert said in second.err
+    assert "Traceback" not in second.err
+    async with client(address) as stub:
+        await stub.Create(create_request(), timeout=5)
+
+
+async def test_a_second_run_on_the_address(run: Run, database_url: str, folder: Path) -> None:
+    """It is refused, naming the address and the setting, and takes no calls away."""
+    first = run(database_url=database_url, data_dir=folder / "a")
+    address = await first.welcome()
+    second = run(database_url=database_url, data_dir=folder / "a", listen=address)
+    assert await second.ended() == 1
+    for said in (address, "LATCHKEY_LISTEN", "in use"):
+        assert said in second.err
+    assert "Traceback" not in second.err
+
+
+async def test_the_address_is_taken_while_no_worker_has_it(
+    run: Run, database_url: str, folder: Path
+) -> None:
+    """Of two runs that start at once on one address, one serves and the other is refused."""
+    with_port = run(database_url=database_url, data_dir=folder / "a")
+    address = await with_port.welcome()
+    await with_port.end()
+    both = [run(database_url=database_url, data_dir=folder / "a", listen=address) for _ in range(2)]
+    codes: list[int | None] = []
+
+    def settled() -> bool:
+        codes[:] = [service.ended_with() for service in both]
+        welcomed = ["Latchkey serves" in service.out for service in both]
+        return all(w or c is not None for w, c in zip(welcomed, codes, strict=True))
+
+    await eventually(settled, "both served or ended")
+    assert sorted(codes, key=str) == [1, None], [service.err for service in both]
+
+
+async def test_unix_socket(run: Run, database_url: str, folder: Path, transport: str) -> None:
+    """It serves on a UNIX socket; one left behind does not keep it from starting, one in use does,
+    and neither does it remove a file that is none."""
+    settings: dict[str, object] = {
+        "database_url": database_url,
+        "data_dir": folder / "data",
+        "listen": f"unix:{folder / 'socket'}",
+        "transport": transport,
+    }
+    first = run(**settings)
+    address = await first.welcome()
+    async with client(address) as stub:
+        await stub.Create(create_request(), timeout=5)
+    refused = run(**settings)
+    assert await refused.ended() == 1
+    assert "another process does" in refused.err
+    assert await first.end(signal.SIGKILL) == -signal.SIGKILL
+    await eventually(lambda: not first.alive(), "its worker is gone")
+    again = run(**settings)
+    async with client(await again.welcome()) as stub:
+        await stub.Create(create_request("second"), timeout=5)
+    assert await again.end() == 0
+    assert not (folder / "socket").exists()
+    (folder / "socket").write_text("not a socket")
+    refused = run(**settings)
+    assert await refused.ended() == 1
+    assert "not a socket" in refused.err
+    assert (folder / "socket").exists()
+
+
+async def test_a_given_database_is_used(run: Run, database_url: str, folder: Path) -> None:
+    """With LATCHKEY_DATABASE_URL that database is used, and no embedded one is started or made;
+    port 0 is one port for all workers."""
+    service = run(database_url=database_url, data_dir=folder / "data", workers=2)
+    address = await service.welcome()
+    assert "your Postgres" in service.out
+    assert not address.endswith(":0")
+    for pid in service.worker_pids:
+        listening = psutil.Process(pid).net_connections("tcp")
+        assert any(f"127.0.0.1:{c.laddr.port}" == address for c in listening), pid
+    async with client(address) as stub:
+        await stub.Create(create_request(), timeout=5)
+    assert [path.name for path in (folder / "data").iterdir()] == ["peppers"]
+    assert not any(p.cmdline()[0].endswith("postgres") for p in service.family())
+
+
+def replaced(service: Service, known: set[int]) -> bool:
+    return not known.issuperset(service.worker_pids)
+
+
+async def test_a_restarted_worker_costs_no_call(run: Run, database_url: str, folder: Path) -> None:
+    """While one of two workers is stopped gracefully and replaced, a client that retries what is
+    UNAVAILABLE, under load, sees no call fail."""
+    service = run(database_url=database_url, data_dir=folder / "data", workers=2, grace_seconds=5)
+    address = await service.welcome()
+    async with client(address) as stub:
+        created = await stub.Create(create_request(), timeout=5)
+    stop = asyncio.Event()
+    answers = 0
+
+    async def load() -> None:
+        nonlocal answers
+        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+            stub = pb_grpc.TokenServiceStub(channel)
+            question = pb.VerifyRequest(secret=created.secret)
+            while not stop.is_set():
+                for attempt in range(4):
+                    end = await outcome(stub.Verify(question, timeout=2))
+                    if end.ok:
+                        break
+                    assert end.code is grpc.StatusCode.UNAVAILABLE, (attempt, end)
+                    await asyncio.sleep(0.05 * 2**attempt)
+                assert end.ok, end
+                assert end.response.verdict == pb.VERDICT_VALID
+                answers += 1
+
+    clients = [asyncio.create_task(load()) for _ in range(8)]
+    await eventually(lambda: answers > 100, "load")
+    # One after the other, so that one is there at any time.
+    for pid in list(service.worker_pids):
+        others = set(service.worker_pids)
+        os.kill(pid, signal.SIGTERM)
+        await eventually(partial(replaced, service, others), "a new worker")
+    stop.set()
+    await asyncio.gather(*clients)
