@@ -31,8 +31,9 @@ HINT_CHARACTERS = 4
 
 # Any prefix is read, whatever the setting: the tag covers it, and a changed setting must not
 # kill live tokens. [0-9A-Za-z] and not \w, which takes in other scripts' letters.
-_SHAPE = re.compile(r"[a-z]{2,10}_[0-9A-Za-z]{57}")
-# Digits are read in pairs, which takes half the time.
+_is_shaped = re.compile(r"[a-z]{2,10}_[0-9A-Za-z]{57}").fullmatch
+_BODY_END = -(TAG_DIGITS + CHECKSUM_DIGITS)
+# Digits are read in pairs and without a loop: a third of the time.
 _PAIRS = {a + b: x * 62 + y for x, a in enumerate(ALPHABET) for y, b in enumerate(ALPHABET)}
 
 
@@ -96,6 +97,8 @@ class Keyring:
         if not peppers:
             raise ValueError("a keyring needs at least one pepper")
         self.peppers = tuple(peppers)
+        # With the key taken in: to copy one takes half the time of a new HMAC.
+        self._keyed = [hmac.new(pepper.key, digestmod=sha256) for pepper in peppers]
 
     def mint(self, prefix: str, random_bytes: Callable[[int], bytes]) -> Minted:
         """Return a new secret. `random_bytes` is the OS's CSPRNG, passed in."""
@@ -114,16 +117,19 @@ class Keyring:
         Raises Malformed for anything that does not have a secret's shape and checksum.
         Source: design of GitHub's token format (checksum), HMAC as of ASVS 5.0 §11.5.
         """
-        if not _SHAPE.fullmatch(presented):
+        if not _is_shaped(presented):
             raise Malformed
-        tagged, checksum = presented[:-CHECKSUM_DIGITS], presented[-CHECKSUM_DIGITS:]
-        if _number(checksum) != zlib.crc32(tagged.encode()):
+        raw = presented.encode()
+        if _number(presented[-CHECKSUM_DIGITS:]) != zlib.crc32(raw[:-CHECKSUM_DIGITS]):
             raise Malformed
-        body, tag = tagged[:-TAG_DIGITS].encode(), _number(tagged[-TAG_DIGITS:])
-        for pepper in self.peppers:
-            digest = hmac.digest(pepper.key, body, "sha256")
+        body = raw[:_BODY_END]
+        tag = _number(presented[_BODY_END:-CHECKSUM_DIGITS]).to_bytes(8)
+        for keyed in self._keyed:
+            mac = keyed.copy()
+            mac.update(body)
+            digest = mac.digest()
             # In constant time: the time taken must not tell how much of a guessed tag is right.
-            if hmac.compare_digest(_tag(digest).to_bytes(8), tag.to_bytes(8)):
+            if hmac.compare_digest(_tag(digest).to_bytes(8), tag):
                 return digest
         return None
 
@@ -146,8 +152,6 @@ def _base62(number: int, digits: int) -> str:
 
 
 def _number(text: str) -> int:
-    """Return the number that `text` (an even number of base62 digits) stands for."""
-    number = 0
-    for place in range(0, len(text), 2):
-        number = number * 3844 + _PAIRS[text[place : place + 2]]
-    return number
+    """Return the number that `text`, of 6 or 8 base62 digits, stands for."""
+    number = (_PAIRS[text[-6:-4]] * 3844 + _PAIRS[text[-4:-2]]) * 3844 + _PAIRS[text[-2:]]
+    return number if len(text) == CHECKSUM_DIGITS else number + _PAIRS[text[:2]] * 3844**3

@@ -2,8 +2,9 @@
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import datetime
+from types import MappingProxyType
+from typing import NamedTuple
 
 __all__ = ["Scope", "TokenRecord", "Verdict", "decide"]
 
@@ -27,9 +28,12 @@ class Verdict(enum.IntEnum):
     INSUFFICIENT_SCOPE = 6
 
 
-@dataclass(frozen=True, slots=True)
-class TokenRecord:
-    """A token as stored. Times are UTC-aware; `expire_time` None never expires."""
+class TokenRecord(NamedTuple):
+    """A token as stored. Times are UTC-aware; `expire_time` None never expires.
+
+    A named tuple and not a frozen dataclass, as are the others on Verify's way: made for every
+    answer, it takes a quarter of the time.
+    """
 
     id: str
     account_id: str
@@ -38,7 +42,7 @@ class TokenRecord:
     create_time: datetime
     expire_time: datetime | None
     hint: str
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = MappingProxyType({})
     last_used_time: datetime | None = None
     delete_time: datetime | None = None
 

@@ -5,8 +5,8 @@ answer is as fresh as the database.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 from latchkey_service.lookup import Lookup
 from latchkey_service.secrets import Keyring, Malformed
@@ -15,8 +15,7 @@ from latchkey_service.verdict import TokenRecord, Verdict, decide
 __all__ = ["Answer", "Question", "Verifier"]
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """A verdict, the token if the secret has one, and the revision read (0: nothing was read)."""
 
     verdict: Verdict
