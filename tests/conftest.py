@@ -111,10 +111,11 @@ async def serving(settings: Settings) -> AsyncIterator[str]:
     """Run a server in this process and yield its address. The supervisor's part is done here."""
     assert settings.database_url is not None
     store = await Store.open(settings.database_url.get_secret_value())
-    for pepper in peppers.load_or_create(settings.pepper_path, create=False).peppers:
+    keyring = peppers.load_or_create(settings.pepper_path, create=False)
+    for pepper in keyring.peppers:
         await store.register_pepper(pepper.id)
     await store.close()
-    async with running(settings) as server:
+    async with running(settings, keyring) as server:
         yield server.address
 
 

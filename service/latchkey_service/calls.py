@@ -8,7 +8,7 @@ more than its own work. The effect is an interceptor's.
 import asyncio
 import random
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from latchkey_service.errors import (
     FieldViolation,
     InvalidArgument,
     LatchkeyError,
+    Overloaded,
     Unavailable,
     status_of,
 )
@@ -28,6 +29,8 @@ from latchkey_service.log import Counts, logger
 
 __all__ = ["Calls"]
 
+# Management calls at once in a process: at a thousand a second, as many as can be answered in time.
+IN_FLIGHT_MAX = 1_000
 REQUEST_ID_METADATA = "x-request-id"
 REQUEST_ID_LENGTH_MAX = 64
 # Counted, and logged only as a sampled share when they succeed.
@@ -56,21 +59,25 @@ class Calls:
         self._counts = counts
         self._verify_log_share = verify_log_share
         self._monotonic = monotonic
+        self._in_flight = 0
         self._log: structlog.stdlib.BoundLogger = logger()
 
     def wrap(self, path: str, handler: "grpc.RpcMethodHandler[Any, Any]") -> Any:
         """Return `handler` (as generated code registers it, for `path`) with all this around it."""
-        if handler.request_streaming or handler.response_streaming:
-            # Health's Watch and reflection: the library's own servicers, which carry no secret and
-            # raise nothing of ours.
-            return handler
+        parse = _parser(path, handler.request_deserializer)
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                self._stream(path, handler.stream_stream), parse, handler.response_serializer
+            )
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                self._stream(path, handler.unary_stream), parse, handler.response_serializer
+            )
         behaviour: Any = handler.unary_unary
         if path not in VERIFIES:
-            behaviour = _bounded(behaviour)
+            behaviour = self._bounded(behaviour, queued=not path.startswith(QUIET_SERVICES))
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(path, behaviour),
-            request_deserializer=_parser(path, handler.request_deserializer),
-            response_serializer=handler.response_serializer,
+            self._unary(path, behaviour), parse, handler.response_serializer
         )
 
     def _unary(self, path: str, behaviour: Handler) -> Handler:
@@ -84,7 +91,7 @@ class Calls:
             start = self._monotonic()
             try:
                 if request.__class__ is _Unparsed:
-                    raise _NOT_A_MESSAGE
+                    raise _not_a_message()
                 response = await behaviour(request, context)
             except asyncio.CancelledError:
                 # The caller left, its deadline passed, or the server's grace ended.
@@ -92,7 +99,8 @@ class Calls:
                 counts[method, "CANCELLED"] += 1
                 raise
             except grpc.aio.AbortError:
-                # Of a library's servicer (health's Check of a service it does not know).
+                # Of a library's servicer, with a status of its own.
+                self._tell(path, context, start, "ABORTED", "ABORTED", _request_id(context))
                 counts[method, "ABORTED"] += 1
                 raise
             except Exception as error:  # noqa: BLE001 - the last place before the transport
@@ -103,6 +111,45 @@ class Calls:
             return response
 
         return call
+
+    def _stream(self, path: str, behaviour: Any) -> Any:
+        """Return a stream (health's Watch, reflection) that refuses what is not its message.
+
+        Both are async generators. They carry no secret and last as long as their callers like, so
+        that they are neither bounded nor logged when they end well.
+        """
+
+        async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+            start = self._monotonic()
+            try:
+                async for response in behaviour(_checked(request), context):
+                    yield response
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the last place before the transport
+                await self._fail(path, context, start, error)
+
+        return call
+
+    def _bounded(self, behaviour: Handler, *, queued: bool) -> Handler:
+        """Return `behaviour`, ended with TimeoutError when the caller's deadline nears.
+
+        With `queued` it is one of the calls that wait for the pool, of which there are only so
+        many. Verifies do without all this: a timer for each would cost more than the hash and the
+        decision together, and `lookup.py`, their one wait, bounds them with a single timer.
+        """
+
+        async def bounded(request: Any, context: Any) -> Any:
+            if queued and self._in_flight >= IN_FLIGHT_MAX:
+                raise Overloaded("Too many calls are waiting for the database; try again shortly.")
+            self._in_flight += queued
+            try:
+                async with asyncio.timeout(budget_seconds(context)):
+                    return await behaviour(request, context)
+            finally:
+                self._in_flight -= queued
+
+        return bounded
 
     async def _fail(self, path: str, context: Any, start: float, error: Exception) -> None:
         """Answer with the error's status, and log it. Always raises, as abort does."""
@@ -152,24 +199,24 @@ class Calls:
         log("call", **fields)
 
 
-_NOT_A_MESSAGE = InvalidArgument(
-    FieldViolation("", "the request is not a message of this method's type"),
-    reason="REQUEST_NOT_PARSED",
-)
+def _not_a_message() -> InvalidArgument:
+    """Return a new error each time: one that is raised again keeps all its tracebacks alive."""
+    return InvalidArgument(
+        FieldViolation("", "the request is not a message of this method's type"),
+        reason="REQUEST_NOT_PARSED",
+    )
 
 
-def _bounded(behaviour: Handler) -> Handler:
-    """Return `behaviour`, ended with TimeoutError when the caller's deadline nears.
+def _checked(request: Any) -> Any:
+    """Return a stream's request, or its stream of requests, which raises at one that is none."""
+    if request.__class__ is _Unparsed:
+        raise _not_a_message()
+    return _all_checked(request) if isinstance(request, AsyncIterator) else request
 
-    Verifies do without: a timer for each would cost more than the hash and the decision together.
-    Their one wait is for `lookup.py`, which minds the deadlines of all with a single timer.
-    """
 
-    async def bounded(request: Any, context: Any) -> Any:
-        async with asyncio.timeout(budget_seconds(context)):
-            return await behaviour(request, context)
-
-    return bounded
+async def _all_checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _checked(request)
 
 
 def _parser(path: str, parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:

@@ -37,10 +37,24 @@ def _listen(value: str) -> str:
 
 
 def _database_url(value: SecretStr) -> SecretStr:
-    parts = urlsplit(value.get_secret_value())
-    if parts.scheme not in ("postgresql", "postgres"):
+    url = value.get_secret_value()
+    if url.partition("://")[0] not in ("postgresql", "postgres"):
         raise ValueError("give postgresql://USER:PASSWORD@HOST:PORT/DATABASE")
+    if not _is_unambiguous(url):
+        raise ValueError("percent-encode the password: / as %2F, # as %23, ? as %3F, @ as %40")
     return value
+
+
+def _is_unambiguous(url: str) -> bool:
+    """Tell whether all of a password stands where a password stands, and nowhere else."""
+    try:
+        parts = urlsplit(url)
+        user, _, hosts = parts.netloc.rpartition("@")
+        ports = re.findall(r":([^:\],]*)(?:,|$)", hosts)
+    except ValueError:
+        return False
+    rest = parts.path + parts.query
+    return "@" not in user + rest and not parts.fragment and all(port.isdigit() for port in ports)
 
 
 class Settings(BaseSettings):

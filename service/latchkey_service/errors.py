@@ -70,6 +70,11 @@ class NotFound(LatchkeyError):
 
     reason = "TOKEN_NOT_FOUND"
 
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        if reason is not None:
+            self.reason = reason
+        super().__init__(message)
+
 
 class AlreadyExists(LatchkeyError):
     """A live token of the account has the name."""

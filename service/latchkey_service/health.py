@@ -12,6 +12,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from latchkey_service.errors import NotFound
+
 __all__ = ["Health"]
 
 _Response = health_pb2.HealthCheckResponse
@@ -47,9 +49,9 @@ class Health(health_pb2_grpc.HealthServicer):
     async def Check(  # noqa: N802 - the contract's name
         self, request: health_pb2.HealthCheckRequest, context: Any
     ) -> _Response:
-        """Answer with the status. NOT_FOUND for a service that there is not."""
+        """Answer with the status. Raises NotFound for a service that there is not."""
         if request.service not in self._services:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "There is no such service.")
+            raise NotFound("There is no such service.", reason="SERVICE_NOT_FOUND")
         return _Response(status=self._status(request.service))
 
     async def Watch(  # noqa: N802 - the contract's name

@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from latchkey_service.errors import LatchkeyError, Overloaded, StoreUnavailable, Unavailable
+from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.store import FIND_BY_DIGEST, record_of, translated
 from latchkey_service.verdict import TokenRecord
 
@@ -71,6 +71,7 @@ class Lookup:
         self._link = _Link(connect, monotonic)
         self._waiting: list[_Waiter] = []
         self._waiting_digests = 0
+        self._closed = False
         self._worker: asyncio.Task[None] | None = None
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -87,6 +88,7 @@ class Lookup:
 
     async def close(self) -> None:
         """Stop and give up the connection. Callers still waiting get StoreUnavailable."""
+        self._closed = True
         stopping = StoreUnavailable("The server is stopping.")
         for waiter in self._outstanding():
             waiter.fail(stopping)
@@ -99,6 +101,8 @@ class Lookup:
 
     def _ask(self, digests: Sequence[bytes], deadline: float) -> "asyncio.Future[list[Found]]":
         """Put digests in the queue. A future for each caller, since it may be cancelled."""
+        if self._closed:
+            raise StoreUnavailable("The server is stopping.")
         if self._waiting_digests + len(digests) > WAITING_MAX:
             raise Overloaded("Too many verifies are waiting for the database; try again shortly.")
         future: asyncio.Future[list[Found]] = self._loop.create_future()
@@ -178,6 +182,9 @@ class _Link:
                 waiter.fail(error)
         finally:
             self.batch = []
+            for waiter in batch:
+                # Nobody waits for ever, whatever ended this.
+                waiter.fail(StoreUnavailable("The server is stopping."))
 
     def drop(self) -> None:
         """Give up the connection, without a word to a server that may not listen."""
@@ -195,7 +202,7 @@ class _Link:
             # The plan is the same for every array; making it anew each time would double the cost.
             with translated():
                 await connection.execute("SET plan_cache_mode = force_generic_plan")
-        except LatchkeyError:
+        except Exception:
             self._connect_after = self._monotonic() + RECONNECT_SECONDS
             raise
         return connection

@@ -13,6 +13,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 import asyncpg
+from asyncpg.connect_utils import SessionAttribute
 
 from latchkey_service.store import translated
 
@@ -91,6 +92,7 @@ async def _connect(database_url: str) -> "asyncpg.Connection[asyncpg.Record]":
             connection = await asyncpg.connect(
                 database_url,
                 timeout=CONNECT_TIMEOUT_SECONDS,
+                target_session_attrs=SessionAttribute.primary,
                 command_timeout=STATEMENT_TIMEOUT_SECONDS,
                 server_settings={
                     "application_name": "latchkey migrate",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from latchkey_service.secrets import Keyring, Pepper
 
-__all__ = ["PepperFileError", "load_or_create"]
+__all__ = ["PepperFileError", "load_or_create", "parse", "render"]
 
 KEY_BYTES = 32
 _HEADER = """\
@@ -41,19 +41,32 @@ def load_or_create(path: Path, *, create: bool) -> Keyring:
     open_to_others = 0o077 if status.st_uid == os.geteuid() else 0o037
     if status.st_mode & open_to_others:
         raise PepperFileError(f"other users may read the pepper file {path}: chmod 600 it")
-    peppers = []
+    keys = []
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
         if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
             raise PepperFileError(f"{path}, line {number}: a key is 64 hexadecimal digits")
-        peppers.append(Pepper(bytes.fromhex(text)))
-    if not peppers:
+        keys.append(text.lower())
+    if not keys:
         raise PepperFileError(f"the pepper file {path} holds no key")
-    if len({pepper.id for pepper in peppers}) < len(peppers):
+    if len(set(keys)) < len(keys):
         raise PepperFileError(f"the pepper file {path} holds a key twice")
-    return Keyring(peppers)
+    return parse(" ".join(keys))
+
+
+def parse(line: str) -> Keyring:
+    """Return the keyring that `render` made a line of. Raises PepperFileError."""
+    try:
+        return Keyring([Pepper(bytes.fromhex(key)) for key in line.split()])
+    except ValueError:
+        raise PepperFileError("no peppers came from the supervisor") from None
+
+
+def render(keyring: Keyring) -> str:
+    """Return the keys as one line, for a pipe to a process of our own and for nothing else."""
+    return " ".join(pepper.key.hex() for pepper in keyring.peppers) + "\n"
 
 
 def _create_if_missing(path: Path) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import NoReturn
 
-__all__ = ["Digest", "Keyring", "Malformed", "Minted", "Pepper", "Secret"]
+__all__ = ["Digest", "Keyring", "Malformed", "Minted", "Pepper", "Secret", "holds_secret"]
 
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 RANDOM_BYTES = 32
@@ -31,7 +31,8 @@ HINT_CHARACTERS = 4
 
 # Any prefix is read, whatever the setting: the tag covers it, and a changed setting must not
 # kill live tokens. [0-9A-Za-z] and not \w, which takes in other scripts' letters.
-_is_shaped = re.compile(r"[a-z]{2,10}_[0-9A-Za-z]{57}").fullmatch
+_SHAPE = re.compile(r"[a-z]{2,10}_[0-9A-Za-z]{57}")
+_is_shaped = _SHAPE.fullmatch
 _BODY_END = -(TAG_DIGITS + CHECKSUM_DIGITS)
 # Digits are read in pairs and without a loop: a third of the time.
 _PAIRS = {a + b: x * 62 + y for x, a in enumerate(ALPHABET) for y, b in enumerate(ALPHABET)}
@@ -132,6 +133,14 @@ class Keyring:
             if hmac.compare_digest(_tag(digest).to_bytes(8), tag):
                 return digest
         return None
+
+
+def holds_secret(text: str) -> bool:
+    """Tell whether a text has a secret in it, by shape and checksum."""
+    return any(
+        _checksum(match[0][:-CHECKSUM_DIGITS]) == match[0][-CHECKSUM_DIGITS:]
+        for match in _SHAPE.finditer(text)
+    )
 
 
 def _tag(digest: bytes) -> int:

@@ -15,7 +15,6 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
-from latchkey_service import peppers
 from latchkey_service.calls import Calls
 from latchkey_service.config import Settings
 from latchkey_service.errors import StoreUnavailable
@@ -23,6 +22,7 @@ from latchkey_service.health import Health
 from latchkey_service.log import Counts, logger
 from latchkey_service.lookup import Lookup
 from latchkey_service.rpc import TokenService
+from latchkey_service.secrets import Keyring
 from latchkey_service.store import Store, connect
 from latchkey_service.tokens import Tokens
 from latchkey_service.verifier import Verifier
@@ -50,6 +50,8 @@ OPTIONS: Mapping[str, int] = {
     "grpc.keepalive_timeout_ms": 10_000,
     "grpc.keepalive_permit_without_calls": 1,
     "grpc.http2.min_ping_interval_without_data_ms": 5_000,
+    # No compression: a megabyte of it may stand for a gigabyte. (`native` has no such option yet.)
+    "grpc.compression_enabled_algorithms_bitset": 1,
     # Several workers share the address. The supervisor has made sure that nobody else has it.
     "grpc.so_reuseport": 1,
 }
@@ -92,12 +94,11 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Server]:
+async def running(settings: Settings, keyring: Keyring) -> AsyncIterator[Server]:
     """Run a worker: a server that is up, with its background work, stopped in good order."""
     if settings.database_url is None:
         raise ValueError("a worker needs a database URL")
     database_url = settings.database_url.get_secret_value()
-    keyring = peppers.load_or_create(settings.pepper_path, create=False)
     counts = Counts()
     store = await Store.open(database_url)
     lookup = Lookup(lambda: connect(database_url), time.monotonic)

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
+from asyncpg.connect_utils import SessionAttribute
 
 from latchkey_service.errors import AlreadyExists, StoreUnavailable
 from latchkey_service.secrets import Digest
@@ -388,6 +389,8 @@ def _options() -> dict[str, Any]:
     """Return the connection settings that both kinds of connection share."""
     return {
         "timeout": CONNECT_TIMEOUT_SECONDS,
+        # Never a standby, which may be behind: it would answer VALID for a token that is deleted.
+        "target_session_attrs": SessionAttribute.primary,
         "command_timeout": STATEMENT_TIMEOUT_SECONDS,
         "server_settings": {
             "application_name": "latchkey",

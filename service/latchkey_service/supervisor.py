@@ -91,6 +91,7 @@ class _Supervisor:
         self._database_url = database_url
         self._listen = listen
         self._postgres = postgres
+        self._peppers = b""
         self._stop = asyncio.Event()
         self._log = log.logger()
 
@@ -146,6 +147,7 @@ class _Supervisor:
                 await store.register_pepper(pepper_id)
         finally:
             await store.close()
+        self._peppers = peppers.render(keyring).encode()
 
     async def _keep(self, number: int, ready: asyncio.Event) -> None:
         """Run worker `number`, again when it dies, until stopped."""
@@ -178,10 +180,9 @@ class _Supervisor:
             PREFIX + "DATABASE_URL": self._database_url,
             PREFIX + "LISTEN": self._listen,
             PREFIX + "DATA_DIR": str(self._settings.data_dir),
-            PREFIX + "PEPPER_FILE": str(self._settings.pepper_path),
             PREFIX + "LOG_FORMAT": log.form(self._settings.log_format),
         }
-        return await asyncio.create_subprocess_exec(
+        process = await asyncio.create_subprocess_exec(
             sys.executable,
             # Without the current folder on the path: a stray asyncpg.py there must not be loaded.
             "-P",
@@ -194,6 +195,11 @@ class _Supervisor:
             # Ctrl-C goes to the supervisor alone, which stops the workers in order.
             start_new_session=True,
         )
+        # The peppers that were checked, and not the file: by now it may hold others, and a worker
+        # that lacked one would take live tokens for made-up ones.
+        assert process.stdin is not None, "it is a pipe"  # noqa: S101 - for the type checker
+        process.stdin.write(self._peppers)
+        return process
 
     async def _comes_up(self, process: asyncio.subprocess.Process) -> bool:
         """Wait until the worker says that it is ready; False if it ends, or we stop, first."""
@@ -227,7 +233,7 @@ class _Supervisor:
                     # Blocks the loop, which has nothing else to do; it must be the main thread.
                     self._postgres.start()
                     self._log.info("embedded Postgres is back")
-                except EmbeddedError as error:
+                except (EmbeddedError, OSError) as error:
                     self._log.error("embedded Postgres does not start", error=str(error))
                     await asyncio.sleep(RESTART_SECONDS_MAX)
             await asyncio.sleep(POLL_SECONDS)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from latchkey_service.errors import FieldViolation, InvalidArgument, NotFound
-from latchkey_service.secrets import Keyring, Secret
+from latchkey_service.secrets import Keyring, Secret, holds_secret
 from latchkey_service.store import Deletion, Position, Store
 from latchkey_service.verdict import Scope, TokenRecord
 
@@ -24,10 +24,16 @@ LABELS_MAX = 16
 LABEL_KEY_LENGTH_MAX = 63
 LABEL_VALUE_LENGTH_MAX = 255
 ID_LENGTH_MAX = 64
-# datetime's and Timestamp's common end.
-_END_OF_TIME = datetime(9999, 12, 31, 23, 59, 59, 999999, UTC)
+# The last whole second of Timestamp's range; asyncpg takes datetime's very last microsecond for
+# Postgres' infinity.
+_END_OF_TIME = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
+# What is longer is refused for its length.
+SCANNED_LENGTH_MAX = 1_000
+PAGE_TOKEN_LENGTH_MAX = 200
+_ID = re.compile(r"tok_[0-9a-z]{26}")
 _ACCOUNT_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 # Crockford's base 32, in ASCII order, so that ids sort as the numbers they stand for.
+_PLAIN_KEY = re.compile(r"[A-Za-z0-9._/-]{1,32}")
 _BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -87,6 +93,15 @@ class Tokens:
             *_name_violations(name),
             *_label_violations(new.labels),
         ]
+        # All of these are stored and shown as they are.
+        labels = (*new.labels.keys(), *new.labels.values())
+        for field, texts in (
+            ("account_id", [new.account_id]),
+            ("name", [name]),
+            ("labels", labels),
+        ):
+            if any(holds_secret(text[:SCANNED_LENGTH_MAX]) for text in texts):
+                violations.append(FieldViolation(field, "must not hold a secret"))
         if new.scope not in (Scope.READ, Scope.WRITE):
             violations.append(FieldViolation("scope", "must be SCOPE_READ or SCOPE_WRITE"))
         expire_time = _expiry(new, now, violations)
@@ -153,6 +168,8 @@ def decode_page_token(account_id: str, page_token: str) -> Position:
     the account is in every query, so that a forged one shows nothing but the caller's own tokens.
     """
     damaged = FieldViolation("page_token", "is damaged, or of another account: start anew")
+    if len(page_token) > PAGE_TOKEN_LENGTH_MAX:
+        raise InvalidArgument(damaged)
     try:
         # Strictly: b64decode drops characters that it does not know, unless told not to.
         padded = page_token + "=" * (-len(page_token) % 4)
@@ -163,7 +180,7 @@ def decode_page_token(account_id: str, page_token: str) -> Position:
         (microseconds,) = struct.unpack(">q", payload[:8])
         # base64 has several spellings for some last characters; only ours is taken.
         position = Position(_EPOCH + microseconds * _MICROSECOND, payload[8:].decode("ascii"))
-        if encode_page_token(account_id, position) != page_token:
+        if not _ID.fullmatch(position.id) or encode_page_token(account_id, position) != page_token:
             raise InvalidArgument(damaged)
     except (binascii.Error, UnicodeError, struct.error, OverflowError):
         raise InvalidArgument(damaged) from None
@@ -188,14 +205,18 @@ def _new_id(now: datetime, random_bytes: Callable[[int], bytes]) -> str:
 
 def _name_key(name: str) -> str:
     """Return what names are compared by: letter case folded, and one spelling of each letter."""
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def _expiry(new: NewToken, now: datetime, violations: list[FieldViolation]) -> datetime | None:
     """Return when the new token expires, None for never, and add what is wrong with that."""
     if new.ttl is None:
-        if new.expire_time is not None and new.expire_time <= now:
-            violations.append(FieldViolation("expire_time", "must lie in the future"))
+        if new.expire_time is not None and not now < new.expire_time <= _END_OF_TIME:
+            violations.append(
+                FieldViolation(
+                    "expire_time", "must lie in the future, and end before the year 10000"
+                )
+            )
         return new.expire_time
     # Checked before it is added: a sum outside the calendar is an OverflowError.
     if new.ttl <= timedelta(0):
@@ -244,8 +265,9 @@ def _label_violations(labels: Mapping[str, str]) -> list[FieldViolation]:
         violations.append(FieldViolation("labels", f"must be at most {LABELS_MAX} pairs"))
         return violations
     for key, value in labels.items():
-        # Named by its start only: a key may be as long as a message.
-        field = f'labels["{key[:LABEL_KEY_LENGTH_MAX]}"]'
+        # Named by its key only where that is short and plain: it goes into headers, and could be
+        # anything, a secret included.
+        field = f'labels["{key}"]' if _PLAIN_KEY.fullmatch(key) else "labels"
         # The lengths first: looking through 4 MiB for control characters would hold up the loop.
         if not 1 <= len(key) <= LABEL_KEY_LENGTH_MAX:
             wrong = f"its key must have 1-{LABEL_KEY_LENGTH_MAX} characters"

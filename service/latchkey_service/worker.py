@@ -1,4 +1,7 @@
-"""One server process under the supervisor: settings from the environment, serve until told to stop.
+"""One server process under the supervisor: serve until told to stop.
+
+Its settings come from the environment, and its peppers by standard input, so that a worker that is
+started again has those that the supervisor has checked, whatever became of the file since.
 
 It is told by SIGTERM, or by the end of its standard input, which the supervisor holds open: so a
 worker never outlives a supervisor that was killed.
@@ -11,9 +14,9 @@ import sys
 
 import uvloop
 
-from latchkey_service import log
+from latchkey_service import log, peppers
 from latchkey_service.config import READY, Settings, load
-from latchkey_service.peppers import PepperFileError
+from latchkey_service.secrets import Keyring
 from latchkey_service.server import running
 
 __all__ = ["main"]
@@ -29,14 +32,15 @@ def main() -> int:
     settings = load()
     log.configure(log.form(settings.log_format), settings.log_level)
     try:
-        return uvloop.run(_serve(settings))
-    except (PepperFileError, RuntimeError, OSError) as error:
-        # What a worker cannot start without: its file of peppers, its address.
+        keyring = peppers.parse(sys.stdin.buffer.readline().decode("ascii"))
+        return uvloop.run(_serve(settings, keyring))
+    except (peppers.PepperFileError, RuntimeError, OSError) as error:
+        # What a worker cannot start without: its keys, its address.
         log.logger().error("worker cannot start", error=str(error))
         return 1
 
 
-async def _serve(settings: Settings) -> int:
+async def _serve(settings: Settings, keyring: Keyring) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     orphaned = False
@@ -50,7 +54,7 @@ async def _serve(settings: Settings) -> int:
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, stop.set)
     loop.add_reader(sys.stdin, supervisor_is_gone)
-    async with running(settings) as server:
+    async with running(settings, keyring) as server:
         # What is loaded by now stays: the collector need not look at it again and again. And what
         # a call leaves is freed by reference counts, so it may look less often.
         gc.collect()

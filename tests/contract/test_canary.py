@@ -79,6 +79,12 @@ async def test_the_secret_is_nowhere(logs, channel, stub, create, database_url, 
         yield "Create", pb.CreateRequest(account_id=value, name=value)
         yield "Create", pb.CreateRequest(account_id="acme", name=value * 2, scope=pb.SCOPE_READ)
         yield "Create", pb.CreateRequest(account_id="acme", name="canary", scope=pb.SCOPE_READ)
+        yield "Create", pb.CreateRequest(account_id="acme", name=value, scope=pb.SCOPE_READ)
+        for labels in ({value: "v" * 256}, {value: "v"}, {"k": value}, {"k": value * 5}):
+            yield (
+                "Create",
+                pb.CreateRequest(account_id="acme", name="n", scope=pb.SCOPE_READ, labels=labels),
+            )
         for scope in pb.Scope.values():
             question = pb.VerifyRequest(secret=value, required_scope=scope)
             yield "Verify", question

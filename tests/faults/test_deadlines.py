@@ -167,7 +167,8 @@ class Worker:
     """A server that a test stops itself."""
 
     def __init__(self, settings: "Settings") -> None:
-        self._running = running(settings)
+        keyring = peppers.load_or_create(settings.pepper_path, create=False)
+        self._running = running(settings, keyring)
         self.address = ""
         self.stopped: asyncio.Task[float] | None = None
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_service.lookup import LINKS
 from latchkey_service.store import POOL_SIZE_MAX
 
 from tests.support import (
@@ -43,7 +42,7 @@ HEALTH_SECONDS = 2.0
 # Without a deadline: one wait for a connection and two statements, with room to spare.
 ANSWER_SECONDS_MAX = 6.0
 # Management's pool, Verify's own and health's own.
-CONNECTIONS_MAX = POOL_SIZE_MAX + LINKS + 1
+CONNECTIONS_MAX = POOL_SIZE_MAX + 1 + 1
 _names = itertools.count(1)
 
 Call = Callable[[str, "float | None"], Awaitable[Any]]

@@ -252,7 +252,8 @@ class CreateRequest(_message.Message):
     """Owner of the new token. Required; 1-64 characters of A-Za-z0-9._:-"""
     name: _builtins.str
     """Name of the token. Required; 1-64 characters once surrounding white space
-    is removed, without control characters.
+    is removed, without control characters. A name that holds a secret is
+    refused, as are account and labels that do.
     """
     scope: Global___Scope.ValueType
     """Access level. Required: nothing defaults to more than was asked for."""

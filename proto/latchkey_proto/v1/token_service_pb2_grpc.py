@@ -106,7 +106,8 @@ class TokenServiceServicer(object):
 
     def List(self, request, context):
         """Lists the live tokens of an account, newest first. No side effects; safe
-        to retry.
+        to retry. A page of more than 200 may be larger than the usual limit of
+        4 MiB on messages.
         Errors: INVALID_ARGUMENT; UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -136,7 +137,9 @@ class TokenServiceServicer(object):
 
     def BatchVerify(self, request, context):
         """Verifies up to 1,000 secrets at the cost of one look-up. No side effects;
-        safe to retry.
+        safe to retry. The answer holds each token with its labels, up to 21 MB:
+        a client whose limit on messages is the usual 4 MiB raises it, or asks for
+        at most 200 at a time.
         Errors: INVALID_ARGUMENT when there are none or too many requests; else
         as Verify.
         """

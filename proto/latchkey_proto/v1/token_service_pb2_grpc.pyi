@@ -55,7 +55,8 @@ class TokenServiceStub:
     """
     List: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.ListRequest, _token_service_pb2.ListResponse]
     """Lists the live tokens of an account, newest first. No side effects; safe
-    to retry.
+    to retry. A page of more than 200 may be larger than the usual limit of
+    4 MiB on messages.
     Errors: INVALID_ARGUMENT; UNAVAILABLE.
     """
     Delete: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.DeleteRequest, _token_service_pb2.DeleteResponse]
@@ -73,7 +74,9 @@ class TokenServiceStub:
     """
     BatchVerify: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.BatchVerifyRequest, _token_service_pb2.BatchVerifyResponse]
     """Verifies up to 1,000 secrets at the cost of one look-up. No side effects;
-    safe to retry.
+    safe to retry. The answer holds each token with its labels, up to 21 MB:
+    a client whose limit on messages is the usual 4 MiB raises it, or asks for
+    at most 200 at a time.
     Errors: INVALID_ARGUMENT when there are none or too many requests; else
     as Verify.
     """
@@ -105,7 +108,8 @@ class TokenServiceAsyncStub(TokenServiceStub):
     """
     List: _aio.UnaryUnaryMultiCallable[_token_service_pb2.ListRequest, _token_service_pb2.ListResponse]  # type: ignore[assignment]
     """Lists the live tokens of an account, newest first. No side effects; safe
-    to retry.
+    to retry. A page of more than 200 may be larger than the usual limit of
+    4 MiB on messages.
     Errors: INVALID_ARGUMENT; UNAVAILABLE.
     """
     Delete: _aio.UnaryUnaryMultiCallable[_token_service_pb2.DeleteRequest, _token_service_pb2.DeleteResponse]  # type: ignore[assignment]
@@ -123,7 +127,9 @@ class TokenServiceAsyncStub(TokenServiceStub):
     """
     BatchVerify: _aio.UnaryUnaryMultiCallable[_token_service_pb2.BatchVerifyRequest, _token_service_pb2.BatchVerifyResponse]  # type: ignore[assignment]
     """Verifies up to 1,000 secrets at the cost of one look-up. No side effects;
-    safe to retry.
+    safe to retry. The answer holds each token with its labels, up to 21 MB:
+    a client whose limit on messages is the usual 4 MiB raises it, or asks for
+    at most 200 at a time.
     Errors: INVALID_ARGUMENT when there are none or too many requests; else
     as Verify.
     """
@@ -170,7 +176,8 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.ListResponse, _abc.Awaitable[_token_service_pb2.ListResponse]]:
         """Lists the live tokens of an account, newest first. No side effects; safe
-        to retry.
+        to retry. A page of more than 200 may be larger than the usual limit of
+        4 MiB on messages.
         Errors: INVALID_ARGUMENT; UNAVAILABLE.
         """
 
@@ -206,7 +213,9 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.BatchVerifyResponse, _abc.Awaitable[_token_service_pb2.BatchVerifyResponse]]:
         """Verifies up to 1,000 secrets at the cost of one look-up. No side effects;
-        safe to retry.
+        safe to retry. The answer holds each token with its labels, up to 21 MB:
+        a client whose limit on messages is the usual 4 MiB raises it, or asks for
+        at most 200 at a time.
         Errors: INVALID_ARGUMENT when there are none or too many requests; else
         as Verify.
         """

@@ -40,6 +40,7 @@ CREATE TABLE secret (
 );
 
 CREATE INDEX secret_token ON secret (token_id);
+CREATE INDEX secret_pepper ON secret (pepper_id);
 
 -- The one counter of invalidations. Whoever turns VALID into something else adds one to it in the
 -- same transaction and so holds its row until the commit: revision order is commit order, without

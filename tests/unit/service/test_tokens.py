@@ -17,7 +17,8 @@ from latchkey_service.tokens import NewToken, Tokens, decode_page_token, encode_
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 accounts = st.text(string.ascii_letters + string.digits + "._:-", min_size=1, max_size=64)
 moments = st.datetimes(datetime(2000, 1, 1), datetime(2200, 1, 1), timezones=st.just(UTC))
-ids = st.text(string.ascii_lowercase + string.digits + "_", min_size=1, max_size=64)
+ids = st.from_regex(r"tok_[0-9a-z]{26}", fullmatch=True)
+SECRET = Keyring([Pepper(b"other")]).mint("lk", lambda size: bytes(range(size))).secret.reveal()
 positions = st.builds(Position, moments, ids)
 
 
@@ -115,11 +116,16 @@ def new(**fields: Any) -> NewToken:
         ("ttl", {"ttl": timedelta(days=3_650_000)}),
         ("ttl", {"ttl": -timedelta(days=3_650_000)}),
         ("labels", {"labels": {str(n): "" for n in range(17)}}),
-        ('labels[""]', {"labels": {"": "x"}}),
-        (f'labels["{"k" * 63}"]', {"labels": {"k" * 64: "x"}}),
+        ("labels", {"labels": {"": "x"}}),
+        ("labels", {"labels": {"k" * 64: "x"}}),
         ('labels["k"]', {"labels": {"k": "v" * 256}}),
         ('labels["k"]', {"labels": {"k": "v\x00"}}),
-        ('labels["k\x07"]', {"labels": {"k\x07": "v"}}),
+        ("labels", {"labels": {"k\x07": "v"}}),
+        ("expire_time", {"expire_time": datetime.max.replace(tzinfo=UTC)}),
+        ("account_id", {"account_id": SECRET}),
+        ("name", {"name": SECRET}),
+        ("labels", {"labels": {SECRET: "v"}}),
+        ("labels", {"labels": {"k": f"my {SECRET}."}}),
     ],
 )
 async def test_create_names_the_wrong_field(field, bad):

@@ -1,0 +1,173 @@
+"""Look-ups on a real Postgres: how many queries they cost, and how they end."""
+
+import asyncio
+import os
+import time
+from datetime import UTC, datetime
+
+import pytest
+from latchkey_service import lookup as module
+from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
+from latchkey_service.lookup import Lookup
+from latchkey_service.secrets import Keyring, Pepper
+from latchkey_service.store import connect
+from latchkey_service.tokens import NewToken, Tokens
+
+KEYRING = Keyring([Pepper(b"p" * 32)])
+
+
+class Counted:
+    """A connection that counts its queries and can hold them up."""
+
+    def __init__(self, connection):
+        self._connection = connection
+        self.queries = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.asked = asyncio.Event()
+
+    async def fetch(self, statement, digests):
+        self.queries.append(len(digests))
+        self.asked.set()
+        await self.gate.wait()
+        return await self._connection.fetch(statement, digests)
+
+    def __getattr__(self, name):
+        return getattr(self._connection, name)
+
+
+@pytest.fixture
+async def counted(database_url):
+    """The connection that the look-up will use."""
+    connection = Counted(await connect(database_url))
+    yield connection
+    connection.terminate()
+
+
+@pytest.fixture
+async def lookup(counted):
+    """A look-up on that connection."""
+
+    async def give():
+        return counted
+
+    lookup = Lookup(give, time.monotonic)
+    yield lookup
+    await lookup.close()
+
+
+@pytest.fixture
+async def digests(store):
+    """Digests of ten tokens."""
+    for pepper in KEYRING.peppers:
+        await store.register_pepper(pepper.id)
+    tokens = Tokens(store, KEYRING, "lk", lambda: datetime.now(UTC), os.urandom)
+    made = [
+        await tokens.create(NewToken("acme", f"token {number}", 1, None, None, {}))
+        for number in range(10)
+    ]
+    return [KEYRING.digest_of(created.secret.reveal()) for created in made]
+
+
+def soon(seconds=5.0):
+    return time.monotonic() + seconds
+
+
+async def test_lookups_of_one_tick_share_a_query(lookup, counted, digests):
+    """A hundred look-ups at once cost one query, and each gets its own answer."""
+    wanted = [digests[n % 10] for n in range(100)]
+    found = await asyncio.gather(*(lookup.find(digest, soon()) for digest in wanted))
+    assert counted.queries == [100]
+    assert [f.record.name for f in found] == [f"token {n % 10}" for n in range(100)]
+
+
+async def test_a_thousand_cost_one_query(lookup, counted, digests):
+    """A full batch is one query, mixed with digests that nobody has."""
+    wanted = [digests[n % 10] if n % 2 else bytes([n % 256]) * 32 for n in range(1000)]
+    found = await lookup.find_all(wanted, soon())
+    assert counted.queries == [1000]
+    assert [f.record is not None for f in found] == [bool(n % 2) for n in range(1000)]
+    assert len({f.revision for f in found}) == 1
+
+
+async def test_what_comes_during_a_query_waits_for_the_next(lookup, counted, digests):
+    """A look-up never joins a query that was sent before it began (coherence rule 4)."""
+    counted.gate.clear()
+    first = asyncio.create_task(lookup.find(digests[0], soon()))
+    await counted.asked.wait()
+    others = [asyncio.create_task(lookup.find(digest, soon())) for digest in digests]
+    await asyncio.sleep(0)
+    assert counted.queries == [1]
+    counted.gate.set()
+    await asyncio.gather(first, *others)
+    assert counted.queries == [1, 10]
+
+
+async def test_a_caller_that_leaves_takes_nothing_from_others(lookup, counted, digests):
+    """Of look-ups that share a query, one is cancelled and the others are answered."""
+    counted.gate.clear()
+    tasks = [asyncio.create_task(lookup.find(digest, soon())) for digest in digests]
+    await counted.asked.wait()
+    tasks[0].cancel()
+    counted.gate.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(results[0], asyncio.CancelledError)
+    names = [r.record.name for r in results[1:] if not isinstance(r, BaseException)]
+    assert names == [f"token {n}" for n in range(1, 10)]
+
+
+async def test_a_deadline_ends_one_wait_and_not_the_others(lookup, counted, digests):
+    """At its deadline a look-up is UNAVAILABLE, in the query or in the queue; the others go on."""
+    counted.gate.clear()
+    asked = asyncio.create_task(lookup.find(digests[0], soon(0.05)))
+    await counted.asked.wait()
+    queued = asyncio.create_task(lookup.find(digests[1], soon(0.05)))
+    patient = asyncio.create_task(lookup.find(digests[2], soon()))
+    for late in (asked, queued):
+        with pytest.raises(Unavailable):
+            await late
+    assert not patient.done()
+    counted.gate.set()
+    assert (await patient).record.name == "token 2"
+    assert counted.queries == [1, 1], "nobody is asked for who no longer waits"
+
+
+async def test_a_closed_lookup_refuses_and_leaves_nothing_open(lookup, counted, digests):
+    """Whoever waits when it closes is told, and so is whoever comes later; nothing reconnects."""
+    counted.gate.clear()
+    waiting = [asyncio.create_task(lookup.find(digest, soon())) for digest in digests]
+    await counted.asked.wait()
+    await lookup.close()
+    for result in await asyncio.gather(*waiting, return_exceptions=True):
+        assert isinstance(result, StoreUnavailable)
+    with pytest.raises(StoreUnavailable):
+        await lookup.find(digests[0], soon())
+    assert counted.is_closed()
+    assert counted.queries == [10]
+
+
+async def test_the_queue_has_a_size(lookup, counted, digests, monkeypatch):
+    """Past the bound a look-up is refused at once."""
+    monkeypatch.setattr(module, "WAITING_MAX", 5)
+    counted.gate.clear()
+    waiting = [asyncio.create_task(lookup.find(d, soon())) for d in digests[:5]]
+    await counted.asked.wait()
+    more = [asyncio.create_task(lookup.find(d, soon())) for d in digests[:5]]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await lookup.find(digests[0], soon())
+    counted.gate.set()
+    await asyncio.gather(*waiting, *more)
+
+
+async def test_an_unforeseen_failure_reaches_every_waiter(lookup, counted, digests, monkeypatch):
+    """Whatever a query raises, nobody is left waiting."""
+
+    async def fail(statement, digests):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(counted, "fetch", fail)
+    results = await asyncio.gather(
+        *(lookup.find(digest, soon()) for digest in digests), return_exceptions=True
+    )
+    assert {type(result) for result in results} == {ZeroDivisionError}
