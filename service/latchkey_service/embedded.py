@@ -51,7 +51,7 @@ __all__ = ["DataDirInUse", "EmbeddedError", "EmbeddedPostgres", "default_data_di
 
 _POSTGRES_MAJOR: Final = "18"
 
-# Fast shutdown writes a checkpoint: up to 128 MB of dirty buffers to a slow disk.
+# Fast shutdown writes a checkpoint: up to 512 MB of dirty buffers to a slow disk.
 _FAST_SHUTDOWN_SECONDS: Final = 20.0
 # On SIGQUIT the postmaster itself kills its children after 5 s.
 _IMMEDIATE_SHUTDOWN_SECONDS: Final = 10.0
@@ -62,7 +62,9 @@ _LOG_TAIL_LINES: Final = 12
 
 # Written into postgresql.conf once, where the operator may change them. fsync, synchronous_commit
 # and full_page_writes keep their defaults, on: an acknowledged deletion survives a power cut.
-_SETTINGS: Final = {"max_connections": "200", "shared_buffers": "128MB"}
+# shared_buffers is taken as data comes; a million tokens fill half of it, and with 128MB, the
+# default, each look-up among them took twice the CPU.
+_SETTINGS: Final = {"max_connections": "200", "shared_buffers": "512MB"}
 
 
 class EmbeddedPostgres:

@@ -47,7 +47,7 @@ def cores(placing: str) -> Cores:
     The figure asked for is what one core of Latchkey does, so the server has a core of its own,
     and Postgres, which in production is on another machine, is not on it. With a third core it
     has that one. With two it shares the load's, which is idle three quarters of the time; on the
-    server's it would take a third of the core that is being measured.
+    server's it would take time from the core that is being measured.
     """
     available = sorted(os.sched_getaffinity(0))
     if len(available) < 2:
