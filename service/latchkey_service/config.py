@@ -4,7 +4,6 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -36,25 +35,20 @@ def _listen(value: str) -> str:
     return value
 
 
+# Not urllib's urlsplit: several hosts, one of them [IPv6], are refused by some of its versions.
+_DATABASE_URL = re.compile(r"(postgres(?:ql)?://)(?:([^/?#]*)@)?([^/?#@]*)(/[^?#@]*)?(\?[^#@]*)?")
+
+
 def _database_url(value: SecretStr) -> SecretStr:
     url = value.get_secret_value()
     if url.partition("://")[0] not in ("postgresql", "postgres"):
         raise ValueError("give postgresql://USER:PASSWORD@HOST:PORT/DATABASE")
-    if not _is_unambiguous(url):
+    # Whatever ends a password early leaves the rest of it where it would be shown.
+    match = _DATABASE_URL.fullmatch(url)
+    ports = re.findall(r":([^:\],]*)(?:,|$)", match[3]) if match else []
+    if match is None or "@" in (match[2] or "") or not all(port.isdigit() for port in ports):
         raise ValueError("percent-encode the password: / as %2F, # as %23, ? as %3F, @ as %40")
     return value
-
-
-def _is_unambiguous(url: str) -> bool:
-    """Tell whether all of a password stands where a password stands, and nowhere else."""
-    try:
-        parts = urlsplit(url)
-        user, _, hosts = parts.netloc.rpartition("@")
-        ports = re.findall(r":([^:\],]*)(?:,|$)", hosts)
-    except ValueError:
-        return False
-    rest = parts.path + parts.query
-    return "@" not in user + rest and not parts.fragment and all(port.isdigit() for port in ports)
 
 
 class Settings(BaseSettings):
@@ -143,9 +137,11 @@ def describe(settings: Settings) -> list[tuple[str, str, str, str]]:
 
 def _redacted(url: str) -> str:
     """Return a database URL without its password, wherever that stands."""
-    parts = urlsplit(url)
-    user, at, host = parts.netloc.rpartition("@")
-    if ":" in user:
-        user = user.partition(":")[0] + ":***"
-    query = re.sub(r"((?:^|&)(?:\w*password\w*)=)[^&]*", r"\1***", parts.query, flags=re.IGNORECASE)
-    return urlunsplit(parts._replace(netloc=user + at + host, query=query))
+    match = _DATABASE_URL.fullmatch(url)
+    if match is None:
+        return "***"
+    scheme, user, hosts, path, query = (part or "" for part in match.groups())
+    if user:
+        user = user.partition(":")[0] + (":***@" if ":" in user else "@")
+    query = re.sub(r"((?:^\?|&)(?:\w*password\w*)=)[^&]*", r"\1***", query, flags=re.IGNORECASE)
+    return scheme + user + hosts + path + query
