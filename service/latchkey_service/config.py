@@ -46,8 +46,10 @@ def _database_url(value: SecretStr) -> SecretStr:
     # Whatever ends a password early leaves the rest of it where it would be shown.
     match = _DATABASE_URL.fullmatch(url)
     ports = re.findall(r":([^:\],]*)(?:,|$)", match[3]) if match else []
-    if match is None or "@" in (match[2] or "") or not all(port.isdigit() for port in ports):
-        raise ValueError("percent-encode the password: / as %2F, # as %23, ? as %3F, @ as %40")
+    if match is None or set("@[]") & set(match[2] or "") or not all(map(str.isdigit, ports)):
+        raise ValueError(
+            "percent-encode the password: / as %2F, # as %23, ? as %3F, @ as %40, [ as %5B"
+        )
     return value
 
 
