@@ -135,11 +135,11 @@ PYTHON
 
 step "ruff check" ruff check --quiet .
 step "ruff format" ruff format --check --quiet .
-step "mypy" mypy service/latchkey_service clients/python/latchkey clients/cli/latchkey_cli
+step "mypy" mypy proto/latchkey_coherence service/latchkey_service clients/python/latchkey clients/cli/latchkey_cli
 step "mypy tests" mypy tests
 step "buf lint" proto_lint
 step "stubs" python proto/generate.py --check
-step "bandit" bandit --quiet --recursive service clients --configfile pyproject.toml
+step "bandit" bandit --quiet --recursive proto/latchkey_coherence service clients --configfile pyproject.toml
 step "locks" locks
 step "pip-audit" audit
 

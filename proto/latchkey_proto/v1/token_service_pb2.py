@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1flatchkey/v1/token_service.proto\x12\x0blatchkey.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdb\x02\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\naccount_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12!\n\x05scope\x18\x04 \x01(\x0e\x32\x12.latchkey.v1.Scope\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elast_used_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04hint\x18\x08 \x01(\t\x12.\n\x06labels\x18\t \x03(\x0b\x32\x1e.latchkey.v1.Token.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xbd\x01\n\x07Receipt\x12/\n\x0b\x63ommit_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x65\x66\x66\x65\x63tive_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x1e\n\x16verifiers_acknowledged\x18\x04 \x01(\x05\x12\x1b\n\x13verifiers_outwaited\x18\x05 \x01(\x05\"\xa2\x02\n\rCreateRequest\x12\x12\n\naccount_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12!\n\x05scope\x18\x03 \x01(\x0e\x32\x12.latchkey.v1.Scope\x12\x31\n\x0b\x65xpire_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x12(\n\x03ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x12\x36\n\x06labels\x18\x06 \x03(\x0b\x32&.latchkey.v1.CreateRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06\x65xpiry\"C\n\x0e\x43reateResponse\x12!\n\x05token\x18\x01 \x01(\x0b\x32\x12.latchkey.v1.Token\x12\x0e\n\x06secret\x18\x02 \x01(\t\",\n\nGetRequest\x12\x12\n\naccount_id\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\"0\n\x0bGetResponse\x12!\n\x05token\x18\x01 \x01(\x0b\x32\x12.latchkey.v1.Token\"H\n\x0bListRequest\x12\x12\n\naccount_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"K\n\x0cListResponse\x12\"\n\x06tokens\x18\x01 \x03(\x0b\x32\x12.latchkey.v1.Token\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"/\n\rDeleteRequest\x12\x12\n\naccount_id\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\"7\n\x0e\x44\x65leteResponse\x12%\n\x07receipt\x18\x01 \x01(\x0b\x32\x14.latchkey.v1.Receipt\"K\n\rVerifyRequest\x12\x0e\n\x06secret\x18\x01 \x01(\t\x12*\n\x0erequired_scope\x18\x02 \x01(\x0e\x32\x12.latchkey.v1.Scope\"l\n\x0eVerifyResponse\x12%\n\x07verdict\x18\x01 \x01(\x0e\x32\x14.latchkey.v1.Verdict\x12!\n\x05token\x18\x02 \x01(\x0b\x32\x12.latchkey.v1.Token\x12\x10\n\x08revision\x18\x03 \x01(\x03\"B\n\x12\x42\x61tchVerifyRequest\x12,\n\x08requests\x18\x01 \x03(\x0b\x32\x1a.latchkey.v1.VerifyRequest\"E\n\x13\x42\x61tchVerifyResponse\x12.\n\tresponses\x18\x01 \x03(\x0b\x32\x1b.latchkey.v1.VerifyResponse*?\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x0e\n\nSCOPE_READ\x10\x01\x12\x0f\n\x0bSCOPE_WRITE\x10\x02*\xab\x01\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x11\n\rVERDICT_VALID\x10\x01\x12\x15\n\x11VERDICT_MALFORMED\x10\x02\x12\x13\n\x0fVERDICT_UNKNOWN\x10\x03\x12\x13\n\x0fVERDICT_DELETED\x10\x04\x12\x13\n\x0fVERDICT_EXPIRED\x10\x05\x12\x1e\n\x1aVERDICT_INSUFFICIENT_SCOPE\x10\x06\x32\xa0\x03\n\x0cTokenService\x12\x41\n\x06\x43reate\x12\x1a.latchkey.v1.CreateRequest\x1a\x1b.latchkey.v1.CreateResponse\x12\x38\n\x03Get\x12\x17.latchkey.v1.GetRequest\x1a\x18.latchkey.v1.GetResponse\x12;\n\x04List\x12\x18.latchkey.v1.ListRequest\x1a\x19.latchkey.v1.ListResponse\x12\x41\n\x06\x44\x65lete\x12\x1a.latchkey.v1.DeleteRequest\x1a\x1b.latchkey.v1.DeleteResponse\x12\x41\n\x06Verify\x12\x1a.latchkey.v1.VerifyRequest\x1a\x1b.latchkey.v1.VerifyResponse\x12P\n\x0b\x42\x61tchVerify\x12\x1f.latchkey.v1.BatchVerifyRequest\x1a .latchkey.v1.BatchVerifyResponseB>\n\x0f\x64\x65v.latchkey.v1P\x01Z)latchkey.dev/proto/latchkey/v1;latchkeyv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1flatchkey/v1/token_service.proto\x12\x0blatchkey.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdb\x02\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\naccount_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12!\n\x05scope\x18\x04 \x01(\x0e\x32\x12.latchkey.v1.Scope\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0elast_used_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04hint\x18\x08 \x01(\t\x12.\n\x06labels\x18\t \x03(\x0b\x32\x1e.latchkey.v1.Token.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xbd\x01\n\x07Receipt\x12/\n\x0b\x63ommit_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x65\x66\x66\x65\x63tive_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x1e\n\x16verifiers_acknowledged\x18\x04 \x01(\x05\x12\x1b\n\x13verifiers_outwaited\x18\x05 \x01(\x05\"\xa2\x02\n\rCreateRequest\x12\x12\n\naccount_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12!\n\x05scope\x18\x03 \x01(\x0e\x32\x12.latchkey.v1.Scope\x12\x31\n\x0b\x65xpire_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x12(\n\x03ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x12\x36\n\x06labels\x18\x06 \x03(\x0b\x32&.latchkey.v1.CreateRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06\x65xpiry\"C\n\x0e\x43reateResponse\x12!\n\x05token\x18\x01 \x01(\x0b\x32\x12.latchkey.v1.Token\x12\x0e\n\x06secret\x18\x02 \x01(\t\",\n\nGetRequest\x12\x12\n\naccount_id\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\"0\n\x0bGetResponse\x12!\n\x05token\x18\x01 \x01(\x0b\x32\x12.latchkey.v1.Token\"H\n\x0bListRequest\x12\x12\n\naccount_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"K\n\x0cListResponse\x12\"\n\x06tokens\x18\x01 \x03(\x0b\x32\x12.latchkey.v1.Token\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"@\n\rDeleteRequest\x12\x12\n\naccount_id\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07no_wait\x18\x03 \x01(\x08\"7\n\x0e\x44\x65leteResponse\x12%\n\x07receipt\x18\x01 \x01(\x0b\x32\x14.latchkey.v1.Receipt\"K\n\rVerifyRequest\x12\x0e\n\x06secret\x18\x01 \x01(\t\x12*\n\x0erequired_scope\x18\x02 \x01(\x0e\x32\x12.latchkey.v1.Scope\"l\n\x0eVerifyResponse\x12%\n\x07verdict\x18\x01 \x01(\x0e\x32\x14.latchkey.v1.Verdict\x12!\n\x05token\x18\x02 \x01(\x0b\x32\x12.latchkey.v1.Token\x12\x10\n\x08revision\x18\x03 \x01(\x03\"B\n\x12\x42\x61tchVerifyRequest\x12,\n\x08requests\x18\x01 \x03(\x0b\x32\x1a.latchkey.v1.VerifyRequest\"E\n\x13\x42\x61tchVerifyResponse\x12.\n\tresponses\x18\x01 \x03(\x0b\x32\x1b.latchkey.v1.VerifyResponse\"J\n\x0cWatchRequest\x12\x18\n\x10\x61pplied_revision\x18\x01 \x01(\x03\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\x10\n\x08released\x18\x03 \x01(\x08\"\xbe\x01\n\rWatchResponse\x12\x31\n\x0cinvalidation\x18\x01 \x01(\x0b\x32\x19.latchkey.v1.InvalidationH\x00\x12#\n\x05grant\x18\x02 \x01(\x0b\x32\x12.latchkey.v1.GrantH\x00\x12#\n\x05reset\x18\x03 \x01(\x0b\x32\x12.latchkey.v1.ResetH\x00\x12\'\n\x07\x63losing\x18\x04 \x01(\x0b\x32\x14.latchkey.v1.ClosingH\x00\x42\x07\n\x05\x65vent\"3\n\x0cInvalidation\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x11\n\ttoken_ids\x18\x02 \x03(\t\"\\\n\x05Grant\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\x31\n\x0elease_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x19\n\x05Reset\x12\x10\n\x08revision\x18\x01 \x01(\x03\"\t\n\x07\x43losing*?\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x0e\n\nSCOPE_READ\x10\x01\x12\x0f\n\x0bSCOPE_WRITE\x10\x02*\xab\x01\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x11\n\rVERDICT_VALID\x10\x01\x12\x15\n\x11VERDICT_MALFORMED\x10\x02\x12\x13\n\x0fVERDICT_UNKNOWN\x10\x03\x12\x13\n\x0fVERDICT_DELETED\x10\x04\x12\x13\n\x0fVERDICT_EXPIRED\x10\x05\x12\x1e\n\x1aVERDICT_INSUFFICIENT_SCOPE\x10\x06\x32\xe4\x03\n\x0cTokenService\x12\x41\n\x06\x43reate\x12\x1a.latchkey.v1.CreateRequest\x1a\x1b.latchkey.v1.CreateResponse\x12\x38\n\x03Get\x12\x17.latchkey.v1.GetRequest\x1a\x18.latchkey.v1.GetResponse\x12;\n\x04List\x12\x18.latchkey.v1.ListRequest\x1a\x19.latchkey.v1.ListResponse\x12\x41\n\x06\x44\x65lete\x12\x1a.latchkey.v1.DeleteRequest\x1a\x1b.latchkey.v1.DeleteResponse\x12\x41\n\x06Verify\x12\x1a.latchkey.v1.VerifyRequest\x1a\x1b.latchkey.v1.VerifyResponse\x12P\n\x0b\x42\x61tchVerify\x12\x1f.latchkey.v1.BatchVerifyRequest\x1a .latchkey.v1.BatchVerifyResponse\x12\x42\n\x05Watch\x12\x19.latchkey.v1.WatchRequest\x1a\x1a.latchkey.v1.WatchResponse(\x01\x30\x01\x42>\n\x0f\x64\x65v.latchkey.v1P\x01Z)latchkey.dev/proto/latchkey/v1;latchkeyv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,10 +38,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKEN_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_CREATEREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_CREATEREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_SCOPE']._serialized_start=1696
-  _globals['_SCOPE']._serialized_end=1759
-  _globals['_VERDICT']._serialized_start=1762
-  _globals['_VERDICT']._serialized_end=1933
+  _globals['_SCOPE']._serialized_start=2167
+  _globals['_SCOPE']._serialized_end=2230
+  _globals['_VERDICT']._serialized_start=2233
+  _globals['_VERDICT']._serialized_end=2404
   _globals['_TOKEN']._serialized_start=114
   _globals['_TOKEN']._serialized_end=461
   _globals['_TOKEN_LABELSENTRY']._serialized_start=416
@@ -63,17 +63,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTRESPONSE']._serialized_start=1187
   _globals['_LISTRESPONSE']._serialized_end=1262
   _globals['_DELETEREQUEST']._serialized_start=1264
-  _globals['_DELETEREQUEST']._serialized_end=1311
-  _globals['_DELETERESPONSE']._serialized_start=1313
-  _globals['_DELETERESPONSE']._serialized_end=1368
-  _globals['_VERIFYREQUEST']._serialized_start=1370
-  _globals['_VERIFYREQUEST']._serialized_end=1445
-  _globals['_VERIFYRESPONSE']._serialized_start=1447
-  _globals['_VERIFYRESPONSE']._serialized_end=1555
-  _globals['_BATCHVERIFYREQUEST']._serialized_start=1557
-  _globals['_BATCHVERIFYREQUEST']._serialized_end=1623
-  _globals['_BATCHVERIFYRESPONSE']._serialized_start=1625
-  _globals['_BATCHVERIFYRESPONSE']._serialized_end=1694
-  _globals['_TOKENSERVICE']._serialized_start=1936
-  _globals['_TOKENSERVICE']._serialized_end=2352
+  _globals['_DELETEREQUEST']._serialized_end=1328
+  _globals['_DELETERESPONSE']._serialized_start=1330
+  _globals['_DELETERESPONSE']._serialized_end=1385
+  _globals['_VERIFYREQUEST']._serialized_start=1387
+  _globals['_VERIFYREQUEST']._serialized_end=1462
+  _globals['_VERIFYRESPONSE']._serialized_start=1464
+  _globals['_VERIFYRESPONSE']._serialized_end=1572
+  _globals['_BATCHVERIFYREQUEST']._serialized_start=1574
+  _globals['_BATCHVERIFYREQUEST']._serialized_end=1640
+  _globals['_BATCHVERIFYRESPONSE']._serialized_start=1642
+  _globals['_BATCHVERIFYRESPONSE']._serialized_end=1711
+  _globals['_WATCHREQUEST']._serialized_start=1713
+  _globals['_WATCHREQUEST']._serialized_end=1787
+  _globals['_WATCHRESPONSE']._serialized_start=1790
+  _globals['_WATCHRESPONSE']._serialized_end=1980
+  _globals['_INVALIDATION']._serialized_start=1982
+  _globals['_INVALIDATION']._serialized_end=2033
+  _globals['_GRANT']._serialized_start=2035
+  _globals['_GRANT']._serialized_end=2127
+  _globals['_RESET']._serialized_start=2129
+  _globals['_RESET']._serialized_end=2154
+  _globals['_CLOSING']._serialized_start=2156
+  _globals['_CLOSING']._serialized_end=2165
+  _globals['_TOKENSERVICE']._serialized_start=2407
+  _globals['_TOKENSERVICE']._serialized_end=2891
 # @@protoc_insertion_point(module_scope)

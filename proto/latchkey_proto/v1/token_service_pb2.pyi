@@ -197,7 +197,9 @@ class Receipt(_message.Message):
 
     @_builtins.property
     def effective_time(self) -> _timestamp_pb2.Timestamp:
-        """From when on the token was dead everywhere. Not before commit_time."""
+        """From when on the token was dead everywhere. Not before commit_time. Absent:
+        not confirmed yet, which only a Delete with no_wait answers.
+        """
 
     def __init__(
         self,
@@ -437,19 +439,25 @@ class DeleteRequest(_message.Message):
 
     ACCOUNT_ID_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
+    NO_WAIT_FIELD_NUMBER: _builtins.int
     account_id: _builtins.str
     """Owner of the token. Required."""
     id: _builtins.str
     """Identifier of the token. Required."""
+    no_wait: _builtins.bool
+    """Answers once the deletion is committed, without waiting for verifiers to
+    confirm it: for bulk work. A later Delete of the token confirms it.
+    """
     def __init__(
         self,
         *,
         account_id: _builtins.str = ...,
         id: _builtins.str = ...,
+        no_wait: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "id", b"id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "id", b"id", "no_wait", b"no_wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -464,7 +472,7 @@ class DeleteResponse(_message.Message):
     RECEIPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def receipt(self) -> Global___Receipt:
-        """Proof of the deletion, the same on every retry."""
+        """Proof of the deletion, the same on every retry once it is confirmed."""
 
     def __init__(
         self,
@@ -521,8 +529,9 @@ class VerifyResponse(_message.Message):
     verdict: Global___Verdict.ValueType
     """The answer."""
     revision: _builtins.int
-    """The revision that the answer was read at. 0 when nothing had to be read
-    to tell that the secret is MALFORMED or UNKNOWN.
+    """The revision that the answer is good for: no invalidation up to it can
+    change it. 0 when nothing had to be read to tell that the secret is
+    MALFORMED or UNKNOWN.
     """
     @_builtins.property
     def token(self) -> Global___Token:
@@ -592,3 +601,191 @@ class BatchVerifyResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BatchVerifyResponse: _TypeAlias = BatchVerifyResponse  # noqa: Y015
+
+@_typing.final
+class WatchRequest(_message.Message):
+    """Request of TokenService.Watch, sent again and again on its stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APPLIED_REVISION_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    RELEASED_FIELD_NUMBER: _builtins.int
+    applied_revision: _builtins.int
+    """The latest revision that the client has applied: it remembers no verdict
+    that an invalidation up to this one has changed. 0 in the first message of
+    a client with an empty memory. Sent at once after each invalidation, since
+    Deletes wait for it.
+    """
+    number: _builtins.int
+    """Asks for a grant, which answers with this number. Rising on a stream. The
+    client keeps the moment at which it sent it. 0 asks for none.
+    """
+    released: _builtins.bool
+    """The client no longer answers under this stream's grants, for good. Lets a
+    server that stops leave without waiting for them to run out.
+    """
+    def __init__(
+        self,
+        *,
+        applied_revision: _builtins.int = ...,
+        number: _builtins.int = ...,
+        released: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_revision", b"applied_revision", "number", b"number", "released", b"released"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
+
+@_typing.final
+class WatchResponse(_message.Message):
+    """Response of TokenService.Watch. The order on the stream matters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INVALIDATION_FIELD_NUMBER: _builtins.int
+    GRANT_FIELD_NUMBER: _builtins.int
+    RESET_FIELD_NUMBER: _builtins.int
+    CLOSING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def invalidation(self) -> Global___Invalidation:
+        """Tokens whose remembered verdicts no longer hold."""
+
+    @_builtins.property
+    def grant(self) -> Global___Grant:
+        """Permission to answer from memory for a while."""
+
+    @_builtins.property
+    def reset(self) -> Global___Reset:
+        """All remembered verdicts have to go."""
+
+    @_builtins.property
+    def closing(self) -> Global___Closing:
+        """The server is about to stop."""
+
+    def __init__(
+        self,
+        *,
+        invalidation: Global___Invalidation | None = ...,
+        grant: Global___Grant | None = ...,
+        reset: Global___Reset | None = ...,
+        closing: Global___Closing | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "event", b"event", "grant", b"grant", "invalidation", b"invalidation", "reset", b"reset"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "event", b"event", "grant", b"grant", "invalidation", b"invalidation", "reset", b"reset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["invalidation", "grant", "reset", "closing"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
+
+@_typing.final
+class Invalidation(_message.Message):
+    """Names tokens whose remembered verdicts no longer hold."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """The client has applied this revision once it has dropped these tokens."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Identifiers of the tokens."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Invalidation: _TypeAlias = Invalidation  # noqa: Y015
+
+@_typing.final
+class Grant(_message.Message):
+    """Permits a client to answer from memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    LEASE_DURATION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Every invalidation up to this revision came before on the stream."""
+    number: _builtins.int
+    """The number of the request that this answers."""
+    @_builtins.property
+    def lease_duration(self) -> _duration_pb2.Duration:
+        """How long the client may answer from memory, counted on its own clock from
+        before it sent the request of this number, less a thousandth for clocks that
+        run at different rates. A clock that stands still while the machine
+        sleeps will not do.
+        """
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        number: _builtins.int = ...,
+        lease_duration: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease_duration", b"lease_duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_duration", b"lease_duration", "number", b"number", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Grant: _TypeAlias = Grant  # noqa: Y015
+
+@_typing.final
+class Reset(_message.Message):
+    """Tells a client to begin anew: the server cannot tell it all that it missed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Having emptied its memory, the client has applied this revision."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Reset: _TypeAlias = Reset  # noqa: Y015
+
+@_typing.final
+class Closing(_message.Message):
+    """Tells a client that the server is about to stop and grants no more. The
+    client opens another Watch, on a new connection, answers under this one's
+    last grant until the other one's first, and then sends `released` here.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Closing: _TypeAlias = Closing  # noqa: Y015

@@ -71,6 +71,11 @@ class TokenServiceStub(object):
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.BatchVerifyRequest.SerializeToString,
                 response_deserializer=latchkey_dot_v1_dot_token__service__pb2.BatchVerifyResponse.FromString,
                 _registered_method=True)
+        self.Watch = channel.stream_stream(
+                '/latchkey.v1.TokenService/Watch',
+                request_serializer=latchkey_dot_v1_dot_token__service__pb2.WatchRequest.SerializeToString,
+                response_deserializer=latchkey_dot_v1_dot_token__service__pb2.WatchResponse.FromString,
+                _registered_method=True)
 
 
 class TokenServiceServicer(object):
@@ -116,10 +121,15 @@ class TokenServiceServicer(object):
 
     def Delete(self, request, context):
         """Deletes a token for good. When this answers OK, no verify that starts
-        afterwards answers VALID for it, anywhere. Deleting a deleted token again
-        answers with the same receipt, so a retry is safe.
+        afterwards answers VALID for it, anywhere: it waits until every verifier
+        has confirmed, or can no longer answer from memory. With healthy verifiers
+        that takes milliseconds, else at most the lease length (LATCHKEY_LEASE_SECONDS,
+        3 s unless set) and half a second. Deleting a deleted token again answers
+        with the same receipt, so a retry is safe.
         Errors: INVALID_ARGUMENT; NOT_FOUND when the account never had the token;
-        UNAVAILABLE, after which the deletion may or may not stand: retry.
+        UNAVAILABLE, after which the deletion may or may not stand: retry. With
+        the reason DELETION_NOT_CONFIRMED it stands, but the deadline was too short
+        for the wait: retry for the receipt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,6 +152,25 @@ class TokenServiceServicer(object):
         at most 200 at a time.
         Errors: INVALID_ARGUMENT when there are none or too many requests; else
         as Verify.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Watch(self, request_iterator, context):
+        """Lets a client answer verifies from its own memory, under a lease that the
+        server grants for a few seconds at a time and that the client asks for
+        again and again. Meant for client libraries, not for people.
+
+        The client sends what it has applied and asks for grants; the server sends
+        invalidations as they come, and each grant after every invalidation up to
+        its revision. What the client has to do, and why it is then safe, is said
+        at the fields. A client that breaks off, or falls silent, delays a
+        Delete until its last grant has run out, and nothing else.
+        Errors: UNAVAILABLE when this server is stopping or cannot grant, try
+        another one; FAILED_PRECONDITION when it has its memory switched off;
+        RESOURCE_EXHAUSTED when it has too many clients; DEADLINE_EXCEEDED when
+        the client has been silent for long.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -179,6 +208,11 @@ def add_TokenServiceServicer_to_server(servicer, server):
                     servicer.BatchVerify,
                     request_deserializer=latchkey_dot_v1_dot_token__service__pb2.BatchVerifyRequest.FromString,
                     response_serializer=latchkey_dot_v1_dot_token__service__pb2.BatchVerifyResponse.SerializeToString,
+            ),
+            'Watch': grpc.stream_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=latchkey_dot_v1_dot_token__service__pb2.WatchRequest.FromString,
+                    response_serializer=latchkey_dot_v1_dot_token__service__pb2.WatchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -350,6 +384,33 @@ class TokenService(object):
             '/latchkey.v1.TokenService/BatchVerify',
             latchkey_dot_v1_dot_token__service__pb2.BatchVerifyRequest.SerializeToString,
             latchkey_dot_v1_dot_token__service__pb2.BatchVerifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/latchkey.v1.TokenService/Watch',
+            latchkey_dot_v1_dot_token__service__pb2.WatchRequest.SerializeToString,
+            latchkey_dot_v1_dot_token__service__pb2.WatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -61,10 +61,15 @@ class TokenServiceStub:
     """
     Delete: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.DeleteRequest, _token_service_pb2.DeleteResponse]
     """Deletes a token for good. When this answers OK, no verify that starts
-    afterwards answers VALID for it, anywhere. Deleting a deleted token again
-    answers with the same receipt, so a retry is safe.
+    afterwards answers VALID for it, anywhere: it waits until every verifier
+    has confirmed, or can no longer answer from memory. With healthy verifiers
+    that takes milliseconds, else at most the lease length (LATCHKEY_LEASE_SECONDS,
+    3 s unless set) and half a second. Deleting a deleted token again answers
+    with the same receipt, so a retry is safe.
     Errors: INVALID_ARGUMENT; NOT_FOUND when the account never had the token;
-    UNAVAILABLE, after which the deletion may or may not stand: retry.
+    UNAVAILABLE, after which the deletion may or may not stand: retry. With
+    the reason DELETION_NOT_CONFIRMED it stands, but the deadline was too short
+    for the wait: retry for the receipt.
     """
     Verify: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.VerifyRequest, _token_service_pb2.VerifyResponse]
     """Verifies a presented secret. Whatever the holder presented, the answer is
@@ -79,6 +84,21 @@ class TokenServiceStub:
     at most 200 at a time.
     Errors: INVALID_ARGUMENT when there are none or too many requests; else
     as Verify.
+    """
+    Watch: _grpc.StreamStreamMultiCallable[_token_service_pb2.WatchRequest, _token_service_pb2.WatchResponse]
+    """Lets a client answer verifies from its own memory, under a lease that the
+    server grants for a few seconds at a time and that the client asks for
+    again and again. Meant for client libraries, not for people.
+
+    The client sends what it has applied and asks for grants; the server sends
+    invalidations as they come, and each grant after every invalidation up to
+    its revision. What the client has to do, and why it is then safe, is said
+    at the fields. A client that breaks off, or falls silent, delays a
+    Delete until its last grant has run out, and nothing else.
+    Errors: UNAVAILABLE when this server is stopping or cannot grant, try
+    another one; FAILED_PRECONDITION when it has its memory switched off;
+    RESOURCE_EXHAUSTED when it has too many clients; DEADLINE_EXCEEDED when
+    the client has been silent for long.
     """
 
 @_typing.type_check_only
@@ -114,10 +134,15 @@ class TokenServiceAsyncStub(TokenServiceStub):
     """
     Delete: _aio.UnaryUnaryMultiCallable[_token_service_pb2.DeleteRequest, _token_service_pb2.DeleteResponse]  # type: ignore[assignment]
     """Deletes a token for good. When this answers OK, no verify that starts
-    afterwards answers VALID for it, anywhere. Deleting a deleted token again
-    answers with the same receipt, so a retry is safe.
+    afterwards answers VALID for it, anywhere: it waits until every verifier
+    has confirmed, or can no longer answer from memory. With healthy verifiers
+    that takes milliseconds, else at most the lease length (LATCHKEY_LEASE_SECONDS,
+    3 s unless set) and half a second. Deleting a deleted token again answers
+    with the same receipt, so a retry is safe.
     Errors: INVALID_ARGUMENT; NOT_FOUND when the account never had the token;
-    UNAVAILABLE, after which the deletion may or may not stand: retry.
+    UNAVAILABLE, after which the deletion may or may not stand: retry. With
+    the reason DELETION_NOT_CONFIRMED it stands, but the deadline was too short
+    for the wait: retry for the receipt.
     """
     Verify: _aio.UnaryUnaryMultiCallable[_token_service_pb2.VerifyRequest, _token_service_pb2.VerifyResponse]  # type: ignore[assignment]
     """Verifies a presented secret. Whatever the holder presented, the answer is
@@ -132,6 +157,21 @@ class TokenServiceAsyncStub(TokenServiceStub):
     at most 200 at a time.
     Errors: INVALID_ARGUMENT when there are none or too many requests; else
     as Verify.
+    """
+    Watch: _aio.StreamStreamMultiCallable[_token_service_pb2.WatchRequest, _token_service_pb2.WatchResponse]  # type: ignore[assignment]
+    """Lets a client answer verifies from its own memory, under a lease that the
+    server grants for a few seconds at a time and that the client asks for
+    again and again. Meant for client libraries, not for people.
+
+    The client sends what it has applied and asks for grants; the server sends
+    invalidations as they come, and each grant after every invalidation up to
+    its revision. What the client has to do, and why it is then safe, is said
+    at the fields. A client that breaks off, or falls silent, delays a
+    Delete until its last grant has run out, and nothing else.
+    Errors: UNAVAILABLE when this server is stopping or cannot grant, try
+    another one; FAILED_PRECONDITION when it has its memory switched off;
+    RESOURCE_EXHAUSTED when it has too many clients; DEADLINE_EXCEEDED when
+    the client has been silent for long.
     """
 
 class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -188,10 +228,15 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.DeleteResponse, _abc.Awaitable[_token_service_pb2.DeleteResponse]]:
         """Deletes a token for good. When this answers OK, no verify that starts
-        afterwards answers VALID for it, anywhere. Deleting a deleted token again
-        answers with the same receipt, so a retry is safe.
+        afterwards answers VALID for it, anywhere: it waits until every verifier
+        has confirmed, or can no longer answer from memory. With healthy verifiers
+        that takes milliseconds, else at most the lease length (LATCHKEY_LEASE_SECONDS,
+        3 s unless set) and half a second. Deleting a deleted token again answers
+        with the same receipt, so a retry is safe.
         Errors: INVALID_ARGUMENT; NOT_FOUND when the account never had the token;
-        UNAVAILABLE, after which the deletion may or may not stand: retry.
+        UNAVAILABLE, after which the deletion may or may not stand: retry. With
+        the reason DELETION_NOT_CONFIRMED it stands, but the deadline was too short
+        for the wait: retry for the receipt.
         """
 
     @_abc_1.abstractmethod
@@ -218,6 +263,27 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         at most 200 at a time.
         Errors: INVALID_ARGUMENT when there are none or too many requests; else
         as Verify.
+        """
+
+    @_abc_1.abstractmethod
+    def Watch(
+        self,
+        request_iterator: _MaybeAsyncIterator[_token_service_pb2.WatchRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_token_service_pb2.WatchResponse], _abc.AsyncIterator[_token_service_pb2.WatchResponse]]:
+        """Lets a client answer verifies from its own memory, under a lease that the
+        server grants for a few seconds at a time and that the client asks for
+        again and again. Meant for client libraries, not for people.
+
+        The client sends what it has applied and asks for grants; the server sends
+        invalidations as they come, and each grant after every invalidation up to
+        its revision. What the client has to do, and why it is then safe, is said
+        at the fields. A client that breaks off, or falls silent, delays a
+        Delete until its last grant has run out, and nothing else.
+        Errors: UNAVAILABLE when this server is stopping or cannot grant, try
+        another one; FAILED_PRECONDITION when it has its memory switched off;
+        RESOURCE_EXHAUSTED when it has too many clients; DEADLINE_EXCEEDED when
+        the client has been silent for long.
         """
 
 def add_TokenServiceServicer_to_server(servicer: TokenServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
