@@ -1,4 +1,4 @@
-"""Lease arithmetic. Durations are seconds on the process's own `boottime`; no wall clock decides."""
+"""Lease arithmetic. Durations are seconds on the process's own `boottime`, not on a wall clock."""
 
 import time
 from collections.abc import Callable

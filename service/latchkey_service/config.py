@@ -86,6 +86,22 @@ class Settings(BaseSettings):
     tombstone_retention_days: int = Field(
         90, ge=1, le=36_500, description="how long a deleted token is told DELETED, not UNKNOWN"
     )
+    lease_seconds: float = Field(
+        3.0,
+        ge=0.3,
+        le=5.0,
+        description="how long verifies may be answered from memory without word from Postgres, "
+        "and a Delete may have to wait for a verifier that hangs",
+    )
+    cache: Literal["on", "off"] = Field(
+        "on", description="on or off; off: each verify reads the database, in client libraries too"
+    )
+    cache_entries: int = Field(
+        100_000, ge=1, le=50_000_000, description="verdicts a worker remembers, some 500 bytes each"
+    )
+    notify: Literal["on", "off"] = Field(
+        "on", description="on or off: LISTEN and NOTIFY, which make deletions take milliseconds"
+    )
     grace_seconds: float = Field(
         10.0, ge=0, le=3_600, description="how long calls in flight may take once it stops"
     )

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-__all__ = ["CALL_SECONDS_MAX", "HasDeadline", "budget_seconds"]
+__all__ = ["CALL_SECONDS_MAX", "HasDeadline", "budget_seconds", "confirmation_seconds"]
 
 # However patient the caller: longer than any healthy call, shorter than people wait.
 CALL_SECONDS_MAX = 10.0
@@ -26,3 +26,12 @@ def budget_seconds(context: HasDeadline) -> float:
         return CALL_SECONDS_MAX
     # A tenth at most, or short deadlines would leave no time for the work.
     return min(CALL_SECONDS_MAX, remaining - min(ANSWER_SECONDS, remaining / 10))
+
+
+def confirmation_seconds(context: HasDeadline) -> float:
+    """Return how long a Delete may wait to be confirmed.
+
+    Less than the call has, so that its caller is told that the deletion stands, and not only that
+    the time was too short.
+    """
+    return budget_seconds(context) * 0.9

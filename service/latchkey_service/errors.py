@@ -5,8 +5,12 @@
     ├── NotFound              the account has no such token
     ├── AlreadyExists         the name is taken
     ├── Overloaded            a bound was reached; worth a retry
+    ├── WatchRefused          this server grants no leases
+    ├── WatcherSilent         the client of a Watch has not been heard of for long
     └── Unavailable           a dependency is away or too slow; worth a retry
+        ├── NotConfirmed      a deletion stands, but verifiers have yet to confirm it
         └── StoreUnavailable  Postgres
+            └── StoreConflict two transactions undid each other
 
 Expected outcomes of a verify are values (`verdict.py`), never errors. Messages are written for the
 caller: they never contain a secret, a digest, SQL or an address.
@@ -25,11 +29,15 @@ __all__ = [
     "FieldViolation",
     "InvalidArgument",
     "LatchkeyError",
+    "NotConfirmed",
     "NotFound",
     "Overloaded",
     "StatusParts",
+    "StoreConflict",
     "StoreUnavailable",
     "Unavailable",
+    "WatchRefused",
+    "WatcherSilent",
     "status_of",
 ]
 
@@ -88,16 +96,38 @@ class Overloaded(LatchkeyError):
     reason = "OVERLOADED"
 
 
+class WatchRefused(LatchkeyError):
+    """This server grants no leases, as it was told to remember nothing."""
+
+    reason = "WATCH_REFUSED"
+
+
+class WatcherSilent(LatchkeyError):
+    """The client of a Watch has neither asked nor confirmed anything for long."""
+
+    reason = "WATCHER_SILENT"
+
+
 class Unavailable(LatchkeyError):
     """No safe answer can be given now. Fail closed: whoever asked must not be let in."""
 
     reason = "UNAVAILABLE"
 
 
+class NotConfirmed(Unavailable):
+    """A deletion stands, but its caller's deadline came before the last verifier's confirmation."""
+
+    reason = "DELETION_NOT_CONFIRMED"
+
+
 class StoreUnavailable(Unavailable):
     """Postgres is away, restarting, or too slow."""
 
     reason = "DATABASE_UNAVAILABLE"
+
+
+class StoreConflict(StoreUnavailable):
+    """Two transactions undid each other, again and again. Nothing of this one stands."""
 
 
 _CODES: Mapping[type[LatchkeyError], grpc.StatusCode] = MappingProxyType(
@@ -107,7 +137,11 @@ _CODES: Mapping[type[LatchkeyError], grpc.StatusCode] = MappingProxyType(
         AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
         Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
         Unavailable: grpc.StatusCode.UNAVAILABLE,
+        NotConfirmed: grpc.StatusCode.UNAVAILABLE,
         StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
+        StoreConflict: grpc.StatusCode.UNAVAILABLE,
+        WatchRefused: grpc.StatusCode.FAILED_PRECONDITION,
+        WatcherSilent: grpc.StatusCode.DEADLINE_EXCEEDED,
         LatchkeyError: grpc.StatusCode.INTERNAL,
     }
 )

@@ -13,8 +13,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from latchkey_service.database import translated
 from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
-from latchkey_service.store import FIND_BY_DIGEST, record_of, translated
+from latchkey_service.store import FIND_BY_DIGEST, record_of
 from latchkey_service.verdict import TokenRecord
 
 if TYPE_CHECKING:

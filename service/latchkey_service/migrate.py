@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import asyncpg
 from asyncpg.connect_utils import SessionAttribute
 
-from latchkey_service.store import translated
+from latchkey_service.database import translated
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,10 +2,10 @@
 
 One Verify, from socket to answer: the transport (`server.py`) hands the message to `calls.py`,
 which bounds, counts and logs it and translates its errors; from there to `Verify` below, to
-`verifier.py`, on a well-formed secret to `lookup.py`, to `verdict.decide`, and back.
+`verifier.py`, which answers from memory or asks `lookup.py`, to `verdict.decide`, and back.
 """
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -14,15 +14,23 @@ from google.protobuf import duration_pb2, timestamp_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
-from latchkey_service.deadlines import budget_seconds
+from latchkey_service.coherence.watch import (
+    Event,
+    Grant,
+    Invalidation,
+    Request,
+    Reset,
+    Watchers,
+)
+from latchkey_service.deadlines import budget_seconds, confirmation_seconds
 from latchkey_service.errors import FieldViolation, InvalidArgument
 from latchkey_service.log import Counts
 from latchkey_service.store import Deletion
 from latchkey_service.tokens import NewToken, Tokens
-from latchkey_service.verdict import TokenRecord
+from latchkey_service.verdict import TokenRecord, Verdict
 from latchkey_service.verifier import Answer, Verifier
 
-__all__ = ["TokenService"]
+__all__ = ["TokenService", "encode_token"]
 
 BATCH_MAX = 1_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -30,6 +38,10 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _TIMESTAMP_SECONDS = range(-62135596800, 253402300800)
 # Of google/protobuf/duration.proto: some 10,000 years.
 _DURATION_SECONDS_MAX = 315_576_000_000
+
+# Fields as protobuf encodes them: number and wire type, then the value.
+_VERDICT_FIELDS = {verdict: bytes((0x08, verdict)) for verdict in Verdict}
+_REVISION_TAG, _RESPONSES_TAG = b"\x18", b"\x0a"
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
@@ -42,37 +54,52 @@ class TokenService(pb_grpc.TokenServiceServicer):
         self,
         tokens: Tokens,
         verifier: Verifier,
+        watchers: Watchers,
         counts: Counts,
-        monotonic: Callable[[], float],
+        clock: Callable[[], float],
     ) -> None:
         self._tokens = tokens
         self._verifier = verifier
+        self._watchers = watchers
         self._counts = counts
-        self._monotonic = monotonic
+        self._clock = clock
+        self._revision = 0
+        self._revision_field = b""
 
-    async def Verify(self, request: pb.VerifyRequest, context: "Context") -> pb.VerifyResponse:
-        deadline = self._monotonic() + budget_seconds(context)
-        answer = await self._verifier.verify(request.secret, request.required_scope, deadline)
+    async def Verify(self, request: pb.VerifyRequest, context: "Context") -> bytes:  # type: ignore[override]  # encoded, see Calls
+        answer = self._verifier.recall(request.secret, request.required_scope)
+        if answer is None:
+            deadline = self._clock() + budget_seconds(context)
+            answer = await self._verifier.verify(request.secret, request.required_scope, deadline)
         self._counts.verdicts[answer.verdict] += 1
-        response = pb.VerifyResponse()
-        _put_answer(answer, response)
-        return response
+        return self._encoded(answer)
 
-    async def BatchVerify(
-        self, request: pb.BatchVerifyRequest, context: "Context"
-    ) -> pb.BatchVerifyResponse:
+    async def BatchVerify(self, request: pb.BatchVerifyRequest, context: "Context") -> bytes:  # type: ignore[override]  # encoded, see Calls
         if not 1 <= len(request.requests) <= BATCH_MAX:
             raise InvalidArgument(
                 FieldViolation("requests", f"must be 1-{BATCH_MAX}, are {len(request.requests)}")
             )
         questions = [(r.secret, r.required_scope) for r in request.requests]
-        deadline = self._monotonic() + budget_seconds(context)
+        deadline = self._clock() + budget_seconds(context)
         answers = await self._verifier.verify_batch(questions, deadline)
-        response = pb.BatchVerifyResponse()
+        encoded: list[bytes] = []
         for answer in answers:
             self._counts.verdicts[answer.verdict] += 1
-            _put_answer(answer, response.responses.add())
-        return response
+            response = self._encoded(answer)
+            encoded += (_RESPONSES_TAG, _varint(len(response)), response)
+        return b"".join(encoded)
+
+    async def Watch(  # type: ignore[override]  # writes to the context, and so ends when we say
+        self, request_iterator: AsyncIterator[pb.WatchRequest], context: "Context"
+    ) -> None:
+        async def requests() -> AsyncIterator[Request]:
+            async for request in request_iterator:
+                yield Request(request.applied_revision, request.number, request.released)
+
+        async def send(event: Event) -> None:
+            await context.write(_watch_response(event))
+
+        await self._watchers.serve(requests(), send)
 
     async def Create(self, request: pb.CreateRequest, context: "Context") -> pb.CreateResponse:
         expiry = request.WhichOneof("expiry")
@@ -103,17 +130,60 @@ class TokenService(pb_grpc.TokenServiceServicer):
         return response
 
     async def Delete(self, request: pb.DeleteRequest, context: "Context") -> pb.DeleteResponse:
-        deletion = await self._tokens.delete(request.account_id, request.id)
+        wait_until = self._clock() + confirmation_seconds(context)
+        deletion = await self._tokens.delete(
+            request.account_id, request.id, None if request.no_wait else wait_until
+        )
         response = pb.DeleteResponse()
         _put_receipt(deletion, response.receipt)
         return response
 
+    def _encoded(self, answer: Answer) -> bytes:
+        """Return a VerifyResponse, put together from encoded parts: a tenth of the time.
 
-def _put_answer(answer: Answer, response: pb.VerifyResponse) -> None:
-    response.verdict = pb.Verdict.ValueType(answer.verdict)
-    response.revision = answer.revision
-    if answer.record is not None:
-        _put_token(answer.record, response.token)
+        The revision is the same from call to call, until something is deleted.
+        """
+        if answer.revision != self._revision:
+            self._revision = answer.revision
+            self._revision_field = _REVISION_TAG + _varint(answer.revision)
+        revision = self._revision_field if answer.revision else b""
+        return _VERDICT_FIELDS[answer.verdict] + answer.token + revision
+
+
+def encode_token(record: TokenRecord) -> bytes:
+    """Return a token as a VerifyResponse has it, encoded, with its tag and length."""
+    response = pb.VerifyResponse()
+    _put_token(record, response.token)
+    return response.SerializeToString()
+
+
+def _varint(number: int) -> bytes:
+    """Return a number from 0 on as protobuf encodes it, seven bits at a time."""
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+def _watch_response(event: Event) -> pb.WatchResponse:
+    response = pb.WatchResponse()
+    if isinstance(event, Invalidation):
+        response.invalidation.revision = event.revision
+        response.invalidation.token_ids.extend(event.token_ids)
+    elif isinstance(event, Grant):
+        response.grant.revision = event.revision
+        response.grant.number = event.number
+        # Cut to nanoseconds, never rounded up.
+        seconds, rest = divmod(event.lease_seconds, 1)
+        response.grant.lease_duration.seconds = int(seconds)
+        response.grant.lease_duration.nanos = int(rest * 1e9)
+    elif isinstance(event, Reset):
+        response.reset.revision = event.revision
+    else:
+        response.closing.SetInParent()
+    return response
 
 
 def _put_token(record: TokenRecord, token: pb.Token) -> None:

@@ -21,13 +21,24 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import NoReturn
 
-__all__ = ["Digest", "Keyring", "Malformed", "Minted", "Pepper", "Secret", "holds_secret"]
+__all__ = [
+    "SECRET_LENGTH_MAX",
+    "Digest",
+    "Keyring",
+    "Malformed",
+    "Minted",
+    "Pepper",
+    "Secret",
+    "holds_secret",
+]
 
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 RANDOM_BYTES = 32
 BODY_DIGITS, TAG_DIGITS, CHECKSUM_DIGITS = 43, 8, 6
 TAG_MODULUS: int = 62**TAG_DIGITS
 HINT_CHARACTERS = 4
+# With the longest prefix, and its underscore.
+SECRET_LENGTH_MAX = 11 + BODY_DIGITS + TAG_DIGITS + CHECKSUM_DIGITS
 
 # Any prefix is read, whatever the setting: the tag covers it, and a changed setting must not
 # kill live tokens. [0-9A-Za-z] and not \w, which takes in other scripts' letters.

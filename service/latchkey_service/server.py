@@ -3,45 +3,66 @@
 import asyncio
 import contextlib
 import os
-import random
+import secrets
+import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from latchkey_coherence.lease import boottime
+from latchkey_coherence.memory import Memory
+from latchkey_proto.v1 import status_service_pb2 as status_pb
+from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
+from latchkey_service.background import (
+    follow_store,
+    prune_log,
+    purge,
+    summarise,
+    tell_summary,
+)
 from latchkey_service.calls import Calls
+from latchkey_service.coherence.confirmer import Confirmer
+from latchkey_service.coherence.heart import Heart
+from latchkey_service.coherence.membership import Membership
+from latchkey_service.coherence.notifications import Listener
+from latchkey_service.coherence.subleases import SubLeases
+from latchkey_service.coherence.table import Identity, VerifierTable
+from latchkey_service.coherence.watch import Watchers
 from latchkey_service.config import Settings
-from latchkey_service.errors import StoreUnavailable
+from latchkey_service.database import Pool, connect
 from latchkey_service.health import Health
-from latchkey_service.log import Counts, logger
+from latchkey_service.log import Counts
 from latchkey_service.lookup import Lookup
-from latchkey_service.rpc import TokenService
+from latchkey_service.rpc import TokenService, encode_token
+from latchkey_service.rpc_status import StatusService
 from latchkey_service.secrets import Keyring
-from latchkey_service.store import Store, connect
+from latchkey_service.store import Store
 from latchkey_service.tokens import Tokens
+from latchkey_service.verdict import Record
 from latchkey_service.verifier import Verifier
+
+if TYPE_CHECKING:
+    import asyncpg
 
 __all__ = ["Server", "make_transport", "running"]
 
-SERVICE = pb.DESCRIPTOR.services_by_name["TokenService"].full_name
+SERVICES = (
+    pb.DESCRIPTOR.services_by_name["TokenService"].full_name,
+    status_pb.DESCRIPTOR.services_by_name["StatusService"].full_name,
+)
 # The contract has fields answered in words up to 4 MiB, the usual limit; the rest of such a
 # message must fit in beside them, or the transport would refuse it without our details.
 MESSAGE_BYTES_MAX = 5 * 1024 * 1024
 # Health says NOT_SERVING this long before calls are refused, so that balancers see it first.
 DRAIN_SECONDS = 0.1
-# Health follows Postgres within this and PROBE_TIMEOUT_SECONDS.
-PROBE_SECONDS = 0.5
-PROBE_TIMEOUT_SECONDS = 1.0
-SUMMARY_SECONDS = 60.0
-PURGE_SECONDS = 3_600.0
-# Small enough not to hold locks that anyone would notice.
-PURGE_BATCH = 1_000
 # How long a caller's connection may be silent before it is checked, and how often callers may
 # ping us: half of what our client library does.
 OPTIONS: Mapping[str, int] = {
@@ -60,13 +81,22 @@ OPTIONS: Mapping[str, int] = {
 class Server:
     """A transport with our services on it. `address` is where it listens."""
 
-    def __init__(self, settings: Settings, calls: Calls, service: TokenService) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        calls: Calls,
+        tokens: TokenService,
+        status: StatusService,
+        watchers: Watchers,
+    ) -> None:
+        self._watchers = watchers
         self._server = make_transport(settings.transport)
-        self._health = Health(("", SERVICE))
+        self._health = Health(("", *SERVICES))
         registrar: Any = _Registrar(self._server, calls)
-        pb_grpc.add_TokenServiceServicer_to_server(service, registrar)
+        pb_grpc.add_TokenServiceServicer_to_server(tokens, registrar)
+        status_pb_grpc.add_StatusServiceServicer_to_server(status, registrar)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, registrar)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         # Not by enable_server_reflection: it looks at the server's class to choose its servicer.
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]  # has no stubs
             reflection.aio.ReflectionServicer(service_names=names), registrar
@@ -80,17 +110,24 @@ class Server:
         """Serve, with health at NOT_SERVING until told otherwise."""
         await self._server.start()
 
-    def set_serving(self, *, serving: bool) -> None:
+    def set_serving(self, serving: bool) -> None:
         """Say on the health service whether calls are likely to succeed."""
         self._health.set_serving(serving=serving)
 
-    async def stop(self, grace_seconds: float) -> None:
-        """Say so, let calls in flight finish, then end those that have not."""
+    async def stop(self, grace_seconds: float) -> bool:
+        """Say so, hand clients over, let calls in flight finish, then end those that have not.
+
+        Returns whether no client holds a lease of ours any more.
+        """
         self._health.stop()
-        await asyncio.sleep(DRAIN_SECONDS)
+        # Calls are served as ever meanwhile: a client that moves loses none.
+        _, drained = await asyncio.gather(
+            asyncio.sleep(DRAIN_SECONDS), self._watchers.drain(grace_seconds)
+        )
         # Else they would take up the whole grace.
         self._health.end_watches()
         await self._server.stop(grace_seconds)
+        return drained
 
 
 @contextlib.asynccontextmanager
@@ -99,30 +136,77 @@ async def running(settings: Settings, keyring: Keyring) -> AsyncIterator[Server]
     if settings.database_url is None:
         raise ValueError("a worker needs a database URL")
     database_url = settings.database_url.get_secret_value()
+
+    async def own_connection() -> "asyncpg.Connection[asyncpg.Record]":
+        return await connect(database_url)
+
+    cache, notify = settings.cache == "on", settings.notify == "on"
+    identity = _identity(settings)
+    membership: Membership[Record] = Membership(
+        Memory(settings.cache_entries if cache else 0),
+        SubLeases(),
+        settings.lease_seconds,
+    )
+    heart = Heart(membership, identity, own_connection, boottime)
+    watchers = Watchers(membership, boottime, heart.acknowledged, enabled=cache)
+    listener = Listener(identity.id, own_connection, heart.wake, enabled=notify)
+    heart.attach(watchers.on_news, watchers.__len__, lambda: listener.state)
+
+    pool = await Pool.open(database_url)
+    store = Store(pool, database_url)
+    table = VerifierTable(pool)
+    confirmer = Confirmer(table, heart.wake, boottime, notify=notify)
+    lookup = Lookup(own_connection, boottime)
+    verifier = Verifier(keyring, lookup, heart, membership, encode_token, boottime, time.time)
+    tokens = Tokens(store, keyring, confirmer, settings.secret_prefix, _now, os.urandom)
     counts = Counts()
-    store = await Store.open(database_url)
-    lookup = Lookup(lambda: connect(database_url), time.monotonic)
-    verifier = Verifier(keyring, lookup, _now)
-    tokens = Tokens(store, keyring, settings.secret_prefix, _now, os.urandom)
-    calls = Calls(counts, settings.log_verify_share, time.monotonic)
-    server = Server(settings, calls, TokenService(tokens, verifier, counts, time.monotonic))
+    server = Server(
+        settings,
+        Calls(counts, settings.log_verify_share, time.monotonic),
+        TokenService(tokens, verifier, watchers, counts, boottime),
+        StatusService(table, identity.id),
+        watchers,
+    )
+    beating = asyncio.create_task(heart.run(), name="heart")
     await server.start()
     retention = timedelta(days=settings.tombstone_retention_days)
-    background = [
-        asyncio.create_task(_follow_store(server, store), name="follow store"),
-        asyncio.create_task(_summarise(counts), name="summarise"),
-        asyncio.create_task(_purge(store, retention), name="purge"),
-    ]
+    background = (
+        listener.run(),
+        follow_store(store, server.set_serving),
+        summarise(counts),
+        purge(store, retention, _now),
+        prune_log(table, settings.lease_seconds),
+    )
+    tasks = [asyncio.create_task(work) for work in background]
     try:
         yield server
     finally:
-        for task in background:
-            task.cancel()
-        await asyncio.gather(*background, return_exceptions=True)
-        await server.stop(settings.grace_seconds)
-        await lookup.close()
-        await store.close()
-        _summary(counts)
+        await _end(*tasks)
+        drained = await server.stop(settings.grace_seconds)
+        # After the last answer, and not before: the row stands for what may still be answered.
+        await _end(beating)
+        await asyncio.gather(
+            heart.stop(remove=drained), confirmer.close(), lookup.close(), store.close()
+        )
+        tell_summary(counts)
+
+
+async def _end(*tasks: "asyncio.Task[None]") -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _identity(settings: Settings) -> Identity:
+    return Identity(
+        # Never an id that was there before: clients of a process that died may still hold leases
+        # that its row stands for.
+        id="ver_" + secrets.token_hex(10),
+        host=socket.gethostname(),
+        process_id=os.getpid(),
+        version=metadata.version("latchkey"),
+        lease_seconds=settings.lease_seconds,
+    )
 
 
 class _Registrar:
@@ -175,63 +259,6 @@ def make_transport(name: str) -> grpc.aio.Server:
         # between them took a fifth of it. More workers, not more threads, use more cores.
         return pygrpc_native.aio.Server(options=options, io_threads=1)
     return grpc.aio.server(options=options)
-
-
-async def _follow_store(server: Server, store: Store) -> None:
-    """Keep health at what Postgres is. Ends when cancelled."""
-    log = logger()
-    serving: bool | None = None
-    while True:
-        try:
-            async with asyncio.timeout(PROBE_TIMEOUT_SECONDS):
-                await store.ping()
-            answers = True
-        except (StoreUnavailable, TimeoutError):
-            answers = False
-        except Exception:
-            log.exception("the database answers strangely")
-            answers = False
-        if answers != serving:
-            server.set_serving(serving=answers)
-            (log.info if answers else log.warning)("health", serving=answers)
-            serving = answers
-        await asyncio.sleep(PROBE_SECONDS)
-
-
-async def _summarise(counts: Counts) -> None:
-    """Log the counts once a minute. Ends when cancelled."""
-    while True:
-        await asyncio.sleep(SUMMARY_SECONDS)
-        _summary(counts)
-
-
-def _summary(counts: Counts) -> None:
-    if summary := counts.take():
-        logger().info("counts", **summary)
-
-
-async def _purge(store: Store, retention: timedelta) -> None:
-    """Remove old tombstones once an hour. Ends when cancelled."""
-    while True:
-        # At another moment in each worker: they would only get in each other's way.
-        await asyncio.sleep(PURGE_SECONDS * random.uniform(0.5, 1.0))  # noqa: S311 - a spread
-        await _attempt(lambda: _purge_all(store, _now() - retention), "tombstones not removed")
-
-
-async def _purge_all(store: Store, before: datetime) -> None:
-    total = 0
-    while gone := await store.purge_tombstones(before, PURGE_BATCH):
-        total += gone
-    if total:
-        logger().info("tombstones removed", tokens=total)
-
-
-async def _attempt(work: Callable[[], Awaitable[None]], complaint: str) -> None:
-    """Do background work whose failure must not end the loop that will try it again."""
-    try:
-        await work()
-    except Exception as error:  # noqa: BLE001 - logged, and tried again
-        logger().warning(complaint, error=type(error).__name__)
 
 
 def _now() -> datetime:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from latchkey_service.coherence.confirmer import Confirmer
 from latchkey_service.errors import FieldViolation, InvalidArgument, NotFound
 from latchkey_service.secrets import Keyring, Secret, holds_secret
 from latchkey_service.store import Deletion, Position, Store
@@ -74,12 +75,14 @@ class Tokens:
         self,
         store: Store,
         keyring: Keyring,
+        confirmer: Confirmer,
         secret_prefix: str,
         now: Callable[[], datetime],
         random_bytes: Callable[[int], bytes],
     ) -> None:
         self._store = store
         self._keyring = keyring
+        self._confirmer = confirmer
         self._secret_prefix = secret_prefix
         self._now = now
         self._random_bytes = random_bytes
@@ -145,13 +148,24 @@ class Tokens:
         position = Position(last.create_time, last.id)
         return Page(records[:size], encode_page_token(account_id, position))
 
-    async def delete(self, account_id: str, token_id: str) -> Deletion:
-        """Delete a token for good and return the receipt. Idempotent. Raises NotFound."""
+    async def delete(self, account_id: str, token_id: str, wait_until: float | None) -> Deletion:
+        """Delete a token for good and return the receipt. Idempotent.
+
+        It returns when no verifier can answer VALID any more (coherence rule 8), or at once with
+        `wait_until` None. Raises NotFound, and NotConfirmed at `wait_until`, seconds on the
+        process's clock: the deletion stands, and to delete it again returns the receipt.
+        """
         _check(*_account_violations(account_id), *_id_violations(token_id))
         deletion = await self._store.delete_token(account_id, token_id)
         if deletion is None:
             raise NotFound("The account never had a token of this id.")
-        return deletion
+        if deletion.effective_time is not None:
+            return deletion
+        await self._confirmer.announce(deletion.revision)
+        if wait_until is None:
+            return deletion
+        confirmation = await self._confirmer.confirm(deletion.revision, wait_until)
+        return await self._store.confirm_deletion(token_id, *confirmation)
 
 
 def encode_page_token(account_id: str, position: Position) -> str:

@@ -6,7 +6,9 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import NamedTuple
 
-__all__ = ["Scope", "TokenRecord", "Verdict", "decide"]
+from latchkey_coherence.memory import Entry
+
+__all__ = ["Record", "Scope", "TokenRecord", "Verdict", "decide"]
 
 
 class Scope(enum.IntEnum):
@@ -47,7 +49,24 @@ class TokenRecord(NamedTuple):
     delete_time: datetime | None = None
 
 
-def decide(record: TokenRecord | None, required_scope: int, now: datetime) -> Verdict:
+class Record(Entry):
+    """What is kept of a token to answer verifies. A million of them may be in memory."""
+
+    __slots__ = ("deleted", "expires", "scope", "token")
+
+    def __init__(
+        self, token_id: str, scope: int, expires: float, token: bytes, *, deleted: bool
+    ) -> None:
+        super().__init__(token_id)
+        self.scope = scope
+        self.expires = expires
+        """When it expires, in seconds of Unix time; infinite for never."""
+        self.token = token
+        """The token as the answer has it, encoded."""
+        self.deleted = deleted
+
+
+def decide(record: Record | None, required_scope: int, now: float) -> Verdict:
     """Return the verdict on a well-formed secret whose token is `record`, at the moment `now`.
 
     `required_scope` is a number of the contract's enum, perhaps one that this release does not
@@ -55,9 +74,9 @@ def decide(record: TokenRecord | None, required_scope: int, now: datetime) -> Ve
     """
     if record is None:
         return Verdict.UNKNOWN
-    if record.delete_time is not None:
+    if record.deleted:
         return Verdict.DELETED
-    if record.expire_time is not None and record.expire_time <= now:
+    if record.expires <= now:
         return Verdict.EXPIRED
     # Levels are ordered, and each includes those below. A negative number is no level at all.
     if not 0 <= required_scope <= record.scope:

@@ -1,25 +1,35 @@
-"""The answer to "may this secret do this?": parse → look up → decide.
+"""The answer to "may this secret do this?": memory, else parse → look up → decide. Under a lease.
 
-A secret with a wrong checksum or tag is answered without a query. Nothing is kept in memory, so an
-answer is as fresh as the database.
+A verify is answered only while this process holds its lease, from memory or from a read
+(coherence rule 5). The clock is read after the verify began, and once is enough: a lease that is
+held then was not outwaited by any Delete that had answered before.
+
+A secret with a wrong checksum or tag is answered without a query and without a lease, and an
+unknown one is never remembered, so that a Create is seen at once.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from hashlib import sha256
 from typing import NamedTuple
 
-from latchkey_service.lookup import Lookup
-from latchkey_service.secrets import Keyring, Malformed
-from latchkey_service.verdict import TokenRecord, Verdict, decide
+from latchkey_service.coherence.heart import Heart
+from latchkey_service.coherence.membership import Membership
+from latchkey_service.lookup import Found, Lookup
+from latchkey_service.secrets import SECRET_LENGTH_MAX, Keyring, Malformed
+from latchkey_service.verdict import Record, TokenRecord, Verdict, decide
 
 __all__ = ["Answer", "Question", "Verifier"]
 
 
 class Answer(NamedTuple):
-    """A verdict, the token if the secret has one, and the revision read (0: nothing was read)."""
+    """A verdict, the encoded token if the secret has one, and the revision that it is good for.
+
+    Revision 0: nothing was read.
+    """
 
     verdict: Verdict
-    record: TokenRecord | None = None
+    token: bytes = b""
     revision: int = 0
 
 
@@ -31,41 +41,92 @@ _UNKNOWN = Answer(Verdict.UNKNOWN)
 
 
 class Verifier:
-    """Answers verifies. Fails closed: when Postgres cannot be read, it raises StoreUnavailable."""
+    """Answers verifies. Fails closed: without a lease, or a read, it raises StoreUnavailable."""
 
-    def __init__(self, keyring: Keyring, lookup: Lookup, now: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        keyring: Keyring,
+        lookup: Lookup,
+        heart: Heart,
+        membership: Membership[Record],
+        encode: Callable[[TokenRecord], bytes],
+        clock: Callable[[], float],
+        unix_time: Callable[[], float],
+    ) -> None:
         self._keyring = keyring
         self._lookup = lookup
-        self._now = now
+        self._heart = heart
+        self._membership = membership
+        self._memory = membership.memory
+        self._entries = membership.memory.entries
+        self._encode = encode
+        self._clock = clock
+        self._unix_time = unix_time
+
+    def recall(self, presented: str, required_scope: int) -> Answer | None:
+        """Return the answer to one question from memory, or None."""
+        if len(presented) > SECRET_LENGTH_MAX:
+            return None
+        record = self._entries.get(sha256(presented.encode()).digest())
+        if record is None or self._clock() >= self._membership.lease_ends:
+            return None
+        record.used = True
+        # Nothing up to what was applied has changed it, or it would not be there.
+        return Answer(
+            decide(record, required_scope, self._unix_time()), record.token, self._memory.applied
+        )
 
     async def verify(self, presented: str, required_scope: int, deadline: float) -> Answer:
-        """Return the answer to one question. At most one round trip, shared with others'.
+        """Return the answer to one question that `recall` has none to.
 
-        Raises StoreUnavailable, Overloaded, and Unavailable at `deadline` (monotonic seconds).
+        At most one round trip, shared with others'. Raises StoreUnavailable, Overloaded, and
+        Unavailable at `deadline`, seconds on the process's clock.
         """
         digest = self._parse(presented)
         if isinstance(digest, Answer):
             return digest
+        await self._under_lease(deadline)
         found = await self._lookup.find(digest, deadline)
-        # The clock is read after the wait: expiry is judged at the moment of the answer.
-        verdict = decide(found.record, required_scope, self._now())
-        return Answer(verdict, found.record, found.revision)
+        # The time is read after the wait: expiry is judged at the moment of the answer.
+        return self._judge(presented, found, required_scope, self._unix_time())
 
     async def verify_batch(self, questions: Sequence[Question], deadline: float) -> list[Answer]:
         """Return the answers to up to 1,000 questions, in order, at the cost of one `verify`."""
-        parsed = [self._parse(presented) for presented, _ in questions]
+        parsed = [
+            self.recall(presented, required_scope) or self._parse(presented)
+            for presented, required_scope in questions
+        ]
         digests = [digest for digest in parsed if isinstance(digest, bytes)]
-        founds = iter(await self._lookup.find_all(digests, deadline) if digests else ())
-        now = self._now()
-        answers = []
-        for digest, (_, required_scope) in zip(parsed, questions, strict=True):
-            if isinstance(digest, Answer):
-                answers.append(digest)
-            else:
-                found = next(founds)
-                verdict = decide(found.record, required_scope, now)
-                answers.append(Answer(verdict, found.record, found.revision))
-        return answers
+        if not digests:
+            return [answer for answer in parsed if isinstance(answer, Answer)]
+        await self._under_lease(deadline)
+        founds = iter(await self._lookup.find_all(digests, deadline))
+        now = self._unix_time()
+        return [
+            digest
+            if isinstance(digest, Answer)
+            else self._judge(presented, next(founds), required_scope, now)
+            for digest, (presented, required_scope) in zip(parsed, questions, strict=True)
+        ]
+
+    async def _under_lease(self, deadline: float) -> None:
+        if self._clock() >= self._membership.lease_ends:
+            await self._heart.lease(deadline)
+
+    def _judge(self, presented: str, found: Found, required_scope: int, now: float) -> Answer:
+        """Decide about what was read, and remember it where the fill rule allows."""
+        read = found.record
+        if read is None:
+            return Answer(Verdict.UNKNOWN, b"", found.revision)
+        record = Record(
+            read.id,
+            int(read.scope),
+            math.inf if read.expire_time is None else read.expire_time.timestamp(),
+            self._encode(read),
+            deleted=read.delete_time is not None,
+        )
+        self._memory.admit(sha256(presented.encode()).digest(), record, found.revision)
+        return Answer(decide(record, required_scope, now), record.token, found.revision)
 
     def _parse(self, presented: str) -> bytes | Answer:
         """Return the digest to look up, or the answer where none is needed."""

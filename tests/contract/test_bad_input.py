@@ -51,8 +51,9 @@ NOT_FOUND = {
 
 
 def test_every_rpc_is_covered():
-    """A new RPC cannot be forgotten here."""
-    assert set(GOOD) == {m.name for m in pb.DESCRIPTOR.services_by_name["TokenService"].methods}
+    """A new RPC cannot be forgotten here. Watch, a stream, has tests of its own: test_watch.py."""
+    methods = {m.name for m in pb.DESCRIPTOR.services_by_name["TokenService"].methods}
+    assert set(GOOD) | {"Watch"} == methods
 
 
 def raw_call(channel, method):

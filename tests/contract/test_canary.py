@@ -8,7 +8,7 @@ import grpc
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service import log
-from latchkey_service.lookup import Lookup
+from latchkey_service.verifier import Verifier
 
 SERVICE = "/latchkey.v1.TokenService/"
 
@@ -101,13 +101,13 @@ async def test_the_secret_is_nowhere(logs, channel, stub, create, database_url, 
         await attempt(method, b"\x0a\x3f\xff" + secret.encode())
 
     # An unforeseen failure whose own text quotes the secret, and one whose cause does.
-    async def fail(self, digests, deadline):
+    def fail(self, presented, required_scope):
         try:
             raise KeyError(secret)
         except KeyError as cause:
-            raise RuntimeError(f"unexpected {secret} {digests!r}") from cause
+            raise RuntimeError(f"unexpected {secret} {presented!r}") from cause
 
-    monkeypatch.setattr(Lookup, "find_all", fail)
+    monkeypatch.setattr(Verifier, "recall", fail)
     question = pb.VerifyRequest(secret=secret)
     await attempt("Verify", question.SerializeToString())
     await attempt("BatchVerify", pb.BatchVerifyRequest(requests=[question]).SerializeToString())

@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 
 import pytest
 from latchkey_service import lookup as module
+from latchkey_service.database import connect
 from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.lookup import Lookup
 from latchkey_service.secrets import Keyring, Pepper
-from latchkey_service.store import connect
 from latchkey_service.tokens import NewToken, Tokens
 
 KEYRING = Keyring([Pepper(b"p" * 32)])
@@ -61,7 +61,14 @@ async def digests(store):
     """Digests of ten tokens."""
     for pepper in KEYRING.peppers:
         await store.register_pepper(pepper.id)
-    tokens = Tokens(store, KEYRING, "lk", lambda: datetime.now(UTC), os.urandom)
+    tokens = Tokens(
+        store,
+        KEYRING,
+        None,  # type: ignore[arg-type]  # nothing is deleted through it
+        "lk",
+        lambda: datetime.now(UTC),
+        os.urandom,
+    )
     made = [
         await tokens.create(NewToken("acme", f"token {number}", 1, None, None, {}))
         for number in range(10)

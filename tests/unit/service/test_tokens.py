@@ -74,6 +74,7 @@ def make(now=NOW):
     return store, Tokens(
         store,  # type: ignore[arg-type]  # all that Create uses of it
         Keyring([Pepper(b"p" * 32)]),
+        None,  # type: ignore[arg-type]  # nothing is deleted
         "lk",
         lambda: now,
         lambda size: bytes([next(entropy)]) * size,

@@ -1,23 +1,19 @@
 """The order in which verdicts take precedence, checked against the words of the contract."""
 
-from datetime import UTC, datetime, timedelta
+import math
 
 from hypothesis import given
 from hypothesis import strategies as st
-from latchkey_service.verdict import Scope, TokenRecord, Verdict, decide
+from latchkey_service.verdict import Record, Scope, Verdict, decide
 
-NOW = datetime(2026, 1, 1, tzinfo=UTC)
-offsets = st.none() | st.integers(-2, 2).map(lambda us: NOW + timedelta(microseconds=us))
+NOW = 1_800_000_000.0
 records = st.none() | st.builds(
-    TokenRecord,
-    id=st.just("tok_1"),
-    account_id=st.just("acme"),
-    name=st.just("ci"),
+    Record,
+    token_id=st.just("tok_1"),
     scope=st.sampled_from([Scope.READ, Scope.WRITE]),
-    create_time=st.just(NOW),
-    expire_time=offsets,
-    hint=st.just("lk_…abcd"),
-    delete_time=offsets,
+    expires=st.just(math.inf) | st.integers(-2, 2).map(lambda us: NOW + us / 1e6),
+    token=st.just(b""),
+    deleted=st.booleans(),
 )
 
 
@@ -26,11 +22,8 @@ def test_precedence(record, required_scope):
     """UNKNOWN, DELETED, EXPIRED, INSUFFICIENT_SCOPE, VALID: the first that applies."""
     applies = [
         (Verdict.UNKNOWN, record is None),
-        (Verdict.DELETED, record is not None and record.delete_time is not None),
-        (
-            Verdict.EXPIRED,
-            record is not None and record.expire_time is not None and record.expire_time <= NOW,
-        ),
+        (Verdict.DELETED, record is not None and record.deleted),
+        (Verdict.EXPIRED, record is not None and record.expires <= NOW),
         (
             Verdict.INSUFFICIENT_SCOPE,
             record is not None

@@ -1,0 +1,97 @@
+"""What a worker does by itself: health, summaries of counts, removal of what is old."""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
+
+from latchkey_service.coherence.table import VerifierTable
+from latchkey_service.errors import StoreUnavailable
+from latchkey_service.log import Counts, logger
+from latchkey_service.store import Store
+
+__all__ = ["follow_store", "prune_log", "purge", "summarise", "tell_summary"]
+
+# Health follows Postgres within this and PROBE_TIMEOUT_SECONDS.
+PROBE_SECONDS = 0.5
+PROBE_TIMEOUT_SECONDS = 1.0
+SUMMARY_SECONDS = 60.0
+PURGE_SECONDS = 3_600.0
+# Small enough not to hold locks that anyone would notice.
+PURGE_BATCH = 1_000
+PRUNE_SECONDS = 60.0
+# In leases (coherence rule 11), and at least some minutes, so that a client that was cut off for
+# a while need not begin anew.
+KEPT_LEASES = 10
+KEPT_SECONDS_MIN = 600.0
+
+
+async def follow_store(store: Store, set_serving: Callable[[bool], None]) -> None:
+    """Keep health at what Postgres is. Ends when cancelled."""
+    log = logger()
+    serving: bool | None = None
+    while True:
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_SECONDS):
+                await store.ping()
+            answers = True
+        except (StoreUnavailable, TimeoutError):
+            answers = False
+        except Exception:
+            log.exception("the database answers strangely")
+            answers = False
+        if answers != serving:
+            set_serving(answers)
+            (log.info if answers else log.warning)("health", serving=answers)
+            serving = answers
+        await asyncio.sleep(PROBE_SECONDS)
+
+
+async def summarise(counts: Counts) -> None:
+    """Log the counts once a minute. Ends when cancelled."""
+    while True:
+        await asyncio.sleep(SUMMARY_SECONDS)
+        tell_summary(counts)
+
+
+def tell_summary(counts: Counts) -> None:
+    """Log the counts since the last time, if there are any."""
+    if summary := counts.take():
+        logger().info("counts", **summary)
+
+
+async def purge(store: Store, retention: timedelta, now: Callable[[], datetime]) -> None:
+    """Remove old tombstones once an hour. Ends when cancelled."""
+
+    async def purge_all() -> None:
+        total = 0
+        while gone := await store.purge_tombstones(now() - retention, PURGE_BATCH):
+            total += gone
+        if total:
+            logger().info("tombstones removed", tokens=total)
+
+    await _again_and_again(PURGE_SECONDS, purge_all, "tombstones not removed")
+
+
+async def prune_log(table: VerifierTable, lease_seconds: float) -> None:
+    """Remove invalidations that nobody will ask for once a minute. Ends when cancelled."""
+    kept = max(KEPT_SECONDS_MIN, KEPT_LEASES * lease_seconds)
+
+    async def prune() -> None:
+        if gone := await table.prune_log(kept):
+            logger().info("log pruned", invalidations=gone)
+
+    await _again_and_again(PRUNE_SECONDS, prune, "log not pruned")
+
+
+async def _again_and_again(
+    seconds: float, work: Callable[[], Awaitable[None]], complaint: str
+) -> None:
+    """Do background work whose failure must not end the loop that will try it again."""
+    while True:
+        # At another moment in each worker: they would only get in each other's way.
+        await asyncio.sleep(seconds * random.uniform(0.5, 1.0))  # noqa: S311 - a spread
+        try:
+            await work()
+        except Exception as error:  # noqa: BLE001 - logged, and tried again
+            logger().warning(complaint, error=type(error).__name__)

@@ -1,0 +1,7 @@
+"""When Delete returns, the token is dead everywhere: leases, the log, and who waits for whom.
+
+Pure, with the clock passed in: `membership` (this process as a verifier), `subleases` (its
+clients), `confirmation` (what a Delete waits for, and which verifiers are dead). What drives them:
+`heart` renews and reads the log, `notifications` wakes it, `watch` serves clients, `confirmer`
+waits. `table` has the SQL.
+"""

@@ -1,0 +1,90 @@
+"""What a Delete waits for, and which verifiers are dead. Pure (rules 8 and 9)."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from latchkey_coherence.lease import outwait_seconds
+
+__all__ = ["OUTWAIT_MARGIN_SECONDS", "Census", "Confirmation", "VerifierRow", "Wait"]
+
+# On top of the longest lease: what a clock that is read in steps, and a reader that was held up
+# between two lines, might be wrong by.
+OUTWAIT_MARGIN_SECONDS = 0.05
+
+
+class VerifierRow(NamedTuple):
+    """A verifier's row, as far as others decide by it."""
+
+    id: str
+    incarnation: int
+    renewal: int
+    acknowledged_revision: int
+    lease_seconds: float
+
+
+class Confirmation(NamedTuple):
+    """No verifier can answer with a token that revisions up to the one waited for made invalid."""
+
+    acknowledged: int
+    """How many verifiers have dropped it."""
+    outwaited: int
+    """How many have not said so, but have lost every lease that they could have had."""
+
+
+class Wait:
+    """The wait for `revision`, which was committed before the clock said `committed`.
+
+    Why it is enough: a lease that began before the commit ends within its length of it, and one
+    that began after it has read the log (Gray & Cheriton). A row that goes meanwhile was removed
+    by its own process, which had ended its clients' leases first, or by one that had seen it
+    lapse. A row that comes meanwhile is of a process that read nothing before it committed it.
+    """
+
+    __slots__ = ("_committed", "_pending", "_seen", "revision")
+
+    def __init__(self, revision: int, committed: float) -> None:
+        self.revision = revision
+        self._committed = committed
+        self._seen: set[str] = set()
+        self._pending: set[str] = set()
+
+    def judge(self, rows: Iterable[VerifierRow], now: float) -> Confirmation | None:
+        """Return the confirmation if these rows, which were all read after the commit, give it.
+
+        `now` is read before the rows are.
+        """
+        behind: dict[str, float] = {}
+        for row in rows:
+            self._seen.add(row.id)
+            if row.acknowledged_revision < self.revision:
+                behind[row.id] = row.lease_seconds
+            else:
+                self._pending.discard(row.id)
+        self._pending.update(behind)
+        longest = max(behind.values(), default=0.0)
+        if behind and now < self._committed + outwait_seconds(longest) + OUTWAIT_MARGIN_SECONDS:
+            return None
+        # Those that were removed before they had acknowledged it count as waited out.
+        return Confirmation(len(self._seen) - len(self._pending), len(self._pending))
+
+
+class Census:
+    """Watches the rows for those whose process is dead, by this process's own clock."""
+
+    def __init__(self) -> None:
+        self._unchanged_since: dict[tuple[str, int, int], float] = {}
+
+    def dead(self, rows: Iterable[VerifierRow], asked: float, now: float) -> list[VerifierRow]:
+        """Return the rows whose `renewal` has been the same for longer than their lease.
+
+        The rows were read between `asked` and `now`. Whoever removes one does so on condition that
+        its renewal is still the same (rule 9).
+        """
+        before, self._unchanged_since = self._unchanged_since, {}
+        found = []
+        for row in rows:
+            key = (row.id, row.incarnation, row.renewal)
+            since = self._unchanged_since[key] = before.get(key, now)
+            if asked - since > outwait_seconds(row.lease_seconds) + OUTWAIT_MARGIN_SECONDS:
+                found.append(row)
+        return found

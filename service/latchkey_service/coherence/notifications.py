@@ -1,0 +1,113 @@
+"""Wakes the heart when a Delete says that there is news. Never the truth (coherence rule 10).
+
+Whatever goes wrong here costs Deletes time, a third of a lease at most, and nothing else.
+"""
+
+import asyncio
+import enum
+import itertools
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+
+from latchkey_service.coherence.table import CHANNEL
+from latchkey_service.database import translated
+from latchkey_service.errors import StoreUnavailable
+from latchkey_service.log import logger
+
+if TYPE_CHECKING:
+    Connection = asyncpg.Connection[asyncpg.Record]
+
+__all__ = ["Listener", "Notifications"]
+
+RETRY_SECONDS = 1.0
+# How often it is tried whether they arrive, and how long one may take: a connection may look
+# alive and lead nowhere, and a pooler may take LISTEN and hand the next statement elsewhere.
+PROBE_SECONDS = 5.0
+PROBE_TIMEOUT_SECONDS = 1.0
+
+
+class Notifications(enum.IntEnum):
+    """Whether they arrive, numbered as in the contract."""
+
+    UNKNOWN = 0
+    ARRIVE = 1
+    SILENT = 2
+    OFF = 3
+
+
+class Listener:
+    """Listens on a connection of its own and calls `wake`. `state` tells how it goes."""
+
+    def __init__(
+        self,
+        name: str,
+        connect: "Callable[[], Awaitable[Connection]]",
+        wake: Callable[[], None],
+        *,
+        enabled: bool,
+    ) -> None:
+        self.state = Notifications.UNKNOWN if enabled else Notifications.OFF
+        self._enabled = enabled
+        self._connect = connect
+        self._wake = wake
+        # This process's own, which tells its probes from others'.
+        self._probes = (f"probe {name} {number}" for number in itertools.count())
+        self._expected = ""
+        self._arrived = asyncio.Event()
+        self._log = logger()
+
+    async def run(self) -> None:
+        """Listen until cancelled, or until it is known that notifications are off."""
+        while self._enabled:
+            try:
+                await self._listen()
+            except asyncpg.FeatureNotSupportedError:  # 0A000
+                self._becomes(Notifications.OFF)
+                return
+            except StoreUnavailable:
+                self._becomes(Notifications.SILENT)
+            except Exception as error:  # noqa: BLE001 - logged, and tried again
+                self._log.warning("listening failed", error=type(error).__name__)
+                self._becomes(Notifications.SILENT)
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _listen(self) -> None:
+        """Listen, and try it out now and then, until it fails or nothing arrives."""
+        connection = await self._connect()
+        try:
+            with translated():
+                await connection.add_listener(CHANNEL, self._receive)
+            # What came before that was missed.
+            self._wake()
+            while await self._arrives(connection):
+                self._becomes(Notifications.ARRIVE)
+                await asyncio.sleep(PROBE_SECONDS)
+            self._becomes(Notifications.SILENT)
+        finally:
+            connection.terminate()
+
+    async def _arrives(self, connection: "Connection") -> bool:
+        self._arrived.clear()
+        self._expected = next(self._probes)
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_SECONDS):
+                with translated():
+                    await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, self._expected)
+                await self._arrived.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _receive(self, _connection: Any, _pid: int, _channel: str, payload: object) -> None:
+        if payload == self._expected:
+            self._arrived.set()
+        elif isinstance(payload, str) and not payload.startswith("probe "):
+            self._wake()
+
+    def _becomes(self, state: Notifications) -> None:
+        if state != self.state:
+            self.state = state
+            tell = self._log.info if state is Notifications.ARRIVE else self._log.warning
+            tell("notifications", state=state.name)

@@ -1,0 +1,83 @@
+"""The clients that answer under this process's lease, and what they have confirmed. Pure (rule 7).
+
+A record outlives its client's stream: a client that is cut off answers on under its last grant.
+"""
+
+import math
+
+__all__ = ["SubLease", "SubLeases"]
+
+
+class SubLease:
+    """What one stream's client was granted, and what it has confirmed."""
+
+    __slots__ = ("acknowledged", "ends")
+
+    def __init__(self) -> None:
+        self.acknowledged = 0
+        self.ends = -math.inf
+        """When it has ended for certain, on this process's clock."""
+
+
+class SubLeases:
+    """All sub-leases of a process that have not been seen to end.
+
+    They are kept by what they have confirmed. There are thousands of them, but few revisions at
+    which they stand, so that the lowest is found at once.
+    """
+
+    __slots__ = ("_at", "pinned_until")
+
+    def __init__(self) -> None:
+        self._at: dict[int, set[SubLease]] = {}
+        self.pinned_until = math.inf
+        """When to ask for `floor` again, at the latest, if nothing is confirmed before."""
+
+    def grant(self, lease: SubLease, applied: int, ends: float, now: float) -> None:
+        """Its client is about to be granted until `ends`, having been sent all up to `applied`.
+
+        A client that holds no lease has, once this one begins, applied all that came before it on
+        the stream. One that does must still confirm it: it goes on under the one that it has.
+        """
+        if lease.ends <= now:
+            self._move(lease, applied)
+        lease.ends = max(lease.ends, ends)
+
+    def acknowledge(self, lease: SubLease, revision: int) -> None:
+        """Its client has dropped what revisions up to `revision` named. 0: who knows what."""
+        if lease in self._at.get(lease.acknowledged, ()):
+            self._move(lease, revision)
+
+    def release(self, lease: SubLease) -> None:
+        """Its client has said that it no longer answers under it."""
+        self._remove(lease)
+        lease.ends = -math.inf
+
+    def floor(self, now: float) -> int | None:
+        """Return the revision that every client has confirmed; None if no client has a lease."""
+        self.pinned_until = math.inf
+        while self._at:
+            lowest = min(self._at)
+            # One that is live will do: the lowest is then what it is.
+            lease = next(iter(self._at[lowest]))
+            if lease.ends > now:
+                self.pinned_until = lease.ends
+                return lowest
+            self._remove(lease)
+        return None
+
+    def latest_end(self, now: float) -> float:
+        """Return when the last of them will have ended, `now` if there is none."""
+        return max((lease.ends for held in self._at.values() for lease in held), default=now)
+
+    def _move(self, lease: SubLease, revision: int) -> None:
+        self._remove(lease)
+        lease.acknowledged = revision
+        self._at.setdefault(revision, set()).add(lease)
+
+    def _remove(self, lease: SubLease) -> None:
+        held = self._at.get(lease.acknowledged)
+        if held is not None:
+            held.discard(lease)
+            if not held:
+                del self._at[lease.acknowledged]

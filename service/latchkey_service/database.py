@@ -1,0 +1,175 @@
+"""Connections to Postgres: their bounds, and what becomes of the driver's errors.
+
+Every wait on Postgres is bounded here, and every error of the driver is translated here, by class
+or SQLSTATE: nothing above knows asyncpg. The SQL is in `store.py` and `coherence/table.py`.
+"""
+
+import asyncio
+import contextlib
+import functools
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import asyncpg
+from asyncpg.connect_utils import SessionAttribute
+
+from latchkey_service.errors import AlreadyExists, StoreConflict, StoreUnavailable
+
+__all__ = ["Pool", "connect", "retrying", "translated"]
+
+# A statement of ours takes about a millisecond. Two seconds without an answer is a database that
+# is frozen or gone, and a caller is better told so than kept.
+STATEMENT_TIMEOUT_SECONDS = 2.0
+CONNECT_TIMEOUT_SECONDS = 1.0
+# A row lock is held for one commit; past this something is stuck and the caller may retry.
+LOCK_TIMEOUT = "1500ms"
+CLIENT_CHECK_INTERVAL = "250ms"
+# Management calls are rare beside verifies; ten connections keep 2 cores of Postgres busy.
+POOL_SIZE_MAX = 10
+# Transactions that undid each other are tried again this often, after a wait of up to this long,
+# which doubles: a quarter of a second in all, in which hundreds of them get through.
+CONFLICT_ATTEMPTS = 6
+CONFLICT_DELAY_SECONDS = 0.008
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# After these nothing is known of the connection, and it is not used again.
+_BROKEN = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,  # TimeoutError included
+    asyncio.CancelledError,
+)
+
+
+class _Connection(asyncpg.Connection):
+    """A connection whose release to the pool costs no round trip: our statements leave no state."""
+
+    def get_reset_query(self) -> str:
+        return ""
+
+
+if TYPE_CHECKING:
+    from asyncpg.pool import PoolConnectionProxy
+
+    _Session = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
+
+
+class Pool:
+    """A pool of connections for statements that stand alone or in short transactions."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+
+    @classmethod
+    async def open(cls, database_url: str) -> "Pool":
+        """Return a new pool. Connects lazily, so that it opens without a database."""
+        return cls(
+            await asyncpg.create_pool(
+                database_url,
+                min_size=0,
+                max_size=POOL_SIZE_MAX,
+                connection_class=_Connection,
+                **_options(),
+            )
+        )
+
+    async def close(self) -> None:
+        """Give up all connections, waiting a bounded time for those in use."""
+        try:
+            async with asyncio.timeout(STATEMENT_TIMEOUT_SECONDS):
+                await self._pool.close()
+        except TimeoutError:
+            self._pool.terminate()
+
+    @contextlib.asynccontextmanager
+    async def session(self) -> "AsyncIterator[_Session]":
+        """Lend a connection; translate what goes wrong with it, waiting for one included."""
+        with translated():
+            async with self._pool.acquire(timeout=STATEMENT_TIMEOUT_SECONDS) as session:
+                try:
+                    yield session
+                except _BROKEN:
+                    # Else the release would wait until a frozen server has cancelled the query,
+                    # or hand on a connection that is ended but has not been told so yet.
+                    session.terminate()
+                    raise
+
+
+async def connect(database_url: str) -> "asyncpg.Connection[asyncpg.Record]":
+    """Return a connection of one's own. Raises StoreUnavailable."""
+    with translated():
+        return await asyncpg.connect(database_url, **_options())
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Turn the driver's errors into the domain's. Its messages stay in `__cause__`, for the log."""
+    try:
+        yield
+    except asyncpg.UniqueViolationError as error:
+        if error.constraint_name != "token_live_name":
+            raise
+        raise AlreadyExists("The account has a live token of this name.") from error
+    except asyncpg.TransactionRollbackError as error:  # 40xxx: serialisation, deadlock
+        raise StoreConflict("The database is busy with others; try again shortly.") from error
+    except (
+        asyncpg.PostgresConnectionError,  # 08xxx: broken off
+        asyncpg.OperatorInterventionError,  # 57xxx: shutting down, starting up, cancelled
+        asyncpg.InsufficientResourcesError,  # 53xxx: too many connections, disk full
+        asyncpg.LockNotAvailableError,  # 55P03: lock_timeout
+        asyncpg.ReadOnlySQLTransactionError,  # 25006: a standby, or a deposed primary
+        asyncpg.InvalidAuthorizationSpecificationError,  # 28xxx: also while roles are restored
+        asyncpg.InvalidCatalogNameError,  # 3D000: also while the database is restored
+        asyncpg.InterfaceError,  # the driver's own word for a connection that is closing
+        asyncpg.InternalClientError,  # and for one that ended between two of its messages
+        OSError,  # TimeoutError included
+    ) as error:
+        raise StoreUnavailable("The database does not answer; try again shortly.") from error
+
+
+def retrying(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+    """Run a transaction again when it and another one undid each other (SQLSTATE 40xxx).
+
+    Under READ COMMITTED that hardly happens. Under SERIALIZABLE, which some engines that speak
+    Postgres' protocol do not do without, it is the usual way for one of two to lose. Nothing of
+    the transaction stands then, so that to repeat it is safe.
+    """
+
+    @functools.wraps(method)
+    async def again(*args: P.args, **kwargs: P.kwargs) -> T:
+        for attempt in range(CONFLICT_ATTEMPTS - 1):
+            try:
+                return await method(*args, **kwargs)
+            except StoreConflict:
+                # Jitter, or those that met will meet again.
+                longest = CONFLICT_DELAY_SECONDS * 2**attempt
+                await asyncio.sleep(random.uniform(0, longest))  # noqa: S311 - a spread
+        return await method(*args, **kwargs)
+
+    return again
+
+
+def _options() -> dict[str, Any]:
+    """Return the connection settings that all connections share."""
+    return {
+        "timeout": CONNECT_TIMEOUT_SECONDS,
+        # Never a standby, which may be behind: it would answer VALID for a token that is deleted.
+        "target_session_attrs": SessionAttribute.primary,
+        "command_timeout": STATEMENT_TIMEOUT_SECONDS,
+        "server_settings": {
+            "application_name": "latchkey",
+            "lock_timeout": LOCK_TIMEOUT,
+            # A second bound, on the server: work that nobody waits for any more must end too.
+            "statement_timeout": f"{int(STATEMENT_TIMEOUT_SECONDS * 1000)}ms",
+            "idle_in_transaction_session_timeout": "10s",
+            # A connection that was given up ends by this also while it waits for a lock. Else
+            # callers with short deadlines would pile up connections behind one row.
+            "client_connection_check_interval": CLIENT_CHECK_INTERVAL,
+            "jit": "off",
+        },
+    }
