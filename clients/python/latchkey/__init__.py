@@ -21,7 +21,19 @@ from latchkey.errors import (
     Unavailable,
     UnexpectedStatus,
 )
-from latchkey.models import CreatedToken, Page, Receipt, Scope, Token, Verdict, Verification
+from latchkey.models import (
+    CreatedToken,
+    Notifications,
+    Page,
+    Receipt,
+    Scope,
+    Status,
+    Token,
+    Verdict,
+    Verification,
+    VerifierStats,
+    VerifierStatus,
+)
 from latchkey.secret import Secret
 from latchkey.verifier import Verifier
 
@@ -35,12 +47,14 @@ __all__ = [
     "InvalidArgument",
     "LatchkeyError",
     "NotFound",
+    "Notifications",
     "Page",
     "PermissionDenied",
     "Receipt",
     "ResourceExhausted",
     "Scope",
     "Secret",
+    "Status",
     "Token",
     "Unauthenticated",
     "Unavailable",
@@ -48,5 +62,7 @@ __all__ = [
     "Verdict",
     "Verification",
     "Verifier",
+    "VerifierStats",
+    "VerifierStatus",
     "__version__",
 ]

@@ -11,10 +11,22 @@ from typing import Final, TypeVar
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
+from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
+from latchkey._subscription import Closing, Event, Grant, Invalidation, Request, Reset
 from latchkey.errors import InternalError, InvalidArgument, invalid
-from latchkey.models import Page, Receipt, Scope, Token, Verdict, Verification
+from latchkey.models import (
+    Notifications,
+    Page,
+    Receipt,
+    Scope,
+    Status,
+    Token,
+    Verdict,
+    Verification,
+    VerifierStatus,
+)
 from latchkey.secret import Secret
 
 M = TypeVar("M", bound=Message)
@@ -32,6 +44,12 @@ _VERDICTS: Final[Mapping[int, Verdict]] = {
     pb.VERDICT_DELETED: Verdict.DELETED,
     pb.VERDICT_EXPIRED: Verdict.EXPIRED,
     pb.VERDICT_INSUFFICIENT_SCOPE: Verdict.INSUFFICIENT_SCOPE,
+}
+
+_NOTIFICATIONS: Final[Mapping[int, Notifications]] = {
+    status_pb.NOTIFICATIONS_ARRIVE: Notifications.ARRIVE,
+    status_pb.NOTIFICATIONS_SILENT: Notifications.SILENT,
+    status_pb.NOTIFICATIONS_OFF: Notifications.OFF,
 }
 
 
@@ -126,7 +144,9 @@ def receipt_in(message: pb.Receipt) -> Receipt:
     """Return a receipt as received."""
     return Receipt(
         commit_time=_time_in(message.commit_time),
-        effective_time=_time_in(message.effective_time),
+        effective_time=(
+            _time_in(message.effective_time) if message.HasField("effective_time") else None
+        ),
         revision=message.revision,
         verifiers_acknowledged=message.verifiers_acknowledged,
         verifiers_outwaited=message.verifiers_outwaited,
@@ -141,6 +161,70 @@ def verification_in(message: pb.VerifyResponse) -> Verification:
         # The contract sets the token whenever there is one: nobody is allowed in without a name.
         raise InternalError("The service called a secret valid without saying whose it is.")
     return Verification(verdict=verdict, token=token, revision=message.revision)
+
+
+def watch_request_out(request: Request) -> pb.WatchRequest:
+    """Return what a client says on its Watch stream."""
+    return pb.WatchRequest(
+        applied_revision=request.applied_revision,
+        number=request.number,
+        released=request.released,
+    )
+
+
+def watch_event_in(message: object) -> Event | None:
+    """Return what the server says on a Watch stream. None: nothing that this version knows.
+
+    Raises InternalError for what grpc could not parse, in whose place it gives None.
+    """
+    if not isinstance(message, pb.WatchResponse):
+        raise InternalError("Watch failed: a message of the service could not be read.")
+    match message.WhichOneof("event"):
+        case "invalidation":
+            invalidation = message.invalidation
+            return Invalidation(invalidation.revision, tuple(invalidation.token_ids))
+        case "grant":
+            grant = message.grant
+            seconds = grant.lease_duration.seconds + grant.lease_duration.nanos / 1e9
+            return Grant(grant.revision, grant.number, seconds)
+        case "reset":
+            return Reset(message.reset.revision)
+        case "closing":
+            return Closing()
+        case _:
+            return None
+
+
+def status_in(message: status_pb.GetStatusResponse) -> Status:
+    """Return the state of the service as received."""
+    return Status(
+        head_revision=message.head_revision,
+        verifiers=tuple(_verifier_in(verifier) for verifier in message.verifiers),
+    )
+
+
+def _verifier_in(message: status_pb.VerifierStatus) -> VerifierStatus:
+    return VerifierStatus(
+        id=message.id,
+        host=message.host,
+        process_id=message.process_id,
+        version=message.version,
+        start_time=_time_in(message.start_time),
+        acknowledged_revision=message.acknowledged_revision,
+        lag=message.lag,
+        lease_duration=_duration_in(message.lease_duration),
+        lease_remaining=_duration_in(message.lease_remaining),
+        clients=message.clients,
+        notifications=_NOTIFICATIONS.get(message.notifications, Notifications.UNSPECIFIED),
+        answering=message.answering,
+    )
+
+
+def _duration_in(message: Duration) -> timedelta:
+    try:
+        return message.ToTimedelta()
+    except (ValueError, OverflowError) as error:
+        raise InternalError("The service sent a duration that does not exist.") from error
 
 
 def _time_in(message: Timestamp) -> datetime:

@@ -34,8 +34,9 @@ VERIFY_TIMEOUT_SECONDS: Final = 1.0
 BATCH_VERIFY_TIMEOUT_SECONDS: Final = 2.0
 # One or two transactions; a database that fails over is back within seconds.
 MANAGEMENT_TIMEOUT_SECONDS: Final = 5.0
-# Delete may have to wait out the lease of a verifier that does not answer (coherence rule 8). The
-# default must be longer than that, by far: an unconfirmed deletion is what nobody wants to read.
+# Delete may have to wait out the lease of a verifier that does not answer (coherence rule 8), which
+# is 3 s long by default and 5 s at most, and half a second more. The default must be longer than
+# that, by far: an unconfirmed deletion is what nobody wants to read.
 DELETE_TIMEOUT_SECONDS: Final = 10.0
 
 # gRFC A6's own limit; more attempts than that are load, not luck.
@@ -71,6 +72,7 @@ POLICIES: Final[Mapping[str, Policy]] = {
     "Delete": Policy(DELETE_TIMEOUT_SECONDS, retry=True),
     "Verify": Policy(VERIFY_TIMEOUT_SECONDS, retry=True),
     "BatchVerify": Policy(BATCH_VERIFY_TIMEOUT_SECONDS, retry=True),
+    "GetStatus": Policy(MANAGEMENT_TIMEOUT_SECONDS, retry=True),
 }
 
 

@@ -51,6 +51,8 @@ _ADVICE_WHEN_LOST: Final[Mapping[str, str]] = {
     "Create": "The token may exist: find its name with list() and delete it before trying again.",
     "Delete": "The deletion may stand but is not confirmed: call delete() again for its receipt.",
 }
+# ErrorInfo.reason of a Delete that stands, but whose deadline was too short for the wait.
+_NOT_CONFIRMED: Final = "DELETION_NOT_CONFIRMED"
 _LOST: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
@@ -71,6 +73,8 @@ def from_rpc_error(rpc: str, error: grpc.aio.AioRpcError) -> errors.LatchkeyErro
     message = f"{rpc} failed: {text} ({code.name}"
     message += f", request {request_id})." if request_id else ")."
     advice = _ADVICE_WHEN_LOST.get(rpc) if code in _LOST else None
+    if reason == _NOT_CONFIRMED:
+        advice = "The deletion stands but is not confirmed: call delete() again for its receipt."
     advice = advice or _ADVICE.get(code)
     failure = _CLASSES.get(code, errors.UnexpectedStatus)(
         f"{message} {advice}" if advice else message,

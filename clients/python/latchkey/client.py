@@ -1,4 +1,4 @@
-"""`Client`: one method for each RPC of `latchkey.v1.TokenService`.
+"""`Client`: one method for each RPC of `latchkey.v1`, but for Watch, which is the Verifier's.
 
 It owns the channel, and deadlines and retries by `_retry`. It remembers nothing about tokens:
 answers from memory are the Verifier's affair.
@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
 from google.protobuf.message import Message
+from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1.status_service_pb2_grpc import StatusServiceStub
 from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceStub
 
 from latchkey import _convert, _retry
 from latchkey._channel import open_channel
 from latchkey._status import from_rpc_error
 from latchkey.errors import InternalError, LatchkeyError, Unavailable, invalid
-from latchkey.models import CreatedToken, Page, Receipt, Scope, Token, Verification
+from latchkey.models import CreatedToken, Page, Receipt, Scope, Status, Token, Verification
 from latchkey.secret import Secret
 
 if TYPE_CHECKING:
     # Exists in the stubs' types only; at run time one class serves both kinds of channel.
+    from latchkey_proto.v1.status_service_pb2_grpc import StatusServiceAsyncStub
     from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
 
 RequestT = TypeVar("RequestT", bound=Message)
@@ -58,6 +61,7 @@ class Client:
         self._channel = channel
         self._owns_channel = channel is None
         self._stub: TokenServiceAsyncStub | None = None
+        self._status_stub: StatusServiceAsyncStub | None = None
         self._budget = _retry.Budget()
         self._closed = False
 
@@ -152,15 +156,27 @@ class Client:
             position = page.next_page_token
 
     async def delete(
-        self, account_id: str, token_id: str, *, timeout_seconds: float | None = None
+        self,
+        account_id: str,
+        token_id: str,
+        *,
+        no_wait: bool = False,
+        timeout_seconds: float | None = None,
     ) -> Receipt:
         """Delete a token for good. Once this returns, no verify that starts calls it valid.
 
+        With `no_wait` it returns as soon as the deletion is stored, for bulk work: then verifies
+        may call it valid until the receipt has an effective_time, which a later delete() of the
+        token waits for.
+
         Safe to repeat: a deleted token's deletion answers with the same receipt. After
-        Unavailable or DeadlineExceeded the deletion may stand, but is not confirmed. Raises
-        NotFound when the account never had the token.
+        Unavailable or DeadlineExceeded the deletion may stand, but is not confirmed; it does stand
+        if the reason is DELETION_NOT_CONFIRMED. Raises NotFound when the account never had the
+        token.
         """
-        request = _convert.build(lambda: pb.DeleteRequest(account_id=account_id, id=token_id))
+        request = _convert.build(
+            lambda: pb.DeleteRequest(account_id=account_id, id=token_id, no_wait=no_wait)
+        )
         answer = await self._call("Delete", self._rpcs().Delete, request, timeout_seconds)
         return _convert.receipt_in(answer.receipt)
 
@@ -199,10 +215,29 @@ class Client:
             raise InternalError("The service did not answer every question of a batch.")
         return tuple(_convert.verification_in(response) for response in answer.responses)
 
+    async def status(self, *, timeout_seconds: float | None = None) -> Status:
+        """Return the state of all server processes, as the database has it."""
+        method = self._rpcs_of_status().GetStatus
+        request = status_pb.GetStatusRequest()
+        answer = await self._call("GetStatus", method, request, timeout_seconds)
+        return _convert.status_in(answer)
+
+    def open_channel(self) -> tuple[grpc.aio.Channel, bool]:
+        """Return a channel to the same place, and whether it is new and the caller's to close.
+
+        For the library's own use. Not new is only the `channel` that the client was made with.
+        """
+        if self._closed:
+            raise _closed_error()
+        if not self._owns_channel and self._channel is not None:
+            return self._channel, False
+        return open_channel(self._target, self._credentials, self._options), True
+
     async def close(self) -> None:
         """Close the connection. Calls under way fail with Unavailable. Safe to repeat."""
         self._closed = True
-        channel, self._channel, self._stub = self._channel, None, None
+        channel, self._channel = self._channel, None
+        self._stub = self._status_stub = None
         if channel is not None and self._owns_channel:
             await channel.close()
 
@@ -218,14 +253,23 @@ class Client:
         await self.close()
 
     def _rpcs(self) -> "TokenServiceAsyncStub":
+        if self._stub is None:
+            self._stub = TokenServiceStub(self._connected())
+        return self._stub
+
+    def _rpcs_of_status(self) -> "StatusServiceAsyncStub":
+        if self._status_stub is None:
+            self._status_stub = StatusServiceStub(self._connected())
+        return self._status_stub
+
+    def _connected(self) -> grpc.aio.Channel:
+        """Return the channel. Raises Unavailable when the client is closed."""
         if self._closed:
             raise _closed_error()
-        if self._stub is None:
+        if self._channel is None:
             # Not in __init__: a channel belongs to the loop that runs when it is made.
-            if self._channel is None:
-                self._channel = open_channel(self._target, self._credentials, self._options)
-            self._stub = TokenServiceStub(self._channel)
-        return self._stub
+            self._channel = open_channel(self._target, self._credentials, self._options)
+        return self._channel
 
     async def _call(
         self,

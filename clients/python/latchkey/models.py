@@ -6,7 +6,7 @@ All datetimes are timezone-aware, in UTC.
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from latchkey.secret import Secret
 
@@ -76,13 +76,14 @@ class Page:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """Proof of a deletion, the same on every retry."""
+    """Proof of a deletion, the same on every retry once it is confirmed."""
 
     commit_time: datetime
-    effective_time: datetime
-    """From when on the token was dead everywhere."""
+    effective_time: datetime | None
+    """From when on the token was dead everywhere. None: not confirmed yet (`no_wait`)."""
     revision: int
     verifiers_acknowledged: int
+    """How many confirmed that they dropped the token."""
     verifiers_outwaited: int
     """How many did not confirm and were waited out until they could no longer say VALID."""
 
@@ -101,3 +102,80 @@ class Verification:
     def allowed(self) -> bool:
         """Whether the holder may do what was asked about."""
         return self.verdict is Verdict.VALID
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifierStats:
+    """How a `Verifier` of this process is doing. Counters begin with the verifier and only rise."""
+
+    watching: bool
+    """Whether it may answer from memory now: it holds a lease."""
+    fallback_reason: str | None
+    """Why it asks the service about each secret instead. None: it need not, or was not used yet."""
+    lease_remaining_seconds: float
+    """How long it may answer from memory if nothing more is heard of the service. 0: not at all."""
+    applied_revision: int
+    """It remembers nothing that a change up to this revision has ended. 0: it has heard of none."""
+    entries: int
+    """Secrets that it remembers the answer for."""
+    hits: int
+    """Verifies that were answered from memory; a few less when many threads share the verifier."""
+    misses: int
+    """Verifies that the service was asked about."""
+    batches: int
+    """Calls that asked about several of them at once."""
+    invalidations: int
+    """Messages that named tokens to forget."""
+    resets: int
+    """Times that everything had to be forgotten."""
+    reconnects: int
+    """Times that watching began anew after the first: the stream broke, fell silent, or its
+    server stopped."""
+
+
+@enum.unique
+class Notifications(enum.Enum):
+    """Whether a server process hears of deletions as they happen, or up to a second later."""
+
+    UNSPECIFIED = "unspecified"
+    """Not known yet."""
+    ARRIVE = "arrive"
+    SILENT = "silent"
+    """They are accepted and do not arrive: a pooler swallows them, or a connection was lost."""
+    OFF = "off"
+    """Switched off, or not supported by the database."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifierStatus:
+    """A server process that may answer verifies. Deletes wait for each of them."""
+
+    id: str
+    """Opaque; another one each time that the process starts."""
+    host: str
+    process_id: int
+    version: str
+    start_time: datetime
+    acknowledged_revision: int
+    """Up to here it and all clients attached to it have confirmed to answer with no dead token."""
+    lag: int
+    """How many revisions that is behind the newest."""
+    lease_duration: timedelta
+    lease_remaining: timedelta
+    """How long its lease lasts if it is not renewed, by the database's clock. 0: it has run out,
+    as it does when the process hangs or is cut off from the database."""
+    clients: int
+    """How many clients answered from memory under its lease when it last renewed that."""
+    notifications: Notifications
+    answering: bool
+    """Whether this process gave the answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """The state of all server processes, as the database has it."""
+
+    head_revision: int
+    """The newest revision: how many times tokens have been made invalid."""
+    verifiers: tuple[VerifierStatus, ...]
+    """The oldest first."""

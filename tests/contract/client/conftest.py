@@ -14,7 +14,10 @@ import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 from google.rpc import status_pb2
+from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
+
+from tests.contract.client.fake_watch import FakeWatch
 
 Answer = Callable[[Any, Any], Awaitable[Message]]
 
@@ -42,6 +45,8 @@ class FakeLatchkey:
     scripts: dict[str, list[Answer]] = field(default_factory=lambda: defaultdict(list))
     called: asyncio.Event = field(default_factory=asyncio.Event)
     server: grpc.aio.Server | None = None
+    watch: FakeWatch | None = None
+    """None: Watch is not implemented, as in an old server."""
 
     def on(self, rpc: str, *answers: Answer) -> None:
         self.scripts[rpc] = list(answers)
@@ -77,6 +82,21 @@ class FakeLatchkey:
             for method in service.methods
             if not (method.client_streaming or method.server_streaming)
         }
+        status = status_pb.DESCRIPTOR.services_by_name["StatusService"].full_name
+        get_status: Any = grpc.unary_unary_rpc_method_handler(
+            partial(self.serve, "GetStatus"),
+            status_pb.GetStatusRequest.FromString,
+            lambda message: message.SerializeToString(),
+        )
+        self.server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler(status, {"GetStatus": get_status})]
+        )
+        if self.watch is not None:
+            handlers["Watch"] = grpc.stream_stream_rpc_method_handler(
+                self.watch.serve,
+                pb.WatchRequest.FromString,
+                lambda message: message.SerializeToString(),
+            )
         self.server.add_generic_rpc_handlers(
             [grpc.method_handlers_generic_handler(service.full_name, handlers)]
         )
@@ -128,6 +148,17 @@ class FakeLatchkey:
             message.token.CopyFrom(self.token())
         return self.says(message)
 
+    def judge(self, verdict: int) -> None:
+        """Answer every question, alone or with others, with `verdict` for the token t1."""
+        message = pb.VerifyResponse(revision=7, token=self.token())
+        message.verdict = verdict  # type: ignore[assignment]  # as above
+
+        async def batch(request: Any, _context: Any) -> Message:
+            return pb.BatchVerifyResponse(responses=[message] * len(request.requests))
+
+        self.on("Verify", self.says(message))
+        self.on("BatchVerify", batch)
+
     @staticmethod
     def token(token_id: str = "t1", **fields: Any) -> pb.Token:  # noqa: S107 - no password
         token = pb.Token(
@@ -154,6 +185,22 @@ async def fake() -> AsyncIterator[FakeLatchkey]:
     server = FakeLatchkey()
     await server.start("127.0.0.1:0")
     yield server
+    await server.stop()
+
+
+@pytest.fixture
+def watch() -> FakeWatch:
+    """What the scripted Latchkey of `watched` does with Watch streams."""
+    return FakeWatch()
+
+
+@pytest.fixture
+async def watched(watch: FakeWatch) -> AsyncIterator[FakeLatchkey]:
+    """Serve a scripted Latchkey that knows Watch."""
+    server = FakeLatchkey(watch=watch)
+    await server.start("127.0.0.1:0")
+    yield server
+    watch.let_go()
     await server.stop()
 
 

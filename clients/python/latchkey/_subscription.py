@@ -1,0 +1,258 @@
+"""What the Watch streams of one memory add up to: its lease. Pure; the clock is passed in.
+
+It owns the client's part of the coherence rules 6 and 7: apply, then acknowledge, then extend;
+count a lease from before its request was sent; one stream's grants at a time. It talks to nobody:
+`_watch` carries between it and the service. All times are seconds of
+`latchkey_coherence.lease.boottime`.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from latchkey_coherence.lease import client_lease_end
+from latchkey_coherence.memory import Memory
+
+from latchkey._entry import Remembered
+
+# When to ask for the next grant: with this share of the lease left, at random so that a thousand
+# clients of one server do not march in step. Later would spare the server messages, and leave too
+# little time to find another stream, when this one has fallen silent, before the lease is over.
+ASK_SHARE_MIN: Final = 0.35
+ASK_SHARE_MAX: Final = 0.5
+# A server that grants next to nothing is not to be asked without a pause.
+ASK_GAP_SECONDS: Final = 0.1
+# How long a new stream may take to its first grant: connection, and a server that has to renew
+# its own lease. A proxy that holds up streams never brings it.
+FIRST_GRANT_SECONDS: Final = 2.0
+# What any further grant may take at the least, however little of the lease is left.
+NEXT_GRANT_SECONDS_MIN: Final = 0.2
+# Nobody grants that long; it bounds what a confused server can do.
+LEASE_SECONDS_MAX: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the client says: what it has applied, and what it asks for."""
+
+    applied_revision: int
+    number: int = 0
+    """Asks for the grant of this number. 0: for none."""
+    released: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Invalidation:
+    """Names tokens to forget."""
+
+    revision: int
+    token_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Permits to answer from memory for `seconds` from the request of that number on."""
+
+    revision: int
+    number: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Everything has to be forgotten."""
+
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """The server is about to stop and grants no more."""
+
+
+Event = Invalidation | Grant | Reset | Closing
+
+
+class Lease:
+    """Until when answers may come from memory."""
+
+    # An object of its own for the sake of who reads it on every verify.
+    __slots__ = ("__weakref__", "end")
+
+    def __init__(self) -> None:
+        self.end = -math.inf
+
+    def drop(self) -> None:
+        """Answer no more from memory, until another grant comes."""
+        self.end = -math.inf
+
+
+class Subscription:
+    """A memory, the lease on it, and the one stream whose grants count."""
+
+    def __init__(self, memory: Memory[Remembered], randomness: Callable[[], float]) -> None:
+        self.memory = memory
+        self.lease = Lease()
+        self.invalidations = 0
+        self.resets = 0
+        self._randomness = randomness
+        self._granting: Stream | None = None
+        # Rises when `applied` falls: what streams that began before know of it is then wrong.
+        self._epoch = 0
+
+    def open(self, now: float) -> "Stream":
+        """Return a new stream, which has its first request to send."""
+        return Stream(self, now)
+
+    def release(self) -> None:
+        """Answer no more under any grant, and let the stream that gave the last one say so."""
+        self.lease.drop()
+        if self._granting is not None:
+            self._granting.retire()
+            self._granting = None
+
+    # The rest is for Stream.
+
+    def apply(self, revision: int, token_ids: Iterable[str]) -> None:
+        """Forget `token_ids`, and have applied all up to `revision`."""
+        if self.memory.applied == 0 and revision > 0:
+            # The server was told of an empty memory and began in the middle: it has not said, and
+            # will not, what earlier revisions named. Only a reset makes the memory refuse answers
+            # from before them that are still under way.
+            self.memory.reset(revision)
+        else:
+            self.memory.apply(revision, token_ids)
+
+    def reset(self, revision: int) -> None:
+        """Forget everything and begin at `revision`."""
+        if revision < self.memory.applied:
+            # The server knows less than another one that was watched before. What is remembered
+            # from now on holds by its word alone, so no other stream's grant may cover it.
+            self._epoch += 1
+            self.lease.drop()
+        self.memory.reset(revision)
+
+    def extend(self, stream: "Stream", end: float) -> None:
+        """Answer under `stream`'s grant until `end`, and under no other one's."""
+        if self._granting is not stream:
+            if self._granting is not None:
+                self._granting.retire()
+            self._granting = stream
+        # Not the later one of two streams' ends: the one that is left stops waiting for us.
+        self.lease.end = end
+
+    @property
+    def epoch(self) -> int:
+        """Return what a stream's grant has to be of."""
+        return self._epoch
+
+    def ask_share(self) -> float:
+        """Return with how much of a lease left to ask for the next one."""
+        return ASK_SHARE_MIN + (ASK_SHARE_MAX - ASK_SHARE_MIN) * self._randomness()
+
+
+class Stream:
+    """One Watch stream as its client sees it.
+
+    Whoever drives it sends what `take` returns, at once, when `due` has come; hands what was
+    received to `receive`, in order; and opens another one when `closing`, or when `late_at` has
+    passed.
+    """
+
+    def __init__(self, subscription: Subscription, now: float) -> None:
+        self.granted = False
+        """Whether a grant of it was ever of use."""
+        self.closing = False
+        """Whether its server is about to stop."""
+        self.late_at: float | None = now + FIRST_GRANT_SECONDS
+        """When it is to be given up, unless a grant comes before."""
+        self._subscription = subscription
+        self._epoch = subscription.epoch
+        self._number = 0
+        self._asked_at: float | None = None  # when the request of that number was made
+        self._ask_at: float | None = now
+        self._end = -math.inf
+        self._owes_ack = False
+        self._owes_release = False
+        self._retired = False
+
+    def due(self) -> float | None:
+        """Return when `take` has something to send. None: not before something was received."""
+        if self._owes_ack or self._owes_release:
+            return -math.inf
+        return self._ask_at
+
+    def take(self, now: float) -> Request | None:
+        """Return what is to be sent at `now`, which was read just before. None: nothing."""
+        memory = self._subscription.memory
+        if self._retired:
+            owed, self._owes_release = self._owes_release, False
+            return Request(memory.applied, released=True) if owed else None
+        asks = self._ask_at is not None and now >= self._ask_at
+        if not asks and not self._owes_ack:
+            return None
+        if self._number == 0 and memory.applied == 0:
+            # A server takes 0 for "remembers nothing", and so it has to be.
+            memory.reset(0)
+        self._owes_ack = False
+        if not asks:
+            return Request(memory.applied)
+        self._number += 1
+        self._asked_at, self._ask_at = now, None
+        if self.granted:
+            patience = max((self._end - now) / 2, NEXT_GRANT_SECONDS_MIN)
+            self.late_at = now + patience
+        return Request(memory.applied, number=self._number)
+
+    def receive(self, event: Event | None, now: float) -> None:
+        """Take in what the server sent. None stands for something that is not known here."""
+        if self._retired:
+            return  # another stream says it all
+        subscription = self._subscription
+        match event:
+            case Invalidation():
+                subscription.apply(event.revision, event.token_ids)
+                subscription.invalidations += 1
+                self._owes_ack = True
+            case Grant():
+                self._receive_grant(event, now)
+            case Reset():
+                subscription.reset(event.revision)
+                self._epoch = subscription.epoch
+                subscription.resets += 1
+                self._owes_ack = True
+            case Closing():
+                self.closing = True
+                self._asked_at = self._ask_at = self.late_at = None
+            case None:
+                # A newer server's: to forget is safe, whatever it meant.
+                subscription.memory.reset(subscription.memory.applied)
+                subscription.resets += 1
+
+    def retire(self) -> None:
+        """Count no more grants of this stream, and tell its server that they are not needed."""
+        self._retired = True
+        self._owes_release = self.granted
+        self._owes_ack = False
+        self._asked_at = self._ask_at = self.late_at = None
+
+    def _receive_grant(self, grant: Grant, now: float) -> None:
+        if self._asked_at is None or grant.number != self._number:
+            return  # of no request that is still open
+        if self._epoch != self._subscription.epoch:
+            return  # what it knows of this memory is no longer so
+        if grant.revision > self._subscription.memory.applied:
+            # Before the lease is extended, so that nothing is ever remembered under it that is
+            # older than it.
+            self._subscription.apply(grant.revision, ())
+        asked_at, self._asked_at = self._asked_at, None
+        end = client_lease_end(asked_at, min(grant.seconds, LEASE_SECONDS_MAX))
+        if end > now:
+            # It only grows: the server heeds each of its grants to the end.
+            self._end = max(self._end, end)
+            self._subscription.extend(self, self._end)
+            self.granted = True
+            self.late_at = None
+        length = max(end - asked_at, 0.0)
+        self._ask_at = max(end - length * self._subscription.ask_share(), now + ASK_GAP_SECONDS)

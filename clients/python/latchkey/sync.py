@@ -1,0 +1,242 @@
+"""`Verifier` for threaded services: Django, Flask, anything without an event loop.
+
+    verifier = latchkey.sync.Verifier("127.0.0.1:50051")
+    answer = verifier.verify(secret, latchkey.Scope.WRITE)
+
+It owns a thread with an event loop, on which the `latchkey.Verifier` that it stands for watches
+and asks. What the memory can tell is answered in the calling thread.
+"""
+
+import asyncio
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import CancelledError
+from types import TracebackType
+from typing import Any, Final, Self
+
+import grpc
+
+from latchkey import _fork
+from latchkey import verifier as _async
+from latchkey._retry import VERIFY_TIMEOUT_SECONDS, checked_timeout
+from latchkey.client import Client
+from latchkey.errors import DeadlineExceeded, Unavailable
+from latchkey.models import Scope, Verification, VerifierStats
+from latchkey.secret import Secret
+
+__all__ = ["Verifier"]
+
+# A verify ends by its own deadline. This is for a thread that does not get its turn in time.
+MARGIN_SECONDS: Final = 1.0
+# Half a second for saying goodbye, and what a busy machine adds.
+CLOSE_SECONDS: Final = 3.0
+# As long as a thread may take to begin, on a machine that is all but standing still.
+START_SECONDS: Final = 10.0
+
+
+class Verifier:
+    """Verifies secrets from any number of threads; see `latchkey.Verifier` for what it remembers.
+
+    `target`, `credentials` and `options` are as Client takes them. Its thread begins with the
+    first verify that needs the service. Until then it may be copied by a fork, as gunicorn does:
+    each worker then has a thread of its own. After that gRPC, and so the verifier, cannot be used
+    in a forked child: verifies raise Unavailable there, and none is answered from memory.
+
+    It ends with close(), with the process, or when nothing refers to it any more.
+    """
+
+    def __init__(
+        self,
+        target: str = "127.0.0.1:50051",
+        *,
+        timeout_seconds: float = VERIFY_TIMEOUT_SECONDS,
+        memory_entries: int = _async.MEMORY_ENTRIES,
+        credentials: grpc.ChannelCredentials | None = None,
+        options: Sequence[tuple[str, Any]] = (),
+    ) -> None:
+        # Neither connects, nor takes to an event loop, before the first verify.
+        self._client = Client(target, credentials=credentials, options=options)
+        self._verifier = _async.Verifier(
+            self._client, timeout_seconds=timeout_seconds, memory_entries=memory_entries
+        )
+        self._timeout_seconds = timeout_seconds
+        self._lock = threading.Lock()
+        self._engine: _Engine | None = None
+        self._closed = False
+        _fork.watch(self)
+
+    def verify(
+        self,
+        secret: str | Secret,
+        scope: Scope | None = None,
+        *,
+        timeout_seconds: float | None = None,
+    ) -> Verification:
+        """Answer whether `secret` may do what needs `scope`, as `latchkey.Verifier.verify` does.
+
+        When the service has to be asked it blocks the calling thread, at most for
+        `timeout_seconds` or the verifier's own bound, whichever is less, and one second more if
+        the machine is too busy.
+        """
+        answer = self._verifier.verify_nowait(secret, scope)
+        if answer is not None:
+            return answer
+        checked_timeout(timeout_seconds)
+        timeout = self._timeout_seconds
+        if timeout_seconds is not None:
+            timeout = min(timeout, timeout_seconds)
+        return self._started().verify(secret, scope, timeout)
+
+    def verify_nowait(
+        self, secret: str | Secret, scope: Scope | None = None
+    ) -> Verification | None:
+        """Answer at once, as `latchkey.Verifier.verify_nowait` does; None: it cannot."""
+        return self._verifier.verify_nowait(secret, scope)
+
+    def stats(self) -> VerifierStats:
+        """Return how it is doing: whether it answers from memory, why not, and how much."""
+        return self._verifier.stats()
+
+    def close(self) -> None:
+        """Stop to watch and close the connection. Verifies under way fail. Safe to repeat.
+
+        Blocks for a bounded time, mostly milliseconds.
+        """
+        with self._lock:
+            self._closed = True
+            engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.stop()
+
+    def forked(self) -> None:
+        """Take note that this process is a forked child. For the library's own use."""
+        # Another thread may have held the lock, and is not here to give it back.
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _started(self) -> "_Engine":
+        """Return the thread that asks the service. Raises Unavailable when there can be none."""
+        with self._lock:
+            if self._closed:
+                raise _closed_error()
+            if self._engine is None:
+                self._engine = _Engine(self._verifier, self._client)
+                # Also at the end of the process, and before the thread is lost with it. The
+                # engine must not refer to this object, or it would never end.
+                weakref.finalize(self, self._engine.stop)
+            return self._engine
+
+
+class _Engine:
+    """A thread with an event loop, and the verifier that lives on it."""
+
+    # Which process had the first one. In a child that was forked from it after that, gRPC aborts
+    # the process or takes its parent's events, even when everything had been closed before.
+    first_pid: int | None = None
+
+    def __init__(self, verifier: _async.Verifier, client: Client) -> None:
+        self._pid = os.getpid()
+        if _Engine.first_pid not in (None, self._pid):
+            raise _forked_error()
+        _Engine.first_pid = self._pid
+        self._verifier = verifier
+        self._client = client
+        self._lock = threading.Lock()
+        self._running = False
+        self._ready = threading.Event()
+        self._loop: asyncio.AbstractEventLoop
+        self._stopping: asyncio.Event
+        self._thread = threading.Thread(target=self._run, name="latchkey verifier", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise Unavailable("No thread can be started for the verifier.") from error
+        if not self._ready.wait(START_SECONDS):
+            raise Unavailable("The verifier's thread did not start. Try again later.")
+
+    def verify(self, secret: str | Secret, scope: Scope | None, timeout: float) -> Verification:
+        """Verify on the event loop, and wait for that in the calling thread."""
+        if self._pid != os.getpid():
+            raise _forked_error()
+        # With the lock, so that nothing is left to an event loop that runs no more.
+        with self._lock:
+            if not self._running:
+                raise _closed_error()
+            future = asyncio.run_coroutine_threadsafe(
+                self._verifier.verify(secret, scope, timeout_seconds=timeout), self._loop
+            )
+        try:
+            return future.result(timeout + MARGIN_SECONDS)
+        except TimeoutError:
+            failure: Unavailable = DeadlineExceeded(
+                "Verify failed: no answer in time. "
+                "Try again, or allow more time with timeout_seconds."
+            )
+        except CancelledError:
+            failure = _closed_error()
+        finally:
+            future.cancel()
+        raise failure
+
+    def stop(self) -> None:
+        """Let the thread close what is open and end; wait for it, within bounds."""
+        if self._pid != os.getpid():
+            return  # a forked child has only what is written down of it
+        with self._lock:
+            running, self._running = self._running, False
+            if running:
+                self._loop.call_soon_threadsafe(self._stopping.set)
+        if self._thread is not threading.current_thread():
+            self._thread.join(CLOSE_SECONDS)
+
+    def _run(self) -> None:
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(ignore_idle_poller)
+        self._stopping = asyncio.Event()
+        self._running = True
+        self._ready.set()
+        await self._stopping.wait()
+        await self._verifier.close()
+        await self._client.close()
+        # Verifies under way have failed by now, and their threads are to hear it from themselves.
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        if others:
+            await asyncio.wait(others, timeout=1.0)
+
+
+def ignore_idle_poller(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Handle an event loop's exceptions as usual, but for one that means nothing."""
+    # With several event loops in a process, gRPC wakes all of them for each event, and those that
+    # come too late log this error: https://github.com/grpc/grpc/issues/25364
+    if isinstance(context.get("exception"), BlockingIOError) and "PollerCompletionQueue" in str(
+        context.get("message")
+    ):
+        return
+    loop.default_exception_handler(context)
+
+
+def _closed_error() -> Unavailable:
+    return Unavailable("The verifier is closed. Make a new one.", code=grpc.StatusCode.CANCELLED)
+
+
+def _forked_error() -> Unavailable:
+    return Unavailable(
+        "The process was forked after gRPC was first used, and its child cannot use it. "
+        "Verify for the first time after forking, or start workers by other means.",
+        code=grpc.StatusCode.FAILED_PRECONDITION,
+    )
