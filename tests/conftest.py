@@ -17,11 +17,11 @@ import grpc
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service import peppers
+from latchkey_service import peppers, tls
 from latchkey_service.config import Settings
 from latchkey_service.embedded import EmbeddedPostgres
 from latchkey_service.migrate import bundled, migrate
-from latchkey_service.server import running
+from latchkey_service.server import Server, running
 from latchkey_service.store import Store
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 # What the developer's shell has set must not reach the tests.
 for name in [name for name in os.environ if name.startswith("LATCHKEY_")]:
     del os.environ[name]
+
+# As in a worker, and before any gRPC object is made.
+tls.allow_only_tls_1_3()
 
 TRANSPORTS = ("native", "grpcio")
 TEMPLATE = "latchkey_template"
@@ -108,7 +111,14 @@ def make_settings(database_url: str, pepper_file: Path, transport: str) -> Setti
 
 @contextlib.asynccontextmanager
 async def serving(settings: Settings) -> AsyncIterator[str]:
-    """Run a server in this process and yield its address. The supervisor's part is done here."""
+    """Run a server in this process and yield its address."""
+    async with serving_as(settings) as server:
+        yield server.address
+
+
+@contextlib.asynccontextmanager
+async def serving_as(settings: Settings) -> AsyncIterator[Server]:
+    """Run a server in this process. The supervisor's part is done here."""
     assert settings.database_url is not None
     store = await Store.open(settings.database_url.get_secret_value())
     keyring = peppers.load_or_create(settings.pepper_path, create=False)
@@ -116,7 +126,7 @@ async def serving(settings: Settings) -> AsyncIterator[str]:
         await store.register_pepper(pepper.id)
     await store.close()
     async with running(settings, keyring) as server:
-        yield server.address
+        yield server
 
 
 @pytest.fixture
@@ -138,7 +148,7 @@ async def shared_servers(
 ) -> AsyncIterator[Callable[..., Awaitable[tuple[str, asyncpg.Connection[asyncpg.Record]]]]]:
     """Servers that tests share, one for each transport and length of its leases, each with a
     connection to its database."""
-    started = {}
+    started: dict[tuple[str, float], tuple[str, asyncpg.Connection[asyncpg.Record]]] = {}
     async with contextlib.AsyncExitStack() as stack:
 
         async def shared(

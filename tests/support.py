@@ -20,6 +20,7 @@ import grpc
 import psutil
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from latchkey_service.audit import Origin
 from latchkey_service.embedded import EmbeddedPostgres
 
 # Far above what anything here takes; only a failing test waits it out.
@@ -54,6 +55,11 @@ async def eventually(check: Callable[[], Any], what: str, within: float = WAIT_S
             last = error
         assert time.monotonic() < give_up, f"not within {within} s: {what}; at last: {last!r}"
         await asyncio.sleep(POLL_SECONDS)
+
+
+def origin(method: str = "Create") -> Origin:
+    """What a change below the servicer is written down with."""
+    return Origin("", f"/latchkey.v1.TokenService/{method}", "unix:", "request", "", "")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Entry point: `python -m latchkey_service [serve|config|worker]`."""
+"""Entry point: `python -m latchkey_service [serve|config|policy|worker]`."""
 
 import json
 import os
@@ -7,16 +7,25 @@ import sys
 from latchkey_service import config
 
 USAGE = """\
-usage: python -m latchkey_service [serve | config [--json]]
+usage: python -m latchkey_service [serve | config [--json] | policy ...]
 
-  serve    run the service (the default)
-  config   print the settings in force, passwords redacted
+  serve                    run the service (the default)
+  config                   print the settings in force, passwords redacted
+  policy new-caller NAME   print a new credential, and what the policy file has of it
+  policy check [FILE]      say whether a policy file, by default LATCHKEY_POLICY, is right
 """
 
 
 def main(arguments: list[str]) -> int:
     """Do what the arguments say and return the exit code: 2 for a wrong setting or argument."""
     command = arguments[0] if arguments else "serve"
+    if command == "policy":
+        from latchkey_service.access import command as policy_command
+
+        code = policy_command.run(arguments[1:])
+        if code is None:
+            print(USAGE, end="", file=sys.stderr)  # noqa: T201
+        return 2 if code is None else code
     try:
         settings = config.load()
     except config.ConfigError as error:

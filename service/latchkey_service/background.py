@@ -5,12 +5,13 @@ import random
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 
+from latchkey_service.audit_table import AuditTable
 from latchkey_service.coherence.table import VerifierTable
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.log import Counts, logger
 from latchkey_service.store import Store
 
-__all__ = ["follow_store", "prune_log", "purge", "summarise", "tell_summary"]
+__all__ = ["follow_store", "prune_log", "purge", "purge_audit", "summarise", "tell_summary"]
 
 # Health follows Postgres within this and PROBE_TIMEOUT_SECONDS.
 PROBE_SECONDS = 0.5
@@ -71,6 +72,19 @@ async def purge(store: Store, retention: timedelta, now: Callable[[], datetime])
             logger().info("tombstones removed", tokens=total)
 
     await _again_and_again(PURGE_SECONDS, purge_all, "tombstones not removed")
+
+
+async def purge_audit(table: AuditTable, retention: timedelta, now: Callable[[], datetime]) -> None:
+    """Remove old audit entries once an hour. Ends when cancelled."""
+
+    async def purge_all() -> None:
+        total = 0
+        while gone := await table.purge(now() - retention, PURGE_BATCH):
+            total += gone
+        if total:
+            logger().info("audit entries removed", entries=total)
+
+    await _again_and_again(PURGE_SECONDS, purge_all, "audit entries not removed")
 
 
 async def prune_log(table: VerifierTable, lease_seconds: float) -> None:

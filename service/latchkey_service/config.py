@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from latchkey_service import exposure
 from latchkey_service.embedded import default_data_dir
 
 __all__ = ["ConfigError", "Settings", "describe", "load"]
@@ -68,6 +69,35 @@ class Settings(BaseSettings):
     listen: Annotated[str, AfterValidator(_listen)] = Field(
         "127.0.0.1:50051", description="plaintext address: HOST:PORT or unix:PATH"
     )
+    tls_listen: Annotated[str, AfterValidator(_listen)] | None = Field(
+        None, description="TLS 1.3 address, beside LISTEN: HOST:PORT"
+    )
+    tls_certificate: Path | None = Field(
+        None, description="PEM file of the server's certificate and those between it and its CA"
+    )
+    tls_key: Path | None = Field(None, description="PEM file of that certificate's private key")
+    tls_client_ca: Path | None = Field(
+        None,
+        description="PEM file of the CAs of client certificates, which TLS_LISTEN then requires",
+    )
+    policy: Path | None = Field(
+        None, description="file that says who may call; unset: everyone, on this machine only"
+    )
+    trusted_proxy: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://[^\s,;\"]+$",
+        description="URI in the certificate of the proxy whose x-forwarded-client-cert is believed",
+    )
+    insecure_listen: Literal["none", "plaintext", "anonymous"] = Field(
+        "none",
+        description="what LISTEN may be on other addresses than this machine's own: plaintext "
+        "with a policy, or anonymous without one",
+    )
+    reflection: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="on or off: describe the service to whoever asks; auto: on loopback and UNIX "
+        "sockets, not behind a proxy",
+    )
     database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = Field(
         None, description="any Postgres from 15 on; unset: an embedded one in DATA_DIR"
     )
@@ -85,6 +115,9 @@ class Settings(BaseSettings):
     )
     tombstone_retention_days: int = Field(
         90, ge=1, le=36_500, description="how long a deleted token is told DELETED, not UNKNOWN"
+    )
+    audit_retention_days: int = Field(
+        365, ge=1, le=36_500, description="how long it is kept who managed tokens"
     )
     lease_seconds: float = Field(
         3.0,
@@ -121,8 +154,11 @@ class Settings(BaseSettings):
         return self.pepper_file or self.data_dir / "peppers"
 
 
-def load() -> Settings:
-    """Return the settings in force. Raises ConfigError, which names every setting that is wrong."""
+def load(*, together: bool = True) -> Settings:
+    """Return the settings in force. Raises ConfigError, which names every setting that is wrong.
+
+    With `together` also those that do not go together.
+    """
     try:
         settings = Settings()
     except ValidationError as error:
@@ -131,11 +167,8 @@ def load() -> Settings:
             for e in error.errors(include_input=False, include_url=False)
         ]
         raise ConfigError("\n".join(lines)) from None
-    if settings.workers > 1 and settings.listen.startswith("unix:"):
-        raise ConfigError(
-            f"{PREFIX}WORKERS: several processes cannot share a UNIX socket; "
-            "listen on HOST:PORT, or use 1"
-        )
+    if together and (problems := exposure.problems(settings)):
+        raise ConfigError("\n".join(problems))
     return settings
 
 

@@ -4,6 +4,9 @@
     ├── InvalidArgument       the request is wrong; says which fields and why
     ├── NotFound              the account has no such token
     ├── AlreadyExists         the name is taken
+    ├── Denied                who calls may not
+    │   ├── Unauthenticated   nobody knows who calls
+    │   └── PermissionDenied  a caller that is known, and may not call this
     ├── Overloaded            a bound was reached; worth a retry
     ├── WatchRefused          this server grants no leases
     ├── WatcherSilent         the client of a Watch has not been heard of for long
@@ -26,15 +29,18 @@ from google.rpc import error_details_pb2, status_pb2
 
 __all__ = [
     "AlreadyExists",
+    "Denied",
     "FieldViolation",
     "InvalidArgument",
     "LatchkeyError",
     "NotConfirmed",
     "NotFound",
     "Overloaded",
+    "PermissionDenied",
     "StatusParts",
     "StoreConflict",
     "StoreUnavailable",
+    "Unauthenticated",
     "Unavailable",
     "WatchRefused",
     "WatcherSilent",
@@ -90,6 +96,23 @@ class AlreadyExists(LatchkeyError):
     reason = "TOKEN_NAME_TAKEN"
 
 
+class Denied(LatchkeyError):
+    """Whoever calls may not. `caller` is the name of a caller that is known, for the log."""
+
+    def __init__(self, message: str, reason: str, caller: str = "") -> None:
+        self.reason = reason
+        self.caller = caller
+        super().__init__(message)
+
+
+class Unauthenticated(Denied):
+    """What the call presents, if anything, names no caller of the policy."""
+
+
+class PermissionDenied(Denied):
+    """The policy has no such right for this caller."""
+
+
 class Overloaded(LatchkeyError):
     """A bound on work in progress was reached."""
 
@@ -135,6 +158,8 @@ _CODES: Mapping[type[LatchkeyError], grpc.StatusCode] = MappingProxyType(
         InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
         NotFound: grpc.StatusCode.NOT_FOUND,
         AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+        Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+        PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
         Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
         Unavailable: grpc.StatusCode.UNAVAILABLE,
         NotConfirmed: grpc.StatusCode.UNAVAILABLE,

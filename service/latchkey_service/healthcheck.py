@@ -28,7 +28,7 @@ _OPTIONS: Final = (
 def main() -> int:
     """Return 0 if the service says SERVING within 2 seconds, else 1, with the reason on stderr."""
     try:
-        address = target(config.load().listen)
+        address = target(config.load(together=False).listen)
         with grpc.insecure_channel(address, options=_OPTIONS) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)  # its types know of no methods
             # Not wait_for_ready: a refused connection is an answer.

@@ -14,6 +14,7 @@ from google.protobuf import duration_pb2, timestamp_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
+from latchkey_service.audit import call_origin
 from latchkey_service.coherence.watch import (
     Event,
     Grant,
@@ -30,7 +31,7 @@ from latchkey_service.tokens import NewToken, Tokens
 from latchkey_service.verdict import TokenRecord, Verdict
 from latchkey_service.verifier import Answer, Verifier
 
-__all__ = ["TokenService", "encode_token"]
+__all__ = ["TokenService", "encode_token", "to_datetime"]
 
 BATCH_MAX = 1_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -107,11 +108,11 @@ class TokenService(pb_grpc.TokenServiceServicer):
             request.account_id,
             request.name,
             request.scope,
-            _datetime("expire_time", request.expire_time) if expiry == "expire_time" else None,
+            to_datetime("expire_time", request.expire_time) if expiry == "expire_time" else None,
             _timedelta("ttl", request.ttl) if expiry == "ttl" else None,
             dict(request.labels),
         )
-        created = await self._tokens.create(new)
+        created = await self._tokens.create(new, call_origin.get())
         response = pb.CreateResponse(secret=created.secret.reveal())
         _put_token(created.record, response.token)
         return response
@@ -132,7 +133,10 @@ class TokenService(pb_grpc.TokenServiceServicer):
     async def Delete(self, request: pb.DeleteRequest, context: "Context") -> pb.DeleteResponse:
         wait_until = self._clock() + confirmation_seconds(context)
         deletion = await self._tokens.delete(
-            request.account_id, request.id, None if request.no_wait else wait_until
+            request.account_id,
+            request.id,
+            None if request.no_wait else wait_until,
+            call_origin.get(),
         )
         response = pb.DeleteResponse()
         _put_receipt(deletion, response.receipt)
@@ -218,7 +222,7 @@ def _put_time(moment: datetime, timestamp: timestamp_pb2.Timestamp) -> None:
     timestamp.nanos = since.microseconds * 1_000
 
 
-def _datetime(field: str, timestamp: timestamp_pb2.Timestamp) -> datetime:
+def to_datetime(field: str, timestamp: timestamp_pb2.Timestamp) -> datetime:
     """Return the moment, cut to microseconds. Raises InvalidArgument where there is none."""
     if timestamp.seconds not in _TIMESTAMP_SECONDS or not 0 <= timestamp.nanos < 1_000_000_000:
         raise InvalidArgument(FieldViolation(field, "is not a moment of the years 1 to 9999"))

@@ -29,6 +29,8 @@ __all__ = [
     "Minted",
     "Pepper",
     "Secret",
+    "base62",
+    "checksum",
     "holds_secret",
 ]
 
@@ -114,11 +116,11 @@ class Keyring:
 
     def mint(self, prefix: str, random_bytes: Callable[[int], bytes]) -> Minted:
         """Return a new secret. `random_bytes` is the OS's CSPRNG, passed in."""
-        body = f"{prefix}_{_base62(int.from_bytes(random_bytes(RANDOM_BYTES)), BODY_DIGITS)}"
+        body = f"{prefix}_{base62(int.from_bytes(random_bytes(RANDOM_BYTES)), BODY_DIGITS)}"
         pepper = self.peppers[0]
         digest = hmac.digest(pepper.key, body.encode(), "sha256")
-        tagged = body + _base62(_tag(digest), TAG_DIGITS)
-        text = tagged + _checksum(tagged)
+        tagged = body + base62(_tag(digest), TAG_DIGITS)
+        text = tagged + checksum(tagged)
         hint = f"{prefix}_…{text[-HINT_CHARACTERS:]}"
         return Minted(Secret(text), Digest(digest, pepper.id), hint)
 
@@ -149,7 +151,7 @@ class Keyring:
 def holds_secret(text: str) -> bool:
     """Tell whether a text has a secret in it, by shape and checksum."""
     return any(
-        _checksum(match[0][:-CHECKSUM_DIGITS]) == match[0][-CHECKSUM_DIGITS:]
+        checksum(match[0][:-CHECKSUM_DIGITS]) == match[0][-CHECKSUM_DIGITS:]
         for match in _SHAPE.finditer(text)
     )
 
@@ -158,11 +160,12 @@ def _tag(digest: bytes) -> int:
     return int.from_bytes(digest[:8]) % TAG_MODULUS
 
 
-def _checksum(text: str) -> str:
-    return _base62(zlib.crc32(text.encode()), CHECKSUM_DIGITS)
+def checksum(text: str) -> str:
+    """Return the checksum of what comes before it."""
+    return base62(zlib.crc32(text.encode()), CHECKSUM_DIGITS)
 
 
-def _base62(number: int, digits: int) -> str:
+def base62(number: int, digits: int) -> str:
     """Return `number` as exactly `digits` base62 digits, most significant first."""
     out = []
     for _ in range(digits):

@@ -1,4 +1,4 @@
-"""Wiring of one worker: store, servicers, health, reflection, graceful stop, either transport."""
+"""Wiring of one worker: store, servicers, listeners with their doors, graceful stop."""
 
 import asyncio
 import contextlib
@@ -7,6 +7,7 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -16,15 +17,24 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from latchkey_coherence.lease import boottime
 from latchkey_coherence.memory import Memory
+from latchkey_proto.v1 import audit_service_pb2 as audit_pb
+from latchkey_proto.v1 import audit_service_pb2_grpc as audit_pb_grpc
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
+from latchkey_service import exposure
+from latchkey_service.access import policy as policies
+from latchkey_service.access.gate import Door, Gate
+from latchkey_service.access.policy_file import PolicyFile, read_text
+from latchkey_service.audit import AuditLog
+from latchkey_service.audit_table import AuditTable
 from latchkey_service.background import (
     follow_store,
     prune_log,
     purge,
+    purge_audit,
     summarise,
     tell_summary,
 )
@@ -42,9 +52,11 @@ from latchkey_service.health import Health
 from latchkey_service.log import Counts
 from latchkey_service.lookup import Lookup
 from latchkey_service.rpc import TokenService, encode_token
+from latchkey_service.rpc_audit import AuditService
 from latchkey_service.rpc_status import StatusService
 from latchkey_service.secrets import Keyring
 from latchkey_service.store import Store
+from latchkey_service.tls import Certificates
 from latchkey_service.tokens import Tokens
 from latchkey_service.verdict import Record
 from latchkey_service.verifier import Verifier
@@ -57,6 +69,7 @@ __all__ = ["Server", "make_transport", "running"]
 SERVICES = (
     pb.DESCRIPTOR.services_by_name["TokenService"].full_name,
     status_pb.DESCRIPTOR.services_by_name["StatusService"].full_name,
+    audit_pb.DESCRIPTOR.services_by_name["AuditService"].full_name,
 )
 # The contract has fields answered in words up to 4 MiB, the usual limit; the rest of such a
 # message must fit in beside them, or the transport would refuse it without our details.
@@ -78,37 +91,59 @@ OPTIONS: Mapping[str, int] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What is served, the same on every listener."""
+
+    tokens: TokenService
+    status: StatusService
+    audit: AuditService
+    health: Health
+
+
 class Server:
-    """A transport with our services on it. `address` is where it listens."""
+    """Listeners with our services on them. `address` is where the plaintext one listens,
+    `tls_address` the one with TLS, None for none."""
+
+    policy_file: PolicyFile | None = None
+    """To be read again on SIGHUP."""
 
     def __init__(
         self,
         settings: Settings,
         calls: Calls,
-        tokens: TokenService,
-        status: StatusService,
+        services: Services,
         watchers: Watchers,
+        gate: Gate | None,
     ) -> None:
         self._watchers = watchers
-        self._server = make_transport(settings.transport)
-        self._health = Health(("", *SERVICES))
-        registrar: Any = _Registrar(self._server, calls)
-        pb_grpc.add_TokenServiceServicer_to_server(tokens, registrar)
-        status_pb_grpc.add_StatusServiceServicer_to_server(status, registrar)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, registrar)
-        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        # Not by enable_server_reflection: it looks at the server's class to choose its servicer.
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]  # has no stubs
-            reflection.aio.ReflectionServicer(service_names=names), registrar
-        )
-        self.address = settings.listen
-        port = self._server.add_insecure_port(settings.listen)
-        if not settings.listen.startswith("unix:"):
-            self.address = f"{settings.listen.rpartition(':')[0]}:{port}"
+        self._health = services.health
+        plaintext = make_transport(settings.transport)
+        self._servers = [plaintext]
+        door = None if gate is None else Door(gate, proxy=settings.trusted_proxy)
+        reflected = exposure.reflects(settings, settings.listen)
+        _register(services, _Registrar(plaintext, calls, door), reflected=reflected)
+        self.address = _with_port(settings.listen, plaintext.add_insecure_port(settings.listen))
+        self.tls_address: str | None = None
+        if settings.tls_listen is not None:
+            # grpcio, whatever the other one is: `native` has no TLS.
+            encrypted = make_transport("grpcio")
+            self._servers.append(encrypted)
+            door = None if gate is None else Door(gate, tls=True)
+            reflected = exposure.reflects(settings, settings.tls_listen)
+            _register(services, _Registrar(encrypted, calls, door), reflected=reflected)
+            assert settings.tls_certificate is not None, "exposure.py has seen to it"  # noqa: S101 - for the type checker
+            assert settings.tls_key is not None, "exposure.py has seen to it"  # noqa: S101 - for the type checker
+            certificates = Certificates(
+                settings.tls_certificate, settings.tls_key, settings.tls_client_ca
+            )
+            port = encrypted.add_secure_port(settings.tls_listen, certificates.credentials())
+            self.tls_address = _with_port(settings.tls_listen, port)
 
     async def start(self) -> None:
         """Serve, with health at NOT_SERVING until told otherwise."""
-        await self._server.start()
+        for server in self._servers:
+            await server.start()
 
     def set_serving(self, serving: bool) -> None:
         """Say on the health service whether calls are likely to succeed."""
@@ -126,15 +161,44 @@ class Server:
         )
         # Else they would take up the whole grace.
         self._health.end_watches()
-        await self._server.stop(grace_seconds)
+        await asyncio.gather(*(server.stop(grace_seconds) for server in self._servers))
         return drained
 
 
+def _register(services: Services, registrar: Any, *, reflected: bool) -> None:
+    pb_grpc.add_TokenServiceServicer_to_server(services.tokens, registrar)
+    status_pb_grpc.add_StatusServiceServicer_to_server(services.status, registrar)
+    audit_pb_grpc.add_AuditServiceServicer_to_server(services.audit, registrar)
+    health_pb2_grpc.add_HealthServicer_to_server(services.health, registrar)
+    if reflected:
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        # Not by enable_server_reflection: it looks at the server's class to choose its servicer.
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]  # has no stubs
+            reflection.aio.ReflectionServicer(service_names=names), registrar
+        )
+
+
+def _with_port(listen: str, port: int) -> str:
+    """Return an address with the port that it became."""
+    return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+
+
 @contextlib.asynccontextmanager
-async def running(settings: Settings, keyring: Keyring) -> AsyncIterator[Server]:
-    """Run a worker: a server that is up, with its background work, stopped in good order."""
+async def running(
+    settings: Settings, keyring: Keyring, policy_text: str | None = None
+) -> AsyncIterator[Server]:
+    """Run a worker: a server that is up, with its background work, stopped in good order.
+
+    `policy_text` is what the policy file said when it was last found right; None: read it now.
+    Raises PolicyError, TlsError.
+    """
     if settings.database_url is None:
         raise ValueError("a worker needs a database URL")
+    gate = policy_file = None
+    if settings.policy is not None:
+        text = read_text(settings.policy) if policy_text is None else policy_text
+        gate = Gate(policies.parse(text))
+        policy_file = PolicyFile(settings.policy, gate, text)
     database_url = settings.database_url.get_secret_value()
 
     async def own_connection() -> "asyncpg.Connection[asyncpg.Record]":
@@ -160,23 +224,34 @@ async def running(settings: Settings, keyring: Keyring) -> AsyncIterator[Server]
     verifier = Verifier(keyring, lookup, heart, membership, encode_token, boottime, time.time)
     tokens = Tokens(store, keyring, confirmer, settings.secret_prefix, _now, os.urandom)
     counts = Counts()
-    server = Server(
-        settings,
-        Calls(counts, settings.log_verify_share, time.monotonic),
+    audit_table = AuditTable(pool)
+    audit = AuditLog(audit_table, time.monotonic, _now)
+    calls = Calls(counts, audit, settings.log_verify_share, time.monotonic)
+    if gate is not None:
+        gate.on_change(calls.recheck)
+    services = Services(
         TokenService(tokens, verifier, watchers, counts, boottime),
         StatusService(table, identity.id),
-        watchers,
+        AuditService(audit_table),
+        Health(("", *SERVICES)),
     )
+    server = Server(settings, calls, services, watchers, gate)
     beating = asyncio.create_task(heart.run(), name="heart")
     await server.start()
+    server.policy_file = policy_file
     retention = timedelta(days=settings.tombstone_retention_days)
-    background = (
+    audit_retention = timedelta(days=settings.audit_retention_days)
+    background = [
         listener.run(),
         follow_store(store, server.set_serving),
         summarise(counts),
         purge(store, retention, _now),
         prune_log(table, settings.lease_seconds),
-    )
+        audit.run(),
+        purge_audit(audit_table, audit_retention, _now),
+    ]
+    if policy_file is not None:
+        background.append(policy_file.follow())
     tasks = [asyncio.create_task(work) for work in background]
     try:
         yield server
@@ -185,6 +260,7 @@ async def running(settings: Settings, keyring: Keyring) -> AsyncIterator[Server]
         drained = await server.stop(settings.grace_seconds)
         # After the last answer, and not before: the row stands for what may still be answered.
         await _end(beating)
+        await audit.close()
         await asyncio.gather(
             heart.stop(remove=drained), confirmer.close(), lookup.close(), store.close()
         )
@@ -217,9 +293,10 @@ class _Registrar:
     is all that grpcio's asyncio server reads and what `native` leaves to its grpcio part.
     """
 
-    def __init__(self, server: grpc.aio.Server, calls: Calls) -> None:
+    def __init__(self, server: grpc.aio.Server, calls: Calls, door: Door | None) -> None:
         self._server = server
         self._calls = calls
+        self._door = door
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
         """Do nothing: generated code registers the same handlers by name right after."""
@@ -227,7 +304,7 @@ class _Registrar:
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
         """Wrap and register the handlers of a service by method name."""
         wrapped = {
-            name: self._calls.wrap(f"/{service}/{name}", handler)
+            name: self._calls.wrap(f"/{service}/{name}", handler, self._door)
             for name, handler in handlers.items()
         }
         by_path = {f"/{service}/{name}": handler for name, handler in wrapped.items()}

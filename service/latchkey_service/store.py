@@ -11,6 +11,7 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from latchkey_service.audit import Origin
 from latchkey_service.database import Pool, connect, retrying, translated
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.secrets import Digest
@@ -116,8 +117,13 @@ class Store:
         return [row["id"] for row in rows]
 
     @retrying
-    async def insert_token(self, record: TokenRecord, name_key: str, digest: Digest) -> None:
-        """Add a token with its secret, both or neither. Raises AlreadyExists for a taken name."""
+    async def insert_token(
+        self, record: TokenRecord, name_key: str, digest: Digest, origin: Origin
+    ) -> None:
+        """Add a token with its secret and the audit entry of `origin`, all or none.
+
+        Raises AlreadyExists for a taken name.
+        """
         async with self._pool.session() as session:
             await session.execute(
                 """
@@ -125,7 +131,10 @@ class Store:
                     INSERT INTO token (id, account_id, name, name_key, scope, create_time,
                                        expire_time, hint, labels)
                     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
-                    RETURNING id)
+                    RETURNING id, account_id),
+                audited AS (
+                    INSERT INTO audit (account_id, token_id, caller, method, peer, request_id)
+                    SELECT account_id, id, $12, $13, $14, $15 FROM token)
                 INSERT INTO secret (digest, pepper_id, token_id)
                 SELECT $10, $11, id FROM token
                 """,
@@ -140,7 +149,12 @@ class Store:
                 json.dumps(dict(record.labels)),
                 digest.value,
                 digest.pepper_id,
+                origin.caller,
+                origin.method,
+                origin.peer,
+                origin.request_id,
             )
+        origin.recorded = True
 
     @retrying
     async def get_token(self, account_id: str, token_id: str) -> TokenRecord | None:
@@ -179,21 +193,23 @@ class Store:
             )
         return [record_of(row) for row in rows]
 
-    async def delete_token(self, account_id: str, token_id: str) -> Deletion | None:
+    async def delete_token(self, account_id: str, token_id: str, origin: Origin) -> Deletion | None:
         """Delete a token and return the receipt, the first one if it is deleted already.
 
         None: the account never had it.
         """
-        return await self._bury(account_id, token_id) or await self._deletion(account_id, token_id)
+        buried = await self._bury(account_id, token_id, origin)
+        return buried or await self._deletion(account_id, token_id)
 
     @retrying
-    async def _bury(self, account_id: str, token_id: str) -> Deletion | None:
+    async def _bury(self, account_id: str, token_id: str, origin: Origin) -> Deletion | None:
         """Turn a live token into a tombstone under the next revision; None if it is not live.
 
-        One statement, and so one transaction: the tombstone, the next revision and the log entry
-        stand together or not at all. From `next` to its commit it holds head's row (coherence
-        rule 1). The token's row is locked before that, always in this order: no deadlock. Of two
-        deletions of one token, the second waits at `live`, and then finds it live no more.
+        One statement, and so one transaction: the tombstone, the next revision, the log entry and
+        the audit entry stand together or not at all. From `next` to its commit it holds head's row
+        (coherence rule 1). The token's row is locked before that, always in this order: no
+        deadlock. Of two deletions of one token, the second waits at `live`, and then finds it live
+        no more.
         """
         async with self._pool.session() as session:
             row = await session.fetchrow(
@@ -213,7 +229,10 @@ class Store:
                     UPDATE token t SET delete_time = s.moment FROM stamped s WHERE t.id = s.id),
                 logged AS (
                     INSERT INTO invalidation (revision, token_id)
-                    SELECT revision, id FROM stamped)
+                    SELECT revision, id FROM stamped),
+                audited AS (
+                    INSERT INTO audit (time, account_id, token_id, caller, method, peer, request_id)
+                    SELECT moment, $1, id, $3, $4, $5, $6 FROM stamped)
                 INSERT INTO deletion (token_id, revision, commit_time)
                 SELECT id, revision, moment FROM stamped
                 RETURNING revision, commit_time, effective_time, verifiers_acknowledged,
@@ -221,8 +240,15 @@ class Store:
                 """,
                 account_id,
                 token_id,
+                origin.caller,
+                origin.method,
+                origin.peer,
+                origin.request_id,
             )
-        return None if row is None else Deletion(**dict(row))
+        if row is None:
+            return None
+        origin.recorded = True
+        return Deletion(**dict(row))
 
     @retrying
     async def _deletion(self, account_id: str, token_id: str) -> Deletion | None:

@@ -6,6 +6,7 @@ processes of their own from the start, never forks: gRPC does not survive a fork
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -16,7 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from latchkey_service import log, peppers
+from latchkey_service import log, peppers, tls
+from latchkey_service.access.policy import PolicyError, parse
+from latchkey_service.access.policy_file import read_text
 from latchkey_service.config import PREFIX, READY, Settings
 from latchkey_service.embedded import EmbeddedError, EmbeddedPostgres
 from latchkey_service.errors import StoreUnavailable
@@ -48,6 +51,8 @@ def run(settings: Settings) -> int:
     log.configure(log.form(settings.log_format), settings.log_level)
     postgres: EmbeddedPostgres | None = None
     try:
+        # Before Postgres is started: who has made a mistake is told at once.
+        policy = _checked_files(settings)
         if settings.database_url is None:
             postgres = EmbeddedPostgres(settings.data_dir)
             # On the main thread, before any other: see embedded.py.
@@ -55,8 +60,12 @@ def run(settings: Settings) -> int:
                 database_url = postgres.start()
         else:
             database_url = settings.database_url.get_secret_value()
-        with _reserved(settings.listen) as listen:
-            return asyncio.run(_Supervisor(settings, database_url, listen, postgres).run())
+        with (
+            _reserved(settings.listen) as listen,
+            _reserved(settings.tls_listen, "TLS_LISTEN") as tls_listen,
+        ):
+            supervisor = _Supervisor(settings, database_url, listen, tls_listen, postgres, policy)
+            return asyncio.run(supervisor.run())
     except (
         EmbeddedError,
         MigrationError,
@@ -85,13 +94,19 @@ class _Supervisor:
         settings: Settings,
         database_url: str,
         listen: str,
+        tls_listen: str | None,
         postgres: EmbeddedPostgres | None,
+        policy: str | None,
     ) -> None:
         self._settings = settings
         self._database_url = database_url
         self._listen = listen
+        self._tls_listen = tls_listen
         self._postgres = postgres
         self._peppers = b""
+        # What the policy file said when it was last found right.
+        self._policy = policy
+        self._processes: set[asyncio.subprocess.Process] = set()
         self._stop = asyncio.Event()
         self._log = log.logger()
 
@@ -99,6 +114,9 @@ class _Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop.set)
+        if self._policy is not None:
+            # Else it ends us, as when a terminal is closed: there is nothing to read again.
+            loop.add_signal_handler(signal.SIGHUP, self._reload)
         prepare = asyncio.create_task(self._prepare())
         if not await self._unless_stopped(prepare):
             return 0
@@ -149,6 +167,24 @@ class _Supervisor:
             await store.close()
         self._peppers = peppers.render(keyring).encode()
 
+    def _reload(self) -> None:
+        """Have the workers read the policy file again. Each says what comes of it."""
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGHUP)
+
+    def _current_policy(self) -> str | None:
+        """Return what a new worker begins with: what the file says, or said when it was right."""
+        if self._settings.policy is not None:
+            try:
+                text = read_text(self._settings.policy)
+                parse(text)
+            except PolicyError as error:
+                self._log.error("policy refused", error=str(error))
+            else:
+                self._policy = text
+        return self._policy
+
     async def _keep(self, number: int, ready: asyncio.Event) -> None:
         """Run worker `number`, again when it dies, until stopped."""
         loop = asyncio.get_running_loop()
@@ -159,11 +195,13 @@ class _Supervisor:
             try:
                 if await self._comes_up(process):
                     ready.set()
+                    self._processes.add(process)
                     self._log.info("worker up", worker=number, pid=process.pid)
                     await self._unless_stopped(asyncio.create_task(process.wait()))
                 elif not ready.is_set() and not self._stop.is_set():
                     raise StartError(f"worker {number} did not come up; its log says why")
             finally:
+                self._processes.discard(process)
                 await self._end(process)
             if self._stop.is_set():
                 return
@@ -179,6 +217,7 @@ class _Supervisor:
         environment = os.environ | {
             PREFIX + "DATABASE_URL": self._database_url,
             PREFIX + "LISTEN": self._listen,
+            PREFIX + "TLS_LISTEN": self._tls_listen or "",
             PREFIX + "DATA_DIR": str(self._settings.data_dir),
             PREFIX + "LOG_FORMAT": log.form(self._settings.log_format),
         }
@@ -199,6 +238,7 @@ class _Supervisor:
         # that lacked one would take live tokens for made-up ones.
         assert process.stdin is not None, "it is a pipe"  # noqa: S101 - for the type checker
         process.stdin.write(self._peppers)
+        process.stdin.write(json.dumps(self._current_policy()).encode("ascii") + b"\n")
         return process
 
     async def _comes_up(self, process: asyncio.subprocess.Process) -> bool:
@@ -259,13 +299,35 @@ class _Supervisor:
         address = self._listen
         if address.startswith("unix:"):
             address = "-unix " + address.removeprefix("unix:")
+        encrypted = f"With TLS it serves on {self._tls_listen}.\n" if self._tls_listen else ""
+        who = "" if self._policy is None else """-H "authorization: Bearer $CREDENTIAL" """
         print(  # noqa: T201 - for a person
             f"\nLatchkey serves on {self._listen} ({settings.workers} worker{plural}, {database})."
-            " Ctrl-C stops it.\n\nTry it:\n"
-            """  grpcurl -plaintext -d '{"account_id": "acme", "name": "first", """
+            f" Ctrl-C stops it.\n{encrypted}\nTry it:\n"
+            f"""  grpcurl -plaintext {who}-d '{{"account_id": "acme", "name": "first", """
             f""""scope": "SCOPE_READ"}}' \\\n    {address} latchkey.v1.TokenService/Create\n""",
             flush=True,
         )
+
+
+def _checked_files(settings: Settings) -> str | None:
+    """Check what workers will read, and return the policy. Raises StartError."""
+    policy = None
+    if settings.policy is not None:
+        try:
+            policy = read_text(settings.policy)
+            parse(policy)
+        except PolicyError as error:
+            raise StartError(f"{PREFIX}POLICY: {settings.policy}: {error}") from None
+    if settings.tls_certificate is not None and settings.tls_key is not None:
+        certificates = tls.Certificates(
+            settings.tls_certificate, settings.tls_key, settings.tls_client_ca
+        )
+        try:
+            certificates.read()
+        except tls.TlsError as error:
+            raise StartError(str(error)) from None
+    return policy
 
 
 async def _all_set(events: list[asyncio.Event]) -> None:
@@ -274,13 +336,16 @@ async def _all_set(events: list[asyncio.Event]) -> None:
 
 
 @contextlib.contextmanager
-def _reserved(listen: str) -> Iterator[str]:
+def _reserved(listen: str | None, setting: str = "LISTEN") -> Iterator[Any]:
     """Make sure that nobody else has the address, keep it for the workers, and yield it.
 
     The workers share a port by SO_REUSEPORT, and with that a second service would silently take a
     part of the calls. So it is tried without first; then a socket that never listens keeps the
     port, also while no worker has it, which also settles which one port 0 is.
     """
+    if listen is None:
+        yield None
+        return
     if listen.startswith("unix:"):
         path = Path(listen.removeprefix("unix:"))
         _clear_unix_socket(path)
@@ -293,10 +358,12 @@ def _reserved(listen: str) -> Iterator[str]:
     try:
         found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
     except OSError as error:
-        raise StartError(f"{PREFIX}LISTEN: {host} is no address of this machine: {error}") from None
+        raise StartError(
+            f"{PREFIX}{setting}: {host} is no address of this machine: {error}"
+        ) from None
     family, _, _, _, address = found[0]
     with (
-        _listening_alone(family, address, listen) as probe,
+        _listening_alone(family, address, listen, setting) as probe,
         socket.socket(family, socket.SOCK_STREAM) as keeper,
     ):
         # Without SO_REUSEADDR, which would let another service's probe in beside it.
@@ -315,7 +382,7 @@ def _reserved(listen: str) -> Iterator[str]:
         yield f"{host}:{address[1]}"
 
 
-def _listening_alone(family: int, address: Any, listen: str) -> socket.socket:
+def _listening_alone(family: int, address: Any, listen: str, setting: str) -> socket.socket:
     """Return a socket that listens on an address as the only one. Raises StartError."""
     give_up = time.monotonic() + ADDRESS_TIMEOUT_SECONDS
     while True:
@@ -331,7 +398,7 @@ def _listening_alone(family: int, address: Any, listen: str) -> socket.socket:
             if time.monotonic() > give_up:
                 raise StartError(
                     f"cannot listen on {listen}: {error.strerror}. Is another Latchkey "
-                    f"running? {PREFIX}LISTEN chooses another address"
+                    f"running? {PREFIX}{setting} chooses another address"
                 ) from None
         time.sleep(POLL_SECONDS)
 

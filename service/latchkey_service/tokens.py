@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from latchkey_service.audit import Origin
 from latchkey_service.coherence.confirmer import Confirmer
 from latchkey_service.errors import FieldViolation, InvalidArgument, NotFound
 from latchkey_service.secrets import Keyring, Secret, holds_secret
@@ -87,8 +88,8 @@ class Tokens:
         self._now = now
         self._random_bytes = random_bytes
 
-    async def create(self, new: NewToken) -> Created:
-        """Create a token. Raises AlreadyExists. Not idempotent."""
+    async def create(self, new: NewToken, origin: Origin) -> Created:
+        """Create a token for the call of `origin`. Raises AlreadyExists. Not idempotent."""
         now = self._now()
         name = new.name.strip()
         violations = [
@@ -121,7 +122,7 @@ class Tokens:
             minted.hint,
             dict(new.labels),
         )
-        await self._store.insert_token(record, _name_key(name), minted.digest)
+        await self._store.insert_token(record, _name_key(name), minted.digest, origin)
         return Created(record, minted.secret)
 
     async def get(self, account_id: str, token_id: str) -> TokenRecord:
@@ -148,7 +149,9 @@ class Tokens:
         position = Position(last.create_time, last.id)
         return Page(records[:size], encode_page_token(account_id, position))
 
-    async def delete(self, account_id: str, token_id: str, wait_until: float | None) -> Deletion:
+    async def delete(
+        self, account_id: str, token_id: str, wait_until: float | None, origin: Origin
+    ) -> Deletion:
         """Delete a token for good and return the receipt. Idempotent.
 
         It returns when no verifier can answer VALID any more (coherence rule 8), or at once with
@@ -156,7 +159,7 @@ class Tokens:
         process's clock: the deletion stands, and to delete it again returns the receipt.
         """
         _check(*_account_violations(account_id), *_id_violations(token_id))
-        deletion = await self._store.delete_token(account_id, token_id)
+        deletion = await self._store.delete_token(account_id, token_id, origin)
         if deletion is None:
             raise NotFound("The account never had a token of this id.")
         if deletion.effective_time is not None:

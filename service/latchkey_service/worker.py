@@ -1,7 +1,8 @@
 """One server process under the supervisor: serve until told to stop.
 
-Its settings come from the environment, and its peppers by standard input, so that a worker that is
-started again has those that the supervisor has checked, whatever became of the file since.
+Its settings come from the environment, its peppers and its policy by standard input, a line each,
+so that a worker that is started again has those that the supervisor has checked, whatever became of
+the files since. On SIGHUP it reads the policy file again.
 
 It is told by SIGTERM, or by the end of its standard input, which the supervisor holds open: so a
 worker never outlives a supervisor that was killed.
@@ -9,15 +10,17 @@ worker never outlives a supervisor that was killed.
 
 import asyncio
 import gc
+import json
 import signal
 import sys
 
 import uvloop
 
-from latchkey_service import log, peppers
+from latchkey_service import log, peppers, tls
+from latchkey_service.access.policy import PolicyError
 from latchkey_service.config import READY, Settings, load
 from latchkey_service.secrets import Keyring
-from latchkey_service.server import running
+from latchkey_service.server import Server, running
 
 __all__ = ["main"]
 
@@ -33,14 +36,22 @@ def main() -> int:
     log.configure(log.form(settings.log_format), settings.log_level)
     try:
         keyring = peppers.parse(sys.stdin.buffer.readline().decode("ascii"))
-        return uvloop.run(_serve(settings, keyring))
-    except (peppers.PepperFileError, RuntimeError, OSError) as error:
-        # What a worker cannot start without: its keys, its address.
+        policy: str | None = json.loads(sys.stdin.buffer.readline())
+        tls.allow_only_tls_1_3()
+        return uvloop.run(_serve(settings, keyring, policy))
+    except (
+        peppers.PepperFileError,
+        PolicyError,
+        tls.TlsError,
+        RuntimeError,
+        OSError,
+    ) as error:
+        # What a worker cannot start without: its keys, its policy, its addresses.
         log.logger().error("worker cannot start", error=str(error))
         return 1
 
 
-async def _serve(settings: Settings, keyring: Keyring) -> int:
+async def _serve(settings: Settings, keyring: Keyring, policy: str | None) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     orphaned = False
@@ -51,19 +62,34 @@ async def _serve(settings: Settings, keyring: Keyring) -> int:
         loop.remove_reader(sys.stdin)
         stop.set()
 
+    # Ignored until there is something to read again.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, stop.set)
     loop.add_reader(sys.stdin, supervisor_is_gone)
-    async with running(settings, keyring) as server:
+    async with running(settings, keyring, policy) as server:
         # What is loaded by now stays: the collector need not look at it again and again. And what
         # a call leaves is freed by reference counts, so it may look less often.
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
+        reload = asyncio.Event()
+        loop.add_signal_handler(signal.SIGHUP, reload.set)
+        reloading = asyncio.create_task(_reload(server, reload))
         sys.stdout.buffer.write(READY)
         sys.stdout.buffer.flush()
         await stop.wait()
+        reloading.cancel()
         if orphaned:
             log.logger().warning("the supervisor is gone: stopping")
             await server.stop(ORPHAN_GRACE_SECONDS)
     return 0
+
+
+async def _reload(server: Server, asked: asyncio.Event) -> None:
+    """Read the policy again whenever asked to."""
+    while True:
+        await asked.wait()
+        asked.clear()
+        if server.policy_file is not None:
+            await server.policy_file.reload()

@@ -13,6 +13,8 @@ from latchkey_service.lookup import Lookup
 from latchkey_service.secrets import Keyring, Pepper
 from latchkey_service.tokens import NewToken, Tokens
 
+from tests.support import origin
+
 KEYRING = Keyring([Pepper(b"p" * 32)])
 
 
@@ -70,7 +72,7 @@ async def digests(store):
         os.urandom,
     )
     made = [
-        await tokens.create(NewToken("acme", f"token {number}", 1, None, None, {}))
+        await tokens.create(NewToken("acme", f"token {number}", 1, None, None, {}), origin())
         for number in range(10)
     ]
     return [KEYRING.digest_of(created.secret.reveal()) for created in made]

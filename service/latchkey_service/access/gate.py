@@ -1,0 +1,178 @@
+"""The gate: the policy in force, and the way in of each listener. Every call goes through one.
+
+What it costs a Verify is part of its design: with a policy, one pass over the call's metadata, one
+hash and two look-ups; without, nothing, since then there is no gate (`calls.py`).
+"""
+
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from latchkey_proto.v1 import token_service_pb2 as pb
+
+from latchkey_service.access import forwarded
+from latchkey_service.access.identity import bearer, by_certificate, by_credential, conflict
+from latchkey_service.access.methods import Account, rule_of
+from latchkey_service.access.policy import Caller, Policy
+from latchkey_service.errors import PermissionDenied, Unauthenticated, WatchRefused
+
+__all__ = ["Door", "Gate", "check_account", "within_accounts"]
+
+AUTHORIZATION: Final = "authorization"
+
+
+class HasMetadata(Protocol):
+    """The part of a servicer's context that tells who calls."""
+
+    def invocation_metadata(self) -> Any:
+        """Return the call's metadata, keys and values; None for none."""
+        ...
+
+    def auth_context(self) -> Any:
+        """Return what TLS knows of the peer, lists of bytes by name."""
+        ...
+
+
+class Gate:
+    """The policy in force. Belongs to the event loop."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self._watchers: list[Callable[[], None]] = []
+
+    def replace(self, policy: Policy) -> None:
+        """Put another policy in force. Streams that it does not allow any more are told to end."""
+        self.policy = policy
+        for changed in self._watchers:
+            changed()
+
+    def on_change(self, changed: Callable[[], None]) -> None:
+        """Call `changed` after each change of the policy."""
+        self._watchers.append(changed)
+
+
+class Door:
+    """One listener's way in. `proxy` is the name of the proxy to believe, None: none.
+
+    A proxy is believed on a listener that only this machine's processes reach, which is settled
+    when the service starts (`exposure.py`), and not by each call's peer: the `native` transport
+    hands streams on through a UNIX socket of its own, where every peer looks like a local one.
+    """
+
+    def __init__(self, gate: Gate, *, tls: bool = False, proxy: str | None = None) -> None:
+        self._gate = gate
+        self._tls = tls
+        self._proxy = proxy
+
+    def admit(self, path: str, context: HasMetadata) -> Caller:
+        """Return the caller, who may call the method. Raises Unauthenticated, PermissionDenied."""
+        caller = self.identify(context)
+        if path not in caller.methods:
+            raise PermissionDenied(
+                "The policy does not let this caller call this method.",
+                "METHOD_DENIED",
+                caller.name,
+            )
+        return caller
+
+    def identify(self, context: HasMetadata) -> Caller:
+        """Return who calls. Raises Unauthenticated."""
+        policy = self._gate.policy
+        authorization = header = None
+        for key, value in context.invocation_metadata() or ():
+            if key == AUTHORIZATION:
+                if authorization is not None:
+                    raise conflict()
+                authorization = value
+            elif key == forwarded.HEADER and self._proxy is not None:
+                # As proxies join them (RFC 9110 §5.3).
+                header = value if header is None else f"{header},{value}"
+        caller = None
+        if authorization is not None:
+            caller = by_credential(policy, bearer(authorization))
+        by_tls = None
+        if self._tls:
+            by_tls = _of_peer(policy, context)
+        elif header is not None:
+            by_tls = self._of_proxy(policy, header)
+        if caller is None or by_tls is None:
+            caller = caller or by_tls
+        elif caller is not by_tls:
+            raise conflict()
+        if caller is None:
+            raise Unauthenticated(
+                "Say who calls: by a client certificate, or by the metadata 'authorization: Bearer "
+                "<credential>'.",
+                "CALLER_ANONYMOUS",
+            )
+        return caller
+
+    def _of_proxy(self, policy: Policy, header: str) -> Caller | None:
+        """Return whose certificate the proxy has seen, None for no certificate."""
+        try:
+            # What stands before the last one was said to our proxy by somebody else.
+            element = forwarded.parse(header)[-1]
+        except forwarded.ForwardedError:
+            raise Unauthenticated(
+                f"The metadata '{forwarded.HEADER}' is not of its form.", "PROXY_MALFORMED"
+            ) from None
+        if self._proxy not in element.by:
+            raise Unauthenticated("The call came by a proxy that is not known.", "PROXY_UNKNOWN")
+        if not element.certificate:
+            return None
+        return by_certificate(policy, element.uris, element.dns)
+
+
+def check_account(path: str, caller: Caller, request: Any) -> None:
+    """Check the account that a request names, for a caller limited to some.
+
+    Raises PermissionDenied: for an account that is not theirs, valid or not, for none, and for
+    what is about all accounts at once.
+    """
+    accounts, rule = caller.accounts, rule_of(path)
+    if accounts is None:
+        return
+    if rule.account is Account.REQUEST and not accounts.allow(request.account_id):
+        raise PermissionDenied(
+            "The policy does not let this caller act for this account.",
+            "ACCOUNT_DENIED",
+            caller.name,
+        )
+    if rule.account is Account.ALL:
+        # As a server says that grants no leases to anybody: a client library then verifies by
+        # asking each time.
+        raise WatchRefused("Callers that are limited to accounts are granted no leases.")
+
+
+def within_accounts(path: str, caller: Caller, answer: bytes) -> bytes:
+    """Return a verify's encoded answer as a caller limited to accounts may have it.
+
+    Another account's token is UNKNOWN to them, as one that nobody ever made.
+    """
+    accounts = caller.accounts
+    if accounts is None or rule_of(path).account is not Account.ANSWER:
+        return answer
+    response: Any
+    if path.endswith("/BatchVerify"):
+        response = pb.BatchVerifyResponse.FromString(answer)
+        verifications = list(response.responses)
+    else:
+        response = pb.VerifyResponse.FromString(answer)
+        verifications = [response]
+    for verification in verifications:
+        if verification.HasField("token") and not accounts.allow(verification.token.account_id):
+            verification.ClearField("token")
+            verification.verdict = pb.VERDICT_UNKNOWN
+    encoded: bytes = response.SerializeToString()
+    return encoded
+
+
+def _of_peer(policy: Policy, context: HasMetadata) -> Caller | None:
+    """Return whose certificate TLS has verified, None for no certificate."""
+    peer = context.auth_context() or {}
+    if not peer.get("x509_pem_cert"):
+        return None
+    uris, dns = (
+        [name.decode("utf-8", "replace") for name in peer.get(key, ())]
+        for key in ("peer_uri", "peer_dns")
+    )
+    return by_certificate(policy, uris, dns)

@@ -1,0 +1,268 @@
+"""The policy: who may call what, for which accounts. TOML in, `Policy` out. Pure.
+
+    [callers.shop]
+    certificates = ["spiffe://example.org/shop", "shop.internal"]
+    credentials = ["sha256:…"]          # latchkey policy new-caller shop
+    roles = ["verifier"]
+    accounts = ["acme", "team-*"]       # left out: every account
+
+    [roles.auditor]                     # beside verifier, manager and operator
+    methods = ["/latchkey.v1.AuditService/List"]
+
+Who is not in it may call nothing. It holds nothing that is worth stealing: credentials are there by
+their digests.
+"""
+
+import re
+import tomllib
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hmac import compare_digest as _same
+from types import MappingProxyType
+from typing import Any, Final
+
+from latchkey_service.access.credentials import DIGEST
+from latchkey_service.access.methods import METHODS, ROLES
+
+__all__ = ["ANYONE", "Accounts", "Caller", "Policy", "PolicyError", "is_name", "parse"]
+
+_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_URI: Final = re.compile(r"spiffe://[a-z0-9._-]{1,255}(/[A-Za-z0-9._-]+)*")
+_DNS: Final = re.compile(
+    r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_]([a-z0-9_-]{0,62}))*"
+)
+_ACCOUNT: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}\*?")
+_CALLER_KEYS: Final = ("accounts", "certificates", "credentials", "roles")
+_ROLE_KEYS: Final = ("methods",)
+# Of a digest, to find a caller by; the rest is compared in constant time.
+_SELECTOR_BYTES: Final = 8
+
+
+class PolicyError(Exception):
+    """The policy is wrong. The message names the line, where there is one, and the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accounts:
+    """Accounts that a caller may act for."""
+
+    exact: frozenset[str]
+    prefixes: tuple[str, ...]
+
+    def allow(self, account_id: str) -> bool:
+        """Tell whether an account, perhaps no valid one, is one of them."""
+        return account_id in self.exact or account_id.startswith(self.prefixes)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """A caller that the policy names. `accounts` None: all of them."""
+
+    name: str
+    methods: frozenset[str]
+    accounts: Accounts | None = None
+
+
+# Who calls where there is no policy: it is not asked.
+ANYONE: Final = Caller("", frozenset(METHODS))
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """All callers, by what they present."""
+
+    certificates: Mapping[str, Caller]
+    """By SPIFFE URI, and by DNS name in lower case."""
+    _credentials: Mapping[bytes, tuple[tuple[bytes, Caller], ...]] = field(repr=False)
+
+    def by_credential(self, digest: bytes) -> Caller | None:
+        """Return the caller whose credential has this digest (32 bytes)."""
+        found = None
+        for known, caller in self._credentials.get(digest[:_SELECTOR_BYTES], ()):
+            if _same(known, digest):
+                found = caller
+        return found
+
+    @property
+    def callers(self) -> frozenset[str]:
+        """The names of all callers that can be known by something."""
+        by_digest = (caller for entry in self._credentials.values() for _, caller in entry)
+        return frozenset(c.name for c in (*self.certificates.values(), *by_digest))
+
+
+def parse(text: str) -> Policy:
+    """Return the policy that a file's text says. Raises PolicyError."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise PolicyError(_tidy(str(error), text)) from None
+    return _Reader(text, document).read()
+
+
+def is_name(text: str) -> bool:
+    """Tell whether a caller or a role may be called so."""
+    return _NAME.fullmatch(text) is not None
+
+
+class _Reader:
+    """Reads a document, and finds the line of what is wrong with it."""
+
+    def __init__(self, text: str, document: dict[str, Any]) -> None:
+        self._text = text
+        self._document = document
+        self._certificates: dict[str, Caller] = {}
+        self._credentials: dict[bytes, list[tuple[bytes, Caller]]] = {}
+
+    def read(self) -> Policy:
+        self._keys((), self._document, ("callers", "roles"))
+        roles = {role: _methods_of(role) for role in ROLES}
+        for name, table in self._tables("roles"):
+            if name in roles:
+                raise self._error(("roles", name), f"{name} is there already, and stays as it is")
+            self._keys(("roles", name), table, _ROLE_KEYS)
+            roles[name] = frozenset(self._methods(name, table))
+        for name, table in self._tables("callers"):
+            self._keys(("callers", name), table, _CALLER_KEYS)
+            self._caller(name, table, roles)
+        credentials = {key: tuple(entries) for key, entries in self._credentials.items()}
+        return Policy(MappingProxyType(self._certificates), MappingProxyType(credentials))
+
+    def _methods(self, role: str, table: dict[str, Any]) -> list[str]:
+        where = ("roles", role, "methods")
+        methods = self._texts(where, table)
+        for method in methods:
+            if method not in METHODS:
+                raise self._error(where, f"there is no method {method!r}")
+        return methods
+
+    def _caller(
+        self, name: str, table: dict[str, Any], roles: Mapping[str, frozenset[str]]
+    ) -> None:
+        where = ("callers", name)
+        methods: set[str] = set()
+        for role in self._texts((*where, "roles"), table):
+            if role not in roles:
+                known = ", ".join(roles)
+                raise self._error((*where, "roles"), f"there is no role {role!r}, only {known}")
+            methods |= roles[role]
+        accounts = None
+        if "accounts" in table:
+            accounts = self._accounts((*where, "accounts"), table)
+        caller = Caller(name, frozenset(methods), accounts)
+        for certificate in self._texts((*where, "certificates"), table):
+            key = certificate if "://" in certificate else certificate.lower()
+            if not (_URI if "://" in key else _DNS).fullmatch(key):
+                raise self._error(
+                    (*where, "certificates"),
+                    f"{certificate!r} is neither spiffe://TRUST-DOMAIN/PATH nor a DNS name",
+                )
+            if key in self._certificates:
+                other = self._certificates[key].name
+                raise self._error((*where, "certificates"), f"{certificate!r} is {other}'s already")
+            self._certificates[key] = caller
+        for credential in self._texts((*where, "credentials"), table):
+            match = DIGEST.fullmatch(credential)
+            if match is None:
+                # Not shown: it may be a credential itself.
+                raise self._error(
+                    (*where, "credentials"),
+                    "give sha256: and 64 hexadecimal digits, as 'latchkey policy new-caller' "
+                    "prints them, never the credential itself",
+                )
+            digest = bytes.fromhex(match[1])
+            entries = self._credentials.setdefault(digest[:_SELECTOR_BYTES], [])
+            for there, owner in entries:
+                if there == digest:
+                    raise self._error(
+                        (*where, "credentials"), f"this one is {owner.name}'s already"
+                    )
+            entries.append((digest, caller))
+
+    def _accounts(self, where: tuple[str, ...], table: dict[str, Any]) -> Accounts:
+        accounts = self._texts(where, table)
+        for account in accounts:
+            if not _ACCOUNT.fullmatch(account):
+                raise self._error(
+                    where,
+                    f"{account!r} is neither an account nor the beginning of some, such as "
+                    "'team-*'; leave accounts out to allow all",
+                )
+        return Accounts(
+            frozenset(account for account in accounts if not account.endswith("*")),
+            tuple(account[:-1] for account in accounts if account.endswith("*")),
+        )
+
+    def _tables(self, key: str) -> list[tuple[str, dict[str, Any]]]:
+        tables = self._document.get(key, {})
+        if not isinstance(tables, dict):
+            raise self._error((key,), f"give tables such as [{key}.NAME]")
+        for name, table in tables.items():
+            if not _NAME.fullmatch(name):
+                raise self._error(
+                    (key, name), f"{name!r} is no name: 1-64 characters of A-Za-z0-9._-"
+                )
+            if not isinstance(table, dict):
+                raise self._error((key, name), f"give a table, [{key}.{name}]")
+        return list(tables.items())
+
+    def _keys(self, where: tuple[str, ...], table: dict[str, Any], known: tuple[str, ...]) -> None:
+        for key in table:
+            if key not in known:
+                raise self._error(
+                    (*where, key), f"there is no {key!r} here, only {', '.join(known)}"
+                )
+
+    def _texts(self, where: tuple[str, ...], table: dict[str, Any]) -> list[str]:
+        values = table.get(where[-1], [])
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise self._error(where, 'give a list of strings, such as ["a", "b"]')
+        if len(set(values)) < len(values):
+            raise self._error(where, "one of them is there twice")
+        return values
+
+    def _error(self, where: tuple[str, ...], reason: str) -> PolicyError:
+        """Return the error with its line, and the place by name."""
+        return PolicyError(f"line {self._line(where)}: {'.'.join(where)}: {reason}")
+
+    def _line(self, where: tuple[str, ...]) -> int:
+        """Return the line (from 1) that a key stands on.
+
+        tomllib keeps no lines. But of the lines that have the key's name, its own is the last one
+        without which it is not there yet.
+        """
+        named = re.compile(re.escape(where[-1]) + r"""["']?\s*[=\].]""")
+        lines = self._text.splitlines()
+        candidates = [number for number, line in enumerate(lines) if named.search(line)]
+        after = bisect_left(
+            candidates, True, key=lambda number: _has("\n".join(lines[:number]), where)
+        )
+        return candidates[after - 1] + 1 if after else 1
+
+
+def _has(text: str, where: tuple[str, ...]) -> bool:
+    try:
+        value: Any = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        # Cut in the middle of a value, which is then not there yet.
+        return False
+    for key in where:
+        if not isinstance(value, dict) or key not in value:
+            return False
+        value = value[key]
+    return True
+
+
+def _methods_of(role: str) -> frozenset[str]:
+    return frozenset(path for path, rule in METHODS.items() if rule.role == role)
+
+
+def _tidy(message: str, text: str) -> str:
+    """Return tomllib's message with the line first, as in ours."""
+    match = re.fullmatch(
+        r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", message, re.DOTALL
+    )
+    if match is None:
+        return message
+    line = match[2] or max(1, len(text.splitlines()))
+    return f"line {line}: {match[1][:1].lower()}{match[1][1:]}"

@@ -1,0 +1,167 @@
+"""The policy file: what it may say, and that a mistake is told with its line."""
+
+import contextlib
+import textwrap
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from latchkey_service.access.credentials import DIGEST, digest_of, mint, policy_digest
+from latchkey_service.access.methods import METHODS, OPEN, rule_of
+from latchkey_service.access.policy import PolicyError, parse
+
+DIGEST_A, DIGEST_B = ("sha256:" + letter * 64 for letter in "ab")
+GOOD = f"""\
+[callers.shop]
+certificates = ["spiffe://example.org/shop", "Shop.Internal"]
+credentials = ["{DIGEST_A}", "{DIGEST_B}"]
+roles = ["verifier", "auditor"]
+accounts = ["acme", "team-*"]
+
+[callers.admin]
+certificates = ["admin.internal"]
+roles = ["manager"]
+
+[roles.auditor]
+methods = ["/latchkey.v1.AuditService/List"]
+"""
+CREDENTIAL = "lkc_" + "x" * 49
+
+
+def test_what_a_policy_says():
+    """Callers are found by certificate names and digests, with the methods of all their roles."""
+    policy = parse(GOOD)
+    shop = policy.certificates["spiffe://example.org/shop"]
+    assert shop.name == "shop"
+    assert policy.certificates["shop.internal"] is shop
+    assert policy.by_credential(bytes.fromhex("a" * 64)) is shop
+    assert policy.by_credential(bytes.fromhex("b" * 64)) is shop
+    # The same beginning is not enough.
+    assert policy.by_credential(bytes.fromhex("a" * 63 + "b")) is None
+    assert policy.by_credential(bytes(32)) is None
+    tokens = "/latchkey.v1.TokenService/"
+    audit = "/latchkey.v1.AuditService/List"
+    assert shop.methods == {tokens + "Verify", tokens + "BatchVerify", tokens + "Watch", audit}
+    admin = policy.certificates["admin.internal"]
+    assert admin.methods == {tokens + name for name in ("Create", "Get", "List", "Delete")}
+    assert policy.callers == {"shop", "admin"}
+    assert admin.accounts is None
+    assert shop.accounts is not None
+    for account, allowed in {
+        "acme": True,
+        "team-": True,
+        "team-red": True,
+        "acme2": False,
+        "ACME": False,
+        "team": False,
+        "": False,
+        "my-team-red": False,
+    }.items():
+        assert shop.accounts.allow(account) is allowed, account
+
+
+def test_an_empty_policy_lets_nobody_in():
+    """Neither does a caller without roles get anything, nor one without identities."""
+    assert parse("").callers == frozenset()
+    policy = parse('[callers.a]\ncertificates = ["a.internal"]\naccounts = []\n[callers.b]\n')
+    caller = policy.certificates["a.internal"]
+    assert caller.methods == frozenset()
+    assert caller.accounts is not None
+    assert not caller.accounts.allow("acme")
+    assert policy.callers == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "reason"),
+    [
+        ("[callers.a\nroles = []", 1, "expected"),
+        ("[callers.a]\nroles = [\n", 2, "value"),
+        ("[callers.a]\nroles = []\nroles = []", 3, "overwrite"),
+        ('x = 1\n[callers.a]\nroles = ["verifier"]', 1, "'x'"),
+        ('[callers.a]\nroles = ["verifier"]\n[callers.b]\nroles = ["wizard"]', 4, "wizard"),
+        ('[callers.a]\nroles = [\n  "verifier",\n  "wizard",\n]\n[callers.b]\n', 2, "wizard"),
+        ("[callers.a]\nrole = []", 2, "'role'"),
+        ('[callers.a]\nroles = "verifier"', 2, "list of strings"),
+        ("[callers.a]\nroles = [1]", 2, "list of strings"),
+        ('[callers.a]\nroles = ["verifier", "verifier"]', 2, "twice"),
+        ('[callers.a]\n\naccounts = ["te*am"]', 3, "te*am"),
+        ('[callers.a]\naccounts = ["*"]', 2, "leave accounts out"),
+        ('[callers.a]\naccounts = [""]', 2, "neither"),
+        ('[callers.a]\ncertificates = ["*.internal"]', 2, "DNS name"),
+        ('[callers.a]\ncertificates = ["https://a.internal"]', 2, "spiffe"),
+        ('[callers.a]\ncertificates = ["spiffe://Example.org/a"]', 2, "spiffe"),
+        ('[callers.a]\ncertificates = [""]', 2, "DNS name"),
+        (
+            '[callers.a]\ncertificates = ["x"]\n[callers.b]\ncertificates = ["X"]',
+            4,
+            "a's already",
+        ),
+        (f'[callers.a]\ncredentials = ["{CREDENTIAL}"]', 2, "never the credential itself"),
+        ('[callers.a]\ncredentials = ["sha256:AB"]', 2, "64 hexadecimal"),
+        (
+            f'[callers.a]\ncredentials = ["{DIGEST_A}"]\n[callers.b]\ncredentials = ["{DIGEST_A}"]',
+            4,
+            "a's already",
+        ),
+        ('[callers."a b"]\nroles = []', 1, "no name"),
+        ("callers = 1", 1, "tables"),
+        ("[callers]\na = 1", 2, "[callers.a]"),
+        ("\n[roles.verifier]\nmethods = []", 2, "stays as it is"),
+        ('[roles.x]\nmethods = ["/latchkey.v1.TokenService/Rotate"]', 2, "no method"),
+        ('[roles.x]\nmethods = ["/latchkey.v1.TokenService/*"]', 2, "no method"),
+    ],
+)
+def test_a_mistake_is_told(text, line, reason):
+    """With the line that it is on, and what to do; what may be a credential is not shown."""
+    with pytest.raises(PolicyError) as caught:
+        parse(text)
+    assert str(caught.value).startswith(f"line {line}: "), caught.value
+    assert reason in str(caught.value)
+    assert CREDENTIAL not in str(caught.value)
+
+
+@given(st.text())
+def test_any_text_is_a_policy_or_a_mistake(text):
+    """Nothing that is read as a policy makes anything but a policy or a PolicyError."""
+    with contextlib.suppress(PolicyError):
+        parse(text)
+
+
+@given(st.binary(min_size=32, max_size=32))
+def test_credentials(random):
+    """A credential has its scanners' shape, and is in a policy by what it cannot be told from."""
+    credential = mint(lambda size: random[:size])
+    text = credential.reveal()
+    assert text.startswith("lkc_")
+    assert len(text) == 53
+    assert text not in repr(credential)
+    match = DIGEST.fullmatch(policy_digest(credential))
+    assert match is not None
+    assert bytes.fromhex(match[1]) == digest_of(text)
+    assert digest_of(text[:-1]) != digest_of(text)
+
+
+def test_a_method_that_is_not_in_the_table_is_not_served():
+    """Whoever adds a method has to say who may call it. Open ones are those of other people's
+    protocols, and nothing of ours."""
+    with pytest.raises(LookupError, match=r"access/methods\.py"):
+        rule_of("/latchkey.v1.TokenService/Rotate")
+    for path, rule in METHODS.items():
+        assert (rule == OPEN) == path.startswith("/grpc."), path
+
+
+def test_a_large_policy_is_read_and_its_mistake_found():
+    """Ten thousand callers take no longer than people wait."""
+    text = "".join(
+        textwrap.dedent(
+            f"""\
+            [callers.c{number}]
+            certificates = ["c{number}.internal"]
+            roles = ["verifier"]
+            """
+        )
+        for number in range(2_000)
+    )
+    assert len(parse(text).callers) == 2_000
+    with pytest.raises(PolicyError, match=r"^line 6002: callers\.last\.roles: "):
+        parse(text + '[callers.last]\nroles = ["wizard"]\n')
