@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from latchkey_service.config import ConfigError, load
 from latchkey_service.healthcheck import target
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +91,22 @@ def test_compose_publishes_on_this_machine_only() -> None:
     """Every published port is bound to loopback, and Postgres publishes none."""
     ports = re.findall(r"^ +- \"?([\d.:]+:\d+)\"?$", COMPOSE, re.MULTILINE)
     assert ports == ["127.0.0.1:50051:50051"]
+
+
+def settings_of(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in re.findall(r"(LATCHKEY_\w+)[=:] ?(\S+)", text):
+        if name != "LATCHKEY_DATABASE_URL":
+            monkeypatch.setenv(name, value)
+
+
+def test_image_alone_lets_nobody_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image's own settings are refused, with what to set; the compose file says that whoever
+    reaches it may call, beside publishing it to this machine only."""
+    settings_of("\n".join(arguments("ENV")), monkeypatch)
+    with pytest.raises(ConfigError, match=r"^LATCHKEY_LISTEN: .*LATCHKEY_POLICY"):
+        load()
+    settings_of(re.sub(r"#.*", "", COMPOSE), monkeypatch)
+    assert load().insecure_listen == "anonymous"
 
 
 def test_compose_keeps_what_must_be_kept() -> None:

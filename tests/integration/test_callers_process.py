@@ -1,0 +1,280 @@
+"""Policy, certificates and listeners of `python -m latchkey_service` as a process."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from latchkey_service.access.credentials import digest_of
+
+from tests.callers import (
+    CALLERS,
+    authority,
+    ca_pem,
+    channel_credentials,
+    credential,
+    dns_identity,
+    policy_text,
+    spiffe_identity,
+    uri,
+    write_server_files,
+)
+from tests.support import CHANNEL_OPTIONS, Service, eventually, is_serving, outcome
+
+Run = Callable[..., Service]
+UNKNOWN_SECRET = pb.VerifyRequest(secret="nothing")
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def run(folder: Path, database_url: str) -> Iterator[Run]:
+    """Start services on a database; they end with the test."""
+    started: list[Service] = []
+
+    def run(**settings: object) -> Service:
+        given: dict[str, object] = {
+            "listen": "127.0.0.1:0",
+            "database_url": database_url,
+            "data_dir": folder / "data",
+            "grace_seconds": 0.5,
+            "log_format": "json",
+        }
+        started.append(Service(folder / f"service {len(started)}", **(given | settings)))
+        return started[-1]
+
+    yield run
+    for service in started:
+        service.clean_up()
+
+
+@pytest.fixture
+def policy(folder: Path) -> Path:
+    path = folder / "policy.toml"
+    path.write_text(policy_text())
+    return path
+
+
+@contextlib.asynccontextmanager
+async def encrypted(target: str, name: str = "verifier") -> AsyncIterator[grpc.aio.Channel]:
+    credentials = channel_credentials(spiffe_identity(uri(name)))
+    async with grpc.aio.secure_channel(target, credentials, options=CHANNEL_OPTIONS) as channel:
+        await eventually(lambda: is_serving(channel), "health is up")
+        yield channel
+
+
+async def verify(channel: grpc.aio.Channel, name: str | None = None) -> grpc.StatusCode:
+    metadata = (("authorization", f"Bearer {credential(name)}"),) if name else ()
+    stub = pb_grpc.TokenServiceStub(channel)
+    return (await outcome(stub.Verify(UNKNOWN_SECRET, timeout=2, metadata=metadata))).code
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file as people do who take care: whole, by another one."""
+    other = path.with_suffix(".new")
+    other.write_text(text)
+    other.replace(path)
+
+
+def free_port() -> int:
+    """A port that nobody has right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"listen": "0.0.0.0:0"}, "LATCHKEY_POLICY"),
+        ({"policy": "nowhere.toml"}, "LATCHKEY_POLICY: nowhere.toml: cannot be read"),
+        ({"policy": "broken.toml"}, "LATCHKEY_POLICY: broken.toml: line 2: callers.a.roles: "),
+        (
+            {"tls_listen": "localhost:0", "tls_certificate": "a", "tls_key": "a"},
+            "LATCHKEY_TLS_CERTIFICATE: a: No such file",
+        ),
+        (
+            {"tls_listen": "localhost:0", "tls_certificate": "broken.toml", "tls_key": "a"},
+            "LATCHKEY_TLS_CERTIFICATE: broken.toml is not a PEM file",
+        ),
+        (
+            {"tls_listen": "localhost:0", "tls_certificate": "server.pem", "tls_key": "other.key"},
+            "LATCHKEY_TLS_KEY: other.key is not the key of LATCHKEY_TLS_CERTIFICATE",
+        ),
+        (
+            {
+                "tls_listen": "localhost:0",
+                "tls_certificate": "server.pem",
+                "tls_key": "server.key",
+                "tls_client_ca": "server.key",
+            },
+            "LATCHKEY_TLS_CLIENT_CA: server.key has no certificates in PEM",
+        ),
+    ],
+)
+async def test_what_it_does_not_start_with(
+    run: Run, folder: Path, settings: dict[str, object], named: str
+) -> None:
+    """A mistake in what it is told is told at once, by the setting and what to do."""
+    where = folder / "service 0"
+    where.mkdir()
+    (where / "broken.toml").write_text('[callers.a]\nroles = ["wizard"]\n')
+    write_server_files(where)
+    (where / "other.key").write_bytes(dns_identity("other.internal").key)
+    service = run(**settings)
+    assert await service.ended() in (1, 2)
+    assert named in service.err
+    assert "Traceback" not in service.err
+
+
+async def test_the_policy_while_it_runs(run: Run, folder: Path, policy: Path) -> None:
+    """SIGHUP brings a changed policy into force in all workers; a broken one is told with its line
+    and changes nothing, not for a worker that is started anew either."""
+    service = run(policy=policy, workers=2)
+    address = await service.welcome()
+    assert '-H "authorization: Bearer $CREDENTIAL"' in service.out
+    async with contextlib.AsyncExitStack() as stack:
+        # Connections to both workers, very likely.
+        channels = [
+            await stack.enter_async_context(
+                grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            )
+            for _ in range(8)
+        ]
+
+        async def all_answer(code: grpc.StatusCode) -> bool:
+            codes = [await verify(channel, "verifier") for channel in channels]
+            return set(codes) == {code}
+
+        await eventually(lambda: all_answer(grpc.StatusCode.OK), "all may call")
+        write(policy, policy_text([n for n in CALLERS if n != "verifier"]))
+        os.kill(service.pid, signal.SIGHUP)
+        await eventually(lambda: all_answer(grpc.StatusCode.UNAUTHENTICATED), "nobody may call")
+        write(policy, policy_text())
+        os.kill(service.pid, signal.SIGHUP)
+        await eventually(lambda: all_answer(grpc.StatusCode.OK), "all may call again")
+
+        write(policy, '[callers.a]\nroles = ["wizard"]\n')
+        os.kill(service.pid, signal.SIGHUP)
+
+        def refused() -> int:
+            told = [line for line in service.log if line["event"] == "policy refused"]
+            assert all("line 2: callers.a.roles" in line["error"] for line in told)
+            return len(told)
+
+        await eventually(lambda: refused() >= 2, "both workers say what is wrong")
+        known = set(service.worker_pids)
+        os.kill(service.worker_pids[0], signal.SIGKILL)
+        await eventually(lambda: not known.issuperset(service.worker_pids), "a new worker")
+        await eventually(lambda: all_answer(grpc.StatusCode.OK), "all may call")
+    assert service.ended_with() is None
+    assert credential("verifier") not in service.err + service.out
+
+
+async def test_tls(run: Run, folder: Path, policy: Path) -> None:
+    """Several workers serve TLS on one address, in version 1.3 alone, beside the plaintext one;
+    files that change are used for new connections, drop none of the old ones, and are refused as
+    long as they do not go together."""
+    files = write_server_files(folder)
+    port = free_port()
+    target = f"localhost:{port}"
+    service = run(policy=policy, tls_listen=target, workers=2, **files)
+    address = await service.welcome()
+    assert f"With TLS it serves on {target}." in service.out
+    async with encrypted(target) as first:
+        assert await verify(first) is grpc.StatusCode.OK
+        async with grpc.aio.insecure_channel(address) as plaintext:
+            assert await verify(plaintext) is grpc.StatusCode.UNAUTHENTICATED
+            assert await verify(plaintext, "verifier") is grpc.StatusCode.OK
+        assert await handshake(port, ssl.TLSVersion.TLSv1_3) is not None
+        assert await handshake(port, ssl.TLSVersion.TLSv1_2) is None
+
+        before = await handshake(port, ssl.TLSVersion.TLSv1_3)
+        leaf = authority().issue_cert("localhost", "127.0.0.1")
+        chain = b"".join(pem.bytes() for pem in leaf.cert_chain_pems)
+        files["tls_certificate"].write_bytes(chain)
+        # The key is still the old one's.
+        assert await handshake(port, ssl.TLSVersion.TLSv1_3) == before
+        files["tls_key"].write_bytes(leaf.private_key_pem.bytes())
+        own = ssl.PEM_cert_to_DER_cert(leaf.cert_chain_pems[0].bytes().decode())
+
+        async def renewed() -> bool:
+            found = [await handshake(port, ssl.TLSVersion.TLSv1_3) for _ in range(4)]
+            return set(found) == {own}
+
+        await eventually(renewed, "the new certificate is used")
+        assert await verify(first) is grpc.StatusCode.OK
+        async with encrypted(target, "manager") as second:
+            assert await verify(second) is grpc.StatusCode.PERMISSION_DENIED
+    assert [line for line in service.log if line["event"] == "certificates refused"]
+    assert await service.end() == 0
+
+
+async def handshake(port: int, version: ssl.TLSVersion) -> bytes | None:
+    """Shake hands in one version of TLS; return the server's certificate, None if it will not."""
+    context = ssl.create_default_context(cadata=ca_pem().decode())
+    context.minimum_version = context.maximum_version = version
+    context.set_alpn_protocols(["h2"])
+    client = authority().issue_cert("verifier.internal")
+    client.configure_cert(context)
+    try:
+        _, writer = await asyncio.open_connection("localhost", port, ssl=context)
+    except (ssl.SSLError, ConnectionError):
+        return None
+    found = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.close()
+    with contextlib.suppress(ssl.SSLError, ConnectionError):
+        await writer.wait_closed()
+    assert isinstance(found, bytes)
+    return found
+
+
+def policy_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "latchkey_service", "policy", *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_a_new_callers_credential(folder: Path) -> None:
+    """`policy new-caller` prints a credential alone on standard output, and beside it what the
+    policy has of it, which is right as it stands; `policy check` tells what is wrong."""
+    made = policy_command("new-caller", "shop")
+    assert made.returncode == 0
+    text = made.stdout.removesuffix("\n")
+    assert text.startswith("lkc_")
+    assert text not in made.stderr
+    assert f"sha256:{digest_of(text).hex()}" in made.stderr
+    path = folder / "policy.toml"
+    path.write_text(made.stderr[made.stderr.index("[callers.shop]") :])
+    checked = policy_command("check", LATCHKEY_POLICY=str(path))
+    assert (checked.returncode, checked.stdout) == (0, f"{path} is right: 1 callers\n")
+    path.write_text("[callers.shop]\nrole = []")
+    checked = policy_command("check", str(path))
+    assert checked.returncode == 1
+    assert f"{path}: line 2: callers.shop.role: " in checked.stderr
+    assert policy_command("new-caller", "a b").returncode == 2
+    assert policy_command("check").returncode == 2
+    assert policy_command("make-tea").returncode == 2

@@ -1,0 +1,197 @@
+"""Latchkey behind a real Envoy, with the configuration that the documentation has."""
+
+import asyncio
+import contextlib
+import importlib.resources
+import socket
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from cryptography import x509
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from latchkey_service.config import Settings
+
+from tests.callers import (
+    PROXY,
+    Identity,
+    ca_pem,
+    channel_credentials,
+    credential,
+    dns_identity,
+    made,
+    policy_text,
+    spiffe_identity,
+    stranger,
+    uri,
+)
+from tests.conftest import serving_as
+from tests.support import CHANNEL_OPTIONS, eventually, is_serving, outcome
+
+ROOT = Path(__file__).parents[2]
+CONFIGURATION = (ROOT / "docs/envoy.yaml").read_text("utf-8")
+STOP_SECONDS = 10.0
+
+
+def in_its_place(text: str, old: str, new: object) -> str:
+    """Put in place what a test cannot share; everything else stays as it is."""
+    assert text.count(old) == 1, old
+    return text.replace(old, str(new))
+
+
+@pytest.fixture(scope="module")
+async def envoy(
+    postgres_url: str, template_url: str, pepper_file: Path, scratch: Path
+) -> AsyncIterator[tuple[str, str]]:
+    """A Latchkey and an Envoy before it; yields the addresses of both."""
+    from tests.contract.test_callers import fresh_database
+
+    folder = scratch / "envoy"
+    folder.mkdir()
+    server = made([x509.DNSName("localhost"), x509.UniformResourceIdentifier(PROXY)])
+    for name, data in {
+        "server.pem": server.certificate,
+        "server.key": server.key,
+        "clients.pem": ca_pem(),
+        "policy.toml": policy_text().encode(),
+    }.items():
+        (folder / name).write_bytes(data)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    text = in_its_place(
+        CONFIGURATION,
+        "address: 0.0.0.0, port_value: 50052",
+        f"address: 127.0.0.1, port_value: {port}",
+    )
+    for name in ("server.pem", "server.key", "clients.pem"):
+        text = in_its_place(text, f"/etc/latchkey/tls/{name}", folder / name)
+    text = in_its_place(text, "path: /run/latchkey/latchkey.sock", f"path: {folder}/latchkey.sock")
+    (folder / "envoy.yaml").write_text(text)
+    # What the file says that Latchkey is to be told.
+    assert f"LATCHKEY_TRUSTED_PROXY={PROXY}\n" in CONFIGURATION
+    settings = Settings(
+        database_url=await fresh_database(postgres_url),  # type: ignore[arg-type]  # read as one
+        pepper_file=pepper_file,
+        data_dir=scratch / "unused",
+        listen=f"unix:{folder}/latchkey.sock",
+        grace_seconds=0.2,
+        policy=folder / "policy.toml",
+        trusted_proxy=PROXY,
+    )
+    program = importlib.resources.files("envoy") / "_bin" / "envoy"
+    async with serving_as(settings) as latchkey:
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [str(program), "-c", "envoy.yaml", "--use-dynamic-base-id", "--concurrency", "1"],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            async with channel_to(f"localhost:{port}", "verifier") as channel:
+
+                def alive() -> Any:
+                    assert process.poll() is None, (folder / "log").read_text()
+                    return is_serving(channel)
+
+                await eventually(alive, "Envoy serves")
+            yield f"localhost:{port}", latchkey.address
+        finally:
+            process.terminate()
+            process.wait(STOP_SECONDS)
+
+
+@contextlib.asynccontextmanager
+async def channel_to(target: str, who: str | Identity | None) -> AsyncIterator[grpc.aio.Channel]:
+    identity = spiffe_identity(uri(who)) if isinstance(who, str) else who
+    async with grpc.aio.secure_channel(
+        target, channel_credentials(identity), options=CHANNEL_OPTIONS
+    ) as channel:
+        yield channel
+
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+async def statuses(
+    target: str, who: str | Identity | None, metadata: Metadata = ()
+) -> tuple[grpc.StatusCode, grpc.StatusCode]:
+    """Verify and create; return both statuses."""
+    async with channel_to(target, who) as channel:
+        stub = pb_grpc.TokenServiceStub(channel)
+        verified = await outcome(
+            stub.Verify(pb.VerifyRequest(secret="x"), timeout=5, metadata=metadata)
+        )
+        request = pb.CreateRequest(account_id="acme", name="made by Envoy", scope=pb.SCOPE_READ)
+        created = await outcome(stub.Create(request, timeout=5, metadata=metadata))
+    return verified.code, created.code
+
+
+OK = grpc.StatusCode.OK
+DENIED = grpc.StatusCode.PERMISSION_DENIED
+UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+FORGED = (("x-forwarded-client-cert", f"By={PROXY};Hash=ab;URI={uri('manager')}"),)
+
+
+async def test_callers_behind_envoy(envoy: tuple[str, str]) -> None:
+    """A caller is who its certificate says, by URI or DNS name, whatever it says of itself; without
+    a certificate that is good there is no connection."""
+    target, _ = envoy
+    assert await statuses(target, "verifier") == (OK, DENIED)
+    assert await statuses(target, dns_identity("manager.internal")) == (DENIED, OK)
+    assert await statuses(target, "verifier", FORGED) == (OK, DENIED)
+    assert await statuses(target, "nobody") == (UNAUTHENTICATED, UNAUTHENTICATED)
+    assert await statuses(target, "nobody", FORGED) == (UNAUTHENTICATED, UNAUTHENTICATED)
+    managers = (("authorization", f"Bearer {credential('manager')}"),)
+    assert await statuses(target, "verifier", managers) == (UNAUTHENTICATED, UNAUTHENTICATED)
+    for bad in (
+        None,
+        stranger("manager.internal"),
+        spiffe_identity(uri("manager"), expired=True),
+    ):
+        assert await statuses(target, bad) == (UNAVAILABLE, UNAVAILABLE)
+
+
+async def test_a_watch_behind_envoy(envoy: tuple[str, str]) -> None:
+    """A Watch gets grants through Envoy for as long as its client asks."""
+    target, _ = envoy
+    async with channel_to(target, "verifier") as channel:
+        method: Any = pb_grpc.TokenServiceStub(channel).Watch
+        stream = method(timeout=20)
+        for number in range(1, 4):
+            await stream.write(pb.WatchRequest(number=number))
+            while True:
+                answer = await stream.read()
+                assert answer is not grpc.aio.EOF
+                if answer.WhichOneof("event") == "grant":
+                    break
+            assert answer.grant.number == number
+        stream.cancel()
+
+
+async def test_past_envoy(envoy: tuple[str, str]) -> None:
+    """On the socket behind Envoy nobody is anybody who does not say it as Envoy does."""
+    _, address = envoy
+    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        stub = pb_grpc.TokenServiceStub(channel)
+        for metadata in ((), (("x-forwarded-client-cert", f"URI={uri('verifier')}"),)):
+            found = await outcome(
+                stub.Verify(pb.VerifyRequest(secret="x"), timeout=5, metadata=metadata)
+            )
+            assert found.code is UNAUTHENTICATED
+
+
+async def test_what_is_routed(envoy: tuple[str, str]) -> None:
+    """Envoy hands on Latchkey's own methods and health, and nothing else: no reflection."""
+    target, _ = envoy
+    async with channel_to(target, "verifier") as channel:
+        method: Any = channel.unary_unary("/grpc.reflection.v1alpha.ServerReflection/x")
+        found = await outcome(asyncio.ensure_future(method(b"", timeout=5)))
+        assert found.code is grpc.StatusCode.UNIMPLEMENTED
