@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import importlib.resources
 import socket
-import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,7 @@ async def envoy(
     # What the file says that Latchkey is to be told.
     assert f"LATCHKEY_TRUSTED_PROXY={PROXY}\n" in CONFIGURATION
     settings = Settings(
-        database_url=await fresh_database(postgres_url),  # type: ignore[arg-type]  # read as one
+        database_url=await fresh_database(postgres_url),
         pepper_file=pepper_file,
         data_dir=scratch / "unused",
         listen=f"unix:{folder}/latchkey.sock",
@@ -86,10 +85,11 @@ async def envoy(
     program = importlib.resources.files("envoy") / "_bin" / "envoy"
     async with serving_as(settings) as latchkey:
         with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [str(program), "-c", "envoy.yaml", "--use-dynamic-base-id", "--concurrency", "1"],
+            process = await asyncio.create_subprocess_exec(
+                str(program),
+                *("-c", "envoy.yaml", "--use-dynamic-base-id", "--concurrency", "1"),
                 cwd=folder,
-                stdin=subprocess.DEVNULL,
+                stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
@@ -97,14 +97,15 @@ async def envoy(
             async with channel_to(f"localhost:{port}", "verifier") as channel:
 
                 def alive() -> Any:
-                    assert process.poll() is None, (folder / "log").read_text()
+                    assert process.returncode is None, (folder / "log").read_text()
                     return is_serving(channel)
 
                 await eventually(alive, "Envoy serves")
             yield f"localhost:{port}", latchkey.address
         finally:
             process.terminate()
-            process.wait(STOP_SECONDS)
+            async with asyncio.timeout(STOP_SECONDS):
+                await process.wait()
 
 
 @contextlib.asynccontextmanager

@@ -1,0 +1,380 @@
+"""The audit table: a change and its entry together, append-only, no flood, nothing secret."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import grpc
+import pytest
+from latchkey_proto.v1 import audit_service_pb2 as audit_pb
+from latchkey_proto.v1 import audit_service_pb2_grpc as audit_pb_grpc
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from latchkey_service import audit as module
+from latchkey_service.audit import SAMPLE_MAX, AuditLog, Origin
+from latchkey_service.audit_table import AuditTable, Filter, NewEntry
+from latchkey_service.config import Settings
+from latchkey_service.database import Pool
+from latchkey_service.errors import AlreadyExists, StoreUnavailable
+from latchkey_service.secrets import Digest, Keyring, Pepper
+from latchkey_service.store import Store
+from latchkey_service.verdict import Scope, TokenRecord
+
+from tests.callers import ACCOUNT, credential, policy_text
+from tests.support import eventually, origin, outcome, session
+
+NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
+TOKENS = "/latchkey.v1.TokenService/"
+UNAUTHENTICATED, DENIED = 16, 7
+Metadata = tuple[tuple[str, str], ...]
+
+
+@pytest.fixture
+def settings(settings: Settings, scratch: Path) -> Settings:
+    """With a policy."""
+    path = scratch / f"audit-{os.urandom(4).hex()}.toml"
+    path.write_text(policy_text())
+    return settings.model_copy(update={"policy": path})
+
+
+@pytest.fixture
+async def own_channel(own_address: str) -> AsyncIterator[grpc.aio.Channel]:
+    options = (("grpc.use_local_subchannel_pool", 1),)
+    async with grpc.aio.insecure_channel(own_address, options=options) as channel:
+        yield channel
+
+
+def bearer(name: str) -> Metadata:
+    return (("authorization", f"Bearer {credential(name)}"),)
+
+
+async def entries(
+    channel: grpc.aio.Channel, who: str = "operator", **wanted: Any
+) -> list[audit_pb.AuditEntry]:
+    """All that is asked for, page by page."""
+    stub: Any = audit_pb_grpc.AuditServiceStub(channel)
+    found, page_token = [], ""
+    while True:
+        request = audit_pb.AuditServiceListRequest(page_token=page_token, **wanted)
+        page = await stub.List(request, timeout=5, metadata=bearer(who))
+        found += page.entries
+        page_token = page.next_page_token
+        if not page_token:
+            return found
+
+
+async def test_every_management_call_has_an_entry(
+    own_channel: grpc.aio.Channel, database_url: str
+) -> None:
+    """Create, Get, List and Delete leave who, what, about which token, from where and how it
+    ended, denied ones too; verifies leave nothing."""
+    stub = pb_grpc.TokenServiceStub(own_channel)
+    manager: Any = {"timeout": 5, "metadata": (*bearer("manager"), ("x-request-id", "abc-1"))}
+    create = pb.CreateRequest(account_id=ACCOUNT, name="first", scope=pb.SCOPE_READ)
+    created = await stub.Create(create, **manager)
+    token_id = created.token.id
+    again = await outcome(stub.Create(create, **manager))
+    assert again.code is grpc.StatusCode.ALREADY_EXISTS
+    await stub.Get(pb.GetRequest(account_id=ACCOUNT, id=token_id), **manager)
+    await stub.List(pb.ListRequest(account_id=ACCOUNT), **manager)
+    gone = pb.DeleteRequest(account_id=ACCOUNT, id=token_id)
+    await stub.Delete(gone, **manager)
+    await stub.Delete(gone, **manager)
+    for metadata in ((), bearer("verifier"), bearer("acmes-verifier")):
+        assert not (await outcome(stub.Delete(gone, timeout=5, metadata=metadata))).ok
+    other = pb.DeleteRequest(account_id="globex", id=token_id)
+    assert not (await outcome(stub.Delete(other, timeout=5, metadata=bearer("acmes-manager")))).ok
+    question = pb.VerifyRequest(secret=created.secret)
+    await stub.Verify(question, timeout=5, metadata=bearer("verifier"))
+
+    async def all_there() -> Any:
+        found = await entries(own_channel)
+        assert len(found) == 10, found
+        return found
+
+    found = list(reversed(await eventually(all_there, "all entries are there")))
+    found.sort(key=lambda entry: entry.time.ToDatetime())
+    told = [
+        (e.caller, e.method.removeprefix(TOKENS), e.account_id, e.token_id, e.code, e.reason)
+        for e in found
+    ]
+    assert sorted(told) == sorted(
+        [
+            ("manager", "Create", ACCOUNT, token_id, 0, ""),
+            ("manager", "Create", ACCOUNT, "", 6, "TOKEN_NAME_TAKEN"),
+            ("manager", "Get", ACCOUNT, token_id, 0, ""),
+            ("manager", "List", ACCOUNT, "", 0, ""),
+            ("manager", "Delete", ACCOUNT, token_id, 0, ""),
+            ("manager", "Delete", ACCOUNT, token_id, 0, ""),
+            ("", "Delete", ACCOUNT, token_id, UNAUTHENTICATED, "CALLER_ANONYMOUS"),
+            ("verifier", "Delete", ACCOUNT, token_id, DENIED, "METHOD_DENIED"),
+            ("acmes-verifier", "Delete", ACCOUNT, token_id, DENIED, "METHOD_DENIED"),
+            ("acmes-manager", "Delete", "globex", token_id, DENIED, "ACCOUNT_DENIED"),
+        ]
+    )
+    for entry in found:
+        assert entry.peer.startswith("ipv4:127.0.0.1:")
+        assert entry.calls == 1
+        if entry.caller == "manager":
+            assert entry.request_id == "abc-1"
+    async with session(database_url) as connection:
+        stored = str(await connection.fetch("SELECT audit::text FROM audit"))
+    assert created.secret not in stored
+    assert "first" not in stored
+    assert credential("manager") not in stored
+
+
+async def test_filters_and_pages(own_channel: grpc.aio.Channel, database_url: str) -> None:
+    """Each filter finds what it says, pages neither repeat nor lose an entry, and a page token is
+    of use for its own filters alone."""
+    async with session(database_url) as connection:
+        await connection.executemany(
+            """
+            INSERT INTO audit (time, caller, method, account_id, token_id, peer, request_id, code)
+            VALUES ($1, $2, $3, $4, $5, '', '', $6)
+            """,
+            [
+                (
+                    # Several at one time.
+                    NOW + timedelta(seconds=number // 3),
+                    ("a", "b")[number % 2],
+                    TOKENS + ("Create", "Get", "List", "Delete")[number % 4],
+                    ("acme", "globex", "")[number % 3],
+                    "tok_" + str(number % 5) * 26,
+                    (0, 7, 16, 5)[number // 2 % 4],
+                )
+                for number in range(120)
+            ],
+        )
+    everything = await entries(own_channel, page_size=7)
+    assert len(everything) == 120
+    assert len({entry.id for entry in everything}) == 120
+    times = [entry.time.ToDatetime() for entry in everything]
+    assert times == sorted(times, reverse=True)
+
+    def stamp(seconds: int) -> Any:
+        from google.protobuf.timestamp_pb2 import Timestamp
+
+        message = Timestamp()
+        message.FromDatetime(NOW + timedelta(seconds=seconds))
+        return message
+
+    checks: list[tuple[dict[str, Any], Any]] = [
+        ({"account_id": "acme"}, lambda e: e.account_id == "acme"),
+        ({"token_id": "tok_" + "3" * 26}, lambda e: e.token_id == "tok_" + "3" * 26),
+        ({"caller": "b"}, lambda e: e.caller == "b"),
+        ({"method": "Delete"}, lambda e: e.method == TOKENS + "Delete"),
+        ({"method": TOKENS + "Get"}, lambda e: e.method == TOKENS + "Get"),
+        ({"outcome": audit_pb.OUTCOME_OK}, lambda e: e.code == 0),
+        ({"outcome": audit_pb.OUTCOME_DENIED}, lambda e: e.code in (7, 16)),
+        ({"outcome": audit_pb.OUTCOME_FAILED}, lambda e: e.code == 5),
+        ({"start_time": stamp(10)}, lambda e: e.time.seconds >= stamp(10).seconds),
+        ({"end_time": stamp(10)}, lambda e: e.time.seconds < stamp(10).seconds),
+        (
+            {"caller": "a", "account_id": "acme", "start_time": stamp(5), "end_time": stamp(30)},
+            lambda e: (
+                (e.caller, e.account_id) == ("a", "acme")
+                and stamp(5).seconds <= e.time.seconds < stamp(30).seconds
+            ),
+        ),
+        ({"caller": "nobody"}, lambda e: False),
+    ]
+    for wanted, matches in checks:
+        found = await entries(own_channel, page_size=4, **wanted)
+        assert found == [entry for entry in everything if matches(entry)], wanted
+        for entry in found:
+            if "outcome" in wanted:
+                assert entry.outcome == wanted["outcome"]
+    stub: Any = audit_pb_grpc.AuditServiceStub(own_channel)
+
+    async def code(**wanted: Any) -> grpc.StatusCode:
+        request = audit_pb.AuditServiceListRequest(**wanted)
+        return (await outcome(stub.List(request, timeout=5, metadata=bearer("operator")))).code
+
+    request = audit_pb.AuditServiceListRequest(page_size=4, caller="a")
+    page = await stub.List(request, timeout=5, metadata=bearer("operator"))
+    token = page.next_page_token
+    assert await code(caller="a", page_token=token) is grpc.StatusCode.OK
+    bad: list[dict[str, Any]] = [
+        {"caller": "b", "page_token": token},
+        {"page_token": token},
+        {"caller": "a", "page_token": token[:-1]},
+        {"caller": "a", "page_token": token[:-1] + ("A" if token[-1] != "A" else "B")},
+        {"caller": "a", "page_token": "x" * 10_000},
+        {"page_size": -1},
+        {"outcome": 9},
+        {"method": "Verify"},
+        {"method": "/x/Delete"},
+        {"caller": "a\0"},
+        {"account_id": "x" * 129},
+        {"start_time": {"seconds": 10**15}},
+    ]
+    for wanted in bad:
+        assert await code(**wanted) is grpc.StatusCode.INVALID_ARGUMENT, wanted
+    own = await entries(own_channel, "acmes-operator", account_id="acme")
+    assert own == [entry for entry in everything if entry.account_id == "acme"]
+
+
+async def test_append_only(database_url: str) -> None:
+    """Whoever is connected as the service changes no entry and removes none that is young; only
+    retention removes old ones, up to so many at a time."""
+    pool = await Pool.open(database_url)
+    table = AuditTable(pool)
+    now = datetime.now(UTC)
+
+    def entry(days: float) -> NewEntry:
+        at = now - timedelta(days=days)
+        return NewEntry(at, "a", TOKENS + "Get", "", "", "", "", 0, "", 1)
+
+    await table.insert([entry(days) for days in (0, 0.5, 2, 3, 4)])
+    async with session(database_url) as connection:
+        for statement in (
+            "UPDATE audit SET caller = 'b'",
+            "DELETE FROM audit",
+            "TRUNCATE audit",
+            "SET latchkey.audit_retention = 'on'; DELETE FROM audit",
+            "SET latchkey.audit_retention = 'on'; UPDATE audit SET caller = 'b'",
+            "SET latchkey.audit_retention = 'on'; TRUNCATE audit",
+        ):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError, match="append-only"):
+                await connection.execute(statement)
+            await connection.execute("RESET latchkey.audit_retention")
+    assert len(await table.list(Filter(), None, 10)) == 5
+    assert await table.purge(now - timedelta(days=2.5), 1) == 1
+    assert await table.purge(now - timedelta(days=2.5), 10) == 1
+    assert await table.purge(now - timedelta(days=2.5), 10) == 0
+    assert len(await table.list(Filter(), None, 10)) == 3
+    await pool.close()
+
+
+def record(name: str) -> TokenRecord:
+    token_id = f"tok_{name:0>26}"
+    return TokenRecord(token_id, ACCOUNT, name, Scope.READ, NOW, None, "lk_…")
+
+
+async def test_a_change_and_its_entry_stand_or_fall_together(
+    store: Store, database_url: str
+) -> None:
+    """An entry that cannot be written keeps the change from being made, and a change that cannot
+    be made leaves no entry."""
+    await store.register_pepper("pepper")
+    by = origin("Create")
+    await store.insert_token(record("a"), "a", Digest(b"a" * 32, "pepper"), by)
+    assert by.recorded
+    by = origin("Create")
+    with pytest.raises(AlreadyExists):
+        await store.insert_token(record("b"), "a", Digest(b"b" * 32, "pepper"), by)
+    assert not by.recorded
+    async with session(database_url) as connection:
+
+        async def counts() -> tuple[int, int, int]:
+            row: Any = await connection.fetchrow(
+                "SELECT (SELECT count(*) FROM token WHERE delete_time IS NULL),"
+                " (SELECT count(*) FROM audit), (SELECT revision FROM head)"
+            )
+            return (row[0], row[1], row[2])
+
+        assert await counts() == (1, 1, 0)
+        await connection.execute("ALTER TABLE audit ADD CHECK (caller <> 'unwritable') NOT VALID")
+        unwritable = Origin("unwritable", TOKENS + "Delete", "", "", "", "")
+        with pytest.raises(asyncpg.CheckViolationError):
+            await store.delete_token(ACCOUNT, record("a").id, unwritable)
+        with pytest.raises(asyncpg.CheckViolationError):
+            await store.insert_token(record("c"), "c", Digest(b"c" * 32, "pepper"), unwritable)
+        assert await counts() == (1, 1, 0)
+        assert not unwritable.recorded
+        by = origin("Delete")
+        assert await store.delete_token(ACCOUNT, record("a").id, by) is not None
+        assert by.recorded
+        assert await counts() == (0, 2, 1)
+        # Again: nothing is changed, so that the entry of this is another's affair.
+        by = origin("Delete")
+        assert await store.delete_token(ACCOUNT, record("a").id, by) is not None
+        assert not by.recorded
+
+
+class Table:
+    """Takes entries, or does not."""
+
+    def __init__(self) -> None:
+        self.written: list[NewEntry] = []
+        self.error: Exception | None = None
+
+    async def insert(self, entries: Any) -> None:
+        if self.error is not None:
+            raise self.error
+        self.written += entries
+
+
+def log_on(table: Table, clock: list[float]) -> AuditLog:
+    return AuditLog(table, lambda: clock[0], lambda: NOW)  # type: ignore[arg-type]  # a part of it
+
+
+async def test_denials_do_not_flood() -> None:
+    """Of a caller's denials of one kind some have an entry of their own, and one entry a minute
+    has the number of the rest; another kind, and another caller's, are counted apart; what was
+    done is never left out."""
+    table, clock = Table(), [0.0]
+    log = log_on(table, clock)
+    shop, admin = (Origin(name, TOKENS + "Delete", "p", "r", "", "") for name in ("shop", "admin"))
+    told = [log.note(shop, "PERMISSION_DENIED", "METHOD_DENIED") for _ in range(10_000)]
+    assert told == [True] * SAMPLE_MAX + [False] * (10_000 - SAMPLE_MAX)
+    assert log.note(shop, "PERMISSION_DENIED", "ACCOUNT_DENIED")
+    assert log.note(admin, "PERMISSION_DENIED", "METHOD_DENIED")
+    assert all(log.note(admin, "OK", "") for _ in range(100))
+    writer = asyncio.create_task(log.run())
+    await eventually(lambda: len(table.written) == SAMPLE_MAX + 102, "what has an entry is there")
+    clock[0] = 60.0
+    await eventually(lambda: len(table.written) == SAMPLE_MAX + 103, "the rest is counted")
+    rest = table.written[-1]
+    assert (rest.caller, rest.code, rest.calls) == ("shop", DENIED, 10_000 - SAMPLE_MAX)
+    assert (rest.peer, rest.request_id, rest.token_id) == ("", "", "")
+    # A minute later it begins anew.
+    assert log.note(shop, "PERMISSION_DENIED", "METHOD_DENIED")
+    writer.cancel()
+    await log.close()
+    denied = [e for e in table.written if e.reason == "METHOD_DENIED" and e.caller == "shop"]
+    assert sum(e.calls for e in denied) == 10_001
+
+
+async def test_entries_wait_for_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is away entries wait, so many at most; the others are counted, and all are there
+    in the end. What the database will never take holds up nothing."""
+    monkeypatch.setattr(module, "WAITING_MAX", 50)
+    table, clock = Table(), [0.0]
+    log = log_on(table, clock)
+    by = origin("Get")
+    table.error = StoreUnavailable("away")
+    for _ in range(80):
+        log.note(by, "OK", "")
+    await log.close()
+    assert table.written == []
+    table.error = ValueError("never")
+    await log.close()
+    assert table.written == []
+    table.error = None
+    for _ in range(60):
+        log.note(by, "OK", "")
+    await log.close()
+    assert [e.calls for e in table.written] == [1] * 50 + [10]
+
+
+def test_nothing_secret_gets_in() -> None:
+    """Of what a caller sends, only what has the form of an account or of a token's id is kept."""
+    secret = Keyring([Pepper(bytes(32))]).mint("lk", os.urandom).secret.reveal()
+    for account, token in (
+        (secret, secret),
+        ("x" * 65, "tok_short"),
+        ("a b", "tok_" + "A" * 26),
+        ("a\n", ""),
+        ("", "x" * 10_000),
+    ):
+        found = Origin.of("a", "m", "p" * 1_000, "r", account, token)
+        assert (found.account_id, found.token_id) == ("", "")
+        assert len(found.peer) == 200
+    kept = Origin.of("a", "m", "p", "r", "acme", "tok_" + "0" * 26)
+    assert (kept.account_id, kept.token_id) == ("acme", "tok_" + "0" * 26)
