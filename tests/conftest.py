@@ -138,7 +138,7 @@ async def shared_servers(
 ) -> AsyncIterator[Callable[..., Awaitable[tuple[str, asyncpg.Connection[asyncpg.Record]]]]]:
     """Servers that tests share, one for each transport and length of its leases, each with a
     connection to its database."""
-    started = {}
+    started: dict[tuple[str, float], tuple[str, asyncpg.Connection[asyncpg.Record]]] = {}
     async with contextlib.AsyncExitStack() as stack:
 
         async def shared(
