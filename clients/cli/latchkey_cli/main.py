@@ -5,7 +5,7 @@ from typing import Annotated, Final
 
 import typer
 
-from latchkey_cli import output, secrets, service, tokens, verify
+from latchkey_cli import access, audit, output, secrets, service, tokens, verify
 from latchkey_cli.failures import ClosedPipe, Exit, Failure
 
 __all__ = ["app", "main"]
@@ -41,7 +41,9 @@ app.command("list")(tokens.list_tokens)
 app.command("get")(tokens.get)
 app.command("delete")(tokens.delete)
 app.command("verify", context_settings={"allow_extra_args": True})(verify.verify)
+app.command("audit")(audit.audit)
 app.command("serve")(service.serve)
+app.command("policy")(service.policy)
 app.command("config")(service.config)
 
 
@@ -62,8 +64,13 @@ def _root(
             "--version", callback=_print_version, is_eager=True, help="Print the version."
         ),
     ] = False,
+    tls_ca: access.CaOption = None,
+    tls_certificate: access.CertificateOption = None,
+    tls_key: access.KeyOption = None,
+    credential_file: access.CredentialFileOption = None,
 ) -> None:
-    """Take the options that belong to no command. They have done their work already."""
+    """Take the options that belong to no command."""
+    access.choose(tls_ca, tls_certificate, tls_key, credential_file)
 
 
 def main() -> int:

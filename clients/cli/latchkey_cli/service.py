@@ -1,4 +1,4 @@
-"""The commands that are the service's own: `serve` and `config`.
+"""The commands that are the service's own: `serve`, `config` and `policy`.
 
 The service is another package that need not be installed, and is never imported: this process
 becomes it, so that signals and exit codes are its own.
@@ -7,12 +7,14 @@ becomes it, so that signals and exit codes are its own.
 import importlib.util
 import os
 import sys
-from typing import NoReturn
+from typing import Annotated, NoReturn
+
+import typer
 
 from latchkey_cli.failures import Exit, Failure
 from latchkey_cli.options import JsonOption
 
-__all__ = ["config", "serve"]
+__all__ = ["config", "policy", "serve"]
 
 _MODULE = "latchkey_service"
 
@@ -29,6 +31,24 @@ def serve() -> None:
 def config(as_json: JsonOption = False) -> None:
     """Print the service's settings in force here, passwords redacted."""
     _become("config", *(["--json"] if as_json else []))
+
+
+def policy(
+    action: Annotated[
+        str, typer.Argument(metavar="new-caller|check", help="What to do.", show_default=False)
+    ],
+    what: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME|FILE]", help="Of whom, or which.", show_default=False),
+    ] = None,
+) -> None:
+    """Make a credential for a new caller, or check the service's policy file.
+
+    'new-caller NAME' prints a credential, once and alone on standard output, and
+    beside it what the policy file has of it. 'check [FILE]' says whether a policy
+    file, by default LATCHKEY_POLICY, is right.
+    """
+    _become("policy", action, *([what] if what is not None else []))
 
 
 def _become(*arguments: str) -> NoReturn:

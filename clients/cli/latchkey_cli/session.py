@@ -16,6 +16,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import latchkey
 
+from latchkey_cli import access
 from latchkey_cli.failures import Exit, Failure
 
 __all__ = ["Doing", "Session"]
@@ -38,8 +39,16 @@ class Session:
 
     def __init__(self, target: str, timeout_seconds: float | None) -> None:
         self._target = target
+        chosen = access.chosen()
+        try:
+            self.client = latchkey.Client(target, access=chosen, timeout_seconds=timeout_seconds)
+        except latchkey.AccessError as error:
+            failure: Failure | None = access.of_no_use(str(error))
+        else:
+            failure = None
+        if failure is not None:
+            raise failure
         self._runner = asyncio.Runner()
-        self.client = latchkey.Client(target, timeout_seconds=timeout_seconds)
 
     def run(self, call: Coroutine[Any, Any, T], doing: Doing) -> T:
         """Return what `call` returns. Raises Failure, also on Ctrl-C."""
@@ -103,12 +112,21 @@ def _words(error: latchkey.LatchkeyError, doing: Doing, target: str) -> tuple[st
             to_do = "choose another name, or delete that token first"
             return "a live token of the account has that name", to_do, Exit.ALREADY_EXISTS
         case latchkey.PermissionDenied():
-            return "permission denied", "ask whoever runs Latchkey for access", Exit.DENIED
+            to_do = "ask whoever runs Latchkey for access, by its policy"
+            return f"permission denied ({error.reason})", to_do, Exit.DENIED
         case latchkey.Unauthenticated():
-            return "Latchkey does not know this caller", "check its credentials", Exit.DENIED
+            to_do = "say who you are: 'latchkey --help' has the options for access"
+            return f"Latchkey does not know this caller ({error.reason})", to_do, Exit.DENIED
         case latchkey.DeadlineExceeded():
             to_do = f"{doing.if_lost}; --timeout allows more time"
             return f"{target} did not answer in time", to_do, Exit.UNAVAILABLE
+        case latchkey.Unavailable() if error.reason == "TLS_HANDSHAKE_FAILED":
+            to_do = "check --tls-ca, and that the name in --target is in its certificate"
+            return f"{target} is not trusted, or does not speak TLS", to_do, Exit.UNAVAILABLE
+        case latchkey.Unavailable() if error.reason == "CONNECTION_CLOSED":
+            to_do = "check --tls-ca, --tls-certificate and --tls-key: it may want TLS, or another "
+            to_do += f"client certificate, {_then(doing)}"
+            return f"{target} closes the connection", to_do, Exit.UNAVAILABLE
         case latchkey.Unavailable() if error.reason:
             # Latchkey itself said so: it is there, and something behind it is not.
             return f"{target} cannot answer now ({error.reason})", doing.if_lost, Exit.UNAVAILABLE

@@ -5,9 +5,12 @@ It does not own the contract (proto/latchkey/v1). The guards for gRPC and ASGI s
 `latchkey.guards` and are imported only by those who use them.
 """
 
+from latchkey._audit import AuditEntry, AuditFilter, AuditPage, Outcome
 from latchkey._version import __version__
+from latchkey.access import Access
 from latchkey.client import Client
 from latchkey.errors import (
+    AccessError,
     AlreadyExists,
     DeadlineExceeded,
     FieldViolation,
@@ -38,7 +41,12 @@ from latchkey.secret import Secret
 from latchkey.verifier import Verifier
 
 __all__ = [
+    "Access",
+    "AccessError",
     "AlreadyExists",
+    "AuditEntry",
+    "AuditFilter",
+    "AuditPage",
     "Client",
     "CreatedToken",
     "DeadlineExceeded",
@@ -48,6 +56,7 @@ __all__ = [
     "LatchkeyError",
     "NotFound",
     "Notifications",
+    "Outcome",
     "Page",
     "PermissionDenied",
     "Receipt",

@@ -122,10 +122,10 @@ def token_in(message: pb.Token) -> Token:
         account_id=message.account_id,
         name=message.name,
         scope=_SCOPES.get(message.scope, Scope.UNSPECIFIED),
-        create_time=_time_in(message.create_time),
-        expire_time=_time_in(message.expire_time) if message.HasField("expire_time") else None,
+        create_time=time_in(message.create_time),
+        expire_time=time_in(message.expire_time) if message.HasField("expire_time") else None,
         last_used_time=(
-            _time_in(message.last_used_time) if message.HasField("last_used_time") else None
+            time_in(message.last_used_time) if message.HasField("last_used_time") else None
         ),
         hint=message.hint,
         labels=dict(message.labels),
@@ -143,9 +143,9 @@ def page_in(message: pb.ListResponse) -> Page:
 def receipt_in(message: pb.Receipt) -> Receipt:
     """Return a receipt as received."""
     return Receipt(
-        commit_time=_time_in(message.commit_time),
+        commit_time=time_in(message.commit_time),
         effective_time=(
-            _time_in(message.effective_time) if message.HasField("effective_time") else None
+            time_in(message.effective_time) if message.HasField("effective_time") else None
         ),
         revision=message.revision,
         verifiers_acknowledged=message.verifiers_acknowledged,
@@ -209,7 +209,7 @@ def _verifier_in(message: status_pb.VerifierStatus) -> VerifierStatus:
         host=message.host,
         process_id=message.process_id,
         version=message.version,
-        start_time=_time_in(message.start_time),
+        start_time=time_in(message.start_time),
         acknowledged_revision=message.acknowledged_revision,
         lag=message.lag,
         lease_duration=_duration_in(message.lease_duration),
@@ -227,7 +227,8 @@ def _duration_in(message: Duration) -> timedelta:
         raise InternalError("The service sent a duration that does not exist.") from error
 
 
-def _time_in(message: Timestamp) -> datetime:
+def time_in(message: Timestamp) -> datetime:
+    """Return a moment as received. Raises InternalError."""
     try:
         return message.ToDatetime(tzinfo=UTC)
     except (ValueError, OverflowError) as error:

@@ -73,6 +73,7 @@ POLICIES: Final[Mapping[str, Policy]] = {
     "Verify": Policy(VERIFY_TIMEOUT_SECONDS, retry=True),
     "BatchVerify": Policy(BATCH_VERIFY_TIMEOUT_SECONDS, retry=True),
     "GetStatus": Policy(MANAGEMENT_TIMEOUT_SECONDS, retry=True),
+    "AuditService.List": Policy(MANAGEMENT_TIMEOUT_SECONDS, retry=True),
 }
 
 

@@ -3,6 +3,7 @@
 It owns the translation alone; whether a call is tried again is decided in `_retry`.
 """
 
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Final, TypeVar
@@ -53,6 +54,37 @@ _ADVICE_WHEN_LOST: Final[Mapping[str, str]] = {
 }
 # ErrorInfo.reason of a Delete that stands, but whose deadline was too short for the wait.
 _NOT_CONFIRMED: Final = "DELETION_NOT_CONFIRMED"
+# What gRPC says when it comes to no connection, the reason that we give it, and what to do.
+_NO_CONNECTION: Final = (
+    (
+        re.compile(r"CERTIFICATE_VERIFY_FAILED"),
+        "TLS_HANDSHAKE_FAILED",
+        "The service's certificate is of none of the trusted CAs: check tls_ca (LATCHKEY_TLS_CA).",
+    ),
+    (
+        re.compile(r"Peer name .* is not in peer certificate"),
+        "TLS_HANDSHAKE_FAILED",
+        "The service's certificate is for another name: check the target.",
+    ),
+    (
+        re.compile(r"WRONG_VERSION_NUMBER"),
+        "TLS_HANDSHAKE_FAILED",
+        "The service does not speak TLS there: check the target, or leave TLS out.",
+    ),
+    (
+        re.compile(r"[Hh]andshake failed"),
+        "TLS_HANDSHAKE_FAILED",
+        "Check the TLS files (latchkey.access) and the service's log.",
+    ),
+    (
+        re.compile(
+            r"^(failed to connect to all addresses|connections to all backends failing)"
+            r".*(Socket closed|Connection reset by peer)"
+        ),
+        "CONNECTION_CLOSED",
+        "It closed the connection at once, and may want TLS, or another client certificate.",
+    ),
+)
 _LOST: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
@@ -73,6 +105,12 @@ def from_rpc_error(rpc: str, error: grpc.aio.AioRpcError) -> errors.LatchkeyErro
     message = f"{rpc} failed: {text} ({code.name}"
     message += f", request {request_id})." if request_id else ")."
     advice = _ADVICE_WHEN_LOST.get(rpc) if code in _LOST else None
+    if code is grpc.StatusCode.UNAVAILABLE and reason is None:
+        # No answer at all. A call that never got a connection has done nothing.
+        for found, name, what_to_do in _NO_CONNECTION:
+            if found.search(text):
+                reason, advice = name, what_to_do
+                break
     if reason == _NOT_CONFIRMED:
         advice = "The deletion stands but is not confirmed: call delete() again for its receipt."
     advice = advice or _ADVICE.get(code)

@@ -19,6 +19,7 @@ from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceStub
 from latchkey import _convert
 from latchkey._status import from_rpc_error
 from latchkey._subscription import Stream, Subscription
+from latchkey.access import Metadata
 from latchkey.errors import InternalError, LatchkeyError, Unavailable
 
 if TYPE_CHECKING:
@@ -59,11 +60,17 @@ OpenChannel = Callable[[], tuple[grpc.aio.Channel, bool]]
 class Watcher:
     """Watches for one verifier, on the event loop of `start`, until `close`."""
 
-    def __init__(self, open_channel: OpenChannel, subscription: Subscription) -> None:
+    def __init__(
+        self,
+        open_channel: OpenChannel,
+        subscription: Subscription,
+        metadata: Callable[[], Metadata] = lambda: (),
+    ) -> None:
         self.fallback_reason: str | None = None
         """Why the last attempt to watch came to nothing. None: it did not, or there was none."""
         self.reconnects = 0
         self._open_channel = open_channel
+        self._metadata = metadata
         self._subscription = subscription
         self._task: asyncio.Task[None] | None = None
         self._closed = False
@@ -164,7 +171,7 @@ class Watcher:
     def _connect(self) -> "_Connection":
         channel, owned = self._open_channel()
         stream = self._subscription.open(boottime())
-        connection = _Connection(stream, channel, owns_channel=owned)
+        connection = _Connection(stream, channel, self._metadata(), owns_channel=owned)
         self._connections.add(connection)
         connection.task.add_done_callback(lambda _: self._connections.discard(connection))
         return connection
@@ -183,12 +190,20 @@ class Watcher:
 class _Connection:
     """One Watch call, from its first message until it has ended."""
 
-    def __init__(self, stream: Stream, channel: grpc.aio.Channel, *, owns_channel: bool) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        channel: grpc.aio.Channel,
+        metadata: Metadata,
+        *,
+        owns_channel: bool,
+    ) -> None:
         self.stream = stream
         self.began = boottime()
         self.ended = False
         self._failure: LatchkeyError | None = None
         self._channel = channel
+        self._metadata = metadata
         self._owns_channel = owns_channel
         # The stream may have changed: for who waits for that, and for who sends.
         self._news = asyncio.Event()
@@ -244,7 +259,7 @@ class _Connection:
         writer: asyncio.Task[None] | None = None
         try:
             stub: TokenServiceAsyncStub = TokenServiceStub(self._channel)
-            call = stub.Watch()
+            call = stub.Watch(metadata=self._metadata)
             writer = asyncio.create_task(self._write(call), name="latchkey watch sender")
             while (message := await call.read()) is not grpc.aio.EOF:
                 self.stream.receive(_convert.watch_event_in(message), boottime())

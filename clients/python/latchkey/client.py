@@ -14,18 +14,22 @@ import grpc
 from google.protobuf.message import Message
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1.audit_service_pb2_grpc import AuditServiceStub
 from latchkey_proto.v1.status_service_pb2_grpc import StatusServiceStub
 from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceStub
 
-from latchkey import _convert, _retry
+from latchkey import _audit, _convert, _retry
+from latchkey._audit import AuditFilter, AuditPage
 from latchkey._channel import open_channel
 from latchkey._status import from_rpc_error
-from latchkey.errors import InternalError, LatchkeyError, Unavailable, invalid
+from latchkey.access import Access, Metadata
+from latchkey.errors import AccessError, InternalError, LatchkeyError, Unavailable, invalid
 from latchkey.models import CreatedToken, Page, Receipt, Scope, Status, Token, Verification
 from latchkey.secret import Secret
 
 if TYPE_CHECKING:
     # Exists in the stubs' types only; at run time one class serves both kinds of channel.
+    from latchkey_proto.v1.audit_service_pb2_grpc import AuditServiceAsyncStub
     from latchkey_proto.v1.status_service_pb2_grpc import StatusServiceAsyncStub
     from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
 
@@ -36,8 +40,10 @@ ResponseT = TypeVar("ResponseT", bound=Message)
 class Client:
     """A connection to Latchkey, for one event loop. Safe to share between its tasks.
 
-    `target` is what gRPC takes: "host:port", "dns:///name:port", "unix:/path". Without
-    `credentials` the connection is plaintext. `timeout_seconds` replaces the default deadline of
+    `target` is what gRPC takes: "host:port", "dns:///name:port", "unix:/path". `access` says how
+    to use TLS and who calls; without it the environment does (`latchkey.access`), and if that says
+    nothing the connection is plaintext. `credentials` are gRPC's own, in place of TLS by `access`.
+    `timeout_seconds` replaces the default deadline of
     every method; each call can say its own. `options` are gRPC channel arguments that replace or
     join the library's. With `channel`, that one is used as it is, and stays open on close().
 
@@ -50,10 +56,22 @@ class Client:
         target: str = "127.0.0.1:50051",
         *,
         timeout_seconds: float | None = None,
+        access: Access | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         channel: grpc.aio.Channel | None = None,
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
+        if access is None:
+            # Who brings a channel, or gRPC's credentials, has chosen already.
+            own = channel is not None or credentials is not None
+            access = Access() if own else Access.from_environment()
+        elif credentials is not None and access.channel_credentials is not None:
+            raise AccessError("credentials and access with TLS exclude each other")
+        if credentials is None:
+            credentials = access.channel_credentials
+            if channel is None:
+                access.check_target(target)
+        self._access = access
         self._target = target
         self._timeout_seconds = _retry.checked_timeout(timeout_seconds)
         self._credentials = credentials
@@ -62,6 +80,7 @@ class Client:
         self._owns_channel = channel is None
         self._stub: TokenServiceAsyncStub | None = None
         self._status_stub: StatusServiceAsyncStub | None = None
+        self._audit_stub: AuditServiceAsyncStub | None = None
         self._budget = _retry.Budget()
         self._closed = False
 
@@ -222,6 +241,30 @@ class Client:
         answer = await self._call("GetStatus", method, request, timeout_seconds)
         return _convert.status_in(answer)
 
+    async def audit_page(
+        self,
+        wanted: AuditFilter = AuditFilter(),  # noqa: B008 - it does not change
+        *,
+        page_size: int = 0,
+        page_token: str = "",
+        timeout_seconds: float | None = None,
+    ) -> AuditPage:
+        """Return one page of who has managed tokens, or tried to, newest first.
+
+        `page_size` 0 leaves it to the service (50); it gives at most 500.
+        """
+        request = _convert.build(lambda: _audit.request_out(wanted, page_size, page_token))
+        if self._audit_stub is None:
+            self._audit_stub = AuditServiceStub(self._connected())
+        answer = await self._call(
+            "AuditService.List", self._audit_stub.List, request, timeout_seconds
+        )
+        return _audit.page_in(answer)
+
+    def metadata(self) -> Metadata:
+        """Return what is sent with each call. For the library's own use."""
+        return self._access.metadata()
+
     def open_channel(self) -> tuple[grpc.aio.Channel, bool]:
         """Return a channel to the same place, and whether it is new and the caller's to close.
 
@@ -237,7 +280,7 @@ class Client:
         """Close the connection. Calls under way fail with Unavailable. Safe to repeat."""
         self._closed = True
         channel, self._channel = self._channel, None
-        self._stub = self._status_stub = None
+        self._stub = self._status_stub = self._audit_stub = None
         if channel is not None and self._owns_channel:
             await channel.close()
 
@@ -300,7 +343,7 @@ class Client:
         answer: ResponseT | None = None
         failure: LatchkeyError
         try:
-            answer = await method(request, timeout=left_seconds)
+            answer = await method(request, timeout=left_seconds, metadata=self._access.metadata())
             # grpc answers None, and logs, when it could not parse what came.
             failure = InternalError(f"{rpc} failed: the service's answer could not be read.")
         except grpc.aio.AioRpcError as error:

@@ -6,6 +6,7 @@
     ├── AlreadyExists                         a live token of the account has the name
     ├── PermissionDenied                      this caller may not do that
     ├── Unauthenticated                       Latchkey does not know this caller
+    │   └── AccessError (also a ValueError)   what this client presents is of no use; see Access
     ├── ResourceExhausted                     too much at once; see retry_after
     ├── Unavailable                           no answer now; see retry_after
     │   └── DeadlineExceeded                  no answer in time
@@ -103,6 +104,10 @@ class Unauthenticated(LatchkeyError):
     """Latchkey does not know this caller."""
 
     default_code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class AccessError(Unauthenticated, ValueError):
+    """What this client is to be known by, or to know the service by, is of no use: see Access."""
 
 
 class ResourceExhausted(LatchkeyError):

@@ -21,6 +21,7 @@ import grpc
 from latchkey import _fork
 from latchkey import verifier as _async
 from latchkey._retry import VERIFY_TIMEOUT_SECONDS, checked_timeout
+from latchkey.access import Access
 from latchkey.client import Client
 from latchkey.errors import DeadlineExceeded, Unavailable
 from latchkey.models import Scope, Verification, VerifierStats
@@ -39,10 +40,11 @@ START_SECONDS: Final = 10.0
 class Verifier:
     """Verifies secrets from any number of threads; see `latchkey.Verifier` for what it remembers.
 
-    `target`, `credentials` and `options` are as Client takes them. Its thread begins with the
-    first verify that needs the service. Until then it may be copied by a fork, as gunicorn does:
-    each worker then has a thread of its own. After that gRPC, and so the verifier, cannot be used
-    in a forked child: verifies raise Unavailable there, and none is answered from memory.
+    `target`, `access`, `credentials` and `options` are as Client takes them. Its thread begins
+    with the first verify that needs the service. Until then it may be copied by a fork, as
+    gunicorn does: each worker then has a thread of its own. After that gRPC, and so the verifier,
+    cannot be used in a forked child: verifies raise Unavailable there, and none is answered from
+    memory.
 
     It ends with close(), with the process, or when nothing refers to it any more.
     """
@@ -53,11 +55,12 @@ class Verifier:
         *,
         timeout_seconds: float = VERIFY_TIMEOUT_SECONDS,
         memory_entries: int = _async.MEMORY_ENTRIES,
+        access: Access | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
         # Neither connects, nor takes to an event loop, before the first verify.
-        self._client = Client(target, credentials=credentials, options=options)
+        self._client = Client(target, access=access, credentials=credentials, options=options)
         self._verifier = _async.Verifier(
             self._client, timeout_seconds=timeout_seconds, memory_entries=memory_entries
         )

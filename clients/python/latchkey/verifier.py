@@ -64,7 +64,9 @@ class Verifier:
         self._timeout_seconds = timeout_seconds
         self._memory: Memory[Remembered] = Memory(memory_entries)
         self._subscription = Subscription(self._memory, random.random)
-        self._watcher = Watcher(self._client.open_channel, self._subscription)
+        self._watcher = Watcher(
+            self._client.open_channel, self._subscription, self._client.metadata
+        )
         self._batcher = Batcher(self._client)
         self._remembers = memory_entries > 0
         self._hits = 0

@@ -18,6 +18,8 @@ from latchkey_service.errors import PermissionDenied, Unauthenticated, WatchRefu
 __all__ = ["Door", "Gate", "check_account", "within_accounts"]
 
 AUTHORIZATION: Final = "authorization"
+# Headers remembered: more than a service has clients, and some megabytes at most.
+FORWARDED_MAX: Final = 10_000
 
 
 class HasMetadata(Protocol):
@@ -52,16 +54,28 @@ class Gate:
 
 class Door:
     """One listener's way in. `proxy` is the name of the proxy to believe, None: none.
+    `metadata_of` returns the metadata of a call's context.
 
     A proxy is believed on a listener that only this machine's processes reach, which is settled
     when the service starts (`exposure.py`), and not by each call's peer: the `native` transport
     hands streams on through a UNIX socket of its own, where every peer looks like a local one.
     """
 
-    def __init__(self, gate: Gate, *, tls: bool = False, proxy: str | None = None) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        *,
+        tls: bool = False,
+        proxy: str | None = None,
+        metadata_of: Callable[[Any], Any] = lambda context: context.invocation_metadata(),
+    ) -> None:
         self._gate = gate
         self._tls = tls
         self._proxy = proxy
+        self._metadata_of = metadata_of
+        # What was read of headers, which a proxy sends again and again. They are no secrets.
+        self._forwarded: dict[str, Caller | None] = {}
+        gate.on_change(self._forwarded.clear)
 
     def admit(self, path: str, context: HasMetadata) -> Caller:
         """Return the caller, who may call the method. Raises Unauthenticated, PermissionDenied."""
@@ -78,7 +92,7 @@ class Door:
         """Return who calls. Raises Unauthenticated."""
         policy = self._gate.policy
         authorization = header = None
-        for key, value in context.invocation_metadata() or ():
+        for key, value in self._metadata_of(context) or ():
             if key == AUTHORIZATION:
                 if authorization is not None:
                     raise conflict()
@@ -93,7 +107,13 @@ class Door:
         if self._tls:
             by_tls = _of_peer(policy, context)
         elif header is not None:
-            by_tls = self._of_proxy(policy, header)
+            if header in self._forwarded:
+                by_tls = self._forwarded[header]
+            else:
+                by_tls = self._of_proxy(policy, header)
+                if len(self._forwarded) >= FORWARDED_MAX:
+                    self._forwarded.clear()
+                self._forwarded[header] = by_tls
         if caller is None or by_tls is None:
             caller = caller or by_tls
         elif caller is not by_tls:

@@ -15,6 +15,7 @@ __all__ = ["bearer", "by_certificate", "by_credential"]
 
 _SPIFFE: Final = "spiffe://"
 _SCHEME: Final = "bearer "
+_SCHEME_LENGTH: Final = len(_SCHEME)
 # Longer is none of ours, and is not hashed.
 _CREDENTIAL_LENGTH_MAX: Final = 256
 
@@ -37,14 +38,14 @@ def bearer(authorization: str | bytes) -> str:
     """
     if (
         not isinstance(authorization, str)
-        or authorization[: len(_SCHEME)].lower() != _SCHEME
+        or authorization[:_SCHEME_LENGTH].lower() != _SCHEME
         or len(authorization) > _CREDENTIAL_LENGTH_MAX
     ):
         raise Unauthenticated(
             "The metadata 'authorization' has no bearer credential of a caller.",
             "CREDENTIAL_MALFORMED",
         )
-    return authorization[len(_SCHEME) :]
+    return authorization[_SCHEME_LENGTH:]
 
 
 def by_certificate(policy: Policy, uris: Iterable[str], dns: Iterable[str]) -> Caller:

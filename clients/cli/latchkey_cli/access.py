@@ -1,0 +1,115 @@
+"""How the tool says who calls, and how it knows the service: options before the command.
+
+They come before the environment (`latchkey.access`), which every client of Latchkey heeds. There is
+no option for a credential itself: arguments are seen by everyone on the machine.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from latchkey_cli.failures import Exit, Failure
+
+if TYPE_CHECKING:
+    # For types alone: completing a word on the command line does not wait for gRPC.
+    from latchkey import Access
+
+__all__ = [
+    "CaOption",
+    "CertificateOption",
+    "CredentialFileOption",
+    "KeyOption",
+    "choose",
+    "chosen",
+]
+
+_PANEL: Final = "Access"
+
+CaOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-ca",
+        metavar="FILE",
+        show_default=False,
+        rich_help_panel=_PANEL,
+        help="Use TLS, and trust these CAs; 'system': the usual ones. LATCHKEY_TLS_CA",
+    ),
+]
+CertificateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-certificate",
+        metavar="FILE",
+        show_default=False,
+        rich_help_panel=_PANEL,
+        help="Your client certificate. LATCHKEY_TLS_CERTIFICATE",
+    ),
+]
+KeyOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-key",
+        metavar="FILE",
+        show_default=False,
+        rich_help_panel=_PANEL,
+        help="Its private key. LATCHKEY_TLS_KEY",
+    ),
+]
+CredentialFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--credential-file",
+        metavar="FILE",
+        show_default=False,
+        rich_help_panel=_PANEL,
+        help="Your credential. LATCHKEY_CREDENTIAL_FILE, or LATCHKEY_CREDENTIAL itself",
+    ),
+]
+
+# By the environment's name. The process is one command.
+_options: dict[str, str] = {}
+
+
+def choose(
+    tls_ca: Path | None,
+    tls_certificate: Path | None,
+    tls_key: Path | None,
+    credential_file: Path | None,
+) -> None:
+    """Keep what was said before the command."""
+    given = {
+        "LATCHKEY_TLS_CA": tls_ca,
+        "LATCHKEY_TLS_CERTIFICATE": tls_certificate,
+        "LATCHKEY_TLS_KEY": tls_key,
+        "LATCHKEY_CREDENTIAL_FILE": credential_file,
+    }
+    _options.clear()
+    _options.update({name: str(path) for name, path in given.items() if path is not None})
+
+
+def chosen() -> "Access":
+    """Return what to connect with. Raises Failure."""
+    from latchkey import Access, AccessError
+
+    environment = dict(os.environ)
+    if "LATCHKEY_CREDENTIAL_FILE" in _options:
+        environment.pop("LATCHKEY_CREDENTIAL", None)
+    try:
+        return Access.from_environment(environment | _options)
+    except AccessError as error:
+        failure = of_no_use(str(error))
+    raise failure
+
+
+def of_no_use(text: str) -> Failure:
+    """Return the failure for what the client library says of TLS files or a credential."""
+    what, _, to_do = text.partition(": ")
+    return Failure(
+        text,
+        "'latchkey --help' names the options and variables for access",
+        Exit.USAGE,
+        code="ACCESS",
+        detail=f"{what}: {to_do}",
+    )

@@ -1,0 +1,187 @@
+"""The command `audit`: who has managed tokens, and who has tried to."""
+
+import enum
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+from latchkey_cli import output
+from latchkey_cli.options import JsonOption, TargetOption, TimeoutOption
+from latchkey_cli.text import visible
+from latchkey_cli.times import local, parse_expiry
+
+if TYPE_CHECKING:
+    # For types alone: completing a word on the command line does not wait for gRPC.
+    from latchkey import AuditEntry
+
+__all__ = ["audit", "document"]
+
+LIMIT: Final = 50
+# The service's own maximum: the fewest round trips.
+PAGE_SIZE: Final = 500
+_STYLES: Final = {"OK": "green", "DENIED": "bold red", "FAILED": "yellow"}
+_COLUMNS: Final = ("Time", "Caller", "Method", "Account", "Outcome", "From", "Token")
+
+
+class OutcomeName(enum.StrEnum):
+    """An outcome as people type it."""
+
+    OK = "ok"
+    DENIED = "denied"
+    FAILED = "failed"
+
+
+class MethodName(enum.StrEnum):
+    """A method as people type it."""
+
+    CREATE = "create"
+    GET = "get"
+    LIST = "list"
+    DELETE = "delete"
+
+
+def _past(text: str) -> datetime:
+    wrong = "give a duration (30m, 12h, 7d), a date, or a time with its zone (2030-01-31T18:00:00Z)"
+    try:
+        said = parse_expiry(text)
+        moment = datetime.now(UTC) - said.ttl if said.ttl is not None else said.expire_time
+    except (ValueError, OverflowError):
+        moment = None
+    if moment is None:
+        raise typer.BadParameter(wrong)
+    return moment
+
+
+_WHEN: Final = "30m, 12h or 7d ago, a date, or 2030-01-31T18:00:00Z."
+
+
+def audit(
+    account: Annotated[
+        str, typer.Option("--account", "-a", metavar="ID", help="Only about this account.")
+    ] = "",
+    caller: Annotated[
+        str, typer.Option("--caller", metavar="NAME", help="Only of this caller.")
+    ] = "",
+    token: Annotated[str, typer.Option("--token", metavar="ID", help="Only this token.")] = "",
+    method: Annotated[
+        MethodName | None,
+        typer.Option("--method", case_sensitive=False, show_default=False, help="Only these."),
+    ] = None,
+    outcome: Annotated[
+        OutcomeName | None,
+        typer.Option("--outcome", case_sensitive=False, show_default=False, help="Only those."),
+    ] = None,
+    since: Annotated[
+        datetime | None,
+        typer.Option(
+            "--since", parser=_past, metavar="WHEN", show_default=False, help=f"From then: {_WHEN}"
+        ),
+    ] = None,
+    until: Annotated[
+        datetime | None,
+        typer.Option(
+            "--until", parser=_past, metavar="WHEN", show_default=False, help="Before then."
+        ),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option("--limit", min=0, metavar="N", help="At most N entries; 0: all.")
+    ] = LIMIT,
+    target: TargetOption = "127.0.0.1:50051",
+    timeout: TimeoutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show who has created, read and deleted tokens, and who was denied it.
+
+    The newest come first. With --json it prints one array. An array without its
+    end means that it is not complete, and the exit code says why.
+    """
+    # Imported where needed: completing a word does not wait for gRPC.
+    from latchkey import AuditFilter, Outcome
+
+    from latchkey_cli.session import Doing, Session
+
+    wanted = AuditFilter(
+        account_id=account,
+        token_id=token,
+        caller=caller,
+        method="" if method is None else method.value.capitalize(),
+        outcome=None if outcome is None else Outcome[outcome.name],
+        start_time=since,
+        end_time=until,
+    )
+    left, page_token, printed = limit or None, "", 0
+    with Session(target, timeout) as session:
+        while True:
+            size = PAGE_SIZE if left is None else min(left, PAGE_SIZE)
+            page = session.run(
+                session.client.audit_page(wanted, page_size=size, page_token=page_token),
+                Doing("read the audit log"),
+            )
+            entries = page.entries if left is None else page.entries[:left]
+            if as_json:
+                for entry in entries:
+                    lead = "[\n" if not printed else ",\n"
+                    output.write(sys.stdout, lead + output.to_json(document(entry), indent=None))
+                    printed += 1
+            else:
+                _print(entries, first=not printed)
+                printed += len(entries)
+            left = None if left is None else left - len(entries)
+            page_token = page.next_page_token
+            if not page_token or left == 0:
+                break
+    if as_json:
+        output.write(sys.stdout, "\n]\n" if printed else "[]\n")
+    elif not printed:
+        output.write(sys.stderr, "There is nothing like that.\n")
+
+
+def document(entry: "AuditEntry") -> dict[str, Any]:
+    """Return an entry as scripts get it: every key is always there."""
+    time = entry.time.astimezone(UTC).isoformat(timespec="microseconds")
+    return {
+        "id": entry.id,
+        "time": time.replace("+00:00", "Z"),
+        "caller": entry.caller,
+        "method": entry.method,
+        "account_id": entry.account_id,
+        "token_id": entry.token_id,
+        "peer": entry.peer,
+        "request_id": entry.request_id,
+        "outcome": f"OUTCOME_{entry.outcome.name}",
+        "code": entry.code,
+        "reason": entry.reason,
+        "calls": entry.calls,
+    }
+
+
+def _print(entries: "tuple[AuditEntry, ...]", *, first: bool) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=first)
+    rows = [_row(entry) for entry in entries]
+    for number, name in enumerate(_COLUMNS):
+        width = max([cell_len(name), *(cell_len(row[number].plain) for row in rows)])
+        table.add_column(name, min_width=min(width, 12), overflow="fold", header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    output.console(sys.stdout).print(table)
+
+
+def _row(entry: "AuditEntry") -> list[Text]:
+    name = entry.outcome.name
+    outcome = name.lower() + (f": {entry.reason}" if entry.reason else "")
+    if entry.calls > 1:
+        outcome += f" (× {entry.calls})"
+    return [
+        Text(local(entry.time, seconds=True)),
+        Text(visible(entry.caller)) if entry.caller else Text("unknown", style="dim"),
+        Text(visible(entry.method.rpartition("/")[2])),
+        Text(visible(entry.account_id)),
+        Text(visible(outcome), style=_STYLES.get(name, "")),
+        Text(visible(entry.peer), style="dim"),
+        Text(visible(entry.token_id), style="cyan"),
+    ]

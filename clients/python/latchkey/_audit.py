@@ -1,0 +1,118 @@
+"""The audit log as values: what `Client.audit` gives, and its way from and to protobuf."""
+
+import enum
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+from latchkey_proto.v1 import audit_service_pb2 as pb
+
+from latchkey._convert import time_in, time_out
+
+__all__ = ["AuditEntry", "AuditFilter", "AuditPage", "Outcome", "page_in", "request_out"]
+
+
+class Outcome(enum.Enum):
+    """What became of a call."""
+
+    UNSPECIFIED = "unspecified"
+    """One that this version of the library does not know."""
+    OK = "ok"
+    DENIED = "denied"
+    """Its caller may not make it."""
+    FAILED = "failed"
+    """It was let in, and failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """A management call, or several that were denied or failed alike. None has a secret in it."""
+
+    id: str
+    time: datetime
+    caller: str
+    """Name in the policy; empty: not known."""
+    method: str
+    """Full name, such as /latchkey.v1.TokenService/Create."""
+    account_id: str
+    token_id: str
+    peer: str
+    request_id: str
+    outcome: Outcome
+    code: int
+    """A google.rpc.Code."""
+    reason: str
+    calls: int
+    """How many calls this stands for."""
+
+
+@dataclass(frozen=True, slots=True)
+class AuditPage:
+    """Entries, newest first, and the token of the next page, empty on the last."""
+
+    entries: tuple[AuditEntry, ...]
+    next_page_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class AuditFilter:
+    """Which entries are asked for; what is left out is not asked for."""
+
+    account_id: str = ""
+    token_id: str = ""
+    caller: str = ""
+    method: str = ""
+    outcome: Outcome | None = None
+    start_time: datetime | None = None
+    end_time: datetime | None = None
+
+
+_OUTCOMES: Final = {
+    pb.OUTCOME_OK: Outcome.OK,
+    pb.OUTCOME_DENIED: Outcome.DENIED,
+    pb.OUTCOME_FAILED: Outcome.FAILED,
+}
+_OUTCOMES_OUT: Final = {outcome: number for number, outcome in _OUTCOMES.items()}
+
+
+def request_out(wanted: AuditFilter, page_size: int, page_token: str) -> pb.AuditServiceListRequest:
+    """Return the request. Raises InvalidArgument."""
+    request = pb.AuditServiceListRequest(
+        account_id=wanted.account_id,
+        token_id=wanted.token_id,
+        caller=wanted.caller,
+        method=wanted.method,
+        page_size=page_size,
+        page_token=page_token,
+    )
+    if wanted.outcome is not None:
+        request.outcome = _OUTCOMES_OUT[wanted.outcome]
+    if wanted.start_time is not None:
+        request.start_time.CopyFrom(time_out(wanted.start_time, "start_time"))
+    if wanted.end_time is not None:
+        request.end_time.CopyFrom(time_out(wanted.end_time, "end_time"))
+    return request
+
+
+def page_in(message: pb.AuditServiceListResponse) -> AuditPage:
+    """Return a page as received."""
+    return AuditPage(
+        tuple(
+            AuditEntry(
+                id=entry.id,
+                time=time_in(entry.time).astimezone(UTC),
+                caller=entry.caller,
+                method=entry.method,
+                account_id=entry.account_id,
+                token_id=entry.token_id,
+                peer=entry.peer,
+                request_id=entry.request_id,
+                outcome=_OUTCOMES.get(entry.outcome, Outcome.UNSPECIFIED),
+                code=entry.code,
+                reason=entry.reason,
+                calls=entry.calls,
+            )
+            for entry in message.entries
+        ),
+        message.next_page_token,
+    )

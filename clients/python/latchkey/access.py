@@ -1,0 +1,244 @@
+"""How a client says who it is, and how it knows the service: TLS files and a bearer credential.
+
+    client = Client("tokens.example.org:443", access=Access(tls_ca="ca.pem", credential_file="c"))
+
+Without `access` a client takes these from the environment: LATCHKEY_TLS_CA,
+LATCHKEY_TLS_CERTIFICATE and LATCHKEY_TLS_KEY are files, LATCHKEY_CREDENTIAL is a credential and
+LATCHKEY_CREDENTIAL_FILE a file with one. It owns what can be wrong
+with them, and says so before a connection is made.
+"""
+
+import datetime
+import os
+import re
+import ssl
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, Self
+
+import grpc
+
+from latchkey._certificate import validity
+from latchkey._shape import checksum
+from latchkey.errors import AccessError
+from latchkey.secret import Secret
+
+__all__ = ["SYSTEM", "Access"]
+
+PREFIX: Final = "LATCHKEY_"
+SYSTEM: Final = "system"
+"""As `tls_ca`: the CAs that gRPC trusts by itself."""
+
+Metadata = tuple[tuple[str, str], ...]
+
+_CREDENTIAL: Final = re.compile(r"lkc_[0-9A-Za-z]{49}")
+_CHECKSUM_LENGTH: Final = 6
+_SIZE_MAX: Final = 4 * 1024 * 1024
+# A credential file is looked at again after this, so that a new one is used without a restart.
+_LOOK_AGAIN_SECONDS: Final = 1.0
+_LOCAL: Final = re.compile(
+    r"(unix:|unix-abstract:|vsock:|(dns:(//[^/]*/)?|ipv4:|ipv6:)?"
+    r"(localhost|127\.\d+\.\d+\.\d+|\[::1\]|\[?::1\]?)(:\d+)?$)"
+)
+
+
+class Access:
+    """TLS and a credential, checked. Every argument is optional; none: plaintext, and anonymous.
+
+    TLS is used when one of its files is given. `tls_ca` has the CAs of the service's certificate;
+    "system", and TLS without it: those that gRPC trusts by itself. `tls_certificate` and `tls_key`
+    are this client's own. `credential_file` is read again when it changes.
+
+    Raises AccessError, which names what is wrong and what to do.
+    """
+
+    def __init__(
+        self,
+        *,
+        tls_ca: str | os.PathLike[str] | None = None,
+        tls_certificate: str | os.PathLike[str] | None = None,
+        tls_key: str | os.PathLike[str] | None = None,
+        credential: str | Secret | None = None,
+        credential_file: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if credential is not None and credential_file is not None:
+            raise AccessError("credential and credential_file exclude each other: give one of them")
+        self._tls = _Tls.read(tls_ca, tls_certificate, tls_key)
+        self._metadata: Metadata = ()
+        self._file = None if credential_file is None else Path(credential_file)
+        self._looked = time.monotonic()
+        self._seen: object = None
+        if credential is not None:
+            text = credential.reveal() if isinstance(credential, Secret) else credential
+            self._metadata = _bearer(text, "credential")
+        elif self._file is not None:
+            self._seen = _signature(self._file)
+            self._metadata = _read_credential(self._file)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
+        """Return what the environment says. What is empty there is not given."""
+
+        def given(name: str) -> str | None:
+            return environment.get(PREFIX + name) or None
+
+        return cls(
+            tls_ca=given("TLS_CA"),
+            tls_certificate=given("TLS_CERTIFICATE"),
+            tls_key=given("TLS_KEY"),
+            credential=given("CREDENTIAL"),
+            credential_file=given("CREDENTIAL_FILE"),
+        )
+
+    def __repr__(self) -> str:
+        who = "with a credential" if self._metadata else "without a credential"
+        return f"Access({'TLS' if self._tls else 'plaintext'}, {who})"
+
+    @property
+    def channel_credentials(self) -> grpc.ChannelCredentials | None:
+        """What a channel is made with; None: plaintext."""
+        return self._tls
+
+    def check_target(self, target: str) -> None:
+        """Raise AccessError where the credential would cross a network unencrypted."""
+        if self._metadata and self._tls is None and not _LOCAL.match(target):
+            raise AccessError(
+                f"The credential would go to {target} unencrypted: give tls_ca ({PREFIX}TLS_CA) to "
+                "use TLS"
+            )
+
+    def metadata(self) -> Metadata:
+        """Return what is sent with each call. Looks at a credential file once a second."""
+        if self._file is not None and time.monotonic() - self._looked > _LOOK_AGAIN_SECONDS:
+            self._looked = time.monotonic()
+            if (seen := _signature(self._file)) != self._seen:
+                self._seen = seen
+                try:
+                    self._metadata = _read_credential(self._file)
+                except AccessError:
+                    # Half written, or being replaced: what it was is better than nothing, and if
+                    # it is of no use any more the service says so.
+                    self._seen = None
+        return self._metadata
+
+
+class _Tls:
+    """Makes channel credentials of files."""
+
+    @staticmethod
+    def read(
+        ca: str | os.PathLike[str] | None,
+        certificate: str | os.PathLike[str] | None,
+        key: str | os.PathLike[str] | None,
+    ) -> grpc.ChannelCredentials | None:
+        """Return the credentials; None: no file is given. Raises AccessError."""
+        if ca is None and certificate is None and key is None:
+            return None
+        if (certificate is None) != (key is None):
+            missing = "tls_key" if key is None else "tls_certificate"
+            raise AccessError(
+                f"tls_certificate and tls_key belong together: give {missing}, too "
+                f"({PREFIX}{missing.upper()})"
+            )
+        authorities = own = own_key = None
+        if ca is not None and str(ca) != SYSTEM:
+            authorities = _pem("tls_ca", Path(ca), "CERTIFICATE")
+            try:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                context.load_verify_locations(cadata=authorities.decode("ascii", "replace"))
+            except ssl.SSLError:
+                raise AccessError(f"tls_ca: {ca} has no certificate that can be read") from None
+        if certificate is not None and key is not None:
+            own = _pem("tls_certificate", Path(certificate), "CERTIFICATE")
+            own_key = _pem("tls_key", Path(key), "PRIVATE KEY")
+            _check_pair(Path(certificate), Path(key))
+            _check_validity(Path(certificate), own)
+        made: grpc.ChannelCredentials = grpc.ssl_channel_credentials(authorities, own_key, own)
+        return made
+
+
+def _check_pair(certificate: Path, key: Path) -> None:
+    try:
+        # A password is refused, instead of asked for on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key, _no_password)
+    except ssl.SSLError as error:
+        if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
+            raise AccessError(f"tls_key: {key} is not the key of {certificate}") from None
+        raise AccessError(
+            f"tls_certificate, tls_key: {certificate} and {key} are not a certificate and its key"
+        ) from None
+    except OSError as error:
+        raise AccessError(f"tls_key: {key}: {error.strerror}") from None
+
+
+def _check_validity(path: Path, pem: bytes) -> None:
+    try:
+        begins, ends = validity(pem)
+    except ValueError:
+        raise AccessError(f"tls_certificate: {path} is not a certificate") from None
+    now = datetime.datetime.now(datetime.UTC)
+    if now > ends:
+        raise AccessError(
+            f"tls_certificate: {path} expired on {ends:%Y-%m-%d at %H:%M} UTC: renew it"
+        )
+    if now < begins:
+        raise AccessError(
+            f"tls_certificate: {path} is not valid before {begins:%Y-%m-%d %H:%M} UTC: check this "
+            "machine's clock"
+        )
+
+
+def _pem(name: str, path: Path, kind: str) -> bytes:
+    """Read a file that has at least one PEM block of a kind."""
+    data = _read(name, path)
+    blocks = re.findall(rb"-----BEGIN ([A-Z0-9 ]+)-----", data)
+    if not blocks:
+        raise AccessError(f"{name}: {path} is not a PEM file")
+    if not any(block.decode().endswith(kind) for block in blocks):
+        found = blocks[0].decode().lower()
+        raise AccessError(f"{name}: {path} has no {kind.lower()}, but a {found}")
+    return data
+
+
+def _read(name: str, path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_SIZE_MAX + 1)
+    except OSError as error:
+        raise AccessError(f"{name}: {path}: {error.strerror}") from None
+    if len(data) > _SIZE_MAX:
+        raise AccessError(f"{name}: {path} is too long to be what it should")
+    return data
+
+
+def _read_credential(path: Path) -> Metadata:
+    text = _read("credential_file", path).decode("utf-8", "replace").strip()
+    return _bearer(text, f"credential_file: {path}")
+
+
+def _bearer(text: str, name: str) -> Metadata:
+    """Return a credential as it is sent. Raises AccessError, which does not show it."""
+    if not text:
+        raise AccessError(f"{name}: is empty")
+    end = -_CHECKSUM_LENGTH
+    if not _CREDENTIAL.fullmatch(text) or checksum(text[:end]) != text[end:]:
+        raise AccessError(
+            f"{name}: is not a credential, or has a typo: it begins with lkc_ and has 53 "
+            "characters, as 'latchkey policy new-caller' prints it"
+        )
+    return (("authorization", f"Bearer {text}"),)
+
+
+def _signature(path: Path) -> object:
+    try:
+        status = path.stat()
+    except OSError as error:
+        return error.errno
+    return (status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+def _no_password() -> str:
+    raise OSError(
+        0, "is encrypted: give a key without a password, in a file that only you can read"
+    )

@@ -1,0 +1,151 @@
+"""The client library against a service that asks who calls: TLS, credentials, and clear errors."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import latchkey
+import pytest
+from latchkey import Access, AuditFilter, Client, Outcome, Scope, Verdict, Verifier
+from latchkey_service.config import Settings
+
+from tests.callers import (
+    Identity,
+    credential,
+    policy_text,
+    spiffe_identity,
+    stranger,
+    uri,
+    write_server_files,
+)
+from tests.conftest import make_settings, serving_as
+from tests.contract.test_callers import fresh_database
+from tests.support import eventually
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A service with a policy: where it is plaintext, and where it wants a client certificate."""
+
+    plaintext: str
+    encrypted: str
+    folder: Path
+
+    def access(self, who: Identity | str | None = None) -> Access:
+        """TLS, with a certificate."""
+        ca = self.folder / "clients.pem"
+        if who is None:
+            return Access(tls_ca=ca)
+        identity = spiffe_identity(uri(who)) if isinstance(who, str) else who
+        certificate, key = self.folder / "own.pem", self.folder / "own.key"
+        certificate.write_bytes(identity.certificate)
+        key.write_bytes(identity.key)
+        return Access(tls_ca=ca, tls_certificate=certificate, tls_key=key)
+
+
+@pytest.fixture(scope="module")
+async def guarded(
+    postgres_url: str, template_url: str, pepper_file: Path, scratch: Path
+) -> AsyncIterator[Guarded]:
+    folder = scratch / "guarded"
+    folder.mkdir()
+    policy = folder / "policy.toml"
+    policy.write_text(policy_text())
+    settings: Settings = make_settings(
+        await fresh_database(postgres_url), pepper_file, "native"
+    ).model_copy(
+        update={"policy": policy, "tls_listen": "127.0.0.1:0", **write_server_files(folder)}
+    )
+    async with serving_as(settings) as server:
+        assert server.tls_address is not None
+        yield Guarded(server.address, server.tls_address, folder)
+
+
+@pytest.mark.parametrize("how", ["certificate", "credential"])
+async def test_all_of_the_library(guarded: Guarded, how: str) -> None:
+    """Managing, verifying from memory under a Watch, and the audit log work for who may, by a
+    certificate or a credential."""
+
+    def client(name: str) -> Client:
+        if how == "certificate":
+            return Client(guarded.encrypted, access=guarded.access(name))
+        return Client(guarded.plaintext, access=Access(credential=credential(name)))
+
+    async with client("manager") as manager, client("verifier") as asking:
+        created = await manager.create("acme", f"by {how}", Scope.READ)
+        async with Verifier(asking) as verifier:
+            await eventually(lambda: verifier.stats().watching, "it watches")
+            await verifier.verify(created.secret)
+            assert verifier.verify_nowait(created.secret) is not None
+            await manager.delete("acme", created.token.id)
+            assert (await verifier.verify(created.secret)).verdict is Verdict.DELETED
+        with pytest.raises(latchkey.PermissionDenied) as caught:
+            await asking.delete("acme", created.token.id)
+        assert caught.value.reason == "METHOD_DENIED"
+    async with client("operator") as operator:
+        wanted = AuditFilter(token_id=created.token.id)
+
+        async def denied() -> bool:
+            page = await operator.audit_page(wanted)
+            return any(entry.outcome is Outcome.DENIED for entry in page.entries)
+
+        await eventually(denied, "the denial is there")
+        first = await operator.audit_page(wanted, page_size=1)
+        rest = await operator.audit_page(wanted, page_token=first.next_page_token)
+        entries = [*first.entries, *rest.entries]
+        told = {(e.caller, e.method.rpartition("/")[2], e.outcome) for e in entries}
+        assert told == {
+            ("manager", "Create", Outcome.OK),
+            ("manager", "Delete", Outcome.OK),
+            ("verifier", "Delete", Outcome.DENIED),
+        }
+        assert (await operator.status()).verifiers
+
+
+async def test_a_limited_verifier_asks_each_time(guarded: Guarded) -> None:
+    """A verifier of one account gets no lease, says why, and verifies by asking."""
+    access = Access(credential=credential("acmes-verifier"))
+    async with (
+        Client(guarded.plaintext, access=Access(credential=credential("manager"))) as manager,
+        Client(guarded.plaintext, access=access) as asking,
+        Verifier(asking) as verifier,
+    ):
+        created = await manager.create("acme", "asked each time", Scope.READ)
+        other = await manager.create("globex", "another's", Scope.READ)
+        assert (await verifier.verify(created.secret)).verdict is Verdict.VALID
+        assert (await verifier.verify(other.secret)).verdict is Verdict.UNKNOWN
+        await eventually(lambda: verifier.stats().fallback_reason, "it says why")
+        assert "limited to accounts" in str(verifier.stats().fallback_reason)
+        assert verifier.verify_nowait(created.secret) is None
+
+
+async def failure(target: str, access: Access) -> latchkey.LatchkeyError:
+    async with Client(target, access=access, timeout_seconds=2) as client:
+        with pytest.raises(latchkey.LatchkeyError) as caught:
+            await client.get("acme", "tok_0")
+    return caught.value
+
+
+async def test_what_can_go_wrong_on_the_way(guarded: Guarded, scratch: Path) -> None:
+    """A service that is not trusted, that does not speak TLS, or that does not take the client's
+    certificate is told apart from one that is away, with what to check."""
+    foreign = scratch / "foreign.pem"
+    foreign.write_bytes(stranger("localhost").certificate)
+    wrong_ca = await failure(guarded.encrypted, Access(tls_ca=foreign))
+    assert wrong_ca.reason == "TLS_HANDSHAKE_FAILED"
+    assert "LATCHKEY_TLS_CA" in str(wrong_ca)
+    no_tls = await failure(guarded.plaintext, guarded.access("manager"))
+    assert no_tls.reason == "TLS_HANDSHAKE_FAILED"
+    assert "does not speak TLS" in str(no_tls)
+    for access in (
+        guarded.access(None),
+        guarded.access(stranger("manager.internal")),
+        Access(),
+    ):
+        refused = await failure(guarded.encrypted, access)
+        assert refused.reason == "CONNECTION_CLOSED", access
+        assert "client certificate" in str(refused)
+    unknown = await failure(guarded.plaintext, Access(credential=credential("nobody")))
+    assert isinstance(unknown, latchkey.Unauthenticated)
+    assert unknown.reason == "CREDENTIAL_UNKNOWN"
+    assert credential("nobody") not in str(unknown)

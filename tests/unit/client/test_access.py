@@ -1,0 +1,240 @@
+"""What a client is told of TLS and credentials: each way to be wrong is told at once."""
+
+import datetime
+import os
+import time
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from hypothesis import given
+from hypothesis import strategies as st
+from latchkey import Access, AccessError, Client
+from latchkey import access as module
+from latchkey._certificate import validity
+from latchkey.secret import Secret
+
+from tests.callers import (
+    authority,
+    ca_pem,
+    credential,
+    dns_identity,
+    made,
+    spiffe_identity,
+    stranger,
+)
+
+CREDENTIAL = credential("shop")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Files, good and bad, by name."""
+    mine, other = dns_identity("shop.internal"), stranger("other.internal")
+    key = serialization.load_pem_private_key(mine.key, None)
+    encrypted = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(b"password"),
+    )
+    contents = {
+        "ca": ca_pem(),
+        "certificate": mine.certificate,
+        "key": mine.key,
+        "other key": other.key,
+        "encrypted key": encrypted,
+        "expired": spiffe_identity("spiffe://a/b", expired=True).certificate,
+        "expired key": spiffe_identity("spiffe://a/b", expired=True).key,
+        "nonsense": b"\x00\x01nonsense",
+        "empty": b"",
+        "broken": b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+        "credential": CREDENTIAL.encode() + b"\n",
+        "typo": CREDENTIAL[:-1].encode() + b"!\n",
+    }
+    expired = spiffe_identity("spiffe://a/b", expired=True)
+    contents["expired"], contents["expired key"] = expired.certificate, expired.key
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+    return {name: tmp_path / name for name in (*contents, "missing")}
+
+
+def test_what_is_right(files):
+    """TLS, a certificate of one's own, a credential: each alone, and all of them."""
+    assert Access().channel_credentials is None
+    assert Access().metadata() == ()
+    for given_ in (
+        {"tls_ca": files["ca"]},
+        {"tls_ca": module.SYSTEM},
+        {"tls_certificate": files["certificate"], "tls_key": files["key"]},
+        {"tls_ca": files["ca"], "tls_certificate": files["certificate"], "tls_key": files["key"]},
+    ):
+        assert Access(**given_).channel_credentials is not None
+    sent = (("authorization", f"Bearer {CREDENTIAL}"),)
+    for given_ in (
+        {"credential": CREDENTIAL},
+        {"credential": Secret(CREDENTIAL)},
+        {"credential_file": files["credential"]},
+    ):
+        access = Access(**given_, tls_ca=files["ca"])
+        assert access.metadata() == sent
+        assert CREDENTIAL not in repr(access) + str(access)
+
+
+@pytest.mark.parametrize(
+    ("given_", "said"),
+    [
+        ({"tls_ca": "missing"}, "tls_ca: .*: No such file"),
+        ({"tls_ca": "nonsense"}, "tls_ca: .* is not a PEM file"),
+        ({"tls_ca": "empty"}, "tls_ca: .* is not a PEM file"),
+        ({"tls_ca": "key"}, "tls_ca: .* has no certificate, but a "),
+        ({"tls_ca": "broken"}, "tls_ca: .* has no certificate that can be read"),
+        (
+            {"tls_certificate": "certificate"},
+            "belong together: give tls_key, too .*LATCHKEY_TLS_KEY",
+        ),
+        ({"tls_key": "key"}, "belong together: give tls_certificate"),
+        ({"tls_certificate": "certificate", "tls_key": "missing"}, "tls_key: .*: No such file"),
+        (
+            {"tls_certificate": "certificate", "tls_key": "certificate"},
+            "tls_key: .* no private key",
+        ),
+        ({"tls_certificate": "key", "tls_key": "key"}, "tls_certificate: .* has no certificate"),
+        ({"tls_certificate": "certificate", "tls_key": "other key"}, "is not the key of"),
+        ({"tls_certificate": "certificate", "tls_key": "encrypted key"}, "is encrypted"),
+        ({"tls_certificate": "broken", "tls_key": "key"}, "not a certificate and its key"),
+        ({"tls_certificate": "expired", "tls_key": "expired key"}, "expired on 20"),
+        ({"credential_file": "missing"}, "credential_file: .*: No such file"),
+        ({"credential_file": "empty"}, "credential_file: .* is empty"),
+        ({"credential_file": "typo"}, "is not a credential, or has a typo"),
+        ({"credential_file": "key"}, "is not a credential"),
+    ],
+)
+def test_what_is_wrong_with_a_file(files, given_, said):
+    """It is named, with the reason, and what it should be."""
+    with pytest.raises(AccessError, match=said) as caught:
+        Access(**{name: files[file] for name, file in given_.items()})
+    assert CREDENTIAL[:-1] not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", " ", CREDENTIAL[:-1], CREDENTIAL + "0", "lk_" + "0" * 57])
+def test_what_is_wrong_with_a_credential(text):
+    """It is told without being shown; and one from a file and one that is given exclude each
+    other."""
+    with pytest.raises(AccessError) as caught:
+        Access(credential=text)
+    assert not text.strip() or text not in str(caught.value)
+    with pytest.raises(AccessError, match="exclude"):
+        Access(credential=CREDENTIAL, credential_file="anything")
+
+
+def test_a_certificate_of_the_future(tmp_path, monkeypatch, files):
+    """A certificate that is not valid yet is told, with where to look."""
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.datetime(1999, 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr(datetime, "datetime", Clock)
+    with pytest.raises(AccessError, match=r"not valid before .*clock"):
+        Access(tls_certificate=files["certificate"], tls_key=files["key"])
+
+
+@pytest.mark.parametrize(
+    ("target", "local"),
+    [
+        ("127.0.0.1:50051", True),
+        ("127.8.8.8:1", True),
+        ("localhost:50051", True),
+        ("localhost", True),
+        ("[::1]:50051", True),
+        ("dns:///localhost:1", True),
+        ("ipv4:127.0.0.1:1", True),
+        ("unix:/run/latchkey.sock", True),
+        ("unix:latchkey.sock", True),
+        ("latchkey.internal:50051", False),
+        ("10.0.0.1:50051", False),
+        ("localhost.example.org:1", False),
+        ("127.0.0.1.example.org:1", False),
+        ("dns://127.0.0.1/example.org:1", False),
+        ("dns:///example.org", False),
+        ("ipv4:127.0.0.1:1,10.0.0.1:1", False),
+        ("xds:///localhost", False),
+    ],
+)
+async def test_a_credential_in_the_clear(files, target, local):
+    """It is sent over plaintext only where nobody can listen: within this machine."""
+    access = Access(credential=CREDENTIAL)
+    if local:
+        await Client(target, access=access).close()
+    else:
+        with pytest.raises(AccessError, match=r"unencrypted: give tls_ca"):
+            Client(target, access=access)
+    await Client(target, access=Access(credential=CREDENTIAL, tls_ca=files["ca"])).close()
+
+
+async def test_the_environment(monkeypatch, files):
+    """Without `access` it is what the environment says, and who gives gRPC's own credentials or a
+    channel is not asked; what is wrong there is told at once."""
+    names = {
+        "TLS_CA": "ca",
+        "TLS_CERTIFICATE": "certificate",
+        "TLS_KEY": "key",
+        "CREDENTIAL_FILE": "credential",
+    }
+    for name, file in names.items():
+        monkeypatch.setenv(f"LATCHKEY_{name}", str(files[file]))
+    client = Client("latchkey.internal:1")
+    assert client.metadata() == (("authorization", f"Bearer {CREDENTIAL}"),)
+    await client.close()
+    assert Access.from_environment().channel_credentials is not None
+    assert Access.from_environment({"LATCHKEY_TLS_CA": ""}).channel_credentials is None
+    monkeypatch.setenv("LATCHKEY_TLS_KEY", str(files["other key"]))
+    with pytest.raises(AccessError, match="is not the key of"):
+        Client("latchkey.internal:1")
+    access = Access(tls_ca=files["ca"])
+    with pytest.raises(AccessError, match="exclude"):
+        Client("x:1", access=access, credentials=access.channel_credentials)
+    await Client("x:1", credentials=access.channel_credentials).close()
+
+
+def test_a_credential_that_changes(monkeypatch, files):
+    """A new one in the file is sent from then on, and one that cannot be read changes nothing."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    access = Access(credential_file=files["credential"])
+
+    def sent():
+        clock[0] += 2
+        return access.metadata()[0][1]
+
+    assert sent() == f"Bearer {CREDENTIAL}"
+    for text in ("", "half of i"):
+        files["credential"].write_text(text)
+        assert sent() == f"Bearer {CREDENTIAL}"
+    files["credential"].unlink()
+    assert sent() == f"Bearer {CREDENTIAL}"
+    files["credential"].write_text(credential("another") + "\n")
+    assert sent() == f"Bearer {credential('another')}"
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_a_certificate_or_none(data):
+    """Whatever is read as a certificate ends in its times, or in a ValueError."""
+    import base64
+
+    pem = b"-----BEGIN CERTIFICATE-----\n" + base64.b64encode(data) + b"\n-----END CERTIFICATE-----"
+    for text in (data, pem):
+        with pytest.raises(ValueError):  # noqa: PT011 - whatever it says
+            validity(text)
+
+
+def test_times_of_certificates():
+    """They are those that another reader finds, of a CA's too."""
+    for pem in (ca_pem(), made([x509.DNSName("a")]).certificate, authority().cert_pem.bytes()):
+        certificate = x509.load_pem_x509_certificate(pem)
+        assert validity(pem) == (
+            certificate.not_valid_before_utc,
+            certificate.not_valid_after_utc,
+        )
+    assert os.environ.get("LATCHKEY_CREDENTIAL") is None
