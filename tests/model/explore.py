@@ -167,5 +167,13 @@ def _changes(names: Mapping[str, Mapping[Any, str]], before: Any, after: Any) ->
                 for change in _changes(names, one, other):
                     yield f"server {'AB'[index]}.{change}"
         else:
-            shown = names.get(field, {})
-            yield f"{field} {shown.get(old, old)} → {shown.get(new, new)}"
+            yield f"{field} {_shown(names, field, old)} → {_shown(names, field, new)}"
+
+
+def _shown(names: Mapping[str, Mapping[Any, str]], field: str, value: Any) -> str:
+    if hasattr(value, "_fields"):
+        parts = zip(value._fields, value, strict=True)
+        return f"({', '.join(f'{name} {_shown(names, name, part)}' for name, part in parts)})"
+    if isinstance(value, tuple):
+        return f"[{', '.join(_shown(names, field, part) for part in value)}]"
+    return names.get(field, {}).get(value, str(value))

@@ -488,6 +488,7 @@ HEALTHY = (
     answers_by_acknowledgement,
 )
 
+LATENESS = {EARLY: "early", APPLIED_HERE: "late here", AFTER_DELETE: "after Delete's answer"}
 NAMES = {
     "row": {NO_ROW: "none"},
     "watch": {NOT_WATCHED: "none"},
@@ -496,4 +497,6 @@ NAMES = {
     "renewal": {IDLE: "idle"},
     "memory": {NOTHING: "empty", VALID: "VALID", DELETED: "DELETED", UNKNOWN: "UNKNOWN"},
     "found": {NOTHING: "nothing yet", VALID: "VALID", DELETED: "DELETED", UNKNOWN: "UNKNOWN"},
+    "caller": LATENESS,
+    "joined": LATENESS,
 }

@@ -502,6 +502,8 @@ NAMES = {
     "row": {NO_ROW: "none"},
     "applied": {FRESH: "nothing"},
     "stream": {NOWHERE: "none", 0: "to A", 1: "to B"},
+    "inbox": {TELL_0: "told to 0", TELL_1: "told to 1", GOODBYE: "goodbye"}
+    | {duration: f"grant of {duration}" for duration in range(1, 13)},
 }
 
 DELETE = (deletes, answers_by_acknowledgement, answers_by_waiting)
