@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from latchkey_service.audit import Origin
-from latchkey_service.database import Pool, connect, retrying, translated
+from latchkey_service.database import Pool, connect, durably, retrying, translated
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.secrets import Digest
 from latchkey_service.verdict import Scope, TokenRecord
@@ -212,39 +212,41 @@ class Store:
         no more.
         """
         async with self._pool.session() as session:
-            row = await session.fetchrow(
-                """
-                WITH live AS (
-                    SELECT t.id
-                      FROM token t
-                     WHERE t.account_id = $1 AND t.id = $2 AND t.delete_time IS NULL
-                       FOR UPDATE),
-                next AS (
-                    UPDATE head h SET revision = h.revision + 1 FROM live
-                    RETURNING h.revision, live.id),
-                -- Read once the lock is held, so that times follow the order of revisions.
-                stamped AS MATERIALIZED (
-                    SELECT revision, id, clock_timestamp() AS moment FROM next),
-                tombstone AS (
-                    UPDATE token t SET delete_time = s.moment FROM stamped s WHERE t.id = s.id),
-                logged AS (
-                    INSERT INTO invalidation (revision, token_id)
-                    SELECT revision, id FROM stamped),
-                audited AS (
-                    INSERT INTO audit (time, account_id, token_id, caller, method, peer, request_id)
-                    SELECT moment, $1, id, $3, $4, $5, $6 FROM stamped)
-                INSERT INTO deletion (token_id, revision, commit_time)
-                SELECT id, revision, moment FROM stamped
-                RETURNING revision, commit_time, effective_time, verifiers_acknowledged,
-                          verifiers_outwaited
-                """,
-                account_id,
-                token_id,
-                origin.caller,
-                origin.method,
-                origin.peer,
-                origin.request_id,
-            )
+            with durably(session):
+                row = await session.fetchrow(
+                    """
+                    WITH live AS (
+                        SELECT t.id
+                          FROM token t
+                         WHERE t.account_id = $1 AND t.id = $2 AND t.delete_time IS NULL
+                           FOR UPDATE),
+                    next AS (
+                        UPDATE head h SET revision = h.revision + 1 FROM live
+                        RETURNING h.revision, live.id),
+                    -- Read once the lock is held, so that times follow the order of revisions.
+                    stamped AS MATERIALIZED (
+                        SELECT revision, id, clock_timestamp() AS moment FROM next),
+                    tombstone AS (
+                        UPDATE token t SET delete_time = s.moment FROM stamped s WHERE t.id = s.id),
+                    logged AS (
+                        INSERT INTO invalidation (revision, token_id)
+                        SELECT revision, id FROM stamped),
+                    audited AS (
+                        INSERT INTO audit (time, account_id, token_id, caller, method, peer,
+                                           request_id)
+                        SELECT moment, $1, id, $3, $4, $5, $6 FROM stamped)
+                    INSERT INTO deletion (token_id, revision, commit_time)
+                    SELECT id, revision, moment FROM stamped
+                    RETURNING revision, commit_time, effective_time, verifiers_acknowledged,
+                              verifiers_outwaited
+                    """,
+                    account_id,
+                    token_id,
+                    origin.caller,
+                    origin.method,
+                    origin.peer,
+                    origin.request_id,
+                )
         if row is None:
             return None
         origin.recorded = True

@@ -13,6 +13,7 @@ from latchkey_cli.session import Doing, Session
 SECRET = "lk" + "_0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmno" + "0jDM4R"
 
 EXIT_CODES = {
+    latchkey.AccessError: 7,
     latchkey.AlreadyExists: 4,
     latchkey.DeadlineExceeded: 6,
     latchkey.InternalError: 1,
