@@ -13,7 +13,7 @@ from latchkey_service.secrets import Digest
 from latchkey_service.store import Store
 from latchkey_service.verdict import Scope, TokenRecord
 
-from tests.support import BreakablePostgres, eventually, session
+from tests.support import BreakablePostgres, eventually, origin, session
 
 pytestmark = pytest.mark.xdist_group("faults")
 
@@ -66,10 +66,10 @@ async def test_a_deletion_that_no_standby_has_is_not_confirmed(
     record = TokenRecord(
         "tok_1", "acme", "a", Scope.READ, (await now(database_url)), None, "lk_…abcd"
     )
-    await store.insert_token(record, "a", Digest(bytes(32), "p"))
+    await store.insert_token(record, "a", Digest(bytes(32), "p"), origin())
     with standby_missing(postgres), pytest.raises(StoreUnavailable):
-        await cut_short(database_url, store.delete_token("acme", "tok_1"))
-    deletion = await store.delete_token("acme", "tok_1")
+        await cut_short(database_url, store.delete_token("acme", "tok_1", origin("Delete")))
+    deletion = await store.delete_token("acme", "tok_1", origin("Delete"))
     assert deletion is not None
     assert deletion.effective_time is None
 

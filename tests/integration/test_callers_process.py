@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -245,6 +246,34 @@ async def handshake(port: int, version: ssl.TLSVersion) -> bytes | None:
         await writer.wait_closed()
     assert isinstance(found, bytes)
     return found
+
+
+async def test_the_readmes_first_caller(run: Run, folder: Path) -> None:
+    """The commands of the README make a caller, and it may call; nobody else may."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    make, ask = re.findall(r"<!-- test: policy -->\n```bash\n(.+?)```", readme, re.DOTALL)
+
+    async def shell(command: str, **environment: str) -> tuple[int | None, str]:
+        process = await asyncio.create_subprocess_exec(
+            "bash",
+            "-c",
+            command.replace(".venv/bin/latchkey", f"{sys.executable} -m latchkey_cli"),
+            cwd=folder,
+            env=os.environ | environment,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        async with asyncio.timeout(60):
+            said, _ = await process.communicate()
+        return process.returncode, said.decode()
+
+    assert await shell(make) == (0, "")
+    service = run(policy=folder / "policy.toml")
+    target = await service.welcome()
+    code, said = await shell(ask, LATCHKEY_TARGET=target)
+    assert (code, "MALFORMED" in said) == (5, True), said
+    code, said = await shell(ask.partition(" ")[2], LATCHKEY_TARGET=target)
+    assert (code, "CALLER_ANONYMOUS" in said) == (7, True), said
 
 
 def policy_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

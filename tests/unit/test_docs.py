@@ -2,9 +2,14 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from latchkey_service.access.credentials import digest_of
+from latchkey_service.access.methods import METHODS, ROLES
+from latchkey_service.access.policy import parse
 from latchkey_service.config import Settings
 from latchkey_service.embedded import default_data_dir
 from latchkey_service.secrets import Keyring, Pepper
@@ -17,6 +22,7 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "SECURITY.md",
+    "docs/callers.md",
     "docs/coherence.md",
 )
 # Each of them has its test in tests/integration/test_readme_grpcurl.py, or below.
@@ -26,6 +32,7 @@ MARKS = {
     "grpcurl",
     "grpcurl install",
     "make run",
+    "policy",
     "python",
     "python asgi guard",
     "python grpc guard",
@@ -79,13 +86,48 @@ def test_every_block_is_run() -> None:
     assert set(marked) == MARKS
 
 
+def test_policy() -> None:
+    """The policy in the documentation is one, and says what the text around it does; the table of
+    roles, and that of reasons, have what the service has."""
+    text = (ROOT / "docs/callers.md").read_text("utf-8")
+    match = re.search(r"<!-- test: policy -->\n```toml\n(.+?)```", text, re.DOTALL)
+    assert match is not None
+    policy = parse(match[1])
+    assert policy.callers == {"shop", "team-red"}
+    for role in ROLES:
+        row = re.search(rf"^ *\| `{role}` \| (.+) \|$", text, re.MULTILINE)
+        assert row is not None, role
+        named = {name.rpartition(".")[2] for name in re.findall(r"`(.+?)`", row[1])}
+        methods = {path for path, rule in METHODS.items() if rule.role == role}
+        assert named == {path.rpartition("/")[2] for path in methods}
+    told = set(re.findall(r"`([A-Z]+_[A-Z_]+)`", text[text.index("| refused with") :]))
+    raised = set()
+    for path in (ROOT / "service/latchkey_service/access").glob("*.py"):
+        source = path.read_text("utf-8")
+        names = r'"((?:CALLER|CREDENTIAL|CERTIFICATE|PROXY|IDENTITY|METHOD|ACCOUNT)_[A-Z]+)"'
+        raised |= set(re.findall(names, source))
+    assert raised == {name for name in told if not name.startswith(("LATCHKEY", "PERMISSION"))}
+
+
+def test_new_caller(tmp_path: Path) -> None:
+    """The README's way to a first caller makes a credential file and a policy, which are good."""
+    blocks = re.findall(r"<!-- test: policy -->\n```bash\n(.+?)```", README, re.DOTALL)
+    command = blocks[0].replace(".venv/bin/latchkey", f"{sys.executable} -m latchkey_cli")
+    subprocess.run(["bash", "-ec", command], cwd=tmp_path, check=True, timeout=60)
+    credential = (tmp_path / "shop.credential").read_text().strip()
+    policy = parse((tmp_path / "policy.toml").read_text())
+    caller = policy.by_credential(digest_of(credential))
+    assert caller is not None
+    assert caller.name == "shop"
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links(name: str) -> None:
     """What a document links to in the repository is there."""
     text = (ROOT / name).read_text("utf-8")
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if not target.startswith("https://"):
-            assert (ROOT / target).exists(), target
+            assert ((ROOT / name).parent / target).exists(), target
 
 
 def test_make_targets() -> None:

@@ -30,17 +30,17 @@ def run(arguments: list[str]) -> int | None:
 
 
 def _new_caller(name: str) -> int:
-    """Print a credential, alone on standard output, and its line for the policy beside it."""
+    """Print a credential, alone on standard output, and beside it, as TOML, the policy's part."""
     if not is_name(name):
         _tell("latchkey: a caller's name has 1-64 characters of A-Za-z0-9._-")
         return 2
     credential = mint(os.urandom)
-    _tell(f"The credential of {name}, shown this once:\n")
     sys.stdout.write(credential.reveal() + "\n")
     sys.stdout.flush()
     header = f'[callers."{name}"]' if "." in name else f"[callers.{name}]"
     _tell(
-        f"\nWhat the policy file has of it; a caller may have several:\n\n{header}\n"
+        f"\n# The credential of {name} is on standard output, shown this once. The policy has its\n"
+        f"# digest; a caller may have several.\n{header}\n"
         f'credentials = ["{policy_digest(credential)}"]\n'
         'roles = ["verifier"]  # or manager, operator'
     )

@@ -116,7 +116,11 @@ def test_what_is_wrong_with_a_file(files, given_, said):
     assert CREDENTIAL[:-1] not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", " ", CREDENTIAL[:-1], CREDENTIAL + "0", "lk_" + "0" * 57])
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", CREDENTIAL[:-1], CREDENTIAL + "0", "lk_" + "0" * 57],
+    ids=["empty", "blank", "short", "long", "secret"],
+)
 def test_what_is_wrong_with_a_credential(text):
     """It is told without being shown; and one from a file and one that is given exclude each
     other."""
