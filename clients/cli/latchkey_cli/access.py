@@ -68,8 +68,8 @@ CredentialFileOption = Annotated[
     ),
 ]
 
-# By the environment's name. The process is one command.
-_options: dict[str, str] = {}
+# The process is one command.
+_options: "dict[str, Path | None]" = {}
 
 
 def choose(
@@ -79,25 +79,20 @@ def choose(
     credential_file: Path | None,
 ) -> None:
     """Keep what was said before the command."""
-    given = {
-        "LATCHKEY_TLS_CA": tls_ca,
-        "LATCHKEY_TLS_CERTIFICATE": tls_certificate,
-        "LATCHKEY_TLS_KEY": tls_key,
-        "LATCHKEY_CREDENTIAL_FILE": credential_file,
-    }
-    _options.clear()
-    _options.update({name: str(path) for name, path in given.items() if path is not None})
+    _options.update(
+        tls_ca=tls_ca,
+        tls_certificate=tls_certificate,
+        tls_key=tls_key,
+        credential_file=credential_file,
+    )
 
 
 def chosen() -> "Access":
     """Return what to connect with. Raises Failure."""
     from latchkey import Access, AccessError
 
-    environment = dict(os.environ)
-    if "LATCHKEY_CREDENTIAL_FILE" in _options:
-        environment.pop("LATCHKEY_CREDENTIAL", None)
     try:
-        return Access.from_environment(environment | _options)
+        return Access.from_environment(os.environ, **_options)
     except AccessError as error:
         failure = of_no_use(str(error))
     raise failure
@@ -105,11 +100,4 @@ def chosen() -> "Access":
 
 def of_no_use(text: str) -> Failure:
     """Return the failure for what the client library says of TLS files or a credential."""
-    what, _, to_do = text.partition(": ")
-    return Failure(
-        text,
-        "'latchkey --help' names the options and variables for access",
-        Exit.USAGE,
-        code="ACCESS",
-        detail=f"{what}: {to_do}",
-    )
+    return Failure(text, "'latchkey --help' has the options for access", Exit.USAGE, code="ACCESS")

@@ -77,18 +77,36 @@ class Access:
             self._metadata = _read_credential(self._file)
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """Return what the environment says. What is empty there is not given."""
+    def from_environment(
+        cls,
+        environment: Mapping[str, str] = os.environ,
+        *,
+        tls_ca: str | os.PathLike[str] | None = None,
+        tls_certificate: str | os.PathLike[str] | None = None,
+        tls_key: str | os.PathLike[str] | None = None,
+        credential_file: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Return what the environment says, arguments first. What is empty there is not given.
+
+        There it is LATCHKEY_TLS_CA that asks for TLS: where a service is set up, the other two are
+        the service's own.
+        """
 
         def given(name: str) -> str | None:
             return environment.get(PREFIX + name) or None
 
+        tls_ca = tls_ca or given("TLS_CA")
+        if tls_ca is not None and tls_certificate is None and tls_key is None:
+            tls_certificate, tls_key = given("TLS_CERTIFICATE"), given("TLS_KEY")
+        credential = None
+        if credential_file is None:
+            credential, credential_file = given("CREDENTIAL"), given("CREDENTIAL_FILE")
         return cls(
-            tls_ca=given("TLS_CA"),
-            tls_certificate=given("TLS_CERTIFICATE"),
-            tls_key=given("TLS_KEY"),
-            credential=given("CREDENTIAL"),
-            credential_file=given("CREDENTIAL_FILE"),
+            tls_ca=tls_ca,
+            tls_certificate=tls_certificate,
+            tls_key=tls_key,
+            credential=credential,
+            credential_file=credential_file,
         )
 
     def __repr__(self) -> str:

@@ -193,6 +193,11 @@ async def test_the_environment(monkeypatch, files):
     await client.close()
     assert Access.from_environment().channel_credentials is not None
     assert Access.from_environment({"LATCHKEY_TLS_CA": ""}).channel_credentials is None
+    # A service's own, where somebody asks it from beside it.
+    services = {"LATCHKEY_TLS_CERTIFICATE": "/gone", "LATCHKEY_TLS_KEY": "/gone"}
+    assert Access.from_environment(services).channel_credentials is None
+    other = Access.from_environment(credential_file=files["credential"], tls_ca=module.SYSTEM)
+    assert other.channel_credentials is not None
     monkeypatch.setenv("LATCHKEY_TLS_KEY", str(files["other key"]))
     with pytest.raises(AccessError, match="is not the key of"):
         Client("latchkey.internal:1")
