@@ -245,7 +245,7 @@ async def running(
     audit_retention = timedelta(days=settings.audit_retention_days)
     background = [
         listener.run(),
-        follow_store(store, server.set_serving),
+        follow_store(store, heart.has_lease, server.set_serving),
         summarise(counts),
         purge(store, retention, _now),
         prune_log(table, settings.lease_seconds),
