@@ -104,6 +104,9 @@ class Calls:
     def recheck(self) -> None:
         """End the streams whose callers may not have them any more."""
         for stream in tuple(self._streams):
+            if stream.denied is not None:
+                # It is ending.
+                continue
             try:
                 caller = stream.door.admit(stream.path, stream.context)
                 check_account(stream.path, caller, None)

@@ -154,7 +154,7 @@ class Store:
                 origin.peer,
                 origin.request_id,
             )
-        origin.recorded = True
+        origin.token_id, origin.recorded = record.id, True
 
     @retrying
     async def get_token(self, account_id: str, token_id: str) -> TokenRecord | None:

@@ -530,13 +530,24 @@ async def test_another_accounts_token_is_unknown(
                 assert batch.responses[1].HasField("token") == (verdict == pb.VERDICT_VALID)
 
 
-@pytest.mark.parametrize("listener", ["native", "grpcio", "mutual tls"])
-async def test_a_right_that_is_taken_away(listeners: dict[str, Listener], listener: str) -> None:
+@pytest.mark.parametrize(
+    ("listener", "way"),
+    [
+        ("native", 0),
+        ("grpcio", 0),
+        ("mutual tls", 0),
+        ("native unix proxy", 1),
+        ("grpcio unix proxy", 1),
+    ],
+)
+async def test_a_right_that_is_taken_away(
+    listeners: dict[str, Listener], listener: str, way: int
+) -> None:
     """Once the policy that is in force has somebody no more, they may call nothing, on
     connections that they have already too, and the streams that they have end; a policy that is
     broken changes nothing."""
     here = listeners[listener]
-    identity, metadata = presented(listener, "verifier")[0]
+    identity, metadata = presented(listener, "verifier")[way]
     file = here.server.policy_file
     assert file is not None
     question = pb.VerifyRequest(secret=here.secrets[ACCOUNT])

@@ -264,7 +264,7 @@ async def test_a_change_and_its_entry_stand_or_fall_together(
     await store.register_pepper("pepper")
     by = origin("Create")
     await store.insert_token(record("a"), "a", Digest(b"a" * 32, "pepper"), by)
-    assert by.recorded
+    assert (by.recorded, by.token_id) == (True, record("a").id)
     by = origin("Create")
     with pytest.raises(AlreadyExists):
         await store.insert_token(record("b"), "a", Digest(b"b" * 32, "pepper"), by)

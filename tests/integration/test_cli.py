@@ -364,7 +364,17 @@ async def test_completion_works(run: Run) -> None:
         assert script.code == 0
         assert variable in script.out
     words = await run(**{variable: "complete_bash", "COMP_WORDS": "latchkey ", "COMP_CWORD": "1"})
-    assert words.out.split() == ["create", "list", "get", "delete", "verify", "serve", "config"]
+    assert words.out.split() == [
+        "create",
+        "list",
+        "get",
+        "delete",
+        "verify",
+        "audit",
+        "serve",
+        "policy",
+        "config",
+    ]
     in_bash = """
         source /dev/stdin
         COMP_WORDS=(latchkey create x --scope w) COMP_CWORD=4

@@ -73,9 +73,10 @@ class Door:
         self._tls = tls
         self._proxy = proxy
         self._metadata_of = metadata_of
-        # What was read of headers, which a proxy sends again and again. They are no secrets.
+        # What was read of headers, which a proxy sends again and again, by the policy of then. They
+        # are no secrets.
         self._forwarded: dict[str, Caller | None] = {}
-        gate.on_change(self._forwarded.clear)
+        self._forwarded_by = gate.policy
 
     def admit(self, path: str, context: HasMetadata) -> Caller:
         """Return the caller, who may call the method. Raises Unauthenticated, PermissionDenied."""
@@ -107,13 +108,13 @@ class Door:
         if self._tls:
             by_tls = _of_peer(policy, context)
         elif header is not None:
+            if policy is not self._forwarded_by or len(self._forwarded) >= FORWARDED_MAX:
+                self._forwarded.clear()
+                self._forwarded_by = policy
             if header in self._forwarded:
                 by_tls = self._forwarded[header]
             else:
-                by_tls = self._of_proxy(policy, header)
-                if len(self._forwarded) >= FORWARDED_MAX:
-                    self._forwarded.clear()
-                self._forwarded[header] = by_tls
+                by_tls = self._forwarded[header] = self._of_proxy(policy, header)
         if caller is None or by_tls is None:
             caller = caller or by_tls
         elif caller is not by_tls:

@@ -42,6 +42,8 @@ class PolicyFile:
         # What is in force.
         self._text = text
         self._seen: object = None
+        # Or one that was read before might come into force after one that was read later.
+        self._lock = asyncio.Lock()
         self._log = logger()
 
     async def follow(self) -> None:
@@ -54,6 +56,10 @@ class PolicyFile:
 
     async def reload(self) -> None:
         """Read the file now. Never fails."""
+        async with self._lock:
+            await self._reload()
+
+    async def _reload(self) -> None:
         try:
             text = await asyncio.to_thread(read_text, self._path)
             if text == self._text:
