@@ -140,12 +140,15 @@ class Verifier:
         answer = await self._batcher.ask(text, scope, timeout)
         if answer is None:
             answer = await self._client.verify(text, scope, timeout_seconds=timeout)
-        if boottime() < self._lease.end:
-            # Without a lease nobody promises to tell what changes.
-            entry = remembered(answer, scope)
-            if entry is not None:
-                self._memory.admit(sha256(text.encode()).digest(), entry, answer.revision)
+        self._remember(text, scope, answer)
         return answer
+
+    def _remember(self, secret: str, scope: Scope | None, answer: Verification) -> None:
+        if boottime() >= self._lease.end:
+            return  # nobody promises to tell what changes
+        entry = remembered(answer, scope)
+        if entry is not None:
+            self._memory.admit(sha256(secret.encode()).digest(), entry, answer.revision)
 
     def stats(self) -> VerifierStats:
         """Return how it is doing: whether it answers from memory, why not, and how much."""
