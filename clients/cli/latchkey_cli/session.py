@@ -106,6 +106,10 @@ def _words(error: latchkey.LatchkeyError, doing: Doing, target: str) -> tuple[st
             return "permission denied", "ask whoever runs Latchkey for access", Exit.DENIED
         case latchkey.Unauthenticated():
             return "Latchkey does not know this caller", "check its credentials", Exit.DENIED
+        case latchkey.Unavailable(reason="DELETION_NOT_CONFIRMED"):
+            what = f"it is deleted, but {target} could not confirm in time that it is so everywhere"
+            to_do = "run this again for its receipt; --timeout allows more time"
+            return what, to_do, Exit.UNAVAILABLE
         case latchkey.DeadlineExceeded():
             to_do = f"{doing.if_lost}; --timeout allows more time"
             return f"{target} did not answer in time", to_do, Exit.UNAVAILABLE
