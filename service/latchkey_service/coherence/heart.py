@@ -232,5 +232,8 @@ class Heart:
 
     async def _connected(self) -> "Connection":
         if self._connection is None or self._connection.is_closed():
+            # A lease is for what was read and renewed on one connection: the one before may have
+            # led to a primary that has been deposed since.
+            self._news = True
             self._connection = await self._connect()
         return self._connection
