@@ -26,7 +26,7 @@ from latchkey.errors import invalid
 from latchkey.models import Scope, Verdict, Verification, VerifierStats
 from latchkey.secret import Secret
 
-# About 200 MB when all of them are in use, which few services see.
+# About 130 MB when all of them are in use, which few services see.
 MEMORY_ENTRIES: Final = 100_000
 
 _MALFORMED: Final = Verification(verdict=Verdict.MALFORMED)
