@@ -19,13 +19,10 @@ from pathlib import Path
 from tests.history import report
 from tests.history.broken import VARIABLE, rule_to_break
 from tests.history.checker import Findings
-from tests.history.run import Size, run
+from tests.history.run import SHORT, Size, run
 from tests.history.scenarios import SCENARIOS, attempt, staged
 from tests.support import BreakablePostgres, session
 
-# What CI has time for. As many kinds of processes and faults, fewer of each.
-SHORT = Size(seconds=11.0, hosts=(2, None), clients=3, verifiers_per_client=2, deleters=3)
-FULL = Size()
 # Where the histories of a run that failed stay.
 KEPT = Path("build/history")
 DIRECTED_SECONDS_MAX = 180.0
@@ -122,7 +119,7 @@ def _options() -> argparse.Namespace:
     if options.hosts:
         counts = [int(count) for count in options.hosts.split(",")]
         given["hosts"] = tuple(None if count == 1 else count for count in counts)
-    size = SHORT if options.short else FULL
+    size = SHORT if options.short else Size()
     if os.environ.get(VARIABLE):
         # A supervisor starts the workers that ship.
         given["hosts"] = (None,) * size.workers

@@ -12,7 +12,7 @@ from tests.history.faults import Happened, Injector, plan
 from tests.history.records import now
 from tests.support import BreakablePostgres, eventually
 
-__all__ = ["Outcome", "Size", "run"]
+__all__ = ["SHORT", "Outcome", "Size", "run"]
 
 # On top of the time that a run is given: processes that start and end, and faults that last.
 OVERTIME_SECONDS = 120.0
@@ -41,6 +41,10 @@ class Size:
     @property
     def verifiers(self) -> int:
         return self.clients * self.verifiers_per_client
+
+
+# What CI has time for: as many kinds of processes and faults, fewer of each.
+SHORT = Size(seconds=10.0, clients=3, verifiers_per_client=2, deleters=3, lease_seconds=0.8)
 
 
 @dataclass
