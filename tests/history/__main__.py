@@ -23,7 +23,7 @@ from tests.history.run import SHORT, Size, run
 from tests.history.scenarios import SCENARIOS, attempt, staged
 from tests.support import BreakablePostgres, session
 
-# Where the histories of a run that failed stay.
+# Where the histories, logs and faults of a run that failed stay.
 KEPT = Path("build/history")
 DIRECTED_SECONDS_MAX = 180.0
 
@@ -46,7 +46,7 @@ def main() -> int:
         return 130
     finally:
         postgres.close()
-        if failed:
+        if failed or options.keep:
             shutil.rmtree(KEPT, ignore_errors=True)
             shutil.copytree(
                 scratch, KEPT, ignore=shutil.ignore_patterns("data", "unused", "peppers")
@@ -75,7 +75,7 @@ async def _main(
             findings, scenarios = await _direct(scratch / "directed", directed, rule)
         _say(*report.scenarios(findings, scenarios))
         complaints += report.late_accepts(findings)
-    if options.only != "scenarios":
+    if options.only != "scenarios" and not complaints:
         (scratch / "run").mkdir()
         outcome = await run(scratch / "run", url, postgres, options.size, rule)
         _say("", *report.table(outcome))
@@ -110,6 +110,7 @@ def _options() -> argparse.Namespace:
         "supervisor and share the address",
     )
     parser.add_argument("--only", choices=("run", "scenarios"), help="leave out the other part")
+    parser.add_argument("--keep", action="store_true", help="the histories of a good run too")
     options = parser.parse_args()
     given = {
         name: value

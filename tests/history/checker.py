@@ -1,7 +1,8 @@
 """The guarantee, checked on what was seen: no VALID to a verify that began after Delete answered.
 
 Pure: histories in, findings out. A Delete counts once it is confirmed; before that, and for a
-verify that overlaps it, either answer is right.
+verify that overlaps it, either answer is right. A refusal before any Delete began is wrong as well:
+a token is good from its Create on.
 """
 
 from collections import Counter
@@ -39,6 +40,8 @@ class Findings:
     calls: Counter[tuple[Kind, Outcome]] = field(default_factory=Counter)
     late_count: int = 0
     late: list[Late] = field(default_factory=list)
+    refused_early: int = 0
+    """Verifies that were refused and had ended before the first Delete of their token began."""
     deletes: list[Record] = field(default_factory=list)
     """Each call of Delete that was confirmed."""
     deleted: dict[int, int] = field(default_factory=dict)
@@ -68,20 +71,26 @@ def check(histories: Mapping[str, Callable[[], Iterable[Record]]]) -> Findings:
     """Return the findings in the histories of all processes, each by name, each read twice."""
     findings = Findings()
     deleted = findings.deleted
+    touched: dict[int, int] = {}
     for history in histories.values():
         for record in history():
-            if record.kind == Kind.DELETE and record.outcome == Outcome.CONFIRMED:
+            if record.kind != Kind.DELETE:
+                continue
+            touched[record.token] = min(record.began, touched.get(record.token, record.began))
+            if record.outcome == Outcome.CONFIRMED:
                 findings.deletes.append(record)
                 before = deleted.get(record.token)
                 deleted[record.token] = (
                     record.ended if before is None else min(before, record.ended)
                 )
     for who, history in histories.items():
-        _look_at(who, history(), findings)
+        _look_at(who, history(), findings, touched)
     return findings
 
 
-def _look_at(who: str, history: Iterable[Record], findings: Findings) -> None:
+def _look_at(
+    who: str, history: Iterable[Record], findings: Findings, touched: Mapping[int, int]
+) -> None:
     # A loop over millions of records: what it needs is in local variables.
     deleted, checked = findings.deleted.get, findings.checked.add
     calls: Counter[tuple[int, int]] = Counter()
@@ -98,6 +107,8 @@ def _look_at(who: str, history: Iterable[Record], findings: Findings) -> None:
         dead_since = deleted(token)
         # At the same nanosecond neither came first.
         if dead_since is None or began <= dead_since:
+            if outcome == Outcome.REFUSED and ended < touched.get(token, 0):
+                findings.refused_early += 1
             continue
         checked(token)
         if outcome == Outcome.VALID:

@@ -29,6 +29,8 @@ def complaints(outcome: Outcome) -> list[str]:
     """Return why a run has failed; nothing if it has not."""
     size, findings = outcome.size, outcome.findings
     found = late_accepts(findings)
+    if findings.refused_early:
+        found.append(f"{findings.refused_early} refusals of tokens that nobody had deleted yet")
     found += outcome.troubles
     least = {
         "answered verifies": (_verifies(findings), ANSWERS_EACH * size.seconds * size.verifiers),
@@ -98,6 +100,7 @@ def table(outcome: Outcome) -> list[str]:
         _delays("  healthy", outcome.healthy),
         _delays("  near a fault", outcome.faulty),
         *(f"strange          {n:>10,}    {text}" for text, n in outcome.strange.most_common(10)),
+        f"early refusals   {findings.refused_early:>10,}",
         f"late accepts     {findings.late_count:>10,}",
     ]
 

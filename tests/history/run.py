@@ -1,9 +1,10 @@
 """A run: everything is started, works undisturbed for a while, is hurt, recovers, and is judged."""
 
 import asyncio
+import json
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tests.history.checker import Findings, check
@@ -117,6 +118,7 @@ async def run(
         await made.stop_clients()
         await asyncio.gather(*(host.end() for host in made.hosts.values()))
         troubles = injector.troubles + made.troubles()
+        (folder / "faults.json").write_text(json.dumps([asdict(f) for f in injector.happened]))
         findings = check(made.histories())
         return Outcome(size, findings, injector.happened, len(planned), troubles, _strange(made))
 

@@ -102,6 +102,15 @@ def test_other_answers_and_tokens() -> None:
     assert findings.checked == {1}
 
 
+def test_early_refusal() -> None:
+    """A refusal that came before any Delete began is found, also if that Delete failed."""
+    early = verify(1, 1, 2, Outcome.REFUSED)
+    failed, confirmed = delete(1, 5, 8, Outcome.FAILED), delete(1, 10, 20)
+    assert judge(early, failed, confirmed).refused_early == 1
+    assert judge(verify(1, 1, 6, Outcome.REFUSED), failed, confirmed).refused_early == 0
+    assert judge(early, verify(1, 3, 4), confirmed).refused_early == 1
+
+
 def test_counts() -> None:
     """Hits and misses are a verifier's last word, added up over verifiers."""
     findings = check(
