@@ -135,22 +135,27 @@ async def own_address(settings: Settings) -> AsyncIterator[str]:
 @pytest.fixture(scope="session")
 async def shared_servers(
     postgres_url: str, template_url: str, pepper_file: Path
-) -> AsyncIterator[Callable[[str], Awaitable[tuple[str, asyncpg.Connection[asyncpg.Record]]]]]:
-    """Servers that tests share, one for each transport, each with a connection to its database."""
-    started = {}
+) -> AsyncIterator[Callable[..., Awaitable[tuple[str, asyncpg.Connection[asyncpg.Record]]]]]:
+    """Servers that tests share, one for each transport and length of its leases, each with a
+    connection to its database."""
+    started: dict[tuple[str, float], tuple[str, asyncpg.Connection[asyncpg.Record]]] = {}
     async with contextlib.AsyncExitStack() as stack:
 
-        async def shared(transport: str) -> tuple[str, asyncpg.Connection[asyncpg.Record]]:
-            if transport not in started:
-                name = f"shared_{transport}"
+        async def shared(
+            transport: str, lease_seconds: float = 3.0
+        ) -> tuple[str, asyncpg.Connection[asyncpg.Record]]:
+            key = (transport, lease_seconds)
+            if key not in started:
+                name = f"shared_{transport}_{len(started)}"
                 await _execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
                 url = with_database(postgres_url, name)
                 connection = await asyncpg.connect(url)
                 stack.push_async_callback(connection.close)
                 settings = make_settings(url, pepper_file, transport)
+                settings = settings.model_copy(update={"lease_seconds": lease_seconds})
                 address = await stack.enter_async_context(serving(settings))
-                started[transport] = (address, connection)
-            return started[transport]
+                started[key] = (address, connection)
+            return started[key]
 
         yield shared
 

@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from latchkey_service.database import translated
+from latchkey_service.database import retrying, translated
 from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.store import FIND_BY_DIGEST, record_of
 from latchkey_service.verdict import TokenRecord
@@ -172,10 +172,7 @@ class _Link:
             if wanted := [
                 d for waiter in batch if not waiter.future.done() for d in waiter.digests
             ]:
-                connection = await self._connected()
-                with translated():
-                    rows = await connection.fetch(FIND_BY_DIGEST, wanted)
-                _deliver(rows, batch)
+                _deliver(await _find(await self._connected(), wanted), batch)
         except Exception as error:  # noqa: BLE001 - handed to every waiter, who raises it
             # Also after a time-out: what became of the query is unknown, so is the connection.
             self.drop()
@@ -207,6 +204,12 @@ class _Link:
             self._connect_after = self._monotonic() + RECONNECT_SECONDS
             raise
         return connection
+
+
+@retrying
+async def _find(connection: "Connection", digests: list[bytes]) -> "list[asyncpg.Record]":
+    with translated():
+        return await connection.fetch(FIND_BY_DIGEST, digests)
 
 
 def _deliver(rows: "Sequence[asyncpg.Record]", batch: list[_Waiter]) -> None:

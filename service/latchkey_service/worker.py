@@ -8,7 +8,9 @@ worker never outlives a supervisor that was killed.
 """
 
 import asyncio
+import contextlib
 import gc
+import resource
 import signal
 import sys
 
@@ -30,6 +32,7 @@ GC_THRESHOLDS = (20_000, 20, 50)
 def main() -> int:
     """Serve and return the exit code."""
     settings = load()
+    _allow_connections()
     log.configure(log.form(settings.log_format), settings.log_level)
     try:
         keyring = peppers.parse(sys.stdin.buffer.readline().decode("ascii"))
@@ -38,6 +41,13 @@ def main() -> int:
         # What a worker cannot start without: its keys, its address.
         log.logger().error("worker cannot start", error=str(error))
         return 1
+
+
+def _allow_connections() -> None:
+    """Raise the limit on open files as far as it goes: a client that watches takes three."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS has a limit below its "no limit"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _serve(settings: Settings, keyring: Keyring) -> int:

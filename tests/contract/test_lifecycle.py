@@ -3,6 +3,7 @@
 import asyncio
 import re
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import grpc
 import pytest
@@ -193,8 +194,8 @@ async def test_the_last_page_says_so(stub, create):
 async def test_another_accounts_token_is_out_of_reach(stub, create):
     """An account cannot get, list, delete or learn of another account's token."""
     created = await create(account_id="owner")
-    other = {"account_id": "other", "id": created.token.id}
-    never = {"account_id": "other", "id": "tok_never"}
+    other: dict[str, Any] = {"account_id": "other", "id": created.token.id}
+    never: dict[str, Any] = {"account_id": "other", "id": "tok_never"}
     for call, theirs, nothing in (
         (stub.Get, pb.GetRequest(**other), pb.GetRequest(**never)),
         (stub.Delete, pb.DeleteRequest(**other), pb.DeleteRequest(**never)),

@@ -12,7 +12,13 @@ from pydantic_core import PydanticUndefined
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "docs/coherence.md",
+)
 # Each of them has its test in tests/integration/test_readme_grpcurl.py, or below.
 MARKS = {
     "cli",

@@ -142,19 +142,20 @@ class Verifier:
 class _Engine:
     """A thread with an event loop, and the verifier that lives on it."""
 
-    # Whether a process had one when it forked this one: gRPC then works in neither of both any
-    # more if this one uses it, for they share the pipe by which its own threads wake event loops.
-    lost = False
+    # Which process had the first one. In a child that was forked from it after that, gRPC aborts
+    # the process or takes its parent's events, even when everything had been closed before.
+    first_pid: int | None = None
 
     def __init__(self, verifier: _async.Verifier, client: Client) -> None:
-        if _Engine.lost:
+        self._pid = os.getpid()
+        if _Engine.first_pid not in (None, self._pid):
             raise _forked_error()
+        _Engine.first_pid = self._pid
         self._verifier = verifier
         self._client = client
         self._lock = threading.Lock()
         self._running = False
         self._ready = threading.Event()
-        self._pid = os.getpid()
         self._loop: asyncio.AbstractEventLoop
         self._stopping: asyncio.Event
         self._thread = threading.Thread(target=self._run, name="latchkey verifier", daemon=True)
@@ -164,7 +165,6 @@ class _Engine:
             raise Unavailable("No thread can be started for the verifier.") from error
         if not self._ready.wait(START_SECONDS):
             raise Unavailable("The verifier's thread did not start. Try again later.")
-        _fork.watch(self)
 
     def verify(self, secret: str | Secret, scope: Scope | None, timeout: float) -> Verification:
         """Verify on the event loop, and wait for that in the calling thread."""
@@ -201,17 +201,12 @@ class _Engine:
         if self._thread is not threading.current_thread():
             self._thread.join(CLOSE_SECONDS)
 
-    def forked(self) -> None:
-        """Take note that this process is a forked child."""
-        self._lock = threading.Lock()
-        _Engine.lost = _Engine.lost or self._running
-
     def _run(self) -> None:
         asyncio.run(self._serve())
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._loop.set_exception_handler(_ignore_idle_poller)
+        self._loop.set_exception_handler(ignore_idle_poller)
         self._stopping = asyncio.Event()
         self._running = True
         self._ready.set()
@@ -224,7 +219,8 @@ class _Engine:
             await asyncio.wait(others, timeout=1.0)
 
 
-def _ignore_idle_poller(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+def ignore_idle_poller(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Handle an event loop's exceptions as usual, but for one that means nothing."""
     # With several event loops in a process, gRPC wakes all of them for each event, and those that
     # come too late log this error: https://github.com/grpc/grpc/issues/25364
     if isinstance(context.get("exception"), BlockingIOError) and "PollerCompletionQueue" in str(
@@ -241,6 +237,6 @@ def _closed_error() -> Unavailable:
 def _forked_error() -> Unavailable:
     return Unavailable(
         "The process was forked after gRPC was first used, and its child cannot use it. "
-        "Verify for the first time after forking.",
+        "Verify for the first time after forking, or start workers by other means.",
         code=grpc.StatusCode.FAILED_PRECONDITION,
     )

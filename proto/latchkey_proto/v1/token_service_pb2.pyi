@@ -622,8 +622,8 @@ class WatchRequest(_message.Message):
     client keeps the moment at which it sent it. 0 asks for none.
     """
     released: _builtins.bool
-    """The client no longer answers under this stream's grants, for good. Lets a
-    server that stops leave without waiting for them to run out.
+    """The client no longer answers under this stream's grants, for good. The
+    server ends the stream, and no Delete waits for its grants to run out.
     """
     def __init__(
         self,

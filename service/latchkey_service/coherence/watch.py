@@ -178,7 +178,7 @@ class Watchers:
         reader = asyncio.create_task(self._read(requests, stream), name="watch reader")
         reader.add_done_callback(lambda _: stream.changed.set())
         try:
-            while not reader.done():
+            while not (reader.done() or stream.watcher.released):
                 stream.changed.clear()
                 for event in stream.watcher.take(self._clock()):
                     stream.sending_since = self._clock()
@@ -187,7 +187,10 @@ class Watchers:
                 await stream.changed.wait()
                 if stream.silent:
                     raise WatcherSilent("Nothing was heard of this client for long.")
-            await reader
+                if stream.left_behind:
+                    raise Unavailable("The server is stopping; try another one.")
+            if reader.done():
+                reader.result()
         finally:
             reader.cancel()
             self._streams.discard(stream)
@@ -226,6 +229,9 @@ class Watchers:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(until - now):
                     await self._left.wait()
+        for stream in self._streams:
+            stream.left_behind = True
+            stream.changed.set()
         return subleases.floor(self._clock()) is None
 
     async def _read(self, requests: AsyncIterator[Request], stream: "_Stream") -> None:
@@ -236,7 +242,7 @@ class Watchers:
                 self._left.set()
             if stream.watcher.lease.acknowledged != before or stream.watcher.released:
                 self._acknowledged()
-            if request.number:
+            if request.number or stream.watcher.released:
                 stream.changed.set()
 
 
@@ -249,6 +255,7 @@ class _Stream:
         self.changed = asyncio.Event()
         self.sending_since = math.inf
         self.silent = False
+        self.left_behind = False
         task = asyncio.current_task()
         assert task is not None, "a stream is served in a task"  # noqa: S101 - for the type checker
         self.task = task

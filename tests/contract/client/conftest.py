@@ -83,7 +83,7 @@ class FakeLatchkey:
             if not (method.client_streaming or method.server_streaming)
         }
         status = status_pb.DESCRIPTOR.services_by_name["StatusService"].full_name
-        get_status = grpc.unary_unary_rpc_method_handler(
+        get_status: Any = grpc.unary_unary_rpc_method_handler(
             partial(self.serve, "GetStatus"),
             status_pb.GetStatusRequest.FromString,
             lambda message: message.SerializeToString(),
@@ -147,6 +147,17 @@ class FakeLatchkey:
         if token:
             message.token.CopyFrom(self.token())
         return self.says(message)
+
+    def judge(self, verdict: int) -> None:
+        """Answer every question, alone or with others, with `verdict` for the token t1."""
+        message = pb.VerifyResponse(revision=7, token=self.token())
+        message.verdict = verdict  # type: ignore[assignment]  # as above
+
+        async def batch(request: Any, _context: Any) -> Message:
+            return pb.BatchVerifyResponse(responses=[message] * len(request.requests))
+
+        self.on("Verify", self.says(message))
+        self.on("BatchVerify", batch)
 
     @staticmethod
     def token(token_id: str = "t1", **fields: Any) -> pb.Token:  # noqa: S107 - no password

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +24,8 @@ class FakeStream:
     gone: bool = False
     """The client has ended it, or the test has."""
     status: grpc.StatusCode = grpc.StatusCode.OK
+    silent: bool = False
+    """Grants nothing more."""
 
     @property
     def acknowledged(self) -> int:
@@ -92,7 +93,7 @@ class FakeWatch:
     async def _read(self, stream: FakeStream) -> None:
         while (request := await stream.context.read()) is not grpc.aio.EOF:
             stream.requests.append(request)
-            if request.number and self.granting:
+            if request.number and self.granting and not stream.silent:
                 await stream.grant(request.number, self.revision, self.lease_seconds)
 
     def let_go(self) -> None:
@@ -108,7 +109,3 @@ class FakeWatch:
 async def watching(verifier: Any) -> None:
     """Wait until the verifier holds a lease."""
     await eventually(lambda: verifier.stats().watching, "a lease")
-
-
-def now() -> float:
-    return time.monotonic()

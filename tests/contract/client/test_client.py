@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import latchkey
 import pytest
+from google.rpc import error_details_pb2
 from latchkey import Scope, Secret, Verdict
+from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 if TYPE_CHECKING:
@@ -151,6 +153,73 @@ async def test_delete_returns_the_receipt(client: latchkey.Client, fake: FakeLat
         verifiers_outwaited=1,
     )
     assert fake.calls[0].request == pb.DeleteRequest(account_id="acme", id="t1")
+
+
+async def test_delete_without_waiting(client: latchkey.Client, fake: FakeLatchkey) -> None:
+    """A deletion that is not confirmed yet has no effective_time."""
+    receipt = pb.Receipt(revision=5)
+    receipt.commit_time.FromDatetime(CREATED)
+    fake.on("Delete", fake.says(pb.DeleteResponse(receipt=receipt)))
+    answer = await client.delete("acme", "t1", no_wait=True)
+    assert (answer.commit_time, answer.effective_time, answer.revision) == (CREATED, None, 5)
+    assert fake.calls[0].request == pb.DeleteRequest(account_id="acme", id="t1", no_wait=True)
+
+
+async def test_delete_comes_back_for_its_receipt(
+    client: latchkey.Client, fake: FakeLatchkey
+) -> None:
+    """Where the service could not confirm in time but the caller has some left, it asks again."""
+    receipt = pb.Receipt(revision=5)
+    receipt.effective_time.FromDatetime(CREATED)
+    reason = error_details_pb2.ErrorInfo(reason="DELETION_NOT_CONFIRMED", domain="latchkey")
+    fake.on(
+        "Delete",
+        fake.fails(grpc.StatusCode.UNAVAILABLE, "not confirmed", reason),
+        fake.says(pb.DeleteResponse(receipt=receipt)),
+    )
+    assert (await client.delete("acme", "t1")).effective_time == CREATED
+    assert fake.count("Delete") == 2
+
+
+async def test_status(client: latchkey.Client, fake: FakeLatchkey) -> None:
+    """The state of the service arrives whole; what a newer server adds is UNSPECIFIED."""
+    message = status_pb.GetStatusResponse(head_revision=9)
+    verifier = message.verifiers.add(
+        id="v1",
+        host="web-1",
+        process_id=77,
+        version="1.2",
+        acknowledged_revision=8,
+        lag=1,
+        clients=3,
+        notifications=status_pb.NOTIFICATIONS_SILENT,
+        answering=True,
+    )
+    verifier.start_time.FromDatetime(CREATED)
+    verifier.lease_duration.FromTimedelta(timedelta(seconds=3))
+    verifier.lease_remaining.FromTimedelta(timedelta(seconds=2.5))
+    message.verifiers.add(id="v2", notifications=99)  # type: ignore[arg-type]  # any number can come
+    fake.on("GetStatus", fake.says(message))
+    status = await client.status()
+    assert status.head_revision == 9
+    assert status.verifiers[0] == latchkey.VerifierStatus(
+        id="v1",
+        host="web-1",
+        process_id=77,
+        version="1.2",
+        start_time=CREATED,
+        acknowledged_revision=8,
+        lag=1,
+        lease_duration=timedelta(seconds=3),
+        lease_remaining=timedelta(seconds=2.5),
+        clients=3,
+        notifications=latchkey.Notifications.SILENT,
+        answering=True,
+    )
+    assert status.verifiers[1].notifications is latchkey.Notifications.UNSPECIFIED
+    message.verifiers[1].lease_duration.seconds = 2**62
+    with pytest.raises(latchkey.InternalError):
+        await client.status()
 
 
 @pytest.mark.parametrize("verdict", [v for v in Verdict if v is not Verdict.UNSPECIFIED])

@@ -14,6 +14,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from latchkey import Scope, _retry
+from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ METHODS: dict[str, Callable[..., Awaitable[object]]] = {
     "Delete": lambda c, **kw: c.delete("acme", "t1", **kw),
     "Verify": lambda c, **kw: c.verify("x", **kw),
     "BatchVerify": lambda c, **kw: c.batch_verify([("x", None)], **kw),
+    "GetStatus": lambda c, **kw: c.status(**kw),
 }
 ANSWERS: dict[str, Message] = {
     "Create": pb.CreateResponse(),
@@ -41,6 +43,7 @@ ANSWERS: dict[str, Message] = {
     "Delete": pb.DeleteResponse(),
     "Verify": pb.VerifyResponse(verdict=pb.VERDICT_UNKNOWN),
     "BatchVerify": pb.BatchVerifyResponse(responses=[pb.VerifyResponse()]),
+    "GetStatus": status_pb.GetStatusResponse(),
 }
 every_rpc = pytest.mark.parametrize("rpc", METHODS)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ async def test_examples_run(fake: FakeLatchkey, secret: str, example: str, said:
     """Each program runs as printed, but for addresses, and says what it should."""
     fake.on("Create", fake.says(pb.CreateResponse(token=fake.token(), secret=secret)))
     fake.on("List", fake.says(pb.ListResponse(tokens=[fake.token()])))
-    fake.on("Delete", fake.says(pb.DeleteResponse()))
+    receipt = pb.Receipt(effective_time=Timestamp())
+    fake.on("Delete", fake.says(pb.DeleteResponse(receipt=receipt)))
     program = (
         example.replace("127.0.0.1:50051", fake.target)
         .replace("127.0.0.1:8080", "127.0.0.1:0")

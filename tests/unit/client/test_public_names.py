@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import latchkey
-from latchkey import _retry, guards
-from latchkey_proto.v1 import token_service_pb2
+from google.protobuf.descriptor import MethodDescriptor
+from latchkey import _retry, guards, sync
+from latchkey_proto.v1 import status_service_pb2, token_service_pb2
 
 
 def test_public_names_are_pinned() -> None:
@@ -24,12 +25,14 @@ def test_public_names_are_pinned() -> None:
         "InvalidArgument",
         "LatchkeyError",
         "NotFound",
+        "Notifications",
         "Page",
         "PermissionDenied",
         "Receipt",
         "ResourceExhausted",
         "Scope",
         "Secret",
+        "Status",
         "Token",
         "Unauthenticated",
         "Unavailable",
@@ -37,27 +40,54 @@ def test_public_names_are_pinned() -> None:
         "Verdict",
         "Verification",
         "Verifier",
+        "VerifierStats",
+        "VerifierStatus",
         "__version__",
     ]
     assert latchkey.__all__ == sorted(latchkey.__all__)
     assert all(hasattr(latchkey, name) for name in latchkey.__all__)
     assert guards.__all__ == ["current_token"]
+    assert sync.__all__ == ["Verifier"]
+
+
+def methods() -> list[MethodDescriptor]:
+    services = (
+        token_service_pb2.DESCRIPTOR.services_by_name["TokenService"],
+        status_service_pb2.DESCRIPTOR.services_by_name["StatusService"],
+    )
+    return [method for service in services for method in service.methods]
 
 
 def rpc_names() -> list[str]:
-    service = token_service_pb2.DESCRIPTOR.services_by_name["TokenService"]
     # A stream is not a call that a client method could stand for one to one.
-    return [m.name for m in service.methods if not (m.client_streaming or m.server_streaming)]
+    return [m.name for m in methods() if not (m.client_streaming or m.server_streaming)]
 
 
 def test_no_rpc_lacks_a_client_method() -> None:
-    """Every RPC of TokenService has a documented coroutine (or iterator) on Client."""
-    assert "BatchVerify" in rpc_names()
+    """Every RPC has a documented coroutine (or iterator) on Client."""
+    assert {"BatchVerify", "GetStatus"} <= set(rpc_names())
     for name in rpc_names():
-        method = getattr(latchkey.Client, re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower())
+        snake = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+        method = getattr(latchkey.Client, "status" if snake == "get_status" else snake)
         assert inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method), name
         assert method.__doc__, name
         assert "timeout_seconds" in inspect.signature(method).parameters, name
+
+
+def test_no_stream_lacks_its_user() -> None:
+    """The one stream of the contract is Watch, which every verifier stays informed by."""
+    assert {m.name for m in methods()} - set(rpc_names()) == {"Watch"}
+    assert latchkey.Verifier.__init__.__kwdefaults__["memory_entries"] > 0
+
+
+def test_sync_verifies_like_async() -> None:
+    """What one verifier takes and offers, the other one does, but for who waits how."""
+    for name in ("verify", "verify_nowait", "stats", "close"):
+        signatures = [
+            inspect.signature(getattr(cls, name)) for cls in (latchkey.Verifier, sync.Verifier)
+        ]
+        assert signatures[0] == signatures[1]
+        assert getattr(sync.Verifier, name).__doc__
 
 
 def test_no_rpc_lacks_a_policy() -> None:
@@ -84,6 +114,7 @@ def test_import_stays_light() -> None:
     code = (
         "import sys, latchkey\n"
         "assert 'latchkey.guards' not in sys.modules\n"
+        "assert 'latchkey.sync' not in sys.modules\n"
         "import latchkey.guards.asgi\n"
         "assert 'latchkey.guards.grpc' not in sys.modules\n"
         "loaded = {name.partition('.')[0] for name in sys.modules}\n"

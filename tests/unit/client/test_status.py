@@ -91,6 +91,15 @@ def test_lost_answers_come_with_what_to_do(code: grpc.StatusCode) -> None:
     assert "receipt" in str(from_rpc_error("Delete", rpc_error(code, "x")))
 
 
+def test_a_deletion_that_is_not_confirmed_stands() -> None:
+    """Whose deadline was too short for the wait learns that the token is deleted all the same."""
+    info = error_details_pb2.ErrorInfo(reason="DELETION_NOT_CONFIRMED", domain="latchkey")
+    failure = from_rpc_error("Delete", rpc_error(grpc.StatusCode.UNAVAILABLE, "x", info))
+    assert failure.reason == "DELETION_NOT_CONFIRMED"
+    assert "The deletion stands" in str(failure)
+    assert "receipt" in str(failure)
+
+
 @given(st.binary() | st.text())
 @settings(deadline=None)  # a busy machine is no bug
 def test_damaged_details_hide_nothing(raw: bytes | str) -> None:

@@ -16,6 +16,7 @@ from typing import Final, Protocol
 from latchkey.errors import LatchkeyError
 from latchkey.models import Scope, Token, Verdict, Verification
 from latchkey.secret import Secret
+from latchkey.verifier import Verifier
 
 _log = logging.getLogger("latchkey.guards")
 
@@ -90,25 +91,55 @@ async def decide(
 
     Raises nothing but CancelledError.
     """
+    presented = _presented(authorization)
+    if isinstance(presented, Decision):
+        return presented
+    try:
+        verification = await verifier.verify(
+            presented, required_scope, timeout_seconds=timeout_seconds
+        )
+        return _judge(verification)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the request does not get in
+        return _refused(error)
+
+
+def decide_nowait(
+    verifier: SupportsVerify, authorization: Sequence[str], required_scope: Scope | None
+) -> Decision | None:
+    """Decide as `decide` does, if that can be done at once; None: it cannot.
+
+    May be called from any thread, and raises nothing.
+    """
+    presented = _presented(authorization)
+    if isinstance(presented, Decision):
+        return presented
+    if not isinstance(verifier, Verifier):
+        return None  # of a stand-in it is not known what may be called from where
+    try:
+        verification = verifier.verify_nowait(presented, required_scope)
+        return None if verification is None else _judge(verification)
+    except Exception as error:  # noqa: BLE001 - as above
+        return _refused(error)
+
+
+def _presented(authorization: Sequence[str]) -> Secret | Decision:
+    """Return what the header presents, or what becomes of a request that presents nothing."""
+    if len(authorization) == 1 and (match := _BEARER.fullmatch(authorization[0])):
+        return Secret(match[1])
     if not any(_SCHEME.fullmatch(value) for value in authorization):
         # Other schemes are not ours: to their holder we say which one is (RFC 6750 §3.1).
         return Decision(Outcome.MISSING)
-    match = _BEARER.fullmatch(authorization[0])
-    if len(authorization) != 1 or match is None:
-        # Of two values, another layer may have looked at the other one.
-        return Decision(Outcome.INVALID)
-    try:
-        verification = await verifier.verify(
-            Secret(match[1]), required_scope, timeout_seconds=timeout_seconds
-        )
-        return _judge(verification)
-    except LatchkeyError as error:
+    # Of two values, another layer may have looked at the other one.
+    return Decision(Outcome.INVALID)
+
+
+def _refused(error: Exception) -> Decision:
+    if isinstance(error, LatchkeyError):
         _log.warning("request refused, for there is no safe answer: %s", error)
         return Decision(Outcome.UNAVAILABLE, retry_after=error.retry_after)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the request does not get in
-        # The class alone: the text of a stranger's exception may hold what was presented.
-        _log.error("request refused: verify raised %s", type(error).__name__)
-        return Decision(Outcome.UNAVAILABLE)
+    # The class alone: the text of a stranger's exception may hold what was presented.
+    _log.error("request refused: verify raised %s", type(error).__name__)
+    return Decision(Outcome.UNAVAILABLE)
 
 
 def _judge(verification: Verification) -> Decision:

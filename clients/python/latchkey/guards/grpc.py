@@ -9,9 +9,18 @@ when it starts: a stream that outlives its token goes on.
 import asyncio
 import contextvars
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import CancelledError as FutureCancelledError
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 import grpc
@@ -25,6 +34,7 @@ from latchkey.guards._decision import (
     SupportsVerify,
     checked_scope,
     decide,
+    decide_nowait,
     token_var,
 )
 from latchkey.models import Scope
@@ -63,7 +73,6 @@ _REFUSALS: Final[Mapping[Outcome, tuple[grpc.StatusCode, str, str]]] = {
 # Handlers, messages and contexts are the service's own, of any type.
 # In quotes: at run time this class takes no parameters.
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Judge = Callable[[float | None], Awaitable[Decision]]
 
 
 class GuardInterceptor(grpc.aio.ServerInterceptor):
@@ -113,15 +122,28 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         ]
         required_scope = self._scopes.get(method, self._required_scope)
 
-        async def judge(timeout_seconds: float | None) -> Decision:
-            return await decide(self._verifier, authorization, required_scope, timeout_seconds)
-
+        judge = _Judge(self._verifier, authorization, required_scope)
         if handler is None:
             return grpc.stream_stream_rpc_method_handler(_unimplemented(judge))
         return _guarded(handler, judge)
 
 
-def _guarded(handler: Handler, judge: Judge) -> Handler:
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """Decides about one call."""
+
+    verifier: SupportsVerify
+    authorization: Sequence[str]
+    required_scope: Scope | None
+
+    async def __call__(self, timeout_seconds: float | None) -> Decision:
+        return await decide(self.verifier, self.authorization, self.required_scope, timeout_seconds)
+
+    def nowait(self) -> Decision | None:
+        return decide_nowait(self.verifier, self.authorization, self.required_scope)
+
+
+def _guarded(handler: Handler, judge: _Judge) -> Handler:
     """Return `handler` behind `judge`; the same kind of handler, sync or async as it was."""
     deserializer, parse = None, handler.request_deserializer or _as_is
     if handler.request_streaming:
@@ -153,7 +175,7 @@ def _guarded(handler: Handler, judge: Judge) -> Handler:
 # set in the task's context is seen by all of this call's code, generators too, and by no other's.
 
 
-def _unary(behaviour: Any, parse: Callable[[Any], Any], judge: Judge) -> Any:
+def _unary(behaviour: Any, parse: Callable[[Any], Any], judge: _Judge) -> Any:
     if inspect.iscoroutinefunction(behaviour):
 
         async def run(request: Any, context: Any) -> Any:
@@ -179,7 +201,7 @@ def _unary(behaviour: Any, parse: Callable[[Any], Any], judge: Judge) -> Any:
     return run_in_thread
 
 
-def _streaming(behaviour: Any, parse: Callable[[Any], Any], judge: Judge) -> Any:
+def _streaming(behaviour: Any, parse: Callable[[Any], Any], judge: _Judge) -> Any:
     if inspect.isasyncgenfunction(behaviour):
 
         async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
@@ -215,7 +237,7 @@ def _streaming(behaviour: Any, parse: Callable[[Any], Any], judge: Judge) -> Any
     return generate_in_thread
 
 
-def _unimplemented(judge: Judge) -> Any:
+def _unimplemented(judge: _Judge) -> Any:
     """Return a handler of no method. Which methods exist is told to valid callers only."""
 
     async def run(_requests: Any, context: Any) -> None:
@@ -227,8 +249,11 @@ def _unimplemented(judge: Judge) -> Any:
     return run
 
 
-def _judge_from_thread(judge: Judge, context: Any, loop: asyncio.AbstractEventLoop) -> Decision:
-    """Judge on the event loop, and wait for it in the thread that a sync handler runs in."""
+def _judge_from_thread(judge: _Judge, context: Any, loop: asyncio.AbstractEventLoop) -> Decision:
+    """Judge in the thread that a sync handler runs in: at once, or by waiting for the loop."""
+    decision = judge.nowait()
+    if decision is not None:
+        return decision
 
     async def on_loop() -> Decision:
         return await judge(_remaining(context))

@@ -1,0 +1,268 @@
+"""`latchkey.sync.Verifier`: threads, forks, and the end of the process."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import latchkey
+import pytest
+from latchkey import Scope, Verdict, sync
+from latchkey_proto.v1 import token_service_pb2 as pb
+
+from tests.contract.client.fake_watch import FakeWatch, watching
+from tests.support import eventually
+
+if TYPE_CHECKING:
+    from tests.contract.client.conftest import FakeLatchkey
+
+
+@pytest.fixture(autouse=True)
+async def quiet_loop() -> Any:
+    """Spare the tests' own event loop what gRPC does to it when a thread has another one."""
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(sync.ignore_idle_poller)
+    yield
+    loop.set_exception_handler(None)
+
+
+async def test_threads_share_one_memory(
+    watched: FakeLatchkey, watch: FakeWatch, secret: str
+) -> None:
+    """Many threads at once get the service's answer, then the memory's, then heed a deletion."""
+    watched.judge(pb.VERDICT_VALID)
+    verifier = sync.Verifier(watched.target)
+    with ThreadPoolExecutor(16) as threads:
+
+        async def verify_in_threads() -> set[Verdict]:
+            loop = asyncio.get_running_loop()
+            calls = (loop.run_in_executor(threads, verifier.verify, secret) for _ in range(64))
+            return {answer.verdict for answer in await asyncio.gather(*calls)}
+
+        assert verifier.verify_nowait(secret) is None
+        assert await verify_in_threads() == {Verdict.VALID}
+        await watching(verifier)
+        await verify_in_threads()
+        before = len(watched.calls)
+        assert await verify_in_threads() == {Verdict.VALID}
+        assert len(watched.calls) == before
+        refused = verifier.verify_nowait(secret, Scope.WRITE)
+        assert refused is not None
+        assert refused.verdict is Verdict.INSUFFICIENT_SCOPE
+        assert verifier.stats().entries == 1
+
+        watched.judge(pb.VERDICT_DELETED)
+        await watch.streams[0].invalidate(8, "t1")
+        await eventually(lambda: watch.streams[0].acknowledged == 8, "an acknowledgement")
+        assert await verify_in_threads() == {Verdict.DELETED}
+    await asyncio.to_thread(verifier.close)
+    await asyncio.to_thread(verifier.close)
+    assert watch.streams[0].released
+    with pytest.raises(latchkey.Unavailable, match="closed"):
+        verifier.verify(secret)
+    assert verifier.verify("hunter2").verdict is Verdict.MALFORMED
+    assert len(watch.streams) == 1
+
+
+async def test_waits_are_bounded(fake: FakeLatchkey, secret: str) -> None:
+    """A thread waits no longer than it said, and one that is not answered when the verifier is
+    closed hears that at once."""
+    fake.on("Verify", fake.hangs())
+    verifier = sync.Verifier(fake.target, timeout_seconds=30)
+    with pytest.raises(latchkey.DeadlineExceeded):
+        await asyncio.to_thread(verifier.verify, secret, timeout_seconds=0.1)
+    fake.called.clear()
+    waiting = asyncio.create_task(asyncio.to_thread(verifier.verify, secret))
+    await fake.called.wait()
+    await asyncio.to_thread(verifier.close)
+    with pytest.raises(latchkey.Unavailable, match="closed"):
+        await waiting
+    for bound in (0, float("inf")):
+        with pytest.raises(latchkey.InvalidArgument):
+            verifier.verify(secret, timeout_seconds=bound)
+        with pytest.raises(latchkey.InvalidArgument):
+            sync.Verifier(timeout_seconds=bound)
+
+
+async def test_a_forgotten_verifier_ends(watched: FakeLatchkey, secret: str) -> None:
+    """When nothing refers to it any more, its thread and its stream end."""
+    watched.judge(pb.VERDICT_VALID)
+
+    def use() -> None:
+        assert sync.Verifier(watched.target).verify(secret).allowed
+
+    await asyncio.to_thread(use)
+    await asyncio.to_thread(gc.collect)
+    names = [thread.name for thread in threading.enumerate()]
+    assert "latchkey verifier" not in names
+
+
+def test_before_its_first_use_there_is_no_thread(dead_target: str) -> None:
+    """Making one costs no thread and no connection, nor does what needs no service."""
+    with sync.Verifier(dead_target) as verifier:
+        assert verifier.verify("hunter2").verdict is Verdict.MALFORMED
+        assert not verifier.stats().watching
+        assert "latchkey verifier" not in [thread.name for thread in threading.enumerate()]
+
+
+PROGRAM = """
+import os, sys, time
+import latchkey
+from latchkey import sync
+target, secret = sys.argv[1:]
+
+def warm(verifier):
+    end = time.monotonic() + 20
+    while verifier.verify_nowait(secret) is None:
+        verifier.verify(secret, timeout_seconds=10)
+        assert time.monotonic() < end, verifier.stats()
+        time.sleep(0.01)
+
+def in_child(act):
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        try:
+            act()
+            sys.stdout.flush()
+        except BaseException as error:
+            print("child:", repr(error), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+verifier = sync.Verifier(target, timeout_seconds=10)
+"""
+
+
+@pytest.fixture
+async def run(watched: FakeLatchkey, secret: str) -> Any:
+    """Run a program with a verifier and return what it printed; it ends by itself, quietly."""
+    watched.judge(pb.VERDICT_VALID)
+    # No wait for who dies without a word.
+    assert watched.watch is not None
+    watched.watch.lease_seconds = 2.0
+
+    async def run(program: str) -> list[str]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-W", "error", "-c", PROGRAM + program, watched.target, secret),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            # What gRPC's core has to say about forks is its own.
+            env={**os.environ, "GRPC_VERBOSITY": "NONE"},
+        )
+        try:
+            async with asyncio.timeout(30):
+                out, err = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+        assert (process.returncode, err.decode()) == (0, "")
+        return out.decode().splitlines()
+
+    return run
+
+
+async def test_the_process_ends_without_close(run: Any, watch: FakeWatch) -> None:
+    """A program that forgets to close ends at once and without a word; no Delete waits for it."""
+    assert await run("warm(verifier); print(verifier.stats().watching)") == ["True"]
+    await eventually(lambda: watch.streams[0].released, "the release")
+
+
+async def test_made_before_the_fork_and_used_after_it(run: Any) -> None:
+    """As gunicorn does it: each worker has its own thread, stream and memory."""
+    program = """
+def work():
+    warm(verifier)
+    print(verifier.verify(secret).verdict, verifier.stats().watching)
+
+in_child(work)
+in_child(work)
+work()
+"""
+    assert await run(program) == ["Verdict.VALID True"] * 3
+
+
+async def test_a_child_never_answers_from_its_parents_memory(run: Any) -> None:
+    """A child forked from a warm process is refused, whatever verifier it uses; the parent goes
+    on."""
+    program = """
+warm(verifier)
+
+def work():
+    assert verifier.verify_nowait(secret) is None
+    assert not verifier.stats().watching
+    print(verifier.verify("hunter2").verdict)
+    for each in (verifier, sync.Verifier(target)):
+        try:
+            print(each.verify(secret))
+        except latchkey.Unavailable as error:
+            print(error.code.name, error)
+
+in_child(work)
+assert verifier.verify_nowait(secret).allowed
+verifier.close()
+verifier = sync.Verifier(target)
+in_child(work)
+warm(sync.Verifier(target))
+print("warm")
+"""
+    refusal = "FAILED_PRECONDITION The process was forked after gRPC was first used, and its child "
+    lines = await run(program)
+    for child in (lines[:3], lines[3:6]):
+        assert child[0] == "Verdict.MALFORMED"
+        assert [line.startswith(refusal) for line in child[1:]] == [True, True]
+    assert lines[6:] == ["warm"]
+
+
+async def test_a_child_of_an_async_verifier_does_not_answer_either(run: Any) -> None:
+    """The copy of an async verifier's memory is nobody's to answer from."""
+    program = """
+import asyncio
+
+async def main():
+    async with latchkey.Verifier(target, timeout_seconds=10) as verifier:
+        while verifier.verify_nowait(secret) is None:
+            await verifier.verify(secret)
+            await asyncio.sleep(0.01)
+
+        def work():
+            print(verifier.verify_nowait(secret), verifier.stats().fallback_reason)
+
+        in_child(work)
+        print(verifier.verify_nowait(secret).verdict)
+
+asyncio.run(main())
+"""
+    child, parent = await run(program)
+    assert child.startswith("None The process was forked")
+    assert parent == "Verdict.VALID"
+
+
+@pytest.mark.parametrize("ending", ["", "raise SystemExit(0)", "asyncio.current_task().cancel()"])
+async def test_an_event_loop_that_ends_without_close(run: Any, ending: str) -> None:
+    """An async verifier that is not closed ends with its event loop, without a word."""
+    program = f"""
+import asyncio, contextlib
+
+async def main():
+    global verifier
+    verifier = latchkey.Verifier(target, timeout_seconds=10)
+    while verifier.verify_nowait(secret) is None:
+        await verifier.verify(secret)
+        await asyncio.sleep(0.01)
+    print("warm")
+    {ending}
+    await asyncio.sleep(0)
+
+with contextlib.suppress(asyncio.CancelledError):
+    try:
+        asyncio.run(main())
+    finally:
+        print(verifier.verify_nowait(secret))
+"""
+    assert await run(program) == ["warm", "None"]

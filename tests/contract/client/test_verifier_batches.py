@@ -1,0 +1,192 @@
+"""The client library's Verifier asking about several secrets at once, over real gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import latchkey
+import pytest
+from latchkey import Scope, Verdict, _batch
+from latchkey._shape import checksum
+from latchkey_proto.v1 import token_service_pb2 as pb
+
+from tests.support import eventually
+
+if TYPE_CHECKING:
+    from tests.contract.client.conftest import FakeLatchkey
+
+
+def secrets(number: int) -> list[str]:
+    """Return different secrets that only the service can judge."""
+    bodies = ["lk" + "_" + f"{n:051d}" for n in range(number)]
+    return [body + checksum(body) for body in bodies]
+
+
+def by_secret(request: pb.VerifyRequest) -> pb.VerifyResponse:
+    """Return VALID for a token whose id is the secret's number, or the scope's shortcoming."""
+    number = int(request.secret[3:54])
+    token = pb.Token(id=f"t{number}", account_id="acme", name="n", scope=pb.SCOPE_READ)
+    enough = request.required_scope != pb.SCOPE_WRITE
+    verdict = pb.VERDICT_VALID if enough else pb.VERDICT_INSUFFICIENT_SCOPE
+    return pb.VerifyResponse(verdict=verdict, token=token, revision=7)
+
+
+async def judge_all(request: pb.BatchVerifyRequest, _context: Any) -> pb.BatchVerifyResponse:
+    return pb.BatchVerifyResponse(responses=[by_secret(one) for one in request.requests])
+
+
+async def judge(request: pb.VerifyRequest, _context: Any) -> pb.VerifyResponse:
+    return by_secret(request)
+
+
+@pytest.fixture(autouse=True)
+def scripts(fake: FakeLatchkey) -> None:
+    """Answer by the secret."""
+    fake.on("Verify", judge)
+    fake.on("BatchVerify", judge_all)
+
+
+async def test_misses_that_happen_together_are_one_call(
+    verifier: latchkey.Verifier, fake: FakeLatchkey
+) -> None:
+    """Each gets the answer to its own question; the same question is asked once."""
+    questions = [(s, scope) for s in secrets(5) for scope in (None, Scope.READ, Scope.WRITE)]
+    answers = await asyncio.gather(*(verifier.verify(*q) for q in (*questions, *questions)))
+    assert [(call.rpc, len(call.request.requests)) for call in fake.calls] == [("BatchVerify", 15)]
+    for (secret, scope), answer in zip((*questions, *questions), answers, strict=True):
+        assert answer.token is not None
+        assert answer.token.id == f"t{int(secret[3:54])}"
+        assert answer.allowed is (scope is not Scope.WRITE)
+    stats = verifier.stats()
+    assert (stats.batches, stats.misses) == (1, 30)
+
+
+async def test_a_lonely_miss_is_a_plain_verify(
+    verifier: latchkey.Verifier, fake: FakeLatchkey
+) -> None:
+    """One after the other, each is a call of its own."""
+    for secret in secrets(3):
+        assert (await verifier.verify(secret)).allowed
+    assert [call.rpc for call in fake.calls] == ["Verify"] * 3
+    assert verifier.stats().batches == 0
+
+
+async def test_batches_have_a_size(verifier: latchkey.Verifier, fake: FakeLatchkey) -> None:
+    """However many misses there are, no call asks about more than fits into its answer."""
+    many = secrets(2 * _batch.BATCH_MAX + 1)
+    answers = await asyncio.gather(*(verifier.verify(secret) for secret in many))
+    assert all(answer.allowed for answer in answers)
+    sizes = sorted(len(call.request.requests) for call in fake.calls)
+    assert sizes == [1, _batch.BATCH_MAX, _batch.BATCH_MAX]
+
+
+async def test_no_miss_joins_a_call_that_was_sent(
+    verifier: latchkey.Verifier, fake: FakeLatchkey
+) -> None:
+    """A verify that starts after a call was sent gets an answer that was read after it started."""
+    first, second = secrets(2)
+    reads: list[asyncio.Event] = []
+
+    async def slow(request: pb.BatchVerifyRequest, context: Any) -> pb.BatchVerifyResponse:
+        read = asyncio.Event()
+        reads.append(read)
+        await read.wait()
+        return await judge_all(request, context)
+
+    fake.on("BatchVerify", slow)
+    early = [asyncio.create_task(verifier.verify(s)) for s in (first, second)]
+    await fake.called.wait()
+    late = [asyncio.create_task(verifier.verify(s)) for s in (first, second)]
+    await eventually(lambda: len(reads) == 2, "the second call")
+    reads[1].set()
+    await asyncio.gather(*late)
+    assert not any(task.done() for task in early)
+    reads[0].set()
+    await asyncio.gather(*early)
+
+
+async def test_each_caller_has_its_own_time(
+    verifier: latchkey.Verifier, fake: FakeLatchkey
+) -> None:
+    """Who gives up early, or is cancelled, does neither for the others of its batch."""
+    answered = asyncio.Event()
+
+    async def slow(request: pb.BatchVerifyRequest, context: Any) -> pb.BatchVerifyResponse:
+        await answered.wait()
+        return await judge_all(request, context)
+
+    fake.on("BatchVerify", slow)
+    hasty, gone, patient, twin = secrets(3) + secrets(3)[2:]
+    tasks = [
+        asyncio.create_task(verifier.verify(hasty, timeout_seconds=0.05)),
+        asyncio.create_task(verifier.verify(gone)),
+        asyncio.create_task(verifier.verify(patient)),
+        asyncio.create_task(verifier.verify(twin)),
+    ]
+    await fake.called.wait()
+    tasks[1].cancel()
+    with pytest.raises(latchkey.DeadlineExceeded):
+        await tasks[0]
+    with pytest.raises(asyncio.CancelledError):
+        await tasks[1]
+    answered.set()
+    assert (await tasks[2]).allowed
+    assert (await tasks[3]).allowed
+    assert fake.count("BatchVerify") == 1
+
+
+async def test_the_batch_has_the_longest_time_of_its_callers(
+    verifier: latchkey.Verifier, fake: FakeLatchkey
+) -> None:
+    """A call's deadline is that of its most patient caller, and no more."""
+    one, other = secrets(2)
+    await asyncio.gather(
+        verifier.verify(one, timeout_seconds=0.4), verifier.verify(other, timeout_seconds=0.7)
+    )
+    (call,) = fake.calls
+    assert call.seconds_left is not None
+    assert 0.4 < call.seconds_left <= 0.71
+
+
+@pytest.mark.usefixtures("quick_retries")
+async def test_all_callers_of_a_batch_hear_of_its_failure(
+    verifier: latchkey.Verifier, fake: FakeLatchkey
+) -> None:
+    """Each gets an exception of its own, with all that the service said and without a secret."""
+    both = secrets(2)
+    fake.on("BatchVerify", fake.fails(grpc.StatusCode.UNAVAILABLE, f"no {both[0]}"))
+    errors = await asyncio.gather(*(verifier.verify(s) for s in both), return_exceptions=True)
+    assert fake.count("BatchVerify") > 1  # tried again
+    one, other = errors
+    assert isinstance(one, latchkey.Unavailable)
+    assert isinstance(other, latchkey.Unavailable)
+    assert one is not other
+    assert one.code is grpc.StatusCode.UNAVAILABLE
+    assert both[0] not in "".join(traceback.format_exception(one)) + repr(vars(one))
+
+
+@pytest.mark.parametrize("status", ["UNIMPLEMENTED", "PERMISSION_DENIED"])
+async def test_where_batches_are_refused_each_is_asked_alone(
+    verifier: latchkey.Verifier, fake: FakeLatchkey, status: str
+) -> None:
+    """A proxy that lets only Verify through is found out once, and costs no verify."""
+    fake.on("BatchVerify", fake.fails(grpc.StatusCode[status]))
+    for _ in range(2):
+        answers = await asyncio.gather(*(verifier.verify(secret) for secret in secrets(3)))
+        assert all(answer.verdict is Verdict.VALID for answer in answers)
+    assert (fake.count("BatchVerify"), fake.count("Verify")) == (1, 6)
+
+
+async def test_closing_ends_a_batch(fake: FakeLatchkey) -> None:
+    """Verifies under way when the verifier is closed fail, all of them, and at once."""
+    fake.on("BatchVerify", fake.hangs())
+    verifier = latchkey.Verifier(fake.target, timeout_seconds=30)
+    tasks = [asyncio.create_task(verifier.verify(secret)) for secret in secrets(3)]
+    await fake.called.wait()
+    await verifier.close()
+    for task in tasks:
+        with pytest.raises(latchkey.Unavailable, match="closed"):
+            await task

@@ -1,0 +1,423 @@
+"""Two servers on one database: a deleted token is dead on both when Delete returns."""
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from latchkey_proto.v1 import status_service_pb2 as status_pb
+from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from latchkey_service import peppers
+from latchkey_service.coherence import notifications
+from latchkey_service.coherence.notifications import Listener, Notifications
+from latchkey_service.coherence.table import Identity, OwnRow, VerifierTable
+from latchkey_service.database import Pool, connect
+from latchkey_service.lookup import Lookup
+from latchkey_service.secrets import Keyring, Pepper
+
+from tests.conftest import make_settings, serving
+from tests.support import CHANNEL_OPTIONS, eventually, outcome, session
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from latchkey_service.config import Settings
+
+LEASE_SECONDS = 0.9
+
+
+class Servers:
+    """Two of them, A and B, each asked over a connection of its own."""
+
+    def __init__(self, a: Any, b: Any, channels: list[grpc.aio.Channel]) -> None:
+        self.a, self.b = a, b
+        self.channels = channels
+        self.count = 0
+
+    async def create(self, stub: Any | None = None) -> pb.CreateResponse:
+        self.count += 1
+        request = pb.CreateRequest(account_id="acme", name=f"t{self.count}", scope=pb.SCOPE_READ)
+        response: pb.CreateResponse = await (stub or self.a).Create(request, timeout=5)
+        return response
+
+    async def verdicts(self, secret: str) -> list[str]:
+        """What A and B answer, each twice: from a read, and from memory."""
+        request = pb.VerifyRequest(secret=secret)
+        answers = [await s.Verify(request, timeout=5) for s in (self.a, self.b, self.a, self.b)]
+        return [pb.Verdict.Name(answer.verdict).removeprefix("VERDICT_") for answer in answers]
+
+
+async def delete(stub: Any, token: pb.Token, timeout: float = 8, **fields: Any) -> pb.Receipt:  # noqa: ASYNC109 - the call's
+    request = pb.DeleteRequest(account_id="acme", id=token.id, **fields)
+    receipt: pb.Receipt = (await stub.Delete(request, timeout=timeout)).receipt
+    return receipt
+
+
+Start = Callable[..., contextlib.AbstractAsyncContextManager[Servers]]
+
+
+@pytest.fixture
+def settings(database_url: str, pepper_file: "Path") -> "Settings":
+    """The protocol is the same on both transports; test_watch has what may differ."""
+    settings = make_settings(database_url, pepper_file, "native")
+    return settings.model_copy(update={"lease_seconds": LEASE_SECONDS})
+
+
+@pytest.fixture
+def start(settings: "Settings") -> Start:
+    """Start both servers, with some settings changed."""
+
+    @contextlib.asynccontextmanager
+    async def start(**changes: Any) -> AsyncIterator[Servers]:
+        async with contextlib.AsyncExitStack() as stack:
+            channels = []
+            for _ in range(2):
+                address = await stack.enter_async_context(
+                    serving(settings.model_copy(update=changes))
+                )
+                channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+                channels.append(await stack.enter_async_context(channel))
+            a, b = (pb_grpc.TokenServiceStub(channel) for channel in channels)
+            servers = Servers(a, b, channels)
+            await eventually(lambda: both_registered(servers), "both are registered")
+            yield servers
+
+    return start
+
+
+async def both_registered(servers: Servers) -> bool:
+    status = await get_status(servers)
+    return len(status.verifiers) == 2 and all(
+        verifier.lease_remaining.ToTimedelta() for verifier in status.verifiers
+    )
+
+
+async def get_status(servers: Servers) -> status_pb.GetStatusResponse:
+    stub = status_pb_grpc.StatusServiceStub(servers.channels[0])
+    response: status_pb.GetStatusResponse = await stub.GetStatus(
+        status_pb.GetStatusRequest(), timeout=5
+    )
+    return response
+
+
+@pytest.mark.parametrize("notify", ["on", "off"])
+async def test_dead_on_both_when_delete_returns(start: Start, notify: str) -> None:
+    """Warm on both servers, a token that one of them deletes is dead on the other: with
+    notifications in a moment, without them within a third of a lease."""
+    async with start(notify=notify) as servers:
+        for deleter in (servers.a, servers.b) * 3:
+            created = await servers.create()
+            assert await servers.verdicts(created.secret) == ["VALID"] * 4
+            began = time.monotonic()
+            receipt = await delete(deleter, created.token)
+            took = time.monotonic() - began
+            assert await servers.verdicts(created.secret) == ["DELETED"] * 4
+            assert (receipt.verifiers_acknowledged, receipt.verifiers_outwaited) == (2, 0)
+            assert took < LEASE_SECONDS
+
+
+async def test_a_new_token_is_known_at_once(start: Start) -> None:
+    """Created through one server, it is VALID on the other, whatever was asked before."""
+    async with start() as servers:
+        for stub, other in ((servers.a, servers.b), (servers.b, servers.a)) * 10:
+            created = await servers.create(stub)
+            answer = await other.Verify(pb.VerifyRequest(secret=created.secret), timeout=5)
+            assert answer.verdict == pb.VERDICT_VALID
+
+
+async def test_what_is_remembered_and_what_is_not(
+    start: Start, settings: "Settings", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A known token is read once, an unknown secret each time, and one with a wrong tag never."""
+    asked: list[int] = []
+    find_all, find = Lookup.find_all, Lookup.find
+
+    async def count_all(self: Lookup, digests: Any, deadline: float) -> Any:
+        asked.append(len(digests))
+        return await find_all(self, digests, deadline)
+
+    async def count(self: Lookup, digest: bytes, deadline: float) -> Any:
+        asked.append(1)
+        return await find(self, digest, deadline)
+
+    monkeypatch.setattr(Lookup, "find_all", count_all)
+    monkeypatch.setattr(Lookup, "find", count)
+    keyring = peppers.load_or_create(settings.pepper_path, create=False)
+    unknown = keyring.mint("lk", os.urandom).secret.reveal()
+    made_up = Keyring([Pepper(os.urandom(32))]).mint("lk", os.urandom).secret.reveal()
+    async with start() as servers:
+        created = await servers.create()
+
+        async def reads(secret: str, times: int) -> int:
+            asked.clear()
+            question = pb.VerifyRequest(secret=secret)
+            for _ in range(times):
+                await servers.a.Verify(question, timeout=5)
+                batch = pb.BatchVerifyRequest(requests=[question] * 2)
+                await servers.a.BatchVerify(batch, timeout=5)
+            return sum(asked)
+
+        assert await reads(created.secret, 3) == 1
+        assert await reads(unknown, 2) == 6
+        assert await reads(made_up, 2) == 0
+        await delete(servers.a, created.token)
+        assert await reads(created.secret, 3) == 1
+
+
+async def test_a_read_that_arrives_late_is_not_remembered(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A verify that read the token before its deletion and gets the answer after it may say
+    VALID, as it began before; no verify after it does (the fill rule)."""
+    held, let_go = asyncio.Event(), asyncio.Event()
+    find = Lookup.find
+
+    async def late(self: Lookup, digest: bytes, deadline: float) -> Any:
+        found = await find(self, digest, deadline)
+        if not held.is_set():
+            held.set()
+            await let_go.wait()
+        return found
+
+    async with start() as servers:
+        created = await servers.create()
+        monkeypatch.setattr(Lookup, "find", late)
+        question = pb.VerifyRequest(secret=created.secret)
+        early = asyncio.ensure_future(servers.a.Verify(question, timeout=5))
+        await held.wait()
+        await delete(servers.b, created.token)
+        let_go.set()
+        assert (await early).verdict == pb.VERDICT_VALID
+        assert await servers.verdicts(created.secret) == ["DELETED"] * 4
+
+
+async def test_without_a_lease_nothing_is_answered(start: Start, database_url: str) -> None:
+    """A server that cannot renew falls silent once its lease has run out, although it could answer
+    from memory and read the database; it answers again when it can renew."""
+    async with start() as servers:
+        created = await servers.create()
+        assert await servers.verdicts(created.secret) == ["VALID"] * 4
+        question = pb.VerifyRequest(secret=created.secret)
+
+        async def silent() -> bool:
+            end = await outcome(servers.a.Verify(question, timeout=1))
+            assert end.ok or (end.code is grpc.StatusCode.UNAVAILABLE and end.retry_info)
+            return not end.ok
+
+        async with session(database_url) as connection, connection.transaction():
+            await connection.execute("SELECT FROM verifier FOR UPDATE")
+            await eventually(silent, "the lease has run out")
+        await eventually(lambda: both_registered(servers), "the leases are renewed")
+        assert await servers.verdicts(created.secret) == ["VALID"] * 4
+
+
+async def test_a_dead_server_is_waited_out_and_then_buried(start: Start, database_url: str) -> None:
+    """The row of a process that was killed costs Deletes its lease once, and is then removed."""
+    async with start() as servers:
+        connection = await connect(database_url)
+        dead = Identity("ver_dead", "elsewhere", 1, "0", LEASE_SECONDS)
+        await OwnRow(connection, dead).register(1)
+        connection.terminate()
+        created = await servers.create()
+        began = time.monotonic()
+        receipt = await delete(servers.a, created.token)
+        assert time.monotonic() - began < LEASE_SECONDS + 0.5
+        assert receipt.verifiers_outwaited == 1
+        assert receipt.verifiers_acknowledged == 2
+        await eventually(lambda: both_registered(servers), "the dead row is gone")
+        receipt = await delete(servers.b, (await servers.create()).token)
+        assert (receipt.verifiers_acknowledged, receipt.verifiers_outwaited) == (2, 0)
+
+
+async def test_a_server_whose_row_is_removed_begins_anew(start: Start, database_url: str) -> None:
+    """It registers again, with an empty memory, and Deletes wait for it as before."""
+    async with start() as servers:
+        created = await servers.create()
+        assert await servers.verdicts(created.secret) == ["VALID"] * 4
+        async with session(database_url) as connection:
+            await connection.execute("DELETE FROM verifier")
+        await eventually(lambda: both_registered(servers), "both are registered again")
+        receipt = await delete(servers.a, created.token)
+        assert receipt.verifiers_acknowledged == 2
+        assert await servers.verdicts(created.secret) == ["DELETED"] * 4
+
+
+async def test_a_deadline_that_is_too_short(start: Start, database_url: str) -> None:
+    """The caller is told that the deletion stands but is not confirmed; the retry, and each one
+    after it, returns the receipt."""
+    async with start() as servers:
+        connection = await connect(database_url)
+        slow = Identity("ver_slow", "elsewhere", 1, "0", 5.0)
+        row = OwnRow(connection, slow)
+        await row.register(1)
+        token = (await servers.create()).token
+        request = pb.DeleteRequest(account_id="acme", id=token.id)
+        end = await outcome(servers.a.Delete(request, timeout=0.5))
+        assert end.code is grpc.StatusCode.UNAVAILABLE
+        info = error_details_pb2.ErrorInfo()
+        end.details[0].Unpack(info)
+        assert info.reason == "DELETION_NOT_CONFIRMED"
+        await row.remove(1)
+        connection.terminate()
+        receipt = await delete(servers.b, token)
+        assert receipt.HasField("effective_time")
+        assert await delete(servers.a, token) == receipt
+
+
+async def test_no_wait(start: Start, database_url: str) -> None:
+    """It answers once the deletion is committed, without a moment of effect; a later Delete
+    confirms the same deletion."""
+    async with start() as servers:
+        token = (await servers.create()).token
+        connection = await connect(database_url)
+        await OwnRow(connection, Identity("ver_slow", "x", 1, "0", 5.0)).register(1)
+        began = time.monotonic()
+        unconfirmed = await delete(servers.a, token, no_wait=True)
+        assert time.monotonic() - began < 4.0
+        assert not unconfirmed.HasField("effective_time")
+        await OwnRow(connection, Identity("ver_slow", "x", 1, "0", 5.0)).remove(1)
+        connection.terminate()
+        confirmed = await delete(servers.b, token)
+        assert confirmed.HasField("effective_time")
+        assert confirmed.revision == unconfirmed.revision
+        assert confirmed.commit_time == unconfirmed.commit_time
+
+
+async def test_many_deletes_at_once(start: Start) -> None:
+    """Each gets a revision of its own, in the order of its commit time, and all are confirmed."""
+    async with start() as servers:
+        tokens = [(await servers.create()).token for _ in range(40)]
+        receipts = await asyncio.gather(
+            *(delete((servers.a, servers.b)[n % 2], token) for n, token in enumerate(tokens))
+        )
+        receipts.sort(key=lambda receipt: receipt.revision)
+        assert [r.revision for r in receipts] == list(range(1, 41))
+        times = [r.commit_time.ToNanoseconds() for r in receipts]
+        assert times == sorted(times)
+        assert all(r.verifiers_acknowledged == 2 for r in receipts)
+
+
+async def test_two_deletes_of_one_token(start: Start) -> None:
+    """They are one deletion, with one receipt."""
+    async with start() as servers:
+        for _ in range(5):
+            token = (await servers.create()).token
+            both = (delete(servers.a, token), delete(servers.b, token)) * 3
+            receipts = await asyncio.gather(*both)
+            assert all(receipt == receipts[0] for receipt in receipts)
+
+
+async def test_serializable(start: Start, database_url: str, postgres_url: str) -> None:
+    """Where every transaction is SERIALIZABLE, and conflicts end in 40001, all goes as ever."""
+    name = database_url.partition("?")[0].rpartition("/")[2]
+    async with session(postgres_url) as connection:
+        await connection.execute(
+            f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'"
+        )
+    async with start() as servers:
+        created = [await servers.create() for _ in range(24)]
+        for one in created[:4]:
+            assert await servers.verdicts(one.secret) == ["VALID"] * 4
+        await asyncio.gather(
+            *(delete((servers.a, servers.b)[n % 2], one.token) for n, one in enumerate(created)),
+            *(servers.create() for _ in range(10)),
+        )
+        for one in created[:4]:
+            assert await servers.verdicts(one.secret) == ["DELETED"] * 4
+
+
+async def test_status(start: Start) -> None:
+    """It tells head, and each process: who it is, how far, how long its lease lasts."""
+    async with start() as servers:
+        await delete(servers.a, (await servers.create()).token)
+
+        async def told() -> status_pb.GetStatusResponse | None:
+            status = await get_status(servers)
+            arrive = status_pb.NOTIFICATIONS_ARRIVE
+            return status if all(v.notifications == arrive for v in status.verifiers) else None
+
+        status = await eventually(told, "notifications arrive")
+        assert status.head_revision == 1
+        assert len(status.verifiers) == 2
+        assert sum(verifier.answering for verifier in status.verifiers) == 1
+        for verifier in status.verifiers:
+            assert (verifier.acknowledged_revision, verifier.lag) == (1, 0)
+            assert verifier.process_id == os.getpid()
+            assert verifier.lease_duration.ToTimedelta().total_seconds() == LEASE_SECONDS
+            assert verifier.version
+            assert verifier.host
+
+
+async def test_the_log_is_pruned_and_says_so(database_url: str) -> None:
+    """What every verifier has acknowledged may go, and nothing else; who has applied less is told
+    that the log does not reach back."""
+    pool = await Pool.open(database_url)
+    table = VerifierTable(pool)
+    connection = await connect(database_url)
+    row = OwnRow(connection, Identity("ver_a", "x", 1, "0", 3.0))
+    try:
+        await row.register(1)
+        async with session(database_url) as other:
+            for revision in range(1, 6):
+                await other.execute("UPDATE head SET revision = $1", revision)
+                await other.execute(
+                    "INSERT INTO invalidation (revision, token_id) VALUES ($1, $2)",
+                    revision,
+                    f"tok_{revision}",
+                )
+        assert await table.prune_log(0.0) == 0
+        await row.renew(1, 3, 0, 0)
+        assert await table.prune_log(3600.0) == 0
+        assert await table.prune_log(0.0) == 3
+        late, level = await row.read_log(2), await row.read_log(3)
+        assert (late.complete, late.head) == (False, 5)
+        assert (level.complete, level.token_ids) == (True, ("tok_4", "tok_5"))
+    finally:
+        connection.terminate()
+        await pool.close()
+
+
+class Deaf(asyncpg.Connection):
+    """What a pooler that swallows LISTEN looks like."""
+
+    async def add_listener(self, channel: str, callback: Any) -> None:
+        """Do nothing, and say nothing."""
+
+
+class Refusing(asyncpg.Connection):
+    """What an engine without LISTEN looks like."""
+
+    async def add_listener(self, channel: str, callback: Any) -> None:
+        raise asyncpg.FeatureNotSupportedError("LISTEN is not supported")
+
+
+@pytest.mark.parametrize(
+    ("kind", "state"),
+    [
+        (asyncpg.Connection, Notifications.ARRIVE),
+        (Deaf, Notifications.SILENT),
+        (Refusing, Notifications.OFF),
+    ],
+)
+async def test_whether_notifications_arrive_is_found_out(
+    kind: type, state: Notifications, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried, and so noticed when they are refused, or silently get lost."""
+    monkeypatch.setattr(notifications, "PROBE_TIMEOUT_SECONDS", 0.3)
+
+    async def connection() -> Any:
+        return await asyncpg.connect(database_url, connection_class=kind)
+
+    listener = Listener("test", connection, lambda: None, enabled=True)
+    task = asyncio.create_task(listener.run())
+    await eventually(lambda: listener.state is state, f"notifications are {state.name}")
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,73 @@
+"""A client of Watch that does only what a test tells it to."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+
+from tests.support import CHANNEL_OPTIONS, WAIT_SECONDS
+
+__all__ = ["WatchClient", "watching"]
+
+
+class WatchClient:
+    """One stream. Received events are kept in order in `events`, whether asked for or not."""
+
+    def __init__(self, stub: Any) -> None:
+        self.call = stub.Watch()
+        self.number = 0
+        self.applied = 0
+
+    async def say(self, applied: int | None = None, **fields: Any) -> None:
+        """Send a request; without `applied`, what was applied so far."""
+        revision = self.applied if applied is None else applied
+        await self.call.write(pb.WatchRequest(applied_revision=revision, **fields))
+
+    async def ask(self) -> None:
+        """Ask for a grant."""
+        self.number += 1
+        await self.say(number=self.number)
+
+    async def hear(self) -> Any:
+        """Return the next event, and apply it as a client does, but do not confirm it."""
+        async with asyncio.timeout(WAIT_SECONDS):
+            response = await self.call.read()
+        assert response is not grpc.aio.EOF, "the server has ended the stream"
+        kind = response.WhichOneof("event")
+        event = getattr(response, kind)
+        if kind in ("invalidation", "reset"):
+            self.applied = event.revision
+        return event
+
+    async def granted(self) -> pb.Grant:
+        """Ask, confirm what comes before the grant, and return it."""
+        await self.ask()
+        while not isinstance(event := await self.hear(), pb.Grant):
+            await self.say()
+        assert event.number == self.number
+        assert event.revision == self.applied
+        return event
+
+    async def refusal(self) -> grpc.StatusCode:
+        """Return the status that the server ends the stream with."""
+        async with asyncio.timeout(WAIT_SECONDS):
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                while await self.call.read() is not grpc.aio.EOF:
+                    pass
+            return await self.call.code()
+
+
+@contextlib.asynccontextmanager
+async def watching(address: str) -> AsyncIterator[WatchClient]:
+    """Watch a server, on a connection of its own. Lets go at the end, if it still can."""
+    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        client = WatchClient(pb_grpc.TokenServiceStub(channel))
+        yield client
+        if not client.call.done():
+            await client.say(released=True)
+            await client.call.done_writing()
+            await client.refusal()
