@@ -32,8 +32,9 @@ def main() -> int:
     """Run, print, and return the exit code: 1 for a late accept, or for too little seen."""
     options = _options()
     rule = rule_to_break()
-    # As Ctrl-C: everything is ended in order.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Everything is ended in order, also where the shell had Ctrl-C ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     # Postgres' own account has to get in.
     scratch = Path(tempfile.mkdtemp(prefix="latchkey-history-", dir="/tmp"))
     scratch.chmod(0o755)
@@ -43,6 +44,7 @@ def main() -> int:
         url = postgres.start()
         failed = asyncio.run(_main(options, rule, scratch, url, postgres))
     except KeyboardInterrupt:
+        failed = False
         return 130
     finally:
         postgres.close()

@@ -191,7 +191,8 @@ class LoneHost(Host):
         assert child.alive or child.expected_end, child.trouble()
 
     def worker_processes(self) -> list[psutil.Process]:
-        return [child.handle for child in self.children if child.alive]
+        # Not one that is starting: SIGTERM would find it without a handler.
+        return [c.handle for c in self.children if c.alive and c.out.read_bytes()]
 
     def times_up(self) -> int:
         return len(self.children)
