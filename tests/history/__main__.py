@@ -20,7 +20,7 @@ from tests.history import report
 from tests.history.broken import VARIABLE, rule_to_break
 from tests.history.checker import Findings
 from tests.history.run import SHORT, Size, run
-from tests.history.scenarios import SCENARIOS, attempt, staged
+from tests.history.scenarios import SCENARIOS, play, staged
 from tests.support import BreakablePostgres, session
 
 # Where the histories, logs and faults of a run that failed stay.
@@ -94,7 +94,7 @@ async def _direct(folder: Path, url: str, rule: str | None) -> tuple[Findings, i
     async with staged(folder, url, rule) as stage:
         findings = stage.findings()
         for scenario in chosen:
-            findings = await attempt(stage, scenario)
+            findings = await play(stage, scenario)
     return findings, len(chosen)
 
 

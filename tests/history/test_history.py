@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tests.history.broken import RULES, VARIABLE
 from tests.history.checker import Findings
 from tests.history.processes import ROOT
 from tests.history.run import SHORT, run
-from tests.history.scenarios import SCENARIOS, Scenario, Stage, attempt, staged
+from tests.history.scenarios import SCENARIOS, play, staged
 from tests.support import BreakablePostgres, session
 
 pytestmark = [
@@ -39,11 +40,11 @@ async def test_short_run(postgres: BreakablePostgres, postgres_url: str) -> None
     assert report.complaints(outcome) == []
 
 
-@pytest.fixture(scope="module")
-async def played(postgres_url: str) -> dict[str, list[Findings]]:
-    """The findings after each scenario, of a build that keeps the rules and of those that lack one.
+async def test_each_rule_is_missed(postgres_url: str) -> None:
+    """A build that lacks a rule is caught accepting, in each scenario of that rule, and the build
+    that ships in none.
 
-    All at once: most of it is waiting.
+    One test, and all at once: most of it is waiting.
     """
     builds = [KEPT, *RULES]
     async with _databases(postgres_url, *builds) as urls:
@@ -51,8 +52,16 @@ async def played(postgres_url: str) -> dict[str, list[Findings]]:
             folders = [Path(name, build) for build in builds]
             for folder in folders:
                 folder.mkdir()
-            found = await asyncio.gather(*map(_play, folders, urls))
-    return dict(zip(builds, found, strict=True))
+            played = await asyncio.gather(*map(_play, folders, urls))
+    (*before, kept), *broken = played
+    assert kept.late == []
+    # Each scenario has verified what it had deleted.
+    assert len(kept.checked) >= len(before)
+    caught = {
+        rule: [before.late_count < after.late_count for before, after in pairwise(findings)]
+        for rule, findings in zip(RULES, broken, strict=True)
+    }
+    assert caught == {rule: [True] * len(scenarios) for rule, scenarios in SCENARIOS.items()}
 
 
 @contextlib.asynccontextmanager
@@ -70,40 +79,22 @@ async def _databases(postgres_url: str, *names: str) -> AsyncIterator[list[str]]
 
 
 async def _play(folder: Path, database_url: str) -> list[Findings]:
-    """Play a build's scenarios, in order: once each, or until its missing rule shows."""
+    """Play a build's scenarios, in order: once each, or until its missing rule shows.
+
+    Returns the findings before the first one and after each.
+    """
     rule = None if folder.name == KEPT else folder.name
     every = dict.fromkeys(scenario for several in SCENARIOS.values() for scenario in several)
     async with staged(folder, database_url, rule) as stage:
-        return [
-            await _until_missed(stage, scenario) if rule else await attempt(stage, scenario)
-            for scenario in (SCENARIOS[rule] if rule else every)
-        ]
-
-
-async def _until_missed(stage: Stage, scenario: Scenario) -> Findings:
-    findings = stage.findings()
-    before = findings.late_count
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(MISS_SECONDS_MAX):
-            while findings.late_count == before:
-                findings = await attempt(stage, scenario)
-    return findings
-
-
-def test_rules_kept(played: dict[str, list[Findings]]) -> None:
-    """What each missing rule would show in leads to no late accept by the build that ships."""
-    findings = played[KEPT][-1]
-    assert findings.late == []
-    assert len(findings.deleted) == len(played[KEPT])
-    assert set(findings.deleted) == findings.checked
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_missing_rule_is_found(played: dict[str, list[Findings]], rule: str) -> None:
-    """A build that lacks a rule is caught accepting, in each of the scenarios of that rule."""
-    counts = [findings.late_count for findings in played[rule]]
-    assert len(counts) == len(SCENARIOS[rule])
-    assert all(before < after for before, after in zip([0, *counts], counts, strict=False))
+        findings = [stage.findings()]
+        for scenario in SCENARIOS[rule] if rule else every:
+            before = findings[-1]
+            findings.append(await play(stage, scenario))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(MISS_SECONDS_MAX):
+                    while rule and findings[-1].late_count == before.late_count:
+                        findings[-1] = await play(stage, scenario)
+        return findings
 
 
 def test_no_setting_of_the_product() -> None:
