@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.history.checker import Findings, check
 from tests.history.cluster import Cluster, cluster
-from tests.history.faults import Happened, Injector, plan
+from tests.history.faults import Happened, Injector, Planned, plan
 from tests.history.records import now
 from tests.support import BreakablePostgres, eventually
 
@@ -55,7 +55,7 @@ class Outcome:
     size: Size
     findings: Findings
     faults: list[Happened]
-    planned: int
+    planned: list[Planned]
     troubles: list[str]
     strange: Counter[str] = field(default_factory=Counter)
     """Errors that no outage explains, by their text."""
@@ -120,7 +120,7 @@ async def run(
         troubles = injector.troubles + made.troubles()
         (folder / "faults.json").write_text(json.dumps([asdict(f) for f in injector.happened]))
         findings = check(made.histories())
-        return Outcome(size, findings, injector.happened, len(planned), troubles, _strange(made))
+        return Outcome(size, findings, injector.happened, planned, troubles, _strange(made))
 
 
 async def _start(made: Cluster, size: Size, rule_to_break: str | None) -> None:

@@ -142,7 +142,7 @@ def test_records_survive_a_kill(tmp_path: Path) -> None:
 
 def test_a_run_that_saw_nothing_fails() -> None:
     """A run without late accepts fails if it has seen too little to tell."""
-    empty = RunOutcome(Size(), Findings(), [], 0, [])
+    empty = RunOutcome(Size(), Findings(), [], [], [])
     complaints = report.complaints(empty)
     assert all(complaint.startswith("too few") for complaint in complaints)
     assert len(complaints) == 6
@@ -156,7 +156,7 @@ def test_a_run_fails_for_one_late_accept() -> None:
     findings = judge(*records)
     findings.from_memory["client/0"] = 1_000
     faults = [Happened(kind, 0, 1) for kind in KINDS]
-    outcome = RunOutcome(size, findings, faults, len(faults), [])
+    outcome = RunOutcome(size, findings, faults, [], [])
     assert report.complaints(outcome) == []
     outcome.troubles.append("client-00.0 ended with 1")
     assert report.complaints(outcome) == ["client-00.0 ended with 1"]
