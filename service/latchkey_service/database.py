@@ -16,7 +16,7 @@ from asyncpg.connect_utils import SessionAttribute
 
 from latchkey_service.errors import AlreadyExists, StoreConflict, StoreUnavailable
 
-__all__ = ["Pool", "connect", "retrying", "translated"]
+__all__ = ["Pool", "connect", "durably", "retrying", "translated"]
 
 # A statement of ours takes about a millisecond. Two seconds without an answer is a database that
 # is frozen or gone, and a caller is better told so than kept.
@@ -27,10 +27,11 @@ LOCK_TIMEOUT = "1500ms"
 CLIENT_CHECK_INTERVAL = "250ms"
 # Management calls are rare beside verifies; ten connections keep 2 cores of Postgres busy.
 POOL_SIZE_MAX = 10
-# Transactions that undid each other are tried again this often, after a wait of up to this long,
-# which doubles: a quarter of a second in all, in which hundreds of them get through.
-CONFLICT_ATTEMPTS = 6
+# Transactions that undid each other are tried again this often, after a wait of up to the first of
+# these, which doubles up to the second: half a second in all, in which hundreds get through.
+CONFLICT_ATTEMPTS = 14
 CONFLICT_DELAY_SECONDS = 0.008
+CONFLICT_DELAY_SECONDS_MAX = 0.1
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -132,6 +133,28 @@ def translated() -> Iterator[None]:
         raise StoreUnavailable("The database does not answer; try again shortly.") from error
 
 
+@contextlib.contextmanager
+def durably(session: "_Session") -> Iterator[None]:
+    """Raise StoreUnavailable if what was committed within may be undone by a failover.
+
+    Postgres reports a commit as done, with a warning, when its wait for the synchronous standby is
+    cancelled. A deletion, or a renewal of a lease, that only a deposed primary has is none.
+    """
+    warnings: list[str] = []
+
+    def listen(_connection: object, message: asyncpg.PostgresLogMessage) -> None:
+        if message.severity_en == "WARNING":
+            warnings.append(message.sqlstate)
+
+    session.add_log_listener(listen)
+    try:
+        yield
+    finally:
+        session.remove_log_listener(listen)
+    if warnings:
+        raise StoreUnavailable("The database has not replicated what was written; try again.")
+
+
 def retrying(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
     """Run a transaction again when it and another one undid each other (SQLSTATE 40xxx).
 
@@ -147,7 +170,7 @@ def retrying(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
                 return await method(*args, **kwargs)
             except StoreConflict:
                 # Jitter, or those that met will meet again.
-                longest = CONFLICT_DELAY_SECONDS * 2**attempt
+                longest = min(CONFLICT_DELAY_SECONDS * 2**attempt, CONFLICT_DELAY_SECONDS_MAX)
                 await asyncio.sleep(random.uniform(0, longest))  # noqa: S311 - a spread
         return await method(*args, **kwargs)
 

@@ -87,6 +87,10 @@ class Lookup:
         """Return what is stored under each of up to 1,000 digests, in order, from one snapshot."""
         return await self._ask(digests, deadline)
 
+    def reconnect(self) -> None:
+        """Give up the connection, which leads to the wrong place. Those who wait are told so."""
+        self._link.drop()
+
     async def close(self) -> None:
         """Stop and give up the connection. Callers still waiting get StoreUnavailable."""
         self._closed = True

@@ -11,7 +11,7 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from latchkey_service.database import Pool, connect, retrying, translated
+from latchkey_service.database import Pool, connect, durably, retrying, translated
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.secrets import Digest
 from latchkey_service.verdict import Scope, TokenRecord
@@ -196,32 +196,33 @@ class Store:
         deletions of one token, the second waits at `live`, and then finds it live no more.
         """
         async with self._pool.session() as session:
-            row = await session.fetchrow(
-                """
-                WITH live AS (
-                    SELECT t.id
-                      FROM token t
-                     WHERE t.account_id = $1 AND t.id = $2 AND t.delete_time IS NULL
-                       FOR UPDATE),
-                next AS (
-                    UPDATE head h SET revision = h.revision + 1 FROM live
-                    RETURNING h.revision, live.id),
-                -- Read once the lock is held, so that times follow the order of revisions.
-                stamped AS MATERIALIZED (
-                    SELECT revision, id, clock_timestamp() AS moment FROM next),
-                tombstone AS (
-                    UPDATE token t SET delete_time = s.moment FROM stamped s WHERE t.id = s.id),
-                logged AS (
-                    INSERT INTO invalidation (revision, token_id)
-                    SELECT revision, id FROM stamped)
-                INSERT INTO deletion (token_id, revision, commit_time)
-                SELECT id, revision, moment FROM stamped
-                RETURNING revision, commit_time, effective_time, verifiers_acknowledged,
-                          verifiers_outwaited
-                """,
-                account_id,
-                token_id,
-            )
+            with durably(session):
+                row = await session.fetchrow(
+                    """
+                    WITH live AS (
+                        SELECT t.id
+                          FROM token t
+                         WHERE t.account_id = $1 AND t.id = $2 AND t.delete_time IS NULL
+                           FOR UPDATE),
+                    next AS (
+                        UPDATE head h SET revision = h.revision + 1 FROM live
+                        RETURNING h.revision, live.id),
+                    -- Read once the lock is held, so that times follow the order of revisions.
+                    stamped AS MATERIALIZED (
+                        SELECT revision, id, clock_timestamp() AS moment FROM next),
+                    tombstone AS (
+                        UPDATE token t SET delete_time = s.moment FROM stamped s WHERE t.id = s.id),
+                    logged AS (
+                        INSERT INTO invalidation (revision, token_id)
+                        SELECT revision, id FROM stamped)
+                    INSERT INTO deletion (token_id, revision, commit_time)
+                    SELECT id, revision, moment FROM stamped
+                    RETURNING revision, commit_time, effective_time, verifiers_acknowledged,
+                              verifiers_outwaited
+                    """,
+                    account_id,
+                    token_id,
+                )
         return None if row is None else Deletion(**dict(row))
 
     @retrying

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from latchkey_service.coherence.heart import Heart
 from latchkey_service.coherence.membership import Membership
+from latchkey_service.errors import StoreUnavailable
 from latchkey_service.lookup import Found, Lookup
 from latchkey_service.secrets import SECRET_LENGTH_MAX, Keyring, Malformed
 from latchkey_service.verdict import Record, TokenRecord, Verdict, decide
@@ -67,8 +68,10 @@ class Verifier:
         """Return the answer to one question from memory, or None."""
         if len(presented) > SECRET_LENGTH_MAX:
             return None
+        if self._clock() >= self._membership.lease_ends:
+            return None
         record = self._entries.get(sha256(presented.encode()).digest())
-        if record is None or self._clock() >= self._membership.lease_ends:
+        if record is None:
             return None
         record.used = True
         # Nothing up to what was applied has changed it, or it would not be there.
@@ -86,7 +89,9 @@ class Verifier:
         if isinstance(digest, Answer):
             return digest
         await self._under_lease(deadline)
+        applied = self._memory.applied
         found = await self._lookup.find(digest, deadline)
+        self._mistrust_the_past(found, applied)
         # The time is read after the wait: expiry is judged at the moment of the answer.
         return self._judge(presented, found, required_scope, self._unix_time())
 
@@ -100,7 +105,10 @@ class Verifier:
         if not digests:
             return [answer for answer in parsed if isinstance(answer, Answer)]
         await self._under_lease(deadline)
-        founds = iter(await self._lookup.find_all(digests, deadline))
+        applied = self._memory.applied
+        found = await self._lookup.find_all(digests, deadline)
+        self._mistrust_the_past(found[0], applied)
+        founds = iter(found)
         now = self._unix_time()
         return [
             digest
@@ -108,6 +116,16 @@ class Verifier:
             else self._judge(presented, next(founds), required_scope, now)
             for digest, (presented, required_scope) in zip(parsed, questions, strict=True)
         ]
+
+    def _mistrust_the_past(self, found: Found, applied: int) -> None:
+        """Refuse what was read before `applied`, which had been applied when the read was sent.
+
+        On one primary that cannot be. The look-ups' connection may be left with a primary that was
+        deposed while the lease is renewed on its successor.
+        """
+        if found.revision < applied:
+            self._lookup.reconnect()
+            raise StoreUnavailable("The database is changing over; try again shortly.")
 
     async def _under_lease(self, deadline: float) -> None:
         if self._clock() >= self._membership.lease_ends:

@@ -56,6 +56,8 @@ class Membership(Generic[E]):
         what was applied: a database that was set back has another history.
         """
         applied = self.memory.applied
+        if log.head < applied:
+            self.subleases.unconfirm()
         if not log.complete or log.head < applied:
             self.memory.reset(log.head)
             return True

@@ -48,6 +48,12 @@ class SubLeases:
         if lease in self._at.get(lease.acknowledged, ()):
             self._move(lease, revision)
 
+    def unconfirm(self) -> None:
+        """Take back all that was confirmed: it was about another history."""
+        for revision in [r for r in self._at if r]:
+            for lease in tuple(self._at[revision]):
+                self._move(lease, 0)
+
     def release(self, lease: SubLease) -> None:
         """Its client has said that it no longer answers under it."""
         self._remove(lease)

@@ -8,7 +8,7 @@ from latchkey_coherence.memory import HISTORY_MAX
 
 from latchkey_service.coherence.confirmation import VerifierRow
 from latchkey_service.coherence.membership import Log
-from latchkey_service.database import Pool, retrying, translated
+from latchkey_service.database import Pool, durably, retrying, translated
 
 if TYPE_CHECKING:
     import asyncpg
@@ -76,7 +76,7 @@ class OwnRow:
         before is seen by every read that follows.
         """
         identity = self._identity
-        with translated():
+        with translated(), durably(self._connection):
             revision: int = await self._connection.fetchval(
                 """
                 INSERT INTO verifier (id, incarnation, acknowledged_revision, lease_seconds, host,
@@ -124,7 +124,7 @@ class OwnRow:
         Committed as durably as deletions are: a process that talks to a deposed primary must not
         take an answer that will be undone for a renewal.
         """
-        with translated():
+        with translated(), durably(self._connection):
             status = await self._connection.execute(
                 """
                 UPDATE verifier

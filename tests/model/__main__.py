@@ -1,0 +1,30 @@
+"""Print what exploring finds, or the steps by which a broken rule comes to harm."""
+
+import sys
+
+from tests.model.broken import BROKEN, HARMLESS, KEPT
+from tests.model.explore import Exploration, explore
+from tests.model.server import LEMMA
+
+
+def main(wanted: list[str]) -> None:
+    """Print a line for each model, or the traces of those with a word of `wanted` in their name."""
+    for kept in KEPT:
+        if not wanted:
+            _line(kept.name, explore(kept.model), "")
+    for broken in (*BROKEN, *HARMLESS):
+        if not wanted or any(word in broken.name for word in wanted):
+            found = explore(broken.model, but=[LEMMA])
+            _line(broken.name, found, f"in {found.steps}" if found.violation else "no harm")
+            if wanted and found.trace:
+                sys.stdout.write(f"{found.trace}\n\n")
+
+
+def _line(name: str, found: Exploration, outcome: str) -> None:
+    line = f"{name:<46} {found.states:>9,} states {found.seconds:>6.2f} s  {outcome}"
+    sys.stdout.write(f"{line.rstrip()}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

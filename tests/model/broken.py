@@ -1,0 +1,293 @@
+"""The models with their rules, and the same with one rule broken at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tests.model import failover, server, watch
+from tests.model.explore import Action, Model
+
+__all__ = ["BROKEN", "HARMLESS", "HEALTHY", "KEPT", "Broken", "Healthy", "Kept"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A model with all its rules."""
+
+    name: str
+    model: Model
+    # One that shrinks to little has lost an action or a state it should have; see `seen` as well.
+    states_at_least: int
+    # What must be reachable, or the promises would be kept by nothing ever happening.
+    seen: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Healthy:
+    """A model, and what of it is healthy."""
+
+    name: str
+    model: Model
+    states_at_least: int
+    # Whether Delete has committed, and all is well enough for it to end before any time passes.
+    where: Callable[[Any], bool]
+    actions: Sequence[Action]
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A model with a rule broken. Its name begins with the rule's number."""
+
+    name: str
+    model: Model
+    steps: int  # of the shortest way to a violation; 0 where there is none
+
+    @property
+    def rule(self) -> int:
+        """Return the number of the rule."""
+        return int(self.name.partition(" ")[0])
+
+
+KEPT = (
+    Kept(
+        "server",
+        server.model(),
+        125_000,
+        {
+            "Delete has answered; the process, cut off, still holds VALID, its lease run out": (
+                lambda s: s.delete == server.ANSWERED and s.memory == server.VALID and not s.lease
+            ),
+            "the same, with its row removed": (
+                lambda s: (
+                    s.delete == server.ANSWERED
+                    and s.memory == server.VALID
+                    and s.row == server.NO_ROW
+                )
+            ),
+            "Delete answered while the process was registering with an older head": (
+                lambda s: (
+                    s.delete == server.ANSWERED and s.phase == server.UP and s.applied < s.deleted
+                )
+            ),
+            "a VALID read before the deletion is still on its way after Delete has answered": (
+                lambda s: (
+                    s.delete == server.ANSWERED
+                    and s.lookup is not None
+                    and s.lookup.found == server.VALID
+                    and s.applied >= s.deleted
+                )
+            ),
+            "that token's deletion has been trimmed from the memory's history": (
+                lambda s: s.history >= s.deleted > 0 and s.lookup is not None and s.lease
+            ),
+            "DELETED is remembered": lambda s: s.memory == server.DELETED and s.lease,
+        },
+    ),
+    Kept(
+        "one server",
+        watch.one_server(),
+        12_000,
+        {
+            "Delete has answered; the client, cut off, still holds VALID, its lease run out": (
+                lambda s: s.delete == watch.ANSWERED and s.client.memory
+            ),
+            "a server is dead, and a client's sub-lease of it lives": (
+                lambda s: s.servers[0].phase == watch.DOWN and s.client.lease and s.client.memory
+            ),
+            "Delete has answered, and a grant and a VALID from before are still on their way": (
+                lambda s: (
+                    s.delete == watch.ANSWERED
+                    and s.client.lookup is not None
+                    and s.client.lookup.valid
+                    and any(message > 0 for message in s.client.inbox)
+                )
+            ),
+        },
+    ),
+    Kept("one server, two requests at a time", watch.one_server(requests_max=2), 90_000),
+    Kept("one server, clocks drifting", watch.one_server(clocks=watch.DRIFTING), 80_000),
+    Kept(
+        "two servers",
+        watch.two_servers(),
+        160_000,
+        {
+            "the client has applied the deletion, and the other server still says VALID": (
+                lambda s: (
+                    s.client.applied == 1
+                    and s.client.lookup is not None
+                    and s.client.lookup.valid
+                    and any(one.applied == 0 and one.lease for one in s.servers)
+                )
+            ),
+            "the client has a sub-lease on record with both": (
+                lambda s: all(one.sub_lease for one in s.servers)
+            ),
+        },
+    ),
+    Kept(
+        "succession",
+        watch.succession(),
+        85_000,
+        {
+            "the client has moved to the successor, and the dead server's row still is there": (
+                lambda s: (
+                    s.client.stream == 1
+                    and s.client.lease
+                    and s.servers[0].phase == watch.DOWN
+                    and s.servers[0].row == 0
+                )
+            ),
+            "a server that has removed its own row has had a client that still holds VALID": (
+                lambda s: (
+                    s.client.memory
+                    and s.servers[0].phase == watch.DOWN
+                    and s.servers[0].row == watch.NO_ROW
+                    and s.delete == watch.ANSWERED
+                )
+            ),
+        },
+    ),
+    Kept(
+        "failover",
+        failover.model(),
+        16_000,
+        {
+            "left behind with a deposed primary, it still answers from memory": (
+                lambda s: s.promoted and not s.left and s.lease and s.memory
+            ),
+            "it renews with the new primary, and looks up in the old one": (
+                lambda s: s.left and not s.reads_left and s.lease and s.applied == 1
+            ),
+        },
+    ),
+    Kept("failover, one connection", failover.model(separate=False), 12_000),
+)
+
+HEALTHY = (
+    Healthy(
+        "server", server.model(other_changes=0), 14_000, lambda s: s.deleted > 0, server.HEALTHY
+    ),
+    Healthy(
+        "one server",
+        watch.one_server(),
+        10_000,
+        # Not where the server is down and its row still there, or a dead client's sub-lease runs.
+        lambda s: (
+            s.delete != watch.BEFORE
+            and (s.delete == watch.ANSWERED or s.servers[0].phase >= watch.EMPTY)
+            and not (s.client.applied == watch.FRESH and s.servers[0].sub_lease)
+        ),
+        watch.HEALTHY,
+    ),
+    Healthy(
+        "failover",
+        failover.model(),
+        15_000,
+        lambda s: s.delete != failover.BEFORE,
+        failover.HEALTHY,
+    ),
+)
+
+
+def _server(name: str, steps: int, *, other_changes: int = 0) -> Broken:
+    return Broken(name, server.model(name, other_changes=other_changes), steps)
+
+
+def _failover(name: str, steps: int, *, separate: bool = True) -> Broken:
+    return Broken(name, failover.model(name, separate=separate), steps)
+
+
+def _one_server(name: str, steps: int, *, requests_max: int = 1) -> Broken:
+    return Broken(name, watch.one_server(name, requests_max=requests_max), steps)
+
+
+def _drifting(name: str, steps: int, **clocks: Any) -> Broken:
+    # Without its margin, a countdown is as long as it says on a right clock.
+    return Broken(name, watch.one_server(clocks=replace(watch.DRIFTING, **clocks)), steps)
+
+
+BROKEN = (
+    # A sequence numbers in the order of asking: a reader's head passes what has yet to commit.
+    _server("1 revision from a sequence", 14, other_changes=1),
+    _server("2 reads before it registers", 13),
+    _server("3 registration gives a lease", 18),
+    # Its server's empty memory does not save a client that comes with a full one.
+    _one_server("3 registration gives a lease", 17),
+    _server("3 clock read after the log", 17),
+    _server("3 head read after the entries", 18),
+    _server("3 acknowledges head unread", 15),
+    _server("3 zero rows are fine", 16),
+    _server("3 memory kept when the row is gone", 25),
+    _one_server("3 clients of a lost row told nothing", 19),
+    _failover("3 renewal committed asynchronously", 12),
+    _failover("3 log and row on different connections", 13),
+    _drifting("3 no (1−ρ) in the server's lease", 9, lease=12),
+    _server("4 no fill rule", 15),
+    _server("4 revision read after the row", 16),
+    _server("4 trimmed history names nothing", 16),
+    _server("4 shares with anyone", 15),
+    _server("4 UNKNOWN is remembered", 10),
+    _server("4 UNKNOWN is shared", 9),
+    _failover("4 own answer not checked", 11),
+    _one_server("4 client has no fill rule", 12),
+    # A server that is slow to answer has applied more by then.
+    _one_server("4 verdict carries the revision at which it left", 12),
+    _one_server("4 client shares with anyone", 12),
+    # The client has applied the deletion before it asks a server that has not. That may say VALID,
+    # late. Who begins after Delete's answer finds a look-up sent after the last invalidation, and
+    # must not share it: what counts is what it found, not when it was sent.
+    Broken(
+        "4 client shares by when it was sent",
+        watch.two_servers("4 client shares by when it was sent"),
+        13,
+    ),
+    _server("5 memory without a lease", 15),
+    _server("5 clock read before the call", 15),
+    _server("5 memory before the clock", 18),
+    _failover("5 reads without a lease", 6),
+    _one_server("5 client without a lease", 12),
+    _one_server("5 client shares without a lease", 12),
+    _one_server("6 grant outlasts the server's lease", 13),
+    _one_server("6 counted from the receipt", 13),
+    _one_server("6 counted from the latest request", 14, requests_max=2),
+    _one_server("6 grant overtakes an invalidation", 16),
+    _one_server("6 client that comes back told nothing", 16),
+    _drifting("6 no (1−ρ) in the client's lease", 14, counted_percent=100),
+    _drifting("6 no (1+2ρ) in the server's record", 13, recorded_percent=100),
+    _one_server("7 acknowledges before its clients", 12),
+    _one_server("7 client acknowledges what it has not applied", 15),
+    _one_server("7 grant not on record", 12),
+    _one_server("7 a broken stream ends the record", 13),
+    _one_server("7 record cut short by the next grant", 15),
+    _server("8 no wait", 12),
+    _server("8 wait shorter than T", 13),
+    _server("8 wait counted from before the commit", 15),
+    _server("8 a retry answers at once", 12),
+    _drifting("8 no (1+ρ) in the wait", 8, wait=12),
+    _server("9 row not watched for T", 14),
+    _server("9 `renewal` not compared", 16),
+    _one_server("9 a restart takes over the row", 14),
+    Broken(
+        "9 own row removed before the clients let go",
+        watch.succession("9 own row removed before the clients let go"),
+        11,
+    ),
+    _drifting("9 no (1+ρ) in watching a row", 9, ticks=2),
+    _server("10 a notification extends the lease", 13),
+    _server("10 no notification, no reading", 17),
+    _server("11 pruning not noticed", 26),
+)
+
+# Broken, and nothing comes of it: what they show is which other rule stands behind.
+HARMLESS = (
+    # Rule 11's other half, noticing, is enough. (Pruning less is what keeps memories from being
+    # emptied for nothing.)
+    _server("11 unacknowledged pruned", 0),
+    # Within one process that reads from where it reads the log, a look-up sent after the deletion
+    # was applied cannot find VALID. It is in a client that this goes wrong.
+    _server("4 shares by when it was sent", 0),
+    # A process with all its connections to one primary does not look up in another.
+    _failover("4 own answer not checked", 0, separate=False),
+)

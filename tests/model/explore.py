@@ -1,0 +1,179 @@
+"""Breadth-first exploration: every state a model can reach, or the shortest way to a violation.
+
+A model is a first state and a list of actions. A state is a NamedTuple of small integers (and of
+such tuples). An action is a generator function: given a state, it yields each state that it can
+lead to, and none where it cannot be taken. Where a promise is broken it yields a `Violation`
+instead. The first line of an action's docstring is what a trace prints for it.
+
+Nothing here knows of leases or tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+__all__ = ["Action", "Exploration", "Model", "Violation", "always_can", "explore"]
+
+# Far above any configuration here: a change that makes one explode is to fail, not to fill memory.
+STATES_MAX = 1_500_000
+
+
+class Violation(NamedTuple):
+    """What an action yields when it breaks a promise."""
+
+    promise: str
+
+
+State = Any  # a NamedTuple of the model's own
+Action = Callable[[State, Any], Iterator[State]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is explored. `world` holds the constants and the rules broken on purpose."""
+
+    first: State
+    actions: Sequence[Action]
+    world: Any
+    # How to print a field's special values in a trace: {"delete": {-1: "not begun"}}.
+    names: Mapping[str, Mapping[Any, str]]
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """What was found. `parents` maps every state reached to the one it was first reached from."""
+
+    parents: dict[State, State | None]
+    taken: Counter[str]
+    steps: int
+    seconds: float  # of CPU
+    trace: str | None
+    violation: Violation | None = None
+
+    @property
+    def states(self) -> int:
+        """Number of different states."""
+        return len(self.parents)
+
+
+def explore(model: Model, but: Collection[str] = ()) -> Exploration:
+    """Take every action in every state until nothing new turns up or a promise is broken.
+
+    Promises in `but` may be broken. Breadth first, so that the trace is a shortest one, and `steps`
+    its length; without a violation, `steps` is how far it went.
+    Raises RuntimeError beyond STATES_MAX states.
+    """
+    began = time.process_time()
+    parents: dict[State, State | None] = {model.first: None}
+    taken: Counter[str] = Counter()
+    layer, steps, known = [model.first], 0, 1
+    named = [(action, action.__name__) for action in model.actions]
+    # Trees of tuples have no cycles for the collector to find, and it would take half the time.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        while layer:
+            steps += 1
+            following = []
+            for state in layer:
+                for action, name in named:
+                    for after in action(state, model.world):
+                        taken[name] += 1
+                        if after.__class__ is Violation:
+                            if after.promise not in but:
+                                trace = _trace(model, parents, state, action, after)
+                                seconds = time.process_time() - began
+                                return Exploration(parents, taken, steps, seconds, trace, after)
+                            continue
+                        # Looked for and put in at once: hashing is much of the work.
+                        parents.setdefault(after, state)
+                        if len(parents) > known:
+                            known += 1
+                            following.append(after)
+            if len(parents) > STATES_MAX:
+                raise RuntimeError(f"more than {STATES_MAX:,} states, and no end in sight")
+            layer = following
+    finally:
+        if collecting:
+            gc.enable()
+    return Exploration(parents, taken, steps, time.process_time() - began, None)
+
+
+def always_can(
+    states: Iterable[State], actions: Sequence[Action], world: Any, goal: Callable[[State], bool]
+) -> State | None:
+    """Return a state from which `actions` alone cannot reach `goal`, or None if all can.
+
+    `states` must hold every state that `actions` lead to from them.
+    """
+    sources: dict[State, list[State]] = {}
+    stuck, reached = set(), []
+    for state in states:
+        if goal(state):
+            reached.append(state)
+            continue
+        stuck.add(state)
+        for action in actions:
+            for after in action(state, world):
+                sources.setdefault(after, []).append(state)
+    while reached:
+        for source in sources.pop(reached.pop(), ()):
+            if source in stuck:
+                stuck.remove(source)
+                reached.append(source)
+    return next(iter(stuck), None)
+
+
+def _trace(
+    model: Model,
+    parents: Mapping[State, State | None],
+    last: State,
+    action: Action,
+    violation: Violation,
+) -> str:
+    """Write down how `last` is reached, what each step changes, and how the promise is broken."""
+    path: list[State] = [last]
+    while (parent := parents[path[-1]]) is not None:
+        path.append(parent)
+    path.reverse()
+    lines = []
+    for number, (before, after) in enumerate(itertools.pairwise(path), 1):
+        taken = next(a for a in model.actions if after in list(a(before, model.world)))
+        changes = ", ".join(_changes(model.names, before, after))
+        lines.append(f"{number:3}. {_sentence(taken)}\n       {changes}")
+    lines.append(f"{len(path):3}. {_sentence(action)}\n       VIOLATION: {violation.promise}")
+    return "\n".join(lines)
+
+
+def _sentence(action: Action) -> str:
+    return (action.__doc__ or action.__name__).partition("\n")[0].removesuffix(".")
+
+
+def _changes(names: Mapping[str, Mapping[Any, str]], before: Any, after: Any) -> Iterator[str]:
+    """Name the fields that differ, going into tuples of the same kind."""
+    for field, old, new in zip(before._fields, before, after, strict=True):
+        if old == new:
+            continue
+        if hasattr(old, "_fields") and hasattr(new, "_fields"):
+            yield from (f"{field}.{change}" for change in _changes(names, old, new))
+        elif field == "servers":
+            for index, (one, other) in enumerate(zip(old, new, strict=True)):
+                for change in _changes(names, one, other):
+                    yield f"server {'AB'[index]}.{change}"
+        else:
+            yield f"{field} {_shown(names, field, old)} → {_shown(names, field, new)}"
+
+
+def _shown(names: Mapping[str, Mapping[Any, str]], field: str, value: Any) -> str:
+    if hasattr(value, "_fields"):
+        parts = zip(value._fields, value, strict=True)
+        return f"({', '.join(f'{name} {_shown(names, name, part)}' for name, part in parts)})"
+    if isinstance(value, tuple):
+        return f"[{', '.join(_shown(names, field, part) for part in value)}]"
+    return names.get(field, {}).get(value, str(value))

@@ -1,0 +1,502 @@
+"""One server process, its row, its memory and its look-ups, against one Delete.
+
+Rules 1 to 5 and 8 to 11. The token under test is created and may be deleted, and there may be one
+change of another token, before that or after. The process may stop for any time between any two
+steps (time passes without it), die and come back, and lose its row; a look-up may be answered after
+any time, or never. Its clients are left out: see watch.py.
+
+Time goes in ticks, and a state holds no times, only countdowns: what is left of a lease, of a wait.
+No clock is ever compared with another, so nothing else of time can matter. T is TICKS ticks, and
+between two ticks events come in every order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tests.model.explore import Model, Violation
+
+TICKS = 2
+
+# The row and the observations of it.
+NO_ROW = -1
+NOT_WATCHED = -1
+# Delete. In between, the number is the ticks still to wait.
+BEFORE, ANSWERED = -1, -2
+# The process.
+DOWN, REGISTERING, UP = range(3)
+IDLE = -1
+# What a look-up found, and what the memory holds of the token.
+NOTHING, VALID, DELETED, UNKNOWN = range(4)
+# How late a verify began: who may no longer hear VALID.
+EARLY, APPLIED_HERE, AFTER_DELETE = range(3)
+
+GUARANTEE = "Delete had answered before this verify began, and it answers VALID"
+LEMMA = "this process had applied the deletion before this verify began, and it answers VALID"
+CREATED = "Create had answered before this verify began, and it answers UNKNOWN"
+
+
+class Lookup(NamedTuple):
+    """A read on its way: sent, and from `found` on, read and not yet back."""
+
+    found: int = NOTHING
+    revision: int = 0  # of the snapshot that the row was read in
+    caller: int = EARLY  # how late the verify that sent it began
+    joined: int = EARLY  # how late the verifies that share it began, at the latest
+    began: int = 0  # what was applied when it was sent; kept only where rule 4 is misread
+
+
+class State(NamedTuple):
+    """Everything there is, at one instant."""
+
+    # The database.
+    created: bool = False
+    head: int = 0
+    deleted: int = 0  # the deletion's revision; 0 before it
+    log_start: int = 0  # the log holds the revisions (log_start, head]
+    row: int = NO_ROW  # acknowledged_revision
+    watch: int = NOT_WATCHED  # ticks until someone has seen `renewal` unchanged for T
+    # Whoever deletes.
+    delete: int = BEFORE
+    drawn: int = 0  # only where rule 1 is broken: a revision drawn, and not yet committed
+    # The process.
+    phase: int = DOWN
+    applied: int = 0  # while registering: the head that the registration has read
+    # The memory knows the tokens that (history, applied] name. What was named before the look-up on
+    # its way was sent, it has no need to know.
+    history: int = 0
+    memory: int = NOTHING
+    lease: int = 0  # ticks left
+    renewal: int = IDLE  # ticks left of the lease that this renewal is for; runs from its t0
+    log_read: int = 0  # 2 once the renewal has read the log; 1 only where rule 3 is broken
+    lookup: Lookup | None = None
+    checked: bool = False  # a late verify has found the lease live; next it looks into the memory
+
+
+@dataclass(frozen=True)
+class World:
+    """What a run is given."""
+
+    broken: frozenset[str] = frozenset()
+    other_changes: int = 1
+
+    @property
+    def wait(self) -> int:
+        """Return the ticks that Delete waits."""
+        return TICKS - ("8 wait shorter than T" in self.broken)
+
+
+def model(*broken: str, other_changes: int = 1) -> Model:
+    """Return the model, with the rules named in `broken` broken."""
+    actions = ACTIONS + AGAINST_THE_RULES if broken else ACTIONS
+    return Model(State(), actions, World(frozenset(broken), other_changes), NAMES)
+
+
+# ---- The database and those who change it ----
+
+
+def creates(s: State, _: World) -> Iterator[State]:
+    """Create answers: the token is there."""
+    if not s.created:
+        yield s._replace(created=True)
+
+
+def begins_to_delete(s: State, w: World) -> Iterator[State]:
+    """Delete begins its transaction."""
+    if not s.created or s.deleted or s.drawn or s.delete != BEFORE:
+        return
+    if "1 revision from a sequence" in w.broken:
+        yield s._replace(drawn=s.head + 1)
+    if "8 wait counted from before the commit" in w.broken:
+        yield s._replace(delete=w.wait)
+
+
+def deletes(s: State, w: World) -> Iterator[State]:
+    """Delete commits, and begins to wait (rules 1 and 8).
+
+    The counter's row is locked until the commit, so that drawing a revision and committing it are
+    one step to everyone else.
+    """
+    if not s.created or s.deleted:
+        return
+    revision = s.drawn or s.head + 1
+    wait = s.delete if s.delete >= 0 else w.wait
+    yield s._replace(head=max(s.head, revision), deleted=revision, delete=wait, drawn=0)
+
+
+def changes_another(s: State, w: World) -> Iterator[State]:
+    """A change of another token commits (rule 1)."""
+    made = s.head - bool(s.deleted)
+    if made < w.other_changes:
+        yield s._replace(head=max(s.head, s.drawn) + 1)
+
+
+def answers_by_acknowledgement(s: State, w: World) -> Iterator[State]:
+    """Delete answers: every row that is there has acknowledged its revision (rule 8)."""
+    acknowledged = s.row == NO_ROW or s.row >= s.deleted
+    if s.deleted and s.delete >= 0 and (acknowledged or "8 no wait" in w.broken):
+        yield s._replace(delete=ANSWERED)
+
+
+def answers_by_waiting(s: State, _: World) -> Iterator[State]:
+    """Delete answers: T has passed since its commit (rule 8)."""
+    if s.deleted and s.delete == 0:
+        yield s._replace(delete=ANSWERED)
+
+
+def tries_delete_again(s: State, w: World) -> Iterator[State]:
+    """Delete is called again, its caller or server having given up: it waits from now (rule 8)."""
+    if s.deleted and s.delete >= 0:
+        retried = ANSWERED if "8 a retry answers at once" in w.broken else w.wait
+        yield s._replace(delete=retried)
+
+
+def watches_row(s: State, _: World) -> Iterator[State]:
+    """Someone sees the row's `renewal`, and begins to watch it (rule 9)."""
+    if s.row != NO_ROW and s.watch == NOT_WATCHED:
+        yield s._replace(watch=TICKS)
+
+
+def removes_row(s: State, w: World) -> Iterator[State]:
+    """Someone who has watched `renewal` for T removes the row, if it still is that value (rule 9).
+
+    Whoever saw another value since does not get here: a renewal ends the watch.
+    """
+    if s.watch == 0 or (s.watch > 0 and "9 row not watched for T" in w.broken):
+        yield s._replace(row=NO_ROW, watch=NOT_WATCHED)
+
+
+def prunes_log(s: State, w: World) -> Iterator[State]:
+    """What every row has acknowledged is pruned from the log (rule 11).
+
+    At once, instead of after 10 T: so that is a comfort, and not what it rests on.
+    """
+    to = s.head if s.row == NO_ROW or "11 unacknowledged pruned" in w.broken else s.row
+    if to > s.log_start:
+        yield s._replace(log_start=to)
+
+
+# ---- The process: its row and its lease ----
+
+
+def begins_to_register(s: State, _: World) -> Iterator[State]:
+    """The process begins to register: its transaction has read `head` (rule 2)."""
+    if s.phase == DOWN:
+        yield s._replace(phase=REGISTERING, applied=s.head, history=s.head)
+
+
+def registers(s: State, w: World) -> Iterator[State]:
+    """The registration commits: the row is there, the memory empty, and no lease yet (rule 2).
+
+    `head` may have moved on since it was read. So a lease takes a renewal, which reads the log when
+    the row is there for Delete to see.
+    """
+    if s.phase == REGISTERING:
+        kept = w.broken & {"2 reads before it registers", "3 memory kept when the row is gone"}
+        memory = s.memory if kept else NOTHING
+        lease = TICKS if "3 registration gives a lease" in w.broken else 0
+        yield s._replace(
+            phase=UP, row=s.applied, watch=NOT_WATCHED, memory=memory, lease=lease, checked=False
+        )
+
+
+def reads_clock(s: State, w: World) -> Iterator[State]:
+    """A renewal begins: the process reads its clock, t0 (rule 3)."""
+    log_first = 2 if "3 clock read after the log" in w.broken else 0
+    if s.phase == UP and s.renewal == IDLE and s.log_read == log_first:
+        yield s._replace(renewal=TICKS)
+
+
+def reads_log(s: State, w: World) -> Iterator[State]:
+    """The renewal reads the log up to head and applies it (rule 3).
+
+    Reading and applying are one step. If the deletion is in what was read, applying it later is
+    like reading it later; if not, applying it changes nothing for the token, whenever.
+    """
+    begun = s.renewal != IDLE or "3 clock read after the log" in w.broken
+    if s.phase != UP or s.log_read == 2 or not begun:
+        return
+    if "3 head read after the entries" not in w.broken:
+        yield applied(s, w)._replace(log_read=2)
+    elif s.log_read == 0:
+        yield applied(s, w)._replace(applied=s.applied, log_read=1)
+    else:
+        yield s._replace(applied=s.head, log_read=2)
+    if "10 no notification, no reading" in w.broken:
+        yield s._replace(log_read=2)
+
+
+def applied(s: State, w: World) -> State:
+    """Return `s` with the log applied up to head: drop what it names, or all where it is pruned."""
+    memory, history = s.memory, s.history if s.lookup else s.head
+    if s.log_start > s.applied and "11 pruning not noticed" not in w.broken:
+        memory, history = NOTHING, s.head
+    elif max(s.applied, s.log_start) < s.deleted <= s.head:
+        memory = NOTHING
+    return s._replace(applied=s.head, history=history, memory=memory)
+
+
+def updates_row(s: State, w: World) -> Iterator[State]:
+    """The renewal updates the row, and its lease runs from t0; or there is no row (rule 3).
+
+    The statement and its answer are one step: a process that knows of its new lease later does no
+    more meanwhile than one that knows at once; and that there is no row, it learns when it takes
+    this step. The answer may be lost.
+    """
+    if s.renewal == IDLE or s.log_read != 2:
+        return
+    done = s._replace(renewal=IDLE, log_read=0)
+    if s.row == NO_ROW:
+        if "3 zero rows are fine" in w.broken:
+            yield done._replace(lease=max(s.lease, s.renewal))
+        else:
+            memory = s.memory if "3 memory kept when the row is gone" in w.broken else NOTHING
+            yield done._replace(
+                phase=DOWN, applied=0, history=0, memory=memory, lease=0, checked=False
+            )
+        return
+    row = s.head if "3 acknowledges head unread" in w.broken else s.applied
+    watch = s.watch if "9 `renewal` not compared" in w.broken else NOT_WATCHED
+    yield done._replace(row=row, watch=watch)
+    yield done._replace(row=row, watch=watch, lease=max(s.lease, s.renewal))
+
+
+def hears_notification(s: State, w: World) -> Iterator[State]:
+    """A notification arrives, and is taken for the truth (against rule 10)."""
+    if s.phase == UP and s.row != NO_ROW and "10 a notification extends the lease" in w.broken:
+        yield s._replace(lease=TICKS)
+
+
+def trims_history(s: State, _: World) -> Iterator[State]:
+    """The memory forgets what revisions named, to stay small (rule 4)."""
+    if s.phase == UP and s.history < s.applied:
+        yield s._replace(history=s.applied)
+
+
+def dies(s: State, _: World) -> Iterator[State]:
+    """The process dies.
+
+    Its row stays, and keeps Delete waiting until it is removed. Taking it away at once lets Delete
+    answer sooner, and so hides nothing: nobody answers from the memory of a dead process. (Its
+    clients might: see watch.py.)
+    """
+    if s.phase != DOWN:
+        yield State(
+            created=s.created,
+            head=s.head,
+            deleted=s.deleted,
+            log_start=s.log_start,
+            delete=s.delete,
+        )
+
+
+# ---- The process: its answers ----
+
+
+def lateness(s: State) -> int:
+    """Return how late a verify is that begins now."""
+    if s.delete == ANSWERED:
+        return AFTER_DELETE
+    return APPLIED_HERE if s.deleted and s.applied >= s.deleted and s.phase == UP else EARLY
+
+
+def promised(late: int) -> Iterator[Violation]:
+    """Yield what is broken if a verify that began so late answers VALID."""
+    if late != EARLY:
+        yield Violation(GUARANTEE if late == AFTER_DELETE else LEMMA)
+
+
+def finds_lease_live(s: State, w: World) -> Iterator[State]:
+    """A verify begins after Delete's answer, reads the clock, and finds the lease live (rule 5).
+
+    Its look into the memory may come later.
+    """
+    late = s.delete == ANSWERED or "5 clock read before the call" in w.broken
+    live = s.lease or "5 memory without a lease" in w.broken
+    if late and live and not s.checked and "5 memory before the clock" not in w.broken:
+        yield s._replace(checked=True)
+
+
+def answers_from_memory(s: State, w: World) -> Iterator[State | Violation]:
+    """It looks into the memory, and answers with what is there (rule 5)."""
+    if s.checked and s.delete == ANSWERED and "5 memory before the clock" not in w.broken:
+        if s.memory == VALID:
+            yield Violation(GUARANTEE)
+        yield s._replace(checked=False)
+
+
+def takes_from_memory_first(s: State, w: World) -> Iterator[State]:
+    """A verify begins after Delete's answer, and takes VALID from the memory (against rule 5)."""
+    if "5 memory before the clock" in w.broken and s.delete == ANSWERED and s.memory == VALID:
+        yield s._replace(checked=True)
+
+
+def finds_lease_live_then(s: State, w: World) -> Iterator[Violation]:
+    """It reads the clock, and finds the lease live (against rule 5)."""
+    if "5 memory before the clock" in w.broken and s.checked and s.lease:
+        yield Violation(GUARANTEE)
+
+
+def answers_early_from_memory(s: State, _: World) -> Iterator[State | Violation]:
+    """A verify begins before Delete's answer, and is answered from memory (rule 5)."""
+    if s.lease == 0 or s.delete == ANSWERED:
+        return
+    if s.memory == VALID:
+        yield Violation(LEMMA) if lateness(s) == APPLIED_HERE else s
+    if s.memory == UNKNOWN and s.created:
+        yield Violation(CREATED)
+
+
+def sends_lookup(s: State, w: World) -> Iterator[State]:
+    """A verify under a live lease finds nothing in memory, and sends a look-up (rule 5)."""
+    early = "2 reads before it registers" in w.broken and s.phase != UP
+    if s.lookup is None and ((s.phase == UP and s.lease) or early):
+        began = s.applied if "4 shares by when it was sent" in w.broken else 0
+        yield s._replace(lookup=Lookup(caller=lateness(s), began=began), history=s.applied)
+
+
+def reads_row(s: State, w: World) -> Iterator[State]:
+    """The database answers the look-up: the row, and the revision in the same snapshot (rule 4)."""
+    found = s.lookup
+    if found is None:
+        return
+    if found.found == NOTHING:
+        if s.created and not s.deleted:
+            yield s._replace(lookup=found._replace(found=VALID, revision=s.head))
+        else:
+            # It may come late, then, for all anyone cares.
+            what = DELETED if s.created else UNKNOWN
+            yield s._replace(lookup=Lookup(what, s.head))
+    elif "4 revision read after the row" in w.broken and found.revision < s.head:
+        yield s._replace(lookup=found._replace(revision=s.head))
+
+
+def joins_lookup(s: State, w: World) -> Iterator[State | Violation]:
+    """A verify that begins later, under a live lease, shares the look-up (rule 4)."""
+    found, late = s.lookup, lateness(s)
+    if found is None or not s.lease:
+        return
+    if found.found == UNKNOWN and s.created and "4 UNKNOWN is shared" in w.broken:
+        yield Violation(CREATED)
+    if late > found.joined and found.found in {NOTHING, VALID}:
+        if "4 shares by when it was sent" in w.broken and found.began < s.deleted <= s.applied:
+            return
+        yield s._replace(lookup=found._replace(joined=late))
+
+
+def takes_answer(s: State, w: World) -> Iterator[State | Violation]:
+    """The look-up comes back: to its own call, to others and the memory as admitted (rule 4)."""
+    found = s.lookup
+    if found is None or found.found == NOTHING:
+        return
+    admitted = admits(s, w, found.revision)
+    shared = w.broken & {"4 shares with anyone", "4 shares by when it was sent"}
+    if found.found == VALID:
+        yield from promised(found.caller)
+        if admitted or shared:
+            yield from promised(found.joined)
+    memory = s.memory
+    # Not VALID may be remembered like VALID. UNKNOWN may not, since no revision would ever end it.
+    if admitted and (found.found != UNKNOWN or "4 UNKNOWN is remembered" in w.broken):
+        memory = found.found
+    yield s._replace(lookup=None, memory=memory, history=s.applied)
+
+
+def admits(s: State, w: World, revision: int) -> bool:
+    """Tell whether what was read at `revision` still holds at what has been applied (rule 4)."""
+    if "4 no fill rule" in w.broken:
+        return True
+    if s.phase != UP:
+        return "2 reads before it registers" in w.broken
+    if revision >= s.applied:
+        return True
+    knows = s.history <= revision or "4 trimmed history names nothing" in w.broken
+    # What was trimmed is not known to name anything, which is not to know that it names nothing.
+    named = max(revision, s.history) < s.deleted <= s.applied
+    return knows and not named
+
+
+def loses_lookup(s: State, _: World) -> Iterator[State]:
+    """The look-up is lost."""
+    if s.lookup is not None:
+        yield s._replace(lookup=None, history=s.applied)
+
+
+# ---- Time ----
+
+
+def time_passes(s: State, _: World) -> Iterator[State]:
+    """A tick passes."""
+    renewal, log_read = s.renewal - (s.renewal > 0), s.log_read
+    if renewal == 0:
+        # It can give no lease any more. All else that it could do, the next one can as well.
+        renewal, log_read = IDLE, 0
+    yield s._replace(
+        watch=s.watch - (s.watch > 0),
+        delete=s.delete - (s.delete > 0),
+        lease=s.lease - (s.lease > 0),
+        renewal=renewal,
+        log_read=log_read,
+    )
+
+
+ACTIONS = (
+    creates,
+    deletes,
+    changes_another,
+    answers_by_acknowledgement,
+    answers_by_waiting,
+    tries_delete_again,
+    watches_row,
+    removes_row,
+    prunes_log,
+    begins_to_register,
+    registers,
+    reads_clock,
+    reads_log,
+    updates_row,
+    trims_history,
+    dies,
+    finds_lease_live,
+    answers_from_memory,
+    answers_early_from_memory,
+    sends_lookup,
+    reads_row,
+    joins_lookup,
+    takes_answer,
+    loses_lookup,
+    time_passes,
+)
+
+# Taken only where the rules are broken.
+AGAINST_THE_RULES = (
+    begins_to_delete,
+    hears_notification,
+    takes_from_memory_first,
+    finds_lease_live_then,
+)
+
+# What everyone does when all is well, for Delete to be answered by acknowledgement.
+HEALTHY = (
+    begins_to_register,
+    registers,
+    reads_clock,
+    reads_log,
+    updates_row,
+    answers_by_acknowledgement,
+)
+
+LATENESS = {EARLY: "early", APPLIED_HERE: "late here", AFTER_DELETE: "after Delete's answer"}
+NAMES = {
+    "row": {NO_ROW: "none"},
+    "watch": {NOT_WATCHED: "none"},
+    "delete": {BEFORE: "not begun", ANSWERED: "answered"},
+    "phase": {DOWN: "down", REGISTERING: "registering", UP: "up"},
+    "renewal": {IDLE: "idle"},
+    "memory": {NOTHING: "empty", VALID: "VALID", DELETED: "DELETED", UNKNOWN: "UNKNOWN"},
+    "found": {NOTHING: "nothing yet", VALID: "VALID", DELETED: "DELETED", UNKNOWN: "UNKNOWN"},
+    "caller": LATENESS,
+    "joined": LATENESS,
+}

@@ -1,0 +1,57 @@
+"""The rules keep their promises in every order of events, and none of them can be done without.
+
+What the rules are, and how to see the orders for oneself: see the package's docstring.
+"""
+
+import pytest
+
+from tests.model.broken import BROKEN, HARMLESS, HEALTHY, KEPT, Broken, Healthy, Kept
+from tests.model.explore import always_can, explore
+from tests.model.server import ANSWERED, LEMMA
+
+RULES = range(1, 12)
+
+
+@pytest.mark.parametrize("kept", KEPT, ids=lambda kept: kept.name)
+def test_kept(kept: Kept) -> None:
+    """With the rules, no verify that begins after Delete's answer says VALID, in any order.
+
+    It would be so, too, if nothing ever happened: so every action is taken somewhere, what is to be
+    seen is seen, and there are as many states as ever.
+    """
+    found = explore(kept.model)
+    assert found.violation is None, found.trace
+    assert found.states >= kept.states_at_least
+    assert set(found.taken) == {action.__name__ for action in kept.model.actions}
+    for what, predicate in kept.seen.items():
+        assert any(map(predicate, found.parents)), f"never seen: {what}"
+
+
+@pytest.mark.parametrize("healthy", HEALTHY, ids=lambda healthy: healthy.name)
+def test_healthy(healthy: Healthy) -> None:
+    """With healthy verifiers Delete ends by acknowledgement, whatever went before, at any time."""
+    states = [state for state in explore(healthy.model).parents if healthy.where(state)]
+    assert len(states) >= healthy.states_at_least
+    stuck = always_can(states, healthy.actions, healthy.model.world, lambda s: s.delete == ANSWERED)
+    assert stuck is None
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)
+def test_broken(broken: Broken) -> None:
+    """With a rule broken, a violation is found, and the shortest way to it is as long as ever."""
+    # The lemma is the model's own: a broken rule is to be caught by what users are promised.
+    found = explore(broken.model, but=[LEMMA])
+    assert found.violation is not None, "nothing comes of it"
+    assert found.steps == broken.steps, found.trace
+
+
+@pytest.mark.parametrize("harmless", HARMLESS, ids=lambda harmless: harmless.name)
+def test_harmless(harmless: Broken) -> None:
+    """What stands behind these rules is enough by itself, in this configuration."""
+    found = explore(harmless.model)
+    assert found.violation is None, found.trace
+
+
+def test_every_rule() -> None:
+    """Each rule is broken at least once."""
+    assert {broken.rule for broken in BROKEN} == set(RULES)

@@ -1,0 +1,547 @@
+"""A client that watches a server under a sub-lease and verifies through any, and one Delete.
+
+Rules 4 to 9, and what becomes of clients when their server loses its row, dies, or shuts down. The
+stream may stall for any time and break at any time, losing what was on it; the client may move to
+another server, or start anew; an answer to a verify may come after any time, or never; all may stop
+for any time.
+
+What goes on inside a server is server.py's matter. Here it is kept small, and never better behaved:
+
+- A server says VALID to a verify that begins now only while its lease is live and it has not
+  applied the deletion: LEMMA, there. Here it always may then, as if it had the token in memory.
+- A renewal is one step: the process reads its clock and the log and updates its row in the same
+  instant. An earlier reading of the clock only makes the lease shorter; a later update of the row
+  only keeps it from being removed for longer, and what it acknowledges, the next one does too.
+- One client stands for any number, since a server keeps a record of each by itself.
+
+There is one revision: before the deletion it is 0, and the deletion is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from tests.model.explore import Model, Violation
+
+# Delete. In between, the number is what is left of the wait.
+BEFORE, ANSWERED = -1, -2
+# A server. EMPTY is up, but registered after the deletion: it has nothing VALID to answer with.
+DOWN, REGISTERING, EMPTY, UP, DRAINING = range(5)
+NO_ROW = -1
+# The client.
+NOWHERE = -1
+FRESH = -1  # has applied nothing, and so has nothing in its memory
+# On the stream to the client, where a positive number is a grant of that duration.
+TELL_0, TELL_1, GOODBYE = 0, -1, -2  # "all up to 0 (1) is told: forget what changed", and the end
+
+GUARANTEE = "Delete had answered before this verify began, and it answers VALID"
+
+
+class Server(NamedTuple):
+    """A server process and its row."""
+
+    phase: int = UP
+    applied: int = 0  # while registering: the head that the registration has read
+    lease: int = 0  # what is left of it
+    row: int = 0  # acknowledged_revision
+    quiet: int = 0  # ticks until the row has gone unrenewed for T, as others see it
+    sub_lease: int = 0  # what is left of the client's sub-lease, as this server has it on record
+    heard: bool = False  # that client has said that it has applied the deletion
+
+
+class Request(NamedTuple):
+    """What a client sends on its stream: it asks for a lease, and acknowledges."""
+
+    age: int  # since before it was sent, on the client's clock
+    applied: int
+    first: bool = False  # on its stream
+
+
+class Lookup(NamedTuple):
+    """A verify sent to some server."""
+
+    valid: bool = False  # answered VALID, at revision 0; the answer is on its way
+    late: bool = False  # Delete had answered before it was sent
+    joined: bool = False  # a verify that began after Delete's answer shares it
+    stale: bool = False  # the deletion was applied since; kept only where rule 4 is misread
+
+
+class Client(NamedTuple):
+    """A client, its stream, and its memory."""
+
+    applied: int = FRESH
+    memory: bool = False  # holds VALID
+    lease: int = 0  # what is left of the longest sub-lease
+    stream: int = NOWHERE  # the server that it watches
+    requests: tuple[Request, ...] = ()  # those that it has no grant for yet, oldest first
+    inbox: tuple[int, ...] = ()  # what is on its way, in order
+    lookup: Lookup | None = None
+
+
+class State(NamedTuple):
+    """Everything there is, at one instant."""
+
+    delete: int
+    servers: tuple[Server, ...]
+    client: Client
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """How long things last, and by how much each clock moves in one tick of true time.
+
+    A countdown is in units of its owner's clock. Without drift a unit is a tick. With drift, a
+    right clock moves by 4 in a tick, a slow one by 2 and a fast one by 6: ρ is a half, which is
+    five hundred times more than is assumed, so that three ticks are enough to see it. A server's
+    clock goes slow or fast as it likes, tick by tick. The client's is slow, which makes the most of
+    its lease; that of Delete is fast, which makes the least of its wait.
+    """
+
+    ticks: int = 2  # T in true time: how long a row is watched at the least
+    lease: int = 2  # T(1−ρ)
+    wait: int = 2  # T(1+ρ)
+    server: tuple[int, ...] = (1,)
+    client: int = 1
+    delete: int = 1
+    counted_percent: int = 100  # of a grant, by the client: 1−ρ
+    recorded_percent: int = 100  # of a grant, by the server: 1+2ρ
+    shortest: int = 1  # grant that is tried, beside the longest
+
+
+STEADY = Clocks()
+# T is 12 units: three ticks of a right clock.
+DRIFTING = Clocks(
+    ticks=3,
+    lease=6,
+    wait=18,
+    server=(2, 6),
+    client=2,
+    delete=6,
+    counted_percent=50,
+    recorded_percent=200,
+    shortest=6,
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """What a run is given."""
+
+    broken: frozenset[str]
+    clocks: Clocks
+    requests_max: int
+    may_start: tuple[int, ...]  # servers that may register
+    may_end: tuple[int, ...]  # servers that may die, shut down, or lose their row
+    may_shut_down: bool
+
+
+# ---- Delete ----
+
+
+def deletes(s: State, w: World) -> Iterator[State]:
+    """Delete commits, and begins to wait (rule 8)."""
+    if s.delete == BEFORE:
+        yield s._replace(delete=w.clocks.wait)
+
+
+def answers_by_acknowledgement(s: State, _: World) -> Iterator[State]:
+    """Delete answers: every row that is there has acknowledged its revision (rule 8)."""
+    if s.delete >= 0 and all(server.row != 0 for server in s.servers):
+        yield s._replace(delete=ANSWERED)
+
+
+def answers_by_waiting(s: State, _: World) -> Iterator[State]:
+    """Delete answers: T has passed since its commit (rule 8)."""
+    if s.delete == 0:
+        yield s._replace(delete=ANSWERED)
+
+
+# ---- The servers ----
+
+
+def begins_to_register(s: State, w: World) -> Iterator[State]:
+    """A server process starts and begins to register: its transaction has read `head` (rule 2).
+
+    Not beside another that is well: that is two_servers.
+    """
+    if any(server.phase in {EMPTY, UP} for server in s.servers):
+        return
+    for i, server in enumerate(s.servers):
+        free = server.row == NO_ROW or "9 a restart takes over the row" in w.broken
+        if i in w.may_start and server.phase == DOWN and free:
+            yield with_server(s, i, phase=REGISTERING, applied=head(s))
+
+
+def registers(s: State, w: World) -> Iterator[State]:
+    """The registration commits: the row is there, and no lease yet (rule 2)."""
+    for i, server in enumerate(s.servers):
+        if server.phase == REGISTERING:
+            lease = w.clocks.lease if "3 registration gives a lease" in w.broken else 0
+            quiet = w.clocks.ticks
+            phase = UP if server.applied == head(s) else EMPTY
+            yield with_server(s, i, phase=phase, row=server.applied, lease=lease, quiet=quiet)
+
+
+def renews(s: State, w: World) -> Iterator[State]:
+    """A server renews: reads the clock and the log, tells its client, updates its row (rules 3, 7).
+
+    Without a row, it ends its streams and registers anew.
+    """
+    for i, server in enumerate(s.servers):
+        if server.phase < EMPTY:
+            continue
+        if server.row == NO_ROW:
+            if "3 clients of a lost row told nothing" in w.broken:
+                # Registers anew and goes on with the streams that it has.
+                yield with_server(s, i, row=head(s), applied=head(s), quiet=w.clocks.ticks)
+            elif server.phase != DRAINING:
+                yield with_server(ended(s, i), i, phase=DOWN, applied=0, lease=0)
+            continue
+        told = s
+        if server.applied < head(s) and s.client.stream == i and s.client.applied != 1:
+            told = with_client(s, inbox=(*s.client.inbox, TELL_1))
+        changes = {"applied": head(s), "lease": w.clocks.lease, "quiet": w.clocks.ticks}
+        if server.phase == EMPTY:
+            changes["phase"] = UP
+        if server.phase == DRAINING:
+            changes["lease"] = 0  # it has no use for one
+        if head(s) and may_acknowledge(told, i, w):
+            # What it has acknowledged stays so, and with only one deletion, the record has no more
+            # use but for a shutdown.
+            changes |= {"row": 1, "heard": False}
+            if not w.may_shut_down:
+                changes["sub_lease"] = 0
+        yield with_server(told, i, **changes)
+
+
+def may_acknowledge(s: State, i: int, w: World) -> bool:
+    """Tell whether all of server i's clients have acknowledged or run out (rule 7)."""
+    return (
+        s.servers[i].heard
+        or s.servers[i].sub_lease == 0
+        or "7 acknowledges before its clients" in w.broken
+    )
+
+
+def grants(s: State, w: World) -> Iterator[State]:
+    """A server answers a request with a grant, after telling what the client lacks (rule 6).
+
+    The grant is on record before it goes out. It may be shorter than the server's own lease.
+    """
+    client, i = s.client, s.client.stream
+    answered = sum(message > 0 for message in client.inbox)
+    if i == NOWHERE or len(client.requests) == answered:
+        return
+    server, (_, said, first) = s.servers[i], client.requests[answered]
+    if server.phase not in {EMPTY, UP} or server.lease == 0:
+        return
+    told = client.inbox
+    # From then on it is told whatever is applied, as it is applied: see renews.
+    lacks = first and (said < server.applied or said == FRESH) and TELL_1 not in told
+    if lacks and not (said == 0 and "6 client that comes back told nothing" in w.broken):
+        told = (*told, -server.applied)
+    longest = server.lease
+    if "6 grant outlasts the server's lease" in w.broken:
+        longest = w.clocks.lease
+    for duration in {longest, min(longest, w.clocks.shortest)}:
+        inbox = (*told, duration)
+        if "6 grant overtakes an invalidation" in w.broken:
+            inbox = (duration, *told)
+        granted = with_client(s, inbox=inbox)
+        if (server.row == 0 or w.may_shut_down) and "7 grant not on record" not in w.broken:
+            record = -(-duration * w.clocks.recorded_percent // 100)  # rounded up
+            if "7 record cut short by the next grant" not in w.broken:
+                record = max(record, server.sub_lease)
+            heard = server.row == 0 and said == 1
+            granted = with_server(granted, i, sub_lease=record, heard=heard)
+        yield granted
+
+
+def removes_row(s: State, w: World) -> Iterator[State]:
+    """Someone who has watched a row for T without a renewal removes it (rule 9)."""
+    for i, server in enumerate(s.servers):
+        if i in w.may_end and server.row != NO_ROW and server.quiet == 0:
+            yield with_server(s, i, row=NO_ROW)
+
+
+def dies(s: State, w: World) -> Iterator[State]:
+    """A server process dies; its row stays."""
+    for i, server in enumerate(s.servers):
+        if i in w.may_end and server.phase != DOWN:
+            yield with_server(
+                ended(s, i), i, phase=DOWN, applied=0, lease=0, sub_lease=0, heard=False
+            )
+
+
+def shuts_down(s: State, w: World) -> Iterator[State]:
+    """A server begins a clean shutdown: it answers and grants no more, and says goodbye."""
+    for i, server in enumerate(s.servers):
+        if i in w.may_end and server.phase in {EMPTY, UP}:
+            told = s
+            if s.client.stream == i:
+                told = with_client(s, inbox=(*s.client.inbox, GOODBYE))
+            yield with_server(told, i, phase=DRAINING, lease=0)
+
+
+def removes_own_row(s: State, w: World) -> Iterator[State]:
+    """No client has a sub-lease any more: the server removes its row, and ends (rule 9)."""
+    for i, server in enumerate(s.servers):
+        if server.phase == DRAINING and (
+            server.sub_lease == 0 or "9 own row removed before the clients let go" in w.broken
+        ):
+            gone = with_server(
+                ended(s, i), i, phase=DOWN, applied=0, lease=0, sub_lease=0, heard=False
+            )
+            yield with_server(gone, i, row=NO_ROW, quiet=0)
+
+
+def answers_valid(s: State, _: World) -> Iterator[State]:
+    """A server answers the client's verify: VALID, which it may under a lease (rule 5)."""
+    lookup = s.client.lookup
+    if lookup is None or lookup.valid:
+        return
+    if any(server.phase == UP and server.lease and server.applied == 0 for server in s.servers):
+        yield with_client(s, lookup=lookup._replace(valid=True))
+
+
+# ---- The client: its stream and its lease ----
+
+
+def connects(s: State, _: World) -> Iterator[State]:
+    """The client opens a stream, says what it has applied, and asks for a lease (rule 6)."""
+    if s.client.stream == NOWHERE:
+        for i, server in enumerate(s.servers):
+            if server.phase in {EMPTY, UP}:
+                applied = s.client.applied
+                # Who has applied all that there is lacks nothing.
+                request = Request(0, applied, first=applied != 1)
+                yield with_client(s, stream=i, requests=(request,))
+
+
+def asks(s: State, w: World) -> Iterator[State]:
+    """The client asks for a longer lease (rule 6)."""
+    client = s.client
+    if client.stream != NOWHERE and len(client.requests) < w.requests_max:
+        applied = client.applied
+        if "7 client acknowledges what it has not applied" in w.broken and TELL_1 in client.inbox:
+            applied = 1
+        yield with_client(s, requests=(*client.requests, Request(0, applied)))
+
+
+def stream_breaks(s: State, w: World) -> Iterator[State]:
+    """The stream breaks: what was on it is lost, what was granted stays granted."""
+    if s.client.stream != NOWHERE:
+        if "7 a broken stream ends the record" in w.broken:
+            s = with_server(s, s.client.stream, sub_lease=0)
+        yield with_client(s, stream=NOWHERE, requests=(), inbox=())
+
+
+def receives(s: State, w: World) -> Iterator[State]:
+    """The client takes the next message: it applies what it is told, or its lease runs on (rule 6).
+
+    A grant's lease counts from before its request was sent.
+    """
+    client = s.client
+    if not client.inbox:
+        return
+    message, *rest = client.inbox
+    left = s._replace(client=client._replace(inbox=tuple(rest)))
+    if message > 0:
+        age = client.requests[0].age
+        if "6 counted from the receipt" in w.broken:
+            age = 0
+        elif "6 counted from the latest request" in w.broken:
+            age = client.requests[-1].age
+        lease = max(client.lease, message * w.clocks.counted_percent // 100 - age)
+        yield with_client(left, lease=lease, requests=client.requests[1:])
+    elif message == GOODBYE:
+        # It lets go of its lease and says so. What it holds may stay: no lease, no answer. That the
+        # server hears of it at once only lets it go, and Delete answer, the sooner.
+        left = with_client(left, lease=0, stream=NOWHERE, requests=(), inbox=())
+        yield with_server(left, client.stream, sub_lease=0)
+    else:
+        told = -message
+        # The first that a fresh client is told is where it begins.
+        memory = client.memory and told == 0 and client.applied != FRESH
+        lookup = client.lookup
+        if lookup is not None and told == 1 and "4 client shares by when it was sent" in w.broken:
+            lookup = lookup._replace(stale=True)
+        applied = max(client.applied, told)
+        yield with_client(left, applied=applied, memory=memory, lookup=lookup)
+
+
+def starts_anew(s: State, _: World) -> Iterator[State]:
+    """The client dies, and another starts in its place."""
+    yield s._replace(client=Client())
+
+
+# ---- The client: its answers ----
+
+
+def answers_from_memory(s: State, w: World) -> Iterator[State | Violation]:
+    """A verify answers VALID from the client's memory, under its lease (rule 5)."""
+    if s.client.memory and (s.client.lease or "5 client without a lease" in w.broken):
+        if s.delete == ANSWERED:
+            yield Violation(GUARANTEE)
+        yield s
+
+
+def sends_lookup(s: State, _: World) -> Iterator[State]:
+    """A verify is sent to a server."""
+    if s.client.lookup is None:
+        yield with_client(s, lookup=Lookup(late=s.delete == ANSWERED))
+
+
+def verifies_at_once(s: State, w: World) -> Iterator[State | Violation]:
+    """A verify is sent, answered VALID and back, in no time: all four steps in one."""
+    for sent in sends_lookup(s, w):
+        for answered in answers_valid(sent, w):
+            yield from takes_answer(answered, w)
+
+
+def joins_lookup(s: State, w: World) -> Iterator[State]:
+    """A verify that begins after Delete's answer, under a live lease, shares the other (rule 4)."""
+    lookup = s.client.lookup
+    if lookup is None or lookup.joined or s.delete != ANSWERED:
+        return
+    live = s.client.lease or "5 client shares without a lease" in w.broken
+    if live and not lookup.stale:
+        yield with_client(s, lookup=lookup._replace(joined=True))
+
+
+def takes_answer(s: State, w: World) -> Iterator[State | Violation]:
+    """VALID comes back: to its own call, to others and the memory as admitted (rule 4)."""
+    client, lookup = s.client, s.client.lookup
+    if lookup is None or not lookup.valid:
+        return
+    # It was read at revision 0, and 1 names the token. Fresh, the client knows of no revision.
+    admitted = client.applied == 0 or "4 client has no fill rule" in w.broken
+    if "4 verdict carries the revision at which it left" in w.broken:
+        # The server, slow to answer, has applied more by then, and says that instead.
+        admitted = any(server.applied >= client.applied >= 0 for server in s.servers)
+    shared = w.broken & {"4 client shares with anyone", "4 client shares by when it was sent"}
+    if lookup.late or (lookup.joined and (admitted or shared)):
+        yield Violation(GUARANTEE)
+    yield with_client(s, lookup=None, memory=client.memory or admitted)
+
+
+def loses_lookup(s: State, _: World) -> Iterator[State]:
+    """The verify is lost, or refused, or answered DELETED."""
+    if s.client.lookup is not None:
+        yield with_client(s, lookup=None)
+
+
+# ---- Time ----
+
+
+def time_passes(s: State, w: World) -> Iterator[State]:
+    """A tick passes."""
+    clocks, client = w.clocks, s.client
+    for moves in clocks.server:
+        servers = tuple(
+            server._replace(
+                lease=max(server.lease - moves, 0),
+                quiet=max(server.quiet - 1, 0),
+                sub_lease=max(server.sub_lease - moves, 0),
+                # No sub-lease, no record; with the next request the client says it again.
+                heard=server.heard and server.sub_lease > moves,
+            )
+            for server in s.servers
+        )
+        yield State(
+            max(s.delete - clocks.delete, 0) if s.delete > 0 else s.delete,
+            servers,
+            client._replace(
+                lease=max(client.lease - clocks.client, 0),
+                # Older than any grant is as old as need be.
+                requests=tuple(
+                    request._replace(age=min(request.age + clocks.client, clocks.lease))
+                    for request in client.requests
+                ),
+            ),
+        )
+
+
+# ---- Small helpers ----
+
+
+def head(s: State) -> int:
+    """Return the revision of the last committed change."""
+    return int(s.delete != BEFORE)
+
+
+def with_server(s: State, i: int, **changes: Any) -> State:
+    """Return `s` with server i changed."""
+    servers = s.servers
+    return s._replace(servers=(*servers[:i], servers[i]._replace(**changes), *servers[i + 1 :]))
+
+
+def with_client(s: State, **changes: Any) -> State:
+    """Return `s` with the client changed."""
+    return s._replace(client=s.client._replace(**changes))
+
+
+def ended(s: State, i: int) -> State:
+    """Return `s` with the client's stream to server i ended, if it is there."""
+    if s.client.stream != i:
+        return s
+    return with_client(s, stream=NOWHERE, requests=(), inbox=())
+
+
+NAMES = {
+    "delete": {BEFORE: "not begun", ANSWERED: "answered"},
+    "phase": {
+        DOWN: "down",
+        REGISTERING: "registering",
+        EMPTY: "empty",
+        UP: "up",
+        DRAINING: "draining",
+    },
+    "row": {NO_ROW: "none"},
+    "applied": {FRESH: "nothing"},
+    "stream": {NOWHERE: "none", 0: "to A", 1: "to B"},
+    "inbox": {TELL_0: "told to 0", TELL_1: "told to 1", GOODBYE: "goodbye"}
+    | {duration: f"grant of {duration}" for duration in range(1, 13)},
+}
+
+DELETE = (deletes, answers_by_acknowledgement, answers_by_waiting)
+STREAM = (renews, grants, connects, asks, stream_breaks, receives)
+VERIFY = (
+    answers_valid,
+    answers_from_memory,
+    sends_lookup,
+    takes_answer,
+    loses_lookup,
+    joins_lookup,
+)
+# What everyone does when all is well, for Delete to be answered by acknowledgement.
+HEALTHY = (renews, grants, connects, asks, receives, answers_by_acknowledgement)
+LIVES = (removes_row, begins_to_register, registers, dies)
+
+
+def one_server(*broken: str, clocks: Clocks = STEADY, requests_max: int = 1) -> Model:
+    """Return the model of a server that may lose its row or die, and clients one after another."""
+    world = World(frozenset(broken), clocks, requests_max, (0,), (0,), may_shut_down=False)
+    actions = (*DELETE, *STREAM, *VERIFY, *LIVES, starts_anew, time_passes)
+    return Model(State(BEFORE, (Server(),), Client()), actions, world, NAMES)
+
+
+def two_servers(*broken: str, clocks: Clocks = STEADY, requests_max: int = 1) -> Model:
+    """Return the model of two servers, and a client that watches one and verifies through both."""
+    world = World(frozenset(broken), clocks, requests_max, (), (), may_shut_down=False)
+    actions = (*DELETE, *STREAM, *VERIFY, time_passes)
+    return Model(State(BEFORE, (Server(), Server()), Client()), actions, world, NAMES)
+
+
+def succession(*broken: str, clocks: Clocks = STEADY, requests_max: int = 1) -> Model:
+    """Return the model of a server that dies or shuts down, and one that takes its clients.
+
+    Slow answers are left to the others.
+    """
+    world = World(frozenset(broken), clocks, requests_max, (1,), (0,), may_shut_down=True)
+    verify = (verifies_at_once, answers_from_memory)
+    actions = (*DELETE, *STREAM, *verify, *LIVES, shuts_down, removes_own_row, time_passes)
+    servers = (Server(), Server(phase=DOWN, row=NO_ROW))
+    return Model(State(BEFORE, servers, Client()), actions, world, NAMES)
