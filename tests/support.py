@@ -125,6 +125,7 @@ class BreakablePostgres:
 
     def __init__(self, data_dir: Path) -> None:
         self._postgres = EmbeddedPostgres(data_dir)
+        self._data_dir = data_dir
         self._frozen: list[psutil.Process] = []
 
     def start(self) -> str:
@@ -149,6 +150,13 @@ class BreakablePostgres:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.suspend()
                 self._frozen.append(child)
+
+    def configure(self, lines: str) -> None:
+        """Put these settings on top of those that it has, in place of what was put there before."""
+        (path,) = self._data_dir.rglob("postgresql.auto.conf")
+        path.write_text(f"{lines}\n")
+        assert self._postgres.pid is not None
+        os.kill(self._postgres.pid, signal.SIGHUP)
 
     def thaw(self) -> None:
         """SIGCONT whatever was frozen."""

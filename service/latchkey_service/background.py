@@ -12,8 +12,9 @@ from latchkey_service.store import Store
 
 __all__ = ["follow_store", "prune_log", "purge", "summarise", "tell_summary"]
 
-# Health follows Postgres within this and PROBE_TIMEOUT_SECONDS.
+# Health follows Postgres within this and PROBE_TIMEOUT_SECONDS; back up it comes sooner.
 PROBE_SECONDS = 0.5
+PROBE_SECONDS_WHILE_DOWN = 0.1
 PROBE_TIMEOUT_SECONDS = 1.0
 SUMMARY_SECONDS = 60.0
 PURGE_SECONDS = 3_600.0
@@ -26,15 +27,17 @@ KEPT_LEASES = 10
 KEPT_SECONDS_MIN = 600.0
 
 
-async def follow_store(store: Store, set_serving: Callable[[bool], None]) -> None:
-    """Keep health at what Postgres is. Ends when cancelled."""
+async def follow_store(
+    store: Store, has_lease: Callable[[], bool], set_serving: Callable[[bool], None]
+) -> None:
+    """Keep health at whether Postgres answers, and lets us verify. Ends when cancelled."""
     log = logger()
     serving: bool | None = None
     while True:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_SECONDS):
                 await store.ping()
-            answers = True
+            answers = has_lease()
         except (StoreUnavailable, TimeoutError):
             answers = False
         except Exception:
@@ -44,7 +47,7 @@ async def follow_store(store: Store, set_serving: Callable[[bool], None]) -> Non
             set_serving(answers)
             (log.info if answers else log.warning)("health", serving=answers)
             serving = answers
-        await asyncio.sleep(PROBE_SECONDS)
+        await asyncio.sleep(PROBE_SECONDS if serving else PROBE_SECONDS_WHILE_DOWN)
 
 
 async def summarise(counts: Counts) -> None:

@@ -172,7 +172,7 @@ async def running(settings: Settings, keyring: Keyring) -> AsyncIterator[Server]
     retention = timedelta(days=settings.tombstone_retention_days)
     background = (
         listener.run(),
-        follow_store(store, server.set_serving),
+        follow_store(store, heart.has_lease, server.set_serving),
         summarise(counts),
         purge(store, retention, _now),
         prune_log(table, settings.lease_seconds),

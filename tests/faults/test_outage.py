@@ -42,6 +42,7 @@ METHODS = ("Verify", "Create", "List", "Delete")
 SLACK_SECONDS = 0.3
 # A probe's interval and time-out, with room to spare.
 HEALTH_SECONDS = 2.0
+LEASE_SECONDS = 3.0
 # Without a deadline: one wait for a connection and two statements, with room to spare.
 ANSWER_SECONDS_MAX = 6.0
 # Management's pool, and one each for Verify, health, the lease and notifications.
@@ -130,6 +131,35 @@ async def test_an_outage_is_told_in_time_and_ends_by_itself(
         for _ in range(3):
             await all_work(call)
         assert len(await backends(database_url)) <= CONNECTIONS_MAX
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_known_tokens_verify_while_the_lease_lasts(
+    fault: str, postgres: BreakablePostgres, token: pb.CreateResponse, stub: "TokenServiceAsyncStub"
+) -> None:
+    """An outage is not felt by what is remembered, for the length of the lease. Then there is no
+    safe answer any more, at once for each that asks, until Postgres is back."""
+    question = pb.VerifyRequest(secret=token.secret)
+    assert (await stub.Verify(question, timeout=5)).verdict == pb.VERDICT_VALID
+
+    async def silent() -> bool:
+        end = await outcome(stub.Verify(question, timeout=2))
+        assert end.ok or (end.code is UNAVAILABLE and end.retry_info)
+        return not end.ok
+
+    async with postgres.broken_by(fault) as bring_back:
+        assert (await stub.Verify(question, timeout=2)).verdict == pb.VERDICT_VALID
+        await eventually(silent, "the lease has run out", LEASE_SECONDS + SLACK_SECONDS)
+        ends = await asyncio.gather(*(outcome(stub.Verify(question)) for _ in range(100)))
+        assert {(end.code, end.retry_info) for end in ends} == {(UNAVAILABLE, True)}
+        assert max(end.seconds for end in ends) < ANSWER_SECONDS_MAX
+        bring_back()
+
+        async def back() -> bool:
+            answer = await stub.Verify(question, timeout=1)
+            return bool(answer.verdict == pb.VERDICT_VALID)
+
+        await eventually(back, "it is known again", RESUME_SECONDS)
 
 
 async def test_a_restart_of_postgres_costs_only_the_calls_meanwhile(

@@ -83,13 +83,17 @@ class Heart:
         """Look whether there is something to acknowledge: a client has confirmed, or has left."""
         self._woken.set()
 
+    def has_lease(self) -> bool:
+        """Tell whether verifies may be answered."""
+        return self._clock() < self.membership.lease_ends
+
     async def lease(self, deadline: float) -> None:
         """Wait until there is a lease (rule 5).
 
         Raises StoreUnavailable when it cannot be renewed, Overloaded, and Unavailable at
         `deadline`, seconds on the process's clock.
         """
-        while self._clock() >= self.membership.lease_ends:
+        while not self.has_lease():
             if self._clock() < self._retry_at:
                 raise StoreUnavailable("The database does not answer; try again shortly.")
             if self._waiting >= WAITING_MAX:
@@ -125,16 +129,17 @@ class Heart:
         With `remove` the row goes, since no client holds a sub-lease any more; without, Deletes
         wait until it has lapsed.
         """
-        connection, self._connection = self._connection, None
         self.membership.lose()
         self._tell(StoreUnavailable("The server is stopping."))
-        if connection is None:
-            return
+        # The beat may have been cut short in the middle of a statement, and left its connection
+        # of no use.
+        self._drop_connection()
         if remove and self._incarnation:
             with contextlib.suppress(StoreUnavailable, TimeoutError):
                 async with asyncio.timeout(REMOVE_SECONDS):
-                    await OwnRow(connection, self._identity).remove(self._incarnation)
-        connection.terminate()
+                    row = OwnRow(await self._connected(), self._identity)
+                    await row.remove(self._incarnation)
+            self._drop_connection()
 
     async def _beat(self) -> None:
         """Read what is new and renew what is due."""
@@ -202,14 +207,12 @@ class Heart:
         if self._failing:
             self._log.info("the lease is renewed again")
         self._failing = False
-        if self._clock() < self.membership.lease_ends:
+        if self.has_lease():
             self._tell(None)
 
     def _fail(self, error: Exception) -> None:
         """After this nothing is known of the connection, nor of what was sent on it."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.terminate()
+        self._drop_connection()
         if not isinstance(error, StoreUnavailable):
             self._log.exception("the heart stumbled", error=type(error).__name__)
         elif not self._failing:
@@ -229,6 +232,11 @@ class Heart:
             renewed.set_exception(error)
             # Else asyncio complains where those who waited have left.
             renewed.exception()
+
+    def _drop_connection(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.terminate()
 
     async def _connected(self) -> "Connection":
         if self._connection is None or self._connection.is_closed():

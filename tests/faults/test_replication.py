@@ -1,0 +1,79 @@
+"""Commits that Postgres reports as done although no standby has them."""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Iterator
+from typing import Any
+
+import pytest
+from latchkey_service.coherence.table import Identity, OwnRow
+from latchkey_service.database import connect
+from latchkey_service.errors import StoreUnavailable
+from latchkey_service.secrets import Digest
+from latchkey_service.store import Store
+from latchkey_service.verdict import Scope, TokenRecord
+
+from tests.support import BreakablePostgres, eventually, session
+
+pytestmark = pytest.mark.xdist_group("faults")
+
+
+@contextlib.contextmanager
+def standby_missing(postgres: BreakablePostgres) -> Iterator[None]:
+    """Make commits wait for a standby that is not there."""
+    postgres.configure("synchronous_standby_names = 'nobody'")
+    try:
+        yield
+    finally:
+        postgres.configure("")
+
+
+async def cut_short(url: str, work: Awaitable[Any]) -> Any:
+    """Cancel the wait for the standby that `work` gets into, and return what it returns."""
+    task = asyncio.ensure_future(work)
+
+    async def cancelled() -> bool:
+        async with session(url) as connection:
+            return bool(
+                await connection.fetchval(
+                    "SELECT bool_or(pg_cancel_backend(pid)) FROM pg_stat_activity"
+                    " WHERE wait_event = 'SyncRep' AND datname = current_database()"
+                )
+            )
+
+    await eventually(cancelled, "the commit waits for the standby")
+    return await task
+
+
+async def test_a_renewal_that_no_standby_has_is_none(
+    postgres: BreakablePostgres, database_url: str
+) -> None:
+    """It may be undone by a failover, so it extends no lease."""
+    connection = await connect(database_url)
+    row = OwnRow(connection, Identity("ver_a", "x", 1, "0", 3.0))
+    await row.register(1)
+    with standby_missing(postgres), pytest.raises(StoreUnavailable):
+        await cut_short(database_url, row.renew(1, 0, 0, 0))
+    assert await row.renew(1, 0, 0, 0)
+    connection.terminate()
+
+
+async def test_a_deletion_that_no_standby_has_is_not_confirmed(
+    postgres: BreakablePostgres, database_url: str, store: Store
+) -> None:
+    """Its caller is told to try again."""
+    await store.register_pepper("p")
+    record = TokenRecord(
+        "tok_1", "acme", "a", Scope.READ, (await now(database_url)), None, "lk_…abcd"
+    )
+    await store.insert_token(record, "a", Digest(bytes(32), "p"))
+    with standby_missing(postgres), pytest.raises(StoreUnavailable):
+        await cut_short(database_url, store.delete_token("acme", "tok_1"))
+    deletion = await store.delete_token("acme", "tok_1")
+    assert deletion is not None
+    assert deletion.effective_time is None
+
+
+async def now(url: str) -> Any:
+    async with session(url) as connection:
+        return await connection.fetchval("SELECT now()")
