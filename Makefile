@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 
-.PHONY: help run serve test check bench proto lock clean format
+.PHONY: help run serve test check bench history proto lock clean format
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ check: $(VENV)/.dev  ## Lint, types, stubs, security
 
 bench: $(VENV)/.dev  ## Measure: interleaved rounds, a table and build/bench.json
 	@exec $(PY) -m tests.benchmarks $(ARGS)
+
+history: $(VENV)/.dev  ## Verify and delete for a minute while everything breaks (ARGS="--seconds 180")
+	@exec $(PY) -m tests.history $(ARGS)
 
 proto: $(VENV)/.dev  ## Generate the stubs again
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PY) proto/generate.py

@@ -164,7 +164,7 @@ class Tokens:
             raise NotFound("The account never had a token of this id.")
         if deletion.effective_time is not None:
             return deletion
-        await self._confirmer.announce(deletion.revision)
+        self._confirmer.announce(deletion.revision)
         if wait_until is None:
             return deletion
         confirmation = await self._confirmer.confirm(deletion.revision, wait_until)

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import grpc
+import latchkey
 import pytest
 from google.protobuf import duration_pb2, timestamp_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
@@ -251,3 +252,11 @@ async def test_batch_of_the_wrong_size_is_refused(stub, size):
     )
     assert error.code == grpc.StatusCode.INVALID_ARGUMENT
     assert error.fields == ["requests"]
+
+
+async def test_a_list_of_addresses(address, create):
+    """The client library takes several servers for one target, on either transport."""
+    created = await create()
+    async with latchkey.Client(f"ipv4:{address},127.0.0.1:9") as client:
+        answer = await client.verify(created.secret, timeout_seconds=5)
+        assert answer.allowed

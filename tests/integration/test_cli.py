@@ -11,7 +11,9 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import error_details_pb2, status_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
@@ -130,6 +132,15 @@ class Scripted(pb_grpc.TokenServiceServicer):
             verifiers_acknowledged=2,
             verifiers_outwaited=1,
         )
+        if request.no_wait:
+            receipt.ClearField("effective_time")
+        if request.id == "unconfirmed":
+            info = error_details_pb2.ErrorInfo(reason="DELETION_NOT_CONFIRMED", domain="latchkey")
+            packed = AnyMessage()
+            packed.Pack(info)
+            status = status_pb2.Status(code=grpc.StatusCode.UNAVAILABLE.value[0], details=[packed])
+            trailing = (("grpc-status-details-bin", status.SerializeToString()),)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "not in time", trailing)
         return pb.DeleteResponse(receipt=receipt)
 
 
@@ -329,11 +340,55 @@ async def test_each_deletion_is_told_and_the_worst_is_the_exit_code(
     )
     assert people.code == 6
     assert "Deleted one" in people.out
-    assert "dead on 2 of 3 verifiers after 250 ms" in people.out
+    said = "dead on 2 of 3 verifiers after 250 ms; 1 did not answer and was waited out"
+    assert said in people.out
     assert [line.split("'")[1] for line in people.err.splitlines()] == ["lost", "never"]
     assert script.code == 3
     assert script.json[0]["receipt"]["verifiers_outwaited"] == 1
     assert script.json[1]["error"]["exit_code"] == 3
+
+
+async def test_deletions_that_are_not_confirmed_are_told_as_such(
+    run: Run, scripted: tuple[str, Scripted]
+) -> None:
+    """--no-wait says that it is not over; a deletion that was not confirmed in time stands."""
+    target, _ = scripted
+    people, script, unconfirmed = await asyncio.gather(
+        run("delete", "one", "two", "--yes", "--no-wait", target=target),
+        run("delete", "one", "--yes", "--no-wait", "--json", target=target),
+        run("delete", "unconfirmed", "--yes", "--timeout", "1", target=target),
+    )
+    assert people.code == 0
+    assert people.out.count("not yet confirmed everywhere: run it again") == 2
+    assert "dead" not in people.out
+    assert script.json[0]["receipt"]["effective_time"] is None
+    assert unconfirmed.code == 6
+    assert "it is deleted, but" in unconfirmed.err
+    assert "run this again for its receipt" in unconfirmed.err
+
+
+async def test_status_shows_each_verifier(
+    run: Run, address: str, scripted: tuple[str, Scripted]
+) -> None:
+    """The table has a line for each server process, and JSON all that is known of it."""
+    table, script, old = await asyncio.gather(
+        run("status", target=address),
+        run("status", "--json", target=address),
+        run("status", target=scripted[0]),
+    )
+    assert (table.code, script.code) == (0, 0)
+    head, columns, *rows = table.out.splitlines()
+    assert head == f"Head revision {script.json['head_revision']}, 1 verifier"
+    assert columns.split("  ")[0] == "Host"
+    assert len(rows) == len(script.json["verifiers"]) == 1
+    verifier = script.json["verifiers"][0]
+    assert str(os.getpid()) in rows[0]
+    assert (verifier["process_id"], verifier["answering"]) == (os.getpid(), True)
+    assert verifier["lease_duration"].endswith("s")
+    assert float(verifier["lease_remaining"][:-1]) > 0
+    assert verifier["lag"] == script.json["head_revision"] - verifier["acknowledged_revision"]
+    assert (old.code, old.out) == (1, "")
+    assert "UNIMPLEMENTED" in old.err
 
 
 async def test_a_closed_pipe_is_quiet(
@@ -364,17 +419,8 @@ async def test_completion_works(run: Run) -> None:
         assert script.code == 0
         assert variable in script.out
     words = await run(**{variable: "complete_bash", "COMP_WORDS": "latchkey ", "COMP_CWORD": "1"})
-    assert words.out.split() == [
-        "create",
-        "list",
-        "get",
-        "delete",
-        "verify",
-        "audit",
-        "serve",
-        "policy",
-        "config",
-    ]
+    commands = "create list get delete verify status audit serve policy config"
+    assert words.out.split() == commands.split()
     in_bash = """
         source /dev/stdin
         COMP_WORDS=(latchkey create x --scope w) COMP_CWORD=4

@@ -67,7 +67,10 @@ def audit(
     caller: Annotated[
         str, typer.Option("--caller", metavar="NAME", help="Only of this caller.")
     ] = "",
-    token: Annotated[str, typer.Option("--token", metavar="ID", help="Only this token.")] = "",
+    token: Annotated[
+        str | None,
+        typer.Option("--token", metavar="ID", show_default=False, help="Only this token."),
+    ] = None,
     method: Annotated[
         MethodName | None,
         typer.Option("--method", case_sensitive=False, show_default=False, help="Only these."),
@@ -107,7 +110,7 @@ def audit(
 
     wanted = AuditFilter(
         account_id=account,
-        token_id=token,
+        token_id=token or "",
         caller=caller,
         method="" if method is None else method.value.capitalize(),
         outcome=None if outcome is None else Outcome[outcome.name],

@@ -1,16 +1,17 @@
 """What scripts read: JSON with the names of the proto. A key that is there once is always there.
 
-Times are RFC 3339 in UTC, or null. Enums are as in the proto: SCOPE_READ, VERDICT_VALID.
+Times are RFC 3339 in UTC, or null; durations are seconds with an "s", as protobuf has them in
+JSON. Enums are as in the proto: SCOPE_READ, VERDICT_VALID.
 """
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # For types alone: completing a word on the command line does not wait for gRPC.
-    from latchkey import CreatedToken, Receipt, Token, Verification
+    from latchkey import CreatedToken, Receipt, Status, Token, Verification
 
-__all__ = ["created", "receipt", "token", "verification"]
+__all__ = ["created", "receipt", "status", "token", "verification"]
 
 
 def created(answer: "CreatedToken") -> dict[str, Any]:
@@ -34,7 +35,7 @@ def token(token: "Token") -> dict[str, Any]:
 
 
 def receipt(receipt: "Receipt") -> dict[str, Any]:
-    """Return the proof of a deletion."""
+    """Return the proof of a deletion. Without an effective_time it is not confirmed yet."""
     return {
         "commit_time": _time(receipt.commit_time),
         "effective_time": _time(receipt.effective_time),
@@ -51,6 +52,34 @@ def verification(answer: "Verification") -> dict[str, Any]:
         "token": None if answer.token is None else token(answer.token),
         "revision": answer.revision,
     }
+
+
+def status(status: "Status") -> dict[str, Any]:
+    """Return the state of the service."""
+    return {
+        "head_revision": status.head_revision,
+        "verifiers": [
+            {
+                "id": verifier.id,
+                "host": verifier.host,
+                "process_id": verifier.process_id,
+                "version": verifier.version,
+                "start_time": _time(verifier.start_time),
+                "acknowledged_revision": verifier.acknowledged_revision,
+                "lag": verifier.lag,
+                "lease_duration": _duration(verifier.lease_duration),
+                "lease_remaining": _duration(verifier.lease_remaining),
+                "clients": verifier.clients,
+                "notifications": f"NOTIFICATIONS_{verifier.notifications.name}",
+                "answering": verifier.answering,
+            }
+            for verifier in status.verifiers
+        ],
+    }
+
+
+def _duration(duration: timedelta) -> str:
+    return f"{duration.total_seconds():.6f}s"
 
 
 def _time(moment: datetime | None) -> str | None:

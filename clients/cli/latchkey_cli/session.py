@@ -117,6 +117,10 @@ def _words(error: latchkey.LatchkeyError, doing: Doing, target: str) -> tuple[st
         case latchkey.Unauthenticated():
             to_do = "say who you are: 'latchkey --help' has the options for access"
             return f"Latchkey does not know this caller ({error.reason})", to_do, Exit.DENIED
+        case latchkey.Unavailable(reason="DELETION_NOT_CONFIRMED"):
+            what = f"it is deleted, but {target} could not confirm in time that it is so everywhere"
+            to_do = "run this again for its receipt; --timeout allows more time"
+            return what, to_do, Exit.UNAVAILABLE
         case latchkey.DeadlineExceeded():
             to_do = f"{doing.if_lost}; --timeout allows more time"
             return f"{target} did not answer in time", to_do, Exit.UNAVAILABLE

@@ -18,9 +18,16 @@ from latchkey_cli.times import local, relative
 
 if TYPE_CHECKING:
     # For types alone: completing a word on the command line does not wait for gRPC.
-    from latchkey import Receipt, Token, Verification
+    from latchkey import Receipt, Status, Token, Verification, VerifierStatus
 
-__all__ = ["TokenTable", "describe_token", "print_receipt", "print_verification", "short_token"]
+__all__ = [
+    "TokenTable",
+    "describe_token",
+    "print_receipt",
+    "print_status",
+    "print_verification",
+    "short_token",
+]
 
 # From this width on a row takes one line. Below, it takes two, which hold all that one does.
 _WIDE: Final = 110
@@ -144,7 +151,45 @@ def print_verification(output: Console, answer: "Verification", asked_scope: str
         describe_token(output, answer.token)
 
 
+def print_status(output: Console, status: "Status") -> None:
+    """Print the server processes, and how current they are."""
+    number = len(status.verifiers)
+    verifiers = "1 verifier" if number == 1 else f"{number} verifiers"
+    output.print(Text(f"Head revision {status.head_revision}, {verifiers}"))
+    if not number:
+        return
+    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False)
+    table.add_column("Host", overflow="fold", header_style="bold")
+    for name in ("PID", "Version", "Acknowledged", "Lag", "Lease left", "Clients"):
+        table.add_column(name, no_wrap=True, justify="right", header_style="bold")
+    table.add_column("Notifications", no_wrap=True, header_style="bold")
+    for verifier in status.verifiers:
+        table.add_row(*_verifier(verifier))
+    output.print(table)
+
+
+def _verifier(verifier: "VerifierStatus") -> list[Text]:
+    left = verifier.lease_remaining.total_seconds()
+    lease = Text(f"{left:.1f} s") if left > 0 else Text("ended", style="red")
+    notifications = verifier.notifications.name
+    return [
+        Text(visible(verifier.host), style="bold" if verifier.answering else ""),
+        Text(str(verifier.process_id)),
+        Text(visible(verifier.version)),
+        Text(str(verifier.acknowledged_revision)),
+        Text(str(verifier.lag), style="yellow" if verifier.lag else ""),
+        lease,
+        Text(str(verifier.clients)),
+        Text(
+            "unknown" if notifications == "UNSPECIFIED" else notifications.lower(),
+            style="yellow" if notifications == "SILENT" else "",
+        ),
+    ]
+
+
 def _effect(receipt: "Receipt") -> str:
+    if receipt.effective_time is None:
+        return "deleted; not yet confirmed everywhere: run it again without --no-wait to confirm"
     verifiers = receipt.verifiers_acknowledged + receipt.verifiers_outwaited
     if not verifiers:
         return f"dead everywhere since {local(receipt.effective_time, seconds=True)}"
@@ -152,7 +197,8 @@ def _effect(receipt: "Receipt") -> str:
     text = f"dead on {receipt.verifiers_acknowledged} of {verifiers} verifiers"
     text += f" after {milliseconds:.0f} ms"
     if receipt.verifiers_outwaited:
-        text += f"; {receipt.verifiers_outwaited} did not confirm and could not answer any more"
+        waited = "was" if receipt.verifiers_outwaited == 1 else "were"
+        text += f"; {receipt.verifiers_outwaited} did not answer and {waited} waited out"
     return text
 
 

@@ -182,6 +182,10 @@ def delete(
     token_ids: Annotated[list[str], typer.Argument(metavar="ID", help="IDs of the tokens.")],
     account: AccountOption,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    no_wait: Annotated[
+        bool,
+        typer.Option("--no-wait", help="Do not wait until the tokens are dead everywhere."),
+    ] = False,
     target: TargetOption = TARGET,
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
@@ -190,6 +194,10 @@ def delete(
 
     It asks before each, unless --yes is given; without a terminal to ask on,
     --yes is required. Deleting a deleted token again prints the same receipt.
+
+    With --no-wait, for bulk work, it is done when the deletions are stored,
+    and tokens may be valid for some seconds more. The same command without
+    it confirms that they are dead.
 
     With several IDs each result is told, and the exit code is the worst one;
     1 if nothing failed but you said no. With --json it prints an array with
@@ -207,7 +215,7 @@ def delete(
     with Session(target, timeout) as session:
         for token_id in token_ids:
             try:
-                receipt = _delete_one(session, account, token_id, ask=not yes)
+                receipt = _delete_one(session, account, token_id, ask=not yes, no_wait=no_wait)
             except Failure as failure:
                 output.report(failure, as_json=as_json)
                 codes.append(failure.exit_code)
@@ -228,7 +236,9 @@ def delete(
     raise typer.Exit(Exit.UNEXPECTED if declined and code is Exit.OK else code)
 
 
-def _delete_one(session: "Session", account: str, token_id: str, *, ask: bool) -> "Receipt | None":
+def _delete_one(
+    session: "Session", account: str, token_id: str, *, ask: bool, no_wait: bool
+) -> "Receipt | None":
     """Delete one token; return its receipt, or None when the person says no. Raises Failure."""
     from latchkey_cli.session import Doing
 
@@ -245,7 +255,8 @@ def _delete_one(session: "Session", account: str, token_id: str, *, ask: bool) -
             if not _confirmed(question):
                 return None
     if_lost = "the deletion may stand but is not confirmed: run this again for its receipt"
-    return session.run(session.client.delete(account, token_id), Doing(f"delete {name}", if_lost))
+    call = session.client.delete(account, token_id, no_wait=no_wait)
+    return session.run(call, Doing(f"delete {name}", if_lost))
 
 
 def _confirmed(question: str) -> bool:

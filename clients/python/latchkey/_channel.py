@@ -57,5 +57,9 @@ def open_channel(
 ) -> grpc.aio.Channel:
     """Return a channel to `target` for the running event loop. It connects with the first call."""
     if credentials is None:
+        if "," in target:
+            # A list of addresses, all of which gRPC would send as the host's name. A name has no
+            # comma (RFC 3986 §3.2.2), and there are servers that refuse one that does.
+            overrides = (("grpc.default_authority", "latchkey"), *overrides)
         return grpc.aio.insecure_channel(target, options=options(overrides))
     return grpc.aio.secure_channel(target, credentials, options=options(overrides))

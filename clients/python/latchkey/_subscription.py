@@ -26,6 +26,9 @@ ASK_GAP_SECONDS: Final = 0.1
 # How long a new stream may take to its first grant: connection, and a server that has to renew
 # its own lease. A proxy that holds up streams never brings it.
 FIRST_GRANT_SECONDS: Final = 2.0
+# With what share of the rest of the lease unused a grant that was asked for is late: the other part
+# is for finding another stream.
+LATE_SHARE: Final = 0.5
 # What any further grant may take at the least, however little of the lease is left.
 NEXT_GRANT_SECONDS_MIN: Final = 0.2
 # Nobody grants that long; it bounds what a confused server can do.
@@ -201,8 +204,8 @@ class Stream:
         self._number += 1
         self._asked_at, self._ask_at = now, None
         if self.granted:
-            patience = max((self._end - now) / 2, NEXT_GRANT_SECONDS_MIN)
-            self.late_at = now + patience
+            patience = (self._end - now) * (1 - LATE_SHARE)
+            self.late_at = now + max(patience, NEXT_GRANT_SECONDS_MIN)
         return Request(memory.applied, number=self._number)
 
     def receive(self, event: Event | None, now: float) -> None:

@@ -53,6 +53,10 @@ _UNSUPPORTED: Final = (
     grpc.StatusCode.UNAUTHENTICATED,
 )
 
+# What grpc.aio says, as INTERNAL, of a stream that its server ended while this side was writing.
+# The server's own words are lost; the next attempt, which may be luckier, has them.
+_OVERTAKEN: Final = "Internal error from Core"
+
 OpenChannel = Callable[[], tuple[grpc.aio.Channel, bool]]
 """Returns a channel for one stream, and whether it is to be closed with it."""
 
@@ -269,6 +273,8 @@ class _Connection:
         except InternalError as error:
             return error
         except grpc.aio.AioRpcError as error:
+            if error.details() == _OVERTAKEN:
+                return Unavailable("Watch failed: the service ended the stream.")
             return from_rpc_error("Watch", error)
         except grpc.aio.UsageError:
             return Unavailable("Watch failed: the channel is closed.")

@@ -26,7 +26,7 @@ from latchkey.errors import invalid
 from latchkey.models import Scope, Verdict, Verification, VerifierStats
 from latchkey.secret import Secret
 
-# About 200 MB when all of them are in use, which few services see.
+# About 130 MB when all of them are in use, which few services see.
 MEMORY_ENTRIES: Final = 100_000
 
 _MALFORMED: Final = Verification(verdict=Verdict.MALFORMED)
@@ -142,12 +142,15 @@ class Verifier:
         answer = await self._batcher.ask(text, scope, timeout)
         if answer is None:
             answer = await self._client.verify(text, scope, timeout_seconds=timeout)
-        if boottime() < self._lease.end:
-            # Without a lease nobody promises to tell what changes.
-            entry = remembered(answer, scope)
-            if entry is not None:
-                self._memory.admit(sha256(text.encode()).digest(), entry, answer.revision)
+        self._remember(text, scope, answer)
         return answer
+
+    def _remember(self, secret: str, scope: Scope | None, answer: Verification) -> None:
+        if boottime() >= self._lease.end:
+            return  # nobody promises to tell what changes
+        entry = remembered(answer, scope)
+        if entry is not None:
+            self._memory.admit(sha256(secret.encode()).digest(), entry, answer.revision)
 
     def stats(self) -> VerifierStats:
         """Return how it is doing: whether it answers from memory, why not, and how much."""

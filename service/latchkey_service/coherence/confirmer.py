@@ -1,7 +1,6 @@
 """Waits, for Deletes, until no verifier can answer with the token (coherence rule 8)."""
 
 import asyncio
-import contextlib
 import math
 from collections.abc import Callable
 
@@ -38,20 +37,19 @@ class Confirmer:
         self._waits: dict[asyncio.Future[Confirmation], Wait] = {}
         self._poller: asyncio.Task[None] | None = None
         self._poll_seconds = POLL_SECONDS_MIN
+        self._announcer: asyncio.Task[None] | None = None
+        self._unannounced = 0
         self._log = logger()
 
-    async def announce(self, revision: int) -> None:
-        """Tell all verifiers that there is news. Never fails: they find it by themselves."""
+    def announce(self, revision: int) -> None:
+        """Tell all verifiers that there is news. Nobody waits for that: they find it anyway."""
         self._wake()
         if not self._notify:
             return
-        try:
-            await self._table.notify(revision)
-        except Exception as error:  # noqa: BLE001 - costs time, and nothing else
-            if not isinstance(error, StoreUnavailable):
-                # Not supported here (0A000): there is no use in trying again.
-                self._notify = False
-            self._log.warning("not notified", error=type(error).__name__)
+        # The latest of those that come while one is on its way stands for all of them.
+        self._unannounced = max(self._unannounced, revision)
+        if self._announcer is None:
+            self._announcer = asyncio.create_task(self._announce(), name="announce deletions")
 
     async def confirm(self, revision: int, deadline: float) -> Confirmation:
         """Wait for a revision that is committed. Raises NotConfirmed at `deadline`, its clock's."""
@@ -75,9 +73,24 @@ class Confirmer:
 
     async def close(self) -> None:
         """Stop. Nobody waits any more when a server is closed."""
-        if self._poller is not None:
-            self._poller.cancel()
-            await asyncio.gather(self._poller, return_exceptions=True)
+        tasks = [task for task in (self._poller, self._announcer) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _announce(self) -> None:
+        """Notify until there is nothing new to notify of."""
+        try:
+            while self._unannounced:
+                revision, self._unannounced = self._unannounced, 0
+                try:
+                    await self._table.notify(revision)
+                except Exception as error:  # noqa: BLE001 - costs time, and nothing else
+                    # Where it is not supported (0A000) there is no use in trying again.
+                    self._notify = self._notify and isinstance(error, StoreUnavailable)
+                    self._log.warning("not notified", error=type(error).__name__)
+        finally:
+            self._announcer = None
 
     async def _poll(self) -> None:
         """Look at the rows until nobody waits."""
@@ -89,13 +102,16 @@ class Confirmer:
                 # were read after its commit.
                 waits = list(self._waits.items())
                 now = self._clock()
-                with contextlib.suppress(StoreUnavailable):
+                try:
                     rows = await self._table.rows()
-                    for future, wait in waits:
-                        confirmation = wait.judge(rows, now)
-                        if confirmation is not None and not future.done():
-                            future.set_result(confirmation)
-                            self._waits.pop(future, None)
+                except Exception as error:  # noqa: BLE001 - they wait on, each to its deadline
+                    self._log.warning("rows not read", error=type(error).__name__)
+                    continue
+                for future, wait in waits:
+                    confirmation = wait.judge(rows, now)
+                    if confirmation is not None and not future.done():
+                        future.set_result(confirmation)
+                        self._waits.pop(future, None)
         finally:
             # No await between the last look at the dictionary and this.
             self._poller = None

@@ -198,7 +198,7 @@ async def test_status(client: latchkey.Client, fake: FakeLatchkey) -> None:
     verifier.start_time.FromDatetime(CREATED)
     verifier.lease_duration.FromTimedelta(timedelta(seconds=3))
     verifier.lease_remaining.FromTimedelta(timedelta(seconds=2.5))
-    message.verifiers.add(id="v2", notifications=99)  # type: ignore[arg-type]  # any number can come
+    message.verifiers.add(id="v2", notifications=99)
     fake.on("GetStatus", fake.says(message))
     status = await client.status()
     assert status.head_revision == 9

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tests.contract.client.conftest import FakeLatchkey
 
 README = Path(__file__).parents[3] / "clients" / "python" / "README.md"
-MANAGE, VERIFY, GRPC, ASGI = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+MANAGE, VERIFY, SYNC, GRPC, ASGI = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,7 @@ MANAGE, VERIFY, GRPC, ASGI = re.findall(r"```python\n(.*?)```", README.read_text
     [
         (MANAGE, "lk_…(redacted)\nSECRET\nt1 ci Scope.READ\ndead everywhere since 1970-01-01"),
         (VERIFY, "False Verdict.MALFORMED None"),
+        (SYNC, "False"),
         (GRPC, ""),
     ],
 )

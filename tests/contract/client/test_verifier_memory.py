@@ -208,14 +208,13 @@ async def test_an_old_server_is_asked_about_each(
 ) -> None:
     """Without Watch, or without a memory, verifies are plain calls, and stats() says why."""
     fake.on("Verify", fake.verdict(VALID))
+    reason = "UNIMPLEMENTED" if memory_entries else "memory_entries"
     async with latchkey.Verifier(fake.target, memory_entries=memory_entries) as verifier:
-        await eventually(lambda: verifier.stats().fallback_reason, "a reason")
+        await eventually(lambda: reason in (verifier.stats().fallback_reason or ""), reason)
         for _ in range(3):
             assert (await verifier.verify(secret)).allowed
         stats = verifier.stats()
         assert (stats.watching, stats.entries, stats.hits, stats.misses) == (False, 0, 0, 3)
-        reason = "UNIMPLEMENTED" if memory_entries else "memory_entries"
-        assert reason in (stats.fallback_reason or "")
     assert fake.count("Verify") == 3
 
 
@@ -234,7 +233,8 @@ async def test_watch_is_tried_again(
     async with latchkey.Verifier(watched.target) as verifier:
         await watch.opened(2)
         assert (await verifier.verify(secret)).allowed
-        assert status in (verifier.stats().fallback_reason or "")
+        # A refusal can overtake the first message, and then gRPC loses the status.
+        await eventually(lambda: status in (verifier.stats().fallback_reason or ""), "the status")
         watch.refuse = None
         await watching(verifier)
         assert verifier.stats().fallback_reason is None
@@ -246,9 +246,11 @@ async def test_refusals_are_not_asked_for_often(watched: FakeLatchkey, watch: Fa
     assert _watch.RETRY_MAX_SECONDS >= 1
     watch.refuse = grpc.StatusCode.UNIMPLEMENTED
     async with latchkey.Verifier(watched.target) as verifier:
-        await eventually(lambda: verifier.stats().fallback_reason, "a reason")
+        reason = "UNIMPLEMENTED"
+        await eventually(lambda: reason in (verifier.stats().fallback_reason or ""), reason)
+        tries = len(watch.streams)
         await asyncio.sleep(0.3)
-        assert len(watch.streams) == 1
+        assert len(watch.streams) == tries
 
 
 async def test_a_broken_stream_is_replaced_and_the_memory_kept(
@@ -309,15 +311,17 @@ async def test_a_server_that_stops_hands_its_clients_on(
 
 
 async def test_grants_are_asked_for_before_the_lease_ends(
-    watched: FakeLatchkey, watch: FakeWatch
+    watched: FakeLatchkey, watch: FakeWatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In quiet times there is one stream, a lease without a gap, and few messages."""
-    watch.lease_seconds = 0.6
+    # Soon, with most of it left, so that a busy machine does not matter.
+    monkeypatch.setattr(_subscription, "ASK_SHARE_MIN", 0.997)
+    monkeypatch.setattr(_subscription, "ASK_SHARE_MAX", 0.997)
     async with latchkey.Verifier(watched.target) as verifier:
         await watching(verifier)
         (stream,) = watch.streams
         while stream.asked < 5:
-            assert verifier.stats().watching
+            assert verifier.stats().lease_remaining_seconds > 10
             await asyncio.sleep(0.005)
         numbers = [request.number for request in stream.requests]
         assert numbers == [1, 2, 3, 4, 5]
@@ -325,10 +329,13 @@ async def test_grants_are_asked_for_before_the_lease_ends(
 
 
 async def test_a_silent_stream_is_left_for_another_while_the_lease_lasts(
-    watched: FakeLatchkey, watch: FakeWatch, secret: str
+    watched: FakeLatchkey, watch: FakeWatch, secret: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A black-holed stream is noticed by the grant that does not come, and costs no verify."""
-    watch.lease_seconds = 2.0
+    # As above, and with little patience.
+    monkeypatch.setattr(_subscription, "ASK_SHARE_MIN", 0.997)
+    monkeypatch.setattr(_subscription, "ASK_SHARE_MAX", 0.997)
+    monkeypatch.setattr(_subscription, "LATE_SHARE", 0.99)
     watched.on("Verify", watched.verdict(VALID))
     async with latchkey.Verifier(watched.target) as verifier:
         await watching(verifier)
@@ -369,12 +376,13 @@ async def test_a_blocked_stream_falls_back(
     watch.granting = False
     watched.on("Verify", watched.verdict(VALID))
     async with latchkey.Verifier(watched.target) as verifier:
-        await watch.opened(_watch.SILENCES_MAX)
-        await eventually(lambda: all(stream.gone for stream in watch.streams), "all given up")
-        assert (await verifier.verify(secret)).allowed
+        await eventually(lambda: verifier.stats().fallback_reason, "a reason")
         assert "hold streams up" in (verifier.stats().fallback_reason or "")
-        await asyncio.sleep(0.3)
-        assert len(watch.streams) == _watch.SILENCES_MAX
+        assert (await verifier.verify(secret)).allowed
+        # Time for a dozen of tries; on a busy machine the first ones may not get here.
+        await asyncio.sleep(1.2)
+        assert len(watch.streams) <= _watch.SILENCES_MAX
+        assert not verifier.stats().watching
 
 
 async def test_closing_releases_the_lease(

@@ -1,8 +1,22 @@
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from io import StringIO
+from typing import Any
 
-from latchkey import CreatedToken, Receipt, Scope, Secret, Token, Verdict, Verification
+from latchkey import (
+    CreatedToken,
+    Notifications,
+    Receipt,
+    Scope,
+    Secret,
+    Status,
+    Token,
+    Verdict,
+    Verification,
+    VerifierStatus,
+)
 from latchkey_cli import documents, tables
+from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 from rich.console import Console
 
@@ -18,8 +32,8 @@ TOKEN = Token(
 )
 
 
-def fields(message: str) -> set[str]:
-    return set(pb.DESCRIPTOR.message_types_by_name[message].fields_by_name)
+def fields(message: str, module: Any = pb) -> set[str]:
+    return set(module.DESCRIPTOR.message_types_by_name[message].fields_by_name)
 
 
 def receipt(acknowledged: int, outwaited: int) -> Receipt:
@@ -32,11 +46,49 @@ def receipt(acknowledged: int, outwaited: int) -> Receipt:
     )
 
 
+STATUS = Status(
+    head_revision=12,
+    verifiers=(
+        VerifierStatus(
+            id="v1",
+            host="web-\x1b[2J",
+            process_id=77,
+            version="1.2",
+            start_time=TIME,
+            acknowledged_revision=10,
+            lag=2,
+            lease_duration=timedelta(seconds=3),
+            lease_remaining=timedelta(0),
+            clients=4,
+            notifications=Notifications.SILENT,
+            answering=False,
+        ),
+    ),
+)
+
+
+def test_status_is_a_table_of_verifiers() -> None:
+    """People see who is behind or has no lease any more, and nothing obeys a host's name."""
+    for status, lines in (
+        (STATUS, ["Head revision 12, 1 verifier", "web-\\x1b[2J 77 1.2 10 2 ended 4 silent"]),
+        (replace(STATUS, verifiers=()), ["Head revision 12, 0 verifiers"]),
+    ):
+        console = Console(file=StringIO(), width=100)
+        tables.print_status(console, status)
+        assert isinstance(console.file, StringIO)
+        shown = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+        assert [shown[0], *shown[2:]] == lines
+
+
 def test_documents_have_the_fields_of_the_proto() -> None:
     """JSON has every field of its message under the proto's name, absent ones as null."""
     token = documents.token(TOKEN)
     assert set(token) == fields("Token")
     assert set(documents.receipt(receipt(0, 0))) == fields("Receipt")
+    status = documents.status(STATUS)
+    assert set(status) == fields("GetStatusResponse", status_pb)
+    assert set(status["verifiers"][0]) == fields("VerifierStatus", status_pb)
+    assert status["verifiers"][0]["lease_remaining"] == "0.000000s"
     assert set(documents.verification(Verification(verdict=Verdict.UNKNOWN))) == fields(
         "VerifyResponse"
     )
@@ -93,8 +145,12 @@ def test_receipts_tell_who_confirmed() -> None:
     """A deletion says since when the token is dead and how many verifiers confirmed it."""
     for proof, words in (
         (receipt(0, 0), "dead everywhere since"),
+        (replace(receipt(0, 0), effective_time=None), "not yet confirmed everywhere"),
         (receipt(3, 0), "dead on 3 of 3 verifiers after 12 ms"),
-        (receipt(3, 1), "dead on 3 of 4 verifiers after 12 ms; 1 did not confirm"),
+        (
+            receipt(3, 1),
+            "dead on 3 of 4 verifiers after 12 ms; 1 did not answer and was waited out",
+        ),
     ):
         console = Console(file=StringIO(), width=100)
         tables.print_receipt(console, "tok_1", proof)

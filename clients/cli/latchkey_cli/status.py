@@ -1,0 +1,29 @@
+"""The command `status`."""
+
+import sys
+
+from latchkey_cli import documents, output, tables
+from latchkey_cli.options import JsonOption, TargetOption, TimeoutOption
+
+__all__ = ["status"]
+
+
+def status(
+    target: TargetOption = "127.0.0.1:50051",
+    timeout: TimeoutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the server processes, and how current each of them is.
+
+    A deletion waits until every verifier has acknowledged its revision, or
+    its lease has run out. Lag is how far a verifier is behind; it is more
+    than 0 only for moments, unless one hangs or is cut off.
+    """
+    from latchkey_cli.session import Doing, Session
+
+    with Session(target, timeout) as session:
+        answer = session.run(session.client.status(), Doing("get the status"))
+    if as_json:
+        output.write(sys.stdout, output.to_json(documents.status(answer)) + "\n")
+    else:
+        tables.print_status(output.console(sys.stdout), answer)

@@ -1,0 +1,130 @@
+"""The client library's memory with the real service, over both transports."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+import latchkey
+import psutil
+import pytest
+from latchkey import Scope, Verdict, sync
+
+from tests.contract.client.fake_watch import watching
+from tests.support import eventually, service
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ROUNDS = 10
+
+
+async def test_when_delete_returns_no_verifier_lets_the_token_in(address: str) -> None:
+    """Async and sync verifiers, warm with a token, refuse it from the Delete's answer on."""
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(latchkey.Client(address))
+        verifiers: list[Any] = [
+            await stack.enter_async_context(latchkey.Verifier(address, timeout_seconds=5))
+            for _ in range(3)
+        ]
+        threaded = sync.Verifier(address, timeout_seconds=5)
+        stack.push_async_callback(asyncio.to_thread, threaded.close)
+        asyncio.get_running_loop().set_exception_handler(sync.ignore_idle_poller)
+        stack.callback(asyncio.get_running_loop().set_exception_handler, None)
+        await asyncio.to_thread(threaded.verify, (await _token(client, "first")).secret)
+        verifiers.append(threaded)
+        for verifier in verifiers:
+            await watching(verifier)
+        for number in range(ROUNDS):
+            created = await _token(client, f"token {number}")
+            await asyncio.gather(*(v.verify(created.secret) for v in verifiers[:-1]))
+            await asyncio.to_thread(threaded.verify, created.secret)
+            for verifier in verifiers:
+                answer = verifier.verify_nowait(created.secret, Scope.READ)
+                assert answer is not None
+                assert answer.allowed
+            receipt = await client.delete("acme", created.token.id)
+            for verifier in verifiers:
+                answer = verifier.verify_nowait(created.secret)
+                assert answer is None or not answer.allowed
+            assert receipt.verifiers_outwaited == 0
+            answer = await verifiers[0].verify(created.secret)
+            assert answer.verdict is Verdict.DELETED
+        # What was said of a dead token may be said again.
+        assert verifiers[0].verify_nowait(created.secret) is answer
+        assert all(verifier.stats().reconnects == 0 for verifier in verifiers)
+
+
+async def test_no_wait_is_confirmed_later(address: str) -> None:
+    """A deletion that nobody waited for has no effective_time until one does."""
+    async with latchkey.Client(address) as client:
+        created = await _token(client, "bulk")
+        early = await client.delete("acme", created.token.id, no_wait=True)
+        assert early.effective_time is None
+        confirmed = await client.delete("acme", created.token.id)
+        assert confirmed.effective_time is not None
+        assert (confirmed.commit_time, confirmed.revision) == (early.commit_time, early.revision)
+        status = await client.status()
+        assert status.head_revision >= confirmed.revision
+        assert [verifier.process_id for verifier in status.verifiers] == [os.getpid()]
+
+
+async def _token(client: latchkey.Client, name: str) -> latchkey.CreatedToken:
+    return await client.create("acme", name, Scope.READ)
+
+
+@pytest.mark.parametrize("transport", ["native", "grpcio"])
+async def test_a_clean_stop_of_a_worker_costs_no_verify(
+    tmp_path: Path, database_url: str, pepper_file: Path, transport: str
+) -> None:
+    """Clients of a worker that stops move to its neighbour: no verify fails, and none is stale."""
+    settings = {"database_url": database_url, "pepper_file": pepper_file, "workers": 2}
+    async with AsyncExitStack() as stack:
+        running = stack.enter_context(
+            service(tmp_path / "run", listen="127.0.0.1:0", transport=transport, **settings)
+        )
+        address = await running.welcome()
+        client = await stack.enter_async_context(latchkey.Client(address))
+        kept = await _token(client, "kept")
+        # Or the first deletion ever would empty the memories.
+        await client.delete("acme", (await _token(client, "first")).token.id)
+        verifiers = [
+            await stack.enter_async_context(latchkey.Verifier(address, timeout_seconds=5))
+            for _ in range(8)
+        ]
+        for verifier in verifiers:
+            await watching(verifier)
+            await verifier.verify(kept.secret)
+
+        async def clients_by_process() -> dict[int, int]:
+            status = await client.status()
+            return {verifier.process_id: verifier.clients for verifier in status.verifiers}
+
+        before = await eventually(
+            lambda: _if_all_attached(clients_by_process, len(verifiers)), "all clients attached"
+        )
+        stopping = max(before, key=lambda pid: before[pid])
+        os.kill(stopping, signal.SIGTERM)
+        process = psutil.Process(stopping)
+        created = await _token(client, "deleted meanwhile")
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            for verifier in verifiers:
+                assert (await verifier.verify(kept.secret)).allowed
+            await asyncio.sleep(0.002)
+        assert sum(verifier.stats().reconnects for verifier in verifiers) >= before[stopping]
+        await asyncio.gather(*(verifier.verify(created.secret) for verifier in verifiers))
+        receipt = await client.delete("acme", created.token.id)
+        assert receipt.verifiers_outwaited == 0
+        for verifier in verifiers:
+            assert not (await verifier.verify(created.secret)).allowed
+        for verifier in verifiers:
+            await watching(verifier)
+            assert (await verifier.verify(kept.secret)).allowed
+
+
+async def _if_all_attached(clients_by_process: Any, number: int) -> dict[int, int] | None:
+    found: dict[int, int] = await clients_by_process()
+    return found if sum(found.values()) == number else None

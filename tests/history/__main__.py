@@ -1,0 +1,139 @@
+"""`make history`: looks for a verify that accepts a deleted token, whatever goes wrong.
+
+Server processes, clients that verify without a pause and deleters work on a real Postgres while a
+seeded plan of faults befalls them. Each call is written down with its beginning and end, and one
+that was told VALID though it began after the token's Delete had answered fails the run. So does a
+run that has seen too little to tell. The scenarios of `scenarios.py` come first: each is what a
+missing rule of coherence would show in.
+"""
+
+import argparse
+import asyncio
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.history import report
+from tests.history.broken import VARIABLE, rule_to_break
+from tests.history.checker import Findings
+from tests.history.run import SHORT, Size, run
+from tests.history.scenarios import SCENARIOS, play, staged
+from tests.support import BreakablePostgres, session
+
+# Where the histories, logs and faults of a run that failed stay.
+KEPT = Path("build/history")
+DIRECTED_SECONDS_MAX = 180.0
+
+
+def main() -> int:
+    """Run, print, and return the exit code: 1 for a late accept, or for too little seen."""
+    options = _options()
+    rule = rule_to_break()
+    # Everything is ended in order, also where the shell had Ctrl-C ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    # Postgres' own account has to get in.
+    scratch = Path(tempfile.mkdtemp(prefix="latchkey-history-", dir="/tmp"))
+    scratch.chmod(0o755)
+    postgres = BreakablePostgres(scratch / "data")
+    failed = True
+    try:
+        url = postgres.start()
+        failed = asyncio.run(_main(options, rule, scratch, url, postgres))
+    except KeyboardInterrupt:
+        failed = False
+        return 130
+    finally:
+        postgres.close()
+        if failed or options.keep:
+            shutil.rmtree(KEPT, ignore_errors=True)
+            shutil.copytree(
+                scratch, KEPT, ignore=shutil.ignore_patterns("data", "unused", "peppers")
+            )
+            _say(f"The histories and logs are in {KEPT}.")
+        shutil.rmtree(scratch, ignore_errors=True)
+    return int(failed)
+
+
+async def _main(
+    options: argparse.Namespace,
+    rule: str | None,
+    scratch: Path,
+    url: str,
+    postgres: BreakablePostgres,
+) -> bool:
+    complaints: list[str] = []
+    if rule is not None:
+        _say(f"Without rule {rule} ({VARIABLE}): this has to fail.")
+    if options.only != "run":
+        async with session(url) as connection:
+            await connection.execute("CREATE DATABASE directed")
+        directed = url.replace("/latchkey?", "/directed?")
+        (scratch / "directed").mkdir()
+        async with asyncio.timeout(DIRECTED_SECONDS_MAX):
+            findings, scenarios = await _direct(scratch / "directed", directed, rule)
+        _say(*report.scenarios(findings, scenarios))
+        complaints += report.late_accepts(findings)
+    if options.only != "scenarios" and not complaints:
+        (scratch / "run").mkdir()
+        outcome = await run(scratch / "run", url, postgres, options.size, rule)
+        _say("", *report.table(outcome))
+        complaints += report.complaints(outcome)
+    for complaint in complaints:
+        _say(f"FAILED: {complaint}")
+    return bool(complaints)
+
+
+async def _direct(folder: Path, url: str, rule: str | None) -> tuple[Findings, int]:
+    """Play the scenarios: of a rule that is taken out its own, else all."""
+    chosen = SCENARIOS[rule] if rule else [s for of_rule in SCENARIOS.values() for s in of_rule]
+    chosen = list(dict.fromkeys(chosen))
+    async with staged(folder, url, rule) as stage:
+        findings = stage.findings()
+        for scenario in chosen:
+            findings = await play(stage, scenario)
+    return findings, len(chosen)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make history", description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="what `make test` runs")
+    parser.add_argument("--seconds", type=float, help="how long, 60 unless said")
+    parser.add_argument("--seed", type=int, help="of the plan of faults, 1 unless said")
+    parser.add_argument("--clients", type=int, help="client processes, 20 unless said")
+    parser.add_argument("--deleters", type=int, help="5 unless said")
+    parser.add_argument("--lease-seconds", type=float, help="1 unless said")
+    parser.add_argument(
+        "--hosts",
+        help="workers behind each address, 2,1 unless said: 1 is a worker alone, more have a "
+        "supervisor and share the address",
+    )
+    parser.add_argument("--only", choices=("run", "scenarios"), help="leave out the other part")
+    parser.add_argument("--keep", action="store_true", help="the histories of a good run too")
+    options = parser.parse_args()
+    given = {
+        name: value
+        for name in ("seconds", "seed", "clients", "deleters", "lease_seconds")
+        if (value := getattr(options, name)) is not None
+    }
+    if options.hosts:
+        counts = [int(count) for count in options.hosts.split(",")]
+        given["hosts"] = tuple(None if count == 1 else count for count in counts)
+    size = SHORT if options.short else Size()
+    if os.environ.get(VARIABLE):
+        # A supervisor starts the workers that ship.
+        given["hosts"] = (None,) * size.workers
+    options.size = Size(**{**vars(size), **given})
+    return options
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(line, flush=True)  # noqa: T201 - for a person
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The shipping classes with one rule taken out, to show that its absence is found.
+
+Only the modules that start the processes of this test read LATCHKEY_TEST_BREAK_RULE, and only they
+call `break_rule`: no setting of the product reaches it.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["RULES", "VARIABLE", "break_rule", "rule_to_break"]
+
+VARIABLE = "LATCHKEY_TEST_BREAK_RULE"
+
+
+def rule_to_break() -> str | None:
+    """Return what the environment asks for. Raises SystemExit for what is no rule of RULES."""
+    rule = os.environ.get(VARIABLE) or None
+    if rule is not None and rule not in RULES:
+        raise SystemExit(f"{VARIABLE} is one of {', '.join(RULES)}")
+    return rule
+
+
+def break_rule(rule: str | None) -> None:
+    """Take a rule out of the classes of this process, before the first of them is used."""
+    if rule is not None:
+        RULES[rule]()
+
+
+def _renewal_of_no_row() -> None:
+    """Rule 3: the lease is extended though the update touched no row."""
+    from latchkey_service.coherence.table import OwnRow
+
+    renew = OwnRow.renew
+
+    async def always(*args: Any) -> bool:
+        await renew(*args)
+        return True
+
+    _replace(OwnRow, "renew", always)
+
+
+def _renewal_without_the_log() -> None:
+    """Rule 3: the lease is extended without a look at the log."""
+    from latchkey_service.coherence.membership import Log
+    from latchkey_service.coherence.table import OwnRow
+
+    async def nothing_new(_self: OwnRow, applied: int) -> Log:
+        return Log(applied, ())
+
+    _replace(OwnRow, "read_log", nothing_new)
+
+
+def _fill_without_the_rule() -> None:
+    """Rule 4: whatever was read is remembered, however old."""
+    from latchkey_coherence.memory import Memory
+
+    admit = Memory.admit
+
+    def always(self: Memory[Any], key: bytes, entry: Any, revision: int) -> bool:
+        return admit(self, key, entry, max(revision, self.applied))
+
+    _replace(Memory, "admit", always)
+
+
+def _use_without_a_lease() -> None:
+    """Rule 5: a lease, once given, is never looked at again, on the server or in the client."""
+    from latchkey import verifier as client
+    from latchkey_service import verifier as service
+
+    init = service.Verifier.__init__
+
+    def with_clock_stopped(self: service.Verifier, *args: Any) -> None:
+        init(self, *args)
+        self._clock = lambda: -math.inf
+
+    _replace(service.Verifier, "__init__", with_clock_stopped)
+    _replace(client, "boottime", lambda: -math.inf)
+
+
+def _acknowledgement_before_the_clients() -> None:
+    """Rule 7: a server process acknowledges what it has applied, whatever its clients have."""
+    from latchkey_service.coherence.membership import Membership
+
+    def own(self: Membership[Any], _now: float) -> int:
+        return self.memory.applied
+
+    _replace(Membership, "acknowledgeable", own)
+
+
+def _delete_without_a_wait() -> None:
+    """Rule 8: Delete answers once it is committed."""
+    from latchkey_service.coherence.confirmation import Confirmation
+    from latchkey_service.coherence.confirmer import Confirmer
+
+    async def at_once(_self: Confirmer, _revision: int, _deadline: float) -> Confirmation:
+        return Confirmation(0, 0)
+
+    _replace(Confirmer, "confirm", at_once)
+
+
+def _burial_of_the_living() -> None:
+    """Rule 9: rows are removed that were just renewed."""
+    from latchkey_service.coherence.confirmation import Census
+    from latchkey_service.coherence.table import OwnRow
+
+    remove_dead = OwnRow.remove_dead
+
+    def everybody(_self: Census, rows: Any, _asked: float, _now: float) -> list[Any]:
+        return list(rows)
+
+    async def but_myself(self: OwnRow, row: Any) -> bool:
+        return row.id != self._identity.id and await remove_dead(self, row)
+
+    _replace(Census, "dead", everybody)
+    _replace(OwnRow, "remove_dead", but_myself)
+
+
+def _replace(owner: Any, name: str, by: Any) -> None:
+    """Replace what is there: a name that is no more would break nothing, and nobody would know."""
+    if name not in vars(owner):
+        raise AttributeError(f"{owner} has no {name} of its own any more")
+    setattr(owner, name, by)
+
+
+RULES: dict[str, Callable[[], None]] = {
+    "3": _renewal_of_no_row,
+    "3-log": _renewal_without_the_log,
+    "4": _fill_without_the_rule,
+    "5": _use_without_a_lease,
+    "7": _acknowledgement_before_the_clients,
+    "8": _delete_without_a_wait,
+    "9": _burial_of_the_living,
+}

@@ -1,0 +1,191 @@
+"""`python -m tests.history.client`: a process that verifies, without a pause, as services do.
+
+Each of its verifiers is used in both ways at once: a thread asks `verify_nowait`, as a threaded
+service might, which also makes it meet invalidations at any point; the event loop asks `verify`
+where that had no answer, and now and then where it had. It ends when its standard input does.
+"""
+
+import asyncio
+import contextlib
+import json
+import random
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import latchkey
+
+from tests.history.broken import break_rule, rule_to_break
+from tests.history.processes import end_with_parent, tell_if_strange
+from tests.history.records import Kind, Outcome, Recorder, now
+from tests.history.tokens import Reader
+
+# Between two looks at the tokens. Twenty processes share a few cores with all that they test.
+NOWAIT_PAUSE_SECONDS = 0.02
+VERIFY_PAUSE_SECONDS = 0.02
+# Tokens that one look of the thread takes.
+NOWAIT_TOKENS = 12
+# A token is verified for so long after its Delete was confirmed, a few leases; and at most for so
+# long, should nobody tell.
+LINGER_SECONDS = 2.5
+TOKEN_SECONDS_MAX = 20.0
+# Verifies of one verifier under way at once, and the pauses between two of one token. Short at
+# first, and right after the Delete; without the memory they all are calls.
+UNDER_WAY_MAX = 32
+PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.03, 0.5
+# How often `verify` is asked though `verify_nowait` would have answered.
+VERIFY_ANYWAY_SHARE = 0.02
+
+
+class _Token:
+    """A token that is verified until `until`, next by `verify` at `ask_at`."""
+
+    def __init__(self, number: int, secret: str) -> None:
+        self.number = number
+        self.secret = secret
+        self.until = time.monotonic() + TOKEN_SECONDS_MAX
+        self.pause = PAUSE_SECONDS_MIN
+        self.ask_at = 0.0
+        self.under_way = False
+
+    def hurry(self) -> None:
+        self.ask_at, self.pause = 0.0, PAUSE_SECONDS_MIN
+
+
+class _Asker:
+    """One verifier, and what is asked of it."""
+
+    def __init__(self, number: int, target: str, recorder: Recorder, seed: int) -> None:
+        self.tokens: dict[int, _Token] = {}
+        self._number = number
+        # A list of addresses, gRPC's own name for them, is no authority that `native` takes.
+        options = (("grpc.default_authority", "latchkey"),)
+        self._client = latchkey.Client(target, options=options)
+        self.verifier = latchkey.Verifier(self._client)
+        self._recorder = recorder
+        self._random = random.Random(seed)  # noqa: S311 - repeatable
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    def hammer(self) -> None:
+        """Ask `verify_nowait` about some of the tokens. Called on a thread of its own."""
+        # In one step; the event loop changes it meanwhile.
+        tokens = list(self.tokens.values())
+        if len(tokens) > NOWAIT_TOKENS:
+            tokens = self._random.sample(tokens, NOWAIT_TOKENS)
+        for token in tokens:
+            self._recall(token)
+
+    def take_in(self, number: int, secret: str | None) -> None:
+        """Verify a new token from now on, or one that is deleted a little longer."""
+        if secret is not None:
+            self.tokens[number] = _Token(number, secret)
+        elif (token := self.tokens.get(number)) is not None:
+            token.until = min(token.until, time.monotonic() + LINGER_SECONDS)
+            token.hurry()
+
+    def ask(self) -> None:
+        """Start `verify` for the tokens that are due."""
+        moment = time.monotonic()
+        for token in tuple(self.tokens.values()):
+            if moment >= token.until:
+                del self.tokens[token.number]
+            elif moment >= token.ask_at and not token.under_way:
+                if len(self._under_way) >= UNDER_WAY_MAX:
+                    return
+                if self._recall(token) and self._random.random() >= VERIFY_ANYWAY_SHARE:
+                    token.ask_at = moment + PAUSE_SECONDS_MIN
+                    continue
+                token.ask_at = moment + token.pause
+                token.pause = min(token.pause * 1.5, PAUSE_SECONDS_MAX)
+                token.under_way = True
+                task = asyncio.create_task(self._verify(token))
+                self._under_way.add(task)
+                task.add_done_callback(self._under_way.discard)
+
+    def tell_counts(self) -> None:
+        stats = self.verifier.stats()
+        self._recorder.add(Kind.COUNTS, Outcome.DONE, self._number, stats.hits, stats.misses)
+
+    async def close(self) -> None:
+        for task in tuple(self._under_way):
+            task.cancel()
+        await asyncio.gather(*self._under_way, return_exceptions=True)
+        await self.verifier.close()
+        await self._client.close()
+
+    def _recall(self, token: _Token) -> bool:
+        """Ask `verify_nowait`, and tell whether it had an answer."""
+        scope = latchkey.Scope.READ if self._random.random() < 0.5 else None
+        began = now()
+        answer = self.verifier.verify_nowait(token.secret, scope)
+        ended = now()
+        if answer is None:
+            return False
+        self._recorder.add(Kind.NOWAIT, _outcome(answer), token.number, began, ended)
+        return True
+
+    async def _verify(self, token: _Token) -> None:
+        began = now()
+        outcome = Outcome.FAILED
+        try:
+            outcome = _outcome(await self.verifier.verify(token.secret, latchkey.Scope.READ))
+        except latchkey.LatchkeyError as error:
+            tell_if_strange(error)  # No safe answer, which is one.
+        finally:
+            token.under_way = False
+        self._recorder.add(Kind.VERIFY, outcome, token.number, began, now())
+
+
+def _outcome(answer: latchkey.Verification) -> Outcome:
+    return Outcome.VALID if answer.verdict is latchkey.Verdict.VALID else Outcome.REFUSED
+
+
+async def _run(options: dict[str, Any]) -> None:
+    recorder = Recorder(Path(options["records"]))
+    reader = Reader(Path(options["tokens"]))
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(sys.stdin, stop.set)
+    askers = [
+        _Asker(number, options["target"], recorder, options["seed"] + number)
+        for number in range(options["verifiers"])
+    ]
+    stopped = threading.Event()
+
+    def hammer() -> None:
+        while not stopped.is_set():
+            for asker in askers:
+                asker.hammer()
+            time.sleep(NOWAIT_PAUSE_SECONDS)
+
+    thread = threading.Thread(target=hammer, name="hammer", daemon=True)
+    async with contextlib.AsyncExitStack() as stack:
+        for asker in askers:
+            stack.push_async_callback(asker.close)
+            await stack.enter_async_context(asker.verifier)
+        thread.start()
+        try:
+            while not stop.is_set():
+                for notice in reader.read():
+                    for asker in askers:
+                        asker.take_in(*notice)
+                for asker in askers:
+                    asker.ask()
+                    asker.tell_counts()
+                recorder.flush()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(VERIFY_PAUSE_SECONDS):
+                        await stop.wait()
+        finally:
+            # Before the verifiers are closed: what they say then is not asked for.
+            stopped.set()
+            await asyncio.to_thread(thread.join)
+    recorder.close()
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    break_rule(rule_to_break())
+    asyncio.run(_run(json.loads(sys.argv[1])))

@@ -1,0 +1,23 @@
+"""A Postgres of these tests' own, which the run may restart and kill."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import BreakablePostgres
+
+
+@pytest.fixture(scope="session")
+def postgres(scratch: Path) -> Iterator[BreakablePostgres]:
+    """A Postgres that comes back with the same URL."""
+    postgres = BreakablePostgres(scratch / "history")
+    postgres.start()
+    yield postgres
+    postgres.close()
+
+
+@pytest.fixture(scope="session")
+def postgres_url(postgres: BreakablePostgres) -> str:
+    """Its URL."""
+    return postgres.start()

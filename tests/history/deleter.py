@@ -1,0 +1,162 @@
+"""`python -m tests.history.deleter`: creates tokens, has them verified, deletes them, asks again.
+
+It talks to the servers directly. Each deleter goes from token to token; ends when its standard
+input does, having got its last Deletes confirmed.
+"""
+
+import asyncio
+import itertools
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import latchkey
+
+from tests.history.processes import end_with_parent, tell_if_strange
+from tests.history.records import Kind, Outcome, Recorder, now
+from tests.history.tokens import Board
+
+# A token lives from no time at all, so that look-ups of it and its Delete meet, to long enough for
+# every client to remember it.
+LIFE_SECONDS_MAX = 0.8
+# For a Delete that is not confirmed: after this the run is over, and it does not count.
+CONFIRM_SECONDS_MAX = 30.0
+RETRY_SECONDS = 0.1
+# Verifies of a server that is stopped wait for it to go on: their answer is of interest.
+DIRECT_TIMEOUT_SECONDS = 4.0
+DIRECT_UNDER_WAY_MAX = 200
+FLUSH_SECONDS = 0.05
+# How often two deleters delete the same token at once, and how often one first does not wait.
+TWICE_SHARE = 0.1
+NO_WAIT_SHARE = 0.1
+# How often a token is looked up on each server while it is deleted.
+OVERLAP_SHARE = 0.3
+
+
+class Deleters:
+    """What all deleters share. `addresses` has one for each connection to keep."""
+
+    def __init__(self, addresses: list[str], recorder: Recorder, board: Board, seed: int) -> None:
+        self._clients = [latchkey.Client(address) for address in addresses]
+        self._recorder = recorder
+        self._board = board
+        self._random = random.Random(seed)  # noqa: S311 - repeatable
+        self._numbers = itertools.count(1)
+        self._direct: set[asyncio.Task[None]] = set()
+        self.stop = asyncio.Event()
+
+    async def run(self, deleters: int) -> None:
+        async with asyncio.TaskGroup() as group:
+            flusher = group.create_task(self._keep_flushing())
+            async with asyncio.TaskGroup() as working:
+                for number in range(deleters):
+                    working.create_task(self._delete_on(f"deleter-{number}"))
+            await asyncio.gather(*self._direct)
+            flusher.cancel()
+        await asyncio.gather(*(client.close() for client in self._clients))
+
+    async def _delete_on(self, account: str) -> None:
+        chance = self._random.random
+        while not self.stop.is_set():
+            number = next(self._numbers)
+            created = await self._create(account, number)
+            if created is None:
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            token_id, secret = created.token.id, created.secret.reveal()
+            self._board.created(number, secret)
+            await asyncio.sleep(LIFE_SECONDS_MAX * chance() ** 2)
+            if chance() < OVERLAP_SHARE:
+                self._ask_everyone(number, secret)
+                # The question is on its way, or there, or being looked up.
+                await asyncio.sleep(0.02 * chance())
+            if chance() < NO_WAIT_SHARE:
+                await self._delete(account, token_id, number, no_wait=True)
+            deletes = [self._until_confirmed(account, token_id, number, secret)]
+            if chance() < TWICE_SHARE:
+                deletes.append(self._until_confirmed(account, token_id, number, secret))
+            await asyncio.gather(*deletes)
+
+    async def _create(self, account: str, number: int) -> latchkey.CreatedToken | None:
+        began = now()
+        try:
+            created = await self._any_client().create(
+                account, f"token {number}", latchkey.Scope.READ
+            )
+        except latchkey.LatchkeyError as error:
+            tell_if_strange(error)
+            self._recorder.add(Kind.CREATE, Outcome.FAILED, number, began, now())
+            return None
+        self._recorder.add(Kind.CREATE, Outcome.DONE, number, began, now())
+        return created
+
+    async def _until_confirmed(self, account: str, token_id: str, number: int, secret: str) -> None:
+        """Delete a token until that is confirmed, and verify it with everyone right after."""
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + CONFIRM_SECONDS_MAX
+        while not await self._delete(account, token_id, number):
+            if loop.time() > give_up:
+                return
+            await asyncio.sleep(RETRY_SECONDS)
+        self._ask_everyone(number, secret)
+        self._board.deleted(number)
+
+    async def _delete(
+        self, account: str, token_id: str, number: int, *, no_wait: bool = False
+    ) -> bool:
+        outcome = Outcome.FAILED
+        began = now()
+        try:
+            receipt = await self._any_client().delete(account, token_id, no_wait=no_wait)
+        except latchkey.LatchkeyError as error:
+            tell_if_strange(error)
+            ended = now()
+        else:
+            ended = now()
+            outcome = Outcome.CONFIRMED if receipt.effective_time else Outcome.COMMITTED
+            if outcome is Outcome.COMMITTED and not no_wait:
+                raise AssertionError("a Delete that waits answered without an effective_time")
+        self._recorder.add(Kind.DELETE, outcome, number, began, ended)
+        return outcome is Outcome.CONFIRMED
+
+    def _ask_everyone(self, number: int, secret: str) -> None:
+        """Verify over each connection, without waiting for the answers."""
+        for client in self._clients:
+            if len(self._direct) < DIRECT_UNDER_WAY_MAX:
+                task = asyncio.create_task(self._verify(client, number, secret))
+                self._direct.add(task)
+                task.add_done_callback(self._direct.discard)
+
+    async def _verify(self, client: latchkey.Client, number: int, secret: str) -> None:
+        outcome = Outcome.FAILED
+        began = now()
+        try:
+            answer = await client.verify(secret, timeout_seconds=DIRECT_TIMEOUT_SECONDS)
+            outcome = Outcome.VALID if answer.allowed else Outcome.REFUSED
+        except latchkey.LatchkeyError as error:
+            tell_if_strange(error)  # No safe answer, which is one.
+        self._recorder.add(Kind.DIRECT, outcome, number, began, now())
+
+    def _any_client(self) -> latchkey.Client:
+        return self._random.choice(self._clients)
+
+    async def _keep_flushing(self) -> None:
+        while True:
+            self._recorder.flush()
+            await asyncio.sleep(FLUSH_SECONDS)
+
+
+async def _run(options: dict[str, Any]) -> None:
+    recorder, board = Recorder(Path(options["records"])), Board(Path(options["tokens"]))
+    deleters = Deleters(options["addresses"], recorder, board, options["seed"])
+    asyncio.get_running_loop().add_reader(sys.stdin, deleters.stop.set)
+    await deleters.run(options["deleters"])
+    recorder.close()
+    board.close()
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    asyncio.run(_run(json.loads(sys.argv[1])))

@@ -1,0 +1,129 @@
+"""What a run tells, and what makes it fail. Pure."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from tests.history.checker import Findings
+from tests.history.records import Kind
+from tests.history.records import Outcome as Ended
+from tests.history.run import Outcome
+
+__all__ = ["complaints", "late_accepts", "scenarios", "table"]
+
+# What a run has to have seen, each second and verifier or deleter: a tenth, at most, of what it
+# sees on two busy cores. A run that was starved, or whose parts did not find each other, proves
+# nothing.
+ANSWERS_EACH = 3.0
+HITS_EACH = 1.0
+DELETES_EACH = 0.06
+# Of the faults that were planned, and of their kinds: some find nobody to befall. And at the least.
+FAULTS_SHARE = 0.5
+FAULTS_MIN = 3
+# Of confirmed Deletes, how many a verify was answered after; and of verifiers, how many answered
+# from memory.
+CHECKED_SHARE = 0.5
+REMEMBERING_SHARE = 0.5
+LATE_SHOWN = 20
+
+
+def complaints(outcome: Outcome) -> list[str]:
+    """Return why a run has failed; nothing if it has not."""
+    size, findings = outcome.size, outcome.findings
+    found = late_accepts(findings)
+    if findings.refused_early:
+        found.append(f"{findings.refused_early} refusals of tokens that nobody had deleted yet")
+    found += outcome.troubles
+    least = {
+        "answered verifies": (_verifies(findings), ANSWERS_EACH * size.seconds * size.verifiers),
+        "answers from memory": (_hits(findings), HITS_EACH * size.seconds * size.verifiers),
+        "confirmed deletes": (len(findings.deleted), DELETES_EACH * size.seconds * size.deleters),
+        "deletes that verifies followed": (
+            len(findings.checked),
+            CHECKED_SHARE * len(findings.deleted),
+        ),
+        "verifiers that answered from memory": (
+            outcome.remembering,
+            REMEMBERING_SHARE * size.verifiers,
+        ),
+        "faults": (
+            len(outcome.faults),
+            max(FAULTS_MIN, FAULTS_SHARE * len(outcome.planned)),
+        ),
+        "kinds of faults": (
+            len({fault.kind for fault in outcome.faults}),
+            max(FAULTS_MIN, FAULTS_SHARE * len({fault.kind for fault in outcome.planned})),
+        ),
+    }
+    for what, (count, wanted) in least.items():
+        if count < wanted:
+            found.append(f"too few {what} to tell: {count}, not {wanted:.0f}")
+    return found
+
+
+def late_accepts(findings: Findings) -> list[str]:
+    """Return a line for each of the first late accepts."""
+    lines = [
+        f"token {late.token} VALID for {late.who} ({late.kind.name}), in a verify that began"
+        f" {late.late_ns / 1e6:.3f} ms after its Delete had answered,"
+        f" at {late.began}, and ended at {late.ended}"
+        for late in findings.late[:LATE_SHOWN]
+    ]
+    if findings.late_count > len(lines):
+        lines.append(f"and {findings.late_count - len(lines)} more late accepts")
+    return lines
+
+
+def scenarios(findings: Findings, count: int) -> list[str]:
+    """Return what the scenarios came to."""
+    seen = f"{findings.operations} operations, {len(findings.deleted)} deletes confirmed"
+    return [f"scenarios        {count:>10}    {seen}, {findings.late_count} late accepts"]
+
+
+def table(outcome: Outcome) -> list[str]:
+    """Return what a run has seen, for people."""
+    size, findings = outcome.size, outcome.findings
+    hosts = ", ".join("1" if workers is None else f"{workers} sharing" for workers in size.hosts)
+    faults = Counter(fault.kind for fault in outcome.faults)
+    failed = sum(n for (_, ended), n in findings.calls.items() if ended is Ended.FAILED)
+    unconfirmed = findings.ended(Kind.DELETE, Ended.FAILED)
+    remembering = f"{outcome.remembering} of {size.verifiers}"
+    no_wait = findings.ended(Kind.DELETE, Ended.COMMITTED)
+    run = f"{size.seconds:.0f} s, seed {size.seed}, leases of {size.lease_seconds:g} s"
+    who = f"{size.workers} workers ({hosts}), {size.clients} clients, {size.deleters} deleters"
+    others = f"{no_wait} not waited for, {unconfirmed} failed and tried again"
+    return [
+        f"{run}, {who}",
+        f"operations       {findings.operations:>10,}    and {failed:,} without an answer",
+        f"  from memory    {_hits(findings):>10,}    by {remembering} verifiers",
+        f"  from service   {findings.from_service:>10,}    asked by verifiers",
+        f"  direct         {findings.count(Kind.DIRECT):>10,}    Verify RPCs right after Deletes",
+        f"  creates        {findings.ended(Kind.CREATE, Ended.DONE):>10,}",
+        f"  deletes        {len(findings.deletes):>10,}    confirmed; {others}",
+        f"    of tokens    {len(findings.deleted):>10,}",
+        f"    checked      {len(findings.checked):>10,}    verified after their Delete",
+        f"faults           {len(outcome.faults):>10,}    of {len(outcome.planned)} planned",
+        *(f"  {kind:<20} {count:>5}" for kind, count in sorted(faults.items())),
+        f"Delete, ms       {'calls':>10} {'p50':>8} {'p90':>8} {'p99':>8} {'max':>8}",
+        _delays("  healthy", outcome.healthy),
+        _delays("  near a fault", outcome.faulty),
+        *(f"strange          {n:>10,}    {text}" for text, n in outcome.strange.most_common(10)),
+        f"early refusals   {findings.refused_early:>10,}",
+        f"late accepts     {findings.late_count:>10,}",
+    ]
+
+
+def _hits(findings: Findings) -> int:
+    return sum(findings.from_memory.values())
+
+
+def _verifies(findings: Findings) -> int:
+    answered = (Ended.VALID, Ended.REFUSED)
+    return sum(n for (_, ended), n in findings.calls.items() if ended in answered)
+
+
+def _delays(title: str, delays: Sequence[float]) -> str:
+    if not delays:
+        return f"{title:<16} {0:>10}"
+    shares = (0.5, 0.9, 0.99, 1.0)
+    values = (delays[min(len(delays) - 1, int(len(delays) * share))] for share in shares)
+    return f"{title:<16} {len(delays):>10} " + " ".join(f"{value:>8.1f}" for value in values)

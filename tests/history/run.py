@@ -1,0 +1,165 @@
+"""A run: everything is started, works undisturbed for a while, is hurt, recovers, and is judged."""
+
+import asyncio
+import json
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tests.history.checker import Findings, check
+from tests.history.cluster import Cluster, cluster
+from tests.history.faults import Happened, Injector, Planned, plan
+from tests.history.records import now
+from tests.support import BreakablePostgres, eventually
+
+__all__ = ["SHORT", "Outcome", "Size", "run"]
+
+# On top of the time that a run is given: processes that start and end, and faults that last.
+OVERTIME_SECONDS = 120.0
+# A worker that is killed has to be back, and what its row stood for over, before things count as
+# healthy again.
+RECOVERY_LEASES = 2.5
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a run is. Of `hosts`, each is a supervisor's number of workers, or None for a
+    worker without one."""
+
+    seconds: float = 60.0
+    hosts: tuple[int | None, ...] = (2, None)
+    clients: int = 20
+    verifiers_per_client: int = 1
+    deleters: int = 5
+    lease_seconds: float = 1.0
+    seed: int = 1
+
+    @property
+    def workers(self) -> int:
+        return sum(1 if workers is None else workers for workers in self.hosts)
+
+    @property
+    def verifiers(self) -> int:
+        return self.clients * self.verifiers_per_client
+
+
+# What CI has time for: as many kinds of processes and faults, fewer of each.
+SHORT = Size(seconds=10.0, clients=3, verifiers_per_client=2, deleters=3, lease_seconds=0.8)
+
+
+@dataclass
+class Outcome:
+    """What came of a run."""
+
+    size: Size
+    findings: Findings
+    faults: list[Happened]
+    planned: list[Planned]
+    troubles: list[str]
+    strange: Counter[str] = field(default_factory=Counter)
+    """Errors that no outage explains, by their text."""
+
+    @property
+    def healthy(self) -> list[float]:
+        """How long Deletes took that no fault was near, in milliseconds, ascending."""
+        return self._delays(faulty=False)
+
+    @property
+    def faulty(self) -> list[float]:
+        """How long the others took."""
+        return self._delays(faulty=True)
+
+    @property
+    def remembering(self) -> int:
+        """How many verifiers answered from memory."""
+        lives: Counter[str] = Counter()
+        for who, hits in self.findings.from_memory.items():
+            # One that was killed goes on in another process.
+            lives[re.sub(r"\.\d+/", "/", who)] += hits
+        return sum(hits > 0 for hits in lives.values())
+
+    def _delays(self, *, faulty: bool) -> list[float]:
+        recovery = int(RECOVERY_LEASES * self.size.lease_seconds * 1e9)
+        near = [(fault.began, fault.ended + recovery) for fault in self.faults]
+        return sorted(
+            (record.ended - record.began) / 1e6
+            for record in self.findings.deletes
+            if any(record.began < to and record.ended > since for since, to in near) is faulty
+        )
+
+
+async def run(
+    folder: Path,
+    database_url: str,
+    postgres: BreakablePostgres | None,
+    size: Size,
+    rule_to_break: str | None = None,
+) -> Outcome:
+    """Run, and return what came of it. `postgres`, where there is one, is restarted and killed."""
+    async with (
+        asyncio.timeout(size.seconds + OVERTIME_SECONDS),
+        cluster(folder, database_url, lease_seconds=size.lease_seconds, seed=size.seed) as made,
+    ):
+        await _start(made, size, rule_to_break)
+        quiet = min(5.0, size.seconds / 10)
+        planned = plan(size.seed, size.seconds - 2 * quiet, size.lease_seconds)
+        injector = Injector(made, postgres, rule_to_break)
+        deleters = made.start_deleters(size.deleters, _connections(made))
+        begun = now()
+        await asyncio.sleep(quiet)
+        await injector.run(planned)
+        recovered = begun + int(size.seconds * 1e9)
+        await asyncio.sleep(max(quiet, (recovered - now()) / 1e9))
+        deleters.ask_to_end()
+        await deleters.ended(60.0)
+        # Verifies of the last tokens.
+        await asyncio.sleep(size.lease_seconds)
+        await made.stop_clients()
+        await asyncio.gather(*(host.end() for host in made.hosts.values()))
+        troubles = injector.troubles + made.troubles()
+        (folder / "faults.json").write_text(json.dumps([asdict(f) for f in injector.happened]))
+        findings = check(made.histories())
+        return Outcome(size, findings, injector.happened, planned, troubles, _strange(made))
+
+
+async def _start(made: Cluster, size: Size, rule_to_break: str | None) -> None:
+    names = [f"host-{chr(ord('a') + number)}" for number in range(len(size.hosts))]
+    await asyncio.gather(
+        *(
+            made.add_host(name, workers=workers, rule_to_break=rule_to_break)
+            for name, workers in zip(names, size.hosts, strict=True)
+        )
+    )
+    for number in range(size.clients):
+        # Most know all hosts, in different orders; some only one.
+        shift = number % len(names)
+        known = [*names[shift:], *names[:shift]]
+        await made.add_client(
+            known if number % 5 else known[:1],
+            verifiers=size.verifiers_per_client,
+            rule_to_break=rule_to_break,
+        )
+    files = [made.records / f"{client.name}.0" for client in made.clients]
+    # Written to before the first token: the counts.
+    await eventually(
+        lambda: all(file.exists() and file.stat().st_size for file in files) or made.troubles(),
+        "all clients are up",
+        60.0,
+    )
+
+
+def _connections(made: Cluster) -> dict[str, int]:
+    # Workers that share an address are found by chance: twice as many connections find most.
+    return {name: 1 if h.workers == 1 else 2 * h.workers for name, h in made.hosts.items()}
+
+
+def _strange(made: Cluster) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for child in made.children():
+        for line in child.err.read_text("utf-8", "replace").splitlines():
+            if line.startswith("strange: "):
+                found[line] += 1
+            elif '"the heart stumbled"' in line or "Traceback" in line:
+                found[f"{child.name.split('.')[0]}: {line[:300]}"] += 1
+    return found

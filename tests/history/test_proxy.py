@@ -1,0 +1,95 @@
+"""The proxy hurts what it is told to, and nothing else."""
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.history.proxy import Action, Direction, Fault, Proxy
+from tests.support import eventually
+
+
+@contextlib.asynccontextmanager
+async def echo() -> AsyncIterator[tuple[Proxy, int]]:
+    """A proxy to a server that answers what it is told, and the port that leads there."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    proxy = Proxy({b"I am special": "special"}, random.Random(1))  # noqa: S311 - repeatable
+    try:
+        port = await proxy.listen(("127.0.0.1", server.sockets[0].getsockname()[1]), "way")
+        yield proxy, port
+    finally:
+        await proxy.close()
+        server.close()
+        await server.wait_closed()
+
+
+async def ask(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, text: bytes, within: float = 10.0
+) -> bytes:
+    """Say something and return the answer. Raises TimeoutError."""
+    writer.write(text)
+    async with asyncio.timeout(within):
+        return await reader.readexactly(len(text))
+
+
+async def test_what_is_not_hurt_passes() -> None:
+    """A fault of some connections leaves the others alone, told apart by what they say."""
+    async with echo() as (proxy, port):
+        plain, special = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        assert await ask(*special, b"... I am special, ...") == b"... I am special, ..."
+        assert await ask(*plain, b"I am not") == b"I am not"
+        assert {(c.tag, c.label) for c in proxy.connections} == {
+            ("way", None),
+            ("way", "special"),
+        }
+        fault = Fault(lambda c: c.label == "special", "hold")
+        async with proxy.fault(fault):
+            assert await ask(*plain, b"still here") == b"still here"
+            special[1].write(b"kept back")
+            await eventually(lambda: fault.befallen, "something is kept back")
+        assert await special[0].readexactly(9) == b"kept back"
+        for _, writer in (plain, special):
+            writer.close()
+
+
+@pytest.mark.parametrize("direction", [Direction.UP, Direction.DOWN, Direction.BOTH])
+async def test_swallow(direction: Direction) -> None:
+    """What a black hole swallows never arrives, and the connection ends with it."""
+    async with echo() as (proxy, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert await ask(reader, writer, b"hello") == b"hello"
+        fault = Fault(lambda _: True, "swallow", direction)
+        async with proxy.fault(fault):
+            writer.write(b"anybody?")
+            await eventually(lambda: fault.befallen, "it is swallowed")
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
+        writer.close()
+
+
+@pytest.mark.parametrize("action", ["delay", "hold"])
+async def test_late(action: Action) -> None:
+    """What is late comes, whole and in order, when its time has come or the fault is over."""
+    async with echo() as (proxy, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        fault = Fault(lambda _: True, action, Direction.DOWN, (30.0, 30.0))
+        async with proxy.fault(fault):
+            writer.write(b"one ")
+            await eventually(lambda: fault.befallen, "it is late")
+            writer.write(b"two")
+        assert await reader.readexactly(7) == b"one two"
+        short = Fault(lambda _: True, "delay", Direction.DOWN, (0.05, 0.05))
+        async with proxy.fault(short):
+            began = time.monotonic()
+            assert await ask(reader, writer, b"three") == b"three"
+            assert time.monotonic() - began >= 0.05
+        writer.close()

@@ -1,0 +1,23 @@
+"""`python -m tests.history.worker`: a worker of the service as it ships, or with a rule taken out.
+
+With `supervisor` as its argument, the service as it ships, with all its workers.
+"""
+
+import signal
+import sys
+
+from latchkey_service.__main__ import main
+
+from tests.history.broken import VARIABLE, break_rule, rule_to_break
+from tests.history.processes import end_with_parent
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["supervisor"]:
+        if rule_to_break() is not None:
+            raise SystemExit(f"{VARIABLE} does not reach the workers of a supervisor")
+        # Politely: it has workers to stop.
+        end_with_parent(signal.SIGTERM)
+        sys.exit(main([]))
+    end_with_parent()
+    break_rule(rule_to_break())
+    sys.exit(main(["worker"]))

@@ -1,0 +1,548 @@
+"""The client's memory, lease and subscription in a world where all goes wrong but the rules.
+
+Two servers follow the coherence rules 3 and 5 to 9 to the letter; messages are late, doubled, lost
+with their stream, and in any order across streams; clocks start anywhere and run at different
+rates; a client may stand still at any point. What must hold: a verify that starts after a Delete's
+answer is not answered VALID from memory. And the machine must find it out when the client breaks
+a rule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+from unittest import mock
+
+import latchkey
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+from latchkey import Scope, Verdict, Verification
+from latchkey._shape import checksum
+from latchkey._subscription import (
+    Closing,
+    Event,
+    Grant,
+    Invalidation,
+    Request,
+    Reset,
+    Stream,
+    Subscription,
+)
+from latchkey_coherence.lease import DRIFT_MAX, outwait_seconds, server_lease_end
+from latchkey_coherence.memory import Memory
+
+LEASE_SECONDS = 3.0
+# Two clocks may differ by a thousandth: each by half of it from the true one.
+RATES = st.sampled_from([1 - DRIFT_MAX / 2.01, 1.0, 1 + DRIFT_MAX / 2.01])
+STEPS = st.sampled_from([0.001, 0.01, 0.1, 0.3, 0.5, 0.999, 1.0, 2.0, 2.999, 3.1])
+BIG = st.integers(0, 1_000)
+# What happens more often stands here more often.
+WHAT = [
+    *(["time_goes_by", "renew_all", "all_is_heard"] * 4),
+    *(["verify", "delete"] * 3),
+    *(["ask", "an_answer_arrives", "watch", "renew_one", "stream_breaks"] * 2),
+    *(["server_answers", "client_hears"] * 2),
+    *("client_speaks", "server_hears", "server_speaks"),
+    *("server_closes", "verifier_lets_go", "cut_off", "crash", "prune_the_log"),
+]
+
+
+def secret_of(token_id: str) -> str:
+    body = "lk" + "_" + token_id.rjust(51, "0")
+    return body + checksum(body)
+
+
+def answer_of(token_id: str, verdict: Verdict, revision: int) -> Verification:
+    token = latchkey.Token(
+        id=token_id,
+        account_id="a",
+        name="n",
+        scope=Scope.READ,
+        create_time=datetime(2026, 1, 1, tzinfo=UTC),
+    )
+    return Verification(verdict=verdict, token=token, revision=revision)
+
+
+@dataclass
+class Clock:
+    """A machine's clock: starts anywhere, runs at its own rate."""
+
+    offset: float = 0.0
+    rate: float = 1.0
+    true: float = 0.0
+
+    def __call__(self) -> float:
+        return self.offset + self.rate * self.true
+
+
+@dataclass(eq=False)
+class Link:
+    """One Watch stream: the two ends, and what is under way between them."""
+
+    stream: Stream
+    server: Server
+    to_server: deque[Request] = field(default_factory=deque)
+    to_client: deque[Event] = field(default_factory=deque)
+    # The server's end.
+    told: int | None = None
+    acknowledged: int = 0
+    granted_until: float = -math.inf
+    asked: int = 0
+    closing: bool = False
+    open: bool = True
+
+
+@dataclass
+class Row:
+    """A server process as the database has it."""
+
+    acknowledged: int
+    renewed: float  # in true time: whoever waits for it to change has a perfect clock here
+    server: Server | None
+
+
+class Server:
+    """A server process that follows the rules. Its clock is its own."""
+
+    def __init__(self, world: World, clock: Clock) -> None:
+        self.world = world
+        self.clock = clock
+        self.cut_off = False
+        self.start()
+
+    def start(self) -> None:
+        """Begin as a new process: without a memory, without streams, with a row of its own."""
+        self.links: list[Link] = []
+        self.lease_end = -math.inf
+        self.applied = self.world.head
+        self.row = Row(self.applied, self.world.true, self)
+        self.world.rows.append(self.row)
+
+    def renew(self) -> None:
+        """Rule 3: the clock, then the log, then the row, which rule 7 has a say in."""
+        began = self.clock()
+        self.applied = self.world.head
+        live = [link for link in self.links if link.granted_until > self.clock()]
+        confirmed = min([self.applied, *(link.acknowledged for link in live)])
+        self.row.acknowledged = max(self.row.acknowledged, confirmed)
+        self.row.renewed = self.world.true
+        self.lease_end = server_lease_end(began, LEASE_SECONDS)
+
+    def hear(self, link: Link, request: Request) -> None:
+        if link.told is None:
+            told = min(request.applied_revision, self.applied)
+            link.told = told if request.applied_revision or not self.applied else -1
+        link.acknowledged = min(request.applied_revision, link.told)
+        link.asked = max(link.asked, request.number)
+        if request.released:
+            link.granted_until = -math.inf
+
+    def speak(self, link: Link) -> None:
+        """Rule 6: everything that was applied, and only then a grant."""
+        if link.told is None:
+            return
+        if link.told != self.applied:
+            if link.told < self.world.known_since:
+                link.to_client.append(Reset(self.applied))
+            else:
+                named = tuple(t for r, t in self.world.log if link.told < r <= self.applied)
+                link.to_client.append(Invalidation(self.applied, named))
+            link.told = self.applied
+        if link.asked and not link.closing and self.clock() < self.lease_end:
+            # As far as this stream goes, a client without a lease has applied all that was sent
+            # before the grant once the grant begins.
+            if link.granted_until <= self.clock():
+                link.acknowledged = link.told
+            link.granted_until = max(link.granted_until, self.lease_end)
+            link.to_client.append(Grant(link.told, link.asked, self.lease_end - self.clock()))
+            link.asked = 0
+
+
+class World(RuleBasedStateMachine):
+    """Database, deleter, two servers, and one client: the library's own classes."""
+
+    subscription_class: type[Subscription] = Subscription
+    memory_class: type[Memory[Any]] = Memory
+    what: Sequence[str] = WHAT
+
+    @initialize(rates=st.tuples(RATES, RATES, RATES), head=st.integers(0, 1))
+    def begin(self, rates: tuple[float, ...], head: int) -> None:
+        self.true = 0.0
+        # Deletions of long ago, of tokens that are not of interest.
+        self.log: list[tuple[int, str]] = [(r + 1, "old") for r in range(head)]
+        self.known_since = 0
+        self.rows: list[Row] = []
+        self.live = ["a", "b"]
+        self.deleted: dict[str, tuple[int, float]] = {}
+        self.confirmed: list[str] = []
+        offsets = (1_000.0, -5_000.0, 9_000.0)
+        self.clocks = [Clock(offset, rate) for offset, rate in zip(offsets, rates, strict=True)]
+        self.clock = self.clocks[0]
+        self.servers = [Server(self, clock) for clock in self.clocks[1:]]
+        self.links: list[Link] = []
+        self.under_way: list[tuple[str, Verification]] = []
+        self.patched = mock.patch("latchkey.verifier.boottime", self.clock)
+        self.patched.start()
+        with (
+            mock.patch("latchkey.verifier.Memory", self.memory_class),
+            mock.patch("latchkey.verifier.Subscription", self.subscription_class),
+        ):
+            self.verifier = latchkey.Verifier("nowhere:1")
+        self.subscription = self.verifier._subscription
+        # Everything is well at first.
+        self.renew_all(0)
+        self.watch(0)
+        self.all_is_heard(0)
+
+    def teardown(self) -> None:
+        if hasattr(self, "patched"):
+            self.patched.stop()
+
+    @property
+    def head(self) -> int:
+        return self.log[-1][0] if self.log else 0
+
+    def pick(self, links: Iterable[Link], number: int) -> Link | None:
+        links = list(links)
+        return links[number % len(links)] if links else None
+
+    # Time, which every machine spends as it likes.
+
+    @rule(data=st.data(), number=BIG, seconds=STEPS)
+    def something_happens(self, data: st.DataObject, number: int, seconds: float) -> None:
+        # One rule and not twenty: Hypothesis leaves out rules at random, while the stories that
+        # are looked for take most of them.
+        what = data.draw(st.sampled_from(self.what))
+        if what == "time_goes_by":
+            self.time_goes_by(seconds)
+        else:
+            getattr(self, what)(number)
+
+    def time_goes_by(self, seconds: float) -> None:
+        self.true += seconds
+        for clock in self.clocks:
+            clock.true = self.true
+        self.confirm()
+
+    # The database and who deletes.
+
+    def delete(self, number: int) -> None:
+        token_id = self.live.pop(number % len(self.live))
+        self.log.append((self.head + 1, token_id))
+        self.deleted[token_id] = (self.head, self.true)
+        self.live.append(f"t{self.head}")
+
+    def prune_the_log(self, _number: int) -> None:
+        self.known_since = self.head
+
+    def confirm(self) -> None:
+        """Rules 8 and 9: answer each Delete as early as they allow."""
+        for row in list(self.rows):
+            gone = row.server is None or row.server.row is not row
+            if gone and self.true - row.renewed > outwait_seconds(LEASE_SECONDS):
+                self.rows.remove(row)
+        for token_id, (revision, committed) in self.deleted.items():
+            if token_id in self.confirmed:
+                continue
+            acknowledged = all(row.acknowledged >= revision for row in self.rows)
+            if acknowledged or self.true - committed > outwait_seconds(LEASE_SECONDS):
+                self.confirmed.append(token_id)
+
+    # The servers.
+
+    def renew_all(self, _number: int) -> None:
+        for number in range(2):
+            self.renew_one(number)
+
+    def renew_one(self, number: int) -> None:
+        server = self.servers[number % 2]
+        if not server.cut_off:
+            server.renew()
+            self.confirm()
+
+    def cut_off(self, number: int) -> None:
+        server = self.servers[number % 2]
+        server.cut_off = not server.cut_off
+
+    def crash(self, number: int) -> None:
+        server = self.servers[number % 2]
+        for link in server.links:
+            self.lose(link)
+        server.row.server = None
+        server.start()
+
+    def server_speaks(self, number: int) -> None:
+        link = self.pick((link for link in self.links if link.open), number)
+        if link is not None:
+            link.server.speak(link)
+
+    def server_closes(self, number: int) -> None:
+        link = self.pick((link for link in self.links if link.open), number)
+        if link is not None and not link.closing:
+            link.server.speak(link)
+            link.closing = True
+            link.to_client.append(Closing())
+
+    # The streams.
+
+    def watch(self, number: int) -> None:
+        if sum(link.open for link in self.links) < 3:
+            link = Link(self.subscription.open(self.clock()), self.servers[number % 2])
+            self.links.append(link)
+            link.server.links.append(link)
+            self.client_speaks_on(link)
+
+    def client_speaks(self, number: int) -> None:
+        link = self.pick((link for link in self.links if link.open), number)
+        if link is not None:
+            self.client_speaks_on(link)
+
+    def client_speaks_on(self, link: Link) -> None:
+        while (request := link.stream.take(self.clock())) is not None:
+            link.to_server.append(request)
+
+    def server_hears(self, number: int) -> None:
+        link = self.pick((link for link in self.links if link.to_server), number)
+        if link is not None:
+            link.server.hear(link, link.to_server.popleft())
+
+    def client_hears(self, number: int) -> None:
+        link = self.pick((link for link in self.links if link.to_client), number)
+        if link is not None:
+            events = [link.to_client.popleft() for _ in range(len(link.to_client))]
+            for event in events if number % 2 else [events[0]] * 2:
+                link.stream.receive(event, self.clock())
+            if not number % 2:
+                link.to_client.extendleft(reversed(events[1:]))
+
+    def server_answers(self, number: int) -> None:
+        """What the server says is under way, while the client may stand still."""
+        link = self.pick((link for link in self.links if link.open), number)
+        if link is not None:
+            self.client_speaks_on(link)
+            while link.to_server:
+                link.server.hear(link, link.to_server.popleft())
+            link.server.speak(link)
+
+    def all_is_heard(self, number: int) -> None:
+        """One stream, for once, works as it should."""
+        link = self.pick((link for link in self.links if link.open), number)
+        if link is None:
+            return
+        self.client_speaks_on(link)
+        while link.to_server:
+            link.server.hear(link, link.to_server.popleft())
+        link.server.speak(link)
+        while link.to_client:
+            link.stream.receive(link.to_client.popleft(), self.clock())
+        self.client_speaks_on(link)
+        while link.to_server:
+            link.server.hear(link, link.to_server.popleft())
+
+    def stream_breaks(self, number: int) -> None:
+        link = self.pick((link for link in self.links if link.open), number)
+        if link is not None:
+            self.lose(link)
+
+    def verifier_lets_go(self, _number: int) -> None:
+        self.subscription.release()
+
+    def lose(self, link: Link) -> None:
+        """Lose a stream and what is under way on it. What was granted is granted."""
+        link.open = False
+        link.to_server.clear()
+        link.to_client.clear()
+
+    # Verifies.
+
+    def ask(self, number: int) -> None:
+        """A server answers under its lease, from its memory or from the database."""
+        # Also about one that was deleted last, which a server that is behind finds VALID.
+        tokens = [*self.live, *list(self.deleted)[-1:]]
+        server, token_id = self.servers[number % 2], tokens[number // 2 % len(tokens)]
+        from_memory = number // 6 % 2 == 0
+        if server.clock() < server.lease_end:
+            revision = server.applied if from_memory or server.cut_off else self.head
+            deleted_at = self.deleted.get(token_id, (math.inf, 0.0))[0]
+            verdict = Verdict.DELETED if deleted_at <= revision else Verdict.VALID
+            self.under_way.append((token_id, answer_of(token_id, verdict, revision)))
+
+    def verify(self, number: int) -> None:
+        """Ask, and have the answer at once."""
+        before = len(self.under_way)
+        self.ask(number)
+        if len(self.under_way) > before:
+            self.an_answer_arrives(-1)
+
+    def an_answer_arrives(self, number: int) -> None:
+        if self.under_way:
+            token_id, answer = self.under_way.pop(number % len(self.under_way))
+            self.verifier._remember(secret_of(token_id), None, answer)
+
+    @invariant()
+    def no_dead_token_is_valid(self) -> None:
+        for token_id in getattr(self, "confirmed", ()):
+            answer = self.verifier.verify_nowait(secret_of(token_id))
+            assert answer is None or not answer.allowed, f"{token_id} is dead, and was let in"
+
+
+def run(machine: type[World], examples: int, steps: int) -> None:
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            print_blob=False,
+            # What a mutant did is not read: finding it is enough.
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+class CountsFromReceipt(Stream):
+    def receive(self, event: Event | None, now: float) -> None:
+        if isinstance(event, Grant) and self._asked_at is not None:
+            self._asked_at = now
+        super().receive(event, now)
+
+
+class OpensStreamsThatCountFromReceipt(Subscription):
+    def open(self, now: float) -> Stream:
+        return CountsFromReceipt(self, now)
+
+
+class AppliesTooLate(Subscription):
+    """Acknowledges, and extends its lease, before it has applied what came before."""
+
+    later: tuple[int, Iterable[str]] = (0, ())
+
+    def apply(self, revision: int, token_ids: Iterable[str]) -> None:
+        self.later, now = (revision, tuple(token_ids)), self.later
+        super().apply(*now)
+        self.memory.applied = max(self.memory.applied, revision)
+
+
+class KeepsTheLongerLease(Subscription):
+    def extend(self, stream: Stream, end: float) -> None:
+        super().extend(stream, max(end, self.lease.end))
+
+
+class ReleasesAndAnswersOn(Subscription):
+    def release(self) -> None:
+        end = self.lease.end
+        super().release()
+        self.lease.end = end
+
+
+class TrustsAnyGrantAfterAReset(Subscription):
+    def reset(self, revision: int) -> None:
+        self.memory.reset(revision)
+
+
+class AdmitsAnything(Memory[Any]):
+    def admit(self, key: bytes, entry: Any, revision: int) -> bool:
+        return super().admit(key, entry, max(revision, self.applied))
+
+
+class HasNoEnd(Subscription):
+    def extend(self, stream: Stream, end: float) -> None:
+        super().extend(stream, math.inf)
+
+
+def test_no_dead_token_is_valid() -> None:
+    """In whatever order things happen, no verify that starts after a Delete's answer is VALID."""
+    run(World, 300, 50)
+
+
+# With each what its story takes, so that it is found soon.
+MUTANTS: list[tuple[type[Subscription] | type[Memory[Any]], str]] = [
+    (OpensStreamsThatCountFromReceipt, "time renew_all server_answers client_hears verify delete"),
+    (AppliesTooLate, "renew_all all_is_heard verify delete"),
+    (ReleasesAndAnswersOn, "renew_all all_is_heard verify delete verifier_lets_go"),
+    (AdmitsAnything, "renew_all all_is_heard ask an_answer_arrives delete"),
+    (HasNoEnd, "time renew_all stream_breaks verify delete"),
+]
+
+
+@pytest.mark.parametrize(("mutant", "story"), MUTANTS)
+def test_each_broken_rule_is_found(mutant: type[Any], story: str) -> None:
+    """The machine finds a dead token let in by a client that breaks one rule."""
+    attribute = "memory_class" if issubclass(mutant, Memory) else "subscription_class"
+    what = story.replace("time", "time_goes_by").split()
+    broken = type("BrokenWorld", (World,), {attribute: mutant, "what": what})
+    with pytest.raises(AssertionError, match="is dead, and was let in"):
+        run(broken, 20_000, 50)
+
+
+def two_leases(world: World) -> None:
+    """A client goes from a server with a long lease to one with a short one, which then ends."""
+    first = world.links[0]
+    world.time_goes_by(2.0)
+    world.renew_one(0)
+    world.all_is_heard(0)  # the first server has granted until 5.0
+    world.watch(1)
+    world.all_is_heard(1)  # the second one until 3.0
+    world.all_is_heard(0)  # the first one hears that it is released
+    assert first.granted_until == -math.inf
+    world.verify(0)
+    world.time_goes_by(1.5)
+
+
+def two_histories(world: World) -> None:
+    """A client under the lease of one server goes by the word of another, which is behind."""
+    world.delete(0)
+    world.renew_one(0)
+    world.all_is_heard(0)
+    world.renew_one(0)  # the first server confirms the deletion, and so has its client
+    world.watch(1)
+    # The second one, which has not applied it yet, has lost its own history: all begins anew
+    # where it stands. Before it can grant anything, its stream breaks.
+    world.links[1].stream.receive(Reset(world.servers[1].applied), world.clock())
+    world.ask(1 + 2 * 2)  # it still finds the dead token VALID
+    world.an_answer_arrives(0)
+    world.stream_breaks(1)
+    world.renew_one(1)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "story"),
+    [(KeepsTheLongerLease, two_leases), (TrustsAnyGrantAfterAReset, two_histories)],
+)
+@pytest.mark.parametrize("broken", [False, True])
+def test_long_stories(
+    mutant: type[Subscription], story: Callable[[World], None], broken: bool
+) -> None:
+    """What would take too long to come upon by chance is told step by step."""
+    world = World()
+    if broken:
+        world.subscription_class = mutant
+    world.begin((1.0, 1.0, 1.0), 1)
+    try:
+        story(world)
+        for token in list(world.live):
+            world.delete(world.live.index(token))
+        world.renew_all(0)
+        assert world.confirmed
+        if broken:
+            with pytest.raises(AssertionError, match="is dead, and was let in"):
+                world.no_dead_token_is_valid()
+        else:
+            world.no_dead_token_is_valid()
+    finally:
+        world.teardown()

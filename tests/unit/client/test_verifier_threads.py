@@ -1,0 +1,88 @@
+"""`Verifier.verify_nowait` in a thread while the event loop's thread changes the memory."""
+
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import latchkey
+import pytest
+from latchkey import Scope, Token, Verdict, Verification
+from latchkey._shape import checksum
+from latchkey._subscription import Grant, Invalidation, Request, Stream
+
+BODY = "lk" + "_" + "0" * 51
+SECRET = BODY + checksum(BODY)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The verifier's clock, which stands at its last element."""
+    times = [100.0]
+    monkeypatch.setattr("latchkey.verifier.boottime", lambda: times[-1])
+    return times
+
+
+def warm(verifier: latchkey.Verifier) -> Stream:
+    """Open a stream, be granted two seconds from 100.0 on, and remember a token."""
+    stream = verifier._subscription.open(100.0)
+    assert stream.take(100.0) == Request(0, number=1)
+    stream.receive(Grant(5, 1, 2.0), 100.0)
+    token = Token(
+        id="t1",
+        account_id="a",
+        name="n",
+        scope=Scope.READ,
+        create_time=datetime(2026, 1, 1, tzinfo=UTC),
+    )
+    verifier._remember(SECRET, None, Verification(verdict=Verdict.VALID, token=token, revision=5))
+    assert verifier.verify_nowait(SECRET) is not None
+    return stream
+
+
+@pytest.mark.parametrize("overtaken", ["before the look-up", "after the look-up"])
+def test_a_thread_that_is_overtaken_does_not_use_the_new_lease(
+    clock: list[float], overtaken: str
+) -> None:
+    """An entry that was found under one lease is not answered with under the next one.
+
+    The first lease ends, so a Delete no longer waits for it and returns; then a verify starts,
+    and while it is under way the event loop applies the deletion and has the lease extended.
+    """
+    verifier = latchkey.Verifier("nowhere:1")
+    stream = warm(verifier)
+    find: Callable[[bytes], object] = verifier._find
+
+    def slow(key: bytes) -> object:
+        entry = find(key) if overtaken == "after the look-up" else None
+        assert stream.take(clock[-1]) == Request(5, number=2)
+        stream.receive(Invalidation(6, ("t1",)), clock[-1])
+        stream.receive(Grant(6, 2, 2.0), clock[-1])
+        return entry if overtaken == "after the look-up" else find(key)
+
+    clock.append(102.5)
+    verifier._find = slow  # type: ignore[assignment]  # a thread switch at the worst moment
+    assert verifier.verify_nowait(SECRET) is None
+    assert verifier._lease.end > clock[-1]
+
+
+def test_the_clock_is_read_last(clock: list[float]) -> None:
+    """A thread that stands still after the look-up does not answer when its lease has ended."""
+    verifier = latchkey.Verifier("nowhere:1")
+    warm(verifier)
+    find = verifier._find
+
+    def slow(key: bytes) -> object:
+        entry = find(key)
+        clock.append(102.5)
+        return entry
+
+    verifier._find = slow  # type: ignore[assignment]  # as above
+    assert verifier.verify_nowait(SECRET) is None
+
+
+def test_no_lease_to_begin_with() -> None:
+    """A verifier that has not been granted anything says nothing from memory."""
+    verifier = latchkey.Verifier("nowhere:1")
+    assert verifier._lease.end == -math.inf
+    stats = verifier.stats()
+    assert (stats.watching, stats.lease_remaining_seconds) == (False, 0.0)
