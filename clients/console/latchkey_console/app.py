@@ -72,6 +72,7 @@ def make_app(
         Route("/new", pages.new),
         Route("/tokens", pages.create, methods=["POST"]),
         Route("/created/{place}", pages.created),
+        Route("/seal.svg", renderer.seal),
         Route("/delete", pages.confirm_delete, methods=["GET"]),
         Route("/delete", pages.delete, methods=["POST"]),
         Route("/static/{version}/{name}", renderer.static),

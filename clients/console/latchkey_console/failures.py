@@ -51,13 +51,13 @@ def trouble(error: latchkey.LatchkeyError) -> Trouble:
 def _words(error: latchkey.LatchkeyError) -> tuple[int, str, str]:
     match error:
         case latchkey.DeadlineExceeded():
-            return 504, "Latchkey did not answer in time", "It may be very busy. Try again."
-        case latchkey.Unavailable():
             return (
-                503,
-                "Latchkey cannot be reached",
-                "Tokens that are in use are not touched by this page being away. Try again.",
+                504,
+                "Latchkey did not answer in time",
+                "It may be very busy. Try again in a moment.",
             )
+        case latchkey.Unavailable():
+            return 503, "Latchkey cannot be reached", "Try again in a moment."
         case latchkey.ResourceExhausted():
             return 503, "Latchkey is busy", "It takes no more work just now. Try again in a moment."
         case latchkey.PermissionDenied():

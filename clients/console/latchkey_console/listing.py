@@ -46,7 +46,7 @@ class Filter:
         rows = query.get("show", "")
         return cls(
             text=query.get("q", "").strip()[:QUERY_LENGTH_MAX],
-            scope=_SCOPES.get(query.get("scope", "")),
+            scope=_SCOPES.get(query.get("access", "")),
             kind=_KINDS.get(query.get("review", "")),
             rows=(
                 min(max(int(rows), ROWS_STEP), TOKENS_MAX)
@@ -62,10 +62,13 @@ class Filter:
 
     @property
     def fields(self) -> dict[str, str]:
-        """What stands in the address: nothing that is as it is by default."""
+        """What stands in the address: nothing that is as it is by default.
+
+        The names are none of `TokenForm`'s: forms carry both.
+        """
         fields = {
             "q": self.text,
-            "scope": self.scope.value if self.scope else "",
+            "access": self.scope.value if self.scope else "",
             "review": self.kind.value if self.kind else "",
             "show": str(self.rows) if self.rows != ROWS_STEP else "",
         }
@@ -148,12 +151,12 @@ def rows_after(tokens: Sequence[Token], token_id: str, count: int) -> Sequence[T
     By id and not by number: tokens that were made or deleted meanwhile move no row.
     """
     for place, token in enumerate(tokens):
-        # Ids are ordered by creation, and the newest come first.
         if token.id == token_id:
             return tokens[place + 1 : place + 1 + count]
-        if token.id < token_id:
-            return tokens[place : place + count]
-    return ()
+    # Ids are ordered by creation, but for those of one millisecond, of which the script leaves out
+    # what it has. The newest come first.
+    older = [token for token in tokens if token.id < token_id]
+    return older[:count]
 
 
 def _inventory(tokens: list[Token], *, complete: bool, now: datetime) -> Inventory:

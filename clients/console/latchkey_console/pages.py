@@ -302,8 +302,7 @@ class Pages:
         told = trouble(error)
         if is_refusal(error):
             return self._renderer.message(_told(error), visit.viewer, part=is_part(request))
-        text = "The token may be deleted, but that is not confirmed. Asking again is safe."
-        values = {"token": token, "token_id": token_id, "told": told, "text": text}
+        values = {"token": token, "token_id": token_id, "told": told}
         return await self._dialog(request, visit, "unconfirmed.html", values, told.status)
 
     def _frame(self, visit: Visit) -> dict[str, Any]:

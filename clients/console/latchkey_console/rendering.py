@@ -4,6 +4,7 @@ It owns escaping (always on), how moments and names are written, and the address
 """
 
 import hashlib
+import secrets
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any, Final
@@ -88,6 +89,23 @@ class Renderer:
             media_type=_TYPES[name.rpartition(".")[2]],
             headers={"cache-control": "public, max-age=31536000, immutable"},
         )
+
+    def seal(self, _: Request) -> Response:
+        """Return the picture on the page with a secret, and set a cookie that nobody reads.
+
+        Chromium keeps pages for the way back, whatever no-store says, until a cookie of theirs
+        changes while they are shown (its rule for pages with no-store). This is that change, for
+        browsers without the script, which empties the page itself.
+        """
+        response = Response(
+            self._static["icon.svg"],
+            media_type=_TYPES["svg"],
+            headers={"cache-control": "no-store"},
+        )
+        response.set_cookie(
+            "latchkey_seal", secrets.token_hex(8), max_age=60, httponly=True, samesite="strict"
+        )
+        return response
 
     def _html(self, name: str, context: Mapping[str, Any], status: int) -> Response:
         return HTMLResponse(self._templates.get_template(name).render(context), status)

@@ -8,13 +8,14 @@ from typing import Final
 
 __all__ = ["ago", "day", "exact", "iso", "span"]
 
-# From two of a unit on. A month is 30 days here, which is precise enough for "about when".
+# Name, seconds, and from how many on. A month is 30 days here, which is precise enough for "about
+# when", but for what ends within one of the usual 90 days.
 _UNITS: Final = (
-    ("year", 365 * 86_400),
-    ("month", 30 * 86_400),
-    ("day", 86_400),
-    ("hour", 3_600),
-    ("minute", 60),
+    ("year", 365 * 86_400, 2),
+    ("month", 30 * 86_400, 4),
+    ("day", 86_400, 2),
+    ("hour", 3_600, 2),
+    ("minute", 60, 2),
 )
 
 
@@ -44,9 +45,9 @@ def ago(moment: datetime, now: datetime) -> str:
 
 
 def span(duration: timedelta) -> str:
-    """Return "29 days": rounded down, in the largest unit of which there are two."""
+    """Return "29 days": rounded down, in the largest unit of which there are enough."""
     total = duration.total_seconds()
-    for name, seconds in _UNITS:
-        if total >= 2 * seconds:
+    for name, seconds, least in _UNITS:
+        if total >= least * seconds:
             return f"{int(total // seconds)} {name}s"
     return "a minute"

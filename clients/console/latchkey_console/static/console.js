@@ -109,7 +109,8 @@
       const answer = await fetch(url, { headers: PART, signal: AbortSignal.timeout(WAIT_MS) });
       const text = await answer.text();
       if (!answer.ok) return tell(one("#message", parsed(text)) ?? lost("Try again."));
-      const added = all("tr", parsed(`<table><tbody>${text}</tbody></table>`));
+      const came = all("tr", parsed(`<table><tbody>${text}</tbody></table>`));
+      const added = came.filter((row) => !byId(row.id));
       added.forEach(times);
       rows.append(...added);
       const shown = rows.childElementCount;
@@ -160,7 +161,8 @@
   }
 
   function open(dialog) {
-    const before = dialogOpen();
+    // On the page from the start, it is itself what is there.
+    const before = dialogOpen() === dialog ? null : dialogOpen();
     if (before) {
       dialog.classList.add("still");
       forget(before);
@@ -188,11 +190,9 @@
     dialog.addEventListener("mousedown", (event) => {
       if (event.target === dialog && !("deliberate" in dialog.dataset)) close(dialog);
     });
-    // The new token's row, behind the dialog.
-    if (byId("secret")) {
-      draft = null;
-      refresh();
-    }
+    if (byId("secret")) draft = null;
+    // What the dialog tells has changed the list behind it.
+    if ("refresh" in dialog.dataset) refresh();
   }
 
   function prepare(form, again) {
