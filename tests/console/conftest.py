@@ -40,16 +40,22 @@ class World:
         """Create a token as another program would; `days_old` and `expires_days` age it."""
         days_old = fields.pop("days_old", None)
         expires_days = fields.pop("expires_days", None)
-        request = {"account_id": self.account, "name": name, "scope": pb.SCOPE_READ} | fields
+        request: dict[str, Any] = {
+            "account_id": self.account,
+            "name": name,
+            "scope": pb.SCOPE_READ,
+        } | fields
         created = self.stub.Create(pb.CreateRequest(**request), timeout=10)
-        for column, days in (("create_time", days_old), ("expire_time", expires_days)):
-            if days is not None:
-                sign = -1 if column == "create_time" else 1
-                self.sql(
-                    f"UPDATE token SET {column} = now() + $2 * interval '1 day' WHERE id = $1",
-                    created.token.id,
-                    sign * days,
-                )
+        if days_old is not None or expires_days is not None:
+            self.sql(
+                "UPDATE token SET"
+                " create_time = now() - coalesce($2::float8, 0) * interval '1 day',"
+                " expire_time = coalesce(now() + $3::float8 * interval '1 day', expire_time)"
+                " WHERE id = $1",
+                created.token.id,
+                days_old,
+                expires_days,
+            )
         return created
 
     def tokens(self) -> dict[str, Any]:

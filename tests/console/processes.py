@@ -1,4 +1,4 @@
-"""The page as a process, as its users run it, and the database behind it for what no call can do."""
+"""The page as a process, as its users run it; and what no call to the service can do."""
 
 import asyncio
 import os

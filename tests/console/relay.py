@@ -107,7 +107,7 @@ class Relay:
         return self._alter.get(method, bytes)(answer)
 
     def _ask(self, path: str, request: bytes, context: grpc.ServicerContext) -> bytes:
-        call = self._channel.unary_unary(path)
+        call: Any = self._channel.unary_unary(path)
         try:
             answer: bytes = call(request, timeout=CALL_SECONDS)
         except grpc.RpcError as error:

@@ -73,7 +73,7 @@ def test_whole_way_by_keyboard_alone(browser: Browser, world: World, width: int)
 
 
 def test_nothing_serious_is_found(browser: Browser, world: World, axe: str) -> None:
-    """axe finds nothing serious in any state, in light and dark, wide and narrow."""
+    """Axe finds nothing serious in any state, in light and dark, wide and narrow."""
     browser.open()
     browser.find("#generate")
     browser.accessible(axe, "the empty state")

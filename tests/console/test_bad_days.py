@@ -45,7 +45,7 @@ def test_list_says_what_happened(
 def test_unreachable_when_adding_keeps_what_was_typed(
     browser: Browser, world: World, script: bool
 ) -> None:
-    """Latchkey away: nothing was created, all that was typed is there, and the same button works."""
+    """Latchkey away: nothing was created, what was typed is there, the same button works."""
     browser.open("/new")
     browser.click("dialog [value=write]")
     browser.click("label:has([value='365'])")

@@ -39,7 +39,7 @@ def everything_kept(browser: Browser) -> str:
 
 
 def test_drawer_has_the_safe_choices_first(browser: Browser, world: World, script: bool) -> None:
-    """The form asks for name, scope (Read first and chosen) and expiry, and says why less is more."""
+    """The form asks for name, scope (Read first, and chosen) and expiry, and says why."""
     world.create("existing")
     browser.open()
     browser.click("#generate")
@@ -139,7 +139,8 @@ def test_copying_and_closing(browser: Browser, world: World) -> None:
     browser.press(Keys.ESCAPE, Keys.ESCAPE, Keys.ESCAPE)
     # Beside the dialog.
     browser.js(
-        "document.querySelector('dialog').dispatchEvent(new MouseEvent('mousedown', {bubbles: true}))"
+        "document.querySelector('dialog')"
+        ".dispatchEvent(new MouseEvent('mousedown', {bubbles: true}))"
     )
     assert shown_secret(browser) == secret
     browser.focused("[data-copy]")

@@ -20,7 +20,7 @@ def row(token_id: str) -> str:
 def test_delete_asks_revokes_and_shows_the_receipt(
     browser: Browser, world: World, script: bool
 ) -> None:
-    """The question names token and scope; then the token is dead, its row gone, the receipt there."""
+    """The question names token and scope; then the token is dead, and its receipt is shown."""
     kept = world.create("kept").token
     doomed = world.create("leaked", scope=pb.SCOPE_WRITE)
     browser.open()

@@ -100,7 +100,8 @@ def test_filter_by_name_and_scope(browser: Browser, world: World, script: bool) 
         browser.js("document.getElementById('access').value = arguments[0]", scope)
         if script:
             browser.js(
-                "document.getElementById('access').dispatchEvent(new Event('input', {bubbles: true}))"
+                "document.getElementById('access')"
+                ".dispatchEvent(new Event('input', {bubbles: true}))"
             )
         else:
             browser.click("#filter button")

@@ -1,6 +1,7 @@
 """What the page points out about the tokens, in a real browser."""
 
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,6 +25,10 @@ def found(browser: Browser) -> dict[str, int]:
 
 def names(browser: Browser) -> list[str]:
     return texts(browser.all("#rows th bdi"))
+
+
+def is_shown(browser: Browser, wanted: list[str]) -> bool:
+    return names(browser) == wanted
 
 
 def test_each_finding_is_counted_explained_and_filtered(
@@ -53,7 +58,7 @@ def test_each_finding_is_counted_explained_and_filtered(
     ):
         assert why in browser.text(f"[data-review={kind}]")
         browser.click(f"[data-review={kind}]")
-        browser.until(lambda name=name: names(browser) == [name], name)
+        browser.until(partial(is_shown, browser, [name]), name)
         assert why in browser.text(".why")
         assert f"review={kind}" in browser.driver.current_url
         assert browser.find(f"[data-review={kind}]").get_attribute("aria-current") == "true"

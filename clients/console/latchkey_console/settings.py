@@ -62,8 +62,9 @@ class Settings:
         """What a browser may call this server by. All else is DNS rebinding, or a wrong address."""
         parts = urlsplit(self.public_url)
         hosts = {parts.netloc.lower()}
-        if _is_loopback(parts.hostname or "") and parts.port is not None:
-            hosts |= {f"{name}:{parts.port}" for name in ("127.0.0.1", "localhost", "[::1]")}
+        if _is_loopback(parts.hostname or ""):
+            port = "" if parts.port is None else f":{parts.port}"
+            hosts |= {f"{name}{port}" for name in ("127.0.0.1", "localhost", "[::1]")}
         return frozenset(hosts)
 
     @property
@@ -164,7 +165,9 @@ def _public_url(value: str | None, host: str, port: int, *, alone: bool) -> str:
         )
     if alone and not _is_loopback(parts.hostname or ""):
         raise SettingsError("--public-url goes with --account-header or --oidc-issuer")
-    return f"{parts.scheme}://{parts.netloc.lower()}"
+    # Browsers leave the usual port out.
+    usual = ":443" if parts.scheme == "https" else ":80"
+    return f"{parts.scheme}://{parts.netloc.lower().removesuffix(usual)}"
 
 
 def _proxy(header: str, trusted: tuple[str, ...]) -> ProxySettings:
