@@ -13,12 +13,14 @@ from pydantic_core import PydanticUndefined
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
-# Each of them has its test in tests/integration/test_readme_grpcurl.py, or below.
+# Each has its test below, in integration/test_readme_grpcurl.py or in console/test_running.py.
 MARKS = {
     "cli",
     "config",
+    "console",
     "grpcurl",
     "grpcurl install",
+    "make console",
     "make run",
     "python",
     "python asgi guard",

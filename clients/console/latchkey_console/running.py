@@ -1,6 +1,8 @@
 """Runs the page: binds its address, says where it is, serves until SIGINT or SIGTERM."""
 
+import contextlib
 import logging
+import signal
 import socket
 import sys
 from dataclasses import replace
@@ -22,7 +24,7 @@ BACKLOG: Final = 512
 
 
 def run(settings: Settings) -> None:
-    """Serve the page. Raises SettingsError when its address cannot be had."""
+    """Serve the page, on the main thread. Raises SettingsError when its address cannot be had."""
     with _bound(settings) as listener:
         settings = _with_port(settings, listener.getsockname()[1])
         _log_to_stderr()
@@ -41,11 +43,20 @@ def run(settings: Settings) -> None:
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
-        sys.stdout.write(
-            f"API Tokens: {settings.public_url} ({_whose(settings)}). Ctrl-C stops it.\n"
-        )
-        sys.stdout.flush()
-        uvicorn.Server(config).run(sockets=[listener])
+        # Stopped by a signal, uvicorn ends in order and raises it once more, for a caller who wants
+        # to know. Before it listens to signals there is nothing to end. Neither is a failure.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _stop)
+        with contextlib.suppress(KeyboardInterrupt):
+            sys.stdout.write(
+                f"API Tokens: {settings.public_url} ({_whose(settings)}). Ctrl-C stops it.\n"
+            )
+            sys.stdout.flush()
+            uvicorn.Server(config).run(sockets=[listener])
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _bound(settings: Settings) -> socket.socket:

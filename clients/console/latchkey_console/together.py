@@ -68,11 +68,10 @@ def _service() -> Iterator[str]:
         start_new_session=True,
     )
     try:
-        # Terminating this process must end the other too.
-        before = signal.signal(signal.SIGTERM, _interrupt)
-        address = _address(process.stdout)
-        signal.signal(signal.SIGTERM, before)
-        yield address
+        # Ending this process, or closing its terminal, must end the other too.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _interrupt)
+        yield _address(process.stdout)
     finally:
         process.terminate()
         try:
