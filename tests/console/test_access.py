@@ -68,8 +68,9 @@ def test_whole_way_by_keyboard_alone(browser: Browser, world: World, width: int)
     browser.driver.switch_to.active_element.send_keys(Keys.SHIFT, Keys.TAB)
     browser.focused("#confirm")
     browser.press(Keys.ENTER)
-    browser.focused("#notice")
+    browser.find("#notice")
     assert texts(browser.all("#rows th bdi")) == ["existing"]
+    browser.focused("#rows button")
 
 
 def test_nothing_serious_is_found(browser: Browser, world: World, axe: str) -> None:

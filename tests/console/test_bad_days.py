@@ -13,6 +13,11 @@ UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 ALL = ("List", "Get", "Create", "Delete")
 
 
+def said_in_heading(browser: Browser, words: str) -> None:
+    """Wait for a dialog whose heading has these words."""
+    browser.until(lambda: words in browser.text("dialog h2"), words)
+
+
 @pytest.mark.answers(403, 502, 503, 504)
 @pytest.mark.parametrize(
     ("code", "words"),
@@ -81,8 +86,8 @@ def test_lost_answer_is_found_and_explained(browser: Browser, world: World, scri
     browser.open("/new")
     with world.relay.failing("Create", code=UNAVAILABLE, reaches=True, times=1):
         add(browser, "lost")
-        said = browser.text("dialog")
-    assert "The token is there, its secret is lost" in said
+        said_in_heading(browser, "The token is there, its secret is lost")
+    said = browser.text("dialog")
     assert "delete it, and create it again" in said
     orphan = world.tokens()["lost"]
     assert orphan.hint in said
@@ -102,7 +107,7 @@ def test_lost_answer_that_nothing_came_of(browser: Browser, world: World, script
     browser.open("/new")
     with world.relay.failing("Create", code=UNAVAILABLE, times=1):
         add(browser, "never arrived")
-        assert "The token was not created" in browser.text("dialog h2")
+        said_in_heading(browser, "The token was not created")
     browser.click("dialog .primary")
     assert world.verdict(shown_secret(browser)) == "VERDICT_VALID"
     assert [*world.tokens()] == ["never arrived"]
@@ -118,12 +123,12 @@ def test_lost_answer_and_nobody_to_ask(browser: Browser, world: World, script: b
         world.relay.failing("List", code=UNAVAILABLE, spares=1),
     ):
         add(browser, "who knows")
-        assert "not known whether" in browser.text("dialog h2")
+        said_in_heading(browser, "not known whether")
         assert "Trying again is safe" in browser.text("dialog")
         if script:
             browser.screen("not-known")
     browser.click("dialog .primary")
-    browser.until(lambda: "its secret is lost" in browser.text("dialog h2"), "it is found")
+    said_in_heading(browser, "its secret is lost")
     assert [*world.tokens()] == ["who knows"]
     browser.click("[name=replace]")
     assert world.verdict(shown_secret(browser)) == "VERDICT_VALID"

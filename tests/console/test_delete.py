@@ -40,8 +40,11 @@ def test_delete_asks_revokes_and_shows_the_receipt(
     assert world.verdict(doomed.secret) == "VERDICT_DELETED"
     assert texts(browser.all("#rows th bdi")) == ["kept"]
     if script:
-        browser.focused("#notice")
+        browser.focused(row(kept.id))
+        assert "Deleted leaked" in browser.js("return document.getElementById('live').textContent")
         browser.screen("deleted")
+        browser.click("[data-dismiss]")
+        browser.gone("#notice")
     browser.driver.refresh()
     browser.find(row(kept.id))
     assert not browser.all("#notice"), "the receipt is told once"
@@ -107,3 +110,24 @@ def test_last_token_deleted_leaves_the_empty_state(browser: Browser, world: Worl
     browser.click("#confirm")
     assert "Deleted last" in browser.text("#notice")
     assert "No tokens yet" in browser.text("main")
+
+
+def test_deletion_far_down_keeps_the_place(browser: Browser, world: World) -> None:
+    """Far down a long list a deletion scrolls nowhere: the receipt comes into sight, the focus goes
+    to the next row, and all the rows that were there are there."""
+    for number in range(110):
+        world.create(f"token {number:03}")
+    browser.open()
+    browser.click("#more")
+    browser.until(lambda: len(browser.all("#rows tr")) == 100, "a hundred rows")
+    victim = world.tokens()["token 030"]
+    browser.js("document.getElementById(arguments[0]).scrollIntoView({block: 'center'})", victim.id)
+    before = browser.js("return scrollY")
+    browser.click(row(victim.id))
+    browser.click("#confirm")
+    assert "Deleted token 030" in browser.text("#notice")
+    assert len(browser.all("#rows tr")) == 100
+    assert abs(browser.js("return scrollY") - before) < 150
+    top = browser.js("return document.getElementById('notice').getBoundingClientRect().top")
+    assert 0 <= top < 300
+    browser.focused(row(world.tokens()["token 029"].id))

@@ -51,8 +51,8 @@ def test_each_finding_is_counted_explained_and_filtered(
     }
     for kind, name, why in (
         ("never-expires", "forever", "A copy that leaks works until someone notices"),
-        ("expires-soon", "ends soon", "stop working within 14 days"),
-        ("expired", "ended", "refused everywhere already"),
+        ("expires-soon", "ends soon", "Stops working within 14 days"),
+        ("expired", "ended", "Refused everywhere already"),
         ("old", "aged", "more than 180 days ago"),
         ("write", "writes", "Whoever holds one can change things"),
     ):

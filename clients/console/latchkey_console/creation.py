@@ -81,6 +81,11 @@ class _Attempt:
     new: NewToken
     task: "asyncio.Task[Outcome]"
 
+    @property
+    def failed(self) -> bool:
+        """Whether it ended in a fault of this program's: then there is nothing to go on from."""
+        return self.task.done() and (self.task.cancelled() or self.task.exception() is not None)
+
 
 @dataclass(slots=True)
 class _Display:
@@ -115,7 +120,7 @@ class Creations:
         """
         lost: Lost | None = None
         attempt = self._attempts.get(mark)
-        if attempt is not None:
+        if attempt is not None and not attempt.failed:
             # Of requests that come at the same time, the second waits here for the first.
             outcome = await asyncio.shield(attempt.task)
             latest = self._attempts.get(mark)

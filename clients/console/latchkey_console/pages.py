@@ -368,12 +368,13 @@ def _told(error: latchkey.LatchkeyError) -> Trouble:
 def _notice(
     token_id: str, token: latchkey.Token | None, receipt: latchkey.Receipt | None, seconds: float
 ) -> Notice:
-    if token is None:
-        return Notice("gone", token_id, "", receipt=receipt)
     # None: committed, and some verifier may not know of it yet.
     effective_time: datetime | None = receipt.effective_time if receipt else None
+    unconfirmed = receipt is not None and effective_time is None
+    if token is None:
+        return Notice("unconfirmed" if unconfirmed else "gone", token_id, "", receipt=receipt)
     return Notice(
-        "unconfirmed" if receipt and effective_time is None else "deleted",
+        "unconfirmed" if unconfirmed else "deleted",
         token_id,
         token.name,
         token.scope.value,

@@ -49,19 +49,19 @@ class Kind(enum.Enum):
 _WORDS: Final = {
     Kind.EXPIRED: (
         "Expired",
-        "They are refused everywhere already. Delete them, so that the list shows what counts.",
+        "Refused everywhere already. Delete what has ended, so that the list shows what counts.",
     ),
     Kind.EXPIRES_SOON: (
-        "Expire soon",
-        f"They stop working within {SOON.days} days. Replace them before what uses them fails.",
+        "Expiring soon",
+        f"Stops working within {SOON.days} days. Replace it before what uses it fails.",
     ),
     Kind.NEVER_EXPIRES: (
-        "Never expire",
-        "A copy that leaks works until someone notices. Replace them with tokens that end.",
+        "Without expiry",
+        "A copy that leaks works until someone notices. Replace it with a token that ends.",
     ),
     Kind.OLD: (
         "Old",
-        f"Made more than {OLD.days} days ago. With time, more places hold a copy: replace them.",
+        f"Made more than {OLD.days} days ago. With time, more places hold a copy: replace it.",
     ),
     Kind.WRITE: (
         "Can write",
@@ -69,11 +69,11 @@ _WORDS: Final = {
     ),
     Kind.UNUSED: (
         "Unused",
-        f"Not used for {UNUSED.days} days. If nothing needs them, delete them.",
+        f"Not used for {UNUSED.days} days. If nothing needs it, delete it.",
     ),
     Kind.NEVER_USED: (
         "Never used",
-        "No use was ever seen. If nothing needs them, delete them.",
+        "No use was ever seen. If nothing needs it, delete it.",
     ),
 }
 

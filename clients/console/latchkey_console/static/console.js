@@ -46,11 +46,14 @@
     asking = new AbortController();
     const mine = asking;
     byId("main").setAttribute("aria-busy", "true");
+    const to = new URL(url, location.href);
+    // As many rows as there are now, for when the dialog comes back to the list.
+    const shown = location.pathname === "/" && new URLSearchParams(location.search).get("show");
+    if (to.pathname !== "/" && shown) to.searchParams.set("show", shown);
     try {
-      const page = await ask(url, { signal: mine.signal });
+      const page = await ask(to, { signal: mine.signal });
       if (mine.signal.aborted) return;
-      const list = new URL(url, location.href).pathname === "/";
-      if (push && list) history.pushState(null, "", url);
+      if (push && to.pathname === "/") history.pushState(null, "", to);
       place(page, { focus });
     } catch (error) {
       if (!mine.signal.aborted) lost("Nothing was changed. Try again.");
@@ -93,9 +96,20 @@
     times(main);
     before.replaceWith(main);
     if (dialogOpen() === null) main.removeAttribute("inert");
+    const told = byId("notice");
     if (typing && field) typing.focus();
-    else if (focus) (one(focus, main) || byId("notice") || main).focus();
-    say(byId("count")?.textContent ?? "");
+    else if (told) focusNear();
+    else if (focus) (one(focus, main) || main).focus();
+    say((told ?? byId("count"))?.textContent ?? "");
+  }
+
+  // Where a row has gone, the focus goes to the one that took its place: the receipt is in sight
+  // wherever the list is scrolled to, and is said.
+  function focusNear() {
+    const rows = opener ? [opener.id, opener.next, opener.previous] : [];
+    const row = rows.map((id) => id && byId(id)).find(Boolean);
+    const target = row && (one("button", row) || row);
+    (target || byId("generate") || byId("main")).focus({ preventScroll: true });
   }
 
   async function more(link) {
@@ -157,7 +171,11 @@
   // How to find again what opened the dialog, when the list has been put in anew meanwhile.
   function remember(element) {
     const row = element.closest("tr");
-    opener = { element, id: row ? row.id : element.id, next: row?.nextElementSibling?.id };
+    opener = {
+      id: row ? row.id : element.id,
+      next: row?.nextElementSibling?.id,
+      previous: row?.previousElementSibling?.id,
+    };
   }
 
   function open(dialog) {
@@ -174,7 +192,7 @@
     dialog.append(live);
     times(dialog);
     byId("dialog").replaceChildren(dialog);
-    byId("main").removeAttribute("inert");
+    all("[inert]").forEach((element) => element.removeAttribute("inert"));
     const form = one("form[action='/tokens']:has(#name)", dialog);
     if (form) prepare(form, Boolean(before));
     dialog.showModal();
@@ -232,9 +250,7 @@
       if (!byId("rows")) load(url);
     }
     dismiss();
-    const again = opener && byId(opener.id);
-    const target = again?.matches("tr") ? one("button", again) : again;
-    (target || byId("generate") || byId("main")).focus();
+    focusNear();
   }
 
   function dismiss() {
@@ -261,7 +277,7 @@
       const body = new URLSearchParams(new FormData(form, submitter));
       const page = await ask(form.action, { method: "POST", body });
       const notice = one("#notice", page);
-      place(page, { focus: "#notice" });
+      place(page);
       if (notice && location.pathname !== "/") history.replaceState(null, "", "/");
     } catch {
       lost("It is not known whether it was done. Sending it again is safe: it is done once.");
@@ -327,6 +343,11 @@
       return;
     }
     if (target.dataset.copy) return void copy(target);
+    if ("dismiss" in target.dataset) {
+      event.preventDefault();
+      byId("notice").remove();
+      return focusNear();
+    }
     if (target.id === "more") {
       event.preventDefault();
       return void more(target);
@@ -361,7 +382,7 @@
       event.preventDefault();
       remember(submitter);
       const query = new URLSearchParams(new FormData(form, submitter));
-      load(`/delete?${query}`, { focus: "#notice" });
+      load(`/delete?${query}`);
     }
   });
 
