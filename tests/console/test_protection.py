@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import re
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import latchkey
 import pytest
 from latchkey_console import protection
 from latchkey_proto.v1 import token_service_pb2 as pb
@@ -420,3 +423,55 @@ async def test_fault_is_told_without_what_it_was(
     number = re.search(r"Request ([0-9a-f]{8})", answer.text)
     assert number is not None
     assert number[1] in caplog.text
+
+
+async def test_deletion_that_some_verifier_may_not_know_of(
+    browser: httpx.AsyncClient, create: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A receipt without an effective time is no "everywhere": the page says so, and asks again."""
+    token = (await create(name="doomed")).token
+    receipt: Any = dataclasses.replace(
+        latchkey.Receipt(
+            commit_time=datetime.now(UTC),
+            effective_time=datetime.now(UTC),
+            revision=7,
+            verifiers_acknowledged=1,
+            verifiers_outwaited=0,
+        ),
+        effective_time=None,  # type: ignore[arg-type, unused-ignore]  # as later versions have it
+    )
+    real = latchkey.Client.delete
+
+    async def unconfirmed(*arguments: Any, **options: Any) -> Any:
+        await real(*arguments, **options)
+        return receipt
+
+    page = await browser.get("/delete", params={"id": token.id})
+    csrf = re.search(r'name="csrf" value="([^"]+)"', page.text)
+    assert csrf is not None
+    data = {"id": token.id, "csrf": csrf[1]}
+    with monkeypatch.context() as patch:
+        patch.setattr(latchkey.Client, "delete", unconfirmed)
+        for name in ("<bdi>doomed</bdi>", "the token"):
+            assert (await send(browser, "/delete", data)).status_code == 303
+            said = (await browser.get("/")).text
+            assert f"Deleted {name}, not yet confirmed everywhere" in said
+            assert "stopped working everywhere" not in said
+    assert (await send(browser, "/delete", data)).status_code == 303
+    assert "It stopped working everywhere" in (await browser.get("/")).text
+
+
+async def test_form_after_a_fault_can_be_sent_again(
+    browser: httpx.AsyncClient, stub: TokenServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of the page's own in the middle of a creation does not spoil the form for good."""
+
+    async def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError
+
+    data = await form(browser)
+    with monkeypatch.context() as patch:
+        patch.setattr(latchkey.Client, "create", broken)
+        assert (await send(browser, "/tokens", data)).status_code == 500
+    assert (await send(browser, "/tokens", data)).status_code == 303
+    assert await names(stub) == ["made"]
