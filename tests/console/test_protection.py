@@ -216,7 +216,8 @@ async def test_body_that_does_not_come(
         "origin": "http://127.0.0.1:50080",
         "content-type": "application/x-www-form-urlencoded",
     }
-    answer = await browser.post("/tokens", content=drops(), headers=headers)
+    async with asyncio.timeout(2):
+        answer = await browser.post("/tokens", content=drops(), headers=headers)
     assert answer.status_code == 400
 
 
@@ -271,12 +272,21 @@ async def test_forms_sent_at_once_make_one_token(
 
 
 async def test_browser_that_hangs_up_leaves_no_doubt(
-    browser: httpx.AsyncClient, stub: TokenServiceAsyncStub
+    browser: httpx.AsyncClient, stub: TokenServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request that is cut off does not stop the creation half-way: the form still knows of it."""
+    begun, calls, real = asyncio.Event(), [], latchkey.Client.create
+
+    async def create(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        begun.set()
+        return await real(*arguments, **options)
+
+    monkeypatch.setattr(latchkey.Client, "create", create)
     data = await form(browser)
     request = asyncio.create_task(send(browser, "/tokens", data))
-    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        await begun.wait()
     request.cancel()
     with pytest.raises(asyncio.CancelledError):
         await request
@@ -284,6 +294,7 @@ async def test_browser_that_hangs_up_leaves_no_doubt(
     assert answer.status_code == 303
     assert SECRET.search((await browser.get(answer.headers["location"])).text)
     assert await names(stub) == ["made"]
+    assert len(calls) == 1
 
 
 async def test_session_cookie(address: str) -> None:
