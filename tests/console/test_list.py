@@ -124,6 +124,38 @@ def test_filter_by_name_and_scope(browser: Browser, world: World, script: bool) 
     browser.until(lambda: len(names(browser)) == 50, "all again")
 
 
+def test_answers_that_overtake_each_other(browser: Browser, world: World) -> None:
+    """Who types on while an answer is on its way sees what fits the last letter, and only that."""
+    world.create("alpha")
+    world.create("beta")
+    browser.open()
+    world.relay.calls.clear()
+    with world.relay.failing("List", seconds=0.8, times=1):
+        browser.type("#q", "alp")
+        browser.until(lambda: world.relay.calls == ["List"], "the slow question")
+        browser.find("#q").send_keys(Keys.BACKSPACE, Keys.BACKSPACE, Keys.BACKSPACE, *"bet")
+        browser.until(lambda: names(browser) == ["beta"], "the answer to the later question")
+        slow = browser.driver.execute_async_script("setTimeout(arguments[0], 900, true)")
+        assert slow
+    assert names(browser) == ["beta"]
+    assert browser.find("#q").get_attribute("value") == "bet"
+    assert browser.find("main").get_attribute("aria-busy") is None
+
+
+def test_more_of_a_filtered_list(browser: Browser, world: World) -> None:
+    """What is shown of how many stays right when more rows of a filtered list come."""
+    for number in range(60):
+        world.create(f"job {number}")
+    world.create("other")
+    browser.open("/?q=job")
+    assert browser.text("#count") == "50 of 60 tokens of 61 in all"
+    browser.click("#more")
+    browser.until(lambda: len(names(browser)) == 60, "all that match")
+    assert browser.text("#count") == "60 of 60 tokens of 61 in all"
+    assert "q=job" in browser.driver.current_url
+    assert not browser.all("#more")
+
+
 def test_names_of_all_kinds_do_no_harm(browser: Browser, world: World) -> None:
     """Markup, emoji and right-to-left names are text, in their row, and break no layout."""
     strange = [

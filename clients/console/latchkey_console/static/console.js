@@ -14,9 +14,16 @@
 
   // ---- asking the server ----
 
+  // What is asked for the list makes moot what was asked for it before: answers may overtake.
   let asking = new AbortController();
+  function anew() {
+    asking.abort();
+    asking = new AbortController();
+    byId("main").removeAttribute("aria-busy");
+    return asking.signal;
+  }
 
-  // Returns what came as a document. A newer question for the list makes the older one moot.
+  // Returns what came as a document.
   async function ask(url, options = {}) {
     const signals = [AbortSignal.timeout(WAIT_MS), ...(options.signal ? [options.signal] : [])];
     const answer = await fetch(url, {
@@ -25,7 +32,7 @@
       cache: "no-store",
       signal: AbortSignal.any(signals),
     });
-    return new DOMParser().parseFromString(await answer.text(), "text/html");
+    return parsed(await answer.text());
   }
 
   // Puts what came where it belongs, and returns what that was.
@@ -42,23 +49,21 @@
   }
 
   async function load(url, { push = false, focus } = {}) {
-    asking.abort();
-    asking = new AbortController();
-    const mine = asking;
+    const signal = anew();
     byId("main").setAttribute("aria-busy", "true");
     const to = new URL(url, location.href);
     // As many rows as there are now, for when the dialog comes back to the list.
     const shown = location.pathname === "/" && new URLSearchParams(location.search).get("show");
     if (to.pathname !== "/" && shown) to.searchParams.set("show", shown);
     try {
-      const page = await ask(to, { signal: mine.signal });
-      if (mine.signal.aborted) return;
+      const page = await ask(to, { signal });
+      if (signal.aborted) return;
       if (push && to.pathname === "/") history.pushState(null, "", to);
       place(page, { focus });
-    } catch (error) {
-      if (!mine.signal.aborted) lost("Nothing was changed. Try again.");
+    } catch {
+      if (!signal.aborted) lost("Nothing was changed. Try again.");
     } finally {
-      if (mine === asking) byId("main").removeAttribute("aria-busy");
+      if (!signal.aborted) byId("main").removeAttribute("aria-busy");
     }
   }
 
@@ -122,7 +127,10 @@
     try {
       const answer = await fetch(url, { headers: PART, signal: AbortSignal.timeout(WAIT_MS) });
       const text = await answer.text();
-      if (!answer.ok) return tell(one("#message", parsed(text)) ?? lost("Try again."));
+      if (!answer.ok) {
+        const told = one("#message", parsed(text));
+        return told ? tell(told) : lost("Try again.");
+      }
       const came = all("tr", parsed(`<table><tbody>${text}</tbody></table>`));
       const added = came.filter((row) => !byId(row.id));
       added.forEach(times);
@@ -132,8 +140,7 @@
       const place = new URL(location.href);
       place.searchParams.set("show", String(shown));
       history.replaceState(null, "", place);
-      const number = (value) => value.toLocaleString("en");
-      count.textContent = `${number(shown)} of ${number(matching)} tokens`;
+      count.textContent = count.textContent.replace(/^[\d,]+/, shown.toLocaleString("en"));
       if (shown >= matching || !added.length) link.remove();
       const next = added[0]?.firstElementChild;
       if (next) {
@@ -223,9 +230,10 @@
   }
 
   async function refresh() {
+    const signal = anew();
     try {
-      const main = one("main", await ask(listUrl()));
-      if (main) replaceMain(main);
+      const main = one("main", await ask(listUrl(), { signal }));
+      if (main && !signal.aborted) replaceMain(main);
     } catch {
       // The dialog is what counts; the list comes with the next look.
     }
@@ -268,6 +276,8 @@
   async function send(form, submitter) {
     if (form.getAttribute("aria-busy")) return;
     form.setAttribute("aria-busy", "true");
+    // What this does makes the list that is under way an old one.
+    anew();
     const { date, date_start: start } = form.elements;
     if (start && date?.value) {
       const [year, month, day] = date.value.split("-").map(Number);
@@ -386,10 +396,12 @@
     }
   });
 
-  document.addEventListener("input", (event) => {
-    const form = event.target.closest?.("#filter");
-    if (form && !event.isComposing) filter(form, event.target.matches("select") ? 0 : TYPING_MS);
-  });
+  for (const kind of ["input", "compositionend"]) {
+    document.addEventListener(kind, (event) => {
+      const form = event.target.closest?.("#filter");
+      if (form && !event.isComposing) filter(form, event.target.matches("select") ? 0 : TYPING_MS);
+    });
+  }
 
   addEventListener("popstate", () => {
     if (location.pathname === "/") load(location.href, { focus: "main" });
