@@ -364,7 +364,8 @@ async def test_completion_works(run: Run) -> None:
         assert script.code == 0
         assert variable in script.out
     words = await run(**{variable: "complete_bash", "COMP_WORDS": "latchkey ", "COMP_CWORD": "1"})
-    assert words.out.split() == ["create", "list", "get", "delete", "verify", "serve", "config"]
+    commands = ["create", "list", "get", "delete", "verify", "console", "serve", "config"]
+    assert words.out.split() == commands
     in_bash = """
         source /dev/stdin
         COMP_WORDS=(latchkey create x --scope w) COMP_CWORD=4
