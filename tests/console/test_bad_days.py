@@ -136,6 +136,25 @@ def test_lost_answer_and_nobody_to_ask(browser: Browser, world: World, script: b
 
 
 @pytest.mark.answers(503)
+def test_dialogs_without_the_list_behind(browser: Browser, world: World) -> None:
+    """Without a script too, form, question and secret are there when the list is not."""
+    token = world.create("there").token
+    browser.scripts(on=False)
+    with world.relay.failing("List", code=UNAVAILABLE):
+        browser.open(f"/delete?id={token.id}")
+        assert "Delete there?" in browser.text("dialog")
+        assert "cannot be reached" in browser.text("#trouble")
+        browser.open("/new")
+        assert "cannot be reached" in browser.text("#trouble")
+    # The look before is answered, the list behind the secret is not.
+    with world.relay.failing("List", code=UNAVAILABLE, spares=1):
+        add(browser, "shown all the same")
+        secret = shown_secret(browser)
+        assert "cannot be reached" in browser.text("#trouble")
+    assert world.verdict(secret) == "VERDICT_VALID"
+
+
+@pytest.mark.answers(503)
 def test_deletion_that_is_not_confirmed(browser: Browser, world: World, script: bool) -> None:
     """A Delete without an answer is told as not confirmed; asking again gets the receipt."""
     created = world.create("doomed")

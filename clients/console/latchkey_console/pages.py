@@ -159,17 +159,19 @@ class Pages:
         if request.method == "HEAD" or "prefetch" in request.headers.get("sec-purpose", ""):
             # Nobody looks: the one display is not for that.
             return Response(status_code=204)
+        # First: once the secret is taken, nothing may come between it and the answer.
+        context = await self._behind(request, visit)
         shown = self._creations.show(request.path_params["place"], visit.owner)
         if shown is None:
-            trouble = Trouble(
+            told = Trouble(
                 404,
                 "There is nothing to show here",
                 "A new token's secret is shown once, right after it is made, to whoever made it.",
             )
-            return self._renderer.message(trouble, visit.viewer, part=is_part(request))
+            return self._renderer.message(told, visit.viewer, part=is_part(request))
         secret = None if shown.secret is None else shown.secret.reveal()
-        context = {"token": shown.token, "secret": secret}
-        return await self._dialog(request, visit, "created.html", context)
+        values = {"token": shown.token, "secret": secret, "dialog": "created.html"}
+        return self._renderer.page(request, {**context, **values})
 
     async def confirm_delete(self, request: Request) -> Response:
         """Ask whether a token is to be deleted."""
@@ -182,7 +184,7 @@ class Pages:
             return await self._list(request, visit, Notice("gone", token_id, ""))
         except latchkey.LatchkeyError as error:
             return self._renderer.message(_told(error), visit.viewer, part=is_part(request))
-        return await self._dialog(request, visit, "delete.html", {"token": token, "trouble": None})
+        return await self._dialog(request, visit, "delete.html", {"token": token})
 
     async def delete(self, request: Request) -> Response:
         """Delete a token and show the receipt on the list."""
@@ -209,7 +211,8 @@ class Pages:
         except latchkey.LatchkeyError as error:
             return await self._not_deleted(request, visit, token, token_id, error)
         notice = _notice(token_id, token, receipt, self._monotonic() - began)
-        _log.info("%s: account %s, token %s", notice.kind, visit.account_id, token_id[:64])
+        if receipt is not None:  # else the id is anything that somebody has sent
+            _log.info("%s: account %s, token %s", notice.kind, visit.account_id, token_id)
         self._notices.put(visit.owner, notice)
         return RedirectResponse(f"/{visit.filter.query}", 303)
 
@@ -244,8 +247,12 @@ class Pages:
         status: int = 200,
     ) -> Response:
         """Return a dialog: alone for the script, else over the list."""
-        context = self._frame(visit) if is_part(request) else await self._context(visit)
+        context = await self._behind(request, visit)
         return self._renderer.page(request, {**context, **values, "dialog": dialog}, status)
+
+    async def _behind(self, request: Request, visit: Visit) -> dict[str, Any]:
+        """Return what a dialog lies over: for the script, which has the list, nothing."""
+        return self._frame(visit) if is_part(request) else await self._context(visit)
 
     async def _form(
         self, request: Request, visit: Visit, form: TokenForm, status: int = 200
