@@ -19,12 +19,14 @@ DOCUMENTS = (
     "SECURITY.md",
     "docs/coherence.md",
 )
-# Each of them has its test in tests/integration/test_readme_grpcurl.py, or below.
+# Each has its test below, in integration/test_readme_grpcurl.py or in console/test_running.py.
 MARKS = {
     "cli",
     "config",
+    "console",
     "grpcurl",
     "grpcurl install",
+    "make console",
     "make run",
     "python",
     "python asgi guard",

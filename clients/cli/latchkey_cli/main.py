@@ -5,7 +5,7 @@ from typing import Annotated, Final
 
 import typer
 
-from latchkey_cli import output, secrets, service, status, tokens, verify
+from latchkey_cli import console, output, secrets, service, status, tokens, verify
 from latchkey_cli.failures import ClosedPipe, Exit, Failure
 
 __all__ = ["app", "main"]
@@ -42,6 +42,7 @@ app.command("get")(tokens.get)
 app.command("delete")(tokens.delete)
 app.command("verify", context_settings={"allow_extra_args": True})(verify.verify)
 app.command("status")(status.status)
+app.command("console")(console.console)
 app.command("serve")(service.serve)
 app.command("config")(service.config)
 
