@@ -9,13 +9,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 
-.PHONY: help run serve test check bench history proto lock clean format
+.PHONY: help run serve console test check bench history proto lock clean format
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 run: $(VENV)/.run  ## Start Latchkey with what it needs, the database included
 	@exec $(PY) -P -m latchkey_service
+
+console: $(VENV)/.run  ## Start Latchkey and the API Tokens page, to try it (ARGS=ACCOUNT)
+	@exec $(PY) -P -m latchkey_console.together $(ARGS)
 
 test: $(VENV)/.dev  ## Run the tests
 	@exec $(BIN)/pytest -n 2 --dist loadgroup $(ARGS)

@@ -135,7 +135,8 @@ PYTHON
 
 step "ruff check" ruff check --quiet .
 step "ruff format" ruff format --check --quiet .
-step "mypy" mypy proto/latchkey_coherence service/latchkey_service clients/python/latchkey clients/cli/latchkey_cli
+step "mypy" mypy proto/latchkey_coherence service/latchkey_service clients/python/latchkey \
+  clients/cli/latchkey_cli clients/console/latchkey_console
 step "mypy tests" mypy tests
 step "buf lint" proto_lint
 step "stubs" python proto/generate.py --check

@@ -26,7 +26,7 @@ import grpc
 from latchkey_service import peppers
 from latchkey_service.secrets import Keyring
 
-from tests.benchmarks import load, processes, report
+from tests.benchmarks import console, load, processes, report
 from tests.benchmarks.answers import check_ceiling, check_service
 from tests.benchmarks.rows import TRANSPORTS, Row, Sizes, rows
 from tests.benchmarks.seed import Seeded, seed
@@ -68,8 +68,12 @@ def main() -> int:
         give_up = began + RUN_SECONDS_MAX
         results, failures = _measure(chosen, servers, postmaster, options, give_up)
         wrong = _check(servers, seeded, keyring)
+        page = None
+        if options.only.lower() in "page":
+            service = servers["native"].address
+            page = console.measure(service, scratch, cores.load, quick=options.quick)
     reached = report.targets(results, sizes)
-    _say("", *report.as_table(chosen, results, reached))
+    _say("", *report.as_table(chosen, results, reached), "", *(page.lines() if page else ()))
     about = {
         "slice_seconds": options.seconds,
         "run_seconds": round(time.monotonic() - began),
@@ -80,6 +84,7 @@ def main() -> int:
     }
     OUTPUT.parent.mkdir(exist_ok=True)
     document = report.as_json(chosen, results, reached, failures, about)
+    document["page"] = page.document() if page else None
     OUTPUT.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", "utf-8")
     _say("", f"Written to {OUTPUT} after {about['run_seconds']} s.")
     wrong += [

@@ -419,7 +419,7 @@ async def test_completion_works(run: Run) -> None:
         assert script.code == 0
         assert variable in script.out
     words = await run(**{variable: "complete_bash", "COMP_WORDS": "latchkey ", "COMP_CWORD": "1"})
-    commands = "create list get delete verify status audit serve policy config"
+    commands = "create list get delete verify status audit console serve policy config"
     assert words.out.split() == commands.split()
     in_bash = """
         source /dev/stdin

@@ -118,6 +118,13 @@ async def test_what_is_told(tool: Tool) -> None:
         (("--credential-file", "gone", "list"), {}, 2, "gone: No such file"),
         (("--tls-ca", "gone", "list"), {}, 2, "gone: No such file"),
         (("--tls-key", "own.key", "list"), {}, 2, "belong together"),
+        (("--tls-ca", "gone", "console", "--account", "a"), {}, 2, "gone: No such file"),
+        (
+            ("--credential-file", "manager", "console", "--account", "a"),
+            {"LATCHKEY_TARGET": "latchkey.internal:1"},
+            2,
+            "unencrypted",
+        ),
         (
             ("--credential-file", "manager", "list"),
             {"LATCHKEY_TARGET": "latchkey.internal:1"},

@@ -25,12 +25,14 @@ DOCUMENTS = (
     "docs/callers.md",
     "docs/coherence.md",
 )
-# Each of them has its test in tests/integration/test_readme_grpcurl.py, or below.
+# Each has its test below, in integration/test_readme_grpcurl.py or in console/test_running.py.
 MARKS = {
     "cli",
     "config",
+    "console",
     "grpcurl",
     "grpcurl install",
+    "make console",
     "make run",
     "policy",
     "python",

@@ -23,6 +23,7 @@ __all__ = [
     "KeyOption",
     "choose",
     "chosen",
+    "hand_on",
 ]
 
 _PANEL: Final = "Access"
@@ -96,6 +97,25 @@ def chosen() -> "Access":
     except AccessError as error:
         failure = of_no_use(str(error))
     raise failure
+
+
+def hand_on(target: str) -> None:
+    """Put what was said before the command where another part of this process looks for it.
+
+    Raises Failure for what is of no use, for `target` either.
+    """
+    from latchkey import AccessError
+
+    try:
+        chosen().check_target(target)
+    except AccessError as error:
+        raise of_no_use(str(error)) from None
+    given = {name: str(path) for name, path in _options.items() if path is not None}
+    if "credential_file" in given:
+        os.environ.pop("LATCHKEY_CREDENTIAL", None)
+    if "tls_certificate" in given and "tls_ca" not in given:
+        os.environ.setdefault("LATCHKEY_TLS_CA", "system")
+    os.environ.update({f"LATCHKEY_{name.upper()}": value for name, value in given.items()})
 
 
 def of_no_use(text: str) -> Failure:

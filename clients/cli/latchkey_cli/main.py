@@ -5,7 +5,17 @@ from typing import Annotated, Final
 
 import typer
 
-from latchkey_cli import access, audit, output, secrets, service, status, tokens, verify
+from latchkey_cli import (
+    access,
+    audit,
+    console,
+    output,
+    secrets,
+    service,
+    status,
+    tokens,
+    verify,
+)
 from latchkey_cli.failures import ClosedPipe, Exit, Failure
 
 __all__ = ["app", "main"]
@@ -43,6 +53,7 @@ app.command("delete")(tokens.delete)
 app.command("verify", context_settings={"allow_extra_args": True})(verify.verify)
 app.command("status")(status.status)
 app.command("audit")(audit.audit)
+app.command("console")(console.console)
 app.command("serve")(service.serve)
 app.command("policy")(service.policy)
 app.command("config")(service.config)

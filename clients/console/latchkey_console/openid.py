@@ -1,0 +1,177 @@
+"""Sign-in with OpenID Connect: authorization code flow, with state, nonce and PKCE.
+
+Authlib does the protocol. This owns what comes before and after: a sign-in that is kept here and
+named by the signed session cookie, so that signing out ends it whoever has a copy of the cookie.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import httpx2
+from authlib.common.errors import AuthlibBaseError
+from authlib.integrations.starlette_client import OAuth
+from joserfc.errors import JoseError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from latchkey_console.expiring import Expiring
+from latchkey_console.identity import NotSignedIn, Refused, Viewer
+from latchkey_console.protection import new_session, session_id
+from latchkey_console.settings import OpenIdSettings, is_account_id
+
+__all__ = ["OpenId"]
+
+_log = logging.getLogger("latchkey.console")
+
+# A working day; the provider's own session usually makes the next sign-in one redirect.
+SIGN_IN_SECONDS: Final = 8 * 3_600.0
+SIGN_INS_MAX: Final = 10_000
+# Of each request to the provider, of which a sign-in needs up to four.
+PROVIDER_SECONDS: Final = 5.0
+# Between the provider's clock and ours.
+LEEWAY_SECONDS: Final = 60
+# No id token is larger, and it is kept for each sign-in.
+ID_TOKEN_LENGTH_MAX: Final = 8_192
+
+
+@dataclass(frozen=True, slots=True)
+class _SignIn:
+    account_id: str
+    id_token: str | None
+
+
+class OpenId:
+    """Knows who is looking from a sign-in with the provider."""
+
+    def __init__(
+        self, settings: OpenIdSettings, public_url: str, monotonic: Callable[[], float]
+    ) -> None:
+        self._settings = settings
+        self._public_url = public_url
+        self._sign_ins: Expiring[_SignIn] = Expiring(SIGN_IN_SECONDS, SIGN_INS_MAX, monotonic)
+        self._provider: Any = OAuth().register(
+            "provider",
+            client_id=settings.client_id,
+            client_secret=settings.client_secret,
+            server_metadata_url=f"{settings.issuer.rstrip('/')}/.well-known/openid-configuration",
+            client_kwargs={
+                "scope": "openid" if settings.claim == "sub" else "openid profile email",
+                "code_challenge_method": "S256",
+                "timeout": PROVIDER_SECONDS,
+                **({} if settings.client_secret else {"token_endpoint_auth_method": "none"}),
+            },
+        )
+
+    def viewer(self, request: Request) -> Viewer:
+        """Return the account that signed in with this session. Raises NotSignedIn."""
+        sign_in = self._sign_ins.get(session_id(request))
+        if sign_in is None:
+            raise NotSignedIn
+        return Viewer(sign_in.account_id, can_sign_out=True)
+
+    async def begin(self, request: Request) -> Response:
+        """Return the redirect to the provider. Raises Refused when it cannot be reached."""
+        try:
+            await self._check_issuer()
+            answer: Response = await self._provider.authorize_redirect(
+                request, f"{self._public_url}/signed-in"
+            )
+        except (AuthlibBaseError, httpx2.HTTPError, ValueError, RuntimeError) as error:
+            raise _unreachable(error) from error
+        return answer
+
+    async def finish(self, request: Request) -> None:
+        """Take the provider's answer and sign the session in. Raises Refused.
+
+        The session gets a new id: one that somebody planted before is worth nothing after.
+        """
+        # RFC 9207: where the provider says who it is, it has to be the one that was asked.
+        if request.query_params.get("iss", self._settings.issuer) != self._settings.issuer:
+            raise _failed("another provider answered")
+        if "code" not in request.query_params and "error" not in request.query_params:
+            raise _failed("the answer has no code")
+        try:
+            await self._check_issuer()
+            tokens = await self._provider.authorize_access_token(
+                request,
+                leeway=LEEWAY_SECONDS,
+                claims_options={
+                    "iss": {"essential": True, "values": [self._settings.issuer]},
+                    "aud": {"essential": True, "values": [self._settings.client_id]},
+                },
+            )
+        except httpx2.HTTPError as error:
+            raise _unreachable(error) from error
+        except (AuthlibBaseError, JoseError, ValueError, RuntimeError, KeyError) as error:
+            # By type: some of their texts quote what the other side sent.
+            raise _failed(type(error).__name__) from error
+        claims = tokens.get("userinfo")
+        if not claims:
+            raise _failed("the answer has no id token")
+        account_id = claims.get(self._settings.claim)
+        if not isinstance(account_id, str) or not is_account_id(account_id):
+            _log.warning("sign-in refused: claim %s is no account id", self._settings.claim)
+            raise Refused(
+                403,
+                "This is not an account",
+                f"You are signed in, but the provider's claim “{self._settings.claim}” is not an "
+                "account id of Latchkey, which has 1-64 characters of A-Za-z0-9._:- (so no mail "
+                "address). Whoever runs this page has to see to that.",
+            )
+        id_token = tokens.get("id_token", "")
+        sign_in = _SignIn(account_id, id_token if len(id_token) <= ID_TOKEN_LENGTH_MAX else None)
+        self._sign_ins.pop(session_id(request))
+        # The oldest makes room: it has to sign in again, which is one redirect.
+        self._sign_ins.put(new_session(request), sign_in)
+        _log.info("signed in: account %s", account_id)
+
+    async def end(self, request: Request) -> str | None:
+        """Sign the session out here; return where to sign out of the provider, if it has a place.
+
+        (OpenID Connect RP-Initiated Logout 1.0)
+        """
+        sign_in = self._sign_ins.pop(session_id(request))
+        new_session(request)
+        if sign_in is None:
+            return None
+        _log.info("signed out: account %s", sign_in.account_id)
+        try:
+            metadata = await self._provider.load_server_metadata()
+            if "end_session_endpoint" not in metadata:
+                return None
+            result = await self._provider.create_logout_url(
+                post_logout_redirect_uri=f"{self._public_url}/signed-out",
+                id_token_hint=sign_in.id_token,
+                client_id=self._settings.client_id,
+            )
+        except (AuthlibBaseError, httpx2.HTTPError, ValueError, RuntimeError):
+            # Signed out here, which is what was asked for; the provider is away.
+            return None
+        url = str(result["url"])
+        return url if url.startswith(("https://", "http://")) else None
+
+    async def _check_issuer(self) -> None:
+        # Discovery 1.0 §4.3: or one provider could answer in the place of another.
+        metadata = await self._provider.load_server_metadata()
+        if metadata.get("issuer") != self._settings.issuer:
+            raise ValueError("the provider's metadata names another issuer")
+
+
+def _unreachable(error: Exception) -> Refused:
+    _log.warning("sign-in failed: the provider cannot be used: %s", type(error).__name__)
+    return Refused(
+        503,
+        "Sign-in is not available",
+        "The sign-in provider does not answer as it should. Try again in a moment.",
+    )
+
+
+def _failed(reason: str) -> Refused:
+    _log.warning("sign-in failed: %s", reason)
+    return Refused(
+        400,
+        "The sign-in did not work",
+        "It was cancelled, took too long, or was begun in another window. Start again.",
+    )

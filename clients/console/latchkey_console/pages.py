@@ -1,0 +1,391 @@
+"""The pages: one method for each address, from the request to what a browser gets.
+
+Each works with plain links, forms and redirects. A request of the page's own script says so in a
+header, and gets the part that it puts in place: the list without the frame, or a dialog without
+the list. Nothing else differs.
+"""
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+import latchkey
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from latchkey_console import listing
+from latchkey_console.creation import Creations, Different, Lost, Made, NotMade
+from latchkey_console.expiring import Expiring
+from latchkey_console.failures import Trouble, is_refusal, trouble
+from latchkey_console.forms import NewToken, TokenForm
+from latchkey_console.identity import Identity, NotSignedIn, Refused, Viewer
+from latchkey_console.listing import Filter, Inventory
+from latchkey_console.protection import BadForm, Seals, read_form, session_id
+from latchkey_console.rendering import Renderer, is_part
+
+__all__ = ["Pages"]
+
+_log = logging.getLogger("latchkey.console")
+
+# What is told after a redirect; nobody comes for it later.
+NOTICE_SECONDS: Final = 120.0
+NOTICES_MAX: Final = 10_000
+# A sign-in with a lost password takes a while.
+DRAFT_SECONDS: Final = 900.0
+DRAFTS_MAX: Final = 1_000
+
+_STALE: Final = (
+    "This form was open for a long time, or in another window. Nothing was created. "
+    "Check it and press the button again."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What has become of a deletion, told once on the next page."""
+
+    kind: str
+    """deleted, unconfirmed or gone"""
+    token_id: str
+    name: str
+    scope: str = ""
+    milliseconds: int = 0
+    receipt: latchkey.Receipt | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """Who asks, in which session, and for what part of the list."""
+
+    viewer: Viewer
+    session: str
+    filter: Filter
+
+    @property
+    def account_id(self) -> str:
+        """Whose tokens are meant."""
+        return self.viewer.account_id
+
+    @property
+    def owner(self) -> str:
+        """Who may see what this visit makes: the session, as long as it is this account's."""
+        return f"{self.session} {self.account_id}"
+
+
+class Pages:
+    """Answers the page's requests. Raises NotSignedIn and Refused, for the application to tell."""
+
+    def __init__(
+        self,
+        client: latchkey.Client,
+        identity: Identity,
+        seals: Seals,
+        renderer: Renderer,
+        now: Callable[[], datetime],
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._client = client
+        self._identity = identity
+        self._seals = seals
+        self._renderer = renderer
+        self._now = now
+        self._monotonic = monotonic
+        self._creations = Creations(client, now, monotonic)
+        self._notices: Expiring[Notice] = Expiring(NOTICE_SECONDS, NOTICES_MAX, monotonic)
+        self._drafts: Expiring[TokenForm] = Expiring(DRAFT_SECONDS, DRAFTS_MAX, monotonic)
+
+    async def index(self, request: Request) -> Response:
+        """Show the list, and what the request before has to tell."""
+        return await self._list(request, self._visit(request, request.query_params))
+
+    async def rows(self, request: Request) -> Response:
+        """Give the script the rows that come after the last one it has."""
+        visit = self._visit(request, request.query_params)
+        try:
+            inventory = await self._inventory(visit)
+        except latchkey.LatchkeyError as error:
+            return self._renderer.message(_told(error), viewer=None)
+        matching = inventory.matching(visit.filter)
+        after = request.query_params.get("after", "")
+        rows = listing.rows_after(matching, after, listing.ROWS_STEP)
+        context = {**_rows_context(inventory, visit.filter), "rows": rows}
+        return self._renderer.fragment("rows.html", context)
+
+    async def new(self, request: Request) -> Response:
+        """Show the form for a new token."""
+        visit = self._visit(request, request.query_params)
+        draft = self._drafts.pop(str(request.session.pop("draft", "")))
+        return await self._form(request, visit, draft or TokenForm())
+
+    async def create(self, request: Request) -> Response:
+        """Take the form: create its token once, or show it again with what is wrong."""
+        fields = await _fields(request)
+        form = TokenForm.read(fields)
+        try:
+            visit = self._visit(request, fields)
+        except NotSignedIn:
+            self._keep_draft(request, form)
+            raise
+        mark = self._seals.form(fields.get("form", ""), visit.session, visit.account_id)
+        if mark is None or not self._is_ours(fields, visit):
+            return await self._form(request, visit, form.with_errors({"": _STALE}), status=403)
+        new = form.checked(self._now())
+        if isinstance(new, TokenForm):
+            return await self._form(request, visit, new, status=422)
+        outcome = await self._creations.create(
+            mark, visit.owner, visit.account_id, new, replace="replace" in fields
+        )
+        match outcome:
+            case Made():
+                return RedirectResponse(f"/created/{outcome.place}{visit.filter.query}", 303)
+            case Different():
+                text = (
+                    f"Sent before, this form has made the token “{outcome.name}”. To make another "
+                    "one, check it and press the button again."
+                )
+                return await self._form(request, visit, form.with_errors({"": text}), status=409)
+            case NotMade():
+                return await self._not_made(request, visit, form, outcome.error)
+            case Lost():
+                return await self._lost(request, visit, form, fields["form"], new, outcome)
+
+    async def created(self, request: Request) -> Response:
+        """Show a new token with its secret: this once, and to the session that made it."""
+        visit = self._visit(request, request.query_params)
+        if request.method == "HEAD" or "prefetch" in request.headers.get("sec-purpose", ""):
+            # Nobody looks: the one display is not for that.
+            return Response(status_code=204)
+        # First: once the secret is taken, nothing may come between it and the answer.
+        context = await self._behind(request, visit)
+        shown = self._creations.show(request.path_params["place"], visit.owner)
+        if shown is None:
+            told = Trouble(
+                404,
+                "There is nothing to show here",
+                "A new token's secret is shown once, right after it is made, to whoever made it.",
+            )
+            return self._renderer.message(told, visit.viewer, part=is_part(request))
+        secret = None if shown.secret is None else shown.secret.reveal()
+        values = {"token": shown.token, "secret": secret, "dialog": "created.html"}
+        return self._renderer.page(request, {**context, **values})
+
+    async def confirm_delete(self, request: Request) -> Response:
+        """Ask whether a token is to be deleted."""
+        visit = self._visit(request, request.query_params)
+        token_id = request.query_params.get("id", "")
+        try:
+            token = await self._client.get(visit.account_id, token_id)
+        except (latchkey.NotFound, latchkey.InvalidArgument):
+            # Deleted elsewhere meanwhile: there is nothing to ask.
+            return await self._list(request, visit, Notice("gone", token_id, ""))
+        except latchkey.LatchkeyError as error:
+            return self._renderer.message(_told(error), visit.viewer, part=is_part(request))
+        return await self._dialog(request, visit, "delete.html", {"token": token})
+
+    async def delete(self, request: Request) -> Response:
+        """Delete a token and show the receipt on the list."""
+        began = self._monotonic()
+        fields = await _fields(request)
+        visit = self._visit(request, fields)
+        if not self._is_ours(fields, visit):
+            told = Trouble(403, "This page was open for too long", "Nothing was deleted.")
+            return self._renderer.message(told, visit.viewer, part=is_part(request))
+        token_id = fields.get("id", "")
+        token = None
+        try:
+            # The name and scope of the receipt are what was deleted, not what a form says.
+            token = await self._client.get(visit.account_id, token_id)
+        except (latchkey.NotFound, latchkey.InvalidArgument):
+            pass
+        except latchkey.LatchkeyError as error:
+            return self._renderer.message(_told(error), visit.viewer, part=is_part(request))
+        receipt = None
+        try:
+            receipt = await self._client.delete(visit.account_id, token_id)
+        except (latchkey.NotFound, latchkey.InvalidArgument):
+            pass
+        except latchkey.LatchkeyError as error:
+            return await self._not_deleted(request, visit, token, token_id, error)
+        notice = _notice(token_id, token, receipt, self._monotonic() - began)
+        if receipt is not None:  # else the id is anything that somebody has sent
+            _log.info("%s: account %s, token %s", notice.kind, visit.account_id, token_id)
+        self._notices.put(visit.owner, notice)
+        return RedirectResponse(f"/{visit.filter.query}", 303)
+
+    def _visit(self, request: Request, query: Mapping[str, str]) -> Visit:
+        viewer = self._identity.viewer(request)
+        return Visit(viewer, session_id(request), Filter.read(query))
+
+    def _keep_draft(self, request: Request, form: TokenForm) -> None:
+        """Keep what was typed for after the sign-in: here, as names are not for cookies."""
+        request.session["draft"] = draft = secrets.token_urlsafe(12)
+        request.session["return"] = "/new"
+        self._drafts.put(draft, form)
+
+    def _is_ours(self, fields: Mapping[str, str], visit: Visit) -> bool:
+        return self._seals.is_csrf(fields.get("csrf", ""), visit.session, visit.account_id)
+
+    async def _inventory(self, visit: Visit) -> Inventory:
+        return await listing.fetch(self._client, visit.account_id, self._now())
+
+    async def _list(self, request: Request, visit: Visit, notice: Notice | None = None) -> Response:
+        context = await self._context(visit)
+        context["notice"] = notice or self._notices.pop(visit.owner)
+        told: Trouble | None = context["trouble"]
+        return self._renderer.page(request, context, told.status if told else 200)
+
+    async def _dialog(
+        self,
+        request: Request,
+        visit: Visit,
+        dialog: str,
+        values: Mapping[str, Any],
+        status: int = 200,
+    ) -> Response:
+        """Return a dialog: alone for the script, else over the list."""
+        context = await self._behind(request, visit)
+        return self._renderer.page(request, {**context, **values, "dialog": dialog}, status)
+
+    async def _behind(self, request: Request, visit: Visit) -> dict[str, Any]:
+        """Return what a dialog lies over: for the script, which has the list, nothing."""
+        return self._frame(visit) if is_part(request) else await self._context(visit)
+
+    async def _form(
+        self, request: Request, visit: Visit, form: TokenForm, status: int = 200
+    ) -> Response:
+        mark = self._seals.new_form(visit.session, visit.account_id)
+        return await self._dialog(request, visit, "new.html", {"form": form, "mark": mark}, status)
+
+    async def _not_made(
+        self, request: Request, visit: Visit, form: TokenForm, error: latchkey.LatchkeyError
+    ) -> Response:
+        match error:
+            case latchkey.AlreadyExists():
+                text = (
+                    "You have a token of this name already (upper and lower case count as the "
+                    "same). Choose another name, or delete that token first."
+                )
+                return await self._form(request, visit, form.with_errors({"name": text}), 409)
+            case latchkey.InvalidArgument():
+                return await self._form(request, visit, form.refused(error.field_violations), 422)
+            case _:
+                told = trouble(error)
+                text = f"{told.title}, so nothing was created. {told.text}"
+                form = form.with_errors({"": text})
+                return await self._form(request, visit, form, told.status)
+
+    async def _lost(
+        self,
+        request: Request,
+        visit: Visit,
+        form: TokenForm,
+        mark: str,
+        new: NewToken,
+        outcome: Lost,
+    ) -> Response:
+        told = None if outcome.error is None else trouble(outcome.error)
+        # The same mark: sent again, the form goes on from where this left it.
+        values = {
+            "form": form,
+            "mark": mark,
+            "name": new.name,
+            "found": outcome.found,
+            "told": told,
+        }
+        return await self._dialog(request, visit, "lost.html", values, 503)
+
+    async def _not_deleted(
+        self,
+        request: Request,
+        visit: Visit,
+        token: latchkey.Token | None,
+        token_id: str,
+        error: latchkey.LatchkeyError,
+    ) -> Response:
+        told = trouble(error)
+        if is_refusal(error):
+            return self._renderer.message(_told(error), visit.viewer, part=is_part(request))
+        values = {"token": token, "token_id": token_id, "told": told}
+        return await self._dialog(request, visit, "unconfirmed.html", values, told.status)
+
+    def _frame(self, visit: Visit) -> dict[str, Any]:
+        """Return what every page needs."""
+        return {
+            "viewer": visit.viewer,
+            "csrf": self._seals.csrf(visit.session, visit.account_id),
+            "filter": visit.filter,
+            "dialog": None,
+            "notice": None,
+        }
+
+    async def _context(self, visit: Visit) -> dict[str, Any]:
+        """Return what the list needs. When Latchkey gives none, that is what the page tells."""
+        frame = self._frame(visit)
+        try:
+            inventory = await self._inventory(visit)
+        except latchkey.LatchkeyError as error:
+            _log.warning("list: %s", error.code.name)
+            return {**frame, "trouble": trouble(error)}
+        matching = inventory.matching(visit.filter)
+        return {
+            **frame,
+            **_rows_context(inventory, visit.filter),
+            "trouble": None,
+            "findings": inventory.findings(),
+            "total": len(inventory.tokens),
+            "complete": inventory.complete,
+            "matching": len(matching),
+            "rows": matching[: visit.filter.rows],
+        }
+
+
+def _rows_context(inventory: Inventory, wanted: Filter) -> dict[str, Any]:
+    return {
+        "filter": wanted,
+        "now": inventory.now,
+        "kinds": inventory.kinds,
+        "use_recorded": inventory.use_recorded,
+    }
+
+
+async def _fields(request: Request) -> dict[str, str]:
+    try:
+        return await read_form(request)
+    except BadForm:
+        raise Refused(
+            400, "This is not a form of this page", "Nothing was changed. Go back and try again."
+        ) from None
+
+
+def _told(error: latchkey.LatchkeyError) -> Trouble:
+    told = trouble(error)
+    return Trouble(
+        told.status,
+        told.title,
+        f"Nothing was changed. {told.text}",
+        told.request_id,
+        told.retry_seconds,
+    )
+
+
+def _notice(
+    token_id: str, token: latchkey.Token | None, receipt: latchkey.Receipt | None, seconds: float
+) -> Notice:
+    # None: committed, and some verifier may not know of it yet.
+    effective_time: datetime | None = receipt.effective_time if receipt else None
+    unconfirmed = receipt is not None and effective_time is None
+    if token is None:
+        return Notice("unconfirmed" if unconfirmed else "gone", token_id, "", receipt=receipt)
+    return Notice(
+        "unconfirmed" if unconfirmed else "deleted",
+        token_id,
+        token.name,
+        token.scope.value,
+        # On one clock, from the request's arrival to the answer: by then it was dead everywhere.
+        max(1, round(seconds * 1_000)),
+        receipt,
+    )

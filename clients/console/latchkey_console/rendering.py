@@ -1,0 +1,116 @@
+"""Templates and static files: from values to responses.
+
+It owns escaping (always on), how moments and names are written, and the addresses of static files.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any, Final
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from latchkey_console import times
+from latchkey_console.failures import Trouble
+from latchkey_console.identity import Viewer
+from latchkey_console.review import Kind
+from latchkey_console.text import visible
+
+__all__ = ["PART_HEADER", "Renderer", "is_part"]
+
+# Said by the page's own script. Another site's cannot: the header would need a preflight.
+PART_HEADER: Final = "x-latchkey-part"
+_TYPES: Final = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+
+
+class Renderer:
+    """Renders templates and serves static files, both read once."""
+
+    def __init__(self) -> None:
+        folder = resources.files("latchkey_console") / "static"
+        self._static = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+        digest = hashlib.sha256(b"\0".join(self._static[name] for name in sorted(self._static)))
+        # In the address, so that a browser may keep a file for good and yet gets a new one.
+        self._version = digest.hexdigest()[:12]
+        self._templates = Environment(
+            loader=PackageLoader("latchkey_console"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            auto_reload=False,
+        )
+        self._templates.filters |= {
+            "ago": times.ago,
+            "day": times.day,
+            "exact": times.exact,
+            "iso": times.iso,
+            "visible": visible,
+        }
+        self._templates.globals |= {"static": f"/static/{self._version}", "Kind": Kind}
+
+    def page(self, request: Request, context: Mapping[str, Any], status: int = 200) -> Response:
+        """Return the list with what lies over it; of that, for the script, the part it asks for."""
+        layout = "part.html" if is_part(request) else "page.html"
+        return self._html("tokens.html", {**context, "layout": layout}, status)
+
+    def message(
+        self,
+        trouble: Trouble,
+        viewer: Viewer | None,
+        *,
+        part: bool = False,
+        action: tuple[str, str] | None = None,
+    ) -> Response:
+        """Return a page that tells one thing. `action` is a link's text and address."""
+        layout = "part.html" if part else "page.html"
+        context = {"told": trouble, "viewer": viewer, "action": action, "layout": layout}
+        response = self._html(
+            "message.html", {**context, "csrf": "", "dialog": None}, trouble.status
+        )
+        if trouble.retry_seconds is not None:
+            response.headers["retry-after"] = str(trouble.retry_seconds)
+        return response
+
+    def fragment(self, name: str, context: Mapping[str, Any]) -> Response:
+        """Return a template as it is."""
+        return self._html(name, context, 200)
+
+    def static(self, request: Request) -> Response:
+        """Return a static file, to be kept for good, or 404."""
+        name = request.path_params["name"]
+        if request.path_params["version"] != self._version or name not in self._static:
+            return Response(status_code=404)
+        return Response(
+            self._static[name],
+            media_type=_TYPES[name.rpartition(".")[2]],
+            headers={"cache-control": "public, max-age=31536000, immutable"},
+        )
+
+    def seal(self, _: Request) -> Response:
+        """Return the picture on the page with a secret, and set a cookie that nobody reads.
+
+        Chromium keeps pages for the way back, whatever no-store says, until a cookie of theirs
+        changes while they are shown (its rule for pages with no-store). This is that change, for
+        browsers without the script, which empties the page itself.
+        """
+        response = Response(
+            self._static["icon.svg"],
+            media_type=_TYPES["svg"],
+            headers={"cache-control": "no-store"},
+        )
+        response.set_cookie(
+            "latchkey_seal", secrets.token_hex(8), max_age=60, httponly=True, samesite="strict"
+        )
+        return response
+
+    def _html(self, name: str, context: Mapping[str, Any], status: int) -> Response:
+        return HTMLResponse(self._templates.get_template(name).render(context), status)
+
+
+def is_part(request: Request) -> bool:
+    """Tell whether the page's script asks."""
+    return PART_HEADER in request.headers

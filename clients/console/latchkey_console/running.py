@@ -1,0 +1,96 @@
+"""Runs the page: binds its address, says where it is, serves until SIGINT or SIGTERM."""
+
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from dataclasses import replace
+from typing import Final
+
+import uvicorn
+
+from latchkey_console.app import make_app
+from latchkey_console.settings import Settings, SettingsError
+
+__all__ = ["run"]
+
+# Requests at once, each of which may wait for Latchkey; more are told 503.
+REQUESTS_MAX: Final = 500
+# A Delete that waits for a silent verifier takes some seconds.
+GRACE_SECONDS: Final = 10
+KEEP_ALIVE_SECONDS: Final = 15
+BACKLOG: Final = 512
+
+
+def run(settings: Settings) -> None:
+    """Serve the page, on the main thread. Raises SettingsError when its address cannot be had."""
+    with _bound(settings) as listener:
+        settings = _with_port(settings, listener.getsockname()[1])
+        _log_to_stderr()
+        # One process: forms and new secrets are kept in its memory.
+        config = uvicorn.Config(
+            make_app(settings),
+            workers=1,
+            # The peer's address is taken as it is: `identity` trusts it and no header.
+            proxy_headers=False,
+            server_header=False,
+            # Its lines would have queries in them. What is done is logged by the page itself.
+            access_log=False,
+            log_config=None,
+            ws="none",
+            limit_concurrency=REQUESTS_MAX,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+        # Stopped by a signal, uvicorn ends in order and raises it once more, for a caller who wants
+        # to know. Before it listens to signals there is nothing to end. Neither is a failure.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _stop)
+        with contextlib.suppress(KeyboardInterrupt):
+            sys.stdout.write(
+                f"API Tokens: {settings.public_url} ({_whose(settings)}). Ctrl-C stops it.\n"
+            )
+            sys.stdout.flush()
+            uvicorn.Server(config).run(sockets=[listener])
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _bound(settings: Settings) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        raise SettingsError(
+            f"--listen: {where} cannot be had: {error.strerror or error}; choose another"
+        ) from error
+
+
+def _with_port(settings: Settings, port: int) -> Settings:
+    """Return the settings with the port that port 0 has become."""
+    if settings.port != 0:
+        return settings
+    return replace(settings, port=port, public_url=settings.public_url.replace(":0", f":{port}"))
+
+
+def _whose(settings: Settings) -> str:
+    if settings.account is not None:
+        return f"everyone here is account {settings.account}"
+    if settings.proxy is not None:
+        return f"accounts by header {settings.proxy.header}"
+    return "sign-in with OpenID Connect"
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING)
+    logging.getLogger("latchkey.console").setLevel(logging.INFO)

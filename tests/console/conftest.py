@@ -1,0 +1,163 @@
+"""For the page's tests: the real service behind a relay, the page before it, a browser."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+
+from tests.conftest import TEMPLATE, _execute, with_database
+from tests.console import browsing, tools
+from tests.console.processes import Console, console, run, sql
+from tests.console.relay import Relay
+from tests.support import service
+
+if TYPE_CHECKING:
+    from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceStub
+
+_numbers = itertools.count(1)
+
+
+@dataclass
+class World:
+    """All that one browser test has: an account of its own, and what is behind the page."""
+
+    url: str
+    account: str
+    relay: Relay
+    stub: TokenServiceStub
+    database_url: str
+    process: Console
+
+    def create(self, name: str, **fields: Any) -> Any:
+        """Create a token as another program would; `days_old` and `expires_days` age it."""
+        days_old = fields.pop("days_old", None)
+        expires_days = fields.pop("expires_days", None)
+        request: dict[str, Any] = {
+            "account_id": self.account,
+            "name": name,
+            "scope": pb.SCOPE_READ,
+        } | fields
+        created = self.stub.Create(pb.CreateRequest(**request), timeout=10)
+        if days_old is not None or expires_days is not None:
+            self.sql(
+                "UPDATE token SET"
+                " create_time = now() - coalesce($2::float8, 0) * interval '1 day',"
+                " expire_time = coalesce(now() + $3::float8 * interval '1 day', expire_time)"
+                " WHERE id = $1",
+                created.token.id,
+                days_old,
+                expires_days,
+            )
+        return created
+
+    def tokens(self) -> dict[str, Any]:
+        """Return the account's tokens by name, as the service has them."""
+        request = pb.ListRequest(account_id=self.account, page_size=500)
+        return {token.name: token for token in self.stub.List(request, timeout=10).tokens}
+
+    def delete(self, token_id: str) -> None:
+        """Delete a token elsewhere than on the page."""
+        self.stub.Delete(pb.DeleteRequest(account_id=self.account, id=token_id), timeout=20)
+
+    def verdict(self, secret: str) -> str:
+        """Ask what a secret is worth."""
+        answer = self.stub.Verify(pb.VerifyRequest(secret=secret), timeout=10)
+        return pb.Verdict.Name(answer.verdict)
+
+    def sql(self, statement: str, *values: Any) -> None:
+        """Change the database."""
+        sql(self.database_url, statement, *values)
+
+
+@pytest.fixture(scope="session")
+async def page_database(postgres_url: str, template_url: str) -> str:
+    """A database for all tests of the page, each of which has accounts of its own."""
+    await _execute(postgres_url, f"CREATE DATABASE console TEMPLATE {TEMPLATE}")
+    return with_database(postgres_url, "console")
+
+
+@pytest.fixture(scope="session")
+def backend(page_database: str, pepper_file: Path, scratch: Path) -> Iterator[tuple[Relay, Any]]:
+    """The real service as a process, behind a relay; and a stub past the relay."""
+    with (
+        service(
+            scratch / "page-service",
+            database_url=page_database,
+            pepper_file=pepper_file,
+            data_dir=scratch / "page-data",
+            listen="127.0.0.1:0",
+            log_format="json",
+        ) as running,
+        grpc.insecure_channel(address := run(running.welcome())) as channel,
+    ):
+        relay = Relay(address)
+        try:
+            yield relay, pb_grpc.TokenServiceStub(channel)
+        finally:
+            relay.close()
+
+
+@pytest.fixture(scope="session")
+def page(backend: tuple[Relay, Any], scratch: Path) -> Iterator[tuple[Console, str]]:
+    """The page as a process, behind a sign-in proxy that is the browser's own headers."""
+    arguments = ("--account-header", "X-Forwarded-User", "--trusted-proxy", "127.0.0.1")
+    with console(scratch / "page", *arguments, "--target", backend[0].address) as running:
+        yield running
+
+
+@pytest.fixture
+def world(
+    page: tuple[Console, str], backend: tuple[Relay, Any], page_database: str
+) -> Iterator[World]:
+    """An account that no other test has, all well behind the page."""
+    relay, stub = backend
+    account = f"account-{next(_numbers)}"
+    yield World(page[1], account, relay, stub, page_database, page[0])
+    relay.well()
+
+
+@pytest.fixture(scope="session")
+def one_browser() -> Iterator[browsing.Browser]:
+    """The browser that all tests share, one after the other."""
+    with browsing.browser() as running:
+        yield running
+
+
+@pytest.fixture
+def browser(
+    one_browser: browsing.Browser, world: World, request: pytest.FixtureRequest
+) -> Iterator[browsing.Browser]:
+    """The browser, at the page, signed in as the test's account.
+
+    Whatever the test does, the browser must have nothing to complain of but the answers that the
+    test's marker `answers` names, which browsers report as errors.
+    """
+    one_browser.reset(world.url, world.account)
+    yield one_browser
+    marker = request.node.get_closest_marker("answers")
+    expected = tuple(f"status of {status} " for status in (marker.args if marker else ()))
+    complaints = one_browser.console_errors()
+    unexpected = [c for c in complaints if not any(status in c for status in expected)]
+    assert unexpected == []
+
+
+@pytest.fixture(scope="session")
+def axe() -> str:
+    """The script of axe-core."""
+    return (tools.npm_packages() / "axe-core/axe.min.js").read_text("utf-8")
+
+
+@pytest.fixture(params=["script", "no script"])
+def script(request: pytest.FixtureRequest, browser: browsing.Browser) -> bool:
+    """With the page's script, and without any."""
+    on = request.param == "script"
+    browser.scripts(on=on)
+    return on

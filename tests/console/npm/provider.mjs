@@ -1,0 +1,37 @@
+// A real OpenID provider, certified for the protocol, with its own pages to sign in on: any name is
+// let in, which is what tests want. Prints its issuer once it listens. Arguments: the page's address
+// and, for a confidential client, its secret.
+import { createServer } from "node:http";
+import { pathToFileURL } from "node:url";
+
+const [modules, page, secret] = process.argv.slice(2);
+const { Provider } = await import(pathToFileURL(`${modules}/oidc-provider/lib/index.js`));
+
+const server = createServer();
+server.listen(0, "127.0.0.1", () => {
+  const issuer = `http://127.0.0.1:${server.address().port}`;
+  const provider = new Provider(issuer, {
+    clients: [
+      {
+        client_id: "page",
+        redirect_uris: [`${page}/signed-in`],
+        post_logout_redirect_uris: [`${page}/signed-out`],
+        grant_types: ["authorization_code"],
+        response_types: ["code"],
+        ...(secret ? { client_secret: secret } : { token_endpoint_auth_method: "none" }),
+      },
+    ],
+    claims: { openid: ["sub"], profile: ["tenant"] },
+    // Claims in the id token, where the page reads them.
+    conformIdTokenClaims: false,
+    findAccount: (_, id) => ({
+      accountId: id,
+      claims: () => ({ sub: id, tenant: `tenant-of-${id}` }),
+    }),
+    pkce: { required: () => true },
+    cookies: { keys: ["for tests"] },
+  });
+  server.on("request", provider.callback());
+  console.log(issuer);
+});
+process.on("SIGTERM", () => process.exit(0));

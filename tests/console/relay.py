@@ -1,0 +1,128 @@
+"""A TokenService in front of the real one, which a test tells how to fail.
+
+It passes bytes on, so nothing of what it relays is invented, but for what a test asks it to alter.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from latchkey_proto.v1 import token_service_pb2 as pb
+
+SERVICE = "/latchkey.v1.TokenService/"
+CALL_SECONDS = 30.0
+
+
+@dataclass
+class Fault:
+    """What becomes of a method's calls."""
+
+    code: grpc.StatusCode | None = None
+    """Answered in place of the real answer."""
+    reaches: bool = False
+    """Whether the call is done all the same, so that only its answer is lost."""
+    seconds: float = 0.0
+    """How long the answer takes."""
+    times: int = 1_000_000
+    """How many calls; then all is well again."""
+    spares: int = 0
+    """How many calls before them are well."""
+
+
+class Relay:
+    """The relay. `address` is where it listens."""
+
+    def __init__(self, target: str) -> None:
+        self._channel = grpc.insecure_channel(target)
+        self._faults: dict[str, Fault] = {}
+        self._alter: dict[str, Callable[[bytes], bytes]] = {}
+        self._server = grpc.server(ThreadPoolExecutor(16))
+        self._server.add_generic_rpc_handlers((_Handler(self),))
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self.calls: list[str] = []
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._server.start()
+
+    @contextmanager
+    def failing(self, *methods: str, **fault: Any) -> Iterator[None]:
+        """Let calls of these methods fail for the duration of the block; see Fault."""
+        self._faults |= {method: Fault(**fault) for method in methods}
+        try:
+            yield
+        finally:
+            for method in methods:
+                del self._faults[method]
+
+    @contextmanager
+    def altering_list(self, alter: Callable[[Any], None]) -> Iterator[None]:
+        """Change each token that List gives, for the duration of the block."""
+
+        def altered(answer: bytes) -> bytes:
+            message = pb.ListResponse.FromString(answer)
+            for token in message.tokens:
+                alter(token)
+            return message.SerializeToString()
+
+        self._alter["List"] = altered
+        try:
+            yield
+        finally:
+            self._alter.clear()
+
+    def well(self) -> None:
+        """Let all calls pass."""
+        self._faults.clear()
+
+    def close(self) -> None:
+        self._ended.set()
+        self._server.stop(None).wait()
+        self._channel.close()
+
+    def relay(self, path: str, request: bytes, context: grpc.ServicerContext) -> bytes:
+        method = path.removeprefix(SERVICE)
+        with self._lock:
+            self.calls.append(method)
+            fault = self._faults.get(method)
+            if fault is not None and fault.spares:
+                fault.spares -= 1
+                fault = None
+            elif fault is not None:
+                fault.times -= 1
+                fault = fault if fault.times >= 0 else None
+        if fault is None or fault.code is None or fault.reaches:
+            answer = self._ask(path, request, context)
+        if fault is not None:
+            # The bound of this wait is the caller's deadline, or the end of the relay.
+            end = time.monotonic() + fault.seconds
+            while time.monotonic() < end and context.is_active():
+                self._ended.wait(0.01)
+            if fault.code is not None:
+                context.abort(fault.code, "the relay was told to fail")
+        return self._alter.get(method, bytes)(answer)
+
+    def _ask(self, path: str, request: bytes, context: grpc.ServicerContext) -> bytes:
+        call: Any = self._channel.unary_unary(path)
+        try:
+            answer: bytes = call(request, timeout=CALL_SECONDS)
+        except grpc.RpcError as error:
+            failed: Any = error
+            context.set_trailing_metadata(failed.trailing_metadata())
+            context.abort(failed.code(), failed.details())
+        return answer
+
+
+class _Handler(grpc.GenericRpcHandler):
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+
+    def service(self, handler_call_details: Any) -> grpc.RpcMethodHandler:
+        path = handler_call_details.method
+        return grpc.unary_unary_rpc_method_handler(
+            lambda request, context: self._relay.relay(path, request, context)
+        )

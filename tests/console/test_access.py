@@ -1,0 +1,187 @@
+"""Everybody can use the page: by keyboard alone, with a screen reader, on a phone, in the dark."""
+
+import re
+
+import pytest
+from latchkey_proto.v1 import token_service_pb2 as pb
+from selenium.webdriver.common.keys import Keys
+
+from tests.console.browsing import DESK, PHONE, Browser, texts
+from tests.console.conftest import World
+
+pytestmark = pytest.mark.xdist_group("browser")
+
+DAY = 86_400
+
+
+def fill(world: World) -> None:
+    """Create what a grown account has: some of everything that the page points out."""
+    for name, days_old, days_left, scope in (
+        ("monthly invoices", 240, 30, pb.SCOPE_READ),
+        ("legacy importer", 410, None, pb.SCOPE_WRITE),
+        ("load test", 90, -2, pb.SCOPE_READ),
+        ("status page", 61, 300, pb.SCOPE_READ),
+        ("mobile app gateway", 33, 57, pb.SCOPE_READ),
+        ("warehouse sync", 21, 9, pb.SCOPE_WRITE),
+        ("data science notebook", 12, 78, pb.SCOPE_READ),
+        ("nightly export", 5, 85, pb.SCOPE_READ),
+        ("deploy pipeline", 0.1, 90, pb.SCOPE_WRITE),
+    ):
+        world.create(name, scope=scope, days_old=days_old, expires_days=days_left)
+
+
+@pytest.mark.parametrize("width", [DESK, PHONE])
+def test_whole_way_by_keyboard_alone(browser: Browser, world: World, width: int) -> None:
+    """Create, copy, close, find and delete a token without a mouse, at both widths."""
+    browser.look(width)
+    world.create("existing")
+    browser.open()
+    browser.tab_to("#generate")
+    browser.press(Keys.ENTER)
+    browser.focused("#name")
+    browser.press(*"keyed")
+    browser.press(Keys.TAB)
+    assert browser.has_focus("[name=scope][value=read]")
+    browser.press(Keys.ARROW_DOWN, Keys.TAB)
+    assert browser.has_focus("[name=expiry][value='90']")
+    browser.press(Keys.ARROW_LEFT)
+    # The focus stays in the dialog, whichever way it goes.
+    for key in [Keys.TAB] * 12:
+        browser.press(key)
+        assert browser.js(
+            "return document.activeElement === document.body ||"
+            " document.querySelector('dialog').contains(document.activeElement)"
+        )
+    browser.find("#name").send_keys(Keys.ENTER)
+    browser.focused("[data-copy]")
+    browser.press(Keys.ENTER)
+    browser.until(lambda: browser.find("[data-copy]").text != "Copy", "the feedback")
+    browser.tab_to("#stored")
+    browser.press(Keys.ENTER)
+    browser.gone("dialog")
+    browser.focused("#generate")
+    token = world.tokens()["keyed"]
+    assert token.scope == pb.SCOPE_WRITE
+    browser.tab_to(f"#{token.id} button")
+    browser.press(Keys.ENTER)
+    browser.focused("dialog [data-close]")
+    browser.driver.switch_to.active_element.send_keys(Keys.SHIFT, Keys.TAB)
+    browser.focused("#confirm")
+    browser.press(Keys.ENTER)
+    browser.find("#notice")
+    assert texts(browser.all("#rows th bdi")) == ["existing"]
+    browser.focused("#rows button")
+
+
+def test_nothing_serious_is_found(browser: Browser, world: World, axe: str) -> None:
+    """Axe finds nothing serious in any state, in light and dark, wide and narrow."""
+    browser.open()
+    browser.find("#generate")
+    browser.accessible(axe, "the empty state")
+    fill(world)
+    browser.open()
+    browser.find("#rows")
+    browser.accessible(axe, "the list")
+    browser.open("/?q=nothing+like+it")
+    browser.accessible(axe, "nothing found")
+    browser.open("/?review=write")
+    browser.accessible(axe, "a finding")
+    browser.open("/new")
+    browser.find("dialog")
+    browser.accessible(axe, "the form")
+    browser.type("#name", "axed")
+    browser.click("#add")
+    browser.find("#secret")
+    browser.accessible(axe, "the secret")
+    browser.click("#stored")
+    browser.gone("dialog")
+    browser.click("#rows tr button")
+    browser.find("#confirm")
+    browser.accessible(axe, "the question")
+    browser.click("#confirm")
+    browser.find("#notice")
+    browser.accessible(axe, "the receipt")
+    browser.scripts(on=False)
+    browser.open("/new")
+    browser.scripts(on=True)
+    browser.accessible(axe, "the form without a script")
+
+
+@pytest.mark.answers(404, 409, 422, 503)
+def test_nothing_serious_is_found_on_bad_days(browser: Browser, world: World, axe: str) -> None:
+    """The same of what goes wrong: mistakes, lost answers, an unreachable service, no such page."""
+    from tests.console.test_bad_days import UNAVAILABLE
+
+    browser.open("/new")
+    browser.click("#add")
+    browser.find("#error-name")
+    browser.accessible(axe, "mistakes")
+    with world.relay.failing("Create", code=UNAVAILABLE, reaches=True, times=1):
+        browser.type("#name", "lost")
+        browser.click("#add")
+        browser.find("[name=replace]")
+    browser.accessible(axe, "a lost answer")
+    with world.relay.failing("List", code=UNAVAILABLE):
+        browser.open()
+        browser.find("#trouble")
+    browser.accessible(axe, "an unreachable service")
+    browser.open("/nowhere")
+    browser.accessible(axe, "no such page")
+    browser.screen("no-such-page")
+
+
+def test_dialogs_are_dialogs_and_changes_are_said(browser: Browser, world: World) -> None:
+    """Dialogs are modal and named, fields have labels, and what changes in place is announced."""
+    fill(world)
+    browser.open()
+    browser.click("#generate")
+    dialog = browser.find("dialog")
+    assert browser.js("return arguments[0].matches(':modal')", dialog)
+    assert dialog.accessible_name == "Generate New API"
+    assert browser.find("#name").accessible_name == "API Name"
+    assert dialog.aria_role == "dialog"
+    browser.press(Keys.ESCAPE)
+    browser.gone("dialog")
+    buttons = [button.accessible_name for button in browser.all("#rows button")]
+    assert buttons[0] == "Delete deploy pipeline"
+    assert len(set(buttons)) == len(buttons)
+    browser.type("#q", "importer")
+    live = "return document.getElementById('live').textContent"
+    browser.until(lambda: browser.js(live) == "1 token of 9 in all", "what is announced")
+
+
+def test_without_a_script_the_page_behind_a_dialog_is_inert(browser: Browser, world: World) -> None:
+    """Without a script a dialog holds the focus too: what lies behind takes part in nothing."""
+    fill(world)
+    browser.scripts(on=False)
+    browser.open("/new")
+    browser.focused("#name")
+    for _ in range(16):
+        browser.press(Keys.TAB)
+        assert browser.js(
+            "return !document.getElementById('main').contains(document.activeElement)"
+        )
+
+
+def test_motion_only_where_it_is_wanted(browser: Browser, world: World) -> None:
+    """The drawer slides in from the right, unless less motion is asked for."""
+    world.create("existing")
+    animation = "return getComputedStyle(document.querySelector('dialog')).animationName"
+    for still, name in ((True, "none"), (False, "slide")):
+        browser.look(DESK, still=still)
+        browser.open("/new")
+        assert browser.js(animation) == name
+
+
+def test_screens_of_the_list(browser: Browser, world: World) -> None:
+    """The list as the README shows it is written to build/screens, and fits a README."""
+    browser.reset(world.url, "acme")
+    world.account = "acme"
+    fill(world)
+    browser.open()
+    browser.find("#rows")
+    browser.screen("list")
+    browser.click("[data-review=write]")
+    browser.until(lambda: len(browser.all("#rows tr")) == 3, "those that write")
+    browser.screen("review")
+    assert re.search(r"review=write", browser.driver.current_url)

@@ -1,0 +1,214 @@
+"""The table of tokens in a real browser: what it shows, in what order, and how it is narrowed."""
+
+import re
+
+import pytest
+from latchkey_proto.v1 import token_service_pb2 as pb
+from selenium.webdriver.common.keys import Keys
+
+from tests.console.browsing import DESK, PHONE, Browser, texts
+from tests.console.conftest import World
+
+pytestmark = pytest.mark.xdist_group("browser")
+
+
+def names(browser: Browser) -> list[str]:
+    """Return the names in the table, from top to bottom."""
+    return texts(browser.all("#rows th bdi"))
+
+
+def test_table_shows_every_token_newest_first(browser: Browser, world: World, script: bool) -> None:
+    """Name, hint, scope, times and a Delete button of each token stand in one row, newest first."""
+    world.create("deploy job")
+    newest = world.create("backup", scope=pb.SCOPE_WRITE, ttl={"seconds": 30 * 86_400}).token
+    browser.open()
+    header = texts(browser.all("thead th"))
+    assert header[:4] == ["Name", "Access Scope", "Created At", "Expires"]
+    assert names(browser) == ["backup", "deploy job"]
+    first, second = texts(browser.all("#rows tr"))
+    assert newest.hint in first
+    assert "Write" in first
+    assert "just now" in first
+    assert "in 29 days" in first
+    assert "Read" in second
+    assert "Never" in second
+    assert browser.all("#rows tr button")[0].text.startswith("Delete")
+    assert browser.text("#count") == "2 tokens"
+
+
+def test_empty_state_says_what_tokens_are_for(browser: Browser, world: World, script: bool) -> None:
+    """An account without tokens is told what they are for and how to make the first."""
+    browser.open()
+    said = browser.text("main")
+    assert "No tokens yet" in said
+    assert "A token lets a program" in said
+    assert "To make the first one" in said
+    browser.click("#generate")
+    assert browser.find("#name")
+    if script:
+        browser.click("dialog [data-close]")
+        browser.screen("empty")
+
+
+def test_further_pages_keep_the_place(browser: Browser, world: World, script: bool) -> None:
+    """More rows come below those that are there, a reload keeps them, and none comes twice."""
+    for number in range(120):
+        world.create(f"token {number:03}")
+    browser.open()
+    assert browser.text("#count") == "50 of 120 tokens"
+    browser.find("#more")
+    before = browser.js("return scrollY")
+    browser.js("document.getElementById('more').scrollIntoView()")
+    scrolled = browser.js("return scrollY")
+    assert scrolled > before
+    # Made meanwhile: it moves no row that is still to come.
+    world.create("made meanwhile")
+    browser.click("#more")
+    browser.until(lambda: len(browser.all("#rows tr")) >= 100, "a hundred rows")
+    shown = names(browser)
+    assert len(set(shown)) == len(shown)
+    assert "token 069" in shown
+    # The row that was last is still in sight.
+    top = browser.js("return document.querySelectorAll('#rows tr')[49].getBoundingClientRect().top")
+    assert -100 <= top <= 900
+    if script:
+        assert browser.has_focus("#rows tr:nth-child(51) th")
+        assert "100 of 120 tokens" in browser.js(
+            "return document.getElementById('live').textContent"
+        )
+    browser.driver.refresh()
+    assert len(browser.all("#rows tr")) == 100
+    # By keyboard: the browser restores the scrolling meanwhile, and a click would miss.
+    browser.find("#more").send_keys(Keys.ENTER)
+
+    browser.until(lambda: len(browser.all("#rows tr")) == 121, "all rows")
+    assert names(browser)[0] == "made meanwhile"
+    assert names(browser)[-1] == "token 000"
+    assert not browser.all("#more")
+
+
+def test_filter_by_name_and_scope(browser: Browser, world: World, script: bool) -> None:
+    """The filter finds names whatever their case, hints, and scopes, in all of the tokens."""
+    world.create("Deploy Köln")
+    found = world.create("other", scope=pb.SCOPE_WRITE).token
+    for number in range(60):
+        world.create(f"filler {number}")
+    browser.open()
+
+    def narrow(text: str, scope: str = "") -> None:
+        browser.type("#q", text)
+        browser.js("document.getElementById('access').value = arguments[0]", scope)
+        if script:
+            browser.js(
+                "document.getElementById('access')"
+                ".dispatchEvent(new Event('input', {bubbles: true}))"
+            )
+        else:
+            browser.click("#filter button")
+
+    narrow("köln".upper())
+    browser.until(lambda: names(browser) == ["Deploy Köln"], "the one of that name")
+    assert browser.text("#count") == "1 token of 62 in all"
+    assert "q=K" in browser.driver.current_url
+    if script:
+        assert browser.has_focus("#q"), "who types goes on typing"
+    narrow(found.hint[-4:])
+    browser.until(lambda: names(browser) == ["other"], "the one with that hint")
+    narrow("", "write")
+    browser.until(lambda: names(browser) == ["other"], "the one that writes")
+    browser.driver.refresh()
+    assert names(browser) == ["other"], "the address has the filter"
+    narrow("no such name")
+    assert "No token matches" in browser.text(".none")
+    browser.click(".none .button")
+    browser.until(lambda: len(names(browser)) == 50, "all again")
+
+
+def test_answers_that_overtake_each_other(browser: Browser, world: World) -> None:
+    """Who types on while an answer is on its way sees what fits the last letter, and only that."""
+    world.create("alpha")
+    world.create("beta")
+    browser.open()
+    world.relay.calls.clear()
+    with world.relay.failing("List", seconds=0.8, times=1):
+        browser.type("#q", "alp")
+        browser.until(lambda: world.relay.calls == ["List"], "the slow question")
+        browser.find("#q").send_keys(Keys.BACKSPACE, Keys.BACKSPACE, Keys.BACKSPACE, *"bet")
+        browser.until(lambda: names(browser) == ["beta"], "the answer to the later question")
+        slow = browser.driver.execute_async_script("setTimeout(arguments[0], 900, true)")
+        assert slow
+    assert names(browser) == ["beta"]
+    assert browser.find("#q").get_attribute("value") == "bet"
+    assert browser.find("main").get_attribute("aria-busy") is None
+
+
+def test_more_of_a_filtered_list(browser: Browser, world: World) -> None:
+    """What is shown of how many stays right when more rows of a filtered list come."""
+    for number in range(60):
+        world.create(f"job {number}")
+    world.create("other")
+    browser.open("/?q=job")
+    assert browser.text("#count") == "50 of 60 tokens of 61 in all"
+    browser.click("#more")
+    browser.until(lambda: len(names(browser)) == 60, "all that match")
+    assert browser.text("#count") == "60 of 60 tokens of 61 in all"
+    assert "q=job" in browser.driver.current_url
+    assert not browser.all("#more")
+
+
+def test_names_of_all_kinds_do_no_harm(browser: Browser, world: World) -> None:
+    """Markup, emoji and right-to-left names are text, in their row, and break no layout."""
+    strange = [
+        "<script>document.title='broken'</script>",
+        "\U0001f511" * 64,
+        "مفتاح النشر",
+        "\u202egnp.exe",
+        "&lt;b&gt; \"quoted\" 'too'",
+        "W" * 64,
+        "👩‍👩‍👧‍👦 family",
+    ]
+    for name in strange:
+        world.create(name)
+    browser.open()
+    shown = names(browser)
+    assert shown == [
+        strange[6],
+        strange[5],
+        strange[4],
+        "‹U+202E›gnp.exe",
+        strange[2],
+        strange[1],
+        strange[0],
+    ]
+    assert browser.driver.title == "API Tokens · Latchkey"
+    for width in (PHONE, DESK):
+        browser.look(width)
+        assert browser.js("return document.documentElement.scrollWidth <= innerWidth")
+        # The right-to-left name turns nothing around but itself.
+        lefts = browser.js(
+            "return [...document.querySelectorAll('#rows .pill')]"
+            ".map((pill) => Math.round(pill.getBoundingClientRect().left))"
+        )
+        assert len(set(lefts)) == 1
+    browser.screen("strange-names")
+    # In the dialog too, whose heading is the name.
+    browser.click("#rows tr:last-child button")
+    assert strange[0] in browser.text("dialog h2")
+    browser.screen("strange-delete")
+
+
+def test_times_are_in_the_viewers_zone(browser: Browser, world: World) -> None:
+    """A moment shows as the viewer's day, and exactly, with the zone, on hover."""
+    token = world.create("late").token
+    world.sql("UPDATE token SET create_time = '2026-01-31 23:30:05+00' WHERE id = $1", token.id)
+    browser.open()
+    created = browser.find("#rows time")
+    assert created.text == "Feb 1, 2026"
+    assert re.search(r"February 1, 2026.*12:30:05.*GMT\+1", created.get_attribute("title") or "")
+    browser.scripts(on=False)
+    browser.open()
+    created = browser.find("#rows time")
+    assert (created.text, created.get_attribute("title")) == (
+        "31 Jan 2026",
+        "31 Jan 2026, 23:30:05 UTC",
+    )

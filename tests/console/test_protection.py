@@ -1,0 +1,488 @@
+"""What keeps others out: headers, hosts, origins, seals, and who is looking."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import re
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import latchkey
+import pytest
+from latchkey_console import protection
+from latchkey_proto.v1 import token_service_pb2 as pb
+
+from tests.console.asgi import form, send, visitor
+
+if TYPE_CHECKING:
+    from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
+
+SECRET = re.compile(r"lk_[0-9A-Za-z]{57}")
+PROXY: dict[str, Any] = {
+    "account_header": "X-Forwarded-User",
+    "trusted_proxies": ("10.0.0.0/8", "127.0.0.1"),
+}
+
+
+@pytest.fixture
+def transport() -> str:
+    """What the page sees is the same over both transports; one is enough here."""
+    return "native"
+
+
+@pytest.fixture
+async def browser(address: str) -> AsyncIterator[httpx.AsyncClient]:
+    """The page with a fixed account, and who visits it."""
+    async with visitor(address, account="acme") as found:
+        yield found
+
+
+async def names(stub: TokenServiceAsyncStub, account: str = "acme") -> list[str]:
+    """Return the names of the account's tokens."""
+    answer = await stub.List(pb.ListRequest(account_id=account), timeout=5)
+    return [token.name for token in answer.tokens]
+
+
+async def test_headers_of_every_answer(browser: httpx.AsyncClient) -> None:
+    """Pages, parts, errors and refusals alike: strict policy, no store, no frames, no sniffing."""
+    for method, path in (
+        ("GET", "/"),
+        ("GET", "/new"),
+        ("GET", "/rows"),
+        ("GET", "/created/none"),
+        ("GET", "/no-such-page"),
+        ("POST", "/"),
+        ("POST", "/tokens"),
+        ("GET", "/healthz"),
+        ("GET", "/seal.svg"),
+    ):
+        answer = await browser.request(method, path)
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "script-src 'self'" in policy
+        assert "frame-ancestors 'none'" in policy
+        assert "form-action 'self'" in policy
+        assert "unsafe" not in policy
+        assert answer.headers["x-frame-options"] == "DENY"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "same-origin"
+        assert answer.headers["cache-control"] == "no-store", path
+        assert "server" not in answer.headers
+
+
+async def test_no_inline_script_or_style(browser: httpx.AsyncClient) -> None:
+    """No page relies on what its policy forbids, and all that it loads is its own."""
+    for path in ("/", "/new", "/no-such-page"):
+        page = (await browser.get(path)).text
+        assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:", page)
+        assert re.findall(r"<script[^>]*>(.*?)</script>", page, re.DOTALL) == [""]
+        assert not re.search(r'(?:src|href|action)="(?!/|#)', page)
+
+
+async def test_static_files_are_kept_by_version(browser: httpx.AsyncClient) -> None:
+    """A static file may be kept for good, under an address that changes with it."""
+    page = (await browser.get("/")).text
+    for path in set(re.findall(r'"(/static/[^"]+)"', page)):
+        answer = await browser.get(path)
+        assert answer.status_code == 200
+        assert "immutable" in answer.headers["cache-control"]
+        other = re.sub(r"/static/\w+/", "/static/000000000000/", path)
+        assert (await browser.get(other)).status_code == 404
+    assert (await browser.get("/static/x/..%2Fapp.py")).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1", "127.0.0.1:1", "localhost:50080.evil.example", ""]
+)
+async def test_other_names_are_not_served(browser: httpx.AsyncClient, host: str) -> None:
+    """A name that was pointed at this address by others gets nothing (DNS rebinding)."""
+    answer = await browser.get("/", headers={"host": host})
+    assert answer.status_code == 421
+    assert "acme" not in answer.text
+
+
+async def test_own_names_are_served(browser: httpx.AsyncClient) -> None:
+    """The names of loopback all work, whatever their case."""
+    for host in ("127.0.0.1:50080", "localhost:50080", "LOCALHOST:50080", "[::1]:50080"):
+        assert (await browser.get("/", headers={"host": host})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "http://evil.example"},
+        {"origin": "null"},
+        {"origin": "http://127.0.0.1:50081"},
+        {"origin": "https://127.0.0.1:50080"},
+        {"origin": ""},
+        {"sec_fetch_site": "cross-site"},
+        {"sec_fetch_site": "same-site"},
+        {"sec_fetch_site": "none"},
+    ],
+)
+async def test_forms_from_elsewhere_do_nothing(
+    browser: httpx.AsyncClient, stub: TokenServiceAsyncStub, headers: dict[str, str]
+) -> None:
+    """A form that another site sends, even with the right seals, creates and deletes nothing."""
+    data = await form(browser)
+    answer = await send(browser, "/tokens", data, **headers)
+    assert answer.status_code == 403
+    assert "nothing was changed" in answer.text
+    assert await names(stub) == []
+    assert (await send(browser, "/tokens", data)).status_code == 303
+    assert await names(stub) == ["made"]
+
+
+@pytest.mark.parametrize("broken", ["csrf", "form"])
+@pytest.mark.parametrize("by", ["leaving it out", "another", "another session's"])
+async def test_seals(
+    browser: httpx.AsyncClient,
+    stub: TokenServiceAsyncStub,
+    address: str,
+    broken: str,
+    by: str,
+) -> None:
+    """Without the seals of this session a form does nothing, and is given back as it was typed."""
+    data = await form(browser, name="typed <b>")
+    if by == "leaving it out":
+        del data[broken]
+    elif by == "another":
+        data[broken] = "A" * len(data[broken])
+    else:
+        good = data[broken]
+        browser.cookies.clear()
+        data = await form(browser, name="typed <b>") | {broken: good}
+    answer = await send(browser, "/tokens", data)
+    assert answer.status_code == 403
+    assert "Nothing was created" in answer.text
+    assert 'value="typed &lt;b&gt;"' in answer.text
+    assert await names(stub) == []
+    again = await form(browser)
+    assert (await send(browser, "/tokens", again)).status_code == 303
+
+
+async def test_deletion_needs_the_seal(browser: httpx.AsyncClient, create: Any) -> None:
+    """A deletion without the session's seal deletes nothing; with it, by POST alone, it does."""
+    token = (await create(name="kept")).token
+    page = await browser.get("/delete", params={"id": token.id})
+    assert "Delete token" in page.text
+    answer = await send(browser, "/delete", {"id": token.id, "csrf": "x"})
+    assert (answer.status_code, "Nothing was deleted" in answer.text) == (403, True)
+    assert "kept" in (await browser.get("/")).text
+    csrf = re.search(r'name="csrf" value="([^"]+)"', page.text)
+    assert csrf is not None
+    answer = await send(browser, "/delete", {"id": token.id, "csrf": csrf[1]})
+    assert answer.status_code == 303
+    assert "kept" not in (await browser.get("/rows")).text
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"name=a&name=b", "application/x-www-form-urlencoded"),
+        (b"name=%ff", "application/x-www-form-urlencoded"),
+        (b"name=\xff", "application/x-www-form-urlencoded"),
+        (b"x" * 20_000, "application/x-www-form-urlencoded"),
+        (b"&".join(b"a%d=1" % n for n in range(100)), "application/x-www-form-urlencoded"),
+        (b'{"name": "a"}', "application/json"),
+        (b"name=a", "text/plain"),
+        (b"", ""),
+    ],
+)
+async def test_what_is_no_form_is_refused(
+    browser: httpx.AsyncClient, body: bytes, kind: str
+) -> None:
+    """Bodies that no form of the page sends are refused in words, whatever they are."""
+    headers = {"origin": "http://127.0.0.1:50080", "content-type": kind}
+    answer = await browser.post("/tokens", content=body, headers=headers)
+    assert answer.status_code == 400
+    assert "Nothing was changed" in answer.text
+
+
+async def test_body_that_does_not_come(
+    browser: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who sends a form drop by drop is not waited for."""
+    monkeypatch.setattr(protection, "BODY_SECONDS", 0.05)
+
+    async def drops() -> AsyncIterator[bytes]:
+        yield b"name="
+        await asyncio.Event().wait()
+
+    headers = {
+        "origin": "http://127.0.0.1:50080",
+        "content-type": "application/x-www-form-urlencoded",
+    }
+    async with asyncio.timeout(2):
+        answer = await browser.post("/tokens", content=drops(), headers=headers)
+    assert answer.status_code == 400
+
+
+async def test_secret_is_given_once_and_to_its_session(
+    browser: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The place of a secret gives it once, to the session that made it, by GET; no log has it."""
+    caplog.set_level("DEBUG")
+    answer = await send(browser, "/tokens", await form(browser))
+    place = answer.headers["location"]
+    assert not SECRET.search(str(answer.headers))
+    cookies = dict(browser.cookies)
+    browser.cookies.clear()
+    other = await browser.get(place)
+    assert (other.status_code, SECRET.search(other.text)) == (404, None)
+    browser.cookies.clear()
+    browser.cookies.update(cookies)
+    # A look ahead is not a look.
+    assert (await browser.head(place)).status_code == 204
+    assert (await browser.get(place, headers={"sec-purpose": "prefetch"})).status_code == 204
+    first = await browser.get(place)
+    secret = SECRET.findall(first.text)
+    assert len(secret) == 1
+    assert first.headers["cache-control"] == "no-store"
+    second = await browser.get(place)
+    assert (second.status_code, SECRET.search(second.text)) == (200, None)
+    assert "shown already" in second.text
+    assert secret[0] not in caplog.text
+
+
+async def test_secret_that_nobody_comes_for_is_forgotten(
+    browser: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A secret waits in memory for its display only so long."""
+    monkeypatch.setattr("latchkey_console.creation.SECRET_SECONDS", 0.0)
+    answer = await send(browser, "/tokens", await form(browser))
+    await asyncio.sleep(0)
+    shown = await browser.get(answer.headers["location"])
+    assert "shown already" in shown.text
+    assert not SECRET.search(shown.text)
+
+
+async def test_forms_sent_at_once_make_one_token(
+    browser: httpx.AsyncClient, stub: TokenServiceAsyncStub
+) -> None:
+    """Twenty copies of one form make one token, and all lead to the same place."""
+    data = await form(browser)
+    answers = await asyncio.gather(*(send(browser, "/tokens", data) for _ in range(20)))
+    assert {answer.status_code for answer in answers} == {303}
+    assert len({answer.headers["location"] for answer in answers}) == 1
+    assert await names(stub) == ["made"]
+
+
+async def test_browser_that_hangs_up_leaves_no_doubt(
+    browser: httpx.AsyncClient, stub: TokenServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that is cut off does not stop the creation half-way: the form still knows of it."""
+    begun, calls, real = asyncio.Event(), [], latchkey.Client.create
+
+    async def create(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        begun.set()
+        return await real(*arguments, **options)
+
+    monkeypatch.setattr(latchkey.Client, "create", create)
+    data = await form(browser)
+    request = asyncio.create_task(send(browser, "/tokens", data))
+    async with asyncio.timeout(5):
+        await begun.wait()
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    answer = await send(browser, "/tokens", data)
+    assert answer.status_code == 303
+    assert SECRET.search((await browser.get(answer.headers["location"])).text)
+    assert await names(stub) == ["made"]
+    assert len(calls) == 1
+
+
+async def test_session_cookie(address: str) -> None:
+    """The cookie is signed, for HTTP only, for this site only; over https it insists on that."""
+    async with visitor(address, account="acme") as browser:
+        cookie = (await browser.get("/new")).headers["set-cookie"].lower()
+        assert cookie.startswith("latchkey_console=")
+        assert "httponly" in cookie
+        assert "samesite=lax" in cookie
+        assert "secure" not in cookie
+        # A forged one is no session: the form of the real one does not fit it.
+        data = await form(browser)
+        browser.cookies.clear()
+        browser.cookies.set("latchkey_console", "e30=.forged.forged")
+        assert (await send(browser, "/tokens", data)).status_code == 403
+    public: dict[str, Any] = {"public_url": "https://tokens.example.com", **PROXY}
+    async with visitor(address, **public) as browser:
+        headers = {"host": "tokens.example.com", "x-forwarded-user": "acme"}
+        cookie = (await browser.get("/new", headers=headers)).headers["set-cookie"].lower()
+        assert cookie.startswith("__host-latchkey=")
+        assert "; secure" in cookie
+        assert "path=/;" in cookie
+        assert "domain" not in cookie
+
+
+@pytest.mark.parametrize(
+    "header", ["Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-IP"]
+)
+async def test_fixed_account_is_not_for_proxies(browser: httpx.AsyncClient, header: str) -> None:
+    """With --account, what comes through a proxy sees nothing: it could be anybody."""
+    answer = await browser.get("/", headers={header: "203.0.113.9"})
+    assert answer.status_code == 403
+    assert "--account-header" in answer.text
+    assert "acme" not in answer.text
+
+
+async def test_account_by_header(address: str, create: Any) -> None:
+    """A trusted proxy's header chooses the account, and each sees its own tokens only."""
+    await create(account_id="acme", name="of acme")
+    await create(account_id="other", name="of other")
+    async with visitor(address, **PROXY) as browser:
+        for account, own, foreign in (
+            ("acme", "of acme", "of other"),
+            ("other", "of other", "of acme"),
+        ):
+            page = (await browser.get("/", headers={"x-forwarded-user": account})).text
+            assert own in page
+            assert foreign not in page
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([], 401),
+        ([("x-forwarded-user", "")], 401),
+        ([("x-forwarded-user", "acme"), ("x-forwarded-user", "acme")], 403),
+        ([("x-forwarded-user", "acme"), ("X-Forwarded-User", "evil")], 403),
+        ([("x-forwarded-user", "acme,evil")], 403),
+        ([("x-forwarded-user", "me@example.com")], 403),
+        ([("x-forwarded-user", "a" * 65)], 403),
+        ([("x-remote-user", "acme"), ("x_forwarded_user", "acme")], 401),
+    ],
+)
+async def test_header_that_is_not_beyond_doubt(
+    address: str, create: Any, headers: list[tuple[str, str]], status: int
+) -> None:
+    """No header, several, or one that is no account: nothing is shown."""
+    await create(account_id="acme", name="of acme")
+    async with visitor(address, **PROXY) as browser:
+        answer = await browser.get("/", headers=headers)
+        assert answer.status_code == status
+        assert "of acme" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("peer", "trusted"),
+    [
+        ("10.1.2.3", True),
+        ("127.0.0.1", True),
+        ("::ffff:10.1.2.3", True),
+        ("127.0.0.2", False),
+        ("11.0.0.1", False),
+        ("::1", False),
+        ("testclient", False),
+    ],
+)
+async def test_header_from_a_trusted_address_only(
+    address: str, create: Any, peer: str, trusted: bool
+) -> None:
+    """The connection's own address decides, whatever a header claims."""
+    await create(account_id="acme", name="of acme")
+    async with visitor(address, peer=(peer, 1), **PROXY) as browser:
+        headers = {"x-forwarded-user": "acme", "x-forwarded-for": "10.1.2.3"}
+        answer = await browser.get("/", headers=headers)
+        assert answer.status_code == (200 if trusted else 403)
+        assert ("of acme" in answer.text) is trusted
+
+
+async def test_form_does_not_outlive_a_change_of_account(
+    address: str, stub: TokenServiceAsyncStub
+) -> None:
+    """A form of one account does nothing once the browser is another's."""
+    async with visitor(address, **PROXY) as browser:
+        browser.headers["x-forwarded-user"] = "acme"
+        data = await form(browser)
+        made = await send(browser, "/tokens", data | {"name": "of acme"})
+        data = await form(browser)
+        browser.headers["x-forwarded-user"] = "other"
+        assert (await send(browser, "/tokens", data)).status_code == 403
+        assert await names(stub, "other") == []
+        shown = await browser.get(made.headers["location"])
+        assert (shown.status_code, SECRET.search(shown.text)) == (404, None)
+
+
+async def test_probe_needs_nothing(address: str) -> None:
+    """A probe is answered whatever it calls the page, and is told nothing but that it is up."""
+    async with visitor(address, **PROXY) as browser:
+        answer = await browser.get("/healthz", headers={"host": "10.0.0.5:8080"})
+        assert (answer.status_code, answer.text) == (200, "ok\n")
+        assert "set-cookie" not in answer.headers
+
+
+async def test_fault_is_told_without_what_it_was(
+    browser: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fault of the page's own is a page with a number that the log has, and all headers."""
+
+    async def broken(*_: Any) -> None:
+        raise RuntimeError("what it was")
+
+    monkeypatch.setattr("latchkey_console.listing.fetch", broken)
+    answer = await browser.get("/")
+    assert answer.status_code == 500
+    assert "what it was" not in answer.text
+    assert answer.headers["cache-control"] == "no-store"
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    number = re.search(r"Request ([0-9a-f]{8})", answer.text)
+    assert number is not None
+    assert number[1] in caplog.text
+
+
+async def test_deletion_that_some_verifier_may_not_know_of(
+    browser: httpx.AsyncClient, create: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A receipt without an effective time is no "everywhere": the page says so, and asks again."""
+    token = (await create(name="doomed")).token
+    receipt: Any = dataclasses.replace(
+        latchkey.Receipt(
+            commit_time=datetime.now(UTC),
+            effective_time=datetime.now(UTC),
+            revision=7,
+            verifiers_acknowledged=1,
+            verifiers_outwaited=0,
+        ),
+        effective_time=None,  # type: ignore[arg-type, unused-ignore]  # as later versions have it
+    )
+    real = latchkey.Client.delete
+
+    async def unconfirmed(*arguments: Any, **options: Any) -> Any:
+        await real(*arguments, **options)
+        return receipt
+
+    page = await browser.get("/delete", params={"id": token.id})
+    csrf = re.search(r'name="csrf" value="([^"]+)"', page.text)
+    assert csrf is not None
+    data = {"id": token.id, "csrf": csrf[1]}
+    with monkeypatch.context() as patch:
+        patch.setattr(latchkey.Client, "delete", unconfirmed)
+        for name in ("<bdi>doomed</bdi>", "the token"):
+            assert (await send(browser, "/delete", data)).status_code == 303
+            said = (await browser.get("/")).text
+            assert f"Deleted {name}, not yet confirmed everywhere" in said
+            assert "stopped working everywhere" not in said
+    assert (await send(browser, "/delete", data)).status_code == 303
+    assert "It stopped working everywhere" in (await browser.get("/")).text
+
+
+async def test_form_after_a_fault_can_be_sent_again(
+    browser: httpx.AsyncClient, stub: TokenServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of the page's own in the middle of a creation does not spoil the form for good."""
+
+    async def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError
+
+    data = await form(browser)
+    with monkeypatch.context() as patch:
+        patch.setattr(latchkey.Client, "create", broken)
+        assert (await send(browser, "/tokens", data)).status_code == 500
+    assert (await send(browser, "/tokens", data)).status_code == 303
+    assert await names(stub) == ["made"]

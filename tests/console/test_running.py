@@ -1,0 +1,204 @@
+"""The page as a command: how it starts, what it refuses, how it ends, and `make console`."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from latchkey_cli import console as command
+
+from tests.console.processes import Console, console, run
+from tests.support import WAIT_SECONDS
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"^<!-- test: ([a-z ]+) -->\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+README = (ROOT / "README.md").read_text("utf-8")
+START_SECONDS = 90.0
+
+
+def readme(mark: str) -> str:
+    """Return the README's block with this mark, continued lines joined."""
+    (text,) = (text for name, text in BLOCK.findall(README) if name == mark)
+    return str(text).replace("\\\n", " ")
+
+
+def latchkey(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
+    return subprocess.run(
+        [sys.executable, "-m", "latchkey_cli", *arguments],
+        env=clean | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=WAIT_SECONDS,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("", "not said whose"),
+        ("--account acme --listen 0.0.0.0:0", "loopback only"),
+        ("--account acme --oidc-issuer https://id.example.com", "exclude each other"),
+        ("--account-header X-User", "worth nothing"),
+        ("--oidc-issuer https://x --oidc-client-id a --oidc-client-secret-file /no", "cannot be"),
+    ],
+)
+def test_what_is_unsafe_does_not_start(arguments: str, words: str) -> None:
+    """Unsafe or incomplete settings are exit code 2 and one line that says what to do."""
+    done = latchkey("console", *arguments.split())
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("latchkey: ")
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+
+
+def test_settings_from_the_environment() -> None:
+    """Each option is an environment variable too, held to the same rules."""
+    done = latchkey(
+        "console", LATCHKEY_CONSOLE_ACCOUNT="acme", LATCHKEY_CONSOLE_LISTEN="192.0.2.1:80"
+    )
+    assert done.returncode == 2
+    assert "loopback only" in done.stderr
+
+
+def test_without_its_libraries_it_says_how_to_get_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the extra is not installed, the command says which one it is."""
+    from latchkey_cli.main import main
+
+    monkeypatch.setattr(command, "_NEEDED", ("latchkey_cli", "no_such_library"))
+    monkeypatch.setattr(sys, "argv", ["latchkey", "console", "--account", "acme"])
+    assert main() == 1
+    assert "pip install 'latchkey[cli,console]'" in capsys.readouterr().err
+
+
+def test_needed_libraries_are_those_of_the_extra() -> None:
+    """What the command looks for is what the extra installs."""
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    match = re.search(r"^console = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)
+    assert match is not None
+    extra = set(re.findall(r'"([a-z0-9]+)', match[1]))
+    assert extra == set(command._NEEDED) - {"latchkey_console"}
+
+
+def test_address_that_is_taken(tmp_path: Path) -> None:
+    """An address that somebody has is told, and not shared."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = latchkey("console", "--account", "acme", "--listen", address)
+    assert done.returncode == 2
+    assert f"{address} cannot be had" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_stops_when_it_is_told(tmp_path: Path, number: signal.Signals) -> None:
+    """A signal ends it in order: it says where it was, and leaves no traceback."""
+    running = Console(tmp_path / "page", "--account", "acme", "--target", "127.0.0.1:1")
+    try:
+        url = run(running.url())
+        assert httpx.get(f"{url}/healthz").text == "ok\n"
+    finally:
+        code = running.end(number)
+    assert code == 0
+    assert "Traceback" not in running.log
+    assert "everyone here is account acme" in running.log
+
+
+def test_queries_and_names_are_in_no_log(tmp_path: Path) -> None:
+    """What people look for and type is in no log line, also when Latchkey is away."""
+    with console(tmp_path / "page", "--account", "acme", "--target", "127.0.0.1:1") as (page, url):
+        answer = httpx.get(f"{url}/?q=hush")
+        assert answer.status_code == 503
+        assert "hush" not in page.log
+        assert "list: UNAVAILABLE" in page.log
+
+
+def test_commands_of_the_readme(tmp_path: Path) -> None:
+    """The page starts with each of the README's commands, and is up."""
+    folder = tmp_path / "page"
+    folder.mkdir()
+    (folder / "client-secret").write_text("a client secret\n")
+    commands = readme("console").strip().split("\n")
+    assert len(commands) == 2
+    for line in commands:
+        name, *arguments = line.split()
+        assert (name, arguments[0]) == (".venv/bin/latchkey", "console")
+        running = Console(folder, *arguments[1:])
+        try:
+            assert run(running.url()) == "https://tokens.example.com"
+        finally:
+            assert running.end() == 0
+
+
+def test_options_of_the_readme() -> None:
+    """The README's table has every option, in whatever order, with its default."""
+    from latchkey_console import settings
+
+    rows = dict(re.findall(r"^\| `(--[a-z-]+)` \| (.+?) \|", README, re.MULTILINE))
+    shown = latchkey("console", "--help", COLUMNS="200").stdout
+    assert set(rows) == set(re.findall(r"(--[a-z-]+)", shown)) - {"--help"}
+    defaults = (settings.CLAIM, settings.LISTEN, settings.TARGET)
+    assert tuple(rows[f"--{o}"] for o in ("oidc-claim", "listen", "target")) == tuple(
+        f"`{value}`" for value in defaults
+    )
+
+
+@pytest.mark.xdist_group("readme")
+def test_make_console(scratch: Path) -> None:
+    """`make console` starts both on the embedded database, says where, and ends both."""
+    command = readme("make console").split()
+    # An outer make hands on its variables, of which ARGS would be the account.
+    outer = ("ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS")
+    environment = {k: v for k, v in os.environ.items() if k not in outer}
+    stamp = f"{sys.prefix}/.run"
+    with (scratch / "make-console").open("w+") as output:
+        process = subprocess.Popen(
+            # What is installed is what these tests run with.
+            [command[0], "-o", stamp, f"VENV={sys.prefix}", *command[1:]],
+            cwd=ROOT,
+            env=environment
+            | {
+                "LATCHKEY_LISTEN": "127.0.0.1:0",
+                "LATCHKEY_CONSOLE_LISTEN": "127.0.0.1:0",
+                "LATCHKEY_DATA_DIR": str(scratch / "together"),
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            give_up = time.monotonic() + START_SECONDS
+            said = ""
+            while not (match := re.search(r"API Tokens: (\S+) ", said)):
+                assert process.poll() is None, said
+                assert time.monotonic() < give_up, said
+                time.sleep(0.05)
+                output.seek(0)
+                said = output.read()
+            page = httpx.get(match[1])
+            assert page.status_code == 200
+            assert "No tokens yet" in page.text
+            assert ">acme<" in page.text
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT)
+            process.wait(2 * WAIT_SECONDS)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(match[1])
+    # The database is stopped too: its folder could be removed.
+    assert not list((scratch / "together").rglob("postmaster.pid"))
+    assert shutil.which("make")

@@ -1,0 +1,126 @@
+"""What the page says of how to use a new token: the lines work as they stand there."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import grpc
+import pytest
+import uvicorn
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from latchkey import Scope, Verifier
+from latchkey.guards import current_token
+from latchkey.guards.asgi import GuardMiddleware
+from latchkey.guards.grpc import GuardInterceptor
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from tests.console.asgi import form, send, visitor
+from tests.integration.test_readme_grpcurl import grpcurl  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.xdist_group("readme")
+
+COMMAND_SECONDS = 30.0
+
+
+@pytest.fixture
+def transport() -> str:
+    """What the page sees is the same over both transports; one is enough here."""
+    return "native"
+
+
+async def lines(address: str) -> tuple[str, dict[str, str]]:
+    """Make a token on the page; return its secret, and the lines to use it by their name."""
+    async with visitor(address, account="acme") as browser:
+        made = await send(browser, "/tokens", await form(browser))
+        page = (await browser.get(made.headers["location"])).text
+    secret = re.search(r'<code id="secret"[^>]*>(.+?)</code>', page)
+    assert secret is not None
+    found = re.findall(r'<code id="use-(\w+)">(.+?)</code>', page, re.DOTALL)
+    return secret[1], {name: html.unescape(text) for name, text in found}
+
+
+async def bash(script: str, typed: str, *paths: Path) -> str:
+    """Run a script in bash, with what is typed on its standard input; return what it says."""
+    path = os.pathsep.join([*map(str, paths), os.environ["PATH"]])
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", "-c", script],
+            input=typed,
+            env=os.environ | {"PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=COMMAND_SECONDS,
+        )
+
+    done = await asyncio.to_thread(run)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
+async def test_curl(address: str) -> None:
+    """The curl line, with the variable read as it says, gets into a guarded HTTP service."""
+
+    async def hello(_: Request) -> PlainTextResponse:
+        token = current_token()
+        return PlainTextResponse(f"hello {token.account_id if token else 'nobody'}\n")
+
+    secret, use = await lines(address)
+    async with Verifier(address) as verifier:
+        app = GuardMiddleware(Starlette(routes=[Route("/", hello)]), verifier)
+        server = uvicorn.Server(
+            uvicorn.Config(app, port=0, log_config=None, ws="none", lifespan="off")
+        )
+        # Its own way to be stopped is not needed, and is for main threads.
+        serving = asyncio.create_task(server._serve())
+        try:
+            while not server.started:
+                assert not serving.done()
+                await asyncio.sleep(0.01)
+            port = server.servers[0].sockets[0].getsockname()[1]
+            line = use["curl"].replace("https://api.example.com/", f"http://127.0.0.1:{port}/")
+            said = await bash(f"{use['read']}\n{line} --silent", f"{secret}\n")
+            assert said == "hello acme\n"
+        finally:
+            server.should_exit = True
+            await serving
+
+
+async def test_grpcurl(address: str, grpcurl: Path) -> None:  # noqa: F811 - the fixture
+    """The grpcurl line gets into a guarded gRPC service, and the secret is in no argument."""
+    secret, use = await lines(address)
+    reflected = "ServerReflection/ServerReflectionInfo"
+    public = {f"/grpc.reflection.{version}.{reflected}" for version in ("v1", "v1alpha")}
+    async with Verifier(address) as verifier:
+        server = grpc.aio.server(
+            interceptors=[GuardInterceptor(verifier, Scope.READ, public=public)]
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
+        reflection.enable_server_reflection(
+            ["grpc.health.v1.Health", reflection.SERVICE_NAME], server
+        )
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            line = (
+                use["grpcurl"]
+                .replace("api.example.com:443", f"-plaintext 127.0.0.1:{port}")
+                .replace("package.Service/Method", "grpc.health.v1.Health/Check")
+            )
+            script = f"{use['read']}\n{line}"
+            assert secret not in script
+            assert "SERVING" in await bash(script, f"{secret}\n", grpcurl.parent)
+        finally:
+            await server.stop(None)

@@ -1,0 +1,89 @@
+"""What is pointed out about tokens: each rule, at its bounds."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from latchkey import Scope, Token
+from latchkey_console.review import (
+    NEVER_USED,
+    OLD,
+    SOON,
+    UNUSED,
+    Finding,
+    Kind,
+    findings_of,
+    is_use_recorded,
+    review,
+)
+
+NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
+SECOND = timedelta(seconds=1)
+
+
+def token(**fields: Any) -> Token:
+    """A token that there is nothing to say about, but for what a test changes."""
+    values: dict[str, Any] = {
+        "id": "tok_1",
+        "account_id": "acme",
+        "name": "fine",
+        "scope": Scope.READ,
+        "create_time": NOW - timedelta(days=1),
+        "expire_time": NOW + timedelta(days=90),
+    }
+    return Token(**values | fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({}, []),
+        ({"expire_time": None}, [Kind.NEVER_EXPIRES]),
+        ({"expire_time": NOW + SOON + SECOND}, []),
+        ({"expire_time": NOW + SOON}, [Kind.EXPIRES_SOON]),
+        ({"expire_time": NOW + SECOND}, [Kind.EXPIRES_SOON]),
+        ({"expire_time": NOW}, [Kind.EXPIRED]),
+        ({"expire_time": NOW - SECOND, "scope": Scope.WRITE}, [Kind.EXPIRED]),
+        ({"create_time": NOW - OLD}, []),
+        ({"create_time": NOW - OLD - SECOND}, [Kind.OLD]),
+        ({"scope": Scope.WRITE}, [Kind.WRITE]),
+        ({"scope": Scope.UNSPECIFIED}, [Kind.WRITE]),
+        ({"last_used_time": NOW - UNUSED}, []),
+        ({"last_used_time": NOW - UNUSED - SECOND}, [Kind.UNUSED]),
+    ],
+)
+def test_findings(fields: dict[str, Any], found: list[Kind]) -> None:
+    """Each rule holds at its bound and not before."""
+    assert findings_of(token(**fields), NOW, use_recorded=False) == found
+
+
+def test_never_used_only_where_use_is_recorded() -> None:
+    """A token without a use is pointed out once it is a week old, where uses are recorded."""
+    week_old = token(create_time=NOW - NEVER_USED - SECOND)
+    assert findings_of(week_old, NOW, use_recorded=True) == [Kind.NEVER_USED]
+    assert findings_of(week_old, NOW, use_recorded=False) == []
+    assert findings_of(token(create_time=NOW - NEVER_USED), NOW, use_recorded=True) == []
+    assert is_use_recorded([week_old, token(last_used_time=NOW)])
+    assert not is_use_recorded([week_old])
+
+
+def test_review_counts_and_leaves_out_what_is_in_order() -> None:
+    """Counts are over all tokens, the most pressing first; a token may count several times."""
+    tokens = [
+        token(expire_time=None, scope=Scope.WRITE),
+        token(expire_time=None),
+        token(expire_time=NOW),
+        token(),
+    ]
+    assert review(tokens, NOW, use_recorded=False) == [
+        Finding(Kind.EXPIRED, 1),
+        Finding(Kind.NEVER_EXPIRES, 2),
+        Finding(Kind.WRITE, 1),
+    ]
+
+
+def test_every_kind_has_its_words() -> None:
+    """Each finding has a title and a plain sentence why."""
+    for kind in Kind:
+        assert kind.title
+        assert kind.why.endswith(".")

@@ -1,0 +1,65 @@
+"""Moments and names in words."""
+
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+from latchkey_console.text import folded, name_key, visible
+from latchkey_console.times import ago, day, exact, iso
+
+NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("difference", "words"),
+    [
+        (timedelta(), "just now"),
+        (timedelta(seconds=-59), "just now"),
+        (timedelta(seconds=59), "in a moment"),
+        (timedelta(minutes=-1), "a minute ago"),
+        (timedelta(minutes=119), "in 119 minutes"),
+        (timedelta(hours=-2), "2 hours ago"),
+        (timedelta(hours=47), "in 47 hours"),
+        (timedelta(days=90) - timedelta(seconds=1), "in 89 days"),
+        (timedelta(days=119), "in 119 days"),
+        (timedelta(days=-120), "4 months ago"),
+        (timedelta(days=729), "in 24 months"),
+        (timedelta(days=-730), "2 years ago"),
+        (timedelta(days=365 * 7000), "in 7000 years"),
+    ],
+)
+def test_ago(difference: timedelta, words: str) -> None:
+    """A difference is told in the largest unit that is precise enough, rounded down."""
+    assert ago(NOW + difference, NOW) == words
+
+
+def test_moments_are_told_in_utc() -> None:
+    """Without the script, moments are in UTC and say so."""
+    moment = datetime(2026, 11, 4, 1, 5, 9, tzinfo=timezone(timedelta(hours=2)))
+    assert iso(moment) == "2026-11-03T23:05:09Z"
+    assert day(moment) == "3 Nov 2026"
+    assert exact(moment) == "3 Nov 2026, 23:05:09 UTC"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain & <b>", "plain & <b>"),
+        ("Köln 東京 مفتاح", "Köln 東京 مفتاح"),
+        ("👩‍👩‍👧‍👦", "👩‍👩‍👧‍👦"),
+        ("a\u202eb", "a‹U+202E›b"),
+        ("a\u2066b\u2069", "a‹U+2066›b‹U+2069›"),
+        ("a\u200bb", "a‹U+200B›b"),
+        ("a\x00\x1b", "a‹U+0000›‹U+001B›"),
+        ("\U000e0041", "‹U+E0041›"),
+    ],
+)
+def test_visible(text: str, shown: str) -> None:
+    """What could not be seen, or would mislead, is written out; letters and emoji stay."""
+    assert visible(text) == shown
+
+
+def test_folding() -> None:
+    """Looking for a text is generous; comparing names is what the service does."""
+    assert folded("ＡＢ②") == "ab2"
+    assert name_key(" STRASSE ") == name_key("straße")
+    assert name_key("x²") != name_key("x2")
