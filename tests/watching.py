@@ -67,6 +67,8 @@ async def watching(address: str) -> AsyncIterator[WatchClient]:
     async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         client = WatchClient(pb_grpc.TokenServiceStub(channel))
         yield client
+        if client.call.cancelled():
+            return
         # The server may end the stream at any moment: at once, if the test has let go already.
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             await client.say(released=True)

@@ -95,8 +95,11 @@ async def prune_log(table: VerifierTable, lease_seconds: float) -> None:
     kept = max(KEPT_SECONDS_MIN, KEPT_LEASES * lease_seconds)
 
     async def prune() -> None:
-        if gone := await table.prune_log(kept):
-            logger().info("log pruned", invalidations=gone)
+        total = 0
+        while gone := await table.prune_log(kept, PURGE_BATCH):
+            total += gone
+        if total:
+            logger().info("log pruned", invalidations=total)
 
     await _again_and_again(PRUNE_SECONDS, prune, "log not pruned")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import asyncpg
 from asyncpg.connect_utils import SessionAttribute
 
-from latchkey_service.errors import AlreadyExists, StoreConflict, StoreUnavailable
+from latchkey_service.errors import AlreadyExists, StoreConflict, StoreUnavailable, StoreUnsupported
 
 __all__ = ["Pool", "connect", "durably", "retrying", "translated"]
 
@@ -116,6 +116,8 @@ def translated() -> Iterator[None]:
         if error.constraint_name != "token_live_name":
             raise
         raise AlreadyExists("The account has a live token of this name.") from error
+    except asyncpg.FeatureNotSupportedError as error:  # 0A000
+        raise StoreUnsupported("The database does not support this.") from error
     except asyncpg.TransactionRollbackError as error:  # 40xxx: serialisation, deadlock
         raise StoreConflict("The database is busy with others; try again shortly.") from error
     except (

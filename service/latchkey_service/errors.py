@@ -13,7 +13,8 @@
     └── Unavailable           a dependency is away or too slow; worth a retry
         ├── NotConfirmed      a deletion stands, but verifiers have yet to confirm it
         └── StoreUnavailable  Postgres
-            └── StoreConflict two transactions undid each other
+            ├── StoreConflict two transactions undid each other
+            └── StoreUnsupported  not a thing that this engine does
 
 Expected outcomes of a verify are values (`verdict.py`), never errors. Messages are written for the
 caller: they never contain a secret, a digest, SQL or an address.
@@ -40,6 +41,7 @@ __all__ = [
     "StatusParts",
     "StoreConflict",
     "StoreUnavailable",
+    "StoreUnsupported",
     "Unauthenticated",
     "Unavailable",
     "WatchRefused",
@@ -149,6 +151,10 @@ class StoreUnavailable(Unavailable):
     reason = "DATABASE_UNAVAILABLE"
 
 
+class StoreUnsupported(StoreUnavailable):
+    """The database's engine does not do what was asked of it."""
+
+
 class StoreConflict(StoreUnavailable):
     """Two transactions undid each other, again and again. Nothing of this one stands."""
 
@@ -164,6 +170,7 @@ _CODES: Mapping[type[LatchkeyError], grpc.StatusCode] = MappingProxyType(
         Unavailable: grpc.StatusCode.UNAVAILABLE,
         NotConfirmed: grpc.StatusCode.UNAVAILABLE,
         StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
+        StoreUnsupported: grpc.StatusCode.UNAVAILABLE,
         StoreConflict: grpc.StatusCode.UNAVAILABLE,
         WatchRefused: grpc.StatusCode.FAILED_PRECONDITION,
         WatcherSilent: grpc.StatusCode.DEADLINE_EXCEEDED,

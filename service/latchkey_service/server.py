@@ -157,13 +157,15 @@ class Server:
         Returns whether no client holds a lease of ours any more.
         """
         self._health.stop()
+        end = boottime() + grace_seconds
         # Calls are served as ever meanwhile: a client that moves loses none.
         _, drained = await asyncio.gather(
             asyncio.sleep(DRAIN_SECONDS), self._watchers.drain(grace_seconds)
         )
         # Else they would take up the whole grace.
         self._health.end_watches()
-        await asyncio.gather(*(server.stop(grace_seconds) for server in self._servers))
+        left = max(0.0, end - boottime())
+        await asyncio.gather(*(server.stop(left) for server in self._servers))
         return drained
 
 
@@ -214,14 +216,14 @@ async def running(
         settings.lease_seconds,
     )
     heart = Heart(membership, identity, own_connection, boottime)
-    watchers = Watchers(membership, boottime, heart.acknowledged, enabled=cache)
+    watchers = Watchers(membership, boottime, heart.wake_to_acknowledge, enabled=cache)
     listener = Listener(identity.id, own_connection, heart.wake, enabled=notify)
     heart.attach(watchers.on_news, watchers.__len__, lambda: listener.state)
 
     pool = await Pool.open(database_url)
     store = Store(pool, database_url)
     table = VerifierTable(pool)
-    confirmer = Confirmer(table, heart.wake, boottime, notify=notify)
+    confirmer = Confirmer(table, own_connection, heart.wake, boottime, notify=notify)
     lookup = Lookup(own_connection, boottime)
     verifier = Verifier(keyring, lookup, heart, membership, encode_token, boottime, time.time)
     tokens = Tokens(store, keyring, confirmer, settings.secret_prefix, _now, os.urandom)
@@ -238,13 +240,14 @@ async def running(
         Health(("", *SERVICES)),
     )
     server = Server(settings, calls, services, watchers, gate)
+    # They go on until the last answer: until then Deletes wait for this process.
     beating = asyncio.create_task(heart.run(), name="heart")
+    listening = asyncio.create_task(listener.run(), name="listener")
     await server.start()
     server.policy_file = policy_file
     retention = timedelta(days=settings.tombstone_retention_days)
     audit_retention = timedelta(days=settings.audit_retention_days)
     background = [
-        listener.run(),
         follow_store(store, heart.has_lease, server.set_serving),
         summarise(counts),
         purge(store, retention, _now),
@@ -261,7 +264,7 @@ async def running(
         await _end(*tasks)
         drained = await server.stop(settings.grace_seconds)
         # After the last answer, and not before: the row stands for what may still be answered.
-        await _end(beating)
+        await _end(beating, listening)
         await audit.close()
         await asyncio.gather(
             heart.stop(remove=drained), confirmer.close(), lookup.close(), store.close()

@@ -273,26 +273,28 @@ class Store:
     async def confirm_deletion(self, token_id: str, acknowledged: int, outwaited: int) -> Deletion:
         """Write that no verifier can answer VALID any more, and return the receipt.
 
-        Whoever comes first writes it; from then on the receipt stays the same.
+        Whoever comes first writes it; from then on the receipt stays the same, and to write it
+        again makes sure that it, and with it the deletion, is where a failover does not undo it.
         """
         async with self._pool.session() as session:
-            row = await session.fetchrow(
-                """
-                UPDATE deletion d
-                   SET effective_time = coalesce(
-                           d.effective_time, greatest(d.commit_time, clock_timestamp())),
-                       verifiers_acknowledged = CASE WHEN d.effective_time IS NULL
-                           THEN $2 ELSE d.verifiers_acknowledged END,
-                       verifiers_outwaited = CASE WHEN d.effective_time IS NULL
-                           THEN $3 ELSE d.verifiers_outwaited END
-                 WHERE d.token_id = $1
-                RETURNING revision, commit_time, effective_time, verifiers_acknowledged,
-                          verifiers_outwaited
-                """,
-                token_id,
-                acknowledged,
-                outwaited,
-            )
+            with durably(session):
+                row = await session.fetchrow(
+                    """
+                    UPDATE deletion d
+                       SET effective_time = coalesce(
+                               d.effective_time, greatest(d.commit_time, clock_timestamp())),
+                           verifiers_acknowledged = CASE WHEN d.effective_time IS NULL
+                               THEN $2 ELSE d.verifiers_acknowledged END,
+                           verifiers_outwaited = CASE WHEN d.effective_time IS NULL
+                               THEN $3 ELSE d.verifiers_outwaited END
+                     WHERE d.token_id = $1
+                    RETURNING revision, commit_time, effective_time, verifiers_acknowledged,
+                              verifiers_outwaited
+                    """,
+                    token_id,
+                    acknowledged,
+                    outwaited,
+                )
         if row is None:
             # Its tombstone was removed in between: 90 days old, unless someone set it very low.
             raise StoreUnavailable("The deletion stands, but its receipt is gone.")

@@ -163,7 +163,8 @@ class Tokens:
         if deletion is None:
             raise NotFound("The account never had a token of this id.")
         if deletion.effective_time is not None:
-            return deletion
+            # Confirmed before. Whoever did so may not have got to know that a standby has it.
+            return await self._store.confirm_deletion(token_id, 0, 0)
         self._confirmer.announce(deletion.revision)
         if wait_until is None:
             return deletion

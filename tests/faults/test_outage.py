@@ -45,8 +45,9 @@ HEALTH_SECONDS = 2.0
 LEASE_SECONDS = 3.0
 # Without a deadline: one wait for a connection and two statements, with room to spare.
 ANSWER_SECONDS_MAX = 6.0
-# Management's pool, and one each for Verify, health, the lease and notifications.
-CONNECTIONS_MAX = POOL_SIZE_MAX + 4
+# Management's pool, and one each for Verify, health, the lease, notifications
+# and the wait of Deletes.
+CONNECTIONS_MAX = POOL_SIZE_MAX + 5
 _names = itertools.count(1)
 
 Call = Callable[[str, "float | None"], Awaitable[Any]]

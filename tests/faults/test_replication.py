@@ -51,7 +51,7 @@ async def test_a_renewal_that_no_standby_has_is_none(
     """It may be undone by a failover, so it extends no lease."""
     connection = await connect(database_url)
     row = OwnRow(connection, Identity("ver_a", "x", 1, "0", 3.0))
-    await row.register(1)
+    await row.register(1, None)
     with standby_missing(postgres), pytest.raises(StoreUnavailable):
         await cut_short(database_url, row.renew(1, 0, 0, 0))
     assert await row.renew(1, 0, 0, 0)
@@ -61,7 +61,7 @@ async def test_a_renewal_that_no_standby_has_is_none(
 async def test_a_deletion_that_no_standby_has_is_not_confirmed(
     postgres: BreakablePostgres, database_url: str, store: Store
 ) -> None:
-    """Its caller is told to try again."""
+    """Its caller is told to try again, however often, until a standby has it."""
     await store.register_pepper("p")
     record = TokenRecord(
         "tok_1", "acme", "a", Scope.READ, (await now(database_url)), None, "lk_…abcd"

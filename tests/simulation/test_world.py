@@ -89,10 +89,10 @@ admit = Memory.admit
 take = Watcher.take
 
 
-def keep_the_memory(self: Any, revision: int) -> None:
+def keep_the_memory(self: Any, revision: int, acknowledged: int) -> None:
     """Rule 3, a row that is gone, without emptying the memory."""
     self.memory.apply(revision, ())
-    self.acknowledged, self.registered = revision, True
+    self.acknowledged, self.registered = acknowledged, True
 
 
 def grant_longer(self: Watcher, now: float) -> list[Any]:

@@ -61,10 +61,11 @@ class Database:
         self.deleted.add(token_id)
         return self.head
 
-    def register(self, name: str, incarnation: int) -> int:
+    def register(self, name: str, incarnation: int, confirmed: int | None) -> tuple[int, int]:
         renewal = self.rows[name].renewal + 1 if name in self.rows else 0
-        self.rows[name] = VerifierRow(name, incarnation, renewal, self.head, LEASE_SECONDS)
-        return self.head
+        acknowledged = self.head if confirmed is None else min(self.head, confirmed)
+        self.rows[name] = VerifierRow(name, incarnation, renewal, acknowledged, LEASE_SECONDS)
+        return self.head, acknowledged
 
     def read_log(self, applied: int) -> Log:
         named = tuple(token for revision, token in self.log if revision > applied)
@@ -120,8 +121,9 @@ class Server:
             return
         if not membership.registered:
             self.incarnation += 1
-            revision = database.register(self.name, self.incarnation)
-            self.reply = lambda: membership.register(revision)
+            confirmed = membership.subleases.floor(self.clock())
+            told = database.register(self.name, self.incarnation, confirmed)
+            self.reply = lambda: membership.register(*told)
             return
         began = self.clock()
         log = database.read_log(membership.memory.applied)

@@ -131,7 +131,7 @@ class VerifierStatus(_message.Message):
     lag: _builtins.int
     """How many revisions that is behind head_revision."""
     clients: _builtins.int
-    """How many clients answered from memory under its lease when it last renewed."""
+    """How many clients watched it, to answer under its lease, when it last renewed."""
     notifications: Global___Notifications.ValueType
     """Whether notifications reach it. Without them it learns of a deletion
     within a third of its lease.

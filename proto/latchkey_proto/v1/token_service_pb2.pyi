@@ -188,8 +188,8 @@ class Receipt(_message.Message):
     verifiers_acknowledged: _builtins.int
     """How many verifiers confirmed that they dropped the token."""
     verifiers_outwaited: _builtins.int
-    """How many verifiers did not confirm and were waited out until they could
-    no longer answer from memory.
+    """How many verifiers did not confirm: they were waited out until they could
+    no longer answer from memory, or left before.
     """
     @_builtins.property
     def commit_time(self) -> _timestamp_pb2.Timestamp:

@@ -123,9 +123,10 @@ class TokenServiceServicer(object):
         """Deletes a token for good. When this answers OK, no verify that starts
         afterwards answers VALID for it, anywhere: it waits until every verifier
         has confirmed, or can no longer answer from memory. With healthy verifiers
-        that takes milliseconds, else at most the lease length (LATCHKEY_LEASE_SECONDS,
-        3 s unless set) and half a second. Deleting a deleted token again answers
-        with the same receipt, so a retry is safe.
+        that takes milliseconds (without notifications a third of a lease), else
+        at most the longest lease of all servers (LATCHKEY_LEASE_SECONDS, 3 s
+        unless set) and half a second. Deleting a deleted token again answers with
+        the same receipt, so a retry is safe, until its tombstone is removed.
         Errors: INVALID_ARGUMENT; NOT_FOUND when the account never had the token;
         UNAVAILABLE, after which the deletion may or may not stand: retry. With
         the reason DELETION_NOT_CONFIRMED it stands, but the deadline was too short

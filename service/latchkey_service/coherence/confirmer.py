@@ -2,12 +2,18 @@
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 from latchkey_service.coherence.confirmation import Confirmation, Wait
-from latchkey_service.coherence.table import VerifierTable
-from latchkey_service.errors import NotConfirmed, StoreUnavailable
+from latchkey_service.coherence.table import Rows, VerifierTable, read_rows
+from latchkey_service.errors import NotConfirmed, StoreUnsupported
 from latchkey_service.log import logger
+
+if TYPE_CHECKING:
+    import asyncpg
+
+    Connection = asyncpg.Connection[asyncpg.Record]
 
 __all__ = ["Confirmer"]
 
@@ -24,12 +30,18 @@ class Confirmer:
     def __init__(
         self,
         table: VerifierTable,
+        connect: "Callable[[], Awaitable[Connection]]",
         wake: Callable[[], None],
         clock: Callable[[], float],
         *,
         notify: bool,
     ) -> None:
         self._table = table
+        # Its looks have a connection of their own: the Deletes that wait for them, and those that
+        # wait to begin, may have all of the pool's.
+        self._connect = connect
+        self._connection: Connection | None = None
+        self._failing = False
         # This process's own heart need not be notified.
         self._wake = wake
         self._clock = clock
@@ -77,6 +89,7 @@ class Confirmer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._drop_connection()
 
     async def _announce(self) -> None:
         """Notify until there is nothing new to notify of."""
@@ -86,8 +99,8 @@ class Confirmer:
                 try:
                     await self._table.notify(revision)
                 except Exception as error:  # noqa: BLE001 - costs time, and nothing else
-                    # Where it is not supported (0A000) there is no use in trying again.
-                    self._notify = self._notify and isinstance(error, StoreUnavailable)
+                    if isinstance(error, StoreUnsupported):
+                        self._notify, self._unannounced = False, 0
                     self._log.warning("not notified", error=type(error).__name__)
         finally:
             self._announcer = None
@@ -102,16 +115,36 @@ class Confirmer:
                 # were read after its commit.
                 waits = list(self._waits.items())
                 now = self._clock()
-                try:
-                    rows = await self._table.rows()
-                except Exception as error:  # noqa: BLE001 - they wait on, each to its deadline
-                    self._log.warning("rows not read", error=type(error).__name__)
-                    continue
-                for future, wait in waits:
-                    confirmation = wait.judge(rows, now)
+                rows = await self._look()
+                for future, wait in waits if rows is not None else ():
+                    if rows is None or rows.head < wait.revision:
+                        # Of before its commit: the connection leads to a primary that was deposed.
+                        self._drop_connection()
+                        continue
+                    confirmation = wait.judge(rows.verifiers, now)
                     if confirmation is not None and not future.done():
                         future.set_result(confirmation)
                         self._waits.pop(future, None)
         finally:
             # No await between the last look at the dictionary and this.
             self._poller = None
+
+    async def _look(self) -> Rows | None:
+        """Return the rows, or None where they cannot be read: all wait on, to their deadlines."""
+        try:
+            if self._connection is None or self._connection.is_closed():
+                self._connection = await self._connect()
+            rows = await read_rows(self._connection)
+        except Exception as error:  # noqa: BLE001 - logged once
+            self._drop_connection()
+            if not self._failing:
+                self._log.warning("deletions cannot be confirmed", error=type(error).__name__)
+            self._failing = True
+            return None
+        self._failing = False
+        return rows
+
+    def _drop_connection(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.terminate()

@@ -60,6 +60,7 @@ class Heart:
         self._began = -math.inf
         self._retry_at = -math.inf
         self._failing = False
+        self._lost = False
         # Of verifies that wait for the lease.
         self._renewed: asyncio.Future[None] | None = None
         self._waiting = 0
@@ -79,7 +80,7 @@ class Heart:
         self._news = True
         self._woken.set()
 
-    def acknowledged(self) -> None:
+    def wake_to_acknowledge(self) -> None:
         """Look whether there is something to acknowledge: a client has confirmed, or has left."""
         self._woken.set()
 
@@ -150,7 +151,8 @@ class Heart:
         row = OwnRow(await self._connected(), self._identity)
         if not membership.registered:
             self._incarnation += 1
-            membership.register(await row.register(self._incarnation))
+            confirmed = membership.subleases.floor(self._clock())
+            membership.register(*await row.register(self._incarnation, confirmed))
             self._log.info("registered", verifier=self._identity.id, incarnation=self._incarnation)
             due = self._news = True
         if self._news or due:
@@ -172,18 +174,24 @@ class Heart:
             self._log.warning("the row is gone: registering anew", verifier=self._identity.id)
             membership.lose()
             self._next_renewal = -math.inf
+            if self._lost:
+                # Twice in a row: whatever takes it away would go on.
+                self._retry_at = self._clock() + RETRY_SECONDS
+            self._lost = True
             return
+        self._lost = False
         membership.renew(self._began, acknowledgeable)
         # Those who wait for a lease to grant from, or to answer under.
         self._succeed()
         self._on_news()
         if due:
-            await self._bury(row)
+            membership.subleases.sweep(self._clock())
+            await self._remove_dead(row)
 
     def _acknowledgeable(self) -> int:
         return self.membership.acknowledgeable(self._clock())
 
-    async def _bury(self, row: OwnRow) -> None:
+    async def _remove_dead(self, row: OwnRow) -> None:
         """Remove the rows of dead processes, so that no further Delete waits for them (rule 9)."""
         asked = self._clock()
         rows = await row.all_rows()

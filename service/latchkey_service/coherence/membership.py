@@ -43,10 +43,14 @@ class Membership(Generic[E]):
         self.acknowledged = 0
         """What its row says."""
 
-    def register(self, revision: int) -> None:
-        """Its row is committed, with `revision`, the head at that time, acknowledged (rule 2)."""
-        self.memory.reset(revision)
-        self.acknowledged = revision
+    def register(self, head: int, acknowledged: int) -> None:
+        """Its row is committed, while head was this, with so much acknowledged (rule 2).
+
+        That gives no lease: the first one comes with a renewal, whose read of the log began after
+        the row was committed.
+        """
+        self.memory.reset(head)
+        self.acknowledged = acknowledged
         self.registered = True
 
     def apply(self, log: Log) -> bool:
@@ -78,8 +82,7 @@ class Membership(Generic[E]):
     def lose(self) -> None:
         """Its row is gone: somebody has seen it lapse. Nothing is answered until it registers.
 
-        The memory is emptied then (`register`). No client answers either, since every lease of
-        its had ended before the row could be removed (rule 9).
+        The memory is emptied then (`register`), and clients are told to begin anew.
         """
         self.registered = False
         self.lease_ends = -math.inf

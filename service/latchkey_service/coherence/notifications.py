@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from latchkey_service.coherence.table import CHANNEL
+from latchkey_service.coherence.table import CHANNEL, NOTIFY
 from latchkey_service.database import translated
-from latchkey_service.errors import StoreUnavailable
+from latchkey_service.errors import StoreUnavailable, StoreUnsupported
 from latchkey_service.log import logger
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Listener:
         while self._enabled:
             try:
                 await self._listen()
-            except asyncpg.FeatureNotSupportedError:  # 0A000
+            except StoreUnsupported:
                 self._becomes(Notifications.OFF)
                 return
             except StoreUnavailable:
@@ -94,7 +94,7 @@ class Listener:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_SECONDS):
                 with translated():
-                    await connection.execute("SELECT pg_notify($1, $2)", CHANNEL, self._expected)
+                    await connection.execute(NOTIFY, CHANNEL, self._expected)
                 await self._arrived.wait()
         except TimeoutError:
             return False

@@ -20,7 +20,7 @@ class SubLease:
 
 
 class SubLeases:
-    """All sub-leases of a process that have not been seen to end.
+    """All sub-leases of a process that may be live.
 
     They are kept by what they have confirmed. There are thousands of them, but few revisions at
     which they stand, so that the lowest is found at once.
@@ -71,6 +71,12 @@ class SubLeases:
                 return lowest
             self._remove(lease)
         return None
+
+    def sweep(self, now: float) -> None:
+        """Forget the sub-leases that have ended. `floor` does so only where it has to."""
+        for held in tuple(self._at.values()):
+            for lease in [lease for lease in held if lease.ends <= now]:
+                self._remove(lease)
 
     def latest_end(self, now: float) -> float:
         """Return when the last of them will have ended, `now` if there is none."""

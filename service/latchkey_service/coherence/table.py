@@ -9,22 +9,52 @@ from latchkey_coherence.memory import HISTORY_MAX
 from latchkey_service.coherence.confirmation import VerifierRow
 from latchkey_service.coherence.membership import Log
 from latchkey_service.database import Pool, durably, retrying, translated
+from latchkey_service.errors import StoreUnavailable
 
 if TYPE_CHECKING:
     import asyncpg
 
     Connection = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["CHANNEL", "Identity", "OwnRow", "Status", "VerifierStatus", "VerifierTable"]
+__all__ = [
+    "CHANNEL",
+    "NOTIFY",
+    "Identity",
+    "OwnRow",
+    "Rows",
+    "Status",
+    "VerifierStatus",
+    "VerifierTable",
+    "read_rows",
+]
 
 # What a Delete's wake-up is sent on, with its revision as the payload.
 CHANNEL = "latchkey_invalidation"
+# Not durable, as there is nothing to keep: a notifying commit holds a lock of the whole cluster
+# until its WAL is flushed, and a standby has it.
+NOTIFY = "SELECT set_config('synchronous_commit', 'off', true), pg_notify($1, $2)"
 
 # What a Delete waits for, and what tells that a process is dead.
 _ROWS = """
-SELECT v.id, v.incarnation, v.renewal, v.acknowledged_revision, v.lease_seconds
-  FROM verifier v
+SELECT h.revision, v.id, v.incarnation, v.renewal, v.acknowledged_revision, v.lease_seconds
+  FROM head h
+  LEFT JOIN verifier v ON true
 """
+
+
+class Rows(NamedTuple):
+    """All verifiers' rows, and head in the snapshot that they were read in."""
+
+    head: int
+    verifiers: list[VerifierRow]
+
+
+@retrying
+async def read_rows(connection: "Connection") -> Rows:
+    """Return what a Delete waits for."""
+    with translated():
+        rows = await connection.fetch(_ROWS)
+    return Rows(rows[0][0], [VerifierRow(*row[1:]) for row in rows if row[1] is not None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,23 +99,26 @@ class OwnRow:
         self._identity = identity
 
     @retrying
-    async def register(self, incarnation: int) -> int:
-        """Commit the row, and return the head that it acknowledges (rule 2).
+    async def register(self, incarnation: int, confirmed: int | None) -> tuple[int, int]:
+        """Commit the row, and return head and the revision that it acknowledges (rule 2).
 
-        Who commits a later revision afterwards finds the row and waits for it; who committed it
-        before is seen by every read that follows.
+        That is head, or less where clients that may still answer have `confirmed` less. Who commits
+        a later revision afterwards finds the row and waits for it; who committed it before is seen
+        by every read that follows. An attempt that was given up may still be carried out, late: it
+        changes nothing, since by then the row is of a later incarnation.
         """
         identity = self._identity
         with translated(), durably(self._connection):
-            revision: int = await self._connection.fetchval(
+            row = await self._connection.fetchrow(
                 """
                 INSERT INTO verifier (id, incarnation, acknowledged_revision, lease_seconds, host,
                                       process_id, version)
-                SELECT $1, $2, h.revision, $3, $4, $5, $6 FROM head h
+                SELECT $1, $2, least(h.revision, $7), $3, $4, $5, $6 FROM head h
                 ON CONFLICT (id) DO UPDATE
                    SET incarnation = excluded.incarnation, renewal = verifier.renewal + 1,
                        acknowledged_revision = excluded.acknowledged_revision
-                RETURNING acknowledged_revision
+                 WHERE verifier.incarnation < excluded.incarnation
+                RETURNING (SELECT revision FROM head), acknowledged_revision
                 """,
                 identity.id,
                 incarnation,
@@ -93,8 +126,11 @@ class OwnRow:
                 identity.host,
                 identity.process_id,
                 identity.version,
+                confirmed,
             )
-        return revision
+        if row is None:
+            raise StoreUnavailable("Another attempt to register came in between; try again.")
+        return row[0], row[1]
 
     @retrying
     async def read_log(self, applied: int) -> Log:
@@ -150,18 +186,25 @@ class OwnRow:
                 incarnation,
             )
 
-    @retrying
     async def all_rows(self) -> list[VerifierRow]:
         """Return everybody's rows."""
-        with translated():
-            return [VerifierRow(*row) for row in await self._connection.fetch(_ROWS)]
+        return (await read_rows(self._connection)).verifiers
 
     @retrying
     async def remove_dead(self, row: VerifierRow) -> bool:
-        """Remove another's row unless it has been renewed; tell whether it went (rule 9)."""
+        """Remove another's row unless it has been renewed; tell whether it went (rule 9).
+
+        Never waits for a lock: whoever holds the row's is at work on it, or dead with it.
+        """
         with translated():
             status = await self._connection.execute(
-                "DELETE FROM verifier WHERE id = $1 AND incarnation = $2 AND renewal = $3",
+                """
+                DELETE FROM verifier
+                 WHERE id IN (SELECT v.id
+                                FROM verifier v
+                               WHERE v.id = $1 AND v.incarnation = $2 AND v.renewal = $3
+                                 FOR UPDATE SKIP LOCKED)
+                """,
                 row.id,
                 row.incarnation,
                 row.renewal,
@@ -175,24 +218,13 @@ class VerifierTable:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
-    @retrying
-    async def rows(self) -> list[VerifierRow]:
-        """Return what a Delete waits for."""
-        async with self._pool.session() as session:
-            return [VerifierRow(*row) for row in await session.fetch(_ROWS)]
-
     async def notify(self, revision: int) -> None:
         """Wake the verifiers, in a transaction of its own after the commit (rule 10).
 
-        Not durable, as there is nothing to keep: a notifying commit holds a lock of the whole
-        cluster until its WAL is flushed.
+        Raises StoreUnsupported where the engine has no notifications.
         """
         async with self._pool.session() as session:
-            await session.execute(
-                "SELECT set_config('synchronous_commit', 'off', true), pg_notify($1, $2)",
-                CHANNEL,
-                str(revision),
-            )
+            await session.execute(NOTIFY, CHANNEL, str(revision))
 
     @retrying
     async def status(self) -> Status:
@@ -214,21 +246,25 @@ class VerifierTable:
         return Status(rows[0][0], found)
 
     @retrying
-    async def prune_log(self, keep_seconds: float) -> int:
+    async def prune_log(self, keep_seconds: float, limit: int) -> int:
         """Remove invalidations that every verifier has acknowledged and that are older than that.
 
-        Returns how many went. Nothing depends on the clock: who has applied less than was pruned
-        is told so by `pruned_revision`, in the snapshot in which it reads the log (rule 11).
+        About `limit` at a time, for head is locked meanwhile. Returns how many went. Nothing
+        depends on the clock: who has applied less than was pruned is told so by `pruned_revision`,
+        in the snapshot in which it reads the log (rule 11).
         """
         async with self._pool.session() as session:
             status = await session.execute(
                 """
-                WITH bound AS (
-                    SELECT max(i.revision) AS revision
+                WITH old AS (
+                    SELECT i.revision
                       FROM invalidation i
                      WHERE i.create_time < clock_timestamp() - make_interval(secs => $1)
                        AND i.revision <= coalesce(
-                               (SELECT min(v.acknowledged_revision) FROM verifier v), i.revision)),
+                               (SELECT min(v.acknowledged_revision) FROM verifier v), i.revision)
+                     ORDER BY i.revision
+                     LIMIT $2),
+                bound AS (SELECT max(revision) AS revision FROM old),
                 marked AS (
                     UPDATE head h
                        SET pruned_revision = b.revision
@@ -238,5 +274,6 @@ class VerifierTable:
                 DELETE FROM invalidation i USING marked m WHERE i.revision <= m.pruned_revision
                 """,
                 keep_seconds,
+                limit,
             )
         return int(status.removeprefix("DELETE "))

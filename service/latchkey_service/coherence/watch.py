@@ -22,6 +22,8 @@ WATCHERS_MAX = 10_000
 # In leases: a client asks at least once in each. One that has not been heard of for so long holds
 # none, and is dropped.
 SILENT_LEASES = 3
+# No revision is as low.
+BEFORE_ALL = -1
 
 
 class Request(NamedTuple):
@@ -69,7 +71,9 @@ class Watcher:
         self.heard = -math.inf
         """When its client last said something."""
         self.released = False
+        # Up to which revision it was told what to drop; None before its first message.
         self._sent: int | None = None
+        self._reset = False
         self._wanted = 0
         self._closing = False
         self._told_closing = False
@@ -90,11 +94,20 @@ class Watcher:
             # One that is ahead of us is told again what it has applied already, which does no harm.
             self._sent = min(request.applied_revision, memory.applied)
             if request.applied_revision == 0 and memory.applied > 0:
-                # Its memory is empty: there is no need to tell it what to drop.
-                self._sent = -1
+                # Its memory is empty. There is no need to tell it what to drop, but for where to
+                # begin: a Reset.
+                self._sent = BEFORE_ALL
+        if self._reset and request.applied_revision > self._sent:
+            # Said before it heard of the Reset, of a history that is no more.
+            self._want(request)
+            return
+        self._reset = False
         # Not more than it was told on this stream: of what another server, or another history of
         # a database that was set back, has called by such a number, this one knows nothing.
         subleases.acknowledge(self.lease, min(request.applied_revision, self._sent))
+        self._want(request)
+
+    def _want(self, request: Request) -> None:
         self._wanted = max(self._wanted, request.number)
 
     def close(self) -> None:
@@ -117,6 +130,7 @@ class Watcher:
             if behind is None:
                 # What it confirmed before is of no use any more.
                 membership.subleases.acknowledge(self.lease, 0)
+                self._reset = True
                 events.append(Reset(memory.applied))
             else:
                 events.append(Invalidation(memory.applied, behind))

@@ -23,7 +23,7 @@ class Scene:
     def __init__(self) -> None:
         self.now = 100.0
         self.membership: Membership[Any] = Membership(Memory(10), SubLeases(), LEASE_SECONDS)
-        self.membership.register(0)
+        self.membership.register(0, 0)
         self.membership.renew(self.now, 0)
         self.watchers = Watchers(self.membership, lambda: self.now, lambda: None, enabled=True)
         self.said: asyncio.Queue[Request] = asyncio.Queue()
@@ -114,5 +114,10 @@ def test_a_database_that_was_set_back() -> None:
     membership.apply(Log(40, ()))
     assert membership.acknowledgeable(scene.now) == 0
     assert watch.Reset(40) in watcher.take(scene.now)
+    # What was on its way then is still about the former history.
     watcher.hear(Request(50, 0, released=False), scene.now)
+    assert membership.acknowledgeable(scene.now) == 0
+    watcher.hear(Request(40, 0, released=False), scene.now)
+    assert membership.acknowledgeable(scene.now) == 40
+    membership.apply(Log(41, ("b",)))
     assert membership.acknowledgeable(scene.now) == 40
