@@ -33,7 +33,8 @@ async def follow_store(
 ) -> None:
     """Keep health at whether Postgres answers, and lets us verify. Ends when cancelled."""
     log = logger()
-    serving: bool | None = None
+    # As it begins, before anybody could know.
+    serving = False
     while True:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_SECONDS):
