@@ -45,8 +45,6 @@ def main() -> int:
     """Measure, print, write. Returns 1 if an answer was wrong: speed is no test, that is."""
     options = _options()
     began, load_before = time.monotonic(), os.getloadavg()[0]
-    # The processes that are started are no copies of this one that go on with its connections.
-    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     # Either way every process is ended in order.
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

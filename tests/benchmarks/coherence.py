@@ -75,7 +75,7 @@ def lines(figures: Sequence[Figure]) -> Iterator[str]:
     """Yield the lines of this part's table."""
     if not figures:
         return
-    form = "{:<74} {:>10} {:>19}  {:<9} {:>7}"
+    form = "{:<78} {:>10} {:>19}  {:<9} {:>7}"
     yield form.format("coherence", "median", "range", "unit", "samples")
     for figure in figures:
         yield form.format(
@@ -86,6 +86,7 @@ def lines(figures: Sequence[Figure]) -> Iterator[str]:
             figure.samples,
         )
     yield "Medians and ranges of the rounds; p50 and p99 of all samples, ranges of their fifths."
+    yield "Clients: over all workers. Deletes: all of them, and Postgres, on the same two cores."
 
 
 def _short(value: float) -> str:

@@ -73,16 +73,16 @@ def flood(bench: Bench) -> Iterator[Figure]:
                 rates.append(sent / lasts)
                 if failures:
                     raise RuntimeError(f"{failures} made-up secrets were not answered UNKNOWN")
-    flood_name = f"a flood of {CALLS_PER_S:,} made-up secrets/s"
+    flood_name = f"{CALLS_PER_S:,} made-up secrets/s"
     rate = Figure.median("Flood of made-up secrets, all UNKNOWN", "calls/s", rates)
     if rate.value < FLOOD_SHARE_MIN * CALLS_PER_S:
-        flood_name = f"a flood of only {rate.value:,.0f} made-up secrets/s"
+        flood_name = f"only {rate.value:,.0f} made-up secrets/s"
     name = f"Verify, warm, {MODERATE} in flight"
     ratios = [with_ / without for with_, without in zip(flooded, calm, strict=True)]
     yield rate
     yield Figure.median(f"{name}, p99", "µs", calm)
-    yield Figure.median(f"{name}, p99 during {flood_name}", "µs", flooded)
-    yield Figure.median(f"{name}, p99 with by without {flood_name}", "times", ratios, at_most=1.5)
+    yield Figure.median(f"{name}, p99 beside {flood_name}", "µs", flooded)
+    yield Figure.median(f"{name}, p99 beside {flood_name} by without", "times", ratios, at_most=1.5)
 
 
 def misses(bench: Bench) -> Iterator[Figure]:

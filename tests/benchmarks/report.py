@@ -146,7 +146,7 @@ def as_table(rows: Sequence[Row], results: Results, reached: Sequence[Target]) -
     yield "Medians of all rounds. Server and Postgres: CPU per call, which the calls share."
     yield "Warm: from the server's memory, as by default. Reading: with LATCHKEY_CACHE=off."
     yield ""
-    form = "{:<66} {:>10} {:>18} {:>10}  {}"
+    form = "{:<78} {:>10} {:>18} {:>10}  {}"
     yield form.format("target", "median", "range", "wanted", "")
     for target in reached:
         yield form.format(
