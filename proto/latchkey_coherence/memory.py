@@ -37,17 +37,18 @@ class Memory(Generic[E]):
     """
 
     __slots__ = (
-        "_entries_max",
         "_known_since",
         "_named",
         "_of_token",
         "_order",
         "applied",
         "entries",
+        "entries_max",
     )
 
     def __init__(self, entries_max: int) -> None:
-        self._entries_max = entries_max
+        self.entries_max = entries_max
+        """How many it holds at most."""
         self.entries: dict[bytes, E] = {}
         self.applied = 0
         """Nothing in `entries` was made invalid by a revision up to this one."""
@@ -75,11 +76,11 @@ class Memory(Generic[E]):
             revision < self._known_since or self._named.get(entry.token_id, 0) > revision
         ):
             return False
-        if self._entries_max <= 0:
+        if self.entries_max <= 0:
             return False
         if key in self.entries:
             self._drop(key)
-        elif len(self.entries) >= self._entries_max:
+        elif len(self.entries) >= self.entries_max:
             self._make_room()
         self.entries[key] = entry
         keys = self._of_token.get(entry.token_id)

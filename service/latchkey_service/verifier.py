@@ -68,7 +68,7 @@ class Verifier:
         """Return the answer to one question from memory, or None."""
         if len(presented) > SECRET_LENGTH_MAX:
             return None
-        if self._clock() >= self._membership.lease_ends:
+        if not self._entries or self._clock() >= self._membership.lease_ends:
             return None
         record = self._entries.get(sha256(presented.encode()).digest())
         if record is None:
@@ -143,7 +143,8 @@ class Verifier:
             self._encode(read),
             deleted=read.delete_time is not None,
         )
-        self._memory.admit(sha256(presented.encode()).digest(), record, found.revision)
+        if self._memory.entries_max:
+            self._memory.admit(sha256(presented.encode()).digest(), record, found.revision)
         return Answer(decide(record, required_scope, now), record.token, found.revision)
 
     def _parse(self, presented: str) -> bytes | Answer:

@@ -1,7 +1,7 @@
 """Looks at answers: a pass over a server with a real client, and at what the load kept."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import grpc
@@ -17,6 +17,7 @@ __all__ = [
     "Verified",
     "check_ceiling",
     "check_service",
+    "remember",
     "right_create",
     "right_list",
 ]
@@ -24,6 +25,8 @@ __all__ = [
 CALL_SECONDS_MAX = 10.0
 OTHER_ACCOUNT = "bench-answers"
 PAGE = 50
+# The most that BatchVerify takes.
+REMEMBER_AT_ONCE = 1_000
 
 
 def check_ceiling(address: str) -> list[str]:
@@ -100,6 +103,23 @@ def _wrong_pages(stub: pb_grpc.TokenServiceStub, seeded: Seeded) -> Iterable[str
             yield f"List, page {page}: not the tokens that it should have"
         if bool(answer.next_page_token) != (page < last_page):
             yield f"List, page {page}: wrong about whether there is a next page"
+
+
+def remember(address: str, secrets: Sequence[tuple[str, str]]) -> None:
+    """Have a server read these secrets, pairs with token ids, into its memory if they are not.
+
+    Raises RuntimeError if it does not answer each with its token.
+    """
+    with grpc.insecure_channel(address) as channel:
+        stub = pb_grpc.TokenServiceStub(channel)
+        for place in range(0, len(secrets), REMEMBER_AT_ONCE):
+            some = secrets[place : place + REMEMBER_AT_ONCE]
+            requests = [pb.VerifyRequest(secret=s, required_scope=pb.SCOPE_READ) for s, _ in some]
+            answer = stub.BatchVerify(
+                pb.BatchVerifyRequest(requests=requests), timeout=CALL_SECONDS_MAX
+            )
+            if [response.token.id for response in answer.responses] != [i for _, i in some]:
+                raise RuntimeError("BatchVerify: not the tokens that were asked for")
 
 
 class Verified:

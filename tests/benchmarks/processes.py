@@ -2,19 +2,33 @@
 
 import contextlib
 import ctypes
+import itertools
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from latchkey_service.embedded import EmbeddedPostgres
 
-__all__ = ["Cores", "Server", "ceiling", "cores", "latchkey", "meter", "postgres"]
+__all__ = [
+    "Child",
+    "Cores",
+    "Server",
+    "ceiling",
+    "child",
+    "cores",
+    "cpu_seconds",
+    "latchkey",
+    "meter",
+    "postgres",
+    "spread",
+]
 
 # Importing, migrating and listening take about a second; a busy machine takes longer.
 START_SECONDS_MAX = 60.0
@@ -22,6 +36,7 @@ STOP_SECONDS_MAX = 15.0
 POLL_SECONDS = 0.02
 _ADDRESS = re.compile(r"serves on (127\.0\.0\.1:\d+)")
 _PR_SET_PDEATHSIG = 1
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +50,71 @@ class Cores:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that is up: where it listens, and the process that serves."""
+    """A server that is up: where it listens, and the processes that serve."""
 
     address: str
-    pid: int
+    workers: tuple[int, ...]
+
+    @property
+    def pid(self) -> int:
+        """The process that serves, or the first of them."""
+        return self.workers[0]
+
+
+class Child:
+    """A script that is told and tells by lines, and ends when it is told nothing any more."""
+
+    def __init__(self, name: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+        self._name = name
+        self._process = process
+        self._log = log
+        self._heard = b""
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
+
+    def tell(self, line: str) -> None:
+        """Send it a line."""
+        assert self._process.stdin is not None, "it is a pipe"
+        self._process.stdin.write(f"{line}\n".encode())
+        self._process.stdin.flush()
+
+    def hear(self, seconds: float) -> str:
+        """Return its next line. Raises RuntimeError if it has not come in so many seconds."""
+        assert self._process.stdout is not None, "it is a pipe"
+        out, give_up = self._process.stdout.fileno(), time.monotonic() + seconds
+        while b"\n" not in self._heard:
+            ready, _, _ = select.select([out], [], [], max(0.0, give_up - time.monotonic()))
+            chunk = os.read(out, 4_096) if ready else b""
+            if not chunk:
+                said = self._log.read_text("utf-8", "replace")[-2_000:]
+                raise RuntimeError(f"{self._name} does not answer; its log ends:\n{said}")
+            self._heard += chunk
+        line, _, self._heard = self._heard.partition(b"\n")
+        return line.decode()
+
+    def freeze(self) -> None:
+        """Stop it where it is (SIGSTOP)."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def dismiss(self) -> None:
+        """Tell it nothing any more."""
+        assert self._process.stdin is not None, "it is a pipe"
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+
+    def end(self) -> None:
+        """Let it end by itself, and end it if it does not."""
+        if self._process.poll() is None:
+            self.thaw()
+        self.dismiss()
+        _ended(self._process)
 
 
 def cores(placing: str) -> Cores:
@@ -58,10 +134,10 @@ def cores(placing: str) -> Cores:
 
 
 @contextlib.contextmanager
-def _on_core(core: int) -> Iterator[None]:
-    """Run the block on a core, and for good what it starts."""
+def _on(cores: Collection[int]) -> Iterator[None]:
+    """Run the block on some cores, and for good what it starts."""
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
+    os.sched_setaffinity(0, cores)
     try:
         yield
     finally:
@@ -73,7 +149,7 @@ def postgres(data_dir: Path, core: int) -> Iterator[tuple[str, int]]:
     """Run an embedded Postgres, and yield its URL and the postmaster's pid."""
     server = EmbeddedPostgres(data_dir)
     try:
-        with _on_core(core):
+        with _on({core}):
             url = server.start()
         assert server.pid is not None, "it has just started"
         yield url, server.pid
@@ -82,8 +158,11 @@ def postgres(data_dir: Path, core: int) -> Iterator[tuple[str, int]]:
 
 
 @contextlib.contextmanager
-def latchkey(scratch: Path, name: str, settings: Mapping[str, str], core: int) -> Iterator[Server]:
-    """Run the service as its users do, with one worker, and yield it when it answers."""
+def latchkey(
+    scratch: Path, name: str, settings: Mapping[str, str], cores: Collection[int]
+) -> Iterator[Server]:
+    """Run the service as its users do, with one worker if not told otherwise; yield it when it
+    answers."""
     environment = {
         "LATCHKEY_LISTEN": "127.0.0.1:0",
         "LATCHKEY_DATA_DIR": str(scratch / "unused"),
@@ -91,19 +170,43 @@ def latchkey(scratch: Path, name: str, settings: Mapping[str, str], core: int) -
         "LATCHKEY_LOG_FORMAT": "json",
     } | {f"LATCHKEY_{key}": value for key, value in settings.items()}
     argv = [sys.executable, "-m", "latchkey_service"]
-    with _started(scratch, name, argv, environment, core) as (address, pid):
-        workers = _children(pid)
-        if len(workers) != 1:
-            raise RuntimeError(f"{name} has {len(workers)} processes where one worker was expected")
-        yield Server(address, workers[0])
+    with _started(scratch, name, argv, environment, cores) as (address, pid):
+        workers, wanted = _children(pid), int(settings.get("WORKERS", "1"))
+        if len(workers) != wanted:
+            raise RuntimeError(f"{name} has {len(workers)} processes instead of {wanted} workers")
+        yield Server(address, tuple(workers))
 
 
 @contextlib.contextmanager
 def ceiling(scratch: Path, transport: str, core: int) -> Iterator[Server]:
     """Run the server that answers everything with one constant."""
     argv = [sys.executable, str(Path(__file__).with_name("ceiling.py")), transport]
-    with _started(scratch, f"ceiling-{transport}", argv, {}, core) as (address, pid):
-        yield Server(address, pid)
+    with _started(scratch, f"ceiling-{transport}", argv, {}, {core}) as (address, pid):
+        yield Server(address, (pid,))
+
+
+@contextlib.contextmanager
+def child(
+    scratch: Path, module: str, arguments: Sequence[object], cores: Collection[int]
+) -> Iterator[Child]:
+    """Run one of these benchmarks' scripts."""
+    log = scratch / f"{module}.{next(_numbers)}.log"
+    with log.open("wb") as file, _on(cores):
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.{module}", *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            cwd=Path(__file__).parents[2],
+            env=_environment({}),
+            start_new_session=True,
+            preexec_fn=_end_with_parent(),
+        )
+    running = Child(module, process, log)
+    try:
+        yield running
+    finally:
+        running.end()
 
 
 def meter(server: Server, postmaster: int) -> Callable[[], tuple[float, ...]]:
@@ -115,18 +218,37 @@ def meter(server: Server, postmaster: int) -> Callable[[], tuple[float, ...]]:
 
     def read() -> tuple[float, ...]:
         backends = [postmaster, *_children(postmaster)]
-        return _cpu_seconds(server.pid), sum(map(_cpu_seconds, backends))
+        return cpu_seconds(server.pid), sum(map(cpu_seconds, backends))
 
     return read
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU that a process has used so far; 0 if it is gone."""
     # clock_getcpuclockid(3), whose number has this form on Linux: nanoseconds, where /proc's stat
     # counts in hundredths of a second.
     try:
         return time.clock_gettime((~pid << 3) | 2)
     except OSError:
         return 0.0
+
+
+@contextlib.contextmanager
+def spread(postmaster: int, cores: Collection[int]) -> Iterator[None]:
+    """Let Postgres run on these cores for the block, and then where it was."""
+    before = os.sched_getaffinity(postmaster)
+    try:
+        _move(postmaster, cores)
+        yield
+    finally:
+        _move(postmaster, before)
+
+
+def _move(postmaster: int, cores: Collection[int]) -> None:
+    # The postmaster first: whom it starts meanwhile is where it is.
+    for pid in (postmaster, *_children(postmaster)):
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(pid, cores)
 
 
 def _children(pid: int) -> list[int]:
@@ -136,20 +258,22 @@ def _children(pid: int) -> list[int]:
 
 @contextlib.contextmanager
 def _started(
-    scratch: Path, name: str, argv: Sequence[str], environment: Mapping[str, str], core: int
+    scratch: Path,
+    name: str,
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    cores: Collection[int],
 ) -> Iterator[tuple[str, int]]:
     """Run a process that prints where it serves; yield that and its pid; end it."""
-    # Nothing that the developer's shell or a .env file sets may reach the servers.
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
     output = scratch / f"{name}.out"
-    with output.open("wb") as out, (scratch / f"{name}.log").open("wb") as log, _on_core(core):
+    with output.open("wb") as out, (scratch / f"{name}.log").open("wb") as log, _on(cores):
         process = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=log,
             cwd=scratch,
-            env={**inherited, **environment},
+            env=_environment(environment),
             # Ctrl-C is for this process, which ends the others in order.
             start_new_session=True,
             preexec_fn=_end_with_parent(),
@@ -158,11 +282,22 @@ def _started(
         yield _wait_for_address(process, output, name), process.pid
     finally:
         process.terminate()
-        try:
-            process.wait(STOP_SECONDS_MAX)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(STOP_SECONDS_MAX)
+        _ended(process)
+
+
+def _ended(process: "subprocess.Popen[bytes]") -> None:
+    """Wait for the end of a process that has been told, and in the end for no longer."""
+    try:
+        process.wait(STOP_SECONDS_MAX)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(STOP_SECONDS_MAX)
+
+
+def _environment(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return it without what the developer's shell or a .env file sets for servers."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
+    return {**inherited, **settings}
 
 
 def _wait_for_address(process: "subprocess.Popen[bytes]", output: Path, name: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.answers import PAGE
-from tests.benchmarks.rows import BATCH, BATCHES_IN_FLIGHT, IN_FLIGHT, ONE, Row, Sizes
+from tests.benchmarks.rows import BATCH, BATCHES_IN_FLIGHT, IN_FLIGHT, ONE, TRANSPORTS, Row, Sizes
 
 __all__ = ["Measured", "Target", "as_json", "as_table", "targets"]
 
@@ -56,10 +56,10 @@ def targets(results: Results, sizes: Sizes) -> list[Target]:
     Ratios are taken within each round, whose slices had much the same neighbours, and then the
     median: so the machine's moods over the minutes fall out.
     """
-    verify, ceiling = "Verify", "constant reply"
-    small, large = (f"Verify among {size:,}" for size in (sizes.small, sizes.large))
+    warm, reading, ceiling = "Verify, warm", "Verify, reading", "constant reply"
+    small, large = (f"Verify among {size:,}, reading" for size in (sizes.small, sizes.large))
     first, last = (f"List of {PAGE}, page {page:,}" for page in (1, sizes.usual // PAGE))
-    batch = f"BatchVerify of {BATCH}"
+    batch = f"BatchVerify of {BATCH}, reading"
 
     def ratios(a: Key, b: Key, figure: str) -> list[float]:
         pairs = zip(results.get(a, ()), results.get(b, ()), strict=False)
@@ -70,16 +70,32 @@ def targets(results: Results, sizes: Sizes) -> list[Target]:
 
     batches = [m.calls_per_s * BATCH for m in results.get(native(batch, BATCHES_IN_FLIGHT), ())]
     many, p50 = ("calls_per_s", "p50_us")
-    wanted: list[tuple[str, list[float], float | None, float | None]] = [
+    wanted: list[tuple[str, list[float], float | None, float | None]] = []
+    for transport in TRANSPORTS:
+        wanted += [
+            (
+                f"{warm}, {transport}, by the ceiling, calls/s at {IN_FLIGHT} in flight",
+                ratios((warm, transport, IN_FLIGHT), (ceiling, transport, IN_FLIGHT), many),
+                0.80,
+                None,
+            ),
+            (
+                f"{warm}, {transport}, by the ceiling, p50 one at a time",
+                ratios((warm, transport, ONE), (ceiling, transport, ONE), p50),
+                None,
+                1.2,
+            ),
+        ]
+    wanted += [
         (
-            f"Verify by the ceiling, calls/s at {IN_FLIGHT} in flight",
-            ratios(native(verify, IN_FLIGHT), native(ceiling, IN_FLIGHT), many),
+            f"{reading}, by the ceiling, calls/s at {IN_FLIGHT} in flight",
+            ratios(native(reading, IN_FLIGHT), native(ceiling, IN_FLIGHT), many),
             0.40,
             None,
         ),
         (
-            "Verify by the ceiling, p50 one at a time",
-            ratios(native(verify, ONE), native(ceiling, ONE), p50),
+            f"{reading}, by the ceiling, p50 one at a time",
+            ratios(native(reading, ONE), native(ceiling, ONE), p50),
             None,
             2.5,
         ),
@@ -112,7 +128,7 @@ def targets(results: Results, sizes: Sizes) -> list[Target]:
 
 def as_table(rows: Sequence[Row], results: Results, reached: Sequence[Target]) -> Iterator[str]:
     """Yield the lines of the tables: medians, with the range of calls/s over the rounds."""
-    form = "{:<26} {:<8} {:>9} {:>9} {:>15} {:>8} {:>8} {:>10} {:>12}"
+    form = "{:<32} {:<8} {:>9} {:>9} {:>15} {:>8} {:>8} {:>10} {:>12}"
     yield form.format(
         *("row", "server", "in flight", "calls/s", "range", "p50 µs", "p99 µs", "server µs"),
         "Postgres µs",
@@ -128,8 +144,9 @@ def as_table(rows: Sequence[Row], results: Results, reached: Sequence[Target]) -
             *(f"{middle.server_cpu_us:,.0f}", f"{middle.postgres_cpu_us:,.0f}"),
         )
     yield "Medians of all rounds. Server and Postgres: CPU per call, which the calls share."
+    yield "Warm: from the server's memory, as by default. Reading: with LATCHKEY_CACHE=off."
     yield ""
-    form = "{:<58} {:>10} {:>18} {:>10}  {}"
+    form = "{:<78} {:>10} {:>18} {:>10}  {}"
     yield form.format("target", "median", "range", "wanted", "")
     for target in reached:
         yield form.format(

@@ -1,9 +1,11 @@
 """Databases full of tokens, made by COPY with the service's own keys."""
 
+import math
 import os
 import random
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
@@ -38,9 +40,14 @@ class Seeded:
         return Position(_create_time(number, self.tokens), _id(number))
 
 
-async def seed(postgres_url: str, tokens: int, keyring: Keyring) -> Seeded:
-    """Make a database on the cluster and fill it. Takes some 30 s for a million tokens."""
-    name = f"bench_{tokens}"
+async def seed(
+    postgres_url: str, name: str, tokens: int, keyring: Keyring, secrets_file: Path | None = None
+) -> Seeded:
+    """Make a database on the cluster and fill it. Takes some 30 s for a million tokens.
+
+    `secrets_file` gets all secrets, a line each: a sample is what is kept in memory.
+    """
+    name = f"bench_{name}"
     connection = await asyncpg.connect(postgres_url)
     try:
         await connection.execute(f"CREATE DATABASE {name}")
@@ -53,10 +60,15 @@ async def seed(postgres_url: str, tokens: int, keyring: Keyring) -> Seeded:
         for pepper in keyring.peppers:
             await connection.execute("INSERT INTO pepper (id) VALUES ($1)", pepper.id)
         secrets: list[tuple[str, str]] = []
+        order = random.Random(tokens)  # noqa: S311 - for order, not for secrets
         for start in range(0, tokens, CHUNK):
-            secrets += await _fill(
-                connection, range(start, min(start + CHUNK, tokens)), tokens, keyring
-            )
+            numbers = range(start, min(start + CHUNK, tokens))
+            filled = await _fill(connection, numbers, tokens, keyring)
+            share = min(1.0, SECRETS_MAX / tokens)
+            secrets += order.sample(filled, math.ceil(share * len(filled)))
+            if secrets_file is not None:
+                with secrets_file.open("a", encoding="ascii") as file:
+                    file.writelines(f"{secret}\n" for secret, _ in filled)
         # None may run while one row is measured and another is not. Statistics do not change
         # enough during the run to matter.
         for table in ("token", "secret", "head"):
@@ -64,7 +76,6 @@ async def seed(postgres_url: str, tokens: int, keyring: Keyring) -> Seeded:
         await connection.execute("VACUUM (ANALYZE)")
     finally:
         await connection.close()
-    order = random.Random(tokens)  # noqa: S311 - for order, not for secrets
     return Seeded(url, tokens, order.sample(secrets, min(tokens, SECRETS_MAX)))
 
 

@@ -1,0 +1,151 @@
+"""Verifies that cross the network: during a flood of garbage, and as the client's misses."""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from latchkey import Scope, Verdict, Verifier
+from latchkey_proto.v1 import token_service_pb2 as pb
+
+from tests.benchmarks import load, processes
+from tests.benchmarks.answers import remember
+from tests.benchmarks.coherence_figures import Bench, Figure
+from tests.benchmarks.coherence_flood import CALLS_PER_S
+from tests.benchmarks.coherence_memory import watches
+from tests.benchmarks.rows import IN_FLIGHT, SERVICE, WARM_SECRETS
+from tests.benchmarks.seed import Seeded
+
+__all__ = ["flood", "misses"]
+
+# A service that is busy, but not at its limit.
+MODERATE = 8
+WARM_UP_SECONDS = 0.2
+# Before and after a slice, so that it lies within the flood.
+FLOOD_MARGIN_SECONDS = 0.3
+FLOOD_START_SECONDS_MAX = 20.0
+# Below this share of the rate that is named it was no such flood.
+FLOOD_SHARE_MIN = 0.9
+_VALID = bytes((0x08, pb.VERDICT_VALID, 0x12))
+
+
+def flood(bench: Bench) -> Iterator[Figure]:
+    """Compare valid traffic's p99 with and without a flood from a second process."""
+    server, usual = bench.servers["native"], bench.seeded["usual"]
+    remember(server.address, usual.secrets[:WARM_SECRETS])
+    requests = itertools.cycle(
+        [
+            pb.VerifyRequest(secret=secret, required_scope=pb.SCOPE_READ).SerializeToString()
+            for secret, _ in usual.secrets[:WARM_SECRETS]
+        ]
+    )
+
+    def p99() -> float:
+        measured = load.run(
+            server.address,
+            SERVICE + "Verify",
+            requests,
+            in_flight=MODERATE,
+            warm_up_seconds=WARM_UP_SECONDS,
+            seconds=bench.slice_seconds,
+            begins_with=_VALID,
+        )
+        if measured.failures:
+            raise RuntimeError(f"{measured.failures} valid secrets were refused")
+        return measured.percentile_us(0.99)
+
+    calm, flooded, rates = [], [], []
+    lasts = WARM_UP_SECONDS + bench.slice_seconds + 2 * FLOOD_MARGIN_SECONDS
+    arguments, core = [server.address], {bench.cores.load}
+    with processes.child(bench.scratch, "coherence_flood", arguments, core) as child:
+        child.hear(FLOOD_START_SECONDS_MAX)
+        for number in range(bench.rounds):
+            # In turns: the machine's moods are not always on one side.
+            for with_flood in (False, True) if number % 2 else (True, False):
+                if not with_flood:
+                    calm.append(p99())
+                    continue
+                child.tell(str(lasts))
+                time.sleep(FLOOD_MARGIN_SECONDS)
+                flooded.append(p99())
+                sent, failures = map(int, child.hear(FLOOD_START_SECONDS_MAX).split())
+                rates.append(sent / lasts)
+                if failures:
+                    raise RuntimeError(f"{failures} made-up secrets were not answered UNKNOWN")
+    flood_name = f"{CALLS_PER_S:,} made-up secrets/s"
+    rate = Figure.median("Flood of made-up secrets, all UNKNOWN", "calls/s", rates)
+    if rate.value < FLOOD_SHARE_MIN * CALLS_PER_S:
+        flood_name = f"only {rate.value:,.0f} made-up secrets/s"
+    name = f"Verify, warm, {MODERATE} in flight"
+    ratios = [with_ / without for with_, without in zip(flooded, calm, strict=True)]
+    yield rate
+    yield Figure.median(f"{name}, p99", "µs", calm)
+    yield Figure.median(f"{name}, p99 beside {flood_name}", "µs", flooded)
+    yield Figure.median(f"{name}, p99 beside {flood_name} by without", "times", ratios, at_most=1.5)
+
+
+def misses(bench: Bench) -> Iterator[Figure]:
+    """Verify with the client library what it does not remember, from servers with and without
+    a memory."""
+    usual = bench.seeded["usual"]
+    remember(bench.servers["native"].address, usual.secrets[:WARM_SECRETS])
+    for kind, run in asyncio.run(_misses(bench, usual)).items():
+        name = f"client misses, {IN_FLIGHT} in flight, of a server that {kind}"
+        wanted = 20_000 if kind == "remembers" else None
+        yield Figure.median(name, "calls/s", run.rates, at_least=wanted)
+        yield Figure.median(f"{name}, CPU of the client", "µs", run.client_us)
+
+
+@dataclass(slots=True)
+class _Run:
+    """Slices of one client's misses."""
+
+    rates: list[float] = field(default_factory=list)
+    # CPU per miss.
+    client_us: list[float] = field(default_factory=list)
+
+
+async def _misses(bench: Bench, usual: Seeded) -> dict[str, _Run]:
+    ids = dict(usual.secrets[:WARM_SECRETS])
+    # It remembers one secret, so as to do all the work of remembering and not to have the next.
+    remembers = Verifier(bench.servers["native"].address, memory_entries=1)
+    # A server that remembers nothing lets nobody watch.
+    reads = Verifier(bench.servers["reading"].address, memory_entries=0)
+    runs = {"remembers": _Run(), "reads": _Run()}
+    async with remembers, reads:
+        await watches(remembers)
+        secrets = itertools.cycle(ids.items())
+        for _ in range(bench.rounds):
+            for verifier, run in zip((remembers, reads), runs.values(), strict=True):
+                await _slice(verifier, secrets, WARM_UP_SECONDS)
+                cpu = time.process_time()
+                calls, took = await _slice(verifier, secrets, bench.slice_seconds)
+                run.rates.append(calls / took)
+                run.client_us.append((time.process_time() - cpu) / calls * 1e6)
+        if hits := remembers.stats().hits + reads.stats().hits:
+            raise RuntimeError(f"{hits} of them were no misses")
+    return runs
+
+
+async def _slice(
+    verifier: Verifier, secrets: Iterator[tuple[str, str]], seconds: float
+) -> tuple[int, float]:
+    """Verify without a pause; return how many were, and in how many seconds."""
+    clock = time.perf_counter
+    began = clock()
+    calls = 0
+
+    async def ask() -> None:
+        nonlocal calls
+        while clock() - began < seconds:
+            secret, token_id = next(secrets)
+            answer = await verifier.verify(secret, Scope.READ)
+            if answer.verdict is not Verdict.VALID or answer.token is None:
+                raise RuntimeError(f"a valid secret was answered {answer.verdict.name}")
+            if answer.token.id != token_id:
+                raise RuntimeError("a secret was answered with another one's token")
+            calls += 1
+
+    await asyncio.gather(*(ask() for _ in range(IN_FLIGHT)))
+    return calls, clock() - began
