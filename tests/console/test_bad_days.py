@@ -155,7 +155,9 @@ def test_dialogs_without_the_list_behind(browser: Browser, world: World) -> None
 
 
 @pytest.mark.answers(503)
-def test_deletion_that_is_not_confirmed(browser: Browser, world: World, script: bool) -> None:
+def test_deletion_that_is_not_confirmed(
+    browser: Browser, world: World, script: bool, axe: str
+) -> None:
     """A Delete without an answer is told as not confirmed; asking again gets the receipt."""
     created = world.create("doomed")
     world.create("stays")
@@ -167,6 +169,7 @@ def test_deletion_that_is_not_confirmed(browser: Browser, world: World, script: 
         browser.until(lambda: "not confirmed" in browser.text("dialog"), "what is not known")
         if script:
             browser.screen("unconfirmed")
+            browser.accessible(axe, "a deletion that is not confirmed")
     browser.click("dialog .danger")
     assert "deleted already" in browser.text("#notice")
     assert world.verdict(created.secret) == "VERDICT_DELETED"

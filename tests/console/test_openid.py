@@ -88,7 +88,9 @@ def sign_in(browser: Browser, name: str) -> None:
     browser.console_errors()
 
 
-def test_sign_in_and_out(browser: Browser, world: World, signed: tuple[Console, str, str]) -> None:
+def test_sign_in_and_out(
+    browser: Browser, world: World, signed: tuple[Console, str, str], axe: str
+) -> None:
     """Who signs in sees their own account, at the page they wanted; signing out ends that."""
     process, url, issuer = signed
     world.account = "alice"
@@ -122,6 +124,7 @@ def test_sign_in_and_out(browser: Browser, world: World, signed: tuple[Console, 
     assert "You are signed out" in browser.text("main")
     browser.console_errors()
     browser.screen("signed-out")
+    browser.accessible(axe, "the way out")
     # A copy of the cookie is worth nothing any more.
     with httpx.Client(cookies={"latchkey_console": session["value"]}) as thief:
         answer = thief.get(f"{url}/")
@@ -259,7 +262,9 @@ def test_public_client_and_another_claim(
 
 
 @pytest.mark.answers(503)
-def test_provider_away(browser: Browser, world: World, backend: tuple, scratch: Path) -> None:
+def test_provider_away(
+    browser: Browser, world: World, backend: tuple, scratch: Path, axe: str
+) -> None:
     """Without its provider the page says that nobody can sign in now, and shows nothing."""
     arguments = (
         *("--target", backend[0].address),
@@ -270,5 +275,6 @@ def test_provider_away(browser: Browser, world: World, backend: tuple, scratch: 
         browser.open()
         assert "Sign-in is not available" in browser.text("main")
         browser.screen("no-provider")
+        browser.accessible(axe, "no sign-in")
         assert re.search(r"sign-in failed: the provider cannot be used", running.log)
         assert "Traceback" not in running.log
