@@ -65,7 +65,7 @@ def run(settings: Settings) -> int:
             _reserved(settings.tls_listen, "TLS_LISTEN") as tls_listen,
         ):
             supervisor = _Supervisor(settings, database_url, listen, tls_listen, postgres, policy)
-            return asyncio.run(supervisor.run())
+            return asyncio.run(_uninterrupted_afterwards(supervisor))
     except (
         EmbeddedError,
         MigrationError,
@@ -84,6 +84,18 @@ def run(settings: Settings) -> int:
             signal.signal(number, signal.SIG_IGN)
         if postgres is not None:
             postgres.stop()
+
+
+async def _uninterrupted_afterwards(supervisor: "_Supervisor") -> int:
+    """Run a supervisor; when it has ended, hold back Ctrl-C until `run` has seen to the rest.
+
+    The event loop's end gives Ctrl-C back its usual meaning, and one that comes before it can be
+    ignored would end all with a traceback.
+    """
+    try:
+        return await supervisor.run()
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 class _Supervisor:

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import pytest
@@ -18,11 +18,23 @@ from tests.support import BreakablePostgres, eventually, origin, session
 pytestmark = pytest.mark.xdist_group("faults")
 
 
-@contextlib.contextmanager
-def standby_missing(postgres: BreakablePostgres) -> Iterator[None]:
+@contextlib.asynccontextmanager
+async def standby_missing(postgres: BreakablePostgres, url: str) -> AsyncIterator[None]:
     """Make commits wait for a standby that is not there."""
     postgres.configure("synchronous_standby_names = 'nobody'")
     try:
+        # Postgres' processes take note of it one by one.
+        async with session(url) as connection:
+
+            async def waits() -> bool:
+                write = asyncio.ensure_future(connection.execute("UPDATE head SET revision = 0"))
+                await asyncio.wait([write], timeout=0.2)
+                if write.done():
+                    return False
+                await cut_short(url, write)
+                return True
+
+            await eventually(waits, "commits wait")
         yield
     finally:
         postgres.configure("")
@@ -52,8 +64,9 @@ async def test_a_renewal_that_no_standby_has_is_none(
     connection = await connect(database_url)
     row = OwnRow(connection, Identity("ver_a", "x", 1, "0", 3.0))
     await row.register(1, None)
-    with standby_missing(postgres), pytest.raises(StoreUnavailable):
-        await cut_short(database_url, row.renew(1, 0, 0, 0))
+    async with standby_missing(postgres, database_url):
+        with pytest.raises(StoreUnavailable):
+            await cut_short(database_url, row.renew(1, 0, 0, 0))
     assert await row.renew(1, 0, 0, 0)
     connection.terminate()
 
@@ -67,11 +80,14 @@ async def test_a_deletion_that_no_standby_has_is_not_confirmed(
         "tok_1", "acme", "a", Scope.READ, (await now(database_url)), None, "lk_…abcd"
     )
     await store.insert_token(record, "a", Digest(bytes(32), "p"), origin())
-    with standby_missing(postgres), pytest.raises(StoreUnavailable):
-        await cut_short(database_url, store.delete_token("acme", "tok_1", origin("Delete")))
-    deletion = await store.delete_token("acme", "tok_1", origin("Delete"))
-    assert deletion is not None
-    assert deletion.effective_time is None
+    async with standby_missing(postgres, database_url):
+        with pytest.raises(StoreUnavailable):
+            await cut_short(database_url, store.delete_token("acme", "tok_1", origin("Delete")))
+        with pytest.raises(StoreUnavailable):
+            await cut_short(database_url, store.confirm_deletion("tok_1", 1, 0))
+    deletion = await store.confirm_deletion("tok_1", 0, 0)
+    assert deletion.effective_time is not None
+    assert deletion.verifiers_acknowledged == 1
 
 
 async def now(url: str) -> Any:
