@@ -202,11 +202,12 @@ async def test_a_pile_up_during_a_freeze_is_answered_in_time(
         ends = await asyncio.gather(*(outcome(call(*c)) for c in calls))
         for (method, timeout), end in zip(calls, ends, strict=True):
             told = (method, timeout, end.code, end.seconds)
-            # All of them are in this process, and where the machine is busy it may be late to tell
-            # some of those whose deadlines come together. They are told by their own time-outs.
-            assert end.code in (UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED), told
+            # Callers and server share this process. Where the machine is busy, some whose deadlines
+            # come together hear of them by their own time-outs first.
+            late = timeout is not None and end.code is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert late or (end.code is UNAVAILABLE and end.retry_info), told
             assert end.seconds < (timeout or ANSWER_SECONDS_MAX) + SLACK_SECONDS, told
-        assert sum(end.code is UNAVAILABLE and end.retry_info for end in ends) > len(ends) * 0.8
+        assert any(end.code is UNAVAILABLE for end in ends)
         bring_back()
         await eventually(lambda: all_work(call), "all calls work", RESUME_SECONDS)
     few = CONNECTIONS_MAX
