@@ -116,8 +116,10 @@ class Confirmer:
                 waits = list(self._waits.items())
                 now = self._clock()
                 rows = await self._look()
-                for future, wait in waits if rows is not None else ():
-                    if rows is None or rows.head < wait.revision:
+                if rows is None:
+                    continue
+                for future, wait in waits:
+                    if rows.head < wait.revision:
                         # Of before its commit: the connection leads to a primary that was deposed.
                         self._drop_connection()
                         continue
