@@ -114,12 +114,22 @@ class AuditLog:
         self._failing = False
         self._log = logger()
 
+    def writes(self, caller: str, method: str, code: str, reason: str) -> bool:
+        """Tell whether a call that changed nothing is to be noted; else it is counted already."""
+        sample = self._samples.get(_Kind(caller, method, code, reason))
+        if sample is None or self._has_room(sample, code):
+            return True
+        sample.calls += 1
+        sample.uncounted += 1
+        return False
+
     def note(self, origin: Origin, code: str, reason: str) -> bool:
         """Note a call that changed nothing; tell whether it has an entry of its own."""
         kind = _Kind(origin.caller, origin.method, code, reason)
         sample = self._sample(self._samples, kind)
-        sampled_out = code != "OK" and sample.calls > SAMPLE_MAX
-        if sampled_out or len(self._waiting) >= WAITING_MAX:
+        has_room = self._has_room(sample, code)
+        sample.calls += 1
+        if not has_room:
             sample.uncounted += 1
             return False
         self._waiting.append(
@@ -142,6 +152,7 @@ class AuditLog:
         """Tell whether a denied call of a method without entries is to be logged."""
         kind = _Kind(caller, method, "", reason)
         sample = self._sample(self._told, kind)
+        sample.calls += 1
         if sample.calls > SAMPLE_MAX:
             sample.uncounted += 1
             return False
@@ -166,11 +177,15 @@ class AuditLog:
         if self._waiting:
             self._log.error("audit entries not written", entries=len(self._waiting))
 
+    def _has_room(self, sample: "_Sample", code: str) -> bool:
+        """Tell whether one more of these has an entry of its own."""
+        full = len(self._waiting) >= WAITING_MAX
+        return not full and (code == "OK" or sample.calls < SAMPLE_MAX)
+
     def _sample(self, samples: dict[_Kind, _Sample], kind: _Kind) -> _Sample:
         sample = samples.get(kind)
         if sample is None:
             sample = samples[kind] = _Sample(self._monotonic())
-        sample.calls += 1
         return sample
 
     def _close_samples(self, before: float) -> None:

@@ -1,4 +1,4 @@
-"""What every call goes through, on all listeners: who calls, bounds, errors, counts, log, audit.
+"""What every call goes through, on all listeners: who calls, how much, errors, log, audit.
 
 `Calls.wrap` is put around each handler once, when it is registered, and not around each call:
 what an interceptor does per call (details, metadata, a chain of coroutines) would cost a Verify
@@ -9,35 +9,40 @@ import asyncio
 import contextlib
 import inspect
 import random
-import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import structlog
 
 from latchkey_service.access.gate import Door, check_account, within_accounts
-from latchkey_service.access.methods import REFLECTION, Rule, rule_of
+from latchkey_service.access.methods import MANAGER, OPERATOR, REFLECTION, Rule, rule_of
 from latchkey_service.access.policy import ANYONE, Caller
+from latchkey_service.admission import Pacer, Places
 from latchkey_service.audit import AuditLog, Origin, call_origin
 from latchkey_service.deadlines import budget_seconds
 from latchkey_service.errors import (
+    TOO_LATE,
     Denied,
-    FieldViolation,
-    InvalidArgument,
     LatchkeyError,
     Overloaded,
+    RateLimited,
     Unavailable,
+    code_of,
+    reason_of,
     status_of,
 )
-from latchkey_service.lenient import BATCH_VERIFY, VERIFY, lenient_parse
+from latchkey_service.lenient import BATCH_VERIFY, VERIFY
 from latchkey_service.log import Counts, logger
+from latchkey_service.parsing import Unparsed, checked, not_a_message, parser
 
 __all__ = ["Calls"]
 
-# Management calls at once in a process: at a thousand a second, as many as can be answered in time.
-IN_FLIGHT_MAX = 1_000
+# Calls at work with the database at once in a process, by role, and calls there in all: those that
+# wait, and Deletes that wait to be confirmed. More at work would be no faster (measured), and each
+# has a connection of the pool, which has two more for what is no call.
+PLACES = {MANAGER: (8, 1_000), OPERATOR: (2, 100)}
 REQUEST_ID_METADATA = "x-request-id"
 REQUEST_ID_LENGTH_MAX = 64
 # Counted, and logged only as a sampled share when they succeed.
@@ -46,12 +51,6 @@ VERIFIES = frozenset({VERIFY, BATCH_VERIFY})
 QUIET_SERVICES = ("/grpc.health.v1.Health/", REFLECTION)
 
 Handler = Callable[[Any, Any], Awaitable[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Unparsed:
-    """Stands for a request that is not the message it should be. Both transports would answer
-    for us, one of them with UNKNOWN, were the parser's exception let through."""
 
 
 class Calls:
@@ -68,8 +67,10 @@ class Calls:
         self._audit = audit
         self._verify_log_share = verify_log_share
         self._monotonic = monotonic
-        self._in_flight = 0
+        self._places = {role: Places(*size, monotonic) for role, size in PLACES.items()}
+        self._pacer = Pacer()
         self._streams: set[_Stream] = set()
+        self._streams_of: Counter[str] = Counter()
         self._log: structlog.stdlib.BoundLogger = logger()
 
     def wrap(self, path: str, handler: "grpc.RpcMethodHandler[Any, Any]", door: Door | None) -> Any:
@@ -81,7 +82,7 @@ class Calls:
         rule = rule_of(path)
         if rule.role is None:
             door = None
-        parse = _parser(path, handler.request_deserializer)
+        parse = parser(path, handler.request_deserializer)
         if handler.request_streaming:
             streaming: Any = handler.stream_stream
             wrap = self._stream if inspect.isasyncgenfunction(streaming) else self._duplex
@@ -93,12 +94,14 @@ class Calls:
                 self._stream(path, handler.unary_stream, door), parse, handler.response_serializer
             )
         behaviour: Any = handler.unary_unary
+        places = None
         if path not in VERIFIES:
-            behaviour = self._bounded(behaviour, queued=not path.startswith(QUIET_SERVICES))
+            places = self._places.get(rule.role or "")
+            behaviour = _bounded(behaviour, places)
         # Verifies answer with encoded messages: most of each comes from memory as it is.
         serialise = None if path in VERIFIES else handler.response_serializer
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(path, behaviour, door, rule), parse, serialise
+            self._unary(path, behaviour, door, rule, places), parse, serialise
         )
 
     def recheck(self) -> None:
@@ -114,7 +117,9 @@ class Calls:
                 stream.denied = error
                 stream.task.cancel()
 
-    def _unary(self, path: str, behaviour: Handler, door: Door | None, rule: Rule) -> Handler:
+    def _unary(
+        self, path: str, behaviour: Handler, door: Door | None, rule: Rule, places: Places | None
+    ) -> Handler:
         method = path.rpartition("/")[2]
         succeeded = (method, "OK")
         counts = self._counts.calls
@@ -130,8 +135,12 @@ class Calls:
             try:
                 if admit is not None:
                     caller = admit(path, context)
-                if request.__class__ is _Unparsed:
-                    raise _not_a_message()
+                if request.__class__ is Unparsed:
+                    raise not_a_message()
+                if caller.rates is not None:
+                    self._charge(path, rule, caller, request)
+                if places is not None:
+                    places.check()
                 if audited:
                     origin = _origin(path, context, caller.name, request)
                     call_origin.set(origin)
@@ -153,9 +162,12 @@ class Calls:
                 counts[method, "ABORTED"] += 1
                 raise
             except Exception as error:  # noqa: BLE001 - the last place before the transport
-                if audited and origin is None:
-                    origin = _origin(path, context, _caller_of(error, caller), request)
-                await self._fail(path, context, start, error, origin)
+                made = origin
+
+                def make(name: str) -> Origin:
+                    return made or _origin(path, context, name, request)
+
+                await self._fail(path, context, start, error, caller, make if audited else None)
             counts[succeeded] += 1
             if origin is not None:
                 if not origin.recorded:
@@ -179,7 +191,7 @@ class Calls:
         async def call(request: Any, context: Any) -> AsyncIterator[Any]:
             start = self._monotonic()
             try:
-                async for response in behaviour(_checked(request), context):
+                async for response in behaviour(checked(request), context):
                     yield response
             except grpc.aio.AbortError:
                 raise
@@ -197,24 +209,41 @@ class Calls:
 
         async def call(requests: Any, context: Any) -> None:
             start = self._monotonic()
+            caller = ANYONE
             try:
                 if door is None:
-                    await behaviour(_checked(requests), context)
+                    await behaviour(checked(requests), context)
                     return
                 caller = door.admit(path, context)
                 check_account(path, caller, None)
-                with self._admitted(_Stream(door, path, context)):
-                    await behaviour(_checked(requests), context)
+                self._charge(path, rule_of(path), caller, None)
+                with self._admitted(_Stream(door, path, context), caller):
+                    await behaviour(checked(requests), context)
             except grpc.aio.AbortError:
                 raise
             except Exception as error:  # noqa: BLE001 - the last place before the transport
-                await self._fail(path, context, start, error)
+                await self._fail(path, context, start, error, caller)
 
         return call
 
+    def _charge(self, path: str, rule: Rule, caller: Caller, request: Any) -> None:
+        """Count a call, or each question of a batch, against the caller's limit, if it has one."""
+        if caller.rates is None or rule.role is None:
+            return
+        count = len(request.requests) if path == BATCH_VERIFY else 1
+        wait = caller.rates.charge(rule.role, count, self._monotonic())
+        if wait:
+            raise RateLimited("The policy lets this caller ask less in a second.", wait)
+
     @contextlib.contextmanager
-    def _admitted(self, stream: "_Stream") -> Iterator[None]:
-        """Have a stream ended when a change of the policy takes its caller's right to it."""
+    def _admitted(self, stream: "_Stream", caller: Caller) -> Iterator[None]:
+        """Have a stream ended when a change of the policy takes its caller's right to it.
+
+        Raises Overloaded where the caller has as many as it may.
+        """
+        if self._streams_of[caller.name] >= caller.watches_max:
+            raise Overloaded("The policy lets this caller have fewer streams.", "WATCHES_LIMITED")
+        self._streams_of[caller.name] += 1
         self._streams.add(stream)
         try:
             yield
@@ -225,26 +254,10 @@ class Calls:
             raise stream.denied from None
         finally:
             self._streams.discard(stream)
-
-    def _bounded(self, behaviour: Handler, *, queued: bool) -> Handler:
-        """Return `behaviour`, ended with TimeoutError when the caller's deadline nears.
-
-        With `queued` it is one of the calls that wait for the pool, of which there are only so
-        many. Verifies do without all this: a timer for each would cost more than the hash and the
-        decision together, and `lookup.py`, their one wait, bounds them with a single timer.
-        """
-
-        async def bounded(request: Any, context: Any) -> Any:
-            if queued and self._in_flight >= IN_FLIGHT_MAX:
-                raise Overloaded("Too many calls are waiting for the database; try again shortly.")
-            self._in_flight += queued
-            try:
-                async with asyncio.timeout(budget_seconds(context)):
-                    return await behaviour(request, context)
-            finally:
-                self._in_flight -= queued
-
-        return bounded
+            self._streams_of[caller.name] -= 1
+            # Names come and go with policies.
+            if not self._streams_of[caller.name]:
+                del self._streams_of[caller.name]
 
     async def _fail(
         self,
@@ -252,34 +265,49 @@ class Calls:
         context: Any,
         start: float,
         error: Exception,
-        origin: Origin | None = None,
+        caller: Caller = ANYONE,
+        origin: Callable[[str], Origin] | None = None,
     ) -> None:
-        """Answer with the error's status, log and audit it. Always raises, as abort does."""
+        """Answer with the error's status, log and audit it. Always raises, as abort does.
+
+        `origin` makes, of the caller's name, what an audited call is written down with.
+        """
         if isinstance(error, TimeoutError):
-            error = Unavailable("The answer would come too late; try again shortly.")
-        request_id = _request_id(context) if origin is None else origin.request_id
-        status = status_of(error, request_id)
+            error = Unavailable(TOO_LATE)
+        name = error.caller if isinstance(error, Denied) else caller.name
+        code, reason = code_of(error), reason_of(error)
         expected = isinstance(error, LatchkeyError)
+        written: Origin | None = None
+        # Of many failures of one kind only some are written down and logged: there may be thousands
+        # in a second.
         told = True
         if origin is not None:
-            # Of many failures of one kind only some are written down, and those are logged.
-            told = self._audit.note(origin, status.code.name, status.reason)
-        elif isinstance(error, Denied):
-            told = self._audit.tells(error.caller, path, status.reason)
+            told = self._audit.writes(name, path, code.name, reason)
+            if told or not expected:
+                written = origin(name)
+                told = self._audit.note(written, code.name, reason)
+        elif isinstance(error, Denied | Overloaded | Unavailable):
+            told = self._audit.tells(name, path, reason)
+        request_id = _request_id(context) if written is None else written.request_id
         if told or not expected:
             self._tell(
                 path,
                 context,
                 start,
-                status.code.name,
-                status.reason,
+                code.name,
+                reason,
                 request_id,
                 # The cause, for the operator. An error of the domain tells it by its reason, and a
                 # caller's mistakes come too often to print where they were found.
                 None if expected and error.__cause__ is None else error,
-                origin,
+                written,
             )
-        self._counts.calls[path.rpartition("/")[2], status.code.name] += 1
+        self._counts.calls[path.rpartition("/")[2], code.name] += 1
+        if isinstance(error, Overloaded):
+            delay = self._pacer.delay_seconds(self._monotonic())
+            if delay:
+                await asyncio.sleep(delay)
+        status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries
         await context.abort(status.code, status.message, status.trailing_metadata)
 
     def _tell(
@@ -325,6 +353,25 @@ class _Stream:
         self.task = task
 
 
+def _bounded(behaviour: Handler, places: Places | None) -> Handler:
+    """Return `behaviour`, ended with TimeoutError when the caller's deadline nears.
+
+    With `places` it works in one of them. Verifies do without all this: a timer for each would cost
+    more than the hash and the decision together, and `lookup.py`, their one wait, bounds them with
+    a single timer.
+    """
+
+    async def bounded(request: Any, context: Any) -> Any:
+        seconds = budget_seconds(context)
+        async with asyncio.timeout(seconds):
+            if places is None:
+                return await behaviour(request, context)
+            async with places.place(seconds):
+                return await behaviour(request, context)
+
+    return bounded
+
+
 def _origin(path: str, context: Any, caller: str, request: Any) -> Origin:
     return Origin.of(
         caller,
@@ -334,45 +381,6 @@ def _origin(path: str, context: Any, caller: str, request: Any) -> Origin:
         getattr(request, "account_id", ""),
         getattr(request, "id", ""),
     )
-
-
-def _caller_of(error: Exception, caller: Caller) -> str:
-    """Return the name of who called, as far as that came out before the error."""
-    return error.caller if isinstance(error, Denied) else caller.name
-
-
-def _not_a_message() -> InvalidArgument:
-    """Return a new error each time: one that is raised again keeps all its tracebacks alive."""
-    return InvalidArgument(
-        FieldViolation("", "the request is not a message of this method's type"),
-        reason="REQUEST_NOT_PARSED",
-    )
-
-
-def _checked(request: Any) -> Any:
-    """Return a stream's request, or its stream of requests, which raises at one that is none."""
-    if request.__class__ is _Unparsed:
-        raise _not_a_message()
-    return _all_checked(request) if isinstance(request, AsyncIterator) else request
-
-
-async def _all_checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _checked(request)
-
-
-def _parser(path: str, parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-    """Return `parse`, made not to raise."""
-    if parse is None:
-        raise ValueError(f"{path} has no parser")
-
-    def safely(data: bytes) -> Any:
-        try:
-            return parse(data)
-        except Exception:  # noqa: BLE001 - whatever the bytes do to the parser
-            return lenient_parse(path, data) or _Unparsed()
-
-    return safely
 
 
 def _request_id(context: Any) -> str:
@@ -386,7 +394,7 @@ def _request_id(context: Any) -> str:
             and value.isascii()
         ):
             return value
-    return secrets.token_hex(8)
+    return f"{random.getrandbits(64):016x}"
 
 
 def _without_values(error: Exception) -> Any:

@@ -25,8 +25,8 @@ CONNECT_TIMEOUT_SECONDS = 1.0
 # A row lock is held for one commit; past this something is stuck and the caller may retry.
 LOCK_TIMEOUT = "1500ms"
 CLIENT_CHECK_INTERVAL = "250ms"
-# Management calls are rare beside verifies; ten connections keep 2 cores of Postgres busy.
-POOL_SIZE_MAX = 10
+# Each call at work has one (`calls.PLACES`), and two are for what the process does by itself.
+POOL_SIZE_MAX = 12
 # Transactions that undid each other are tried again this often, after a wait of up to the first of
 # these, which doubles up to the second: half a second in all, in which hundreds get through.
 CONFLICT_ATTEMPTS = 14

@@ -8,6 +8,7 @@
     │   ├── Unauthenticated   nobody knows who calls
     │   └── PermissionDenied  a caller that is known, and may not call this
     ├── Overloaded            a bound was reached; worth a retry
+    │   └── RateLimited       by this caller alone
     ├── WatchRefused          this server grants no leases
     ├── WatcherSilent         the client of a Watch has not been heard of for long
     └── Unavailable           a dependency is away or too slow; worth a retry
@@ -38,6 +39,7 @@ __all__ = [
     "NotFound",
     "Overloaded",
     "PermissionDenied",
+    "RateLimited",
     "StatusParts",
     "StoreConflict",
     "StoreUnavailable",
@@ -46,6 +48,8 @@ __all__ = [
     "Unavailable",
     "WatchRefused",
     "WatcherSilent",
+    "code_of",
+    "reason_of",
     "status_of",
 ]
 
@@ -53,6 +57,7 @@ DOMAIN = "latchkey"
 INTERNAL_MESSAGE = "Latchkey failed to answer; its log has the cause under the request id."
 # Long enough not to add to an outage, short enough that service is felt to resume with Postgres.
 RETRY_DELAY_SECONDS = 0.25
+TOO_LATE = "The answer would come too late; try again shortly."
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,8 @@ class LatchkeyError(Exception):
     """Base of all errors of the domain. `reason` is the stable, machine-readable name."""
 
     reason = "INTERNAL"
+    retry_seconds = RETRY_DELAY_SECONDS
+    """After how long a retry is worth it, where it is at all."""
 
 
 class InvalidArgument(LatchkeyError):
@@ -116,9 +123,24 @@ class PermissionDenied(Denied):
 
 
 class Overloaded(LatchkeyError):
-    """A bound on work in progress was reached."""
+    """A bound on work in progress was reached. Nothing was done."""
 
     reason = "OVERLOADED"
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        if reason is not None:
+            self.reason = reason
+        super().__init__(message)
+
+
+class RateLimited(Overloaded):
+    """The caller has used up what the policy gives it. `retry_seconds`: until it has some again."""
+
+    reason = "RATE_LIMITED"
+
+    def __init__(self, message: str, retry_seconds: float) -> None:
+        self.retry_seconds = retry_seconds
+        super().__init__(message)
 
 
 class WatchRefused(LatchkeyError):
@@ -167,6 +189,7 @@ _CODES: Mapping[type[LatchkeyError], grpc.StatusCode] = MappingProxyType(
         Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
         PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
         Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        RateLimited: grpc.StatusCode.RESOURCE_EXHAUSTED,
         Unavailable: grpc.StatusCode.UNAVAILABLE,
         NotConfirmed: grpc.StatusCode.UNAVAILABLE,
         StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
@@ -190,12 +213,23 @@ class StatusParts:
     trailing_metadata: tuple[tuple[str, bytes], ...] = field(repr=False)
 
 
-def status_of(error: BaseException, request_id: str) -> StatusParts:
+def code_of(error: BaseException) -> grpc.StatusCode:
+    """Return the status code that tells a caller of `error`."""
+    return _CODES[type(error)] if isinstance(error, LatchkeyError) else grpc.StatusCode.INTERNAL
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the reason that a caller is told of `error`."""
+    return error.reason if isinstance(error, LatchkeyError) else LatchkeyError.reason
+
+
+def status_of(error: BaseException, request_id: str, randomness: float = 0.0) -> StatusParts:
     """Return the status that tells a caller of `error`.
 
     Anything but a LatchkeyError becomes INTERNAL with a fixed text: an unforeseen exception's own
     text may hold anything. Details follow AIP-193: ErrorInfo and RequestInfo always, BadRequest
-    and RetryInfo where they apply.
+    and RetryInfo where they apply. `randomness`, 0 to 1, lengthens its delay by so much: callers
+    that failed in one moment should not all be back in one.
     """
     if not isinstance(error, LatchkeyError):
         error = LatchkeyError(INTERNAL_MESSAGE)
@@ -221,7 +255,8 @@ def status_of(error: BaseException, request_id: str) -> StatusParts:
             )
         )
     if code in _RETRYABLE:
-        delay = duration_pb2.Duration(nanos=round(RETRY_DELAY_SECONDS * 1e9))
+        seconds, rest = divmod(error.retry_seconds * (1 + randomness), 1)
+        delay = duration_pb2.Duration(seconds=int(seconds), nanos=int(rest * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     message = str(error)
     number: int = code.value[0]

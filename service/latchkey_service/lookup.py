@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from latchkey_service.database import retrying, translated
-from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
+from latchkey_service.errors import TOO_LATE, Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.store import FIND_BY_DIGEST, record_of
 from latchkey_service.verdict import TokenRecord
 
@@ -27,11 +27,13 @@ __all__ = ["Found", "Lookup"]
 
 # Digests to a query: BatchVerify's limit, so that a full batch is one query.
 BATCH_MAX = 1_000
-# Digests waiting: some 100 ms of work. More would only make everyone late.
-WAITING_MAX = 20_000
+# Digests waiting: some 200 ms of work. More would only make everyone late.
+WAITING_MAX = 10_000
 # Between attempts to connect. Look-ups in between fail at once instead of piling up, and service
 # resumes this soon after Postgres does.
 RECONNECT_SECONDS = 0.25
+# The share of the newest in what a query is thought to take.
+SMOOTHING = 0.2
 # How late a look-up may be told that its deadline has passed: well within deadlines.ANSWER_SECONDS.
 SWEEP_SECONDS = 0.02
 
@@ -72,6 +74,9 @@ class Lookup:
         self._link = _Link(connect, monotonic)
         self._waiting: list[_Waiter] = []
         self._waiting_digests = 0
+        # Of queries: when the one under way began, and how long they take.
+        self._asked_at: float | None = None
+        self._query_seconds = 0.0
         self._closed = False
         self._worker: asyncio.Task[None] | None = None
         self._sweeper: asyncio.TimerHandle | None = None
@@ -110,6 +115,8 @@ class Lookup:
             raise StoreUnavailable("The server is stopping.")
         if self._waiting_digests + len(digests) > WAITING_MAX:
             raise Overloaded("Too many verifies are waiting for the database; try again shortly.")
+        if self._monotonic() + self._seconds_until_asked() > deadline:
+            raise Overloaded(TOO_LATE)
         future: asyncio.Future[list[Found]] = self._loop.create_future()
         self._waiting.append(_Waiter(digests, future, deadline))
         self._waiting_digests += len(digests)
@@ -125,10 +132,22 @@ class Lookup:
         """Query until nobody waits."""
         try:
             while self._waiting:
-                await self._link.answer(self._next_batch())
+                batch = self._next_batch()
+                self._asked_at = self._monotonic()
+                if await self._link.answer(batch):
+                    took = self._monotonic() - self._asked_at
+                    self._query_seconds += SMOOTHING * (took - self._query_seconds)
         finally:
+            self._asked_at = None
             # No await between the last look at the list and this: nobody is left waiting unseen.
             self._worker = None
+
+    def _seconds_until_asked(self) -> float:
+        """Return how long it will take, as things go, until a look-up that comes now is asked."""
+        if self._asked_at is None:
+            return 0.0
+        left = max(0.0, self._query_seconds - (self._monotonic() - self._asked_at))
+        return left + self._waiting_digests // BATCH_MAX * self._query_seconds
 
     def _next_batch(self) -> list[_Waiter]:
         """Take waiters, in order, up to a full query."""
@@ -152,7 +171,7 @@ class Lookup:
         pending = False
         for waiter in self._outstanding():
             if waiter.deadline <= now:
-                waiter.fail(Unavailable("The answer would come too late; try again shortly."))
+                waiter.fail(Unavailable(TOO_LATE))
             pending = pending or not waiter.future.done()
         self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep) if pending else None
 
@@ -169,8 +188,11 @@ class _Link:
         self._connect_after = 0.0
         self.batch: list[_Waiter] = []
 
-    async def answer(self, batch: list[_Waiter]) -> None:
-        """Query for a batch and give each waiter its part, or the reason why there is none."""
+    async def answer(self, batch: list[_Waiter]) -> bool:
+        """Query for a batch and give each waiter its part, or the reason why there is none.
+
+        Tell whether Postgres has answered.
+        """
         self.batch = batch
         try:
             if wanted := [
@@ -182,6 +204,9 @@ class _Link:
             self.drop()
             for waiter in batch:
                 waiter.fail(error)
+            return False
+        else:
+            return True
         finally:
             self.batch = []
             for waiter in batch:

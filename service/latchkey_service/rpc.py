@@ -14,6 +14,7 @@ from google.protobuf import duration_pb2, timestamp_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
+from latchkey_service.admission import leave_place
 from latchkey_service.audit import call_origin
 from latchkey_service.coherence.watch import (
     Event,
@@ -137,6 +138,8 @@ class TokenService(pb_grpc.TokenServiceServicer):
             request.id,
             None if request.no_wait else wait_until,
             call_origin.get(),
+            # To wait for verifiers takes nothing that others could use.
+            on_wait=leave_place,
         )
         response = pb.DeleteResponse()
         _put_receipt(deletion, response.receipt)

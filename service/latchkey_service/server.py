@@ -84,6 +84,7 @@ OPTIONS: Mapping[str, int] = {
     "grpc.keepalive_timeout_ms": 10_000,
     "grpc.keepalive_permit_without_calls": 1,
     "grpc.http2.min_ping_interval_without_data_ms": 5_000,
+    "grpc.max_concurrent_streams": 100,
     # No compression: a megabyte of it may stand for a gigabyte. (`native` has no such option yet.)
     "grpc.compression_enabled_algorithms_bitset": 1,
     # Several workers share the address. The supervisor has made sure that nobody else has it.

@@ -150,12 +150,19 @@ class Tokens:
         return Page(records[:size], encode_page_token(account_id, position))
 
     async def delete(
-        self, account_id: str, token_id: str, wait_until: float | None, origin: Origin
+        self,
+        account_id: str,
+        token_id: str,
+        wait_until: float | None,
+        origin: Origin,
+        *,
+        on_wait: Callable[[], None] = lambda: None,
     ) -> Deletion:
         """Delete a token for good and return the receipt. Idempotent.
 
         It returns when no verifier can answer VALID any more (coherence rule 8), or at once with
-        `wait_until` None. Raises NotFound, and NotConfirmed at `wait_until`, seconds on the
+        `wait_until` None. Calls `on_wait` when all that is left is to wait for that, and to write
+        it down. Raises NotFound, and NotConfirmed at `wait_until`, seconds on the
         process's clock: the deletion stands, and to delete it again returns the receipt.
         """
         _check(*_account_violations(account_id), *_id_violations(token_id))
@@ -168,6 +175,7 @@ class Tokens:
         self._confirmer.announce(deletion.revision)
         if wait_until is None:
             return deletion
+        on_wait()
         confirmation = await self._confirmer.confirm(deletion.revision, wait_until)
         return await self._store.confirm_deletion(token_id, *confirmation)
 

@@ -7,7 +7,6 @@ import grpc
 import pytest
 from google.protobuf import descriptor as descriptors
 from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_service import calls
 from latchkey_service.store import Position
 from latchkey_service.tokens import encode_page_token
 
@@ -236,14 +235,6 @@ async def test_health_of_an_unknown_service(channel):
     """Health of a service that there is not is NOT_FOUND."""
     error = await refusal(channel.unary_unary("/grpc.health.v1.Health/Check")(b"\x0a\x01x"))
     assert (error.code, error.reason) == (grpc.StatusCode.NOT_FOUND, "SERVICE_NOT_FOUND")
-
-
-async def test_too_many_management_calls_are_refused(stub, monkeypatch):
-    """Past a bound a call is refused at once with RetryInfo; a verify and health are not."""
-    monkeypatch.setattr(calls, "IN_FLIGHT_MAX", 0)
-    error = await refusal(stub.List(pb.ListRequest(account_id="acme")))
-    assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
-    assert (await stub.Verify(pb.VerifyRequest())).verdict == pb.VERDICT_MALFORMED
 
 
 async def test_unknown_method(channel):

@@ -103,12 +103,17 @@ def test_policy() -> None:
         methods = {path for path, rule in METHODS.items() if rule.role == role}
         assert named == {path.rpartition("/")[2] for path in methods}
     told = set(re.findall(r"`([A-Z]+_[A-Z_]+)`", text[text.index("| refused with") :]))
+    kinds = "CALLER|CREDENTIAL|CERTIFICATE|PROXY|IDENTITY|METHOD|ACCOUNT"
     raised = set()
-    for path in (ROOT / "service/latchkey_service/access").glob("*.py"):
+    service = ROOT / "service/latchkey_service"
+    for path in (*service.glob("access/*.py"), service / "calls.py", service / "errors.py"):
         source = path.read_text("utf-8")
-        names = r'"((?:CALLER|CREDENTIAL|CERTIFICATE|PROXY|IDENTITY|METHOD|ACCOUNT)_[A-Z]+)"'
-        raised |= set(re.findall(names, source))
-    assert raised == {name for name in told if not name.startswith(("LATCHKEY", "PERMISSION"))}
+        raised |= set(re.findall(rf'"((?:{kinds})_[A-Z]+|[A-Z]+_LIMITED)"', source))
+    codes = ("LATCHKEY", "PERMISSION", "RESOURCE")
+    assert raised == {name for name in told if not name.startswith(codes)}
+    parsed = policy.certificates["spiffe://example.org/shop"]
+    assert parsed.rates is not None
+    assert (parsed.rates.per_second, parsed.watches_max) == ({"verifier": 5000}, 200)
 
 
 def test_new_caller(tmp_path: Path) -> None:

@@ -5,7 +5,18 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
-__all__ = ["METHODS", "OPEN", "REFLECTION", "ROLES", "Account", "Rule", "rule_of"]
+__all__ = [
+    "MANAGER",
+    "METHODS",
+    "OPEN",
+    "OPERATOR",
+    "REFLECTION",
+    "ROLES",
+    "VERIFIER",
+    "Account",
+    "Rule",
+    "rule_of",
+]
 
 
 class Account(enum.Enum):

@@ -5,6 +5,8 @@
     credentials = ["sha256:…"]          # latchkey policy new-caller shop
     roles = ["verifier"]
     accounts = ["acme", "team-*"]       # left out: every account
+    rates = { verifier = 5000 }         # left out: no limit
+    watches = 200                       # left out: half of what a process has
 
     [roles.auditor]                     # beside verifier, manager and operator
     methods = ["/latchkey.v1.AuditService/List"]
@@ -24,8 +26,18 @@ from typing import Any, Final
 
 from latchkey_service.access.credentials import DIGEST
 from latchkey_service.access.methods import METHODS, ROLES
+from latchkey_service.access.rates import RateLimits
 
-__all__ = ["ANYONE", "Accounts", "Caller", "Policy", "PolicyError", "is_name", "parse"]
+__all__ = [
+    "ANYONE",
+    "WATCHES_MAX",
+    "Accounts",
+    "Caller",
+    "Policy",
+    "PolicyError",
+    "is_name",
+    "parse",
+]
 
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _URI: Final = re.compile(r"spiffe://[a-z0-9._-]{1,255}(/[A-Za-z0-9._-]+)*")
@@ -33,8 +45,12 @@ _DNS: Final = re.compile(
     r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_]([a-z0-9_-]{0,62}))*"
 )
 _ACCOUNT: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}\*?")
-_CALLER_KEYS: Final = ("accounts", "certificates", "credentials", "roles")
+_CALLER_KEYS: Final = ("accounts", "certificates", "credentials", "rates", "roles", "watches")
 _ROLE_KEYS: Final = ("methods",)
+# Streams of one caller to a process, if the policy does not say: half of `watch.WATCHERS_MAX`.
+WATCHES_MAX: Final = 5_000
+# More is no limit, and less would never let a call through.
+_RATES: Final = range(1, 1_000_001)
 # Of a digest, to find a caller by; the rest is compared in constant time.
 _SELECTOR_BYTES: Final = 8
 
@@ -57,11 +73,13 @@ class Accounts:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A caller that the policy names. `accounts` None: all of them."""
+    """A caller that the policy names. `accounts` None: all of them; `rates` None: no limits."""
 
     name: str
     methods: frozenset[str]
     accounts: Accounts | None = None
+    rates: RateLimits | None = field(default=None, compare=False)
+    watches_max: int = WATCHES_MAX
 
 
 # Who calls where there is no policy: it is not asked.
@@ -149,7 +167,13 @@ class _Reader:
         accounts = None
         if "accounts" in table:
             accounts = self._accounts((*where, "accounts"), table)
-        caller = Caller(name, frozenset(methods), accounts)
+        rates = None
+        if "rates" in table:
+            rates = RateLimits(self._rates((*where, "rates"), table))
+        watches = table.get("watches", WATCHES_MAX)
+        if not _is_number(watches, range(WATCHES_MAX * 2 + 1)):
+            raise self._error((*where, "watches"), f"give a number from 0 to {WATCHES_MAX * 2}")
+        caller = Caller(name, frozenset(methods), accounts, rates, watches)
         for certificate in self._texts((*where, "certificates"), table):
             key = certificate if "://" in certificate else certificate.lower()
             if not (_URI if "://" in key else _DNS).fullmatch(key):
@@ -192,6 +216,19 @@ class _Reader:
             frozenset(account for account in accounts if not account.endswith("*")),
             tuple(account[:-1] for account in accounts if account.endswith("*")),
         )
+
+    def _rates(self, where: tuple[str, ...], table: dict[str, Any]) -> dict[str, float]:
+        rates = table[where[-1]]
+        if not isinstance(rates, dict):
+            raise self._error(where, "give a table, such as { verifier = 5000, manager = 20 }")
+        self._keys(where, rates, ROLES)
+        for role, rate in rates.items():
+            if not _is_number(rate, _RATES):
+                raise self._error(
+                    (*where, role),
+                    f"give calls a second, a whole number from {_RATES[0]} to {_RATES[-1]:,}",
+                )
+        return rates
 
     def _tables(self, key: str) -> list[tuple[str, dict[str, Any]]]:
         tables = self._document.get(key, {})
@@ -238,6 +275,11 @@ class _Reader:
             candidates, True, key=lambda number: _has("\n".join(lines[:number]), where)
         )
         return candidates[after - 1] + 1 if after else 1
+
+
+def _is_number(value: object, numbers: range) -> bool:
+    # To Python true is a number, too.
+    return isinstance(value, int) and not isinstance(value, bool) and value in numbers
 
 
 def _has(text: str, where: tuple[str, ...]) -> bool:

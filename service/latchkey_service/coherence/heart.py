@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from latchkey_service.coherence.confirmation import Census
 from latchkey_service.coherence.membership import Membership
 from latchkey_service.coherence.table import Identity, OwnRow
-from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
+from latchkey_service.errors import TOO_LATE, Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.log import logger
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ RETRY_SECONDS = 0.25
 # A stop does not wait for a database that hangs: the row lapses by itself.
 REMOVE_SECONDS = 1.0
 # Verifies that wait for the lease: as many as may wait for a look-up.
-WAITING_MAX = 20_000
+WAITING_MAX = 10_000
 
 
 class Heart:
@@ -109,7 +109,7 @@ class Heart:
                 async with asyncio.timeout(deadline - self._clock()):
                     await asyncio.shield(self._renewed)
             except TimeoutError:
-                raise Unavailable("The answer would come too late; try again shortly.") from None
+                raise Unavailable(TOO_LATE) from None
             finally:
                 self._waiting -= 1
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from latchkey_service.access.credentials import DIGEST, digest_of, mint, policy_digest
 from latchkey_service.access.methods import METHODS, OPEN, rule_of
-from latchkey_service.access.policy import PolicyError, parse
+from latchkey_service.access.policy import WATCHES_MAX, PolicyError, parse
 
 DIGEST_A, DIGEST_B = ("sha256:" + letter * 64 for letter in "ab")
 GOOD = f"""\
@@ -165,3 +165,35 @@ def test_a_large_policy_is_read_and_its_mistake_found():
     assert len(parse(text).callers) == 2_000
     with pytest.raises(PolicyError, match=r"^line 6002: callers\.last\.roles: "):
         parse(text + '[callers.last]\nroles = ["wizard"]\n')
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("rates = 5", "line 2: callers.a.rates: give a table, such as"),
+        ("rates = { nobody = 5 }", "line 2: callers.a.rates.nobody: there is no 'nobody' here"),
+        ("\n[callers.a.rates]\nmanager = 0", "line 4: callers.a.rates.manager: give calls a sec"),
+        ("rates = { manager = true }", "line 2: callers.a.rates.manager: give calls a second"),
+        ("rates = { manager = 1.5 }", "line 2: callers.a.rates.manager: give calls a second"),
+        ("watches = -1", "line 2: callers.a.watches: give a number from 0 to"),
+        ("watches = false", "line 2: callers.a.watches: give a number from 0 to"),
+        ('watches = "many"', "line 2: callers.a.watches: give a number from 0 to"),
+    ],
+)
+def test_wrong_limits(lines: str, message: str) -> None:
+    """A limit that is none is refused, with its line and what it should be."""
+    with pytest.raises(PolicyError) as caught:
+        parse(f"[callers.a]\n{lines}")
+    assert message in str(caught.value)
+
+
+def test_limits() -> None:
+    """Limits are the caller's own; who has none in the file has no rate, and the usual streams."""
+    policy = parse(
+        '[callers.a]\ncertificates = ["a"]\nrates = { verifier = 7 }\nwatches = 0\n'
+        '[callers.b]\ncertificates = ["b"]\n'
+    )
+    limited, free = policy.certificates["a"], policy.certificates["b"]
+    assert limited.rates is not None
+    assert (limited.rates.per_second, limited.watches_max) == ({"verifier": 7}, 0)
+    assert (free.rates, free.watches_max) == (None, WATCHES_MAX)

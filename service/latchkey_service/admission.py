@@ -1,0 +1,226 @@
+"""Admission: how many calls are at work at once, how many wait, and who is refused.
+
+A call that waits longer than it would take its caller to ask another server helps nobody, and one
+that is answered after its deadline has taken its time from those that could still be met. So calls
+that need the database work in so many places at once, and the queue for these is short:
+
+- A burst may queue, up to `BURST` calls for each place. But a queue that has not been empty for
+  `STANDING_SECONDS` does not come of a burst: more is asked than can be done, and a long queue only
+  makes all late (CoDel, RFC 8289). Then only `STANDING` wait for each place, so that an accepted
+  call takes a few times what it takes alone, whatever is asked. So it stays until nobody had to be
+  refused for `CALM_SECONDS`.
+- Whose deadline would pass in the queue is refused at once.
+
+Each role has places of its own: a flood of one takes nothing from the others. Verifies have none.
+One that is answered from memory is done before it could be refused, and those that read wait in
+one place, `lookup.py`; what bounds them is how many calls a connection may have (`transport`).
+
+Refusing is not free either: a third of the time of an answer. `Pacer` keeps whoever calls again at
+once from taking the time that answers need.
+"""
+
+import asyncio
+import contextvars
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, Self
+
+from latchkey_service.errors import TOO_LATE, LatchkeyError, Overloaded, StoreUnavailable
+
+__all__ = ["Pacer", "Place", "Places", "leave_place", "queue_max", "wait_seconds"]
+
+STANDING_SECONDS: Final = 0.5
+CALM_SECONDS: Final = 1.0
+STANDING: Final = 2
+BURST: Final = 50
+# Nobody waits longer for a place. Statements have as much: whoever has one has been told by then.
+QUEUE_SECONDS_MAX: Final = 2.0
+# If no call at work has ended for so long it is not the load, but the database that hangs.
+STUCK_SECONDS: Final = 0.5
+# The share of the newest in what a call is thought to take.
+SMOOTHING: Final = 0.1
+# Some 5 % of a core. Up to so many come at once, and none later than this.
+REFUSALS_PER_SECOND: Final = 2_000
+REFUSALS_AT_ONCE: Final = 100
+REFUSAL_SECONDS_MAX: Final = 0.25
+
+
+def queue_max(places: int, standing_seconds: float, calm_seconds: float) -> int:
+    """Return how many may wait for these places, in a queue that has not been empty for so long,
+    and so long after the last refusal of one that was standing."""
+    standing = standing_seconds > STANDING_SECONDS or calm_seconds < CALM_SECONDS
+    return places * (STANDING if standing else BURST)
+
+
+def wait_seconds(waiting: int, places: int, call_seconds: float) -> float:
+    """Return how long the next one in the queue will wait, if a call takes so long."""
+    return (waiting + 1) / places * call_seconds
+
+
+class Places:
+    """Places for calls of one role, and the queue. Belongs to the event loop.
+
+    At most `count` work at once, and `in_all` are there: those that wait, and those that have left
+    their place to wait for something else, included.
+    """
+
+    def __init__(self, count: int, in_all: int, monotonic: Callable[[], float]) -> None:
+        self._count = self._free = count
+        self._in_all = in_all
+        self._there = 0
+        self._monotonic = monotonic
+        # A future for each; the result says that the place is theirs. In order of arrival.
+        self._queue: OrderedDict[asyncio.Future[None], None] = OrderedDict()
+        self._standing_since = 0.0
+        self._last_refused = -math.inf
+        self._last_left = 0.0
+        self._call_seconds = 0.0
+
+    def check(self) -> None:
+        """Refuse a call for which there is no room, before anything is done for it.
+
+        Raises Overloaded, or StoreUnavailable where it is not the load that keeps others from
+        leaving.
+        """
+        if self._there >= self._in_all:
+            raise self._refusal()
+        if waiting := len(self._queue):
+            now = self._monotonic()
+            most = queue_max(self._count, now - self._standing_since, now - self._last_refused)
+            if waiting >= most:
+                self._last_refused = now
+                raise self._refusal()
+
+    def place(self, seconds: float) -> "Place":
+        """Return a place to enter, for a call that has so many seconds and was checked.
+
+        To enter it raises Overloaded, or StoreUnavailable, as `check` does.
+        """
+        return Place(self, seconds)
+
+    async def take(self, seconds: float) -> None:
+        """Wait for a place."""
+        self._there += 1
+        try:
+            # Not past those who wait: they would wait for ever.
+            if self._free and not self._queue:
+                self._free -= 1
+            else:
+                await self._wait(seconds)
+        except BaseException:
+            self._there -= 1
+            raise
+
+    def leave(self, held_seconds: float) -> None:
+        """Give up a place after so many seconds: to the first in the queue, if there is one."""
+        self._last_left = self._monotonic()
+        self._call_seconds += SMOOTHING * (held_seconds - self._call_seconds)
+        self._pass_on()
+
+    def go(self) -> None:
+        """Be there no more."""
+        self._there -= 1
+
+    async def _wait(self, seconds: float) -> None:
+        now, waiting = self._monotonic(), len(self._queue)
+        if not waiting:
+            self._standing_since = now
+            # Nobody has waited for others to leave before.
+            self._last_left = now
+        if wait_seconds(waiting, self._count, self._call_seconds) > seconds:
+            raise Overloaded(TOO_LATE)
+        future = asyncio.get_running_loop().create_future()
+        self._queue[future] = None
+        try:
+            async with asyncio.timeout(QUEUE_SECONDS_MAX):
+                await future
+        except BaseException as error:
+            # The caller has left, its deadline has passed, or this took too long.
+            if future.done() and not future.cancelled():
+                # But a place had become free in that very moment, and is the next one's.
+                self._pass_on()
+            self._queue.pop(future, None)
+            if isinstance(error, TimeoutError):
+                raise self._refusal() from None
+            raise
+
+    def _pass_on(self) -> None:
+        while self._queue:
+            future, _ = self._queue.popitem(last=False)
+            if not future.done():
+                future.set_result(None)
+                return
+        self._free += 1
+
+    def _refusal(self) -> LatchkeyError:
+        if self._queue and self._monotonic() - self._last_left > STUCK_SECONDS:
+            return StoreUnavailable("The database does not answer; try again shortly.")
+        return Overloaded("Too many calls are waiting for the database; try again shortly.")
+
+
+class Place:
+    """A call's place, from when it is entered until it is left or given up."""
+
+    __slots__ = ("_holds", "_places", "_seconds", "_since")
+
+    def __init__(self, places: Places, seconds: float) -> None:
+        self._places = places
+        self._seconds = seconds
+        self._holds = False
+        self._since = 0.0
+
+    async def __aenter__(self) -> Self:
+        await self._places.take(self._seconds)
+        self._holds = True
+        self._since = self._places._monotonic()  # noqa: SLF001 - one thing, in two classes
+        _place.set(self)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.leave()
+        self._places.go()
+
+    def leave(self) -> None:
+        """Give it up before the call ends, since what is left of the call is waiting."""
+        if self._holds:
+            self._holds = False
+            self._places.leave(self._places._monotonic() - self._since)  # noqa: SLF001
+
+
+# Of the call that runs.
+_place: contextvars.ContextVar[Place] = contextvars.ContextVar("place")
+
+
+def leave_place() -> None:
+    """Give up the place of the call that runs, if it has one: it waits for others from now on."""
+    place = _place.get(None)
+    if place is not None:
+        place.leave()
+
+
+class Pacer:
+    """Says when a refusal is to go out, so that refusals take a bounded share of the time.
+
+    Who is refused later calls again later: a connection has only so many calls at once.
+    """
+
+    def __init__(self) -> None:
+        self._due = 0.0
+
+    def delay_seconds(self, now: float) -> float:
+        """Return how long to wait before the refusal that is due now, and count it."""
+        burst_seconds = REFUSALS_AT_ONCE / REFUSALS_PER_SECOND
+        self._due = max(self._due, now - burst_seconds)
+        delay = self._due - now
+        if delay >= REFUSAL_SECONDS_MAX:
+            # There are too many to keep.
+            return 0.0
+        self._due += 1 / REFUSALS_PER_SECOND
+        return max(0.0, delay)

@@ -1,0 +1,148 @@
+"""Who is let in when too much is asked: by the process's bounds, and by the policy's."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from latchkey_proto.v1 import status_service_pb2 as status_pb
+from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from latchkey_service import calls
+from latchkey_service.access.methods import MANAGER, OPERATOR
+
+from tests.callers import credential, policy_text
+from tests.conftest import serving
+from tests.contract.rich_status import refusal
+from tests.support import backends, eventually, is_serving, outcome, session
+
+if TYPE_CHECKING:
+    from latchkey_service.config import Settings
+
+EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_what_waits_for_the_database_is_bounded(
+    settings: "Settings", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While all places are taken, one call waits and the next is refused at once with RetryInfo;
+    verifies, the operator and health are answered as ever; and what waited is done."""
+    # One at work, and two there in all.
+    monkeypatch.setattr(calls, "PLACES", {MANAGER: (1, 2), OPERATOR: (1, 2)})
+    assert settings.database_url is not None
+    url = settings.database_url.get_secret_value()
+    async with serving(settings) as address, grpc.aio.insecure_channel(address) as channel:
+        stub: Any = pb_grpc.TokenServiceStub(channel)
+        status: Any = status_pb_grpc.StatusServiceStub(channel)
+        await eventually(lambda: is_serving(channel), "health is up")
+        created = await stub.Create(
+            pb.CreateRequest(account_id="acme", name="a", scope=pb.SCOPE_READ)
+        )
+        async with session(url) as connection, connection.transaction():
+            await connection.execute("SELECT FROM token FOR UPDATE")
+            token = {"account_id": "acme", "id": created.token.id}
+            deletion = asyncio.ensure_future(stub.Delete(pb.DeleteRequest(**token)))
+
+            async def is_waiting() -> bool:
+                return any(row["wait_event_type"] == "Lock" for row in await backends(url))
+
+            await eventually(is_waiting, "the deletion is at work")
+            queued = asyncio.ensure_future(outcome(stub.Get(pb.GetRequest(**token))))
+
+            async def refused() -> bool:
+                # Not before the one above has come.
+                ended = await outcome(stub.List(pb.ListRequest(account_id="acme"), timeout=0.2))
+                return ended.code is EXHAUSTED
+
+            await eventually(refused, "the next is refused")
+            error = await refusal(stub.List(pb.ListRequest(account_id="acme")))
+            assert (error.code, error.reason) == (EXHAUSTED, "OVERLOADED")
+            assert error.retry_seconds is not None
+            assert 0.25 <= error.retry_seconds <= 0.5
+            verified = await stub.Verify(pb.VerifyRequest(secret=created.secret), timeout=5)
+            assert verified.verdict == pb.VERDICT_VALID
+            assert await status.GetStatus(status_pb.GetStatusRequest(), timeout=5)
+            assert await is_serving(channel)
+            assert not queued.done()
+        assert (await deletion).receipt.revision
+        assert (await queued).code is grpc.StatusCode.NOT_FOUND
+        assert (await outcome(stub.List(pb.ListRequest(account_id="acme")))).ok
+
+
+@contextlib.asynccontextmanager
+async def limited(
+    settings: "Settings", tmp_path: Path, limits: dict[str, str]
+) -> AsyncIterator[Any]:
+    """Serve under a policy in which these callers have these further lines, and yield a stub."""
+    lines = policy_text()
+    for caller, line in limits.items():
+        lines = lines.replace(f"[callers.{caller}]\n", f"[callers.{caller}]\n{line}\n")
+    policy = tmp_path / "policy.toml"
+    policy.write_text(lines)
+    settings = settings.model_copy(update={"policy": policy})
+    async with serving(settings) as address, grpc.aio.insecure_channel(address) as channel:
+        await eventually(lambda: is_serving(channel), "health is up")
+        yield pb_grpc.TokenServiceStub(channel)
+
+
+def of(caller: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {credential(caller)}"),)
+
+
+async def test_a_caller_has_what_the_policy_gives_it(settings: "Settings", tmp_path: Path) -> None:
+    """Past its rate a caller is refused, told when to come back, and let in then; each question
+    of a batch counts; other callers and other roles' methods are not concerned."""
+    limits = {"verifier": "rates = { verifier = 5 }", "manager": "rates = { manager = 2 }"}
+    async with limited(settings, tmp_path, limits) as stub:
+
+        def verify(caller: str) -> Any:
+            return stub.Verify(pb.VerifyRequest(secret="x"), metadata=of(caller))
+
+        batch = pb.BatchVerifyRequest(requests=[pb.VerifyRequest(secret="x")] * 6)
+        await stub.BatchVerify(batch, metadata=of("verifier"))
+        error = await refusal(verify("verifier"))
+        assert (error.code, error.reason) == (EXHAUSTED, "RATE_LIMITED")
+        # A fifth of a second for each of the two that were too many, and up to twice as long.
+        assert error.retry_seconds is not None
+        assert 0.01 < error.retry_seconds <= 2 * 0.4
+        watch = stub.Watch(iter([pb.WatchRequest()]), metadata=of("verifier"))
+        assert (await refusal(watch.read())).reason == "RATE_LIMITED"
+        assert (await verify("acmes-verifier")).verdict == pb.VERDICT_MALFORMED
+
+        async def let_in_again() -> bool:
+            return (await outcome(verify("verifier"))).ok
+
+        await eventually(let_in_again, "there is room again")
+        request = pb.ListRequest(account_id="acme")
+        ends = [await outcome(stub.List(request, metadata=of("manager"))) for _ in range(4)]
+        assert [end.ok for end in ends][:2] == [True, True]
+        assert EXHAUSTED in {end.code for end in ends}
+        assert (await outcome(stub.List(request, metadata=of("acmes-manager")))).ok
+
+
+async def test_a_caller_has_so_many_streams(settings: "Settings", tmp_path: Path) -> None:
+    """One Watch too many is refused, another caller's is not, and one that ends makes room."""
+    async with limited(settings, tmp_path, {"verifier": "watches = 1"}) as stub:
+
+        async def watch() -> Any:
+            """Open a stream and return it with its first grant."""
+            call = stub.Watch(metadata=of("verifier"))
+            await call.write(pb.WatchRequest(number=1))
+            return call, await call.read()
+
+        first, answer = await watch()
+        assert answer is not grpc.aio.EOF
+        error = await refusal(watch())
+        assert (error.code, error.reason) == (EXHAUSTED, "WATCHES_LIMITED")
+        first.cancel()
+
+        async def there_is_room() -> bool:
+            call, answer = await watch()
+            call.cancel()
+            return answer is not grpc.aio.EOF
+
+        await eventually(there_is_room, "the place of the first is free")
