@@ -10,6 +10,7 @@ pinning and for CPU by process.
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -26,7 +27,7 @@ import grpc
 from latchkey_service import peppers
 from latchkey_service.secrets import Keyring
 
-from tests.benchmarks import coherence, console, load, processes, report
+from tests.benchmarks import coherence, console, load, overload, overload_figures, processes, report
 from tests.benchmarks.answers import check_ceiling, check_service, remember
 from tests.benchmarks.rows import READING, TRANSPORTS, WARM_SECRETS, Row, Sizes, rows
 from tests.benchmarks.seed import Seeded, seed
@@ -65,13 +66,19 @@ def main() -> int:
         if wrong:
             return 1
         os.sched_setaffinity(0, {cores.load})
-        chosen = [row for row in rows(seeded, sizes) if options.only in _title(row)]
+        all_rows = rows(seeded, sizes)
+        chosen = [row for row in all_rows if options.only in _title(row)]
         bench = coherence.Bench(
             *(scratch, pepper_file, cores, postmaster, seeded, servers, secrets_file),
             quick=options.quick,
             give_up=began + coherence.SECONDS_MAX,
         )
         figures = coherence.measure(bench, coherence.chosen(options.only))
+        overloaded = overload.measure(
+            dataclasses.replace(bench, give_up=time.monotonic() + overload.SECONDS_MAX),
+            overload.cases(all_rows, options.only),
+        )
+        overload_reached = overload_figures.figures(overloaded)
         give_up = began + RUN_SECONDS_MAX
         results, failures = _measure(chosen, servers, seeded, postmaster, options, give_up)
         wrong = _check(servers, seeded, keyring)
@@ -79,8 +86,13 @@ def main() -> int:
         if options.only.lower() in "page":
             service = servers["native"].address
             page = console.measure(service, scratch, cores.load, quick=options.quick)
-    reached = [*report.targets(results, sizes), *coherence.targets(figures)]
+    reached = [
+        *report.targets(results, sizes),
+        *coherence.targets(figures),
+        *coherence.targets(overload_reached),
+    ]
     _say("", *coherence.lines(figures))
+    _say("", *overload_figures.lines(overloaded))
     _say("", *report.as_table(chosen, results, reached), "", *(page.lines() if page else ()))
     about = {
         "slice_seconds": options.seconds,
@@ -94,6 +106,10 @@ def main() -> int:
     document = report.as_json(chosen, results, reached, failures, about)
     document["page"] = page.document() if page else None
     document["coherence"] = [figure.document() for figure in figures]
+    document["overload"] = {
+        "figures": [figure.document() for figure in overload_reached],
+        "slices": overload_figures.document(overloaded),
+    }
     OUTPUT.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", "utf-8")
     _say("", f"Written to {OUTPUT} after {about['run_seconds']} s.")
     wrong += [

@@ -56,22 +56,21 @@ class Traffic:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one traffic's calls that arrived within the stretch."""
+    """What became of one traffic's calls that arrived within the stretch.
+
+    `goodput` is how many right answers came to a second, each in time.
+    """
 
     seconds: float
     offered: int
     held_back: int
+    goodput: float
     tally: Tally = field(repr=False)
 
     @property
     def sent(self) -> int:
         """How many were sent."""
         return self.tally.sent
-
-    @property
-    def goodput(self) -> float:
-        """How many to a second were answered rightly and in time."""
-        return self.tally.ok / self.seconds
 
     def percentile_us(self, share: float) -> float:
         """Return the latency, µs, that `share` (0 to 1) of the right answers stayed within."""
@@ -241,9 +240,12 @@ class _Loop:
         while True:
             if before is None and now >= begin:
                 cpu, before = time.process_time(), self._meter()
+                begin = clock()
+                self._within(True)
             if after is None and now >= end:
                 cpu, after = time.process_time() - cpu, self._meter()
-                measured = now
+                measured = (now - begin) / 1e9
+                self._within(False)
             if after is not None and not any(source.under_way for source in self._sources):
                 break
             if now > give_up:
@@ -264,7 +266,11 @@ class _Loop:
         assert after is not None, "the loop has just seen to it"
         outcomes = [
             Outcome(
-                seconds, len(source.moments) - source.first_counted, source.held_back, source.tally
+                seconds,
+                len(source.moments) - source.first_counted,
+                source.held_back,
+                source.tally.good / measured,
+                source.tally,
             )
             for source in self._sources
         ]
@@ -274,9 +280,13 @@ class _Loop:
         return Run(
             outcomes,
             _percentile(sorted(lateness), 0.99) / 1e6,
-            cpu / ((measured - begin) / 1e9),
+            cpu / measured,
             tuple(b - a for a, b in zip(before, after, strict=True)),
         )
+
+    def _within(self, within: bool) -> None:
+        for source in self._sources:
+            source.tally.within = within
 
     def _shake_hands(self) -> None:
         give_up = time.monotonic() + HANDSHAKE_SECONDS_MAX

@@ -87,7 +87,7 @@ def _verifies(address: str) -> Iterator[bytes]:
 def _cells(outcome: Outcome) -> list[str]:
     tally = outcome.tally
     rates = (
-        *(outcome.offered, outcome.sent, outcome.held_back, tally.ok, tally.refused),
+        *(outcome.offered, outcome.sent, outcome.held_back, tally.good, tally.refused),
         *(tally.unavailable, tally.too_late, tally.other),
     )
     return [

@@ -55,9 +55,16 @@ _INTERNAL = 13
 
 @dataclass(slots=True)
 class Tally:
-    """What became of calls. Latencies in ns from their arrival."""
+    """What became of calls. Latencies in ns from their arrival.
+
+    All but `good` is of the calls that arrived within the stretch, whenever they were answered.
+    `good` is of the answers that came within it: in a queue that grows, calls arrive at twice the
+    rate of answers, and each may still be answered in time.
+    """
 
     sent: int = 0
+    good: int = 0
+    within: bool = False
     latencies: list[int] = field(default_factory=list)
     refused_latencies: list[int] = field(default_factory=list)
     # By status; OK ones that were right and in time are in `latencies` alone.
@@ -233,24 +240,29 @@ class Connection(http2.Connection):
         """Note what became of a call. One that was given up may be answered all the same."""
         answer = self._answers.pop(stream, b"")
         sent = self.sent.pop(stream, None)
-        if sent is None or not sent[1]:
+        if sent is None:
             return
         tally, latency = self._tally, now - sent[0]
-        if status == RESOURCE_EXHAUSTED:
-            tally.refused_latencies.append(latency)
-        if status != OK:
+        if status == OK:
+            if not self._is_right(answer):
+                tally.wrong += 1
+                return
+            if latency <= self._timeout_ns:
+                tally.good += tally.within
+                if sent[1]:
+                    tally.latencies.append(latency)
+                    if tally.ok % SAMPLE_EVERY == 1 and len(tally.samples) < SAMPLES_MAX:
+                        tally.samples.append((sent[2], answer[5:]))
+                return
+            status = DEADLINE_EXCEEDED
+        if sent[1]:
             tally.failed[status] += 1
-        elif (
-            not answer.startswith(self._begins_with, 5)
-            or int.from_bytes(answer[:5], "big") != len(answer) - 5
-        ):
-            tally.wrong += 1
-        elif latency > self._timeout_ns:
-            tally.failed[DEADLINE_EXCEEDED] += 1
-        else:
-            tally.latencies.append(latency)
-            if len(tally.latencies) % SAMPLE_EVERY == 1 and len(tally.samples) < SAMPLES_MAX:
-                tally.samples.append((sent[2], answer[5:]))
+            if status == RESOURCE_EXHAUSTED:
+                tally.refused_latencies.append(latency)
+
+    def _is_right(self, answer: bytes) -> bool:
+        whole = int.from_bytes(answer[:5], "big") == len(answer) - 5
+        return whole and answer.startswith(self._begins_with, 5)
 
     def _other(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         if kind == GOAWAY:
