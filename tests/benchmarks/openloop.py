@@ -7,8 +7,10 @@ allows only so many, is held back: given up at once and counted. Several kinds o
 once, in this one process and on this one core; whether that kept up is part of what is measured.
 """
 
+import contextlib
 import gc
 import itertools
+import os
 import random
 import select
 import time
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tests.benchmarks.http2 import LoadError
-from tests.benchmarks.openloop_connection import Connection, Sent, Tally
+from tests.benchmarks.openloop_connection import UNLIMITED, Connection, Sent, Tally
 
 __all__ = ["Outcome", "Run", "Tally", "Traffic", "run", "schedule"]
 
@@ -27,10 +29,11 @@ AT_ONCE_MAX = 64
 # How often calls are looked for whose time is over.
 EXPIRE_EVERY_NS = 1_000_000
 # A wait that nothing ends is looked into so often.
-WAIT_SECONDS_MAX = 0.05
+WAIT_NS_MAX = 50_000_000
 # Beyond its deadline no call is waited for, but for what the generator needs to see that.
 GRACE_SECONDS = 2.0
 HANDSHAKE_SECONDS_MAX = 10.0
+NICE = -15
 # The generator has kept up if it was idle at times, and sent nearly all calls about when they came.
 CPU_SHARE_MAX = 0.9
 LATENESS_MS_MAX = 2.0
@@ -42,7 +45,8 @@ class Traffic:
 
     They come evenly, or with `seed` as independent callers' do (Poisson). `requests` are
     serialised messages and must not end. An answer is right if it is one whole message that
-    begins with `begins_with`. Each call has a deadline, `timeout_seconds` from its arrival.
+    begins with `begins_with`. Each call has a deadline, `timeout_seconds` from its arrival. A
+    connection has no more calls under way than the server allows, nor than `in_flight_max`.
     """
 
     path: str
@@ -51,6 +55,7 @@ class Traffic:
     per_second: float
     connections: int = 4
     timeout_seconds: float = 1.0
+    in_flight_max: int = UNLIMITED
     seed: int | None = None
 
 
@@ -65,6 +70,7 @@ class Outcome:
     offered: int
     held_back: int
     goodput: float
+    timeout_seconds: float
     tally: Tally = field(repr=False)
 
     @property
@@ -73,8 +79,16 @@ class Outcome:
         return self.tally.sent
 
     def percentile_us(self, share: float) -> float:
-        """Return the latency, µs, that `share` (0 to 1) of the right answers stayed within."""
-        return _percentile(self.tally.latencies, share) / 1_000
+        """Return the latency, µs, that `share` (0 to 1) of the calls stayed within that were not
+        refused. One that came too late took at least its deadline, and no call at all no less."""
+        answered = self.tally.latencies
+        place = int((len(answered) + self.tally.too_late) * share)
+        if place < len(answered):
+            return answered[place] / 1_000
+        # All are there, but for the last when it is that which is asked for.
+        if answered and not self.tally.too_late:
+            return answered[-1] / 1_000
+        return self.timeout_seconds * 1e6
 
     def refused_us(self, share: float) -> float:
         """Return the same of the calls that were refused."""
@@ -118,7 +132,8 @@ def run(
     # Nothing here makes cycles, and a collection would count as the server's latency.
     gc.disable()
     try:
-        return _Loop(sources, meter).run(warm_up_seconds, seconds)
+        with _first_on_its_core():
+            return _Loop(sources, meter).run(warm_up_seconds, seconds)
     finally:
         if gc_was_on:
             gc.enable()
@@ -136,6 +151,19 @@ def schedule(per_second: float, seconds: float, seed: int | None = None) -> "arr
     gaps = (chance.expovariate(per_second) * 1e9 for _ in itertools.count())
     moments = itertools.accumulate(gaps)
     return array("q", map(int, itertools.takewhile(lambda moment: moment < seconds * 1e9, moments)))
+
+
+@contextlib.contextmanager
+def _first_on_its_core() -> Iterator[None]:
+    """Go before others who share the core, Postgres say, if we may: what they take while a call
+    waits to be sent would count as the server's latency."""
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, NICE)
+    try:
+        yield
+    finally:
+        os.setpriority(os.PRIO_PROCESS, 0, nice)
 
 
 class _Source:
@@ -159,8 +187,12 @@ class _Source:
             for _ in range(traffic.connections):
                 self.connections.append(
                     Connection(
-                        *(address, traffic.path, traffic.timeout_seconds, traffic.begins_with),
+                        address,
+                        traffic.path,
+                        traffic.begins_with,
                         self.tally,
+                        timeout_seconds=traffic.timeout_seconds,
+                        in_flight_max=traffic.in_flight_max,
                     )
                 )
         except OSError:
@@ -250,7 +282,8 @@ class _Loop:
                 break
             if now > give_up:
                 raise LoadError("calls are still under way long after their deadlines")
-            ready = self._wait(self._wait_seconds(start, now))
+            mark = begin if before is None else end if after is None else now + WAIT_NS_MAX
+            ready = self._wait(self._wait_ns(start, now, min(mark - now, WAIT_NS_MAX)) / 1e9)
             # First who came meanwhile and then what was answered: a stream that becomes free is
             # for those who come later.
             self._send(start, lateness)
@@ -270,6 +303,7 @@ class _Loop:
                 len(source.moments) - source.first_counted,
                 source.held_back,
                 source.tally.good / measured,
+                source.timeout_seconds,
                 source.tally,
             )
             for source in self._sources
@@ -293,7 +327,7 @@ class _Loop:
         while not all(connection.ready for connection in self._connections):
             if time.monotonic() > give_up:
                 raise LoadError("the server does not send its settings")
-            for connection in self._wait(WAIT_SECONDS_MAX):
+            for connection in self._wait(WAIT_NS_MAX / 1e9):
                 connection.read()
 
     def _send(self, start: int, lateness: list[int]) -> None:
@@ -307,14 +341,13 @@ class _Loop:
                 now = time.perf_counter_ns()
                 lateness += [now - sent[0] for sent in put if sent[1]]
 
-    def _wait_seconds(self, start: int, now: int) -> float:
+    def _wait_ns(self, start: int, now: int, most: int) -> int:
         """Return how long it is to the next arrival that would find room; who does not may be
         counted later."""
-        wait = WAIT_SECONDS_MAX
         for source in self._sources:
             if not source.over and source.has_room():
-                wait = min(wait, (start + source.moments[source.arrived] - now) / 1e9)
-        return max(0.0, wait)
+                most = min(most, start + source.moments[source.arrived] - now)
+        return max(0, most)
 
     def _wait(self, seconds: float) -> list[Connection]:
         """Wait until there is something to read, or so long; return where."""

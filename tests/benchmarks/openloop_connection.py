@@ -36,7 +36,9 @@ from tests.benchmarks.statuses import (
     Statuses,
 )
 
-__all__ = ["Connection", "Sent", "Tally"]
+__all__ = ["UNLIMITED", "Connection", "Sent", "Tally"]
+
+UNLIMITED = 2**31
 
 # When it arrived (ns of perf_counter), whether it counts, the request.
 Sent = tuple[int, bool, bytes]
@@ -106,12 +108,20 @@ class Connection(http2.Connection):
     """Calls of one method to one server. A connection that is lost is made anew."""
 
     def __init__(
-        self, address: str, path: str, timeout_seconds: float, begins_with: bytes, tally: Tally
+        self,
+        address: str,
+        path: str,
+        begins_with: bytes,
+        tally: Tally,
+        *,
+        timeout_seconds: float,
+        in_flight_max: int,
     ) -> None:
         super().__init__(address)
         self._address = address
         self._blocks = header_blocks(address, path, f"{round(timeout_seconds * 1_000)}m")
         self._timeout_ns = int(timeout_seconds * 1e9)
+        self._in_flight_max = in_flight_max
         self._begins_with = begins_with
         self._tally = tally
         self._begin()
@@ -277,7 +287,8 @@ class Connection(http2.Connection):
             self.ready = True
             if not self._leaving:
                 # RFC 9113 §6.5.2: without a word there is no limit.
-                self._limit = self._settings.get(MAX_CONCURRENT_STREAMS, 1 << 30)
+                allowed = self._settings.get(MAX_CONCURRENT_STREAMS, UNLIMITED)
+                self._limit = min(allowed, self._in_flight_max)
 
     def _lost(self) -> None:
         for stream in tuple(self.sent):

@@ -1,9 +1,9 @@
 """What becomes of a server that more is asked of than it can do.
 
-An open loop (openloop.py) at a tenth, once, twice and ten times of what a closed loop gets out of
-the server in the same round: a good server answers as much as ever, as fast as ever, and says no to
-the rest. A part of its own beside the table of calls; slices of all loads in turns within each
-round, on servers of its own, whose memory begins empty.
+An open loop (openloop.py) at a tenth, once, twice and ten times of the most that the server does in
+the same round: a good one goes on to answer as many calls, about as fast, and says no to the rest.
+A part of its own beside the table of calls; slices of all loads in turns within each round, on
+servers of its own, whose memory begins empty.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ __all__ = ["SECONDS_MAX", "cases", "measure"]
 
 # What of the run this part may take.
 SECONDS_MAX = 100.0
-ROUNDS, SECONDS = 3, 0.6
+ROUNDS, SECONDS = 3, 0.5
 QUICK_ROUNDS, QUICK_SECONDS = 1, 0.3
 # A slice in which the generator did not keep up is taken once more, and so often in all.
 AGAIN_MAX = 8
@@ -102,12 +102,12 @@ def _round(result: Result, slicer: Slicer, order: random.Random, again: int) -> 
     """Take one slice of each load of a case, in an order of their own. Return what is left of
     `again`."""
     case = result.case
-    peak = slicer.capacity(case.row, case.row.in_flight)
+    peak = slicer.peak(case.row)
     rates: dict[str, list[tuple[Row, float]]]
     if case.beside is None:
         rates = {load: [(case.row, peak * times)] for load, times in LOADS.items()}
     else:
-        flood = slicer.capacity(case.beside, case.beside.in_flight)
+        flood = slicer.peak(case.beside)
         own = (case.row, peak * MODERATE)
         rates = {ALONE: [own], FLOODED: [own, (case.beside, flood * FLOOD)]}
     seen: dict[str, Seen] = {}
@@ -117,7 +117,7 @@ def _round(result: Result, slicer: Slicer, order: random.Random, again: int) -> 
         if not seen[load].kept_up and again:
             again -= 1
             seen[load] = slicer.slice(rates[load], longer=longer)
-    result.rounds.append(Round(peak, seen))
+    result.rounds.append(Round(peak, {load: seen[load] for load in rates}))
     return again
 
 

@@ -23,7 +23,7 @@ __all__ = [
     "lines",
 ]
 
-# By name: of what a closed loop gets out of the server, so much.
+# By name: so many times the peak.
 UNLOADED, TENFOLD = "0.1×", "10×"
 LOADS = {UNLOADED: 0.1, "1×": 1.0, "2×": 2.0, TENFOLD: 10.0}
 # Half of it, without and with the other traffic's flood.
@@ -57,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Slices of one case, by load. `peak` is what a closed loop got, calls per second."""
+    """Slices of one case, by load. `peak` is the most that the server does, calls per second."""
 
     peak: float
     seen: dict[str, Seen]
@@ -147,7 +147,7 @@ def lines(results: Sequence[Result]) -> Iterator[str]:
             yield form.format(
                 result.case.name, result.case.row.transport, load, *_cells(result, load)
             )
-    yield "A closed loop in the same round gives the peak; each load is so many times that."
+    yield "Peak: with a bounded number of calls in flight, in the same round. Loads are times that."
     yield "Held back: by the server's limit of calls on a connection, and given up at once."
     yield f"Goodput: right answers to a second, within {TIMEOUT_SECONDS:.0f} s of arrival."
     yield "Unloaded: p99 by that of the case's first line. RSS: of the server, under the load."
@@ -227,16 +227,11 @@ def _counts(outcome: Outcome) -> dict[str, Any]:
 
 
 def _p50(outcome: Outcome) -> float:
-    return _percentile_us(outcome, 0.50)
+    return outcome.percentile_us(0.50)
 
 
 def _p99(outcome: Outcome) -> float:
-    return _percentile_us(outcome, 0.99)
-
-
-def _percentile_us(outcome: Outcome, share: float) -> float:
-    # When none was answered in time, each took at least that.
-    return outcome.percentile_us(share) or TIMEOUT_SECONDS * 1e6
+    return outcome.percentile_us(0.99)
 
 
 def _title(result: Result) -> str:

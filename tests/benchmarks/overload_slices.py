@@ -1,14 +1,16 @@
 """One slice of overload: calls that come to a server at a rate, and what was seen of it."""
 
 import itertools
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 
 from tests.benchmarks import load, openloop, processes
 from tests.benchmarks.openloop import Outcome, Traffic
+from tests.benchmarks.openloop_connection import UNLIMITED
 from tests.benchmarks.processes import Server
 from tests.benchmarks.rows import Row
 
@@ -20,13 +22,14 @@ CONNECTIONS = 4
 # Of the client library's verifies; for all calls here, so that no slice has to wait for long.
 TIMEOUT_SECONDS = 1.0
 HEALTH_PER_S = 100.0
+# For the peak: so many times what it did the last time is surely enough.
+ENOUGH = 3.0
 # SERVING.
 _SERVING = b"\x08\x01"
-# A server has settled when it takes less than so much of its core; what is left of a flood, such
-# as calls that were given up, is none of the next slice's.
-SETTLED_SHARE = 0.2
-SETTLE_SECONDS_MAX = 30.0
-LOOK_SECONDS = 0.05
+# A server has settled when in so many looks, one after the other, it and Postgres took less than
+# this share of a core.
+SETTLED_SHARE, LOOKS, LOOK_SECONDS = 0.25, 2, 0.03
+SETTLE_SECONDS_MAX = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,32 +56,36 @@ class Slicer:
     server: Server
     postmaster: int
     seconds: float
+    # What each row did the last time.
+    _rough: dict[tuple[str, str, int], float] = field(default_factory=dict, repr=False)
 
-    def capacity(self, row: Row, in_flight: int) -> float:
-        """Return how many calls to a second there are in a closed loop."""
-        self.settle()
-        done = load.run(
-            self.server.address,
-            row.path,
-            row.requests,
-            in_flight=in_flight,
-            warm_up_seconds=WARM_UP_SECONDS,
-            seconds=self.seconds,
-            begins_with=row.begins_with,
-        )
-        if done.failures or not done.calls:
-            raise RuntimeError(f"{done.failures} of {done.calls + done.failures} calls failed")
-        return done.calls / done.seconds
+    def peak(self, row: Row) -> float:
+        """Return how many calls to a second the server does when it is given enough, but no more
+        at once than it likes: twice what the row has in flight."""
+        rough = self._rough.get(row.key) or self._closed(row, row.in_flight, 0.1, 0.2).calls / 0.2
+        if not rough:
+            raise RuntimeError("no call succeeded")
+        at_once = math.ceil(2 * row.in_flight / CONNECTIONS)
+        seen = self.slice([(row, rough * ENOUGH)], in_flight_max=at_once)
+        self._rough[row.key] = seen.outcome.goodput
+        return seen.outcome.goodput
 
-    def slice(self, rates: Sequence[tuple[Row, float]], *, longer: float = 1.0) -> Seen:
+    def slice(
+        self,
+        rates: Sequence[tuple[Row, float]],
+        *,
+        longer: float = 1.0,
+        in_flight_max: int = UNLIMITED,
+    ) -> Seen:
         """Have calls come at so many a second, of one row or of two, with health checks beside
         them."""
-        self.settle()
+        self.settle(rates[0][0])
         traffics = [
             Traffic(
                 *(row.path, row.requests, row.begins_with, per_second),
                 connections=CONNECTIONS,
                 timeout_seconds=TIMEOUT_SECONDS,
+                in_flight_max=in_flight_max,
             )
             for row, per_second in rates
         ]
@@ -119,13 +126,33 @@ class Slicer:
             kept_up=done.kept_up,
         )
 
-    def settle(self) -> None:
-        """Wait until what came before is done with."""
+    def settle(self, row: Row) -> None:
+        """Wait until what came before is done with: a call is answered, and then little is done.
+
+        A flood leaves behind calls that were given up, and what they take is none of the next
+        slice's.
+        """
+        self._closed(row, 1, 0.0, 0.0)
         cpu = processes.meter(self.server, self.postmaster)
         give_up = time.monotonic() + SETTLE_SECONDS_MAX
-        while time.monotonic() < give_up:
+        idle = 0
+        while idle < LOOKS:
+            if time.monotonic() > give_up:
+                raise RuntimeError(f"the server is still busy after {SETTLE_SECONDS_MAX:.0f} s")
             before, began = sum(cpu()), time.monotonic()
             time.sleep(LOOK_SECONDS)
-            if sum(cpu()) - before < SETTLED_SHARE * (time.monotonic() - began):
-                return
-        raise RuntimeError(f"the server is still busy after {SETTLE_SECONDS_MAX:.0f} s of rest")
+            is_idle = sum(cpu()) - before < SETTLED_SHARE * (time.monotonic() - began)
+            idle = idle + 1 if is_idle else 0
+
+    def _closed(
+        self, row: Row, in_flight: int, warm_up_seconds: float, seconds: float
+    ) -> load.Slice:
+        return load.run(
+            self.server.address,
+            row.path,
+            row.requests,
+            in_flight=in_flight,
+            warm_up_seconds=warm_up_seconds,
+            seconds=seconds,
+            begins_with=row.begins_with,
+        )
