@@ -204,12 +204,12 @@ class _Source:
             connection.close()
 
     @property
-    def under_way(self) -> int:
-        return sum(len(connection.sent) for connection in self.connections)
-
-    @property
     def over(self) -> bool:
         return self.arrived == len(self.moments)
+
+    @property
+    def done(self) -> bool:
+        return self.over and not any(connection.sent for connection in self.connections)
 
     def has_room(self) -> bool:
         return any(connection.has_room() for connection in self.connections)
@@ -278,7 +278,7 @@ class _Loop:
                 cpu, after = time.process_time() - cpu, self._meter()
                 measured = (now - begin) / 1e9
                 self._within(False)
-            if after is not None and not any(source.under_way for source in self._sources):
+            if after is not None and all(source.done for source in self._sources):
                 break
             if now > give_up:
                 raise LoadError("calls are still under way long after their deadlines")

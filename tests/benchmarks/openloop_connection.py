@@ -194,6 +194,7 @@ class Connection(http2.Connection):
         for stream in late:
             self._end(stream, DEADLINE_EXCEEDED, 0)
             self.out.append(frame(RST_STREAM, 0, stream, CANCEL.to_bytes(4, "big")))
+        self._after()
 
     def read(self) -> None:
         """Read what there is, and note what became of calls."""
@@ -241,6 +242,9 @@ class Connection(http2.Connection):
                 self._other(kind, flags, stream, buffer[start:position])
         self._rest = buffer[position:]
         self._give_back(self.out)
+        self._after()
+
+    def _after(self) -> None:
         if self._leaving and not self.sent:
             self._again()
         elif self.out:

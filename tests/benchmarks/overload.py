@@ -26,8 +26,8 @@ __all__ = ["SECONDS_MAX", "cases", "measure"]
 SECONDS_MAX = 100.0
 ROUNDS, SECONDS = 3, 0.5
 QUICK_ROUNDS, QUICK_SECONDS = 1, 0.3
-# A slice in which the generator did not keep up is taken once more, and so often in all.
-AGAIN_MAX = 8
+# A slice in which the load did not keep up is taken once more, but so many in a round at most.
+AGAIN_MAX = 2
 # There are few calls in it, and p99 is of them.
 UNLOADED_LONGER = 2.0
 # What the traffic that is looked at does while the other one floods: it is not overloaded itself.
@@ -79,7 +79,6 @@ def measure(bench: Bench, chosen: Sequence[Case]) -> list[Result]:
             if name != "reading":
                 remember(server.address, bench.seeded["usual"].secrets[:WARM_SECRETS])
         order = random.Random(1)  # noqa: S311 - for order, not for secrets
-        again = AGAIN_MAX
         longest = 0.0
         rounds = QUICK_ROUNDS if bench.quick else ROUNDS
         for number in range(1, rounds + 1):
@@ -87,6 +86,7 @@ def measure(bench: Bench, chosen: Sequence[Case]) -> list[Result]:
             if began + longest > bench.give_up:
                 _say(f"Out of time: overload, {number - 1} rounds instead of {rounds}")
                 break
+            again = AGAIN_MAX
             for result in order.sample(results, len(results)):
                 slicer = slicers[result.case.row.server]
                 try:
