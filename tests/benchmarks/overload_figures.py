@@ -137,10 +137,10 @@ def lines(results: Sequence[Result]) -> Iterator[str]:
     """Yield the lines of the table: medians of the rounds."""
     if not any(result.rounds for result in results):
         return
-    form = "{:<24} {:<8} {:<12}" + " {:>9}" * 5 + " {:>8}" * 6 + "  {}"
+    form = "{:<24} {:<8} {:<12}" + " {:>9}" * 6 + " {:>8}" * 6 + "  {}"
     yield form.format(
-        *("overload", "server", "load", "offered/s", "sent/s", "held back", "refused", "goodput"),
-        *("of peak", "p50 ms", "p99 ms", "unloaded", "RSS MB", "sent ms", ""),
+        *("overload", "server", "load", "offered/s", "sent/s", "held back", "refused", "too late"),
+        *("goodput", "of peak", "p50 ms", "p99 ms", "unloaded", "RSS MB", "sent ms", ""),
     )
     for result in results:
         for load in result.rounds[0].seen if result.rounds else ():
@@ -149,8 +149,9 @@ def lines(results: Sequence[Result]) -> Iterator[str]:
             )
     yield "Peak: with a bounded number of calls in flight, in the same round. Loads are times that."
     yield "Held back: by the server's limit of calls on a connection, and given up at once."
-    yield f"Goodput: right answers to a second, within {TIMEOUT_SECONDS:.0f} s of arrival."
-    yield "Unloaded: p99 by that of the case's first line. RSS: of the server, under the load."
+    yield f"Too late: after {TIMEOUT_SECONDS:.0f} s. Goodput: right answers in time, to a second."
+    yield "p50, p99: of calls not refused. Unloaded: p99 by that of the case's first line."
+    yield "RSS: of the server at the end of the slice, under the load."
     yield "Sent: 99 of 100 calls so long after their arrival; * in which rounds the load was late."
 
 
@@ -166,6 +167,7 @@ def _cells(result: Result, load: str) -> Iterator[str]:
     yield per_s(lambda outcome: outcome.sent)
     yield per_s(lambda outcome: outcome.held_back)
     yield per_s(lambda outcome: outcome.tally.refused + outcome.tally.unavailable)
+    yield per_s(lambda outcome: outcome.tally.too_late)
     yield f"{middle(lambda seen: seen.outcome.goodput):,.0f}"
     share = statistics.median(r.seen[load].outcome.goodput / r.peak for r in result.rounds)
     yield f"{share:.2f}"
