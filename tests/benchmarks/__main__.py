@@ -43,7 +43,8 @@ OUTPUT = Path("build/bench.json")
 
 
 def main() -> int:
-    """Measure, print, write. Returns 1 if an answer was wrong: speed is no test, that is."""
+    """Measure, print, write. Returns 1 if an answer was wrong, or a server broke down: speed is no
+    test, that is."""
     options = _options()
     began, load_before = time.monotonic(), os.getloadavg()[0]
     # Either way every process is ended in order.
@@ -80,6 +81,7 @@ def main() -> int:
         # Last, for its floods leave tokens behind in the database that the rows are measured on.
         until = time.monotonic() + overload.SECONDS_MAX
         overloaded = overload.measure(dataclasses.replace(bench, give_up=until), overloads)
+        broken = [line for result in overloaded for line in result.errors]
         beyond = overload_figures.figures(overloaded)
         wrong = _check(servers, seeded, keyring)
         page = None
@@ -109,6 +111,7 @@ def main() -> int:
     document["overload"] = {
         "figures": [figure.document() for figure in beyond],
         "slices": overload_figures.document(overloaded),
+        "not_measured": broken,
     }
     OUTPUT.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", "utf-8")
     _say("", f"Written to {OUTPUT} after {about['run_seconds']} s.")
@@ -117,7 +120,9 @@ def main() -> int:
     ]
     for line in wrong:
         _say(f"WRONG ANSWER: {line}")
-    return 1 if wrong else 0
+    for line in broken:
+        _say(f"NOT MEASURED: {line}")
+    return 1 if wrong or broken else 0
 
 
 def _measure(

@@ -1,7 +1,7 @@
 """What becomes of a server that more is asked of than it can do.
 
-An open loop (openloop.py) at a tenth, once, twice and ten times of the most that the server does in
-the same round: a good one goes on to answer as many calls, about as fast, and says no to the rest.
+An open loop (openloop.py) at a tenth, once, twice and ten times of what the server can do in the
+same round: a good one goes on to answer as many calls, about as fast, and says no to the rest.
 A part of its own beside the table of calls; slices of all loads in turns within each round, on
 servers of its own, whose memory begins empty.
 """
@@ -30,7 +30,7 @@ QUICK_ROUNDS, QUICK_SECONDS = 1, 0.3
 AGAIN_MAX = 2
 # There are few calls in it, and p99 is of them.
 UNLOADED_LONGER = 2.0
-# What the traffic that is looked at does while the other one floods: it is not overloaded itself.
+# How much the traffic that is looked at has of its own capacity, while the other one floods.
 MODERATE = 0.5
 FLOOD = 10.0
 # How each server differs from what it is by default.
@@ -60,7 +60,8 @@ def cases(rows: Sequence[Row], only: str) -> list[Case]:
 def measure(bench: Bench, chosen: Sequence[Case]) -> list[Result]:
     """Measure the cases in rounds; leave out the rounds that there is no time for.
 
-    Raises SystemExit when something gave a wrong answer.
+    A case that a server breaks down under, or answers wrongly, is not measured any further, and
+    its result says why.
     """
     results = [Result(case) for case in chosen]
     if not chosen:
@@ -88,11 +89,13 @@ def measure(bench: Bench, chosen: Sequence[Case]) -> list[Result]:
                 break
             again = AGAIN_MAX
             for result in order.sample(results, len(results)):
+                if result.errors:
+                    continue
                 slicer = slicers[result.case.row.server]
                 try:
                     again = _round(result, slicer, order, again)
                 except (LoadError, RuntimeError, OSError) as error:
-                    raise SystemExit(f"{result.case.title}: {error}") from error
+                    result.errors.append(f"{result.case.title}: {error}")
             longest = max(longest, time.monotonic() - began)
             _say(f"overload, round {number} of {rounds}: {time.monotonic() - began:.0f} s")
     return results
@@ -102,13 +105,13 @@ def _round(result: Result, slicer: Slicer, order: random.Random, again: int) -> 
     """Take one slice of each load of a case, in an order of their own. Return what is left of
     `again`."""
     case = result.case
-    peak = slicer.peak(case.row)
+    bounded = slicer.bounded(case.row)
     rates: dict[str, list[tuple[Row, float]]]
     if case.beside is None:
-        rates = {load: [(case.row, peak * times)] for load, times in LOADS.items()}
+        rates = {load: [(case.row, bounded * times)] for load, times in LOADS.items()}
     else:
-        flood = slicer.peak(case.beside)
-        own = (case.row, peak * MODERATE)
+        flood = slicer.bounded(case.beside)
+        own = (case.row, bounded * MODERATE)
         rates = {ALONE: [own], FLOODED: [own, (case.beside, flood * FLOOD)]}
     seen: dict[str, Seen] = {}
     for load in order.sample(list(rates), len(rates)):
@@ -117,7 +120,7 @@ def _round(result: Result, slicer: Slicer, order: random.Random, again: int) -> 
         if not seen[load].kept_up and again:
             again -= 1
             seen[load] = slicer.slice(rates[load], longer=longer)
-    result.rounds.append(Round(peak, {load: seen[load] for load in rates}))
+    result.rounds.append(Round(bounded, {load: seen[load] for load in rates}))
     return again
 
 

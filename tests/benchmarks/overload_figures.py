@@ -23,7 +23,7 @@ __all__ = [
     "lines",
 ]
 
-# By name: so many times the peak.
+# By name: so many times what the server does with a bounded number in flight.
 UNLOADED, TENFOLD = "0.1×", "10×"
 LOADS = {UNLOADED: 0.1, "1×": 1.0, "2×": 2.0, TENFOLD: 10.0}
 # Half of it, without and with the other traffic's flood.
@@ -57,10 +57,16 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Slices of one case, by load. `peak` is the most that the server does, calls per second."""
+    """Slices of one case, by load, and what the server did with a bounded number of calls in
+    flight, by which the loads were chosen; calls per second."""
 
-    peak: float
+    bounded: float
     seen: dict[str, Seen]
+
+    @property
+    def peak(self) -> float:
+        """The most that it did: a moment in which the neighbours were busy is no peak."""
+        return max(self.bounded, *(seen.outcome.goodput for seen in self.seen.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,8 @@ class Result:
 
     case: Case
     rounds: list[Round] = field(default_factory=list)
+    # Why there is no more of it.
+    errors: list[str] = field(default_factory=list)
 
 
 def figures(results: Sequence[Result]) -> list[Figure]:
@@ -96,9 +104,10 @@ def _alone(result: Result) -> Iterator[Figure]:
 
 
 def _flooded(result: Result) -> Iterator[Figure]:
-    shares = [
-        r.seen[FLOODED].outcome.goodput / r.seen[ALONE].outcome.goodput for r in result.rounds
+    pairs = [
+        (r.seen[FLOODED].outcome.goodput, r.seen[ALONE].outcome.goodput) for r in result.rounds
     ]
+    shares = [flooded / alone if alone else 0.0 for flooded, alone in pairs]
     name = f"{_title(result)} at {TENFOLD}, goodput by alone"
     yield Figure.median(name, "times", shares, at_least=FLOODED_SHARE_MIN)
 
@@ -122,7 +131,7 @@ def _health(results: Sequence[Result]) -> Iterator[Figure]:
         ]
         name = f"health checks during floods, {transport}"
         answered = [check.tally.ok / check.offered for check in checks]
-        # The worst of them: all are to be answered.
+        # Of all together, and not a median: each is to be answered.
         share = sum(c.tally.ok for c in checks) / sum(c.offered for c in checks)
         yield Figure(
             *(f"{name}, answered SERVING", "times", share, min(answered), max(answered)),
@@ -135,7 +144,8 @@ def _health(results: Sequence[Result]) -> Iterator[Figure]:
 
 def lines(results: Sequence[Result]) -> Iterator[str]:
     """Yield the lines of the table: medians of the rounds."""
-    if not any(result.rounds for result in results):
+    results = [result for result in results if result.rounds]
+    if not results:
         return
     form = "{:<24} {:<8} {:<12}" + " {:>9}" * 6 + " {:>8}" * 6 + "  {}"
     yield form.format(
@@ -143,11 +153,16 @@ def lines(results: Sequence[Result]) -> Iterator[str]:
         *("goodput", "of peak", "p50 ms", "p99 ms", "unloaded", "RSS MB", "sent ms", ""),
     )
     for result in results:
-        for load in result.rounds[0].seen if result.rounds else ():
+        for load in result.rounds[0].seen:
             yield form.format(
                 result.case.name, result.case.row.transport, load, *_cells(result, load)
             )
-    yield "Peak: with a bounded number of calls in flight, in the same round. Loads are times that."
+    for figure in _health(results):
+        share = figure.unit == "times"
+        value = f"{figure.value:.1%} of {figure.samples:,}" if share else f"{figure.value:.1f} ms"
+        yield f"{figure.name}: {value}"
+    yield "Loads: times what the server did with a bounded number in flight, in the same round."
+    yield "Peak: the most that it did in that round, so or under any of the loads."
     yield "Held back: by the server's limit of calls on a connection, and given up at once."
     yield f"Too late: after {TIMEOUT_SECONDS:.0f} s. Goodput: right answers in time, to a second."
     yield "p50, p99: of calls not refused. Unloaded: p99 by that of the case's first line."
@@ -189,6 +204,7 @@ def document(results: Sequence[Result]) -> list[dict[str, Any]]:
             "transport": result.case.row.transport,
             "load": load,
             "round": number,
+            "bounded_per_s": round(taken.bounded),
             "peak_per_s": round(taken.peak),
             "calls": _counts(seen.outcome),
             "flood": None if seen.beside is None else _counts(seen.beside),

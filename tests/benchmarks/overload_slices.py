@@ -22,7 +22,7 @@ CONNECTIONS = 4
 # Of the client library's verifies; for all calls here, so that no slice has to wait for long.
 TIMEOUT_SECONDS = 1.0
 HEALTH_PER_S = 100.0
-# For the peak: so many times what it did the last time is surely enough.
+# Of the calls that are bounded in flight: so many times what it did the last time.
 ENOUGH = 3.0
 # SERVING.
 _SERVING = b"\x08\x01"
@@ -59,16 +59,16 @@ class Slicer:
     # What each row did the last time.
     _rough: dict[tuple[str, str, int], float] = field(default_factory=dict, repr=False)
 
-    def peak(self, row: Row) -> float:
+    def bounded(self, row: Row) -> float:
         """Return how many calls to a second the server does when it is given enough, but no more
-        at once than it likes: twice what the row has in flight."""
+        at once than it likes: twice what the row has in flight. Raises as `slice` does."""
         rough = self._rough.get(row.key) or self._closed(row, row.in_flight, 0.1, 0.2).calls / 0.2
-        if not rough:
-            raise RuntimeError("no call succeeded")
         at_once = math.ceil(2 * row.in_flight / CONNECTIONS)
-        seen = self.slice([(row, rough * ENOUGH)], in_flight_max=at_once)
-        self._rough[row.key] = seen.outcome.goodput
-        return seen.outcome.goodput
+        seen = self.slice([(row, max(1.0, rough) * ENOUGH)], in_flight_max=at_once)
+        if not (found := seen.outcome.goodput):
+            raise RuntimeError(f"{row.name}: no call succeeded")
+        self._rough[row.key] = found
+        return found
 
     def slice(
         self,
@@ -78,7 +78,7 @@ class Slicer:
         in_flight_max: int = UNLIMITED,
     ) -> Seen:
         """Have calls come at so many a second, of one row or of two, with health checks beside
-        them."""
+        them. Raises RuntimeError at a wrong answer, LoadError and OSError."""
         self.settle(rates[0][0])
         traffics = [
             Traffic(

@@ -10,7 +10,7 @@ from tests.benchmarks.openloop import Traffic
 from tests.benchmarks.rows import SERVICE
 
 # Few calls, and more patience than a busy machine needs: all of them are answered.
-PER_S, SECONDS, PATIENCE_SECONDS = 100.0, 0.5, 10.0
+PER_S, SECONDS, PATIENCE_SECONDS = 40.0, 0.5, 10.0
 
 
 def traffic(method: str, request, begins_with: bytes = b"\x08\x01", **more) -> Traffic:
@@ -44,7 +44,6 @@ async def test_calls_are_answered_and_statuses_told_apart(address, create):
         assert outcome.tally.connections_lost == 0
     for outcome in (verifies, checks):
         assert outcome.tally.ok == outcome.sent == PER_S * SECONDS
-        assert outcome.goodput > 0
         assert 0 < outcome.percentile_us(0.50) <= outcome.percentile_us(0.99)
     # INVALID_ARGUMENT, NOT_FOUND, UNIMPLEMENTED.
     for outcome, code in zip(others, (3, 5, 12), strict=True):

@@ -90,6 +90,14 @@ def test_each_failing_is_seen(at_10, what):
     assert missed(alone({"10×": at_10})) == [f"Verify, warm, native at 10×, {what}, times"]
 
 
+def test_peak_is_the_most_that_was_seen():
+    """When the slice that should give it was disturbed, no load passes for as good as the best."""
+    disturbed = Round(0.5 * PEAK, {load: seen(PEAK) for load in LOADS} | {"2×": seen(0.8 * PEAK)})
+    assert missed(Result(Case(VERIFY), [disturbed])) == [
+        "Verify, warm, native at 2×, goodput by the peak, times"
+    ]
+
+
 def test_memory_is_compared_from_the_first_round_to_the_last():
     """What the server has grown by from one 10× to the last one."""
     grown = alone({"10×": seen(PEAK, rss=100)}, {}, {"10×": seen(PEAK, rss=106)})
