@@ -17,6 +17,7 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
 from tests.benchmarks import openloop
 from tests.benchmarks.openloop import Outcome, Traffic
+from tests.benchmarks.openloop_connection import UNLIMITED
 from tests.benchmarks.rows import SERVICE
 
 HEALTH_PER_S = 50.0
@@ -40,6 +41,7 @@ def main() -> None:
             *(SERVICE + method, requests, begins_with, float(per_second)),
             connections=options.connections,
             timeout_seconds=options.timeout,
+            in_flight_max=options.in_flight,
             seed=options.seed,
         )
     done = openloop.run(
@@ -105,6 +107,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--warm-up", type=float, default=0.5)
     parser.add_argument("--connections", type=int, default=4)
+    parser.add_argument(
+        "--in-flight", type=int, default=UNLIMITED, help="at most, on each connection"
+    )
     parser.add_argument("--timeout", type=float, default=1.0, help="the calls' deadline, seconds")
     parser.add_argument("--seed", type=int, help="arrivals by chance instead of evenly")
     return parser.parse_args()

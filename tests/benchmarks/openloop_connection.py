@@ -45,6 +45,8 @@ Sent = tuple[int, bool, bytes]
 
 # Small: what is read at a time takes long to look through, and meanwhile nothing is sent.
 RECEIVE_BYTES = 1 << 15
+# With gRPC's prefix. Each request is sent whole, into a window of 65,535 bytes for them all.
+REQUEST_BYTES_MAX = 8_192
 # A server that loses more of them is not overloaded but broken.
 LOST_MAX = 100
 # A prime, as in load.py.
@@ -149,14 +151,19 @@ class Connection(http2.Connection):
 
     def has_room(self) -> bool:
         """Tell whether one more call may be put: as many streams as the server allows, a window
-        that is open, nothing left over from the last time."""
-        return len(self.sent) < self._limit and self._send_window > 0 and not self.unsent
+        that is open far enough, nothing left over from the last time."""
+        return (
+            len(self.sent) < self._limit
+            and self._send_window >= REQUEST_BYTES_MAX
+            and not self.unsent
+        )
 
     def put(self, sent: Sent) -> None:
-        """Begin a call; `flush` sends it."""
+        """Begin a call, for which there is room; `flush` sends it."""
         request = sent[2]
         size = len(request) + 5
-        # Below zero is within the rules for what we send whole: has_room waits till it is not.
+        if size > REQUEST_BYTES_MAX:
+            raise ValueError(f"a request has {REQUEST_BYTES_MAX - 5} bytes at most")
         self._send_window -= size
         self._stream += 2
         stream = self._stream

@@ -21,7 +21,7 @@ from tests.benchmarks.http2 import (
     frame,
 )
 from tests.benchmarks.openloop import Outcome, Run, Tally, Traffic, _Source, schedule
-from tests.benchmarks.openloop_connection import LOST_MAX, Connection
+from tests.benchmarks.openloop_connection import LOST_MAX, REQUEST_BYTES_MAX, Connection
 
 MS = 1_000_000
 SECONDS_MAX = 10.0
@@ -218,6 +218,24 @@ def test_no_more_are_under_way_than_the_server_allows(peer, connect):
     peer.answer(5)
     read_until(connection, connection.has_room)
     assert tally.ok == 3
+
+
+def test_no_more_is_sent_than_the_window_takes(peer, connect):
+    """A request that might not fit is not begun, and with a wider window it is."""
+    connection = connect(Tally(), limit=100)
+    large = bytes(http2.WINDOW_DEFAULT // 10)
+    begun = 0
+    while connection.has_room():
+        connection.put((0, True, large))
+        connection.flush()
+        begun += 1
+        peer.heard(DATA, 1)
+    assert begun == (http2.WINDOW_DEFAULT - REQUEST_BYTES_MAX) // (len(large) + 5) + 1
+    assert begun * (len(large) + 5) <= http2.WINDOW_DEFAULT
+    peer.say(frame(http2.WINDOW_UPDATE, 0, 0, REQUEST_BYTES_MAX.to_bytes(4, "big")))
+    read_until(connection, connection.has_room)
+    with pytest.raises(ValueError, match="at most"):
+        connection.put((0, True, bytes(REQUEST_BYTES_MAX)))
 
 
 def test_call_that_is_out_of_time_is_cancelled_and_its_answer_ignored(peer, connect):
