@@ -7,39 +7,35 @@ Answers are looked at by size and first bytes, and a sample of them is kept for 
 """
 
 import gc
-import socket
-import struct
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from tests.benchmarks.http2 import (
+    ACK,
+    DATA,
+    DATA_FRAME,
+    END_HEADERS,
+    END_STREAM,
+    FRAME,
+    HEADERS,
+    MAX_CONCURRENT_STREAMS,
+    PADDED,
+    RST_STREAM,
+    SETTINGS,
+    SILENCE_SECONDS_MAX,
+    Connection,
+    LoadError,
+    frame,
+    header_blocks,
+)
+
 __all__ = ["LoadError", "Slice", "run"]
 
-# A server that says nothing for so long is broken; the run must not wait for it.
-SILENCE_SECONDS_MAX = 10.0
 RECEIVE_BYTES = 1 << 18
 # Every so many answers one is kept. A prime, so as not to fall in step with a server's batches.
 SAMPLE_EVERY = 97
 SAMPLES_MAX = 500
-
-# RFC 9113 §3.4, §6, §6.5.2.
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
-ACK = END_STREAM = 0x1
-END_HEADERS, PADDED = 0x4, 0x8
-HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE = 1, 2, 3, 4
-WINDOW_DEFAULT, WINDOW_MAX = 65_535, 2**31 - 1
-# What is given back to the server's window at a time.
-WINDOW_STEP = 1 << 28
-
-# Frame header: length (24 bits), type, flags, stream. The second one goes on with gRPC's prefix of
-# a message: not compressed, length.
-_FRAME = struct.Struct(">BHBBI")
-_DATA = struct.Struct(">BHBBIBI")
-
-
-class LoadError(Exception):
-    """The server does not behave as the load needs it to; the message says how."""
 
 
 @dataclass(slots=True)
@@ -93,30 +89,17 @@ def run(
         connection.close()
 
 
-class _Connection:
+class _Connection(Connection):
     """One HTTP/2 connection with calls of one method on it."""
 
     def __init__(self, address: str, path: str) -> None:
-        host, _, port = address.rpartition(":")
-        self._socket = socket.create_connection((host, int(port)), SILENCE_SECONDS_MAX)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._first_block, self._block = _header_blocks(address, path)
-        self._settings = {INITIAL_WINDOW_SIZE: WINDOW_DEFAULT}
-        self._send_window = WINDOW_DEFAULT
-        self._received = 0
+        super().__init__(address)
+        self._first_block, self._block = header_blocks(address, path)
         self._rest = b""
-
-    def close(self) -> None:
-        self._socket.close()
 
     def open(self, in_flight: int) -> None:
         """Shake hands. Raises LoadError if the server allows fewer calls at once."""
-        settings = struct.pack(">HIHI", ENABLE_PUSH, 0, INITIAL_WINDOW_SIZE, WINDOW_MAX)
-        self._socket.sendall(
-            PREFACE
-            + _frame(SETTINGS, 0, 0, settings)
-            + _frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", WINDOW_MAX - WINDOW_DEFAULT))
-        )
+        self._greet()
         got_settings = False
         while not got_settings:
             out: list[bytes] = []
@@ -126,8 +109,6 @@ class _Connection:
             self._socket.sendall(b"".join(out))
         if self._settings.get(MAX_CONCURRENT_STREAMS, in_flight) < in_flight:
             raise LoadError(f"the server allows fewer than {in_flight} calls at once")
-        if self._settings.get(HEADER_TABLE_SIZE, 4096) < 4096:
-            raise LoadError("the server's header table is smaller than is usual")
 
     def load(
         self,
@@ -147,7 +128,7 @@ class _Connection:
         samples: list[tuple[bytes, bytes]] = []
         failures = 0
         stream = -1
-        headers = _frame(HEADERS, END_HEADERS, 0, self._block)
+        headers = frame(HEADERS, END_HEADERS, 0, self._block)
         headers_start, headers_end = headers[:5], headers[9:]
         waiting_request: bytes | None = None
         prefix_end = 5 + len(begins_with)
@@ -182,11 +163,13 @@ class _Connection:
                 self._send_window -= size
                 stream += 2
                 if stream == 1:
-                    out.append(_frame(HEADERS, END_HEADERS, 1, self._first_block))
+                    out.append(frame(HEADERS, END_HEADERS, 1, self._first_block))
                 else:
                     out += (headers_start, stream.to_bytes(4, "big"), headers_end)
                 out.append(
-                    _DATA.pack(size >> 16, size & 0xFFFF, DATA, END_STREAM, stream, 0, size - 5)
+                    DATA_FRAME.pack(
+                        size >> 16, size & 0xFFFF, DATA, END_STREAM, stream, 0, size - 5
+                    )
                 )
                 out.append(request)
                 sent[stream] = (now, request)
@@ -199,7 +182,7 @@ class _Connection:
             now = clock()
             position, length = 0, len(buffer)
             while length - position >= 9:
-                high, low, kind, flags, number = _FRAME.unpack_from(buffer, position)
+                high, low, kind, flags, number = FRAME.unpack_from(buffer, position)
                 start = position + 9
                 position = start + (high << 16 | low)
                 if position > length:
@@ -231,9 +214,7 @@ class _Connection:
                     else:
                         failures += 1
             self._rest = buffer[position:]
-            if self._received > WINDOW_STEP:
-                out.append(_frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", self._received)))
-                self._received = 0
+            self._give_back(out)
         # What was answered after the end was only waited for.
         return Slice(
             (end - begin) / 1e9,
@@ -258,56 +239,9 @@ class _Connection:
         """Yield type, flags, stream and payload of each whole frame; keep the rest."""
         self._rest = buffer
         while len(self._rest) >= 9:
-            high, low, kind, flags, stream = _FRAME.unpack_from(self._rest)
+            high, low, kind, flags, stream = FRAME.unpack_from(self._rest)
             end = 9 + (high << 16 | low)
             if len(self._rest) < end:
                 return
             payload, self._rest = self._rest[9:end], self._rest[end:]
             yield kind, flags, stream, payload
-
-    def _control(
-        self, kind: int, flags: int, stream: int, payload: bytes, out: list[bytes]
-    ) -> None:
-        """Do what a frame that is neither headers nor data asks for."""
-        if kind == SETTINGS and not flags & ACK:
-            self._settings |= dict(struct.iter_unpack(">HI", payload))
-            if self._settings[INITIAL_WINDOW_SIZE] < WINDOW_DEFAULT:
-                # Each request is sent whole, and none is larger than this.
-                raise LoadError("the server's window for a call is smaller than is usual")
-            out.append(_frame(SETTINGS, ACK, 0, b""))
-        elif kind == PING and not flags & ACK:
-            out.append(_frame(PING, ACK, 0, payload))
-        elif kind == WINDOW_UPDATE and stream == 0:
-            self._send_window += int.from_bytes(payload, "big")
-        elif kind == GOAWAY:
-            raise LoadError(f"the server said GOAWAY, code {int.from_bytes(payload[4:8], 'big')}")
-
-
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    size = len(payload)
-    return _FRAME.pack(size >> 16, size & 0xFFFF, kind, flags, stream) + payload
-
-
-def _header_blocks(authority: str, path: str) -> tuple[bytes, bytes]:
-    """Return the headers of a connection's first call, and those of each later one.
-
-    The first has the server remember them, as gRPC's own clients do, and later ones name them by
-    number. RFC 7541 §6.1, §6.2.1, appendix A.
-    """
-
-    def text(value: str) -> bytes:
-        data = value.encode("ascii")
-        if len(data) > 126:
-            raise ValueError("a longer header needs a longer length")
-        return bytes([len(data)]) + data
-
-    method_and_scheme = b"\x83\x86"
-    first = (
-        method_and_scheme
-        + (b"\x44" + text(path))
-        + (b"\x41" + text(authority))
-        + (b"\x5f" + text("application/grpc"))
-        + (b"\x40" + text("te") + text("trailers"))
-    )
-    # Numbered from 62 on, the newest first: te, content-type, :authority, :path.
-    return first, method_and_scheme + bytes((0x80 | 65, 0x80 | 64, 0x80 | 63, 0x80 | 62))

@@ -1,0 +1,158 @@
+"""One slice of overload: calls that come to a server at a rate, and what was seen of it."""
+
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import psutil
+
+from tests.benchmarks import load, openloop, processes
+from tests.benchmarks.openloop import Outcome, Traffic
+from tests.benchmarks.openloop_connection import UNLIMITED
+from tests.benchmarks.processes import Server
+from tests.benchmarks.rows import Row
+
+__all__ = ["Seen", "Slicer"]
+
+WARM_UP_SECONDS = 0.25
+# As many as the most that a client of several connections has; a service's replicas together.
+CONNECTIONS = 4
+# Of the client library's verifies; for all calls here, so that no slice has to wait for long.
+TIMEOUT_SECONDS = 1.0
+HEALTH_PER_S = 100.0
+# Of the calls that are bounded in flight: so many times what it did the last time.
+ENOUGH = 3.0
+# SERVING.
+_SERVING = b"\x08\x01"
+# A server has settled when in so many looks, one after the other, it and Postgres took less than
+# this share of a core.
+SETTLED_SHARE, LOOKS, LOOK_SECONDS = 0.25, 2, 0.03
+SETTLE_SECONDS_MAX = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What was seen of one slice. Bytes of RSS at its end, with calls still coming."""
+
+    outcome: Outcome
+    # Other traffic that came at the same time.
+    beside: Outcome | None
+    health: Outcome
+    rss: int
+    # CPU per second, of a core.
+    server_cpu: float
+    postgres_cpu: float
+    load_cpu: float
+    late_ms: float
+    kept_up: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Slicer:
+    """Takes slices of a server."""
+
+    server: Server
+    postmaster: int
+    seconds: float
+    # What each row did the last time.
+    _rough: dict[tuple[str, str, int], float] = field(default_factory=dict, repr=False)
+
+    def bounded(self, row: Row) -> float:
+        """Return how many calls to a second the server does when it is given enough, but no more
+        at once than it likes: twice what the row has in flight. Raises as `slice` does."""
+        rough = self._rough.get(row.key) or self._closed(row, row.in_flight, 0.1, 0.2).calls / 0.2
+        at_once = math.ceil(2 * row.in_flight / CONNECTIONS)
+        seen = self.slice([(row, max(1.0, rough) * ENOUGH)], in_flight_max=at_once)
+        if not (found := seen.outcome.goodput):
+            raise RuntimeError(f"{row.name}: no call succeeded")
+        self._rough[row.key] = found
+        return found
+
+    def slice(
+        self,
+        rates: Sequence[tuple[Row, float]],
+        *,
+        longer: float = 1.0,
+        in_flight_max: int = UNLIMITED,
+    ) -> Seen:
+        """Have calls come at so many a second, of one row or of two, with health checks beside
+        them. Raises RuntimeError at a wrong answer, LoadError and OSError."""
+        self.settle(rates[0][0])
+        traffics = [
+            Traffic(
+                *(row.path, row.requests, row.begins_with, per_second),
+                connections=CONNECTIONS,
+                timeout_seconds=TIMEOUT_SECONDS,
+                in_flight_max=in_flight_max,
+            )
+            for row, per_second in rates
+        ]
+        health = Traffic(
+            *("/grpc.health.v1.Health/Check", itertools.repeat(b""), _SERVING, HEALTH_PER_S),
+            connections=1,
+            timeout_seconds=TIMEOUT_SECONDS,
+        )
+        worker = psutil.Process(self.server.pid)
+        resident: list[int] = []
+        cpu = processes.meter(self.server, self.postmaster)
+
+        def meter() -> tuple[float, ...]:
+            resident.append(worker.memory_info().rss)
+            return time.monotonic(), *cpu()
+
+        done = openloop.run(
+            self.server.address,
+            [*traffics, health],
+            warm_up_seconds=WARM_UP_SECONDS,
+            seconds=self.seconds * longer,
+            meter=meter,
+        )
+        for (row, _), outcome in zip(rates, done.outcomes, strict=False):
+            wrong = sum(not row.is_right(*sample) for sample in outcome.tally.samples)
+            if wrong or outcome.tally.wrong:
+                raise RuntimeError(f"{row.name}: {outcome.tally.wrong + wrong} wrong answers")
+        took, server_cpu, postgres_cpu = done.metered
+        return Seen(
+            outcome=done.outcomes[0],
+            beside=done.outcomes[1] if len(rates) > 1 else None,
+            health=done.outcomes[-1],
+            rss=resident[-1],
+            server_cpu=server_cpu / took,
+            postgres_cpu=postgres_cpu / took,
+            load_cpu=done.cpu_share,
+            late_ms=done.late_ms,
+            kept_up=done.kept_up,
+        )
+
+    def settle(self, row: Row) -> None:
+        """Wait until what came before is done with: a call is answered, and then little is done.
+
+        A flood leaves behind calls that were given up, and what they take is none of the next
+        slice's.
+        """
+        self._closed(row, 1, 0.0, 0.0)
+        cpu = processes.meter(self.server, self.postmaster)
+        give_up = time.monotonic() + SETTLE_SECONDS_MAX
+        idle = 0
+        while idle < LOOKS:
+            if time.monotonic() > give_up:
+                raise RuntimeError(f"the server is still busy after {SETTLE_SECONDS_MAX:.0f} s")
+            before, began = sum(cpu()), time.monotonic()
+            time.sleep(LOOK_SECONDS)
+            is_idle = sum(cpu()) - before < SETTLED_SHARE * (time.monotonic() - began)
+            idle = idle + 1 if is_idle else 0
+
+    def _closed(
+        self, row: Row, in_flight: int, warm_up_seconds: float, seconds: float
+    ) -> load.Slice:
+        return load.run(
+            self.server.address,
+            row.path,
+            row.requests,
+            in_flight=in_flight,
+            warm_up_seconds=warm_up_seconds,
+            seconds=seconds,
+            begins_with=row.begins_with,
+        )
