@@ -13,10 +13,11 @@ that need the database work in so many places at once, and the queue for these i
 
 Each role has places of its own: a flood of one takes nothing from the others. Verifies have none.
 One that is answered from memory is done before it could be refused, and those that read wait in
-one place, `lookup.py`; what bounds them is how many calls a connection may have (`transport`).
+one place, `lookup.py`. What bounds them is how many calls a connection may have, and how many wait
+to be begun (`native.py`).
 
-Refusing is not free either: a third of the time of an answer. `Pacer` keeps whoever calls again at
-once from taking the time that answers need.
+Refusing is not free either: it takes as long as an answer from memory. `Pacer` keeps whoever calls
+again at once from taking the time that answers need.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ from typing import Final, Self
 
 from latchkey_service.errors import TOO_LATE, LatchkeyError, Overloaded, StoreUnavailable
 
-__all__ = ["Pacer", "Place", "Places", "leave_place", "queue_max", "wait_seconds"]
+__all__ = ["Pacer", "Place", "Places", "QueueBound", "leave_place", "wait_seconds"]
 
 STANDING_SECONDS: Final = 0.5
 CALM_SECONDS: Final = 1.0
@@ -41,17 +42,31 @@ QUEUE_SECONDS_MAX: Final = 2.0
 STUCK_SECONDS: Final = 0.5
 # The share of the newest in what a call is thought to take.
 SMOOTHING: Final = 0.1
-# Some 5 % of a core. Up to so many come at once, and none later than this.
-REFUSALS_PER_SECOND: Final = 2_000
+# Some 3 % of a core. Up to so many come at once. And past so many that wait the next come at once
+# again: they would take too much memory.
+REFUSALS_PER_SECOND: Final = 1_000
 REFUSALS_AT_ONCE: Final = 100
-REFUSAL_SECONDS_MAX: Final = 0.25
+REFUSALS_WAITING_MAX: Final = 10_000
 
 
-def queue_max(places: int, standing_seconds: float, calm_seconds: float) -> int:
-    """Return how many may wait for these places, in a queue that has not been empty for so long,
-    and so long after the last refusal of one that was standing."""
-    standing = standing_seconds > STANDING_SECONDS or calm_seconds < CALM_SECONDS
-    return places * (STANDING if standing else BURST)
+class QueueBound:
+    """How many may wait in one queue: `burst`, or `standing` where the queue stands."""
+
+    def __init__(self, standing: int, burst: int) -> None:
+        self._standing, self._burst = standing, burst
+        self._since = 0.0
+        self._last_refused = -math.inf
+
+    def refuses(self, waiting: int, now: float) -> bool:
+        """Tell whether one that comes now, while so many wait, may not wait too."""
+        if not waiting:
+            self._since = now
+        stands = now - self._since > STANDING_SECONDS or now - self._last_refused < CALM_SECONDS
+        if waiting < (self._standing if stands else self._burst):
+            return False
+        if stands:
+            self._last_refused = now
+        return True
 
 
 def wait_seconds(waiting: int, places: int, call_seconds: float) -> float:
@@ -73,8 +88,7 @@ class Places:
         self._monotonic = monotonic
         # A future for each; the result says that the place is theirs. In order of arrival.
         self._queue: OrderedDict[asyncio.Future[None], None] = OrderedDict()
-        self._standing_since = 0.0
-        self._last_refused = -math.inf
+        self._bound = QueueBound(count * STANDING, count * BURST)
         self._last_left = 0.0
         self._call_seconds = 0.0
 
@@ -86,12 +100,8 @@ class Places:
         """
         if self._there >= self._in_all:
             raise self._refusal()
-        if waiting := len(self._queue):
-            now = self._monotonic()
-            most = queue_max(self._count, now - self._standing_since, now - self._last_refused)
-            if waiting >= most:
-                self._last_refused = now
-                raise self._refusal()
+        if not self._free and self._bound.refuses(len(self._queue), self._monotonic()):
+            raise self._refusal()
 
     def place(self, seconds: float) -> "Place":
         """Return a place to enter, for a call that has so many seconds and was checked.
@@ -126,7 +136,6 @@ class Places:
     async def _wait(self, seconds: float) -> None:
         now, waiting = self._monotonic(), len(self._queue)
         if not waiting:
-            self._standing_since = now
             # Nobody has waited for others to leave before.
             self._last_left = now
         if wait_seconds(waiting, self._count, self._call_seconds) > seconds:
@@ -219,8 +228,7 @@ class Pacer:
         burst_seconds = REFUSALS_AT_ONCE / REFUSALS_PER_SECOND
         self._due = max(self._due, now - burst_seconds)
         delay = self._due - now
-        if delay >= REFUSAL_SECONDS_MAX:
-            # There are too many to keep.
+        if delay * REFUSALS_PER_SECOND >= REFUSALS_WAITING_MAX:
             return 0.0
         self._due += 1 / REFUSALS_PER_SECOND
         return max(0.0, delay)

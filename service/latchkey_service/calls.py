@@ -28,6 +28,7 @@ from latchkey_service.errors import (
     LatchkeyError,
     Overloaded,
     RateLimited,
+    StatusParts,
     Unavailable,
     code_of,
     reason_of,
@@ -103,6 +104,18 @@ class Calls:
         return grpc.unary_unary_rpc_method_handler(
             self._unary(path, behaviour, door, rule, places), parse, serialise
         )
+
+    def refuse(self, path: str) -> tuple[StatusParts, float]:
+        """Count a call that is refused before it has begun; return its status, and after how many
+        seconds it is to have that."""
+        error = Overloaded("Too many calls are waiting to be begun; try again shortly.")
+        self._counts.calls[path.rpartition("/")[2], code_of(error).name] += 1
+        request_id = _random_id()
+        if self._audit.tells("", path, error.reason):
+            self._log.info("call", request_id=request_id, method=path, reason=error.reason)
+        delay_seconds = self._pacer.delay_seconds(self._monotonic())
+        status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries
+        return status, delay_seconds
 
     def recheck(self) -> None:
         """End the streams whose callers may not have them any more."""
@@ -394,6 +407,11 @@ def _request_id(context: Any) -> str:
             and value.isascii()
         ):
             return value
+    return _random_id()
+
+
+def _random_id() -> str:
+    # To find a call by, and no secret: it need not cost a system call.
     return f"{random.getrandbits(64):016x}"
 
 

@@ -64,6 +64,8 @@ from latchkey_service.verifier import Verifier
 if TYPE_CHECKING:
     import asyncpg
 
+    from latchkey_service.native import Refuse
+
 __all__ = ["Server", "make_transport", "running"]
 
 SERVICES = (
@@ -119,7 +121,7 @@ class Server:
     ) -> None:
         self._watchers = watchers
         self._health = services.health
-        plaintext = make_transport(settings.transport)
+        plaintext = make_transport(settings.transport, calls.refuse)
         self._servers = [plaintext]
         door = None
         if gate is not None:
@@ -130,7 +132,7 @@ class Server:
         self.tls_address: str | None = None
         if settings.tls_listen is not None:
             # grpcio, whatever the other one is: `native` has no TLS.
-            encrypted = make_transport("grpcio")
+            encrypted = make_transport("grpcio", calls.refuse)
             self._servers.append(encrypted)
             door = None if gate is None else Door(gate, tls=True)
             reflected = exposure.reflects(settings, settings.tls_listen)
@@ -330,17 +332,14 @@ class _ByPath(grpc.GenericRpcHandler):
         return self._handlers.get(handler_call_details.method)
 
 
-def make_transport(name: str) -> grpc.aio.Server:
+def make_transport(name: str, refuse: "Refuse") -> grpc.aio.Server:
     """Return a server of the chosen make: the one seam between the two."""
     options = list(OPTIONS.items())
     if name == "native":
-        # Here and not above, so that the other one needs nothing of it. And not as `from ... import
-        # aio`, which sends the package's lazy attributes (0.5.0) into an endless recursion.
-        import pygrpc_native.aio
+        # Here and not above, so that the other one needs nothing of it.
+        from latchkey_service import native
 
-        # One thread for HTTP/2, not two: they share this process's core with Python, and switching
-        # between them took a fifth of it. More workers, not more threads, use more cores.
-        return pygrpc_native.aio.Server(options=options, io_threads=1)
+        return native.Server(options, refuse)
     return grpc.aio.server(options=options)
 
 

@@ -9,11 +9,12 @@ import signal
 import sys
 
 import grpc
+import pygrpc_native.aio
 import uvloop
 from google.protobuf.timestamp_pb2 import Timestamp
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service.server import make_transport
+from latchkey_service.server import OPTIONS
 
 ANSWER = pb.VerifyResponse(
     verdict=pb.VERDICT_VALID,
@@ -42,7 +43,13 @@ async def serve(transport: str) -> None:
     """Serve on a free port of the loopback, print the address, end on SIGTERM."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    server = make_transport(transport)
+    options = list(OPTIONS.items())
+    server: grpc.aio.Server
+    if transport == "native":
+        # The library's own, not ours.
+        server = pygrpc_native.aio.Server(options=options, io_threads=1)
+    else:
+        server = grpc.aio.server(options=options)
     pb_grpc.add_TokenServiceServicer_to_server(
         Constant(),  # type: ignore[abstract]  # whatever else is asked is UNIMPLEMENTED
         server,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from latchkey_service import admission
-from latchkey_service.admission import Pacer, Places, leave_place, queue_max, wait_seconds
+from latchkey_service.admission import Pacer, Places, QueueBound, leave_place, wait_seconds
 from latchkey_service.errors import LatchkeyError, Overloaded, StoreUnavailable
 
 LONG = 1_000.0
@@ -66,20 +66,21 @@ def refused(work: Places) -> LatchkeyError:
     return caught.value
 
 
-@pytest.mark.parametrize(
-    ("standing_seconds", "calm_seconds", "most"),
-    [
-        (0.0, LONG, 8 * admission.BURST),
-        (admission.STANDING_SECONDS, LONG, 8 * admission.BURST),
-        (admission.STANDING_SECONDS + 0.01, LONG, 8 * admission.STANDING),
-        (0.0, admission.CALM_SECONDS - 0.01, 8 * admission.STANDING),
-    ],
-)
-def test_a_burst_may_queue_and_a_standing_queue_is_short(
-    standing_seconds: float, calm_seconds: float, most: int
-) -> None:
+def test_a_burst_may_queue_and_a_standing_queue_is_short() -> None:
     """A queue that does not empty is cut short, and stays so until nobody had to be refused."""
-    assert queue_max(8, standing_seconds, calm_seconds) == most
+    bound, now = QueueBound(standing=2, burst=50), 1_000.0
+    assert not bound.refuses(0, now)
+    assert [bound.refuses(waiting, now) for waiting in (49, 50)] == [False, True]
+    now += admission.STANDING_SECONDS
+    assert not bound.refuses(49, now)
+    now += 0.01
+    assert [bound.refuses(waiting, now) for waiting in (1, 2, 49)] == [False, True, True]
+    # Empty for a moment, which is no end of it.
+    assert not bound.refuses(0, now)
+    now += admission.CALM_SECONDS - 0.01
+    assert [bound.refuses(waiting, now) for waiting in (0, 1, 2)] == [False, False, True]
+    now += admission.CALM_SECONDS
+    assert [bound.refuses(waiting, now) for waiting in (0, 49, 50)] == [False, False, True]
 
 
 def test_how_long_a_queue_takes() -> None:
@@ -309,7 +310,7 @@ def test_refusals_are_paced() -> None:
         at_once = delays(pacer, clock, admission.REFUSALS_AT_ONCE)
         assert at_once == pytest.approx([0.0] * admission.REFUSALS_AT_ONCE)
         assert delays(pacer, clock, 10) == pytest.approx([n * step for n in range(10)], abs=1e-6)
-        kept = round(admission.REFUSAL_SECONDS_MAX / step) - 8
-        assert max(delays(pacer, clock, kept)) <= admission.REFUSAL_SECONDS_MAX
+        kept = admission.REFUSALS_WAITING_MAX - 8
+        assert max(delays(pacer, clock, kept)) <= admission.REFUSALS_WAITING_MAX * step
         assert delays(pacer, clock, 5) == pytest.approx([0.0] * 5)
-        clock.now += 1.0
+        clock.now += admission.REFUSALS_WAITING_MAX * step + 1.0

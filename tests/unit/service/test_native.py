@@ -1,0 +1,181 @@
+"""How the `native` transport's calls are begun: in turns, by lanes, and not too many."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import pytest
+from latchkey_service import admission, native
+from latchkey_service.errors import Overloaded, StatusParts, status_of
+
+VERIFY = "/latchkey.v1.TokenService/Verify"
+CREATE = "/latchkey.v1.TokenService/Create"
+HEALTH = "/grpc.health.v1.Health/Check"
+PATHS = (VERIFY, CREATE, HEALTH)
+CALL, CANCEL = 0, 1
+
+
+class Front:
+    """Stands in for the part in Rust."""
+
+    def __init__(self) -> None:
+        self.come: list[Any] = []
+        self.failed: list[tuple[int, int]] = []
+
+    def recv_batch_details(self, most: int, _timeout_ms: int) -> list[Any]:
+        batch, self.come = self.come[:most], self.come[most:]
+        return batch
+
+    def fail(self, call_id: int, code: int, _message: str, trailing_metadata: Any) -> None:
+        assert [key for key, _ in trailing_metadata] == ["grpc-status-details-bin"]
+        self.failed.append((call_id, code))
+
+
+class Server(native.Server):
+    """The server without its transport: what is begun is noted by the turn that it was begun in."""
+
+    def __init__(self) -> None:
+        self.clock = 1_000.0
+        self.delay_seconds = 0.0
+        super().__init__([], self.refuse_all, lambda: self.clock)
+        self.front = self._front = Front()  # type: ignore[assignment]
+        self._lane_of = [self._lane(path) for path in PATHS]
+        self._table = [(path, None) for path in PATHS]  # type: ignore[misc]
+        self.begun: list[int] = []
+        self.cancelled: list[int] = []
+        self.refused: list[str] = []
+
+    def refuse_all(self, path: str) -> tuple[StatusParts, float]:
+        self.refused.append(path)
+        return status_of(Overloaded("busy"), "id"), self.delay_seconds
+
+    def come(self, path: str, ids: Sequence[int]) -> None:
+        """Let calls come."""
+        events = [(CALL, number, PATHS.index(path), b"", None, ((), "", None)) for number in ids]
+        self._on_events(events)
+
+    def leave(self, number: int) -> None:
+        self._on_events([(native.EVENT_CANCEL, number, 0, None, None, None)])
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+    def begin(server: Server, events: Sequence[Any]) -> None:
+        for event in events:
+            done = server.cancelled if event[0] == native.EVENT_CANCEL else server.begun
+            done.append(event[1])
+
+    monkeypatch.setattr(native.pygrpc_native.aio.Server, "_on_events", begin)
+    return Server()
+
+
+async def turn() -> None:
+    await asyncio.sleep(0)
+
+
+async def test_one_call_is_begun_at_once(server: Server) -> None:
+    """Where nothing waits nothing is waited for."""
+    server.come(VERIFY, [1])
+    assert server.begun == [1]
+    await turn()
+    server.come(VERIFY, [2])
+    assert server.begun == [1, 2]
+
+
+async def test_each_turn_has_its_share_of_both_lanes(server: Server) -> None:
+    """However many verifies wait, some Creates are begun in each turn, and the other way round;
+    each in the order in which they came."""
+    verifies, creates = list(range(80)), list(range(100, 120))
+    server.come(VERIFY, verifies)
+    assert server.begun == verifies[: native.VERIFIES_IN_TURN]
+    # Also if they come in many small batches between two turns.
+    for number in creates:
+        server.come(CREATE, [number])
+    assert len(server.begun) == native.VERIFIES_IN_TURN
+    await turn()
+    in_turn = server.begun[native.VERIFIES_IN_TURN :]
+    assert in_turn == [*verifies[16:32], *creates[:4]]
+    for _ in range(5):
+        await turn()
+    assert sorted(server.begun) == verifies + creates
+    assert [n for n in server.begun if n < 100] == verifies
+    assert [n for n in server.begun if n >= 100] == creates
+
+
+async def test_health_does_not_wait(server: Server) -> None:
+    """A health check is begun before all that waits, and never refused."""
+    server.come(VERIFY, range(native.BURST * 2))
+    assert server.refused
+    server.come(HEALTH, [-1])
+    assert server.begun[-1] == -1
+
+
+async def test_what_waits_is_bounded(server: Server) -> None:
+    """A burst past the bound is refused; and where the lane stands, a short one is kept. Nobody of
+    the other lane is, and nobody who was let in."""
+    room = native.BURST + native.VERIFIES_IN_TURN
+    server.come(VERIFY, range(room + 3))
+    assert server.front.failed == [
+        (number, grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]) for number in range(room, room + 3)
+    ]
+    server.clock += admission.STANDING_SECONDS + 0.1
+    server.come(CREATE, [-1])
+    server.come(VERIFY, [room + 3])
+    assert server.refused == [VERIFY] * 4
+    while server._in_turn:
+        await turn()
+    assert len(server.begun) == room + 1
+    server.come(VERIFY, range(1_000_000, 1_000_200))
+    kept = native.STANDING + native.VERIFIES_IN_TURN
+    assert len(server.refused) == 4 + 200 - kept
+
+
+async def test_who_leaves_is_not_begun(server: Server) -> None:
+    """A call that is given up while it waits costs nothing more; one that is begun is told."""
+    server.come(VERIFY, range(20))
+    server.leave(18)
+    server.leave(3)
+    await turn()
+    assert 18 not in server.begun
+    assert server.cancelled == [3]
+
+
+async def test_a_refusal_may_be_told_later(server: Server) -> None:
+    """Refusals go out when they are due, and one for a call that was given up does no harm."""
+    server.delay_seconds = 0.01
+    server.come(VERIFY, range(native.BURST + native.VERIFIES_IN_TURN + 1))
+    refused = native.BURST + native.VERIFIES_IN_TURN
+    assert server.front.failed == []
+    server.leave(refused)
+    await asyncio.sleep(0.02)
+    assert [number for number, _ in server.front.failed] == [refused]
+
+
+async def test_what_has_come_meanwhile_is_counted(server: Server) -> None:
+    """While it is busy it fetches what has come by itself, so that the bound is on all of it."""
+    server.come(VERIFY, range(80))
+    room = native.BURST + native.VERIFIES_IN_TURN
+    server.front.come = [
+        (CALL, number, 0, b"", None, ((), "", None)) for number in range(100, 100 + room)
+    ]
+    while server._in_turn:
+        await turn()
+    assert len(server.begun) == 80 + room
+    assert not server.front.come
+
+
+async def test_a_stop_turns_nobody_away_who_was_there(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits when the stop begins is begun, and has the grace with all others."""
+    begun_before: list[int] = []
+
+    async def stop(server: Server, _grace: float | None) -> None:
+        begun_before.extend(server.begun)
+
+    monkeypatch.setattr(native.pygrpc_native.aio.Server, "stop", stop)
+    server.come(VERIFY, range(100))
+    server.come(CREATE, [200])
+    await server.stop(1.0)
+    assert sorted(begun_before) == [*range(100), 200]
