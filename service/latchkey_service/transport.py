@@ -89,8 +89,8 @@ def make_transport(name: Transport, limits: Limits) -> grpc.aio.Server:
     options: dict[str, int] = {
         "grpc.max_receive_message_length": MESSAGE_BYTES_MAX,
         "grpc.max_concurrent_streams": STREAMS_MAX,
-        # grpcio would count calls that are answered, but not put away yet, and refuse some at random
-        # of a client that keeps to the limit: a quarter, of three times as many at once.
+        # With it grpcio counts calls that are answered, but not put away yet, and refuses some at
+        # random of a client that keeps to the limit: a quarter, of three times as many at once.
         "grpc.http.overload_protection": 0,
         # Both, or calls between the one and the other would be refused at random.
         "grpc.max_metadata_size": METADATA_BYTES_MAX,

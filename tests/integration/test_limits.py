@@ -202,18 +202,18 @@ async def test_metadata(serve: Serve, name: str) -> None:
 @pytest.mark.parametrize("name", LISTENERS)
 async def test_message(serve: Serve, name: str) -> None:
     """A message of the largest size is taken, and one byte more is RESOURCE_EXHAUSTED."""
-    async with serve(name) as listener:
-        async with listener.channel(max_receive_message_length=-1) as channel:
-            largest = bytes(transports.MESSAGE_BYTES_MAX)
-            assert (await call(channel, ECHO, largest)).ok
-            found = await call(channel, ECHO, largest + b"x")
-            assert found.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert (await call(channel, ECHO)).ok
+    unlimited = {"max_receive_message_length": -1}
+    async with serve(name) as listener, listener.channel(**unlimited) as channel:
+        largest = bytes(transports.MESSAGE_BYTES_MAX)
+        assert (await call(channel, ECHO, largest)).ok
+        found = await call(channel, ECHO, largest + b"x")
+        assert found.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (await call(channel, ECHO)).ok
 
 
 @pytest.mark.parametrize("name", GRPCIO)
 async def test_compressed_message(serve: Serve, name: str) -> None:
-    """grpcio refuses a message that is compressed, whatever its size."""
+    """`grpcio` refuses a message that is compressed, whatever its size."""
     async with serve(name) as listener, listener.channel() as channel:
         found = await call(channel, ECHO, bytes(10_000), compression=grpc.Compression.Gzip)
         assert found.code is grpc.StatusCode.UNIMPLEMENTED
@@ -339,17 +339,20 @@ async def test_ping_flood(serve: Serve, name: str) -> None:
 async def test_ping_flood_native(serve: Serve) -> None:
     """`native` answers pings without a limit, but one who sends them and reads no answer is stopped
     by his own silence: no more are read, and then he is let go."""
-    async with serve("native", keepalive=0.4, keepalive_timeout=0.4) as listener:
-        async with listener.raw(receive_buffer=4_096) as raw, listener.raw() as other:
-            await raw.open()
-            await other.open()
-            flood = http2.frame(http2.PING, 0, 0, b"12345678") * 1_000
-            with contextlib.suppress(OSError):
-                async with asyncio.timeout(WAIT_SECONDS):
-                    while True:
-                        raw.write(flood)
-                        await raw.drain()
-            await other.until(http2.DATA, other.call(ECHO, b"as ever"))
+    async with (
+        serve("native", keepalive=0.4, keepalive_timeout=0.4) as listener,
+        listener.raw(receive_buffer=4_096) as raw,
+        listener.raw() as other,
+    ):
+        await raw.open()
+        await other.open()
+        flood = http2.frame(http2.PING, 0, 0, b"12345678") * 1_000
+        with contextlib.suppress(OSError):
+            async with asyncio.timeout(WAIT_SECONDS):
+                while True:
+                    raw.write(flood)
+                    await raw.drain()
+        await other.until(http2.DATA, other.call(ECHO, b"as ever"))
 
 
 def test_our_own_pings() -> None:
@@ -377,19 +380,21 @@ async def test_silent(serve: Serve, name: str) -> None:
 @pytest.mark.parametrize("name", ["native", "grpcio", "grpcio tls"])
 async def test_unread_answers(serve: Serve, name: str) -> None:
     """Who lets answers pile up in the kernel is let go, though he sends something all the time."""
-    async with serve(name, keepalive=0.5, keepalive_timeout=0.5) as listener:
-        async with listener.raw(receive_buffer=4_096) as raw:
-            await raw.open({http2.INITIAL_WINDOW_SIZE: http2.WINDOW_MAX})
-            raw.grant(0, http2.WINDOW_MAX - http2.WINDOW_DEFAULT)
-            for _ in range(50):
-                raw.call(LARGE, b"")
+    async with (
+        serve(name, keepalive=0.5, keepalive_timeout=0.5) as listener,
+        listener.raw(receive_buffer=4_096) as raw,
+    ):
+        await raw.open({http2.INITIAL_WINDOW_SIZE: http2.WINDOW_MAX})
+        raw.grant(0, http2.WINDOW_MAX - http2.WINDOW_DEFAULT)
+        for _ in range(50):
+            raw.call(LARGE, b"")
 
-            def is_gone() -> bool:
-                # A frame of a type that is ignored (RFC 9113 §5.5).
-                raw.send(0xBB, 0, 0, b"still here")
-                return listener.connections() == 0
+        def is_gone() -> bool:
+            # A frame of a type that is ignored (RFC 9113 §5.5).
+            raw.send(0xBB, 0, 0, b"still here")
+            return listener.connections() == 0
 
-            await eventually(is_gone, "the connection is ended")
+        await eventually(is_gone, "the connection is ended")
 
 
 @pytest.mark.parametrize("name", GRPCIO)
@@ -411,16 +416,18 @@ async def test_no_window(serve: Serve, name: str) -> None:
 @pytest.mark.parametrize("name", ["grpcio", "grpcio tls"])
 async def test_age(serve: Serve, name: str) -> None:
     """A client under load moves from connection to connection, and loses no call."""
-    async with serve(name, connection_age=0.3, age_grace=WAIT_SECONDS) as listener:
-        async with listener.channel() as channel:
+    async with (
+        serve(name, connection_age=0.3, age_grace=WAIT_SECONDS) as listener,
+        listener.channel() as channel,
+    ):
 
-            async def load() -> None:
-                while listener.moved() < 4:
-                    found = await call(channel, ECHO, b"x" * 100)
-                    assert found.ok, found
+        async def load() -> None:
+            while listener.moved() < 4:
+                found = await call(channel, ECHO, b"x" * 100)
+                assert found.ok, found
 
-            async with asyncio.timeout(WAIT_SECONDS):
-                await asyncio.gather(*(load() for _ in range(8)))
+        async with asyncio.timeout(WAIT_SECONDS):
+            await asyncio.gather(*(load() for _ in range(8)))
 
 
 @pytest.mark.parametrize("name", GRPCIO)

@@ -234,11 +234,12 @@ class Watchers:
             elif stream.watcher.heard < lost:
                 stream.silent = True
                 stream.changed.set()
-            elif stream.moves_at < lost:
-                # It was asked to, and holds no lease any more.
+            elif stream.asked_to_move_at < lost:
+                # It holds no lease any more.
                 stream.left_behind = True
                 stream.changed.set()
             elif stream.moves_at <= now:
+                stream.moves_at, stream.asked_to_move_at = math.inf, now
                 stream.watcher.close()
                 stream.changed.set()
             elif news or stream.watcher.wants_grant:
@@ -288,6 +289,7 @@ class _Stream:
         self.changed = asyncio.Event()
         self.sending_since = math.inf
         self.moves_at = now + age
+        self.asked_to_move_at = math.inf
         self.silent = False
         self.left_behind = False
         task = asyncio.current_task()
