@@ -1,8 +1,9 @@
-"""What `native` has no options for: how many connections it takes, and of which kind it lets go.
+"""Lets go of connections that the transports would keep: too many, and those that do not go on.
 
-Its sockets are files of this process, so that they can be looked at and shut down from here: it
-then finds them closed, as if by the client. Linux only. Nothing is done for a call, and little for
-a connection: files are counted often, and looked at closely when there are many, or rarely.
+Sockets are files of this process, whoever made them, so that they can be looked at and shut down
+from here: their owner then finds them closed, as if by the client. Nothing is done for a call, and
+little for a connection: files are counted often, and looked at closely when there are many, or
+every few seconds. Linux only.
 """
 
 import asyncio
@@ -14,9 +15,10 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from latchkey_service.log import logger
 from latchkey_service.transport import Limits
@@ -35,46 +37,51 @@ SPARE_FILES: Final = 8
 TELL_SECONDS: Final = 10.0
 # RFC 9113 §3.4: what every client begins with.
 PREFACE_BYTES: Final = 24
-# In struct tcp_info of Linux, after bytes_acked.
-_BYTES_RECEIVED: Final = struct.Struct("=128xQ")
+# struct tcp_info of Linux: unacked segments, bytes acked and received, bytes not sent yet.
+_TCP_INFO: Final = struct.Struct("=24xI92xQQ8xI")
 
 
 @dataclass(slots=True)
 class _Seen:
-    """A socket: whether it is a connection to the listener, since when it is known, and whether its
-    client has spoken."""
+    """A socket as it was at the last look. `listener` is None for one that is none of ours."""
 
-    ours: bool
+    listener: "_Listener | None"
     since: float
-    spoken: bool
+    acked: int = 0
+    stuck_since: float | None = None
+
+
+class _Listener(NamedTuple):
+    """An address: families, and a port or a path."""
+
+    families: tuple[socket.AddressFamily, ...]
+    name: str
 
 
 class ConnectionGuard:
-    """Keeps the limits of one listener of this process, at `address` (HOST:PORT or unix:PATH).
+    """Keeps the limits of the listeners of this process, at `addresses` (HOST:PORT, unix:PATH)."""
 
-    To be made once the listener is bound, and before it accepts.
-    """
-
-    def __init__(self, address: str, limits: Limits) -> None:
-        self._connections_max = limits.connections_max
-        self._handshake = limits.handshake
-        unix = address.startswith("unix:")
-        self._families = {socket.AF_UNIX} if unix else {socket.AF_INET, socket.AF_INET6}
-        # A path, or a port: the kernel gives that of a listener to no connection that goes out.
-        self._name = address.removeprefix("unix:") if unix else address.rpartition(":")[2]
+    def __init__(self, addresses: Sequence[str], limits: Limits) -> None:
+        self._limits = limits
+        # By port: the kernel gives that of a listener to no connection that goes out.
+        self._listeners = [
+            _Listener((socket.AF_UNIX,), address.removeprefix("unix:"))
+            if address.startswith("unix:")
+            else _Listener((socket.AF_INET, socket.AF_INET6), address.rpartition(":")[2])
+            for address in addresses
+        ]
+        self._look_seconds = min(limits.handshake, limits.keepalive_timeout) / 2
         # By inode, the oldest first.
         self._seen: dict[int, _Seen] = {}
         self._told = -TELL_SECONDS
-        self._cut = {"too_many": 0, "silent": 0}
-        if sys.platform == "linux":
-            self._bound_unread(round(limits.keepalive_timeout * 1_000))
+        self._ended = Counter[str]()
 
     async def run(self) -> None:
         """Keep the limits. Ends when cancelled."""
         if sys.platform != "linux":
             logger().warning("connections are not counted on this system")
             return
-        looked = -self._handshake
+        looked = -self._look_seconds
         rest = 0.0
         # Given away when there is no other file left to look with.
         spare = _spare()
@@ -84,8 +91,8 @@ class ConnectionGuard:
                 now = time.monotonic()
                 try:
                     # There are no more connections than files.
-                    many = _open_files() > self._connections_max
-                    if not many and now - looked < self._handshake / 2:
+                    many = _open_files() > self._limits.connections_max
+                    if not many and now - looked < self._look_seconds:
                         continue
                     await asyncio.to_thread(self.look)
                     spare = spare or _spare()
@@ -100,58 +107,67 @@ class ConnectionGuard:
             _close(spare)
 
     def look(self) -> None:
-        """Look at all connections, and end those that are too many or say nothing."""
+        """Look at all connections, and end those that are too many or do not go on."""
         now = time.monotonic()
         files = dict(_sockets())
         # By inode: the number of a file that is closed is another's at once.
         self._seen = {inode: seen for inode, seen in self._seen.items() if inode in files}
         for inode, end in _own(files, [inode for inode in files if inode not in self._seen]):
-            ours = self._is_ours(end)
-            # Who is on this machine may be slow: 120 s, by `native` itself.
-            spoken = not ours or end.family == socket.AF_UNIX
-            self._seen[inode] = _Seen(ours, now, spoken)
-        connections = [inode for inode, seen in self._seen.items() if seen.ours]
-        # The newest, as a server that refuses them would.
-        for _, end in _own(files, connections[self._connections_max :]):
-            self._end(end, "too_many")
-        unspoken = [inode for inode, seen in self._seen.items() if not seen.spoken]
-        for inode, end in _own(files, unspoken):
-            seen = self._seen[inode]
-            seen.spoken = _bytes_received(end) >= PREFACE_BYTES
-            if not seen.spoken and now - seen.since >= self._handshake:
-                self._end(end, "silent")
+            self._seen[inode] = _Seen(self._listener_of(end), now)
+        connections: list[int] = []
+        too_many: set[int] = set()
+        for listener in self._listeners:
+            its = [inode for inode, seen in self._seen.items() if seen.listener is listener]
+            connections += its
+            # The newest, as a server that refuses them would.
+            too_many.update(its[self._limits.connections_max :])
+        for inode, end in _own(files, connections):
+            if inode in too_many:
+                self._end(end, "too_many")
+            elif end.family != socket.AF_UNIX and (
+                reason := self._stuck(self._seen[inode], end, now)
+            ):
+                self._end(end, reason)
 
-    def _bound_unread(self, timeout_ms: int) -> None:
-        """Have the kernel end who takes nothing of what was sent to him: his window stays at zero,
-        or his cable is cut. grpcio does so too; `native` asks only who is silent.
+    def _stuck(self, seen: _Seen, end: socket.socket, now: float) -> str | None:
+        """Return in which way a connection does not go on, for too long; None: it does.
 
-        Connections inherit it from the listener.
+        Over TCP alone: who is on a UNIX socket is asked by keepalive, if he is silent.
         """
-        files = dict(_sockets())
-        for _, end in _own(files, files):
-            if end.family != socket.AF_UNIX and self._has_name(end) and _accepts(end):
-                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout_ms)
+        info = end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        if len(info) < _TCP_INFO.size:
+            return None  # an older kernel tells less
+        unacked, acked, received, unsent = _TCP_INFO.unpack(info)
+        if received < PREFACE_BYTES:
+            return "silent" if now - seen.since >= self._limits.handshake else None
+        if not (unacked or unsent) or acked != seen.acked or seen.stuck_since is None:
+            seen.acked, seen.stuck_since = acked, now
+            return None
+        # Not left to TCP_USER_TIMEOUT, as grpcio does: it never runs out on a peer whose window is
+        # at zero and who sends something all the time (Linux 6.18). Keepalive asks no such peer.
+        return "unread" if now - seen.stuck_since >= self._limits.keepalive_timeout else None
 
-    def _is_ours(self, end: socket.socket) -> bool:
-        """Tell whether it is a connection that came in at the address."""
-        return self._has_name(end) and not _accepts(end)
-
-    def _has_name(self, end: socket.socket) -> bool:
-        if end.family not in self._families:
-            return False
-        name = end.getsockname()
-        return self._name == (name if end.family == socket.AF_UNIX else str(name[1]))
+    def _listener_of(self, end: socket.socket) -> _Listener | None:
+        """Return where a connection came in; None: it did not."""
+        for listener in self._listeners:
+            if end.family in listener.families:
+                name = end.getsockname()
+                accepts = end.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                here = name if end.family == socket.AF_UNIX else str(name[1])
+                if here == listener.name and not accepts:
+                    return listener
+        return None
 
     def _end(self, end: socket.socket, reason: str) -> None:
-        self._cut[reason] += 1
+        self._ended[reason] += 1
         with contextlib.suppress(OSError):  # its client was quicker
             end.shutdown(socket.SHUT_RDWR)
 
     def _tell(self) -> None:
-        if any(self._cut.values()) and time.monotonic() - self._told >= TELL_SECONDS:
-            logger().warning("connections ended", **self._cut, limit=self._connections_max)
+        if self._ended and time.monotonic() - self._told >= TELL_SECONDS:
+            logger().warning("connections ended", **self._ended)
             self._told = time.monotonic()
-            self._cut = dict.fromkeys(self._cut, 0)
+            self._ended.clear()
 
 
 def _sockets() -> Iterator[tuple[int, int]]:
@@ -166,7 +182,7 @@ def _sockets() -> Iterator[tuple[int, int]]:
 def _own(files: dict[int, int], inodes: Iterable[int]) -> Iterator[tuple[int, socket.socket]]:
     """Yield those that are still there, each by a number that is nobody else's until the next.
 
-    `native` may close its own number at any moment, and the kernel give that to a connection to
+    Its owner may close its own number at any moment, and the kernel give that to a connection to
     the database.
     """
     for inode in inodes:
@@ -183,10 +199,6 @@ def _own(files: dict[int, int], inodes: Iterable[int]) -> Iterator[tuple[int, so
             yield inode, end
 
 
-def _accepts(end: socket.socket) -> bool:
-    return bool(end.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-
-
 def _open_files() -> int:
     # Linux counts them by itself from 6.2 on.
     return os.stat(FILES).st_size or len(os.listdir(FILES))  # noqa: PTH116, PTH208 - no Path
@@ -199,9 +211,3 @@ def _spare() -> list[int]:
 def _close(files: list[int]) -> None:
     while files:
         os.close(files.pop())
-
-
-def _bytes_received(end: socket.socket) -> int:
-    info = end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED.size)
-    # An older kernel's is shorter; it tells less, and nobody is ended.
-    return _BYTES_RECEIVED.unpack(info)[0] if len(info) == _BYTES_RECEIVED.size else PREFACE_BYTES

@@ -94,8 +94,6 @@ class Server:
 
     policy_file: PolicyFile | None = None
     """To be read again on SIGHUP."""
-    guard: ConnectionGuard | None = None
-    """To be run while it serves."""
 
     def __init__(
         self,
@@ -108,8 +106,7 @@ class Server:
     ) -> None:
         self._watchers = watchers
         self._health = services.health
-        transport = chosen(settings)
-        plaintext = make_transport(transport, limits)
+        plaintext = make_transport(chosen(settings), limits)
         self._servers = [plaintext]
         door = None
         if gate is not None:
@@ -117,8 +114,6 @@ class Server:
         reflected = exposure.reflects(settings, settings.listen)
         _register(services, _Registrar(plaintext, calls, door), reflected=reflected)
         self.address = _with_port(settings.listen, plaintext.add_insecure_port(settings.listen))
-        if transport == "native":
-            self.guard = ConnectionGuard(self.address, limits)
         self.tls_address: str | None = None
         if settings.tls_listen is not None:
             # grpcio, whatever the other one is: `native` has no TLS.
@@ -134,6 +129,9 @@ class Server:
             )
             port = encrypted.add_secure_port(settings.tls_listen, certificates.credentials())
             self.tls_address = _with_port(settings.tls_listen, port)
+
+        addresses = [address for address in (self.address, self.tls_address) if address is not None]
+        self.guard = ConnectionGuard(addresses, limits)
 
     async def start(self) -> None:
         """Serve, with health at NOT_SERVING until told otherwise."""
@@ -254,11 +252,10 @@ async def running(
         prune_log(table, settings.lease_seconds),
         audit.run(),
         purge_audit(audit_table, audit_retention, _now),
+        server.guard.run(),
     ]
     if policy_file is not None:
         background.append(policy_file.follow())
-    if server.guard is not None:
-        background.append(server.guard.run())
     tasks = [asyncio.create_task(work) for work in background]
     try:
         yield server

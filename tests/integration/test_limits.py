@@ -71,14 +71,12 @@ class Listener:
 
     def connections(self) -> int:
         """How many connections the server has not closed. It lives in this process."""
-        kind = "unix" if self.address.startswith("unix:") else "tcp"
-        here = self.address.removeprefix("unix:")
+        unix = self.address.startswith("unix:")
+        here = self.address.removeprefix("unix:") if unix else self.address.rpartition(":")[2]
         count = 0
-        for found in psutil.Process().net_connections(kind):
-            if kind == "unix":
-                count += found.laddr == here
-            else:
-                count += found.laddr.port == int(here.rpartition(":")[2])
+        for found in psutil.Process().net_connections("unix" if unix else "tcp"):
+            name: Any = found.laddr
+            count += (name if unix else str(name.port)) == here
         # The listener has the same name.
         return count - 1
 
@@ -115,7 +113,7 @@ def serve(tmp_path: Path) -> Serve:
         own_limits = Limits(**limits)
         server = make_transport("native" if make == "native" else "grpcio", own_limits)
         listener = Listener(name, f"unix:{tmp_path}/socket")
-        methods = {
+        methods: dict[str, Any] = {
             "Echo": grpc.unary_unary_rpc_method_handler(listener.echo),
             "Large": grpc.unary_unary_rpc_method_handler(listener.large),
             "Wait": grpc.unary_unary_rpc_method_handler(listener.wait),
@@ -135,17 +133,14 @@ def serve(tmp_path: Path) -> Serve:
             listener.address = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
         else:
             listener.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-        guarding = None
-        if make == "native":
-            guarding = asyncio.create_task(ConnectionGuard(listener.address, own_limits).run())
+        guarding = asyncio.create_task(ConnectionGuard([listener.address], own_limits).run())
         await server.start()
         try:
             yield listener
         finally:
             listener.release.set()
-            if guarding is not None:
-                guarding.cancel()
-                await asyncio.gather(guarding, return_exceptions=True)
+            guarding.cancel()
+            await asyncio.gather(guarding, return_exceptions=True)
             await server.stop(None)
 
     return serve
@@ -241,8 +236,7 @@ async def test_connections(serve: Serve, name: str) -> None:
 
             async def is_refused() -> bool:
                 # `native` takes it, and answers for a moment.
-                found = await outcome(channel.unary_unary(ECHO)(b"", timeout=WAIT_SECONDS))
-                return found.code is grpc.StatusCode.UNAVAILABLE
+                return (await call(channel, ECHO)).code is grpc.StatusCode.UNAVAILABLE
 
             await eventually(is_refused, "a gRPC client is refused")
         for raw in first:
@@ -273,7 +267,7 @@ async def test_the_guard_harms_nobody_else(serve: Serve) -> None:
         return rounds
 
     async with serve("native", connections_max=2) as listener:
-        guard = ConnectionGuard(listener.address, Limits(connections_max=2))
+        guard = ConnectionGuard([listener.address], Limits(connections_max=2))
 
         def look() -> None:
             while not stop:
@@ -359,6 +353,30 @@ def test_our_own_pings() -> None:
     """Our client library pings less often than any server of ours, or of gRPC's, objects to."""
     assert _channel.KEEPALIVE_TIME_MS > transports.PING_SECONDS_MIN * 1_000
     assert _channel.KEEPALIVE_TIME_MS > 300_000
+
+
+# --- Resets
+
+
+@pytest.mark.parametrize("name", LISTENERS)
+async def test_rapid_resets(serve: Serve, name: str) -> None:
+    """Who opens calls and takes them back at once, over and over (CVE-2023-44487), has no more of
+    them running than anybody, and others are served meanwhile."""
+    async with serve(name) as listener, listener.raw() as raw, listener.raw() as other:
+        await raw.open()
+        await other.open()
+        most = 0
+        for _ in range(50):
+            for _ in range(100):
+                stream = raw.call(WAIT, b"")
+                raw.send(http2.RST_STREAM, 0, stream, struct.pack(">I", http2.CANCEL))
+            with contextlib.suppress(OSError):
+                # `native` has enough of it at some time, and says goodbye.
+                await raw.drain()
+            await other.until(http2.DATA, other.call(ECHO, b"as ever"))
+            most = max(most, listener.running)
+        assert most <= STREAMS_MAX
+        await eventually(lambda: listener.running == 0, "all of them are ended")
 
 
 # --- Those who do not read

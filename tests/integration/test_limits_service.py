@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import resource
 import socket
 import statistics
 import zlib
@@ -157,7 +158,7 @@ def test_few_files(
     has asked for so many."""
     from latchkey_service import log
 
-    monkeypatch.setattr(worker.resource, "getrlimit", lambda _: (500, 500))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (500, 500))
     log.configure("json", "info")
     given: Any = {"connections_max": 10_000} if asked else {}
     worker._warn_of_files(Settings(**given))

@@ -11,7 +11,7 @@ from latchkey_service.transport import chosen, limits_of
 
 
 def settings(**given: Any) -> Settings:
-    return Settings(_env_file=None, **given)  # type: ignore[call-arg]  # of pydantic-settings
+    return Settings(_env_file=None, **given)
 
 
 @pytest.mark.parametrize(
