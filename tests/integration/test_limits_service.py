@@ -150,6 +150,46 @@ async def test_a_worker_with_too_much_memory(
             assert answer.verdict == pb.VERDICT_MALFORMED
 
 
+@pytest.mark.skipif(os.uname().sysname != "Linux", reason="files are looked at on Linux alone")
+async def test_a_flood_that_takes_all_files(
+    database_url: str, pepper_file: Path, tmp_path: Path, transport: str
+) -> None:
+    """When connections come so fast that no file is left, those that are too many are let go all
+    the same, and those that were there before are served."""
+    most = 10
+    with service(
+        tmp_path,
+        database_url=database_url,
+        pepper_file=pepper_file,
+        data_dir=tmp_path / "data",
+        listen="127.0.0.1:0",
+        transport=transport,
+        log_format="json",
+        connections_max=most,
+    ) as running:
+        address = await running.welcome()
+        (pid,) = running.worker_pids
+        host, _, port = address.rpartition(":")
+        with contextlib.ExitStack() as stack:
+            async with connected(address) as raw:
+                await raw.open()
+                await raw.until(http2.HEADERS, raw.call(VERIFY, b""))
+                few = psutil.Process(pid).num_fds() + 2 * most
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, (few, few))
+                for _ in range(20 * most):
+                    stack.enter_context(socket.create_connection((host, int(port))))
+
+                def connections() -> int:
+                    found = psutil.Process(pid).net_connections("tcp")
+                    return sum(c.laddr.port == int(port) and bool(c.raddr) for c in found)
+
+                await eventually(lambda: connections() <= most, "no more than may be")
+                await raw.until(http2.HEADERS, raw.call(VERIFY, b""))
+        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+            await eventually(lambda: is_serving(channel), "it serves others again")
+        assert running.worker_pids == [pid]
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_few_files(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: bool
