@@ -136,7 +136,10 @@ async def test_a_worker_with_too_much_memory(
             raw.send(http2.DATA, http2.END_STREAM, stream)
             got = await raw.closed()
             assert not any(frame.kind == http2.HEADERS for frame in got)
-        (line,) = [one for one in running.log if one["event"] == "worker ends: too much memory"]
+        (line,) = await eventually(
+            lambda: [one for one in running.log if one["event"] == "worker ends: too much memory"],
+            f"it says so, after {got}",
+        )
         # What is unpacked between two looks, and copied.
         assert 300 <= line["mib"] < 900
         died = await eventually(
