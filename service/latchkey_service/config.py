@@ -106,7 +106,27 @@ class Settings(BaseSettings):
         description="embedded database and generated keys",
     )
     workers: int = Field(1, ge=1, le=256, description="server processes sharing the address")
-    transport: Literal["native", "grpcio"] = Field("native", description="native or grpcio")
+    transport: Literal["native", "grpcio"] = Field(
+        "native",
+        description="native or grpcio; unless set, grpcio where more than this machine reaches it",
+    )
+    connections_max: int = Field(
+        10_000, ge=1, le=1_000_000, description="connections to each listener of a worker"
+    )
+    connection_age_seconds: float = Field(
+        600.0,
+        ge=0,
+        le=86_400,
+        description="when a client is sent to a new connection (grpcio), or with its Watch (both); "
+        "0: never",
+    )
+    memory_mib: int | None = Field(
+        None,
+        ge=0,
+        le=1_048_576,
+        description="MiB of memory at which a worker is ended and started again; unset: 1024 and "
+        "what CACHE_ENTRIES and CONNECTIONS_MAX may take; 0: never",
+    )
     pepper_file: Path | None = Field(
         None, description="keys for digests, newest first; unset: generated in DATA_DIR"
     )

@@ -1,6 +1,6 @@
 """The servicer: protobuf → domain, one call, domain → protobuf.
 
-One Verify, from socket to answer: the transport (`server.py`) hands the message to `calls.py`,
+One Verify, from socket to answer: the transport (`transport.py`) hands the message to `calls.py`,
 which bounds, counts and logs it and translates its errors; from there to `Verify` below, to
 `verifier.py`, which answers from memory or asks `lookup.py`, to `verdict.decide`, and back.
 """

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import secrets
 import socket
@@ -47,6 +48,7 @@ from latchkey_service.coherence.subleases import SubLeases
 from latchkey_service.coherence.table import Identity, VerifierTable
 from latchkey_service.coherence.watch import Watchers
 from latchkey_service.config import Settings
+from latchkey_service.connection_guard import ConnectionGuard
 from latchkey_service.database import Pool, connect
 from latchkey_service.health import Health
 from latchkey_service.log import Counts
@@ -58,40 +60,22 @@ from latchkey_service.secrets import Keyring
 from latchkey_service.store import Store
 from latchkey_service.tls import Certificates
 from latchkey_service.tokens import Tokens
+from latchkey_service.transport import Limits, chosen, limits_of, make_transport, metadata_of
 from latchkey_service.verdict import Record
 from latchkey_service.verifier import Verifier
 
 if TYPE_CHECKING:
     import asyncpg
 
-    from latchkey_service.native import Refuse
-
-__all__ = ["Server", "make_transport", "running"]
+__all__ = ["Server", "running"]
 
 SERVICES = (
     pb.DESCRIPTOR.services_by_name["TokenService"].full_name,
     status_pb.DESCRIPTOR.services_by_name["StatusService"].full_name,
     audit_pb.DESCRIPTOR.services_by_name["AuditService"].full_name,
 )
-# The contract has fields answered in words up to 4 MiB, the usual limit; the rest of such a
-# message must fit in beside them, or the transport would refuse it without our details.
-MESSAGE_BYTES_MAX = 5 * 1024 * 1024
 # Health says NOT_SERVING this long before calls are refused, so that balancers see it first.
 DRAIN_SECONDS = 0.1
-# How long a caller's connection may be silent before it is checked, and how often callers may
-# ping us: half of what our client library does.
-OPTIONS: Mapping[str, int] = {
-    "grpc.max_receive_message_length": MESSAGE_BYTES_MAX,
-    "grpc.keepalive_time_ms": 30_000,
-    "grpc.keepalive_timeout_ms": 10_000,
-    "grpc.keepalive_permit_without_calls": 1,
-    "grpc.http2.min_ping_interval_without_data_ms": 5_000,
-    "grpc.max_concurrent_streams": 100,
-    # No compression: a megabyte of it may stand for a gigabyte. (`native` has no such option yet.)
-    "grpc.compression_enabled_algorithms_bitset": 1,
-    # Several workers share the address. The supervisor has made sure that nobody else has it.
-    "grpc.so_reuseport": 1,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +102,11 @@ class Server:
         services: Services,
         watchers: Watchers,
         gate: Gate | None,
+        limits: Limits,
     ) -> None:
         self._watchers = watchers
         self._health = services.health
-        plaintext = make_transport(settings.transport, calls.refuse)
+        plaintext = make_transport(chosen(settings), limits, calls.refuse)
         self._servers = [plaintext]
         door = None
         if gate is not None:
@@ -132,7 +117,7 @@ class Server:
         self.tls_address: str | None = None
         if settings.tls_listen is not None:
             # grpcio, whatever the other one is: `native` has no TLS.
-            encrypted = make_transport("grpcio", calls.refuse)
+            encrypted = make_transport("grpcio", limits, calls.refuse)
             self._servers.append(encrypted)
             door = None if gate is None else Door(gate, tls=True)
             reflected = exposure.reflects(settings, settings.tls_listen)
@@ -144,6 +129,9 @@ class Server:
             )
             port = encrypted.add_secure_port(settings.tls_listen, certificates.credentials())
             self.tls_address = _with_port(settings.tls_listen, port)
+
+        addresses = [address for address in (self.address, self.tls_address) if address is not None]
+        self.guard = ConnectionGuard(addresses, limits)
 
     async def start(self) -> None:
         """Serve, with health at NOT_SERVING until told otherwise."""
@@ -219,7 +207,14 @@ async def running(
         settings.lease_seconds,
     )
     heart = Heart(membership, identity, own_connection, boottime)
-    watchers = Watchers(membership, boottime, heart.wake_to_acknowledge, enabled=cache)
+    limits = limits_of(settings)
+    watchers = Watchers(
+        membership,
+        boottime,
+        heart.wake_to_acknowledge,
+        enabled=cache,
+        stream_seconds=limits.connection_age or math.inf,
+    )
     listener = Listener(identity.id, own_connection, heart.wake, enabled=notify)
     heart.attach(watchers.on_news, watchers.__len__, lambda: listener.state)
 
@@ -242,7 +237,7 @@ async def running(
         AuditService(audit_table),
         Health(("", *SERVICES)),
     )
-    server = Server(settings, calls, services, watchers, gate)
+    server = Server(settings, calls, services, watchers, gate, limits)
     # They go on until the last answer: until then Deletes wait for this process.
     beating = asyncio.create_task(heart.run(), name="heart")
     listening = asyncio.create_task(listener.run(), name="listener")
@@ -257,6 +252,7 @@ async def running(
         prune_log(table, settings.lease_seconds),
         audit.run(),
         purge_audit(audit_table, audit_retention, _now),
+        server.guard.run(),
     ]
     if policy_file is not None:
         background.append(policy_file.follow())
@@ -330,29 +326,6 @@ class _ByPath(grpc.GenericRpcHandler):
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Return the handler of the call's method, or None."""
         return self._handlers.get(handler_call_details.method)
-
-
-def make_transport(name: str, refuse: "Refuse") -> grpc.aio.Server:
-    """Return a server of the chosen make: the one seam between the two."""
-    options = list(OPTIONS.items())
-    if name == "native":
-        # Here and not above, so that the other one needs nothing of it.
-        from latchkey_service import native
-
-        return native.Server(options, refuse)
-    return grpc.aio.server(options=options)
-
-
-def metadata_of(context: Any) -> Any:
-    """Return the metadata of a call: pairs, or None.
-
-    As `native` has it where it serves the call itself. Its public method makes named tuples of all
-    of them first, each time, which would cost a Verify more than all the rest of who calls.
-    """
-    try:
-        return context._call.metadata  # noqa: SLF001 - see above; pinned to what was tested
-    except AttributeError:
-        return context.invocation_metadata()
 
 
 def _now() -> datetime:

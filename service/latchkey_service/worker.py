@@ -21,8 +21,10 @@ import uvloop
 from latchkey_service import log, peppers, tls
 from latchkey_service.access.policy import PolicyError
 from latchkey_service.config import READY, Settings, load
+from latchkey_service.memory_guard import guard_memory, memory_max_bytes
 from latchkey_service.secrets import Keyring
 from latchkey_service.server import Server, running
+from latchkey_service.transport import limits_of
 
 __all__ = ["main"]
 
@@ -41,6 +43,7 @@ def main() -> int:
         keyring = peppers.parse(sys.stdin.buffer.readline().decode("ascii"))
         policy: str | None = json.loads(sys.stdin.buffer.readline())
         tls.allow_only_tls_1_3()
+        _warn_of_files(settings)
         return uvloop.run(_serve(settings, keyring, policy))
     except (
         peppers.PepperFileError,
@@ -59,6 +62,18 @@ def _allow_connections() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS has a limit below its "no limit"
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _warn_of_files(settings: Settings) -> None:
+    """Say when there cannot be as many connections as the settings allow."""
+    limits = limits_of(settings)
+    if limits.connections_max < settings.connections_max:
+        asked = "connections_max" in settings.model_fields_set
+        (log.logger().warning if asked else log.logger().info)(
+            "fewer connections: the limit on open files is low",
+            connections_max=limits.connections_max,
+            open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        )
 
 
 async def _serve(settings: Settings, keyring: Keyring, policy: str | None) -> int:
@@ -86,10 +101,12 @@ async def _serve(settings: Settings, keyring: Keyring, policy: str | None) -> in
         reload = asyncio.Event()
         loop.add_signal_handler(signal.SIGHUP, reload.set)
         reloading = asyncio.create_task(_reload(server, reload))
+        guarding = asyncio.create_task(guard_memory(memory_max_bytes(settings)))
         sys.stdout.buffer.write(READY)
         sys.stdout.buffer.flush()
         await stop.wait()
         reloading.cancel()
+        guarding.cancel()
         if orphaned:
             log.logger().warning("the supervisor is gone: stopping")
             await server.stop(ORPHAN_GRACE_SECONDS)

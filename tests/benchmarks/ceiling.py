@@ -14,7 +14,7 @@ import uvloop
 from google.protobuf.timestamp_pb2 import Timestamp
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service.server import OPTIONS
+from latchkey_service.transport import Limits, Transport, options_of
 
 ANSWER = pb.VerifyResponse(
     verdict=pb.VERDICT_VALID,
@@ -39,11 +39,11 @@ class Constant(pb_grpc.TokenServiceServicer):
         return ANSWER
 
 
-async def serve(transport: str) -> None:
+async def serve(transport: Transport) -> None:
     """Serve on a free port of the loopback, print the address, end on SIGTERM."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    options = list(OPTIONS.items())
+    options = options_of(transport, Limits())
     server: grpc.aio.Server
     if transport == "native":
         # The library's own, not ours.
@@ -63,4 +63,4 @@ async def serve(transport: str) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(sys.argv[1]))
+    uvloop.run(serve("native" if sys.argv[1] == "native" else "grpcio"))

@@ -106,7 +106,11 @@ def test_image_alone_lets_nobody_in(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"^LATCHKEY_LISTEN: .*LATCHKEY_POLICY"):
         load()
     settings_of(re.sub(r"#.*", "", COMPOSE), monkeypatch)
-    assert load().insecure_listen == "anonymous"
+    settings = load()
+    assert settings.insecure_listen == "anonymous"
+    # And that it may be the faster transport, with a bound on memory that is below the container's.
+    assert (settings.transport, settings.memory_mib) == ("native", 768)
+    assert "    mem_limit: 1g\n" in COMPOSE
 
 
 def test_compose_keeps_what_must_be_kept() -> None:

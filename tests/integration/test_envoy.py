@@ -14,6 +14,7 @@ from cryptography import x509
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.config import Settings
+from latchkey_service.transport import MESSAGE_BYTES_MAX, STREAMS_MAX
 
 from tests.callers import (
     PROXY,
@@ -34,6 +35,11 @@ from tests.support import CHANNEL_OPTIONS, eventually, is_serving, outcome
 ROOT = Path(__file__).parents[2]
 CONFIGURATION = (ROOT / "docs/envoy.yaml").read_text("utf-8")
 STOP_SECONDS = 10.0
+
+
+def _varint(number: int) -> bytes:
+    """Return a length in four bytes (protobuf's encoding, not its shortest)."""
+    return bytes([*(number >> shift & 127 | 128 for shift in (0, 7, 14)), number >> 21])
 
 
 def in_its_place(text: str, old: str, new: object) -> str:
@@ -196,3 +202,48 @@ async def test_what_is_routed(envoy: tuple[str, str]) -> None:
         method: Any = channel.unary_unary("/grpc.reflection.v1alpha.ServerReflection/x")
         found = await outcome(asyncio.ensure_future(method(b"", timeout=5)))
         assert found.code is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_limits_of_messages(envoy: tuple[str, str]) -> None:
+    """Envoy hands on a message of the largest size, and neither a larger nor a compressed one,
+    which Latchkey would take in before it said no."""
+    target, _ = envoy
+    async with channel_to(target, "verifier") as channel:
+        method: Any = channel.unary_unary("/latchkey.v1.TokenService/Verify")
+
+        async def found(size: int, **more: Any) -> grpc.StatusCode:
+            # A field that nobody has.
+            filler = b"\xfa\x07" + _varint(size - 6) + bytes(size - 6)
+            return (await outcome(method(filler, timeout=10, **more))).code
+
+        assert await found(MESSAGE_BYTES_MAX) is OK
+        # HTTP's 413, for which Envoy has no status of gRPC.
+        assert await found(MESSAGE_BYTES_MAX + 1) is grpc.StatusCode.UNKNOWN
+        gzip = grpc.Compression.Gzip
+        assert await found(10_000, compression=gzip) is grpc.StatusCode.UNIMPLEMENTED
+        assert await found(10_000) is OK
+
+
+async def test_limits_of_connections(envoy: tuple[str, str]) -> None:
+    """Envoy tells clients how many calls a connection may have at once; a gRPC client holds back
+    what is more, and Envoy opens as many connections to Latchkey as its limit takes."""
+    target, _ = envoy
+    async with channel_to(target, "verifier") as channel:
+        method: Any = pb_grpc.TokenServiceStub(channel).Watch
+        streams = [method(timeout=20) for _ in range(STREAMS_MAX)]
+        for stream in streams:
+            await stream.write(pb.WatchRequest(number=1))
+        for stream in streams:
+            assert await stream.read() is not grpc.aio.EOF
+        late = asyncio.ensure_future(
+            outcome(
+                pb_grpc.TokenServiceStub(channel).Verify(pb.VerifyRequest(secret="x"), timeout=20)
+            )
+        )
+        async with channel_to(target, "verifier") as other:
+            stub = pb_grpc.TokenServiceStub(other)
+            assert (await outcome(stub.Verify(pb.VerifyRequest(secret="x"), timeout=5))).code is OK
+        assert not late.done()
+        for stream in streams:
+            stream.cancel()
+        assert (await late).code is OK

@@ -24,6 +24,7 @@ DOCUMENTS = (
     "SECURITY.md",
     "docs/callers.md",
     "docs/coherence.md",
+    "docs/limits.md",
 )
 # Each has its test below, in integration/test_readme_grpcurl.py or in console/test_running.py.
 MARKS = {

@@ -71,7 +71,7 @@ class Reset:
 
 @dataclass(frozen=True, slots=True)
 class Closing:
-    """The server is about to stop and grants no more."""
+    """The stream grants no more: the server is about to stop, or wants its client to move."""
 
 
 Event = Invalidation | Grant | Reset | Closing

@@ -664,7 +664,7 @@ class WatchResponse(_message.Message):
 
     @_builtins.property
     def closing(self) -> Global___Closing:
-        """The server is about to stop."""
+        """The client has to move to another Watch."""
 
     def __init__(
         self,
@@ -772,7 +772,8 @@ Global___Reset: _TypeAlias = Reset  # noqa: Y015
 
 @_typing.final
 class Closing(_message.Message):
-    """Tells a client that the server is about to stop and grants no more. The
+    """Tells a client that this stream grants no more: the server is about to stop,
+    or the stream is old, and clients are to be spread over servers anew. The
     client opens another Watch, on a new connection, answers under this one's
     last grant until the other one's first, and then sends `released` here.
     """

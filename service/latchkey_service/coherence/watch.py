@@ -8,6 +8,7 @@ the moment that it takes it, so that a slow one costs no more memory than a fast
 import asyncio
 import contextlib
 import math
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,9 @@ WATCHERS_MAX = 10_000
 # In leases: a client asks at least once in each. One that has not been heard of for so long holds
 # none, and is dropped.
 SILENT_LEASES = 3
+# A client is asked to move to a new stream at this share of a connection's age, before the
+# connection is ended under it. At different times, so that not all move at once.
+MOVE_FROM, MOVE_TO = 0.75, 0.85
 # No revision is as low.
 BEFORE_ALL = -1
 
@@ -56,7 +60,7 @@ class Reset(NamedTuple):
 
 
 class Closing(NamedTuple):
-    """The server is about to stop."""
+    """The client has to move to a new stream: the server is about to stop, or this one is old."""
 
 
 Event = Invalidation | Grant | Reset | Closing
@@ -159,12 +163,14 @@ class Watchers:
         acknowledged: Callable[[], None],
         *,
         enabled: bool,
+        stream_seconds: float = math.inf,
     ) -> None:
         self._membership = membership
         self._clock = clock
         # Called when a client has confirmed something, or has let go of its lease.
         self._acknowledged = acknowledged
         self._enabled = enabled
+        self._stream_seconds = stream_seconds
         self._streams: set[_Stream] = set()
         self._told = 0
         self._closing = False
@@ -186,7 +192,8 @@ class Watchers:
             raise Unavailable("The server is stopping; try another one.")
         if len(self._streams) >= WATCHERS_MAX:
             raise Overloaded("Too many clients watch this server; try another one.")
-        stream = _Stream(Watcher(self._membership), self._clock())
+        age = self._stream_seconds * random.uniform(MOVE_FROM, MOVE_TO)  # noqa: S311 - a spread
+        stream = _Stream(Watcher(self._membership), self._clock(), age)
         self._streams.add(stream)
         # Reading has a task of its own: neither may hold up the other.
         reader = asyncio.create_task(self._read(requests, stream), name="watch reader")
@@ -202,7 +209,7 @@ class Watchers:
                 if stream.silent:
                     raise WatcherSilent("Nothing was heard of this client for long.")
                 if stream.left_behind:
-                    raise Unavailable("The server is stopping; try another one.")
+                    raise Unavailable("The stream is old, or the server is stopping; open another.")
             if reader.done():
                 reader.result()
         finally:
@@ -211,16 +218,29 @@ class Watchers:
             self._left.set()
 
     def on_news(self) -> None:
-        """Tell every client what is new, and grant what waits for a lease."""
+        """Tell every client what is new, grant what waits for a lease, and have the old ones move.
+
+        One that moves opens its new stream first, and then lets go of its lease on this one: so
+        Deletes need not wait for it, as they would had its connection merely been ended.
+        """
         applied = self._membership.memory.applied
         news, self._told = applied != self._told, applied
-        lost = self._clock() - SILENT_LEASES * self._membership.lease_seconds
+        now = self._clock()
+        lost = now - SILENT_LEASES * self._membership.lease_seconds
         for stream in tuple(self._streams):
             if stream.sending_since < lost:
                 # It reads nothing: there is nothing to tell it any more.
                 stream.task.cancel()
             elif stream.watcher.heard < lost:
                 stream.silent = True
+                stream.changed.set()
+            elif stream.asked_to_move_at < lost:
+                # It holds no lease any more.
+                stream.left_behind = True
+                stream.changed.set()
+            elif stream.moves_at <= now:
+                stream.moves_at, stream.asked_to_move_at = math.inf, now
+                stream.watcher.close()
                 stream.changed.set()
             elif news or stream.watcher.wants_grant:
                 stream.changed.set()
@@ -263,11 +283,13 @@ class Watchers:
 class _Stream:
     """A stream's watcher and its way to it."""
 
-    def __init__(self, watcher: Watcher, now: float) -> None:
+    def __init__(self, watcher: Watcher, now: float, age: float) -> None:
         self.watcher = watcher
         self.watcher.heard = now
         self.changed = asyncio.Event()
         self.sending_since = math.inf
+        self.moves_at = now + age
+        self.asked_to_move_at = math.inf
         self.silent = False
         self.left_behind = False
         task = asyncio.current_task()

@@ -1,6 +1,7 @@
 """Streams whose clients misbehave, with the clock passed in: they hold up nobody."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from latchkey_service.coherence import watch
 from latchkey_service.coherence.membership import Log, Membership
 from latchkey_service.coherence.subleases import SubLeases
 from latchkey_service.coherence.watch import Event, Request, Watcher, Watchers
-from latchkey_service.errors import Overloaded, WatcherSilent
+from latchkey_service.errors import Overloaded, Unavailable, WatcherSilent
 
 from tests.support import eventually
 
@@ -121,3 +122,39 @@ def test_a_database_that_was_set_back() -> None:
     assert membership.acknowledgeable(scene.now) == 40
     membership.apply(Log(41, ("b",)))
     assert membership.acknowledgeable(scene.now) == 40
+
+
+async def test_an_old_one_is_asked_to_move() -> None:
+    """A client whose stream is old is told Closing, and gets no grant on it any more; one that
+    stays is ended after a few leases, when it holds none."""
+    scene = Scene()
+    scene.watchers = Watchers(
+        scene.membership, lambda: scene.now, lambda: None, enabled=True, stream_seconds=100.0
+    )
+    stream = scene.serve()
+    began = scene.now
+    numbers = itertools.count(1)
+
+    async def events_at(age: float) -> list[type[Event]]:
+        """Have the client ask at this age, and the heart beat; return what came."""
+        scene.now = began + age
+        (served,) = scene.watchers._streams
+        await scene.said.put(Request(0, next(numbers), released=False))
+        await eventually(lambda: served.watcher.heard == scene.now, "it is heard")
+        scene.membership.renew(scene.now, 0)
+        scene.watchers.on_news()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return [type(scene.sent.get_nowait()) for _ in range(scene.sent.qsize())]
+
+    await asyncio.sleep(0)
+    assert await events_at(0.0) == [watch.Grant]
+    assert await events_at(100.0 * watch.MOVE_FROM - 1.0) == [watch.Grant]
+    oldest = 100.0 * watch.MOVE_TO
+    assert await events_at(oldest) == [watch.Closing]
+    assert await events_at(oldest + 1.0) == []
+    assert not stream.done()
+    assert await events_at(oldest + watch.SILENT_LEASES * LEASE_SECONDS + 1.0) == []
+    with pytest.raises(Unavailable):
+        await stream
+    assert scene.membership.subleases.floor(scene.now) is None

@@ -1,0 +1,71 @@
+"""Limits that are worked out: from settings, files, memory."""
+
+import resource
+from typing import Any
+
+import pytest
+from latchkey_service import memory_guard, transport
+from latchkey_service.config import Settings
+from latchkey_service.memory_guard import MIB, memory_max_bytes
+from latchkey_service.transport import chosen, limits_of
+
+
+def settings(**given: Any) -> Settings:
+    return Settings(_env_file=None, **given)
+
+
+@pytest.mark.parametrize(
+    ("listen", "expected"),
+    [
+        ("127.0.0.1:50051", "native"),
+        ("localhost:50051", "native"),
+        ("[::1]:50051", "native"),
+        ("unix:/run/latchkey.sock", "native"),
+        ("0.0.0.0:50051", "grpcio"),
+        ("10.0.0.1:50051", "grpcio"),
+        ("latchkey.internal:50051", "grpcio"),
+    ],
+)
+def test_transport(listen: str, expected: str) -> None:
+    """By itself `native` serves this machine alone; told to, either serves anybody."""
+    assert chosen(settings(listen=listen)) == expected
+    assert chosen(settings(listen=listen, transport="native")) == "native"
+    assert chosen(settings(listen=listen, transport="grpcio")) == "grpcio"
+
+
+@pytest.mark.parametrize(
+    ("given", "files", "expected"),
+    [
+        ({"transport": "native"}, 1_048_576, 10_000),
+        ({"transport": "native"}, 15_200, 5_000),
+        ({"transport": "grpcio"}, 15_200, 10_000),
+        ({"transport": "grpcio"}, 5_200, 5_000),
+        ({"transport": "native", "tls_listen": "0.0.0.0:50052"}, 20_200, 5_000),
+        ({"transport": "native"}, resource.RLIM_INFINITY, 10_000),
+        ({"transport": "native", "connections_max": 7}, 1_048_576, 7),
+        ({"transport": "native"}, 64, 1),
+    ],
+)
+def test_connections_and_files(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], files: int, expected: int
+) -> None:
+    """There are no more connections than there may be files open for."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    assert limits_of(settings(**given)).connections_max == expected
+
+
+def test_reserve() -> None:
+    """A client that watches takes as many files of `native` as were counted with."""
+    # A test of the whole (integration/test_limits_service.py) counts them.
+    assert transport.FILES_PER_CONNECTION == {"native": 3, "grpcio": 1}
+
+
+def test_memory() -> None:
+    """The bound grows with what the settings allow; it can be given, and 0 is for none."""
+    plain = memory_max_bytes(settings())
+    assert plain > memory_guard.BASE_MIB * MIB
+    # Entries take some 500 bytes each, and a Watch some 60 kB.
+    assert memory_max_bytes(settings(cache_entries=10_100_000)) - plain > 10_000_000 * 500
+    assert memory_max_bytes(settings(connections_max=110_000)) - plain > 100_000 * 60_000
+    assert memory_max_bytes(settings(memory_mib=300)) == 300 * MIB
+    assert memory_max_bytes(settings(memory_mib=0)) == 0
