@@ -13,7 +13,7 @@ import struct
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import psutil
@@ -103,6 +103,10 @@ class Listener:
 Serve = Callable[..., contextlib.AbstractAsyncContextManager[Listener]]
 
 
+def nobody_is_refused(path: str) -> NoReturn:
+    raise AssertionError(f"{path} was refused")
+
+
 @pytest.fixture
 def serve(tmp_path: Path) -> Serve:
     """Run listeners: one of LISTENERS, with these limits."""
@@ -111,7 +115,9 @@ def serve(tmp_path: Path) -> Serve:
     async def serve(name: str, **limits: Any) -> AsyncIterator[Listener]:
         make, _, kind = name.partition(" ")
         own_limits = Limits(**limits)
-        server = make_transport("native" if make == "native" else "grpcio", own_limits)
+        server = make_transport(
+            "native" if make == "native" else "grpcio", own_limits, nobody_is_refused
+        )
         listener = Listener(name, f"unix:{tmp_path}/socket")
         methods: dict[str, Any] = {
             "Echo": grpc.unary_unary_rpc_method_handler(listener.echo),
