@@ -12,9 +12,9 @@ that need the database work in so many places at once, and the queue for these i
 - Whose deadline would pass in the queue is refused at once.
 
 Each role has places of its own: a flood of one takes nothing from the others. Verifies have none.
-One that is answered from memory is done before it could be refused, and those that read wait in
-one place, `lookup.py`. What bounds them is how many calls a connection may have, and how many wait
-to be begun (`native.py`).
+One that is answered from memory is done before it could be refused, and those that read share
+their queries (`lookup.py`, where they are bounded). What bounds them all is how many calls a
+connection may have, and how many wait to be begun (`native.py`).
 
 Refusing is not free either: it takes as long as an answer from memory. `Pacer` keeps whoever calls
 again at once from taking the time that answers need.
@@ -32,10 +32,10 @@ from latchkey_service.errors import TOO_LATE, LatchkeyError, Overloaded, StoreUn
 
 __all__ = ["Pacer", "Place", "Places", "QueueBound", "leave_place", "wait_seconds"]
 
-STANDING_SECONDS: Final = 0.5
+STANDING_SECONDS: Final = 0.1
 CALM_SECONDS: Final = 1.0
-STANDING: Final = 2
-BURST: Final = 50
+STANDING: Final = 1
+BURST: Final = 25
 # Nobody waits longer for a place. Statements have as much: whoever has one has been told by then.
 QUEUE_SECONDS_MAX: Final = 2.0
 # If no call at work has ended for so long it is not the load, but the database that hangs.

@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from latchkey_service.admission import QueueBound
 from latchkey_service.database import retrying, translated
 from latchkey_service.errors import TOO_LATE, Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.store import FIND_BY_DIGEST, record_of
@@ -29,6 +30,9 @@ __all__ = ["Found", "Lookup"]
 BATCH_MAX = 1_000
 # Digests waiting: some 200 ms of work. More would only make everyone late.
 WAITING_MAX = 10_000
+# Calls that make Postgres busy; and where there are more for long, so many more may be there.
+BUSY = 64
+STANDING = 32
 # Between attempts to connect. Look-ups in between fail at once instead of piling up, and service
 # resumes this soon after Postgres does.
 RECONNECT_SECONDS = 0.25
@@ -74,6 +78,7 @@ class Lookup:
         self._link = _Link(connect, monotonic)
         self._waiting: list[_Waiter] = []
         self._waiting_digests = 0
+        self._bound = QueueBound(STANDING, WAITING_MAX)
         # Of queries: when the one under way began, and how long they take.
         self._asked_at: float | None = None
         self._query_seconds = 0.0
@@ -113,9 +118,13 @@ class Lookup:
         """Put digests in the queue. A future for each caller, since it may be cancelled."""
         if self._closed:
             raise StoreUnavailable("The server is stopping.")
-        if self._waiting_digests + len(digests) > WAITING_MAX:
+        now = self._monotonic()
+        more = len(self._waiting) + len(self._link.batch) - BUSY
+        if self._waiting_digests + len(digests) > WAITING_MAX or self._bound.refuses(
+            max(0, more), now
+        ):
             raise Overloaded("Too many verifies are waiting for the database; try again shortly.")
-        if self._monotonic() + self._seconds_until_asked() > deadline:
+        if now + self._seconds_until_asked() > deadline:
             raise Overloaded(TOO_LATE)
         future: asyncio.Future[list[Found]] = self._loop.create_future()
         self._waiting.append(_Waiter(digests, future, deadline))

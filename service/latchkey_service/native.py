@@ -28,12 +28,12 @@ __all__ = ["Refuse", "Server"]
 # Calls begun in a turn: some 0.2 ms of verifies, and as much of management.
 VERIFIES_IN_TURN: Final = 16
 OTHERS_IN_TURN: Final = 4
-# Calls that may wait to be begun where they stand: all that one connection may have, some 2 ms of
+# Calls that may wait to be begun where they stand, beside those of the next turn: some 1 ms of
 # verifies. And in a burst, some 2 kB each.
-STANDING: Final = 96
+STANDING: Final = 48
 BURST: Final = 5_000
 # It is looked for new calls after so many were begun; for so many at most.
-FETCH_AFTER: Final = 64
+FETCH_AFTER: Final = 48
 FETCH_MAX: Final = 256
 
 Event = Sequence[Any]
