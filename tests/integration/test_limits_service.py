@@ -129,6 +129,8 @@ async def test_a_worker_with_too_much_memory(
         packed = b"".join(packer.compress(zeros) for _ in range(1_000)) + packer.flush()
         async with connected(address) as raw:
             await raw.open()
+            # Until then the connection's window is the usual 64 KiB.
+            await raw.until(http2.WINDOW_UPDATE)
             stream = raw.begin(http2.header_block(VERIFY, ("grpc-encoding", "gzip")))
             message = http2.message(packed, compressed=True)
             for start in range(0, len(message), 16_384):
