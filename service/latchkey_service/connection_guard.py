@@ -86,8 +86,8 @@ class ConnectionGuard:
         looked = -self._look_seconds
         connections = files_then = 0
         rest = 0.0
-        self._spare = _spare()
         try:
+            self._take_spare_files()
             while True:
                 await asyncio.sleep(max(COUNT_SECONDS, rest))
                 now = time.monotonic()
@@ -105,17 +105,25 @@ class ConnectionGuard:
                 rest = REST_FACTOR * (looked - now)
                 self._tell()
         finally:
-            _close(self._spare)
+            self._give_spare_files()
 
     def _look_for_certain(self) -> int:
         try:
-            return self.look()
+            connections = self.look()
         except OSError:
             # No file is left to look with: a flood came faster than the last look.
-            _close(self._spare)
+            self._give_spare_files()
             connections = self.look()
-        self._spare = _spare()
+        self._take_spare_files()
         return connections
+
+    def _take_spare_files(self) -> None:
+        while len(self._spare) < SPARE_FILES:
+            self._spare.append(os.open(os.devnull, os.O_RDONLY))
+
+    def _give_spare_files(self) -> None:
+        while self._spare:
+            os.close(self._spare.pop())
 
     def look(self) -> int:
         """Look at all connections, and end those that are too many or do not go on.
@@ -138,12 +146,14 @@ class ConnectionGuard:
             # The newest, as a server that refuses them would.
             too_many.update(its[self._limits.connections_max :])
         for inode, end in _own(files, connections):
-            if inode in too_many:
-                self._end(end, "too_many")
-            elif end.family != socket.AF_UNIX and (
-                reason := self._stuck(self._seen[inode], end, now)
-            ):
-                self._end(end, reason)
+            seen = self._seen[inode]
+            reason = "too_many" if inode in too_many else self._stuck(seen, end, now)
+            if reason is not None:
+                # Its owner may take a moment to close it; it counts no more.
+                seen.listener = None
+                self._ended[reason] += 1
+                with contextlib.suppress(OSError):  # its client was quicker
+                    end.shutdown(socket.SHUT_RDWR)
         return most
 
     def _stuck(self, seen: _Seen, end: socket.socket, now: float) -> str | None:
@@ -151,6 +161,8 @@ class ConnectionGuard:
 
         Over TCP alone: who is on a UNIX socket is asked by keepalive, if he is silent.
         """
+        if end.family == socket.AF_UNIX:
+            return None
         info = end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
         if len(info) < _TCP_INFO.size:
             return None  # an older kernel tells less
@@ -174,11 +186,6 @@ class ConnectionGuard:
                 if here == listener.name and not accepts:
                     return listener
         return None
-
-    def _end(self, end: socket.socket, reason: str) -> None:
-        self._ended[reason] += 1
-        with contextlib.suppress(OSError):  # its client was quicker
-            end.shutdown(socket.SHUT_RDWR)
 
     def _tell(self) -> None:
         if self._ended and time.monotonic() - self._told >= TELL_SECONDS:
@@ -224,12 +231,3 @@ def _open_files() -> int:
         return len(os.listdir(FILES))  # noqa: PTH208 - no Path for each
     except OSError:
         return sys.maxsize  # as many as there may be
-
-
-def _spare() -> list[int]:
-    return [os.open(os.devnull, os.O_RDONLY) for _ in range(SPARE_FILES)]
-
-
-def _close(files: list[int]) -> None:
-    while files:
-        os.close(files.pop())

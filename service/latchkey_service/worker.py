@@ -92,6 +92,8 @@ async def _serve(settings: Settings, keyring: Keyring, policy: str | None) -> in
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, stop.set)
     loop.add_reader(sys.stdin, supervisor_is_gone)
+    # To the very end: calls go on while it stops.
+    guarding = asyncio.create_task(guard_memory(memory_max_bytes(settings)))
     async with running(settings, keyring, policy) as server:
         # What is loaded by now stays: the collector need not look at it again and again. And what
         # a call leaves is freed by reference counts, so it may look less often.
@@ -101,15 +103,14 @@ async def _serve(settings: Settings, keyring: Keyring, policy: str | None) -> in
         reload = asyncio.Event()
         loop.add_signal_handler(signal.SIGHUP, reload.set)
         reloading = asyncio.create_task(_reload(server, reload))
-        guarding = asyncio.create_task(guard_memory(memory_max_bytes(settings)))
         sys.stdout.buffer.write(READY)
         sys.stdout.buffer.flush()
         await stop.wait()
         reloading.cancel()
-        guarding.cancel()
         if orphaned:
             log.logger().warning("the supervisor is gone: stopping")
             await server.stop(ORPHAN_GRACE_SECONDS)
+    guarding.cancel()
     return 0
 
 

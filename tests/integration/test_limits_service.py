@@ -129,6 +129,8 @@ async def test_a_worker_with_too_much_memory(
         packed = b"".join(packer.compress(zeros) for _ in range(1_000)) + packer.flush()
         async with connected(address) as raw:
             await raw.open()
+            # Until then the connection's window is the usual 64 KiB.
+            await raw.until(http2.WINDOW_UPDATE)
             stream = raw.begin(http2.header_block(VERIFY, ("grpc-encoding", "gzip")))
             message = http2.message(packed, compressed=True)
             for start in range(0, len(message), 16_384):
@@ -180,7 +182,10 @@ async def test_a_flood_that_takes_all_files(
                 few = psutil.Process(pid).num_fds() + 2 * most
                 resource.prlimit(pid, resource.RLIMIT_NOFILE, (few, few))
                 for _ in range(20 * most):
-                    stack.enter_context(socket.create_connection((host, int(port))))
+                    # Without waiting: what is not accepted, for lack of files, would take minutes.
+                    flood = stack.enter_context(socket.socket())
+                    flood.setblocking(False)
+                    flood.connect_ex((host, int(port)))
 
                 def connections() -> int:
                     found = psutil.Process(pid).net_connections("tcp")
