@@ -31,7 +31,7 @@ BATCH_MAX = 1_000
 # Digests waiting: some 200 ms of work. More would only make everyone late.
 WAITING_MAX = 10_000
 # Calls that make Postgres busy; and where there are more for long, so many more may be there.
-BUSY = 64
+BUSY = 96
 STANDING = 32
 # Between attempts to connect. Look-ups in between fail at once instead of piling up, and service
 # resumes this soon after Postgres does.
