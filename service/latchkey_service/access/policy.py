@@ -97,6 +97,12 @@ def parse(text: str) -> Policy:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise PolicyError(_tidy(str(error), text)) from None
+    except (RecursionError, ValueError) as error:
+        # Python's own limits, which tomllib lets through: brackets in brackets, and digits.
+        wrong = "brackets are nested too deeply"
+        if isinstance(error, ValueError):
+            wrong = "a number has too many digits"
+        raise PolicyError(f"line {_line_of(type(error), text)}: {wrong}") from None
     return _Reader(text, document).read()
 
 
@@ -232,12 +238,31 @@ class _Reader:
         without which it is not there yet.
         """
         named = re.compile(re.escape(where[-1]) + r"""["']?\s*[=\].]""")
-        lines = self._text.splitlines()
+        lines = _lines(self._text)
         candidates = [number for number, line in enumerate(lines) if named.search(line)]
         after = bisect_left(
             candidates, True, key=lambda number: _has("\n".join(lines[:number]), where)
         )
         return candidates[after - 1] + 1 if after else 1
+
+
+def _lines(text: str) -> list[str]:
+    """Return the lines as tomllib counts them: not each of splitlines(), which ends some at \u2028."""
+    return text.removesuffix("\n").split("\n")
+
+
+def _line_of(error: type[Exception], text: str) -> int:
+    """Return the line (from 1) up to which tomllib raises just this error."""
+    lines = _lines(text)
+
+    def raises(count: int) -> bool:
+        try:
+            tomllib.loads("\n".join(lines[:count]))
+        except Exception as raised:  # noqa: BLE001 - the cut may be in the middle of anything
+            return type(raised) is error
+        return False
+
+    return bisect_left(range(1, len(lines)), True, key=raises) + 1
 
 
 def _has(text: str, where: tuple[str, ...]) -> bool:
@@ -264,5 +289,5 @@ def _tidy(message: str, text: str) -> str:
     )
     if match is None:
         return message
-    line = match[2] or max(1, len(text.splitlines()))
+    line = match[2] or len(_lines(text))
     return f"line {line}: {match[1][:1].lower()}{match[1][1:]}"
