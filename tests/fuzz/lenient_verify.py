@@ -9,7 +9,7 @@ from latchkey_service.lenient import BATCH_VERIFY, VERIFY, lenient_parse
 
 from tests.fuzz.target import Finding, Target
 
-GOOD = pb.VerifyRequest(secret="lk" "_good", required_scope=pb.SCOPE_READ).SerializeToString()
+GOOD = pb.VerifyRequest(secret="fuzz_good", required_scope=pb.SCOPE_READ).SerializeToString()
 NOT_TEXT = b"\x0a\x04a\xff\xfeb\x10\x01"
 PIECES = (
     GOOD, NOT_TEXT, b"\x0a\x00", b"\x0a", b"\x10\x02", b"\x10\xff\xff\xff\xff\x0f", b"\xff", b"\xc3\xa9",

@@ -13,15 +13,13 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-import asyncpg
-from latchkey_service.embedded import EmbeddedPostgres
 from latchkey_service.migrate import bundled, migrate
 from latchkey_service.secrets import Keyring, Pepper
 from latchkey_service.store import Store
 from latchkey_service.verdict import Scope, TokenRecord
 
 from tests import callers
-from tests.support import Service, origin
+from tests.support import BreakablePostgres, Service, origin
 
 __all__ = ["ACCOUNT", "DELETED", "LIVE", "PEPPER", "surroundings"]
 
@@ -52,24 +50,20 @@ def surroundings(needs: str) -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def _postgres(folder: Path) -> Iterator[dict[str, str]]:
-    postgres = EmbeddedPostgres(folder / "data")
+    postgres = BreakablePostgres(folder / "data")
     url = postgres.start()
+    # Nothing here is to outlast the machine.
+    postgres.configure("fsync = off\nsynchronous_commit = off")
     try:
         asyncio.run(_plant(url))
         yield {"FUZZ_DATABASE_URL": url}
     finally:
-        postgres.stop()
+        postgres.close()
 
 
 async def _plant(url: str) -> None:
-    """Make a live token and a deleted one, and have Postgres wait for no disk."""
+    """Make a live token and a deleted one."""
     await migrate(url, bundled())
-    connection = await asyncpg.connect(url)
-    try:
-        await connection.execute("ALTER SYSTEM SET fsync = off")
-        await connection.execute("SELECT pg_reload_conf()")
-    finally:
-        await connection.close()
     store = await Store.open(url)
     try:
         await store.register_pepper(PEPPER.id)
