@@ -226,7 +226,9 @@ class _Supervisor:
             delay = min(delay * 2, RESTART_SECONDS_MAX)
 
     async def _spawn(self) -> asyncio.subprocess.Process:
-        environment = os.environ | {
+        # grpcio's core writes a line for each of some frames that a client may send by the thousand.
+        quiet = {"GRPC_VERBOSITY": "ERROR"}
+        environment = quiet | os.environ | {
             PREFIX + "DATABASE_URL": self._database_url,
             PREFIX + "LISTEN": self._listen,
             PREFIX + "TLS_LISTEN": self._tls_listen or "",

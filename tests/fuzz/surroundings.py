@@ -108,6 +108,6 @@ def _service(folder: Path, needs: str) -> Iterator[dict[str, str]]:
         yield variables | {"FUZZ_PID": str(pid)}
         # What the service has to say of itself is for who looks into a finding.
         Path("build/fuzz").mkdir(parents=True, exist_ok=True)
-        Path(f"build/fuzz/service-{needs}.log").write_text(service.err)
+        shutil.copyfile(folder / "service" / "err", f"build/fuzz/service-{needs}.log")
     finally:
         service.clean_up()
