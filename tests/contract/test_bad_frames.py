@@ -18,7 +18,7 @@ CREDENTIAL = mint(lambda size: bytes(range(size))).reveal()
 
 @pytest.fixture
 def logs():
-    """All that the process logs, but for what the test's own libraries have to say at debug level."""
+    """All that the process logs, but for what the test's own libraries say at debug level."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     log.configure("json", "info")

@@ -25,13 +25,13 @@ def main() -> int:
     try:
         import atheris  # noqa: F401 - whether it is there
     except ImportError:
-        print("make fuzz needs atheris, which there is for CPython 3.11-3.13 on Linux, x86-64.")
+        _say("make fuzz needs atheris, which there is for CPython 3.11-3.13 on Linux, x86-64.")
         return 2
     if options.replay is not None:
         return _replay(options.replay)
     names = options.only or list(TARGETS)
     seconds = options.minutes * 60 / len(names)
-    print(
+    _say(
         COLUMNS.format(
             "target", "inputs", "inputs/s", "new", "MB start", "MB end", "files", "end", "findings"
         )
@@ -45,15 +45,15 @@ def main() -> int:
             if options.keep and result.ok:
                 kept = campaign.CORPUS / (TARGETS | BROKEN)[name].module
                 before, after = campaign.keep(name, folder, variables, kept)
-                print(f"    kept in {kept.relative_to(campaign.ROOT)}: {after} (were {before})")
+                _say(f"    kept in {kept.relative_to(campaign.ROOT)}: {after} (were {before})")
         failed |= not result.ok
         inputs += result.inputs
-    print(f"{inputs} inputs, {'findings: see above' if failed else 'nothing found'}")
+    _say(f"{inputs} inputs, {'findings: see above' if failed else 'nothing found'}")
     return int(failed)
 
 
 def _print(result: campaign.Result) -> None:
-    print(
+    _say(
         COLUMNS.format(
             result.target,
             result.inputs,
@@ -64,27 +64,30 @@ def _print(result: campaign.Result) -> None:
             result.files_start,
             result.files_end,
             len(result.findings) or result.broken or "none",
-        ),
-        flush=True,
+        )
     )
     for path in result.findings:
-        print(f'    {path}: make fuzz ARGS="--replay {path}"')
+        _say(f'    {path}: make fuzz ARGS="--replay {path}"')
     if result.findings:
         _, _, said = result.output.partition("=== Uncaught Python exception: ===")
         for line in (said or result.output[-1_500:]).splitlines()[:20]:
-            print(f"    | {line[:200]}")
+            _say(f"    | {line[:200]}")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201 - for a person
 
 
 def _replay(path: Path) -> int:
     """Attack with the input of a finding again."""
     name = next((part for part in path.parts[::-1] if part in TARGETS | BROKEN), None)
     if name is None:
-        print(f"{path}: no folder in its path is named as a target, so which one is it of?")
+        _say(f"{path}: no folder in its path is named as a target, so which one is it of?")
         return 2
     with surroundings((TARGETS | BROKEN)[name].needs) as variables:
         code, output = campaign.replay(name, path, variables)
-    print(output)
-    print(f"{path}: {'found again' if code else 'nothing found'}")
+    _say(output)
+    _say(f"{path}: {'found again' if code else 'nothing found'}")
     return int(code != 0)
 
 
@@ -98,7 +101,10 @@ def _options() -> argparse.Namespace:
         + '\n\nPass arguments as in: make fuzz ARGS="--minutes 30 --only secrets,policy"',
     )
     parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help=f"in all, shared equally (default {MINUTES:g})"
+        "--minutes",
+        type=float,
+        default=MINUTES,
+        help=f"in all, shared equally (default {MINUTES:g})",
     )
     parser.add_argument(
         "--only", type=_names, metavar="TARGET[,TARGET]", help="these targets, instead of all"
@@ -106,7 +112,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--seed",
         type=int,
-        default=random.randrange(1, 2**31),
+        default=random.randrange(1, 2**31),  # noqa: S311 - any will do
         help="of the changes; those that run in one thread then do the same again (default: any)",
     )
     parser.add_argument(
@@ -115,7 +121,9 @@ def _options() -> argparse.Namespace:
         help="afterwards, make the repository's corpus of the fewest inputs that go all ways known",
     )
     parser.add_argument("--replay", type=Path, metavar="FILE", help="attack with one input only")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"to work in (default {FOLDER})")
+    parser.add_argument(
+        "--folder", type=Path, default=FOLDER, help=f"to work in (default {FOLDER})"
+    )
     return parser.parse_args()
 
 

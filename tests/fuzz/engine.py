@@ -50,7 +50,7 @@ def _write_seeds(target: Any) -> None:
 
 def _mutator(target: Any) -> Any:
     def mutate(data: bytes, length_max: int, seed: int) -> bytes:
-        chance = random.Random(seed)
+        chance = random.Random(seed)  # noqa: S311 - repeatable
         if not data or chance.random() < AS_BYTES:
             return bytes(atheris.Mutate(data, length_max))
         return bytes(target.mutate(data, length_max, chance)[:length_max])

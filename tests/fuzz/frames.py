@@ -21,29 +21,42 @@ END_HEADERS, PADDED, PRIORITISED = 0x4, 0x8, 0x20
 REPEAT = 0xF0
 EXPANDED_BYTES_MAX = 1 << 20
 _HEADER = struct.Struct(">BHBBI")
-_SETTINGS = ((1, 0), (1, 2**32 - 1), (2, 1), (3, 0), (4, 0), (4, 2**31), (4, 1), (5, 16_383), (5, 2**24),
+_SETTINGS = ((1, 0), (1, 2**32 - 1), (2, 1), (3, 0), (4, 0), (4, 2**31), (4, 1), (5, 16_383),
+(5, 2**24),
              (6, 0), (6, 2**31), (8, 1), (0xFFFF, 7))  # fmt: skip
 VERIFY = "/latchkey.v1.TokenService/Verify"
 PATHS = (
     VERIFY, "/latchkey.v1.TokenService/BatchVerify", "/latchkey.v1.TokenService/Watch",
     "/latchkey.v1.TokenService/Create", "/latchkey.v1.TokenService/List",
-    "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch", "/latchkey.v1.StatusService/GetStatus",
-    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", "/latchkey.v1.TokenService/Nope",
-    "/", "", "*", "//", "/latchkey.v1.TokenService/Verify/", "/\xff", "/" + "x" * 2_000, "http://h/a",
+    "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch",
+    "/latchkey.v1.StatusService/GetStatus",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    "/latchkey.v1.TokenService/Nope",
+    "/", "", "*", "//", "/latchkey.v1.TokenService/Verify/", "/\xff", "/" + "x" * 2_000,
+    "http://h/a",
 )  # fmt: skip
 ODD_HEADERS = (
-    ("grpc-timeout", "1n"), ("grpc-timeout", "0S"), ("grpc-timeout", "99999999H"), ("grpc-timeout", "-1S"),
-    ("grpc-timeout", "1e9S"), ("grpc-timeout", "x"), ("grpc-timeout", "999999999999S"), ("grpc-timeout", "3S"),
+    ("grpc-timeout", "1n"), ("grpc-timeout", "0S"), ("grpc-timeout", "99999999H"), ("grpc-timeout",
+    "-1S"),
+    ("grpc-timeout", "1e9S"), ("grpc-timeout", "x"), ("grpc-timeout", "999999999999S"),
+    ("grpc-timeout", "3S"),
     ("grpc-encoding", "gzip"), ("grpc-encoding", "identity"), ("grpc-encoding", "snappy"),
-    ("grpc-accept-encoding", "gzip,\xff"), ("content-type", "text/html"), ("content-type", "application/grpc+json"),
+    ("grpc-accept-encoding", "gzip,\xff"), ("content-type", "text/html"), ("content-type",
+    "application/grpc+json"),
     ("content-length", "5"), ("content-length", "-1"), ("te", "gzip"), ("connection", "close"),
-    ("transfer-encoding", "chunked"), ("upgrade", "h2c"), ("expect", "100-continue"), ("Upper", "case"),
-    (":path", "/again"), (":status", "200"), (":nope", "x"), (":method", "GET"), (":authority", "\0"),
+    ("transfer-encoding", "chunked"), ("upgrade", "h2c"), ("expect", "100-continue"), ("Upper",
+    "case"),
+    (":path", "/again"), (":status", "200"), (":nope", "x"), (":method", "GET"), (":authority",
+    "\0"),
     ("authorization", "Bearer lkc_x"), ("authorization", "\xff\xfe"), ("authorization-bin", "!!!"),
-    ("x-bin", "AAAA,====,\xff"), ("x-bin", ""), ("x-request-id", "\xff"), ("x-request-id", "a" * 5_000),
-    ("x-forwarded-client-cert", 'By="'), ("user-agent", "x" * 9_000), ("", "empty"), ("a b", "space"),
-    ("x-nul", "a\0b"), ("x-line", "a\r\nb: c"), ("cookie", "a=b; c=d"), ("host", "other"), ("grpc-status", "0"),
-    ("grpc-message", "%"), ("grpc-status-details-bin", "AA"), ("grpc-tags-bin", "AA"), ("grpc-trace-bin", "x"),
+    ("x-bin", "AAAA,====,\xff"), ("x-bin", ""), ("x-request-id", "\xff"), ("x-request-id",
+    "a" * 5_000),
+    ("x-forwarded-client-cert", 'By="'), ("user-agent", "x" * 9_000), ("", "empty"), ("a b",
+    "space"),
+    ("x-nul", "a\0b"), ("x-line", "a\r\nb: c"), ("cookie", "a=b; c=d"), ("host", "other"),
+    ("grpc-status", "0"),
+    ("grpc-message", "%"), ("grpc-status-details-bin", "AA"), ("grpc-tags-bin", "AA"),
+    ("grpc-trace-bin", "x"),
 )  # fmt: skip
 
 
@@ -58,7 +71,9 @@ class Frame(NamedTuple):
 
     def encoded(self) -> bytes:
         length = len(self.payload) if self.length is None else self.length
-        head = _HEADER.pack(length >> 16 & 0xFF, length & 0xFFFF, self.kind, self.flags, self.stream)
+        head = _HEADER.pack(
+            length >> 16 & 0xFF, length & 0xFFFF, self.kind, self.flags, self.stream
+        )
         return head + self.payload
 
 
@@ -127,7 +142,12 @@ def good() -> list[list[Frame]]:
         [settings, open_call, reset, many(2, 1_000)],
         [settings, *call, reset, many(3, 300)],
         # CONTINUATION flood (CVE-2024-24549 and others).
-        [settings, Frame(HEADERS, 0, 1, block), Frame(CONTINUATION, 0, 1, b"\x88" * 50), many(1, 500, 0)],
+        [
+            settings,
+            Frame(HEADERS, 0, 1, block),
+            Frame(CONTINUATION, 0, 1, b"\x88" * 50),
+            many(1, 500, 0),
+        ],
         [settings, Frame(HEADERS, 0, 1, b""), Frame(CONTINUATION, 0, 1, b""), many(1, 2_000, 0)],
         # PING, SETTINGS, empty DATA and PRIORITY floods (CVE-2019-9512, 9515, 9518, 9513).
         [settings, Frame(PING, 0, 0, bytes(8)), many(1, 2_000)],
@@ -211,7 +231,9 @@ def _made(chance: random.Random) -> list[Frame]:
         lambda: _call(stream, chance),
         lambda: _call(stream, chance),
         lambda: [Frame(HEADERS, chance.choice((0, 1, 4, 5, 8, 0x25)), stream, _block(chance))],
-        lambda: [Frame(CONTINUATION, chance.choice((0, END_HEADERS)), stream, chance.randbytes(20))],
+        lambda: [
+            Frame(CONTINUATION, chance.choice((0, END_HEADERS)), stream, chance.randbytes(20))
+        ],
         lambda: [Frame(SETTINGS, chance.choice((0, ACK)), 0, _settings(chance))],
         lambda: [Frame(PING, chance.choice((0, ACK)), 0, chance.randbytes(chance.choice((8, 7))))],
         lambda: [Frame(RST_STREAM, 0, stream, struct.pack(">I", chance.randrange(15)))],

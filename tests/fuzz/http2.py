@@ -44,8 +44,8 @@ SETTLE_SECONDS_MAX = 10.0
 # Above what it has when nobody is connected but the other client: connections that are just ending.
 FILES_SLACK = 12
 LANDMARKS = 4_096
-# gRPC says INTERNAL of what is wrong with HTTP/2 or a message's frame: a flag for compression without
-# the header, a length past the end (grpc/doc/statuscodes.md). Not a word of ours.
+# gRPC says INTERNAL of what is wrong with HTTP/2 or a message's frame: a flag for compression
+# without the header, a length past the end (grpc/doc/statuscodes.md). Not a word of ours.
 UNKNOWN, INTERNAL = "2", "13"
 # What grpcio answers UNKNOWN before it has asked anybody, and nothing of ours can keep it from: a
 # method other than POST, and a path that is not UTF-8.
@@ -72,7 +72,9 @@ class Http2(Target):
             channels = [_secure(folder, name) for name in ("manager", "verifier")]
         manager, verifier = channels
         token = pb_grpc.TokenServiceStub(manager).Create(
-            pb.CreateRequest(account_id="acme", name="looked at", scope=pb.SCOPE_READ),
+            pb.CreateRequest(
+                account_id="acme", name=f"looked at by {os.getpid()}", scope=pb.SCOPE_READ
+            ),
             timeout=CALL_SECONDS_MAX,
         )
         self._question = pb.VerifyRequest(secret=token.secret, required_scope=pb.SCOPE_READ)

@@ -12,7 +12,8 @@ from tests.fuzz.target import Finding, Target
 GOOD = pb.VerifyRequest(secret="fuzz_good", required_scope=pb.SCOPE_READ).SerializeToString()
 NOT_TEXT = b"\x0a\x04a\xff\xfeb\x10\x01"
 PIECES = (
-    GOOD, NOT_TEXT, b"\x0a\x00", b"\x0a", b"\x10\x02", b"\x10\xff\xff\xff\xff\x0f", b"\xff", b"\xc3\xa9",
+    GOOD, NOT_TEXT, b"\x0a\x00", b"\x0a", b"\x10\x02", b"\x10\xff\xff\xff\xff\x0f", b"\xff",
+    b"\xc3\xa9",
     b"\xed\xa0\x80", b"\x12\x02", b"\x0b\x0c", b"\x1a\x03abc", b"\x0a\x80\x80\x80\x80\x10",
     b"\x0a" + bytes([len(GOOD)]) + GOOD, b"\x0a" + bytes([len(NOT_TEXT)]) + NOT_TEXT,
 )  # fmt: skip

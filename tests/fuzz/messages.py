@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import grpc
 import uvloop
+from google.protobuf import duration_pb2, timestamp_pb2
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
@@ -25,10 +26,10 @@ from latchkey_proto.v1 import audit_service_pb2 as audit_pb
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service import log
+from latchkey_service.audit_table import Filter, Place
 from latchkey_service.config import Settings
 from latchkey_service.lenient import lenient_parse
 from latchkey_service.rpc_audit import _page_token
-from latchkey_service.audit_table import Filter, Place
 from latchkey_service.secrets import Keyring
 from latchkey_service.server import Server, running
 from latchkey_service.store import Position
@@ -88,7 +89,9 @@ METHODS = (
     Method(f"{TOKENS}Delete", pb.DeleteRequest, pb.DeleteResponse),
     Method(f"{TOKENS}Watch", pb.WatchRequest, pb.WatchResponse, requests=True, responses=True),
     Method(
-        "/latchkey.v1.StatusService/GetStatus", status_pb.GetStatusRequest, status_pb.GetStatusResponse
+        "/latchkey.v1.StatusService/GetStatus",
+        status_pb.GetStatusRequest,
+        status_pb.GetStatusResponse,
     ),
     Method(
         "/latchkey.v1.AuditService/List",
@@ -97,7 +100,10 @@ METHODS = (
     ),
     Method(f"{HEALTH}Check", health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse),
     Method(
-        f"{HEALTH}Watch", health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse, responses=True
+        f"{HEALTH}Watch",
+        health_pb2.HealthCheckRequest,
+        health_pb2.HealthCheckResponse,
+        responses=True,
     ),
     Method(
         REFLECTION,
@@ -128,6 +134,9 @@ class Messages(Target):
 
     def __init__(self, transport: str) -> None:
         log.configure("json", "error")
+        # Channels, whose types have no calls with mere bytes.
+        self._channel: Any = None
+        self._other: Any = None
         self._loop = uvloop.new_event_loop()
         asyncio.set_event_loop(self._loop)
         self._inputs = 0
@@ -155,7 +164,7 @@ class Messages(Target):
                     account_id=ACCOUNT,
                     name="b",
                     scope=pb.SCOPE_WRITE,
-                    ttl={"seconds": 3600},
+                    ttl=duration_pb2.Duration(seconds=3600),
                     labels={"team": "x", "b": ""},
                 ),
             ),
@@ -165,7 +174,7 @@ class Messages(Target):
                     account_id="globex",
                     name=live,
                     scope=pb.SCOPE_READ,
-                    expire_time={"seconds": 4102444800},
+                    expire_time=timestamp_pb2.Timestamp(seconds=4102444800),
                 ),
             ),
             ("Get", pb.GetRequest(account_id=ACCOUNT, id=LIVE_ID)),
@@ -186,8 +195,8 @@ class Messages(Target):
                     account_id=ACCOUNT,
                     method="Create",
                     outcome=audit_pb.OUTCOME_OK,
-                    start_time={"seconds": 1},
-                    end_time={"seconds": 253402300799, "nanos": 999999999},
+                    start_time=timestamp_pb2.Timestamp(seconds=1),
+                    end_time=timestamp_pb2.Timestamp(seconds=253402300799, nanos=999999999),
                     page_size=3,
                 ),
             ),
@@ -446,7 +455,9 @@ def _judge(method: Method, parts: list[bytes], answer: Answer) -> None:
 
 def _number(name: str) -> int:
     """Return a method's number, by the end of its path."""
-    (number,) = (n for n, method in enumerate(METHODS) if method.path.endswith((f"/{name}", f".{name}")))
+    (number,) = (
+        n for n, method in enumerate(METHODS) if method.path.endswith((f"/{name}", f".{name}"))
+    )
     return number
 
 

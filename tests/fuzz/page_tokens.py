@@ -21,7 +21,9 @@ ACCOUNTS = ("acme", "globex:eu", "a" * 64)
 FILTERS = (
     Filter("", "", "", "", 0, None, None),
     Filter("acme", "tok_1", "shop", "/latchkey.v1.TokenService/List", 2, None, None),
-    Filter("é", "'", "\\", "", 1, datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC)),
+    Filter(
+        "é", "'", "\\", "", 1, datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC)
+    ),
 )
 MOMENTS = (0, 1, -1, 10**15, -62135596800000000, 253402300799999999, 2**63 - 1, -(2**63))
 PLAIN, SEALED = 0, 1
@@ -51,7 +53,7 @@ class PageTokens(Target):
             case 0:
                 head[chance.randrange(3)] = chance.randrange(3)
             case 1 if head[1] % 2 == SEALED:
-                moment = chance.choice(MOMENTS) + chance.randint(-2, 2) * 10**chance.randrange(16)
+                moment = chance.choice(MOMENTS) + chance.randint(-2, 2) * 10 ** chance.randrange(16)
                 body[:8] = struct.pack(">Q", moment % 2**64)
             case 2 if head[1] % 2 == SEALED:
                 body[8:] = chance.choice(
@@ -66,7 +68,9 @@ class PageTokens(Target):
         return bytes(head + body)
 
     def one(self, data: bytes) -> None:
-        kind, sealed, who = (byte % n for byte, n in zip(data[:3].ljust(3, b"\0"), (2, 2, 3), strict=True))
+        kind, sealed, who = (
+            byte % n for byte, n in zip(data[:3].ljust(3, b"\0"), (2, 2, 3), strict=True)
+        )
         body = data[3:]
         if kind == 0:
             account = ACCOUNTS[who]

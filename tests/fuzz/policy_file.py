@@ -27,11 +27,15 @@ roles = []
 methods = ["/latchkey.v1.AuditService/List"]
 """
 PIECES = (
-    "[callers.x]\n", "[callers]\n", "[roles.y]\n", "[[callers]]\n", "roles = [", "]\n", "methods = [",
+    "[callers.x]\n", "[callers]\n", "[roles.y]\n", "[[callers]]\n", "roles = [", "]\n",
+    "methods = [",
     '"verifier", ', "certificates = ", "credentials = ", "accounts = ", '"a*"', f'"{_DIGEST}"',
-    '"spiffe://a/b"', '"A.example"', "callers.z.roles = []\n", 'x = """\n', '"""', "'''\n", "{", "}",
-    "= ", ", ", "\n", "\r\n", "\r", "\t", "# ", "\u2028", "\x85", "\x0c", "\ufeff", "é", "1979-05-27",
-    "1979-05-27T07:32:00Z", "07:60:00", "0x", "1_0", "1e400", "nan", "9" * 30, "9" * 4_400, "\\u0000",
+    '"spiffe://a/b"', '"A.example"', "callers.z.roles = []\n", 'x = """\n', '"""', "'''\n", "{",
+    "}",
+    "= ", ", ", "\n", "\r\n", "\r", "\t", "# ", "\u2028", "\x85", "\x0c", "\ufeff", "é",
+    "1979-05-27",
+    "1979-05-27T07:32:00Z", "07:60:00", "0x", "1_0", "1e400", "nan", "9" * 30, "9" * 4_400,
+    "\\u0000",
     "[" * 40, "[" * 500, "{a=" * 400, "a." * 60, "a." * 300, "'" * 3, "\\", "\0",
 )  # fmt: skip
 _LINE = re.compile(r"line ([1-9]\d*): ")

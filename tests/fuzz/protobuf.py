@@ -1,4 +1,4 @@
-"""Changes messages by their fields: what mere bytes would hardly ever do to one and leave it one."""
+"""Changes messages by their fields: what mere bytes would hardly do to one and leave it one."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -12,8 +12,10 @@ __all__ = ["change"]
 INTEGERS = (0, 1, 2, 3, 7, -1, 500, 501, 1_000, 2**31 - 1, -(2**31), 2**32, 2**63 - 1, -(2**63))
 SECONDS = (-62135596801, -62135596800, 253402300799, 253402300800, 315576000001, 4102444800)
 ODD_TEXT = (
-    "", " ", "\0", "\x1b[2J", "\u2028", "\ufffe", "é", "e\u0301", "ß", "İ", "\U0001f511", "٣", "'", '"; --',
-    "%s%n", "../..", "{}", "[]", "*", "a:b", "-", ".", "\\", "\r\n", "a" * 63, "a" * 64, "a" * 65, "a" * 256,
+    "", " ", "\0", "\x1b[2J", "\u2028", "\ufffe", "é", "e\u0301", "ß", "İ", "\U0001f511", "٣", "'",
+    '"; --',
+    "%s%n", "../..", "{}", "[]", "*", "a:b", "-", ".", "\\", "\r\n",
+    "a" * 63, "a" * 64, "a" * 65, "a" * 256,
     "é" * 64, "😀" * 300,
 )  # fmt: skip
 # Of labels, one more than is taken.
@@ -66,9 +68,7 @@ def _change_repeated(
             _change_one(items.add(), words, chance)
 
 
-def _value(
-    field: FieldDescriptor, old: Any, words: Sequence[str], chance: random.Random
-) -> object:
+def _value(field: FieldDescriptor, old: Any, words: Sequence[str], chance: random.Random) -> object:
     kind = field.cpp_type
     if kind == FieldDescriptor.CPPTYPE_STRING:
         text = _text(words, chance)

@@ -31,7 +31,7 @@ class SecretText(Target):
         ]
 
     def seeds(self) -> Iterable[bytes]:
-        chance = random.Random(1)
+        chance = random.Random(1)  # noqa: S311 - repeatable
         for prefix in PREFIXES:
             for text in (self._mint(prefix, chance), f"a {self._mint(prefix, chance)}, {prefix}_"):
                 yield text.encode()

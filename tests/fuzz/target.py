@@ -41,8 +41,8 @@ class Target(ABC):
         """Return those whose memory and files must not grow."""
         return [psutil.Process(os.getpid())]
 
-    def settle(self) -> None:
-        """Wait until what is left of the last inputs is gone, before the processes are looked at."""
+    def settle(self) -> None:  # noqa: B027 - most have nothing to wait for
+        """Wait until what is left of the last inputs is gone; then the processes are looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,9 @@ class Entry:
 
 
 TARGETS = {
-    "secrets": Entry("secret_text", "nothing", "parser of secrets, the client's too, and redaction"),
+    "secrets": Entry(
+        "secret_text", "nothing", "parser of secrets, the client's too, and redaction"
+    ),
     "page-tokens": Entry("page_tokens", "nothing", "page tokens of tokens and of the audit log"),
     "policy": Entry("policy_file", "nothing", "policy file: a Policy, or an error with its line"),
     "headers": Entry("headers", "nothing", "authorization and x-forwarded-client-cert"),

@@ -247,7 +247,7 @@ class _Reader:
 
 
 def _lines(text: str) -> list[str]:
-    """Return the lines as tomllib counts them: not each of splitlines(), which ends some at \u2028."""
+    """Return the lines as tomllib counts them; splitlines() would end some at U+2028, too."""
     return text.removesuffix("\n").split("\n")
 
 
