@@ -105,7 +105,7 @@ def keep(target: str, folder: Path, variables: Mapping[str, str], kept: Path) ->
     """
     merged = folder / "merged"
     shutil.rmtree(merged, ignore_errors=True)
-    merged.mkdir()
+    merged.mkdir(parents=True)
     kept.mkdir(parents=True, exist_ok=True)
     given = [str(path) for path in (kept, folder / "corpus", folder / "seeds") if path.is_dir()]
     code, output = _engine(
