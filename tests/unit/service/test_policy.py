@@ -110,8 +110,8 @@ def test_an_empty_policy_lets_nobody_in():
         ('[roles.x]\nmethods = ["/latchkey.v1.TokenService/Rotate"]', 2, "no method"),
         ('[roles.x]\nmethods = ["/latchkey.v1.TokenService/*"]', 2, "no method"),
         # What tomllib raises Python's own errors for.
-        ("[callers.a]\nroles = [\n" + "[" * 1_000 + "\n", 3, "nested too deeply"),
-        ("[callers.a]\nroles = [\n" + "9" * 5_000 + "]\n", 3, "too many digits"),
+        pytest.param("[callers.a]\nroles = [\n" + "[" * 1_000, 3, "nested too deeply", id="nested"),
+        pytest.param("[callers.a]\nroles = [\n" + "9" * 5_000, 3, "too many digits", id="digits"),
         # What ends a line for Python, and not for TOML.
         ('[callers.a]  # \u2028\x85\nroles = ["wizard"]', 2, "wizard"),
         ("[callers.a]  # \u2028\x85\nroles = [", 2, "value"),
