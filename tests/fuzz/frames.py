@@ -164,13 +164,15 @@ def good() -> list[list[Frame]]:
     ]
 
 
-def headers(*odd: tuple[str, str], path: str = VERIFY, huffman: bool = False) -> bytes:
+def headers(
+    *odd: tuple[str, str], path: str = VERIFY, authority: str = "localhost", huffman: bool = False
+) -> bytes:
     """Return a header block of a call."""
     fields = [
         (":method", "POST"),
         (":scheme", "http"),
         (":path", path),
-        (":authority", "localhost"),
+        (":authority", authority),
         ("content-type", "application/grpc"),
         ("te", "trailers"),
         *odd,
