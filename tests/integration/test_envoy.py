@@ -200,24 +200,48 @@ async def test_what_is_routed(envoy: tuple[str, str]) -> None:
         assert found.code is grpc.StatusCode.UNIMPLEMENTED
 
 
+def one_call(block: bytes) -> list[frames.Frame]:
+    """A call with these headers, in as many frames as they need."""
+    parts = [block[at : at + 16_000] for at in range(0, len(block), 16_000)]
+    kinds = [frames.HEADERS, *[frames.CONTINUATION] * (len(parts) - 1)]
+    flags = [*[0] * (len(parts) - 1), frames.END_HEADERS]
+    return [
+        *(frames.Frame(k, f, 1, part) for k, f, part in zip(kinds, flags, parts, strict=True)),
+        frames.Frame(frames.DATA, frames.END_STREAM, 1, frames.message(b"")),
+    ]
+
+
+def taken_back(count: int) -> list[frames.Frame]:
+    """So many calls, each taken back at once, and one that is not."""
+    block = frames.headers()
+    sent = []
+    for stream in range(1, 2 * count, 2):
+        sent += [
+            frames.Frame(frames.HEADERS, frames.END_HEADERS, stream, block),
+            frames.Frame(frames.RST_STREAM, 0, stream, b"\0\0\0\x08"),
+        ]
+    return [*sent, *(frame._replace(stream=2 * count + 1) for frame in one_call(block))]
+
+
 @pytest.mark.parametrize(
-    "block",
+    "call",
     [
-        frames.headers(path=f"{frames.VERIFY}\xff"),
-        frames.headers(path=f"{frames.VERIFY}?\xff"),
-        frames.headers(authority="\xff"),
-        frames.headers(("x-request-id", "\xff"), ("authorization", "Bearer \xff")),
-        frames.headers(("content-length", "99")),
-        frames.headers(("grpc-timeout", "x"), ("grpc-encoding", "x"), ("x-bin", "\xff")),
-        frames.headers(("x-long", "x" * 55_000)),
-        frames.headers(*[(f"x-{number}", "x" * 700) for number in range(70)]),
+        one_call(frames.headers(path=f"{frames.VERIFY}\xff")),
+        one_call(frames.headers(path=f"{frames.VERIFY}?\xff")),
+        one_call(frames.headers(authority="\xff")),
+        one_call(frames.headers(("x-request-id", "\xff"), ("authorization", "Bearer \xff"))),
+        one_call(frames.headers(("content-length", "99"))),
+        one_call(frames.headers(("grpc-timeout", "x"), ("grpc-encoding", "x"), ("x-bin", "\xff"))),
+        one_call(frames.headers(("x-long", "x" * 55_000))),
+        one_call(frames.headers(*[(f"x-{number}", "x" * 700) for number in range(70)])),
+        taken_back(200),
     ],
-    ids=["path", "query", "authority", "text", "length", "grpc", "long", "many"],
+    ids=["path", "query", "authority", "text", "length", "grpc", "long", "many", "taken back"],
 )
 async def test_one_callers_frames_end_nobody_elses_stream(
-    envoy: tuple[str, str], block: bytes, tmp_path: Path
+    envoy: tuple[str, str], call: list[frames.Frame], tmp_path: Path
 ) -> None:
-    """All callers' calls share Envoy's connection to Latchkey: none can have Latchkey end it."""
+    """Latchkey ends connections on which it is sent such things. No other caller's calls end."""
     target, _ = envoy
     identity = spiffe_identity(uri("manager"))
     (tmp_path / "manager.pem").write_bytes(identity.certificate + identity.key)
@@ -229,14 +253,7 @@ async def test_one_callers_frames_end_nobody_elses_stream(
         await stream.write(pb.WatchRequest(number=1))
         assert await stream.read() is not grpc.aio.EOF
         reader, writer = await asyncio.open_connection(*target.split(":"), ssl=context)
-        parts = [block[at : at + 16_000] for at in range(0, len(block), 16_000)]
-        kinds = [frames.HEADERS, *[frames.CONTINUATION] * (len(parts) - 1)]
-        flags = [*[0] * (len(parts) - 1), frames.END_HEADERS]
-        call = [
-            frames.Frame(frames.SETTINGS, 0, 0, b""),
-            *(frames.Frame(k, f, 1, part) for k, f, part in zip(kinds, flags, parts, strict=True)),
-            frames.Frame(frames.DATA, frames.END_STREAM, 1, frames.message(b"")),
-        ]
+        call = [frames.Frame(frames.SETTINGS, 0, 0, b""), *call]
         writer.write(frames.PREFACE + b"".join(frame.encoded() for frame in call))
         ended, rest = False, b""
         async with asyncio.timeout(WAIT_SECONDS):
@@ -249,6 +266,7 @@ async def test_one_callers_frames_end_nobody_elses_stream(
                 )
         writer.close()
         await stream.write(pb.WatchRequest(number=2))
+        answer: Any
         async with asyncio.timeout(WAIT_SECONDS):
             while (answer := await stream.read()) is not grpc.aio.EOF:
                 if answer.grant.number == 2:
