@@ -227,18 +227,13 @@ class _Supervisor:
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         # grpcio's core writes a line for each of some frames, which clients send by the thousand.
-        quiet = {"GRPC_VERBOSITY": "ERROR"}
-        environment = (
-            quiet
-            | os.environ
-            | {
-                PREFIX + "DATABASE_URL": self._database_url,
-                PREFIX + "LISTEN": self._listen,
-                PREFIX + "TLS_LISTEN": self._tls_listen or "",
-                PREFIX + "DATA_DIR": str(self._settings.data_dir),
-                PREFIX + "LOG_FORMAT": log.form(self._settings.log_format),
-            }
-        )
+        environment = {"GRPC_VERBOSITY": "ERROR", **os.environ} | {
+            PREFIX + "DATABASE_URL": self._database_url,
+            PREFIX + "LISTEN": self._listen,
+            PREFIX + "TLS_LISTEN": self._tls_listen or "",
+            PREFIX + "DATA_DIR": str(self._settings.data_dir),
+            PREFIX + "LOG_FORMAT": log.form(self._settings.log_format),
+        }
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             # Without the current folder on the path: a stray asyncpg.py there must not be loaded.
