@@ -7,6 +7,7 @@ the wrong field either.
 """
 
 import logging
+import re
 import sys
 from collections import Counter
 from typing import Any, Literal
@@ -16,6 +17,8 @@ import structlog
 from latchkey_service.verdict import Verdict
 
 __all__ = ["Counts", "Form", "configure", "form", "logger"]
+
+GRPCIO = "grpc._cython.cygrpc"
 
 Form = Literal["json", "console"]
 
@@ -72,6 +75,7 @@ def configure(form_: Form, level: str) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
+    logging.getLogger(GRPCIO).addFilter(_without_values)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
@@ -85,3 +89,19 @@ def configure(form_: Form, level: str) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+def _without_values(record: logging.LogRecord) -> bool:
+    """Take what callers sent out of a line of grpcio's; what happened, and where, stays.
+
+    It quotes metadata and paths that are not UTF-8, before any handler of ours is asked: also a
+    credential that has come with a stray byte.
+    """
+    # They are yet to be filled in, as in "Invalid encoding on %s", or were, between brackets.
+    record.msg = re.split(r"[\[%]", str(record.msg))[0].strip()
+    record.args = None
+    if record.exc_info and record.exc_info[1] is not None:
+        error = record.exc_info[1]
+        bare = RuntimeError(f"{type(error).__module__}.{type(error).__qualname__}")
+        record.exc_info = (type(bare), bare, error.__traceback__)
+    return True

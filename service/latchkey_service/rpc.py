@@ -96,7 +96,10 @@ class TokenService(pb_grpc.TokenServiceServicer):
     ) -> None:
         async def requests() -> AsyncIterator[Request]:
             async for request in request_iterator:
-                yield Request(request.applied_revision, request.number, request.released)
+                # No revision is below zero. Taken as it comes, one would stand as this process's
+                # own, for all that reckon with it.
+                applied = max(0, request.applied_revision)
+                yield Request(applied, request.number, request.released)
 
         async def send(event: Event) -> None:
             await context.write(_watch_response(event))

@@ -46,6 +46,8 @@ SECRET_LENGTH_MAX = 11 + BODY_DIGITS + TAG_DIGITS + CHECKSUM_DIGITS
 # kill live tokens. [0-9A-Za-z] and not \w, which takes in other scripts' letters.
 _SHAPE = re.compile(r"[a-z]{2,10}_[0-9A-Za-z]{57}")
 _is_shaped = _SHAPE.fullmatch
+# At every place, also within what looks like another: "alk_…" holds what "lk_…" does.
+_SHAPE_WITHIN = re.compile(rf"(?=({_SHAPE.pattern}))")
 _BODY_END = -(TAG_DIGITS + CHECKSUM_DIGITS)
 # Digits are read in pairs and without a loop: a third of the time.
 _PAIRS = {a + b: x * 62 + y for x, a in enumerate(ALPHABET) for y, b in enumerate(ALPHABET)}
@@ -149,10 +151,10 @@ class Keyring:
 
 
 def holds_secret(text: str) -> bool:
-    """Tell whether a text has a secret in it, by shape and checksum."""
+    """Tell whether a text has a secret in it, by shape and checksum, whatever it is stuck to."""
     return any(
-        checksum(match[0][:-CHECKSUM_DIGITS]) == match[0][-CHECKSUM_DIGITS:]
-        for match in _SHAPE.finditer(text)
+        checksum(match[1][:-CHECKSUM_DIGITS]) == match[1][-CHECKSUM_DIGITS:]
+        for match in _SHAPE_WITHIN.finditer(text)
     )
 
 

@@ -226,7 +226,8 @@ class _Supervisor:
             delay = min(delay * 2, RESTART_SECONDS_MAX)
 
     async def _spawn(self) -> asyncio.subprocess.Process:
-        environment = os.environ | {
+        # grpcio's core writes a line for each of some frames, which clients send by the thousand.
+        environment = {"GRPC_VERBOSITY": "ERROR", **os.environ} | {
             PREFIX + "DATABASE_URL": self._database_url,
             PREFIX + "LISTEN": self._listen,
             PREFIX + "TLS_LISTEN": self._tls_listen or "",

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib.resources
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from tests.callers import (
     uri,
 )
 from tests.conftest import serving_as
-from tests.support import CHANNEL_OPTIONS, eventually, is_serving, outcome
+from tests.fuzz import frames
+from tests.support import CHANNEL_OPTIONS, WAIT_SECONDS, eventually, is_serving, outcome
 
 ROOT = Path(__file__).parents[2]
 CONFIGURATION = (ROOT / "docs/envoy.yaml").read_text("utf-8")
@@ -247,3 +249,78 @@ async def test_limits_of_connections(envoy: tuple[str, str]) -> None:
         for stream in streams:
             stream.cancel()
         assert (await late).code is OK
+
+
+def one_call(block: bytes) -> list[frames.Frame]:
+    """A call with these headers, in as many frames as they need."""
+    parts = [block[at : at + 16_000] for at in range(0, len(block), 16_000)]
+    kinds = [frames.HEADERS, *[frames.CONTINUATION] * (len(parts) - 1)]
+    flags = [*[0] * (len(parts) - 1), frames.END_HEADERS]
+    return [
+        *(frames.Frame(k, f, 1, part) for k, f, part in zip(kinds, flags, parts, strict=True)),
+        frames.Frame(frames.DATA, frames.END_STREAM, 1, frames.message(b"")),
+    ]
+
+
+def taken_back(count: int) -> list[frames.Frame]:
+    """So many calls, each taken back at once, and one that is not."""
+    block = frames.headers()
+    sent = []
+    for stream in range(1, 2 * count, 2):
+        sent += [
+            frames.Frame(frames.HEADERS, frames.END_HEADERS, stream, block),
+            frames.Frame(frames.RST_STREAM, 0, stream, b"\0\0\0\x08"),
+        ]
+    return [*sent, *(frame._replace(stream=2 * count + 1) for frame in one_call(block))]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        one_call(frames.headers(path=f"{frames.VERIFY}\xff")),
+        one_call(frames.headers(path=f"{frames.VERIFY}?\xff")),
+        one_call(frames.headers(authority="\xff")),
+        one_call(frames.headers(("x-request-id", "\xff"), ("authorization", "Bearer \xff"))),
+        one_call(frames.headers(("content-length", "99"))),
+        one_call(frames.headers(("grpc-timeout", "x"), ("grpc-encoding", "x"), ("x-bin", "\xff"))),
+        one_call(frames.headers(("x-long", "x" * 55_000))),
+        one_call(frames.headers(*[(f"x-{number}", "x" * 700) for number in range(70)])),
+        taken_back(200),
+    ],
+    ids=["path", "query", "authority", "text", "length", "grpc", "long", "many", "taken back"],
+)
+async def test_one_callers_frames_end_nobody_elses_stream(
+    envoy: tuple[str, str], call: list[frames.Frame], tmp_path: Path
+) -> None:
+    """Latchkey ends connections on which it is sent such things. No other caller's calls end."""
+    target, _ = envoy
+    identity = spiffe_identity(uri("manager"))
+    (tmp_path / "manager.pem").write_bytes(identity.certificate + identity.key)
+    context = ssl.create_default_context(cadata=ca_pem().decode())
+    context.load_cert_chain(tmp_path / "manager.pem")
+    context.set_alpn_protocols(["h2"])
+    async with channel_to(target, "verifier") as channel:
+        stream = pb_grpc.TokenServiceStub(channel).Watch()
+        await stream.write(pb.WatchRequest(number=1))
+        assert await stream.read() is not grpc.aio.EOF
+        reader, writer = await asyncio.open_connection(*target.split(":"), ssl=context)
+        call = [frames.Frame(frames.SETTINGS, 0, 0, b""), *call]
+        writer.write(frames.PREFACE + b"".join(frame.encoded() for frame in call))
+        ended, rest = False, b""
+        async with asyncio.timeout(WAIT_SECONDS):
+            while not ended and (chunk := await reader.read(65_536)):
+                answers, rest = frames.received(rest + chunk)
+                ended = any(
+                    frame.kind in (frames.RST_STREAM, frames.GOAWAY)
+                    or (frame.kind == frames.HEADERS and frame.flags & frames.END_STREAM)
+                    for frame in answers
+                )
+        writer.close()
+        await stream.write(pb.WatchRequest(number=2))
+        answer: Any
+        async with asyncio.timeout(WAIT_SECONDS):
+            while (answer := await stream.read()) is not grpc.aio.EOF:
+                if answer.grant.number == 2:
+                    break
+        assert answer is not grpc.aio.EOF, "the stream was ended"
+        stream.cancel()

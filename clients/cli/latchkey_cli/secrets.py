@@ -15,8 +15,9 @@ __all__ = ["INPUT_BYTES_MAX", "SecretInputError", "find_secret", "read_secret", 
 # A secret has 60 characters. What is longer than this is some other file, not read to its end.
 INPUT_BYTES_MAX: Final = 64 * 1024
 # The prefix and the 43 characters of randomness. The 14 after them are a tag and a checksum: who
-# sees a copy that lacks some of those has seen enough to treat the secret as leaked.
-_SECRET_WITHIN: Final = re.compile(r"([a-z]{2,10})_[0-9A-Za-z]{43,}")
+# sees a copy that lacks some of those has seen enough to treat the secret as leaked. One that is
+# stuck to the end of another has lost its prefix to it.
+_SECRET_WITHIN: Final = re.compile(r"([a-z]{2,10})(?:_[0-9A-Za-z]{43,})+")
 
 
 class SecretInputError(Exception):

@@ -115,6 +115,12 @@ def parse(text: str) -> Policy:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise PolicyError(_tidy(str(error), text)) from None
+    except (RecursionError, ValueError) as error:
+        # Python's own limits, which tomllib lets through: brackets in brackets, and digits.
+        wrong = "brackets are nested too deeply"
+        if isinstance(error, ValueError):
+            wrong = "a number has too many digits"
+        raise PolicyError(f"line {_line_of(type(error), text)}: {wrong}") from None
     return _Reader(text, document).read()
 
 
@@ -269,7 +275,7 @@ class _Reader:
         without which it is not there yet.
         """
         named = re.compile(re.escape(where[-1]) + r"""["']?\s*[=\].]""")
-        lines = self._text.splitlines()
+        lines = _lines(self._text)
         candidates = [number for number, line in enumerate(lines) if named.search(line)]
         after = bisect_left(
             candidates, True, key=lambda number: _has("\n".join(lines[:number]), where)
@@ -280,6 +286,25 @@ class _Reader:
 def _is_number(value: object, numbers: range) -> bool:
     # To Python true is a number, too.
     return isinstance(value, int) and not isinstance(value, bool) and value in numbers
+
+
+def _lines(text: str) -> list[str]:
+    """Return the lines as tomllib counts them; splitlines() would end some at U+2028, too."""
+    return text.removesuffix("\n").split("\n")
+
+
+def _line_of(error: type[Exception], text: str) -> int:
+    """Return the line (from 1) up to which tomllib raises just this error."""
+    lines = _lines(text)
+
+    def raises(count: int) -> bool:
+        try:
+            tomllib.loads("\n".join(lines[:count]))
+        except Exception as raised:  # noqa: BLE001 - the cut may be in the middle of anything
+            return type(raised) is error
+        return False
+
+    return bisect_left(range(1, len(lines)), True, key=raises) + 1
 
 
 def _has(text: str, where: tuple[str, ...]) -> bool:
@@ -306,5 +331,5 @@ def _tidy(message: str, text: str) -> str:
     )
     if match is None:
         return message
-    line = match[2] or max(1, len(text.splitlines()))
+    line = match[2] or len(_lines(text))
     return f"line {line}: {match[1][:1].lower()}{match[1][1:]}"

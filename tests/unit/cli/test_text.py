@@ -34,6 +34,11 @@ def test_secrets_among_arguments_are_found(argument: str) -> None:
     assert SECRET[3:46] not in redact(argument)
 
 
+def test_secrets_that_are_stuck_together_are_redacted() -> None:
+    """The second one has lost its prefix to the first, and is redacted all the same."""
+    assert redact(f"a {SECRET}{SECRET} b") == "a lk_…(redacted) b"
+
+
 def test_what_is_no_secret_is_left_alone() -> None:
     """Names and ids that are no secrets can be arguments."""
     arguments = ["get", "tok_01m85p4026a9mpn8gsxx9fknb8", "lk_short", "ci_deploy_bot", "a" * 64]

@@ -89,3 +89,11 @@ def test_a_right_checksum_does_not_excuse_a_wrong_length() -> None:
 def test_redaction_leaves_no_secret(before: str, secret: str, after: str) -> None:
     """Wherever in a text a secret stands, its random part is gone."""
     assert secret[-40:] not in redact(before + secret + after)
+
+
+@pytest.mark.parametrize("first", SECRETS)
+@pytest.mark.parametrize("second", SECRETS)
+def test_redaction_takes_what_is_stuck_together(first: str, second: str) -> None:
+    """Of two secrets without a space between them neither is left, nor of three."""
+    for stuck in (first + second, first + second + first):
+        assert redact(f"a {stuck} b") == f"a {first.partition('_')[0]}_…(redacted) b"

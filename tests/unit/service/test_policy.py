@@ -109,6 +109,12 @@ def test_an_empty_policy_lets_nobody_in():
         ("\n[roles.verifier]\nmethods = []", 2, "stays as it is"),
         ('[roles.x]\nmethods = ["/latchkey.v1.TokenService/Rotate"]', 2, "no method"),
         ('[roles.x]\nmethods = ["/latchkey.v1.TokenService/*"]', 2, "no method"),
+        # What tomllib raises Python's own errors for.
+        pytest.param("[callers.a]\nroles = [\n" + "[" * 1_000, 3, "nested too deeply", id="nested"),
+        pytest.param("[callers.a]\nroles = [\n" + "9" * 5_000, 3, "too many digits", id="digits"),
+        # What ends a line for Python, and not for TOML.
+        ('[callers.a]  # \u2028\x85\nroles = ["wizard"]', 2, "wizard"),
+        ("[callers.a]  # \u2028\x85\nroles = [", 2, "value"),
     ],
 )
 def test_a_mistake_is_told(text, line, reason):

@@ -7,7 +7,7 @@ import zlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from latchkey_service.secrets import ALPHABET, Keyring, Malformed, Pepper, Secret
+from latchkey_service.secrets import ALPHABET, Keyring, Malformed, Pepper, Secret, holds_secret
 
 PEPPER = Pepper(bytes(range(32)))
 KEYRING = Keyring([PEPPER])
@@ -81,6 +81,15 @@ def test_other_peppers_secrets_have_a_wrong_tag(entropy, key):
     foreign = mint(entropy, keyring=Keyring([Pepper(key)]))
     if key != PEPPER.key:
         assert KEYRING.digest_of(foreign.secret.reveal()) is None
+
+
+@pytest.mark.parametrize("before", ["", "a", "abcdefgh", "é", "lk_", "lk_" + "A" * 55, "lk_x_"])
+@pytest.mark.parametrize("after", ["", "a", "_", "\n", "lk_"])
+def test_a_secret_is_seen_whatever_it_is_stuck_to(before, after):
+    """What must not hold a secret is refused also where its prefix is part of a longer word."""
+    text = mint(bytes(range(32))).secret.reveal()
+    assert holds_secret(before + text + after)
+    assert not holds_secret(before + text[:-1] + after)
 
 
 def test_rotated_peppers_still_read():

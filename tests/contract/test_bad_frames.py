@@ -1,0 +1,93 @@
+"""What no client library sends: frames made by hand. What the log tells of them, and what not."""
+
+import asyncio
+import io
+import logging
+from pathlib import Path
+
+import pytest
+from latchkey_service import log
+from latchkey_service.access.credentials import mint
+
+from tests.fuzz import frames
+from tests.support import WAIT_SECONDS, service
+
+# With a stray byte at its end, it is no text.
+CREDENTIAL = mint(lambda size: bytes(range(size))).reveal()
+
+
+@pytest.fixture
+def logs():
+    """All that the process logs, but for what the test's own libraries say at debug level."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    log.configure("json", "info")
+    written = io.StringIO()
+    handler = root.handlers[0]
+    assert isinstance(handler, logging.StreamHandler)
+    handler.setStream(written)
+    yield written
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+async def send(address: str, *sent: frames.Frame) -> list[frames.Frame]:
+    """Send frames on a connection of their own; return what is answered until a stream, or the
+    connection, is at its end."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(frames.PREFACE + b"".join(f.encoded() for f in sent))
+    answers: list[frames.Frame] = []
+    rest = b""
+    try:
+        async with asyncio.timeout(WAIT_SECONDS):
+            while not any(map(is_end, answers)) and (chunk := await reader.read(65_536)):
+                more, rest = frames.received(rest + chunk)
+                answers += more
+        return answers
+    finally:
+        writer.close()
+
+
+def is_end(frame: frames.Frame) -> bool:
+    ended = frame.kind == frames.HEADERS and frame.flags & frames.END_STREAM
+    return bool(ended) or frame.kind in (frames.RST_STREAM, frames.GOAWAY)
+
+
+def call(path: str = frames.VERIFY, **headers: str) -> tuple[frames.Frame, ...]:
+    """Return the frames of a call."""
+    block = frames.headers(*headers.items(), path=path)
+    return (
+        frames.Frame(frames.SETTINGS, 0, 0, b""),
+        frames.Frame(frames.HEADERS, frames.END_HEADERS, 1, block),
+        frames.Frame(frames.DATA, frames.END_STREAM, 1, frames.message(b"")),
+    )
+
+
+async def test_what_is_not_text_is_not_logged(address, logs):
+    """A credential with a byte that is not UTF-8 gets into no line, nor does such a path."""
+    assert await send(address, *call(authorization=f"Bearer {CREDENTIAL}\xff"))
+    assert await send(address, *call(path=f"/{CREDENTIAL}\xff"))
+    written = logs.getvalue()
+    assert CREDENTIAL[4:40] not in written
+    if "grpc" in written:
+        assert "UnicodeDecodeError" in written, "what happened is told"
+
+
+async def test_no_line_for_each_frame(tmp_path: Path, database_url: str):
+    """A client cannot fill the log with frames that no handler gets to see."""
+    with service(
+        tmp_path / "service",
+        data_dir=tmp_path / "data",
+        database_url=database_url,
+        listen="127.0.0.1:0",
+        transport="grpcio",
+        log_format="json",
+    ) as running:
+        address = await running.welcome()
+        goaway = frames.Frame(frames.GOAWAY, 0, 0, b"\0\0\0\0\0\0\0\x08nonsense")
+        settings, *others = call()
+        # Those of one connection are read in order: when the call is answered, the others were.
+        await send(address, settings, *[goaway] * 100, *others)
+        assert await running.end() == 0
+        assert "nonsense" not in running.err

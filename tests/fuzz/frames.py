@@ -1,0 +1,346 @@
+"""HTTP/2 frames that nobody should send: made, changed, and expanded. RFC 9113 §6, RFC 7541."""
+
+import gzip
+import random
+import struct
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import hpack
+from latchkey_proto.v1 import token_service_pb2 as pb
+
+__all__ = ["PREFACE", "Frame", "change", "expand", "good", "received", "split"]
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE = range(6)
+PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(6, 10)
+END_STREAM = ACK = 0x1
+END_HEADERS, PADDED, PRIORITISED = 0x4, 0x8, 0x20
+# Ours, and never sent: repeats the frames before it. How many of them (1 byte), how often (2), and
+# by how much their streams' numbers grow each time (1).
+REPEAT = 0xF0
+EXPANDED_BYTES_MAX = 1 << 20
+_HEADER = struct.Struct(">BHBBI")
+_SETTINGS = ((1, 0), (1, 2**32 - 1), (2, 1), (3, 0), (4, 0), (4, 2**31), (4, 1), (5, 16_383),
+(5, 2**24),
+             (6, 0), (6, 2**31), (8, 1), (0xFFFF, 7))  # fmt: skip
+VERIFY = "/latchkey.v1.TokenService/Verify"
+PATHS = (
+    VERIFY, "/latchkey.v1.TokenService/BatchVerify", "/latchkey.v1.TokenService/Watch",
+    "/latchkey.v1.TokenService/Create", "/latchkey.v1.TokenService/List",
+    "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch",
+    "/latchkey.v1.StatusService/GetStatus",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    "/latchkey.v1.TokenService/Nope",
+    "/", "", "*", "//", "/latchkey.v1.TokenService/Verify/", "/\xff", "/" + "x" * 2_000,
+    "http://h/a",
+)  # fmt: skip
+ODD_HEADERS = (
+    ("grpc-timeout", "1n"),
+    ("grpc-timeout", "0S"),
+    ("grpc-timeout", "99999999H"),
+    ("grpc-timeout", "-1S"),
+    ("grpc-timeout", "1e9S"),
+    ("grpc-timeout", "x"),
+    ("grpc-timeout", "999999999999S"),
+    ("grpc-timeout", "3S"),
+    ("grpc-encoding", "gzip"),
+    ("grpc-encoding", "identity"),
+    ("grpc-encoding", "snappy"),
+    ("grpc-accept-encoding", "gzip,\xff"),
+    ("content-type", "text/html"),
+    ("content-type", "application/grpc+json"),
+    ("content-length", "5"),
+    ("content-length", "-1"),
+    ("te", "gzip"),
+    ("connection", "close"),
+    ("transfer-encoding", "chunked"),
+    ("upgrade", "h2c"),
+    ("expect", "100-continue"),
+    ("Upper", "case"),
+    (":path", "/again"),
+    (":status", "200"),
+    (":nope", "x"),
+    (":method", "GET"),
+    (":authority", "\0"),
+    ("authorization", "Bearer lkc_x"),
+    ("authorization", "\xff\xfe"),
+    ("authorization-bin", "!!!"),
+    ("x-bin", "AAAA,====,\xff"),
+    ("x-bin", ""),
+    ("x-request-id", "\xff"),
+    ("x-request-id", "a" * 5_000),
+    ("x-forwarded-client-cert", 'By="'),
+    ("user-agent", "x" * 9_000),
+    ("", "empty"),
+    ("a b", "space"),
+    ("x-nul", "a\0b"),
+    ("x-line", "a\r\nb: c"),
+    ("cookie", "a=b; c=d"),
+    ("host", "other"),
+    ("grpc-status", "0"),
+    ("grpc-message", "%"),
+    ("grpc-status-details-bin", "AA"),
+    ("grpc-tags-bin", "AA"),
+    ("grpc-trace-bin", "x"),
+)
+
+
+class Frame(NamedTuple):
+    """A frame as it goes over the wire. `length` None: that of the payload, as it should be."""
+
+    kind: int
+    flags: int
+    stream: int
+    payload: bytes
+    length: int | None = None
+
+    def encoded(self) -> bytes:
+        length = len(self.payload) if self.length is None else self.length
+        head = _HEADER.pack(
+            length >> 16 & 0xFF, length & 0xFFFF, self.kind, self.flags, self.stream
+        )
+        return head + self.payload
+
+
+def split(body: bytes) -> list[Frame]:
+    """Return the frames of an input; the last one may say that it is longer than it is."""
+    frames = []
+    while len(body) >= 9:
+        high, low, kind, flags, stream = _HEADER.unpack_from(body)
+        length = high << 16 | low
+        payload, body = body[9 : 9 + length], body[9 + length :]
+        frames.append(
+            Frame(kind, flags, stream, payload, None if len(payload) == length else length)
+        )
+    return frames
+
+
+def expand(frames: list[Frame]) -> Iterator[bytes]:
+    """Yield what is sent for the frames of an input, a megabyte at most."""
+    sent = 0
+    for place, frame in enumerate(frames):
+        if frame.kind != REPEAT:
+            yield (encoded := frame.encoded())
+            sent += len(encoded)
+            continue
+        back, count, step = struct.unpack(">BHB", frame.payload.ljust(4, b"\1")[:4])
+        again = [f for f in frames[max(0, place - back) : place] if f.kind != REPEAT]
+        for time in range(1, count + 1):
+            burst = b"".join(
+                f._replace(stream=(f.stream + time * step) % 2**32 if f.stream else 0).encoded()
+                for f in again
+            )
+            sent += len(burst)
+            if not burst or sent > EXPANDED_BYTES_MAX:
+                return
+            yield burst
+
+
+def received(buffer: bytes) -> tuple[list[Frame], bytes]:
+    """Return the whole frames of what was received, and the rest."""
+    frames = []
+    while len(buffer) >= 9:
+        high, low, kind, flags, stream = _HEADER.unpack_from(buffer)
+        end = 9 + (high << 16 | low)
+        if len(buffer) < end:
+            break
+        frames.append(Frame(kind, flags, stream, buffer[9:end]))
+        buffer = buffer[end:]
+    return frames, buffer
+
+
+def good() -> list[list[Frame]]:
+    """Return sequences of frames that are all as they should be, or a known attack each."""
+    settings = Frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 2**20))
+    ack = Frame(SETTINGS, ACK, 0, b"")
+    call = [Frame(HEADERS, END_HEADERS, 1, headers()), Frame(DATA, END_STREAM, 1, message(b""))]
+    open_call, reset = call[0], Frame(RST_STREAM, 0, 1, struct.pack(">I", 8))
+    block = headers()
+
+    def many(back: int, count: int, step: int = 2) -> Frame:
+        return Frame(REPEAT, 0, 0, struct.pack(">BHB", back, count, step))
+
+    return [
+        [settings, ack, *call, Frame(GOAWAY, 0, 0, bytes(8))],
+        [settings, *call, many(2, 50)],
+        # Rapid resets (CVE-2023-44487), with and without a message.
+        [settings, open_call, reset, many(2, 1_000)],
+        [settings, *call, reset, many(3, 300)],
+        # CONTINUATION flood (CVE-2024-24549 and others).
+        [
+            settings,
+            Frame(HEADERS, 0, 1, block),
+            Frame(CONTINUATION, 0, 1, b"\x88" * 50),
+            many(1, 500, 0),
+        ],
+        [settings, Frame(HEADERS, 0, 1, b""), Frame(CONTINUATION, 0, 1, b""), many(1, 2_000, 0)],
+        # PING, SETTINGS, empty DATA and PRIORITY floods (CVE-2019-9512, 9515, 9518, 9513).
+        [settings, Frame(PING, 0, 0, bytes(8)), many(1, 2_000)],
+        [settings, many(1, 2_000)],
+        [settings, open_call, Frame(DATA, 0, 1, b""), many(1, 2_000, 0)],
+        [settings, Frame(PRIORITY, 0, 1, b"\0\0\0\0\x10"), many(1, 2_000)],
+        # Windows: overflowing, and closed while answers wait (CVE-2019-9517).
+        [settings, Frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**31 - 1)), many(1, 3)],
+        [Frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 0)), *call, many(2, 100)],
+        # Streams that are opened, and left.
+        [settings, open_call, many(1, 500)],
+        [settings, Frame(HEADERS, END_HEADERS, 1, block), Frame(DATA, 0, 1, message(b"")[:3])],
+        [settings, Frame(DATA, 0, 1, bytes(100), 10_000)],
+    ]
+
+
+def headers(
+    *odd: tuple[str, str], path: str = VERIFY, authority: str = "localhost", huffman: bool = False
+) -> bytes:
+    """Return a header block of a call."""
+    fields = [
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", path),
+        (":authority", authority),
+        ("content-type", "application/grpc"),
+        ("te", "trailers"),
+        *odd,
+    ]
+    encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in fields]
+    return bytes(hpack.Encoder().encode(encoded, huffman=huffman))
+
+
+def message(data: bytes, compressed: int = 0) -> bytes:
+    """Return a message with gRPC's prefix."""
+    return struct.pack(">BI", compressed, len(data)) + data
+
+
+def change(frames: list[Frame], chance: random.Random) -> list[Frame]:
+    """Return frames with one to three things changed."""
+    frames = list(frames)
+    for _ in range(chance.randint(1, 3)):
+        place = chance.randint(0, len(frames))
+        if not frames or chance.random() < 0.4:
+            frames[place:place] = _made(chance)
+            continue
+        place = place % len(frames)
+        frame = frames[place]
+        match chance.randrange(9):
+            case 0:
+                del frames[place]
+            case 1:
+                frames.insert(place, chance.choice(frames))
+            case 2:
+                other = chance.randrange(len(frames))
+                frames[place], frames[other] = frames[other], frame
+            case 3:
+                frames[place] = frame._replace(kind=chance.randrange(12))
+            case 4:
+                frames[place] = frame._replace(flags=frame.flags ^ 1 << chance.randrange(8))
+            case 5:
+                streams = (0, 1, 2, 3, 5, frame.stream + 2, 2**31 - 1, 2**31 + 1)
+                frames[place] = frame._replace(stream=chance.choice(streams) % 2**32)
+            case 6:
+                length = chance.choice((0, 1, 8, len(frame.payload) + 1, 16_384, 16_385, 2**24 - 1))
+                frames[place] = frame._replace(length=length)
+            case 7:
+                cut = chance.randint(0, len(frame.payload))
+                frames[place] = frame._replace(
+                    payload=frame.payload[:cut] + chance.randbytes(chance.randrange(9))
+                )
+            case _ if frame.payload:
+                payload = bytearray(frame.payload)
+                payload[chance.randrange(len(payload))] = chance.randrange(256)
+                frames[place] = frame._replace(payload=bytes(payload))
+    return frames
+
+
+def _made(chance: random.Random) -> list[Frame]:
+    """Return some new frames."""
+    stream = chance.choice((1, 3, 5, 7))
+    makers: list[Callable[[], list[Frame]]] = [
+        lambda: _call(stream, chance),
+        lambda: _call(stream, chance),
+        lambda: [Frame(HEADERS, chance.choice((0, 1, 4, 5, 8, 0x25)), stream, _block(chance))],
+        lambda: [
+            Frame(CONTINUATION, chance.choice((0, END_HEADERS)), stream, chance.randbytes(20))
+        ],
+        lambda: [Frame(SETTINGS, chance.choice((0, ACK)), 0, _settings(chance))],
+        lambda: [Frame(PING, chance.choice((0, ACK)), 0, chance.randbytes(chance.choice((8, 7))))],
+        lambda: [Frame(RST_STREAM, 0, stream, struct.pack(">I", chance.randrange(15)))],
+        lambda: [
+            Frame(WINDOW_UPDATE, 0, chance.choice((0, stream)), struct.pack(">I", number))
+            for number in (chance.choice((0, 1, 65_535, 2**31 - 1, 2**32 - 1)),)
+        ],
+        lambda: [Frame(GOAWAY, 0, 0, struct.pack(">II", stream, chance.randrange(15)) + b"bye")],
+        lambda: [Frame(PRIORITY, 0, stream, struct.pack(">IB", stream, 3))],
+        lambda: [Frame(PUSH_PROMISE, END_HEADERS, stream, struct.pack(">I", 2) + headers())],
+        lambda: [Frame(chance.randrange(10, 256), 0, stream, chance.randbytes(5))],
+        lambda: [
+            Frame(
+                REPEAT,
+                0,
+                0,
+                struct.pack(
+                    ">BHB",
+                    chance.randint(1, 4),
+                    chance.choice((2, 20, 300, 2_000)),
+                    chance.choice((0, 1, 2, 2, 2)),
+                ),
+            )
+        ],
+    ]
+    return chance.choice(makers)()
+
+
+def _call(stream: int, chance: random.Random) -> list[Frame]:
+    """Return a call, of any method, with odd headers, messages and endings."""
+    odd = chance.sample(ODD_HEADERS, chance.randrange(3))
+    block = headers(*odd, path=chance.choice(PATHS), huffman=chance.random() < 0.5)
+    data = chance.choice(
+        (
+            b"",
+            b"\xff\xff",
+            pb.VerifyRequest(secret="x").SerializeToString(),
+            pb.CreateRequest(account_id="acme", name="a", scope=pb.SCOPE_READ).SerializeToString(),
+            pb.WatchRequest(number=1).SerializeToString(),
+            b"\x0a\x01a" * 3_000,
+        )
+    )
+    bodies = (
+        message(data),
+        message(data, 1),
+        # Small, on purpose: `native` unpacks whatever it is sent (SECURITY.md).
+        message(gzip.compress(data), 1),
+        message(data, 2),
+        message(data) * 2,
+        message(data)[:-1],
+        struct.pack(">BI", 0, 2**32 - 1) + data,
+        struct.pack(">BI", 0, 6 * 2**20) + data,
+    )
+    return [
+        Frame(HEADERS, END_HEADERS, stream, block),
+        Frame(DATA, chance.choice((0, END_STREAM, END_STREAM)), stream, chance.choice(bodies)),
+    ]
+
+
+def _block(chance: random.Random) -> bytes:
+    """Return a header block that is damaged, or does damage, in HPACK's terms."""
+    return chance.choice(
+        (
+            chance.randbytes(chance.randrange(40)),
+            headers()[: chance.randrange(30)],
+            # Size updates, far indices, lengths without an end, and a bomb of references.
+            b"\x3f\xe1\xff\xff\xff\x0f" + headers(),
+            b"\xff\xff\xff\xff\xff\xff\xff\xff\x7f",
+            b"\x40\x7f\xff\xff\xff\xff\x0f",
+            b"\x40\x01a\x7f\xa1\x1e" + b"v" * 4_000 + b"\xbe" * 2_000,
+            headers(*chance.sample(ODD_HEADERS, 6)),
+            headers(*[(f"x-{n}", "y" * 20) for n in range(300)]),
+        )
+    )
+
+
+def _settings(chance: random.Random) -> bytes:
+    packed = b"".join(struct.pack(">HI", *chance.choice(_SETTINGS)) for _ in range(3))
+    return packed[: chance.choice((6, 12, 18, 5))]
+
+
+TYPES = CONTINUATION + 1

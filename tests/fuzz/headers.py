@@ -1,0 +1,135 @@
+"""What a call says of who calls: `authorization` and x-forwarded-client-cert, at a real door.
+
+An input's lines are headers, in order: each a letter for the key, then the value, as latin-1 (which
+any bytes are), or as bytes, as transports hand on what is not text.
+"""
+
+import contextlib
+import random
+from collections.abc import Iterable
+from typing import Any
+
+from latchkey_service.access import forwarded, policy
+from latchkey_service.access.credentials import digest_of, mint, policy_digest
+from latchkey_service.access.gate import Door, Gate
+from latchkey_service.access.identity import bearer
+from latchkey_service.errors import Denied
+from latchkey_service.secrets import Secret
+
+from tests.fuzz.target import Finding, Target
+
+PROXY = "spiffe://example.org/envoy"
+SHOP = "spiffe://example.org/shop"
+CREDENTIAL = mint(lambda size: bytes(range(size))).reveal()
+VERIFY = "/latchkey.v1.TokenService/Verify"
+POLICY = f"""
+[callers.shop]
+certificates = ["{SHOP}", "shop.internal"]
+credentials = ["{policy_digest(Secret(CREDENTIAL))}"]
+roles = ["verifier"]
+[callers.till]
+certificates = ["spiffe://example.org/till"]
+roles = ["manager"]
+"""
+KEYS = {"a": "authorization", "x": forwarded.HEADER, "o": "x-other"}
+PIECES = (
+    "a", "x", "o", "b", f"aBearer {CREDENTIAL}", f"xBy={PROXY};URI={SHOP}",
+    "bearer ", CREDENTIAL, ";", ",",
+    '"', "\\", '\\"', "=", "By=", "URI=", "Hash=", "DNS=shop.internal", f"Hash=1;By={PROXY}", SHOP,
+    'Subject="CN=a,b;c\\"d"', "spiffe://example.org/till", " ", "\t", "\x0b", "\r", "\xff", "\x1c",
+    "x" * 300,
+)  # fmt: skip
+
+
+class Headers(Target):
+    """Metadata of one call, at the door of a listener that believes a proxy."""
+
+    length_max = 2_048
+    mutates = True
+
+    def __init__(self) -> None:
+        self._policy = policy.parse(POLICY)
+        self._gate = Gate(self._policy)
+
+    def seeds(self) -> Iterable[bytes]:
+        element = f'By={PROXY};Hash=1;Subject="CN=a,O=\\"b\\"";URI={SHOP};DNS=shop.internal'
+        for text in (
+            f"aBearer {CREDENTIAL}",
+            f"x{element}",
+            f"xBy=spiffe://other/p;URI=spiffe://example.org/till,{element}",
+            f"xBy={PROXY}",
+            f"aBearer {CREDENTIAL}\nx{element}\noother",
+        ):
+            yield text.encode("latin-1")
+
+    def mutate(self, data: bytes, length_max: int, chance: random.Random) -> bytes:
+        text = data.decode("latin-1")
+        place = chance.randint(0, len(text))
+        match chance.randrange(4):
+            case 0:
+                text = text[:place] + chance.choice(PIECES) + text[place:]
+            case 1:
+                text = text[:place] + text[place + chance.randint(1, 4) :]
+            case 2:
+                text += "\n" + chance.choice(PIECES)
+            case _:
+                lines = text.split("\n")
+                chance.shuffle(lines)
+                text = "\n".join(lines[: chance.randint(1, 6)])
+        return text.encode("latin-1")
+
+    def one(self, data: bytes) -> None:
+        metadata: list[tuple[str, Any]] = []
+        for line in data.split(b"\n"):
+            key = KEYS.get(line[:1].decode("latin-1"))
+            if key is None:
+                metadata.append(("authorization", line[1:]))
+            else:
+                metadata.append((key, line[1:].decode("latin-1")))
+        self._parts(metadata)
+        # A door of its own: what it remembers of headers must not depend on earlier inputs.
+        door = Door(self._gate, proxy=PROXY, metadata_of=lambda context: context)
+        call: Any = metadata
+        outcomes = []
+        for _ in range(2):
+            try:
+                outcomes.append(door.admit(VERIFY, call).name)
+            except Denied as error:
+                if CREDENTIAL in str(error):
+                    raise Finding("an error tells a credential") from None
+                outcomes.append(error.reason)
+        if outcomes[0] != outcomes[1]:
+            raise Finding(f"asked again, it is answered {outcomes[1]} and not {outcomes[0]}")
+        if outcomes[0] == "shop" and not _is_shop(metadata):
+            raise Finding("let in as shop, which nothing in the call says")
+        if outcomes[0] == "till":
+            raise Finding("let in to a method that the caller's role does not have")
+
+    def _parts(self, metadata: list[tuple[str, Any]]) -> None:
+        """Attack the parsers alone, where the door does not let an input get to."""
+        for key, value in metadata:
+            if key == "authorization":
+                with contextlib.suppress(Denied):
+                    digest_of(bearer(value))
+            elif key == forwarded.HEADER:
+                try:
+                    elements = forwarded.parse(value)
+                except forwarded.ForwardedError as error:
+                    if error.args:
+                        raise Finding("ForwardedError carries something") from None
+                else:
+                    if not elements:
+                        raise Finding("a header has no element")
+
+
+def _is_shop(metadata: list[tuple[str, Any]]) -> bool:
+    """Tell whether a call can be shop's at all: by its credential, or by name through the proxy."""
+    values = [(key, value) for key, value in metadata if isinstance(value, str)]
+    if any(key == "authorization" and value[7:] == CREDENTIAL for key, value in values):
+        return True
+    header = ",".join(value for key, value in values if key == forwarded.HEADER)
+    unescaped = header.replace("\\", "")
+    return PROXY in unescaped and (SHOP in unescaped or "shop.internal" in unescaped.lower())
+
+
+TARGET = Headers

@@ -1,0 +1,482 @@
+"""Every method's message, through the real server: real listener, real Postgres.
+
+The server runs in this process, so that new ways through it guide the fuzzer, and its event loop
+only while an input is answered. An input is a byte for the method and its message; for a stream of
+them, each with a byte for its length before it.
+"""
+
+import asyncio
+import base64
+import os
+import random
+import re
+from collections.abc import AsyncIterator, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+import uvloop
+from google.protobuf import duration_pb2, timestamp_pb2
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+from latchkey_proto.v1 import audit_service_pb2 as audit_pb
+from latchkey_proto.v1 import status_service_pb2 as status_pb
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_service import log
+from latchkey_service.audit_table import Filter, Place
+from latchkey_service.config import Settings
+from latchkey_service.lenient import lenient_parse
+from latchkey_service.rpc_audit import _page_token
+from latchkey_service.secrets import Keyring
+from latchkey_service.server import Server, running
+from latchkey_service.store import Position
+from latchkey_service.tokens import encode_page_token
+
+from tests.fuzz import protobuf
+from tests.fuzz.surroundings import ACCOUNT, DELETED, DELETED_ID, LIVE, LIVE_ID, PEPPER
+from tests.fuzz.target import Finding, Target
+
+TOKENS = "/latchkey.v1.TokenService/"
+HEALTH = "/grpc.health.v1.Health/"
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+# What stands for the token that was created last, of the same length as its own.
+FRESH_ID, FRESH_SECRET = "tok_" + "9" * 26, "fuzz_" + "9" * 57
+SECRETS = {name: minted.secret.reveal() for name, minted in (("live", LIVE), ("deleted", DELETED))}
+MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
+WORDS = (
+    ACCOUNT, "globex:eu", *SECRETS.values(), FRESH_SECRET, LIVE_ID, DELETED_ID, FRESH_ID,
+    LIVE.digest.value.hex(), base64.b64encode(LIVE.digest.value).decode(), "token 0",
+    encode_page_token(ACCOUNT, Position(MOMENT, LIVE_ID)),
+    _page_token(Filter("", "", "", "", 0, None, None), Place(MOMENT, 3)),
+    "Create", f"{TOKENS}List", "latchkey.v1.TokenService", "grpc.health.v1.Health",
+    "latchkey/v1/token_service.proto", "google.protobuf.Timestamp",
+)  # fmt: skip
+CALL_SECONDS_MAX = 15.0
+# Answers to what is wrong with a request. Anything else is wrong with the server.
+REFUSALS = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.ALREADY_EXISTS,
+}
+# May pass, as when a lease has just run out; for the same input again and again it may not.
+PASSING = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
+TRIES = 4
+# So many inputs after each other, then a look whether others are still served.
+LOOK_EVERY = 200
+TASKS_MAX = 200
+_TRACES = re.compile(rb"Traceback|site-packages|asyncpg|\.py\b|Error: |SELECT |INSERT ")
+
+
+class Method(NamedTuple):
+    """A method, its messages, and which of the two sides sends a stream of them."""
+
+    path: str
+    request: Any
+    response: Any
+    requests: bool = False
+    responses: bool = False
+
+
+METHODS = (
+    Method(f"{TOKENS}Verify", pb.VerifyRequest, pb.VerifyResponse),
+    Method(f"{TOKENS}BatchVerify", pb.BatchVerifyRequest, pb.BatchVerifyResponse),
+    Method(f"{TOKENS}Create", pb.CreateRequest, pb.CreateResponse),
+    Method(f"{TOKENS}Get", pb.GetRequest, pb.GetResponse),
+    Method(f"{TOKENS}List", pb.ListRequest, pb.ListResponse),
+    Method(f"{TOKENS}Delete", pb.DeleteRequest, pb.DeleteResponse),
+    Method(f"{TOKENS}Watch", pb.WatchRequest, pb.WatchResponse, requests=True, responses=True),
+    Method(
+        "/latchkey.v1.StatusService/GetStatus",
+        status_pb.GetStatusRequest,
+        status_pb.GetStatusResponse,
+    ),
+    Method(
+        "/latchkey.v1.AuditService/List",
+        audit_pb.AuditServiceListRequest,
+        audit_pb.AuditServiceListResponse,
+    ),
+    Method(f"{HEALTH}Check", health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse),
+    Method(
+        f"{HEALTH}Watch",
+        health_pb2.HealthCheckRequest,
+        health_pb2.HealthCheckResponse,
+        responses=True,
+    ),
+    Method(
+        REFLECTION,
+        reflection_pb2.ServerReflectionRequest,
+        reflection_pb2.ServerReflectionResponse,
+        requests=True,
+        responses=True,
+    ),
+)
+# They end by themselves only when the server does.
+ENDLESS = {f"{TOKENS}Watch", f"{HEALTH}Watch"}
+
+
+class Answer(NamedTuple):
+    """How a call ended: status, and what came with it."""
+
+    code: grpc.StatusCode
+    message: str
+    metadata: list[tuple[str, str | bytes]]
+    responses: list[bytes]
+
+
+class Messages(Target):
+    """A server with one transport, and two clients: one attacks, one wants to be served."""
+
+    length_max = 8_192
+    mutates = True
+
+    def __init__(self, transport: str) -> None:
+        log.configure("json", "error")
+        # Channels, whose types have no calls with mere bytes.
+        self._channel: Any = None
+        self._other: Any = None
+        self._loop = uvloop.new_event_loop()
+        asyncio.set_event_loop(self._loop)
+        self._inputs = 0
+        self._fresh: tuple[str, str] | None = None
+        self._fresh_deleted = False
+        self._run(self._start(transport))
+
+    def seeds(self) -> Iterable[bytes]:
+        live, deleted = SECRETS["live"], SECRETS["deleted"]
+        good: list[tuple[str, Message]] = [
+            ("Verify", pb.VerifyRequest(secret=live, required_scope=pb.SCOPE_READ)),
+            ("Verify", pb.VerifyRequest(secret=live, required_scope=pb.SCOPE_WRITE)),
+            ("Verify", pb.VerifyRequest(secret=deleted)),
+            ("Verify", pb.VerifyRequest(secret=FRESH_SECRET)),
+            (
+                "BatchVerify",
+                pb.BatchVerifyRequest(
+                    requests=[pb.VerifyRequest(secret=s) for s in (live, deleted, "x", live)]
+                ),
+            ),
+            ("Create", pb.CreateRequest(account_id=ACCOUNT, name="a", scope=pb.SCOPE_READ)),
+            (
+                "Create",
+                pb.CreateRequest(
+                    account_id=ACCOUNT,
+                    name="b",
+                    scope=pb.SCOPE_WRITE,
+                    ttl=duration_pb2.Duration(seconds=3600),
+                    labels={"team": "x", "b": ""},
+                ),
+            ),
+            (
+                "Create",
+                pb.CreateRequest(
+                    account_id="globex",
+                    name=live,
+                    scope=pb.SCOPE_READ,
+                    expire_time=timestamp_pb2.Timestamp(seconds=4102444800),
+                ),
+            ),
+            ("Get", pb.GetRequest(account_id=ACCOUNT, id=LIVE_ID)),
+            ("TokenService/List", pb.ListRequest(account_id=ACCOUNT, page_size=2)),
+            (
+                "TokenService/List",
+                pb.ListRequest(
+                    account_id=ACCOUNT,
+                    page_token=encode_page_token(ACCOUNT, Position(MOMENT, LIVE_ID)),
+                ),
+            ),
+            ("Delete", pb.DeleteRequest(account_id=ACCOUNT, id=FRESH_ID)),
+            ("Delete", pb.DeleteRequest(account_id=ACCOUNT, id=DELETED_ID, no_wait=True)),
+            ("GetStatus", status_pb.GetStatusRequest()),
+            (
+                "AuditService/List",
+                audit_pb.AuditServiceListRequest(
+                    account_id=ACCOUNT,
+                    method="Create",
+                    outcome=audit_pb.OUTCOME_OK,
+                    start_time=timestamp_pb2.Timestamp(seconds=1),
+                    end_time=timestamp_pb2.Timestamp(seconds=253402300799, nanos=999999999),
+                    page_size=3,
+                ),
+            ),
+            ("Check", health_pb2.HealthCheckRequest(service="latchkey.v1.TokenService")),
+            ("Health/Watch", health_pb2.HealthCheckRequest()),
+        ]
+        for name, message in good:
+            yield _input(_number(name), [message.SerializeToString()])
+        watch = [
+            pb.WatchRequest(applied_revision=0, number=1),
+            pb.WatchRequest(applied_revision=1, number=2),
+            pb.WatchRequest(number=3, released=True),
+        ]
+        yield _input(_number("TokenService/Watch"), [m.SerializeToString() for m in watch])
+        ask = reflection_pb2.ServerReflectionRequest
+        reflect: list[Message] = [
+            ask(list_services=""),
+            ask(file_containing_symbol="latchkey.v1.TokenService"),
+            ask(file_by_filename="latchkey/v1/token_service.proto"),
+            ask(
+                file_containing_extension=reflection_pb2.ExtensionRequest(
+                    containing_type="google.protobuf.FileOptions", extension_number=1042
+                )
+            ),
+            ask(all_extension_numbers_of_type="google.protobuf.FileOptions"),
+        ]
+        yield _input(_number("ServerReflectionInfo"), [m.SerializeToString() for m in reflect])
+
+    def mutate(self, data: bytes, length_max: int, chance: random.Random) -> bytes:
+        number = data[0] % len(METHODS)
+        if chance.random() < 0.05:
+            number = chance.randrange(len(METHODS))
+        method = METHODS[number]
+        parts = _parts(method, data[1:])
+        place = chance.randrange(len(parts)) if parts else 0
+        if method.requests and chance.random() < 0.3:
+            # Streams: one more, one less, or in another order.
+            parts[place:place] = parts[place : place + 1] or [b""]
+            if chance.random() < 0.5:
+                chance.shuffle(parts)
+            return _input(number, parts)
+        try:
+            message = method.request.FromString(parts[place] if parts else b"")
+        except DecodeError:
+            message = method.request()
+        protobuf.change(message, WORDS, chance)
+        changed = message.SerializeToString()
+        if chance.random() < 0.1:
+            # Whole, but for a byte.
+            at = chance.randint(0, len(changed))
+            changed = changed[:at] + chance.randbytes(1) + changed[at + 1 :]
+        parts[place : place + 1] = [changed]
+        return _input(number, parts)
+
+    def one(self, data: bytes) -> None:
+        if not data:
+            return
+        method = METHODS[data[0] % len(METHODS)]
+        parts = _parts(method, data[1:])
+        if self._fresh is not None:
+            for placeholder, value in zip((FRESH_ID, FRESH_SECRET), self._fresh, strict=True):
+                parts = [part.replace(placeholder.encode(), value.encode()) for part in parts]
+        if method.path == f"{TOKENS}Delete" and LIVE_ID.encode() in parts[0]:
+            # The other client needs it.
+            return
+        self._run(self._attack(method, parts))
+        self._inputs += 1
+        if self._inputs % LOOK_EVERY == 0:
+            self._run(self._look())
+
+    def _run(self, work: Any) -> Any:
+        return self._loop.run_until_complete(asyncio.wait_for(work, CALL_SECONDS_MAX * TRIES))
+
+    async def _start(self, transport: str) -> None:
+        settings = Settings(
+            database_url=os.environ["FUZZ_DATABASE_URL"],
+            data_dir=Path("unused"),
+            listen="127.0.0.1:0",
+            transport=transport,
+            secret_prefix="fuzz",
+            # Deletes wait for the leases of Watches that end without a word.
+            lease_seconds=0.4,
+        )
+        # It is up as long as this process is, which libFuzzer ends.
+        self._server = running(settings, Keyring([PEPPER]))
+        server: Server = await self._server.__aenter__()
+        options = (
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.max_receive_message_length", -1),
+        )
+        self._channel, self._other = (
+            grpc.aio.insecure_channel(server.address, options=options) for _ in range(2)
+        )
+        for _ in range(200):
+            if await self._is_serving():
+                return
+            await asyncio.sleep(0.05)
+        raise RuntimeError("the server does not come up")
+
+    async def _is_serving(self) -> bool:
+        answer = await self._other.unary_unary(f"{HEALTH}Check")(b"", timeout=CALL_SECONDS_MAX)
+        return bool(
+            health_pb2.HealthCheckResponse.FromString(answer).status
+            == health_pb2.HealthCheckResponse.SERVING
+        )
+
+    async def _look(self) -> None:
+        """See that others are served, and that nothing is left of the calls that ended."""
+        if not await self._is_serving():
+            raise Finding("the server does not serve any more")
+        request = pb.VerifyRequest(secret=SECRETS["live"], required_scope=pb.SCOPE_READ)
+        call = self._other.unary_unary(f"{TOKENS}Verify")
+        answer = await call(request.SerializeToString(), timeout=CALL_SECONDS_MAX)
+        if pb.VerifyResponse.FromString(answer).verdict != pb.VERDICT_VALID:
+            raise Finding("a live token is refused")
+        if (tasks := len(asyncio.all_tasks())) > TASKS_MAX:
+            # Those of calls that were cancelled may take a moment.
+            await asyncio.sleep(0.5)
+            if (tasks := len(asyncio.all_tasks())) > TASKS_MAX:
+                raise Finding(f"{tasks} tasks run")
+
+    async def _attack(self, method: Method, parts: list[bytes]) -> None:
+        for _ in range(TRIES):
+            answer = await self._call(method, parts)
+            _judge(method, parts, answer)
+            if answer.code not in PASSING:
+                break
+            await asyncio.sleep(0.2)
+        else:
+            raise Finding(f"{method.path}: {answer.code.name}, {TRIES} times: {answer.message}")
+        self._follow(method, parts, answer)
+
+    async def _call(self, method: Method, parts: list[bytes]) -> Answer:
+        responses: list[bytes] = []
+        try:
+            if not method.responses:
+                call: Any = self._channel.unary_unary(method.path)(
+                    parts[0], timeout=CALL_SECONDS_MAX
+                )
+                responses.append(await call)
+            else:
+                await self._stream(method, parts, responses)
+        except grpc.aio.AioRpcError as error:
+            if error.details() == "Internal error from Core" and method.requests:
+                # grpcio's client says so of itself: it wrote when the server had ended the stream.
+                return Answer(grpc.StatusCode.OK, "", [], responses)
+            metadata = [*(error.initial_metadata() or ()), *(error.trailing_metadata() or ())]
+            return Answer(error.code(), error.details() or "", metadata, responses)
+        return Answer(grpc.StatusCode.OK, "", [], responses)
+
+    async def _stream(self, method: Method, parts: list[bytes], responses: list[bytes]) -> None:
+        async def requests() -> AsyncIterator[bytes]:
+            for part in parts:
+                yield part
+
+        if method.requests:
+            call: Any = self._channel.stream_stream(method.path)(
+                requests(), timeout=CALL_SECONDS_MAX
+            )
+        else:
+            call = self._channel.unary_stream(method.path)(parts[0], timeout=CALL_SECONDS_MAX)
+        try:
+            async for response in call:
+                responses.append(response)
+                if method.path in ENDLESS and len(responses) > len(parts):
+                    break
+                if method.path == f"{HEALTH}Watch":
+                    break
+        finally:
+            call.cancel()
+
+    def _follow(self, method: Method, parts: list[bytes], answer: Answer) -> None:
+        """Check what was answered against what is known of the tokens."""
+        if method.requests:
+            return
+        try:
+            request = method.request.FromString(parts[0])
+        except DecodeError:
+            request = lenient_parse(method.path, parts[0])
+        if request is None:
+            return
+        if method.path == f"{TOKENS}Create" and answer.code is grpc.StatusCode.OK:
+            created = pb.CreateResponse.FromString(answer.responses[0])
+            if created.token.account_id == ACCOUNT:
+                self._fresh = created.token.id, created.secret
+                self._fresh_deleted = False
+        elif method.path == f"{TOKENS}Delete" and answer.code is grpc.StatusCode.OK:
+            self._fresh_deleted |= self._fresh is not None and request.id == self._fresh[0]
+        elif method.path == f"{TOKENS}Verify":
+            if answer.code is not grpc.StatusCode.OK:
+                raise Finding(f"a Verify was answered {answer.code.name}")
+            self._verdict(request, pb.VerifyResponse.FromString(answer.responses[0]))
+        elif method.path == f"{TOKENS}BatchVerify" and 1 <= len(request.requests) <= 1_000:
+            if answer.code is not grpc.StatusCode.OK:
+                raise Finding(f"a BatchVerify was answered {answer.code.name}")
+            response = pb.BatchVerifyResponse.FromString(answer.responses[0])
+            for question, single in zip(request.requests, response.responses, strict=True):
+                self._verdict(question, single)
+
+    def _verdict(self, request: pb.VerifyRequest, response: pb.VerifyResponse) -> None:
+        scope, verdict = request.required_scope, response.verdict
+        allowed = {pb.VERDICT_MALFORMED, pb.VERDICT_UNKNOWN}
+        if request.secret == SECRETS["live"]:
+            granted = scope in (pb.SCOPE_UNSPECIFIED, pb.SCOPE_READ)
+            allowed = {pb.VERDICT_VALID if granted else pb.VERDICT_INSUFFICIENT_SCOPE}
+        elif request.secret == SECRETS["deleted"]:
+            allowed = {pb.VERDICT_DELETED}
+        elif self._fresh is not None and request.secret == self._fresh[1]:
+            allowed = {pb.VERDICT_DELETED}
+            if not self._fresh_deleted:
+                allowed = {pb.VERDICT_VALID, pb.VERDICT_EXPIRED, pb.VERDICT_INSUFFICIENT_SCOPE}
+        if verdict not in allowed:
+            raise Finding(f"the verdict is {pb.Verdict.Name(verdict)}")
+
+
+def _judge(method: Method, parts: list[bytes], answer: Answer) -> None:
+    """Check what is so of every answer. Raises Finding."""
+    code = answer.code
+    if code not in REFUSALS | PASSING | {grpc.StatusCode.OK}:
+        raise Finding(f"{method.path}: {code.name}: {answer.message}")
+    said = answer.message.encode("utf-8", "surrogateescape") + b"".join(
+        key.encode() + (value if isinstance(value, bytes) else value.encode())
+        for key, value in answer.metadata
+    )
+    for secret in SECRETS.values():
+        # A part of one is no secret, and a name like any other; but a status has nobody's names.
+        # Reflection's answers repeat the question; that is their protocol.
+        answers = [] if method.path == REFLECTION else answer.responses
+        if secret[5:48].encode() in said or any(secret.encode() in text for text in answers):
+            raise Finding(f"{method.path}: the answer has a canary in it")
+    for digest in (LIVE.digest.value, DELETED.digest.value):
+        for form in (digest, digest.hex().encode(), base64.b64encode(digest)[:42]):
+            if form in said:
+                raise Finding(f"{method.path}: the status has a digest in it")
+    if (trace := _TRACES.search(said)) and not any(trace[0] in part for part in parts):
+        raise Finding(f"{method.path}: the status tells of the inside: {said!r}")
+    if code is grpc.StatusCode.OK:
+        for response in answer.responses:
+            method.response.FromString(response)
+        return
+    packed = [v for k, v in answer.metadata if k == "grpc-status-details-bin"]
+    if len(packed) != 1 or not isinstance(packed[0], bytes):
+        raise Finding(f"{method.path}: {code.name} without details: {answer.message}")
+    status = status_pb2.Status.FromString(packed[0])
+    if (status.code, status.message) != (code.value[0], answer.message):
+        raise Finding(f"{method.path}: the details are of another status")
+    kinds = {detail.TypeName() for detail in status.details}
+    wanted = {error_details_pb2.ErrorInfo, error_details_pb2.RequestInfo}
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        wanted.add(error_details_pb2.BadRequest)
+    if code in PASSING:
+        wanted.add(error_details_pb2.RetryInfo)
+    if kinds != {kind.DESCRIPTOR.full_name for kind in wanted}:
+        raise Finding(f"{method.path}: {code.name} with {sorted(kinds)}")
+
+
+def _number(name: str) -> int:
+    """Return a method's number, by the end of its path."""
+    (number,) = (
+        n for n, method in enumerate(METHODS) if method.path.endswith((f"/{name}", f".{name}"))
+    )
+    return number
+
+
+def _parts(method: Method, body: bytes) -> list[bytes]:
+    """Return the messages of an input: one, or for a stream any number."""
+    if not method.requests:
+        return [body]
+    parts = []
+    while body:
+        length, body = body[0], body[1:]
+        parts.append(body[:length])
+        body = body[length:]
+    return parts
+
+
+def _input(number: int, parts: list[bytes]) -> bytes:
+    if not METHODS[number].requests:
+        return bytes([number]) + (parts[0] if parts else b"")
+    return bytes([number]) + b"".join(bytes([len(p[:255])]) + p[:255] for p in parts)
+
+
+TARGET = Messages

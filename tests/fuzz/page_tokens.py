@@ -1,0 +1,127 @@
+"""Page tokens: of an account's tokens (`tokens.py`) and of the audit log (`rpc_audit.py`).
+
+An input is a token as it comes, or what the service would have sealed, by its first byte: damage
+alone would never get past the seal.
+"""
+
+import base64
+import random
+import struct
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from latchkey_service import rpc_audit, tokens
+from latchkey_service.audit_table import Filter, Place
+from latchkey_service.errors import InvalidArgument
+from latchkey_service.store import Position
+
+from tests.fuzz.target import Finding, Target
+
+ACCOUNTS = ("acme", "globex:eu", "a" * 64)
+FILTERS = (
+    Filter("", "", "", "", 0, None, None),
+    Filter("acme", "tok_1", "shop", "/latchkey.v1.TokenService/List", 2, None, None),
+    Filter(
+        "é", "'", "\\", "", 1, datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC)
+    ),
+)
+MOMENTS = (0, 1, -1, 10**15, -62135596800000000, 253402300799999999, 2**63 - 1, -(2**63))
+PLAIN, SEALED = 0, 1
+
+
+class PageTokens(Target):
+    """Two kinds, each plain or sealed, for one of three accounts or filters."""
+
+    length_max = 256
+    mutates = True
+
+    def seeds(self) -> Iterable[bytes]:
+        moment = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC)
+        for who in range(3):
+            position = Position(moment, "tok_" + "0123456789abcdefghjkmnpqrs")
+            of_tokens = tokens.encode_page_token(ACCOUNTS[who], position)
+            of_audit = rpc_audit._page_token(FILTERS[who], Place(moment, 7))
+            yield bytes([0, PLAIN, who]) + of_tokens.encode()
+            yield bytes([1, PLAIN, who]) + of_audit.encode()
+            yield bytes([0, SEALED, who]) + struct.pack(">q", MOMENTS[who]) + position.id.encode()
+            yield bytes([1, SEALED, who]) + struct.pack(">qq", MOMENTS[who], 7)
+
+    def mutate(self, data: bytes, length_max: int, chance: random.Random) -> bytes:
+        head, body = bytearray(data[:3].ljust(3, b"\0")), bytearray(data[3:])
+        place = chance.randint(0, len(body))
+        match chance.randrange(6):
+            case 0:
+                head[chance.randrange(3)] = chance.randrange(3)
+            case 1 if head[1] % 2 == SEALED:
+                moment = chance.choice(MOMENTS) + chance.randint(-2, 2) * 10 ** chance.randrange(16)
+                body[:8] = struct.pack(">Q", moment % 2**64)
+            case 2 if head[1] % 2 == SEALED:
+                body[8:] = chance.choice(
+                    (b"tok_" + b"0" * 26, b"tok_" + b"z" * 26, b"tok_", b"\xff" * 8, b"\0" * 8)
+                )
+            case 3:
+                body[place:place] = chance.choice((b"=", b"+", b"/", b"-", b"_", b"A", b"\xc3\xa9"))
+            case 4 if body:
+                body[place % len(body)] = chance.randrange(256)
+            case _:
+                del body[place:]
+        return bytes(head + body)
+
+    def one(self, data: bytes) -> None:
+        kind, sealed, who = (
+            byte % n for byte, n in zip(data[:3].ljust(3, b"\0"), (2, 2, 3), strict=True)
+        )
+        body = data[3:]
+        if kind == 0:
+            account = ACCOUNTS[who]
+            token = _text(tokens._seal(account, body) + body if sealed else None, body)
+            self._tokens(account, token)
+        else:
+            wanted = FILTERS[who]
+            token = _text(rpc_audit._seal(wanted, body) + body if sealed else None, body)
+            self._audit(wanted, token)
+
+    def _tokens(self, account: str, token: str) -> None:
+        try:
+            position = tokens.decode_page_token(account, token)
+        except InvalidArgument as error:
+            _clear(error)
+            return
+        if tokens.encode_page_token(account, position) != token:
+            raise Finding("another page token stands for the same position")
+        for other in set(ACCOUNTS) - {account}:
+            try:
+                tokens.decode_page_token(other, token)
+            except InvalidArgument:
+                continue
+            raise Finding("a page token is good for another account")
+
+    def _audit(self, wanted: Filter, token: str) -> None:
+        try:
+            place = rpc_audit._place(wanted, token)
+        except InvalidArgument as error:
+            _clear(error)
+            return
+        if rpc_audit._page_token(wanted, place) != token:
+            raise Finding("another page token stands for the same place")
+        for other in set(FILTERS) - {wanted}:
+            try:
+                rpc_audit._place(other, token)
+            except InvalidArgument:
+                continue
+            raise Finding("a page token is good for other filters")
+
+
+def _text(sealed: bytes | None, plain: bytes) -> str:
+    if sealed is not None:
+        return base64.urlsafe_b64encode(sealed).decode().rstrip("=")
+    # As protobuf would have it, who lets no other bytes through.
+    return plain.decode("utf-8", "replace")
+
+
+def _clear(error: InvalidArgument) -> None:
+    if [violation.field for violation in error.violations] != ["page_token"]:
+        raise Finding("the error does not name the field")
+
+
+TARGET = PageTokens

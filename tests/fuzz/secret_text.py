@@ -1,0 +1,140 @@
+"""Secrets as text: the service's parser, the client's check, and what must not hold a secret."""
+
+import hmac
+import random
+import zlib
+from collections.abc import Iterable
+
+from latchkey import _shape
+from latchkey_cli import secrets as cli_secrets
+from latchkey_service import secrets
+
+from tests.fuzz.target import Finding, Target
+
+# Not the usual one: scanners of secrets are to stay quiet about the corpus.
+PREFIXES = ("fuzz", "kk", "abcdefghij", "zz")
+ODD = ("\n", "\0", " ", "_", "-", "é", "٣", "\U0001d7ce", "\ud800", "a", "A", "0", "kk_", "x" * 57)
+PEPPERS = [secrets.Pepper(bytes([n]) * 32) for n in (1, 2)]
+
+
+class SecretText(Target):
+    """An input is text, of UTF-8 and lone surrogates."""
+
+    length_max = 400
+    mutates = True
+
+    def __init__(self) -> None:
+        self._keyring = secrets.Keyring(PEPPERS)
+        # A secret is minted by either pepper, or by none of ours.
+        self._minters = [
+            secrets.Keyring([pepper]) for pepper in (*PEPPERS, secrets.Pepper(b"\3" * 32))
+        ]
+
+    def seeds(self) -> Iterable[bytes]:
+        chance = random.Random(1)  # noqa: S311 - repeatable
+        for prefix in PREFIXES:
+            for text in (self._mint(prefix, chance), f"a {self._mint(prefix, chance)}, {prefix}_"):
+                yield text.encode()
+
+    def mutate(self, data: bytes, length_max: int, chance: random.Random) -> bytes:
+        text = data.decode("utf-8", "replace")
+        place = chance.randint(0, len(text))
+        match chance.randrange(7):
+            case 0:
+                text = self._mint(chance.choice(PREFIXES), chance)
+            case 1:
+                text = text[:place] + self._mint(chance.choice(PREFIXES), chance) + text[place:]
+            case 2:
+                text = text[:place] + chance.choice(ODD) + text[place:]
+            case 3:
+                text = text[:place] + text[place + chance.randint(1, 3) :]
+            case 4:
+                text = text[:place] + chance.choice(secrets.ALPHABET) + text[place + 1 :]
+            case 5 if len(text) > 6:
+                # Right in its checksum, whatever comes before it.
+                text = text[:-6] + secrets.checksum(text[:-6].encode("utf-8", "replace").decode())
+            case _:
+                text = text[place:] + text[:place]
+        return text.encode("utf-8", "surrogatepass")
+
+    def one(self, data: bytes) -> None:
+        text = _text(data)
+        expected = _expected(text)
+        try:
+            digest = self._keyring.digest_of(text)
+        except secrets.Malformed as error:
+            if error.args:
+                raise Finding("Malformed carries something") from None
+            outcome: object = secrets.Malformed
+        else:
+            outcome = digest
+        if outcome != expected:
+            raise Finding(f"digest_of: {outcome!r}, expected {expected!r}")
+        if _shape.is_well_formed(text) != (expected is not secrets.Malformed):
+            raise Finding("the client and the service disagree on what is well formed")
+        held = _held(text)
+        if secrets.holds_secret(text) != bool(held):
+            raise Finding(f"holds_secret: {not held}, but there are {held}")
+        for redact in (_shape.redact, cli_secrets.redact):
+            redacted = redact(text)
+            for secret in held:
+                # Its random part tells as much, whatever the prefix. Where a text has that without
+                # any prefix, there is nothing to know it by.
+                random_part = secret[-57:]
+                bare = text.count(random_part) - sum(s.endswith(random_part) for s in held)
+                if redacted.count(random_part) > bare:
+                    raise Finding(f"{redact.__module__}.redact left a secret")
+        if held and cli_secrets.find_secret(["", text]) is None:
+            raise Finding("the command line would take a secret as an argument")
+        _shape.placeholder(text)
+
+    def _mint(self, prefix: str, chance: random.Random) -> str:
+        return chance.choice(self._minters).mint(prefix, chance.randbytes).secret.reveal()
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def _expected(text: str) -> object:
+    """Return what the design says of a text, worked out the long way."""
+    if not _well_formed(text):
+        return secrets.Malformed
+    tag = 0
+    for character in text[-14:-6]:
+        tag = tag * 62 + secrets.ALPHABET.index(character)
+    for pepper in PEPPERS:
+        digest = hmac.digest(pepper.key, text[:-14].encode(), "sha256")
+        if int.from_bytes(digest[:8]) % 62**8 == tag:
+            return digest
+    return None
+
+
+def _well_formed(text: str) -> bool:
+    prefix, _, rest = text.partition("_")
+    if not (2 <= len(prefix) <= 10 and len(rest) == 57):
+        return False
+    if set(prefix) - set("abcdefghijklmnopqrstuvwxyz") or set(rest) - set(secrets.ALPHABET):
+        return False
+    number = zlib.crc32(text[:-6].encode())
+    return all(
+        secrets.ALPHABET[number // 62**place % 62] == digit
+        for place, digit in enumerate(reversed(text[-6:]))
+    )
+
+
+def _held(text: str) -> list[str]:
+    """Return every secret that a text has in it, wherever it begins."""
+    return [
+        text[place - length : place + 58]
+        for place, character in enumerate(text)
+        if character == "_"
+        for length in range(2, min(10, place) + 1)
+        if _well_formed(text[place - length : place + 58])
+    ]
+
+
+TARGET = SecretText

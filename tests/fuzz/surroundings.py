@@ -1,0 +1,113 @@
+"""What a target needs around it: nothing, a Postgres with known tokens, or Latchkey as a process.
+
+It belongs to the parent of the process that fuzzes, which libFuzzer ends without any clean-up.
+"""
+
+import asyncio
+import contextlib
+import random
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from latchkey_service.migrate import bundled, migrate
+from latchkey_service.secrets import Keyring, Pepper
+from latchkey_service.store import Store
+from latchkey_service.verdict import Scope, TokenRecord
+
+from tests import callers
+from tests.support import BreakablePostgres, Service, origin
+
+__all__ = ["ACCOUNT", "DELETED", "LIVE", "PEPPER", "surroundings"]
+
+ACCOUNT = "acme"
+PEPPER = Pepper(b"fuzz" * 8)
+# The same in each run, so that an input which names them does what it did. Not with the usual
+# prefix: they lie in the corpus, and scanners of secrets are to stay quiet.
+_chance = random.Random(1)  # noqa: S311 - repeatable
+LIVE, DELETED = (Keyring([PEPPER]).mint("fuzz", _chance.randbytes) for _ in range(2))
+LIVE_ID, DELETED_ID = "tok_" + "0" * 25 + "1", "tok_" + "0" * 25 + "2"
+
+
+@contextlib.contextmanager
+def surroundings(needs: str) -> Iterator[dict[str, str]]:
+    """Provide what a target needs; yield what tells it of that, by environment variables."""
+    if needs == "nothing":
+        yield {}
+        return
+    # Postgres' own account has to get in.
+    folder = Path(tempfile.mkdtemp(prefix="latchkey-fuzz-", dir="/tmp"))
+    folder.chmod(0o755)
+    try:
+        with _postgres(folder) if needs == "postgres" else _service(folder, needs) as variables:
+            yield variables
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _postgres(folder: Path) -> Iterator[dict[str, str]]:
+    postgres = BreakablePostgres(folder / "data")
+    url = postgres.start()
+    # Nothing here is to outlast the machine.
+    postgres.configure("fsync = off\nsynchronous_commit = off")
+    try:
+        asyncio.run(_plant(url))
+        yield {"FUZZ_DATABASE_URL": url}
+    finally:
+        postgres.close()
+
+
+async def _plant(url: str) -> None:
+    """Make a live token and a deleted one."""
+    await migrate(url, bundled())
+    store = await Store.open(url)
+    try:
+        await store.register_pepper(PEPPER.id)
+        moment = datetime(2026, 1, 1, tzinfo=UTC)
+        for number, (token_id, minted) in enumerate(((LIVE_ID, LIVE), (DELETED_ID, DELETED))):
+            record = TokenRecord(
+                token_id, ACCOUNT, f"token {number}", Scope.READ, moment, None, minted.hint
+            )
+            await store.insert_token(record, record.name, minted.digest, origin())
+        await store.delete_token(ACCOUNT, DELETED_ID, origin("Delete"))
+    finally:
+        await store.close()
+
+
+@contextlib.contextmanager
+def _service(folder: Path, needs: str) -> Iterator[dict[str, str]]:
+    settings: dict[str, object] = {
+        "listen": "127.0.0.1:0",
+        "data_dir": folder / "data",
+        "grace_seconds": 0.5,
+        "log_format": "json",
+        "transport": "grpcio" if needs == "grpcio" else "native",
+    }
+    variables = {}
+    if needs == "tls":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            target = f"127.0.0.1:{probe.getsockname()[1]}"
+        policy = folder / "policy.toml"
+        policy.write_text(callers.policy_text())
+        settings |= {"policy": policy, "tls_listen": target, **callers.write_server_files(folder)}
+        for name in ("verifier", "manager"):
+            identity = callers.spiffe_identity(callers.uri(name))
+            (folder / f"{name}.pem").write_bytes(identity.certificate + identity.key)
+        (folder / "ca.pem").write_bytes(callers.ca_pem())
+        variables["FUZZ_TLS"] = str(folder)
+    service = Service(folder / "service", **settings)
+    try:
+        address = asyncio.run(service.welcome())
+        variables["FUZZ_ADDRESS"] = target if needs == "tls" else address
+        (pid,) = service.worker_pids
+        yield variables | {"FUZZ_PID": str(pid)}
+        # What the service has to say of itself is for who looks into a finding.
+        Path("build/fuzz").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / "service" / "err", f"build/fuzz/service-{needs}.log")
+    finally:
+        service.clean_up()
