@@ -71,9 +71,9 @@ def test_a_burst_may_queue_and_a_standing_queue_is_short() -> None:
     bound, now = QueueBound(standing=2, burst=50), 1_000.0
     assert not bound.refuses(0, now)
     assert [bound.refuses(waiting, now) for waiting in (49, 50)] == [False, True]
-    now += admission.STANDING_SECONDS
+    now += admission.STANDING_SECONDS - 0.01
     assert not bound.refuses(49, now)
-    now += 0.01
+    now += 0.02
     assert [bound.refuses(waiting, now) for waiting in (1, 2, 49)] == [False, True, True]
     # Empty for a moment, which is no end of it.
     assert not bound.refuses(0, now)

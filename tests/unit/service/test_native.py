@@ -5,15 +5,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import grpc
+import pygrpc_native.aio
 import pytest
 from latchkey_service import admission, native
 from latchkey_service.errors import Overloaded, StatusParts, status_of
+from pygrpc_native import EVENT_CANCEL
 
 VERIFY = "/latchkey.v1.TokenService/Verify"
 CREATE = "/latchkey.v1.TokenService/Create"
 HEALTH = "/grpc.health.v1.Health/Check"
 PATHS = (VERIFY, CREATE, HEALTH)
-CALL, CANCEL = 0, 1
+CALL = 0
 
 
 class Front:
@@ -56,17 +58,17 @@ class Server(native.Server):
         self._on_events(events)
 
     def leave(self, number: int) -> None:
-        self._on_events([(native.EVENT_CANCEL, number, 0, None, None, None)])
+        self._on_events([(EVENT_CANCEL, number, 0, None, None, None)])
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     def begin(server: Server, events: Sequence[Any]) -> None:
         for event in events:
-            done = server.cancelled if event[0] == native.EVENT_CANCEL else server.begun
+            done = server.cancelled if event[0] == EVENT_CANCEL else server.begun
             done.append(event[1])
 
-    monkeypatch.setattr(native.pygrpc_native.aio.Server, "_on_events", begin)
+    monkeypatch.setattr(pygrpc_native.aio.Server, "_on_events", begin)
     return Server()
 
 
@@ -174,7 +176,7 @@ async def test_a_stop_turns_nobody_away_who_was_there(
     async def stop(server: Server, _grace: float | None) -> None:
         begun_before.extend(server.begun)
 
-    monkeypatch.setattr(native.pygrpc_native.aio.Server, "stop", stop)
+    monkeypatch.setattr(pygrpc_native.aio.Server, "stop", stop)
     server.come(VERIFY, range(100))
     server.come(CREATE, [200])
     await server.stop(1.0)
