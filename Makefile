@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 
-.PHONY: help run serve console test check bench history proto lock clean format
+.PHONY: help run serve console test check bench history soak proto lock clean format
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,10 @@ bench: $(VENV)/.dev  ## Measure: interleaved rounds, a table and build/bench.jso
 
 history: $(VENV)/.dev  ## Verify and delete for a minute while everything breaks (ARGS="--seconds 180")
 	@exec $(PY) -m tests.history $(ARGS)
+
+MINUTES ?= 30
+soak: $(VENV)/.dev  ## Use the service in every way, and look for what grows (MINUTES=30)
+	@exec $(PY) -m tests.soak --minutes $(MINUTES) $(ARGS)
 
 proto: $(VENV)/.dev  ## Generate the stubs again
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PY) proto/generate.py

@@ -192,17 +192,22 @@ class BreakablePostgres:
 class Service:
     """`python -m latchkey_service` as a process of its own, with its settings in the environment.
 
-    Always ended with all that it started, also when a test fails.
+    Always ended with all that it started, also when a test fails. `module` is another one than
+    the service's own, of the tests.
     """
 
-    def __init__(self, folder: Path, **settings: object) -> None:
+    def __init__(
+        self, folder: Path, *, module: str = "latchkey_service", **settings: object
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self._out, self._err = folder / "out", folder / "err"
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
         environment |= {f"LATCHKEY_{k.upper()}": str(v) for k, v in settings.items()}
+        if module != "latchkey_service":
+            environment["PYTHONPATH"] = str(Path(__file__).parents[1])
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "latchkey_service"],
+                [sys.executable, "-m", module],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -221,6 +226,10 @@ class Service:
     @property
     def out(self) -> str:
         return self._out.read_text()
+
+    @property
+    def err_path(self) -> Path:
+        return self._err
 
     @property
     def err(self) -> str:
@@ -311,9 +320,11 @@ class Service:
 
 
 @contextlib.contextmanager
-def service(folder: Path, **settings: object) -> Iterator[Service]:
+def service(
+    folder: Path, *, module: str = "latchkey_service", **settings: object
+) -> Iterator[Service]:
     """Run Latchkey as a process."""
-    running = Service(folder, **settings)
+    running = Service(folder, module=module, **settings)
     try:
         yield running
     finally:

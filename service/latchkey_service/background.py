@@ -1,8 +1,9 @@
 """What a worker does by itself: health, summaries of counts, removal of what is old."""
 
 import asyncio
+import os
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime, timedelta
 
 from latchkey_service.audit_table import AuditTable
@@ -26,6 +27,9 @@ PRUNE_SECONDS = 60.0
 # a while need not begin anew.
 KEPT_LEASES = 10
 KEPT_SECONDS_MIN = 600.0
+
+Gauges = Callable[[], Mapping[str, int]]
+"""What there is of something right now, by name: what goes up and never down is a leak."""
 
 
 async def follow_store(
@@ -52,17 +56,17 @@ async def follow_store(
         await asyncio.sleep(PROBE_SECONDS if serving else PROBE_SECONDS_WHILE_DOWN)
 
 
-async def summarise(counts: Counts) -> None:
+async def summarise(counts: Counts, gauges: Gauges) -> None:
     """Log the counts once a minute. Ends when cancelled."""
     while True:
         await asyncio.sleep(SUMMARY_SECONDS)
-        tell_summary(counts)
+        tell_summary(counts, gauges)
 
 
-def tell_summary(counts: Counts) -> None:
-    """Log the counts since the last time, if there are any."""
+def tell_summary(counts: Counts, gauges: Gauges) -> None:
+    """Log the counts since the last time, if there are any, and beside them the gauges."""
     if summary := counts.take():
-        logger().info("counts", **summary)
+        logger().info("counts", pid=os.getpid(), **summary, **gauges())
 
 
 async def purge(store: Store, retention: timedelta, now: Callable[[], datetime]) -> None:

@@ -240,6 +240,14 @@ async def running(
         Health(("", *SERVICES)),
     )
     server = Server(settings, calls, services, watchers, gate)
+
+    def gauges() -> Mapping[str, int]:
+        return {
+            "memory.entries": len(membership.memory),
+            "watch.streams": len(watchers),
+            "tasks": len(asyncio.all_tasks()),
+        }
+
     # They go on until the last answer: until then Deletes wait for this process.
     beating = asyncio.create_task(heart.run(), name="heart")
     listening = asyncio.create_task(listener.run(), name="listener")
@@ -249,7 +257,7 @@ async def running(
     audit_retention = timedelta(days=settings.audit_retention_days)
     background = [
         follow_store(store, heart.has_lease, server.set_serving),
-        summarise(counts),
+        summarise(counts, gauges),
         purge(store, retention, _now),
         prune_log(table, settings.lease_seconds),
         audit.run(),
@@ -269,7 +277,7 @@ async def running(
         await asyncio.gather(
             heart.stop(remove=drained), confirmer.close(), lookup.close(), store.close()
         )
-        tell_summary(counts)
+        tell_summary(counts, gauges)
 
 
 async def _end(*tasks: "asyncio.Task[None]") -> None:
