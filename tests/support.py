@@ -134,6 +134,10 @@ class BreakablePostgres:
         self._data_dir = data_dir
         self._frozen: list[psutil.Process] = []
 
+    @property
+    def log_path(self) -> Path:
+        return self._data_dir / "postgres.log"
+
     def start(self) -> str:
         return self._postgres.start()
 
@@ -192,22 +196,22 @@ class BreakablePostgres:
 class Service:
     """`python -m latchkey_service` as a process of its own, with its settings in the environment.
 
-    Always ended with all that it started, also when a test fails. `module` is another one than
-    the service's own, of the tests.
+    Always ended with all that it started, also when a test fails.
     """
 
-    def __init__(
-        self, folder: Path, *, module: str = "latchkey_service", **settings: object
-    ) -> None:
+    # Another one in a subclass is of the tests.
+    module = "latchkey_service"
+
+    def __init__(self, folder: Path, **settings: object) -> None:
         folder.mkdir(exist_ok=True)
         self._out, self._err = folder / "out", folder / "err"
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
         environment |= {f"LATCHKEY_{k.upper()}": str(v) for k, v in settings.items()}
-        if module != "latchkey_service":
+        if self.module.startswith("tests."):
             environment["PYTHONPATH"] = str(Path(__file__).parents[1])
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module],
+                [sys.executable, "-m", self.module],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -320,11 +324,9 @@ class Service:
 
 
 @contextlib.contextmanager
-def service(
-    folder: Path, *, module: str = "latchkey_service", **settings: object
-) -> Iterator[Service]:
+def service(folder: Path, **settings: object) -> Iterator[Service]:
     """Run Latchkey as a process."""
-    running = Service(folder, module=module, **settings)
+    running = Service(folder, **settings)
     try:
         yield running
     finally:

@@ -10,6 +10,7 @@ from latchkey_service.audit_table import AuditTable
 from latchkey_service.coherence.table import VerifierTable
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.log import Counts, logger
+from latchkey_service.reconnection import spread
 from latchkey_service.store import Store
 
 __all__ = ["follow_store", "prune_log", "purge", "purge_audit", "summarise", "tell_summary"]
@@ -53,7 +54,8 @@ async def follow_store(
             set_serving(answers)
             (log.info if answers else log.warning)("health", serving=answers)
             serving = answers
-        await asyncio.sleep(PROBE_SECONDS if serving else PROBE_SECONDS_WHILE_DOWN)
+        pause = PROBE_SECONDS if serving else PROBE_SECONDS_WHILE_DOWN
+        await asyncio.sleep(spread(pause, random.random()))  # noqa: S311 - a spread
 
 
 async def summarise(counts: Counts, gauges: Gauges) -> None:
@@ -115,7 +117,7 @@ async def _again_and_again(
     """Do background work whose failure must not end the loop that will try it again."""
     while True:
         # At another moment in each worker: they would only get in each other's way.
-        await asyncio.sleep(seconds * random.uniform(0.5, 1.0))  # noqa: S311 - a spread
+        await asyncio.sleep(spread(seconds, random.random()))  # noqa: S311 - a spread
         try:
             await work()
         except Exception as error:  # noqa: BLE001 - logged, and tried again

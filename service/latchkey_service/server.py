@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -47,7 +47,7 @@ from latchkey_service.coherence.subleases import SubLeases
 from latchkey_service.coherence.table import Identity, VerifierTable
 from latchkey_service.coherence.watch import Watchers
 from latchkey_service.config import Settings
-from latchkey_service.database import Pool, connect
+from latchkey_service.database import Connector, Pool
 from latchkey_service.health import Health
 from latchkey_service.log import Counts
 from latchkey_service.lookup import Lookup
@@ -60,9 +60,6 @@ from latchkey_service.tls import Certificates
 from latchkey_service.tokens import Tokens
 from latchkey_service.verdict import Record
 from latchkey_service.verifier import Verifier
-
-if TYPE_CHECKING:
-    import asyncpg
 
 __all__ = ["Server", "make_transport", "running"]
 
@@ -203,11 +200,7 @@ async def running(
         text = read_text(settings.policy) if policy_text is None else policy_text
         gate = Gate(policies.parse(text))
         policy_file = PolicyFile(settings.policy, gate, text)
-    database_url = settings.database_url.get_secret_value()
-
-    async def own_connection() -> "asyncpg.Connection[asyncpg.Record]":
-        return await connect(database_url)
-
+    connector = Connector(settings.database_url.get_secret_value())
     cache, notify = settings.cache == "on", settings.notify == "on"
     identity = _identity(settings)
     membership: Membership[Record] = Membership(
@@ -215,16 +208,16 @@ async def running(
         SubLeases(),
         settings.lease_seconds,
     )
-    heart = Heart(membership, identity, own_connection, boottime)
+    heart = Heart(membership, identity, connector.connect, boottime)
     watchers = Watchers(membership, boottime, heart.wake_to_acknowledge, enabled=cache)
-    listener = Listener(identity.id, own_connection, heart.wake, enabled=notify)
+    listener = Listener(identity.id, connector.connect, heart.wake, enabled=notify)
     heart.attach(watchers.on_news, watchers.__len__, lambda: listener.state)
 
-    pool = await Pool.open(database_url)
-    store = Store(pool, database_url)
+    pool = await Pool.open(connector)
+    store = Store(pool, connector)
     table = VerifierTable(pool)
-    confirmer = Confirmer(table, own_connection, heart.wake, boottime, notify=notify)
-    lookup = Lookup(own_connection, boottime)
+    confirmer = Confirmer(table, connector.connect, heart.wake, boottime, notify=notify)
+    lookup = Lookup(connector.connect, boottime)
     verifier = Verifier(keyring, lookup, heart, membership, encode_token, boottime, time.time)
     tokens = Tokens(store, keyring, confirmer, settings.secret_prefix, _now, os.urandom)
     counts = Counts()

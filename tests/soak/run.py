@@ -14,7 +14,7 @@ from tests.callers import policy_text, write_server_files
 from tests.soak import report
 from tests.soak.load import Load, Place, loading
 from tests.soak.samples import Samples
-from tests.support import POLL_SECONDS, Service, eventually, service
+from tests.support import POLL_SECONDS, Service, eventually
 
 __all__ = ["run"]
 
@@ -63,8 +63,15 @@ async def run(
     if leaks:
         given["soak_leak"] = ",".join(leaks)
     async with asyncio.timeout(seconds + OVERTIME_SECONDS):
-        with service(folder / "service", module="tests.soak.worker", **given) as running:
+        running = _Service(folder / "service", **given)
+        try:
             return await _soak(running, folder, policy, seconds, every, scale, rest_seconds, say)
+        finally:
+            running.clean_up()
+
+
+class _Service(Service):
+    module = "tests.soak.worker"
 
 
 async def _soak(

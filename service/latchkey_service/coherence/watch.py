@@ -219,10 +219,14 @@ class Watchers:
             if stream.sending_since < lost:
                 # It reads nothing: there is nothing to tell it any more.
                 stream.task.cancel()
+            elif stream.watcher.wants_grant:
+                # It is we who have been silent, without a lease of our own.
+                stream.watcher.heard = self._clock()
+                stream.changed.set()
             elif stream.watcher.heard < lost:
                 stream.silent = True
                 stream.changed.set()
-            elif news or stream.watcher.wants_grant:
+            elif news:
                 stream.changed.set()
 
     async def drain(self, seconds: float) -> bool:
