@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from latchkey_service import reconnection
+from latchkey_service.database import POOL_SIZE_MAX
 from latchkey_service.reconnection import ATTEMPTS_MAX, RECONNECT_SECONDS, Reconnection, spread
 
 
@@ -39,6 +40,8 @@ def test_workers_do_not_knock_in_step() -> None:
 
 def test_all_may_try_while_it_works() -> None:
     """As many attempts as there are connections, and one for each that has ended."""
+    # Verify, health, the lease, notifications and the wait of Deletes have one each.
+    assert ATTEMPTS_MAX == POOL_SIZE_MAX + 5
     world = World()
     assert world.begins() == ATTEMPTS_MAX
     world.reconnection.succeed()
