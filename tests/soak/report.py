@@ -18,14 +18,14 @@ WARM_UP_SHARE = 0.4
 # What a series may rise by in the time that is judged (a quarter of an hour and more). A leak does
 # not end, so what counts is that it is far above noise by then. The rates of `load.py`:
 #
-# - Memory: a worker answers some 75 calls a second. One object of 64 bytes that each leaves is
-#   4 MB in a quarter of an hour; the state of one Watch stream in ten 5 MB. An allocator's noise
+# - Memory: a worker answers some 200 calls a second. One object of 64 bytes that each leaves is
+#   11 MB in a quarter of an hour, and what one Watch stream in ten takes 8 MB. An allocator's noise
 #   is some 0.3 MB, and names of the last 10,000 deletions, which are remembered on purpose, are
-#   1 MB in that time at most.
-# - Descriptors, threads, tasks, streams, connections, processes: some five connections and streams
-#   open a second; one in a hundred that stays makes 45. How many are open at a moment differs by
-#   a dozen, and its median over a block by two.
-# - Objects: as memory; 75 calls a second leave 67,000 of them if each leaves one.
+#   2 MB, mostly from before.
+# - Descriptors, threads, tasks, streams, connections, processes: some fifteen connections open a
+#   second; one in a thousand that stays makes 13. How many are open at a moment differs by a dozen,
+#   and its median over a block by two.
+# - Objects: as memory; one for each call would be 180,000.
 # - Rows that are pruned: as many come as go, up to the rates' own variation.
 # - Dead rows, as a share of a table: autovacuum comes by each minute, where there are 50 and a
 #   fifth of the table.

@@ -54,7 +54,7 @@ async def test_short_soak(folder: Path) -> None:
 
 
 async def test_planted_leaks_are_found(folder: Path) -> None:
-    """Workers that leave memory, a descriptor and a task behind with each Create fail the soak,
+    """Workers that leave memory, descriptors and tasks behind with each Create fail the soak,
     for each of these reasons."""
     found = await run(folder, SECONDS, rest_seconds=0.0, leaks=list(LEAKS))
     print(*report.table(found), sep="\n")  # noqa: T201 - pytest shows it with a failure

@@ -19,12 +19,14 @@ from tests.children import end_with_parent
 LEAK_VARIABLE = "LATCHKEY_SOAK_LEAK"
 SUMMARY_VARIABLE = "LATCHKEY_SOAK_SUMMARY_SECONDS"
 MODULE = "tests.soak.worker"
+# Plenty: they have to show within seconds, among connections that come and go.
 LEAKED_BYTES = 1_000_000
+LEAKED_EACH = 10
 LEAKS: dict[str, Callable[[], object]] = {
     # Not zeros, which take no memory before they are written to.
     "memory": lambda: b"x" * LEAKED_BYTES,
-    "descriptors": lambda: os.open(os.devnull, os.O_RDONLY),
-    "tasks": lambda: asyncio.create_task(asyncio.Event().wait()),
+    "descriptors": lambda: [os.open(os.devnull, os.O_RDONLY) for _ in range(LEAKED_EACH)],
+    "tasks": lambda: [asyncio.create_task(asyncio.Event().wait()) for _ in range(LEAKED_EACH)],
 }
 _leaked: list[Any] = []
 
