@@ -48,6 +48,8 @@ class Trend:
     limit: float
     slope: Slope | None
     grows: bool
+    blocks: Sequence[Point] = ()
+    """Medians of what was judged, to see by."""
 
 
 def trend(points: Sequence[Point], limit: Limit) -> Trend:
@@ -67,7 +69,7 @@ def trend(points: Sequence[Point], limit: Limit) -> Trend:
     slope = theil_sen(whole)
     late = theil_sen(whole[len(whole) // 2 :])
     grows = slope.low * seconds > allowed and late.per_second * seconds > allowed
-    return Trend(median, seconds, allowed, slope, grows=grows)
+    return Trend(median, seconds, allowed, slope, grows, whole)
 
 
 def blocks(points: Sequence[Point], count: int) -> list[Point]:
