@@ -28,7 +28,6 @@ class OpenLoop:
     def __init__(self, ask: Callable[[str], Awaitable[Any]], rates: dict[str, int]) -> None:
         self.calls: list[Call] = []
         self.under_way = 0
-        self.under_way_max = 0
         self._ask = ask
         self._rates = rates
         self._tasks: set[asyncio.Task[None]] = set()
@@ -58,7 +57,6 @@ class OpenLoop:
     async def _one(self, kind: str) -> None:
         began = time.monotonic()
         self.under_way += 1
-        self.under_way_max = max(self.under_way_max, self.under_way)
         end = await outcome(self._ask(kind))
         self.under_way -= 1
         self.calls.append(Call(kind, began, end))

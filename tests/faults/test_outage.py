@@ -18,12 +18,14 @@ from tests.support import (
     CHANNEL_OPTIONS,
     RESUME_SECONDS,
     BreakablePostgres,
+    Outcome,
     backends,
     eventually,
     is_serving,
     outcome,
     service,
     session,
+    told_alone,
 )
 
 if TYPE_CHECKING:
@@ -98,14 +100,6 @@ def calling(stub: Any, unknown: str, within: Callable[["float | None"], dict[str
         return await stub.Create(request, **how)
 
     return call
-
-
-def told_alone(timeout: float | None) -> dict[str, Any]:
-    """Tell the server of a deadline that this side does not watch: what is looked at is whether the
-    server answers by then, and not whether a busy caller hears of it in time."""
-    if timeout is None:
-        return {}
-    return {"metadata": (("grpc-timeout", f"{round(timeout * 1000)}m"),)}
 
 
 async def is_down(channel: grpc.aio.Channel) -> bool:
@@ -224,23 +218,33 @@ async def test_a_pile_up_during_a_freeze_is_answered_in_time(
         "grace_seconds": 1,
         "log_format": "json",
     }
-    calls: list[tuple[str, float | None]] = []
+    # In a process of its own: three hundred callers in the server's own would make it late. They
+    # come within a second, so that a busy machine has taken them in, and stay until the deadlines
+    # of two hundred pass within the next.
+    calls: list[tuple[float, str, float | None]] = []
     for n in range(100):
+        begins = n / 125
         method = METHODS[1 + n % 3]
-        calls += [("Verify", 1.0 + n / 100), ("Verify", None), (method, 1.0 + n / 100)]
-    # In a process of its own: three hundred callers in the server's own would make it late.
+        within = 1.8 + n / 100 - begins
+        calls += [(begins, "Verify", within), (begins, "Verify", None), (begins, method, within)]
     with service(tmp_path / "service", **settings) as running:
         address = await running.welcome()
+        running.favour()
         async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
             call = calling(pb_grpc.TokenServiceStub(channel), unknown, told_alone)
             await eventually(lambda: all_work(call), "all calls work")
+
+            async def later(begins: float, method: str, timeout: float | None) -> Outcome:  # noqa: ASYNC109 - the call's
+                await asyncio.sleep(begins)
+                return await outcome(call(method, timeout))
+
             async with postgres.broken_by("frozen") as bring_back:
-                ends = await asyncio.gather(*(outcome(call(*c)) for c in calls))
-                for (method, timeout), end in zip(calls, ends, strict=True):
+                ends = await asyncio.gather(*(later(*c) for c in calls))
+                for (_, method, timeout), end in zip(calls, ends, strict=True):
                     told = (method, timeout, end.code, end.seconds)
                     assert end.code is UNAVAILABLE, told
                     assert end.retry_info, told
-                    assert end.seconds < (timeout or ANSWER_SECONDS_MAX) + SLACK_SECONDS, told
+                    assert end.seconds < ANSWER_SECONDS_MAX, told
                 bring_back()
                 await eventually(lambda: all_work(call), "all calls work", RESUME_SECONDS)
 

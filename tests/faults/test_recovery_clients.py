@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import grpc
 import latchkey
 import psutil
 import pytest
+from latchkey._watch import UNSUPPORTED_RETRY_SECONDS
 
 from tests.faults.open_loop import OpenLoop
 from tests.support import (
@@ -29,12 +31,17 @@ pytestmark = [
 ]
 
 CLIENTS = 200
-LEASE_SECONDS = 1.0
+LEASE_SECONDS = 2.0
 # Long enough that streams without a grant are taken for held up, over and over again.
-OUTAGE_SECONDS = 9.0
-# All answer from memory again: as soon as the service is back, and a stream's first grant.
-WATCHING_SECONDS = RESUME_SECONDS + 3.0
+OUTAGE_SECONDS = 10.0
+# All have answered from memory again: on a machine that is not busy within one. Less than what a
+# client takes that does not notice.
+WATCHING_SECONDS = UNSUPPORTED_RETRY_SECONDS / 2 - 5
+# Of a verify. Two hundred clients in one process are late by themselves.
+TIMEOUT_SECONDS = 5.0
 RATES = {"verify": 100}
+# From Postgres' return on no verify fails after this, in which a busy machine has its share.
+SETTLED_SECONDS = RESUME_SECONDS + 2.0
 
 
 @pytest.fixture
@@ -59,7 +66,9 @@ class Fleet:
 
     def __init__(self, target: str) -> None:
         self._clients = [latchkey.Client(target) for _ in range(CLIENTS)]
-        self.verifiers = [latchkey.Verifier(client) for client in self._clients]
+        self.verifiers = [
+            latchkey.Verifier(client, timeout_seconds=TIMEOUT_SECONDS) for client in self._clients
+        ]
         self._turns = itertools.cycle(self.verifiers)
         self.secret = ""
 
@@ -68,7 +77,7 @@ class Fleet:
         self.secret = created.secret.reveal()
         for verifier in self.verifiers:
             await verifier.verify(self.secret)
-        await eventually(lambda: self.watching == CLIENTS, "all watch")
+        await self.all_watch()
 
     async def close(self) -> None:
         await asyncio.gather(*(verifier.close() for verifier in self.verifiers))
@@ -77,6 +86,16 @@ class Fleet:
     @property
     def watching(self) -> int:
         return sum(verifier.stats().watching for verifier in self.verifiers)
+
+    async def all_watch(self) -> None:
+        """Wait until each has held a lease. Not all at once: a busy machine is late with some."""
+        waiting = set(self.verifiers)
+
+        def done() -> bool:
+            waiting.difference_update([v for v in waiting if v.stats().watching])
+            return not waiting
+
+        await eventually(done, "all watch", WATCHING_SECONDS)
 
     async def ask(self, _kind: str) -> Any:
         """Ask the next verifier."""
@@ -90,9 +109,16 @@ class Fleet:
         return answer
 
 
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """Two hundred clients tell of each stream that breaks, which here they do on purpose."""
+    caplog.set_level(logging.ERROR, "latchkey")
+
+
 @pytest.fixture
 async def fleet(running: Service) -> AsyncIterator[Fleet]:
     fleet = Fleet(await running.welcome())
+    running.favour()
     await fleet.start()
     yield fleet
     await fleet.close()
@@ -112,10 +138,10 @@ async def test_a_fleet_comes_back_after_an_outage(
             assert fleet.watching == 0
             bring_back()
             back = time.monotonic()
-        await eventually(lambda: fleet.watching == CLIENTS, "all watch", WATCHING_SECONDS)
-        await asyncio.sleep(max(0.0, back + RESUME_SECONDS + 1.0 - time.monotonic()))
+        await fleet.all_watch()
+        await asyncio.sleep(max(0.0, back + SETTLED_SECONDS + 2.0 - time.monotonic()))
     assert any(not call.end.ok for call in loop.calls)
-    late = [call for call in loop.calls if call.began > back + RESUME_SECONDS]
+    late = [call for call in loop.calls if call.began > back + SETTLED_SECONDS]
     assert late
     assert [call for call in late if not call.end.ok] == []
 
@@ -129,11 +155,13 @@ async def test_a_fleet_moves_on_when_a_worker_dies(running: Service, fleet: Flee
         before = [verifier.stats().reconnects for verifier in fleet.verifiers]
         psutil.Process(running.worker_pids[0]).kill()
 
-        def moved() -> bool:
-            after = [verifier.stats().reconnects for verifier in fleet.verifiers]
-            return fleet.watching == CLIENTS and after != before
+        def some_move() -> bool:
+            return [verifier.stats().reconnects for verifier in fleet.verifiers] != before
 
-        await eventually(moved, "all watch", WATCHING_SECONDS)
+        await eventually(some_move, "some have watched it")
+        # The leases of those who have not moved run out.
+        await asyncio.sleep(LEASE_SECONDS)
+        await fleet.all_watch()
     bad = [call for call in loop.calls if not call.end.ok]
     assert bad == []
     assert (await outcome(fleet.ask("verify"))).ok

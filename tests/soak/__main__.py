@@ -9,6 +9,7 @@ does a wrong answer, or an error that nothing explains.
 import argparse
 import asyncio
 import json
+import logging
 import shutil
 import signal
 import sys
@@ -32,6 +33,8 @@ def main() -> int:
     # Everything is ended in order, also where the shell had Ctrl-C ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    # The library tells of each stream that breaks, which here they do on purpose.
+    logging.getLogger("latchkey").setLevel(logging.ERROR)
     # Postgres' own account has to get in.
     scratch = Path(tempfile.mkdtemp(prefix="latchkey-soak-", dir="/tmp"))
     scratch.chmod(0o755)
