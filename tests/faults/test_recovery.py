@@ -177,9 +177,9 @@ async def test_recovery_is_no_stampede(
     ask: Asker,
     knocks: Callable[[], Knocks],
 ) -> None:
-    """Under an open loop each call of an outage ends in time, and none pile up. When Postgres is back
-    it meets with a bounded number of connections, calls work again in time, none fails any more, and
-    they end as soon as before."""
+    """Under an open loop each call of an outage ends in time, and none pile up. When Postgres is
+    back it meets with a bounded number of connections, calls work again in time, none fails any
+    more, and they end as soon as before."""
     loop = OpenLoop(ask, RATES)
     async with loop.running():
         await asyncio.sleep(BEFORE_SECONDS)
