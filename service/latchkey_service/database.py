@@ -16,7 +16,7 @@ import asyncpg
 from asyncpg.connect_utils import SessionAttribute
 
 from latchkey_service.errors import AlreadyExists, StoreConflict, StoreUnavailable, StoreUnsupported
-from latchkey_service.reconnection import Reconnection
+from latchkey_service.reconnection import Attempt, Reconnection
 
 __all__ = ["Connector", "Pool", "connect", "durably", "retrying", "translated"]
 
@@ -79,12 +79,12 @@ class Connector:
         self._database_url = database_url
         self._reconnection = Reconnection(monotonic, randomness)
         self._failure: BaseException | None = None
-        self._attempts: set[asyncio.Task[Any]] = set()
+        self._attempts: dict[asyncio.Task[Any], Attempt] = {}
 
     async def connect(self) -> "asyncpg.Connection[asyncpg.Record]":
         """Return a connection of one's own.
 
-        Raises StoreUnavailable: also at once, without an attempt, where the last one has just
+        Raises StoreUnavailable: also at once, without an attempt, where the last ones have just
         failed.
         """
         with translated():
@@ -94,15 +94,19 @@ class Connector:
         self, connection_class: "type[asyncpg.Connection[asyncpg.Record]]"
     ) -> "asyncpg.Connection[asyncpg.Record]":
         """Do the same for the pool, which wants its own class and the driver's errors."""
-        if not self._reconnection.begin():
-            raise StoreUnavailable(AWAY) from self._failure
+        while (kind := self._reconnection.begin()) is None:
+            probes = [task for task, kind in self._attempts.items() if kind is Attempt.PROBE]
+            if not (self._reconnection.in_doubt and probes):
+                raise StoreUnavailable(AWAY) from self._failure
+            # It takes a connect's time-out at most.
+            await asyncio.wait(probes)
         # A task of its own: what comes of an attempt has to be known also when its caller leaves,
         # or callers in a hurry would begin one after the other.
         task = asyncio.create_task(
             asyncpg.connect(self._database_url, connection_class=connection_class, **_options()),
             name="connect",
         )
-        self._attempts.add(task)
+        self._attempts[task] = kind
         task.add_done_callback(self._settle)
         try:
             return await asyncio.shield(task)
@@ -111,13 +115,13 @@ class Connector:
             raise
 
     def _settle(self, task: "asyncio.Task[Any]") -> None:
-        self._attempts.discard(task)
+        kind = self._attempts.pop(task)
         if task.cancelled() or task.exception() is not None:
             self._failure = None if task.cancelled() else task.exception()
-            self._reconnection.fail()
+            self._reconnection.fail(kind)
         else:
             self._failure = None
-            self._reconnection.succeed()
+            self._reconnection.succeed(kind)
 
 
 class Pool:

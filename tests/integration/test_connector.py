@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import random
 from collections.abc import AsyncIterator
 
@@ -11,7 +12,7 @@ from latchkey_service.database import CONNECT_TIMEOUT_SECONDS, POOL_SIZE_MAX, Co
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.reconnection import ATTEMPTS_MAX, RECONNECT_SECONDS
 
-from tests.support import backends, eventually
+from tests.support import backends, eventually, session
 
 
 class Silent:
@@ -43,7 +44,7 @@ async def silent() -> AsyncIterator[tuple[Silent, str]]:
 
 async def test_callers_in_a_hurry_begin_few_attempts(silent: tuple[Silent, str]) -> None:
     """Hundreds of callers that each wait a tenth of a second begin no more attempts than a process
-    has connections, until the first has failed, and then one at a time."""
+    has connections, until the first has failed, and then probes, one at a time."""
     frozen, url = silent
     connector = Connector(url)
     pool = await Pool.open(connector)
@@ -63,17 +64,18 @@ async def test_callers_in_a_hurry_begin_few_attempts(silent: tuple[Silent, str])
     await asyncio.gather(*calls)
     longest = loop.time() - began
     assert len(calls) > 2 * ATTEMPTS_MAX
-    single = longest / (CONNECT_TIMEOUT_SECONDS + RECONNECT_SECONDS / 2)
+    single = 1 + longest / (CONNECT_TIMEOUT_SECONDS + RECONNECT_SECONDS / 2)
     assert frozen.taken <= ATTEMPTS_MAX + single
     await eventually(lambda: frozen.open == 0, "none is left")
     await pool.close()
 
 
 async def test_without_a_database_it_is_told_at_once() -> None:
-    """After a failure, all are refused without an attempt, with the reason of the last one."""
+    """After a failure and a failed probe, all are refused without an attempt, with the reason."""
     connector = Connector("postgresql://nobody:nothing@127.0.0.1:1/none", lambda: 100.0)
-    with pytest.raises(StoreUnavailable) as first:
-        await connector.connect()
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable) as first:
+            await connector.connect()
     pool = await Pool.open(connector)
     with pytest.raises(StoreUnavailable) as second:
         await connector.connect()
@@ -118,3 +120,29 @@ async def test_all_of_the_pool_connect_at_once(database_url: str) -> None:
         entering = (stack.enter_async_context(pool.session()) for _ in range(POOL_SIZE_MAX))
         assert len(await asyncio.gather(*entering)) == POOL_SIZE_MAX
     await pool.close()
+
+
+async def test_a_hiccup_costs_nobody_else_anything(database_url: str) -> None:
+    """When attempts fail that were under way at one moment, those who come after them wait until it
+    is known that the database is well, and are connected."""
+    async with session(database_url) as own:
+        connector = Connector(database_url)
+        closed = itertools.chain([True] * 3, itertools.repeat(False))
+        attempts = 0
+
+        async def attempt(*_: object, **options: object) -> object:
+            nonlocal attempts
+            attempts += 1
+            if next(closed):
+                await asyncio.sleep(0.05)
+                raise asyncpg.AdminShutdownError("ended while it was made")
+            return own
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(asyncpg, "connect", attempt)
+            hurt = [asyncio.create_task(connector.connect()) for _ in range(3)]
+            ends = await asyncio.gather(*hurt, return_exceptions=True)
+            assert all(isinstance(end, StoreUnavailable) for end in ends)
+            later = await asyncio.gather(*(connector.connect() for _ in range(5)))
+        assert later == [own] * 5
+        assert attempts == 3 + 5
