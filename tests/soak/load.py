@@ -120,6 +120,8 @@ class Load:
             name: channel_credentials(spiffe_identity(uri(name))) for name in CALLERS
         }
         self._guest_is_in = True
+        # Whoever changes the policy sees it in force before the next one does.
+        self._policy_changes = asyncio.Lock()
 
     @property
     def kinds(self) -> dict[str, tuple[float, Callable[[], Awaitable[None]]]]:
@@ -427,6 +429,10 @@ class Load:
 
     async def _policy(self) -> None:
         """The guest comes or goes, and each worker has heard of it soon."""
+        async with self._policy_changes:
+            await self._change_policy()
+
+    async def _change_policy(self) -> None:
         self._guest_is_in = not self._guest_is_in
         names = [name for name in CALLERS if name != GUEST or self._guest_is_in]
         new = self._place.policy.with_suffix(".new")

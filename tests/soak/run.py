@@ -176,6 +176,10 @@ def _stayed(before: Rest, after: Rest) -> list[str]:
     ]
 
 
+# What grpcio's server says, as an error, when a client has left while it was being answered.
+LEFT = "ExecuteBatchError raised in core by servicer method"
+
+
 def _strange(running: Service, workers: list[int]) -> list[str]:
     """Return what in the service's log nothing in a soak explains."""
     found: list[str] = []
@@ -185,5 +189,6 @@ def _strange(running: Service, workers: list[int]) -> list[str]:
         f"in the log: {line[:500]}"
         for line in running.err.splitlines()
         if not line.startswith("{") or '"level": "error"' in line or '"exception"' in line
+        if LEFT not in line
     ]
     return found[: report.SHOWN]
