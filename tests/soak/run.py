@@ -153,7 +153,7 @@ async def _at_rest(
 
         async def tell(told: int = told, rest: Rest = rest) -> bool:
             # A worker tells only when it has something to tell.
-            await load.ask_all()
+            await load.ask_anyone()
             lines = [line for line in running.log if line["event"] == "counts"][told:]
             for line in lines:
                 rest[line["pid"], "tasks"] = line["tasks"]

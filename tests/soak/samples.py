@@ -118,7 +118,8 @@ class Samples:
         rows = await connection.fetchval("SELECT count(*) FROM invalidation")
         self._add(whose, "rows of invalidation", "kept rows", rows)
         overdue = await connection.fetchval(
-            "SELECT count(*) FROM invalidation WHERE create_time < clock_timestamp() - $1::interval",
+            "SELECT count(*) FROM invalidation"
+            " WHERE create_time < clock_timestamp() - $1::interval",
             timedelta(seconds=KEPT_SECONDS_MIN + 2 * PRUNE_SECONDS),
         )
         self._add(whose, "of these to be gone", "rows", overdue)
