@@ -334,13 +334,12 @@ def make_transport(name: str) -> grpc.aio.Server:
     """Return a server of the chosen make: the one seam between the two."""
     options = list(OPTIONS.items())
     if name == "native":
-        # Here and not above, so that the other one needs nothing of it. And not as `from ... import
-        # aio`, which sends the package's lazy attributes (0.5.0) into an endless recursion.
-        import pygrpc_native.aio
+        # Here and not above, so that the other one needs nothing of it.
+        from latchkey_service import native
 
         # One thread for HTTP/2, not two: they share this process's core with Python, and switching
         # between them took a fifth of it. More workers, not more threads, use more cores.
-        return pygrpc_native.aio.Server(options=options, io_threads=1)
+        return native.Server(options=options, io_threads=1)
     return grpc.aio.server(options=options)
 
 
