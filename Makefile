@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 
-.PHONY: help run serve console test check bench history fuzz proto lock clean format
+.PHONY: help run serve console test check bench history fuzz soak proto lock clean format
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,10 @@ history: $(VENV)/.dev  ## Verify and delete for a minute while everything breaks
 
 fuzz: $(VENV)/.dev  ## Attack the parsers and the server with made-up input (ARGS="--minutes 30 --only policy")
 	@exec $(PY) -m tests.fuzz $(ARGS)
+
+MINUTES ?= 30
+soak: $(VENV)/.dev  ## Use the service in every way, and look for what grows (MINUTES=30)
+	@exec $(PY) -m tests.soak --minutes $(MINUTES) $(ARGS)
 
 proto: $(VENV)/.dev  ## Generate the stubs again
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PY) proto/generate.py

@@ -26,6 +26,8 @@ from latchkey_service.embedded import EmbeddedPostgres
 # Far above what anything here takes; only a failing test waits it out.
 WAIT_SECONDS = 20.0
 POLL_SECONDS = 0.02
+# As nice(2) has it.
+FAVOUR = -10
 # Service is back within this of Postgres' return: the promise, and what a busy machine adds.
 RESUME_SECONDS = 2.0 + 0.7
 # A channel of its own for each test, which connects again at once: what is measured is the server.
@@ -92,6 +94,14 @@ async def outcome(call: Awaitable[Any]) -> Outcome:
     return Outcome(grpc.StatusCode.OK, time.monotonic() - start, response)
 
 
+def told_alone(timeout: float | None) -> dict[str, Any]:
+    """Tell the server of a deadline that this side does not watch: what is looked at is whether the
+    server answers by then, and not whether a busy caller hears of it in time."""
+    if timeout is None:
+        return {}
+    return {"metadata": (("grpc-timeout", f"{round(timeout * 1000)}m"),)}
+
+
 async def is_serving(channel: grpc.aio.Channel) -> bool:
     """Tell what the health service says. Raises AioRpcError where it does not answer."""
     stub: Any = health_pb2_grpc.HealthStub(channel)
@@ -133,6 +143,10 @@ class BreakablePostgres:
         self._postgres = EmbeddedPostgres(data_dir)
         self._data_dir = data_dir
         self._frozen: list[psutil.Process] = []
+
+    @property
+    def log_path(self) -> Path:
+        return self._data_dir / "postgres.log"
 
     def start(self) -> str:
         return self._postgres.start()
@@ -195,14 +209,19 @@ class Service:
     Always ended with all that it started, also when a test fails.
     """
 
+    # Another one in a subclass is of the tests.
+    module = "latchkey_service"
+
     def __init__(self, folder: Path, **settings: object) -> None:
         folder.mkdir(exist_ok=True)
         self._out, self._err = folder / "out", folder / "err"
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
         environment |= {f"LATCHKEY_{k.upper()}": str(v) for k, v in settings.items()}
+        if self.module.startswith("tests."):
+            environment["PYTHONPATH"] = str(Path(__file__).parents[1])
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "latchkey_service"],
+                [sys.executable, "-m", self.module],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -221,6 +240,10 @@ class Service:
     @property
     def out(self) -> str:
         return self._out.read_text()
+
+    @property
+    def err_path(self) -> Path:
+        return self._err
 
     @property
     def err(self) -> str:
@@ -273,6 +296,15 @@ class Service:
             process = psutil.Process(self.pid)
             self._family |= {process, *process.children(recursive=True)}
         return self._family
+
+    def favour(self) -> None:
+        """Have it run before other programs, where the system allows that: whether it answers in
+        time is no question of what else a machine is busy with."""
+        for process in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess, PermissionError):
+                for thread in process.threads():
+                    # Linux keeps it for each thread.
+                    os.setpriority(os.PRIO_PROCESS, thread.id, FAVOUR)
 
     def alive(self) -> list[psutil.Process]:
         """Who of the family still runs."""

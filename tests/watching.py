@@ -13,12 +13,14 @@ from tests.support import CHANNEL_OPTIONS, WAIT_SECONDS
 
 __all__ = ["WatchClient", "watching"]
 
+Metadata = tuple[tuple[str, str], ...]
+
 
 class WatchClient:
     """One stream. Received events are kept in order in `events`, whether asked for or not."""
 
-    def __init__(self, stub: Any) -> None:
-        self.call = stub.Watch()
+    def __init__(self, stub: Any, metadata: Metadata = ()) -> None:
+        self.call = stub.Watch(metadata=metadata)
         self.number = 0
         self.applied = 0
 

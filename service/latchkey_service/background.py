@@ -1,14 +1,16 @@
 """What a worker does by itself: health, summaries of counts, removal of what is old."""
 
 import asyncio
+import os
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime, timedelta
 
 from latchkey_service.audit_table import AuditTable
 from latchkey_service.coherence.table import VerifierTable
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.log import Counts, logger
+from latchkey_service.reconnection import spread
 from latchkey_service.store import Store
 
 __all__ = ["follow_store", "prune_log", "purge", "purge_audit", "summarise", "tell_summary"]
@@ -26,6 +28,9 @@ PRUNE_SECONDS = 60.0
 # a while need not begin anew.
 KEPT_LEASES = 10
 KEPT_SECONDS_MIN = 600.0
+
+Gauges = Callable[[], Mapping[str, int]]
+"""What there is of something right now, by name: what goes up and never down is a leak."""
 
 
 async def follow_store(
@@ -49,20 +54,21 @@ async def follow_store(
             set_serving(answers)
             (log.info if answers else log.warning)("health", serving=answers)
             serving = answers
-        await asyncio.sleep(PROBE_SECONDS if serving else PROBE_SECONDS_WHILE_DOWN)
+        pause = PROBE_SECONDS if serving else PROBE_SECONDS_WHILE_DOWN
+        await asyncio.sleep(spread(pause, random.random()))  # noqa: S311 - a spread
 
 
-async def summarise(counts: Counts) -> None:
+async def summarise(counts: Counts, gauges: Gauges) -> None:
     """Log the counts once a minute. Ends when cancelled."""
     while True:
         await asyncio.sleep(SUMMARY_SECONDS)
-        tell_summary(counts)
+        tell_summary(counts, gauges)
 
 
-def tell_summary(counts: Counts) -> None:
-    """Log the counts since the last time, if there are any."""
+def tell_summary(counts: Counts, gauges: Gauges) -> None:
+    """Log the counts since the last time, if there are any, and beside them the gauges."""
     if summary := counts.take():
-        logger().info("counts", **summary)
+        logger().info("counts", pid=os.getpid(), **summary, **gauges())
 
 
 async def purge(store: Store, retention: timedelta, now: Callable[[], datetime]) -> None:
@@ -111,7 +117,7 @@ async def _again_and_again(
     """Do background work whose failure must not end the loop that will try it again."""
     while True:
         # At another moment in each worker: they would only get in each other's way.
-        await asyncio.sleep(seconds * random.uniform(0.5, 1.0))  # noqa: S311 - a spread
+        await asyncio.sleep(spread(seconds, random.random()))  # noqa: S311 - a spread
         try:
             await work()
         except Exception as error:  # noqa: BLE001 - logged, and tried again

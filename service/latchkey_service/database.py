@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import functools
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -15,8 +16,9 @@ import asyncpg
 from asyncpg.connect_utils import SessionAttribute
 
 from latchkey_service.errors import AlreadyExists, StoreConflict, StoreUnavailable, StoreUnsupported
+from latchkey_service.reconnection import Attempt, Reconnection
 
-__all__ = ["Pool", "connect", "durably", "retrying", "translated"]
+__all__ = ["Connector", "Pool", "connect", "durably", "retrying", "translated"]
 
 # A statement of ours takes about a millisecond. Two seconds without an answer is a database that
 # is frozen or gone, and a caller is better told so than kept.
@@ -32,6 +34,8 @@ POOL_SIZE_MAX = 12
 CONFLICT_ATTEMPTS = 14
 CONFLICT_DELAY_SECONDS = 0.008
 CONFLICT_DELAY_SECONDS_MAX = 0.1
+
+AWAY = "The database does not answer; try again shortly."
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -60,6 +64,66 @@ if TYPE_CHECKING:
     _Session = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
 
 
+class Connector:
+    """Makes all of a process's connections to one database; few attempts while it is away.
+
+    Belongs to the event loop that it is used on.
+    """
+
+    def __init__(
+        self,
+        database_url: str,
+        monotonic: Callable[[], float] = time.monotonic,
+        randomness: Callable[[], float] = random.random,
+    ) -> None:
+        self._database_url = database_url
+        self._reconnection = Reconnection(monotonic, randomness)
+        self._failure: BaseException | None = None
+        self._attempts: dict[asyncio.Task[Any], Attempt] = {}
+
+    async def connect(self) -> "asyncpg.Connection[asyncpg.Record]":
+        """Return a connection of one's own.
+
+        Raises StoreUnavailable: also at once, without an attempt, where the last ones have just
+        failed.
+        """
+        with translated():
+            return await self.attempt(asyncpg.Connection)
+
+    async def attempt(
+        self, connection_class: "type[asyncpg.Connection[asyncpg.Record]]"
+    ) -> "asyncpg.Connection[asyncpg.Record]":
+        """Do the same for the pool, which wants its own class and the driver's errors."""
+        while (kind := self._reconnection.begin()) is None:
+            probes = [task for task, kind in self._attempts.items() if kind is Attempt.PROBE]
+            if not (self._reconnection.in_doubt and probes):
+                raise StoreUnavailable(AWAY) from self._failure
+            # It takes a connect's time-out at most.
+            await asyncio.wait(probes)
+        # A task of its own: what comes of an attempt has to be known also when its caller leaves,
+        # or callers in a hurry would begin one after the other.
+        task = asyncio.create_task(
+            asyncpg.connect(self._database_url, connection_class=connection_class, **_options()),
+            name="connect",
+        )
+        self._attempts[task] = kind
+        task.add_done_callback(self._settle)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_discard)
+            raise
+
+    def _settle(self, task: "asyncio.Task[Any]") -> None:
+        kind = self._attempts.pop(task)
+        if task.cancelled() or task.exception() is not None:
+            self._failure = None if task.cancelled() else task.exception()
+            self._reconnection.fail(kind)
+        else:
+            self._failure = None
+            self._reconnection.succeed(kind)
+
+
 class Pool:
     """A pool of connections for statements that stand alone or in short transactions."""
 
@@ -67,15 +131,18 @@ class Pool:
         self._pool = pool
 
     @classmethod
-    async def open(cls, database_url: str) -> "Pool":
+    async def open(cls, connector: Connector) -> "Pool":
         """Return a new pool. Connects lazily, so that it opens without a database."""
+
+        async def connect(*_: object, **__: object) -> "asyncpg.Connection[asyncpg.Record]":
+            return await connector.attempt(_Connection)
+
         return cls(
             await asyncpg.create_pool(
-                database_url,
+                connect=connect,
                 min_size=0,
                 max_size=POOL_SIZE_MAX,
                 connection_class=_Connection,
-                **_options(),
             )
         )
 
@@ -102,9 +169,8 @@ class Pool:
 
 
 async def connect(database_url: str) -> "asyncpg.Connection[asyncpg.Record]":
-    """Return a connection of one's own. Raises StoreUnavailable."""
-    with translated():
-        return await asyncpg.connect(database_url, **_options())
+    """Return a connection of one's own, for once. Raises StoreUnavailable."""
+    return await Connector(database_url).connect()
 
 
 @contextlib.contextmanager
@@ -132,7 +198,7 @@ def translated() -> Iterator[None]:
         asyncpg.InternalClientError,  # and for one that ended between two of its messages
         OSError,  # TimeoutError included
     ) as error:
-        raise StoreUnavailable("The database does not answer; try again shortly.") from error
+        raise StoreUnavailable(AWAY) from error
 
 
 @contextlib.contextmanager
@@ -177,6 +243,12 @@ def retrying(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
         return await method(*args, **kwargs)
 
     return again
+
+
+def _discard(task: "asyncio.Task[Any]") -> None:
+    """Give up a connection that nobody waits for any more."""
+    if not task.cancelled() and task.exception() is None:
+        task.result().terminate()
 
 
 def _options() -> dict[str, Any]:

@@ -10,12 +10,14 @@ was tried, and made batches smaller and each call dearer (60 instead of 51 µs o
 """
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from latchkey_service.admission import QueueBound
 from latchkey_service.database import retrying, translated
 from latchkey_service.errors import TOO_LATE, Overloaded, StoreUnavailable, Unavailable
+from latchkey_service.reconnection import spread
 from latchkey_service.store import FIND_BY_DIGEST, record_of
 from latchkey_service.verdict import TokenRecord
 
@@ -239,7 +241,10 @@ class _Link:
             with translated():
                 await connection.execute("SET plan_cache_mode = force_generic_plan")
         except Exception:
-            self._connect_after = self._monotonic() + RECONNECT_SECONDS
+            self._connect_after = self._monotonic() + spread(
+                RECONNECT_SECONDS,
+                random.random(),  # noqa: S311 - a spread
+            )
             raise
         return connection
 

@@ -7,6 +7,7 @@ ahead of this release is refused.
 
 import asyncio
 import hashlib
+import random
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -16,6 +17,7 @@ import asyncpg
 from asyncpg.connect_utils import SessionAttribute
 
 from latchkey_service.database import translated
+from latchkey_service.reconnection import spread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -110,7 +112,7 @@ async def _connect(database_url: str) -> "asyncpg.Connection[asyncpg.Record]":
             if loop.time() > give_up:
                 message = f"cannot connect to the database: {type(error).__name__}: {error}"
                 raise MigrationError(message) from error
-            await asyncio.sleep(RETRY_SECONDS)
+            await asyncio.sleep(spread(RETRY_SECONDS, random.random()))  # noqa: S311 - a spread
     version = connection.get_server_version().major
     if version < SERVER_VERSION_MIN:
         connection.terminate()

@@ -6,12 +6,15 @@ for such a turn each time: a flood of verifies would hold up a Create for a seco
 Creates the verifies. So calls wait in two lanes, and a few of each lane are begun in each turn.
 
 How long the lanes may be is bounded as other queues are (`admission.py`). Health checks have none.
+
+It also forgets calls that were cancelled before they began, which the library keeps for ever.
 """
 
 import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, Protocol
 
 # Not as `from pygrpc_native import aio`, which sends the package's lazy attributes (0.5.0) into an
@@ -120,8 +123,24 @@ class Server(pygrpc_native.aio.Server):
                 lane.waiting[call_id] = event
         if at_once:
             super()._on_events(at_once)  # type: ignore[arg-type]
+            self._forget_cancelled(at_once)
         if not self._in_turn:
             self._begin_some()
+
+    def _forget_cancelled(self, events: Sequence[Event]) -> None:
+        """See to it that calls which have just been cancelled are not kept.
+
+        The library keeps each, its request included, until the call's task removes it. A task that
+        is cancelled before its first step does nothing at all: a client that cancels its calls as
+        soon as they are sent would fill the memory.
+        """
+        for event in events:
+            call = self._calls.get(event[1]) if event[0] == EVENT_CANCEL else None
+            if call is not None and call.task is not None:
+                call.task.add_done_callback(partial(self._forget, call.call_id))
+
+    def _forget(self, call_id: int, _task: "asyncio.Task[None]") -> None:
+        self._calls.pop(call_id, None)
 
     def _begin_some(self) -> None:
         """Begin this turn's share of each lane, and see to the next turn."""

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -49,7 +49,7 @@ from latchkey_service.coherence.table import Identity, VerifierTable
 from latchkey_service.coherence.watch import Watchers
 from latchkey_service.config import Settings
 from latchkey_service.connection_guard import ConnectionGuard
-from latchkey_service.database import Pool, connect
+from latchkey_service.database import Connector, Pool
 from latchkey_service.health import Health
 from latchkey_service.log import Counts
 from latchkey_service.lookup import Lookup
@@ -63,9 +63,6 @@ from latchkey_service.tokens import Tokens
 from latchkey_service.transport import Limits, chosen, limits_of, make_transport, metadata_of
 from latchkey_service.verdict import Record
 from latchkey_service.verifier import Verifier
-
-if TYPE_CHECKING:
-    import asyncpg
 
 __all__ = ["Server", "running"]
 
@@ -194,11 +191,7 @@ async def running(
         text = read_text(settings.policy) if policy_text is None else policy_text
         gate = Gate(policies.parse(text))
         policy_file = PolicyFile(settings.policy, gate, text)
-    database_url = settings.database_url.get_secret_value()
-
-    async def own_connection() -> "asyncpg.Connection[asyncpg.Record]":
-        return await connect(database_url)
-
+    connector = Connector(settings.database_url.get_secret_value())
     cache, notify = settings.cache == "on", settings.notify == "on"
     identity = _identity(settings)
     membership: Membership[Record] = Membership(
@@ -206,7 +199,7 @@ async def running(
         SubLeases(),
         settings.lease_seconds,
     )
-    heart = Heart(membership, identity, own_connection, boottime)
+    heart = Heart(membership, identity, connector.connect, boottime)
     limits = limits_of(settings)
     watchers = Watchers(
         membership,
@@ -215,14 +208,14 @@ async def running(
         enabled=cache,
         stream_seconds=limits.connection_age or math.inf,
     )
-    listener = Listener(identity.id, own_connection, heart.wake, enabled=notify)
+    listener = Listener(identity.id, connector.connect, heart.wake, enabled=notify)
     heart.attach(watchers.on_news, watchers.__len__, lambda: listener.state)
 
-    pool = await Pool.open(database_url)
-    store = Store(pool, database_url)
+    pool = await Pool.open(connector)
+    store = Store(pool, connector)
     table = VerifierTable(pool)
-    confirmer = Confirmer(table, own_connection, heart.wake, boottime, notify=notify)
-    lookup = Lookup(own_connection, boottime)
+    confirmer = Confirmer(table, connector.connect, heart.wake, boottime, notify=notify)
+    lookup = Lookup(connector.connect, boottime)
     verifier = Verifier(keyring, lookup, heart, membership, encode_token, boottime, time.time)
     tokens = Tokens(store, keyring, confirmer, settings.secret_prefix, _now, os.urandom)
     counts = Counts()
@@ -238,6 +231,14 @@ async def running(
         Health(("", *SERVICES)),
     )
     server = Server(settings, calls, services, watchers, gate, limits)
+
+    def gauges() -> Mapping[str, int]:
+        return {
+            "memory.entries": len(membership.memory),
+            "watch.streams": len(watchers),
+            "tasks": len(asyncio.all_tasks()),
+        }
+
     # They go on until the last answer: until then Deletes wait for this process.
     beating = asyncio.create_task(heart.run(), name="heart")
     listening = asyncio.create_task(listener.run(), name="listener")
@@ -247,7 +248,7 @@ async def running(
     audit_retention = timedelta(days=settings.audit_retention_days)
     background = [
         follow_store(store, heart.has_lease, server.set_serving),
-        summarise(counts),
+        summarise(counts, gauges),
         purge(store, retention, _now),
         prune_log(table, settings.lease_seconds),
         audit.run(),
@@ -268,7 +269,7 @@ async def running(
         await asyncio.gather(
             heart.stop(remove=drained), confirmer.close(), lookup.close(), store.close()
         )
-        tell_summary(counts)
+        tell_summary(counts, gauges)
 
 
 async def _end(*tasks: "asyncio.Task[None]") -> None:

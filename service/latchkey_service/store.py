@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from latchkey_service.audit import Origin
-from latchkey_service.database import Pool, connect, durably, retrying, translated
+from latchkey_service.database import Connector, Pool, durably, retrying, translated
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.secrets import Digest
 from latchkey_service.verdict import Scope, TokenRecord
@@ -59,15 +59,16 @@ class Deletion:
 class Store:
     """The tables, as methods. All raise StoreUnavailable when Postgres does not answer in time."""
 
-    def __init__(self, pool: Pool, database_url: str) -> None:
+    def __init__(self, pool: Pool, connector: Connector) -> None:
         self._pool = pool
-        self._database_url = database_url
+        self._connector = connector
         self._probe: asyncpg.Connection[asyncpg.Record] | None = None
 
     @classmethod
     async def open(cls, database_url: str) -> "Store":
         """Return a store on a new pool. Connects lazily, so that it opens without a database."""
-        return cls(await Pool.open(database_url), database_url)
+        connector = Connector(database_url)
+        return cls(await Pool.open(connector), connector)
 
     async def close(self) -> None:
         """Give up all connections, waiting a bounded time for those in use."""
@@ -82,7 +83,7 @@ class Store:
         """
         try:
             if self._probe is None or self._probe.is_closed():
-                self._probe = await connect(self._database_url)
+                self._probe = await self._connector.connect()
             with translated():
                 standby = await self._probe.fetchval("SELECT pg_is_in_recovery()")
         except BaseException:

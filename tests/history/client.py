@@ -17,10 +17,11 @@ from typing import Any
 
 import latchkey
 
+from tests.board import Reader
+from tests.children import end_with_parent
 from tests.history.broken import break_rule, rule_to_break
-from tests.history.processes import end_with_parent, tell_if_strange
+from tests.history.processes import tell_if_strange
 from tests.history.records import Kind, Outcome, Recorder, now
-from tests.history.tokens import Reader
 
 # Between two looks at the tokens. Twenty processes share a few cores with all that they test.
 NOWAIT_PAUSE_SECONDS = 0.02

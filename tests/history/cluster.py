@@ -13,8 +13,9 @@ from latchkey_service import peppers
 from latchkey_service.migrate import bundled, migrate
 from latchkey_service.store import Store
 
+from tests.children import Child
 from tests.history.broken import VARIABLE
-from tests.history.processes import Child, Host, LoneHost, SupervisedHost
+from tests.history.processes import Host, LoneHost, SupervisedHost
 from tests.history.proxy import Proxy
 from tests.history.records import Record, read
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import latchkey
 
-from tests.history.processes import end_with_parent, tell_if_strange
+from tests.board import Board
+from tests.children import end_with_parent
+from tests.history.processes import tell_if_strange
 from tests.history.records import Kind, Outcome, Recorder, now
-from tests.history.tokens import Board
 
 # A token lives from no time at all, so that look-ups of it and its Delete meet, to long enough for
 # every client to remember it.

@@ -1,118 +1,28 @@
-"""The processes of a run: started, stopped, killed and ended by pid, and never left behind."""
+"""The hosts of a run: started, stopped, killed and ended by pid, and never left behind."""
 
 import contextlib
-import ctypes
-import os
 import re
-import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import latchkey
 import psutil
 
+from tests.children import Child
 from tests.support import eventually
 
-__all__ = ["Child", "Host", "LoneHost", "SupervisedHost", "end_with_parent", "tell_if_strange"]
+__all__ = ["Host", "LoneHost", "SupervisedHost", "tell_if_strange"]
 
-ROOT = Path(__file__).parents[2]
 # Twenty that start at once on two cores take a while.
 START_SECONDS_MAX = 60.0
-END_SECONDS_MAX = 20.0
-_PR_SET_PDEATHSIG = 1
-
-
-def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel end this process when its parent dies, also if it is stopped then."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 def tell_if_strange(error: latchkey.LatchkeyError) -> None:
     """Write to standard error what no outage explains; the report shows how often it came."""
     if not isinstance(error, latchkey.Unavailable | latchkey.ResourceExhausted):
         print(f"strange: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
-
-
-class Child:
-    """A process with its output in files. `end` is what ends it in order; the rest are faults."""
-
-    def __init__(
-        self,
-        folder: Path,
-        name: str,
-        argv: Sequence[str],
-        environment: Mapping[str, str],
-        stdin: bytes = b"",
-    ) -> None:
-        self.name = name
-        self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
-        with self.out.open("wb") as out, self.err.open("wb") as err:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", *argv],
-                # Held open: its end is what tells a child to stop.
-                stdin=subprocess.PIPE,
-                stdout=out,
-                stderr=err,
-                # Where no developer's .env lies.
-                cwd=folder,
-                env={**inherited, **environment, "PYTHONPATH": str(ROOT)},
-                # Ctrl-C is for the run, which ends the others in order.
-                start_new_session=True,
-            )
-        # Knows it from another process that gets its pid.
-        self.handle = psutil.Process(self._process.pid)
-        self.expected_end = False
-        """Whether its end is our doing."""
-        if stdin:
-            assert self._process.stdin is not None
-            self._process.stdin.write(stdin)
-            self._process.stdin.flush()
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
-    def kill(self) -> None:
-        self.expected_end = True
-        self._process.kill()
-
-    def ask_to_end(self) -> None:
-        """Close its standard input."""
-        self.expected_end = True
-        if self._process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-
-    def terminate(self) -> None:
-        self.expected_end = True
-        self._process.terminate()
-
-    async def ended(self, within: float = END_SECONDS_MAX) -> int:
-        """Wait for its end and return its exit code. Raises AssertionError."""
-        await eventually(lambda: not self.alive, f"the end of {self.name}", within)
-        return self._process.returncode
-
-    def clean_up(self) -> None:
-        """End it and its children whatever they do."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for process in (*self.handle.children(recursive=True), self.handle):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-        self._process.wait()
-        if self._process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-
-    def trouble(self) -> str | None:
-        """Return how it ended, if that was neither our doing nor in order."""
-        code = self._process.poll()
-        if code is None or (self.expected_end and code in (0, -signal.SIGKILL)):
-            return None
-        return f"{self.name} ended with {code}: {self.err.read_text('utf-8', 'replace')[-2000:]}"
 
 
 class Host:

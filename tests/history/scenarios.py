@@ -14,11 +14,11 @@ from pathlib import Path
 
 import latchkey
 
+from tests.board import Board
 from tests.history.checker import Findings, check
 from tests.history.cluster import LOOKUP, WATCH, Client, Cluster, cluster
 from tests.history.proxy import Connection, Direction, Fault
 from tests.history.records import Kind, Outcome, Record, Recorder, now, read
-from tests.history.tokens import Board
 from tests.support import eventually, session
 
 __all__ = ["SCENARIOS", "Scenario", "Stage", "play", "staged"]

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.children import ROOT
 from tests.conftest import with_database
 from tests.history import report
 from tests.history.broken import RULES, VARIABLE
 from tests.history.checker import Findings
-from tests.history.processes import ROOT
 from tests.history.run import SHORT, run
 from tests.history.scenarios import SCENARIOS, play, staged
 from tests.support import BreakablePostgres, session

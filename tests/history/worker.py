@@ -8,8 +8,8 @@ import sys
 
 from latchkey_service.__main__ import main
 
+from tests.children import end_with_parent
 from tests.history.broken import VARIABLE, break_rule, rule_to_break
-from tests.history.processes import end_with_parent
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["supervisor"]:

@@ -18,7 +18,7 @@ from latchkey_service import audit as module
 from latchkey_service.audit import SAMPLE_MAX, AuditLog, Origin
 from latchkey_service.audit_table import AuditTable, Filter, NewEntry
 from latchkey_service.config import Settings
-from latchkey_service.database import Pool
+from latchkey_service.database import Connector, Pool
 from latchkey_service.errors import AlreadyExists, StoreUnavailable
 from latchkey_service.secrets import Digest, Keyring, Pepper
 from latchkey_service.store import Store
@@ -222,7 +222,7 @@ async def test_filters_and_pages(own_channel: grpc.aio.Channel, database_url: st
 async def test_append_only(database_url: str) -> None:
     """Whoever is connected as the service changes no entry and removes none that is young; only
     retention removes old ones, up to so many at a time."""
-    pool = await Pool.open(database_url)
+    pool = await Pool.open(Connector(database_url))
     table = AuditTable(pool)
     now = datetime.now(UTC)
 

@@ -19,7 +19,7 @@ from latchkey_service import peppers
 from latchkey_service.coherence import notifications
 from latchkey_service.coherence.notifications import Listener, Notifications
 from latchkey_service.coherence.table import Identity, OwnRow, VerifierTable
-from latchkey_service.database import Pool, connect
+from latchkey_service.database import Connector, Pool, connect
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.lookup import Lookup
 from latchkey_service.secrets import Keyring, Pepper
@@ -391,7 +391,7 @@ async def test_a_dead_row_that_is_locked_holds_up_nobody(database_url: str) -> N
 async def test_the_log_is_pruned_and_says_so(database_url: str) -> None:
     """What every verifier has acknowledged may go, and nothing else; who has applied less is told
     that the log does not reach back."""
-    pool = await Pool.open(database_url)
+    pool = await Pool.open(Connector(database_url))
     table = VerifierTable(pool)
     connection = await connect(database_url)
     row = OwnRow(connection, Identity("ver_a", "x", 1, "0", 3.0))
@@ -454,7 +454,7 @@ async def test_whether_notifications_arrive_is_found_out(
     await eventually(lambda: listener.state is state, f"notifications are {state.name}")
     if state is Notifications.ARRIVE:
         woken.clear()
-        pool = await Pool.open(database_url)
+        pool = await Pool.open(Connector(database_url))
         await VerifierTable(pool).notify(7)
         await eventually(woken.is_set, "the heart is woken")
         await pool.close()

@@ -99,12 +99,11 @@ def delay_seconds(failures: int, retry_after: timedelta | None, randomness: floa
     """Return how long to wait after `failures` (≥ 1) attempts failed. `randomness` is in [0, 1).
 
     Half of the backoff is jitter, so that clients that failed together do not return together.
-    A delay that the server asks for is a minimum, and the jitter comes on top of it.
+    A delay that the server asks for is a minimum, and jitter of up to half of it comes on top.
     """
     ceiling = min(BACKOFF_MAX_SECONDS, BACKOFF_FIRST_SECONDS * BACKOFF_FACTOR ** (failures - 1))
-    jitter = ceiling / 2 * randomness
-    asked = retry_after.total_seconds() if retry_after else 0.0
-    return max(asked, ceiling / 2) + jitter
+    least = max(retry_after.total_seconds() if retry_after else 0.0, ceiling / 2)
+    return least + min(least, BACKOFF_MAX_SECONDS) / 2 * randomness
 
 
 def checked_timeout(timeout_seconds: float | None) -> float | None:

@@ -36,8 +36,8 @@ RETRY_FIRST_SECONDS: Final = 0.05
 # A service that is back is noticed this soon. A refused connection costs next to nothing.
 RETRY_MAX_SECONDS: Final = 5.0
 # When the service has no Watch, has it switched off, or refuses it to this caller: that takes a
-# new release or setting to change, and should not take a restart of all its clients as well. Also
-# when streams stay silent time after time, which is what a proxy in between may do to them.
+# new release or setting to change, and should not take a restart of all its clients as well. When
+# streams stay silent time after time, the last of them is listened to for so long.
 UNSUPPORTED_RETRY_SECONDS: Final = 60.0
 SILENCES_MAX: Final = 3
 # Of a stream that lasted this long the next failure counts as a first one again.
@@ -155,14 +155,21 @@ class Watcher:
             if current is not None and current.is_fine():
                 return current
             candidate = self._connect()
-            await candidate.until(lambda stream: stream.granted)
-            if candidate.stream.granted:
+            if await candidate.until(lambda stream: stream.granted):
                 self._tell(None)
                 return candidate
             silences = 0 if candidate.ended else silences + 1
             self._tell(candidate.failure_text())
+            if silences >= SILENCES_MAX:
+                # Held up on the way, which lasts; or its server has no lease of its own, since its
+                # database is away, and grants as soon as it has. To open one after the other is no
+                # use in either case, and not to listen would lose the moment.
+                patience = _spread(UNSUPPORTED_RETRY_SECONDS)
+                if await candidate.until(lambda stream: stream.granted, patience):
+                    self._tell(None)
+                    return candidate
             candidate.task.cancel()
-            if candidate.is_unsupported() or silences >= SILENCES_MAX:
+            if candidate.is_unsupported():
                 await asyncio.sleep(_spread(UNSUPPORTED_RETRY_SECONDS))
             else:
                 await self._pause()
@@ -214,13 +221,23 @@ class _Connection:
         self._work = asyncio.Event()
         self.task = asyncio.create_task(self._run(), name="latchkey watch stream")
 
-    async def until(self, reached: Callable[[Stream], bool]) -> None:
-        """Wait until the stream has `reached` a state, has ended, or is late."""
-        while not (self.ended or self._is_late() or reached(self.stream)):
+    async def until(
+        self, reached: Callable[[Stream], bool], patience_seconds: float | None = None
+    ) -> bool:
+        """Wait until the stream has `reached` a state, has ended, or is late; tell whether it has.
+
+        With `patience_seconds` it counts as late when these are over, and not before.
+        """
+        give_up = None if patience_seconds is None else boottime() + patience_seconds
+        while not (self.ended or reached(self.stream)):
+            late_at = self.stream.late_at if give_up is None else give_up
+            if late_at is not None and boottime() >= late_at:
+                break
             self._news.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_seconds_to(self.stream.late_at)):
+                async with asyncio.timeout(_seconds_to(late_at)):
                     await self._news.wait()
+        return reached(self.stream)
 
     def is_fine(self) -> bool:
         """Tell whether it grants."""

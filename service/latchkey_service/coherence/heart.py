@@ -7,6 +7,7 @@ the beat's clock, and a lease is only ever extended to what that clock allows (c
 import asyncio
 import contextlib
 import math
+import random
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from latchkey_service.coherence.membership import Membership
 from latchkey_service.coherence.table import Identity, OwnRow
 from latchkey_service.errors import TOO_LATE, Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.log import logger
+from latchkey_service.reconnection import spread
 
 if TYPE_CHECKING:
     import asyncpg
@@ -176,7 +178,7 @@ class Heart:
             self._next_renewal = -math.inf
             if self._lost:
                 # Twice in a row: whatever takes it away would go on.
-                self._retry_at = self._clock() + RETRY_SECONDS
+                self._retry_at = self._clock() + _pause_after_failure()
             self._lost = True
             return
         self._lost = False
@@ -227,7 +229,7 @@ class Heart:
             self._log.warning("the lease cannot be renewed", cause=type(error.__cause__).__name__)
         self._failing = self._news = True
         self._next_renewal = -math.inf
-        self._retry_at = self._clock() + RETRY_SECONDS
+        self._retry_at = self._clock() + _pause_after_failure()
         self._tell(StoreUnavailable("The database does not answer; try again shortly."))
 
     def _tell(self, error: Exception | None) -> None:
@@ -253,3 +255,7 @@ class Heart:
             self._news = True
             self._connection = await self._connect()
         return self._connection
+
+
+def _pause_after_failure() -> float:
+    return spread(RETRY_SECONDS, random.random())  # noqa: S311 - a spread

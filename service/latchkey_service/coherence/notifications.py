@@ -6,6 +6,7 @@ Whatever goes wrong here costs Deletes time, a third of a lease at most, and not
 import asyncio
 import enum
 import itertools
+import random
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from latchkey_service.coherence.table import CHANNEL, NOTIFY
 from latchkey_service.database import translated
 from latchkey_service.errors import StoreUnavailable, StoreUnsupported
 from latchkey_service.log import logger
+from latchkey_service.reconnection import spread
 
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
@@ -71,7 +73,7 @@ class Listener:
             except Exception as error:  # noqa: BLE001 - logged, and tried again
                 self._log.warning("listening failed", error=type(error).__name__)
                 self._becomes(Notifications.SILENT)
-            await asyncio.sleep(RETRY_SECONDS)
+            await asyncio.sleep(spread(RETRY_SECONDS, random.random()))  # noqa: S311 - a spread
 
     async def _listen(self) -> None:
         """Listen, and try it out now and then, until it fails or nothing arrives."""

@@ -79,7 +79,8 @@ class Watcher:
         self._sent: int | None = None
         self._reset = False
         self._wanted = 0
-        self._closing = False
+        self.closing = False
+        """Whether its client is to move, and is granted nothing any more."""
         self._told_closing = False
 
     @property
@@ -116,7 +117,7 @@ class Watcher:
 
     def close(self) -> None:
         """Grant no more, and say so."""
-        self._closing = True
+        self.closing = True
 
     def take(self, now: float) -> list[Event]:
         """Return what to send next, in this order, all of it before anything else.
@@ -139,7 +140,7 @@ class Watcher:
             else:
                 events.append(Invalidation(memory.applied, behind))
             self._sent = memory.applied
-        if self._closing:
+        if self.closing:
             if not self._told_closing:
                 self._told_closing = True
                 events.append(Closing())
@@ -231,9 +232,6 @@ class Watchers:
             if stream.sending_since < lost:
                 # It reads nothing: there is nothing to tell it any more.
                 stream.task.cancel()
-            elif stream.watcher.heard < lost:
-                stream.silent = True
-                stream.changed.set()
             elif stream.asked_to_move_at < lost:
                 # It holds no lease any more.
                 stream.left_behind = True
@@ -242,7 +240,14 @@ class Watchers:
                 stream.moves_at, stream.asked_to_move_at = math.inf, now
                 stream.watcher.close()
                 stream.changed.set()
-            elif news or stream.watcher.wants_grant:
+            elif stream.watcher.wants_grant and not stream.watcher.closing:
+                # It is we who have been silent, without a lease of our own.
+                stream.watcher.heard = now
+                stream.changed.set()
+            elif stream.watcher.heard < lost:
+                stream.silent = True
+                stream.changed.set()
+            elif news:
                 stream.changed.set()
 
     async def drain(self, seconds: float) -> bool:

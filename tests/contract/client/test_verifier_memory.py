@@ -253,6 +253,25 @@ async def test_refusals_are_not_asked_for_often(watched: FakeLatchkey, watch: Fa
         assert len(watch.streams) == tries
 
 
+async def test_a_server_without_a_lease_is_listened_to(
+    watched: FakeLatchkey, watch: FakeWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams that stay silent one after the other, as in an outage of the database, end in one
+    that is kept; its grant, whenever it comes, brings the memory back at once."""
+    monkeypatch.setattr(_subscription, "FIRST_GRANT_SECONDS", 0.05)
+    watch.granting = False
+    async with latchkey.Verifier(watched.target) as verifier:
+        last = await watch.opened(_watch.SILENCES_MAX)
+        await eventually(lambda: all(s.gone for s in watch.streams if s is not last), "they go")
+        await asyncio.sleep(0.3)
+        assert not last.gone
+        assert len(watch.streams) == _watch.SILENCES_MAX
+        watch.granting = True
+        await last.grant(last.asked, watch.revision, watch.lease_seconds)
+        await watching(verifier)
+        assert len(watch.streams) == _watch.SILENCES_MAX
+
+
 async def test_a_broken_stream_is_replaced_and_the_memory_kept(
     verifier: latchkey.Verifier, watched: FakeLatchkey, watch: FakeWatch, secret: str
 ) -> None:

@@ -101,6 +101,24 @@ async def test_without_a_lease_of_its_own_it_grants_none() -> None:
     await asyncio.gather(stream, return_exceptions=True)
 
 
+async def test_who_waits_for_a_grant_is_not_silent() -> None:
+    """However long the process was without a lease: it is granted to once there is one, and is
+    dropped a few leases later if nothing is heard of it then."""
+    scene = Scene()
+    scene.now += LEASE_SECONDS
+    stream = scene.serve()
+    await scene.said.put(Request(0, 1, released=False))
+    await eventually(scene.said.empty, "the request is heard")
+    scene.now += 10 * watch.SILENT_LEASES * LEASE_SECONDS
+    scene.membership.renew(scene.now, 0)
+    scene.watchers.on_news()
+    assert isinstance(await scene.sent.get(), watch.Grant)
+    scene.now += watch.SILENT_LEASES * LEASE_SECONDS + 0.1
+    scene.watchers.on_news()
+    with pytest.raises(WatcherSilent):
+        await stream
+
+
 def test_a_database_that_was_set_back() -> None:
     """What clients confirmed of its former history counts for nothing, from the moment on in which
     it is noticed; they begin anew."""

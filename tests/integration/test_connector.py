@@ -1,0 +1,148 @@
+"""Connections to a database that does not answer, and callers that do not wait for them."""
+
+import asyncio
+import contextlib
+import itertools
+import random
+from collections.abc import AsyncIterator
+
+import asyncpg
+import pytest
+from latchkey_service.database import CONNECT_TIMEOUT_SECONDS, POOL_SIZE_MAX, Connector, Pool
+from latchkey_service.errors import StoreUnavailable
+from latchkey_service.reconnection import ATTEMPTS_MAX, RECONNECT_SECONDS
+
+from tests.support import backends, eventually, session
+
+
+class Silent:
+    """Takes connections, as a frozen Postgres does, and says nothing."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.open = 0
+
+    async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.taken += 1
+        self.open += 1
+        with contextlib.suppress(OSError):
+            while await reader.read(1024):
+                pass
+        self.open -= 1
+        writer.close()
+
+
+@pytest.fixture
+async def silent() -> AsyncIterator[tuple[Silent, str]]:
+    """One, and a URL that leads to it."""
+    silent = Silent()
+    server = await asyncio.start_server(silent.take, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server:
+        yield silent, f"postgresql://nobody:nothing@127.0.0.1:{port}/none?sslmode=disable"
+
+
+async def test_callers_in_a_hurry_begin_few_attempts(silent: tuple[Silent, str]) -> None:
+    """Hundreds of callers that each wait a tenth of a second begin no more attempts than a process
+    has connections, until the first has failed, and then probes, one at a time."""
+    frozen, url = silent
+    connector = Connector(url)
+    pool = await Pool.open(connector)
+
+    async def hurried() -> None:
+        with contextlib.suppress(StoreUnavailable, TimeoutError):
+            async with asyncio.timeout(0.1), pool.session():
+                raise AssertionError("it answered")
+
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    seconds = 2.5 * CONNECT_TIMEOUT_SECONDS
+    calls: set[asyncio.Task[None]] = set()
+    while loop.time() < began + seconds:
+        calls.add(asyncio.create_task(hurried()))
+        await asyncio.sleep(0.01)
+    await asyncio.gather(*calls)
+    longest = loop.time() - began
+    assert len(calls) > 2 * ATTEMPTS_MAX
+    single = 1 + longest / (CONNECT_TIMEOUT_SECONDS + RECONNECT_SECONDS / 2)
+    assert frozen.taken <= ATTEMPTS_MAX + single
+    await eventually(lambda: frozen.open == 0, "none is left")
+    await pool.close()
+
+
+async def test_without_a_database_it_is_told_at_once() -> None:
+    """After a failure and a failed probe, all are refused without an attempt, with the reason."""
+    connector = Connector("postgresql://nobody:nothing@127.0.0.1:1/none", lambda: 100.0)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable) as first:
+            await connector.connect()
+    pool = await Pool.open(connector)
+    with pytest.raises(StoreUnavailable) as second:
+        await connector.connect()
+    assert isinstance(first.value.__cause__, OSError)
+    assert second.value.__cause__ is first.value.__cause__
+    with pytest.raises(StoreUnavailable):
+        async with pool.session():
+            pass
+    await pool.close()
+
+
+async def test_who_leaves_early_leaves_no_connection(database_url: str) -> None:
+    """A caller that is cancelled at any point of an attempt leaves nothing open, and others can
+    connect."""
+    connector = Connector(database_url)
+    randomness = random.Random(1)  # noqa: S311 - repeatable
+    kept: list[asyncpg.Connection] = []
+
+    async def leave_early() -> None:
+        attempt = asyncio.create_task(connector.connect())
+        await asyncio.sleep(randomness.uniform(0.0, 0.02))
+        attempt.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            kept.append(await attempt)
+
+    for _ in range(4):
+        await asyncio.gather(*(leave_early() for _ in range(5)))
+
+    async def only_the_kept() -> bool:
+        return len(await backends(database_url)) == len(kept)
+
+    await eventually(only_the_kept, "the others are gone")
+    kept.append(await connector.connect())
+    for connection in kept:
+        await connection.close()
+
+
+async def test_all_of_the_pool_connect_at_once(database_url: str) -> None:
+    """What holds back when a database is away holds nobody back when it is there."""
+    pool = await Pool.open(Connector(database_url))
+    async with contextlib.AsyncExitStack() as stack:
+        entering = (stack.enter_async_context(pool.session()) for _ in range(POOL_SIZE_MAX))
+        assert len(await asyncio.gather(*entering)) == POOL_SIZE_MAX
+    await pool.close()
+
+
+async def test_a_hiccup_costs_nobody_else_anything(database_url: str) -> None:
+    """When attempts fail that were under way at one moment, those who come after them wait until it
+    is known that the database is well, and are connected."""
+    async with session(database_url) as own:
+        connector = Connector(database_url)
+        closed = itertools.chain([True] * 3, itertools.repeat(False))
+        attempts = 0
+
+        async def attempt(*_: object, **options: object) -> object:
+            nonlocal attempts
+            attempts += 1
+            if next(closed):
+                await asyncio.sleep(0.05)
+                raise asyncpg.AdminShutdownError("ended while it was made")
+            return own
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(asyncpg, "connect", attempt)
+            hurt = [asyncio.create_task(connector.connect()) for _ in range(3)]
+            ends = await asyncio.gather(*hurt, return_exceptions=True)
+            assert all(isinstance(end, StoreUnavailable) for end in ends)
+            later = await asyncio.gather(*(connector.connect() for _ in range(5)))
+        assert later == [own] * 5
+        assert attempts == 3 + 5

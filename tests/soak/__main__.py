@@ -1,0 +1,71 @@
+"""`make soak`: looks for what grows in a service that is used in every way for half an hour.
+
+The service as it ships works under a mixed load in which clients come and go, streams break, calls
+are cancelled and policies change. Every answer is checked. Memory, descriptors, threads, tasks,
+connections and rows are looked at every few seconds, and one that goes on rising fails the run, as
+does a wrong answer, or an error that nothing explains.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.soak import report
+from tests.soak.run import run
+
+RESULT = Path("build/soak.json")
+# Where the logs of a soak that failed stay.
+KEPT = Path("build/soak")
+
+
+def main() -> int:
+    """Run, print, and return the exit code: 1 for growth, a wrong answer, or a strange error."""
+    parser = argparse.ArgumentParser(prog="make soak", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=30.0, help="how long, 30 unless said")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the rates, 1 unless said")
+    options = parser.parse_args()
+    # Everything is ended in order, also where the shell had Ctrl-C ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    # The library tells of each stream that breaks, which here they do on purpose.
+    logging.getLogger("latchkey").setLevel(logging.ERROR)
+    # Postgres' own account has to get in.
+    scratch = Path(tempfile.mkdtemp(prefix="latchkey-soak-", dir="/tmp"))
+    scratch.chmod(0o755)
+    failed = True
+    try:
+        found = asyncio.run(run(scratch, options.minutes * 60, scale=options.scale, say=_say))
+        _say("\n".join(report.table(found)))
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(json.dumps(report.document(found), indent=2) + "\n")
+        _say(f"\nAll of it is in {RESULT}.")
+        complaints = report.complaints(found)
+        for complaint in complaints:
+            _say(f"FAILED: {complaint}")
+        failed = bool(complaints)
+    except KeyboardInterrupt:
+        failed = False
+        return 130
+    finally:
+        if failed:
+            shutil.rmtree(KEPT, ignore_errors=True)
+            shutil.copytree(
+                scratch, KEPT, ignore=shutil.ignore_patterns("data", "*.pem", "*.key", "live")
+            )
+            _say(f"The logs are in {KEPT}.")
+        shutil.rmtree(scratch, ignore_errors=True)
+    return int(failed)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201 - for a person
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""What a soak has found, for people and as JSON, and what makes it fail. Pure."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.soak.samples import Name
+from tests.soak.slope import Limit, Point, Trend, trend
+
+__all__ = ["LIMITS", "WARM_UP_SHARE", "Found", "complaints", "document", "judge", "table"]
+
+# Left out at the beginning: pools, arenas and statistics fill up, and the names of
+# the last ten thousand deletions, which take ten minutes to come, are remembered.
+WARM_UP_SHARE = 0.4
+
+# What a series may rise by in the time that is judged (a quarter of an hour and more). A leak does
+# not end, so what counts is that it is far above noise by then. The rates of `load.py`:
+#
+# - Memory: a worker answers some 300 calls a second. One object of 64 bytes that each leaves is
+#   17 MB in a quarter of an hour, and what one Watch stream in ten takes is 12 MB. An allocator's
+#   noise is some 0.3 MB, and names of the last 10,000 deletions, which are remembered on purpose,
+#   are 2 MB, mostly from before.
+# - Descriptors, threads, tasks, streams, connections, processes: some twenty connections open a
+#   second; one in a thousand that stays makes 18. How many are open at a moment differs by a dozen,
+#   and its median over a block by two.
+# - Objects that are kept: one that stays of each call would be 270,000.
+# - Rows that are to be gone: none, but for a moment.
+# - Dead rows, as a share of a table: autovacuum comes by each minute, where there are 50 and a
+#   fifth of the table.
+LIMITS: Mapping[str, Limit] = {
+    "bytes": Limit(2e6, 0.02),
+    "database bytes": Limit(8e6, 0.10),
+    "descriptors": Limit(8, 0.05),
+    "threads": Limit(3, 0.05),
+    "tasks": Limit(8, 0.05),
+    "streams": Limit(4, 0.10),
+    "connections": Limit(4, 0.10),
+    "processes": Limit(4, 0.10),
+    "entries": Limit(50, 0.20),
+    "objects": Limit(3_000, 0.20),
+    "rows": Limit(50, 0.0),
+    "per cent dead": Limit(10, 0.50),
+    "bytes to a row": Limit(50, 0.10),
+}
+# Told, not judged. Resident memory counts what is shared; what is kept on purpose (tokens that were
+# deleted, for 90 days, and the audit log, for 365) grows with what was done.
+TOLD = frozenset({"resident bytes", "kept rows", "kept bytes"})
+UNITS = {"bytes": 1e6, "database bytes": 1e6, "resident bytes": 1e6, "kept bytes": 1e6}
+SHOWN = 20
+# Of what was to be begun, how much may be left out: the machine was too busy to tell anything.
+LEFT_OUT_SHARE = 0.1
+
+
+@dataclass
+class Found:
+    """All that a soak has come to."""
+
+    seconds: float
+    trends: dict[Name, Trend]
+    done: Counter[str]
+    left_out: Counter[str]
+    wrong: Counter[str]
+    unexpected: Counter[str]
+    stayed: list[str]
+    """What was there at rest before and is more at rest afterwards."""
+    cores: float
+    """How much CPU the service and its Postgres took, in cores."""
+    load_cores: float
+    troubles: list[str] = field(default_factory=list)
+
+
+def judge(series: Mapping[Name, Sequence[Point]], seconds: float) -> dict[Name, Trend]:
+    """Return what becomes of each series, without its warm-up."""
+    since = WARM_UP_SHARE * seconds
+    told = Limit(math.inf, 0.0)
+    return {
+        name: trend([p for p in points if p[0] >= since], LIMITS.get(name.unit, told))
+        for name, points in sorted(series.items())
+    }
+
+
+def complaints(found: Found) -> list[str]:
+    """Return why a soak has failed; nothing if it has not."""
+    lines = [
+        f"{name.whose}: {name.what} grows by {_number(name, trend.slope.per_second * 3600)} an hour"
+        for name, trend in found.trends.items()
+        if trend.grows and trend.slope is not None
+    ]
+    lines += found.stayed
+    lines += [f"wrong answer: {text} ({n} times)" for text, n in found.wrong.most_common(SHOWN)]
+    lines += [f"unexpected: {text} ({n} times)" for text, n in found.unexpected.most_common(SHOWN)]
+    lines += found.troubles
+    begun = found.done.total() + found.left_out.total()
+    if found.left_out.total() > LEFT_OUT_SHARE * begun:
+        lines.append(f"too busy to tell: {found.left_out.total()} of {begun} were not begun")
+    return lines
+
+
+def table(found: Found) -> list[str]:
+    """Return what there is to see, for people."""
+    lines = [
+        f"{found.seconds / 60:.1f} minutes, of which {1 - WARM_UP_SHARE:.0%} are judged",
+        f"CPU, cores: service and Postgres {found.cores:.2f}, callers {found.load_cores:.2f}",
+        "",
+        f"{'':<11} {'':<26} {'median':>10} {'per hour':>12} {'99 in 100':>23} {'may rise':>9}",
+    ]
+    for name, its in found.trends.items():
+        limit = "-" if math.isinf(its.limit) else _number(name, its.limit)
+        if its.slope is None:
+            slope, span, verdict = "-", "-", "too short to tell"
+        else:
+            slope, low, high = (
+                _number(name, 3600 * each)
+                for each in (its.slope.per_second, its.slope.low, its.slope.high)
+            )
+            span = f"{low} to {high}"
+            verdict = "told" if name.unit in TOLD else "GROWS" if its.grows else "flat"
+        lines.append(
+            f"{name.whose:<11} {name.what + _unit(name):<26} {_number(name, its.median):>10}"
+            f" {slope:>12} {span:>23} {limit:>9}  {verdict}"
+        )
+    lines += ["", f"{'done':>8}  {'left out':>8}"]
+    lines += [
+        f"{n:>8,}  {found.left_out[kind]:>8,}  {kind}" for kind, n in sorted(found.done.items())
+    ]
+    return lines
+
+
+def document(found: Found) -> dict[str, Any]:
+    """Return the same, as JSON."""
+    return {
+        "seconds": found.seconds,
+        "warm_up_share": WARM_UP_SHARE,
+        "cores": {"service": found.cores, "load": found.load_cores},
+        "series": [
+            {
+                "whose": name.whose,
+                "what": name.what,
+                "unit": name.unit,
+                "judged": name.unit not in TOLD,
+                "median": _or_none(trend.median),
+                "judged_seconds": trend.seconds,
+                "may_rise": _or_none(trend.limit),
+                "per_hour": None if trend.slope is None else 3600 * trend.slope.per_second,
+                "per_hour_low": None if trend.slope is None else 3600 * trend.slope.low,
+                "per_hour_high": None if trend.slope is None else 3600 * trend.slope.high,
+                "grows": trend.grows,
+                "medians": trend.blocks,
+            }
+            for name, trend in found.trends.items()
+        ],
+        "done": found.done,
+        "left_out": found.left_out,
+        "complaints": complaints(found),
+    }
+
+
+def _or_none(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def _unit(name: Name) -> str:
+    return ", MB" if name.unit in UNITS else ""
+
+
+def _number(name: Name, value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    if name.unit in UNITS:
+        return f"{value / UNITS[name.unit]:,.2f}"
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:,.1f}"

@@ -1,0 +1,194 @@
+"""A soak: the service comes up, rests, is put under load, rests again, ends, and is judged."""
+
+import asyncio
+import contextlib
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+from latchkey_service import peppers
+
+from tests.callers import policy_text, write_server_files
+from tests.soak import report
+from tests.soak.load import Load, Place, loading
+from tests.soak.samples import Samples
+from tests.support import POLL_SECONDS, Service, eventually
+
+__all__ = ["run"]
+
+SAMPLE_SECONDS = 5.0
+SAMPLES_MIN = 40
+# Up, at rest twice, and down.
+OVERTIME_SECONDS = 240.0
+# What a client that was killed leaves is gone within three leases; a connection of a channel that
+# was closed at once.
+REST_SECONDS_MAX = 30.0
+# Of what a worker has at rest, how much more there may be after the load: connections to the
+# database, which stay for five minutes, and what serves them.
+STAYS = {"file descriptors": 20, "tasks": 8, "watch streams": 0}
+WORKERS = 2
+
+
+async def run(
+    folder: Path,
+    seconds: float,
+    *,
+    scale: float = 1.0,
+    rest_seconds: float = REST_SECONDS_MAX,
+    say: Callable[[str], None] = lambda _: None,
+    leaks: Sequence[str] = (),
+) -> report.Found:
+    """Run a soak in an empty folder that Postgres' own account can enter. Ends all it starts.
+
+    `leaks` are planted in the workers.
+    """
+    every = min(SAMPLE_SECONDS, seconds / SAMPLES_MIN)
+    policy = folder / "policy.toml"
+    policy.write_text(policy_text())
+    given: dict[str, object] = {
+        "listen": "127.0.0.1:0",
+        "tls_listen": "127.0.0.1:0",
+        "policy": policy,
+        "data_dir": folder / "data",
+        "workers": WORKERS,
+        "grace_seconds": 5,
+        # Soon full: what is bounded is to be at its bound.
+        "cache_entries": 1_000,
+        "soak_summary_seconds": every,
+        "log_format": "json",
+        **write_server_files(folder),
+    }
+    if leaks:
+        given["soak_leak"] = ",".join(leaks)
+    async with asyncio.timeout(seconds + OVERTIME_SECONDS):
+        running = _Service(folder / "service", **given)
+        try:
+            return await _soak(running, folder, policy, seconds, every, scale, rest_seconds, say)
+        finally:
+            running.clean_up()
+
+
+class _Service(Service):
+    module = "tests.soak.worker"
+
+
+async def _soak(
+    running: Service,
+    folder: Path,
+    policy: Path,
+    seconds: float,
+    every: float,
+    scale: float,
+    rest_seconds: float,
+    say: Callable[[str], None],
+) -> report.Found:
+    address = await running.welcome()
+    tls = re.search(r"With TLS it serves on (\S+)\.", running.out)
+    assert tls is not None, running.out
+    keyring = peppers.load_or_create(folder / "data" / "peppers", create=False)
+    place = Place(address, tls[1], running.pid, keyring, policy, folder)
+    workers = running.worker_pids
+    # As the supervisor hands it to them: the embedded Postgres has its password and socket.
+    url = psutil.Process(workers[0]).environ()["LATCHKEY_DATABASE_URL"]
+    async with loading(place, scale) as load:
+        before = await _at_rest(running, workers, load, {}, 0.0)
+        samples = Samples(running, url)
+        say(f"The service is up on {address}, with workers {workers}.")
+        load_cpu = time.process_time()
+        began = time.monotonic()
+        sampling = asyncio.create_task(samples.run(every))
+        loads = asyncio.create_task(load.run())
+        try:
+            await _unless_one_ends(seconds, sampling, loads)
+        finally:
+            for task in (loads, sampling):
+                task.cancel()
+            await asyncio.gather(loads, sampling, return_exceptions=True)
+        took = time.monotonic() - began
+        load_cores = (time.process_time() - load_cpu) / took
+        await load.wait()
+        after = await _at_rest(running, workers, load, before, rest_seconds)
+        await load.close()
+    troubles = _strange(running, workers)
+    if (code := await running.end()) != 0:
+        troubles.append(f"the service ended with {code}")
+    # Whoever is ended by its parent is a zombie for a moment.
+    with contextlib.suppress(AssertionError):
+        await eventually(lambda: not running.alive(), "all processes have ended")
+    troubles += [f"{process} was left behind" for process in running.alive()]
+    return report.Found(
+        took,
+        report.judge(samples.series, took),
+        load.tally.done,
+        load.tally.left_out,
+        load.tally.wrong,
+        load.tally.unexpected,
+        _stayed(before, after),
+        samples.cpu_seconds / took,
+        load_cores,
+        troubles,
+    )
+
+
+async def _unless_one_ends(seconds: float, *tasks: "asyncio.Task[None]") -> None:
+    done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
+
+
+Rest = dict[tuple[int, str], int]
+
+
+async def _at_rest(
+    running: Service, workers: list[int], load: Load, before: Rest, within: float
+) -> Rest:
+    """Return what each worker has when nothing goes on: after the load as soon as it is down to
+    what was there before, at the latest `within` seconds."""
+    give_up = time.monotonic() + within
+    while True:
+        told = len([line for line in running.log if line["event"] == "counts"])
+        rest: Rest = {}
+
+        async def tell(told: int = told, rest: Rest = rest) -> bool:
+            # A worker tells only when it has something to tell.
+            await load.ask_anyone()
+            lines = [line for line in running.log if line["event"] == "counts"][told:]
+            for line in lines:
+                rest[line["pid"], "tasks"] = line["tasks"]
+                rest[line["pid"], "watch streams"] = line["watch.streams"]
+            return set(workers) <= {pid for pid, _ in rest}
+
+        await eventually(tell, "each worker tells its counts")
+        for pid in workers:
+            rest[pid, "file descriptors"] = psutil.Process(pid).num_fds()
+        if not before or not _stayed(before, rest) or time.monotonic() > give_up:
+            return rest
+        await asyncio.sleep(POLL_SECONDS)
+
+
+def _stayed(before: Rest, after: Rest) -> list[str]:
+    return [
+        f"worker {pid}: {after[pid, what]} {what} at rest after the load, {count} before"
+        for (pid, what), count in before.items()
+        if after[pid, what] > count + STAYS[what]
+    ]
+
+
+# What grpcio's server says, as an error, when a client has left while it was being answered.
+LEFT = "ExecuteBatchError raised in core by servicer method"
+
+
+def _strange(running: Service, workers: list[int]) -> list[str]:
+    """Return what in the service's log nothing in a soak explains."""
+    found: list[str] = []
+    if running.worker_pids != workers:
+        found.append(f"workers died: {workers} became {running.worker_pids}")
+    found += [
+        f"in the log: {line[:500]}"
+        for line in running.err.splitlines()
+        if not line.startswith("{") or '"level": "error"' in line or '"exception"' in line
+        if LEFT not in line
+    ]
+    return found[: report.SHOWN]

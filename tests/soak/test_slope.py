@@ -1,0 +1,117 @@
+"""What grows is told from what is only restless, and by how much."""
+
+import math
+import random
+
+import pytest
+
+from tests.soak.report import LIMITS
+from tests.soak.slope import BLOCKS_MIN, Limit, blocks, theil_sen, trend
+
+MEGABYTE = 1e6
+LIMIT = Limit(absolute=2 * MEGABYTE, share=0.02)
+SECONDS = 900
+
+
+def series(function, every: float = 5.0, seconds: float = SECONDS):
+    return [(n * every, function(n * every)) for n in range(int(seconds / every))]
+
+
+def test_slope_of_a_line() -> None:
+    """A line's slope is what it is, whatever its offset, and the range is that one number."""
+    slope = theil_sen([(t, 3.0 * t + 7.0) for t in range(20)])
+    assert (slope.per_second, slope.low, slope.high) == pytest.approx((3.0, 3.0, 3.0))
+
+
+def test_slope_heeds_no_outliers() -> None:
+    """A fifth of the points far off changes next to nothing."""
+    points = [(float(t), 2.0 * t + (1e6 if t % 5 == 0 else 0.0)) for t in range(50)]
+    assert theil_sen(points).per_second == pytest.approx(2.0, rel=0.2)
+
+
+def test_range_is_right_as_often_as_it_says() -> None:
+    """Of series of pure noise, about one in a hundred has a range without the true slope in it."""
+    randomness = random.Random(7)  # noqa: S311 - repeatable
+    missed = 0
+    for _ in range(400):
+        slope = theil_sen([(float(t), 0.5 * t + randomness.gauss(0, 10)) for t in range(24)])
+        missed += not slope.low <= 0.5 <= slope.high
+    assert missed <= 10
+
+
+def test_blocks_are_medians_in_order() -> None:
+    """A block has its median time and value; few points are blocks of their own."""
+    points = [(float(t), float(t % 3)) for t in range(9)]
+    assert blocks(points, 3) == [(1.0, 1.0), (4.0, 1.0), (7.0, 1.0)]
+    assert blocks(points[:2], 3) == points[:2]
+    assert blocks([], 3) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_is_flat(seed: int) -> None:
+    """Noise with a memory, as that of an allocator, is no growth: one per cent up and down."""
+    randomness = random.Random(seed)  # noqa: S311 - repeatable
+    drift = 0.0
+
+    def noisy(_: float) -> float:
+        nonlocal drift
+        drift = 0.9 * drift + randomness.gauss(0, 0.2 * MEGABYTE)
+        return 90 * MEGABYTE + drift
+
+    assert not trend(series(noisy), LIMIT).grows
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_leak_is_found_in_the_noise(seed: int) -> None:
+    """64 bytes left by 75 calls a second are found in a quarter of an hour."""
+    randomness = random.Random(seed)  # noqa: S311 - repeatable
+
+    def leaking(at: float) -> float:
+        return 90 * MEGABYTE + 64 * 75 * at + randomness.gauss(0, 0.2 * MEGABYTE)
+
+    found = trend(series(leaking), LIMIT)
+    assert found.grows
+    assert found.slope is not None
+    assert found.slope.low < 64 * 75 < found.slope.high
+
+
+def test_steps_are_growth() -> None:
+    """What leaks by whole arenas grows too."""
+    assert trend(series(lambda at: 90 * MEGABYTE + at // 60 * MEGABYTE), LIMIT).grows
+
+
+def test_a_step_is_none() -> None:
+    """What rises once and stays is no growth: a peak of load leaves its arenas behind."""
+    step = series(lambda at: (90 + 10 * (at > SECONDS / 3)) * MEGABYTE)
+    assert not trend(step, LIMIT).grows
+
+
+def test_filling_up_is_none() -> None:
+    """What fills up to its bound is no growth, though it rose by more than the limit."""
+    filling = series(lambda at: (90 + 20 * (1 - math.exp(-at / 100))) * MEGABYTE)
+    assert not trend(filling, LIMIT).grows
+
+
+@pytest.mark.parametrize("unit", ["descriptors", "tasks", "threads"])
+def test_few_that_stay_are_found(unit: str) -> None:
+    """Eighteen descriptors, tasks or threads that stay, of the ten thousand that come in a quarter
+    of an hour, are found among those that come and go."""
+    randomness = random.Random(1)  # noqa: S311 - repeatable
+    limit = LIMITS[unit]
+    flat = series(lambda _: 60 + randomness.randint(-12, 12))
+    leaking = series(lambda at: 60 + int(2 * at / 100) + randomness.randint(-12, 12))
+    assert not trend(flat, limit).grows
+    assert trend(leaking, limit).grows
+
+
+def test_falling_is_flat() -> None:
+    """What shrinks does not grow."""
+    assert not trend(series(lambda at: 90 * MEGABYTE - 1e4 * at), LIMIT).grows
+
+
+def test_too_short_to_tell() -> None:
+    """A handful of samples has no slope, and neither have none."""
+    few = series(lambda at: at * MEGABYTE)[: BLOCKS_MIN - 1]
+    assert trend(few, LIMIT).slope is None
+    assert not trend(few, LIMIT).grows
+    assert trend([], LIMIT).slope is None

@@ -1,0 +1,76 @@
+"""`python -m tests.soak.worker`: the service as it ships, but that its workers tell more of
+themselves, and that a leak may be planted in them, to see it found."""
+
+import asyncio
+import gc
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from latchkey_service import background
+from latchkey_service.__main__ import main
+from latchkey_service.log import Counts
+from latchkey_service.tokens import Tokens
+
+from tests.children import end_with_parent
+
+LEAK_VARIABLE = "LATCHKEY_SOAK_LEAK"
+SUMMARY_VARIABLE = "LATCHKEY_SOAK_SUMMARY_SECONDS"
+MODULE = "tests.soak.worker"
+# Plenty: they have to show within seconds, among connections that come and go.
+LEAKED_BYTES = 1_000_000
+LEAKED_EACH = 10
+LEAKS: dict[str, Callable[[], object]] = {
+    # Not zeros, which take no memory before they are written to.
+    "memory": lambda: b"x" * LEAKED_BYTES,
+    "descriptors": lambda: [os.open(os.devnull, os.O_RDONLY) for _ in range(LEAKED_EACH)],
+    "tasks": lambda: [asyncio.create_task(asyncio.Event().wait()) for _ in range(LEAKED_EACH)],
+}
+_leaked: list[Any] = []
+
+
+def _supervise() -> int:
+    # Politely: it has workers to stop.
+    end_with_parent(signal.SIGTERM)
+    spawn = asyncio.create_subprocess_exec
+
+    async def spawn_ours(*argv: str, **options: Any) -> asyncio.subprocess.Process:
+        mine = [MODULE if each == "latchkey_service" else each for each in argv]
+        return await spawn(*mine, **options)
+
+    asyncio.create_subprocess_exec = spawn_ours  # type: ignore[assignment]  # as below
+    return main([])
+
+
+def _work() -> int:
+    end_with_parent()
+    background.SUMMARY_SECONDS = float(os.environ[SUMMARY_VARIABLE])
+    take = Counts.take
+
+    def take_more(counts: Counts) -> dict[str, int]:
+        # What is kept: what only waits for the collector, which comes by every few minutes, would
+        # hide it. Not in the product: where much is remembered, both would hold up a verify.
+        gc.collect()
+        return take(counts) | {"objects": len(gc.get_objects())}
+
+    Counts.take = take_more  # type: ignore[assignment, method-assign]  # what this module is for
+    if leaks := os.environ.get(LEAK_VARIABLE):
+        _plant(leaks.split(","))
+    return main(["worker"])
+
+
+def _plant(leaks: Sequence[str]) -> None:
+    """Have each Create leave something behind."""
+    create = Tokens.create
+
+    async def leaking(self: Tokens, *arguments: Any) -> Any:
+        _leaked.extend(LEAKS[leak]() for leak in leaks)
+        return await create(self, *arguments)
+
+    Tokens.create = leaking  # type: ignore[assignment, method-assign]  # what this module is for
+
+
+if __name__ == "__main__":
+    sys.exit(_work() if sys.argv[1:] == ["worker"] else _supervise())
