@@ -28,10 +28,17 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Self
 
-from latchkey_service.errors import TOO_LATE, LatchkeyError, Overloaded, StoreUnavailable
+from latchkey_service.errors import (
+    NO_ANSWER,
+    TOO_LATE,
+    LatchkeyError,
+    Overloaded,
+    StoreUnavailable,
+)
 
-__all__ = ["Pacer", "Place", "Places", "QueueBound", "leave_place", "wait_seconds"]
+__all__ = ["STUCK_SECONDS", "Pacer", "Place", "Places", "QueueBound", "leave_place", "wait_seconds"]
 
+TOO_MANY: Final = "Too many calls are waiting for the database; try again shortly."
 STANDING_SECONDS: Final = 0.1
 CALM_SECONDS: Final = 1.0
 STANDING: Final = 1
@@ -39,7 +46,7 @@ BURST: Final = 25
 # Nobody waits longer for a place. Statements have as much: whoever has one has been told by then.
 QUEUE_SECONDS_MAX: Final = 2.0
 # If no call at work has ended for so long it is not the load, but the database that hangs.
-STUCK_SECONDS: Final = 0.5
+STUCK_SECONDS: Final = 0.1
 # The share of the newest in what a call is thought to take.
 SMOOTHING: Final = 0.1
 # Some 3 % of a core. Up to so many come at once. And past so many that wait the next come at once
@@ -89,7 +96,9 @@ class Places:
         # A future for each; the result says that the place is theirs. In order of arrival.
         self._queue: OrderedDict[asyncio.Future[None], None] = OrderedDict()
         self._bound = QueueBound(count * STANDING, count * BURST)
-        self._last_left = 0.0
+        # When one had last done its work, or the queue began; and whether the last one could not.
+        self._progress_at = 0.0
+        self._failing = False
         self._call_seconds = 0.0
 
     def check(self) -> None:
@@ -123,10 +132,15 @@ class Places:
             self._there -= 1
             raise
 
-    def leave(self, held_seconds: float) -> None:
-        """Give up a place after so many seconds: to the first in the queue, if there is one."""
-        self._last_left = self._monotonic()
-        self._call_seconds += SMOOTHING * (held_seconds - self._call_seconds)
+    def leave(self, held_seconds: float, error: BaseException | None) -> None:
+        """Give up a place after so many seconds, and with this error: to the first in the queue."""
+        # Of a caller that left there is nothing to be learned.
+        if isinstance(error, StoreUnavailable):
+            self._failing = True
+        elif not isinstance(error, asyncio.CancelledError):
+            self._failing = False
+            self._progress_at = self._monotonic()
+            self._call_seconds += SMOOTHING * (held_seconds - self._call_seconds)
         self._pass_on()
 
     def go(self) -> None:
@@ -137,9 +151,9 @@ class Places:
         now, waiting = self._monotonic(), len(self._queue)
         if not waiting:
             # Nobody has waited for others to leave before.
-            self._last_left = now
+            self._progress_at = now
         if wait_seconds(waiting, self._count, self._call_seconds) > seconds:
-            raise Overloaded(TOO_LATE)
+            raise self._refusal(TOO_LATE)
         future = asyncio.get_running_loop().create_future()
         self._queue[future] = None
         try:
@@ -163,10 +177,10 @@ class Places:
                 return
         self._free += 1
 
-    def _refusal(self) -> LatchkeyError:
-        if self._queue and self._monotonic() - self._last_left > STUCK_SECONDS:
-            return StoreUnavailable("The database does not answer; try again shortly.")
-        return Overloaded("Too many calls are waiting for the database; try again shortly.")
+    def _refusal(self, message: str = TOO_MANY) -> LatchkeyError:
+        hangs = self._queue and self._monotonic() - self._progress_at > STUCK_SECONDS
+        stuck = self._failing or hangs
+        return StoreUnavailable(NO_ANSWER) if stuck else Overloaded(message)
 
 
 class Place:
@@ -193,14 +207,18 @@ class Place:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.leave()
+        self._leave(error)
         self._places.go()
 
     def leave(self) -> None:
         """Give it up before the call ends, since what is left of the call is waiting."""
+        self._leave(None)
+
+    def _leave(self, error: BaseException | None) -> None:
         if self._holds:
             self._holds = False
-            self._places.leave(self._places._monotonic() - self._since)  # noqa: SLF001
+            held_seconds = self._places._monotonic() - self._since  # noqa: SLF001
+            self._places.leave(held_seconds, error)
 
 
 # Of the call that runs.

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import asyncpg
 from asyncpg.connect_utils import SessionAttribute
 
-from latchkey_service.errors import AlreadyExists, StoreConflict, StoreUnavailable, StoreUnsupported
+from latchkey_service.errors import (
+    NO_ANSWER,
+    AlreadyExists,
+    StoreConflict,
+    StoreUnavailable,
+    StoreUnsupported,
+)
 from latchkey_service.reconnection import Attempt, Reconnection
 
 __all__ = ["Connector", "Pool", "connect", "durably", "retrying", "translated"]
@@ -34,8 +40,6 @@ POOL_SIZE_MAX = 12
 CONFLICT_ATTEMPTS = 14
 CONFLICT_DELAY_SECONDS = 0.008
 CONFLICT_DELAY_SECONDS_MAX = 0.1
-
-AWAY = "The database does not answer; try again shortly."
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -97,7 +101,7 @@ class Connector:
         while (kind := self._reconnection.begin()) is None:
             probes = [task for task, kind in self._attempts.items() if kind is Attempt.PROBE]
             if not (self._reconnection.in_doubt and probes):
-                raise StoreUnavailable(AWAY) from self._failure
+                raise StoreUnavailable(NO_ANSWER) from self._failure
             # It takes a connect's time-out at most.
             await asyncio.wait(probes)
         # A task of its own: what comes of an attempt has to be known also when its caller leaves,
@@ -198,7 +202,7 @@ def translated() -> Iterator[None]:
         asyncpg.InternalClientError,  # and for one that ended between two of its messages
         OSError,  # TimeoutError included
     ) as error:
-        raise StoreUnavailable(AWAY) from error
+        raise StoreUnavailable(NO_ANSWER) from error
 
 
 @contextlib.contextmanager

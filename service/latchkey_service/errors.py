@@ -58,6 +58,7 @@ INTERNAL_MESSAGE = "Latchkey failed to answer; its log has the cause under the r
 # Long enough not to add to an outage, short enough that service is felt to resume with Postgres.
 RETRY_DELAY_SECONDS = 0.25
 TOO_LATE = "The answer would come too late; try again shortly."
+NO_ANSWER = "The database does not answer; try again shortly."
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from latchkey_service.admission import QueueBound
+from latchkey_service.admission import STUCK_SECONDS, QueueBound
 from latchkey_service.database import retrying, translated
-from latchkey_service.errors import TOO_LATE, Overloaded, StoreUnavailable, Unavailable
+from latchkey_service.errors import NO_ANSWER, TOO_LATE, Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.reconnection import spread
 from latchkey_service.store import FIND_BY_DIGEST, record_of
 from latchkey_service.verdict import TokenRecord
@@ -125,6 +125,8 @@ class Lookup:
         if self._waiting_digests + len(digests) > WAITING_MAX or self._bound.refuses(
             max(0, more), now
         ):
+            if self._asked_at is not None and now - self._asked_at > STUCK_SECONDS:
+                raise StoreUnavailable(NO_ANSWER)
             raise Overloaded("Too many verifies are waiting for the database; try again shortly.")
         if now + self._seconds_until_asked() > deadline:
             raise Overloaded(TOO_LATE)
@@ -234,7 +236,7 @@ class _Link:
         if self._connection is not None and not self._connection.is_closed():
             return self._connection
         if self._monotonic() < self._connect_after:
-            raise StoreUnavailable("The database does not answer; try again shortly.")
+            raise StoreUnavailable(NO_ANSWER)
         try:
             self._connection = connection = await self._connect()
             # The plan is the same for every array; making it anew each time would double the cost.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from latchkey_service.coherence.confirmation import Census
 from latchkey_service.coherence.membership import Membership
 from latchkey_service.coherence.table import Identity, OwnRow
-from latchkey_service.errors import TOO_LATE, Overloaded, StoreUnavailable, Unavailable
+from latchkey_service.errors import NO_ANSWER, TOO_LATE, Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.log import logger
 from latchkey_service.reconnection import spread
 
@@ -98,7 +98,7 @@ class Heart:
         """
         while not self.has_lease():
             if self._clock() < self._retry_at:
-                raise StoreUnavailable("The database does not answer; try again shortly.")
+                raise StoreUnavailable(NO_ANSWER)
             if self._waiting >= WAITING_MAX:
                 raise Overloaded("Too many verifies are waiting for the database; try again.")
             if self._renewed is None:
@@ -230,7 +230,7 @@ class Heart:
         self._failing = self._news = True
         self._next_renewal = -math.inf
         self._retry_at = self._clock() + _pause_after_failure()
-        self._tell(StoreUnavailable("The database does not answer; try again shortly."))
+        self._tell(StoreUnavailable(NO_ANSWER))
 
     def _tell(self, error: Exception | None) -> None:
         renewed, self._renewed = self._renewed, None

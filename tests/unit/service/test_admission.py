@@ -314,3 +314,30 @@ def test_refusals_are_paced() -> None:
         assert max(delays(pacer, clock, kept)) <= admission.REFUSALS_WAITING_MAX * step
         assert delays(pacer, clock, 5) == pytest.approx([0.0] * 5)
         clock.now += admission.REFUSALS_WAITING_MAX * step + 1.0
+
+
+async def test_where_the_last_one_found_no_database_it_is_not_called_load() -> None:
+    """While calls at work fail for the database, callers who are refused are told the same; what
+    their callers give up tells nothing; and one that succeeds ends it."""
+    places = Places(1, 1, Clock())
+
+    async def call(error: Exception | None) -> None:
+        async with places.place(PATIENT):
+            if error is not None:
+                raise error
+
+    async def told_while_one_is_there() -> LatchkeyError:
+        work = Work(places)
+        await work.call(0)
+        error = refused(places)
+        work.tasks[0].cancel()
+        await settle()
+        return error
+
+    assert isinstance(await told_while_one_is_there(), Overloaded)
+    with pytest.raises(StoreUnavailable):
+        await call(StoreUnavailable("away"))
+    assert isinstance(await told_while_one_is_there(), StoreUnavailable)
+    assert isinstance(await told_while_one_is_there(), StoreUnavailable)
+    await call(None)
+    assert isinstance(await told_while_one_is_there(), Overloaded)
