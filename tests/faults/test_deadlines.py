@@ -253,7 +253,7 @@ async def test_a_stop_lets_calls_in_flight_finish(
                     assert end.ok or end.code is UNAVAILABLE, end
                     return not end.ok
 
-            await eventually(refused, "new calls are refused", 1.0)
+            await eventually(refused, "new calls are refused", 3.0)
             assert not deleted.done()
             assert not stopped.done()
         end = await deleted
