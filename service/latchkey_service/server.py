@@ -53,6 +53,7 @@ from latchkey_service.database import Connector, Pool
 from latchkey_service.health import Health
 from latchkey_service.log import Counts
 from latchkey_service.lookup import Lookup
+from latchkey_service.outcomes import Outcomes
 from latchkey_service.rpc import TokenService, encode_token
 from latchkey_service.rpc_audit import AuditService
 from latchkey_service.rpc_status import StatusService
@@ -221,7 +222,8 @@ async def running(
     counts = Counts()
     audit_table = AuditTable(pool)
     audit = AuditLog(audit_table, time.monotonic, _now)
-    calls = Calls(counts, audit, settings.log_verify_share, time.monotonic)
+    outcomes = Outcomes(counts, audit, time.monotonic)
+    calls = Calls(counts, audit, outcomes, settings.log_verify_share, time.monotonic)
     if gate is not None:
         gate.on_change(calls.recheck)
     services = Services(
