@@ -79,7 +79,13 @@ def _warn_of_files(settings: Settings) -> None:
 async def _serve(settings: Settings, keyring: Keyring, policy: str | None) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    orphaned = False
+    orphaned = failed = False
+
+    def fail() -> None:
+        """End, for the supervisor to start another worker, which is whole."""
+        nonlocal failed
+        failed = True
+        stop.set()
 
     def supervisor_is_gone() -> None:
         nonlocal orphaned
@@ -94,7 +100,7 @@ async def _serve(settings: Settings, keyring: Keyring, policy: str | None) -> in
     loop.add_reader(sys.stdin, supervisor_is_gone)
     # To the very end: calls go on while it stops.
     guarding = asyncio.create_task(guard_memory(memory_max_bytes(settings)))
-    async with running(settings, keyring, policy) as server:
+    async with running(settings, keyring, policy, fail) as server:
         # What is loaded by now stays: the collector need not look at it again and again. And what
         # a call leaves is freed by reference counts, so it may look less often.
         gc.collect()
@@ -111,7 +117,7 @@ async def _serve(settings: Settings, keyring: Keyring, policy: str | None) -> in
             log.logger().warning("the supervisor is gone: stopping")
             await server.stop(ORPHAN_GRACE_SECONDS)
     guarding.cancel()
-    return 0
+    return 1 if failed else 0
 
 
 async def _reload(server: Server, asked: asyncio.Event) -> None:
