@@ -21,7 +21,7 @@ from latchkey_service.access.policy import ANYONE, Caller
 from latchkey_service.admission import Places
 from latchkey_service.audit import AuditLog, Origin, call_origin
 from latchkey_service.deadlines import budget_seconds
-from latchkey_service.errors import LatchkeyError, Overloaded, RateLimited
+from latchkey_service.errors import LatchkeyError, Overloaded, RateLimited, StatusParts
 from latchkey_service.lenient import BATCH_VERIFY, VERIFY
 from latchkey_service.log import Counts
 from latchkey_service.outcomes import Outcomes, request_id_of
@@ -30,8 +30,7 @@ from latchkey_service.parsing import Unparsed, checked, not_a_message, parser
 __all__ = ["Calls"]
 
 # Calls at work with the database at once in a process, by role, and calls there in all: those that
-# wait, and Deletes that wait to be confirmed. More at work would be no faster (measured), and each
-# has a connection of the pool, which has two more for what is no call.
+# wait, and Deletes that wait to be confirmed. Each at work has a connection of the pool.
 PLACES = {MANAGER: (8, 1_000), OPERATOR: (2, 100)}
 # Counted, and logged only as a sampled share when they succeed.
 VERIFIES = frozenset({VERIFY, BATCH_VERIFY})
@@ -127,10 +126,10 @@ class Calls:
                     caller = admit(path, context)
                 if request.__class__ is Unparsed:
                     raise not_a_message()
-                if caller.rates is not None:
-                    self._charge(path, rule, caller, request)
                 if places is not None:
                     places.check()
+                if caller.rates is not None:
+                    self._charge(path, rule, caller, request)
                 if audited:
                     origin = _origin(path, context, caller.name, request)
                     call_origin.set(origin)
@@ -153,9 +152,14 @@ class Calls:
                 def make(name: str) -> Origin:
                     return made or _origin(path, context, name, request)
 
-                await self._outcomes.fail(
+                status, delay_seconds = self._outcomes.fail(
                     path, context, start, error, caller, make if audited else None
                 )
+                if delay_seconds:
+                    # It may be large, and is of no more use.
+                    request = None
+                    await asyncio.sleep(delay_seconds)
+                await _abort(context, status)
             counts[succeeded] += 1
             if origin is not None:
                 if not origin.recorded:
@@ -186,7 +190,8 @@ class Calls:
             except grpc.aio.AbortError:
                 raise
             except Exception as error:  # noqa: BLE001 - the last place before the transport
-                await self._outcomes.fail(path, context, start, error)
+                status, _ = self._outcomes.fail(path, context, start, error)
+                await _abort(context, status)
 
         return call
 
@@ -212,7 +217,9 @@ class Calls:
             except grpc.aio.AbortError:
                 raise
             except Exception as error:  # noqa: BLE001 - the last place before the transport
-                await self._outcomes.fail(path, context, start, error, caller)
+                status, delay_seconds = self._outcomes.fail(path, context, start, error, caller)
+                await asyncio.sleep(delay_seconds)
+                await _abort(context, status)
 
         return call
 
@@ -261,6 +268,11 @@ class _Stream:
         task = asyncio.current_task()
         assert task is not None, "a stream is served in a task"  # noqa: S101 - for the type checker
         self.task = task
+
+
+async def _abort(context: Any, status: StatusParts) -> None:
+    """Answer with a status. Always raises, as abort does."""
+    await context.abort(status.code, status.message, status.trailing_metadata)
 
 
 def _bounded(behaviour: Handler, places: Places | None) -> Handler:

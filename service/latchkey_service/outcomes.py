@@ -4,7 +4,6 @@ Of many calls that end alike only some are written down, and refusals are paced:
 thousands in a second.
 """
 
-import asyncio
 import random
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +13,13 @@ import structlog
 from latchkey_service.access.policy import ANYONE, Caller
 from latchkey_service.admission import Pacer
 from latchkey_service.audit import AuditLog, Origin
+from latchkey_service.deadlines import budget_seconds
 from latchkey_service.errors import (
     TOO_LATE,
     Denied,
     LatchkeyError,
     Overloaded,
+    RateLimited,
     StatusParts,
     Unavailable,
     code_of,
@@ -31,6 +32,8 @@ __all__ = ["Outcomes", "request_id_of"]
 
 REQUEST_ID_METADATA = "x-request-id"
 REQUEST_ID_LENGTH_MAX = 64
+# Who asks more than it may is told this late at most, and so cannot ask again at once.
+LIMITED_SECONDS_MAX = 0.25
 
 
 class Outcomes:
@@ -43,7 +46,7 @@ class Outcomes:
         self._pacer = Pacer()
         self._log: structlog.stdlib.BoundLogger = logger()
 
-    async def fail(
+    def fail(
         self,
         path: str,
         context: Any,
@@ -51,8 +54,9 @@ class Outcomes:
         error: Exception,
         caller: Caller = ANYONE,
         origin: Callable[[str], Origin] | None = None,
-    ) -> None:
-        """Answer with the error's status, log and audit it. Always raises, as abort does.
+    ) -> tuple[StatusParts, float]:
+        """Count, log and audit a call that failed; return its status, and after how many seconds
+        it is to have that.
 
         `origin` makes, of the caller's name, what an audited call is written down with.
         """
@@ -69,6 +73,7 @@ class Outcomes:
             told = self._audit.writes(name, path, code.name, reason)
             if told or not expected:
                 written = origin(name)
+            if told and written is not None:
                 told = self._audit.note(written, code.name, reason)
         elif isinstance(error, Denied | Overloaded | Unavailable):
             told = self._audit.tells(name, path, reason)
@@ -87,12 +92,16 @@ class Outcomes:
                 written,
             )
         self._counts.calls[path.rpartition("/")[2], code.name] += 1
-        if isinstance(error, Overloaded):
-            delay = self._pacer.delay_seconds(self._monotonic())
-            if delay:
-                await asyncio.sleep(delay)
         status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries
-        await context.abort(status.code, status.message, status.trailing_metadata)
+        return status, self._delay_seconds(error, context)
+
+    def _delay_seconds(self, error: Exception, context: Any) -> float:
+        if isinstance(error, RateLimited):
+            # Each caller's by itself: it holds up nobody else's.
+            return min(error.retry_seconds, LIMITED_SECONDS_MAX, budget_seconds(context) / 2)
+        if isinstance(error, Overloaded):
+            return self._pacer.delay_seconds(self._monotonic(), budget_seconds(context))
+        return 0.0
 
     def end(
         self,
@@ -142,15 +151,23 @@ class Outcomes:
         log = self._log.error if "exc_info" in fields else self._log.info
         log("call", **fields)
 
-    def refuse(self, path: str) -> tuple[StatusParts, float]:
-        """Count a call that is refused before it has begun; return its status, and after how many
-        seconds it is to have that."""
+    def refuse(self, path: str, seconds: float | None) -> tuple[StatusParts, float]:
+        """Count a call that is refused before it has begun, and before it is known who calls.
+
+        As `fail`. `seconds`: how long its caller waits; None: for ever.
+        """
         error = Overloaded("Too many calls are waiting to be begun; try again shortly.")
         self._counts.calls[path.rpartition("/")[2], code_of(error).name] += 1
         request_id = _random_id()
         if self._audit.tells("", path, error.reason):
-            self._log.info("call", request_id=request_id, method=path, reason=error.reason)
-        delay_seconds = self._pacer.delay_seconds(self._monotonic())
+            self._log.info(
+                "call",
+                request_id=request_id,
+                method=path,
+                code=code_of(error).name,
+                reason=error.reason,
+            )
+        delay_seconds = self._pacer.delay_seconds(self._monotonic(), seconds)
         status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries
         return status, delay_seconds
 

@@ -66,7 +66,7 @@ from latchkey_service.transport import Limits, chosen, limits_of, make_transport
 from latchkey_service.verdict import Record
 from latchkey_service.verifier import Verifier
 
-__all__ = ["Server", "running"]
+__all__ = ["Server", "ended", "running"]
 
 SERVICES = (
     pb.DESCRIPTOR.services_by_name["TokenService"].full_name,
@@ -248,7 +248,7 @@ async def running(
 
     def begin(work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.create_task(work, name=getattr(work, "__qualname__", None))
-        task.add_done_callback(partial(_ended, on_failure))
+        task.add_done_callback(partial(ended, on_failure))
         return task
 
     # They go on until the last answer: until then Deletes wait for this process.
@@ -283,7 +283,8 @@ async def running(
         tell_summary(counts, gauges)
 
 
-def _ended(on_failure: Callable[[], None], task: "asyncio.Task[None]") -> None:
+def ended(on_failure: Callable[[], None], task: "asyncio.Task[None]") -> None:
+    """Log it and call `on_failure`, if a task that has ended did so by an error."""
     if not task.cancelled() and (error := task.exception()) is not None:
         # Its type alone: its text may hold anything.
         logger().critical(

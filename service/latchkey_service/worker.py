@@ -15,6 +15,7 @@ import json
 import resource
 import signal
 import sys
+from functools import partial
 
 import uvloop
 
@@ -23,7 +24,7 @@ from latchkey_service.access.policy import PolicyError
 from latchkey_service.config import READY, Settings, load
 from latchkey_service.memory_guard import guard_memory, memory_max_bytes
 from latchkey_service.secrets import Keyring
-from latchkey_service.server import Server, running
+from latchkey_service.server import Server, ended, running
 from latchkey_service.transport import limits_of
 
 __all__ = ["main"]
@@ -100,6 +101,7 @@ async def _serve(settings: Settings, keyring: Keyring, policy: str | None) -> in
     loop.add_reader(sys.stdin, supervisor_is_gone)
     # To the very end: calls go on while it stops.
     guarding = asyncio.create_task(guard_memory(memory_max_bytes(settings)))
+    guarding.add_done_callback(partial(ended, fail))
     async with running(settings, keyring, policy, fail) as server:
         # What is loaded by now stays: the collector need not look at it again and again. And what
         # a call leaves is freed by reference counts, so it may look less often.
