@@ -12,8 +12,8 @@ that need the database work in so many places at once, and the queue for these i
 - Whose deadline would pass in the queue is refused at once.
 
 Each role has places of its own: a flood of one takes nothing from the others. Verifies have none.
-One that is answered from memory is done before it could be refused, and those that read share
-their queries (`lookup.py`, where they are bounded). What bounds them all is how many calls a
+Once begun, one that is answered from memory is done before it could be refused, and those that read
+share their queries (`lookup.py`, where they are bounded). What bounds them all is how many calls a
 connection may have, and how many wait to be begun (`native.py`).
 
 Refusing is not free either: it takes as long as an answer from memory. `Pacer` keeps whoever calls
@@ -47,13 +47,15 @@ BURST: Final = 25
 QUEUE_SECONDS_MAX: Final = 2.0
 # If no call at work has ended for so long it is not the load, but the database that hangs.
 STUCK_SECONDS: Final = 0.1
+# But some times as long as calls take.
+STUCK_CALLS: Final = 5
 # The share of the newest in what a call is thought to take.
 SMOOTHING: Final = 0.1
-# Some 3 % of a core. Up to so many come at once. And past so many that wait the next come at once
-# again: they would take too much memory.
+# Some 3 % of a core; more only if so many wait that some would wait too long. Up to so many come
+# at once.
 REFUSALS_PER_SECOND: Final = 1_000
 REFUSALS_AT_ONCE: Final = 100
-REFUSALS_WAITING_MAX: Final = 10_000
+REFUSAL_SECONDS_MAX: Final = 1.0
 
 
 class QueueBound:
@@ -135,7 +137,7 @@ class Places:
     def leave(self, held_seconds: float, error: BaseException | None) -> None:
         """Give up a place after so many seconds, and with this error: to the first in the queue."""
         # Of a caller that left there is nothing to be learned.
-        if isinstance(error, StoreUnavailable):
+        if type(error) is StoreUnavailable:
             self._failing = True
         elif not isinstance(error, asyncio.CancelledError):
             self._failing = False
@@ -178,7 +180,8 @@ class Places:
         self._free += 1
 
     def _refusal(self, message: str = TOO_MANY) -> LatchkeyError:
-        hangs = self._queue and self._monotonic() - self._progress_at > STUCK_SECONDS
+        longest = max(STUCK_SECONDS, STUCK_CALLS * self._call_seconds)
+        hangs = self._queue and self._monotonic() - self._progress_at > longest
         stuck = self._failing or hangs
         return StoreUnavailable(NO_ANSWER) if stuck else Overloaded(message)
 
@@ -241,12 +244,13 @@ class Pacer:
     def __init__(self) -> None:
         self._due = 0.0
 
-    def delay_seconds(self, now: float) -> float:
-        """Return how long to wait before the refusal that is due now, and count it."""
+    def delay_seconds(self, now: float, seconds: float | None = None) -> float:
+        """Return how long to wait before the refusal that is due now, and count it.
+
+        Never so long that its caller, who waits for `seconds`, would not be told any more.
+        """
         burst_seconds = REFUSALS_AT_ONCE / REFUSALS_PER_SECOND
-        self._due = max(self._due, now - burst_seconds)
-        delay = self._due - now
-        if delay * REFUSALS_PER_SECOND >= REFUSALS_WAITING_MAX:
-            return 0.0
+        self._due = min(max(self._due, now - burst_seconds), now + REFUSAL_SECONDS_MAX)
+        delay = max(0.0, self._due - now)
         self._due += 1 / REFUSALS_PER_SECOND
-        return max(0.0, delay)
+        return delay if seconds is None else min(delay, seconds / 2)

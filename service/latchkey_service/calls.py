@@ -14,38 +14,24 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
-import structlog
 
 from latchkey_service.access.gate import Door, check_account, within_accounts
 from latchkey_service.access.methods import MANAGER, OPERATOR, REFLECTION, Rule, rule_of
 from latchkey_service.access.policy import ANYONE, Caller
-from latchkey_service.admission import Pacer, Places
+from latchkey_service.admission import Places
 from latchkey_service.audit import AuditLog, Origin, call_origin
 from latchkey_service.deadlines import budget_seconds
-from latchkey_service.errors import (
-    TOO_LATE,
-    Denied,
-    LatchkeyError,
-    Overloaded,
-    RateLimited,
-    StatusParts,
-    Unavailable,
-    code_of,
-    reason_of,
-    status_of,
-)
+from latchkey_service.errors import LatchkeyError, Overloaded, RateLimited, StatusParts
 from latchkey_service.lenient import BATCH_VERIFY, VERIFY
-from latchkey_service.log import Counts, logger
+from latchkey_service.log import Counts
+from latchkey_service.outcomes import Outcomes, request_id_of
 from latchkey_service.parsing import Unparsed, checked, not_a_message, parser
 
 __all__ = ["Calls"]
 
 # Calls at work with the database at once in a process, by role, and calls there in all: those that
-# wait, and Deletes that wait to be confirmed. More at work would be no faster (measured), and each
-# has a connection of the pool, which has two more for what is no call.
+# wait, and Deletes that wait to be confirmed. Each at work has a connection of the pool.
 PLACES = {MANAGER: (8, 1_000), OPERATOR: (2, 100)}
-REQUEST_ID_METADATA = "x-request-id"
-REQUEST_ID_LENGTH_MAX = 64
 # Counted, and logged only as a sampled share when they succeed.
 VERIFIES = frozenset({VERIFY, BATCH_VERIFY})
 # Asked all the time by machines: logged only when they fail.
@@ -61,6 +47,7 @@ class Calls:
         self,
         counts: Counts,
         audit: AuditLog,
+        outcomes: Outcomes,
         verify_log_share: float,
         monotonic: Callable[[], float],
     ) -> None:
@@ -68,11 +55,12 @@ class Calls:
         self._audit = audit
         self._verify_log_share = verify_log_share
         self._monotonic = monotonic
+        self._outcomes = outcomes
+        self.refuse = outcomes.refuse
+        """For calls that are refused before they have begun."""
         self._places = {role: Places(*size, monotonic) for role, size in PLACES.items()}
-        self._pacer = Pacer()
         self._streams: set[_Stream] = set()
         self._streams_of: Counter[str] = Counter()
-        self._log: structlog.stdlib.BoundLogger = logger()
 
     def wrap(self, path: str, handler: "grpc.RpcMethodHandler[Any, Any]", door: Door | None) -> Any:
         """Return `handler` (as generated code registers it, for `path`) with all this around it.
@@ -104,18 +92,6 @@ class Calls:
         return grpc.unary_unary_rpc_method_handler(
             self._unary(path, behaviour, door, rule, places), parse, serialise
         )
-
-    def refuse(self, path: str) -> tuple[StatusParts, float]:
-        """Count a call that is refused before it has begun; return its status, and after how many
-        seconds it is to have that."""
-        error = Overloaded("Too many calls are waiting to be begun; try again shortly.")
-        self._counts.calls[path.rpartition("/")[2], code_of(error).name] += 1
-        request_id = _random_id()
-        if self._audit.tells("", path, error.reason):
-            self._log.info("call", request_id=request_id, method=path, reason=error.reason)
-        delay_seconds = self._pacer.delay_seconds(self._monotonic())
-        status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries
-        return status, delay_seconds
 
     def recheck(self) -> None:
         """End the streams whose callers may not have them any more."""
@@ -150,10 +126,10 @@ class Calls:
                     caller = admit(path, context)
                 if request.__class__ is Unparsed:
                     raise not_a_message()
-                if caller.rates is not None:
-                    self._charge(path, rule, caller, request)
                 if places is not None:
                     places.check()
+                if caller.rates is not None:
+                    self._charge(path, rule, caller, request)
                 if audited:
                     origin = _origin(path, context, caller.name, request)
                     call_origin.set(origin)
@@ -164,15 +140,11 @@ class Calls:
                     response = await behaviour(request, context)
             except asyncio.CancelledError:
                 # The caller left, its deadline passed, or the server's grace ended.
-                self._tell(path, context, start, "CANCELLED", "CANCELLED", _request_id(context))
-                counts[method, "CANCELLED"] += 1
-                if origin is not None:
-                    self._audit.note(origin, "CANCELLED", "CANCELLED")
+                self._outcomes.end(path, context, start, "CANCELLED", caller, origin)
                 raise
             except grpc.aio.AbortError:
                 # Of a library's servicer, with a status of its own.
-                self._tell(path, context, start, "ABORTED", "ABORTED", _request_id(context))
-                counts[method, "ABORTED"] += 1
+                self._outcomes.end(path, context, start, "ABORTED", caller, None)
                 raise
             except Exception as error:  # noqa: BLE001 - the last place before the transport
                 made = origin
@@ -180,14 +152,23 @@ class Calls:
                 def make(name: str) -> Origin:
                     return made or _origin(path, context, name, request)
 
-                await self._fail(path, context, start, error, caller, make if audited else None)
+                status, delay_seconds = self._outcomes.fail(
+                    path, context, start, error, caller, make if audited else None
+                )
+                if delay_seconds:
+                    # It may be large, and is of no more use.
+                    request = None
+                    await asyncio.sleep(delay_seconds)
+                await _abort(context, status)
             counts[succeeded] += 1
             if origin is not None:
                 if not origin.recorded:
                     self._audit.note(origin, "OK", "")
-                self._tell(path, context, start, "OK", None, origin.request_id, origin=origin)
+                self._outcomes.tell(
+                    path, context, start, "OK", None, origin.request_id, origin=origin
+                )
             elif not quiet or (share and random.random() < share):  # noqa: S311 - a sample
-                self._tell(path, context, start, "OK", None, _request_id(context))
+                self._outcomes.tell(path, context, start, "OK", None, request_id_of(context))
             return response
 
         return call
@@ -209,7 +190,8 @@ class Calls:
             except grpc.aio.AbortError:
                 raise
             except Exception as error:  # noqa: BLE001 - the last place before the transport
-                await self._fail(path, context, start, error)
+                status, _ = self._outcomes.fail(path, context, start, error)
+                await _abort(context, status)
 
         return call
 
@@ -235,7 +217,9 @@ class Calls:
             except grpc.aio.AbortError:
                 raise
             except Exception as error:  # noqa: BLE001 - the last place before the transport
-                await self._fail(path, context, start, error, caller)
+                status, delay_seconds = self._outcomes.fail(path, context, start, error, caller)
+                await asyncio.sleep(delay_seconds)
+                await _abort(context, status)
 
         return call
 
@@ -272,86 +256,6 @@ class Calls:
             if not self._streams_of[caller.name]:
                 del self._streams_of[caller.name]
 
-    async def _fail(
-        self,
-        path: str,
-        context: Any,
-        start: float,
-        error: Exception,
-        caller: Caller = ANYONE,
-        origin: Callable[[str], Origin] | None = None,
-    ) -> None:
-        """Answer with the error's status, log and audit it. Always raises, as abort does.
-
-        `origin` makes, of the caller's name, what an audited call is written down with.
-        """
-        if isinstance(error, TimeoutError):
-            error = Unavailable(TOO_LATE)
-        name = error.caller if isinstance(error, Denied) else caller.name
-        code, reason = code_of(error), reason_of(error)
-        expected = isinstance(error, LatchkeyError)
-        written: Origin | None = None
-        # Of many failures of one kind only some are written down and logged: there may be thousands
-        # in a second.
-        told = True
-        if origin is not None:
-            told = self._audit.writes(name, path, code.name, reason)
-            if told or not expected:
-                written = origin(name)
-                told = self._audit.note(written, code.name, reason)
-        elif isinstance(error, Denied | Overloaded | Unavailable):
-            told = self._audit.tells(name, path, reason)
-        request_id = _request_id(context) if written is None else written.request_id
-        if told or not expected:
-            self._tell(
-                path,
-                context,
-                start,
-                code.name,
-                reason,
-                request_id,
-                # The cause, for the operator. An error of the domain tells it by its reason, and a
-                # caller's mistakes come too often to print where they were found.
-                None if expected and error.__cause__ is None else error,
-                written,
-            )
-        self._counts.calls[path.rpartition("/")[2], code.name] += 1
-        if isinstance(error, Overloaded):
-            delay = self._pacer.delay_seconds(self._monotonic())
-            if delay:
-                await asyncio.sleep(delay)
-        status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries
-        await context.abort(status.code, status.message, status.trailing_metadata)
-
-    def _tell(
-        self,
-        path: str,
-        context: Any,
-        start: float,
-        code: str,
-        reason: str | None,
-        request_id: str,
-        error: Exception | None = None,
-        origin: Origin | None = None,
-    ) -> None:
-        fields: dict[str, Any] = {
-            "request_id": request_id,
-            "method": path,
-            "code": code,
-            "duration_ms": round((self._monotonic() - start) * 1_000, 3),
-            "peer": context.peer(),
-        }
-        if reason is not None:
-            fields["reason"] = reason
-        if origin is not None:
-            fields |= origin.fields()
-        if error is not None and not isinstance(error, LatchkeyError):
-            fields["exc_info"] = _without_values(error)
-        elif error is not None:
-            fields["cause"] = type(error.__cause__).__name__
-        log = self._log.error if "exc_info" in fields else self._log.info
-        log("call", **fields)
-
 
 class _Stream:
     """A stream that was admitted, and the task that serves it."""
@@ -364,6 +268,11 @@ class _Stream:
         task = asyncio.current_task()
         assert task is not None, "a stream is served in a task"  # noqa: S101 - for the type checker
         self.task = task
+
+
+async def _abort(context: Any, status: StatusParts) -> None:
+    """Answer with a status. Always raises, as abort does."""
+    await context.abort(status.code, status.message, status.trailing_metadata)
 
 
 def _bounded(behaviour: Handler, places: Places | None) -> Handler:
@@ -390,36 +299,7 @@ def _origin(path: str, context: Any, caller: str, request: Any) -> Origin:
         caller,
         path,
         context.peer(),
-        _request_id(context),
+        request_id_of(context),
         getattr(request, "account_id", ""),
         getattr(request, "id", ""),
     )
-
-
-def _request_id(context: Any) -> str:
-    """Return the caller's id for the request if it is a harmless one, else a new one."""
-    for key, value in context.invocation_metadata() or ():
-        if (
-            key == REQUEST_ID_METADATA
-            and isinstance(value, str)
-            and 0 < len(value) <= REQUEST_ID_LENGTH_MAX
-            and value.replace("-", "").isalnum()
-            and value.isascii()
-        ):
-            return value
-    return _random_id()
-
-
-def _random_id() -> str:
-    # To find a call by, and no secret: it need not cost a system call.
-    return f"{random.getrandbits(64):016x}"
-
-
-def _without_values(error: Exception) -> Any:
-    """Return what is logged of an unforeseen exception: types and places, not its text.
-
-    The text may quote a value (Postgres' DETAIL and Python's KeyError do), and that value may be a
-    secret or a digest.
-    """
-    bare = RuntimeError(f"{type(error).__module__}.{type(error).__qualname__}")
-    return (type(bare), bare, error.__traceback__)

@@ -33,8 +33,9 @@ CONNECT_TIMEOUT_SECONDS = 1.0
 # A row lock is held for one commit; past this something is stuck and the caller may retry.
 LOCK_TIMEOUT = "1500ms"
 CLIENT_CHECK_INTERVAL = "250ms"
-# Each call at work has one (`calls.PLACES`), and two are for what the process does by itself.
-POOL_SIZE_MAX = 12
+# Each call at work has one (`calls.PLACES`), and each receipt that is written (`tokens.py`); two
+# are for what the process does by itself.
+POOL_SIZE_MAX = 16
 # Transactions that undid each other are tried again this often, after a wait of up to the first of
 # these, which doubles up to the second: half a second in all, in which hundreds get through.
 CONFLICT_ATTEMPTS = 14

@@ -3,7 +3,7 @@
 As it comes (0.5.0) it begins every call as soon as it is there. With hundreds in flight a turn of
 the event loop then takes as long as answering all of them, and a call that waits for Postgres waits
 for such a turn each time: a flood of verifies would hold up a Create for a second, and a flood of
-Creates the verifies. So calls wait in two lanes, and a few of each lane are begun in each turn.
+Creates the verifies. So calls wait in lanes, by role, and a few of each are begun in each turn.
 
 How long the lanes may be is bounded as other queues are (`admission.py`). Health checks have none.
 
@@ -22,15 +22,17 @@ from typing import Any, Final, Protocol
 import pygrpc_native.aio
 from pygrpc_native import EVENT_CANCEL
 
-from latchkey_service.access.methods import METHODS, OPEN, VERIFIER
+from latchkey_service.access.methods import MANAGER, METHODS, OPEN, OPERATOR, VERIFIER
 from latchkey_service.admission import QueueBound
 from latchkey_service.errors import StatusParts
+from latchkey_service.lenient import BATCH_VERIFY
 
 __all__ = ["Refuse", "Server"]
 
-# Calls begun in a turn: some 0.2 ms of verifies, and as much of management.
+# Calls begun in a turn: some 0.2 ms of each. A batch may be a thousand verifies.
 VERIFIES_IN_TURN: Final = 16
 OTHERS_IN_TURN: Final = 4
+BATCHES_IN_TURN: Final = 1
 # Calls that may wait to be begun where they stand, beside those of the next turn: some 1 ms of
 # verifies. And in a burst, some 2 kB each.
 STANDING: Final = 48
@@ -38,25 +40,35 @@ BURST: Final = 5_000
 # It is looked for new calls after so many were begun; for so many at most.
 FETCH_AFTER: Final = 48
 FETCH_MAX: Final = 256
+# Calls that were cancelled and have not come yet. More than are ever on their way.
+CANCELLED_MAX: Final = 2_000
 
 Event = Sequence[Any]
 
 
 class Refuse(Protocol):
-    """Says how a call of this path is refused, and after how many seconds."""
+    """Says how a call of this path is refused, and after how many seconds.
 
-    def __call__(self, path: str) -> tuple[StatusParts, float]:
+    `seconds`: how long its caller waits; None: for ever.
+    """
+
+    def __call__(self, path: str, seconds: float | None) -> tuple[StatusParts, float]:
         """Count a refusal."""
         ...
 
 
 class _Lane:
-    """Calls that wait to be begun, by id, in order."""
+    """Calls that wait to be begun, by id, in order, each with when it came."""
 
     def __init__(self, in_turn: int) -> None:
         self.in_turn = in_turn
-        self.waiting: OrderedDict[int, Event] = OrderedDict()
+        self.waiting: OrderedDict[int, tuple[float, Event]] = OrderedDict()
         self.bound = QueueBound(STANDING, BURST)
+
+    def take(self, now: float) -> list[Event]:
+        """Take this turn's share."""
+        count = min(self.in_turn, len(self.waiting))
+        return [_begun_at(now, *self.waiting.popitem(last=False)[1]) for _ in range(count)]
 
 
 class Server(pygrpc_native.aio.Server):
@@ -73,7 +85,16 @@ class Server(pygrpc_native.aio.Server):
         super().__init__(options=options, io_threads=1)
         self._refuse = refuse
         self._monotonic = monotonic
-        self._lanes = (_Lane(VERIFIES_IN_TURN), _Lane(OTHERS_IN_TURN))
+        self._verifies = _Lane(VERIFIES_IN_TURN)
+        self._batches = _Lane(BATCHES_IN_TURN)
+        self._by_role = {
+            VERIFIER: self._verifies,
+            MANAGER: _Lane(OTHERS_IN_TURN),
+            OPERATOR: _Lane(OTHERS_IN_TURN),
+        }
+        self._lanes = (self._batches, *self._by_role.values())
+        # A cancellation may overtake its call: both the library's thread and this one fetch.
+        self._cancelled: OrderedDict[int, None] = OrderedDict()
         # By the numbers that methods have in events. None: begun at once.
         self._lane_of: list[_Lane | None] = []
         # Whether a turn's share has been begun, and the next turn will be.
@@ -90,37 +111,39 @@ class Server(pygrpc_native.aio.Server):
     async def stop(self, grace: float | None) -> None:
         """Let what is there have the grace, and end it."""
         # What waits has come before the end was said, and is not to be turned away.
-        waiting = [event for lane in self._lanes for event in lane.waiting.values()]
+        waiting = [event for lane in self._lanes for _, event in lane.waiting.values()]
         for lane in self._lanes:
             lane.waiting.clear()
         super()._on_events(waiting)  # type: ignore[arg-type]
         await super().stop(grace)
 
     def _lane(self, path: str) -> _Lane | None:
-        rule = METHODS.get(path, OPEN)
-        if rule.role is None:
-            return None
-        return self._lanes[0 if rule.role == VERIFIER else 1]
+        if path == BATCH_VERIFY:
+            return self._batches
+        return self._by_role.get(METHODS.get(path, OPEN).role or "")
 
     def _on_events(self, events: Sequence[Event]) -> None:
         """Take what has come, in order, and begin some of it if none was begun in this turn."""
-        at_once = []
+        at_once, now = [], self._monotonic()
         for event in events:
             kind, call_id, method_id = event[0], event[1], event[2]
             if kind == EVENT_CANCEL:
                 if not any(lane.waiting.pop(call_id, None) for lane in self._lanes):
                     at_once.append(event)
                 continue
+            if self._cancelled and call_id in self._cancelled:
+                del self._cancelled[call_id]
+                continue
             lane = self._lane_of[method_id]
             if lane is None:
                 at_once.append(event)
             # What the next turn takes is no queue.
             elif (queued := len(lane.waiting) - lane.in_turn) >= 0 and lane.bound.refuses(
-                queued, self._monotonic()
+                queued, now
             ):
-                self._turn_away(call_id, self._table[method_id][0])
+                self._turn_away(event)
             else:
-                lane.waiting[call_id] = event
+                lane.waiting[call_id] = now, event
         if at_once:
             super()._on_events(at_once)  # type: ignore[arg-type]
             self._forget_cancelled(at_once)
@@ -128,16 +151,23 @@ class Server(pygrpc_native.aio.Server):
             self._begin_some()
 
     def _forget_cancelled(self, events: Sequence[Event]) -> None:
-        """See to it that calls which have just been cancelled are not kept.
+        """See to it that calls which have just been cancelled are neither kept nor begun.
 
         The library keeps each, its request included, until the call's task removes it. A task that
         is cancelled before its first step does nothing at all: a client that cancels its calls as
         soon as they are sent would fill the memory.
         """
-        for event in events:
-            call = self._calls.get(event[1]) if event[0] == EVENT_CANCEL else None
-            if call is not None and call.task is not None:
-                call.task.add_done_callback(partial(self._forget, call.call_id))
+        for kind, call_id, *_ in events:
+            if kind != EVENT_CANCEL:
+                continue
+            call = self._calls.get(call_id)
+            if call is None:
+                # It has not come yet, or was refused.
+                self._cancelled[call_id] = None
+                if len(self._cancelled) > CANCELLED_MAX:
+                    self._cancelled.popitem(last=False)
+            elif call.task is not None:
+                call.task.add_done_callback(partial(self._forget, call_id))
 
     def _forget(self, call_id: int, _task: "asyncio.Task[None]") -> None:
         self._calls.pop(call_id, None)
@@ -150,10 +180,8 @@ class Server(pygrpc_native.aio.Server):
             self._begun = 0
             assert self._front is not None, "it has started"  # noqa: S101 - for the type checker
             self._on_events(self._front.recv_batch_details(FETCH_MAX, 0) or ())
-        share: list[Event] = []
-        for lane in self._lanes:
-            count = min(lane.in_turn, len(lane.waiting))
-            share += [lane.waiting.popitem(last=False)[1] for _ in range(count)]
+        now = self._monotonic()
+        share = [event for lane in self._lanes for event in lane.take(now)]
         self._begun += len(share)
         self._in_turn = bool(share)
         if share:
@@ -161,8 +189,9 @@ class Server(pygrpc_native.aio.Server):
             # After the calls that were just begun have had their first step.
             asyncio.get_running_loop().call_soon(self._begin_some)
 
-    def _turn_away(self, call_id: int, path: str) -> None:
-        status, delay_seconds = self._refuse(path)
+    def _turn_away(self, event: Event) -> None:
+        call_id, path, seconds = event[1], self._table[event[2]][0], _seconds_left(event)
+        status, delay_seconds = self._refuse(path, seconds)
 
         def fail() -> None:
             assert self._front is not None, "it has started"  # noqa: S101 - for the type checker
@@ -177,3 +206,19 @@ class Server(pygrpc_native.aio.Server):
             asyncio.get_running_loop().call_later(delay_seconds, fail)
         else:
             fail()
+
+
+def _seconds_left(event: Event) -> float | None:
+    """Return how long the caller waited for when the event was fetched; None: for ever."""
+    _, _, seconds = event[5]
+    return None if seconds is None else float(seconds)
+
+
+def _begun_at(now: float, came: float, event: Event) -> Event:
+    """Return an event with what is left of its caller's time now."""
+    seconds = _seconds_left(event)
+    # A turn's wait is not worth a new one.
+    if seconds is None or now - came < 0.001:
+        return event
+    metadata, peer, _ = event[5]
+    return (*event[:5], (metadata, peer, max(0.0, seconds - (now - came))))

@@ -13,7 +13,7 @@ RECONNECT_SECONDS = 0.25
 # Attempts of a process under way at once: all connections that it ever has. A database that is
 # frozen leaves attempts without an answer, and those whose callers have left meanwhile still wait
 # at its door: it would meet all of them as it thaws.
-ATTEMPTS_MAX = 17
+ATTEMPTS_MAX = 21
 
 
 def spread(seconds: float, randomness: float) -> float:

@@ -7,9 +7,10 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -51,8 +52,9 @@ from latchkey_service.config import Settings
 from latchkey_service.connection_guard import ConnectionGuard
 from latchkey_service.database import Connector, Pool
 from latchkey_service.health import Health
-from latchkey_service.log import Counts
+from latchkey_service.log import Counts, logger
 from latchkey_service.lookup import Lookup
+from latchkey_service.outcomes import Outcomes
 from latchkey_service.rpc import TokenService, encode_token
 from latchkey_service.rpc_audit import AuditService
 from latchkey_service.rpc_status import StatusService
@@ -64,7 +66,7 @@ from latchkey_service.transport import Limits, chosen, limits_of, make_transport
 from latchkey_service.verdict import Record
 from latchkey_service.verifier import Verifier
 
-__all__ = ["Server", "running"]
+__all__ = ["Server", "ended", "running"]
 
 SERVICES = (
     pb.DESCRIPTOR.services_by_name["TokenService"].full_name,
@@ -177,12 +179,16 @@ def _with_port(listen: str, port: int) -> str:
 
 @contextlib.asynccontextmanager
 async def running(
-    settings: Settings, keyring: Keyring, policy_text: str | None = None
+    settings: Settings,
+    keyring: Keyring,
+    policy_text: str | None = None,
+    on_failure: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Server]:
     """Run a worker: a server that is up, with its background work, stopped in good order.
 
     `policy_text` is what the policy file said when it was last found right; None: read it now.
-    Raises PolicyError, TlsError.
+    `on_failure` is called if a part of the background work ends by an error, which none should:
+    the worker is not whole then. Raises PolicyError, TlsError.
     """
     if settings.database_url is None:
         raise ValueError("a worker needs a database URL")
@@ -221,7 +227,8 @@ async def running(
     counts = Counts()
     audit_table = AuditTable(pool)
     audit = AuditLog(audit_table, time.monotonic, _now)
-    calls = Calls(counts, audit, settings.log_verify_share, time.monotonic)
+    outcomes = Outcomes(counts, audit, time.monotonic)
+    calls = Calls(counts, audit, outcomes, settings.log_verify_share, time.monotonic)
     if gate is not None:
         gate.on_change(calls.recheck)
     services = Services(
@@ -239,9 +246,13 @@ async def running(
             "tasks": len(asyncio.all_tasks()),
         }
 
+    def begin(work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work, name=getattr(work, "__qualname__", None))
+        task.add_done_callback(partial(ended, on_failure))
+        return task
+
     # They go on until the last answer: until then Deletes wait for this process.
-    beating = asyncio.create_task(heart.run(), name="heart")
-    listening = asyncio.create_task(listener.run(), name="listener")
+    beating, listening = begin(heart.run()), begin(listener.run())
     await server.start()
     server.policy_file = policy_file
     retention = timedelta(days=settings.tombstone_retention_days)
@@ -257,7 +268,7 @@ async def running(
     ]
     if policy_file is not None:
         background.append(policy_file.follow())
-    tasks = [asyncio.create_task(work) for work in background]
+    tasks = [begin(work) for work in background]
     try:
         yield server
     finally:
@@ -270,6 +281,16 @@ async def running(
             heart.stop(remove=drained), confirmer.close(), lookup.close(), store.close()
         )
         tell_summary(counts, gauges)
+
+
+def ended(on_failure: Callable[[], None], task: "asyncio.Task[None]") -> None:
+    """Log it and call `on_failure`, if a task that has ended did so by an error."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        # Its type alone: its text may hold anything.
+        logger().critical(
+            "a part of the worker failed", part=task.get_name(), error=type(error).__name__
+        )
+        on_failure()
 
 
 async def _end(*tasks: "asyncio.Task[None]") -> None:

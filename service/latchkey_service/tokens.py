@@ -1,5 +1,6 @@
 """Create, get, list and delete tokens: the rules of the contract, without protobuf or SQL."""
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -31,6 +32,8 @@ ID_LENGTH_MAX = 64
 _END_OF_TIME = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 # What is longer is refused for its length.
 SCANNED_LENGTH_MAX = 1_000
+# Receipts written down at once, each with a connection of the pool (`database.POOL_SIZE_MAX`).
+CONFIRMING_MAX = 4
 PAGE_TOKEN_LENGTH_MAX = 200
 _ID = re.compile(r"tok_[0-9a-z]{26}")
 _ACCOUNT_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -84,6 +87,7 @@ class Tokens:
         self._store = store
         self._keyring = keyring
         self._confirmer = confirmer
+        self._confirming = asyncio.Semaphore(CONFIRMING_MAX)
         self._secret_prefix = secret_prefix
         self._now = now
         self._random_bytes = random_bytes
@@ -177,7 +181,9 @@ class Tokens:
             return deletion
         on_wait()
         confirmation = await self._confirmer.confirm(deletion.revision, wait_until)
-        return await self._store.confirm_deletion(token_id, *confirmation)
+        # When a verifier that hung has been waited out, all who waited for it are here at once.
+        async with self._confirming:
+            return await self._store.confirm_deletion(token_id, *confirmation)
 
 
 def encode_page_token(account_id: str, position: Position) -> str:

@@ -15,6 +15,7 @@ import json
 import resource
 import signal
 import sys
+from functools import partial
 
 import uvloop
 
@@ -23,7 +24,7 @@ from latchkey_service.access.policy import PolicyError
 from latchkey_service.config import READY, Settings, load
 from latchkey_service.memory_guard import guard_memory, memory_max_bytes
 from latchkey_service.secrets import Keyring
-from latchkey_service.server import Server, running
+from latchkey_service.server import Server, ended, running
 from latchkey_service.transport import limits_of
 
 __all__ = ["main"]
@@ -79,7 +80,13 @@ def _warn_of_files(settings: Settings) -> None:
 async def _serve(settings: Settings, keyring: Keyring, policy: str | None) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    orphaned = False
+    orphaned = failed = False
+
+    def fail() -> None:
+        """End, for the supervisor to start another worker, which is whole."""
+        nonlocal failed
+        failed = True
+        stop.set()
 
     def supervisor_is_gone() -> None:
         nonlocal orphaned
@@ -94,7 +101,8 @@ async def _serve(settings: Settings, keyring: Keyring, policy: str | None) -> in
     loop.add_reader(sys.stdin, supervisor_is_gone)
     # To the very end: calls go on while it stops.
     guarding = asyncio.create_task(guard_memory(memory_max_bytes(settings)))
-    async with running(settings, keyring, policy) as server:
+    guarding.add_done_callback(partial(ended, fail))
+    async with running(settings, keyring, policy, fail) as server:
         # What is loaded by now stays: the collector need not look at it again and again. And what
         # a call leaves is freed by reference counts, so it may look less often.
         gc.collect()
@@ -111,7 +119,7 @@ async def _serve(settings: Settings, keyring: Keyring, policy: str | None) -> in
             log.logger().warning("the supervisor is gone: stopping")
             await server.stop(ORPHAN_GRACE_SECONDS)
     guarding.cancel()
-    return 0
+    return 1 if failed else 0
 
 
 async def _reload(server: Server, asked: asyncio.Event) -> None:

@@ -244,7 +244,7 @@ class Watchers:
                 # It is we who have been silent, without a lease of our own.
                 stream.watcher.heard = now
                 stream.changed.set()
-            elif stream.watcher.heard < lost:
+            elif stream.watcher.heard < lost and not stream.watcher.closing:
                 stream.silent = True
                 stream.changed.set()
             elif news:

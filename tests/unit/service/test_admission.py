@@ -301,19 +301,25 @@ def delays(pacer: Pacer, now: Callable[[], float], count: int) -> list[float]:
 
 
 def test_refusals_are_paced() -> None:
-    """The first ones go out at once, the others one after the other at a steady rate, and past
-    what can be kept at once again. After a pause it is as in the beginning."""
+    """The first ones go out at once, the others one after the other at a steady rate, and none
+    later than the bound. After a pause it is as in the beginning."""
     clock = Clock()
     pacer = Pacer()
     step = 1 / admission.REFUSALS_PER_SECOND
     for _ in range(2):
         at_once = delays(pacer, clock, admission.REFUSALS_AT_ONCE)
-        assert at_once == pytest.approx([0.0] * admission.REFUSALS_AT_ONCE)
+        assert at_once == pytest.approx([0.0] * admission.REFUSALS_AT_ONCE, abs=1e-6)
         assert delays(pacer, clock, 10) == pytest.approx([n * step for n in range(10)], abs=1e-6)
-        kept = admission.REFUSALS_WAITING_MAX - 8
-        assert max(delays(pacer, clock, kept)) <= admission.REFUSALS_WAITING_MAX * step
-        assert delays(pacer, clock, 5) == pytest.approx([0.0] * 5)
-        clock.now += admission.REFUSALS_WAITING_MAX * step + 1.0
+        latest = max(delays(pacer, clock, 10_000))
+        assert latest == pytest.approx(admission.REFUSAL_SECONDS_MAX)
+        clock.now += admission.REFUSAL_SECONDS_MAX + 1.0
+
+
+def test_a_refusal_comes_in_time_to_be_heard() -> None:
+    """However many are refused before it, a caller is told before it stops waiting."""
+    pacer = Pacer()
+    delays(pacer, Clock(), 10_000)
+    assert pacer.delay_seconds(Clock().now, 0.1) <= 0.05
 
 
 async def test_where_the_last_one_found_no_database_it_is_not_called_load() -> None:

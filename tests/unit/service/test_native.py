@@ -14,7 +14,9 @@ from pygrpc_native import EVENT_CANCEL
 VERIFY = "/latchkey.v1.TokenService/Verify"
 CREATE = "/latchkey.v1.TokenService/Create"
 HEALTH = "/grpc.health.v1.Health/Check"
-PATHS = (VERIFY, CREATE, HEALTH)
+BATCH = "/latchkey.v1.TokenService/BatchVerify"
+STATUS = "/latchkey.v1.StatusService/GetStatus"
+PATHS = (VERIFY, CREATE, HEALTH, BATCH, STATUS)
 CALL = 0
 
 
@@ -48,7 +50,8 @@ class Server(native.Server):
         self.cancelled: list[int] = []
         self.refused: list[str] = []
 
-    def refuse_all(self, path: str) -> tuple[StatusParts, float]:
+    def refuse_all(self, path: str, seconds: float | None) -> tuple[StatusParts, float]:
+        assert seconds is None
         self.refused.append(path)
         return status_of(Overloaded("busy"), "id"), self.delay_seconds
 
@@ -181,3 +184,51 @@ async def test_a_stop_turns_nobody_away_who_was_there(
     server.come(CREATE, [200])
     await server.stop(1.0)
     assert sorted(begun_before) == [*range(100), 200]
+
+
+async def test_a_flood_of_one_role_is_nobody_elses(server: Server) -> None:
+    """While the lane of management is full, an operator's call, and a batch, are begun soon."""
+    server.come(CREATE, range(native.BURST + native.OTHERS_IN_TURN + 1))
+    assert server.refused == [CREATE]
+    server.come(STATUS, [-1])
+    server.come(BATCH, [-2, -3])
+    await turn()
+    assert {-1, -2} <= set(server.begun)
+    assert -3 not in server.begun, "a batch is a turn's share"
+    await turn()
+    assert -3 in server.begun
+    assert server.refused == [CREATE]
+
+
+async def test_a_cancellation_may_overtake_its_call(server: Server) -> None:
+    """A call that comes after it was cancelled is not begun; of such cancellations only so many
+    are kept, and those of calls that never come do no harm."""
+    server.leave(7)
+    server.come(VERIFY, [7, 8])
+    server.come(HEALTH, [9])
+    assert server.begun == [9, 8] or server.begun == [8, 9]
+    for number in range(10, 10 + native.CANCELLED_MAX * 2):
+        server.leave(number)
+    assert len(server._cancelled) == native.CANCELLED_MAX
+
+
+async def test_the_wait_counts_against_the_deadline(server: Server) -> None:
+    """A call that waited has as much less time when it is begun."""
+    left: dict[int, float | None] = {}
+
+    def begin(_: Server, events: Sequence[Any]) -> None:
+        left.update({event[1]: event[5][2] for event in events})
+
+    pygrpc_native.aio.Server._on_events = begin  # type: ignore[method-assign, assignment]  # the fixture undoes it
+    events = [
+        (CALL, number, 0, b"", None, ((), "", seconds))
+        for number, seconds in enumerate([2.0] * native.VERIFIES_IN_TURN + [2.0, None, 0.1])
+    ]
+    server._on_events(events)
+    server.clock += 0.5
+    await turn()
+    first = native.VERIFIES_IN_TURN
+    assert left[0] == 2.0
+    assert left[first] == pytest.approx(1.5)
+    assert left[first + 1] is None
+    assert left[first + 2] == 0.0
