@@ -504,7 +504,12 @@ class Load:
         with contextlib.suppress(grpc.aio.AioRpcError):
             await call
         code = await call.code()
-        late = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE)
+        # The last of them from whom sees before that it will be too late.
+        late = (
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            grpc.StatusCode.UNAVAILABLE,
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+        )
         if code not in (grpc.StatusCode.OK, *late):
             raise WrongAnswer(f"{code.name} for a tiny deadline")
 
