@@ -11,6 +11,7 @@ It also forgets calls that were cancelled before they began, which the library k
 """
 
 import asyncio
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -29,8 +30,11 @@ from latchkey_service.lenient import BATCH_VERIFY
 
 __all__ = ["Refuse", "Server"]
 
-# Calls begun in a turn: some 0.2 ms of each. A batch may be a thousand verifies.
+# Calls begun in a turn: some 0.2 ms of each. A batch may be a thousand verifies. And as long as no
+# other call has come for a while, to which turns would be dear, more verifies: each turn costs.
 VERIFIES_IN_TURN: Final = 16
+VERIFIES_ALONE: Final = 64
+ALONE_SECONDS: Final = 1.0
 OTHERS_IN_TURN: Final = 4
 BATCHES_IN_TURN: Final = 1
 # Calls that may wait to be begun where they stand, beside those of the next turn: some 1 ms of
@@ -65,9 +69,9 @@ class _Lane:
         self.waiting: OrderedDict[int, tuple[float, Event]] = OrderedDict()
         self.bound = QueueBound(STANDING, BURST)
 
-    def take(self, now: float) -> list[Event]:
-        """Take this turn's share."""
-        count = min(self.in_turn, len(self.waiting))
+    def take(self, count: int, now: float) -> list[Event]:
+        """Take up to so many."""
+        count = min(count, len(self.waiting))
         return [_begun_at(now, *self.waiting.popitem(last=False)[1]) for _ in range(count)]
 
 
@@ -97,6 +101,8 @@ class Server(pygrpc_native.aio.Server):
         self._cancelled: OrderedDict[int, None] = OrderedDict()
         # By the numbers that methods have in events. None: begun at once.
         self._lane_of: list[_Lane | None] = []
+        # When the last call came that is no verify.
+        self._others_at = -math.inf
         # Whether a turn's share has been begun, and the next turn will be.
         self._in_turn = False
         # Calls since it was last looked for new ones.
@@ -124,6 +130,10 @@ class Server(pygrpc_native.aio.Server):
 
     def _on_events(self, events: Sequence[Event]) -> None:
         """Take what has come, in order, and begin some of it if none was begun in this turn."""
+        if not self._in_turn and self._is_share(events):
+            # Nothing waits, as is usual: the lanes would cost a verify a twentieth of its time.
+            self._begin(events)
+            return
         at_once, now = [], self._monotonic()
         for event in events:
             kind, call_id, method_id = event[0], event[1], event[2]
@@ -135,6 +145,8 @@ class Server(pygrpc_native.aio.Server):
                 del self._cancelled[call_id]
                 continue
             lane = self._lane_of[method_id]
+            if lane is not None and lane is not self._verifies:
+                self._others_at = now
             if lane is None:
                 at_once.append(event)
             # What the next turn takes is no queue.
@@ -178,16 +190,44 @@ class Server(pygrpc_native.aio.Server):
             # While the loop is busy the library's thread seldom gets its turn, and what has come
             # would wait where nobody counts it.
             self._begun = 0
+            # What is fetched waits for its turn, which is this one.
+            self._in_turn = True
             assert self._front is not None, "it has started"  # noqa: S101 - for the type checker
             self._on_events(self._front.recv_batch_details(FETCH_MAX, 0) or ())
+        share: list[Event] = []
         now = self._monotonic()
-        share = [event for lane in self._lanes for event in lane.take(now)]
-        self._begun += len(share)
+        for lane in self._lanes:
+            if lane.waiting:
+                share += lane.take(self._share_of(lane, now), now)
         self._in_turn = bool(share)
         if share:
-            super()._on_events(share)  # type: ignore[arg-type]
-            # After the calls that were just begun have had their first step.
-            asyncio.get_running_loop().call_soon(self._begin_some)
+            self._begin(share)
+
+    def _begin(self, share: Sequence[Event]) -> None:
+        """Begin a turn's share, and see to the next turn."""
+        self._in_turn = True
+        self._begun += len(share)
+        super()._on_events(share)  # type: ignore[arg-type]
+        # After the calls that were just begun have had their first step.
+        asyncio.get_running_loop().call_soon(self._begin_some)
+
+    def _share_of(self, lane: _Lane, now: float) -> int:
+        """Return how many calls of a lane are begun in a turn."""
+        if lane is self._verifies and now - self._others_at > ALONE_SECONDS:
+            return VERIFIES_ALONE
+        return lane.in_turn
+
+    def _is_share(self, events: Sequence[Event]) -> bool:
+        """Tell whether these are all verifies, and no more than are begun in a turn."""
+        verifies, lanes, cancelled = self._verifies, self._lane_of, self._cancelled
+        if len(events) > self._share_of(verifies, self._monotonic()):
+            return False
+        for event in events:
+            if event[0] == EVENT_CANCEL or lanes[event[2]] is not verifies:
+                return False
+            if cancelled and event[1] in cancelled:
+                return False
+        return True
 
     def _turn_away(self, event: Event) -> None:
         call_id, path, seconds = event[1], self._table[event[2]][0], _seconds_left(event)

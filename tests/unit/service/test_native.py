@@ -46,6 +46,8 @@ class Server(native.Server):
         self.front = self._front = Front()  # type: ignore[assignment]
         self._lane_of = [self._lane(path) for path in PATHS]
         self._table = [(path, None) for path in PATHS]  # type: ignore[misc]
+        # As where other calls come, too.
+        self._others_at = self.clock
         self.begun: list[int] = []
         self.cancelled: list[int] = []
         self.refused: list[str] = []
@@ -232,3 +234,15 @@ async def test_the_wait_counts_against_the_deadline(server: Server) -> None:
     assert left[first] == pytest.approx(1.5)
     assert left[first + 1] is None
     assert left[first + 2] == 0.0
+
+
+async def test_verifies_alone_have_larger_turns(server: Server) -> None:
+    """Where no other call has come for a while more verifies are begun in a turn."""
+    server.clock += native.ALONE_SECONDS + 0.01
+    server.come(VERIFY, range(200))
+    assert len(server.begun) == native.VERIFIES_ALONE
+    await turn()
+    assert len(server.begun) == 2 * native.VERIFIES_ALONE
+    server.come(CREATE, [1_000])
+    await turn()
+    assert len(server.begun) == 2 * native.VERIFIES_ALONE + native.VERIFIES_IN_TURN + 1
