@@ -66,10 +66,14 @@ class QueueBound:
         self._since = 0.0
         self._last_refused = -math.inf
 
+    def empty(self, now: float) -> None:
+        """Say that the queue is empty, or as good as that."""
+        self._since = now
+
     def refuses(self, waiting: int, now: float) -> bool:
         """Tell whether one that comes now, while so many wait, may not wait too."""
         if not waiting:
-            self._since = now
+            self.empty(now)
         stands = now - self._since > STANDING_SECONDS or now - self._last_refused < CALM_SECONDS
         if waiting < (self._standing if stands else self._burst):
             return False

@@ -121,9 +121,11 @@ class Lookup:
         if self._closed:
             raise StoreUnavailable("The server is stopping.")
         now = self._monotonic()
+        if self._worker is None:
+            self._bound.empty(now)
         more = len(self._waiting) + len(self._link.batch) - BUSY
-        if self._waiting_digests + len(digests) > WAITING_MAX or self._bound.refuses(
-            max(0, more), now
+        if self._waiting_digests + len(digests) > WAITING_MAX or (
+            more > 0 and self._bound.refuses(more, now)
         ):
             if self._asked_at is not None and now - self._asked_at > STUCK_SECONDS:
                 raise StoreUnavailable(NO_ANSWER)
@@ -147,6 +149,8 @@ class Lookup:
             while self._waiting:
                 batch = self._next_batch()
                 self._asked_at = self._monotonic()
+                if len(batch) < BUSY:
+                    self._bound.empty(self._asked_at)
                 if await self._link.answer(batch):
                     took = self._monotonic() - self._asked_at
                     self._query_seconds += SMOOTHING * (took - self._query_seconds)

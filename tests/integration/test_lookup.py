@@ -4,9 +4,11 @@ import asyncio
 import os
 import time
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from latchkey_service import lookup as module
+from latchkey_service.admission import CALM_SECONDS, STANDING_SECONDS, QueueBound
 from latchkey_service.database import connect
 from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.lookup import Lookup
@@ -180,3 +182,38 @@ async def test_an_unforeseen_failure_reaches_every_waiter(lookup, counted, diges
         *(lookup.find(digest, soon()) for digest in digests), return_exceptions=True
     )
     assert {type(result) for result in results} == {ZeroDivisionError}
+
+
+async def test_more_calls_than_make_it_busy_are_bounded_if_that_lasts(
+    lookup, counted, digests, monkeypatch
+):
+    """A burst is let in. While queries go on to be full, calls past the bound are refused; and
+    they are let in again once the queries have been small."""
+    monkeypatch.setattr(module, "BUSY", 2)
+    monkeypatch.setattr(module, "STANDING", 1)
+    now = 1_000.0
+    monkeypatch.setattr(lookup, "_monotonic", lambda: now)
+    monkeypatch.setattr(lookup, "_bound", QueueBound(module.STANDING, 100))
+
+    async def come(count: int) -> tuple[list[asyncio.Task[Any]], int]:
+        tasks = [asyncio.create_task(lookup.find(digests[0], now + 60.0)) for _ in range(count)]
+        await asyncio.sleep(0)
+        refused = [task for task in tasks if task.done()]
+        for task in refused:
+            with pytest.raises((Overloaded, StoreUnavailable)):
+                task.result()
+        return [task for task in tasks if not task.done()], len(refused)
+
+    counted.gate.clear()
+    first, refused = await come(20)
+    assert refused == 0
+    await counted.asked.wait()
+    now += STANDING_SECONDS + 0.01
+    _, refused = await come(5)
+    assert refused == 5
+    counted.gate.set()
+    await asyncio.gather(*first)
+    now += CALM_SECONDS + 0.01
+    last, refused = await come(20)
+    assert refused == 0
+    await asyncio.gather(*last)
