@@ -125,8 +125,8 @@ class Places:
         """
         return Place(self, seconds)
 
-    async def take(self, seconds: float) -> None:
-        """Wait for a place."""
+    async def take(self, seconds: float) -> float:
+        """Wait for a place; return when it was taken."""
         self._there += 1
         try:
             # Not past those who wait: they would wait for ever.
@@ -137,15 +137,17 @@ class Places:
         except BaseException:
             self._there -= 1
             raise
+        return self._monotonic()
 
-    def leave(self, held_seconds: float, error: BaseException | None) -> None:
-        """Give up a place after so many seconds, and with this error: to the first in the queue."""
+    def leave(self, since: float, error: BaseException | None) -> None:
+        """Give up a place that was taken then, with this error: to the first in the queue."""
         # Of a caller that left there is nothing to be learned.
         if type(error) is StoreUnavailable:
             self._failing = True
         elif not isinstance(error, asyncio.CancelledError):
             self._failing = False
             self._progress_at = self._monotonic()
+            held_seconds = self._progress_at - since
             self._call_seconds += SMOOTHING * (held_seconds - self._call_seconds)
         self._pass_on()
 
@@ -202,9 +204,8 @@ class Place:
         self._since = 0.0
 
     async def __aenter__(self) -> Self:
-        await self._places.take(self._seconds)
+        self._since = await self._places.take(self._seconds)
         self._holds = True
-        self._since = self._places._monotonic()  # noqa: SLF001 - one thing, in two classes
         _place.set(self)
         return self
 
@@ -224,8 +225,7 @@ class Place:
     def _leave(self, error: BaseException | None) -> None:
         if self._holds:
             self._holds = False
-            held_seconds = self._places._monotonic() - self._since  # noqa: SLF001
-            self._places.leave(held_seconds, error)
+            self._places.leave(self._since, error)
 
 
 # Of the call that runs.

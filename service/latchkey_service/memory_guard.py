@@ -35,10 +35,11 @@ def memory_max_bytes(settings: Settings) -> int:
     """Return how much memory a worker may have resident."""
     if settings.memory_mib is not None:
         return settings.memory_mib * MIB
+    listeners = 1 if settings.tls_listen is None else 2
     return (
         BASE_MIB * MIB
         + settings.cache_entries * ENTRY_BYTES
-        + settings.connections_max * CONNECTION_BYTES
+        + settings.connections_max * listeners * CONNECTION_BYTES
     )
 
 
