@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +57,7 @@ class Browser:
         self.driver.set_page_load_timeout(30)
         self.driver.set_script_timeout(30)
         self.url = ""
+        self._scripted = True
 
     def reset(self, url: str, account: str | None) -> None:
         """Begin a test: nothing of the one before, at the page's address, as this account."""
@@ -77,6 +79,7 @@ class Browser:
     def scripts(self, *, on: bool) -> None:
         """Let pages run scripts, or not."""
         self.cdp("Emulation.setScriptExecutionDisabled", value=not on)
+        self._scripted = on
 
     def look(self, width: int, *, dark: bool = False, still: bool = True) -> None:
         """Take on a width and a colour scheme."""
@@ -119,13 +122,22 @@ class Browser:
         return " ".join(self.until(lambda: self.find(selector).text, selector).split())
 
     def click(self, selector: str) -> None:
-        """Click what matches, waiting for it."""
+        """Click what matches, waiting for it; and, without scripts, for the page it leads to."""
+        left: list[WebElement] = []
 
         def click() -> bool:
-            self.find(selector).click()
+            element = self.find(selector)
+            leads = not self._scripted and self.js(
+                "return arguments[0].closest('a[href], button, [type=submit]') !== null", element
+            )
+            left[:] = self.all("html") if leads else []
+            element.click()
             return True
 
         self.until(click, f"a click on {selector}")
+        # The driver may go on with the page that is left until it hears of the new one.
+        for page in left:
+            self.until(partial(_is_gone, page), f"the page that {selector} leads to")
 
     def type(self, selector: str, text: str) -> None:
         """Put a text into a field, as by pasting: the driver cannot type what has no key."""
@@ -231,6 +243,15 @@ def browser() -> Iterator[Browser]:
             yield running
         finally:
             running.close()
+
+
+def _is_gone(element: WebElement) -> bool:
+    """Tell whether an element's page is no longer shown."""
+    try:
+        element.is_enabled()
+    except StaleElementReferenceException:
+        return True
+    return False
 
 
 def texts(elements: Sequence[WebElement]) -> list[str]:

@@ -103,7 +103,7 @@ def test_address_that_is_taken(tmp_path: Path) -> None:
     assert f"{address} cannot be had" in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_it_stops_when_it_is_told(tmp_path: Path, number: signal.Signals) -> None:
     """A signal ends it in order: it says where it was, and leaves no traceback."""
     running = Console(tmp_path / "page", "--account", "acme", "--target", "127.0.0.1:1")
@@ -115,6 +115,40 @@ def test_it_stops_when_it_is_told(tmp_path: Path, number: signal.Signals) -> Non
     assert code == 0
     assert "Traceback" not in running.log
     assert "everyone here is account acme" in running.log
+
+
+# A destructor or a callback may be what runs when a signal comes: what it raises is lost.
+STARTED_AND_STOPPED = """
+import contextlib, os, signal, sys, uvicorn
+from latchkey_cli.main import main
+
+serve = uvicorn.Server.serve
+
+async def stopped_before(server, sockets):
+    with contextlib.suppress(BaseException):
+        os.kill(os.getpid(), signal.SIGTERM)
+    await serve(server, sockets)
+
+uvicorn.Server.serve = stopped_before
+sys.exit(main())
+"""
+
+
+def test_a_stop_that_comes_while_it_starts() -> None:
+    """A signal in the moment before the page listens to signals ends it all the same."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", STARTED_AND_STOPPED, "console"),
+            *("--listen", "127.0.0.1:0", "--account", "acme", "--target", "127.0.0.1:1"),
+        ],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=WAIT_SECONDS,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("API Tokens: ")
 
 
 def test_queries_and_names_are_in_no_log(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ class Listener:
 Serve = Callable[..., contextlib.AbstractAsyncContextManager[Listener]]
 
 
-def nobody_is_refused(path: str) -> NoReturn:
+def nobody_is_refused(path: str, seconds: float | None) -> NoReturn:
     raise AssertionError(f"{path} was refused")
 
 

@@ -1,6 +1,5 @@
-"""Runs the page: binds its address, says where it is, serves until SIGINT or SIGTERM."""
+"""Runs the page: binds its address, says where it is, serves until SIGINT, SIGTERM or SIGHUP."""
 
-import contextlib
 import logging
 import signal
 import socket
@@ -43,20 +42,23 @@ def run(settings: Settings) -> None:
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
-        # Stopped by a signal, uvicorn ends in order and raises it once more, for a caller who wants
-        # to know. Before it listens to signals there is nothing to end. Neither is a failure.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _stop)
-        with contextlib.suppress(KeyboardInterrupt):
-            sys.stdout.write(
-                f"API Tokens: {settings.public_url} ({_whose(settings)}). Ctrl-C stops it.\n"
-            )
-            sys.stdout.flush()
-            uvicorn.Server(config).run(sockets=[listener])
+        server = uvicorn.Server(config)
+        # From before it says that it is up. uvicorn listens to signals once its loop runs, and
+        # raises them again, for its caller, when it has ended: both are noted, and no more. A
+        # handler that raises would do so in whatever code runs, some of which goes on or fails.
+        for number in _stopping_signals():
+            signal.signal(number, server.handle_exit)
+        sys.stdout.write(
+            f"API Tokens: {settings.public_url} ({_whose(settings)}). Ctrl-C stops it.\n"
+        )
+        sys.stdout.flush()
+        server.run(sockets=[listener])
 
 
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt
+def _stopping_signals() -> list[signal.Signals]:
+    """Return what ends the page in order: a closed terminal too, unless nohup is to keep it."""
+    kept = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if kept else [signal.SIGHUP])]
 
 
 def _bound(settings: Settings) -> socket.socket:
