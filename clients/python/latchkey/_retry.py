@@ -22,7 +22,7 @@ from typing import Final, TypeVar
 
 import grpc
 
-from latchkey.errors import Unavailable, invalid
+from latchkey.errors import LatchkeyError, ResourceExhausted, Unavailable, invalid
 
 _log = logging.getLogger("latchkey")
 
@@ -59,7 +59,7 @@ class Policy:
     timeout_seconds: float
     """Default deadline of the whole call, attempts and delays included."""
     retry: bool
-    """Whether the contract makes a repeated call harmless."""
+    """Whether the contract makes a repeated call harmless when nobody knows what became of it."""
 
 
 POLICIES: Final[Mapping[str, Policy]] = {
@@ -90,7 +90,7 @@ class Budget:
         self._tokens = min(BUDGET_TOKENS_MAX, self._tokens + BUDGET_TOKENS_PER_SUCCESS)
 
     def failed(self) -> bool:
-        """Count an attempt that was not answered. Return whether another one is affordable."""
+        """Count an attempt that is worth another one. Return whether another one is affordable."""
         self._tokens = max(0.0, self._tokens - 1.0)
         return self._tokens > BUDGET_TOKENS_MAX / 2
 
@@ -104,6 +104,18 @@ def delay_seconds(failures: int, retry_after: timedelta | None, randomness: floa
     ceiling = min(BACKOFF_MAX_SECONDS, BACKOFF_FIRST_SECONDS * BACKOFF_FACTOR ** (failures - 1))
     least = max(retry_after.total_seconds() if retry_after else 0.0, ceiling / 2)
     return least + min(least, BACKOFF_MAX_SECONDS) / 2 * randomness
+
+
+def may_retry(rpc: str, error: LatchkeyError) -> bool:
+    """Tell whether the contract makes another attempt harmless, and worth it, after this failure.
+
+    What is refused for load was not begun, so that any method may be tried again. The server says
+    when. Without that it is something else that time does not mend, such as a message's size.
+    """
+    if isinstance(error, ResourceExhausted):
+        return error.retry_after is not None
+    # Not so a deadline, which is the call's own and has passed, or a client that is closed.
+    return error.code is grpc.StatusCode.UNAVAILABLE and POLICIES[rpc].retry
 
 
 def checked_timeout(timeout_seconds: float | None) -> float | None:
@@ -126,7 +138,7 @@ async def run(
     """Call `attempt(seconds left)` until it answers, or trying again is not allowed or no use.
 
     Raises what the last attempt raised: at once, not at the deadline, when the next attempt could
-    only start after it. UNAVAILABLE alone is tried again: any other failure is an answer.
+    only start after it. What is tried again `may_retry` says: any other failure is an answer.
     """
     end = monotonic() + timeout_seconds
     left = timeout_seconds
@@ -134,12 +146,11 @@ async def run(
     while True:
         try:
             answer = await attempt(left)
-        except Unavailable as error:
+        except (Unavailable, ResourceExhausted) as error:
+            if not may_retry(rpc, error):
+                raise
             failures += 1
             affordable = budget.failed()
-            # Not so a deadline, which is the call's own and has passed, or a client that is closed.
-            if error.code is not grpc.StatusCode.UNAVAILABLE or not POLICIES[rpc].retry:
-                raise
             if failures >= ATTEMPTS_MAX or not affordable:
                 raise
             delay = delay_seconds(failures, error.retry_after, randomness())

@@ -98,8 +98,8 @@ class Client:
         """Create a token and return it with its secret, which is never shown again.
 
         `expire_time` (with a time zone) and `ttl` exclude each other; with neither, it never
-        expires. Not tried again by itself: when the answer is lost (Unavailable), the token may
-        exist. Raises AlreadyExists when a live token of the account has the name.
+        expires. When the answer is lost (Unavailable) the token may exist, and it is not tried
+        again by itself. Raises AlreadyExists when a live token of the account has the name.
         """
         if expire_time is not None and ttl is not None:
             raise invalid("ttl", "excludes expire_time; give one of them")

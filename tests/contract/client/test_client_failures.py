@@ -99,12 +99,25 @@ async def test_only_safe_methods_are_tried_again(
 async def test_other_failures_are_final(
     client: latchkey.Client, fake: FakeLatchkey, rpc: str, code: grpc.StatusCode
 ) -> None:
-    """No status but UNAVAILABLE is tried again."""
+    """No status but UNAVAILABLE is tried again, unless the server says when."""
     fake.on(rpc, fake.fails(code))
     with pytest.raises(latchkey.LatchkeyError) as caught:
         await METHODS[rpc](client)
     assert caught.value.code is code
     assert fake.count(rpc) == 1
+
+
+@every_rpc
+async def test_what_is_refused_for_load_is_tried_again(
+    client: latchkey.Client, fake: FakeLatchkey, rpc: str
+) -> None:
+    """A refusal that says when goes unnoticed, with every method: nothing was begun."""
+    wait = error_details_pb2.RetryInfo(retry_delay=Duration(nanos=50_000_000))
+    refusal = fake.fails(grpc.StatusCode.RESOURCE_EXHAUSTED, "too much", wait)
+    fake.on(rpc, refusal, fake.says(ANSWERS[rpc]))
+    await METHODS[rpc](client)
+    first, second = fake.calls
+    assert second.at - first.at >= 0.05
 
 
 async def test_a_passing_failure_goes_unnoticed(

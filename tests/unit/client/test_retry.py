@@ -6,7 +6,15 @@ from datetime import timedelta
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latchkey import DeadlineExceeded, InvalidArgument, LatchkeyError, NotFound, Unavailable, _retry
+from latchkey import (
+    DeadlineExceeded,
+    InvalidArgument,
+    LatchkeyError,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    _retry,
+)
 
 
 class World:
@@ -65,13 +73,38 @@ async def test_create_is_never_tried_again() -> None:
     assert len(world.attempts) == 1
 
 
-@pytest.mark.parametrize("failure", [DeadlineExceeded("x"), NotFound("x"), InvalidArgument("x")])
+@pytest.mark.parametrize(
+    "failure",
+    [DeadlineExceeded("x"), NotFound("x"), InvalidArgument("x"), ResourceExhausted("too large")],
+)
 async def test_an_answer_is_not_asked_for_again(failure: LatchkeyError) -> None:
-    """Only UNAVAILABLE is tried again: all else is an answer, or has used up the time."""
-    world = World(failure)
-    with pytest.raises(type(failure)):
-        await world.run()
+    """All else is an answer, or has used up the time; and costs none of what retries may."""
+    world, budget = World(failure), _retry.Budget()
+    for _ in range(int(_retry.BUDGET_TOKENS_MAX)):
+        with pytest.raises(type(failure)):
+            await world.run(budget=budget)
+    assert len(world.attempts) == _retry.BUDGET_TOKENS_MAX
+    world = World(Unavailable("x"), None)
+    assert await world.run(budget=budget) == "answer"
+
+
+@pytest.mark.parametrize("rpc", list(_retry.POLICIES))
+async def test_what_was_refused_for_load_is_tried_again(rpc: str) -> None:
+    """A refusal that says when is tried again then, a Create too: nothing was begun."""
+    refusal = ResourceExhausted("x", retry_after=timedelta(seconds=0.25))
+    world = World(refusal, refusal, None)
+    assert await world.run(rpc) == "answer"
+    assert len(world.attempts) == 3
+    assert min(world.slept) >= 0.25
+
+
+async def test_a_refusal_is_raised_when_there_is_no_time_for_another_attempt() -> None:
+    """A verify that may come again only after its deadline is told at once."""
+    world = World(ResourceExhausted("x", retry_after=timedelta(seconds=2)))
+    with pytest.raises(ResourceExhausted):
+        await world.run("Verify", timeout_seconds=1.0)
     assert len(world.attempts) == 1
+    assert world.slept == []
 
 
 async def test_attempts_are_bounded() -> None:
