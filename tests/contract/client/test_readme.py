@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,32 @@ async def test_examples_run(fake: FakeLatchkey, secret: str, example: str, said:
     out, err = await process.communicate()
     assert (process.returncode, err.decode()) == (0, "")
     assert out.decode().startswith(said.replace("SECRET", secret))
+
+
+async def test_grpc_example_ends_with_ctrl_c(fake: FakeLatchkey) -> None:
+    """The gRPC program ends with the first Ctrl-C, within the grace that it gives its calls."""
+    program = (
+        GRPC.replace("127.0.0.1:50051", fake.target)
+        .replace("127.0.0.1:8080", "127.0.0.1:0")
+        .replace("await server.start()\n", "await server.start(); print('up', flush=True)\n")
+    )
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", program),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(20):
+            assert await process.stdout.readline() == b"up\n"
+            process.send_signal(signal.SIGINT)
+            _, err = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == -signal.SIGINT
+    assert err.decode().endswith("KeyboardInterrupt\n")
 
 
 async def test_asgi_example_guards(fake: FakeLatchkey, secret: str) -> None:
