@@ -22,10 +22,7 @@ def main(arguments: list[str]) -> int:
     if command == "policy":
         from latchkey_service.access import command as policy_command
 
-        code = policy_command.run(arguments[1:])
-        if code is None:
-            print(USAGE, end="", file=sys.stderr)  # noqa: T201
-        return 2 if code is None else code
+        return policy_command.run(arguments[1:])
     try:
         settings = config.load()
     except config.ConfigError as error:
@@ -48,7 +45,7 @@ def main(arguments: list[str]) -> int:
             for name, value, source, description in rows:
                 print(f"{name}={value}\n    {description} ({source})")  # noqa: T201
         return 0
-    print(USAGE, end="", file=sys.stderr)  # noqa: T201
+    print(f"latchkey: there is no such command\n{USAGE}", end="", file=sys.stderr)  # noqa: T201
     return 2
 
 

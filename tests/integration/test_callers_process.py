@@ -276,9 +276,12 @@ async def test_the_readmes_first_caller(run: Run, folder: Path) -> None:
     assert (code, "CALLER_ANONYMOUS" in said) == (7, True), said
 
 
-def policy_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def policy_command(
+    *arguments: str, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "latchkey_service", "policy", *arguments],
+        cwd=cwd,
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -305,5 +308,43 @@ def test_a_new_callers_credential(folder: Path) -> None:
     assert checked.returncode == 1
     assert f"{path}: line 2: callers.shop.role: " in checked.stderr
     assert policy_command("new-caller", "a b").returncode == 2
-    assert policy_command("check").returncode == 2
-    assert policy_command("make-tea").returncode == 2
+
+
+def test_the_policy_that_is_checked_is_the_services(folder: Path) -> None:
+    """`policy check` without a file takes LATCHKEY_POLICY as the service does, also from `.env`, and
+    says what is wrong where it is not set or another setting is wrong."""
+    (folder / "good.toml").write_text('[callers.shop]\ncertificates = ["shop.internal"]\n')
+    (folder / ".env").write_text("LATCHKEY_POLICY=good.toml\n")
+    checked = policy_command("check", cwd=folder)
+    assert (checked.returncode, checked.stdout) == (0, "good.toml is right: 1 callers\n"), checked
+    checked = policy_command("check", cwd=folder, LATCHKEY_POLICY="other.toml")
+    assert (checked.returncode, "other.toml: cannot be read" in checked.stderr) == (1, True)
+    # What does not go together does not matter here; what cannot be read as settings does.
+    checked = policy_command("check", cwd=folder, LATCHKEY_LISTEN="0.0.0.0:1")
+    assert checked.returncode == 0
+    checked = policy_command("check", cwd=folder, LATCHKEY_WORKERS="0")
+    assert (checked.returncode, "LATCHKEY_WORKERS: " in checked.stderr) == (2, True)
+    (folder / ".env").unlink()
+    checked = policy_command("check", cwd=folder)
+    assert (checked.returncode, "give a file, or set LATCHKEY_POLICY" in checked.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mistake"),
+    [
+        ((), "say new-caller or check"),
+        (("make-tea",), "the first argument is neither new-caller nor check"),
+        (("new-caller",), "new-caller needs the caller's name"),
+        (("new-caller", "a", "b"), "new-caller takes one name"),
+        (("check", "a", "b"), "check takes one file"),
+    ],
+)
+def test_what_is_wrong_with_a_policy_command(arguments: tuple[str, ...], mistake: str) -> None:
+    """A wrong argument is told, with what is right, under the name that people call it by."""
+    told = policy_command(*arguments)
+    assert (told.returncode, told.stdout) == (2, "")
+    assert told.stderr.splitlines() == [
+        f"latchkey: policy: {mistake}",
+        "usage: latchkey policy new-caller NAME",
+        "       latchkey policy check [FILE]",
+    ]

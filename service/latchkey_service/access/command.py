@@ -4,29 +4,44 @@ import os
 import sys
 from pathlib import Path
 
+from latchkey_service import config
 from latchkey_service.access.credentials import mint, policy_digest
 from latchkey_service.access.policy import PolicyError, is_name, parse
 from latchkey_service.access.policy_file import read_text
-from latchkey_service.config import PREFIX
 
 __all__ = ["run"]
 
+USAGE = """\
+usage: latchkey policy new-caller NAME
+       latchkey policy check [FILE]"""
 
-def run(arguments: list[str]) -> int | None:
-    """Do what the arguments say and return the exit code, or None if they say nothing of use."""
+
+def run(arguments: list[str]) -> int:
+    """Do what the arguments say and return the exit code: 2 for a wrong setting or argument."""
     match arguments:
         case ["new-caller", name]:
             return _new_caller(name)
+        case ["new-caller"]:
+            return _wrong("new-caller needs the caller's name")
+        case ["new-caller", *_]:
+            return _wrong("new-caller takes one name")
         case ["check"]:
-            path = os.environ.get(PREFIX + "POLICY", "")
-            if not path:
-                _tell(f"latchkey: give a file, or set {PREFIX}POLICY")
-                return 2
-            return _check(Path(path))
+            return _check_set()
         case ["check", path]:
             return _check(Path(path))
+        case ["check", *_]:
+            return _wrong("check takes one file")
+        case []:
+            return _wrong("say new-caller or check")
         case _:
-            return None
+            # It is not repeated: who has mixed up the arguments may have given a credential.
+            return _wrong("the first argument is neither new-caller nor check")
+
+
+def _wrong(mistake: str) -> int:
+    # `latchkey` is what people type, which becomes this process; in the image it is there as well.
+    _tell(f"latchkey: policy: {mistake}\n{USAGE}")
+    return 2
 
 
 def _new_caller(name: str) -> int:
@@ -45,6 +60,19 @@ def _new_caller(name: str) -> int:
         'roles = ["verifier"]  # or manager, operator'
     )
     return 0
+
+
+def _check_set() -> int:
+    """Check the file that the service would read: the environment's, or that of a .env file."""
+    try:
+        path = config.load(together=False).policy
+    except config.ConfigError as error:
+        _tell(f"latchkey: these settings are wrong:\n{error}")
+        return 2
+    if path is None:
+        _tell(f"latchkey: give a file, or set {config.PREFIX}POLICY")
+        return 2
+    return _check(path)
 
 
 def _check(path: Path) -> int:
