@@ -17,6 +17,7 @@ import asyncpg
 from asyncpg.connect_utils import SessionAttribute
 
 from latchkey_service.database import translated
+from latchkey_service.log import logger
 from latchkey_service.reconnection import spread
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ async def _connect(database_url: str) -> "asyncpg.Connection[asyncpg.Record]":
     """Connect, waiting for a database that is still starting."""
     loop = asyncio.get_running_loop()
     give_up = loop.time() + START_TIMEOUT_SECONDS
+    told = False
     while True:
         try:
             connection = await asyncpg.connect(
@@ -112,6 +114,13 @@ async def _connect(database_url: str) -> "asyncpg.Connection[asyncpg.Record]":
             if loop.time() > give_up:
                 message = f"cannot connect to the database: {type(error).__name__}: {error}"
                 raise MigrationError(message) from error
+            if not told:
+                told = True
+                logger().warning(
+                    "waiting for the database",
+                    seconds_max=START_TIMEOUT_SECONDS,
+                    error=f"{type(error).__name__}: {error}",
+                )
             await asyncio.sleep(spread(RETRY_SECONDS, random.random()))  # noqa: S311 - a spread
     version = connection.get_server_version().major
     if version < SERVER_VERSION_MIN:

@@ -13,6 +13,7 @@ from latchkey_service import migrate as module
 from latchkey_service.embedded import EmbeddedPostgres
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.migrate import Migration, MigrationError, bundled, migrate
+from structlog.testing import capture_logs
 
 from tests.conftest import with_database
 from tests.support import session
@@ -157,10 +158,18 @@ async def test_a_postgres_that_starts_is_waited_for(scratch: Path) -> None:
 async def test_a_postgres_that_does_not_come_is_given_up(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The wait for a database is bounded, and its end says what was wrong."""
+    """The wait for a database is bounded; it is told once, when it begins, and its end says what was
+    wrong. Neither shows the password."""
     monkeypatch.setattr(module, "START_TIMEOUT_SECONDS", 0.3)
-    with pytest.raises(MigrationError, match="cannot connect to the database"):
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
+    with capture_logs() as lines, pytest.raises(MigrationError) as caught:
         await migrate(f"postgresql://a:wrong-pass@/b?host={scratch}", [ONE])
+    assert "cannot connect to the database" in str(caught.value)
+    (line,) = lines
+    assert line["event"] == "waiting for the database"
+    assert line["seconds_max"] == 0.3
+    assert "FileNotFoundError" in line["error"]
+    assert "wrong-pass" not in f"{lines} {caught.value}"
 
 
 async def test_a_connection_that_breaks_is_told_as_such(empty_url: str) -> None:

@@ -21,7 +21,7 @@ from latchkey_service.store import Store
 from latchkey_service.tokens import Created, NewToken, Tokens
 from latchkey_service.verdict import Scope, Verdict
 
-from tests.support import Service, origin, session
+from tests.support import Service, eventually, origin, session
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -135,6 +135,18 @@ async def test_a_database_that_refuses_is_told(run: Run, database_url: str) -> N
     assert "password authentication failed" in service.err
     assert "wrong-pass" not in service.err
     assert "Traceback" not in service.err
+
+
+async def test_a_database_that_is_away_is_told(run: Run) -> None:
+    """While a start waits for its database it says so at once, in a line without the password."""
+    service = run(database_url="postgresql://a:wrong-pass@127.0.0.1:1/b")
+    line = await eventually(
+        lambda: next((x for x in service.log if "waiting" in x["event"]), None), "it tells"
+    )
+    assert line["event"] == "waiting for the database"
+    assert (line["level"], line["seconds_max"]) == ("warning", 30)
+    assert "Connect" in line["error"]
+    assert "wrong-pass" not in service.err
 
 
 async def test_rotation(tmp_path: Path, store: Store, database_url: str) -> None:
