@@ -24,15 +24,15 @@ RUN useradd --system --uid 10001 --no-create-home --home-dir /nonexistent latchk
 COPY --from=build /opt/latchkey /opt/latchkey
 # LATCHKEY_DATA_DIR holds the generated pepper: mount a volume there, or give LATCHKEY_PEPPER_FILE
 # a mounted file that belongs to uid 10001 and has mode 0400 or 0600. Lost peppers kill all tokens.
-# It does not start like this: on every address it wants to be told who may call, and says so. See
-# "Who may call" in the README; docker-compose.yml has what is needed to try it.
+# It does not start like this: on every address it wants to be told who may call, and says so.
+# docker-compose.yml has what is needed to try it, and, commented out, what is to serve others.
 ENV PATH=/opt/latchkey/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     LATCHKEY_LISTEN=0.0.0.0:50051 \
     LATCHKEY_DATA_DIR=/var/lib/latchkey
 USER 10001:10001
-EXPOSE 50051
+EXPOSE 50051 50052
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
   CMD ["python", "-m", "latchkey_service.healthcheck"]

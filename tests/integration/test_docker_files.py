@@ -113,6 +113,32 @@ def test_image_alone_lets_nobody_in(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "    mem_limit: 1g\n" in COMPOSE
 
 
+def for_others() -> str:
+    """Return the compose file changed as its comments say, to serve others than this machine."""
+    for_this_machine = r'^ +(?:LATCHKEY_(?:INSECURE_LISTEN|TRANSPORT):|- "127).*\n'
+    text, left_out = re.subn(for_this_machine, "", COMPOSE, flags=re.MULTILINE)
+    text, taken_in = re.subn(r"^( +)# (?=LATCHKEY_\w+: |- )", r"\1", text, flags=re.MULTILINE)
+    assert (left_out, taken_in) == (3, 7)
+    return re.sub(r"#.*", "", text)
+
+
+def test_compose_serves_others_with_tls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the lines of the compose file that are for it, the image's settings go together: TLS and
+    a policy on the port that is published, plaintext and health inside of the container alone."""
+    settings_of("\n".join(arguments("ENV")), monkeypatch)
+    settings_of(for_others(), monkeypatch)
+    settings = load()
+    ports = re.findall(r'^ +- "([\d.:]+)"$', for_others(), re.MULTILINE)
+    assert (settings.tls_listen, ports) == ("0.0.0.0:50052", ["50052:50052"])
+    assert settings.listen == target(settings.listen) == "127.0.0.1:50051"
+    # Not asked for, so that it is the transport for each listener.
+    assert not {"transport", "insecure_listen"} & settings.model_fields_set
+    assert "- ./latchkey:/etc/latchkey:ro\n" in for_others()
+    for path in (settings.tls_certificate, settings.tls_key, settings.policy):
+        assert path is not None
+        assert path.parent == Path("/etc/latchkey")
+
+
 def test_compose_keeps_what_must_be_kept() -> None:
     """Postgres 18's volume is where that image wants it; the pepper has a volume too."""
     assert "image: postgres:18\n" in COMPOSE
@@ -122,8 +148,11 @@ def test_compose_keeps_what_must_be_kept() -> None:
     assert "condition: service_healthy" in COMPOSE
 
 
-def test_compose_file_is_valid() -> None:
+@pytest.mark.parametrize("text", [COMPOSE, for_others()], ids=["as it is", "for others"])
+def test_compose_file_is_valid(tmp_path: Path, text: str) -> None:
     """A compose tool accepts the file, from a bare clone: no variable has to be set."""
+    path = tmp_path / "docker-compose.yml"
+    path.write_text(text)
     if shutil.which("docker-compose"):
         compose = ["docker-compose"]
     elif shutil.which("docker") and _runs(["docker", "compose", "version"]):
@@ -131,7 +160,7 @@ def test_compose_file_is_valid() -> None:
     else:
         pytest.skip("there is no docker-compose here")
     done = subprocess.run(
-        [*compose, "-f", str(ROOT / "docker-compose.yml"), "config"],
+        [*compose, "-f", str(path), "config"],
         env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")},
         capture_output=True,
         text=True,

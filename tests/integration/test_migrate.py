@@ -158,8 +158,8 @@ async def test_a_postgres_that_starts_is_waited_for(scratch: Path) -> None:
 async def test_a_postgres_that_does_not_come_is_given_up(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The wait for a database is bounded; it is told once, when it begins, and its end says what was
-    wrong. Neither shows the password."""
+    """The wait for a database is bounded. It is told once, when it begins, and its end says what
+    was wrong; neither shows the password."""
     monkeypatch.setattr(module, "START_TIMEOUT_SECONDS", 0.3)
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
     with capture_logs() as lines, pytest.raises(MigrationError) as caught:
