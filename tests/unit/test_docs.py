@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -122,15 +123,24 @@ def test_policy() -> None:
 
 
 def test_new_caller(tmp_path: Path) -> None:
-    """The README's way to a first caller makes a credential file and a policy, which are good."""
+    """The README's way to a first caller makes a credential file and a policy, which are good. No
+    other user may read them, git leaves them alone, and done again it changes nothing."""
     blocks = re.findall(r"<!-- test: policy -->\n```bash\n(.+?)```", README, re.DOTALL)
     command = blocks[0].replace(".venv/bin/latchkey", f"{sys.executable} -m latchkey_cli")
     subprocess.run(["bash", "-ec", command], cwd=tmp_path, check=True, timeout=60)
-    credential = (tmp_path / "shop.credential").read_text().strip()
-    policy = parse((tmp_path / "policy.toml").read_text())
-    caller = policy.by_credential(digest_of(credential))
+    made = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert made.keys() == {"shop.credential", "policy.toml"}
+    caller = parse(made["policy.toml"]).by_credential(digest_of(made["shop.credential"].strip()))
     assert caller is not None
     assert caller.name == "shop"
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+    ignored = (ROOT / ".gitignore").read_text("utf-8").splitlines()
+    assert all(any(fnmatch(name, pattern) for pattern in ignored) for name in made)
+    again = subprocess.run(
+        ["bash", "-ec", command], cwd=tmp_path, check=False, timeout=60, capture_output=True
+    )
+    assert again.returncode != 0
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == made
 
 
 def test_wheel(tmp_path: Path) -> None:
