@@ -29,6 +29,12 @@ class AuditServiceStub(object):
     """Tells operators who has managed tokens, and who has tried to. Entries are
     never changed; they go after LATCHKEY_AUDIT_RETENTION_DAYS. None has a
     secret, a name or a label in it.
+
+    Failures are statuses as those of TokenService. Beside the errors that are
+    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
+    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
+    by this caller or by all, and INTERNAL for a fault of the service.
+    docs/errors.md has all the reasons in ErrorInfo.
     """
 
     def __init__(self, channel):
@@ -48,6 +54,12 @@ class AuditServiceServicer(object):
     """Tells operators who has managed tokens, and who has tried to. Entries are
     never changed; they go after LATCHKEY_AUDIT_RETENTION_DAYS. None has a
     secret, a name or a label in it.
+
+    Failures are statuses as those of TokenService. Beside the errors that are
+    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
+    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
+    by this caller or by all, and INTERNAL for a fault of the service.
+    docs/errors.md has all the reasons in ErrorInfo.
     """
 
     def List(self, request, context):
@@ -82,6 +94,12 @@ class AuditService(object):
     """Tells operators who has managed tokens, and who has tried to. Entries are
     never changed; they go after LATCHKEY_AUDIT_RETENTION_DAYS. None has a
     secret, a name or a label in it.
+
+    Failures are statuses as those of TokenService. Beside the errors that are
+    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
+    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
+    by this caller or by all, and INTERNAL for a fault of the service.
+    docs/errors.md has all the reasons in ErrorInfo.
     """
 
     @staticmethod

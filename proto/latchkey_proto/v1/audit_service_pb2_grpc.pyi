@@ -30,6 +30,12 @@ class AuditServiceStub:
     """Tells operators who has managed tokens, and who has tried to. Entries are
     never changed; they go after LATCHKEY_AUDIT_RETENTION_DAYS. None has a
     secret, a name or a label in it.
+
+    Failures are statuses as those of TokenService. Beside the errors that are
+    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
+    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
+    by this caller or by all, and INTERNAL for a fault of the service.
+    docs/errors.md has all the reasons in ErrorInfo.
     """
 
     @_typing.overload
@@ -50,6 +56,12 @@ class AuditServiceAsyncStub(AuditServiceStub):
     """Tells operators who has managed tokens, and who has tried to. Entries are
     never changed; they go after LATCHKEY_AUDIT_RETENTION_DAYS. None has a
     secret, a name or a label in it.
+
+    Failures are statuses as those of TokenService. Beside the errors that are
+    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
+    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
+    by this caller or by all, and INTERNAL for a fault of the service.
+    docs/errors.md has all the reasons in ErrorInfo.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -66,6 +78,12 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
     """Tells operators who has managed tokens, and who has tried to. Entries are
     never changed; they go after LATCHKEY_AUDIT_RETENTION_DAYS. None has a
     secret, a name or a label in it.
+
+    Failures are statuses as those of TokenService. Beside the errors that are
+    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
+    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
+    by this caller or by all, and INTERNAL for a fault of the service.
+    docs/errors.md has all the reasons in ErrorInfo.
     """
 
     @_abc_1.abstractmethod

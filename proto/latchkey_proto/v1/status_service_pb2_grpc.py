@@ -27,6 +27,12 @@ if _version_not_supported:
 
 class StatusServiceStub(object):
     """Tells operators how the service is. Says nothing of tokens.
+
+    Failures are statuses as those of TokenService. Beside the errors that are
+    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
+    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
+    by this caller or by all, and INTERNAL for a fault of the service.
+    docs/errors.md has all the reasons in ErrorInfo.
     """
 
     def __init__(self, channel):
@@ -44,6 +50,12 @@ class StatusServiceStub(object):
 
 class StatusServiceServicer(object):
     """Tells operators how the service is. Says nothing of tokens.
+
+    Failures are statuses as those of TokenService. Beside the errors that are
+    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
+    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
+    by this caller or by all, and INTERNAL for a fault of the service.
+    docs/errors.md has all the reasons in ErrorInfo.
     """
 
     def GetStatus(self, request, context):
@@ -73,6 +85,12 @@ def add_StatusServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class StatusService(object):
     """Tells operators how the service is. Says nothing of tokens.
+
+    Failures are statuses as those of TokenService. Beside the errors that are
+    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
+    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
+    by this caller or by all, and INTERNAL for a fault of the service.
+    docs/errors.md has all the reasons in ErrorInfo.
     """
 
     @staticmethod

@@ -27,7 +27,14 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class StatusServiceStub:
-    """Tells operators how the service is. Says nothing of tokens."""
+    """Tells operators how the service is. Says nothing of tokens.
+
+    Failures are statuses as those of TokenService. Beside the errors that are
+    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
+    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
+    by this caller or by all, and INTERNAL for a fault of the service.
+    docs/errors.md has all the reasons in ErrorInfo.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -41,7 +48,14 @@ class StatusServiceStub:
 
 @_typing.type_check_only
 class StatusServiceAsyncStub(StatusServiceStub):
-    """Tells operators how the service is. Says nothing of tokens."""
+    """Tells operators how the service is. Says nothing of tokens.
+
+    Failures are statuses as those of TokenService. Beside the errors that are
+    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
+    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
+    by this caller or by all, and INTERNAL for a fault of the service.
+    docs/errors.md has all the reasons in ErrorInfo.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_status_service_pb2.GetStatusRequest, _status_service_pb2.GetStatusResponse]  # type: ignore[assignment]
@@ -51,7 +65,14 @@ class StatusServiceAsyncStub(StatusServiceStub):
     """
 
 class StatusServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Tells operators how the service is. Says nothing of tokens."""
+    """Tells operators how the service is. Says nothing of tokens.
+
+    Failures are statuses as those of TokenService. Beside the errors that are
+    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
+    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
+    by this caller or by all, and INTERNAL for a fault of the service.
+    docs/errors.md has all the reasons in ErrorInfo.
+    """
 
     @_abc_1.abstractmethod
     def GetStatus(

@@ -33,6 +33,12 @@ class TokenServiceStub(object):
     INVALID_ARGUMENT carries google.rpc.BadRequest, UNAVAILABLE and
     RESOURCE_EXHAUSTED carry google.rpc.RetryInfo. No status, log line or
     message other than CreateResponse ever contains a secret.
+
+    Beside the errors that are named at it, each method may answer
+    UNAUTHENTICATED or PERMISSION_DENIED where a policy says who may call,
+    RESOURCE_EXHAUSTED when too much is asked, by this caller or by all, and
+    INTERNAL for a fault of the service. docs/errors.md has all the reasons in
+    ErrorInfo, when they are given and what to do.
     """
 
     def __init__(self, channel):
@@ -86,6 +92,12 @@ class TokenServiceServicer(object):
     INVALID_ARGUMENT carries google.rpc.BadRequest, UNAVAILABLE and
     RESOURCE_EXHAUSTED carry google.rpc.RetryInfo. No status, log line or
     message other than CreateResponse ever contains a secret.
+
+    Beside the errors that are named at it, each method may answer
+    UNAUTHENTICATED or PERMISSION_DENIED where a policy says who may call,
+    RESOURCE_EXHAUSTED when too much is asked, by this caller or by all, and
+    INTERNAL for a fault of the service. docs/errors.md has all the reasons in
+    ErrorInfo, when they are given and what to do.
     """
 
     def Create(self, request, context):
@@ -169,9 +181,10 @@ class TokenServiceServicer(object):
         at the fields. A client that breaks off, or falls silent, delays a
         Delete until its last grant has run out, and nothing else.
         Errors: UNAVAILABLE when this server is stopping or cannot grant, try
-        another one; FAILED_PRECONDITION when it has its memory switched off;
-        RESOURCE_EXHAUSTED when it has too many clients; DEADLINE_EXCEEDED when
-        the client has been silent for long.
+        another one; FAILED_PRECONDITION when it has its memory switched off, or
+        the policy limits the caller to accounts; RESOURCE_EXHAUSTED when it has
+        too many clients; DEADLINE_EXCEEDED when the client has been silent for
+        long.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -231,6 +244,12 @@ class TokenService(object):
     INVALID_ARGUMENT carries google.rpc.BadRequest, UNAVAILABLE and
     RESOURCE_EXHAUSTED carry google.rpc.RetryInfo. No status, log line or
     message other than CreateResponse ever contains a secret.
+
+    Beside the errors that are named at it, each method may answer
+    UNAUTHENTICATED or PERMISSION_DENIED where a policy says who may call,
+    RESOURCE_EXHAUSTED when too much is asked, by this caller or by all, and
+    INTERNAL for a fault of the service. docs/errors.md has all the reasons in
+    ErrorInfo, when they are given and what to do.
     """
 
     @staticmethod

@@ -34,6 +34,12 @@ class TokenServiceStub:
     INVALID_ARGUMENT carries google.rpc.BadRequest, UNAVAILABLE and
     RESOURCE_EXHAUSTED carry google.rpc.RetryInfo. No status, log line or
     message other than CreateResponse ever contains a secret.
+
+    Beside the errors that are named at it, each method may answer
+    UNAUTHENTICATED or PERMISSION_DENIED where a policy says who may call,
+    RESOURCE_EXHAUSTED when too much is asked, by this caller or by all, and
+    INTERNAL for a fault of the service. docs/errors.md has all the reasons in
+    ErrorInfo, when they are given and what to do.
     """
 
     @_typing.overload
@@ -97,9 +103,10 @@ class TokenServiceStub:
     at the fields. A client that breaks off, or falls silent, delays a
     Delete until its last grant has run out, and nothing else.
     Errors: UNAVAILABLE when this server is stopping or cannot grant, try
-    another one; FAILED_PRECONDITION when it has its memory switched off;
-    RESOURCE_EXHAUSTED when it has too many clients; DEADLINE_EXCEEDED when
-    the client has been silent for long.
+    another one; FAILED_PRECONDITION when it has its memory switched off, or
+    the policy limits the caller to accounts; RESOURCE_EXHAUSTED when it has
+    too many clients; DEADLINE_EXCEEDED when the client has been silent for
+    long.
     """
 
 @_typing.type_check_only
@@ -111,6 +118,12 @@ class TokenServiceAsyncStub(TokenServiceStub):
     INVALID_ARGUMENT carries google.rpc.BadRequest, UNAVAILABLE and
     RESOURCE_EXHAUSTED carry google.rpc.RetryInfo. No status, log line or
     message other than CreateResponse ever contains a secret.
+
+    Beside the errors that are named at it, each method may answer
+    UNAUTHENTICATED or PERMISSION_DENIED where a policy says who may call,
+    RESOURCE_EXHAUSTED when too much is asked, by this caller or by all, and
+    INTERNAL for a fault of the service. docs/errors.md has all the reasons in
+    ErrorInfo, when they are given and what to do.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -171,9 +184,10 @@ class TokenServiceAsyncStub(TokenServiceStub):
     at the fields. A client that breaks off, or falls silent, delays a
     Delete until its last grant has run out, and nothing else.
     Errors: UNAVAILABLE when this server is stopping or cannot grant, try
-    another one; FAILED_PRECONDITION when it has its memory switched off;
-    RESOURCE_EXHAUSTED when it has too many clients; DEADLINE_EXCEEDED when
-    the client has been silent for long.
+    another one; FAILED_PRECONDITION when it has its memory switched off, or
+    the policy limits the caller to accounts; RESOURCE_EXHAUSTED when it has
+    too many clients; DEADLINE_EXCEEDED when the client has been silent for
+    long.
     """
 
 class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -184,6 +198,12 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
     INVALID_ARGUMENT carries google.rpc.BadRequest, UNAVAILABLE and
     RESOURCE_EXHAUSTED carry google.rpc.RetryInfo. No status, log line or
     message other than CreateResponse ever contains a secret.
+
+    Beside the errors that are named at it, each method may answer
+    UNAUTHENTICATED or PERMISSION_DENIED where a policy says who may call,
+    RESOURCE_EXHAUSTED when too much is asked, by this caller or by all, and
+    INTERNAL for a fault of the service. docs/errors.md has all the reasons in
+    ErrorInfo, when they are given and what to do.
     """
 
     @_abc_1.abstractmethod
@@ -284,9 +304,10 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         at the fields. A client that breaks off, or falls silent, delays a
         Delete until its last grant has run out, and nothing else.
         Errors: UNAVAILABLE when this server is stopping or cannot grant, try
-        another one; FAILED_PRECONDITION when it has its memory switched off;
-        RESOURCE_EXHAUSTED when it has too many clients; DEADLINE_EXCEEDED when
-        the client has been silent for long.
+        another one; FAILED_PRECONDITION when it has its memory switched off, or
+        the policy limits the caller to accounts; RESOURCE_EXHAUSTED when it has
+        too many clients; DEADLINE_EXCEEDED when the client has been silent for
+        long.
         """
 
 def add_TokenServiceServicer_to_server(servicer: TokenServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,100 @@
+"""What the contract and docs/errors.md say of errors is what service and client library answer."""
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from latchkey import _status
+from latchkey.guards import grpc as guard
+from latchkey_service import errors
+from latchkey_service.access.methods import METHODS
+from latchkey_service.errors import LatchkeyError
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = (ROOT / "docs/errors.md").read_text("utf-8")
+SERVICE, LIBRARY = re.split("^## Reasons.*$", DOCUMENT, flags=re.MULTILINE)[1:]
+CLASSES: dict[str, type[LatchkeyError]] = {
+    name: value
+    for name, value in vars(errors).items()
+    if inspect.isclass(value) and issubclass(value, LatchkeyError)
+}
+
+
+def table(text: str) -> list[tuple[str, str]]:
+    """Return code and reason of each row. One without a code has that of the row before."""
+    rows, code = [], ""
+    for line in re.findall(r"^\| ?.*`.*\|$", text, re.MULTILINE):
+        first, reason, when, to_do = (cell.strip() for cell in line.strip("|").split(" | "))
+        if reason == "`ErrorInfo.reason`":
+            continue
+        assert when, line
+        assert to_do, line
+        code = first.strip("`") or code
+        rows.append((code, reason.strip("`")))
+    return rows
+
+
+def code_of(error: type[LatchkeyError]) -> str:
+    return errors._CODES[error].name
+
+
+def by_class() -> Iterator[tuple[str, str]]:
+    """Code and reason of the classes that have a reason of their own, or inherit one."""
+    for error in errors._CODES:
+        if not issubclass(error, errors.Denied):
+            yield code_of(error), error.reason
+
+
+def where_made() -> Iterator[tuple[str, str]]:
+    """Code and reason of the errors that are given one where they are made."""
+    for path in (ROOT / "service/latchkey_service").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+                continue
+            error = CLASSES.get(node.func.id)
+            if error is None:
+                continue
+            given = {keyword.arg: keyword.value for keyword in node.keywords}
+            parameters = list(inspect.signature(error.__init__).parameters.values())[1:]
+            for parameter, value in zip(parameters, node.args, strict=False):
+                if parameter.kind is parameter.VAR_POSITIONAL:
+                    break
+                given[parameter.name] = value
+            reason = given.get("reason")
+            if reason is None:
+                continue
+            # Else it could be any, and nobody would see that it is not in the document.
+            assert isinstance(reason, ast.Constant), (path, node.lineno)
+            yield code_of(error), str(reason.value)
+
+
+def test_reasons_of_the_service() -> None:
+    """The table has each reason that the service gives, with its code, once, and no other."""
+    rows = table(SERVICE)
+    assert len(rows) == len(set(rows))
+    assert set(rows) == {*by_class(), *where_made()}
+
+
+def test_reasons_of_the_library() -> None:
+    """So does that of the client library and its guard."""
+    given = {(code.name, reason) for code, _, reason in guard._REFUSALS.values()}
+    given |= {(grpc.StatusCode.UNAVAILABLE.name, reason) for _, reason, _ in _status._NO_CONNECTION}
+    rows = table(LIBRARY)
+    assert len(rows) == len(set(rows))
+    assert set(rows) == given
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("proto/latchkey/v1/*.proto")), ids=str)
+def test_contract(path: Path) -> None:
+    """Each service says which errors all of its methods share, and where the reasons are."""
+    comment = re.search(r"((?://.*\n)+)service (\w+) ", path.read_text("utf-8"))
+    assert comment is not None
+    methods = [name for name in METHODS if name.startswith(f"/latchkey.v1.{comment[2]}/")]
+    assert methods
+    for code in ("UNAUTHENTICATED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "INTERNAL"):
+        assert code in comment[1]
+    assert "docs/errors.md" in comment[1]
