@@ -190,13 +190,20 @@ def test_layout() -> None:
         assert (ROOT / path).is_dir(), path
 
 
-def test_changelog_has_this_version() -> None:
-    """The changelog has a heading for what comes and for the version in pyproject.toml."""
+def test_changelog() -> None:
+    """The changelog begins with what is not released; each version below has a date. The one in
+    pyproject.toml is among them, or is what is to be released. Each has one list of a kind."""
     project = (ROOT / "pyproject.toml").read_text("utf-8")
     match = re.search(r'^version = "(.+)"$', project, re.MULTILINE)
     assert match is not None
-    headings = re.findall(
-        r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE
+    changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    first, *sections = re.split(r"^## ", changelog, flags=re.MULTILINE)[1:]
+    assert first.startswith("[Unreleased]\n")
+    versions = [re.match(r"\[(.+)\] - \d{4}-\d\d-\d\d\n", section) for section in sections]
+    assert all(versions)
+    assert match[1] in [version[1] for version in versions if version] or (
+        f"\nNothing is released yet; this will be {match[1]}.\n" in first
     )
-    assert headings[0] == "Unreleased"
-    assert match[1] in headings
+    for section in (first, *sections):
+        kinds = re.findall(r"^### (.+)$", section, re.MULTILINE)
+        assert len(kinds) == len(set(kinds)), kinds
