@@ -85,7 +85,7 @@ class Settings(BaseSettings):
     )
     trusted_proxy: str | None = Field(
         None,
-        pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://[^\s,;\"]+$",
+        pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://[^\s,;=\"]+$",
         description="URI in the certificate of the proxy whose x-forwarded-client-cert is believed",
     )
     insecure_listen: Literal["none", "plaintext", "anonymous"] = Field(

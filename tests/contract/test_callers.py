@@ -10,6 +10,7 @@ from typing import Any
 import asyncpg
 import grpc
 import pytest
+from cryptography import x509
 from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2
 from latchkey_proto.v1 import audit_service_pb2 as audit_pb
@@ -28,6 +29,7 @@ from tests.callers import (
     channel_credentials,
     credential,
     dns_identity,
+    made,
     policy_text,
     spiffe_identity,
     stranger,
@@ -310,17 +312,6 @@ def presented(listener: str, name: str) -> list[tuple[Identity | None, Metadata]
             (None, forwarded(f"URI={uri(name)}")),
             (None, forwarded(f"DNS=elsewhere.internal;DNS={name}.internal")),
             (None, (*forwarded(f"URI={uri(name)}"), *bearer(name))),
-            # What was said to the proxy before comes first, and is nothing to us.
-            (
-                None,
-                (
-                    (
-                        "x-forwarded-client-cert",
-                        f'By=spiffe://x/y;Hash="a,b";URI={uri("operator")}',
-                    ),
-                    *forwarded(f"URI={uri(name)}"),
-                ),
-            ),
         ]
     return ways
 
@@ -393,7 +384,17 @@ async def test_what_a_proxy_may_not_say(listeners: dict[str, Listener], listener
         forwarded("DNS=manager.internal;DNS=verifier.internal"),
         # A SPIFFE name that is not known is not made up for by a DNS name that is.
         forwarded("URI=spiffe://example.org/nobody;DNS=manager.internal"),
+        # Others' elements, before and after the proxy's own.
         (*forwarded(manager), ("x-forwarded-client-cert", "By=spiffe://x/y;Hash=ab")),
+        (("x-forwarded-client-cert", "By=spiffe://x/y;Hash=ab"), *forwarded(manager)),
+        (*forwarded(manager), *forwarded(manager)),
+        forwarded(f"URI={uri('verifier')},By={PROXY};{manager}"),
+        # A SPIFFE name has no other URI beside it; and what may be a part of a name.
+        forwarded(f"URI=http://x;{manager}"),
+        forwarded(f"DNS=x;{manager}"),
+        forwarded("DNS= manager.internal"),
+        forwarded("DNS=manager.internal;x=y"),
+        forwarded("DNS=manager.internal=y"),
         (*forwarded(manager), *bearer("verifier")),
         (*forwarded(manager), *bearer("revoked")),
         (("x-forwarded-client-cert", f'By={PROXY};Subject="unclosed;{manager}'),),
@@ -407,7 +408,8 @@ async def test_what_a_proxy_may_not_say(listeners: dict[str, Listener], listener
 
 async def test_certificates_that_are_not_good(listeners: dict[str, Listener]) -> None:
     """A certificate that is expired, of another CA, or missing gets no connection; one of other
-    names gets nothing; one with two SPIFFE names, or with another's credential, neither."""
+    names gets nothing; one with two SPIFFE names, with a name that only begins as a caller's, or
+    with another's credential, neither."""
     here = listeners["mutual tls"]
     refused: list[Identity | None] = [
         spiffe_identity(uri("manager"), expired=True),
@@ -422,6 +424,11 @@ async def test_certificates_that_are_not_good(listeners: dict[str, Listener]) ->
         (dns_identity("internal"), ()),
         (spiffe_identity(uri("manager") + "/more"), ()),
         (spiffe_identity(uri("manager"), uri("verifier")), ()),
+        # gRPC tells of each the part before the NUL, which is a caller's name.
+        (made([x509.DNSName("manager.internal\0.evil.example")]), ()),
+        (made([x509.UniformResourceIdentifier(uri("manager") + "\0/evil")]), ()),
+        (made([x509.DNSName("manager.internal"), x509.DNSName("\0")]), bearer("manager")),
+        (spiffe_identity("https://manager.internal", uri("manager")), ()),
         (spiffe_identity(uri("manager")), bearer("verifier")),
         (spiffe_identity("spiffe://example.org/nobody"), bearer("manager")),
         (dns_identity("manager.internal", "verifier.internal"), ()),

@@ -50,14 +50,29 @@ def in_its_place(text: str, old: str, new: object) -> str:
     return text.replace(old, str(new))
 
 
+# What Envoy tells of a certificate: in the file, and all that it can.
+DETAILS = "set_current_client_cert_details: { uri: true, dns: true }"
+ALL_DETAILS = DETAILS.replace("{", "{ subject: true, cert: true, chain: true,")
+
+
 @pytest.fixture(scope="module")
 async def envoy(
     postgres_url: str, template_url: str, pepper_file: Path, scratch: Path
 ) -> AsyncIterator[tuple[str, str]]:
     """A Latchkey and an Envoy before it; yields the addresses of both."""
+    async with envoy_before_latchkey(
+        postgres_url, pepper_file, scratch, "envoy", CONFIGURATION
+    ) as addresses:
+        yield addresses
+
+
+@contextlib.asynccontextmanager
+async def envoy_before_latchkey(
+    postgres_url: str, pepper_file: Path, scratch: Path, where: str, configuration: str
+) -> AsyncIterator[tuple[str, str]]:
     from tests.contract.test_callers import fresh_database
 
-    folder = scratch / "envoy"
+    folder = scratch / where
     folder.mkdir()
     server = made([x509.DNSName("localhost"), x509.UniformResourceIdentifier(PROXY)])
     for name, data in {
@@ -71,7 +86,7 @@ async def envoy(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     text = in_its_place(
-        CONFIGURATION,
+        configuration,
         "address: 0.0.0.0, port_value: 50052",
         f"address: 127.0.0.1, port_value: {port}",
     )
@@ -84,7 +99,7 @@ async def envoy(
     settings = Settings(
         database_url=await fresh_database(postgres_url),
         pepper_file=pepper_file,
-        data_dir=scratch / "unused",
+        data_dir=folder / "unused",
         listen=f"unix:{folder}/latchkey.sock",
         grace_seconds=0.2,
         policy=folder / "policy.toml",
@@ -166,6 +181,49 @@ async def test_callers_behind_envoy(envoy: tuple[str, str]) -> None:
         spiffe_identity(uri("manager"), expired=True),
     ):
         assert await statuses(target, bad) == (UNAVAILABLE, UNAVAILABLE)
+
+
+# Each is somebody else's name as soon as it is read in parts, or not to its end.
+OTHERS_NAMES = [
+    x509.DNSName("x;URI=spiffe://example.org/manager"),
+    x509.DNSName(f"x,By={PROXY};URI=spiffe://example.org/manager"),
+    x509.DNSName(f"x,By={PROXY};DNS=manager.internal"),
+    x509.DNSName(" manager.internal"),
+    x509.DNSName("manager.internal\0.evil.example"),
+    x509.DNSName("manager.internal\r\n"),
+    x509.UniformResourceIdentifier(f"http://x,By={PROXY};URI=spiffe://example.org/manager"),
+    x509.UniformResourceIdentifier("http://x;URI=spiffe://example.org/manager"),
+    x509.UniformResourceIdentifier("spiffe://example.org/manager\0/evil"),
+]
+
+
+async def test_names_that_hold_others(envoy: tuple[str, str]) -> None:
+    """A certificate is nobody's by a part of a name, whatever the part is to the header."""
+    target, _ = envoy
+    for name in OTHERS_NAMES:
+        found = await statuses(target, made([name]))
+        assert set(found) <= {UNAUTHENTICATED, UNAVAILABLE}, name
+
+
+async def test_all_that_envoy_tells(
+    postgres_url: str, template_url: str, pepper_file: Path, scratch: Path
+) -> None:
+    """What Envoy tells of a certificate, all of it, is in the order that Latchkey wants."""
+    text = in_its_place(CONFIGURATION, DETAILS, ALL_DETAILS)
+    names = [
+        x509.DNSName("a.internal"),
+        x509.UniformResourceIdentifier(uri("verifier")),
+        x509.DNSName("b.internal"),
+    ]
+    async with envoy_before_latchkey(postgres_url, pepper_file, scratch, "all", text) as (
+        target,
+        _,
+    ):
+        assert await statuses(target, made(names)) == (OK, DENIED)
+        assert await statuses(target, dns_identity("x.internal", "manager.internal")) == (
+            DENIED,
+            OK,
+        )
 
 
 async def test_a_watch_behind_envoy(envoy: tuple[str, str]) -> None:

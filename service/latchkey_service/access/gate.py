@@ -105,8 +105,9 @@ class Door:
                     raise conflict()
                 authorization = value
             elif key == forwarded.HEADER and self._proxy is not None:
-                # As proxies join them (RFC 9110 §5.3).
-                header = value if header is None else f"{header},{value}"
+                if header is not None:
+                    raise _not_of_its_form()
+                header = value
         caller = None
         if authorization is not None:
             caller = by_credential(policy, bearer(authorization))
@@ -150,8 +151,7 @@ class Door:
     def _of_proxy(self, policy: Policy, header: str) -> Caller | None:
         """Return whose certificate the proxy has seen, None for no certificate."""
         try:
-            # What stands before the last one was said to our proxy by somebody else.
-            said = forwarded.parse(header)[-1]
+            said = forwarded.parse(header)
         except forwarded.ForwardedError:
             raise _not_of_its_form() from None
         if self._proxy not in said.by:

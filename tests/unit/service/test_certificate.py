@@ -109,15 +109,13 @@ def test_two_lists_of_names():
 
 @given(st.data())
 def test_damaged_certificates(data):
-    """Nothing else comes of a damaged certificate than names or the error, which says nothing."""
+    """Nothing else comes of a damaged certificate than names or the error."""
     damaged = bytearray(PLAIN)
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(0, len(PLAIN) - 1))] = data.draw(st.integers(0, 255))
     del damaged[data.draw(st.integers(0, len(PLAIN))) :]
-    try:
+    with contextlib.suppress(CertificateError):
         names_of(pem(bytes(damaged)))
-    except CertificateError as error:
-        assert not error.args
 
 
 @given(st.one_of(st.text(), st.binary().map(pem)))
