@@ -50,9 +50,7 @@ def in_its_place(text: str, old: str, new: object) -> str:
     return text.replace(old, str(new))
 
 
-# What Envoy tells of a certificate: in the file, and all that it can.
-DETAILS = "set_current_client_cert_details: { uri: true, dns: true }"
-ALL_DETAILS = DETAILS.replace("{", "{ subject: true, cert: true, chain: true,")
+DETAILS = "set_current_client_cert_details: { cert: true }"
 
 
 @pytest.fixture(scope="module")
@@ -198,32 +196,57 @@ OTHERS_NAMES = [
 
 
 async def test_names_that_hold_others(envoy: tuple[str, str]) -> None:
-    """A certificate is nobody's by a part of a name, whatever the part is to the header."""
+    """A certificate is nobody's by a part of a name, whatever the part is to the header; other
+    names beside it are what they are."""
     target, _ = envoy
-    for name in OTHERS_NAMES:
+    for name in (*OTHERS_NAMES, x509.DNSName("x;DNS=manager.internal")):
         found = await statuses(target, made([name]))
-        assert set(found) <= {UNAUTHENTICATED, UNAVAILABLE}, name
+        assert found == (UNAUTHENTICATED, UNAUTHENTICATED), name
+    names = [x509.DNSName("x;DNS=manager.internal"), x509.DNSName("verifier.internal")]
+    assert await statuses(target, made(names)) == (OK, DENIED)
+
+
+@pytest.mark.parametrize(
+    "details", ["uri: true, dns: true", "subject: true, chain: true, uri: true, dns: true"]
+)
+async def test_an_envoy_that_tells_names(
+    postgres_url: str, template_url: str, pepper_file: Path, scratch: Path, details: str
+) -> None:
+    """An Envoy may tell names instead of the certificate. It tells them in the order that Latchkey
+    wants, and parts of names that show are nobody's there either."""
+    text = in_its_place(CONFIGURATION, DETAILS, DETAILS.replace("cert: true", details))
+    where = f"names {len(details)}"
+    async with envoy_before_latchkey(postgres_url, pepper_file, scratch, where, text) as (
+        target,
+        _,
+    ):
+        names = [
+            x509.DNSName("a.internal"),
+            x509.UniformResourceIdentifier(uri("verifier")),
+            x509.DNSName("b.internal"),
+        ]
+        assert await statuses(target, made(names)) == (OK, DENIED)
+        manager = dns_identity("x.internal", "manager.internal")
+        assert await statuses(target, manager) == (DENIED, OK)
+        for name in OTHERS_NAMES:
+            found = await statuses(target, made([name]))
+            # Latchkey ends the connection at what HTTP does not allow.
+            assert set(found) <= {UNAUTHENTICATED, UNAVAILABLE}, name
 
 
 async def test_all_that_envoy_tells(
     postgres_url: str, template_url: str, pepper_file: Path, scratch: Path
 ) -> None:
-    """What Envoy tells of a certificate, all of it, is in the order that Latchkey wants."""
-    text = in_its_place(CONFIGURATION, DETAILS, ALL_DETAILS)
-    names = [
-        x509.DNSName("a.internal"),
-        x509.UniformResourceIdentifier(uri("verifier")),
-        x509.DNSName("b.internal"),
-    ]
+    """Of all that Envoy can tell, the certificate counts."""
+    details = "subject: true, cert: true, chain: true, uri: true, dns: true"
+    text = in_its_place(CONFIGURATION, DETAILS, DETAILS.replace("cert: true", details))
     async with envoy_before_latchkey(postgres_url, pepper_file, scratch, "all", text) as (
         target,
         _,
     ):
-        assert await statuses(target, made(names)) == (OK, DENIED)
-        assert await statuses(target, dns_identity("x.internal", "manager.internal")) == (
-            DENIED,
-            OK,
-        )
+        assert await statuses(target, "verifier") == (OK, DENIED)
+        forged = made([x509.DNSName("x;DNS=manager.internal")])
+        assert await statuses(target, forged) == (UNAUTHENTICATED, UNAUTHENTICATED)
 
 
 async def test_a_watch_behind_envoy(envoy: tuple[str, str]) -> None:

@@ -6,14 +6,15 @@ double quotes, its own quotes after a backslash.
 
 Envoy (1.40) itself writes the client's names unquoted, whatever is in them, so that a name can look
 like more pairs or elements. Hence one element alone is taken, and pairs in the order in which Envoy
-writes them, where names are last. Whether to believe the header is the listener's affair
-(`gate.py`).
+writes them, where names are last; and the certificate itself is better than what is said of it.
+Whether to believe the header is the listener's affair (`gate.py`).
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import unquote_to_bytes
 
 __all__ = ["HEADER", "Forwarded", "ForwardedError", "parse"]
 
@@ -38,6 +39,8 @@ class Forwarded:
     by: tuple[str, ...]
     uris: tuple[str, ...]
     dns: tuple[str, ...]
+    pem: bytes
+    """The client's certificate, empty where the proxy does not send it."""
     certificate: bool
     """Whether there was a certificate at all: a header without one names nobody."""
 
@@ -58,6 +61,7 @@ def parse(header: str) -> Forwarded:
         by=_values(pairs, "by"),
         uris=_values(pairs, "uri"),
         dns=_values(pairs, "dns"),
+        pem=unquote_to_bytes("".join(_values(pairs, "cert"))),
         certificate=any(value for key, value in pairs if key != "by"),
     )
 

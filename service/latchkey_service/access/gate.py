@@ -158,6 +158,8 @@ class Door:
             raise Unauthenticated("The call came by a proxy that is not known.", "PROXY_UNKNOWN")
         if not said.certificate:
             return None
+        if said.pem:
+            return _of_certificate(policy, said.pem)
         return by_certificate(policy, said.uris, said.dns)
 
 
@@ -206,7 +208,7 @@ def within_accounts(path: str, caller: Caller, answer: bytes) -> bytes:
 
 
 def _of_certificate(policy: Policy, pem: bytes) -> Caller:
-    """Return whose certificate this is, which TLS has verified."""
+    """Return whose certificate this is, which TLS or the proxy has verified."""
     try:
         names = names_of(pem.decode("ascii"))
     except (CertificateError, UnicodeDecodeError):

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from latchkey_service.access.forwarded import Forwarded, ForwardedError, parse
 
 
-def said(by=(), uris=(), dns=(), certificate=True):
-    return Forwarded(tuple(by), tuple(uris), tuple(dns), certificate)
+def said(by=(), uris=(), dns=(), certificate=True, pem=b""):
+    return Forwarded(tuple(by), tuple(uris), tuple(dns), pem, certificate)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,7 @@ def said(by=(), uris=(), dns=(), certificate=True):
                 ["spiffe://a/envoy", "spiffe://a/two"],
                 ["spiffe://a/client"],
                 ["a.internal", "www.a.internal"],
+                pem=b"a b",
             ),
         ),
         (
@@ -42,7 +43,7 @@ def said(by=(), uris=(), dns=(), certificate=True):
     ],
 )
 def test_what_is_read(header, found):
-    """The names in each value, quotes undone."""
+    """The names in each value and the certificate, quotes and percent-encoding undone."""
     assert parse(header) == found
 
 

@@ -1,6 +1,7 @@
 """The door of a listener: what it says of certificates and headers, and what it remembers."""
 
 import tracemalloc
+from urllib.parse import quote
 
 import pytest
 from cryptography import x509
@@ -51,6 +52,36 @@ def test_certificates(identity, expected):
     door = Door(Gate(parse(policy_text())), tls=True)
     for _ in range(2):
         assert outcome(door, Call(identity=identity)) == expected
+
+
+def told(identity, names=""):
+    """What Envoy says with the certificate itself."""
+    return Call(f'By={PROXY};Hash=ab;Cert="{quote(identity.certificate, safe="")}"{names}')
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (told(spiffe_identity(uri("verifier"))), "verifier"),
+        (told(dns_identity("x.internal", "verifier.internal")), "verifier"),
+        # What is in the certificate counts, and nothing that is said of it.
+        (told(dns_identity("verifier.internal"), ";URI=;DNS=manager.internal"), "verifier"),
+        (told(dns_identity("x.internal"), ";URI=;DNS=manager.internal"), "CERTIFICATE_UNKNOWN"),
+        (told(made([x509.DNSName("x;DNS=manager.internal")])), "CERTIFICATE_UNKNOWN"),
+        (told(made([x509.DNSName("verifier.internal\0")])), "CERTIFICATE_MALFORMED"),
+        (Call(f'By={PROXY};Cert="x";URI={uri("verifier")}'), "CERTIFICATE_MALFORMED"),
+        (Call(f'By={PROXY};Cert="%ff";URI={uri("verifier")}'), "CERTIFICATE_MALFORMED"),
+        (Call(f'By={PROXY};Cert="";URI={uri("verifier")}'), "verifier"),
+        (Call(f"By={PROXY};URI={uri('verifier')},By={PROXY}"), "PROXY_MALFORMED"),
+        (Call(f"URI={uri('verifier')}"), "PROXY_UNKNOWN"),
+        (Call(f"By={PROXY}"), "CALLER_ANONYMOUS"),
+    ],
+)
+def test_certificates_through_a_proxy(call, expected):
+    """A proxy's header names the holder of the certificate in it, where it has one."""
+    door = Door(Gate(parse(policy_text())), proxy=PROXY)
+    for _ in range(2):
+        assert outcome(door, call) == expected
 
 
 def test_what_is_remembered_is_the_policys():
