@@ -16,17 +16,21 @@ from pathlib import Path
 
 import grpc
 import pytest
+import trustme
+from cryptography import x509
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.access.credentials import digest_of
 
 from tests.callers import (
     CALLERS,
+    Identity,
     authority,
     ca_pem,
     channel_credentials,
     credential,
     dns_identity,
+    made,
     policy_text,
     spiffe_identity,
     uri,
@@ -73,9 +77,15 @@ def policy(folder: Path) -> Path:
     return path
 
 
+def encrypted(
+    target: str, name: str = "verifier"
+) -> contextlib.AbstractAsyncContextManager[grpc.aio.Channel]:
+    return secured(target, spiffe_identity(uri(name)))
+
+
 @contextlib.asynccontextmanager
-async def encrypted(target: str, name: str = "verifier") -> AsyncIterator[grpc.aio.Channel]:
-    credentials = channel_credentials(spiffe_identity(uri(name)))
+async def secured(target: str, identity: Identity) -> AsyncIterator[grpc.aio.Channel]:
+    credentials = channel_credentials(identity)
     async with grpc.aio.secure_channel(target, credentials, options=CHANNEL_OPTIONS) as channel:
         await eventually(lambda: is_serving(channel), "health is up")
         yield channel
@@ -193,8 +203,12 @@ async def test_the_policy_while_it_runs(run: Run, folder: Path, policy: Path) ->
 async def test_tls(run: Run, folder: Path, policy: Path) -> None:
     """Several workers serve TLS on one address, in version 1.3 alone, beside the plaintext one;
     files that change are used for new connections, drop none of the old ones, and are refused as
-    long as they do not go together."""
+    long as they do not go together. What stands around certificates does not matter, not in the
+    bundle of CAs either, which gets another one."""
     files = write_server_files(folder)
+    comment = "# Főtanúsítvány\n".encode()
+    for name in files:
+        files[name].write_bytes(comment + files[name].read_bytes())
     port = free_port()
     target = f"localhost:{port}"
     service = run(policy=policy, tls_listen=target, workers=2, **files)
@@ -225,6 +239,14 @@ async def test_tls(run: Run, folder: Path, policy: Path) -> None:
         assert await verify(first) is grpc.StatusCode.OK
         async with encrypted(target, "manager") as second:
             assert await verify(second) is grpc.StatusCode.PERMISSION_DENIED
+
+        other = trustme.CA()
+        bundle = comment + ca_pem() + comment + other.cert_pem.bytes()
+        files["tls_client_ca"].write_bytes(bundle)
+        joined = made([x509.DNSName("verifier.internal")], signed_by=other)
+        for _ in range(4):
+            async with secured(target, joined) as third:
+                assert await verify(third) is grpc.StatusCode.OK
     assert [line for line in service.log if line["event"] == "certificates refused"]
     assert await service.end() == 0
 
