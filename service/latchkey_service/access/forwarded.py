@@ -45,9 +45,14 @@ class Forwarded:
     """Whether there was a certificate at all: a header without one names nobody."""
 
 
-def parse(header: str) -> Forwarded:
-    """Return what the header's one element says. Raises ForwardedError."""
-    if len(header) > LENGTH_MAX or not header.isascii() or not header.isprintable():
+def parse(header: str | bytes) -> Forwarded:
+    """Return what the header's one element says. Raises ForwardedError.
+
+    Bytes are what transports hand on where they find no text.
+    """
+    if isinstance(header, bytes) or len(header) > LENGTH_MAX:
+        raise ForwardedError
+    if not header.isascii() or not header.isprintable():
         raise ForwardedError
     pairs: list[tuple[str, str]] = []
     before = 0

@@ -72,6 +72,7 @@ def test_what_is_read(header, found):
         "By=x;URI=y\n",
         "By=x;URI=y\xa0",
         "By=x;DNS=\u212aelvin.internal",
+        b"By=x;DNS=a.internal",
     ],
 )
 def test_what_is_refused(header):

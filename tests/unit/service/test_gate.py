@@ -73,6 +73,7 @@ def told(identity, names=""):
         (Call(f'By={PROXY};Cert="%ff";URI={uri("verifier")}'), "CERTIFICATE_MALFORMED"),
         (Call(f'By={PROXY};Cert="";URI={uri("verifier")}'), "verifier"),
         (Call(f"By={PROXY};URI={uri('verifier')},By={PROXY}"), "PROXY_MALFORMED"),
+        (Call(f"By={PROXY};DNS=\xff".encode("latin-1")), "PROXY_MALFORMED"),
         (Call(f"URI={uri('verifier')}"), "PROXY_UNKNOWN"),
         (Call(f"By={PROXY}"), "CALLER_ANONYMOUS"),
     ],
