@@ -17,9 +17,11 @@ import psutil
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from latchkey_service import supervisor
+from latchkey_service.config import Settings
 from latchkey_service.embedded import EmbeddedPostgres
 
-from tests.support import CHANNEL_OPTIONS, Service, eventually, is_serving, outcome
+from tests.support import CHANNEL_OPTIONS, WAIT_SECONDS, Service, eventually, is_serving, outcome
 
 if TYPE_CHECKING:
     from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
@@ -349,3 +351,25 @@ async def test_a_restarted_worker_costs_no_call(run: Run, database_url: str, fol
         await eventually(partial(replaced, service, others), "a new worker")
     stop.set()
     await asyncio.gather(*clients)
+
+
+async def test_a_worker_that_takes_no_policies(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that hangs is killed before what it was handed and has not taken fills the memory;
+    it would go by a policy of long ago. A worker that has some catching up to do is not."""
+    monkeypatch.setattr(supervisor, "BACKLOG_MAX_BYTES", 1_000_000)
+    settings = Settings(policy=folder / "policy.toml")
+    keeper = supervisor._Supervisor(settings, "postgresql://h", "127.0.0.1:0", None, None, "")
+    process = await asyncio.create_subprocess_exec("sleep", "60", stdin=subprocess.PIPE)
+    keeper._processes.add(process)
+    try:
+        keeper._hand_policy("#" * 900_000)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(process.wait(), 0.05)
+        keeper._hand_policy("#" * 900_000)
+        assert await asyncio.wait_for(process.wait(), WAIT_SECONDS) == -signal.SIGKILL
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
