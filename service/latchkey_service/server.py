@@ -257,17 +257,18 @@ async def running(
     server.policy_file = policy_file
     retention = timedelta(days=settings.tombstone_retention_days)
     audit_retention = timedelta(days=settings.audit_retention_days)
+    # They too: who calls meanwhile is asked by the policy of now, and is written down.
+    lasting = [audit.run(), server.guard.run()]
+    if policy_file is not None:
+        lasting.append(policy_file.follow())
+    lasts = [beating, listening, *map(begin, lasting)]
     background = [
         follow_store(store, heart.has_lease, server.set_serving),
         summarise(counts, gauges),
         purge(store, retention, _now),
         prune_log(table, settings.lease_seconds),
-        audit.run(),
         purge_audit(audit_table, audit_retention, _now),
-        server.guard.run(),
     ]
-    if policy_file is not None:
-        background.append(policy_file.follow())
     tasks = [begin(work) for work in background]
     try:
         yield server
@@ -275,7 +276,7 @@ async def running(
         await _end(*tasks)
         drained = await server.stop(settings.grace_seconds)
         # After the last answer, and not before: the row stands for what may still be answered.
-        await _end(beating, listening)
+        await _end(*lasts)
         await audit.close()
         await asyncio.gather(
             heart.stop(remove=drained), confirmer.close(), lookup.close(), store.close()
