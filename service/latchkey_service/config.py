@@ -103,7 +103,9 @@ class Settings(BaseSettings):
         "sockets, not behind a proxy",
     )
     database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = Field(
-        None, description="any Postgres from 15 on; unset: an embedded one in DATA_DIR"
+        None,
+        description="any Postgres from 15 on, of several hosts the primary; "
+        "unset: an embedded one in DATA_DIR",
     )
     data_dir: Path = Field(
         default_factory=default_data_dir,

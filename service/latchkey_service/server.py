@@ -261,14 +261,14 @@ async def running(
     await server.start()
     retention = timedelta(days=settings.tombstone_retention_days)
     audit_retention = timedelta(days=settings.audit_retention_days)
+    # They too: who calls meanwhile is written down.
+    lasts = [beating, listening, begin(audit.run()), begin(server.guard.run())]
     background = [
         follow_store(store, heart.has_lease, server.set_serving),
         summarise(counts, gauges),
         purge(store, retention, _now),
         prune_log(table, settings.lease_seconds),
-        audit.run(),
         purge_audit(audit_table, audit_retention, _now),
-        server.guard.run(),
     ]
     tasks = [begin(work) for work in background]
     try:
@@ -277,7 +277,7 @@ async def running(
         await _end(*tasks)
         drained = await server.stop(settings.grace_seconds)
         # After the last answer, and not before: the row stands for what may still be answered.
-        await _end(beating, listening)
+        await _end(*lasts)
         await audit.close()
         await asyncio.gather(
             heart.stop(remove=drained), confirmer.close(), lookup.close(), store.close()
