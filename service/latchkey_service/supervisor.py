@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -223,7 +224,30 @@ class _Supervisor:
         delay = RESTART_SECONDS_MIN
         while not self._stop.is_set():
             started = loop.time()
-            process = await self._spawn()
+            end: dict[str, object]
+            try:
+                end = {"exit_code": await self._run_worker(number, ready)}
+            except OSError as error:
+                # No process, pipe or file is to be had, which as a rule will pass: where memory is
+                # short, it may be why the last one ended. The other workers go on.
+                end = {"not_started": error.strerror}
+                if not ready.is_set():
+                    message = f"worker {number} cannot be started: {error.strerror}"
+                    raise StartError(message) from error
+            if self._stop.is_set():
+                return
+            if loop.time() - started > HEALTHY_SECONDS:
+                delay = RESTART_SECONDS_MIN
+            self._log.error("worker died", worker=number, restart_seconds=delay, **end)
+            await self._unless_stopped(asyncio.create_task(asyncio.sleep(delay)))
+            delay = min(delay * 2, RESTART_SECONDS_MAX)
+
+    async def _run_worker(self, number: int, ready: asyncio.Event) -> int | None:
+        """Run a worker until it ends or we stop; return its exit code. Raises OSError when there is
+        none to be had, and StartError when the first one does not come up."""
+        # What it leaves there when it is killed goes with it: a socket of `native`'s.
+        with tempfile.TemporaryDirectory(prefix="lk-", ignore_cleanup_errors=True) as folder:
+            process = await self._spawn(folder)
             try:
                 if await self._comes_up(process):
                     ready.set()
@@ -234,19 +258,12 @@ class _Supervisor:
             finally:
                 await self._end(process)
                 self._processes.discard(process)
-            if self._stop.is_set():
-                return
-            if loop.time() - started > HEALTHY_SECONDS:
-                delay = RESTART_SECONDS_MIN
-            self._log.error(
-                "worker died", worker=number, exit_code=process.returncode, restart_seconds=delay
-            )
-            await self._unless_stopped(asyncio.create_task(asyncio.sleep(delay)))
-            delay = min(delay * 2, RESTART_SECONDS_MAX)
+            return process.returncode
 
-    async def _spawn(self) -> asyncio.subprocess.Process:
+    async def _spawn(self, folder: str) -> asyncio.subprocess.Process:
+        """Start a worker whose temporary files are in this folder. Raises OSError."""
         # grpcio's core writes a line for each of some frames, which clients send by the thousand.
-        environment = {"GRPC_VERBOSITY": "ERROR", **os.environ}
+        environment = {"GRPC_VERBOSITY": "ERROR", **os.environ, "TMPDIR": folder}
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             # Without the current folder on the path: a stray asyncpg.py there must not be loaded.
