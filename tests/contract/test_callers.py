@@ -17,6 +17,7 @@ from latchkey_proto.v1 import audit_service_pb2 as audit_pb
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.access.methods import METHODS
+from latchkey_service.access.policy import PolicyError
 from latchkey_service.config import Settings
 from latchkey_service.server import Server
 
@@ -37,7 +38,7 @@ from tests.callers import (
     write_server_files,
 )
 from tests.conftest import TEMPLATE, serving_as, with_database
-from tests.support import eventually, session
+from tests.support import session
 
 TOKENS = "/latchkey.v1.TokenService/"
 STATUS = "/latchkey.v1.StatusService/GetStatus"
@@ -76,7 +77,6 @@ class Listener:
     name: str
     target: str
     server: Server
-    policy: Path
     database_url: str
     secrets: dict[str, str]
     ids: dict[str, str]
@@ -141,7 +141,7 @@ async def listeners(
             for name in names:
                 target = server.address if name == names[0] else server.tls_address
                 assert target is not None
-                found[name] = Listener(name, target, server, policy, url, secrets, ids)
+                found[name] = Listener(name, target, server, url, secrets, ids)
         yield found
 
 
@@ -555,8 +555,6 @@ async def test_a_right_that_is_taken_away(
     broken changes nothing."""
     here = listeners[listener]
     identity, metadata = presented(listener, "verifier")[way]
-    file = here.server.policy_file
-    assert file is not None
     question = pb.VerifyRequest(secret=here.secrets[ACCOUNT])
     try:
         async with contextlib.AsyncExitStack() as stack:
@@ -564,11 +562,11 @@ async def test_a_right_that_is_taken_away(
             stream = await stack.enter_async_context(watching(channel, metadata))
             await stream.write(pb.WatchRequest(number=1))
             assert await stream.read() is not grpc.aio.EOF
-            here.policy.write_text("[callers.verifier]\nroles = [")
-            await file.reload()
+            with pytest.raises(PolicyError):
+                await here.server.take_policy("[callers.verifier]\nroles = [")
             await unary(channel, TOKENS + "Verify", question, metadata)
-            here.policy.write_text(policy_text([n for n in CALLERS if n != "verifier"]))
-            await file.reload()
+            others = [name for name in CALLERS if name != "verifier"]
+            await here.server.take_policy(policy_text(others))
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await unary(channel, TOKENS + "Verify", question, metadata)
             assert caught.value.code() is UNAUTHENTICATED
@@ -582,28 +580,4 @@ async def test_a_right_that_is_taken_away(
                 assert await ended()
             assert caught.value.code() is UNAUTHENTICATED
     finally:
-        here.policy.write_text(policy_text())
-        await file.reload()
-
-
-async def test_the_file_is_followed(listeners: dict[str, Listener]) -> None:
-    """A changed policy comes into force by itself."""
-    here = listeners["native"]
-    question = pb.VerifyRequest(secret=here.secrets[ACCOUNT])
-    try:
-        here.policy.write_text(policy_text([n for n in CALLERS if n != "verifier"]))
-        async with here.channel() as channel:
-
-            async def refused() -> bool:
-                try:
-                    await unary(channel, TOKENS + "Verify", question, bearer("verifier"))
-                except grpc.aio.AioRpcError as error:
-                    return error.code() is UNAUTHENTICATED
-                return False
-
-            await eventually(refused, "the new policy is in force")
-    finally:
-        here.policy.write_text(policy_text())
-        file = here.server.policy_file
-        assert file is not None
-        await file.reload()
+        await here.server.take_policy(policy_text())
