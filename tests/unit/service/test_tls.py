@@ -58,6 +58,8 @@ def test_what_stands_around_certificates(files, comment):
         (ca_pem() + ca_pem().replace(b"MII", b"AAA", 1), "has no certificates in PEM"),
         (ca_pem() + ca_pem().replace(b"MII", b"\0", 1), ""),
     ],
+    # Certificates differ from process to process, and names of tests must not.
+    ids=["empty", "indented", "nothing in it", "not ASCII", "no DER", "NUL"],
 )
 def test_what_is_wrong_with_a_bundle(files, text, reason):
     """It is told by the setting, the file, and the reason."""
@@ -98,6 +100,7 @@ def test_a_bundle_that_changes(files, fetch, comment):
 @pytest.mark.parametrize(
     "text",
     [b"", b"\xff", ca_pem().replace(b"MII", b"\xc3\xa9", 1), ca_pem().replace(b"MII", b"\0", 1)],
+    ids=["empty", "no text", "not ASCII", "NUL"],
 )
 def test_a_bundle_that_is_broken_meanwhile(files, fetch, text):
     """It is told once, changes nothing, and the next one that is right comes into force."""
