@@ -22,6 +22,7 @@ _MODULE = "latchkey_service"
 _NEEDED = (
     _MODULE,
     "asyncpg",
+    "cryptography",
     "grpc_health",
     "grpc_reflection",
     "platformdirs",
