@@ -52,6 +52,13 @@ def latchkey(*arguments: str, **environment: str) -> subprocess.CompletedProcess
         ("--account acme --oidc-issuer https://id.example.com", "exclude each other"),
         ("--account-header X-User", "worth nothing"),
         ("--oidc-issuer https://x --oidc-client-id a --oidc-client-secret-file /no", "cannot be"),
+        ("--account acme --public-url https://[", "scheme and host"),
+        ("--oidc-issuer https://[ --oidc-client-id a", "provider's address"),
+        (
+            "--account-header X-User --trusted-proxy 127.0.0.1 --public-url https://x"
+            " --listen a..b:80",
+            "cannot be had",
+        ),
     ],
 )
 def test_what_is_unsafe_does_not_start(arguments: str, words: str) -> None:

@@ -67,18 +67,20 @@ def _bound(settings: Settings) -> socket.socket:
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # what no name can look like is a UnicodeError
         where = f"{settings.host}:{settings.port}"
-        raise SettingsError(
-            f"--listen: {where} cannot be had: {error.strerror or error}; choose another"
-        ) from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise SettingsError(f"--listen: {where} cannot be had: {reason}; choose another") from error
 
 
 def _with_port(settings: Settings, port: int) -> Settings:
     """Return the settings with the port that port 0 has become."""
     if settings.port != 0:
         return settings
-    return replace(settings, port=port, public_url=settings.public_url.replace(":0", f":{port}"))
+    public_url = settings.public_url
+    if public_url.endswith(":0"):
+        public_url = f"{public_url.removesuffix('0')}{port}"
+    return replace(settings, port=port, public_url=public_url)
 
 
 def _whose(settings: Settings) -> str:
