@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -16,7 +18,7 @@ import pytest
 from latchkey_cli import console as command
 
 from tests.console.processes import Console, console, run
-from tests.support import WAIT_SECONDS
+from tests.support import WAIT_SECONDS, eventually
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^<!-- test: ([a-z ]+) -->\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -156,6 +158,73 @@ def test_a_stop_that_comes_while_it_starts() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("API Tokens: ")
+
+
+@contextlib.contextmanager
+def asking(url: str, latchkey: socket.socket) -> Iterator[Future[httpx.Response]]:
+    """Ask the page for the list, from the moment that it asks a Latchkey that does not answer."""
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(httpx.get, url, timeout=WAIT_SECONDS)
+        latchkey.settimeout(WAIT_SECONDS)
+        with latchkey.accept()[0]:
+            yield asked
+
+
+def test_a_second_stop_changes_nothing(tmp_path: Path) -> None:
+    """Whoever presses Ctrl-C again gets the same end: what is under way is answered, no faults."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        target = f"127.0.0.1:{silent.getsockname()[1]}"
+        running = Console(tmp_path / "page", "--account", "acme", "--target", target)
+        try:
+            url = run(running.url())
+            with asking(url, silent) as asked:
+                for _ in range(2):
+                    running.send(signal.SIGINT)
+                    run(eventually(lambda: refuses(url), "the page takes nothing new"))
+                # Now Latchkey is away, and the page has its answer.
+                silent.close()
+            assert "Latchkey cannot be reached" in asked.result().text
+            assert running.wait() == 0
+        finally:
+            running.end()
+    assert "ERROR" not in running.log
+
+
+def refuses(url: str) -> bool:
+    """Tell whether nobody listens at `url` any more."""
+    parts = httpx.URL(url)
+    try:
+        socket.create_connection((parts.host, parts.port or 80), WAIT_SECONDS).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+IMPATIENT = """
+import sys
+from latchkey_console import running
+from latchkey_cli.main import main
+
+running.GRACE_SECONDS = 1
+sys.exit(main())
+"""
+
+
+def test_what_is_under_way_for_too_long_is_told_in_a_line(tmp_path: Path) -> None:
+    """The end does not wait for a request for ever, and tells of it without a traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        target = f"127.0.0.1:{silent.getsockname()[1]}"
+        start = (sys.executable, "-c", IMPATIENT)
+        running = Console(tmp_path / "page", "--account", "acme", "--target", target, start=start)
+        try:
+            with asking(run(running.url()), silent) as asked:
+                running.send(signal.SIGINT)
+                assert asked.result().status_code == 500
+            assert running.wait() == 0
+        finally:
+            running.end()
+    assert "Cancel 1 running task" in running.log
+    assert "Traceback" not in running.log
 
 
 def test_queries_and_names_are_in_no_log(tmp_path: Path) -> None:
