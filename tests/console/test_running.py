@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import get_type_hints
 
 import httpx
 import pytest
@@ -57,8 +58,7 @@ def latchkey(*arguments: str, **environment: str) -> subprocess.CompletedProcess
         ("--account acme --public-url https://[", "scheme and host"),
         ("--oidc-issuer https://[ --oidc-client-id a", "provider's address"),
         (
-            "--account-header X-User --trusted-proxy 127.0.0.1 --public-url https://x"
-            " --listen a..b:80",
+            "--account-header X --trusted-proxy ::1 --public-url https://x --listen a..b:80",
             "cannot be had",
         ),
     ],
@@ -254,16 +254,51 @@ def test_commands_of_the_readme(tmp_path: Path) -> None:
 
 
 def test_options_of_the_readme() -> None:
-    """The README's table has every option, in whatever order, with its default."""
+    """The README's table has every option, in whatever order, with its variable and default."""
     from latchkey_console import settings
 
-    rows = dict(re.findall(r"^\| `(--[a-z-]+)` \| (.+?) \|", README, re.MULTILINE))
+    cells = re.findall(r"^\| `--([a-z-]+)` \| `(LATCHKEY_\w+)` \| (.+?) \|", README, re.MULTILINE)
+    rows = {option: (variable, default) for option, variable, default in cells}
     shown = latchkey("console", "--help", COLUMNS="200").stdout
-    assert set(rows) == set(re.findall(r"(--[a-z-]+)", shown)) - {"--help"}
+    assert {f"--{option}" for option in rows} == set(re.findall(r"(--[a-z-]+)", shown)) - {"--help"}
+    variables = {
+        name.replace("_", "-"): hint.__metadata__[0].envvar
+        for name, hint in get_type_hints(command.console, include_extras=True).items()
+        if name != "return"
+    }
+    assert {option: variable for option, (variable, _) in rows.items()} == variables
     defaults = (settings.CLAIM, settings.LISTEN, settings.TARGET)
-    assert tuple(rows[f"--{o}"] for o in ("oidc-claim", "listen", "target")) == tuple(
+    assert tuple(rows[o][1] for o in ("oidc-claim", "listen", "target")) == tuple(
         f"`{value}`" for value in defaults
     )
+
+
+def test_several_proxies_in_the_variable() -> None:
+    """In the variable, spaces separate the addresses of several proxies; all of them are read."""
+    done = latchkey(
+        "console",
+        LATCHKEY_CONSOLE_ACCOUNT_HEADER="X-User",
+        LATCHKEY_CONSOLE_TRUSTED_PROXY="127.0.0.1 10.1.0.0/16 third",
+        LATCHKEY_CONSOLE_PUBLIC_URL="https://tokens.example.com",
+    )
+    assert done.returncode == 2
+    assert "--trusted-proxy third: " in done.stderr
+
+
+def test_make_console_without_its_service() -> None:
+    """Where the service does not start, what is told to do instead works as it is told."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "latchkey_console.together", "team-7"],
+        env=clean | {"LATCHKEY_LISTEN": "nowhere"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=WAIT_SECONDS,
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith(": .venv/bin/latchkey console --account team-7\n")
 
 
 @pytest.mark.xdist_group("readme")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -406,7 +407,7 @@ async def test_a_closed_pipe_is_quiet(
         os.close(writer)
     assert (listed.code, listed.err) == (141, "")
     assert created.code == 1
-    assert "latchkey delete tok_" in created.err
+    assert re.search(r"'latchkey delete tok_[0-9a-z]{26} -a acme'", created.err)
 
 
 async def test_completion_works(run: Run) -> None:

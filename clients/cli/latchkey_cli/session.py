@@ -106,7 +106,7 @@ def _words(error: latchkey.LatchkeyError, doing: Doing, target: str) -> tuple[st
             wrong = [f"{v.field}: {v.description.rstrip('. ')}" for v in error.field_violations]
             return "; ".join(wrong) or str(error), "correct it and try again", Exit.USAGE
         case latchkey.NotFound():
-            to_do = "check --account and the ID, 'latchkey list' shows what there is"
+            to_do = "check --account and the ID; 'latchkey list -a ACCOUNT' shows what there is"
             return "the account has no such token", to_do, Exit.NOT_FOUND
         case latchkey.AlreadyExists():
             to_do = "choose another name, or delete that token first"
