@@ -79,7 +79,7 @@ def create(
             ttl=expiry.ttl,
             labels=labels,
         )
-        created = session.run(call, Doing(f"create token '{name}'", if_lost))
+        created = session.run(call, Doing(f"create token '{name}'", if_lost, once=True))
     try:
         _hand_over(created, as_json=as_json)
     except (OSError, ClosedPipe) as error:
