@@ -293,13 +293,17 @@ class _Engine:
 
 
 def ignore_idle_poller(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Handle an event loop's exceptions as usual, but for one that means nothing."""
-    # With several event loops in a process, gRPC wakes all of them for each event, and those that
-    # come too late log this error: https://github.com/grpc/grpc/issues/25364
-    if isinstance(context.get("exception"), BlockingIOError) and "PollerCompletionQueue" in str(
-        context.get("message")
-    ):
-        return
+    """Handle an event loop's exceptions as usual, but for two that mean nothing."""
+    if "PollerCompletionQueue" in str(context.get("message")):
+        error = context.get("exception")
+        # With several event loops in a process, gRPC wakes all of them for each event, and those
+        # that come too late log this error: https://github.com/grpc/grpc/issues/25364
+        if isinstance(error, BlockingIOError):
+            return
+        # The one that comes first passes the event on, here to one that has ended since, as that of
+        # a verifier that was closed. Nobody waits for it any more.
+        if isinstance(error, RuntimeError) and str(error) == "Event loop is closed":
+            return
     loop.default_exception_handler(context)
 
 

@@ -105,6 +105,29 @@ async def test_a_forgotten_verifier_ends(watched: FakeLatchkey, secret: str) -> 
     assert "latchkey verifier" not in names
 
 
+@pytest.mark.parametrize(
+    ("callback", "error", "told"),
+    [
+        ("PollerCompletionQueue._handle_events()", BlockingIOError(), False),
+        ("PollerCompletionQueue._handle_events()", RuntimeError("Event loop is closed"), False),
+        ("PollerCompletionQueue._handle_events()", RuntimeError("anything else"), True),
+        ("something_else()", RuntimeError("Event loop is closed"), True),
+    ],
+)
+async def test_only_what_means_nothing_is_not_told(
+    monkeypatch: pytest.MonkeyPatch, callback: str, error: Exception, told: bool
+) -> None:
+    """Events that gRPC has for an event loop that was closed, with its verifier, are nobody's
+    concern; whatever else goes wrong on an event loop is told."""
+    heard: list[object] = []
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(loop, "default_exception_handler", heard.append)
+    loop.call_exception_handler(
+        {"message": f"Exception in callback {callback}", "exception": error}
+    )
+    assert bool(heard) is told
+
+
 def test_before_its_first_use_there_is_no_thread(dead_target: str) -> None:
     """Making one costs no thread and no connection, nor does what needs no service."""
     with sync.Verifier(dead_target) as verifier:
