@@ -41,7 +41,14 @@ def problems(settings: "Settings") -> list[str]:
     """Return what is wrong with settings that do not go together, and what to set instead."""
     found = []
     local = is_local(settings.listen)
-    if not local and settings.insecure_listen != "anonymous":
+    if settings.policy is not None and settings.insecure_listen == "anonymous":
+        # On a local address as well: it would let everyone in once the policy is gone.
+        found.append(
+            f"{PREFIX}INSECURE_LISTEN: anonymous is for a service without a policy. With "
+            f"{PREFIX}POLICY, leave it out and keep {PREFIX}LISTEN on 127.0.0.1; or set "
+            f"{PREFIX}INSECURE_LISTEN=plaintext where the network encrypts"
+        )
+    elif not local and settings.insecure_listen != "anonymous":
         if settings.policy is None:
             found.append(
                 f"{PREFIX}LISTEN: {settings.listen} is reached from elsewhere, and without a "

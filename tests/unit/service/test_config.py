@@ -1,7 +1,7 @@
 """Settings: what is refused, and that no password is ever shown."""
 
 import pytest
-from latchkey_service.config import ConfigError, describe, load
+from latchkey_service.config import ConfigError, describe, from_json, load, to_json
 
 HIDDEN = "hunter2"
 
@@ -60,3 +60,37 @@ def test_all_wrong_settings_are_named_at_once(monkeypatch):
     with pytest.raises(ConfigError) as caught:
         load()
     assert len(str(caught.value).splitlines()) == 2
+
+
+def test_settings_are_handed_over(monkeypatch, tmp_path):
+    """Another process gets them as they are, passwords too, and knows which were set; what its own
+    environment and `.env` say does not matter, nor what is set to nothing."""
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "DATABASE_URL": f"postgresql://u:{HIDDEN}@h:5432/db",
+        "POLICY": "pol\xefcy.toml",
+        "LISTEN": "unix:/run/latchkey.sock",
+        "LEASE_SECONDS": "0.7",
+        "CACHE": "off",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv("LATCHKEY_" + name, value)
+    before = load()
+    line = to_json(before.model_copy(update={"tls_listen": None}))
+    for name in given:
+        monkeypatch.delenv("LATCHKEY_" + name)
+    monkeypatch.setenv("LATCHKEY_TRANSPORT", "grpcio")
+    monkeypatch.setenv("LATCHKEY_TLS_LISTEN", "0.0.0.0:1")
+    (tmp_path / ".env").write_bytes(b"LATCHKEY_SECRET_PREFIX=mine\nLATCHKEY_CACHE=\xff\n")
+    after = from_json(line.encode())
+    assert after.model_dump() == before.model_dump()
+    assert after.model_fields_set == before.model_fields_set | {"tls_listen"}
+    assert line.endswith("\n")
+    assert "\n" not in line[:-1]
+
+
+@pytest.mark.parametrize("line", [b"", b"{", b"null\n", b"[]\n", b"\xff\n"])
+def test_settings_that_do_not_come(line):
+    """What is no whole line of settings is told."""
+    with pytest.raises(ConfigError, match="no settings came"):
+        from_json(line)
