@@ -95,7 +95,11 @@ def _issued(leaf: trustme.LeafCert) -> Identity:
 
 
 def made(
-    names: Sequence[x509.GeneralName], *, expired: bool = False, signed_by: trustme.CA | None = None
+    names: Sequence[x509.GeneralName],
+    *,
+    expired: bool = False,
+    signed_by: trustme.CA | None = None,
+    more: Sequence[x509.ExtensionType] = (),
 ) -> Identity:
     """A client's certificate with any alternative names, which trustme does not make."""
     ca = signed_by or authority()
@@ -105,7 +109,7 @@ def made(
     key = ec.generate_private_key(ec.SECP256R1())
     now = datetime.datetime.now(datetime.UTC)
     day = datetime.timedelta(days=1)
-    certificate = (
+    builder = (
         x509.CertificateBuilder()
         .subject_name(x509.Name([]))
         .issuer_name(issuer.subject)
@@ -114,8 +118,10 @@ def made(
         .not_valid_before(now - 2 * day)
         .not_valid_after(now - day if expired else now + day)
         .add_extension(x509.SubjectAlternativeName(names), critical=True)
-        .sign(signer, hashes.SHA256())
     )
+    for extension in more:
+        builder = builder.add_extension(extension, critical=False)
+    certificate = builder.sign(signer, hashes.SHA256())
     return Identity(
         certificate.public_bytes(serialization.Encoding.PEM),
         key.private_bytes(

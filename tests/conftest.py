@@ -18,6 +18,7 @@ import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service import peppers, tls
+from latchkey_service.access.policy_file import read_text
 from latchkey_service.config import Settings
 from latchkey_service.embedded import EmbeddedPostgres
 from latchkey_service.migrate import bundled, migrate
@@ -125,7 +126,8 @@ async def serving_as(settings: Settings) -> AsyncIterator[Server]:
     for pepper in keyring.peppers:
         await store.register_pepper(pepper.id)
     await store.close()
-    async with running(settings, keyring) as server:
+    policy = None if settings.policy is None else read_text(settings.policy)
+    async with running(settings, keyring, policy) as server:
         yield server
 
 

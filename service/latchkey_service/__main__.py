@@ -26,20 +26,20 @@ def main(arguments: list[str]) -> int:
         if code is None:
             print(USAGE, end="", file=sys.stderr)  # noqa: T201
         return 2 if code is None else code
+    # Imported where needed: `config` must not wait for what `serve` loads.
     try:
+        if arguments == ["worker"]:
+            from latchkey_service import worker
+
+            return worker.main()
         settings = config.load()
     except config.ConfigError as error:
         print(f"latchkey: these settings are wrong:\n{error}", file=sys.stderr)  # noqa: T201
         return 2
-    # Imported where needed: `config` must not wait for what `serve` loads.
     if arguments in ([], ["serve"]):
         from latchkey_service import supervisor
 
         return supervisor.run(settings)
-    if arguments == ["worker"]:
-        from latchkey_service import worker
-
-        return worker.main()
     if command == "config" and arguments[1:] in ([], ["--json"]):
         rows = config.describe(settings)
         if arguments[1:]:

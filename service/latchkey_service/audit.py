@@ -167,15 +167,19 @@ class AuditLog:
 
     async def close(self) -> None:
         """Write what is left, for a bounded time."""
-        self._close_samples(self._monotonic())
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
+                # What is counted may have had to wait until there was room.
+                self._close_samples(self._monotonic())
                 while self._waiting and await self._flush():
-                    pass
+                    self._close_samples(self._monotonic())
         except TimeoutError:
             pass
         if self._waiting:
-            self._log.error("audit entries not written", entries=len(self._waiting))
+            uncounted = sum(sample.uncounted for sample in self._samples.values())
+            self._log.error(
+                "audit entries not written", entries=len(self._waiting), calls_without=uncounted
+            )
 
     def _has_room(self, sample: "_Sample", code: str) -> bool:
         """Tell whether one more of these has an entry of its own."""
@@ -191,9 +195,11 @@ class AuditLog:
     def _close_samples(self, before: float) -> None:
         """Count what began up to then and has no entry, and begin anew."""
         for kind, sample in [item for item in self._samples.items() if item[1].since <= before]:
+            if sample.uncounted and len(self._waiting) >= WAITING_MAX:
+                # It goes on to count, and is written when the database is back.
+                continue
             del self._samples[kind]
             if sample.uncounted:
-                # Not subject to WAITING_MAX: there are only so many kinds.
                 self._waiting.append(
                     NewEntry(
                         self._now(),

@@ -22,7 +22,7 @@ from latchkey_service.admission import Places
 from latchkey_service.audit import AuditLog, Origin, call_origin
 from latchkey_service.deadlines import budget_seconds
 from latchkey_service.errors import LatchkeyError, Overloaded, RateLimited, StatusParts
-from latchkey_service.lenient import BATCH_VERIFY, VERIFY
+from latchkey_service.lenient import BATCH_MAX, BATCH_VERIFY, VERIFY
 from latchkey_service.log import Counts
 from latchkey_service.outcomes import Outcomes, request_id_of
 from latchkey_service.parsing import Unparsed, checked, not_a_message, parser
@@ -227,7 +227,8 @@ class Calls:
         """Count a call, or each question of a batch, against the caller's limit, if it has one."""
         if caller.rates is None or rule.role is None:
             return
-        count = len(request.requests) if path == BATCH_VERIFY else 1
+        # No more than are answered: a larger batch is refused, and is no reason to refuse others.
+        count = min(len(request.requests), BATCH_MAX) if path == BATCH_VERIFY else 1
         wait = caller.rates.charge(rule.role, count, self._monotonic())
         if wait:
             raise RateLimited("The policy lets this caller ask less in a second.", wait)

@@ -1,19 +1,29 @@
-"""Settings: environment variables with the prefix LATCHKEY_, and the same names in a .env file."""
+"""Settings: environment variables with the prefix LATCHKEY_, and the same names in a .env file.
 
+Both are read once, when the service starts: its workers get its settings from it, by a pipe.
+"""
+
+import difflib
+import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
+from dotenv import dotenv_values
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from latchkey_service import exposure
 from latchkey_service.embedded import default_data_dir
 
-__all__ = ["ConfigError", "Settings", "describe", "load"]
+__all__ = ["ConfigError", "Settings", "describe", "from_json", "load", "to_json"]
 
 PREFIX = "LATCHKEY_"
+ENV_FILE = ".env"
+# How alike two names are of which one is the other with a mistake in it.
+MISSPELT = 0.85
 # What a worker writes to its standard output once it answers calls; the supervisor waits for it.
 READY = b"ready\n"
 
@@ -59,7 +69,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
-        env_file=".env",
+        env_file=ENV_FILE,
         env_ignore_empty=True,
         extra="ignore",
         frozen=True,
@@ -85,7 +95,7 @@ class Settings(BaseSettings):
     )
     trusted_proxy: str | None = Field(
         None,
-        pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://[^\s,;\"]+$",
+        pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://[^\s,;=\"]+$",
         description="URI in the certificate of the proxy whose x-forwarded-client-cert is believed",
     )
     insecure_listen: Literal["none", "plaintext", "anonymous"] = Field(
@@ -99,7 +109,9 @@ class Settings(BaseSettings):
         "sockets, not behind a proxy",
     )
     database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = Field(
-        None, description="any Postgres from 15 on; unset: an embedded one in DATA_DIR"
+        None,
+        description="any Postgres from 15 on, of several hosts the primary; "
+        "unset: an embedded one in DATA_DIR",
     )
     data_dir: Path = Field(
         default_factory=default_data_dir,
@@ -174,6 +186,23 @@ class Settings(BaseSettings):
         return self.pepper_file or self.data_dir / "peppers"
 
 
+class _Handed(Settings):
+    """Settings of another process: neither this one's environment nor a file adds to them."""
+
+    # Or it is read all the same, and one that is no text is an error.
+    model_config = SettingsConfigDict(env_file=None)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *_: PydanticBaseSettingsSource,
+        **__: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
 def load(*, together: bool = True) -> Settings:
     """Return the settings in force. Raises ConfigError, which names every setting that is wrong.
 
@@ -182,21 +211,71 @@ def load(*, together: bool = True) -> Settings:
     try:
         settings = Settings()
     except ValidationError as error:
-        lines = [
-            f"{PREFIX}{str(e['loc'][0]).upper()}: {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors(include_input=False, include_url=False)
-        ]
-        raise ConfigError("\n".join(lines)) from None
-    if together and (problems := exposure.problems(settings)):
-        raise ConfigError("\n".join(problems))
+        raise _told(error) from None
+    if wrong := _misspelt([*os.environ, *dotenv_values(ENV_FILE)]):
+        raise ConfigError("\n".join(wrong))
+    if together:
+        _check_together(settings)
     return settings
 
 
+def to_json(settings: Settings) -> str:
+    """Return all that is set as one line, passwords and all: for a pipe to a process of our own."""
+    values = {name: getattr(settings, name) for name in settings.model_fields_set}
+    return json.dumps(values, default=_plain) + "\n"
+
+
+def from_json(line: bytes) -> Settings:
+    """Return the settings that `to_json` made a line of. Raises ConfigError."""
+    try:
+        settings = _Handed(**json.loads(line))
+    except ValidationError as error:
+        raise _told(error) from None
+    except (ValueError, TypeError):
+        raise ConfigError("no settings came from the supervisor") from None
+    _check_together(settings)
+    return settings
+
+
+def _plain(value: object) -> str:
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+
+
+def _told(error: ValidationError) -> ConfigError:
+    lines = [
+        f"{PREFIX}{str(e['loc'][0]).upper()}: {e['msg'].removeprefix('Value error, ')}"
+        for e in error.errors(include_input=False, include_url=False)
+    ]
+    return ConfigError("\n".join(lines))
+
+
+def _misspelt(names: Iterable[str]) -> list[str]:
+    """Tell of each name that is all but a setting's. Nobody would see that a policy was ignored.
+
+    Other names with the prefix are others': the command line's, the page's, or what Kubernetes adds
+    for a service of the name.
+    """
+    settings = [PREFIX + name.upper() for name in Settings.model_fields]
+    return [
+        f"{name}: there is no such setting; {meant[0]} is meant?"
+        for name in dict.fromkeys(name for name in names if name.upper().startswith(PREFIX))
+        if name.upper() not in settings
+        and (meant := difflib.get_close_matches(name.upper(), settings, 1, MISSPELT))
+    ]
+
+
+def _check_together(settings: Settings) -> None:
+    if problems := exposure.problems(settings):
+        raise ConfigError("\n".join(problems))
+
+
 def describe(settings: Settings) -> list[tuple[str, str, str, str]]:
-    """Return name, value (redacted), source and description of each setting."""
+    """Return name, value in force (redacted), source and description of each setting."""
     rows = []
     for name, field in Settings.model_fields.items():
         value = getattr(settings, name)
+        if name == "transport":
+            value = exposure.transport_of(settings)
         if isinstance(value, SecretStr):
             text = _redacted(value.get_secret_value())
         else:

@@ -169,7 +169,12 @@ class ConnectionGuard:
         unacked, acked, received, unsent = _TCP_INFO.unpack(info)
         if received < PREFACE_BYTES:
             return "silent" if now - seen.since >= self._limits.handshake else None
-        if not (unacked or unsent) or acked != seen.acked or seen.stuck_since is None:
+        if not (unacked or unsent):
+            seen.stuck_since = None
+            return None
+        # From when something was first seen under way: after a pause of this process, what its
+        # clients were just sent is no older than that.
+        if acked != seen.acked or seen.stuck_since is None:
             seen.acked, seen.stuck_since = acked, now
             return None
         # Not left to TCP_USER_TIMEOUT, as grpcio does: it never runs out on a peer whose window is

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import asyncpg
-from asyncpg.connect_utils import SessionAttribute
 
 from latchkey_service.errors import (
     NO_ANSWER,
@@ -22,6 +21,7 @@ from latchkey_service.errors import (
     StoreUnavailable,
     StoreUnsupported,
 )
+from latchkey_service.hosts import Hosts
 from latchkey_service.reconnection import Attempt, Reconnection
 
 __all__ = ["Connector", "Pool", "connect", "durably", "retrying", "translated"]
@@ -81,7 +81,7 @@ class Connector:
         monotonic: Callable[[], float] = time.monotonic,
         randomness: Callable[[], float] = random.random,
     ) -> None:
-        self._database_url = database_url
+        self._hosts = Hosts(database_url)
         self._reconnection = Reconnection(monotonic, randomness)
         self._failure: BaseException | None = None
         self._attempts: dict[asyncio.Task[Any], Attempt] = {}
@@ -103,13 +103,12 @@ class Connector:
             probes = [task for task, kind in self._attempts.items() if kind is Attempt.PROBE]
             if not (self._reconnection.in_doubt and probes):
                 raise StoreUnavailable(NO_ANSWER) from self._failure
-            # It takes a connect's time-out at most.
+            # It takes a connect's time-out for each host at most.
             await asyncio.wait(probes)
         # A task of its own: what comes of an attempt has to be known also when its caller leaves,
         # or callers in a hurry would begin one after the other.
         task = asyncio.create_task(
-            asyncpg.connect(self._database_url, connection_class=connection_class, **_options()),
-            name="connect",
+            self._hosts.connect(connection_class=connection_class, **_options()), name="connect"
         )
         self._attempts[task] = kind
         task.add_done_callback(self._settle)
@@ -260,8 +259,6 @@ def _options() -> dict[str, Any]:
     """Return the connection settings that all connections share."""
     return {
         "timeout": CONNECT_TIMEOUT_SECONDS,
-        # Never a standby, which may be behind: it would answer VALID for a token that is deleted.
-        "target_session_attrs": SessionAttribute.primary,
         "command_timeout": STATEMENT_TIMEOUT_SECONDS,
         "server_settings": {
             "application_name": "latchkey",

@@ -1,14 +1,16 @@
 """What may be listened on: safe by default, and open to others only when told so. Pure."""
 
 import ipaddress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from latchkey_service.config import Settings
 
-__all__ = ["is_local", "problems", "reflects"]
+__all__ = ["Transport", "is_local", "problems", "reflects", "transport_of"]
 
 PREFIX = "LATCHKEY_"
+
+Transport = Literal["native", "grpcio"]
 
 
 def is_local(listen: str) -> bool:
@@ -27,6 +29,18 @@ def is_local(listen: str) -> bool:
         return False
 
 
+def transport_of(settings: "Settings") -> Transport:
+    """Return the transport of the plaintext listener.
+
+    By itself `native` serves this machine alone: it keeps a message of any size, and unpacks a
+    compressed one, before anybody can say no (0.5.0, and nothing in front of it can know better
+    but a proxy). Who reaches it can fill a worker's memory. That is for who chose it to judge.
+    """
+    if "transport" in settings.model_fields_set:
+        return settings.transport
+    return "native" if is_local(settings.listen) else "grpcio"
+
+
 def reflects(settings: "Settings", listen: str) -> bool:
     """Tell whether a listener describes the service to whoever asks.
 
@@ -41,7 +55,14 @@ def problems(settings: "Settings") -> list[str]:
     """Return what is wrong with settings that do not go together, and what to set instead."""
     found = []
     local = is_local(settings.listen)
-    if not local and settings.insecure_listen != "anonymous":
+    if settings.policy is not None and settings.insecure_listen == "anonymous":
+        # On a local address as well: it would let everyone in once the policy is gone.
+        found.append(
+            f"{PREFIX}INSECURE_LISTEN: anonymous is for a service without a policy. With "
+            f"{PREFIX}POLICY, leave it out and keep {PREFIX}LISTEN on 127.0.0.1; or set "
+            f"{PREFIX}INSECURE_LISTEN=plaintext where the network encrypts"
+        )
+    elif not local and settings.insecure_listen != "anonymous":
         if settings.policy is None:
             found.append(
                 f"{PREFIX}LISTEN: {settings.listen} is reached from elsewhere, and without a "

@@ -14,9 +14,9 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 import asyncpg
-from asyncpg.connect_utils import SessionAttribute
 
 from latchkey_service.database import translated
+from latchkey_service.hosts import Hosts
 from latchkey_service.reconnection import spread
 
 if TYPE_CHECKING:
@@ -87,14 +87,12 @@ async def migrate(database_url: str, migrations: "Sequence[Migration]") -> "list
 
 async def _connect(database_url: str) -> "asyncpg.Connection[asyncpg.Record]":
     """Connect, waiting for a database that is still starting."""
-    loop = asyncio.get_running_loop()
+    loop, hosts = asyncio.get_running_loop(), Hosts(database_url)
     give_up = loop.time() + START_TIMEOUT_SECONDS
     while True:
         try:
-            connection = await asyncpg.connect(
-                database_url,
+            connection = await hosts.connect(
                 timeout=CONNECT_TIMEOUT_SECONDS,
-                target_session_attrs=SessionAttribute.primary,
                 command_timeout=STATEMENT_TIMEOUT_SECONDS,
                 server_settings={
                     "application_name": "latchkey migrate",

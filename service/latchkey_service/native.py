@@ -193,7 +193,10 @@ class Server(pygrpc_native.aio.Server):
             # What is fetched waits for its turn, which is this one.
             self._in_turn = True
             assert self._front is not None, "it has started"  # noqa: S101 - for the type checker
-            self._on_events(self._front.recv_batch_details(FETCH_MAX, 0) or ())
+            try:
+                self._on_events(self._front.recv_batch_details(FETCH_MAX, 0) or ())
+            finally:
+                self._in_turn = False
         share: list[Event] = []
         now = self._monotonic()
         for lane in self._lanes:
@@ -207,9 +210,12 @@ class Server(pygrpc_native.aio.Server):
         """Begin a turn's share, and see to the next turn."""
         self._in_turn = True
         self._begun += len(share)
-        super()._on_events(share)  # type: ignore[arg-type]
-        # After the calls that were just begun have had their first step.
-        asyncio.get_running_loop().call_soon(self._begin_some)
+        try:
+            super()._on_events(share)  # type: ignore[arg-type]
+        finally:
+            # After the calls that were just begun have had their first step. And whatever became of
+            # them, or no other would be begun any more.
+            asyncio.get_running_loop().call_soon(self._begin_some)
 
     def _share_of(self, lane: _Lane, now: float) -> int:
         """Return how many calls of a lane are begun in a turn."""

@@ -75,7 +75,7 @@ class Outcomes:
                 written = origin(name)
             if told and written is not None:
                 told = self._audit.note(written, code.name, reason)
-        elif isinstance(error, Denied | Overloaded | Unavailable):
+        elif expected:
             told = self._audit.tells(name, path, reason)
         request_id = request_id_of(context) if written is None else written.request_id
         if told or not expected:

@@ -26,6 +26,7 @@ from latchkey_service.coherence.watch import (
 )
 from latchkey_service.deadlines import budget_seconds, confirmation_seconds
 from latchkey_service.errors import FieldViolation, InvalidArgument
+from latchkey_service.lenient import BATCH_MAX
 from latchkey_service.log import Counts
 from latchkey_service.store import Deletion
 from latchkey_service.tokens import NewToken, Tokens
@@ -34,7 +35,6 @@ from latchkey_service.verifier import Answer, Verifier
 
 __all__ = ["TokenService", "encode_token", "to_datetime"]
 
-BATCH_MAX = 1_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # Of google/protobuf/timestamp.proto: years 1 to 9999.
 _TIMESTAMP_SECONDS = range(-62135596800, 253402300800)

@@ -22,6 +22,7 @@ from hashlib import sha256
 from typing import NoReturn
 
 __all__ = [
+    "CREDENTIAL_PREFIX",
     "SECRET_LENGTH_MAX",
     "Digest",
     "Keyring",
@@ -32,6 +33,7 @@ __all__ = [
     "base62",
     "checksum",
     "holds_secret",
+    "without_secrets",
 ]
 
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -46,8 +48,13 @@ SECRET_LENGTH_MAX = 11 + BODY_DIGITS + TAG_DIGITS + CHECKSUM_DIGITS
 # kill live tokens. [0-9A-Za-z] and not \w, which takes in other scripts' letters.
 _SHAPE = re.compile(r"[a-z]{2,10}_[0-9A-Za-z]{57}")
 _is_shaped = _SHAPE.fullmatch
+# Of callers' credentials (`access/credentials.py`), which have no tag.
+CREDENTIAL_PREFIX = "lkc"
+_CREDENTIAL = rf"{CREDENTIAL_PREFIX}_[0-9A-Za-z]{{{BODY_DIGITS + CHECKSUM_DIGITS}}}"
 # At every place, also within what looks like another: "alk_…" holds what "lk_…" does.
-_SHAPE_WITHIN = re.compile(rf"(?=({_SHAPE.pattern}))")
+_SHAPES_WITHIN = [re.compile(rf"(?=({shape}))") for shape in (_SHAPE.pattern, _CREDENTIAL)]
+# What is cut out of a text, whole or not.
+_SECRET_PART = re.compile(rf"([a-z]{{2,10}}_)[0-9A-Za-z]{{{BODY_DIGITS},}}")
 _BODY_END = -(TAG_DIGITS + CHECKSUM_DIGITS)
 # Digits are read in pairs and without a loop: a third of the time.
 _PAIRS = {a + b: x * 62 + y for x, a in enumerate(ALPHABET) for y, b in enumerate(ALPHABET)}
@@ -151,11 +158,18 @@ class Keyring:
 
 
 def holds_secret(text: str) -> bool:
-    """Tell whether a text has a secret in it, by shape and checksum, whatever it is stuck to."""
+    """Tell whether a text has a secret in it, a token's or a caller's credential, by shape and
+    checksum, whatever it is stuck to."""
     return any(
         checksum(match[1][:-CHECKSUM_DIGITS]) == match[1][-CHECKSUM_DIGITS:]
-        for match in _SHAPE_WITHIN.finditer(text)
+        for shape in _SHAPES_WITHIN
+        for match in shape.finditer(text)
     )
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with all that looks like a secret cut down to its prefix."""
+    return _SECRET_PART.sub(r"\1…", text)
 
 
 def _tag(digest: bytes) -> int:

@@ -29,7 +29,7 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service import exposure
 from latchkey_service.access import policy as policies
 from latchkey_service.access.gate import Door, Gate
-from latchkey_service.access.policy_file import PolicyFile, read_text
+from latchkey_service.access.policy import PolicyError
 from latchkey_service.audit import AuditLog
 from latchkey_service.audit_table import AuditTable
 from latchkey_service.background import (
@@ -62,7 +62,7 @@ from latchkey_service.secrets import Keyring
 from latchkey_service.store import Store
 from latchkey_service.tls import Certificates
 from latchkey_service.tokens import Tokens
-from latchkey_service.transport import Limits, chosen, limits_of, make_transport, metadata_of
+from latchkey_service.transport import Limits, limits_of, make_transport, metadata_of
 from latchkey_service.verdict import Record
 from latchkey_service.verifier import Verifier
 
@@ -91,9 +91,6 @@ class Server:
     """Listeners with our services on them. `address` is where the plaintext one listens,
     `tls_address` the one with TLS, None for none."""
 
-    policy_file: PolicyFile | None = None
-    """To be read again on SIGHUP."""
-
     def __init__(
         self,
         settings: Settings,
@@ -105,7 +102,8 @@ class Server:
     ) -> None:
         self._watchers = watchers
         self._health = services.health
-        plaintext = make_transport(chosen(settings), limits, calls.refuse)
+        self._gate = gate
+        plaintext = make_transport(exposure.transport_of(settings), limits, calls.refuse)
         self._servers = [plaintext]
         door = None
         if gate is not None:
@@ -140,6 +138,14 @@ class Server:
     def set_serving(self, serving: bool) -> None:
         """Say on the health service whether calls are likely to succeed."""
         self._health.set_serving(serving=serving)
+
+    async def take_policy(self, text: str) -> None:
+        """Put another policy in force. Raises PolicyError, and then nothing has changed."""
+        if self._gate is None:
+            raise PolicyError("one has come to a worker that was started without")
+        policy = await asyncio.to_thread(policies.parse, text)
+        self._gate.replace(policy)
+        logger().info("policy in force", callers=len(policy.callers))
 
     async def stop(self, grace_seconds: float) -> bool:
         """Say so, hand clients over, let calls in flight finish, then end those that have not.
@@ -186,17 +192,16 @@ async def running(
 ) -> AsyncIterator[Server]:
     """Run a worker: a server that is up, with its background work, stopped in good order.
 
-    `policy_text` is what the policy file said when it was last found right; None: read it now.
+    `policy_text` is what the policy file said when it was last found right, None without one.
     `on_failure` is called if a part of the background work ends by an error, which none should:
     the worker is not whole then. Raises PolicyError, TlsError.
     """
     if settings.database_url is None:
         raise ValueError("a worker needs a database URL")
-    gate = policy_file = None
-    if settings.policy is not None:
-        text = read_text(settings.policy) if policy_text is None else policy_text
-        gate = Gate(policies.parse(text))
-        policy_file = PolicyFile(settings.policy, gate, text)
+    if (policy_text is None) != (settings.policy is None):
+        # Whichever of the two is right: to go on without a gate would let everybody in.
+        raise PolicyError("a worker needs both or neither, the setting and what the file says")
+    gate = None if policy_text is None else Gate(policies.parse(policy_text))
     connector = Connector(settings.database_url.get_secret_value())
     cache, notify = settings.cache == "on", settings.notify == "on"
     identity = _identity(settings)
@@ -254,20 +259,17 @@ async def running(
     # They go on until the last answer: until then Deletes wait for this process.
     beating, listening = begin(heart.run()), begin(listener.run())
     await server.start()
-    server.policy_file = policy_file
     retention = timedelta(days=settings.tombstone_retention_days)
     audit_retention = timedelta(days=settings.audit_retention_days)
+    # They too: who calls meanwhile is written down.
+    lasts = [beating, listening, begin(audit.run()), begin(server.guard.run())]
     background = [
         follow_store(store, heart.has_lease, server.set_serving),
         summarise(counts, gauges),
         purge(store, retention, _now),
         prune_log(table, settings.lease_seconds),
-        audit.run(),
         purge_audit(audit_table, audit_retention, _now),
-        server.guard.run(),
     ]
-    if policy_file is not None:
-        background.append(policy_file.follow())
     tasks = [begin(work) for work in background]
     try:
         yield server
@@ -275,7 +277,7 @@ async def running(
         await _end(*tasks)
         drained = await server.stop(settings.grace_seconds)
         # After the last answer, and not before: the row stands for what may still be answered.
-        await _end(beating, listening)
+        await _end(*lasts)
         await audit.close()
         await asyncio.gather(
             heart.stop(remove=drained), confirmer.close(), lookup.close(), store.close()

@@ -2,6 +2,13 @@
 
 The supervisor serves nothing itself, so there is little that could make it fail. Workers are
 processes of their own from the start, never forks: gRPC does not survive a fork.
+
+A worker knows what the supervisor hands it, and reads neither the environment nor `.env` nor the
+policy file. If each worker followed the policy file by itself, one could find a policy that stands
+there too shortly for another one, or for one that is just starting; with a broken file after it,
+they would go by different policies for good, and a right that was taken away would be back with
+some. So the supervisor alone reads it, and hands the same ones in the same order to all workers,
+and what it has handed over last to each that starts.
 """
 
 import asyncio
@@ -12,15 +19,18 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import SecretStr
+
 from latchkey_service import log, peppers, tls
 from latchkey_service.access.policy import PolicyError, parse
-from latchkey_service.access.policy_file import read_text
-from latchkey_service.config import PREFIX, READY, Settings
+from latchkey_service.access.policy_file import SIZE_MAX, PolicyFile, read_text
+from latchkey_service.config import PREFIX, READY, Settings, to_json
 from latchkey_service.embedded import EmbeddedError, EmbeddedPostgres
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.migrate import MigrationError, bundled, migrate
@@ -40,6 +50,9 @@ STOP_MARGIN_SECONDS = 5.0
 # Workers of a killed supervisor need a moment to leave the address.
 ADDRESS_TIMEOUT_SECONDS = 3.0
 POLL_SECONDS = 0.2
+# What a worker has not taken of what it was handed, some policies of the longest. One that is so
+# far behind goes by a policy of long ago, and may have rights in force that were taken away.
+BACKLOG_MAX_BYTES = 8 * SIZE_MAX
 
 
 class StartError(Exception):
@@ -112,12 +125,25 @@ class _Supervisor:
     ) -> None:
         self._settings = settings
         self._database_url = database_url
+        # As they were at the start. Whatever has become of `.env` since is for the next start: it
+        # was not checked, and workers that differ would be no service.
+        self._handed = settings.model_copy(
+            update={
+                "database_url": SecretStr(database_url),
+                "listen": listen,
+                "tls_listen": tls_listen,
+                "data_dir": settings.data_dir,
+                "log_format": log.form(settings.log_format),
+            }
+        )
         self._listen = listen
         self._tls_listen = tls_listen
         self._postgres = postgres
         self._peppers = b""
-        # What the policy file said when it was last found right.
-        self._policy = policy
+        self._policy_file: PolicyFile | None = None
+        if settings.policy is not None and policy is not None:
+            self._policy_file = PolicyFile(settings.policy, policy, self._hand_policy)
+        # Those that start and those that stop are among them: they may answer calls.
         self._processes: set[asyncio.subprocess.Process] = set()
         self._stop = asyncio.Event()
         self._log = log.logger()
@@ -126,29 +152,34 @@ class _Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop.set)
-        if self._policy is not None:
+        if self._policy_file is not None:
             # Else it ends us, as when a terminal is closed: there is nothing to read again.
-            loop.add_signal_handler(signal.SIGHUP, self._reload)
+            loop.add_signal_handler(signal.SIGHUP, self._policy_file.reload)
         prepare = asyncio.create_task(self._prepare())
         if not await self._unless_stopped(prepare):
             return 0
         ready = [asyncio.Event() for _ in range(self._settings.workers)]
         workers = [asyncio.create_task(self._keep(number, up)) for number, up in enumerate(ready)]
         keeper = asyncio.create_task(self._keep_postgres())
+        policy_file = self._policy_file
+        following = [] if policy_file is None else [asyncio.create_task(policy_file.follow())]
         try:
             all_up = asyncio.create_task(_all_set(ready))
-            await asyncio.wait({all_up, *workers}, return_when=asyncio.FIRST_COMPLETED)
+            # None of these ends before the stop, unless by an error.
+            parts = [*workers, *following]
+            await asyncio.wait({all_up, *parts}, return_when=asyncio.FIRST_COMPLETED)
             if all_up.done():
                 self._welcome()
-                await asyncio.wait(workers, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             all_up.cancel()
             self._stop.set()
             results = await asyncio.gather(*workers, return_exceptions=True)
         finally:
-            keeper.cancel()
-            await asyncio.gather(keeper, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
+            for task in (keeper, *following):
+                task.cancel()
+            kept = await asyncio.gather(keeper, *following, return_exceptions=True)
+        for result in [*results, *kept]:
+            if isinstance(result, Exception):
                 raise result
         self._log.info("stopped")
         return 0
@@ -179,23 +210,13 @@ class _Supervisor:
             await store.close()
         self._peppers = peppers.render(keyring).encode()
 
-    def _reload(self) -> None:
-        """Have the workers read the policy file again. Each says what comes of it."""
+    def _hand_policy(self, text: str) -> None:
+        """Hand all workers a policy that is right. Each says when it is in force."""
         for process in self._processes:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGHUP)
-
-    def _current_policy(self) -> str | None:
-        """Return what a new worker begins with: what the file says, or said when it was right."""
-        if self._settings.policy is not None:
-            try:
-                text = read_text(self._settings.policy)
-                parse(text)
-            except PolicyError as error:
-                self._log.error("policy refused", error=str(error))
-            else:
-                self._policy = text
-        return self._policy
+            if _hand(process, _policy_line(text)) > BACKLOG_MAX_BYTES:
+                self._log.error("worker takes no policies: killing it", pid=process.pid)
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
 
     async def _keep(self, number: int, ready: asyncio.Event) -> None:
         """Run worker `number`, again when it dies, until stopped."""
@@ -203,37 +224,46 @@ class _Supervisor:
         delay = RESTART_SECONDS_MIN
         while not self._stop.is_set():
             started = loop.time()
-            process = await self._spawn()
+            end: dict[str, object]
+            try:
+                end = {"exit_code": await self._run_worker(number, ready)}
+            except OSError as error:
+                # No process, pipe or file is to be had, which as a rule will pass: where memory is
+                # short, it may be why the last one ended. The other workers go on.
+                end = {"not_started": error.strerror}
+                if not ready.is_set():
+                    message = f"worker {number} cannot be started: {error.strerror}"
+                    raise StartError(message) from error
+            if self._stop.is_set():
+                return
+            if loop.time() - started > HEALTHY_SECONDS:
+                delay = RESTART_SECONDS_MIN
+            self._log.error("worker died", worker=number, restart_seconds=delay, **end)
+            await self._unless_stopped(asyncio.create_task(asyncio.sleep(delay)))
+            delay = min(delay * 2, RESTART_SECONDS_MAX)
+
+    async def _run_worker(self, number: int, ready: asyncio.Event) -> int | None:
+        """Run a worker until it ends or we stop; return its exit code. Raises OSError when there is
+        none to be had, and StartError when the first one does not come up."""
+        # What it leaves there when it is killed goes with it: a socket of `native`'s.
+        with tempfile.TemporaryDirectory(prefix="lk-", ignore_cleanup_errors=True) as folder:
+            process = await self._spawn(folder)
             try:
                 if await self._comes_up(process):
                     ready.set()
-                    self._processes.add(process)
                     self._log.info("worker up", worker=number, pid=process.pid)
                     await self._unless_stopped(asyncio.create_task(process.wait()))
                 elif not ready.is_set() and not self._stop.is_set():
                     raise StartError(f"worker {number} did not come up; its log says why")
             finally:
-                self._processes.discard(process)
                 await self._end(process)
-            if self._stop.is_set():
-                return
-            if loop.time() - started > HEALTHY_SECONDS:
-                delay = RESTART_SECONDS_MIN
-            self._log.error(
-                "worker died", worker=number, exit_code=process.returncode, restart_seconds=delay
-            )
-            await self._unless_stopped(asyncio.create_task(asyncio.sleep(delay)))
-            delay = min(delay * 2, RESTART_SECONDS_MAX)
+                self._processes.discard(process)
+            return process.returncode
 
-    async def _spawn(self) -> asyncio.subprocess.Process:
+    async def _spawn(self, folder: str) -> asyncio.subprocess.Process:
+        """Start a worker whose temporary files are in this folder. Raises OSError."""
         # grpcio's core writes a line for each of some frames, which clients send by the thousand.
-        environment = {"GRPC_VERBOSITY": "ERROR", **os.environ} | {
-            PREFIX + "DATABASE_URL": self._database_url,
-            PREFIX + "LISTEN": self._listen,
-            PREFIX + "TLS_LISTEN": self._tls_listen or "",
-            PREFIX + "DATA_DIR": str(self._settings.data_dir),
-            PREFIX + "LOG_FORMAT": log.form(self._settings.log_format),
-        }
+        environment = {"GRPC_VERBOSITY": "ERROR", **os.environ, "TMPDIR": folder}
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             # Without the current folder on the path: a stray asyncpg.py there must not be loaded.
@@ -249,9 +279,10 @@ class _Supervisor:
         )
         # The peppers that were checked, and not the file: by now it may hold others, and a worker
         # that lacked one would take live tokens for made-up ones.
-        assert process.stdin is not None, "it is a pipe"  # noqa: S101 - for the type checker
-        process.stdin.write(self._peppers)
-        process.stdin.write(json.dumps(self._current_policy()).encode("ascii") + b"\n")
+        policy = None if self._policy_file is None else self._policy_file.text
+        _hand(process, to_json(self._handed).encode("ascii"), self._peppers, _policy_line(policy))
+        # In one go with that: what is right from now on is handed to it as well.
+        self._processes.add(process)
         return process
 
     async def _comes_up(self, process: asyncio.subprocess.Process) -> bool:
@@ -283,7 +314,8 @@ class _Supervisor:
             if (code := self._postgres.poll()) is not None and not self._stop.is_set():
                 self._log.error("embedded Postgres ended", exit_code=code)
                 try:
-                    # Blocks the loop, which has nothing else to do; it must be the main thread.
+                    # Blocks the loop, as it must be the main thread. A change of the policy waits,
+                    # but without Postgres no verify is answered for longer than a lease lasts.
                     self._postgres.start()
                     self._log.info("embedded Postgres is back")
                 except (EmbeddedError, OSError) as error:
@@ -313,7 +345,7 @@ class _Supervisor:
         if address.startswith("unix:"):
             address = "-unix " + address.removeprefix("unix:")
         encrypted = f"With TLS it serves on {self._tls_listen}.\n" if self._tls_listen else ""
-        who = "" if self._policy is None else """-H "authorization: Bearer $CREDENTIAL" """
+        who = "" if self._policy_file is None else """-H "authorization: Bearer $CREDENTIAL" """
         print(  # noqa: T201 - for a person
             f"\nLatchkey serves on {self._listen} ({settings.workers} worker{plural}, {database})."
             f" Ctrl-C stops it.\n{encrypted}\nTry it:\n"
@@ -341,6 +373,17 @@ def _checked_files(settings: Settings) -> str | None:
         except tls.TlsError as error:
             raise StartError(str(error)) from None
     return policy
+
+
+def _hand(process: asyncio.subprocess.Process, *lines: bytes) -> int:
+    """Give a worker lines to read, whenever it does. Return how many bytes it has yet to take."""
+    assert process.stdin is not None, "it is a pipe"  # noqa: S101 - for the type checker
+    process.stdin.writelines(lines)
+    return process.stdin.transport.get_write_buffer_size()
+
+
+def _policy_line(text: str | None) -> bytes:
+    return json.dumps(text, ensure_ascii=False).encode() + b"\n"
 
 
 async def _all_set(events: list[asyncio.Event]) -> None:

@@ -1,8 +1,8 @@
 """One server process under the supervisor: serve until told to stop.
 
-Its settings come from the environment, its peppers and its policy by standard input, a line each,
-so that a worker that is started again has those that the supervisor has checked, whatever became of
-the files since. On SIGHUP it reads the policy file again.
+Its settings, its peppers and its policy come by standard input, a line each, so that a worker that
+is started again has those that the supervisor has checked, whatever became of the files and of
+`.env` since. Each line after that is another policy, to be put in force.
 
 It is told by SIGTERM, or by the end of its standard input, which the supervisor holds open: so a
 worker never outlives a supervisor that was killed.
@@ -16,12 +16,14 @@ import resource
 import signal
 import sys
 from functools import partial
+from typing import Any
 
 import uvloop
 
 from latchkey_service import log, peppers, tls
 from latchkey_service.access.policy import PolicyError
-from latchkey_service.config import READY, Settings, load
+from latchkey_service.access.policy_file import SIZE_MAX
+from latchkey_service.config import READY, Settings, from_json
 from latchkey_service.memory_guard import guard_memory, memory_max_bytes
 from latchkey_service.secrets import Keyring
 from latchkey_service.server import Server, ended, running
@@ -31,21 +33,19 @@ __all__ = ["main"]
 
 # Nobody waits for an orphan, and the next start wants its address.
 ORPHAN_GRACE_SECONDS = 0.5
+# A policy that is right is at most twice as long as JSON: quotes, backslashes and ends of lines.
+LINE_MAX = 2 * SIZE_MAX + 1024
 # Python's own are (700, 10, 10): a collection every few calls.
 GC_THRESHOLDS = (20_000, 20, 50)
 
 
 def main() -> int:
-    """Serve and return the exit code."""
-    settings = load()
+    """Serve and return the exit code. Raises ConfigError."""
+    # Sent to all of a service's processes, it is for the supervisor alone.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     _allow_connections()
-    log.configure(log.form(settings.log_format), settings.log_level)
     try:
-        keyring = peppers.parse(sys.stdin.buffer.readline().decode("ascii"))
-        policy: str | None = json.loads(sys.stdin.buffer.readline())
-        tls.allow_only_tls_1_3()
-        _warn_of_files(settings)
-        return uvloop.run(_serve(settings, keyring, policy))
+        return uvloop.run(_run())
     except (
         peppers.PepperFileError,
         PolicyError,
@@ -56,6 +56,28 @@ def main() -> int:
         # What a worker cannot start without: its keys, its policy, its addresses.
         log.logger().error("worker cannot start", error=str(error))
         return 1
+
+
+async def _run() -> int:
+    handed = asyncio.StreamReader(limit=LINE_MAX)
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(handed), sys.stdin
+    )
+    settings = from_json(await handed.readline())
+    log.configure(log.form(settings.log_format), settings.log_level)
+    keyring = peppers.parse((await handed.readline()).decode("ascii", "replace"))
+    policy = _policy(await handed.readline())
+    tls.allow_only_tls_1_3()
+    _warn_of_files(settings)
+    return await _serve(settings, keyring, policy, handed)
+
+
+def _policy(line: bytes) -> Any:
+    """Return the policy's text, or None for none. Raises PolicyError."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        raise PolicyError("no policy came from the supervisor") from None
 
 
 def _allow_connections() -> None:
@@ -77,7 +99,9 @@ def _warn_of_files(settings: Settings) -> None:
         )
 
 
-async def _serve(settings: Settings, keyring: Keyring, policy: str | None) -> int:
+async def _serve(
+    settings: Settings, keyring: Keyring, policy: str | None, handed: asyncio.StreamReader
+) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     orphaned = failed = False
@@ -88,17 +112,17 @@ async def _serve(settings: Settings, keyring: Keyring, policy: str | None) -> in
         failed = True
         stop.set()
 
-    def supervisor_is_gone() -> None:
+    async def take_policies(server: Server) -> None:
+        """Take what the supervisor hands over until it is gone."""
         nonlocal orphaned
+        # Without its end it is a part of a line, and all that will ever come of it.
+        while (line := await handed.readline()).endswith(b"\n"):
+            await server.take_policy(_policy(line))
         orphaned = True
-        loop.remove_reader(sys.stdin)
         stop.set()
 
-    # Ignored until there is something to read again.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, stop.set)
-    loop.add_reader(sys.stdin, supervisor_is_gone)
     # To the very end: calls go on while it stops.
     guarding = asyncio.create_task(guard_memory(memory_max_bytes(settings)))
     guarding.add_done_callback(partial(ended, fail))
@@ -108,24 +132,15 @@ async def _serve(settings: Settings, keyring: Keyring, policy: str | None) -> in
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
-        reload = asyncio.Event()
-        loop.add_signal_handler(signal.SIGHUP, reload.set)
-        reloading = asyncio.create_task(_reload(server, reload))
+        # To the very end, too: a right that is taken away is gone for calls that go on.
+        taking = asyncio.create_task(take_policies(server), name="take_policies")
+        taking.add_done_callback(partial(ended, fail))
         sys.stdout.buffer.write(READY)
         sys.stdout.buffer.flush()
         await stop.wait()
-        reloading.cancel()
         if orphaned:
             log.logger().warning("the supervisor is gone: stopping")
             await server.stop(ORPHAN_GRACE_SECONDS)
+    taking.cancel()
     guarding.cancel()
     return 1 if failed else 0
-
-
-async def _reload(server: Server, asked: asyncio.Event) -> None:
-    """Read the policy again whenever asked to."""
-    while True:
-        await asked.wait()
-        asked.clear()
-        if server.policy_file is not None:
-            await server.policy_file.reload()

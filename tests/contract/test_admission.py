@@ -94,7 +94,11 @@ def of(caller: str) -> tuple[tuple[str, str], ...]:
 async def test_a_caller_has_what_the_policy_gives_it(settings: "Settings", tmp_path: Path) -> None:
     """Past its rate a caller is refused, told when to come back, and let in then; each question
     of a batch counts; other callers and other roles' methods are not concerned."""
-    limits = {"verifier": "rates = { verifier = 5 }", "manager": "rates = { manager = 2 }"}
+    limits = {
+        "verifier": "rates = { verifier = 5 }",
+        "acmes-verifier": "rates = { verifier = 2000 }",
+        "manager": "rates = { manager = 2 }",
+    }
     async with limited(settings, tmp_path, limits) as stub:
 
         def verify(caller: str) -> Any:
@@ -107,6 +111,10 @@ async def test_a_caller_has_what_the_policy_gives_it(settings: "Settings", tmp_p
         # A fifth of a second for each of the two that were too many, and up to twice as long.
         assert error.retry_seconds is not None
         assert 0.01 < error.retry_seconds <= 2 * 0.4
+        # One that is refused for its size counts as the largest that is answered, and no more.
+        large = pb.BatchVerifyRequest(requests=[pb.VerifyRequest()] * 50_000)
+        error = await refusal(stub.BatchVerify(large, metadata=of("acmes-verifier")))
+        assert error.code is grpc.StatusCode.INVALID_ARGUMENT
         watch = stub.Watch(iter([pb.WatchRequest()]), metadata=of("verifier"))
         assert (await refusal(watch.read())).reason == "RATE_LIMITED"
         assert (await verify("acmes-verifier")).verdict == pb.VERDICT_MALFORMED

@@ -84,8 +84,7 @@ class Cluster:
         """Bring the database in order, which is otherwise the supervisor's part."""
         await migrate(self.database_url, bundled())
         keyring = peppers.load_or_create(self._pepper_file, create=True)
-        # What a supervisor writes to a worker: its peppers and its policy, of which there is none.
-        self._peppers = peppers.render(keyring).encode() + b"null\n"
+        self._peppers = peppers.render(keyring)
         store = await Store.open(self.database_url)
         for pepper in keyring.peppers:
             await store.register_pepper(pepper.id)

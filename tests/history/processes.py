@@ -1,6 +1,7 @@
 """The hosts of a run: started, stopped, killed and ended by pid, and never left behind."""
 
 import contextlib
+import json
 import re
 import socket
 import sys
@@ -34,12 +35,13 @@ class Host:
         self.address = ""
         self.children: list[Child] = []
         self._folder = folder
-        self._environment = {
-            "LATCHKEY_DATA_DIR": str(folder / "unused"),
-            "LATCHKEY_GRACE_SECONDS": "2",
-            "LATCHKEY_LOG_FORMAT": "json",
-            "LATCHKEY_WORKERS": str(workers),
-        } | {f"LATCHKEY_{name.upper()}": value for name, value in settings.items()}
+        self._settings = {
+            "data_dir": str(folder / "unused"),
+            "grace_seconds": "2",
+            "log_format": "json",
+            "workers": str(workers),
+            **settings,
+        }
 
     async def start(self) -> None:
         """Start it and wait until it serves."""
@@ -77,23 +79,24 @@ class LoneHost(Host):
         name: str,
         folder: Path,
         settings: Mapping[str, str],
-        peppers: bytes,
+        peppers: str,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(name, folder, settings, workers=1)
-        self._peppers = peppers
         # Keeps the port while the worker is away, as the supervisor does.
         self._keeper = socket.socket()
         self._keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self._keeper.bind(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._keeper.getsockname()[1]}"
-        self._environment |= {"LATCHKEY_LISTEN": self.address, **(environment or {})}
+        self._environment = environment or {}
+        # What a supervisor hands to a worker: settings, peppers, and a policy, of which there is
+        # none.
+        given = json.dumps(self._settings | {"listen": self.address})
+        self._handed = f"{given}\n{peppers}null\n".encode()
 
     async def start(self) -> None:
         name = f"{self.name}.{len(self.children)}"
-        child = Child(
-            self._folder, name, ["tests.history.worker"], self._environment, self._peppers
-        )
+        child = Child(self._folder, name, ["tests.history.worker"], self._environment, self._handed)
         self.children.append(child)
         await eventually(
             lambda: child.out.read_bytes() or not child.alive, f"{name} serves", START_SECONDS_MAX
@@ -122,7 +125,8 @@ class SupervisedHost(Host):
 
     async def start(self) -> None:
         argv = ["tests.history.worker", "supervisor"]
-        environment = {**self._environment, "LATCHKEY_LISTEN": "127.0.0.1:0"}
+        given = self._settings | {"listen": "127.0.0.1:0"}
+        environment = {f"LATCHKEY_{name.upper()}": value for name, value in given.items()}
         child = Child(self._folder, self.name, argv, environment)
         self.children.append(child)
 

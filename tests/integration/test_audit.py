@@ -1,6 +1,7 @@
 """The audit table: a change and its entry together, append-only, no flood, nothing secret."""
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -15,6 +16,8 @@ from latchkey_proto.v1 import audit_service_pb2_grpc as audit_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service import audit as module
+from latchkey_service import database
+from latchkey_service.access.credentials import mint
 from latchkey_service.audit import SAMPLE_MAX, AuditLog, Origin
 from latchkey_service.audit_table import AuditTable, Filter, NewEntry
 from latchkey_service.config import Settings
@@ -25,7 +28,8 @@ from latchkey_service.store import Store
 from latchkey_service.verdict import Scope, TokenRecord
 
 from tests.callers import ACCOUNT, credential, policy_text
-from tests.support import eventually, origin, outcome, session
+from tests.conftest import serving
+from tests.support import backends, eventually, is_serving, origin, outcome, session
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 TOKENS = "/latchkey.v1.TokenService/"
@@ -126,6 +130,51 @@ async def test_every_management_call_has_an_entry(
     assert created.secret not in stored
     assert "first" not in stored
     assert credential("manager") not in stored
+
+
+async def test_calls_are_written_down_until_the_last_answer(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is called right before a worker stops is in the table while that waits for a call."""
+    # So long that it has most likely not been written when the stop begins.
+    monkeypatch.setattr(module, "FLUSH_SECONDS", 1.0)
+    # The test says how long the call is waited for.
+    monkeypatch.setattr(database, "LOCK_TIMEOUT", "60s")
+    monkeypatch.setattr(database, "STATEMENT_TIMEOUT_SECONDS", 60.0)
+    assert settings.database_url is not None
+    url = settings.database_url.get_secret_value()
+    manager: Any = {"timeout": 10, "metadata": bearer("manager")}
+    async with (
+        contextlib.AsyncExitStack() as channels,
+        contextlib.AsyncExitStack() as server,
+        session(url) as connection,
+        session(url) as looking,
+    ):
+        address = await server.enter_async_context(serving(settings))
+        channel = await channels.enter_async_context(grpc.aio.insecure_channel(address))
+        await eventually(lambda: is_serving(channel), "health is up")
+        stub: Any = pb_grpc.TokenServiceStub(channel)
+        create = pb.CreateRequest(account_id=ACCOUNT, name="first", scope=pb.SCOPE_READ)
+        created = await stub.Create(create, **manager)
+        async with connection.transaction():
+            await connection.execute("SELECT FROM token FOR UPDATE")
+            gone = pb.DeleteRequest(account_id=ACCOUNT, id=created.token.id)
+            deletion = asyncio.ensure_future(outcome(stub.Delete(gone, **manager)))
+
+            async def waits() -> bool:
+                return any(row["wait_event_type"] == "Lock" for row in await backends(url))
+
+            await eventually(waits, "the deletion is at work")
+            await stub.Get(pb.GetRequest(account_id=ACCOUNT, id=created.token.id), **manager)
+            stopping = asyncio.ensure_future(server.aclose())
+
+            async def is_written() -> Any:
+                return await looking.fetchval("SELECT count(*) FROM audit WHERE method LIKE '%Get'")
+
+            await eventually(is_written, "the call is written down")
+            assert not deletion.done()
+        await stopping
+        await deletion
 
 
 async def test_filters_and_pages(own_channel: grpc.aio.Channel, database_url: str) -> None:
@@ -363,11 +412,34 @@ async def test_entries_wait_for_the_database(monkeypatch: pytest.MonkeyPatch) ->
     assert [e.calls for e in table.written] == [1] * 50 + [10]
 
 
+async def test_entries_that_wait_are_bounded_however_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an outage of hours, with failures of many kinds, no more wait than the bound says; and
+    each is counted when the database is back."""
+    monkeypatch.setattr(module, "WAITING_MAX", 50)
+    table, clock = Table(), [0.0]
+    log = log_on(table, clock)
+    table.error = StoreUnavailable("away")
+    noted = 0
+    for _ in range(20):
+        for kind in range(20):
+            for _ in range(SAMPLE_MAX + 1):
+                log.note(origin("Get"), "NOT_FOUND", f"KIND_{kind}")
+                noted += 1
+        clock[0] += 2 * module.SAMPLE_SECONDS
+        await log.close()
+        assert len(log._waiting) <= 50
+    table.error = None
+    await log.close()
+    assert sum(e.calls for e in table.written) == noted
+
+
 def test_nothing_secret_gets_in() -> None:
     """Of what a caller sends, only what has the form of an account or of a token's id is kept."""
     secret = Keyring([Pepper(bytes(32))]).mint("lk", os.urandom).secret.reveal()
     for account, token in (
         (secret, secret),
+        # A caller's own, by mistake. It has the form of an account's id.
+        (mint(os.urandom).reveal(), ""),
         ("x" * 65, "tok_short"),
         ("a b", "tok_" + "A" * 26),
         ("a\n", ""),

@@ -12,29 +12,39 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grpc
+import psutil
 import pytest
+import trustme
+from cryptography import x509
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.access.credentials import digest_of
 
 from tests.callers import (
     CALLERS,
+    Identity,
     authority,
     ca_pem,
     channel_credentials,
     credential,
     dns_identity,
+    made,
     policy_text,
     spiffe_identity,
     uri,
     write_server_files,
 )
 from tests.support import CHANNEL_OPTIONS, Service, eventually, is_serving, outcome
+from tests.watching import WatchClient
 
 Run = Callable[..., Service]
+WITHOUT_VERIFIER = policy_text([name for name in CALLERS if name != "verifier"])
+BROKEN = '[callers.a]\nroles = ["wizard"]\n'
 UNKNOWN_SECRET = pb.VerifyRequest(secret="nothing")
 
 
@@ -73,9 +83,15 @@ def policy(folder: Path) -> Path:
     return path
 
 
+def encrypted(
+    target: str, name: str = "verifier"
+) -> contextlib.AbstractAsyncContextManager[grpc.aio.Channel]:
+    return secured(target, spiffe_identity(uri(name)))
+
+
 @contextlib.asynccontextmanager
-async def encrypted(target: str, name: str = "verifier") -> AsyncIterator[grpc.aio.Channel]:
-    credentials = channel_credentials(spiffe_identity(uri(name)))
+async def secured(target: str, identity: Identity) -> AsyncIterator[grpc.aio.Channel]:
+    credentials = channel_credentials(identity)
     async with grpc.aio.secure_channel(target, credentials, options=CHANNEL_OPTIONS) as channel:
         await eventually(lambda: is_serving(channel), "health is up")
         yield channel
@@ -92,6 +108,18 @@ def write(path: Path, text: str) -> None:
     other = path.with_suffix(".new")
     other.write_text(text)
     other.replace(path)
+
+
+def told(service: Service, event: str) -> list[dict[str, Any]]:
+    """Its log lines about this."""
+    return [line for line in service.log if line["event"] == event]
+
+
+async def started_anew(service: Service, pid: int) -> None:
+    """Kill a worker and wait for its successor."""
+    before = len(service.worker_pids)
+    os.kill(pid, signal.SIGKILL)
+    await eventually(lambda: len(service.worker_pids) > before, "a new worker")
 
 
 def free_port() -> int:
@@ -147,8 +175,9 @@ async def test_what_it_does_not_start_with(
 
 
 async def test_the_policy_while_it_runs(run: Run, folder: Path, policy: Path) -> None:
-    """SIGHUP brings a changed policy into force in all workers; a broken one is told with its line
-    and changes nothing, not for a worker that is started anew either."""
+    """A changed policy comes into force in all workers by itself, and on SIGHUP; a broken one is
+    told with its line and changes nothing. A worker that is started anew then goes by what the
+    others do, and not by what was in force when it, or the service, was started before."""
     service = run(policy=policy, workers=2)
     address = await service.welcome()
     assert '-H "authorization: Bearer $CREDENTIAL"' in service.out
@@ -166,35 +195,129 @@ async def test_the_policy_while_it_runs(run: Run, folder: Path, policy: Path) ->
             return set(codes) == {code}
 
         await eventually(lambda: all_answer(grpc.StatusCode.OK), "all may call")
-        write(policy, policy_text([n for n in CALLERS if n != "verifier"]))
+        write(policy, WITHOUT_VERIFIER)
         os.kill(service.pid, signal.SIGHUP)
         await eventually(lambda: all_answer(grpc.StatusCode.UNAUTHENTICATED), "nobody may call")
         write(policy, policy_text())
-        os.kill(service.pid, signal.SIGHUP)
         await eventually(lambda: all_answer(grpc.StatusCode.OK), "all may call again")
+        write(policy, WITHOUT_VERIFIER)
+        await eventually(lambda: all_answer(grpc.StatusCode.UNAUTHENTICATED), "nobody may call")
 
-        write(policy, '[callers.a]\nroles = ["wizard"]\n')
+        write(policy, BROKEN)
         os.kill(service.pid, signal.SIGHUP)
 
-        def refused() -> int:
-            told = [line for line in service.log if line["event"] == "policy refused"]
-            assert all("line 2: callers.a.roles" in line["error"] for line in told)
-            return len(told)
-
-        await eventually(lambda: refused() >= 2, "both workers say what is wrong")
-        known = set(service.worker_pids)
-        os.kill(service.worker_pids[0], signal.SIGKILL)
-        await eventually(lambda: not known.issuperset(service.worker_pids), "a new worker")
-        await eventually(lambda: all_answer(grpc.StatusCode.OK), "all may call")
+        await eventually(lambda: told(service, "policy refused"), "it says what is wrong")
+        assert "line 2: callers.a.roles" in told(service, "policy refused")[0]["error"]
+        for pid in service.worker_pids[:2]:
+            await started_anew(service, pid)
+        await eventually(lambda: all_answer(grpc.StatusCode.UNAUTHENTICATED), "nobody may call")
+        write(policy, policy_text())
+        await eventually(lambda: all_answer(grpc.StatusCode.OK), "the new ones take a policy too")
     assert service.ended_with() is None
     assert credential("verifier") not in service.err + service.out
+
+
+async def test_a_policy_that_changes_while_a_worker_starts(run: Run, policy: Path) -> None:
+    """A right that is taken away after a worker was started, and before it serves, is gone with it
+    too, also if the file is broken by then."""
+    service = run(policy=policy, workers=2)
+    address = await service.welcome()
+    os.kill(service.worker_pids[0], signal.SIGKILL)
+    known = {service.pid, *service.worker_pids}
+    new = await eventually(
+        lambda: [p for p in psutil.Process(service.pid).children() if p.pid not in known],
+        "a worker starts",
+    )
+    new[0].suspend()
+    write(policy, WITHOUT_VERIFIER)
+    await eventually(lambda: told(service, "policy in force"), "the other worker has it")
+    write(policy, BROKEN)
+    await eventually(lambda: told(service, "policy refused"), "it says what is wrong")
+    new[0].resume()
+    await eventually(lambda: new[0].pid in service.worker_pids, "the new worker serves")
+
+    async def answer() -> grpc.StatusCode:
+        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+            return await verify(channel, "verifier")
+
+    # Connections to both workers, very likely.
+    codes = await asyncio.gather(*(answer() for _ in range(16)))
+    assert set(codes) == {grpc.StatusCode.UNAUTHENTICATED}
+
+
+async def test_a_policy_that_changes_while_a_worker_stops(run: Run, policy: Path) -> None:
+    """A right that is taken away is gone with a worker that is stopping, too, as long as it answers
+    calls."""
+    service = run(policy=policy, lease_seconds=5, grace_seconds=10)
+    address = await service.welcome()
+    bearer = (("authorization", f"Bearer {credential('verifier')}"),)
+    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        assert await verify(channel, "manager") is grpc.StatusCode.PERMISSION_DENIED
+        # It stays for as long as somebody has a lease.
+        watcher = WatchClient(pb_grpc.TokenServiceStub(channel), bearer)
+        await watcher.granted()
+        os.kill(service.worker_pids[0], signal.SIGTERM)
+        await eventually(lambda: is_not_serving(channel), "it stops")
+        write(policy, policy_text([name for name in CALLERS if name != "manager"]))
+
+        async def is_unknown() -> bool:
+            return await verify(channel, "manager") is grpc.StatusCode.UNAUTHENTICATED
+
+        await eventually(is_unknown, "the caller is unknown")
+        assert len(service.worker_pids) == 1
+        assert not told(service, "worker died")
+        await watcher.say(released=True)
+
+
+async def is_not_serving(channel: grpc.aio.Channel) -> bool:
+    return not await is_serving(channel)
+
+
+async def test_a_worker_that_is_started_anew_has_the_settings_of_the_start(
+    run: Run, folder: Path, database_url: str, policy: Path
+) -> None:
+    """`.env` is read when the service starts, and then no more: a worker that is started anew
+    neither loses a policy nor gets an address by what it says meanwhile. No secret is in a command
+    line or in the log."""
+    where, port = folder / "service 0", free_port()
+    where.mkdir()
+    (where / ".env").write_text(f"LATCHKEY_POLICY={policy}\nLATCHKEY_SECRET_PREFIX=mine\n")
+    later = {"TLS_LISTEN": f"localhost:{port}"} | {
+        name.upper(): path for name, path in write_server_files(folder).items()
+    }
+    service = run()
+    address = await service.welcome()
+    for text in (
+        "".join(f"LATCHKEY_{name}={value}\n" for name, value in later.items()).encode(),
+        b"\xff\n",
+    ):
+        (where / ".env").write_bytes(text)
+        await started_anew(service, service.worker_pids[-1])
+        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+            await eventually(partial(is_serving, channel), "health is up")
+            assert await verify(channel) is grpc.StatusCode.UNAUTHENTICATED
+            assert await verify(channel, "verifier") is grpc.StatusCode.OK
+            name = f"token {len(service.worker_pids)}"
+            request = pb.CreateRequest(account_id="acme", name=name, scope=pb.SCOPE_READ)
+            metadata = (("authorization", f"Bearer {credential('manager')}"),)
+            create = pb_grpc.TokenServiceStub(channel).Create
+            created = await create(request, timeout=5, metadata=metadata)
+            assert created.secret.startswith("mine_")
+        worker = psutil.Process(service.worker_pids[-1])
+        assert port not in {c.laddr.port for c in worker.net_connections("tcp") if c.laddr}
+        assert database_url not in " ".join(worker.cmdline())
+    assert database_url not in service.err + service.out
 
 
 async def test_tls(run: Run, folder: Path, policy: Path) -> None:
     """Several workers serve TLS on one address, in version 1.3 alone, beside the plaintext one;
     files that change are used for new connections, drop none of the old ones, and are refused as
-    long as they do not go together."""
+    long as they do not go together. What stands around certificates does not matter, not in the
+    bundle of CAs either, which gets another one."""
     files = write_server_files(folder)
+    comment = "# Főtanúsítvány\n".encode()
+    for name in files:
+        files[name].write_bytes(comment + files[name].read_bytes())
     port = free_port()
     target = f"localhost:{port}"
     service = run(policy=policy, tls_listen=target, workers=2, **files)
@@ -225,6 +348,14 @@ async def test_tls(run: Run, folder: Path, policy: Path) -> None:
         assert await verify(first) is grpc.StatusCode.OK
         async with encrypted(target, "manager") as second:
             assert await verify(second) is grpc.StatusCode.PERMISSION_DENIED
+
+        other = trustme.CA()
+        bundle = comment + ca_pem() + comment + other.cert_pem.bytes()
+        files["tls_client_ca"].write_bytes(bundle)
+        joined = made([x509.DNSName("verifier.internal")], signed_by=other)
+        for _ in range(4):
+            async with secured(target, joined) as third:
+                assert await verify(third) is grpc.StatusCode.OK
     assert [line for line in service.log if line["event"] == "certificates refused"]
     assert await service.end() == 0
 

@@ -5,11 +5,13 @@ import contextlib
 import itertools
 import random
 from collections.abc import AsyncIterator
+from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 import pytest
 from latchkey_service.database import CONNECT_TIMEOUT_SECONDS, POOL_SIZE_MAX, Connector, Pool
 from latchkey_service.errors import StoreUnavailable
+from latchkey_service.hosts import each_host
 from latchkey_service.reconnection import ATTEMPTS_MAX, RECONNECT_SECONDS
 
 from tests.support import backends, eventually, session
@@ -40,6 +42,59 @@ async def silent() -> AsyncIterator[tuple[Silent, str]]:
     port = server.sockets[0].getsockname()[1]
     async with server:
         yield silent, f"postgresql://nobody:nothing@127.0.0.1:{port}/none?sslmode=disable"
+
+
+@pytest.fixture
+async def primary(database_url: str) -> AsyncIterator[str]:
+    """The database by TCP: HOST:PORT."""
+    where = dict(parse_qsl(urlsplit(database_url).query))
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_unix_connection(
+            f"{where['host']}/.s.PGSQL.{where.get('port', 5432)}"
+        )
+
+        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError):
+                while data := await source.read(65_536):
+                    sink.write(data)
+                    await sink.drain()
+            sink.close()
+
+        await asyncio.gather(pump(reader, back), pump(there, writer))
+
+    server = await asyncio.start_server(take, "127.0.0.1", 0)
+    async with server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def test_a_host_that_is_silent_keeps_nobody_from_the_primary(
+    silent: tuple[Silent, str], primary: str, database_url: str
+) -> None:
+    """Of several hosts one that takes connections and says nothing, as a machine that is frozen or
+    gone, costs the first connection a time-out, and later ones nothing."""
+    frozen, silent_url = silent
+    before, own = urlsplit(silent_url).netloc.rpartition("@")[2], urlsplit(database_url)
+    user = own.netloc.rpartition("@")[0]
+    connector = Connector(f"postgresql://{user}@{before},{primary}{own.path}?sslmode=disable")
+    first = await connector.connect()
+    assert await first.fetchval("SELECT NOT pg_is_in_recovery()")
+    assert frozen.taken == 1
+    others = await asyncio.gather(*(connector.connect() for _ in range(3)))
+    assert frozen.taken == 1
+    for connection in (first, *others):
+        connection.terminate()
+
+
+def test_each_host_of_a_url() -> None:
+    """Each host has all the rest of the URL, whatever characters that has."""
+    assert each_host("postgresql://u:a%2Cb@h1:1,[::1]:2,h3/db?a=b,c") == [
+        "postgresql://u:a%2Cb@h1:1/db?a=b,c",
+        "postgresql://u:a%2Cb@[::1]:2/db?a=b,c",
+        "postgresql://u:a%2Cb@h3/db?a=b,c",
+    ]
+    for url in ("postgresql:///db?host=/run/a,b", "postgres://h", "postgresql://u,v@h/db"):
+        assert each_host(url) == [url]
 
 
 async def test_callers_in_a_hurry_begin_few_attempts(silent: tuple[Silent, str]) -> None:

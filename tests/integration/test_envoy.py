@@ -50,14 +50,27 @@ def in_its_place(text: str, old: str, new: object) -> str:
     return text.replace(old, str(new))
 
 
+DETAILS = "set_current_client_cert_details: { cert: true }"
+
+
 @pytest.fixture(scope="module")
 async def envoy(
     postgres_url: str, template_url: str, pepper_file: Path, scratch: Path
 ) -> AsyncIterator[tuple[str, str]]:
     """A Latchkey and an Envoy before it; yields the addresses of both."""
+    async with envoy_before_latchkey(
+        postgres_url, pepper_file, scratch, "envoy", CONFIGURATION
+    ) as addresses:
+        yield addresses
+
+
+@contextlib.asynccontextmanager
+async def envoy_before_latchkey(
+    postgres_url: str, pepper_file: Path, scratch: Path, where: str, configuration: str
+) -> AsyncIterator[tuple[str, str]]:
     from tests.contract.test_callers import fresh_database
 
-    folder = scratch / "envoy"
+    folder = scratch / where
     folder.mkdir()
     server = made([x509.DNSName("localhost"), x509.UniformResourceIdentifier(PROXY)])
     for name, data in {
@@ -71,7 +84,7 @@ async def envoy(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     text = in_its_place(
-        CONFIGURATION,
+        configuration,
         "address: 0.0.0.0, port_value: 50052",
         f"address: 127.0.0.1, port_value: {port}",
     )
@@ -84,7 +97,7 @@ async def envoy(
     settings = Settings(
         database_url=await fresh_database(postgres_url),
         pepper_file=pepper_file,
-        data_dir=scratch / "unused",
+        data_dir=folder / "unused",
         listen=f"unix:{folder}/latchkey.sock",
         grace_seconds=0.2,
         policy=folder / "policy.toml",
@@ -166,6 +179,74 @@ async def test_callers_behind_envoy(envoy: tuple[str, str]) -> None:
         spiffe_identity(uri("manager"), expired=True),
     ):
         assert await statuses(target, bad) == (UNAVAILABLE, UNAVAILABLE)
+
+
+# Each is somebody else's name as soon as it is read in parts, or not to its end.
+OTHERS_NAMES = [
+    x509.DNSName("x;URI=spiffe://example.org/manager"),
+    x509.DNSName(f"x,By={PROXY};URI=spiffe://example.org/manager"),
+    x509.DNSName(f"x,By={PROXY};DNS=manager.internal"),
+    x509.DNSName(" manager.internal"),
+    x509.DNSName("manager.internal\0.evil.example"),
+    x509.DNSName("manager.internal\r\n"),
+    x509.UniformResourceIdentifier(f"http://x,By={PROXY};URI=spiffe://example.org/manager"),
+    x509.UniformResourceIdentifier("http://x;URI=spiffe://example.org/manager"),
+    x509.UniformResourceIdentifier("spiffe://example.org/manager\0/evil"),
+]
+
+
+async def test_names_that_hold_others(envoy: tuple[str, str]) -> None:
+    """A certificate is nobody's by a part of a name, whatever the part is to the header; other
+    names beside it are what they are."""
+    target, _ = envoy
+    for name in (*OTHERS_NAMES, x509.DNSName("x;DNS=manager.internal")):
+        found = await statuses(target, made([name]))
+        assert found == (UNAUTHENTICATED, UNAUTHENTICATED), name
+    names = [x509.DNSName("x;DNS=manager.internal"), x509.DNSName("verifier.internal")]
+    assert await statuses(target, made(names)) == (OK, DENIED)
+
+
+@pytest.mark.parametrize(
+    "details", ["uri: true, dns: true", "subject: true, chain: true, uri: true, dns: true"]
+)
+async def test_an_envoy_that_tells_names(
+    postgres_url: str, template_url: str, pepper_file: Path, scratch: Path, details: str
+) -> None:
+    """An Envoy may tell names instead of the certificate. It tells them in the order that Latchkey
+    wants, and parts of names that show are nobody's there either."""
+    text = in_its_place(CONFIGURATION, DETAILS, DETAILS.replace("cert: true", details))
+    where = f"names {len(details)}"
+    async with envoy_before_latchkey(postgres_url, pepper_file, scratch, where, text) as (
+        target,
+        _,
+    ):
+        names = [
+            x509.DNSName("a.internal"),
+            x509.UniformResourceIdentifier(uri("verifier")),
+            x509.DNSName("b.internal"),
+        ]
+        assert await statuses(target, made(names)) == (OK, DENIED)
+        manager = dns_identity("x.internal", "manager.internal")
+        assert await statuses(target, manager) == (DENIED, OK)
+        for name in OTHERS_NAMES:
+            found = await statuses(target, made([name]))
+            # Latchkey ends the connection at what HTTP does not allow.
+            assert set(found) <= {UNAUTHENTICATED, UNAVAILABLE}, name
+
+
+async def test_all_that_envoy_tells(
+    postgres_url: str, template_url: str, pepper_file: Path, scratch: Path
+) -> None:
+    """Of all that Envoy can tell, the certificate counts."""
+    details = "subject: true, cert: true, chain: true, uri: true, dns: true"
+    text = in_its_place(CONFIGURATION, DETAILS, DETAILS.replace("cert: true", details))
+    async with envoy_before_latchkey(postgres_url, pepper_file, scratch, "all", text) as (
+        target,
+        _,
+    ):
+        assert await statuses(target, "verifier") == (OK, DENIED)
+        forged = made([x509.DNSName("x;DNS=manager.internal")])
+        assert await statuses(target, forged) == (UNAUTHENTICATED, UNAUTHENTICATED)
 
 
 async def test_a_watch_behind_envoy(envoy: tuple[str, str]) -> None:

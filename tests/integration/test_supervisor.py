@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -17,9 +18,11 @@ import psutil
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from latchkey_service import supervisor
+from latchkey_service.config import Settings
 from latchkey_service.embedded import EmbeddedPostgres
 
-from tests.support import CHANNEL_OPTIONS, Service, eventually, is_serving, outcome
+from tests.support import CHANNEL_OPTIONS, WAIT_SECONDS, Service, eventually, is_serving, outcome
 
 if TYPE_CHECKING:
     from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
@@ -164,8 +167,14 @@ async def test_kill_9_of_the_supervisor(run: Run, data_dir: Path) -> None:
     await eventually(lambda: is_valid(address, created.secret), "the token is there", BACK_SECONDS)
 
 
-async def test_kill_9_of_a_worker(run: Run, database_url: str, folder: Path) -> None:
-    """The other worker goes on answering, and a new one takes the dead one's place."""
+async def test_kill_9_of_a_worker(
+    run: Run, database_url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other worker goes on answering, and a new one takes the dead one's place. No temporary
+    file is left of any."""
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     service = run(database_url=database_url, data_dir=folder / "data", workers=2)
     address = await service.welcome()
     async with client(address) as stub:
@@ -178,6 +187,9 @@ async def test_kill_9_of_a_worker(run: Run, database_url: str, folder: Path) -> 
     os.kill(alive, signal.SIGKILL)
     await eventually(lambda: is_valid(address, created.secret), "the new one answers", 2.0)
     assert dead not in service.worker_pids[2:]
+    assert list(temporary.iterdir())
+    await service.end()
+    assert list(temporary.iterdir()) == []
 
 
 async def test_kill_9_of_a_worker_on_a_unix_socket(
@@ -349,3 +361,51 @@ async def test_a_restarted_worker_costs_no_call(run: Run, database_url: str, fol
         await eventually(partial(replaced, service, others), "a new worker")
     stop.set()
     await asyncio.gather(*clients)
+
+
+async def test_no_process_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a worker cannot be started anew for a moment, the others go on, and it is tried again.
+    At the start it is the end."""
+    settings = Settings(_env_file=None)
+    keeper = supervisor._Supervisor(settings, "postgresql://h", "127.0.0.1:0", None, None, None)
+    refused = 0
+
+    async def spawn(_: str) -> asyncio.subprocess.Process:
+        nonlocal refused
+        refused += 1
+        if refused < 3:
+            raise BlockingIOError(errno.EAGAIN, "no process")
+        keeper._stop.set()
+        return await asyncio.create_subprocess_exec(
+            "sleep", "60", stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    monkeypatch.setattr(keeper, "_spawn", spawn)
+    ready = asyncio.Event()
+    with pytest.raises(supervisor.StartError, match="no process"):
+        await keeper._keep(0, ready)
+    ready.set()
+    await keeper._keep(0, ready)
+    assert refused == 3
+
+
+async def test_a_worker_that_takes_no_policies(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that hangs is killed before what it was handed and has not taken fills the memory;
+    it would go by a policy of long ago. A worker that has some catching up to do is not."""
+    monkeypatch.setattr(supervisor, "BACKLOG_MAX_BYTES", 1_000_000)
+    settings = Settings(policy=folder / "policy.toml")
+    keeper = supervisor._Supervisor(settings, "postgresql://h", "127.0.0.1:0", None, None, "")
+    process = await asyncio.create_subprocess_exec("sleep", "60", stdin=subprocess.PIPE)
+    keeper._processes.add(process)
+    try:
+        keeper._hand_policy("#" * 900_000)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(process.wait(), 0.05)
+        keeper._hand_policy("#" * 900_000)
+        assert await asyncio.wait_for(process.wait(), WAIT_SECONDS) == -signal.SIGKILL
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()

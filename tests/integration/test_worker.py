@@ -1,6 +1,10 @@
-"""A worker whose background work fails does not go on half."""
+"""A worker starts with what it is handed and nothing else, and does not go on half."""
 
 import asyncio
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +48,44 @@ async def test_no_part_ends_by_itself(database_url: str, store: Store, pepper_fi
     async with running(settings, keyring, on_failure=failed.set):
         await asyncio.sleep(0)
     assert not failed.is_set()
+
+
+POLICY = '[callers.shop]\nroles = ["verifier"]\n'
+
+
+@pytest.mark.parametrize(
+    ("given", "policy", "told"),
+    [
+        ({"policy": "policy.toml"}, None, "a worker needs both or neither"),
+        ({}, POLICY, "a worker needs both or neither"),
+        ({"policy": "policy.toml"}, "[callers", "line 1: "),
+        ({"policy": "policy.toml"}, ..., "no policy came"),
+        ({"trusted_proxy": "spiffe://example.org/proxy"}, None, "LATCHKEY_TRUSTED_PROXY: without"),
+        ({"workers": "many"}, None, "LATCHKEY_WORKERS: "),
+        (None, None, "no settings came"),
+    ],
+)
+def test_what_a_worker_does_not_start_with(
+    tmp_path: Path, pepper_file: Path, given: dict[str, str] | None, policy: object, told: str
+) -> None:
+    """What it is handed must go together, whatever the environment, `.env` and the policy file
+    have; no secret is told."""
+    (tmp_path / "policy.toml").write_text(POLICY)
+    (tmp_path / ".env").write_text("LATCHKEY_POLICY=policy.toml\nLATCHKEY_WORKERS=1\n")
+    settings = {"database_url": "postgresql://u:hunter2@127.0.0.1:1/db", "log_format": "json"}
+    keys = peppers.render(peppers.load_or_create(pepper_file, create=False))
+    lines = "" if given is None else json.dumps(settings | given) + "\n" + keys
+    ended = subprocess.run(
+        [sys.executable, "-m", "latchkey_service", "worker"],
+        input=lines + ("" if policy is ... else json.dumps(policy) + "\n"),
+        env=os.environ | {"LATCHKEY_POLICY": "policy.toml", "LATCHKEY_WORKERS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (ended.returncode in (1, 2), ended.stdout) == (True, "")
+    assert told in ended.stderr
+    for hidden in ("Traceback", "hunter2", keys.strip()):
+        assert hidden not in ended.stderr

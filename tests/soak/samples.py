@@ -87,9 +87,11 @@ class Samples:
         children = self._postmaster.children()
         for process in (self._postmaster, *children):
             with contextlib.suppress(psutil.NoSuchProcess):
-                own += process.memory_full_info().uss
+                memory = process.memory_info()
+                # Without its buffers, which fill up as there is more data, as they should: a page
+                # of them that one process alone has used so far counts in its USS.
+                own += memory.rss - memory.shared
                 cpu += _cpu(process)
-        # Not what they share: its buffers fill up as there is more data, as they should.
         self._add(whose, "memory of its own", "database bytes", own)
         self._add(whose, "processes", "processes", len(children))
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,17 +1,33 @@
-"""When a certificate is valid: the one thing to be known of it that `ssl` does not tell.
+"""PEM files: their blocks, and when a certificate is valid, which `ssl` does not tell.
 
 As much of DER (X.690) as leads to it, and no more. Nothing is verified here.
 """
 
+import codecs
 import datetime
 import ssl
 from typing import Final
 
-__all__ = ["validity"]
+__all__ = ["blocks", "validity"]
 
 _PEM_BEGINS: Final = "-----BEGIN CERTIFICATE-----"
 _PEM_ENDS: Final = "-----END CERTIFICATE-----"
 _SEQUENCE, _VERSION, _UTC_TIME, _GENERALIZED_TIME = 0x30, 0xA0, 0x17, 0x18
+
+
+def blocks(data: bytes) -> bytes:
+    """Return the PEM blocks of a file without what stands around them, in whatever encoding.
+
+    RFC 7468 §2: such text may be there, and means nothing.
+    """
+    lines = []
+    inside = False
+    for line in data.removeprefix(codecs.BOM_UTF8).splitlines():
+        inside = inside or line.startswith(b"-----BEGIN ")
+        if inside:
+            lines.append(line)
+        inside = inside and not line.startswith(b"-----END ")
+    return b"\n".join([*lines, b""])
 
 
 def validity(pem: bytes) -> tuple[datetime.datetime, datetime.datetime]:

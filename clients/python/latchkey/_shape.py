@@ -10,8 +10,9 @@ from typing import Final
 # Prefix and underscore, 43 characters of randomness, 8 of tag, 6 of checksum.
 _SECRET: Final = re.compile(r"[a-z]{2,10}_[0-9A-Za-z]{57}")
 # Anywhere in a text, longer runs too, and one stuck to the end of another, which has taken its
-# prefix: for redaction, too much is better than too little.
-_SECRET_WITHIN: Final = re.compile(r"([a-z]{2,10})(?:_[0-9A-Za-z]{57,})+")
+# prefix, and a caller's credential, which has no tag: for redaction, too much is better than too
+# little.
+_SECRET_WITHIN: Final = re.compile(r"([a-z]{2,10})(?:_[0-9A-Za-z]{49,})+")
 _CHECKSUM_LENGTH: Final = 6
 _BASE62: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 

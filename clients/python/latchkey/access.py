@@ -19,7 +19,7 @@ from typing import Final, Self
 
 import grpc
 
-from latchkey._certificate import validity
+from latchkey._certificate import blocks, validity
 from latchkey._shape import checksum
 from latchkey.errors import AccessError
 from latchkey.secret import Secret
@@ -161,11 +161,12 @@ class _Tls:
             )
         authorities = own = own_key = None
         if ca is not None and str(ca) != SYSTEM:
-            authorities = _pem("tls_ca", Path(ca), "CERTIFICATE")
+            # gRPC is given what was checked.
+            authorities = blocks(_pem("tls_ca", Path(ca), "CERTIFICATE"))
             try:
                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-                context.load_verify_locations(cadata=authorities.decode("ascii", "replace"))
-            except ssl.SSLError:
+                context.load_verify_locations(cadata=authorities.decode("ascii"))
+            except (ssl.SSLError, TypeError, ValueError):
                 raise AccessError(f"tls_ca: {ca} has no certificate that can be read") from None
         if certificate is not None and key is not None:
             own = _pem("tls_certificate", Path(certificate), "CERTIFICATE")

@@ -10,18 +10,24 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Final
 
-from latchkey_service.secrets import BODY_DIGITS, RANDOM_BYTES, Secret, base62, checksum
+from latchkey_service.secrets import (
+    BODY_DIGITS,
+    CREDENTIAL_PREFIX,
+    RANDOM_BYTES,
+    Secret,
+    base62,
+    checksum,
+)
 
 __all__ = ["DIGEST", "digest_of", "mint", "policy_digest"]
 
-PREFIX: Final = "lkc"
 _ALGORITHM: Final = "sha256:"
 DIGEST: Final = re.compile(_ALGORITHM + r"([0-9a-f]{64})")
 
 
 def mint(random_bytes: Callable[[int], bytes]) -> Secret:
     """Return a new credential. `random_bytes` is the OS's CSPRNG, passed in."""
-    body = f"{PREFIX}_{base62(int.from_bytes(random_bytes(RANDOM_BYTES)), BODY_DIGITS)}"
+    body = f"{CREDENTIAL_PREFIX}_{base62(int.from_bytes(random_bytes(RANDOM_BYTES)), BODY_DIGITS)}"
     return Secret(body + checksum(body))
 
 

@@ -1,24 +1,31 @@
 """x-forwarded-client-cert: what a proxy says of the certificate that its own client showed.
 
-Source: Envoy, "HTTP header manipulation", x-forwarded-client-cert. Elements are parted by commas,
-one for each proxy on the way, the last one's last; an element's pairs by semicolons; a value with
-any of them in it stands in double quotes, its own quotes after a backslash. Whether to believe it
-is the listener's affair (`gate.py`).
+Source: Envoy, "HTTP header manipulation", x-forwarded-client-cert. An element is one proxy's, its
+pairs are parted by semicolons, elements by commas, and a value with any of `,;=` in it stands in
+double quotes, its own quotes after a backslash.
+
+Envoy (1.40) itself writes the client's names unquoted, whatever is in them, so that a name can look
+like more pairs or elements. Hence one element alone is taken, and pairs in the order in which Envoy
+writes them, where names are last; and the certificate itself is better than what is said of it.
+Whether to believe the header is the listener's affair (`gate.py`).
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import unquote_to_bytes
 
 __all__ = ["HEADER", "Forwarded", "ForwardedError", "parse"]
 
 HEADER: Final = "x-forwarded-client-cert"
 # More than the transports let through.
 LENGTH_MAX: Final = 65_536
-_KEY: Final = re.compile(r"\s*([A-Za-z]+)=")
-_QUOTED: Final = re.compile(r'"((?:[^"\\]|\\.)*)"\s*')
-_PLAIN: Final = re.compile(r'[^,;"]*')
+_ORDER: Final = ("by", "hash", "cert", "chain", "subject", "uri", "dns")
+_RANKS: Final = {key: rank for rank, key in enumerate(_ORDER)}
+# A proxy's and a client's certificate may have several.
+_SEVERAL: Final = ("by", "uri", "dns")
+_PAIR: Final = re.compile(r'([A-Za-z]+)=(?:"((?:[^"\\]|\\.)*)"|([^,;="\s]*))(;|\Z)')
 
 
 class ForwardedError(ValueError):
@@ -27,60 +34,54 @@ class ForwardedError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Forwarded:
-    """One element: names of the proxy's own certificate, and of its client's."""
+    """Names of the proxy's own certificate, and of its client's."""
 
     by: tuple[str, ...]
     uris: tuple[str, ...]
     dns: tuple[str, ...]
+    pem: bytes
+    """The client's certificate, empty where the proxy does not send it."""
     certificate: bool
-    """Whether there was a certificate at all: an element without one names nobody."""
+    """Whether there was a certificate at all: a header without one names nobody."""
 
 
-def parse(header: str) -> list[Forwarded]:
-    """Return the elements, in order; one at least. Raises ForwardedError."""
-    if len(header) > LENGTH_MAX:
+def parse(header: str | bytes) -> Forwarded:
+    """Return what the header's one element says. Raises ForwardedError.
+
+    Bytes are what transports hand on where they find no text.
+    """
+    if isinstance(header, bytes) or len(header) > LENGTH_MAX:
         raise ForwardedError
-    elements: list[list[tuple[str, str]]] = [[]]
-    for key, value, end in _pairs(header):
-        elements[-1].append((key, value))
-        if end == ",":
-            elements.append([])
-    return [
-        Forwarded(
-            by=_values(pairs, "by"),
-            uris=_values(pairs, "uri"),
-            dns=_values(pairs, "dns"),
-            certificate=any(value for key, value in pairs if key != "by"),
-        )
-        for pairs in elements
-    ]
+    if not header.isascii() or not header.isprintable():
+        raise ForwardedError
+    pairs: list[tuple[str, str]] = []
+    before = 0
+    for key, value in _pairs(header):
+        rank = _RANKS.get(key, -1)
+        if rank < before or (rank == before and key not in _SEVERAL):
+            raise ForwardedError
+        before = rank
+        pairs.append((key, value))
+    return Forwarded(
+        by=_values(pairs, "by"),
+        uris=_values(pairs, "uri"),
+        dns=_values(pairs, "dns"),
+        pem=unquote_to_bytes("".join(_values(pairs, "cert"))),
+        certificate=any(value for key, value in pairs if key != "by"),
+    )
 
 
-def _pairs(header: str) -> Iterator[tuple[str, str, str]]:
-    """Yield each pair with what ends it: a semicolon, a comma, or nothing."""
+def _pairs(header: str) -> Iterator[tuple[str, str]]:
     position = 0
     while True:
-        key = _KEY.match(header, position)
-        if key is None:
+        pair = _PAIR.match(header, position)
+        if pair is None:
             raise ForwardedError
-        position = key.end()
-        if header.startswith('"', position):
-            value = _QUOTED.match(header, position)
-            if value is None:
-                raise ForwardedError
-            text = re.sub(r"\\(.)", r"\1", value[1])
-        else:
-            value = _PLAIN.match(header, position)
-            assert value is not None, "it matches nothing, too"  # noqa: S101 - for the type checker
-            text = value[0].strip()
-        position = value.end()
-        end = header[position : position + 1]
-        if end not in ("", ";", ","):
-            raise ForwardedError
-        yield key[1].lower(), text, end
+        key, quoted, plain, end = pair.groups()
+        yield key.lower(), plain if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
         if not end:
             return
-        position += 1
+        position = pair.end()
 
 
 def _values(pairs: list[tuple[str, str]], wanted: str) -> tuple[str, ...]:

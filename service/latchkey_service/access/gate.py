@@ -5,11 +5,12 @@ hash and two look-ups; without, nothing, since then there is no gate (`calls.py`
 """
 
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from latchkey_service.access import forwarded
+from latchkey_service.access.certificate import CertificateError, names_of
 from latchkey_service.access.identity import bearer, by_certificate, by_credential, conflict
 from latchkey_service.access.methods import Account, rule_of
 from latchkey_service.access.policy import Caller, Policy
@@ -18,8 +19,12 @@ from latchkey_service.errors import PermissionDenied, Unauthenticated, WatchRefu
 __all__ = ["Door", "Gate", "check_account", "within_accounts"]
 
 AUTHORIZATION: Final = "authorization"
-# Headers remembered: more than a service has clients, and some megabytes at most.
-FORWARDED_MAX: Final = 10_000
+# Of certificates and headers that are remembered, together: those of thousands of clients.
+REMEMBERED_BYTES_MAX: Final = 8 * 1024 * 1024
+# What an entry takes beside its bytes, about.
+_ENTRY_BYTES: Final = 200
+
+_Shown = TypeVar("_Shown", str, bytes)
 
 
 class HasMetadata(Protocol):
@@ -73,10 +78,11 @@ class Door:
         self._tls = tls
         self._proxy = proxy
         self._metadata_of = metadata_of
-        # What was read of headers, which a proxy sends again and again, by the policy of then. They
-        # are no secrets.
-        self._forwarded: dict[str, Caller | None] = {}
-        self._forwarded_by = gate.policy
+        # Whose a certificate or a header is, by the policy of then: each call has it again, and to
+        # read it takes ten times as long as all the rest here. They are no secrets.
+        self._remembered: dict[str | bytes, Caller | None] = {}
+        self._remembered_bytes = 0
+        self._remembered_by = gate.policy
 
     def admit(self, path: str, context: HasMetadata) -> Caller:
         """Return the caller, who may call the method. Raises Unauthenticated, PermissionDenied."""
@@ -99,22 +105,20 @@ class Door:
                     raise conflict()
                 authorization = value
             elif key == forwarded.HEADER and self._proxy is not None:
-                # As proxies join them (RFC 9110 §5.3).
-                header = value if header is None else f"{header},{value}"
+                if header is not None:
+                    raise _not_of_its_form()
+                header = value
         caller = None
         if authorization is not None:
             caller = by_credential(policy, bearer(authorization))
         by_tls = None
         if self._tls:
-            by_tls = _of_peer(policy, context)
+            # Only the certificate itself has its names whole (`certificate.py`).
+            pem = (context.auth_context() or {}).get("x509_pem_cert")
+            if pem:
+                by_tls = self._remember(policy, pem[0], _of_certificate)
         elif header is not None:
-            if policy is not self._forwarded_by or len(self._forwarded) >= FORWARDED_MAX:
-                self._forwarded.clear()
-                self._forwarded_by = policy
-            if header in self._forwarded:
-                by_tls = self._forwarded[header]
-            else:
-                by_tls = self._forwarded[header] = self._of_proxy(policy, header)
+            by_tls = self._remember(policy, header, self._of_proxy)
         if caller is None or by_tls is None:
             caller = caller or by_tls
         elif caller is not by_tls:
@@ -127,20 +131,36 @@ class Door:
             )
         return caller
 
+    def _remember(
+        self, policy: Policy, shown: _Shown, read: Callable[[Policy, _Shown], Caller | None]
+    ) -> Caller | None:
+        """Return what `read` makes of what was shown, and has made of it before. Raises as it does.
+
+        Only what names somebody is remembered.
+        """
+        if policy is not self._remembered_by or self._remembered_bytes > REMEMBERED_BYTES_MAX:
+            self._remembered.clear()
+            self._remembered_bytes = 0
+            self._remembered_by = policy
+        if shown in self._remembered:
+            return self._remembered[shown]
+        caller = self._remembered[shown] = read(policy, shown)
+        self._remembered_bytes += len(shown) + _ENTRY_BYTES
+        return caller
+
     def _of_proxy(self, policy: Policy, header: str) -> Caller | None:
         """Return whose certificate the proxy has seen, None for no certificate."""
         try:
-            # What stands before the last one was said to our proxy by somebody else.
-            element = forwarded.parse(header)[-1]
+            said = forwarded.parse(header)
         except forwarded.ForwardedError:
-            raise Unauthenticated(
-                f"The metadata '{forwarded.HEADER}' is not of its form.", "PROXY_MALFORMED"
-            ) from None
-        if self._proxy not in element.by:
+            raise _not_of_its_form() from None
+        if self._proxy not in said.by:
             raise Unauthenticated("The call came by a proxy that is not known.", "PROXY_UNKNOWN")
-        if not element.certificate:
+        if not said.certificate:
             return None
-        return by_certificate(policy, element.uris, element.dns)
+        if said.pem:
+            return _of_certificate(policy, said.pem)
+        return by_certificate(policy, said.uris, said.dns)
 
 
 def check_account(path: str, caller: Caller, request: Any) -> None:
@@ -187,13 +207,18 @@ def within_accounts(path: str, caller: Caller, answer: bytes) -> bytes:
     return encoded
 
 
-def _of_peer(policy: Policy, context: HasMetadata) -> Caller | None:
-    """Return whose certificate TLS has verified, None for no certificate."""
-    peer = context.auth_context() or {}
-    if not peer.get("x509_pem_cert"):
-        return None
-    uris, dns = (
-        [name.decode("utf-8", "replace") for name in peer.get(key, ())]
-        for key in ("peer_uri", "peer_dns")
+def _of_certificate(policy: Policy, pem: bytes) -> Caller:
+    """Return whose certificate this is, which TLS or the proxy has verified."""
+    try:
+        names = names_of(pem.decode("ascii"))
+    except (CertificateError, UnicodeDecodeError):
+        raise Unauthenticated(
+            "The client certificate has a name that is none.", "CERTIFICATE_MALFORMED"
+        ) from None
+    return by_certificate(policy, *names)
+
+
+def _not_of_its_form() -> Unauthenticated:
+    return Unauthenticated(
+        f"The metadata '{forwarded.HEADER}' is not of its form.", "PROXY_MALFORMED"
     )
-    return by_certificate(policy, uris, dns)

@@ -54,11 +54,12 @@ def by_certificate(policy: Policy, uris: Iterable[str], dns: Iterable[str]) -> C
     A SPIFFE URI names its holder alone; without one, DNS names do. Those that the policy does not
     have do not matter, as a certificate may have more names than anyone calls it by.
     """
+    uris = tuple(uris)
     spiffe = [uri for uri in uris if uri.startswith(_SPIFFE)]
-    if len(spiffe) > 1:
-        # SPIFFE X.509-SVID §2: one at most.
+    if spiffe and len(uris) > 1:
+        # SPIFFE X.509-SVID §2: such a certificate is to be rejected.
         raise Unauthenticated(
-            "The client certificate has several SPIFFE names.", "CERTIFICATE_MALFORMED"
+            "The client certificate has another URI beside a SPIFFE one.", "CERTIFICATE_MALFORMED"
         )
     names = spiffe or [name.lower() for name in dns]
     callers = {caller for name in names if (caller := policy.certificates.get(name))}

@@ -27,6 +27,7 @@ from typing import Any, Final
 from latchkey_service.access.credentials import DIGEST
 from latchkey_service.access.methods import METHODS, ROLES
 from latchkey_service.access.rates import RateLimits
+from latchkey_service.secrets import without_secrets
 
 __all__ = [
     "ANYONE",
@@ -56,7 +57,13 @@ _SELECTOR_BYTES: Final = 8
 
 
 class PolicyError(Exception):
-    """The policy is wrong. The message names the line, where there is one, and the reason."""
+    """The policy is wrong. The message names the line, where there is one, and the reason.
+
+    It quotes what the file has, but for what could be a credential in the wrong place.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 @dataclass(frozen=True, slots=True)

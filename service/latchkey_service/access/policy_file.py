@@ -1,18 +1,20 @@
-"""Keeps the policy file in force: read at the start, on SIGHUP, and when it changes.
+"""Follows the policy file: on SIGHUP, and when it has changed, it is read once it stands still.
 
-A file that is broken is told in the log with line and reason, and what was in force stays.
+A file that is broken is told in the log with line and reason, and what was right before stays. One
+process follows it for all workers (`supervisor.py`).
 """
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
-from latchkey_service.access.gate import Gate
-from latchkey_service.access.policy import Policy, PolicyError, parse
+from latchkey_service.access.policy import PolicyError, parse
 from latchkey_service.log import logger
 
-__all__ = ["PolicyFile", "read_text"]
+__all__ = ["SIZE_MAX", "PolicyFile", "read_text"]
 
-POLL_SECONDS = 1.0
+# From a change to its being read it takes two looks: one second at most.
+LOOK_SECONDS = 0.5
 # Some ten thousand callers.
 SIZE_MAX = 4 * 1024 * 1024
 
@@ -34,43 +36,57 @@ def read_text(path: Path) -> str:
 
 
 class PolicyFile:
-    """The file behind a gate. Belongs to the event loop."""
+    """The file, and what it said when it was last right. Belongs to the event loop.
 
-    def __init__(self, path: Path, gate: Gate, text: str) -> None:
+    `changed` is called with each text that is right and another one than that before.
+
+    A file that is being written, instead of moved into its place, may be read half-way, and the
+    half that ends with a line may be a policy, which allows more than the whole: without the line
+    that has a caller's `accounts`, it is all of them. So a file is read only when two looks in a
+    row have found the same, and what was read counts only if a third one, after it, has as well.
+    """
+
+    def __init__(self, path: Path, text: str, changed: Callable[[str], None]) -> None:
+        self.text = text
         self._path = path
-        self._gate = gate
-        # What is in force.
-        self._text = text
+        self._changed = changed
+        # What the last look found, and what was there when the file was last read.
         self._seen: object = None
-        # Or one that was read before might come into force after one that was read later.
-        self._lock = asyncio.Lock()
+        self._read: object = None
         self._log = logger()
 
     async def follow(self) -> None:
         """Look for changes until cancelled."""
         while True:
-            if (seen := _signature(self._path)) != self._seen:
-                self._seen = seen
-                await self.reload()
-            await asyncio.sleep(POLL_SECONDS)
+            await self.look()
+            await asyncio.sleep(LOOK_SECONDS)
 
-    async def reload(self) -> None:
-        """Read the file now. Never fails."""
-        async with self._lock:
-            await self._reload()
+    def reload(self) -> None:
+        """Have the file read whether it has changed or not, once it stands still."""
+        self._read = None
 
-    async def _reload(self) -> None:
+    async def look(self) -> None:
+        """Look at the file, and read it if it stands still and was not read so. Never fails."""
+        seen = _signature(self._path)
+        still, self._seen = seen == self._seen, seen
+        if not still or seen == self._read:
+            return
+        self._read = seen
+        text, refused = self.text, None
         try:
             text = await asyncio.to_thread(read_text, self._path)
-            if text == self._text:
-                return
-            policy: Policy = await asyncio.to_thread(parse, text)
+            if text != self.text:
+                await asyncio.to_thread(parse, text)
         except PolicyError as error:
-            self._log.error("policy refused", path=str(self._path), error=str(error))
+            refused = error
+        if _signature(self._path) != seen:
+            # The next looks see to it.
             return
-        self._text = text
-        self._gate.replace(policy)
-        self._log.info("policy in force", path=str(self._path), callers=len(policy.callers))
+        if refused is not None:
+            self._log.error("policy refused", path=str(self._path), error=str(refused))
+        elif text != self.text:
+            self.text = text
+            self._changed(text)
 
 
 def _signature(path: Path) -> object:

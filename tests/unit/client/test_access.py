@@ -47,6 +47,8 @@ def files(tmp_path):
         "expired key": spiffe_identity("spiffe://a/b", expired=True).key,
         "nonsense": b"\x00\x01nonsense",
         "empty": b"",
+        "commented": "# Főtanúsítvány\n".encode() + ca_pem() + b"\xff\n" + ca_pem(),
+        "damaged": ca_pem().replace(b"MII", b"\xc3\xa9", 1),
         "broken": b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
         "credential": CREDENTIAL.encode() + b"\n",
         "typo": CREDENTIAL[:-1].encode() + b"!\n",
@@ -64,6 +66,7 @@ def test_what_is_right(files):
     assert Access().metadata() == ()
     for given_ in (
         {"tls_ca": files["ca"]},
+        {"tls_ca": files["commented"]},
         {"tls_ca": module.SYSTEM},
         {"tls_certificate": files["certificate"], "tls_key": files["key"]},
         {"tls_ca": files["ca"], "tls_certificate": files["certificate"], "tls_key": files["key"]},
@@ -88,6 +91,7 @@ def test_what_is_right(files):
         ({"tls_ca": "empty"}, "tls_ca: .* is not a PEM file"),
         ({"tls_ca": "key"}, "tls_ca: .* has no certificate, but a "),
         ({"tls_ca": "broken"}, "tls_ca: .* has no certificate that can be read"),
+        ({"tls_ca": "damaged"}, "tls_ca: .* has no certificate that can be read"),
         (
             {"tls_certificate": "certificate"},
             "belong together: give tls_key, too .*LATCHKEY_TLS_KEY",

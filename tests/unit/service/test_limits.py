@@ -1,13 +1,15 @@
 """Limits that are worked out: from settings, files, memory."""
 
 import resource
+import socket
 from typing import Any
 
 import pytest
-from latchkey_service import memory_guard, transport
+from latchkey_service import connection_guard, memory_guard, transport
 from latchkey_service.config import Settings
+from latchkey_service.exposure import transport_of
 from latchkey_service.memory_guard import MIB, memory_max_bytes
-from latchkey_service.transport import chosen, limits_of
+from latchkey_service.transport import Limits, limits_of
 
 
 def settings(**given: Any) -> Settings:
@@ -28,9 +30,9 @@ def settings(**given: Any) -> Settings:
 )
 def test_transport(listen: str, expected: str) -> None:
     """By itself `native` serves this machine alone; told to, either serves anybody."""
-    assert chosen(settings(listen=listen)) == expected
-    assert chosen(settings(listen=listen, transport="native")) == "native"
-    assert chosen(settings(listen=listen, transport="grpcio")) == "grpcio"
+    assert transport_of(settings(listen=listen)) == expected
+    assert transport_of(settings(listen=listen, transport="native")) == "native"
+    assert transport_of(settings(listen=listen, transport="grpcio")) == "grpcio"
 
 
 @pytest.mark.parametrize(
@@ -69,3 +71,30 @@ def test_memory() -> None:
     assert memory_max_bytes(settings(connections_max=110_000)) - plain > 100_000 * 60_000
     assert memory_max_bytes(settings(memory_mib=300)) == 300 * MIB
     assert memory_max_bytes(settings(memory_mib=0)) == 0
+
+
+class End:
+    """A connection over TCP, as the kernel tells of it."""
+
+    family = socket.AF_INET
+
+    def __init__(self) -> None:
+        self.unacked = self.acked = 0
+
+    def getsockopt(self, *_: object) -> bytes:
+        return connection_guard._TCP_INFO.pack(self.unacked, self.acked, 1_000, 0)
+
+
+def test_who_was_idle_is_not_stuck_at_once() -> None:
+    """What is under way is as old as when it was first seen, however long nothing was before, and
+    nobody looked: after a pause all clients have answers under way. If it does not go on, it is."""
+    guard = connection_guard.ConnectionGuard(["127.0.0.1:1"], Limits(keepalive_timeout=10.0))
+    seen: Any = connection_guard._Seen(None, 0.0)
+    end: Any = End()
+    assert guard._stuck(seen, end, 100.0) is None
+    end.unacked = 1
+    assert guard._stuck(seen, end, 130.0) is None
+    assert guard._stuck(seen, end, 139.0) is None
+    assert guard._stuck(seen, end, 140.0) == "unread"
+    end.acked = 1
+    assert guard._stuck(seen, end, 150.0) is None

@@ -246,3 +246,37 @@ async def test_verifies_alone_have_larger_turns(server: Server) -> None:
     server.come(CREATE, [1_000])
     await turn()
     assert len(server.begun) == 2 * native.VERIFIES_ALONE + native.VERIFIES_IN_TURN + 1
+
+
+async def test_a_fault_holds_up_nobody_else(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the library raises when calls are begun, or fetched, is not the end of all turns."""
+    begin = pygrpc_native.aio.Server._on_events
+
+    def fail_once(*_: object) -> None:
+        monkeypatch.setattr(pygrpc_native.aio.Server, "_on_events", begin)
+        raise MemoryError
+
+    monkeypatch.setattr(pygrpc_native.aio.Server, "_on_events", fail_once)
+    with pytest.raises(MemoryError):
+        server.come(VERIFY, [1])
+    server.come(CREATE, [2])
+    await turn()
+    assert server.begun == [2]
+    faults: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
+
+    def fail_to_fetch(*_: object) -> None:
+        del server.front.recv_batch_details
+        raise MemoryError
+
+    server.front.recv_batch_details = fail_to_fetch  # type: ignore[assignment,method-assign]
+    calls = range(10, 10 + 2 * native.FETCH_AFTER)
+    server.come(VERIFY, calls)
+    while not faults:
+        await turn()
+    server.come(CREATE, [3])
+    for _ in calls:
+        await turn()
+    assert sorted(server.begun) == [2, 3, *calls]

@@ -103,6 +103,8 @@ def test_an_empty_policy_lets_nobody_in():
             4,
             "a's already",
         ),
+        (f'[callers.a]\nroles = ["{CREDENTIAL}"]', 2, "lkc_…"),
+        (f"[callers.{CREDENTIAL}]\nrole = []", 2, "lkc_…"),
         ('[callers."a b"]\nroles = []', 1, "no name"),
         ("callers = 1", 1, "tables"),
         ("[callers]\na = 1", 2, "[callers.a]"),

@@ -7,7 +7,16 @@ import zlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from latchkey_service.secrets import ALPHABET, Keyring, Malformed, Pepper, Secret, holds_secret
+from latchkey_service.access import credentials
+from latchkey_service.secrets import (
+    ALPHABET,
+    Keyring,
+    Malformed,
+    Pepper,
+    Secret,
+    holds_secret,
+    without_secrets,
+)
 
 PEPPER = Pepper(bytes(range(32)))
 KEYRING = Keyring([PEPPER])
@@ -90,6 +99,16 @@ def test_a_secret_is_seen_whatever_it_is_stuck_to(before, after):
     text = mint(bytes(range(32))).secret.reveal()
     assert holds_secret(before + text + after)
     assert not holds_secret(before + text[:-1] + after)
+
+
+@pytest.mark.parametrize("before", ["", "a", "lk_", "é", "lkc_"])
+@pytest.mark.parametrize("after", ["", "a", "_", "\n"])
+def test_a_callers_credential_is_seen_too(before, after):
+    """What must not hold a secret must not hold a caller's credential either."""
+    text = credentials.mint(lambda size: bytes(range(size))).reveal()
+    assert holds_secret(before + text + after)
+    assert not holds_secret(before + text[:-1] + after)
+    assert text not in without_secrets(f"{before}{text}{after}")
 
 
 def test_rotated_peppers_still_read():

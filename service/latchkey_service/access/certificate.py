@@ -1,0 +1,40 @@
+r"""A client certificate's alternative names, as they stand in it (RFC 5280 §4.2.1.6). Pure.
+
+They are read from the certificate itself, since what others hand on may be another name: grpcio's
+end at a NUL, so that `shop.internal\0.evil.example` would be `shop.internal`. Whether the
+certificate is good, TLS has seen before, and is nothing to this module.
+"""
+
+from typing import NamedTuple
+
+from cryptography import x509
+
+__all__ = ["CertificateError", "Names", "names_of"]
+
+
+class CertificateError(ValueError):
+    """It is no certificate, or has names that are none. Carries nothing of it."""
+
+
+class Names(NamedTuple):
+    """The names of a certificate that callers are known by."""
+
+    uris: tuple[str, ...]
+    dns: tuple[str, ...]
+
+
+def names_of(pem: str) -> Names:
+    """Return the names of a certificate. Raises CertificateError."""
+    try:
+        certificate = x509.load_pem_x509_certificate(pem.encode("ascii"))
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        uris = found.get_values_for_type(x509.UniformResourceIdentifier)
+        dns = found.get_values_for_type(x509.DNSName)
+    except x509.ExtensionNotFound:
+        return Names((), ())
+    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        raise CertificateError from None
+    # What is not printable, such as a NUL, is none.
+    if not all(name.isprintable() for name in (*uris, *dns)):
+        raise CertificateError
+    return Names(tuple(uris), tuple(dns))

@@ -1,0 +1,62 @@
+"""The hosts of a database URL, one of which is the primary: which one is asked first."""
+
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+import asyncpg
+from asyncpg.connect_utils import SessionAttribute
+
+if TYPE_CHECKING:
+    Connection = asyncpg.Connection[asyncpg.Record]
+
+__all__ = ["Hosts", "each_host"]
+
+_HOSTS: Final = re.compile(r"(\w+://(?:[^/?#]*@)?)([^/?#@]*)(.*)", re.DOTALL)
+# What says that the primary is another host, or that this one does not know yet.
+_NEXT: Final = (
+    OSError,  # TimeoutError included
+    asyncpg.CannotConnectNowError,
+    asyncpg.TargetServerAttributeNotMatched,
+)
+
+
+def each_host(database_url: str) -> list[str]:
+    """Return a URL for each host of `database_url`, in its order."""
+    match = _HOSTS.fullmatch(database_url)
+    if match is None:
+        return [database_url]
+    before, hosts, after = match.groups()
+    return [before + host + after for host in hosts.split(",")]
+
+
+class Hosts:
+    """Connects to whichever is the primary, beginning with the one that was the last time.
+
+    One after the other, each with the whole time-out: asyncpg (0.32) has one for all, so that a
+    host which takes connections and says nothing, or whose machine is gone, would keep it from the
+    others.
+    """
+
+    def __init__(self, database_url: str) -> None:
+        self._urls = each_host(database_url)
+
+    async def connect(self, **options: Any) -> "Connection":
+        """Return a connection to the primary. `options` are asyncpg's, of each attempt.
+
+        Raises what asyncpg does; if no host is the primary, what the last one of them led to.
+        """
+        *others, last = self._urls
+        for url in others:
+            try:
+                return await self._connect(url, options)
+            except _NEXT:
+                continue
+        return await self._connect(last, options)
+
+    async def _connect(self, url: str, options: dict[str, Any]) -> "Connection":
+        # Never a standby, which may be behind: it would answer VALID for a token that is deleted.
+        connection: Connection = await asyncpg.connect(
+            url, target_session_attrs=SessionAttribute.primary, **options
+        )
+        self._urls = [url, *(other for other in self._urls if other != url)]
+        return connection

@@ -1,0 +1,123 @@
+"""The door of a listener: what it says of certificates and headers, and what it remembers."""
+
+import tracemalloc
+from urllib.parse import quote
+
+import pytest
+from cryptography import x509
+from latchkey_service.access import gate
+from latchkey_service.access.gate import Door, Gate
+from latchkey_service.access.policy import parse
+from latchkey_service.errors import Denied
+
+from tests.callers import PROXY, dns_identity, made, policy_text, spiffe_identity, uri
+
+
+class Call:
+    """What a servicer's context tells of a call."""
+
+    def __init__(self, header=None, identity=None):
+        self._metadata = [] if header is None else [("x-forwarded-client-cert", header)]
+        self._tls = {} if identity is None else {"x509_pem_cert": [identity.certificate]}
+
+    def invocation_metadata(self):
+        return self._metadata
+
+    def auth_context(self):
+        return self._tls
+
+
+def outcome(door, call):
+    try:
+        return door.identify(call).name
+    except Denied as error:
+        return error.reason
+
+
+@pytest.mark.parametrize(
+    ("identity", "expected"),
+    [
+        (spiffe_identity(uri("verifier")), "verifier"),
+        (dns_identity("other.internal", "Verifier.internal"), "verifier"),
+        (made([x509.DNSName("verifier.internal\0.evil.example")]), "CERTIFICATE_MALFORMED"),
+        (made([x509.UniformResourceIdentifier(uri("verifier") + "\0")]), "CERTIFICATE_MALFORMED"),
+        (spiffe_identity(uri("verifier"), "https://example.org"), "CERTIFICATE_MALFORMED"),
+        (spiffe_identity("https://example.org"), "CERTIFICATE_UNKNOWN"),
+        (None, "CALLER_ANONYMOUS"),
+    ],
+)
+def test_certificates(identity, expected):
+    """A certificate's holder is who its names say, whole, asked once or again; what is refused has
+    the reason."""
+    door = Door(Gate(parse(policy_text())), tls=True)
+    for _ in range(2):
+        assert outcome(door, Call(identity=identity)) == expected
+
+
+def told(identity, names=""):
+    """What Envoy says with the certificate itself."""
+    return Call(f'By={PROXY};Hash=ab;Cert="{quote(identity.certificate, safe="")}"{names}')
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (told(spiffe_identity(uri("verifier"))), "verifier"),
+        (told(dns_identity("x.internal", "verifier.internal")), "verifier"),
+        # What is in the certificate counts, and nothing that is said of it.
+        (told(dns_identity("verifier.internal"), ";URI=;DNS=manager.internal"), "verifier"),
+        (told(dns_identity("x.internal"), ";URI=;DNS=manager.internal"), "CERTIFICATE_UNKNOWN"),
+        (told(made([x509.DNSName("x;DNS=manager.internal")])), "CERTIFICATE_UNKNOWN"),
+        (told(made([x509.DNSName("verifier.internal\0")])), "CERTIFICATE_MALFORMED"),
+        (Call(f'By={PROXY};Cert="x";URI={uri("verifier")}'), "CERTIFICATE_MALFORMED"),
+        (Call(f'By={PROXY};Cert="%ff";URI={uri("verifier")}'), "CERTIFICATE_MALFORMED"),
+        (Call(f'By={PROXY};Cert="";URI={uri("verifier")}'), "verifier"),
+        (Call(f"By={PROXY};URI={uri('verifier')},By={PROXY}"), "PROXY_MALFORMED"),
+        (Call(f"By={PROXY};DNS=\xff".encode("latin-1")), "PROXY_MALFORMED"),
+        (Call(f"URI={uri('verifier')}"), "PROXY_UNKNOWN"),
+        (Call(f"By={PROXY}"), "CALLER_ANONYMOUS"),
+    ],
+)
+def test_certificates_through_a_proxy(call, expected):
+    """A proxy's header names the holder of the certificate in it, where it has one."""
+    door = Door(Gate(parse(policy_text())), proxy=PROXY)
+    for _ in range(2):
+        assert outcome(door, call) == expected
+
+
+def test_what_is_remembered_is_the_policys():
+    """What was read of a certificate or a header holds under the policy of then, and no longer."""
+    gate = Gate(parse(policy_text()))
+    ways = [
+        (Door(gate, tls=True), Call(identity=spiffe_identity(uri("verifier")))),
+        (Door(gate, proxy=PROXY), Call(f"By={PROXY};Hash=ab;URI={uri('verifier')}")),
+    ]
+    for door, call in ways:
+        assert [outcome(door, call), outcome(door, call)] == ["verifier", "verifier"]
+    gate.replace(parse(policy_text(["manager"])))
+    for door, call in ways:
+        assert outcome(door, call) == "CERTIFICATE_UNKNOWN"
+    gate.replace(parse(policy_text()))
+    for door, call in ways:
+        assert outcome(door, call) == "verifier"
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    """However many headers come, and however long each is, they take no more memory than their
+    bound, and a header more."""
+    bound, size = 256 * 1024, 16_000
+    monkeypatch.setattr(gate, "REMEMBERED_BYTES_MAX", bound)
+    door = Door(Gate(parse(policy_text())), proxy=PROXY)
+    names = f"By={PROXY};Hash=ab;URI={uri('verifier')}"
+    tracemalloc.start()
+    try:
+        for number in range(200):
+            filler = "x" * (size - len(names))
+            header = f"By={PROXY};Hash={number:05}{filler};URI={uri('verifier')}"
+            assert outcome(door, Call(header)) == "verifier"
+        for number in range(5_000):
+            assert outcome(door, Call(f"{names};DNS={number}.internal")) == "verifier"
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 2 * bound
