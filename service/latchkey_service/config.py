@@ -3,12 +3,15 @@
 Both are read once, when the service starts: its workers get its settings from it, by a pipe.
 """
 
+import difflib
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
+from dotenv import dotenv_values
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -18,6 +21,9 @@ from latchkey_service.embedded import default_data_dir
 __all__ = ["ConfigError", "Settings", "describe", "from_json", "load", "to_json"]
 
 PREFIX = "LATCHKEY_"
+ENV_FILE = ".env"
+# How alike two names are of which one is the other with a mistake in it.
+MISSPELT = 0.85
 # What a worker writes to its standard output once it answers calls; the supervisor waits for it.
 READY = b"ready\n"
 
@@ -63,7 +69,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
-        env_file=".env",
+        env_file=ENV_FILE,
         env_ignore_empty=True,
         extra="ignore",
         frozen=True,
@@ -206,6 +212,8 @@ def load(*, together: bool = True) -> Settings:
         settings = Settings()
     except ValidationError as error:
         raise _told(error) from None
+    if wrong := _misspelt([*os.environ, *dotenv_values(ENV_FILE)]):
+        raise ConfigError("\n".join(wrong))
     if together:
         _check_together(settings)
     return settings
@@ -241,16 +249,33 @@ def _told(error: ValidationError) -> ConfigError:
     return ConfigError("\n".join(lines))
 
 
+def _misspelt(names: Iterable[str]) -> list[str]:
+    """Tell of each name that is all but a setting's. Nobody would see that a policy was ignored.
+
+    Other names with the prefix are others': the command line's, the page's, or what Kubernetes adds
+    for a service of the name.
+    """
+    settings = [PREFIX + name.upper() for name in Settings.model_fields]
+    return [
+        f"{name}: there is no such setting; {meant[0]} is meant?"
+        for name in dict.fromkeys(name for name in names if name.upper().startswith(PREFIX))
+        if name.upper() not in settings
+        and (meant := difflib.get_close_matches(name.upper(), settings, 1, MISSPELT))
+    ]
+
+
 def _check_together(settings: Settings) -> None:
     if problems := exposure.problems(settings):
         raise ConfigError("\n".join(problems))
 
 
 def describe(settings: Settings) -> list[tuple[str, str, str, str]]:
-    """Return name, value (redacted), source and description of each setting."""
+    """Return name, value in force (redacted), source and description of each setting."""
     rows = []
     for name, field in Settings.model_fields.items():
         value = getattr(settings, name)
+        if name == "transport":
+            value = exposure.transport_of(settings)
         if isinstance(value, SecretStr):
             text = _redacted(value.get_secret_value())
         else:

@@ -1,14 +1,16 @@
 """What may be listened on: safe by default, and open to others only when told so. Pure."""
 
 import ipaddress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from latchkey_service.config import Settings
 
-__all__ = ["is_local", "problems", "reflects"]
+__all__ = ["Transport", "is_local", "problems", "reflects", "transport_of"]
 
 PREFIX = "LATCHKEY_"
+
+Transport = Literal["native", "grpcio"]
 
 
 def is_local(listen: str) -> bool:
@@ -25,6 +27,18 @@ def is_local(listen: str) -> bool:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
         return False
+
+
+def transport_of(settings: "Settings") -> Transport:
+    """Return the transport of the plaintext listener.
+
+    By itself `native` serves this machine alone: it keeps a message of any size, and unpacks a
+    compressed one, before anybody can say no (0.5.0, and nothing in front of it can know better
+    but a proxy). Who reaches it can fill a worker's memory. That is for who chose it to judge.
+    """
+    if "transport" in settings.model_fields_set:
+        return settings.transport
+    return "native" if is_local(settings.listen) else "grpcio"
 
 
 def reflects(settings: "Settings", listen: str) -> bool:

@@ -62,7 +62,7 @@ from latchkey_service.secrets import Keyring
 from latchkey_service.store import Store
 from latchkey_service.tls import Certificates
 from latchkey_service.tokens import Tokens
-from latchkey_service.transport import Limits, chosen, limits_of, make_transport, metadata_of
+from latchkey_service.transport import Limits, limits_of, make_transport, metadata_of
 from latchkey_service.verdict import Record
 from latchkey_service.verifier import Verifier
 
@@ -103,7 +103,7 @@ class Server:
         self._watchers = watchers
         self._health = services.health
         self._gate = gate
-        plaintext = make_transport(chosen(settings), limits, calls.refuse)
+        plaintext = make_transport(exposure.transport_of(settings), limits, calls.refuse)
         self._servers = [plaintext]
         door = None
         if gate is not None:

@@ -6,27 +6,23 @@ for is kept by `connection_guard.py`, and what it takes of memory by `memory_gua
 
 import resource
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
-from latchkey_service import exposure
 from latchkey_service.config import Settings
+from latchkey_service.exposure import Transport, transport_of
 
 if TYPE_CHECKING:
     from latchkey_service.native import Refuse
 
 __all__ = [
     "Limits",
-    "Transport",
-    "chosen",
     "limits_of",
     "make_transport",
     "metadata_of",
     "options_of",
 ]
-
-Transport = Literal["native", "grpcio"]
 
 # The contract has fields answered in words up to 4 MiB, the usual limit; the rest of such a
 # message must fit in beside them, or the transport would refuse it without our details.
@@ -71,21 +67,9 @@ class Limits:
     keepalive_timeout: float = KEEPALIVE_TIMEOUT_SECONDS
 
 
-def chosen(settings: Settings) -> Transport:
-    """Return the transport of the plaintext listener.
-
-    By itself `native` serves this machine alone: it keeps a message of any size, and unpacks a
-    compressed one, before anybody can say no (0.5.0, and nothing in front of it can know better
-    but a proxy). Who reaches it can fill a worker's memory. That is for who chose it to judge.
-    """
-    if "transport" in settings.model_fields_set:
-        return settings.transport
-    return "native" if exposure.is_local(settings.listen) else "grpcio"
-
-
 def limits_of(settings: Settings) -> Limits:
     """Return the limits in force: no more connections than this process may open files for."""
-    listeners = FILES_PER_CONNECTION[chosen(settings)]
+    listeners = FILES_PER_CONNECTION[transport_of(settings)]
     if settings.tls_listen is not None:
         listeners += FILES_PER_CONNECTION["grpcio"]
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,14 +23,19 @@ _ADDRESS = re.compile(r"^API Tokens: (\S+) ", re.MULTILINE)
 class Console:
     """`latchkey console` that serves at `url`. What it wrote is in `log`."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        start: Sequence[str] = (sys.executable, "-m", "latchkey_cli"),
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self._out, self._err = folder / "out", folder / "err"
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "latchkey_cli", "console"),
+                    *(*start, "console"),
                     *("--listen", "127.0.0.1:0", *arguments),
                 ],
                 stdin=subprocess.DEVNULL,
@@ -56,10 +61,18 @@ class Console:
         found: str = await eventually(said, f"the page's address; it said {self.log}")
         return found
 
-    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Stop it, and return the exit code."""
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal, if it has not ended."""
         if self._process.poll() is None:
             self._process.send_signal(number)
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Stop it, and return the exit code."""
+        self.send(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait for its end, and return the exit code."""
         try:
             return self._process.wait(WAIT_SECONDS)
         except subprocess.TimeoutExpired:

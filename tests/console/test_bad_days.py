@@ -47,6 +47,23 @@ def test_list_says_what_happened(
 
 
 @pytest.mark.answers(503)
+def test_unreachable_when_more_is_wanted(browser: Browser, world: World) -> None:
+    """Latchkey away as more rows are asked for: it is named, the rows stay, and again works."""
+    for number in range(60):
+        world.create(f"token {number}")
+    browser.open()
+    with world.relay.failing("List", code=UNAVAILABLE):
+        browser.click("#more")
+        assert "Latchkey cannot be reached" in browser.text("#message")
+        assert browser.has_focus("#message")
+    assert len(browser.all("#rows tr")) == 50
+    browser.click("#more")
+    browser.until(lambda: len(browser.all("#rows tr")) == 60, "all rows")
+    browser.gone("#message")
+    assert browser.text("#count") == "60 of 60 tokens"
+
+
+@pytest.mark.answers(503)
 def test_unreachable_when_adding_keeps_what_was_typed(
     browser: Browser, world: World, script: bool
 ) -> None:

@@ -9,14 +9,17 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import get_type_hints
 
 import httpx
 import pytest
 from latchkey_cli import console as command
 
 from tests.console.processes import Console, console, run
-from tests.support import WAIT_SECONDS
+from tests.support import WAIT_SECONDS, eventually
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^<!-- test: ([a-z ]+) -->\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -52,6 +55,12 @@ def latchkey(*arguments: str, **environment: str) -> subprocess.CompletedProcess
         ("--account acme --oidc-issuer https://id.example.com", "exclude each other"),
         ("--account-header X-User", "worth nothing"),
         ("--oidc-issuer https://x --oidc-client-id a --oidc-client-secret-file /no", "cannot be"),
+        ("--account acme --public-url https://[", "scheme and host"),
+        ("--oidc-issuer https://[ --oidc-client-id a", "provider's address"),
+        (
+            "--account-header X --trusted-proxy ::1 --public-url https://x --listen a..b:80",
+            "cannot be had",
+        ),
     ],
 )
 def test_what_is_unsafe_does_not_start(arguments: str, words: str) -> None:
@@ -151,6 +160,73 @@ def test_a_stop_that_comes_while_it_starts() -> None:
     assert done.stdout.startswith("API Tokens: ")
 
 
+@contextlib.contextmanager
+def asking(url: str, latchkey: socket.socket) -> Iterator[Future[httpx.Response]]:
+    """Ask the page for the list, from the moment that it asks a Latchkey that does not answer."""
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(httpx.get, url, timeout=WAIT_SECONDS)
+        latchkey.settimeout(WAIT_SECONDS)
+        with latchkey.accept()[0]:
+            yield asked
+
+
+def test_a_second_stop_changes_nothing(tmp_path: Path) -> None:
+    """Whoever presses Ctrl-C again gets the same end: what is under way is answered, no faults."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        target = f"127.0.0.1:{silent.getsockname()[1]}"
+        running = Console(tmp_path / "page", "--account", "acme", "--target", target)
+        try:
+            url = run(running.url())
+            with asking(url, silent) as asked:
+                for _ in range(2):
+                    running.send(signal.SIGINT)
+                    run(eventually(lambda: refuses(url), "the page takes nothing new"))
+                # Now Latchkey is away, and the page has its answer.
+                silent.close()
+            assert "Latchkey cannot be reached" in asked.result().text
+            assert running.wait() == 0
+        finally:
+            running.end()
+    assert "ERROR" not in running.log
+
+
+def refuses(url: str) -> bool:
+    """Tell whether nobody listens at `url` any more."""
+    parts = httpx.URL(url)
+    try:
+        socket.create_connection((parts.host, parts.port or 80), WAIT_SECONDS).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+IMPATIENT = """
+import sys
+from latchkey_console import running
+from latchkey_cli.main import main
+
+running.GRACE_SECONDS = 1
+sys.exit(main())
+"""
+
+
+def test_what_is_under_way_for_too_long_is_told_in_a_line(tmp_path: Path) -> None:
+    """The end does not wait for a request for ever, and tells of it without a traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        target = f"127.0.0.1:{silent.getsockname()[1]}"
+        start = (sys.executable, "-c", IMPATIENT)
+        running = Console(tmp_path / "page", "--account", "acme", "--target", target, start=start)
+        try:
+            with asking(run(running.url()), silent) as asked:
+                running.send(signal.SIGINT)
+                assert asked.result().status_code == 500
+            assert running.wait() == 0
+        finally:
+            running.end()
+    assert "Cancel 1 running task" in running.log
+    assert "Traceback" not in running.log
+
+
 def test_queries_and_names_are_in_no_log(tmp_path: Path) -> None:
     """What people look for and type is in no log line, also when Latchkey is away."""
     with console(tmp_path / "page", "--account", "acme", "--target", "127.0.0.1:1") as (page, url):
@@ -178,16 +254,51 @@ def test_commands_of_the_readme(tmp_path: Path) -> None:
 
 
 def test_options_of_the_readme() -> None:
-    """The README's table has every option, in whatever order, with its default."""
+    """The README's table has every option, in whatever order, with its variable and default."""
     from latchkey_console import settings
 
-    rows = dict(re.findall(r"^\| `(--[a-z-]+)` \| (.+?) \|", README, re.MULTILINE))
+    cells = re.findall(r"^\| `--([a-z-]+)` \| `(LATCHKEY_\w+)` \| (.+?) \|", README, re.MULTILINE)
+    rows = {option: (variable, default) for option, variable, default in cells}
     shown = latchkey("console", "--help", COLUMNS="200").stdout
-    assert set(rows) == set(re.findall(r"(--[a-z-]+)", shown)) - {"--help"}
+    assert {f"--{option}" for option in rows} == set(re.findall(r"(--[a-z-]+)", shown)) - {"--help"}
+    variables = {
+        name.replace("_", "-"): hint.__metadata__[0].envvar
+        for name, hint in get_type_hints(command.console, include_extras=True).items()
+        if name != "return"
+    }
+    assert {option: variable for option, (variable, _) in rows.items()} == variables
     defaults = (settings.CLAIM, settings.LISTEN, settings.TARGET)
-    assert tuple(rows[f"--{o}"] for o in ("oidc-claim", "listen", "target")) == tuple(
+    assert tuple(rows[o][1] for o in ("oidc-claim", "listen", "target")) == tuple(
         f"`{value}`" for value in defaults
     )
+
+
+def test_several_proxies_in_the_variable() -> None:
+    """In the variable, spaces separate the addresses of several proxies; all of them are read."""
+    done = latchkey(
+        "console",
+        LATCHKEY_CONSOLE_ACCOUNT_HEADER="X-User",
+        LATCHKEY_CONSOLE_TRUSTED_PROXY="127.0.0.1 10.1.0.0/16 third",
+        LATCHKEY_CONSOLE_PUBLIC_URL="https://tokens.example.com",
+    )
+    assert done.returncode == 2
+    assert "--trusted-proxy third: " in done.stderr
+
+
+def test_make_console_without_its_service() -> None:
+    """Where the service does not start, what is told to do instead works as it is told."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "latchkey_console.together", "team-7"],
+        env=clean | {"LATCHKEY_LISTEN": "nowhere"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=WAIT_SECONDS,
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith(": .venv/bin/latchkey console --account team-7\n")
 
 
 @pytest.mark.xdist_group("readme")

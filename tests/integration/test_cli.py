@@ -109,6 +109,10 @@ class Scripted(pb_grpc.TokenServiceServicer):
         await context.abort(self.status, f"no: {GARBAGE} \x1b[2J")
         raise AssertionError("abort raises")
 
+    async def Create(self, request: pb.CreateRequest, context: Any) -> pb.CreateResponse:  # noqa: N802
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+        raise AssertionError("abort raises")
+
     async def List(self, request: pb.ListRequest, context: Any) -> pb.ListResponse:  # noqa: N802
         page = int(request.page_token or "0")
         if request.account_id == "broken" and page == 1:
@@ -261,22 +265,28 @@ async def test_wrong_usage_is_2_in_one_line(run: Run) -> None:
     assert (as_json.code, as_json.error["exit_code"], as_json.error["code"]) == (2, 2, "USAGE")
 
 
-async def test_no_answer_is_6_and_soon(run: Run) -> None:
-    """Without a server the tool says so within seconds, and what it does not know."""
+async def test_no_answer_is_6_and_soon(run: Run, scripted: tuple[str, Scripted]) -> None:
+    """Without a server the tool says so within seconds, and what it does not know, if anything:
+    a Create that got no connection has made nothing, but a Delete may have got one before."""
     loop = asyncio.get_running_loop()
     start = loop.time()
-    listed, created, deleted, verified = await asyncio.gather(
+    listed, refused, lost, deleted, verified = await asyncio.gather(
         run("list"),
         run("create", "x", "--scope", "read"),
+        run("create", "x", "--scope", "read", target=scripted[0]),
         run("delete", "x", "--yes", "--json"),
         run("verify", stdin=GARBAGE),
     )
     assert loop.time() - start < 15
-    assert [r.code for r in (listed, created, deleted, verified)] == [6, 6, 6, 6]
+    assert {r.code for r in (listed, refused, lost, deleted, verified)} == {6}
     assert NOWHERE in listed.err
-    assert "may exist" in created.err
+    assert "('latchkey serve'), then try again\n" in listed.err
+    assert "('latchkey serve'), then try again: nothing was changed\n" in refused.err
+    assert "('latchkey serve'); the token may exist: look for 'x' in" in lost.err
+    assert "'latchkey list -a acme'" in lost.err
     assert deleted.error["code"] == "UNAVAILABLE"
-    assert "may stand" in deleted.error["to_do"]
+    assert "('latchkey serve'); the deletion may stand" in deleted.error["to_do"]
+    assert "('latchkey serve'); treat the secret as not valid" in verified.err
     assert GARBAGE not in verified.err
 
 
@@ -411,7 +421,7 @@ async def test_a_closed_pipe_is_quiet(
         os.close(writer)
     assert (listed.code, listed.err) == (141, "")
     assert created.code == 1
-    assert "latchkey delete tok_" in created.err
+    assert re.search(r"'latchkey delete tok_[0-9a-z]{26} -a acme'", created.err)
 
 
 async def test_completion_works(run: Run) -> None:

@@ -181,3 +181,18 @@ async def test_no_color_is_honoured(start: Open, create: Create) -> None:
         assert await terminal.end() == 0
         assert "Expires" in terminal.screen
         assert bool(colour.search(terminal.screen)) is coloured
+
+
+async def test_ids_can_be_copied_at_any_width(start: Open, create: Create) -> None:
+    """The ID of a token is in one piece in the list and in the audit log, and nothing is left out,
+    on terminals of 80 columns and on wide ones."""
+    token = (await create(name="deploy bot")).token
+    for columns in (80, 100, 160):
+        for command in ("list", "audit"):
+            terminal = await start(command, COLUMNS=str(columns))
+            assert await terminal.end() == 0
+            assert token.id in terminal.screen, (command, columns)
+            plain = re.sub(r"\x1b\[[0-9;]*m", "", terminal.screen)
+            assert max(map(len, plain.splitlines())) <= columns
+            words = ("deploy", "bot") if command == "list" else ("Create", "acme", "ok", "ipv4:")
+            assert all(word in plain for word in words), (command, columns, plain)

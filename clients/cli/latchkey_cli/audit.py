@@ -25,7 +25,13 @@ LIMIT: Final = 50
 # The service's own maximum: the fewest round trips.
 PAGE_SIZE: Final = 500
 _STYLES: Final = {"OK": "green", "DENIED": "bold red", "FAILED": "yellow"}
+# From this width on an entry takes one line. Below, it takes two, which hold all that one does.
+_WIDE: Final = 140
+_GAP: Final = 2
 _COLUMNS: Final = ("Time", "Caller", "Method", "Account", "Outcome", "From", "Token")
+_COLUMNS_OF_TWO: Final = ("Time\nToken", "Caller\nFrom", "Method, account\nOutcome")
+# Of an ID.
+_TOKEN_WIDTH: Final = 30
 
 
 class OutcomeName(enum.StrEnum):
@@ -164,17 +170,31 @@ def document(entry: "AuditEntry") -> dict[str, Any]:
 
 
 def _print(entries: "tuple[AuditEntry, ...]", *, first: bool) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=first)
-    rows = [_row(entry) for entry in entries]
-    for number, name in enumerate(_COLUMNS):
-        width = max([cell_len(name), *(cell_len(row[number].plain) for row in rows)])
-        table.add_column(name, min_width=min(width, 12), overflow="fold", header_style="bold")
+    screen = output.console(sys.stdout)
+    wide = screen.width >= _WIDE
+    names = _COLUMNS if wide else _COLUMNS_OF_TWO
+    rows = [_row(entry) if wide else _two_lines(_row(entry)) for entry in entries]
+    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, show_header=first)
+    for number, name in enumerate(names):
+        cells = (name, *(row[number].plain for row in rows))
+        width = max(cell_len(line) for cell in cells for line in cell.split("\n"))
+        # The token's ID is there to be copied: the others give way, by folding, where they can.
+        keeps = "Token" in name and screen.width >= 2 * _TOKEN_WIDTH
+        fixed = min(width, _TOKEN_WIDTH) if keeps else None
+        table.add_column(
+            name,
+            width=fixed,
+            min_width=None if fixed else min(width, 12),
+            overflow="fold",
+            header_style="bold",
+        )
     for row in rows:
         table.add_row(*row)
-    output.console(sys.stdout).print(table)
+    screen.print(table)
 
 
 def _row(entry: "AuditEntry") -> list[Text]:
+    """Return the cells of one entry, in the order of _COLUMNS."""
     name = entry.outcome.name
     outcome = name.lower() + (f": {entry.reason}" if entry.reason else "")
     if entry.calls > 1:
@@ -187,4 +207,15 @@ def _row(entry: "AuditEntry") -> list[Text]:
         Text(visible(outcome), style=_STYLES.get(name, "")),
         Text(visible(entry.peer), style="dim"),
         Text(visible(entry.token_id), style="cyan"),
+    ]
+
+
+def _two_lines(row: list[Text]) -> list[Text]:
+    """Return the same in the order of _COLUMNS_OF_TWO."""
+    time, caller, method, account, outcome, peer, token = row
+    of, below = Text(" "), Text("\n")
+    return [
+        below.join([time, token]),
+        below.join([caller, peer]),
+        below.join([of.join([method, account]), outcome]),
     ]

@@ -6,7 +6,7 @@ The page is another package, whose libraries need not be installed; it is loaded
 import importlib.util
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -16,6 +16,7 @@ from latchkey_cli.options import TargetOption
 
 __all__ = ["console"]
 
+PREFIX: Final = "LATCHKEY_CONSOLE_"
 _NEEDED = (
     "authlib",
     "httpx2",
@@ -28,80 +29,65 @@ _NEEDED = (
 _SECRET_BYTES_MAX = 4_096
 
 
+def _option(variable: str, metavar: str, text: str, *, default: bool | str = False) -> Any:
+    """Return an option that is an environment variable too: its own name after the prefix.
+
+    The names do not fit beside the options on a terminal, and are told as a rule.
+    """
+    return typer.Option(
+        envvar=PREFIX + variable,
+        show_envvar=False,
+        metavar=metavar,
+        show_default=default,
+        help=text,
+    )
+
+
 def console(
     account: Annotated[
         str | None,
-        typer.Option(
-            envvar="LATCHKEY_CONSOLE_ACCOUNT",
-            metavar="ID",
-            show_default=False,
-            help="Everyone is this account: for trying it, on loopback only.",
-        ),
+        _option("ACCOUNT", "ID", "Everyone is this account: for trying it, on loopback only."),
     ] = None,
     account_header: Annotated[
         str | None,
-        typer.Option(
-            envvar="LATCHKEY_CONSOLE_ACCOUNT_HEADER",
-            metavar="NAME",
-            show_default=False,
-            help="Header in which a sign-in proxy gives the account.",
-        ),
+        _option("ACCOUNT_HEADER", "NAME", "Header in which a sign-in proxy gives the account."),
     ] = None,
     trusted_proxy: Annotated[
         list[str] | None,
-        typer.Option(
-            envvar="LATCHKEY_CONSOLE_TRUSTED_PROXY",
-            metavar="ADDRESS",
-            show_default=False,
-            help="Address or network that the header may come from; may be repeated.",
+        _option(
+            "TRUSTED_PROXY",
+            "ADDRESS",
+            "Address or network that the header may come from; may be repeated. In the variable, "
+            "spaces separate several.",
         ),
     ] = None,
     oidc_issuer: Annotated[
-        str | None,
-        typer.Option(
-            envvar="LATCHKEY_CONSOLE_OIDC_ISSUER",
-            metavar="URL",
-            show_default=False,
-            help="OpenID Connect provider to sign in with.",
-        ),
+        str | None, _option("OIDC_ISSUER", "URL", "OpenID Connect provider to sign in with.")
     ] = None,
     oidc_client_id: Annotated[
-        str | None,
-        typer.Option(
-            envvar="LATCHKEY_CONSOLE_OIDC_CLIENT_ID",
-            metavar="ID",
-            show_default=False,
-            help="What the provider calls this page.",
-        ),
+        str | None, _option("OIDC_CLIENT_ID", "ID", "What the provider calls this page.")
     ] = None,
     oidc_client_secret_file: Annotated[
         Path | None,
-        typer.Option(
-            envvar="LATCHKEY_CONSOLE_OIDC_CLIENT_SECRET_FILE",
-            metavar="FILE",
-            show_default=False,
-            help="File with the client secret; without one, PKCE alone.",
+        _option(
+            "OIDC_CLIENT_SECRET_FILE",
+            "FILE",
+            "File with the client secret; without one, PKCE alone.",
         ),
     ] = None,
     oidc_claim: Annotated[
-        str,
-        typer.Option(
-            envvar="LATCHKEY_CONSOLE_OIDC_CLAIM", metavar="NAME", help="Claim that is the account."
-        ),
+        str, _option("OIDC_CLAIM", "NAME", "Claim that is the account.", default=True)
     ] = "sub",
     listen: Annotated[
-        str,
-        typer.Option(
-            envvar="LATCHKEY_CONSOLE_LISTEN", metavar="HOST:PORT", help="Where the page listens."
-        ),
+        str, _option("LISTEN", "HOST:PORT", "Where the page listens.", default=True)
     ] = "127.0.0.1:50080",
     public_url: Annotated[
         str | None,
-        typer.Option(
-            envvar="LATCHKEY_CONSOLE_PUBLIC_URL",
-            metavar="URL",
-            show_default="http:// and --listen",
-            help="How browsers reach it, such as https://tokens.example.com.",
+        _option(
+            "PUBLIC_URL",
+            "URL",
+            "How browsers reach it, such as https://tokens.example.com.",
+            default="http:// and --listen",
         ),
     ] = None,
     target: TargetOption = "127.0.0.1:50051",
@@ -111,6 +97,9 @@ def console(
     Say who is looking: --account to try it, --account-header with
     --trusted-proxy behind a sign-in proxy, or --oidc-issuer with
     --oidc-client-id to sign in with OpenID Connect.
+
+    Each option is an environment variable too: --oidc-issuer is
+    LATCHKEY_CONSOLE_OIDC_ISSUER, and so on; --target alone is LATCHKEY_TARGET.
 
     It keeps open forms and sign-ins in memory: run one process of it.
     """

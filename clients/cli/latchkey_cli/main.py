@@ -17,6 +17,7 @@ from latchkey_cli import (
     verify,
 )
 from latchkey_cli.failures import ClosedPipe, Exit, Failure
+from latchkey_cli.plain import Command, Group
 
 __all__ = ["app", "main"]
 
@@ -39,6 +40,7 @@ Exit codes:
 
 app = typer.Typer(
     name=NAME,
+    cls=Group,
     help="Manage API tokens with Latchkey, and verify secrets.",
     epilog=EPILOG,
     no_args_is_help=True,
@@ -46,17 +48,17 @@ app = typer.Typer(
     # Locals hold secrets.
     pretty_exceptions_show_locals=False,
 )
-app.command("create")(tokens.create)
-app.command("list")(tokens.list_tokens)
-app.command("get")(tokens.get)
-app.command("delete")(tokens.delete)
-app.command("verify", context_settings={"allow_extra_args": True})(verify.verify)
-app.command("status")(status.status)
-app.command("audit")(audit.audit)
-app.command("console")(console.console)
-app.command("serve")(service.serve)
-app.command("policy")(service.policy)
-app.command("config")(service.config)
+app.command("create", cls=Command)(tokens.create)
+app.command("list", cls=Command)(tokens.list_tokens)
+app.command("get", cls=Command)(tokens.get)
+app.command("delete", cls=Command)(tokens.delete)
+app.command("verify", cls=Command, context_settings={"allow_extra_args": True})(verify.verify)
+app.command("status", cls=Command)(status.status)
+app.command("audit", cls=Command)(audit.audit)
+app.command("console", cls=Command)(console.console)
+app.command("serve", cls=Command)(service.serve)
+app.command("policy", cls=Command)(service.policy)
+app.command("config", cls=Command)(service.config)
 
 
 def _print_version(wanted: bool) -> None:

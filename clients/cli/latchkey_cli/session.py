@@ -6,6 +6,7 @@ come between the calls and not inside the loop, which would keep the first Ctrl-
 
 import asyncio
 import os
+import re
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from types import TracebackType
@@ -24,14 +25,25 @@ __all__ = ["Doing", "Session"]
 T = TypeVar("T")
 
 _AGAIN: Final = "try again"
+# What gRPC says of a call that got no connection, and so was not sent. In other words than these it
+# is not known.
+_UNCONNECTED: Final = re.compile(
+    r"^\w+ failed: (failed to connect to all addresses|connections to all backends failing"
+    r"|DNS resolution failed)"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Doing:
-    """What a call is for ("get token X"), and what to do when its answer is lost."""
+    """What a call is for ("get token X"), and what to do when its answer is lost.
+
+    `once` says that the client library never sends it again after a failure of the connection, so
+    that what the error tells of the connection is all that has happened.
+    """
 
     what: str
     if_lost: str = _AGAIN
+    once: bool = False
 
 
 class Session:
@@ -106,7 +118,7 @@ def _words(error: latchkey.LatchkeyError, doing: Doing, target: str) -> tuple[st
             wrong = [f"{v.field}: {v.description.rstrip('. ')}" for v in error.field_violations]
             return "; ".join(wrong) or str(error), "correct it and try again", Exit.USAGE
         case latchkey.NotFound():
-            to_do = "check --account and the ID, 'latchkey list' shows what there is"
+            to_do = "check --account and the ID; 'latchkey list -a ACCOUNT' shows what there is"
             return "the account has no such token", to_do, Exit.NOT_FOUND
         case latchkey.AlreadyExists():
             to_do = "choose another name, or delete that token first"
@@ -129,15 +141,14 @@ def _words(error: latchkey.LatchkeyError, doing: Doing, target: str) -> tuple[st
             return f"{target} is not trusted, or does not speak TLS", to_do, Exit.UNAVAILABLE
         case latchkey.Unavailable() if error.reason == "CONNECTION_CLOSED":
             to_do = "check --tls-ca, --tls-certificate and --tls-key: it may want TLS, or another "
-            to_do += f"client certificate, {_then(doing)}"
+            to_do += f"client certificate{_after(doing, error)}"
             return f"{target} closes the connection", to_do, Exit.UNAVAILABLE
         case latchkey.Unavailable() if error.reason:
             # Latchkey itself said so: it is there, and something behind it is not.
             return f"{target} cannot answer now ({error.reason})", doing.if_lost, Exit.UNAVAILABLE
         case latchkey.Unavailable():
-            to_do = (
-                f"check --target and that Latchkey runs there ('latchkey serve'), {_then(doing)}"
-            )
+            to_do = "check --target and that Latchkey runs there ('latchkey serve')"
+            to_do += _after(doing, error)
             return f"no answer from {target}", to_do, Exit.UNAVAILABLE
         case latchkey.ResourceExhausted():
             return f"{target} takes no more work now", "try again later", Exit.UNAVAILABLE
@@ -147,5 +158,10 @@ def _words(error: latchkey.LatchkeyError, doing: Doing, target: str) -> tuple[st
             return str(error).rstrip(". "), to_do, Exit.UNEXPECTED
 
 
-def _then(doing: Doing) -> str:
-    return f"then {doing.if_lost}"
+def _after(doing: Doing, error: latchkey.LatchkeyError) -> str:
+    """Return what to do once there is a connection, to be put after how to come by one."""
+    if doing.if_lost == _AGAIN:
+        return f", then {_AGAIN}"
+    if doing.once and _UNCONNECTED.search(str(error)):
+        return f", then {_AGAIN}: nothing was changed"
+    return f"; {doing.if_lost}"

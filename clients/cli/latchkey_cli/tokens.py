@@ -30,6 +30,8 @@ __all__ = ["create", "delete", "get", "list_tokens"]
 TARGET = "127.0.0.1:50051"
 # The service's own maximum: the fewest round trips.
 PAGE_SIZE = 500
+# What people take for the value of a flag. `delete --yes false ID` is not to delete.
+_NO_IDS = frozenset({"true", "false", "yes", "no", "on", "off", "1", "0"})
 
 
 def create(
@@ -52,7 +54,8 @@ def create(
     """Create a token and print its secret, which is never shown again.
 
     When standard output is not a terminal, it gets the secret alone, and the
-    rest goes to standard error: latchkey create ci --scope read > FILE
+    rest goes to standard error:
+    latchkey create ci --scope read -a ACCOUNT > FILE
 
     With --json, standard output gets one object with token and secret.
     """
@@ -64,8 +67,8 @@ def create(
     from latchkey_cli.session import Doing, Session
 
     if_lost = (
-        f"the token may exist: look for '{name}' in 'latchkey list' and delete it before trying "
-        "again"
+        f"the token may exist: look for '{name}' in 'latchkey list -a {account}' and delete it "
+        "before trying again"
     )
     with Session(target, timeout) as session:
         call = session.client.create(
@@ -76,14 +79,14 @@ def create(
             ttl=expiry.ttl,
             labels=labels,
         )
-        created = session.run(call, Doing(f"create token '{name}'", if_lost))
+        created = session.run(call, Doing(f"create token '{name}'", if_lost, once=True))
     try:
         _hand_over(created, as_json=as_json)
     except (OSError, ClosedPipe) as error:
         reason = error.strerror if isinstance(error, OSError) else "its reader is gone"
         raise Failure(
             f"token {created.token.id} was created, but its secret could not be written: {reason}",
-            f"delete it ('latchkey delete {created.token.id}') and create another",
+            f"delete it ('latchkey delete {created.token.id} -a {account}') and create another",
             Exit.UNEXPECTED,
             code="SECRET_NOT_WRITTEN",
         ) from None
@@ -203,6 +206,13 @@ def delete(
     1 if nothing failed but you said no. With --json it prints an array with
     the receipt or the error of each.
     """
+    if words := [token_id for token_id in token_ids if token_id.lower() in _NO_IDS]:
+        raise Failure(
+            f"'{words[0]}' is the ID of no token",
+            "give IDs alone, flags such as --yes take no value: 'latchkey delete --help' shows how",
+            Exit.USAGE,
+            code="USAGE",
+        )
     if not yes and not (output.is_terminal(sys.stdin) and output.is_terminal(sys.stderr)):
         raise Failure(
             "there is no terminal to ask on", "pass --yes to delete", Exit.USAGE, code="USAGE"

@@ -108,7 +108,7 @@ class Pages:
         try:
             inventory = await self._inventory(visit)
         except latchkey.LatchkeyError as error:
-            return self._renderer.message(_told(error), viewer=None)
+            return self._renderer.message(_told(error), visit.viewer, part=is_part(request))
         matching = inventory.matching(visit.filter)
         after = request.query_params.get("after", "")
         rows = listing.rows_after(matching, after, listing.ROWS_STEP)

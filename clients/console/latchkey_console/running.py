@@ -1,10 +1,12 @@
 """Runs the page: binds its address, says where it is, serves until SIGINT, SIGTERM or SIGHUP."""
 
+import asyncio
 import logging
 import signal
 import socket
 import sys
 from dataclasses import replace
+from types import FrameType
 from typing import Final
 
 import uvicorn
@@ -42,10 +44,8 @@ def run(settings: Settings) -> None:
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
-        server = uvicorn.Server(config)
-        # From before it says that it is up. uvicorn listens to signals once its loop runs, and
-        # raises them again, for its caller, when it has ended: both are noted, and no more. A
-        # handler that raises would do so in whatever code runs, some of which goes on or fails.
+        server = _Server(config)
+        # From before it says that it is up: uvicorn listens to signals once its loop runs.
         for number in _stopping_signals():
             signal.signal(number, server.handle_exit)
         sys.stdout.write(
@@ -53,6 +53,20 @@ def run(settings: Settings) -> None:
         )
         sys.stdout.flush()
         server.run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Ends in order however often it is told to. That takes GRACE_SECONDS at most."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Note that it is to end, and no more.
+
+        uvicorn raises signals again, for its caller, when it has ended, which here is to go on. At
+        a second Ctrl-C it drops what is under way, such as the answer to a Delete, and logs each of
+        that as a fault. A handler that raises would do so in whatever code runs, some of which goes
+        on or fails.
+        """
+        self.should_exit = True
 
 
 def _stopping_signals() -> list[signal.Signals]:
@@ -67,18 +81,20 @@ def _bound(settings: Settings) -> socket.socket:
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # what no name can look like is a UnicodeError
         where = f"{settings.host}:{settings.port}"
-        raise SettingsError(
-            f"--listen: {where} cannot be had: {error.strerror or error}; choose another"
-        ) from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise SettingsError(f"--listen: {where} cannot be had: {reason}; choose another") from error
 
 
 def _with_port(settings: Settings, port: int) -> Settings:
     """Return the settings with the port that port 0 has become."""
     if settings.port != 0:
         return settings
-    return replace(settings, port=port, public_url=settings.public_url.replace(":0", f":{port}"))
+    public_url = settings.public_url
+    if public_url.endswith(":0"):
+        public_url = f"{public_url.removesuffix('0')}{port}"
+    return replace(settings, port=port, public_url=public_url)
 
 
 def _whose(settings: Settings) -> str:
@@ -92,7 +108,16 @@ def _whose(settings: Settings) -> str:
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(_is_news)
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
     logging.getLogger("latchkey.console").setLevel(logging.INFO)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Tell whether a record is more than the traceback of a request that was ended.
+
+    How many were, when the grace was over, uvicorn has said in a line before.
+    """
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))

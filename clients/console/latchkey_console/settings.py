@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 __all__ = ["OpenIdSettings", "ProxySettings", "Settings", "SettingsError", "is_account_id", "make"]
 
@@ -141,33 +141,52 @@ def _listen(value: str) -> tuple[str, int]:
 
 
 def _public_url(value: str | None, host: str, port: int, *, alone: bool) -> str:
-    shown = f"[{host}]" if ":" in host else host
     if value is None:
         if not _is_loopback(host):
             raise SettingsError(
                 "--public-url: say by which address browsers reach the page, such as "
                 "https://tokens.example.com"
             )
-        return f"http://{shown}:{port}"
-    parts = urlsplit(value)
-    try:
-        good = parts.hostname is not None and parts.port != 0
-    except ValueError:
-        good = False
-    plain = parts.path in ("", "/") and not (parts.query or parts.fragment or "@" in parts.netloc)
-    if not good or not plain or parts.scheme not in ("http", "https"):
+        return _origin("http", host, port)
+    parts = _split(value)
+    if (
+        parts is None
+        or parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or parts.port == 0
+        or parts.path not in ("", "/")
+        or parts.query
+        or parts.fragment
+        or "@" in parts.netloc
+    ):
         raise SettingsError(
             "--public-url: give scheme and host, such as https://tokens.example.com"
         )
-    if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
+    if parts.scheme == "http" and not _is_loopback(parts.hostname):
         raise SettingsError(
             "--public-url: http is for loopback; elsewhere secrets would cross the network readable"
         )
-    if alone and not _is_loopback(parts.hostname or ""):
+    if alone and not _is_loopback(parts.hostname):
         raise SettingsError("--public-url goes with --account-header or --oidc-issuer")
+    return _origin(parts.scheme, parts.hostname, parts.port)
+
+
+def _origin(scheme: str, host: str, port: int | None) -> str:
+    """Return what browsers have in front of the path, and send as Host, in lower case."""
+    shown = f"[{host}]" if ":" in host else host
     # Browsers leave the usual port out.
-    usual = ":443" if parts.scheme == "https" else ":80"
-    return f"{parts.scheme}://{parts.netloc.lower().removesuffix(usual)}"
+    usual = 443 if scheme == "https" else 80
+    return f"{scheme}://{shown.lower()}" + ("" if port in (None, usual) else f":{port}")
+
+
+def _split(url: str) -> SplitResult | None:
+    """Return a URL's parts, or None when it is none: brackets or a port that make no sense."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return None
+    return parts
 
 
 def _proxy(header: str, trusted: tuple[str, ...]) -> ProxySettings:
@@ -194,8 +213,14 @@ def _proxy(header: str, trusted: tuple[str, ...]) -> ProxySettings:
 
 
 def _openid(issuer: str, client_id: str | None, secret: str | None, claim: str) -> OpenIdSettings:
-    parts = urlsplit(issuer)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    parts = _split(issuer)
+    if (
+        parts is None
+        or parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or parts.query
+        or parts.fragment
+    ):
         raise SettingsError("--oidc-issuer: give the provider's address, as its discovery names it")
     if parts.scheme == "http" and not _is_loopback(parts.hostname):
         raise SettingsError("--oidc-issuer: has to be https, but on loopback")

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -35,11 +36,12 @@ class _NotStarted(Exception):
 
 def main(arguments: list[str]) -> int:
     """Run both until Ctrl-C. Returns the exit code."""
+    account = arguments[0] if arguments else ACCOUNT
     try:
         with _service() as address:
             chosen = settings.make(
                 listen=os.environ.get("LATCHKEY_CONSOLE_LISTEN") or settings.LISTEN,
-                account=arguments[0] if arguments else ACCOUNT,
+                account=account,
                 target=address,
             )
             run(chosen)
@@ -49,7 +51,7 @@ def main(arguments: list[str]) -> int:
     except _NotStarted:
         sys.stderr.write(
             "latchkey: the service did not start. If one runs here already, this opens the page "
-            f"on it: latchkey console --account {ACCOUNT}\n"
+            f"on it: .venv/bin/latchkey console --account {shlex.quote(account)}\n"
         )
         return 1
     except KeyboardInterrupt:

@@ -11,11 +11,11 @@ from typing import Final
 
 from latchkey.client import Client
 from latchkey.errors import (
-    DeadlineExceeded,
     InternalError,
     LatchkeyError,
     PermissionDenied,
     UnexpectedStatus,
+    late,
 )
 from latchkey.models import Scope, Verification
 
@@ -51,24 +51,23 @@ class Batcher:
         self._under_way: set[asyncio.Task[None]] = set()
         self._refused_until = 0.0
 
-    async def ask(
-        self, secret: str, scope: Scope | None, timeout_seconds: float
-    ) -> Verification | None:
+    async def ask(self, secret: str, scope: Scope | None, end: float) -> Verification | None:
         """Return the service's answer, or None when there is nobody to share a call with.
 
-        Raises what the shared call ended with, a copy for each of its callers. None leaves a
-        lonely question's call to its caller, who can cancel it without anybody else's harm.
+        `end` is when to give up, by the event loop's clock. Raises what the shared call ended
+        with, a copy for each of its callers. None leaves the call to the caller: of a lonely
+        question, who can cancel it without anybody else's harm, or after a refusal, which may have
+        taken most of the time.
         """
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             # What an event loop that has ended left behind is nobody's any more.
             self._loop, self._unsent, self._refused_until = loop, {}, 0.0
-        now = loop.time()
-        if now < self._refused_until:
+        if loop.time() < self._refused_until:
             return None
         if not self._unsent:
             loop.call_soon(self._send)
-        waiter = _Waiter(loop.create_future(), now + timeout_seconds)
+        waiter = _Waiter(loop.create_future(), end)
         # Only with questions that were not sent yet: an answer that is under way was read before
         # this verify began, perhaps before a change that it must heed (coherence rule 4).
         self._unsent.setdefault((secret, scope), []).append(waiter)
@@ -132,12 +131,7 @@ def _answer(waiters: list[_Waiter], answer: Verification | None) -> None:
 
 def _expire(waiter: _Waiter) -> None:
     if not waiter.future.done():
-        waiter.future.set_exception(
-            DeadlineExceeded(
-                "BatchVerify failed: no answer in time. "
-                "Try again, or allow more time with timeout_seconds."
-            )
-        )
+        waiter.future.set_exception(late("BatchVerify"))
 
 
 def _is_refusal(error: LatchkeyError) -> bool:

@@ -128,6 +128,13 @@ class DeadlineExceeded(Unavailable):
     default_code = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+def late(rpc: str) -> DeadlineExceeded:
+    """Return the error for time that was up while nothing had come. For the library's own use."""
+    return DeadlineExceeded(
+        f"{rpc} failed: no answer in time. Try again, or allow more time with timeout_seconds."
+    )
+
+
 class InternalError(LatchkeyError):
     """A fault of the service, or an answer that breaks its contract."""
 

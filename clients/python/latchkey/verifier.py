@@ -5,6 +5,7 @@ memory holds while there is a lease on it. The lease is kept alive by `_watch`; 
 is asked through `_batch`.
 """
 
+import asyncio
 import random
 import time
 from hashlib import sha256
@@ -22,7 +23,7 @@ from latchkey._shape import is_well_formed
 from latchkey._subscription import Subscription
 from latchkey._watch import Watcher
 from latchkey.client import Client
-from latchkey.errors import invalid
+from latchkey.errors import invalid, late
 from latchkey.models import Scope, Verdict, Verification, VerifierStats
 from latchkey.secret import Secret
 
@@ -139,9 +140,14 @@ class Verifier:
         if self._remembers:
             self._watcher.start()
         self._misses += 1
-        answer = await self._batcher.ask(text, scope, timeout)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout
+        answer = await self._batcher.ask(text, scope, end)
         if answer is None:
-            answer = await self._client.verify(text, scope, timeout_seconds=timeout)
+            left = end - loop.time()
+            if left <= 0:
+                raise late("Verify")
+            answer = await self._client.verify(text, scope, timeout_seconds=left)
         self._remember(text, scope, answer)
         return answer
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import sys
 import threading
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,7 @@ from latchkey import Scope, Verdict, sync
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from tests.contract.client.fake_watch import FakeWatch, watching
-from tests.support import eventually
+from tests.support import WAIT_SECONDS, eventually
 
 if TYPE_CHECKING:
     from tests.contract.client.conftest import FakeLatchkey
@@ -102,12 +105,209 @@ async def test_a_forgotten_verifier_ends(watched: FakeLatchkey, secret: str) -> 
     assert "latchkey verifier" not in names
 
 
+@pytest.mark.parametrize(
+    ("callback", "error", "told"),
+    [
+        ("PollerCompletionQueue._handle_events()", BlockingIOError(), False),
+        ("PollerCompletionQueue._handle_events()", RuntimeError("Event loop is closed"), False),
+        ("PollerCompletionQueue._handle_events()", RuntimeError("anything else"), True),
+        ("something_else()", RuntimeError("Event loop is closed"), True),
+    ],
+)
+async def test_only_what_means_nothing_is_not_told(
+    monkeypatch: pytest.MonkeyPatch, callback: str, error: Exception, told: bool
+) -> None:
+    """Events that gRPC has for an event loop that was closed, with its verifier, are nobody's
+    concern; whatever else goes wrong on an event loop is told."""
+    heard: list[object] = []
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(loop, "default_exception_handler", heard.append)
+    loop.call_exception_handler(
+        {"message": f"Exception in callback {callback}", "exception": error}
+    )
+    assert bool(heard) is told
+
+
 def test_before_its_first_use_there_is_no_thread(dead_target: str) -> None:
     """Making one costs no thread and no connection, nor does what needs no service."""
     with sync.Verifier(dead_target) as verifier:
         assert verifier.verify("hunter2").verdict is Verdict.MALFORMED
         assert not verifier.stats().watching
         assert "latchkey verifier" not in [thread.name for thread in threading.enumerate()]
+
+
+class Gate:
+    """Stands where the verifiers' threads make their event loops, and can hold them up there."""
+
+    def __init__(self, new_event_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+        self.holds = False
+        """Whether threads that come now have to wait for `let_go`."""
+        self.fails = False
+        """Whether those that come now, and do not wait, find too many files open."""
+        self.threads: list[threading.Thread] = []
+        """Those that came, the oldest first."""
+        self._let_go = threading.Event()
+        self._new_event_loop = new_event_loop
+
+    def let_go(self) -> None:
+        self.holds = False
+        self._let_go.set()
+
+    def __call__(self) -> asyncio.AbstractEventLoop:
+        thread = threading.current_thread()
+        if thread.name == "latchkey verifier":
+            holds, fails = self.holds, self.fails
+            self.threads.append(thread)
+            if holds:
+                self._let_go.wait(WAIT_SECONDS)
+            elif fails:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return self._new_event_loop()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """Stand between the verifiers' threads and their event loops."""
+    gate = Gate(asyncio.events.new_event_loop)
+    monkeypatch.setattr(asyncio.events, "new_event_loop", gate)
+    yield gate
+    gate.let_go()
+
+
+async def verify_in_threads(
+    verifier: sync.Verifier, secret: str, timeout_seconds: float
+) -> list[Any]:
+    """Verify in eight threads at once and return what came of it, exceptions too."""
+    calls = (
+        asyncio.to_thread(verifier.verify, secret, timeout_seconds=timeout_seconds)
+        for _ in range(8)
+    )
+    return await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def test_a_late_thread_takes_no_verify_more_than_its_own_time(
+    watched: FakeLatchkey, watch: FakeWatch, secret: str, gate: Gate
+) -> None:
+    """Who has little time gives up in time, however long others wait; who has much is answered
+    when the thread has come. It is one thread for all of them."""
+    watched.judge(pb.VERDICT_VALID)
+    gate.holds = True
+    verifier = sync.Verifier(watched.target, timeout_seconds=60)
+    patient = asyncio.create_task(asyncio.to_thread(verifier.verify, secret))
+    await eventually(lambda: gate.threads, "the thread")
+    for error in await verify_in_threads(verifier, secret, 0.05):
+        assert isinstance(error, latchkey.DeadlineExceeded)
+        assert "did not start in time. Try again" in str(error)
+    assert not patient.done()
+    gate.let_go()
+    assert (await patient).allowed
+    await watching(verifier)
+    assert (len(gate.threads), len(watch.streams)) == (1, 1)
+    await asyncio.to_thread(verifier.close)
+
+
+async def test_closing_does_not_wait_for_a_late_thread(
+    watched: FakeLatchkey, watch: FakeWatch, secret: str, gate: Gate
+) -> None:
+    """Who waits for the thread hears at once that the verifier is closed, and when the thread
+    comes after all, it ends."""
+    gate.holds = True
+    verifier = sync.Verifier(watched.target, timeout_seconds=60)
+    waiting = asyncio.create_task(asyncio.to_thread(verifier.verify, secret))
+    await eventually(lambda: gate.threads, "the thread")
+    await asyncio.to_thread(verifier.close)
+    with pytest.raises(latchkey.Unavailable, match="closed"):
+        await waiting
+    gate.let_go()
+    await eventually(lambda: not gate.threads[0].is_alive(), "the end of the thread")
+    assert watch.streams == []
+
+
+async def test_a_thread_that_does_not_come_is_replaced(
+    watched: FakeLatchkey,
+    watch: FakeWatch,
+    secret: str,
+    gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After START_SECONDS the next verify tries another one, and the first, should it come, ends
+    and leaves the second one alone."""
+    watched.judge(pb.VERDICT_VALID)
+    monkeypatch.setattr(sync, "START_SECONDS", 0.0)
+    gate.holds = True
+    verifier = sync.Verifier(watched.target, timeout_seconds=60)
+    waiting = asyncio.create_task(asyncio.to_thread(verifier.verify, secret))
+    await eventually(lambda: gate.threads, "the first thread")
+    gate.holds = False
+    assert (await asyncio.to_thread(verifier.verify, secret)).allowed
+    with pytest.raises(latchkey.Unavailable, match=r"did not begin within 0 s\. Try again"):
+        await waiting
+    gate.let_go()
+    await eventually(lambda: not gate.threads[0].is_alive(), "the end of the first thread")
+    await watching(verifier)
+    assert (await asyncio.to_thread(verifier.verify, secret)).allowed
+    assert (len(gate.threads), len(watch.streams)) == (2, 1)
+    await asyncio.to_thread(verifier.close)
+
+
+async def test_without_an_event_loop_verifies_fail_at_once(
+    watched: FakeLatchkey, secret: str, gate: Gate
+) -> None:
+    """Every thread hears why, long before its time is up; and when the cause is gone, so is the
+    failure."""
+    watched.judge(pb.VERDICT_VALID)
+    gate.fails = True
+    verifier = sync.Verifier(watched.target, timeout_seconds=60)
+    for error in await verify_in_threads(verifier, secret, 60):
+        assert type(error) is latchkey.Unavailable
+        assert "Too many open files. Try again; if that does not help, allow" in str(error)
+        assert isinstance(error.__cause__, OSError)
+    gate.fails = False
+    for answer in await verify_in_threads(verifier, secret, 60):
+        assert answer.allowed
+    await asyncio.to_thread(verifier.close)
+
+
+async def test_without_a_thread_verifies_fail_at_once(
+    watched: FakeLatchkey, secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As without an event loop."""
+    watched.judge(pb.VERDICT_VALID)
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "latchkey verifier":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    verifier = sync.Verifier(watched.target, timeout_seconds=60)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for error in await verify_in_threads(verifier, secret, 60):
+            assert type(error) is latchkey.Unavailable
+            assert "can't start new thread. Try again; if that does not help" in str(error)
+    assert (await asyncio.to_thread(verifier.verify, secret)).allowed
+    await asyncio.to_thread(verifier.close)
+
+
+async def test_verifiers_that_failed_to_start_leave_nothing_behind(
+    dead_target: str, secret: str, gate: Gate
+) -> None:
+    """Failures may go on for long: what they took is given back."""
+    gate.fails = True
+    verifier = sync.Verifier(dead_target)
+    for _ in range(20):
+        with pytest.raises(latchkey.Unavailable, match="Too many open files"):
+            await asyncio.to_thread(verifier.verify, secret)
+    threads = [weakref.ref(thread) for thread in gate.threads]
+    gate.threads.clear()
+
+    def left() -> int:
+        gc.collect()
+        return sum(thread() is not None for thread in threads)
+
+    # The last one is kept, for what it has to say.
+    await eventually(lambda: left() <= 1, "the end of the others")
 
 
 PROGRAM = """
@@ -182,6 +382,42 @@ in_child(work)
 work()
 """
     assert await run(program) == ["Verdict.VALID True"] * 3
+
+
+async def test_without_open_files(run: Any) -> None:
+    """A process that has as many files open as it may is told so; once it has fewer, it verifies,
+    and so do its children, since gRPC was not used before."""
+    program = """
+import gc, resource
+# CPython complains when it collects the event loop that was made by half.
+sys.unraisablehook = lambda _: None
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+held = []
+try:
+    while True:
+        held.append(os.dup(0))
+except OSError:
+    pass
+try:
+    verifier.verify(secret)
+except latchkey.Unavailable as error:
+    print(error)
+for each in held:
+    os.close(each)
+
+def work():
+    warm(verifier)
+    gc.collect()
+    sys.unraisablehook = sys.__unraisablehook__
+    print(verifier.verify(secret).verdict)
+
+in_child(work)
+work()
+"""
+    failure, *answers = await run(program)
+    assert "Too many open files. Try again" in failure
+    assert answers == ["Verdict.VALID"] * 2
 
 
 async def test_a_child_never_answers_from_its_parents_memory(run: Any) -> None:

@@ -180,6 +180,51 @@ async def test_where_batches_are_refused_each_is_asked_alone(
     assert (fake.count("BatchVerify"), fake.count("Verify")) == (1, 6)
 
 
+async def test_a_slow_refusal_costs_time_of_the_verify(fake: FakeLatchkey) -> None:
+    """Whoever is asked about alone after a refusal has what the refusal left of its time."""
+    taken = 0.5
+
+    async def refuse(request: pb.BatchVerifyRequest, context: Any) -> pb.BatchVerifyResponse:
+        await asyncio.sleep(taken)
+        await fake.fails(grpc.StatusCode.PERMISSION_DENIED)(request, context)
+        raise AssertionError
+
+    fake.on("BatchVerify", refuse)
+    async with latchkey.Verifier(fake.target, timeout_seconds=5, memory_entries=0) as verifier:
+        answers = await asyncio.gather(*(verifier.verify(secret) for secret in secrets(3)))
+    assert all(answer.allowed for answer in answers)
+    alone = [call.seconds_left for call in fake.calls if call.rpc == "Verify"]
+    assert len(alone) == 3
+    # Rounded up on the way, to less than a tenth of a second.
+    assert all(left is not None and left < 5 - taken + 0.1 for left in alone)
+
+
+async def test_a_refusal_that_takes_all_the_time_is_late(
+    fake: FakeLatchkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a refusal leaves no time to ask, nobody is asked, and each hears that it was late."""
+    loop = asyncio.get_running_loop()
+    clock = loop.time
+    async with (
+        latchkey.Client(fake.target) as client,
+        latchkey.Verifier(client, timeout_seconds=5, memory_entries=0) as verifier,
+    ):
+
+        async def refuse(*_: Any, timeout_seconds: float) -> None:
+            monkeypatch.setattr(loop, "time", lambda: clock() + timeout_seconds)
+            raise latchkey.PermissionDenied("No batches.")
+
+        monkeypatch.setattr(client, "batch_verify", refuse)
+        results = await asyncio.gather(
+            *(verifier.verify(secret) for secret in secrets(3)), return_exceptions=True
+        )
+        monkeypatch.setattr(loop, "time", clock)
+    for error in results:
+        assert isinstance(error, latchkey.DeadlineExceeded)
+        assert "no answer in time. Try again" in str(error)
+    assert fake.calls == []
+
+
 async def test_closing_ends_a_batch(fake: FakeLatchkey) -> None:
     """Verifies under way when the verifier is closed fail, all of them, and at once."""
     fake.on("BatchVerify", fake.hangs())

@@ -12,6 +12,8 @@ from latchkey_cli.session import Doing, Session
 
 SECRET = "lk" + "_0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmno" + "0jDM4R"
 
+REFUSED = "UNKNOWN: ipv4:127.0.0.1:1: connect: Connection refused (111)"
+
 EXIT_CODES = {
     latchkey.AccessError: 7,
     latchkey.AlreadyExists: 4,
@@ -58,6 +60,35 @@ def test_lost_answers_say_what_may_have_happened() -> None:
     doing = Doing("delete token 'x'", "the deletion may stand")
     for error in (latchkey.Unavailable("Gone."), latchkey.DeadlineExceeded("Late.")):
         assert "the deletion may stand" in failure_of(error, doing).line()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "known"),
+    [
+        # In gRPC's words, of its two load balancers and its resolver.
+        (f"failed to connect to all addresses; last error: {REFUSED}", None, True),
+        (f"connections to all backends failing; last error: {REFUSED}", None, True),
+        ("DNS resolution failed for nowhere.invalid:1: Domain name not found", None, True),
+        (
+            "connections to all backends failing; last error: UNKNOWN: Socket closed",
+            "CONNECTION_CLOSED",
+            True,
+        ),
+        ("Socket closed", None, False),
+        ("recvmsg:Connection reset by peer", None, False),
+        ("upstream: failed to connect to all addresses", None, False),
+        ("in words of tomorrow", None, False),
+    ],
+)
+def test_doubt_ends_where_nothing_was_sent(text: str, reason: str | None, known: bool) -> None:
+    """Only where gRPC says that there was no connection is it certain that nothing was done; and
+    then only for a call that was sent once: of several attempts the error tells the last one."""
+    error = latchkey.Unavailable(f"Create failed: {text} (UNAVAILABLE).", reason=reason)
+    once = failure_of(error, Doing("create", "the token may exist", once=True))
+    several = failure_of(error, Doing("create", "the token may exist"))
+    certain, doubt = ", then try again: nothing was changed", "; the token may exist"
+    assert once.to_do.endswith(certain if known else doubt)
+    assert several.to_do.endswith(doubt)
 
 
 def test_errors_carry_the_request_and_every_violation() -> None:

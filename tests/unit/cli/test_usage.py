@@ -27,6 +27,8 @@ def account(monkeypatch: pytest.MonkeyPatch) -> None:
         ("list --limit 0", "--limit"),
         ("list --account", "--account"),
         ("get", "'ID'"),
+        ("delete --yes true", "take no value"),
+        ("delete --yes False x", "take no value"),
         ("lits", "'list'"),
         ("config --nonsense", "--nonsense"),
     ],
@@ -69,3 +71,20 @@ def test_secrets_are_refused_wherever_they_stand(
     shown = capsys.readouterr()
     assert GARBAGE not in shown.out + shown.err
     assert "looks like a secret" in shown.err
+
+
+COMMANDS = "create list get delete verify status audit console serve policy config"
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS.split()])
+def test_help_fits_a_terminal_and_shows_flags_as_such(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At 80 columns nothing in a help is cut off, and no flag looks as if it took a value."""
+    monkeypatch.setattr(sys, "argv", ["latchkey", *command.split(), "--help"])
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main() == 0
+    shown = capsys.readouterr().out
+    assert "Show this message and exit." in shown
+    assert "…" not in shown
+    assert "bool" not in shown

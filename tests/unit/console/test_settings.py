@@ -39,9 +39,13 @@ PUBLIC = {"public_url": "https://tokens.example.com"}
         ({**PROXY, "public_url": "https://me@tokens.example.com"}, "scheme and host"),
         ({**PROXY, "public_url": "tokens.example.com"}, "scheme and host"),
         ({**PROXY, "public_url": "https://tokens.example.com:x"}, "scheme and host"),
+        ({**PROXY, "public_url": "https://["}, "scheme and host"),
+        ({**PROXY, "public_url": "https://a\u2100b"}, "scheme and host"),
         ({"oidc_issuer": "https://id.example.com"}, "--oidc-client-id"),
         ({**OPENID, "oidc_issuer": "http://id.example.com"}, "https"),
         ({**OPENID, "oidc_issuer": "id.example.com"}, "provider's address"),
+        ({**OPENID, "oidc_issuer": "https://["}, "provider's address"),
+        ({**OPENID, "oidc_issuer": "https://id.example.com:x"}, "provider's address"),
         ({**OPENID, "oidc_claim": ""}, "which claim"),
     ],
 )
@@ -64,6 +68,32 @@ def test_what_would_let_in_others_is_refused(options: dict[str, Any], words: str
             {"account": "acme", "listen": "[::1]:81"},
             "http://[::1]:81",
             {"127.0.0.1:81", "localhost:81", "[::1]:81"},
+        ),
+        # Browsers leave the usual port out, also of the address that is made of --listen.
+        (
+            {"account": "acme", "listen": "127.0.0.1:80"},
+            "http://127.0.0.1",
+            {"127.0.0.1", "localhost", "[::1]"},
+        ),
+        (
+            {"account": "acme", "listen": "[::1]:80"},
+            "http://[::1]",
+            {"127.0.0.1", "localhost", "[::1]"},
+        ),
+        (
+            {"account": "acme", "listen": "127.0.0.1:443"},
+            "http://127.0.0.1:443",
+            {"127.0.0.1:443", "localhost:443", "[::1]:443"},
+        ),
+        (
+            {"account": "acme", "public_url": "http://LOCALHOST:80/"},
+            "http://localhost",
+            {"127.0.0.1", "localhost", "[::1]"},
+        ),
+        (
+            {**OPENID, "public_url": "https://[2001:DB8::1]:0443"},
+            "https://[2001:db8::1]",
+            {"[2001:db8::1]"},
         ),
         (
             {**PROXY, **PUBLIC, "listen": "0.0.0.0:80"},

@@ -1,9 +1,13 @@
 """Settings: what is refused, and that no password is ever shown."""
 
+import re
+from pathlib import Path
+
 import pytest
-from latchkey_service.config import ConfigError, describe, from_json, load, to_json
+from latchkey_service.config import ConfigError, Settings, describe, from_json, load, to_json
 
 HIDDEN = "hunter2"
+SOURCES = {".py", ".md"}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +55,53 @@ def test_a_wrong_setting_is_named(monkeypatch, name, value):
     monkeypatch.setenv("LATCHKEY_" + name, value)
     with pytest.raises(ConfigError, match=f"^LATCHKEY_{name}: "):
         load()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("LATCHKEY_POLCIY", "LATCHKEY_POLICY"),
+        ("latchkey_policy_file", "LATCHKEY_POLICY"),
+        ("LATCHKEY_TRUSTED_PROXIES", "LATCHKEY_TRUSTED_PROXY"),
+        ("LATCHKEY_TLSLISTEN", "LATCHKEY_TLS_LISTEN"),
+    ],
+)
+@pytest.mark.parametrize("where", ["environment", ".env"])
+def test_a_misspelt_setting_is_told(monkeypatch, tmp_path, where, name, meant):
+    """Without a word the service would run as if it were not set: without its policy, say."""
+    monkeypatch.chdir(tmp_path)
+    if where == ".env":
+        (tmp_path / ".env").write_text(f"{name}=x\n")
+    else:
+        monkeypatch.setenv(name, "x")
+    with pytest.raises(ConfigError, match=f"^{name}: .* {meant} is meant"):
+        load()
+
+
+def test_names_of_others_are_none_of_its(monkeypatch):
+    """What the client library, the command line and the page are told by, and what Kubernetes sets
+    for a service that is called latchkey, is let be."""
+    root = Path(__file__).parents[3]
+    texts = [
+        path.read_text("utf-8") for path in (root / "clients").rglob("*") if path.suffix in SOURCES
+    ]
+    texts.append((root / "docker-compose.yml").read_text("utf-8"))
+    others = {name for text in texts for name in re.findall(r"LATCHKEY_[A-Z_]+[A-Z]", text)}
+    assert {"LATCHKEY_CONSOLE_TRUSTED_PROXY", "LATCHKEY_POSTGRES_PASSWORD"} <= others
+    others |= {"LATCHKEY_TLS_CA", "LATCHKEY_TARGET", "LATCHKEY_ACCOUNT", "LATCHKEY_CREDENTIAL_FILE"}
+    others |= {"LATCHKEY_PORT", "LATCHKEY_SERVICE_HOST", "LATCHKEY_PORT_50051_TCP_ADDR"}
+    own = {"LATCHKEY_" + name.upper() for name in Settings.model_fields}
+    for name in others - own:
+        monkeypatch.setenv(name, "x")
+    load()
+
+
+def test_the_transport_in_force_is_shown(monkeypatch):
+    """Not the default, where the address decides otherwise."""
+    monkeypatch.setenv("LATCHKEY_LISTEN", "0.0.0.0:50051")
+    monkeypatch.setenv("LATCHKEY_INSECURE_LISTEN", "anonymous")
+    shown = {name: (value, source) for name, value, source, _ in describe(load())}
+    assert shown["LATCHKEY_TRANSPORT"] == ("grpcio", "default")
 
 
 def test_all_wrong_settings_are_named_at_once(monkeypatch):

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from latchkey_service import connection_guard, memory_guard, transport
 from latchkey_service.config import Settings
+from latchkey_service.exposure import transport_of
 from latchkey_service.memory_guard import MIB, memory_max_bytes
-from latchkey_service.transport import Limits, chosen, limits_of
+from latchkey_service.transport import Limits, limits_of
 
 
 def settings(**given: Any) -> Settings:
@@ -29,9 +30,9 @@ def settings(**given: Any) -> Settings:
 )
 def test_transport(listen: str, expected: str) -> None:
     """By itself `native` serves this machine alone; told to, either serves anybody."""
-    assert chosen(settings(listen=listen)) == expected
-    assert chosen(settings(listen=listen, transport="native")) == "native"
-    assert chosen(settings(listen=listen, transport="grpcio")) == "grpcio"
+    assert transport_of(settings(listen=listen)) == expected
+    assert transport_of(settings(listen=listen, transport="native")) == "native"
+    assert transport_of(settings(listen=listen, transport="grpcio")) == "grpcio"
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,7 @@
         const told = one("#message", parsed(text));
         return told ? tell(told) : lost("Try again.");
       }
+      all("#message").forEach((old) => old.remove());
       const came = all("tr", parsed(`<table><tbody>${text}</tbody></table>`));
       const added = came.filter((row) => !byId(row.id));
       added.forEach(times);
