@@ -150,6 +150,10 @@ class EmbeddedPostgres:
             if not self._has_cluster():
                 self._make_cluster(programs, account, deadline)
             self._launch(programs, account, deadline, stale_pid)
+        return self.dsn()
+
+    def dsn(self) -> str:
+        """Return the DSN of the cluster that was made there. Raises EmbeddedError."""
         try:
             password = self._password_file.read_text("ascii").strip()
         except FileNotFoundError:

@@ -446,7 +446,7 @@ def test_log_is_bounded(server: EmbeddedPostgres) -> None:
 def test_missing_binaries_are_explained(root_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the optional dependency the error names the two ways out."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(EmbeddedError, match=r"latchkey\[embedded\] or set LATCHKEY_DATABASE_URL"):
+    with pytest.raises(EmbeddedError, match=r"embedded\]', or set LATCHKEY_DATABASE_URL"):
         EmbeddedPostgres(root_dir / "uninstalled").start()
 
 

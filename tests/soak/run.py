@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 from latchkey_service import peppers
+from latchkey_service.embedded import EmbeddedPostgres
 
 from tests.callers import policy_text, write_server_files
 from tests.soak import report
@@ -90,8 +91,7 @@ async def _soak(
     keyring = peppers.load_or_create(folder / "data" / "peppers", create=False)
     place = Place(address, tls[1], running.pid, keyring, policy, folder)
     workers = running.worker_pids
-    # As the supervisor hands it to them: the embedded Postgres has its password and socket.
-    url = psutil.Process(workers[0]).environ()["LATCHKEY_DATABASE_URL"]
+    url = EmbeddedPostgres(folder / "data").dsn()
     async with loading(place, scale) as load:
         before = await _at_rest(running, workers, load, {}, 0.0)
         samples = Samples(running, url)

@@ -23,6 +23,7 @@ _NEEDED = (
     _MODULE,
     "asyncpg",
     "cryptography",
+    "dotenv",
     "grpc_health",
     "grpc_reflection",
     "platformdirs",

@@ -85,7 +85,7 @@ def test_names_of_others_are_none_of_its(monkeypatch):
     texts = [
         path.read_text("utf-8") for path in (root / "clients").rglob("*") if path.suffix in SOURCES
     ]
-    texts.append((root / "docker-compose.yml").read_text("utf-8"))
+    texts += [(root / name).read_text("utf-8") for name in ("docker-compose.yml", "README.md")]
     others = {name for text in texts for name in re.findall(r"LATCHKEY_[A-Z_]+[A-Z]", text)}
     assert {"LATCHKEY_CONSOLE_TRUSTED_PROXY", "LATCHKEY_POSTGRES_PASSWORD"} <= others
     others |= {"LATCHKEY_TLS_CA", "LATCHKEY_TARGET", "LATCHKEY_ACCOUNT", "LATCHKEY_CREDENTIAL_FILE"}
