@@ -22,8 +22,10 @@ __all__ = ["ConfigError", "Settings", "describe", "from_json", "load", "to_json"
 
 PREFIX = "LATCHKEY_"
 ENV_FILE = ".env"
-# How alike two names are of which one is the other with a mistake in it.
-MISSPELT = 0.85
+# So many letters are other ones, missing or too many where a name is another with a mistake in it.
+MISSPELT_MAX = 2
+# What Kubernetes has in the environment of each service whose name begins with "latchkey-".
+_OF_KUBERNETES = re.compile(r".*_(PORT|SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_(TCP|UDP)(_.*)?)")
 # What a worker writes to its standard output once it answers calls; the supervisor waits for it.
 READY = b"ready\n"
 
@@ -252,16 +254,23 @@ def _told(error: ValidationError) -> ConfigError:
 def _misspelt(names: Iterable[str]) -> list[str]:
     """Tell of each name that is all but a setting's. Nobody would see that a policy was ignored.
 
-    Other names with the prefix are others': the command line's, the page's, or what Kubernetes adds
-    for a service of the name.
+    Other names with the prefix are others': the command line's, the page's, the deployer's own.
     """
-    settings = [PREFIX + name.upper() for name in Settings.model_fields]
-    return [
-        f"{name}: there is no such setting; {meant[0]} is meant?"
-        for name in dict.fromkeys(name for name in names if name.upper().startswith(PREFIX))
-        if name.upper() not in settings
-        and (meant := difflib.get_close_matches(name.upper(), settings, 1, MISSPELT))
-    ]
+    settings = [name.upper() for name in Settings.model_fields]
+    told = []
+    for name in dict.fromkeys(names):
+        given = name.upper().removeprefix(PREFIX)
+        if given == name.upper() or given in settings or _OF_KUBERNETES.fullmatch(name.upper()):
+            continue
+        if meant := [each for each in settings if _mistakes(given, each) <= MISSPELT_MAX]:
+            told.append(f"{name}: there is no such setting; {PREFIX}{meant[0]} is meant?")
+    return told
+
+
+def _mistakes(given: str, meant: str) -> int:
+    """Return by how many letters two names differ, about: one in another place counts twice."""
+    blocks = difflib.SequenceMatcher(None, given, meant, autojunk=False).get_opcodes()
+    return sum(max(i2 - i1, j2 - j1) for kind, i1, i2, j1, j2 in blocks if kind != "equal")
 
 
 def _check_together(settings: Settings) -> None:

@@ -17,6 +17,13 @@ import asyncpg
 from tests.support import WAIT_SECONDS, eventually
 
 T = TypeVar("T")
+# What the tests themselves were told to ignore, as by nohup, would be ignored.
+_AS_FROM_A_TERMINAL = """
+import os, signal, sys
+for number in (signal.SIGHUP, signal.SIGINT):
+    signal.signal(number, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 _ADDRESS = re.compile(r"^API Tokens: (\S+) ", re.MULTILINE)
 
 
@@ -35,7 +42,7 @@ class Console:
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
                 [
-                    *(*start, "console"),
+                    *(sys.executable, "-c", _AS_FROM_A_TERMINAL, *start, "console"),
                     *("--listen", "127.0.0.1:0", *arguments),
                 ],
                 stdin=subprocess.DEVNULL,

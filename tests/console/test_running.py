@@ -12,11 +12,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_type_hints
 
 import httpx
 import pytest
+import uvicorn
 from latchkey_cli import console as command
+from latchkey_console import running as page
 
 from tests.console.processes import Console, console, run
 from tests.support import WAIT_SECONDS, eventually
@@ -124,6 +127,31 @@ def test_it_stops_when_it_is_told(tmp_path: Path, number: signal.Signals) -> Non
     assert code == 0
     assert "Traceback" not in running.log
     assert "everyone here is account acme" in running.log
+
+
+def test_what_ends_it() -> None:
+    """A closed terminal ends it, unless nohup is to keep it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert signal.SIGHUP in page.stopping_signals()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert page.stopping_signals() == [signal.SIGINT, signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_who_insists_is_obeyed_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told to end again and again it only notes that, until it should have ended by far."""
+    now = 1_000.0
+    monkeypatch.setattr(page, "time", SimpleNamespace(monotonic=lambda: now))
+    server = page._Server(uvicorn.Config(lambda: None))
+    for _ in range(3):
+        server.handle_exit(signal.SIGINT, None)
+        now += page.GRACE_SECONDS / 3
+    assert server.should_exit
+    now += page.MARGIN_SECONDS + 0.1
+    with pytest.raises(KeyboardInterrupt):
+        server.handle_exit(signal.SIGINT, None)
 
 
 # A destructor or a callback may be what runs when a signal comes: what it raises is lost.

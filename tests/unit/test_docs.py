@@ -168,11 +168,23 @@ def test_nobody_is_sent_to_an_index() -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links(name: str) -> None:
-    """What a document links to in the repository is there."""
-    text = (ROOT / name).read_text("utf-8")
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-        if not target.startswith("https://"):
-            assert ((ROOT / name).parent / target).exists(), target
+    """What a document links to in the repository is there, headings included."""
+    path = ROOT / name
+    for target, heading in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", path.read_text("utf-8")):
+        if target.startswith("https://"):
+            continue
+        document = path.parent / target if target else path
+        assert document.exists(), target
+        if heading:
+            assert heading in anchors(document.read_text("utf-8")), (target, heading)
+
+
+def anchors(text: str) -> set[str]:
+    """Return what the headings of a document are linked by."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_make_targets() -> None:

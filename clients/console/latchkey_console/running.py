@@ -5,6 +5,7 @@ import logging
 import signal
 import socket
 import sys
+import time
 from dataclasses import replace
 from types import FrameType
 from typing import Final
@@ -14,12 +15,13 @@ import uvicorn
 from latchkey_console.app import make_app
 from latchkey_console.settings import Settings, SettingsError
 
-__all__ = ["run"]
+__all__ = ["run", "stopping_signals"]
 
 # Requests at once, each of which may wait for Latchkey; more are told 503.
 REQUESTS_MAX: Final = 500
 # A Delete that waits for a silent verifier takes some seconds.
 GRACE_SECONDS: Final = 10
+MARGIN_SECONDS: Final = 2
 KEEP_ALIVE_SECONDS: Final = 15
 BACKLOG: Final = 512
 
@@ -46,7 +48,7 @@ def run(settings: Settings) -> None:
         )
         server = _Server(config)
         # From before it says that it is up: uvicorn listens to signals once its loop runs.
-        for number in _stopping_signals():
+        for number in stopping_signals():
             signal.signal(number, server.handle_exit)
         sys.stdout.write(
             f"API Tokens: {settings.public_url} ({_whose(settings)}). Ctrl-C stops it.\n"
@@ -56,20 +58,26 @@ def run(settings: Settings) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Ends in order however often it is told to. That takes GRACE_SECONDS at most."""
+    """Ends in order however often it is told to, which takes GRACE_SECONDS."""
+
+    _end: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Note that it is to end, and no more.
+        """Note that it is to end, and no more, until it should have ended by far.
 
         uvicorn raises signals again, for its caller, when it has ended, which here is to go on. At
         a second Ctrl-C it drops what is under way, such as the answer to a Delete, and logs each of
         that as a fault. A handler that raises would do so in whatever code runs, some of which goes
-        on or fails.
+        on or fails. But after its time something hangs, and whoever insists is to be obeyed.
         """
         self.should_exit = True
+        if self._end is None:
+            self._end = time.monotonic() + GRACE_SECONDS + MARGIN_SECONDS
+        elif time.monotonic() > self._end:
+            raise KeyboardInterrupt
 
 
-def _stopping_signals() -> list[signal.Signals]:
+def stopping_signals() -> list[signal.Signals]:
     """Return what ends the page in order: a closed terminal too, unless nohup is to keep it."""
     kept = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [signal.SIGINT, signal.SIGTERM, *([] if kept else [signal.SIGHUP])]

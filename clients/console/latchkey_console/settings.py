@@ -16,6 +16,7 @@ TARGET: Final = "127.0.0.1:50051"
 CLAIM: Final = "sub"
 
 _ACCOUNT_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_HOST_NAME: Final = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?")
 _HEADER_NAME: Final = re.compile(r"[A-Za-z0-9-]{1,64}")
 _LISTEN: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
 
@@ -172,11 +173,32 @@ def _public_url(value: str | None, host: str, port: int, *, alone: bool) -> str:
 
 
 def _origin(scheme: str, host: str, port: int | None) -> str:
-    """Return what browsers have in front of the path, and send as Host, in lower case."""
-    shown = f"[{host}]" if ":" in host else host
+    """Return what browsers have in front of the path, and send as Host."""
+    shown = _as_browsers_have_it(host)
     # Browsers leave the usual port out.
     usual = 443 if scheme == "https" else 80
-    return f"{scheme}://{shown.lower()}" + ("" if port in (None, usual) else f":{port}")
+    return f"{scheme}://{shown}" + ("" if port in (None, usual) else f":{port}")
+
+
+def _as_browsers_have_it(host: str) -> str:
+    """Return a host in lower case, an address in its shortest form, a name in ASCII.
+
+    Raises SettingsError for what is no host.
+    """
+    try:
+        address = ip_address(host)
+    except ValueError:
+        pass
+    else:
+        return f"[{address.compressed}]" if address.version == 6 else address.compressed
+    try:
+        # Of IDNA only what browsers and this (RFC 3490) agree on for usual names.
+        name = host.encode("idna").decode("ascii").lower()
+    except UnicodeError:
+        name = ""
+    if not _HOST_NAME.fullmatch(name):
+        raise SettingsError(f"--public-url: {host} is no host")
+    return name
 
 
 def _split(url: str) -> SplitResult | None:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import IO, Final
 
 from latchkey_console import settings
-from latchkey_console.running import run
+from latchkey_console.running import run, stopping_signals
 
 __all__ = ["main"]
 
@@ -71,7 +71,7 @@ def _service() -> Iterator[str]:
     )
     try:
         # Ending this process, or closing its terminal, must end the other too.
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in stopping_signals():
             signal.signal(number, _interrupt)
         yield _address(process.stdout)
     finally:

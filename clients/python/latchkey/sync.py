@@ -173,7 +173,7 @@ class _Engine:
         self._client = client
         # Reentrant: garbage collection may call stop(), as a finalizer, in a thread that has it.
         self._lock = threading.RLock()
-        self._running = False
+        self._running = self._has_run = False
         self._given_up = False
         self._failure: Exception | None = None
         # It runs, or is given up.
@@ -184,7 +184,11 @@ class _Engine:
         self._late_at = time.monotonic() + START_SECONDS
 
     def start(self) -> None:
-        """Start the thread. What goes wrong, verify() raises."""
+        """Start the thread. What goes wrong, verify() raises.
+
+        Python waits here until the thread has run for the first time, however long the operating
+        system takes: the one wait that is not bounded by the caller's time.
+        """
         try:
             self._thread.start()
         except RuntimeError as error:
@@ -243,15 +247,14 @@ class _Engine:
         if self._pid != os.getpid():
             return
         with self._lock:
-            if self._given_up:
-                return
             self._given_up = True
             running, self._running = self._running, False
+            self._has_run = self._has_run or running
             if running and self._loop is not None:
                 self._loop.call_soon_threadsafe(self._stopping.set)
-        if not running:
-            self._settled.set()
-        elif self._thread is not threading.current_thread():
+        self._settled.set()
+        # Whoever comes second waits as well: the end of the process must not come before.
+        if self._has_run and self._thread is not threading.current_thread():
             self._thread.join(CLOSE_SECONDS)
 
     def _fail(self, error: Exception) -> None:

@@ -21,10 +21,8 @@ def run(arguments: list[str]) -> int:
     match arguments:
         case ["new-caller", name]:
             return _new_caller(name)
-        case ["new-caller"]:
-            return _wrong("new-caller needs the caller's name")
         case ["new-caller", *_]:
-            return _wrong("new-caller takes one name")
+            return _not_made("new-caller takes one name")
         case ["check"]:
             return _check_set()
         case ["check", path]:
@@ -44,11 +42,16 @@ def _wrong(mistake: str) -> int:
     return 2
 
 
+def _not_made(mistake: str) -> int:
+    """Say so where the policy's part would be, which may be the end of a policy file: as TOML."""
+    _tell(f"# latchkey: policy: {mistake}; nothing was made")
+    return 2
+
+
 def _new_caller(name: str) -> int:
     """Print a credential, alone on standard output, and beside it, as TOML, the policy's part."""
     if not is_name(name):
-        _tell("latchkey: a caller's name has 1-64 characters of A-Za-z0-9._-")
-        return 2
+        return _not_made("a caller's name has 1-64 characters of A-Za-z0-9._-")
     credential = mint(os.urandom)
     sys.stdout.write(credential.reveal() + "\n")
     sys.stdout.flush()

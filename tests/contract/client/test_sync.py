@@ -223,6 +223,38 @@ async def test_closing_does_not_wait_for_a_late_thread(
     assert watch.streams == []
 
 
+async def test_whoever_closes_waits_for_the_end(
+    watched: FakeLatchkey, secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also who comes second, as the end of the process does after a Ctrl-C in the first close: the
+    thread would be killed before it has given its lease back."""
+    watched.judge(pb.VERDICT_VALID)
+    verifier = sync.Verifier(watched.target)
+    assert (await asyncio.to_thread(verifier.verify, secret)).allowed
+    engine = verifier._engine
+    assert engine is not None
+    closing, go_on = threading.Event(), threading.Event()
+    close = engine._verifier.close
+
+    async def close_slowly() -> None:
+        closing.set()
+        await asyncio.to_thread(go_on.wait, WAIT_SECONDS)
+        await close()
+
+    monkeypatch.setattr(engine._verifier, "close", close_slowly)
+    first = threading.Thread(target=engine.stop)
+    first.start()
+    assert await asyncio.to_thread(closing.wait, WAIT_SECONDS)
+    second = threading.Thread(target=engine.stop)
+    second.start()
+    await asyncio.to_thread(second.join, 0.05)
+    assert second.is_alive()
+    go_on.set()
+    for thread in (first, second):
+        await asyncio.to_thread(thread.join, WAIT_SECONDS)
+    assert not engine._thread.is_alive()
+
+
 async def test_a_thread_that_does_not_come_is_replaced(
     watched: FakeLatchkey,
     watch: FakeWatch,

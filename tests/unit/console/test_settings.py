@@ -40,6 +40,9 @@ PUBLIC = {"public_url": "https://tokens.example.com"}
         ({**PROXY, "public_url": "tokens.example.com"}, "scheme and host"),
         ({**PROXY, "public_url": "https://tokens.example.com:x"}, "scheme and host"),
         ({**PROXY, "public_url": "https://["}, "scheme and host"),
+        ({**PROXY, "public_url": "https://a b"}, "a b is no host"),
+        ({**PROXY, "public_url": "https://a,b.example"}, "is no host"),
+        ({**PROXY, "public_url": "https://a..b"}, "is no host"),
         ({**PROXY, "public_url": "https://a\u2100b"}, "scheme and host"),
         ({"oidc_issuer": "https://id.example.com"}, "--oidc-client-id"),
         ({**OPENID, "oidc_issuer": "http://id.example.com"}, "https"),
@@ -94,6 +97,16 @@ def test_what_would_let_in_others_is_refused(options: dict[str, Any], words: str
             {**OPENID, "public_url": "https://[2001:DB8::1]:0443"},
             "https://[2001:db8::1]",
             {"[2001:db8::1]"},
+        ),
+        (
+            {**OPENID, "public_url": "https://[2001:0DB8:0:0::1]"},
+            "https://[2001:db8::1]",
+            {"[2001:db8::1]"},
+        ),
+        (
+            {**OPENID, "public_url": "https://TÖKENS.example"},
+            "https://xn--tkens-jua.example",
+            {"xn--tkens-jua.example"},
         ),
         (
             {**PROXY, **PUBLIC, "listen": "0.0.0.0:80"},

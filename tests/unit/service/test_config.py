@@ -61,8 +61,8 @@ def test_a_wrong_setting_is_named(monkeypatch, name, value):
     ("name", "meant"),
     [
         ("LATCHKEY_POLCIY", "LATCHKEY_POLICY"),
-        ("latchkey_policy_file", "LATCHKEY_POLICY"),
-        ("LATCHKEY_TRUSTED_PROXIES", "LATCHKEY_TRUSTED_PROXY"),
+        ("latchkey_polic", "LATCHKEY_POLICY"),
+        ("LATCHKEY_TRUSTED_PROXYS", "LATCHKEY_TRUSTED_PROXY"),
         ("LATCHKEY_TLSLISTEN", "LATCHKEY_TLS_LISTEN"),
     ],
 )
@@ -79,8 +79,8 @@ def test_a_misspelt_setting_is_told(monkeypatch, tmp_path, where, name, meant):
 
 
 def test_names_of_others_are_none_of_its(monkeypatch):
-    """What the client library, the command line and the page are told by, and what Kubernetes sets
-    for a service that is called latchkey, is let be."""
+    """What the client library, the command line and the page are told by, what Kubernetes sets for
+    services whose names begin so, and a deployer's own, is let be."""
     root = Path(__file__).parents[3]
     texts = [
         path.read_text("utf-8") for path in (root / "clients").rglob("*") if path.suffix in SOURCES
@@ -89,7 +89,11 @@ def test_names_of_others_are_none_of_its(monkeypatch):
     others = {name for text in texts for name in re.findall(r"LATCHKEY_[A-Z_]+[A-Z]", text)}
     assert {"LATCHKEY_CONSOLE_TRUSTED_PROXY", "LATCHKEY_POSTGRES_PASSWORD"} <= others
     others |= {"LATCHKEY_TLS_CA", "LATCHKEY_TARGET", "LATCHKEY_ACCOUNT", "LATCHKEY_CREDENTIAL_FILE"}
-    others |= {"LATCHKEY_PORT", "LATCHKEY_SERVICE_HOST", "LATCHKEY_PORT_50051_TCP_ADDR"}
+    for service in ("", "_TLS", "_DATABASE", "_WORKERS", "_LISTEN"):
+        start = "LATCHKEY" + service
+        others |= {f"{start}_PORT", f"{start}_SERVICE_HOST", f"{start}_SERVICE_PORT"}
+        others |= {f"{start}_PORT_50051_TCP_ADDR", f"{start}_SERVICE_PORT_GRPC"}
+    others |= {"LATCHKEY_DATABASE_USER", "LATCHKEY_DATA", "LATCHKEY_LOG_FILE", "LATCHKEY_VERSION"}
     own = {"LATCHKEY_" + name.upper() for name in Settings.model_fields}
     for name in others - own:
         monkeypatch.setenv(name, "x")
