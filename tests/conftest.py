@@ -127,7 +127,7 @@ async def serving_as(settings: Settings) -> AsyncIterator[Server]:
         await store.register_pepper(pepper.id)
     await store.close()
     policy = None if settings.policy is None else read_text(settings.policy)
-    async with running(settings, keyring, policy) as server:
+    async with running(settings, keyring, lambda: policy) as server:
         yield server
 
 

@@ -63,6 +63,11 @@ def _database_url(value: SecretStr) -> SecretStr:
         raise ValueError(
             "percent-encode the password: / as %2F, # as %23, ? as %3F, @ as %40, [ as %5B"
         )
+    if "," in match[3] and not all(match[3].split(",")):
+        # None would be this machine's.
+        raise ValueError("a host is missing beside a comma")
+    if re.search(r"[?&]host=[^&]*(,|%2C)", match[5] or "", re.IGNORECASE):
+        raise ValueError("give several hosts before the database's name: HOST:PORT,HOST:PORT")
     return value
 
 

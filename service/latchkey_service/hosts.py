@@ -12,11 +12,17 @@ if TYPE_CHECKING:
 __all__ = ["Hosts", "each_host"]
 
 _HOSTS: Final = re.compile(r"(\w+://(?:[^/?#]*@)?)([^/?#@]*)(.*)", re.DOTALL)
-# What says that the primary is another host, or that this one does not know yet.
+# What a host may answer, or not, that is not the primary, or is none yet. Others may be.
 _NEXT: Final = (
     OSError,  # TimeoutError included
-    asyncpg.CannotConnectNowError,
-    asyncpg.TargetServerAttributeNotMatched,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
+# Of several failures these are told: they do not pass by themselves.
+_TELLING: Final = (
+    asyncpg.InvalidAuthorizationSpecificationError,  # a wrong password included
+    asyncpg.InvalidCatalogNameError,
 )
 
 
@@ -43,15 +49,19 @@ class Hosts:
     async def connect(self, **options: Any) -> "Connection":
         """Return a connection to the primary. `options` are asyncpg's, of each attempt.
 
-        Raises what asyncpg does; if no host is the primary, what the last one of them led to.
+        Raises what asyncpg does: of several failures the one that most wants to be mended.
         """
-        *others, last = self._urls
-        for url in others:
+        failures: list[Exception] = []
+        for url in self._urls:
             try:
                 return await self._connect(url, options)
-            except _NEXT:
-                continue
-        return await self._connect(last, options)
+            except asyncpg.ClientConfigurationError:
+                # The URL's or the environment's, and so of all of them.
+                raise
+            except _NEXT as error:
+                failures.append(error)
+        telling = [error for error in failures if isinstance(error, _TELLING)]
+        raise (telling or failures)[-1]
 
     async def _connect(self, url: str, options: dict[str, Any]) -> "Connection":
         # Never a standby, which may be behind: it would answer VALID for a token that is deleted.

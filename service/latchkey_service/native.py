@@ -195,8 +195,10 @@ class Server(pygrpc_native.aio.Server):
             assert self._front is not None, "it has started"  # noqa: S101 - for the type checker
             try:
                 self._on_events(self._front.recv_batch_details(FETCH_MAX, 0) or ())
-            finally:
-                self._in_turn = False
+            except BaseException:
+                # What waits is the next turn's.
+                asyncio.get_running_loop().call_soon(self._begin_some)
+                raise
         share: list[Event] = []
         now = self._monotonic()
         for lane in self._lanes:

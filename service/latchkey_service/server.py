@@ -187,21 +187,23 @@ def _with_port(listen: str, port: int) -> str:
 async def running(
     settings: Settings,
     keyring: Keyring,
-    policy_text: str | None = None,
+    policy_text: Callable[[], str | None] = lambda: None,
     on_failure: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Server]:
     """Run a worker: a server that is up, with its background work, stopped in good order.
 
-    `policy_text` is what the policy file said when it was last found right, None without one.
+    `policy_text` returns what the policy file said when it was last found right, None without one;
+    what it returns in the end is in force when the server begins to listen.
     `on_failure` is called if a part of the background work ends by an error, which none should:
     the worker is not whole then. Raises PolicyError, TlsError.
     """
     if settings.database_url is None:
         raise ValueError("a worker needs a database URL")
-    if (policy_text is None) != (settings.policy is None):
+    text = policy_text()
+    if (text is None) != (settings.policy is None):
         # Whichever of the two is right: to go on without a gate would let everybody in.
         raise PolicyError("a worker needs both or neither, the setting and what the file says")
-    gate = None if policy_text is None else Gate(policies.parse(policy_text))
+    gate = None if text is None else Gate(policies.parse(text))
     connector = Connector(settings.database_url.get_secret_value())
     cache, notify = settings.cache == "on", settings.notify == "on"
     identity = _identity(settings)
@@ -258,6 +260,8 @@ async def running(
 
     # They go on until the last answer: until then Deletes wait for this process.
     beating, listening = begin(heart.run()), begin(listener.run())
+    if gate is not None and (latest := policy_text()) is not None and latest != text:
+        gate.replace(policies.parse(latest))
     await server.start()
     retention = timedelta(days=settings.tombstone_retention_days)
     audit_retention = timedelta(days=settings.audit_retention_days)

@@ -33,6 +33,7 @@ from latchkey_service.access.policy_file import SIZE_MAX, PolicyFile, read_text
 from latchkey_service.config import PREFIX, READY, Settings, to_json
 from latchkey_service.embedded import EmbeddedError, EmbeddedPostgres
 from latchkey_service.errors import StoreUnavailable
+from latchkey_service.exposure import transport_of
 from latchkey_service.migrate import MigrationError, bundled, migrate
 from latchkey_service.peppers import PepperFileError
 from latchkey_service.store import Store
@@ -57,6 +58,11 @@ BACKLOG_MAX_BYTES = 8 * SIZE_MAX
 
 class StartError(Exception):
     """The service cannot start. The message says why and what to do."""
+
+
+class _NotStarted(Exception):
+    """No worker is to be had, which as a rule will pass: where memory is short, it may be why the
+    last one ended."""
 
 
 def run(settings: Settings) -> int:
@@ -155,14 +161,23 @@ class _Supervisor:
         if self._policy_file is not None:
             # Else it ends us, as when a terminal is closed: there is nothing to read again.
             loop.add_signal_handler(signal.SIGHUP, self._policy_file.reload)
+        policy_file = self._policy_file
+        # From now on: to prepare may take as long as the database is waited for.
+        following = [] if policy_file is None else [asyncio.create_task(policy_file.follow())]
         prepare = asyncio.create_task(self._prepare())
-        if not await self._unless_stopped(prepare):
-            return 0
+        try:
+            if not await self._unless_stopped(prepare):
+                return 0
+            return await self._serve(following)
+        finally:
+            for task in following:
+                task.cancel()
+            await asyncio.gather(*following, return_exceptions=True)
+
+    async def _serve(self, following: "list[asyncio.Task[None]]") -> int:
         ready = [asyncio.Event() for _ in range(self._settings.workers)]
         workers = [asyncio.create_task(self._keep(number, up)) for number, up in enumerate(ready)]
         keeper = asyncio.create_task(self._keep_postgres())
-        policy_file = self._policy_file
-        following = [] if policy_file is None else [asyncio.create_task(policy_file.follow())]
         try:
             all_up = asyncio.create_task(_all_set(ready))
             # None of these ends before the stop, unless by an error.
@@ -227,13 +242,11 @@ class _Supervisor:
             end: dict[str, object]
             try:
                 end = {"exit_code": await self._run_worker(number, ready)}
-            except OSError as error:
-                # No process, pipe or file is to be had, which as a rule will pass: where memory is
-                # short, it may be why the last one ended. The other workers go on.
-                end = {"not_started": error.strerror}
+            except _NotStarted as error:
+                # The other workers go on.
+                end = {"not_started": str(error)}
                 if not ready.is_set():
-                    message = f"worker {number} cannot be started: {error.strerror}"
-                    raise StartError(message) from error
+                    raise StartError(f"worker {number} cannot be started: {error}") from error
             if self._stop.is_set():
                 return
             if loop.time() - started > HEALTHY_SECONDS:
@@ -243,11 +256,16 @@ class _Supervisor:
             delay = min(delay * 2, RESTART_SECONDS_MAX)
 
     async def _run_worker(self, number: int, ready: asyncio.Event) -> int | None:
-        """Run a worker until it ends or we stop; return its exit code. Raises OSError when there is
-        none to be had, and StartError when the first one does not come up."""
-        # What it leaves there when it is killed goes with it: a socket of `native`'s.
-        with tempfile.TemporaryDirectory(prefix="lk-", ignore_cleanup_errors=True) as folder:
-            process = await self._spawn(folder)
+        """Run a worker until it ends or we stop; return its exit code.
+
+        Raises _NotStarted when there is none to be had, StartError when the first does not come up.
+        """
+        with _folder(self._settings) as folder:
+            try:
+                process = await self._spawn(folder)
+            except (OSError, RuntimeError, MemoryError) as error:
+                # No process, pipe, file, memory, or thread to wait for it (Python 3.11).
+                raise _NotStarted(str(error) or type(error).__name__) from error
             try:
                 if await self._comes_up(process):
                     ready.set()
@@ -260,10 +278,12 @@ class _Supervisor:
                 self._processes.discard(process)
             return process.returncode
 
-    async def _spawn(self, folder: str) -> asyncio.subprocess.Process:
-        """Start a worker whose temporary files are in this folder. Raises OSError."""
+    async def _spawn(self, folder: str | None) -> asyncio.subprocess.Process:
+        """Start a worker whose temporary files are in this folder."""
         # grpcio's core writes a line for each of some frames, which clients send by the thousand.
-        environment = {"GRPC_VERBOSITY": "ERROR", **os.environ, "TMPDIR": folder}
+        environment = {"GRPC_VERBOSITY": "ERROR", **os.environ}
+        if folder is not None:
+            environment["TMPDIR"] = folder
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             # Without the current folder on the path: a stray asyncpg.py there must not be loaded.
@@ -373,6 +393,21 @@ def _checked_files(settings: Settings) -> str | None:
         except tls.TlsError as error:
             raise StartError(str(error)) from None
     return policy
+
+
+@contextlib.contextmanager
+def _folder(settings: Settings) -> Iterator[str | None]:
+    """Make a folder for a worker's temporary files, of which `native` has one, its socket. What a
+    worker leaves there when it is killed goes with it. Raises _NotStarted."""
+    if transport_of(settings) != "native":
+        yield None
+        return
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="lk-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise _NotStarted(str(error)) from error
+    with folder as path:
+        yield path
 
 
 def _hand(process: asyncio.subprocess.Process, *lines: bytes) -> int:

@@ -72,6 +72,39 @@ async def _run() -> int:
     return await _serve(settings, keyring, policy, handed)
 
 
+class _Policies:
+    """The texts of policies that the supervisor hands over, the newest of which is to be in force.
+
+    Belongs to the event loop.
+    """
+
+    def __init__(self, handed: asyncio.StreamReader, text: str | None) -> None:
+        self._handed = handed
+        self._text = self._in_force = text
+        self._server: Server | None = None
+
+    def latest(self) -> str | None:
+        """Return the newest, which the caller puts in force."""
+        self._in_force = self._text
+        return self._text
+
+    async def put_in_force(self, server: Server) -> None:
+        """Put what has come meanwhile in force, and from now on what comes."""
+        while self._in_force != self._text and (text := self.latest()) is not None:
+            await server.take_policy(text)
+        # Nothing is awaited in between: what comes from here on is the server's at once. Until
+        # then `take` only notes it, or an older one might come in force after a newer one.
+        self._server = server
+
+    async def take(self) -> None:
+        """Take them until the supervisor is gone. Raises PolicyError."""
+        # Without its end it is a part of a line, and all that will ever come of it.
+        while (line := await self._handed.readline()).endswith(b"\n"):
+            self._text = text = _policy(line)
+            if self._server is not None:
+                await self._server.take_policy(text)
+
+
 def _policy(line: bytes) -> Any:
     """Return the policy's text, or None for none. Raises PolicyError."""
     try:
@@ -112,12 +145,10 @@ async def _serve(
         failed = True
         stop.set()
 
-    async def take_policies(server: Server) -> None:
+    async def take_policies() -> None:
         """Take what the supervisor hands over until it is gone."""
         nonlocal orphaned
-        # Without its end it is a part of a line, and all that will ever come of it.
-        while (line := await handed.readline()).endswith(b"\n"):
-            await server.take_policy(_policy(line))
+        await policies.take()
         orphaned = True
         stop.set()
 
@@ -126,15 +157,18 @@ async def _serve(
     # To the very end: calls go on while it stops.
     guarding = asyncio.create_task(guard_memory(memory_max_bytes(settings)))
     guarding.add_done_callback(partial(ended, fail))
-    async with running(settings, keyring, policy, fail) as server:
+    # It too: a right that is taken away is gone for calls that go on. And from now on, or it would
+    # serve at first by what has been changed while it started.
+    policies = _Policies(handed, policy)
+    taking = asyncio.create_task(take_policies(), name="take_policies")
+    taking.add_done_callback(partial(ended, fail))
+    async with running(settings, keyring, policies.latest, fail) as server:
+        await policies.put_in_force(server)
         # What is loaded by now stays: the collector need not look at it again and again. And what
         # a call leaves is freed by reference counts, so it may look less often.
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
-        # To the very end, too: a right that is taken away is gone for calls that go on.
-        taking = asyncio.create_task(take_policies(server), name="take_policies")
-        taking.add_done_callback(partial(ended, fail))
         sys.stdout.buffer.write(READY)
         sys.stdout.buffer.flush()
         await stop.wait()

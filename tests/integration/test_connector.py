@@ -5,13 +5,14 @@ import contextlib
 import itertools
 import random
 from collections.abc import AsyncIterator
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 import pytest
 from latchkey_service.database import CONNECT_TIMEOUT_SECONDS, POOL_SIZE_MAX, Connector, Pool
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.hosts import each_host
+from latchkey_service.hosts import Hosts, each_host
 from latchkey_service.reconnection import ATTEMPTS_MAX, RECONNECT_SECONDS
 
 from tests.support import backends, eventually, session
@@ -84,6 +85,63 @@ async def test_a_host_that_is_silent_keeps_nobody_from_the_primary(
     assert frozen.taken == 1
     for connection in (first, *others):
         connection.terminate()
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        asyncpg.InvalidCatalogNameError("not restored yet"),
+        asyncpg.InvalidPasswordError("no roles yet"),
+        asyncpg.TooManyConnectionsError("full"),
+        asyncpg.ConnectionDoesNotExistError("nobody behind it"),
+        asyncpg.TargetServerAttributeNotMatched("a standby"),
+        ConnectionRefusedError(),
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
+async def test_a_former_primary_hides_no_other(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    """Whatever the host answers that was the primary, the others are asked as well. If none is, the
+    failure is told that does not pass by itself."""
+    primary, asked = "h1", list[str]()
+
+    async def connect(url: str, **_: object) -> object:
+        host = url.removeprefix("postgresql://").partition("/")[0]
+        asked.append(host)
+        if host == primary:
+            return host
+        raise failure if host == "h1" else asyncpg.CannotConnectNowError("starting")
+
+    monkeypatch.setattr(asyncpg, "connect", connect)
+    hosts: Any = Hosts("postgresql://h2,h1,h3/db")
+    assert await hosts.connect() == "h1"
+    primary = "h3"
+    asked.clear()
+    assert await hosts.connect() == "h3"
+    assert asked == ["h1", "h2", "h3"]
+    assert await hosts.connect() == "h3"
+    assert asked[3:] == ["h3"]
+    primary = ""
+    with pytest.raises(Exception, match=r".*") as caught:
+        await hosts.connect()
+    passes = not isinstance(failure, asyncpg.InvalidCatalogNameError | asyncpg.InvalidPasswordError)
+    assert passes or caught.value is failure
+
+
+async def test_what_all_hosts_would_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake in the URL is told at once."""
+    asked = 0
+
+    async def connect(*_: object, **__: object) -> None:
+        nonlocal asked
+        asked += 1
+        raise asyncpg.ClientConfigurationError("no such option")
+
+    monkeypatch.setattr(asyncpg, "connect", connect)
+    with pytest.raises(asyncpg.ClientConfigurationError):
+        await Hosts("postgresql://h1,h2/db").connect()
+    assert asked == 1
 
 
 def test_each_host_of_a_url() -> None:

@@ -370,11 +370,13 @@ async def test_no_process_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     keeper = supervisor._Supervisor(settings, "postgresql://h", "127.0.0.1:0", None, None, None)
     refused = 0
 
-    async def spawn(_: str) -> asyncio.subprocess.Process:
+    async def spawn(_: str | None) -> asyncio.subprocess.Process:
         nonlocal refused
         refused += 1
         if refused < 3:
             raise BlockingIOError(errno.EAGAIN, "no process")
+        if refused < 4:
+            raise RuntimeError("can't start new thread")
         keeper._stop.set()
         return await asyncio.create_subprocess_exec(
             "sleep", "60", stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -386,7 +388,7 @@ async def test_no_process_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         await keeper._keep(0, ready)
     ready.set()
     await keeper._keep(0, ready)
-    assert refused == 3
+    assert refused == 4
 
 
 async def test_a_worker_that_takes_no_policies(

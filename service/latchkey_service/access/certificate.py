@@ -32,7 +32,7 @@ def names_of(pem: str) -> Names:
         dns = found.get_values_for_type(x509.DNSName)
     except x509.ExtensionNotFound:
         return Names((), ())
-    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+    except Exception:  # noqa: BLE001 - whatever the library makes of it, it names nobody
         raise CertificateError from None
     # What is not printable, such as a NUL, is none.
     if not all(name.isprintable() for name in (*uris, *dns)):

@@ -62,6 +62,12 @@ def parse(header: str | bytes) -> Forwarded:
             raise ForwardedError
         before = rank
         pairs.append((key, value))
+    for key in _SEVERAL:
+        values = [value for other, value in pairs if other == key]
+        # Envoy writes an empty one for a certificate without such names. Beside others it is a part
+        # of one of them.
+        if len(values) > 1 and not all(values):
+            raise ForwardedError
     return Forwarded(
         by=_values(pairs, "by"),
         uris=_values(pairs, "uri"),
