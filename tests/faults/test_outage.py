@@ -267,7 +267,8 @@ async def test_a_caller_that_gives_up_breaks_no_other(
         left = stub.Verify(question)
         await asyncio.sleep(0.1)
         left.cancel()
-        assert (await early).code is UNAVAILABLE
+        # Callers and server share this process: on a busy machine its own deadline may come first.
+        assert (await early).code in {UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
         bring_back()
         for end in await asyncio.gather(*patient):
             assert end.code is grpc.StatusCode.OK

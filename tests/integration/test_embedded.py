@@ -60,10 +60,13 @@ try:
 except embedded.EmbeddedError as error:
     said = {"error": type(error).__name__, "message": str(error)}
 if options.get("forks"):
+    runs, tells = os.pipe()
     said["worker_pid"] = os.fork()
     if said["worker_pid"] == 0:
+        os.write(tells, b".")
         sys.stdin.read()
         os._exit(0)
+    os.read(runs, 1)  # What is done after a fork, in the child, is done.
 print(json.dumps(said), flush=True)
 sys.stdin.read()
 server.stop()

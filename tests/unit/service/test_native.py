@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -280,3 +281,16 @@ async def test_a_fault_holds_up_nobody_else(
         await turn()
     # All of them, also if nothing else comes.
     assert sorted(server.begun) == [2, *calls]
+
+
+async def test_answers_are_out_before_it_ends(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's part, which ends with what it has not sent, is ended a moment after the last
+    answer was given to it."""
+    order: list[object] = []
+    monkeypatch.setattr(native, "time", SimpleNamespace(sleep=order.append))
+    monkeypatch.setattr(server.front, "close", lambda: order.append("closed"), raising=False)
+    server.come(VERIFY, [1])
+    await server.stop(1.0)
+    assert order == [native.ANSWERS_OUT_SECONDS, "closed"]
