@@ -25,6 +25,8 @@ from latchkey_service.migrate import bundled, migrate
 from latchkey_service.server import Server, running
 from latchkey_service.store import Store
 
+from tests.support import drop_database
+
 if TYPE_CHECKING:
     from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
 
@@ -73,7 +75,7 @@ async def database_url(postgres_url: str, template_url: str) -> AsyncIterator[st
     name = f"test_{next(_numbers)}"
     await _execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
     yield with_database(postgres_url, name)
-    await _execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+    await drop_database(postgres_url, name)
 
 
 @pytest.fixture

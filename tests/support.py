@@ -121,6 +121,21 @@ async def session(url: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]
         connection.terminate()
 
 
+async def drop_database(url: str, name: str) -> None:
+    """Drop a database by way of another one, whoever is connected to it."""
+
+    async def drop() -> bool:
+        async with session(url) as connection:
+            try:
+                await connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+            except asyncpg.InsufficientPrivilegeError:
+                # Autovacuum is there, which only a superuser may end. It ends by itself.
+                return False
+        return True
+
+    await eventually(drop, f"{name} is dropped")
+
+
 async def backends(url: str) -> list[Any]:
     """What the service's connections to this database do."""
     async with session(url) as connection:

@@ -18,7 +18,7 @@ from tests.history.broken import RULES, VARIABLE
 from tests.history.checker import Findings
 from tests.history.run import SHORT, run
 from tests.history.scenarios import SCENARIOS, play, staged
-from tests.support import BreakablePostgres, session
+from tests.support import BreakablePostgres, drop_database, session
 
 pytestmark = [
     pytest.mark.xdist_group("history"),
@@ -73,9 +73,8 @@ async def _databases(postgres_url: str, *names: str) -> AsyncIterator[list[str]]
     try:
         yield [with_database(postgres_url, name) for name in names]
     finally:
-        async with session(postgres_url) as connection:
-            for name in names:
-                await connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+        for name in names:
+            await drop_database(postgres_url, name)
 
 
 async def _play(folder: Path, database_url: str) -> list[Findings]:

@@ -16,7 +16,7 @@ from latchkey_service.migrate import Migration, MigrationError, bundled, migrate
 from structlog.testing import capture_logs
 
 from tests.conftest import with_database
-from tests.support import session
+from tests.support import drop_database, session
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -31,8 +31,8 @@ async def empty_url(postgres_url: str) -> AsyncIterator[str]:
     name = f"migrate_{next(_names)}"
     async with session(postgres_url) as connection:
         await connection.execute(f"CREATE DATABASE {name}")
-        yield with_database(postgres_url, name)
-        await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    yield with_database(postgres_url, name)
+    await drop_database(postgres_url, name)
 
 
 async def tables(url: str) -> set[str]:
