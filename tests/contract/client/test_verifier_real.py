@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import latchkey
@@ -14,7 +15,7 @@ import pytest
 from latchkey import Scope, Verdict, sync
 
 from tests.contract.client.fake_watch import watching
-from tests.support import POLL_SECONDS, WAIT_SECONDS, eventually, service
+from tests.support import eventually, service
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,19 +41,10 @@ async def test_when_delete_returns_no_verifier_lets_the_token_in(address: str) -
             await watching(verifier)
         for number in range(ROUNDS):
             created = await _token(client, f"token {number}")
-
-            async def warm() -> bool:
-                """Ask until all remember: what changed meanwhile, elsewhere too, keeps from it."""
-                await asyncio.gather(*(v.verify(created.secret) for v in verifiers[:-1]))
-                await asyncio.to_thread(threaded.verify, created.secret)
-                answers = [v.verify_nowait(created.secret, Scope.READ) for v in verifiers]
-                assert all(answer is None or answer.allowed for answer in answers)
-                return None not in answers
-
-            # Not `eventually`: an answer that is not allowed is no "not yet".
-            async with asyncio.timeout(WAIT_SECONDS):
-                while not await warm():
-                    await asyncio.sleep(POLL_SECONDS)
+            # Whatever changes meanwhile, elsewhere too, may keep an answer from being remembered.
+            remembered = partial(_all_remember, verifiers, created.secret)
+            for answer in await eventually(remembered, "all remember the token"):
+                assert answer.allowed
             receipt = await client.delete("acme", created.token.id)
             for verifier in verifiers:
                 answer = verifier.verify_nowait(created.secret)
@@ -77,6 +69,16 @@ async def test_no_wait_is_confirmed_later(address: str) -> None:
         status = await client.status()
         assert status.head_revision >= confirmed.revision
         assert [verifier.process_id for verifier in status.verifiers] == [os.getpid()]
+
+
+async def _all_remember(verifiers: list[Any], secret: str) -> list[latchkey.Verification] | None:
+    """Ask with each, the last of which is a threaded one, and return what they remember then."""
+    *others, threaded = verifiers
+    await asyncio.gather(*(verifier.verify(secret) for verifier in others))
+    await asyncio.to_thread(threaded.verify, secret)
+    answers = [verifier.verify_nowait(secret, Scope.READ) for verifier in verifiers]
+    known = [answer for answer in answers if answer is not None]
+    return known if len(known) == len(verifiers) else None
 
 
 async def _token(client: latchkey.Client, name: str) -> latchkey.CreatedToken:
