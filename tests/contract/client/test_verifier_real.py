@@ -71,7 +71,9 @@ async def test_no_wait_is_confirmed_later(address: str) -> None:
         assert [verifier.process_id for verifier in status.verifiers] == [os.getpid()]
 
 
-async def _all_remember(verifiers: list[Any], secret: str) -> list[latchkey.Verification] | None:
+async def _all_remember(
+    verifiers: list[Any], secret: latchkey.Secret
+) -> list[latchkey.Verification] | None:
     """Ask with each, the last of which is a threaded one, and return what they remember then."""
     *others, threaded = verifiers
     await asyncio.gather(*(verifier.verify(secret) for verifier in others))
