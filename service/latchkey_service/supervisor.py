@@ -16,13 +16,10 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
@@ -30,6 +27,7 @@ from pydantic import SecretStr
 from latchkey_service import log, peppers, tls
 from latchkey_service.access.policy import PolicyError, parse
 from latchkey_service.access.policy_file import SIZE_MAX, PolicyFile, read_text
+from latchkey_service.addresses import AddressError, reserved
 from latchkey_service.config import PREFIX, READY, Settings, to_json
 from latchkey_service.embedded import EmbeddedError, EmbeddedPostgres
 from latchkey_service.errors import StoreUnavailable
@@ -48,8 +46,6 @@ RESTART_SECONDS_MIN, RESTART_SECONDS_MAX = 0.1, 5.0
 HEALTHY_SECONDS = 10.0
 # Past the grace for calls, for closing connections.
 STOP_MARGIN_SECONDS = 5.0
-# Workers of a killed supervisor need a moment to leave the address.
-ADDRESS_TIMEOUT_SECONDS = 3.0
 POLL_SECONDS = 0.2
 # What a worker has not taken of what it was handed, some policies of the longest. One that is so
 # far behind goes by a policy of long ago, and may have rights in force that were taken away.
@@ -80,12 +76,13 @@ def run(settings: Settings) -> int:
         else:
             database_url = settings.database_url.get_secret_value()
         with (
-            _reserved(settings.listen) as listen,
-            _reserved(settings.tls_listen, "TLS_LISTEN") as tls_listen,
+            reserved(settings.listen) as listen,
+            reserved(settings.tls_listen, "TLS_LISTEN") as tls_listen,
         ):
             supervisor = _Supervisor(settings, database_url, listen, tls_listen, postgres, policy)
             return asyncio.run(_uninterrupted_afterwards(supervisor))
     except (
+        AddressError,
         EmbeddedError,
         MigrationError,
         PepperFileError,
@@ -190,12 +187,14 @@ class _Supervisor:
             self._stop.set()
             results = await asyncio.gather(*workers, return_exceptions=True)
         finally:
-            for task in (keeper, *following):
-                task.cancel()
-            kept = await asyncio.gather(keeper, *following, return_exceptions=True)
+            keeper.cancel()
+            kept = await asyncio.gather(keeper, return_exceptions=True)
         for result in [*results, *kept]:
             if isinstance(result, Exception):
                 raise result
+        for task in following:
+            if task.done():
+                task.result()
         self._log.info("stopped")
         return 0
 
@@ -424,92 +423,6 @@ def _policy_line(text: str | None) -> bytes:
 async def _all_set(events: list[asyncio.Event]) -> None:
     for event in events:
         await event.wait()
-
-
-@contextlib.contextmanager
-def _reserved(listen: str | None, setting: str = "LISTEN") -> Iterator[Any]:
-    """Make sure that nobody else has the address, keep it for the workers, and yield it.
-
-    The workers share a port by SO_REUSEPORT, and with that a second service would silently take a
-    part of the calls. So it is tried without first; then a socket that never listens keeps the
-    port, also while no worker has it, which also settles which one port 0 is.
-    """
-    if listen is None:
-        yield None
-        return
-    if listen.startswith("unix:"):
-        path = Path(listen.removeprefix("unix:"))
-        _clear_unix_socket(path)
-        try:
-            yield listen
-        finally:
-            path.unlink(missing_ok=True)
-        return
-    host, _, port = listen.rpartition(":")
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise StartError(
-            f"{PREFIX}{setting}: {host} is no address of this machine: {error}"
-        ) from None
-    family, _, _, _, address = found[0]
-    with (
-        _listening_alone(family, address, listen, setting) as probe,
-        socket.socket(family, socket.SOCK_STREAM) as keeper,
-    ):
-        # Without SO_REUSEADDR, which would let another service's probe in beside it.
-        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        # The probe stays until the keeper is there: of two that start at once, one gets it.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        address = probe.getsockname()
-        try:
-            keeper.bind(address)
-        except OSError:
-            # Past connections of a program that did not share the port are in TIME_WAIT.
-            probe.close()
-            keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            keeper.bind(address)
-        probe.close()
-        yield f"{host}:{address[1]}"
-
-
-def _listening_alone(family: int, address: Any, listen: str, setting: str) -> socket.socket:
-    """Return a socket that listens on an address as the only one. Raises StartError."""
-    give_up = time.monotonic() + ADDRESS_TIMEOUT_SECONDS
-    while True:
-        probe = socket.socket(family, socket.SOCK_STREAM)
-        # Past connections in TIME_WAIT do not count; a listener does.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-            probe.listen(1)
-            return probe
-        except OSError as error:
-            probe.close()
-            if time.monotonic() > give_up:
-                raise StartError(
-                    f"cannot listen on {listen}: {error.strerror}. Is another Latchkey "
-                    f"running? {PREFIX}{setting} chooses another address"
-                ) from None
-        time.sleep(POLL_SECONDS)
-
-
-def _clear_unix_socket(path: Path) -> None:
-    """Remove a socket that nobody answers on; refuse one that somebody does."""
-    if not path.exists():
-        return
-    if not path.is_socket():
-        raise StartError(f"cannot listen on {path}: there is a file that is not a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(ADDRESS_TIMEOUT_SECONDS)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-            return
-        except OSError as error:
-            raise StartError(f"cannot listen on {path}: {error.strerror}") from None
-    raise StartError(f"cannot listen on {path}: another process does")
 
 
 @contextlib.contextmanager

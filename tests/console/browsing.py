@@ -15,7 +15,7 @@ from selenium.common.exceptions import (
     StaleElementReferenceException,
     WebDriverException,
 )
-from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver import ActionChains, Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -149,9 +149,9 @@ class Browser:
             self.cdp("Input.insertText", text=text)
 
     def press(self, *keys: str) -> None:
-        """Press keys wherever the focus is."""
+        """Press keys wherever the focus is then, also if the page changes meanwhile."""
         for key in keys:
-            self.driver.switch_to.active_element.send_keys(key)
+            ActionChains(self.driver, duration=0).send_keys(key).perform()
 
     def tab_to(self, selector: str, *, most: int = 40) -> None:
         """Press Tab until what matches has the focus: it can be reached by keyboard."""

@@ -116,6 +116,25 @@ def test_back_from_elsewhere_does_not_bring_the_secret_back(
     assert secret not in everything_kept(browser)
 
 
+def test_a_list_that_comes_late_leaves_the_focus(browser: Browser, world: World) -> None:
+    """Who has closed the dialog, and gone on by keyboard, before the list behind it is there anew,
+    is where he was when it comes."""
+    old = world.create("existing").token.id
+    browser.open()
+    for where in ("#generate", "#access", f"#{old} button"):
+        browser.click("#generate")
+        with world.relay.failing("List", seconds=1.0):
+            add(browser, f"seen from {where}")
+            shown_secret(browser)
+            browser.click("[data-copy]")
+            browser.click("#stored")
+            browser.focused("#generate")
+            rows = len(browser.all("#rows tr"))
+            browser.js("document.querySelector(arguments[0]).focus()", where)
+        browser.until(lambda rows=rows: len(browser.all("#rows tr")) == rows + 1, "the new list")
+        assert browser.has_focus(where)
+
+
 def test_copying_and_closing(browser: Browser, world: World) -> None:
     """Copy puts the secret on the clipboard and says so; only the deliberate button closes."""
     browser.cdp(

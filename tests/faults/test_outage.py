@@ -41,6 +41,7 @@ pytestmark = [
 ]
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+RESOURCE_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 FAULTS = ("stopped", "killed", "frozen")
 METHODS = ("Verify", "Create", "List", "Delete")
 # The code tells that the server answered first; this is for what measuring it adds on a busy loop.
@@ -295,7 +296,8 @@ async def test_killed_backends_cost_at_most_the_calls_in_flight(
         return before.isdisjoint(row["pid"] for row in await backends(database_url))
 
     for end in await asyncio.gather(*in_flight):
-        assert end.ok or (end.code is UNAVAILABLE and end.retry_info), end
+        # So many at once may be too many, where each takes long.
+        assert end.ok or (end.code in {UNAVAILABLE, RESOURCE_EXHAUSTED} and end.retry_info), end
     await eventually(gone, "the connections are gone")
     for end in await asyncio.gather(*(outcome(call(m, 5)) for m in METHODS * 5)):
         assert end.ok, end

@@ -225,17 +225,22 @@ async def test_a_policy_that_changes_while_a_worker_starts(run: Run, policy: Pat
     address = await service.welcome()
     os.kill(service.worker_pids[0], signal.SIGKILL)
     known = {service.pid, *service.worker_pids}
-    new = await eventually(
-        lambda: [p for p in psutil.Process(service.pid).children() if p.pid not in known],
-        "a worker starts",
-    )
-    new[0].suspend()
+
+    def started() -> psutil.Process | None:
+        for process in psutil.Process(service.pid).children():
+            # By then it has a program of its own: before, the supervisor waits for it.
+            if process.pid not in known and "worker" in process.cmdline():
+                return process
+        return None
+
+    new = await eventually(started, "a worker starts")
+    new.suspend()
     write(policy, WITHOUT_VERIFIER)
     await eventually(lambda: told(service, "policy in force"), "the other worker has it")
     write(policy, BROKEN)
     await eventually(lambda: told(service, "policy refused"), "it says what is wrong")
-    new[0].resume()
-    await eventually(lambda: new[0].pid in service.worker_pids, "the new worker serves")
+    new.resume()
+    await eventually(lambda: new.pid in service.worker_pids, "the new worker serves")
 
     async def answer() -> grpc.StatusCode:
         async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:

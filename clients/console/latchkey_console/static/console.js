@@ -97,6 +97,7 @@
     // The very field that is typed in stays, with caret and undo.
     const typing = document.activeElement?.id === "q" ? document.activeElement : null;
     const field = one("#q", main);
+    const held = focusIn(before);
     if (typing && field) field.replaceWith(typing);
     times(main);
     before.replaceWith(main);
@@ -105,7 +106,19 @@
     if (typing && field) typing.focus();
     else if (told) focusNear();
     else if (focus) (one(focus, main) || main).focus();
+    else if (held) (one(held, main) || main).focus({ preventScroll: true });
     say((told ?? byId("count"))?.textContent ?? "");
+  }
+
+  // What finds that which has the focus in a list in the one that takes its place; null: it is
+  // elsewhere, as in a dialog.
+  function focusIn(main) {
+    const element = document.activeElement;
+    if (!main.contains(element)) return null;
+    if (element.id) return `#${CSS.escape(element.id)}`;
+    if (element.dataset.review) return `[data-review="${CSS.escape(element.dataset.review)}"]`;
+    const row = element.closest("tr[id]");
+    return row ? `#${CSS.escape(row.id)} button` : "main";
   }
 
   // Where a row has gone, the focus goes to the one that took its place: the receipt is in sight
