@@ -124,14 +124,14 @@ class Calls:
             try:
                 if admit is not None:
                     caller = admit(path, context)
-                if request.__class__ is Unparsed:
-                    raise not_a_message()
                 if places is not None:
                     places.check()
                 if caller.rates is not None:
                     self._charge(path, rule, caller, request)
+                if request.__class__ is Unparsed:
+                    raise not_a_message()
                 if audited:
-                    origin = _origin(path, context, caller.name, request)
+                    origin = _origin_of(path, context, request)(caller.name)
                     call_origin.set(origin)
                 if caller.accounts is not None:
                     check_account(path, caller, request)
@@ -147,13 +147,9 @@ class Calls:
                 self._outcomes.end(path, context, start, "ABORTED", caller, None)
                 raise
             except Exception as error:  # noqa: BLE001 - the last place before the transport
-                made = origin
-
-                def make(name: str) -> Origin:
-                    return made or _origin(path, context, name, request)
-
+                make = _origin_of(path, context, request) if audited else None
                 status, delay_seconds = self._outcomes.fail(
-                    path, context, start, error, caller, make if audited else None
+                    path, context, start, error, caller, origin, make
                 )
                 if delay_seconds:
                     # It may be large, and is of no more use.
@@ -227,8 +223,11 @@ class Calls:
         """Count a call, or each question of a batch, against the caller's limit, if it has one."""
         if caller.rates is None or rule.role is None:
             return
-        # No more than are answered: a larger batch is refused, and is no reason to refuse others.
-        count = min(len(request.requests), BATCH_MAX) if path == BATCH_VERIFY else 1
+        count = 1
+        if path == BATCH_VERIFY and request.__class__ is not Unparsed:
+            # No more than are answered: a larger batch is refused, and is no reason to refuse
+            # others. An empty one takes its time too.
+            count = max(1, min(len(request.requests), BATCH_MAX))
         wait = caller.rates.charge(rule.role, count, self._monotonic())
         if wait:
             raise RateLimited("The policy lets this caller ask less in a second.", wait)
@@ -295,12 +294,17 @@ def _bounded(behaviour: Handler, places: Places | None) -> Handler:
     return bounded
 
 
-def _origin(path: str, context: Any, caller: str, request: Any) -> Origin:
-    return Origin.of(
-        caller,
-        path,
-        context.peer(),
-        request_id_of(context),
-        getattr(request, "account_id", ""),
-        getattr(request, "id", ""),
-    )
+def _origin_of(path: str, context: Any, request: Any) -> Callable[[str], Origin]:
+    """Return what makes a call's origin of its caller's name."""
+
+    def make(name: str) -> Origin:
+        return Origin.of(
+            name,
+            path,
+            context.peer(),
+            request_id_of(context),
+            getattr(request, "account_id", ""),
+            getattr(request, "id", ""),
+        )
+
+    return make

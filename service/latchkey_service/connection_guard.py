@@ -9,6 +9,7 @@ every few seconds. Linux only.
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import os
 import socket
 import stat
@@ -17,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -35,6 +37,7 @@ REST_FACTOR: Final = 20.0
 SPARE_FILES: Final = 8
 # Under attack, one line says it for so long.
 TELL_SECONDS: Final = 10.0
+_FAMILIES: Final = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 # RFC 9113 §3.4: what every client begins with.
 PREFACE_BYTES: Final = 24
 # struct tcp_info of Linux: unacked segments, bytes acked and received, bytes not sent yet.
@@ -52,10 +55,19 @@ class _Seen:
 
 
 class _Listener(NamedTuple):
-    """An address: families, and a port or a path."""
+    """An address: families, a port or a path, and a host beside a port."""
 
     families: tuple[socket.AddressFamily, ...]
     name: str
+    host: str = ""
+
+    def distance(self, local: str) -> int:
+        """Return how unlike its host is to a connection's own address: 0 for the same."""
+        here = ipaddress.ip_address(local.partition("%")[0])
+        try:
+            return 0 if ipaddress.ip_address(self.host) in {here, _unmapped(here)} else 2
+        except ValueError:
+            return 1  # a name, of whatever address
 
 
 class ConnectionGuard:
@@ -67,7 +79,7 @@ class ConnectionGuard:
         self._listeners = [
             _Listener((socket.AF_UNIX,), address.removeprefix("unix:"))
             if address.startswith("unix:")
-            else _Listener((socket.AF_INET, socket.AF_INET6), address.rpartition(":")[2])
+            else _tcp_listener(address)
             for address in addresses
         ]
         self._look_seconds = min(limits.handshake, limits.keepalive_timeout) / 2
@@ -86,6 +98,10 @@ class ConnectionGuard:
         looked = -self._look_seconds
         connections = files_then = 0
         rest = 0.0
+        # A thread of its own: those of the event loop may all be taken for long, by host names that
+        # are looked up.
+        looking = ThreadPoolExecutor(1, "guard")
+        loop = asyncio.get_running_loop()
         try:
             self._take_spare_files()
             while True:
@@ -97,7 +113,7 @@ class ConnectionGuard:
                 if not many and now - looked < self._look_seconds:
                     continue
                 try:
-                    connections = await asyncio.to_thread(self._look_for_certain)
+                    connections = await loop.run_in_executor(looking, self._look_for_certain)
                 except OSError as error:
                     logger().error("connections cannot be looked at", error=error.strerror)
                 files_then = files
@@ -105,6 +121,7 @@ class ConnectionGuard:
                 rest = REST_FACTOR * (looked - now)
                 self._tell()
         finally:
+            looking.shutdown(wait=False)
             self._give_spare_files()
 
     def _look_for_certain(self) -> int:
@@ -183,20 +200,35 @@ class ConnectionGuard:
 
     def _listener_of(self, end: socket.socket) -> _Listener | None:
         """Return where a connection came in; None: it did not."""
-        for listener in self._listeners:
-            if end.family in listener.families:
-                name = end.getsockname()
-                accepts = end.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-                here = name if end.family == socket.AF_UNIX else str(name[1])
-                if here == listener.name and not accepts:
-                    return listener
-        return None
+        if end.family not in _FAMILIES:
+            return None
+        name = end.getsockname()
+        here = name if end.family == socket.AF_UNIX else str(name[1])
+        found = [
+            listener
+            for listener in self._listeners
+            if end.family in listener.families and here == listener.name
+        ]
+        if not found or end.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return None
+        # Addresses of this machine may have listeners on the same port.
+        return found[0] if len(found) == 1 else min(found, key=lambda one: one.distance(name[0]))
 
     def _tell(self) -> None:
         if self._ended and time.monotonic() - self._told >= TELL_SECONDS:
             logger().warning("connections ended", **self._ended)
             self._told = time.monotonic()
             self._ended.clear()
+
+
+def _tcp_listener(address: str) -> _Listener:
+    host, _, port = address.rpartition(":")
+    return _Listener((socket.AF_INET, socket.AF_INET6), port, host.strip("[]"))
+
+
+def _unmapped(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> object:
+    """Return the IPv4 address that an IPv6 one stands for, if it does (RFC 4291 §2.5.5.2)."""
+    return getattr(address, "ipv4_mapped", None)
 
 
 def _sockets() -> Iterator[tuple[int, int]]:

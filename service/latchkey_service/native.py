@@ -7,7 +7,8 @@ Creates the verifies. So calls wait in lanes, by role, and a few of each are beg
 
 How long the lanes may be is bounded as other queues are (`admission.py`). Health checks have none.
 
-It also forgets calls that were cancelled before they began, which the library keeps for ever.
+It also forgets calls that were cancelled before they began, which the library keeps for ever, and
+ends streams whose clients take nothing, for which the library waits in threads.
 """
 
 import asyncio
@@ -20,8 +21,9 @@ from typing import Any, Final, Protocol
 
 # Not as `from pygrpc_native import aio`, which sends the package's lazy attributes (0.5.0) into an
 # endless recursion.
+import grpc
 import pygrpc_native.aio
-from pygrpc_native import EVENT_CANCEL
+from pygrpc_native import EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL
 
 from latchkey_service.access.methods import MANAGER, METHODS, OPEN, OPERATOR, VERIFIER
 from latchkey_service.admission import QueueBound
@@ -47,6 +49,11 @@ FETCH_MAX: Final = 256
 # What the library's thread may take to send answers, on cores that are busy: a thousand times what
 # it takes on others.
 ANSWERS_OUT_SECONDS: Final = 0.1
+# When a stream is looked at again whose client had no room for a message: twice as late each time.
+# And when it is ended.
+ROOM_SECONDS_MIN: Final = 0.001
+ROOM_SECONDS_MAX: Final = 0.25
+UNREAD_SECONDS: Final = 20.0
 # Calls that were cancelled and have not come yet. More than are ever on their way.
 CANCELLED_MAX: Final = 2_000
 
@@ -260,6 +267,26 @@ class Server(pygrpc_native.aio.Server):
             if cancelled and event[1] in cancelled:
                 return False
         return True
+
+    async def _send(self, call: Any, context: Any, response: Any) -> bool:
+        """Send a stream's message once its client has room for it; tell whether that was so.
+
+        The library waits in a thread, for ever, and there are as few as six. A health watch is open
+        to everybody: with some that read nothing, whatever else needs a thread would have none.
+        """
+        data = self._encode(call, context, response)
+        if data is None:
+            return False
+        assert self._front is not None, "it has started"  # noqa: S101 - for the type checker
+        context._initial_sent = True  # noqa: SLF001 - the library's own, as it does
+        give_up = self._monotonic() + UNREAD_SECONDS
+        pause_seconds = ROOM_SECONDS_MIN
+        while (sent := self._front.stream_try_send(call.call_id, data)) == STREAM_FULL:
+            if self._monotonic() >= give_up:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "Nothing of the stream was read.")
+            await asyncio.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, ROOM_SECONDS_MAX)
+        return sent != STREAM_CLOSED
 
     def _turn_away(self, event: Event) -> None:
         call_id, path, seconds = event[1], self._table[event[2]][0], _seconds_left(event)

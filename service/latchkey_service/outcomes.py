@@ -53,12 +53,14 @@ class Outcomes:
         start: float,
         error: Exception,
         caller: Caller = ANYONE,
-        origin: Callable[[str], Origin] | None = None,
+        origin: Origin | None = None,
+        make_origin: Callable[[str], Origin] | None = None,
     ) -> tuple[StatusParts, float]:
         """Count, log and audit a call that failed; return its status, and after how many seconds
         it is to have that.
 
-        `origin` makes, of the caller's name, what an audited call is written down with.
+        An audited call is written down with its `origin`, or with what `make_origin` makes of the
+        caller's name where it has none yet.
         """
         if isinstance(error, TimeoutError):
             error = Unavailable(TOO_LATE)
@@ -69,10 +71,13 @@ class Outcomes:
         # Of many failures of one kind only some are written down and logged: there may be thousands
         # in a second.
         told = True
-        if origin is not None:
+        if origin is not None and origin.recorded:
+            # Its entry was written with its change, which stands.
+            written = origin
+        elif make_origin is not None:
             told = self._audit.writes(name, path, code.name, reason)
             if told or not expected:
-                written = origin(name)
+                written = origin or make_origin(name)
             if told and written is not None:
                 told = self._audit.note(written, code.name, reason)
         elif expected:
@@ -117,7 +122,8 @@ class Outcomes:
         if origin is None:
             told, request_id = self._audit.tells(caller.name, path, reason), request_id_of(context)
         else:
-            told, request_id = self._audit.note(origin, reason, reason), origin.request_id
+            request_id = origin.request_id
+            told = origin.recorded or self._audit.note(origin, reason, reason)
         if told:
             self.tell(path, context, start, reason, reason, request_id, origin=origin)
 

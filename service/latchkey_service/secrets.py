@@ -23,6 +23,7 @@ from typing import NoReturn
 
 __all__ = [
     "CREDENTIAL_PREFIX",
+    "CREDENTIAL_SHAPE",
     "SECRET_LENGTH_MAX",
     "Digest",
     "Keyring",
@@ -50,9 +51,9 @@ _SHAPE = re.compile(r"[a-z]{2,10}_[0-9A-Za-z]{57}")
 _is_shaped = _SHAPE.fullmatch
 # Of callers' credentials (`access/credentials.py`), which have no tag.
 CREDENTIAL_PREFIX = "lkc"
-_CREDENTIAL = rf"{CREDENTIAL_PREFIX}_[0-9A-Za-z]{{{BODY_DIGITS + CHECKSUM_DIGITS}}}"
+CREDENTIAL_SHAPE = rf"{CREDENTIAL_PREFIX}_[0-9A-Za-z]{{{BODY_DIGITS + CHECKSUM_DIGITS}}}"
 # At every place, also within what looks like another: "alk_…" holds what "lk_…" does.
-_SHAPES_WITHIN = [re.compile(rf"(?=({shape}))") for shape in (_SHAPE.pattern, _CREDENTIAL)]
+_SHAPES_WITHIN = [re.compile(rf"(?=({shape}))") for shape in (_SHAPE.pattern, CREDENTIAL_SHAPE)]
 # What is cut out of a text, whole or not.
 _SECRET_PART = re.compile(rf"([a-z]{{2,10}}_)[0-9A-Za-z]{{{BODY_DIGITS},}}")
 _BODY_END = -(TAG_DIGITS + CHECKSUM_DIGITS)

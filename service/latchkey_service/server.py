@@ -8,6 +8,7 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -103,6 +104,9 @@ class Server:
         self._watchers = watchers
         self._health = services.health
         self._gate = gate
+        # A thread of its own. Those of the event loop are for whoever comes, as host names are that
+        # are looked up, and a right that was taken away is not to wait for these.
+        self._parsing = ThreadPoolExecutor(1, "policy")
         plaintext = make_transport(exposure.transport_of(settings), limits, calls.refuse)
         self._servers = [plaintext]
         door = None
@@ -143,7 +147,8 @@ class Server:
         """Put another policy in force. Raises PolicyError, and then nothing has changed."""
         if self._gate is None:
             raise PolicyError("one has come to a worker that was started without")
-        policy = await asyncio.to_thread(policies.parse, text)
+        loop = asyncio.get_running_loop()
+        policy = await loop.run_in_executor(self._parsing, policies.parse, text)
         self._gate.replace(policy)
         logger().info("policy in force", callers=len(policy.callers))
 

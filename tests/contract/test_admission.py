@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,8 +75,8 @@ async def test_what_waits_for_the_database_is_bounded(
 @contextlib.asynccontextmanager
 async def limited(
     settings: "Settings", tmp_path: Path, limits: dict[str, str]
-) -> AsyncIterator[Any]:
-    """Serve under a policy in which these callers have these further lines, and yield a stub."""
+) -> AsyncIterator[grpc.aio.Channel]:
+    """Serve under a policy in which these callers have these further lines; yield a channel."""
     lines = policy_text()
     for caller, line in limits.items():
         lines = lines.replace(f"[callers.{caller}]\n", f"[callers.{caller}]\n{line}\n")
@@ -84,7 +85,7 @@ async def limited(
     settings = settings.model_copy(update={"policy": policy})
     async with serving(settings) as address, grpc.aio.insecure_channel(address) as channel:
         await eventually(lambda: is_serving(channel), "health is up")
-        yield pb_grpc.TokenServiceStub(channel)
+        yield channel
 
 
 def of(caller: str) -> tuple[tuple[str, str], ...]:
@@ -99,7 +100,8 @@ async def test_a_caller_has_what_the_policy_gives_it(settings: "Settings", tmp_p
         "acmes-verifier": "rates = { verifier = 2000 }",
         "manager": "rates = { manager = 2 }",
     }
-    async with limited(settings, tmp_path, limits) as stub:
+    async with limited(settings, tmp_path, limits) as channel:
+        stub: Any = pb_grpc.TokenServiceStub(channel)
 
         def verify(caller: str) -> Any:
             return stub.Verify(pb.VerifyRequest(secret="x"), metadata=of(caller))
@@ -130,9 +132,33 @@ async def test_a_caller_has_what_the_policy_gives_it(settings: "Settings", tmp_p
         assert (await outcome(stub.List(request, metadata=of("acmes-manager")))).ok
 
 
+@pytest.mark.parametrize(
+    ("method", "data"),
+    [("BatchVerify", b""), ("BatchVerify", b"\x0a\x7f"), ("Verify", b"\xff"), ("Watch", b"\xff")],
+)
+async def test_what_is_no_question_counts_too(
+    settings: "Settings", tmp_path: Path, method: str, data: bytes
+) -> None:
+    """Empty batches and what is no message take time as well: past its rate a caller is refused."""
+    async with limited(settings, tmp_path, {"verifier": "rates = { verifier = 1 }"}) as channel:
+        path = f"/latchkey.v1.TokenService/{method}"
+
+        async def send() -> grpc.StatusCode:
+            if method == "Watch":
+                stream: Any = channel.stream_stream(path)
+                return (await refusal(stream(iter([data]), metadata=of("verifier")).read())).code
+            call: Any = channel.unary_unary(path)
+            return (await refusal(call(data, metadata=of("verifier")))).code
+
+        codes = Counter(await asyncio.gather(*(send() for _ in range(30))))
+        assert set(codes) <= {grpc.StatusCode.INVALID_ARGUMENT, EXHAUSTED}
+        assert codes[EXHAUSTED] > 15
+
+
 async def test_a_caller_has_so_many_streams(settings: "Settings", tmp_path: Path) -> None:
     """One Watch too many is refused, another caller's is not, and one that ends makes room."""
-    async with limited(settings, tmp_path, {"verifier": "watches = 1"}) as stub:
+    async with limited(settings, tmp_path, {"verifier": "watches = 1"}) as channel:
+        stub: Any = pb_grpc.TokenServiceStub(channel)
 
         async def watch() -> Any:
             """Open a stream and return it with its first grant."""

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import time
+from pathlib import Path
 
 import grpc
 import pytest
@@ -10,10 +12,14 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.config import Settings
 from latchkey_service.native import Server
 
+from tests import http2
+from tests.callers import policy_text
 from tests.conftest import serving_as
 from tests.support import eventually
 
 CALLS = 300
+# More than there are threads to wait in, whatever the machine.
+WATCHES = 64
 
 
 @pytest.mark.parametrize("transport", ["native"])
@@ -35,3 +41,34 @@ async def test_calls_that_are_cancelled_at_once_leave_nothing(settings: Settings
                 await call
         await eventually(lambda: not native._calls, "all calls are forgotten", 5.0)
         assert (await stub.Verify(pb.VerifyRequest(secret=""), timeout=5)).verdict
+
+
+@pytest.mark.parametrize("transport", ["native"])
+async def test_streams_that_nobody_reads_hold_up_nothing(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Whatever number of health watches a client has open whose answers it takes none of, and for
+    which nobody is asked who he is, a right that is taken away is gone at once, and the server
+    stops within its grace."""
+    policy = tmp_path / "policy.toml"
+    policy.write_text(policy_text())
+    settings = settings.model_copy(update={"policy": policy, "grace_seconds": 0.5})
+    async with contextlib.AsyncExitStack() as stack:
+        async with serving_as(settings) as server:
+            raw = await stack.enter_async_context(http2.connected(server.address))
+            await raw.open({http2.INITIAL_WINDOW_SIZE: 0})
+            for _ in range(WATCHES):
+                raw.call("/grpc.health.v1.Health/Watch", b"")
+            (native,) = server._servers
+            assert isinstance(native, Server)
+            await eventually(lambda: len(native._calls) == WATCHES, "all of them are there")
+            # More changes than the library keeps messages.
+            for number in range(10):
+                server.set_serving(bool(number % 2))
+                await asyncio.sleep(0.01)
+            async with asyncio.timeout(5):
+                await asyncio.to_thread(str)
+                await server.take_policy(policy_text(["operator"]))
+            began = time.monotonic()
+        # It would wait for as long as the client likes.
+        assert time.monotonic() - began < 10

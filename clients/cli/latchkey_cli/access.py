@@ -113,8 +113,9 @@ def hand_on(target: str) -> None:
     given = {name: str(path) for name, path in _options.items() if path is not None}
     if "credential_file" in given:
         os.environ.pop("LATCHKEY_CREDENTIAL", None)
-    if "tls_certificate" in given and "tls_ca" not in given:
-        os.environ.setdefault("LATCHKEY_TLS_CA", "system")
+    # An empty one says nothing.
+    if "tls_certificate" in given and not os.environ.get("LATCHKEY_TLS_CA"):
+        os.environ["LATCHKEY_TLS_CA"] = "system"
     os.environ.update({f"LATCHKEY_{name.upper()}": value for name, value in given.items()})
 
 

@@ -13,22 +13,29 @@ from typing import Final
 from latchkey_service.secrets import (
     BODY_DIGITS,
     CREDENTIAL_PREFIX,
+    CREDENTIAL_SHAPE,
     RANDOM_BYTES,
     Secret,
     base62,
     checksum,
 )
 
-__all__ = ["DIGEST", "digest_of", "mint", "policy_digest"]
+__all__ = ["DIGEST", "digest_of", "is_credential", "mint", "policy_digest"]
 
 _ALGORITHM: Final = "sha256:"
 DIGEST: Final = re.compile(_ALGORITHM + r"([0-9a-f]{64})")
+_SHAPE: Final = re.compile(CREDENTIAL_SHAPE)
 
 
 def mint(random_bytes: Callable[[int], bytes]) -> Secret:
     """Return a new credential. `random_bytes` is the OS's CSPRNG, passed in."""
     body = f"{CREDENTIAL_PREFIX}_{base62(int.from_bytes(random_bytes(RANDOM_BYTES)), BODY_DIGITS)}"
     return Secret(body + checksum(body))
+
+
+def is_credential(presented: str) -> bool:
+    """Tell whether it has a credential's shape; the checksum is not looked at."""
+    return _SHAPE.fullmatch(presented) is not None
 
 
 def digest_of(presented: str) -> bytes:

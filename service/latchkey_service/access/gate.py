@@ -4,13 +4,15 @@ What it costs a Verify is part of its design: with a policy, one pass over the c
 hash and two look-ups; without, nothing, since then there is no gate (`calls.py`).
 """
 
+import math
+import time
 from collections.abc import Callable
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from latchkey_service.access import forwarded
-from latchkey_service.access.certificate import CertificateError, names_of
+from latchkey_service.access.certificate import CertificateError, read_certificate
 from latchkey_service.access.identity import bearer, by_certificate, by_credential, conflict
 from latchkey_service.access.methods import Account, rule_of
 from latchkey_service.access.policy import Caller, Policy
@@ -57,9 +59,16 @@ class Gate:
         self._watchers.append(changed)
 
 
+class _Shows(NamedTuple):
+    """Whose a certificate or a header is, None: nobody's, and until when, in POSIX seconds."""
+
+    caller: Caller | None
+    ends_at: float
+
+
 class Door:
     """One listener's way in. `proxy` is the name of the proxy to believe, None: none.
-    `metadata_of` returns the metadata of a call's context.
+    `metadata_of` returns the metadata of a call's context, `now` POSIX seconds.
 
     A proxy is believed on a listener that only this machine's processes reach, which is settled
     when the service starts (`exposure.py`), and not by each call's peer: the `native` transport
@@ -73,14 +82,16 @@ class Door:
         tls: bool = False,
         proxy: str | None = None,
         metadata_of: Callable[[Any], Any] = lambda context: context.invocation_metadata(),
+        now: Callable[[], float] = time.time,
     ) -> None:
         self._gate = gate
         self._tls = tls
         self._proxy = proxy
         self._metadata_of = metadata_of
+        self._now = now
         # Whose a certificate or a header is, by the policy of then: each call has it again, and to
         # read it takes ten times as long as all the rest here. They are no secrets.
-        self._remembered: dict[str | bytes, Caller | None] = {}
+        self._remembered: dict[str | bytes, _Shows] = {}
         self._remembered_bytes = 0
         self._remembered_by = gate.policy
 
@@ -132,9 +143,10 @@ class Door:
         return caller
 
     def _remember(
-        self, policy: Policy, shown: _Shown, read: Callable[[Policy, _Shown], Caller | None]
+        self, policy: Policy, shown: _Shown, read: Callable[[Policy, _Shown], _Shows]
     ) -> Caller | None:
-        """Return what `read` makes of what was shown, and has made of it before. Raises as it does.
+        """Return whom `read` makes of what was shown, and has made of it before. Raises as it does,
+        and Unauthenticated for a certificate that has ended.
 
         Only what names somebody is remembered.
         """
@@ -142,13 +154,17 @@ class Door:
             self._remembered.clear()
             self._remembered_bytes = 0
             self._remembered_by = policy
-        if shown in self._remembered:
-            return self._remembered[shown]
-        caller = self._remembered[shown] = read(policy, shown)
-        self._remembered_bytes += len(shown) + _ENTRY_BYTES
-        return caller
+        found = self._remembered.get(shown)
+        if found is None:
+            found = self._remembered[shown] = read(policy, shown)
+            self._remembered_bytes += len(shown) + _ENTRY_BYTES
+        # TLS looks at it when a session begins, and then no more: not on a connection that lasts,
+        # nor on one that resumes the session a day later (RFC 8446 §4.6.1).
+        if self._now() >= found.ends_at:
+            raise Unauthenticated("The client certificate has expired.", "CERTIFICATE_EXPIRED")
+        return found.caller
 
-    def _of_proxy(self, policy: Policy, header: str) -> Caller | None:
+    def _of_proxy(self, policy: Policy, header: str) -> _Shows:
         """Return whose certificate the proxy has seen, None for no certificate."""
         try:
             said = forwarded.parse(header)
@@ -157,10 +173,10 @@ class Door:
         if self._proxy not in said.by:
             raise Unauthenticated("The call came by a proxy that is not known.", "PROXY_UNKNOWN")
         if not said.certificate:
-            return None
+            return _Shows(None, math.inf)
         if said.pem:
             return _of_certificate(policy, said.pem)
-        return by_certificate(policy, said.uris, said.dns)
+        return _Shows(by_certificate(policy, said.uris, said.dns), math.inf)
 
 
 def check_account(path: str, caller: Caller, request: Any) -> None:
@@ -207,15 +223,15 @@ def within_accounts(path: str, caller: Caller, answer: bytes) -> bytes:
     return encoded
 
 
-def _of_certificate(policy: Policy, pem: bytes) -> Caller:
+def _of_certificate(policy: Policy, pem: bytes) -> _Shows:
     """Return whose certificate this is, which TLS or the proxy has verified."""
     try:
-        names = names_of(pem.decode("ascii"))
+        uris, dns, ends_at = read_certificate(pem.decode("ascii"))
     except (CertificateError, UnicodeDecodeError):
         raise Unauthenticated(
             "The client certificate has a name that is none.", "CERTIFICATE_MALFORMED"
         ) from None
-    return by_certificate(policy, *names)
+    return _Shows(by_certificate(policy, uris, dns), ends_at)
 
 
 def _not_of_its_form() -> Unauthenticated:

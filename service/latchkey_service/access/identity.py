@@ -7,7 +7,7 @@ all must be one caller's: who presents more is not let in by the better half of 
 from collections.abc import Iterable
 from typing import Final
 
-from latchkey_service.access.credentials import digest_of
+from latchkey_service.access.credentials import digest_of, is_credential
 from latchkey_service.access.policy import Caller, Policy
 from latchkey_service.errors import Unauthenticated
 
@@ -16,8 +16,6 @@ __all__ = ["bearer", "by_certificate", "by_credential"]
 _SPIFFE: Final = "spiffe://"
 _SCHEME: Final = "bearer "
 _SCHEME_LENGTH: Final = len(_SCHEME)
-# Longer is none of ours, and is not hashed.
-_CREDENTIAL_LENGTH_MAX: Final = 256
 
 
 def by_credential(policy: Policy, credential: str) -> Caller:
@@ -34,12 +32,13 @@ def bearer(authorization: str | bytes) -> str:
     """Return the credential in the value of `authorization` (RFC 6750 §2.1).
 
     Raises Unauthenticated for anything else: who means to say who they are, and does not, is not
-    taken for someone who says nothing.
+    taken for someone who says nothing. A credential has the shape of those that we make: were any
+    text one, a policy with the digest of a guessable one would let in whoever guesses it.
     """
     if (
         not isinstance(authorization, str)
         or authorization[:_SCHEME_LENGTH].lower() != _SCHEME
-        or len(authorization) > _CREDENTIAL_LENGTH_MAX
+        or not is_credential(authorization[_SCHEME_LENGTH:])
     ):
         raise Unauthenticated(
             "The metadata 'authorization' has no bearer credential of a caller.",

@@ -317,8 +317,8 @@ def _line_of(error: type[Exception], text: str) -> int:
 def _has(text: str, where: tuple[str, ...]) -> bool:
     try:
         value: Any = tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
-        # Cut in the middle of a value, which is then not there yet.
+    except Exception:  # noqa: BLE001 - the cut may be in the middle of anything
+        # Of a value, which is then not there yet.
         return False
     for key in where:
         if not isinstance(value, dict) or key not in value:

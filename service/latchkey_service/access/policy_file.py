@@ -79,6 +79,8 @@ class PolicyFile:
                 await asyncio.to_thread(parse, text)
         except PolicyError as error:
             refused = error
+        except Exception as error:  # noqa: BLE001 - what was right stays in force, and is followed
+            refused = PolicyError(f"cannot be understood ({type(error).__name__})")
         if _signature(self._path) != seen:
             # The next looks see to it.
             return

@@ -1,6 +1,7 @@
 """The door of a listener: what it says of certificates and headers, and what it remembers."""
 
 import tracemalloc
+from hashlib import sha256
 from urllib.parse import quote
 
 import pytest
@@ -10,7 +11,7 @@ from latchkey_service.access.gate import Door, Gate
 from latchkey_service.access.policy import parse
 from latchkey_service.errors import Denied
 
-from tests.callers import PROXY, dns_identity, made, policy_text, spiffe_identity, uri
+from tests.callers import PROXY, credential, dns_identity, made, policy_text, spiffe_identity, uri
 
 
 class Call:
@@ -83,6 +84,37 @@ def test_certificates_through_a_proxy(call, expected):
     door = Door(Gate(parse(policy_text())), proxy=PROXY)
     for _ in range(2):
         assert outcome(door, call) == expected
+
+
+def test_a_guessable_credential_is_none():
+    """What was not made by us is nobody's credential, also if a policy has its digest."""
+    good = credential("verifier")
+    for text in ("test", "", f"{good} ", good[:-1], good.replace("lkc_", "lkd_"), f"x{good}"):
+        digest = sha256(text.encode()).hexdigest()
+        policy = parse(f'[callers.a]\ncredentials = ["sha256:{digest}"]\nroles = ["manager"]\n')
+        call = Call()
+        call._metadata.append(("authorization", f"Bearer {text}"))
+        assert outcome(Door(Gate(policy)), call) == "CREDENTIAL_MALFORMED", text
+
+
+def test_a_certificate_that_ends():
+    """A certificate that was good when its connection began is refused from its end on, as it is
+    when its first call comes after that, on a session that was resumed."""
+    identity = spiffe_identity(uri("verifier"))
+    ends_at = x509.load_pem_x509_certificate(identity.certificate).not_valid_after_utc.timestamp()
+    time = ends_at - 0.1
+    gate = Gate(parse(policy_text()))
+    ways = [
+        (Door(gate, tls=True, now=lambda: time), Call(identity=identity)),
+        (Door(gate, proxy=PROXY, now=lambda: time), told(identity)),
+    ]
+    for door, call in ways:
+        assert outcome(door, call) == "verifier"
+    time = ends_at
+    for door, call in ways:
+        assert [outcome(door, call), outcome(door, call)] == ["CERTIFICATE_EXPIRED"] * 2
+    late = Door(gate, tls=True, now=lambda: time)
+    assert outcome(late, Call(identity=identity)) == "CERTIFICATE_EXPIRED"
 
 
 def test_what_is_remembered_is_the_policys():

@@ -98,3 +98,38 @@ def test_who_was_idle_is_not_stuck_at_once() -> None:
     assert guard._stuck(seen, end, 140.0) == "unread"
     end.acked = 1
     assert guard._stuck(seen, end, 150.0) is None
+
+
+@pytest.mark.parametrize(
+    ("addresses", "local", "expected"),
+    [
+        (["127.0.0.1:5", "127.0.0.2:5"], ("127.0.0.2", 5), 1),
+        (["127.0.0.1:5", "127.0.0.2:5"], ("127.0.0.1", 5), 0),
+        (["[::1]:5", "127.0.0.1:5"], ("::1", 5, 0, 0), 0),
+        (["[::1]:5", "127.0.0.1:5"], ("::ffff:127.0.0.1", 5, 0, 0), 1),
+        (["10.0.0.1:5", "localhost:5"], ("127.0.0.1", 5), 1),
+        (["10.0.0.1:5", "localhost:5"], ("fe80::1%eth0", 5, 0, 2), 1),
+        (["10.0.0.1:5", "localhost:5"], ("10.0.0.1", 5), 0),
+        (["0.0.0.0:5"], ("10.0.0.1", 5), 0),
+        (["127.0.0.1:5", "0.0.0.0:6"], ("127.0.0.1", 6), 1),
+        (["127.0.0.1:5", "127.0.0.2:5"], ("127.0.0.1", 7), None),
+    ],
+)
+def test_each_listener_has_its_own_connections(
+    addresses: list[str], local: tuple[Any, ...], expected: int | None
+) -> None:
+    """A connection is that listener's whose address it came to, on the same port or another."""
+    guard = connection_guard.ConnectionGuard(addresses, Limits())
+
+    class Came(End):
+        family = socket.AF_INET6 if ":" in local[0] else socket.AF_INET
+
+        def getsockname(self) -> tuple[Any, ...]:
+            return local
+
+        def getsockopt(self, *_: object) -> bytes:
+            return b""
+
+    end: Any = Came()
+    found = guard._listener_of(end)
+    assert found == (None if expected is None else guard._listeners[expected])

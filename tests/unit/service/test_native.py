@@ -10,7 +10,7 @@ import pygrpc_native.aio
 import pytest
 from latchkey_service import admission, native
 from latchkey_service.errors import Overloaded, StatusParts, status_of
-from pygrpc_native import EVENT_CANCEL
+from pygrpc_native import EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL, STREAM_SENT
 
 VERIFY = "/latchkey.v1.TokenService/Verify"
 CREATE = "/latchkey.v1.TokenService/Create"
@@ -294,3 +294,50 @@ async def test_answers_are_out_before_it_ends(
     server.come(VERIFY, [1])
     await server.stop(1.0)
     assert order == [native.ANSWERS_OUT_SECONDS, "closed"]
+
+
+class Stream:
+    """Stands in for the context of a call that is answered with a stream."""
+
+    def __init__(self) -> None:
+        self.aborted: grpc.StatusCode | None = None
+
+    async def abort(self, code: grpc.StatusCode, _details: str) -> None:
+        self.aborted = code
+        raise grpc.aio.AbortError
+
+
+@pytest.mark.parametrize("end", [STREAM_SENT, STREAM_CLOSED])
+async def test_a_message_waits_until_there_is_room(server: Server, end: int) -> None:
+    """It is sent once when there is room for it, and it is told when its client has left."""
+    ends = [STREAM_FULL, STREAM_FULL, end]
+    sent: list[bytes] = []
+
+    def try_send(_: int, data: bytes) -> int:
+        sent.append(data)
+        return ends[len(sent) - 1]
+
+    server.front.stream_try_send = try_send  # type: ignore[attr-defined]
+    assert await server._send(a_stream(), Stream(), b"told") is (end == STREAM_SENT)
+    assert sent == [b"told"] * 3
+
+
+async def test_a_stream_that_nobody_reads_is_ended(server: Server) -> None:
+    """A message that finds no room for long ends its stream."""
+    looked: list[float] = []
+
+    def try_send(_: int, __: bytes) -> int:
+        looked.append(server.clock)
+        server.clock += native.UNREAD_SECONDS / 2
+        return STREAM_FULL
+
+    server.front.stream_try_send = try_send  # type: ignore[attr-defined]
+    stream = Stream()
+    with pytest.raises(grpc.aio.AbortError):
+        await server._send(a_stream(), stream, b"told")
+    assert (len(looked), stream.aborted) == (2, grpc.StatusCode.UNAVAILABLE)
+
+
+def a_stream() -> Any:
+    """A call that is answered with bytes as they are."""
+    return SimpleNamespace(call_id=1, handler=SimpleNamespace(response_serializer=None))

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import structlog
-from latchkey_service.audit import SAMPLE_MAX, AuditLog
+from latchkey_service.access.policy import ANYONE
+from latchkey_service.audit import SAMPLE_MAX, AuditLog, Origin
 from latchkey_service.errors import (
     FieldViolation,
     InvalidArgument,
@@ -20,6 +21,7 @@ from latchkey_service.log import Counts
 from latchkey_service.outcomes import Outcomes
 
 WATCH = "/latchkey.v1.TokenService/Watch"
+DELETE = "/latchkey.v1.TokenService/Delete"
 Lines = list[Any]
 
 
@@ -63,6 +65,35 @@ def test_what_anybody_can_cause_does_not_fill_the_log(
     for _ in range(1_000):
         outcomes.fail(WATCH, Context(), 0.0, error)
     assert len(lines) == SAMPLE_MAX
+
+
+def test_a_change_that_stands_has_the_entry_that_was_written_with_it(lines: Lines) -> None:
+    """However the call ends after its change, once or a thousand times: it is told in the log, and
+    no second entry or count says that it failed."""
+    noted: list[Any] = []
+
+    class NoLog:
+        def writes(self, *_: Any) -> bool:
+            noted.append("writes")
+            return True
+
+        def note(self, *_: Any) -> bool:
+            noted.append("note")
+            return True
+
+    outcomes = Outcomes(Counts(), NoLog(), lambda: 0.0)  # type: ignore[arg-type]  # a part of it
+    origin = Origin("shop", DELETE, "", "id", "acme", "", recorded=True)
+    outcomes.fail(DELETE, Context(), 0.0, StoreUnavailable("x"), ANYONE, origin, lambda _: origin)
+    outcomes.end(DELETE, Context(), 0.0, "CANCELLED", ANYONE, origin)
+    assert not noted
+    assert [(line["code"], line["account_id"]) for line in lines] == [
+        ("UNAVAILABLE", "acme"),
+        ("CANCELLED", "acme"),
+    ]
+    origin.recorded = False
+    outcomes.fail(DELETE, Context(), 0.0, StoreUnavailable("x"), ANYONE, origin, lambda _: origin)
+    outcomes.end(DELETE, Context(), 0.0, "CANCELLED", ANYONE, origin)
+    assert noted == ["writes", "note", "note"]
 
 
 def test_faults_of_ours_are_all_told(lines: Lines, outcomes: Outcomes) -> None:

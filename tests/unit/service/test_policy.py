@@ -128,6 +128,13 @@ def test_a_mistake_is_told(text, line, reason):
     assert CREDENTIAL not in str(caught.value)
 
 
+def test_a_mistake_is_told_however_deep_it_is():
+    """Also where Python's own bound is met only while its line is looked for."""
+    for deep in range(300, 700):
+        with pytest.raises(PolicyError, match=r"line [12]: "):
+            parse(f"wrong = {'[' * deep}{']' * deep}\nb.wrong = 1\n")
+
+
 @given(st.text())
 def test_any_text_is_a_policy_or_a_mistake(text):
     """Nothing that is read as a policy makes anything but a policy or a PolicyError."""

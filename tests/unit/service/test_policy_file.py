@@ -122,3 +122,20 @@ async def test_reload(followed: Followed, monkeypatch: pytest.MonkeyPatch) -> No
     assert await followed.look(3) == []
     followed.file.reload()
     assert await followed.look() == [WHOLE]
+
+
+async def test_whatever_a_file_does_to_the_reader(
+    followed: Followed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What nobody foresaw is a file that is refused, once, and the next one is read again."""
+
+    def fail(_: str) -> None:
+        raise MemoryError
+
+    followed.move_in(WHOLE)
+    with monkeypatch.context() as patched, capture_logs() as lines:
+        patched.setattr(policy_file, "parse", fail)
+        assert await followed.look(4) == []
+    assert [line["error"] for line in lines] == ["cannot be understood (MemoryError)"]
+    followed.move_in(PART)
+    assert await followed.look(2) == [PART]
