@@ -28,6 +28,8 @@ class Fault:
     """Whether the call is done all the same, so that only its answer is lost."""
     seconds: float = 0.0
     """How long the answer takes."""
+    release: threading.Event | None = None
+    """The answer takes until then."""
     times: int = 1_000_000
     """How many calls; then all is well again."""
     spares: int = 0
@@ -100,7 +102,10 @@ class Relay:
         if fault is not None:
             # The bound of this wait is the caller's deadline, or the end of the relay.
             end = time.monotonic() + fault.seconds
-            while time.monotonic() < end and context.is_active():
+            while context.is_active() and not self._ended.is_set():
+                held = fault.release is not None and not fault.release.is_set()
+                if not held and time.monotonic() >= end:
+                    break
                 self._ended.wait(0.01)
             if fault.code is not None:
                 context.abort(fault.code, "the relay was told to fail")

@@ -62,6 +62,8 @@ def test_whole_way_by_keyboard_alone(browser: Browser, world: World, width: int)
     browser.focused("#generate")
     token = world.tokens()["keyed"]
     assert token.scope == pb.SCOPE_WRITE
+    # The list has come anew meanwhile.
+    browser.find(f"#{token.id}")
     browser.tab_to(f"#{token.id} button")
     browser.press(Keys.ENTER)
     browser.focused("dialog [data-close]")

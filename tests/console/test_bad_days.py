@@ -1,5 +1,7 @@
 """What the page says and keeps when Latchkey is away, slow, busy, or loses an answer."""
 
+import threading
+
 import grpc
 import pytest
 
@@ -211,10 +213,12 @@ def test_unreachable_when_deleting_changes_nothing(
 def test_slow_latchkey_is_waited_for(browser: Browser, world: World) -> None:
     """A slow answer is an answer: the form says that it is at work, and takes no second click."""
     browser.open("/new")
-    with world.relay.failing("Create", seconds=0.5, times=1):
+    come = threading.Event()
+    with world.relay.failing("Create", release=come, times=1):
         add(browser, "slow")
         assert browser.find("dialog form").get_attribute("aria-busy") == "true"
         browser.click("#add")
+        come.set()
         shown_secret(browser)
     assert [*world.tokens()] == ["slow"]
 

@@ -97,13 +97,14 @@ def test_filter_by_name_and_scope(browser: Browser, world: World, script: bool) 
 
     def narrow(text: str, scope: str = "") -> None:
         browser.type("#q", text)
-        browser.js("document.getElementById('access').value = arguments[0]", scope)
-        if script:
-            browser.js(
-                "document.getElementById('access')"
-                ".dispatchEvent(new Event('input', {bubbles: true}))"
-            )
-        else:
+        # In one go: the list may come anew between two.
+        browser.js(
+            "const access = document.getElementById('access'); access.value = arguments[0];"
+            "if (arguments[1]) access.dispatchEvent(new Event('input', {bubbles: true}))",
+            scope,
+            script,
+        )
+        if not script:
             browser.click("#filter button")
 
     narrow("köln".upper())

@@ -78,7 +78,7 @@ async def test_curl(address: str) -> None:
         return PlainTextResponse(f"hello {token.account_id if token else 'nobody'}\n")
 
     secret, use = await lines(address)
-    async with Verifier(address) as verifier:
+    async with Verifier(address, timeout_seconds=20) as verifier:
         app = GuardMiddleware(Starlette(routes=[Route("/", hello)]), verifier)
         server = uvicorn.Server(
             uvicorn.Config(app, port=0, log_config=None, ws="none", lifespan="off")
@@ -103,7 +103,7 @@ async def test_grpcurl(address: str, grpcurl: Path) -> None:  # noqa: F811 - the
     secret, use = await lines(address)
     reflected = "ServerReflection/ServerReflectionInfo"
     public = {f"/grpc.reflection.{version}.{reflected}" for version in ("v1", "v1alpha")}
-    async with Verifier(address) as verifier:
+    async with Verifier(address, timeout_seconds=20) as verifier:
         server = grpc.aio.server(
             interceptors=[GuardInterceptor(verifier, Scope.READ, public=public)]
         )
