@@ -34,7 +34,8 @@ RESUME_SECONDS = 2.0 + 0.7
 CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    # Despite its name this is how long an attempt to connect may take.
+    ("grpc.min_reconnect_backoff_ms", round(WAIT_SECONDS * 1000)),
     ("grpc.max_reconnect_backoff_ms", 100),
 )
 
@@ -318,8 +319,10 @@ class Service:
         for process in self.family():
             with contextlib.suppress(psutil.NoSuchProcess, PermissionError):
                 for thread in process.threads():
-                    # Linux keeps it for each thread.
-                    os.setpriority(os.PRIO_PROCESS, thread.id, FAVOUR)
+                    # One may have ended since.
+                    with contextlib.suppress(ProcessLookupError):
+                        # Linux keeps it for each thread.
+                        os.setpriority(os.PRIO_PROCESS, thread.id, FAVOUR)
 
     def alive(self) -> list[psutil.Process]:
         """Who of the family still runs."""

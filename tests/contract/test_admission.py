@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from latchkey_service.config import Settings
 
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
+# What the client (grpcio 1.75) makes of a refusal that came while it was writing: how it was
+# refused is lost.
+OVERTAKEN = "Internal error from Core"
 
 
 async def test_what_waits_for_the_database_is_bounded(
@@ -96,6 +99,7 @@ async def test_a_caller_has_what_the_policy_gives_it(settings: "Settings", tmp_p
     """Past its rate a caller is refused, told when to come back, and let in then; each question
     of a batch counts; other callers and other roles' methods are not concerned."""
     limits = {
+        # A debt that lasts longer than a busy machine takes for the calls that have to find it.
         "verifier": "rates = { verifier = 5 }",
         "acmes-verifier": "rates = { verifier = 2000 }",
         "manager": "rates = { manager = 2 }",
@@ -106,30 +110,37 @@ async def test_a_caller_has_what_the_policy_gives_it(settings: "Settings", tmp_p
         def verify(caller: str) -> Any:
             return stub.Verify(pb.VerifyRequest(secret="x"), metadata=of(caller))
 
-        batch = pb.BatchVerifyRequest(requests=[pb.VerifyRequest(secret="x")] * 6)
+        batch = pb.BatchVerifyRequest(requests=[pb.VerifyRequest(secret="x")] * 100)
         await stub.BatchVerify(batch, metadata=of("verifier"))
         error = await refusal(verify("verifier"))
         assert (error.code, error.reason) == (EXHAUSTED, "RATE_LIMITED")
-        # A fifth of a second for each of the two that were too many, and up to twice as long.
+        # A fifth of a second for each of the 96 that were too many, and up to twice as long; less
+        # what has passed meanwhile.
         assert error.retry_seconds is not None
-        assert 0.01 < error.retry_seconds <= 2 * 0.4
+        assert 5.0 < error.retry_seconds <= 2 * 19.2
         # One that is refused for its size counts as the largest that is answered, and no more.
         large = pb.BatchVerifyRequest(requests=[pb.VerifyRequest()] * 50_000)
         error = await refusal(stub.BatchVerify(large, metadata=of("acmes-verifier")))
         assert error.code is grpc.StatusCode.INVALID_ARGUMENT
-        watch = stub.Watch(iter([pb.WatchRequest()]), metadata=of("verifier"))
+        # Nothing is written, or the refusal might be OVERTAKEN.
+        watch = stub.Watch(metadata=of("verifier"))
         assert (await refusal(watch.read())).reason == "RATE_LIMITED"
         assert (await verify("acmes-verifier")).verdict == pb.VERDICT_MALFORMED
 
+        async def listed(caller: str) -> Any:
+            request = pb.ListRequest(account_id="acme")
+            return await outcome(stub.List(request, metadata=of(caller)))
+
+        ends = await asyncio.gather(*(listed("manager") for _ in range(8)))
+        codes = Counter(end.code for end in ends)
+        assert set(codes) == {grpc.StatusCode.OK, EXHAUSTED}
+        assert codes[grpc.StatusCode.OK] >= 2
+        assert (await listed("acmes-manager")).ok
+
         async def let_in_again() -> bool:
-            return (await outcome(verify("verifier"))).ok
+            return bool((await listed("manager")).ok)
 
         await eventually(let_in_again, "there is room again")
-        request = pb.ListRequest(account_id="acme")
-        ends = [await outcome(stub.List(request, metadata=of("manager"))) for _ in range(4)]
-        assert [end.ok for end in ends][:2] == [True, True]
-        assert EXHAUSTED in {end.code for end in ends}
-        assert (await outcome(stub.List(request, metadata=of("acmes-manager")))).ok
 
 
 @pytest.mark.parametrize(
@@ -146,9 +157,12 @@ async def test_what_is_no_question_counts_too(
         async def send() -> grpc.StatusCode:
             if method == "Watch":
                 stream: Any = channel.stream_stream(path)
-                return (await refusal(stream(iter([data]), metadata=of("verifier")).read())).code
-            call: Any = channel.unary_unary(path)
-            return (await refusal(call(data, metadata=of("verifier")))).code
+                call: Any = stream(iter([data]), metadata=of("verifier"))
+                while await call.details() == OVERTAKEN:
+                    call = stream(iter([data]), metadata=of("verifier"))
+                return (await refusal(call.read())).code
+            unary: Any = channel.unary_unary(path)
+            return (await refusal(unary(data, metadata=of("verifier")))).code
 
         codes = Counter(await asyncio.gather(*(send() for _ in range(30))))
         assert set(codes) <= {grpc.StatusCode.INVALID_ARGUMENT, EXHAUSTED}
@@ -168,7 +182,8 @@ async def test_a_caller_has_so_many_streams(settings: "Settings", tmp_path: Path
 
         first, answer = await watch()
         assert answer is not grpc.aio.EOF
-        error = await refusal(watch())
+        # Nothing is written, as for another refusal above.
+        error = await refusal(stub.Watch(metadata=of("verifier")).read())
         assert (error.code, error.reason) == (EXHAUSTED, "WATCHES_LIMITED")
         first.cancel()
 

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import latchkey
 import pytest
-from google.protobuf import duration_pb2, timestamp_pb2
+from google.protobuf import duration_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from tests.contract.rich_status import refusal
@@ -114,9 +114,8 @@ async def test_revisions_follow_the_deletions(stub, create):
 
 async def test_expiry_is_judged_at_each_answer(stub, create):
     """A token is VALID until its time and EXPIRED from then on, and still listed."""
-    soon = timestamp_pb2.Timestamp()
-    soon.FromDatetime(datetime.now(UTC) + timedelta(milliseconds=400))
-    created = await create(expire_time=soon)
+    created = await create(ttl=duration_pb2.Duration(nanos=400_000_000))
+    soon = created.token.expire_time
     verdicts: list[int] = []
     while not verdicts or verdicts[-1] == pb.VERDICT_VALID:
         asked = datetime.now(UTC)

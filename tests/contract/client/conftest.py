@@ -18,6 +18,7 @@ from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from tests.contract.client.fake_watch import FakeWatch
+from tests.support import WAIT_SECONDS
 
 Answer = Callable[[Any, Any], Awaitable[Message]]
 
@@ -206,15 +207,15 @@ async def watched(watch: FakeWatch) -> AsyncIterator[FakeLatchkey]:
 
 @pytest.fixture
 async def client(fake: FakeLatchkey) -> AsyncIterator[latchkey.Client]:
-    """Connect to the scripted Latchkey."""
-    async with latchkey.Client(fake.target) as connected:
+    """Connect to the scripted Latchkey, with time for a busy machine."""
+    async with latchkey.Client(fake.target, timeout_seconds=WAIT_SECONDS) as connected:
         yield connected
 
 
 @pytest.fixture
 async def verifier(fake: FakeLatchkey) -> AsyncIterator[latchkey.Verifier]:
-    """Verify with the scripted Latchkey."""
-    async with latchkey.Verifier(fake.target) as connected:
+    """Verify with the scripted Latchkey, with time for a busy machine."""
+    async with latchkey.Verifier(fake.target, timeout_seconds=WAIT_SECONDS) as connected:
         yield connected
 
 
@@ -240,6 +241,12 @@ async def silent_target() -> AsyncIterator[str]:
     yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     server.close()
     await server.wait_closed()
+
+
+@pytest.fixture
+def patient_farewells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a busy server have the time to hear that a lease is released."""
+    monkeypatch.setattr("latchkey._watch.RELEASE_SECONDS", WAIT_SECONDS)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from tests.callers import (
 )
 from tests.conftest import make_settings, serving_as
 from tests.contract.test_callers import fresh_database
-from tests.support import eventually
+from tests.support import WAIT_SECONDS, eventually
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ async def test_all_of_the_library(guarded: Guarded, how: str) -> None:
 
     async with client("manager") as manager, client("verifier") as asking:
         created = await manager.create("acme", f"by {how}", Scope.READ)
-        async with Verifier(asking) as verifier:
+        async with Verifier(asking, timeout_seconds=WAIT_SECONDS) as verifier:
             await eventually(lambda: verifier.stats().watching, "it watches")
 
             async def remembered() -> bool:
@@ -112,7 +112,7 @@ async def test_a_limited_verifier_asks_each_time(guarded: Guarded) -> None:
     async with (
         Client(guarded.plaintext, access=Access(credential=credential("manager"))) as manager,
         Client(guarded.plaintext, access=access) as asking,
-        Verifier(asking) as verifier,
+        Verifier(asking, timeout_seconds=WAIT_SECONDS) as verifier,
     ):
         created = await manager.create("acme", "asked each time", Scope.READ)
         other = await manager.create("globex", "another's", Scope.READ)
@@ -124,7 +124,7 @@ async def test_a_limited_verifier_asks_each_time(guarded: Guarded) -> None:
 
 
 async def failure(target: str, access: Access) -> latchkey.LatchkeyError:
-    async with Client(target, access=access, timeout_seconds=2) as client:
+    async with Client(target, access=access, timeout_seconds=WAIT_SECONDS) as client:
         with pytest.raises(latchkey.LatchkeyError) as caught:
             await client.get("acme", "tok_0")
     return caught.value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 import traceback
@@ -16,6 +17,8 @@ from google.rpc import error_details_pb2
 from latchkey import Scope, _retry
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
+
+from tests.support import WAIT_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -49,10 +52,17 @@ every_rpc = pytest.mark.parametrize("rpc", METHODS)
 
 
 @every_rpc
-async def test_every_call_has_a_deadline(fake: FakeLatchkey, rpc: str) -> None:
+async def test_every_call_has_a_deadline(
+    fake: FakeLatchkey, rpc: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The method's default, the client's, or the call's own deadline reaches the server."""
     fake.on(rpc, fake.says(ANSWERS[rpc]))
-    default = _retry.POLICIES[rpc].timeout_seconds
+    policy = _retry.POLICIES[rpc]
+    assert 0 < policy.timeout_seconds <= 10
+    # A verify's default is a second, which a busy machine may take.
+    default = policy.timeout_seconds + 10
+    policies = {rpc: dataclasses.replace(policy, timeout_seconds=default)}
+    monkeypatch.setattr(_retry, "POLICIES", policies)
     async with latchkey.Client(fake.target) as client:
         await METHODS[rpc](client)
         await METHODS[rpc](client, timeout_seconds=77.0)
@@ -126,7 +136,8 @@ async def test_a_passing_failure_goes_unnoticed(
     """A call outlives a failure that the service asks to be retried, and not before it asks."""
     wait = error_details_pb2.RetryInfo(retry_delay=Duration(nanos=300_000_000))
     fake.on("Get", fake.fails(UNAVAILABLE, "busy", wait), fake.says(ANSWERS["Get"]))
-    await client.get("acme", "t1")
+    # A longer deadline is told in whole seconds.
+    await client.get("acme", "t1", timeout_seconds=5)
     first, second = fake.calls
     assert second.at - first.at >= 0.3
     assert first.seconds_left is not None
@@ -200,7 +211,7 @@ async def test_an_answer_that_cannot_be_read(caplog: pytest.LogCaptureFixture) -
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
-        async with latchkey.Client(f"127.0.0.1:{port}") as client:
+        async with latchkey.Client(f"127.0.0.1:{port}", timeout_seconds=WAIT_SECONDS) as client:
             with pytest.raises(latchkey.InternalError):
                 await client.verify("x")
             with pytest.raises(latchkey.UnexpectedStatus) as caught:
@@ -266,7 +277,7 @@ async def test_a_secret_is_never_said(
     caplog.set_level(logging.DEBUG)
     violation = error_details_pb2.BadRequest.FieldViolation(field="secret", description=secret)
     shown = ""
-    async with latchkey.Verifier(fake.target) as verifier:
+    async with latchkey.Verifier(fake.target, timeout_seconds=WAIT_SECONDS) as verifier:
         for answer in (
             fake.fails(UNAVAILABLE, f"cannot verify {secret}"),
             fake.fails(
@@ -275,11 +286,13 @@ async def test_a_secret_is_never_said(
                 error_details_pb2.BadRequest(field_violations=[violation]),
             ),
             fake.fails(grpc.StatusCode.UNKNOWN, f"Exception: {secret}"),
-            fake.hangs(),
+            None,
         ):
-            fake.on("Verify", answer)
+            fake.on("Verify", answer or fake.hangs())
+            # Only silence takes all the time that there is.
+            seconds = WAIT_SECONDS if answer else 0.5
             with pytest.raises(latchkey.LatchkeyError) as caught:
-                await verifier.verify(secret, Scope.READ)
+                await verifier.verify(secret, Scope.READ, timeout_seconds=seconds)
             shown += "".join(traceback.format_exception(caught.value))
             shown += repr(caught.value) + repr(vars(caught.value))
     assert fake.count("Verify") >= 3

@@ -14,6 +14,8 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from latchkey_proto.v1 import token_service_pb2 as pb
 
+from tests.support import WAIT_SECONDS
+
 if TYPE_CHECKING:
     from tests.contract.client.conftest import FakeLatchkey
 
@@ -81,7 +83,9 @@ async def test_asgi_example_guards(fake: FakeLatchkey, secret: str) -> None:
     """The application lets in who has a token, and anybody to its health check."""
     fake.on("Verify", fake.verdict(pb.VERDICT_VALID))
     names: dict[str, Any] = {}
-    exec(ASGI.replace("127.0.0.1:50051", fake.target), names)  # noqa: S102 - our own README
+    # With time for a busy machine.
+    arguments = f'"{fake.target}", timeout_seconds={WAIT_SECONDS}'
+    exec(ASGI.replace('"127.0.0.1:50051"', arguments), names)  # noqa: S102 - our own README
     transport = httpx.ASGITransport(names["app"])
     async with (
         names["verifier"],

@@ -34,12 +34,13 @@ async def quiet_loop() -> Any:
     loop.set_exception_handler(None)
 
 
+@pytest.mark.usefixtures("patient_farewells")
 async def test_threads_share_one_memory(
     watched: FakeLatchkey, watch: FakeWatch, secret: str
 ) -> None:
     """Many threads at once get the service's answer, then the memory's, then heed a deletion."""
     watched.judge(pb.VERDICT_VALID)
-    verifier = sync.Verifier(watched.target)
+    verifier = sync.Verifier(watched.target, timeout_seconds=WAIT_SECONDS)
     with ThreadPoolExecutor(16) as threads:
 
         async def verify_in_threads() -> set[Verdict]:
@@ -92,17 +93,24 @@ async def test_waits_are_bounded(fake: FakeLatchkey, secret: str) -> None:
             sync.Verifier(timeout_seconds=bound)
 
 
+def verifiers_threads(others: set[threading.Thread]) -> list[threading.Thread]:
+    """Return the threads of verifiers but for `others`, which tests before may have left."""
+    threads = set(threading.enumerate()) - others
+    return [thread for thread in threads if thread.name == "latchkey verifier"]
+
+
 async def test_a_forgotten_verifier_ends(watched: FakeLatchkey, secret: str) -> None:
     """When nothing refers to it any more, its thread and its stream end."""
     watched.judge(pb.VERDICT_VALID)
 
+    others = set(threading.enumerate())
+
     def use() -> None:
-        assert sync.Verifier(watched.target).verify(secret).allowed
+        assert sync.Verifier(watched.target, timeout_seconds=WAIT_SECONDS).verify(secret).allowed
 
     await asyncio.to_thread(use)
     await asyncio.to_thread(gc.collect)
-    names = [thread.name for thread in threading.enumerate()]
-    assert "latchkey verifier" not in names
+    await eventually(lambda: not verifiers_threads(others), "the end of the thread")
 
 
 @pytest.mark.parametrize(
@@ -130,10 +138,11 @@ async def test_only_what_means_nothing_is_not_told(
 
 def test_before_its_first_use_there_is_no_thread(dead_target: str) -> None:
     """Making one costs no thread and no connection, nor does what needs no service."""
+    others = set(threading.enumerate())
     with sync.Verifier(dead_target) as verifier:
         assert verifier.verify("hunter2").verdict is Verdict.MALFORMED
         assert not verifier.stats().watching
-        assert "latchkey verifier" not in [thread.name for thread in threading.enumerate()]
+        assert not verifiers_threads(others)
 
 
 class Gate:
@@ -229,7 +238,7 @@ async def test_whoever_closes_waits_for_the_end(
     """Also who comes second, as the end of the process does after a Ctrl-C in the first close: the
     thread would be killed before it has given its lease back."""
     watched.judge(pb.VERDICT_VALID)
-    verifier = sync.Verifier(watched.target)
+    verifier = sync.Verifier(watched.target, timeout_seconds=WAIT_SECONDS)
     assert (await asyncio.to_thread(verifier.verify, secret)).allowed
     engine = verifier._engine
     assert engine is not None
@@ -327,7 +336,7 @@ async def test_verifiers_that_failed_to_start_leave_nothing_behind(
 ) -> None:
     """Failures may go on for long: what they took is given back."""
     gate.fails = True
-    verifier = sync.Verifier(dead_target)
+    verifier = sync.Verifier(dead_target, timeout_seconds=WAIT_SECONDS)
     for _ in range(20):
         with pytest.raises(latchkey.Unavailable, match="Too many open files"):
             await asyncio.to_thread(verifier.verify, secret)
@@ -345,7 +354,9 @@ async def test_verifiers_that_failed_to_start_leave_nothing_behind(
 PROGRAM = """
 import os, sys, time
 import latchkey
-from latchkey import sync
+from latchkey import _watch, sync
+# As long as a busy server may take to hear of a release.
+_watch.RELEASE_SECONDS = sync.CLOSE_SECONDS = 20
 target, secret = sys.argv[1:]
 
 def warm(verifier):
@@ -473,7 +484,7 @@ assert verifier.verify_nowait(secret).allowed
 verifier.close()
 verifier = sync.Verifier(target)
 in_child(work)
-warm(sync.Verifier(target))
+warm(sync.Verifier(target, timeout_seconds=10))
 print("warm")
 """
     refusal = "FAILED_PRECONDITION The process was forked after gRPC was first used, and its child "

@@ -15,7 +15,7 @@ from latchkey_coherence.lease import boottime
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from tests.contract.client.fake_watch import FakeWatch, watching
-from tests.support import eventually
+from tests.support import WAIT_SECONDS, eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -29,7 +29,7 @@ VALID = pb.VERDICT_VALID
 async def verifier(watched: FakeLatchkey) -> AsyncIterator[latchkey.Verifier]:
     """Verify with a scripted Latchkey that knows Watch, and says VALID until it says otherwise."""
     watched.on("Verify", watched.verdict(VALID))
-    async with latchkey.Verifier(watched.target) as connected:
+    async with latchkey.Verifier(watched.target, timeout_seconds=WAIT_SECONDS) as connected:
         await watching(connected)
         yield connected
 
@@ -191,7 +191,7 @@ async def test_without_a_lease_the_service_is_asked(
 ) -> None:
     """When the lease is over, the memory says nothing and takes nothing in."""
     await verifier.verify(secret)
-    ends = boottime() + verifier.stats().lease_remaining_seconds
+    ends = verifier._lease.end
     monkeypatch.setattr("latchkey.verifier.boottime", lambda: ends - 0.01)
     assert verifier.verify_nowait(secret) is not None
     monkeypatch.setattr("latchkey.verifier.boottime", lambda: ends + 0.01)
@@ -209,7 +209,9 @@ async def test_an_old_server_is_asked_about_each(
     """Without Watch, or without a memory, verifies are plain calls, and stats() says why."""
     fake.on("Verify", fake.verdict(VALID))
     reason = "UNIMPLEMENTED" if memory_entries else "memory_entries"
-    async with latchkey.Verifier(fake.target, memory_entries=memory_entries) as verifier:
+    async with latchkey.Verifier(
+        fake.target, timeout_seconds=WAIT_SECONDS, memory_entries=memory_entries
+    ) as verifier:
         await eventually(lambda: reason in (verifier.stats().fallback_reason or ""), reason)
         for _ in range(3):
             assert (await verifier.verify(secret)).allowed
@@ -230,7 +232,7 @@ async def test_watch_is_tried_again(
     monkeypatch.setattr(_watch, "UNSUPPORTED_RETRY_SECONDS", 0.1)
     watch.refuse = grpc.StatusCode[status]
     watched.on("Verify", watched.verdict(VALID))
-    async with latchkey.Verifier(watched.target) as verifier:
+    async with latchkey.Verifier(watched.target, timeout_seconds=WAIT_SECONDS) as verifier:
         await watch.opened(2)
         assert (await verifier.verify(secret)).allowed
         # A refusal can overtake the first message, and then gRPC loses the status.
@@ -245,7 +247,7 @@ async def test_refusals_are_not_asked_for_often(watched: FakeLatchkey, watch: Fa
     assert _watch.UNSUPPORTED_RETRY_SECONDS >= 30
     assert _watch.RETRY_MAX_SECONDS >= 1
     watch.refuse = grpc.StatusCode.UNIMPLEMENTED
-    async with latchkey.Verifier(watched.target) as verifier:
+    async with latchkey.Verifier(watched.target, timeout_seconds=WAIT_SECONDS) as verifier:
         reason = "UNIMPLEMENTED"
         await eventually(lambda: reason in (verifier.stats().fallback_reason or ""), reason)
         tries = len(watch.streams)
@@ -258,10 +260,16 @@ async def test_a_server_without_a_lease_is_listened_to(
 ) -> None:
     """Streams that stay silent one after the other, as in an outage of the database, end in one
     that is kept; its grant, whenever it comes, brings the memory back at once."""
-    monkeypatch.setattr(_subscription, "FIRST_GRANT_SECONDS", 0.05)
+    # They are late when the test says so: each is to get here before.
+    monkeypatch.setattr(_subscription, "FIRST_GRANT_SECONDS", 1_000.0)
     watch.granting = False
-    async with latchkey.Verifier(watched.target) as verifier:
-        last = await watch.opened(_watch.SILENCES_MAX)
+    async with latchkey.Verifier(watched.target, timeout_seconds=WAIT_SECONDS) as verifier:
+        for number in range(1, _watch.SILENCES_MAX + 1):
+            last = await watch.opened(number)
+            await eventually(lambda: last.requests, "it asks")  # noqa: B023 - called at once
+            newest = max(verifier._watcher._connections, key=lambda one: one.began)
+            newest.stream.late_at = boottime()
+            newest._news.set()
         await eventually(lambda: all(s.gone for s in watch.streams if s is not last), "they go")
         await asyncio.sleep(0.3)
         assert not last.gone
@@ -302,6 +310,7 @@ async def test_a_new_stream_shortens_the_lease(
     assert verifier.stats().lease_remaining_seconds <= 5.0
 
 
+@pytest.mark.usefixtures("patient_farewells")
 async def test_a_server_that_stops_hands_its_clients_on(
     verifier: latchkey.Verifier,
     watched: FakeLatchkey,
@@ -336,7 +345,7 @@ async def test_grants_are_asked_for_before_the_lease_ends(
     # Soon, with most of it left, so that a busy machine does not matter.
     monkeypatch.setattr(_subscription, "ASK_SHARE_MIN", 0.997)
     monkeypatch.setattr(_subscription, "ASK_SHARE_MAX", 0.997)
-    async with latchkey.Verifier(watched.target) as verifier:
+    async with latchkey.Verifier(watched.target, timeout_seconds=WAIT_SECONDS) as verifier:
         await watching(verifier)
         (stream,) = watch.streams
         while stream.asked < 5:
@@ -347,6 +356,7 @@ async def test_grants_are_asked_for_before_the_lease_ends(
         assert len(watch.streams) == 1
 
 
+@pytest.mark.usefixtures("patient_farewells")
 async def test_a_silent_stream_is_left_for_another_while_the_lease_lasts(
     watched: FakeLatchkey, watch: FakeWatch, secret: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,7 +366,7 @@ async def test_a_silent_stream_is_left_for_another_while_the_lease_lasts(
     monkeypatch.setattr(_subscription, "ASK_SHARE_MAX", 0.997)
     monkeypatch.setattr(_subscription, "LATE_SHARE", 0.99)
     watched.on("Verify", watched.verdict(VALID))
-    async with latchkey.Verifier(watched.target) as verifier:
+    async with latchkey.Verifier(watched.target, timeout_seconds=WAIT_SECONDS) as verifier:
         await watching(verifier)
         await verifier.verify(secret)
         first = watch.streams[0]
@@ -394,7 +404,7 @@ async def test_a_blocked_stream_falls_back(
     monkeypatch.setattr(_watch, "RETRY_FIRST_SECONDS", 0.01)
     watch.granting = False
     watched.on("Verify", watched.verdict(VALID))
-    async with latchkey.Verifier(watched.target) as verifier:
+    async with latchkey.Verifier(watched.target, timeout_seconds=WAIT_SECONDS) as verifier:
         await eventually(lambda: verifier.stats().fallback_reason, "a reason")
         assert "hold streams up" in (verifier.stats().fallback_reason or "")
         assert (await verifier.verify(secret)).allowed
@@ -404,13 +414,14 @@ async def test_a_blocked_stream_falls_back(
         assert not verifier.stats().watching
 
 
+@pytest.mark.usefixtures("patient_farewells")
 async def test_closing_releases_the_lease(
     watched: FakeLatchkey, watch: FakeWatch, secret: str
 ) -> None:
     """A verifier that is closed answers no more from memory, and no Delete has to wait for it."""
     watched.on("Verify", watched.verdict(VALID))
     client = latchkey.Client(watched.target)
-    verifier = latchkey.Verifier(client)
+    verifier = latchkey.Verifier(client, timeout_seconds=WAIT_SECONDS)
     await verifier.verify(secret)  # watching begins with the first verify
     await watching(verifier)
     await verifier.verify(secret)
@@ -446,12 +457,14 @@ async def test_a_lent_channel_is_watched_on(
     """A client made with a channel watches there, and the channel's owner is who closes it."""
     watched.on("Verify", watched.verdict(VALID))
     async with grpc.aio.insecure_channel(watched.target) as channel:
-        verifier = latchkey.Verifier(latchkey.Client(channel=channel))
+        client = latchkey.Client(channel=channel)
+        verifier = latchkey.Verifier(client, timeout_seconds=WAIT_SECONDS)
         await verifier.verify(secret)
         await watching(verifier)
         await verifier.close()
         await eventually(lambda: watch.streams[0].gone, "the end of the first stream")
-        again = latchkey.Verifier(latchkey.Client(channel=channel))
+        client = latchkey.Client(channel=channel)
+        again = latchkey.Verifier(client, timeout_seconds=WAIT_SECONDS)
         assert (await again.verify(secret)).allowed
         await watching(again)
     await again.close()

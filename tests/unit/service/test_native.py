@@ -266,7 +266,7 @@ async def test_a_fault_holds_up_nobody_else(
     await turn()
     assert server.begun == [2]
     faults: list[Any] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
+    monkeypatch.setattr(asyncio.get_running_loop(), "default_exception_handler", faults.append)
 
     def fail_to_fetch(*_: object) -> None:
         del server.front.recv_batch_details
