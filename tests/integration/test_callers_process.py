@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from tests.callers import (
     uri,
     write_server_files,
 )
+from tests.ports import free_port
 from tests.support import CHANNEL_OPTIONS, Service, eventually, is_serving, outcome
 from tests.watching import WatchClient
 
@@ -121,14 +121,6 @@ async def started_anew(service: Service, pid: int) -> None:
     before = len(service.worker_pids)
     os.kill(pid, signal.SIGKILL)
     await eventually(lambda: len(service.worker_pids) > before, "a new worker")
-
-
-def free_port() -> int:
-    """A port that nobody has right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from latchkey_service import supervisor
 from latchkey_service.config import Settings
 from latchkey_service.embedded import EmbeddedPostgres
 
+from tests.ports import free_port
 from tests.support import CHANNEL_OPTIONS, WAIT_SECONDS, Service, eventually, is_serving, outcome
 
 if TYPE_CHECKING:
@@ -156,8 +157,9 @@ async def test_an_impatient_ctrl_c(run: Run, data_dir: Path) -> None:
 async def test_kill_9_of_the_supervisor(run: Run, data_dir: Path) -> None:
     """Its workers and its Postgres end by themselves, and the next start, at once and on the same
     address, works with the data kept."""
-    service = run(data_dir=data_dir, workers=2)
-    address = await service.welcome()
+    address = f"127.0.0.1:{free_port()}"
+    service = run(data_dir=data_dir, workers=2, listen=address)
+    assert await service.welcome() == address
     async with client(address) as stub:
         created = await stub.Create(create_request(), timeout=5)
     assert await service.end(signal.SIGKILL) == -signal.SIGKILL
@@ -261,9 +263,7 @@ async def test_the_address_is_taken_while_no_worker_has_it(
     run: Run, database_url: str, folder: Path
 ) -> None:
     """Of two runs that start at once on one address, one serves and the other is refused."""
-    with_port = run(database_url=database_url, data_dir=folder / "a")
-    address = await with_port.welcome()
-    await with_port.end()
+    address = f"127.0.0.1:{free_port()}"
     both = [run(database_url=database_url, data_dir=folder / "a", listen=address) for _ in range(2)]
     codes: list[int | None] = []
 
