@@ -146,10 +146,10 @@ async def statuses(
     async with channel_to(target, who) as channel:
         stub = pb_grpc.TokenServiceStub(channel)
         verified = await outcome(
-            stub.Verify(pb.VerifyRequest(secret="x"), timeout=5, metadata=metadata)
+            stub.Verify(pb.VerifyRequest(secret="x"), timeout=WAIT_SECONDS, metadata=metadata)
         )
         request = pb.CreateRequest(account_id="acme", name="made by Envoy", scope=pb.SCOPE_READ)
-        created = await outcome(stub.Create(request, timeout=5, metadata=metadata))
+        created = await outcome(stub.Create(request, timeout=WAIT_SECONDS, metadata=metadata))
     return verified.code, created.code
 
 
