@@ -59,17 +59,19 @@ _numbers = itertools.count(1)
 
 
 @pytest.fixture
-def own_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_timeouts() -> Iterator[None]:
     """The service's own patience with its database, for tests of what it does at its end."""
-    for name, seconds in OWN_TIMEOUTS.items():
-        monkeypatch.setattr(database, name, seconds)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, seconds in OWN_TIMEOUTS.items():
+            patch.setattr(database, name, seconds)
+        yield
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What breaks the database looks at what becomes of the service as it is."""
-    for item in items:
-        if FAULTS in item.path.parents:
-            item.add_marker(pytest.mark.usefixtures("own_timeouts"))
+@pytest.fixture(autouse=True)
+def timeouts(request: pytest.FixtureRequest) -> None:
+    """Tests that break the database look at the service as it is."""
+    if FAULTS in request.path.parents:
+        request.getfixturevalue("own_timeouts")
 
 
 @pytest.fixture(scope="session")
