@@ -14,10 +14,11 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import grpc
+import hypothesis
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service import peppers, tls
+from latchkey_service import database, peppers, tls
 from latchkey_service.access.policy_file import read_text
 from latchkey_service.config import Settings
 from latchkey_service.embedded import EmbeddedPostgres
@@ -25,7 +26,7 @@ from latchkey_service.migrate import bundled, migrate
 from latchkey_service.server import Server, running
 from latchkey_service.store import Store
 
-from tests.support import drop_database
+from tests.support import WAIT_SECONDS, drop_database
 
 if TYPE_CHECKING:
     from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
@@ -37,9 +38,40 @@ for name in [name for name in os.environ if name.startswith("LATCHKEY_")]:
 # As in a worker, and before any gRPC object is made.
 tls.allow_only_tls_1_3()
 
+# As hypothesis has it in CI by itself, and whatever else it has here or there: a busy machine is
+# no bug.
+hypothesis.settings.register_profile(
+    "latchkey", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("latchkey")
+
+# How long the service waits for its database. The tests of this process wait longer, fixtures
+# included: where none of it is looked at, a machine that stood still for a second is no outage.
+TIMEOUTS = ("CONNECT_TIMEOUT_SECONDS", "STATEMENT_TIMEOUT_SECONDS")
+OWN_TIMEOUTS = {name: getattr(database, name) for name in TIMEOUTS}
+for name in TIMEOUTS:
+    setattr(database, name, WAIT_SECONDS)
+
 TRANSPORTS = ("native", "grpcio")
 TEMPLATE = "latchkey_template"
+FAULTS = Path(__file__).parent / "faults"
 _numbers = itertools.count(1)
+
+
+@pytest.fixture
+def own_timeouts() -> Iterator[None]:
+    """The service's own patience with its database, for tests of what it does at its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, seconds in OWN_TIMEOUTS.items():
+            patch.setattr(database, name, seconds)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def timeouts(request: pytest.FixtureRequest) -> None:
+    """Tests that break the database look at the service as it is."""
+    if FAULTS in request.path.parents:
+        request.getfixturevalue("own_timeouts")
 
 
 @pytest.fixture(scope="session")

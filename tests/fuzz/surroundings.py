@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import random
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from latchkey_service.store import Store
 from latchkey_service.verdict import Scope, TokenRecord
 
 from tests import callers
+from tests.ports import free_port
 from tests.support import BreakablePostgres, Service, origin
 
 __all__ = ["ACCOUNT", "DELETED", "LIVE", "PEPPER", "surroundings"]
@@ -89,9 +89,7 @@ def _service(folder: Path, needs: str) -> Iterator[dict[str, str]]:
     }
     variables = {}
     if needs == "tls":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            target = f"127.0.0.1:{probe.getsockname()[1]}"
+        target = f"127.0.0.1:{free_port()}"
         policy = folder / "policy.toml"
         policy.write_text(callers.policy_text())
         settings |= {"policy": policy, "tls_listen": target, **callers.write_server_files(folder)}

@@ -141,9 +141,11 @@ async def test_calls_are_written_down_until_the_last_answer(
     # The test says how long the call is waited for.
     monkeypatch.setattr(database, "LOCK_TIMEOUT", "60s")
     monkeypatch.setattr(database, "STATEMENT_TIMEOUT_SECONDS", 60.0)
+    # The stop waits for the call until the test has seen what it looks for.
+    settings = settings.model_copy(update={"grace_seconds": 30.0})
     assert settings.database_url is not None
     url = settings.database_url.get_secret_value()
-    manager: Any = {"timeout": 10, "metadata": bearer("manager")}
+    manager: Any = {"timeout": 30, "metadata": bearer("manager")}
     async with (
         contextlib.AsyncExitStack() as channels,
         contextlib.AsyncExitStack() as server,

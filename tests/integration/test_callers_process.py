@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -40,6 +39,8 @@ from tests.callers import (
     uri,
     write_server_files,
 )
+from tests.holding import Hold
+from tests.ports import free_port
 from tests.support import CHANNEL_OPTIONS, Service, eventually, is_serving, outcome
 from tests.watching import WatchClient
 
@@ -121,14 +122,6 @@ async def started_anew(service: Service, pid: int) -> None:
     before = len(service.worker_pids)
     os.kill(pid, signal.SIGKILL)
     await eventually(lambda: len(service.worker_pids) > before, "a new worker")
-
-
-def free_port() -> int:
-    """A port that nobody has right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.mark.parametrize(
@@ -218,28 +211,22 @@ async def test_the_policy_while_it_runs(run: Run, folder: Path, policy: Path) ->
     assert credential("verifier") not in service.err + service.out
 
 
-async def test_a_policy_that_changes_while_a_worker_starts(run: Run, policy: Path) -> None:
+async def test_a_policy_that_changes_while_a_worker_starts(
+    run: Run, folder: Path, policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A right that is taken away after a worker was started, and before it serves, is gone with it
     too, also if the file is broken by then."""
+    hold = Hold(folder, monkeypatch)
     service = run(policy=policy, workers=2)
     address = await service.welcome()
+    hold.on()
     os.kill(service.worker_pids[0], signal.SIGKILL)
-    known = {service.pid, *service.worker_pids}
-
-    def started() -> psutil.Process | None:
-        for process in psutil.Process(service.pid).children():
-            # By then it has a program of its own: before, the supervisor waits for it.
-            if process.pid not in known and "worker" in process.cmdline():
-                return process
-        return None
-
-    new = await eventually(started, "a worker starts")
-    new.suspend()
+    new = await hold.one(service)
     write(policy, WITHOUT_VERIFIER)
     await eventually(lambda: told(service, "policy in force"), "the other worker has it")
     write(policy, BROKEN)
     await eventually(lambda: told(service, "policy refused"), "it says what is wrong")
-    new.resume()
+    hold.off(new)
     await eventually(lambda: new.pid in service.worker_pids, "the new worker serves")
 
     async def answer() -> grpc.StatusCode:

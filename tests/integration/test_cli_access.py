@@ -131,9 +131,9 @@ async def test_what_is_told(tool: Tool) -> None:
             2,
             "unencrypted",
         ),
-        (("--tls-ca", "own.pem", "list", "--timeout", "2"), {}, 6, "does not speak TLS"),
+        (("--tls-ca", "own.pem", "list", "--timeout", "20"), {}, 6, "does not speak TLS"),
         (
-            ("--tls-ca", "clients.pem", "list", "--timeout", "2"),
+            ("--tls-ca", "clients.pem", "list", "--timeout", "20"),
             {"LATCHKEY_TARGET": tool.encrypted},
             6,
             "client certificate",

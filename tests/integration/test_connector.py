@@ -10,7 +10,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 import pytest
-from latchkey_service.database import CONNECT_TIMEOUT_SECONDS, POOL_SIZE_MAX, Connector, Pool
+from latchkey_service import database
+from latchkey_service.database import POOL_SIZE_MAX, Connector, Pool
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.hosts import Hosts, each_host
 from latchkey_service.reconnection import ATTEMPTS_MAX, RECONNECT_SECONDS
@@ -69,6 +70,7 @@ async def primary(database_url: str) -> AsyncIterator[str]:
         yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
+@pytest.mark.usefixtures("own_timeouts")
 async def test_a_host_that_is_silent_keeps_nobody_from_the_primary(
     silent: tuple[Silent, str], primary: str, database_url: str
 ) -> None:
@@ -155,6 +157,7 @@ def test_each_host_of_a_url() -> None:
         assert each_host(url) == [url]
 
 
+@pytest.mark.usefixtures("own_timeouts")
 async def test_callers_in_a_hurry_begin_few_attempts(silent: tuple[Silent, str]) -> None:
     """Hundreds of callers that each wait a tenth of a second begin no more attempts than a process
     has connections, until the first has failed, and then probes, one at a time."""
@@ -169,7 +172,8 @@ async def test_callers_in_a_hurry_begin_few_attempts(silent: tuple[Silent, str])
 
     loop = asyncio.get_running_loop()
     began = loop.time()
-    seconds = 2.5 * CONNECT_TIMEOUT_SECONDS
+    timeout = database.CONNECT_TIMEOUT_SECONDS
+    seconds = 2.5 * timeout
     calls: set[asyncio.Task[None]] = set()
     while loop.time() < began + seconds:
         calls.add(asyncio.create_task(hurried()))
@@ -177,7 +181,7 @@ async def test_callers_in_a_hurry_begin_few_attempts(silent: tuple[Silent, str])
     await asyncio.gather(*calls)
     longest = loop.time() - began
     assert len(calls) > 2 * ATTEMPTS_MAX
-    single = 1 + longest / (CONNECT_TIMEOUT_SECONDS + RECONNECT_SECONDS / 2)
+    single = 1 + longest / (timeout + RECONNECT_SECONDS / 2)
     assert frozen.taken <= ATTEMPTS_MAX + single
     await eventually(lambda: frozen.open == 0, "none is left")
     await pool.close()

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import importlib.resources
-import socket
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from tests.callers import (
 )
 from tests.conftest import serving_as
 from tests.fuzz import frames
+from tests.ports import free_port
 from tests.support import CHANNEL_OPTIONS, WAIT_SECONDS, eventually, is_serving, outcome
 
 ROOT = Path(__file__).parents[2]
@@ -80,9 +80,7 @@ async def envoy_before_latchkey(
         "policy.toml": policy_text().encode(),
     }.items():
         (folder / name).write_bytes(data)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     text = in_its_place(
         configuration,
         "address: 0.0.0.0, port_value: 50052",
@@ -148,10 +146,10 @@ async def statuses(
     async with channel_to(target, who) as channel:
         stub = pb_grpc.TokenServiceStub(channel)
         verified = await outcome(
-            stub.Verify(pb.VerifyRequest(secret="x"), timeout=5, metadata=metadata)
+            stub.Verify(pb.VerifyRequest(secret="x"), timeout=WAIT_SECONDS, metadata=metadata)
         )
         request = pb.CreateRequest(account_id="acme", name="made by Envoy", scope=pb.SCOPE_READ)
-        created = await outcome(stub.Create(request, timeout=5, metadata=metadata))
+        created = await outcome(stub.Create(request, timeout=WAIT_SECONDS, metadata=metadata))
     return verified.code, created.code
 
 

@@ -25,7 +25,7 @@ from tests import http2
 from tests.callers import ca_pem, write_server_files
 from tests.conftest import serving_as
 from tests.http2 import connected
-from tests.support import CHANNEL_OPTIONS, eventually, is_serving, service
+from tests.support import CHANNEL_OPTIONS, WAIT_SECONDS, eventually, is_serving, service
 from tests.watching import watching
 
 VERIFY = "/latchkey.v1.TokenService/Verify"
@@ -50,16 +50,24 @@ async def test_a_verifier_outlives_its_connections(
         if listener == "tls":
             (tmp_path / "ca.pem").write_bytes(ca_pem())
             access = Access(tls_ca=tmp_path / "ca.pem")
-        async with Client(target, access=access) as client, Verifier(client) as verifier:
+        async with (
+            Client(target, access=access) as client,
+            Verifier(client, timeout_seconds=WAIT_SECONDS) as verifier,
+        ):
             created = await client.create("acme", "lives", Scope.READ)
-            answered = 0
+
+            async def remembers() -> bool:
+                await verifier.verify(created.secret, Scope.READ)
+                return verifier.stats().hits > 0
+
+            await eventually(remembers, "it answers from memory")
+            before, answered = verifier.stats().hits, 0
             while verifier.stats().reconnects < 3:
                 found = await verifier.verify(created.secret, Scope.READ)
                 assert found.verdict is Verdict.VALID
                 answered += 1
                 await asyncio.sleep(0.005)
-            stats = verifier.stats()
-            assert stats.hits > 0.9 * answered
+            assert verifier.stats().hits - before > 0.9 * answered
             waits = []
             for number in range(10):
                 doomed = await client.create("acme", f"dies {number}", Scope.READ)
@@ -121,7 +129,7 @@ async def test_a_worker_with_too_much_memory(
         listen="127.0.0.1:0",
         transport="native",
         log_format="json",
-        memory_mib=300,
+        memory_mib=200,
     ) as running:
         address = await running.welcome()
         packer = zlib.compressobj(9, wbits=31)
@@ -142,8 +150,8 @@ async def test_a_worker_with_too_much_memory(
             lambda: [one for one in running.log if one["event"] == "worker ends: too much memory"],
             f"it says so, after {got}",
         )
-        # What is unpacked between two looks, and copied.
-        assert 300 <= line["mib"] < 900
+        # Before all of it is unpacked, however late it was looked.
+        assert 200 <= line["mib"] < 1_000
         died = await eventually(
             lambda: [one for one in running.log if one["event"] == "worker died"], "it died"
         )

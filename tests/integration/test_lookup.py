@@ -127,13 +127,18 @@ async def test_a_caller_that_leaves_takes_nothing_from_others(lookup, counted, d
     assert names == [f"token {n}" for n in range(1, 10)]
 
 
-async def test_a_deadline_ends_one_wait_and_not_the_others(lookup, counted, digests):
+async def test_a_deadline_ends_one_wait_and_not_the_others(lookup, counted, digests, monkeypatch):
     """At its deadline a look-up is UNAVAILABLE, in the query or in the queue; the others go on."""
+    now = 1_000.0
+    monkeypatch.setattr(lookup, "_monotonic", lambda: now)
     counted.gate.clear()
-    asked = asyncio.create_task(lookup.find(digests[0], soon(0.05)))
+    asked = asyncio.create_task(lookup.find(digests[0], now + 1.0))
     await counted.asked.wait()
-    queued = asyncio.create_task(lookup.find(digests[1], soon(0.05)))
-    patient = asyncio.create_task(lookup.find(digests[2], soon()))
+    queued = asyncio.create_task(lookup.find(digests[1], now + 1.0))
+    patient = asyncio.create_task(lookup.find(digests[2], now + 5.0))
+    # They are in the queue.
+    await asyncio.sleep(0)
+    now += 1.0
     for late in (asked, queued):
         with pytest.raises(Unavailable):
             await late

@@ -109,7 +109,7 @@ async def test_a_wait_for_a_lock_is_bounded(
         start = time.monotonic()
         with pytest.raises(MigrationError, match="lock"):
             await migrate(empty_url, [ONE, alter])
-        assert time.monotonic() - start < 2.0
+        assert time.monotonic() - start < 10.0
     assert await applied(empty_url) == [1]
     assert await migrate(empty_url, [ONE, alter]) == [alter]
 
@@ -165,8 +165,8 @@ async def test_a_postgres_that_does_not_come_is_given_up(
     with capture_logs() as lines, pytest.raises(MigrationError) as caught:
         await migrate(f"postgresql://a:wrong-pass@/b?host={scratch}", [ONE])
     assert "cannot connect to the database" in str(caught.value)
-    (line,) = lines
-    assert line["event"] == "waiting for the database"
+    # Servers that other tests share may have something to say, too.
+    (line,) = [line for line in lines if line["event"] == "waiting for the database"]
     assert line["seconds_max"] == 0.3
     assert "FileNotFoundError" in line["error"]
     assert "wrong-pass" not in f"{lines} {caught.value}"

@@ -22,6 +22,8 @@ from latchkey_service import supervisor
 from latchkey_service.config import Settings
 from latchkey_service.embedded import EmbeddedPostgres
 
+from tests.holding import Hold
+from tests.ports import free_port
 from tests.support import CHANNEL_OPTIONS, WAIT_SECONDS, Service, eventually, is_serving, outcome
 
 if TYPE_CHECKING:
@@ -150,14 +152,15 @@ async def test_an_impatient_ctrl_c(run: Run, data_dir: Path) -> None:
     await eventually(pressed_until_it_ended, "the end")
     assert "Traceback" not in service.err
     assert service.ended_with() in (0, 130)
-    await eventually(lambda: not service.alive(), "nothing is left", 2.0)
+    await eventually(lambda: not service.alive(), "nothing is left")
 
 
 async def test_kill_9_of_the_supervisor(run: Run, data_dir: Path) -> None:
     """Its workers and its Postgres end by themselves, and the next start, at once and on the same
     address, works with the data kept."""
-    service = run(data_dir=data_dir, workers=2)
-    address = await service.welcome()
+    address = f"127.0.0.1:{free_port()}"
+    service = run(data_dir=data_dir, workers=2, listen=address)
+    assert await service.welcome() == address
     async with client(address) as stub:
         created = await stub.Create(create_request(), timeout=5)
     assert await service.end(signal.SIGKILL) == -signal.SIGKILL
@@ -175,17 +178,23 @@ async def test_kill_9_of_a_worker(
     temporary = folder / "tmp"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
+    hold = Hold(folder, monkeypatch)
     service = run(database_url=database_url, data_dir=folder / "data", workers=2)
     address = await service.welcome()
     async with client(address) as stub:
         created = await stub.Create(create_request(), timeout=5)
     dead, alive = service.worker_pids
+    # Nobody else can answer meanwhile.
+    hold.on()
     os.kill(dead, signal.SIGKILL)
     # While connections that the kernel gave the dead one are gone, the next attempt gets through.
-    await eventually(lambda: is_valid(address, created.secret), "an answer", 1.0)
+    await eventually(lambda: is_valid(address, created.secret), "an answer")
+    hold.off(await hold.one(service))
     await eventually(lambda: len(service.worker_pids) == 3, "a new worker", BACK_SECONDS)
+    hold.on()
     os.kill(alive, signal.SIGKILL)
-    await eventually(lambda: is_valid(address, created.secret), "the new one answers", 2.0)
+    await eventually(lambda: is_valid(address, created.secret), "the new one answers")
+    hold.off(await hold.one(service))
     assert dead not in service.worker_pids[2:]
     assert list(temporary.iterdir())
     await service.end()
@@ -224,7 +233,7 @@ async def test_kill_9_of_postgres(run: Run, data_dir: Path) -> None:
         "Postgres is back",
         BACK_SECONDS,
     )
-    await eventually(lambda: is_valid(address, created.secret), "an answer", 3.0)
+    await eventually(lambda: is_valid(address, created.secret), "an answer", BACK_SECONDS)
     async with client(address) as stub:
         await stub.Create(create_request("second"), timeout=5)
     assert len(service.worker_pids) == 1
@@ -261,9 +270,7 @@ async def test_the_address_is_taken_while_no_worker_has_it(
     run: Run, database_url: str, folder: Path
 ) -> None:
     """Of two runs that start at once on one address, one serves and the other is refused."""
-    with_port = run(database_url=database_url, data_dir=folder / "a")
-    address = await with_port.welcome()
-    await with_port.end()
+    address = f"127.0.0.1:{free_port()}"
     both = [run(database_url=database_url, data_dir=folder / "a", listen=address) for _ in range(2)]
     codes: list[int | None] = []
 

@@ -1,0 +1,53 @@
+"""Workers that a supervisor starts and that get no further, until a test lets them."""
+
+import contextlib
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support import Service, eventually
+
+__all__ = ["Hold"]
+
+# What Python runs before anything else.
+SITE = """
+import os, pathlib, signal, sys
+if sys.orig_argv[-1] == "worker" and pathlib.Path({!r}).exists():
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+class Hold:
+    """Stops the workers of services that are started after it was made, as long as it is `on`.
+
+    They stop themselves, at their very beginning: who looked for one, to stop it, might be late.
+    """
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._folder = folder / "hold"
+        self._folder.mkdir()
+        self._flag = self._folder / "on"
+        (self._folder / "sitecustomize.py").write_text(SITE.format(str(self._flag)))
+        monkeypatch.setenv("PYTHONPATH", str(self._folder))
+
+    def on(self) -> None:
+        self._flag.touch()
+
+    async def one(self, service: Service) -> psutil.Process:
+        """Wait until a worker of this service is held, and return it."""
+
+        def held() -> psutil.Process | None:
+            for process in psutil.Process(service.pid).children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if process.status() == psutil.STATUS_STOPPED:
+                        return process
+            return None
+
+        found: psutil.Process = await eventually(held, "a worker starts")
+        return found
+
+    def off(self, process: psutil.Process) -> None:
+        """Let this one go on, and whoever comes from now on."""
+        self._flag.unlink()
+        process.resume()
