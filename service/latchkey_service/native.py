@@ -19,9 +19,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, Protocol
 
+import grpc
+
 # Not as `from pygrpc_native import aio`, which sends the package's lazy attributes (0.5.0) into an
 # endless recursion.
-import grpc
 import pygrpc_native.aio
 from pygrpc_native import EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL
 

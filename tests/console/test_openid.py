@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from tests.console import tools
 from tests.console.browsing import Browser
 from tests.console.conftest import World
 from tests.console.processes import Console, console
+from tests.ports import free_port
 from tests.support import WAIT_SECONDS
 
 pytestmark = pytest.mark.xdist_group("browser")
@@ -48,12 +48,6 @@ def provider(page: str, *arguments: str) -> Iterator[str]:
         process.wait(WAIT_SECONDS)
         process.stdout.close()
         process.stderr.close()
-
-
-def free_port() -> int:
-    """Return a port that is free now: both sides have to know the page's before it starts."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

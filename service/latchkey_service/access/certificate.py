@@ -30,9 +30,6 @@ def read_certificate(pem: str) -> Certificate:
     try:
         certificate = x509.load_pem_x509_certificate(pem.encode("ascii"))
         ends_at = certificate.not_valid_after_utc.timestamp()
-    except Exception:  # noqa: BLE001 - whatever the library makes of it, it names nobody
-        raise CertificateError from None
-    try:
         found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         uris = found.get_values_for_type(x509.UniformResourceIdentifier)
         dns = found.get_values_for_type(x509.DNSName)

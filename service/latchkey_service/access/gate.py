@@ -1,7 +1,8 @@
 """The gate: the policy in force, and the way in of each listener. Every call goes through one.
 
 What it costs a Verify is part of its design: with a policy, one pass over the call's metadata, one
-hash and two look-ups; without, nothing, since then there is no gate (`calls.py`).
+hash and two look-ups, with a certificate a look at the clock; without, nothing, since then there is
+no gate (`calls.py`).
 """
 
 import math

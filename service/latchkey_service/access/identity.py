@@ -35,16 +35,14 @@ def bearer(authorization: str | bytes) -> str:
     taken for someone who says nothing. A credential has the shape of those that we make: were any
     text one, a policy with the digest of a guessable one would let in whoever guesses it.
     """
-    if (
-        not isinstance(authorization, str)
-        or authorization[:_SCHEME_LENGTH].lower() != _SCHEME
-        or not is_credential(authorization[_SCHEME_LENGTH:])
-    ):
-        raise Unauthenticated(
-            "The metadata 'authorization' has no bearer credential of a caller.",
-            "CREDENTIAL_MALFORMED",
-        )
-    return authorization[_SCHEME_LENGTH:]
+    if isinstance(authorization, str) and authorization[:_SCHEME_LENGTH].lower() == _SCHEME:
+        credential = authorization[_SCHEME_LENGTH:]
+        if is_credential(credential):
+            return credential
+    raise Unauthenticated(
+        "The metadata 'authorization' has no bearer credential of a caller.",
+        "CREDENTIAL_MALFORMED",
+    )
 
 
 def by_certificate(policy: Policy, uris: Iterable[str], dns: Iterable[str]) -> Caller:
