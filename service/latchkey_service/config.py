@@ -171,6 +171,12 @@ class Settings(BaseSettings):
     cache_entries: int = Field(
         100_000, ge=1, le=50_000_000, description="verdicts a worker remembers, some 500 bytes each"
     )
+    cache_seconds: float = Field(
+        300.0,
+        ge=1,
+        le=86_400,
+        description="after how many seconds at most a remembered verdict is read again",
+    )
     notify: Literal["on", "off"] = Field(
         "on", description="on or off: LISTEN and NOTIFY, which make deletions take milliseconds"
     )

@@ -133,6 +133,7 @@ class Pool:
 
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
+        self._expiry: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(cls, connector: Connector) -> "Pool":
@@ -157,6 +158,11 @@ class Pool:
                 await self._pool.close()
         except TimeoutError:
             self._pool.terminate()
+
+    def reconnect(self) -> None:
+        """Replace the connections, each when it is used next: they may lead to the wrong server."""
+        # It waits for nothing. A task all the same, which has to be held on to.
+        self._expiry = asyncio.create_task(self._pool.expire_connections())
 
     @contextlib.asynccontextmanager
     async def session(self) -> "AsyncIterator[_Session]":

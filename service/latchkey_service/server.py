@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import math
 import os
+import random
 import secrets
 import socket
 import time
@@ -34,7 +35,7 @@ from latchkey_service.access.policy import PolicyError
 from latchkey_service.audit import AuditLog
 from latchkey_service.audit_table import AuditTable
 from latchkey_service.background import (
-    follow_store,
+    follow_verifier,
     prune_log,
     purge,
     purge_audit,
@@ -46,6 +47,7 @@ from latchkey_service.coherence.confirmer import Confirmer
 from latchkey_service.coherence.heart import Heart
 from latchkey_service.coherence.membership import Membership
 from latchkey_service.coherence.notifications import Listener
+from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.subleases import SubLeases
 from latchkey_service.coherence.table import Identity, VerifierTable
 from latchkey_service.coherence.watch import Watchers
@@ -223,6 +225,7 @@ async def running(
         membership,
         boottime,
         heart.wake_to_acknowledge,
+        heart.wake,
         enabled=cache,
         stream_seconds=limits.connection_age or math.inf,
     )
@@ -230,12 +233,30 @@ async def running(
     heart.attach(watchers.on_news, watchers.__len__, lambda: listener.state)
 
     pool = await Pool.open(connector)
-    store = Store(pool, connector)
+    store = Store(pool)
     table = VerifierTable(pool)
     confirmer = Confirmer(table, connector.connect, heart.wake, boottime, notify=notify)
     lookup = Lookup(connector.connect, boottime)
-    verifier = Verifier(keyring, lookup, heart, membership, encode_token, boottime, time.time)
-    tokens = Tokens(store, keyring, confirmer, settings.secret_prefix, _now, os.urandom)
+    verifier = Verifier(
+        keyring,
+        lookup,
+        LeasedReads(heart, membership, boottime, lookup.reconnect),
+        membership,
+        encode_token,
+        boottime,
+        time.time,
+        cache_seconds=settings.cache_seconds,
+        randomness=random.random,
+    )
+    tokens = Tokens(
+        store,
+        keyring,
+        confirmer,
+        LeasedReads(heart, membership, boottime, pool.reconnect),
+        settings.secret_prefix,
+        _now,
+        os.urandom,
+    )
     counts = Counts()
     audit_table = AuditTable(pool)
     audit = AuditLog(audit_table, time.monotonic, _now)
@@ -273,7 +294,7 @@ async def running(
     # They too: who calls meanwhile is written down.
     lasts = [beating, listening, begin(audit.run()), begin(server.guard.run())]
     background = [
-        follow_store(store, heart.has_lease, server.set_serving),
+        follow_verifier(verifier.check, boottime, server.set_serving),
         summarise(counts, gauges),
         purge(store, retention, _now),
         prune_log(table, settings.lease_seconds),
