@@ -134,7 +134,7 @@ class Subscription:
         """Forget everything and begin at `position`, without a lease (coherence rule 12).
 
         A lease permits to answer on the history that it was granted on, and this may be another
-        one. So no grant counts that was asked for before, on whichever stream.
+        one. So the other streams' grants count no longer.
         """
         self._epoch += 1
         self.lease.drop()
@@ -247,11 +247,14 @@ class Stream:
         self._asked_at = self._ask_at = self.late_at = None
 
     def _start_over(self, now: float) -> None:
-        """Ask for a grant again: the one that was asked for is of another history."""
+        """Go on with a memory that this stream has made start over, and without its grants.
+
+        An open request stays open: the server answers it after the Reset, for the new history.
+        """
         self._epoch = self._subscription.epoch
         self._end = -math.inf
-        if not self.closing:
-            self._asked_at, self._ask_at = None, now
+        if self._asked_at is None and not self.closing:
+            self._ask_at = now
 
     def _notice_other_history(self) -> None:
         """Leave the stream if another one has made the memory start over.

@@ -798,8 +798,7 @@ Global___Grant: _TypeAlias = Grant  # noqa: Y015
 class Reset(_message.Message):
     """Tells a client to start over: it follows another history than the server, or
     the server cannot name all that the client has missed. The client drops all
-    verdicts and its lease, ignores the answers to grants that it asked for
-    before, and confirms this position.
+    verdicts and its lease, leaves its other streams, and confirms this position.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -12,7 +12,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple
 
-from latchkey_coherence.memory import Position
+from latchkey_coherence.memory import NOWHERE, Position
 
 from latchkey_service.coherence.membership import Membership
 from latchkey_service.coherence.subleases import SubLease
@@ -189,7 +189,10 @@ class Watcher:
             ):
                 # A client that is ahead may have heard of news before this process: that reads
                 # its log first.
+                first = self._sent is None
                 self._reset(events)
+                # An empty memory has nothing to drop, and so owes no confirmation.
+                self._confirmed = first and claim == NOWHERE
 
     def _invalidate(self, events: list[Event]) -> None:
         memory = self._membership.memory
