@@ -23,6 +23,8 @@ from latchkey_coherence.lease import boottime
 from latchkey_coherence.memory import Memory
 from latchkey_proto.v1 import audit_service_pb2 as audit_pb
 from latchkey_proto.v1 import audit_service_pb2_grpc as audit_pb_grpc
+from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
+from latchkey_proto.v1 import maintenance_service_pb2_grpc as maintenance_pb_grpc
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
@@ -60,6 +62,7 @@ from latchkey_service.lookup import Lookup
 from latchkey_service.outcomes import Outcomes
 from latchkey_service.rpc import TokenService, encode_token
 from latchkey_service.rpc_audit import AuditService
+from latchkey_service.rpc_maintenance import MaintenanceService
 from latchkey_service.rpc_status import StatusService
 from latchkey_service.secrets import Keyring
 from latchkey_service.store import Store
@@ -75,6 +78,7 @@ SERVICES = (
     pb.DESCRIPTOR.services_by_name["TokenService"].full_name,
     status_pb.DESCRIPTOR.services_by_name["StatusService"].full_name,
     audit_pb.DESCRIPTOR.services_by_name["AuditService"].full_name,
+    maintenance_pb.DESCRIPTOR.services_by_name["MaintenanceService"].full_name,
 )
 # Health says NOT_SERVING this long before calls are refused, so that balancers see it first.
 DRAIN_SECONDS = 0.1
@@ -87,6 +91,7 @@ class Services:
     tokens: TokenService
     status: StatusService
     audit: AuditService
+    maintenance: MaintenanceService
     health: Health
 
 
@@ -176,6 +181,7 @@ def _register(services: Services, registrar: Any, *, reflected: bool) -> None:
     pb_grpc.add_TokenServiceServicer_to_server(services.tokens, registrar)
     status_pb_grpc.add_StatusServiceServicer_to_server(services.status, registrar)
     audit_pb_grpc.add_AuditServiceServicer_to_server(services.audit, registrar)
+    maintenance_pb_grpc.add_MaintenanceServiceServicer_to_server(services.maintenance, registrar)
     health_pb2_grpc.add_HealthServicer_to_server(services.health, registrar)
     if reflected:
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -268,6 +274,7 @@ async def running(
         TokenService(tokens, verifier, watchers, counts, boottime),
         StatusService(table, identity.id),
         AuditService(audit_table),
+        MaintenanceService(tokens, boottime),
         Health(("", *SERVICES)),
     )
     server = Server(settings, calls, services, watchers, gate, limits)

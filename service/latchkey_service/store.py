@@ -15,6 +15,7 @@ from latchkey_coherence.memory import Position
 
 from latchkey_service.audit import Origin
 from latchkey_service.coherence.confirmation import Confirmation
+from latchkey_service.coherence.membership import EVERY_TOKEN
 from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
 from latchkey_service.database import Connector, Pool, durably, retrying
 from latchkey_service.errors import StoreUnavailable
@@ -309,6 +310,41 @@ class Store:
             # the deletion, unless someone set the retention very low.
             raise StoreUnavailable("The receipt was not found: delete the token again.")
         return _deletion_of(row)
+
+    @retrying
+    async def invalidate_all(self, origin: Origin) -> tuple[Position, datetime]:
+        """Take a revision that names every token; return its position and when it was taken.
+
+        In one transaction with its log entry and its audit entry, as durable as a deletion.
+        """
+        async with self._pool.session() as session:
+            with durably(session):
+                row = await session.fetchrow(
+                    """
+                    WITH next AS (
+                        UPDATE head h SET revision = h.revision + 1, mark = DEFAULT
+                        RETURNING h.revision, h.mark),
+                    stamped AS MATERIALIZED (
+                        SELECT revision, mark, clock_timestamp() AS moment FROM next),
+                    logged AS (
+                        INSERT INTO invalidation (revision, mark, token_id)
+                        SELECT revision, mark, $5 FROM stamped),
+                    audited AS (
+                        INSERT INTO audit (time, account_id, token_id, caller, method, peer,
+                                           request_id)
+                        SELECT moment, '', '', $1, $2, $3, $4 FROM stamped)
+                    SELECT revision, mark, moment FROM stamped
+                    """,
+                    origin.caller,
+                    origin.method,
+                    origin.peer,
+                    origin.request_id,
+                    EVERY_TOKEN,
+                )
+        if row is None:
+            raise RuntimeError("the table head has no row")
+        origin.recorded = True
+        return Position(row[0], mark_in(row[1])), row[2]
 
     @retrying
     async def purge_tombstones(self, before: datetime, limit: int) -> int:

@@ -6,6 +6,8 @@
 --
 -- UPDATE head SET revision = revision + 1, mark = DEFAULT makes a fresh one. The hash of a random
 -- UUID needs no extension; gen_random_bytes() would.
+--
+-- A log entry whose token_id is empty names every token.
 ALTER TABLE head
     ADD COLUMN mark bigint NOT NULL
         DEFAULT coalesce(nullif(uuid_hash_extended(gen_random_uuid(), 0), 0), 1),
