@@ -12,9 +12,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from latchkey_service.audit import Origin
-from latchkey_service.database import Connector, Pool, durably, retrying, translated
+from latchkey_service.database import DURABLE, Connector, Pool, durably, retrying, translated
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.secrets import Digest
+from latchkey_service.sessions import Pooler
 from latchkey_service.verdict import Scope, TokenRecord
 
 if TYPE_CHECKING:
@@ -65,9 +66,9 @@ class Store:
         self._probe: asyncpg.Connection[asyncpg.Record] | None = None
 
     @classmethod
-    async def open(cls, database_url: str) -> "Store":
+    async def open(cls, database_url: str, pooler: Pooler = "none") -> "Store":
         """Return a store on a new pool. Connects lazily, so that it opens without a database."""
-        connector = Connector(database_url)
+        connector = Connector(database_url, pooler=pooler)
         return cls(await Pool.open(connector), connector)
 
     async def close(self) -> None:
@@ -127,7 +128,7 @@ class Store:
         """
         async with self._pool.session() as session:
             await session.execute(
-                """
+                f"""
                 WITH token AS (
                     INSERT INTO token (id, account_id, name, name_key, scope, create_time,
                                        expire_time, hint, labels)
@@ -137,8 +138,8 @@ class Store:
                     INSERT INTO audit (account_id, token_id, caller, method, peer, request_id)
                     SELECT account_id, id, $12, $13, $14, $15 FROM token)
                 INSERT INTO secret (digest, pepper_id, token_id)
-                SELECT $10, $11, id FROM token
-                """,
+                SELECT $10, $11, id FROM token WHERE {DURABLE}
+                """,  # nosec B608 # noqa: S608 - constants only
                 record.id,
                 record.account_id,
                 record.name,
@@ -215,11 +216,12 @@ class Store:
         async with self._pool.session() as session:
             with durably(session):
                 row = await session.fetchrow(
-                    """
+                    f"""
                     WITH live AS (
                         SELECT t.id
                           FROM token t
                          WHERE t.account_id = $1 AND t.id = $2 AND t.delete_time IS NULL
+                           AND {DURABLE}
                            FOR UPDATE),
                     next AS (
                         UPDATE head h SET revision = h.revision + 1 FROM live
@@ -240,7 +242,7 @@ class Store:
                     SELECT id, revision, moment FROM stamped
                     RETURNING revision, commit_time, effective_time, verifiers_acknowledged,
                               verifiers_outwaited
-                    """,
+                    """,  # nosec B608 # noqa: S608 - constants only
                     account_id,
                     token_id,
                     origin.caller,
@@ -280,7 +282,7 @@ class Store:
         async with self._pool.session() as session:
             with durably(session):
                 row = await session.fetchrow(
-                    """
+                    f"""
                     UPDATE deletion d
                        SET effective_time = coalesce(
                                d.effective_time, greatest(d.commit_time, clock_timestamp())),
@@ -288,10 +290,10 @@ class Store:
                                THEN $2 ELSE d.verifiers_acknowledged END,
                            verifiers_outwaited = CASE WHEN d.effective_time IS NULL
                                THEN $3 ELSE d.verifiers_outwaited END
-                     WHERE d.token_id = $1
+                     WHERE d.token_id = $1 AND {DURABLE}
                     RETURNING revision, commit_time, effective_time, verifiers_acknowledged,
                               verifiers_outwaited
-                    """,
+                    """,  # nosec B608 # noqa: S608 - constants only
                     token_id,
                     acknowledged,
                     outwaited,

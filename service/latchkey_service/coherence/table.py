@@ -8,7 +8,7 @@ from latchkey_coherence.memory import HISTORY_MAX
 
 from latchkey_service.coherence.confirmation import VerifierRow
 from latchkey_service.coherence.membership import Log
-from latchkey_service.database import Pool, durably, retrying, translated
+from latchkey_service.database import DURABLE, Pool, durably, retrying, translated
 from latchkey_service.errors import StoreUnavailable
 
 if TYPE_CHECKING:
@@ -110,16 +110,16 @@ class OwnRow:
         identity = self._identity
         with translated(), durably(self._connection):
             row = await self._connection.fetchrow(
-                """
+                f"""
                 INSERT INTO verifier (id, incarnation, acknowledged_revision, lease_seconds, host,
                                       process_id, version)
-                SELECT $1, $2, least(h.revision, $7), $3, $4, $5, $6 FROM head h
+                SELECT $1, $2, least(h.revision, $7), $3, $4, $5, $6 FROM head h WHERE {DURABLE}
                 ON CONFLICT (id) DO UPDATE
                    SET incarnation = excluded.incarnation, renewal = verifier.renewal + 1,
                        acknowledged_revision = excluded.acknowledged_revision
                  WHERE verifier.incarnation < excluded.incarnation
                 RETURNING (SELECT revision FROM head), acknowledged_revision
-                """,
+                """,  # nosec B608 # noqa: S608 - constants only
                 identity.id,
                 incarnation,
                 identity.lease_seconds,
@@ -162,12 +162,12 @@ class OwnRow:
         """
         with translated(), durably(self._connection):
             status = await self._connection.execute(
-                """
+                f"""
                 UPDATE verifier
                    SET renewal = renewal + 1, acknowledged_revision = $3, clients = $4,
                        notifications = $5, renew_time = clock_timestamp()
-                 WHERE id = $1 AND incarnation = $2
-                """,
+                 WHERE id = $1 AND incarnation = $2 AND {DURABLE}
+                """,  # nosec B608 # noqa: S608 - constants only
                 self._identity.id,
                 incarnation,
                 acknowledged,
@@ -218,13 +218,15 @@ class VerifierTable:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
-    async def notify(self, revision: int) -> None:
+    async def notify(self, payload: int | str) -> None:
         """Wake the verifiers, in a transaction of its own after the commit (rule 10).
+
+        `payload` is the revision, or what a probe is known by.
 
         Raises StoreUnsupported where the engine has no notifications.
         """
         async with self._pool.session() as session:
-            await session.execute(NOTIFY, CHANNEL, str(revision))
+            await session.execute(NOTIFY, CHANNEL, str(payload))
 
     @retrying
     async def status(self) -> Status:
