@@ -1,8 +1,8 @@
 """Bring the database to this release's schema: numbered SQL files, applied in order, each once.
 
-One transaction per file, under an advisory lock of that transaction: of servers that start at once,
-one applies each file, and the others find it done. A file that was applied may not change afterwards, and a database that is
-ahead of this release is refused.
+One transaction per file, under an advisory lock that ends with it: of servers that start at once,
+one applies each file, and the others find it done. A file that was applied may not change
+afterwards, and a database that is ahead of this release is refused.
 """
 
 import asyncio
@@ -23,6 +23,7 @@ from latchkey_service.log import logger
 from latchkey_service.preflight import (
     PoolerError,
     check_pooler,
+    needs_transactions,
     warn_of_lost_writes,
     warn_of_unbounded_role,
 )
@@ -89,8 +90,9 @@ async def migrate(
     try:
         with translated():
             try:
-                await _check(connection, hosts, pooler)
-                return await _apply(connection, migrations)
+                with needs_transactions():
+                    await _check(connection, hosts, pooler)
+                    return await _apply(connection, migrations)
             except asyncpg.LockNotAvailableError as error:
                 raise MigrationError(
                     f"a lock was not to be had in {LOCK_TIMEOUT_SECONDS} s: another migration is "

@@ -4,7 +4,8 @@ A pooler that shares server connections by transaction loses LISTEN, settings an
 statements without an error. So it is recognised by what it does, not by what it reports.
 """
 
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import asyncpg
@@ -15,7 +16,13 @@ from latchkey_service.sessions import SETTINGS
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["PoolerError", "check_pooler", "warn_of_lost_writes", "warn_of_unbounded_role"]
+__all__ = [
+    "PoolerError",
+    "check_pooler",
+    "needs_transactions",
+    "warn_of_lost_writes",
+    "warn_of_unbounded_role",
+]
 
 # In each round the pooler chooses a server connection three times. To remain unrecognised, one that
 # shares them by transaction would have to choose every time as if it did not.
@@ -75,10 +82,20 @@ async def check_pooler(
             await other.execute("ROLLBACK")
             if await _server_process(connection) != process:
                 raise PoolerError(_BY_TRANSACTION)
-    except asyncpg.ProtocolViolationError as error:  # 08P01, as PgBouncer answers BEGIN
-        raise PoolerError(_BY_STATEMENT) from error
     finally:
         other.terminate()
+
+
+@contextlib.contextmanager
+def needs_transactions() -> Iterator[None]:
+    """Raise PoolerError if the pooler ends a connection because it has begun a transaction."""
+    try:
+        yield
+    except asyncpg.PostgresConnectionError as error:
+        # PgBouncer's words. By its SQLSTATE it is a connection that was lost.
+        if "statement pooling" in str(error):
+            raise PoolerError(_BY_STATEMENT) from error
+        raise
 
 
 async def warn_of_unbounded_role(connection: "Connection") -> None:
