@@ -120,6 +120,11 @@ class Settings(BaseSettings):
         description="any Postgres from 15 on, of several hosts the primary; "
         "unset: an embedded one in DATA_DIR",
     )
+    pooler: Literal["none", "transaction"] = Field(
+        "none",
+        description="transaction: DATABASE_URL leads to a pooler that shares connections by "
+        "transaction; none: to Postgres itself, or to a pooler in session mode",
+    )
     data_dir: Path = Field(
         default_factory=default_data_dir,
         description="embedded database and generated keys",

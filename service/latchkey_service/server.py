@@ -217,7 +217,7 @@ async def running(
         # Whichever of the two is right: to go on without a gate would let everybody in.
         raise PolicyError("a worker needs both or neither, the setting and what the file says")
     gate = None if text is None else Gate(policies.parse(text))
-    connector = Connector(settings.database_url.get_secret_value())
+    connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
     cache, notify = settings.cache == "on", settings.notify == "on"
     identity = _identity(settings)
     membership: Membership[Record] = Membership(
@@ -235,14 +235,22 @@ async def running(
         enabled=cache,
         stream_seconds=limits.connection_age or math.inf,
     )
-    listener = Listener(identity.id, connector.connect, heart.wake, enabled=notify)
+    listener = Listener(
+        identity.id,
+        connector.connect,
+        lambda payload: table.notify(payload),
+        heart.wake,
+        settings.lease_seconds / 3,
+        # Nothing listens through a pooler that shares connections by transaction.
+        enabled=notify and settings.pooler == "none",
+    )
     heart.attach(watchers.on_news, watchers.__len__, lambda: listener.state)
 
     pool = await Pool.open(connector)
     store = Store(pool)
     table = VerifierTable(pool)
     confirmer = Confirmer(table, connector.connect, heart.wake, boottime, notify=notify)
-    lookup = Lookup(connector.connect, boottime)
+    lookup = Lookup(connector.connect_for_lookups, boottime)
     verifier = Verifier(
         keyring,
         lookup,

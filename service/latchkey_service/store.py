@@ -17,9 +17,10 @@ from latchkey_service.audit import Origin
 from latchkey_service.coherence.confirmation import Confirmation
 from latchkey_service.coherence.membership import EVERY_TOKEN
 from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
-from latchkey_service.database import Connector, Pool, durably, retrying
+from latchkey_service.database import DURABLE, Connector, Pool, durably, retrying
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.secrets import Digest
+from latchkey_service.sessions import Pooler
 from latchkey_service.verdict import Scope, TokenRecord
 
 if TYPE_CHECKING:
@@ -76,9 +77,9 @@ class Store:
         self._pool = pool
 
     @classmethod
-    async def open(cls, database_url: str) -> "Store":
+    async def open(cls, database_url: str, pooler: Pooler = "none") -> "Store":
         """Return a store on a new pool. Connects lazily, so that it opens without a database."""
-        return cls(await Pool.open(Connector(database_url)))
+        return cls(await Pool.open(Connector(database_url, pooler=pooler)))
 
     async def close(self) -> None:
         """Give up all connections, waiting a bounded time for those in use."""
@@ -120,7 +121,7 @@ class Store:
         async with self._pool.session() as session:
             with durably(session):
                 await session.execute(
-                    """
+                    f"""
                 WITH token AS (
                     INSERT INTO token (id, account_id, name, name_key, scope, create_time,
                                        expire_time, hint, labels)
@@ -130,8 +131,8 @@ class Store:
                     INSERT INTO audit (account_id, token_id, caller, method, peer, request_id)
                     SELECT account_id, id, $12, $13, $14, $15 FROM token)
                 INSERT INTO secret (digest, pepper_id, token_id)
-                SELECT $10, $11, id FROM token
-                """,
+                SELECT $10, $11, id FROM token WHERE {DURABLE}
+                """,  # nosec B608 # noqa: S608 - constants only
                     record.id,
                     record.account_id,
                     record.name,
@@ -216,6 +217,7 @@ class Store:
                         SELECT t.id
                           FROM token t
                          WHERE t.account_id = $1 AND t.id = $2 AND t.delete_time IS NULL
+                           AND {DURABLE}
                            FOR UPDATE),
                     next AS (
                         -- The default of a mark is a fresh random number.
@@ -294,7 +296,7 @@ class Store:
                                THEN $6 ELSE d.clients_acknowledged END,
                            clients_outwaited = CASE WHEN d.effective_time IS NULL
                                THEN $7 ELSE d.clients_outwaited END
-                     WHERE d.token_id = $1 AND d.revision = $4 AND d.mark = $5
+                     WHERE d.token_id = $1 AND d.revision = $4 AND d.mark = $5 AND {DURABLE}
                     RETURNING {_RECEIPT}
                     """,  # nosec B608 # noqa: S608 - constants only
                     token_id,
@@ -320,9 +322,10 @@ class Store:
         async with self._pool.session() as session:
             with durably(session):
                 row = await session.fetchrow(
-                    """
+                    f"""
                     WITH next AS (
                         UPDATE head h SET revision = h.revision + 1, mark = DEFAULT
+                         WHERE {DURABLE}
                         RETURNING h.revision, h.mark),
                     stamped AS MATERIALIZED (
                         SELECT revision, mark, clock_timestamp() AS moment FROM next),
@@ -334,7 +337,7 @@ class Store:
                                            request_id)
                         SELECT moment, '', '', $1, $2, $3, $4 FROM stamped)
                     SELECT revision, mark, moment FROM stamped
-                    """,
+                    """,  # nosec B608 # noqa: S608 - constants only
                     origin.caller,
                     origin.method,
                     origin.peer,

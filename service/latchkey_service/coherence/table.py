@@ -12,7 +12,7 @@ from latchkey_coherence.memory import HISTORY_MAX, Position
 from latchkey_service.coherence.confirmation import VerifierRow
 from latchkey_service.coherence.membership import Change, Log, Server
 from latchkey_service.coherence.snapshot import POSITION_KNOWN, mark_in, mark_out
-from latchkey_service.database import Pool, durably, retrying, translated
+from latchkey_service.database import DURABLE, Pool, durably, retrying, translated
 from latchkey_service.errors import StoreUnavailable
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ _RENEW = f"""
                clients_confirmed = $8, clients_outwaited = $9, waiting_for = $10::text[],
                notifications = $11, renew_time = clock_timestamp()
           FROM state s
-         WHERE s.known AND v.id = $4 AND v.incarnation = $5
+         WHERE s.known AND v.id = $4 AND v.incarnation = $5 AND {DURABLE}
         RETURNING v.id)
         SELECT EXISTS (SELECT FROM renewed), {_STATE_AND_LOG}"""  # nosec B608 # noqa: S608 - constants only
 
@@ -205,17 +205,19 @@ class OwnRow:
         identity = self._identity
         with translated(), durably(self._connection):
             row = await self._connection.fetchrow(
-                """
+                f"""
                 INSERT INTO verifier (id, incarnation, acknowledged_revision, lease_seconds, host,
                                       process_id, version)
-                SELECT $1, $2, CASE WHEN $7 THEN h.revision ELSE 0 END, $3, $4, $5, $6 FROM head h
+                SELECT $1, $2, CASE WHEN $7 THEN h.revision ELSE 0 END, $3, $4, $5, $6
+                  FROM head h
+                 WHERE {DURABLE}
                 ON CONFLICT (id) DO UPDATE
                    SET incarnation = excluded.incarnation, renewal = verifier.renewal + 1,
                        acknowledged_revision = excluded.acknowledged_revision
                  WHERE verifier.incarnation < excluded.incarnation
                 RETURNING acknowledged_revision, server_identifier(), server_timeline(),
                           (SELECT revision FROM head), (SELECT mark FROM head)
-                """,
+                """,  # nosec B608 # noqa: S608 - constants only
                 identity.id,
                 incarnation,
                 identity.lease_seconds,
@@ -313,13 +315,15 @@ class VerifierTable:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
-    async def notify(self, revision: int) -> None:
+    async def notify(self, payload: int | str) -> None:
         """Wake the verifiers, in a transaction of its own after the commit (rule 10).
+
+        `payload` is the revision, or what a probe is known by.
 
         Raises StoreUnsupported where the engine has no notifications.
         """
         async with self._pool.session() as session:
-            await session.execute(NOTIFY, CHANNEL, str(revision))
+            await session.execute(NOTIFY, CHANNEL, str(payload))
 
     @retrying
     async def status(self) -> Status:
