@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from latchkey_service.audit import Origin
 from latchkey_service.database import Connector, Pool, durably, retrying, translated
 from latchkey_service.errors import StoreUnavailable
+from latchkey_service.fleet import KnownPepper
 from latchkey_service.secrets import Digest
 from latchkey_service.verdict import Scope, TokenRecord
 
@@ -35,6 +36,18 @@ SELECT h.revision, s.digest, {_COLUMNS}
   FROM head h
   LEFT JOIN (secret s JOIN token t ON t.id = s.token_id) ON s.digest = ANY($1::bytea[])
 """  # nosec B608 # noqa: S608 - constants only
+
+# Peppers by age, with whether live tokens and registered verifiers use each.
+_KNOWN_PEPPERS = """
+SELECT p.id,
+       EXISTS (SELECT FROM secret s JOIN token t ON t.id = s.token_id
+                WHERE s.pepper_id = p.id AND t.delete_time IS NULL),
+       EXISTS (SELECT FROM verifier v WHERE p.id = ANY(v.pepper_ids))
+  FROM pepper p
+ ORDER BY p.create_time, p.id
+"""
+# Any number works, as long as every release uses the same one and migrations use another.
+_PEPPER_LOCK = 0x706570706572  # "pepper"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,21 +114,26 @@ class Store:
             )
 
     @retrying
-    async def missing_peppers(self, known: list[str]) -> list[str]:
-        """Return the ids of peppers that live tokens' secrets use and that are not in `known`."""
+    async def enrol_peppers(
+        self, pepper_ids: list[str], check: Callable[[list[KnownPepper]], None]
+    ) -> None:
+        """Make a host's peppers known, unless `check` raises when it sees those known already.
+
+        One host at a time: nothing becomes known between the check and the commit. A conflict of
+        transactions repeats both.
+        """
         async with self._pool.session() as session:
-            rows = await session.fetch(
-                """
-                SELECT p.id
-                  FROM pepper p
-                 WHERE p.id <> ALL($1::text[])
-                   AND EXISTS (SELECT FROM secret s JOIN token t ON t.id = s.token_id
-                                WHERE s.pepper_id = p.id AND t.delete_time IS NULL)
-                 ORDER BY p.create_time
-                """,
-                known,
-            )
-        return [row["id"] for row in rows]
+            with durably(session):
+                # A snapshot taken before the lock was granted would miss the last host's peppers.
+                async with session.transaction(isolation="read_committed"):
+                    # Released with the transaction: a pooler may give the session to others.
+                    await session.execute("SELECT pg_advisory_xact_lock($1)", _PEPPER_LOCK)
+                    rows = await session.fetch(_KNOWN_PEPPERS)
+                    check([KnownPepper(*row) for row in rows])
+                    await session.execute(
+                        "INSERT INTO pepper (id) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING",
+                        pepper_ids,
+                    )
 
     @retrying
     async def insert_token(

@@ -200,6 +200,7 @@ def status_in(message: status_pb.GetStatusResponse) -> Status:
     return Status(
         head_revision=message.head_revision,
         verifiers=tuple(_verifier_in(verifier) for verifier in message.verifiers),
+        warnings=tuple(message.warnings),
     )
 
 
@@ -217,6 +218,7 @@ def _verifier_in(message: status_pb.VerifierStatus) -> VerifierStatus:
         clients=message.clients,
         notifications=_NOTIFICATIONS.get(message.notifications, Notifications.UNSPECIFIED),
         answering=message.answering,
+        pepper_ids=tuple(message.pepper_ids),
     )
 
 

@@ -169,6 +169,8 @@ class VerifierStatus:
     notifications: Notifications
     answering: bool
     """Whether this process gave the answer."""
+    pepper_ids: tuple[str, ...] = ()
+    """Ids of the peppers that it reads, the newest first. Empty: its release reports none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,3 +181,5 @@ class Status:
     """The newest revision: how many times tokens have been made invalid."""
     verifiers: tuple[VerifierStatus, ...]
     """The oldest first."""
+    warnings: tuple[str, ...] = ()
+    """Faults that a person should repair: texts that name the fault and its remedy."""

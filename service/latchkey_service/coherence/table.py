@@ -66,6 +66,8 @@ class Identity:
     process_id: int
     version: str
     lease_seconds: float
+    # The newest first. Empty: not reported.
+    pepper_ids: tuple[str, ...] = ()
 
 
 class VerifierStatus(NamedTuple):
@@ -81,6 +83,7 @@ class VerifierStatus(NamedTuple):
     lease_remaining_seconds: float
     clients: int
     notifications: int
+    pepper_ids: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +115,8 @@ class OwnRow:
             row = await self._connection.fetchrow(
                 """
                 INSERT INTO verifier (id, incarnation, acknowledged_revision, lease_seconds, host,
-                                      process_id, version)
-                SELECT $1, $2, least(h.revision, $7), $3, $4, $5, $6 FROM head h
+                                      process_id, version, pepper_ids)
+                SELECT $1, $2, least(h.revision, $7), $3, $4, $5, $6, $8 FROM head h
                 ON CONFLICT (id) DO UPDATE
                    SET incarnation = excluded.incarnation, renewal = verifier.renewal + 1,
                        acknowledged_revision = excluded.acknowledged_revision
@@ -127,6 +130,7 @@ class OwnRow:
                 identity.process_id,
                 identity.version,
                 confirmed,
+                list(identity.pepper_ids),
             )
         if row is None:
             raise StoreUnavailable("Another attempt to register came in between; try again.")
@@ -236,7 +240,7 @@ class VerifierTable:
                        v.acknowledged_revision, v.lease_seconds,
                        greatest(0, v.lease_seconds - extract(
                            epoch FROM clock_timestamp() - v.renew_time))::double precision,
-                       v.clients, v.notifications
+                       v.clients, v.notifications, v.pepper_ids
                   FROM head h
                   LEFT JOIN verifier v ON true
                  ORDER BY v.start_time, v.id
