@@ -42,8 +42,6 @@ KEPT_SECONDS_MIN = 600.0
 PEPPER_CHECK_SECONDS = 10.0
 # Until this process has registered, which it does as soon as the database answers.
 PEPPER_CHECK_SECONDS_AT_START = 0.5
-# A warning that nobody acted on is repeated.
-PEPPER_REMINDER_SECONDS = 3_600.0
 
 Gauges = Callable[[], Mapping[str, int]]
 """What there is of something right now, by name: what goes up and never down is a leak."""
@@ -81,9 +79,7 @@ async def follow_peppers(table: VerifierTable, own_id: str) -> None:
     person may look at the log of only one host.
     """
     loop, log = asyncio.get_running_loop(), logger()
-    warned: set[tuple[object, ...]] = set()
-    remind_at = 0.0
-    registered = False
+    reports, registered = fleet.Reports(), False
     while True:
         pause = PEPPER_CHECK_SECONDS if registered else PEPPER_CHECK_SECONDS_AT_START
         await asyncio.sleep(spread(pause, random.random()))  # noqa: S311 - a spread
@@ -96,22 +92,18 @@ async def follow_peppers(table: VerifierTable, own_id: str) -> None:
             log.warning("peppers not compared", error=type(error).__name__)
             continue
         registered = registered or any(verifier.id == own_id for verifier in verifiers)
-        found = {(m.pepper_id, *m.hosts): m for m in fleet.mismatches(verifiers)}
-        if warned and not found:
+        news = reports.news(verifiers, loop.time())
+        if news.resolved:
             log.info("no host lacks a pepper that others use any more")
-        if loop.time() >= remind_at:
-            warned = set()
-            remind_at = loop.time() + PEPPER_REMINDER_SECONDS
-        for key in found.keys() - warned:
-            minting, lacking = found[key].hosts
+        for mismatch in news.found:
+            minting, lacking = mismatch.hosts
             log.warning(
                 "hosts lack a pepper that others use",
-                pepper_id=found[key].pepper_id,
+                pepper_id=mismatch.pepper_id,
                 used_on=minting,
                 missing_on=lacking,
-                what_to_do=found[key].warning(),
+                what_to_do=mismatch.warning(),
             )
-        warned = set(found)
 
 
 async def summarise(counts: Counts, gauges: Gauges) -> None:

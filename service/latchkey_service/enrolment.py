@@ -1,7 +1,7 @@
 """A host's first step: it reads or generates its peppers and registers them with the database.
 
-The rules are in `fleet.py`. One host at a time gets here, so that of two new hosts on an empty
-database only one generates a key.
+The rules are in `fleet.py`. One host at a time registers new peppers, so that of two new hosts on
+an empty database only one generates a key.
 """
 
 import asyncio
@@ -28,6 +28,12 @@ async def enrol(store: Store, path: Path, *, named: bool, shared: bool) -> Keyri
         return await _enrol_file(store, path, generated=shared and not named)
     if named:
         raise PepperFileMissing(path)
+    if shared:
+        known = await store.known_peppers()
+        # A service with the same data directory may have generated a key since. Its file is in
+        # place before the database knows the key.
+        if not await asyncio.to_thread(path.exists):
+            _raise_if(fleet.refusal(path, [], known, generated=True, new=True))
     draft = await asyncio.to_thread(Draft, path)
     try:
         await _enrol_draft(store, draft, generated=shared)
@@ -44,11 +50,14 @@ async def _enrol_file(store: Store, path: Path, *, generated: bool) -> Keyring:
     ids = [pepper.id for pepper in keyring.peppers]
 
     def check(known: list[fleet.KnownPepper]) -> None:
-        if reason := fleet.refusal(path, ids, known, generated=generated, new=False):
-            raise PepperFileError(reason)
+        _raise_if(fleet.refusal(path, ids, known, generated=generated, new=False))
 
-    # All of them: a key that this host only reads may become the newest on another host first.
-    await store.enrol_peppers(ids, check)
+    known = await store.known_peppers()
+    check(known)
+    # An ordinary restart ends here, without waiting for other hosts.
+    if not {pepper.id for pepper in known}.issuperset(ids):
+        # All of them: a key that this host only reads may become the newest on another host first.
+        await store.enrol_peppers(ids, check)
     return keyring
 
 
@@ -64,10 +73,17 @@ async def _enrol_draft(store: Store, draft: Draft, *, generated: bool) -> None:
     def check(known: list[fleet.KnownPepper]) -> None:
         # First: a service with the same data directory may have made both the file and the row.
         draft.check_vacant()
-        if reason := fleet.refusal(draft.path, ids, known, generated=generated, new=True):
+        try:
+            _raise_if(fleet.refusal(draft.path, ids, known, generated=generated, new=True))
+        except PepperFileError:
             # It is in place if this is a second attempt, and another host came first after all.
             draft.withdraw()
-            raise PepperFileError(reason)
+            raise
         draft.put_in_place()
 
     await store.enrol_peppers(ids, check)
+
+
+def _raise_if(reason: str | None) -> None:
+    if reason is not None:
+        raise PepperFileError(reason)

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-__all__ = ["KnownPepper", "Member", "Mismatch", "mismatches", "refusal"]
+__all__ = ["KnownPepper", "Member", "Mismatch", "News", "Reports", "mismatches", "refusal"]
 
 # A warning stays readable in a fleet of any size; `latchkey status` lists every process.
 NAMED_MAX = 4
 SETTING = "LATCHKEY_PEPPER_FILE"
+# A warning that nobody acted on is repeated.
+REMINDER_SECONDS = 3_600.0
 
 
 class KnownPepper(NamedTuple):
@@ -123,6 +125,34 @@ def mismatches(members: Sequence[Member]) -> list[Mismatch]:
             minting = tuple(member for member in live if member.pepper_ids[0] == pepper_id)
             found.append(Mismatch(pepper_id, minting, lacking))
     return found
+
+
+class News(NamedTuple):
+    """What has changed since the last look."""
+
+    found: list[Mismatch]
+    """Mismatches to warn of."""
+    resolved: bool
+    """Whether there were mismatches and none is left."""
+
+
+class Reports:
+    """Decides which mismatches to log: each once when it appears, and as a reminder."""
+
+    def __init__(self) -> None:
+        self._reported: dict[tuple[object, ...], float] = {}
+
+    def news(self, members: Sequence[Member], now: float) -> News:
+        """Return the news at `now`, in seconds of a monotonic clock.
+
+        Processes come and go with each restart, so a mismatch is known by its pepper and hosts.
+        """
+        found = {(m.pepper_id, *m.hosts): m for m in mismatches(members)}
+        resolved = bool(self._reported) and not found
+        last = {key: time for key, time in self._reported.items() if key in found}
+        due = [key for key in found if key not in last or now - last[key] >= REMINDER_SECONDS]
+        self._reported = last | dict.fromkeys(due, now)
+        return News([found[key] for key in due], resolved)
 
 
 def _hosts(members: Sequence[Member]) -> tuple[str, ...]:

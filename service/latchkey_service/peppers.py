@@ -23,6 +23,7 @@ KEY_BYTES = 32
 _HEADER = """\
 # Latchkey's peppers: keys for the digests of secrets, one of 64 hexadecimal digits per line,
 # newest first. The first mints, all of them read. Losing a key kills every token minted with it.
+# Every host of the same database needs a copy of this file.
 # To rotate: put a new line (openssl rand -hex 32) below the others on every server and restart,
 # then move it to the top on every server and restart.
 """
@@ -98,7 +99,8 @@ class Draft:
 
     def discard(self) -> None:
         """Remove the hidden file. The pepper file stays, if it was put in place."""
-        self._draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._draft.unlink()
 
 
 def load_or_create(path: Path, *, create: bool) -> Keyring:

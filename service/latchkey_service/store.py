@@ -48,6 +48,8 @@ SELECT p.id,
 """
 # Any number works, as long as every release uses the same one and migrations use another.
 _PEPPER_LOCK = 0x706570706572  # "pepper"
+# Each host of a new fleet holds the lock for a few round trips, and all of them may start at once.
+_PEPPER_LOCK_SECONDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,12 @@ class Store:
             )
 
     @retrying
+    async def known_peppers(self) -> list[KnownPepper]:
+        """Return the peppers that the database knows, the oldest first."""
+        async with self._pool.session() as session:
+            return [KnownPepper(*row) for row in await session.fetch(_KNOWN_PEPPERS)]
+
+    @retrying
     async def enrol_peppers(
         self, pepper_ids: list[str], check: Callable[[list[KnownPepper]], None]
     ) -> None:
@@ -126,8 +134,17 @@ class Store:
             with durably(session):
                 # A snapshot taken before the lock was granted would miss the last host's peppers.
                 async with session.transaction(isolation="read_committed"):
+                    await session.execute(
+                        "SELECT set_config('lock_timeout', $1, true),"
+                        " set_config('statement_timeout', $1, true)",
+                        f"{_PEPPER_LOCK_SECONDS}s",
+                    )
                     # Released with the transaction: a pooler may give the session to others.
-                    await session.execute("SELECT pg_advisory_xact_lock($1)", _PEPPER_LOCK)
+                    await session.execute(
+                        "SELECT pg_advisory_xact_lock($1)",
+                        _PEPPER_LOCK,
+                        timeout=_PEPPER_LOCK_SECONDS,
+                    )
                     rows = await session.fetch(_KNOWN_PEPPERS)
                     check([KnownPepper(*row) for row in rows])
                     await session.execute(

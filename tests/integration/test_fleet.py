@@ -16,7 +16,7 @@ from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service import enrolment, fleet, peppers
+from latchkey_service import enrolment, fleet, peppers, store
 from latchkey_service.errors import StoreConflict
 from latchkey_service.peppers import PepperFileError
 from latchkey_service.secrets import Pepper
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 OLD, NEW = Pepper(b"o" * 32), Pepper(b"n" * 32)
+# Beyond the time-outs of locks and statements in `database.py`.
+ORDINARY_LOCK_SECONDS = 2.5
 MISSING = "hosts lack a pepper that others use"
 
 Run = Callable[..., Service]
@@ -114,8 +116,9 @@ async def test_a_second_host_generates_no_key(run: Run, tmp_path: Path) -> None:
     assert "LATCHKEY_PEPPER_FILE" in second.err
     assert "Traceback" not in second.err
     assert pepper.key.hex() not in second.err
-    assert list((tmp_path / "b").iterdir()) == []
+    assert not (tmp_path / "b").exists()
 
+    (tmp_path / "b").mkdir()
     shutil.copy(tmp_path / "a" / "peppers", tmp_path / "b" / "peppers")
     second_address = await run("b").welcome()
     assert await verdict_elsewhere(first, second_address) == "VERDICT_VALID"
@@ -153,7 +156,7 @@ async def test_new_hosts_that_start_at_once(run: Run, tmp_path: Path) -> None:
     for name in names.replace(winner, ""):
         assert services[name].ended_with() == 1
         assert "generates a key only for a database that knows none" in services[name].err
-        assert list((tmp_path / name).iterdir()) == []
+        assert not (tmp_path / name / "peppers").exists()
 
 
 async def test_differing_hosts_are_reported(run: Run, tmp_path: Path) -> None:
@@ -233,13 +236,13 @@ async def test_a_documented_rotation_stays_quiet(run: Run, tmp_path: Path) -> No
 
 async def enrolled(database_url: str, path: Path, *, shared: bool = True) -> str:
     """Return the id of the newest pepper that a host gets, or why it is refused."""
-    store = await Store.open(database_url)
+    opened = await Store.open(database_url)
     try:
-        keyring = await enrolment.enrol(store, path, named=False, shared=shared)
+        keyring = await enrolment.enrol(opened, path, named=False, shared=shared)
     except PepperFileError as error:
         return str(error)
     finally:
-        await store.close()
+        await opened.close()
     return keyring.peppers[0].id
 
 
@@ -284,6 +287,25 @@ async def test_services_that_share_a_data_directory_share_the_key(
     assert list(path.parent.iterdir()) == [path]
 
 
+async def test_a_host_waits_for_others_to_enrol(database_url: str, tmp_path: Path) -> None:
+    """A host waits for its turn for longer than an ordinary statement may wait for a lock."""
+    async with session(database_url) as connection, connection.transaction():
+        await connection.execute("SELECT pg_advisory_xact_lock($1)", store._PEPPER_LOCK)
+        enrolling = asyncio.create_task(enrolled(database_url, tmp_path / "peppers"))
+        finished, _ = await asyncio.wait([enrolling], timeout=ORDINARY_LOCK_SECONDS)
+        assert not finished
+    pepper_id = await enrolling
+    assert await known_ids(database_url) == [pepper_id]
+
+
+async def test_an_ordinary_restart_waits_for_nobody(database_url: str, tmp_path: Path) -> None:
+    """A host whose peppers are all known starts while another one is enrolling."""
+    pepper_id = await enrolled(database_url, tmp_path / "peppers")
+    async with session(database_url) as connection, connection.transaction():
+        await connection.execute("SELECT pg_advisory_xact_lock($1)", store._PEPPER_LOCK)
+        assert await enrolled(database_url, tmp_path / "peppers") == pepper_id
+
+
 async def test_a_lone_host_replaces_a_lost_file(database_url: str, tmp_path: Path) -> None:
     """With the embedded database a lost file without live tokens is replaced, as ever."""
     first = await enrolled(database_url, tmp_path / "peppers", shared=False)
@@ -304,6 +326,9 @@ async def test_a_lost_race_takes_the_file_back(tmp_path: Path) -> None:
         def __init__(self) -> None:
             """Needs no database."""
 
+        async def known_peppers(self) -> list[fleet.KnownPepper]:
+            return []
+
         async def enrol_peppers(self, pepper_ids: list[str], check: Callable[..., None]) -> None:
             check([])
             assert path.exists()
@@ -323,6 +348,9 @@ async def test_a_commit_without_an_answer_keeps_the_file(tmp_path: Path) -> None
     class Silent(Store):
         def __init__(self) -> None:
             """Needs no database."""
+
+        async def known_peppers(self) -> list[fleet.KnownPepper]:
+            return []
 
         async def enrol_peppers(self, pepper_ids: list[str], check: Callable[..., None]) -> None:
             check([])

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from latchkey_service.fleet import KnownPepper, mismatches, refusal
+from latchkey_service.fleet import REMINDER_SECONDS, KnownPepper, Reports, mismatches, refusal
 
 PATH = Path("/data/peppers")
 
@@ -153,3 +153,17 @@ def test_warnings_stay_short() -> None:
     )
     assert "to the pepper file on b, c1, c2 and 97 more" in warning
     assert len(warning) < 400
+
+
+def test_each_mismatch_is_reported_once_and_as_a_reminder() -> None:
+    """A mismatch is logged when it appears, again after an hour, and again if it comes back.
+    Other processes on the same hosts do not repeat it, other hosts do."""
+    reports, a, b = Reports(), Verifier("a", ("x",)), Verifier("b", ("y", "x"))
+    assert [m.pepper_id for m in reports.news([a, b], 0).found] == ["y"]
+    assert reports.news([a, Verifier("b", ("y", "x"), 2)], 10) == ([], False)
+    (grown,) = reports.news([a, Verifier("c", ("x",)), b], 20).found
+    assert grown.hosts == (("b",), ("a", "c"))
+    assert len(reports.news([a, Verifier("c", ("x",)), b], 20 + REMINDER_SECONDS).found) == 1
+    assert reports.news([a], 21 + REMINDER_SECONDS) == ([], True)
+    assert reports.news([a], 22 + REMINDER_SECONDS) == ([], False)
+    assert len(reports.news([a, b], 23 + REMINDER_SECONDS).found) == 1
