@@ -140,7 +140,7 @@ class Reports:
     """Decides which mismatches to log: each once when it appears, and as a reminder."""
 
     def __init__(self) -> None:
-        self._reported: dict[tuple[object, ...], float] = {}
+        self._reported: dict[tuple[str, tuple[str, ...], tuple[str, ...]], float] = {}
 
     def news(self, members: Sequence[Member], now: float) -> News:
         """Return the news at `now`, in seconds of a monotonic clock.
