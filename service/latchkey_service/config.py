@@ -152,7 +152,9 @@ class Settings(BaseSettings):
         "what CACHE_ENTRIES and CONNECTIONS_MAX may take; 0: never",
     )
     pepper_file: Path | None = Field(
-        None, description="keys for digests, newest first; unset: generated in DATA_DIR"
+        None,
+        description="keys for digests, newest first; unset: DATA_DIR/peppers, generated for a "
+        "database without any",
     )
     secret_prefix: str = Field(
         "lk", pattern=r"^[a-z]{2,10}$", description="what new secrets begin with: 2-10 of a-z"

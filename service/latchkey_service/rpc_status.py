@@ -7,6 +7,7 @@ from google.protobuf import duration_pb2
 from latchkey_proto.v1 import status_service_pb2 as pb
 from latchkey_proto.v1 import status_service_pb2_grpc as pb_grpc
 
+from latchkey_service import fleet
 from latchkey_service.coherence.table import VerifierTable
 
 __all__ = ["StatusService"]
@@ -27,7 +28,9 @@ class StatusService(pb_grpc.StatusServiceServicer):
     ) -> pb.GetStatusResponse:
         status = await self._table.status()
         response = pb.GetStatusResponse(
-            head_revision=status.head.revision, head_mark=status.head.mark
+            head_revision=status.head.revision,
+            head_mark=status.head.mark,
+            warnings=[mismatch.warning() for mismatch in fleet.mismatches(status.verifiers)],
         )
         for verifier in status.verifiers:
             message = response.verifiers.add(
@@ -43,6 +46,7 @@ class StatusService(pb_grpc.StatusServiceServicer):
                 notifications=pb.Notifications.ValueType(verifier.notifications),
                 answering=verifier.id == self._own_id,
                 waiting_for=verifier.waiting_for,
+                pepper_ids=verifier.pepper_ids,
             )
             message.start_time.FromDatetime(verifier.start_time)
         return response

@@ -37,6 +37,7 @@ from latchkey_service.access.policy import PolicyError
 from latchkey_service.audit import AuditLog
 from latchkey_service.audit_table import AuditTable
 from latchkey_service.background import (
+    follow_peppers,
     follow_verifier,
     prune_log,
     purge,
@@ -219,7 +220,7 @@ async def running(
     gate = None if text is None else Gate(policies.parse(text))
     connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
     cache, notify = settings.cache == "on", settings.notify == "on"
-    identity = _identity(settings)
+    identity = _identity(settings, keyring)
     membership: Membership[Record] = Membership(
         Memory(settings.cache_entries if cache else 0),
         SubLeases(),
@@ -311,6 +312,7 @@ async def running(
     background = [
         follow_verifier(verifier.check, boottime, server.set_serving),
         summarise(counts, gauges),
+        follow_peppers(table, identity.id),
         purge(store, retention, _now),
         prune_log(table, settings.lease_seconds),
         purge_audit(audit_table, audit_retention, _now),
@@ -346,7 +348,7 @@ async def _end(*tasks: "asyncio.Task[None]") -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _identity(settings: Settings) -> Identity:
+def _identity(settings: Settings, keyring: Keyring) -> Identity:
     return Identity(
         # Never an id that was there before: clients of a process that died may still hold leases
         # that its row stands for.
@@ -355,6 +357,7 @@ def _identity(settings: Settings) -> Identity:
         process_id=os.getpid(),
         version=metadata.version("latchkey"),
         lease_seconds=settings.lease_seconds,
+        pepper_ids=tuple(pepper.id for pepper in keyring.peppers),
     )
 
 

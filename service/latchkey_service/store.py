@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from latchkey_service.coherence.membership import EVERY_TOKEN
 from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
 from latchkey_service.database import DURABLE, Connector, Pool, durably, retrying
 from latchkey_service.errors import StoreUnavailable
+from latchkey_service.fleet import KnownPepper
 from latchkey_service.secrets import Digest
 from latchkey_service.sessions import Pooler
 from latchkey_service.verdict import Scope, TokenRecord
@@ -47,6 +48,20 @@ SELECT h.revision, h.mark, h.timeline, s.digest, {_COLUMNS}
   FROM {_SNAPSHOT}
   LEFT JOIN (secret s JOIN token t ON t.id = s.token_id) ON s.digest = ANY($1::bytea[])
 """  # nosec B608 # noqa: S608 - constants only
+
+# Peppers by age, with whether live tokens and registered verifiers use each.
+_KNOWN_PEPPERS = """
+SELECT p.id,
+       EXISTS (SELECT FROM secret s JOIN token t ON t.id = s.token_id
+                WHERE s.pepper_id = p.id AND t.delete_time IS NULL),
+       EXISTS (SELECT FROM verifier v WHERE p.id = ANY(v.pepper_ids))
+  FROM pepper p
+ ORDER BY p.create_time, p.id
+"""
+# Any number works, as long as every release uses the same one and migrations use another.
+_PEPPER_LOCK = 0x706570706572  # "pepper"
+# Each host of a new fleet holds the lock for a few round trips, and all of them may start at once.
+_PEPPER_LOCK_SECONDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,21 +109,41 @@ class Store:
             )
 
     @retrying
-    async def missing_peppers(self, known: list[str]) -> list[str]:
-        """Return the ids of peppers that live tokens' secrets use and that are not in `known`."""
+    async def known_peppers(self) -> list[KnownPepper]:
+        """Return the peppers that the database knows, the oldest first."""
         async with self._pool.session() as session:
-            rows = await session.fetch(
-                """
-                SELECT p.id
-                  FROM pepper p
-                 WHERE p.id <> ALL($1::text[])
-                   AND EXISTS (SELECT FROM secret s JOIN token t ON t.id = s.token_id
-                                WHERE s.pepper_id = p.id AND t.delete_time IS NULL)
-                 ORDER BY p.create_time
-                """,
-                known,
-            )
-        return [row["id"] for row in rows]
+            return [KnownPepper(*row) for row in await session.fetch(_KNOWN_PEPPERS)]
+
+    @retrying
+    async def enrol_peppers(
+        self, pepper_ids: list[str], check: Callable[[list[KnownPepper]], None]
+    ) -> None:
+        """Make a host's peppers known, unless `check` raises when it sees those known already.
+
+        One host at a time: nothing becomes known between the check and the commit. A conflict of
+        transactions repeats both.
+        """
+        async with self._pool.session() as session:
+            with durably(session):
+                # A snapshot taken before the lock was granted would miss the last host's peppers.
+                async with session.transaction(isolation="read_committed"):
+                    await session.execute(
+                        "SELECT set_config('lock_timeout', $1, true),"
+                        " set_config('statement_timeout', $1, true)",
+                        f"{_PEPPER_LOCK_SECONDS}s",
+                    )
+                    # Released with the transaction: a pooler may give the session to others.
+                    await session.execute(
+                        "SELECT pg_advisory_xact_lock($1)",
+                        _PEPPER_LOCK,
+                        timeout=_PEPPER_LOCK_SECONDS,
+                    )
+                    rows = await session.fetch(_KNOWN_PEPPERS)
+                    check([KnownPepper(*row) for row in rows])
+                    await session.execute(
+                        "INSERT INTO pepper (id) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING",
+                        pepper_ids,
+                    )
 
     @retrying
     async def insert_token(

@@ -179,6 +179,8 @@ class VerifierStatus:
     """Whether this process gave the answer."""
     waiting_for: tuple[str, ...] = ()
     """Clients that have kept a deletion waiting for over half a second, by caller and address."""
+    pepper_ids: tuple[str, ...] = ()
+    """Ids of the peppers that it reads, the newest first. Empty: its release reports none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,3 +193,5 @@ class Status:
     """The oldest first."""
     head_mark: int = 0
     """The mark of `head_revision`."""
+    warnings: tuple[str, ...] = ()
+    """Faults that a person should repair: texts that name the fault and its remedy."""

@@ -79,6 +79,7 @@ class GetStatusResponse(_message.Message):
     HEAD_REVISION_FIELD_NUMBER: _builtins.int
     VERIFIERS_FIELD_NUMBER: _builtins.int
     HEAD_MARK_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     head_revision: _builtins.int
     """The newest revision: how many times tokens have been made invalid."""
     head_mark: _builtins.int
@@ -89,16 +90,23 @@ class GetStatusResponse(_message.Message):
     def verifiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerifierStatus]:
         """The server processes that may answer verifies, the oldest first."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Faults that a person should repair, one English text each, which names the
+        fault and its remedy. The wording may change. Empty while there are none.
+        """
+
     def __init__(
         self,
         *,
         head_revision: _builtins.int = ...,
         verifiers: _abc.Iterable[Global___VerifierStatus] | None = ...,
         head_mark: _builtins.int = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_mark", b"head_mark", "head_revision", b"head_revision", "verifiers", b"verifiers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_mark", b"head_mark", "head_revision", b"head_revision", "verifiers", b"verifiers", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -123,6 +131,7 @@ class VerifierStatus(_message.Message):
     NOTIFICATIONS_FIELD_NUMBER: _builtins.int
     ANSWERING_FIELD_NUMBER: _builtins.int
     WAITING_FOR_FIELD_NUMBER: _builtins.int
+    PEPPER_IDS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Opaque identifier, another one each time that a process starts."""
     host: _builtins.str
@@ -166,6 +175,13 @@ class VerifierStatus(_message.Message):
         this process last renewed, by caller and address. At most five.
         """
 
+    @_builtins.property
+    def pepper_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of the peppers that it reads, the newest first, with which it creates
+        tokens. An id does not reveal its key. Empty for releases that do not report
+        their peppers.
+        """
+
     def __init__(
         self,
         *,
@@ -182,10 +198,11 @@ class VerifierStatus(_message.Message):
         notifications: Global___Notifications.ValueType = ...,
         answering: _builtins.bool = ...,
         waiting_for: _abc.Iterable[_builtins.str] | None = ...,
+        pepper_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease_duration", b"lease_duration", "lease_remaining", b"lease_remaining", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_revision", b"acknowledged_revision", "answering", b"answering", "clients", b"clients", "host", b"host", "id", b"id", "lag", b"lag", "lease_duration", b"lease_duration", "lease_remaining", b"lease_remaining", "notifications", b"notifications", "process_id", b"process_id", "start_time", b"start_time", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_revision", b"acknowledged_revision", "answering", b"answering", "clients", b"clients", "host", b"host", "id", b"id", "lag", b"lag", "lease_duration", b"lease_duration", "lease_remaining", b"lease_remaining", "notifications", b"notifications", "pepper_ids", b"pepper_ids", "process_id", b"process_id", "start_time", b"start_time", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

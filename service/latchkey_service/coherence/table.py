@@ -134,6 +134,8 @@ class Identity:
     process_id: int
     version: str
     lease_seconds: float
+    # The newest first. Empty: not reported.
+    pepper_ids: tuple[str, ...] = ()
 
 
 class VerifierStatus(NamedTuple):
@@ -150,6 +152,7 @@ class VerifierStatus(NamedTuple):
     clients: int
     notifications: int
     waiting_for: list[str]
+    pepper_ids: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +210,8 @@ class OwnRow:
             row = await self._connection.fetchrow(
                 f"""
                 INSERT INTO verifier (id, incarnation, acknowledged_revision, lease_seconds, host,
-                                      process_id, version)
-                SELECT $1, $2, CASE WHEN $7 THEN h.revision ELSE 0 END, $3, $4, $5, $6
+                                      process_id, version, pepper_ids)
+                SELECT $1, $2, CASE WHEN $7 THEN h.revision ELSE 0 END, $3, $4, $5, $6, $8
                   FROM head h
                  WHERE {DURABLE}
                 ON CONFLICT (id) DO UPDATE
@@ -225,6 +228,7 @@ class OwnRow:
                 identity.process_id,
                 identity.version,
                 acknowledge,
+                list(identity.pepper_ids),
             )
         if row is None:
             raise StoreUnavailable("Another attempt to register came in between; try again.")
@@ -335,7 +339,7 @@ class VerifierTable:
                        v.acknowledged_revision, v.lease_seconds,
                        greatest(0, v.lease_seconds - extract(
                            epoch FROM clock_timestamp() - v.renew_time))::double precision,
-                       v.clients, v.notifications, v.waiting_for
+                       v.clients, v.notifications, v.waiting_for, v.pepper_ids
                   FROM head h
                   LEFT JOIN verifier v ON true
                  ORDER BY v.start_time, v.id
