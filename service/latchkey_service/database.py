@@ -7,6 +7,7 @@ or SQLSTATE: nothing above knows asyncpg. The SQL is in `store.py` and `coherenc
 import asyncio
 import contextlib
 import functools
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -181,6 +182,8 @@ class Pool:
 
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
+        # Connections that were last used before are not used any more.
+        self._doubted_until = -math.inf
 
     @classmethod
     async def open(cls, connector: Connector) -> "Pool":
@@ -224,20 +227,23 @@ class Pool:
 
     async def _acquire(self) -> "PoolConnectionProxy[asyncpg.Record]":
         """Return a connection that answers, a new one if the one whose turn it is does not."""
-        session = await self._pool.acquire(timeout=STATEMENT_TIMEOUT_SECONDS)
-        try:
-            if await answers(session):
-                return session
-        except BaseException:
+        for _ in range(POOL_SIZE_MAX):
+            session = await self._pool.acquire(timeout=STATEMENT_TIMEOUT_SECONDS)
+            try:
+                used_at: float = getattr(session, "used_at", math.inf)
+                if used_at > self._doubted_until and await answers(session):
+                    return session
+                # What a firewall did to this connection it may have done to all that are idle.
+                # Else each of the next callers would wait for a trial of its own.
+                self._doubted_until = boottime() - IDLE_SECONDS
+            except BaseException:
+                session.terminate()
+                await self._pool.release(session)
+                raise
             session.terminate()
+            # The pool lends the place that came back last: this one, with a new connection.
             await self._pool.release(session)
-            raise
-        session.terminate()
-        await self._pool.release(session)
-        # What a firewall did to this connection it may have done to all of the same age. Else each
-        # of the next callers would wait for a trial of its own.
-        await self._pool.expire_connections()
-        return await self._pool.acquire(timeout=STATEMENT_TIMEOUT_SECONDS)
+        raise StoreUnavailable(NO_ANSWER)
 
 
 async def connect(
