@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import asyncpg
 
 from latchkey_service.log import logger
+from latchkey_service.reconnection import ATTEMPTS_MAX
 from latchkey_service.sessions import SETTINGS
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ _BY_STATEMENT: Final = (
 )
 _EXHAUSTED: Final = (
     "the database is behind a pooler that had no server connection for a second client; raise the "
-    "size of its pool (PgBouncer: default_pool_size), since each worker needs up to 21 connections "
-    "in session mode"
+    "size of its pool (PgBouncer: default_pool_size): in session mode each worker needs up to "
+    f"{ATTEMPTS_MAX} connections"
 )
 _UNSAFE: Final = {
     "fsync": "fsync is off: a crash of the database's machine can undo deletions that were "
