@@ -11,6 +11,7 @@ import math
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import asyncpg
@@ -55,6 +56,8 @@ POOL_SIZE_MAX = 16
 CONFLICT_ATTEMPTS = 14
 CONFLICT_DELAY_SECONDS = 0.008
 CONFLICT_DELAY_SECONDS_MAX = 0.1
+
+_NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -129,15 +132,17 @@ class Connector:
         failed.
         """
         with translated():
-            return await self.attempt(SETTINGS)
+            return await self.attempt()
 
     async def connect_for_lookups(self) -> "asyncpg.Connection[asyncpg.Record]":
         """Return a connection that plans each statement once, for all arguments."""
         with translated():
-            return await self.attempt({**SETTINGS, **GENERIC_PLAN})
+            return await self.attempt(GENERIC_PLAN)
 
-    async def attempt(self, settings: Mapping[str, str]) -> "asyncpg.Connection[asyncpg.Record]":
-        """Do the same for the pool, which wants the driver's errors."""
+    async def attempt(
+        self, settings: Mapping[str, str] = _NO_SETTINGS
+    ) -> "asyncpg.Connection[asyncpg.Record]":
+        """Do the same for the pool, which wants the driver's errors. `settings` are added."""
         while (kind := self._reconnection.begin()) is None:
             probes = [task for task, kind in self._attempts.items() if kind is Attempt.PROBE]
             if not (self._reconnection.in_doubt and probes):
@@ -148,9 +153,7 @@ class Connector:
         # or callers in a hurry would begin one after the other.
         task = asyncio.create_task(
             self._hosts.connect(
-                # In transaction mode they would reach whichever session comes next, and other
-                # programs' after it.
-                {} if self._pooler == "transaction" else settings,
+                self._settings(settings),
                 connection_class=_Connection,
                 timeout=CONNECT_TIMEOUT_SECONDS,
                 command_timeout=STATEMENT_TIMEOUT_SECONDS,
@@ -166,6 +169,14 @@ class Connector:
         except asyncio.CancelledError:
             task.add_done_callback(_discard)
             raise
+
+    def _settings(self, settings: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the settings of a session with `settings`."""
+        if self._pooler == "transaction":
+            # They would reach whichever session comes next, and other programs after it.
+            return {}
+        timeout = {"statement_timeout": f"{round(STATEMENT_TIMEOUT_SECONDS * 1000)}ms"}
+        return {**SETTINGS, **timeout, **settings}
 
     def _settle(self, task: "asyncio.Task[Any]") -> None:
         kind = self._attempts.pop(task)
@@ -190,7 +201,7 @@ class Pool:
         """Return a new pool. Connects lazily, so that it opens without a database."""
 
         async def connect(*_: object, **__: object) -> "asyncpg.Connection[asyncpg.Record]":
-            return await connector.attempt(SETTINGS)
+            return await connector.attempt()
 
         return cls(
             await asyncpg.create_pool(
