@@ -36,13 +36,18 @@ def fields(message: str, module: Any = pb) -> set[str]:
     return set(module.DESCRIPTOR.message_types_by_name[message].fields_by_name)
 
 
-def receipt(acknowledged: int, outwaited: int) -> Receipt:
+def receipt(
+    acknowledged: int, outwaited: int, clients_acknowledged: int = 0, clients_outwaited: int = 0
+) -> Receipt:
     return Receipt(
         commit_time=TIME,
         effective_time=TIME + timedelta(milliseconds=12.4),
         revision=7,
         verifiers_acknowledged=acknowledged,
         verifiers_outwaited=outwaited,
+        mark=2**64 - 1,
+        clients_acknowledged=clients_acknowledged,
+        clients_outwaited=clients_outwaited,
     )
 
 
@@ -64,16 +69,31 @@ STATUS = Status(
             answering=False,
         ),
     ),
+    head_mark=2**63 + 1,
+)
+WAITING = replace(
+    STATUS,
+    verifiers=(replace(STATUS.verifiers[0], waiting_for=("ci at ipv4:10.0.0.1:5\x1b[2J", "b")),),
 )
 
 
 def test_status_is_a_table_of_verifiers() -> None:
-    """People see who is behind or has no lease any more, and nothing obeys a host's name."""
+    """People see which process is behind or has no lease, and which clients deletions wait for.
+    The terminal obeys no name."""
     for status, lines in (
         (STATUS, ["Head revision 12, 1 verifier", "web-\\x1b[2J 77 1.2 10 2 ended 4 silent"]),
         (replace(STATUS, verifiers=()), ["Head revision 12, 0 verifiers"]),
+        (
+            WAITING,
+            [
+                "Head revision 12, 1 verifier",
+                "web-\\x1b[2J 77 1.2 10 2 ended 4 silent",
+                "Deletions wait for clients of web-\\x1b[2J (PID 77): ci at"
+                " ipv4:10.0.0.1:5\\x1b[2J, b",
+            ],
+        ),
     ):
-        console = Console(file=StringIO(), width=100)
+        console = Console(file=StringIO(), width=120)
         tables.print_status(console, status)
         assert isinstance(console.file, StringIO)
         shown = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
@@ -89,6 +109,10 @@ def test_documents_have_the_fields_of_the_proto() -> None:
     assert set(status) == fields("GetStatusResponse", status_pb)
     assert set(status["verifiers"][0]) == fields("VerifierStatus", status_pb)
     assert status["verifiers"][0]["lease_remaining"] == "0.000000s"
+    assert documents.status(WAITING)["verifiers"][0]["waiting_for"][1] == "b"
+    # As strings: a reader with floating-point numbers would round them.
+    assert status["head_mark"] == "9223372036854775809"
+    assert documents.receipt(receipt(0, 0))["mark"] == "18446744073709551615"
     assert set(documents.verification(Verification(verdict=Verdict.UNKNOWN))) == fields(
         "VerifyResponse"
     )
@@ -142,17 +166,21 @@ def test_pages_make_one_table_that_fits() -> None:
 
 
 def test_receipts_tell_who_confirmed() -> None:
-    """A deletion says since when the token is dead and how many verifiers confirmed it."""
+    """A receipt says since when the token is dead and how many servers and clients confirmed it,
+    and how many Latchkey had to wait out."""
     for proof, words in (
         (receipt(0, 0), "dead everywhere since"),
         (replace(receipt(0, 0), effective_time=None), "not yet confirmed everywhere"),
-        (receipt(3, 0), "dead on 3 of 3 verifiers after 12 ms"),
         (
-            receipt(3, 1),
-            "dead on 3 of 4 verifiers after 12 ms; 1 did not answer and was waited out",
+            receipt(1, 0, 3),
+            "dead everywhere after 12 ms: 1 server and 3 clients confirmed, 0 outwaited",
+        ),
+        (
+            receipt(3, 1, 1, 2),
+            "12 ms: 3 servers and 1 client confirmed, 3 outwaited (1 server and 2 clients)",
         ),
     ):
-        console = Console(file=StringIO(), width=100)
+        console = Console(file=StringIO(), width=120)
         tables.print_receipt(console, "tok_1", proof)
         assert isinstance(console.file, StringIO)
         assert words in console.file.getvalue()
