@@ -75,10 +75,16 @@ async def digests(store):
         os.urandom,
     )
     made = [
-        await tokens.create(NewToken("acme", f"token {number}", 1, None, None, {}), origin(), soon())
+        await tokens.create(
+            NewToken("acme", f"token {number}", 1, None, None, {}), origin(), soon()
+        )
         for number in range(10)
     ]
     return [KEYRING.digest_of(created.secret.reveal()) for created in made]
+
+
+def new(number):
+    return NewToken("acme", f"token {number}", 1, None, None, {})
 
 
 def soon(seconds=5.0):
