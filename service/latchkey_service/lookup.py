@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from latchkey_service.admission import STUCK_SECONDS, QueueBound
 from latchkey_service.coherence.snapshot import Snapshot
-from latchkey_service.database import retrying, translated
+from latchkey_service.database import answers, retrying, translated
 from latchkey_service.errors import NO_ANSWER, TOO_LATE, Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.reconnection import spread
 from latchkey_service.store import FIND_BY_DIGEST, record_of, snapshot_of
@@ -238,15 +238,15 @@ class _Link:
             connection.terminate()
 
     async def _connected(self) -> "Connection":
-        if self._connection is not None and not self._connection.is_closed():
-            return self._connection
+        if (kept := self._connection) is not None:
+            if await answers(kept):
+                return kept
+            self.drop()
         if self._monotonic() < self._connect_after:
             raise StoreUnavailable(NO_ANSWER)
         try:
+            # Its plan is the same for every array; planning each time would double the cost.
             self._connection = connection = await self._connect()
-            # The plan is the same for every array; making it anew each time would double the cost.
-            with translated():
-                await connection.execute("SET plan_cache_mode = force_generic_plan")
         except Exception:
             self._connect_after = self._monotonic() + spread(
                 RECONNECT_SECONDS,

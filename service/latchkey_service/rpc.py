@@ -34,7 +34,7 @@ from latchkey_service.tokens import NewToken, Tokens
 from latchkey_service.verdict import TokenRecord, Verdict
 from latchkey_service.verifier import Answer, Verifier
 
-__all__ = ["TokenService", "encode_token", "to_datetime"]
+__all__ = ["TokenService", "encode_token", "put_receipt", "to_datetime"]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # Of google/protobuf/timestamp.proto: years 1 to 9999.
@@ -151,7 +151,7 @@ class TokenService(pb_grpc.TokenServiceServicer):
             on_wait=leave_place,
         )
         response = pb.DeleteResponse()
-        _put_receipt(deletion, response.receipt)
+        put_receipt(deletion, response.receipt)
         return response
 
     def _encoded(self, answer: Answer) -> bytes:
@@ -228,7 +228,8 @@ def _put_token(record: TokenRecord, token: pb.Token) -> None:
         token.labels.update(record.labels)
 
 
-def _put_receipt(deletion: Deletion, receipt: pb.Receipt) -> None:
+def put_receipt(deletion: Deletion, receipt: pb.Receipt) -> None:
+    """Fill `receipt`."""
     _put_time(deletion.commit_time, receipt.commit_time)
     if deletion.effective_time is not None:
         _put_time(deletion.effective_time, receipt.effective_time)

@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
@@ -15,10 +15,13 @@ from latchkey_coherence.memory import Position
 
 from latchkey_service.audit import Origin
 from latchkey_service.coherence.confirmation import Confirmation
+from latchkey_service.coherence.membership import EVERY_TOKEN
 from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
-from latchkey_service.database import Connector, Pool, durably, retrying
+from latchkey_service.database import DURABLE, Connector, Pool, durably, retrying
 from latchkey_service.errors import StoreUnavailable
+from latchkey_service.fleet import KnownPepper
 from latchkey_service.secrets import Digest
+from latchkey_service.sessions import Pooler
 from latchkey_service.verdict import Scope, TokenRecord
 
 if TYPE_CHECKING:
@@ -45,6 +48,20 @@ SELECT h.revision, h.mark, h.timeline, s.digest, {_COLUMNS}
   FROM {_SNAPSHOT}
   LEFT JOIN (secret s JOIN token t ON t.id = s.token_id) ON s.digest = ANY($1::bytea[])
 """  # nosec B608 # noqa: S608 - constants only
+
+# Peppers by age, with whether live tokens and registered verifiers use each.
+_KNOWN_PEPPERS = """
+SELECT p.id,
+       EXISTS (SELECT FROM secret s JOIN token t ON t.id = s.token_id
+                WHERE s.pepper_id = p.id AND t.delete_time IS NULL),
+       EXISTS (SELECT FROM verifier v WHERE p.id = ANY(v.pepper_ids))
+  FROM pepper p
+ ORDER BY p.create_time, p.id
+"""
+# Any number works, as long as every release uses the same one and migrations use another.
+_PEPPER_LOCK = 0x706570706572  # "pepper"
+# Each host of a new fleet holds the lock for a few round trips, and all of them may start at once.
+_PEPPER_LOCK_SECONDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +92,9 @@ class Store:
         self._pool = pool
 
     @classmethod
-    async def open(cls, database_url: str) -> "Store":
+    async def open(cls, database_url: str, pooler: Pooler = "none") -> "Store":
         """Return a store on a new pool. Connects lazily, so that it opens without a database."""
-        return cls(await Pool.open(Connector(database_url)))
+        return cls(await Pool.open(Connector(database_url, pooler=pooler)))
 
     async def close(self) -> None:
         """Give up all connections, waiting a bounded time for those in use."""
@@ -92,21 +109,41 @@ class Store:
             )
 
     @retrying
-    async def missing_peppers(self, known: list[str]) -> list[str]:
-        """Return the ids of peppers that live tokens' secrets use and that are not in `known`."""
+    async def known_peppers(self) -> list[KnownPepper]:
+        """Return the peppers that the database knows, the oldest first."""
         async with self._pool.session() as session:
-            rows = await session.fetch(
-                """
-                SELECT p.id
-                  FROM pepper p
-                 WHERE p.id <> ALL($1::text[])
-                   AND EXISTS (SELECT FROM secret s JOIN token t ON t.id = s.token_id
-                                WHERE s.pepper_id = p.id AND t.delete_time IS NULL)
-                 ORDER BY p.create_time
-                """,
-                known,
-            )
-        return [row["id"] for row in rows]
+            return [KnownPepper(*row) for row in await session.fetch(_KNOWN_PEPPERS)]
+
+    @retrying
+    async def enrol_peppers(
+        self, pepper_ids: list[str], check: Callable[[list[KnownPepper]], None]
+    ) -> None:
+        """Make a host's peppers known, unless `check` raises when it sees those known already.
+
+        One host at a time: nothing becomes known between the check and the commit. A conflict of
+        transactions repeats both.
+        """
+        async with self._pool.session() as session:
+            with durably(session):
+                # A snapshot taken before the lock was granted would miss the last host's peppers.
+                async with session.transaction(isolation="read_committed"):
+                    await session.execute(
+                        "SELECT set_config('lock_timeout', $1, true),"
+                        " set_config('statement_timeout', $1, true)",
+                        f"{_PEPPER_LOCK_SECONDS}s",
+                    )
+                    # Released with the transaction: a pooler may give the session to others.
+                    await session.execute(
+                        "SELECT pg_advisory_xact_lock($1)",
+                        _PEPPER_LOCK,
+                        timeout=_PEPPER_LOCK_SECONDS,
+                    )
+                    rows = await session.fetch(_KNOWN_PEPPERS)
+                    check([KnownPepper(*row) for row in rows])
+                    await session.execute(
+                        "INSERT INTO pepper (id) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING",
+                        pepper_ids,
+                    )
 
     @retrying
     async def insert_token(
@@ -119,7 +156,7 @@ class Store:
         async with self._pool.session() as session:
             with durably(session):
                 await session.execute(
-                    """
+                    f"""
                 WITH token AS (
                     INSERT INTO token (id, account_id, name, name_key, scope, create_time,
                                        expire_time, hint, labels)
@@ -129,8 +166,8 @@ class Store:
                     INSERT INTO audit (account_id, token_id, caller, method, peer, request_id)
                     SELECT account_id, id, $12, $13, $14, $15 FROM token)
                 INSERT INTO secret (digest, pepper_id, token_id)
-                SELECT $10, $11, id FROM token
-                """,
+                SELECT $10, $11, id FROM token WHERE {DURABLE}
+                """,  # nosec B608 # noqa: S608 - constants only
                     record.id,
                     record.account_id,
                     record.name,
@@ -215,6 +252,7 @@ class Store:
                         SELECT t.id
                           FROM token t
                          WHERE t.account_id = $1 AND t.id = $2 AND t.delete_time IS NULL
+                           AND {DURABLE}
                            FOR UPDATE),
                     next AS (
                         -- The default of a mark is a fresh random number.
@@ -293,7 +331,7 @@ class Store:
                                THEN $6 ELSE d.clients_acknowledged END,
                            clients_outwaited = CASE WHEN d.effective_time IS NULL
                                THEN $7 ELSE d.clients_outwaited END
-                     WHERE d.token_id = $1 AND d.revision = $4 AND d.mark = $5
+                     WHERE d.token_id = $1 AND d.revision = $4 AND d.mark = $5 AND {DURABLE}
                     RETURNING {_RECEIPT}
                     """,  # nosec B608 # noqa: S608 - constants only
                     token_id,
@@ -309,6 +347,42 @@ class Store:
             # the deletion, unless someone set the retention very low.
             raise StoreUnavailable("The receipt was not found: delete the token again.")
         return _deletion_of(row)
+
+    @retrying
+    async def invalidate_all(self, origin: Origin) -> tuple[Position, datetime]:
+        """Take a revision that names every token; return its position and when it was taken.
+
+        In one transaction with its log entry and its audit entry, as durable as a deletion.
+        """
+        async with self._pool.session() as session:
+            with durably(session):
+                row = await session.fetchrow(
+                    f"""
+                    WITH next AS (
+                        UPDATE head h SET revision = h.revision + 1, mark = DEFAULT
+                         WHERE {DURABLE}
+                        RETURNING h.revision, h.mark),
+                    stamped AS MATERIALIZED (
+                        SELECT revision, mark, clock_timestamp() AS moment FROM next),
+                    logged AS (
+                        INSERT INTO invalidation (revision, mark, token_id)
+                        SELECT revision, mark, $5 FROM stamped),
+                    audited AS (
+                        INSERT INTO audit (time, account_id, token_id, caller, method, peer,
+                                           request_id)
+                        SELECT moment, '', '', $1, $2, $3, $4 FROM stamped)
+                    SELECT revision, mark, moment FROM stamped
+                    """,  # nosec B608 # noqa: S608 - constants only
+                    origin.caller,
+                    origin.method,
+                    origin.peer,
+                    origin.request_id,
+                    EVERY_TOKEN,
+                )
+        if row is None:
+            raise RuntimeError("the table head has no row")
+        origin.recorded = True
+        return Position(row[0], mark_in(row[1])), row[2]
 
     @retrying
     async def purge_tombstones(self, before: datetime, limit: int) -> int:

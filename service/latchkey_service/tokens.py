@@ -15,7 +15,7 @@ from latchkey_service.audit import Origin
 from latchkey_service.coherence.confirmation import NOBODY
 from latchkey_service.coherence.confirmer import Confirmer
 from latchkey_service.coherence.reads import LeasedReads
-from latchkey_service.errors import FieldViolation, InvalidArgument, NotFound
+from latchkey_service.errors import FieldViolation, InvalidArgument, NotConfirmed, NotFound
 from latchkey_service.secrets import Keyring, Secret, holds_secret
 from latchkey_service.store import Deletion, PageStart, Store
 from latchkey_service.verdict import Scope, TokenRecord
@@ -203,6 +203,32 @@ class Tokens:
         # When a verifier that hung has been waited out, all who waited for it are here at once.
         async with self._confirming:
             return await self._store.confirm_deletion(token_id, deletion.position, confirmation)
+
+    async def invalidate_all(
+        self,
+        wait_until: float,
+        origin: Origin,
+        deadline: float,
+        *,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> Deletion:
+        """Empty the memory of every verifier, and return a receipt. Changes no token.
+
+        Returns when every verifier has emptied its memory or can no longer answer from it. Calls
+        `on_wait` when all that is left is to wait for that. Raises NotConfirmed at `wait_until`,
+        seconds on the process's clock.
+        """
+        await self._reads.begin(deadline)
+        position, commit_time = await self._store.invalidate_all(origin)
+        self._confirmer.announce(position.revision)
+        on_wait()
+        try:
+            confirmation = await self._confirmer.confirm(position, wait_until)
+        except NotConfirmed:
+            raise NotConfirmed(
+                "Not all verifiers have confirmed yet that their memory is empty: call again."
+            ) from None
+        return Deletion(position, commit_time, max(commit_time, self._now()), *confirmation)
 
 
 def encode_page_token(account_id: str, start: PageStart) -> str:

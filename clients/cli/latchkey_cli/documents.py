@@ -79,9 +79,14 @@ def status(status: "Status") -> dict[str, Any]:
                 "notifications": f"NOTIFICATIONS_{verifier.notifications.name}",
                 "answering": verifier.answering,
                 "waiting_for": list(verifier.waiting_for),
+                "pepper_ids": list(verifier.pepper_ids),
+                "database_host": verifier.database_host,
+                "system_identifier": verifier.system_identifier,
+                "timeline": verifier.timeline,
             }
             for verifier in status.verifiers
         ],
+        "warnings": list(status.warnings),
     }
 
 

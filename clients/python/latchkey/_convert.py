@@ -210,6 +210,7 @@ def status_in(message: status_pb.GetStatusResponse) -> Status:
         head_revision=message.head_revision,
         head_mark=message.head_mark,
         verifiers=tuple(_verifier_in(verifier) for verifier in message.verifiers),
+        warnings=tuple(message.warnings),
     )
 
 
@@ -228,6 +229,10 @@ def _verifier_in(message: status_pb.VerifierStatus) -> VerifierStatus:
         notifications=_NOTIFICATIONS.get(message.notifications, Notifications.UNSPECIFIED),
         answering=message.answering,
         waiting_for=tuple(message.waiting_for),
+        pepper_ids=tuple(message.pepper_ids),
+        database_host=message.database_host,
+        system_identifier=message.system_identifier,
+        timeline=message.timeline,
     )
 
 

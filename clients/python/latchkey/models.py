@@ -179,6 +179,14 @@ class VerifierStatus:
     """Whether this process gave the answer."""
     waiting_for: tuple[str, ...] = ()
     """Clients that have kept a deletion waiting for over half a second, by caller and address."""
+    pepper_ids: tuple[str, ...] = ()
+    """Ids of the peppers that it reads, the newest first. Empty: its release reports none."""
+    database_host: str = ""
+    """The host of the database URL that it last renewed its lease on. Empty: not renewed yet."""
+    system_identifier: str = ""
+    """Postgres' system_identifier of that server. Empty: the engine does not report it."""
+    timeline: str = ""
+    """The timeline of that server, another one after each promotion. Empty: not reported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,3 +199,5 @@ class Status:
     """The oldest first."""
     head_mark: int = 0
     """The mark of `head_revision`."""
+    warnings: tuple[str, ...] = ()
+    """Faults that a person should repair: texts that name the fault and its remedy."""

@@ -9,6 +9,7 @@ from latchkey_coherence.memory import Position
 
 from latchkey_service.coherence.confirmation import Confirmation, Wait
 from latchkey_service.coherence.table import Rows, VerifierTable, read_rows
+from latchkey_service.database import answers
 from latchkey_service.errors import NotConfirmed, StoreUnsupported
 from latchkey_service.log import logger
 
@@ -137,7 +138,8 @@ class Confirmer:
     async def _look(self, positions: set[Position]) -> Rows | None:
         """Return the rows, or None where they cannot be read: all wait on, to their deadlines."""
         try:
-            if self._connection is None or self._connection.is_closed():
+            if self._connection is None or not await answers(self._connection):
+                self._drop_connection()
                 self._connection = await self._connect()
             rows = await read_rows(self._connection, positions)
         except Exception as error:  # noqa: BLE001 - logged once

@@ -14,12 +14,16 @@ from latchkey_coherence.memory import NOWHERE, Entry, Memory, Position
 from latchkey_service.coherence.snapshot import Snapshot
 from latchkey_service.coherence.subleases import SubLeases
 
-__all__ = ["Change", "Log", "Membership", "ReadBegan", "Server", "Standing"]
+__all__ = ["EVERY_TOKEN", "Change", "Log", "Membership", "ReadBegan", "Server", "Standing"]
 
 E = TypeVar("E", bound=Entry)
 
 # Clients named where people look: enough to see a pattern.
 WAITED_FOR_MAX = 5
+
+
+# Stands in the log for a change that names every token.
+EVERY_TOKEN = ""
 
 
 class Server(NamedTuple):
@@ -130,7 +134,10 @@ class Membership(Generic[E]):
             self._start_over(log.head)
             return True
         for change in log.changes:
-            self.memory.apply(change.position, change.token_ids)
+            if EVERY_TOKEN in change.token_ids:
+                self._start_over(change.position)
+            else:
+                self.memory.apply(change.position, change.token_ids)
         if log.changes:
             self._behind_since = min(self._behind_since, began)
         return bool(log.changes)

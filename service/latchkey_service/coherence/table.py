@@ -12,7 +12,7 @@ from latchkey_coherence.memory import HISTORY_MAX, Position
 from latchkey_service.coherence.confirmation import VerifierRow
 from latchkey_service.coherence.membership import Change, Log, Server
 from latchkey_service.coherence.snapshot import POSITION_KNOWN, mark_in, mark_out
-from latchkey_service.database import Pool, durably, retrying, translated
+from latchkey_service.database import DURABLE, Pool, durably, retrying, translated
 from latchkey_service.errors import StoreUnavailable
 
 if TYPE_CHECKING:
@@ -81,9 +81,11 @@ _RENEW = f"""
         UPDATE verifier v
            SET renewal = v.renewal + 1, acknowledged_revision = $6, clients = $7,
                clients_confirmed = $8, clients_outwaited = $9, waiting_for = $10::text[],
-               notifications = $11, renew_time = clock_timestamp()
+               notifications = $11, database_host = $12, warnings = $13::text[],
+               server_identifier = s.identifier, server_timeline = s.timeline,
+               renew_time = clock_timestamp()
           FROM state s
-         WHERE s.known AND v.id = $4 AND v.incarnation = $5
+         WHERE s.known AND v.id = $4 AND v.incarnation = $5 AND {DURABLE}
         RETURNING v.id)
         SELECT EXISTS (SELECT FROM renewed), {_STATE_AND_LOG}"""  # nosec B608 # noqa: S608 - constants only
 
@@ -134,6 +136,8 @@ class Identity:
     process_id: int
     version: str
     lease_seconds: float
+    # The newest first. Empty: not reported.
+    pepper_ids: tuple[str, ...] = ()
 
 
 class VerifierStatus(NamedTuple):
@@ -150,6 +154,11 @@ class VerifierStatus(NamedTuple):
     clients: int
     notifications: int
     waiting_for: list[str]
+    pepper_ids: list[str]
+    database_host: str
+    server_identifier: str | None
+    server_timeline: str | None
+    warnings: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +182,10 @@ class Report(NamedTuple):
     """Callers and addresses of clients that a revision is waiting for."""
     notifications: int
     """As in the contract's Notifications."""
+    database_host: str
+    """The host of the list that the last renewal was made on."""
+    warnings: list[str]
+    """What a person should repair."""
 
 
 class Registration(NamedTuple):
@@ -205,17 +218,19 @@ class OwnRow:
         identity = self._identity
         with translated(), durably(self._connection):
             row = await self._connection.fetchrow(
-                """
+                f"""
                 INSERT INTO verifier (id, incarnation, acknowledged_revision, lease_seconds, host,
-                                      process_id, version)
-                SELECT $1, $2, CASE WHEN $7 THEN h.revision ELSE 0 END, $3, $4, $5, $6 FROM head h
+                                      process_id, version, pepper_ids)
+                SELECT $1, $2, CASE WHEN $7 THEN h.revision ELSE 0 END, $3, $4, $5, $6, $8
+                  FROM head h
+                 WHERE {DURABLE}
                 ON CONFLICT (id) DO UPDATE
                    SET incarnation = excluded.incarnation, renewal = verifier.renewal + 1,
                        acknowledged_revision = excluded.acknowledged_revision
                  WHERE verifier.incarnation < excluded.incarnation
                 RETURNING acknowledged_revision, server_identifier(), server_timeline(),
                           (SELECT revision FROM head), (SELECT mark FROM head)
-                """,
+                """,  # nosec B608 # noqa: S608 - constants only
                 identity.id,
                 incarnation,
                 identity.lease_seconds,
@@ -223,6 +238,7 @@ class OwnRow:
                 identity.process_id,
                 identity.version,
                 acknowledge,
+                list(identity.pepper_ids),
             )
         if row is None:
             raise StoreUnavailable("Another attempt to register came in between; try again.")
@@ -313,13 +329,15 @@ class VerifierTable:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
-    async def notify(self, revision: int) -> None:
+    async def notify(self, payload: int | str) -> None:
         """Wake the verifiers, in a transaction of its own after the commit (rule 10).
+
+        `payload` is the revision, or what a probe is known by.
 
         Raises StoreUnsupported where the engine has no notifications.
         """
         async with self._pool.session() as session:
-            await session.execute(NOTIFY, CHANNEL, str(revision))
+            await session.execute(NOTIFY, CHANNEL, str(payload))
 
     @retrying
     async def status(self) -> Status:
@@ -331,7 +349,8 @@ class VerifierTable:
                        v.acknowledged_revision, v.lease_seconds,
                        greatest(0, v.lease_seconds - extract(
                            epoch FROM clock_timestamp() - v.renew_time))::double precision,
-                       v.clients, v.notifications, v.waiting_for
+                       v.clients, v.notifications, v.waiting_for, v.pepper_ids,
+                       v.database_host, v.server_identifier, v.server_timeline, v.warnings
                   FROM head h
                   LEFT JOIN verifier v ON true
                  ORDER BY v.start_time, v.id

@@ -3,6 +3,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from io import StringIO
 from typing import Any
 
+import pytest
 from latchkey import (
     CreatedToken,
     Notifications,
@@ -67,8 +68,12 @@ STATUS = Status(
             clients=4,
             notifications=Notifications.SILENT,
             answering=False,
+            pepper_ids=("0f1e2d3c4b5a", "a1b2c3d4e5f6"),
+            database_host="db-1:5432",
+            timeline="00000002",
         ),
     ),
+    warnings=("Pepper 0f1e2d3c4b5a is missing on web-\x1b[2J.",),
     head_mark=2**63 + 1,
 )
 WAITING = replace(
@@ -77,27 +82,75 @@ WAITING = replace(
 )
 
 
-def test_status_is_a_table_of_verifiers() -> None:
-    """People see which process is behind or has no lease, and which clients deletions wait for.
-    The terminal obeys no name."""
-    for status, lines in (
-        (STATUS, ["Head revision 12, 1 verifier", "web-\\x1b[2J 77 1.2 10 2 ended 4 silent"]),
-        (replace(STATUS, verifiers=()), ["Head revision 12, 0 verifiers"]),
+WARNING = "Warning: Pepper 0f1e2d3c4b5a is missing on web-\\x1b[2J."
+SERVER = "Leases on db-1:5432, timeline 00000002, system identifier unknown"
+COLUMNS = "PID Version Acknowledged Lag Lease left Clients"
+
+
+@pytest.mark.parametrize(
+    ("width", "table"),
+    [
         (
-            WAITING,
+            120,
             [
-                "Head revision 12, 1 verifier",
-                "web-\\x1b[2J 77 1.2 10 2 ended 4 silent",
-                "Deletions wait for clients of web-\\x1b[2J (PID 77): ci at"
-                " ipv4:10.0.0.1:5\\x1b[2J, b",
+                f"Host {COLUMNS} Notifications Pepper",
+                "web-\\x1b[2J 77 1.2 10 2 ended 4 silent 0f1e2d3c4b5a",
             ],
         ),
-    ):
-        console = Console(file=StringIO(), width=120)
-        tables.print_status(console, status)
-        assert isinstance(console.file, StringIO)
-        shown = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
-        assert [shown[0], *shown[2:]] == lines
+        (
+            80,
+            [
+                "Notifications",
+                f"Host {COLUMNS} Pepper",
+                "web-\\x1b[2J 77 1.2 10 2 ended 4 silent",
+                "0f1e2d3c4b5a",
+            ],
+        ),
+    ],
+)
+def test_status_is_a_table_of_verifiers(width: int, table: list[str]) -> None:
+    """People see which verifier is behind or has lost its lease, the pepper that each creates
+    tokens with, and every warning. No terminal obeys a host's name."""
+    assert status_lines(STATUS, width) == ["Head revision 12, 1 verifier", *table, SERVER, WARNING]
+
+
+def test_status_shows_warnings_without_verifiers() -> None:
+    """A warning is shown even if no verifier is registered."""
+    status = replace(STATUS, verifiers=())
+    assert status_lines(status, 90) == ["Head revision 12, 0 verifiers", WARNING]
+
+
+def test_status_names_the_clients_that_deletions_wait_for() -> None:
+    """A line for each process that waits for clients names them. The terminal obeys no name."""
+    waits = "Deletions wait for clients of web-\\x1b[2J (PID 77): ci at ipv4:10.0.0.1:5\\x1b[2J, b"
+    assert waits in status_lines(WAITING, 120)
+    assert not any("wait" in line for line in status_lines(STATUS, 120))
+
+
+def test_status_names_each_database_server_once() -> None:
+    """Where verifiers renew their leases on different servers, a line for each server shows it. A
+    release that does not report its server adds no line."""
+    first = STATUS.verifiers[0]
+    moved = replace(first, database_host="db-2:5432", timeline="00000003", system_identifier="7")
+    old = replace(first, database_host="", timeline="")
+    lines = status_lines(replace(STATUS, verifiers=(first, moved, old, first)), 120)
+    assert [line for line in lines if line.startswith("Leases on")] == [
+        SERVER,
+        "Leases on db-2:5432, timeline 00000003, system identifier 7",
+    ]
+
+
+def test_status_of_a_release_without_peppers() -> None:
+    """The pepper of a release that does not report it is shown as unknown."""
+    status = replace(STATUS, verifiers=(replace(STATUS.verifiers[0], pepper_ids=()),))
+    assert "unknown" in status_lines(status, 90)
+
+
+def status_lines(status: Status, width: int) -> list[str]:
+    console = Console(file=StringIO(), width=width)
+    tables.print_status(console, status)
+    assert isinstance(console.file, StringIO)
+    return [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
 
 
 def test_documents_have_the_fields_of_the_proto() -> None:
