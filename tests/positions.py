@@ -9,7 +9,7 @@ from tests.support import session
 
 __all__ = ["NO_CLIENTS", "advance", "head_of", "named"]
 
-NO_CLIENTS = Report(0, 0, 0, [], 0)
+NO_CLIENTS = Report(0, 0, 0, [], 0, "", [])
 """What a process without clients writes into its row."""
 
 

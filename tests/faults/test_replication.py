@@ -7,18 +7,17 @@ from typing import Any
 
 import pytest
 from latchkey_service.coherence.confirmation import NOBODY, Confirmation
-from latchkey_service.coherence.table import Identity, OwnRow, Report
+from latchkey_service.coherence.table import Identity, OwnRow
 from latchkey_service.database import connect
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.secrets import Digest
 from latchkey_service.store import Store
 from latchkey_service.verdict import Scope, TokenRecord
 
+from tests.positions import NO_CLIENTS
 from tests.support import BreakablePostgres, eventually, origin, session
 
 pytestmark = pytest.mark.xdist_group("faults")
-
-REPORT = Report(0, 0, 0, [], 0)
 
 
 @contextlib.asynccontextmanager
@@ -69,8 +68,8 @@ async def test_a_renewal_that_no_standby_has_is_none(
     position = (await row.register(1, acknowledge=True)).position
     async with standby_missing(postgres, database_url):
         with pytest.raises(StoreUnavailable):
-            await cut_short(database_url, row.renew(1, position, 0, REPORT))
-    renewed, log = await row.renew(1, position, 0, REPORT)
+            await cut_short(database_url, row.renew(1, position, 0, NO_CLIENTS))
+    renewed, log = await row.renew(1, position, 0, NO_CLIENTS)
     assert (renewed, log.known) == (True, True)
     connection.terminate()
 

@@ -390,19 +390,22 @@ async def test_deletions_that_are_not_confirmed_are_told_as_such(
 async def test_status_shows_each_verifier(
     run: Run, address: str, scripted: tuple[str, Scripted]
 ) -> None:
-    """The table has a line for each server process, and JSON all that is known of it."""
+    """The table has a row for each server process, and JSON all that is known of it. A line names
+    the database server on which it renews its lease."""
     table, script, old = await asyncio.gather(
         run("status", target=address),
         run("status", "--json", target=address),
         run("status", target=scripted[0]),
     )
     assert (table.code, script.code) == (0, 0)
-    head, columns, *rows = table.out.splitlines()
+    head, *lines = table.out.splitlines()
     assert head == f"Head revision {script.json['head_revision']}, 1 verifier"
-    assert columns.split("  ")[0] == "Host"
-    assert len(rows) == len(script.json["verifiers"]) == 1
-    verifier = script.json["verifiers"][0]
-    assert str(os.getpid()) in rows[0]
+    assert sum(line.startswith("Host ") for line in lines) == 1
+    (verifier,) = script.json["verifiers"]
+    assert sum(f" {os.getpid()} " in line for line in lines) == 1
+    server = f"timeline {verifier['timeline']}, system identifier {verifier['system_identifier']}"
+    host = verifier["database_host"] or "the local database"
+    assert " ".join(lines).endswith(f"Leases on {host}, {server}")
     assert (verifier["process_id"], verifier["answering"]) == (os.getpid(), True)
     assert verifier["lease_duration"].endswith("s")
     assert float(verifier["lease_remaining"][:-1]) > 0

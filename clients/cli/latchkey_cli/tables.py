@@ -208,7 +208,9 @@ def _print_verifiers(output: Console, verifiers: Sequence["VerifierStatus"]) -> 
     for server in servers:
         host, timeline, identifier = (visible(part) or "unknown" for part in server)
         if any(server):
-            text = f"Leases on {host}, timeline {timeline}, system identifier {identifier}"
+            # A URL without a host leads to a local socket.
+            where = host if server[0] else "the local database"
+            text = f"Leases on {where}, timeline {timeline}, system identifier {identifier}"
             output.print(Text(text))
     for verifier in verifiers:
         if verifier.waiting_for:
