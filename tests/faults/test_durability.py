@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from latchkey_service.store import Deletion, Store
 from latchkey_service.verdict import Scope, TokenRecord
 from structlog.testing import capture_logs
 
-from tests.positions import NO_CLIENTS, head_of
+from tests.faults.test_replication import cut_short, standby_missing
+from tests.histories import NO_CLIENTS, head_of
+from tests.pgbouncer import PgBouncer
 from tests.support import BreakablePostgres, eventually, origin, session
 
 pytestmark = pytest.mark.xdist_group("faults")
@@ -108,6 +111,27 @@ async def confirm(store: Store) -> Deletion:
     deletion, _ = await store.get_deletion("acme", "tok_1")
     assert deletion is not None
     return await store.confirm_deletion("tok_1", deletion.position, Confirmation(1, 0))
+
+
+async def test_a_pooler_hides_no_cancelled_wait(
+    postgres: BreakablePostgres, scratch: Path, database_url: str
+) -> None:
+    """Through transaction pooling too, a commit whose wait for the standby was cancelled confirms
+    nothing, and a later one does."""
+    pooler = PgBouncer(scratch / "pgbouncer", database_url, pool_mode="transaction")
+    await pooler.start()
+    store = await Store.open(pooler.url(), "transaction")
+    try:
+        await store.register_pepper("p")
+        await insert(store)
+        await store.bury("acme", "tok_1", origin("Delete"))
+        async with standby_missing(postgres, database_url):
+            with pytest.raises(StoreUnavailable):
+                await cut_short(database_url, confirm(store))
+        assert (await confirm(store)).effective_time is not None
+    finally:
+        await store.close()
+        pooler.stop()
 
 
 async def find(store: Store) -> list[Any] | None:

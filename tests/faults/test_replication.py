@@ -14,7 +14,7 @@ from latchkey_service.secrets import Digest
 from latchkey_service.store import Store
 from latchkey_service.verdict import Scope, TokenRecord
 
-from tests.positions import NO_CLIENTS
+from tests.histories import NO_CLIENTS
 from tests.support import BreakablePostgres, eventually, origin, session
 
 pytestmark = pytest.mark.xdist_group("faults")

@@ -8,7 +8,7 @@ from latchkey_service.coherence.table import Identity, OwnRow, VerifierTable, re
 from latchkey_service.database import Connector, Pool, connect
 from latchkey_service.errors import StoreUnavailable
 
-from tests.positions import NO_CLIENTS, advance, head_of, named
+from tests.histories import NO_CLIENTS, advance, head_of, named
 from tests.support import session
 
 
