@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from latchkey_service import fleet
 from latchkey_service.audit_table import AuditTable
 from latchkey_service.coherence.table import VerifierTable
-from latchkey_service.errors import Overloaded, Unavailable
+from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.log import Counts, logger
 from latchkey_service.reconnection import spread
 from latchkey_service.store import Store

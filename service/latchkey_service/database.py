@@ -18,6 +18,7 @@ from latchkey_coherence.lease import boottime
 from latchkey_service.errors import (
     NO_ANSWER,
     AlreadyExists,
+    NotReplicated,
     StoreConflict,
     StoreUnavailable,
     StoreUnsupported,
@@ -150,11 +151,7 @@ class Connector:
                 # In transaction mode they would reach whichever session comes next, and other
                 # programs' after it.
                 {} if self._pooler == "transaction" else settings,
-                connection_class=_Connection,
-                timeout=CONNECT_TIMEOUT_SECONDS,
-                command_timeout=STATEMENT_TIMEOUT_SECONDS,
-                server_settings={"application_name": "latchkey"},
-                **driver_options(self._pooler),
+                **self._options(),
             ),
             name="connect",
         )
@@ -165,6 +162,40 @@ class Connector:
         except asyncio.CancelledError:
             task.add_done_callback(_discard)
             raise
+
+    def hosts(self) -> list[str]:
+        """Return the hosts of the list, each with its port where the URL has one."""
+        return self._hosts.names()
+
+    def host_of(self, connection: "asyncpg.Connection[asyncpg.Record]") -> str:
+        """Return the host of the list that a connection was made to."""
+        return self._hosts.name_of(connection)
+
+    def prove(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+        """Ask a connection's host first from now on: a commit there was durable."""
+        self._hosts.prove(connection)
+
+    def leave(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+        """Ask a connection's host last from now on: no commit there succeeds."""
+        self._hosts.leave(connection)
+
+    async def connect_to(self, host: str) -> "asyncpg.Connection[asyncpg.Record]":
+        """Return a connection to one host of the list, which has to be a primary.
+
+        It is outside the bound on attempts: the caller makes one at a time. Raises
+        StoreUnavailable.
+        """
+        with translated():
+            return await self._hosts.connect_to(host, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "connection_class": _Connection,
+            "timeout": CONNECT_TIMEOUT_SECONDS,
+            "command_timeout": STATEMENT_TIMEOUT_SECONDS,
+            "server_settings": {"application_name": "latchkey"},
+            **driver_options(self._pooler),
+        }
 
     def _settle(self, task: "asyncio.Task[Any]") -> None:
         kind = self._attempts.pop(task)
@@ -326,7 +357,7 @@ def durably(session: "_Session") -> Iterator[None]:
     finally:
         session.remove_log_listener(listen)
     if warnings:
-        raise StoreUnavailable("The database has not replicated what was written; try again.")
+        raise NotReplicated("The database has not replicated what was written; try again.")
 
 
 def retrying(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:

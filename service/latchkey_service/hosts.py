@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
 
 import asyncpg
 from asyncpg.connect_utils import SessionAttribute
@@ -73,6 +74,38 @@ class Hosts:
 
     def __init__(self, database_url: str) -> None:
         self._urls = each_host(database_url)
+        # The one that a commit was durable on. Only that says which host is the primary: after a
+        # failover, the deposed one may go on saying that it is.
+        self._proved: str | None = None
+        self._url_of: WeakKeyDictionary[Connection, str] = WeakKeyDictionary()
+
+    def names(self) -> list[str]:
+        """Return the hosts, as the URL has them, in the order in which they are asked."""
+        return [_name(url) for url in self._urls]
+
+    def name_of(self, connection: "Connection") -> str:
+        """Return the host that a connection was made to."""
+        return _name(self._url_of[connection])
+
+    def prove(self, connection: "Connection") -> None:
+        """Ask a connection's host first, whatever other hosts say."""
+        if self._proved != (url := self._url_of[connection]):
+            self._proved = url
+            self._prefer(url)
+
+    def leave(self, connection: "Connection") -> None:
+        """Ask a connection's host last."""
+        url = self._url_of[connection]
+        if self._proved in (url, None):
+            self._proved = None
+            self._urls = [*(other for other in self._urls if other != url), url]
+
+    async def connect_to(self, host: str, **options: Any) -> "Connection":
+        """Return a connection to one host, which has to be a primary. Raises what asyncpg does."""
+        for url in self._urls:
+            if _name(url) == host:
+                return await self._connect(url, _NO_SETTINGS, options)
+        raise ValueError(f"{host} is not in the list")
 
     async def connect(
         self, settings: Mapping[str, str] = _NO_SETTINGS, **options: Any
@@ -85,12 +118,16 @@ class Hosts:
         failures: list[Exception] = []
         for url in self._urls:
             try:
-                return await self._connect(url, settings, options)
+                connection = await self._connect(url, settings, options)
             except asyncpg.ClientConfigurationError:
                 # The URL's or the environment's, and so of all of them.
                 raise
             except NEXT as error:
                 failures.append(error)
+            else:
+                if self._proved is None:
+                    self._prefer(url)
+                return connection
         raise next(filter(lasting, reversed(failures)), failures[-1])
 
     async def _connect(
@@ -108,5 +145,14 @@ class Hosts:
         except BaseException:
             connection.terminate()
             raise
-        self._urls = [url, *(other for other in self._urls if other != url)]
+        self._url_of[connection] = url
         return connection
+
+    def _prefer(self, url: str) -> None:
+        self._urls = [url, *(other for other in self._urls if other != url)]
+
+
+def _name(url: str) -> str:
+    """Return the host and the port of a URL of one host, without role and password."""
+    match = _HOSTS.fullmatch(url)
+    return match[2] if match else ""

@@ -61,6 +61,7 @@ from latchkey_service.health import Health
 from latchkey_service.log import Counts, logger
 from latchkey_service.lookup import Lookup
 from latchkey_service.outcomes import Outcomes
+from latchkey_service.primary import Primary
 from latchkey_service.rpc import TokenService, encode_token
 from latchkey_service.rpc_audit import AuditService
 from latchkey_service.rpc_maintenance import MaintenanceService
@@ -226,7 +227,16 @@ async def running(
         SubLeases(),
         settings.lease_seconds,
     )
-    heart = Heart(membership, identity, connector.connect, boottime)
+    pool = await Pool.open(connector)
+    lookup = Lookup(connector.connect_for_lookups, boottime)
+
+    def reconnect() -> None:
+        """Let the other connections follow the lease to another server."""
+        pool.reconnect()
+        lookup.reconnect()
+
+    primary = Primary(connector, reconnect)
+    heart = Heart(membership, identity, primary, boottime)
     limits = limits_of(settings)
     watchers = Watchers(
         membership,
@@ -247,11 +257,9 @@ async def running(
     )
     heart.attach(watchers.on_news, watchers.__len__, lambda: listener.state)
 
-    pool = await Pool.open(connector)
     store = Store(pool)
     table = VerifierTable(pool)
     confirmer = Confirmer(table, connector.connect, heart.wake, boottime, notify=notify)
-    lookup = Lookup(connector.connect_for_lookups, boottime)
     verifier = Verifier(
         keyring,
         lookup,
@@ -281,7 +289,7 @@ async def running(
         gate.on_change(calls.recheck)
     services = Services(
         TokenService(tokens, verifier, watchers, counts, boottime),
-        StatusService(table, identity.id),
+        StatusService(table, identity.id, primary.warnings),
         AuditService(audit_table),
         MaintenanceService(tokens, boottime),
         Health(("", *SERVICES)),
@@ -313,6 +321,7 @@ async def running(
         follow_verifier(verifier.check, boottime, server.set_serving),
         summarise(counts, gauges),
         follow_peppers(table, identity.id),
+        primary.run(),
         purge(store, retention, _now),
         prune_log(table, settings.lease_seconds),
         purge_audit(audit_table, audit_retention, _now),
@@ -327,7 +336,11 @@ async def running(
         await _end(*lasts)
         await audit.close()
         await asyncio.gather(
-            heart.stop(remove=drained), confirmer.close(), lookup.close(), store.close()
+            heart.stop(remove=drained),
+            confirmer.close(),
+            primary.close(),
+            lookup.close(),
+            store.close(),
         )
         tell_summary(counts, gauges)
 

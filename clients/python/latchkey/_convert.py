@@ -230,6 +230,9 @@ def _verifier_in(message: status_pb.VerifierStatus) -> VerifierStatus:
         answering=message.answering,
         waiting_for=tuple(message.waiting_for),
         pepper_ids=tuple(message.pepper_ids),
+        database_host=message.database_host,
+        system_identifier=message.system_identifier,
+        timeline=message.timeline,
     )
 
 

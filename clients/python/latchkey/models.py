@@ -181,6 +181,12 @@ class VerifierStatus:
     """Clients that have kept a deletion waiting for over half a second, by caller and address."""
     pepper_ids: tuple[str, ...] = ()
     """Ids of the peppers that it reads, the newest first. Empty: its release reports none."""
+    database_host: str = ""
+    """The host of the database URL that it last renewed its lease on. Empty: not renewed yet."""
+    system_identifier: str = ""
+    """Postgres' system_identifier of that server. Empty: the engine does not report it."""
+    timeline: str = ""
+    """The timeline of that server, another one after each promotion. Empty: not reported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

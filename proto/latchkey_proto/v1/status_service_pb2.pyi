@@ -132,6 +132,9 @@ class VerifierStatus(_message.Message):
     ANSWERING_FIELD_NUMBER: _builtins.int
     WAITING_FOR_FIELD_NUMBER: _builtins.int
     PEPPER_IDS_FIELD_NUMBER: _builtins.int
+    DATABASE_HOST_FIELD_NUMBER: _builtins.int
+    SYSTEM_IDENTIFIER_FIELD_NUMBER: _builtins.int
+    TIMELINE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Opaque identifier, another one each time that a process starts."""
     host: _builtins.str
@@ -154,6 +157,18 @@ class VerifierStatus(_message.Message):
     """
     answering: _builtins.bool
     """Whether this process gave this answer."""
+    database_host: _builtins.str
+    """The host of LATCHKEY_DATABASE_URL that it last renewed its lease on, with
+    its port. A lease is renewed on the primary alone. Empty: not renewed yet,
+    or the URL names none.
+    """
+    system_identifier: _builtins.str
+    """What that server says of itself: Postgres' system_identifier, which a
+    cluster shares with its standbys and copies, and its timeline, eight
+    hexadecimal digits, another one after each promotion. Empty where the
+    engine does not report them.
+    """
+    timeline: _builtins.str
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """When it registered, by the database's clock."""
@@ -199,10 +214,13 @@ class VerifierStatus(_message.Message):
         answering: _builtins.bool = ...,
         waiting_for: _abc.Iterable[_builtins.str] | None = ...,
         pepper_ids: _abc.Iterable[_builtins.str] | None = ...,
+        database_host: _builtins.str = ...,
+        system_identifier: _builtins.str = ...,
+        timeline: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease_duration", b"lease_duration", "lease_remaining", b"lease_remaining", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_revision", b"acknowledged_revision", "answering", b"answering", "clients", b"clients", "host", b"host", "id", b"id", "lag", b"lag", "lease_duration", b"lease_duration", "lease_remaining", b"lease_remaining", "notifications", b"notifications", "pepper_ids", b"pepper_ids", "process_id", b"process_id", "start_time", b"start_time", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_revision", b"acknowledged_revision", "answering", b"answering", "clients", b"clients", "database_host", b"database_host", "host", b"host", "id", b"id", "lag", b"lag", "lease_duration", b"lease_duration", "lease_remaining", b"lease_remaining", "notifications", b"notifications", "pepper_ids", b"pepper_ids", "process_id", b"process_id", "start_time", b"start_time", "system_identifier", b"system_identifier", "timeline", b"timeline", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import math
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from latchkey_service.coherence.confirmation import Census
@@ -23,6 +23,7 @@ from latchkey_service.errors import (
     Unavailable,
 )
 from latchkey_service.log import logger
+from latchkey_service.primary import Primary
 from latchkey_service.reconnection import spread
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Heart:
         self,
         membership: Membership[Any],
         identity: Identity,
-        connect: "Callable[[], Awaitable[Connection]]",
+        primary: Primary,
         clock: Callable[[], float],
     ) -> None:
         self.membership = membership
@@ -60,7 +61,7 @@ class Heart:
         self._streams: Callable[[], int] = lambda: 0
         self._notifications: Callable[[], int] = lambda: 0
         self._identity = identity
-        self._connect = connect
+        self._primary = primary
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._log = logger()
@@ -234,6 +235,8 @@ class Heart:
         if renewed:
             self._row_lost = False
             membership.renew(began, acknowledgeable)
+            if self._connection is not None:
+                self._primary.renewed(self._connection, membership.server)
             self._succeed()
             # Also for clients that wait for a lease to be granted from.
             self._applied(changed=changed)
@@ -262,6 +265,8 @@ class Heart:
             subleases.outwaited,
             waiting_for,
             self._notifications(),
+            self._primary.host,
+            self._primary.warnings(),
         )
 
     def _lost_history(self) -> None:
@@ -313,6 +318,7 @@ class Heart:
 
     def _fail(self, error: Exception) -> None:
         """After this nothing is known of the connection, nor of what was sent on it."""
+        self._primary.failed(self._connection, error)
         self._drop_connection()
         if not isinstance(error, StoreUnavailable):
             self._log.exception("the heart stumbled", error=type(error).__name__)
@@ -341,7 +347,7 @@ class Heart:
 
     async def _connected(self) -> "Connection":
         if self._connection is None or self._connection.is_closed():
-            self._connection = await self._connect()
+            self._connection = await self._primary.connect()
         return self._connection
 
 

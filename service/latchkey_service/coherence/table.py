@@ -81,7 +81,9 @@ _RENEW = f"""
         UPDATE verifier v
            SET renewal = v.renewal + 1, acknowledged_revision = $6, clients = $7,
                clients_confirmed = $8, clients_outwaited = $9, waiting_for = $10::text[],
-               notifications = $11, renew_time = clock_timestamp()
+               notifications = $11, database_host = $12, warnings = $13::text[],
+               server_identifier = s.identifier, server_timeline = s.timeline,
+               renew_time = clock_timestamp()
           FROM state s
          WHERE s.known AND v.id = $4 AND v.incarnation = $5 AND {DURABLE}
         RETURNING v.id)
@@ -153,6 +155,10 @@ class VerifierStatus(NamedTuple):
     notifications: int
     waiting_for: list[str]
     pepper_ids: list[str]
+    database_host: str
+    server_identifier: str | None
+    server_timeline: str | None
+    warnings: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +182,10 @@ class Report(NamedTuple):
     """Callers and addresses of clients that a revision is waiting for."""
     notifications: int
     """As in the contract's Notifications."""
+    database_host: str
+    """The host of the list that the last renewal was made on."""
+    warnings: list[str]
+    """What a person should repair."""
 
 
 class Registration(NamedTuple):
@@ -339,7 +349,8 @@ class VerifierTable:
                        v.acknowledged_revision, v.lease_seconds,
                        greatest(0, v.lease_seconds - extract(
                            epoch FROM clock_timestamp() - v.renew_time))::double precision,
-                       v.clients, v.notifications, v.waiting_for, v.pepper_ids
+                       v.clients, v.notifications, v.waiting_for, v.pepper_ids,
+                       v.database_host, v.server_identifier, v.server_timeline, v.warnings
                   FROM head h
                   LEFT JOIN verifier v ON true
                  ORDER BY v.start_time, v.id

@@ -30,7 +30,14 @@ ALTER TABLE verifier
     -- How many leases of clients have ended while a revision waited for them. Only rises.
     ADD COLUMN clients_outwaited bigint NOT NULL DEFAULT 0,
     -- Callers and addresses of clients that a revision was waiting for.
-    ADD COLUMN waiting_for text[] NOT NULL DEFAULT '{}';
+    ADD COLUMN waiting_for text[] NOT NULL DEFAULT '{}',
+    -- The server that the last renewal reached: the host of the list that it is, and what it says
+    -- of itself.
+    ADD COLUMN database_host text NOT NULL DEFAULT '',
+    ADD COLUMN server_identifier text,
+    ADD COLUMN server_timeline text,
+    -- What a person should repair, a sentence each.
+    ADD COLUMN warnings text[] NOT NULL DEFAULT '{}';
 ALTER TABLE deletion
     ADD COLUMN clients_acknowledged integer NOT NULL DEFAULT 0,
     ADD COLUMN clients_outwaited integer NOT NULL DEFAULT 0;
