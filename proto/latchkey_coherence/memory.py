@@ -134,7 +134,8 @@ class Memory(Generic[E]):
             self._named.pop(token_id, None)
             self._named[token_id] = revision
         if position.revision > self.position.revision:
-            if position.mark:  # as in `reset`: 0 must never match
+            if position.mark:
+                # As in `reset`: a sender without marks must not be believed.
                 self._marks[position.revision] = position.mark
             self.position = position
         while len(self._named) > HISTORY_MAX:
