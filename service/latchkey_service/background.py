@@ -8,12 +8,12 @@ from datetime import datetime, timedelta
 
 from latchkey_service.audit_table import AuditTable
 from latchkey_service.coherence.table import VerifierTable
-from latchkey_service.errors import StoreUnavailable
+from latchkey_service.errors import Overloaded, Unavailable
 from latchkey_service.log import Counts, logger
 from latchkey_service.reconnection import spread
 from latchkey_service.store import Store
 
-__all__ = ["follow_store", "prune_log", "purge", "purge_audit", "summarise", "tell_summary"]
+__all__ = ["follow_verifier", "prune_log", "purge", "purge_audit", "summarise", "tell_summary"]
 
 # Health follows Postgres within this and PROBE_TIMEOUT_SECONDS; back up it comes sooner.
 PROBE_SECONDS = 0.5
@@ -33,19 +33,27 @@ Gauges = Callable[[], Mapping[str, int]]
 """What there is of something right now, by name: what goes up and never down is a leak."""
 
 
-async def follow_store(
-    store: Store, has_lease: Callable[[], bool], set_serving: Callable[[bool], None]
+async def follow_verifier(
+    check: Callable[[float], Awaitable[None]],
+    clock: Callable[[], float],
+    set_serving: Callable[[bool], None],
 ) -> None:
-    """Keep health at whether Postgres answers, and lets us verify. Ends when cancelled."""
+    """Keep health at whether verifies are answered that need a look-up. Ends when cancelled.
+
+    `check` does what such a verify does, on the same connection: another connection may lead to
+    another server, and be fine (coherence rule 12). It is passed its deadline, by `clock`.
+    """
     log = logger()
     # As it begins, before anybody could know.
     serving = False
     while True:
         try:
-            async with asyncio.timeout(PROBE_TIMEOUT_SECONDS):
-                await store.ping()
-            answers = has_lease()
-        except (StoreUnavailable, TimeoutError):
+            await check(clock() + PROBE_TIMEOUT_SECONDS)
+            answers = True
+        except Overloaded:
+            # Busy, and answering others.
+            answers = True
+        except Unavailable:
             answers = False
         except Exception:
             log.exception("the database answers strangely")

@@ -59,6 +59,7 @@ INTERNAL_MESSAGE = "Latchkey failed to answer; its log has the cause under the r
 RETRY_DELAY_SECONDS = 0.25
 TOO_LATE = "The answer would come too late; try again shortly."
 NO_ANSWER = "The database does not answer; try again shortly."
+CHANGING_OVER = "The database is changing over; try again shortly."
 
 
 @dataclass(frozen=True, slots=True)

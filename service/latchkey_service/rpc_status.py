@@ -26,7 +26,9 @@ class StatusService(pb_grpc.StatusServiceServicer):
         self, request: pb.GetStatusRequest, context: "Context"
     ) -> pb.GetStatusResponse:
         status = await self._table.status()
-        response = pb.GetStatusResponse(head_revision=status.head_revision)
+        response = pb.GetStatusResponse(
+            head_revision=status.head.revision, head_mark=status.head.mark
+        )
         for verifier in status.verifiers:
             message = response.verifiers.add(
                 id=verifier.id,
@@ -34,12 +36,13 @@ class StatusService(pb_grpc.StatusServiceServicer):
                 process_id=verifier.process_id,
                 version=verifier.version,
                 acknowledged_revision=verifier.acknowledged_revision,
-                lag=max(0, status.head_revision - verifier.acknowledged_revision),
+                lag=max(0, status.head.revision - verifier.acknowledged_revision),
                 lease_duration=_duration(verifier.lease_seconds),
                 lease_remaining=_duration(verifier.lease_remaining_seconds),
                 clients=verifier.clients,
                 notifications=pb.Notifications.ValueType(verifier.notifications),
                 answering=verifier.id == self._own_id,
+                waiting_for=verifier.waiting_for,
             )
             message.start_time.FromDatetime(verifier.start_time)
         return response

@@ -200,7 +200,7 @@ class _Supervisor:
 
     async def _prepare(self) -> None:
         """Bring schema and peppers in order. Raises what `run` reports."""
-        for migration in await migrate(self._database_url, bundled()):
+        for migration in await migrate(self._database_url, bundled(), self._settings.pooler):
             self._log.info("migrated", version=migration.version, name=migration.name)
         # A key is made only for those who named no file of their own: a wrong path must not
         # silently start a new set of keys.
@@ -208,7 +208,7 @@ class _Supervisor:
         keyring = await asyncio.to_thread(
             peppers.load_or_create, self._settings.pepper_path, create=create
         )
-        store = await Store.open(self._database_url)
+        store = await Store.open(self._database_url, self._settings.pooler)
         try:
             known = [pepper.id for pepper in keyring.peppers]
             if missing := await store.missing_peppers(known):

@@ -126,6 +126,29 @@ def short_token(token: "Token") -> str:
     return f"'{visible(token.name)}' (scope {scope}, {visible(token.hint)}, {visible(token.id)})"
 
 
+def print_invalidation(output: Console, receipt: "Receipt") -> None:
+    """Print what proves that no verifier answers from what it remembered before."""
+    output.print(Text("Emptied the memory of every verifier", style="bold green"))
+    grid = Table.grid(padding=(0, _GAP, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row("Committed", Text(local(receipt.commit_time, seconds=True)))
+    grid.add_row("Revision", Text(str(receipt.revision)))
+    grid.add_row("Confirmed", Text(_confirmed_by(receipt)))
+    output.print(grid)
+
+
+def _confirmed_by(receipt: "Receipt") -> str:
+    servers = _count(receipt.verifiers_acknowledged, "server process", "server processes")
+    clients = _count(receipt.clients_acknowledged, "client", "clients")
+    outwaited = receipt.verifiers_outwaited + receipt.clients_outwaited
+    return f"by {servers} and {clients}; {outwaited} waited out"
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
 def print_receipt(output: Console, token_id: str, receipt: "Receipt") -> None:
     """Print what proves a deletion."""
     output.print(Text.assemble(("Deleted", "bold green"), " ", (visible(token_id), "cyan")))

@@ -78,8 +78,13 @@ class GetStatusResponse(_message.Message):
 
     HEAD_REVISION_FIELD_NUMBER: _builtins.int
     VERIFIERS_FIELD_NUMBER: _builtins.int
+    HEAD_MARK_FIELD_NUMBER: _builtins.int
     head_revision: _builtins.int
     """The newest revision: how many times tokens have been made invalid."""
+    head_mark: _builtins.int
+    """The mark of head_revision. Two databases whose positions, revision and
+    mark, are the same share all invalidations up to there.
+    """
     @_builtins.property
     def verifiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerifierStatus]:
         """The server processes that may answer verifies, the oldest first."""
@@ -89,10 +94,11 @@ class GetStatusResponse(_message.Message):
         *,
         head_revision: _builtins.int = ...,
         verifiers: _abc.Iterable[Global___VerifierStatus] | None = ...,
+        head_mark: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_revision", b"head_revision", "verifiers", b"verifiers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_mark", b"head_mark", "head_revision", b"head_revision", "verifiers", b"verifiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -116,6 +122,7 @@ class VerifierStatus(_message.Message):
     CLIENTS_FIELD_NUMBER: _builtins.int
     NOTIFICATIONS_FIELD_NUMBER: _builtins.int
     ANSWERING_FIELD_NUMBER: _builtins.int
+    WAITING_FOR_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Opaque identifier, another one each time that a process starts."""
     host: _builtins.str
@@ -153,6 +160,12 @@ class VerifierStatus(_message.Message):
         or is cut off from the database.
         """
 
+    @_builtins.property
+    def waiting_for(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The clients that have kept a deletion waiting for over half a second when
+        this process last renewed, by caller and address. At most five.
+        """
+
     def __init__(
         self,
         *,
@@ -168,10 +181,11 @@ class VerifierStatus(_message.Message):
         clients: _builtins.int = ...,
         notifications: Global___Notifications.ValueType = ...,
         answering: _builtins.bool = ...,
+        waiting_for: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease_duration", b"lease_duration", "lease_remaining", b"lease_remaining", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_revision", b"acknowledged_revision", "answering", b"answering", "clients", b"clients", "host", b"host", "id", b"id", "lag", b"lag", "lease_duration", b"lease_duration", "lease_remaining", b"lease_remaining", "notifications", b"notifications", "process_id", b"process_id", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_revision", b"acknowledged_revision", "answering", b"answering", "clients", b"clients", "host", b"host", "id", b"id", "lag", b"lag", "lease_duration", b"lease_duration", "lease_remaining", b"lease_remaining", "notifications", b"notifications", "process_id", b"process_id", "start_time", b"start_time", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
