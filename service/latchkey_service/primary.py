@@ -71,6 +71,8 @@ class Primary:
             f"Another host of the list also says that it is the primary: {host}. The lease is "
             f"renewed on {self.host}. Stop the one that was deposed, or make it a standby."
             for host in self._others
+            # The lease may have moved there since the others were asked.
+            if host != self.host
         ]
         return found
 
