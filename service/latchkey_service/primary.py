@@ -64,6 +64,10 @@ class Primary:
         """The host of the list that the lease was last renewed on. Empty: none yet."""
         return "" if self._server is None else self._server[0]
 
+    def host_of(self, connection: "Connection") -> str:
+        """Return the host of the list that a connection was made to."""
+        return self._connector.host_of(connection)
+
     def warnings(self) -> list[str]:
         """Return what a person should repair, a sentence each."""
         found = [STANDBY_MISSING] if self._standby_missing else []

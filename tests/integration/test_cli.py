@@ -392,7 +392,7 @@ async def test_status_shows_each_verifier(
         run("status", target=scripted[0]),
     )
     assert (table.code, script.code) == (0, 0)
-    head, columns, *rows = table.out.splitlines()
+    head, columns, *rows, database = table.out.splitlines()
     assert head == f"Head revision {script.json['head_revision']}, 1 verifier"
     assert columns.split("  ")[0] == "Host"
     assert len(rows) == len(script.json["verifiers"]) == 1
@@ -401,9 +401,56 @@ async def test_status_shows_each_verifier(
     assert (verifier["process_id"], verifier["answering"]) == (os.getpid(), True)
     assert verifier["lease_duration"].endswith("s")
     assert float(verifier["lease_remaining"][:-1]) > 0
+    assert re.fullmatch(r"[0-9A-F]{8}", verifier["timeline"])
+    server = f"timeline {verifier['timeline']}, system identifier {verifier['system_identifier']}"
+    assert database == f"Database {server}"
+    assert script.json["warnings"] == []
     assert verifier["lag"] == script.json["head_revision"] - verifier["acknowledged_revision"]
     assert (old.code, old.out) == (1, "")
     assert "UNIMPLEMENTED" in old.err
+
+
+async def test_invalidate_all_reports_its_receipt(run: Run, address: str) -> None:
+    """With --yes nothing is asked: people read who confirmed, and scripts get the receipt. Without
+    a terminal and without --yes, nothing happens. No token changes."""
+    created = await run("create", "x", "--scope", "read", "--json", target=address)
+    people = await run("invalidate-all", "--yes", target=address)
+    assert (people.code, people.err) == (0, "")
+    lines = [" ".join(line.split()) for line in people.out.splitlines()]
+    assert lines[0] == "Emptied the memory of every verifier"
+    assert lines[1].startswith("Committed 20")
+    script = await run("invalidate-all", "-y", "--json", target=address)
+    assert script.code == 0
+    assert lines[2] == f"Revision {script.json['revision'] - 1}"
+    assert "1 server" in lines[3]
+    assert (script.json["verifiers_acknowledged"], script.json["verifiers_outwaited"]) == (1, 0)
+    assert script.json["effective_time"] >= script.json["commit_time"]
+    asked, as_json = await asyncio.gather(
+        run("invalidate-all", target=address), run("invalidate-all", "--json", target=address)
+    )
+    assert (asked.code, asked.out) == (2, "")
+    assert "--yes" in asked.err
+    assert (as_json.code, as_json.error["exit_code"]) == (2, 2)
+    status, verified = await asyncio.gather(
+        run("status", "--json", target=address),
+        run("verify", target=address, stdin=created.json["secret"]),
+    )
+    assert status.json["head_revision"] == script.json["revision"]
+    assert verified.code == 0
+
+
+async def test_invalidate_all_reports_what_went_wrong(
+    run: Run, scripted: tuple[str, Scripted]
+) -> None:
+    """A service without the method, or none at all, is no success, and its own exit code."""
+    old, away = await asyncio.gather(
+        run("invalidate-all", "--yes", target=scripted[0]),
+        run("invalidate-all", "--yes", "--timeout", "1"),
+    )
+    assert (old.code, old.out) == (1, "")
+    assert "UNIMPLEMENTED" in old.err
+    assert (away.code, away.out) == (6, "")
+    assert "run it again" in away.err
 
 
 async def test_a_closed_pipe_is_quiet(
@@ -434,7 +481,8 @@ async def test_completion_works(run: Run) -> None:
         assert script.code == 0
         assert variable in script.out
     words = await run(**{variable: "complete_bash", "COMP_WORDS": "latchkey ", "COMP_CWORD": "1"})
-    commands = "create list get delete verify status audit console serve policy config"
+    commands = "create list get delete verify status invalidate-all audit console serve"
+    commands += " policy config"
     assert words.out.split() == commands.split()
     in_bash = """
         source /dev/stdin

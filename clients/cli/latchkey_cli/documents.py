@@ -73,6 +73,9 @@ def status(status: "Status") -> dict[str, Any]:
                 "notifications": f"NOTIFICATIONS_{verifier.notifications.name}",
                 "answering": verifier.answering,
                 "pepper_ids": list(verifier.pepper_ids),
+                "database_host": verifier.database_host,
+                "system_identifier": verifier.system_identifier,
+                "timeline": verifier.timeline,
             }
             for verifier in status.verifiers
         ],

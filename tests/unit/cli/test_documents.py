@@ -101,6 +101,53 @@ def test_status_is_a_table_of_verifiers(width: int, table: list[str]) -> None:
     assert status_lines(STATUS, width) == ["Head revision 12, 1 verifier", *table, WARNING]
 
 
+ON_FIRST = replace(
+    STATUS.verifiers[0],
+    database_host="db1.example:5432",
+    system_identifier="7713595303237486605",
+    timeline="00000001",
+)
+ON_SECOND = replace(
+    ON_FIRST, process_id=78, database_host="db2\x1b[2J", timeline="00000002", system_identifier=""
+)
+FIRST = "Database db1.example:5432 (timeline 00000001, system identifier 7713595303237486605)"
+
+
+@pytest.mark.parametrize(
+    ("verifiers", "lines"),
+    [
+        ([STATUS.verifiers[0]], []),
+        ([ON_FIRST, ON_FIRST], [FIRST]),
+        (
+            [replace(ON_FIRST, database_host="", system_identifier="")],
+            ["Database timeline 00000001"],
+        ),
+        ([replace(ON_SECOND, timeline="")], ["Database db2\\x1b[2J"]),
+        (
+            [ON_FIRST, ON_SECOND, replace(ON_FIRST, process_id=79), STATUS.verifiers[0]],
+            [
+                f"{FIRST}: web-\\x1b[2J PID 77, web-\\x1b[2J PID 79",
+                "Database db2\\x1b[2J (timeline 00000002): web-\\x1b[2J PID 78",
+                "Database unknown: web-\\x1b[2J PID 77",
+            ],
+        ),
+    ],
+    ids=["not reported", "one", "embedded", "host alone", "several"],
+)
+def test_status_names_the_database_server(
+    verifiers: list[VerifierStatus], lines: list[str]
+) -> None:
+    """Below the table stands the database server that the leases are renewed on, with its timeline.
+    If processes report different servers, there is a line for each, with its processes. No terminal
+    obeys what they report."""
+    status = replace(STATUS, verifiers=tuple(verifiers), warnings=())
+    shown = [line for line in status_lines(status, 160) if line.startswith("Database")]
+    assert shown == lines
+    wrapped = status_lines(status, 80)
+    assert max(map(len, wrapped)) <= 80
+    assert all(line in " ".join(wrapped) for line in lines)
+
+
 def test_status_shows_warnings_without_verifiers() -> None:
     """A warning is shown even if no verifier is registered."""
     status = replace(STATUS, verifiers=())
@@ -129,6 +176,9 @@ def test_documents_have_the_fields_of_the_proto() -> None:
     assert set(status) == fields("GetStatusResponse", status_pb)
     assert set(status["verifiers"][0]) == fields("VerifierStatus", status_pb)
     assert status["verifiers"][0]["lease_remaining"] == "0.000000s"
+    (server,) = documents.status(replace(STATUS, verifiers=(ON_FIRST,)))["verifiers"]
+    assert (server["database_host"], server["timeline"]) == ("db1.example:5432", "00000001")
+    assert server["system_identifier"] == "7713595303237486605"
     assert set(documents.verification(Verification(verdict=Verdict.UNKNOWN))) == fields(
         "VerifyResponse"
     )
