@@ -21,6 +21,8 @@ from latchkey_cli import service
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
+from tests.watching import watching
+
 ROOT = Path(__file__).parents[2]
 # A process starts in about half a second, and the machine may be busy.
 TIMEOUT_SECONDS = 20
@@ -440,17 +442,26 @@ async def test_invalidate_all_reports_its_receipt(run: Run, address: str) -> Non
 
 
 async def test_invalidate_all_reports_what_went_wrong(
-    run: Run, scripted: tuple[str, Scripted]
+    run: Run, address: str, scripted: tuple[str, Scripted]
 ) -> None:
-    """A service without the method, or none at all, is no success, and its own exit code."""
+    """It fails with the exit code of the cause if the service lacks the method, is away, or has a
+    client that does not confirm in time."""
+    async with watching(address) as client:
+        await client.granted()
+        unconfirmed = await run("invalidate-all", "--yes", "--timeout", "1", target=address)
+        await client.say(released=True)
     old, away = await asyncio.gather(
         run("invalidate-all", "--yes", target=scripted[0]),
         run("invalidate-all", "--yes", "--timeout", "1"),
     )
+    assert (unconfirmed.code, unconfirmed.out) == (6, "")
+    assert "not every verifier has confirmed in time that its memory is empty" in unconfirmed.err
+    assert "run this again; --timeout allows more time" in unconfirmed.err
+    assert "deleted" not in unconfirmed.err
     assert (old.code, old.out) == (1, "")
     assert "UNIMPLEMENTED" in old.err
     assert (away.code, away.out) == (6, "")
-    assert "run it again" in away.err
+    assert "run this again" in away.err
 
 
 async def test_a_closed_pipe_is_quiet(
