@@ -18,7 +18,9 @@ CHUNK_BYTES = 1 << 16
 CONNECT_SECONDS_MAX = 2.0
 
 # HOST:PORT's parts, or the path of a UNIX socket.
-Upstream = tuple[str, int] | str
+Place = tuple[str, int] | str
+# A place, or a function that returns one for a new connection, or raises OSError to refuse it.
+Upstream = Place | Callable[[], Place]
 Action = Literal["hold", "swallow", "delay"]
 
 
@@ -113,6 +115,10 @@ class Proxy:
         """Stop listening, and cut all connections."""
         for server in self._servers:
             server.close()
+        await self.cut()
+
+    async def cut(self) -> None:
+        """Cut all connections."""
         tasks = [c.task for c in self.connections if c.task is not None]
         for task in tasks:
             task.cancel()
@@ -131,10 +137,11 @@ class Proxy:
         with contextlib.suppress(OSError, TimeoutError, asyncio.CancelledError):
             try:
                 async with asyncio.timeout(CONNECT_SECONDS_MAX):
-                    if isinstance(upstream, str):
-                        there, back = await asyncio.open_unix_connection(upstream)
+                    place = upstream() if callable(upstream) else upstream
+                    if isinstance(place, str):
+                        there, back = await asyncio.open_unix_connection(place)
                     else:
-                        there, back = await asyncio.open_connection(*upstream)
+                        there, back = await asyncio.open_connection(*place)
                 writers.append(back)
                 up = asyncio.create_task(self._pump(connection, Direction.UP, reader, back))
                 down = asyncio.create_task(self._pump(connection, Direction.DOWN, there, writer))
