@@ -48,7 +48,7 @@ class Outcome(enum.IntEnum):
     REFUSED = 2
     """Any other verdict."""
     DONE = 3
-    """Of a Create."""
+    """Of a Create or a Get."""
     CONFIRMED = 4
     """Of a Delete: the receipt says since when the token has been dead everywhere."""
     COMMITTED = 5
