@@ -8,7 +8,7 @@ from tests.history.records import Kind
 from tests.history.records import Outcome as Ended
 from tests.history.run import Outcome
 
-__all__ = ["complaints", "late_accepts", "scenarios", "table"]
+__all__ = ["complaints", "late_accepts", "lost_tokens", "scenarios", "table"]
 
 # What a run has to have seen, each second and verifier or deleter: a tenth, at most, of what it
 # sees on two busy cores. A run that was starved, or whose parts did not find each other, proves
@@ -29,7 +29,7 @@ LATE_SHOWN = 20
 def complaints(outcome: Outcome) -> list[str]:
     """Return why a run has failed; nothing if it has not."""
     size, findings = outcome.size, outcome.findings
-    found = late_accepts(findings)
+    found = late_accepts(findings) + lost_tokens(findings)
     if findings.refused_early:
         found.append(f"{findings.refused_early} refusals of tokens that nobody had deleted yet")
     found += outcome.troubles
@@ -73,6 +73,19 @@ def late_accepts(findings: Findings) -> list[str]:
     return lines
 
 
+def lost_tokens(findings: Findings) -> list[str]:
+    """Return a line for each of the first tokens that were reported as not existing."""
+    lines = [
+        f"token {lost.record.token} NOT_FOUND for {lost.who} ({Kind(lost.record.kind).name}),"
+        f" in a call from {lost.record.began} to {lost.record.ended}, though it was created and"
+        " not deleted"
+        for lost in findings.lost[:LATE_SHOWN]
+    ]
+    if findings.lost_count > len(lines):
+        lines.append(f"and {findings.lost_count - len(lines)} more such answers")
+    return lines
+
+
 def scenarios(findings: Findings, count: int) -> list[str]:
     """Return what the scenarios came to."""
     seen = f"{findings.operations} operations, {len(findings.deleted)} deletes confirmed"
@@ -109,6 +122,23 @@ def table(outcome: Outcome) -> list[str]:
         *(f"strange          {n:>10,}    {text}" for text, n in outcome.strange.most_common(10)),
         f"early refusals   {findings.refused_early:>10,}",
         f"late accepts     {findings.late_count:>10,}",
+        f"lost tokens      {findings.lost_count:>10,}",
+        *outages(outcome),
+    ]
+
+
+def outages(outcome: Outcome) -> list[str]:
+    """Return the longest times without answers around each failover."""
+    if not outcome.outages:
+        return []
+    heading = f"{'without answers, s':<50} {'verifies':>9} {'one alone':>9} {'changes':>9}"
+    return [
+        heading,
+        *(
+            f"  {each.name:<48} {each.verifies:>9.2f} {each.verifies_worst:>9.2f}"
+            f" {each.changes:>9.2f}"
+            for each in outcome.outages
+        ),
     ]
 
 
