@@ -8,7 +8,7 @@ from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from tests.history.cluster import Cluster
-from tests.history.proxy import Address, Connection, Upstream
+from tests.history.proxy import Connection, Place, Upstream
 
 __all__ = ["WAYS", "NodesCluster", "Way", "nodes_cluster"]
 
@@ -25,15 +25,15 @@ class NodesCluster(Cluster):
         self,
         folder: Path,
         database_url: str,
-        nodes: Mapping[str, Upstream],
+        nodes: Mapping[str, Place],
         lease_seconds: float,
         settings: Mapping[str, str],
         seed: int,
     ) -> None:
         super().__init__(folder, database_url, lease_seconds, settings, seed)
         self.nodes = dict(nodes)
-        self.address = Address(next(iter(nodes.values())))
-        """Where the address leads that moves. New connections go there."""
+        self.address = next(iter(nodes))
+        """The server that the address leads to which moves. New connections go there."""
         self.ways: dict[str, Way] = {}
         """Each host's way; set it before the host is added. A list unless set."""
 
@@ -45,7 +45,7 @@ class NodesCluster(Cluster):
         def matches(connection: Connection) -> bool:
             return (
                 host in (None, connection.tag)
-                and (node is None or connection.upstream == self.nodes[node])
+                and (node is None or connection.place == self.nodes[node])
                 and label in (None, connection.label)
             )
 
@@ -53,9 +53,9 @@ class NodesCluster(Cluster):
 
     async def _way_to_database(self, tag: str) -> str:
         way = self.ways.get(tag, "list")
-        upstreams: list[Upstream | Address] = list(self.nodes.values())
+        upstreams: list[Upstream] = list(self.nodes.values())
         if way == "address":
-            upstreams = [self.address]
+            upstreams = [lambda: self.nodes[self.address]]
         ports = [await self.database.listen(upstream, tag) for upstream in upstreams]
         if way == "reversed":
             ports.reverse()
@@ -70,7 +70,7 @@ class NodesCluster(Cluster):
 async def nodes_cluster(
     folder: Path,
     database_url: str,
-    nodes: Mapping[str, Upstream],
+    nodes: Mapping[str, Place],
     *,
     lease_seconds: float,
     seed: int,

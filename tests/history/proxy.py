@@ -4,32 +4,27 @@ A connection is known by the `tag` of the listener that it came by and by a `lab
 in what its client says: what a worker's connection to Postgres is for, and which of a client's
 carries Watch. Neither end is told of a fault: to both the other one is merely silent.
 
-A listener may lead to one of several upstreams, as an address does that moves between servers:
-`Address` says to which, and connections that are open stay where they are until they are cut.
+A listener may lead to one of several places, as an address does that moves between servers.
+Connections that are open stay where they are until they are cut.
 """
 
 import asyncio
 import contextlib
 import enum
 import random
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Literal
 
-__all__ = ["Action", "Address", "Connection", "Direction", "Fault", "Proxy", "Upstream"]
+__all__ = ["Action", "Connection", "Direction", "Fault", "Place", "Proxy", "Upstream"]
 
 CHUNK_BYTES = 1 << 16
 CONNECT_SECONDS_MAX = 2.0
 
 # HOST:PORT's parts, or the path of a UNIX socket.
-Upstream = tuple[str, int] | str
+Place = tuple[str, int] | str
+# A place, or a function that returns the place for a new connection, or raises OSError to refuse it.
+Upstream = Place | Callable[[], Place]
 Action = Literal["hold", "swallow", "delay"]
-
-
-class Address:
-    """An address that moves: new connections go to `upstream`, whatever that is at the time."""
-
-    def __init__(self, upstream: Upstream) -> None:
-        self.upstream = upstream
 
 
 class Direction(enum.Flag):
@@ -44,9 +39,10 @@ class Direction(enum.Flag):
 class Connection:
     """One connection through the proxy."""
 
-    def __init__(self, tag: str, upstream: Upstream) -> None:
+    def __init__(self, tag: str) -> None:
         self.tag = tag
-        self.upstream = upstream
+        self.place: Place | None = None
+        """Where it leads."""
         self.label: str | None = None
         self.swallowed = Direction(0)
         """Ways on which bytes are missing. It can never be of use again."""
@@ -97,12 +93,11 @@ class Proxy:
         self._refusals: list[Callable[[Connection], bool]] = []
         self._servers: list[asyncio.Server] = []
 
-    async def listen(self, upstream: Upstream | Address, tag: str) -> int:
+    async def listen(self, upstream: Upstream, tag: str) -> int:
         """Return a new port that leads to `upstream`."""
 
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            leads_to = upstream.upstream if isinstance(upstream, Address) else upstream
-            await self._serve(Connection(tag, leads_to), reader, writer)
+            await self._serve(upstream, Connection(tag), reader, writer)
 
         server = await asyncio.start_server(accept, "127.0.0.1", 0)
         self._servers.append(server)
@@ -122,19 +117,19 @@ class Proxy:
                 if connection.swallowed and connection.task is not None:
                     connection.task.cancel()
 
-    def cut(self, matches: Callable[[Connection], bool]) -> int:
+    async def cut(self, matches: Callable[[Connection], bool] = lambda _: True) -> int:
         """Cut connections, as a router that restarts does; return how many."""
-        found = [connection for connection in self.connections if matches(connection)]
-        for connection in found:
-            if connection.task is not None:
-                connection.task.cancel()
-        return len(found)
+        tasks = [c.task for c in self.connections if c.task is not None and matches(c)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return len(tasks)
 
-    @contextlib.contextmanager
-    def refusing(self, matches: Callable[[Connection], bool]) -> Iterator[None]:
-        """Cut connections and refuse new ones during the block. They have no label yet."""
+    @contextlib.asynccontextmanager
+    async def refusing(self, matches: Callable[[Connection], bool]) -> AsyncIterator[None]:
+        """Cut connections and refuse new ones during the block. New ones have no label yet."""
         self._refusals.append(matches)
-        self.cut(matches)
+        await self.cut(matches)
         try:
             yield
         finally:
@@ -144,30 +139,28 @@ class Proxy:
         """Stop listening, and cut all connections."""
         for server in self._servers:
             server.close()
-        tasks = [c.task for c in self.connections if c.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.cut()
 
     async def _serve(
         self,
+        upstream: Upstream,
         connection: Connection,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
-        if any(matches(connection) for matches in self._refusals):
-            writer.transport.abort()
-            return
         self.connections.add(connection)
         writers = [writer]
         # Cut, whatever the reason: for its ends it is one more broken connection.
         with contextlib.suppress(OSError, TimeoutError, asyncio.CancelledError):
             try:
                 async with asyncio.timeout(CONNECT_SECONDS_MAX):
-                    if isinstance(connection.upstream, str):
-                        there, back = await asyncio.open_unix_connection(connection.upstream)
+                    place = connection.place = upstream() if callable(upstream) else upstream
+                    if any(matches(connection) for matches in self._refusals):
+                        raise ConnectionRefusedError
+                    if isinstance(place, str):
+                        there, back = await asyncio.open_unix_connection(place)
                     else:
-                        there, back = await asyncio.open_connection(*connection.upstream)
+                        there, back = await asyncio.open_connection(*place)
                 writers.append(back)
                 up = asyncio.create_task(self._pump(connection, Direction.UP, reader, back))
                 down = asyncio.create_task(self._pump(connection, Direction.DOWN, there, writer))

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.history.proxy import Action, Address, Direction, Fault, Proxy
+from tests.history.proxy import Action, Direction, Fault, Proxy
 from tests.support import eventually
 
 
@@ -98,16 +98,17 @@ async def test_late(action: Action) -> None:
 async def test_address_moves() -> None:
     """New connections follow an address that moves; open ones stay where they are until cut."""
     async with echo() as (proxy, port), echo() as (other, other_port):
-        address = Address(("127.0.0.1", port))
-        moving = await proxy.listen(address, "moving")
+        place = ("127.0.0.1", port)
+        moving = await proxy.listen(lambda: place, "moving")
         before = await asyncio.open_connection("127.0.0.1", moving)
         assert await ask(*before, b"hello") == b"hello"
-        address.upstream = ("127.0.0.1", other_port)
+        place = ("127.0.0.1", other_port)
         after = await asyncio.open_connection("127.0.0.1", moving)
         assert await ask(*after, b"hello") == b"hello"
         assert await ask(*before, b"still here") == b"still here"
         assert len(other.connections) == 1
-        assert proxy.cut(lambda c: c.upstream == ("127.0.0.1", port) and c.tag == "moving") == 1
+        old = ("127.0.0.1", port)
+        assert await proxy.cut(lambda c: c.place == old and c.tag == "moving") == 1
         with contextlib.suppress(ConnectionError):
             assert await before[0].read() == b""
         assert await ask(*after, b"not cut") == b"not cut"
@@ -120,7 +121,7 @@ async def test_refusing() -> None:
     async with echo() as (proxy, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         assert await ask(reader, writer, b"hello") == b"hello"
-        with proxy.refusing(lambda c: c.tag == "way"):
+        async with proxy.refusing(lambda c: c.tag == "way"):
             with contextlib.suppress(ConnectionError):
                 assert await reader.read() == b""
             writer.close()
