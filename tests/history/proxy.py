@@ -22,7 +22,7 @@ CONNECT_SECONDS_MAX = 2.0
 
 # HOST:PORT's parts, or the path of a UNIX socket.
 Place = tuple[str, int] | str
-# A place, or a function that returns the place for a new connection, or raises OSError to refuse it.
+# A place, or a function that returns the place for a new connection; OSError refuses it.
 Upstream = Place | Callable[[], Place]
 Action = Literal["hold", "swallow", "delay"]
 
