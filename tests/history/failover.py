@@ -1,12 +1,14 @@
-"""A run with failovers: as `run.py` has it, on a pair of database servers."""
+"""A run with failovers, on a pair of database servers; the directed ones come first."""
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.history.checker import check
+from tests.history.checker import Findings, check
 from tests.history.episodes import Failovers
+from tests.history.failover_scenarios import FAILOVER_SCENARIOS, failover_staged, perform
 from tests.history.nodes import WAYS, nodes_cluster
 from tests.history.outages import outages
 from tests.history.run import (
@@ -21,11 +23,33 @@ from tests.history.run import (
 )
 from tests.pair import Pair
 
-__all__ = ["FAILOVER_SIZE", "run_failovers"]
+__all__ = ["FAILOVER_SHORT", "FAILOVER_SIZE", "direct_failovers", "run_failovers"]
 
 # A host for each way to the primary. Fewer clients than a run on one server has: each failover
 # makes a database server from a copy, on the same cores.
 FAILOVER_SIZE = Size(hosts=(2, None, None), clients=8, deleters=5, lease_seconds=1.0)
+FAILOVER_SHORT = Size(
+    seconds=20.0, hosts=(None, None, None), clients=3, deleters=3, lease_seconds=0.8, faults_min=1
+)
+SCENARIOS_SECONDS_MAX = 180.0
+
+
+async def direct_failovers(
+    folder: Path, pair: Pair, rule: str | None
+) -> AsyncGenerator[tuple[str, Findings], None]:
+    """Play the scenarios one after the other, those that show `rule` if one is missing.
+
+    Yields the name of each and all that was found so far.
+    """
+    chosen = FAILOVER_SCENARIOS.get(rule, ()) if rule else FAILOVER_SCENARIOS["12"]
+    if not chosen:
+        return
+    async with (
+        asyncio.timeout(SCENARIOS_SECONDS_MAX),
+        failover_staged(folder, pair, rule) as stage,
+    ):
+        for scenario in chosen:
+            yield scenario.__name__, await perform(stage, scenario)
 
 
 async def run_failovers(

@@ -46,6 +46,8 @@ class Size:
     deleters: int = 5
     lease_seconds: float = 1.0
     seed: int = 1
+    faults_min: int = 3
+    """Faults, and kinds of faults, that a run must have seen."""
 
     @property
     def workers(self) -> int:
