@@ -29,6 +29,8 @@ from tests.history.failover import (
     direct_failovers,
     run_failovers,
 )
+from tests.history.patroni import missing, patroni
+from tests.history.patroni_run import NODES, PATRONI_SIZE, run_patroni
 from tests.history.run import SHORT, Size, run
 from tests.history.scenarios import SCENARIOS, play, staged
 from tests.pair import pair
@@ -39,7 +41,7 @@ from tests.support import BreakablePostgres, session
 KEPT = Path("build/history")
 DIRECTED_SECONDS_MAX = 180.0
 # Not worth keeping: databases, programs and peppers.
-DATA = ("data", "unused", "peppers", "first", "second", "template", "bin-*", "backup-*")
+DATA = ("data", "unused", "peppers", "first", "second", "template", "bin-*", "backup-*", "node-?")
 
 
 def main() -> int:
@@ -49,6 +51,9 @@ def main() -> int:
     # Everything is ended in order, also where the shell had Ctrl-C ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    if options.patroni and (sentence := missing()) is not None:
+        _say(sentence)
+        return 2
     # Postgres' own account has to get in.
     scratch = Path(tempfile.mkdtemp(prefix="latchkey-history-", dir="/tmp"))
     scratch.chmod(0o755)
@@ -56,6 +61,8 @@ def main() -> int:
     try:
         if options.failover:
             failed = asyncio.run(_fail_over(options, rule, scratch))
+        elif options.patroni:
+            failed = asyncio.run(_with_patroni(options, rule, scratch))
         else:
             failed = _break(options, rule, scratch)
     except KeyboardInterrupt:
@@ -104,6 +111,20 @@ async def _fail_over(options: argparse.Namespace, rule: str | None, scratch: Pat
             outcome = await run_failovers(scratch / "run", servers, options.size, rule)
             _say("", *report.table(outcome))
             complaints += report.complaints(outcome)
+    for complaint in complaints:
+        _say(f"FAILED: {complaint}")
+    return bool(complaints)
+
+
+async def _with_patroni(options: argparse.Namespace, rule: str | None, scratch: Path) -> bool:
+    """Run on servers that Patroni runs."""
+    (scratch / "run").mkdir()
+    (scratch / "servers").mkdir()
+    async with patroni(scratch / "servers", NODES) as servers:
+        _say(servers.versions)
+        outcome = await run_patroni(scratch / "run", servers, options.size, rule)
+    _say(*report.table(outcome))
+    complaints = report.complaints(outcome)
     for complaint in complaints:
         _say(f"FAILED: {complaint}")
     return bool(complaints)
@@ -163,6 +184,7 @@ def _options() -> argparse.Namespace:
         "supervisor and share the address",
     )
     parser.add_argument("--failover", action="store_true", help="on a pair of database servers")
+    parser.add_argument("--patroni", action="store_true", help="on servers that Patroni runs")
     parser.add_argument("--only", choices=("run", "scenarios"), help="leave out the other part")
     parser.add_argument("--keep", action="store_true", help="the histories of a good run too")
     options = parser.parse_args()
@@ -177,6 +199,8 @@ def _options() -> argparse.Namespace:
     size = SHORT if options.short else Size()
     if options.failover:
         size = FAILOVER_SHORT if options.short else FAILOVER_SIZE
+    if options.patroni:
+        size = PATRONI_SIZE
     if os.environ.get(VARIABLE):
         # A supervisor starts the workers that ship.
         given["hosts"] = (None,) * size.workers

@@ -1,6 +1,7 @@
 """No deleted token is accepted after failovers that give one number to two changes."""
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,21 +20,27 @@ from tests.postgres_node import make_template
 pytestmark = pytest.mark.xdist_group("failover")
 
 
-async def test_equal_numbers_of_two_histories() -> None:
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that Postgres' own account can enter."""
+    with tempfile.TemporaryDirectory(prefix="latchkey-history-", dir="/tmp") as name:
+        path = Path(name)
+        path.chmod(0o755)
+        yield path
+
+
+async def test_equal_numbers_of_two_histories(folder: Path) -> None:
     """No host and no client takes a revision of the new primary for one of the old primary.
 
     The old primary dies, or stays up with a host's look-ups, after it showed a Delete that it
     never replicated. The next Delete takes the same number on the new primary.
     """
-    with tempfile.TemporaryDirectory(prefix="latchkey-history-", dir="/tmp") as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        template = await make_template(folder)
-        async with pair(folder, template) as servers:
-            (folder / "stage").mkdir()
-            async with failover_staged(folder / "stage", servers, None) as stage:
-                for scenario in (number_is_used_again, look_up_stays):
-                    findings = await perform(stage, scenario)
-                    assert violations(findings) == [], scenario.__name__
+    template = await make_template(folder)
+    async with pair(folder, template) as servers:
+        (folder / "stage").mkdir()
+        async with failover_staged(folder / "stage", servers, None) as stage:
+            for scenario in (number_is_used_again, look_up_stays):
+                findings = await perform(stage, scenario)
+                assert violations(findings) == [], scenario.__name__
     # Each scenario verified what it had deleted.
     assert len(findings.checked) >= 2
