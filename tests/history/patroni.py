@@ -23,6 +23,7 @@ import asyncpg
 import psutil
 from latchkey_service.embedded_host import (
     Account,
+    _probe,
     choose_account,
     is_postmaster,
     reachable_programs,
@@ -62,8 +63,14 @@ def missing() -> str | None:
     """Return one sentence about what is not installed, or None."""
     if shutil.which("etcd") is None:
         return "etcd is not on PATH: apt install etcd-server."
-    if shutil.which("patroni") is None:
+    if (command := shutil.which("patroni")) is None:
         return "patroni is not on PATH: pip install 'patroni[etcd3]' 'psycopg[binary]'."
+    account = choose_account(Path("/nonexistent"))
+    if (reason := _probe([command, "--version"], account)) is not None:
+        return (
+            f"uid {account.uid}, which Postgres runs as, cannot run {command} ({reason}): install"
+            " patroni for a Python, and in a directory, that every user can reach."
+        )
     return None
 
 
