@@ -90,13 +90,14 @@ class Failovers:
         recovery = int(RECOVERY_LEASES * self._cluster.lease_seconds * 1e9)
         return [Window(each.kind, each.began, each.ended + recovery) for each in self.happened]
 
-    async def run(self, seconds: float) -> None:
-        """Do one failover after the other for so long."""
+    async def run(self, seconds: float, least: int) -> None:
+        """Do one failover after the other for so long, and on a slow machine until `least` are
+        done."""
         loop = asyncio.get_running_loop()
         ends = loop.time() + seconds
         for episode in deck(self._cluster.seed):
             await self._for_a_while(CALM_SECONDS)
-            if loop.time() + EPISODE_SECONDS > ends and self.happened:
+            if loop.time() + EPISODE_SECONDS > ends and len(self.happened) >= least:
                 return
             began = now()
             try:

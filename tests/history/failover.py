@@ -70,7 +70,7 @@ async def run_failovers(
         await start(made, size, rule_to_break)
         failovers = Failovers(made, pair)
         seconds = size.seconds - 2 * quiet_seconds(size)
-        await work(made, size, lambda: failovers.run(seconds))
+        await work(made, size, lambda: failovers.run(seconds, size.faults_min))
         (folder / "faults.json").write_text(json.dumps([asdict(f) for f in failovers.happened]))
         restores = failovers.changeover.restores
         (folder / "restores.json").write_text(json.dumps(restores))
