@@ -9,13 +9,19 @@ import contextlib
 import random
 import secrets
 import shutil
-import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
 from tests.history.proxy import Fault, Proxy
-from tests.postgres_node import HOST, POSTGRES_SECONDS_MAX, STANDBY, Node, Template
+from tests.postgres_node import (
+    HOST,
+    POSTGRES_SECONDS_MAX,
+    STANDBY,
+    Node,
+    Template,
+    new_folder,
+)
 from tests.support import eventually
 
 __all__ = ["Link", "Pair", "pair"]
@@ -66,15 +72,13 @@ class Pair:
     """Two nodes: at first `first` is the primary and `second` its standby. Made by `pair`."""
 
     def __init__(self, folder: Path, template: Template) -> None:
-        self._folder: Final = Path(tempfile.mkdtemp(prefix="pair-", dir=folder))
-        self._folder.chmod(0o755)
+        self._folder: Final = new_folder(folder, "pair-")
         self.first: Final = Node("first", template, self._folder)
         self.second: Final = Node("second", template, self._folder)
         self.replication: Final = Link(self.first)
         """The standby's way to its primary."""
         self.address: Final = Link(self.first)
         """One address in front of both, such as a virtual IP or a TCP proxy."""
-        self._template: Final = template
         self._links: Final = [self.replication, self.address]
 
     @property
@@ -87,19 +91,12 @@ class Pair:
         """A URL that names `address` alone."""
         return self.first.url_at(self.address.address)
 
-    async def new_link(self, target: Node | None) -> Link:
-        """Return another link, for one client's way to the database."""
-        link = Link(target)
-        self._links.append(link)
-        await link.open()
-        return link
-
     async def start(self, *, synchronous: bool) -> None:
         """Start both and wait until the standby streams."""
         for link in self._links:
             await link.open()
-        await self.first.copy_from(self._template.data)
-        await self.second.copy_from(self._template.data)
+        await self.first.make()
+        await self.second.make()
         if synchronous:
             self.first.configure(synchronous_standby_names=STANDBY)
         self.second.follow(self.replication.port)

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -23,7 +24,16 @@ from latchkey_service.embedded_host import Account, choose_account, reachable_pr
 from tests.ports import free_port
 from tests.support import eventually
 
-__all__ = ["HOST", "POSTGRES_SECONDS_MAX", "STANDBY", "Node", "Template", "make_template"]
+__all__ = [
+    "HOST",
+    "POSTGRES_SECONDS_MAX",
+    "STANDBY",
+    "Node",
+    "Template",
+    "lone_node",
+    "make_template",
+    "new_folder",
+]
 
 HOST: Final = "127.0.0.1"
 # What `synchronous_standby_names` of a primary names.
@@ -34,10 +44,15 @@ CONNECT_SECONDS_MAX: Final = 5.0
 _SETTINGS: Final = {
     "max_connections": "150",
     "shared_buffers": "32MB",
+    # What was written outlasts a killed process. No test crashes the machine, and with it on,
+    # start, backup and restore take several times as long.
+    "fsync": "off",
     # Its commits would flush other transactions' WAL at a moment that no test chooses.
     "autovacuum": "off",
     # The default of 5 s only makes tests slow.
     "wal_retrieve_retry_interval": "100ms",
+    # Statements are recognised by words anywhere in them.
+    "track_activity_query_size": "16kB",
 }
 _READY: Final = "database system is ready to accept"
 
@@ -61,7 +76,7 @@ class Template:
 async def make_template(folder: Path) -> Template:
     """Make a template in `folder`, which the account that Postgres runs as must be able to enter.
 
-    Takes one or two seconds. Make one for each test session.
+    Takes one or two seconds, so make one for each test session.
     """
     template = Template(folder)
     password_file = folder / "template.password"
@@ -80,11 +95,18 @@ async def make_template(folder: Path) -> Template:
         template.account,
         folder / "template.log",
     )
-    node = Node("template", template, folder, database="postgres")
+    node = Node("template", template, folder, database="template1")
     await node.start()
     try:
-        await node.execute(f"CREATE ROLE latchkey LOGIN PASSWORD '{template.password}'")
-        await node.execute("CREATE DATABASE latchkey OWNER latchkey")
+        # Each database is 300 files and 8 MB to copy.
+        for statement in (
+            f"CREATE ROLE latchkey LOGIN PASSWORD '{template.password}'",
+            "ALTER DATABASE postgres RENAME TO latchkey",
+            "ALTER DATABASE latchkey OWNER TO latchkey",
+            "ALTER DATABASE template0 IS_TEMPLATE false",
+            "DROP DATABASE template0",
+        ):
+            await node.execute(statement)
     finally:
         await node.stop()
     return template
@@ -126,6 +148,10 @@ class Node:
     @property
     def log(self) -> str:
         return self.log_path.read_text("utf-8", "replace")
+
+    async def make(self) -> None:
+        """Fill this node with a copy of the template."""
+        await self.copy_from(self._template.data)
 
     async def copy_from(self, source: Path) -> None:
         """Replace this stopped node's data by a copy of a stopped cluster or of a backup."""
@@ -245,23 +271,29 @@ class Node:
             return await self.fetchval(query)
         return None
 
-    async def waiting_commits(self) -> list[int]:
-        """Return the pids of the backends whose commits wait for the standby."""
+    async def waiting_commits(self, statement: str = "") -> list[int]:
+        """Return the pids of the backends that wait for the standby at the end of a statement which
+        contains these words."""
         pids = await self.fetchval(
-            "SELECT array_agg(pid) FROM pg_stat_activity"
-            " WHERE wait_event = 'SyncRep' AND application_name <> 'test'"
+            "SELECT array_agg(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+            " AND application_name <> 'test' AND position($1 IN query) > 0",
+            statement,
         )
         return pids or []
 
-    async def cancel_waiting_commits(self) -> None:
+    async def cancel_waiting_commits(self, statement: str = "") -> None:
         """Cancel the waits for the standby: the commits become visible on this node alone."""
-        for pid in await self.waiting_commits():
+        for pid in await self.waiting_commits(statement):
             await self.fetchval("SELECT pg_cancel_backend($1)", pid)
 
-    async def crash_waiting_commit(self) -> None:
+    async def crash_waiting_commit(self, statement: str = "") -> None:
         """SIGKILL a backend whose commit waits for the standby, and wait for the crash recovery,
         which makes the commit visible on this node alone."""
-        pids = await eventually(self.waiting_commits, "a commit waits for the standby")
+
+        async def waiting() -> list[int]:
+            return await self.waiting_commits(statement)
+
+        pids = await eventually(waiting, "a commit waits for the standby")
         done = self.log.count(_READY)
         os.kill(pids[0], signal.SIGKILL)
         await eventually(
@@ -292,13 +324,18 @@ class Node:
             {"PGPASSWORD": self._template.password},
         )
 
+    async def flush(self) -> None:
+        """Make all durable that was committed so far, also without synchronous_commit."""
+        await self.execute("SELECT pg_logical_emit_message(true, 'test', '')")
+
     async def restore(self, backup: Path, *, new_timeline: bool) -> None:
-        """Replace the data by a base backup, and start on the same address.
+        """Stop, replace the data by a base backup, and start on the same address.
 
         With `new_timeline` as archive recovery does it, else as after a plain copy: the timeline
         stays the same then, so that nothing but the content shows that history was set back.
         """
-        await self.stop()
+        # Its data goes, so it need not write a checkpoint.
+        await self.stop("immediate")
         await self.copy_from(backup)
         if new_timeline:
             # There is no archive: the backup brings all the WAL that it needs.
@@ -321,6 +358,27 @@ class Node:
         path = self.data / name
         path.touch()
         os.chown(path, self._template.account.uid, self._template.account.gid)
+
+
+@contextlib.asynccontextmanager
+async def lone_node(folder: Path, template: Template) -> AsyncIterator[Node]:
+    """Run a node without a standby below `folder`, and end it whatever happens."""
+    node = Node("lone", template, new_folder(folder, "lone-"))
+    try:
+        await node.make()
+        await node.start()
+        yield node
+    finally:
+        if node.running:
+            await node.kill()
+        await asyncio.to_thread(shutil.rmtree, node.data.parent, ignore_errors=True)
+
+
+def new_folder(parent: Path, prefix: str) -> Path:
+    """Make a folder that the account which Postgres runs as can enter, as it can enter `parent`."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    folder.chmod(0o755)
+    return folder
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -74,6 +74,12 @@ async def test_a_commit_that_the_standby_lacks_becomes_visible_on_the_old_primar
         await done
     await nodes.caught_up(second, first)
     assert await seen(first) == {1, 4, 5}
+    await nodes.set_synchronous(second, synchronous=False)
+    await nodes.replication.stall()
+    async with insert(nodes.address_url, 6) as done:
+        await done
+    assert await seen(second) == {1, 4, 5, 6}
+    assert await seen(first) == {1, 4, 5}
 
 
 @pytest.mark.parametrize("new_timeline", [True, False])
