@@ -214,7 +214,9 @@ async def address(shared_servers: Any, transport: str) -> str:
     """
     address, connection = await shared_servers(transport)
     await connection.execute(
-        "DELETE FROM deletion; DELETE FROM secret; DELETE FROM invalidation; DELETE FROM token"
+        "DELETE FROM deletion; DELETE FROM secret; DELETE FROM token; DELETE FROM invalidation;"
+        # As pruning does: servers keep their place in the log.
+        "UPDATE head SET pruned_revision = revision, pruned_mark = mark"
     )
     return str(address)
 

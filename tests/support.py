@@ -176,6 +176,15 @@ class BreakablePostgres:
         os.kill(self._postgres.pid, signal.SIGKILL)
         await eventually(lambda: self._postgres.poll() is not None, "the postmaster is dead")
 
+    async def crash(self) -> None:
+        """SIGKILL all of it at once, as a machine does that loses power: nobody writes a thing."""
+        await self.freeze()
+        for process in self._frozen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._frozen = []
+        await eventually(lambda: self._postgres.poll() is not None, "the postmaster is dead")
+
     async def freeze(self) -> None:
         """SIGSTOP the postmaster, so that it makes no more children, and then the children."""
         assert self._postgres.pid is not None

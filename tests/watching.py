@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+from latchkey_coherence.memory import NOWHERE, Position
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
@@ -22,12 +23,14 @@ class WatchClient:
     def __init__(self, stub: Any, metadata: Metadata = ()) -> None:
         self.call = stub.Watch(metadata=metadata)
         self.number = 0
-        self.applied = 0
+        self.applied = NOWHERE
 
-    async def say(self, applied: int | None = None, **fields: Any) -> None:
+    async def say(self, applied: Position | None = None, **fields: Any) -> None:
         """Send a request; without `applied`, what was applied so far."""
-        revision = self.applied if applied is None else applied
-        await self.call.write(pb.WatchRequest(applied_revision=revision, **fields))
+        position = self.applied if applied is None else applied
+        await self.call.write(
+            pb.WatchRequest(applied_revision=position.revision, mark=position.mark, **fields)
+        )
 
     async def ask(self) -> None:
         """Ask for a grant."""
@@ -42,7 +45,7 @@ class WatchClient:
         kind = response.WhichOneof("event")
         event = getattr(response, kind)
         if kind in ("invalidation", "reset"):
-            self.applied = event.revision
+            self.applied = Position(event.revision, event.mark)
         return event
 
     async def granted(self) -> pb.Grant:
@@ -51,7 +54,7 @@ class WatchClient:
         while not isinstance(event := await self.hear(), pb.Grant):
             await self.say()
         assert event.number == self.number
-        assert event.revision == self.applied
+        assert Position(event.revision, event.mark) == self.applied
         return event
 
     async def refusal(self) -> grpc.StatusCode:

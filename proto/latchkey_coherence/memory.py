@@ -2,25 +2,45 @@
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
-__all__ = ["HISTORY_MAX", "Entry", "Memory"]
+__all__ = ["HISTORY_MAX", "NOWHERE", "Entry", "Memory", "Position"]
 
-# Names of tokens that were made invalid of late. What is read meanwhile takes milliseconds, and a
-# client that was cut off comes back within seconds; deletions come at most a thousand a second.
+# Revisions and names of recently invalidated tokens. A read takes milliseconds, and a client that
+# was cut off reconnects within seconds; deletions come at a thousand a second at most.
 HISTORY_MAX: Final = 10_000
 # Entries looked at to make room for one. Were a million of them all in use, to look at each would
 # hold up every verify for a tenth of a second.
 LOOKS_MAX: Final = 32
 
 
+class Position(NamedTuple):
+    """A place in one history of the database (coherence rule 12).
+
+    Two histories can give the same revision to different changes, for example after a failover.
+    The mark tells them apart: a random number, never 0, written by the transaction that took the
+    revision. Two holders of the same position share everything up to it.
+    """
+
+    revision: int
+    mark: int
+    """0 to 2**64 - 1. 0: the sender does not know its history."""
+
+
+NOWHERE: Final = Position(0, 0)
+"""The position of a memory that has heard of no history yet."""
+
+
 class Entry:
     """What is remembered under a key. Subclasses add to it, with `__slots__` for its size."""
 
-    __slots__ = ("token_id", "used")
+    __slots__ = ("keep_until", "token_id", "used")
 
-    def __init__(self, token_id: str) -> None:
+    def __init__(self, token_id: str, keep_until: float) -> None:
         self.token_id = token_id
+        # Seconds on the process's clock. A reader ignores the entry from then on. This bounds the
+        # damage of every fault that the protocol does not cover (coherence rule 12).
+        self.keep_until = keep_until
         # Set by whoever answers with it: what was used is kept when room is made.
         self.used = False
 
@@ -29,33 +49,26 @@ E = TypeVar("E", bound=Entry)
 
 
 class Memory(Generic[E]):
-    """Entries by key, the revision up to which invalidations were applied to them, and the last
-    few invalidations.
+    """Entries by key, the position up to which invalidations were applied to them, and the most
+    recent invalidations.
 
-    Whoever answers with an entry holds a lease, and reads `entries` after the verify began. Not
-    safe to change from several threads; safe to read while another one changes it.
+    A reader of `entries` holds a lease and reads them after its verify began. Not safe to change
+    from several threads; safe to read while another thread changes it.
     """
 
-    __slots__ = (
-        "_known_since",
-        "_named",
-        "_of_token",
-        "_order",
-        "applied",
-        "entries",
-        "entries_max",
-    )
+    __slots__ = ("_marks", "_named", "_of_token", "_order", "entries", "entries_max", "position")
 
     def __init__(self, entries_max: int) -> None:
         self.entries_max = entries_max
-        """How many it holds at most."""
+        """How many entries it holds at most."""
         self.entries: dict[bytes, E] = {}
-        self.applied = 0
-        """Nothing in `entries` was made invalid by a revision up to this one."""
-        # The token ids that revisions in (_known_since, applied] named, each with the last of
-        # these, in that order.
+        self.position = NOWHERE
+        """Nothing in `entries` was invalidated by a revision up to this one."""
+        # The known revisions, oldest first, with their marks. The last one is `position`.
+        self._marks: dict[int, int] = {}
+        # The token ids named after the oldest known revision, each with the last revision that
+        # named it, in that order.
         self._named: dict[str, int] = {}
-        self._known_since = 0
         self._of_token: dict[str, bytes | tuple[bytes, ...]] = {}
         # Keys in the order in which they are looked at to make room. Keys that are gone, or stand
         # here twice, are passed over.
@@ -64,17 +77,29 @@ class Memory(Generic[E]):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def admit(self, key: bytes, entry: E, revision: int) -> bool:
-        """Remember what was read in a snapshot of `revision`, or do not, and tell which.
+    def knows(self, position: Position) -> bool:
+        """Tell whether `position` is certain to be on the history that was applied here.
 
-        The fill rule (coherence rule 4): it may enter if nothing after `revision` that was applied
-        here named its token. What was applied here will not be applied again, so that nothing
-        would ever remove it.
+        False also means "not known": a revision that lies too far back, or was skipped because
+        several were applied as one.
         """
-        if revision < self.applied and (
-            # What was named that long ago has been forgotten.
-            revision < self._known_since or self._named.get(entry.token_id, 0) > revision
-        ):
+        return self._marks.get(position.revision) == position.mark
+
+    def agrees(self, position: Position) -> bool:
+        """Tell whether `position` may be on the history that was applied here.
+
+        False: the revision is known by another mark, so that the histories differ for certain.
+        """
+        return self._marks.get(position.revision, position.mark) == position.mark
+
+    def admit(self, key: bytes, entry: E, position: Position) -> bool:
+        """Store what was read in a snapshot at `position` if that is safe; tell whether it was.
+
+        The fill rule (coherence rules 4 and 12): the position has to be known, and nothing that
+        was applied after it may have named the token. What was applied here will not be applied
+        again, so nothing would ever remove the entry.
+        """
+        if not self.knows(position) or self._named.get(entry.token_id, 0) > position.revision:
             return False
         if self.entries_max <= 0:
             return False
@@ -94,40 +119,55 @@ class Memory(Generic[E]):
             self._order = deque(self.entries)
         return True
 
-    def apply(self, revision: int, token_ids: Iterable[str]) -> None:
-        """Drop what is remembered of tokens that revisions up to `revision` made invalid.
+    def apply(self, position: Position, token_ids: Iterable[str]) -> None:
+        """Drop the entries of tokens that revisions up to `position` invalidated.
 
-        They are all that was named after `applied`, and may be more: it may be applied again.
+        `token_ids` are all tokens named since the last position, and may be more: applying an
+        invalidation twice does no harm. The caller makes sure that `position` is on the same
+        history as `self.position`.
         """
+        revision = max(position.revision, self.position.revision)
         for token_id in token_ids:
             for key in _all(self._of_token.get(token_id, ())):
                 self._drop(key)
             # At the end, so that the order stays that of revisions.
             self._named.pop(token_id, None)
-            self._named[token_id] = max(revision, self.applied)
-        self.applied = max(self.applied, revision)
+            self._named[token_id] = revision
+        if position.revision > self.position.revision:
+            self._marks[position.revision] = position.mark
+            self.position = position
         while len(self._named) > HISTORY_MAX:
-            oldest = next(iter(self._named))
-            self._known_since = max(self._known_since, self._named.pop(oldest))
+            self._know_from(self._named.pop(next(iter(self._named))))
+        while len(self._marks) > HISTORY_MAX:
+            del self._marks[next(iter(self._marks))]
 
-    def reset(self, revision: int) -> None:
-        """Forget everything, and begin at `revision`."""
+    def reset(self, position: Position) -> None:
+        """Drop everything and begin at `position`."""
         self.entries.clear()
         self._of_token.clear()
         self._order.clear()
         self._named.clear()
-        self.applied = self._known_since = revision
+        # A mark of 0 stands for no history, so it must never match.
+        self._marks = {position.revision: position.mark} if position.mark else {}
+        self.position = position
 
-    def named_since(self, revision: int) -> list[str] | None:
-        """Return the tokens named in (`revision`, `applied`]; None if that is no longer known."""
-        if revision < self._known_since:
+    def named_since(self, position: Position) -> list[str] | None:
+        """Return the tokens named after `position`; None if the position is not known."""
+        if not self.knows(position):
             return None
         found = []
         for token_id in reversed(self._named):
-            if self._named[token_id] <= revision:
+            if self._named[token_id] <= position.revision:
                 break
             found.append(token_id)
         return found
+
+    def _know_from(self, revision: int) -> None:
+        """Forget the revisions before `revision`: not all tokens named since are known."""
+        for known in tuple(self._marks):
+            if known >= revision:
+                break
+            del self._marks[known]
 
     def _drop(self, key: bytes) -> None:
         entry = self.entries.pop(key)

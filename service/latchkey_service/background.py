@@ -6,14 +6,23 @@ import random
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime, timedelta
 
+from latchkey_service import fleet
 from latchkey_service.audit_table import AuditTable
 from latchkey_service.coherence.table import VerifierTable
-from latchkey_service.errors import StoreUnavailable
+from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.log import Counts, logger
 from latchkey_service.reconnection import spread
 from latchkey_service.store import Store
 
-__all__ = ["follow_store", "prune_log", "purge", "purge_audit", "summarise", "tell_summary"]
+__all__ = [
+    "follow_peppers",
+    "follow_verifier",
+    "prune_log",
+    "purge",
+    "purge_audit",
+    "summarise",
+    "tell_summary",
+]
 
 # Health follows Postgres within this and PROBE_TIMEOUT_SECONDS; back up it comes sooner.
 PROBE_SECONDS = 0.5
@@ -28,24 +37,37 @@ PRUNE_SECONDS = 60.0
 # a while need not begin anew.
 KEPT_LEASES = 10
 KEPT_SECONDS_MIN = 600.0
+# Two small tables are read each time. Tokens get lost on a host that lacks a pepper, so a person
+# should hear of it soon.
+PEPPER_CHECK_SECONDS = 10.0
+# Until this process has registered, which it does as soon as the database answers.
+PEPPER_CHECK_SECONDS_AT_START = 0.5
 
 Gauges = Callable[[], Mapping[str, int]]
 """What there is of something right now, by name: what goes up and never down is a leak."""
 
 
-async def follow_store(
-    store: Store, has_lease: Callable[[], bool], set_serving: Callable[[bool], None]
+async def follow_verifier(
+    check: Callable[[float], Awaitable[None]],
+    clock: Callable[[], float],
+    set_serving: Callable[[bool], None],
 ) -> None:
-    """Keep health at whether Postgres answers, and lets us verify. Ends when cancelled."""
+    """Keep health at whether verifies are answered that need a look-up. Ends when cancelled.
+
+    `check` does what such a verify does, on the same connection: another connection may lead to
+    another server, and be fine (coherence rule 12). It is passed its deadline, by `clock`.
+    """
     log = logger()
     # As it begins, before anybody could know.
     serving = False
     while True:
         try:
-            async with asyncio.timeout(PROBE_TIMEOUT_SECONDS):
-                await store.ping()
-            answers = has_lease()
-        except (StoreUnavailable, TimeoutError):
+            await check(clock() + PROBE_TIMEOUT_SECONDS)
+            answers = True
+        except Overloaded:
+            # Busy, and answering others.
+            answers = True
+        except Unavailable:
             answers = False
         except Exception:
             log.exception("the database answers strangely")
@@ -56,6 +78,40 @@ async def follow_store(
             serving = answers
         pause = PROBE_SECONDS if serving else PROBE_SECONDS_WHILE_DOWN
         await asyncio.sleep(spread(pause, random.random()))  # noqa: S311 - a spread
+
+
+async def follow_peppers(table: VerifierTable, own_id: str) -> None:
+    """Warn when live verifiers lack a pepper that others create tokens with. Ends when cancelled.
+
+    Every worker of the fleet warns, the ones that lack the pepper and the ones that have it: a
+    person may look at the log of only one host.
+    """
+    loop, log = asyncio.get_running_loop(), logger()
+    reports, registered = fleet.Reports(), False
+    while True:
+        pause = PEPPER_CHECK_SECONDS if registered else PEPPER_CHECK_SECONDS_AT_START
+        await asyncio.sleep(spread(pause, random.random()))  # noqa: S311 - a spread
+        try:
+            verifiers = (await table.status()).verifiers
+        except StoreUnavailable:
+            # Health and the lease report it.
+            continue
+        except Exception as error:  # noqa: BLE001 - logged, and tried again
+            log.warning("peppers not compared", error=type(error).__name__)
+            continue
+        registered = registered or any(verifier.id == own_id for verifier in verifiers)
+        news = reports.news(verifiers, loop.time())
+        if news.resolved:
+            log.info("no host lacks a pepper that others use any more")
+        for mismatch in news.found:
+            minting, lacking = mismatch.hosts
+            log.warning(
+                "hosts lack a pepper that others use",
+                pepper_id=mismatch.pepper_id,
+                used_on=minting,
+                missing_on=lacking,
+                what_to_do=mismatch.warning(),
+            )
 
 
 async def summarise(counts: Counts, gauges: Gauges) -> None:

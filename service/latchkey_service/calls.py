@@ -202,14 +202,16 @@ class Calls:
             start = self._monotonic()
             caller = ANYONE
             try:
+                if door is not None:
+                    caller = door.admit(path, context)
+                    check_account(path, caller, None)
+                    self._charge(path, rule_of(path), caller, None)
+                call_origin.set(_origin_of(path, context, None)(caller.name))
                 if door is None:
                     await behaviour(checked(requests), context)
                     return
-                caller = door.admit(path, context)
-                check_account(path, caller, None)
-                self._charge(path, rule_of(path), caller, None)
                 with self._admitted(_Stream(door, path, context), caller):
-                    await behaviour(checked(requests), context)
+                    await behaviour(self._paced(path, caller, checked(requests)), context)
             except grpc.aio.AbortError:
                 raise
             except Exception as error:  # noqa: BLE001 - the last place before the transport
@@ -218,6 +220,23 @@ class Calls:
                 await _abort(context, status)
 
         return call
+
+    async def _paced(
+        self, path: str, caller: Caller, requests: AsyncIterator[Any]
+    ) -> AsyncIterator[Any]:
+        """Yield a stream's messages no faster than the caller's rate.
+
+        A caller that sends more is heard later, and so flow control slows it down. Its stream goes
+        on: a Delete may be waiting for what it confirms.
+        """
+        rule = rule_of(path)
+        async for request in requests:
+            while caller.rates is not None and rule.role is not None:
+                wait = caller.rates.charge(rule.role, 1, self._monotonic())
+                if not wait:
+                    break
+                await asyncio.sleep(wait)
+            yield request
 
     def _charge(self, path: str, rule: Rule, caller: Caller, request: Any) -> None:
         """Count a call, or each question of a batch, against the caller's limit, if it has one."""

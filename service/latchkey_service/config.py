@@ -120,6 +120,11 @@ class Settings(BaseSettings):
         description="any Postgres from 15 on, of several hosts the primary; "
         "unset: an embedded one in DATA_DIR",
     )
+    pooler: Literal["none", "transaction"] = Field(
+        "none",
+        description="transaction: DATABASE_URL leads to a pooler that shares connections by "
+        "transaction; none: to Postgres itself, or to a pooler in session mode",
+    )
     data_dir: Path = Field(
         default_factory=default_data_dir,
         description="embedded database and generated keys",
@@ -147,7 +152,9 @@ class Settings(BaseSettings):
         "what CACHE_ENTRIES and CONNECTIONS_MAX may take; 0: never",
     )
     pepper_file: Path | None = Field(
-        None, description="keys for digests, newest first; unset: generated in DATA_DIR"
+        None,
+        description="keys for digests, newest first; unset: DATA_DIR/peppers, generated for a "
+        "database without any",
     )
     secret_prefix: str = Field(
         "lk", pattern=r"^[a-z]{2,10}$", description="what new secrets begin with: 2-10 of a-z"
@@ -170,6 +177,12 @@ class Settings(BaseSettings):
     )
     cache_entries: int = Field(
         100_000, ge=1, le=50_000_000, description="verdicts a worker remembers, some 500 bytes each"
+    )
+    cache_seconds: float = Field(
+        300.0,
+        ge=1,
+        le=86_400,
+        description="after how many seconds at most a remembered verdict is read again",
     )
     notify: Literal["on", "off"] = Field(
         "on", description="on or off: LISTEN and NOTIFY, which make deletions take milliseconds"

@@ -9,30 +9,44 @@ import contextlib
 import functools
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import asyncpg
+from latchkey_coherence.lease import boottime
 
 from latchkey_service.errors import (
     NO_ANSWER,
     AlreadyExists,
+    NotReplicated,
     StoreConflict,
     StoreUnavailable,
     StoreUnsupported,
 )
-from latchkey_service.hosts import Hosts
+from latchkey_service.hosts import NEXT, Hosts
 from latchkey_service.reconnection import Attempt, Reconnection
+from latchkey_service.sessions import GENERIC_PLAN, SETTINGS, Pooler, driver_options
 
-__all__ = ["Connector", "Pool", "connect", "durably", "retrying", "translated"]
+__all__ = [
+    "DURABLE",
+    "Connector",
+    "Pool",
+    "answers",
+    "connect",
+    "durably",
+    "retrying",
+    "translated",
+]
 
 # A statement of ours takes about a millisecond. Two seconds without an answer is a database that
 # is frozen or gone, and a caller is better told so than kept.
 STATEMENT_TIMEOUT_SECONDS = 2.0
 CONNECT_TIMEOUT_SECONDS = 1.0
-# A row lock is held for one commit; past this something is stuck and the caller may retry.
-LOCK_TIMEOUT = "1500ms"
-CLIENT_CHECK_INTERVAL = "250ms"
+# A connection that nothing was sent on for so long is tried before it is used: a firewall may have
+# forgotten it, and a statement would wait for its whole time-out. The trial is one round trip.
+IDLE_SECONDS = 5.0
+# Far above a round trip, and short enough that the caller still has time for a new connection.
+TRIAL_TIMEOUT_SECONDS = 0.5
 # Each call at work has one (`calls.PLACES`), and each receipt that is written (`tokens.py`); two
 # are for what the process does by itself.
 POOL_SIZE_MAX = 16
@@ -51,16 +65,35 @@ _BROKEN = (
     asyncpg.OperatorInterventionError,
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,
+    asyncpg.InvalidSQLStatementNameError,  # 26000: a pooler handed it to another server session
+    asyncpg.DuplicatePreparedStatementError,  # 42P05: the same
     OSError,  # TimeoutError included
     asyncio.CancelledError,
 )
+
+# For the WHERE clause of a statement that must not be lost: `AND {DURABLE}`. Its transaction's
+# commit then waits until its WAL is on disk, and on the synchronous standby where there is one,
+# even if database, role or session say otherwise. Within the statement, so that it is one round
+# trip and holds where a pooler keeps no settings. As a condition, since Postgres evaluates no
+# WITH query that nothing refers to, and writes no row whose condition it has not evaluated.
+DURABLE = """CASE WHEN current_setting('synchronous_commit') IN ('on', 'remote_apply') THEN true
+     ELSE set_config('synchronous_commit', 'on', true) IS NOT NULL END"""
 
 
 class _Connection(asyncpg.Connection):
     """A connection whose release to the pool costs no round trip: our statements leave no state."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # When it was last known to work, by the clock that goes on while the machine is suspended.
+        self.used_at = boottime()
+
     def get_reset_query(self) -> str:
         return ""
+
+    def touch(self) -> None:
+        """Note that it has just been used."""
+        self.used_at = boottime()
 
 
 if TYPE_CHECKING:
@@ -72,7 +105,7 @@ if TYPE_CHECKING:
 class Connector:
     """Makes all of a process's connections to one database; few attempts while it is away.
 
-    Belongs to the event loop that it is used on.
+    `pooler` is what is between the two. Belongs to the event loop that it is used on.
     """
 
     def __init__(
@@ -80,7 +113,10 @@ class Connector:
         database_url: str,
         monotonic: Callable[[], float] = time.monotonic,
         randomness: Callable[[], float] = random.random,
+        *,
+        pooler: Pooler = "none",
     ) -> None:
+        self._pooler: Pooler = pooler
         self._hosts = Hosts(database_url)
         self._reconnection = Reconnection(monotonic, randomness)
         self._failure: BaseException | None = None
@@ -93,12 +129,15 @@ class Connector:
         failed.
         """
         with translated():
-            return await self.attempt(asyncpg.Connection)
+            return await self.attempt(SETTINGS)
 
-    async def attempt(
-        self, connection_class: "type[asyncpg.Connection[asyncpg.Record]]"
-    ) -> "asyncpg.Connection[asyncpg.Record]":
-        """Do the same for the pool, which wants its own class and the driver's errors."""
+    async def connect_for_lookups(self) -> "asyncpg.Connection[asyncpg.Record]":
+        """Return a connection that plans each statement once, for all arguments."""
+        with translated():
+            return await self.attempt({**SETTINGS, **GENERIC_PLAN})
+
+    async def attempt(self, settings: Mapping[str, str]) -> "asyncpg.Connection[asyncpg.Record]":
+        """Do the same for the pool, which wants the driver's errors."""
         while (kind := self._reconnection.begin()) is None:
             probes = [task for task, kind in self._attempts.items() if kind is Attempt.PROBE]
             if not (self._reconnection.in_doubt and probes):
@@ -108,7 +147,13 @@ class Connector:
         # A task of its own: what comes of an attempt has to be known also when its caller leaves,
         # or callers in a hurry would begin one after the other.
         task = asyncio.create_task(
-            self._hosts.connect(connection_class=connection_class, **_options()), name="connect"
+            self._hosts.connect(
+                # In transaction mode they would reach whichever session comes next, and other
+                # programs' after it.
+                {} if self._pooler == "transaction" else settings,
+                **self._options(),
+            ),
+            name="connect",
         )
         self._attempts[task] = kind
         task.add_done_callback(self._settle)
@@ -117,6 +162,40 @@ class Connector:
         except asyncio.CancelledError:
             task.add_done_callback(_discard)
             raise
+
+    def hosts(self) -> list[str]:
+        """Return the hosts of the list, each with its port where the URL has one."""
+        return self._hosts.names()
+
+    def host_of(self, connection: "asyncpg.Connection[asyncpg.Record]") -> str:
+        """Return the host of the list that a connection was made to."""
+        return self._hosts.name_of(connection)
+
+    def prove(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+        """Ask a connection's host first from now on: a commit there was durable."""
+        self._hosts.prove(connection)
+
+    def leave(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+        """Ask a connection's host last from now on: no commit there succeeds."""
+        self._hosts.leave(connection)
+
+    async def connect_to(self, host: str) -> "asyncpg.Connection[asyncpg.Record]":
+        """Return a connection to one host of the list, which has to be a primary.
+
+        It is outside the bound on attempts: the caller makes one at a time. Raises
+        StoreUnavailable.
+        """
+        with translated():
+            return await self._hosts.connect_to(host, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "connection_class": _Connection,
+            "timeout": CONNECT_TIMEOUT_SECONDS,
+            "command_timeout": STATEMENT_TIMEOUT_SECONDS,
+            "server_settings": {"application_name": "latchkey"},
+            **driver_options(self._pooler),
+        }
 
     def _settle(self, task: "asyncio.Task[Any]") -> None:
         kind = self._attempts.pop(task)
@@ -133,13 +212,14 @@ class Pool:
 
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
+        self._expiry: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(cls, connector: Connector) -> "Pool":
         """Return a new pool. Connects lazily, so that it opens without a database."""
 
         async def connect(*_: object, **__: object) -> "asyncpg.Connection[asyncpg.Record]":
-            return await connector.attempt(_Connection)
+            return await connector.attempt(SETTINGS)
 
         return cls(
             await asyncpg.create_pool(
@@ -158,23 +238,74 @@ class Pool:
         except TimeoutError:
             self._pool.terminate()
 
+    def reconnect(self) -> None:
+        """Replace the connections, each when it is used next: they may lead to the wrong server."""
+        # It waits for nothing. A task all the same, which has to be held on to.
+        self._expiry = asyncio.create_task(self._pool.expire_connections())
+
     @contextlib.asynccontextmanager
     async def session(self) -> "AsyncIterator[_Session]":
         """Lend a connection; translate what goes wrong with it, waiting for one included."""
         with translated():
-            async with self._pool.acquire(timeout=STATEMENT_TIMEOUT_SECONDS) as session:
-                try:
-                    yield session
-                except _BROKEN:
-                    # Else the release would wait until a frozen server has cancelled the query,
-                    # or hand on a connection that is ended but has not been told so yet.
-                    session.terminate()
-                    raise
+            session = await self._acquire()
+            try:
+                yield session
+            except _BROKEN:
+                # Else the release would wait until a frozen server has cancelled the query,
+                # or hand on a connection that is ended but has not been told so yet.
+                session.terminate()
+                raise
+            finally:
+                _touch(session)
+                await self._pool.release(session)
+
+    async def _acquire(self) -> "PoolConnectionProxy[asyncpg.Record]":
+        """Return a connection that answers, a new one if the one whose turn it is does not."""
+        session = await self._pool.acquire(timeout=STATEMENT_TIMEOUT_SECONDS)
+        try:
+            if await answers(session):
+                return session
+        except BaseException:
+            session.terminate()
+            await self._pool.release(session)
+            raise
+        session.terminate()
+        await self._pool.release(session)
+        # What a firewall did to this connection it may have done to all of the same age. Else each
+        # of the next callers would wait for a trial of its own.
+        await self._pool.expire_connections()
+        return await self._pool.acquire(timeout=STATEMENT_TIMEOUT_SECONDS)
 
 
-async def connect(database_url: str) -> "asyncpg.Connection[asyncpg.Record]":
+async def connect(
+    database_url: str, pooler: Pooler = "none"
+) -> "asyncpg.Connection[asyncpg.Record]":
     """Return a connection of one's own, for once. Raises StoreUnavailable."""
-    return await Connector(database_url).connect()
+    return await Connector(database_url, pooler=pooler).connect()
+
+
+async def answers(connection: "_Session") -> bool:
+    """Return whether a connection that was made here can be used, and note that it is.
+
+    Asks the server if the connection was idle for long, within a bound. If the answer is no, the
+    connection is of no use any more.
+    """
+    if connection.is_closed():
+        return False
+    # Not by its class, for which asyncpg takes every connection.
+    used_at = getattr(connection, "used_at", None)
+    if used_at is not None and boottime() - used_at > IDLE_SECONDS:
+        try:
+            await connection.execute("SELECT 1", timeout=TRIAL_TIMEOUT_SECONDS)
+        except NEXT:
+            return False
+    _touch(connection)
+    return True
+
+
+def _touch(connection: "_Session") -> None:
+    if (touch := getattr(connection, "touch", None)) is not None:
+        touch()
 
 
 @contextlib.contextmanager
@@ -198,6 +329,8 @@ def translated() -> Iterator[None]:
         asyncpg.ReadOnlySQLTransactionError,  # 25006: a standby, or a deposed primary
         asyncpg.InvalidAuthorizationSpecificationError,  # 28xxx: also while roles are restored
         asyncpg.InvalidCatalogNameError,  # 3D000: also while the database is restored
+        asyncpg.InvalidSQLStatementNameError,  # 26000: a pooler switched to transaction mode
+        asyncpg.DuplicatePreparedStatementError,  # 42P05: the same
         asyncpg.InterfaceError,  # the driver's own word for a connection that is closing
         asyncpg.InternalClientError,  # and for one that ended between two of its messages
         OSError,  # TimeoutError included
@@ -224,7 +357,7 @@ def durably(session: "_Session") -> Iterator[None]:
     finally:
         session.remove_log_listener(listen)
     if warnings:
-        raise StoreUnavailable("The database has not replicated what was written; try again.")
+        raise NotReplicated("The database has not replicated what was written; try again.")
 
 
 def retrying(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
@@ -253,22 +386,3 @@ def _discard(task: "asyncio.Task[Any]") -> None:
     """Give up a connection that nobody waits for any more."""
     if not task.cancelled() and task.exception() is None:
         task.result().terminate()
-
-
-def _options() -> dict[str, Any]:
-    """Return the connection settings that all connections share."""
-    return {
-        "timeout": CONNECT_TIMEOUT_SECONDS,
-        "command_timeout": STATEMENT_TIMEOUT_SECONDS,
-        "server_settings": {
-            "application_name": "latchkey",
-            "lock_timeout": LOCK_TIMEOUT,
-            # A second bound, on the server: work that nobody waits for any more must end too.
-            "statement_timeout": f"{int(STATEMENT_TIMEOUT_SECONDS * 1000)}ms",
-            "idle_in_transaction_session_timeout": "10s",
-            # A connection that was given up ends by this also while it waits for a lock. Else
-            # callers with short deadlines would pile up connections behind one row.
-            "client_connection_check_interval": CLIENT_CHECK_INTERVAL,
-            "jit": "off",
-        },
-    }

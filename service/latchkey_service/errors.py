@@ -14,6 +14,7 @@
     └── Unavailable           a dependency is away or too slow; worth a retry
         ├── NotConfirmed      a deletion stands, but verifiers have yet to confirm it
         └── StoreUnavailable  Postgres
+            ├── NotReplicated what was written may be undone by a failover
             ├── StoreConflict two transactions undid each other
             └── StoreUnsupported  not a thing that this engine does
 
@@ -59,6 +60,7 @@ INTERNAL_MESSAGE = "Latchkey failed to answer; its log has the cause under the r
 RETRY_DELAY_SECONDS = 0.25
 TOO_LATE = "The answer would come too late; try again shortly."
 NO_ANSWER = "The database does not answer; try again shortly."
+CHANGING_OVER = "The database is changing over; try again shortly."
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,10 @@ class StoreUnavailable(Unavailable):
     """Postgres is away, restarting, or too slow."""
 
     reason = "DATABASE_UNAVAILABLE"
+
+
+class NotReplicated(StoreUnavailable):
+    """Postgres committed what was written, but a failover may undo it."""
 
 
 class StoreUnsupported(StoreUnavailable):

@@ -15,10 +15,11 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from latchkey_service.admission import STUCK_SECONDS, QueueBound
-from latchkey_service.database import retrying, translated
+from latchkey_service.coherence.snapshot import Snapshot
+from latchkey_service.database import answers, retrying, translated
 from latchkey_service.errors import NO_ANSWER, TOO_LATE, Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.reconnection import spread
-from latchkey_service.store import FIND_BY_DIGEST, record_of
+from latchkey_service.store import FIND_BY_DIGEST, record_of, snapshot_of
 from latchkey_service.verdict import TokenRecord
 
 if TYPE_CHECKING:
@@ -45,10 +46,10 @@ SWEEP_SECONDS = 0.02
 
 
 class Found(NamedTuple):
-    """A token's record, or None, and the revision of the snapshot that it was read in."""
+    """A token's record, or None, and the snapshot that it was read in."""
 
     record: TokenRecord | None
-    revision: int
+    snapshot: Snapshot
 
 
 class _Waiter:
@@ -96,7 +97,7 @@ class Lookup:
         return (await self._ask((digest,), deadline))[0]
 
     async def find_all(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
-        """Return what is stored under each of up to 1,000 digests, in order, from one snapshot."""
+        """Return what is stored under each of 1 to 1,000 digests, in order, from one snapshot."""
         return await self._ask(digests, deadline)
 
     def reconnect(self) -> None:
@@ -237,15 +238,15 @@ class _Link:
             connection.terminate()
 
     async def _connected(self) -> "Connection":
-        if self._connection is not None and not self._connection.is_closed():
-            return self._connection
+        if (kept := self._connection) is not None:
+            if await answers(kept):
+                return kept
+            self.drop()
         if self._monotonic() < self._connect_after:
             raise StoreUnavailable(NO_ANSWER)
         try:
+            # Its plan is the same for every array; planning each time would double the cost.
             self._connection = connection = await self._connect()
-            # The plan is the same for every array; making it anew each time would double the cost.
-            with translated():
-                await connection.execute("SET plan_cache_mode = force_generic_plan")
         except Exception:
             self._connect_after = self._monotonic() + spread(
                 RECONNECT_SECONDS,
@@ -263,10 +264,10 @@ async def _find(connection: "Connection", digests: list[bytes]) -> "list[asyncpg
 
 def _deliver(rows: "Sequence[asyncpg.Record]", batch: list[_Waiter]) -> None:
     """Give each waiter of a batch what the rows of its query hold."""
-    revision = rows[0][0]
-    # Two columns come before the token's: the revision, and the digest, NULL for "nothing found".
-    by_digest = {row[1]: Found(record_of(row), revision) for row in rows if row[1] is not None}
-    nothing = Found(None, revision)
+    snapshot = snapshot_of(rows[0])
+    # The snapshot comes first, then the digest, NULL for "nothing found", then the token.
+    by_digest = {row[3]: Found(record_of(row), snapshot) for row in rows if row[3] is not None}
+    nothing = Found(None, snapshot)
     for waiter in batch:
         if not waiter.future.done():
             waiter.future.set_result([by_digest.get(d, nothing) for d in waiter.digests])

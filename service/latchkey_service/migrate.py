@@ -1,14 +1,16 @@
 """Bring the database to this release's schema: numbered SQL files, applied in order, each once.
 
-One transaction per file, under an advisory lock: of servers that start at once, one migrates and
-the others find it done. A file that was applied may not change afterwards, and a database that is
-ahead of this release is refused.
+One transaction per file, under an advisory lock that ends with it: of servers that start at once,
+one applies each file, and the others find it done. A file that was applied may not change
+afterwards, and a database that is ahead of this release is refused.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import random
 import re
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -16,9 +18,17 @@ from typing import TYPE_CHECKING
 import asyncpg
 
 from latchkey_service.database import translated
-from latchkey_service.hosts import Hosts
+from latchkey_service.hosts import NEXT, Hosts, lasting
 from latchkey_service.log import logger
+from latchkey_service.preflight import (
+    PoolerError,
+    check_pooler,
+    needs_transactions,
+    warn_of_lost_writes,
+    warn_of_unbounded_role,
+)
 from latchkey_service.reconnection import spread
+from latchkey_service.sessions import Pooler, driver_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,47 +78,46 @@ def bundled() -> "list[Migration]":
     return found
 
 
-async def migrate(database_url: str, migrations: "Sequence[Migration]") -> "list[Migration]":
-    """Apply what is missing and return it. Raises MigrationError and StoreUnavailable."""
-    connection = await _connect(database_url)
+async def migrate(
+    database_url: str, migrations: "Sequence[Migration]", pooler: Pooler = "none"
+) -> "list[Migration]":
+    """Apply what is missing and return it. Raises MigrationError and StoreUnavailable.
+
+    Before that, checks that the service can work with the database through `pooler`.
+    """
+    hosts = Hosts(database_url)
+    connection = await _connect(hosts)
     try:
         with translated():
             try:
-                return await _apply(connection, migrations)
+                with needs_transactions():
+                    await _check(connection, hosts, pooler)
+                    return await _apply(connection, migrations)
             except asyncpg.LockNotAvailableError as error:
                 raise MigrationError(
                     f"a lock was not to be had in {LOCK_TIMEOUT_SECONDS} s: another migration is "
                     "still at work, or a long transaction uses a table; try again once it has ended"
                 ) from error
+    except PoolerError as error:
+        raise MigrationError(str(error)) from error
     except asyncpg.PostgresError as error:
         raise MigrationError(f"a migration failed, nothing of it was applied: {error}") from error
     finally:
         connection.terminate()
 
 
-async def _connect(database_url: str) -> "asyncpg.Connection[asyncpg.Record]":
+async def _connect(hosts: Hosts) -> "asyncpg.Connection[asyncpg.Record]":
     """Connect, waiting for a database that is still starting."""
-    loop, hosts = asyncio.get_running_loop(), Hosts(database_url)
+    loop = asyncio.get_running_loop()
     give_up = loop.time() + START_TIMEOUT_SECONDS
     told = False
     while True:
         try:
-            connection = await hosts.connect(
-                timeout=CONNECT_TIMEOUT_SECONDS,
-                command_timeout=STATEMENT_TIMEOUT_SECONDS,
-                server_settings={
-                    "application_name": "latchkey migrate",
-                    "lock_timeout": f"{LOCK_TIMEOUT_SECONDS}s",
-                },
-            )
+            connection = await _attempt(hosts)
             break
-        except (
-            asyncpg.InvalidAuthorizationSpecificationError,  # a wrong password included
-            asyncpg.InvalidCatalogNameError,
-            asyncpg.ClientConfigurationError,  # the URL
-        ) as error:
-            raise MigrationError(f"cannot connect to the database: {error}") from error
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except NEXT as error:
+            if lasting(error):
+                raise MigrationError(_refusal(error)) from error
             if loop.time() > give_up:
                 message = f"cannot connect to the database: {type(error).__name__}: {error}"
                 raise MigrationError(message) from error
@@ -127,43 +136,102 @@ async def _connect(database_url: str) -> "asyncpg.Connection[asyncpg.Record]":
     return connection
 
 
+async def _attempt(hosts: Hosts) -> "asyncpg.Connection[asyncpg.Record]":
+    """Connect, in a way that works through any pooler and leaves nothing with it."""
+    return await hosts.connect(
+        timeout=CONNECT_TIMEOUT_SECONDS,
+        command_timeout=STATEMENT_TIMEOUT_SECONDS,
+        server_settings={"application_name": "latchkey migrate"},
+        **driver_options("transaction"),
+    )
+
+
+def _refusal(error: Exception) -> str:
+    """Return what a person can do about a failure to connect that lasts."""
+    message = f"cannot connect to the database: {error}"
+    if isinstance(error, asyncpg.ProtocolViolationError):
+        message += (
+            ". If PgBouncer refuses a startup parameter, remove it from LATCHKEY_DATABASE_URL or "
+            "add it to ignore_startup_parameters in pgbouncer.ini"
+        )
+    return message
+
+
+async def _check(
+    connection: "asyncpg.Connection[asyncpg.Record]", hosts: Hosts, pooler: Pooler
+) -> None:
+    """Raise PoolerError if the service cannot work through the pooler; log what is unsafe."""
+    if pooler == "none":
+        await check_pooler(connection, lambda: _attempt(hosts))
+    else:
+        await warn_of_unbounded_role(connection)
+    await warn_of_lost_writes(connection)
+
+
 async def _apply(
     connection: "asyncpg.Connection[asyncpg.Record]", migrations: "Sequence[Migration]"
 ) -> "list[Migration]":
-    # Of the session, so that it spans the transactions; it ends with the connection at the latest.
-    await connection.execute("SELECT pg_advisory_lock($1)", ADVISORY_LOCK)
-    await connection.execute(
-        """
-        CREATE TABLE IF NOT EXISTS schema_migration (
-            version    integer PRIMARY KEY,
-            name       text NOT NULL,
-            checksum   text NOT NULL,
-            apply_time timestamptz NOT NULL DEFAULT clock_timestamp())
-        """
-    )
-    rows = await connection.fetch("SELECT version, name, checksum FROM schema_migration")
-    applied = {row["version"]: row for row in rows}
+    async with _locked(connection):
+        await connection.execute(
+            """
+            CREATE TABLE IF NOT EXISTS schema_migration (
+                version    integer PRIMARY KEY,
+                name       text NOT NULL,
+                checksum   text NOT NULL,
+                apply_time timestamptz NOT NULL DEFAULT clock_timestamp())
+            """
+        )
+    done: list[Migration] = []
+    while True:
+        async with _locked(connection):
+            migration = await _next_migration(connection, migrations)
+            if migration is None:
+                return done
+            await connection.execute(migration.sql)
+            await connection.execute(
+                "INSERT INTO schema_migration (version, name, checksum) VALUES ($1, $2, $3)",
+                migration.version,
+                migration.name,
+                migration.checksum,
+            )
+        done.append(migration)
+
+
+@contextlib.asynccontextmanager
+async def _locked(connection: "asyncpg.Connection[asyncpg.Record]") -> AsyncIterator[None]:
+    """Run a transaction that no other migration overlaps.
+
+    Lock and bounds end with the transaction: through transaction pooling, those of a session would
+    stay with a server connection that others use. READ COMMITTED, whatever the role's default is:
+    what is read after the wait for the lock has to include what was committed during the wait.
+    """
+    async with connection.transaction(isolation="read_committed"):
+        await connection.execute(
+            f"SET LOCAL lock_timeout = {int(LOCK_TIMEOUT_SECONDS * 1000)};"
+            f"SET LOCAL statement_timeout = {int(STATEMENT_TIMEOUT_SECONDS * 1000)}"
+        )
+        await connection.execute("SELECT pg_advisory_xact_lock($1)", ADVISORY_LOCK)
+        yield
+
+
+async def _next_migration(
+    connection: "asyncpg.Connection[asyncpg.Record]", migrations: "Sequence[Migration]"
+) -> Migration | None:
+    """Return the first migration that the database lacks, or None. Raises MigrationError."""
+    rows = await connection.fetch("SELECT version, checksum FROM schema_migration")
+    applied = {row["version"]: row["checksum"] for row in rows}
     if ahead := sorted(set(applied) - {m.version for m in migrations}):
         raise MigrationError(
             f"the database has migration {ahead[-1]}, which this release does not know: "
             "run the release that made it, or a newer one"
         )
-    done = []
+    missing = None
     for migration in migrations:
-        row = applied.get(migration.version)
-        if row is None:
-            async with connection.transaction():
-                await connection.execute(migration.sql)
-                await connection.execute(
-                    "INSERT INTO schema_migration (version, name, checksum) VALUES ($1, $2, $3)",
-                    migration.version,
-                    migration.name,
-                    migration.checksum,
-                )
-            done.append(migration)
-        elif row["checksum"] != migration.checksum:
+        if migration.version not in applied:
+            missing = missing or migration
+        elif applied[migration.version] != migration.checksum:
             raise MigrationError(
                 f"migration {migration.version:04} ({migration.name}) differs from the one that "
                 "was applied to this database; migrations never change once released"
             )
-    return done
+    return missing

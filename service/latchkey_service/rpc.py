@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf import duration_pb2, timestamp_pb2
+from latchkey_coherence.memory import NOWHERE, Position
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
@@ -33,7 +34,7 @@ from latchkey_service.tokens import NewToken, Tokens
 from latchkey_service.verdict import TokenRecord, Verdict
 from latchkey_service.verifier import Answer, Verifier
 
-__all__ = ["TokenService", "encode_token", "to_datetime"]
+__all__ = ["TokenService", "encode_token", "put_receipt", "to_datetime"]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # Of google/protobuf/timestamp.proto: years 1 to 9999.
@@ -43,7 +44,7 @@ _DURATION_SECONDS_MAX = 315_576_000_000
 
 # Fields as protobuf encodes them: number and wire type, then the value.
 _VERDICT_FIELDS = {verdict: bytes((0x08, verdict)) for verdict in Verdict}
-_REVISION_TAG, _RESPONSES_TAG = b"\x18", b"\x0a"
+_REVISION_TAG, _MARK_TAG, _RESPONSES_TAG = b"\x18", b"\x21", b"\x0a"
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
@@ -65,8 +66,8 @@ class TokenService(pb_grpc.TokenServiceServicer):
         self._watchers = watchers
         self._counts = counts
         self._clock = clock
-        self._revision = 0
-        self._revision_field = b""
+        self._position = NOWHERE
+        self._position_fields = b""
 
     async def Verify(self, request: pb.VerifyRequest, context: "Context") -> bytes:  # type: ignore[override]  # encoded, see Calls
         answer = self._verifier.recall(request.secret, request.required_scope)
@@ -98,13 +99,15 @@ class TokenService(pb_grpc.TokenServiceServicer):
             async for request in request_iterator:
                 # No revision is below zero. Taken as it comes, one would stand as this process's
                 # own, for all that reckon with it.
-                applied = max(0, request.applied_revision)
+                applied = Position(max(0, request.applied_revision), request.mark)
                 yield Request(applied, request.number, request.released)
 
         async def send(event: Event) -> None:
             await context.write(_watch_response(event))
 
-        await self._watchers.serve(requests(), send)
+        origin = call_origin.get()
+        client = f"{origin.caller} at {origin.peer}" if origin.caller else origin.peer
+        await self._watchers.serve(requests(), send, client)
 
     async def Create(self, request: pb.CreateRequest, context: "Context") -> pb.CreateResponse:
         expiry = request.WhichOneof("expiry")
@@ -116,19 +119,21 @@ class TokenService(pb_grpc.TokenServiceServicer):
             _timedelta("ttl", request.ttl) if expiry == "ttl" else None,
             dict(request.labels),
         )
-        created = await self._tokens.create(new, call_origin.get())
+        created = await self._tokens.create(new, call_origin.get(), self._deadline(context))
         response = pb.CreateResponse(secret=created.secret.reveal())
         _put_token(created.record, response.token)
         return response
 
     async def Get(self, request: pb.GetRequest, context: "Context") -> pb.GetResponse:
-        record = await self._tokens.get(request.account_id, request.id)
+        record = await self._tokens.get(request.account_id, request.id, self._deadline(context))
         response = pb.GetResponse()
         _put_token(record, response.token)
         return response
 
     async def List(self, request: pb.ListRequest, context: "Context") -> pb.ListResponse:
-        page = await self._tokens.list(request.account_id, request.page_size, request.page_token)
+        page = await self._tokens.list(
+            request.account_id, request.page_size, request.page_token, self._deadline(context)
+        )
         response = pb.ListResponse(next_page_token=page.next_page_token)
         for record in page.records:
             _put_token(record, response.tokens.add())
@@ -141,23 +146,27 @@ class TokenService(pb_grpc.TokenServiceServicer):
             request.id,
             None if request.no_wait else wait_until,
             call_origin.get(),
+            self._deadline(context),
             # To wait for verifiers takes nothing that others could use.
             on_wait=leave_place,
         )
         response = pb.DeleteResponse()
-        _put_receipt(deletion, response.receipt)
+        put_receipt(deletion, response.receipt)
         return response
 
     def _encoded(self, answer: Answer) -> bytes:
         """Return a VerifyResponse, put together from encoded parts: a tenth of the time.
 
-        The revision is the same from call to call, until something is deleted.
+        The position is the same from call to call, until something is deleted.
         """
-        if answer.revision != self._revision:
-            self._revision = answer.revision
-            self._revision_field = _REVISION_TAG + _varint(answer.revision)
-        revision = self._revision_field if answer.revision else b""
-        return _VERDICT_FIELDS[answer.verdict] + answer.token + revision
+        position = answer.position
+        if position != self._position:
+            self._position = position
+            self._position_fields = _position_fields(position)
+        return _VERDICT_FIELDS[answer.verdict] + answer.token + self._position_fields
+
+    def _deadline(self, context: "Context") -> float:
+        return self._clock() + budget_seconds(context)
 
 
 def encode_token(record: TokenRecord) -> bytes:
@@ -165,6 +174,13 @@ def encode_token(record: TokenRecord) -> bytes:
     response = pb.VerifyResponse()
     _put_token(record, response.token)
     return response.SerializeToString()
+
+
+def _position_fields(position: Position) -> bytes:
+    """Return the fields `revision` and `mark` of a VerifyResponse. As ever, 0 is left out."""
+    revision = _REVISION_TAG + _varint(position.revision) if position.revision else b""
+    mark = _MARK_TAG + position.mark.to_bytes(8, "little") if position.mark else b""
+    return revision + mark
 
 
 def _varint(number: int) -> bytes:
@@ -180,17 +196,17 @@ def _varint(number: int) -> bytes:
 def _watch_response(event: Event) -> pb.WatchResponse:
     response = pb.WatchResponse()
     if isinstance(event, Invalidation):
-        response.invalidation.revision = event.revision
+        response.invalidation.revision, response.invalidation.mark = event.position
         response.invalidation.token_ids.extend(event.token_ids)
     elif isinstance(event, Grant):
-        response.grant.revision = event.revision
+        response.grant.revision, response.grant.mark = event.position
         response.grant.number = event.number
         # Cut to nanoseconds, never rounded up.
         seconds, rest = divmod(event.lease_seconds, 1)
         response.grant.lease_duration.seconds = int(seconds)
         response.grant.lease_duration.nanos = int(rest * 1e9)
     elif isinstance(event, Reset):
-        response.reset.revision = event.revision
+        response.reset.revision, response.reset.mark = event.position
     else:
         response.closing.SetInParent()
     return response
@@ -212,13 +228,16 @@ def _put_token(record: TokenRecord, token: pb.Token) -> None:
         token.labels.update(record.labels)
 
 
-def _put_receipt(deletion: Deletion, receipt: pb.Receipt) -> None:
+def put_receipt(deletion: Deletion, receipt: pb.Receipt) -> None:
+    """Fill `receipt`."""
     _put_time(deletion.commit_time, receipt.commit_time)
     if deletion.effective_time is not None:
         _put_time(deletion.effective_time, receipt.effective_time)
-    receipt.revision = deletion.revision
+    receipt.revision, receipt.mark = deletion.position
     receipt.verifiers_acknowledged = deletion.verifiers_acknowledged
     receipt.verifiers_outwaited = deletion.verifiers_outwaited
+    receipt.clients_acknowledged = deletion.clients_acknowledged
+    receipt.clients_outwaited = deletion.clients_outwaited
 
 
 def _put_time(moment: datetime, timestamp: timestamp_pb2.Timestamp) -> None:

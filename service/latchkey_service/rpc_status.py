@@ -1,5 +1,6 @@
 """StatusService: protobuf → table → protobuf."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import grpc
@@ -7,7 +8,8 @@ from google.protobuf import duration_pb2
 from latchkey_proto.v1 import status_service_pb2 as pb
 from latchkey_proto.v1 import status_service_pb2_grpc as pb_grpc
 
-from latchkey_service.coherence.table import VerifierTable
+from latchkey_service import fleet
+from latchkey_service.coherence.table import Status, VerifierTable
 
 __all__ = ["StatusService"]
 
@@ -18,15 +20,23 @@ if TYPE_CHECKING:
 class StatusService(pb_grpc.StatusServiceServicer):
     """latchkey.v1.StatusService. What it tells is said in the .proto."""
 
-    def __init__(self, table: VerifierTable, own_id: str) -> None:
+    def __init__(
+        self, table: VerifierTable, own_id: str, warnings: Callable[[], list[str]]
+    ) -> None:
         self._table = table
         self._own_id = own_id
+        # Of this process, as they are now: while commits hang, its row cannot say so.
+        self._warnings = warnings
 
     async def GetStatus(
         self, request: pb.GetStatusRequest, context: "Context"
     ) -> pb.GetStatusResponse:
         status = await self._table.status()
-        response = pb.GetStatusResponse(head_revision=status.head_revision)
+        response = pb.GetStatusResponse(
+            head_revision=status.head.revision,
+            head_mark=status.head.mark,
+            warnings=self._warnings_of(status),
+        )
         for verifier in status.verifiers:
             message = response.verifiers.add(
                 id=verifier.id,
@@ -34,15 +44,29 @@ class StatusService(pb_grpc.StatusServiceServicer):
                 process_id=verifier.process_id,
                 version=verifier.version,
                 acknowledged_revision=verifier.acknowledged_revision,
-                lag=max(0, status.head_revision - verifier.acknowledged_revision),
+                lag=max(0, status.head.revision - verifier.acknowledged_revision),
                 lease_duration=_duration(verifier.lease_seconds),
                 lease_remaining=_duration(verifier.lease_remaining_seconds),
                 clients=verifier.clients,
                 notifications=pb.Notifications.ValueType(verifier.notifications),
                 answering=verifier.id == self._own_id,
+                waiting_for=verifier.waiting_for,
+                pepper_ids=verifier.pepper_ids,
+                database_host=verifier.database_host,
+                system_identifier=verifier.server_identifier,
+                timeline=verifier.server_timeline,
             )
             message.start_time.FromDatetime(verifier.start_time)
         return response
+
+    def _warnings_of(self, status: Status) -> list[str]:
+        """Return each warning once, the answering process's first."""
+        found = [*self._warnings()]
+        found += [mismatch.warning() for mismatch in fleet.mismatches(status.verifiers)]
+        for verifier in status.verifiers:
+            if verifier.lease_remaining_seconds > 0 and verifier.id != self._own_id:
+                found += verifier.warnings
+        return list(dict.fromkeys(found))
 
 
 def _duration(seconds: float) -> duration_pb2.Duration:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import math
 import os
+import random
 import secrets
 import socket
 import time
@@ -22,6 +23,8 @@ from latchkey_coherence.lease import boottime
 from latchkey_coherence.memory import Memory
 from latchkey_proto.v1 import audit_service_pb2 as audit_pb
 from latchkey_proto.v1 import audit_service_pb2_grpc as audit_pb_grpc
+from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
+from latchkey_proto.v1 import maintenance_service_pb2_grpc as maintenance_pb_grpc
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
@@ -34,7 +37,8 @@ from latchkey_service.access.policy import PolicyError
 from latchkey_service.audit import AuditLog
 from latchkey_service.audit_table import AuditTable
 from latchkey_service.background import (
-    follow_store,
+    follow_peppers,
+    follow_verifier,
     prune_log,
     purge,
     purge_audit,
@@ -46,6 +50,7 @@ from latchkey_service.coherence.confirmer import Confirmer
 from latchkey_service.coherence.heart import Heart
 from latchkey_service.coherence.membership import Membership
 from latchkey_service.coherence.notifications import Listener
+from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.subleases import SubLeases
 from latchkey_service.coherence.table import Identity, VerifierTable
 from latchkey_service.coherence.watch import Watchers
@@ -56,8 +61,10 @@ from latchkey_service.health import Health
 from latchkey_service.log import Counts, logger
 from latchkey_service.lookup import Lookup
 from latchkey_service.outcomes import Outcomes
+from latchkey_service.primary import Primary
 from latchkey_service.rpc import TokenService, encode_token
 from latchkey_service.rpc_audit import AuditService
+from latchkey_service.rpc_maintenance import MaintenanceService
 from latchkey_service.rpc_status import StatusService
 from latchkey_service.secrets import Keyring
 from latchkey_service.store import Store
@@ -73,6 +80,7 @@ SERVICES = (
     pb.DESCRIPTOR.services_by_name["TokenService"].full_name,
     status_pb.DESCRIPTOR.services_by_name["StatusService"].full_name,
     audit_pb.DESCRIPTOR.services_by_name["AuditService"].full_name,
+    maintenance_pb.DESCRIPTOR.services_by_name["MaintenanceService"].full_name,
 )
 # Health says NOT_SERVING this long before calls are refused, so that balancers see it first.
 DRAIN_SECONDS = 0.1
@@ -85,6 +93,7 @@ class Services:
     tokens: TokenService
     status: StatusService
     audit: AuditService
+    maintenance: MaintenanceService
     health: Health
 
 
@@ -174,6 +183,7 @@ def _register(services: Services, registrar: Any, *, reflected: bool) -> None:
     pb_grpc.add_TokenServiceServicer_to_server(services.tokens, registrar)
     status_pb_grpc.add_StatusServiceServicer_to_server(services.status, registrar)
     audit_pb_grpc.add_AuditServiceServicer_to_server(services.audit, registrar)
+    maintenance_pb_grpc.add_MaintenanceServiceServicer_to_server(services.maintenance, registrar)
     health_pb2_grpc.add_HealthServicer_to_server(services.health, registrar)
     if reflected:
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -209,33 +219,67 @@ async def running(
         # Whichever of the two is right: to go on without a gate would let everybody in.
         raise PolicyError("a worker needs both or neither, the setting and what the file says")
     gate = None if text is None else Gate(policies.parse(text))
-    connector = Connector(settings.database_url.get_secret_value())
+    connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
     cache, notify = settings.cache == "on", settings.notify == "on"
-    identity = _identity(settings)
+    identity = _identity(settings, keyring)
     membership: Membership[Record] = Membership(
         Memory(settings.cache_entries if cache else 0),
         SubLeases(),
         settings.lease_seconds,
     )
-    heart = Heart(membership, identity, connector.connect, boottime)
+    pool = await Pool.open(connector)
+    lookup = Lookup(connector.connect_for_lookups, boottime)
+
+    def reconnect() -> None:
+        """Let the other connections follow the lease to another server."""
+        pool.reconnect()
+        lookup.reconnect()
+
+    primary = Primary(connector, reconnect)
+    heart = Heart(membership, identity, primary, boottime)
     limits = limits_of(settings)
     watchers = Watchers(
         membership,
         boottime,
         heart.wake_to_acknowledge,
+        heart.wake,
         enabled=cache,
         stream_seconds=limits.connection_age or math.inf,
     )
-    listener = Listener(identity.id, connector.connect, heart.wake, enabled=notify)
+    listener = Listener(
+        identity.id,
+        connector.connect,
+        lambda payload: table.notify(payload),
+        heart.wake,
+        settings.lease_seconds / 3,
+        # Nothing listens through a pooler that shares connections by transaction.
+        enabled=notify and settings.pooler == "none",
+    )
     heart.attach(watchers.on_news, watchers.__len__, lambda: listener.state)
 
-    pool = await Pool.open(connector)
-    store = Store(pool, connector)
+    store = Store(pool)
     table = VerifierTable(pool)
     confirmer = Confirmer(table, connector.connect, heart.wake, boottime, notify=notify)
-    lookup = Lookup(connector.connect, boottime)
-    verifier = Verifier(keyring, lookup, heart, membership, encode_token, boottime, time.time)
-    tokens = Tokens(store, keyring, confirmer, settings.secret_prefix, _now, os.urandom)
+    verifier = Verifier(
+        keyring,
+        lookup,
+        LeasedReads(heart, membership, boottime, lookup.reconnect),
+        membership,
+        encode_token,
+        boottime,
+        time.time,
+        cache_seconds=settings.cache_seconds,
+        randomness=random.random,
+    )
+    tokens = Tokens(
+        store,
+        keyring,
+        confirmer,
+        LeasedReads(heart, membership, boottime, pool.reconnect),
+        settings.secret_prefix,
+        _now,
+        os.urandom,
+    )
     counts = Counts()
     audit_table = AuditTable(pool)
     audit = AuditLog(audit_table, time.monotonic, _now)
@@ -245,8 +289,9 @@ async def running(
         gate.on_change(calls.recheck)
     services = Services(
         TokenService(tokens, verifier, watchers, counts, boottime),
-        StatusService(table, identity.id),
+        StatusService(table, identity.id, primary.warnings),
         AuditService(audit_table),
+        MaintenanceService(tokens, boottime),
         Health(("", *SERVICES)),
     )
     server = Server(settings, calls, services, watchers, gate, limits)
@@ -273,8 +318,10 @@ async def running(
     # They too: who calls meanwhile is written down.
     lasts = [beating, listening, begin(audit.run()), begin(server.guard.run())]
     background = [
-        follow_store(store, heart.has_lease, server.set_serving),
+        follow_verifier(verifier.check, boottime, server.set_serving),
         summarise(counts, gauges),
+        follow_peppers(table, identity.id),
+        primary.run(),
         purge(store, retention, _now),
         prune_log(table, settings.lease_seconds),
         purge_audit(audit_table, audit_retention, _now),
@@ -289,7 +336,11 @@ async def running(
         await _end(*lasts)
         await audit.close()
         await asyncio.gather(
-            heart.stop(remove=drained), confirmer.close(), lookup.close(), store.close()
+            heart.stop(remove=drained),
+            confirmer.close(),
+            primary.close(),
+            lookup.close(),
+            store.close(),
         )
         tell_summary(counts, gauges)
 
@@ -310,7 +361,7 @@ async def _end(*tasks: "asyncio.Task[None]") -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _identity(settings: Settings) -> Identity:
+def _identity(settings: Settings, keyring: Keyring) -> Identity:
     return Identity(
         # Never an id that was there before: clients of a process that died may still hold leases
         # that its row stands for.
@@ -319,6 +370,7 @@ def _identity(settings: Settings) -> Identity:
         process_id=os.getpid(),
         version=metadata.version("latchkey"),
         lease_seconds=settings.lease_seconds,
+        pepper_ids=tuple(pepper.id for pepper in keyring.peppers),
     )
 
 

@@ -30,6 +30,7 @@ from latchkey_service.access.policy_file import SIZE_MAX, PolicyFile, read_text
 from latchkey_service.addresses import AddressError, reserved
 from latchkey_service.config import PREFIX, READY, Settings, to_json
 from latchkey_service.embedded import EmbeddedError, EmbeddedPostgres
+from latchkey_service.enrolment import enrol
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.exposure import transport_of
 from latchkey_service.migrate import MigrationError, bundled, migrate
@@ -200,26 +201,16 @@ class _Supervisor:
 
     async def _prepare(self) -> None:
         """Bring schema and peppers in order. Raises what `run` reports."""
-        for migration in await migrate(self._database_url, bundled()):
+        for migration in await migrate(self._database_url, bundled(), self._settings.pooler):
             self._log.info("migrated", version=migration.version, name=migration.name)
-        # A key is made only for those who named no file of their own: a wrong path must not
-        # silently start a new set of keys.
-        create = self._settings.pepper_file is None
-        keyring = await asyncio.to_thread(
-            peppers.load_or_create, self._settings.pepper_path, create=create
-        )
-        store = await Store.open(self._database_url)
+        store = await Store.open(self._database_url, self._settings.pooler)
         try:
-            known = [pepper.id for pepper in keyring.peppers]
-            if missing := await store.missing_peppers(known):
-                raise StartError(
-                    f"live tokens need peppers that {self._settings.pepper_path} lacks: "
-                    f"{', '.join(missing)}. Put them back, or point {PREFIX}PEPPER_FILE to the "
-                    "file that has them"
-                )
-            # All of them: one that is here only to be read may become the newest elsewhere first.
-            for pepper_id in known:
-                await store.register_pepper(pepper_id)
+            keyring = await enrol(
+                store,
+                self._settings.pepper_path,
+                named=self._settings.pepper_file is not None,
+                shared=self._postgres is None,
+            )
         finally:
             await store.close()
         self._peppers = peppers.render(keyring).encode()

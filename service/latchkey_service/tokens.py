@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from latchkey_service.audit import Origin
+from latchkey_service.coherence.confirmation import NOBODY
 from latchkey_service.coherence.confirmer import Confirmer
-from latchkey_service.errors import FieldViolation, InvalidArgument, NotFound
+from latchkey_service.coherence.reads import LeasedReads
+from latchkey_service.errors import FieldViolation, InvalidArgument, NotConfirmed, NotFound
 from latchkey_service.secrets import Keyring, Secret, holds_secret
-from latchkey_service.store import Deletion, Position, Store
+from latchkey_service.store import Deletion, PageStart, Store
 from latchkey_service.verdict import Scope, TokenRecord
 
 __all__ = ["Created", "NewToken", "Page", "Tokens", "decode_page_token", "encode_page_token"]
@@ -73,13 +75,18 @@ class Page:
 
 
 class Tokens:
-    """Manages tokens. Every method raises InvalidArgument and StoreUnavailable."""
+    """Manages tokens, under this process's lease: a read is believed only on its history.
+
+    `deadline` is seconds on the process's clock. Every method raises InvalidArgument, Overloaded,
+    Unavailable and StoreUnavailable.
+    """
 
     def __init__(
         self,
         store: Store,
         keyring: Keyring,
         confirmer: Confirmer,
+        reads: LeasedReads,
         secret_prefix: str,
         now: Callable[[], datetime],
         random_bytes: Callable[[int], bytes],
@@ -87,12 +94,13 @@ class Tokens:
         self._store = store
         self._keyring = keyring
         self._confirmer = confirmer
+        self._reads = reads
         self._confirming = asyncio.Semaphore(CONFIRMING_MAX)
         self._secret_prefix = secret_prefix
         self._now = now
         self._random_bytes = random_bytes
 
-    async def create(self, new: NewToken, origin: Origin) -> Created:
+    async def create(self, new: NewToken, origin: Origin, deadline: float) -> Created:
         """Create a token for the call of `origin`. Raises AlreadyExists. Not idempotent."""
         now = self._now()
         name = new.name.strip()
@@ -115,6 +123,7 @@ class Tokens:
         expire_time = _expiry(new, now, violations)
         if violations:
             raise InvalidArgument(*violations)
+        await self._reads.begin(deadline)
         minted = self._keyring.mint(self._secret_prefix, self._random_bytes)
         record = TokenRecord(
             _new_id(now, self._random_bytes),
@@ -129,15 +138,17 @@ class Tokens:
         await self._store.insert_token(record, _name_key(name), minted.digest, origin)
         return Created(record, minted.secret)
 
-    async def get(self, account_id: str, token_id: str) -> TokenRecord:
+    async def get(self, account_id: str, token_id: str, deadline: float) -> TokenRecord:
         """Return a live token. Raises NotFound."""
         _check(*_account_violations(account_id), *_id_violations(token_id))
-        record = await self._store.get_token(account_id, token_id)
+        began = await self._reads.begin(deadline)
+        record, snapshot = await self._store.get_token(account_id, token_id)
+        await self._reads.accept(snapshot, began, deadline)
         if record is None:
             raise NotFound("The account has no live token of this id.")
         return record
 
-    async def list(self, account_id: str, page_size: int, page_token: str) -> Page:
+    async def list(self, account_id: str, page_size: int, page_token: str, deadline: float) -> Page:
         """Return a page of live tokens, newest first (AIP-158)."""
         violations = _account_violations(account_id)
         if page_size < 0:
@@ -146,12 +157,14 @@ class Tokens:
         after = decode_page_token(account_id, page_token) if page_token else None
         size = min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
         # One more than asked for tells whether there is a next page.
-        records = await self._store.list_tokens(account_id, after, size + 1)
+        began = await self._reads.begin(deadline)
+        records, snapshot = await self._store.list_tokens(account_id, after, size + 1)
+        await self._reads.accept(snapshot, began, deadline)
         if len(records) <= size:
             return Page(records, "")
         last = records[size - 1]
-        position = Position(last.create_time, last.id)
-        return Page(records[:size], encode_page_token(account_id, position))
+        start = PageStart(last.create_time, last.id)
+        return Page(records[:size], encode_page_token(account_id, start))
 
     async def delete(
         self,
@@ -159,6 +172,7 @@ class Tokens:
         token_id: str,
         wait_until: float | None,
         origin: Origin,
+        deadline: float,
         *,
         on_wait: Callable[[], None] = lambda: None,
     ) -> Deletion:
@@ -170,31 +184,62 @@ class Tokens:
         process's clock: the deletion stands, and to delete it again returns the receipt.
         """
         _check(*_account_violations(account_id), *_id_violations(token_id))
-        deletion = await self._store.delete_token(account_id, token_id, origin)
+        began = await self._reads.begin(deadline)
+        deletion = await self._store.bury(account_id, token_id, origin)
+        if deletion is None:
+            # A deposed primary must not say of a leaked token that it never existed.
+            deletion, snapshot = await self._store.get_deletion(account_id, token_id)
+            await self._reads.accept(snapshot, began, deadline)
         if deletion is None:
             raise NotFound("The account never had a token of this id.")
         if deletion.effective_time is not None:
             # Confirmed before. Whoever did so may not have got to know that a standby has it.
-            return await self._store.confirm_deletion(token_id, 0, 0)
-        self._confirmer.announce(deletion.revision)
+            return await self._store.confirm_deletion(token_id, deletion.position, NOBODY)
+        self._confirmer.announce(deletion.position.revision)
         if wait_until is None:
             return deletion
         on_wait()
-        confirmation = await self._confirmer.confirm(deletion.revision, wait_until)
+        confirmation = await self._confirmer.confirm(deletion.position, wait_until)
         # When a verifier that hung has been waited out, all who waited for it are here at once.
         async with self._confirming:
-            return await self._store.confirm_deletion(token_id, *confirmation)
+            return await self._store.confirm_deletion(token_id, deletion.position, confirmation)
+
+    async def invalidate_all(
+        self,
+        wait_until: float,
+        origin: Origin,
+        deadline: float,
+        *,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> Deletion:
+        """Empty the memory of every verifier, and return a receipt. Changes no token.
+
+        Returns when every verifier has emptied its memory or can no longer answer from it. Calls
+        `on_wait` when all that is left is to wait for that. Raises NotConfirmed at `wait_until`,
+        seconds on the process's clock.
+        """
+        await self._reads.begin(deadline)
+        position, commit_time = await self._store.invalidate_all(origin)
+        self._confirmer.announce(position.revision)
+        on_wait()
+        try:
+            confirmation = await self._confirmer.confirm(position, wait_until)
+        except NotConfirmed:
+            raise NotConfirmed(
+                "Not all verifiers have confirmed yet that their memory is empty: call again."
+            ) from None
+        return Deletion(position, commit_time, max(commit_time, self._now()), *confirmation)
 
 
-def encode_page_token(account_id: str, position: Position) -> str:
-    """Return an opaque page token for a position in an account's list."""
-    payload = struct.pack(">q", (position.create_time - _EPOCH) // _MICROSECOND)
-    payload += position.id.encode()
+def encode_page_token(account_id: str, start: PageStart) -> str:
+    """Return an opaque page token for a place in an account's list."""
+    payload = struct.pack(">q", (start.create_time - _EPOCH) // _MICROSECOND)
+    payload += start.id.encode()
     return base64.urlsafe_b64encode(_seal(account_id, payload) + payload).decode().rstrip("=")
 
 
-def decode_page_token(account_id: str, page_token: str) -> Position:
-    """Return the position that a page token stands for.
+def decode_page_token(account_id: str, page_token: str) -> PageStart:
+    """Return the place in the list that a page token stands for.
 
     Raises InvalidArgument for one that is damaged or of another account. It carries no authority:
     the account is in every query, so that a forged one shows nothing but the caller's own tokens.
@@ -211,12 +256,12 @@ def decode_page_token(account_id: str, page_token: str) -> Position:
             raise InvalidArgument(damaged)
         (microseconds,) = struct.unpack(">q", payload[:8])
         # base64 has several spellings for some last characters; only ours is taken.
-        position = Position(_EPOCH + microseconds * _MICROSECOND, payload[8:].decode("ascii"))
-        if not _ID.fullmatch(position.id) or encode_page_token(account_id, position) != page_token:
+        start = PageStart(_EPOCH + microseconds * _MICROSECOND, payload[8:].decode("ascii"))
+        if not _ID.fullmatch(start.id) or encode_page_token(account_id, start) != page_token:
             raise InvalidArgument(damaged)
     except (binascii.Error, UnicodeError, struct.error, OverflowError):
         raise InvalidArgument(damaged) from None
-    return position
+    return start
 
 
 _SEAL_BYTES = 8

@@ -55,9 +55,16 @@ class Record(Entry):
     __slots__ = ("deleted", "expires", "scope", "token")
 
     def __init__(
-        self, token_id: str, scope: int, expires: float, token: bytes, *, deleted: bool
+        self,
+        token_id: str,
+        scope: int,
+        expires: float,
+        token: bytes,
+        *,
+        deleted: bool,
+        keep_until: float,
     ) -> None:
-        super().__init__(token_id)
+        super().__init__(token_id, keep_until)
         self.scope = scope
         self.expires = expires
         """When it expires, in seconds of Unix time; infinite for never."""

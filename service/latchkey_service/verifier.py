@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from hashlib import sha256
 from typing import NamedTuple
 
-from latchkey_service.coherence.heart import Heart
+from latchkey_coherence.memory import NOWHERE, Position
+
 from latchkey_service.coherence.membership import Membership
-from latchkey_service.errors import StoreUnavailable
+from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.lookup import Found, Lookup
 from latchkey_service.secrets import SECRET_LENGTH_MAX, Keyring, Malformed
 from latchkey_service.verdict import Record, TokenRecord, Verdict, decide
@@ -24,18 +25,21 @@ __all__ = ["Answer", "Question", "Verifier"]
 
 
 class Answer(NamedTuple):
-    """A verdict, the encoded token if the secret has one, and the revision that it is good for.
+    """A verdict, the encoded token if the secret has one, and the position that it is good for.
 
-    Revision 0: nothing was read.
+    NOWHERE: nothing was read.
     """
 
     verdict: Verdict
     token: bytes = b""
-    revision: int = 0
+    position: Position = NOWHERE
 
 
 # A presented secret and the number of the scope that is asked for.
 Question = tuple[str, int]
+
+# No secret has it: a digest of HMAC-SHA-256 is all zeros with a probability of 2**-256.
+NOBODYS_DIGEST = bytes(32)
 
 _MALFORMED = Answer(Verdict.MALFORMED)
 _UNKNOWN = Answer(Verdict.UNKNOWN)
@@ -48,35 +52,40 @@ class Verifier:
         self,
         keyring: Keyring,
         lookup: Lookup,
-        heart: Heart,
+        reads: LeasedReads,
         membership: Membership[Record],
         encode: Callable[[TokenRecord], bytes],
         clock: Callable[[], float],
         unix_time: Callable[[], float],
+        *,
+        cache_seconds: float,
+        randomness: Callable[[], float],
     ) -> None:
         self._keyring = keyring
         self._lookup = lookup
-        self._heart = heart
+        self._reads = reads
         self._membership = membership
         self._memory = membership.memory
         self._entries = membership.memory.entries
         self._encode = encode
         self._clock = clock
         self._unix_time = unix_time
+        self._cache_seconds = cache_seconds
+        self._randomness = randomness
 
     def recall(self, presented: str, required_scope: int) -> Answer | None:
         """Return the answer to one question from memory, or None."""
         if len(presented) > SECRET_LENGTH_MAX:
             return None
-        if not self._entries or self._clock() >= self._membership.lease_ends:
+        if not self._entries or (now := self._clock()) >= self._membership.lease_ends:
             return None
         record = self._entries.get(sha256(presented.encode()).digest())
-        if record is None:
+        if record is None or now >= record.keep_until:
             return None
         record.used = True
         # Nothing up to what was applied has changed it, or it would not be there.
         return Answer(
-            decide(record, required_scope, self._unix_time()), record.token, self._memory.applied
+            decide(record, required_scope, self._unix_time()), record.token, self._memory.position
         )
 
     async def verify(self, presented: str, required_scope: int, deadline: float) -> Answer:
@@ -88,10 +97,9 @@ class Verifier:
         digest = self._parse(presented)
         if isinstance(digest, Answer):
             return digest
-        await self._under_lease(deadline)
-        applied = self._memory.applied
+        began = await self._reads.begin(deadline)
         found = await self._lookup.find(digest, deadline)
-        self._mistrust_the_past(found, applied)
+        await self._reads.accept(found.snapshot, began, deadline)
         # The time is read after the wait: expiry is judged at the moment of the answer.
         return self._judge(presented, found, required_scope, self._unix_time())
 
@@ -104,10 +112,9 @@ class Verifier:
         digests = [digest for digest in parsed if isinstance(digest, bytes)]
         if not digests:
             return [answer for answer in parsed if isinstance(answer, Answer)]
-        await self._under_lease(deadline)
-        applied = self._memory.applied
+        began = await self._reads.begin(deadline)
         found = await self._lookup.find_all(digests, deadline)
-        self._mistrust_the_past(found[0], applied)
+        await self._reads.accept(found[0].snapshot, began, deadline)
         founds = iter(found)
         now = self._unix_time()
         return [
@@ -117,35 +124,34 @@ class Verifier:
             for digest, (presented, required_scope) in zip(parsed, questions, strict=True)
         ]
 
-    def _mistrust_the_past(self, found: Found, applied: int) -> None:
-        """Refuse what was read before `applied`, which had been applied when the read was sent.
+    async def check(self, deadline: float) -> None:
+        """Return if a verify that needs a look-up would be answered now.
 
-        On one primary that cannot be. The look-ups' connection may be left with a primary that was
-        deposed while the lease is renewed on its successor.
+        For the health service. Raises what `verify` does.
         """
-        if found.revision < applied:
-            self._lookup.reconnect()
-            raise StoreUnavailable("The database is changing over; try again shortly.")
-
-    async def _under_lease(self, deadline: float) -> None:
-        if self._clock() >= self._membership.lease_ends:
-            await self._heart.lease(deadline)
+        began = await self._reads.begin(deadline)
+        found = await self._lookup.find(NOBODYS_DIGEST, deadline)
+        await self._reads.accept(found.snapshot, began, deadline)
 
     def _judge(self, presented: str, found: Found, required_scope: int, now: float) -> Answer:
         """Decide about what was read, and remember it where the fill rule allows."""
         read = found.record
         if read is None:
-            return Answer(Verdict.UNKNOWN, b"", found.revision)
+            return Answer(Verdict.UNKNOWN, b"", found.snapshot.position)
         record = Record(
             read.id,
             int(read.scope),
             math.inf if read.expire_time is None else read.expire_time.timestamp(),
             self._encode(read),
             deleted=read.delete_time is not None,
+            # Half of the time to all of it, so that tokens that were read together, as after a
+            # start, are not read again together.
+            keep_until=self._clock() + self._cache_seconds * (0.5 + 0.5 * self._randomness()),
         )
+        position = found.snapshot.position
         if self._memory.entries_max:
-            self._memory.admit(sha256(presented.encode()).digest(), record, found.revision)
-        return Answer(decide(record, required_scope, now), record.token, found.revision)
+            self._memory.admit(sha256(presented.encode()).digest(), record, position)
+        return Answer(decide(record, required_scope, now), record.token, position)
 
     def _parse(self, presented: str) -> bytes | Answer:
         """Return the digest to look up, or the answer where none is needed."""

@@ -16,7 +16,6 @@ from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service import admission, peppers
-from latchkey_service.coherence import notifications
 from latchkey_service.coherence.notifications import Listener, Notifications
 from latchkey_service.coherence.table import Identity, OwnRow, VerifierTable
 from latchkey_service.database import Connector, Pool, connect
@@ -467,23 +466,23 @@ class Refusing(asyncpg.Connection):
     ],
 )
 async def test_whether_notifications_arrive_is_found_out(
-    kind: type, state: Notifications, database_url: str, monkeypatch: pytest.MonkeyPatch
+    kind: type, state: Notifications, database_url: str
 ) -> None:
-    """It is tried, and so noticed when they are refused, or silently get lost."""
-    monkeypatch.setattr(notifications, "PROBE_TIMEOUT_SECONDS", 0.3)
+    """The listener tries it, and so notices when they are refused, or silently get lost."""
+    pool = await Pool.open(Connector(database_url))
+    table = VerifierTable(pool)
 
     async def connection() -> Any:
         return await asyncpg.connect(database_url, connection_class=kind)
 
     woken = asyncio.Event()
-    listener = Listener("test", connection, woken.set, enabled=True)
+    listener = Listener("test", connection, table.notify, woken.set, 0.6, enabled=True)
     task = asyncio.create_task(listener.run())
     await eventually(lambda: listener.state is state, f"notifications are {state.name}")
     if state is Notifications.ARRIVE:
         woken.clear()
-        pool = await Pool.open(Connector(database_url))
-        await VerifierTable(pool).notify(7)
+        await table.notify(7)
         await eventually(woken.is_set, "the heart is woken")
-        await pool.close()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+    await pool.close()

@@ -10,13 +10,17 @@ from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 import pytest
-from latchkey_service import database
+from latchkey_service import database, sessions
 from latchkey_service.database import POOL_SIZE_MAX, Connector, Pool
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.hosts import Hosts, each_host
 from latchkey_service.reconnection import ATTEMPTS_MAX, RECONNECT_SECONDS
 
 from tests.support import backends, eventually, session
+
+
+async def unprepared(*_: object) -> None:
+    """Stands in for the settings of a connection that is none."""
 
 
 class Silent:
@@ -116,6 +120,7 @@ async def test_a_former_primary_hides_no_other(
         raise failure if host == "h1" else asyncpg.CannotConnectNowError("starting")
 
     monkeypatch.setattr(asyncpg, "connect", connect)
+    monkeypatch.setattr(sessions, "prepare", unprepared)
     hosts: Any = Hosts("postgresql://h2,h1,h3/db")
     assert await hosts.connect() == "h1"
     primary = "h3"
@@ -257,6 +262,7 @@ async def test_a_hiccup_costs_nobody_else_anything(database_url: str) -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(asyncpg, "connect", attempt)
+            patch.setattr(sessions, "prepare", unprepared)
             hurt = [asyncio.create_task(connector.connect()) for _ in range(3)]
             ends = await asyncio.gather(*hurt, return_exceptions=True)
             assert all(isinstance(end, StoreUnavailable) for end in ends)

@@ -72,9 +72,11 @@ def status(status: "Status") -> dict[str, Any]:
                 "clients": verifier.clients,
                 "notifications": f"NOTIFICATIONS_{verifier.notifications.name}",
                 "answering": verifier.answering,
+                "pepper_ids": list(verifier.pepper_ids),
             }
             for verifier in status.verifiers
         ],
+        "warnings": list(status.warnings),
     }
 
 

@@ -9,6 +9,7 @@ from latchkey_cli import (
     access,
     audit,
     console,
+    maintenance,
     output,
     secrets,
     service,
@@ -54,6 +55,7 @@ app.command("get", cls=Command)(tokens.get)
 app.command("delete", cls=Command)(tokens.delete)
 app.command("verify", cls=Command, context_settings={"allow_extra_args": True})(verify.verify)
 app.command("status", cls=Command)(status.status)
+app.command("invalidate-all", cls=Command)(maintenance.invalidate_all)
 app.command("audit", cls=Command)(audit.audit)
 app.command("console", cls=Command)(console.console)
 app.command("serve", cls=Command)(service.serve)

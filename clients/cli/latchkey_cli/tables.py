@@ -126,6 +126,29 @@ def short_token(token: "Token") -> str:
     return f"'{visible(token.name)}' (scope {scope}, {visible(token.hint)}, {visible(token.id)})"
 
 
+def print_invalidation(output: Console, receipt: "Receipt") -> None:
+    """Print what proves that no verifier answers from what it remembered before."""
+    output.print(Text("Emptied the memory of every verifier", style="bold green"))
+    grid = Table.grid(padding=(0, _GAP, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row("Committed", Text(local(receipt.commit_time, seconds=True)))
+    grid.add_row("Revision", Text(str(receipt.revision)))
+    grid.add_row("Confirmed", Text(_confirmed_by(receipt)))
+    output.print(grid)
+
+
+def _confirmed_by(receipt: "Receipt") -> str:
+    servers = _count(receipt.verifiers_acknowledged, "server process", "server processes")
+    clients = _count(receipt.clients_acknowledged, "client", "clients")
+    outwaited = receipt.verifiers_outwaited + receipt.clients_outwaited
+    return f"by {servers} and {clients}; {outwaited} waited out"
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
 def print_receipt(output: Console, token_id: str, receipt: "Receipt") -> None:
     """Print what proves a deletion."""
     output.print(Text.assemble(("Deleted", "bold green"), " ", (visible(token_id), "cyan")))
@@ -152,19 +175,33 @@ def print_verification(output: Console, answer: "Verification", asked_scope: str
 
 
 def print_status(output: Console, status: "Status") -> None:
-    """Print the server processes, and how current they are."""
+    """Print the server processes, how current they are, and what a person should repair."""
     number = len(status.verifiers)
     verifiers = "1 verifier" if number == 1 else f"{number} verifiers"
     output.print(Text(f"Head revision {status.head_revision}, {verifiers}"))
-    if not number:
-        return
+    if number:
+        _print_verifiers(output, status.verifiers)
+    for warning in status.warnings:
+        output.print(Text.assemble(("Warning: ", "bold yellow"), visible(warning)))
+
+
+def _print_verifiers(output: Console, verifiers: Sequence["VerifierStatus"]) -> None:
+    wide = output.width >= _WIDE
     table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False)
-    table.add_column("Host", overflow="fold", header_style="bold")
+    table.add_column("Host" if wide else "Host\nPepper", overflow="fold", header_style="bold")
     for name in ("PID", "Version", "Acknowledged", "Lag", "Lease left", "Clients"):
         table.add_column(name, no_wrap=True, justify="right", header_style="bold")
     table.add_column("Notifications", no_wrap=True, header_style="bold")
-    for verifier in status.verifiers:
-        table.add_row(*_verifier(verifier))
+    if wide:
+        table.add_column("Pepper", no_wrap=True, header_style="bold")
+    for verifier in verifiers:
+        host, *cells = _verifier(verifier)
+        # Only the newest: tokens are created with it, and every host has to have it.
+        pepper = Text(visible(verifier.pepper_ids[0]) if verifier.pepper_ids else "unknown")
+        if wide:
+            table.add_row(host, *cells, pepper)
+        else:
+            table.add_row(Text("\n").join([host, pepper]), *cells)
     output.print(table)
 
 

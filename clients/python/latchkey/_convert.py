@@ -11,6 +11,7 @@ from typing import Final, TypeVar
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
+from latchkey_coherence.memory import Position
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
@@ -150,6 +151,9 @@ def receipt_in(message: pb.Receipt) -> Receipt:
         revision=message.revision,
         verifiers_acknowledged=message.verifiers_acknowledged,
         verifiers_outwaited=message.verifiers_outwaited,
+        mark=message.mark,
+        clients_acknowledged=message.clients_acknowledged,
+        clients_outwaited=message.clients_outwaited,
     )
 
 
@@ -160,13 +164,14 @@ def verification_in(message: pb.VerifyResponse) -> Verification:
     if verdict is Verdict.VALID and token is None:
         # The contract sets the token whenever there is one: nobody is allowed in without a name.
         raise InternalError("The service called a secret valid without saying whose it is.")
-    return Verification(verdict=verdict, token=token, revision=message.revision)
+    return Verification(verdict=verdict, token=token, revision=message.revision, mark=message.mark)
 
 
 def watch_request_out(request: Request) -> pb.WatchRequest:
     """Return what a client says on its Watch stream."""
     return pb.WatchRequest(
-        applied_revision=request.applied_revision,
+        applied_revision=request.applied.revision,
+        mark=request.applied.mark,
         number=request.number,
         released=request.released,
     )
@@ -182,24 +187,30 @@ def watch_event_in(message: object) -> Event | None:
     match message.WhichOneof("event"):
         case "invalidation":
             invalidation = message.invalidation
-            return Invalidation(invalidation.revision, tuple(invalidation.token_ids))
+            return Invalidation(_position_in(invalidation), tuple(invalidation.token_ids))
         case "grant":
             grant = message.grant
             seconds = grant.lease_duration.seconds + grant.lease_duration.nanos / 1e9
-            return Grant(grant.revision, grant.number, seconds)
+            return Grant(_position_in(grant), grant.number, seconds)
         case "reset":
-            return Reset(message.reset.revision)
+            return Reset(_position_in(message.reset))
         case "closing":
             return Closing()
         case _:
             return None
 
 
+def _position_in(message: pb.Invalidation | pb.Grant | pb.Reset) -> Position:
+    return Position(message.revision, message.mark)
+
+
 def status_in(message: status_pb.GetStatusResponse) -> Status:
     """Return the state of the service as received."""
     return Status(
         head_revision=message.head_revision,
+        head_mark=message.head_mark,
         verifiers=tuple(_verifier_in(verifier) for verifier in message.verifiers),
+        warnings=tuple(message.warnings),
     )
 
 
@@ -217,6 +228,11 @@ def _verifier_in(message: status_pb.VerifierStatus) -> VerifierStatus:
         clients=message.clients,
         notifications=_NOTIFICATIONS.get(message.notifications, Notifications.UNSPECIFIED),
         answering=message.answering,
+        waiting_for=tuple(message.waiting_for),
+        pepper_ids=tuple(message.pepper_ids),
+        database_host=message.database_host,
+        system_identifier=message.system_identifier,
+        timeline=message.timeline,
     )
 
 

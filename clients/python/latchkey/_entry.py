@@ -27,8 +27,9 @@ class Remembered(Entry):
         read: Verification,
         write: Verification,
         expires_at: float | None,
+        keep_until: float,
     ) -> None:
-        super().__init__(token_id)
+        super().__init__(token_id, keep_until)
         self.read = read
         """Answers those who need READ, or no scope: each token has at least that."""
         self.write = write
@@ -38,14 +39,17 @@ class Remembered(Entry):
         has expired is for one clock to say. None: never."""
 
 
-def remembered(answer: Verification, scope: Scope | None) -> Remembered | None:
-    """Return what to remember of the service's `answer` to who needed `scope`; None: nothing."""
+def remembered(answer: Verification, scope: Scope | None, keep_until: float) -> Remembered | None:
+    """Return what to remember of the service's `answer` about `scope`; None: nothing.
+
+    `keep_until` is when to ask again, in seconds of `boottime`.
+    """
     token = answer.token
     if token is None:
         return None
     if answer.verdict in _FINAL:
         # As it is: once EXPIRED was said, this machine's clock cannot make it VALID again.
-        return Remembered(token.id, answer, answer, None)
+        return Remembered(token.id, answer, answer, None, keep_until)
     if answer.verdict not in _LIVE or token.scope is Scope.UNSPECIFIED:
         return None
     read = _answer(Verdict.VALID, token, answer)
@@ -55,13 +59,13 @@ def remembered(answer: Verification, scope: Scope | None) -> Remembered | None:
     if (write if scope is Scope.WRITE else read).verdict is not answer.verdict:
         # The service and this table disagree about scopes: it will be right, and asked each time.
         return None
-    return Remembered(token.id, read, write, _posix(token.expire_time))
+    return Remembered(token.id, read, write, _posix(token.expire_time), keep_until)
 
 
 def _answer(verdict: Verdict, token: Token, like: Verification) -> Verification:
     if verdict is like.verdict:
         return like
-    return Verification(verdict=verdict, token=token, revision=like.revision)
+    return Verification(verdict=verdict, token=token, revision=like.revision, mark=like.mark)
 
 
 def _posix(time: datetime | None) -> float | None:

@@ -72,6 +72,7 @@ POLICIES: Final[Mapping[str, Policy]] = {
     "Delete": Policy(DELETE_TIMEOUT_SECONDS, retry=True),
     "Verify": Policy(VERIFY_TIMEOUT_SECONDS, retry=True),
     "BatchVerify": Policy(BATCH_VERIFY_TIMEOUT_SECONDS, retry=True),
+    "InvalidateAll": Policy(DELETE_TIMEOUT_SECONDS, retry=True),
     "GetStatus": Policy(MANAGEMENT_TIMEOUT_SECONDS, retry=True),
     "AuditService.List": Policy(MANAGEMENT_TIMEOUT_SECONDS, retry=True),
 }

@@ -1,7 +1,8 @@
 """What the Watch streams of one memory add up to: its lease. Pure; the clock is passed in.
 
-It owns the client's part of the coherence rules 6 and 7: apply, then acknowledge, then extend;
-count a lease from before its request was sent; one stream's grants at a time. It talks to nobody:
+It owns the client's part of the coherence rules 6, 7 and 12: apply, then acknowledge, then extend;
+count a lease from before its request was sent; one stream's grants at a time; start over when the
+history is another one. It talks to nobody:
 `_watch` carries between it and the service. All times are seconds of
 `latchkey_coherence.lease.boottime`.
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from latchkey_coherence.lease import client_lease_end
-from latchkey_coherence.memory import Memory
+from latchkey_coherence.memory import NOWHERE, Memory, Position
 
 from latchkey._entry import Remembered
 
@@ -39,7 +40,7 @@ LEASE_SECONDS_MAX: Final = 60.0
 class Request:
     """What the client says: what it has applied, and what it asks for."""
 
-    applied_revision: int
+    applied: Position
     number: int = 0
     """Asks for the grant of this number. 0: for none."""
     released: bool = False
@@ -49,7 +50,7 @@ class Request:
 class Invalidation:
     """Names tokens to forget."""
 
-    revision: int
+    position: Position
     token_ids: tuple[str, ...]
 
 
@@ -57,16 +58,16 @@ class Invalidation:
 class Grant:
     """Permits to answer from memory for `seconds` from the request of that number on."""
 
-    revision: int
+    position: Position
     number: int
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """Everything has to be forgotten."""
+    """Everything has to be forgotten, and the lease ends."""
 
-    revision: int
+    position: Position
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ class Subscription:
         self.resets = 0
         self._randomness = randomness
         self._granting: Stream | None = None
-        # Rises when `applied` falls: what streams that began before know of it is then wrong.
+        # Rises when the memory starts over: what other streams know of it is then wrong.
         self._epoch = 0
 
     def open(self, now: float) -> "Stream":
@@ -117,24 +118,27 @@ class Subscription:
 
     # The rest is for Stream.
 
-    def apply(self, revision: int, token_ids: Iterable[str]) -> None:
-        """Forget `token_ids`, and have applied all up to `revision`."""
-        if self.memory.applied == 0 and revision > 0:
-            # The server was told of an empty memory and began in the middle: it has not said, and
-            # will not, what earlier revisions named. Only a reset makes the memory refuse answers
-            # from before them that are still under way.
-            self.memory.reset(revision)
-        else:
-            self.memory.apply(revision, token_ids)
+    def apply(self, position: Position, token_ids: Iterable[str]) -> bool:
+        """Forget `token_ids`, and have applied all up to `position`.
 
-    def reset(self, revision: int) -> None:
-        """Forget everything and begin at `revision`."""
-        if revision < self.memory.applied:
-            # The server knows less than another one that was watched before. What is remembered
-            # from now on holds by its word alone, so no other stream's grant may cover it.
-            self._epoch += 1
-            self.lease.drop()
-        self.memory.reset(revision)
+        False: the memory knows that revision by another mark. Its history is not the server's, and
+        it has started over.
+        """
+        if not self.memory.agrees(position):
+            self.start_over(NOWHERE)
+            return False
+        self.memory.apply(position, token_ids)
+        return True
+
+    def start_over(self, position: Position) -> None:
+        """Forget everything and begin at `position`, without a lease (coherence rule 12).
+
+        A lease permits to answer on the history that it was granted on, and this may be another
+        one. So the other streams' grants count no longer.
+        """
+        self._epoch += 1
+        self.lease.drop()
+        self.memory.reset(position)
 
     def extend(self, stream: "Stream", end: float) -> None:
         """Answer under `stream`'s grant until `end`, and under no other one's."""
@@ -182,47 +186,48 @@ class Stream:
 
     def due(self) -> float | None:
         """Return when `take` has something to send. None: not before something was received."""
+        self._notice_other_history()
         if self._owes_ack or self._owes_release:
             return -math.inf
         return self._ask_at
 
     def take(self, now: float) -> Request | None:
         """Return what is to be sent at `now`, which was read just before. None: nothing."""
-        memory = self._subscription.memory
+        self._notice_other_history()
+        applied = self._subscription.memory.position
         if self._retired:
             owed, self._owes_release = self._owes_release, False
-            return Request(memory.applied, released=True) if owed else None
+            return Request(applied, released=True) if owed else None
         asks = self._ask_at is not None and now >= self._ask_at
         if not asks and not self._owes_ack:
             return None
-        if self._number == 0 and memory.applied == 0:
-            # A server takes 0 for "remembers nothing", and so it has to be.
-            memory.reset(0)
         self._owes_ack = False
         if not asks:
-            return Request(memory.applied)
+            return Request(applied)
         self._number += 1
         self._asked_at, self._ask_at = now, None
         if self.granted:
             patience = (self._end - now) * (1 - LATE_SHARE)
             self.late_at = now + max(patience, NEXT_GRANT_SECONDS_MIN)
-        return Request(memory.applied, number=self._number)
+        return Request(applied, number=self._number)
 
     def receive(self, event: Event | None, now: float) -> None:
         """Take in what the server sent. None stands for something that is not known here."""
+        self._notice_other_history()
         if self._retired:
             return  # another stream says it all
         subscription = self._subscription
         match event:
             case Invalidation():
-                subscription.apply(event.revision, event.token_ids)
+                if not subscription.apply(event.position, event.token_ids):
+                    self._start_over(now)
                 subscription.invalidations += 1
                 self._owes_ack = True
             case Grant():
                 self._receive_grant(event, now)
             case Reset():
-                subscription.reset(event.revision)
-                self._epoch = subscription.epoch
+                subscription.start_over(event.position)
+                self._start_over(now)
                 subscription.resets += 1
                 self._owes_ack = True
             case Closing():
@@ -230,25 +235,42 @@ class Stream:
                 self._asked_at = self._ask_at = self.late_at = None
             case None:
                 # A newer server's: to forget is safe, whatever it meant.
-                subscription.memory.reset(subscription.memory.applied)
+                subscription.memory.reset(subscription.memory.position)
                 subscription.resets += 1
 
     def retire(self) -> None:
         """Count no more grants of this stream, and tell its server that they are not needed."""
         self._retired = True
-        self._owes_release = self.granted
+        # Also for a grant that is still on its way.
+        self._owes_release = self._number > 0
         self._owes_ack = False
         self._asked_at = self._ask_at = self.late_at = None
+
+    def _start_over(self, now: float) -> None:
+        """Go on with a memory that this stream has made start over, and without its grants.
+
+        An open request stays open: the server answers it after the Reset, for the new history.
+        """
+        self._epoch = self._subscription.epoch
+        self._end = -math.inf
+        if self._asked_at is None and not self.closing:
+            self._ask_at = now
+
+    def _notice_other_history(self) -> None:
+        """Leave the stream if another one has made the memory start over.
+
+        Its server believes the memory to be where it was, and so would not name all that it has to
+        drop. A new stream finds out where it is.
+        """
+        if self._epoch != self._subscription.epoch and not self._retired:
+            self.retire()
+            self.closing = True
 
     def _receive_grant(self, grant: Grant, now: float) -> None:
         if self._asked_at is None or grant.number != self._number:
             return  # of no request that is still open
-        if self._epoch != self._subscription.epoch:
-            return  # what it knows of this memory is no longer so
-        if grant.revision > self._subscription.memory.applied:
-            # Before the lease is extended, so that nothing is ever remembered under it that is
-            # older than it.
-            self._subscription.apply(grant.revision, ())
+        if not self._subscription.memory.knows(grant.position):
+            return  # of another history, or of one that was never explained
         asked_at, self._asked_at = self._asked_at, None
         end = client_lease_end(asked_at, min(grant.seconds, LEASE_SECONDS_MAX))
         if end > now:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
 from google.protobuf.message import Message
+from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1.audit_service_pb2_grpc import AuditServiceStub
+from latchkey_proto.v1.maintenance_service_pb2_grpc import MaintenanceServiceStub
 from latchkey_proto.v1.status_service_pb2_grpc import StatusServiceStub
 from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceStub
 
@@ -30,6 +32,7 @@ from latchkey.secret import Secret
 if TYPE_CHECKING:
     # Exists in the stubs' types only; at run time one class serves both kinds of channel.
     from latchkey_proto.v1.audit_service_pb2_grpc import AuditServiceAsyncStub
+    from latchkey_proto.v1.maintenance_service_pb2_grpc import MaintenanceServiceAsyncStub
     from latchkey_proto.v1.status_service_pb2_grpc import StatusServiceAsyncStub
     from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
 
@@ -80,6 +83,7 @@ class Client:
         self._owns_channel = channel is None
         self._stub: TokenServiceAsyncStub | None = None
         self._status_stub: StatusServiceAsyncStub | None = None
+        self._maintenance_stub: MaintenanceServiceAsyncStub | None = None
         self._audit_stub: AuditServiceAsyncStub | None = None
         self._budget = _retry.Budget()
         self._closed = False
@@ -234,6 +238,19 @@ class Client:
             raise InternalError("The service did not answer every question of a batch.")
         return tuple(_convert.verification_in(response) for response in answer.responses)
 
+    async def invalidate_all(self, *, timeout_seconds: float | None = None) -> Receipt:
+        """Empty the memory of every server process and every client library. Changes no token.
+
+        For emergencies, and after the database was restored. Returns when no verifier answers from
+        what it remembered before. Safe to retry.
+        """
+        if self._maintenance_stub is None:
+            self._maintenance_stub = MaintenanceServiceStub(self._connected())
+        method = self._maintenance_stub.InvalidateAll
+        request = maintenance_pb.InvalidateAllRequest()
+        answer = await self._call("InvalidateAll", method, request, timeout_seconds)
+        return _convert.receipt_in(answer.receipt)
+
     async def status(self, *, timeout_seconds: float | None = None) -> Status:
         """Return the state of all server processes, as the database has it."""
         method = self._rpcs_of_status().GetStatus
@@ -280,7 +297,7 @@ class Client:
         """Close the connection. Calls under way fail with Unavailable. Safe to repeat."""
         self._closed = True
         channel, self._channel = self._channel, None
-        self._stub = self._status_stub = self._audit_stub = None
+        self._stub = self._status_stub = self._audit_stub = self._maintenance_stub = None
         if channel is not None and self._owns_channel:
             await channel.close()
 

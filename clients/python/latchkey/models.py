@@ -83,9 +83,15 @@ class Receipt:
     """From when on the token was dead everywhere. None: not confirmed yet (`no_wait`)."""
     revision: int
     verifiers_acknowledged: int
-    """How many confirmed that they dropped the token."""
+    """How many server processes confirmed that they dropped the token."""
     verifiers_outwaited: int
     """How many did not confirm and were waited out until they could no longer say VALID."""
+    mark: int = 0
+    """Tells apart revisions of the same number, which a failover or a restore can cause."""
+    clients_acknowledged: int = 0
+    """How many client libraries confirmed that they dropped the token."""
+    clients_outwaited: int = 0
+    """How many client libraries were waited out until their leases had ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +103,8 @@ class Verification:
     """The token that the secret belongs to, whatever the verdict. None: it belongs to none."""
     revision: int = 0
     """The revision that the answer was read at. 0 when nothing had to be read."""
+    mark: int = 0
+    """The mark of `revision`. Both together name a place in one history of the database."""
 
     @property
     def allowed(self) -> bool:
@@ -169,6 +177,16 @@ class VerifierStatus:
     notifications: Notifications
     answering: bool
     """Whether this process gave the answer."""
+    waiting_for: tuple[str, ...] = ()
+    """Clients that have kept a deletion waiting for over half a second, by caller and address."""
+    pepper_ids: tuple[str, ...] = ()
+    """Ids of the peppers that it reads, the newest first. Empty: its release reports none."""
+    database_host: str = ""
+    """The host of the database URL that it last renewed its lease on. Empty: not renewed yet."""
+    system_identifier: str = ""
+    """Postgres' system_identifier of that server. Empty: the engine does not report it."""
+    timeline: str = ""
+    """The timeline of that server, another one after each promotion. Empty: not reported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,3 +197,7 @@ class Status:
     """The newest revision: how many times tokens have been made invalid."""
     verifiers: tuple[VerifierStatus, ...]
     """The oldest first."""
+    head_mark: int = 0
+    """The mark of `head_revision`."""
+    warnings: tuple[str, ...] = ()
+    """Faults that a person should repair: texts that name the fault and its remedy."""

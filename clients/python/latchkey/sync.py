@@ -57,6 +57,7 @@ class Verifier:
         *,
         timeout_seconds: float = VERIFY_TIMEOUT_SECONDS,
         memory_entries: int = _async.MEMORY_ENTRIES,
+        memory_seconds: float = _async.MEMORY_SECONDS,
         access: Access | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         options: Sequence[tuple[str, Any]] = (),
@@ -64,7 +65,10 @@ class Verifier:
         # Neither connects, nor takes to an event loop, before the first verify.
         self._client = Client(target, access=access, credentials=credentials, options=options)
         self._verifier = _async.Verifier(
-            self._client, timeout_seconds=timeout_seconds, memory_entries=memory_entries
+            self._client,
+            timeout_seconds=timeout_seconds,
+            memory_entries=memory_entries,
+            memory_seconds=memory_seconds,
         )
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from latchkey_coherence.lease import boottime
-from latchkey_coherence.memory import Memory
+from latchkey_coherence.memory import Memory, Position
 
 from latchkey import _convert, _fork
 from latchkey._batch import Batcher
@@ -29,6 +29,8 @@ from latchkey.secret import Secret
 
 # About 130 MB when all of them are in use, which few services see.
 MEMORY_ENTRIES: Final = 100_000
+# Whatever goes wrong in a way that the protocol does not cover ends by itself after this.
+MEMORY_SECONDS: Final = 300.0
 
 _MALFORMED: Final = Verification(verdict=Verdict.MALFORMED)
 # By identity: in 3.11 an Enum's hash and equality are Python code.
@@ -42,7 +44,8 @@ class Verifier:
 
     It remembers the answers for the `memory_entries` secrets used last and gives them again in
     microseconds, for as long as the service grants it a lease; a deletion drops its token from
-    the memory before Delete returns. 0 switches that off. `timeout_seconds` bounds each verify.
+    the memory before Delete returns. 0 switches that off. It asks again about each of them after
+    `memory_seconds` at most. `timeout_seconds` bounds each verify.
 
     It begins to watch for deletions with the first verify, or with `async with`, on a connection
     of its own to where the client connects. A Client that was made with a `channel` lends it for
@@ -56,8 +59,11 @@ class Verifier:
         *,
         timeout_seconds: float = VERIFY_TIMEOUT_SECONDS,
         memory_entries: int = MEMORY_ENTRIES,
+        memory_seconds: float = MEMORY_SECONDS,
     ) -> None:
         checked_timeout(timeout_seconds)
+        if not memory_seconds > 0:
+            raise invalid("memory_seconds", "must be positive")
         if memory_entries < 0:
             raise invalid("memory_entries", "has to be 0 or more")
         self._owns_client = isinstance(client, str)
@@ -70,6 +76,7 @@ class Verifier:
         )
         self._batcher = Batcher(self._client)
         self._remembers = memory_entries > 0
+        self._memory_seconds = memory_seconds
         self._hits = 0
         self._misses = 0
         # What verify_nowait needs, without a way to go.
@@ -97,7 +104,7 @@ class Verifier:
             entry = self._find(sha256(secret.encode()).digest())
         except UnicodeEncodeError:  # what UTF-8 cannot carry is nobody's secret
             entry, secret = None, ""
-        if entry is not None and boottime() < lease_end:
+        if entry is not None and (now := boottime()) < lease_end and now < entry.keep_until:
             if scope is None or scope is _READ:
                 answer = entry.read
             elif scope is _WRITE:
@@ -152,11 +159,16 @@ class Verifier:
         return answer
 
     def _remember(self, secret: str, scope: Scope | None, answer: Verification) -> None:
-        if boottime() >= self._lease.end:
+        now = boottime()
+        if now >= self._lease.end:
             return  # nobody promises to tell what changes
-        entry = remembered(answer, scope)
+        # Half of the time to all of it, so that answers that came together, as after a start, are
+        # not asked for again together.
+        keep_until = now + self._memory_seconds * random.uniform(0.5, 1.0)  # noqa: S311 - a spread
+        entry = remembered(answer, scope, keep_until)
         if entry is not None:
-            self._memory.admit(sha256(secret.encode()).digest(), entry, answer.revision)
+            position = Position(answer.revision, answer.mark)
+            self._memory.admit(sha256(secret.encode()).digest(), entry, position)
 
     def stats(self) -> VerifierStats:
         """Return how it is doing: whether it answers from memory, why not, and how much."""
@@ -171,7 +183,7 @@ class Verifier:
             watching=left > 0.0,
             fallback_reason=reason,
             lease_remaining_seconds=left,
-            applied_revision=self._memory.applied,
+            applied_revision=self._memory.position.revision,
             entries=len(self._memory),
             hits=self._hits,
             misses=self._misses,

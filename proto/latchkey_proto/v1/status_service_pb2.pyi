@@ -78,21 +78,35 @@ class GetStatusResponse(_message.Message):
 
     HEAD_REVISION_FIELD_NUMBER: _builtins.int
     VERIFIERS_FIELD_NUMBER: _builtins.int
+    HEAD_MARK_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     head_revision: _builtins.int
     """The newest revision: how many times tokens have been made invalid."""
+    head_mark: _builtins.int
+    """The mark of head_revision. Two databases whose positions, revision and
+    mark, are the same share all invalidations up to there.
+    """
     @_builtins.property
     def verifiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerifierStatus]:
         """The server processes that may answer verifies, the oldest first."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Faults that a person should repair, one English text each, which names the
+        fault and its remedy. The wording may change. Empty while there are none.
+        """
 
     def __init__(
         self,
         *,
         head_revision: _builtins.int = ...,
         verifiers: _abc.Iterable[Global___VerifierStatus] | None = ...,
+        head_mark: _builtins.int = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_revision", b"head_revision", "verifiers", b"verifiers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_mark", b"head_mark", "head_revision", b"head_revision", "verifiers", b"verifiers", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -116,6 +130,11 @@ class VerifierStatus(_message.Message):
     CLIENTS_FIELD_NUMBER: _builtins.int
     NOTIFICATIONS_FIELD_NUMBER: _builtins.int
     ANSWERING_FIELD_NUMBER: _builtins.int
+    WAITING_FOR_FIELD_NUMBER: _builtins.int
+    PEPPER_IDS_FIELD_NUMBER: _builtins.int
+    DATABASE_HOST_FIELD_NUMBER: _builtins.int
+    SYSTEM_IDENTIFIER_FIELD_NUMBER: _builtins.int
+    TIMELINE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Opaque identifier, another one each time that a process starts."""
     host: _builtins.str
@@ -138,6 +157,18 @@ class VerifierStatus(_message.Message):
     """
     answering: _builtins.bool
     """Whether this process gave this answer."""
+    database_host: _builtins.str
+    """The host of LATCHKEY_DATABASE_URL that it last renewed its lease on, with
+    its port. A lease is renewed on the primary alone. Empty: not renewed yet,
+    or the URL names none.
+    """
+    system_identifier: _builtins.str
+    """What that server says of itself: Postgres' system_identifier, which a
+    cluster shares with its standbys and copies, and its timeline, eight
+    hexadecimal digits, another one after each promotion. Empty where the
+    engine does not report them.
+    """
+    timeline: _builtins.str
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """When it registered, by the database's clock."""
@@ -151,6 +182,19 @@ class VerifierStatus(_message.Message):
         """How long its lease lasts if it is not renewed, by the database's clock: for
         people to look at. Zero: it has run out, as it does when the process hangs,
         or is cut off from the database.
+        """
+
+    @_builtins.property
+    def waiting_for(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The clients that have kept a deletion waiting for over half a second when
+        this process last renewed, by caller and address. At most five.
+        """
+
+    @_builtins.property
+    def pepper_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of the peppers that it reads, the newest first, with which it creates
+        tokens. An id does not reveal its key. Empty for releases that do not report
+        their peppers.
         """
 
     def __init__(
@@ -168,10 +212,15 @@ class VerifierStatus(_message.Message):
         clients: _builtins.int = ...,
         notifications: Global___Notifications.ValueType = ...,
         answering: _builtins.bool = ...,
+        waiting_for: _abc.Iterable[_builtins.str] | None = ...,
+        pepper_ids: _abc.Iterable[_builtins.str] | None = ...,
+        database_host: _builtins.str = ...,
+        system_identifier: _builtins.str = ...,
+        timeline: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease_duration", b"lease_duration", "lease_remaining", b"lease_remaining", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_revision", b"acknowledged_revision", "answering", b"answering", "clients", b"clients", "host", b"host", "id", b"id", "lag", b"lag", "lease_duration", b"lease_duration", "lease_remaining", b"lease_remaining", "notifications", b"notifications", "process_id", b"process_id", "start_time", b"start_time", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_revision", b"acknowledged_revision", "answering", b"answering", "clients", b"clients", "database_host", b"database_host", "host", b"host", "id", b"id", "lag", b"lag", "lease_duration", b"lease_duration", "lease_remaining", b"lease_remaining", "notifications", b"notifications", "pepper_ids", b"pepper_ids", "process_id", b"process_id", "start_time", b"start_time", "system_identifier", b"system_identifier", "timeline", b"timeline", "version", b"version", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

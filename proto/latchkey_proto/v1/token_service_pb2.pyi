@@ -183,13 +183,29 @@ class Receipt(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     VERIFIERS_ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     VERIFIERS_OUTWAITED_FIELD_NUMBER: _builtins.int
+    MARK_FIELD_NUMBER: _builtins.int
+    CLIENTS_ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
+    CLIENTS_OUTWAITED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """The deletion's place in the order of all invalidations."""
     verifiers_acknowledged: _builtins.int
-    """How many verifiers confirmed that they dropped the token."""
+    """How many server processes confirmed that they dropped the token."""
     verifiers_outwaited: _builtins.int
-    """How many verifiers did not confirm: they were waited out until they could
+    """How many server processes did not confirm: they were waited out until they could
     no longer answer from memory, or left before.
+    """
+    mark: _builtins.int
+    """The mark of `revision`. Both together are a position: they name the
+    deletion even where two histories of the database, before and after a
+    failover or a restore, have used the same revision.
+    """
+    clients_acknowledged: _builtins.int
+    """How many client libraries that answer from memory, under the leases of
+    those server processes, confirmed that they dropped the token.
+    """
+    clients_outwaited: _builtins.int
+    """How many client libraries did not confirm: they were waited out until
+    their leases had ended.
     """
     @_builtins.property
     def commit_time(self) -> _timestamp_pb2.Timestamp:
@@ -209,10 +225,13 @@ class Receipt(_message.Message):
         revision: _builtins.int = ...,
         verifiers_acknowledged: _builtins.int = ...,
         verifiers_outwaited: _builtins.int = ...,
+        mark: _builtins.int = ...,
+        clients_acknowledged: _builtins.int = ...,
+        clients_outwaited: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["commit_time", b"commit_time", "effective_time", b"effective_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_time", b"commit_time", "effective_time", b"effective_time", "revision", b"revision", "verifiers_acknowledged", b"verifiers_acknowledged", "verifiers_outwaited", b"verifiers_outwaited"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients_acknowledged", b"clients_acknowledged", "clients_outwaited", b"clients_outwaited", "commit_time", b"commit_time", "effective_time", b"effective_time", "mark", b"mark", "revision", b"revision", "verifiers_acknowledged", b"verifiers_acknowledged", "verifiers_outwaited", b"verifiers_outwaited"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -526,12 +545,17 @@ class VerifyResponse(_message.Message):
     VERDICT_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    MARK_FIELD_NUMBER: _builtins.int
     verdict: Global___Verdict.ValueType
     """The answer."""
     revision: _builtins.int
     """The revision that the answer is good for: no invalidation up to it can
     change it. 0 when nothing had to be read to tell that the secret is
     MALFORMED or UNKNOWN.
+    """
+    mark: _builtins.int
+    """The mark of `revision`. A client keeps the answer only if it knows this
+    position. 0 when `revision` is.
     """
     @_builtins.property
     def token(self) -> Global___Token:
@@ -545,10 +569,11 @@ class VerifyResponse(_message.Message):
         verdict: Global___Verdict.ValueType = ...,
         token: Global___Token | None = ...,
         revision: _builtins.int = ...,
+        mark: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "token", b"token", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mark", b"mark", "revision", b"revision", "token", b"token", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -611,11 +636,12 @@ class WatchRequest(_message.Message):
     APPLIED_REVISION_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
+    MARK_FIELD_NUMBER: _builtins.int
     applied_revision: _builtins.int
     """The latest revision that the client has applied: it remembers no verdict
     that an invalidation up to this one has changed. 0 in the first message of
-    a client with an empty memory. Sent at once after each invalidation, since
-    Deletes wait for it.
+    a client with an empty memory. Sent at once after each invalidation and
+    each reset, since Deletes wait for it.
     """
     number: _builtins.int
     """Asks for a grant, which answers with this number. Rising on a stream. The
@@ -625,16 +651,22 @@ class WatchRequest(_message.Message):
     """The client no longer answers under this stream's grants, for good. The
     server ends the stream, and no Delete waits for its grants to run out.
     """
+    mark: _builtins.int
+    """The mark of `applied_revision`, as the server sent it. 0 with revision 0.
+    A position that the server does not find in its history is answered with a
+    Reset. A client that sends no mark receives no grant.
+    """
     def __init__(
         self,
         *,
         applied_revision: _builtins.int = ...,
         number: _builtins.int = ...,
         released: _builtins.bool = ...,
+        mark: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_revision", b"applied_revision", "number", b"number", "released", b"released"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_revision", b"applied_revision", "mark", b"mark", "number", b"number", "released", b"released"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -692,8 +724,14 @@ class Invalidation(_message.Message):
 
     REVISION_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    MARK_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """The client has applied this revision once it has dropped these tokens."""
+    mark: _builtins.int
+    """The mark of `revision`. If the client knows another mark for the revision,
+    it follows another history: it drops all verdicts and its lease, and
+    reports revision 0 and mark 0.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Identifiers of the tokens."""
@@ -703,10 +741,11 @@ class Invalidation(_message.Message):
         *,
         revision: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.str] | None = ...,
+        mark: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mark", b"mark", "revision", b"revision", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -721,10 +760,16 @@ class Grant(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
     LEASE_DURATION_FIELD_NUMBER: _builtins.int
+    MARK_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """Every invalidation up to this revision came before on the stream."""
+    """Every invalidation up to this revision came before on the stream, and the
+    client has confirmed it. The client ignores a grant for a position that it
+    does not know.
+    """
     number: _builtins.int
     """The number of the request that this answers."""
+    mark: _builtins.int
+    """The mark of `revision`."""
     @_builtins.property
     def lease_duration(self) -> _duration_pb2.Duration:
         """How long the client may answer from memory, counted on its own clock from
@@ -739,10 +784,11 @@ class Grant(_message.Message):
         revision: _builtins.int = ...,
         number: _builtins.int = ...,
         lease_duration: _duration_pb2.Duration | None = ...,
+        mark: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease_duration", b"lease_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_duration", b"lease_duration", "number", b"number", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_duration", b"lease_duration", "mark", b"mark", "number", b"number", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -750,21 +796,30 @@ Global___Grant: _TypeAlias = Grant  # noqa: Y015
 
 @_typing.final
 class Reset(_message.Message):
-    """Tells a client to begin anew: the server cannot tell it all that it missed."""
+    """Tells a client to start over: it follows another history than the server, or
+    the server cannot name all that the client has missed. The client drops all
+    verdicts and its lease, leaves its other streams, and confirms this position.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REVISION_FIELD_NUMBER: _builtins.int
+    MARK_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """Having emptied its memory, the client has applied this revision."""
+    """The client has applied this revision once its memory is empty. It may be
+    lower than what the client had applied.
+    """
+    mark: _builtins.int
+    """The mark of `revision`."""
     def __init__(
         self,
         *,
         revision: _builtins.int = ...,
+        mark: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mark", b"mark", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

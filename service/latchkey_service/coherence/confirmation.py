@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from latchkey_coherence.lease import outwait_seconds
+from latchkey_coherence.memory import Position
 
-__all__ = ["OUTWAIT_MARGIN_SECONDS", "Census", "Confirmation", "VerifierRow", "Wait"]
+__all__ = ["NOBODY", "OUTWAIT_MARGIN_SECONDS", "Census", "Confirmation", "VerifierRow", "Wait"]
 
 # On top of the longest lease: what a clock that is read in steps, and a reader that was held up
 # between two lines, might be wrong by.
@@ -20,6 +21,8 @@ class VerifierRow(NamedTuple):
     renewal: int
     acknowledged_revision: int
     lease_seconds: float
+    clients_confirmed: int = 0
+    clients_outwaited: int = 0
 
 
 class Confirmation(NamedTuple):
@@ -29,10 +32,18 @@ class Confirmation(NamedTuple):
     """How many verifiers have dropped it."""
     outwaited: int
     """How many have not said so, but have lost every lease that they could have had."""
+    clients_acknowledged: int = 0
+    """How many clients of those that acknowledged have dropped it."""
+    clients_outwaited: int = 0
+    """How many clients of those that acknowledged were waited out until their leases had ended."""
+
+
+# For a receipt that is written already, and stays as it is.
+NOBODY = Confirmation(0, 0)
 
 
 class Wait:
-    """The wait for `revision`, which was committed before the clock said `committed`.
+    """The wait for the revision of `position`, committed before the clock said `committed`.
 
     Why it is enough: a lease that began before the commit ends within its length of it, and one
     that began after it has read the log (Gray & Cheriton). A row that goes meanwhile was removed
@@ -40,32 +51,46 @@ class Wait:
     lapse. A row that comes meanwhile is of a process that read nothing before it committed it.
     """
 
-    __slots__ = ("_committed", "_pending", "_seen", "revision")
+    __slots__ = ("_clients", "_committed", "_outwaited", "_pending", "_seen", "position")
 
-    def __init__(self, revision: int, committed: float) -> None:
-        self.revision = revision
+    def __init__(self, position: Position, committed: float) -> None:
+        self.position = position
         self._committed = committed
         self._seen: set[str] = set()
         self._pending: set[str] = set()
+        # By verifier: how many of its clients have confirmed; and how many had been waited out when
+        # it was first seen to be behind, and have been since.
+        self._clients: dict[str, int] = {}
+        self._outwaited: dict[str, tuple[int, int]] = {}
 
     def judge(self, rows: Iterable[VerifierRow], now: float) -> Confirmation | None:
         """Return the confirmation if these rows, which were all read after the commit, give it.
 
-        `now` is read before the rows are.
+        `now` is read before the rows are. The rows come from a database whose history holds
+        `position`: an acknowledgement of another history's revision proves nothing (rule 12).
         """
         behind: dict[str, float] = {}
         for row in rows:
             self._seen.add(row.id)
-            if row.acknowledged_revision < self.revision:
+            if row.acknowledged_revision < self.position.revision:
                 behind[row.id] = row.lease_seconds
+                self._outwaited.setdefault(row.id, (row.clients_outwaited, row.clients_outwaited))
             else:
+                if row.id in self._outwaited and row.id in self._pending:
+                    self._outwaited[row.id] = (self._outwaited[row.id][0], row.clients_outwaited)
+                self._clients.setdefault(row.id, row.clients_confirmed)
                 self._pending.discard(row.id)
         self._pending.update(behind)
         longest = max(behind.values(), default=0.0)
         if behind and now < self._committed + outwait_seconds(longest) + OUTWAIT_MARGIN_SECONDS:
             return None
         # Those that were removed before they had acknowledged it count as waited out.
-        return Confirmation(len(self._seen) - len(self._pending), len(self._pending))
+        return Confirmation(
+            len(self._seen) - len(self._pending),
+            len(self._pending),
+            sum(self._clients.values()),
+            sum(last - first for first, last in self._outwaited.values()),
+        )
 
 
 class Census:

@@ -5,8 +5,11 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
+from latchkey_coherence.memory import Position
+
 from latchkey_service.coherence.confirmation import Confirmation, Wait
 from latchkey_service.coherence.table import Rows, VerifierTable, read_rows
+from latchkey_service.database import answers
 from latchkey_service.errors import NotConfirmed, StoreUnsupported
 from latchkey_service.log import logger
 
@@ -63,10 +66,10 @@ class Confirmer:
         if self._announcer is None:
             self._announcer = asyncio.create_task(self._announce(), name="announce deletions")
 
-    async def confirm(self, revision: int, deadline: float) -> Confirmation:
+    async def confirm(self, position: Position, deadline: float) -> Confirmation:
         """Wait for a revision that is committed. Raises NotConfirmed at `deadline`, its clock's."""
         future: asyncio.Future[Confirmation] = asyncio.get_running_loop().create_future()
-        self._waits[future] = Wait(revision, self._clock())
+        self._waits[future] = Wait(position, self._clock())
         # Somebody new is more likely to be done soon than those who wait already.
         self._poll_seconds = POLL_SECONDS_MIN
         if self._poller is None:
@@ -115,12 +118,13 @@ class Confirmer:
                 # were read after its commit.
                 waits = list(self._waits.items())
                 now = self._clock()
-                rows = await self._look()
+                rows = await self._look({wait.position for _, wait in waits})
                 if rows is None:
                     continue
                 for future, wait in waits:
-                    if rows.head < wait.revision:
-                        # Of before its commit: the connection leads to a primary that was deposed.
+                    if wait.position not in rows.known:
+                        # The connection leads to another history, such as a deposed primary's: what
+                        # verifiers have acknowledged there is not this deletion (rule 12).
                         self._drop_connection()
                         continue
                     confirmation = wait.judge(rows.verifiers, now)
@@ -131,12 +135,13 @@ class Confirmer:
             # No await between the last look at the dictionary and this.
             self._poller = None
 
-    async def _look(self) -> Rows | None:
+    async def _look(self, positions: set[Position]) -> Rows | None:
         """Return the rows, or None where they cannot be read: all wait on, to their deadlines."""
         try:
-            if self._connection is None or self._connection.is_closed():
+            if self._connection is None or not await answers(self._connection):
+                self._drop_connection()
                 self._connection = await self._connect()
-            rows = await read_rows(self._connection)
+            rows = await read_rows(self._connection, positions)
         except Exception as error:  # noqa: BLE001 - logged once
             self._drop_connection()
             if not self._failing:

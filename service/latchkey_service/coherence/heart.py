@@ -1,21 +1,29 @@
 """Keeps this process a verifier: registers, reads the log, renews the lease, acknowledges.
 
-One task does all of it, beat by beat, so that no two steps overlap: what is applied was read after
-the beat's clock, and a lease is only ever extended to what that clock allows (coherence rule 3).
+One task does all of it, beat by beat, so that no two steps overlap. A lease rests on one statement,
+which renews, acknowledges and reads the log on one server, and it is counted from the clock before
+that statement (coherence rule 3). A read of the log on its own only brings the memory forward.
 """
 
 import asyncio
 import contextlib
 import math
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from latchkey_service.coherence.confirmation import Census
 from latchkey_service.coherence.membership import Membership
-from latchkey_service.coherence.table import Identity, OwnRow
-from latchkey_service.errors import NO_ANSWER, TOO_LATE, Overloaded, StoreUnavailable, Unavailable
+from latchkey_service.coherence.table import Identity, OwnRow, Report
+from latchkey_service.errors import (
+    NO_ANSWER,
+    TOO_LATE,
+    Overloaded,
+    StoreUnavailable,
+    Unavailable,
+)
 from latchkey_service.log import logger
+from latchkey_service.primary import Primary
 from latchkey_service.reconnection import spread
 
 if TYPE_CHECKING:
@@ -32,6 +40,10 @@ RETRY_SECONDS = 0.25
 REMOVE_SECONDS = 1.0
 # Verifies that wait for the lease: as many as may wait for a look-up.
 WAITING_MAX = 10_000
+# A healthy client confirms within milliseconds. One that takes longer is named.
+WAITED_SECONDS = 0.5
+# Reads of the log until one has begun after a wake-up: one may be under way.
+READS_TO_REACH = 2
 
 
 class Heart:
@@ -41,15 +53,15 @@ class Heart:
         self,
         membership: Membership[Any],
         identity: Identity,
-        connect: "Callable[[], Awaitable[Connection]]",
+        primary: Primary,
         clock: Callable[[], float],
     ) -> None:
         self.membership = membership
-        self._on_news: Callable[[], None] = lambda: None
-        self._clients: Callable[[], int] = lambda: 0
+        self._on_news: Callable[[bool], None] = lambda _: None
+        self._streams: Callable[[], int] = lambda: 0
         self._notifications: Callable[[], int] = lambda: 0
         self._identity = identity
-        self._connect = connect
+        self._primary = primary
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._log = logger()
@@ -59,23 +71,25 @@ class Heart:
         self._woken = asyncio.Event()
         self._news = True
         self._next_renewal = -math.inf
-        self._began = -math.inf
         self._retry_at = -math.inf
         self._failing = False
-        self._lost = False
+        self._row_lost = False
+        self._waiting_for: list[str] = []
         # Of verifies that wait for the lease.
         self._renewed: asyncio.Future[None] | None = None
+        # Of reads that wait for the log to be applied up to their snapshot.
+        self._read: asyncio.Future[None] | None = None
         self._waiting = 0
 
     def attach(
         self,
-        on_news: Callable[[], None],
-        clients: Callable[[], int],
+        on_news: Callable[[bool], None],
+        streams: Callable[[], int],
         notifications: Callable[[], int],
     ) -> None:
-        """Call `on_news` after something was applied, and after each renewal; put into the row
-        how many clients there are and how notifications do, as the contract has it."""
-        self._on_news, self._clients, self._notifications = on_news, clients, notifications
+        """Call `on_news` after each read of the log, with whether it changed anything; put into the
+        row how many streams there are and how notifications do, as the contract has it."""
+        self._on_news, self._streams, self._notifications = on_news, streams, notifications
 
     def wake(self) -> None:
         """There may be news in the log: read it now, not at the next renewal (rule 10)."""
@@ -99,21 +113,42 @@ class Heart:
         while not self.has_lease():
             if self._clock() < self._retry_at:
                 raise StoreUnavailable(NO_ANSWER)
-            if self._waiting >= WAITING_MAX:
-                raise Overloaded("Too many verifies are waiting for the database; try again.")
             if self._renewed is None:
                 self._renewed = self._loop.create_future()
                 self._next_renewal = -math.inf
                 self._woken.set()
-            self._waiting += 1
-            try:
-                # Shielded: it is shared, and one caller's end is not the others'.
-                async with asyncio.timeout(deadline - self._clock()):
-                    await asyncio.shield(self._renewed)
-            except TimeoutError:
-                raise Unavailable(TOO_LATE) from None
-            finally:
-                self._waiting -= 1
+            await self._wait(self._renewed, deadline)
+
+    async def reach(self, revision: int, deadline: float) -> bool:
+        """Read the log, and tell whether it reaches `revision` (rule 12).
+
+        False: it ends before, so the revision is of another history. True does not say that it is
+        of this one. Raises StoreUnavailable when the log cannot be read, Overloaded, and
+        Unavailable at `deadline`, seconds on the process's clock.
+        """
+        for _ in range(READS_TO_REACH):
+            if self._clock() < self._retry_at:
+                raise StoreUnavailable(NO_ANSWER)
+            self.wake()
+            if self._read is None:
+                self._read = self._loop.create_future()
+            await self._wait(self._read, deadline)
+            if self.membership.memory.position.revision >= revision:
+                return True
+        return False
+
+    async def _wait(self, shared: "asyncio.Future[None]", deadline: float) -> None:
+        if self._waiting >= WAITING_MAX:
+            raise Overloaded("Too many verifies are waiting for the database; try again.")
+        self._waiting += 1
+        try:
+            # Shielded: it is shared, and one caller's end is not the others'.
+            async with asyncio.timeout(deadline - self._clock()):
+                await asyncio.shield(shared)
+        except TimeoutError:
+            raise Unavailable(TOO_LATE) from None
+        finally:
+            self._waiting -= 1
 
     async def run(self) -> None:
         """Beat until cancelled."""
@@ -133,7 +168,9 @@ class Heart:
         wait until it has lapsed.
         """
         self.membership.lose()
-        self._tell(StoreUnavailable("The server is stopping."))
+        stopping = StoreUnavailable("The server is stopping.")
+        self._tell(stopping)
+        _fail(self._read, stopping)
         # The beat may have been cut short in the middle of a statement, and left its connection
         # of no use.
         self._drop_connection()
@@ -152,43 +189,100 @@ class Heart:
             return
         row = OwnRow(await self._connected(), self._identity)
         if not membership.registered:
-            self._incarnation += 1
-            confirmed = membership.subleases.floor(self._clock())
-            membership.register(*await row.register(self._incarnation, confirmed))
-            self._log.info("registered", verifier=self._identity.id, incarnation=self._incarnation)
-            due = self._news = True
-        if self._news or due:
-            # Before the log is read: news that comes while it is read is read again.
+            await self._register(row)
+            due = True
+        elif self._news:
+            # Before the log is read: news that comes meanwhile is read again.
             self._news = False
-            self._began = self._clock()
-            if membership.apply(await row.read_log(membership.memory.applied)):
-                # Clients are told at once, and acknowledge while the row below is written.
-                self._on_news()
+            began = self._clock()
+            log = await row.read_log(membership.memory.position)
+            changed = membership.apply(log, began)
+            # Clients hear of it at once, and acknowledge while the row below is written.
+            self._applied(changed=changed)
+            if not log.known:
+                self._lost_history()
+                return
         acknowledgeable = self._acknowledgeable()
         if not due and acknowledgeable <= membership.acknowledged:
             return
-        # Not sooner than this, whatever becomes of it: the beat after a failure is bounded too.
-        self._next_renewal = self._began + membership.lease_seconds / 3
-        renewed = await row.renew(
-            self._incarnation, acknowledgeable, self._clients(), self._notifications()
-        )
-        if not renewed:
-            self._log.warning("the row is gone: registering anew", verifier=self._identity.id)
-            membership.lose()
-            self._next_renewal = -math.inf
-            if self._lost:
-                # Twice in a row: whatever takes it away would go on.
-                self._retry_at = self._clock() + _pause_after_failure()
-            self._lost = True
-            return
-        self._lost = False
-        membership.renew(self._began, acknowledgeable)
-        # Those who wait for a lease to grant from, or to answer under.
-        self._succeed()
-        self._on_news()
-        if due:
+        await self._renew(row, acknowledgeable)
+        if due and membership.registered:
             membership.subleases.sweep(self._clock())
             await self._remove_dead(row)
+
+    async def _register(self, row: OwnRow) -> None:
+        self._incarnation += 1
+        # A client that may still answer from memory has confirmed nothing on this history.
+        clear = self.membership.subleases.floor(self._clock()) is None
+        registration = await row.register(self._incarnation, acknowledge=clear)
+        self.membership.register(*registration)
+        self._log.info("registered", verifier=self._identity.id, incarnation=self._incarnation)
+
+    async def _renew(self, row: OwnRow, acknowledgeable: int) -> None:
+        """Acknowledge, renew, and apply what the same statement read of the log."""
+        membership = self.membership
+        began = self._clock()
+        # Not sooner than this, whatever becomes of it: the beat after a failure is bounded too.
+        self._next_renewal = began + membership.lease_seconds / 3
+        self._news = False
+        renewed, log = await row.renew(
+            self._incarnation,
+            membership.memory.position,
+            acknowledgeable,
+            self._report(acknowledgeable),
+        )
+        changed = membership.apply(log, began)
+        if renewed:
+            self._row_lost = False
+            membership.renew(began, acknowledgeable)
+            if self._connection is not None:
+                self._primary.renewed(self._connection, membership.server)
+            self._succeed()
+            # Also for clients that wait for a lease to be granted from.
+            self._applied(changed=changed)
+            return
+        if log.known:
+            self._log.warning("the row is gone: registering again", verifier=self._identity.id)
+            membership.lose()
+        self._applied(changed=True)
+        self._lost_history()
+
+    def _report(self, acknowledgeable: int) -> Report:
+        now = self._clock()
+        subleases = self.membership.subleases
+        seconds, waiting_for = self.membership.waiting_for(now)
+        if seconds < WAITED_SECONDS:
+            waiting_for = []
+        if waiting_for != self._waiting_for:
+            self._waiting_for = waiting_for
+            if waiting_for:
+                self._log.warning(
+                    "deletions wait for clients", clients=waiting_for, seconds=round(seconds, 2)
+                )
+        return Report(
+            self._streams(),
+            subleases.confirmed(acknowledgeable, now),
+            subleases.outwaited,
+            waiting_for,
+            self._notifications(),
+            self._primary.host,
+            self._primary.warnings(),
+        )
+
+    def _lost_history(self) -> None:
+        """Register again, at once the first time. The memory is empty by now."""
+        self._next_renewal = -math.inf
+        if self._row_lost:
+            # Twice in a row: whatever takes the row away would go on.
+            self._retry_at = self._clock() + _pause_after_failure()
+        self._row_lost = True
+
+    def _applied(self, *, changed: bool) -> None:
+        """Wake the reads and the clients that wait for the log."""
+        read, self._read = self._read, None
+        if read is not None and not read.done():
+            read.set_result(None)
+        self._on_news(changed)
 
     def _acknowledgeable(self) -> int:
         return self.membership.acknowledgeable(self._clock())
@@ -207,6 +301,8 @@ class Heart:
         if now < self._retry_at:
             await asyncio.sleep(self._retry_at - now)
             return
+        if self._news or self._acknowledgeable() > self.membership.acknowledged:
+            return
         until = min(self._next_renewal, self.membership.subleases.pinned_until)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, until - now)):
@@ -222,6 +318,7 @@ class Heart:
 
     def _fail(self, error: Exception) -> None:
         """After this nothing is known of the connection, nor of what was sent on it."""
+        self._primary.failed(self._connection, error)
         self._drop_connection()
         if not isinstance(error, StoreUnavailable):
             self._log.exception("the heart stumbled", error=type(error).__name__)
@@ -231,6 +328,8 @@ class Heart:
         self._next_renewal = -math.inf
         self._retry_at = self._clock() + _pause_after_failure()
         self._tell(StoreUnavailable(NO_ANSWER))
+        read, self._read = self._read, None
+        _fail(read, StoreUnavailable(NO_ANSWER))
 
     def _tell(self, error: Exception | None) -> None:
         renewed, self._renewed = self._renewed, None
@@ -239,9 +338,7 @@ class Heart:
         if error is None:
             renewed.set_result(None)
         else:
-            renewed.set_exception(error)
-            # Else asyncio complains where those who waited have left.
-            renewed.exception()
+            _fail(renewed, error)
 
     def _drop_connection(self) -> None:
         connection, self._connection = self._connection, None
@@ -250,11 +347,15 @@ class Heart:
 
     async def _connected(self) -> "Connection":
         if self._connection is None or self._connection.is_closed():
-            # A lease is for what was read and renewed on one connection: the one before may have
-            # led to a primary that has been deposed since.
-            self._news = True
-            self._connection = await self._connect()
+            self._connection = await self._primary.connect()
         return self._connection
+
+
+def _fail(waiting: "asyncio.Future[None] | None", error: Exception) -> None:
+    if waiting is not None and not waiting.done():
+        waiting.set_exception(error)
+        # Else asyncio complains where those who waited have left.
+        waiting.exception()
 
 
 def _pause_after_failure() -> float:

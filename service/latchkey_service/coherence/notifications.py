@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 
-from latchkey_service.coherence.table import CHANNEL, NOTIFY
+from latchkey_service.coherence.table import CHANNEL
 from latchkey_service.database import translated
 from latchkey_service.errors import StoreUnavailable, StoreUnsupported
 from latchkey_service.log import logger
@@ -24,10 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["Listener", "Notifications"]
 
 RETRY_SECONDS = 1.0
-# How often it is tried whether they arrive, and how long one may take: a connection may look
-# alive and lead nowhere, and a pooler may take LISTEN and hand the next statement elsewhere.
-PROBE_SECONDS = 5.0
-PROBE_TIMEOUT_SECONDS = 1.0
+# The shortest time that a probe is given. A shorter one would take a busy machine for a broken one.
+PROBE_TIMEOUT_SECONDS_MIN = 0.25
 
 
 class Notifications(enum.IntEnum):
@@ -40,20 +38,32 @@ class Notifications(enum.IntEnum):
 
 
 class Listener:
-    """Listens on a connection of its own and calls `wake`. `state` tells how it goes."""
+    """Listens on a connection of its own and calls `wake`. `state` is how it goes.
+
+    A connection may look alive and lead nowhere, and a pooler may take LISTEN and pass what arrives
+    to nobody. So it sends itself a probe now and then, by `notify`, and learns within
+    `interval_seconds` that notifications do not arrive. The probe goes by way of another
+    connection: a server session passes what it sends itself to whoever it works for right then.
+    """
 
     def __init__(
         self,
         name: str,
         connect: "Callable[[], Awaitable[Connection]]",
+        notify: Callable[[str], Awaitable[None]],
         wake: Callable[[], None],
+        interval_seconds: float,
         *,
         enabled: bool,
     ) -> None:
         self.state = Notifications.UNKNOWN if enabled else Notifications.OFF
         self._enabled = enabled
         self._connect = connect
+        self._notify = notify
         self._wake = wake
+        # Half of the interval is between probes; in the other half one has to arrive.
+        self._pause_seconds = interval_seconds / 2
+        self._timeout_seconds = max(interval_seconds / 2, PROBE_TIMEOUT_SECONDS_MIN)
         # This process's own, which tells its probes from others'.
         self._probes = (f"probe {name} {number}" for number in itertools.count())
         self._expected = ""
@@ -83,20 +93,19 @@ class Listener:
                 await connection.add_listener(CHANNEL, self._receive)
             # What came before that was missed.
             self._wake()
-            while await self._arrives(connection):
+            while not connection.is_closed() and await self._arrives():
                 self._becomes(Notifications.ARRIVE)
-                await asyncio.sleep(PROBE_SECONDS)
+                await asyncio.sleep(self._pause_seconds)
             self._becomes(Notifications.SILENT)
         finally:
             connection.terminate()
 
-    async def _arrives(self, connection: "Connection") -> bool:
+    async def _arrives(self) -> bool:
         self._arrived.clear()
         self._expected = next(self._probes)
         try:
-            async with asyncio.timeout(PROBE_TIMEOUT_SECONDS):
-                with translated():
-                    await connection.execute(NOTIFY, CHANNEL, self._expected)
+            async with asyncio.timeout(self._timeout_seconds):
+                await self._notify(self._expected)
                 await self._arrived.wait()
         except TimeoutError:
             return False

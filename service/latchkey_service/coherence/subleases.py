@@ -11,9 +11,11 @@ __all__ = ["SubLease", "SubLeases"]
 class SubLease:
     """What one stream's client was granted, and what it has confirmed."""
 
-    __slots__ = ("acknowledged", "ends")
+    __slots__ = ("acknowledged", "client", "ends")
 
-    def __init__(self) -> None:
+    def __init__(self, client: str = "") -> None:
+        self.client = client
+        """Its caller's name and its address, for people."""
         self.acknowledged = 0
         self.ends = -math.inf
         """When it has ended for certain, on this process's clock."""
@@ -26,25 +28,25 @@ class SubLeases:
     which they stand, so that the lowest is found at once.
     """
 
-    __slots__ = ("_at", "pinned_until")
+    __slots__ = ("_at", "outwaited", "pinned_until")
 
     def __init__(self) -> None:
         self._at: dict[int, set[SubLease]] = {}
         self.pinned_until = math.inf
         """When to ask for `floor` again, at the latest, if nothing is confirmed before."""
+        self.outwaited = 0
+        """How many ended while a revision waited for them. Only rises."""
 
-    def grant(self, lease: SubLease, applied: int, ends: float, now: float) -> None:
-        """Its client is about to be granted until `ends`, having been sent all up to `applied`.
+    def grant(self, lease: SubLease, confirmed: int, ends: float) -> None:
+        """Its client is about to be granted until `ends`, having confirmed all it was sent.
 
-        A client that holds no lease has, once this one begins, applied all that came before it on
-        the stream. One that does must still confirm it: it goes on under the one that it has.
+        `confirmed` is the revision of that.
         """
-        if lease.ends <= now:
-            self._move(lease, applied)
+        self._move(lease, confirmed)
         lease.ends = max(lease.ends, ends)
 
     def acknowledge(self, lease: SubLease, revision: int) -> None:
-        """Its client has dropped what revisions up to `revision` named. 0: who knows what."""
+        """Its client has dropped what revisions up to `revision` named. 0: it is not known what."""
         if lease in self._at.get(lease.acknowledged, ()):
             self._move(lease, revision)
 
@@ -59,8 +61,12 @@ class SubLeases:
         self._remove(lease)
         lease.ends = -math.inf
 
-    def floor(self, now: float) -> int | None:
-        """Return the revision that every client has confirmed; None if no client has a lease."""
+    def floor(self, now: float, behind_since: float = math.inf) -> int | None:
+        """Return the revision that every client has confirmed; None if no client has a lease.
+
+        `behind_since` is since when some revision has been waiting for clients: the sub-leases that
+        have ended later than that count as waited out.
+        """
         self.pinned_until = math.inf
         while self._at:
             lowest = min(self._at)
@@ -69,14 +75,36 @@ class SubLeases:
             if lease.ends > now:
                 self.pinned_until = lease.ends
                 return lowest
+            if lease.ends > behind_since:
+                self.outwaited += 1
             self._remove(lease)
         return None
 
     def sweep(self, now: float) -> None:
-        """Forget the sub-leases that have ended. `floor` does so only where it has to."""
+        """Drop the sub-leases that have ended. `floor` does so only where it has to."""
         for held in tuple(self._at.values()):
             for lease in [lease for lease in held if lease.ends <= now]:
                 self._remove(lease)
+
+    def confirmed(self, revision: int, now: float) -> int:
+        """Return how many clients with a lease have confirmed `revision`."""
+        return sum(
+            lease.ends > now
+            for acknowledged, held in self._at.items()
+            if acknowledged >= revision
+            for lease in held
+        )
+
+    def behind(self, revision: int, now: float, limit: int) -> list[str]:
+        """Return up to `limit` of the clients with a lease that have not confirmed `revision`."""
+        found: list[str] = []
+        for acknowledged in sorted(self._at):
+            if acknowledged >= revision:
+                break
+            found += [lease.client for lease in self._at[acknowledged] if lease.ends > now]
+            if len(found) >= limit:
+                break
+        return sorted(found[:limit])
 
     def latest_end(self, now: float) -> float:
         """Return when the last of them will have ended, `now` if there is none."""

@@ -12,6 +12,8 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple
 
+from latchkey_coherence.memory import NOWHERE, Position
+
 from latchkey_service.coherence.membership import Membership
 from latchkey_service.coherence.subleases import SubLease
 from latchkey_service.errors import Overloaded, Unavailable, WatcherSilent, WatchRefused
@@ -26,37 +28,35 @@ SILENT_LEASES = 3
 # A client is asked to move to a new stream at this share of a connection's age, before the
 # connection is ended under it. At different times, so that not all move at once.
 MOVE_FROM, MOVE_TO = 0.75, 0.85
-# No revision is as low.
-BEFORE_ALL = -1
 
 
 class Request(NamedTuple):
     """What a client says."""
 
-    applied_revision: int
+    applied: Position
     number: int
     released: bool
 
 
 class Invalidation(NamedTuple):
-    """What was applied since the client was last told."""
+    """What was applied since the client was last sent something."""
 
-    revision: int
+    position: Position
     token_ids: list[str]
 
 
 class Grant(NamedTuple):
     """A sub-lease, in answer to the request of this number."""
 
-    revision: int
+    position: Position
     number: int
     lease_seconds: float
 
 
 class Reset(NamedTuple):
-    """The client has to begin anew, at this revision."""
+    """The client has to start over, at this position."""
 
-    revision: int
+    position: Position
 
 
 class Closing(NamedTuple):
@@ -67,17 +67,33 @@ Event = Invalidation | Grant | Reset | Closing
 
 
 class Watcher:
-    """One stream. Times are seconds on the process's clock."""
+    """One stream. Times are seconds on the process's clock.
 
-    def __init__(self, membership: Membership[Any]) -> None:
+    A client is granted a lease only after it has confirmed exactly what it was sent. So a client
+    that stops confirming delays Deletes until the lease ends that it holds by then, and never again
+    (rule 6). A healthy client confirms within a millisecond.
+    """
+
+    def __init__(self, membership: Membership[Any], client: str = "") -> None:
         self._membership = membership
-        self.lease = SubLease()
+        self.lease = SubLease(client)
         self.heard = -math.inf
         """When its client last said something."""
         self.released = False
-        # Up to which revision it was told what to drop; None before its first message.
-        self._sent: int | None = None
-        self._reset = False
+        # The position up to which the client was sent what to drop. None: nothing was settled yet
+        # about where the client stands, and so nothing may be sent.
+        self._sent: Position | None = None
+        self._confirmed = False
+        # The last revision that the client has confirmed on this stream, in this epoch.
+        self._heard = 0
+        # The epoch of the membership in which `_sent` was sent.
+        self._epoch = membership.epoch
+        # What the client says to have applied, as long as it is not known what to make of it.
+        self._claim: Position | None = None
+        self._claimed_at = -math.inf
+        # A Reset was sent, and the client has not confirmed it. What it said before it heard of the
+        # Reset is about another history.
+        self._resetting = False
         self._wanted = 0
         self.closing = False
         """Whether its client is to move, and is granted nothing any more."""
@@ -88,32 +104,34 @@ class Watcher:
         """Whether its client has asked for a grant that it has not got yet."""
         return self._wanted > 0
 
+    @property
+    def undecided(self) -> bool:
+        """Whether the log has to be read before it is known where its client stands."""
+        return self._claim is not None
+
     def hear(self, request: Request, now: float) -> None:
         """Take in what the client says."""
         self.heard = now
-        memory, subleases = self._membership.memory, self._membership.subleases
+        membership = self._membership
         if request.released:
             self.released = True
-            subleases.release(self.lease)
-        if self._sent is None:
-            # One that is ahead of us is told again what it has applied already, which does no harm.
-            self._sent = min(request.applied_revision, memory.applied)
-            if request.applied_revision == 0 and memory.applied > 0:
-                # Its memory is empty. There is no need to tell it what to drop, but for where to
-                # begin: a Reset.
-                self._sent = BEFORE_ALL
-        if self._reset and request.applied_revision > self._sent:
-            # Said before it heard of the Reset, of a history that is no more.
-            self._want(request)
-            return
-        self._reset = False
-        # Not more than it was told on this stream: of what another server, or another history of
-        # a database that was set back, has called by such a number, this one knows nothing.
-        subleases.acknowledge(self.lease, min(request.applied_revision, self._sent))
-        self._want(request)
-
-    def _want(self, request: Request) -> None:
+            membership.subleases.release(self.lease)
         self._wanted = max(self._wanted, request.number)
+        claim = request.applied
+        if self._sent is None:
+            self._claim, self._claimed_at = claim, now
+        elif self._epoch != membership.epoch:
+            # It does not know yet that this process has lost its history: it will be reset.
+            pass
+        elif self._resetting:
+            # Whatever else it says, it said before it heard of the Reset, and confirms nothing.
+            if claim == self._sent:
+                self._confirm(claim)
+        elif membership.memory.knows(claim):
+            # The mark proves that the client is on this history, so its word may be taken.
+            self._confirm(claim)
+        else:
+            self._claim, self._claimed_at = claim, now
 
     def close(self) -> None:
         """Grant no more, and say so."""
@@ -122,36 +140,91 @@ class Watcher:
     def take(self, now: float) -> list[Event]:
         """Return what to send next, in this order, all of it before anything else.
 
-        A grant comes after each invalidation up to its revision, and lasts no longer than the
+        A grant comes after each invalidation up to its position, and lasts no longer than the
         process's own lease.
         """
-        if self._sent is None:
-            return []
         membership = self._membership
-        memory = membership.memory
         events: list[Event] = []
-        if membership.registered and self._sent != memory.applied:
-            behind = None if self._sent > memory.applied else memory.named_since(self._sent)
-            if behind is None:
-                # What it confirmed before is of no use any more.
-                membership.subleases.acknowledge(self.lease, 0)
-                self._reset = True
-                events.append(Reset(memory.applied))
-            else:
-                events.append(Invalidation(memory.applied, behind))
-            self._sent = memory.applied
-        if self.closing:
-            if not self._told_closing:
-                self._told_closing = True
-                events.append(Closing())
-        elif self._wanted and now < membership.lease_ends:
-            ends = membership.lease_ends
+        if membership.registered:
+            self._settle(events)
+        if self.closing and not self._told_closing:
+            self._told_closing = True
+            events.append(Closing())
+        if self._sent is None or not membership.registered:
+            return events
+        if self._wanted and self._confirmed and not self.closing and now < membership.lease_ends:
+            if self.lease.ends <= now:
+                # Without a lease the client holds up nobody, and so Deletes may have returned that
+                # it has not heard of. It hears of them before this lease begins.
+                self._invalidate(events)
             # Recorded before it is sent, and to the end of our own lease, which the client's,
-            # counted from before it asked, cannot outlast.
-            membership.subleases.grant(self.lease, self._sent, ends, now)
+            # counted from before it asked, cannot outlast. A client with a lease is granted the
+            # next one before it is sent what is new: it would owe for that, and in a flood of
+            # Deletes would never be granted anything.
+            ends = membership.lease_ends
+            membership.subleases.grant(self.lease, self._sent.revision, ends)
             events.append(Grant(self._sent, self._wanted, ends - now))
             self._wanted = 0
+        # A client that wants a grant and owes a confirmation is sent no more until it has
+        # confirmed: otherwise there might never be a moment at which it owes nothing.
+        if not self._wanted or self._confirmed:
+            self._invalidate(events)
         return events
+
+    def _settle(self, events: list[Event]) -> None:
+        """Find out where the client stands; reset it where that is not on this history."""
+        membership = self._membership
+        claim = self._claim
+        if self._sent is not None and self._epoch != membership.epoch:
+            self._reset(events)
+        elif claim is not None:
+            if membership.memory.knows(claim):
+                if self._sent is None:
+                    self._sent, self._epoch = claim, membership.epoch
+                self._confirm(claim)
+            elif not (
+                claim.mark
+                and claim.revision > membership.memory.position.revision
+                and membership.log_read_began <= self._claimed_at
+            ):
+                # A client that is ahead may have heard of news before this process: that reads
+                # its log first.
+                first = self._sent is None
+                self._reset(events)
+                # An empty memory has nothing to drop, and so owes no confirmation.
+                self._confirmed = first and claim == NOWHERE
+
+    def _invalidate(self, events: list[Event]) -> None:
+        memory = self._membership.memory
+        if self._sent is None or self._sent == memory.position:
+            return
+        named = memory.named_since(self._sent)
+        if named is None:
+            self._reset(events)
+            return
+        self._sent, self._confirmed = memory.position, False
+        events.append(Invalidation(memory.position, named))
+
+    def _reset(self, events: list[Event]) -> None:
+        membership = self._membership
+        # What it has confirmed is of no use any more. How long its lease runs still counts.
+        membership.subleases.acknowledge(self.lease, 0)
+        self._sent, self._confirmed = membership.memory.position, False
+        self._epoch, self._claim, self._resetting = membership.epoch, None, True
+        self._heard = 0
+        events.append(Reset(self._sent))
+
+    def _confirm(self, position: Position) -> None:
+        """Note that the client has applied all up to `position`, which is on this history."""
+        assert self._sent is not None, "nothing is confirmed before it was sent"  # noqa: S101 - for the type checker
+        if position.revision >= self._sent.revision or position.revision < self._heard:
+            # It heard of more on another stream. Or it fell back, since another server has reset
+            # it: then it has to be sent again what it has missed.
+            self._sent = position
+        self._heard = position.revision
+        self._confirmed = position == self._sent
+        self._claim, self._resetting = None, False
+        self._membership.subleases.acknowledge(self.lease, position.revision)
 
 
 class Watchers:
@@ -162,6 +235,7 @@ class Watchers:
         membership: Membership[Any],
         clock: Callable[[], float],
         acknowledged: Callable[[], None],
+        read_log: Callable[[], None],
         *,
         enabled: bool,
         stream_seconds: float = math.inf,
@@ -170,10 +244,11 @@ class Watchers:
         self._clock = clock
         # Called when a client has confirmed something, or has let go of its lease.
         self._acknowledged = acknowledged
+        # Called when a client may be ahead of this process.
+        self._read_log = read_log
         self._enabled = enabled
         self._stream_seconds = stream_seconds
         self._streams: set[_Stream] = set()
-        self._told = 0
         self._closing = False
         self._left = asyncio.Event()
 
@@ -181,9 +256,12 @@ class Watchers:
         return len(self._streams)
 
     async def serve(
-        self, requests: AsyncIterator[Request], send: Callable[[Event], Awaitable[None]]
+        self,
+        requests: AsyncIterator[Request],
+        send: Callable[[Event], Awaitable[None]],
+        client: str = "",
     ) -> None:
-        """Serve one stream until its client leaves.
+        """Serve one stream until its client leaves. `client` names it, for people.
 
         Raises WatchRefused, Overloaded, Unavailable when it is stopping, and WatcherSilent.
         """
@@ -194,7 +272,7 @@ class Watchers:
         if len(self._streams) >= WATCHERS_MAX:
             raise Overloaded("Too many clients watch this server; try another one.")
         age = self._stream_seconds * random.uniform(MOVE_FROM, MOVE_TO)  # noqa: S311 - a spread
-        stream = _Stream(Watcher(self._membership), self._clock(), age)
+        stream = _Stream(Watcher(self._membership, client), self._clock(), age)
         self._streams.add(stream)
         # Reading has a task of its own: neither may hold up the other.
         reader = asyncio.create_task(self._read(requests, stream), name="watch reader")
@@ -218,14 +296,12 @@ class Watchers:
             self._streams.discard(stream)
             self._left.set()
 
-    def on_news(self) -> None:
+    def on_news(self, changed: bool) -> None:
         """Tell every client what is new, grant what waits for a lease, and have the old ones move.
 
         One that moves opens its new stream first, and then lets go of its lease on this one: so
         Deletes need not wait for it, as they would had its connection merely been ended.
         """
-        applied = self._membership.memory.applied
-        news, self._told = applied != self._told, applied
         now = self._clock()
         lost = now - SILENT_LEASES * self._membership.lease_seconds
         for stream in tuple(self._streams):
@@ -247,7 +323,7 @@ class Watchers:
             elif stream.watcher.heard < lost and not stream.watcher.closing:
                 stream.silent = True
                 stream.changed.set()
-            elif news:
+            elif changed or stream.watcher.undecided:
                 stream.changed.set()
 
     async def drain(self, seconds: float) -> bool:
@@ -281,8 +357,10 @@ class Watchers:
                 self._left.set()
             if stream.watcher.lease.acknowledged != before or stream.watcher.released:
                 self._acknowledged()
-            if request.number or stream.watcher.released:
-                stream.changed.set()
+            # A confirmation may be what a grant or the next invalidation waits for.
+            stream.changed.set()
+            if stream.watcher.undecided:
+                self._read_log()
 
 
 class _Stream:

@@ -194,7 +194,9 @@ async def test_status(client: latchkey.Client, fake: FakeLatchkey) -> None:
         clients=3,
         notifications=status_pb.NOTIFICATIONS_SILENT,
         answering=True,
+        pepper_ids=["new", "old"],
     )
+    message.warnings.append("Repair it.")
     verifier.start_time.FromDatetime(CREATED)
     verifier.lease_duration.FromTimedelta(timedelta(seconds=3))
     verifier.lease_remaining.FromTimedelta(timedelta(seconds=2.5))
@@ -202,6 +204,7 @@ async def test_status(client: latchkey.Client, fake: FakeLatchkey) -> None:
     fake.on("GetStatus", fake.says(message))
     status = await client.status()
     assert status.head_revision == 9
+    assert status.warnings == ("Repair it.",)
     assert status.verifiers[0] == latchkey.VerifierStatus(
         id="v1",
         host="web-1",
@@ -215,7 +218,9 @@ async def test_status(client: latchkey.Client, fake: FakeLatchkey) -> None:
         clients=3,
         notifications=latchkey.Notifications.SILENT,
         answering=True,
+        pepper_ids=("new", "old"),
     )
+    assert status.verifiers[1].pepper_ids == ()
     assert status.verifiers[1].notifications is latchkey.Notifications.UNSPECIFIED
     message.verifiers[1].lease_duration.seconds = 2**62
     with pytest.raises(latchkey.InternalError):

@@ -3,6 +3,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from io import StringIO
 from typing import Any
 
+import pytest
 from latchkey import (
     CreatedToken,
     Notifications,
@@ -62,22 +63,61 @@ STATUS = Status(
             clients=4,
             notifications=Notifications.SILENT,
             answering=False,
+            pepper_ids=("0f1e2d3c4b5a", "a1b2c3d4e5f6"),
         ),
     ),
+    warnings=("Pepper 0f1e2d3c4b5a is missing on web-\x1b[2J.",),
 )
 
 
-def test_status_is_a_table_of_verifiers() -> None:
-    """People see who is behind or has no lease any more, and nothing obeys a host's name."""
-    for status, lines in (
-        (STATUS, ["Head revision 12, 1 verifier", "web-\\x1b[2J 77 1.2 10 2 ended 4 silent"]),
-        (replace(STATUS, verifiers=()), ["Head revision 12, 0 verifiers"]),
-    ):
-        console = Console(file=StringIO(), width=100)
-        tables.print_status(console, status)
-        assert isinstance(console.file, StringIO)
-        shown = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
-        assert [shown[0], *shown[2:]] == lines
+WARNING = "Warning: Pepper 0f1e2d3c4b5a is missing on web-\\x1b[2J."
+COLUMNS = "PID Version Acknowledged Lag Lease left Clients Notifications"
+
+
+@pytest.mark.parametrize(
+    ("width", "table"),
+    [
+        (
+            120,
+            [
+                f"Host {COLUMNS} Pepper",
+                "web-\\x1b[2J 77 1.2 10 2 ended 4 silent 0f1e2d3c4b5a",
+            ],
+        ),
+        (
+            90,
+            [
+                "Host",
+                f"Pepper {COLUMNS}",
+                "web-\\x1b[2J 77 1.2 10 2 ended 4 silent",
+                "0f1e2d3c4b5a",
+            ],
+        ),
+    ],
+)
+def test_status_is_a_table_of_verifiers(width: int, table: list[str]) -> None:
+    """People see which verifier is behind or has lost its lease, the pepper that each creates
+    tokens with, and every warning. No terminal obeys a host's name."""
+    assert status_lines(STATUS, width) == ["Head revision 12, 1 verifier", *table, WARNING]
+
+
+def test_status_shows_warnings_without_verifiers() -> None:
+    """A warning is shown even if no verifier is registered."""
+    status = replace(STATUS, verifiers=())
+    assert status_lines(status, 90) == ["Head revision 12, 0 verifiers", WARNING]
+
+
+def test_status_of_a_release_without_peppers() -> None:
+    """The pepper of a release that does not report it is shown as unknown."""
+    status = replace(STATUS, verifiers=(replace(STATUS.verifiers[0], pepper_ids=()),))
+    assert "unknown" in status_lines(status, 90)
+
+
+def status_lines(status: Status, width: int) -> list[str]:
+    console = Console(file=StringIO(), width=width)
+    tables.print_status(console, status)
+    assert isinstance(console.file, StringIO)
+    return [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
 
 
 def test_documents_have_the_fields_of_the_proto() -> None:

@@ -1,0 +1,34 @@
+"""Where a statement was carried out: the position of its snapshot, and the server's timeline."""
+
+from typing import NamedTuple
+
+from latchkey_coherence.memory import Position
+
+__all__ = ["POSITION_KNOWN", "Snapshot", "mark_in", "mark_out"]
+
+_MARK_MODULUS = 1 << 64
+_MARK_SIGN = 1 << 63
+
+# Tells whether this database's history holds the position ($1, $2), a revision and its mark:
+# it is the newest, or the newest that was pruned, or the log has it (coherence rule 12).
+POSITION_KNOWN = """(
+    (h.revision = $1 AND h.mark = $2) OR (h.pruned_revision = $1 AND h.pruned_mark = $2)
+    OR EXISTS (SELECT FROM invalidation k WHERE k.revision = $1 AND k.mark = $2))"""
+
+
+class Snapshot(NamedTuple):
+    """The database as one statement saw it."""
+
+    position: Position
+    timeline: str | None
+    """None: the engine has none to report, or it is a standby."""
+
+
+def mark_in(mark: int) -> int:
+    """Return a mark as the wire has it, unsigned, from Postgres' signed bigint."""
+    return mark % _MARK_MODULUS
+
+
+def mark_out(mark: int) -> int:
+    """Return a mark as Postgres' signed bigint has it."""
+    return mark - _MARK_MODULUS if mark >= _MARK_SIGN else mark

@@ -1,0 +1,140 @@
+"""What was confirmed survives a crash of Postgres, whatever synchronous_commit was set to."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from latchkey_service.coherence.table import Identity, OwnRow
+from latchkey_service.database import DURABLE, connect
+from latchkey_service.errors import StoreUnavailable
+from latchkey_service.migrate import bundled, migrate
+from latchkey_service.secrets import Digest
+from latchkey_service.store import Store
+from latchkey_service.verdict import Scope, TokenRecord
+from structlog.testing import capture_logs
+
+from tests.support import BreakablePostgres, eventually, origin, session
+
+pytestmark = pytest.mark.xdist_group("faults")
+
+# Far longer than a test takes, so that nothing writes the log in the background.
+LAZY = "synchronous_commit = off\nwal_writer_delay = 10s"
+
+
+@pytest.fixture
+async def lazy(postgres: BreakablePostgres, postgres_url: str) -> AsyncIterator[None]:
+    """Have commits return before they are on disk."""
+    postgres.configure(LAZY)
+    async with session(postgres_url) as connection:
+
+        async def configured() -> bool:
+            return await connection.fetchval("SHOW wal_writer_delay") == "10s"
+
+        await eventually(configured, "the settings are in force")
+    yield
+    postgres.configure("")
+
+
+def record(number: int = 1) -> TokenRecord:
+    moment = datetime(2026, 11, 29, tzinfo=UTC)
+    return TokenRecord(f"tok_{number}", "acme", f"a{number}", Scope.READ, moment, None, "lk_…abcd")
+
+
+async def insert(store: Store, number: int = 1) -> None:
+    digest = Digest(number.to_bytes(32, "big"), "p")
+    await store.insert_token(record(number), f"a{number}", digest, origin())
+
+
+async def is_flushed(url: str, work: Awaitable[Any]) -> bool:
+    """Return whether what `work` commits is on disk when it returns."""
+    async with session(url) as connection:
+        # Whatever was committed before is on disk after this.
+        await connection.execute("SET synchronous_commit = on")
+        await connection.execute("INSERT INTO pepper (id) VALUES (gen_random_uuid()::text)")
+        before = await connection.fetchval("SELECT pg_current_wal_insert_lsn()::text")
+        await work
+        query = "SELECT pg_current_wal_flush_lsn() > $1::text::pg_lsn"
+        return bool(await connection.fetchval(query, before))
+
+
+@pytest.mark.usefixtures("lazy")
+async def test_what_must_not_be_lost_is_on_disk(database_url: str, store: Store) -> None:
+    """With synchronous_commit off, the transactions that create, bury, confirm, register and renew
+    are on disk when they return. Others are not, which shows that the measurement can tell."""
+    await store.register_pepper("p")
+    connection = await connect(database_url)
+    row = OwnRow(connection, Identity("ver_a", "x", 1, "0", 3.0))
+    steps: list[Callable[[], Awaitable[Any]]] = [
+        lambda: insert(store),
+        lambda: store.delete_token("acme", "tok_1", origin("Delete")),
+        lambda: store.confirm_deletion("tok_1", 0, 0),
+        lambda: row.register(1, None),
+        lambda: row.renew(1, 0, 0, 0),
+    ]
+    for number, step in enumerate(steps):
+        assert not await is_flushed(database_url, store.register_pepper(f"other {number}"))
+        assert await is_flushed(database_url, step()), number
+    connection.terminate()
+
+
+@pytest.mark.usefixtures("lazy")
+async def test_a_crash_undoes_no_deletion(
+    postgres: BreakablePostgres, database_url: str, store: Store
+) -> None:
+    """With synchronous_commit off, a token whose Delete was answered with a receipt is still
+    deleted after all of Postgres was killed at once, and the receipt is the same."""
+    await store.register_pepper("p")
+    await insert(store)
+    await store.delete_token("acme", "tok_1", origin("Delete"))
+    receipt = await store.confirm_deletion("tok_1", 1, 0)
+    await postgres.crash()
+    postgres.bring_back()
+    assert await eventually(lambda: find(store), "Postgres is back") == [receipt]
+    assert await store.get_token("acme", "tok_1") is None
+
+
+async def find(store: Store) -> list[Any] | None:
+    """Return the receipt, in a list, or None while Postgres does not answer."""
+    try:
+        return [await store.delete_token("acme", "tok_1", origin("Delete"))]
+    except StoreUnavailable:
+        return None
+
+
+@pytest.mark.parametrize("given", ["off", "local", "remote_write", "on", "remote_apply"])
+async def test_durable_never_weakens(database_url: str, given: str) -> None:
+    """The condition raises synchronous_commit to `on` for its transaction, and leaves a stronger
+    value as it is."""
+    async with session(database_url) as connection:
+        await connection.execute(f"SET synchronous_commit = {given}")
+        async with connection.transaction():
+            statement = f"UPDATE head SET revision = revision WHERE {DURABLE}"  # noqa: S608 - a constant
+            await connection.execute(statement)
+            inside = await connection.fetchval("SHOW synchronous_commit")
+        assert inside == ("remote_apply" if given == "remote_apply" else "on")
+        assert await connection.fetchval("SHOW synchronous_commit") == given
+
+
+@pytest.mark.parametrize("name", ["fsync", "full_page_writes"])
+async def test_settings_that_lose_data_are_reported(
+    postgres: BreakablePostgres, database_url: str, name: str
+) -> None:
+    """A start warns, in a sentence, of a Postgres that a crash of its machine can destroy; of one
+    in its usual state it says nothing."""
+
+    async def warnings() -> list[Any]:
+        with capture_logs() as lines:
+            await migrate(database_url, bundled())
+        return [line for line in lines if "a crash of the database's machine" in line["event"]]
+
+    assert await warnings() == []
+    postgres.configure(f"{name} = off")
+    try:
+
+        async def warned() -> bool:
+            return any(line["event"].startswith(f"{name} is off") for line in await warnings())
+
+        await eventually(warned, "it is reported")
+    finally:
+        postgres.configure("")
