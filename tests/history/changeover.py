@@ -24,6 +24,10 @@ _READERS = """
 SELECT count(*) FROM pg_stat_activity
  WHERE wait_event = 'SyncRep' AND query LIKE '%verifier%' AND backend_start > $1
 """
+_CANCEL_OLDER = """
+SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity
+ WHERE wait_event = 'SyncRep' AND backend_start <= $1
+"""
 
 
 class Changeover:
@@ -62,10 +66,9 @@ class Changeover:
         visible_since = await self.primary.fetchval("SELECT clock_timestamp()")
 
         async def read() -> bool:
+            # Hosts whose renewal fails connect again and read what is new.
+            await self.primary.fetchval(_CANCEL_OLDER, visible_since)
             count: int = await self.primary.fetchval(_READERS, visible_since)
-            if count < readers:
-                # Hosts whose renewal fails connect again and read what is new.
-                await self.primary.cancel_waiting_commits()
             return count >= readers
 
         if readers:

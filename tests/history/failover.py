@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.history.checker import Findings, check
 from tests.history.episodes import Failovers
-from tests.history.failover_scenarios import FAILOVER_SCENARIOS, failover_staged, perform
+from tests.history.failover_scenarios import EVERY, MISSED, failover_staged, perform
 from tests.history.nodes import WAYS, nodes_cluster
 from tests.history.outages import outages
 from tests.history.run import (
@@ -41,7 +41,7 @@ async def direct_failovers(
 
     Yields the name of each and all that was found so far.
     """
-    chosen = FAILOVER_SCENARIOS.get(rule, ()) if rule else FAILOVER_SCENARIOS["12"]
+    chosen = EVERY if rule is None else tuple(s for of, s in MISSED.items() if of == rule)
     if not chosen:
         return
     async with (

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 import latchkey
 
@@ -19,16 +20,19 @@ from tests.history.nodes import NodesCluster, nodes_cluster
 from tests.history.records import now
 from tests.history.scenarios import OTHER, SUSPECT, WAIT_SECONDS, Stage, Subject
 from tests.pair import Pair
+from tests.support import eventually
 
-__all__ = ["FAILOVER_SCENARIOS", "FailoverScenario", "FailoverStage", "failover_staged", "perform"]
+__all__ = ["EVERY", "MISSED", "FailoverScenario", "FailoverStage", "failover_staged", "perform"]
 
-# Long enough for a host to reconnect twice within one lease on a busy machine, and short enough for
-# a Delete to outwait.
-LEASE_SECONDS = 1.5
+# A host's row has to outlive the failover, also on a busy machine. Without its row, a host starts
+# over, whatever rules it lacks.
+LEASE_SECONDS = 3.0
 RETRY_SECONDS = 0.1
 HOSTS = 2
 # A scenario that was cut short because an answer did not come in time.
 ATTEMPTS_MAX = 3
+
+T = TypeVar("T")
 
 
 class FailoverStage(Stage):
@@ -39,18 +43,13 @@ class FailoverStage(Stage):
         self.nodes = made
         self.changeover = Changeover(made, pair)
 
+    async def create(self, *, tell: bool = False) -> Subject:
+        """Create a token, as callers do while the database changes over."""
+        return await _persistently(lambda: super(FailoverStage, self).create(tell=tell))
+
     async def delete(self, through: latchkey.Client, subject: Subject) -> None:
         """Delete until that is confirmed, as callers do while the database changes over."""
-        loop = asyncio.get_running_loop()
-        give_up = loop.time() + WAIT_SECONDS
-        while True:
-            try:
-                await super().delete(through, subject)
-            except latchkey.Unavailable:
-                assert loop.time() < give_up, "no Delete is confirmed"
-                await asyncio.sleep(RETRY_SECONDS)
-            else:
-                return
+        await _persistently(lambda: super(FailoverStage, self).delete(through, subject))
 
     async def show_unreplicated_delete(self) -> int:
         """Have both hosts read a Delete that the primary alone has; return its revision."""
@@ -65,10 +64,33 @@ class FailoverStage(Stage):
             await asyncio.gather(delete, return_exceptions=True)
         return await self.changeover.head()
 
+    async def taken_again(self, number: int) -> None:
+        """Wait until the primary has committed a revision of this number, which was lost."""
+
+        async def taken() -> bool:
+            head = await self.changeover.head()
+            assert head <= number, "other changes were committed as well"
+            return head == number
+
+        await eventually(taken, "the number is taken again", WAIT_SECONDS)
+
     def findings(self) -> Findings:
         """Judge what was seen so far."""
         self._recorder.flush()
         return check(self.cluster.histories(), self.changeover.restores)
+
+
+async def _persistently(do: Callable[[], Awaitable[T]]) -> T:
+    """Repeat a change until it is answered."""
+    loop = asyncio.get_running_loop()
+    give_up = loop.time() + WAIT_SECONDS
+    while True:
+        try:
+            return await do()
+        except latchkey.Unavailable:
+            if loop.time() > give_up:
+                raise
+            await asyncio.sleep(RETRY_SECONDS)
 
 
 async def number_is_used_again(stage: FailoverStage) -> None:
@@ -81,12 +103,13 @@ async def number_is_used_again(stage: FailoverStage) -> None:
     await stage.remembered(stage.suspect, subject)
     await stage.remembered_by_client(subject)
     number = await stage.show_unreplicated_delete()
-    async with database.refusing(stage.nodes.sessions(SUSPECT)):
+    async with asyncio.TaskGroup() as group, database.refusing(stage.nodes.sessions(SUSPECT)):
         await changeover.primary.kill()
         await changeover.promote()
         await changeover.move_address(cut=True)
-        await stage.delete(stage.other, subject)
-        assert await changeover.head() == number, "the number was not taken again"
+        group.create_task(stage.delete(stage.other, subject))
+        await stage.taken_again(number)
+        # The host is back before its row lapses, which would make it start over as well.
     await stage.verify_on(stage.suspect, subject)
     await stage.client_verifies_on(subject)
 
@@ -127,7 +150,7 @@ async def host_returns_to_the_old_primary(stage: FailoverStage) -> None:
         # It answers, and so has a lease of the new primary.
         await stage.remembered(stage.suspect, another)
         await changeover.move_address(old, cut=True)
-        await stage.verify_for(stage.suspect, subject, 2 * LEASE_SECONDS)
+        await stage.verify_for(stage.suspect, subject, LEASE_SECONDS)
         await changeover.move_address(cut=True)
         await stage.verify_on(stage.suspect, subject)
 
@@ -143,23 +166,26 @@ async def backup_is_restored(stage: FailoverStage) -> None:
     lost = await stage.create()
     await stage.delete(stage.suspect, lost)
     number = await changeover.head()
-    async with database.refusing(stage.nodes.sessions(SUSPECT)):
+    async with asyncio.TaskGroup() as group, database.refusing(stage.nodes.sessions(SUSPECT)):
         await changeover.restore(backup, taken, new_timeline=False)
-        await stage.delete(stage.other, subject)
-        assert await changeover.head() == number, "the number was not taken again"
+        group.create_task(stage.delete(stage.other, subject))
+        await stage.taken_again(number)
     await stage.verify_on(stage.suspect, subject)
     await stage.client_verifies_on(subject)
 
 
 FailoverScenario = Callable[[FailoverStage], Awaitable[None]]
-# What shows that a rule is missing.
-FAILOVER_SCENARIOS: dict[str, tuple[FailoverScenario, ...]] = {
-    "12": (
-        number_is_used_again,
-        look_up_stays,
-        host_returns_to_the_old_primary,
-        backup_is_restored,
-    ),
+EVERY: tuple[FailoverScenario, ...] = (
+    number_is_used_again,
+    look_up_stays,
+    host_returns_to_the_old_primary,
+    backup_is_restored,
+)
+# The scenario that ends in a late accept if a rule is missing. A build that lacks one is in no
+# state for the others afterwards.
+MISSED: dict[str, FailoverScenario] = {
+    "12": number_is_used_again,
+    "12-look-up": host_returns_to_the_old_primary,
 }
 
 
