@@ -134,7 +134,9 @@ class Memory(Generic[E]):
             self._named.pop(token_id, None)
             self._named[token_id] = revision
         if position.revision > self.position.revision:
-            self._marks[position.revision] = position.mark
+            if position.mark:
+                # As in `reset`: a sender without marks must not be believed.
+                self._marks[position.revision] = position.mark
             self.position = position
         while len(self._named) > HISTORY_MAX:
             self._know_from(self._named.pop(next(iter(self._named))))

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from latchkey_service.store import Store
 from latchkey_service.verdict import Scope, TokenRecord
 from structlog.testing import capture_logs
 
+from tests.faults.test_replication import cut_short, standby_missing
+from tests.pgbouncer import PgBouncer
 from tests.support import BreakablePostgres, eventually, origin, session
 
 pytestmark = pytest.mark.xdist_group("faults")
@@ -92,6 +95,27 @@ async def test_a_crash_undoes_no_deletion(
     postgres.bring_back()
     assert await eventually(lambda: find(store), "Postgres is back") == [receipt]
     assert await store.get_token("acme", "tok_1") is None
+
+
+async def test_a_pooler_hides_no_cancelled_wait(
+    postgres: BreakablePostgres, scratch: Path, database_url: str
+) -> None:
+    """Through transaction pooling too, a commit whose wait for the standby was cancelled confirms
+    nothing, and a later one does."""
+    pooler = PgBouncer(scratch / "pgbouncer", database_url, pool_mode="transaction")
+    await pooler.start()
+    store = await Store.open(pooler.url(), "transaction")
+    try:
+        await store.register_pepper("p")
+        await insert(store)
+        await store.delete_token("acme", "tok_1", origin("Delete"))
+        async with standby_missing(postgres, database_url):
+            with pytest.raises(StoreUnavailable):
+                await cut_short(database_url, store.confirm_deletion("tok_1", 1, 0))
+        assert (await store.confirm_deletion("tok_1", 1, 0)).effective_time is not None
+    finally:
+        await store.close()
+        pooler.stop()
 
 
 async def find(store: Store) -> list[Any] | None:

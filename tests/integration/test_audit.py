@@ -16,7 +16,7 @@ from latchkey_proto.v1 import audit_service_pb2_grpc as audit_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service import audit as module
-from latchkey_service import database
+from latchkey_service import database, sessions
 from latchkey_service.access.credentials import mint
 from latchkey_service.audit import SAMPLE_MAX, AuditLog, Origin
 from latchkey_service.audit_table import AuditTable, Filter, NewEntry
@@ -139,7 +139,7 @@ async def test_calls_are_written_down_until_the_last_answer(
     # So long that it has most likely not been written when the stop begins.
     monkeypatch.setattr(module, "FLUSH_SECONDS", 1.0)
     # The test says how long the call is waited for.
-    monkeypatch.setattr(database, "LOCK_TIMEOUT", "60s")
+    monkeypatch.setitem(sessions.SETTINGS, "lock_timeout", "60s")
     monkeypatch.setattr(database, "STATEMENT_TIMEOUT_SECONDS", 60.0)
     # The stop waits for the call until the test has seen what it looks for.
     settings = settings.model_copy(update={"grace_seconds": 30.0})

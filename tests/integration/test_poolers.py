@@ -150,6 +150,7 @@ async def test_session_mode_works(pgbouncer: Start, run: Run, ignored: str) -> N
         await asker.channel.close()
 
 
+@pytest.mark.usefixtures("own_timeouts")
 @pytest.mark.parametrize("ignored", ["", IGNORED], ids=["plain", "ignoring parameters"])
 async def test_session_mode_has_all_bounds(pgbouncer: Start, ignored: str) -> None:
     """Each connection has the settings that it has without PgBouncer."""

@@ -188,20 +188,20 @@ def print_status(output: Console, status: "Status") -> None:
 def _print_verifiers(output: Console, verifiers: Sequence["VerifierStatus"]) -> None:
     wide = output.width >= _WIDE
     table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False)
-    table.add_column("Host" if wide else "Host\nPepper", overflow="fold", header_style="bold")
+    table.add_column("Host", overflow="fold", header_style="bold")
     for name in ("PID", "Version", "Acknowledged", "Lag", "Lease left", "Clients"):
         table.add_column(name, no_wrap=True, justify="right", header_style="bold")
-    table.add_column("Notifications", no_wrap=True, header_style="bold")
-    if wide:
-        table.add_column("Pepper", no_wrap=True, header_style="bold")
+    # Both are of about one width, so that the id stays in one piece on a narrow terminal.
+    for name in ("Notifications", "Pepper") if wide else ("Notifications\nPepper",):
+        table.add_column(name, no_wrap=True, header_style="bold")
     for verifier in verifiers:
-        host, *cells = _verifier(verifier)
+        *cells, notifications = _verifier(verifier)
         # Only the newest: tokens are created with it, and every host has to have it.
         pepper = Text(visible(verifier.pepper_ids[0]) if verifier.pepper_ids else "unknown")
         if wide:
-            table.add_row(host, *cells, pepper)
+            table.add_row(*cells, notifications, pepper)
         else:
-            table.add_row(Text("\n").join([host, pepper]), *cells)
+            table.add_row(*cells, Text("\n").join([notifications, pepper]))
     output.print(table)
 
 

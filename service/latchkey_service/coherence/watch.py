@@ -84,6 +84,9 @@ class Watcher:
         # about where the client stands, and so nothing may be sent.
         self._sent: Position | None = None
         self._confirmed = False
+        # The end of the process's lease at a moment when nothing was newer than `_sent`. Whatever
+        # is newer was committed after that lease began, and so a Delete of it waits that long.
+        self._covered_until = -math.inf
         # The last revision that the client has confirmed on this stream, in this epoch.
         self._heard = 0
         # The epoch of the membership in which `_sent` was sent.
@@ -132,6 +135,7 @@ class Watcher:
             self._confirm(claim)
         else:
             self._claim, self._claimed_at = claim, now
+            self._confirmed = False
 
     def close(self) -> None:
         """Grant no more, and say so."""
@@ -152,19 +156,25 @@ class Watcher:
             events.append(Closing())
         if self._sent is None or not membership.registered:
             return events
+        if self._sent == membership.memory.position:
+            self._covered_until = membership.lease_ends
         if self._wanted and self._confirmed and not self.closing and now < membership.lease_ends:
             if self.lease.ends <= now:
                 # Without a lease the client holds up nobody, and so Deletes may have returned that
                 # it has not heard of. It hears of them before this lease begins.
                 self._invalidate(events)
-            # Recorded before it is sent, and to the end of our own lease, which the client's,
-            # counted from before it asked, cannot outlast. A client with a lease is granted the
-            # next one before it is sent what is new: it would owe for that, and in a flood of
-            # Deletes would never be granted anything.
-            ends = membership.lease_ends
-            membership.subleases.grant(self.lease, self._sent.revision, ends)
-            events.append(Grant(self._sent, self._wanted, ends - now))
-            self._wanted = 0
+            # Our own lease's end, which the client's, counted from before it asked, cannot outlast.
+            #
+            # A client with a lease is granted the next one before it is sent what is new: it would
+            # owe for that, and in a flood of Deletes would never be granted anything. But a Delete
+            # is waited out a lease's length after its commit (rule 8), and the stream may break
+            # right after the grant. So this one ends before any Delete of what is new can return.
+            ends = min(membership.lease_ends, self._covered_until)
+            if ends > now and ends >= self.lease.ends:
+                # Recorded before it is sent.
+                membership.subleases.grant(self.lease, self._sent.revision, ends)
+                events.append(Grant(self._sent, self._wanted, ends - now))
+                self._wanted = 0
         # A client that wants a grant and owes a confirmation is sent no more until it has
         # confirmed: otherwise there might never be a moment at which it owes nothing.
         if not self._wanted or self._confirmed:
@@ -203,6 +213,7 @@ class Watcher:
             self._reset(events)
             return
         self._sent, self._confirmed = memory.position, False
+        self._covered_until = self._membership.lease_ends
         events.append(Invalidation(memory.position, named))
 
     def _reset(self, events: list[Event]) -> None:
@@ -210,6 +221,7 @@ class Watcher:
         # What it has confirmed is of no use any more. How long its lease runs still counts.
         membership.subleases.acknowledge(self.lease, 0)
         self._sent, self._confirmed = membership.memory.position, False
+        self._covered_until = membership.lease_ends
         self._epoch, self._claim, self._resetting = membership.epoch, None, True
         self._heard = 0
         events.append(Reset(self._sent))
@@ -220,6 +232,8 @@ class Watcher:
         if position.revision >= self._sent.revision or position.revision < self._heard:
             # It heard of more on another stream. Or it fell back, since another server has reset
             # it: then it has to be sent again what it has missed.
+            if position.revision < self._sent.revision:
+                self._covered_until = -math.inf
             self._sent = position
         self._heard = position.revision
         self._confirmed = position == self._sent

@@ -71,7 +71,7 @@ STATUS = Status(
 
 
 WARNING = "Warning: Pepper 0f1e2d3c4b5a is missing on web-\\x1b[2J."
-COLUMNS = "PID Version Acknowledged Lag Lease left Clients Notifications"
+COLUMNS = "PID Version Acknowledged Lag Lease left Clients"
 
 
 @pytest.mark.parametrize(
@@ -80,15 +80,15 @@ COLUMNS = "PID Version Acknowledged Lag Lease left Clients Notifications"
         (
             120,
             [
-                f"Host {COLUMNS} Pepper",
+                f"Host {COLUMNS} Notifications Pepper",
                 "web-\\x1b[2J 77 1.2 10 2 ended 4 silent 0f1e2d3c4b5a",
             ],
         ),
         (
-            90,
+            80,
             [
-                "Host",
-                f"Pepper {COLUMNS}",
+                "Notifications",
+                f"Host {COLUMNS} Pepper",
                 "web-\\x1b[2J 77 1.2 10 2 ended 4 silent",
                 "0f1e2d3c4b5a",
             ],

@@ -5,11 +5,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from latchkey_coherence import memory as memory_module
-from latchkey_coherence.memory import Entry, Memory
+from latchkey_coherence.memory import NOWHERE, Entry, Memory, Position
+
+from tests.positions import at
 
 TOKENS = [f"tok_{n}" for n in range(6)]
 KEYS_OF_TOKEN = 2
 tokens = st.sampled_from(TOKENS)
+
+
+NEVER = float("inf")
+
+
+def entry_of(token_id: str) -> Entry:
+    return Entry(token_id, NEVER)
 
 
 def key(token_id: str, number: int = 0) -> bytes:
@@ -28,6 +37,8 @@ class AnyReadMayArriveAnyTime(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.memory: Memory[Entry] = Memory(self.ENTRIES_MAX)
+        self.history = 1
+        self.memory.reset(at(0, self.history))
         self.log: list[str] = []
         self.read_at: dict[int, int] = {}
 
@@ -38,26 +49,41 @@ class AnyReadMayArriveAnyTime(RuleBasedStateMachine):
     @rule(data=st.data())
     def hear(self, data: st.DataObject) -> None:
         """Of what is new, up to some revision, in one message or again."""
-        applied = self.memory.applied
+        applied = self.memory.position.revision
         after = data.draw(st.integers(max(0, applied - 3), applied))
         upto = data.draw(st.integers(after, len(self.log)))
-        self.memory.apply(upto, self.log[after:upto])
+        self.memory.apply(at(upto, self.history), self.log[after:upto])
 
     @rule()
-    def begin_anew(self) -> None:
-        self.memory.reset(len(self.log))
+    def start_over(self) -> None:
+        self.memory.reset(at(len(self.log), self.history))
 
-    @rule(token=tokens, number=st.integers(0, KEYS_OF_TOKEN - 1), age=st.integers(0, 8))
-    def read_arrives(self, token: str, number: int, age: int) -> None:
+    @rule(length=st.integers(0, 5))
+    def go_on_in_another_history(self, length: int) -> None:
+        """A new history, of any length, which names nothing that the former one named."""
+        self.history += 1
+        self.log = self.log[:length]
+        self.memory.reset(at(len(self.log), self.history))
+
+    @rule(
+        token=tokens,
+        number=st.integers(0, KEYS_OF_TOKEN - 1),
+        age=st.integers(0, 8),
+        elsewhere=st.sampled_from([0, 0, 0, -1, 1]),
+    )
+    def read_arrives(self, token: str, number: int, age: int, elsewhere: int) -> None:
         revision = max(0, len(self.log) - age)
-        entry = Entry(token)
+        position = at(revision, self.history + elsewhere)
+        entry = entry_of(token)
         self.read_at[id(entry)] = revision
         self.keep = [*getattr(self, "keep", ()), entry]  # so that no id comes twice
-        admitted = self.memory.admit(key(token, number), entry, revision)
+        admitted = self.memory.admit(key(token, number), entry, position)
         assert admitted == (self.memory.entries.get(key(token, number)) is entry)
-        named_since = token in self.log[revision : self.memory.applied]
+        named_since = token in self.log[revision : self.memory.position.revision]
         assert not (admitted and named_since)
-        if revision >= self.memory.applied:
+        assert not (admitted and elsewhere), "it was read in another history"
+        assert not (admitted and revision > self.memory.position.revision)
+        if position == self.memory.position:
             assert admitted, "what is up to date is always welcome"
 
     @rule(token=tokens)
@@ -70,7 +96,7 @@ class AnyReadMayArriveAnyTime(RuleBasedStateMachine):
     def nothing_in_it_is_stale(self) -> None:
         for entry in self.memory.entries.values():
             revision = self.read_at[id(entry)]
-            assert entry.token_id not in self.log[revision : self.memory.applied]
+            assert entry.token_id not in self.log[revision : self.memory.position.revision]
 
     @invariant()
     def it_is_bounded(self) -> None:
@@ -101,27 +127,127 @@ ShortHistory.TestCase.settings = AnyReadMayArriveAnyTime.TestCase.settings
 test_fill_rule_with_a_short_history = ShortHistory.TestCase
 
 
-def test_what_was_missed_can_be_told() -> None:
-    """`named_since` has every token named after a revision, or says that it does not know."""
+def test_names_since_a_known_position() -> None:
+    """`named_since` returns every token named after a position, or None where it cannot know."""
     memory: Memory[Entry] = Memory(1)
-    memory.reset(10)
-    memory.apply(11, ["a"])
-    memory.apply(13, ["b", "c"])
-    memory.apply(14, ["a"])
-    assert set(memory.named_since(10) or ()) == {"a", "b", "c"}
-    assert set(memory.named_since(13) or ()) == {"a"}
-    assert memory.named_since(14) == []
-    assert memory.named_since(9) is None
+    memory.reset(at(10))
+    memory.apply(at(11), ["a"])
+    memory.apply(at(13), ["b", "c"])
+    memory.apply(at(14), ["a"])
+    assert set(memory.named_since(at(10)) or ()) == {"a", "b", "c"}
+    assert set(memory.named_since(at(13)) or ()) == {"a"}
+    assert memory.named_since(at(14)) == []
+    assert memory.named_since(at(9)) is None, "before it began"
+    assert memory.named_since(at(12)) is None, "applied together with 13"
+    assert memory.named_since(at(15)) is None, "not applied yet"
+    assert memory.named_since(at(13, history=2)) is None, "another history"
+
+
+def test_a_revision_is_known_by_its_mark_alone() -> None:
+    """A position of another history is neither known nor agreed with; one that the memory never
+    saw may be on its history, and is not known."""
+    memory: Memory[Entry] = Memory(1)
+    memory.reset(at(10))
+    memory.apply(at(12), [])
+    for position in (at(10), at(12)):
+        assert memory.knows(position)
+        assert memory.agrees(position)
+    for position in (at(10, 2), at(12, 2), Position(12, 0)):
+        assert not memory.knows(position)
+        assert not memory.agrees(position)
+    for position in (at(9), at(11), at(13), at(11, 2)):
+        assert not memory.knows(position)
+        assert memory.agrees(position)
+
+
+@pytest.mark.parametrize("position", [NOWHERE, Position(7, 0)])
+def test_a_mark_of_zero_is_never_known(position: Position) -> None:
+    """Nothing enters a memory that stands nowhere, whatever position a read claims."""
+    memory: Memory[Entry] = Memory(1)
+    memory.reset(position)
+    assert memory.position == position
+    assert not memory.knows(position)
+    assert not memory.knows(NOWHERE)
+    assert not memory.admit(b"k", entry_of("t"), position)
+    assert not memory.admit(b"k", entry_of("t"), NOWHERE)
+    assert memory.named_since(position) is None
+
+
+def test_a_mark_of_zero_that_was_applied_is_not_known() -> None:
+    """A server that sends no marks cannot make an older memory believe a read without one."""
+    memory: Memory[Entry] = Memory(1)
+    memory.reset(at(5))
+    memory.apply(Position(6, 0), [])
+    assert not memory.knows(Position(6, 0))
+    assert not memory.admit(b"k", entry_of("t"), Position(6, 0))
+
+
+def test_a_reset_forgets_the_former_history() -> None:
+    """After a reset, reads and claims of the former history count no longer, even at revisions
+    that the new history has not reached."""
+    memory: Memory[Entry] = Memory(5)
+    memory.reset(at(10))
+    memory.apply(at(11), ["t"])
+    assert memory.admit(b"k", entry_of("u"), at(11))
+    memory.reset(at(9, 2))
+    assert len(memory) == 0
+    assert memory.position == at(9, 2)
+    for revision in (9, 10, 11):
+        assert not memory.knows(at(revision))
+        assert not memory.admit(b"k", entry_of("u"), at(revision))
+    assert memory.admit(b"k", entry_of("t"), at(9, 2)), "the former history's names are gone, too"
+
+
+def test_an_older_position_that_arrives_late_changes_no_position() -> None:
+    """Applying an earlier revision again drops what it names, and moves the memory nowhere."""
+    memory: Memory[Entry] = Memory(5)
+    memory.reset(at(10))
+    memory.apply(at(12), [])
+    assert memory.admit(b"k", entry_of("t"), at(12))
+    memory.apply(at(11), ["t"])
+    assert memory.position == at(12)
+    assert len(memory) == 0
+    assert not memory.knows(at(11))
+
+
+def test_marks_are_pruned_with_the_names_that_they_stand_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A position is forgotten once not all tokens named after it are known."""
+    monkeypatch.setattr(memory_module, "HISTORY_MAX", 3)
+    memory: Memory[Entry] = Memory(5)
+    memory.reset(at(0))
+    memory.apply(at(1), ["a"])
+    memory.apply(at(2), ["b", "c"])
+    memory.apply(at(3), ["d"])  # the name of revision 1 is one too many
+    assert not memory.knows(at(0))
+    assert set(memory.named_since(at(1)) or ()) == {"b", "c", "d"}
+    assert memory.named_since(at(2)) == ["d"]
+    memory.apply(at(4), ["e"])  # one of two names of revision 2
+    assert not memory.knows(at(1))
+    assert set(memory.named_since(at(2)) or ()) == {"d", "e"}
+
+
+def test_marks_without_names_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Revisions that name the same few tokens over and over do not pile up."""
+    monkeypatch.setattr(memory_module, "HISTORY_MAX", 3)
+    memory: Memory[Entry] = Memory(5)
+    memory.reset(at(0))
+    for revision in range(1, 20):
+        memory.apply(at(revision), ["a"])
+    known = [revision for revision in range(20) if memory.knows(at(revision))]
+    assert known == [17, 18, 19]
 
 
 @pytest.mark.parametrize("used", [False, True])
 def test_room_is_made_of_what_goes_unused(used: bool) -> None:
     """What was used since it was last looked at outlives what was not."""
     memory: Memory[Entry] = Memory(10)
+    memory.reset(at(0))
     for n in range(10):
-        memory.admit(key("t", n), Entry("t"), 0)
+        memory.admit(key("t", n), entry_of("t"), at(0))
     memory.entries[key("t", 0)].used = used
-    memory.admit(key("t", 10), Entry("t"), 0)
+    memory.admit(key("t", 10), entry_of("t"), at(0))
     assert (key("t", 0) in memory.entries) == used
     assert len(memory) == 10
 
@@ -129,11 +255,12 @@ def test_room_is_made_of_what_goes_unused(used: bool) -> None:
 def test_room_is_made_in_bounded_time() -> None:
     """With every entry in use, one goes after a bounded number of looks."""
     memory: Memory[Entry] = Memory(1_000)
+    memory.reset(at(0))
     for n in range(1_000):
-        memory.admit(key("t", n), Entry("t"), 0)
+        memory.admit(key("t", n), entry_of("t"), at(0))
     for entry in memory.entries.values():
         entry.used = True
-    memory.admit(key("t", 1_000), Entry("t"), 0)
+    memory.admit(key("t", 1_000), entry_of("t"), at(0))
     assert len(memory) == 1_000
     assert sum(entry.used for entry in memory.entries.values()) == 1_000 - memory_module.LOOKS_MAX
 
@@ -142,8 +269,9 @@ def test_room_is_made_in_bounded_time() -> None:
 def test_a_memory_of_nothing_holds_nothing(count: int) -> None:
     """Switched off, it still knows what was named, for clients and for reads under way."""
     memory: Memory[Entry] = Memory(0)
+    memory.reset(at(0))
     for n in range(count):
-        assert not memory.admit(key("t", n), Entry("t"), 0)
-    memory.apply(count, ["t"])
+        assert not memory.admit(key("t", n), entry_of("t"), at(0))
+    memory.apply(at(count), ["t"])
     assert len(memory) == 0
-    assert memory.named_since(0) == ["t"]
+    assert memory.named_since(at(0)) == ["t"]

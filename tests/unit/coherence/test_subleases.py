@@ -1,4 +1,4 @@
-"""What clients have confirmed: nobody who may still answer is left out, and nobody else counts."""
+"""What clients have confirmed: a lease that may be live always counts, and nothing else does."""
 
 import math
 
@@ -9,12 +9,12 @@ from latchkey_service.coherence.subleases import SubLease, SubLeases
 
 
 class AgainstAPlainList(RuleBasedStateMachine):
-    """The floor is the least that a client with a live lease has confirmed."""
+    """The floor is the lowest revision that a client with a live lease has confirmed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.leases = SubLeases()
-        self.clients = [SubLease() for _ in range(4)]
+        self.clients = [SubLease(f"client {n}") for n in range(4)]
         self.plain: list[tuple[int, float]] = [(0, -math.inf)] * 4
         self.now = 0.0
         self.applied = 0
@@ -27,13 +27,12 @@ class AgainstAPlainList(RuleBasedStateMachine):
     def something_is_applied(self) -> None:
         self.applied += 1
 
-    @rule(n=st.integers(0, 3), seconds=st.floats(0.1, 3.0))
-    def grant(self, n: int, seconds: float) -> None:
-        confirmed, ends = self.plain[n]
-        if ends <= self.now:
-            confirmed = self.applied
-        self.plain[n] = (confirmed, max(ends, self.now + seconds))
-        self.leases.grant(self.clients[n], self.applied, self.now + seconds, self.now)
+    @rule(n=st.integers(0, 3), seconds=st.floats(0.1, 3.0), data=st.data())
+    def grant(self, n: int, seconds: float, data: st.DataObject) -> None:
+        """A client is granted a lease once it has confirmed all that it was sent."""
+        confirmed = data.draw(st.integers(0, self.applied))
+        self.plain[n] = (confirmed, max(self.plain[n][1], self.now + seconds))
+        self.leases.grant(self.clients[n], confirmed, self.now + seconds)
 
     @rule(n=st.integers(0, 3), data=st.data())
     def confirm(self, n: int, data: st.DataObject) -> None:
@@ -42,10 +41,20 @@ class AgainstAPlainList(RuleBasedStateMachine):
             self.plain[n] = (revision, self.plain[n][1])
         self.leases.acknowledge(self.clients[n], revision)
 
+    @rule()
+    def lose_the_history(self) -> None:
+        """Nothing counts that was confirmed. How long the leases run does not change."""
+        self.plain = [(0, ends) for _, ends in self.plain]
+        self.leases.unconfirm()
+
     @rule(n=st.integers(0, 3))
     def release(self, n: int) -> None:
         self.plain[n] = (0, -math.inf)
         self.leases.release(self.clients[n])
+
+    @rule()
+    def sweep(self) -> None:
+        self.leases.sweep(self.now)
 
     @invariant()
     def the_floor_is_right(self) -> None:
@@ -56,8 +65,57 @@ class AgainstAPlainList(RuleBasedStateMachine):
             assert self.leases.pinned_until in lowest
             assert self.leases.latest_end(self.now) >= max(e for _, e in self.plain)
 
+    @invariant()
+    def who_is_behind_is_named(self) -> None:
+        """Each live client is either counted as done or named as behind."""
+        for revision in range(self.applied + 1):
+            done = [c >= revision for c, ends in self.plain if ends > self.now]
+            assert self.leases.confirmed(revision, self.now) == sum(done)
+            behind = [
+                f"client {n}"
+                for n, (confirmed, ends) in enumerate(self.plain)
+                if ends > self.now and confirmed < revision
+            ]
+            assert self.leases.behind(revision, self.now, 10) == behind
+
 
 AgainstAPlainList.TestCase.settings = settings(
     max_examples=150, stateful_step_count=40, deadline=None
 )
 test_floor = AgainstAPlainList.TestCase
+
+
+def test_only_leases_that_a_revision_waited_for_count_as_waited_out() -> None:
+    """A lease that ended before the revision came, or that had confirmed it, was not waited for."""
+    leases = SubLeases()
+    clients = {name: SubLease(name) for name in ("early", "late", "done")}
+    leases.grant(clients["early"], 4, 99.0)
+    leases.grant(clients["late"], 4, 101.0)
+    leases.grant(clients["done"], 5, 103.0)
+    assert leases.floor(98.0, math.inf) == 4
+    assert leases.floor(100.5, behind_since=100.0) == 4
+    assert leases.outwaited == 0
+    assert leases.floor(102.0, behind_since=100.0) == 5
+    assert leases.outwaited == 1
+    leases.acknowledge(clients["done"], 6)
+    leases.release(clients["done"])
+    assert leases.floor(102.0, behind_since=100.0) is None
+    assert leases.outwaited == 1, "it let go by itself"
+
+
+def test_few_of_many_are_named() -> None:
+    """However many are behind, no more names come than were asked for: those furthest behind."""
+    leases = SubLeases()
+    for n in range(100):
+        leases.grant(SubLease(f"client {n:02}"), n, 101.0)
+    assert leases.behind(200, 100.0, 3) == ["client 00", "client 01", "client 02"]
+    assert leases.behind(1, 100.0, 3) == ["client 00"]
+    assert leases.behind(200, 102.0, 3) == []
+
+
+def test_a_confirmation_without_a_lease_counts_for_nothing() -> None:
+    """What a client confirmed before its lease says nothing of what it holds under it."""
+    leases, client = SubLeases(), SubLease()
+    leases.acknowledge(client, 9)
+    leases.grant(client, 5, 101.0)
+    assert leases.floor(100.0) == 5

@@ -2,46 +2,25 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
-from latchkey_coherence.memory import Memory
+from latchkey_coherence.memory import NOWHERE
 from latchkey_service.coherence import watch
-from latchkey_service.coherence.membership import Log, Membership
-from latchkey_service.coherence.subleases import SubLeases
-from latchkey_service.coherence.watch import Event, Request, Watcher, Watchers
+from latchkey_service.coherence.watch import Event, Reset
 from latchkey_service.errors import Overloaded, Unavailable, WatcherSilent
 
+from tests.positions import at
 from tests.support import eventually
+from tests.unit.coherence.scene import LEASE_SECONDS, Scene, request
 
-LEASE_SECONDS = 3.0
 
-
-class Scene:
-    """A process with a lease, and streams to it that a test feeds by hand."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-        self.membership: Membership[Any] = Membership(Memory(10), SubLeases(), LEASE_SECONDS)
-        self.membership.register(0, 0)
-        self.membership.renew(self.now, 0)
-        self.watchers = Watchers(self.membership, lambda: self.now, lambda: None, enabled=True)
-        self.said: asyncio.Queue[Request] = asyncio.Queue()
-        self.sent: asyncio.Queue[Event] = asyncio.Queue()
-        self.reads = asyncio.Event()
-        self.reads.set()
-
-    async def requests(self) -> AsyncIterator[Request]:
-        while True:
-            yield await self.said.get()
-
-    async def send(self, event: Event) -> None:
-        await self.reads.wait()
-        await self.sent.put(event)
-
-    def serve(self) -> "asyncio.Task[None]":
-        return asyncio.create_task(self.watchers.serve(self.requests(), self.send))
+async def granted(scene: Scene) -> None:
+    """Have an empty client ask for a lease, wait for it, and confirm where it begins."""
+    await scene.said.put(request(NOWHERE, 1))
+    assert await scene.sent.get() == Reset(at(0))
+    assert isinstance(await scene.sent.get(), watch.Grant)
+    await scene.said.put(request(at(0)))
+    await eventually(scene.said.empty, "the confirmation is heard")
 
 
 async def test_one_that_reads_nothing_is_dropped() -> None:
@@ -50,10 +29,10 @@ async def test_one_that_reads_nothing_is_dropped() -> None:
     scene = Scene()
     scene.reads.clear()
     stream = scene.serve()
-    await scene.said.put(Request(0, 1, released=False))
+    await scene.said.put(request(NOWHERE, 1))
     await eventually(lambda: scene.membership.subleases.floor(scene.now) is not None, "a grant")
     scene.now += watch.SILENT_LEASES * LEASE_SECONDS + 0.1
-    scene.watchers.on_news()
+    scene.watchers.on_news(False)
     with pytest.raises(asyncio.CancelledError):
         await stream
     assert len(scene.watchers) == 0
@@ -65,7 +44,7 @@ async def test_one_that_says_nothing_is_dropped() -> None:
     stream = scene.serve()
     await asyncio.sleep(0)
     scene.now += watch.SILENT_LEASES * LEASE_SECONDS + 0.1
-    scene.watchers.on_news()
+    scene.watchers.on_news(False)
     with pytest.raises(WatcherSilent):
         await stream
 
@@ -78,8 +57,7 @@ async def test_there_is_a_most(monkeypatch: pytest.MonkeyPatch) -> None:
     await asyncio.sleep(0)
     with pytest.raises(Overloaded):
         await scene.watchers.serve(scene.requests(), scene.send)
-    await scene.said.put(Request(0, 1, released=False))
-    assert isinstance(await scene.sent.get(), watch.Grant)
+    await granted(scene)
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
 
@@ -89,13 +67,13 @@ async def test_without_a_lease_of_its_own_it_grants_none() -> None:
     scene = Scene()
     scene.now += LEASE_SECONDS
     stream = scene.serve()
-    await scene.said.put(Request(0, 1, released=False))
+    await scene.said.put(request(NOWHERE, 1))
     await eventually(scene.said.empty, "the request is heard")
-    scene.watchers.on_news()
+    scene.watchers.on_news(False)
     await asyncio.sleep(0)
-    assert scene.sent.empty()
-    scene.membership.renew(scene.now, 0)
-    scene.watchers.on_news()
+    assert [scene.sent.get_nowait() for _ in range(scene.sent.qsize())] == [Reset(at(0))]
+    scene.renew()
+    scene.watchers.on_news(False)
     assert isinstance(await scene.sent.get(), watch.Grant)
     stream.cancel()
     await asyncio.gather(stream, return_exceptions=True)
@@ -107,48 +85,24 @@ async def test_who_waits_for_a_grant_is_not_silent() -> None:
     scene = Scene()
     scene.now += LEASE_SECONDS
     stream = scene.serve()
-    await scene.said.put(Request(0, 1, released=False))
+    await scene.said.put(request(NOWHERE, 1))
     await eventually(scene.said.empty, "the request is heard")
     scene.now += 10 * watch.SILENT_LEASES * LEASE_SECONDS
-    scene.membership.renew(scene.now, 0)
-    scene.watchers.on_news()
+    scene.renew()
+    scene.watchers.on_news(False)
+    assert await scene.sent.get() == Reset(at(0))
     assert isinstance(await scene.sent.get(), watch.Grant)
     scene.now += watch.SILENT_LEASES * LEASE_SECONDS + 0.1
-    scene.watchers.on_news()
+    scene.watchers.on_news(False)
     with pytest.raises(WatcherSilent):
         await stream
-
-
-def test_a_database_that_was_set_back() -> None:
-    """What clients confirmed of its former history counts for nothing, from the moment on in which
-    it is noticed; they begin anew."""
-    scene = Scene()
-    membership = scene.membership
-    membership.apply(Log(50, ("a",)))
-    watcher = Watcher(membership)
-    watcher.hear(Request(50, 1, released=False), scene.now)
-    watcher.take(scene.now)
-    watcher.hear(Request(50, 0, released=False), scene.now)
-    assert membership.acknowledgeable(scene.now) == 50
-    membership.apply(Log(40, ()))
-    assert membership.acknowledgeable(scene.now) == 0
-    assert watch.Reset(40) in watcher.take(scene.now)
-    # What was on its way then is still about the former history.
-    watcher.hear(Request(50, 0, released=False), scene.now)
-    assert membership.acknowledgeable(scene.now) == 0
-    watcher.hear(Request(40, 0, released=False), scene.now)
-    assert membership.acknowledgeable(scene.now) == 40
-    membership.apply(Log(41, ("b",)))
-    assert membership.acknowledgeable(scene.now) == 40
 
 
 async def test_an_old_one_is_asked_to_move() -> None:
     """A client whose stream is old is told Closing, and gets no grant on it any more; one that
     stays is ended after a few leases, when it holds none."""
     scene = Scene()
-    scene.watchers = Watchers(
-        scene.membership, lambda: scene.now, lambda: None, enabled=True, stream_seconds=100.0
-    )
+    scene.watchers = scene.make_watchers(stream_seconds=100.0)
     stream = scene.serve()
     began = scene.now
     numbers = itertools.count(1)
@@ -157,10 +111,10 @@ async def test_an_old_one_is_asked_to_move() -> None:
         """Have the client ask at this age, and the heart beat; return what came."""
         scene.now = began + age
         (served,) = scene.watchers._streams
-        await scene.said.put(Request(0, next(numbers), released=False))
+        await scene.said.put(request(at(0), next(numbers)))
         await eventually(lambda: served.watcher.heard == scene.now, "it is heard")
-        scene.membership.renew(scene.now, 0)
-        scene.watchers.on_news()
+        scene.renew()
+        scene.watchers.on_news(False)
         for _ in range(5):
             await asyncio.sleep(0)
         return [type(scene.sent.get_nowait()) for _ in range(scene.sent.qsize())]
@@ -176,3 +130,59 @@ async def test_an_old_one_is_asked_to_move() -> None:
     with pytest.raises(Unavailable):
         await stream
     assert scene.membership.subleases.floor(scene.now) is None
+
+
+async def test_a_client_that_may_be_ahead_has_the_log_read() -> None:
+    """At once, and again where the read that was applied had begun before its word came."""
+    scene = Scene()
+    stream = scene.serve()
+    await scene.said.put(request(at(1), 1))
+    await eventually(lambda: scene.log_reads == 1, "the log is read")
+    scene.apply()
+    scene.watchers.on_news(False)
+    await asyncio.sleep(0)
+    assert scene.sent.empty()
+    scene.now += 0.1
+    scene.apply((at(1), "t"))
+    scene.watchers.on_news(True)
+    assert isinstance(await scene.sent.get(), watch.Grant)
+    stream.cancel()
+    await asyncio.gather(stream, return_exceptions=True)
+
+
+async def test_a_confirmation_sets_free_what_was_held_back() -> None:
+    """The grant and the news that waited for it are sent when it comes, not at the next beat."""
+    scene = Scene()
+    stream = scene.serve()
+    await granted(scene)
+    scene.apply((at(1), "a"))
+    scene.watchers.on_news(True)
+    assert await scene.sent.get() == watch.Invalidation(at(1), ["a"])
+    await scene.said.put(request(at(0), 2))
+    await eventually(scene.said.empty, "the request is heard")
+    scene.apply((at(2), "b"))
+    scene.watchers.on_news(True)
+    await asyncio.sleep(0)
+    assert scene.sent.empty()
+    await scene.said.put(request(at(1)))
+    assert isinstance(await scene.sent.get(), watch.Grant)
+    assert await scene.sent.get() == watch.Invalidation(at(2), ["b"])
+    stream.cancel()
+    await asyncio.gather(stream, return_exceptions=True)
+
+
+async def test_clients_that_are_waited_for_are_named() -> None:
+    """The caller and address of a stream are what people see when a revision waits for it."""
+    scene = Scene()
+    stream = scene.serve()
+    await granted(scene)
+    assert scene.membership.waiting_for(scene.now) == (0.0, [])
+    scene.apply((at(1), "a"))
+    scene.now += 1.0
+    scene.renew()
+    assert scene.membership.waiting_for(scene.now) == (pytest.approx(1.0), ["a client"])
+    await scene.said.put(request(at(1)))
+    await eventually(lambda: scene.membership.acknowledgeable(scene.now) == 1, "a confirmation")
+    assert scene.membership.waiting_for(scene.now) == (0.0, [])
+    stream.cancel()
+    await asyncio.gather(stream, return_exceptions=True)

@@ -1,0 +1,10 @@
+"""Positions in made-up histories."""
+
+from latchkey_coherence.memory import Position
+
+__all__ = ["at"]
+
+
+def at(revision: int, history: int = 1) -> Position:
+    """Return the position of `revision` in a history. Histories share nothing, 0 included."""
+    return Position(revision, history << 32 | revision + 1)

@@ -1,0 +1,72 @@
+"""A server process with a lease, as the pure classes see it, with the clock passed in."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from latchkey_coherence.memory import Memory, Position
+from latchkey_service.coherence.membership import Change, Log, Membership, Server
+from latchkey_service.coherence.subleases import SubLeases
+from latchkey_service.coherence.watch import Event, Request, Watchers
+
+from tests.positions import at
+
+__all__ = ["LEASE_SECONDS", "PRIMARY", "Scene", "log", "request"]
+
+LEASE_SECONDS = 3.0
+PRIMARY = Server("7000", "00000001")
+
+
+def log(
+    head: Position, *changes: tuple[Position, str], known: bool = True, server: Server = PRIMARY
+) -> Log:
+    """Return a log with these changes, one token to each."""
+    return Log(known, server, head, tuple(Change(p, (token,)) for p, token in changes))
+
+
+def request(applied: Position, number: int = 0, *, released: bool = False) -> Request:
+    return Request(applied, number, released)
+
+
+class Scene:
+    """A process with a lease, and streams to it that a test feeds by hand."""
+
+    def __init__(self, position: Position = at(0)) -> None:  # noqa: B008 - immutable
+        self.now = 100.0
+        self.membership: Membership[Any] = Membership(Memory(10), SubLeases(), LEASE_SECONDS)
+        self.membership.register(position, position.revision, PRIMARY)
+        self.renew()
+        self.log_reads = 0
+        self.watchers = self.make_watchers()
+        self.said: asyncio.Queue[Request] = asyncio.Queue()
+        self.sent: asyncio.Queue[Event] = asyncio.Queue()
+        self.reads = asyncio.Event()
+        self.reads.set()
+
+    def make_watchers(self, **options: Any) -> Watchers:
+        def read_log() -> None:
+            self.log_reads += 1
+
+        return Watchers(
+            self.membership, lambda: self.now, lambda: None, read_log, enabled=True, **options
+        )
+
+    def renew(self) -> None:
+        """Renew the lease by a statement that finds no news, and acknowledge what can be."""
+        self.membership.renew(self.now, self.membership.acknowledgeable(self.now))
+
+    def apply(self, *changes: tuple[Position, str]) -> None:
+        """Apply a log that is read now, without renewing."""
+        head = changes[-1][0] if changes else self.membership.memory.position
+        self.membership.apply(log(head, *changes, server=self.membership.server), self.now)
+
+    async def requests(self) -> AsyncIterator[Request]:
+        while True:
+            yield await self.said.get()
+
+    async def send(self, event: Event) -> None:
+        await self.reads.wait()
+        await self.sent.put(event)
+
+    def serve(self) -> "asyncio.Task[None]":
+        return asyncio.create_task(self.watchers.serve(self.requests(), self.send, "a client"))

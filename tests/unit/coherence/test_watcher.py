@@ -1,0 +1,379 @@
+"""One stream's decisions: what is sent, what a confirmation is worth, and when a lease is granted.
+
+Pure, with the clock passed in.
+"""
+
+import math
+
+import pytest
+from latchkey_coherence.lease import outwait_seconds
+from latchkey_coherence.memory import NOWHERE, Position
+from latchkey_service.coherence.confirmation import OUTWAIT_MARGIN_SECONDS
+from latchkey_service.coherence.membership import Server
+from latchkey_service.coherence.watch import Closing, Grant, Invalidation, Reset, Watcher
+
+from tests.positions import at
+from tests.unit.coherence.scene import LEASE_SECONDS, Scene, log, request
+
+
+@pytest.fixture
+def scene() -> Scene:
+    """A process that has applied revision 10."""
+    return Scene(at(10))
+
+
+def grants(events: list[object]) -> list[Grant]:
+    return [event for event in events if isinstance(event, Grant)]
+
+
+def confirmed(scene: Scene) -> Watcher:
+    """Return a stream whose client stands where the process does, and has no lease."""
+    watcher = Watcher(scene.membership, "a client")
+    position = scene.membership.memory.position
+    watcher.hear(request(position), scene.now)
+    assert watcher.take(scene.now) == []
+    return watcher
+
+
+def leased(scene: Scene) -> Watcher:
+    """Return a stream whose client has confirmed everything, and has a lease."""
+    watcher = confirmed(scene)
+    watcher.hear(request(scene.membership.memory.position, 1), scene.now)
+    (grant,) = watcher.take(scene.now)
+    assert isinstance(grant, Grant)
+    assert watcher.lease.ends == scene.membership.lease_ends
+    return watcher
+
+
+# Where a client stands.
+
+
+def test_nothing_is_sent_before_the_client_was_heard(scene: Scene) -> None:
+    """What a client has to drop depends on where it stands, so its word comes first."""
+    watcher = Watcher(scene.membership)
+    scene.apply((at(11), "t"))
+    assert watcher.take(scene.now) == []
+
+
+def test_an_empty_client_is_reset_and_granted_at_once(scene: Scene) -> None:
+    """It has nothing to drop. The Reset comes first, so that it knows the grant's position."""
+    watcher = Watcher(scene.membership)
+    watcher.hear(request(NOWHERE, 1), scene.now)
+    reset, grant = watcher.take(scene.now)
+    assert reset == Reset(at(10))
+    assert grant == Grant(at(10), 1, scene.membership.lease_ends - scene.now)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [at(10, 2), at(3), at(11), Position(10, 0), Position(12, 0), Position(0, 5)],
+    ids=["other mark", "pruned", "ahead", "no mark", "ahead without mark", "at 0"],
+)
+def test_a_client_whose_position_is_unknown_is_reset(scene: Scene, claim: Position) -> None:
+    """It gets no grant until it confirms the Reset, whatever it says before."""
+    watcher = Watcher(scene.membership)
+    watcher.hear(request(claim, 1), scene.now)
+    scene.now += 0.1
+    scene.apply()
+    assert watcher.take(scene.now) == [Reset(at(10))]
+    watcher.hear(request(claim, 2), scene.now)
+    assert watcher.take(scene.now) == []
+    watcher.hear(request(at(10)), scene.now)
+    assert [grant.number for grant in grants(watcher.take(scene.now))] == [2]
+
+
+def test_a_client_that_is_behind_is_told_what_it_missed(scene: Scene) -> None:
+    """A position that the process still knows by its mark is as good as one that it sent."""
+    scene.apply((at(11), "a"), (at(12), "b"))
+    watcher = Watcher(scene.membership)
+    watcher.hear(request(at(11)), scene.now)
+    assert watcher.take(scene.now) == [Invalidation(at(12), ["b"])]
+    watcher.hear(request(at(12), 1), scene.now)
+    assert grants(watcher.take(scene.now))
+
+
+def test_a_client_that_is_ahead_waits_for_a_later_read_of_the_log(scene: Scene) -> None:
+    """It may have heard of news first. A read that began before its word decides nothing."""
+    watcher = Watcher(scene.membership)
+    watcher.hear(request(at(11), 1), scene.now)
+    assert watcher.undecided
+    assert watcher.take(scene.now) == []
+    scene.membership.apply(log(at(10)), scene.now - 0.1)
+    assert watcher.undecided
+    assert watcher.take(scene.now) == []
+    scene.membership.apply(log(at(11), (at(11), "t")), scene.now + 0.1)
+    scene.now += 0.2
+    assert [grant.position for grant in grants(watcher.take(scene.now))] == [at(11)]
+    assert not watcher.undecided
+
+
+def test_a_client_that_is_ahead_on_another_history_is_reset_once_the_log_gets_there(
+    scene: Scene,
+) -> None:
+    """The process reaches the same revision with another mark."""
+    watcher = Watcher(scene.membership)
+    watcher.hear(request(at(11, 2), 1), scene.now)
+    assert watcher.take(scene.now) == []
+    scene.membership.apply(log(at(11), (at(11), "t")), scene.now - 0.1)
+    assert watcher.take(scene.now) == [Reset(at(11))]
+
+
+def test_a_client_that_keeps_talking_does_not_put_off_the_decision_for_others(
+    scene: Scene,
+) -> None:
+    """Only its own stream waits, and it holds no lease."""
+    watcher = Watcher(scene.membership)
+    for _ in range(5):
+        watcher.hear(request(at(11), 1), scene.now)
+        scene.membership.apply(log(at(10)), scene.now)
+        scene.now += 0.01
+        assert watcher.take(scene.now) == []
+    assert scene.membership.acknowledgeable(scene.now) == 10
+
+
+def test_a_client_with_a_foreign_claim_is_granted_nothing_until_it_is_decided(
+    scene: Scene,
+) -> None:
+    """What it confirmed before does not count while it claims to be elsewhere."""
+    watcher = confirmed(scene)
+    watcher.hear(request(at(11, 2), 1), scene.now)
+    assert watcher.undecided
+    assert not grants(watcher.take(scene.now))
+    scene.apply()  # begins no earlier than the claim, but not later either
+    assert not grants(watcher.take(scene.now))
+    scene.now += 0.1
+    scene.apply()
+    assert watcher.take(scene.now) == [Reset(at(10))]
+
+
+# Grants.
+
+
+def test_a_grant_lasts_as_long_as_the_process_s_lease(scene: Scene) -> None:
+    """And is recorded to that end before it is sent."""
+    watcher = confirmed(scene)
+    scene.now += 1.0
+    watcher.hear(request(at(10), 7), scene.now)
+    (grant,) = watcher.take(scene.now)
+    assert grant == Grant(at(10), 7, scene.membership.lease_ends - scene.now)
+    assert watcher.lease.ends == scene.membership.lease_ends
+    assert watcher.take(scene.now) == [], "one grant for a request"
+
+
+def test_no_grant_without_a_lease(scene: Scene) -> None:
+    """The request is kept until there is one."""
+    watcher = confirmed(scene)
+    scene.now = scene.membership.lease_ends
+    watcher.hear(request(at(10), 1), scene.now)
+    assert watcher.take(scene.now) == []
+    assert watcher.wants_grant
+    scene.renew()
+    assert grants(watcher.take(scene.now))
+
+
+def test_no_grant_for_a_client_that_owes_a_confirmation(scene: Scene) -> None:
+    """While it owes, it is not sent more either: there would never be a moment without debt."""
+    watcher = leased(scene)
+    scene.apply((at(11), "a"))
+    assert watcher.take(scene.now) == [Invalidation(at(11), ["a"])]
+    watcher.hear(request(at(10), 2), scene.now)
+    scene.apply((at(12), "b"))
+    assert watcher.take(scene.now) == []
+    watcher.hear(request(at(11)), scene.now)
+    events = watcher.take(scene.now)
+    assert [type(event) for event in events] == [Grant, Invalidation]
+    assert events == [Grant(at(11), 2, events[0].lease_seconds), Invalidation(at(12), ["b"])]
+
+
+def test_without_a_live_lease_news_comes_before_the_grant(scene: Scene) -> None:
+    """Deletes may have returned without waiting for this client, so it must not answer under a new
+    lease before it heard of them."""
+    watcher = leased(scene)
+    scene.now = watcher.lease.ends
+    scene.renew()
+    scene.apply((at(11), "a"))
+    assert scene.membership.acknowledgeable(scene.now) == 11
+    watcher.hear(request(at(10), 2), scene.now)
+    news, grant = watcher.take(scene.now)
+    assert news == Invalidation(at(11), ["a"])
+    assert isinstance(grant, Grant)
+    assert grant.position == at(11)
+
+
+def test_a_silent_client_delays_deletes_once_and_by_one_lease(scene: Scene) -> None:
+    """A client that asks for grants and never confirms holds up a Delete until the lease ends that
+    it had when it was sent the invalidation. The next Delete does not wait for it."""
+    watcher = leased(scene)
+    ends = watcher.lease.ends
+    scene.apply((at(11), "a"))
+    number = 1
+    while scene.now < ends + 2 * LEASE_SECONDS:
+        number += 1
+        watcher.hear(request(at(10), number), scene.now)
+        watcher.take(scene.now)
+        assert watcher.lease.ends <= ends
+        scene.now += 0.5
+        scene.renew()
+    assert scene.membership.acknowledged == 11
+    scene.apply((at(12), "b"))
+    assert scene.membership.acknowledgeable(scene.now) == 12
+
+
+@pytest.mark.parametrize("wake_up", [True, False], ids=["by a wake-up", "by the renewal"])
+def test_no_lease_outlasts_the_outwaiting_of_a_deletion_that_it_has_not_heard_of(
+    scene: Scene, wake_up: bool
+) -> None:
+    """A Delete that is not confirmed returns a lease's length after its commit (rule 8).
+
+    So a client that was not sent the deletion must not answer any longer. Its stream may break
+    right after the grant: what is sent after it does not count.
+    """
+    watcher = leased(scene)
+    committed = scene.now = scene.now + 2.0
+    scene.now += 0.5
+    if wake_up:
+        scene.apply((at(11), "a"))
+        scene.renew()
+    else:
+        scene.membership.apply(log(at(11), (at(11), "a")), scene.now)
+        scene.renew()
+    watcher.hear(request(at(10), 2), scene.now)
+    sent: list[object] = []
+    for event in watcher.take(scene.now):
+        if isinstance(event, Grant) and Invalidation(at(11), ["a"]) not in sent:
+            ends = scene.now + event.lease_seconds
+            outwaited = committed + outwait_seconds(LEASE_SECONDS) + OUTWAIT_MARGIN_SECONDS
+            assert ends <= outwaited, "it answers with what was deleted"
+        sent.append(event)
+    assert Invalidation(at(11), ["a"]) in sent
+
+
+def test_a_flood_of_deletions_does_not_keep_a_healthy_client_from_its_lease(scene: Scene) -> None:
+    """With news before each of its confirmations arrives, its lease is renewed all the same."""
+    watcher = leased(scene)
+    revision, number, sent_at = 10, 1, at(10)
+    until = scene.now + 4 * LEASE_SECONDS
+    lapses = 0
+    while scene.now < until:
+        scene.now += 0.05
+        revision += 1
+        scene.apply((at(revision), f"t{revision}"))
+        if revision % 20 == 0:
+            scene.renew()
+        number += 1
+        watcher.hear(request(sent_at, number), scene.now)
+        for event in watcher.take(scene.now):
+            if isinstance(event, Invalidation | Reset):
+                sent_at = event.position
+        lapses += watcher.lease.ends <= scene.now
+    assert lapses == 0
+    assert sent_at.revision > revision - 10
+
+
+# What a confirmation is worth.
+
+
+def test_what_was_said_before_the_reset_was_heard_confirms_nothing(scene: Scene) -> None:
+    """A client of another history says a revision that this one also reaches."""
+    watcher = leased(scene)
+    scene.membership.lose()
+    scene.membership.register(at(8, 2), 0, Server("7000", "00000002"))
+    scene.renew()
+    assert scene.membership.acknowledgeable(scene.now) == 0, "its lease is live"
+    # On their way while the Reset is, too.
+    watcher.hear(request(at(10), 2), scene.now)
+    assert watcher.take(scene.now) == [Reset(at(8, 2))]
+    scene.apply((at(9, 2), "t"))
+    for said in (at(10), at(8), at(9, 2), Position(8, 0)):
+        watcher.hear(request(said, 3), scene.now)
+        assert not grants(watcher.take(scene.now))
+        assert scene.membership.acknowledgeable(scene.now) == 0
+    watcher.hear(request(at(8, 2)), scene.now)
+    assert scene.membership.acknowledgeable(scene.now) == 8
+
+
+def test_a_client_that_falls_back_is_sent_again_what_it_missed(scene: Scene) -> None:
+    """Another server has reset it to an earlier position of the same history."""
+    watcher = confirmed(scene)
+    scene.apply((at(11), "a"))
+    assert watcher.take(scene.now) == [Invalidation(at(11), ["a"])]
+    watcher.hear(request(at(11)), scene.now)
+    watcher.hear(request(at(10), 1), scene.now)
+    news, grant = watcher.take(scene.now)
+    assert news == Invalidation(at(11), ["a"])
+    assert isinstance(grant, Grant)
+
+
+def test_a_client_with_a_lease_that_falls_back_counts_as_behind(scene: Scene) -> None:
+    """What it confirmed before it was reset is of no use, while it answers under its lease."""
+    watcher = leased(scene)
+    scene.apply((at(11), "a"))
+    watcher.take(scene.now)
+    watcher.hear(request(at(11)), scene.now)
+    assert scene.membership.acknowledgeable(scene.now) == 11
+    watcher.hear(request(at(10)), scene.now)
+    assert scene.membership.acknowledgeable(scene.now) == 10
+    assert watcher.take(scene.now) == [Invalidation(at(11), ["a"])]
+
+
+def test_news_from_another_stream_is_not_sent_again(scene: Scene) -> None:
+    """A client that already heard of a revision elsewhere says so, and stands there."""
+    watcher = confirmed(scene)
+    scene.apply((at(11), "a"), (at(12), "b"))
+    watcher.hear(request(at(11), 1), scene.now)
+    assert watcher.take(scene.now)[0] == Invalidation(at(12), ["b"])
+
+
+@pytest.mark.parametrize("timeline", [True, False], ids=["another timeline", "registered again"])
+def test_every_stream_is_reset_when_the_memory_starts_over(scene: Scene, timeline: bool) -> None:
+    """Even where the position is the same: what is not in the log may be lost (rule 12)."""
+    watcher = leased(scene)
+    if timeline:
+        assert scene.membership.apply(log(at(10), server=Server("7000", "00000002")), scene.now)
+    else:
+        scene.membership.lose()
+        assert watcher.take(scene.now) == []
+        scene.membership.register(at(10), 0, Server("7000", "00000001"))
+    scene.renew()
+    assert watcher.take(scene.now) == [Reset(at(10))]
+    assert scene.membership.acknowledgeable(scene.now) == 0
+    watcher.hear(request(at(10)), scene.now)
+    assert scene.membership.acknowledgeable(scene.now) == 10
+
+
+def test_a_client_that_missed_more_than_is_known_is_reset(scene: Scene) -> None:
+    """With a lease it stays behind until it confirms the Reset or its lease ends."""
+    watcher = leased(scene)
+    memory = scene.membership.memory
+    memory._marks.pop(10)
+    scene.apply((at(11), "a"))
+    assert watcher.take(scene.now) == [Reset(at(11))]
+    assert scene.membership.acknowledgeable(scene.now) == 0
+    watcher.hear(request(at(11)), scene.now)
+    assert scene.membership.acknowledgeable(scene.now) == 11
+
+
+# The end.
+
+
+def test_a_released_client_holds_up_nothing(scene: Scene) -> None:
+    """From the moment on in which it says so."""
+    watcher = leased(scene)
+    scene.apply((at(11), "a"))
+    assert scene.membership.acknowledgeable(scene.now) == 10
+    watcher.hear(request(at(10), released=True), scene.now)
+    assert scene.membership.acknowledgeable(scene.now) == 11
+    assert watcher.lease.ends == -math.inf
+
+
+def test_a_closing_stream_grants_nothing_and_still_sends_news(scene: Scene) -> None:
+    """Its client answers on under its last lease."""
+    watcher = leased(scene)
+    watcher.close()
+    watcher.hear(request(at(10), 2), scene.now)
+    scene.apply((at(11), "a"))
+    assert watcher.take(scene.now) == [Closing(), Invalidation(at(11), ["a"])]
+    assert watcher.take(scene.now) == []
+    watcher.hear(request(at(11), 3), scene.now)
+    scene.apply((at(12), "b"))
+    assert watcher.take(scene.now) == [Invalidation(at(12), ["b"])]
