@@ -161,7 +161,11 @@ async def _main(
 
 async def _direct(folder: Path, url: str, rule: str | None) -> tuple[Findings, int]:
     """Play the scenarios: of a rule that is taken out its own, else all."""
-    chosen = list(SCENARIOS.get(rule, ())) if rule else [s for of_rule in SCENARIOS.values() for s in of_rule]
+    chosen = (
+        list(SCENARIOS.get(rule, ()))
+        if rule
+        else [s for of_rule in SCENARIOS.values() for s in of_rule]
+    )
     chosen = list(dict.fromkeys(chosen))
     async with staged(folder, url, rule) as stage:
         findings = stage.findings()
