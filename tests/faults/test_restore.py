@@ -83,8 +83,9 @@ async def test_a_token_made_after_the_backup_is_dead_once_a_delete_does_not_know
         await running.answers(kept.secret, "VALID")
 
 
+@pytest.mark.parametrize("who", ["host", "client library"])
 async def test_a_token_made_after_the_backup_is_forgotten_in_bounded_time(
-    node: Node, tmp_path: Path, pepper_file: Path
+    node: Node, tmp_path: Path, pepper_file: Path, who: str
 ) -> None:
     """A token is made after the backup that is restored later. Neither the log nor the timeline of
     the restored database shows that history was set back, so hosts and client libraries cannot
@@ -98,12 +99,15 @@ async def test_a_token_made_after_the_backup_is_forgotten_in_bounded_time(
         ghost = await running.create()
         await client_remembers(verifier, ghost.secret)
         await running.answers(ghost.secret, "VALID")
-        forgotten = time.monotonic() + CACHE_SECONDS
+        # A client library may take over a verdict that its host has remembered for a while.
+        forgotten = time.monotonic() + (CACHE_SECONDS if who == "host" else 2 * CACHE_SECONDS)
         await node.restore(backup, new_timeline=False)
         await running.answers(kept.secret, "VALID")
         await eventually(lambda: time.monotonic() > forgotten, "the bound has passed")
-        await running.refuses(ghost.secret, "UNKNOWN")
-        await client_refuses(verifier, ghost.secret, latchkey.Verdict.UNKNOWN)
+        if who == "host":
+            await running.refuses(ghost.secret, "UNKNOWN")
+        else:
+            await client_refuses(verifier, ghost.secret, latchkey.Verdict.UNKNOWN)
         await running.answers(kept.secret, "VALID")
 
 
