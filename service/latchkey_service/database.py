@@ -7,9 +7,11 @@ or SQLSTATE: nothing above knows asyncpg. The SQL is in `store.py` and `coherenc
 import asyncio
 import contextlib
 import functools
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import asyncpg
@@ -55,6 +57,8 @@ POOL_SIZE_MAX = 16
 CONFLICT_ATTEMPTS = 14
 CONFLICT_DELAY_SECONDS = 0.008
 CONFLICT_DELAY_SECONDS_MAX = 0.1
+
+_NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -129,15 +133,17 @@ class Connector:
         failed.
         """
         with translated():
-            return await self.attempt(SETTINGS)
+            return await self.attempt()
 
     async def connect_for_lookups(self) -> "asyncpg.Connection[asyncpg.Record]":
         """Return a connection that plans each statement once, for all arguments."""
         with translated():
-            return await self.attempt({**SETTINGS, **GENERIC_PLAN})
+            return await self.attempt(GENERIC_PLAN)
 
-    async def attempt(self, settings: Mapping[str, str]) -> "asyncpg.Connection[asyncpg.Record]":
-        """Do the same for the pool, which wants the driver's errors."""
+    async def attempt(
+        self, settings: Mapping[str, str] = _NO_SETTINGS
+    ) -> "asyncpg.Connection[asyncpg.Record]":
+        """Do the same for the pool, which wants the driver's errors. `settings` are added."""
         while (kind := self._reconnection.begin()) is None:
             probes = [task for task, kind in self._attempts.items() if kind is Attempt.PROBE]
             if not (self._reconnection.in_doubt and probes):
@@ -148,9 +154,7 @@ class Connector:
         # or callers in a hurry would begin one after the other.
         task = asyncio.create_task(
             self._hosts.connect(
-                # In transaction mode they would reach whichever session comes next, and other
-                # programs' after it.
-                {} if self._pooler == "transaction" else settings,
+                self._settings(settings),
                 **self._options(),
             ),
             name="connect",
@@ -197,6 +201,14 @@ class Connector:
             **driver_options(self._pooler),
         }
 
+    def _settings(self, settings: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the settings of a session with `settings`."""
+        if self._pooler == "transaction":
+            # They would reach whichever session comes next, and other programs after it.
+            return {}
+        timeout = {"statement_timeout": f"{round(STATEMENT_TIMEOUT_SECONDS * 1000)}ms"}
+        return {**SETTINGS, **timeout, **settings}
+
     def _settle(self, task: "asyncio.Task[Any]") -> None:
         kind = self._attempts.pop(task)
         if task.cancelled() or task.exception() is not None:
@@ -212,14 +224,15 @@ class Pool:
 
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
-        self._expiry: asyncio.Task[None] | None = None
+        # Connections that were last used before are not used any more.
+        self._doubted_until = -math.inf
 
     @classmethod
     async def open(cls, connector: Connector) -> "Pool":
         """Return a new pool. Connects lazily, so that it opens without a database."""
 
         async def connect(*_: object, **__: object) -> "asyncpg.Connection[asyncpg.Record]":
-            return await connector.attempt(SETTINGS)
+            return await connector.attempt()
 
         return cls(
             await asyncpg.create_pool(
@@ -240,8 +253,7 @@ class Pool:
 
     def reconnect(self) -> None:
         """Replace the connections, each when it is used next: they may lead to the wrong server."""
-        # It waits for nothing. A task all the same, which has to be held on to.
-        self._expiry = asyncio.create_task(self._pool.expire_connections())
+        self._doubted_until = boottime()
 
     @contextlib.asynccontextmanager
     async def session(self) -> "AsyncIterator[_Session]":
@@ -261,20 +273,23 @@ class Pool:
 
     async def _acquire(self) -> "PoolConnectionProxy[asyncpg.Record]":
         """Return a connection that answers, a new one if the one whose turn it is does not."""
-        session = await self._pool.acquire(timeout=STATEMENT_TIMEOUT_SECONDS)
-        try:
-            if await answers(session):
-                return session
-        except BaseException:
+        for _ in range(POOL_SIZE_MAX):
+            session = await self._pool.acquire(timeout=STATEMENT_TIMEOUT_SECONDS)
+            try:
+                used_at: float = getattr(session, "used_at", math.inf)
+                if used_at > self._doubted_until and await answers(session):
+                    return session
+                # What a firewall did to this connection it may have done to all that are idle.
+                # Else each of the next callers would wait for a trial of its own.
+                self._doubted_until = max(self._doubted_until, boottime() - IDLE_SECONDS)
+            except BaseException:
+                session.terminate()
+                await self._pool.release(session)
+                raise
             session.terminate()
+            # The pool lends the place that came back last: this one, with a new connection.
             await self._pool.release(session)
-            raise
-        session.terminate()
-        await self._pool.release(session)
-        # What a firewall did to this connection it may have done to all of the same age. Else each
-        # of the next callers would wait for a trial of its own.
-        await self._pool.expire_connections()
-        return await self._pool.acquire(timeout=STATEMENT_TIMEOUT_SECONDS)
+        raise StoreUnavailable(NO_ANSWER)
 
 
 async def connect(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import asyncpg
 
 from latchkey_service.log import logger
+from latchkey_service.reconnection import ATTEMPTS_MAX
 from latchkey_service.sessions import SETTINGS
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ __all__ = [
 # In each round the pooler chooses a server connection three times. To remain unrecognised, one that
 # shares them by transaction would have to choose every time as if it did not.
 ROUNDS: Final = 5
+# An answer takes a round trip. A pooler without a free server connection waits for minutes.
+ANSWER_TIMEOUT_SECONDS: Final = 5.0
 
 _BY_TRANSACTION: Final = (
     "the database is behind a pooler that shares connections by transaction; set "
@@ -39,8 +42,8 @@ _BY_STATEMENT: Final = (
 )
 _EXHAUSTED: Final = (
     "the database is behind a pooler that had no server connection for a second client; raise the "
-    "size of its pool (PgBouncer: default_pool_size), since each worker needs up to 21 connections "
-    "in session mode"
+    "size of its pool (PgBouncer: default_pool_size): in session mode each worker needs up to "
+    f"{ATTEMPTS_MAX} connections"
 )
 _UNSAFE: Final = {
     "fsync": "fsync is off: a crash of the database's machine can undo deletions that were "
@@ -73,13 +76,13 @@ async def check_pooler(
         raise PoolerError(_EXHAUSTED) from error
     try:
         for _ in range(ROUNDS):
-            await other.execute("BEGIN")
+            await other.execute("BEGIN", timeout=ANSWER_TIMEOUT_SECONDS)
             # During the second one's transaction, the first one cannot get the same process.
             if await _server_process(other) == process:
                 raise PoolerError(_BY_TRANSACTION)
             if await _server_process(connection) != process:
                 raise PoolerError(_BY_TRANSACTION)
-            await other.execute("ROLLBACK")
+            await other.execute("ROLLBACK", timeout=ANSWER_TIMEOUT_SECONDS)
             if await _server_process(connection) != process:
                 raise PoolerError(_BY_TRANSACTION)
     finally:
@@ -129,5 +132,7 @@ async def warn_of_lost_writes(connection: "Connection") -> None:
 
 
 async def _server_process(connection: "Connection") -> int:
-    process: int = await connection.fetchval("SELECT pg_backend_pid()")
+    process: int = await connection.fetchval(
+        "SELECT pg_backend_pid()", timeout=ANSWER_TIMEOUT_SECONDS
+    )
     return process

@@ -20,14 +20,15 @@ Pooler = Literal["none", "transaction"]
 
 # A row lock is held for one commit. After this something is stuck, and the caller may retry.
 _LOCK_TIMEOUT: Final = "1500ms"
-# The second bound on a statement, on the server: work whose caller has left must end too.
+# The second bound on a statement, on the server: work whose caller has left must end too. It is
+# `database.STATEMENT_TIMEOUT_SECONDS`, which a session has in place of this.
 _STATEMENT_TIMEOUT: Final = "2s"
 _IDLE_IN_TRANSACTION_TIMEOUT: Final = "10s"
 # Postgres notices by this that a connection was closed, also while its statement waits for a lock.
 # Otherwise callers with short deadlines would pile up connections behind one row.
 _CLIENT_CHECK_INTERVAL: Final = "250ms"
 
-SETTINGS: Final[Mapping[str, str]] = {
+SETTINGS: Final[dict[str, str]] = {
     "lock_timeout": _LOCK_TIMEOUT,
     "statement_timeout": _STATEMENT_TIMEOUT,
     "idle_in_transaction_session_timeout": _IDLE_IN_TRANSACTION_TIMEOUT,

@@ -13,7 +13,7 @@ from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service import admission, calls, database, deadlines
+from latchkey_service import admission, calls, database, deadlines, sessions
 from latchkey_service.access.methods import MANAGER, OPERATOR
 
 from tests.callers import credential, policy_text
@@ -38,7 +38,7 @@ async def test_what_waits_for_the_database_is_bounded(
     # Here it is not the load that keeps the one at work, but as long as that may be.
     monkeypatch.setattr(admission, "STUCK_SECONDS", 1_000.0)
     # And the test says how long that is.
-    monkeypatch.setattr(database, "LOCK_TIMEOUT", "60s")
+    monkeypatch.setitem(sessions.SETTINGS, "lock_timeout", "60s")
     monkeypatch.setattr(database, "STATEMENT_TIMEOUT_SECONDS", 60.0)
     monkeypatch.setattr(admission, "QUEUE_SECONDS_MAX", 60.0)
     monkeypatch.setattr(deadlines, "CALL_SECONDS_MAX", 60.0)

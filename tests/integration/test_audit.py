@@ -16,7 +16,7 @@ from latchkey_proto.v1 import audit_service_pb2_grpc as audit_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service import audit as module
-from latchkey_service import database
+from latchkey_service import database, sessions
 from latchkey_service.access.credentials import mint
 from latchkey_service.audit import SAMPLE_MAX, AuditLog, Origin
 from latchkey_service.audit_table import AuditTable, Filter, NewEntry
@@ -139,7 +139,7 @@ async def test_calls_are_written_down_until_the_last_answer(
     # So long that it has most likely not been written when the stop begins.
     monkeypatch.setattr(module, "FLUSH_SECONDS", 1.0)
     # The test says how long the call is waited for.
-    monkeypatch.setattr(database, "LOCK_TIMEOUT", "60s")
+    monkeypatch.setitem(sessions.SETTINGS, "lock_timeout", "60s")
     monkeypatch.setattr(database, "STATEMENT_TIMEOUT_SECONDS", 60.0)
     # The stop waits for the call until the test has seen what it looks for.
     settings = settings.model_copy(update={"grace_seconds": 30.0})
@@ -333,18 +333,18 @@ async def test_a_change_and_its_entry_stand_or_fall_together(
         await connection.execute("ALTER TABLE audit ADD CHECK (caller <> 'unwritable') NOT VALID")
         unwritable = Origin("unwritable", TOKENS + "Delete", "", "", "", "")
         with pytest.raises(asyncpg.CheckViolationError):
-            await store.delete_token(ACCOUNT, record("a").id, unwritable)
+            await store.bury(ACCOUNT, record("a").id, unwritable)
         with pytest.raises(asyncpg.CheckViolationError):
             await store.insert_token(record("c"), "c", Digest(b"c" * 32, "pepper"), unwritable)
         assert await counts() == (1, 1, 0)
         assert not unwritable.recorded
         by = origin("Delete")
-        assert await store.delete_token(ACCOUNT, record("a").id, by) is not None
+        assert await store.bury(ACCOUNT, record("a").id, by) is not None
         assert by.recorded
         assert await counts() == (0, 2, 1)
-        # Again: nothing is changed, so that the entry of this is another's affair.
+        # Again: nothing changes, so the store writes no entry.
         by = origin("Delete")
-        assert await store.delete_token(ACCOUNT, record("a").id, by) is not None
+        assert await store.bury(ACCOUNT, record("a").id, by) is None
         assert not by.recorded
 
 

@@ -55,7 +55,8 @@ class LeasedReads:
         ):
             standing = membership.standing(snapshot, began)
         if standing is not Standing.BELIEVED:
-            self._disconnect()
-            # Either side may be the one that lags: the lease finds out by its next renewal.
-            self._heart.wake()
+            if began.epoch == membership.epoch:
+                self._disconnect()
+                # Either side may be the one that lags: the lease finds out by its next renewal.
+                self._heart.wake()
             raise StoreUnavailable(CHANGING_OVER)
