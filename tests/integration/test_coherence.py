@@ -314,6 +314,35 @@ async def test_no_wait(start: Start, database_url: str) -> None:
         assert confirmed.commit_time == unconfirmed.commit_time
 
 
+async def test_a_deletion_is_confirmed_after_its_log_entry_was_pruned(
+    start: Start, database_url: str
+) -> None:
+    """A deletion that nobody waited for can be confirmed at any time later, also when the log no
+    longer holds its position."""
+    async with start() as servers:
+        token, other = (await servers.create()).token, (await servers.create()).token
+        unconfirmed = await delete(servers.a, token, no_wait=True)
+        later = await delete(servers.a, other)
+        pool = await Pool.open(Connector(database_url))
+        try:
+            table = VerifierTable(pool)
+
+            async def pruned() -> bool:
+                await table.prune_log(0.0, 1_000)
+                async with session(database_url) as connection:
+                    left = await connection.fetchval(
+                        "SELECT count(*) FROM invalidation WHERE revision <= $1", later.revision
+                    )
+                return left == 0
+
+            await eventually(pruned, "the log is pruned")
+        finally:
+            await pool.close()
+        confirmed = await delete(servers.b, token)
+        assert confirmed.HasField("effective_time")
+        assert confirmed.revision == unconfirmed.revision
+
+
 async def test_many_deletes_at_once(start: Start) -> None:
     """Each gets a revision of its own, in the order of its commit time, and all are confirmed."""
     async with start() as servers:
