@@ -115,6 +115,11 @@ class Watcher:
         return self._sent is not None and not self._confirmed
 
     @property
+    def outdated(self) -> bool:
+        """Whether its client has to be reset: the memory has started over."""
+        return self._sent is not None and self._epoch != self._membership.epoch
+
+    @property
     def undecided(self) -> bool:
         """Whether the log has to be read before it is known where its client stands."""
         return self._claim is not None
@@ -238,17 +243,22 @@ class Watcher:
         self._sent, self._confirmed = membership.memory.position, False
         self._covered_until = membership.lease_ends
         self._epoch, self._claim, self._resetting = membership.epoch, None, True
-        self._heard = 0
+        self._heard, self._fell_back = 0, False
         events.append(Reset(self._sent))
 
     def _confirm(self, position: Position) -> None:
         """Note that the client has applied all up to `position`, which is on this history."""
         assert self._sent is not None, "nothing is confirmed before it was sent"  # noqa: S101 - for the type checker
-        self._fell_back = position.revision < self._heard
-        if position.revision >= self._sent.revision or self._fell_back:
-            # It heard of more on another stream. Or it fell back, since another server has reset
-            # it. Then it is sent again what it has missed, and has confirmed nothing: otherwise a
-            # client could claim less and less, and be granted leases that hold up every Delete.
+        if position.revision < self._heard:
+            # It fell back, since another server has reset it. It has confirmed nothing until it is
+            # sent again what it has missed, however often it says so: a Delete of that may have
+            # returned. And a client that claims less and less would hold up every Delete.
+            self._fell_back = True
+            self._covered_until = -math.inf
+            self._sent = position
+        elif position.revision > self._sent.revision:
+            # It heard of more on another stream.
+            self._fell_back = False
             self._sent = position
         self._heard = position.revision
         self._confirmed = position == self._sent and not self._fell_back
@@ -356,7 +366,7 @@ class Watchers:
             elif stream.watcher.heard < lost and not stream.watcher.closing:
                 stream.silent = True
                 stream.changed.set()
-            elif changed or stream.watcher.undecided:
+            elif changed or stream.watcher.undecided or stream.watcher.outdated:
                 stream.changed.set()
 
     async def drain(self, seconds: float) -> bool:
