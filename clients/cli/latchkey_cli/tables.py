@@ -181,6 +181,7 @@ def print_status(output: Console, status: "Status") -> None:
     output.print(Text(f"Head revision {status.head_revision}, {verifiers}"))
     if number:
         _print_verifiers(output, status.verifiers)
+        _print_databases(output, status.verifiers)
     for warning in status.warnings:
         output.print(Text.assemble(("Warning: ", "bold yellow"), visible(warning)))
 
@@ -203,20 +204,42 @@ def _print_verifiers(output: Console, verifiers: Sequence["VerifierStatus"]) -> 
         else:
             table.add_row(*cells, Text("\n").join([notifications, pepper]))
     output.print(table)
-    # One line unless verifiers renew their leases on different servers, as during a failover.
-    servers = {(v.database_host, v.timeline, v.system_identifier): None for v in verifiers}
-    for server in servers:
-        host, timeline, identifier = (visible(part) or "unknown" for part in server)
-        if any(server):
-            # A URL without a host leads to a local socket.
-            where = host if server[0] else "the local database"
-            text = f"Leases on {where}, timeline {timeline}, system identifier {identifier}"
-            output.print(Text(text))
     for verifier in verifiers:
         if verifier.waiting_for:
             clients = ", ".join(map(visible, verifier.waiting_for))
             process = f"{visible(verifier.host)} (PID {verifier.process_id})"
             output.print(Text(f"Deletions wait for clients of {process}: {clients}", "yellow"))
+
+
+def _print_databases(output: Console, verifiers: Sequence["VerifierStatus"]) -> None:
+    """Print a line for each database server that leases stand on; a healthy fleet has one.
+
+    Below the table: the columns of a server take 50 characters, and are mostly the same.
+    """
+    using: dict[str, list[str]] = {}
+    for verifier in verifiers:
+        process = f"{visible(verifier.host)} PID {verifier.process_id}"
+        using.setdefault(_database(verifier), []).append(process)
+    if len(using) == 1:
+        (database,) = using
+        # Empty for releases that do not report it.
+        if database:
+            output.print(Text(f"Database {database}"))
+        return
+    for database, processes in using.items():
+        output.print(Text(f"Database {database or 'unknown'}: {', '.join(processes)}", "yellow"))
+
+
+def _database(verifier: "VerifierStatus") -> str:
+    """Return what a process reports of its database server. Empty: nothing."""
+    known = [
+        ("timeline", visible(verifier.timeline)),
+        ("system identifier", visible(verifier.system_identifier)),
+    ]
+    details = ", ".join(f"{name} {value}" for name, value in known if value)
+    if verifier.database_host and details:
+        return f"{visible(verifier.database_host)} ({details})"
+    return visible(verifier.database_host) or details
 
 
 def _verifier(verifier: "VerifierStatus") -> list[Text]:
