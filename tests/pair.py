@@ -136,8 +136,7 @@ class Pair:
         """Make a stopped node a standby of `primary`, from a new base backup."""
         target = self._folder / f"rejoin-{secrets.token_hex(4)}"
         await primary.back_up(target)
-        await node.copy_from(target)
-        shutil.rmtree(target)
+        await node.move_from(target)
         await self.replication.switch(primary, cut=True)
         node.follow(self.replication.port)
         await node.start()

@@ -160,9 +160,22 @@ class Node:
         await asyncio.to_thread(self._copy_from, source)
 
     def _copy_from(self, source: Path) -> None:
-        if self.data.exists():
-            shutil.rmtree(self.data)
+        shutil.rmtree(self.data, ignore_errors=True)
         shutil.copytree(source, self.data)
+        self._give_away()
+
+    async def move_from(self, source: Path) -> None:
+        """Replace this stopped node's data by a backup that nobody needs afterwards."""
+        assert not self.running
+        await asyncio.to_thread(self._move_from, source)
+
+    def _move_from(self, source: Path) -> None:
+        shutil.rmtree(self.data, ignore_errors=True)
+        source.rename(self.data)
+        self._give_away()
+
+    def _give_away(self) -> None:
+        """Give the data to the account that Postgres runs as."""
         account = self._template.account
         for path in (self.data, *self.data.rglob("*")):
             os.chown(path, account.uid, account.gid)

@@ -33,7 +33,7 @@ from latchkey_service.lenient import lenient_parse
 from latchkey_service.rpc_audit import _page_token
 from latchkey_service.secrets import Keyring
 from latchkey_service.server import Server, running
-from latchkey_service.store import Position
+from latchkey_service.store import PageStart
 from latchkey_service.tokens import encode_page_token
 
 from tests.fuzz import protobuf
@@ -50,7 +50,7 @@ MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
 WORDS = (
     ACCOUNT, "globex:eu", *SECRETS.values(), FRESH_SECRET, LIVE_ID, DELETED_ID, FRESH_ID,
     LIVE.digest.value.hex(), base64.b64encode(LIVE.digest.value).decode(), "token 0",
-    encode_page_token(ACCOUNT, Position(MOMENT, LIVE_ID)),
+    encode_page_token(ACCOUNT, PageStart(MOMENT, LIVE_ID)),
     _page_token(Filter("", "", "", "", 0, None, None), Place(MOMENT, 3)),
     "Create", f"{TOKENS}List", "latchkey.v1.TokenService", "grpc.health.v1.Health",
     "latchkey/v1/token_service.proto", "google.protobuf.Timestamp",
@@ -190,7 +190,7 @@ class Messages(Target):
                 "TokenService/List",
                 pb.ListRequest(
                     account_id=ACCOUNT,
-                    page_token=encode_page_token(ACCOUNT, Position(MOMENT, LIVE_ID)),
+                    page_token=encode_page_token(ACCOUNT, PageStart(MOMENT, LIVE_ID)),
                 ),
             ),
             ("Delete", pb.DeleteRequest(account_id=ACCOUNT, id=FRESH_ID)),

@@ -21,7 +21,17 @@ from tests.history.proxy import Connection, Direction, Fault
 from tests.history.records import Kind, Outcome, Record, Recorder, now, read
 from tests.support import eventually, session
 
-__all__ = ["SCENARIOS", "Scenario", "Stage", "play", "staged"]
+__all__ = [
+    "OTHER",
+    "SCENARIOS",
+    "SUSPECT",
+    "WAIT_SECONDS",
+    "Scenario",
+    "Stage",
+    "Subject",
+    "play",
+    "staged",
+]
 
 ACCOUNT = "acme"
 LEASE_SECONDS = 0.8
@@ -86,6 +96,16 @@ class Stage:
         while not answered or loop.time() < began + VERIFY_ON_SECONDS:
             assert loop.time() < began + WAIT_SECONDS, "no verify is answered"
             answered |= await self.verify(through, subject) is not Outcome.FAILED
+            await asyncio.sleep(0.005)
+
+    async def verify_for(
+        self, through: latchkey.Client, subject: "Subject", seconds: float
+    ) -> None:
+        """Verify again and again for a while, whether there is an answer or not."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while loop.time() < until:
+            await self.verify(through, subject)
             await asyncio.sleep(0.005)
 
     async def client_verifies_on(self, subject: "Subject") -> None:

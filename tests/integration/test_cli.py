@@ -142,6 +142,9 @@ class Scripted(pb_grpc.TokenServiceServicer):
             revision=9,
             verifiers_acknowledged=2,
             verifiers_outwaited=1,
+            mark=2**63,
+            clients_acknowledged=3,
+            clients_outwaited=2,
         )
         if request.no_wait:
             receipt.ClearField("effective_time")
@@ -357,11 +360,13 @@ async def test_each_deletion_is_told_and_the_worst_is_the_exit_code(
     )
     assert people.code == 6
     assert "Deleted one" in people.out
-    said = "dead on 2 of 3 verifiers after 250 ms; 1 did not answer and was waited out"
-    assert said in people.out
+    said = "250 ms: 2 servers and 3 clients confirmed, 3 outwaited (1 server and 2 clients)"
+    assert said in " ".join(people.out.split())
     assert [line.split("'")[1] for line in people.err.splitlines()] == ["lost", "never"]
     assert script.code == 3
-    assert script.json[0]["receipt"]["verifiers_outwaited"] == 1
+    receipt = script.json[0]["receipt"]
+    assert (receipt["verifiers_outwaited"], receipt["clients_outwaited"]) == (1, 2)
+    assert (receipt["clients_acknowledged"], receipt["mark"]) == (3, str(2**63))
     assert script.json[1]["error"]["exit_code"] == 3
 
 
@@ -387,25 +392,29 @@ async def test_deletions_that_are_not_confirmed_are_told_as_such(
 async def test_status_shows_each_verifier(
     run: Run, address: str, scripted: tuple[str, Scripted]
 ) -> None:
-    """The table has a line for each server process, and JSON all that is known of it."""
+    """The table has a row for each server process, and JSON all that is known of it. A line names
+    the database server on which it renews its lease."""
     table, script, old = await asyncio.gather(
         run("status", target=address),
         run("status", "--json", target=address),
         run("status", target=scripted[0]),
     )
     assert (table.code, script.code) == (0, 0)
-    head, columns, *rows, database = table.out.splitlines()
+    head, *lines = table.out.splitlines()
     assert head == f"Head revision {script.json['head_revision']}, 1 verifier"
-    assert columns.split("  ")[0] == "Host"
-    assert len(rows) == len(script.json["verifiers"]) == 1
-    verifier = script.json["verifiers"][0]
-    assert str(os.getpid()) in rows[0]
+    assert sum(line.startswith("Host ") for line in lines) == 1
+    (verifier,) = script.json["verifiers"]
+    assert sum(f" {os.getpid()} " in line for line in lines) == 1
     assert (verifier["process_id"], verifier["answering"]) == (os.getpid(), True)
     assert verifier["lease_duration"].endswith("s")
     assert float(verifier["lease_remaining"][:-1]) > 0
+    assert verifier["waiting_for"] == []
+    assert int(script.json["head_mark"]) > 0
     assert re.fullmatch(r"[0-9A-F]{8}", verifier["timeline"])
     server = f"timeline {verifier['timeline']}, system identifier {verifier['system_identifier']}"
-    assert database == f"Database {server}"
+    host = verifier["database_host"]
+    shown = f"Database {host} ({server})" if host else f"Database {server}"
+    assert " ".join(lines).endswith(shown)
     assert script.json["warnings"] == []
     assert verifier["lag"] == script.json["head_revision"] - verifier["acknowledged_revision"]
     assert (old.code, old.out) == (1, "")

@@ -204,6 +204,11 @@ def _print_verifiers(output: Console, verifiers: Sequence["VerifierStatus"]) -> 
         else:
             table.add_row(*cells, Text("\n").join([notifications, pepper]))
     output.print(table)
+    for verifier in verifiers:
+        if verifier.waiting_for:
+            clients = ", ".join(map(visible, verifier.waiting_for))
+            process = f"{visible(verifier.host)} (PID {verifier.process_id})"
+            output.print(Text(f"Deletions wait for clients of {process}: {clients}", "yellow"))
 
 
 def _print_databases(output: Console, verifiers: Sequence["VerifierStatus"]) -> None:
@@ -259,16 +264,25 @@ def _verifier(verifier: "VerifierStatus") -> list[Text]:
 def _effect(receipt: "Receipt") -> str:
     if receipt.effective_time is None:
         return "deleted; not yet confirmed everywhere: run it again without --no-wait to confirm"
-    verifiers = receipt.verifiers_acknowledged + receipt.verifiers_outwaited
-    if not verifiers:
+    if not receipt.verifiers_acknowledged + receipt.verifiers_outwaited:
         return f"dead everywhere since {local(receipt.effective_time, seconds=True)}"
     milliseconds = (receipt.effective_time - receipt.commit_time).total_seconds() * 1_000
-    text = f"dead on {receipt.verifiers_acknowledged} of {verifiers} verifiers"
-    text += f" after {milliseconds:.0f} ms"
-    if receipt.verifiers_outwaited:
-        waited = "was" if receipt.verifiers_outwaited == 1 else "were"
-        text += f"; {receipt.verifiers_outwaited} did not answer and {waited} waited out"
+    confirmed = _servers_and_clients(receipt.verifiers_acknowledged, receipt.clients_acknowledged)
+    outwaited = receipt.verifiers_outwaited + receipt.clients_outwaited
+    text = f"dead everywhere after {milliseconds:.0f} ms: {confirmed} confirmed"
+    text += f", {outwaited} outwaited"
+    if outwaited:
+        who = _servers_and_clients(receipt.verifiers_outwaited, receipt.clients_outwaited)
+        text += f" ({who})"
     return text
+
+
+def _servers_and_clients(servers: int, clients: int) -> str:
+    return f"{_counted(servers, 'server')} and {_counted(clients, 'client')}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _scope(token: "Token") -> Text:

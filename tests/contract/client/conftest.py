@@ -18,7 +18,7 @@ from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-from tests.contract.client.fake_watch import FakeWatch
+from tests.contract.client.fake_watch import FakeWatch, mark_of
 from tests.support import WAIT_SECONDS
 
 Answer = Callable[[Any, Any], Awaitable[Message]]
@@ -151,7 +151,7 @@ class FakeLatchkey:
         return answer
 
     def verdict(self, verdict: int, *, token: bool = True) -> Answer:
-        message = pb.VerifyResponse(revision=7)
+        message = pb.VerifyResponse(revision=7, mark=mark_of(7))
         # Through the wire's own type: any number can come from a newer server.
         message.verdict = verdict  # type: ignore[assignment]
         if token:
@@ -160,7 +160,7 @@ class FakeLatchkey:
 
     def judge(self, verdict: int) -> None:
         """Answer every question, alone or with others, with `verdict` for the token t1."""
-        message = pb.VerifyResponse(revision=7, token=self.token())
+        message = pb.VerifyResponse(revision=7, mark=mark_of(7), token=self.token())
         message.verdict = verdict  # type: ignore[assignment]  # as above
 
         async def batch(request: Any, _context: Any) -> Message:
