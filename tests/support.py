@@ -21,6 +21,9 @@ import psutil
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from latchkey_service.audit import Origin
+from latchkey_service.coherence.membership import ReadBegan
+from latchkey_service.coherence.reads import LeasedReads
+from latchkey_service.coherence.snapshot import Snapshot
 from latchkey_service.embedded import EmbeddedPostgres
 
 # Far above what anything here takes; only a failing test waits it out.
@@ -58,6 +61,20 @@ async def eventually(check: Callable[[], Any], what: str, within: float = WAIT_S
             last = error
         assert time.monotonic() < give_up, f"not within {within} s: {what}; at last: {last!r}"
         await asyncio.sleep(POLL_SECONDS)
+
+
+class BelievedReads(LeasedReads):
+    """Believes every read: for tests of one database, without a verifier that holds a lease."""
+
+    def __init__(self) -> None:
+        """Need nothing."""
+
+    async def begin(self, deadline: float) -> ReadBegan:
+        """Return at once."""
+        return ReadBegan(0, 0)
+
+    async def accept(self, snapshot: Snapshot, began: ReadBegan, deadline: float) -> None:
+        """Return at once."""
 
 
 def origin(method: str = "Create") -> Origin:

@@ -81,9 +81,9 @@ class Memory(Generic[E]):
         """Tell whether `position` is certain to be on the history that was applied here.
 
         False also means "not known": a revision that lies too far back, or was skipped because
-        several were applied as one.
+        several were applied as one, or a sender without marks.
         """
-        return self._marks.get(position.revision) == position.mark
+        return position.mark != 0 and self._marks.get(position.revision) == position.mark
 
     def agrees(self, position: Position) -> bool:
         """Tell whether `position` may be on the history that was applied here.

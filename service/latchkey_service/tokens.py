@@ -186,20 +186,25 @@ class Tokens:
         _check(*_account_violations(account_id), *_id_violations(token_id))
         began = await self._reads.begin(deadline)
         deletion = await self._store.bury(account_id, token_id, origin)
-        if deletion is None:
+        if deletion is not None:
+            position = deletion.position
+        else:
             # A deposed primary must not say of a leaked token that it never existed.
             deletion, snapshot = await self._store.get_deletion(account_id, token_id)
             await self._reads.accept(snapshot, began, deadline)
+            # Not the deletion's own position, which the log may no longer hold. Whoever has applied
+            # this later one has applied that as well.
+            position = snapshot.position
         if deletion is None:
             raise NotFound("The account never had a token of this id.")
         if deletion.effective_time is not None:
             # Confirmed before. Whoever did so may not have got to know that a standby has it.
             return await self._store.confirm_deletion(token_id, deletion.position, NOBODY)
-        self._confirmer.announce(deletion.position.revision)
+        self._confirmer.announce(position.revision)
         if wait_until is None:
             return deletion
         on_wait()
-        confirmation = await self._confirmer.confirm(deletion.position, wait_until)
+        confirmation = await self._confirmer.confirm(position, wait_until)
         # When a verifier that hung has been waited out, all who waited for it are here at once.
         async with self._confirming:
             return await self._store.confirm_deletion(token_id, deletion.position, confirmation)

@@ -28,6 +28,7 @@ ANSWER = pb.VerifyResponse(
         hint="lk_…0000",
     ),
     revision=1,
+    mark=0x0123456789ABCDEF,
 )
 
 

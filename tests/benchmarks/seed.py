@@ -11,7 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 from latchkey_service.migrate import bundled, migrate
 from latchkey_service.secrets import Keyring
-from latchkey_service.store import Position
+from latchkey_service.store import PageStart
 
 __all__ = ["ACCOUNT", "Seeded", "seed"]
 
@@ -34,10 +34,10 @@ class Seeded:
     tokens: int
     secrets: list[tuple[str, str]]
 
-    def position(self, place: int) -> Position:
+    def position(self, place: int) -> PageStart:
         """Return the position of the token at `place` in the list, the newest being at 1."""
         number = self.tokens - place
-        return Position(_create_time(number, self.tokens), _id(number))
+        return PageStart(_create_time(number, self.tokens), _id(number))
 
 
 async def seed(

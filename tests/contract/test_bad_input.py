@@ -7,7 +7,7 @@ import grpc
 import pytest
 from google.protobuf import descriptor as descriptors
 from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_service.store import Position
+from latchkey_service.store import PageStart
 from latchkey_service.tokens import encode_page_token
 
 from tests.contract.rich_status import refusal
@@ -214,7 +214,7 @@ async def test_labels(stub):
 async def test_a_forged_page_token_reaches_no_further(stub):
     """A page token with a right seal and a wrong id is as damaged as any."""
     for token_id in ("a\x00b", "tok_" + "x" * 27, ""):
-        position = Position(datetime(2026, 1, 1, tzinfo=UTC), token_id)
+        position = PageStart(datetime(2026, 1, 1, tzinfo=UTC), token_id)
         forged = encode_page_token("acme", position)
         error = await refusal(stub.List(pb.ListRequest(account_id="acme", page_token=forged)))
         assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["page_token"])

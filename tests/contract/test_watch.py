@@ -1,16 +1,20 @@
 """Watch, as any client sees it, over each transport: what comes, in which order, who is dropped."""
 
 import asyncio
+import itertools
+import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from latchkey_coherence.memory import NOWHERE, Position
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from structlog.testing import capture_logs
 
 from tests.conftest import serving
 from tests.support import CHANNEL_OPTIONS, WAIT_SECONDS, eventually
@@ -24,6 +28,12 @@ LEASE_SECONDS = 5.0
 # Short enough to wait for.
 SHORT_LEASE_SECONDS = 0.6
 waits_for_the_lease = pytest.mark.parametrize("lease_seconds", [SHORT_LEASE_SECONDS], ids=["short"])
+# Long enough that a busy machine begins a Delete well before a lease ends, which it then waits for.
+DEBT_LEASE_SECONDS = 2.0
+# Between what a client says that dodges its debt. As often as a Delete takes.
+DODGE_SECONDS = 0.01
+# Unary calls after which the server has certainly read what a stream sent before them.
+ROUND_TRIPS = 10
 # The contract allows a Delete with a client that hangs a lease and half a second; a busy machine
 # adds the rest.
 DELETE_SECONDS_MAX = 5.0
@@ -62,59 +72,171 @@ def seconds_of(grant: pb.Grant) -> float:
     return grant.lease_duration.ToTimedelta().total_seconds()
 
 
+def position_of(message) -> Position:
+    """Return the position that an event, a receipt or an answer carries."""
+    return Position(message.revision, message.mark)
+
+
 async def test_a_grant_comes_after_all_that_it_covers(client, stub, create):
-    """A new client is told where it begins, and granted no more than the server's own lease."""
-    revision = (await delete(stub, (await create()).token)).revision
+    """A new client hears where it begins. No grant is longer than the server's own lease."""
+    position = position_of(await delete(stub, (await create()).token))
+    assert position.mark
     await client.ask()
     reset = await client.hear()
     assert isinstance(reset, pb.Reset)
-    assert reset.revision == revision
+    assert position_of(reset) == position
+    # It has nothing to drop, and so the server need not wait for its confirmation.
     grant = await client.hear()
     assert isinstance(grant, pb.Grant)
-    assert (grant.revision, grant.number) == (revision, 1)
+    assert (position_of(grant), grant.number) == (position, 1)
     assert 0 < seconds_of(grant) <= LEASE_SECONDS
+    await client.say()
     again = await client.granted()
-    assert (again.revision, again.number) == (revision, 2)
+    assert (position_of(again), again.number) == (position, 2)
+
+
+async def test_answers_carry_the_position_that_grants_do(client, stub, create):
+    """A client can compare an answer with what it has applied: the mark is the same in a read, in
+    an answer from memory, in a batch, in receipts and on the stream. An answer that needs no read
+    has no position."""
+    created = await create()
+    receipt = await delete(stub, (await create()).token)
+    head = position_of(await client.granted())
+    assert head == position_of(receipt)
+    question = pb.VerifyRequest(secret=created.secret)
+    for _ in range(2):
+        assert position_of(await stub.Verify(question, timeout=5)) == head
+    batch = pb.BatchVerifyRequest(requests=[question, pb.VerifyRequest(secret="hunter2")])
+    known, malformed = (await stub.BatchVerify(batch, timeout=5)).responses
+    assert position_of(known) == head
+    assert position_of(malformed) == NOWHERE
+    deleting = asyncio.create_task(delete(stub, created.token))
+    news = await client.hear()
+    await client.say()
+    assert position_of(news) == position_of(await deleting)
+    assert position_of(await stub.Verify(question, timeout=5)) == position_of(news)
+    assert news.mark not in (0, head.mark)
 
 
 async def test_a_delete_waits_for_the_clients_confirmation(client, stub, create):
-    """A client under a lease is told of a deletion, and the Delete answers once it has confirmed;
-    it counts as acknowledged."""
-    await client.granted()
-    token = (await create()).token
-    deleting = asyncio.create_task(delete(stub, token))
+    """A client under a lease hears of a deletion, and the Delete answers once the client has
+    confirmed it, mark included. Until then the client is granted nothing. The receipt counts it."""
+    before = position_of(await client.granted())
+    created = await create()
+    deleting = asyncio.create_task(delete(stub, created.token))
     news = await client.hear()
-    assert list(news.token_ids) == [token.id]
-    assert not deleting.done()
-    await client.say(applied=news.revision - 1)
-    # As good as any other proof that it still waits: what comes back is not the Delete's answer.
-    await client.ask()
-    assert isinstance(await client.hear(), pb.Grant)
+    assert list(news.token_ids) == [created.token.id]
+    await client.say(applied=before)
+    client.number += 1
+    await client.say(applied=before, number=client.number)
+    hearing = asyncio.create_task(client.hear())
+    # Both messages above have long been read by the time that the server has answered these.
+    for _ in range(ROUND_TRIPS):
+        await stub.Verify(pb.VerifyRequest(secret=created.secret), timeout=5)
+    assert not hearing.done()
     assert not deleting.done()
     await client.say()
     receipt = await deleting
-    assert receipt.revision == news.revision
+    grant = await hearing
+    assert isinstance(grant, pb.Grant)
+    assert (position_of(grant), grant.number) == (position_of(news), client.number)
+    assert position_of(receipt) == position_of(news)
     assert (receipt.verifiers_acknowledged, receipt.verifiers_outwaited) == (1, 0)
+    assert (receipt.clients_acknowledged, receipt.clients_outwaited) == (1, 0)
     assert receipt.effective_time.ToDatetime() >= receipt.commit_time.ToDatetime()
 
 
-@waits_for_the_lease
-async def test_a_silent_client_costs_a_delete_its_lease_at_most(client, stub, create):
-    """One that confirms nothing is waited out, however often it asks for more."""
+async def keep_hearing(client: WatchClient, events: list[Any]) -> None:
+    """Collect what a client hears."""
+    while (response := await client.call.read()) is not grpc.aio.EOF:
+        events.append(getattr(response, response.WhichOneof("event")))
+
+
+# What a client that confirms nothing says instead, given the positions that it has applied.
+DODGES: dict[str, Callable[[list[Position]], Iterator[Position]]] = {
+    "the last": lambda known: itertools.cycle(known[-1:]),
+    # Each lower than the one before, and up again.
+    "earlier ones": lambda known: itertools.cycle((known[0], known[-1], known[1], known[0])),
+    "nothing": lambda known: itertools.repeat(NOWHERE),
+    "another mark": lambda known: itertools.repeat(Position(known[-1].revision, 1)),
+    "without marks": lambda known: itertools.repeat(Position(known[-1].revision, 0)),
+    "the future": lambda known: itertools.repeat(Position(known[-1].revision + 9, 1)),
+}
+
+
+@pytest.mark.parametrize("lease_seconds", [DEBT_LEASE_SECONDS], ids=["debt"])
+@pytest.mark.parametrize("dodge", DODGES)
+async def test_a_client_that_owes_delays_one_delete_by_its_lease(
+    address, client, stub, create, dodge
+):
+    """A client that does not confirm a deletion is waited out once, however often it asks for
+    grants and whatever it says instead: it gets none, and the next Delete does not wait for it. The
+    receipt counts it."""
+    known = []
+    for _ in range(3):
+        await client.granted()
+        known.append(client.applied)
+        deleting = asyncio.create_task(delete(stub, (await create()).token))
+        await client.hear()
+        await client.say()
+        await deleting
+    known.append(client.applied)
     # As the client counts: from before it asked.
     asked = time.monotonic()
     lease = seconds_of(await client.granted())
-    token = (await create()).token
+    tokens = [(await create()).token for _ in range(2)]
     start = time.monotonic()
-    deleting = asyncio.create_task(delete(stub, token))
+    events: list[Any] = []
+    hearing = asyncio.create_task(keep_hearing(client, events))
+    deleting = asyncio.create_task(delete(stub, tokens[0]))
+    await eventually(lambda: events, "the client hears of the deletion")
+    claims = DODGES[dodge](known)
     while not deleting.done():
         client.number += 1
-        await client.say(applied=0, number=client.number)
-        await client.hear()
+        await client.say(applied=next(claims), number=client.number)
+        await asyncio.sleep(DODGE_SECONDS)
     receipt = await deleting
     assert time.monotonic() - asked >= lease
     assert time.monotonic() - start < DELETE_SECONDS_MAX
     assert receipt.verifiers_acknowledged + receipt.verifiers_outwaited == 1
+    assert (receipt.clients_acknowledged, receipt.clients_outwaited) == (0, 1)
+    assert not any(isinstance(event, pb.Grant) for event in events)
+    client.number += 1
+    await client.say(applied=next(claims), number=client.number)
+    receipt = await delete(stub, tokens[1])
+    assert (receipt.clients_acknowledged, receipt.clients_outwaited) == (0, 0)
+    assert not any(isinstance(event, pb.Grant) for event in events)
+    hearing.cancel()
+
+
+@pytest.mark.parametrize("lease_seconds", [DEBT_LEASE_SECONDS], ids=["debt"])
+async def test_a_client_that_is_waited_for_is_named(client, channel, stub, create):
+    """While a Delete waits for a client, the log and the status name it; afterwards they do not."""
+    status_stub = status_pb_grpc.StatusServiceStub(channel)
+
+    async def waited_for() -> list[str]:
+        status = await status_stub.GetStatus(status_pb.GetStatusRequest(), timeout=5)
+        return list(status.verifiers[0].waiting_for)
+
+    await client.granted()
+    with capture_logs() as lines:
+        deleting = asyncio.create_task(delete(stub, (await create()).token))
+        await client.hear()
+        names = await eventually(waited_for, "the status names the client")
+        assert not deleting.done()
+        await client.say()
+        await deleting
+
+        async def nobody() -> bool:
+            return not await waited_for()
+
+        await eventually(nobody, "the status names nobody")
+    (name,) = names
+    # Without a policy callers have no names.
+    assert re.fullmatch(r"ipv4:127\.0\.0\.1:\d+", name)
+    (line,) = [line for line in lines if line["event"] == "deletions wait for clients"]
+    assert line["clients"] == [name]
+    assert line["log_level"] == "warning"
 
 
 @waits_for_the_lease
@@ -152,31 +274,68 @@ async def test_a_client_without_a_grant_is_not_waited_for(client, stub, create):
 
 async def test_one_that_comes_back_is_told_what_it_missed(address, stub, create):
     """On a new stream it says what it has applied, and hears the rest before its first grant."""
-    async with watching(address) as client:
-        await client.granted()
-        await client.say(released=True)
-        before = client.applied
     tokens = [(await create()).token for _ in range(3)]
-    for token in tokens:
-        await delete(stub, token)
+    receipts = [await delete(stub, token) for token in tokens]
     async with watching(address) as client:
-        await client.say(applied=before + 1, number=1)
+        await client.say(applied=position_of(receipts[0]), number=1)
         news = await client.hear()
+        assert isinstance(news, pb.Invalidation)
         assert set(news.token_ids) == {token.id for token in tokens[1:]}
-        assert (await client.hear()).revision == before + 3
+        assert position_of(news) == position_of(receipts[2])
+        await client.say()
+        grant = await client.hear()
+        assert isinstance(grant, pb.Grant)
+        assert position_of(grant) == position_of(receipts[2])
 
 
-async def test_one_that_is_ahead_is_granted_what_the_server_has(client, stub, create):
-    """A client that has heard more from another server is told again, and confirms anew."""
-    await client.say(applied=10_000, number=1)
-    first = await client.hear()
-    assert isinstance(first, pb.Grant)
-    token = (await create()).token
-    deleting = asyncio.create_task(delete(stub, token))
-    news = await client.hear()
-    assert list(news.token_ids) == [token.id]
-    await client.say(applied=10_000)
-    assert (await deleting).revision > 0
+@pytest.mark.parametrize("kind", ["another mark", "ahead", "without a mark", "nowhere"])
+async def test_an_unknown_position_is_reset(client, stub, create, kind):
+    """A client on another history, or without one, starts over at the server's position. It is
+    granted a lease only after it has confirmed that, mark included."""
+    head = position_of(await delete(stub, (await create()).token))
+    claim = {
+        "another mark": Position(head.revision, head.mark ^ 1),
+        "ahead": Position(head.revision + 10_000, 7),
+        "without a mark": Position(head.revision, 0),
+        "nowhere": Position(0, 7),
+    }[kind]
+    await client.say(applied=claim, number=1)
+    reset = await client.hear()
+    assert isinstance(reset, pb.Reset)
+    assert position_of(reset) == head
+    # What it says before it has confirmed counts for nothing, though the revision is right.
+    for wrong in (claim, Position(head.revision, 0), Position(head.revision, head.mark ^ 1)):
+        await client.say(applied=wrong, number=2)
+    hearing = asyncio.create_task(client.hear())
+    for _ in range(ROUND_TRIPS):
+        await stub.Verify(pb.VerifyRequest(secret=(await create()).secret), timeout=5)
+    assert not hearing.done()
+    await client.say(number=3)
+    grant = await hearing
+    assert isinstance(grant, pb.Grant)
+    assert (position_of(grant), grant.number) == (head, 3)
+
+
+async def test_a_client_of_an_old_release_gets_no_lease_to_keep(client, stub, create):
+    """It sends revisions alone. It may be granted one lease while its memory is empty, and no other
+    one: the server cannot know which history its revisions are of. Deletes go on."""
+    await delete(stub, (await create()).token)
+    events: list[Any] = []
+    await client.say(number=1)
+    hearing = asyncio.create_task(keep_hearing(client, events))
+    await eventually(lambda: events, "a reset")
+    revision = events[0].revision
+    for number in range(2, 6):
+        await client.say(applied=Position(revision, 0))
+        await client.say(applied=Position(revision, 0), number=number)
+    for _ in range(ROUND_TRIPS):
+        await stub.Verify(pb.VerifyRequest(secret=(await create()).secret), timeout=5)
+    assert isinstance(events[0], pb.Reset)
+    assert [event.number for event in events[1:]] == [1]
+    await client.say(released=True)
+    receipt = await delete(stub, (await create()).token)
+    assert (receipt.clients_acknowledged, receipt.clients_outwaited) == (0, 0)
+    hearing.cancel()
 
 
 async def test_with_the_memory_off_no_leases_are_granted(settings):
@@ -198,8 +357,17 @@ async def test_with_the_memory_off_no_leases_are_granted(settings):
 
 @waits_for_the_lease
 async def test_a_client_that_falls_silent_is_dropped(client):
-    """It is told so, after a few leases."""
+    """Its stream ends with DEADLINE_EXCEEDED after a few leases."""
     await client.granted()
+    assert await client.refusal() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+@waits_for_the_lease
+async def test_a_client_that_falls_silent_in_debt_is_dropped(client):
+    """The same if it owes a confirmation and has asked for a grant: the server does not wait with
+    an answer, the client does."""
+    await client.say(applied=Position(5, 7), number=1)
+    assert isinstance(await client.hear(), pb.Reset)
     assert await client.refusal() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
@@ -215,8 +383,8 @@ async def test_what_is_no_request_ends_the_stream(address, channel):
 async def test_strange_numbers_do_no_harm(client, stub, create, applied):
     """A client that makes things up is served as well as can be, and holds up a Delete no longer
     than any other."""
-    await client.say(applied=applied, number=-5)
-    await client.say(applied=applied, number=2**63 - 1)
+    await client.say(applied=Position(applied, 1), number=-5)
+    await client.say(applied=Position(applied, 2**64 - 1), number=2**63 - 1)
     deleting = asyncio.create_task(delete(stub, (await create()).token))
     async with asyncio.timeout(DELETE_SECONDS_MAX):
         assert (await deleting).revision > 0
@@ -226,7 +394,7 @@ async def test_strange_numbers_do_no_harm(client, stub, create, applied):
 async def test_a_strange_number_is_not_told_as_the_servers_own(client, channel, stub, create):
     """What one client makes up does not keep operators from the status, nor spoil it."""
     await client.granted()
-    await client.say(applied=-(2**63))
+    await client.say(applied=Position(-(2**63), 0))
     status_stub = status_pb_grpc.StatusServiceStub(channel)
     # It takes until the client's lease has ended, and the server renews its own meanwhile.
     deleting = asyncio.create_task(delete(stub, (await create()).token))

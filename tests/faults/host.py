@@ -29,6 +29,7 @@ from tests.support import (
 __all__ = [
     "ACCOUNT",
     "RECOVERY_SECONDS_MAX",
+    "TRANSIENT",
     "Host",
     "TwoHosts",
     "client_refuses",
@@ -52,7 +53,7 @@ LONG_LEASE_SECONDS = 5.0
 # The first answer without a lease comes from a read, later ones may come from memory.
 ANSWERS_IN_A_ROW = 5
 # Statuses of a call that may be repeated.
-_TRANSIENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+TRANSIENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 class Host:
@@ -74,7 +75,7 @@ class Host:
 
         async def answered() -> Any:
             end = await self.call(method, request, seconds)
-            if not end.ok and end.code not in _TRANSIENT:
+            if not end.ok and end.code not in TRANSIENT:
                 pytest.fail(f"{method} was answered {end.code.name}")
             return end.response
 

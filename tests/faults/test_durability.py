@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from latchkey_service.coherence.confirmation import Confirmation
 from latchkey_service.coherence.table import Identity, OwnRow
 from latchkey_service.database import DURABLE, connect
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.migrate import bundled, migrate
 from latchkey_service.secrets import Digest
-from latchkey_service.store import Store
+from latchkey_service.store import Deletion, Store
 from latchkey_service.verdict import Scope, TokenRecord
 from structlog.testing import capture_logs
 
 from tests.faults.test_replication import cut_short, standby_missing
+from tests.histories import NO_CLIENTS, head_of
 from tests.pgbouncer import PgBouncer
 from tests.support import BreakablePostgres, eventually, origin, session
 
@@ -63,17 +65,24 @@ async def is_flushed(url: str, work: Awaitable[Any]) -> bool:
 
 @pytest.mark.usefixtures("lazy")
 async def test_what_must_not_be_lost_is_on_disk(database_url: str, store: Store) -> None:
-    """With synchronous_commit off, the transactions that create, bury, confirm, register and renew
-    are on disk when they return. Others are not, which shows that the measurement can tell."""
+    """With synchronous_commit off, the transactions that create, bury, confirm, register, renew and
+    invalidate all are on disk when they return. Others are not, which shows that the measurement
+    can tell."""
     await store.register_pepper("p")
     connection = await connect(database_url)
     row = OwnRow(connection, Identity("ver_a", "x", 1, "0", 3.0))
+
+    async def renew() -> None:
+        renewed, _ = await row.renew(1, await head_of(database_url), 0, NO_CLIENTS)
+        assert renewed
+
     steps: list[Callable[[], Awaitable[Any]]] = [
         lambda: insert(store),
-        lambda: store.delete_token("acme", "tok_1", origin("Delete")),
-        lambda: store.confirm_deletion("tok_1", 0, 0),
-        lambda: row.register(1, None),
-        lambda: row.renew(1, 0, 0, 0),
+        lambda: store.bury("acme", "tok_1", origin("Delete")),
+        lambda: confirm(store),
+        lambda: row.register(1, acknowledge=True),
+        renew,
+        lambda: store.invalidate_all(origin("InvalidateAll")),
     ]
     for number, step in enumerate(steps):
         assert not await is_flushed(database_url, store.register_pepper(f"other {number}"))
@@ -89,12 +98,19 @@ async def test_a_crash_undoes_no_deletion(
     deleted after all of Postgres was killed at once, and the receipt is the same."""
     await store.register_pepper("p")
     await insert(store)
-    await store.delete_token("acme", "tok_1", origin("Delete"))
-    receipt = await store.confirm_deletion("tok_1", 1, 0)
+    await store.bury("acme", "tok_1", origin("Delete"))
+    receipt = await confirm(store)
     await postgres.crash()
     postgres.bring_back()
     assert await eventually(lambda: find(store), "Postgres is back") == [receipt]
-    assert await store.get_token("acme", "tok_1") is None
+    assert (await store.get_token("acme", "tok_1"))[0] is None
+
+
+async def confirm(store: Store) -> Deletion:
+    """Confirm the deletion, as if one verifier had acknowledged it."""
+    deletion, _ = await store.get_deletion("acme", "tok_1")
+    assert deletion is not None
+    return await store.confirm_deletion("tok_1", deletion.position, Confirmation(1, 0))
 
 
 async def test_a_pooler_hides_no_cancelled_wait(
@@ -108,11 +124,11 @@ async def test_a_pooler_hides_no_cancelled_wait(
     try:
         await store.register_pepper("p")
         await insert(store)
-        await store.delete_token("acme", "tok_1", origin("Delete"))
+        await store.bury("acme", "tok_1", origin("Delete"))
         async with standby_missing(postgres, database_url):
             with pytest.raises(StoreUnavailable):
-                await cut_short(database_url, store.confirm_deletion("tok_1", 1, 0))
-        assert (await store.confirm_deletion("tok_1", 1, 0)).effective_time is not None
+                await cut_short(database_url, confirm(store))
+        assert (await confirm(store)).effective_time is not None
     finally:
         await store.close()
         pooler.stop()
@@ -121,7 +137,7 @@ async def test_a_pooler_hides_no_cancelled_wait(
 async def find(store: Store) -> list[Any] | None:
     """Return the receipt, in a list, or None while Postgres does not answer."""
     try:
-        return [await store.delete_token("acme", "tok_1", origin("Delete"))]
+        return [(await store.get_deletion("acme", "tok_1"))[0]]
     except StoreUnavailable:
         return None
 

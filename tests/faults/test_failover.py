@@ -7,6 +7,7 @@ waits until Postgres reports its effect.
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from tests.faults.host import (
     ACCOUNT,
     RECOVERY_SECONDS_MAX,
+    TRANSIENT,
     Host,
     client_refuses,
     client_remembers,
@@ -28,7 +30,7 @@ from tests.faults.host import (
 )
 from tests.pair import Pair, pair
 from tests.postgres_node import Node, Template
-from tests.support import eventually
+from tests.support import POLL_SECONDS, eventually
 
 pytestmark = pytest.mark.xdist_group("faults")
 
@@ -55,8 +57,10 @@ async def test_a_revision_of_the_old_primary_confirms_no_deletion_of_the_new_one
     first, second = nodes.first, nodes.second
     async with two_hosts(nodes.first, tmp_path, pepper_file) as hosts:
         doomed, unfortunate = await hosts.deleter.create(), await hosts.deleter.create()
-        assert await hosts.other.verdict(doomed.secret) == "VALID"
+        await hosts.other.answers(doomed.secret, "VALID")
         await nodes.replication.stall()
+        # Its sessions stay, but it cannot connect to cancel a statement that takes too long.
+        await hosts.deleter_link.switch(None, cut=False)
         deletion = asyncio.ensure_future(
             hosts.deleter.call(
                 "Delete", pb.DeleteRequest(account_id=ACCOUNT, id=unfortunate.token.id)
@@ -94,15 +98,18 @@ async def test_a_session_that_stays_with_the_old_primary_yields_no_verdict(
         )
         # The host must not remember it, and so has to read it.
         doomed, unfortunate, kept = [await stays.create() for _ in range(3)]
-        assert await stays.verdict(kept.secret) == "VALID"
+        await stays.answers(kept.secret, "VALID")
         await nodes.replication.stall()
         deletion = asyncio.ensure_future(
             stays.call("Delete", pb.DeleteRequest(account_id=ACCOUNT, id=unfortunate.token.id))
         )
-        await eventually(lambda: first.waiting_commits(DELETION), "the deletion waits")
-        await first.cancel_waiting_commits(DELETION)
+
+        async def visible() -> bool:
+            await first.cancel_waiting_commits(DELETION)
+            return await head(first) == 1
+
+        await eventually(visible, "the deletion is visible on the old primary")
         assert (await deletion).code is grpc.StatusCode.UNAVAILABLE
-        assert await head(first) == 1
         await second.promote()
         await nodes.address.switch(second, cut=False)
         deleter = await stack.enter_async_context(
@@ -130,7 +137,7 @@ class Deposed(NamedTuple):
 async def deposed(nodes: Pair, folder: Path, pepper_file: Path) -> AsyncIterator[Deposed]:
     async with host(folder, "host", nodes.url, pepper_file, lease_seconds=LEASE_SECONDS) as running:
         doomed = await running.create()
-        assert await running.verdict(doomed.secret) == "VALID"
+        await running.answers(doomed.secret, "VALID")
         await nodes.first.kill()
         await nodes.second.promote()
         live = await running.create()
@@ -155,12 +162,11 @@ async def test_a_lease_of_the_new_primary_covers_no_read_of_the_old_one(
     although the old one still answers."""
     async with deposed(nodes, tmp_path, pepper_file) as (running, doomed, live):
         await nodes.second.stop("fast")
-        # The last renewal was before the stop, so that the lease is over after this.
-        async with asyncio.timeout(3 * LEASE_SECONDS):
-            lease_over = asyncio.ensure_future(asyncio.sleep(LEASE_SECONDS))
-            while not lease_over.done():
-                assert await running.verdict(doomed.secret) != "VALID"
-                await asyncio.sleep(0.02)
+        # The last renewal was before the stop.
+        lease_over = time.monotonic() + LEASE_SECONDS
+        while time.monotonic() < lease_over:
+            assert await running.verdict(doomed.secret) != "VALID"
+            await asyncio.sleep(POLL_SECONDS)
         await eventually(lambda: knows_of_hosts(nodes.first), "the host finds the old primary")
         await nodes.second.start()
         await running.refuses(doomed.secret)
@@ -184,13 +190,14 @@ async def test_a_deposed_primary_never_says_that_a_token_does_not_exist(
         strayed = False
         # Before the lease is over, and after it.
         async with asyncio.timeout(RECOVERY_SECONDS_MAX):
-            lease_over = asyncio.ensure_future(asyncio.sleep(LEASE_SECONDS))
-            while not (strayed and lease_over.done()):
+            lease_over = time.monotonic() + LEASE_SECONDS
+            while not strayed or time.monotonic() < lease_over:
                 strayed = strayed or await knows_of_hosts(nodes.first)
                 for method, request in (("Get", get), ("List", get_all), ("Delete", delete)):
                     end = await running.call(method, request)
-                    if end.code is not grpc.StatusCode.UNAVAILABLE:
+                    if end.code not in TRANSIENT:
                         wrong.add(f"{method}: {end.code.name} {end.response or ''}".strip())
+                await asyncio.sleep(POLL_SECONDS)
         assert wrong == set()
         await nodes.second.start()
         listed = await running.insist("List", get_all)
@@ -214,10 +221,10 @@ async def test_a_revision_that_an_asynchronous_standby_lacks_confirms_no_later_d
         doomed, lost = await hosts.deleter.create(), await hosts.deleter.create()
         await nodes.caught_up(nodes.first, nodes.second)
         await client_remembers(verifier, doomed.secret)
-        assert await hosts.other.verdict(doomed.secret) == "VALID"
+        await hosts.other.answers(doomed.secret, "VALID")
         await nodes.replication.stall()
         receipt = await hosts.deleter.delete(lost.token)
-        assert (receipt.revision, receipt.verifiers_outwaited) == (1, 0)
+        assert receipt.revision == 1
         await hosts.part()
         await nodes.first.kill()
         await nodes.second.promote()

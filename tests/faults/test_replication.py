@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import pytest
+from latchkey_service.coherence.confirmation import NOBODY, Confirmation
 from latchkey_service.coherence.table import Identity, OwnRow
 from latchkey_service.database import connect
 from latchkey_service.errors import StoreUnavailable
@@ -13,6 +14,7 @@ from latchkey_service.secrets import Digest
 from latchkey_service.store import Store
 from latchkey_service.verdict import Scope, TokenRecord
 
+from tests.histories import NO_CLIENTS
 from tests.support import BreakablePostgres, eventually, origin, session
 
 pytestmark = pytest.mark.xdist_group("faults")
@@ -63,11 +65,12 @@ async def test_a_renewal_that_no_standby_has_is_none(
     """It may be undone by a failover, so it extends no lease."""
     connection = await connect(database_url)
     row = OwnRow(connection, Identity("ver_a", "x", 1, "0", 3.0))
-    await row.register(1, None)
+    position = (await row.register(1, acknowledge=True)).position
     async with standby_missing(postgres, database_url):
         with pytest.raises(StoreUnavailable):
-            await cut_short(database_url, row.renew(1, 0, 0, 0))
-    assert await row.renew(1, 0, 0, 0)
+            await cut_short(database_url, row.renew(1, position, 0, NO_CLIENTS))
+    renewed, log = await row.renew(1, position, 0, NO_CLIENTS)
+    assert (renewed, log.known) == (True, True)
     connection.terminate()
 
 
@@ -82,10 +85,15 @@ async def test_a_deletion_that_no_standby_has_is_not_confirmed(
     await store.insert_token(record, "a", Digest(bytes(32), "p"), origin())
     async with standby_missing(postgres, database_url):
         with pytest.raises(StoreUnavailable):
-            await cut_short(database_url, store.delete_token("acme", "tok_1", origin("Delete")))
+            await cut_short(database_url, store.bury("acme", "tok_1", origin("Delete")))
+        unconfirmed, _ = await store.get_deletion("acme", "tok_1")
+        assert unconfirmed is not None
+        position = unconfirmed.position
         with pytest.raises(StoreUnavailable):
-            await cut_short(database_url, store.confirm_deletion("tok_1", 1, 0))
-    deletion = await store.confirm_deletion("tok_1", 0, 0)
+            await cut_short(
+                database_url, store.confirm_deletion("tok_1", position, Confirmation(1, 0))
+            )
+    deletion = await store.confirm_deletion("tok_1", position, NOBODY)
     assert deletion.effective_time is not None
     assert deletion.verifiers_acknowledged == 1
 

@@ -3,6 +3,7 @@
 The service runs as its users run it, also while the database is replaced.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -51,7 +52,7 @@ async def test_a_revision_that_a_restore_took_back_confirms_no_later_deletion(
         await node.back_up(backup := tmp_path / "backup")
         await client_remembers(verifier, doomed.secret)
         receipt = await hosts.deleter.delete(lost.token)
-        assert (receipt.revision, receipt.verifiers_outwaited) == (1, 0)
+        assert receipt.revision == 1
         await hosts.part()
         await node.restore(backup, new_timeline=new_timeline)
         assert await head(node) == 0
@@ -75,7 +76,7 @@ async def test_a_token_made_after_the_backup_is_dead_once_a_delete_does_not_know
         await node.back_up(backup := tmp_path / "backup")
         ghost = await running.create()
         await client_remembers(verifier, ghost.secret)
-        assert await running.verdict(ghost.secret) == "VALID"
+        await running.answers(ghost.secret, "VALID")
         await node.restore(backup, new_timeline=True)
         await eventually(lambda: running.delete_finds_nothing(ghost.token), "Delete is answered")
         await running.refuses(ghost.secret, "UNKNOWN")
@@ -88,21 +89,26 @@ async def test_a_token_made_after_the_backup_is_forgotten_in_bounded_time(
 ) -> None:
     """A token is made after the backup that is restored later. Neither the log nor the timeline of
     the restored database shows that history was set back, so hosts and client libraries cannot
-    know. They forget the token all the same when LATCHKEY_CACHE_SECONDS have passed."""
+    know. They forget the token all the same: a host when LATCHKEY_CACHE_SECONDS have passed, and a
+    client library when its own bound has passed as well."""
     async with (
         host(tmp_path, "host", node.url, pepper_file, cache_seconds=CACHE_SECONDS) as running,
-        latchkey.Verifier(running.address, timeout_seconds=5) as verifier,
+        latchkey.Verifier(
+            running.address, timeout_seconds=5, memory_seconds=CACHE_SECONDS
+        ) as verifier,
     ):
         kept = await running.create()
         await node.back_up(backup := tmp_path / "backup")
         ghost = await running.create()
         await client_remembers(verifier, ghost.secret)
-        assert await running.verdict(ghost.secret) == "VALID"
-        forgotten = time.monotonic() + CACHE_SECONDS
+        await running.answers(ghost.secret, "VALID")
+        remembered = time.monotonic()
         await node.restore(backup, new_timeline=False)
         await running.answers(kept.secret, "VALID")
-        await eventually(lambda: time.monotonic() > forgotten, "the bound has passed")
-        await running.refuses(ghost.secret, "UNKNOWN")
+        # The client library may have got a verdict that its host had remembered for a while.
+        for seconds in (CACHE_SECONDS, 2 * CACHE_SECONDS):
+            await asyncio.sleep(max(0.0, remembered + seconds - time.monotonic()))
+            await running.refuses(ghost.secret, "UNKNOWN")
         await client_refuses(verifier, ghost.secret, latchkey.Verdict.UNKNOWN)
         await running.answers(kept.secret, "VALID")
 
@@ -118,7 +124,7 @@ async def test_a_receipt_outlasts_a_crash_although_the_role_commits_asynchronous
     node.configure(fsync="on", bgwriter_lru_maxpages="0")
     async with host(tmp_path, "host", node.url, pepper_file) as running:
         doomed, kept = await running.create(), await running.create()
-        assert await running.verdict(doomed.secret) == "VALID"
+        await running.answers(doomed.secret, "VALID")
         await node.flush()
         for process in node.processes("walwriter"):
             process.suspend()

@@ -23,6 +23,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from latchkey_proto.v1 import audit_service_pb2 as audit_pb
+from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service import log
@@ -32,7 +33,7 @@ from latchkey_service.lenient import lenient_parse
 from latchkey_service.rpc_audit import _page_token
 from latchkey_service.secrets import Keyring
 from latchkey_service.server import Server, running
-from latchkey_service.store import Position
+from latchkey_service.store import PageStart
 from latchkey_service.tokens import encode_page_token
 
 from tests.fuzz import protobuf
@@ -49,7 +50,7 @@ MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
 WORDS = (
     ACCOUNT, "globex:eu", *SECRETS.values(), FRESH_SECRET, LIVE_ID, DELETED_ID, FRESH_ID,
     LIVE.digest.value.hex(), base64.b64encode(LIVE.digest.value).decode(), "token 0",
-    encode_page_token(ACCOUNT, Position(MOMENT, LIVE_ID)),
+    encode_page_token(ACCOUNT, PageStart(MOMENT, LIVE_ID)),
     _page_token(Filter("", "", "", "", 0, None, None), Place(MOMENT, 3)),
     "Create", f"{TOKENS}List", "latchkey.v1.TokenService", "grpc.health.v1.Health",
     "latchkey/v1/token_service.proto", "google.protobuf.Timestamp",
@@ -111,6 +112,12 @@ METHODS = (
         reflection_pb2.ServerReflectionResponse,
         requests=True,
         responses=True,
+    ),
+    # Last, since inputs of the corpus have their methods' numbers.
+    Method(
+        "/latchkey.v1.MaintenanceService/InvalidateAll",
+        maintenance_pb.InvalidateAllRequest,
+        maintenance_pb.InvalidateAllResponse,
     ),
 )
 # They end by themselves only when the server does.
@@ -183,12 +190,13 @@ class Messages(Target):
                 "TokenService/List",
                 pb.ListRequest(
                     account_id=ACCOUNT,
-                    page_token=encode_page_token(ACCOUNT, Position(MOMENT, LIVE_ID)),
+                    page_token=encode_page_token(ACCOUNT, PageStart(MOMENT, LIVE_ID)),
                 ),
             ),
             ("Delete", pb.DeleteRequest(account_id=ACCOUNT, id=FRESH_ID)),
             ("Delete", pb.DeleteRequest(account_id=ACCOUNT, id=DELETED_ID, no_wait=True)),
             ("GetStatus", status_pb.GetStatusRequest()),
+            ("InvalidateAll", maintenance_pb.InvalidateAllRequest()),
             (
                 "AuditService/List",
                 audit_pb.AuditServiceListRequest(

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from latchkey_service import rpc_audit, tokens
 from latchkey_service.audit_table import Filter, Place
 from latchkey_service.errors import InvalidArgument
-from latchkey_service.store import Position
+from latchkey_service.store import PageStart
 
 from tests.fuzz.target import Finding, Target
 
@@ -38,7 +38,7 @@ class PageTokens(Target):
     def seeds(self) -> Iterable[bytes]:
         moment = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC)
         for who in range(3):
-            position = Position(moment, "tok_" + "0123456789abcdefghjkmnpqrs")
+            position = PageStart(moment, "tok_" + "0123456789abcdefghjkmnpqrs")
             of_tokens = tokens.encode_page_token(ACCOUNTS[who], position)
             of_audit = rpc_audit._page_token(FILTERS[who], Place(moment, 7))
             yield bytes([0, PLAIN, who]) + of_tokens.encode()

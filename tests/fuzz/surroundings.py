@@ -73,7 +73,7 @@ async def _plant(url: str) -> None:
                 token_id, ACCOUNT, f"token {number}", Scope.READ, moment, None, minted.hint
             )
             await store.insert_token(record, record.name, minted.digest, origin())
-        await store.delete_token(ACCOUNT, DELETED_ID, origin("Delete"))
+        await store.bury(ACCOUNT, DELETED_ID, origin("Delete"))
     finally:
         await store.close()
 

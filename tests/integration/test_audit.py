@@ -333,18 +333,18 @@ async def test_a_change_and_its_entry_stand_or_fall_together(
         await connection.execute("ALTER TABLE audit ADD CHECK (caller <> 'unwritable') NOT VALID")
         unwritable = Origin("unwritable", TOKENS + "Delete", "", "", "", "")
         with pytest.raises(asyncpg.CheckViolationError):
-            await store.delete_token(ACCOUNT, record("a").id, unwritable)
+            await store.bury(ACCOUNT, record("a").id, unwritable)
         with pytest.raises(asyncpg.CheckViolationError):
             await store.insert_token(record("c"), "c", Digest(b"c" * 32, "pepper"), unwritable)
         assert await counts() == (1, 1, 0)
         assert not unwritable.recorded
         by = origin("Delete")
-        assert await store.delete_token(ACCOUNT, record("a").id, by) is not None
+        assert await store.bury(ACCOUNT, record("a").id, by) is not None
         assert by.recorded
         assert await counts() == (0, 2, 1)
-        # Again: nothing is changed, so that the entry of this is another's affair.
+        # Again: nothing changes, so the store writes no entry.
         by = origin("Delete")
-        assert await store.delete_token(ACCOUNT, record("a").id, by) is not None
+        assert await store.bury(ACCOUNT, record("a").id, by) is None
         assert not by.recorded
 
 

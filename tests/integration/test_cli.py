@@ -21,6 +21,8 @@ from latchkey_cli import service
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
+from tests.watching import watching
+
 ROOT = Path(__file__).parents[2]
 # A process starts in about half a second, and the machine may be busy.
 TIMEOUT_SECONDS = 20
@@ -140,6 +142,9 @@ class Scripted(pb_grpc.TokenServiceServicer):
             revision=9,
             verifiers_acknowledged=2,
             verifiers_outwaited=1,
+            mark=2**63,
+            clients_acknowledged=3,
+            clients_outwaited=2,
         )
         if request.no_wait:
             receipt.ClearField("effective_time")
@@ -355,11 +360,13 @@ async def test_each_deletion_is_told_and_the_worst_is_the_exit_code(
     )
     assert people.code == 6
     assert "Deleted one" in people.out
-    said = "dead on 2 of 3 verifiers after 250 ms; 1 did not answer and was waited out"
-    assert said in people.out
+    said = "250 ms: 2 servers and 3 clients confirmed, 3 outwaited (1 server and 2 clients)"
+    assert said in " ".join(people.out.split())
     assert [line.split("'")[1] for line in people.err.splitlines()] == ["lost", "never"]
     assert script.code == 3
-    assert script.json[0]["receipt"]["verifiers_outwaited"] == 1
+    receipt = script.json[0]["receipt"]
+    assert (receipt["verifiers_outwaited"], receipt["clients_outwaited"]) == (1, 2)
+    assert (receipt["clients_acknowledged"], receipt["mark"]) == (3, str(2**63))
     assert script.json[1]["error"]["exit_code"] == 3
 
 
@@ -385,25 +392,85 @@ async def test_deletions_that_are_not_confirmed_are_told_as_such(
 async def test_status_shows_each_verifier(
     run: Run, address: str, scripted: tuple[str, Scripted]
 ) -> None:
-    """The table has a line for each server process, and JSON all that is known of it."""
+    """The table has a row for each server process, and JSON all that is known of it. A line names
+    the database server on which it renews its lease."""
     table, script, old = await asyncio.gather(
         run("status", target=address),
         run("status", "--json", target=address),
         run("status", target=scripted[0]),
     )
     assert (table.code, script.code) == (0, 0)
-    head, columns, *rows = table.out.splitlines()
+    head, *lines = table.out.splitlines()
     assert head == f"Head revision {script.json['head_revision']}, 1 verifier"
-    assert columns.split("  ")[0] == "Host"
-    assert len(rows) == len(script.json["verifiers"]) == 1
-    verifier = script.json["verifiers"][0]
-    assert str(os.getpid()) in rows[0]
+    assert sum(line.startswith("Host ") for line in lines) == 1
+    (verifier,) = script.json["verifiers"]
+    assert sum(f" {os.getpid()} " in line for line in lines) == 1
     assert (verifier["process_id"], verifier["answering"]) == (os.getpid(), True)
     assert verifier["lease_duration"].endswith("s")
     assert float(verifier["lease_remaining"][:-1]) > 0
+    assert verifier["waiting_for"] == []
+    assert int(script.json["head_mark"]) > 0
+    assert re.fullmatch(r"[0-9A-F]{8}", verifier["timeline"])
+    server = f"timeline {verifier['timeline']}, system identifier {verifier['system_identifier']}"
+    host = verifier["database_host"]
+    shown = f"Database {host} ({server})" if host else f"Database {server}"
+    assert " ".join(lines).endswith(shown)
+    assert script.json["warnings"] == []
     assert verifier["lag"] == script.json["head_revision"] - verifier["acknowledged_revision"]
     assert (old.code, old.out) == (1, "")
     assert "UNIMPLEMENTED" in old.err
+
+
+async def test_invalidate_all_reports_its_receipt(run: Run, address: str) -> None:
+    """With --yes nothing is asked: people read who confirmed, and scripts get the receipt. Without
+    a terminal and without --yes, nothing happens. No token changes."""
+    created = await run("create", "x", "--scope", "read", "--json", target=address)
+    people = await run("invalidate-all", "--yes", target=address)
+    assert (people.code, people.err) == (0, "")
+    lines = [" ".join(line.split()) for line in people.out.splitlines()]
+    assert lines[0] == "Emptied the memory of every verifier"
+    assert lines[1].startswith("Committed 20")
+    script = await run("invalidate-all", "-y", "--json", target=address)
+    assert script.code == 0
+    assert lines[2] == f"Revision {script.json['revision'] - 1}"
+    assert "1 server" in lines[3]
+    assert (script.json["verifiers_acknowledged"], script.json["verifiers_outwaited"]) == (1, 0)
+    assert script.json["effective_time"] >= script.json["commit_time"]
+    asked, as_json = await asyncio.gather(
+        run("invalidate-all", target=address), run("invalidate-all", "--json", target=address)
+    )
+    assert (asked.code, asked.out) == (2, "")
+    assert "--yes" in asked.err
+    assert (as_json.code, as_json.error["exit_code"]) == (2, 2)
+    status, verified = await asyncio.gather(
+        run("status", "--json", target=address),
+        run("verify", target=address, stdin=created.json["secret"]),
+    )
+    assert status.json["head_revision"] == script.json["revision"]
+    assert verified.code == 0
+
+
+async def test_invalidate_all_reports_what_went_wrong(
+    run: Run, address: str, scripted: tuple[str, Scripted]
+) -> None:
+    """It fails with the exit code of the cause if the service lacks the method, is away, or has a
+    client that does not confirm in time."""
+    async with watching(address) as client:
+        await client.granted()
+        unconfirmed = await run("invalidate-all", "--yes", "--timeout", "1", target=address)
+        await client.say(released=True)
+    old, away = await asyncio.gather(
+        run("invalidate-all", "--yes", target=scripted[0]),
+        run("invalidate-all", "--yes", "--timeout", "1"),
+    )
+    assert (unconfirmed.code, unconfirmed.out) == (6, "")
+    assert "not every verifier has confirmed in time that its memory is empty" in unconfirmed.err
+    assert "run this again; --timeout allows more time" in unconfirmed.err
+    assert "deleted" not in unconfirmed.err
+    assert (old.code, old.out) == (1, "")
+    assert "UNIMPLEMENTED" in old.err
+    assert (away.code, away.out) == (6, "")
+    assert "run this again" in away.err
 
 
 async def test_a_closed_pipe_is_quiet(
@@ -434,7 +501,8 @@ async def test_completion_works(run: Run) -> None:
         assert script.code == 0
         assert variable in script.out
     words = await run(**{variable: "complete_bash", "COMP_WORDS": "latchkey ", "COMP_CWORD": "1"})
-    commands = "create list get delete verify status audit console serve policy config"
+    commands = "create list get delete verify status invalidate-all audit console serve"
+    commands += " policy config"
     assert words.out.split() == commands.split()
     in_bash = """
         source /dev/stdin

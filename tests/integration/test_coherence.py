@@ -19,7 +19,6 @@ from latchkey_service import admission, peppers
 from latchkey_service.coherence.notifications import Listener, Notifications
 from latchkey_service.coherence.table import Identity, OwnRow, VerifierTable
 from latchkey_service.database import Connector, Pool, connect
-from latchkey_service.errors import StoreUnavailable
 from latchkey_service.lookup import Lookup
 from latchkey_service.secrets import Keyring, Pepper
 
@@ -246,7 +245,7 @@ async def test_a_dead_server_is_waited_out_and_then_buried(start: Start, databas
         created = await servers.create()
         # Right before the Delete: the servers remove it as soon as they know that it is dead.
         dead = Identity("ver_dead", "elsewhere", 1, "0", SHORT_LEASE_SECONDS)
-        await OwnRow(connection, dead).register(1, None)
+        await OwnRow(connection, dead).register(1, acknowledge=True)
         began = time.monotonic()
         receipt = await delete(servers.a, created.token)
         # And by then it was not at its own end, at which the caller would not have the receipt.
@@ -279,7 +278,7 @@ async def test_a_deadline_that_is_too_short(start: Start, database_url: str) -> 
         connection = await connect(database_url)
         slow = Identity("ver_slow", "elsewhere", 1, "0", 5.0)
         row = OwnRow(connection, slow)
-        await row.register(1, None)
+        await row.register(1, acknowledge=True)
         token = (await servers.create()).token
         request = pb.DeleteRequest(account_id="acme", id=token.id)
         # Long enough to commit, and shorter than the lease.
@@ -301,17 +300,47 @@ async def test_no_wait(start: Start, database_url: str) -> None:
     async with start() as servers:
         token = (await servers.create()).token
         connection = await connect(database_url)
-        await OwnRow(connection, Identity("ver_slow", "x", 1, "0", 5.0)).register(1, None)
+        row = OwnRow(connection, Identity("ver_slow", "x", 1, "0", 5.0))
+        await row.register(1, acknowledge=True)
         began = time.monotonic()
         unconfirmed = await delete(servers.a, token, no_wait=True)
         assert time.monotonic() - began < 4.0
         assert not unconfirmed.HasField("effective_time")
-        await OwnRow(connection, Identity("ver_slow", "x", 1, "0", 5.0)).remove(1)
+        await row.remove(1)
         connection.terminate()
         confirmed = await delete(servers.b, token)
         assert confirmed.HasField("effective_time")
         assert confirmed.revision == unconfirmed.revision
         assert confirmed.commit_time == unconfirmed.commit_time
+
+
+async def test_a_deletion_is_confirmed_after_its_log_entry_was_pruned(
+    start: Start, database_url: str
+) -> None:
+    """A deletion that nobody waited for can be confirmed at any time later, also when the log no
+    longer holds its position."""
+    async with start() as servers:
+        token, other = (await servers.create()).token, (await servers.create()).token
+        unconfirmed = await delete(servers.a, token, no_wait=True)
+        later = await delete(servers.a, other)
+        pool = await Pool.open(Connector(database_url))
+        try:
+            table = VerifierTable(pool)
+
+            async def pruned() -> bool:
+                await table.prune_log(0.0, 1_000)
+                async with session(database_url) as connection:
+                    left = await connection.fetchval(
+                        "SELECT count(*) FROM invalidation WHERE revision <= $1", later.revision
+                    )
+                return left == 0
+
+            await eventually(pruned, "the log is pruned")
+        finally:
+            await pool.close()
+        confirmed = await delete(servers.b, token)
+        assert confirmed.HasField("effective_time")
+        assert confirmed.revision == unconfirmed.revision
 
 
 async def test_many_deletes_at_once(start: Start) -> None:
@@ -381,66 +410,6 @@ async def test_status(start: Start) -> None:
             assert verifier.lease_duration.ToTimedelta().total_seconds() == SHORT_LEASE_SECONDS
             assert verifier.version
             assert verifier.host
-
-
-async def test_a_registration_that_comes_late_changes_nothing(database_url: str) -> None:
-    """An attempt that was given up, and is carried out after the next one, neither takes over the
-    row nor acknowledges anything in its name."""
-    connection = await connect(database_url)
-    row = OwnRow(connection, Identity("ver_a", "x", 1, "0", 3.0))
-    assert await row.register(2, None) == (0, 0)
-    async with session(database_url) as other:
-        await other.execute("UPDATE head SET revision = 7")
-    with pytest.raises(StoreUnavailable):
-        await row.register(1, None)
-    assert [r.acknowledged_revision for r in await row.all_rows()] == [0]
-    assert await row.renew(2, 0, 0, 0)
-    # With clients that may still answer, it acknowledges no more than they have confirmed.
-    assert await row.register(3, 4) == (7, 4)
-    connection.terminate()
-
-
-async def test_a_dead_row_that_is_locked_holds_up_nobody(database_url: str) -> None:
-    """It is left to the next look."""
-    connection = await connect(database_url)
-    row = OwnRow(connection, Identity("ver_a", "x", 1, "0", 3.0))
-    await row.register(1, None)
-    (dead,) = await row.all_rows()
-    async with session(database_url) as other:
-        async with other.transaction():
-            await other.execute("SELECT FROM verifier FOR UPDATE")
-            assert not await row.remove_dead(dead)
-        assert await row.remove_dead(dead)
-    connection.terminate()
-
-
-async def test_the_log_is_pruned_and_says_so(database_url: str) -> None:
-    """What every verifier has acknowledged may go, and nothing else; who has applied less is told
-    that the log does not reach back."""
-    pool = await Pool.open(Connector(database_url))
-    table = VerifierTable(pool)
-    connection = await connect(database_url)
-    row = OwnRow(connection, Identity("ver_a", "x", 1, "0", 3.0))
-    try:
-        await row.register(1, None)
-        async with session(database_url) as other:
-            for revision in range(1, 6):
-                await other.execute("UPDATE head SET revision = $1", revision)
-                await other.execute(
-                    "INSERT INTO invalidation (revision, token_id) VALUES ($1, $2)",
-                    revision,
-                    f"tok_{revision}",
-                )
-        assert await table.prune_log(0.0, 1_000) == 0
-        await row.renew(1, 3, 0, 0)
-        assert await table.prune_log(3600.0, 1_000) == 0
-        assert await table.prune_log(0.0, 1_000) == 3
-        late, level = await row.read_log(2), await row.read_log(3)
-        assert (late.complete, late.head) == (False, 5)
-        assert (level.complete, level.token_ids) == (True, ("tok_4", "tok_5"))
-    finally:
-        connection.terminate()
-        await pool.close()
 
 
 class Deaf(asyncpg.Connection):

@@ -15,7 +15,7 @@ from latchkey_service.lookup import Lookup
 from latchkey_service.secrets import Keyring, Pepper
 from latchkey_service.tokens import NewToken, Tokens
 
-from tests.support import origin
+from tests.support import BelievedReads, origin
 
 KEYRING = Keyring([Pepper(b"p" * 32)])
 
@@ -69,15 +69,22 @@ async def digests(store):
         store,
         KEYRING,
         None,  # type: ignore[arg-type]  # nothing is deleted through it
+        BelievedReads(),
         "lk",
         lambda: datetime.now(UTC),
         os.urandom,
     )
     made = [
-        await tokens.create(NewToken("acme", f"token {number}", 1, None, None, {}), origin())
+        await tokens.create(
+            NewToken("acme", f"token {number}", 1, None, None, {}), origin(), soon()
+        )
         for number in range(10)
     ]
     return [KEYRING.digest_of(created.secret.reveal()) for created in made]
+
+
+def new(number):
+    return NewToken("acme", f"token {number}", 1, None, None, {})
 
 
 def soon(seconds=5.0):
@@ -98,7 +105,8 @@ async def test_a_thousand_cost_one_query(lookup, counted, digests):
     found = await lookup.find_all(wanted, soon())
     assert counted.queries == [1000]
     assert [f.record is not None for f in found] == [bool(n % 2) for n in range(1000)]
-    assert len({f.revision for f in found}) == 1
+    assert len({f.snapshot for f in found}) == 1
+    assert found[0].snapshot.position.mark
 
 
 async def test_what_comes_during_a_query_waits_for_the_next(lookup, counted, digests):

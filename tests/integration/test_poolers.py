@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,9 +15,11 @@ from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from latchkey_service import embedded
 from latchkey_service.coherence.notifications import Listener, Notifications
 from latchkey_service.coherence.table import VerifierTable
 from latchkey_service.database import Connector, Pool
+from latchkey_service.embedded import EmbeddedPostgres
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.hosts import lasting
 from latchkey_service.migrate import MigrationError, bundled, migrate
@@ -402,16 +404,59 @@ async def test_a_pooler_that_changes_its_mode_is_an_outage(pgbouncer: Start) -> 
     # As if it had been in session mode at start.
     pool = await Pool.open(Connector(pooler.url()))
 
-    async def ask() -> None:
+    async def ask() -> int:
         async with pool.session() as own:
-            await own.fetchval("SELECT pg_sleep(0.05)::text")
+            return int(await own.fetchval("SELECT 1"))
 
-    ends = await asyncio.gather(*(ask() for _ in range(8)), return_exceptions=True)
-    ends += await asyncio.gather(*(ask() for _ in range(8)), return_exceptions=True)
-    failures = [end for end in ends if isinstance(end, BaseException)]
-    assert failures
-    assert all(isinstance(failure, StoreUnavailable) for failure in failures), failures
+    assert await ask() == 1
+    other = await asyncpg.connect(pooler.url(), statement_cache_size=0)
+    # It gets the server connection on which the statement was prepared, and keeps it.
+    await other.execute("BEGIN")
+    with pytest.raises(StoreUnavailable):
+        await ask()
+    # On a new connection, which prepares it again.
+    assert await ask() == 1
+    other.terminate()
     await pool.close()
+
+
+async def test_a_standby_behind_a_pooler_is_not_used(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that has become a standby is not taken for a primary, although PgBouncer goes on to
+    report what the server said when PgBouncer first connected."""
+    data_dir = scratch / "deposed"
+    postgres = EmbeddedPostgres(data_dir)
+    pooler = PgBouncer(scratch / f"pgbouncer-{next(_names)}", postgres.start(), pool_mode="session")
+    await pooler.start()
+    try:
+        connector = Connector(pooler.url())
+        (await connector.connect()).terminate()
+        postgres.stop()
+        (data_dir / "postgres/standby.signal").touch()
+        # A standby is never "ready", which the service's own Postgres has to be.
+        monkeypatch.setattr(embedded, "_is_ready", is_up)
+        postgres.start()
+
+        async def refused() -> bool:
+            try:
+                (await connector.connect()).terminate()
+            except StoreUnavailable as error:
+                return isinstance(error.__cause__, asyncpg.TargetServerAttributeNotMatched)
+            raise RuntimeError("a standby was used")
+
+        await eventually(refused, "it is found to be a standby")
+        plain = await asyncpg.connect(pooler.url())
+        assert plain.get_settings().in_hot_standby == "off"
+        plain.terminate()
+    finally:
+        pooler.stop()
+        postgres.stop()
+
+
+def is_up(status: Sequence[str], pid: int) -> bool:
+    """Return whether Postgres takes connections, as a primary or as a standby."""
+    return len(status) >= 8 and status[0] == str(pid) and status[7].strip() in ("ready", "standby")
 
 
 async def setting(connection: "asyncpg.Connection[asyncpg.Record]", name: str) -> str:

@@ -1,6 +1,7 @@
 """What a start checks (settings, peppers), rotation of peppers, and the purge of tombstones."""
 
 import asyncio
+import math
 import os
 import stat
 import subprocess
@@ -21,7 +22,14 @@ from latchkey_service.store import Store
 from latchkey_service.tokens import Created, NewToken, Tokens
 from latchkey_service.verdict import Scope, Verdict
 
-from tests.support import WAIT_SECONDS, Service, eventually, origin, session
+from tests.support import (
+    WAIT_SECONDS,
+    BelievedReads,
+    Service,
+    eventually,
+    origin,
+    session,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -60,11 +68,13 @@ async def make(store: Store, keyring: Keyring, name: str = "first") -> Created:
         store,
         keyring,
         None,  # type: ignore[arg-type]  # nothing is deleted through it
+        BelievedReads(),
         "lk",
         lambda: datetime.now(UTC),
         os.urandom,
     )
-    return await tokens.create(NewToken("acme", name, Scope.READ, None, None, {}), origin())
+    new = NewToken("acme", name, Scope.READ, None, None, {})
+    return await tokens.create(new, origin(), math.inf)
 
 
 async def verdict(database_url: str, keyring: Keyring, created: Created) -> Verdict:
@@ -122,7 +132,7 @@ async def test_a_pepper_that_live_tokens_need_is_missed(
     assert OLD.id in service.err
     assert str(path) in service.err
     assert NEW.id not in service.err
-    await store.delete_token("acme", created.record.id, origin("Delete"))
+    await store.bury("acme", created.record.id, origin("Delete"))
     await run(pepper_file=path).welcome()
 
 
@@ -238,7 +248,7 @@ async def test_old_tombstones_are_purged(store: Store, database_url: str) -> Non
     keyring = Keyring([OLD])
     live, young, *old = [await make(store, keyring, f"token {n}") for n in range(5)]
     for created in (young, *old):
-        await store.delete_token("acme", created.record.id, origin("Delete"))
+        await store.bury("acme", created.record.id, origin("Delete"))
     now = datetime.now(UTC)
     async with session(database_url) as connection:
         for days, created in enumerate(old, 100):
@@ -266,7 +276,7 @@ async def test_purges_do_not_wait_for_each_other(store: Store, database_url: str
     keyring = Keyring([OLD])
     made: list[Any] = [await make(store, keyring, f"token {n}") for n in range(40)]
     for created in made:
-        await store.delete_token("acme", created.record.id, origin("Delete"))
+        await store.bury("acme", created.record.id, origin("Delete"))
     before = datetime.now(UTC) + DAY
     async with session(database_url) as connection, connection.transaction():
         await connection.execute("SELECT FROM token WHERE id = $1 FOR UPDATE", made[0].record.id)

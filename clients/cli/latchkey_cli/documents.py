@@ -1,7 +1,8 @@
 """What scripts read: JSON with the names of the proto. A key that is there once is always there.
 
 Times are RFC 3339 in UTC, or null; durations are seconds with an "s", as protobuf has them in
-JSON. Enums are as in the proto: SCOPE_READ, VERDICT_VALID.
+JSON. Enums are as in the proto: SCOPE_READ, VERDICT_VALID. Marks are strings of digits, as protobuf
+has 64-bit numbers in JSON: many readers would round a number of that size.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -42,6 +43,9 @@ def receipt(receipt: "Receipt") -> dict[str, Any]:
         "revision": receipt.revision,
         "verifiers_acknowledged": receipt.verifiers_acknowledged,
         "verifiers_outwaited": receipt.verifiers_outwaited,
+        "mark": str(receipt.mark),
+        "clients_acknowledged": receipt.clients_acknowledged,
+        "clients_outwaited": receipt.clients_outwaited,
     }
 
 
@@ -51,6 +55,7 @@ def verification(answer: "Verification") -> dict[str, Any]:
         "verdict": f"VERDICT_{answer.verdict.name}",
         "token": None if answer.token is None else token(answer.token),
         "revision": answer.revision,
+        "mark": str(answer.mark),
     }
 
 
@@ -58,6 +63,7 @@ def status(status: "Status") -> dict[str, Any]:
     """Return the state of the service."""
     return {
         "head_revision": status.head_revision,
+        "head_mark": str(status.head_mark),
         "verifiers": [
             {
                 "id": verifier.id,
@@ -72,7 +78,11 @@ def status(status: "Status") -> dict[str, Any]:
                 "clients": verifier.clients,
                 "notifications": f"NOTIFICATIONS_{verifier.notifications.name}",
                 "answering": verifier.answering,
+                "waiting_for": list(verifier.waiting_for),
                 "pepper_ids": list(verifier.pepper_ids),
+                "database_host": verifier.database_host,
+                "system_identifier": verifier.system_identifier,
+                "timeline": verifier.timeline,
             }
             for verifier in status.verifiers
         ],

@@ -181,6 +181,7 @@ def print_status(output: Console, status: "Status") -> None:
     output.print(Text(f"Head revision {status.head_revision}, {verifiers}"))
     if number:
         _print_verifiers(output, status.verifiers)
+        _print_databases(output, status.verifiers)
     for warning in status.warnings:
         output.print(Text.assemble(("Warning: ", "bold yellow"), visible(warning)))
 
@@ -203,6 +204,42 @@ def _print_verifiers(output: Console, verifiers: Sequence["VerifierStatus"]) -> 
         else:
             table.add_row(*cells, Text("\n").join([notifications, pepper]))
     output.print(table)
+    for verifier in verifiers:
+        if verifier.waiting_for:
+            clients = ", ".join(map(visible, verifier.waiting_for))
+            process = f"{visible(verifier.host)} (PID {verifier.process_id})"
+            output.print(Text(f"Deletions wait for clients of {process}: {clients}", "yellow"))
+
+
+def _print_databases(output: Console, verifiers: Sequence["VerifierStatus"]) -> None:
+    """Print a line for each database server that leases stand on; a healthy fleet has one.
+
+    Below the table: the columns of a server take 50 characters, and are mostly the same.
+    """
+    using: dict[str, list[str]] = {}
+    for verifier in verifiers:
+        process = f"{visible(verifier.host)} PID {verifier.process_id}"
+        using.setdefault(_database(verifier), []).append(process)
+    if len(using) == 1:
+        (database,) = using
+        # Empty for releases that do not report it.
+        if database:
+            output.print(Text(f"Database {database}"))
+        return
+    for database, processes in using.items():
+        output.print(Text(f"Database {database or 'unknown'}: {', '.join(processes)}", "yellow"))
+
+
+def _database(verifier: "VerifierStatus") -> str:
+    """Return what a process reports of its database server. Empty: nothing."""
+    known = [
+        ("timeline", visible(verifier.timeline)),
+        ("system identifier", visible(verifier.system_identifier)),
+    ]
+    details = ", ".join(f"{name} {value}" for name, value in known if value)
+    if verifier.database_host and details:
+        return f"{visible(verifier.database_host)} ({details})"
+    return visible(verifier.database_host) or details
 
 
 def _verifier(verifier: "VerifierStatus") -> list[Text]:
@@ -227,16 +264,25 @@ def _verifier(verifier: "VerifierStatus") -> list[Text]:
 def _effect(receipt: "Receipt") -> str:
     if receipt.effective_time is None:
         return "deleted; not yet confirmed everywhere: run it again without --no-wait to confirm"
-    verifiers = receipt.verifiers_acknowledged + receipt.verifiers_outwaited
-    if not verifiers:
+    if not receipt.verifiers_acknowledged + receipt.verifiers_outwaited:
         return f"dead everywhere since {local(receipt.effective_time, seconds=True)}"
     milliseconds = (receipt.effective_time - receipt.commit_time).total_seconds() * 1_000
-    text = f"dead on {receipt.verifiers_acknowledged} of {verifiers} verifiers"
-    text += f" after {milliseconds:.0f} ms"
-    if receipt.verifiers_outwaited:
-        waited = "was" if receipt.verifiers_outwaited == 1 else "were"
-        text += f"; {receipt.verifiers_outwaited} did not answer and {waited} waited out"
+    confirmed = _servers_and_clients(receipt.verifiers_acknowledged, receipt.clients_acknowledged)
+    outwaited = receipt.verifiers_outwaited + receipt.clients_outwaited
+    text = f"dead everywhere after {milliseconds:.0f} ms: {confirmed} confirmed"
+    text += f", {outwaited} outwaited"
+    if outwaited:
+        who = _servers_and_clients(receipt.verifiers_outwaited, receipt.clients_outwaited)
+        text += f" ({who})"
     return text
+
+
+def _servers_and_clients(servers: int, clients: int) -> str:
+    return f"{_counted(servers, 'server')} and {_counted(clients, 'client')}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _scope(token: "Token") -> Text:

@@ -102,7 +102,8 @@ class Subscription:
         self.resets = 0
         self._randomness = randomness
         self._granting: Stream | None = None
-        # Rises when the memory starts over: what other streams know of it is then wrong.
+        # Rises when the memory starts over, since what other streams know of it is then wrong, and
+        # when all grants are given up.
         self._epoch = 0
 
     def open(self, now: float) -> "Stream":
@@ -110,8 +111,10 @@ class Subscription:
         return Stream(self, now)
 
     def release(self) -> None:
-        """Answer no more under any grant, and let the stream that gave the last one say so."""
+        """Answer no more under any grant, and let every stream that was asked for one say so."""
         self.lease.drop()
+        # A stream may have asked for its first grant. That must not revive the lease.
+        self._epoch += 1
         if self._granting is not None:
             self._granting.retire()
             self._granting = None
@@ -240,6 +243,8 @@ class Stream:
 
     def retire(self) -> None:
         """Count no more grants of this stream, and tell its server that they are not needed."""
+        if self._retired:
+            return
         self._retired = True
         # Also for a grant that is still on its way.
         self._owes_release = self._number > 0
@@ -257,7 +262,7 @@ class Stream:
             self._ask_at = now
 
     def _notice_other_history(self) -> None:
-        """Leave the stream if another one has made the memory start over.
+        """Leave the stream if another one has made the memory start over, or after `release`.
 
         Its server believes the memory to be where it was, and so would not name all that it has to
         drop. A new stream finds out where it is.

@@ -15,7 +15,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.access import forwarded
 from latchkey_service.access.certificate import CertificateError, read_certificate
 from latchkey_service.access.identity import bearer, by_certificate, by_credential, conflict
-from latchkey_service.access.methods import Account, rule_of
+from latchkey_service.access.methods import OPERATOR, Account, rule_of
 from latchkey_service.access.policy import Caller, Policy
 from latchkey_service.errors import PermissionDenied, Unauthenticated, WatchRefused
 
@@ -184,7 +184,7 @@ def check_account(path: str, caller: Caller, request: Any) -> None:
     """Check the account that a request names, for a caller limited to some.
 
     Raises PermissionDenied: for an account that is not theirs, valid or not, for none, and for
-    what is about all accounts at once.
+    what is about all accounts at once; WatchRefused for a Watch.
     """
     accounts, rule = caller.accounts, rule_of(path)
     if accounts is None:
@@ -192,6 +192,12 @@ def check_account(path: str, caller: Caller, request: Any) -> None:
     if rule.account is Account.REQUEST and not accounts.allow(request.account_id):
         raise PermissionDenied(
             "The policy does not let this caller act for this account.",
+            "ACCOUNT_DENIED",
+            caller.name,
+        )
+    if rule.account is Account.ALL and rule.role == OPERATOR:
+        raise PermissionDenied(
+            "The call affects all accounts, and the policy limits this caller to some.",
             "ACCOUNT_DENIED",
             caller.name,
         )

@@ -58,7 +58,7 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
         _TOKENS + "List": Rule(MANAGER, Account.REQUEST, audited=True),
         _TOKENS + "Delete": Rule(MANAGER, Account.REQUEST, audited=True),
         "/latchkey.v1.StatusService/GetStatus": Rule(OPERATOR),
-        "/latchkey.v1.MaintenanceService/InvalidateAll": Rule(OPERATOR, audited=True),
+        "/latchkey.v1.MaintenanceService/InvalidateAll": Rule(OPERATOR, Account.ALL, audited=True),
         "/latchkey.v1.AuditService/List": Rule(OPERATOR, Account.REQUEST),
         "/grpc.health.v1.Health/Check": OPEN,
         "/grpc.health.v1.Health/Watch": OPEN,

@@ -130,6 +130,9 @@ class Watcher:
             # Whatever else it says, it said before it heard of the Reset, and confirms nothing.
             if claim == self._sent:
                 self._confirm(claim)
+            elif not claim.mark:
+                # An old client, which knows no marks. Its first message may not have shown that.
+                self._confirmed = False
         elif membership.memory.knows(claim):
             # The mark proves that the client is on this history, so its word may be taken.
             self._confirm(claim)

@@ -14,10 +14,11 @@ import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 from google.rpc import status_pb2
+from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-from tests.contract.client.fake_watch import FakeWatch
+from tests.contract.client.fake_watch import FakeWatch, mark_of
 from tests.support import WAIT_SECONDS
 
 Answer = Callable[[Any, Any], Awaitable[Message]]
@@ -83,15 +84,23 @@ class FakeLatchkey:
             for method in service.methods
             if not (method.client_streaming or method.server_streaming)
         }
-        status = status_pb.DESCRIPTOR.services_by_name["StatusService"].full_name
-        get_status: Any = grpc.unary_unary_rpc_method_handler(
-            partial(self.serve, "GetStatus"),
-            status_pb.GetStatusRequest.FromString,
-            lambda message: message.SerializeToString(),
-        )
-        self.server.add_generic_rpc_handlers(
-            [grpc.method_handlers_generic_handler(status, {"GetStatus": get_status})]
-        )
+        others: list[tuple[Any, str]] = [
+            (status_pb, "StatusService"),
+            (maintenance_pb, "MaintenanceService"),
+        ]
+        for module, name in others:
+            other = module.DESCRIPTOR.services_by_name[name]
+            its_handlers: dict[str, Any] = {
+                method.name: grpc.unary_unary_rpc_method_handler(
+                    partial(self.serve, method.name),
+                    getattr(module, method.input_type.name).FromString,
+                    lambda message: message.SerializeToString(),
+                )
+                for method in other.methods
+            }
+            self.server.add_generic_rpc_handlers(
+                [grpc.method_handlers_generic_handler(other.full_name, its_handlers)]
+            )
         if self.watch is not None:
             handlers["Watch"] = grpc.stream_stream_rpc_method_handler(
                 self.watch.serve,
@@ -142,7 +151,7 @@ class FakeLatchkey:
         return answer
 
     def verdict(self, verdict: int, *, token: bool = True) -> Answer:
-        message = pb.VerifyResponse(revision=7)
+        message = pb.VerifyResponse(revision=7, mark=mark_of(7))
         # Through the wire's own type: any number can come from a newer server.
         message.verdict = verdict  # type: ignore[assignment]
         if token:
@@ -151,7 +160,7 @@ class FakeLatchkey:
 
     def judge(self, verdict: int) -> None:
         """Answer every question, alone or with others, with `verdict` for the token t1."""
-        message = pb.VerifyResponse(revision=7, token=self.token())
+        message = pb.VerifyResponse(revision=7, mark=mark_of(7), token=self.token())
         message.verdict = verdict  # type: ignore[assignment]  # as above
 
         async def batch(request: Any, _context: Any) -> Message:

@@ -11,6 +11,13 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 
 from tests.support import eventually
 
+MARK_FACTOR = 0x9E37_79B9_7F4A_7C15
+
+
+def mark_of(revision: int) -> int:
+    """Return the mark of a revision of the scripted history. It never is 0."""
+    return (revision + 1) * MARK_FACTOR % 2**64 or 1
+
 
 @dataclass
 class FakeStream:
@@ -39,19 +46,26 @@ class FakeStream:
     def asked(self) -> int:
         return max((request.number for request in self.requests), default=0)
 
-    async def grant(self, number: int, revision: int, seconds: float) -> None:
+    # Each takes another mark than that of the scripted history where a test wants one.
+
+    async def grant(
+        self, number: int, revision: int, seconds: float, mark: int | None = None
+    ) -> None:
         message = pb.WatchResponse()
         message.grant.revision = revision
+        message.grant.mark = mark_of(revision) if mark is None else mark
         message.grant.number = number
         message.grant.lease_duration.FromNanoseconds(round(seconds * 1e9))
         await self.context.write(message)
 
-    async def invalidate(self, revision: int, *token_ids: str) -> None:
-        invalidation = pb.Invalidation(revision=revision, token_ids=token_ids)
+    async def invalidate(self, revision: int, *token_ids: str, mark: int | None = None) -> None:
+        mark = mark_of(revision) if mark is None else mark
+        invalidation = pb.Invalidation(revision=revision, token_ids=token_ids, mark=mark)
         await self.context.write(pb.WatchResponse(invalidation=invalidation))
 
-    async def reset(self, revision: int) -> None:
-        await self.context.write(pb.WatchResponse(reset=pb.Reset(revision=revision)))
+    async def reset(self, revision: int, mark: int | None = None) -> None:
+        mark = mark_of(revision) if mark is None else mark
+        await self.context.write(pb.WatchResponse(reset=pb.Reset(revision=revision, mark=mark)))
 
     async def closing(self) -> None:
         await self.context.write(pb.WatchResponse(closing=pb.Closing()))
@@ -93,6 +107,9 @@ class FakeWatch:
     async def _read(self, stream: FakeStream) -> None:
         while (request := await stream.context.read()) is not grpc.aio.EOF:
             stream.requests.append(request)
+            if len(stream.requests) == 1 and not request.applied_revision:
+                # As the service does it: an empty memory begins where the server stands.
+                await stream.reset(self.revision)
             if request.number and self.granting and not stream.silent:
                 await stream.grant(request.number, self.revision, self.lease_seconds)
 

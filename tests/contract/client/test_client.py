@@ -13,6 +13,8 @@ from latchkey import Scope, Secret, Verdict
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
+from tests.contract.client.fake_watch import mark_of
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -141,7 +143,14 @@ async def test_list_page(client: latchkey.Client, fake: FakeLatchkey) -> None:
 
 async def test_delete_returns_the_receipt(client: latchkey.Client, fake: FakeLatchkey) -> None:
     """The receipt arrives whole."""
-    receipt = pb.Receipt(revision=2**40, verifiers_acknowledged=3, verifiers_outwaited=1)
+    receipt = pb.Receipt(
+        revision=2**40,
+        verifiers_acknowledged=3,
+        verifiers_outwaited=1,
+        mark=2**64 - 1,
+        clients_acknowledged=5,
+        clients_outwaited=2,
+    )
     receipt.commit_time.FromDatetime(CREATED)
     receipt.effective_time.FromDatetime(CREATED + timedelta(seconds=1))
     fake.on("Delete", fake.says(pb.DeleteResponse(receipt=receipt)))
@@ -151,6 +160,9 @@ async def test_delete_returns_the_receipt(client: latchkey.Client, fake: FakeLat
         revision=2**40,
         verifiers_acknowledged=3,
         verifiers_outwaited=1,
+        mark=2**64 - 1,
+        clients_acknowledged=5,
+        clients_outwaited=2,
     )
     assert fake.calls[0].request == pb.DeleteRequest(account_id="acme", id="t1")
 
@@ -183,7 +195,7 @@ async def test_delete_comes_back_for_its_receipt(
 
 async def test_status(client: latchkey.Client, fake: FakeLatchkey) -> None:
     """The state of the service arrives whole; what a newer server adds is UNSPECIFIED."""
-    message = status_pb.GetStatusResponse(head_revision=9)
+    message = status_pb.GetStatusResponse(head_revision=9, head_mark=2**63)
     verifier = message.verifiers.add(
         id="v1",
         host="web-1",
@@ -194,6 +206,7 @@ async def test_status(client: latchkey.Client, fake: FakeLatchkey) -> None:
         clients=3,
         notifications=status_pb.NOTIFICATIONS_SILENT,
         answering=True,
+        waiting_for=["ci at ipv4:10.0.0.1:5"],
         pepper_ids=["new", "old"],
     )
     message.warnings.append("Repair it.")
@@ -203,7 +216,7 @@ async def test_status(client: latchkey.Client, fake: FakeLatchkey) -> None:
     message.verifiers.add(id="v2", notifications=99)
     fake.on("GetStatus", fake.says(message))
     status = await client.status()
-    assert status.head_revision == 9
+    assert (status.head_revision, status.head_mark) == (9, 2**63)
     assert status.warnings == ("Repair it.",)
     assert status.verifiers[0] == latchkey.VerifierStatus(
         id="v1",
@@ -218,6 +231,7 @@ async def test_status(client: latchkey.Client, fake: FakeLatchkey) -> None:
         clients=3,
         notifications=latchkey.Notifications.SILENT,
         answering=True,
+        waiting_for=("ci at ipv4:10.0.0.1:5",),
         pepper_ids=("new", "old"),
     )
     assert status.verifiers[1].pepper_ids == ()
@@ -237,7 +251,7 @@ async def test_verify_translates_every_verdict(
     answer = await client.verify(wrap(secret), Scope.READ)
     assert answer.verdict is verdict
     assert answer.allowed is (verdict is Verdict.VALID)
-    assert answer.revision == 7
+    assert (answer.revision, answer.mark) == (7, mark_of(7))
     assert fake.calls[0].request == pb.VerifyRequest(secret=secret, required_scope=pb.SCOPE_READ)
 
 

@@ -13,6 +13,7 @@ from latchkey import Scope, Verdict, _batch
 from latchkey._shape import checksum
 from latchkey_proto.v1 import token_service_pb2 as pb
 
+from tests.contract.client.fake_watch import mark_of
 from tests.support import eventually
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def by_secret(request: pb.VerifyRequest) -> pb.VerifyResponse:
     token = pb.Token(id=f"t{number}", account_id="acme", name="n", scope=pb.SCOPE_READ)
     enough = request.required_scope != pb.SCOPE_WRITE
     verdict = pb.VERDICT_VALID if enough else pb.VERDICT_INSUFFICIENT_SCOPE
-    return pb.VerifyResponse(verdict=verdict, token=token, revision=7)
+    return pb.VerifyResponse(verdict=verdict, token=token, revision=7, mark=mark_of(7))
 
 
 async def judge_all(request: pb.BatchVerifyRequest, _context: Any) -> pb.BatchVerifyResponse:

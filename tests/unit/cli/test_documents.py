@@ -37,13 +37,18 @@ def fields(message: str, module: Any = pb) -> set[str]:
     return set(module.DESCRIPTOR.message_types_by_name[message].fields_by_name)
 
 
-def receipt(acknowledged: int, outwaited: int) -> Receipt:
+def receipt(
+    acknowledged: int, outwaited: int, clients_acknowledged: int = 0, clients_outwaited: int = 0
+) -> Receipt:
     return Receipt(
         commit_time=TIME,
         effective_time=TIME + timedelta(milliseconds=12.4),
         revision=7,
         verifiers_acknowledged=acknowledged,
         verifiers_outwaited=outwaited,
+        mark=2**64 - 1,
+        clients_acknowledged=clients_acknowledged,
+        clients_outwaited=clients_outwaited,
     )
 
 
@@ -64,13 +69,21 @@ STATUS = Status(
             notifications=Notifications.SILENT,
             answering=False,
             pepper_ids=("0f1e2d3c4b5a", "a1b2c3d4e5f6"),
+            database_host="db-1:5432",
+            timeline="00000002",
         ),
     ),
     warnings=("Pepper 0f1e2d3c4b5a is missing on web-\x1b[2J.",),
+    head_mark=2**63 + 1,
+)
+WAITING = replace(
+    STATUS,
+    verifiers=(replace(STATUS.verifiers[0], waiting_for=("ci at ipv4:10.0.0.1:5\x1b[2J", "b")),),
 )
 
 
 WARNING = "Warning: Pepper 0f1e2d3c4b5a is missing on web-\\x1b[2J."
+SERVER = "Database db-1:5432 (timeline 00000002)"
 COLUMNS = "PID Version Acknowledged Lag Lease left Clients"
 
 
@@ -98,13 +111,68 @@ COLUMNS = "PID Version Acknowledged Lag Lease left Clients"
 def test_status_is_a_table_of_verifiers(width: int, table: list[str]) -> None:
     """People see which verifier is behind or has lost its lease, the pepper that each creates
     tokens with, and every warning. No terminal obeys a host's name."""
-    assert status_lines(STATUS, width) == ["Head revision 12, 1 verifier", *table, WARNING]
+    assert status_lines(STATUS, width) == ["Head revision 12, 1 verifier", *table, SERVER, WARNING]
+
+
+UNREPORTED = replace(STATUS.verifiers[0], database_host="", timeline="", system_identifier="")
+ON_FIRST = replace(
+    STATUS.verifiers[0],
+    database_host="db1.example:5432",
+    system_identifier="7713595303237486605",
+    timeline="00000001",
+)
+ON_SECOND = replace(
+    ON_FIRST, process_id=78, database_host="db2\x1b[2J", timeline="00000002", system_identifier=""
+)
+FIRST = "Database db1.example:5432 (timeline 00000001, system identifier 7713595303237486605)"
+
+
+@pytest.mark.parametrize(
+    ("verifiers", "lines"),
+    [
+        ([UNREPORTED], []),
+        ([ON_FIRST, ON_FIRST], [FIRST]),
+        (
+            [replace(ON_FIRST, database_host="", system_identifier="")],
+            ["Database timeline 00000001"],
+        ),
+        ([replace(ON_SECOND, timeline="")], ["Database db2\\x1b[2J"]),
+        (
+            [ON_FIRST, ON_SECOND, replace(ON_FIRST, process_id=79), UNREPORTED],
+            [
+                f"{FIRST}: web-\\x1b[2J PID 77, web-\\x1b[2J PID 79",
+                "Database db2\\x1b[2J (timeline 00000002): web-\\x1b[2J PID 78",
+                "Database unknown: web-\\x1b[2J PID 77",
+            ],
+        ),
+    ],
+    ids=["not reported", "one", "embedded", "host alone", "several"],
+)
+def test_status_names_the_database_server(
+    verifiers: list[VerifierStatus], lines: list[str]
+) -> None:
+    """Below the table stands the database server that the leases are renewed on, with its timeline.
+    If processes report different servers, there is a line for each, with its processes. No terminal
+    obeys what they report."""
+    status = replace(STATUS, verifiers=tuple(verifiers), warnings=())
+    shown = [line for line in status_lines(status, 160) if line.startswith("Database")]
+    assert shown == lines
+    wrapped = status_lines(status, 80)
+    assert max(map(len, wrapped)) <= 80
+    assert all(line in " ".join(wrapped) for line in lines)
 
 
 def test_status_shows_warnings_without_verifiers() -> None:
     """A warning is shown even if no verifier is registered."""
     status = replace(STATUS, verifiers=())
     assert status_lines(status, 90) == ["Head revision 12, 0 verifiers", WARNING]
+
+
+def test_status_names_the_clients_that_deletions_wait_for() -> None:
+    """A line for each process that waits for clients names them. The terminal obeys no name."""
+    waits = "Deletions wait for clients of web-\\x1b[2J (PID 77): ci at ipv4:10.0.0.1:5\\x1b[2J, b"
+    assert waits in status_lines(WAITING, 120)
+    assert not any("wait" in line for line in status_lines(STATUS, 120))
 
 
 def test_status_of_a_release_without_peppers() -> None:
@@ -129,6 +197,13 @@ def test_documents_have_the_fields_of_the_proto() -> None:
     assert set(status) == fields("GetStatusResponse", status_pb)
     assert set(status["verifiers"][0]) == fields("VerifierStatus", status_pb)
     assert status["verifiers"][0]["lease_remaining"] == "0.000000s"
+    assert documents.status(WAITING)["verifiers"][0]["waiting_for"][1] == "b"
+    # As strings: a reader with floating-point numbers would round them.
+    assert status["head_mark"] == "9223372036854775809"
+    assert documents.receipt(receipt(0, 0))["mark"] == "18446744073709551615"
+    (server,) = documents.status(replace(STATUS, verifiers=(ON_FIRST,)))["verifiers"]
+    assert (server["database_host"], server["timeline"]) == ("db1.example:5432", "00000001")
+    assert server["system_identifier"] == "7713595303237486605"
     assert set(documents.verification(Verification(verdict=Verdict.UNKNOWN))) == fields(
         "VerifyResponse"
     )
@@ -182,17 +257,21 @@ def test_pages_make_one_table_that_fits() -> None:
 
 
 def test_receipts_tell_who_confirmed() -> None:
-    """A deletion says since when the token is dead and how many verifiers confirmed it."""
+    """A receipt says since when the token is dead and how many servers and clients confirmed it,
+    and how many Latchkey had to wait out."""
     for proof, words in (
         (receipt(0, 0), "dead everywhere since"),
         (replace(receipt(0, 0), effective_time=None), "not yet confirmed everywhere"),
-        (receipt(3, 0), "dead on 3 of 3 verifiers after 12 ms"),
         (
-            receipt(3, 1),
-            "dead on 3 of 4 verifiers after 12 ms; 1 did not answer and was waited out",
+            receipt(1, 0, 3),
+            "dead everywhere after 12 ms: 1 server and 3 clients confirmed, 0 outwaited",
+        ),
+        (
+            receipt(3, 1, 1, 2),
+            "12 ms: 3 servers and 1 client confirmed, 3 outwaited (1 server and 2 clients)",
         ),
     ):
-        console = Console(file=StringIO(), width=100)
+        console = Console(file=StringIO(), width=120)
         tables.print_receipt(console, "tok_1", proof)
         assert isinstance(console.file, StringIO)
         assert words in console.file.getvalue()

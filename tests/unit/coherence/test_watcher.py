@@ -64,6 +64,21 @@ def test_an_empty_client_is_reset_and_granted_at_once(scene: Scene) -> None:
     assert grant == Grant(at(10), 1, scene.membership.lease_ends - scene.now)
 
 
+@pytest.mark.parametrize("revision", [10, 0])
+def test_a_client_without_marks_gets_one_lease_at_most(revision: int) -> None:
+    """An empty client's first message does not show whether it knows marks. The next one does, and
+    from then on a client without marks gets no grant."""
+    scene = Scene(at(revision))
+    watcher = Watcher(scene.membership)
+    watcher.hear(request(NOWHERE, 1), scene.now)
+    assert len(grants(list(watcher.take(scene.now)))) == 1
+    watcher.hear(request(Position(revision, 0)), scene.now)
+    watcher.hear(request(Position(revision, 0), 2), scene.now + 1.0)
+    assert watcher.take(scene.now + 1.0) == []
+    scene.renew()
+    assert watcher.take(scene.now + 1.0) == []
+
+
 @pytest.mark.parametrize(
     "claim",
     [at(10, 2), at(3), at(11), Position(10, 0), Position(12, 0), Position(0, 5)],

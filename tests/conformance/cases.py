@@ -1,0 +1,247 @@
+"""The form of the conformance cases, from which `proto/conformance/schema.json` is generated.
+
+python -m tests.conformance.cases   writes the schema again after a change here
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from latchkey_coherence.memory import Position
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["Case", "Group", "load", "position_of", "schema"]
+
+DIRECTORY: Final = Path(__file__).parents[2] / "proto" / "conformance"
+SCHEMA: Final = DIRECTORY / "schema.json"
+_LEFT_OUT: Final = ("default", "title")
+
+PositionText = Annotated[
+    str,
+    Field(
+        pattern=r"^[0-9]{1,19}:[0-9]{1,20}$",
+        description="A position: revision (int64), a colon, mark (uint64). 0:0 is no history.",
+    ),
+]
+TokenId = Annotated[str, Field(pattern=r"^[a-z0-9]+$", description="A token's id.")]
+Number = Annotated[
+    str,
+    Field(
+        pattern=r"^[a-z][a-z0-9]*$",
+        description="Stands for the number of a request. The first `sends` that has it defines it; "
+        "it must be above 0 and above the numbers sent before on its stream.",
+    ),
+]
+StreamName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*$")]
+Seconds = Annotated[float, Field(description="Seconds on the clock that leases are counted on.")]
+Verdict = Literal["VALID", "INSUFFICIENT_SCOPE", "DELETED", "EXPIRED", "UNKNOWN"]
+Scope = Literal["READ", "WRITE"]
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Send(_Form):
+    """A WatchRequest that the client sends."""
+
+    stream: StreamName
+    applied: PositionText
+    asks: Number | None = Field(None, description="Absent: `number` is 0.")
+    released: bool = Field(False, description="Absent: false.")
+
+
+class Invalidation(_Form):
+    """WatchResponse.invalidation."""
+
+    kind: Literal["invalidation"]
+    position: PositionText
+    token_ids: list[TokenId]
+
+
+class Grant(_Form):
+    """WatchResponse.grant."""
+
+    kind: Literal["grant"]
+    position: PositionText
+    number: Number | None = Field(description="The request that it answers. null: number 0.")
+    offset: int = Field(0, description="Added to the number, for a grant that nobody asked for.")
+    seconds: float
+
+
+class Reset(_Form):
+    """WatchResponse.reset."""
+
+    kind: Literal["reset"]
+    position: PositionText
+
+
+class Closing(_Form):
+    """WatchResponse.closing."""
+
+    kind: Literal["closing"]
+
+
+class Unknown(_Form):
+    """A WatchResponse whose `event` this version of the contract does not have."""
+
+    kind: Literal["unknown"]
+
+
+Event = Annotated[Invalidation | Grant | Reset | Closing | Unknown, Field(discriminator="kind")]
+
+
+class Expect(_Form):
+    """What must be so after a step. Absent: not checked."""
+
+    lease_ends: Seconds | None = Field(
+        None, description="When answers from memory end, to a microsecond. null: there is no lease."
+    )
+    applied: PositionText | None = None
+    remembers: list[TokenId] | None = Field(
+        None, description="The tokens with a verdict in memory, in any order."
+    )
+    leave: list[StreamName] | None = Field(
+        None, description="The streams that the client must replace by another one."
+    )
+    give_up_at: dict[StreamName, Seconds | None] | None = Field(
+        None,
+        description="When a client that has received nothing more on the stream looks for another "
+        "one. null: it has no reason to.",
+    )
+
+
+class _Step(_Form):
+    at: Seconds
+    sends: list[Send] = Field(
+        [],
+        description="All that the client sends in this step, in order on each stream. A client may "
+        "send one message that confirms and asks as two, the confirmation first.",
+    )
+    expect: Expect = Expect()
+
+
+class Open(_Step):
+    """The client opens a Watch stream."""
+
+    do: Literal["open"]
+    stream: StreamName
+
+
+class Receive(_Step):
+    """The client receives an event, and handles it before anything else happens."""
+
+    do: Literal["receive"]
+    stream: StreamName
+    event: Event
+
+
+class Break(_Step):
+    """A stream's connection is lost. The client neither sends nor receives anything on it."""
+
+    do: Literal["break"]
+    stream: StreamName
+
+
+class Answer(_Step):
+    """The service's answer to a Verify arrives: a verdict about a token."""
+
+    do: Literal["answer"]
+    token_id: TokenId = Field(description="The token. For UNKNOWN, stands for the secret.")
+    verdict: Verdict
+    asked_scope: Scope | None = None
+    token_scope: Scope = "READ"
+    position: PositionText
+    keeps: bool = Field(description="Whether the client may keep the verdict, and this one does.")
+
+
+class Verify(_Step):
+    """Somebody presents the token's secret to the client."""
+
+    do: Literal["verify"]
+    token_id: TokenId
+    asked_scope: Scope | None = None
+    from_memory: Verdict | None = Field(description="null: the client has to ask the service.")
+
+
+class Wait(_Step):
+    """Time goes by until `at`."""
+
+    do: Literal["wait"]
+
+
+class Release(_Step):
+    """The client is about to stop: it answers from memory no more, for good, and says so."""
+
+    do: Literal["release"]
+
+
+Step = Annotated[
+    Open | Receive | Break | Answer | Verify | Wait | Release, Field(discriminator="do")
+]
+
+
+class Case(_Form):
+    """One story. It begins with an empty memory that has heard of no history."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+    rules: list[Annotated[int, Field(ge=1, le=12)]] = Field(
+        min_length=1, description="The rules of docs/protocol.md that it is about."
+    )
+    level: Literal["must", "should"] = Field(
+        description="must: a client that fails may call a deleted token VALID, or make Deletes "
+        "wait. should: a client that fails answers from memory less often than it could."
+    )
+    story: str
+    memory_entries: int = Field(100, ge=0, description="How many verdicts the client may keep.")
+    memory_seconds: float = Field(300.0, gt=0, description="How long it may keep one.")
+    steps: list[Step] = Field(min_length=1)
+
+
+class Group(_Form):
+    """A file of cases."""
+
+    about: str
+    cases: list[Case] = Field(min_length=1)
+
+
+def position_of(text: str) -> Position:
+    """Return the position that `text` stands for."""
+    revision, mark = text.split(":")
+    return Position(int(revision), int(mark))
+
+
+def load() -> dict[str, Case]:
+    """Return all cases by name. Raises ValueError for a file that the form does not allow."""
+    found: dict[str, Case] = {}
+    for path in sorted((DIRECTORY / "cases").glob("*.json")):
+        for case in Group.model_validate_json(path.read_bytes(), strict=True).cases:
+            if case.name in found:
+                raise ValueError(f"two cases are named {case.name}")
+            found[case.name] = case
+    return found
+
+
+def schema() -> str:
+    """Return the JSON Schema of a file of cases."""
+    generated = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Latchkey conformance cases for clients that answer from memory",
+        **_plain(Group.model_json_schema()),
+    }
+    return json.dumps(generated, indent=1, ensure_ascii=False) + "\n"
+
+
+def _plain(part: Any) -> Any:
+    """Leave out generated titles, which repeat names, and defaults, which descriptions explain."""
+    if isinstance(part, list):
+        return [_plain(item) for item in part]
+    if isinstance(part, dict):
+        return {key: _plain(value) for key, value in part.items() if key not in _LEFT_OUT}
+    return part
+
+
+if __name__ == "__main__":
+    SCHEMA.write_text(schema(), "utf-8")

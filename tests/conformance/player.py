@@ -1,0 +1,202 @@
+"""Plays conformance cases with the Python client's core, on an explicit clock.
+
+It drives the shipping classes (`Verifier`, `Subscription`, `Stream`, `Memory`) and replaces only
+what connects them to the outside: the clock, the randomness and the event loop.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from datetime import UTC, datetime
+from functools import partial
+from unittest import mock
+
+import latchkey
+from latchkey import Scope, Verdict, Verification, _subscription, verifier
+from latchkey._shape import checksum
+from latchkey._subscription import Event, Request, Stream, Subscription
+
+from tests.conformance import cases
+from tests.conformance.cases import Case, position_of
+
+__all__ = ["play"]
+
+# Where floating point arithmetic may differ from language to language.
+TOLERANCE_SECONDS = 1e-6
+# A client that has more to say than this in one moment would go on for ever.
+SENDS_MAX = 10
+
+
+class Player:
+    """One client. `share` (0 to 1) pins what the client draws at random."""
+
+    def __init__(self, case: Case, share: float) -> None:
+        self.now = 0.0
+        self.case = case
+        self.streams: dict[str, Stream] = {}
+        self.numbers: dict[str, int] = {}
+        self.asked: dict[str, int] = {}
+        self.verifier = latchkey.Verifier(
+            "nowhere:1", memory_entries=case.memory_entries, memory_seconds=case.memory_seconds
+        )
+        self.subscription: Subscription = self.verifier._subscription
+        self.subscription._randomness = lambda: share
+
+    def play(self) -> None:
+        for index, step in enumerate(self.case.steps):
+            try:
+                assert step.at >= self.now, "the clock runs backwards"
+                self.now = step.at
+                self.act(step)
+                self.check_sends(step.sends)
+                self.check(step.expect)
+            except AssertionError as error:
+                raise AssertionError(
+                    f"{self.case.name}, step {index} ({step.do} at {step.at}): {error}"
+                ) from error
+
+    def act(self, step: cases.Step) -> None:
+        match step:
+            case cases.Open():
+                assert step.stream not in self.streams, f"stream {step.stream} is open"
+                self.streams[step.stream] = self.subscription.open(self.now)
+            case cases.Receive():
+                self.streams[step.stream].receive(self.event_of(step.event), self.now)
+            case cases.Break():
+                del self.streams[step.stream]
+            case cases.Answer():
+                self.answer(step)
+            case cases.Verify():
+                answer = self.verifier.verify_nowait(
+                    secret_of(step.token_id), scope_of(step.asked_scope)
+                )
+                found = None if answer is None else answer.verdict.name
+                assert found == step.from_memory, f"answered {found}, not {step.from_memory}"
+            case cases.Release():
+                self.subscription.release()
+            case cases.Wait():
+                pass
+
+    def event_of(self, event: cases.Event) -> Event | None:
+        match event:
+            case cases.Invalidation():
+                return _subscription.Invalidation(
+                    position_of(event.position), tuple(event.token_ids)
+                )
+            case cases.Grant():
+                number = 0 if event.number is None else self.numbers[event.number]
+                return _subscription.Grant(
+                    position_of(event.position), number + event.offset, event.seconds
+                )
+            case cases.Reset():
+                return _subscription.Reset(position_of(event.position))
+            case cases.Closing():
+                return _subscription.Closing()
+            case cases.Unknown():
+                return None
+
+    def answer(self, step: cases.Answer) -> None:
+        secret, position = secret_of(step.token_id), position_of(step.position)
+        token = None
+        if step.verdict != "UNKNOWN":
+            token = latchkey.Token(
+                id=step.token_id,
+                account_id="a",
+                name="n",
+                scope=Scope[step.token_scope],
+                create_time=datetime(2026, 1, 1, tzinfo=UTC),
+            )
+        answer = Verification(
+            verdict=Verdict[step.verdict],
+            token=token,
+            revision=position.revision,
+            mark=position.mark,
+        )
+        memory = self.subscription.memory
+        before = set(map(id, memory.entries.values()))
+        self.verifier._remember(secret, scope_of(step.asked_scope), answer)
+        kept = any(id(entry) not in before for entry in memory.entries.values())
+        assert kept == step.keeps, f"kept: {kept}"
+
+    def check_sends(self, expected: list[cases.Send]) -> None:
+        sent = {name: self.taken(stream) for name, stream in self.streams.items()}
+        for send in expected:
+            assert sent.get(send.stream), f"not sent: {send}"
+            request = sent[send.stream].pop(0)
+            applied = position_of(send.applied)
+            assert request.applied == applied, f"{send.stream} confirms {request.applied}"
+            assert request.released == send.released, f"released: {request.released}"
+            if send.asks is None:
+                assert request.number == 0, f"{send.stream} asks for a grant"
+            elif send.asks in self.numbers:
+                assert request.number == self.numbers[send.asks]
+            else:
+                assert request.number > self.asked.get(send.stream, 0), "asks for no new grant"
+                self.numbers[send.asks] = self.asked[send.stream] = request.number
+        left = {name: requests for name, requests in sent.items() if requests}
+        assert not left, f"sent as well: {left}"
+
+    def taken(self, stream: Stream) -> list[Request]:
+        requests: list[Request] = []
+        while (request := stream.take(self.now)) is not None:
+            requests.append(request)
+            assert len(requests) <= SENDS_MAX, "sends without end"
+        return requests
+
+    def check(self, expect: cases.Expect) -> None:
+        checked = expect.model_fields_set
+        memory = self.subscription.memory
+        if "lease_ends" in checked:
+            end = self.subscription.lease.end
+            if expect.lease_ends is None:
+                assert end <= self.now, f"there is a lease until {end}"
+            else:
+                assert math.isclose(end, expect.lease_ends, abs_tol=TOLERANCE_SECONDS, rel_tol=0), (
+                    f"the lease ends at {end}, not {expect.lease_ends}"
+                )
+        if expect.applied is not None:
+            applied = position_of(expect.applied)
+            assert memory.position == applied, f"has applied {memory.position}"
+        if expect.remembers is not None:
+            held = sorted({entry.token_id for entry in memory.entries.values()})
+            assert held == sorted(expect.remembers), f"remembers {held}"
+        if expect.leave is not None:
+            leave = sorted(name for name, stream in self.streams.items() if stream.closing)
+            assert leave == sorted(expect.leave), f"leaves {leave}"
+        for name, at in (expect.give_up_at or {}).items():
+            late_at = self.streams[name].late_at
+            same = late_at == at or (
+                late_at is not None
+                and at is not None
+                and math.isclose(late_at, at, abs_tol=TOLERANCE_SECONDS, rel_tol=0)
+            )
+            assert same, f"{name} is given up at {late_at}, not {at}"
+
+
+def play(case: Case, share: float) -> None:
+    """Play one case. Raises AssertionError where the client does not do what it says."""
+    player: Player | None = None
+
+    def clock() -> float:
+        return 0.0 if player is None else player.now
+
+    with (
+        mock.patch.object(verifier, "boottime", clock),
+        mock.patch.object(random, "uniform", partial(_drawn, share)),
+    ):
+        player = Player(case, share)
+        player.play()
+
+
+def _drawn(share: float, low: float, high: float) -> float:
+    return low + (high - low) * share
+
+
+def secret_of(token_id: str) -> str:
+    body = "lk" + "_" + token_id.rjust(51, "0")
+    return body + checksum(body)
+
+
+def scope_of(name: str | None) -> Scope | None:
+    return None if name is None else Scope[name]

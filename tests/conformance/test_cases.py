@@ -1,0 +1,96 @@
+"""The conformance cases hold for the Python client, and find a client that breaks a rule."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+
+import pytest
+
+from tests.conformance.cases import DIRECTORY, SCHEMA, Case, Group, load, schema
+from tests.conformance.mutants import MUTANTS, Mutant
+from tests.conformance.player import play
+
+CASES = load()
+# What a client draws at random: the extremes, and a value between them.
+SHARES = (0.0, 0.5, 1.0)
+# The rules of docs/protocol.md that a client has a part in. The others are the server's alone.
+CLIENT_RULES = {4, 5, 6, 7, 12}
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_client_conforms(case: Case, share: float) -> None:
+    """The Python client does what each case says, whatever it draws at random."""
+    play(case, share)
+
+
+def fails(case: Case) -> bool:
+    """Tell whether a case fails for one of the draws."""
+    for share in SHARES:
+        try:
+            play(case, share)
+        except AssertionError:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_each_fault_is_found(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that breaks one rule fails the case that is about it."""
+    mutant.apply(monkeypatch)
+    assert fails(CASES[mutant.case])
+
+
+def test_each_case_finds_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No case passes whatever the client does: each fails for one of the faults at least."""
+    found: Counter[str] = Counter()
+    for mutant in MUTANTS:
+        with monkeypatch.context() as patch:
+            mutant.apply(patch)
+            found.update(name for name, case in CASES.items() if fails(case))
+    assert set(CASES) - set(found) == set()
+
+
+def test_each_rule_has_a_case_and_a_fault() -> None:
+    """Every rule that a client has a part in has cases that it must pass, and faults."""
+    must = {rule for case in CASES.values() if case.level == "must" for rule in case.rules}
+    assert must == CLIENT_RULES
+    assert {mutant.rule for mutant in MUTANTS} == CLIENT_RULES
+    assert len(CASES) >= 30
+
+
+def test_the_schema_is_current() -> None:
+    """The schema is what the cases are read by: `python -m tests.conformance.cases` writes it."""
+    assert SCHEMA.read_text("utf-8") == schema()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda case: case.update(steps=[]),
+        lambda case: case.update(rules=[13]),
+        lambda case: case["steps"][0].update(do="dance"),
+        lambda case: case["steps"][0].update(streem="a"),
+        lambda case: case["steps"][0].update(at="100"),
+        lambda case: case["steps"][0]["sends"][0].update(applied="5"),
+        lambda case: case["steps"][0]["sends"][0].pop("stream"),
+    ],
+)
+def test_a_file_that_breaks_the_schema_is_rejected(change) -> None:
+    """A case with a misspelled, missing or ill-formed part is an error, not a case that passes."""
+    group = json.loads((DIRECTORY / "cases" / "grants.json").read_text("utf-8"))
+    Group.model_validate_json(json.dumps(group), strict=True)
+    change(group["cases"][0])
+    with pytest.raises(ValueError, match=r"validation error"):
+        Group.model_validate_json(json.dumps(group), strict=True)
+
+
+def test_the_document_names_the_cases() -> None:
+    """docs/protocol.md has the rules that the cases name, and lists the files of the cases."""
+    text = (DIRECTORY.parents[1] / "docs" / "protocol.md").read_text("utf-8")
+    rules = {int(number) for number in re.findall(r"^### Rule (\d+)", text, re.MULTILINE)}
+    assert rules == set(range(1, 13))
+    for path in (DIRECTORY / "cases").glob("*.json"):
+        assert path.name in text
