@@ -223,8 +223,9 @@ def reads_log(s: State, w: World) -> Iterator[State]:
 
 def dies(s: State, _: World) -> Iterator[State]:
     """The process dies. Its rows go at once, so that Delete answers all the sooner."""
-    databases = tuple(Database(database.log) for database in s.databases)
-    yield State(s.standby, databases, s.delete)  # type: ignore[arg-type]
+    old, new = s.databases
+    databases = (Database(old.log), Database(new.log))
+    yield State(s.standby, databases, s.delete)
 
 
 # ---- Against the rules: a renewal of two statements ----
@@ -330,7 +331,7 @@ def time_passes(s: State, _: World) -> Iterator[State]:
         ),
         delete=s.delete - (s.delete > 0),
         lease=s.lease - (s.lease > 0),
-        renewal=renewal if renewal else IDLE,
+        renewal=renewal or IDLE,
         log_read=s.log_read and renewal > 0,
     )
 

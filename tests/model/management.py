@@ -259,9 +259,7 @@ def timeline(s: State, x: int) -> int:
 
 def lost(s: State) -> State:
     """Return `s` with row or history lost: empty memory, no lease (rule 12)."""
-    return s._replace(
-        applied=UNREGISTERED, timeline=0, lease=0, leased_by=NOBODY, memory=False
-    )
+    return s._replace(applied=UNREGISTERED, timeline=0, lease=0, leased_by=NOBODY, memory=False)
 
 
 def is_ghost(s: State) -> bool:
