@@ -153,7 +153,9 @@ async def test_create_names_all_wrong_fields_at_once():
     """A form with several mistakes is told all of them."""
     _, tokens = make()
     with pytest.raises(InvalidArgument) as caught:
-        await tokens.create(new(account_id="", name="", scope=0, ttl=timedelta(0)), origin(), math.inf)
+        await tokens.create(
+            new(account_id="", name="", scope=0, ttl=timedelta(0)), origin(), math.inf
+        )
     assert {v.field for v in caught.value.violations} == {"account_id", "name", "scope", "ttl"}
 
 
