@@ -341,18 +341,19 @@ class Node:
         """Make all durable that was committed so far, also without synchronous_commit."""
         await self.execute("SELECT pg_logical_emit_message(true, 'test', '')")
 
-    async def restore(self, backup: Path, *, new_timeline: bool) -> None:
+    async def restore(self, backup: Path, *, new_timeline: bool, **recovery: str) -> None:
         """Stop, replace the data by a base backup, and start on the same address.
 
         With `new_timeline` as archive recovery does it, else as after a plain copy: the timeline
         stays the same then, so that nothing but the content shows that history was set back.
+        `recovery` are settings of the archive recovery; without them, there is no archive.
         """
         # Its data goes, so it need not write a checkpoint.
         await self.stop("immediate")
         await self.copy_from(backup)
         if new_timeline:
-            # There is no archive: the backup brings all the WAL that it needs.
-            self.configure(restore_command="exit 1")
+            # Without an archive, the backup brings all the WAL that it needs.
+            self.configure(**({"restore_command": "exit 1"} | recovery))
             self._signal_file("recovery.signal")
         else:
             self.configure()

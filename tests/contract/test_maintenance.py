@@ -240,3 +240,20 @@ async def test_a_receipt_counts_servers_and_clients_apart(settings: Settings) ->
         assert (receipt.clients_acknowledged, receipt.clients_outwaited) == (1, 0)
         assert receipt.mark
         assert receipt.effective_time is not None
+
+
+async def test_a_restored_database_learns_the_pepper_again(
+    settings: Settings, database_url: str
+) -> None:
+    """The restored backup is older than the pepper of a server that runs on. The server creates
+    tokens all the same, and the database knows the pepper from then on, so that a later host is
+    checked against it."""
+    async with serving(settings) as address:
+        await make_token(address)
+        async with session(database_url) as connection:
+            known = await connection.fetchval("SELECT array_agg(id) FROM pepper")
+            await lose_tokens(database_url)
+            await connection.execute("DELETE FROM pepper")
+            created = await make_token(address)
+            assert await connection.fetchval("SELECT array_agg(id) FROM pepper") == known
+        assert await verdict(address, created.secret) == pb.VERDICT_VALID
