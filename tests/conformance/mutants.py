@@ -485,8 +485,18 @@ def keeps_marks_in_floating_point(patch: Patch) -> None:
     patch.setattr(Memory, "knows", knows)
 
 
+def believe_the_mark_zero(patch: Patch) -> None:
+    """Let positions with the mark 0 count as known where they are stored."""
+    patch.setattr(
+        Memory,
+        "knows",
+        lambda self, position: self._marks.get(position.revision) == position.mark,
+    )
+
+
 @mutant(12, "an-invalidation-without-a-mark")
 def knows_revisions_without_marks(patch: Patch) -> None:
+    believe_the_mark_zero(patch)
     apply = Memory.apply
 
     def mutated(self: Memory[Any], position: Position, token_ids: Iterable[str]) -> None:
@@ -498,6 +508,7 @@ def knows_revisions_without_marks(patch: Patch) -> None:
 
 @mutant(12, "a-reset-without-a-mark")
 def knows_resets_without_marks(patch: Patch) -> None:
+    believe_the_mark_zero(patch)
     reset = Memory.reset
 
     def mutated(self: Memory[Any], position: Position) -> None:

@@ -177,18 +177,21 @@ async def _direct(folder: Path, url: str, rule: str | None) -> tuple[Findings, i
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make history", description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="what `make test` runs")
-    parser.add_argument("--seconds", type=float, help="how long, 60 unless said")
-    parser.add_argument("--seed", type=int, help="of the plan of faults, 1 unless said")
-    parser.add_argument("--clients", type=int, help="client processes, 20 unless said")
-    parser.add_argument("--deleters", type=int, help="5 unless said")
-    parser.add_argument("--lease-seconds", type=float, help="1 unless said")
+    parser.add_argument("--seconds", type=float, help="default 60, with --patroni 600")
+    parser.add_argument("--seed", type=int, help="seed of the faults, default 1")
+    parser.add_argument(
+        "--clients", type=int, help="client processes, default 20, with several servers 8"
+    )
+    parser.add_argument("--deleters", type=int, help="default 5")
+    parser.add_argument("--lease-seconds", type=float, help="default 1, with --patroni 3")
     parser.add_argument(
         "--hosts",
         help="workers behind each address, 2,1 unless said: 1 is a worker alone, more have a "
         "supervisor and share the address",
     )
-    parser.add_argument("--failover", action="store_true", help="on a pair of database servers")
-    parser.add_argument("--patroni", action="store_true", help="on servers that Patroni runs")
+    servers = parser.add_mutually_exclusive_group()
+    servers.add_argument("--failover", action="store_true", help="on a pair of database servers")
+    servers.add_argument("--patroni", action="store_true", help="on servers that Patroni runs")
     parser.add_argument("--only", choices=("run", "scenarios"), help="leave out the other part")
     parser.add_argument("--keep", action="store_true", help="the histories of a good run too")
     options = parser.parse_args()

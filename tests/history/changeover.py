@@ -3,9 +3,13 @@
 Nothing here waits for the service: a step ends when the database servers have taken it.
 """
 
+import contextlib
 import shutil
+import sys
 from pathlib import Path
 from typing import Literal
+
+import latchkey
 
 from tests.history.checker import Restore
 from tests.history.nodes import NodesCluster
@@ -18,6 +22,8 @@ __all__ = ["Changeover", "Visible"]
 
 # How commits that no standby has confirmed become visible on the primary.
 Visible = Literal["cancelled", "crashed"]
+# Hosts find the restored server, and outwait what leases there were.
+SETTLE_SECONDS_MAX = 60.0
 # Renewals that wait for the standby on a session that began after a given time. Such a session has
 # read what was visible then, or reads it now.
 _READERS = """
@@ -95,9 +101,9 @@ class Changeover:
             here = self._cluster.sessions(node=self._cluster.address)
             await self._cluster.database.cut(lambda c: c.tag in hosts and not here(c))
 
-    async def restore(self, backup: Path, taken: int, *, new_timeline: bool) -> Restore:
+    async def restore(self, backup: Path, taken: int, *, new_timeline: bool) -> None:
         """Replace the database by a base backup that began at `taken`. The pair has no standby
-        then."""
+        then. What the manual demands after a restore is still to do: see `settle`."""
         self._is_healthy = False
         began = now()
         for node in (self.other, self.primary):
@@ -105,9 +111,20 @@ class Changeover:
                 await node.kill()
         await self.primary.restore(backup, new_timeline=new_timeline)
         shutil.rmtree(backup)
-        restore = Restore(taken, began, now())
-        self.restores.append(restore)
-        return restore
+        # Not settled yet.
+        self.restores.append(Restore(taken, began, sys.maxsize))
+
+    async def settle(self, host: latchkey.Client) -> None:
+        """Empty all memories, as the manual demands after a restore."""
+
+        async def emptied() -> bool:
+            with contextlib.suppress(latchkey.Unavailable):
+                await host.invalidate_all()
+                return True
+            return False
+
+        await eventually(emptied, "all memories are emptied", SETTLE_SECONDS_MAX)
+        self.restores[-1] = self.restores[-1]._replace(settled=now())
 
     async def mend(self) -> None:
         """Make the pair healthy: stop a deposed primary and have it follow the new one."""

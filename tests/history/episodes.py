@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import latchkey
+
 from tests.history.changeover import Changeover, Visible
 from tests.history.faults import Happened
 from tests.history.nodes import NodesCluster
@@ -141,6 +143,11 @@ class Failovers:
         await changeover.primary.back_up(backup)
         await self._for_a_while(BACKUP_AGE_SECONDS)
         await changeover.restore(backup, taken, new_timeline=new_timeline)
+        host = latchkey.Client(self._random.choice(list(self._cluster.hosts.values())).address)
+        try:
+            await changeover.settle(host)
+        finally:
+            await host.close()
 
     async def _for_a_while(self, seconds: tuple[float, float]) -> None:
         await asyncio.sleep(self._random.uniform(*seconds))

@@ -170,6 +170,24 @@ async def backup_is_restored(stage: FailoverStage) -> None:
         await changeover.restore(backup, taken, new_timeline=False)
         group.create_task(stage.delete(stage.other, subject))
         await stage.taken_again(number)
+    # Before the operator has emptied the memories.
+    await stage.verify_on(stage.suspect, subject)
+    await stage.client_verifies_on(subject)
+    await changeover.settle(stage.other)
+
+
+async def lost_token_is_forgotten(stage: FailoverStage) -> None:
+    """A token that the restored backup lacks is not VALID once the operator has emptied all
+    memories. Neither the log nor the timeline shows that it is gone."""
+    changeover = stage.changeover
+    taken, backup = now(), stage.cluster.folder / f"backup-{now()}"
+    await changeover.primary.back_up(backup)
+    subject = await stage.create(tell=True)
+    await stage.remembered(stage.suspect, subject)
+    await stage.remembered_by_client(subject)
+    await changeover.restore(backup, taken, new_timeline=False)
+    await changeover.settle(stage.other)
+    await stage.delete(stage.other, subject)
     await stage.verify_on(stage.suspect, subject)
     await stage.client_verifies_on(subject)
 
@@ -180,6 +198,7 @@ EVERY: tuple[FailoverScenario, ...] = (
     look_up_stays,
     host_returns_to_the_old_primary,
     backup_is_restored,
+    lost_token_is_forgotten,
 )
 # The scenario that ends in a late accept if a rule is missing. A build that lacks one is in no
 # state for the others afterwards.

@@ -239,7 +239,8 @@ class Patroni:
                 "listen": f"{HOST}:{node.api_port}",
                 "connect_address": f"{HOST}:{node.api_port}",
             },
-            "etcd3": {"host": f"{HOST}:{etcd_port}"},
+            # A proxy: Patroni would find out etcd's own address otherwise, and go there.
+            "etcd3": {"hosts": [f"{HOST}:{etcd_port}"], "use_proxies": True},
             "bootstrap": {
                 "dcs": {
                     "ttl": TTL_SECONDS,

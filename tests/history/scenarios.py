@@ -64,7 +64,9 @@ class Stage:
     async def create(self, *, tell: bool = False) -> "Subject":
         """Create a token, and have the client verify it if told to."""
         number = next(self._numbers)
+        began = now()
         created = await self.other.create(ACCOUNT, f"token {number}", latchkey.Scope.READ)
+        self._recorder.add(Kind.CREATE, Outcome.DONE, number, began, now())
         subject = Subject(number, created.token.id, created.secret.reveal())
         if tell:
             self._board.created(number, subject.secret)
@@ -81,11 +83,15 @@ class Stage:
         return outcome
 
     async def delete(self, through: latchkey.Client, subject: "Subject") -> None:
-        """Delete until that is confirmed."""
+        """Delete until that is confirmed, or the service says that there is no such token."""
+        outcome = Outcome.CONFIRMED
         began = now()
-        await through.delete(ACCOUNT, subject.token_id, timeout_seconds=10.0)
+        try:
+            await through.delete(ACCOUNT, subject.token_id, timeout_seconds=10.0)
+        except latchkey.NotFound:
+            outcome = Outcome.NOT_FOUND
         ended = self._deleted[subject.number] = now()
-        self._recorder.add(Kind.DELETE, Outcome.CONFIRMED, subject.number, began, ended)
+        self._recorder.add(Kind.DELETE, outcome, subject.number, began, ended)
         self._board.deleted(subject.number)
 
     async def verify_on(self, through: latchkey.Client, subject: "Subject") -> None:

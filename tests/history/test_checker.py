@@ -1,12 +1,14 @@
 """The checker of histories, on histories made by hand, and what makes a run fail."""
 
 import random
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from tests.history import report
 from tests.history.checker import Findings, Restore, check
+from tests.history.episodes import EPISODES, deck
 from tests.history.faults import KINDS, Happened, plan
 from tests.history.records import Kind, Outcome, Record, Recorder, read
 from tests.history.run import Outcome as RunOutcome
@@ -165,6 +167,24 @@ def test_a_run_fails_for_one_late_accept() -> None:
     outcome.findings.from_memory["client/0"] = 1_000
     (complaint,) = report.complaints(outcome)
     assert "token 3 VALID for client" in complaint
+
+
+def test_a_run_fails_for_one_lost_token() -> None:
+    """A run whose service forgot a token, or refused it too soon, has failed."""
+    lost = judge(create(1, 1, 2), get(1, 10, 11))
+    (complaint,) = report.violations(lost)
+    assert "token 1 NOT_FOUND for client (GET)" in complaint
+    refused = judge(verify(1, 1, 2, Outcome.REFUSED), delete(1, 10, 20))
+    assert report.violations(refused) == ["1 refusals of tokens that nobody had deleted yet"]
+
+
+def test_deck() -> None:
+    """A seed gives one order of failovers, in which each comes before any comes again."""
+    count = len(EPISODES) + 2
+    first = list(islice(deck(1), 2 * count))
+    assert first == list(islice(deck(1), 2 * count))
+    assert len(set(first[:count])) == len(set(first[count:])) == count
+    assert first != list(islice(deck(2), 2 * count))
 
 
 def test_plan() -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from tests.history.checker import Findings
 from tests.history.failover_scenarios import (
     MISSED,
+    FailoverStage,
     failover_staged,
     look_up_stays,
     number_is_used_again,
@@ -24,8 +25,9 @@ from tests.postgres_node import Template, make_template
 pytestmark = pytest.mark.xdist_group("failover")
 
 SHORTEST = (number_is_used_again, look_up_stays)
-# Only a rule that is not missed at all takes so long.
-MISS_SECONDS_MAX = 60.0
+# Only a scenario that has been cut short takes so long.
+MISS_SECONDS_MAX = 45.0
+MISS_ATTEMPTS_MAX = 4
 
 
 @pytest.fixture
@@ -47,31 +49,48 @@ async def test_equal_numbers_of_two_histories(folder: Path) -> None:
     One test, and all builds at once: most of it is waiting.
     """
     template = await make_template(folder)
-    kept, *broken = await asyncio.gather(
-        _play(folder, template, None), *(_play(folder, template, rule) for rule in MISSED)
-    )
+    async with asyncio.TaskGroup() as group:
+        playing = group.create_task(_play(folder, template))
+        missing = {rule: group.create_task(_miss(folder, template, rule)) for rule in MISSED}
+    kept = playing.result()
     assert violations(kept) == []
     # Each scenario verified what it had deleted.
     assert len(kept.checked) >= len(SHORTEST)
-    caught = {rule: found.late_count > 0 for rule, found in zip(MISSED, broken, strict=True)}
+    caught = {rule: task.result() for rule, task in missing.items()}
     assert caught == dict.fromkeys(MISSED, True)
 
 
-async def _play(folder: Path, template: Template, rule: str | None) -> Findings:
-    """Play a build's scenarios, that of a missing rule until the rule is missed."""
-    stage_folder = folder / (rule or "kept")
-    stage_folder.mkdir()
+async def _play(folder: Path, template: Template) -> Findings:
+    """Play the scenarios on the build that ships."""
+    async with _stage(folder, template, None) as stage:
+        for scenario in SHORTEST:
+            findings = await perform(stage, scenario)
+    return findings
+
+
+async def _miss(folder: Path, template: Template, rule: str) -> bool:
+    """Play a rule's scenario on a build that lacks the rule; tell whether that shows.
+
+    On a busy machine the build may escape, for example because its row was removed. Then the
+    scenario is played again from the start.
+    """
+    for _ in range(MISS_ATTEMPTS_MAX):
+        async with _stage(folder, template, rule) as stage:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(MISS_SECONDS_MAX):
+                    findings = await perform(stage, MISSED[rule])
+                    if findings.late_count:
+                        return True
+    return False
+
+
+@contextlib.asynccontextmanager
+async def _stage(
+    folder: Path, template: Template, rule: str | None
+) -> AsyncIterator[FailoverStage]:
+    stage_folder = Path(tempfile.mkdtemp(prefix="stage-", dir=folder))
     async with (
         pair(folder, template) as servers,
         failover_staged(stage_folder, servers, rule) as stage,
     ):
-        findings = Findings()
-        if rule is None:
-            for scenario in SHORTEST:
-                findings = await perform(stage, scenario)
-            return findings
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(MISS_SECONDS_MAX):
-                while not findings.late_count:
-                    findings = await perform(stage, MISSED[rule])
-        return findings
+        yield stage

@@ -29,6 +29,7 @@ DOCUMENTS = (
     "docs/coherence.md",
     "docs/errors.md",
     "docs/limits.md",
+    "docs/protocol.md",
     "docs/postgres.md",
     "clients/python/README.md",
 )

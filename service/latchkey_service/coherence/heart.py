@@ -207,7 +207,7 @@ class Heart:
             return
         await self._renew(row, acknowledgeable)
         if due and membership.registered:
-            membership.subleases.sweep(self._clock())
+            membership.sweep(self._clock())
             await self._remove_dead(row)
 
     async def _register(self, row: OwnRow) -> None:

@@ -308,15 +308,51 @@ def test_what_was_said_before_the_reset_was_heard_confirms_nothing(scene: Scene)
 
 
 def test_a_client_that_falls_back_is_sent_again_what_it_missed(scene: Scene) -> None:
-    """Another server has reset it to an earlier position of the same history."""
+    """Another server has reset it to an earlier position of the same history. It is granted a
+    lease after it has confirmed what it is sent again: a client that only ever claims less would
+    hold up every Delete."""
     watcher = confirmed(scene)
     scene.apply((at(11), "a"))
     assert watcher.take(scene.now) == [Invalidation(at(11), ["a"])]
     watcher.hear(request(at(11)), scene.now)
     watcher.hear(request(at(10), 1), scene.now)
-    news, grant = watcher.take(scene.now)
-    assert news == Invalidation(at(11), ["a"])
+    assert watcher.take(scene.now) == [Invalidation(at(11), ["a"])]
+    watcher.hear(request(at(10), 2), scene.now)
+    assert watcher.take(scene.now) == []
+    watcher.hear(request(at(11)), scene.now)
+    (grant,) = watcher.take(scene.now)
     assert isinstance(grant, Grant)
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_client_that_falls_back_insists_in_vain(scene: Scene, times: int) -> None:
+    """However often it says so before the server sends anything: the Delete of what it has fallen
+    behind may have returned, and so it hears of that before it is granted anything."""
+    watcher = confirmed(scene)
+    scene.apply((at(11), "a"), (at(12), "b"))
+    watcher.take(scene.now)
+    watcher.hear(request(at(12)), scene.now)
+    for number in range(times):
+        watcher.hear(request(at(10), number + 1), scene.now)
+    (news,) = watcher.take(scene.now)
+    assert isinstance(news, Invalidation)
+    assert sorted(news.token_ids) == ["a", "b"]
+    watcher.hear(request(at(12)), scene.now)
+    (grant,) = watcher.take(scene.now)
+    assert isinstance(grant, Grant)
+
+
+def test_a_client_that_falls_back_and_catches_up_elsewhere_is_granted(scene: Scene) -> None:
+    """It hears of the rest on another stream, before this one has sent it again."""
+    watcher = confirmed(scene)
+    scene.apply((at(11), "a"))
+    watcher.take(scene.now)
+    watcher.hear(request(at(11)), scene.now)
+    watcher.hear(request(at(10), 1), scene.now)
+    watcher.hear(request(at(11), 2), scene.now)
+    (grant,) = watcher.take(scene.now)
+    assert isinstance(grant, Grant)
+    assert (grant.position, grant.number) == (at(11), 2)
 
 
 def test_a_client_with_a_lease_that_falls_back_counts_as_behind(scene: Scene) -> None:
