@@ -4,6 +4,7 @@ Pure, with the clock passed in.
 """
 
 import math
+from collections.abc import Sequence
 
 import pytest
 from latchkey_coherence.lease import outwait_seconds
@@ -22,7 +23,7 @@ def scene() -> Scene:
     return Scene(at(10))
 
 
-def grants(events: list[object]) -> list[Grant]:
+def grants(events: Sequence[object]) -> list[Grant]:
     return [event for event in events if isinstance(event, Grant)]
 
 
