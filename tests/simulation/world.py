@@ -97,13 +97,15 @@ class Server:
             if told is None:
                 self.heart = self.world.reached()
             else:
-                self.reply = lambda: membership.register(*told)
+                self.reply = lambda: membership.register(*told, self.clock())
             return
         began = self.clock()
         if news:
             log = database.read_log(membership.memory.position)
-            self.reply = lambda: self._apply(log, began)
-            return
+            # As the heart does: only a renewal may bring the lease to another server.
+            if not log.known or log.server == membership.server:
+                self.reply = lambda: self._apply(log, began)
+                return
         acknowledged = membership.acknowledgeable(began)
         renewal = database.renew(
             self.name, self.incarnation, membership.memory.position, acknowledged
