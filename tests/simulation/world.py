@@ -394,6 +394,26 @@ class World:
                 client.verify(token_id)
         self.reads_arrive()
 
+    def servers_are_well(self) -> None:
+        """The servers do all that is theirs to do, twice, while nothing reaches a client."""
+        for _ in range(2):
+            for server in self.servers:
+                for news in (True, False):
+                    server.beat(news=news)
+                    server.hear()
+                for stream in list(server.streams):
+                    while stream.up:
+                        stream.server_hears()
+                    stream.server_speaks()
+
+    def clients_are_well(self) -> None:
+        """The clients hear some of what is on its way to them, and say what they have to."""
+        for client in self.clients:
+            for stream in list(client.streams):
+                for _ in range(self.random.randint(0, len(stream.down))):
+                    stream.client_hears()
+                stream.client_speaks()
+
     def time_passes_well(self) -> None:
         self.now += 0.9
         self.all_is_well()
@@ -567,7 +587,8 @@ class World:
 EVERYDAY = [
     *(["time_passes_well"] * 4),
     *(["all_is_well", "everybody_verifies"] * 8),
-    *(["server_verifies", "client_verifies"] * 8),
+    *(["server_verifies", "client_verifies"] * 6),
+    *(["servers_are_well", "clients_are_well"] * 8),
     *(["delete", "look_at_rows", "a_stream_moves", "read_arrives"] * 8),
     *(["time_passes", "beat", "hear", "acknowledge"] * 3),
 ]
