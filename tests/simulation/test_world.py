@@ -92,7 +92,9 @@ admit = Memory.admit
 take = Watcher.take
 
 
-def keep_the_memory(self: Any, position: Position, acknowledged: int, server: Any) -> None:
+def keep_the_memory(
+    self: Any, position: Position, acknowledged: int, server: Any, now: float
+) -> None:
     """Rule 3, a row that is gone, without emptying the memory."""
     self.memory._marks[position.revision] = position.mark
     self.memory.position = position
