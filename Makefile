@@ -29,8 +29,8 @@ check: $(VENV)/.dev  ## Lint, types, stubs, security
 bench: $(VENV)/.dev  ## Measure: interleaved rounds, a table and build/bench.json
 	@exec $(PY) -m tests.benchmarks $(ARGS)
 
-history: $(VENV)/.dev  ## Verify and delete for a minute while everything breaks (ARGS="--seconds 180")
-	@exec $(PY) -m tests.history $(ARGS)
+history: $(VENV)/.dev  ## Verify and delete for a minute while everything breaks (ARGS=--failover)
+	@GRPC_VERBOSITY=ERROR exec $(PY) -m tests.history $(ARGS)
 
 fuzz: $(VENV)/.dev  ## Attack the parsers and the server with made-up input (ARGS="--minutes 30 --only policy")
 	@exec $(PY) -m tests.fuzz $(ARGS)

@@ -200,6 +200,7 @@ _CODES: Mapping[type[LatchkeyError], grpc.StatusCode] = MappingProxyType(
         Unavailable: grpc.StatusCode.UNAVAILABLE,
         NotConfirmed: grpc.StatusCode.UNAVAILABLE,
         StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
+        NotReplicated: grpc.StatusCode.UNAVAILABLE,
         StoreUnsupported: grpc.StatusCode.UNAVAILABLE,
         StoreConflict: grpc.StatusCode.UNAVAILABLE,
         WatchRefused: grpc.StatusCode.FAILED_PRECONDITION,

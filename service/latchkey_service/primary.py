@@ -64,6 +64,10 @@ class Primary:
         """The host of the list that the lease was last renewed on. Empty: none yet."""
         return "" if self._server is None else self._server[0]
 
+    def host_of(self, connection: "Connection") -> str:
+        """Return the host of the list that a connection was made to."""
+        return self._connector.host_of(connection)
+
     def warnings(self) -> list[str]:
         """Return what a person should repair, a sentence each."""
         found = [STANDBY_MISSING] if self._standby_missing else []
@@ -71,6 +75,8 @@ class Primary:
             f"Another host of the list also says that it is the primary: {host}. The lease is "
             f"renewed on {self.host}. Stop the one that was deposed, or make it a standby."
             for host in self._others
+            # The lease may have moved there since the others were asked.
+            if host != self.host
         ]
         return found
 

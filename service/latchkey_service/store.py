@@ -164,7 +164,9 @@ class Store:
                     RETURNING id, account_id),
                 audited AS (
                     INSERT INTO audit (account_id, token_id, caller, method, peer, request_id)
-                    SELECT account_id, id, $12, $13, $14, $15 FROM token)
+                    SELECT account_id, id, $12, $13, $14, $15 FROM token),
+                -- A database that was restored while this process runs may be older than it.
+                known AS (INSERT INTO pepper (id) VALUES ($11) ON CONFLICT DO NOTHING)
                 INSERT INTO secret (digest, pepper_id, token_id)
                 SELECT $10, $11, id FROM token WHERE {DURABLE}
                 """,  # nosec B608 # noqa: S608 - constants only

@@ -14,6 +14,7 @@ from cryptography import x509
 from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2
 from latchkey_proto.v1 import audit_service_pb2 as audit_pb
+from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.access.methods import METHODS
@@ -43,12 +44,13 @@ from tests.support import session
 TOKENS = "/latchkey.v1.TokenService/"
 STATUS = "/latchkey.v1.StatusService/GetStatus"
 AUDIT = "/latchkey.v1.AuditService/List"
+INVALIDATE_ALL = "/latchkey.v1.MaintenanceService/InvalidateAll"
 HEALTH = "/grpc.health.v1.Health/Check"
 # Written down once more, apart from the table that is tested by it.
 MAY = {
     "verifier": {TOKENS + "Verify", TOKENS + "BatchVerify", TOKENS + "Watch"},
     "manager": {TOKENS + name for name in ("Create", "Get", "List", "Delete")},
-    "operator": {STATUS, AUDIT},
+    "operator": {STATUS, AUDIT, INVALIDATE_ALL},
 }
 OURS = sorted(set().union(*MAY.values()))
 LISTENERS = (
@@ -236,6 +238,7 @@ async def call(
             account_id=account, id=listener.ids[f"{account} doomed"], no_wait=True
         ),
         STATUS: status_pb.GetStatusRequest,
+        INVALIDATE_ALL: maintenance_pb.InvalidateAllRequest,
         AUDIT: lambda: audit_pb.AuditServiceListRequest(account_id=account),
     }
     try:
@@ -284,6 +287,8 @@ def expected(name: str, account: str = ACCOUNT) -> dict[str, grpc.StatusCode]:
     role, accounts = CALLERS[name]
     found = {path: OK if path in MAY[role] else DENIED for path in OURS}
     if accounts is not None:
+        # It affects all accounts.
+        found[INVALIDATE_ALL] = DENIED
         if role == "verifier":
             found[TOKENS + "Watch"] = WATCH_REFUSED
         elif account != ACCOUNT:
@@ -322,7 +327,7 @@ def test_the_table_has_every_method() -> None:
     pool: Any = descriptor_pool.Default()
     defined = {
         f"/{service.full_name}/{method.name}"
-        for module in (pb, status_pb, audit_pb)
+        for module in (pb, status_pb, audit_pb, maintenance_pb)
         for service in module.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }

@@ -8,6 +8,7 @@ import structlog
 from latchkey_service.migrate import bundled, migrate
 
 from tests.conftest import TEMPLATE, with_database
+from tests.postgres_node import Template, make_template
 from tests.support import BreakablePostgres, session
 
 
@@ -34,6 +35,15 @@ async def template_url(postgres_url: str) -> str:
     url = with_database(postgres_url, TEMPLATE)
     await migrate(url, bundled())
     return url
+
+
+@pytest.fixture(scope="session")
+async def pair_template(scratch: Path) -> Template:
+    """What the nodes of a pair are copied from."""
+    folder = scratch / "pair-template"
+    folder.mkdir()
+    folder.chmod(0o755)
+    return await make_template(folder)
 
 
 @pytest.fixture

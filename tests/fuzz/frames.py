@@ -34,6 +34,8 @@ PATHS = (
     "/latchkey.v1.TokenService/Nope",
     "/", "", "*", "//", "/latchkey.v1.TokenService/Verify/", "/\xff", "/" + "x" * 2_000,
     "http://h/a",
+    # Last, since inputs of the corpus have their paths' numbers.
+    "/latchkey.v1.MaintenanceService/InvalidateAll",
 )  # fmt: skip
 ODD_HEADERS = (
     ("grpc-timeout", "1n"),

@@ -23,6 +23,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from latchkey_proto.v1 import audit_service_pb2 as audit_pb
+from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service import log
@@ -112,6 +113,12 @@ METHODS = (
         requests=True,
         responses=True,
     ),
+    # Last, since inputs of the corpus have their methods' numbers.
+    Method(
+        "/latchkey.v1.MaintenanceService/InvalidateAll",
+        maintenance_pb.InvalidateAllRequest,
+        maintenance_pb.InvalidateAllResponse,
+    ),
 )
 # They end by themselves only when the server does.
 ENDLESS = {f"{TOKENS}Watch", f"{HEALTH}Watch"}
@@ -189,6 +196,7 @@ class Messages(Target):
             ("Delete", pb.DeleteRequest(account_id=ACCOUNT, id=FRESH_ID)),
             ("Delete", pb.DeleteRequest(account_id=ACCOUNT, id=DELETED_ID, no_wait=True)),
             ("GetStatus", status_pb.GetStatusRequest()),
+            ("InvalidateAll", maintenance_pb.InvalidateAllRequest()),
             (
                 "AuditService/List",
                 audit_pb.AuditServiceListRequest(

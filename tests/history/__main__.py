@@ -5,10 +5,14 @@ seeded plan of faults befalls them. Each call is written down with its beginning
 that was told VALID though it began after the token's Delete had answered fails the run. So does a
 run that has seen too little to tell. The scenarios of `scenarios.py` come first: each is what a
 missing rule of coherence would show in.
+
+With `--failover` the same happens on a pair of Postgres servers with synchronous replication, and
+the faults are failovers. With `--patroni` Patroni runs the servers.
 """
 
 import argparse
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -19,13 +23,25 @@ from pathlib import Path
 from tests.history import report
 from tests.history.broken import VARIABLE, rule_to_break
 from tests.history.checker import Findings
+from tests.history.failover import (
+    FAILOVER_SHORT,
+    FAILOVER_SIZE,
+    direct_failovers,
+    run_failovers,
+)
+from tests.history.patroni import missing, patroni
+from tests.history.patroni_run import NODES, PATRONI_SIZE, run_patroni
 from tests.history.run import SHORT, Size, run
 from tests.history.scenarios import SCENARIOS, play, staged
+from tests.pair import pair
+from tests.postgres_node import make_template
 from tests.support import BreakablePostgres, session
 
 # Where the histories, logs and faults of a run that failed stay.
 KEPT = Path("build/history")
 DIRECTED_SECONDS_MAX = 180.0
+# Not worth keeping: databases, programs and peppers.
+DATA = ("data", "unused", "peppers", "first", "second", "template", "bin-*", "backup-*", "node-?")
 
 
 def main() -> int:
@@ -35,27 +51,83 @@ def main() -> int:
     # Everything is ended in order, also where the shell had Ctrl-C ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    if options.patroni and (sentence := missing()) is not None:
+        _say(sentence)
+        return 2
     # Postgres' own account has to get in.
     scratch = Path(tempfile.mkdtemp(prefix="latchkey-history-", dir="/tmp"))
     scratch.chmod(0o755)
-    postgres = BreakablePostgres(scratch / "data")
     failed = True
     try:
-        url = postgres.start()
-        failed = asyncio.run(_main(options, rule, scratch, url, postgres))
+        if options.failover:
+            failed = asyncio.run(_fail_over(options, rule, scratch))
+        elif options.patroni:
+            failed = asyncio.run(_with_patroni(options, rule, scratch))
+        else:
+            failed = _break(options, rule, scratch)
     except KeyboardInterrupt:
         failed = False
         return 130
     finally:
-        postgres.close()
         if failed or options.keep:
             shutil.rmtree(KEPT, ignore_errors=True)
-            shutil.copytree(
-                scratch, KEPT, ignore=shutil.ignore_patterns("data", "unused", "peppers")
-            )
+            shutil.copytree(scratch, KEPT, ignore=shutil.ignore_patterns(*DATA))
             _say(f"The histories and logs are in {KEPT}.")
         shutil.rmtree(scratch, ignore_errors=True)
     return int(failed)
+
+
+def _break(options: argparse.Namespace, rule: str | None, scratch: Path) -> bool:
+    """Run on one server."""
+    postgres = BreakablePostgres(scratch / "data")
+    try:
+        url = postgres.start()
+        return asyncio.run(_main(options, rule, scratch, url, postgres))
+    finally:
+        postgres.close()
+
+
+async def _fail_over(options: argparse.Namespace, rule: str | None, scratch: Path) -> bool:
+    """Run on a pair of servers."""
+    complaints: list[str] = []
+    if rule is not None:
+        _say(f"Without rule {rule} ({VARIABLE}): this has to fail.")
+    template = await make_template(scratch)
+    async with pair(scratch, template) as servers:
+        if options.only != "run":
+            (scratch / "directed").mkdir()
+            findings = Findings()
+            count = 0
+            directed = direct_failovers(scratch / "directed", servers, rule)
+            async with contextlib.aclosing(directed):
+                async for name, found in directed:
+                    findings, count = found, count + 1
+                    if complaints := report.violations(findings):
+                        _say(f"The scenario {name} has failed.")
+                        break
+            _say(*report.scenarios(findings, count))
+        if options.only != "scenarios" and not complaints:
+            (scratch / "run").mkdir()
+            outcome = await run_failovers(scratch / "run", servers, options.size, rule)
+            _say("", *report.table(outcome))
+            complaints += report.complaints(outcome)
+    for complaint in complaints:
+        _say(f"FAILED: {complaint}")
+    return bool(complaints)
+
+
+async def _with_patroni(options: argparse.Namespace, rule: str | None, scratch: Path) -> bool:
+    """Run on servers that Patroni runs."""
+    (scratch / "run").mkdir()
+    (scratch / "servers").mkdir()
+    async with patroni(scratch / "servers", NODES) as servers:
+        _say(servers.versions)
+        outcome = await run_patroni(scratch / "run", servers, options.size, rule)
+    _say(*report.table(outcome))
+    complaints = report.complaints(outcome)
+    for complaint in complaints:
+        _say(f"FAILED: {complaint}")
+    return bool(complaints)
 
 
 async def _main(
@@ -89,7 +161,11 @@ async def _main(
 
 async def _direct(folder: Path, url: str, rule: str | None) -> tuple[Findings, int]:
     """Play the scenarios: of a rule that is taken out its own, else all."""
-    chosen = SCENARIOS[rule] if rule else [s for of_rule in SCENARIOS.values() for s in of_rule]
+    chosen = (
+        list(SCENARIOS.get(rule, ()))
+        if rule
+        else [s for of_rule in SCENARIOS.values() for s in of_rule]
+    )
     chosen = list(dict.fromkeys(chosen))
     async with staged(folder, url, rule) as stage:
         findings = stage.findings()
@@ -101,16 +177,21 @@ async def _direct(folder: Path, url: str, rule: str | None) -> tuple[Findings, i
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make history", description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="what `make test` runs")
-    parser.add_argument("--seconds", type=float, help="how long, 60 unless said")
-    parser.add_argument("--seed", type=int, help="of the plan of faults, 1 unless said")
-    parser.add_argument("--clients", type=int, help="client processes, 20 unless said")
-    parser.add_argument("--deleters", type=int, help="5 unless said")
-    parser.add_argument("--lease-seconds", type=float, help="1 unless said")
+    parser.add_argument("--seconds", type=float, help="default 60, with --patroni 600")
+    parser.add_argument("--seed", type=int, help="seed of the faults, default 1")
+    parser.add_argument(
+        "--clients", type=int, help="client processes, default 20, with several servers 8"
+    )
+    parser.add_argument("--deleters", type=int, help="default 5")
+    parser.add_argument("--lease-seconds", type=float, help="default 1, with --patroni 3")
     parser.add_argument(
         "--hosts",
         help="workers behind each address, 2,1 unless said: 1 is a worker alone, more have a "
         "supervisor and share the address",
     )
+    servers = parser.add_mutually_exclusive_group()
+    servers.add_argument("--failover", action="store_true", help="on a pair of database servers")
+    servers.add_argument("--patroni", action="store_true", help="on servers that Patroni runs")
     parser.add_argument("--only", choices=("run", "scenarios"), help="leave out the other part")
     parser.add_argument("--keep", action="store_true", help="the histories of a good run too")
     options = parser.parse_args()
@@ -123,6 +204,10 @@ def _options() -> argparse.Namespace:
         counts = [int(count) for count in options.hosts.split(",")]
         given["hosts"] = tuple(None if count == 1 else count for count in counts)
     size = SHORT if options.short else Size()
+    if options.failover:
+        size = FAILOVER_SHORT if options.short else FAILOVER_SIZE
+    if options.patroni:
+        size = PATRONI_SIZE
     if os.environ.get(VARIABLE):
         # A supervisor starts the workers that ship.
         given["hosts"] = (None,) * size.workers

@@ -4,7 +4,6 @@ Only the modules that start the processes of this test read LATCHKEY_TEST_BREAK_
 call `break_rule`: no setting of the product reaches it.
 """
 
-import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -34,22 +33,30 @@ def _renewal_of_no_row() -> None:
 
     renew = OwnRow.renew
 
-    async def always(*args: Any) -> bool:
-        await renew(*args)
-        return True
+    async def always(*args: Any) -> tuple[bool, Any]:
+        _, log = await renew(*args)
+        return True, log
 
     _replace(OwnRow, "renew", always)
 
 
 def _renewal_without_the_log() -> None:
     """Rule 3: the lease is extended without a look at the log."""
-    from latchkey_service.coherence.membership import Log
+    from dataclasses import replace
+
     from latchkey_service.coherence.table import OwnRow
 
-    async def nothing_new(_self: OwnRow, applied: int) -> Log:
-        return Log(applied, ())
+    read_log, renew = OwnRow.read_log, OwnRow.renew
+
+    async def nothing_new(*args: Any) -> Any:
+        return replace(await read_log(*args), changes=())
+
+    async def renewed(*args: Any) -> tuple[bool, Any]:
+        done, log = await renew(*args)
+        return done, replace(log, changes=())
 
     _replace(OwnRow, "read_log", nothing_new)
+    _replace(OwnRow, "renew", renewed)
 
 
 def _fill_without_the_rule() -> None:
@@ -58,8 +65,8 @@ def _fill_without_the_rule() -> None:
 
     admit = Memory.admit
 
-    def always(self: Memory[Any], key: bytes, entry: Any, revision: int) -> bool:
-        return admit(self, key, entry, max(revision, self.applied))
+    def always(self: Memory[Any], key: bytes, entry: Any, _position: object) -> bool:
+        return admit(self, key, entry, self.position)
 
     _replace(Memory, "admit", always)
 
@@ -71,12 +78,13 @@ def _use_without_a_lease() -> None:
 
     init = service.Verifier.__init__
 
-    def with_clock_stopped(self: service.Verifier, *args: Any) -> None:
-        init(self, *args)
-        self._clock = lambda: -math.inf
+    # Before any end of a lease, and after that of no lease at all.
+    def with_clock_stopped(self: service.Verifier, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        self._clock = lambda: 0.0
 
     _replace(service.Verifier, "__init__", with_clock_stopped)
-    _replace(client, "boottime", lambda: -math.inf)
+    _replace(client, "boottime", lambda: 0.0)
 
 
 def _acknowledgement_before_the_clients() -> None:
@@ -84,7 +92,7 @@ def _acknowledgement_before_the_clients() -> None:
     from latchkey_service.coherence.membership import Membership
 
     def own(self: Membership[Any], _now: float) -> int:
-        return self.memory.applied
+        return self.memory.position.revision
 
     _replace(Membership, "acknowledgeable", own)
 
@@ -94,7 +102,7 @@ def _delete_without_a_wait() -> None:
     from latchkey_service.coherence.confirmation import Confirmation
     from latchkey_service.coherence.confirmer import Confirmer
 
-    async def at_once(_self: Confirmer, _revision: int, _deadline: float) -> Confirmation:
+    async def at_once(_self: Confirmer, _position: object, _deadline: float) -> Confirmation:
         return Confirmation(0, 0)
 
     _replace(Confirmer, "confirm", at_once)
@@ -117,6 +125,51 @@ def _burial_of_the_living() -> None:
     _replace(OwnRow, "remove_dead", but_myself)
 
 
+def _positions_without_marks() -> None:
+    """Rule 12: a position counts for its revision alone, in servers and clients.
+
+    The database is asked for bare numbers as well, and no change of its timeline is noticed.
+    """
+    from latchkey_coherence.memory import Memory, Position
+    from latchkey_service.coherence import table
+    from latchkey_service.coherence.membership import Membership, ReadBegan, Server, Standing
+    from latchkey_service.coherence.snapshot import POSITION_KNOWN, Snapshot
+
+    def knows(self: Memory[Any], position: Position) -> bool:
+        return position.revision <= self.position.revision
+
+    def always(_self: Memory[Any], _position: Position) -> bool:
+        return True
+
+    def standing(self: Membership[Any], snapshot: Snapshot, began: ReadBegan) -> Standing:
+        is_old = snapshot.position.revision < began.applied
+        return Standing.REFUSED if is_old else Standing.BELIEVED
+
+    def unknown(_identifier: object, _timeline: object) -> Server:
+        return Server(None, None)
+
+    _replace(Memory, "knows", knows)
+    _replace(Memory, "agrees", always)
+    _replace(Membership, "standing", standing)
+    _replace(table, "Server", unknown)
+    for name in ("_RENEW", "_READ_LOG"):
+        sql = getattr(table, name)
+        assert POSITION_KNOWN in sql
+        # A head that is behind still says that the history is another one, as it always did.
+        by_number = "(h.revision >= $1 AND $2::bigint IS NOT NULL)"
+        _replace(table, name, sql.replace(POSITION_KNOWN, by_number))
+
+
+def _look_ups_of_any_position() -> None:
+    """Rule 12: whatever a look-up has read is believed, wherever it was read."""
+    from latchkey_service.coherence.membership import Membership, Standing
+
+    def always(_self: Membership[Any], _snapshot: object, _began: object) -> Standing:
+        return Standing.BELIEVED
+
+    _replace(Membership, "standing", always)
+
+
 def _replace(owner: Any, name: str, by: Any) -> None:
     """Replace what is there: a name that is no more would break nothing, and nobody would know."""
     if name not in vars(owner):
@@ -132,4 +185,6 @@ RULES: dict[str, Callable[[], None]] = {
     "7": _acknowledgement_before_the_clients,
     "8": _delete_without_a_wait,
     "9": _burial_of_the_living,
+    "12": _positions_without_marks,
+    "12-look-up": _look_ups_of_any_position,
 }

@@ -2,20 +2,36 @@
 
 Pure: histories in, findings out. A Delete counts once it is confirmed; before that, and for a
 verify that overlaps it, either answer is right. A refusal before any Delete began is wrong as well:
-a token is good from its Create on.
+a token is good from its Create on. So is the answer that a token does not exist, if its Create
+answered OK and nobody has deleted it.
+
+A restored backup undoes what it does not contain. Deletes that it lacks forbid nothing in verifies
+that begin after the restore, and tokens that it lacks may be refused from then on. The token
+itself must be dead once a Delete has said so, or that it does not exist.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tests.history.records import Kind, Outcome, Record
 
-__all__ = ["Findings", "Late", "check"]
+__all__ = ["Findings", "Late", "Lost", "Restore", "check"]
 
-# Late accepts that are kept for the report; all are counted.
+# Late accepts and lost tokens that are kept for the report; all are counted.
 LATE_KEPT = 1_000
+
+
+class Restore(NamedTuple):
+    """A base backup replaced the database. Nanoseconds of the records' clock."""
+
+    taken: int
+    """The backup began. It contains whatever was answered before this."""
+    began: int
+    """The old database stopped. No answer that began after this comes from it."""
+    settled: int
+    """The operator had done what the manual demands after a restore."""
 
 
 class Late(NamedTuple):
@@ -33,6 +49,13 @@ class Late(NamedTuple):
         return self.began - self.deleted
 
 
+class Lost(NamedTuple):
+    """A token whose Create had answered, and that nobody deleted, was reported as not existing."""
+
+    who: str
+    record: Record
+
+
 @dataclass
 class Findings:
     """What the histories say."""
@@ -42,6 +65,8 @@ class Findings:
     late: list[Late] = field(default_factory=list)
     refused_early: int = 0
     """Verifies that were refused and had ended before the first Delete of their token began."""
+    lost_count: int = 0
+    lost: list[Lost] = field(default_factory=list)
     deletes: list[Record] = field(default_factory=list)
     """Each call of Delete that was confirmed."""
     deleted: dict[int, int] = field(default_factory=dict)
@@ -67,32 +92,100 @@ class Findings:
         return sum(n for (_, outcome), n in self.calls.items() if outcome is not Outcome.FAILED)
 
 
-def check(histories: Mapping[str, Callable[[], Iterable[Record]]]) -> Findings:
+class _Tokens:
+    """What is known of each token from the calls that create, read and delete."""
+
+    def __init__(self, restores: Sequence[Restore]) -> None:
+        self.created: dict[int, Record] = {}
+        """Each token's Create that answered OK."""
+        self.touched: dict[int, int] = {}
+        """When each token's first Delete began, whatever became of it."""
+        self.deleted: dict[int, int] = {}
+        """When each token's first Delete was confirmed, or the service said that the token does
+        not exist."""
+        self.undone: dict[int, list[tuple[int, int | None]]] = {}
+        """For tokens with a Delete that a restore undid: all Deletes that were confirmed, each with
+        its end and the moment from which it forbids nothing any more."""
+        self._restores = restores
+        self._deletes: defaultdict[int, list[tuple[int, int | None]]] = defaultdict(list)
+
+    def learn(self, record: Record) -> None:
+        """Take in a Create or a Delete."""
+        token, outcome = record.token, record.outcome
+        if record.kind == Kind.CREATE and outcome == Outcome.DONE:
+            self.created[token] = record
+        elif record.kind == Kind.DELETE:
+            self.touched[token] = min(record.began, self.touched.get(token, record.began))
+            if outcome == Outcome.CONFIRMED or (
+                outcome == Outcome.NOT_FOUND and self._is_settled(record.began)
+            ):
+                self.deleted[token] = min(record.ended, self.deleted.get(token, record.ended))
+                self._deletes[token].append((record.ended, self._undone_at(record)))
+
+    def complete(self) -> None:
+        """Every history has been taken in."""
+        self.undone = {
+            token: deletes
+            for token, deletes in self._deletes.items()
+            if any(undone is not None for _, undone in deletes)
+        }
+
+    def dead_since(self, token: int, began: int) -> int | None:
+        """Return the end of a Delete that forbids VALID at `began`; of a token in `undone`."""
+        standing = [
+            ended
+            for ended, undone in self.undone[token]
+            if ended < began and (undone is None or began < undone)
+        ]
+        return min(standing, default=None)
+
+    def may_be_missing(self, token: int, ended: int) -> bool:
+        """Tell whether a restore that came before `ended` may have lost the token."""
+        created = self.created.get(token)
+        return created is not None and any(
+            created.ended > restore.taken and created.began < restore.began < ended
+            for restore in self._restores
+        )
+
+    def _undone_at(self, record: Record) -> int | None:
+        return min(
+            (
+                restore.began
+                for restore in self._restores
+                if restore.taken < record.ended and record.began < restore.began
+            ),
+            default=None,
+        )
+
+    def _is_settled(self, moment: int) -> bool:
+        """Tell whether no restore was under way: memories may hold what it lost until its end."""
+        return not any(restore.began <= moment < restore.settled for restore in self._restores)
+
+
+def check(
+    histories: Mapping[str, Callable[[], Iterable[Record]]], restores: Sequence[Restore] = ()
+) -> Findings:
     """Return the findings in the histories of all processes, each by name, each read twice."""
     findings = Findings()
-    deleted = findings.deleted
-    touched: dict[int, int] = {}
+    tokens = _Tokens(restores)
     for history in histories.values():
         for record in history():
-            if record.kind != Kind.DELETE:
+            if record.kind not in (Kind.CREATE, Kind.DELETE):
                 continue
-            touched[record.token] = min(record.began, touched.get(record.token, record.began))
-            if record.outcome == Outcome.CONFIRMED:
+            tokens.learn(record)
+            if record.kind == Kind.DELETE and record.outcome == Outcome.CONFIRMED:
                 findings.deletes.append(record)
-                before = deleted.get(record.token)
-                deleted[record.token] = (
-                    record.ended if before is None else min(before, record.ended)
-                )
+                before = findings.deleted.get(record.token, record.ended)
+                findings.deleted[record.token] = min(before, record.ended)
+    tokens.complete()
     for who, history in histories.items():
-        _look_at(who, history(), findings, touched)
+        _look_at(who, history(), findings, tokens)
     return findings
 
 
-def _look_at(
-    who: str, history: Iterable[Record], findings: Findings, touched: Mapping[int, int]
-) -> None:
+def _look_at(who: str, history: Iterable[Record], findings: Findings, tokens: _Tokens) -> None:
     # A loop over millions of records: what it needs is in local variables.
-    deleted, checked = findings.deleted.get, findings.checked.add
+    deleted, undone, checked = tokens.deleted.get, tokens.undone, findings.checked.add
     calls: Counter[tuple[int, int]] = Counter()
     answered = (Outcome.VALID, Outcome.REFUSED)
     counts: dict[int, tuple[int, int]] = {}
@@ -102,12 +195,18 @@ def _look_at(
             counts[token] = began, ended
             continue
         calls[kind, outcome] += 1
+        if outcome == Outcome.NOT_FOUND:
+            _look_for_loss(who, record, findings, tokens)
         if outcome not in answered:
             continue
-        dead_since = deleted(token)
+        dead_since = tokens.dead_since(token, began) if token in undone else deleted(token)
         # At the same nanosecond neither came first.
         if dead_since is None or began <= dead_since:
-            if outcome == Outcome.REFUSED and ended < touched.get(token, 0):
+            if (
+                outcome == Outcome.REFUSED
+                and ended < tokens.touched.get(token, 0)
+                and not tokens.may_be_missing(token, ended)
+            ):
                 findings.refused_early += 1
             continue
         checked(token)
@@ -120,3 +219,17 @@ def _look_at(
     for token, (hits, misses) in counts.items():
         findings.from_memory[f"{who}/{token}"] += hits
         findings.from_service += misses
+
+
+def _look_for_loss(who: str, record: Record, findings: Findings, tokens: _Tokens) -> None:
+    """Judge an answer that a token does not exist."""
+    # A Delete finds the receipt of an earlier one; a Get may have met the Delete.
+    deleted = record.kind == Kind.GET and record.ended > tokens.touched.get(
+        record.token, record.ended
+    )
+    created = tokens.created.get(record.token)
+    known = created is not None and created.ended < record.began
+    if known and not deleted and not tokens.may_be_missing(record.token, record.ended):
+        findings.lost_count += 1
+        if len(findings.lost) < LATE_KEPT:
+            findings.lost.append(Lost(who, record))

@@ -34,6 +34,8 @@ TWICE_SHARE = 0.1
 NO_WAIT_SHARE = 0.1
 # How often a token is looked up on each server while it is deleted.
 OVERLAP_SHARE = 0.3
+# How often a token is read before it is deleted, as a responder does who looks whether it exists.
+GET_SHARE = 0.3
 
 
 class Deleters:
@@ -69,6 +71,8 @@ class Deleters:
             token_id, secret = created.token.id, created.secret.reveal()
             self._board.created(number, secret)
             await asyncio.sleep(LIFE_SECONDS_MAX * chance() ** 2)
+            if chance() < GET_SHARE:
+                await self._get(account, token_id, number)
             if chance() < OVERLAP_SHARE:
                 self._ask_everyone(number, secret)
                 # The question is on its way, or there, or being looked up.
@@ -111,6 +115,9 @@ class Deleters:
         began = now()
         try:
             receipt = await self._any_client().delete(account, token_id, no_wait=no_wait)
+        except latchkey.NotFound:
+            # The checker decides whether that is a loss. It does not end by being asked again.
+            outcome, ended = Outcome.NOT_FOUND, now()
         except latchkey.LatchkeyError as error:
             tell_if_strange(error)
             ended = now()
@@ -120,7 +127,19 @@ class Deleters:
             if outcome is Outcome.COMMITTED and not no_wait:
                 raise AssertionError("a Delete that waits answered without an effective_time")
         self._recorder.add(Kind.DELETE, outcome, number, began, ended)
-        return outcome is Outcome.CONFIRMED
+        return outcome in (Outcome.CONFIRMED, Outcome.NOT_FOUND)
+
+    async def _get(self, account: str, token_id: str, number: int) -> None:
+        outcome = Outcome.FAILED
+        began = now()
+        try:
+            await self._any_client().get(account, token_id)
+            outcome = Outcome.DONE
+        except latchkey.NotFound:
+            outcome = Outcome.NOT_FOUND
+        except latchkey.LatchkeyError as error:
+            tell_if_strange(error)
+        self._recorder.add(Kind.GET, outcome, number, began, now())
 
     def _ask_everyone(self, number: int, secret: str) -> None:
         """Verify over each connection, without waiting for the answers."""

@@ -3,6 +3,9 @@
 A connection is known by the `tag` of the listener that it came by and by a `label`, which is found
 in what its client says: what a worker's connection to Postgres is for, and which of a client's
 carries Watch. Neither end is told of a fault: to both the other one is merely silent.
+
+A listener may lead to one of several places, as an address does that moves between servers.
+Connections that are open stay where they are until they are cut.
 """
 
 import asyncio
@@ -12,13 +15,15 @@ import random
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Literal
 
-__all__ = ["Action", "Connection", "Direction", "Fault", "Proxy"]
+__all__ = ["Action", "Connection", "Direction", "Fault", "Place", "Proxy", "Upstream"]
 
 CHUNK_BYTES = 1 << 16
 CONNECT_SECONDS_MAX = 2.0
 
 # HOST:PORT's parts, or the path of a UNIX socket.
-Upstream = tuple[str, int] | str
+Place = tuple[str, int] | str
+# A place, or a function that returns the place for a new connection; OSError refuses it.
+Upstream = Place | Callable[[], Place]
 Action = Literal["hold", "swallow", "delay"]
 
 
@@ -36,6 +41,8 @@ class Connection:
 
     def __init__(self, tag: str) -> None:
         self.tag = tag
+        self.place: Place | None = None
+        """Where it leads."""
         self.label: str | None = None
         self.swallowed = Direction(0)
         """Ways on which bytes are missing. It can never be of use again."""
@@ -83,6 +90,7 @@ class Proxy:
         self._labels = labels
         self._randomness = randomness
         self._faults: list[Fault] = []
+        self._refusals: list[Callable[[Connection], bool]] = []
         self._servers: list[asyncio.Server] = []
 
     async def listen(self, upstream: Upstream, tag: str) -> int:
@@ -109,14 +117,29 @@ class Proxy:
                 if connection.swallowed and connection.task is not None:
                     connection.task.cancel()
 
+    async def cut(self, matches: Callable[[Connection], bool] = lambda _: True) -> int:
+        """Cut connections, as a router that restarts does; return how many."""
+        tasks = [c.task for c in self.connections if c.task is not None and matches(c)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return len(tasks)
+
+    @contextlib.asynccontextmanager
+    async def refusing(self, matches: Callable[[Connection], bool]) -> AsyncIterator[None]:
+        """Cut connections and refuse new ones during the block. New ones have no label yet."""
+        self._refusals.append(matches)
+        await self.cut(matches)
+        try:
+            yield
+        finally:
+            self._refusals.remove(matches)
+
     async def close(self) -> None:
         """Stop listening, and cut all connections."""
         for server in self._servers:
             server.close()
-        tasks = [c.task for c in self.connections if c.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.cut()
 
     async def _serve(
         self,
@@ -131,10 +154,13 @@ class Proxy:
         with contextlib.suppress(OSError, TimeoutError, asyncio.CancelledError):
             try:
                 async with asyncio.timeout(CONNECT_SECONDS_MAX):
-                    if isinstance(upstream, str):
-                        there, back = await asyncio.open_unix_connection(upstream)
+                    place = connection.place = upstream() if callable(upstream) else upstream
+                    if any(matches(connection) for matches in self._refusals):
+                        raise ConnectionRefusedError
+                    if isinstance(place, str):
+                        there, back = await asyncio.open_unix_connection(place)
                     else:
-                        there, back = await asyncio.open_connection(*upstream)
+                        there, back = await asyncio.open_connection(*place)
                 writers.append(back)
                 up = asyncio.create_task(self._pump(connection, Direction.UP, reader, back))
                 down = asyncio.create_task(self._pump(connection, Direction.DOWN, there, writer))

@@ -36,6 +36,7 @@ class Kind(enum.IntEnum):
     COUNTS = 6
     """No call: how many of the verifier's answers came from memory (in place of the beginning) and
     how many from the service (in place of the end), so far. The token's number is its own."""
+    GET = 7
 
 
 class Outcome(enum.IntEnum):
@@ -47,11 +48,13 @@ class Outcome(enum.IntEnum):
     REFUSED = 2
     """Any other verdict."""
     DONE = 3
-    """Of a Create."""
+    """Of a Create or a Get."""
     CONFIRMED = 4
     """Of a Delete: the receipt says since when the token has been dead everywhere."""
     COMMITTED = 5
     """Of a Delete that was asked not to wait: it is not dead everywhere yet."""
+    NOT_FOUND = 6
+    """Of a Delete or a Get: the service does not know the token."""
 
 
 class Record(NamedTuple):

@@ -8,7 +8,7 @@ from tests.history.records import Kind
 from tests.history.records import Outcome as Ended
 from tests.history.run import Outcome
 
-__all__ = ["complaints", "late_accepts", "scenarios", "table"]
+__all__ = ["complaints", "late_accepts", "scenarios", "table", "violations"]
 
 # What a run has to have seen, each second and verifier or deleter: a tenth, at most, of what it
 # sees on two busy cores. A run that was starved, or whose parts did not find each other, proves
@@ -16,9 +16,8 @@ __all__ = ["complaints", "late_accepts", "scenarios", "table"]
 ANSWERS_EACH = 3.0
 HITS_EACH = 1.0
 DELETES_EACH = 0.06
-# Of the faults that were planned, and of their kinds: some find nobody to befall. And at the least.
+# Of the faults that were planned, and of their kinds: some find nobody to befall.
 FAULTS_SHARE = 0.5
-FAULTS_MIN = 3
 # Of confirmed Deletes, how many a verify was answered after; and of verifiers, how many answered
 # from memory.
 CHECKED_SHARE = 0.5
@@ -29,10 +28,7 @@ LATE_SHOWN = 20
 def complaints(outcome: Outcome) -> list[str]:
     """Return why a run has failed; nothing if it has not."""
     size, findings = outcome.size, outcome.findings
-    found = late_accepts(findings)
-    if findings.refused_early:
-        found.append(f"{findings.refused_early} refusals of tokens that nobody had deleted yet")
-    found += outcome.troubles
+    found = violations(findings) + outcome.troubles
     least = {
         "answered verifies": (_verifies(findings), ANSWERS_EACH * size.seconds * size.verifiers),
         "answers from memory": (_hits(findings), HITS_EACH * size.seconds * size.verifiers),
@@ -47,16 +43,24 @@ def complaints(outcome: Outcome) -> list[str]:
         ),
         "faults": (
             len(outcome.faults),
-            max(FAULTS_MIN, FAULTS_SHARE * len(outcome.planned)),
+            max(size.faults_min, FAULTS_SHARE * len(outcome.planned)),
         ),
         "kinds of faults": (
             len({fault.kind for fault in outcome.faults}),
-            max(FAULTS_MIN, FAULTS_SHARE * len({fault.kind for fault in outcome.planned})),
+            max(size.faults_min, FAULTS_SHARE * len({fault.kind for fault in outcome.planned})),
         ),
     }
     for what, (count, wanted) in least.items():
         if count < wanted:
             found.append(f"too few {what} to tell: {count}, not {wanted:.0f}")
+    return found
+
+
+def violations(findings: Findings) -> list[str]:
+    """Return what no caller may ever see."""
+    found = late_accepts(findings) + lost_tokens(findings)
+    if findings.refused_early:
+        found.append(f"{findings.refused_early} refusals of tokens that nobody had deleted yet")
     return found
 
 
@@ -70,6 +74,19 @@ def late_accepts(findings: Findings) -> list[str]:
     ]
     if findings.late_count > len(lines):
         lines.append(f"and {findings.late_count - len(lines)} more late accepts")
+    return lines
+
+
+def lost_tokens(findings: Findings) -> list[str]:
+    """Return a line for each of the first tokens that were reported as not existing."""
+    lines = [
+        f"token {lost.record.token} NOT_FOUND for {lost.who} ({Kind(lost.record.kind).name}),"
+        f" in a call from {lost.record.began} to {lost.record.ended}, though it was created and"
+        " not deleted"
+        for lost in findings.lost[:LATE_SHOWN]
+    ]
+    if findings.lost_count > len(lines):
+        lines.append(f"and {findings.lost_count - len(lines)} more such answers")
     return lines
 
 
@@ -90,6 +107,7 @@ def table(outcome: Outcome) -> list[str]:
     no_wait = findings.ended(Kind.DELETE, Ended.COMMITTED)
     run = f"{size.seconds:.0f} s, seed {size.seed}, leases of {size.lease_seconds:g} s"
     who = f"{size.workers} workers ({hosts}), {size.clients} clients, {size.deleters} deleters"
+    planned = f"of {len(outcome.planned)} planned" if outcome.planned else "one after the other"
     others = f"{no_wait} not waited for, {unconfirmed} failed and tried again"
     return [
         f"{run}, {who}",
@@ -101,7 +119,7 @@ def table(outcome: Outcome) -> list[str]:
         f"  deletes        {len(findings.deletes):>10,}    confirmed; {others}",
         f"    of tokens    {len(findings.deleted):>10,}",
         f"    checked      {len(findings.checked):>10,}    verified after their Delete",
-        f"faults           {len(outcome.faults):>10,}    of {len(outcome.planned)} planned",
+        f"faults           {len(outcome.faults):>10,}    {planned}",
         *(f"  {kind:<20} {count:>5}" for kind, count in sorted(faults.items())),
         f"Delete, ms       {'calls':>10} {'p50':>8} {'p90':>8} {'p99':>8} {'max':>8}",
         _delays("  healthy", outcome.healthy),
@@ -109,6 +127,23 @@ def table(outcome: Outcome) -> list[str]:
         *(f"strange          {n:>10,}    {text}" for text, n in outcome.strange.most_common(10)),
         f"early refusals   {findings.refused_early:>10,}",
         f"late accepts     {findings.late_count:>10,}",
+        f"lost tokens      {findings.lost_count:>10,}",
+        *outages(outcome),
+    ]
+
+
+def outages(outcome: Outcome) -> list[str]:
+    """Return the longest times without answers around each failover."""
+    if not outcome.outages:
+        return []
+    heading = f"{'without answers, s':<50} {'verifies':>9} {'one alone':>9} {'changes':>9}"
+    return [
+        heading,
+        *(
+            f"  {each.name:<48} {each.verifies:>9.2f} {each.verifies_worst:>9.2f}"
+            f" {each.changes:>9.2f}"
+            for each in outcome.outages
+        ),
     ]
 
 

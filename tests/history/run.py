@@ -4,16 +4,28 @@ import asyncio
 import json
 import re
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tests.history.checker import Findings, check
 from tests.history.cluster import Cluster, cluster
 from tests.history.faults import Happened, Injector, Planned, plan
+from tests.history.outages import Outage
 from tests.history.records import now
 from tests.support import BreakablePostgres, eventually
 
-__all__ = ["SHORT", "Outcome", "Size", "run"]
+__all__ = [
+    "SHORT",
+    "Outcome",
+    "Size",
+    "host_names",
+    "quiet_seconds",
+    "run",
+    "start",
+    "strange",
+    "work",
+]
 
 # On top of the time that a run is given: processes that start and end, and faults that last.
 OVERTIME_SECONDS = 120.0
@@ -34,6 +46,8 @@ class Size:
     deleters: int = 5
     lease_seconds: float = 1.0
     seed: int = 1
+    faults_min: int = 3
+    """Faults, and kinds of faults, that a run must have seen."""
 
     @property
     def workers(self) -> int:
@@ -59,6 +73,8 @@ class Outcome:
     troubles: list[str]
     strange: Counter[str] = field(default_factory=Counter)
     """Errors that no outage explains, by their text."""
+    outages: list[Outage] = field(default_factory=list)
+    """Of a run with failovers: the time without answers around each."""
 
     @property
     def healthy(self) -> list[float]:
@@ -101,30 +117,46 @@ async def run(
         asyncio.timeout(size.seconds + OVERTIME_SECONDS),
         cluster(folder, database_url, lease_seconds=size.lease_seconds, seed=size.seed) as made,
     ):
-        await _start(made, size, rule_to_break)
-        quiet = min(5.0, size.seconds / 10)
-        planned = plan(size.seed, size.seconds - 2 * quiet, size.lease_seconds)
+        await start(made, size, rule_to_break)
+        planned = plan(size.seed, size.seconds - 2 * quiet_seconds(size), size.lease_seconds)
         injector = Injector(made, postgres, rule_to_break)
-        deleters = made.start_deleters(size.deleters, _connections(made))
-        begun = now()
-        await asyncio.sleep(quiet)
-        await injector.run(planned)
-        recovered = begun + int(size.seconds * 1e9)
-        await asyncio.sleep(max(quiet, (recovered - now()) / 1e9))
-        deleters.ask_to_end()
-        await deleters.ended(60.0)
-        # Verifies of the last tokens.
-        await asyncio.sleep(size.lease_seconds)
-        await made.stop_clients()
-        await asyncio.gather(*(host.end() for host in made.hosts.values()))
+        await work(made, size, lambda: injector.run(planned))
         troubles = injector.troubles + made.troubles()
         (folder / "faults.json").write_text(json.dumps([asdict(f) for f in injector.happened]))
         findings = check(made.histories())
-        return Outcome(size, findings, injector.happened, planned, troubles, _strange(made))
+        return Outcome(size, findings, injector.happened, planned, troubles, strange(made))
 
 
-async def _start(made: Cluster, size: Size, rule_to_break: str | None) -> None:
-    names = [f"host-{chr(ord('a') + number)}" for number in range(len(size.hosts))]
+def quiet_seconds(size: Size) -> float:
+    """Return how long a run works undisturbed at its beginning and at its end."""
+    return min(5.0, size.seconds / 10)
+
+
+async def work(made: Cluster, size: Size, hurt: Callable[[], Awaitable[object]]) -> None:
+    """Create, verify and delete, have `hurt` do what it does, and end all processes in order."""
+    deleters = made.start_deleters(size.deleters, _connections(made))
+    begun = now()
+    quiet = quiet_seconds(size)
+    await asyncio.sleep(quiet)
+    await hurt()
+    recovered = begun + int(size.seconds * 1e9)
+    await asyncio.sleep(max(quiet, (recovered - now()) / 1e9))
+    deleters.ask_to_end()
+    await deleters.ended(60.0)
+    # Verifies of the last tokens.
+    await asyncio.sleep(size.lease_seconds)
+    await made.stop_clients()
+    await asyncio.gather(*(host.end() for host in made.hosts.values()))
+
+
+def host_names(size: Size) -> list[str]:
+    """Return the names of a run's hosts."""
+    return [f"host-{chr(ord('a') + number)}" for number in range(len(size.hosts))]
+
+
+async def start(made: Cluster, size: Size, rule_to_break: str | None) -> None:
+    """Start hosts and clients, and wait until all are up."""
+    names = host_names(size)
     await asyncio.gather(
         *(
             made.add_host(name, workers=workers, rule_to_break=rule_to_break)
@@ -154,7 +186,8 @@ def _connections(made: Cluster) -> dict[str, int]:
     return {name: 1 if h.workers == 1 else 2 * h.workers for name, h in made.hosts.items()}
 
 
-def _strange(made: Cluster) -> Counter[str]:
+def strange(made: Cluster) -> Counter[str]:
+    """Return what no outage explains in the output of the processes, and how often it came."""
     found: Counter[str] = Counter()
     for child in made.children():
         for line in child.err.read_text("utf-8", "replace").splitlines():

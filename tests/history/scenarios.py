@@ -21,7 +21,17 @@ from tests.history.proxy import Connection, Direction, Fault
 from tests.history.records import Kind, Outcome, Record, Recorder, now, read
 from tests.support import eventually, session
 
-__all__ = ["SCENARIOS", "Scenario", "Stage", "play", "staged"]
+__all__ = [
+    "OTHER",
+    "SCENARIOS",
+    "SUSPECT",
+    "WAIT_SECONDS",
+    "Scenario",
+    "Stage",
+    "Subject",
+    "play",
+    "staged",
+]
 
 ACCOUNT = "acme"
 LEASE_SECONDS = 0.8
@@ -54,7 +64,9 @@ class Stage:
     async def create(self, *, tell: bool = False) -> "Subject":
         """Create a token, and have the client verify it if told to."""
         number = next(self._numbers)
+        began = now()
         created = await self.other.create(ACCOUNT, f"token {number}", latchkey.Scope.READ)
+        self._recorder.add(Kind.CREATE, Outcome.DONE, number, began, now())
         subject = Subject(number, created.token.id, created.secret.reveal())
         if tell:
             self._board.created(number, subject.secret)
@@ -71,11 +83,15 @@ class Stage:
         return outcome
 
     async def delete(self, through: latchkey.Client, subject: "Subject") -> None:
-        """Delete until that is confirmed."""
+        """Delete until that is confirmed, or the service says that there is no such token."""
+        outcome = Outcome.CONFIRMED
         began = now()
-        await through.delete(ACCOUNT, subject.token_id, timeout_seconds=10.0)
+        try:
+            await through.delete(ACCOUNT, subject.token_id, timeout_seconds=10.0)
+        except latchkey.NotFound:
+            outcome = Outcome.NOT_FOUND
         ended = self._deleted[subject.number] = now()
-        self._recorder.add(Kind.DELETE, Outcome.CONFIRMED, subject.number, began, ended)
+        self._recorder.add(Kind.DELETE, outcome, subject.number, began, ended)
         self._board.deleted(subject.number)
 
     async def verify_on(self, through: latchkey.Client, subject: "Subject") -> None:
@@ -86,6 +102,16 @@ class Stage:
         while not answered or loop.time() < began + VERIFY_ON_SECONDS:
             assert loop.time() < began + WAIT_SECONDS, "no verify is answered"
             answered |= await self.verify(through, subject) is not Outcome.FAILED
+            await asyncio.sleep(0.005)
+
+    async def verify_for(
+        self, through: latchkey.Client, subject: "Subject", seconds: float
+    ) -> None:
+        """Verify again and again for a while, whether there is an answer or not."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while loop.time() < until:
+            await self.verify(through, subject)
             await asyncio.sleep(0.005)
 
     async def client_verifies_on(self, subject: "Subject") -> None:

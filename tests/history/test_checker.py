@@ -1,12 +1,14 @@
 """The checker of histories, on histories made by hand, and what makes a run fail."""
 
 import random
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from tests.history import report
-from tests.history.checker import Findings, check
+from tests.history.checker import Findings, Restore, check
+from tests.history.episodes import EPISODES, deck
 from tests.history.faults import KINDS, Happened, plan
 from tests.history.records import Kind, Outcome, Record, Recorder, read
 from tests.history.run import Outcome as RunOutcome
@@ -167,6 +169,24 @@ def test_a_run_fails_for_one_late_accept() -> None:
     assert "token 3 VALID for client" in complaint
 
 
+def test_a_run_fails_for_one_lost_token() -> None:
+    """A run whose service forgot a token, or refused it too soon, has failed."""
+    lost = judge(create(1, 1, 2), get(1, 10, 11))
+    (complaint,) = report.violations(lost)
+    assert "token 1 NOT_FOUND for client (GET)" in complaint
+    refused = judge(verify(1, 1, 2, Outcome.REFUSED), delete(1, 10, 20))
+    assert report.violations(refused) == ["1 refusals of tokens that nobody had deleted yet"]
+
+
+def test_deck() -> None:
+    """A seed gives one order of failovers, in which each comes before any comes again."""
+    count = len(EPISODES) + 2
+    first = list(islice(deck(1), 2 * count))
+    assert first == list(islice(deck(1), 2 * count))
+    assert len(set(first[:count])) == len(set(first[count:])) == count
+    assert first != list(islice(deck(2), 2 * count))
+
+
 def test_plan() -> None:
     """A seed gives one plan, which is over in time and, in a minute, has each kind of fault."""
     planned = plan(7, 50.0, 1.0)
@@ -175,3 +195,95 @@ def test_plan() -> None:
     assert {fault.kind for fault in planned} == set(KINDS)
     assert all(0 < fault.at < fault.at + fault.seconds <= 50 for fault in planned)
     assert [fault.at for fault in planned] == sorted(fault.at for fault in planned)
+
+
+def create(token: int, began: int, ended: int, outcome: Outcome = Outcome.DONE) -> Record:
+    return Record(Kind.CREATE, outcome, token, began * MS, ended * MS)
+
+
+def get(token: int, began: int, ended: int, outcome: Outcome = Outcome.NOT_FOUND) -> Record:
+    return Record(Kind.GET, outcome, token, began * MS, ended * MS)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(get(1, 10, 11), id="Get"),
+        pytest.param(delete(1, 10, 11, Outcome.NOT_FOUND), id="Delete"),
+    ],
+)
+def test_lost_token(answer: Record) -> None:
+    """NOT_FOUND for a token whose Create answered OK is a loss if nobody has deleted the token."""
+    findings = judge(create(1, 1, 2), answer)
+    assert [lost.record for lost in findings.lost] == [answer]
+    assert findings.lost_count == 1
+
+
+def test_not_found_is_right() -> None:
+    """Not a loss: a Create that failed or overlaps, and a Get that met the token's Delete."""
+    assert judge(create(1, 1, 2, Outcome.FAILED), get(1, 10, 11)).lost_count == 0
+    assert judge(create(1, 1, 10), get(1, 9, 11)).lost_count == 0
+    assert judge(create(1, 1, 2), delete(1, 10, 30, Outcome.FAILED), get(1, 9, 11)).lost_count == 0
+    assert judge(create(1, 1, 2), delete(1, 10, 30), get(1, 40, 41)).lost_count == 0
+
+
+def test_delete_of_a_deleted_token_finds_its_receipt() -> None:
+    """NOT_FOUND from a Delete is a loss even after another Delete: its receipt is lost."""
+    again = delete(1, 30, 31, Outcome.NOT_FOUND)
+    assert judge(create(1, 1, 2), delete(1, 10, 20), again).lost_count == 1
+
+
+def test_a_token_that_does_not_exist_is_not_valid() -> None:
+    """VALID after a Delete said that the token does not exist is a late accept."""
+    ghost = delete(1, 10, 20, Outcome.NOT_FOUND)
+    assert judge(create(1, 1, 2), ghost, verify(1, 30, 31)).late_count == 1
+    assert judge(create(1, 1, 2), ghost, verify(1, 19, 31)).late_count == 0
+
+
+RESTORE = Restore(taken=100 * MS, began=200 * MS, settled=300 * MS)
+
+
+def judge_restored(*records: Record) -> Findings:
+    return check({"all": lambda: records}, [RESTORE])
+
+
+def test_restore_undoes_later_deletes() -> None:
+    """A Delete after the backup forbids VALID until the restore and again once repeated."""
+    deleted = delete(1, 110, 120)
+    assert judge_restored(deleted, verify(1, 130, 131)).late_count == 1
+    assert judge_restored(deleted, verify(1, 230, 231)).late_count == 0
+    again = delete(1, 240, 250)
+    findings = judge_restored(deleted, again, verify(1, 230, 231), verify(1, 260, 261))
+    assert [late.began for late in findings.late] == [260 * MS]
+
+
+@pytest.mark.parametrize(("began", "ended"), [(80, 90), (210, 220), (310, 320)])
+def test_restore_keeps_other_deletes(began: int, ended: int) -> None:
+    """A Delete that the backup contains, or that follows the restore, forbids VALID for good."""
+    assert judge_restored(delete(1, began, ended), verify(1, 400, 401)).late_count == 1
+
+
+def test_restore_loses_later_tokens() -> None:
+    """A token that the backup lacks may be missing after the restore, and no other token."""
+    refused = verify(1, 210, 211, Outcome.REFUSED)
+    deleted = delete(1, 400, 401, Outcome.NOT_FOUND)
+    later = judge_restored(create(1, 110, 120), refused, deleted)
+    assert (later.refused_early, later.lost_count) == (0, 0)
+    before = judge_restored(create(1, 80, 90), refused, deleted)
+    assert (before.refused_early, before.lost_count) == (1, 1)
+    early = judge_restored(
+        create(1, 110, 120), verify(1, 130, 131, Outcome.REFUSED), get(1, 140, 141), deleted
+    )
+    assert (early.refused_early, early.lost_count) == (1, 1)
+    after = judge_restored(create(1, 202, 203), refused, deleted)
+    assert (after.refused_early, after.lost_count) == (1, 1)
+
+
+def test_ghosts_die_when_a_restore_is_settled() -> None:
+    """A token that the restore lost is not VALID after a Delete found that, once it is settled."""
+    created = create(1, 110, 120)
+    while_restoring = delete(1, 220, 230, Outcome.NOT_FOUND)
+    settled = delete(1, 310, 320, Outcome.NOT_FOUND)
+    assert judge_restored(created, while_restoring, verify(1, 240, 241)).late_count == 0
+    findings = judge_restored(created, while_restoring, settled, verify(1, 330, 331))
+    assert findings.late_count == 1

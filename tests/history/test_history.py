@@ -16,6 +16,7 @@ from tests.conftest import with_database
 from tests.history import report
 from tests.history.broken import RULES, VARIABLE
 from tests.history.checker import Findings
+from tests.history.failover_scenarios import MISSED
 from tests.history.run import SHORT, run
 from tests.history.scenarios import SCENARIOS, play, staged
 from tests.support import BreakablePostgres, drop_database, session
@@ -46,7 +47,7 @@ async def test_each_rule_is_missed(postgres_url: str) -> None:
 
     One test, and all at once: most of it is waiting.
     """
-    builds = [KEPT, *RULES]
+    builds = [KEPT, *SCENARIOS]
     async with _databases(postgres_url, *builds) as urls:
         with tempfile.TemporaryDirectory(prefix="latchkey-history-", dir="/tmp") as name:
             folders = [Path(name, build) for build in builds]
@@ -59,7 +60,7 @@ async def test_each_rule_is_missed(postgres_url: str) -> None:
     assert len(kept.checked) >= len(before)
     caught = {
         rule: [before.late_count < after.late_count for before, after in pairwise(findings)]
-        for rule, findings in zip(RULES, broken, strict=True)
+        for rule, findings in zip(SCENARIOS, broken, strict=True)
     }
     assert caught == {rule: [True] * len(scenarios) for rule, scenarios in SCENARIOS.items()}
 
@@ -94,6 +95,11 @@ async def _play(folder: Path, database_url: str) -> list[Findings]:
                     while rule and findings[-1].late_count == before.late_count:
                         findings[-1] = await play(stage, scenario)
         return findings
+
+
+def test_each_rule_has_what_shows_it() -> None:
+    """Whatever can be taken out has a scenario that shows it, here or with failovers."""
+    assert {*SCENARIOS, *MISSED} == set(RULES)
 
 
 def test_no_setting_of_the_product() -> None:

@@ -93,3 +93,42 @@ async def test_late(action: Action) -> None:
             assert await ask(reader, writer, b"three") == b"three"
             assert time.monotonic() - began >= 0.05
         writer.close()
+
+
+async def test_address_moves() -> None:
+    """New connections follow an address that moves; open ones stay where they are until cut."""
+    async with echo() as (proxy, port), echo() as (other, other_port):
+        place = ("127.0.0.1", port)
+        moving = await proxy.listen(lambda: place, "moving")
+        before = await asyncio.open_connection("127.0.0.1", moving)
+        assert await ask(*before, b"hello") == b"hello"
+        place = ("127.0.0.1", other_port)
+        after = await asyncio.open_connection("127.0.0.1", moving)
+        assert await ask(*after, b"hello") == b"hello"
+        assert await ask(*before, b"still here") == b"still here"
+        assert len(other.connections) == 1
+        old = ("127.0.0.1", port)
+        assert await proxy.cut(lambda c: c.place == old and c.tag == "moving") == 1
+        with contextlib.suppress(ConnectionError):
+            assert await before[0].read() == b""
+        assert await ask(*after, b"not cut") == b"not cut"
+        for _, writer in (before, after):
+            writer.close()
+
+
+async def test_refusing() -> None:
+    """Refused connections are cut, new ones too, until the block ends."""
+    async with echo() as (proxy, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert await ask(reader, writer, b"hello") == b"hello"
+        async with proxy.refusing(lambda c: c.tag == "way"):
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+            writer.close()
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+            writer.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert await ask(reader, writer, b"hello") == b"hello"
+        writer.close()

@@ -21,6 +21,8 @@ from latchkey_cli import service
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
+from tests.watching import watching
+
 ROOT = Path(__file__).parents[2]
 # A process starts in about half a second, and the machine may be busy.
 TIMEOUT_SECONDS = 20
@@ -403,17 +405,72 @@ async def test_status_shows_each_verifier(
     assert sum(line.startswith("Host ") for line in lines) == 1
     (verifier,) = script.json["verifiers"]
     assert sum(f" {os.getpid()} " in line for line in lines) == 1
-    server = f"timeline {verifier['timeline']}, system identifier {verifier['system_identifier']}"
-    host = verifier["database_host"] or "the local database"
-    assert " ".join(lines).endswith(f"Leases on {host}, {server}")
     assert (verifier["process_id"], verifier["answering"]) == (os.getpid(), True)
     assert verifier["lease_duration"].endswith("s")
     assert float(verifier["lease_remaining"][:-1]) > 0
     assert verifier["waiting_for"] == []
     assert int(script.json["head_mark"]) > 0
+    assert re.fullmatch(r"[0-9A-F]{8}", verifier["timeline"])
+    server = f"timeline {verifier['timeline']}, system identifier {verifier['system_identifier']}"
+    host = verifier["database_host"]
+    shown = f"Database {host} ({server})" if host else f"Database {server}"
+    assert " ".join(lines).endswith(shown)
+    assert script.json["warnings"] == []
     assert verifier["lag"] == script.json["head_revision"] - verifier["acknowledged_revision"]
     assert (old.code, old.out) == (1, "")
     assert "UNIMPLEMENTED" in old.err
+
+
+async def test_invalidate_all_reports_its_receipt(run: Run, address: str) -> None:
+    """With --yes nothing is asked: people read who confirmed, and scripts get the receipt. Without
+    a terminal and without --yes, nothing happens. No token changes."""
+    created = await run("create", "x", "--scope", "read", "--json", target=address)
+    people = await run("invalidate-all", "--yes", target=address)
+    assert (people.code, people.err) == (0, "")
+    lines = [" ".join(line.split()) for line in people.out.splitlines()]
+    assert lines[0] == "Emptied the memory of every verifier"
+    assert lines[1].startswith("Committed 20")
+    script = await run("invalidate-all", "-y", "--json", target=address)
+    assert script.code == 0
+    assert lines[2] == f"Revision {script.json['revision'] - 1}"
+    assert "1 server" in lines[3]
+    assert (script.json["verifiers_acknowledged"], script.json["verifiers_outwaited"]) == (1, 0)
+    assert script.json["effective_time"] >= script.json["commit_time"]
+    asked, as_json = await asyncio.gather(
+        run("invalidate-all", target=address), run("invalidate-all", "--json", target=address)
+    )
+    assert (asked.code, asked.out) == (2, "")
+    assert "--yes" in asked.err
+    assert (as_json.code, as_json.error["exit_code"]) == (2, 2)
+    status, verified = await asyncio.gather(
+        run("status", "--json", target=address),
+        run("verify", target=address, stdin=created.json["secret"]),
+    )
+    assert status.json["head_revision"] == script.json["revision"]
+    assert verified.code == 0
+
+
+async def test_invalidate_all_reports_what_went_wrong(
+    run: Run, address: str, scripted: tuple[str, Scripted]
+) -> None:
+    """It fails with the exit code of the cause if the service lacks the method, is away, or has a
+    client that does not confirm in time."""
+    async with watching(address) as client:
+        await client.granted()
+        unconfirmed = await run("invalidate-all", "--yes", "--timeout", "1", target=address)
+        await client.say(released=True)
+    old, away = await asyncio.gather(
+        run("invalidate-all", "--yes", target=scripted[0]),
+        run("invalidate-all", "--yes", "--timeout", "1"),
+    )
+    assert (unconfirmed.code, unconfirmed.out) == (6, "")
+    assert "not every verifier has confirmed in time that its memory is empty" in unconfirmed.err
+    assert "run this again; --timeout allows more time" in unconfirmed.err
+    assert "deleted" not in unconfirmed.err
+    assert (old.code, old.out) == (1, "")
+    assert "UNIMPLEMENTED" in old.err
+    assert (away.code, away.out) == (6, "")
+    assert "run this again" in away.err
 
 
 async def test_a_closed_pipe_is_quiet(
@@ -444,7 +501,8 @@ async def test_completion_works(run: Run) -> None:
         assert script.code == 0
         assert variable in script.out
     words = await run(**{variable: "complete_bash", "COMP_WORDS": "latchkey ", "COMP_CWORD": "1"})
-    commands = "create list get delete verify status audit console serve policy config"
+    commands = "create list get delete verify status invalidate-all audit console serve"
+    commands += " policy config"
     assert words.out.split() == commands.split()
     in_bash = """
         source /dev/stdin

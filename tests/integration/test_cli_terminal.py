@@ -8,6 +8,7 @@ import sys
 import termios
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
@@ -160,6 +161,29 @@ async def test_delete_asks_and_takes_no_for_an_answer(start: Open, create: Creat
     terminal = await start("delete", second.id)
     assert await terminal.end() == 0
     assert "[y/N]" not in terminal.screen
+
+
+async def test_invalidate_all_asks_and_takes_no_for_an_answer(
+    start: Open, stub: Any, create: Create
+) -> None:
+    """On a terminal, only yes empties the memories; no and Ctrl-C take no revision, and have exit
+    codes of their own."""
+    secret = (await create()).secret
+
+    async def revision() -> int:
+        created = await create()
+        request = pb.DeleteRequest(account_id="acme", id=created.token.id)
+        return (await stub.Delete(request)).receipt.revision
+
+    for typed, code in (("n\n", 1), ("\n", 1), ("\x03", 130), ("y\n", 0)):
+        before = await revision()
+        terminal = await start("invalidate-all")
+        await terminal.until("Empty the memory of every verifier? [y/N]")
+        terminal.type(typed)
+        assert await terminal.end() == code
+        assert ("Emptied" in terminal.screen) is (code == 0)
+        assert await revision() == before + 1 + (code == 0)
+    assert (await stub.Verify(pb.VerifyRequest(secret=secret))).verdict == pb.VERDICT_VALID
 
 
 async def test_create_shows_token_and_secret_once(start: Open) -> None:

@@ -2,52 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from tests.model import failover, server, watch
-from tests.model.explore import Action, Model
+from tests.model import rule_12, server, watch
+from tests.model.cases import Broken, Healthy, Kept
 
-__all__ = ["BROKEN", "HARMLESS", "HEALTHY", "KEPT", "Broken", "Healthy", "Kept"]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A model with all its rules."""
-
-    name: str
-    model: Model
-    # One that shrinks to little has lost an action or a state it should have; see `seen` as well.
-    states_at_least: int
-    # What must be reachable, or the promises would be kept by nothing ever happening.
-    seen: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Healthy:
-    """A model, and what of it is healthy."""
-
-    name: str
-    model: Model
-    states_at_least: int
-    # Whether Delete has committed, and all is well enough for it to end before any time passes.
-    where: Callable[[Any], bool]
-    actions: Sequence[Action]
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A model with a rule broken. Its name begins with the rule's number."""
-
-    name: str
-    model: Model
-    steps: int  # of the shortest way to a violation; 0 where there is none
-
-    @property
-    def rule(self) -> int:
-        """Return the number of the rule."""
-        return int(self.name.partition(" ")[0])
+__all__ = ["BROKEN", "HARMLESS", "HEALTHY", "KEPT", "LONG"]
 
 
 KEPT = (
@@ -106,8 +67,13 @@ KEPT = (
             ),
         },
     ),
-    Kept("one server, two requests at a time", watch.one_server(requests_max=2), 90_000),
+    *rule_12.KEPT,
+)
+
+# Too long for every run of the tests: `python -m tests.model` explores these as well.
+LONG = (
     Kept("one server, clocks drifting", watch.one_server(clocks=watch.DRIFTING), 80_000),
+    Kept("one server, two requests at a time", watch.one_server(requests_max=2), 90_000),
     Kept(
         "two servers",
         watch.two_servers(),
@@ -149,20 +115,7 @@ KEPT = (
             ),
         },
     ),
-    Kept(
-        "failover",
-        failover.model(),
-        16_000,
-        {
-            "left behind with a deposed primary, it still answers from memory": (
-                lambda s: s.promoted and not s.left and s.lease and s.memory
-            ),
-            "it renews with the new primary, and looks up in the old one": (
-                lambda s: s.left and not s.reads_left and s.lease and s.applied == 1
-            ),
-        },
-    ),
-    Kept("failover, one connection", failover.model(separate=False), 12_000),
+    *rule_12.LONG,
 )
 
 HEALTHY = (
@@ -181,22 +134,12 @@ HEALTHY = (
         ),
         watch.HEALTHY,
     ),
-    Healthy(
-        "failover",
-        failover.model(),
-        15_000,
-        lambda s: s.delete != failover.BEFORE,
-        failover.HEALTHY,
-    ),
+    *rule_12.HEALTHY,
 )
 
 
 def _server(name: str, steps: int, *, other_changes: int = 0) -> Broken:
     return Broken(name, server.model(name, other_changes=other_changes), steps)
-
-
-def _failover(name: str, steps: int, *, separate: bool = True) -> Broken:
-    return Broken(name, failover.model(name, separate=separate), steps)
 
 
 def _one_server(name: str, steps: int, *, requests_max: int = 1) -> Broken:
@@ -221,8 +164,6 @@ BROKEN = (
     _server("3 zero rows are fine", 16),
     _server("3 memory kept when the row is gone", 25),
     _one_server("3 clients of a lost row told nothing", 19),
-    _failover("3 renewal committed asynchronously", 12),
-    _failover("3 log and row on different connections", 13),
     _drifting("3 no (1−ρ) in the server's lease", 9, lease=12),
     _server("4 no fill rule", 15),
     _server("4 revision read after the row", 16),
@@ -230,7 +171,6 @@ BROKEN = (
     _server("4 shares with anyone", 15),
     _server("4 UNKNOWN is remembered", 10),
     _server("4 UNKNOWN is shared", 9),
-    _failover("4 own answer not checked", 11),
     _one_server("4 client has no fill rule", 12),
     # A server that is slow to answer has applied more by then.
     _one_server("4 verdict carries the revision at which it left", 12),
@@ -246,7 +186,6 @@ BROKEN = (
     _server("5 memory without a lease", 15),
     _server("5 clock read before the call", 15),
     _server("5 memory before the clock", 18),
-    _failover("5 reads without a lease", 6),
     _one_server("5 client without a lease", 12),
     _one_server("5 client shares without a lease", 12),
     _one_server("6 grant outlasts the server's lease", 13),
@@ -278,6 +217,7 @@ BROKEN = (
     _server("10 a notification extends the lease", 13),
     _server("10 no notification, no reading", 17),
     _server("11 pruning not noticed", 26),
+    *rule_12.BROKEN,
 )
 
 # Broken, and nothing comes of it: what they show is which other rule stands behind.
@@ -288,6 +228,4 @@ HARMLESS = (
     # Within one process that reads from where it reads the log, a look-up sent after the deletion
     # was applied cannot find VALID. It is in a client that this goes wrong.
     _server("4 shares by when it was sent", 0),
-    # A process with all its connections to one primary does not look up in another.
-    _failover("4 own answer not checked", 0, separate=False),
 )

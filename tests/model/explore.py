@@ -22,6 +22,8 @@ __all__ = ["Action", "Exploration", "Model", "Violation", "always_can", "explore
 
 # Far above any configuration here: a change that makes one explode is to fail, not to fill memory.
 STATES_MAX = 1_500_000
+# How a trace names the members of a field that holds several of the same kind.
+EACH = {"servers": ("server A", "server B"), "databases": ("old primary", "new primary")}
 
 
 class Violation(NamedTuple):
@@ -162,10 +164,9 @@ def _changes(names: Mapping[str, Mapping[Any, str]], before: Any, after: Any) ->
             continue
         if hasattr(old, "_fields") and hasattr(new, "_fields"):
             yield from (f"{field}.{change}" for change in _changes(names, old, new))
-        elif field == "servers":
-            for index, (one, other) in enumerate(zip(old, new, strict=True)):
-                for change in _changes(names, one, other):
-                    yield f"server {'AB'[index]}.{change}"
+        elif field in EACH:
+            for each, one, other in zip(EACH[field], old, new, strict=False):
+                yield from (f"{each}.{change}" for change in _changes(names, one, other))
         else:
             yield f"{field} {_shown(names, field, old)} → {_shown(names, field, new)}"
 

@@ -1,5 +1,7 @@
 """No schedule of faults makes the classes that ship answer with a dead token; each rule counts."""
 
+import contextlib
+import math
 from collections import Counter
 from random import Random
 from typing import Any
@@ -9,12 +11,15 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from latchkey_coherence.memory import Memory
+from latchkey._subscription import Subscription
+from latchkey_coherence.memory import Memory, Position
 from latchkey_service.coherence import confirmation, membership
 from latchkey_service.coherence.confirmation import Census, Confirmation, Wait
-from latchkey_service.coherence.membership import Membership
+from latchkey_service.coherence.membership import Change, Log, Membership, Standing
+from latchkey_service.coherence.subleases import SubLeases
 from latchkey_service.coherence.watch import Grant, Watcher
 
+from tests.simulation.database import Database
 from tests.simulation.world import KINDS, World
 
 STEPS = 250
@@ -29,7 +34,7 @@ def run(seed: int, steps: int = STEPS) -> World:
     random = Random(seed)  # noqa: S311 - a schedule, not a secret
     world = World(random)
     for _ in range(steps):
-        world.step(random.choice(KINDS))
+        world.step(random.choice(world.kinds))
         if world.stale:
             break
     return world
@@ -80,19 +85,25 @@ AnyOrder.TestCase.settings = settings(
 test_in_any_order = AnyOrder.TestCase
 
 
-def admit_anything(self: Memory[Any], key: bytes, entry: Any, revision: int) -> bool:
+def admit_anything(self: Memory[Any], key: bytes, entry: Any, position: Position) -> bool:
     """Rule 4, without the fill rule."""
-    return admit(self, key, entry, max(revision, self.applied))
+    return admit(self, key, entry, self.position)
 
 
 admit = Memory.admit
 take = Watcher.take
 
 
-def keep_the_memory(self: Any, revision: int, acknowledged: int) -> None:
+def keep_the_memory(self: Any, position: Position, acknowledged: int, server: Any) -> None:
     """Rule 3, a row that is gone, without emptying the memory."""
-    self.memory.apply(revision, ())
-    self.acknowledged, self.registered = acknowledged, True
+    self.memory._marks[position.revision] = position.mark
+    self.memory.position = position
+    self.acknowledged, self.registered, self.server = acknowledged, True, server
+
+
+def lose_and_keep_the_memory(self: Membership[Any]) -> None:
+    """The same, in the moment in which that is noticed."""
+    self.registered, self.lease_ends = False, -math.inf
 
 
 def grant_longer(self: Watcher, now: float) -> list[Any]:
@@ -105,26 +116,140 @@ def grant_longer(self: Watcher, now: float) -> list[Any]:
     ]
 
 
-MUTANTS: dict[str, tuple[Any, str, Any]] = {
-    "3: the lease runs on": (membership, "server_lease_end", lambda began, seconds: began + 6.0),
-    "3: memory kept when the row was gone": (Membership, "register", keep_the_memory),
-    "3: the log is not applied": (Membership, "apply", lambda self, log: False),
-    "4: no fill rule": (Memory, "admit", admit_anything),
-    "6: grants outlast the lease": (Watcher, "take", grant_longer),
-    "7: clients are not waited for": (
-        Membership,
-        "acknowledgeable",
-        lambda self, now: self.memory.applied,
-    ),
-    "8: no wait": (Wait, "judge", lambda self, rows, now: Confirmation(0, 0)),
-    "8: too short a wait": (confirmation, "outwait_seconds", lambda seconds: 0.5),
-    "9: rows are removed at once": (Census, "dead", lambda self, rows, asked, now: list(rows)),
+class Markless(Memory[Any]):
+    """Rule 12, a memory that compares bare revisions."""
+
+    def knows(self, position: Position) -> bool:
+        return position.revision in self._marks
+
+    def agrees(self, position: Position) -> bool:
+        return True
+
+
+def known_by_revision(self: Database, position: Position) -> bool:
+    """Rule 12, a database that compares bare revisions."""
+    return self.pruned.revision <= position.revision <= self.head.revision
+
+
+def believe_what_is_new_enough(self: Membership[Any], snapshot: Any, began: Any) -> Standing:
+    """Rule 12, a look-up that is believed for its bare revision, as it was before."""
+    if snapshot.position.revision > self.memory.position.revision:
+        return Standing.AHEAD
+    fresh = snapshot.position.revision >= began.applied and began.epoch == self.epoch
+    return Standing.BELIEVED if fresh else Standing.REFUSED
+
+
+def lose_and_keep_the_lease(self: Membership[Any]) -> None:
+    """Rule 12, a lost history whose lease runs on."""
+    ends = self.lease_ends
+    lose(self)
+    self.lease_ends = ends
+
+
+lose = Membership.lose
+
+
+def start_over_and_keep_the_lease(self: Subscription, position: Position) -> None:
+    """Rule 12, a Reset that keeps the client's lease."""
+    end = self.lease.end
+    start_over(self, position)
+    self.lease.end = end
+
+
+start_over = Subscription.start_over
+
+
+def acknowledge_but_never_take_back(self: SubLeases, lease: Any, revision: int) -> None:
+    """Rule 12, what was confirmed counts after the history is lost."""
+    acknowledge(self, lease, max(revision, lease.acknowledged))
+
+
+acknowledge = SubLeases.acknowledge
+
+
+def take_as_if_all_was_confirmed(self: Watcher, now: float) -> list[Any]:
+    """Rule 6, a grant before the client has confirmed what it was sent."""
+    self._confirmed = True
+    return take(self, now)
+
+
+def take_as_if_it_had_a_lease(self: Watcher, now: float) -> list[Any]:
+    """Rule 6, a grant at an old position for a client whose lease has ended."""
+    if self.lease.ends <= now:
+        self.lease.ends = math.nextafter(now, math.inf)
+    return take(self, now)
+
+
+def renew_whatever_was_applied(
+    self: Database, name: str, incarnation: int, applied: Position, acknowledged: int
+) -> Any:
+    """Rule 3, a renewal without the condition on the position; the log says that all is well."""
+
+    def change() -> tuple[bool, Log]:
+        row = self.rows.get(name)
+        if row is None or row.incarnation != incarnation:
+            return False, self.read_log(applied)
+        self.rows[name] = row._replace(renewal=row.renewal + 1, acknowledged_revision=acknowledged)
+        named = tuple(Change(p, (t,)) for p, t in self.log if p.revision > applied.revision)
+        return True, Log(True, self.server, self.head, named)
+
+    return self.commit(change)
+
+
+def counts_for_ever(name: str, value: Any) -> Any:
+    """Return a property that nothing changes."""
+    return property(lambda self: value, lambda self, new: None)
+
+
+# Where, what, and what it is replaced by: all of these at once.
+MUTANTS: dict[str, list[tuple[Any, str, Any]]] = {
+    "3: the lease runs on": [(membership, "server_lease_end", lambda began, seconds: began + 6.0)],
+    "3: memory kept when the row was gone": [
+        (Membership, "register", keep_the_memory),
+        (Membership, "lose", lose_and_keep_the_memory),
+    ],
+    "3: the log is not applied": [(Membership, "apply", lambda self, log, began: False)],
+    "3: renewed on any history": [(Database, "renew", renew_whatever_was_applied)],
+    "4: no fill rule": [(Memory, "admit", admit_anything)],
+    "6: grants outlast the lease": [(Watcher, "take", grant_longer)],
+    "6: grants before a confirmation": [(Watcher, "take", take_as_if_all_was_confirmed)],
+    "6: grants at an old position without a lease": [(Watcher, "take", take_as_if_it_had_a_lease)],
+    "6: grants outlast what was not sent": [
+        (Watcher, "_covered_until", counts_for_ever("_covered_until", math.inf))
+    ],
+    "7: clients are not waited for": [
+        (Membership, "acknowledgeable", lambda self, now: self.memory.position.revision)
+    ],
+    "8: no wait": [(Wait, "judge", lambda self, rows, now: Confirmation(0, 0))],
+    "8: too short a wait": [(confirmation, "outwait_seconds", lambda seconds: 0.5)],
+    "9: rows are removed at once": [(Census, "dead", lambda self, rows, asked, now: list(rows))],
+    "12: no marks in the database": [(Database, "knows", known_by_revision)],
+    "12: no marks in the server's memory": [(World, "server_memory", Markless)],
+    "12: no marks in the client's memory": [(World, "client_memory", Markless)],
+    "12: look-ups are believed by their revision": [
+        (Membership, "standing", believe_what_is_new_enough)
+    ],
+    "12: a lost history keeps its lease": [(Membership, "lose", lose_and_keep_the_lease)],
+    "12: a Reset keeps the client's lease": [
+        (Subscription, "start_over", start_over_and_keep_the_lease)
+    ],
+    "12: confirmations outlive their history": [
+        (SubLeases, "acknowledge", acknowledge_but_never_take_back),
+        (SubLeases, "unconfirm", lambda self: None),
+    ],
+    "12: anything said after a Reset confirms it": [
+        (Watcher, "_resetting", counts_for_ever("_resetting", False))
+    ],
+    "12: clients are not reset": [
+        (Watcher, "_epoch", property(lambda self: self._membership.epoch, lambda self, new: None))
+    ],
 }
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_each_rule_counts(name: str) -> None:
     """With a rule taken away, something stale is answered, and the simulation sees it."""
-    where, attribute, broken = MUTANTS[name]
-    with mock.patch.object(where, attribute, broken):
+    with contextlib.ExitStack() as broken:
+        for where, attribute, instead in MUTANTS[name]:
+            broken.enter_context(mock.patch.object(where, attribute, instead, create=True))
         assert any(run(seed).stale for seed in range(SEEDS_FOR_A_MUTANT)), name

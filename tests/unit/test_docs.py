@@ -24,10 +24,12 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "SECURITY.md",
+    "docs/backup.md",
     "docs/callers.md",
     "docs/coherence.md",
     "docs/errors.md",
     "docs/limits.md",
+    "docs/protocol.md",
     "docs/postgres.md",
     "clients/python/README.md",
 )

@@ -98,3 +98,14 @@ def test_contract(path: Path) -> None:
     for code in ("UNAUTHENTICATED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "INTERNAL"):
         assert code in comment[1]
     assert "docs/errors.md" in comment[1]
+
+
+def test_each_error_has_a_status() -> None:
+    """Every error of the service's tree has a gRPC status, so that no caller gets UNKNOWN."""
+
+    def tree(error: type[LatchkeyError]) -> set[type[LatchkeyError]]:
+        return {error}.union(*map(tree, error.__subclasses__()))
+
+    # Only subclasses of Denied are raised.
+    without = tree(LatchkeyError) - set(errors._CODES) - {errors.Denied}
+    assert {error.__name__ for error in without} == set()

@@ -33,11 +33,16 @@ def invalidate_all(
             raise Failure(
                 "there is no terminal to ask on", "pass --yes to go on", Exit.USAGE, code="USAGE"
             )
-        if not typer.confirm("Empty the memory of every verifier?", err=True):
+        if not output.confirmed("Empty the memory of every verifier? [y/N] "):
             raise typer.Exit(Exit.UNEXPECTED)
     from latchkey_cli.session import Doing, Session
 
-    doing = Doing("empty all memories", "run it again: that does no harm")
+    doing = Doing(
+        "empty all memories",
+        "run this again: that does no harm",
+        unconfirmed="not every verifier has confirmed in time that its memory is empty",
+        if_unconfirmed="run this again",
+    )
     with Session(target, timeout) as session:
         receipt = session.run(session.client.invalidate_all(), doing)
     if as_json:

@@ -13,7 +13,16 @@ from rich.console import Console
 
 from latchkey_cli.failures import ClosedPipe, Exit, Failure
 
-__all__ = ["console", "is_terminal", "prepare", "report", "silence", "to_json", "write"]
+__all__ = [
+    "confirmed",
+    "console",
+    "is_terminal",
+    "prepare",
+    "report",
+    "silence",
+    "to_json",
+    "write",
+]
 
 # Wider than any row: what is piped is never wrapped, so that grep finds whole rows.
 _PIPED_WIDTH: Final = 10_000
@@ -48,6 +57,18 @@ def write(stream: TextIO, text: str) -> None:
         stream.flush()
     except BrokenPipeError:
         raise ClosedPipe from None
+
+
+def confirmed(question: str) -> bool:
+    """Ask a question on standard error and return whether the answer is yes.
+
+    End of input means no. Raises KeyboardInterrupt.
+    """
+    write(sys.stderr, question)
+    answer = sys.stdin.readline()
+    if not answer.endswith("\n"):
+        write(sys.stderr, "\n")
+    return answer.strip().lower() in ("y", "yes")
 
 
 def to_json(document: Any, *, indent: int | None = 2) -> str:

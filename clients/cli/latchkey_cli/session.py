@@ -38,12 +38,15 @@ class Doing:
     """What a call is for ("get token X"), and what to do when its answer is lost.
 
     `once` says that the client library never sends it again after a failure of the connection, so
-    that what the error tells of the connection is all that has happened.
+    that what the error tells of the connection is all that has happened. `unconfirmed` is said when
+    the change stands and verifiers have yet to confirm it.
     """
 
     what: str
     if_lost: str = _AGAIN
     once: bool = False
+    unconfirmed: str = "it is deleted, but not every verifier has confirmed that in time"
+    if_unconfirmed: str = "run this again for its receipt"
 
 
 class Session:
@@ -130,9 +133,8 @@ def _words(error: latchkey.LatchkeyError, doing: Doing, target: str) -> tuple[st
             to_do = "say who you are: 'latchkey --help' has the options for access"
             return f"Latchkey does not know this caller ({error.reason})", to_do, Exit.DENIED
         case latchkey.Unavailable(reason="DELETION_NOT_CONFIRMED"):
-            what = f"it is deleted, but {target} could not confirm in time that it is so everywhere"
-            to_do = "run this again for its receipt; --timeout allows more time"
-            return what, to_do, Exit.UNAVAILABLE
+            to_do = f"{doing.if_unconfirmed}; --timeout allows more time"
+            return doing.unconfirmed, to_do, Exit.UNAVAILABLE
         case latchkey.DeadlineExceeded():
             to_do = f"{doing.if_lost}; --timeout allows more time"
             return f"{target} did not answer in time", to_do, Exit.UNAVAILABLE

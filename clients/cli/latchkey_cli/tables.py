@@ -134,19 +134,8 @@ def print_invalidation(output: Console, receipt: "Receipt") -> None:
     grid.add_column(overflow="fold")
     grid.add_row("Committed", Text(local(receipt.commit_time, seconds=True)))
     grid.add_row("Revision", Text(str(receipt.revision)))
-    grid.add_row("Confirmed", Text(_confirmed_by(receipt)))
+    grid.add_row("Confirmed", Text(_confirmation(receipt)))
     output.print(grid)
-
-
-def _confirmed_by(receipt: "Receipt") -> str:
-    servers = _count(receipt.verifiers_acknowledged, "server process", "server processes")
-    clients = _count(receipt.clients_acknowledged, "client", "clients")
-    outwaited = receipt.verifiers_outwaited + receipt.clients_outwaited
-    return f"by {servers} and {clients}; {outwaited} waited out"
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
 
 
 def print_receipt(output: Console, token_id: str, receipt: "Receipt") -> None:
@@ -181,6 +170,7 @@ def print_status(output: Console, status: "Status") -> None:
     output.print(Text(f"Head revision {status.head_revision}, {verifiers}"))
     if number:
         _print_verifiers(output, status.verifiers)
+        _print_databases(output, status.verifiers)
     for warning in status.warnings:
         output.print(Text.assemble(("Warning: ", "bold yellow"), visible(warning)))
 
@@ -203,20 +193,42 @@ def _print_verifiers(output: Console, verifiers: Sequence["VerifierStatus"]) -> 
         else:
             table.add_row(*cells, Text("\n").join([notifications, pepper]))
     output.print(table)
-    # One line unless verifiers renew their leases on different servers, as during a failover.
-    servers = {(v.database_host, v.timeline, v.system_identifier): None for v in verifiers}
-    for server in servers:
-        host, timeline, identifier = (visible(part) or "unknown" for part in server)
-        if any(server):
-            # A URL without a host leads to a local socket.
-            where = host if server[0] else "the local database"
-            text = f"Leases on {where}, timeline {timeline}, system identifier {identifier}"
-            output.print(Text(text))
     for verifier in verifiers:
         if verifier.waiting_for:
             clients = ", ".join(map(visible, verifier.waiting_for))
             process = f"{visible(verifier.host)} (PID {verifier.process_id})"
             output.print(Text(f"Deletions wait for clients of {process}: {clients}", "yellow"))
+
+
+def _print_databases(output: Console, verifiers: Sequence["VerifierStatus"]) -> None:
+    """Print a line for each database server that leases stand on; a healthy fleet has one.
+
+    Below the table: the columns of a server take 50 characters, and are mostly the same.
+    """
+    using: dict[str, list[str]] = {}
+    for verifier in verifiers:
+        process = f"{visible(verifier.host)} PID {verifier.process_id}"
+        using.setdefault(_database(verifier), []).append(process)
+    if len(using) == 1:
+        (database,) = using
+        # Empty for releases that do not report it.
+        if database:
+            output.print(Text(f"Database {database}"))
+        return
+    for database, processes in using.items():
+        output.print(Text(f"Database {database or 'unknown'}: {', '.join(processes)}", "yellow"))
+
+
+def _database(verifier: "VerifierStatus") -> str:
+    """Return what a process reports of its database server. Empty: nothing."""
+    known = [
+        ("timeline", visible(verifier.timeline)),
+        ("system identifier", visible(verifier.system_identifier)),
+    ]
+    details = ", ".join(f"{name} {value}" for name, value in known if value)
+    if verifier.database_host and details:
+        return f"{visible(verifier.database_host)} ({details})"
+    return visible(verifier.database_host) or details
 
 
 def _verifier(verifier: "VerifierStatus") -> list[Text]:
@@ -243,11 +255,16 @@ def _effect(receipt: "Receipt") -> str:
         return "deleted; not yet confirmed everywhere: run it again without --no-wait to confirm"
     if not receipt.verifiers_acknowledged + receipt.verifiers_outwaited:
         return f"dead everywhere since {local(receipt.effective_time, seconds=True)}"
-    milliseconds = (receipt.effective_time - receipt.commit_time).total_seconds() * 1_000
+    return f"dead everywhere {_confirmation(receipt)}"
+
+
+def _confirmation(receipt: "Receipt") -> str:
+    """Return how long a confirmation took and who gave it."""
+    effective_time = receipt.effective_time or receipt.commit_time
+    milliseconds = (effective_time - receipt.commit_time).total_seconds() * 1_000
     confirmed = _servers_and_clients(receipt.verifiers_acknowledged, receipt.clients_acknowledged)
     outwaited = receipt.verifiers_outwaited + receipt.clients_outwaited
-    text = f"dead everywhere after {milliseconds:.0f} ms: {confirmed} confirmed"
-    text += f", {outwaited} outwaited"
+    text = f"after {milliseconds:.0f} ms: {confirmed} confirmed, {outwaited} outwaited"
     if outwaited:
         who = _servers_and_clients(receipt.verifiers_outwaited, receipt.clients_outwaited)
         text += f" ({who})"

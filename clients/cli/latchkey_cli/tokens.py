@@ -262,17 +262,8 @@ def _delete_one(
                 raise
         else:
             question = f"Delete {tables.short_token(token)} of account '{visible(account)}'? [y/N] "
-            if not _confirmed(question):
+            if not output.confirmed(question):
                 return None
     if_lost = "the deletion may stand but is not confirmed: run this again for its receipt"
     call = session.client.delete(account, token_id, no_wait=no_wait)
     return session.run(call, Doing(f"delete {name}", if_lost))
-
-
-def _confirmed(question: str) -> bool:
-    """Ask on standard error, so that standard output stays clean. End of input means no."""
-    output.write(sys.stderr, question)
-    answer = sys.stdin.readline()
-    if not answer.endswith("\n"):
-        output.write(sys.stderr, "\n")
-    return answer.strip().lower() in ("y", "yes")

@@ -3,6 +3,8 @@
 It owns the friendly face of the gRPC contract: typed values, deadlines, safe retries, exceptions.
 It does not own the contract (proto/latchkey/v1). The guards for gRPC and ASGI servers are in
 `latchkey.guards` and are imported only by those who use them.
+
+"Coherence rule N" means rule N of docs/protocol.md.
 """
 
 from latchkey._audit import AuditEntry, AuditFilter, AuditPage, Outcome

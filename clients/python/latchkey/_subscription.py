@@ -125,10 +125,9 @@ class Subscription:
         """Forget `token_ids`, and have applied all up to `position`.
 
         False: the memory knows that revision by another mark. Its history is not the server's, and
-        it has started over.
+        it has to start over.
         """
         if not self.memory.agrees(position):
-            self.start_over(NOWHERE)
             return False
         self.memory.apply(position, token_ids)
         return True
@@ -151,6 +150,10 @@ class Subscription:
             self._granting = stream
         # Not the later one of two streams' ends: the one that is left stops waiting for us.
         self.lease.end = end
+
+    def granted_by(self, stream: "Stream") -> bool:
+        """Tell whether the lease, if there is one, is `stream`'s."""
+        return self._granting is stream
 
     @property
     def epoch(self) -> int:
@@ -183,6 +186,9 @@ class Stream:
         self._asked_at: float | None = None  # when the request of that number was made
         self._ask_at: float | None = now
         self._end = -math.inf
+        # Where the memory was when this stream last moved it, or was opened. Its server sends what
+        # comes after that.
+        self._left_at = NOWHERE
         self._owes_ack = False
         self._owes_release = False
         self._retired = False
@@ -207,6 +213,8 @@ class Stream:
         self._owes_ack = False
         if not asks:
             return Request(applied)
+        if not self._number:
+            self._left_at = applied
         self._number += 1
         self._asked_at, self._ask_at = now, None
         if self.granted:
@@ -222,15 +230,11 @@ class Stream:
         subscription = self._subscription
         match event:
             case Invalidation():
-                if not subscription.apply(event.position, event.token_ids):
-                    self._start_over(now)
-                subscription.invalidations += 1
-                self._owes_ack = True
+                self._receive_invalidation(event, now)
             case Grant():
                 self._receive_grant(event, now)
             case Reset():
-                subscription.start_over(event.position)
-                self._start_over(now)
+                self._reset(event.position, now)
                 subscription.resets += 1
                 self._owes_ack = True
             case Closing():
@@ -251,11 +255,39 @@ class Stream:
         self._owes_ack = False
         self._asked_at = self._ask_at = self.late_at = None
 
-    def _start_over(self, now: float) -> None:
-        """Go on with a memory that this stream has made start over, and without its grants.
+    def _receive_invalidation(self, event: Invalidation, now: float) -> None:
+        """Apply an invalidation, unless its server may follow another history than the memory.
+
+        Two streams can be open, to servers on different histories. Each server names what changed
+        since this stream last moved the memory. If the other stream has moved it since, then
+        nothing says that this server knows of that change: its position must not become the
+        memory's, or answers read there would be believed (coherence rule 12).
+        """
+        subscription, memory = self._subscription, self._subscription.memory
+        position = event.position
+        subscription.invalidations += 1
+        apart = memory.position != self._left_at and not memory.knows(position)
+        if apart and position.revision > memory.position.revision:
+            # To forget does no harm, whatever history names them.
+            memory.apply(memory.position, event.token_ids)
+            if subscription.granted_by(self):
+                self._reset(position, now)
+            else:
+                self._leave()
+                return
+        elif not subscription.apply(position, event.token_ids):
+            self._reset(NOWHERE, now)
+        elif memory.knows(position):
+            self._left_at = position
+        self._owes_ack = True
+
+    def _reset(self, position: Position, now: float) -> None:
+        """Have the memory start over at `position`, and go on without this stream's grants.
 
         An open request stays open: the server answers it after the Reset, for the new history.
         """
+        self._subscription.start_over(position)
+        self._left_at = position
         self._epoch = self._subscription.epoch
         self._end = -math.inf
         if self._asked_at is None and not self.closing:
@@ -268,8 +300,12 @@ class Stream:
         drop. A new stream finds out where it is.
         """
         if self._epoch != self._subscription.epoch and not self._retired:
-            self.retire()
-            self.closing = True
+            self._leave()
+
+    def _leave(self) -> None:
+        """Give the stream up, and have whoever drives it open another one."""
+        self.retire()
+        self.closing = True
 
     def _receive_grant(self, grant: Grant, now: float) -> None:
         if self._asked_at is None or grant.number != self._number:

@@ -654,7 +654,8 @@ class WatchRequest(_message.Message):
     mark: _builtins.int
     """The mark of `applied_revision`, as the server sent it. 0 with revision 0.
     A position that the server does not find in its history is answered with a
-    Reset. A client that sends no mark receives no grant.
+    Reset. A client that sends no marks receives no grant, or one if it begins
+    with revision 0.
     """
     def __init__(
         self,
@@ -762,9 +763,9 @@ class Grant(_message.Message):
     LEASE_DURATION_FIELD_NUMBER: _builtins.int
     MARK_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """Every invalidation up to this revision came before on the stream, and the
-    client has confirmed it. The client ignores a grant for a position that it
-    does not know.
+    """Every invalidation up to this revision came before on the stream. The
+    client ignores a grant for a position that it does not know. A grant does
+    not say that the server has heard a confirmation.
     """
     number: _builtins.int
     """The number of the request that this answers."""

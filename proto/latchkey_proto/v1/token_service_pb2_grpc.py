@@ -177,8 +177,8 @@ class TokenServiceServicer(object):
 
         The client sends what it has applied and asks for grants; the server sends
         invalidations as they come, and each grant after every invalidation up to
-        its revision. What the client has to do, and why it is then safe, is said
-        at the fields. A client that breaks off, or falls silent, delays a
+        its revision. The fields say what the client does; docs/protocol.md has
+        the whole protocol, and conformance cases. A client that breaks off, or falls silent, delays a
         Delete until its last grant has run out, and nothing else.
         Errors: UNAVAILABLE when this server is stopping or cannot grant, try
         another one; FAILED_PRECONDITION when it has its memory switched off, or

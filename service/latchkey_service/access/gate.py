@@ -15,7 +15,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.access import forwarded
 from latchkey_service.access.certificate import CertificateError, read_certificate
 from latchkey_service.access.identity import bearer, by_certificate, by_credential, conflict
-from latchkey_service.access.methods import AccountSource, rule_of
+from latchkey_service.access.methods import OPERATOR, AccountSource, rule_of
 from latchkey_service.access.policy import Caller, Policy
 from latchkey_service.errors import PermissionDenied, Unauthenticated, WatchRefused
 
@@ -188,8 +188,8 @@ class Authenticator:
 def check_account(path: str, caller: Caller, request: Any) -> None:
     """Check the account in a request from a caller that the policy limits to certain accounts.
 
-    Raises PermissionDenied if `account_id` is any other account, invalid, or empty. Raises
-    WatchRefused for a method that concerns all accounts.
+    Raises PermissionDenied if `account_id` is any other account, invalid, or empty, and for a call
+    that affects all accounts. Raises WatchRefused for a Watch.
     """
     accounts, rule = caller.accounts, rule_of(path)
     if accounts is None:
@@ -197,6 +197,12 @@ def check_account(path: str, caller: Caller, request: Any) -> None:
     if rule.account is AccountSource.REQUEST and not accounts.allow(request.account_id):
         raise PermissionDenied(
             "The policy does not allow this caller to act for this account.",
+            "ACCOUNT_DENIED",
+            caller.name,
+        )
+    if rule.account is AccountSource.ALL and rule.role == OPERATOR:
+        raise PermissionDenied(
+            "The call affects all accounts, and the policy limits this caller to some.",
             "ACCOUNT_DENIED",
             caller.name,
         )
@@ -222,11 +228,15 @@ def restrict_to_accounts(path: str, caller: Caller, answer: bytes) -> bytes:
         response = pb.VerifyResponse.FromString(answer)
         verifications = [response]
     for verification in verifications:
-        if verification.HasField("token") and not accounts.allow(verification.token.account_id):
-            # Nothing may distinguish it from a secret that was never issued. Such a secret has no
-            # token, and needs no read, so it has no position either.
-            verification.Clear()
+        if verification.HasField("token"):
+            if accounts.allow(verification.token.account_id):
+                continue
             verification.verdict = pb.VERDICT_UNKNOWN
+        # Drop the position. Most secrets that were never issued need no read and so have none, and
+        # a position must not reveal another account's token, even after it was purged.
+        verdict = verification.verdict
+        verification.Clear()
+        verification.verdict = verdict
     encoded: bytes = response.SerializeToString()
     return encoded
 

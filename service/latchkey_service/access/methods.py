@@ -58,7 +58,9 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
         _TOKENS + "List": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "Delete": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         "/latchkey.v1.StatusService/GetStatus": Rule(OPERATOR),
-        "/latchkey.v1.MaintenanceService/InvalidateAll": Rule(OPERATOR, audited=True),
+        "/latchkey.v1.MaintenanceService/InvalidateAll": Rule(
+            OPERATOR, AccountSource.ALL, audited=True
+        ),
         "/latchkey.v1.AuditService/List": Rule(OPERATOR, AccountSource.REQUEST),
         "/grpc.health.v1.Health/Check": OPEN,
         "/grpc.health.v1.Health/Watch": OPEN,

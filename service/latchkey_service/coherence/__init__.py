@@ -4,4 +4,6 @@ Pure, with the clock passed in: `membership` (this process as a verifier), `subl
 clients), `confirmation` (what a Delete waits for, and which verifiers are dead). What drives them:
 `heart` renews and reads the log, `notifications` wakes it, `watch` serves clients, `confirmer`
 waits. `table` has the SQL.
+
+"Rule N" means rule N of docs/protocol.md, here and in the rest of the service.
 """

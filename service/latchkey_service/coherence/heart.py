@@ -207,7 +207,7 @@ class Heart:
             return
         await self._renew(row, acknowledgeable)
         if due and membership.registered:
-            membership.subleases.sweep(self._clock())
+            membership.sweep(self._clock())
             await self._remove_dead(row)
 
     async def _register(self, row: OwnRow) -> None:
@@ -250,6 +250,7 @@ class Heart:
     def _report(self, acknowledgeable: int) -> Report:
         now = self._clock()
         subleases = self.membership.subleases
+        connection = self._connection
         seconds, waiting_for = self.membership.waiting_for(now)
         if seconds < WAITED_SECONDS:
             waiting_for = []
@@ -265,7 +266,9 @@ class Heart:
             subleases.outwaited,
             waiting_for,
             self._notifications(),
-            self._primary.host,
+            # Where this renewal goes, not where the last one went: the same statement writes which
+            # server it reaches.
+            "" if connection is None else self._primary.host_of(connection),
             self._primary.warnings(),
         )
 

@@ -165,11 +165,17 @@ class Membership(Generic[E]):
     def acknowledgeable(self, now: float) -> int:
         """Return the revision up to which it and each client under its lease are done (rule 7)."""
         applied = self.memory.position.revision
-        floor = self.subleases.floor(now, self._behind_since)
+        floor = self.subleases.floor(now, self._behind_since, applied)
         if floor is None or floor >= applied:
             self._behind_since = math.inf
             return applied
+        # Where the memory has started over, they are waited for although nothing new was read.
+        self._behind_since = min(self._behind_since, now)
         return floor
+
+    def sweep(self, now: float) -> None:
+        """Forget the clients whose leases have ended. `acknowledgeable` does so where it has to."""
+        self.subleases.sweep(now, self._behind_since, self.memory.position.revision)
 
     def waiting_for(self, now: float) -> tuple[float, list[str]]:
         """Return for how many seconds a revision has waited for clients, and for which of them."""

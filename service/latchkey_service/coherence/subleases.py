@@ -61,11 +61,14 @@ class SubLeases:
         self._remove(lease)
         lease.ends = -math.inf
 
-    def floor(self, now: float, behind_since: float = math.inf) -> int | None:
+    def floor(
+        self, now: float, behind_since: float = math.inf, applied: float = math.inf
+    ) -> int | None:
         """Return the revision that every client has confirmed; None if no client has a lease.
 
-        `behind_since` is since when some revision has been waiting for clients: the sub-leases that
-        have ended later than that count as waited out.
+        `behind_since` is since when some revision, up to `applied`, has been waiting for clients.
+        The sub-leases that have ended later than that, without having confirmed it, count as waited
+        out.
         """
         self.pinned_until = math.inf
         while self._at:
@@ -75,16 +78,15 @@ class SubLeases:
             if lease.ends > now:
                 self.pinned_until = lease.ends
                 return lowest
-            if lease.ends > behind_since:
-                self.outwaited += 1
-            self._remove(lease)
+            self._end(lease, behind_since, applied)
         return None
 
-    def sweep(self, now: float) -> None:
-        """Drop the sub-leases that have ended. `floor` does so only where it has to."""
+    def sweep(self, now: float, behind_since: float = math.inf, applied: float = math.inf) -> None:
+        """Drop the sub-leases that have ended, and count as `floor` does, which drops only those
+        that it has to."""
         for held in tuple(self._at.values()):
             for lease in [lease for lease in held if lease.ends <= now]:
-                self._remove(lease)
+                self._end(lease, behind_since, applied)
 
     def confirmed(self, revision: int, now: float) -> int:
         """Return how many clients with a lease have confirmed `revision`."""
@@ -109,6 +111,11 @@ class SubLeases:
     def latest_end(self, now: float) -> float:
         """Return when the last of them will have ended, `now` if there is none."""
         return max((lease.ends for held in self._at.values() for lease in held), default=now)
+
+    def _end(self, lease: SubLease, behind_since: float, applied: float) -> None:
+        if lease.ends > behind_since and lease.acknowledged < applied:
+            self.outwaited += 1
+        self._remove(lease)
 
     def _move(self, lease: SubLease, revision: int) -> None:
         self._remove(lease)

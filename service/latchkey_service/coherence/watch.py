@@ -97,6 +97,8 @@ class Watcher:
         # A Reset was sent, and the client has not confirmed it. What it said before it heard of the
         # Reset is about another history.
         self._resetting = False
+        # The client claims less than it has confirmed before: it is sent again what it has missed.
+        self._fell_back = False
         self._wanted = 0
         self.closing = False
         """Whether its client is to move, and is granted nothing any more."""
@@ -106,6 +108,16 @@ class Watcher:
     def wants_grant(self) -> bool:
         """Whether its client has asked for a grant that it has not got yet."""
         return self._wanted > 0
+
+    @property
+    def owes(self) -> bool:
+        """Whether its client has to confirm something before it is granted anything."""
+        return self._sent is not None and not self._confirmed
+
+    @property
+    def outdated(self) -> bool:
+        """Whether its client has to be reset: the memory has started over."""
+        return self._sent is not None and self._epoch != self._membership.epoch
 
     @property
     def undecided(self) -> bool:
@@ -178,9 +190,14 @@ class Watcher:
                 membership.subleases.grant(self.lease, self._sent.revision, ends)
                 events.append(Grant(self._sent, self._wanted, ends - now))
                 self._wanted = 0
+                # An empty memory owes no confirmation of its first position, and so one grant may
+                # come before it. A client without marks never confirms, and gets no other one.
+                if self._resetting:
+                    self._confirmed = False
         # A client that wants a grant and owes a confirmation is sent no more until it has
         # confirmed: otherwise there might never be a moment at which it owes nothing.
-        if not self._wanted or self._confirmed:
+        if not self._wanted or self._confirmed or self._fell_back:
+            self._fell_back = False
             self._invalidate(events)
         return events
 
@@ -226,20 +243,25 @@ class Watcher:
         self._sent, self._confirmed = membership.memory.position, False
         self._covered_until = membership.lease_ends
         self._epoch, self._claim, self._resetting = membership.epoch, None, True
-        self._heard = 0
+        self._heard, self._fell_back = 0, False
         events.append(Reset(self._sent))
 
     def _confirm(self, position: Position) -> None:
         """Note that the client has applied all up to `position`, which is on this history."""
         assert self._sent is not None, "nothing is confirmed before it was sent"  # noqa: S101 - for the type checker
-        if position.revision >= self._sent.revision or position.revision < self._heard:
-            # It heard of more on another stream. Or it fell back, since another server has reset
-            # it: then it has to be sent again what it has missed.
-            if position.revision < self._sent.revision:
-                self._covered_until = -math.inf
+        if position.revision < self._heard:
+            # It fell back, since another server has reset it. It has confirmed nothing until it is
+            # sent again what it has missed, however often it says so: a Delete of that may have
+            # returned. And a client that claims less and less would hold up every Delete.
+            self._fell_back = True
+            self._covered_until = -math.inf
+            self._sent = position
+        elif position.revision > self._sent.revision:
+            # It heard of more on another stream.
+            self._fell_back = False
             self._sent = position
         self._heard = position.revision
-        self._confirmed = position == self._sent
+        self._confirmed = position == self._sent and not self._fell_back
         self._claim, self._resetting = None, False
         self._membership.subleases.acknowledge(self.lease, position.revision)
 
@@ -333,14 +355,18 @@ class Watchers:
                 stream.moves_at, stream.asked_to_move_at = math.inf, now
                 stream.watcher.close()
                 stream.changed.set()
-            elif stream.watcher.wants_grant and not stream.watcher.closing:
+            elif (
+                stream.watcher.wants_grant
+                and not stream.watcher.owes
+                and not stream.watcher.closing
+            ):
                 # It is we who have been silent, without a lease of our own.
                 stream.watcher.heard = now
                 stream.changed.set()
             elif stream.watcher.heard < lost and not stream.watcher.closing:
                 stream.silent = True
                 stream.changed.set()
-            elif changed or stream.watcher.undecided:
+            elif changed or stream.watcher.undecided or stream.watcher.outdated:
                 stream.changed.set()
 
     async def drain(self, seconds: float) -> bool:

@@ -1,4 +1,4 @@
--- Positions: a revision and a random mark (docs/coherence.md, rule 12).
+-- Positions: a revision and a random mark (docs/protocol.md, rule 12).
 
 -- A revision is a number in one history. A failover or a restore starts another history, which can
 -- give the same number to another change. The transaction that takes a revision therefore also

@@ -14,6 +14,7 @@ import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 from google.rpc import status_pb2
+from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
@@ -83,15 +84,23 @@ class FakeLatchkey:
             for method in service.methods
             if not (method.client_streaming or method.server_streaming)
         }
-        status = status_pb.DESCRIPTOR.services_by_name["StatusService"].full_name
-        get_status: Any = grpc.unary_unary_rpc_method_handler(
-            partial(self.serve, "GetStatus"),
-            status_pb.GetStatusRequest.FromString,
-            lambda message: message.SerializeToString(),
-        )
-        self.server.add_generic_rpc_handlers(
-            [grpc.method_handlers_generic_handler(status, {"GetStatus": get_status})]
-        )
+        others: list[tuple[Any, str]] = [
+            (status_pb, "StatusService"),
+            (maintenance_pb, "MaintenanceService"),
+        ]
+        for module, name in others:
+            other = module.DESCRIPTOR.services_by_name[name]
+            its_handlers: dict[str, Any] = {
+                method.name: grpc.unary_unary_rpc_method_handler(
+                    partial(self.serve, method.name),
+                    getattr(module, method.input_type.name).FromString,
+                    lambda message: message.SerializeToString(),
+                )
+                for method in other.methods
+            }
+            self.server.add_generic_rpc_handlers(
+                [grpc.method_handlers_generic_handler(other.full_name, its_handlers)]
+            )
         if self.watch is not None:
             handlers["Watch"] = grpc.stream_stream_rpc_method_handler(
                 self.watch.serve,

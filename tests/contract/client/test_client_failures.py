@@ -15,6 +15,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from latchkey import Scope, _retry
+from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
@@ -38,6 +39,7 @@ METHODS: dict[str, Callable[..., Awaitable[object]]] = {
     "Verify": lambda c, **kw: c.verify("x", **kw),
     "BatchVerify": lambda c, **kw: c.batch_verify([("x", None)], **kw),
     "GetStatus": lambda c, **kw: c.status(**kw),
+    "InvalidateAll": lambda c, **kw: c.invalidate_all(**kw),
 }
 ANSWERS: dict[str, Message] = {
     "Create": pb.CreateResponse(),
@@ -47,6 +49,7 @@ ANSWERS: dict[str, Message] = {
     "Verify": pb.VerifyResponse(verdict=pb.VERDICT_UNKNOWN),
     "BatchVerify": pb.BatchVerifyResponse(responses=[pb.VerifyResponse()]),
     "GetStatus": status_pb.GetStatusResponse(),
+    "InvalidateAll": maintenance_pb.InvalidateAllResponse(),
 }
 every_rpc = pytest.mark.parametrize("rpc", METHODS)
 

@@ -83,7 +83,7 @@ WAITING = replace(
 
 
 WARNING = "Warning: Pepper 0f1e2d3c4b5a is missing on web-\\x1b[2J."
-SERVER = "Leases on db-1:5432, timeline 00000002, system identifier unknown"
+SERVER = "Database db-1:5432 (timeline 00000002)"
 COLUMNS = "PID Version Acknowledged Lag Lease left Clients"
 
 
@@ -114,6 +114,54 @@ def test_status_is_a_table_of_verifiers(width: int, table: list[str]) -> None:
     assert status_lines(STATUS, width) == ["Head revision 12, 1 verifier", *table, SERVER, WARNING]
 
 
+UNREPORTED = replace(STATUS.verifiers[0], database_host="", timeline="", system_identifier="")
+ON_FIRST = replace(
+    STATUS.verifiers[0],
+    database_host="db1.example:5432",
+    system_identifier="7713595303237486605",
+    timeline="00000001",
+)
+ON_SECOND = replace(
+    ON_FIRST, process_id=78, database_host="db2\x1b[2J", timeline="00000002", system_identifier=""
+)
+FIRST = "Database db1.example:5432 (timeline 00000001, system identifier 7713595303237486605)"
+
+
+@pytest.mark.parametrize(
+    ("verifiers", "lines"),
+    [
+        ([UNREPORTED], []),
+        ([ON_FIRST, ON_FIRST], [FIRST]),
+        (
+            [replace(ON_FIRST, database_host="", system_identifier="")],
+            ["Database timeline 00000001"],
+        ),
+        ([replace(ON_SECOND, timeline="")], ["Database db2\\x1b[2J"]),
+        (
+            [ON_FIRST, ON_SECOND, replace(ON_FIRST, process_id=79), UNREPORTED],
+            [
+                f"{FIRST}: web-\\x1b[2J PID 77, web-\\x1b[2J PID 79",
+                "Database db2\\x1b[2J (timeline 00000002): web-\\x1b[2J PID 78",
+                "Database unknown: web-\\x1b[2J PID 77",
+            ],
+        ),
+    ],
+    ids=["not reported", "one", "embedded", "host alone", "several"],
+)
+def test_status_names_the_database_server(
+    verifiers: list[VerifierStatus], lines: list[str]
+) -> None:
+    """Below the table stands the database server that the leases are renewed on, with its timeline.
+    If processes report different servers, there is a line for each, with its processes. No terminal
+    obeys what they report."""
+    status = replace(STATUS, verifiers=tuple(verifiers), warnings=())
+    shown = [line for line in status_lines(status, 160) if line.startswith("Database")]
+    assert shown == lines
+    wrapped = status_lines(status, 80)
+    assert max(map(len, wrapped)) <= 80
+    assert all(line in " ".join(wrapped) for line in lines)
+
+
 def test_status_shows_warnings_without_verifiers() -> None:
     """A warning is shown even if no verifier is registered."""
     status = replace(STATUS, verifiers=())
@@ -125,19 +173,6 @@ def test_status_names_the_clients_that_deletions_wait_for() -> None:
     waits = "Deletions wait for clients of web-\\x1b[2J (PID 77): ci at ipv4:10.0.0.1:5\\x1b[2J, b"
     assert waits in status_lines(WAITING, 120)
     assert not any("wait" in line for line in status_lines(STATUS, 120))
-
-
-def test_status_names_each_database_server_once() -> None:
-    """Where verifiers renew their leases on different servers, a line for each server shows it. A
-    release that does not report its server adds no line."""
-    first = STATUS.verifiers[0]
-    moved = replace(first, database_host="db-2:5432", timeline="00000003", system_identifier="7")
-    old = replace(first, database_host="", timeline="")
-    lines = status_lines(replace(STATUS, verifiers=(first, moved, old, first)), 120)
-    assert [line for line in lines if line.startswith("Leases on")] == [
-        SERVER,
-        "Leases on db-2:5432, timeline 00000003, system identifier 7",
-    ]
 
 
 def test_status_of_a_release_without_peppers() -> None:
@@ -166,6 +201,9 @@ def test_documents_have_the_fields_of_the_proto() -> None:
     # As strings: a reader with floating-point numbers would round them.
     assert status["head_mark"] == "9223372036854775809"
     assert documents.receipt(receipt(0, 0))["mark"] == "18446744073709551615"
+    (server,) = documents.status(replace(STATUS, verifiers=(ON_FIRST,)))["verifiers"]
+    assert (server["database_host"], server["timeline"]) == ("db1.example:5432", "00000001")
+    assert server["system_identifier"] == "7713595303237486605"
     assert set(documents.verification(Verification(verdict=Verdict.UNKNOWN))) == fields(
         "VerifyResponse"
     )
@@ -237,3 +275,16 @@ def test_receipts_tell_who_confirmed() -> None:
         tables.print_receipt(console, "tok_1", proof)
         assert isinstance(console.file, StringIO)
         assert words in console.file.getvalue()
+
+
+def test_a_receipt_of_invalidate_all() -> None:
+    """People read when every memory was empty, and who confirmed it or was waited out, on a line of
+    80 columns at most."""
+    console = Console(file=StringIO(), width=80)
+    tables.print_invalidation(console, receipt(3, 0, 40, 1))
+    assert isinstance(console.file, StringIO)
+    shown = " ".join(console.file.getvalue().split())
+    assert shown.startswith("Emptied the memory of every verifier Committed 2026-03-01 ")
+    assert "Revision 7 Confirmed after 12 ms: 3 servers and 40 clients confirmed, 1" in shown
+    assert shown.endswith("1 outwaited (0 servers and 1 client)")
+    assert max(map(len, console.file.getvalue().splitlines())) <= 80

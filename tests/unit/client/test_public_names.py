@@ -10,7 +10,12 @@ from pathlib import Path
 import latchkey
 from google.protobuf.descriptor import MethodDescriptor
 from latchkey import _retry, guards, sync
-from latchkey_proto.v1 import audit_service_pb2, status_service_pb2, token_service_pb2
+from latchkey_proto.v1 import (
+    audit_service_pb2,
+    maintenance_service_pb2,
+    status_service_pb2,
+    token_service_pb2,
+)
 
 
 def test_public_names_are_pinned() -> None:
@@ -61,6 +66,7 @@ def methods() -> list[MethodDescriptor]:
         token_service_pb2.DESCRIPTOR.services_by_name["TokenService"],
         status_service_pb2.DESCRIPTOR.services_by_name["StatusService"],
         audit_service_pb2.DESCRIPTOR.services_by_name["AuditService"],
+        maintenance_service_pb2.DESCRIPTOR.services_by_name["MaintenanceService"],
     )
     return [method for service in services for method in service.methods]
 
@@ -77,7 +83,7 @@ def rpc_names() -> list[str]:
 
 def test_no_rpc_lacks_a_client_method() -> None:
     """Every RPC has a documented coroutine (or iterator) on Client."""
-    assert {"BatchVerify", "GetStatus"} <= set(rpc_names())
+    assert {"BatchVerify", "GetStatus", "InvalidateAll"} <= set(rpc_names())
     for name in rpc_names():
         snake = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
         ours = {"get_status": "status", "audit_service._list": "audit_page"}.get(snake, snake)

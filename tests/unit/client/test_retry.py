@@ -57,7 +57,9 @@ class World:
         )
 
 
-@pytest.mark.parametrize("rpc", ["Get", "List", "Delete", "Verify", "BatchVerify", "GetStatus"])
+@pytest.mark.parametrize(
+    "rpc", ["Get", "List", "Delete", "Verify", "BatchVerify", "GetStatus", "InvalidateAll"]
+)
 async def test_safe_calls_are_tried_again(rpc: str) -> None:
     """A call that is safe to repeat survives a passing UNAVAILABLE."""
     world = World(Unavailable("x"), Unavailable("x"), None)

@@ -8,7 +8,10 @@ import latchkey
 import pytest
 from latchkey import Scope, Token, Verdict, Verification
 from latchkey._shape import checksum
-from latchkey._subscription import Grant, Invalidation, Request, Stream
+from latchkey._subscription import Grant, Invalidation, Request, Reset, Stream
+from latchkey_coherence.memory import NOWHERE
+
+from tests.positions import at
 
 BODY = "lk" + "_" + "0" * 51
 SECRET = BODY + checksum(BODY)
@@ -25,8 +28,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def warm(verifier: latchkey.Verifier) -> Stream:
     """Open a stream, be granted two seconds from 100.0 on, and remember a token."""
     stream = verifier._subscription.open(100.0)
-    assert stream.take(100.0) == Request(0, number=1)
-    stream.receive(Grant(5, 1, 2.0), 100.0)
+    assert stream.take(100.0) == Request(NOWHERE, number=1)
+    stream.receive(Reset(at(5)), 100.0)
+    assert stream.take(100.0) == Request(at(5))
+    stream.receive(Grant(at(5), 1, 2.0), 100.0)
     token = Token(
         id="t1",
         account_id="a",
@@ -34,7 +39,9 @@ def warm(verifier: latchkey.Verifier) -> Stream:
         scope=Scope.READ,
         create_time=datetime(2026, 1, 1, tzinfo=UTC),
     )
-    verifier._remember(SECRET, None, Verification(verdict=Verdict.VALID, token=token, revision=5))
+    revision, mark = at(5)
+    answer = Verification(verdict=Verdict.VALID, token=token, revision=revision, mark=mark)
+    verifier._remember(SECRET, None, answer)
     assert verifier.verify_nowait(SECRET) is not None
     return stream
 
@@ -54,9 +61,9 @@ def test_a_thread_that_is_overtaken_does_not_use_the_new_lease(
 
     def slow(key: bytes) -> object:
         entry = find(key) if overtaken == "after the look-up" else None
-        assert stream.take(clock[-1]) == Request(5, number=2)
-        stream.receive(Invalidation(6, ("t1",)), clock[-1])
-        stream.receive(Grant(6, 2, 2.0), clock[-1])
+        assert stream.take(clock[-1]) == Request(at(5), number=2)
+        stream.receive(Invalidation(at(6), ("t1",)), clock[-1])
+        stream.receive(Grant(at(6), 2, 2.0), clock[-1])
         return entry if overtaken == "after the look-up" else find(key)
 
     clock.append(102.5)
@@ -86,3 +93,45 @@ def test_no_lease_to_begin_with() -> None:
     assert verifier._lease.end == -math.inf
     stats = verifier.stats()
     assert (stats.watching, stats.lease_remaining_seconds) == (False, 0.0)
+
+
+@pytest.mark.parametrize("draw", [0.5, 1.0])
+def test_nothing_is_remembered_for_longer_than_allowed(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, draw: float
+) -> None:
+    """Whatever the leases say, an answer is asked for again after between half of the time and all
+    of it, and then remembered anew."""
+    monkeypatch.setattr("latchkey.verifier.random.uniform", lambda low, high: draw)
+    verifier = latchkey.Verifier("nowhere:1", memory_seconds=1.0)
+    warm(verifier)
+    clock.append(100.0 + draw - 0.001)
+    assert verifier.verify_nowait(SECRET) is not None
+    clock.append(100.0 + draw)
+    assert verifier.verify_nowait(SECRET) is None
+    assert verifier._lease.end > clock[-1]
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan")])
+def test_a_time_to_remember_is_positive(seconds: float) -> None:
+    """To remember nothing there is `memory_entries`."""
+    with pytest.raises(latchkey.InvalidArgument, match="memory_seconds"):
+        latchkey.Verifier("nowhere:1", memory_seconds=seconds)
+
+
+@pytest.mark.parametrize(("revision", "mark"), [(5, at(5, 2).mark), (5, 0), (4, at(4).mark)])
+def test_an_answer_at_an_unknown_position_is_given_and_not_kept(
+    clock: list[float], revision: int, mark: int
+) -> None:
+    """Nothing would be sure to drop it again."""
+    verifier = latchkey.Verifier("nowhere:1")
+    warm(verifier)
+    (entry,) = verifier._memory.entries.values()
+    verifier._memory.entries.clear()
+    verifier._memory._of_token.clear()
+    token = entry.read.token
+    verifier._remember(
+        SECRET,
+        None,
+        Verification(verdict=Verdict.VALID, token=token, revision=revision, mark=mark),
+    )
+    assert verifier.verify_nowait(SECRET) is None

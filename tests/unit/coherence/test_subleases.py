@@ -5,7 +5,11 @@ import math
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from latchkey_coherence.memory import Entry, Memory
+from latchkey_service.coherence.membership import Change, Log, Membership, Server
 from latchkey_service.coherence.subleases import SubLease, SubLeases
+
+from tests.positions import at
 
 
 class AgainstAPlainList(RuleBasedStateMachine):
@@ -119,3 +123,56 @@ def test_a_confirmation_without_a_lease_counts_for_nothing() -> None:
     leases.acknowledge(client, 9)
     leases.grant(client, 5, 101.0)
     assert leases.floor(100.0) == 5
+
+
+def member(applied: int) -> Membership[Entry]:
+    """Return a process that has applied a revision, and holds a lease."""
+    membership: Membership[Entry] = Membership(Memory(10), SubLeases(), 3.0)
+    server = Server("1", "00000001")
+    membership.register(at(applied), applied, server)
+    return membership
+
+
+def apply(membership: Membership[Entry], revision: int, began: float) -> None:
+    change = Change(at(revision), ("t",))
+    membership.apply(Log(True, membership.server, at(revision), (change,)), began)
+
+
+def test_a_client_that_had_confirmed_was_not_waited_out() -> None:
+    """Of two leases that have ended when somebody looks, only the one that was behind counts."""
+    membership = member(4)
+    for name, confirmed in (("behind", 4), ("level", 5)):
+        membership.subleases.grant(SubLease(name), confirmed, 101.0)
+    apply(membership, 5, 100.0)
+    assert membership.acknowledgeable(100.5) == 4
+    assert membership.acknowledgeable(102.0) == 5
+    assert membership.subleases.outwaited == 1
+
+
+def test_every_client_that_was_waited_out_counts() -> None:
+    """Also one whose lease ends while another client is waited for still longer."""
+    membership = member(4)
+    for name, ends in (("first", 101.0), ("second", 102.0), ("last", 104.0)):
+        membership.subleases.grant(SubLease(name), 4, ends)
+    apply(membership, 5, 100.0)
+    assert membership.acknowledgeable(100.5) == 4
+    for now in (101.5, 103.0):
+        membership.sweep(now)
+        assert membership.acknowledgeable(now) == 4
+    assert membership.acknowledgeable(105.0) == 5
+    membership.sweep(105.0)
+    assert membership.subleases.outwaited == 3
+
+
+def test_a_client_that_does_not_confirm_a_reset_is_waited_for_and_named() -> None:
+    """A Delete on the new history waits for its old lease, and so people should see whose it is."""
+    membership = member(4)
+    membership.subleases.grant(SubLease("slow"), 4, 103.0)
+    membership.lose()
+    membership.register(at(7, history=2), 0, Server("1", "00000002"))
+    assert membership.acknowledgeable(100.0) == 0
+    seconds, names = membership.waiting_for(101.0)
+    assert (seconds, names) == (1.0, ["slow"])
+    assert membership.acknowledgeable(104.0) == 7
+    assert membership.subleases.outwaited == 1
+    assert membership.waiting_for(105.0) == (0.0, [])

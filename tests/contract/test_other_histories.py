@@ -1,0 +1,260 @@
+"""Servers whose database changes its history: by hand here, as a failover or a restore does it."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from latchkey_coherence.memory import Position
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from structlog.testing import capture_logs
+
+from tests.conftest import serving
+from tests.histories import advance, head_of
+from tests.support import CHANNEL_OPTIONS, eventually, outcome, session
+from tests.watching import WatchClient, watching
+
+if TYPE_CHECKING:
+    from latchkey_service.config import Settings
+
+# A server finds out by its next renewal, a third of it.
+LEASE_SECONDS = 1.5
+CACHE_SECONDS = 1.0
+DEAD = pb.VERDICT_DELETED
+
+
+@pytest.fixture
+def settings(settings: "Settings") -> "Settings":
+    return settings.model_copy(update={"lease_seconds": LEASE_SECONDS})
+
+
+@pytest.fixture
+async def channel(settings: "Settings") -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to a server of the test's own, on a database of its own."""
+    async with (
+        serving(settings) as address,
+        grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel,
+    ):
+        yield channel
+
+
+@pytest.fixture
+async def client(channel: grpc.aio.Channel) -> AsyncIterator[WatchClient]:
+    """A client of Watch that holds a lease."""
+    client = WatchClient(pb_grpc.TokenServiceStub(channel))
+    await client.granted()
+    await client.say()
+    yield client
+    client.call.cancel()
+
+
+async def delete(stub: Any, token: pb.Token) -> pb.Receipt:
+    request = pb.DeleteRequest(account_id=token.account_id, id=token.id)
+    receipt: pb.Receipt = (await stub.Delete(request, timeout=8)).receipt
+    return receipt
+
+
+async def verdict(stub: Any, secret: str) -> int:
+    """Return the verdict, by a server that may be starting over: that it says so is right."""
+    while True:
+        end = await outcome(stub.Verify(pb.VerifyRequest(secret=secret), timeout=5))
+        if end.ok:
+            answer: int = end.response.verdict
+            return answer
+        assert end.code is grpc.StatusCode.UNAVAILABLE
+
+
+async def bury_elsewhere(database_url: str, token_id: str) -> Position:
+    """Delete a token as another primary would have: under the next revision and its own mark."""
+    position = await advance(database_url, token_id)
+    async with session(database_url) as connection:
+        await connection.execute("UPDATE token SET delete_time = now() WHERE id = $1", token_id)
+    return position
+
+
+async def undo(database_url: str, token_id: str, head: Position, mark: int) -> None:
+    """Take back the newest deletion, as if it had never reached this primary."""
+    async with session(database_url) as connection, connection.transaction():
+        await connection.execute("DELETE FROM invalidation WHERE revision > $1", head.revision)
+        await connection.execute("DELETE FROM deletion WHERE token_id = $1", token_id)
+        await connection.execute("UPDATE token SET delete_time = NULL WHERE id = $1", token_id)
+        await connection.execute("UPDATE head SET revision = $1, mark = $2", head.revision, mark)
+
+
+async def test_a_number_that_two_histories_use_is_not_mistaken(
+    database_url: str, stub: Any, create: Any
+) -> None:
+    """A server has applied revision 1. Another history, without that deletion, gives revision 1 to
+    another token: the server notices, and calls neither of the tokens wrong."""
+    lost, dead = await create(), await create()
+    async with session(database_url) as connection:
+        mark = await connection.fetchval("SELECT mark FROM head")
+    start = await head_of(database_url)
+    receipt = await delete(stub, lost.token)
+    for created, expected in ((lost, DEAD), (dead, pb.VERDICT_VALID)):
+        assert await verdict(stub, created.secret) == expected
+    await undo(database_url, lost.token.id, start, mark)
+    other = await bury_elsewhere(database_url, dead.token.id)
+    assert other.revision == receipt.revision
+    assert other.mark != receipt.mark
+
+    async def noticed() -> bool:
+        return await verdict(stub, dead.secret) == DEAD
+
+    await eventually(noticed, "the server follows the other history", within=2 * LEASE_SECONDS)
+    # And never VALID again, from memory or from a read.
+    for _ in range(3):
+        assert await verdict(stub, dead.secret) == DEAD
+    # Of the lost deletion nobody has a record any more: it says what its database says.
+    assert await verdict(stub, lost.secret) == pb.VERDICT_VALID
+    # The next Delete is confirmed by the server, on the history that it follows now.
+    again = await delete(stub, lost.token)
+    assert again.revision == other.revision + 1
+    assert (again.verifiers_acknowledged, again.verifiers_outwaited) == (1, 0)
+    assert await verdict(stub, lost.secret) == DEAD
+
+
+@pytest.mark.parametrize("how", ["deleted rows", "rewritten marks", "lower head"])
+async def test_a_rewritten_log_makes_a_server_start_over(
+    database_url: str, stub: Any, create: Any, client: WatchClient, how: str
+) -> None:
+    """A server whose position is gone from the log empties its memory, resets its clients, and
+    grants them leases only on what they have confirmed since."""
+    created = await create()
+    deleting = asyncio.create_task(delete(stub, (await create()).token))
+    await client.hear()
+    await client.say()
+    await deleting
+    assert await verdict(stub, created.secret) == pb.VERDICT_VALID
+    before = client.applied
+    statements = {
+        "deleted rows": "DELETE FROM invalidation; UPDATE head SET revision = 9, mark = DEFAULT",
+        "rewritten marks": "UPDATE invalidation SET mark = 5; UPDATE head SET mark = 5",
+        "lower head": "DELETE FROM invalidation; UPDATE head SET revision = 0, mark = DEFAULT",
+    }
+    with capture_logs() as lines:
+        async with session(database_url) as connection:
+            # Behind the server's back: nothing in the log names it.
+            await connection.execute(
+                "UPDATE token SET delete_time = now() WHERE id = $1", created.token.id
+            )
+            await connection.execute(statements[how])
+        head = await head_of(database_url)
+        reset = await client.hear()
+        assert isinstance(reset, pb.Reset)
+        assert client.applied == head
+        await eventually(
+            lambda: any(line["event"] == "registered" for line in lines), "it registers again"
+        )
+    assert await verdict(stub, created.secret) == DEAD
+    # What it said before it heard of the reset confirms nothing, and asks in vain.
+    client.number += 1
+    await client.say(applied=before, number=client.number)
+    grant = await client.granted()
+    assert Position(grant.revision, grant.mark) == head
+
+
+async def test_without_a_lease_nothing_is_denied(database_url: str, stub: Any, create: Any) -> None:
+    """A server that cannot renew its lease may be connected to a deposed primary. It does not say
+    that a token does not exist, nor lists or shows any, nor creates or deletes one."""
+    created = await create()
+    by_id = {"account_id": "acme", "id": created.token.id}
+    nobody = {"account_id": "acme", "id": "tok_" + "0" * 26}
+    new = pb.CreateRequest(account_id="acme", name="new", scope=pb.SCOPE_READ)
+    calls = [
+        lambda: stub.Get(pb.GetRequest(**by_id), timeout=5),
+        lambda: stub.Get(pb.GetRequest(**nobody), timeout=5),
+        lambda: stub.List(pb.ListRequest(account_id="acme"), timeout=5),
+        lambda: stub.Delete(pb.DeleteRequest(account_id="acme", id=nobody["id"]), timeout=5),
+        lambda: stub.Delete(pb.DeleteRequest(account_id="acme", id=by_id["id"]), timeout=5),
+        lambda: stub.Create(new, timeout=5),
+    ]
+    async with session(database_url) as connection, connection.transaction():
+        await connection.execute("SELECT FROM verifier FOR UPDATE")
+
+        async def silent() -> bool:
+            return not (await outcome(calls[0]())).ok
+
+        await eventually(silent, "the lease has run out")
+        for number, call in enumerate(calls):
+            assert (await outcome(call())).code is grpc.StatusCode.UNAVAILABLE, number
+
+    async def back() -> bool:
+        return (await outcome(calls[0]())).ok
+
+    await eventually(back, "the lease is renewed")
+    # Nothing of all that was done.
+    listed = await stub.List(pb.ListRequest(account_id="acme"), timeout=5)
+    assert [token.id for token in listed.tokens] == [created.token.id]
+    assert (await outcome(calls[1]())).code is grpc.StatusCode.NOT_FOUND
+    assert (await outcome(calls[3]())).code is grpc.StatusCode.NOT_FOUND
+
+
+class TestCacheSeconds:
+    """LATCHKEY_CACHE_SECONDS bounds the harm of whatever the protocol does not cover."""
+
+    @pytest.fixture
+    def settings(self, settings: "Settings") -> "Settings":
+        return settings.model_copy(update={"cache_seconds": CACHE_SECONDS})
+
+    async def test_a_verdict_is_read_again(self, database_url: str, stub: Any, create: Any) -> None:
+        """A token that somebody kills behind Latchkey's back, without a word in the log, is dead
+        after that time."""
+        created = await create()
+        assert await verdict(stub, created.secret) == pb.VERDICT_VALID
+        async with session(database_url) as connection:
+            await connection.execute("UPDATE token SET delete_time = now()")
+        began = time.monotonic()
+
+        async def dead() -> bool:
+            return await verdict(stub, created.secret) == DEAD
+
+        # From memory at first, on any machine that is not very busy; by then not any more.
+        await eventually(dead, "the verdict is read again")
+        late = time.monotonic() - began
+        assert await verdict(stub, created.secret) == DEAD
+        assert late < CACHE_SECONDS + 2.0
+
+
+async def test_an_old_deletion_gets_its_receipt_after_its_log_entry_is_gone(
+    database_url: str, stub: Any, create: Any
+) -> None:
+    """A Delete with `no_wait` is confirmed by a later one, also when the log has been pruned and
+    other deletions have come since."""
+    token = (await create()).token
+    request = pb.DeleteRequest(account_id="acme", id=token.id, no_wait=True)
+    early = (await stub.Delete(request, timeout=8)).receipt
+    for _ in range(2):
+        await delete(stub, (await create()).token)
+    async with session(database_url) as connection:
+        await connection.execute(
+            "DELETE FROM invalidation;"
+            "UPDATE head SET pruned_revision = revision, pruned_mark = mark"
+        )
+    await delete(stub, (await create()).token)
+    receipt = await delete(stub, token)
+    assert receipt.HasField("effective_time")
+    assert Position(receipt.revision, receipt.mark) == Position(early.revision, early.mark)
+    assert receipt.verifiers_acknowledged == 1
+
+
+async def test_a_client_that_moves_between_histories_starts_over(
+    settings: "Settings", database_url: str, channel: grpc.aio.Channel, stub: Any, create: Any
+) -> None:
+    """A client comes to a server with the position of a history that is gone: the server resets it
+    and names no tokens, for it cannot know which ones the client has missed."""
+    start = await head_of(database_url)
+    lost = await create()
+    async with session(database_url) as connection:
+        mark = await connection.fetchval("SELECT mark FROM head")
+    receipt = await delete(stub, lost.token)
+    await undo(database_url, lost.token.id, start, mark)
+    other = await bury_elsewhere(database_url, (await create()).token.id)
+    async with serving(settings) as address, watching(address) as client:
+        await client.say(applied=Position(receipt.revision, receipt.mark), number=1)
+        reset = await client.hear()
+        assert isinstance(reset, pb.Reset)
+        assert client.applied == other

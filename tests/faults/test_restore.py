@@ -1,0 +1,135 @@
+"""Dead means dead when Postgres loses commits: a backup is restored, or commits were not durable.
+
+The service runs as its users run it, also while the database is replaced.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import latchkey
+import pytest
+
+from tests.faults.host import (
+    client_refuses,
+    client_remembers,
+    head,
+    host,
+    two_hosts,
+)
+from tests.postgres_node import Node, Template, lone_node
+from tests.support import eventually
+
+pytestmark = pytest.mark.xdist_group("faults")
+
+# Short enough to wait for.
+CACHE_SECONDS = 3.0
+# Archive recovery begins a new timeline. A plain copy of the files goes on with the old one.
+NEW_TIMELINE = pytest.mark.parametrize("new_timeline", [True, False])
+
+
+@pytest.fixture
+async def node(scratch: Path, pair_template: Template) -> AsyncIterator[Node]:
+    """A Postgres without a standby."""
+    async with lone_node(scratch, pair_template) as made:
+        yield made
+
+
+@NEW_TIMELINE
+async def test_a_revision_that_a_restore_took_back_confirms_no_later_deletion(
+    node: Node, tmp_path: Path, pepper_file: Path, new_timeline: bool
+) -> None:
+    """A backup is restored that lacks the last deletion, while the service runs. That deletion is
+    lost. The next one gets its number, and must be just as good as any other: a host that applied
+    the lost one, and a client library that watches this host, refuse the token from the Delete's
+    answer on."""
+    async with (
+        two_hosts(node, tmp_path, pepper_file) as hosts,
+        latchkey.Verifier(hosts.other.address, timeout_seconds=5) as verifier,
+    ):
+        doomed, lost = await hosts.deleter.create(), await hosts.deleter.create()
+        await node.back_up(backup := tmp_path / "backup")
+        await client_remembers(verifier, doomed.secret)
+        receipt = await hosts.deleter.delete(lost.token)
+        assert receipt.revision == 1
+        await hosts.part()
+        await node.restore(backup, new_timeline=new_timeline)
+        assert await head(node) == 0
+        await hosts.delete_before_the_other_returns(node, doomed.token)
+        await client_refuses(verifier, doomed.secret)
+        await hosts.other.refuses(doomed.secret)
+        await hosts.deleter.refuses(doomed.secret)
+
+
+async def test_a_token_made_after_the_backup_is_dead_once_a_delete_does_not_know_it(
+    node: Node, tmp_path: Path, pepper_file: Path
+) -> None:
+    """A token is made after the backup that is restored later, and the log does not mention it. The
+    restored database is on a timeline of its own. Once a Delete of the token is answered NOT_FOUND,
+    the host does not answer VALID, and a client library stops to within a lease."""
+    async with (
+        host(tmp_path, "host", node.url, pepper_file) as running,
+        latchkey.Verifier(running.address, timeout_seconds=5) as verifier,
+    ):
+        kept = await running.create()
+        await node.back_up(backup := tmp_path / "backup")
+        ghost = await running.create()
+        await client_remembers(verifier, ghost.secret)
+        await running.answers(ghost.secret, "VALID")
+        await node.restore(backup, new_timeline=True)
+        await eventually(lambda: running.delete_finds_nothing(ghost.token), "Delete is answered")
+        await running.refuses(ghost.secret, "UNKNOWN")
+        await client_refuses(verifier, ghost.secret, latchkey.Verdict.UNKNOWN, at_once=False)
+        await running.answers(kept.secret, "VALID")
+
+
+async def test_a_token_made_after_the_backup_is_forgotten_in_bounded_time(
+    node: Node, tmp_path: Path, pepper_file: Path
+) -> None:
+    """A token is made after the backup that is restored later. Neither the log nor the timeline of
+    the restored database shows that history was set back, so hosts and client libraries cannot
+    know. They forget the token all the same: a host when LATCHKEY_CACHE_SECONDS have passed, and a
+    client library when its own bound has passed as well."""
+    async with (
+        host(tmp_path, "host", node.url, pepper_file, cache_seconds=CACHE_SECONDS) as running,
+        latchkey.Verifier(
+            running.address, timeout_seconds=5, memory_seconds=CACHE_SECONDS
+        ) as verifier,
+    ):
+        kept = await running.create()
+        await node.back_up(backup := tmp_path / "backup")
+        ghost = await running.create()
+        await client_remembers(verifier, ghost.secret)
+        await running.answers(ghost.secret, "VALID")
+        remembered = time.monotonic()
+        await node.restore(backup, new_timeline=False)
+        await running.answers(kept.secret, "VALID")
+        # The client library may have got a verdict that its host had remembered for a while.
+        for seconds in (CACHE_SECONDS, 2 * CACHE_SECONDS):
+            await asyncio.sleep(max(0.0, remembered + seconds - time.monotonic()))
+            await running.refuses(ghost.secret, "UNKNOWN")
+        await client_refuses(verifier, ghost.secret, latchkey.Verdict.UNKNOWN)
+        await running.answers(kept.secret, "VALID")
+
+
+async def test_a_receipt_outlasts_a_crash_although_the_role_commits_asynchronously(
+    node: Node, tmp_path: Path, pepper_file: Path
+) -> None:
+    """The role has synchronous_commit off, so that a commit is durable only some time after it is
+    answered. A Delete answers with a receipt, Postgres is killed at once, and crash recovery brings
+    back what was durable. The token must not come back."""
+    await node.execute("ALTER ROLE latchkey SET synchronous_commit = off")
+    # Only a commit that waits for it makes WAL durable.
+    node.configure(fsync="on", bgwriter_lru_maxpages="0")
+    async with host(tmp_path, "host", node.url, pepper_file) as running:
+        doomed, kept = await running.create(), await running.create()
+        await running.answers(doomed.secret, "VALID")
+        await node.flush()
+        for process in node.processes("walwriter"):
+            process.suspend()
+        await running.delete(doomed.token)
+        await node.kill()
+        await node.start()
+        await running.refuses(doomed.secret)
+        await running.answers(kept.secret, "VALID")

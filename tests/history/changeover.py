@@ -1,0 +1,144 @@
+"""The steps of a failover on a pair of database servers, and the way back to a healthy pair.
+
+Nothing here waits for the service: a step ends when the database servers have taken it.
+"""
+
+import contextlib
+import shutil
+import sys
+from pathlib import Path
+from typing import Literal
+
+import latchkey
+
+from tests.history.checker import Restore
+from tests.history.nodes import NodesCluster
+from tests.history.records import now
+from tests.pair import Pair
+from tests.postgres_node import Node
+from tests.support import eventually
+
+__all__ = ["Changeover", "Visible"]
+
+# How commits that no standby has confirmed become visible on the primary.
+Visible = Literal["cancelled", "crashed"]
+# Hosts find the restored server, and outwait what leases there were.
+SETTLE_SECONDS_MAX = 60.0
+# Renewals that wait for the standby on a session that began after a given time. Such a session has
+# read what was visible then, or reads it now.
+_READERS = """
+SELECT count(*) FROM pg_stat_activity
+ WHERE wait_event = 'SyncRep' AND query LIKE '%verifier%' AND backend_start > $1
+"""
+_CANCEL_OLDER = """
+SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity
+ WHERE wait_event = 'SyncRep' AND backend_start <= $1
+"""
+
+
+class Changeover:
+    """Knows which server is the primary. Keeps the cluster's address and URL in step."""
+
+    def __init__(self, made: NodesCluster, pair: Pair) -> None:
+        self.pair = pair
+        self.primary, self.other = pair.first, pair.second
+        """`other` is the standby, or after a failover the deposed primary."""
+        self.restores: list[Restore] = []
+        self._cluster = made
+        self._is_healthy = True
+
+    async def head(self, node: Node | None = None) -> int:
+        """Return the newest revision on the primary, or on another server."""
+        revision: int = await (node or self.primary).fetchval("SELECT revision FROM head")
+        return revision
+
+    async def stall(self) -> None:
+        """Stop replication. From now on, commits wait for the standby and never return."""
+        self._is_healthy = False
+        await self.pair.replication.stall()
+
+    async def show_unreplicated(self, how: Visible, readers: int = 0) -> None:
+        """Have commits that wait for the standby become visible on the primary alone.
+
+        At least one of them takes a revision. With `readers`, return once so many hosts have read
+        it on the primary.
+        """
+        before = await self.head()
+        waiting = await eventually(self.primary.waiting_commits, "a commit waits for the standby")
+        assert waiting
+        if how == "crashed":
+            await self.primary.crash_waiting_commit()
+        await eventually(lambda: self._visible_after(before), "an unreplicated change is visible")
+        visible_since = await self.primary.fetchval("SELECT clock_timestamp()")
+
+        async def read() -> bool:
+            # Hosts whose renewal fails connect again and read what is new.
+            await self.primary.fetchval(_CANCEL_OLDER, visible_since)
+            count: int = await self.primary.fetchval(_READERS, visible_since)
+            return count >= readers
+
+        if readers:
+            await eventually(read, "the hosts have read the unreplicated change")
+            await self.primary.cancel_waiting_commits()
+
+    async def _visible_after(self, before: int) -> bool:
+        await self.primary.cancel_waiting_commits()
+        return await self.head() > before
+
+    async def promote(self) -> None:
+        """Promote the standby, whatever the primary does."""
+        self._is_healthy = False
+        await self.other.promote()
+        self.primary, self.other = self.other, self.primary
+        self._cluster.database_url = self.primary.url
+
+    async def move_address(self, node: Node | None = None, *, cut: bool) -> None:
+        """Lead the address to the primary, or to another server. With `cut`, end the sessions that
+        hosts have by that address with any other server."""
+        self._cluster.address = (node or self.primary).name
+        if cut:
+            hosts = [name for name, way in self._cluster.ways.items() if way == "address"]
+            here = self._cluster.sessions(node=self._cluster.address)
+            await self._cluster.database.cut(lambda c: c.tag in hosts and not here(c))
+
+    async def restore(self, backup: Path, taken: int, *, new_timeline: bool) -> None:
+        """Replace the database by a base backup that began at `taken`. The pair has no standby
+        then. What the manual demands after a restore is still to do: see `settle`."""
+        self._is_healthy = False
+        began = now()
+        for node in (self.other, self.primary):
+            if node.running:
+                await node.kill()
+        await self.primary.restore(backup, new_timeline=new_timeline)
+        shutil.rmtree(backup)
+        # Not settled yet.
+        self.restores.append(Restore(taken, began, sys.maxsize))
+
+    async def settle(self, host: latchkey.Client) -> None:
+        """Empty all memories, as the manual demands after a restore."""
+
+        async def emptied() -> bool:
+            with contextlib.suppress(latchkey.Unavailable):
+                await host.invalidate_all()
+                return True
+            return False
+
+        await eventually(emptied, "all memories are emptied", SETTLE_SECONDS_MAX)
+        self.restores[-1] = self.restores[-1]._replace(settled=now())
+
+    async def mend(self) -> None:
+        """Make the pair healthy: stop a deposed primary and have it follow the new one."""
+        if self._is_healthy:
+            return
+        await self.pair.replication.resume()
+        if not self.primary.running:
+            await self.primary.start()
+        standby = self.other.running and await self.other.fetchval("SELECT pg_is_in_recovery()")
+        if standby:
+            await self.pair.streams(self.primary, synchronous=True)
+        else:
+            if self.other.running:
+                await self.other.kill()
+            await self.pair.rejoin(self.other, self.primary, synchronous=True)
+        await self.move_address(cut=True)
+        self._is_healthy = True

@@ -1,0 +1,153 @@
+"""Failovers of a run: drawn from a seed, done one after the other, each to its end.
+
+An episode begins and ends with a healthy pair. Between episodes nothing is hurt for a while, so
+that everybody remembers tokens again and Deletes take their usual time.
+"""
+
+import asyncio
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import latchkey
+
+from tests.history.changeover import Changeover, Visible
+from tests.history.faults import Happened
+from tests.history.nodes import NodesCluster
+from tests.history.outages import Window
+from tests.history.records import now
+from tests.pair import Pair
+
+__all__ = ["EPISODES", "Episode", "Failovers", "deck"]
+
+# An episode on two cores takes about as long; none begins that would not end in time.
+EPISODE_SECONDS = 8.0
+CALM_SECONDS = (1.0, 2.0)
+# How long replication stands before the failover, so that commits wait for it.
+STALL_SECONDS = (0.2, 1.0)
+# How long a deposed primary is there beside the new one.
+BESIDE_SECONDS = (1.0, 2.5)
+# The work between a base backup and its restore.
+BACKUP_AGE_SECONDS = (0.5, 2.0)
+# A Delete that waited for the dead lease, and the first renewal on the new primary.
+RECOVERY_LEASES = 2.5
+
+End = Literal["killed", "stopped", "left running"]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What goes wrong before, during and after a promotion."""
+
+    name: str
+    end: End
+    """What becomes of the old primary at the promotion."""
+    visible: Visible | None = None
+    """Replication stops first, and commits become visible on the old primary alone."""
+    cut: bool = True
+    """The sessions by the address end when the address moves."""
+    returns: bool = False
+    """The old primary is started again beside the new one, which nobody has fenced off."""
+    crashes: bool = False
+    """The new primary is killed and started while the old one runs."""
+
+
+EPISODES = (
+    Episode("primary stopped", "stopped"),
+    Episode("primary killed", "killed"),
+    Episode("commits cancelled, primary killed", "killed", "cancelled"),
+    Episode("waiting backend killed, primary killed", "killed", "crashed"),
+    Episode("commits cancelled, primary left, sessions stay", "left running", "cancelled", False),
+    Episode("backend killed, primary left, sessions stay", "left running", "crashed", False),
+    Episode("primary left running, sessions cut", "left running"),
+    Episode("commits cancelled, old primary returns", "killed", "cancelled", returns=True),
+    Episode("old primary left, new one restarts", "left running", None, False, crashes=True),
+    Episode("old primary returns, new one restarts", "killed", returns=True, crashes=True),
+)
+RESTORE, RESTORE_BY_COPY = "backup restored, new timeline", "backup restored, same timeline"
+
+
+def deck(seed: int) -> Iterator[Episode | str]:
+    """Yield episodes without end, each once before any comes again."""
+    randomness = random.Random(seed)  # noqa: S311 - repeatable
+    while True:
+        shuffled: list[Episode | str] = [*EPISODES, RESTORE, RESTORE_BY_COPY]
+        randomness.shuffle(shuffled)
+        yield from shuffled
+
+
+class Failovers:
+    """Does failovers to a pair that a cluster works on."""
+
+    def __init__(self, made: NodesCluster, pair: Pair) -> None:
+        self.happened: list[Happened] = []
+        self.changeover = Changeover(made, pair)
+        self._cluster = made
+        self._random = random.Random(made.seed)  # noqa: S311 - repeatable
+
+    @property
+    def windows(self) -> list[Window]:
+        """Return each episode with the time after it in which its effects last."""
+        recovery = int(RECOVERY_LEASES * self._cluster.lease_seconds * 1e9)
+        return [Window(each.kind, each.began, each.ended + recovery) for each in self.happened]
+
+    async def run(self, seconds: float, least: int) -> None:
+        """Do one failover after the other for so long, and on a slow machine until `least` are
+        done."""
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + seconds
+        for episode in deck(self._cluster.seed):
+            await self._for_a_while(CALM_SECONDS)
+            if loop.time() + EPISODE_SECONDS > ends and len(self.happened) >= least:
+                return
+            began = now()
+            try:
+                if isinstance(episode, Episode):
+                    await self._fail_over(episode)
+                else:
+                    await self._restore(new_timeline=episode == RESTORE)
+            finally:
+                await self.changeover.mend()
+            name = episode.name if isinstance(episode, Episode) else episode
+            self.happened.append(Happened(name, began, now()))
+
+    async def _fail_over(self, episode: Episode) -> None:
+        changeover = self.changeover
+        if episode.visible is not None:
+            await changeover.stall()
+            await changeover.show_unreplicated(episode.visible)
+            await self._for_a_while(STALL_SECONDS)
+        old = changeover.primary
+        if episode.end == "killed":
+            await old.kill()
+        elif episode.end == "stopped":
+            await old.stop()
+        await changeover.promote()
+        await changeover.move_address(cut=episode.cut)
+        if episode.returns:
+            await self._for_a_while(BESIDE_SECONDS)
+            await old.start()
+        if episode.returns or episode.end == "left running":
+            await self._for_a_while(BESIDE_SECONDS)
+        if episode.crashes:
+            await changeover.primary.kill()
+            await self._for_a_while(STALL_SECONDS)
+            await changeover.primary.start()
+            await self._for_a_while(BESIDE_SECONDS)
+
+    async def _restore(self, *, new_timeline: bool) -> None:
+        changeover = self.changeover
+        taken = now()
+        backup = self._cluster.folder / f"backup-{taken}"
+        await changeover.primary.back_up(backup)
+        await self._for_a_while(BACKUP_AGE_SECONDS)
+        await changeover.restore(backup, taken, new_timeline=new_timeline)
+        host = latchkey.Client(self._random.choice(list(self._cluster.hosts.values())).address)
+        try:
+            await changeover.settle(host)
+        finally:
+            await host.close()
+
+    async def _for_a_while(self, seconds: tuple[float, float]) -> None:
+        await asyncio.sleep(self._random.uniform(*seconds))

@@ -1,0 +1,51 @@
+"""What is explored: a model with all its rules, one that is healthy, and one with a broken rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.model.explore import Action, Model
+
+__all__ = ["Broken", "Healthy", "Kept"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A model with all its rules."""
+
+    name: str
+    model: Model
+    # One that shrinks to little has lost an action or a state it should have; see `seen` as well.
+    states_at_least: int
+    # What must be reachable, or the promises would be kept by nothing ever happening.
+    seen: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
+    # Actions that this configuration never takes.
+    untaken: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Healthy:
+    """A model, and what of it is healthy."""
+
+    name: str
+    model: Model
+    states_at_least: int
+    # Whether Delete has committed, and all is well enough for it to end before any time passes.
+    where: Callable[[Any], bool]
+    actions: Sequence[Action]
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A model with a rule broken. Its name begins with the rule's number."""
+
+    name: str
+    model: Model
+    steps: int  # of the shortest way to a violation; 0 where there is none
+
+    @property
+    def rule(self) -> int:
+        """Return the number of the rule."""
+        return int(self.name.partition(" ")[0])

@@ -1,0 +1,207 @@
+"""Positions, histories and timelines: the models of rule 12, and the same with one rule broken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.model import histories, management, moves, moves_state
+from tests.model.cases import Broken, Healthy, Kept
+from tests.model.histories import NEW, OLD
+
+__all__ = ["BROKEN", "HEALTHY", "KEPT", "LONG"]
+
+# A reaches the new primary. B is left behind with the old one.
+APART: dict[str, Any] = {
+    "first": moves_state.SCATTERED,
+    "ticks": 2,
+    "renew": (0,),
+    "old": (1,),
+    "streams_max": 2,
+}
+OVERTAKEN = APART | {"first": moves_state.OVERTAKEN}
+RETURNING: dict[str, Any] = {"first": moves_state.RETURNING, "ticks": 2, "others": "n"}
+
+KEPT = (
+    Kept(
+        "histories",
+        histories.model(),
+        170_000,
+        {
+            "both histories give one revision to different changes, and the process holds one": (
+                lambda s: s.lease and s.applied == "o" and s.databases[NEW].log == "N"
+            ),
+            "each history has a deletion, with a mark of its own": (
+                lambda s: "O" in s.databases[OLD].log and "N" in s.databases[NEW].log
+            ),
+            "Delete has answered; a look-up that stayed behind brings VALID at the same revision": (
+                lambda s: (
+                    s.delete == histories.ANSWERED
+                    and s.applied == "N"
+                    and s.lookup is not None
+                    and s.lookup.read == "o"
+                )
+            ),
+            "left behind with a deposed primary, it still answers from memory": (
+                lambda s: (
+                    s.standby == histories.PROMOTED
+                    and s.memory
+                    and s.lease
+                    and "N" in s.databases[NEW].log
+                )
+            ),
+        },
+    ),
+    Kept(
+        "histories, from a backup",
+        histories.model(backup=True, others=("o",)),
+        45_000,
+        {
+            "a deletion was lost, and the process has applied it": (
+                lambda s: (
+                    s.standby == histories.PROMOTED
+                    and s.applied == "O"
+                    and s.databases[NEW].log in {"", "N"}
+                )
+            ),
+        },
+    ),
+    Kept(
+        "management",
+        management.model(),
+        24_000,
+        {
+            "a deposed primary has answered that there is no such token, and it was created": (
+                lambda s: s.call.owed and s.call.at == OLD and s.call.log == s.applied and s.lease
+            ),
+            "a ghost is remembered under the old primary's lease": (
+                lambda s: s.memory and s.has_token == (True, False) and s.lease
+            ),
+        },
+    ),
+    Kept(
+        "moves, one server",
+        moves.model(servers=1),
+        75_000,
+        {
+            "the client holds VALID of a history that its server has lost": (
+                lambda s: (
+                    s.client.memory
+                    and s.client.lease
+                    and s.client.applied == "o"
+                    and s.log == "N"
+                    and any(server.applied == "N" for server in s.servers)
+                )
+            ),
+            "an acknowledgement and a Reset cross on the way": (
+                lambda s: any(
+                    server.stream
+                    and any(said.applied == "o" for said in server.stream.out)
+                    and any(message.kind == moves_state.RESET for message in server.stream.inbox)
+                    for server in s.servers
+                )
+            ),
+        },
+        frozenset({"changes_another"}),
+    ),
+    Kept(
+        "moves, apart",
+        moves.model(**APART),
+        34_000,
+        {
+            "the client has moved to the other history, and holds VALID under its lease": (
+                lambda s: s.client.applied == "o" and s.client.memory and s.client.lease
+            ),
+            "it has come back, while both have it on record": (
+                lambda s: s.client.applied == "N" and all(one.sub_lease for one in s.servers)
+            ),
+        },
+        frozenset({"changes_another", "deletes", "reads_log"}),
+    ),
+    Kept(
+        "moves, returning",
+        moves.model(**RETURNING),
+        16_000,
+        # Nothing brings VALID back once the client has heard of the other history.
+        untaken=frozenset({"answers_from_memory", "deletes", "verifies_at_once"}),
+    ),
+    Kept(
+        "moves, debts",
+        moves.model(servers=1, bounded=True, old=(), ticks=2),
+        48_000,
+        untaken=frozenset({"changes_another"}),
+    ),
+)
+
+LONG = (
+    Kept("histories, T of two ticks", histories.model(ticks=2), 460_000),
+    Kept("histories, from a backup, two changes", histories.model(backup=True), 170_000),
+    Kept(
+        "moves, overtaken",
+        moves.model(**OVERTAKEN),
+        55_000,
+        untaken=frozenset({"changes_another", "deletes", "reads_log"}),
+    ),
+    Kept("moves, one left behind", moves.model(renew=(0,), old=(1,)), 75_000),
+    Kept("moves, debts, two histories", moves.model(servers=1, bounded=True), 100_000),
+    Kept("moves, two changes", moves.model(servers=1, others="n"), 300_000),
+)
+
+HEALTHY = (
+    Healthy(
+        "histories",
+        histories.model(others=("o",)),
+        30_000,
+        lambda s: s.standby == histories.PROMOTED and s.delete != histories.BEFORE,
+        histories.HEALTHY,
+    ),
+)
+
+
+def _histories(name: str, steps: int, **configuration: Any) -> Broken:
+    return Broken(name, histories.model(name, **{"others": ("o",)} | configuration), steps)
+
+
+def _management(name: str, steps: int) -> Broken:
+    return Broken(name, management.model(name), steps)
+
+
+def _moves(name: str, steps: int, configuration: dict[str, Any]) -> Broken:
+    return Broken(name, moves.model(name, **configuration), steps)
+
+
+ONE: dict[str, Any] = {"servers": 1}
+
+BROKEN = (
+    _histories("3 renewal committed asynchronously", 9),
+    _histories("3 log and row in two statements", 11),
+    _histories("4 own answer not checked", 8),
+    _histories("5 reads without a lease", 8),
+    _histories("8 a retry trusts a deletion that is not durable", 9),
+    _histories("12 bare numbers", 9),
+    _histories("12 acknowledged without a condition", 11),
+    _histories("12 a look-up of any later number is believed", 9),
+    _histories("12 a verdict of an unknown position is kept", 10),
+    _histories("12 lost history keeps its lease", 11),
+    _histories("12 rows read where the deletion is not known", 10),
+    _histories("12 restored before the old leases have ended", 9, backup=True),
+    _management("12 NOT_FOUND without a lease", 7),
+    _management("12 NOT_FOUND without a position", 7),
+    _management("12 a read of another timeline is believed", 7),
+    _management("12 a log read adopts a timeline and keeps the lease", 8),
+    _management("12 a standby is believed", 6),
+    _management("12 memory kept on another timeline", 9),
+    # What the server applied and has not sent yet is in the log that its lease stands on.
+    _moves("6 granted when what was sent is confirmed, and more is applied", 14, ONE),
+    _moves("7 granted while an acknowledgement is owed", 7, ONE | {"bounded": True}),
+    _moves("12 a client's number is believed without its mark", 17, ONE),
+    _moves("12 confirmations of a lost history count", 16, ONE),
+    _moves("12 registers with head while a grant runs", 15, ONE),
+    _moves("12 clients of a lost history are not reset", 14, RETURNING),
+    _moves("12 sent before the client is heard", 12, RETURNING),
+    _moves("12 a Reset leaves the client its lease", 8, APART),
+    _moves("12 a grant asked for before a Reset counts", 12, APART),
+    _moves("12 a client keeps a verdict of an unknown position", 4, APART),
+    _moves("12 a client keeps a verdict of any later number", 4, APART),
+    # The invalidation says what changed since a position that the client has left.
+    _moves("12 other streams go on", 13, OVERTAKEN),
+)

@@ -1,0 +1,140 @@
+"""A database whose history can fork, as Postgres has it: each statement is one step.
+
+A commit is durable once the standby has it. While replication is stalled no commit is answered; one
+may become visible all the same, when its wait is cancelled or by crash recovery. A database that
+was deposed is stalled for good, and goes on answering reads.
+"""
+
+from collections.abc import Callable
+from random import Random
+from typing import TypeVar
+
+from latchkey_coherence.memory import Position
+from latchkey_service.coherence.confirmation import VerifierRow
+from latchkey_service.coherence.membership import Change, Log, Server
+from latchkey_service.coherence.snapshot import Snapshot
+
+__all__ = ["LEASE_SECONDS", "Database"]
+
+LEASE_SECONDS = 3.0
+
+T = TypeVar("T")
+
+
+class Database:
+    """The tables that matter, on one server."""
+
+    def __init__(self, random: Random, timeline: str | None) -> None:
+        self.random = random
+        self.server = Server("7000", timeline)
+        self.head = self.pruned = Position(0, self._mark())
+        self.log: list[tuple[Position, str]] = []
+        self.deleted: set[str] = set()
+        self.rows: dict[str, VerifierRow] = {}
+        self.replicated: Database | None = None
+        """What the standby has while replication is stalled. None: everything."""
+        self.deposed = False
+
+    def copy(self, timeline: str | None) -> "Database":
+        """Return what the standby has, as a database of its own on another timeline."""
+        source = self.replicated or self
+        new = Database(self.random, timeline)
+        new.head, new.pruned = source.head, source.pruned
+        new.log, new.deleted, new.rows = list(source.log), set(source.deleted), dict(source.rows)
+        return new
+
+    def stall(self) -> None:
+        if self.replicated is None:
+            self.replicated = self.copy(self.server.timeline)
+
+    def catch_up(self) -> None:
+        if not self.deposed:
+            self.replicated = None
+
+    def depose(self) -> None:
+        self.stall()
+        self.deposed = True
+
+    def commit(self, change: Callable[[], T]) -> T | None:
+        """Carry out a change that has to be durable. None: it is not answered."""
+        if self.replicated is None:
+            return change()
+        if self.random.random() < 0.5:
+            change()
+        return None
+
+    # Statements.
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.head, self.server.timeline)
+
+    def knows(self, position: Position) -> bool:
+        return position in (self.head, self.pruned) or any(p == position for p, _ in self.log)
+
+    def delete(self, token_id: str) -> Position | None:
+        def change() -> Position:
+            self.head = Position(self.head.revision + 1, self._mark())
+            self.log.append((self.head, token_id))
+            self.deleted.add(token_id)
+            return self.head
+
+        return self.commit(change)
+
+    def register(
+        self, name: str, incarnation: int, *, acknowledge: bool
+    ) -> tuple[Position, int, Server] | None:
+        def change() -> tuple[Position, int, Server]:
+            renewal = self.rows[name].renewal + 1 if name in self.rows else 0
+            acknowledged = self.head.revision if acknowledge else 0
+            self.rows[name] = VerifierRow(name, incarnation, renewal, acknowledged, LEASE_SECONDS)
+            return self.head, acknowledged, self.server
+
+        row = self.rows.get(name)
+        if row is not None and row.incarnation >= incarnation:
+            return None
+        return self.commit(change)
+
+    def read_log(self, applied: Position) -> Log:
+        known = self.knows(applied)
+        changes = tuple(
+            Change(position, (token,))
+            for position, token in self.log
+            if known and position.revision > applied.revision
+        )
+        return Log(known, self.server, self.head, changes)
+
+    def renew(
+        self, name: str, incarnation: int, applied: Position, acknowledged: int
+    ) -> tuple[bool, Log] | None:
+        def change() -> tuple[bool, Log]:
+            row = self.rows.get(name)
+            renewed = row is not None and row.incarnation == incarnation and self.knows(applied)
+            if renewed and row is not None:
+                self.rows[name] = row._replace(
+                    renewal=row.renewal + 1, acknowledged_revision=acknowledged
+                )
+            return renewed, self.read_log(applied)
+
+        return self.commit(change)
+
+    def remove_dead(self, dead: VerifierRow) -> None:
+        def change() -> None:
+            row = self.rows.get(dead.id)
+            if row is not None and row[1:3] == dead[1:3]:
+                del self.rows[dead.id]
+
+        self.commit(change)
+
+    def remove(self, name: str) -> None:
+        self.commit(lambda: self.rows.pop(name, None))
+
+    def prune(self) -> None:
+        """Remove what everybody has acknowledged. As with any log, the standby follows."""
+        bound = min((r.acknowledged_revision for r in self.rows.values()), default=2**62)
+        old = [position for position, _ in self.log if position.revision <= bound]
+        if old and self.replicated is None:
+            self.pruned = old[-1]
+            self.log = [(p, t) for p, t in self.log if p.revision > self.pruned.revision]
+
+    def _mark(self) -> int:
+        return self.random.getrandbits(64) or 1
