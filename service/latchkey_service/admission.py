@@ -53,9 +53,9 @@ STANDING: Final = 1
 BURST: Final = 25
 # Longest wait for a slot. Statements have the same limit: by then, every slot's holder has failed.
 QUEUE_SECONDS_MAX: Final = 2.0
-# If no call has finished for so long, the database hangs: load alone does not explain it.
+# If no call has finished for this long, the database hangs; load alone does not explain it.
 STUCK_SECONDS: Final = 0.1
-# But at least so many times the average duration of a call.
+# The period is at least this many times the average duration of a call.
 STUCK_CALLS: Final = 5
 # Weight of the newest sample in the moving average of a call's duration.
 SMOOTHING: Final = 0.1

@@ -22,7 +22,7 @@ __all__ = ["ConfigError", "Settings", "describe", "from_json", "load", "to_json"
 
 PREFIX = "LATCHKEY_"
 ENV_FILE = ".env"
-# A name that differs from a setting's by at most so many letters counts as misspelled.
+# A name that differs from a setting's by at most this many letters counts as misspelled.
 MISSPELLED_MAX = 2
 # Kubernetes sets these variables for each service whose name begins with "latchkey-".
 _OF_KUBERNETES = re.compile(r".*_(PORT|SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_(TCP|UDP)(_.*)?)")
@@ -31,7 +31,7 @@ READY = b"ready\n"
 
 
 class ConfigError(Exception):
-    """A setting is invalid. The message names it and what it should be, but never its value."""
+    """A setting is invalid. The message names it and its valid values, but not its actual value."""
 
 
 def _listen(value: str) -> str:
@@ -107,13 +107,13 @@ class Settings(BaseSettings):
     )
     insecure_listen: Literal["none", "plaintext", "anonymous"] = Field(
         "none",
-        description="allows LISTEN on other than loopback addresses and UNIX sockets: plaintext "
-        "with a policy, or anonymous without one",
+        description="allows LISTEN on addresses that other machines can reach: plaintext with a "
+        "policy, anonymous without one",
     )
     reflection: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="gRPC reflection: on, off, or auto: on loopback addresses and UNIX sockets, "
-        "but not behind a proxy",
+        description="gRPC reflection: on, off or auto; auto: on loopback addresses and UNIX "
+        "sockets, but not behind a proxy",
     )
     database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = Field(
         None,

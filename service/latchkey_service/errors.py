@@ -234,7 +234,7 @@ def reason_of(error: BaseException) -> str:
 def status_of(error: BaseException, request_id: str, randomness: float = 0.0) -> StatusParts:
     """Build the gRPC status of `error`.
 
-    Any exception other than a LatchkeyError becomes INTERNAL with a fixed text, because its own
+    Every other exception becomes INTERNAL with a fixed text, because its own
     text may contain anything. The details follow AIP-193: ErrorInfo and RequestInfo always,
     BadRequest and RetryInfo where they apply. `randomness`, from 0 to 1, lengthens the retry delay
     by that fraction, so that callers that failed together do not all retry together.

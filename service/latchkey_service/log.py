@@ -15,11 +15,11 @@ import structlog
 
 from latchkey_service.verdict import Verdict
 
-__all__ = ["Counts", "Form", "configure", "form", "logger"]
+__all__ = ["Counts", "Format", "configure", "format_of", "logger"]
 
 GRPCIO = "grpc._cython.cygrpc"
 
-Form = Literal["json", "console"]
+Format = Literal["json", "console"]
 
 
 def logger(**initial: Any) -> structlog.stdlib.BoundLogger:
@@ -43,14 +43,14 @@ class Counts:
         return summary
 
 
-def form(setting: Literal["json", "console", "auto"]) -> Form:
+def format_of(setting: Literal["json", "console", "auto"]) -> Format:
     """Return the format of log lines: `console` on a terminal, `json` elsewhere."""
     if setting != "auto":
         return setting
     return "console" if sys.stderr.isatty() else "json"
 
 
-def configure(form_: Form, level: str) -> None:
+def configure(format_: Format, level: str) -> None:
     """Send all log lines of the process, including those of libraries, to stderr."""
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -62,7 +62,7 @@ def configure(form_: Form, level: str) -> None:
     ]
     renderer: Any = (
         structlog.processors.JSONRenderer()
-        if form_ == "json"
+        if format_ == "json"
         else structlog.dev.ConsoleRenderer(
             colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
         )

@@ -8,8 +8,8 @@ few from every queue.
 
 The queues are bounded like others (`admission.py`). Health checks bypass them.
 
-The server also discards calls that were cancelled before they started, which the library would keep
-for ever. And it ends streams whose clients do not read, for which the library would block threads.
+The server also discards calls that were cancelled before they started, which the library would never
+free. And it ends streams whose clients do not read, for which the library would block threads.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ BATCHES_IN_TURN: Final = 1
 # a burst: more, at some 2 kB each.
 STANDING: Final = 48
 BURST: Final = 5_000
-# Fetch new calls after so many have started; how many to fetch at most.
+# How many calls may start before new ones are fetched, and how many are fetched at most.
 FETCH_AFTER: Final = 48
 FETCH_MAX: Final = 256
 # Time for the library's thread to send answers on busy cores: a thousand times what it needs on
@@ -64,7 +64,7 @@ Event = Sequence[Any]
 class Reject(Protocol):
     """Returns the status for a rejected call, and the delay before sending it.
 
-    `seconds` is how long its caller waits; None means for ever.
+    `seconds` is how long its caller waits; None means without a limit.
     """
 
     def __call__(self, path: str, seconds: float | None) -> tuple[StatusParts, float]:
@@ -309,7 +309,7 @@ class Server(pygrpc_native.aio.Server):
 
 
 def _seconds_left(event: Event) -> float | None:
-    """Return how long the caller waited for when the event was fetched; None means for ever."""
+    """Return how long the caller waited for when the event was fetched; None means without a limit."""
     _, _, seconds = event[5]
     return None if seconds is None else float(seconds)
 

@@ -161,7 +161,7 @@ class CallReporter:
     def rejected(self, path: str, seconds: float | None) -> tuple[StatusParts, float]:
         """Count a call that is rejected before it starts, and before its caller is known.
 
-        Returns what `failed` returns. `seconds` is how long the caller waits; None means for ever.
+        Returns what `failed` returns. `seconds` is how long the caller waits; None means no limit.
         """
         error = Overloaded("Too many calls are waiting to start; try again shortly.")
         self._counts.calls[path.rpartition("/")[2], code_of(error).name] += 1

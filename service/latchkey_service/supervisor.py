@@ -64,7 +64,7 @@ class _NotStarted(Exception):
 
 def run(settings: Settings) -> int:
     """Run the service until SIGINT or SIGTERM. Returns the exit code."""
-    log.configure(log.form(settings.log_format), settings.log_level)
+    log.configure(log.format_of(settings.log_format), settings.log_level)
     postgres: EmbeddedPostgres | None = None
     try:
         # Before Postgres starts, so that mistakes are reported at once.
@@ -137,7 +137,7 @@ class _Supervisor:
                 "listen": listen,
                 "tls_listen": tls_listen,
                 "data_dir": settings.data_dir,
-                "log_format": log.form(settings.log_format),
+                "log_format": log.format_of(settings.log_format),
             }
         )
         self._listen = listen

@@ -114,9 +114,9 @@ class Certificates:
         try:
             return self._read_again()
         except TlsError as error:
-            logger().error("certificates refused", error=str(error))
+            logger().error("certificates rejected", error=str(error))
         except Exception as error:  # noqa: BLE001 - gRPC would swallow it without a log line
-            logger().error("certificates refused", error=repr(error))
+            logger().error("certificates rejected", error=repr(error))
         return None
 
     def _read_again(self) -> grpc.ServerCertificateConfiguration | None:

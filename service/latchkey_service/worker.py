@@ -64,7 +64,7 @@ async def _run() -> int:
         lambda: asyncio.StreamReaderProtocol(handed), sys.stdin
     )
     settings = from_json(await handed.readline())
-    log.configure(log.form(settings.log_format), settings.log_level)
+    log.configure(log.format_of(settings.log_format), settings.log_level)
     keyring = peppers.parse((await handed.readline()).decode("ascii", "replace"))
     policy = _policy(await handed.readline())
     tls.allow_only_tls_1_3()

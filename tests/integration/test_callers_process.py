@@ -200,8 +200,8 @@ async def test_the_policy_while_it_runs(run: Run, folder: Path, policy: Path) ->
         write(policy, BROKEN)
         os.kill(service.pid, signal.SIGHUP)
 
-        await eventually(lambda: told(service, "policy refused"), "it says what is wrong")
-        assert "line 2: callers.a.roles" in told(service, "policy refused")[0]["error"]
+        await eventually(lambda: told(service, "policy rejected"), "it says what is wrong")
+        assert "line 2: callers.a.roles" in told(service, "policy rejected")[0]["error"]
         for pid in service.worker_pids[:2]:
             await started_anew(service, pid)
         await eventually(lambda: all_answer(grpc.StatusCode.UNAUTHENTICATED), "nobody may call")
@@ -225,7 +225,7 @@ async def test_a_policy_that_changes_while_a_worker_starts(
     write(policy, WITHOUT_VERIFIER)
     await eventually(lambda: told(service, "policy in force"), "the other worker has it")
     write(policy, BROKEN)
-    await eventually(lambda: told(service, "policy refused"), "it says what is wrong")
+    await eventually(lambda: told(service, "policy rejected"), "it says what is wrong")
     hold.off(new)
     await eventually(lambda: new.pid in service.worker_pids, "the new worker serves")
 
@@ -349,7 +349,7 @@ async def test_tls(run: Run, folder: Path, policy: Path) -> None:
         for _ in range(4):
             async with secured(target, joined) as third:
                 assert await verify(third) is grpc.StatusCode.OK
-    assert [line for line in service.log if line["event"] == "certificates refused"]
+    assert [line for line in service.log if line["event"] == "certificates rejected"]
     assert await service.end() == 0
 
 

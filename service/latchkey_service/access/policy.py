@@ -74,7 +74,7 @@ class Accounts:
     prefixes: tuple[str, ...]
 
     def allow(self, account_id: str) -> bool:
-        """Return whether the caller may act for an account. The account may be invalid."""
+        """Return whether the caller may act for `account_id`, which may be invalid."""
         return account_id in self.exact or account_id.startswith(self.prefixes)
 
 

@@ -88,7 +88,7 @@ class PolicyFile:
             # The file is still changing; later checks will read it.
             return
         if refused is not None:
-            self._log.error("policy refused", path=str(self._path), error=str(refused))
+            self._log.error("policy rejected", path=str(self._path), error=str(refused))
         elif text != self.text:
             self.text = text
             self._changed(text)

@@ -33,7 +33,7 @@ class Work:
 
     def __init__(self, limiter: ConcurrencyLimiter) -> None:
         self._limiter = limiter
-        self.begun: list[int] = []
+        self.started: list[int] = []
         self._ends: dict[int, asyncio.Event] = {}
         self.tasks: dict[int, asyncio.Task[None]] = {}
 
@@ -56,7 +56,7 @@ class Work:
 
     async def _run(self, number: int, seconds: float) -> None:
         async with self._limiter.slot(seconds):
-            self.begun.append(number)
+            self.started.append(number)
             await self._ends[number].wait()
 
 
@@ -100,12 +100,12 @@ async def test_limited_concurrency_in_order_of_arrival() -> None:
     work = Work(ConcurrencyLimiter(2, 100, Clock()))
     for number in range(5):
         await work.call(number)
-    assert work.begun == [0, 1]
+    assert work.started == [0, 1]
     await work.end(1)
-    assert work.begun == [0, 1, 2]
+    assert work.started == [0, 1, 2]
     await work.end(0)
     await work.end(2)
-    assert work.begun == [0, 1, 2, 3, 4]
+    assert work.started == [0, 1, 2, 3, 4]
     await work.end_all()
 
 
@@ -118,15 +118,15 @@ async def test_new_call_does_not_overtake_the_queue() -> None:
         async with limiter.slot(PATIENT):
             await work.call(0)
         async with limiter.slot(PATIENT):
-            work.begun.append(1)
+            work.started.append(1)
 
     again = asyncio.create_task(twice())
     await settle()
     await settle()
-    assert work.begun == [0]
+    assert work.started == [0]
     await work.end(0)
     await again
-    assert work.begun == [0, 1]
+    assert work.started == [0, 1]
 
 
 async def test_standing_queue_rejects_at_once() -> None:
@@ -181,7 +181,7 @@ async def test_unreachable_deadline_is_rejected_at_once() -> None:
     patient = await work.call(102, seconds=1.5)
     assert not patient.done()
     await work.end_all()
-    assert work.begun[-1] == 102
+    assert work.started[-1] == 102
 
 
 async def test_hanging_database_is_not_reported_as_overload() -> None:
@@ -206,7 +206,7 @@ async def test_wait_for_a_slot_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(Overloaded):
         await waiting
     await work.end_all()
-    assert work.begun == [0]
+    assert work.started == [0]
 
 
 async def test_released_slot_frees_capacity_but_call_still_counts() -> None:
@@ -224,14 +224,14 @@ async def test_released_slot_frees_capacity_but_call_still_counts() -> None:
     await settle()
     work = Work(limiter)
     await work.call(0)
-    assert work.begun == [0]
+    assert work.started == [0]
     assert isinstance(rejected(limiter), Overloaded)
     ends.set()
     await task
     await work.call(1)
-    assert work.begun == [0]
+    assert work.started == [0]
     await work.end_all()
-    assert work.begun == [0, 1]
+    assert work.started == [0, 1]
 
 
 async def test_release_outside_of_calls_does_nothing() -> None:
@@ -252,10 +252,10 @@ async def test_cancelled_call_passes_its_slot_on() -> None:
 
     await asyncio.create_task(release_and_cancel_the_next())
     await settle()
-    assert work.begun == [1]
+    assert work.started == [1]
     await work.end_all()
     await work.call(2)
-    assert work.begun == [1, 2]
+    assert work.started == [1, 2]
     await work.end_all()
 
 
@@ -296,7 +296,7 @@ async def test_no_slot_is_lost_or_shared(seed: int) -> None:
     work = Work(limiter)
     for number in range(count):
         await work.call(number)
-    assert len(work.begun) == count
+    assert len(work.started) == count
     await work.end_all()
     assert limiter._total == 0
     assert not limiter._queue

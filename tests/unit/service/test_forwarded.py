@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from latchkey_service.access.forwarded import Forwarded, ForwardedError, parse
 
 
-def said(by=(), uris=(), dns=(), certificate=True, pem=b""):
+def expected(by=(), uris=(), dns=(), certificate=True, pem=b""):
     return Forwarded(tuple(by), tuple(uris), tuple(dns), pem, certificate)
 
 
@@ -21,7 +21,7 @@ def said(by=(), uris=(), dns=(), certificate=True, pem=b""):
                 'By=spiffe://a/envoy;By=spiffe://a/two;Hash=4e;Cert="a%20b";Chain="c";Subject="a,b";'
                 "URI=spiffe://a/client;DNS=a.internal;DNS=www.a.internal"
             ),
-            said(
+            expected(
                 ["spiffe://a/envoy", "spiffe://a/two"],
                 ["spiffe://a/client"],
                 ["a.internal", "www.a.internal"],
@@ -30,16 +30,16 @@ def said(by=(), uris=(), dns=(), certificate=True, pem=b""):
         ),
         (
             'By=spiffe://a/envoy;Hash=468e;Subject="/C=US/L=San Francisco/CN=a";URI=spiffe://a/client',
-            said(["spiffe://a/envoy"], ["spiffe://a/client"]),
+            expected(["spiffe://a/envoy"], ["spiffe://a/client"]),
         ),
         (
             'Hash=ab;Subject="CN=\\"Quoted, Inc.\\";O=x";URI=;DNS=a.internal;DNS=www.a.internal',
-            said(dns=["a.internal", "www.a.internal"]),
+            expected(dns=["a.internal", "www.a.internal"]),
         ),
-        ("by=x;HASH=y;uri=u", said(["x"], ["u"])),
-        ('URI="spiffe://a/b,URI=spiffe://a/c"', said(uris=["spiffe://a/b,URI=spiffe://a/c"])),
-        ("By=spiffe://a/envoy", said(["spiffe://a/envoy"], certificate=False)),
-        ('By=x;Subject="";URI=', said(["x"], certificate=False)),
+        ("by=x;HASH=y;uri=u", expected(["x"], ["u"])),
+        ('URI="spiffe://a/b,URI=spiffe://a/c"', expected(uris=["spiffe://a/b,URI=spiffe://a/c"])),
+        ("By=spiffe://a/envoy", expected(["spiffe://a/envoy"], certificate=False)),
+        ('By=x;Subject="";URI=', expected(["x"], certificate=False)),
     ],
 )
 def test_valid_headers(header, found):
@@ -127,7 +127,7 @@ def quoted(value):
 def test_quoted_value_stays_one_value(values):
     """Whatever a quoted value contains, it never adds a pair or an element."""
     found = parse(";".join(f"DNS={quoted(value)}" for value in values))
-    assert found == said(dns=values, certificate=True)
+    assert found == expected(dns=values, certificate=True)
 
 
 @given(st.text(max_size=100))

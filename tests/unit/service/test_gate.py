@@ -56,7 +56,7 @@ def test_certificates(identity, expected):
         assert outcome(authenticator, Call(identity=identity)) == expected
 
 
-def told(identity, names=""):
+def via_envoy(identity, names=""):
     """The header that Envoy sends with the certificate."""
     return Call(f'By={PROXY};Hash=ab;Cert="{quote(identity.certificate, safe="")}"{names}')
 
@@ -64,13 +64,16 @@ def told(identity, names=""):
 @pytest.mark.parametrize(
     ("call", "expected"),
     [
-        (told(spiffe_identity(uri("verifier"))), "verifier"),
-        (told(dns_identity("x.internal", "verifier.internal")), "verifier"),
+        (via_envoy(spiffe_identity(uri("verifier"))), "verifier"),
+        (via_envoy(dns_identity("x.internal", "verifier.internal")), "verifier"),
         # Only the names in the certificate count, not those in the header.
-        (told(dns_identity("verifier.internal"), ";URI=;DNS=manager.internal"), "verifier"),
-        (told(dns_identity("x.internal"), ";URI=;DNS=manager.internal"), "CERTIFICATE_UNKNOWN"),
-        (told(made([x509.DNSName("x;DNS=manager.internal")])), "CERTIFICATE_UNKNOWN"),
-        (told(made([x509.DNSName("verifier.internal\0")])), "CERTIFICATE_MALFORMED"),
+        (via_envoy(dns_identity("verifier.internal"), ";URI=;DNS=manager.internal"), "verifier"),
+        (
+            via_envoy(dns_identity("x.internal"), ";URI=;DNS=manager.internal"),
+            "CERTIFICATE_UNKNOWN",
+        ),
+        (via_envoy(made([x509.DNSName("x;DNS=manager.internal")])), "CERTIFICATE_UNKNOWN"),
+        (via_envoy(made([x509.DNSName("verifier.internal\0")])), "CERTIFICATE_MALFORMED"),
         (Call(f'By={PROXY};Cert="x";URI={uri("verifier")}'), "CERTIFICATE_MALFORMED"),
         (Call(f'By={PROXY};Cert="%ff";URI={uri("verifier")}'), "CERTIFICATE_MALFORMED"),
         (Call(f'By={PROXY};Cert="";URI={uri("verifier")}'), "verifier"),
@@ -107,7 +110,7 @@ def test_expired_certificate():
     active = ActivePolicy(parse(policy_text()))
     ways = [
         (Authenticator(active, tls=True, now=lambda: time), Call(identity=identity)),
-        (Authenticator(active, proxy=PROXY, now=lambda: time), told(identity)),
+        (Authenticator(active, proxy=PROXY, now=lambda: time), via_envoy(identity)),
     ]
     for authenticator, call in ways:
         assert outcome(authenticator, call) == "verifier"
@@ -162,7 +165,7 @@ def test_cache_is_bounded(monkeypatch):
 
 
 def verification(verdict, account_id=None):
-    """Return an answer with a position, and with a token where the secret has one."""
+    """Return an answer with a position, and with a token if `account_id` is given."""
     answer = pb.VerifyResponse(verdict=verdict, revision=7, mark=2**64 - 1)
     if account_id is not None:
         answer.token.id, answer.token.account_id = "t1", account_id
@@ -171,9 +174,9 @@ def verification(verdict, account_id=None):
 
 @pytest.mark.parametrize("verdict", [pb.VERDICT_VALID, pb.VERDICT_DELETED, pb.VERDICT_EXPIRED])
 @pytest.mark.parametrize("batch", [False, True])
-def test_a_foreign_secret_looks_as_if_nobody_had_made_it(verdict, batch):
-    """A caller that is limited to accounts gets no revision and no mark that say otherwise, neither
-    of another account's token nor of one that was purged."""
+def test_foreign_token_looks_like_an_unissued_secret(verdict, batch):
+    """A caller limited to accounts gets neither revision nor mark for another account's token, nor
+    for one that was purged."""
     caller = Caller("a", frozenset(), accounts=Accounts(frozenset({"acme"}), ()))
     own = verification(verdict, "acme")
     foreign = verification(verdict, "globex")

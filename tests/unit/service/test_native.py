@@ -49,7 +49,7 @@ class Server(native.Server):
         self._table = [(path, None) for path in PATHS]  # type: ignore[misc]
         # As if other calls were arriving too.
         self._others_at = self.clock
-        self.begun: list[int] = []
+        self.started: list[int] = []
         self.cancelled: list[int] = []
         self.rejected: list[str] = []
 
@@ -71,7 +71,7 @@ class Server(native.Server):
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     def begin(server: Server, events: Sequence[Any]) -> None:
         for event in events:
-            done = server.cancelled if event[0] == EVENT_CANCEL else server.begun
+            done = server.cancelled if event[0] == EVENT_CANCEL else server.started
             done.append(event[1])
 
     monkeypatch.setattr(pygrpc_native.aio.Server, "_on_events", begin)
@@ -85,10 +85,10 @@ async def turn() -> None:
 async def test_single_call_starts_at_once(server: Server) -> None:
     """With empty queues, a call does not wait."""
     server.come(VERIFY, [1])
-    assert server.begun == [1]
+    assert server.started == [1]
     await turn()
     server.come(VERIFY, [2])
-    assert server.begun == [1, 2]
+    assert server.started == [1, 2]
 
 
 async def test_each_turn_starts_calls_from_both_queues(server: Server) -> None:
@@ -96,19 +96,19 @@ async def test_each_turn_starts_calls_from_both_queues(server: Server) -> None:
     of arrival."""
     verifies, creates = list(range(80)), list(range(100, 120))
     server.come(VERIFY, verifies)
-    assert server.begun == verifies[: native.VERIFIES_IN_TURN]
+    assert server.started == verifies[: native.VERIFIES_IN_TURN]
     # Even if they arrive in many small batches between two turns.
     for number in creates:
         server.come(CREATE, [number])
-    assert len(server.begun) == native.VERIFIES_IN_TURN
+    assert len(server.started) == native.VERIFIES_IN_TURN
     await turn()
-    in_turn = server.begun[native.VERIFIES_IN_TURN :]
+    in_turn = server.started[native.VERIFIES_IN_TURN :]
     assert in_turn == [*verifies[16:32], *creates[:4]]
     for _ in range(5):
         await turn()
-    assert sorted(server.begun) == verifies + creates
-    assert [n for n in server.begun if n < 100] == verifies
-    assert [n for n in server.begun if n >= 100] == creates
+    assert sorted(server.started) == verifies + creates
+    assert [n for n in server.started if n < 100] == verifies
+    assert [n for n in server.started if n >= 100] == creates
 
 
 async def test_health_checks_do_not_queue(server: Server) -> None:
@@ -116,7 +116,7 @@ async def test_health_checks_do_not_queue(server: Server) -> None:
     server.come(VERIFY, range(native.BURST * 2))
     assert server.rejected
     server.come(HEALTH, [-1])
-    assert server.begun[-1] == -1
+    assert server.started[-1] == -1
 
 
 async def test_queues_are_bounded(server: Server) -> None:
@@ -133,7 +133,7 @@ async def test_queues_are_bounded(server: Server) -> None:
     assert server.rejected == [VERIFY] * 4
     while server._in_turn:
         await turn()
-    assert len(server.begun) == room + 1
+    assert len(server.started) == room + 1
     server.come(VERIFY, range(1_000_000, 1_000_200))
     kept = native.STANDING + native.VERIFIES_IN_TURN
     assert len(server.rejected) == 4 + 200 - kept
@@ -145,7 +145,7 @@ async def test_cancelled_call_never_starts(server: Server) -> None:
     server.leave(18)
     server.leave(3)
     await turn()
-    assert 18 not in server.begun
+    assert 18 not in server.started
     assert server.cancelled == [3]
 
 
@@ -169,22 +169,22 @@ async def test_calls_that_arrive_in_a_busy_turn_are_fetched(server: Server) -> N
     ]
     while server._in_turn:
         await turn()
-    assert len(server.begun) == 80 + room
+    assert len(server.started) == 80 + room
     assert not server.front.come
 
 
 async def test_stop_lets_queued_calls_run(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls in the queue when the stop begins still start, and get the grace period."""
-    begun_before: list[int] = []
+    started_before: list[int] = []
 
     async def stop(server: Server, _grace: float | None) -> None:
-        begun_before.extend(server.begun)
+        started_before.extend(server.started)
 
     monkeypatch.setattr(pygrpc_native.aio.Server, "stop", stop)
     server.come(VERIFY, range(100))
     server.come(CREATE, [200])
     await server.stop(1.0)
-    assert sorted(begun_before) == [*range(100), 200]
+    assert sorted(started_before) == [*range(100), 200]
 
 
 async def test_flood_of_one_role_does_not_affect_others(server: Server) -> None:
@@ -194,10 +194,10 @@ async def test_flood_of_one_role_does_not_affect_others(server: Server) -> None:
     server.come(STATUS, [-1])
     server.come(BATCH, [-2, -3])
     await turn()
-    assert {-1, -2} <= set(server.begun)
-    assert -3 not in server.begun, "one batch per turn"
+    assert {-1, -2} <= set(server.started)
+    assert -3 not in server.started, "one batch per turn"
     await turn()
-    assert -3 in server.begun
+    assert -3 in server.started
     assert server.rejected == [CREATE]
 
 
@@ -207,7 +207,7 @@ async def test_cancellation_may_overtake_its_call(server: Server) -> None:
     server.leave(7)
     server.come(VERIFY, [7, 8])
     server.come(HEALTH, [9])
-    assert server.begun == [9, 8] or server.begun == [8, 9]
+    assert server.started == [9, 8] or server.started == [8, 9]
     for number in range(10, 10 + native.CANCELLED_MAX * 2):
         server.leave(number)
     assert len(server._cancelled) == native.CANCELLED_MAX
@@ -239,12 +239,12 @@ async def test_verifies_alone_have_larger_turns(server: Server) -> None:
     """If no other call has arrived for a while, each turn starts more verifies."""
     server.clock += native.ALONE_SECONDS + 0.01
     server.come(VERIFY, range(200))
-    assert len(server.begun) == native.VERIFIES_ALONE
+    assert len(server.started) == native.VERIFIES_ALONE
     await turn()
-    assert len(server.begun) == 2 * native.VERIFIES_ALONE
+    assert len(server.started) == 2 * native.VERIFIES_ALONE
     server.come(CREATE, [1_000])
     await turn()
-    assert len(server.begun) == 2 * native.VERIFIES_ALONE + native.VERIFIES_IN_TURN + 1
+    assert len(server.started) == 2 * native.VERIFIES_ALONE + native.VERIFIES_IN_TURN + 1
 
 
 async def test_exception_does_not_stop_the_turns(
@@ -262,7 +262,7 @@ async def test_exception_does_not_stop_the_turns(
         server.come(VERIFY, [1])
     server.come(CREATE, [2])
     await turn()
-    assert server.begun == [2]
+    assert server.started == [2]
     faults: list[Any] = []
     monkeypatch.setattr(asyncio.get_running_loop(), "default_exception_handler", faults.append)
 
@@ -278,7 +278,7 @@ async def test_exception_does_not_stop_the_turns(
     for _ in calls:
         await turn()
     # All of them start, even if no further call arrives.
-    assert sorted(server.begun) == [2, *calls]
+    assert sorted(server.started) == [2, *calls]
 
 
 async def test_answers_are_sent_before_the_close(

@@ -100,7 +100,7 @@ async def test_invalid_file(followed: Followed) -> None:
     followed.move_in(BROKEN)
     with capture_logs() as log:
         await followed.look(5)
-        assert [line["event"] for line in log] == ["policy refused"]
+        assert [line["event"] for line in log] == ["policy rejected"]
         assert "line 2: callers.shop.roles" in log[0]["error"]
         followed.file.reload()
         await followed.look(5)

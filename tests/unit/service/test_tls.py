@@ -106,10 +106,10 @@ def test_bundle_that_becomes_invalid(files, fetch, text):
     """An invalid bundle is logged once and changes nothing. The next valid one is used."""
     fetched, _ = fetch
     files["tls_client_ca"].write_bytes(text)
-    with capture_logs() as told:
+    with capture_logs() as lines:
         assert [fetched(), fetched()] == [None, None]
-    assert [line["event"] for line in told] == ["certificates refused"]
-    assert str(files["tls_client_ca"]) in told[0]["error"]
+    assert [line["event"] for line in lines] == ["certificates rejected"]
+    assert str(files["tls_client_ca"]) in lines[0]["error"]
     files["tls_client_ca"].write_bytes(ca_pem() + OTHER)
     assert fetched() is not None
 
@@ -126,9 +126,9 @@ def test_exception_while_reading(files, fetch, monkeypatch, error):
             raise error
 
         patch.setattr(Path, "open", fail)
-        with capture_logs() as told:
+        with capture_logs() as lines:
             assert fetched() is None
-        assert [line["event"] for line in told] == ["certificates refused"]
+        assert [line["event"] for line in lines] == ["certificates rejected"]
     now[0] += tls.RETRY_SECONDS - 1
     assert fetched() is None
     now[0] += 1
