@@ -9,7 +9,7 @@ from typing import Any
 
 from latchkey import verifier
 from latchkey._entry import remembered
-from latchkey._subscription import Event, Grant, Reset, Stream, Subscription
+from latchkey._subscription import Event, Grant, Invalidation, Reset, Stream, Subscription
 from latchkey_coherence.memory import NOWHERE, Memory, Position
 
 from tests.conformance.mutants.base import Patch, mutant, on_admit, on_grant, on_receive
@@ -168,22 +168,71 @@ def withdraws_its_request_at_a_reset(patch: Patch) -> None:
 
 @mutant(12, "a-reset-ends-the-lease")
 def does_not_ask_again_after_a_reset(patch: Patch) -> None:
-    def mutated(self: Stream, _now: float) -> None:
-        self._epoch = self._subscription.epoch
-        self._end = -math.inf
+    reset = Stream._reset
 
-    patch.setattr(Stream, "_start_over", mutated)
+    def mutated(self: Stream, position: Position, now: float) -> None:
+        ask_at = self._ask_at
+        reset(self, position, now)
+        self._ask_at = ask_at
+
+    patch.setattr(Stream, "_reset", mutated)
 
 
 @mutant(12, "a-reset-after-closing")
 def asks_a_closing_stream(patch: Patch) -> None:
-    def mutated(self: Stream, now: float) -> None:
-        self._epoch = self._subscription.epoch
-        self._end = -math.inf
+    reset = Stream._reset
+
+    def mutated(self: Stream, position: Position, now: float) -> None:
+        reset(self, position, now)
         if self._asked_at is None:
             self._ask_at = now
 
-    patch.setattr(Stream, "_start_over", mutated)
+    patch.setattr(Stream, "_reset", mutated)
+
+
+@mutant(12, "a-second-stream-that-skips-ahead")
+def follows_two_streams_at_once(patch: Patch) -> None:
+    def before(stream: Stream, _event: Event | None, _now: float) -> bool:
+        stream._left_at = stream._subscription.memory.position
+        return True
+
+    on_receive(patch, before)
+
+
+@mutant(12, "a-second-stream-that-skips-ahead")
+def forgets_nothing_for_a_stream_that_skips_ahead(patch: Patch) -> None:
+    receive = Stream._receive_invalidation
+
+    def mutated(self: Stream, event: Invalidation, now: float) -> None:
+        memory = self._subscription.memory
+        apart = memory.position != self._left_at and not memory.knows(event.position)
+        if apart and event.position.revision > memory.position.revision:
+            event = replace(event, token_ids=())
+        receive(self, event, now)
+
+    patch.setattr(Stream, "_receive_invalidation", mutated)
+
+
+@mutant(12, "the-stream-in-use-skips-ahead")
+def leaves_the_stream_in_use_when_it_skips_ahead(patch: Patch) -> None:
+    patch.setattr(Subscription, "granted_by", lambda _self, _stream: False)
+
+
+@mutant(12, "a-second-stream-that-skips-ahead")
+def starts_over_for_a_stream_that_skips_ahead(patch: Patch) -> None:
+    patch.setattr(Subscription, "granted_by", lambda _self, _stream: True)
+
+
+@mutant(12, "two-streams-take-turns")
+def takes_every_second_stream_for_another_history(patch: Patch) -> None:
+    receive = Stream._receive_invalidation
+
+    def mutated(self: Stream, event: Invalidation, now: float) -> None:
+        left_at = self._left_at
+        receive(self, event, now)
+        self._left_at = left_at
+
+    patch.setattr(Stream, "_receive_invalidation", mutated)
 
 
 @mutant(12, "a-grant-from-before-a-reset")
