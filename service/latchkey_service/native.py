@@ -8,8 +8,8 @@ few from every queue.
 
 The queues are bounded like others (`admission.py`). Health checks bypass them.
 
-The server also discards calls that were cancelled before they started, which the library would never
-free. And it ends streams whose clients do not read, for which the library would block threads.
+The server also discards calls that were cancelled before they started; the library would never free
+them. And it ends streams whose clients do not read; the library would block a thread for each.
 """
 
 import asyncio
@@ -64,7 +64,7 @@ Event = Sequence[Any]
 class Reject(Protocol):
     """Returns the status for a rejected call, and the delay before sending it.
 
-    `seconds` is how long its caller waits; None means without a limit.
+    `seconds` is how long its caller waits; None means no limit.
     """
 
     def __call__(self, path: str, seconds: float | None) -> tuple[StatusParts, float]:
@@ -309,7 +309,7 @@ class Server(pygrpc_native.aio.Server):
 
 
 def _seconds_left(event: Event) -> float | None:
-    """Return how long the caller waited for when the event was fetched; None means without a limit."""
+    """Return the caller's remaining time when the event was fetched; None means no limit."""
     _, _, seconds = event[5]
     return None if seconds is None else float(seconds)
 
