@@ -294,7 +294,7 @@ def test_what_was_said_before_the_reset_was_heard_confirms_nothing(scene: Scene)
     """A client of another history says a revision that this one also reaches."""
     watcher = leased(scene)
     scene.membership.lose()
-    scene.membership.register(at(8, 2), 0, Server("7000", "00000002"))
+    scene.membership.register(at(8, 2), 0, Server("7000", "00000002"), scene.now)
     scene.renew()
     assert scene.membership.acknowledgeable(scene.now) == 0, "its lease is live"
     # On their way while the Reset is, too.
@@ -386,7 +386,7 @@ def test_every_stream_is_reset_when_the_memory_starts_over(scene: Scene, timelin
     else:
         scene.membership.lose()
         assert watcher.take(scene.now) == []
-        scene.membership.register(at(10), 0, Server("7000", "00000001"))
+        scene.membership.register(at(10), 0, Server("7000", "00000001"), scene.now)
     scene.renew()
     assert watcher.take(scene.now) == [Reset(at(10))]
     assert scene.membership.acknowledgeable(scene.now) == 0

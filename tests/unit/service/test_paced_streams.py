@@ -54,7 +54,7 @@ async def test_messages_without_a_limit_are_not_delayed(
 
 
 async def test_messages_are_read_at_the_callers_rate(clock: list[float]) -> None:
-    """After a burst, all messages are read in order: a Delete may wait for a confirmation in one."""
+    """After a burst, all messages are read in order: a Delete may wait for one of them."""
     caller = Caller("a", frozenset(), rates=RateLimits({"verifier": RATE}))
     received = [n async for n in calls(clock)._paced(WATCH, caller, messages(100))]
     assert received == list(range(100))

@@ -199,7 +199,7 @@ async def test_a_lease_that_was_lost_meanwhile_permits_no_answer() -> None:
     async def overtaken(digest: bytes, deadline: float) -> Found:
         found = await find(digest, deadline)
         bench.membership.lose()
-        bench.membership.register(at(5), 5, PRIMARY)
+        bench.membership.register(at(5), 5, PRIMARY, 0.0)
         bench.scene.renew()
         return found
 
