@@ -162,7 +162,10 @@ class Settings(BaseSettings):
         "lk", pattern=r"^[a-z]{2,10}$", description="prefix of new secrets: 2-10 of a-z"
     )
     tombstone_retention_days: int = Field(
-        90, ge=1, le=36_500, description="how long a deleted token is DELETED before UNKNOWN"
+        90,
+        ge=1,
+        le=36_500,
+        description="how many days a deleted token is DELETED instead of UNKNOWN",
     )
     audit_retention_days: int = Field(
         365, ge=1, le=36_500, description="how long audit entries are kept"

@@ -232,8 +232,8 @@ def restrict_to_accounts(path: str, caller: Caller, answer: bytes) -> bytes:
             if accounts.allow(verification.token.account_id):
                 continue
             verification.verdict = pb.VERDICT_UNKNOWN
-        # Drop the position. Most secrets that were never issued need no read and so have none, and
-        # a position must not reveal another account's token, even after it was purged.
+        # Drop the position: most secrets that were never issued need no read and have no position.
+        # So a position would reveal another account's token, even after it was purged.
         verdict = verification.verdict
         verification.Clear()
         verification.verdict = verdict

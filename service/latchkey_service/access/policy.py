@@ -278,8 +278,8 @@ class _Reader:
     def _line(self, where: tuple[str, ...]) -> int:
         """Return the line number (from 1) of a key.
 
-        tomllib does not record lines. Of the lines that contain the key's name, the right one is
-        the last without which the parsed document lacks the key.
+        tomllib does not record lines. So this bisects the lines that contain the key's name: the
+        right one is the first line up to which the parsed text contains the key.
         """
         named = re.compile(re.escape(where[-1]) + r"""["']?\s*[=\].]""")
         lines = _lines(self._text)
