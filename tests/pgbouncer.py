@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from latchkey_service.embedded_host import Account, spawn
+from latchkey_service.embedded_host import OsAccount, spawn
 
 from tests.packages import installed_by_apt
 from tests.ports import free_port
@@ -45,7 +45,7 @@ class PgBouncer:
         self._port = free_port()
         # PgBouncer does not run as root, and Postgres' socket is for its owner alone.
         owner = Path(where["host"]).stat()
-        self._account = Account(owner.st_uid, owner.st_gid)
+        self._account = OsAccount(owner.st_uid, owner.st_gid)
         self._log = folder / "log"
         self._process: subprocess.Popen[bytes] | None = None
         self._write("users", f'"{self._user}" "{self._password}"\n')

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 
 import asyncpg
 import psutil
-from latchkey_service.embedded_host import Account, choose_account, reachable_programs, spawn
+from latchkey_service.embedded_host import OsAccount, choose_account, reachable_programs, spawn
 
 from tests.ports import free_port
 from tests.support import eventually
@@ -67,7 +67,7 @@ class Template:
         self.account: Final = choose_account(self.data)
         self.programs: Final = reachable_programs(folder, self.account)
         # Those of the package, which this user can run although `account` may be unable to.
-        self.own_account: Final = Account(os.geteuid(), os.getegid())
+        self.own_account: Final = OsAccount(os.geteuid(), os.getegid())
         self.own_programs: Final = reachable_programs(folder, self.own_account)
         self.password: Final = secrets.token_hex(16)
         """Of the roles `latchkey` and `postgres`."""
@@ -403,7 +403,7 @@ def _runs(process: psutil.Process) -> bool:
 
 
 async def _run(
-    argv: Sequence[str], account: Account, log_path: Path, extra: dict[str, str] | None = None
+    argv: Sequence[str], account: OsAccount, log_path: Path, extra: dict[str, str] | None = None
 ) -> None:
     """Run a program to its end. Raises AssertionError if it fails."""
     with log_path.open("ab") as log:

@@ -20,7 +20,7 @@ import grpc
 import psutil
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from latchkey_service.audit import Origin
+from latchkey_service.audit import AuditContext
 from latchkey_service.coherence.membership import ReadBegan
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.snapshot import Snapshot
@@ -77,9 +77,9 @@ class BelievedReads(LeasedReads):
         """Return at once."""
 
 
-def origin(method: str = "Create") -> Origin:
+def audit_context(method: str = "Create") -> AuditContext:
     """What a change below the servicer is written down with."""
-    return Origin("", f"/latchkey.v1.TokenService/{method}", "unix:", "request", "", "")
+    return AuditContext("", f"/latchkey.v1.TokenService/{method}", "unix:", "request", "", "")
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ class Service:
     @property
     def worker_pids(self) -> list[int]:
         """Of all workers that have come up, in order."""
-        return [line["pid"] for line in self.log if line["event"] == "worker up"]
+        return [line["pid"] for line in self.log if line["event"] == "worker ready"]
 
     def postmaster(self) -> psutil.Process:
         """Its embedded Postgres."""
@@ -317,7 +317,7 @@ class Service:
 
         def said() -> str | None:
             match = re.search(
-                r"^Latchkey serves on (\S+) \(.*Ctrl-C stops it", self.out, re.MULTILINE
+                r"^Latchkey serves on (\S+) \(.*Press Ctrl-C to stop", self.out, re.MULTILINE
             )
             if match is None:
                 assert self._process.poll() is None, f"it ended: {self.err}"

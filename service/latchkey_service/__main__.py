@@ -11,19 +11,19 @@ usage: python -m latchkey_service [serve | config [--json] | policy ...]
 
   serve                    run the service (the default)
   config                   print the settings in force, passwords redacted
-  policy new-caller NAME   print a new credential, and what the policy file has of it
-  policy check [FILE]      say whether a policy file, by default LATCHKEY_POLICY, is right
+  policy new-caller NAME   print a new credential and its section for the policy file
+  policy check [FILE]      validate a policy file, by default LATCHKEY_POLICY
 """
 
 
 def main(arguments: list[str]) -> int:
-    """Do what the arguments say and return the exit code: 2 for a wrong setting or argument."""
+    """Run the command and return the exit code: 2 for an invalid setting or argument."""
     command = arguments[0] if arguments else "serve"
     if command == "policy":
         from latchkey_service.access import command as policy_command
 
         return policy_command.run(arguments[1:])
-    # Imported where needed: `config` must not wait for what `serve` loads.
+    # Imports are local, so that `config` need not load everything that `serve` needs.
     try:
         if arguments == ["worker"]:
             from latchkey_service import worker
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
             return worker.main()
         settings = config.load()
     except config.ConfigError as error:
-        print(f"latchkey: these settings are wrong:\n{error}", file=sys.stderr)  # noqa: T201
+        print(f"latchkey: invalid settings:\n{error}", file=sys.stderr)  # noqa: T201
         return 2
     if arguments in ([], ["serve"]):
         from latchkey_service import supervisor
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
             for name, value, source, description in rows:
                 print(f"{name}={value}\n    {description} ({source})")  # noqa: T201
         return 0
-    print(f"latchkey: there is no such command\n{USAGE}", end="", file=sys.stderr)  # noqa: T201
+    print(f"latchkey: unknown command\n{USAGE}", end="", file=sys.stderr)  # noqa: T201
     return 2
 
 
@@ -54,7 +54,7 @@ if __name__ == "__main__":
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:
-        # `config | head`: nobody reads on. Python would complain once more when it closes stdout.
+        # `config | head`: the reader has closed the pipe. Python would report that again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code)

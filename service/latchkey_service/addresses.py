@@ -1,6 +1,6 @@
-"""The addresses that the service listens on: that nobody else has them, and that they stay ours.
+"""Reserves the addresses of the service: no other program may have them or take them later.
 
-It owns what a supervisor does about an address for its workers, which listen on it by themselves.
+The supervisor uses it on behalf of its workers, which listen on the addresses themselves.
 """
 
 import contextlib
@@ -14,22 +14,22 @@ from latchkey_service.config import PREFIX
 
 __all__ = ["AddressError", "reserved"]
 
-# Workers of a killed supervisor need a moment to leave the address.
+# Workers of a killed supervisor need a moment to release the address.
 ADDRESS_TIMEOUT_SECONDS = 3.0
 POLL_SECONDS = 0.2
 
 
 class AddressError(Exception):
-    """The address is not to be had. The message says why and what to do."""
+    """The address is not available. The message says why and what to do."""
 
 
 @contextlib.contextmanager
 def reserved(listen: str | None, setting: str = "LISTEN") -> Iterator[Any]:
-    """Make sure that nobody else has the address, keep it for the workers, and yield it.
+    """Reserve the address for the workers, and yield it.
 
-    The workers share a port by SO_REUSEPORT, and with that a second service would silently take a
-    part of the calls. So it is tried without first; then a socket that never listens keeps the
-    port, also while no worker has it, which also settles which one port 0 is.
+    The workers share a port by SO_REUSEPORT. With that option, a second service could silently take
+    a share of the calls. So the address is first tried without it. Then a socket that never listens
+    keeps the port, even while no worker has it. This also determines which port 0 becomes.
     """
     if listen is None:
         yield None
@@ -47,22 +47,22 @@ def reserved(listen: str | None, setting: str = "LISTEN") -> Iterator[Any]:
         found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
     except OSError as error:
         raise AddressError(
-            f"{PREFIX}{setting}: {host} is no address of this machine: {error}"
+            f"{PREFIX}{setting}: {host} is not an address of this machine: {error}"
         ) from None
     family, _, _, _, address = found[0]
     with (
         _listening_alone(family, address, listen, setting) as probe,
         socket.socket(family, socket.SOCK_STREAM) as keeper,
     ):
-        # Without SO_REUSEADDR, which would let another service's probe in beside it.
+        # Without SO_REUSEADDR, which would let another service's probe bind as well.
         keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        # The probe stays until the keeper is there: of two that start at once, one gets it.
+        # The probe stays until the keeper is bound: of two services that start, one gets the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         address = probe.getsockname()
         try:
             keeper.bind(address)
         except OSError:
-            # Past connections of a program that did not share the port are in TIME_WAIT.
+            # Old connections of a program that did not share the port are in TIME_WAIT.
             probe.close()
             keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             keeper.bind(address)
@@ -71,11 +71,11 @@ def reserved(listen: str | None, setting: str = "LISTEN") -> Iterator[Any]:
 
 
 def _listening_alone(family: int, address: Any, listen: str, setting: str) -> socket.socket:
-    """Return a socket that listens on an address as the only one. Raises AddressError."""
+    """Return a socket that listens on the address exclusively. Raises AddressError."""
     give_up = time.monotonic() + ADDRESS_TIMEOUT_SECONDS
     while True:
         probe = socket.socket(family, socket.SOCK_STREAM)
-        # Past connections in TIME_WAIT do not count; a listener does.
+        # Ignore old connections in TIME_WAIT, but not another listener.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(address)
@@ -92,11 +92,11 @@ def _listening_alone(family: int, address: Any, listen: str, setting: str) -> so
 
 
 def _clear_unix_socket(path: Path) -> None:
-    """Remove a socket that nobody answers on; refuse one that somebody does."""
+    """Remove a stale socket. Raises AddressError if a process answers on it."""
     if not path.exists():
         return
     if not path.is_socket():
-        raise AddressError(f"cannot listen on {path}: there is a file that is not a socket")
+        raise AddressError(f"cannot listen on {path}: the file exists and is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(ADDRESS_TIMEOUT_SECONDS)
         try:
@@ -106,4 +106,4 @@ def _clear_unix_socket(path: Path) -> None:
             return
         except OSError as error:
             raise AddressError(f"cannot listen on {path}: {error.strerror}") from None
-    raise AddressError(f"cannot listen on {path}: another process does")
+    raise AddressError(f"cannot listen on {path}: another process is listening there")

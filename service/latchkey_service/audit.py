@@ -1,11 +1,11 @@
-"""Who did what: each management call as an entry of the audit table.
+"""The audit log: each management call becomes an entry of the audit table.
 
-A change is written together with its entry, in one statement (`store.py`, by `Origin`). Calls that
-changed nothing, reads and failures, are noted here and written in batches right after: no caller
-waits for that, and what a process that is killed had not written yet is in its log.
+The statement that makes a change also writes its entry (`store.py`, from an `AuditContext`). Calls
+that change nothing, reads and failures, are recorded here and written in batches shortly after: no
+caller waits for that. If a process is killed, its log still has the calls that it had not written.
 
-Failures are sampled, or whoever is denied could fill the table: of those of one kind in a minute
-the first few have entries of their own, and one stands for the rest, so that all are counted.
+Failures are sampled, or a denied caller could fill the table. In each minute, the first few
+failures of a kind have their own entries; one entry counts all others.
 """
 
 import asyncio
@@ -23,11 +23,11 @@ from latchkey_service.errors import StoreUnavailable
 from latchkey_service.log import logger
 from latchkey_service.secrets import holds_secret
 
-__all__ = ["AuditLog", "Origin", "call_origin"]
+__all__ = ["AuditContext", "AuditLog", "call_audit_context"]
 
 FLUSH_SECONDS: Final = 0.2
-# Entries that wait to be written: what a thousand calls a second leave in ten seconds without a
-# database. Past that they are only counted.
+# Limit of unwritten entries: a thousand calls a second for ten seconds without a database. Further
+# calls are only counted.
 WAITING_MAX: Final = 10_000
 BATCH_MAX: Final = 1_000
 SAMPLE_SECONDS: Final = 60.0
@@ -39,8 +39,8 @@ _PEER_LENGTH_MAX: Final = 200
 
 
 @dataclass(slots=True)
-class Origin:
-    """Who makes a call, from where, about what. `recorded`: it is written, with its change."""
+class AuditContext:
+    """Who makes a call, from where, and for what. `recorded`: the change has written its entry."""
 
     caller: str
     method: str
@@ -59,8 +59,8 @@ class Origin:
         request_id: str,
         account_id: str,
         token_id: str,
-    ) -> "Origin":
-        """Return the origin; of what the caller sent, only what has the form that it should."""
+    ) -> "AuditContext":
+        """Build the context; drop ids from the caller that do not have the expected form."""
         if not _ACCOUNT_ID.fullmatch(account_id) or holds_secret(account_id):
             account_id = ""
         if not _TOKEN_ID.fullmatch(token_id):
@@ -68,13 +68,15 @@ class Origin:
         return cls(caller, method, peer[:_PEER_LENGTH_MAX], request_id, account_id, token_id)
 
     def fields(self) -> dict[str, str]:
-        """Return what the log tells of it beside the method and the peer."""
+        """Return the fields for the log, except method and peer."""
         fields = {"caller": self.caller, "account_id": self.account_id, "token_id": self.token_id}
         return {name: value for name, value in fields.items() if value}
 
 
-# Of the call that runs. Read where a request enters the domain (`rpc.py`), and passed on there.
-call_origin: contextvars.ContextVar[Origin] = contextvars.ContextVar("call_origin")
+# Of the current call. Set where a request enters the service; `rpc.py` reads it and passes it on.
+call_audit_context: contextvars.ContextVar[AuditContext] = contextvars.ContextVar(
+    "call_audit_context"
+)
 
 
 class _Kind(NamedTuple):
@@ -85,18 +87,18 @@ class _Kind(NamedTuple):
 
 
 class _Sample:
-    """Calls of one kind since `since`: how many, and how many of them have no entry."""
+    """Calls of one kind since `since`, and how many of them have no entry."""
 
-    __slots__ = ("calls", "since", "uncounted")
+    __slots__ = ("calls", "since", "without_entry")
 
     def __init__(self, since: float) -> None:
         self.since = since
         self.calls = 0
-        self.uncounted = 0
+        self.without_entry = 0
 
 
 class AuditLog:
-    """What is still to be written. Belongs to the event loop."""
+    """The entries not written yet. Event loop only."""
 
     def __init__(
         self,
@@ -109,38 +111,38 @@ class AuditLog:
         self._now = now
         self._waiting: list[NewEntry] = []
         self._samples: dict[_Kind, _Sample] = {}
-        # Of methods that have no entries: only what is logged is sampled.
-        self._told: dict[_Kind, _Sample] = {}
+        # For methods without entries, where only log lines are sampled.
+        self._logged: dict[_Kind, _Sample] = {}
         self._failing = False
         self._log = logger()
 
-    def writes(self, caller: str, method: str, code: str, reason: str) -> bool:
-        """Tell whether a call that changed nothing is to be noted; else it is counted already."""
+    def should_record(self, caller: str, method: str, code: str, reason: str) -> bool:
+        """Return whether to record a call that changed nothing; if not, it is counted here."""
         sample = self._samples.get(_Kind(caller, method, code, reason))
         if sample is None or self._has_room(sample, code):
             return True
         sample.calls += 1
-        sample.uncounted += 1
+        sample.without_entry += 1
         return False
 
-    def note(self, origin: Origin, code: str, reason: str) -> bool:
-        """Note a call that changed nothing; tell whether it has an entry of its own."""
-        kind = _Kind(origin.caller, origin.method, code, reason)
+    def record(self, audit_context: AuditContext, code: str, reason: str) -> bool:
+        """Record a call that changed nothing. Return whether it got its own entry."""
+        kind = _Kind(audit_context.caller, audit_context.method, code, reason)
         sample = self._sample(self._samples, kind)
         has_room = self._has_room(sample, code)
         sample.calls += 1
         if not has_room:
-            sample.uncounted += 1
+            sample.without_entry += 1
             return False
         self._waiting.append(
             NewEntry(
                 self._now(),
-                origin.caller,
-                origin.method,
-                origin.account_id,
-                origin.token_id,
-                origin.peer,
-                origin.request_id,
+                audit_context.caller,
+                audit_context.method,
+                audit_context.account_id,
+                audit_context.token_id,
+                audit_context.peer,
+                audit_context.request_id,
                 _number(code),
                 reason,
                 1,
@@ -148,41 +150,41 @@ class AuditLog:
         )
         return True
 
-    def tells(self, caller: str, method: str, reason: str) -> bool:
-        """Tell whether a denied call of a method without entries is to be logged."""
+    def should_log(self, caller: str, method: str, reason: str) -> bool:
+        """Return whether to log a failed call without an entry, and count it."""
         kind = _Kind(caller, method, "", reason)
-        sample = self._sample(self._told, kind)
+        sample = self._sample(self._logged, kind)
         sample.calls += 1
         if sample.calls > SAMPLE_MAX:
-            sample.uncounted += 1
+            sample.without_entry += 1
             return False
         return True
 
     async def run(self) -> None:
-        """Write until cancelled."""
+        """Write entries until cancelled."""
         while True:
             await asyncio.sleep(FLUSH_SECONDS)
             self._close_samples(self._monotonic() - SAMPLE_SECONDS)
             await self._flush()
 
     async def close(self) -> None:
-        """Write what is left, for a bounded time."""
+        """Write the remaining entries, for a limited time."""
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
-                # What is counted may have had to wait until there was room.
+                # Counters may be waiting until there is room for their entries.
                 self._close_samples(self._monotonic())
                 while self._waiting and await self._flush():
                     self._close_samples(self._monotonic())
         except TimeoutError:
             pass
         if self._waiting:
-            uncounted = sum(sample.uncounted for sample in self._samples.values())
+            without_entry = sum(sample.without_entry for sample in self._samples.values())
             self._log.error(
-                "audit entries not written", entries=len(self._waiting), calls_without=uncounted
+                "audit entries not written", entries=len(self._waiting), calls_without=without_entry
             )
 
     def _has_room(self, sample: "_Sample", code: str) -> bool:
-        """Tell whether one more of these has an entry of its own."""
+        """Return whether one more call of this kind gets its own entry."""
         full = len(self._waiting) >= WAITING_MAX
         return not full and (code == "OK" or sample.calls < SAMPLE_MAX)
 
@@ -193,13 +195,13 @@ class AuditLog:
         return sample
 
     def _close_samples(self, before: float) -> None:
-        """Count what began up to then and has no entry, and begin anew."""
+        """Write the counters of samples that began up to `before`, and start new samples."""
         for kind, sample in [item for item in self._samples.items() if item[1].since <= before]:
-            if sample.uncounted and len(self._waiting) >= WAITING_MAX:
-                # It goes on to count, and is written when the database is back.
+            if sample.without_entry and len(self._waiting) >= WAITING_MAX:
+                # Keep counting; the entry is written when the database is back.
                 continue
             del self._samples[kind]
-            if sample.uncounted:
+            if sample.without_entry:
                 self._waiting.append(
                     NewEntry(
                         self._now(),
@@ -211,38 +213,38 @@ class AuditLog:
                         "",
                         _number(kind.code),
                         kind.reason,
-                        sample.uncounted,
+                        sample.without_entry,
                     )
                 )
-                self._tell_rest(kind, sample)
-        for kind, sample in [item for item in self._told.items() if item[1].since <= before]:
-            del self._told[kind]
-            if sample.uncounted:
-                self._tell_rest(kind, sample)
+                self._log_aggregated(kind, sample)
+        for kind, sample in [item for item in self._logged.items() if item[1].since <= before]:
+            del self._logged[kind]
+            if sample.without_entry:
+                self._log_aggregated(kind, sample)
 
-    def _tell_rest(self, kind: _Kind, sample: _Sample) -> None:
+    def _log_aggregated(self, kind: _Kind, sample: _Sample) -> None:
         self._log.warning(
-            "calls not told one by one",
+            "calls aggregated",
             method=kind.method,
             reason=kind.reason,
             caller=kind.caller,
-            calls=sample.uncounted,
+            calls=sample.without_entry,
         )
 
     async def _flush(self) -> bool:
-        """Write a batch; tell whether that went well. What could not be written stays."""
+        """Write a batch. Return False if the database is unavailable; the batch is then kept."""
         batch = self._waiting[:BATCH_MAX]
         if not batch:
             return True
         try:
             await self._table.insert(batch)
         except StoreUnavailable as error:
-            # Whether it was committed is not known after a time-out: rather twice than never.
+            # After a time-out, the batch may have been committed. Two entries are better than none.
             if not self._failing:
-                self._log.warning("audit entries wait", error=type(error).__name__)
+                self._log.warning("audit entries delayed", error=type(error).__name__)
             self._failing = True
             return False
-        except Exception as error:  # noqa: BLE001 - one batch that cannot be written must not hold up all others
+        except Exception as error:  # noqa: BLE001 - one bad batch must not hold up the others
             self._log.error("audit entries lost", entries=len(batch), error=type(error).__name__)
         self._failing = False
         del self._waiting[: len(batch)]

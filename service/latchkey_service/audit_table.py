@@ -1,4 +1,4 @@
-"""The SQL of the audit table, but for entries of changes, which `store.py` writes with them."""
+"""The SQL of the audit table, except the entries of changes, which `store.py` writes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 
 from latchkey_service.database import Pool, retrying
 
-__all__ = ["DENIED_CODES", "AuditTable", "Entry", "Filter", "NewEntry", "Place"]
+__all__ = ["DENIED_CODES", "AuditTable", "Cursor", "Entry", "Filter", "NewEntry"]
 
 # PERMISSION_DENIED and UNAUTHENTICATED.
 DENIED_CODES: Final = (7, 16)
@@ -19,7 +19,7 @@ _OUTCOMES: Final = {
 
 
 class NewEntry(NamedTuple):
-    """An entry to be written."""
+    """An entry to insert."""
 
     time: datetime
     caller: str
@@ -34,7 +34,7 @@ class NewEntry(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An entry as stored."""
+    """A stored entry."""
 
     id: int
     time: datetime
@@ -51,7 +51,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which entries are asked for; what is empty is not asked for. `outcome` as in the contract."""
+    """The filters of a query; empty ones match everything. `outcome` as in the contract."""
 
     account_id: str = ""
     token_id: str = ""
@@ -63,22 +63,22 @@ class Filter:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A place in the list: that of the entry with this time and id."""
+class Cursor:
+    """A position in the list: that of the entry with this time and id."""
 
     time: datetime
     id: int
 
 
 class AuditTable:
-    """The table, as methods. All raise StoreUnavailable when Postgres does not answer in time."""
+    """The table. All methods raise StoreUnavailable if Postgres does not answer in time."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
     @retrying
     async def insert(self, entries: Sequence[NewEntry]) -> None:
-        """Add entries, all or none."""
+        """Insert all entries, or none."""
         async with self._pool.session() as session:
             await session.execute(
                 """
@@ -92,8 +92,8 @@ class AuditTable:
             )
 
     @retrying
-    async def list(self, wanted: Filter, after: Place | None, limit: int) -> list[Entry]:
-        """Return up to `limit` entries, newest first, that come after a place."""
+    async def list(self, wanted: Filter, after: Cursor | None, limit: int) -> list[Entry]:
+        """Return up to `limit` entries after a position, newest first."""
         conditions, arguments = _conditions(wanted, after)
         async with self._pool.session() as session:
             rows = await session.fetch(
@@ -112,9 +112,9 @@ class AuditTable:
 
     @retrying
     async def purge(self, before: datetime, limit: int) -> int:
-        """Remove up to `limit` entries from before a moment; return how many went."""
+        """Delete up to `limit` entries older than `before`. Return how many were deleted."""
         async with self._pool.session() as session, session.transaction():
-            # What the table's trigger wants to hear, in this transaction.
+            # The table's trigger requires this in the same transaction.
             await session.execute("SET LOCAL latchkey.audit_retention = 'on'")
             status = await session.execute(
                 """
@@ -131,8 +131,8 @@ class AuditTable:
         return int(status.removeprefix("DELETE "))
 
 
-def _conditions(wanted: Filter, after: Place | None) -> tuple[list[str], list[Any]]:
-    """Return what is asked for as SQL, and its arguments."""
+def _conditions(wanted: Filter, after: Cursor | None) -> tuple[list[str], list[Any]]:
+    """Return the filters as SQL conditions with their arguments."""
     conditions: list[str] = []
     arguments: list[Any] = []
 

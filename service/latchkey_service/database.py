@@ -49,7 +49,8 @@ CONNECT_TIMEOUT_SECONDS = 1.0
 IDLE_SECONDS = 5.0
 # Far above a round trip, and short enough that the caller still has time for a new connection.
 TRIAL_TIMEOUT_SECONDS = 0.5
-# Each call at work has one (`calls.PLACES`), and each receipt that is written (`tokens.py`); two
+# Each call at work has one (`calls.CONCURRENCY_LIMITS`), and each receipt that is written
+# (`tokens.py`); two
 # are for what the process does by itself.
 POOL_SIZE_MAX = 16
 # Transactions that undid each other are tried again this often, after a wait of up to the first of

@@ -1,20 +1,20 @@
-"""A private PostgreSQL for a Latchkey that was given no database.
+"""A private PostgreSQL for a Latchkey without a configured database.
 
 Owns the cluster's whole life: its directory, account, password, socket, start, crash and end.
-It does not own the schema, the pool, or the decision to use an embedded database at all.
+It does not own the schema, the pool, or the decision to use an embedded database.
 
-Everything here is synchronous and meant for the main thread of the supervising process: Linux
-ends the postmaster when the thread that started it ends. It is first called before any other
-thread exists, as it forks; at a restart there may be some, and the child makes two system calls.
+Everything here is synchronous and must run on the main thread of the supervisor: Linux ends the
+postmaster when the thread that started it ends. The first call must precede any other thread,
+because it forks. A restart may happen beside other threads; the child makes only two system calls.
 
-What lies in the data directory::
+Contents of the data directory::
 
-    lock               held with flock for as long as this process uses the directory
+    lock               locked with flock as long as this process uses the directory
     postgres/          the cluster, 0700, owned by the account PostgreSQL runs as
-    postgres.password  of the role `latchkey`, 0600
-    postgres.log       of the server, and of making the cluster
-    run/               the directory of the socket, 0700
-    bin-VERSION/       a copy of the programs, only where root's are out of the account's reach
+    postgres.password  password of the role `latchkey`, 0600
+    postgres.log       log of the server and of initdb
+    run/               directory of the socket, 0700
+    bin-VERSION/       a copy of the programs, only if the account cannot reach root's
 """
 
 import contextlib
@@ -33,9 +33,9 @@ from urllib.parse import quote
 
 from latchkey_service.embedded_host import (
     PORT,
-    Account,
     DataDirInUse,
     EmbeddedError,
+    OsAccount,
     choose_account,
     default_data_dir,
     is_postmaster,
@@ -53,17 +53,17 @@ _POSTGRES_MAJOR: Final = "18"
 
 # Fast shutdown writes a checkpoint: up to 512 MB of dirty buffers to a slow disk.
 _FAST_SHUTDOWN_SECONDS: Final = 20.0
-# On SIGQUIT the postmaster itself kills its children after 5 s.
+# On SIGQUIT, the postmaster kills its children after 5 s.
 _IMMEDIATE_SHUTDOWN_SECONDS: Final = 10.0
 _POLL_SECONDS: Final = 0.02
 _LOG_BYTES_MAX: Final = 10 * 1024 * 1024
 _LOG_TAIL_BYTES: Final = 8192
 _LOG_TAIL_LINES: Final = 12
 
-# Written into postgresql.conf once, where the operator may change them. fsync, synchronous_commit
-# and full_page_writes keep their defaults, on: an acknowledged deletion survives a power cut.
-# shared_buffers is taken as data comes; a million tokens fill half of it, and with 128MB, the
-# default, each look-up among them took twice the CPU.
+# Written into postgresql.conf once; the operator may change them there. fsync, synchronous_commit
+# and full_page_writes keep their default, on, so an acknowledged deletion survives a power cut.
+# shared_buffers is allocated on demand. A million tokens fill half of it; with the default, 128MB,
+# each look-up among them took twice the CPU.
 _SETTINGS: Final = {"max_connections": "200", "shared_buffers": "512MB"}
 
 
@@ -71,7 +71,7 @@ class EmbeddedPostgres:
     """One PostgreSQL cluster and its postmaster, a child of this process."""
 
     def __init__(self, data_dir: Path) -> None:
-        # Resolved, since the left-over postmaster of an earlier run is known by this very path.
+        # Resolved, because this exact path identifies the leftover postmaster of an earlier run.
         self.data_dir: Final = data_dir.expanduser().resolve()
         self._cluster: Final = self.data_dir / "postgres"
         self._password_file: Final = self.data_dir / "postgres.password"
@@ -83,15 +83,15 @@ class EmbeddedPostgres:
 
     @property
     def pid(self) -> int | None:
-        """The postmaster's process id, or None when it was not started."""
+        """The postmaster's process id, or None if it was not started."""
         return None if self._process is None else self._process.pid
 
     def start(self, timeout_seconds: float = 60.0) -> str:
-        """Start the server and return its DSN, making the cluster first where there is none.
+        """Start the server and return its DSN. Create the cluster first if there is none.
 
-        The DSN suits asyncpg and libpq. The bound covers crash recovery. Does nothing but return
-        the DSN when the server runs. Raises DataDirInUse, EmbeddedError; neither leaves anything
-        running or locked, and poll() goes on telling of the end that a failed restart was for.
+        The DSN works with asyncpg and libpq. The time limit includes crash recovery. If the server
+        is already running, only returns the DSN. Raises DataDirInUse or EmbeddedError; afterwards,
+        nothing is running or locked, and poll() returns the same exit code as before the restart.
         """
         deadline = time.monotonic() + timeout_seconds
         exit_code = self.poll()
@@ -109,14 +109,14 @@ class EmbeddedPostgres:
         return dsn
 
     def poll(self) -> int | None:
-        """Return the exit code of a postmaster that ended by itself and awaits start(), or None."""
+        """Return the exit code of a postmaster that exited and awaits start(), or None."""
         return self._exit_code if self._process is None else self._process.poll()
 
     def stop(self) -> None:
-        """Shut the server down and release the data directory; at most 40 s, idempotent.
+        """Shut the server down and release the data directory. Takes at most 40 s; idempotent.
 
-        Fast at first (clients are cut off, data is checkpointed), then immediate (the next start
-        recovers from the log). Does nothing in a forked copy of the process.
+        First a fast shutdown (disconnects clients, writes a checkpoint), then an immediate one (the
+        next start recovers from the log). Does nothing in a forked copy of the process.
         """
         if os.getpid() != self._owner_pid:
             return
@@ -153,7 +153,7 @@ class EmbeddedPostgres:
         return self.dsn()
 
     def dsn(self) -> str:
-        """Return the DSN of the cluster that was made there. Raises EmbeddedError."""
+        """Return the DSN of the existing cluster. Raises EmbeddedError."""
         try:
             password = self._password_file.read_text("ascii").strip()
         except FileNotFoundError:
@@ -161,7 +161,7 @@ class EmbeddedPostgres:
                 f"{self._password_file} is missing; restore it, or move {self._cluster} away to "
                 "start with an empty database"
             ) from None
-        # The port is named as PGPORT in the client's environment would change it otherwise.
+        # Names the port, because PGPORT in the client's environment would change it.
         host = quote(str(socket_dir_path(self.data_dir)), safe="/")
         return f"postgresql://latchkey:{password}@/latchkey?host={host}&port={PORT}"
 
@@ -187,23 +187,23 @@ class EmbeddedPostgres:
         try:
             major = (self._cluster / "PG_VERSION").read_text("ascii").strip()
         except FileNotFoundError:
-            return False  # A directory that holds anything else makes the rename fail, untouched.
+            return False  # If the directory contains anything else, the later rename fails.
         if major != _POSTGRES_MAJOR:
             raise EmbeddedError(
-                f"{self._cluster} was written by PostgreSQL {major}, this Latchkey brings "
-                f"{_POSTGRES_MAJOR}; carry the data over with pg_dump of version {major}, or set "
+                f"{self._cluster} was written by PostgreSQL {major}, but this Latchkey contains "
+                f"{_POSTGRES_MAJOR}; transfer the data with pg_dump of version {major}, or set "
                 "LATCHKEY_DATA_DIR to a new directory"
             )
         return True
 
-    def _make_cluster(self, programs: Path, account: "Account", deadline: float) -> None:
-        """Make the cluster, role and database aside, then move them into place in one step."""
+    def _make_cluster(self, programs: Path, account: "OsAccount", deadline: float) -> None:
+        """Create the cluster, role and database in a work directory, then move it into place."""
         for remains in self.data_dir.glob("init-*"):
             shutil.rmtree(remains, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix="init-", dir=self.data_dir))
         cluster, superuser_password, password = work / "cluster", work / "pw", _new_password()
-        # The superuser's password is thrown away. The service's role is an ordinary one, so that
-        # a hole in the service is no way to run programs. CREATEDB lets tests clone databases.
+        # Nobody keeps the superuser's password. The service's role has no superuser rights, so a
+        # vulnerability in the service cannot run programs. CREATEDB lets tests clone databases.
         sql = (
             f"CREATE ROLE latchkey LOGIN CREATEDB PASSWORD '{password}';\n"
             "CREATE DATABASE latchkey OWNER latchkey;\n"
@@ -217,19 +217,19 @@ class EmbeddedPostgres:
         ]
         single_user = [
             *(f"{programs}/postgres", "--single", "-D", str(cluster)),
-            # Without the first, a failed command does not show in the exit code. The second
-            # keeps the password out of the log.
+            # Without the first, a failed command does not affect the exit code. The second keeps
+            # the password out of the log.
             *("-c", "exit_on_error=true", "-c", "log_min_error_statement=panic", "postgres"),
         ]
         try:
             _write_private(superuser_password, _new_password())
-            # The file first: once the directory is the account's, a name in it may be a trap.
+            # The file first: once the account owns the directory, a name in it may be a symlink.
             os.chown(superuser_password, account.uid, account.gid)
             os.chown(work, account.uid, account.gid)
             self._run(initdb, account, deadline)
             self._run(single_user, account, deadline, sql.encode("ascii"))
             # The password before the cluster: a crash in between leaves a password without a
-            # cluster, which the next start replaces, not a cluster that nobody can enter.
+            # cluster, which the next start replaces, and not a cluster without a known password.
             _write_private(self._password_file, password)
             cluster.rename(self._cluster)
             fd = os.open(self.data_dir, os.O_RDONLY | os.O_DIRECTORY)
@@ -239,22 +239,22 @@ class EmbeddedPostgres:
             shutil.rmtree(work, ignore_errors=True)
 
     def _launch(
-        self, programs: Path, account: "Account", deadline: float, stale_pid: int | None
+        self, programs: Path, account: "OsAccount", deadline: float, stale_pid: int | None
     ) -> None:
-        """Start the postmaster and return when it accepts connections."""
+        """Start the postmaster and return once it accepts connections."""
         socket_dir = make_socket_dir(self.data_dir, account)
-        # As stale as postmaster.pid, whose postmaster is known to be gone by now.
+        # Stale like postmaster.pid: its postmaster is known to be gone.
         (socket_dir / f".s.PGSQL.{PORT}.lock").unlink(missing_ok=True)
         quoted_dir = str(socket_dir).replace('"', '""')
         argv = [
             *(f"{programs}/postgres", "-D", str(self._cluster), "-p", PORT),
-            # On the command line, where they overrule the file: who can connect is not a setting.
+            # On the command line, which overrides the file: access must not be configurable.
             *("-c", "listen_addresses=", "-c", f'unix_socket_directories="{quoted_dir}"'),
             *("-c", "unix_socket_permissions=0700"),
         ]
-        # PostgreSQL refuses to start while the pid in a stale postmaster.pid is alive. That pid
-        # was found to be something else, and this variable, pg_ctl's, tells it to look past it.
-        # Removing the file would lose the check for surviving backends that it also serves.
+        # PostgreSQL refuses to start while the pid in a stale postmaster.pid is alive. Here it
+        # belongs to another program. With this variable of pg_ctl, PostgreSQL ignores that pid.
+        # Deleting the file would lose its other purpose, the check for surviving backends.
         extra = {} if stale_pid is None else {"PG_GRANDPARENT_PID": str(stale_pid)}
         while True:
             stale_status = self._read_status()
@@ -263,14 +263,14 @@ class EmbeddedPostgres:
                 self._process = spawn(argv, account, log, signal.SIGINT, extra)
             while self._process.poll() is None:
                 status = self._read_status()
-                # The comparison with the stale file matters in containers, where the new
-                # postmaster may well get the pid of the one that was killed.
+                # Compare with the stale file: in a container, the new postmaster may get the same
+                # pid as the one that was killed.
                 if status != stale_status and _is_ready(status, self._process.pid):
                     return
                 if time.monotonic() > deadline:
                     raise EmbeddedError(
-                        "the embedded PostgreSQL was not ready in time; after a crash it may need "
-                        f"longer to recover. Its log ends:\n{self._log_tail(log_offset)}"
+                        "the embedded PostgreSQL was not ready in time; recovery after a crash may "
+                        f"take longer. Its log ends with:\n{self._log_tail(log_offset)}"
                     )
                 time.sleep(_POLL_SECONDS)
             tail = self._log_tail(log_offset)
@@ -278,15 +278,16 @@ class EmbeddedPostgres:
             if "pre-existing shared memory block" not in tail or time.monotonic() > deadline:
                 raise EmbeddedError(
                     f"the embedded PostgreSQL did not start (exit code {self._process.returncode});"
-                    f" the end of {self._log} tells why:\n{tail}"
+                    f" {self._log} ends with:\n{tail}"
                 )
             time.sleep(_POLL_SECONDS)
 
     def _end_left_over(self, deadline: float) -> int | None:
-        """End the postmaster of an earlier run; return the pid of a stale file, if any.
+        """End the postmaster of an earlier run. Return the pid of a stale file, if any.
 
-        With the lock held no other Latchkey owns it, so it lost its parent. It is ended and not
-        adopted: one that is not a child could not be watched, and would outlive this process.
+        We hold the lock, so no other Latchkey owns that postmaster: its parent died. It cannot be
+        reused, because we could not monitor a process that is not our child, and it would outlive
+        us.
         """
         first_line = "".join(self._read_status()[:1]).strip()
         if not first_line.isdigit() or int(first_line) == 0:
@@ -303,14 +304,14 @@ class EmbeddedPostgres:
                 sent = wanted
             if now > min(deadline, fast_until + _IMMEDIATE_SHUTDOWN_SECONDS):
                 raise EmbeddedError(
-                    f"the PostgreSQL (pid {pid}) of an earlier run still holds {self._cluster} and "
-                    "does not end; end that process and start again"
+                    f"the PostgreSQL (pid {pid}) of an earlier run still uses {self._cluster} and "
+                    "does not exit; kill that process and start again"
                 )
             time.sleep(_POLL_SECONDS)
         return pid
 
     def _run(
-        self, argv: Sequence[str], account: "Account", deadline: float, stdin: bytes = b""
+        self, argv: Sequence[str], account: "OsAccount", deadline: float, stdin: bytes = b""
     ) -> None:
         with self._open_log() as log:
             log_offset = log.tell()
@@ -322,14 +323,14 @@ class EmbeddedPostgres:
                 process.kill()
                 if not isinstance(error, subprocess.TimeoutExpired):
                     raise
-        if process.returncode != 0:  # -9: it took too long.
+        if process.returncode != 0:  # -9: the time ran out.
             raise EmbeddedError(
-                f"{argv[0]} could not make the database (exit code {process.returncode}); the end "
-                f"of {self._log} tells why:\n{self._log_tail(log_offset)}"
+                f"{argv[0]} could not create the database (exit code {process.returncode}); "
+                f"{self._log} ends with:\n{self._log_tail(log_offset)}"
             )
 
     def _read_status(self) -> list[str]:
-        """Return the lines of postmaster.pid: pid, ..., status in the eighth. Empty if none."""
+        """Return the lines of postmaster.pid (pid first, status eighth), or [] without a file."""
         try:
             return (self._cluster / "postmaster.pid").read_text("utf-8", "replace").splitlines()
         except FileNotFoundError:
@@ -347,8 +348,8 @@ class EmbeddedPostgres:
         return "\n".join(f"  {line}" for line in text.splitlines()[-_LOG_TAIL_LINES:])
 
 
-# flock belongs to the open file, which a forked child shares: a worker that outlives its parent
-# would keep the directory locked. O_CLOEXEC helps only those that exec.
+# A forked child shares the open file and thus the flock: a worker that outlives its parent would
+# keep the directory locked. O_CLOEXEC helps only in processes that exec.
 _lock_fds: set[int] = set()
 
 

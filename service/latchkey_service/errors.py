@@ -1,25 +1,25 @@
-"""The errors of the domain, and the one table that turns them into gRPC statuses.
+"""The exceptions of the service, and the one table that maps them to gRPC statuses.
 
     LatchkeyError
-    ├── InvalidArgument       the request is wrong; says which fields and why
+    ├── InvalidArgument       the request is invalid; lists the fields and reasons
     ├── NotFound              the account has no such token
     ├── AlreadyExists         the name is taken
-    ├── Denied                who calls may not
-    │   ├── Unauthenticated   nobody knows who calls
-    │   └── PermissionDenied  a caller that is known, and may not call this
-    ├── Overloaded            a bound was reached; worth a retry
-    │   └── RateLimited       by this caller alone
+    ├── Denied                the caller may not make this call
+    │   ├── Unauthenticated   the caller is unknown
+    │   └── PermissionDenied  the caller is known but lacks the right
+    ├── Overloaded            a limit was reached; retryable
+    │   └── RateLimited       the caller's own rate limit
     ├── WatchRefused          this server grants no leases
-    ├── WatcherSilent         the client of a Watch has not been heard of for long
-    └── Unavailable           a dependency is away or too slow; worth a retry
+    ├── WatcherSilent         the client of a Watch sent nothing for too long
+    └── Unavailable           a dependency is unreachable or too slow; retryable
         ├── NotConfirmed      a deletion stands, but verifiers have yet to confirm it
         └── StoreUnavailable  Postgres
-            ├── NotReplicated what was written may be undone by a failover
-            ├── StoreConflict two transactions undid each other
-            └── StoreUnsupported  not a thing that this engine does
+            ├── NotReplicated a failover may undo the committed change
+            ├── StoreConflict the transaction kept conflicting with others
+            └── StoreUnsupported  the database engine lacks a feature
 
-Expected outcomes of a verify are values (`verdict.py`), never errors. Messages are written for the
-caller: they never contain a secret, a digest, SQL or an address.
+The expected outcomes of a verify are values (`verdict.py`), never exceptions. Callers see the
+messages, so a message never contains a secret, a digest, SQL or an address.
 """
 
 from collections.abc import Mapping
@@ -55,32 +55,32 @@ __all__ = [
 ]
 
 DOMAIN = "latchkey"
-INTERNAL_MESSAGE = "Latchkey failed to answer; its log has the cause under the request id."
-# Long enough not to add to an outage, short enough that service is felt to resume with Postgres.
+INTERNAL_MESSAGE = "Internal error. The server log has the cause under this request id."
+# Long enough not to prolong an outage, and short enough that calls resume soon after Postgres.
 RETRY_DELAY_SECONDS = 0.25
-TOO_LATE = "The answer would come too late; try again shortly."
-NO_ANSWER = "The database does not answer; try again shortly."
-CHANGING_OVER = "The database is changing over; try again shortly."
+TOO_LATE = "The answer would arrive after the deadline; try again shortly."
+NO_ANSWER = "The database does not respond; try again shortly."
+CHANGING_OVER = "The database is failing over; try again shortly."
 
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """A field of the request (its path, such as `labels["team"]`) and what is wrong with it."""
+    """A field of the request (as a path, such as `labels["team"]`) and its problem."""
 
     field: str
     description: str
 
 
 class LatchkeyError(Exception):
-    """Base of all errors of the domain. `reason` is the stable, machine-readable name."""
+    """Base of all our exceptions. `reason` is a stable, machine-readable name."""
 
     reason = "INTERNAL"
     retry_seconds = RETRY_DELAY_SECONDS
-    """After how long a retry is worth it, where it is at all."""
+    """Delay before a retry, for retryable errors."""
 
 
 class InvalidArgument(LatchkeyError):
-    """The request is wrong whatever the state of the service; a retry will not help."""
+    """The request is invalid in any state of the service; a retry cannot help."""
 
     reason = "INVALID_ARGUMENT"
 
@@ -92,7 +92,7 @@ class InvalidArgument(LatchkeyError):
 
 
 class NotFound(LatchkeyError):
-    """The account has no such token. The same for another account's token, so as not to tell."""
+    """The account has no such token. Another account's token gives the same error, on purpose."""
 
     reason = "TOKEN_NOT_FOUND"
 
@@ -103,13 +103,13 @@ class NotFound(LatchkeyError):
 
 
 class AlreadyExists(LatchkeyError):
-    """A live token of the account has the name."""
+    """The account already has a live token with this name."""
 
     reason = "TOKEN_NAME_TAKEN"
 
 
 class Denied(LatchkeyError):
-    """Whoever calls may not. `caller` is the name of a caller that is known, for the log."""
+    """The caller may not make this call. `caller` is its name, if known, for the log."""
 
     def __init__(self, message: str, reason: str, caller: str = "") -> None:
         self.reason = reason
@@ -118,15 +118,15 @@ class Denied(LatchkeyError):
 
 
 class Unauthenticated(Denied):
-    """What the call presents, if anything, names no caller of the policy."""
+    """The call presents no identity, or one that the policy does not know."""
 
 
 class PermissionDenied(Denied):
-    """The policy has no such right for this caller."""
+    """The policy does not grant the caller this right."""
 
 
 class Overloaded(LatchkeyError):
-    """A bound on work in progress was reached. Nothing was done."""
+    """A limit on calls in progress was reached. Nothing was done."""
 
     reason = "OVERLOADED"
 
@@ -137,7 +137,7 @@ class Overloaded(LatchkeyError):
 
 
 class RateLimited(Overloaded):
-    """The caller has used up what the policy gives it. `retry_seconds`: until it has some again."""
+    """The caller used up its rate limit. `retry_seconds`: until it may call again."""
 
     reason = "RATE_LIMITED"
 
@@ -147,45 +147,45 @@ class RateLimited(Overloaded):
 
 
 class WatchRefused(LatchkeyError):
-    """This server grants no leases, as it was told to remember nothing."""
+    """This server grants no leases, because it is configured not to cache."""
 
     reason = "WATCH_REFUSED"
 
 
 class WatcherSilent(LatchkeyError):
-    """The client of a Watch has neither asked nor confirmed anything for long."""
+    """The client of a Watch sent neither a request nor a confirmation for too long."""
 
     reason = "WATCHER_SILENT"
 
 
 class Unavailable(LatchkeyError):
-    """No safe answer can be given now. Fail closed: whoever asked must not be let in."""
+    """No safe answer is possible now. Fail closed: the client must deny access."""
 
     reason = "UNAVAILABLE"
 
 
 class NotConfirmed(Unavailable):
-    """A deletion stands, but its caller's deadline came before the last verifier's confirmation."""
+    """The deletion stands, but the deadline came before the last verifier's confirmation."""
 
     reason = "DELETION_NOT_CONFIRMED"
 
 
 class StoreUnavailable(Unavailable):
-    """Postgres is away, restarting, or too slow."""
+    """Postgres is unreachable, restarting, or too slow."""
 
     reason = "DATABASE_UNAVAILABLE"
 
 
 class NotReplicated(StoreUnavailable):
-    """Postgres committed what was written, but a failover may undo it."""
+    """Postgres committed the change, but a failover may undo it."""
 
 
 class StoreUnsupported(StoreUnavailable):
-    """The database's engine does not do what was asked of it."""
+    """The database engine does not support the operation."""
 
 
 class StoreConflict(StoreUnavailable):
-    """Two transactions undid each other, again and again. Nothing of this one stands."""
+    """The transaction kept conflicting with others. It was rolled back."""
 
 
 _CODES: Mapping[type[LatchkeyError], grpc.StatusCode] = MappingProxyType(
@@ -213,7 +213,7 @@ _RETRYABLE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EX
 
 @dataclass(frozen=True, slots=True)
 class StatusParts:
-    """What `ServicerContext.abort` takes. `reason` is for the log."""
+    """The arguments of `ServicerContext.abort`, and the `reason` for the log."""
 
     code: grpc.StatusCode
     message: str
@@ -222,22 +222,22 @@ class StatusParts:
 
 
 def code_of(error: BaseException) -> grpc.StatusCode:
-    """Return the status code that tells a caller of `error`."""
+    """Return the gRPC status code of `error`."""
     return _CODES[type(error)] if isinstance(error, LatchkeyError) else grpc.StatusCode.INTERNAL
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the reason that a caller is told of `error`."""
+    """Return the reason of `error` that callers see."""
     return error.reason if isinstance(error, LatchkeyError) else LatchkeyError.reason
 
 
 def status_of(error: BaseException, request_id: str, randomness: float = 0.0) -> StatusParts:
-    """Return the status that tells a caller of `error`.
+    """Build the gRPC status of `error`.
 
-    Anything but a LatchkeyError becomes INTERNAL with a fixed text: an unforeseen exception's own
-    text may hold anything. Details follow AIP-193: ErrorInfo and RequestInfo always, BadRequest
-    and RetryInfo where they apply. `randomness`, 0 to 1, lengthens its delay by so much: callers
-    that failed in one moment should not all be back in one.
+    Every other exception becomes INTERNAL with a fixed text, because its own
+    text may contain anything. The details follow AIP-193: ErrorInfo and RequestInfo always,
+    BadRequest and RetryInfo where they apply. `randomness`, from 0 to 1, lengthens the retry delay
+    by that fraction, so that callers that failed together do not all retry together.
     """
     if not isinstance(error, LatchkeyError):
         error = LatchkeyError(INTERNAL_MESSAGE)

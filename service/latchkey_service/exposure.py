@@ -1,4 +1,4 @@
-"""What may be listened on: safe by default, and open to others only when told so. Pure."""
+"""Validates which addresses may be listened on: safe by default, open only on request. Pure."""
 
 import ipaddress
 from typing import TYPE_CHECKING, Literal
@@ -14,9 +14,9 @@ Transport = Literal["native", "grpcio"]
 
 
 def is_local(listen: str) -> bool:
-    """Tell whether only processes of this machine can reach an address.
+    """Return whether only processes of this machine can reach an address.
 
-    No name is but "localhost" (RFC 6761 §6.3): what another one stands for may change.
+    The only name that counts is "localhost" (RFC 6761 §6.3), because others may resolve elsewhere.
     """
     if listen.startswith("unix:"):
         return True
@@ -32,9 +32,9 @@ def is_local(listen: str) -> bool:
 def transport_of(settings: "Settings") -> Transport:
     """Return the transport of the plaintext listener.
 
-    By itself `native` serves this machine alone: it keeps a message of any size, and unpacks a
-    compressed one, before anybody can say no (0.5.0, and nothing in front of it can know better
-    but a proxy). Who reaches it can fill a worker's memory. That is for who chose it to judge.
+    By default, `native` serves only this machine. It buffers a message of any size, and even
+    decompresses it, before anyone can reject it (0.5.0); only a proxy in front could prevent that.
+    So whoever reaches it can fill a worker's memory. An operator may still choose it explicitly.
     """
     if "transport" in settings.model_fields_set:
         return settings.transport
@@ -42,9 +42,9 @@ def transport_of(settings: "Settings") -> Transport:
 
 
 def reflects(settings: "Settings", listen: str) -> bool:
-    """Tell whether a listener describes the service to whoever asks.
+    """Return whether a listener serves reflection.
 
-    Not behind a proxy by itself: it brings others to a local listener.
+    The default is off behind a proxy, which lets other machines reach a local listener.
     """
     if settings.reflection == "auto":
         return is_local(listen) and settings.trusted_proxy is None
@@ -52,43 +52,43 @@ def reflects(settings: "Settings", listen: str) -> bool:
 
 
 def problems(settings: "Settings") -> list[str]:
-    """Return what is wrong with settings that do not go together, and what to set instead."""
+    """Return the contradictions between settings, each with what to set instead."""
     found = []
     local = is_local(settings.listen)
     if settings.policy is not None and settings.insecure_listen == "anonymous":
-        # On a local address as well: it would let everyone in once the policy is gone.
+        # On a local address too: if the policy were ever removed, everyone could call.
         found.append(
-            f"{PREFIX}INSECURE_LISTEN: anonymous is for a service without a policy. With "
-            f"{PREFIX}POLICY, leave it out and keep {PREFIX}LISTEN on 127.0.0.1; or set "
-            f"{PREFIX}INSECURE_LISTEN=plaintext where the network encrypts"
+            f"{PREFIX}INSECURE_LISTEN: anonymous cannot be combined with {PREFIX}POLICY. Unset it "
+            f"and keep {PREFIX}LISTEN on 127.0.0.1; or, where the network encrypts, set "
+            f"{PREFIX}INSECURE_LISTEN=plaintext"
         )
     elif not local and settings.insecure_listen != "anonymous":
         if settings.policy is None:
             found.append(
-                f"{PREFIX}LISTEN: {settings.listen} is reached from elsewhere, and without a "
-                f"policy whoever reaches it may do everything. Listen there with "
-                f"{PREFIX}TLS_LISTEN and {PREFIX}POLICY, and keep {PREFIX}LISTEN on 127.0.0.1; or "
-                f"set {PREFIX}INSECURE_LISTEN=anonymous where something else keeps others out"
+                f"{PREFIX}LISTEN: other machines can reach {settings.listen}, and without a policy "
+                f"everyone who reaches it may do everything. Use {PREFIX}TLS_LISTEN and "
+                f"{PREFIX}POLICY for that address, and keep {PREFIX}LISTEN on 127.0.0.1; or, where "
+                f"something else restricts access, set {PREFIX}INSECURE_LISTEN=anonymous"
             )
         elif settings.insecure_listen != "plaintext":
             found.append(
-                f"{PREFIX}LISTEN: {settings.listen} is reached from elsewhere, and is not "
-                f"encrypted. Listen there with {PREFIX}TLS_LISTEN, and keep {PREFIX}LISTEN on "
-                f"127.0.0.1; or set {PREFIX}INSECURE_LISTEN=plaintext where the network encrypts"
+                f"{PREFIX}LISTEN: other machines can reach {settings.listen}, and it is not "
+                f"encrypted. Use {PREFIX}TLS_LISTEN for that address, and keep {PREFIX}LISTEN on "
+                f"127.0.0.1; or, where the network encrypts, set {PREFIX}INSECURE_LISTEN=plaintext"
             )
     found += _tls_problems(settings)
     if settings.trusted_proxy is not None:
         if settings.policy is None:
-            found.append(f"{PREFIX}TRUSTED_PROXY: without {PREFIX}POLICY nobody asks who calls")
+            found.append(f"{PREFIX}TRUSTED_PROXY: has no effect without {PREFIX}POLICY")
         if not local:
             found.append(
-                f"{PREFIX}TRUSTED_PROXY: a proxy is believed on a UNIX socket or on loopback only, "
-                f"and {PREFIX}LISTEN is neither"
+                f"{PREFIX}TRUSTED_PROXY: requires {PREFIX}LISTEN on a UNIX socket or a loopback "
+                "address"
             )
     if settings.workers > 1 and settings.listen.startswith("unix:"):
         found.append(
             f"{PREFIX}WORKERS: several processes cannot share a UNIX socket; "
-            "listen on HOST:PORT, or use 1"
+            "listen on HOST:PORT, or set it to 1"
         )
     return found
 
@@ -102,10 +102,10 @@ def _tls_problems(settings: "Settings") -> list[str]:
     listen = settings.tls_listen
     if listen is None:
         given = [name for name, path in files.items() if path is not None]
-        return [f"{PREFIX}{name}: is of no use without {PREFIX}TLS_LISTEN" for name in given]
+        return [f"{PREFIX}{name}: has no effect without {PREFIX}TLS_LISTEN" for name in given]
     found = []
     if listen.startswith("unix:"):
-        found.append(f"{PREFIX}TLS_LISTEN: give HOST:PORT; a UNIX socket needs no TLS")
+        found.append(f"{PREFIX}TLS_LISTEN: must be HOST:PORT; a UNIX socket needs no TLS")
     if listen == settings.listen and not listen.endswith(":0"):
         found.append(f"{PREFIX}TLS_LISTEN: is the same address as {PREFIX}LISTEN")
     found += [
@@ -115,7 +115,7 @@ def _tls_problems(settings: "Settings") -> list[str]:
     ]
     if settings.policy is None and not is_local(listen):
         found.append(
-            f"{PREFIX}TLS_LISTEN: {listen} is reached from elsewhere, and without {PREFIX}POLICY "
-            "whoever reaches it may do everything: set it"
+            f"{PREFIX}TLS_LISTEN: other machines can reach {listen}, and without {PREFIX}POLICY "
+            "everyone who reaches it may do everything: set a policy"
         )
     return found

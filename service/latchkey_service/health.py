@@ -1,8 +1,8 @@
-"""grpc.health.v1.Health: tells whether calls are likely to succeed. Who decides is `server.py`.
+"""grpc.health.v1.Health: reports whether calls are likely to succeed. `server.py` decides that.
 
-Not grpcio-health-checking's servicer (1.75): there the end of one watch cuts the others off from
-further changes, a watcher that does not read holds up every change, and a watch never ends, so
-that each stop would last its whole grace.
+Not the servicer of grpcio-health-checking (1.75). In that one, the end of one watch cuts the others
+off from further changes, and a watcher that does not read holds up every change. Its watches never
+end, so each shutdown would last the whole grace period.
 """
 
 import asyncio
@@ -20,52 +20,52 @@ _Response = health_pb2.HealthCheckResponse
 
 
 class Health(health_pb2_grpc.HealthServicer):
-    """The status of some services, the same for all, NOT_SERVING at first."""
+    """The status of some services, the same for all. NOT_SERVING at first."""
 
     def __init__(self, services: Iterable[str]) -> None:
         self._services = frozenset(services)
         self._serving = False
         self._stopping = False
         self._ended = False
-        # Set and replaced at each change, so that whoever holds the old one wakes.
+        # Set and replaced at each change, which wakes everyone who holds the old one.
         self._changed = asyncio.Event()
 
     def set_serving(self, *, serving: bool) -> None:
-        """Change the status. Without effect once it stops."""
+        """Change the status. No effect during shutdown."""
         if not self._stopping:
             self._serving = serving
             self._wake()
 
     def stop(self) -> None:
-        """Say NOT_SERVING from now on."""
+        """Report NOT_SERVING from now on."""
         self.set_serving(serving=False)
         self._stopping = True
 
     def end_watches(self) -> None:
-        """End the watches, after they have told the last status."""
+        """End the watches after they have sent the last status."""
         self._ended = True
         self._wake()
 
     async def Check(  # noqa: N802 - the contract's name
         self, request: health_pb2.HealthCheckRequest, context: Any
     ) -> _Response:
-        """Answer with the status. Raises NotFound for a service that there is not."""
+        """Return the status. Raises NotFound for an unknown service."""
         if request.service not in self._services:
-            raise NotFound("There is no such service.", reason="SERVICE_NOT_FOUND")
+            raise NotFound("Unknown service.", reason="SERVICE_NOT_FOUND")
         return _Response(status=self._status(request.service))
 
     async def Watch(  # noqa: N802 - the contract's name
         self, request: health_pb2.HealthCheckRequest, context: Any
     ) -> AsyncIterator[_Response]:
-        """Answer with the status, and again whenever it changes, until the server stops."""
-        told: object = None
+        """Send the status, and send it again after each change until the server stops."""
+        sent: object = None
         while True:
-            # Taken before the status is read: no change in between is slept through.
+            # Taken before the status is read, so no change in between is missed.
             changed = self._changed
             status = self._status(request.service)
-            if status != told:
+            if status != sent:
                 yield _Response(status=status)
-                told = status
+                sent = status
                 continue
             if self._ended:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "The server is stopping.")

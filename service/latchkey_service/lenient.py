@@ -1,8 +1,8 @@
-"""Verifies whose secret is not text: still a verdict, not an error.
+"""Parses verifies whose secret is not UTF-8, so that they get a verdict instead of an error.
 
-A proto3 string must be UTF-8, so that a message with other bytes in `secret` does not parse. But
-what the holder presented must never make Verify fail, and one holder's bytes must not fail the
-other 999 of a batch. Such a message is read once more, with `secret` as bytes.
+A proto3 string must be UTF-8; otherwise the message does not parse. But no presented secret may
+make Verify fail, and one bad secret must not fail the other 999 of a batch. So such a message is
+parsed again with `secret` as bytes.
 """
 
 from typing import Any
@@ -11,23 +11,23 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-__all__ = ["BATCH_MAX", "BATCH_VERIFY", "VERIFY", "lenient_parse"]
+__all__ = ["BATCH_MAX", "BATCH_VERIFY", "VERIFY", "parse_non_utf8"]
 
 VERIFY = "/latchkey.v1.TokenService/Verify"
 BATCH_VERIFY = "/latchkey.v1.TokenService/BatchVerify"
-# Questions to a BatchVerify.
+# Questions in a BatchVerify.
 BATCH_MAX = 1_000
 
 
-def lenient_parse(path: str, data: bytes) -> Any | None:
-    """Return the request of `path`, secrets that are not text emptied, or None if it is none."""
+def parse_non_utf8(path: str, data: bytes) -> Any | None:
+    """Return the request of `path` with invalid secrets emptied, or None if it does not parse."""
     try:
         if path == VERIFY:
             return _as_text(_VerifyBytes.FromString(data))
         if path == BATCH_VERIFY:
             batch = _BatchVerifyBytes.FromString(data)
-            # It is refused anyway, and each question takes time that nobody was asked for yet:
-            # what fits into a message would hold up all others for seconds.
+            # A larger batch is rejected anyway. Converting every question that fits into a message
+            # would block the event loop for seconds.
             if len(batch.requests) > BATCH_MAX:
                 return None
             return pb.BatchVerifyRequest(requests=map(_as_text, batch.requests))
@@ -37,7 +37,7 @@ def lenient_parse(path: str, data: bytes) -> Any | None:
 
 
 def _as_text(request: Any) -> pb.VerifyRequest:
-    """Return the request as it should have come. An empty secret is MALFORMED, as it would be."""
+    """Convert the secret to text. An invalid one becomes empty, which is MALFORMED as well."""
     try:
         secret = request.secret.decode()
     except UnicodeDecodeError:
@@ -46,9 +46,9 @@ def _as_text(request: Any) -> pb.VerifyRequest:
 
 
 def _messages() -> tuple[Any, Any]:
-    """Make the two requests' types anew, with `secret` as bytes: the same on the wire.
+    """Build both request types with `secret` as bytes; their wire format is the same.
 
-    Derived from the contract's own descriptors, so that they cannot drift apart from it.
+    They derive from the contract's own descriptors, so they cannot diverge from it.
     """
     file = descriptor_pb2.FileDescriptorProto()
     pb.DESCRIPTOR.CopyToProto(file)
@@ -57,7 +57,7 @@ def _messages() -> tuple[Any, Any]:
         for field in message.field:
             if message.name == "VerifyRequest" and field.name == "secret":
                 field.type = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
-    # A pool of its own: the default one has these names already, and reflection shows it.
+    # A separate pool: the default one already has these names, and reflection exposes it.
     pool = descriptor_pool.DescriptorPool()
     for dependency in pb.DESCRIPTOR.dependencies:
         pool.AddSerializedFile(dependency.serialized_pb)

@@ -1,9 +1,8 @@
-"""What is told of calls: structured log lines, and counts where a line each would cost too much.
+"""Structured logs, and counters where a line per event would cost too much.
 
-A management call and a failed call get a line each. A successful verify is counted, and a share of
-them, off by default, gets a line: writing one costs more than the call. No line has a field for
-anything that a caller presented: a secret cannot be logged by mistake of a caller who puts it in
-the wrong field either.
+Management calls and failed calls get a line each. Successful verifies are only counted, because a
+line costs more than the call; a sample of them is logged on request. No line has a field for
+anything that a caller presented, so a secret in a wrong field cannot end up in the log.
 """
 
 import logging
@@ -16,27 +15,27 @@ import structlog
 
 from latchkey_service.verdict import Verdict
 
-__all__ = ["Counts", "Form", "configure", "form", "logger"]
+__all__ = ["Counts", "Format", "configure", "format_of", "logger"]
 
 GRPCIO = "grpc._cython.cygrpc"
 
-Form = Literal["json", "console"]
+Format = Literal["json", "console"]
 
 
 def logger(**initial: Any) -> structlog.stdlib.BoundLogger:
-    """Return a logger, with fields that each of its lines has."""
+    """Return a logger whose lines all have the fields in `initial`."""
     return structlog.stdlib.get_logger(**initial)
 
 
 class Counts:
-    """Counts since the last summary. Belongs to the event loop."""
+    """Counters since the last summary. Event loop only."""
 
     def __init__(self) -> None:
         self.verdicts: Counter[Verdict] = Counter()
         self.calls: Counter[tuple[str, str]] = Counter()
 
     def take(self) -> dict[str, int]:
-        """Return the counts by name and start anew."""
+        """Return the counts by name and reset them."""
         summary = {f"verdict.{v.name}": n for v, n in sorted(self.verdicts.items())}
         summary |= {f"{method}.{code}": n for (method, code), n in sorted(self.calls.items())}
         self.verdicts.clear()
@@ -44,26 +43,26 @@ class Counts:
         return summary
 
 
-def form(setting: Literal["json", "console", "auto"]) -> Form:
-    """Return the form of log lines: for people on a terminal, for programs elsewhere."""
+def format_of(setting: Literal["json", "console", "auto"]) -> Format:
+    """Return the format of log lines: `console` on a terminal, `json` elsewhere."""
     if setting != "auto":
         return setting
     return "console" if sys.stderr.isatty() else "json"
 
 
-def configure(form_: Form, level: str) -> None:
-    """Send all of the process's log lines, those of libraries included, to standard error."""
+def configure(format_: Format, level: str) -> None:
+    """Send all log lines of the process, including those of libraries, to stderr."""
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        # The plain form: the rich one prints local variables, and those may hold a secret.
+        # The plain format: the rich one prints local variables, which may hold a secret.
         structlog.processors.format_exc_info,
     ]
     renderer: Any = (
         structlog.processors.JSONRenderer()
-        if form_ == "json"
+        if format_ == "json"
         else structlog.dev.ConsoleRenderer(
             colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
         )
@@ -92,12 +91,12 @@ def configure(form_: Form, level: str) -> None:
 
 
 def _without_values(record: logging.LogRecord) -> bool:
-    """Take what callers sent out of a line of grpcio's; what happened, and where, stays.
+    """Remove callers' data from a log line of grpcio, but keep what happened and where.
 
-    It quotes metadata and paths that are not UTF-8, before any handler of ours is asked: also a
-    credential that has come with a stray byte.
+    grpcio quotes metadata and paths that are not UTF-8 before any of our handlers run. That may
+    include a credential with a stray byte.
     """
-    # They are yet to be filled in, as in "Invalid encoding on %s", or were, between brackets.
+    # The values follow a placeholder ("Invalid encoding on %s") or are already in brackets.
     record.msg = re.split(r"[\[%]", str(record.msg))[0].strip()
     record.args = None
     if record.exc_info and record.exc_info[1] is not None:

@@ -14,7 +14,7 @@ import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from latchkey_service.admission import STUCK_SECONDS, QueueBound
+from latchkey_service.admission import STUCK_SECONDS, QueueLimit
 from latchkey_service.coherence.snapshot import Snapshot
 from latchkey_service.database import answers, retrying, translated
 from latchkey_service.errors import NO_ANSWER, TOO_LATE, Overloaded, StoreUnavailable, Unavailable
@@ -81,7 +81,7 @@ class Lookup:
         self._link = _Link(connect, monotonic)
         self._waiting: list[_Waiter] = []
         self._waiting_digests = 0
-        self._bound = QueueBound(STANDING, WAITING_MAX)
+        self._bound = QueueLimit(STANDING, WAITING_MAX)
         # Of queries: when the one under way began, and how long they take.
         self._asked_at: float | None = None
         self._query_seconds = 0.0
@@ -126,7 +126,7 @@ class Lookup:
             self._bound.empty(now)
         more = len(self._waiting) + len(self._link.batch) - BUSY
         if self._waiting_digests + len(digests) > WAITING_MAX or (
-            more > 0 and self._bound.refuses(more, now)
+            more > 0 and self._bound.rejects(more, now)
         ):
             if self._asked_at is not None and now - self._asked_at > STUCK_SECONDS:
                 raise StoreUnavailable(NO_ANSWER)

@@ -1,13 +1,12 @@
-"""Ends a worker whose memory grows past all reason, before the machine suffers.
+"""Kills a worker that uses far too much memory, before the machine runs out.
 
-`native` (0.5.0) keeps a message of any size, and unpacks a compressed one, before it can be
-refused; and whoever takes no answers has them kept. The worker is ended at once, as by a crash: it
-cannot give the memory back, and all that it would still do takes more. The supervisor starts
-another.
+`native` (0.5.0) buffers a message of any size, and decompresses it, before it can be rejected. It
+also keeps the answers for clients that do not read. The worker exits at once, as in a crash: it
+cannot give the memory back, and continuing would only use more. The supervisor starts another one.
 
-Not a limit of the kernel on what a process may map (RLIMIT_DATA, RLIMIT_AS): `native` maps the room
-for a message by what five bytes say that its size will be, 4 GiB at most, so that every client
-could end a worker with five bytes. And not a graceful stop, for the memory that is left.
+A kernel limit on mapped memory (RLIMIT_DATA, RLIMIT_AS) would not work. `native` maps memory for a
+message by the size in its first five bytes, up to 4 GiB, so any client could kill a worker with
+five bytes. A graceful stop would not work either, with so little memory left.
 """
 
 import asyncio
@@ -21,18 +20,18 @@ from latchkey_service.log import logger
 __all__ = ["guard_memory", "memory_max_bytes"]
 
 MIB: Final = 1024 * 1024
-# Unpacking fills some 500 MB a second: this is noticed some 50 MB late. A look takes 10 µs.
+# Decompression fills some 500 MB a second, so detection is some 50 MB late. A check takes 10 µs.
 LOOK_SECONDS: Final = 0.1
-# A worker without load takes some 100 MB. The rest is for messages and answers on their way.
+# An idle worker uses some 100 MB. The rest is for messages and answers in transit.
 BASE_MIB: Final = 1024
-# Twice what they take, for what an allocator cannot give back.
+# Twice their real size, because an allocator cannot return all freed memory.
 ENTRY_BYTES: Final = 1_000
 CONNECTION_BYTES: Final = 100_000
 EXIT_CODE: Final = 70  # EX_SOFTWARE
 
 
 def memory_max_bytes(settings: Settings) -> int:
-    """Return how much memory a worker may have resident."""
+    """Return the limit of a worker's resident memory."""
     if settings.memory_mib is not None:
         return settings.memory_mib * MIB
     listeners = 1 if settings.tls_listen is None else 2
@@ -44,18 +43,18 @@ def memory_max_bytes(settings: Settings) -> int:
 
 
 async def guard_memory(bytes_max: int) -> None:
-    """End this process when it has more memory resident. Ends when cancelled. Linux only."""
+    """Exit the process when its resident memory exceeds the limit. Linux only."""
     if sys.platform != "linux" or not bytes_max:
         return
     page = os.sysconf("SC_PAGESIZE")
     file = os.open("/proc/self/statm", os.O_RDONLY)
     try:
         while True:
-            # Pages in all, pages resident, ...
+            # The fields are total pages, resident pages, ...
             resident = int(os.pread(file, 100, 0).split()[1]) * page
             if resident > bytes_max:
                 logger().critical(
-                    "worker ends: too much memory", mib=resident // MIB, limit_mib=bytes_max // MIB
+                    "worker exits: too much memory", mib=resident // MIB, limit_mib=bytes_max // MIB
                 )
                 os._exit(EXIT_CODE)
             await asyncio.sleep(LOOK_SECONDS)

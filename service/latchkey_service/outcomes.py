@@ -1,7 +1,7 @@
-"""What is told of a call that has ended: its status, its count, its line in the log, its entry.
+"""Reports a finished call: gRPC status, counters, log line, audit entry.
 
-Of many calls that end alike only some are written down, and refusals are paced: there may be
-thousands in a second.
+Thousands of calls may fail alike in a second. So only some of them are logged and audited, and
+rejections are paced.
 """
 
 import random
@@ -10,9 +10,9 @@ from typing import Any
 
 import structlog
 
-from latchkey_service.access.policy import ANYONE, Caller
-from latchkey_service.admission import Pacer
-from latchkey_service.audit import AuditLog, Origin
+from latchkey_service.access.policy import ANONYMOUS, Caller
+from latchkey_service.admission import RejectionPacer
+from latchkey_service.audit import AuditContext, AuditLog
 from latchkey_service.deadlines import budget_seconds
 from latchkey_service.errors import (
     TOO_LATE,
@@ -28,71 +28,69 @@ from latchkey_service.errors import (
 )
 from latchkey_service.log import Counts, logger
 
-__all__ = ["Outcomes", "request_id_of"]
+__all__ = ["CallReporter", "request_id_of"]
 
 REQUEST_ID_METADATA = "x-request-id"
 REQUEST_ID_LENGTH_MAX = 64
-# Who asks more than it may is told this late at most, and so cannot ask again at once.
+# Delay of an answer to a caller above its rate limit, which keeps it from retrying at once.
 LIMITED_SECONDS_MAX = 0.25
 
 
-class Outcomes:
-    """Tells of them. One for each worker process."""
+class CallReporter:
+    """Reports finished calls. One instance per worker process."""
 
     def __init__(self, counts: Counts, audit: AuditLog, monotonic: Callable[[], float]) -> None:
         self._counts = counts
         self._audit = audit
         self._monotonic = monotonic
-        self._pacer = Pacer()
+        self._pacer = RejectionPacer()
         self._log: structlog.stdlib.BoundLogger = logger()
 
-    def fail(
+    def failed(
         self,
         path: str,
         context: Any,
         start: float,
         error: Exception,
-        caller: Caller = ANYONE,
-        origin: Origin | None = None,
-        make_origin: Callable[[str], Origin] | None = None,
+        caller: Caller = ANONYMOUS,
+        audit_context: AuditContext | None = None,
+        make_context: Callable[[str], AuditContext] | None = None,
     ) -> tuple[StatusParts, float]:
-        """Count, log and audit a call that failed; return its status, and after how many seconds
-        it is to have that.
+        """Count, log and audit a failed call. Return its status and the delay before sending it.
 
-        An audited call is written down with its `origin`, or with what `make_origin` makes of the
-        caller's name where it has none yet.
+        The entry of an audited call uses `audit_context`. If the call failed before it had one,
+        `make_context` builds it from the caller's name.
         """
         if isinstance(error, TimeoutError):
             error = Unavailable(TOO_LATE)
         name = error.caller if isinstance(error, Denied) else caller.name
         code, reason = code_of(error), reason_of(error)
         expected = isinstance(error, LatchkeyError)
-        written: Origin | None = None
-        # Of many failures of one kind only some are written down and logged: there may be thousands
-        # in a second.
-        told = True
-        if origin is not None and origin.recorded:
-            # Its entry was written with its change, which stands.
-            written = origin
-        elif make_origin is not None:
-            told = self._audit.writes(name, path, code.name, reason)
-            if told or not expected:
-                written = origin or make_origin(name)
-            if told and written is not None:
-                told = self._audit.note(written, code.name, reason)
+        written: AuditContext | None = None
+        # Thousands of calls may fail alike in a second; only some are logged and audited.
+        logged = True
+        if audit_context is not None and audit_context.recorded:
+            # The entry was written in the same transaction as the change, which stands.
+            written = audit_context
+        elif make_context is not None:
+            logged = self._audit.should_record(name, path, code.name, reason)
+            if logged or not expected:
+                written = audit_context or make_context(name)
+            if logged and written is not None:
+                logged = self._audit.record(written, code.name, reason)
         elif expected:
-            told = self._audit.tells(name, path, reason)
+            logged = self._audit.should_log(name, path, reason)
         request_id = request_id_of(context) if written is None else written.request_id
-        if told or not expected:
-            self.tell(
+        if logged or not expected:
+            self.log(
                 path,
                 context,
                 start,
                 code.name,
                 reason,
                 request_id,
-                # The cause, for the operator. An error of the domain tells it by its reason, and a
-                # caller's mistakes come too often to print where they were found.
+                # The cause is for the operator. The reason explains an error of our own, and
+                # callers' mistakes are too frequent to log with a traceback.
                 None if expected and error.__cause__ is None else error,
                 written,
             )
@@ -102,32 +100,35 @@ class Outcomes:
 
     def _delay_seconds(self, error: Exception, context: Any) -> float:
         if isinstance(error, RateLimited):
-            # Each caller's by itself: it holds up nobody else's.
+            # Each delay belongs to one caller and holds up no other.
             return min(error.retry_seconds, LIMITED_SECONDS_MAX, budget_seconds(context) / 2)
         if isinstance(error, Overloaded):
             return self._pacer.delay_seconds(self._monotonic(), budget_seconds(context))
         return 0.0
 
-    def end(
+    def ended(
         self,
         path: str,
         context: Any,
         start: float,
         reason: str,
         caller: Caller,
-        origin: Origin | None,
+        audit_context: AuditContext | None,
     ) -> None:
-        """Count, log and audit a call that ended without an answer of ours: CANCELLED, ABORTED."""
+        """Count, log and audit a call that ended without our answer: CANCELLED or ABORTED."""
         self._counts.calls[path.rpartition("/")[2], reason] += 1
-        if origin is None:
-            told, request_id = self._audit.tells(caller.name, path, reason), request_id_of(context)
+        if audit_context is None:
+            logged, request_id = (
+                self._audit.should_log(caller.name, path, reason),
+                request_id_of(context),
+            )
         else:
-            request_id = origin.request_id
-            told = origin.recorded or self._audit.note(origin, reason, reason)
-        if told:
-            self.tell(path, context, start, reason, reason, request_id, origin=origin)
+            request_id = audit_context.request_id
+            logged = audit_context.recorded or self._audit.record(audit_context, reason, reason)
+        if logged:
+            self.log(path, context, start, reason, reason, request_id, audit_context=audit_context)
 
-    def tell(
+    def log(
         self,
         path: str,
         context: Any,
@@ -136,9 +137,9 @@ class Outcomes:
         reason: str | None,
         request_id: str,
         error: Exception | None = None,
-        origin: Origin | None = None,
+        audit_context: AuditContext | None = None,
     ) -> None:
-        """Log a call that has ended."""
+        """Log a finished call."""
         fields: dict[str, Any] = {
             "request_id": request_id,
             "method": path,
@@ -148,24 +149,24 @@ class Outcomes:
         }
         if reason is not None:
             fields["reason"] = reason
-        if origin is not None:
-            fields |= origin.fields()
+        if audit_context is not None:
+            fields |= audit_context.fields()
         if error is not None and not isinstance(error, LatchkeyError):
             fields["exc_info"] = _without_values(error)
         elif error is not None:
             fields["cause"] = type(error.__cause__).__name__
-        log = self._log.error if "exc_info" in fields else self._log.info
-        log("call", **fields)
+        write = self._log.error if "exc_info" in fields else self._log.info
+        write("call", **fields)
 
-    def refuse(self, path: str, seconds: float | None) -> tuple[StatusParts, float]:
-        """Count a call that is refused before it has begun, and before it is known who calls.
+    def rejected(self, path: str, seconds: float | None) -> tuple[StatusParts, float]:
+        """Count a call that is rejected before it starts, and before its caller is known.
 
-        As `fail`. `seconds`: how long its caller waits; None: for ever.
+        Returns what `failed` returns. `seconds` is how long the caller waits; None means no limit.
         """
-        error = Overloaded("Too many calls are waiting to be begun; try again shortly.")
+        error = Overloaded("Too many calls are waiting to start; try again shortly.")
         self._counts.calls[path.rpartition("/")[2], code_of(error).name] += 1
         request_id = _random_id()
-        if self._audit.tells("", path, error.reason):
+        if self._audit.should_log("", path, error.reason):
             self._log.info(
                 "call",
                 request_id=request_id,
@@ -179,7 +180,7 @@ class Outcomes:
 
 
 def request_id_of(context: Any) -> str:
-    """Return the caller's id for the request if it is a harmless one, else a new one."""
+    """Return the caller's request id if it is well-formed, else a new random one."""
     for key, value in context.invocation_metadata() or ():
         if (
             key == REQUEST_ID_METADATA
@@ -193,12 +194,12 @@ def request_id_of(context: Any) -> str:
 
 
 def _random_id() -> str:
-    # To find a call by, and no secret: it need not cost a system call.
+    # A correlation id, not a secret, so a system call is unnecessary.
     return f"{random.getrandbits(64):016x}"
 
 
 def _without_values(error: Exception) -> Any:
-    """Return what is logged of an unforeseen exception: types and places, not its text.
+    """Return what to log of an unforeseen exception: its type and traceback, not its text.
 
     The text may quote a value (Postgres' DETAIL and Python's KeyError do), and that value may be a
     secret or a digest.

@@ -15,8 +15,8 @@ from latchkey_coherence.memory import NOWHERE, Position
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
-from latchkey_service.admission import leave_place
-from latchkey_service.audit import call_origin
+from latchkey_service.admission import release_slot
+from latchkey_service.audit import call_audit_context
 from latchkey_service.coherence.watch import (
     Event,
     Grant,
@@ -105,8 +105,8 @@ class TokenService(pb_grpc.TokenServiceServicer):
         async def send(event: Event) -> None:
             await context.write(_watch_response(event))
 
-        origin = call_origin.get()
-        client = f"{origin.caller} at {origin.peer}" if origin.caller else origin.peer
+        call = call_audit_context.get()
+        client = f"{call.caller} at {call.peer}" if call.caller else call.peer
         await self._watchers.serve(requests(), send, client)
 
     async def Create(self, request: pb.CreateRequest, context: "Context") -> pb.CreateResponse:
@@ -119,7 +119,7 @@ class TokenService(pb_grpc.TokenServiceServicer):
             _timedelta("ttl", request.ttl) if expiry == "ttl" else None,
             dict(request.labels),
         )
-        created = await self._tokens.create(new, call_origin.get(), self._deadline(context))
+        created = await self._tokens.create(new, call_audit_context.get(), self._deadline(context))
         response = pb.CreateResponse(secret=created.secret.reveal())
         _put_token(created.record, response.token)
         return response
@@ -145,10 +145,10 @@ class TokenService(pb_grpc.TokenServiceServicer):
             request.account_id,
             request.id,
             None if request.no_wait else wait_until,
-            call_origin.get(),
+            call_audit_context.get(),
             self._deadline(context),
             # To wait for verifiers takes nothing that others could use.
-            on_wait=leave_place,
+            on_wait=release_slot,
         )
         response = pb.DeleteResponse()
         put_receipt(deletion, response.receipt)

@@ -13,7 +13,7 @@ from latchkey_proto.v1 import audit_service_pb2 as pb
 from latchkey_proto.v1 import audit_service_pb2_grpc as pb_grpc
 
 from latchkey_service.access.methods import METHODS
-from latchkey_service.audit_table import DENIED_CODES, AuditTable, Entry, Filter, Place
+from latchkey_service.audit_table import DENIED_CODES, AuditTable, Cursor, Entry, Filter
 from latchkey_service.errors import FieldViolation, InvalidArgument
 from latchkey_service.rpc import to_datetime
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class AuditService(pb_grpc.AuditServiceServicer):
-    """latchkey.v1.AuditService. What it tells is said in the .proto."""
+    """latchkey.v1.AuditService. The .proto file documents its behaviour."""
 
     def __init__(self, table: AuditTable) -> None:
         self._table = table
@@ -41,34 +41,34 @@ class AuditService(pb_grpc.AuditServiceServicer):
         self, request: pb.AuditServiceListRequest, context: "Context"
     ) -> pb.AuditServiceListResponse:
         wanted = _filter(request)
-        after = _place(wanted, request.page_token) if request.page_token else None
+        after = _cursor(wanted, request.page_token) if request.page_token else None
         size = min(request.page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
-        # One more than asked for tells whether there is a next page.
+        # One more entry than requested shows whether there is a next page.
         entries = await self._table.list(wanted, after, size + 1)
         response = pb.AuditServiceListResponse()
         for entry in entries[:size]:
             _put_entry(entry, response.entries.add())
         if len(entries) > size:
             last = entries[size - 1]
-            response.next_page_token = _page_token(wanted, Place(last.time, last.id))
+            response.next_page_token = _page_token(wanted, Cursor(last.time, last.id))
         return response
 
 
 def _filter(request: pb.AuditServiceListRequest) -> Filter:
-    """Return what is asked for. Raises InvalidArgument."""
+    """Return the request's filters. Raises InvalidArgument."""
     violations = [
-        FieldViolation(name, f"must have at most {FILTER_LENGTH_MAX} characters, and no NUL")
+        FieldViolation(name, f"must have at most {FILTER_LENGTH_MAX} characters and no NUL")
         for name in ("account_id", "token_id", "caller", "method")
         if len(value := getattr(request, name)) > FILTER_LENGTH_MAX or "\0" in value
     ]
     method = request.method
     if method and "/" not in method:
-        # By the name alone, of the one service whose calls have entries.
+        # The short name of a method of the service whose calls have entries.
         method = f"/latchkey.v1.TokenService/{method}"
     if method and not (method in METHODS and METHODS[method].audited):
         violations.append(FieldViolation("method", "must be Create, Get, List or Delete"))
     if request.outcome not in pb.Outcome.values():
-        violations.append(FieldViolation("outcome", "is no outcome"))
+        violations.append(FieldViolation("outcome", "is not a known outcome"))
     if request.page_size < 0:
         violations.append(FieldViolation("page_size", "must not be negative"))
     if violations:
@@ -89,19 +89,21 @@ def _filter(request: pb.AuditServiceListRequest) -> Filter:
     )
 
 
-def _page_token(wanted: Filter, place: Place) -> str:
-    """Return an opaque page token for a place in what is asked for."""
-    payload = struct.pack(">qq", (place.time - _EPOCH) // _MICROSECOND, place.id)
+def _page_token(wanted: Filter, cursor: Cursor) -> str:
+    """Return an opaque page token for a position in the results of these filters."""
+    payload = struct.pack(">qq", (cursor.time - _EPOCH) // _MICROSECOND, cursor.id)
     return base64.urlsafe_b64encode(_seal(wanted, payload) + payload).decode()
 
 
-def _place(wanted: Filter, page_token: str) -> Place:
-    """Return the place that a page token stands for.
+def _cursor(wanted: Filter, page_token: str) -> Cursor:
+    """Return the position that a page token encodes.
 
-    Raises InvalidArgument for one that is damaged or of other filters. It carries no authority: the
-    filters are in every query.
+    Raises InvalidArgument if it is damaged or belongs to other filters. A page token grants no
+    access: every query applies the filters.
     """
-    damaged = FieldViolation("page_token", "is damaged, or of other filters: start anew")
+    damaged = FieldViolation(
+        "page_token", "is damaged or belongs to other filters: start from the first page"
+    )
     if not _PAGE_TOKEN.fullmatch(page_token):
         raise InvalidArgument(damaged)
     try:
@@ -110,13 +112,13 @@ def _place(wanted: Filter, page_token: str) -> Place:
         if seal != _seal(wanted, payload):
             raise InvalidArgument(damaged)
         microseconds, entry_id = struct.unpack(">qq", payload)
-        return Place(_EPOCH + microseconds * _MICROSECOND, entry_id)
+        return Cursor(_EPOCH + microseconds * _MICROSECOND, entry_id)
     except (binascii.Error, struct.error, OverflowError):
         raise InvalidArgument(damaged) from None
 
 
 def _seal(wanted: Filter, payload: bytes) -> bytes:
-    """Bind a page token to its filters and detect damage. Not a signature, and no need of one."""
+    """Bind a page token to its filters and detect damage. It need not be a signature."""
     bound = repr(wanted).encode() + b"\0" + payload
     return hashlib.blake2s(bound, digest_size=_SEAL_BYTES, person=b"lk.audit").digest()
 

@@ -7,8 +7,8 @@ import grpc
 from latchkey_proto.v1 import maintenance_service_pb2 as pb
 from latchkey_proto.v1 import maintenance_service_pb2_grpc as pb_grpc
 
-from latchkey_service.admission import leave_place
-from latchkey_service.audit import call_origin
+from latchkey_service.admission import release_slot
+from latchkey_service.audit import call_audit_context
 from latchkey_service.deadlines import budget_seconds, confirmation_seconds
 from latchkey_service.rpc import put_receipt
 from latchkey_service.tokens import Tokens
@@ -32,9 +32,9 @@ class MaintenanceService(pb_grpc.MaintenanceServiceServicer):
         now = self._clock()
         deletion = await self._tokens.invalidate_all(
             now + confirmation_seconds(context),
-            call_origin.get(),
+            call_audit_context.get(),
             now + budget_seconds(context),
-            on_wait=leave_place,
+            on_wait=release_slot,
         )
         response = pb.InvalidateAllResponse()
         put_receipt(deletion, response.receipt)

@@ -32,7 +32,7 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
 from latchkey_service import exposure
 from latchkey_service.access import policy as policies
-from latchkey_service.access.gate import Door, Gate
+from latchkey_service.access.gate import ActivePolicy, Authenticator
 from latchkey_service.access.policy import PolicyError
 from latchkey_service.audit import AuditLog
 from latchkey_service.audit_table import AuditTable
@@ -60,7 +60,7 @@ from latchkey_service.database import Connector, Pool
 from latchkey_service.health import Health
 from latchkey_service.log import Counts, logger
 from latchkey_service.lookup import Lookup
-from latchkey_service.outcomes import Outcomes
+from latchkey_service.outcomes import CallReporter
 from latchkey_service.primary import Primary
 from latchkey_service.rpc import TokenService, encode_token
 from latchkey_service.rpc_audit import AuditService
@@ -107,31 +107,35 @@ class Server:
         calls: Calls,
         services: Services,
         watchers: Watchers,
-        gate: Gate | None,
+        active_policy: ActivePolicy | None,
         limits: Limits,
     ) -> None:
         self._watchers = watchers
         self._health = services.health
-        self._gate = gate
+        self._active_policy = active_policy
         # A thread of its own. Those of the event loop are for whoever comes, as host names are that
         # are looked up, and a right that was taken away is not to wait for these.
         self._parsing = ThreadPoolExecutor(1, "policy")
-        plaintext = make_transport(exposure.transport_of(settings), limits, calls.refuse)
+        plaintext = make_transport(exposure.transport_of(settings), limits, calls.rejected)
         self._servers = [plaintext]
-        door = None
-        if gate is not None:
-            door = Door(gate, proxy=settings.trusted_proxy, metadata_of=metadata_of)
+        authenticator = None
+        if active_policy is not None:
+            authenticator = Authenticator(
+                active_policy, proxy=settings.trusted_proxy, metadata_of=metadata_of
+            )
         reflected = exposure.reflects(settings, settings.listen)
-        _register(services, _Registrar(plaintext, calls, door), reflected=reflected)
+        _register(services, _Registrar(plaintext, calls, authenticator), reflected=reflected)
         self.address = _with_port(settings.listen, plaintext.add_insecure_port(settings.listen))
         self.tls_address: str | None = None
         if settings.tls_listen is not None:
             # grpcio, whatever the other one is: `native` has no TLS.
-            encrypted = make_transport("grpcio", limits, calls.refuse)
+            encrypted = make_transport("grpcio", limits, calls.rejected)
             self._servers.append(encrypted)
-            door = None if gate is None else Door(gate, tls=True)
+            authenticator = (
+                None if active_policy is None else Authenticator(active_policy, tls=True)
+            )
             reflected = exposure.reflects(settings, settings.tls_listen)
-            _register(services, _Registrar(encrypted, calls, door), reflected=reflected)
+            _register(services, _Registrar(encrypted, calls, authenticator), reflected=reflected)
             assert settings.tls_certificate is not None, "exposure.py has seen to it"  # noqa: S101 - for the type checker
             assert settings.tls_key is not None, "exposure.py has seen to it"  # noqa: S101 - for the type checker
             certificates = Certificates(
@@ -154,11 +158,11 @@ class Server:
 
     async def take_policy(self, text: str) -> None:
         """Put another policy in force. Raises PolicyError, and then nothing has changed."""
-        if self._gate is None:
+        if self._active_policy is None:
             raise PolicyError("one has come to a worker that was started without")
         loop = asyncio.get_running_loop()
         policy = await loop.run_in_executor(self._parsing, policies.parse, text)
-        self._gate.replace(policy)
+        self._active_policy.replace(policy)
         logger().info("policy in force", callers=len(policy.callers))
 
     async def stop(self, grace_seconds: float) -> bool:
@@ -216,9 +220,9 @@ async def running(
         raise ValueError("a worker needs a database URL")
     text = policy_text()
     if (text is None) != (settings.policy is None):
-        # Whichever of the two is right: to go on without a gate would let everybody in.
+        # Whichever of the two is right: to go on without a policy would let everybody in.
         raise PolicyError("a worker needs both or neither, the setting and what the file says")
-    gate = None if text is None else Gate(policies.parse(text))
+    active_policy = None if text is None else ActivePolicy(policies.parse(text))
     connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
     cache, notify = settings.cache == "on", settings.notify == "on"
     identity = _identity(settings, keyring)
@@ -290,10 +294,10 @@ async def running(
     counts = Counts()
     audit_table = AuditTable(pool)
     audit = AuditLog(audit_table, time.monotonic, _now)
-    outcomes = Outcomes(counts, audit, time.monotonic)
-    calls = Calls(counts, audit, outcomes, settings.log_verify_share, time.monotonic)
-    if gate is not None:
-        gate.on_change(calls.recheck)
+    reporter = CallReporter(counts, audit, time.monotonic)
+    calls = Calls(counts, audit, reporter, settings.log_verify_share, time.monotonic)
+    if active_policy is not None:
+        active_policy.on_change(calls.recheck)
     services = Services(
         TokenService(tokens, verifier, watchers, counts, boottime),
         StatusService(table, identity.id, primary.warnings),
@@ -301,7 +305,7 @@ async def running(
         MaintenanceService(tokens, boottime),
         Health(("", *SERVICES)),
     )
-    server = Server(settings, calls, services, watchers, gate, limits)
+    server = Server(settings, calls, services, watchers, active_policy, limits)
 
     def gauges() -> Mapping[str, int]:
         return {
@@ -317,8 +321,8 @@ async def running(
 
     # They go on until the last answer: until then Deletes wait for this process.
     beating, listening = begin(heart.run()), begin(listener.run())
-    if gate is not None and (latest := policy_text()) is not None and latest != text:
-        gate.replace(policies.parse(latest))
+    if active_policy is not None and (latest := policy_text()) is not None and latest != text:
+        active_policy.replace(policies.parse(latest))
     await server.start()
     retention = timedelta(days=settings.tombstone_retention_days)
     audit_retention = timedelta(days=settings.audit_retention_days)
@@ -389,10 +393,12 @@ class _Registrar:
     is all that grpcio's asyncio server reads and what `native` leaves to its grpcio part.
     """
 
-    def __init__(self, server: grpc.aio.Server, calls: Calls, door: Door | None) -> None:
+    def __init__(
+        self, server: grpc.aio.Server, calls: Calls, authenticator: Authenticator | None
+    ) -> None:
         self._server = server
         self._calls = calls
-        self._door = door
+        self._authenticator = authenticator
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
         """Do nothing: generated code registers the same handlers by name right after."""
@@ -400,7 +406,7 @@ class _Registrar:
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
         """Wrap and register the handlers of a service by method name."""
         wrapped = {
-            name: self._calls.wrap(f"/{service}/{name}", handler, self._door)
+            name: self._calls.wrap(f"/{service}/{name}", handler, self._authenticator)
             for name, handler in handlers.items()
         }
         by_path = {f"/{service}/{name}": handler for name, handler in wrapped.items()}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from latchkey_coherence.memory import Position
 
-from latchkey_service.audit import Origin
+from latchkey_service.audit import AuditContext
 from latchkey_service.coherence.confirmation import Confirmation
 from latchkey_service.coherence.membership import EVERY_TOKEN
 from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
@@ -147,9 +147,9 @@ class Store:
 
     @retrying
     async def insert_token(
-        self, record: TokenRecord, name_key: str, digest: Digest, origin: Origin
+        self, record: TokenRecord, name_key: str, digest: Digest, audit_context: AuditContext
     ) -> None:
-        """Add a token with its secret and the audit entry of `origin`, all or none.
+        """Add a token with its secret and the audit entry of `audit_context`, all or none.
 
         Raises AlreadyExists for a taken name.
         """
@@ -181,12 +181,12 @@ class Store:
                     json.dumps(dict(record.labels)),
                     digest.value,
                     digest.pepper_id,
-                    origin.caller,
-                    origin.method,
-                    origin.peer,
-                    origin.request_id,
+                    audit_context.caller,
+                    audit_context.method,
+                    audit_context.peer,
+                    audit_context.request_id,
                 )
-        origin.token_id, origin.recorded = record.id, True
+        audit_context.token_id, audit_context.recorded = record.id, True
 
     @retrying
     async def get_token(
@@ -237,7 +237,9 @@ class Store:
         return [record_of(row) for row in rows if row[3] is not None], snapshot_of(rows[0])
 
     @retrying
-    async def bury(self, account_id: str, token_id: str, origin: Origin) -> Deletion | None:
+    async def bury(
+        self, account_id: str, token_id: str, audit_context: AuditContext
+    ) -> Deletion | None:
         """Turn a live token into a tombstone under the next revision; None if it is not live.
 
         One statement, and so one transaction: the tombstone, the next revision, the log entry and
@@ -278,14 +280,14 @@ class Store:
                     """,  # nosec B608 # noqa: S608 - constants only
                     account_id,
                     token_id,
-                    origin.caller,
-                    origin.method,
-                    origin.peer,
-                    origin.request_id,
+                    audit_context.caller,
+                    audit_context.method,
+                    audit_context.peer,
+                    audit_context.request_id,
                 )
         if row is None:
             return None
-        origin.recorded = True
+        audit_context.recorded = True
         return _deletion_of(row)
 
     @retrying
@@ -351,7 +353,7 @@ class Store:
         return _deletion_of(row)
 
     @retrying
-    async def invalidate_all(self, origin: Origin) -> tuple[Position, datetime]:
+    async def invalidate_all(self, audit_context: AuditContext) -> tuple[Position, datetime]:
         """Take a revision that names every token; return its position and when it was taken.
 
         In one transaction with its log entry and its audit entry, as durable as a deletion.
@@ -375,15 +377,15 @@ class Store:
                         SELECT moment, '', '', $1, $2, $3, $4 FROM stamped)
                     SELECT revision, mark, moment FROM stamped
                     """,  # nosec B608 # noqa: S608 - constants only
-                    origin.caller,
-                    origin.method,
-                    origin.peer,
-                    origin.request_id,
+                    audit_context.caller,
+                    audit_context.method,
+                    audit_context.peer,
+                    audit_context.request_id,
                     EVERY_TOKEN,
                 )
         if row is None:
             raise RuntimeError("the table head has no row")
-        origin.recorded = True
+        audit_context.recorded = True
         return Position(row[0], mark_in(row[1])), row[2]
 
     @retrying

@@ -1,14 +1,14 @@
-"""Start everything in order, keep it up, stop it in order: Postgres, schema, workers.
+"""Starts Postgres, the schema and the workers in order, keeps them running, stops them in order.
 
-The supervisor serves nothing itself, so there is little that could make it fail. Workers are
-processes of their own from the start, never forks: gRPC does not survive a fork.
+The supervisor serves no calls, so little can make it fail. Workers are separate processes from the
+start, never forks: gRPC does not survive a fork.
 
-A worker knows what the supervisor hands it, and reads neither the environment nor `.env` nor the
-policy file. If each worker followed the policy file by itself, one could find a policy that stands
-there too shortly for another one, or for one that is just starting; with a broken file after it,
-they would go by different policies for good, and a right that was taken away would be back with
-some. So the supervisor alone reads it, and hands the same ones in the same order to all workers,
-and what it has handed over last to each that starts.
+A worker gets everything from the supervisor, and reads neither the environment nor `.env` nor the
+policy file. If each worker watched the policy file itself, one worker could see a short-lived
+policy that another worker, or one just starting, misses. If an invalid file followed, the workers
+would use different policies for good, and some would grant rights that had been revoked. So only
+the supervisor reads the file. It sends the same policies in the same order to all workers, and the
+latest policy to each worker that starts.
 """
 
 import asyncio
@@ -39,17 +39,17 @@ from latchkey_service.store import Store
 
 __all__ = ["run"]
 
-# A worker imports, connects and listens in about half a second.
+# A worker needs about half a second to import, connect and listen.
 READY_TIMEOUT_SECONDS = 30.0
-# A worker that dies at once is not started in a tight loop.
+# A worker that exits at once must not be restarted in a tight loop.
 RESTART_SECONDS_MIN, RESTART_SECONDS_MAX = 0.1, 5.0
-# A worker that has stood this long was well: the next death starts from the short delay again.
+# A worker that ran this long was healthy: the next restart uses the short delay again.
 HEALTHY_SECONDS = 10.0
-# Past the grace for calls, for closing connections.
+# Added to the grace period, for closing connections.
 STOP_MARGIN_SECONDS = 5.0
 POLL_SECONDS = 0.2
-# What a worker has not taken of what it was handed, some policies of the longest. One that is so
-# far behind goes by a policy of long ago, and may have rights in force that were taken away.
+# Limit of bytes that a worker has not read: a few of the largest policies. A worker that far behind
+# uses an old policy, and may grant rights that were revoked.
 BACKLOG_MAX_BYTES = 8 * SIZE_MAX
 
 
@@ -58,21 +58,21 @@ class StartError(Exception):
 
 
 class _NotStarted(Exception):
-    """No worker is to be had, which as a rule will pass: where memory is short, it may be why the
-    last one ended."""
+    """A worker could not be started. Usually transient, for example when memory is short, which may
+    also have killed the previous one."""
 
 
 def run(settings: Settings) -> int:
     """Run the service until SIGINT or SIGTERM. Returns the exit code."""
-    log.configure(log.form(settings.log_format), settings.log_level)
+    log.configure(log.format_of(settings.log_format), settings.log_level)
     postgres: EmbeddedPostgres | None = None
     try:
-        # Before Postgres is started: who has made a mistake is told at once.
-        policy = _checked_files(settings)
+        # Before Postgres starts, so that mistakes are reported at once.
+        policy = _check_files(settings)
         if settings.database_url is None:
             postgres = EmbeddedPostgres(settings.data_dir)
-            # On the main thread, before any other: see embedded.py.
-            with _signals_end_it():
+            # On the main thread, before any other thread exists: see embedded.py.
+            with _sigterm_interrupts():
                 database_url = postgres.start()
         else:
             database_url = settings.database_url.get_secret_value()
@@ -81,7 +81,7 @@ def run(settings: Settings) -> int:
             reserved(settings.tls_listen, "TLS_LISTEN") as tls_listen,
         ):
             supervisor = _Supervisor(settings, database_url, listen, tls_listen, postgres, policy)
-            return asyncio.run(_uninterrupted_afterwards(supervisor))
+            return asyncio.run(_run_then_block_signals(supervisor))
     except (
         AddressError,
         EmbeddedError,
@@ -90,12 +90,12 @@ def run(settings: Settings) -> int:
         StartError,
         StoreUnavailable,
     ) as error:
-        print(f"latchkey: cannot start: {error}", file=sys.stderr)  # noqa: T201 - for a person
+        print(f"latchkey: cannot start: {error}", file=sys.stderr)  # noqa: T201 - for the user
         return 1
     except KeyboardInterrupt:
         return 130
     finally:
-        # For good, as nothing comes after: who presses Ctrl-C again must not cut the database's
+        # Ignored for good, because nothing follows: a second Ctrl-C must not cut the database's
         # shutdown short.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
@@ -103,11 +103,11 @@ def run(settings: Settings) -> int:
             postgres.stop()
 
 
-async def _uninterrupted_afterwards(supervisor: "_Supervisor") -> int:
-    """Run a supervisor; when it has ended, hold back Ctrl-C until `run` has seen to the rest.
+async def _run_then_block_signals(supervisor: "_Supervisor") -> int:
+    """Run a supervisor; when it ends, block Ctrl-C until `run` ignores it.
 
-    The event loop's end gives Ctrl-C back its usual meaning, and one that comes before it can be
-    ignored would end all with a traceback.
+    The end of the event loop restores the default effect of Ctrl-C. In the short time until `run`
+    ignores the signal, it would end the process with a traceback.
     """
     try:
         return await supervisor.run()
@@ -116,7 +116,7 @@ async def _uninterrupted_afterwards(supervisor: "_Supervisor") -> int:
 
 
 class _Supervisor:
-    """Keeps `settings.workers` workers up."""
+    """Keeps `settings.workers` workers running."""
 
     def __init__(
         self,
@@ -129,15 +129,15 @@ class _Supervisor:
     ) -> None:
         self._settings = settings
         self._database_url = database_url
-        # As they were at the start. Whatever has become of `.env` since is for the next start: it
-        # was not checked, and workers that differ would be no service.
-        self._handed = settings.model_copy(
+        # A snapshot from the start. Later changes to `.env` count from the next start on: nobody
+        # has checked them, and all workers need the same settings.
+        self._worker_settings = settings.model_copy(
             update={
                 "database_url": SecretStr(database_url),
                 "listen": listen,
                 "tls_listen": tls_listen,
                 "data_dir": settings.data_dir,
-                "log_format": log.form(settings.log_format),
+                "log_format": log.format_of(settings.log_format),
             }
         )
         self._listen = listen
@@ -146,8 +146,8 @@ class _Supervisor:
         self._peppers = b""
         self._policy_file: PolicyFile | None = None
         if settings.policy is not None and policy is not None:
-            self._policy_file = PolicyFile(settings.policy, policy, self._hand_policy)
-        # Those that start and those that stop are among them: they may answer calls.
+            self._policy_file = PolicyFile(settings.policy, policy, self._send_policy)
+        # Includes workers that are starting or stopping: they may answer calls.
         self._processes: set[asyncio.subprocess.Process] = set()
         self._stop = asyncio.Event()
         self._log = log.logger()
@@ -157,10 +157,10 @@ class _Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop.set)
         if self._policy_file is not None:
-            # Else it ends us, as when a terminal is closed: there is nothing to read again.
+            # Without a policy, SIGHUP ends us as usual, because there is nothing to reload.
             loop.add_signal_handler(signal.SIGHUP, self._policy_file.reload)
         policy_file = self._policy_file
-        # From now on: to prepare may take as long as the database is waited for.
+        # From now on: the preparation may take as long as we wait for the database.
         following = [] if policy_file is None else [asyncio.create_task(policy_file.follow())]
         prepare = asyncio.create_task(self._prepare())
         try:
@@ -178,11 +178,11 @@ class _Supervisor:
         keeper = asyncio.create_task(self._keep_postgres())
         try:
             all_up = asyncio.create_task(_all_set(ready))
-            # None of these ends before the stop, unless by an error.
+            # None of these ends before the stop, except by an error.
             parts = [*workers, *following]
             await asyncio.wait({all_up, *parts}, return_when=asyncio.FIRST_COMPLETED)
             if all_up.done():
-                self._welcome()
+                self._print_welcome()
                 await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             all_up.cancel()
             self._stop.set()
@@ -200,7 +200,7 @@ class _Supervisor:
         return 0
 
     async def _prepare(self) -> None:
-        """Bring schema and peppers in order. Raises what `run` reports."""
+        """Migrate the schema and enrol the peppers. Raises the errors that `run` reports."""
         for migration in await migrate(self._database_url, bundled(), self._settings.pooler):
             self._log.info("migrated", version=migration.version, name=migration.name)
         store = await Store.open(self._database_url, self._settings.pooler)
@@ -215,16 +215,16 @@ class _Supervisor:
             await store.close()
         self._peppers = peppers.render(keyring).encode()
 
-    def _hand_policy(self, text: str) -> None:
-        """Hand all workers a policy that is right. Each says when it is in force."""
+    def _send_policy(self, text: str) -> None:
+        """Send a valid policy to all workers. Each logs when it is in force."""
         for process in self._processes:
-            if _hand(process, _policy_line(text)) > BACKLOG_MAX_BYTES:
-                self._log.error("worker takes no policies: killing it", pid=process.pid)
+            if _send(process, _policy_line(text)) > BACKLOG_MAX_BYTES:
+                self._log.error("killing a worker that reads no policies", pid=process.pid)
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
 
     async def _keep(self, number: int, ready: asyncio.Event) -> None:
-        """Run worker `number`, again when it dies, until stopped."""
+        """Run worker `number`, and restart it when it exits, until stopped."""
         loop = asyncio.get_running_loop()
         delay = RESTART_SECONDS_MIN
         while not self._stop.is_set():
@@ -233,7 +233,7 @@ class _Supervisor:
             try:
                 end = {"exit_code": await self._run_worker(number, ready)}
             except _NotStarted as error:
-                # The other workers go on.
+                # The other workers continue.
                 end = {"not_started": str(error)}
                 if not ready.is_set():
                     raise StartError(f"worker {number} cannot be started: {error}") from error
@@ -241,42 +241,42 @@ class _Supervisor:
                 return
             if loop.time() - started > HEALTHY_SECONDS:
                 delay = RESTART_SECONDS_MIN
-            self._log.error("worker died", worker=number, restart_seconds=delay, **end)
+            self._log.error("worker exited", worker=number, restart_seconds=delay, **end)
             await self._unless_stopped(asyncio.create_task(asyncio.sleep(delay)))
             delay = min(delay * 2, RESTART_SECONDS_MAX)
 
     async def _run_worker(self, number: int, ready: asyncio.Event) -> int | None:
-        """Run a worker until it ends or we stop; return its exit code.
+        """Run a worker until it exits or we stop. Return its exit code.
 
-        Raises _NotStarted when there is none to be had, StartError when the first does not come up.
+        Raises _NotStarted if no process can be started, and StartError if the first one fails.
         """
-        with _folder(self._settings) as folder:
+        with _temporary_directory(self._settings) as folder:
             try:
                 process = await self._spawn(folder)
             except (OSError, RuntimeError, MemoryError) as error:
-                # No process, pipe, file, memory, or thread to wait for it (Python 3.11).
+                # No process, pipe, file or memory, or no thread to wait for it (Python 3.11).
                 raise _NotStarted(str(error) or type(error).__name__) from error
             try:
-                if await self._comes_up(process):
+                if await self._becomes_ready(process):
                     ready.set()
-                    self._log.info("worker up", worker=number, pid=process.pid)
+                    self._log.info("worker ready", worker=number, pid=process.pid)
                     await self._unless_stopped(asyncio.create_task(process.wait()))
                 elif not ready.is_set() and not self._stop.is_set():
-                    raise StartError(f"worker {number} did not come up; its log says why")
+                    raise StartError(f"worker {number} failed to start; see its log above")
             finally:
                 await self._end(process)
                 self._processes.discard(process)
             return process.returncode
 
     async def _spawn(self, folder: str | None) -> asyncio.subprocess.Process:
-        """Start a worker whose temporary files are in this folder."""
-        # grpcio's core writes a line for each of some frames, which clients send by the thousand.
+        """Start a worker with `folder` as its directory for temporary files."""
+        # Clients can send thousands of frames for which grpcio's core logs a line each.
         environment = {"GRPC_VERBOSITY": "ERROR", **os.environ}
         if folder is not None:
             environment["TMPDIR"] = folder
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            # Without the current folder on the path: a stray asyncpg.py there must not be loaded.
+            # Without the current directory on the path, or a stray asyncpg.py would be imported.
             "-P",
             "-m",
             "latchkey_service",
@@ -284,19 +284,24 @@ class _Supervisor:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            # Ctrl-C goes to the supervisor alone, which stops the workers in order.
+            # Ctrl-C must reach only the supervisor, which stops the workers in order.
             start_new_session=True,
         )
-        # The peppers that were checked, and not the file: by now it may hold others, and a worker
-        # that lacked one would take live tokens for made-up ones.
+        # Send the peppers that were checked. By now, the file may have others, and a worker that
+        # lacked one would treat live tokens as UNKNOWN.
         policy = None if self._policy_file is None else self._policy_file.text
-        _hand(process, to_json(self._handed).encode("ascii"), self._peppers, _policy_line(policy))
-        # In one go with that: what is right from now on is handed to it as well.
+        _send(
+            process,
+            to_json(self._worker_settings).encode("ascii"),
+            self._peppers,
+            _policy_line(policy),
+        )
+        # No await since then, so this worker receives every later policy as well.
         self._processes.add(process)
         return process
 
-    async def _comes_up(self, process: asyncio.subprocess.Process) -> bool:
-        """Wait until the worker says that it is ready; False if it ends, or we stop, first."""
+    async def _becomes_ready(self, process: asyncio.subprocess.Process) -> bool:
+        """Wait until the worker reports ready. Return False if it exits or we stop first."""
         assert process.stdout is not None, "it is a pipe"  # noqa: S101 - for the type checker
         read = asyncio.create_task(process.stdout.readline())
         try:
@@ -306,7 +311,7 @@ class _Supervisor:
             return False
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
-        """Stop a worker: politely, and after its grace for good."""
+        """Stop a worker: SIGTERM first, and SIGKILL after the grace period."""
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
@@ -319,22 +324,22 @@ class _Supervisor:
                 await process.wait()
 
     async def _keep_postgres(self) -> None:
-        """Start the embedded Postgres again when it ends. Ends when cancelled."""
+        """Restart the embedded Postgres when it exits, until cancelled."""
         while self._postgres is not None:
             if (code := self._postgres.poll()) is not None and not self._stop.is_set():
-                self._log.error("embedded Postgres ended", exit_code=code)
+                self._log.error("embedded Postgres exited", exit_code=code)
                 try:
-                    # Blocks the loop, as it must be the main thread. A change of the policy waits,
-                    # but without Postgres no verify is answered for longer than a lease lasts.
+                    # Blocks the loop, because it must run on the main thread. A policy change has
+                    # to wait. But without Postgres, verifies stop after one lease anyway.
                     self._postgres.start()
-                    self._log.info("embedded Postgres is back")
+                    self._log.info("embedded Postgres restarted")
                 except (EmbeddedError, OSError) as error:
-                    self._log.error("embedded Postgres does not start", error=str(error))
+                    self._log.error("embedded Postgres failed to start", error=str(error))
                     await asyncio.sleep(RESTART_SECONDS_MAX)
             await asyncio.sleep(POLL_SECONDS)
 
     async def _unless_stopped(self, task: "asyncio.Task[Any]") -> bool:
-        """Wait for `task` or the stop; tell whether the task ended. Raises what it raised."""
+        """Wait for `task` or the stop. Return whether the task ended; raise what it raised."""
         stop = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
@@ -347,7 +352,7 @@ class _Supervisor:
             return True
         return False
 
-    def _welcome(self) -> None:
+    def _print_welcome(self) -> None:
         settings = self._settings
         database = "your Postgres" if self._postgres is None else f"data in {settings.data_dir}"
         plural = "" if settings.workers == 1 else "s"
@@ -356,17 +361,17 @@ class _Supervisor:
             address = "-unix " + address.removeprefix("unix:")
         encrypted = f"With TLS it serves on {self._tls_listen}.\n" if self._tls_listen else ""
         who = "" if self._policy_file is None else """-H "authorization: Bearer $CREDENTIAL" """
-        print(  # noqa: T201 - for a person
+        print(  # noqa: T201 - output of a command
             f"\nLatchkey serves on {self._listen} ({settings.workers} worker{plural}, {database})."
-            f" Ctrl-C stops it.\n{encrypted}\nTry it:\n"
+            f" Press Ctrl-C to stop.\n{encrypted}\nTry it:\n"
             f"""  grpcurl -plaintext {who}-d '{{"account_id": "acme", "name": "first", """
             f""""scope": "SCOPE_READ"}}' \\\n    {address} latchkey.v1.TokenService/Create\n""",
             flush=True,
         )
 
 
-def _checked_files(settings: Settings) -> str | None:
-    """Check what workers will read, and return the policy. Raises StartError."""
+def _check_files(settings: Settings) -> str | None:
+    """Check the files for the workers, and return the policy's text. Raises StartError."""
     policy = None
     if settings.policy is not None:
         try:
@@ -386,9 +391,11 @@ def _checked_files(settings: Settings) -> str | None:
 
 
 @contextlib.contextmanager
-def _folder(settings: Settings) -> Iterator[str | None]:
-    """Make a folder for a worker's temporary files, of which `native` has one, its socket. What a
-    worker leaves there when it is killed goes with it. Raises _NotStarted."""
+def _temporary_directory(settings: Settings) -> Iterator[str | None]:
+    """Create a directory for a worker's temporary files, such as the socket of `native`.
+
+    Deletes it afterwards, even if the worker was killed. Raises _NotStarted.
+    """
     if transport_of(settings) != "native":
         yield None
         return
@@ -400,8 +407,8 @@ def _folder(settings: Settings) -> Iterator[str | None]:
         yield path
 
 
-def _hand(process: asyncio.subprocess.Process, *lines: bytes) -> int:
-    """Give a worker lines to read, whenever it does. Return how many bytes it has yet to take."""
+def _send(process: asyncio.subprocess.Process, *lines: bytes) -> int:
+    """Write lines to a worker without waiting. Return how many bytes it has not read yet."""
     assert process.stdin is not None, "it is a pipe"  # noqa: S101 - for the type checker
     process.stdin.writelines(lines)
     return process.stdin.transport.get_write_buffer_size()
@@ -417,8 +424,8 @@ async def _all_set(events: list[asyncio.Event]) -> None:
 
 
 @contextlib.contextmanager
-def _signals_end_it() -> Iterator[None]:
-    """Make SIGTERM what Ctrl-C is, until the event loop takes over."""
+def _sigterm_interrupts() -> Iterator[None]:
+    """Make SIGTERM act like Ctrl-C until the event loop takes over."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -1,7 +1,7 @@
-"""TLS of the listener beside the plaintext one: 1.3 only, files read again when they change.
+"""TLS 1.3 of the listener beside the plaintext one. Reloads the files when they change.
 
-A connection keeps the certificate that it began with, so that a change drops none. Files that do
-not go together are told in the log, and the ones before stay.
+A change drops no connection: each keeps the certificate that it began with. If the new files do not
+match, the error is logged and the old ones stay in use.
 """
 
 import codecs
@@ -20,28 +20,28 @@ from latchkey_service.log import logger
 
 __all__ = ["Certificates", "TlsError", "allow_only_tls_1_3"]
 
-# Of a certificate chain with its key, and of CAs; a system's whole store of CAs is smaller.
+# For a certificate chain, key or CA file. A system's whole CA bundle is smaller.
 SIZE_MAX: Final = 4 * 1024 * 1024
-# After which files that were refused are read again unchanged: it may have been for want of a file
-# descriptor. Not at each handshake, which anybody can begin: a refusal is a line in the log.
+# Delay before rejected files are read again although they are unchanged: the cause may have been a
+# lack of file descriptors. Not at each handshake: anyone can start one, and a rejection is logged.
 RETRY_SECONDS: Final = 60.0
 
 
 class TlsError(Exception):
-    """A file is not what TLS needs. The message names the setting and the reason."""
+    """A TLS file is invalid. The message names the setting and the reason."""
 
 
 def allow_only_tls_1_3() -> None:
-    """Make this process's gRPC refuse TLS 1.2. To be called before any gRPC object exists.
+    """Make gRPC in this process reject TLS 1.2. Must run before any gRPC object exists.
 
-    grpcio (1.75) has no setting for the version. Its setting for ciphers is for TLS 1.2 alone, and
-    the only one named here needs a key that was shared before, which nobody has.
+    grpcio (1.75) has no setting for the TLS version. Its cipher setting affects only TLS 1.2, and
+    the only cipher named here requires a pre-shared key, which nobody has.
     """
     os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-AES128-CBC-SHA"
 
 
 class Certificates:
-    """Certificate, key and, with `client_ca`, the CAs of the clients' certificates."""
+    """Certificate, key and, with `client_ca`, the CAs that sign client certificates."""
 
     def __init__(
         self,
@@ -54,17 +54,17 @@ class Certificates:
         self._key = key
         self._client_ca = client_ca
         self._clock = clock
-        # Asked for from gRPC's threads, at each handshake.
+        # gRPC's threads call us at each handshake.
         self._lock = threading.Lock()
         self._seen: object = None
         self._retry_time = math.inf
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Return what a listener is made with. Raises TlsError."""
+        """Return the credentials of a listener. Raises TlsError."""
         self._seen = self._signature()
         made: grpc.ServerCredentials = grpc.dynamic_ssl_server_credentials(
             self.read(),
-            self._changed,  # type: ignore[arg-type]  # None is for "as before"
+            self._changed,  # type: ignore[arg-type]  # None means unchanged
             require_client_authentication=self._client_ca is not None,
         )
         return made
@@ -75,13 +75,13 @@ class Certificates:
         key = _pem("LATCHKEY_TLS_KEY", self._key)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            # A password is refused, instead of asked for on the terminal.
+            # Reject an encrypted key instead of prompting for its password on the terminal.
             context.load_cert_chain(self._certificate, self._key, password=_no_password)
         except ssl.SSLError as error:
             reason = {
                 "KEY_VALUES_MISMATCH": "is not the key of LATCHKEY_TLS_CERTIFICATE",
                 "KEY_TYPE_MISMATCH": "is not the key of LATCHKEY_TLS_CERTIFICATE",
-            }.get(error.reason or "", "and LATCHKEY_TLS_CERTIFICATE are not a key and its chain")
+            }.get(error.reason or "", "does not match the chain in LATCHKEY_TLS_CERTIFICATE")
             raise TlsError(f"LATCHKEY_TLS_KEY: {self._key} {reason}") from None
         except OSError as error:
             raise TlsError(f"LATCHKEY_TLS_KEY: {self._key}: {error.strerror}") from None
@@ -89,17 +89,17 @@ class Certificates:
             raise TlsError(f"LATCHKEY_TLS_KEY: {self._key}: {error}") from None
         authorities = None
         if self._client_ca is not None:
-            # gRPC is given what was checked.
+            # gRPC must get exactly the bytes that are checked here.
             authorities = _blocks(_pem("LATCHKEY_TLS_CLIENT_CA", self._client_ca))
             try:
                 context.load_verify_locations(cadata=authorities.decode("ascii"))
             except ssl.SSLError:
                 raise TlsError(
-                    f"LATCHKEY_TLS_CLIENT_CA: {self._client_ca} has no certificates in PEM"
+                    f"LATCHKEY_TLS_CLIENT_CA: {self._client_ca} contains no PEM certificates"
                 ) from None
             except UnicodeDecodeError:
                 raise TlsError(
-                    f"LATCHKEY_TLS_CLIENT_CA: {self._client_ca} has a certificate in PEM with a "
+                    f"LATCHKEY_TLS_CLIENT_CA: {self._client_ca} contains a PEM certificate with a "
                     "byte that is not ASCII"
                 ) from None
             except (TypeError, ValueError) as error:
@@ -110,13 +110,13 @@ class Certificates:
         return made
 
     def _changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """Return what to use from now on if the files have changed, else None. Never fails."""
+        """Return the new configuration if the files have changed, else None. Never raises."""
         try:
             return self._read_again()
         except TlsError as error:
-            logger().error("certificates refused", error=str(error))
-        except Exception as error:  # noqa: BLE001 - gRPC would drop it without a line in the log
-            logger().error("certificates refused", error=repr(error))
+            logger().error("certificates rejected", error=str(error))
+        except Exception as error:  # noqa: BLE001 - gRPC would swallow it without a log line
+            logger().error("certificates rejected", error=repr(error))
         return None
 
     def _read_again(self) -> grpc.ServerCertificateConfiguration | None:
@@ -124,15 +124,15 @@ class Certificates:
             seen, now = self._signature(), self._clock()
             if seen == self._seen and now < self._retry_time:
                 return None
-            # Before it is known whether they go together: one of the handshakes at once is enough.
+            # Set before the files are checked: one of several handshakes at once is enough.
             self._seen, self._retry_time = seen, now + RETRY_SECONDS
         configuration = self.read()
         with self._lock:
             if seen != self._seen:
-                # Another handshake has found newer ones meanwhile.
+                # Meanwhile, another handshake found newer files.
                 return None
             self._retry_time = math.inf
-        logger().info("certificates in force", certificate=str(self._certificate))
+        logger().info("certificates reloaded", certificate=str(self._certificate))
         return configuration
 
     def _signature(self) -> object:
@@ -159,9 +159,9 @@ def _pem(name: str, path: Path) -> bytes:
 
 
 def _blocks(data: bytes) -> bytes:
-    """Return the PEM blocks of a file without what stands around them, in whatever encoding.
+    """Return the PEM blocks of a file without the text around them, which may have any encoding.
 
-    RFC 7468 §2: such text may be there, and means nothing.
+    RFC 7468 §2: such text is allowed and has no meaning.
     """
     lines = []
     inside = False
@@ -174,4 +174,4 @@ def _blocks(data: bytes) -> bytes:
 
 
 def _no_password() -> str:
-    raise OSError(0, "is encrypted: give a key without a password, readable by Latchkey alone")
+    raise OSError(0, "is encrypted: use a key without a password that only Latchkey can read")

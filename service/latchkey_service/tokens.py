@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from latchkey_service.audit import Origin
+from latchkey_service.audit import AuditContext
 from latchkey_service.coherence.confirmation import NOBODY
 from latchkey_service.coherence.confirmer import Confirmer
 from latchkey_service.coherence.reads import LeasedReads
@@ -100,8 +100,8 @@ class Tokens:
         self._now = now
         self._random_bytes = random_bytes
 
-    async def create(self, new: NewToken, origin: Origin, deadline: float) -> Created:
-        """Create a token for the call of `origin`. Raises AlreadyExists. Not idempotent."""
+    async def create(self, new: NewToken, audit_context: AuditContext, deadline: float) -> Created:
+        """Create a token for the call of `audit_context`. Raises AlreadyExists. Not idempotent."""
         now = self._now()
         name = new.name.strip()
         violations = [
@@ -135,7 +135,7 @@ class Tokens:
             minted.hint,
             dict(new.labels),
         )
-        await self._store.insert_token(record, _name_key(name), minted.digest, origin)
+        await self._store.insert_token(record, _name_key(name), minted.digest, audit_context)
         return Created(record, minted.secret)
 
     async def get(self, account_id: str, token_id: str, deadline: float) -> TokenRecord:
@@ -171,7 +171,7 @@ class Tokens:
         account_id: str,
         token_id: str,
         wait_until: float | None,
-        origin: Origin,
+        audit_context: AuditContext,
         deadline: float,
         *,
         on_wait: Callable[[], None] = lambda: None,
@@ -185,7 +185,7 @@ class Tokens:
         """
         _check(*_account_violations(account_id), *_id_violations(token_id))
         began = await self._reads.begin(deadline)
-        deletion = await self._store.bury(account_id, token_id, origin)
+        deletion = await self._store.bury(account_id, token_id, audit_context)
         if deletion is not None:
             position = deletion.position
         else:
@@ -212,7 +212,7 @@ class Tokens:
     async def invalidate_all(
         self,
         wait_until: float,
-        origin: Origin,
+        audit_context: AuditContext,
         deadline: float,
         *,
         on_wait: Callable[[], None] = lambda: None,
@@ -224,7 +224,7 @@ class Tokens:
         seconds on the process's clock.
         """
         await self._reads.begin(deadline)
-        position, commit_time = await self._store.invalidate_all(origin)
+        position, commit_time = await self._store.invalidate_all(audit_context)
         self._confirmer.announce(position.revision)
         on_wait()
         try:

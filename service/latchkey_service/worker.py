@@ -1,11 +1,11 @@
-"""One server process under the supervisor: serve until told to stop.
+"""One server process under the supervisor.
 
-Its settings, its peppers and its policy come by standard input, a line each, so that a worker that
-is started again has those that the supervisor has checked, whatever became of the files and of
-`.env` since. Each line after that is another policy, to be put in force.
+The settings, peppers and policy arrive on stdin, one line each. So a restarted worker gets those
+that the supervisor has checked, whatever happened to the files and to `.env` since. Each further
+line is a new policy to activate.
 
-It is told by SIGTERM, or by the end of its standard input, which the supervisor holds open: so a
-worker never outlives a supervisor that was killed.
+The worker stops on SIGTERM, or at the end of stdin, which the supervisor keeps open. So a worker
+never outlives a killed supervisor.
 """
 
 import asyncio
@@ -31,17 +31,17 @@ from latchkey_service.transport import limits_of
 
 __all__ = ["main"]
 
-# Nobody waits for an orphan, and the next start wants its address.
+# Nobody waits for an orphaned worker, and the next start needs its address.
 ORPHAN_GRACE_SECONDS = 0.5
-# A policy that is right is at most twice as long as JSON: quotes, backslashes and ends of lines.
+# As JSON, a valid policy is at most twice as long: quotes, backslashes and newlines are escaped.
 LINE_MAX = 2 * SIZE_MAX + 1024
-# Python's own are (700, 10, 10): a collection every few calls.
+# Python's defaults are (700, 10, 10): a collection every few calls.
 GC_THRESHOLDS = (20_000, 20, 50)
 
 
 def main() -> int:
     """Serve and return the exit code. Raises ConfigError."""
-    # Sent to all of a service's processes, it is for the supervisor alone.
+    # A hang-up sent to all processes of the service concerns only the supervisor.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     _allow_connections()
     try:
@@ -53,7 +53,7 @@ def main() -> int:
         RuntimeError,
         OSError,
     ) as error:
-        # What a worker cannot start without: its keys, its policy, its addresses.
+        # The worker cannot start without its keys, policy and addresses.
         log.logger().error("worker cannot start", error=str(error))
         return 1
 
@@ -64,7 +64,7 @@ async def _run() -> int:
         lambda: asyncio.StreamReaderProtocol(handed), sys.stdin
     )
     settings = from_json(await handed.readline())
-    log.configure(log.form(settings.log_format), settings.log_level)
+    log.configure(log.format_of(settings.log_format), settings.log_level)
     keyring = peppers.parse((await handed.readline()).decode("ascii", "replace"))
     policy = _policy(await handed.readline())
     tls.allow_only_tls_1_3()
@@ -73,9 +73,9 @@ async def _run() -> int:
 
 
 class _Policies:
-    """The texts of policies that the supervisor hands over, the newest of which is to be in force.
+    """The policies received from the supervisor. Only the newest is put in force.
 
-    Belongs to the event loop.
+    Event loop only.
     """
 
     def __init__(self, handed: asyncio.StreamReader, text: str | None) -> None:
@@ -84,21 +84,21 @@ class _Policies:
         self._server: Server | None = None
 
     def latest(self) -> str | None:
-        """Return the newest, which the caller puts in force."""
+        """Return the newest policy. The caller must activate it."""
         self._in_force = self._text
         return self._text
 
     async def put_in_force(self, server: Server) -> None:
-        """Put what has come meanwhile in force, and from now on what comes."""
+        """Activate policies that have arrived meanwhile, and every later one."""
         while self._in_force != self._text and (text := self.latest()) is not None:
             await server.take_policy(text)
-        # Nothing is awaited in between: what comes from here on is the server's at once. Until
-        # then `take` only notes it, or an older one might come in force after a newer one.
+        # There is no await in between, so the server receives every later policy at once. Before
+        # this point, `take` only stores them, or an older policy could replace a newer one.
         self._server = server
 
     async def take(self) -> None:
-        """Take them until the supervisor is gone. Raises PolicyError."""
-        # Without its end it is a part of a line, and all that will ever come of it.
+        """Receive policies until the supervisor is gone. Raises PolicyError."""
+        # A line without its newline is incomplete, and the rest will never arrive.
         while (line := await self._handed.readline()).endswith(b"\n"):
             self._text = text = _policy(line)
             if self._server is not None:
@@ -106,22 +106,22 @@ class _Policies:
 
 
 def _policy(line: bytes) -> Any:
-    """Return the policy's text, or None for none. Raises PolicyError."""
+    """Return the policy's text, or None if there is no policy. Raises PolicyError."""
     try:
         return json.loads(line)
     except ValueError:
-        raise PolicyError("no policy came from the supervisor") from None
+        raise PolicyError("received no policy from the supervisor") from None
 
 
 def _allow_connections() -> None:
-    """Raise the limit on open files as far as it goes: a client that watches takes three."""
+    """Raise the limit on open files to its maximum: a client that watches takes three."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # macOS has a limit below its "no limit"
+    with contextlib.suppress(ValueError, OSError):  # macOS may refuse its own hard limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _warn_of_files(settings: Settings) -> None:
-    """Say when there cannot be as many connections as the settings allow."""
+    """Log if the limit on open files allows fewer connections than the settings."""
     limits = limits_of(settings)
     if limits.connections_max < settings.connections_max:
         asked = "connections_max" in settings.model_fields_set
@@ -140,13 +140,13 @@ async def _serve(
     orphaned = failed = False
 
     def fail() -> None:
-        """End, for the supervisor to start another worker, which is whole."""
+        """Exit, so that the supervisor starts a new worker."""
         nonlocal failed
         failed = True
         stop.set()
 
     async def take_policies() -> None:
-        """Take what the supervisor hands over until it is gone."""
+        """Receive policies until the supervisor is gone."""
         nonlocal orphaned
         await policies.take()
         orphaned = True
@@ -154,18 +154,18 @@ async def _serve(
 
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, stop.set)
-    # To the very end: calls go on while it stops.
+    # Until the very end: calls continue during the shutdown.
     guarding = asyncio.create_task(guard_memory(memory_max_bytes(settings)))
     guarding.add_done_callback(partial(ended, fail))
-    # It too: a right that is taken away is gone for calls that go on. And from now on, or it would
-    # serve at first by what has been changed while it started.
+    # Until the very end too: a revoked right must not last for calls that continue. And from now
+    # on, or the worker would first serve with a policy that changed while it started.
     policies = _Policies(handed, policy)
     taking = asyncio.create_task(take_policies(), name="take_policies")
     taking.add_done_callback(partial(ended, fail))
     async with running(settings, keyring, policies.latest, fail) as server:
         await policies.put_in_force(server)
-        # What is loaded by now stays: the collector need not look at it again and again. And what
-        # a call leaves is freed by reference counts, so it may look less often.
+        # Exclude the objects that exist now from collection. Reference counts free what calls leave
+        # behind, so the collector may also run less often.
         gc.collect()
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLDS)
@@ -173,7 +173,7 @@ async def _serve(
         sys.stdout.buffer.flush()
         await stop.wait()
         if orphaned:
-            log.logger().warning("the supervisor is gone: stopping")
+            log.logger().warning("supervisor is gone, stopping")
             await server.stop(ORPHAN_GRACE_SECONDS)
     taking.cancel()
     guarding.cancel()

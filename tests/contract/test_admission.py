@@ -43,7 +43,7 @@ async def test_what_waits_for_the_database_is_bounded(
     monkeypatch.setattr(admission, "QUEUE_SECONDS_MAX", 60.0)
     monkeypatch.setattr(deadlines, "CALL_SECONDS_MAX", 60.0)
     # One at work, and there in all.
-    monkeypatch.setattr(calls, "PLACES", {MANAGER: (1, 1), OPERATOR: (1, 1)})
+    monkeypatch.setattr(calls, "CONCURRENCY_LIMITS", {MANAGER: (1, 1), OPERATOR: (1, 1)})
     assert settings.database_url is not None
     url = settings.database_url.get_secret_value()
     async with serving(settings) as address, grpc.aio.insecure_channel(address) as channel:

@@ -16,7 +16,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service import peppers, server
 from latchkey_service.access.methods import MANAGER
-from latchkey_service.calls import PLACES
+from latchkey_service.calls import CONCURRENCY_LIMITS
 from latchkey_service.database import POOL_SIZE_MAX
 from latchkey_service.server import running
 from latchkey_service.store import Store
@@ -157,7 +157,7 @@ async def test_deletes_of_one_locked_token_do_not_take_the_service_down(
     created = await create()
     await eventually(lambda: is_serving(channel), "health is up")
     async with locked(database_url, created.token.id):
-        places, _ = PLACES[MANAGER]
+        places, _ = CONCURRENCY_LIMITS[MANAGER]
         deletes = [delete(stub, created.token, None) for _ in range(places * 3)]
         await eventually(lambda: waiting(database_url, places), "the deletes wait")
         while not all(task.done() for task in deletes):

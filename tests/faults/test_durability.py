@@ -19,7 +19,7 @@ from structlog.testing import capture_logs
 from tests.faults.test_replication import cut_short, standby_missing
 from tests.histories import NO_CLIENTS, head_of
 from tests.pgbouncer import PgBouncer
-from tests.support import BreakablePostgres, eventually, origin, session
+from tests.support import BreakablePostgres, audit_context, eventually, session
 
 pytestmark = pytest.mark.xdist_group("faults")
 
@@ -48,7 +48,7 @@ def record(number: int = 1) -> TokenRecord:
 
 async def insert(store: Store, number: int = 1) -> None:
     digest = Digest(number.to_bytes(32, "big"), "p")
-    await store.insert_token(record(number), f"a{number}", digest, origin())
+    await store.insert_token(record(number), f"a{number}", digest, audit_context())
 
 
 async def is_flushed(url: str, work: Awaitable[Any]) -> bool:
@@ -78,11 +78,11 @@ async def test_what_must_not_be_lost_is_on_disk(database_url: str, store: Store)
 
     steps: list[Callable[[], Awaitable[Any]]] = [
         lambda: insert(store),
-        lambda: store.bury("acme", "tok_1", origin("Delete")),
+        lambda: store.bury("acme", "tok_1", audit_context("Delete")),
         lambda: confirm(store),
         lambda: row.register(1, acknowledge=True),
         renew,
-        lambda: store.invalidate_all(origin("InvalidateAll")),
+        lambda: store.invalidate_all(audit_context("InvalidateAll")),
     ]
     for number, step in enumerate(steps):
         assert not await is_flushed(database_url, store.register_pepper(f"other {number}"))
@@ -98,7 +98,7 @@ async def test_a_crash_undoes_no_deletion(
     deleted after all of Postgres was killed at once, and the receipt is the same."""
     await store.register_pepper("p")
     await insert(store)
-    await store.bury("acme", "tok_1", origin("Delete"))
+    await store.bury("acme", "tok_1", audit_context("Delete"))
     receipt = await confirm(store)
     await postgres.crash()
     postgres.bring_back()
@@ -124,7 +124,7 @@ async def test_a_pooler_hides_no_cancelled_wait(
     try:
         await store.register_pepper("p")
         await insert(store)
-        await store.bury("acme", "tok_1", origin("Delete"))
+        await store.bury("acme", "tok_1", audit_context("Delete"))
         async with standby_missing(postgres, database_url):
             with pytest.raises(StoreUnavailable):
                 await cut_short(database_url, confirm(store))

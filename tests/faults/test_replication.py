@@ -15,7 +15,7 @@ from latchkey_service.store import Store
 from latchkey_service.verdict import Scope, TokenRecord
 
 from tests.histories import NO_CLIENTS
-from tests.support import BreakablePostgres, eventually, origin, session
+from tests.support import BreakablePostgres, audit_context, eventually, session
 
 pytestmark = pytest.mark.xdist_group("faults")
 
@@ -82,10 +82,10 @@ async def test_a_deletion_that_no_standby_has_is_not_confirmed(
     record = TokenRecord(
         "tok_1", "acme", "a", Scope.READ, (await now(database_url)), None, "lk_…abcd"
     )
-    await store.insert_token(record, "a", Digest(bytes(32), "p"), origin())
+    await store.insert_token(record, "a", Digest(bytes(32), "p"), audit_context())
     async with standby_missing(postgres, database_url):
         with pytest.raises(StoreUnavailable):
-            await cut_short(database_url, store.bury("acme", "tok_1", origin("Delete")))
+            await cut_short(database_url, store.bury("acme", "tok_1", audit_context("Delete")))
         unconfirmed, _ = await store.get_deletion("acme", "tok_1")
         assert unconfirmed is not None
         position = unconfirmed.position

@@ -1,4 +1,4 @@
-"""What a call says of who calls: `authorization` and x-forwarded-client-cert, at a real door.
+"""The headers `authorization` and x-forwarded-client-cert, with a real authenticator.
 
 An input's lines are headers, in order: each a letter for the key, then the value, as latin-1 (which
 any bytes are), or as bytes, as transports hand on what is not text.
@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote
 
 from latchkey_service.access import forwarded, policy
 from latchkey_service.access.credentials import digest_of, mint, policy_digest
-from latchkey_service.access.gate import Door, Gate
+from latchkey_service.access.gate import ActivePolicy, Authenticator
 from latchkey_service.access.identity import bearer
 from latchkey_service.errors import Denied
 from latchkey_service.secrets import Secret
@@ -34,7 +34,7 @@ roles = ["verifier"]
 certificates = ["spiffe://example.org/till"]
 roles = ["manager"]
 """
-# With both of shop's names. When it ends is nothing to the door.
+# With both of shop's names. Its expiry does not matter to the authenticator.
 CERTIFICATE = ssl.DER_cert_to_PEM_cert(
     base64.b64decode(
         "MIIBfTCCASKgAwIBAgIUeCzGH1k4xdj9jcJ7zNjCt9leaHowCgYIKoZIzj0EAwIwQDEXMBUGA1UE"
@@ -58,14 +58,14 @@ PIECES = (
 
 
 class Headers(Target):
-    """Metadata of one call, at the door of a listener that believes a proxy."""
+    """Metadata of one call, at the authenticator of a listener that believes a proxy."""
 
     length_max = 2_048
     mutates = True
 
     def __init__(self) -> None:
         self._policy = policy.parse(POLICY)
-        self._gate = Gate(self._policy)
+        self._active_policy = ActivePolicy(self._policy)
 
     def seeds(self) -> Iterable[bytes]:
         element = f'By={PROXY};Hash=1;Subject="CN=a,O=\\"b\\"";URI={SHOP};DNS=shop.internal'
@@ -105,13 +105,15 @@ class Headers(Target):
             else:
                 metadata.append((key, line[1:].decode("latin-1")))
         self._parts(metadata)
-        # A door of its own: what it remembers of headers must not depend on earlier inputs.
-        door = Door(self._gate, proxy=PROXY, metadata_of=lambda context: context)
+        # A new authenticator: its cache of headers must not depend on earlier inputs.
+        authenticator = Authenticator(
+            self._active_policy, proxy=PROXY, metadata_of=lambda context: context
+        )
         call: Any = metadata
         outcomes = []
         for _ in range(2):
             try:
-                outcomes.append(door.admit(VERIFY, call).name)
+                outcomes.append(authenticator.authorize(VERIFY, call).name)
             except Denied as error:
                 if CREDENTIAL in str(error):
                     raise Finding("an error tells a credential") from None
@@ -124,7 +126,7 @@ class Headers(Target):
             raise Finding("let in to a method that the caller's role does not have")
 
     def _parts(self, metadata: list[tuple[str, Any]]) -> None:
-        """Attack the parsers alone, where the door does not let an input get to."""
+        """Attack the parsers alone, where the authenticator does not let an input get to."""
         for key, value in metadata:
             if key == "authorization":
                 with contextlib.suppress(Denied):

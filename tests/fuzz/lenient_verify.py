@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from google.protobuf.message import DecodeError
 from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_service.lenient import BATCH_VERIFY, VERIFY, lenient_parse
+from latchkey_service.lenient import BATCH_VERIFY, VERIFY, parse_non_utf8
 
 from tests.fuzz.target import Finding, Target
 
@@ -47,7 +47,7 @@ class LenientVerify(Target):
             strict = kind.FromString(body)
         except DecodeError:
             strict = None
-        lenient = lenient_parse(path, body)
+        lenient = parse_non_utf8(path, body)
         if lenient is None:
             if strict is not None:
                 raise Finding("what is a message is refused")

@@ -27,9 +27,9 @@ from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service import log
-from latchkey_service.audit_table import Filter, Place
+from latchkey_service.audit_table import Cursor, Filter
 from latchkey_service.config import Settings
-from latchkey_service.lenient import lenient_parse
+from latchkey_service.lenient import parse_non_utf8
 from latchkey_service.rpc_audit import _page_token
 from latchkey_service.secrets import Keyring
 from latchkey_service.server import Server, running
@@ -51,7 +51,7 @@ WORDS = (
     ACCOUNT, "globex:eu", *SECRETS.values(), FRESH_SECRET, LIVE_ID, DELETED_ID, FRESH_ID,
     LIVE.digest.value.hex(), base64.b64encode(LIVE.digest.value).decode(), "token 0",
     encode_page_token(ACCOUNT, PageStart(MOMENT, LIVE_ID)),
-    _page_token(Filter("", "", "", "", 0, None, None), Place(MOMENT, 3)),
+    _page_token(Filter("", "", "", "", 0, None, None), Cursor(MOMENT, 3)),
     "Create", f"{TOKENS}List", "latchkey.v1.TokenService", "grpc.health.v1.Health",
     "latchkey/v1/token_service.proto", "google.protobuf.Timestamp",
 )  # fmt: skip
@@ -383,7 +383,7 @@ class Messages(Target):
         try:
             request = method.request.FromString(parts[0])
         except DecodeError:
-            request = lenient_parse(method.path, parts[0])
+            request = parse_non_utf8(method.path, parts[0])
         if request is None:
             return
         if method.path == f"{TOKENS}Create" and answer.code is grpc.StatusCode.OK:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from latchkey_service import rpc_audit, tokens
-from latchkey_service.audit_table import Filter, Place
+from latchkey_service.audit_table import Cursor, Filter
 from latchkey_service.errors import InvalidArgument
 from latchkey_service.store import PageStart
 
@@ -40,7 +40,7 @@ class PageTokens(Target):
         for who in range(3):
             position = PageStart(moment, "tok_" + "0123456789abcdefghjkmnpqrs")
             of_tokens = tokens.encode_page_token(ACCOUNTS[who], position)
-            of_audit = rpc_audit._page_token(FILTERS[who], Place(moment, 7))
+            of_audit = rpc_audit._page_token(FILTERS[who], Cursor(moment, 7))
             yield bytes([0, PLAIN, who]) + of_tokens.encode()
             yield bytes([1, PLAIN, who]) + of_audit.encode()
             yield bytes([0, SEALED, who]) + struct.pack(">q", MOMENTS[who]) + position.id.encode()
@@ -98,7 +98,7 @@ class PageTokens(Target):
 
     def _audit(self, wanted: Filter, token: str) -> None:
         try:
-            place = rpc_audit._place(wanted, token)
+            place = rpc_audit._cursor(wanted, token)
         except InvalidArgument as error:
             _clear(error)
             return
@@ -106,7 +106,7 @@ class PageTokens(Target):
             raise Finding("another page token stands for the same place")
         for other in set(FILTERS) - {wanted}:
             try:
-                rpc_audit._place(other, token)
+                rpc_audit._cursor(other, token)
             except InvalidArgument:
                 continue
             raise Finding("a page token is good for other filters")

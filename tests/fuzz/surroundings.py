@@ -19,7 +19,7 @@ from latchkey_service.verdict import Scope, TokenRecord
 
 from tests import callers
 from tests.ports import free_port
-from tests.support import BreakablePostgres, Service, origin
+from tests.support import BreakablePostgres, Service, audit_context
 
 __all__ = ["ACCOUNT", "DELETED", "LIVE", "PEPPER", "surroundings"]
 
@@ -72,8 +72,8 @@ async def _plant(url: str) -> None:
             record = TokenRecord(
                 token_id, ACCOUNT, f"token {number}", Scope.READ, moment, None, minted.hint
             )
-            await store.insert_token(record, record.name, minted.digest, origin())
-        await store.bury(ACCOUNT, DELETED_ID, origin("Delete"))
+            await store.insert_token(record, record.name, minted.digest, audit_context())
+        await store.bury(ACCOUNT, DELETED_ID, audit_context("Delete"))
     finally:
         await store.close()
 

@@ -22,7 +22,7 @@ from typing import Any, Final
 import asyncpg
 import psutil
 from latchkey_service.embedded_host import (
-    Account,
+    OsAccount,
     _probe,
     choose_account,
     is_postmaster,
@@ -193,7 +193,7 @@ class Patroni:
     def _programs(self) -> Path:
         """Return a directory with all programs that Patroni calls."""
         programs = reachable_programs(self.folder, self._account)
-        own = reachable_programs(self.folder, Account(os.geteuid(), os.getegid()))
+        own = reachable_programs(self.folder, OsAccount(os.geteuid(), os.getegid()))
         for name in _PROGRAMS:
             if not (programs / name).exists():
                 shutil.copy(own / name, programs / name)

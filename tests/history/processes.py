@@ -144,7 +144,7 @@ class SupervisedHost(Host):
         return []
 
     def times_up(self) -> int:
-        return self.children[-1].err.read_text().count('"worker up"')
+        return self.children[-1].err.read_text().count('"worker ready"')
 
     async def bring_back(self, times_up: int) -> None:
         await eventually(

@@ -18,7 +18,7 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service import audit as module
 from latchkey_service import database, sessions
 from latchkey_service.access.credentials import mint
-from latchkey_service.audit import SAMPLE_MAX, AuditLog, Origin
+from latchkey_service.audit import SAMPLE_MAX, AuditContext, AuditLog
 from latchkey_service.audit_table import AuditTable, Filter, NewEntry
 from latchkey_service.config import Settings
 from latchkey_service.database import Connector, Pool
@@ -29,7 +29,7 @@ from latchkey_service.verdict import Scope, TokenRecord
 
 from tests.callers import ACCOUNT, credential, policy_text
 from tests.conftest import serving
-from tests.support import backends, eventually, is_serving, origin, outcome, session
+from tests.support import audit_context, backends, eventually, is_serving, outcome, session
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 TOKENS = "/latchkey.v1.TokenService/"
@@ -313,10 +313,10 @@ async def test_a_change_and_its_entry_stand_or_fall_together(
     """An entry that cannot be written keeps the change from being made, and a change that cannot
     be made leaves no entry."""
     await store.register_pepper("pepper")
-    by = origin("Create")
+    by = audit_context("Create")
     await store.insert_token(record("a"), "a", Digest(b"a" * 32, "pepper"), by)
     assert (by.recorded, by.token_id) == (True, record("a").id)
-    by = origin("Create")
+    by = audit_context("Create")
     with pytest.raises(AlreadyExists):
         await store.insert_token(record("b"), "a", Digest(b"b" * 32, "pepper"), by)
     assert not by.recorded
@@ -331,19 +331,19 @@ async def test_a_change_and_its_entry_stand_or_fall_together(
 
         assert await counts() == (1, 1, 0)
         await connection.execute("ALTER TABLE audit ADD CHECK (caller <> 'unwritable') NOT VALID")
-        unwritable = Origin("unwritable", TOKENS + "Delete", "", "", "", "")
+        unwritable = AuditContext("unwritable", TOKENS + "Delete", "", "", "", "")
         with pytest.raises(asyncpg.CheckViolationError):
             await store.bury(ACCOUNT, record("a").id, unwritable)
         with pytest.raises(asyncpg.CheckViolationError):
             await store.insert_token(record("c"), "c", Digest(b"c" * 32, "pepper"), unwritable)
         assert await counts() == (1, 1, 0)
         assert not unwritable.recorded
-        by = origin("Delete")
+        by = audit_context("Delete")
         assert await store.bury(ACCOUNT, record("a").id, by) is not None
         assert by.recorded
         assert await counts() == (0, 2, 1)
         # Again: nothing changes, so the store writes no entry.
-        by = origin("Delete")
+        by = audit_context("Delete")
         assert await store.bury(ACCOUNT, record("a").id, by) is None
         assert not by.recorded
 
@@ -371,12 +371,14 @@ async def test_denials_do_not_flood() -> None:
     done is never left out."""
     table, clock = Table(), [0.0]
     log = log_on(table, clock)
-    shop, admin = (Origin(name, TOKENS + "Delete", "p", "r", "", "") for name in ("shop", "admin"))
-    told = [log.note(shop, "PERMISSION_DENIED", "METHOD_DENIED") for _ in range(10_000)]
+    shop, admin = (
+        AuditContext(name, TOKENS + "Delete", "p", "r", "", "") for name in ("shop", "admin")
+    )
+    told = [log.record(shop, "PERMISSION_DENIED", "METHOD_DENIED") for _ in range(10_000)]
     assert told == [True] * SAMPLE_MAX + [False] * (10_000 - SAMPLE_MAX)
-    assert log.note(shop, "PERMISSION_DENIED", "ACCOUNT_DENIED")
-    assert log.note(admin, "PERMISSION_DENIED", "METHOD_DENIED")
-    assert all(log.note(admin, "OK", "") for _ in range(100))
+    assert log.record(shop, "PERMISSION_DENIED", "ACCOUNT_DENIED")
+    assert log.record(admin, "PERMISSION_DENIED", "METHOD_DENIED")
+    assert all(log.record(admin, "OK", "") for _ in range(100))
     writer = asyncio.create_task(log.run())
     await eventually(lambda: len(table.written) == SAMPLE_MAX + 102, "what has an entry is there")
     clock[0] = 60.0
@@ -385,7 +387,7 @@ async def test_denials_do_not_flood() -> None:
     assert (rest.caller, rest.code, rest.calls) == ("shop", DENIED, 10_000 - SAMPLE_MAX)
     assert (rest.peer, rest.request_id, rest.token_id) == ("", "", "")
     # A minute later it begins anew.
-    assert log.note(shop, "PERMISSION_DENIED", "METHOD_DENIED")
+    assert log.record(shop, "PERMISSION_DENIED", "METHOD_DENIED")
     writer.cancel()
     await log.close()
     denied = [e for e in table.written if e.reason == "METHOD_DENIED" and e.caller == "shop"]
@@ -398,10 +400,10 @@ async def test_entries_wait_for_the_database(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "WAITING_MAX", 50)
     table, clock = Table(), [0.0]
     log = log_on(table, clock)
-    by = origin("Get")
+    by = audit_context("Get")
     table.error = StoreUnavailable("away")
     for _ in range(80):
-        log.note(by, "OK", "")
+        log.record(by, "OK", "")
     await log.close()
     assert table.written == []
     table.error = ValueError("never")
@@ -409,7 +411,7 @@ async def test_entries_wait_for_the_database(monkeypatch: pytest.MonkeyPatch) ->
     assert table.written == []
     table.error = None
     for _ in range(60):
-        log.note(by, "OK", "")
+        log.record(by, "OK", "")
     await log.close()
     assert [e.calls for e in table.written] == [1] * 50 + [10]
 
@@ -425,7 +427,7 @@ async def test_entries_that_wait_are_bounded_however_long(monkeypatch: pytest.Mo
     for _ in range(20):
         for kind in range(20):
             for _ in range(SAMPLE_MAX + 1):
-                log.note(origin("Get"), "NOT_FOUND", f"KIND_{kind}")
+                log.record(audit_context("Get"), "NOT_FOUND", f"KIND_{kind}")
                 noted += 1
         clock[0] += 2 * module.SAMPLE_SECONDS
         await log.close()
@@ -447,8 +449,8 @@ def test_nothing_secret_gets_in() -> None:
         ("a\n", ""),
         ("", "x" * 10_000),
     ):
-        found = Origin.of("a", "m", "p" * 1_000, "r", account, token)
+        found = AuditContext.of("a", "m", "p" * 1_000, "r", account, token)
         assert (found.account_id, found.token_id) == ("", "")
         assert len(found.peer) == 200
-    kept = Origin.of("a", "m", "p", "r", "acme", "tok_" + "0" * 26)
+    kept = AuditContext.of("a", "m", "p", "r", "acme", "tok_" + "0" * 26)
     assert (kept.account_id, kept.token_id) == ("acme", "tok_" + "0" * 26)

@@ -149,7 +149,7 @@ async def started_anew(service: Service, pid: int) -> None:
                 "tls_key": "server.key",
                 "tls_client_ca": "server.key",
             },
-            "LATCHKEY_TLS_CLIENT_CA: server.key has no certificates in PEM",
+            "LATCHKEY_TLS_CLIENT_CA: server.key contains no PEM certificates",
         ),
     ],
 )
@@ -200,8 +200,8 @@ async def test_the_policy_while_it_runs(run: Run, folder: Path, policy: Path) ->
         write(policy, BROKEN)
         os.kill(service.pid, signal.SIGHUP)
 
-        await eventually(lambda: told(service, "policy refused"), "it says what is wrong")
-        assert "line 2: callers.a.roles" in told(service, "policy refused")[0]["error"]
+        await eventually(lambda: told(service, "policy rejected"), "it says what is wrong")
+        assert "line 2: callers.a.roles" in told(service, "policy rejected")[0]["error"]
         for pid in service.worker_pids[:2]:
             await started_anew(service, pid)
         await eventually(lambda: all_answer(grpc.StatusCode.UNAUTHENTICATED), "nobody may call")
@@ -225,7 +225,7 @@ async def test_a_policy_that_changes_while_a_worker_starts(
     write(policy, WITHOUT_VERIFIER)
     await eventually(lambda: told(service, "policy in force"), "the other worker has it")
     write(policy, BROKEN)
-    await eventually(lambda: told(service, "policy refused"), "it says what is wrong")
+    await eventually(lambda: told(service, "policy rejected"), "it says what is wrong")
     hold.off(new)
     await eventually(lambda: new.pid in service.worker_pids, "the new worker serves")
 
@@ -258,7 +258,7 @@ async def test_a_policy_that_changes_while_a_worker_stops(run: Run, policy: Path
 
         await eventually(is_unknown, "the caller is unknown")
         assert len(service.worker_pids) == 1
-        assert not told(service, "worker died")
+        assert not told(service, "worker exited")
         await watcher.say(released=True)
 
 
@@ -349,7 +349,7 @@ async def test_tls(run: Run, folder: Path, policy: Path) -> None:
         for _ in range(4):
             async with secured(target, joined) as third:
                 assert await verify(third) is grpc.StatusCode.OK
-    assert [line for line in service.log if line["event"] == "certificates refused"]
+    assert [line for line in service.log if line["event"] == "certificates rejected"]
     assert await service.end() == 0
 
 
@@ -433,7 +433,7 @@ def test_a_new_callers_credential(folder: Path) -> None:
     path = folder / "policy.toml"
     path.write_text(made.stderr[made.stderr.index("[callers.shop]") :])
     checked = policy_command("check", LATCHKEY_POLICY=str(path))
-    assert (checked.returncode, checked.stdout) == (0, f"{path} is right: 1 callers\n")
+    assert (checked.returncode, checked.stdout) == (0, f"{path} is valid: 1 callers\n")
     path.write_text("[callers.shop]\nrole = []")
     checked = policy_command("check", str(path))
     assert checked.returncode == 1
@@ -451,7 +451,7 @@ def test_the_policy_that_is_checked_is_the_services(folder: Path) -> None:
     (folder / "good.toml").write_text('[callers.shop]\ncertificates = ["shop.internal"]\n')
     (folder / ".env").write_text("LATCHKEY_POLICY=good.toml\n")
     checked = policy_command("check", cwd=folder)
-    assert (checked.returncode, checked.stdout) == (0, "good.toml is right: 1 callers\n"), checked
+    assert (checked.returncode, checked.stdout) == (0, "good.toml is valid: 1 callers\n"), checked
     checked = policy_command("check", cwd=folder, LATCHKEY_POLICY="other.toml")
     assert (checked.returncode, "other.toml: cannot be read" in checked.stderr) == (1, True)
     # What does not go together does not matter here; what cannot be read as settings does.
@@ -462,14 +462,14 @@ def test_the_policy_that_is_checked_is_the_services(folder: Path) -> None:
     (folder / ".env").unlink()
     checked = policy_command("check", cwd=folder)
     assert checked.returncode == 2
-    assert checked.stderr == "latchkey: give a file, or set LATCHKEY_POLICY\n"
+    assert checked.stderr == "latchkey: name a file, or set LATCHKEY_POLICY\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "mistake"),
     [
-        ((), "say new-caller or check"),
-        (("make-tea",), "the first argument is neither new-caller nor check"),
+        ((), "expected new-caller or check"),
+        (("make-tea",), "the first argument must be new-caller or check"),
         (("check", "a", "b"), "check takes one file"),
     ],
 )

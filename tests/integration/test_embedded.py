@@ -496,7 +496,7 @@ def test_data_directory_that_others_can_write_is_refused_to_root(root_dir: Path)
     foreign = root_dir / "foreign"
     foreign.mkdir()
     os.chown(foreign, pwd.getpwnam("nobody").pw_uid, -1)
-    with pytest.raises(EmbeddedError, match="can be written by others than root"):
+    with pytest.raises(EmbeddedError, match="users other than root can write to"):
         EmbeddedPostgres(foreign).start()
     assert not [*foreign.iterdir()]
 

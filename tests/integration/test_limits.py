@@ -236,7 +236,7 @@ async def test_connections(serve: Serve, name: str) -> None:
         await eventually(lambda: listener.connections() == 4, "all of them are there")
         # It knows who came first by having seen him before. By itself it would look too late.
         assert listener.guard is not None
-        await asyncio.to_thread(listener.guard.look)
+        await asyncio.to_thread(listener.guard.inspect)
         for _ in range(8):
             # A handshake that fails, where there is TLS.
             with contextlib.suppress(OSError):
@@ -280,11 +280,11 @@ async def test_the_guard_harms_nobody_else(serve: Serve) -> None:
     async with serve("native", connections_max=2) as listener:
         guard = ConnectionGuard([listener.address], Limits(connections_max=2))
 
-        def look() -> None:
+        def inspect() -> None:
             while not stop:
-                guard.look()
+                guard.inspect()
 
-        threads = [asyncio.create_task(asyncio.to_thread(work)) for work in (others, look)]
+        threads = [asyncio.create_task(asyncio.to_thread(work)) for work in (others, inspect)]
         cut = 0
         for _ in range(60):
             async with contextlib.AsyncExitStack() as stack:

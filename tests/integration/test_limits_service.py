@@ -147,13 +147,13 @@ async def test_a_worker_with_too_much_memory(
             got = await raw.closed()
             assert not any(frame.kind == http2.HEADERS for frame in got)
         (line,) = await eventually(
-            lambda: [one for one in running.log if one["event"] == "worker ends: too much memory"],
+            lambda: [one for one in running.log if one["event"] == "worker exits: too much memory"],
             f"it says so, after {got}",
         )
         # Before all of it is unpacked, however late it was looked.
         assert 200 <= line["mib"] < 1_000
         died = await eventually(
-            lambda: [one for one in running.log if one["event"] == "worker died"], "it died"
+            lambda: [one for one in running.log if one["event"] == "worker exited"], "it died"
         )
         assert died[0]["exit_code"] == memory_guard.EXIT_CODE
         await eventually(lambda: len(running.worker_pids) == 2, "another one is up")

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 from latchkey_service import lookup as module
-from latchkey_service.admission import CALM_SECONDS, STANDING_SECONDS, QueueBound
+from latchkey_service.admission import CALM_SECONDS, STANDING_SECONDS, QueueLimit
 from latchkey_service.database import connect
 from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.lookup import Lookup
 from latchkey_service.secrets import Keyring, Pepper
 from latchkey_service.tokens import NewToken, Tokens
 
-from tests.support import BelievedReads, origin
+from tests.support import BelievedReads, audit_context
 
 KEYRING = Keyring([Pepper(b"p" * 32)])
 
@@ -76,7 +76,7 @@ async def digests(store):
     )
     made = [
         await tokens.create(
-            NewToken("acme", f"token {number}", 1, None, None, {}), origin(), soon()
+            NewToken("acme", f"token {number}", 1, None, None, {}), audit_context(), soon()
         )
         for number in range(10)
     ]
@@ -206,7 +206,7 @@ async def test_more_calls_than_make_it_busy_are_bounded_if_that_lasts(
     monkeypatch.setattr(module, "STANDING", 1)
     now = 1_000.0
     monkeypatch.setattr(lookup, "_monotonic", lambda: now)
-    monkeypatch.setattr(lookup, "_bound", QueueBound(module.STANDING, 100))
+    monkeypatch.setattr(lookup, "_bound", QueueLimit(module.STANDING, 100))
 
     async def come(count: int) -> tuple[list[asyncio.Task[Any]], int]:
         tasks = [asyncio.create_task(lookup.find(digests[0], now + 60.0)) for _ in range(count)]

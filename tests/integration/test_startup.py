@@ -26,8 +26,8 @@ from tests.support import (
     WAIT_SECONDS,
     BelievedReads,
     Service,
+    audit_context,
     eventually,
-    origin,
     session,
 )
 
@@ -74,7 +74,7 @@ async def make(store: Store, keyring: Keyring, name: str = "first") -> Created:
         os.urandom,
     )
     new = NewToken("acme", name, Scope.READ, None, None, {})
-    return await tokens.create(new, origin(), math.inf)
+    return await tokens.create(new, audit_context(), math.inf)
 
 
 async def verdict(database_url: str, keyring: Keyring, created: Created) -> Verdict:
@@ -132,7 +132,7 @@ async def test_a_pepper_that_live_tokens_need_is_missed(
     assert OLD.id in service.err
     assert str(path) in service.err
     assert NEW.id not in service.err
-    await store.bury("acme", created.record.id, origin("Delete"))
+    await store.bury("acme", created.record.id, audit_context("Delete"))
     await run(pepper_file=path).welcome()
 
 
@@ -248,7 +248,7 @@ async def test_old_tombstones_are_purged(store: Store, database_url: str) -> Non
     keyring = Keyring([OLD])
     live, young, *old = [await make(store, keyring, f"token {n}") for n in range(5)]
     for created in (young, *old):
-        await store.bury("acme", created.record.id, origin("Delete"))
+        await store.bury("acme", created.record.id, audit_context("Delete"))
     now = datetime.now(UTC)
     async with session(database_url) as connection:
         for days, created in enumerate(old, 100):
@@ -276,7 +276,7 @@ async def test_purges_do_not_wait_for_each_other(store: Store, database_url: str
     keyring = Keyring([OLD])
     made: list[Any] = [await make(store, keyring, f"token {n}") for n in range(40)]
     for created in made:
-        await store.bury("acme", created.record.id, origin("Delete"))
+        await store.bury("acme", created.record.id, audit_context("Delete"))
     before = datetime.now(UTC) + DAY
     async with session(database_url) as connection, connection.transaction():
         await connection.execute("SELECT FROM token WHERE id = $1 FOR UPDATE", made[0].record.id)

@@ -229,7 +229,7 @@ async def test_kill_9_of_postgres(run: Run, data_dir: Path) -> None:
         created = await stub.Create(create_request(), timeout=5)
     service.postmaster().kill()
     await eventually(
-        lambda: any(line["event"] == "embedded Postgres is back" for line in service.log),
+        lambda: any(line["event"] == "embedded Postgres restarted" for line in service.log),
         "Postgres is back",
         BACK_SECONDS,
     )
@@ -298,7 +298,7 @@ async def test_unix_socket(run: Run, database_url: str, folder: Path, transport:
         await stub.Create(create_request(), timeout=5)
     refused = run(**settings)
     assert await refused.ended() == 1
-    assert "another process does" in refused.err
+    assert "another process is listening" in refused.err
     assert await first.end(signal.SIGKILL) == -signal.SIGKILL
     await eventually(lambda: not first.alive(), "its worker is gone")
     again = run(**settings)
@@ -409,10 +409,10 @@ async def test_a_worker_that_takes_no_policies(
     process = await asyncio.create_subprocess_exec("sleep", "60", stdin=subprocess.PIPE)
     keeper._processes.add(process)
     try:
-        keeper._hand_policy("#" * 900_000)
+        keeper._send_policy("#" * 900_000)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(process.wait(), 0.05)
-        keeper._hand_policy("#" * 900_000)
+        keeper._send_policy("#" * 900_000)
         assert await asyncio.wait_for(process.wait(), WAIT_SECONDS) == -signal.SIGKILL
     finally:
         if process.returncode is None:

@@ -59,10 +59,14 @@ POLICY = '[callers.shop]\nroles = ["verifier"]\n'
         ({"policy": "policy.toml"}, None, "a worker needs both or neither"),
         ({}, POLICY, "a worker needs both or neither"),
         ({"policy": "policy.toml"}, "[callers", "line 1: "),
-        ({"policy": "policy.toml"}, ..., "no policy came"),
-        ({"trusted_proxy": "spiffe://example.org/proxy"}, None, "LATCHKEY_TRUSTED_PROXY: without"),
+        ({"policy": "policy.toml"}, ..., "received no policy"),
+        (
+            {"trusted_proxy": "spiffe://example.org/proxy"},
+            None,
+            "LATCHKEY_TRUSTED_PROXY: has no effect",
+        ),
         ({"workers": "many"}, None, "LATCHKEY_WORKERS: "),
-        (None, None, "no settings came"),
+        (None, None, "received no settings"),
     ],
 )
 def test_what_a_worker_does_not_start_with(

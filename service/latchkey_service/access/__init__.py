@@ -1,8 +1,8 @@
-"""Who may call: what a call presents, the policy, and the decision, the same on every listener.
+"""Caller identity and authorization, the same on every listener.
 
-`methods` has the table of all methods and who may call them. `policy` reads the policy file,
-`policy_file` follows it. `identity` reads what a call presents, with `certificate` for the
-names in one, `forwarded` for what a proxy says, and `credentials` for the form of bearer
-credentials. `gate` puts it together: one `Door` for each listener, whose `admit` every call goes
-through (`calls.py`).
+Start with `gate`: one `Authenticator` for each listener; every call passes its `authorize`
+(`calls.py`). `methods` lists every method and the role that may call it. `policy` parses the policy
+file and `policy_file` reloads it. `identity` maps the presented credentials to a caller, with the
+help of `certificate` (subject alternative names), `forwarded` (a proxy's header) and `credentials`
+(the format of bearer credentials).
 """

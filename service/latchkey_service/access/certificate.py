@@ -1,9 +1,9 @@
-r"""A client certificate's alternative names, as they stand in it (RFC 5280 §4.2.1.6), and its end.
+r"""Subject alternative names (RFC 5280 §4.2.1.6) and the expiry of a client certificate.
 
-They are read from the certificate itself, since what others hand on may be another name: grpcio's
-end at a NUL, so that `shop.internal\0.evil.example` would be `shop.internal`. Whether the
-certificate is good, TLS has seen before, and is nothing to this module; but it may have ended since
-then, as neither an open connection nor one that resumes a session looks again. Pure.
+This module reads the names from the certificate itself, because other layers may alter them: grpcio
+cuts a name at a NUL, which turns `shop.internal\0.evil.example` into `shop.internal`. TLS has
+already verified the certificate; this module does not. But the certificate may have expired since
+then, because TLS checks neither open connections nor resumed sessions again. Pure.
 """
 
 from typing import NamedTuple
@@ -14,11 +14,11 @@ __all__ = ["Certificate", "CertificateError", "read_certificate"]
 
 
 class CertificateError(ValueError):
-    """It is no certificate, or has names that are none. Carries nothing of it."""
+    """Not a certificate, or it contains an invalid name. Carries no part of it."""
 
 
 class Certificate(NamedTuple):
-    """The names of a certificate that callers are known by, and when it ends, in POSIX seconds."""
+    """The names that identify callers, and the expiry in POSIX seconds."""
 
     uris: tuple[str, ...]
     dns: tuple[str, ...]
@@ -26,7 +26,7 @@ class Certificate(NamedTuple):
 
 
 def read_certificate(pem: str) -> Certificate:
-    """Return what a certificate says. Raises CertificateError."""
+    """Parse a PEM certificate. Raises CertificateError."""
     try:
         certificate = x509.load_pem_x509_certificate(pem.encode("ascii"))
         ends_at = certificate.not_valid_after_utc.timestamp()
@@ -35,9 +35,9 @@ def read_certificate(pem: str) -> Certificate:
         dns = found.get_values_for_type(x509.DNSName)
     except x509.ExtensionNotFound:
         return Certificate((), (), ends_at)
-    except Exception:  # noqa: BLE001 - whatever the library makes of it, it names nobody
+    except Exception:  # noqa: BLE001 - a certificate that does not parse identifies nobody
         raise CertificateError from None
-    # What is not printable, such as a NUL, is none.
+    # A name with unprintable characters, such as a NUL, is invalid.
     if not all(name.isprintable() for name in (*uris, *dns)):
         raise CertificateError
     return Certificate(tuple(uris), tuple(dns), ends_at)

@@ -1,4 +1,4 @@
-"""What people do about the policy file: a new caller's credential, and whether a file is right."""
+"""`latchkey policy`: creates a caller's credential and validates a policy file."""
 
 import os
 import sys
@@ -17,63 +17,63 @@ usage: latchkey policy new-caller NAME
 
 
 def run(arguments: list[str]) -> int:
-    """Do what the arguments say and return the exit code: 2 for a wrong setting or argument."""
+    """Run the command and return the exit code: 2 for a wrong setting or argument."""
     match arguments:
         case ["new-caller", name]:
             return _new_caller(name)
         case ["new-caller", *_]:
-            return _not_made("new-caller takes one name")
+            return _not_created("new-caller takes one name")
         case ["check"]:
-            return _check_set()
+            return _check_configured()
         case ["check", path]:
             return _check(Path(path))
         case ["check", *_]:
-            return _wrong("check takes one file")
+            return _usage_error("check takes one file")
         case []:
-            return _wrong("say new-caller or check")
+            return _usage_error("expected new-caller or check")
         case _:
-            # It is not repeated: who has mixed up the arguments may have given a credential.
-            return _wrong("the first argument is neither new-caller nor check")
+            # Not repeated: if the arguments are in the wrong order, it may be a credential.
+            return _usage_error("the first argument must be new-caller or check")
 
 
-def _wrong(mistake: str) -> int:
-    # `latchkey` is what people type, which becomes this process; in the image it is there as well.
-    _tell(f"latchkey: policy: {mistake}\n{USAGE}")
+def _usage_error(mistake: str) -> int:
+    # People type `latchkey`, which starts this process. The image has a `latchkey` command too.
+    _print(f"latchkey: policy: {mistake}\n{USAGE}")
     return 2
 
 
-def _not_made(mistake: str) -> int:
-    """Say so where the policy's part would be, which may be the end of a policy file: as TOML."""
-    _tell(f"# latchkey: policy: {mistake}; nothing was made")
+def _not_created(mistake: str) -> int:
+    """Print the mistake as a TOML comment: stderr may be appended to a policy file."""
+    _print(f"# latchkey: policy: {mistake}; no credential was created")
     return 2
 
 
 def _new_caller(name: str) -> int:
-    """Print a credential, alone on standard output, and beside it, as TOML, the policy's part."""
+    """Print a credential on stdout, and the matching policy section, as TOML, on stderr."""
     if not is_name(name):
-        return _not_made("a caller's name has 1-64 characters of A-Za-z0-9._-")
+        return _not_created("a caller name has 1-64 characters of A-Za-z0-9._-")
     credential = mint(os.urandom)
     sys.stdout.write(credential.reveal() + "\n")
     sys.stdout.flush()
     header = f'[callers."{name}"]' if "." in name else f"[callers.{name}]"
-    _tell(
-        f"\n# The credential of {name} is on standard output, shown this once. The policy has its\n"
-        f"# digest; a caller may have several.\n{header}\n"
+    _print(
+        f"\n# The credential of {name} is on standard output and is shown only once. The policy\n"
+        f"# stores its digest; a caller may have several credentials.\n{header}\n"
         f'credentials = ["{policy_digest(credential)}"]\n'
         'roles = ["verifier"]  # or manager, operator'
     )
     return 0
 
 
-def _check_set() -> int:
-    """Check the file that the service would read: the environment's, or that of a .env file."""
+def _check_configured() -> int:
+    """Check the file that the service would read, as set in the environment or a .env file."""
     try:
         path = config.load(together=False).policy
     except config.ConfigError as error:
-        _tell(f"latchkey: these settings are wrong:\n{error}")
+        _print(f"latchkey: invalid settings:\n{error}")
         return 2
     if path is None:
-        _tell(f"latchkey: give a file, or set {config.PREFIX}POLICY")
+        _print(f"latchkey: name a file, or set {config.PREFIX}POLICY")
         return 2
     return _check(path)
 
@@ -82,11 +82,11 @@ def _check(path: Path) -> int:
     try:
         policy = parse(read_text(path))
     except PolicyError as error:
-        _tell(f"latchkey: {path}: {error}")
+        _print(f"latchkey: {path}: {error}")
         return 1
-    sys.stdout.write(f"{path} is right: {len(policy.callers)} callers\n")
+    sys.stdout.write(f"{path} is valid: {len(policy.callers)} callers\n")
     return 0
 
 
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr)  # noqa: T201 - for a person
+def _print(text: str) -> None:
+    print(text, file=sys.stderr)  # noqa: T201 - output of a command

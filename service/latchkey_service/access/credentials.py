@@ -1,8 +1,8 @@
-"""Bearer credentials of callers: `lkc_`, 43 base62 digits (256 random bits), 6 of a checksum.
+"""Bearer credentials of callers: `lkc_`, 43 base62 digits (256 random bits), a 6-digit checksum.
 
-The checksum, CRC-32 of all that comes before it, is for scanners, as in secrets of tokens. A policy
-has SHA-256 of the whole: of 256 random bits a plain hash tells nothing (ASVS 5.0 §11.5.1), and it
-needs no key that would have to be kept.
+The checksum is the CRC-32 of everything before it. As in token secrets, it serves secret scanners.
+A policy stores the SHA-256 of the credential. A plain hash of 256 random bits reveals nothing
+(ASVS 5.0 §11.5.1) and needs no key to protect.
 """
 
 import re
@@ -28,21 +28,21 @@ _SHAPE: Final = re.compile(CREDENTIAL_SHAPE)
 
 
 def mint(random_bytes: Callable[[int], bytes]) -> Secret:
-    """Return a new credential. `random_bytes` is the OS's CSPRNG, passed in."""
+    """Return a new credential. `random_bytes` is the operating system's CSPRNG."""
     body = f"{CREDENTIAL_PREFIX}_{base62(int.from_bytes(random_bytes(RANDOM_BYTES)), BODY_DIGITS)}"
     return Secret(body + checksum(body))
 
 
 def is_credential(presented: str) -> bool:
-    """Tell whether it has a credential's shape; the checksum is not looked at."""
+    """Return whether `presented` has the shape of a credential. Ignores the checksum."""
     return _SHAPE.fullmatch(presented) is not None
 
 
 def digest_of(presented: str) -> bytes:
-    """Return the digest (32 bytes) of whatever was presented."""
+    """Return the SHA-256 digest (32 bytes) of `presented`."""
     return sha256(presented.encode("utf-8", "surrogatepass")).digest()
 
 
 def policy_digest(credential: Secret) -> str:
-    """Return what a policy file has of a credential."""
+    """Return the digest of a credential as a policy file stores it."""
     return _ALGORITHM + digest_of(credential.reveal()).hex()

@@ -1,13 +1,14 @@
-"""x-forwarded-client-cert: what a proxy says of the certificate that its own client showed.
+"""x-forwarded-client-cert: the client certificate that a proxy verified.
 
-Source: Envoy, "HTTP header manipulation", x-forwarded-client-cert. An element is one proxy's, its
-pairs are parted by semicolons, elements by commas, and a value with any of `,;=` in it stands in
-double quotes, its own quotes after a backslash.
+Source: Envoy, "HTTP header manipulation", x-forwarded-client-cert. Each proxy adds one element.
+Commas separate elements, and semicolons separate the pairs in an element. A value that contains any
+of `,;=` is in double quotes, and a backslash escapes each quote in it.
 
-Envoy (1.40) itself writes the client's names unquoted, whatever is in them, so that a name can look
-like more pairs or elements. Hence one element alone is taken, and pairs in the order in which Envoy
-writes them, where names are last; and the certificate itself is better than what is said of it.
-Whether to believe the header is the listener's affair (`gate.py`).
+Envoy (1.40) writes the client's names unquoted, whatever they contain, so a name can look like
+further pairs or elements. Therefore this parser accepts only one element, and only pairs in the
+order in which Envoy writes them, where the names are last. Where Envoy also sends the certificate,
+its names count and those in the header do not. The listener decides whether to trust the header
+(`gate.py`).
 """
 
 import re
@@ -19,36 +20,36 @@ from urllib.parse import unquote_to_bytes
 __all__ = ["HEADER", "Forwarded", "ForwardedError", "parse"]
 
 HEADER: Final = "x-forwarded-client-cert"
-# More than the transports let through.
+# More than the transports accept.
 LENGTH_MAX: Final = 65_536
 _ORDER: Final = ("by", "hash", "cert", "chain", "subject", "uri", "dns")
 _RANKS: Final = {key: rank for rank, key in enumerate(_ORDER)}
-# A proxy's and a client's certificate may have several.
+# The certificate of a proxy or client may have several of these names.
 _SEVERAL: Final = ("by", "uri", "dns")
 _PAIR: Final = re.compile(r'([A-Za-z]+)=(?:"((?:[^"\\]|\\.)*)"|([^,;="\s]*))(;|\Z)')
 
 
 class ForwardedError(ValueError):
-    """The header is not of this form. Carries nothing of it."""
+    """The header is malformed. Carries no part of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forwarded:
-    """Names of the proxy's own certificate, and of its client's."""
+    """The names in the proxy's own certificate (`by`) and in its client's."""
 
     by: tuple[str, ...]
     uris: tuple[str, ...]
     dns: tuple[str, ...]
     pem: bytes
-    """The client's certificate, empty where the proxy does not send it."""
+    """The client's certificate; empty if the proxy does not send it."""
     certificate: bool
-    """Whether there was a certificate at all: a header without one names nobody."""
+    """Whether the client presented a certificate. A header without one identifies nobody."""
 
 
 def parse(header: str | bytes) -> Forwarded:
-    """Return what the header's one element says. Raises ForwardedError.
+    """Parse the header's only element. Raises ForwardedError.
 
-    Bytes are what transports hand on where they find no text.
+    The transports pass on bytes if the value is not text.
     """
     if isinstance(header, bytes) or len(header) > LENGTH_MAX:
         raise ForwardedError
@@ -64,8 +65,8 @@ def parse(header: str | bytes) -> Forwarded:
         pairs.append((key, value))
     for key in _SEVERAL:
         values = [value for other, value in pairs if other == key]
-        # Envoy writes an empty one for a certificate without such names. Beside others it is a part
-        # of one of them.
+        # Envoy writes an empty value for a certificate without such names. An empty value beside
+        # others is part of one of those names.
         if len(values) > 1 and not all(values):
             raise ForwardedError
     return Forwarded(

@@ -1,8 +1,8 @@
-"""The gate: the policy in force, and the way in of each listener. Every call goes through one.
+"""The active policy, and the authenticator of each listener, which authorizes every call.
 
-What it costs a Verify is part of its design: with a policy, one pass over the call's metadata, one
-hash and two look-ups, with a certificate a look at the clock; without, nothing, since then there is
-no gate (`calls.py`).
+Cost for a Verify: with a policy, one pass over the call's metadata, one hash and two look-ups, plus
+one clock reading for a certificate. Without a policy there is no authenticator and no cost
+(`calls.py`).
 """
 
 import math
@@ -15,42 +15,42 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.access import forwarded
 from latchkey_service.access.certificate import CertificateError, read_certificate
 from latchkey_service.access.identity import bearer, by_certificate, by_credential, conflict
-from latchkey_service.access.methods import OPERATOR, Account, rule_of
+from latchkey_service.access.methods import OPERATOR, AccountSource, rule_of
 from latchkey_service.access.policy import Caller, Policy
 from latchkey_service.errors import PermissionDenied, Unauthenticated, WatchRefused
 
-__all__ = ["Door", "Gate", "check_account", "within_accounts"]
+__all__ = ["ActivePolicy", "Authenticator", "check_account", "restrict_to_accounts"]
 
 AUTHORIZATION: Final = "authorization"
-# Of certificates and headers that are remembered, together: those of thousands of clients.
-REMEMBERED_BYTES_MAX: Final = 8 * 1024 * 1024
-# What an entry takes beside its bytes, about.
+# Total of the certificates and headers in the cache; enough for thousands of clients.
+CACHE_BYTES_MAX: Final = 8 * 1024 * 1024
+# Approximate overhead of a cache entry.
 _ENTRY_BYTES: Final = 200
 
-_Shown = TypeVar("_Shown", str, bytes)
+_Evidence = TypeVar("_Evidence", str, bytes)
 
 
 class HasMetadata(Protocol):
-    """The part of a servicer's context that tells who calls."""
+    """The part of a servicer's context that identifies the caller."""
 
     def invocation_metadata(self) -> Any:
-        """Return the call's metadata, keys and values; None for none."""
+        """Return the call's metadata as key-value pairs, or None."""
         ...
 
     def auth_context(self) -> Any:
-        """Return what TLS knows of the peer, lists of bytes by name."""
+        """Return the properties of the TLS peer: lists of bytes by name."""
         ...
 
 
-class Gate:
-    """The policy in force. Belongs to the event loop."""
+class ActivePolicy:
+    """The policy in force. Event loop only."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self._watchers: list[Callable[[], None]] = []
 
     def replace(self, policy: Policy) -> None:
-        """Put another policy in force. Streams that it does not allow any more are told to end."""
+        """Activate another policy and notify observers, which end streams it no longer allows."""
         self.policy = policy
         for changed in self._watchers:
             changed()
@@ -60,56 +60,61 @@ class Gate:
         self._watchers.append(changed)
 
 
-class _Shows(NamedTuple):
-    """Whose a certificate or a header is, None: nobody's, and until when, in POSIX seconds."""
+class _Identity(NamedTuple):
+    """The caller that a certificate or header identifies, and its expiry in POSIX seconds.
+
+    `caller` is None if it identifies nobody.
+    """
 
     caller: Caller | None
     ends_at: float
 
 
-class Door:
-    """One listener's way in. `proxy` is the name of the proxy to believe, None: none.
-    `metadata_of` returns the metadata of a call's context, `now` POSIX seconds.
+class Authenticator:
+    """Identifies and authorizes the calls of one listener.
 
-    A proxy is believed on a listener that only this machine's processes reach, which is settled
-    when the service starts (`exposure.py`), and not by each call's peer: the `native` transport
-    hands streams on through a UNIX socket of its own, where every peer looks like a local one.
+    `proxy` is the certificate name of the trusted proxy, or None. `metadata_of` returns the
+    metadata of a call's context; `now` returns POSIX seconds.
+
+    Only a listener that no other machine can reach may trust a proxy. The settings are checked for
+    that at startup (`exposure.py`), not per call by the peer's address: the `native` transport
+    passes streams on through its own UNIX socket, where every peer looks local.
     """
 
     def __init__(
         self,
-        gate: Gate,
+        active_policy: ActivePolicy,
         *,
         tls: bool = False,
         proxy: str | None = None,
         metadata_of: Callable[[Any], Any] = lambda context: context.invocation_metadata(),
         now: Callable[[], float] = time.time,
     ) -> None:
-        self._gate = gate
+        self._active_policy = active_policy
         self._tls = tls
         self._proxy = proxy
         self._metadata_of = metadata_of
         self._now = now
-        # Whose a certificate or a header is, by the policy of then: each call has it again, and to
-        # read it takes ten times as long as all the rest here. They are no secrets.
-        self._remembered: dict[str | bytes, _Shows] = {}
-        self._remembered_bytes = 0
-        self._remembered_by = gate.policy
+        # Identities under the policy `_cache_policy`. Reading a certificate takes ten times as
+        # long as the rest of a call's authorization. None of the keys are secret.
+        self._cache: dict[str | bytes, _Identity] = {}
+        self._cache_bytes = 0
+        self._cache_policy = active_policy.policy
 
-    def admit(self, path: str, context: HasMetadata) -> Caller:
-        """Return the caller, who may call the method. Raises Unauthenticated, PermissionDenied."""
+    def authorize(self, path: str, context: HasMetadata) -> Caller:
+        """Return the caller if it may call `path`. Raises Unauthenticated or PermissionDenied."""
         caller = self.identify(context)
         if path not in caller.methods:
             raise PermissionDenied(
-                "The policy does not let this caller call this method.",
+                "The policy does not allow this caller to call this method.",
                 "METHOD_DENIED",
                 caller.name,
             )
         return caller
 
     def identify(self, context: HasMetadata) -> Caller:
-        """Return who calls. Raises Unauthenticated."""
-        policy = self._gate.policy
+        """Return the caller. Raises Unauthenticated."""
+        policy = self._active_policy.policy
         authorization = header = None
         for key, value in self._metadata_of(context) or ():
             if key == AUTHORIZATION:
@@ -118,102 +123,102 @@ class Door:
                 authorization = value
             elif key == forwarded.HEADER and self._proxy is not None:
                 if header is not None:
-                    raise _not_of_its_form()
+                    raise _malformed_header()
                 header = value
         caller = None
         if authorization is not None:
             caller = by_credential(policy, bearer(authorization))
         by_tls = None
         if self._tls:
-            # Only the certificate itself has its names whole (`certificate.py`).
+            # Only the certificate itself contains the complete names (`certificate.py`).
             pem = (context.auth_context() or {}).get("x509_pem_cert")
             if pem:
-                by_tls = self._remember(policy, pem[0], _of_certificate)
+                by_tls = self._cached(policy, pem[0], _identify_certificate)
         elif header is not None:
-            by_tls = self._remember(policy, header, self._of_proxy)
+            by_tls = self._cached(policy, header, self._identify_forwarded)
         if caller is None or by_tls is None:
             caller = caller or by_tls
         elif caller is not by_tls:
             raise conflict()
         if caller is None:
             raise Unauthenticated(
-                "Say who calls: by a client certificate, or by the metadata 'authorization: Bearer "
-                "<credential>'.",
+                "The call is anonymous. Present a client certificate or the metadata "
+                "'authorization: Bearer <credential>'.",
                 "CALLER_ANONYMOUS",
             )
         return caller
 
-    def _remember(
-        self, policy: Policy, shown: _Shown, read: Callable[[Policy, _Shown], _Shows]
+    def _cached(
+        self, policy: Policy, evidence: _Evidence, read: Callable[[Policy, _Evidence], _Identity]
     ) -> Caller | None:
-        """Return whom `read` makes of what was shown, and has made of it before. Raises as it does,
-        and Unauthenticated for a certificate that has ended.
+        """Return the caller that `read` finds in `evidence`, from the cache if possible.
 
-        Only what names somebody is remembered.
+        Raises what `read` raises, and Unauthenticated for an expired certificate. Failures of
+        `read` are not cached.
         """
-        if policy is not self._remembered_by or self._remembered_bytes > REMEMBERED_BYTES_MAX:
-            self._remembered.clear()
-            self._remembered_bytes = 0
-            self._remembered_by = policy
-        found = self._remembered.get(shown)
+        if policy is not self._cache_policy or self._cache_bytes > CACHE_BYTES_MAX:
+            self._cache.clear()
+            self._cache_bytes = 0
+            self._cache_policy = policy
+        found = self._cache.get(evidence)
         if found is None:
-            found = self._remembered[shown] = read(policy, shown)
-            self._remembered_bytes += len(shown) + _ENTRY_BYTES
-        # TLS looks at it when a session begins, and then no more: not on a connection that lasts,
-        # nor on one that resumes the session a day later (RFC 8446 §4.6.1).
+            found = self._cache[evidence] = read(policy, evidence)
+            self._cache_bytes += len(evidence) + _ENTRY_BYTES
+        # TLS checks the certificate only when a session begins. It checks neither a long-lived
+        # connection nor one that resumes the session a day later (RFC 8446 §4.6.1).
         if self._now() >= found.ends_at:
             raise Unauthenticated("The client certificate has expired.", "CERTIFICATE_EXPIRED")
         return found.caller
 
-    def _of_proxy(self, policy: Policy, header: str) -> _Shows:
-        """Return whose certificate the proxy has seen, None for no certificate."""
+    def _identify_forwarded(self, policy: Policy, header: str) -> _Identity:
+        """Identify the client by the proxy's header; `caller` is None without a certificate."""
         try:
-            said = forwarded.parse(header)
+            found = forwarded.parse(header)
         except forwarded.ForwardedError:
-            raise _not_of_its_form() from None
-        if self._proxy not in said.by:
-            raise Unauthenticated("The call came by a proxy that is not known.", "PROXY_UNKNOWN")
-        if not said.certificate:
-            return _Shows(None, math.inf)
-        if said.pem:
-            return _of_certificate(policy, said.pem)
-        return _Shows(by_certificate(policy, said.uris, said.dns), math.inf)
+            raise _malformed_header() from None
+        if self._proxy not in found.by:
+            raise Unauthenticated("The call came through an unknown proxy.", "PROXY_UNKNOWN")
+        if not found.certificate:
+            return _Identity(None, math.inf)
+        if found.pem:
+            return _identify_certificate(policy, found.pem)
+        return _Identity(by_certificate(policy, found.uris, found.dns), math.inf)
 
 
 def check_account(path: str, caller: Caller, request: Any) -> None:
-    """Check the account that a request names, for a caller limited to some.
+    """Check the account in a request from a caller that the policy limits to certain accounts.
 
-    Raises PermissionDenied: for an account that is not theirs, valid or not, for none, and for
-    what is about all accounts at once; WatchRefused for a Watch.
+    Raises PermissionDenied if `account_id` is any other account, invalid, or empty, and for a call
+    that affects all accounts. Raises WatchRefused for a Watch.
     """
     accounts, rule = caller.accounts, rule_of(path)
     if accounts is None:
         return
-    if rule.account is Account.REQUEST and not accounts.allow(request.account_id):
+    if rule.account is AccountSource.REQUEST and not accounts.allow(request.account_id):
         raise PermissionDenied(
-            "The policy does not let this caller act for this account.",
+            "The policy does not allow this caller to act for this account.",
             "ACCOUNT_DENIED",
             caller.name,
         )
-    if rule.account is Account.ALL and rule.role == OPERATOR:
+    if rule.account is AccountSource.ALL and rule.role == OPERATOR:
         raise PermissionDenied(
             "The call affects all accounts, and the policy limits this caller to some.",
             "ACCOUNT_DENIED",
             caller.name,
         )
-    if rule.account is Account.ALL:
-        # As a server says that grants no leases to anybody: a client library then verifies by
-        # asking each time.
-        raise WatchRefused("Callers that are limited to accounts are granted no leases.")
+    if rule.account is AccountSource.ALL:
+        # The same error as from a server that grants no leases: the client library then calls
+        # Verify each time.
+        raise WatchRefused("Callers limited to accounts cannot hold leases.")
 
 
-def within_accounts(path: str, caller: Caller, answer: bytes) -> bytes:
-    """Return a verify's encoded answer as a caller limited to accounts may have it.
+def restrict_to_accounts(path: str, caller: Caller, answer: bytes) -> bytes:
+    """Return a verify's encoded answer, restricted to the accounts that `caller` may act for.
 
-    Another account's token is UNKNOWN to them, as one that nobody ever made.
+    A token of another account becomes UNKNOWN, like a secret that was never issued.
     """
     accounts = caller.accounts
-    if accounts is None or rule_of(path).account is not Account.ANSWER:
+    if accounts is None or rule_of(path).account is not AccountSource.ANSWER:
         return answer
     response: Any
     if path.endswith("/BatchVerify"):
@@ -227,8 +232,8 @@ def within_accounts(path: str, caller: Caller, answer: bytes) -> bytes:
             if accounts.allow(verification.token.account_id):
                 continue
             verification.verdict = pb.VERDICT_UNKNOWN
-        # Most secrets that nobody ever made need no read, and so have no position. Another
-        # account's token must not be told from them by its position, even after it was purged.
+        # Drop the position: most secrets that were never issued need no read and have no position.
+        # So a position would reveal another account's token, even after it was purged.
         verdict = verification.verdict
         verification.Clear()
         verification.verdict = verdict
@@ -236,18 +241,17 @@ def within_accounts(path: str, caller: Caller, answer: bytes) -> bytes:
     return encoded
 
 
-def _of_certificate(policy: Policy, pem: bytes) -> _Shows:
-    """Return whose certificate this is, which TLS or the proxy has verified."""
+def _identify_certificate(policy: Policy, pem: bytes) -> _Identity:
+    """Identify the caller of a certificate that TLS or the proxy has verified."""
     try:
         uris, dns, ends_at = read_certificate(pem.decode("ascii"))
     except (CertificateError, UnicodeDecodeError):
         raise Unauthenticated(
-            "The client certificate has a name that is none.", "CERTIFICATE_MALFORMED"
+            "The client certificate contains an invalid subject alternative name.",
+            "CERTIFICATE_MALFORMED",
         ) from None
-    return _Shows(by_certificate(policy, uris, dns), ends_at)
+    return _Identity(by_certificate(policy, uris, dns), ends_at)
 
 
-def _not_of_its_form() -> Unauthenticated:
-    return Unauthenticated(
-        f"The metadata '{forwarded.HEADER}' is not of its form.", "PROXY_MALFORMED"
-    )
+def _malformed_header() -> Unauthenticated:
+    return Unauthenticated(f"The metadata '{forwarded.HEADER}' is malformed.", "PROXY_MALFORMED")

@@ -1,7 +1,7 @@
-"""What a call presents, turned into a caller of the policy. Pure.
+"""Maps the certificate and bearer credential of a call to a caller of the policy. Pure.
 
-A call may present a certificate and a bearer credential. Each that it presents must be known, and
-all must be one caller's: who presents more is not let in by the better half of it.
+A call may present both. Each must be known, and both must belong to the same caller: one valid
+identity does not make up for an invalid one.
 """
 
 from collections.abc import Iterable
@@ -19,50 +19,48 @@ _SCHEME_LENGTH: Final = len(_SCHEME)
 
 
 def by_credential(policy: Policy, credential: str) -> Caller:
-    """Return whose credential this is. Raises Unauthenticated."""
+    """Return the caller that owns this credential. Raises Unauthenticated."""
     caller = policy.by_credential(digest_of(credential))
     if caller is None:
-        raise Unauthenticated(
-            "Nobody has this credential, or has it any more.", "CREDENTIAL_UNKNOWN"
-        )
+        raise Unauthenticated("Unknown or revoked credential.", "CREDENTIAL_UNKNOWN")
     return caller
 
 
 def bearer(authorization: str | bytes) -> str:
     """Return the credential in the value of `authorization` (RFC 6750 §2.1).
 
-    Raises Unauthenticated for anything else: who means to say who they are, and does not, is not
-    taken for someone who says nothing. A credential has the shape of those that we make: were any
-    text one, a policy with the digest of a guessable one would let in whoever guesses it.
+    Raises Unauthenticated for any other value: a call with a malformed credential does not count as
+    anonymous. Only text in the shape of our own credentials is accepted. Otherwise, a policy with
+    the digest of a guessable text would admit anyone who guesses it.
     """
     if isinstance(authorization, str) and authorization[:_SCHEME_LENGTH].lower() == _SCHEME:
         credential = authorization[_SCHEME_LENGTH:]
         if is_credential(credential):
             return credential
     raise Unauthenticated(
-        "The metadata 'authorization' has no bearer credential of a caller.",
+        "The metadata 'authorization' does not contain a bearer credential of a caller.",
         "CREDENTIAL_MALFORMED",
     )
 
 
 def by_certificate(policy: Policy, uris: Iterable[str], dns: Iterable[str]) -> Caller:
-    """Return whose certificate has these alternative names. Raises Unauthenticated.
+    """Return the caller with one of these alternative names. Raises Unauthenticated.
 
-    A SPIFFE URI names its holder alone; without one, DNS names do. Those that the policy does not
-    have do not matter, as a certificate may have more names than anyone calls it by.
+    A SPIFFE URI is the only name that counts; without one, DNS names count. Names that the policy
+    does not list are ignored: a certificate may have more names than the policy uses.
     """
     uris = tuple(uris)
     spiffe = [uri for uri in uris if uri.startswith(_SPIFFE)]
     if spiffe and len(uris) > 1:
-        # SPIFFE X.509-SVID §2: such a certificate is to be rejected.
+        # SPIFFE X.509-SVID §2 requires that such a certificate is rejected.
         raise Unauthenticated(
-            "The client certificate has another URI beside a SPIFFE one.", "CERTIFICATE_MALFORMED"
+            "The client certificate has another URI besides its SPIFFE ID.", "CERTIFICATE_MALFORMED"
         )
     names = spiffe or [name.lower() for name in dns]
     callers = {caller for name in names if (caller := policy.certificates.get(name))}
     if not callers:
         raise Unauthenticated(
-            "The client certificate names no caller that is known.", "CERTIFICATE_UNKNOWN"
+            "The client certificate does not name a known caller.", "CERTIFICATE_UNKNOWN"
         )
     if len(callers) > 1:
         raise conflict()
@@ -70,5 +68,5 @@ def by_certificate(policy: Policy, uris: Iterable[str], dns: Iterable[str]) -> C
 
 
 def conflict() -> Unauthenticated:
-    """Return the error for a call that says to be several callers."""
-    return Unauthenticated("The call presents several identities.", "IDENTITY_CONFLICT")
+    """Return the error for a call that identifies several callers."""
+    return Unauthenticated("The call presents more than one identity.", "IDENTITY_CONFLICT")

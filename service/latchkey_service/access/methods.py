@@ -1,4 +1,4 @@
-"""The one table of methods and who may call them. A method that is not in it is not served."""
+"""The table of all methods and the roles that may call them. No other method is served."""
 
 import enum
 from collections.abc import Mapping
@@ -13,32 +13,32 @@ __all__ = [
     "REFLECTION",
     "ROLES",
     "VERIFIER",
-    "Account",
+    "AccountSource",
     "Rule",
     "rule_of",
 ]
 
 
-class Account(enum.Enum):
-    """Where a method names the account that it is about, for callers limited to some."""
+class AccountSource(enum.Enum):
+    """Where a method names its account, for callers that are limited to certain accounts."""
 
     NONE = enum.auto()
-    """It is about no account: limits do not matter."""
+    """The method does not concern accounts."""
     REQUEST = enum.auto()
-    """In the request's `account_id`."""
+    """In `account_id` of the request."""
     ANSWER = enum.auto()
-    """In the token of each answer: that of another account is UNKNOWN to the caller."""
+    """In the token of each answer. Another account's token is UNKNOWN to the caller."""
     ALL = enum.auto()
-    """It is about all of them at once."""
+    """The method concerns all accounts at once."""
 
 
 class Rule(NamedTuple):
-    """What is to be known of a method before it may run. `role` None: whoever asks."""
+    """How to authorize and audit a method. If `role` is None, everyone may call it."""
 
     role: str | None
-    account: Account = Account.NONE
+    account: AccountSource = AccountSource.NONE
     audited: bool = False
-    """Each call is written to the audit table."""
+    """Whether each call is written to the audit table."""
 
 
 VERIFIER: Final = "verifier"
@@ -50,19 +50,21 @@ OPEN: Final = Rule(None)
 _TOKENS: Final = "/latchkey.v1.TokenService/"
 METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
     {
-        _TOKENS + "Verify": Rule(VERIFIER, Account.ANSWER),
-        _TOKENS + "BatchVerify": Rule(VERIFIER, Account.ANSWER),
-        _TOKENS + "Watch": Rule(VERIFIER, Account.ALL),
-        _TOKENS + "Create": Rule(MANAGER, Account.REQUEST, audited=True),
-        _TOKENS + "Get": Rule(MANAGER, Account.REQUEST, audited=True),
-        _TOKENS + "List": Rule(MANAGER, Account.REQUEST, audited=True),
-        _TOKENS + "Delete": Rule(MANAGER, Account.REQUEST, audited=True),
+        _TOKENS + "Verify": Rule(VERIFIER, AccountSource.ANSWER),
+        _TOKENS + "BatchVerify": Rule(VERIFIER, AccountSource.ANSWER),
+        _TOKENS + "Watch": Rule(VERIFIER, AccountSource.ALL),
+        _TOKENS + "Create": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        _TOKENS + "Get": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        _TOKENS + "List": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        _TOKENS + "Delete": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         "/latchkey.v1.StatusService/GetStatus": Rule(OPERATOR),
-        "/latchkey.v1.MaintenanceService/InvalidateAll": Rule(OPERATOR, Account.ALL, audited=True),
-        "/latchkey.v1.AuditService/List": Rule(OPERATOR, Account.REQUEST),
+        "/latchkey.v1.MaintenanceService/InvalidateAll": Rule(
+            OPERATOR, AccountSource.ALL, audited=True
+        ),
+        "/latchkey.v1.AuditService/List": Rule(OPERATOR, AccountSource.REQUEST),
         "/grpc.health.v1.Health/Check": OPEN,
         "/grpc.health.v1.Health/Watch": OPEN,
-        # Only there where LATCHKEY_REFLECTION says so.
+        # Served only with LATCHKEY_REFLECTION.
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": OPEN,
     }
 )
@@ -70,8 +72,8 @@ REFLECTION: Final = "/grpc.reflection."
 
 
 def rule_of(path: str) -> Rule:
-    """Return a method's rule. Raises LookupError: whoever adds a method says who may call it."""
+    """Return a method's rule. Raises LookupError if the table lacks the method."""
     try:
         return METHODS[path]
     except KeyError:
-        raise LookupError(f"nobody has said in access/methods.py who may call {path}") from None
+        raise LookupError(f"access/methods.py lacks a rule for {path}") from None

@@ -1,18 +1,18 @@
-"""The policy: who may call what, for which accounts. TOML in, `Policy` out. Pure.
+"""The policy: which callers may call which methods for which accounts. Parses TOML. Pure.
 
     [callers.shop]
     certificates = ["spiffe://example.org/shop", "shop.internal"]
     credentials = ["sha256:…"]          # latchkey policy new-caller shop
     roles = ["verifier"]
-    accounts = ["acme", "team-*"]       # left out: every account
-    rates = { verifier = 5000 }         # left out: no limit
-    watches = 200                       # left out: half of what a process has
+    accounts = ["acme", "team-*"]       # default: every account
+    rates = { verifier = 5000 }         # default: no limit
+    watches = 200                       # default: half of a process's limit
 
-    [roles.auditor]                     # beside verifier, manager and operator
+    [roles.auditor]                     # in addition to verifier, manager and operator
     methods = ["/latchkey.v1.AuditService/List"]
 
-Who is not in it may call nothing. It holds nothing that is worth stealing: credentials are there by
-their digests.
+Callers that the policy does not list may call nothing. The policy contains no secrets, only digests
+of credentials.
 """
 
 import re
@@ -30,7 +30,7 @@ from latchkey_service.access.rates import RateLimits
 from latchkey_service.secrets import without_secrets
 
 __all__ = [
-    "ANYONE",
+    "ANONYMOUS",
     "WATCHES_MAX",
     "Accounts",
     "Caller",
@@ -48,18 +48,18 @@ _DNS: Final = re.compile(
 _ACCOUNT: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}\*?")
 _CALLER_KEYS: Final = ("accounts", "certificates", "credentials", "rates", "roles", "watches")
 _ROLE_KEYS: Final = ("methods",)
-# Streams of one caller to a process, if the policy does not say: half of `watch.WATCHERS_MAX`.
+# Default limit of a caller's streams in a process: half of `watch.WATCHERS_MAX`.
 WATCHES_MAX: Final = 5_000
-# More is no limit, and less would never let a call through.
+# A higher rate would not limit anything, and a lower one would never allow a call.
 _RATES: Final = range(1, 1_000_001)
-# Of a digest, to find a caller by; the rest is compared in constant time.
+# Prefix of a digest that selects the candidates; the whole digest is compared in constant time.
 _SELECTOR_BYTES: Final = 8
 
 
 class PolicyError(Exception):
-    """The policy is wrong. The message names the line, where there is one, and the reason.
+    """The policy is invalid. The message gives the reason, and the line if there is one.
 
-    It quotes what the file has, but for what could be a credential in the wrong place.
+    It quotes the file, except for text that could be a misplaced credential.
     """
 
     def __init__(self, message: str) -> None:
@@ -68,19 +68,19 @@ class PolicyError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Accounts:
-    """Accounts that a caller may act for."""
+    """The accounts that a caller may act for."""
 
     exact: frozenset[str]
     prefixes: tuple[str, ...]
 
     def allow(self, account_id: str) -> bool:
-        """Tell whether an account, perhaps no valid one, is one of them."""
+        """Return whether the caller may act for `account_id`, which may be invalid."""
         return account_id in self.exact or account_id.startswith(self.prefixes)
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A caller that the policy names. `accounts` None: all of them; `rates` None: no limits."""
+    """A caller in the policy. `accounts` None: all accounts; `rates` None: unlimited."""
 
     name: str
     methods: frozenset[str]
@@ -89,20 +89,20 @@ class Caller:
     watches_max: int = WATCHES_MAX
 
 
-# Who calls where there is no policy: it is not asked.
-ANYONE: Final = Caller("", frozenset(METHODS))
+# Without a policy, every call runs as this caller.
+ANONYMOUS: Final = Caller("", frozenset(METHODS))
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """All callers, by what they present."""
+    """All callers, indexed by what they present."""
 
     certificates: Mapping[str, Caller]
-    """By SPIFFE URI, and by DNS name in lower case."""
+    """By SPIFFE URI, or by DNS name in lower case."""
     _credentials: Mapping[bytes, tuple[tuple[bytes, Caller], ...]] = field(repr=False)
 
     def by_credential(self, digest: bytes) -> Caller | None:
-        """Return the caller whose credential has this digest (32 bytes)."""
+        """Return the caller that owns the credential with this digest (32 bytes), or None."""
         found = None
         for known, caller in self._credentials.get(digest[:_SELECTOR_BYTES], ()):
             if _same(known, digest):
@@ -111,19 +111,19 @@ class Policy:
 
     @property
     def callers(self) -> frozenset[str]:
-        """The names of all callers that can be known by something."""
+        """The names of all callers that have a certificate or credential."""
         by_digest = (caller for entry in self._credentials.values() for _, caller in entry)
         return frozenset(c.name for c in (*self.certificates.values(), *by_digest))
 
 
 def parse(text: str) -> Policy:
-    """Return the policy that a file's text says. Raises PolicyError."""
+    """Parse the text of a policy file. Raises PolicyError."""
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise PolicyError(_tidy(str(error), text)) from None
     except (RecursionError, ValueError) as error:
-        # Python's own limits, which tomllib lets through: brackets in brackets, and digits.
+        # Limits of Python, which tomllib passes on: nested brackets, and digits of a number.
         wrong = "brackets are nested too deeply"
         if isinstance(error, ValueError):
             wrong = "a number has too many digits"
@@ -132,12 +132,12 @@ def parse(text: str) -> Policy:
 
 
 def is_name(text: str) -> bool:
-    """Tell whether a caller or a role may be called so."""
+    """Return whether `text` is a valid name of a caller or role."""
     return _NAME.fullmatch(text) is not None
 
 
 class _Reader:
-    """Reads a document, and finds the line of what is wrong with it."""
+    """Builds the policy from a document, and finds the line of each mistake."""
 
     def __init__(self, text: str, document: dict[str, Any]) -> None:
         self._text = text
@@ -150,7 +150,7 @@ class _Reader:
         roles = {role: _methods_of(role) for role in ROLES}
         for name, table in self._tables("roles"):
             if name in roles:
-                raise self._error(("roles", name), f"{name} is there already, and stays as it is")
+                raise self._error(("roles", name), f"{name} is built in and cannot be changed")
             self._keys(("roles", name), table, _ROLE_KEYS)
             roles[name] = frozenset(self._methods(name, table))
         for name, table in self._tables("callers"):
@@ -164,7 +164,7 @@ class _Reader:
         methods = self._texts(where, table)
         for method in methods:
             if method not in METHODS:
-                raise self._error(where, f"there is no method {method!r}")
+                raise self._error(where, f"unknown method {method!r}")
         return methods
 
     def _caller(
@@ -175,7 +175,7 @@ class _Reader:
         for role in self._texts((*where, "roles"), table):
             if role not in roles:
                 known = ", ".join(roles)
-                raise self._error((*where, "roles"), f"there is no role {role!r}, only {known}")
+                raise self._error((*where, "roles"), f"unknown role {role!r}; known: {known}")
             methods |= roles[role]
         accounts = None
         if "accounts" in table:
@@ -185,7 +185,7 @@ class _Reader:
             rates = RateLimits(self._rates((*where, "rates"), table))
         watches = table.get("watches", WATCHES_MAX)
         if not _is_number(watches, range(WATCHES_MAX * 2 + 1)):
-            raise self._error((*where, "watches"), f"give a number from 0 to {WATCHES_MAX * 2}")
+            raise self._error((*where, "watches"), f"must be a number from 0 to {WATCHES_MAX * 2}")
         caller = Caller(name, frozenset(methods), accounts, rates, watches)
         for certificate in self._texts((*where, "certificates"), table):
             key = certificate if "://" in certificate else certificate.lower()
@@ -196,23 +196,25 @@ class _Reader:
                 )
             if key in self._certificates:
                 other = self._certificates[key].name
-                raise self._error((*where, "certificates"), f"{certificate!r} is {other}'s already")
+                raise self._error(
+                    (*where, "certificates"), f"{certificate!r} already belongs to {other}"
+                )
             self._certificates[key] = caller
         for credential in self._texts((*where, "credentials"), table):
             match = DIGEST.fullmatch(credential)
             if match is None:
-                # Not shown: it may be a credential itself.
+                # Not quoted: it may be a credential.
                 raise self._error(
                     (*where, "credentials"),
-                    "give sha256: and 64 hexadecimal digits, as 'latchkey policy new-caller' "
-                    "prints them, never the credential itself",
+                    "must be sha256: and 64 hexadecimal digits, as printed by 'latchkey policy "
+                    "new-caller'; never the credential itself",
                 )
             digest = bytes.fromhex(match[1])
             entries = self._credentials.setdefault(digest[:_SELECTOR_BYTES], [])
             for there, owner in entries:
                 if there == digest:
                     raise self._error(
-                        (*where, "credentials"), f"this one is {owner.name}'s already"
+                        (*where, "credentials"), f"a digest already belongs to {owner.name}"
                     )
             entries.append((digest, caller))
 
@@ -222,8 +224,8 @@ class _Reader:
             if not _ACCOUNT.fullmatch(account):
                 raise self._error(
                     where,
-                    f"{account!r} is neither an account nor the beginning of some, such as "
-                    "'team-*'; leave accounts out to allow all",
+                    f"{account!r} is neither an account nor a prefix such as 'team-*'; omit "
+                    "accounts to allow all",
                 )
         return Accounts(
             frozenset(account for account in accounts if not account.endswith("*")),
@@ -233,53 +235,51 @@ class _Reader:
     def _rates(self, where: tuple[str, ...], table: dict[str, Any]) -> dict[str, float]:
         rates = table[where[-1]]
         if not isinstance(rates, dict):
-            raise self._error(where, "give a table, such as { verifier = 5000, manager = 20 }")
+            raise self._error(where, "must be a table, such as { verifier = 5000, manager = 20 }")
         self._keys(where, rates, ROLES)
         for role, rate in rates.items():
             if not _is_number(rate, _RATES):
                 raise self._error(
                     (*where, role),
-                    f"give calls a second, a whole number from {_RATES[0]} to {_RATES[-1]:,}",
+                    f"must be calls per second, a whole number from {_RATES[0]} to {_RATES[-1]:,}",
                 )
         return rates
 
     def _tables(self, key: str) -> list[tuple[str, dict[str, Any]]]:
         tables = self._document.get(key, {})
         if not isinstance(tables, dict):
-            raise self._error((key,), f"give tables such as [{key}.NAME]")
+            raise self._error((key,), f"must contain tables such as [{key}.NAME]")
         for name, table in tables.items():
             if not _NAME.fullmatch(name):
                 raise self._error(
-                    (key, name), f"{name!r} is no name: 1-64 characters of A-Za-z0-9._-"
+                    (key, name), f"{name!r} is not a name: use 1-64 characters of A-Za-z0-9._-"
                 )
             if not isinstance(table, dict):
-                raise self._error((key, name), f"give a table, [{key}.{name}]")
+                raise self._error((key, name), f"must be a table, [{key}.{name}]")
         return list(tables.items())
 
     def _keys(self, where: tuple[str, ...], table: dict[str, Any], known: tuple[str, ...]) -> None:
         for key in table:
             if key not in known:
-                raise self._error(
-                    (*where, key), f"there is no {key!r} here, only {', '.join(known)}"
-                )
+                raise self._error((*where, key), f"unknown key {key!r}; known: {', '.join(known)}")
 
     def _texts(self, where: tuple[str, ...], table: dict[str, Any]) -> list[str]:
         values = table.get(where[-1], [])
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise self._error(where, 'give a list of strings, such as ["a", "b"]')
+            raise self._error(where, 'must be a list of strings, such as ["a", "b"]')
         if len(set(values)) < len(values):
-            raise self._error(where, "one of them is there twice")
+            raise self._error(where, "contains a duplicate")
         return values
 
     def _error(self, where: tuple[str, ...], reason: str) -> PolicyError:
-        """Return the error with its line, and the place by name."""
+        """Return an error with the line and path of the mistake."""
         return PolicyError(f"line {self._line(where)}: {'.'.join(where)}: {reason}")
 
     def _line(self, where: tuple[str, ...]) -> int:
-        """Return the line (from 1) that a key stands on.
+        """Return the line number (from 1) of a key.
 
-        tomllib keeps no lines. But of the lines that have the key's name, its own is the last one
-        without which it is not there yet.
+        tomllib does not record lines. So this bisects the lines that contain the key's name: the
+        right one is the first line up to which the parsed text contains the key.
         """
         named = re.compile(re.escape(where[-1]) + r"""["']?\s*[=\].]""")
         lines = _lines(self._text)
@@ -291,23 +291,23 @@ class _Reader:
 
 
 def _is_number(value: object, numbers: range) -> bool:
-    # To Python true is a number, too.
+    # In Python, bool is a subclass of int.
     return isinstance(value, int) and not isinstance(value, bool) and value in numbers
 
 
 def _lines(text: str) -> list[str]:
-    """Return the lines as tomllib counts them; splitlines() would end some at U+2028, too."""
+    """Split as tomllib counts lines; splitlines() would also split at U+2028."""
     return text.removesuffix("\n").split("\n")
 
 
 def _line_of(error: type[Exception], text: str) -> int:
-    """Return the line (from 1) up to which tomllib raises just this error."""
+    """Return the line number (from 1) from which on tomllib raises exactly this error."""
     lines = _lines(text)
 
     def raises(count: int) -> bool:
         try:
             tomllib.loads("\n".join(lines[:count]))
-        except Exception as raised:  # noqa: BLE001 - the cut may be in the middle of anything
+        except Exception as raised:  # noqa: BLE001 - the text may be cut at any point
             return type(raised) is error
         return False
 
@@ -317,8 +317,8 @@ def _line_of(error: type[Exception], text: str) -> int:
 def _has(text: str, where: tuple[str, ...]) -> bool:
     try:
         value: Any = tomllib.loads(text)
-    except Exception:  # noqa: BLE001 - the cut may be in the middle of anything
-        # Of a value, which is then not there yet.
+    except Exception:  # noqa: BLE001 - the text may be cut at any point
+        # The cut is inside a value, so the key does not exist yet.
         return False
     for key in where:
         if not isinstance(value, dict) or key not in value:
@@ -332,7 +332,7 @@ def _methods_of(role: str) -> frozenset[str]:
 
 
 def _tidy(message: str, text: str) -> str:
-    """Return tomllib's message with the line first, as in ours."""
+    """Put the line number first in tomllib's message, as in our own messages."""
     match = re.fullmatch(
         r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", message, re.DOTALL
     )

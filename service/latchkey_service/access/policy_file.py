@@ -1,7 +1,7 @@
-"""Follows the policy file: on SIGHUP, and when it has changed, it is read once it stands still.
+"""Reloads the policy file after SIGHUP or a change, once the file has stopped changing.
 
-A file that is broken is told in the log with line and reason, and what was right before stays. One
-process follows it for all workers (`supervisor.py`).
+If the new file is invalid, the reason and line are logged and the last valid policy stays active.
+One process watches the file for all workers (`supervisor.py`).
 """
 
 import asyncio
@@ -13,9 +13,9 @@ from latchkey_service.log import logger
 
 __all__ = ["SIZE_MAX", "PolicyFile", "read_text"]
 
-# From a change to its being read it takes two looks: one second at most.
+# A change is read after two checks: at most one second.
 LOOK_SECONDS = 0.5
-# Some ten thousand callers.
+# Enough for some ten thousand callers.
 SIZE_MAX = 4 * 1024 * 1024
 
 
@@ -27,7 +27,7 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise PolicyError(f"cannot be read: {error.strerror}") from None
     if len(data) > SIZE_MAX:
-        raise PolicyError(f"is longer than {SIZE_MAX} bytes")
+        raise PolicyError(f"is larger than {SIZE_MAX} bytes")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -36,37 +36,40 @@ def read_text(path: Path) -> str:
 
 
 class PolicyFile:
-    """The file, and what it said when it was last right. Belongs to the event loop.
+    """The policy file and its last valid text. Event loop only.
 
-    `changed` is called with each text that is right and another one than that before.
+    Calls `changed` with each valid text that differs from the one before.
 
-    A file that is being written, instead of moved into its place, may be read half-way, and the
-    half that ends with a line may be a policy, which allows more than the whole: without the line
-    that has a caller's `accounts`, it is all of them. So a file is read only when two looks in a
-    row have found the same, and what was read counts only if a third one, after it, has as well.
+    A file that is written in place, rather than replaced by a rename, may be read half-written. The
+    first half may be a valid policy that allows more than the whole: without the line `accounts`, a
+    caller may act for all accounts. So the file is read only after two checks in a row found it
+    unchanged, and the text is used only if a third check afterwards finds it unchanged as well.
     """
 
     def __init__(self, path: Path, text: str, changed: Callable[[str], None]) -> None:
         self.text = text
         self._path = path
         self._changed = changed
-        # What the last look found, and what was there when the file was last read.
+        # The file's signature at the last check, and at the last read.
         self._seen: object = None
         self._read: object = None
         self._log = logger()
 
     async def follow(self) -> None:
-        """Look for changes until cancelled."""
+        """Check for changes until cancelled."""
         while True:
             await self.look()
             await asyncio.sleep(LOOK_SECONDS)
 
     def reload(self) -> None:
-        """Have the file read whether it has changed or not, once it stands still."""
+        """Read the file again once it has stopped changing, even if it is the same as before."""
         self._read = None
 
     async def look(self) -> None:
-        """Look at the file, and read it if it stands still and was not read so. Never fails."""
+        """Check the file; read it if it is unchanged since the last check but not read yet.
+
+        Never raises.
+        """
         seen = _signature(self._path)
         still, self._seen = seen == self._seen, seen
         if not still or seen == self._read:
@@ -79,20 +82,20 @@ class PolicyFile:
                 await asyncio.to_thread(parse, text)
         except PolicyError as error:
             refused = error
-        except Exception as error:  # noqa: BLE001 - what was right stays in force, and is followed
-            refused = PolicyError(f"cannot be understood ({type(error).__name__})")
+        except Exception as error:  # noqa: BLE001 - the last valid policy stays active
+            refused = PolicyError(f"cannot be parsed ({type(error).__name__})")
         if _signature(self._path) != seen:
-            # The next looks see to it.
+            # The file is still changing; later checks will read it.
             return
         if refused is not None:
-            self._log.error("policy refused", path=str(self._path), error=str(refused))
+            self._log.error("policy rejected", path=str(self._path), error=str(refused))
         elif text != self.text:
             self.text = text
             self._changed(text)
 
 
 def _signature(path: Path) -> object:
-    """Return what changes when the file does, also when another one is moved in its place."""
+    """Return a value that changes when the file is modified or replaced."""
     try:
         status = path.stat()
     except OSError as error:

@@ -1,19 +1,20 @@
-"""How much a caller may ask in a second, by the role whose methods it calls. Clock passed in."""
+"""Rate limits of a caller, by the role of the method. The clock is passed in."""
 
 from collections.abc import Mapping
 
 __all__ = ["RateLimits"]
 
-# A caller that was idle may ask as much at once as in a second.
+# An idle caller may use up one second's calls at once.
 BURST_SECONDS = 1.0
 
 
 class RateLimits:
-    """One caller's limits in one process, and what it has used. Belongs to the event loop.
+    """One caller's limits and usage in one process. Event loop only.
 
-    A leaky bucket (GCRA): for each role, the moment at which all that was asked would have been
-    asked at the steady rate. More may be asked as long as that is not a burst ahead. What is asked
-    then counts in full, also a batch larger than the burst, which is paid for by waiting longer.
+    A leaky bucket (GCRA). For each role it stores the theoretical arrival time: the moment at which
+    the calls so far would have ended at the steady rate. A call is allowed while that time is less
+    than a burst ahead. Each call then counts in full. A batch larger than the burst is allowed too;
+    the caller pays for it with a longer wait.
     """
 
     def __init__(self, per_second: Mapping[str, float]) -> None:
@@ -21,16 +22,16 @@ class RateLimits:
         self._paid_until = dict.fromkeys(per_second, 0.0)
 
     def charge(self, role: str, count: int, now: float) -> float:
-        """Count so many questions or calls. Return 0, or the seconds until there is room.
+        """Charge `count` calls or questions. Return 0, or the seconds to wait if over the limit.
 
-        What there is no room for does not count. `now`: seconds on a clock that does not go back.
+        A refused call is not charged. `now` is monotonic, in seconds.
         """
         rate = self.per_second.get(role)
         if rate is None:
             return 0.0
         paid_until = max(self._paid_until[role], now)
         wait = paid_until - now - BURST_SECONDS + 1 / rate
-        # The sum of many small steps is off by a little.
+        # Adding many small steps accumulates a rounding error.
         if wait > 1e-9:
             return wait
         self._paid_until[role] = paid_until + count / rate

@@ -1,4 +1,4 @@
-"""The names in a client's certificate: those that its CA has signed, whole, or none."""
+"""Names in a client certificate: all names that its CA signed, complete, or none."""
 
 import contextlib
 import ssl
@@ -12,7 +12,7 @@ from latchkey_service.access.certificate import CertificateError, read_certifica
 from tests.callers import ca_pem, made
 
 DNS, URI = x509.DNSName, x509.UniformResourceIdentifier
-# What any CA signs: each kind of name in turn.
+# Other kinds of names that any CA signs, one of each.
 OTHERS = [
     x509.RFC822Name("a@example.org"),
     x509.DirectoryName(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a.internal")])),
@@ -37,8 +37,8 @@ PLAIN = der(DNS("shop.internal"), URI("spiffe://example.org/shop"))
 
 
 def test_names():
-    """URIs and DNS names are told apart from each other and from all else, in their order, however
-    long; a certificate without any has none."""
+    """Only URIs and DNS names are returned, separately, in order and at any length. A certificate
+    without such names has none."""
     names = [DNS("b.internal"), *OTHERS, URI("spiffe://example.org/shop"), DNS("a.internal")]
     many = [f"{number}.{'a' * 200}.internal" for number in range(400)]
     assert names_of(pem(der(*names))) == (
@@ -54,8 +54,8 @@ VISIBLE = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_siz
 
 
 @given(st.lists(st.tuples(st.sampled_from([DNS, URI]), VISIBLE), max_size=5))
-def test_names_are_whole(names):
-    """Whatever is printable in a name is in what is read of it."""
+def test_names_are_complete(names):
+    """Every printable character of a name is returned."""
     uris, dns = names_of(pem(der(*[kind(value) for kind, value in names])))
     assert uris == tuple(value for kind, value in names if kind is URI)
     assert dns == tuple(value for kind, value in names if kind is DNS)
@@ -65,8 +65,8 @@ def test_names_are_whole(names):
 @pytest.mark.parametrize(
     "name", ["shop.internal\0.evil.example", "\0", "shop\0", "\0shop", "a\nb", "\x7f"]
 )
-def test_what_is_no_name(kind, name):
-    """A certificate with a NUL or another control character in a name has no names at all."""
+def test_control_characters_invalidate_a_certificate(kind, name):
+    """A NUL or another control character in one name invalidates all names of a certificate."""
     with pytest.raises(CertificateError):
         names_of(pem(der(DNS("good.internal"), kind(name))))
 
@@ -76,29 +76,29 @@ def test_what_is_no_name(kind, name):
     [
         # Not ASCII.
         (b"shop.internal", b"sh\xf6p.internal"),
-        # Of another length, or of one in another form than the shortest.
+        # A wrong length, or a length that is not in its shortest form.
         (b"\x82\x0dshop.internal", b"\x82\x0cshop.internal"),
         (b"\x82\x0dshop.internal", b"\x82\x7fshop.internal"),
         (b"\x82\x0dshop.internal", b"\x82\x80shop.internal"),
         (b"\x82\x0dshop.internal", b"\x82\x81\x0cshop.interna"),
         (b"\x82\x0dshop.internal", b"\x82\x82\x00\x0bshop.intern"),
         (b"\x82\x0dshop.internal", b"\x82\xffshop.internal"),
-        # Something else where the extensions are, and where the names are.
+        # A different type where the extensions and the names are.
         (b"\x04\x2c\x30\x2a\x82", b"\x04\x2c\x31\x2a\x82"),
         (b"\x04\x2c\x30\x2a\x82", b"\x04\x2c\x30\x29\x82"),
-        # A tag of several bytes, where a name's stands.
+        # A multi-byte tag where the tag of a name is.
         (b"\x82\x0dshop.internal", b"\x9f\x02\x0cshop.interna"),
     ],
 )
-def test_what_is_no_certificate(old, new):
-    """One that is not as DER has it is not read as something else."""
+def test_invalid_der_is_rejected(old, new):
+    """A certificate that is not valid DER is not misread as a valid one."""
     assert PLAIN.count(old) == 1
     with pytest.raises(CertificateError):
         names_of(pem(PLAIN.replace(old, new)))
 
 
-def test_two_lists_of_names():
-    """Of two extensions with names neither is believed (RFC 5280 §4.2: one at most of a kind)."""
+def test_two_name_extensions_are_rejected():
+    """A certificate with two name extensions is invalid (RFC 5280 §4.2: at most one of a kind)."""
     again = b"\x06\x03\x55\x1d\x11"
     other = b"\x06\x03\x55\x1d\x12"
     certificate = made(
@@ -113,19 +113,19 @@ def test_two_lists_of_names():
 
 
 @given(st.data())
-def test_damaged_certificates(data):
-    """Nothing else comes of a damaged certificate than names or the error."""
+def test_random_damage(data):
+    """A damaged certificate yields names or CertificateError, never another exception."""
     damaged = bytearray(PLAIN)
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(0, len(PLAIN) - 1))] = data.draw(st.integers(0, 255))
-    # Most are left whole: the end of what is cut off shows at once.
+    # Most keep their length: a truncated certificate is rejected early.
     del damaged[data.draw(st.just(len(PLAIN)) | st.integers(0, len(PLAIN))) :]
     with contextlib.suppress(CertificateError):
         names_of(pem(bytes(damaged)))
 
 
-def test_each_damaged_byte():
-    """The same of each byte by itself."""
+def test_damage_to_each_byte():
+    """The same holds for a change of each single byte."""
     for position, byte in enumerate(PLAIN):
         for other in {0, 1, 2, 0x7F, 0x80, 0xFF, byte ^ 1} - {byte}:
             damaged = PLAIN[:position] + bytes([other]) + PLAIN[position + 1 :]
@@ -135,6 +135,6 @@ def test_each_damaged_byte():
 
 @given(st.one_of(st.text(), st.binary().map(pem)))
 def test_any_text(text):
-    """Any text is a certificate or is refused."""
+    """Any text is a certificate or raises CertificateError."""
     with contextlib.suppress(CertificateError):
         names_of(text)

@@ -1,4 +1,4 @@
-"""Safe by default: what may be listened on, and what is said when it may not."""
+"""Safe defaults: which addresses may be listened on, and the errors for the others."""
 
 import itertools
 
@@ -18,8 +18,8 @@ def settings(monkeypatch, **values):
 
 
 @pytest.mark.parametrize("listen", LOCAL + ELSEWHERE)
-def test_what_is_local(listen):
-    """Loopback addresses and UNIX sockets are, and no name but localhost."""
+def test_local_addresses(listen):
+    """Loopback addresses, UNIX sockets and the name localhost are local; other names are not."""
     assert is_local(listen) == (listen in LOCAL)
 
 
@@ -30,8 +30,9 @@ def test_what_is_local(listen):
     ),
 )
 def test_plaintext(monkeypatch, listen, policy, insecure):
-    """Elsewhere only for those who have said so, with a policy by one word and without by another.
-    The word for without is refused with one wherever: who drops the policy opens nothing by it."""
+    """A plaintext address that is not local requires INSECURE_LISTEN: `plaintext` with a policy, or
+    `anonymous` without one. `anonymous` with a policy is an error, so that removing the policy does
+    not open the service."""
     values = {"LISTEN": listen, "INSECURE_LISTEN": insecure} | ({"POLICY": "/p"} if policy else {})
     confused = policy and insecure == "anonymous"
     wanted = "plaintext" if policy else "anonymous"
@@ -41,12 +42,12 @@ def test_plaintext(monkeypatch, listen, policy, insecure):
     about = "INSECURE_LISTEN" if confused else "LISTEN"
     with pytest.raises(ConfigError, match=rf"^LATCHKEY_{about}: ") as caught:
         settings(monkeypatch, **values)
-    said = str(caught.value)
-    assert f"LATCHKEY_INSECURE_LISTEN={wanted} where" in said
-    assert "keep LATCHKEY_LISTEN on 127.0.0.1" in said
-    assert confused or "LATCHKEY_TLS_LISTEN" in said
-    # One mistake, told once.
-    assert len(said.splitlines()) == 1
+    message = str(caught.value)
+    assert f"LATCHKEY_INSECURE_LISTEN={wanted}" in message
+    assert "keep LATCHKEY_LISTEN on 127.0.0.1" in message
+    assert confused or "LATCHKEY_TLS_LISTEN" in message
+    # One mistake is one line.
+    assert len(message.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -55,10 +56,10 @@ def test_plaintext(monkeypatch, listen, policy, insecure):
         (TLS, "TLS_LISTEN: .* LATCHKEY_POLICY"),
         ({"TLS_LISTEN": "0.0.0.0:2", "POLICY": "/p"}, "TLS_CERTIFICATE: is required"),
         ({**TLS, "POLICY": "/p", "TLS_KEY": ""}, "TLS_KEY: is required"),
-        ({**TLS, "POLICY": "/p", "TLS_LISTEN": "unix:/x"}, "TLS_LISTEN: give HOST:PORT"),
+        ({**TLS, "POLICY": "/p", "TLS_LISTEN": "unix:/x"}, "TLS_LISTEN: must be HOST:PORT"),
         ({**TLS, "TLS_LISTEN": "127.0.0.1:50051"}, "TLS_LISTEN: is the same address"),
-        ({"TLS_KEY": "/k"}, "TLS_KEY: is of no use"),
-        ({"TRUSTED_PROXY": "spiffe://a/b"}, "TRUSTED_PROXY: without LATCHKEY_POLICY"),
+        ({"TLS_KEY": "/k"}, "TLS_KEY: has no effect"),
+        ({"TRUSTED_PROXY": "spiffe://a/b"}, "TRUSTED_PROXY: has no effect without LATCHKEY_POLICY"),
         (
             {
                 "TRUSTED_PROXY": "spiffe://a/b",
@@ -66,21 +67,21 @@ def test_plaintext(monkeypatch, listen, policy, insecure):
                 "LISTEN": "0.0.0.0:1",
                 "INSECURE_LISTEN": "plaintext",
             },
-            "TRUSTED_PROXY: a proxy is believed on a UNIX socket or on loopback only",
+            "TRUSTED_PROXY: requires LATCHKEY_LISTEN on a UNIX socket",
         ),
         ({"TRUSTED_PROXY": "envoy", "POLICY": "/p"}, "TRUSTED_PROXY: "),
         ({"TRUSTED_PROXY": "spiffe://a/b=c", "POLICY": "/p"}, "TRUSTED_PROXY: "),
         ({"WORKERS": "2", "LISTEN": "unix:/x"}, "WORKERS: "),
     ],
 )
-def test_what_does_not_go_together(monkeypatch, values, named):
-    """Settings that make no sense together are refused, under the name of one of them."""
+def test_contradictory_settings_are_rejected(monkeypatch, values, named):
+    """Settings that contradict each other are an error under the name of one of them."""
     with pytest.raises(ConfigError, match=f"(?m)^LATCHKEY_{named}"):
         settings(monkeypatch, **values)
 
 
-def test_what_does(monkeypatch):
-    """TLS elsewhere with a policy; and on loopback without one, to try it."""
+def test_valid_combinations(monkeypatch):
+    """TLS works on any address with a policy, and on loopback without one, for experiments."""
     assert settings(monkeypatch, **TLS, POLICY="/p").tls_listen == TLS["TLS_LISTEN"]
     monkeypatch.delenv("LATCHKEY_POLICY")
     assert settings(monkeypatch, **(TLS | {"TLS_LISTEN": "[::1]:2"})).tls_listen == "[::1]:2"
@@ -88,7 +89,7 @@ def test_what_does(monkeypatch):
 
 @pytest.mark.parametrize("reflection", ["auto", "on", "off"])
 def test_reflection(monkeypatch, reflection):
-    """By itself on local listeners alone, and not on one that a proxy leads to."""
+    """By default, only local listeners without a proxy serve reflection."""
     here = settings(monkeypatch, REFLECTION=reflection, POLICY="/p")
     assert reflects(here, "127.0.0.1:1") == (reflection != "off")
     assert reflects(here, "0.0.0.0:1") == (reflection == "on")

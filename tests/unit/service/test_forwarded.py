@@ -1,4 +1,4 @@
-"""x-forwarded-client-cert, as Envoy writes it, and as somebody else might."""
+"""x-forwarded-client-cert: headers as Envoy writes them, and malformed or forged ones."""
 
 import contextlib
 
@@ -8,20 +8,20 @@ from hypothesis import strategies as st
 from latchkey_service.access.forwarded import Forwarded, ForwardedError, parse
 
 
-def said(by=(), uris=(), dns=(), certificate=True, pem=b""):
+def expected(by=(), uris=(), dns=(), certificate=True, pem=b""):
     return Forwarded(tuple(by), tuple(uris), tuple(dns), pem, certificate)
 
 
 @pytest.mark.parametrize(
     ("header", "found"),
     [
-        # As Envoy 1.40 writes them: all that it can, of a certificate with all names and with none.
+        # As Envoy 1.40 writes them, with all optional parts and with few.
         (
             (
                 'By=spiffe://a/envoy;By=spiffe://a/two;Hash=4e;Cert="a%20b";Chain="c";Subject="a,b";'
                 "URI=spiffe://a/client;DNS=a.internal;DNS=www.a.internal"
             ),
-            said(
+            expected(
                 ["spiffe://a/envoy", "spiffe://a/two"],
                 ["spiffe://a/client"],
                 ["a.internal", "www.a.internal"],
@@ -30,20 +30,20 @@ def said(by=(), uris=(), dns=(), certificate=True, pem=b""):
         ),
         (
             'By=spiffe://a/envoy;Hash=468e;Subject="/C=US/L=San Francisco/CN=a";URI=spiffe://a/client',
-            said(["spiffe://a/envoy"], ["spiffe://a/client"]),
+            expected(["spiffe://a/envoy"], ["spiffe://a/client"]),
         ),
         (
             'Hash=ab;Subject="CN=\\"Quoted, Inc.\\";O=x";URI=;DNS=a.internal;DNS=www.a.internal',
-            said(dns=["a.internal", "www.a.internal"]),
+            expected(dns=["a.internal", "www.a.internal"]),
         ),
-        ("by=x;HASH=y;uri=u", said(["x"], ["u"])),
-        ('URI="spiffe://a/b,URI=spiffe://a/c"', said(uris=["spiffe://a/b,URI=spiffe://a/c"])),
-        ("By=spiffe://a/envoy", said(["spiffe://a/envoy"], certificate=False)),
-        ('By=x;Subject="";URI=', said(["x"], certificate=False)),
+        ("by=x;HASH=y;uri=u", expected(["x"], ["u"])),
+        ('URI="spiffe://a/b,URI=spiffe://a/c"', expected(uris=["spiffe://a/b,URI=spiffe://a/c"])),
+        ("By=spiffe://a/envoy", expected(["spiffe://a/envoy"], certificate=False)),
+        ('By=x;Subject="";URI=', expected(["x"], certificate=False)),
     ],
 )
-def test_what_is_read(header, found):
-    """The names in each value and the certificate, quotes and percent-encoding undone."""
+def test_valid_headers(header, found):
+    """The parser returns the names and the certificate, unquoted and percent-decoded."""
     assert parse(header) == found
 
 
@@ -63,7 +63,7 @@ def test_what_is_read(header, found):
         "=a",
         "URI =a",
         "x" * 100_000,
-        # Unquoted, each of these would part something.
+        # Unquoted characters that need quotes.
         "Hash=a=b",
         "By=x;URI= y",
         "By=x;URI=y ",
@@ -75,8 +75,8 @@ def test_what_is_read(header, found):
         b"By=x;DNS=a.internal",
     ],
 )
-def test_what_is_refused(header):
-    """What is not of the form is refused as a whole, and not read as far as it goes."""
+def test_malformed_headers_are_rejected(header):
+    """A malformed header is rejected as a whole; its valid part is not used."""
     with pytest.raises(ForwardedError):
         parse(header)
 
@@ -84,11 +84,11 @@ def test_what_is_refused(header):
 @pytest.mark.parametrize(
     "header",
     [
-        # Elements of two proxies; the second is a part of a URI, as Envoy writes that.
+        # Elements of two proxies; the second may be part of a URI, as Envoy writes it.
         "By=spiffe://a/x;URI=spiffe://a/y,By=spiffe://a/envoy;Hash=ab;URI=spiffe://a/z",
         "By=spiffe://a/envoy;URI=spiffe://a/evil,By=spiffe://a/envoy;URI=spiffe://a/admin",
         "By=spiffe://a/envoy,DNS=a",
-        # Parts of a DNS name, or of a URI.
+        # Possible parts of a DNS name or URI.
         "By=spiffe://a/envoy;Hash=ab;URI=;DNS=x;URI=spiffe://a/admin",
         "By=spiffe://a/envoy;Hash=ab;URI=x;By=spiffe://a/other",
         "By=spiffe://a/envoy;Hash=ab;DNS=x;Cert=y",
@@ -97,20 +97,20 @@ def test_what_is_refused(header):
         "By=spiffe://a/envoy;Hash=ab;DNS=x;Hash=y",
         "By=spiffe://a/envoy;Hash=ab;DNS=x;Other=y",
         "Other=y;By=spiffe://a/envoy;Hash=ab;DNS=x",
-        # Names that begin with a semicolon, or end with one.
+        # Names that begin or end with a semicolon.
         "By=spiffe://a/envoy;Hash=ab;URI=;URI=spiffe://a/admin",
         "By=spiffe://a/envoy;Hash=ab;URI=spiffe://a/b;DNS=;DNS=admin.internal",
         "By=spiffe://a/envoy;Hash=ab;DNS=admin.internal;DNS=",
-        # What a certificate has one of.
+        # A certificate has only one of each of these.
         "By=spiffe://a/envoy;Hash=ab;Hash=cd;URI=x",
         "By=spiffe://a/envoy;Cert=ab;Cert=cd;URI=x",
         "By=spiffe://a/envoy;Chain=ab;Chain=cd;URI=x",
         "By=spiffe://a/envoy;Subject=ab;Subject=cd;URI=x",
     ],
 )
-def test_what_envoy_does_not_write_by_itself(header):
-    """More than one element, other keys, keys in another order, and keys that come again where
-    there is one of a thing, are refused: a part of them may be a name's."""
+def test_ambiguous_headers_are_rejected(header):
+    """Several elements, unknown keys, keys out of order, and repeated keys that must be unique are
+    rejected, because a part of them may belong to a name."""
     with pytest.raises(ForwardedError):
         parse(header)
 
@@ -124,14 +124,14 @@ def quoted(value):
 
 
 @given(st.lists(VALUES.filter(bool), min_size=1, max_size=5))
-def test_a_quoted_value_stays_one(values):
-    """Whatever is in a quoted value adds no other pair and no other element."""
+def test_quoted_value_stays_one_value(values):
+    """Whatever a quoted value contains, it never adds a pair or an element."""
     found = parse(";".join(f"DNS={quoted(value)}" for value in values))
-    assert found == said(dns=values, certificate=True)
+    assert found == expected(dns=values, certificate=True)
 
 
 @given(st.text(max_size=100))
-def test_any_text_is_read_or_refused(text):
-    """Nothing else comes of a header, whatever it is."""
+def test_any_text(text):
+    """Any header is parsed or raises ForwardedError, never another exception."""
     with contextlib.suppress(ForwardedError):
         parse(text)

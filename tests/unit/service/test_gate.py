@@ -1,4 +1,4 @@
-"""The door of a listener: what it says of certificates and headers, and what it remembers."""
+"""A listener's authenticator: certificates, proxy headers, credentials, and its cache."""
 
 import tracemalloc
 from hashlib import sha256
@@ -8,7 +8,7 @@ import pytest
 from cryptography import x509
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.access import gate
-from latchkey_service.access.gate import Door, Gate, within_accounts
+from latchkey_service.access.gate import ActivePolicy, Authenticator, restrict_to_accounts
 from latchkey_service.access.policy import Accounts, Caller, parse
 from latchkey_service.errors import Denied
 
@@ -16,7 +16,7 @@ from tests.callers import PROXY, credential, dns_identity, made, policy_text, sp
 
 
 class Call:
-    """What a servicer's context tells of a call."""
+    """The part of a servicer's context that identifies the caller."""
 
     def __init__(self, header=None, identity=None):
         self._metadata = [] if header is None else [("x-forwarded-client-cert", header)]
@@ -29,9 +29,9 @@ class Call:
         return self._tls
 
 
-def outcome(door, call):
+def outcome(authenticator, call):
     try:
-        return door.identify(call).name
+        return authenticator.identify(call).name
     except Denied as error:
         return error.reason
 
@@ -49,28 +49,31 @@ def outcome(door, call):
     ],
 )
 def test_certificates(identity, expected):
-    """A certificate's holder is who its names say, whole, asked once or again; what is refused has
-    the reason."""
-    door = Door(Gate(parse(policy_text())), tls=True)
+    """The complete names of a certificate identify its holder, on the first call and from the
+    cache. A rejected certificate gives the right reason."""
+    authenticator = Authenticator(ActivePolicy(parse(policy_text())), tls=True)
     for _ in range(2):
-        assert outcome(door, Call(identity=identity)) == expected
+        assert outcome(authenticator, Call(identity=identity)) == expected
 
 
-def told(identity, names=""):
-    """What Envoy says with the certificate itself."""
+def via_envoy(identity, names=""):
+    """The header that Envoy sends with the certificate."""
     return Call(f'By={PROXY};Hash=ab;Cert="{quote(identity.certificate, safe="")}"{names}')
 
 
 @pytest.mark.parametrize(
     ("call", "expected"),
     [
-        (told(spiffe_identity(uri("verifier"))), "verifier"),
-        (told(dns_identity("x.internal", "verifier.internal")), "verifier"),
-        # What is in the certificate counts, and nothing that is said of it.
-        (told(dns_identity("verifier.internal"), ";URI=;DNS=manager.internal"), "verifier"),
-        (told(dns_identity("x.internal"), ";URI=;DNS=manager.internal"), "CERTIFICATE_UNKNOWN"),
-        (told(made([x509.DNSName("x;DNS=manager.internal")])), "CERTIFICATE_UNKNOWN"),
-        (told(made([x509.DNSName("verifier.internal\0")])), "CERTIFICATE_MALFORMED"),
+        (via_envoy(spiffe_identity(uri("verifier"))), "verifier"),
+        (via_envoy(dns_identity("x.internal", "verifier.internal")), "verifier"),
+        # Only the names in the certificate count, not those in the header.
+        (via_envoy(dns_identity("verifier.internal"), ";URI=;DNS=manager.internal"), "verifier"),
+        (
+            via_envoy(dns_identity("x.internal"), ";URI=;DNS=manager.internal"),
+            "CERTIFICATE_UNKNOWN",
+        ),
+        (via_envoy(made([x509.DNSName("x;DNS=manager.internal")])), "CERTIFICATE_UNKNOWN"),
+        (via_envoy(made([x509.DNSName("verifier.internal\0")])), "CERTIFICATE_MALFORMED"),
         (Call(f'By={PROXY};Cert="x";URI={uri("verifier")}'), "CERTIFICATE_MALFORMED"),
         (Call(f'By={PROXY};Cert="%ff";URI={uri("verifier")}'), "CERTIFICATE_MALFORMED"),
         (Call(f'By={PROXY};Cert="";URI={uri("verifier")}'), "verifier"),
@@ -81,75 +84,80 @@ def told(identity, names=""):
     ],
 )
 def test_certificates_through_a_proxy(call, expected):
-    """A proxy's header names the holder of the certificate in it, where it has one."""
-    door = Door(Gate(parse(policy_text())), proxy=PROXY)
+    """A proxy's header identifies the holder of the certificate in it, if there is one."""
+    authenticator = Authenticator(ActivePolicy(parse(policy_text())), proxy=PROXY)
     for _ in range(2):
-        assert outcome(door, call) == expected
+        assert outcome(authenticator, call) == expected
 
 
-def test_a_guessable_credential_is_none():
-    """What was not made by us is nobody's credential, also if a policy has its digest."""
+def test_guessable_credential_is_rejected():
+    """Only credentials that we minted are accepted, even if a policy has the digest of another."""
     good = credential("verifier")
     for text in ("test", "", f"{good} ", good[:-1], good.replace("lkc_", "lkd_"), f"x{good}"):
         digest = sha256(text.encode()).hexdigest()
         policy = parse(f'[callers.a]\ncredentials = ["sha256:{digest}"]\nroles = ["manager"]\n')
         call = Call()
         call._metadata.append(("authorization", f"Bearer {text}"))
-        assert outcome(Door(Gate(policy)), call) == "CREDENTIAL_MALFORMED", text
+        assert outcome(Authenticator(ActivePolicy(policy)), call) == "CREDENTIAL_MALFORMED", text
 
 
-def test_a_certificate_that_ends():
-    """A certificate that was good when its connection began is refused from its end on, as it is
-    when its first call comes after that, on a session that was resumed."""
+def test_expired_certificate():
+    """A certificate that expires during a connection is rejected from then on. So is one whose
+    first call comes after its expiry, on a resumed session."""
     identity = spiffe_identity(uri("verifier"))
     ends_at = x509.load_pem_x509_certificate(identity.certificate).not_valid_after_utc.timestamp()
     time = ends_at - 0.1
-    gate = Gate(parse(policy_text()))
+    active = ActivePolicy(parse(policy_text()))
     ways = [
-        (Door(gate, tls=True, now=lambda: time), Call(identity=identity)),
-        (Door(gate, proxy=PROXY, now=lambda: time), told(identity)),
+        (Authenticator(active, tls=True, now=lambda: time), Call(identity=identity)),
+        (Authenticator(active, proxy=PROXY, now=lambda: time), via_envoy(identity)),
     ]
-    for door, call in ways:
-        assert outcome(door, call) == "verifier"
+    for authenticator, call in ways:
+        assert outcome(authenticator, call) == "verifier"
     time = ends_at
-    for door, call in ways:
-        assert [outcome(door, call), outcome(door, call)] == ["CERTIFICATE_EXPIRED"] * 2
-    late = Door(gate, tls=True, now=lambda: time)
+    for authenticator, call in ways:
+        assert [outcome(authenticator, call), outcome(authenticator, call)] == [
+            "CERTIFICATE_EXPIRED"
+        ] * 2
+    late = Authenticator(active, tls=True, now=lambda: time)
     assert outcome(late, Call(identity=identity)) == "CERTIFICATE_EXPIRED"
 
 
-def test_what_is_remembered_is_the_policys():
-    """What was read of a certificate or a header holds under the policy of then, and no longer."""
-    gate = Gate(parse(policy_text()))
+def test_cache_depends_on_the_policy():
+    """A cached identity is only used under the policy that it was read with."""
+    active = ActivePolicy(parse(policy_text()))
     ways = [
-        (Door(gate, tls=True), Call(identity=spiffe_identity(uri("verifier")))),
-        (Door(gate, proxy=PROXY), Call(f"By={PROXY};Hash=ab;URI={uri('verifier')}")),
+        (Authenticator(active, tls=True), Call(identity=spiffe_identity(uri("verifier")))),
+        (Authenticator(active, proxy=PROXY), Call(f"By={PROXY};Hash=ab;URI={uri('verifier')}")),
     ]
-    for door, call in ways:
-        assert [outcome(door, call), outcome(door, call)] == ["verifier", "verifier"]
-    gate.replace(parse(policy_text(["manager"])))
-    for door, call in ways:
-        assert outcome(door, call) == "CERTIFICATE_UNKNOWN"
-    gate.replace(parse(policy_text()))
-    for door, call in ways:
-        assert outcome(door, call) == "verifier"
+    for authenticator, call in ways:
+        assert [outcome(authenticator, call), outcome(authenticator, call)] == [
+            "verifier",
+            "verifier",
+        ]
+    active.replace(parse(policy_text(["manager"])))
+    for authenticator, call in ways:
+        assert outcome(authenticator, call) == "CERTIFICATE_UNKNOWN"
+    active.replace(parse(policy_text()))
+    for authenticator, call in ways:
+        assert outcome(authenticator, call) == "verifier"
 
 
-def test_what_is_remembered_is_bounded(monkeypatch):
-    """However many headers come, and however long each is, they take no more memory than their
-    bound, and a header more."""
+def test_cache_is_bounded(monkeypatch):
+    """However many headers arrive, and however long they are, the cache uses no more memory than
+    its bound and one header."""
     bound, size = 256 * 1024, 16_000
-    monkeypatch.setattr(gate, "REMEMBERED_BYTES_MAX", bound)
-    door = Door(Gate(parse(policy_text())), proxy=PROXY)
+    monkeypatch.setattr(gate, "CACHE_BYTES_MAX", bound)
+    authenticator = Authenticator(ActivePolicy(parse(policy_text())), proxy=PROXY)
     names = f"By={PROXY};Hash=ab;URI={uri('verifier')}"
     tracemalloc.start()
     try:
         for number in range(200):
             filler = "x" * (size - len(names))
             header = f"By={PROXY};Hash={number:05}{filler};URI={uri('verifier')}"
-            assert outcome(door, Call(header)) == "verifier"
+            assert outcome(authenticator, Call(header)) == "verifier"
         for number in range(5_000):
-            assert outcome(door, Call(f"{names};DNS={number}.internal")) == "verifier"
+            assert outcome(authenticator, Call(f"{names};DNS={number}.internal")) == "verifier"
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -157,7 +165,7 @@ def test_what_is_remembered_is_bounded(monkeypatch):
 
 
 def verification(verdict, account_id=None):
-    """Return an answer with a position, and with a token where the secret has one."""
+    """Return an answer with a position, and with a token if `account_id` is given."""
     answer = pb.VerifyResponse(verdict=verdict, revision=7, mark=2**64 - 1)
     if account_id is not None:
         answer.token.id, answer.token.account_id = "t1", account_id
@@ -166,23 +174,23 @@ def verification(verdict, account_id=None):
 
 @pytest.mark.parametrize("verdict", [pb.VERDICT_VALID, pb.VERDICT_DELETED, pb.VERDICT_EXPIRED])
 @pytest.mark.parametrize("batch", [False, True])
-def test_a_foreign_secret_looks_as_if_nobody_had_made_it(verdict, batch):
-    """A caller that is limited to accounts gets no revision and no mark that say otherwise, neither
-    of another account's token nor of one that was purged."""
+def test_foreign_token_looks_like_an_unissued_secret(verdict, batch):
+    """A caller limited to accounts gets neither revision nor mark for another account's token, nor
+    for one that was purged."""
     caller = Caller("a", frozenset(), accounts=Accounts(frozenset({"acme"}), ()))
     own = verification(verdict, "acme")
     foreign = verification(verdict, "globex")
     purged = verification(pb.VERDICT_UNKNOWN)
     unknown = pb.VerifyResponse(verdict=pb.VERDICT_UNKNOWN)
     malformed = pb.VerifyResponse(verdict=pb.VERDICT_MALFORMED)
-    said = [own, foreign, purged, unknown, malformed]
+    answers = [own, foreign, purged, unknown, malformed]
     expected = [own, unknown, unknown, unknown, malformed]
     if batch:
-        encoded = pb.BatchVerifyResponse(responses=said).SerializeToString()
-        answer = within_accounts("/latchkey.v1.TokenService/BatchVerify", caller, encoded)
+        encoded = pb.BatchVerifyResponse(responses=answers).SerializeToString()
+        answer = restrict_to_accounts("/latchkey.v1.TokenService/BatchVerify", caller, encoded)
         assert list(pb.BatchVerifyResponse.FromString(answer).responses) == expected
     else:
-        for one, another in zip(said, expected, strict=True):
+        for one, another in zip(answers, expected, strict=True):
             path = "/latchkey.v1.TokenService/Verify"
-            answer = within_accounts(path, caller, one.SerializeToString())
+            answer = restrict_to_accounts(path, caller, one.SerializeToString())
             assert pb.VerifyResponse.FromString(answer) == another

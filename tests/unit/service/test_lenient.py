@@ -1,21 +1,21 @@
-"""Verifies whose secret is not text, and what they may cost."""
+"""Verifies whose secret is not UTF-8, and their cost."""
 
 from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_service.lenient import BATCH_MAX, BATCH_VERIFY, lenient_parse
+from latchkey_service.lenient import BATCH_MAX, BATCH_VERIFY, parse_non_utf8
 
 # A question with a secret of one byte that is not UTF-8, and one without a secret.
 NOT_TEXT, EMPTY = b"\x0a\x03\x0a\x01\xff", b"\x0a\x00"
 
 
-def test_the_others_of_a_batch_are_as_they_were() -> None:
-    """What is not text is emptied, and all else is kept, up to the largest batch there is."""
+def test_rest_of_a_batch_is_unchanged() -> None:
+    """A secret that is not UTF-8 becomes empty, and the rest is kept, up to the largest batch."""
     good = pb.VerifyRequest(secret="x", required_scope=pb.SCOPE_READ)
     rest = pb.BatchVerifyRequest(requests=[good] * (BATCH_MAX - 1))
-    assert lenient_parse(BATCH_VERIFY, NOT_TEXT + rest.SerializeToString()) == (
+    assert parse_non_utf8(BATCH_VERIFY, NOT_TEXT + rest.SerializeToString()) == (
         pb.BatchVerifyRequest(requests=[pb.VerifyRequest(), *rest.requests])
     )
 
 
-def test_a_batch_that_is_too_large_is_not_gone_through() -> None:
-    """It is refused anyway, before who sent it is known: it must not take the time of others."""
-    assert lenient_parse(BATCH_VERIFY, NOT_TEXT + EMPTY * BATCH_MAX) is None
+def test_oversized_batch_is_not_converted() -> None:
+    """It is rejected anyway, before its caller is known, so it must not block others."""
+    assert parse_non_utf8(BATCH_VERIFY, NOT_TEXT + EMPTY * BATCH_MAX) is None

@@ -1,4 +1,4 @@
-"""Limits that are worked out: from settings, files, memory."""
+"""Limits computed from settings, the limit on open files, and the kernel's data."""
 
 import resource
 import socket
@@ -29,7 +29,7 @@ def settings(**given: Any) -> Settings:
     ],
 )
 def test_transport(listen: str, expected: str) -> None:
-    """By itself `native` serves this machine alone; told to, either serves anybody."""
+    """By default, `native` serves only this machine. Either transport may be set explicitly."""
     assert transport_of(settings(listen=listen)) == expected
     assert transport_of(settings(listen=listen, transport="native")) == "native"
     assert transport_of(settings(listen=listen, transport="grpcio")) == "grpcio"
@@ -51,22 +51,22 @@ def test_transport(listen: str, expected: str) -> None:
 def test_connections_and_files(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], files: int, expected: int
 ) -> None:
-    """There are no more connections than there may be files open for."""
+    """The limit on open files also limits the connections."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
     assert limits_of(settings(**given)).connections_max == expected
 
 
-def test_reserve() -> None:
-    """A client that watches takes as many files of `native` as were counted with."""
-    # A test of the whole (integration/test_limits_service.py) counts them.
+def test_files_per_connection() -> None:
+    """A client that watches over `native` uses as many files as the computation assumes."""
+    # integration/test_limits_service.py counts the files of a real service.
     assert transport.FILES_PER_CONNECTION == {"native": 3, "grpcio": 1}
 
 
 def test_memory() -> None:
-    """The bound grows with what the settings allow; it can be given, and 0 is for none."""
+    """The limit grows with the settings. It can be set explicitly; 0 means no limit."""
     plain = memory_max_bytes(settings())
     assert plain > memory_guard.BASE_MIB * MIB
-    # Entries take some 500 bytes each, and a Watch some 60 kB.
+    # Cache entries take some 500 bytes each, and a Watch some 60 kB.
     assert memory_max_bytes(settings(cache_entries=10_100_000)) - plain > 10_000_000 * 500
     assert memory_max_bytes(settings(connections_max=110_000)) - plain > 100_000 * 60_000
     assert memory_max_bytes(settings(memory_mib=300)) == 300 * MIB
@@ -74,7 +74,7 @@ def test_memory() -> None:
 
 
 class End:
-    """A connection over TCP, as the kernel tells of it."""
+    """A TCP connection, as the kernel reports it."""
 
     family = socket.AF_INET
 
@@ -85,11 +85,11 @@ class End:
         return connection_guard._TCP_INFO.pack(self.unacked, self.acked, 1_000, 0)
 
 
-def test_who_was_idle_is_not_stuck_at_once() -> None:
-    """What is under way is as old as when it was first seen, however long nothing was before, and
-    nobody looked: after a pause all clients have answers under way. If it does not go on, it is."""
+def test_idle_connection_is_not_stuck_at_once() -> None:
+    """The timeout runs from when unacknowledged data is first seen, however long the connection was
+    idle or unchecked before. If the data is not acknowledged by then, the connection is stuck."""
     guard = connection_guard.ConnectionGuard(["127.0.0.1:1"], Limits(keepalive_timeout=10.0))
-    seen: Any = connection_guard._Seen(None, 0.0)
+    seen: Any = connection_guard._SocketState(None, 0.0)
     end: Any = End()
     assert guard._stuck(seen, end, 100.0) is None
     end.unacked = 1
@@ -115,10 +115,10 @@ def test_who_was_idle_is_not_stuck_at_once() -> None:
         (["127.0.0.1:5", "127.0.0.2:5"], ("127.0.0.1", 7), None),
     ],
 )
-def test_each_listener_has_its_own_connections(
+def test_connections_belong_to_their_listener(
     addresses: list[str], local: tuple[Any, ...], expected: int | None
 ) -> None:
-    """A connection is that listener's whose address it came to, on the same port or another."""
+    """A connection belongs to the listener whose address it reached, also on a shared port."""
     guard = connection_guard.ConnectionGuard(addresses, Limits())
 
     class Came(End):

@@ -1,4 +1,4 @@
-"""How the `native` transport's calls are begun: in turns, by lanes, and not too many."""
+"""How the `native` transport starts calls: in turns, from queues per role, within limits."""
 
 import asyncio
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ CALL = 0
 
 
 class Front:
-    """Stands in for the part in Rust."""
+    """Stands in for the library's Rust part."""
 
     def __init__(self) -> None:
         self.come: list[Any] = []
@@ -38,28 +38,28 @@ class Front:
 
 
 class Server(native.Server):
-    """The server without its transport: what is begun is noted by the turn that it was begun in."""
+    """The server without its transport. It records the calls that each turn starts."""
 
     def __init__(self) -> None:
         self.clock = 1_000.0
         self.delay_seconds = 0.0
-        super().__init__([], self.refuse_all, lambda: self.clock)
+        super().__init__([], self.reject_all, lambda: self.clock)
         self.front = self._front = Front()  # type: ignore[assignment]
-        self._lane_of = [self._lane(path) for path in PATHS]
+        self._queue_of = [self._queue_for(path) for path in PATHS]
         self._table = [(path, None) for path in PATHS]  # type: ignore[misc]
-        # As where other calls come, too.
+        # As if other calls were arriving too.
         self._others_at = self.clock
-        self.begun: list[int] = []
+        self.started: list[int] = []
         self.cancelled: list[int] = []
-        self.refused: list[str] = []
+        self.rejected: list[str] = []
 
-    def refuse_all(self, path: str, seconds: float | None) -> tuple[StatusParts, float]:
+    def reject_all(self, path: str, seconds: float | None) -> tuple[StatusParts, float]:
         assert seconds is None
-        self.refused.append(path)
+        self.rejected.append(path)
         return status_of(Overloaded("busy"), "id"), self.delay_seconds
 
     def come(self, path: str, ids: Sequence[int]) -> None:
-        """Let calls come."""
+        """Let calls arrive."""
         events = [(CALL, number, PATHS.index(path), b"", None, ((), "", None)) for number in ids]
         self._on_events(events)
 
@@ -71,7 +71,7 @@ class Server(native.Server):
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     def begin(server: Server, events: Sequence[Any]) -> None:
         for event in events:
-            done = server.cancelled if event[0] == EVENT_CANCEL else server.begun
+            done = server.cancelled if event[0] == EVENT_CANCEL else server.started
             done.append(event[1])
 
     monkeypatch.setattr(pygrpc_native.aio.Server, "_on_events", begin)
@@ -82,46 +82,46 @@ async def turn() -> None:
     await asyncio.sleep(0)
 
 
-async def test_one_call_is_begun_at_once(server: Server) -> None:
-    """Where nothing waits nothing is waited for."""
+async def test_single_call_starts_at_once(server: Server) -> None:
+    """With empty queues, a call does not wait."""
     server.come(VERIFY, [1])
-    assert server.begun == [1]
+    assert server.started == [1]
     await turn()
     server.come(VERIFY, [2])
-    assert server.begun == [1, 2]
+    assert server.started == [1, 2]
 
 
-async def test_each_turn_has_its_share_of_both_lanes(server: Server) -> None:
-    """However many verifies wait, some Creates are begun in each turn, and the other way round;
-    each in the order in which they came."""
+async def test_each_turn_starts_calls_from_both_queues(server: Server) -> None:
+    """However many verifies wait, each turn also starts some Creates, and vice versa, each in order
+    of arrival."""
     verifies, creates = list(range(80)), list(range(100, 120))
     server.come(VERIFY, verifies)
-    assert server.begun == verifies[: native.VERIFIES_IN_TURN]
-    # Also if they come in many small batches between two turns.
+    assert server.started == verifies[: native.VERIFIES_IN_TURN]
+    # Even if they arrive in many small batches between two turns.
     for number in creates:
         server.come(CREATE, [number])
-    assert len(server.begun) == native.VERIFIES_IN_TURN
+    assert len(server.started) == native.VERIFIES_IN_TURN
     await turn()
-    in_turn = server.begun[native.VERIFIES_IN_TURN :]
+    in_turn = server.started[native.VERIFIES_IN_TURN :]
     assert in_turn == [*verifies[16:32], *creates[:4]]
     for _ in range(5):
         await turn()
-    assert sorted(server.begun) == verifies + creates
-    assert [n for n in server.begun if n < 100] == verifies
-    assert [n for n in server.begun if n >= 100] == creates
+    assert sorted(server.started) == verifies + creates
+    assert [n for n in server.started if n < 100] == verifies
+    assert [n for n in server.started if n >= 100] == creates
 
 
-async def test_health_does_not_wait(server: Server) -> None:
-    """A health check is begun before all that waits, and never refused."""
+async def test_health_checks_do_not_queue(server: Server) -> None:
+    """A health check starts before all queued calls and is never rejected."""
     server.come(VERIFY, range(native.BURST * 2))
-    assert server.refused
+    assert server.rejected
     server.come(HEALTH, [-1])
-    assert server.begun[-1] == -1
+    assert server.started[-1] == -1
 
 
-async def test_what_waits_is_bounded(server: Server) -> None:
-    """A burst past the bound is refused; and where the lane stands, a short one is kept. Nobody of
-    the other lane is, and nobody who was let in."""
+async def test_queues_are_bounded(server: Server) -> None:
+    """Calls above the burst limit are rejected. A standing queue is kept short. No call in the
+    other queue is rejected, and no call that was accepted."""
     room = native.BURST + native.VERIFIES_IN_TURN
     server.come(VERIFY, range(room + 3))
     assert server.front.failed == [
@@ -130,38 +130,38 @@ async def test_what_waits_is_bounded(server: Server) -> None:
     server.clock += admission.STANDING_SECONDS + 0.1
     server.come(CREATE, [-1])
     server.come(VERIFY, [room + 3])
-    assert server.refused == [VERIFY] * 4
+    assert server.rejected == [VERIFY] * 4
     while server._in_turn:
         await turn()
-    assert len(server.begun) == room + 1
+    assert len(server.started) == room + 1
     server.come(VERIFY, range(1_000_000, 1_000_200))
     kept = native.STANDING + native.VERIFIES_IN_TURN
-    assert len(server.refused) == 4 + 200 - kept
+    assert len(server.rejected) == 4 + 200 - kept
 
 
-async def test_who_leaves_is_not_begun(server: Server) -> None:
-    """A call that is given up while it waits costs nothing more; one that is begun is told."""
+async def test_cancelled_call_never_starts(server: Server) -> None:
+    """Cancelling a queued call removes it. Cancelling a call that has started reaches that call."""
     server.come(VERIFY, range(20))
     server.leave(18)
     server.leave(3)
     await turn()
-    assert 18 not in server.begun
+    assert 18 not in server.started
     assert server.cancelled == [3]
 
 
-async def test_a_refusal_may_be_told_later(server: Server) -> None:
-    """Refusals go out when they are due, and one for a call that was given up does no harm."""
+async def test_rejection_may_be_delayed(server: Server) -> None:
+    """Rejections go out when they are due. One for a cancelled call does no harm."""
     server.delay_seconds = 0.01
     server.come(VERIFY, range(native.BURST + native.VERIFIES_IN_TURN + 1))
-    refused = native.BURST + native.VERIFIES_IN_TURN
+    rejected = native.BURST + native.VERIFIES_IN_TURN
     assert server.front.failed == []
-    server.leave(refused)
+    server.leave(rejected)
     await asyncio.sleep(0.02)
-    assert [number for number, _ in server.front.failed] == [refused]
+    assert [number for number, _ in server.front.failed] == [rejected]
 
 
-async def test_what_has_come_meanwhile_is_counted(server: Server) -> None:
-    """While it is busy it fetches what has come by itself, so that the bound is on all of it."""
+async def test_calls_that_arrive_in_a_busy_turn_are_fetched(server: Server) -> None:
+    """A busy server fetches new calls itself, so that the limit applies to all of them."""
     server.come(VERIFY, range(80))
     room = native.BURST + native.VERIFIES_IN_TURN
     server.front.come = [
@@ -169,54 +169,52 @@ async def test_what_has_come_meanwhile_is_counted(server: Server) -> None:
     ]
     while server._in_turn:
         await turn()
-    assert len(server.begun) == 80 + room
+    assert len(server.started) == 80 + room
     assert not server.front.come
 
 
-async def test_a_stop_turns_nobody_away_who_was_there(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What waits when the stop begins is begun, and has the grace with all others."""
-    begun_before: list[int] = []
+async def test_stop_lets_queued_calls_run(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls in the queue when the stop begins still start, and get the grace period."""
+    started_before: list[int] = []
 
     async def stop(server: Server, _grace: float | None) -> None:
-        begun_before.extend(server.begun)
+        started_before.extend(server.started)
 
     monkeypatch.setattr(pygrpc_native.aio.Server, "stop", stop)
     server.come(VERIFY, range(100))
     server.come(CREATE, [200])
     await server.stop(1.0)
-    assert sorted(begun_before) == [*range(100), 200]
+    assert sorted(started_before) == [*range(100), 200]
 
 
-async def test_a_flood_of_one_role_is_nobody_elses(server: Server) -> None:
-    """While the lane of management is full, an operator's call, and a batch, are begun soon."""
+async def test_flood_of_one_role_does_not_affect_others(server: Server) -> None:
+    """While the managers' queue is full, an operator's call and a batch start soon."""
     server.come(CREATE, range(native.BURST + native.OTHERS_IN_TURN + 1))
-    assert server.refused == [CREATE]
+    assert server.rejected == [CREATE]
     server.come(STATUS, [-1])
     server.come(BATCH, [-2, -3])
     await turn()
-    assert {-1, -2} <= set(server.begun)
-    assert -3 not in server.begun, "a batch is a turn's share"
+    assert {-1, -2} <= set(server.started)
+    assert -3 not in server.started, "one batch per turn"
     await turn()
-    assert -3 in server.begun
-    assert server.refused == [CREATE]
+    assert -3 in server.started
+    assert server.rejected == [CREATE]
 
 
-async def test_a_cancellation_may_overtake_its_call(server: Server) -> None:
-    """A call that comes after it was cancelled is not begun; of such cancellations only so many
-    are kept, and those of calls that never come do no harm."""
+async def test_cancellation_may_overtake_its_call(server: Server) -> None:
+    """A call that arrives after its cancellation does not start. The number of such cancellations
+    is bounded, and those whose calls never arrive do no harm."""
     server.leave(7)
     server.come(VERIFY, [7, 8])
     server.come(HEALTH, [9])
-    assert server.begun == [9, 8] or server.begun == [8, 9]
+    assert server.started == [9, 8] or server.started == [8, 9]
     for number in range(10, 10 + native.CANCELLED_MAX * 2):
         server.leave(number)
     assert len(server._cancelled) == native.CANCELLED_MAX
 
 
-async def test_the_wait_counts_against_the_deadline(server: Server) -> None:
-    """A call that waited has as much less time when it is begun."""
+async def test_queueing_counts_against_the_deadline(server: Server) -> None:
+    """When a queued call starts, its remaining time is shorter by the wait."""
     left: dict[int, float | None] = {}
 
     def begin(_: Server, events: Sequence[Any]) -> None:
@@ -238,21 +236,21 @@ async def test_the_wait_counts_against_the_deadline(server: Server) -> None:
 
 
 async def test_verifies_alone_have_larger_turns(server: Server) -> None:
-    """Where no other call has come for a while more verifies are begun in a turn."""
+    """If no other call has arrived for a while, each turn starts more verifies."""
     server.clock += native.ALONE_SECONDS + 0.01
     server.come(VERIFY, range(200))
-    assert len(server.begun) == native.VERIFIES_ALONE
+    assert len(server.started) == native.VERIFIES_ALONE
     await turn()
-    assert len(server.begun) == 2 * native.VERIFIES_ALONE
+    assert len(server.started) == 2 * native.VERIFIES_ALONE
     server.come(CREATE, [1_000])
     await turn()
-    assert len(server.begun) == 2 * native.VERIFIES_ALONE + native.VERIFIES_IN_TURN + 1
+    assert len(server.started) == 2 * native.VERIFIES_ALONE + native.VERIFIES_IN_TURN + 1
 
 
-async def test_a_fault_holds_up_nobody_else(
+async def test_exception_does_not_stop_the_turns(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the library raises when calls are begun, or fetched, is not the end of all turns."""
+    """An exception of the library while it starts or fetches calls does not end all turns."""
     begin = pygrpc_native.aio.Server._on_events
 
     def fail_once(*_: object) -> None:
@@ -264,7 +262,7 @@ async def test_a_fault_holds_up_nobody_else(
         server.come(VERIFY, [1])
     server.come(CREATE, [2])
     await turn()
-    assert server.begun == [2]
+    assert server.started == [2]
     faults: list[Any] = []
     monkeypatch.setattr(asyncio.get_running_loop(), "default_exception_handler", faults.append)
 
@@ -279,15 +277,15 @@ async def test_a_fault_holds_up_nobody_else(
         await turn()
     for _ in calls:
         await turn()
-    # All of them, also if nothing else comes.
-    assert sorted(server.begun) == [2, *calls]
+    # All of them start, even if no further call arrives.
+    assert sorted(server.started) == [2, *calls]
 
 
-async def test_answers_are_out_before_it_ends(
+async def test_answers_are_sent_before_the_close(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The library's part, which ends with what it has not sent, is ended a moment after the last
-    answer was given to it."""
+    """Closing the library's Rust part discards unsent answers. It is closed a moment after the last
+    answer was passed to it."""
     order: list[object] = []
     monkeypatch.setattr(native, "time", SimpleNamespace(sleep=order.append))
     monkeypatch.setattr(server.front, "close", lambda: order.append("closed"), raising=False)
@@ -297,7 +295,7 @@ async def test_answers_are_out_before_it_ends(
 
 
 class Stream:
-    """Stands in for the context of a call that is answered with a stream."""
+    """Stands in for the context of a streaming call."""
 
     def __init__(self) -> None:
         self.aborted: grpc.StatusCode | None = None
@@ -308,8 +306,8 @@ class Stream:
 
 
 @pytest.mark.parametrize("end", [STREAM_SENT, STREAM_CLOSED])
-async def test_a_message_waits_until_there_is_room(server: Server, end: int) -> None:
-    """It is sent once when there is room for it, and it is told when its client has left."""
+async def test_message_waits_for_room(server: Server, end: int) -> None:
+    """A message is sent once when there is room. The result shows whether the client has left."""
     ends = [STREAM_FULL, STREAM_FULL, end]
     sent: list[bytes] = []
 
@@ -318,12 +316,12 @@ async def test_a_message_waits_until_there_is_room(server: Server, end: int) -> 
         return ends[len(sent) - 1]
 
     server.front.stream_try_send = try_send  # type: ignore[attr-defined]
-    assert await server._send(a_stream(), Stream(), b"told") is (end == STREAM_SENT)
-    assert sent == [b"told"] * 3
+    assert await server._send(a_stream(), Stream(), b"sent") is (end == STREAM_SENT)
+    assert sent == [b"sent"] * 3
 
 
-async def test_a_stream_that_nobody_reads_is_ended(server: Server) -> None:
-    """A message that finds no room for long ends its stream."""
+async def test_unread_stream_is_ended(server: Server) -> None:
+    """A message that finds no room for too long ends its stream."""
     looked: list[float] = []
 
     def try_send(_: int, __: bytes) -> int:
@@ -334,10 +332,10 @@ async def test_a_stream_that_nobody_reads_is_ended(server: Server) -> None:
     server.front.stream_try_send = try_send  # type: ignore[attr-defined]
     stream = Stream()
     with pytest.raises(grpc.aio.AbortError):
-        await server._send(a_stream(), stream, b"told")
+        await server._send(a_stream(), stream, b"sent")
     assert (len(looked), stream.aborted) == (2, grpc.StatusCode.UNAVAILABLE)
 
 
 def a_stream() -> Any:
-    """A call that is answered with bytes as they are."""
+    """A call whose answers are bytes that need no encoding."""
     return SimpleNamespace(call_id=1, handler=SimpleNamespace(response_serializer=None))

@@ -1,4 +1,4 @@
-"""What is told of calls that have ended: each is counted, and none can flood the log."""
+"""Reports of finished calls: each call is counted, and no caller can flood the log."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import structlog
-from latchkey_service.access.policy import ANYONE
-from latchkey_service.audit import SAMPLE_MAX, AuditLog, Origin
+from latchkey_service.access.policy import ANONYMOUS
+from latchkey_service.audit import SAMPLE_MAX, AuditContext, AuditLog
 from latchkey_service.errors import (
     FieldViolation,
     InvalidArgument,
@@ -18,7 +18,7 @@ from latchkey_service.errors import (
     WatchRefused,
 )
 from latchkey_service.log import Counts
-from latchkey_service.outcomes import Outcomes
+from latchkey_service.outcomes import CallReporter
 
 WATCH = "/latchkey.v1.TokenService/Watch"
 DELETE = "/latchkey.v1.TokenService/Delete"
@@ -26,7 +26,7 @@ Lines = list[Any]
 
 
 class Context:
-    """A call's, as far as this concerns it."""
+    """The part of a call's context that a report needs."""
 
     def invocation_metadata(self) -> None:
         return None
@@ -42,9 +42,9 @@ def lines() -> Iterator[Lines]:
 
 
 @pytest.fixture
-def outcomes() -> Outcomes:
+def reporter() -> CallReporter:
     audit = AuditLog(None, lambda: 0.0, lambda: datetime.now(UTC))  # type: ignore[arg-type]  # it writes nothing
-    return Outcomes(Counts(), audit, lambda: 0.0)
+    return CallReporter(Counts(), audit, lambda: 0.0)
 
 
 @pytest.mark.parametrize(
@@ -58,46 +58,62 @@ def outcomes() -> Outcomes:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_what_anybody_can_cause_does_not_fill_the_log(
-    lines: Lines, outcomes: Outcomes, error: LatchkeyError
+def test_expected_errors_do_not_fill_the_log(
+    lines: Lines, reporter: CallReporter, error: LatchkeyError
 ) -> None:
-    """Of a thousand calls that fail alike a few have a line each."""
+    """Of a thousand calls that fail alike, only a few are logged."""
     for _ in range(1_000):
-        outcomes.fail(WATCH, Context(), 0.0, error)
+        reporter.failed(WATCH, Context(), 0.0, error)
     assert len(lines) == SAMPLE_MAX
 
 
-def test_a_change_that_stands_has_the_entry_that_was_written_with_it(lines: Lines) -> None:
-    """However the call ends after its change, once or a thousand times: it is told in the log, and
-    no second entry or count says that it failed."""
+def test_committed_change_keeps_its_entry(lines: Lines) -> None:
+    """A call may fail or be cancelled after its change was committed with an audit entry. The
+    outcome is logged, but no second entry or counter reports a failure."""
     noted: list[Any] = []
 
     class NoLog:
-        def writes(self, *_: Any) -> bool:
-            noted.append("writes")
+        def should_record(self, *_: Any) -> bool:
+            noted.append("should_record")
             return True
 
-        def note(self, *_: Any) -> bool:
-            noted.append("note")
+        def record(self, *_: Any) -> bool:
+            noted.append("record")
             return True
 
-    outcomes = Outcomes(Counts(), NoLog(), lambda: 0.0)  # type: ignore[arg-type]  # a part of it
-    origin = Origin("shop", DELETE, "", "id", "acme", "", recorded=True)
-    outcomes.fail(DELETE, Context(), 0.0, StoreUnavailable("x"), ANYONE, origin, lambda _: origin)
-    outcomes.end(DELETE, Context(), 0.0, "CANCELLED", ANYONE, origin)
+    reporter = CallReporter(Counts(), NoLog(), lambda: 0.0)  # type: ignore[arg-type]  # a partial fake
+    audit_context = AuditContext("shop", DELETE, "", "id", "acme", "", recorded=True)
+    reporter.failed(
+        DELETE,
+        Context(),
+        0.0,
+        StoreUnavailable("x"),
+        ANONYMOUS,
+        audit_context,
+        lambda _: audit_context,
+    )
+    reporter.ended(DELETE, Context(), 0.0, "CANCELLED", ANONYMOUS, audit_context)
     assert not noted
     assert [(line["code"], line["account_id"]) for line in lines] == [
         ("UNAVAILABLE", "acme"),
         ("CANCELLED", "acme"),
     ]
-    origin.recorded = False
-    outcomes.fail(DELETE, Context(), 0.0, StoreUnavailable("x"), ANYONE, origin, lambda _: origin)
-    outcomes.end(DELETE, Context(), 0.0, "CANCELLED", ANYONE, origin)
-    assert noted == ["writes", "note", "note"]
+    audit_context.recorded = False
+    reporter.failed(
+        DELETE,
+        Context(),
+        0.0,
+        StoreUnavailable("x"),
+        ANONYMOUS,
+        audit_context,
+        lambda _: audit_context,
+    )
+    reporter.ended(DELETE, Context(), 0.0, "CANCELLED", ANONYMOUS, audit_context)
+    assert noted == ["should_record", "record", "record"]
 
 
-def test_faults_of_ours_are_all_told(lines: Lines, outcomes: Outcomes) -> None:
-    """What nobody foresaw is never left out."""
+def test_all_internal_errors_are_logged(lines: Lines, reporter: CallReporter) -> None:
+    """Unforeseen exceptions are logged without sampling."""
     for _ in range(2 * SAMPLE_MAX):
-        outcomes.fail(WATCH, Context(), 0.0, RuntimeError())
+        reporter.failed(WATCH, Context(), 0.0, RuntimeError())
     assert len(lines) == 2 * SAMPLE_MAX

@@ -1,4 +1,4 @@
-"""A stream's messages count against its caller's rate, and are heard later rather than refused."""
+"""Messages of a stream above its caller's rate are read later, not rejected."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -14,7 +14,7 @@ RATE = 5
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that moves only while something sleeps."""
+    """A clock that advances only while a task sleeps."""
     times = [100.0]
     sleep = asyncio.sleep
 
@@ -27,34 +27,36 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def calls(clock: list[float]) -> Calls:
-    unused: object = type("Unused", (), {"refuse": None})()
+    unused: object = type("Unused", (), {"rejected": None})()
     return Calls(
-        unused,  # type: ignore[arg-type]  # nothing is counted
-        unused,  # type: ignore[arg-type]  # nor audited
-        unused,  # type: ignore[arg-type]  # nor refused
+        unused,  # type: ignore[arg-type]  # unused
+        unused,  # type: ignore[arg-type]  # unused
+        unused,  # type: ignore[arg-type]  # only `rejected`
         0.0,
         lambda: clock[0],
     )
 
 
-async def said(count: int) -> AsyncIterator[int]:
+async def messages(count: int) -> AsyncIterator[int]:
     for n in range(count):
         yield n
 
 
 @pytest.mark.parametrize("rates", [None, RateLimits({"manager": 1})])
-async def test_without_a_limit_nothing_waits(clock: list[float], rates: RateLimits | None) -> None:
-    """Where the policy has none, or one for another role."""
+async def test_messages_without_a_limit_are_not_delayed(
+    clock: list[float], rates: RateLimits | None
+) -> None:
+    """If the policy has no limit for this role, messages are read at once."""
     caller = Caller("a", frozenset(), rates=rates)
-    heard = [n async for n in calls(clock)._paced(WATCH, caller, said(1_000))]
-    assert heard == list(range(1_000))
+    received = [n async for n in calls(clock)._paced(WATCH, caller, messages(1_000))]
+    assert received == list(range(1_000))
     assert clock[0] == 100.0
 
 
-async def test_messages_are_heard_at_the_caller_s_rate(clock: list[float]) -> None:
-    """All of them, in order, after a burst: a Delete may be waiting for what one confirms."""
+async def test_messages_are_read_at_the_callers_rate(clock: list[float]) -> None:
+    """After a burst, all messages are read in order: a Delete may wait for one of them."""
     caller = Caller("a", frozenset(), rates=RateLimits({"verifier": RATE}))
-    heard = [n async for n in calls(clock)._paced(WATCH, caller, said(100))]
-    assert heard == list(range(100))
+    received = [n async for n in calls(clock)._paced(WATCH, caller, messages(100))]
+    assert received == list(range(100))
     least = (100 - 1) / RATE - BURST_SECONDS
     assert least - 0.5 <= clock[0] - 100.0 <= least + 1.0

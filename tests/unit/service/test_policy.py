@@ -1,4 +1,4 @@
-"""The policy file: what it may say, and that a mistake is told with its line."""
+"""The policy file: its contents, and errors that name the line of a mistake."""
 
 import contextlib
 import textwrap
@@ -28,15 +28,15 @@ methods = ["/latchkey.v1.AuditService/List"]
 CREDENTIAL = "lkc_" + "x" * 49
 
 
-def test_what_a_policy_says():
-    """Callers are found by certificate names and digests, with the methods of all their roles."""
+def test_policy_contents():
+    """Callers are found by certificate name and digest, with the methods of all their roles."""
     policy = parse(GOOD)
     shop = policy.certificates["spiffe://example.org/shop"]
     assert shop.name == "shop"
     assert policy.certificates["shop.internal"] is shop
     assert policy.by_credential(bytes.fromhex("a" * 64)) is shop
     assert policy.by_credential(bytes.fromhex("b" * 64)) is shop
-    # The same beginning is not enough.
+    # A matching prefix is not enough.
     assert policy.by_credential(bytes.fromhex("a" * 63 + "b")) is None
     assert policy.by_credential(bytes(32)) is None
     tokens = "/latchkey.v1.TokenService/"
@@ -60,8 +60,8 @@ def test_what_a_policy_says():
         assert shop.accounts.allow(account) is allowed, account
 
 
-def test_an_empty_policy_lets_nobody_in():
-    """Neither does a caller without roles get anything, nor one without identities."""
+def test_empty_policy_allows_nothing():
+    """A caller without roles has no rights, and a caller without identities does not exist."""
     assert parse("").callers == frozenset()
     policy = parse('[callers.a]\ncertificates = ["a.internal"]\naccounts = []\n[callers.b]\n')
     caller = policy.certificates["a.internal"]
@@ -83,9 +83,9 @@ def test_an_empty_policy_lets_nobody_in():
         ("[callers.a]\nrole = []", 2, "'role'"),
         ('[callers.a]\nroles = "verifier"', 2, "list of strings"),
         ("[callers.a]\nroles = [1]", 2, "list of strings"),
-        ('[callers.a]\nroles = ["verifier", "verifier"]', 2, "twice"),
+        ('[callers.a]\nroles = ["verifier", "verifier"]', 2, "duplicate"),
         ('[callers.a]\n\naccounts = ["te*am"]', 3, "te*am"),
-        ('[callers.a]\naccounts = ["*"]', 2, "leave accounts out"),
+        ('[callers.a]\naccounts = ["*"]', 2, "omit accounts"),
         ('[callers.a]\naccounts = [""]', 2, "neither"),
         ('[callers.a]\ncertificates = ["*.internal"]', 2, "DNS name"),
         ('[callers.a]\ncertificates = ["https://a.internal"]', 2, "spiffe"),
@@ -94,33 +94,33 @@ def test_an_empty_policy_lets_nobody_in():
         (
             '[callers.a]\ncertificates = ["x"]\n[callers.b]\ncertificates = ["X"]',
             4,
-            "a's already",
+            "already belongs to a",
         ),
         (f'[callers.a]\ncredentials = ["{CREDENTIAL}"]', 2, "never the credential itself"),
         ('[callers.a]\ncredentials = ["sha256:AB"]', 2, "64 hexadecimal"),
         (
             f'[callers.a]\ncredentials = ["{DIGEST_A}"]\n[callers.b]\ncredentials = ["{DIGEST_A}"]',
             4,
-            "a's already",
+            "already belongs to a",
         ),
         (f'[callers.a]\nroles = ["{CREDENTIAL}"]', 2, "lkc_…"),
         (f"[callers.{CREDENTIAL}]\nrole = []", 2, "lkc_…"),
-        ('[callers."a b"]\nroles = []', 1, "no name"),
+        ('[callers."a b"]\nroles = []', 1, "not a name"),
         ("callers = 1", 1, "tables"),
         ("[callers]\na = 1", 2, "[callers.a]"),
-        ("\n[roles.verifier]\nmethods = []", 2, "stays as it is"),
-        ('[roles.x]\nmethods = ["/latchkey.v1.TokenService/Rotate"]', 2, "no method"),
-        ('[roles.x]\nmethods = ["/latchkey.v1.TokenService/*"]', 2, "no method"),
-        # What tomllib raises Python's own errors for.
+        ("\n[roles.verifier]\nmethods = []", 2, "built in"),
+        ('[roles.x]\nmethods = ["/latchkey.v1.TokenService/Rotate"]', 2, "unknown method"),
+        ('[roles.x]\nmethods = ["/latchkey.v1.TokenService/*"]', 2, "unknown method"),
+        # Texts for which tomllib raises Python's own errors.
         pytest.param("[callers.a]\nroles = [\n" + "[" * 1_000, 3, "nested too deeply", id="nested"),
         pytest.param("[callers.a]\nroles = [\n" + "9" * 5_000, 3, "too many digits", id="digits"),
-        # What ends a line for Python, and not for TOML.
+        # Characters that end a line in Python but not in TOML.
         ('[callers.a]  # \u2028\x85\nroles = ["wizard"]', 2, "wizard"),
         ("[callers.a]  # \u2028\x85\nroles = [", 2, "value"),
     ],
 )
-def test_a_mistake_is_told(text, line, reason):
-    """With the line that it is on, and what to do; what may be a credential is not shown."""
+def test_mistakes(text, line, reason):
+    """The error names the line and what to do. It never shows what may be a credential."""
     with pytest.raises(PolicyError) as caught:
         parse(text)
     assert str(caught.value).startswith(f"line {line}: "), caught.value
@@ -128,23 +128,23 @@ def test_a_mistake_is_told(text, line, reason):
     assert CREDENTIAL not in str(caught.value)
 
 
-def test_a_mistake_is_told_however_deep_it_is():
-    """Also where Python's own bound is met only while its line is looked for."""
+def test_deeply_nested_mistake():
+    """The line is found even if Python's recursion limit is reached only during that search."""
     for deep in range(300, 700):
         with pytest.raises(PolicyError, match=r"line [12]: "):
             parse(f"wrong = {'[' * deep}{']' * deep}\nb.wrong = 1\n")
 
 
 @given(st.text())
-def test_any_text_is_a_policy_or_a_mistake(text):
-    """Nothing that is read as a policy makes anything but a policy or a PolicyError."""
+def test_any_text(text):
+    """Any text is a policy or raises PolicyError, never another exception."""
     with contextlib.suppress(PolicyError):
         parse(text)
 
 
 @given(st.binary(min_size=32, max_size=32))
 def test_credentials(random):
-    """A credential has its scanners' shape, and is in a policy by what it cannot be told from."""
+    """A credential has the shape that scanners know, and its digest in the policy identifies it."""
     credential = mint(lambda size: random[:size])
     text = credential.reveal()
     assert text.startswith("lkc_")
@@ -156,17 +156,17 @@ def test_credentials(random):
     assert digest_of(text[:-1]) != digest_of(text)
 
 
-def test_a_method_that_is_not_in_the_table_is_not_served():
-    """Whoever adds a method has to say who may call it. Open ones are those of other people's
-    protocols, and nothing of ours."""
+def test_unlisted_method_is_not_served():
+    """Adding a method requires a rule for who may call it. Only methods of public gRPC protocols
+    are open to everyone."""
     with pytest.raises(LookupError, match=r"access/methods\.py"):
         rule_of("/latchkey.v1.TokenService/Rotate")
     for path, rule in METHODS.items():
         assert (rule == OPEN) == path.startswith("/grpc."), path
 
 
-def test_a_large_policy_is_read_and_its_mistake_found():
-    """Ten thousand callers take no longer than people wait."""
+def test_large_policy():
+    """Parsing a large policy, and finding the line of a mistake in it, is quick."""
     text = "".join(
         textwrap.dedent(
             f"""\
@@ -185,25 +185,25 @@ def test_a_large_policy_is_read_and_its_mistake_found():
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("rates = 5", "line 2: callers.a.rates: give a table, such as"),
-        ("rates = { nobody = 5 }", "line 2: callers.a.rates.nobody: there is no 'nobody' here"),
-        ("\n[callers.a.rates]\nmanager = 0", "line 4: callers.a.rates.manager: give calls a sec"),
-        ("rates = { manager = true }", "line 2: callers.a.rates.manager: give calls a second"),
-        ("rates = { manager = 1.5 }", "line 2: callers.a.rates.manager: give calls a second"),
-        ("watches = -1", "line 2: callers.a.watches: give a number from 0 to"),
-        ("watches = false", "line 2: callers.a.watches: give a number from 0 to"),
-        ('watches = "many"', "line 2: callers.a.watches: give a number from 0 to"),
+        ("rates = 5", "line 2: callers.a.rates: must be a table, such as"),
+        ("rates = { nobody = 5 }", "line 2: callers.a.rates.nobody: unknown key 'nobody'; known:"),
+        ("\n[callers.a.rates]\nmanager = 0", "line 4: callers.a.rates.manager: must be calls per"),
+        ("rates = { manager = true }", "line 2: callers.a.rates.manager: must be calls per second"),
+        ("rates = { manager = 1.5 }", "line 2: callers.a.rates.manager: must be calls per second"),
+        ("watches = -1", "line 2: callers.a.watches: must be a number from 0 to"),
+        ("watches = false", "line 2: callers.a.watches: must be a number from 0 to"),
+        ('watches = "many"', "line 2: callers.a.watches: must be a number from 0 to"),
     ],
 )
-def test_wrong_limits(lines: str, message: str) -> None:
-    """A limit that is none is refused, with its line and what it should be."""
+def test_invalid_limits(lines: str, message: str) -> None:
+    """The error about an invalid limit has the line and the valid range."""
     with pytest.raises(PolicyError) as caught:
         parse(f"[callers.a]\n{lines}")
     assert message in str(caught.value)
 
 
 def test_limits() -> None:
-    """Limits are the caller's own; who has none in the file has no rate, and the usual streams."""
+    """Limits apply per caller. By default, rates have no limit, and streams have the usual one."""
     policy = parse(
         '[callers.a]\ncertificates = ["a"]\nrates = { verifier = 7 }\nwatches = 0\n'
         '[callers.b]\ncertificates = ["b"]\n'

@@ -1,4 +1,4 @@
-"""The policy file: when it is read. What `look` finds is all that it goes by, so no test waits."""
+"""When the policy file is read. Only calls of `look` check the file, so no test has to wait."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ from latchkey_service.access.policy_file import PolicyFile
 from structlog.testing import capture_logs
 
 BEFORE = '[callers.old]\nroles = ["manager"]\n'
-# The part is right, too, and has no word of accounts: all of them.
+# The part is valid too, but without `accounts` it allows all accounts.
 PART = '[callers.shop]\ncertificates = ["shop.internal"]\nroles = ["manager"]\n'
 WHOLE = PART + 'accounts = ["acme"]\n'
 BROKEN = '[callers.shop]\nroles = ["wizard"]\n'
 
 
 class Followed:
-    """A policy file, and what it was found to say."""
+    """A policy file and the texts that were accepted from it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -25,13 +25,13 @@ class Followed:
         self.file = PolicyFile(path, BEFORE, self.found.append)
 
     async def look(self, times: int = 1) -> list[str]:
-        """Look some times in a row, and return all that was found right so far."""
+        """Check the file some times in a row; return all texts accepted so far."""
         for _ in range(times):
             await self.file.look()
         return self.found
 
     def move_in(self, text: str) -> None:
-        """Replace the file whole, by another one."""
+        """Replace the whole file by a rename."""
         other = self.path.with_suffix(".new")
         other.write_text(text)
         other.replace(self.path)
@@ -39,14 +39,14 @@ class Followed:
 
 @pytest.fixture
 async def followed(tmp_path: Path) -> Followed:
-    """A file that was read, and has not changed."""
+    """A file that was read and has not changed since."""
     made = Followed(tmp_path / "policy.toml")
     assert await made.look(3) == []
     return made
 
 
-async def test_a_change_is_found_by_the_second_look(followed: Followed) -> None:
-    """Once, with the text that a new worker begins with."""
+async def test_second_look_finds_a_change(followed: Followed) -> None:
+    """A change is found once, with the text that a new worker also gets."""
     followed.move_in(WHOLE)
     assert await followed.look() == []
     assert await followed.look() == [WHOLE]
@@ -54,9 +54,9 @@ async def test_a_change_is_found_by_the_second_look(followed: Followed) -> None:
     assert await followed.look(3) == [WHOLE]
 
 
-async def test_a_file_that_is_being_written_is_not_read(followed: Followed) -> None:
-    """However long the writing takes, no part of it is taken for the policy, though it is one, not
-    when a reload is asked for either; and neither is the file while it is empty."""
+async def test_half_written_file_is_not_read(followed: Followed) -> None:
+    """However long the writing takes, a part of the file is never used as the policy, even if it is
+    valid and a reload is requested. Neither is the empty file."""
     assert parse(PART).certificates["shop.internal"].accounts is None
     with followed.path.open("w") as file:
         await followed.look()
@@ -68,11 +68,11 @@ async def test_a_file_that_is_being_written_is_not_read(followed: Followed) -> N
     assert await followed.look() == [WHOLE]
 
 
-async def test_a_change_while_it_is_read(
+async def test_file_that_changes_while_it_is_read(
     followed: Followed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was read is not taken if the file is another one by then, and neither is it told that
-    it is wrong; the next looks find the whole."""
+    """The text is discarded if the file has changed since, and no error about it is logged. Later
+    checks find the whole file."""
     read_text = policy_file.read_text
 
     def read_before_the_rest(path: Path) -> str:
@@ -94,13 +94,13 @@ async def test_a_change_while_it_is_read(
         followed.found.clear()
 
 
-async def test_a_file_that_is_broken(followed: Followed) -> None:
-    """It is told once, and again when asked for; what was right before stays, and so it does when
-    the file is away or cannot be read."""
+async def test_invalid_file(followed: Followed) -> None:
+    """An invalid file is logged once, and again on request. The last valid policy stays active,
+    also if the file is missing or unreadable."""
     followed.move_in(BROKEN)
     with capture_logs() as log:
         await followed.look(5)
-        assert [line["event"] for line in log] == ["policy refused"]
+        assert [line["event"] for line in log] == ["policy rejected"]
         assert "line 2: callers.shop.roles" in log[0]["error"]
         followed.file.reload()
         await followed.look(5)
@@ -115,7 +115,7 @@ async def test_a_file_that_is_broken(followed: Followed) -> None:
 
 
 async def test_reload(followed: Followed, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is read when that is asked for, though it looks as it did before."""
+    """A reload reads the file even if it looks unchanged."""
     monkeypatch.setattr(policy_file, "_signature", lambda _: "the same")
     await followed.look(2)
     followed.move_in(WHOLE)
@@ -124,10 +124,8 @@ async def test_reload(followed: Followed, monkeypatch: pytest.MonkeyPatch) -> No
     assert await followed.look() == [WHOLE]
 
 
-async def test_whatever_a_file_does_to_the_reader(
-    followed: Followed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What nobody foresaw is a file that is refused, once, and the next one is read again."""
+async def test_unexpected_exception(followed: Followed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unforeseen exception is logged once, and the next version of the file is read again."""
 
     def fail(_: str) -> None:
         raise MemoryError
@@ -136,6 +134,6 @@ async def test_whatever_a_file_does_to_the_reader(
     with monkeypatch.context() as patched, capture_logs() as lines:
         patched.setattr(policy_file, "parse", fail)
         assert await followed.look(4) == []
-    assert [line["error"] for line in lines] == ["cannot be understood (MemoryError)"]
+    assert [line["error"] for line in lines] == ["cannot be parsed (MemoryError)"]
     followed.move_in(PART)
     assert await followed.look(2) == [PART]

@@ -1,4 +1,4 @@
-"""Limits of one caller: what it may ask in a second, whatever the pattern."""
+"""Rate limits of a caller, for any pattern of calls."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,9 +9,9 @@ from latchkey_service.access.rates import BURST_SECONDS, RateLimits
     rate=st.integers(1, 1_000),
     calls=st.lists(st.tuples(st.floats(0, 0.5), st.integers(1, 50)), max_size=200),
 )
-def test_no_more_than_the_rate_and_one_burst(rate: int, calls: list[tuple[float, int]]) -> None:
-    """In any stretch of time no more is let through than its rate gives, one burst, and the last
-    call itself, which counts in full."""
+def test_never_more_than_the_rate_and_one_burst(rate: int, calls: list[tuple[float, int]]) -> None:
+    """In any period, the allowed calls are at most those of the rate, one burst, and the last call,
+    which counts in full."""
     limits = RateLimits({"verifier": rate})
     now, passed = 100.0, []
     for pause, count in calls:
@@ -26,9 +26,9 @@ def test_no_more_than_the_rate_and_one_burst(rate: int, calls: list[tuple[float,
 
 
 @given(rate=st.integers(1, 1_000), batch=st.integers(1, 5_000))
-def test_who_waits_as_told_gets_through(rate: int, batch: int) -> None:
-    """A refused call says after how long there is room, neither too short nor too long; also after
-    a batch that is larger than the burst, which is never refused for its size."""
+def test_suggested_wait_is_exact(rate: int, batch: int) -> None:
+    """A refused call reports how long to wait, neither too short nor too long. This also holds
+    after a batch larger than the burst, which is never refused for its size."""
     limits = RateLimits({"verifier": rate})
     assert limits.charge("verifier", batch, 100.0) == 0
     asked = 0
@@ -39,8 +39,8 @@ def test_who_waits_as_told_gets_through(rate: int, batch: int) -> None:
     assert limits.charge("verifier", 1, 100.0 + wait) == 0
 
 
-def test_a_burst_of_a_second() -> None:
-    """Who was idle may ask as much as in a second at once, and after that at the rate."""
+def test_burst_of_one_second() -> None:
+    """An idle caller may make one second's calls at once, and then continues at the rate."""
     limits = RateLimits({"manager": 20})
     assert [limits.charge("manager", 1, 100.0) for _ in range(20)] == [0.0] * 20
     assert limits.charge("manager", 1, 100.0) > 0.04
@@ -48,7 +48,7 @@ def test_a_burst_of_a_second() -> None:
     assert limits.charge("manager", 1, 100.052) > 0
 
 
-def test_a_role_without_a_limit_has_none() -> None:
-    """Limits are by role."""
+def test_role_without_a_limit() -> None:
+    """Limits apply per role."""
     limits = RateLimits({"manager": 1})
     assert not any(limits.charge("verifier", 1_000, 100.0) for _ in range(100))

@@ -1,4 +1,4 @@
-"""The files of the TLS listener: what is read of them, at the start and when they change."""
+"""The files of the TLS listener: validation at startup, and reloads."""
 
 import codecs
 import errno
@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from tests.callers import ca_pem, write_server_files
 
-# As the bundles of operating systems have it, in UTF-8 and in an older encoding.
+# Comments as in the CA bundles of operating systems, in UTF-8 and in an older encoding.
 COMMENTS = ["# Főtanúsítvány\n".encode(), b"# Autoridad de Certificaci\xf3n\n", codecs.BOM_UTF8]
 OTHER = trustme.CA().cert_pem.bytes()
 
@@ -30,15 +30,15 @@ def certificates(files, **more):
 
 @pytest.fixture
 def fetch(files, monkeypatch):
-    """What gRPC calls at each handshake, as it is made with the files; and a clock of its own."""
+    """The function that gRPC calls at each handshake, and the clock that it uses."""
     now = [0.0]
     monkeypatch.setattr(grpc, "dynamic_ssl_server_credentials", lambda first, fetch, **_: fetch)
     return certificates(files, clock=lambda: now[0]).credentials(), now
 
 
 @pytest.mark.parametrize("comment", COMMENTS)
-def test_what_stands_around_certificates(files, comment):
-    """Text of any encoding may stand before, between and after the CAs; lines end in any way."""
+def test_text_around_certificates_is_ignored(files, comment):
+    """Text in any encoding may surround the CA certificates, and any kind of newline works."""
     for text in (
         comment + ca_pem(),
         comment + ca_pem() + b"\n" + comment.removeprefix(codecs.BOM_UTF8) + OTHER + b"\xff",
@@ -53,16 +53,16 @@ def test_what_stands_around_certificates(files, comment):
     [
         (b"", "is not a PEM file"),
         (b"# " + ca_pem(), "Empty certificate data"),
-        (b"-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n", "has no certificates in PEM"),
+        (b"-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----\n", "contains no PEM cert"),
         (ca_pem() + ca_pem().replace(b"MII", b"\xc3\xa9", 1), "a byte that is not ASCII"),
-        (ca_pem() + ca_pem().replace(b"MII", b"AAA", 1), "has no certificates in PEM"),
+        (ca_pem() + ca_pem().replace(b"MII", b"AAA", 1), "contains no PEM certificates"),
         (ca_pem() + ca_pem().replace(b"MII", b"\0", 1), ""),
     ],
-    # Certificates differ from process to process, and names of tests must not.
+    # Certificates differ between processes, but test ids must not.
     ids=["empty", "indented", "nothing in it", "not ASCII", "no DER", "NUL"],
 )
-def test_what_is_wrong_with_a_bundle(files, text, reason):
-    """It is told by the setting, the file, and the reason."""
+def test_invalid_bundle(files, text, reason):
+    """The error names the setting, the file and the reason."""
     files["tls_client_ca"].write_bytes(text)
     path = files["tls_client_ca"]
     with pytest.raises(TlsError, match=rf"LATCHKEY_TLS_CLIENT_CA: {path}:? .*{reason}"):
@@ -74,8 +74,8 @@ def test_what_is_wrong_with_a_bundle(files, text, reason):
     ("call", "setting"),
     [("load_cert_chain", "TLS_KEY"), ("load_verify_locations", "TLS_CLIENT_CA")],
 )
-def test_whatever_the_library_raises(files, monkeypatch, call, setting, error):
-    """It is told by the setting and the file, at the start."""
+def test_any_exception_of_the_library(files, monkeypatch, call, setting, error):
+    """At startup, the error names the setting and the file."""
 
     def fail(*_, **__):
         raise error
@@ -87,9 +87,9 @@ def test_whatever_the_library_raises(files, monkeypatch, call, setting, error):
 
 
 @pytest.mark.parametrize("comment", COMMENTS)
-def test_a_bundle_that_changes(files, fetch, comment):
-    """A changed bundle comes into force at the next handshake, once, whatever stands around the
-    certificates in it."""
+def test_changed_bundle(files, fetch, comment):
+    """The next handshake uses a changed bundle, whatever text surrounds its certificates. Later
+    handshakes do not read it again."""
     fetched, _ = fetch
     assert fetched() is None
     files["tls_client_ca"].write_bytes(comment + ca_pem() + OTHER)
@@ -102,22 +102,22 @@ def test_a_bundle_that_changes(files, fetch, comment):
     [b"", b"\xff", ca_pem().replace(b"MII", b"\xc3\xa9", 1), ca_pem().replace(b"MII", b"\0", 1)],
     ids=["empty", "no text", "not ASCII", "NUL"],
 )
-def test_a_bundle_that_is_broken_meanwhile(files, fetch, text):
-    """It is told once, changes nothing, and the next one that is right comes into force."""
+def test_bundle_that_becomes_invalid(files, fetch, text):
+    """An invalid bundle is logged once and changes nothing. The next valid one is used."""
     fetched, _ = fetch
     files["tls_client_ca"].write_bytes(text)
-    with capture_logs() as told:
+    with capture_logs() as lines:
         assert [fetched(), fetched()] == [None, None]
-    assert [line["event"] for line in told] == ["certificates refused"]
-    assert str(files["tls_client_ca"]) in told[0]["error"]
+    assert [line["event"] for line in lines] == ["certificates rejected"]
+    assert str(files["tls_client_ca"]) in lines[0]["error"]
     files["tls_client_ca"].write_bytes(ca_pem() + OTHER)
     assert fetched() is not None
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "no"), RuntimeError("no")])
-def test_reading_that_fails_by_itself(files, fetch, monkeypatch, error):
-    """Whatever reading raises, no handshake fails of it; files that are right are read again after
-    a while without a change, and not before."""
+def test_exception_while_reading(files, fetch, monkeypatch, error):
+    """No exception while reading makes a handshake fail. Unchanged files are read again after a
+    delay, and not before."""
     fetched, now = fetch
     files["tls_client_ca"].write_bytes(ca_pem() + OTHER)
     with monkeypatch.context() as patch:
@@ -126,9 +126,9 @@ def test_reading_that_fails_by_itself(files, fetch, monkeypatch, error):
             raise error
 
         patch.setattr(Path, "open", fail)
-        with capture_logs() as told:
+        with capture_logs() as lines:
             assert fetched() is None
-        assert [line["event"] for line in told] == ["certificates refused"]
+        assert [line["event"] for line in lines] == ["certificates rejected"]
     now[0] += tls.RETRY_SECONDS - 1
     assert fetched() is None
     now[0] += 1

@@ -15,7 +15,7 @@ from latchkey_service.secrets import Keyring, Pepper
 from latchkey_service.store import PageStart
 from latchkey_service.tokens import NewToken, Tokens, decode_page_token, encode_page_token
 
-from tests.support import origin
+from tests.support import audit_context
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 accounts = st.text(string.ascii_letters + string.digits + "._:-", min_size=1, max_size=64)
@@ -67,7 +67,7 @@ class Recorder:
     def __init__(self):
         self.inserted = []
 
-    async def insert_token(self, record, name_key, digest, origin):
+    async def insert_token(self, record, name_key, digest, audit_context):
         self.inserted.append((record, name_key, digest))
 
 
@@ -144,7 +144,7 @@ async def test_create_names_the_wrong_field(field, bad):
     """A wrong field is named in the violation, and nothing is stored."""
     store, tokens = make()
     with pytest.raises(InvalidArgument) as caught:
-        await tokens.create(new(**bad), origin(), math.inf)
+        await tokens.create(new(**bad), audit_context(), math.inf)
     assert [v.field for v in caught.value.violations] == [field]
     assert store.inserted == []
 
@@ -154,7 +154,7 @@ async def test_create_names_all_wrong_fields_at_once():
     _, tokens = make()
     with pytest.raises(InvalidArgument) as caught:
         await tokens.create(
-            new(account_id="", name="", scope=0, ttl=timedelta(0)), origin(), math.inf
+            new(account_id="", name="", scope=0, ttl=timedelta(0)), audit_context(), math.inf
         )
     assert {v.field for v in caught.value.violations} == {"account_id", "name", "scope", "ttl"}
 
@@ -176,7 +176,7 @@ async def test_create_names_all_wrong_fields_at_once():
 async def test_create_takes_what_is_allowed(fine):
     """The limits themselves are within."""
     store, tokens = make()
-    created = await tokens.create(new(**fine), origin(), math.inf)
+    created = await tokens.create(new(**fine), audit_context(), math.inf)
     assert store.inserted[0][0] == created.record
     assert created.record.name == fine.get("name", "ci").strip()
 
@@ -185,7 +185,7 @@ async def test_names_that_look_alike_compare_alike():
     """Letter case and composed forms do not make another name."""
     store, tokens = make()
     for name in ("Straße", "STRASSE", "Cafe\u0301", "CAFÉ"):
-        await tokens.create(new(name=name), origin(), math.inf)
+        await tokens.create(new(name=name), audit_context(), math.inf)
     keys = [key for _, key, _ in store.inserted]
     assert keys[0] == keys[1]
     assert keys[2] == keys[3]
@@ -199,6 +199,6 @@ async def test_ids_are_ordered_by_time(naive):
     made = []
     for moment in times:
         _, tokens = make(moment)
-        made.append((moment, (await tokens.create(new(), origin(), math.inf)).record.id))
+        made.append((moment, (await tokens.create(new(), audit_context(), math.inf)).record.id))
     assert all(a[0] == b[0] or a[1] < b[1] for a, b in itertools.pairwise(made))
     assert all(len(token_id) <= 64 for _, token_id in made)
