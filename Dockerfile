@@ -35,5 +35,5 @@ USER 10001:10001
 EXPOSE 50051 50052
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
-  CMD ["python", "-m", "latchkey_service.healthcheck"]
+  CMD ["python", "-m", "latchkey_service.process.healthcheck"]
 ENTRYPOINT ["python", "-m", "latchkey_service"]

@@ -39,7 +39,7 @@ def uri(name: str) -> str:
 
 def policy_text(callers: Sequence[str] = tuple(CALLERS)) -> str:
     """A policy in which these may call."""
-    from latchkey_service.secrets import Secret
+    from latchkey_service.secret_format import Secret
 
     parts = []
     for name in callers:

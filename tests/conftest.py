@@ -18,13 +18,15 @@ import hypothesis
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service import database, peppers, tls
 from latchkey_service.access.policy_file import read_text
-from latchkey_service.config import Settings
-from latchkey_service.embedded import EmbeddedPostgres
-from latchkey_service.migrate import bundled, migrate
-from latchkey_service.server import Server, running
-from latchkey_service.store import Store
+from latchkey_service.postgres import connections as database
+from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
+from latchkey_service.postgres.migrate import bundled, migrate
+from latchkey_service.process.wiring import Server, running
+from latchkey_service.settings.settings import Settings
+from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens.token_store import Store
+from latchkey_service.transport import tls
 
 from tests.support import WAIT_SECONDS, drop_database
 

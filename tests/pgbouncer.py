@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from latchkey_service.embedded_host import OsAccount, spawn
+from latchkey_service.postgres.embedded_host import OsAccount, spawn
 
 from tests.packages import installed_by_apt
 from tests.ports import free_port

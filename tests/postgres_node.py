@@ -19,7 +19,12 @@ from typing import Any, Final, Literal
 
 import asyncpg
 import psutil
-from latchkey_service.embedded_host import OsAccount, choose_account, reachable_programs, spawn
+from latchkey_service.postgres.embedded_host import (
+    OsAccount,
+    choose_account,
+    reachable_programs,
+    spawn,
+)
 
 from tests.ports import free_port
 from tests.support import eventually

@@ -20,11 +20,11 @@ import grpc
 import psutil
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from latchkey_service.audit import AuditContext
-from latchkey_service.coherence.membership import ReadBegan
+from latchkey_service.audit.audit_log import AuditContext
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.snapshot import Snapshot
-from latchkey_service.embedded import EmbeddedPostgres
+from latchkey_service.coherence.verifier_state import ReadBegan
+from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
 
 # Far above what anything here takes; only a failing test waits it out.
 WAIT_SECONDS = 20.0

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 
-from latchkey_service import config
+from latchkey_service.settings import settings as config
 
 USAGE = """\
 usage: python -m latchkey_service [serve | config [--json] | policy ...]
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     # Imports are local, so that `config` need not load everything that `serve` needs.
     try:
         if arguments == ["worker"]:
-            from latchkey_service import worker
+            from latchkey_service.process import worker
 
             return worker.main()
         settings = config.load()
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
         print(f"latchkey: invalid settings:\n{error}", file=sys.stderr)  # noqa: T201
         return 2
     if arguments in ([], ["serve"]):
-        from latchkey_service import supervisor
+        from latchkey_service.process import supervisor
 
         return supervisor.run(settings)
     if command == "config" and arguments[1:] in ([], ["--json"]):

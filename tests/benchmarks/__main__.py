@@ -24,8 +24,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import grpc
-from latchkey_service import peppers
-from latchkey_service.secrets import Keyring
+from latchkey_service.secret_format import Keyring
+from latchkey_service.tokens import pepper_file as peppers
 
 from tests.benchmarks import coherence, console, load, overload, overload_figures, processes, report
 from tests.benchmarks.answers import check_ceiling, check_service, remember

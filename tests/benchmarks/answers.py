@@ -7,8 +7,8 @@ from typing import Any
 import grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service.secrets import Keyring, Pepper
-from latchkey_service.tokens import encode_page_token
+from latchkey_service.secret_format import Keyring, Pepper
+from latchkey_service.tokens.management import encode_page_token
 
 from tests.benchmarks.seed import ACCOUNT, Seeded
 

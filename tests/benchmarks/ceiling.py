@@ -14,8 +14,8 @@ import uvloop
 from google.protobuf.timestamp_pb2 import Timestamp
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service.exposure import Transport
-from latchkey_service.transport import Limits, options_of
+from latchkey_service.settings.exposure import Transport
+from latchkey_service.transport.transports import Limits, options_of
 
 ANSWER = pb.VerifyResponse(
     verdict=pb.VERDICT_VALID,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_service.secrets import Keyring, Pepper
+from latchkey_service.secret_format import Keyring, Pepper
 
 from tests.benchmarks import load
 from tests.benchmarks.rows import SERVICE

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from latchkey_service.embedded import EmbeddedPostgres
+from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
 
 __all__ = [
     "Child",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_service.tokens import encode_page_token
+from latchkey_service.tokens.management import encode_page_token
 
 from tests.benchmarks.answers import PAGE, Verified, right_create, right_list
 from tests.benchmarks.seed import ACCOUNT, Seeded

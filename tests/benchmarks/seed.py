@@ -9,9 +9,9 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
-from latchkey_service.migrate import bundled, migrate
-from latchkey_service.secrets import Keyring
-from latchkey_service.store import PageStart
+from latchkey_service.postgres.migrate import bundled, migrate
+from latchkey_service.secret_format import Keyring
+from latchkey_service.tokens.token_store import PageStart
 
 __all__ = ["ACCOUNT", "Seeded", "seed"]
 

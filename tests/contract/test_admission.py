@@ -13,8 +13,11 @@ from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service import admission, calls, database, deadlines, sessions
 from latchkey_service.access.methods import MANAGER, OPERATOR
+from latchkey_service.postgres import connections as database
+from latchkey_service.postgres import sessions
+from latchkey_service.rpc import admission, deadlines
+from latchkey_service.rpc import interceptor as calls
 
 from tests.callers import credential, policy_text
 from tests.conftest import serving
@@ -22,7 +25,7 @@ from tests.contract.rich_status import refusal
 from tests.support import backends, eventually, is_serving, outcome, session
 
 if TYPE_CHECKING:
-    from latchkey_service.config import Settings
+    from latchkey_service.settings.settings import Settings
 
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 # What the client (grpcio 1.75) makes of a refusal that came while it was writing: how it was

@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 
 import pytest
-from latchkey_service import log
 from latchkey_service.access.credentials import mint
+from latchkey_service.settings import logs as log
 
 from tests.fuzz import frames
 from tests.support import WAIT_SECONDS, service

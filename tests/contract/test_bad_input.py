@@ -7,8 +7,8 @@ import grpc
 import pytest
 from google.protobuf import descriptor as descriptors
 from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_service.store import PageStart
-from latchkey_service.tokens import encode_page_token
+from latchkey_service.tokens.management import encode_page_token
+from latchkey_service.tokens.token_store import PageStart
 
 from tests.contract.rich_status import refusal
 

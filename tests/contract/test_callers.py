@@ -19,8 +19,8 @@ from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.access.methods import METHODS
 from latchkey_service.access.policy import PolicyError
-from latchkey_service.config import Settings
-from latchkey_service.server import Server
+from latchkey_service.process.wiring import Server
+from latchkey_service.settings.settings import Settings
 
 from tests.callers import (
     ACCOUNT,

@@ -7,8 +7,8 @@ import asyncpg
 import grpc
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_service import log
-from latchkey_service.verifier import Verifier
+from latchkey_service.settings import logs as log
+from latchkey_service.tokens.verifier import Verifier
 
 SERVICE = "/latchkey.v1.TokenService/"
 

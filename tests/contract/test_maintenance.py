@@ -14,7 +14,7 @@ from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
 from latchkey_proto.v1 import maintenance_service_pb2_grpc as maintenance_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service.config import Settings
+from latchkey_service.settings.settings import Settings
 
 from tests.callers import credential, policy_text
 from tests.conftest import serving

@@ -18,7 +18,7 @@ from tests.support import CHANNEL_OPTIONS, eventually, outcome, session
 from tests.watching import WatchClient, watching
 
 if TYPE_CHECKING:
-    from latchkey_service.config import Settings
+    from latchkey_service.settings.settings import Settings
 
 # A server finds out by its next renewal, a third of it.
 LEASE_SECONDS = 1.5

@@ -21,7 +21,7 @@ from tests.support import CHANNEL_OPTIONS, WAIT_SECONDS, eventually
 from tests.watching import WatchClient, watching
 
 if TYPE_CHECKING:
-    from latchkey_service.config import Settings
+    from latchkey_service.settings.settings import Settings
 
 # Longer than a busy machine keeps anybody waiting: none ends in the middle of a test.
 LEASE_SECONDS = 5.0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import structlog
-from latchkey_service.migrate import bundled, migrate
+from latchkey_service.postgres.migrate import bundled, migrate
 
 from tests.conftest import TEMPLATE, with_database
 from tests.postgres_node import Template, make_template

@@ -14,12 +14,13 @@ from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service import peppers, server
 from latchkey_service.access.methods import MANAGER
-from latchkey_service.calls import CONCURRENCY_LIMITS
-from latchkey_service.database import POOL_SIZE_MAX
-from latchkey_service.server import running
-from latchkey_service.store import Store
+from latchkey_service.postgres.connections import POOL_SIZE_MAX
+from latchkey_service.process import wiring as server
+from latchkey_service.process.wiring import running
+from latchkey_service.rpc.interceptor import CONCURRENCY_LIMITS
+from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens.token_store import Store
 
 from tests.support import (
     CHANNEL_OPTIONS,
@@ -34,7 +35,7 @@ from tests.support import (
 
 if TYPE_CHECKING:
     from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
-    from latchkey_service.config import Settings
+    from latchkey_service.settings.settings import Settings
 
     from tests.conftest import Create
 

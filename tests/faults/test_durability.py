@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from latchkey_service.coherence.confirmation import Confirmation
-from latchkey_service.coherence.table import Identity, OwnRow
-from latchkey_service.database import DURABLE, connect
+from latchkey_service.coherence.ack_rules import Confirmation
+from latchkey_service.coherence.verifier_table import Identity, OwnRow
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.migrate import bundled, migrate
-from latchkey_service.secrets import Digest
-from latchkey_service.store import Deletion, Store
-from latchkey_service.verdict import Scope, TokenRecord
+from latchkey_service.postgres.connections import DURABLE, connect
+from latchkey_service.postgres.migrate import bundled, migrate
+from latchkey_service.secret_format import Digest
+from latchkey_service.tokens.token_store import Deletion, Store
+from latchkey_service.tokens.verdict import Scope, TokenRecord
 from structlog.testing import capture_logs
 
 from tests.faults.test_replication import cut_short, standby_missing

@@ -11,8 +11,8 @@ import grpc
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service import peppers
-from latchkey_service.database import POOL_SIZE_MAX
+from latchkey_service.postgres.connections import POOL_SIZE_MAX
+from latchkey_service.tokens import pepper_file as peppers
 
 from tests.support import (
     CHANNEL_OPTIONS,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from latchkey_service.primary import OTHERS_SECONDS, STANDBY_MISSING
+from latchkey_service.coherence.primary import OTHERS_SECONDS, STANDBY_MISSING
 
 from tests.faults.host import RECOVERY_SECONDS_MAX, Host, host
 from tests.pair import Pair, pair

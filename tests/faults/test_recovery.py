@@ -19,9 +19,9 @@ import grpc
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service import peppers
-from latchkey_service.database import POOL_SIZE_MAX
-from latchkey_service.reconnection import ATTEMPTS_MAX
+from latchkey_service.postgres.circuit_breaker import ATTEMPTS_MAX
+from latchkey_service.postgres.connections import POOL_SIZE_MAX
+from latchkey_service.tokens import pepper_file as peppers
 
 from tests.faults.open_loop import OpenLoop
 from tests.support import (

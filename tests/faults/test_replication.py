@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import pytest
-from latchkey_service.coherence.confirmation import NOBODY, Confirmation
-from latchkey_service.coherence.table import Identity, OwnRow
-from latchkey_service.database import connect
+from latchkey_service.coherence.ack_rules import NOBODY, Confirmation
+from latchkey_service.coherence.verifier_table import Identity, OwnRow
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.secrets import Digest
-from latchkey_service.store import Store
-from latchkey_service.verdict import Scope, TokenRecord
+from latchkey_service.postgres.connections import connect
+from latchkey_service.secret_format import Digest
+from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens.verdict import Scope, TokenRecord
 
 from tests.histories import NO_CLIENTS
 from tests.support import BreakablePostgres, audit_context, eventually, session

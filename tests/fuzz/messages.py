@@ -26,15 +26,15 @@ from latchkey_proto.v1 import audit_service_pb2 as audit_pb
 from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_service import log
-from latchkey_service.audit_table import Cursor, Filter
-from latchkey_service.config import Settings
-from latchkey_service.lenient import parse_non_utf8
-from latchkey_service.rpc_audit import _page_token
-from latchkey_service.secrets import Keyring
-from latchkey_service.server import Server, running
-from latchkey_service.store import PageStart
-from latchkey_service.tokens import encode_page_token
+from latchkey_service.audit.audit_table import Cursor, Filter
+from latchkey_service.process.wiring import Server, running
+from latchkey_service.rpc.audit_service import _page_token
+from latchkey_service.rpc.lenient_parsing import parse_non_utf8
+from latchkey_service.secret_format import Keyring
+from latchkey_service.settings import logs as log
+from latchkey_service.settings.settings import Settings
+from latchkey_service.tokens.management import encode_page_token
+from latchkey_service.tokens.token_store import PageStart
 
 from tests.fuzz import protobuf
 from tests.fuzz.surroundings import ACCOUNT, DELETED, DELETED_ID, LIVE, LIVE_ID, PEPPER

@@ -10,10 +10,11 @@ import struct
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
-from latchkey_service import rpc_audit, tokens
-from latchkey_service.audit_table import Cursor, Filter
+from latchkey_service.audit.audit_table import Cursor, Filter
 from latchkey_service.errors import InvalidArgument
-from latchkey_service.store import PageStart
+from latchkey_service.rpc import audit_service as rpc_audit
+from latchkey_service.tokens import management as tokens
+from latchkey_service.tokens.token_store import PageStart
 
 from tests.fuzz.target import Finding, Target
 

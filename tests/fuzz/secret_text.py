@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from latchkey import _shape
 from latchkey_cli import secrets as cli_secrets
-from latchkey_service import secrets
+from latchkey_service import secret_format as secrets
 
 from tests.fuzz.target import Finding, Target
 

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from latchkey_service.migrate import bundled, migrate
-from latchkey_service.secrets import Keyring, Pepper
-from latchkey_service.store import Store
-from latchkey_service.verdict import Scope, TokenRecord
+from latchkey_service.postgres.migrate import bundled, migrate
+from latchkey_service.secret_format import Keyring, Pepper
+from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens.verdict import Scope, TokenRecord
 
 from tests import callers
 from tests.ports import free_port

@@ -29,7 +29,7 @@ def break_rule(rule: str | None) -> None:
 
 def _renewal_of_no_row() -> None:
     """Rule 3: the lease is extended though the update touched no row."""
-    from latchkey_service.coherence.table import OwnRow
+    from latchkey_service.coherence.verifier_table import OwnRow
 
     renew = OwnRow.renew
 
@@ -44,7 +44,7 @@ def _renewal_without_the_log() -> None:
     """Rule 3: the lease is extended without a look at the log."""
     from dataclasses import replace
 
-    from latchkey_service.coherence.table import OwnRow
+    from latchkey_service.coherence.verifier_table import OwnRow
 
     read_log, renew = OwnRow.read_log, OwnRow.renew
 
@@ -74,7 +74,7 @@ def _fill_without_the_rule() -> None:
 def _use_without_a_lease() -> None:
     """Rule 5: a lease, once given, is never looked at again, on the server or in the client."""
     from latchkey import verifier as client
-    from latchkey_service import verifier as service
+    from latchkey_service.tokens import verifier as service
 
     init = service.Verifier.__init__
 
@@ -89,7 +89,7 @@ def _use_without_a_lease() -> None:
 
 def _acknowledgement_before_the_clients() -> None:
     """Rule 7: a server process acknowledges what it has applied, whatever its clients have."""
-    from latchkey_service.coherence.membership import Membership
+    from latchkey_service.coherence.verifier_state import Membership
 
     def own(self: Membership[Any], _now: float) -> int:
         return self.memory.position.revision
@@ -99,8 +99,8 @@ def _acknowledgement_before_the_clients() -> None:
 
 def _delete_without_a_wait() -> None:
     """Rule 8: Delete answers once it is committed."""
-    from latchkey_service.coherence.confirmation import Confirmation
-    from latchkey_service.coherence.confirmer import Confirmer
+    from latchkey_service.coherence.ack_rules import Confirmation
+    from latchkey_service.coherence.ack_waiter import Confirmer
 
     async def at_once(_self: Confirmer, _position: object, _deadline: float) -> Confirmation:
         return Confirmation(0, 0)
@@ -110,8 +110,8 @@ def _delete_without_a_wait() -> None:
 
 def _burial_of_the_living() -> None:
     """Rule 9: rows are removed that were just renewed."""
-    from latchkey_service.coherence.confirmation import Census
-    from latchkey_service.coherence.table import OwnRow
+    from latchkey_service.coherence.ack_rules import Census
+    from latchkey_service.coherence.verifier_table import OwnRow
 
     remove_dead = OwnRow.remove_dead
 
@@ -131,9 +131,9 @@ def _positions_without_marks() -> None:
     The database is asked for bare numbers as well, and no change of its timeline is noticed.
     """
     from latchkey_coherence.memory import Memory, Position
-    from latchkey_service.coherence import table
-    from latchkey_service.coherence.membership import Membership, ReadBegan, Server, Standing
+    from latchkey_service.coherence import verifier_table as table
     from latchkey_service.coherence.snapshot import POSITION_KNOWN, Snapshot
+    from latchkey_service.coherence.verifier_state import Membership, ReadBegan, Server, Standing
 
     def knows(self: Memory[Any], position: Position) -> bool:
         return position.revision <= self.position.revision
@@ -162,7 +162,7 @@ def _positions_without_marks() -> None:
 
 def _look_ups_of_any_position() -> None:
     """Rule 12: whatever a look-up has read is believed, wherever it was read."""
-    from latchkey_service.coherence.membership import Membership, Standing
+    from latchkey_service.coherence.verifier_state import Membership, Standing
 
     def always(_self: Membership[Any], _snapshot: object, _began: object) -> Standing:
         return Standing.BELIEVED

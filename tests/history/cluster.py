@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
-from latchkey_service import peppers
-from latchkey_service.migrate import bundled, migrate
-from latchkey_service.store import Store
+from latchkey_service.postgres.migrate import bundled, migrate
+from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens.token_store import Store
 
 from tests.children import Child
 from tests.history.broken import VARIABLE

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import asyncpg
 import psutil
-from latchkey_service.embedded_host import (
+from latchkey_service.postgres.embedded_host import (
     OsAccount,
     _probe,
     choose_account,

@@ -15,17 +15,18 @@ from latchkey_proto.v1 import audit_service_pb2 as audit_pb
 from latchkey_proto.v1 import audit_service_pb2_grpc as audit_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service import audit as module
-from latchkey_service import database, sessions
 from latchkey_service.access.credentials import mint
-from latchkey_service.audit import SAMPLE_MAX, AuditContext, AuditLog
-from latchkey_service.audit_table import AuditTable, Filter, NewEntry
-from latchkey_service.config import Settings
-from latchkey_service.database import Connector, Pool
+from latchkey_service.audit import audit_log as module
+from latchkey_service.audit.audit_log import SAMPLE_MAX, AuditContext, AuditLog
+from latchkey_service.audit.audit_table import AuditTable, Filter, NewEntry
 from latchkey_service.errors import AlreadyExists, StoreUnavailable
-from latchkey_service.secrets import Digest, Keyring, Pepper
-from latchkey_service.store import Store
-from latchkey_service.verdict import Scope, TokenRecord
+from latchkey_service.postgres import connections as database
+from latchkey_service.postgres import sessions
+from latchkey_service.postgres.connections import Connector, Pool
+from latchkey_service.secret_format import Digest, Keyring, Pepper
+from latchkey_service.settings.settings import Settings
+from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens.verdict import Scope, TokenRecord
 
 from tests.callers import ACCOUNT, credential, policy_text
 from tests.conftest import serving

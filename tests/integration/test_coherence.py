@@ -15,13 +15,14 @@ from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service import admission, peppers
-from latchkey_service.coherence.notifications import Listener, Notifications
-from latchkey_service.coherence.table import Identity, OwnRow, VerifierTable
-from latchkey_service.database import Connector, Pool, connect
-from latchkey_service.lookup import Lookup
-from latchkey_service.secrets import Keyring, Pepper
-from latchkey_service.verifier import NOBODYS_DIGEST
+from latchkey_service.coherence.notify_listener import Listener, Notifications
+from latchkey_service.coherence.verifier_table import Identity, OwnRow, VerifierTable
+from latchkey_service.postgres.connections import Connector, Pool, connect
+from latchkey_service.rpc import admission
+from latchkey_service.secret_format import Keyring, Pepper
+from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens.batched_lookup import Lookup
+from latchkey_service.tokens.verifier import NOBODYS_DIGEST
 
 from tests.conftest import make_settings, serving
 from tests.support import CHANNEL_OPTIONS, WAIT_SECONDS, eventually, outcome, session, told_alone
@@ -29,7 +30,7 @@ from tests.support import CHANNEL_OPTIONS, WAIT_SECONDS, eventually, outcome, se
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from latchkey_service.config import Settings
+    from latchkey_service.settings.settings import Settings
 
 # Long, so that a process which stands still for a while is not waited out.
 LEASE_SECONDS = 5.0

@@ -10,11 +10,12 @@ from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 import pytest
-from latchkey_service import database, sessions
-from latchkey_service.database import POOL_SIZE_MAX, Connector, Pool
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.hosts import Hosts, each_host
-from latchkey_service.reconnection import ATTEMPTS_MAX, RECONNECT_SECONDS
+from latchkey_service.postgres import connections as database
+from latchkey_service.postgres import sessions
+from latchkey_service.postgres.circuit_breaker import ATTEMPTS_MAX, RECONNECT_SECONDS
+from latchkey_service.postgres.connections import POOL_SIZE_MAX, Connector, Pool
+from latchkey_service.postgres.hosts import Hosts, each_host
 
 from tests.support import backends, eventually, session
 

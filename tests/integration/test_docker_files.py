@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from latchkey_service.config import ConfigError, load
-from latchkey_service.healthcheck import target
+from latchkey_service.process.healthcheck import target
+from latchkey_service.settings.settings import ConfigError, load
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
@@ -45,7 +45,7 @@ def test_image_is_told_to_stop_and_asked_for_health() -> None:
     assert arguments("ENTRYPOINT") == ['["python", "-m", "latchkey_service"]']
     assert arguments("STOPSIGNAL") == ["SIGTERM"]
     (healthcheck,) = arguments("HEALTHCHECK")
-    assert healthcheck.endswith('CMD ["python", "-m", "latchkey_service.healthcheck"]')
+    assert healthcheck.endswith('CMD ["python", "-m", "latchkey_service.process.healthcheck"]')
 
 
 def test_image_installs_only_what_is_locked() -> None:
@@ -181,7 +181,7 @@ async def healthcheck(listen: str) -> tuple[int | None, str]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "latchkey_service.healthcheck",
+        "latchkey_service.process.healthcheck",
         # A proxy of the environment must not come between.
         env=os.environ | {"LATCHKEY_LISTEN": listen, "http_proxy": "http://127.0.0.1:9"},
         stdin=asyncio.subprocess.DEVNULL,

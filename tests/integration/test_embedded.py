@@ -21,8 +21,8 @@ from urllib.parse import parse_qs, urlsplit
 import asyncpg
 import psutil
 import pytest
-from latchkey_service import embedded_host
-from latchkey_service.embedded import (
+from latchkey_service.postgres import embedded_host
+from latchkey_service.postgres.embedded_cluster import (
     DataDirInUse,
     EmbeddedError,
     EmbeddedPostgres,
@@ -43,7 +43,8 @@ WAIT_SECONDS = 20.0  # Far above what anything here takes; only a failing test w
 CHILD = """
 import codecs, json, os, sys
 from pathlib import Path
-from latchkey_service import embedded, embedded_host
+from latchkey_service.postgres import embedded_cluster as embedded
+from latchkey_service.postgres import embedded_host
 
 options = json.loads(sys.argv[1])
 codecs.lookup("ascii")  # Loaded while the interpreter's own files are within reach.

@@ -13,8 +13,8 @@ import pytest
 from cryptography import x509
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service.config import Settings
-from latchkey_service.transport import MESSAGE_BYTES_MAX, STREAMS_MAX
+from latchkey_service.settings.settings import Settings
+from latchkey_service.transport.transports import MESSAGE_BYTES_MAX, STREAMS_MAX
 
 from tests.callers import (
     PROXY,

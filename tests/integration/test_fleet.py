@@ -16,11 +16,14 @@ from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service import enrolment, fleet, peppers, store
 from latchkey_service.errors import StoreConflict
-from latchkey_service.peppers import PepperFileError
-from latchkey_service.secrets import Pepper
-from latchkey_service.store import Store
+from latchkey_service.secret_format import Pepper
+from latchkey_service.tokens import fleet
+from latchkey_service.tokens import pepper_enrolment as enrolment
+from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens import token_store as store
+from latchkey_service.tokens.pepper_file import PepperFileError
+from latchkey_service.tokens.token_store import Store
 
 from tests.support import CHANNEL_OPTIONS, WAIT_SECONDS, Service, eventually, session
 

@@ -14,8 +14,8 @@ import grpc
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service import database
-from latchkey_service.database import IDLE_SECONDS, Connector, Pool
+from latchkey_service.postgres import connections as database
+from latchkey_service.postgres.connections import IDLE_SECONDS, Connector, Pool
 
 from tests.support import CHANNEL_OPTIONS, Outcome, eventually, outcome, service
 

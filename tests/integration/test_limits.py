@@ -19,9 +19,14 @@ import grpc
 import psutil
 import pytest
 from latchkey import _channel
-from latchkey_service import transport as transports
-from latchkey_service.connection_guard import ConnectionGuard
-from latchkey_service.transport import METADATA_BYTES_MAX, STREAMS_MAX, Limits, make_transport
+from latchkey_service.transport import transports
+from latchkey_service.transport.connection_guard import ConnectionGuard
+from latchkey_service.transport.transports import (
+    METADATA_BYTES_MAX,
+    STREAMS_MAX,
+    Limits,
+    make_transport,
+)
 
 from tests import http2
 from tests.callers import ca_pem, server_identity

@@ -17,9 +17,10 @@ from latchkey import Client, Scope, Verdict, Verifier
 from latchkey.access import Access
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service import memory_guard, worker
-from latchkey_service.config import Settings
-from latchkey_service.transport import FILES_PER_CONNECTION
+from latchkey_service.process import memory_limit as memory_guard
+from latchkey_service.process import worker
+from latchkey_service.settings.settings import Settings
+from latchkey_service.transport.transports import FILES_PER_CONNECTION
 
 from tests import http2
 from tests.callers import ca_pem, write_server_files
@@ -212,7 +213,7 @@ def test_few_files(
 ) -> None:
     """A worker that may open too few files for its connections says so: as a warning, if somebody
     has asked for so many."""
-    from latchkey_service import log
+    from latchkey_service.settings import logs as log
 
     monkeypatch.setattr(resource, "getrlimit", lambda _: (500, 500))
     log.configure("json", "info")

@@ -9,10 +9,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
-from latchkey_service import migrate as module
-from latchkey_service.embedded import EmbeddedPostgres
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.migrate import Migration, MigrationError, bundled, migrate
+from latchkey_service.postgres import migrate as module
+from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
+from latchkey_service.postgres.migrate import Migration, MigrationError, bundled, migrate
 from structlog.testing import capture_logs
 
 from tests.conftest import with_database

@@ -9,8 +9,8 @@ import grpc
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service.config import Settings
-from latchkey_service.native import Server
+from latchkey_service.settings.settings import Settings
+from latchkey_service.transport.native import Server
 
 from tests import http2
 from tests.callers import policy_text

@@ -15,15 +15,15 @@ from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service import embedded
-from latchkey_service.coherence.notifications import Listener, Notifications
-from latchkey_service.coherence.table import VerifierTable
-from latchkey_service.database import Connector, Pool
-from latchkey_service.embedded import EmbeddedPostgres
+from latchkey_service.coherence.notify_listener import Listener, Notifications
+from latchkey_service.coherence.verifier_table import VerifierTable
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.hosts import lasting
-from latchkey_service.migrate import MigrationError, bundled, migrate
-from latchkey_service.sessions import GENERIC_PLAN, SETTINGS
+from latchkey_service.postgres import embedded_cluster as embedded
+from latchkey_service.postgres.connections import Connector, Pool
+from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
+from latchkey_service.postgres.hosts import lasting
+from latchkey_service.postgres.migrate import MigrationError, bundled, migrate
+from latchkey_service.postgres.sessions import GENERIC_PLAN, SETTINGS
 
 from tests.conftest import with_database
 from tests.pgbouncer import PgBouncer

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from latchkey_service import peppers
-from latchkey_service.database import connect
-from latchkey_service.lookup import Lookup
-from latchkey_service.peppers import PepperFileError
-from latchkey_service.secrets import Keyring, Pepper
-from latchkey_service.store import Store
-from latchkey_service.tokens import Created, NewToken, Tokens
-from latchkey_service.verdict import Scope, Verdict
+from latchkey_service.postgres.connections import connect
+from latchkey_service.secret_format import Keyring, Pepper
+from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens.batched_lookup import Lookup
+from latchkey_service.tokens.management import Created, NewToken, Tokens
+from latchkey_service.tokens.pepper_file import PepperFileError
+from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens.verdict import Scope, Verdict
 
 from tests.support import (
     WAIT_SECONDS,
@@ -204,7 +204,7 @@ def test_a_broken_pepper_file_is_told(tmp_path: Path, text: str, complaint: str)
 MAKE = """
 import sys
 from pathlib import Path
-from latchkey_service import peppers
+from latchkey_service.tokens import pepper_file as peppers
 
 sys.stdin.readline()
 print(*(p.id for p in peppers.load_or_create(Path(sys.argv[1]), create=True).peppers))

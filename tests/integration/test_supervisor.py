@@ -18,9 +18,9 @@ import psutil
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service import supervisor
-from latchkey_service.config import Settings
-from latchkey_service.embedded import EmbeddedPostgres
+from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
+from latchkey_service.process import supervisor
+from latchkey_service.settings.settings import Settings
 
 from tests.holding import Hold
 from tests.ports import free_port

@@ -4,9 +4,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 from latchkey_coherence.memory import NOWHERE, Position
-from latchkey_service.coherence.table import Identity, OwnRow, VerifierTable, read_rows
-from latchkey_service.database import Connector, Pool, connect
+from latchkey_service.coherence.verifier_table import Identity, OwnRow, VerifierTable, read_rows
 from latchkey_service.errors import StoreUnavailable
+from latchkey_service.postgres.connections import Connector, Pool, connect
 
 from tests.histories import NO_CLIENTS, advance, head_of, named
 from tests.support import session

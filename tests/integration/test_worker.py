@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from latchkey_service import peppers, server
-from latchkey_service.config import Settings
-from latchkey_service.server import running
-from latchkey_service.store import Store
+from latchkey_service.process import wiring as server
+from latchkey_service.process.wiring import running
+from latchkey_service.settings.settings import Settings
+from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens.token_store import Store
 
 from tests.conftest import make_settings
 from tests.support import WAIT_SECONDS

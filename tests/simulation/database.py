@@ -10,9 +10,9 @@ from random import Random
 from typing import TypeVar
 
 from latchkey_coherence.memory import Position
-from latchkey_service.coherence.confirmation import VerifierRow
-from latchkey_service.coherence.membership import Change, Log, Server
+from latchkey_service.coherence.ack_rules import VerifierRow
 from latchkey_service.coherence.snapshot import Snapshot
+from latchkey_service.coherence.verifier_state import Change, Log, Server
 
 __all__ = ["LEASE_SECONDS", "Database"]
 

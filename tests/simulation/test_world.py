@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from latchkey_coherence.memory import Memory, Position
-from latchkey_service.coherence import confirmation, membership
-from latchkey_service.coherence.confirmation import Census, Confirmation, Wait
-from latchkey_service.coherence.membership import Change, Log, Membership, Standing
-from latchkey_service.coherence.watch import Grant, Watcher
+from latchkey_service.coherence import ack_rules as confirmation
+from latchkey_service.coherence import verifier_state as membership
+from latchkey_service.coherence.ack_rules import Census, Confirmation, Wait
+from latchkey_service.coherence.verifier_state import Change, Log, Membership, Standing
+from latchkey_service.coherence.watch_sessions import Grant, Watcher
 
 from tests.simulation.database import Database
 from tests.simulation.world import KINDS, World

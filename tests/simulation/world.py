@@ -22,12 +22,12 @@ from latchkey import _subscription as client_side
 from latchkey._subscription import Subscription
 from latchkey_coherence.lease import DRIFT_MAX
 from latchkey_coherence.memory import Entry, Memory, Position
-from latchkey_service.coherence import watch as server_side
-from latchkey_service.coherence.confirmation import Census, Confirmation, Wait
-from latchkey_service.coherence.membership import Log, Membership, ReadBegan, Standing
+from latchkey_service.coherence import watch_sessions as server_side
+from latchkey_service.coherence.ack_rules import Census, Confirmation, Wait
+from latchkey_service.coherence.client_leases import SubLeases
 from latchkey_service.coherence.snapshot import Snapshot
-from latchkey_service.coherence.subleases import SubLeases
-from latchkey_service.coherence.watch import Watcher
+from latchkey_service.coherence.verifier_state import Log, Membership, ReadBegan, Standing
+from latchkey_service.coherence.watch_sessions import Watcher
 
 from tests.simulation.database import LEASE_SECONDS, Database
 

@@ -23,7 +23,7 @@ from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import status_service_pb2_grpc as status_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service.secrets import Keyring
+from latchkey_service.secret_format import Keyring
 
 from tests.board import Board
 from tests.callers import (

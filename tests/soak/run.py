@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
-from latchkey_service import peppers
-from latchkey_service.embedded import EmbeddedPostgres
+from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
+from latchkey_service.tokens import pepper_file as peppers
 
 from tests.callers import policy_text, write_server_files
 from tests.soak import report

@@ -12,7 +12,7 @@ from typing import Any
 
 import asyncpg
 import psutil
-from latchkey_service.background import KEPT_SECONDS_MIN, PRUNE_SECONDS
+from latchkey_service.process.periodic import KEPT_SECONDS_MIN, PRUNE_SECONDS
 
 from tests.soak.slope import Point
 from tests.support import Service, session

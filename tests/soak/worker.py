@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from latchkey_service import background
 from latchkey_service.__main__ import main
-from latchkey_service.log import Counts
-from latchkey_service.tokens import Tokens
+from latchkey_service.process import periodic as background
+from latchkey_service.settings.logs import Counts
+from latchkey_service.tokens.management import Tokens
 
 from tests.children import end_with_parent
 

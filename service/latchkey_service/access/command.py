@@ -4,10 +4,10 @@ import os
 import sys
 from pathlib import Path
 
-from latchkey_service import config
 from latchkey_service.access.credentials import mint, policy_digest
 from latchkey_service.access.policy import PolicyError, is_name, parse
 from latchkey_service.access.policy_file import read_text
+from latchkey_service.settings import settings as config
 
 __all__ = ["run"]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Final
 
-from latchkey_service.secrets import (
+from latchkey_service.secret_format import (
     BODY_DIGITS,
     CREDENTIAL_PREFIX,
     CREDENTIAL_SHAPE,

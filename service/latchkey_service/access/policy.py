@@ -27,7 +27,7 @@ from typing import Any, Final
 from latchkey_service.access.credentials import DIGEST
 from latchkey_service.access.methods import METHODS, ROLES
 from latchkey_service.access.rates import RateLimits
-from latchkey_service.secrets import without_secrets
+from latchkey_service.secret_format import without_secrets
 
 __all__ = [
     "ANONYMOUS",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from latchkey_service.access.policy import PolicyError, parse
-from latchkey_service.log import logger
+from latchkey_service.settings.logs import logger
 
 __all__ = ["SIZE_MAX", "PolicyFile", "read_text"]
 

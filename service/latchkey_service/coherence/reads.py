@@ -8,9 +8,9 @@ believed only if that lies on the history that this process's lease stands on.
 from collections.abc import Callable
 from typing import Any
 
-from latchkey_service.coherence.heart import Heart
-from latchkey_service.coherence.membership import Membership, ReadBegan, Standing
+from latchkey_service.coherence.lease_renewer import Heart
 from latchkey_service.coherence.snapshot import Snapshot
+from latchkey_service.coherence.verifier_state import Membership, ReadBegan, Standing
 from latchkey_service.errors import CHANGING_OVER, StoreUnavailable
 
 __all__ = ["LeasedReads"]

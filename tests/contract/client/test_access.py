@@ -7,7 +7,7 @@ from pathlib import Path
 import latchkey
 import pytest
 from latchkey import Access, AuditFilter, Client, Outcome, Scope, Verdict, Verifier
-from latchkey_service.config import Settings
+from latchkey_service.settings.settings import Settings
 
 from tests.callers import (
     Identity,

@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from latchkey_coherence.memory import Memory, Position
-from latchkey_service.coherence.membership import Change, Log, Membership, Server
-from latchkey_service.coherence.subleases import SubLeases
-from latchkey_service.coherence.watch import Event, Request, Watchers
+from latchkey_service.coherence.client_leases import SubLeases
+from latchkey_service.coherence.verifier_state import Change, Log, Membership, Server
+from latchkey_service.coherence.watch_sessions import Event, Request, Watchers
 
 from tests.positions import at
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 from latchkey_coherence.lease import outwait_seconds
-from latchkey_service.coherence.confirmation import (
+from latchkey_service.coherence.ack_rules import (
     OUTWAIT_MARGIN_SECONDS,
     Census,
     Confirmation,

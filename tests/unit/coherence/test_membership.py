@@ -4,7 +4,9 @@ import math
 
 import pytest
 from latchkey_coherence.memory import NOWHERE, Entry, Position
-from latchkey_service.coherence.membership import (
+from latchkey_service.coherence.client_leases import SubLease
+from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
+from latchkey_service.coherence.verifier_state import (
     EVERY_TOKEN,
     Change,
     Log,
@@ -12,8 +14,6 @@ from latchkey_service.coherence.membership import (
     Server,
     Standing,
 )
-from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
-from latchkey_service.coherence.subleases import SubLease
 
 from tests.positions import at
 from tests.unit.coherence.scene import LEASE_SECONDS, PRIMARY, Scene, log

@@ -6,8 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from latchkey_coherence.memory import Entry, Memory
-from latchkey_service.coherence.membership import Change, Log, Membership, Server
-from latchkey_service.coherence.subleases import SubLease, SubLeases
+from latchkey_service.coherence.client_leases import SubLease, SubLeases
+from latchkey_service.coherence.verifier_state import Change, Log, Membership, Server
 
 from tests.positions import at
 

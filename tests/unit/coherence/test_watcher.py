@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import pytest
 from latchkey_coherence.lease import outwait_seconds
 from latchkey_coherence.memory import NOWHERE, Position
-from latchkey_service.coherence.confirmation import OUTWAIT_MARGIN_SECONDS
-from latchkey_service.coherence.membership import Server
-from latchkey_service.coherence.watch import Closing, Grant, Invalidation, Reset, Watcher
+from latchkey_service.coherence.ack_rules import OUTWAIT_MARGIN_SECONDS
+from latchkey_service.coherence.verifier_state import Server
+from latchkey_service.coherence.watch_sessions import Closing, Grant, Invalidation, Reset, Watcher
 
 from tests.positions import at
 from tests.unit.coherence.scene import LEASE_SECONDS, Scene, log, request

@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 from latchkey_coherence.memory import NOWHERE
-from latchkey_service.coherence import watch
-from latchkey_service.coherence.watch import Event, Reset
+from latchkey_service.coherence import watch_sessions as watch
+from latchkey_service.coherence.watch_sessions import Event, Reset
 from latchkey_service.errors import Overloaded, Unavailable, WatcherSilent
 
 from tests.positions import at

@@ -6,15 +6,15 @@ import random
 from collections.abc import Callable
 
 import pytest
-from latchkey_service import admission
-from latchkey_service.admission import (
+from latchkey_service.errors import LatchkeyError, Overloaded, StoreUnavailable
+from latchkey_service.rpc import admission
+from latchkey_service.rpc.admission import (
     ConcurrencyLimiter,
     QueueLimit,
     RejectionPacer,
     release_slot,
     wait_seconds,
 )
-from latchkey_service.errors import LatchkeyError, Overloaded, StoreUnavailable
 
 LONG = 1_000.0
 PATIENT = 10.0

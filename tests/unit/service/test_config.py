@@ -4,7 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
-from latchkey_service.config import ConfigError, Settings, describe, from_json, load, to_json
+from latchkey_service.settings.settings import (
+    ConfigError,
+    Settings,
+    describe,
+    from_json,
+    load,
+    to_json,
+)
 
 HIDDEN = "hunter2"
 SOURCES = {".py", ".md"}

@@ -3,8 +3,8 @@
 import itertools
 
 import pytest
-from latchkey_service.config import ConfigError, load
-from latchkey_service.exposure import is_local, reflects
+from latchkey_service.settings.exposure import is_local, reflects
+from latchkey_service.settings.settings import ConfigError, load
 
 LOCAL = ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1", "unix:/run/x.sock"]
 ELSEWHERE = ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example.org:1", "localhost.example.org:1"]

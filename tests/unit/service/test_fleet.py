@@ -4,7 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from latchkey_service.fleet import REMINDER_SECONDS, KnownPepper, Reports, mismatches, refusal
+from latchkey_service.tokens.fleet import (
+    REMINDER_SECONDS,
+    KnownPepper,
+    Reports,
+    mismatches,
+    refusal,
+)
 
 PATH = Path("/data/peppers")
 

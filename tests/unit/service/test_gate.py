@@ -7,8 +7,8 @@ from urllib.parse import quote
 import pytest
 from cryptography import x509
 from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_service.access import gate
-from latchkey_service.access.gate import ActivePolicy, Authenticator, restrict_to_accounts
+from latchkey_service.access import authenticator as gate
+from latchkey_service.access.authenticator import ActivePolicy, Authenticator, restrict_to_accounts
 from latchkey_service.access.policy import Accounts, Caller, parse
 from latchkey_service.errors import Denied
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import asyncpg
 import pytest
-from latchkey_service import sessions
-from latchkey_service.hosts import Hosts, each_host
+from latchkey_service.postgres import sessions
+from latchkey_service.postgres.hosts import Hosts, each_host
 
 URL = "postgresql://role:secret@h1:1,h2:2,h3:3/db?sslmode=disable"
 H1, H2, H3 = "h1:1", "h2:2", "h3:3"

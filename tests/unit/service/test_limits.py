@@ -5,11 +5,13 @@ import socket
 from typing import Any
 
 import pytest
-from latchkey_service import connection_guard, memory_guard, transport
-from latchkey_service.config import Settings
-from latchkey_service.exposure import transport_of
-from latchkey_service.memory_guard import MIB, memory_max_bytes
-from latchkey_service.transport import Limits, limits_of
+from latchkey_service.process import memory_limit as memory_guard
+from latchkey_service.process.memory_limit import MIB, memory_max_bytes
+from latchkey_service.settings.exposure import transport_of
+from latchkey_service.settings.settings import Settings
+from latchkey_service.transport import connection_guard
+from latchkey_service.transport import transports as transport
+from latchkey_service.transport.transports import Limits, limits_of
 
 
 def settings(**given: Any) -> Settings:

@@ -8,8 +8,9 @@ from typing import Any
 import grpc
 import pygrpc_native.aio
 import pytest
-from latchkey_service import admission, native
 from latchkey_service.errors import Overloaded, StatusParts, status_of
+from latchkey_service.rpc import admission
+from latchkey_service.transport import native
 from pygrpc_native import EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL, STREAM_SENT
 
 VERIFY = "/latchkey.v1.TokenService/Verify"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import structlog
 from latchkey_service.access.policy import ANONYMOUS
-from latchkey_service.audit import SAMPLE_MAX, AuditContext, AuditLog
+from latchkey_service.audit.audit_log import SAMPLE_MAX, AuditContext, AuditLog
 from latchkey_service.errors import (
     FieldViolation,
     InvalidArgument,
@@ -17,8 +17,8 @@ from latchkey_service.errors import (
     StoreUnavailable,
     WatchRefused,
 )
-from latchkey_service.log import Counts
-from latchkey_service.outcomes import CallReporter
+from latchkey_service.rpc.call_report import CallReporter
+from latchkey_service.settings.logs import Counts
 
 WATCH = "/latchkey.v1.TokenService/Watch"
 DELETE = "/latchkey.v1.TokenService/Delete"

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 from latchkey_service.access.policy import Caller
 from latchkey_service.access.rates import BURST_SECONDS, RateLimits
-from latchkey_service.calls import Calls
+from latchkey_service.rpc.interceptor import Calls
 
 WATCH = "/latchkey.v1.TokenService/Watch"
 RATE = 5

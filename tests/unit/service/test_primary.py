@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import structlog
-from latchkey_service import primary as module
-from latchkey_service.coherence.membership import Server
+from latchkey_service.coherence import primary as module
+from latchkey_service.coherence.primary import STANDBY_MISSING, Primary
+from latchkey_service.coherence.verifier_state import Server
 from latchkey_service.errors import NotReplicated, StoreUnavailable
-from latchkey_service.primary import STANDBY_MISSING, Primary
 
 from tests.support import eventually
 

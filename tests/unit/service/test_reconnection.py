@@ -5,15 +5,15 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from latchkey_service import reconnection
-from latchkey_service.database import POOL_SIZE_MAX
-from latchkey_service.reconnection import (
+from latchkey_service.postgres import circuit_breaker as reconnection
+from latchkey_service.postgres.circuit_breaker import (
     ATTEMPTS_MAX,
     RECONNECT_SECONDS,
     Attempt,
     Reconnection,
     spread,
 )
+from latchkey_service.postgres.connections import POOL_SIZE_MAX
 
 ORDINARY, PROBE = Attempt.ORDINARY, Attempt.PROBE
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from latchkey_service.access import credentials
-from latchkey_service.secrets import (
+from latchkey_service.secret_format import (
     ALPHABET,
     Keyring,
     Malformed,

@@ -8,8 +8,8 @@ from pathlib import Path
 import grpc
 import pytest
 import trustme
-from latchkey_service import tls
-from latchkey_service.tls import Certificates, TlsError
+from latchkey_service.transport import tls
+from latchkey_service.transport.tls import Certificates, TlsError
 from structlog.testing import capture_logs
 
 from tests.callers import ca_pem, write_server_files

@@ -11,9 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from latchkey_service.errors import InvalidArgument
-from latchkey_service.secrets import Keyring, Pepper
-from latchkey_service.store import PageStart
-from latchkey_service.tokens import NewToken, Tokens, decode_page_token, encode_page_token
+from latchkey_service.secret_format import Keyring, Pepper
+from latchkey_service.tokens.management import (
+    NewToken,
+    Tokens,
+    decode_page_token,
+    encode_page_token,
+)
+from latchkey_service.tokens.token_store import PageStart
 
 from tests.support import audit_context
 

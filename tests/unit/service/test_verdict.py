@@ -4,7 +4,7 @@ import math
 
 from hypothesis import given
 from hypothesis import strategies as st
-from latchkey_service.verdict import Record, Scope, Verdict, decide
+from latchkey_service.tokens.verdict import Record, Scope, Verdict, decide
 
 NOW = 1_800_000_000.0
 records = st.none() | st.builds(

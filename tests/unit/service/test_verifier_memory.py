@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 from latchkey_coherence.memory import Memory, Position
-from latchkey_service.coherence.membership import Membership
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.snapshot import Snapshot
+from latchkey_service.coherence.verifier_state import Membership
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.lookup import Found
-from latchkey_service.secrets import Keyring, Pepper
-from latchkey_service.verdict import Record, Scope, TokenRecord, Verdict
-from latchkey_service.verifier import Verifier
+from latchkey_service.secret_format import Keyring, Pepper
+from latchkey_service.tokens.batched_lookup import Found
+from latchkey_service.tokens.verdict import Record, Scope, TokenRecord, Verdict
+from latchkey_service.tokens.verifier import Verifier
 
 from tests.positions import at
 from tests.unit.coherence.scene import PRIMARY, Scene

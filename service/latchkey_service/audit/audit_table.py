@@ -1,0 +1,160 @@
+"""The SQL of the audit table, except the entries of changes, which `store.py` writes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+
+from latchkey_service.postgres.connections import Pool, retrying
+
+__all__ = ["DENIED_CODES", "AuditTable", "Cursor", "Entry", "Filter", "NewEntry"]
+
+# PERMISSION_DENIED and UNAUTHENTICATED.
+DENIED_CODES: Final = (7, 16)
+_OUTCOMES: Final = {
+    1: "a.code = 0",
+    2: "a.code IN (7, 16)",
+    3: "a.code NOT IN (0, 7, 16)",
+}
+
+
+class NewEntry(NamedTuple):
+    """An entry to insert."""
+
+    time: datetime
+    caller: str
+    method: str
+    account_id: str
+    token_id: str
+    peer: str
+    request_id: str
+    code: int
+    reason: str
+    calls: int
+
+
+class Entry(NamedTuple):
+    """A stored entry."""
+
+    id: int
+    time: datetime
+    caller: str
+    method: str
+    account_id: str
+    token_id: str
+    peer: str
+    request_id: str
+    code: int
+    reason: str
+    calls: int
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """The filters of a query; empty ones match everything. `outcome` as in the contract."""
+
+    account_id: str = ""
+    token_id: str = ""
+    caller: str = ""
+    method: str = ""
+    outcome: int = 0
+    start_time: datetime | None = None
+    end_time: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """A position in the list: that of the entry with this time and id."""
+
+    time: datetime
+    id: int
+
+
+class AuditTable:
+    """The table. All methods raise StoreUnavailable if Postgres does not answer in time."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    @retrying
+    async def insert(self, entries: Sequence[NewEntry]) -> None:
+        """Insert all entries, or none."""
+        async with self._pool.session() as session:
+            await session.execute(
+                """
+                INSERT INTO audit (time, caller, method, account_id, token_id, peer, request_id,
+                                   code, reason, calls)
+                SELECT * FROM unnest($1::timestamptz[], $2::text[], $3::text[], $4::text[],
+                                     $5::text[], $6::text[], $7::text[], $8::smallint[],
+                                     $9::text[], $10::bigint[])
+                """,
+                *(list(column) for column in zip(*entries, strict=True)),
+            )
+
+    @retrying
+    async def list(self, wanted: Filter, after: Cursor | None, limit: int) -> list[Entry]:
+        """Return up to `limit` entries after a position, newest first."""
+        conditions, arguments = _conditions(wanted, after)
+        async with self._pool.session() as session:
+            rows = await session.fetch(
+                f"""
+                SELECT a.id, a.time, a.caller, a.method, a.account_id, a.token_id, a.peer,
+                       a.request_id, a.code, a.reason, a.calls
+                  FROM audit a
+                 WHERE {" AND ".join(conditions) or "true"}
+                 ORDER BY a.time DESC, a.id DESC
+                 LIMIT ${len(arguments) + 1}
+                """,  # nosec B608 # noqa: S608 - constants and numbers only
+                *arguments,
+                limit,
+            )
+        return [Entry(*row) for row in rows]
+
+    @retrying
+    async def purge(self, before: datetime, limit: int) -> int:
+        """Delete up to `limit` entries older than `before`. Return how many were deleted."""
+        async with self._pool.session() as session, session.transaction():
+            # The table's trigger requires this in the same transaction.
+            await session.execute("SET LOCAL latchkey.audit_retention = 'on'")
+            status = await session.execute(
+                """
+                DELETE FROM audit
+                 WHERE id IN (SELECT id FROM audit
+                               WHERE time < $1
+                               ORDER BY time
+                               LIMIT $2
+                                 FOR UPDATE SKIP LOCKED)
+                """,
+                before,
+                limit,
+            )
+        return int(status.removeprefix("DELETE "))
+
+
+def _conditions(wanted: Filter, after: Cursor | None) -> tuple[list[str], list[Any]]:
+    """Return the filters as SQL conditions with their arguments."""
+    conditions: list[str] = []
+    arguments: list[Any] = []
+
+    def where(condition: str, *values: Any) -> None:
+        numbers = range(len(arguments) + 1, len(arguments) + 1 + len(values))
+        conditions.append(condition.format(*(f"${number}" for number in numbers)))
+        arguments.extend(values)
+
+    if wanted.account_id:
+        where("a.account_id = {}", wanted.account_id)
+    if wanted.token_id:
+        where("a.token_id = {}", wanted.token_id)
+    if wanted.caller:
+        where("a.caller = {}", wanted.caller)
+    if wanted.method:
+        where("a.method = {}", wanted.method)
+    if wanted.outcome:
+        where(_OUTCOMES[wanted.outcome])
+    if wanted.start_time is not None:
+        where("a.time >= {}", wanted.start_time)
+    if wanted.end_time is not None:
+        where("a.time < {}", wanted.end_time)
+    if after is not None:
+        where("(a.time, a.id) < ({}, {})", after.time, after.id)
+    return conditions, arguments

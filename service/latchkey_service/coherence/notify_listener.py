@@ -1,0 +1,124 @@
+"""Wakes the heart when a Delete says that there is news. Never the truth (coherence rule 10).
+
+Whatever goes wrong here costs Deletes time, a third of a lease at most, and nothing else.
+"""
+
+import asyncio
+import enum
+import itertools
+import random
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+
+from latchkey_service.coherence.verifier_table import CHANNEL
+from latchkey_service.errors import StoreUnavailable, StoreUnsupported
+from latchkey_service.postgres.circuit_breaker import spread
+from latchkey_service.postgres.connections import translated
+from latchkey_service.settings.logs import logger
+
+if TYPE_CHECKING:
+    Connection = asyncpg.Connection[asyncpg.Record]
+
+__all__ = ["Listener", "Notifications"]
+
+RETRY_SECONDS = 1.0
+# The shortest time that a probe is given. A shorter one would take a busy machine for a broken one.
+PROBE_TIMEOUT_SECONDS_MIN = 0.25
+
+
+class Notifications(enum.IntEnum):
+    """Whether they arrive, numbered as in the contract."""
+
+    UNKNOWN = 0
+    ARRIVE = 1
+    SILENT = 2
+    OFF = 3
+
+
+class Listener:
+    """Listens on a connection of its own and calls `wake`. `state` is how it goes.
+
+    A connection may look alive and lead nowhere, and a pooler may take LISTEN and pass what arrives
+    to nobody. So it sends itself a probe now and then, by `notify`, and learns within
+    `interval_seconds` that notifications do not arrive. The probe goes by way of another
+    connection: a server session passes what it sends itself to whoever it works for right then.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        connect: "Callable[[], Awaitable[Connection]]",
+        notify: Callable[[str], Awaitable[None]],
+        wake: Callable[[], None],
+        interval_seconds: float,
+        *,
+        enabled: bool,
+    ) -> None:
+        self.state = Notifications.UNKNOWN if enabled else Notifications.OFF
+        self._enabled = enabled
+        self._connect = connect
+        self._notify = notify
+        self._wake = wake
+        # Half of the interval is between probes; in the other half one has to arrive.
+        self._pause_seconds = interval_seconds / 2
+        self._timeout_seconds = max(interval_seconds / 2, PROBE_TIMEOUT_SECONDS_MIN)
+        # This process's own, which tells its probes from others'.
+        self._probes = (f"probe {name} {number}" for number in itertools.count())
+        self._expected = ""
+        self._arrived = asyncio.Event()
+        self._log = logger()
+
+    async def run(self) -> None:
+        """Listen until cancelled, or until it is known that notifications are off."""
+        while self._enabled:
+            try:
+                await self._listen()
+            except StoreUnsupported:
+                self._becomes(Notifications.OFF)
+                return
+            except StoreUnavailable:
+                self._becomes(Notifications.SILENT)
+            except Exception as error:  # noqa: BLE001 - logged, and tried again
+                self._log.warning("listening failed", error=type(error).__name__)
+                self._becomes(Notifications.SILENT)
+            await asyncio.sleep(spread(RETRY_SECONDS, random.random()))  # noqa: S311 - a spread
+
+    async def _listen(self) -> None:
+        """Listen, and try it out now and then, until it fails or nothing arrives."""
+        connection = await self._connect()
+        try:
+            with translated():
+                await connection.add_listener(CHANNEL, self._receive)
+            # What came before that was missed.
+            self._wake()
+            while not connection.is_closed() and await self._arrives():
+                self._becomes(Notifications.ARRIVE)
+                await asyncio.sleep(self._pause_seconds)
+            self._becomes(Notifications.SILENT)
+        finally:
+            connection.terminate()
+
+    async def _arrives(self) -> bool:
+        self._arrived.clear()
+        self._expected = next(self._probes)
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                await self._notify(self._expected)
+                await self._arrived.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _receive(self, _connection: Any, _pid: int, _channel: str, payload: object) -> None:
+        if payload == self._expected:
+            self._arrived.set()
+        elif isinstance(payload, str) and not payload.startswith("probe "):
+            self._wake()
+
+    def _becomes(self, state: Notifications) -> None:
+        if state != self.state:
+            self.state = state
+            tell = self._log.info if state is Notifications.ARRIVE else self._log.warning
+            tell("notifications", state=state.name)

@@ -1,0 +1,171 @@
+"""Which server this process takes for the primary, and what people should know about it.
+
+The lease decides: a host on which it is renewed is the primary, since a renewal counts only once it
+is durable, and a deposed primary cannot make one durable. A host whose renewals fail is left for
+the next one of the list (docs/protocol.md, rule 12).
+"""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from latchkey_service.coherence.verifier_state import Server
+from latchkey_service.errors import NotReplicated, StoreUnavailable
+from latchkey_service.postgres.circuit_breaker import spread
+from latchkey_service.postgres.connections import Connector
+from latchkey_service.settings.logs import logger
+
+if TYPE_CHECKING:
+    import asyncpg
+
+    Connection = asyncpg.Connection[asyncpg.Record]
+
+__all__ = ["Primary"]
+
+# How often the other hosts are asked whether they say that they are the primary. A person has to
+# act on the answer, so that it need not come sooner.
+OTHERS_SECONDS = 10.0
+# For each host that is asked, and for a diagnosis: as long as a connection may take, and again as
+# long for an answer.
+ASK_SECONDS = 2.0
+
+STANDBY_MISSING = "Reads answer, commits hang: the synchronous standby is missing."
+# Commits of the same role that wait for a standby. Those of others are not visible.
+_COMMITS_WAIT = """
+SELECT EXISTS (SELECT FROM pg_stat_activity
+                WHERE wait_event = 'SyncRep' AND datname = current_database())
+"""
+
+
+class Primary:
+    """Connects the lease renewer, and learns from its success and failure.
+
+    Belongs to the event loop that it is used on.
+    """
+
+    def __init__(self, connector: Connector, on_change: Callable[[], None]) -> None:
+        self._connector = connector
+        # Called when the lease stands on another server: all other connections have to follow.
+        self._on_change = on_change
+        self._log = logger()
+        self._server: tuple[str, Server] | None = None
+        self._standby_missing = False
+        self._others: tuple[str, ...] = ()
+        self._diagnosis: asyncio.Task[None] | None = None
+
+    async def connect(self) -> "Connection":
+        """Return a connection for the lease renewer. Raises StoreUnavailable."""
+        return await self._connector.connect()
+
+    @property
+    def host(self) -> str:
+        """The host of the list that the lease was last renewed on. Empty: none yet."""
+        return "" if self._server is None else self._server[0]
+
+    def host_of(self, connection: "Connection") -> str:
+        """Return the host of the list that a connection was made to."""
+        return self._connector.host_of(connection)
+
+    def warnings(self) -> list[str]:
+        """Return what a person should repair, a sentence each."""
+        found = [STANDBY_MISSING] if self._standby_missing else []
+        found += [
+            f"Another host of the list also says that it is the primary: {host}. The lease is "
+            f"renewed on {self.host}. Stop the one that was deposed, or make it a standby."
+            for host in self._others
+            # The lease may have moved there since the others were asked.
+            if host != self.host
+        ]
+        return found
+
+    def renewed(self, connection: "Connection", server: Server) -> None:
+        """Note that the lease was renewed on a connection, which reached `server`."""
+        self._connector.prove(connection)
+        if self._standby_missing:
+            self._standby_missing = False
+            self._log.info("commits are replicated again")
+        found = (self._connector.host_of(connection), server)
+        if found == self._server:
+            return
+        changed, self._server = self._server is not None, found
+        self._log.info(
+            "database server",
+            address=found[0],
+            system_identifier=server.identifier,
+            timeline=server.timeline,
+        )
+        if changed:
+            self._on_change()
+
+    def failed(self, connection: "Connection | None", error: Exception) -> None:
+        """Note that the lease could not be renewed on a connection. None: there was none."""
+        if connection is None:
+            return
+        self._connector.leave(connection)
+        if isinstance(error, NotReplicated):
+            self._standby_is_missing()
+        elif self._diagnosis is None and isinstance(error, StoreUnavailable):
+            host = self._connector.host_of(connection)
+            self._diagnosis = asyncio.create_task(self._diagnose(host), name="diagnose database")
+
+    async def run(self) -> None:
+        """Look at the other hosts of the list now and then. Ends when cancelled."""
+        while True:
+            await asyncio.sleep(spread(OTHERS_SECONDS, random.random()))  # noqa: S311 - a spread
+            await self.look_at_others()
+
+    async def look_at_others(self) -> None:
+        """Ask each other host of the list whether it is a primary, and log what has changed."""
+        if not self.host:
+            return
+        asked = [host for host in self._connector.hosts() if host != self.host]
+        others = tuple([host for host in asked if await self._says_primary(host)])
+        if others != self._others:
+            self._others = others
+            if others:
+                self._log.warning(
+                    "another host of the list also says that it is the primary",
+                    hosts=others,
+                    lease_on=self.host,
+                )
+            else:
+                self._log.info("no other host of the list says that it is the primary")
+
+    async def close(self) -> None:
+        """Give up a diagnosis under way."""
+        if self._diagnosis is not None:
+            self._diagnosis.cancel()
+            await asyncio.gather(self._diagnosis, return_exceptions=True)
+
+    async def _says_primary(self, host: str) -> bool:
+        """Tell whether a host accepts writes. One that does not answer in time does not."""
+        with contextlib.suppress(StoreUnavailable, TimeoutError):
+            async with asyncio.timeout(ASK_SECONDS):
+                # Refuses a standby.
+                (await self._connector.connect_to(host)).terminate()
+                return True
+        return False
+
+    async def _diagnose(self, host: str) -> None:
+        """Find out whether commits hang on a host that answers reads."""
+        try:
+            with contextlib.suppress(StoreUnavailable, TimeoutError):
+                async with asyncio.timeout(ASK_SECONDS):
+                    connection = await self._connector.connect_to(host)
+                    try:
+                        waiting = await connection.fetchval(_COMMITS_WAIT, timeout=ASK_SECONDS)
+                    finally:
+                        connection.terminate()
+                    if waiting:
+                        self._standby_is_missing()
+        except Exception as error:  # noqa: BLE001 - a diagnosis that fails says nothing
+            self._log.warning("database not diagnosed", error=type(error).__name__)
+        finally:
+            self._diagnosis = None
+
+    def _standby_is_missing(self) -> None:
+        if not self._standby_missing:
+            self._standby_missing = True
+            self._log.error(STANDBY_MISSING)

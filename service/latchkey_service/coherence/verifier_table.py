@@ -1,0 +1,393 @@
+"""The SQL of verifiers and of the log: `OwnRow` on the heart's connection, the rest on the pool."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from latchkey_coherence.memory import HISTORY_MAX, Position
+
+from latchkey_service.coherence.ack_rules import VerifierRow
+from latchkey_service.coherence.snapshot import POSITION_KNOWN, mark_in, mark_out
+from latchkey_service.coherence.verifier_state import Change, Log, Server
+from latchkey_service.errors import StoreUnavailable
+from latchkey_service.postgres.connections import DURABLE, Pool, durably, retrying, translated
+
+if TYPE_CHECKING:
+    import asyncpg
+
+    Connection = asyncpg.Connection[asyncpg.Record]
+
+__all__ = [
+    "CHANNEL",
+    "NOTIFY",
+    "Identity",
+    "OwnRow",
+    "Registration",
+    "Report",
+    "Rows",
+    "Status",
+    "VerifierStatus",
+    "VerifierTable",
+    "read_rows",
+]
+
+# What a Delete's wake-up is sent on, with its revision as the payload.
+CHANNEL = "latchkey_invalidation"
+# Not durable, as there is nothing to keep: a notifying commit holds a lock of the whole cluster
+# until its WAL is flushed, and a standby has it.
+NOTIFY = "SELECT set_config('synchronous_commit', 'off', true), pg_notify($1, $2)"
+
+# Which of the positions ($1, $2) this database's history holds, and all verifiers' rows.
+_ROWS = """
+WITH known AS MATERIALIZED (
+    SELECT array_agg(p.revision) AS revisions, array_agg(p.mark) AS marks
+      FROM unnest($1::bigint[], $2::bigint[]) AS p (revision, mark), head h
+     WHERE (h.revision = p.revision AND h.mark = p.mark)
+        OR (h.pruned_revision = p.revision AND h.pruned_mark = p.mark)
+        OR EXISTS (SELECT FROM invalidation i WHERE i.revision = p.revision AND i.mark = p.mark))
+SELECT k.revisions, k.marks, v.id, v.incarnation, v.renewal, v.acknowledged_revision,
+       v.lease_seconds, v.clients_confirmed, v.clients_outwaited
+  FROM known k
+  LEFT JOIN verifier v ON true
+"""
+
+# The state of the database, and whether its history holds the position ($1, $2). Computed once for
+# a statement, however many rows of the log it returns.
+_STATE = f"""
+    state AS MATERIALIZED (
+        SELECT h.revision, h.mark, server_identifier() AS identifier,
+               server_timeline() AS timeline, {POSITION_KNOWN} AS known
+          FROM head h)"""  # nosec B608 # noqa: S608 - constants only
+# And the log after that position. One row at least.
+_STATE_AND_LOG = """s.known, s.identifier, s.timeline, s.revision, s.mark,
+               i.revision, i.mark, i.token_id
+          FROM state s
+          LEFT JOIN invalidation i ON s.known AND i.revision > $1
+         ORDER BY i.revision
+         LIMIT $3"""
+
+_READ_LOG = f"""
+          WITH {_STATE}
+        SELECT {_STATE_AND_LOG}"""  # nosec B608
+
+# One statement, and so one server and one snapshot (rule 3). Behind a pooler, two statements could
+# reach two servers, and the lease would rest on a log that was read elsewhere.
+_RENEW = f"""
+          WITH {_STATE},
+               renewed AS (
+        UPDATE verifier v
+           SET renewal = v.renewal + 1, acknowledged_revision = $6, clients = $7,
+               clients_confirmed = $8, clients_outwaited = $9, waiting_for = $10::text[],
+               notifications = $11, database_host = $12, warnings = $13::text[],
+               server_identifier = s.identifier, server_timeline = s.timeline,
+               renew_time = clock_timestamp()
+          FROM state s
+         WHERE s.known AND v.id = $4 AND v.incarnation = $5 AND {DURABLE}
+        RETURNING v.id)
+        SELECT EXISTS (SELECT FROM renewed), {_STATE_AND_LOG}"""  # nosec B608 # noqa: S608 - constants only
+
+
+class Rows(NamedTuple):
+    """All verifiers' rows, and those of the positions asked about that the history holds."""
+
+    known: frozenset[Position]
+    verifiers: list[VerifierRow]
+
+
+@retrying
+async def read_rows(connection: "Connection", positions: Iterable[Position] = ()) -> Rows:
+    """Return all verifiers' rows, and which of `positions` the history of this database holds."""
+    asked = list(positions)
+    with translated():
+        rows = await connection.fetch(
+            _ROWS, [p.revision for p in asked], [mark_out(p.mark) for p in asked]
+        )
+    revisions, marks, *_ = rows[0]
+    known = frozenset(map(Position, revisions or (), map(mark_in, marks or ())))
+    return Rows(known, [VerifierRow(*row[2:]) for row in rows if row[2] is not None])
+
+
+def _log(rows: "Sequence[asyncpg.Record | tuple[Any, ...]]") -> Log:
+    """Return the log that rows of `_STATE_AND_LOG` hold."""
+    known, identifier, timeline, revision, mark, *_ = rows[0]
+    named = [row[5:] for row in rows if row[5] is not None]
+    changes = tuple(
+        Change(Position(position[0], mark_in(position[1])), tuple(row[2] for row in group))
+        for position, group in groupby(named, key=itemgetter(0, 1))
+    )
+    return Log(
+        known=known,
+        server=Server(identifier, timeline),
+        head=Position(revision, mark_in(mark)),
+        changes=changes,
+        complete=len(rows) <= HISTORY_MAX,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a process says of itself in its row. `id` is another one each time it starts."""
+
+    id: str
+    host: str
+    process_id: int
+    version: str
+    lease_seconds: float
+    # The newest first. Empty: not reported.
+    pepper_ids: tuple[str, ...] = ()
+
+
+class VerifierStatus(NamedTuple):
+    """A verifier's row, for people. Times are the database's."""
+
+    id: str
+    host: str
+    process_id: int
+    version: str
+    start_time: datetime
+    acknowledged_revision: int
+    lease_seconds: float
+    lease_remaining_seconds: float
+    clients: int
+    notifications: int
+    waiting_for: list[str]
+    pepper_ids: list[str]
+    database_host: str
+    server_identifier: str | None
+    server_timeline: str | None
+    warnings: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The newest position and all verifiers, the oldest first, from one snapshot."""
+
+    head: Position
+    verifiers: list[VerifierStatus]
+
+
+class Report(NamedTuple):
+    """What a process writes about its clients and itself into its row, at each renewal."""
+
+    clients: int
+    """Streams."""
+    clients_confirmed: int
+    """Clients with a lease that have confirmed what the row acknowledges."""
+    clients_outwaited: int
+    """Leases of clients that ended while a revision waited for them. Only rises."""
+    waiting_for: list[str]
+    """Callers and addresses of clients that a revision is waiting for."""
+    notifications: int
+    """As in the contract's Notifications."""
+    database_host: str
+    """The host of the list that the last renewal was made on."""
+    warnings: list[str]
+    """What a person should repair."""
+
+
+class Registration(NamedTuple):
+    """What a process finds out when it commits its row."""
+
+    position: Position
+    """The newest one: where the empty memory begins."""
+    acknowledged: int
+    """The revision that the row acknowledges."""
+    server: Server
+
+
+class OwnRow:
+    """This process's row, on a connection of its own: a renewal must not wait for the pool."""
+
+    def __init__(self, connection: "Connection", identity: Identity) -> None:
+        self._connection = connection
+        self._identity = identity
+
+    @retrying
+    async def register(self, incarnation: int, *, acknowledge: bool) -> Registration:
+        """Commit the row, and return where its history stands (rule 2).
+
+        With `acknowledge` the row acknowledges head. Without, it acknowledges nothing: clients may
+        still answer from memory under an earlier lease. Whoever commits a later revision finds the
+        row and waits for it; a revision that was committed earlier is in every later read. An
+        attempt that was given up may still be carried out, late: it changes nothing, since by then
+        the row has a later incarnation.
+        """
+        identity = self._identity
+        with translated(), durably(self._connection):
+            row = await self._connection.fetchrow(
+                f"""
+                INSERT INTO verifier (id, incarnation, acknowledged_revision, lease_seconds, host,
+                                      process_id, version, pepper_ids)
+                SELECT $1, $2, CASE WHEN $7 THEN h.revision ELSE 0 END, $3, $4, $5, $6, $8
+                  FROM head h
+                 WHERE {DURABLE}
+                ON CONFLICT (id) DO UPDATE
+                   SET incarnation = excluded.incarnation, renewal = verifier.renewal + 1,
+                       acknowledged_revision = excluded.acknowledged_revision
+                 WHERE verifier.incarnation < excluded.incarnation
+                RETURNING acknowledged_revision, server_identifier(), server_timeline(),
+                          (SELECT revision FROM head), (SELECT mark FROM head)
+                """,  # nosec B608 # noqa: S608 - constants only
+                identity.id,
+                incarnation,
+                identity.lease_seconds,
+                identity.host,
+                identity.process_id,
+                identity.version,
+                acknowledge,
+                list(identity.pepper_ids),
+            )
+        if row is None:
+            raise StoreUnavailable("Another attempt to register came in between; try again.")
+        acknowledged, identifier, timeline, revision, mark = row
+        position = Position(revision, mark_in(mark))
+        return Registration(position, acknowledged, Server(identifier, timeline))
+
+    @retrying
+    async def read_log(self, applied: Position) -> Log:
+        """Return the log after `applied`, and whether this database's history holds `applied`.
+
+        One round trip. No lease may rest on it: see `renew`.
+        """
+        with translated():
+            rows = await self._connection.fetch(
+                _READ_LOG, applied.revision, mark_out(applied.mark), HISTORY_MAX + 1
+            )
+        return _log(rows)
+
+    @retrying
+    async def renew(
+        self,
+        incarnation: int,
+        applied: Position,
+        acknowledged: int,
+        report: Report,
+    ) -> tuple[bool, Log]:
+        """Renew the row, acknowledge, and return the log after `applied` (rule 3).
+
+        Also tells whether the row was renewed. It is not when this database's history does not
+        hold `applied` (`Log.known`), or when the row is gone.
+
+        Committed as durably as deletions are: a deposed primary must not grant a lease by a commit
+        that will be undone. Raises StoreUnavailable where the commit is not durable.
+        """
+        with translated(), durably(self._connection):
+            rows = await self._connection.fetch(
+                _RENEW,
+                applied.revision,
+                mark_out(applied.mark),
+                HISTORY_MAX + 1,
+                self._identity.id,
+                incarnation,
+                acknowledged,
+                *report,
+            )
+        return rows[0][0], _log([tuple(row)[1:] for row in rows])
+
+    @retrying
+    async def remove(self, incarnation: int) -> None:
+        """Remove the row: the process answers nothing any more, nor does a client of its."""
+        with translated():
+            await self._connection.execute(
+                "DELETE FROM verifier WHERE id = $1 AND incarnation = $2",
+                self._identity.id,
+                incarnation,
+            )
+
+    async def all_rows(self) -> list[VerifierRow]:
+        """Return everybody's rows."""
+        return (await read_rows(self._connection)).verifiers
+
+    @retrying
+    async def remove_dead(self, row: VerifierRow) -> bool:
+        """Remove another's row unless it has been renewed; tell whether it went (rule 9).
+
+        Never waits for a lock: whoever holds the row's is at work on it, or dead with it.
+        """
+        with translated():
+            status = await self._connection.execute(
+                """
+                DELETE FROM verifier
+                 WHERE id IN (SELECT v.id
+                                FROM verifier v
+                               WHERE v.id = $1 AND v.incarnation = $2 AND v.renewal = $3
+                                 FOR UPDATE SKIP LOCKED)
+                """,
+                row.id,
+                row.incarnation,
+                row.renewal,
+            )
+        return status == "DELETE 1"
+
+
+class VerifierTable:
+    """All verifiers' rows, and the log."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    async def notify(self, payload: int | str) -> None:
+        """Wake the verifiers, in a transaction of its own after the commit (rule 10).
+
+        `payload` is the revision, or what a probe is known by.
+
+        Raises StoreUnsupported where the engine has no notifications.
+        """
+        async with self._pool.session() as session:
+            await session.execute(NOTIFY, CHANNEL, str(payload))
+
+    @retrying
+    async def status(self) -> Status:
+        """Return head and rows, for people."""
+        async with self._pool.session() as session:
+            rows = await session.fetch(
+                """
+                SELECT h.revision, h.mark, v.id, v.host, v.process_id, v.version, v.start_time,
+                       v.acknowledged_revision, v.lease_seconds,
+                       greatest(0, v.lease_seconds - extract(
+                           epoch FROM clock_timestamp() - v.renew_time))::double precision,
+                       v.clients, v.notifications, v.waiting_for, v.pepper_ids,
+                       v.database_host, v.server_identifier, v.server_timeline, v.warnings
+                  FROM head h
+                  LEFT JOIN verifier v ON true
+                 ORDER BY v.start_time, v.id
+                """
+            )
+        found = [VerifierStatus(*row[2:]) for row in rows if row[2] is not None]
+        return Status(Position(rows[0][0], mark_in(rows[0][1])), found)
+
+    @retrying
+    async def prune_log(self, keep_seconds: float, limit: int) -> int:
+        """Remove invalidations that every verifier has acknowledged and that are older than that.
+
+        About `limit` at a time, for head is locked meanwhile. Returns how many went. Nothing
+        depends on the clock: a reader that has applied less than was pruned starts over, because
+        the history no longer holds its position (rules 11 and 12).
+        """
+        async with self._pool.session() as session:
+            status = await session.execute(
+                """
+                WITH old AS (
+                    SELECT i.revision, i.mark
+                      FROM invalidation i
+                     WHERE i.create_time < clock_timestamp() - make_interval(secs => $1)
+                       AND i.revision <= coalesce(
+                               (SELECT min(v.acknowledged_revision) FROM verifier v), i.revision)
+                     ORDER BY i.revision
+                     LIMIT $2),
+                bound AS (SELECT revision, mark FROM old ORDER BY revision DESC LIMIT 1),
+                marked AS (
+                    UPDATE head h
+                       SET pruned_revision = b.revision, pruned_mark = b.mark
+                      FROM bound b
+                     WHERE b.revision > h.pruned_revision
+                    RETURNING h.pruned_revision)
+                DELETE FROM invalidation i USING marked m WHERE i.revision <= m.pruned_revision
+                """,
+                keep_seconds,
+                limit,
+            )
+        return int(status.removeprefix("DELETE "))

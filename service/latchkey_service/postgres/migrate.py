@@ -1,0 +1,237 @@
+"""Bring the database to this release's schema: numbered SQL files, applied in order, each once.
+
+One transaction per file, under an advisory lock that ends with it: of servers that start at once,
+one applies each file, and the others find it done. A file that was applied may not change
+afterwards, and a database that is ahead of this release is refused.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import random
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING
+
+import asyncpg
+
+from latchkey_service.postgres.circuit_breaker import spread
+from latchkey_service.postgres.connections import translated
+from latchkey_service.postgres.hosts import NEXT, Hosts, lasting
+from latchkey_service.postgres.preflight import (
+    PoolerError,
+    check_pooler,
+    needs_transactions,
+    warn_of_lost_writes,
+    warn_of_unbounded_role,
+)
+from latchkey_service.postgres.sessions import Pooler, driver_options
+from latchkey_service.settings.logs import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Migration", "MigrationError", "bundled", "migrate"]
+
+# Any number will do, as long as it is always the same.
+ADVISORY_LOCK = 0x6C61746368  # "latch"
+# How long another server's migration is waited for, and how long this one may wait for table locks
+# before it gives up rather than queue every query behind itself.
+LOCK_TIMEOUT_SECONDS = 30
+# A schema change over a large table takes a while; past this somebody should look.
+STATEMENT_TIMEOUT_SECONDS = 600.0
+CONNECT_TIMEOUT_SECONDS = 5.0
+# A database that starts beside the service (compose, a reboot) is given this long to come up.
+START_TIMEOUT_SECONDS = 30.0
+RETRY_SECONDS = 0.5
+SERVER_VERSION_MIN = 15
+
+
+class MigrationError(Exception):
+    """The database cannot be used with this release. The message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """A numbered SQL file."""
+
+    version: int
+    name: str
+    sql: str
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the file's text, in hexadecimal."""
+        return hashlib.sha256(self.sql.encode()).hexdigest()
+
+
+def bundled() -> "list[Migration]":
+    """Return this release's migrations, in order."""
+    found = []
+    for file in resources.files("latchkey_service").joinpath("migrations").iterdir():
+        match = re.fullmatch(r"(\d{4})_(\w+)\.sql", file.name)
+        if match:
+            found.append(Migration(int(match[1]), match[2], file.read_text("utf-8")))
+    found.sort(key=lambda migration: migration.version)
+    return found
+
+
+async def migrate(
+    database_url: str, migrations: "Sequence[Migration]", pooler: Pooler = "none"
+) -> "list[Migration]":
+    """Apply what is missing and return it. Raises MigrationError and StoreUnavailable.
+
+    Before that, checks that the service can work with the database through `pooler`.
+    """
+    hosts = Hosts(database_url)
+    connection = await _connect(hosts)
+    try:
+        with translated():
+            try:
+                with needs_transactions():
+                    await _check(connection, hosts, pooler)
+                    return await _apply(connection, migrations)
+            except asyncpg.LockNotAvailableError as error:
+                raise MigrationError(
+                    f"a lock was not to be had in {LOCK_TIMEOUT_SECONDS} s: another migration is "
+                    "still at work, or a long transaction uses a table; try again once it has ended"
+                ) from error
+    except PoolerError as error:
+        raise MigrationError(str(error)) from error
+    except asyncpg.PostgresError as error:
+        raise MigrationError(f"a migration failed, nothing of it was applied: {error}") from error
+    finally:
+        connection.terminate()
+
+
+async def _connect(hosts: Hosts) -> "asyncpg.Connection[asyncpg.Record]":
+    """Connect, waiting for a database that is still starting."""
+    loop = asyncio.get_running_loop()
+    give_up = loop.time() + START_TIMEOUT_SECONDS
+    told = False
+    while True:
+        try:
+            connection = await _attempt(hosts)
+            break
+        except NEXT as error:
+            if lasting(error):
+                raise MigrationError(_refusal(error)) from error
+            if loop.time() > give_up:
+                message = f"cannot connect to the database: {type(error).__name__}: {error}"
+                raise MigrationError(message) from error
+            if not told:
+                told = True
+                logger().warning(
+                    "waiting for the database",
+                    seconds_max=START_TIMEOUT_SECONDS,
+                    error=f"{type(error).__name__}: {error}",
+                )
+            await asyncio.sleep(spread(RETRY_SECONDS, random.random()))  # noqa: S311 - a spread
+    version = connection.get_server_version().major
+    if version < SERVER_VERSION_MIN:
+        connection.terminate()
+        raise MigrationError(f"Postgres {SERVER_VERSION_MIN} or newer is needed, this is {version}")
+    return connection
+
+
+async def _attempt(hosts: Hosts) -> "asyncpg.Connection[asyncpg.Record]":
+    """Connect, in a way that works through any pooler and leaves nothing with it."""
+    return await hosts.connect(
+        timeout=CONNECT_TIMEOUT_SECONDS,
+        command_timeout=STATEMENT_TIMEOUT_SECONDS,
+        server_settings={"application_name": "latchkey migrate"},
+        **driver_options("transaction"),
+    )
+
+
+def _refusal(error: Exception) -> str:
+    """Return what a person can do about a failure to connect that lasts."""
+    message = f"cannot connect to the database: {error}"
+    if isinstance(error, asyncpg.ProtocolViolationError):
+        message += (
+            ". If PgBouncer refuses a startup parameter, remove it from LATCHKEY_DATABASE_URL or "
+            "add it to ignore_startup_parameters in pgbouncer.ini"
+        )
+    return message
+
+
+async def _check(
+    connection: "asyncpg.Connection[asyncpg.Record]", hosts: Hosts, pooler: Pooler
+) -> None:
+    """Raise PoolerError if the service cannot work through the pooler; log what is unsafe."""
+    if pooler == "none":
+        await check_pooler(connection, lambda: _attempt(hosts))
+    else:
+        await warn_of_unbounded_role(connection)
+    await warn_of_lost_writes(connection)
+
+
+async def _apply(
+    connection: "asyncpg.Connection[asyncpg.Record]", migrations: "Sequence[Migration]"
+) -> "list[Migration]":
+    async with _locked(connection):
+        await connection.execute(
+            """
+            CREATE TABLE IF NOT EXISTS schema_migration (
+                version    integer PRIMARY KEY,
+                name       text NOT NULL,
+                checksum   text NOT NULL,
+                apply_time timestamptz NOT NULL DEFAULT clock_timestamp())
+            """
+        )
+    done: list[Migration] = []
+    while True:
+        async with _locked(connection):
+            migration = await _next_migration(connection, migrations)
+            if migration is None:
+                return done
+            await connection.execute(migration.sql)
+            await connection.execute(
+                "INSERT INTO schema_migration (version, name, checksum) VALUES ($1, $2, $3)",
+                migration.version,
+                migration.name,
+                migration.checksum,
+            )
+        done.append(migration)
+
+
+@contextlib.asynccontextmanager
+async def _locked(connection: "asyncpg.Connection[asyncpg.Record]") -> AsyncIterator[None]:
+    """Run a transaction that no other migration overlaps.
+
+    Lock and bounds end with the transaction: through transaction pooling, those of a session would
+    stay with a server connection that others use. READ COMMITTED, whatever the role's default is:
+    what is read after the wait for the lock has to include what was committed during the wait.
+    """
+    async with connection.transaction(isolation="read_committed"):
+        await connection.execute(
+            f"SET LOCAL lock_timeout = {int(LOCK_TIMEOUT_SECONDS * 1000)};"
+            f"SET LOCAL statement_timeout = {int(STATEMENT_TIMEOUT_SECONDS * 1000)}"
+        )
+        await connection.execute("SELECT pg_advisory_xact_lock($1)", ADVISORY_LOCK)
+        yield
+
+
+async def _next_migration(
+    connection: "asyncpg.Connection[asyncpg.Record]", migrations: "Sequence[Migration]"
+) -> Migration | None:
+    """Return the first migration that the database lacks, or None. Raises MigrationError."""
+    rows = await connection.fetch("SELECT version, checksum FROM schema_migration")
+    applied = {row["version"]: row["checksum"] for row in rows}
+    if ahead := sorted(set(applied) - {m.version for m in migrations}):
+        raise MigrationError(
+            f"the database has migration {ahead[-1]}, which this release does not know: "
+            "run the release that made it, or a newer one"
+        )
+    missing = None
+    for migration in migrations:
+        if migration.version not in applied:
+            missing = missing or migration
+        elif applied[migration.version] != migration.checksum:
+            raise MigrationError(
+                f"migration {migration.version:04} ({migration.name}) differs from the one that "
+                "was applied to this database; migrations never change once released"
+            )
+    return missing

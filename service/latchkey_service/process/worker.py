@@ -1,0 +1,182 @@
+"""One server process under the supervisor.
+
+The settings, peppers and policy arrive on stdin, one line each. So a restarted worker gets those
+that the supervisor has checked, whatever happened to the files and to `.env` since. Each further
+line is a new policy to activate.
+
+The worker stops on SIGTERM, or at the end of stdin, which the supervisor keeps open. So a worker
+never outlives a killed supervisor.
+"""
+
+import asyncio
+import contextlib
+import gc
+import json
+import resource
+import signal
+import sys
+from functools import partial
+from typing import Any
+
+import uvloop
+
+from latchkey_service.access.policy import PolicyError
+from latchkey_service.access.policy_file import SIZE_MAX
+from latchkey_service.process.memory_limit import guard_memory, memory_max_bytes
+from latchkey_service.process.wiring import Server, ended, running
+from latchkey_service.secret_format import Keyring
+from latchkey_service.settings import logs as log
+from latchkey_service.settings.settings import READY, Settings, from_json
+from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.transport import tls
+from latchkey_service.transport.transports import limits_of
+
+__all__ = ["main"]
+
+# Nobody waits for an orphaned worker, and the next start needs its address.
+ORPHAN_GRACE_SECONDS = 0.5
+# As JSON, a valid policy is at most twice as long: quotes, backslashes and newlines are escaped.
+LINE_MAX = 2 * SIZE_MAX + 1024
+# Python's defaults are (700, 10, 10): a collection every few calls.
+GC_THRESHOLDS = (20_000, 20, 50)
+
+
+def main() -> int:
+    """Serve and return the exit code. Raises ConfigError."""
+    # A hang-up sent to all processes of the service concerns only the supervisor.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    _allow_connections()
+    try:
+        return uvloop.run(_run())
+    except (
+        peppers.PepperFileError,
+        PolicyError,
+        tls.TlsError,
+        RuntimeError,
+        OSError,
+    ) as error:
+        # The worker cannot start without its keys, policy and addresses.
+        log.logger().error("worker cannot start", error=str(error))
+        return 1
+
+
+async def _run() -> int:
+    handed = asyncio.StreamReader(limit=LINE_MAX)
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(handed), sys.stdin
+    )
+    settings = from_json(await handed.readline())
+    log.configure(log.format_of(settings.log_format), settings.log_level)
+    keyring = peppers.parse((await handed.readline()).decode("ascii", "replace"))
+    policy = _policy(await handed.readline())
+    tls.allow_only_tls_1_3()
+    _warn_of_files(settings)
+    return await _serve(settings, keyring, policy, handed)
+
+
+class _Policies:
+    """The policies received from the supervisor. Only the newest is put in force.
+
+    Event loop only.
+    """
+
+    def __init__(self, handed: asyncio.StreamReader, text: str | None) -> None:
+        self._handed = handed
+        self._text = self._in_force = text
+        self._server: Server | None = None
+
+    def latest(self) -> str | None:
+        """Return the newest policy. The caller must activate it."""
+        self._in_force = self._text
+        return self._text
+
+    async def put_in_force(self, server: Server) -> None:
+        """Activate policies that have arrived meanwhile, and every later one."""
+        while self._in_force != self._text and (text := self.latest()) is not None:
+            await server.take_policy(text)
+        # There is no await in between, so the server receives every later policy at once. Before
+        # this point, `take` only stores them, or an older policy could replace a newer one.
+        self._server = server
+
+    async def take(self) -> None:
+        """Receive policies until the supervisor is gone. Raises PolicyError."""
+        # A line without its newline is incomplete, and the rest will never arrive.
+        while (line := await self._handed.readline()).endswith(b"\n"):
+            self._text = text = _policy(line)
+            if self._server is not None:
+                await self._server.take_policy(text)
+
+
+def _policy(line: bytes) -> Any:
+    """Return the policy's text, or None if there is no policy. Raises PolicyError."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        raise PolicyError("received no policy from the supervisor") from None
+
+
+def _allow_connections() -> None:
+    """Raise the limit on open files to its maximum: a client that watches takes three."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS may refuse its own hard limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _warn_of_files(settings: Settings) -> None:
+    """Log if the limit on open files allows fewer connections than the settings."""
+    limits = limits_of(settings)
+    if limits.connections_max < settings.connections_max:
+        asked = "connections_max" in settings.model_fields_set
+        (log.logger().warning if asked else log.logger().info)(
+            "fewer connections: the limit on open files is low",
+            connections_max=limits.connections_max,
+            open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        )
+
+
+async def _serve(
+    settings: Settings, keyring: Keyring, policy: str | None, handed: asyncio.StreamReader
+) -> int:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    orphaned = failed = False
+
+    def fail() -> None:
+        """Exit, so that the supervisor starts a new worker."""
+        nonlocal failed
+        failed = True
+        stop.set()
+
+    async def take_policies() -> None:
+        """Receive policies until the supervisor is gone."""
+        nonlocal orphaned
+        await policies.take()
+        orphaned = True
+        stop.set()
+
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, stop.set)
+    # Until the very end: calls continue during the shutdown.
+    guarding = asyncio.create_task(guard_memory(memory_max_bytes(settings)))
+    guarding.add_done_callback(partial(ended, fail))
+    # Until the very end too: a revoked right must not last for calls that continue. And from now
+    # on, or the worker would first serve with a policy that changed while it started.
+    policies = _Policies(handed, policy)
+    taking = asyncio.create_task(take_policies(), name="take_policies")
+    taking.add_done_callback(partial(ended, fail))
+    async with running(settings, keyring, policies.latest, fail) as server:
+        await policies.put_in_force(server)
+        # Exclude the objects that exist now from collection. Reference counts free what calls leave
+        # behind, so the collector may also run less often.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+        sys.stdout.buffer.write(READY)
+        sys.stdout.buffer.flush()
+        await stop.wait()
+        if orphaned:
+            log.logger().warning("supervisor is gone, stopping")
+            await server.stop(ORPHAN_GRACE_SECONDS)
+    taking.cancel()
+    guarding.cancel()
+    return 1 if failed else 0

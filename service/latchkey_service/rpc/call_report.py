@@ -1,0 +1,208 @@
+"""Reports a finished call: gRPC status, counters, log line, audit entry.
+
+Thousands of calls may fail alike in a second. So only some of them are logged and audited, and
+rejections are paced.
+"""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from latchkey_service.access.policy import ANONYMOUS, Caller
+from latchkey_service.audit.audit_log import AuditContext, AuditLog
+from latchkey_service.errors import (
+    TOO_LATE,
+    Denied,
+    LatchkeyError,
+    Overloaded,
+    RateLimited,
+    StatusParts,
+    Unavailable,
+    code_of,
+    reason_of,
+    status_of,
+)
+from latchkey_service.rpc.admission import RejectionPacer
+from latchkey_service.rpc.deadlines import budget_seconds
+from latchkey_service.settings.logs import Counts, logger
+
+__all__ = ["CallReporter", "request_id_of"]
+
+REQUEST_ID_METADATA = "x-request-id"
+REQUEST_ID_LENGTH_MAX = 64
+# Delay of an answer to a caller above its rate limit, which keeps it from retrying at once.
+LIMITED_SECONDS_MAX = 0.25
+
+
+class CallReporter:
+    """Reports finished calls. One instance per worker process."""
+
+    def __init__(self, counts: Counts, audit: AuditLog, monotonic: Callable[[], float]) -> None:
+        self._counts = counts
+        self._audit = audit
+        self._monotonic = monotonic
+        self._pacer = RejectionPacer()
+        self._log: structlog.stdlib.BoundLogger = logger()
+
+    def failed(
+        self,
+        path: str,
+        context: Any,
+        start: float,
+        error: Exception,
+        caller: Caller = ANONYMOUS,
+        audit_context: AuditContext | None = None,
+        make_context: Callable[[str], AuditContext] | None = None,
+    ) -> tuple[StatusParts, float]:
+        """Count, log and audit a failed call. Return its status and the delay before sending it.
+
+        The entry of an audited call uses `audit_context`. If the call failed before it had one,
+        `make_context` builds it from the caller's name.
+        """
+        if isinstance(error, TimeoutError):
+            error = Unavailable(TOO_LATE)
+        name = error.caller if isinstance(error, Denied) else caller.name
+        code, reason = code_of(error), reason_of(error)
+        expected = isinstance(error, LatchkeyError)
+        written: AuditContext | None = None
+        # Thousands of calls may fail alike in a second; only some are logged and audited.
+        logged = True
+        if audit_context is not None and audit_context.recorded:
+            # The entry was written in the same transaction as the change, which stands.
+            written = audit_context
+        elif make_context is not None:
+            logged = self._audit.should_record(name, path, code.name, reason)
+            if logged or not expected:
+                written = audit_context or make_context(name)
+            if logged and written is not None:
+                logged = self._audit.record(written, code.name, reason)
+        elif expected:
+            logged = self._audit.should_log(name, path, reason)
+        request_id = request_id_of(context) if written is None else written.request_id
+        if logged or not expected:
+            self.log(
+                path,
+                context,
+                start,
+                code.name,
+                reason,
+                request_id,
+                # The cause is for the operator. The reason explains an error of our own, and
+                # callers' mistakes are too frequent to log with a traceback.
+                None if expected and error.__cause__ is None else error,
+                written,
+            )
+        self._counts.calls[path.rpartition("/")[2], code.name] += 1
+        status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries
+        return status, self._delay_seconds(error, context)
+
+    def _delay_seconds(self, error: Exception, context: Any) -> float:
+        if isinstance(error, RateLimited):
+            # Each delay belongs to one caller and holds up no other.
+            return min(error.retry_seconds, LIMITED_SECONDS_MAX, budget_seconds(context) / 2)
+        if isinstance(error, Overloaded):
+            return self._pacer.delay_seconds(self._monotonic(), budget_seconds(context))
+        return 0.0
+
+    def ended(
+        self,
+        path: str,
+        context: Any,
+        start: float,
+        reason: str,
+        caller: Caller,
+        audit_context: AuditContext | None,
+    ) -> None:
+        """Count, log and audit a call that ended without our answer: CANCELLED or ABORTED."""
+        self._counts.calls[path.rpartition("/")[2], reason] += 1
+        if audit_context is None:
+            logged, request_id = (
+                self._audit.should_log(caller.name, path, reason),
+                request_id_of(context),
+            )
+        else:
+            request_id = audit_context.request_id
+            logged = audit_context.recorded or self._audit.record(audit_context, reason, reason)
+        if logged:
+            self.log(path, context, start, reason, reason, request_id, audit_context=audit_context)
+
+    def log(
+        self,
+        path: str,
+        context: Any,
+        start: float,
+        code: str,
+        reason: str | None,
+        request_id: str,
+        error: Exception | None = None,
+        audit_context: AuditContext | None = None,
+    ) -> None:
+        """Log a finished call."""
+        fields: dict[str, Any] = {
+            "request_id": request_id,
+            "method": path,
+            "code": code,
+            "duration_ms": round((self._monotonic() - start) * 1_000, 3),
+            "peer": context.peer(),
+        }
+        if reason is not None:
+            fields["reason"] = reason
+        if audit_context is not None:
+            fields |= audit_context.fields()
+        if error is not None and not isinstance(error, LatchkeyError):
+            fields["exc_info"] = _without_values(error)
+        elif error is not None:
+            fields["cause"] = type(error.__cause__).__name__
+        write = self._log.error if "exc_info" in fields else self._log.info
+        write("call", **fields)
+
+    def rejected(self, path: str, seconds: float | None) -> tuple[StatusParts, float]:
+        """Count a call that is rejected before it starts, and before its caller is known.
+
+        Returns what `failed` returns. `seconds` is how long the caller waits; None means no limit.
+        """
+        error = Overloaded("Too many calls are waiting to start; try again shortly.")
+        self._counts.calls[path.rpartition("/")[2], code_of(error).name] += 1
+        request_id = _random_id()
+        if self._audit.should_log("", path, error.reason):
+            self._log.info(
+                "call",
+                request_id=request_id,
+                method=path,
+                code=code_of(error).name,
+                reason=error.reason,
+            )
+        delay_seconds = self._pacer.delay_seconds(self._monotonic(), seconds)
+        status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries
+        return status, delay_seconds
+
+
+def request_id_of(context: Any) -> str:
+    """Return the caller's request id if it is well-formed, else a new random one."""
+    for key, value in context.invocation_metadata() or ():
+        if (
+            key == REQUEST_ID_METADATA
+            and isinstance(value, str)
+            and 0 < len(value) <= REQUEST_ID_LENGTH_MAX
+            and value.replace("-", "").isalnum()
+            and value.isascii()
+        ):
+            return value
+    return _random_id()
+
+
+def _random_id() -> str:
+    # A correlation id, not a secret, so a system call is unnecessary.
+    return f"{random.getrandbits(64):016x}"
+
+
+def _without_values(error: Exception) -> Any:
+    """Return what to log of an unforeseen exception: its type and traceback, not its text.
+
+    The text may quote a value (Postgres' DETAIL and Python's KeyError do), and that value may be a
+    secret or a digest.
+    """
+    bare = RuntimeError(f"{type(error).__module__}.{type(error).__qualname__}")
+    return (type(bare), bare, error.__traceback__)

@@ -1,0 +1,265 @@
+"""The servicer: protobuf → domain, one call, domain → protobuf.
+
+One Verify, from socket to answer: the transport (`transport.py`) hands the message to `calls.py`,
+which bounds, counts and logs it and translates its errors; from there to `Verify` below, to
+`verifier.py`, which answers from memory or asks `lookup.py`, to `verdict.decide`, and back.
+"""
+
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import grpc
+from google.protobuf import duration_pb2, timestamp_pb2
+from latchkey_coherence.memory import NOWHERE, Position
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+
+from latchkey_service.audit.audit_log import call_audit_context
+from latchkey_service.coherence.watch_sessions import (
+    Event,
+    Grant,
+    Invalidation,
+    Request,
+    Reset,
+    Watchers,
+)
+from latchkey_service.errors import FieldViolation, InvalidArgument
+from latchkey_service.rpc.admission import release_slot
+from latchkey_service.rpc.deadlines import budget_seconds, confirmation_seconds
+from latchkey_service.rpc.lenient_parsing import BATCH_MAX
+from latchkey_service.settings.logs import Counts
+from latchkey_service.tokens.management import NewToken, Tokens
+from latchkey_service.tokens.token_store import Deletion
+from latchkey_service.tokens.verdict import TokenRecord, Verdict
+from latchkey_service.tokens.verifier import Answer, Verifier
+
+__all__ = ["TokenService", "encode_token", "put_receipt", "to_datetime"]
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# Of google/protobuf/timestamp.proto: years 1 to 9999.
+_TIMESTAMP_SECONDS = range(-62135596800, 253402300800)
+# Of google/protobuf/duration.proto: some 10,000 years.
+_DURATION_SECONDS_MAX = 315_576_000_000
+
+# Fields as protobuf encodes them: number and wire type, then the value.
+_VERDICT_FIELDS = {verdict: bytes((0x08, verdict)) for verdict in Verdict}
+_REVISION_TAG, _MARK_TAG, _RESPONSES_TAG = b"\x18", b"\x21", b"\x0a"
+
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[object, object]
+
+
+class TokenService(pb_grpc.TokenServiceServicer):
+    """latchkey.v1.TokenService. What each method does is said in the .proto."""
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        verifier: Verifier,
+        watchers: Watchers,
+        counts: Counts,
+        clock: Callable[[], float],
+    ) -> None:
+        self._tokens = tokens
+        self._verifier = verifier
+        self._watchers = watchers
+        self._counts = counts
+        self._clock = clock
+        self._position = NOWHERE
+        self._position_fields = b""
+
+    async def Verify(self, request: pb.VerifyRequest, context: "Context") -> bytes:  # type: ignore[override]  # encoded, see Calls
+        answer = self._verifier.recall(request.secret, request.required_scope)
+        if answer is None:
+            deadline = self._clock() + budget_seconds(context)
+            answer = await self._verifier.verify(request.secret, request.required_scope, deadline)
+        self._counts.verdicts[answer.verdict] += 1
+        return self._encoded(answer)
+
+    async def BatchVerify(self, request: pb.BatchVerifyRequest, context: "Context") -> bytes:  # type: ignore[override]  # encoded, see Calls
+        if not 1 <= len(request.requests) <= BATCH_MAX:
+            raise InvalidArgument(
+                FieldViolation("requests", f"must be 1-{BATCH_MAX}, are {len(request.requests)}")
+            )
+        questions = [(r.secret, r.required_scope) for r in request.requests]
+        deadline = self._clock() + budget_seconds(context)
+        answers = await self._verifier.verify_batch(questions, deadline)
+        encoded: list[bytes] = []
+        for answer in answers:
+            self._counts.verdicts[answer.verdict] += 1
+            response = self._encoded(answer)
+            encoded += (_RESPONSES_TAG, _varint(len(response)), response)
+        return b"".join(encoded)
+
+    async def Watch(  # type: ignore[override]  # writes to the context, and so ends when we say
+        self, request_iterator: AsyncIterator[pb.WatchRequest], context: "Context"
+    ) -> None:
+        async def requests() -> AsyncIterator[Request]:
+            async for request in request_iterator:
+                # No revision is below zero. Taken as it comes, one would stand as this process's
+                # own, for all that reckon with it.
+                applied = Position(max(0, request.applied_revision), request.mark)
+                yield Request(applied, request.number, request.released)
+
+        async def send(event: Event) -> None:
+            await context.write(_watch_response(event))
+
+        call = call_audit_context.get()
+        client = f"{call.caller} at {call.peer}" if call.caller else call.peer
+        await self._watchers.serve(requests(), send, client)
+
+    async def Create(self, request: pb.CreateRequest, context: "Context") -> pb.CreateResponse:
+        expiry = request.WhichOneof("expiry")
+        new = NewToken(
+            request.account_id,
+            request.name,
+            request.scope,
+            to_datetime("expire_time", request.expire_time) if expiry == "expire_time" else None,
+            _timedelta("ttl", request.ttl) if expiry == "ttl" else None,
+            dict(request.labels),
+        )
+        created = await self._tokens.create(new, call_audit_context.get(), self._deadline(context))
+        response = pb.CreateResponse(secret=created.secret.reveal())
+        _put_token(created.record, response.token)
+        return response
+
+    async def Get(self, request: pb.GetRequest, context: "Context") -> pb.GetResponse:
+        record = await self._tokens.get(request.account_id, request.id, self._deadline(context))
+        response = pb.GetResponse()
+        _put_token(record, response.token)
+        return response
+
+    async def List(self, request: pb.ListRequest, context: "Context") -> pb.ListResponse:
+        page = await self._tokens.list(
+            request.account_id, request.page_size, request.page_token, self._deadline(context)
+        )
+        response = pb.ListResponse(next_page_token=page.next_page_token)
+        for record in page.records:
+            _put_token(record, response.tokens.add())
+        return response
+
+    async def Delete(self, request: pb.DeleteRequest, context: "Context") -> pb.DeleteResponse:
+        wait_until = self._clock() + confirmation_seconds(context)
+        deletion = await self._tokens.delete(
+            request.account_id,
+            request.id,
+            None if request.no_wait else wait_until,
+            call_audit_context.get(),
+            self._deadline(context),
+            # To wait for verifiers takes nothing that others could use.
+            on_wait=release_slot,
+        )
+        response = pb.DeleteResponse()
+        put_receipt(deletion, response.receipt)
+        return response
+
+    def _encoded(self, answer: Answer) -> bytes:
+        """Return a VerifyResponse, put together from encoded parts: a tenth of the time.
+
+        The position is the same from call to call, until something is deleted.
+        """
+        position = answer.position
+        if position != self._position:
+            self._position = position
+            self._position_fields = _position_fields(position)
+        return _VERDICT_FIELDS[answer.verdict] + answer.token + self._position_fields
+
+    def _deadline(self, context: "Context") -> float:
+        return self._clock() + budget_seconds(context)
+
+
+def encode_token(record: TokenRecord) -> bytes:
+    """Return a token as a VerifyResponse has it, encoded, with its tag and length."""
+    response = pb.VerifyResponse()
+    _put_token(record, response.token)
+    return response.SerializeToString()
+
+
+def _position_fields(position: Position) -> bytes:
+    """Return the fields `revision` and `mark` of a VerifyResponse. As ever, 0 is left out."""
+    revision = _REVISION_TAG + _varint(position.revision) if position.revision else b""
+    mark = _MARK_TAG + position.mark.to_bytes(8, "little") if position.mark else b""
+    return revision + mark
+
+
+def _varint(number: int) -> bytes:
+    """Return a number from 0 on as protobuf encodes it, seven bits at a time."""
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+def _watch_response(event: Event) -> pb.WatchResponse:
+    response = pb.WatchResponse()
+    if isinstance(event, Invalidation):
+        response.invalidation.revision, response.invalidation.mark = event.position
+        response.invalidation.token_ids.extend(event.token_ids)
+    elif isinstance(event, Grant):
+        response.grant.revision, response.grant.mark = event.position
+        response.grant.number = event.number
+        # Cut to nanoseconds, never rounded up.
+        seconds, rest = divmod(event.lease_seconds, 1)
+        response.grant.lease_duration.seconds = int(seconds)
+        response.grant.lease_duration.nanos = int(rest * 1e9)
+    elif isinstance(event, Reset):
+        response.reset.revision, response.reset.mark = event.position
+    else:
+        response.closing.SetInParent()
+    return response
+
+
+def _put_token(record: TokenRecord, token: pb.Token) -> None:
+    """Fill `token`, in place: built apart and copied in, each would take three times as long."""
+    token.id = record.id
+    token.account_id = record.account_id
+    token.name = record.name
+    token.scope = pb.Scope.ValueType(record.scope)
+    token.hint = record.hint
+    _put_time(record.create_time, token.create_time)
+    if record.expire_time is not None:
+        _put_time(record.expire_time, token.expire_time)
+    if record.last_used_time is not None:
+        _put_time(record.last_used_time, token.last_used_time)
+    if record.labels:
+        token.labels.update(record.labels)
+
+
+def put_receipt(deletion: Deletion, receipt: pb.Receipt) -> None:
+    """Fill `receipt`."""
+    _put_time(deletion.commit_time, receipt.commit_time)
+    if deletion.effective_time is not None:
+        _put_time(deletion.effective_time, receipt.effective_time)
+    receipt.revision, receipt.mark = deletion.position
+    receipt.verifiers_acknowledged = deletion.verifiers_acknowledged
+    receipt.verifiers_outwaited = deletion.verifiers_outwaited
+    receipt.clients_acknowledged = deletion.clients_acknowledged
+    receipt.clients_outwaited = deletion.clients_outwaited
+
+
+def _put_time(moment: datetime, timestamp: timestamp_pb2.Timestamp) -> None:
+    # Not FromDatetime: it takes four times as long, and Verify does this for each time it sends.
+    since = moment - _EPOCH
+    timestamp.seconds = since.days * 86_400 + since.seconds
+    timestamp.nanos = since.microseconds * 1_000
+
+
+def to_datetime(field: str, timestamp: timestamp_pb2.Timestamp) -> datetime:
+    """Return the moment, cut to microseconds. Raises InvalidArgument where there is none."""
+    if timestamp.seconds not in _TIMESTAMP_SECONDS or not 0 <= timestamp.nanos < 1_000_000_000:
+        raise InvalidArgument(FieldViolation(field, "is not a moment of the years 1 to 9999"))
+    return _EPOCH + timedelta(seconds=timestamp.seconds, microseconds=timestamp.nanos // 1_000)
+
+
+def _timedelta(field: str, duration: duration_pb2.Duration) -> timedelta:
+    """Return the duration, cut to microseconds. Raises InvalidArgument where there is none."""
+    if (
+        abs(duration.seconds) > _DURATION_SECONDS_MAX
+        or abs(duration.nanos) >= 1_000_000_000
+        or duration.seconds * duration.nanos < 0
+    ):
+        raise InvalidArgument(FieldViolation(field, "is not a duration"))
+    return timedelta(seconds=duration.seconds, microseconds=duration.nanos // 1_000)

@@ -1,0 +1,106 @@
+"""Structured logs, and counters where a line per event would cost too much.
+
+Management calls and failed calls get a line each. Successful verifies are only counted, because a
+line costs more than the call; a sample of them is logged on request. No line has a field for
+anything that a caller presented, so a secret in a wrong field cannot end up in the log.
+"""
+
+import logging
+import re
+import sys
+from collections import Counter
+from typing import Any, Literal
+
+import structlog
+
+from latchkey_service.tokens.verdict import Verdict
+
+__all__ = ["Counts", "Format", "configure", "format_of", "logger"]
+
+GRPCIO = "grpc._cython.cygrpc"
+
+Format = Literal["json", "console"]
+
+
+def logger(**initial: Any) -> structlog.stdlib.BoundLogger:
+    """Return a logger whose lines all have the fields in `initial`."""
+    return structlog.stdlib.get_logger(**initial)
+
+
+class Counts:
+    """Counters since the last summary. Event loop only."""
+
+    def __init__(self) -> None:
+        self.verdicts: Counter[Verdict] = Counter()
+        self.calls: Counter[tuple[str, str]] = Counter()
+
+    def take(self) -> dict[str, int]:
+        """Return the counts by name and reset them."""
+        summary = {f"verdict.{v.name}": n for v, n in sorted(self.verdicts.items())}
+        summary |= {f"{method}.{code}": n for (method, code), n in sorted(self.calls.items())}
+        self.verdicts.clear()
+        self.calls.clear()
+        return summary
+
+
+def format_of(setting: Literal["json", "console", "auto"]) -> Format:
+    """Return the format of log lines: `console` on a terminal, `json` elsewhere."""
+    if setting != "auto":
+        return setting
+    return "console" if sys.stderr.isatty() else "json"
+
+
+def configure(format_: Format, level: str) -> None:
+    """Send all log lines of the process, including those of libraries, to stderr."""
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        # The plain format: the rich one prints local variables, which may hold a secret.
+        structlog.processors.format_exc_info,
+    ]
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if format_ == "json"
+        else structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    logging.getLogger(GRPCIO).addFilter(_without_values)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+
+
+def _without_values(record: logging.LogRecord) -> bool:
+    """Remove callers' data from a log line of grpcio, but keep what happened and where.
+
+    grpcio quotes metadata and paths that are not UTF-8 before any of our handlers run. That may
+    include a credential with a stray byte.
+    """
+    # The values follow a placeholder ("Invalid encoding on %s") or are already in brackets.
+    record.msg = re.split(r"[\[%]", str(record.msg))[0].strip()
+    record.args = None
+    if record.exc_info and record.exc_info[1] is not None:
+        error = record.exc_info[1]
+        bare = RuntimeError(f"{type(error).__module__}.{type(error).__qualname__}")
+        record.exc_info = (type(bare), bare, error.__traceback__)
+    return True

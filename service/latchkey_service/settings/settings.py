@@ -1,0 +1,329 @@
+"""Settings: environment variables with the prefix LATCHKEY_, or the same names in a .env file.
+
+The service reads both once, at startup, and passes the settings to its workers through a pipe.
+"""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from dotenv import dotenv_values
+from latchkey_coherence.lease import LEASE_SECONDS_MAX
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from latchkey_service.postgres.embedded_cluster import default_data_dir
+from latchkey_service.settings import exposure
+
+__all__ = ["ConfigError", "Settings", "describe", "from_json", "load", "to_json"]
+
+PREFIX = "LATCHKEY_"
+ENV_FILE = ".env"
+# A name that differs from a setting's by at most this many letters counts as misspelled.
+MISSPELLED_MAX = 2
+# Kubernetes sets these variables for each service whose name begins with "latchkey-".
+_OF_KUBERNETES = re.compile(r".*_(PORT|SERVICE_HOST|SERVICE_PORT(_.*)?|PORT_\d+_(TCP|UDP)(_.*)?)")
+# A worker prints this on stdout once it answers calls; the supervisor waits for it.
+READY = b"ready\n"
+
+
+class ConfigError(Exception):
+    """A setting is invalid. The message names it and its valid values, but not its actual value."""
+
+
+def _listen(value: str) -> str:
+    """Accept HOST:PORT, [IPv6]:PORT and unix:PATH."""
+    if value.startswith("unix:"):
+        path = value.removeprefix("unix:").removeprefix("//")
+        # sun_path holds 108 bytes, including the final NUL.
+        if not 0 < len(os.fsencode(path)) < 108:
+            raise ValueError("the path of a UNIX socket must have 1-107 bytes")
+        return "unix:" + str(Path(path).absolute())
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.%\w]+\]|[^:\s\[\]]+):(\d{1,5})", value)
+    if match is None or int(match[2]) > 65535:
+        raise ValueError("must be HOST:PORT, such as 127.0.0.1:50051, or unix:PATH")
+    return value
+
+
+# Not urllib's urlsplit: some versions reject several hosts where one of them is [IPv6].
+_DATABASE_URL = re.compile(r"(postgres(?:ql)?://)(?:([^/?#]*)@)?([^/?#@]*)(/[^?#@]*)?(\?[^#@]*)?")
+
+
+def _database_url(value: SecretStr) -> SecretStr:
+    url = value.get_secret_value()
+    if url.partition("://")[0] not in ("postgresql", "postgres"):
+        raise ValueError("must be postgresql://USER:PASSWORD@HOST:PORT/DATABASE")
+    # An unescaped character that ends the password early would expose the rest of it in messages.
+    match = _DATABASE_URL.fullmatch(url)
+    ports = re.findall(r":([^:\],]*)(?:,|$)", match[3]) if match else []
+    if match is None or set("@[]") & set(match[2] or "") or not all(map(str.isdigit, ports)):
+        raise ValueError(
+            "percent-encode the password: / as %2F, # as %23, ? as %3F, @ as %40, [ as %5B"
+        )
+    if "," in match[3] and not all(match[3].split(",")):
+        # libpq would use this machine for an empty host.
+        raise ValueError("a host is missing next to a comma")
+    if re.search(r"[?&]host=[^&]*(,|%2C)", match[5] or "", re.IGNORECASE):
+        raise ValueError("put several hosts before the database name: HOST:PORT,HOST:PORT")
+    return value
+
+
+class Settings(BaseSettings):
+    """All settings. `latchkey config` and the README show the descriptions."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_file=ENV_FILE,
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    listen: Annotated[str, AfterValidator(_listen)] = Field(
+        "127.0.0.1:50051", description="plaintext address: HOST:PORT or unix:PATH"
+    )
+    tls_listen: Annotated[str, AfterValidator(_listen)] | None = Field(
+        None, description="TLS 1.3 address, in addition to LISTEN: HOST:PORT"
+    )
+    tls_certificate: Path | None = Field(
+        None, description="PEM file with the server's certificate and its intermediate certificates"
+    )
+    tls_key: Path | None = Field(None, description="PEM file with the certificate's private key")
+    tls_client_ca: Path | None = Field(
+        None,
+        description="PEM file with the CAs of client certificates; TLS_LISTEN then requires one",
+    )
+    policy: Path | None = Field(
+        None, description="policy file: who may call; unset: everyone, from this machine only"
+    )
+    trusted_proxy: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z][A-Za-z0-9+.-]*://[^\s,;=\"]+$",
+        description="URI in the certificate of the proxy whose x-forwarded-client-cert is trusted",
+    )
+    insecure_listen: Literal["none", "plaintext", "anonymous"] = Field(
+        "none",
+        description="allows LISTEN on addresses that other machines can reach: plaintext with a "
+        "policy, anonymous without one",
+    )
+    reflection: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="gRPC reflection: on, off or auto; auto: on loopback addresses and UNIX "
+        "sockets, but not behind a proxy",
+    )
+    database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = Field(
+        None,
+        description="Postgres 15 or later; with several hosts, the primary is used; unset: an "
+        "embedded Postgres in DATA_DIR",
+    )
+    pooler: Literal["none", "transaction"] = Field(
+        "none",
+        description="transaction: DATABASE_URL points to a pooler in transaction mode; none: to "
+        "Postgres, or to a pooler in session mode",
+    )
+    data_dir: Path = Field(
+        default_factory=default_data_dir,
+        description="directory of the embedded database and the generated keys",
+    )
+    workers: int = Field(1, ge=1, le=256, description="server processes that share the address")
+    transport: Literal["native", "grpcio"] = Field(
+        "native",
+        description="native or grpcio; unset: grpcio if other machines can reach LISTEN, else "
+        "native",
+    )
+    connections_max: int = Field(
+        10_000, ge=1, le=1_000_000, description="limit of connections to each listener of a worker"
+    )
+    connection_age_seconds: float = Field(
+        600.0,
+        ge=0,
+        le=86_400,
+        description="age at which a client must open a new connection (grpcio), or does so with "
+        "its Watch (both); 0: never",
+    )
+    memory_mib: int | None = Field(
+        None,
+        ge=0,
+        le=1_048_576,
+        description="MiB of memory at which a worker is restarted; unset: 1024, plus an allowance "
+        "for CACHE_ENTRIES and CONNECTIONS_MAX; 0: never",
+    )
+    pepper_file: Path | None = Field(
+        None,
+        description="file with the keys for token digests, newest first; unset: DATA_DIR/peppers, "
+        "generated for a new database",
+    )
+    secret_prefix: str = Field(
+        "lk", pattern=r"^[a-z]{2,10}$", description="prefix of new secrets: 2-10 of a-z"
+    )
+    tombstone_retention_days: int = Field(
+        90,
+        ge=1,
+        le=36_500,
+        description="how many days a deleted token is DELETED instead of UNKNOWN",
+    )
+    audit_retention_days: int = Field(
+        365, ge=1, le=36_500, description="how long audit entries are kept"
+    )
+    lease_seconds: float = Field(
+        3.0,
+        ge=0.3,
+        le=LEASE_SECONDS_MAX,
+        description="how long verifies may be answered from memory without contact to Postgres, "
+        "and how long a Delete may wait for an unresponsive verifier",
+    )
+    cache: Literal["on", "off"] = Field(
+        "on", description="on or off; off: each verify reads the database, also in client libraries"
+    )
+    cache_entries: int = Field(
+        100_000, ge=1, le=50_000_000, description="cached verdicts per worker, some 500 bytes each"
+    )
+    cache_seconds: float = Field(
+        300.0,
+        ge=1,
+        le=86_400,
+        description="maximum age of a cached verdict before it is read again",
+    )
+    notify: Literal["on", "off"] = Field(
+        "on", description="on or off: LISTEN and NOTIFY, which let a Delete return in milliseconds"
+    )
+    grace_seconds: float = Field(
+        10.0, ge=0, le=3_600, description="how long calls in progress may take during shutdown"
+    )
+    log_format: Literal["json", "console", "auto"] = Field(
+        "auto", description="json or console; auto: console on a terminal"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="debug, info, warning or error"
+    )
+    log_verify_share: float = Field(
+        0.0, ge=0, le=1, description="share of successful verifies to log, 0 to 1"
+    )
+
+    @property
+    def pepper_path(self) -> Path:
+        """The path of the pepper file."""
+        return self.pepper_file or self.data_dir / "peppers"
+
+
+class _ReceivedSettings(Settings):
+    """Settings from the supervisor; ignores this process's environment and .env file."""
+
+    # Otherwise pydantic would still read the file, and fail if it is not text.
+    model_config = SettingsConfigDict(env_file=None)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *_: PydanticBaseSettingsSource,
+        **__: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+def load(*, together: bool = True) -> Settings:
+    """Return the settings. Raises ConfigError, which names every invalid setting.
+
+    With `together`, also rejects settings that contradict each other.
+    """
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        raise _config_error(error) from None
+    if wrong := _misspelled([*os.environ, *dotenv_values(ENV_FILE)]):
+        raise ConfigError("\n".join(wrong))
+    if together:
+        _check_together(settings)
+    return settings
+
+
+def to_json(settings: Settings) -> str:
+    """Serialize the settings to one line, with passwords, for a pipe to a worker."""
+    values = {name: getattr(settings, name) for name in settings.model_fields_set}
+    return json.dumps(values, default=_plain) + "\n"
+
+
+def from_json(line: bytes) -> Settings:
+    """Return the settings in a line of `to_json`. Raises ConfigError."""
+    try:
+        settings = _ReceivedSettings(**json.loads(line))
+    except ValidationError as error:
+        raise _config_error(error) from None
+    except (ValueError, TypeError):
+        raise ConfigError("received no settings from the supervisor") from None
+    _check_together(settings)
+    return settings
+
+
+def _plain(value: object) -> str:
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+
+
+def _config_error(error: ValidationError) -> ConfigError:
+    lines = [
+        f"{PREFIX}{str(e['loc'][0]).upper()}: {e['msg'].removeprefix('Value error, ')}"
+        for e in error.errors(include_input=False, include_url=False)
+    ]
+    return ConfigError("\n".join(lines))
+
+
+def _misspelled(names: Iterable[str]) -> list[str]:
+    """Describe each misspelled setting. Otherwise nobody would notice that a policy is ignored.
+
+    Other names with the prefix belong to others: the command line, the console, the deployment.
+    """
+    settings = [name.upper() for name in Settings.model_fields]
+    found = []
+    for name in dict.fromkeys(names):
+        given = name.upper().removeprefix(PREFIX)
+        if given == name.upper() or given in settings or _OF_KUBERNETES.fullmatch(name.upper()):
+            continue
+        if meant := [each for each in settings if _mistakes(given, each) <= MISSPELLED_MAX]:
+            found.append(f"{name}: unknown setting; did you mean {PREFIX}{meant[0]}?")
+    return found
+
+
+def _mistakes(given: str, meant: str) -> int:
+    """Return the approximate number of differing letters; a moved letter counts twice."""
+    blocks = difflib.SequenceMatcher(None, given, meant, autojunk=False).get_opcodes()
+    return sum(max(i2 - i1, j2 - j1) for kind, i1, i2, j1, j2 in blocks if kind != "equal")
+
+
+def _check_together(settings: Settings) -> None:
+    if problems := exposure.problems(settings):
+        raise ConfigError("\n".join(problems))
+
+
+def describe(settings: Settings) -> list[tuple[str, str, str, str]]:
+    """Return the name, current value (redacted), source and description of each setting."""
+    rows = []
+    for name, field in Settings.model_fields.items():
+        value = getattr(settings, name)
+        if name == "transport":
+            value = exposure.transport_of(settings)
+        if isinstance(value, SecretStr):
+            text = _redacted(value.get_secret_value())
+        else:
+            text = "" if value is None else str(value)
+        source = "set" if name in settings.model_fields_set else "default"
+        rows.append((PREFIX + name.upper(), text, source, field.description or ""))
+    return rows
+
+
+def _redacted(url: str) -> str:
+    """Return a database URL without its password, wherever it is."""
+    match = _DATABASE_URL.fullmatch(url)
+    if match is None:
+        return "***"
+    scheme, user, hosts, path, query = (part or "" for part in match.groups())
+    if user:
+        user = user.partition(":")[0] + (":***@" if ":" in user else "@")
+    query = re.sub(r"((?:^\?|&)(?:\w*password\w*)=)[^&]*", r"\1***", query, flags=re.IGNORECASE)
+    return scheme + user + hosts + path + query

@@ -1,0 +1,371 @@
+"""Create, get, list and delete tokens: the rules of the contract, without protobuf or SQL."""
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import re
+import struct
+import unicodedata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from latchkey_service.audit.audit_log import AuditContext
+from latchkey_service.coherence.ack_rules import NOBODY
+from latchkey_service.coherence.ack_waiter import Confirmer
+from latchkey_service.coherence.reads import LeasedReads
+from latchkey_service.errors import FieldViolation, InvalidArgument, NotConfirmed, NotFound
+from latchkey_service.secret_format import Keyring, Secret, holds_secret
+from latchkey_service.tokens.token_store import Deletion, PageStart, Store
+from latchkey_service.tokens.verdict import Scope, TokenRecord
+
+__all__ = ["Created", "NewToken", "Page", "Tokens", "decode_page_token", "encode_page_token"]
+
+PAGE_SIZE_DEFAULT = 50
+PAGE_SIZE_MAX = 500
+NAME_LENGTH_MAX = 64
+LABELS_MAX = 16
+LABEL_KEY_LENGTH_MAX = 63
+LABEL_VALUE_LENGTH_MAX = 255
+ID_LENGTH_MAX = 64
+# The last whole second of Timestamp's range; asyncpg takes datetime's very last microsecond for
+# Postgres' infinity.
+_END_OF_TIME = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
+# What is longer is refused for its length.
+SCANNED_LENGTH_MAX = 1_000
+# Receipts written down at once, each with a connection of the pool (`database.POOL_SIZE_MAX`).
+CONFIRMING_MAX = 4
+PAGE_TOKEN_LENGTH_MAX = 200
+_ID = re.compile(r"tok_[0-9a-z]{26}")
+_ACCOUNT_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+# Crockford's base 32, in ASCII order, so that ids sort as the numbers they stand for.
+_PLAIN_KEY = re.compile(r"[A-Za-z0-9._/-]{1,32}")
+_BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """What Create is asked for, unchecked. At most one of `expire_time` and `ttl` is set."""
+
+    account_id: str
+    name: str
+    scope: int
+    expire_time: datetime | None
+    ttl: timedelta | None
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """A new token and its secret, which is kept nowhere else."""
+
+    record: TokenRecord
+    secret: Secret
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Tokens, newest first, and the token of the next page, empty on the last."""
+
+    records: list[TokenRecord]
+    next_page_token: str
+
+
+class Tokens:
+    """Manages tokens, under this process's lease: a read is believed only on its history.
+
+    `deadline` is seconds on the process's clock. Every method raises InvalidArgument, Overloaded,
+    Unavailable and StoreUnavailable.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        keyring: Keyring,
+        confirmer: Confirmer,
+        reads: LeasedReads,
+        secret_prefix: str,
+        now: Callable[[], datetime],
+        random_bytes: Callable[[int], bytes],
+    ) -> None:
+        self._store = store
+        self._keyring = keyring
+        self._confirmer = confirmer
+        self._reads = reads
+        self._confirming = asyncio.Semaphore(CONFIRMING_MAX)
+        self._secret_prefix = secret_prefix
+        self._now = now
+        self._random_bytes = random_bytes
+
+    async def create(self, new: NewToken, audit_context: AuditContext, deadline: float) -> Created:
+        """Create a token for the call of `audit_context`. Raises AlreadyExists. Not idempotent."""
+        now = self._now()
+        name = new.name.strip()
+        violations = [
+            *_account_violations(new.account_id),
+            *_name_violations(name),
+            *_label_violations(new.labels),
+        ]
+        # All of these are stored and shown as they are.
+        labels = (*new.labels.keys(), *new.labels.values())
+        for field, texts in (
+            ("account_id", [new.account_id]),
+            ("name", [name]),
+            ("labels", labels),
+        ):
+            if any(holds_secret(text[:SCANNED_LENGTH_MAX]) for text in texts):
+                violations.append(FieldViolation(field, "must not hold a secret"))
+        if new.scope not in (Scope.READ, Scope.WRITE):
+            violations.append(FieldViolation("scope", "must be SCOPE_READ or SCOPE_WRITE"))
+        expire_time = _expiry(new, now, violations)
+        if violations:
+            raise InvalidArgument(*violations)
+        await self._reads.begin(deadline)
+        minted = self._keyring.mint(self._secret_prefix, self._random_bytes)
+        record = TokenRecord(
+            _new_id(now, self._random_bytes),
+            new.account_id,
+            name,
+            Scope(new.scope),
+            now,
+            expire_time,
+            minted.hint,
+            dict(new.labels),
+        )
+        await self._store.insert_token(record, _name_key(name), minted.digest, audit_context)
+        return Created(record, minted.secret)
+
+    async def get(self, account_id: str, token_id: str, deadline: float) -> TokenRecord:
+        """Return a live token. Raises NotFound."""
+        _check(*_account_violations(account_id), *_id_violations(token_id))
+        began = await self._reads.begin(deadline)
+        record, snapshot = await self._store.get_token(account_id, token_id)
+        await self._reads.accept(snapshot, began, deadline)
+        if record is None:
+            raise NotFound("The account has no live token of this id.")
+        return record
+
+    async def list(self, account_id: str, page_size: int, page_token: str, deadline: float) -> Page:
+        """Return a page of live tokens, newest first (AIP-158)."""
+        violations = _account_violations(account_id)
+        if page_size < 0:
+            violations.append(FieldViolation("page_size", "must not be negative"))
+        _check(*violations)
+        after = decode_page_token(account_id, page_token) if page_token else None
+        size = min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
+        # One more than asked for tells whether there is a next page.
+        began = await self._reads.begin(deadline)
+        records, snapshot = await self._store.list_tokens(account_id, after, size + 1)
+        await self._reads.accept(snapshot, began, deadline)
+        if len(records) <= size:
+            return Page(records, "")
+        last = records[size - 1]
+        start = PageStart(last.create_time, last.id)
+        return Page(records[:size], encode_page_token(account_id, start))
+
+    async def delete(
+        self,
+        account_id: str,
+        token_id: str,
+        wait_until: float | None,
+        audit_context: AuditContext,
+        deadline: float,
+        *,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> Deletion:
+        """Delete a token for good and return the receipt. Idempotent.
+
+        It returns when no verifier can answer VALID any more (coherence rule 8), or at once with
+        `wait_until` None. Calls `on_wait` when all that is left is to wait for that, and to write
+        it down. Raises NotFound, and NotConfirmed at `wait_until`, seconds on the
+        process's clock: the deletion stands, and to delete it again returns the receipt.
+        """
+        _check(*_account_violations(account_id), *_id_violations(token_id))
+        began = await self._reads.begin(deadline)
+        deletion = await self._store.bury(account_id, token_id, audit_context)
+        if deletion is not None:
+            position = deletion.position
+        else:
+            # A deposed primary must not say of a leaked token that it never existed.
+            deletion, snapshot = await self._store.get_deletion(account_id, token_id)
+            await self._reads.accept(snapshot, began, deadline)
+            # Not the deletion's own position, which the log may no longer hold. Whoever has applied
+            # this later one has applied that as well.
+            position = snapshot.position
+        if deletion is None:
+            raise NotFound("The account never had a token of this id.")
+        if deletion.effective_time is not None:
+            # Confirmed before. Whoever did so may not have got to know that a standby has it.
+            return await self._store.confirm_deletion(token_id, deletion.position, NOBODY)
+        self._confirmer.announce(position.revision)
+        if wait_until is None:
+            return deletion
+        on_wait()
+        confirmation = await self._confirmer.confirm(position, wait_until)
+        # When a verifier that hung has been waited out, all who waited for it are here at once.
+        async with self._confirming:
+            return await self._store.confirm_deletion(token_id, deletion.position, confirmation)
+
+    async def invalidate_all(
+        self,
+        wait_until: float,
+        audit_context: AuditContext,
+        deadline: float,
+        *,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> Deletion:
+        """Empty the memory of every verifier, and return a receipt. Changes no token.
+
+        Returns when every verifier has emptied its memory or can no longer answer from it. Calls
+        `on_wait` when all that is left is to wait for that. Raises NotConfirmed at `wait_until`,
+        seconds on the process's clock.
+        """
+        await self._reads.begin(deadline)
+        position, commit_time = await self._store.invalidate_all(audit_context)
+        self._confirmer.announce(position.revision)
+        on_wait()
+        try:
+            confirmation = await self._confirmer.confirm(position, wait_until)
+        except NotConfirmed:
+            raise NotConfirmed(
+                "Not all verifiers have confirmed yet that their memory is empty: call again."
+            ) from None
+        return Deletion(position, commit_time, max(commit_time, self._now()), *confirmation)
+
+
+def encode_page_token(account_id: str, start: PageStart) -> str:
+    """Return an opaque page token for a place in an account's list."""
+    payload = struct.pack(">q", (start.create_time - _EPOCH) // _MICROSECOND)
+    payload += start.id.encode()
+    return base64.urlsafe_b64encode(_seal(account_id, payload) + payload).decode().rstrip("=")
+
+
+def decode_page_token(account_id: str, page_token: str) -> PageStart:
+    """Return the place in the list that a page token stands for.
+
+    Raises InvalidArgument for one that is damaged or of another account. It carries no authority:
+    the account is in every query, so that a forged one shows nothing but the caller's own tokens.
+    """
+    damaged = FieldViolation("page_token", "is damaged, or of another account: start anew")
+    if len(page_token) > PAGE_TOKEN_LENGTH_MAX:
+        raise InvalidArgument(damaged)
+    try:
+        # Strictly: b64decode drops characters that it does not know, unless told not to.
+        padded = page_token + "=" * (-len(page_token) % 4)
+        raw = base64.b64decode(padded.encode("ascii"), altchars=b"-_", validate=True)
+        seal, payload = raw[:_SEAL_BYTES], raw[_SEAL_BYTES:]
+        if seal != _seal(account_id, payload):
+            raise InvalidArgument(damaged)
+        (microseconds,) = struct.unpack(">q", payload[:8])
+        # base64 has several spellings for some last characters; only ours is taken.
+        start = PageStart(_EPOCH + microseconds * _MICROSECOND, payload[8:].decode("ascii"))
+        if not _ID.fullmatch(start.id) or encode_page_token(account_id, start) != page_token:
+            raise InvalidArgument(damaged)
+    except (binascii.Error, UnicodeError, struct.error, OverflowError):
+        raise InvalidArgument(damaged) from None
+    return start
+
+
+_SEAL_BYTES = 8
+
+
+def _seal(account_id: str, payload: bytes) -> bytes:
+    """Bind a page token to its account and detect damage. Not a signature, and no need of one."""
+    bound = account_id.encode() + b"\0" + payload
+    return hashlib.blake2s(bound, digest_size=_SEAL_BYTES, person=b"lk.page").digest()
+
+
+def _new_id(now: datetime, random_bytes: Callable[[int], bytes]) -> str:
+    """Return a new id: 48 bits of milliseconds, 80 random bits, as UUIDv7 and ULID have it."""
+    milliseconds = (now - _EPOCH) // timedelta(milliseconds=1)
+    number = (milliseconds << 80) | int.from_bytes(random_bytes(10))
+    return "tok_" + "".join(_BASE32[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+def _name_key(name: str) -> str:
+    """Return what names are compared by: letter case folded, and one spelling of each letter."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _expiry(new: NewToken, now: datetime, violations: list[FieldViolation]) -> datetime | None:
+    """Return when the new token expires, None for never, and add what is wrong with that."""
+    if new.ttl is None:
+        if new.expire_time is not None and not now < new.expire_time <= _END_OF_TIME:
+            violations.append(
+                FieldViolation(
+                    "expire_time", "must lie in the future, and end before the year 10000"
+                )
+            )
+        return new.expire_time
+    # Checked before it is added: a sum outside the calendar is an OverflowError.
+    if new.ttl <= timedelta(0):
+        violations.append(FieldViolation("ttl", "must be greater than zero"))
+    elif new.ttl > _END_OF_TIME - now:
+        violations.append(FieldViolation("ttl", "must end before the year 10000"))
+    else:
+        return now + new.ttl
+    return None
+
+
+def _check(*violations: FieldViolation) -> None:
+    if violations:
+        raise InvalidArgument(*violations)
+
+
+def _account_violations(account_id: str) -> list[FieldViolation]:
+    if not account_id:
+        return [FieldViolation("account_id", "is required")]
+    if not _ACCOUNT_ID.fullmatch(account_id):
+        return [FieldViolation("account_id", "must be 1-64 characters of A-Za-z0-9._:-")]
+    return []
+
+
+def _id_violations(token_id: str) -> list[FieldViolation]:
+    if not token_id:
+        return [FieldViolation("id", "is required")]
+    if len(token_id) > ID_LENGTH_MAX or _has_control_characters(token_id):
+        return [FieldViolation("id", "is not a token's id")]
+    return []
+
+
+def _name_violations(name: str) -> list[FieldViolation]:
+    if not name:
+        return [FieldViolation("name", "is required")]
+    if len(name) > NAME_LENGTH_MAX:
+        return [FieldViolation("name", f"must have at most {NAME_LENGTH_MAX} characters")]
+    if _has_control_characters(name):
+        return [FieldViolation("name", "must not have control characters")]
+    return []
+
+
+def _label_violations(labels: Mapping[str, str]) -> list[FieldViolation]:
+    violations = []
+    if len(labels) > LABELS_MAX:
+        violations.append(FieldViolation("labels", f"must be at most {LABELS_MAX} pairs"))
+        return violations
+    for key, value in labels.items():
+        # Named by its key only where that is short and plain: it goes into headers, and could be
+        # anything, a secret included.
+        field = f'labels["{key}"]' if _PLAIN_KEY.fullmatch(key) else "labels"
+        # The lengths first: looking through 4 MiB for control characters would hold up the loop.
+        if not 1 <= len(key) <= LABEL_KEY_LENGTH_MAX:
+            wrong = f"its key must have 1-{LABEL_KEY_LENGTH_MAX} characters"
+        elif len(value) > LABEL_VALUE_LENGTH_MAX:
+            wrong = f"must have at most {LABEL_VALUE_LENGTH_MAX} characters"
+        elif _has_control_characters(key) or _has_control_characters(value):
+            wrong = "must not have control characters"
+        else:
+            continue
+        violations.append(FieldViolation(field, wrong))
+    return violations
+
+
+def _has_control_characters(text: str) -> bool:
+    """Tell of control characters, and of lone surrogates and line separators, which act as such."""
+    return any(unicodedata.category(character) in _CONTROL for character in text)
+
+
+_CONTROL = frozenset({"Cc", "Cs", "Zl", "Zp"})

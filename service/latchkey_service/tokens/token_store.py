@@ -1,0 +1,437 @@
+"""The SQL of tokens, one method per statement, the statement beside its method.
+
+`Store` serves management calls from a pool. `lookup.py` has Verify's own connection and uses
+`FIND_BY_DIGEST` and `record_of` from here. The SQL of verifiers is in `coherence/table.py`.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from latchkey_coherence.memory import Position
+
+from latchkey_service.audit.audit_log import AuditContext
+from latchkey_service.coherence.ack_rules import Confirmation
+from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
+from latchkey_service.coherence.verifier_state import EVERY_TOKEN
+from latchkey_service.errors import StoreUnavailable
+from latchkey_service.postgres.connections import DURABLE, Connector, Pool, durably, retrying
+from latchkey_service.postgres.sessions import Pooler
+from latchkey_service.secret_format import Digest
+from latchkey_service.tokens.fleet import KnownPepper
+from latchkey_service.tokens.verdict import Scope, TokenRecord
+
+if TYPE_CHECKING:
+    import asyncpg
+
+__all__ = ["FIND_BY_DIGEST", "Deletion", "PageStart", "Store", "record_of", "snapshot_of"]
+
+_COLUMNS = """t.id, t.account_id, t.name, t.scope, t.create_time, t.expire_time,
+       t.last_used_time, t.delete_time, t.hint, t.labels"""
+_COLUMN_COUNT = 10
+_RECEIPT = """d.revision, d.mark, d.commit_time, d.effective_time, d.verifiers_acknowledged,
+       d.verifiers_outwaited, d.clients_acknowledged, d.clients_outwaited"""
+_RECEIPT_COUNT = 8
+_SCOPES = tuple(Scope)
+_NO_LABELS: Mapping[str, str] = MappingProxyType({})
+
+# The position and the timeline of a read, computed once for a statement. One row at least: it comes
+# first, so that the snapshot is known even when nothing matches.
+_SNAPSHOT = """(SELECT revision, mark, server_timeline() AS timeline FROM head OFFSET 0) h"""
+
+# The records of up to 1,000 digests, with the snapshot that they were read in.
+FIND_BY_DIGEST = f"""
+SELECT h.revision, h.mark, h.timeline, s.digest, {_COLUMNS}
+  FROM {_SNAPSHOT}
+  LEFT JOIN (secret s JOIN token t ON t.id = s.token_id) ON s.digest = ANY($1::bytea[])
+"""  # nosec B608 # noqa: S608 - constants only
+
+# Peppers by age, with whether live tokens and registered verifiers use each.
+_KNOWN_PEPPERS = """
+SELECT p.id,
+       EXISTS (SELECT FROM secret s JOIN token t ON t.id = s.token_id
+                WHERE s.pepper_id = p.id AND t.delete_time IS NULL),
+       EXISTS (SELECT FROM verifier v WHERE p.id = ANY(v.pepper_ids))
+  FROM pepper p
+ ORDER BY p.create_time, p.id
+"""
+# Any number works, as long as every release uses the same one and migrations use another.
+_PEPPER_LOCK = 0x706570706572  # "pepper"
+# Each host of a new fleet holds the lock for a few round trips, and all of them may start at once.
+_PEPPER_LOCK_SECONDS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class PageStart:
+    """A place in an account's list: that of its token with this creation time and id."""
+
+    create_time: datetime
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """The receipt of a deletion. `effective_time` None: not confirmed yet."""
+
+    position: Position
+    commit_time: datetime
+    effective_time: datetime | None
+    verifiers_acknowledged: int
+    verifiers_outwaited: int
+    clients_acknowledged: int
+    clients_outwaited: int
+
+
+class Store:
+    """The tables, as methods. All raise StoreUnavailable when Postgres does not answer in time."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    @classmethod
+    async def open(cls, database_url: str, pooler: Pooler = "none") -> "Store":
+        """Return a store on a new pool. Connects lazily, so that it opens without a database."""
+        return cls(await Pool.open(Connector(database_url, pooler=pooler)))
+
+    async def close(self) -> None:
+        """Give up all connections, waiting a bounded time for those in use."""
+        await self._pool.close()
+
+    @retrying
+    async def register_pepper(self, pepper_id: str) -> None:
+        """Make a pepper known. Idempotent."""
+        async with self._pool.session() as session:
+            await session.execute(
+                "INSERT INTO pepper (id) VALUES ($1) ON CONFLICT DO NOTHING", pepper_id
+            )
+
+    @retrying
+    async def known_peppers(self) -> list[KnownPepper]:
+        """Return the peppers that the database knows, the oldest first."""
+        async with self._pool.session() as session:
+            return [KnownPepper(*row) for row in await session.fetch(_KNOWN_PEPPERS)]
+
+    @retrying
+    async def enrol_peppers(
+        self, pepper_ids: list[str], check: Callable[[list[KnownPepper]], None]
+    ) -> None:
+        """Make a host's peppers known, unless `check` raises when it sees those known already.
+
+        One host at a time: nothing becomes known between the check and the commit. A conflict of
+        transactions repeats both.
+        """
+        async with self._pool.session() as session:
+            with durably(session):
+                # A snapshot taken before the lock was granted would miss the last host's peppers.
+                async with session.transaction(isolation="read_committed"):
+                    await session.execute(
+                        "SELECT set_config('lock_timeout', $1, true),"
+                        " set_config('statement_timeout', $1, true)",
+                        f"{_PEPPER_LOCK_SECONDS}s",
+                    )
+                    # Released with the transaction: a pooler may give the session to others.
+                    await session.execute(
+                        "SELECT pg_advisory_xact_lock($1)",
+                        _PEPPER_LOCK,
+                        timeout=_PEPPER_LOCK_SECONDS,
+                    )
+                    rows = await session.fetch(_KNOWN_PEPPERS)
+                    check([KnownPepper(*row) for row in rows])
+                    await session.execute(
+                        "INSERT INTO pepper (id) SELECT unnest($1::text[]) ON CONFLICT DO NOTHING",
+                        pepper_ids,
+                    )
+
+    @retrying
+    async def insert_token(
+        self, record: TokenRecord, name_key: str, digest: Digest, audit_context: AuditContext
+    ) -> None:
+        """Add a token with its secret and the audit entry of `audit_context`, all or none.
+
+        Raises AlreadyExists for a taken name.
+        """
+        async with self._pool.session() as session:
+            with durably(session):
+                await session.execute(
+                    f"""
+                WITH token AS (
+                    INSERT INTO token (id, account_id, name, name_key, scope, create_time,
+                                       expire_time, hint, labels)
+                    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+                    RETURNING id, account_id),
+                audited AS (
+                    INSERT INTO audit (account_id, token_id, caller, method, peer, request_id)
+                    SELECT account_id, id, $12, $13, $14, $15 FROM token),
+                -- A database that was restored while this process runs may be older than it.
+                known AS (INSERT INTO pepper (id) VALUES ($11) ON CONFLICT DO NOTHING)
+                INSERT INTO secret (digest, pepper_id, token_id)
+                SELECT $10, $11, id FROM token WHERE {DURABLE}
+                """,  # nosec B608 # noqa: S608 - constants only
+                    record.id,
+                    record.account_id,
+                    record.name,
+                    name_key,
+                    int(record.scope),
+                    record.create_time,
+                    record.expire_time,
+                    record.hint,
+                    json.dumps(dict(record.labels)),
+                    digest.value,
+                    digest.pepper_id,
+                    audit_context.caller,
+                    audit_context.method,
+                    audit_context.peer,
+                    audit_context.request_id,
+                )
+        audit_context.token_id, audit_context.recorded = record.id, True
+
+    @retrying
+    async def get_token(
+        self, account_id: str, token_id: str
+    ) -> tuple[TokenRecord | None, Snapshot]:
+        """Return the account's live token, or None, and the snapshot that it was read in."""
+        async with self._pool.session() as session:
+            rows = await session.fetch(
+                f"""
+                SELECT h.revision, h.mark, h.timeline, {_COLUMNS}
+                  FROM {_SNAPSHOT}
+                  LEFT JOIN token t
+                    ON t.account_id = $1 AND t.id = $2 AND t.delete_time IS NULL
+                """,  # nosec B608 # noqa: S608 - constants only
+                account_id,
+                token_id,
+            )
+        row = rows[0]
+        return (None if row[3] is None else record_of(row)), snapshot_of(row)
+
+    @retrying
+    async def list_tokens(
+        self, account_id: str, after: PageStart | None, limit: int
+    ) -> tuple[list[TokenRecord], Snapshot]:
+        """Return up to `limit` live tokens, newest first, that come after a place in the list.
+
+        Also returns the snapshot that they were read in.
+        """
+        # Two statements and not `$2 IS NULL OR ...`: that would keep the planner from starting
+        # the index scan at the position.
+        start = "AND (t.create_time, t.id) < ($3, $4)" if after else ""
+        arguments = [account_id, limit] + ([after.create_time, after.id] if after else [])
+        async with self._pool.session() as session:
+            rows = await session.fetch(
+                f"""
+                SELECT h.revision, h.mark, h.timeline, page.*
+                  FROM {_SNAPSHOT}
+                  LEFT JOIN (
+                       SELECT {_COLUMNS}
+                         FROM token t
+                        WHERE t.account_id = $1 AND t.delete_time IS NULL {start}
+                        ORDER BY t.create_time DESC, t.id DESC
+                        LIMIT $2) page ON true
+                 ORDER BY page.create_time DESC, page.id DESC
+                """,  # nosec B608 # noqa: S608 - constants only
+                *arguments,
+            )
+        return [record_of(row) for row in rows if row[3] is not None], snapshot_of(rows[0])
+
+    @retrying
+    async def bury(
+        self, account_id: str, token_id: str, audit_context: AuditContext
+    ) -> Deletion | None:
+        """Turn a live token into a tombstone under the next revision; None if it is not live.
+
+        One statement, and so one transaction: the tombstone, the next revision, the log entry and
+        the audit entry stand together or not at all. From `next` to its commit it holds head's row
+        (coherence rule 1). The token's row is locked before that, always in this order: no
+        deadlock. Of two deletions of one token, the second waits at `live`, and then finds it live
+        no more.
+        """
+        async with self._pool.session() as session:
+            with durably(session):
+                row = await session.fetchrow(
+                    f"""
+                    WITH live AS (
+                        SELECT t.id
+                          FROM token t
+                         WHERE t.account_id = $1 AND t.id = $2 AND t.delete_time IS NULL
+                           AND {DURABLE}
+                           FOR UPDATE),
+                    next AS (
+                        -- The default of a mark is a fresh random number.
+                        UPDATE head h SET revision = h.revision + 1, mark = DEFAULT FROM live
+                        RETURNING h.revision, h.mark, live.id),
+                    -- Read once the lock is held, so that times follow the order of revisions.
+                    stamped AS MATERIALIZED (
+                        SELECT revision, mark, id, clock_timestamp() AS moment FROM next),
+                    tombstone AS (
+                        UPDATE token t SET delete_time = s.moment FROM stamped s WHERE t.id = s.id),
+                    logged AS (
+                        INSERT INTO invalidation (revision, mark, token_id)
+                        SELECT revision, mark, id FROM stamped),
+                    audited AS (
+                        INSERT INTO audit (time, account_id, token_id, caller, method, peer,
+                                           request_id)
+                        SELECT moment, $1, id, $3, $4, $5, $6 FROM stamped)
+                    INSERT INTO deletion AS d (token_id, revision, mark, commit_time)
+                    SELECT id, revision, mark, moment FROM stamped
+                    RETURNING {_RECEIPT}
+                    """,  # nosec B608 # noqa: S608 - constants only
+                    account_id,
+                    token_id,
+                    audit_context.caller,
+                    audit_context.method,
+                    audit_context.peer,
+                    audit_context.request_id,
+                )
+        if row is None:
+            return None
+        audit_context.recorded = True
+        return _deletion_of(row)
+
+    @retrying
+    async def get_deletion(
+        self, account_id: str, token_id: str
+    ) -> tuple[Deletion | None, Snapshot]:
+        """Return the receipt of the account's deleted token, or None, and the snapshot."""
+        async with self._pool.session() as session:
+            rows = await session.fetch(
+                f"""
+                SELECT h.revision, h.mark, h.timeline,
+                       {_RECEIPT}
+                  FROM {_SNAPSHOT}
+                  LEFT JOIN (token t JOIN deletion d ON d.token_id = t.id)
+                    ON t.account_id = $1 AND t.id = $2
+                """,  # nosec B608 # noqa: S608 - constants only
+                account_id,
+                token_id,
+            )
+        row = rows[0]
+        return (None if row[3] is None else _deletion_of(row)), snapshot_of(row)
+
+    @retrying
+    async def confirm_deletion(
+        self, token_id: str, position: Position, confirmation: Confirmation
+    ) -> Deletion:
+        """Write that no verifier can answer VALID any more, and return the receipt.
+
+        The first call writes it. From then on the receipt stays the same, and writing it again
+        makes sure that it, and with it the deletion, is durable. Raises StoreUnavailable where
+        the database has no deletion at `position`: it follows another history (rule 12).
+        """
+        async with self._pool.session() as session:
+            with durably(session):
+                row = await session.fetchrow(
+                    f"""
+                    UPDATE deletion d
+                       SET effective_time = coalesce(
+                               d.effective_time, greatest(d.commit_time, clock_timestamp())),
+                           verifiers_acknowledged = CASE WHEN d.effective_time IS NULL
+                               THEN $2 ELSE d.verifiers_acknowledged END,
+                           verifiers_outwaited = CASE WHEN d.effective_time IS NULL
+                               THEN $3 ELSE d.verifiers_outwaited END,
+                           clients_acknowledged = CASE WHEN d.effective_time IS NULL
+                               THEN $6 ELSE d.clients_acknowledged END,
+                           clients_outwaited = CASE WHEN d.effective_time IS NULL
+                               THEN $7 ELSE d.clients_outwaited END
+                     WHERE d.token_id = $1 AND d.revision = $4 AND d.mark = $5 AND {DURABLE}
+                    RETURNING {_RECEIPT}
+                    """,  # nosec B608 # noqa: S608 - constants only
+                    token_id,
+                    confirmation.acknowledged,
+                    confirmation.outwaited,
+                    position.revision,
+                    mark_out(position.mark),
+                    confirmation.clients_acknowledged,
+                    confirmation.clients_outwaited,
+                )
+        if row is None:
+            # The database changed over, or the tombstone was removed in between: 90 days after
+            # the deletion, unless someone set the retention very low.
+            raise StoreUnavailable("The receipt was not found: delete the token again.")
+        return _deletion_of(row)
+
+    @retrying
+    async def invalidate_all(self, audit_context: AuditContext) -> tuple[Position, datetime]:
+        """Take a revision that names every token; return its position and when it was taken.
+
+        In one transaction with its log entry and its audit entry, as durable as a deletion.
+        """
+        async with self._pool.session() as session:
+            with durably(session):
+                row = await session.fetchrow(
+                    f"""
+                    WITH next AS (
+                        UPDATE head h SET revision = h.revision + 1, mark = DEFAULT
+                         WHERE {DURABLE}
+                        RETURNING h.revision, h.mark),
+                    stamped AS MATERIALIZED (
+                        SELECT revision, mark, clock_timestamp() AS moment FROM next),
+                    logged AS (
+                        INSERT INTO invalidation (revision, mark, token_id)
+                        SELECT revision, mark, $5 FROM stamped),
+                    audited AS (
+                        INSERT INTO audit (time, account_id, token_id, caller, method, peer,
+                                           request_id)
+                        SELECT moment, '', '', $1, $2, $3, $4 FROM stamped)
+                    SELECT revision, mark, moment FROM stamped
+                    """,  # nosec B608 # noqa: S608 - constants only
+                    audit_context.caller,
+                    audit_context.method,
+                    audit_context.peer,
+                    audit_context.request_id,
+                    EVERY_TOKEN,
+                )
+        if row is None:
+            raise RuntimeError("the table head has no row")
+        audit_context.recorded = True
+        return Position(row[0], mark_in(row[1])), row[2]
+
+    @retrying
+    async def purge_tombstones(self, before: datetime, limit: int) -> int:
+        """Remove up to `limit` tombstones deleted before a moment; return how many went."""
+        async with self._pool.session() as session:
+            status = await session.execute(
+                """
+                DELETE FROM token
+                 WHERE id IN (SELECT id FROM token
+                               WHERE delete_time < $1
+                               ORDER BY delete_time
+                               LIMIT $2
+                                 FOR UPDATE SKIP LOCKED)
+                """,
+                before,
+                limit,
+            )
+        return int(status.removeprefix("DELETE "))
+
+
+def snapshot_of(row: "asyncpg.Record") -> Snapshot:
+    """Return the snapshot that a row begins with: revision, mark, timeline."""
+    return Snapshot(Position(row[0], mark_in(row[1])), row[2])
+
+
+def _deletion_of(row: "asyncpg.Record") -> Deletion:
+    """Return the receipt that the last columns of a row hold, those of `_RECEIPT`."""
+    revision, mark, *rest = row[-_RECEIPT_COUNT:]
+    return Deletion(Position(revision, mark_in(mark)), *rest)
+
+
+def record_of(row: "asyncpg.Record") -> TokenRecord:
+    """Return the token that a row with the token's columns holds."""
+    # The columns are the last of every row. By place, not by name: Verify does this for each.
+    columns = row[-_COLUMN_COUNT:]
+    token_id, account_id, name, scope, created, expires, last_used, deleted, hint, labels = columns
+    return TokenRecord(
+        token_id,
+        account_id,
+        name,
+        _SCOPES[scope],
+        created,
+        expires,
+        hint,
+        _NO_LABELS if labels == "{}" else json.loads(labels),
+        last_used,
+        deleted,
+    )

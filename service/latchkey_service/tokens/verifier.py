@@ -1,0 +1,162 @@
+"""The answer to "may this secret do this?": memory, else parse → look up → decide. Under a lease.
+
+A verify is answered only while this process holds its lease, from memory or from a read
+(coherence rule 5). The clock is read after the verify began, and once is enough: a lease that is
+held then was not outwaited by any Delete that had answered before.
+
+A secret with a wrong checksum or tag is answered without a query and without a lease, and an
+unknown one is never remembered, so that a Create is seen at once.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from typing import NamedTuple
+
+from latchkey_coherence.memory import NOWHERE, Position
+
+from latchkey_service.coherence.reads import LeasedReads
+from latchkey_service.coherence.verifier_state import Membership
+from latchkey_service.secret_format import SECRET_LENGTH_MAX, Keyring, Malformed
+from latchkey_service.tokens.batched_lookup import Found, Lookup
+from latchkey_service.tokens.verdict import Record, TokenRecord, Verdict, decide
+
+__all__ = ["Answer", "Question", "Verifier"]
+
+
+class Answer(NamedTuple):
+    """A verdict, the encoded token if the secret has one, and the position that it is good for.
+
+    NOWHERE: nothing was read.
+    """
+
+    verdict: Verdict
+    token: bytes = b""
+    position: Position = NOWHERE
+
+
+# A presented secret and the number of the scope that is asked for.
+Question = tuple[str, int]
+
+# No secret has it: a digest of HMAC-SHA-256 is all zeros with a probability of 2**-256.
+NOBODYS_DIGEST = bytes(32)
+
+_MALFORMED = Answer(Verdict.MALFORMED)
+_UNKNOWN = Answer(Verdict.UNKNOWN)
+
+
+class Verifier:
+    """Answers verifies. Fails closed: without a lease, or a read, it raises StoreUnavailable."""
+
+    def __init__(
+        self,
+        keyring: Keyring,
+        lookup: Lookup,
+        reads: LeasedReads,
+        membership: Membership[Record],
+        encode: Callable[[TokenRecord], bytes],
+        clock: Callable[[], float],
+        unix_time: Callable[[], float],
+        *,
+        cache_seconds: float,
+        randomness: Callable[[], float],
+    ) -> None:
+        self._keyring = keyring
+        self._lookup = lookup
+        self._reads = reads
+        self._membership = membership
+        self._memory = membership.memory
+        self._entries = membership.memory.entries
+        self._encode = encode
+        self._clock = clock
+        self._unix_time = unix_time
+        self._cache_seconds = cache_seconds
+        self._randomness = randomness
+
+    def recall(self, presented: str, required_scope: int) -> Answer | None:
+        """Return the answer to one question from memory, or None."""
+        if len(presented) > SECRET_LENGTH_MAX:
+            return None
+        if not self._entries or (now := self._clock()) >= self._membership.lease_ends:
+            return None
+        record = self._entries.get(sha256(presented.encode()).digest())
+        if record is None or now >= record.keep_until:
+            return None
+        record.used = True
+        # Nothing up to what was applied has changed it, or it would not be there.
+        return Answer(
+            decide(record, required_scope, self._unix_time()), record.token, self._memory.position
+        )
+
+    async def verify(self, presented: str, required_scope: int, deadline: float) -> Answer:
+        """Return the answer to one question that `recall` has none to.
+
+        At most one round trip, shared with others'. Raises StoreUnavailable, Overloaded, and
+        Unavailable at `deadline`, seconds on the process's clock.
+        """
+        digest = self._parse(presented)
+        if isinstance(digest, Answer):
+            return digest
+        began = await self._reads.begin(deadline)
+        found = await self._lookup.find(digest, deadline)
+        await self._reads.accept(found.snapshot, began, deadline)
+        # The time is read after the wait: expiry is judged at the moment of the answer.
+        return self._judge(presented, found, required_scope, self._unix_time())
+
+    async def verify_batch(self, questions: Sequence[Question], deadline: float) -> list[Answer]:
+        """Return the answers to up to 1,000 questions, in order, at the cost of one `verify`."""
+        parsed = [
+            self.recall(presented, required_scope) or self._parse(presented)
+            for presented, required_scope in questions
+        ]
+        digests = [digest for digest in parsed if isinstance(digest, bytes)]
+        if not digests:
+            return [answer for answer in parsed if isinstance(answer, Answer)]
+        began = await self._reads.begin(deadline)
+        found = await self._lookup.find_all(digests, deadline)
+        await self._reads.accept(found[0].snapshot, began, deadline)
+        founds = iter(found)
+        now = self._unix_time()
+        return [
+            digest
+            if isinstance(digest, Answer)
+            else self._judge(presented, next(founds), required_scope, now)
+            for digest, (presented, required_scope) in zip(parsed, questions, strict=True)
+        ]
+
+    async def check(self, deadline: float) -> None:
+        """Return if a verify that needs a look-up would be answered now.
+
+        For the health service. Raises what `verify` does.
+        """
+        began = await self._reads.begin(deadline)
+        found = await self._lookup.find(NOBODYS_DIGEST, deadline)
+        await self._reads.accept(found.snapshot, began, deadline)
+
+    def _judge(self, presented: str, found: Found, required_scope: int, now: float) -> Answer:
+        """Decide about what was read, and remember it where the fill rule allows."""
+        read = found.record
+        if read is None:
+            return Answer(Verdict.UNKNOWN, b"", found.snapshot.position)
+        record = Record(
+            read.id,
+            int(read.scope),
+            math.inf if read.expire_time is None else read.expire_time.timestamp(),
+            self._encode(read),
+            deleted=read.delete_time is not None,
+            # Half of the time to all of it, so that tokens that were read together, as after a
+            # start, are not read again together.
+            keep_until=self._clock() + self._cache_seconds * (0.5 + 0.5 * self._randomness()),
+        )
+        position = found.snapshot.position
+        if self._memory.entries_max:
+            self._memory.admit(sha256(presented.encode()).digest(), record, position)
+        return Answer(decide(record, required_scope, now), record.token, position)
+
+    def _parse(self, presented: str) -> bytes | Answer:
+        """Return the digest to look up, or the answer where none is needed."""
+        try:
+            digest = self._keyring.digest_of(presented)
+        except Malformed:
+            return _MALFORMED
+        return _UNKNOWN if digest is None else digest

@@ -1,0 +1,324 @@
+"""The server of the `native` transport, with bounded, fair queues in front of the handlers.
+
+The library (0.5.0) starts every call as soon as it arrives. With hundreds of calls in flight, each
+turn of the event loop then takes as long as answering all of them, and a call that waits for
+Postgres waits for several such turns. A flood of verifies would delay a Create by a second, and a
+flood of Creates would delay the verifies. So calls wait in a queue per role, and each turn starts a
+few from every queue.
+
+The queues are bounded like others (`admission.py`). Health checks bypass them.
+
+The server also discards calls that were cancelled before they started; the library would never free
+them. And it ends streams whose clients do not read; the library would block a thread for each.
+"""
+
+import asyncio
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Final, Protocol
+
+import grpc
+
+# `from pygrpc_native import aio` makes the package's lazy attributes (0.5.0) recurse endlessly.
+import pygrpc_native.aio
+from pygrpc_native import EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL
+
+from latchkey_service.access.methods import MANAGER, METHODS, OPEN, OPERATOR, VERIFIER
+from latchkey_service.errors import StatusParts
+from latchkey_service.rpc.admission import QueueLimit
+from latchkey_service.rpc.lenient_parsing import BATCH_VERIFY
+
+__all__ = ["Reject", "Server"]
+
+# Calls started per turn: some 0.2 ms for each queue. A batch may contain a thousand verifies. Turns
+# have a cost, so more verifies start per turn while no other call arrives that would have to wait.
+VERIFIES_IN_TURN: Final = 16
+VERIFIES_ALONE: Final = 64
+ALONE_SECONDS: Final = 1.0
+OTHERS_IN_TURN: Final = 4
+BATCHES_IN_TURN: Final = 1
+# Calls that may wait beyond those of the next turn. Under sustained load: some 1 ms of verifies. In
+# a burst: more, at some 2 kB each.
+STANDING: Final = 48
+BURST: Final = 5_000
+# How many calls may start before new ones are fetched, and how many are fetched at most.
+FETCH_AFTER: Final = 48
+FETCH_MAX: Final = 256
+# Time for the library's thread to send answers on busy cores: a thousand times what it needs on
+# idle ones.
+ANSWERS_OUT_SECONDS: Final = 0.1
+# Delay before retrying to send to a stream whose client has no room; doubles up to the maximum. And
+# the time after which the stream is ended.
+ROOM_SECONDS_MIN: Final = 0.001
+ROOM_SECONDS_MAX: Final = 0.25
+UNREAD_SECONDS: Final = 20.0
+# Cancellations that overtook their calls; more than are ever in flight.
+CANCELLED_MAX: Final = 2_000
+
+Event = Sequence[Any]
+
+
+class Reject(Protocol):
+    """Returns the status for a rejected call, and the delay before sending it.
+
+    `seconds` is how long its caller waits; None means no limit.
+    """
+
+    def __call__(self, path: str, seconds: float | None) -> tuple[StatusParts, float]:
+        """Count a rejection."""
+        ...
+
+
+class _Queue:
+    """Calls that wait to start, by id in order of arrival, each with its arrival time."""
+
+    def __init__(self, in_turn: int) -> None:
+        self.in_turn = in_turn
+        self.waiting: OrderedDict[int, tuple[float, Event]] = OrderedDict()
+        self.limit = QueueLimit(STANDING, BURST)
+
+    def take(self, count: int, now: float) -> list[Event]:
+        """Remove and return the first `count` calls, or fewer."""
+        count = min(count, len(self.waiting))
+        return [_with_time_left(now, *self.waiting.popitem(last=False)[1]) for _ in range(count)]
+
+
+class _DelayedClose:
+    """Wraps the library's Rust part and delays its close.
+
+    Closing discards the answers that its thread has not sent yet. The library closes it as soon as
+    the last call has ended in Python; on busy cores, that lost one answer in ten.
+    """
+
+    def __init__(self, front: Any) -> None:
+        self._front = front
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._front, name)
+
+    def close(self) -> None:
+        """Close after a delay. Called in a separate thread."""
+        time.sleep(ANSWERS_OUT_SECONDS)
+        self._front.close()
+
+
+class Server(pygrpc_native.aio.Server):
+    """A server on one plaintext address."""
+
+    def __init__(
+        self,
+        options: Sequence[tuple[str, Any]],
+        reject: Reject,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        # One thread for HTTP/2, not two: they share one core with Python, and switching between
+        # them used a fifth of it. To use more cores, run more workers.
+        super().__init__(options=options, io_threads=1)
+        self._reject_call = reject
+        self._monotonic = monotonic
+        self._verifies = _Queue(VERIFIES_IN_TURN)
+        self._batches = _Queue(BATCHES_IN_TURN)
+        self._by_role = {
+            VERIFIER: self._verifies,
+            MANAGER: _Queue(OTHERS_IN_TURN),
+            OPERATOR: _Queue(OTHERS_IN_TURN),
+        }
+        self._queues = (self._batches, *self._by_role.values())
+        # A cancellation may overtake its call: the library's thread and this one both fetch.
+        self._cancelled: OrderedDict[int, None] = OrderedDict()
+        # By the method's number in events. None: calls start at once.
+        self._queue_of: list[_Queue | None] = []
+        # When the last call other than a verify arrived.
+        self._others_at = -math.inf
+        # Whether this turn has started its share, with the next turn scheduled.
+        self._in_turn = False
+        # Calls started since the last fetch.
+        self._begun = 0
+
+    async def start(self) -> None:
+        """Start serving."""
+        # Before the first event: the event loop does not run in between.
+        await super().start()
+        self._queue_of = [self._queue_for(path) for path, _ in self._table]
+
+    async def stop(self, grace: float | None) -> None:
+        """Stop after calls have had `grace` seconds to finish."""
+        # Queued calls arrived before the stop, so they still run.
+        waiting = [event for queue in self._queues for _, event in queue.waiting.values()]
+        for queue in self._queues:
+            queue.waiting.clear()
+        super()._on_events(waiting)  # type: ignore[arg-type]
+        if self._front is not None and not self._stopping:
+            self._front = _DelayedClose(self._front)  # type: ignore[assignment]
+        await super().stop(grace)
+
+    def _queue_for(self, path: str) -> _Queue | None:
+        if path == BATCH_VERIFY:
+            return self._batches
+        return self._by_role.get(METHODS.get(path, OPEN).role or "")
+
+    def _on_events(self, events: Sequence[Event]) -> None:
+        """Queue the events in order; start a share if this turn has not started one."""
+        if not self._in_turn and self._is_share(events):
+            # Usually the queues are empty, and using them would add a twentieth to a verify's time.
+            self._begin(events)
+            return
+        at_once, now = [], self._monotonic()
+        for event in events:
+            kind, call_id, method_id = event[0], event[1], event[2]
+            if kind == EVENT_CANCEL:
+                if not any(queue.waiting.pop(call_id, None) for queue in self._queues):
+                    at_once.append(event)
+                continue
+            if self._cancelled and call_id in self._cancelled:
+                del self._cancelled[call_id]
+                continue
+            queue = self._queue_of[method_id]
+            if queue is not None and queue is not self._verifies:
+                self._others_at = now
+            if queue is None:
+                at_once.append(event)
+            # Calls that the next turn starts do not count as queued.
+            elif (queued := len(queue.waiting) - queue.in_turn) >= 0 and queue.limit.rejects(
+                queued, now
+            ):
+                self._reject_event(event)
+            else:
+                queue.waiting[call_id] = now, event
+        if at_once:
+            super()._on_events(at_once)  # type: ignore[arg-type]
+            self._forget_cancelled(at_once)
+        if not self._in_turn:
+            self._begin_some()
+
+    def _forget_cancelled(self, events: Sequence[Event]) -> None:
+        """Make sure that calls cancelled just now are neither kept nor started.
+
+        The library keeps each call, with its request, until the call's task removes it. A task that
+        is cancelled before its first step never runs. So a client that cancels its calls as soon as
+        it has sent them would fill the memory.
+        """
+        for kind, call_id, *_ in events:
+            if kind != EVENT_CANCEL:
+                continue
+            call = self._calls.get(call_id)
+            if call is None:
+                # It has not arrived yet, or was rejected.
+                self._cancelled[call_id] = None
+                if len(self._cancelled) > CANCELLED_MAX:
+                    self._cancelled.popitem(last=False)
+            elif call.task is not None:
+                call.task.add_done_callback(partial(self._forget, call_id))
+
+    def _forget(self, call_id: int, _task: "asyncio.Task[None]") -> None:
+        self._calls.pop(call_id, None)
+
+    def _begin_some(self) -> None:
+        """Start this turn's share of each queue, and schedule the next turn."""
+        if self._begun >= FETCH_AFTER:
+            # While the loop is busy, the library's thread seldom runs, and new calls would wait
+            # uncounted in the library.
+            self._begun = 0
+            # This is the turn of the fetched calls: do not start them again from _on_events.
+            self._in_turn = True
+            assert self._front is not None, "it has started"  # noqa: S101 - for the type checker
+            try:
+                self._on_events(self._front.recv_batch_details(FETCH_MAX, 0) or ())
+            except BaseException:
+                # The next turn starts the queued calls.
+                asyncio.get_running_loop().call_soon(self._begin_some)
+                raise
+        share: list[Event] = []
+        now = self._monotonic()
+        for queue in self._queues:
+            if queue.waiting:
+                share += queue.take(self._share_of(queue, now), now)
+        self._in_turn = bool(share)
+        if share:
+            self._begin(share)
+
+    def _begin(self, share: Sequence[Event]) -> None:
+        """Start a turn's share, and schedule the next turn."""
+        self._in_turn = True
+        self._begun += len(share)
+        try:
+            super()._on_events(share)  # type: ignore[arg-type]
+        finally:
+            # Runs after the first step of the calls just started. It must be scheduled even after
+            # an error, or no further call would ever start.
+            asyncio.get_running_loop().call_soon(self._begin_some)
+
+    def _share_of(self, queue: _Queue, now: float) -> int:
+        """Return how many calls of a queue may start in this turn."""
+        if queue is self._verifies and now - self._others_at > ALONE_SECONDS:
+            return VERIFIES_ALONE
+        return queue.in_turn
+
+    def _is_share(self, events: Sequence[Event]) -> bool:
+        """Return whether these are all verifies, and no more than may start in one turn."""
+        verifies, queue_of, cancelled = self._verifies, self._queue_of, self._cancelled
+        if len(events) > self._share_of(verifies, self._monotonic()):
+            return False
+        for event in events:
+            if event[0] == EVENT_CANCEL or queue_of[event[2]] is not verifies:
+                return False
+            if cancelled and event[1] in cancelled:
+                return False
+        return True
+
+    async def _send(self, call: Any, context: Any, response: Any) -> bool:
+        """Send a stream's message once its client has room. Return False if the stream closed.
+
+        The library waits in a thread without a limit, and there may be only six threads. Everyone
+        may open a health watch: a few clients that do not read would use up all threads.
+        """
+        data = self._encode(call, context, response)
+        if data is None:
+            return False
+        assert self._front is not None, "it has started"  # noqa: S101 - for the type checker
+        context._initial_sent = True  # noqa: SLF001 - the library does this in its own `_send`
+        give_up = self._monotonic() + UNREAD_SECONDS
+        pause_seconds = ROOM_SECONDS_MIN
+        while (sent := self._front.stream_try_send(call.call_id, data)) == STREAM_FULL:
+            if self._monotonic() >= give_up:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "The client read nothing.")
+            await asyncio.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, ROOM_SECONDS_MAX)
+        return sent != STREAM_CLOSED
+
+    def _reject_event(self, event: Event) -> None:
+        call_id, path, seconds = event[1], self._table[event[2]][0], _seconds_left(event)
+        status, delay_seconds = self._reject_call(path, seconds)
+
+        def fail() -> None:
+            assert self._front is not None, "it has started"  # noqa: S101 - for the type checker
+            self._front.fail(
+                call_id,
+                status.code.value[0],
+                status.message,
+                trailing_metadata=list(status.trailing_metadata),
+            )
+
+        if delay_seconds:
+            asyncio.get_running_loop().call_later(delay_seconds, fail)
+        else:
+            fail()
+
+
+def _seconds_left(event: Event) -> float | None:
+    """Return the caller's remaining time when the event was fetched; None means no limit."""
+    _, _, seconds = event[5]
+    return None if seconds is None else float(seconds)
+
+
+def _with_time_left(now: float, came: float, event: Event) -> Event:
+    """Return the event with the caller's remaining time updated."""
+    seconds = _seconds_left(event)
+    # After a wait of less than a turn, updating it is not worth the cost.
+    if seconds is None or now - came < 0.001:
+        return event
+    metadata, peer, _ = event[5]
+    return (*event[:5], (metadata, peer, max(0.0, seconds - (now - came))))
