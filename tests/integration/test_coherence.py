@@ -21,6 +21,7 @@ from latchkey_service.postgres.connections import Connector, Pool, connect
 from latchkey_service.rpc import admission
 from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens import queue_limit
 from latchkey_service.tokens.batched_lookup import Lookup
 from latchkey_service.tokens.verifier import NOBODYS_DIGEST
 
@@ -81,7 +82,7 @@ def settings(database_url: str, pepper_file: "Path") -> "Settings":
 def nobody_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A burst of Deletes on a busy machine is taken for more than can be done. That is not what is
     looked at here."""
-    monkeypatch.setattr(admission, "STANDING_SECONDS", WAIT_SECONDS)
+    monkeypatch.setattr(queue_limit, "STANDING_SECONDS", WAIT_SECONDS)
     monkeypatch.setattr(admission, "QUEUE_SECONDS_MAX", WAIT_SECONDS)
 
 

@@ -26,8 +26,8 @@ from latchkey_service.postgres.embedded_cluster import (
     DataDirInUse,
     EmbeddedError,
     EmbeddedPostgres,
-    default_data_dir,
 )
+from latchkey_service.settings.data_dir import default_data_dir
 
 pytestmark = [
     # The tests share one cluster, and take turns in stopping it.

@@ -11,7 +11,7 @@ from typing import Any
 
 from latchkey_service.__main__ import main
 from latchkey_service.process import periodic as background
-from latchkey_service.settings.logs import Counts
+from latchkey_service.rpc.counters import Counts
 from latchkey_service.tokens.management import Tokens
 
 from tests.children import end_with_parent

@@ -12,8 +12,8 @@ import pytest
 from latchkey_service.access.credentials import digest_of
 from latchkey_service.access.methods import METHODS, ROLES
 from latchkey_service.access.policy import parse
-from latchkey_service.postgres.embedded_cluster import default_data_dir
 from latchkey_service.secret_format import Keyring, Pepper
+from latchkey_service.settings.data_dir import default_data_dir
 from latchkey_service.settings.settings import Settings
 from pydantic_core import PydanticUndefined
 

@@ -37,7 +37,6 @@ from latchkey_service.postgres.embedded_host import (
     EmbeddedError,
     OsAccount,
     choose_account,
-    default_data_dir,
     is_postmaster,
     make_data_dir,
     make_socket_dir,
@@ -47,7 +46,7 @@ from latchkey_service.postgres.embedded_host import (
     spawn,
 )
 
-__all__ = ["DataDirInUse", "EmbeddedError", "EmbeddedPostgres", "default_data_dir"]
+__all__ = ["DataDirInUse", "EmbeddedError", "EmbeddedPostgres"]
 
 _POSTGRES_MAJOR: Final = "18"
 

@@ -20,15 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-import platformdirs
-
 __all__ = [
     "PORT",
     "DataDirInUse",
     "EmbeddedError",
     "OsAccount",
     "choose_account",
-    "default_data_dir",
     "is_postmaster",
     "make_data_dir",
     "make_socket_dir",
@@ -56,13 +53,6 @@ class EmbeddedError(Exception):
 
 class DataDirInUse(EmbeddedError):
     """Another process uses the data directory."""
-
-
-def default_data_dir() -> Path:
-    """Return the data directory to use if LATCHKEY_DATA_DIR is not set."""
-    if os.geteuid() == 0:  # Root's home is often 0700, so PostgreSQL's account cannot enter it.
-        return Path("/var/lib/latchkey")
-    return Path(platformdirs.user_data_dir("latchkey", appauthor=False))
 
 
 @dataclass(frozen=True)

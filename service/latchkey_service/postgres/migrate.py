@@ -70,7 +70,7 @@ class Migration:
 def bundled() -> "list[Migration]":
     """Return this release's migrations, in order."""
     found = []
-    for file in resources.files("latchkey_service").joinpath("migrations").iterdir():
+    for file in resources.files("latchkey_service").joinpath("postgres", "migrations").iterdir():
         match = re.fullmatch(r"(\d{4})_(\w+)\.sql", file.name)
         if match:
             found.append(Migration(int(match[1]), match[2], file.read_text("utf-8")))

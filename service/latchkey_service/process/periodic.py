@@ -10,7 +10,8 @@ from latchkey_service.audit.audit_table import AuditTable
 from latchkey_service.coherence.verifier_table import VerifierTable
 from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.postgres.circuit_breaker import spread
-from latchkey_service.settings.logs import Counts, logger
+from latchkey_service.rpc.counters import Counts
+from latchkey_service.settings.logs import logger
 from latchkey_service.tokens import fleet
 from latchkey_service.tokens.token_store import Store
 

@@ -56,6 +56,7 @@ from latchkey_service.process.periodic import (
 )
 from latchkey_service.rpc.audit_service import AuditService
 from latchkey_service.rpc.call_report import CallReporter
+from latchkey_service.rpc.counters import Counts
 from latchkey_service.rpc.health_service import Health
 from latchkey_service.rpc.interceptor import Calls
 from latchkey_service.rpc.maintenance_service import MaintenanceService
@@ -63,7 +64,7 @@ from latchkey_service.rpc.status_service import StatusService
 from latchkey_service.rpc.token_service import TokenService, encode_token
 from latchkey_service.secret_format import Keyring
 from latchkey_service.settings import exposure
-from latchkey_service.settings.logs import Counts, logger
+from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.batched_lookup import Lookup
 from latchkey_service.tokens.management import Tokens

@@ -22,7 +22,6 @@ callers that retry at once from taking the time that answers need.
 
 import asyncio
 import contextvars
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 from types import TracebackType
@@ -35,11 +34,13 @@ from latchkey_service.errors import (
     Overloaded,
     StoreUnavailable,
 )
+from latchkey_service.tokens.queue_limit import (
+    STUCK_SECONDS,
+    QueueLimit,
+)
 
 __all__ = [
-    "STUCK_SECONDS",
     "ConcurrencyLimiter",
-    "QueueLimit",
     "RejectionPacer",
     "Slot",
     "release_slot",
@@ -47,14 +48,10 @@ __all__ = [
 ]
 
 TOO_MANY: Final = "Too many calls are waiting for the database; try again shortly."
-STANDING_SECONDS: Final = 0.1
-CALM_SECONDS: Final = 1.0
 STANDING: Final = 1
 BURST: Final = 25
 # Longest wait for a slot. Statements have the same limit: by then, every slot's holder has failed.
 QUEUE_SECONDS_MAX: Final = 2.0
-# If no call has finished for this long, the database hangs; load alone does not explain it.
-STUCK_SECONDS: Final = 0.1
 # The period is at least this many times the average duration of a call.
 STUCK_CALLS: Final = 5
 # Weight of the newest sample in the moving average of a call's duration.
@@ -64,30 +61,6 @@ SMOOTHING: Final = 0.1
 REJECTIONS_PER_SECOND: Final = 1_000
 REJECTIONS_AT_ONCE: Final = 100
 REJECTION_SECONDS_MAX: Final = 1.0
-
-
-class QueueLimit:
-    """Limits one queue: `burst` calls, or `standing` if the queue has not drained for a while."""
-
-    def __init__(self, standing: int, burst: int) -> None:
-        self._standing, self._burst = standing, burst
-        self._since = 0.0
-        self._last_rejected = -math.inf
-
-    def empty(self, now: float) -> None:
-        """Record that the queue is empty or nearly empty."""
-        self._since = now
-
-    def rejects(self, waiting: int, now: float) -> bool:
-        """Return whether a call that arrives now, behind `waiting` others, must be rejected."""
-        if not waiting:
-            self.empty(now)
-        stands = now - self._since > STANDING_SECONDS or now - self._last_rejected < CALM_SECONDS
-        if waiting < (self._standing if stands else self._burst):
-            return False
-        if stands:
-            self._last_rejected = now
-        return True
 
 
 def wait_seconds(waiting: int, slots: int, call_seconds: float) -> float:

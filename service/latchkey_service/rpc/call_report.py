@@ -25,8 +25,9 @@ from latchkey_service.errors import (
     status_of,
 )
 from latchkey_service.rpc.admission import RejectionPacer
+from latchkey_service.rpc.counters import Counts
 from latchkey_service.rpc.deadlines import budget_seconds
-from latchkey_service.settings.logs import Counts, logger
+from latchkey_service.settings.logs import logger
 
 __all__ = ["CallReporter", "request_id_of"]
 

@@ -21,6 +21,7 @@ from latchkey_service.audit.audit_log import AuditContext, AuditLog, call_audit_
 from latchkey_service.errors import LatchkeyError, Overloaded, RateLimited, StatusParts
 from latchkey_service.rpc.admission import ConcurrencyLimiter
 from latchkey_service.rpc.call_report import CallReporter, request_id_of
+from latchkey_service.rpc.counters import Counts
 from latchkey_service.rpc.deadlines import budget_seconds
 from latchkey_service.rpc.lenient_parsing import BATCH_MAX, BATCH_VERIFY, VERIFY
 from latchkey_service.rpc.request_parsing import (
@@ -29,7 +30,6 @@ from latchkey_service.rpc.request_parsing import (
     request_not_parsed,
     require_parsed,
 )
-from latchkey_service.settings.logs import Counts
 
 __all__ = ["Calls"]
 

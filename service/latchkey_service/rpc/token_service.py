@@ -26,9 +26,9 @@ from latchkey_service.coherence.watch_sessions import (
 )
 from latchkey_service.errors import FieldViolation, InvalidArgument
 from latchkey_service.rpc.admission import release_slot
+from latchkey_service.rpc.counters import Counts
 from latchkey_service.rpc.deadlines import budget_seconds, confirmation_seconds
 from latchkey_service.rpc.lenient_parsing import BATCH_MAX
-from latchkey_service.settings.logs import Counts
 from latchkey_service.tokens.management import NewToken, Tokens
 from latchkey_service.tokens.token_store import Deletion
 from latchkey_service.tokens.verdict import TokenRecord, Verdict

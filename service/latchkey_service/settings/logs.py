@@ -1,4 +1,4 @@
-"""Structured logs, and counters where a line per event would cost too much.
+"""Structured logs.
 
 Management calls and failed calls get a line each. Successful verifies are only counted, because a
 line costs more than the call; a sample of them is logged on request. No line has a field for
@@ -8,14 +8,11 @@ anything that a caller presented, so a secret in a wrong field cannot end up in 
 import logging
 import re
 import sys
-from collections import Counter
 from typing import Any, Literal
 
 import structlog
 
-from latchkey_service.tokens.verdict import Verdict
-
-__all__ = ["Counts", "Format", "configure", "format_of", "logger"]
+__all__ = ["Format", "configure", "format_of", "logger"]
 
 GRPCIO = "grpc._cython.cygrpc"
 
@@ -25,22 +22,6 @@ Format = Literal["json", "console"]
 def logger(**initial: Any) -> structlog.stdlib.BoundLogger:
     """Return a logger whose lines all have the fields in `initial`."""
     return structlog.stdlib.get_logger(**initial)
-
-
-class Counts:
-    """Counters since the last summary. Event loop only."""
-
-    def __init__(self) -> None:
-        self.verdicts: Counter[Verdict] = Counter()
-        self.calls: Counter[tuple[str, str]] = Counter()
-
-    def take(self) -> dict[str, int]:
-        """Return the counts by name and reset them."""
-        summary = {f"verdict.{v.name}": n for v, n in sorted(self.verdicts.items())}
-        summary |= {f"{method}.{code}": n for (method, code), n in sorted(self.calls.items())}
-        self.verdicts.clear()
-        self.calls.clear()
-        return summary
 
 
 def format_of(setting: Literal["json", "console", "auto"]) -> Format:

@@ -16,8 +16,8 @@ from latchkey_coherence.lease import LEASE_SECONDS_MAX
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from latchkey_service.postgres.embedded_cluster import default_data_dir
 from latchkey_service.settings import exposure
+from latchkey_service.settings.data_dir import default_data_dir
 
 __all__ = ["ConfigError", "Settings", "describe", "from_json", "load", "to_json"]
 

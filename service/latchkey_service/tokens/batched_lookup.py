@@ -18,7 +18,7 @@ from latchkey_service.coherence.snapshot import Snapshot
 from latchkey_service.errors import NO_ANSWER, TOO_LATE, Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.postgres.circuit_breaker import spread
 from latchkey_service.postgres.connections import answers, retrying, translated
-from latchkey_service.rpc.admission import STUCK_SECONDS, QueueLimit
+from latchkey_service.tokens.queue_limit import STUCK_SECONDS, QueueLimit
 from latchkey_service.tokens.token_store import FIND_BY_DIGEST, record_of, snapshot_of
 from latchkey_service.tokens.verdict import TokenRecord
 

@@ -28,8 +28,8 @@ from pygrpc_native import EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL
 
 from latchkey_service.access.methods import MANAGER, METHODS, OPEN, OPERATOR, VERIFIER
 from latchkey_service.errors import StatusParts
-from latchkey_service.rpc.admission import QueueLimit
 from latchkey_service.rpc.lenient_parsing import BATCH_VERIFY
+from latchkey_service.tokens.queue_limit import QueueLimit
 
 __all__ = ["Reject", "Server"]
 

@@ -10,11 +10,12 @@ from latchkey_service.errors import LatchkeyError, Overloaded, StoreUnavailable
 from latchkey_service.rpc import admission
 from latchkey_service.rpc.admission import (
     ConcurrencyLimiter,
-    QueueLimit,
     RejectionPacer,
     release_slot,
     wait_seconds,
 )
+from latchkey_service.tokens import queue_limit
+from latchkey_service.tokens.queue_limit import QueueLimit
 
 LONG = 1_000.0
 PATIENT = 10.0
@@ -77,15 +78,15 @@ def test_burst_may_queue_but_standing_queue_is_short() -> None:
     limit, now = QueueLimit(standing=2, burst=50), 1_000.0
     assert not limit.rejects(0, now)
     assert [limit.rejects(waiting, now) for waiting in (49, 50)] == [False, True]
-    now += admission.STANDING_SECONDS - 0.01
+    now += queue_limit.STANDING_SECONDS - 0.01
     assert not limit.rejects(49, now)
     now += 0.02
     assert [limit.rejects(waiting, now) for waiting in (1, 2, 49)] == [False, True, True]
     # Empty for a moment, which does not end the restriction.
     assert not limit.rejects(0, now)
-    now += admission.CALM_SECONDS - 0.01
+    now += queue_limit.CALM_SECONDS - 0.01
     assert [limit.rejects(waiting, now) for waiting in (0, 1, 2)] == [False, False, True]
-    now += admission.CALM_SECONDS
+    now += queue_limit.CALM_SECONDS
     assert [limit.rejects(waiting, now) for waiting in (0, 49, 50)] == [False, False, True]
 
 
@@ -138,7 +139,7 @@ async def test_standing_queue_rejects_at_once() -> None:
     for number in range(1 + admission.BURST):
         await work.call(number)
     assert isinstance(rejected(limiter), Overloaded)
-    clock.now += admission.STANDING_SECONDS + 0.01
+    clock.now += queue_limit.STANDING_SECONDS + 0.01
     for number in range(admission.BURST - admission.STANDING):
         # Calls still finish now and then, so load is the cause.
         await work.end(number)
@@ -159,7 +160,7 @@ async def test_standing_queue_rejects_at_once() -> None:
 
     assert await burst(2_000) == 1 + admission.STANDING
     await work.end_all()
-    clock.now += admission.CALM_SECONDS + 0.01
+    clock.now += queue_limit.CALM_SECONDS + 0.01
     assert await burst(3_000) == 1 + admission.BURST
     await work.end_all()
 
@@ -191,7 +192,7 @@ async def test_hanging_database_is_not_reported_as_overload() -> None:
     work = Work(limiter)
     for number in range(1 + admission.STANDING):
         await work.call(number)
-    clock.now += admission.STUCK_SECONDS + 0.01
+    clock.now += queue_limit.STUCK_SECONDS + 0.01
     assert isinstance(rejected(limiter), StoreUnavailable)
     await work.end_all()
 

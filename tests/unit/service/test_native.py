@@ -9,7 +9,7 @@ import grpc
 import pygrpc_native.aio
 import pytest
 from latchkey_service.errors import Overloaded, StatusParts, status_of
-from latchkey_service.rpc import admission
+from latchkey_service.tokens import queue_limit
 from latchkey_service.transport import native
 from pygrpc_native import EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL, STREAM_SENT
 
@@ -128,7 +128,7 @@ async def test_queues_are_bounded(server: Server) -> None:
     assert server.front.failed == [
         (number, grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]) for number in range(room, room + 3)
     ]
-    server.clock += admission.STANDING_SECONDS + 0.1
+    server.clock += queue_limit.STANDING_SECONDS + 0.1
     server.come(CREATE, [-1])
     server.come(VERIFY, [room + 3])
     assert server.rejected == [VERIFY] * 4

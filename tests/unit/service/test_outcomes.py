@@ -18,7 +18,7 @@ from latchkey_service.errors import (
     WatchRefused,
 )
 from latchkey_service.rpc.call_report import CallReporter
-from latchkey_service.settings.logs import Counts
+from latchkey_service.rpc.counters import Counts
 
 WATCH = "/latchkey.v1.TokenService/Watch"
 DELETE = "/latchkey.v1.TokenService/Delete"
