@@ -5,11 +5,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-__all__ = ["DRIFT_MAX", "boottime", "client_lease_end", "outwait_seconds", "server_lease_end"]
+__all__ = [
+    "DRIFT_MAX",
+    "LEASE_SECONDS_MAX",
+    "boottime",
+    "client_lease_end",
+    "outwait_seconds",
+    "server_lease_end",
+]
 
 # How far the rates of two machines' clocks may differ: a thousandth, many times what clocks that
 # are kept by NTP do, and twice what NTP allows itself to slew them by.
 DRIFT_MAX: Final = 0.001
+
+# The longest lease that a server may be set to. Who does not know which servers there are waits for
+# this long.
+LEASE_SECONDS_MAX: Final = 5.0
 
 # Goes on while the machine sleeps, which `time.monotonic` on Linux does not: a lease that stood
 # still during a suspend would come back to life. On macOS CLOCK_MONOTONIC is of this kind.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from dotenv import dotenv_values
+from latchkey_coherence.lease import LEASE_SECONDS_MAX
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -168,7 +169,7 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(
         3.0,
         ge=0.3,
-        le=5.0,
+        le=LEASE_SECONDS_MAX,
         description="how long verifies may be answered from memory without word from Postgres, "
         "and a Delete may have to wait for a verifier that hangs",
     )

@@ -340,7 +340,9 @@ def translated() -> Iterator[None]:
         asyncpg.PostgresConnectionError,  # 08xxx: broken off
         asyncpg.OperatorInterventionError,  # 57xxx: shutting down, starting up, cancelled
         asyncpg.InsufficientResourcesError,  # 53xxx: too many connections, disk full
-        asyncpg.LockNotAvailableError,  # 55P03: lock_timeout
+        # 55P03: lock_timeout. 55000: the database accepts no connections, as while it is replaced;
+        # the server is a standby, which has no position in the WAL that it could report.
+        asyncpg.ObjectNotInPrerequisiteStateError,
         asyncpg.ReadOnlySQLTransactionError,  # 25006: a standby, or a deposed primary
         asyncpg.InvalidAuthorizationSpecificationError,  # 28xxx: also while roles are restored
         asyncpg.InvalidCatalogNameError,  # 3D000: also while the database is restored

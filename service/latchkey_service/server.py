@@ -259,7 +259,14 @@ async def running(
 
     store = Store(pool)
     table = VerifierTable(pool)
-    confirmer = Confirmer(table, connector.connect, heart.wake, boottime, notify=notify)
+    confirmer = Confirmer(
+        table,
+        connector.connect,
+        heart.wake,
+        boottime,
+        lambda: membership.settles_at,
+        notify=notify,
+    )
     verifier = Verifier(
         keyring,
         lookup,

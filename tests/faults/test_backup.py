@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import asyncpg
 import latchkey
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
@@ -23,8 +24,15 @@ from tests.faults.host import (
     client_remembers,
     two_hosts,
 )
-from tests.postgres_node import POSTGRES_SECONDS_MAX, Node, Template, lone_node, new_folder
-from tests.support import eventually
+from tests.postgres_node import (
+    HOST,
+    POSTGRES_SECONDS_MAX,
+    Node,
+    Template,
+    lone_node,
+    new_folder,
+)
+from tests.support import WAIT_SECONDS, eventually
 
 pytestmark = pytest.mark.xdist_group("faults")
 
@@ -232,6 +240,83 @@ async def test_a_restore_without_lost_deletions(
         await all_refuse(made, ghost.secret, "UNKNOWN")
         await all_accept(made, kept.secret)
         made.check()
+
+
+async def in_template(node: Node, *statements: str) -> None:
+    """Run statements as superuser from another database than the service's."""
+    connection = await asyncpg.connect(
+        node.url_at(node.address, role="postgres"), database="template1", timeout=WAIT_SECONDS
+    )
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        connection.terminate()
+
+
+async def run_program(template: Template, node: Node, name: str, *arguments: str) -> None:
+    """Run one of Postgres' programs against the node, as superuser, to its end."""
+    process = await asyncio.create_subprocess_exec(
+        *(f"{template.own_programs}/{name}", "--host", HOST, "--port", str(node.port)),
+        *("--username", "postgres", *arguments),
+        stdin=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        env={"PGPASSWORD": template.password},
+    )
+    try:
+        async with asyncio.timeout(POSTGRES_SECONDS_MAX):
+            _, err = await process.communicate()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+    assert process.returncode == 0, err.decode()
+
+
+async def test_a_dump_takes_the_place_of_the_database(
+    node: Node, pair_template: Template, tmp_path: Path, pepper_file: Path
+) -> None:
+    """A dump is restored into a new database of the same cluster, which then takes the old one's
+    name. The service is unavailable while the database accepts no connections, and reports no
+    fault of its own. What holds for a restored backup holds afterwards."""
+    async with (
+        two_hosts(node, tmp_path, pepper_file, lease_seconds=LEASE_SECONDS) as hosts,
+        watched(hosts) as made,
+    ):
+        kept, doomed = await hosts.deleter.create(), await hosts.deleter.create()
+        dump = tmp_path / "latchkey.dump"
+        await run_program(
+            pair_template, node, "pg_dump", "--format=custom", f"--file={dump}", "latchkey"
+        )
+        ghost = await hosts.other.create()
+        made.watch(kept, doomed, ghost)
+        await all_remember(made, kept, doomed, ghost)
+        await in_template(node, "CREATE DATABASE restored TEMPLATE template1 OWNER latchkey")
+        await run_program(
+            pair_template, node, "pg_restore", "--exit-on-error", "--dbname=restored", str(dump)
+        )
+        await in_template(
+            node,
+            "ALTER DATABASE latchkey ALLOW_CONNECTIONS false",
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'latchkey'",
+        )
+        for running in made.hosts:
+            await running.answers(ghost.secret, "UNAVAILABLE")
+        await in_template(
+            node,
+            "ALTER DATABASE latchkey RENAME TO before",
+            "ALTER DATABASE restored RENAME TO latchkey",
+        )
+        await invalidate_all(hosts.other)
+        made.die(ghost)
+        await all_refuse(made, ghost.secret, "UNKNOWN")
+        await hosts.deleter.delete(doomed.token)
+        made.die(doomed)
+        await all_refuse(made, doomed.secret, "DELETED")
+        await all_accept(made, kept.secret)
+        made.check()
+        for running in made.hosts:
+            faults = [line for line in running.service.log if "exception" in line]
+            assert faults == []
 
 
 @pytest.fixture

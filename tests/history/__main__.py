@@ -93,24 +93,27 @@ async def _fail_over(options: argparse.Namespace, rule: str | None, scratch: Pat
     if rule is not None:
         _say(f"Without rule {rule} ({VARIABLE}): this has to fail.")
     template = await make_template(scratch)
-    async with pair(scratch, template) as servers:
-        if options.only != "run":
-            (scratch / "directed").mkdir()
-            findings = Findings()
-            count = 0
-            directed = direct_failovers(scratch / "directed", servers, rule)
-            async with contextlib.aclosing(directed):
-                async for name, found in directed:
-                    findings, count = found, count + 1
-                    if complaints := report.violations(findings):
-                        _say(f"The scenario {name} has failed.")
-                        break
-            _say(*report.scenarios(findings, count))
-        if options.only != "scenarios" and not complaints:
-            (scratch / "run").mkdir()
+    if options.only != "run":
+        (scratch / "directed").mkdir()
+        findings = Findings()
+        count = 0
+        async with (
+            pair(scratch, template) as servers,
+            contextlib.aclosing(direct_failovers(scratch / "directed", servers, rule)) as directed,
+        ):
+            async for name, found in directed:
+                findings, count = found, count + 1
+                if complaints := report.violations(findings):
+                    _say(f"The scenario {name} has failed.")
+                    break
+        _say(*report.scenarios(findings, count))
+    if options.only != "scenarios" and not complaints:
+        (scratch / "run").mkdir()
+        # Another pair: the hosts of a run have other peppers.
+        async with pair(scratch, template) as servers:
             outcome = await run_failovers(scratch / "run", servers, options.size, rule)
-            _say("", *report.table(outcome))
-            complaints += report.complaints(outcome)
+        _say("", *report.table(outcome))
+        complaints += report.complaints(outcome)
     for complaint in complaints:
         _say(f"FAILED: {complaint}")
     return bool(complaints)

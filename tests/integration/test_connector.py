@@ -23,6 +23,12 @@ async def unprepared(*_: object) -> None:
     """Stands in for the settings of a connection that is none."""
 
 
+class Made(str):
+    """Stands in for a connection to the host of this name. A plain str has no weak references."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Silent:
     """Takes connections, as a frozen Postgres does, and says nothing."""
 
@@ -116,7 +122,7 @@ async def test_a_former_primary_hides_no_other(
         host = url.removeprefix("postgresql://").partition("/")[0]
         asked.append(host)
         if host == primary:
-            return host
+            return Made(host)
         raise failure if host == "h1" else asyncpg.CannotConnectNowError("starting")
 
     monkeypatch.setattr(asyncpg, "connect", connect)

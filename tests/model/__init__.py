@@ -14,11 +14,13 @@ in every order in which messages can be slow or lost, and processes stop, die an
     row, locked until it commits, and names its token in a log under that revision. So the order of
     revisions is the order of commits, without gaps.
 2.  A server process commits its row before it reads anything, and begins with an empty memory.
-3.  To renew, it reads its clock (t0), then reads the log up to head and applies it (drops what it
-    names), then updates its row. Its lease runs to t0 + T(1−ρ), if that touched exactly one row; if
-    not, it empties its memory, ends its clients' streams, and registers anew. Registering alone
-    gives no lease: the head that it read may be old by the time that its row can be seen. Log and
-    row go over one connection, and the commit is as durable as a deletion's.
+3.  To renew, it reads its clock (t0), then sends one statement to one database. The statement
+    updates its row on condition that the history there contains the position applied so far (see
+    12), and returns the log after it. The process applies the log, and its lease runs to t0 +
+    T(1−ρ), if the update touched exactly one row and its commit is as durable as a deletion's. If
+    no row was touched, row or history is lost: it empties its memory, its lease ends, it resets its
+    clients and registers again. Registering alone gives no lease. The row acknowledges what was
+    applied before the statement.
 4.  A verdict carries the revision q of the snapshot that it was read in. It holds at revision p if
     q ≥ p, or if nothing in (q, p] names its token, and that is known: the memory has not trimmed
     what q lacks. It may enter a memory, or answer a call that did not send it, only if it holds at
@@ -31,22 +33,32 @@ in every order in which messages can be slow or lost, and processes stop, die an
     all that it applies from then on; a grant comes after all that it presupposes and is no longer
     than the server's own lease. The client counts it from before it sent the very request that it
     answers, for duration × (1−ρ). The server has it on record for duration × (1+2ρ), from before
-    it goes out until its end, whatever becomes of the stream.
+    it goes out until its end, whatever becomes of the stream. A grant requires that the client
+    has confirmed all of the log that the renewal behind the server's lease returned.
 7.  A server acknowledges a revision in its row once it has applied it and each client that it has
     on record has said that it has applied it, or its record has ended.
 8.  Delete answers when every row that is there has acknowledged its revision, or T(1+ρ) after its
-    commit. Called again, it waits again.
+    commit. Called again, it commits as durably again, and waits again.
 9.  Whoever has seen a row's `renewal` unchanged for T(1+ρ) may remove it, if it still is unchanged.
     A server that shuts down removes its own once it has stopped answering and no client holds a
     sub-lease of it. A row is one process's: one that starts takes over no other's.
 10. A notification makes a renewal early. It does not stand for one.
 11. The log keeps what is not acknowledged. A reader that has applied less than where it starts
     empties its memory.
+12. A revision is a number in one history, so each carries a random mark. Revision and mark are a
+    position, and whoever holds the same position shares everything before it. Every log read states
+    the position applied so far. Every verdict, message on a stream and look at the rows counts only
+    where its position is known. After a loss of row or history the process registers with nothing
+    acknowledged while a grant may run. A Reset empties a client's memory, ends its lease and its
+    other streams, and voids the requests that it sent before. A log read or a verdict of a timeline
+    that the lease does not stand on counts for nothing; only a renewal adopts a timeline. NOT_FOUND
+    needs a lease, and neither a standby nor another timeline is believed.
 
 **Where to begin**: server.py is rules 1–5 and 8–11 inside one process, watch.py is clients and
-streams, failover.py a process left behind with a deposed primary. explore.py takes their actions in
-every order. broken.py breaks one rule after the other, and each time an order is found in which the
-guarantee falls:
+streams. histories.py is a process between two databases with different histories, management.py the
+tokens that only one of them has, moves.py a client that moves between two servers on different
+histories. explore.py takes their actions in every order. broken.py and rule_12.py break one rule
+after the other, and each time an order is found in which the guarantee falls:
 
     python -m tests.model                   # states and seconds; broken rules, in how many steps
     python -m tests.model "counted from"    # the steps, where a broken rule is named like that

@@ -22,7 +22,7 @@ Simplifications, each of which allows more than the service does, or loses nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -420,7 +420,7 @@ AGAINST_THE_RULES = (reads_clock, reads_log_to_renew, updates_row)
 # What everyone does when all is well, for Delete to be answered by acknowledgement.
 HEALTHY = (registers, renews, answers_by_acknowledgement)
 
-NAMES = {
+NAMES: Mapping[str, Mapping[Any, str]] = {
     "standby": {FOLLOWING: "following", CUT_OFF: "cut off", PROMOTED: "promoted"},
     "row": {NO_ROW: "none"},
     "delete": {BEFORE: "not begun", ANSWERED: "answered"},

@@ -14,9 +14,9 @@ are the rules for positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from tests.model.explore import Action, Model, Violation
 from tests.model.histories import CUT_OFF, FOLLOWING, NEW, OLD, OTHER, PROMOTED, UNREGISTERED
@@ -187,7 +187,7 @@ def reads_token(s: State, w: World) -> Iterator[State]:
         in_recovery = x not in writable(s)
         if in_recovery and "12 a standby is believed" not in w.broken:
             continue
-        found = {"at": x, "log": s.logs[x], "timeline": timeline(s, x)}
+        found: dict[str, Any] = {"at": x, "log": s.logs[x], "timeline": timeline(s, x)}
         if s.lookup.at == SENT and s.has_token[x]:
             yield s._replace(lookup=s.lookup._replace(**found))
         if s.call.at == SENT and (in_recovery or not s.has_token[x]):
@@ -297,7 +297,7 @@ ACTIONS: tuple[Action, ...] = (
     time_passes,
 )
 
-NAMES = {
+NAMES: Mapping[str, Mapping[Any, str]] = {
     "standby": {FOLLOWING: "following", CUT_OFF: "cut off", PROMOTED: "promoted"},
     "applied": {UNREGISTERED: "unregistered", "": "nothing"},
     "leased_by": {NOBODY: "nobody", OLD: "the old primary", NEW: "the new primary"},

@@ -97,13 +97,15 @@ class Server:
             if told is None:
                 self.heart = self.world.reached()
             else:
-                self.reply = lambda: membership.register(*told)
+                self.reply = lambda: membership.register(*told, self.clock())
             return
         began = self.clock()
         if news:
             log = database.read_log(membership.memory.position)
-            self.reply = lambda: self._apply(log, began)
-            return
+            # As the heart does: only a renewal may bring the lease to another server.
+            if not log.known or log.server == membership.server:
+                self.reply = lambda: self._apply(log, began)
+                return
         acknowledged = membership.acknowledgeable(began)
         renewal = database.renew(
             self.name, self.incarnation, membership.memory.position, acknowledged
@@ -163,7 +165,7 @@ class Server:
         def arrive() -> None:
             self._arrived(Known(token_id, live=live), snapshot, began, answer)
 
-        self.world.under_way.append(arrive)
+        self.world.send(arrive)
 
     def _arrived(
         self,
@@ -215,6 +217,8 @@ class Stream:
         self.end = client.subscription.open(client.clock())
         self.up: deque[Any] = deque()
         self.down: deque[Any] = deque()
+        # Held up on the way, for as long as a step does not say otherwise.
+        self.stuck = False
         server.streams.append(self)
         client.streams.append(self)
         if server.stopping:
@@ -282,7 +286,7 @@ class Client:
                     self.memory.admit(key, Known(token_id, live=live), position)
                 self.world.answered(token_id, started, valid=live)
 
-            self.world.under_way.append(come)
+            self.world.send(come)
 
         self.world.pick(self.world.servers).verify(token_id, arrive)
 
@@ -320,6 +324,8 @@ class World:
         self.token_numbers = itertools.count()
         self.tokens = [self._new_token() for _ in range(TOKENS)]
         self.under_way: list[Callable[[], None]] = []
+        # The same, but held up for long.
+        self.stragglers: list[Callable[[], None]] = []
         self.waits: list[tuple[str, Wait, Clock]] = []
         self.confirmed: dict[str, int] = {}
 
@@ -354,6 +360,11 @@ class World:
         if valid and self.confirmed.get(token_id, math.inf) < started:
             self.stale.append(f"{token_id}, by a verify begun at step {started}")
 
+    def send(self, message: Callable[[], None]) -> None:
+        """Put something on its way. Some messages take long."""
+        straggles = "a_straggler_arrives" in self.kinds and self.random.random() < 0.15
+        (self.stragglers if straggles else self.under_way).append(message)
+
     def maybe_wait(self) -> None:
         if self.random.random() < 0.3:
             self.time_passes()
@@ -373,9 +384,9 @@ class World:
                 server.acknowledge()
                 server.hear()
             for client in self.clients:
-                if all(stream.server.stopping for stream in client.streams):
+                if all(stream.server.stopping or stream.stuck for stream in client.streams):
                     Stream(client, self.pick(self.servers))
-                for stream in list(client.streams):
+                for stream in [stream for stream in client.streams if not stream.stuck]:
                     stream.client_speaks()
                     while stream.up:
                         stream.server_hears()
@@ -393,6 +404,26 @@ class World:
             for token_id in self.tokens[-TOKENS:]:
                 client.verify(token_id)
         self.reads_arrive()
+
+    def servers_are_well(self) -> None:
+        """The servers do all that is theirs to do, twice, while nothing reaches a client."""
+        for _ in range(2):
+            for server in self.servers:
+                for news in (True, False):
+                    server.beat(news=news)
+                    server.hear()
+                for stream in [stream for stream in server.streams if not stream.stuck]:
+                    while stream.up:
+                        stream.server_hears()
+                    stream.server_speaks()
+
+    def clients_are_well(self) -> None:
+        """The clients hear some of what is on its way to them, and say what they have to."""
+        for client in self.clients:
+            for stream in [stream for stream in client.streams if not stream.stuck]:
+                for _ in range(self.random.randint(0, len(stream.down))):
+                    stream.client_hears()
+                stream.client_speaks()
 
     def time_passes_well(self) -> None:
         self.now += 0.9
@@ -428,6 +459,16 @@ class World:
             )
             for _ in range(self.random.randint(1, 4)):
                 self.pick(moves)()
+
+    def a_stream_sticks(self) -> None:
+        streams = [stream for client in self.clients for stream in client.streams]
+        if streams:
+            stream = self.pick(streams)
+            stream.stuck = not stream.stuck
+
+    def a_straggler_arrives(self) -> None:
+        if self.stragglers:
+            self.stragglers.pop(self.random.randrange(len(self.stragglers)))()
 
     def a_stream_breaks(self) -> None:
         streams = [stream for client in self.clients for stream in client.streams]
@@ -567,7 +608,8 @@ class World:
 EVERYDAY = [
     *(["time_passes_well"] * 4),
     *(["all_is_well", "everybody_verifies"] * 8),
-    *(["server_verifies", "client_verifies"] * 8),
+    *(["server_verifies", "client_verifies"] * 6),
+    *(["servers_are_well", "clients_are_well"] * 8),
     *(["delete", "look_at_rows", "a_stream_moves", "read_arrives"] * 8),
     *(["time_passes", "beat", "hear", "acknowledge"] * 3),
 ]
@@ -578,6 +620,8 @@ FAULTS = (
     ["bury"] * 2,
     ["watch", "a_stream_moves", "a_stream_moves"] * 3,
     ["a_stream_breaks"] * 3,
+    ["a_straggler_arrives"] * 10,
+    ["a_stream_sticks"] * 4,
     ["prune"] * 2,
     ["client_lets_go"],
     ["die"],

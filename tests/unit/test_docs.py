@@ -24,6 +24,7 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "SECURITY.md",
+    "docs/backup.md",
     "docs/callers.md",
     "docs/coherence.md",
     "docs/errors.md",

@@ -134,19 +134,8 @@ def print_invalidation(output: Console, receipt: "Receipt") -> None:
     grid.add_column(overflow="fold")
     grid.add_row("Committed", Text(local(receipt.commit_time, seconds=True)))
     grid.add_row("Revision", Text(str(receipt.revision)))
-    grid.add_row("Confirmed", Text(_confirmed_by(receipt)))
+    grid.add_row("Confirmed", Text(_confirmation(receipt)))
     output.print(grid)
-
-
-def _confirmed_by(receipt: "Receipt") -> str:
-    servers = _count(receipt.verifiers_acknowledged, "server process", "server processes")
-    clients = _count(receipt.clients_acknowledged, "client", "clients")
-    outwaited = receipt.verifiers_outwaited + receipt.clients_outwaited
-    return f"by {servers} and {clients}; {outwaited} waited out"
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
 
 
 def print_receipt(output: Console, token_id: str, receipt: "Receipt") -> None:
@@ -267,11 +256,16 @@ def _effect(receipt: "Receipt") -> str:
         return "not yet confirmed everywhere: run this again without --no-wait to confirm"
     if not receipt.verifiers_acknowledged + receipt.verifiers_outwaited:
         return f"dead everywhere since {local(receipt.effective_time, seconds=True)}"
-    milliseconds = (receipt.effective_time - receipt.commit_time).total_seconds() * 1_000
+    return f"dead everywhere {_confirmation(receipt)}"
+
+
+def _confirmation(receipt: "Receipt") -> str:
+    """Return how long a confirmation took and who gave it."""
+    effective_time = receipt.effective_time or receipt.commit_time
+    milliseconds = (effective_time - receipt.commit_time).total_seconds() * 1_000
     confirmed = _servers_and_clients(receipt.verifiers_acknowledged, receipt.clients_acknowledged)
     outwaited = receipt.verifiers_outwaited + receipt.clients_outwaited
-    text = f"dead everywhere after {milliseconds:.0f} ms: {confirmed} confirmed"
-    text += f", {outwaited} outwaited"
+    text = f"after {milliseconds:.0f} ms: {confirmed} confirmed, {outwaited} outwaited"
     if outwaited:
         who = _servers_and_clients(receipt.verifiers_outwaited, receipt.clients_outwaited)
         text += f" ({who})"

@@ -137,9 +137,7 @@ class Watcher:
             found = await self._find(current)
             if current is not None and found is not current:
                 self.reconnects += 1
-                farewell = asyncio.create_task(current.leave(), name="latchkey watch farewell")
-                self._farewells.add(farewell)
-                farewell.add_done_callback(self._farewells.discard)
+                self._part_from(current)
             current = found
             await current.until(lambda stream: stream.closing)
             if boottime() - current.began >= SETTLED_SECONDS:
@@ -155,9 +153,15 @@ class Watcher:
             if current is not None and current.is_fine():
                 return current
             candidate = self._connect()
-            if await candidate.until(lambda stream: stream.granted):
+            await candidate.until(lambda stream: stream.granted or stream.closing)
+            if candidate.stream.granted:
                 self._tell(None)
                 return candidate
+            if candidate.stream.closing:
+                # Its server stops, or another stream has moved the memory meanwhile.
+                self._part_from(candidate)
+                await self._pause()
+                continue
             silences = 0 if candidate.ended else silences + 1
             self._tell(candidate.failure_text())
             if silences >= SILENCES_MAX:
@@ -173,6 +177,12 @@ class Watcher:
                 await asyncio.sleep(_spread(UNSUPPORTED_RETRY_SECONDS))
             else:
                 await self._pause()
+
+    def _part_from(self, connection: "_Connection") -> None:
+        """Let go of a stream's leases, and end it."""
+        farewell = asyncio.create_task(connection.leave(), name="latchkey watch farewell")
+        self._farewells.add(farewell)
+        farewell.add_done_callback(self._farewells.discard)
 
     async def _pause(self) -> None:
         seconds = min(RETRY_MAX_SECONDS, RETRY_FIRST_SECONDS * 2.0**self._failures)

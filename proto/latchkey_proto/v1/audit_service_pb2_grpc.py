@@ -63,11 +63,11 @@ class AuditServiceServicer(object):
     """
 
     def List(self, request, context):
-        """Lists calls of Create, Get, List and Delete, allowed or denied, newest
-        first. A change and its entry are stored together or not at all; entries
-        of calls that changed nothing follow within a second. No side effects;
-        safe to retry. A caller that its policy limits to accounts has to ask for
-        one of them.
+        """Lists calls of Create, Get, List, Delete and InvalidateAll, allowed or
+        denied, newest first. A change and its entry are stored together or not at
+        all; entries of calls that changed nothing follow within a second. No side
+        effects; safe to retry. A caller that its policy limits to accounts has to
+        ask for one of them.
         Errors: INVALID_ARGUMENT; UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -43,11 +43,11 @@ class AuditServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AuditServiceAsyncStub: ...
     List: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.AuditServiceListRequest, _audit_service_pb2.AuditServiceListResponse]
-    """Lists calls of Create, Get, List and Delete, allowed or denied, newest
-    first. A change and its entry are stored together or not at all; entries
-    of calls that changed nothing follow within a second. No side effects;
-    safe to retry. A caller that its policy limits to accounts has to ask for
-    one of them.
+    """Lists calls of Create, Get, List, Delete and InvalidateAll, allowed or
+    denied, newest first. A change and its entry are stored together or not at
+    all; entries of calls that changed nothing follow within a second. No side
+    effects; safe to retry. A caller that its policy limits to accounts has to
+    ask for one of them.
     Errors: INVALID_ARGUMENT; UNAVAILABLE.
     """
 
@@ -66,11 +66,11 @@ class AuditServiceAsyncStub(AuditServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     List: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.AuditServiceListRequest, _audit_service_pb2.AuditServiceListResponse]  # type: ignore[assignment]
-    """Lists calls of Create, Get, List and Delete, allowed or denied, newest
-    first. A change and its entry are stored together or not at all; entries
-    of calls that changed nothing follow within a second. No side effects;
-    safe to retry. A caller that its policy limits to accounts has to ask for
-    one of them.
+    """Lists calls of Create, Get, List, Delete and InvalidateAll, allowed or
+    denied, newest first. A change and its entry are stored together or not at
+    all; entries of calls that changed nothing follow within a second. No side
+    effects; safe to retry. A caller that its policy limits to accounts has to
+    ask for one of them.
     Errors: INVALID_ARGUMENT; UNAVAILABLE.
     """
 
@@ -92,11 +92,11 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _audit_service_pb2.AuditServiceListRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_audit_service_pb2.AuditServiceListResponse, _abc.Awaitable[_audit_service_pb2.AuditServiceListResponse]]:
-        """Lists calls of Create, Get, List and Delete, allowed or denied, newest
-        first. A change and its entry are stored together or not at all; entries
-        of calls that changed nothing follow within a second. No side effects;
-        safe to retry. A caller that its policy limits to accounts has to ask for
-        one of them.
+        """Lists calls of Create, Get, List, Delete and InvalidateAll, allowed or
+        denied, newest first. A change and its entry are stored together or not at
+        all; entries of calls that changed nothing follow within a second. No side
+        effects; safe to retry. A caller that its policy limits to accounts has to
+        ask for one of them.
         Errors: INVALID_ARGUMENT; UNAVAILABLE.
         """
 

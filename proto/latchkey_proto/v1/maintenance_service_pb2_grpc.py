@@ -64,7 +64,8 @@ class MaintenanceServiceServicer(object):
         this answers OK, every verify that starts afterwards, anywhere, rests on a
         read of the database that was made after the call. Verifies are slower for
         a moment, until memories have filled again. Waits as TokenService.Delete
-        does. Safe to retry: each call empties the memories again.
+        does. Safe to retry: each call empties the memories again. A caller that
+        its policy limits to accounts may not call it.
         Errors: UNAVAILABLE; with the reason DELETION_NOT_CONFIRMED the deadline
         was too short for the wait.
         """

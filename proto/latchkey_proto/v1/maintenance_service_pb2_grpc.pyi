@@ -46,7 +46,8 @@ class MaintenanceServiceStub:
     this answers OK, every verify that starts afterwards, anywhere, rests on a
     read of the database that was made after the call. Verifies are slower for
     a moment, until memories have filled again. Waits as TokenService.Delete
-    does. Safe to retry: each call empties the memories again.
+    does. Safe to retry: each call empties the memories again. A caller that
+    its policy limits to accounts may not call it.
     Errors: UNAVAILABLE; with the reason DELETION_NOT_CONFIRMED the deadline
     was too short for the wait.
     """
@@ -69,7 +70,8 @@ class MaintenanceServiceAsyncStub(MaintenanceServiceStub):
     this answers OK, every verify that starts afterwards, anywhere, rests on a
     read of the database that was made after the call. Verifies are slower for
     a moment, until memories have filled again. Waits as TokenService.Delete
-    does. Safe to retry: each call empties the memories again.
+    does. Safe to retry: each call empties the memories again. A caller that
+    its policy limits to accounts may not call it.
     Errors: UNAVAILABLE; with the reason DELETION_NOT_CONFIRMED the deadline
     was too short for the wait.
     """
@@ -95,7 +97,8 @@ class MaintenanceServiceServicer(metaclass=_abc_1.ABCMeta):
         this answers OK, every verify that starts afterwards, anywhere, rests on a
         read of the database that was made after the call. Verifies are slower for
         a moment, until memories have filled again. Waits as TokenService.Delete
-        does. Safe to retry: each call empties the memories again.
+        does. Safe to retry: each call empties the memories again. A caller that
+        its policy limits to accounts may not call it.
         Errors: UNAVAILABLE; with the reason DELETION_NOT_CONFIRMED the deadline
         was too short for the wait.
         """

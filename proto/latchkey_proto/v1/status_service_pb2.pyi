@@ -163,12 +163,13 @@ class VerifierStatus(_message.Message):
     or the URL names none.
     """
     system_identifier: _builtins.str
-    """What that server says of itself: Postgres' system_identifier, which a
-    cluster shares with its standbys and copies, and its timeline, eight
-    hexadecimal digits, another one after each promotion. Empty where the
-    engine does not report them.
+    """That server's system_identifier, which a cluster shares with its standbys
+    and copies. Empty: the engine does not report it.
     """
     timeline: _builtins.str
+    """That server's timeline, eight hexadecimal digits, which change with each
+    promotion. Empty: the engine does not report it.
+    """
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """When it registered, by the database's clock."""

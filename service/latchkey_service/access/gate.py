@@ -223,11 +223,15 @@ def within_accounts(path: str, caller: Caller, answer: bytes) -> bytes:
         response = pb.VerifyResponse.FromString(answer)
         verifications = [response]
     for verification in verifications:
-        if verification.HasField("token") and not accounts.allow(verification.token.account_id):
-            # Nothing that a secret which nobody ever made would not get as well: that has no token
-            # and needs no read, so it has no position either.
-            verification.Clear()
+        if verification.HasField("token"):
+            if accounts.allow(verification.token.account_id):
+                continue
             verification.verdict = pb.VERDICT_UNKNOWN
+        # Most secrets that nobody ever made need no read, and so have no position. Another
+        # account's token must not be told from them by its position, even after it was purged.
+        verdict = verification.verdict
+        verification.Clear()
+        verification.verdict = verdict
     encoded: bytes = response.SerializeToString()
     return encoded
 

@@ -36,6 +36,7 @@ class Confirmer:
         connect: "Callable[[], Awaitable[Connection]]",
         wake: Callable[[], None],
         clock: Callable[[], float],
+        settles_at: Callable[[], float] = lambda: -math.inf,
         *,
         notify: bool,
     ) -> None:
@@ -48,6 +49,8 @@ class Confirmer:
         # This process's own heart need not be notified.
         self._wake = wake
         self._clock = clock
+        # From when on the rows that are read are certain to be complete.
+        self._settles_at = settles_at
         self._notify = notify
         self._waits: dict[asyncio.Future[Confirmation], Wait] = {}
         self._poller: asyncio.Task[None] | None = None
@@ -119,7 +122,7 @@ class Confirmer:
                 waits = list(self._waits.items())
                 now = self._clock()
                 rows = await self._look({wait.position for _, wait in waits})
-                if rows is None:
+                if rows is None or now < self._settles_at():
                     continue
                 for future, wait in waits:
                     if wait.position not in rows.known:

@@ -196,12 +196,17 @@ class Heart:
             self._news = False
             began = self._clock()
             log = await row.read_log(membership.memory.position)
-            changed = membership.apply(log, began)
-            # Clients hear of it at once, and acknowledge while the row below is written.
-            self._applied(changed=changed)
-            if not log.known:
-                self._lost_history()
-                return
+            if log.known and log.server != membership.server:
+                # Believed, it would let reads of that server be believed under a lease that stands
+                # on another one. Only a renewal can bring the lease there.
+                due = True
+            else:
+                changed = membership.apply(log, began)
+                # Clients hear of it at once, and acknowledge while the row below is written.
+                self._applied(changed=changed)
+                if not log.known:
+                    self._lost_history()
+                    return
         acknowledgeable = self._acknowledgeable()
         if not due and acknowledgeable <= membership.acknowledged:
             return
@@ -215,7 +220,7 @@ class Heart:
         # A client that may still answer from memory has confirmed nothing on this history.
         clear = self.membership.subleases.floor(self._clock()) is None
         registration = await row.register(self._incarnation, acknowledge=clear)
-        self.membership.register(*registration)
+        self.membership.register(*registration, self._clock())
         self._log.info("registered", verifier=self._identity.id, incarnation=self._incarnation)
 
     async def _renew(self, row: OwnRow, acknowledgeable: int) -> None:

@@ -8,9 +8,10 @@ import math
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from latchkey_coherence.lease import server_lease_end
+from latchkey_coherence.lease import LEASE_SECONDS_MAX, outwait_seconds, server_lease_end
 from latchkey_coherence.memory import NOWHERE, Entry, Memory, Position
 
+from latchkey_service.coherence.confirmation import OUTWAIT_MARGIN_SECONDS
 from latchkey_service.coherence.snapshot import Snapshot
 from latchkey_service.coherence.subleases import SubLeases
 
@@ -86,6 +87,7 @@ class Membership(Generic[E]):
         "memory",
         "registered",
         "server",
+        "settles_at",
         "subleases",
     )
 
@@ -99,6 +101,8 @@ class Membership(Generic[E]):
         """The revision that its row acknowledges."""
         self.server = Server(None, None)
         """The server that the lease stands on."""
+        self.settles_at = -math.inf
+        """From when on the verifiers' rows are certain to be complete (rule 8)."""
         self.epoch = 0
         """Rises whenever the memory starts over. Clients of an earlier epoch have to be reset."""
         # Since when a revision has been waiting for clients. Infinite: none is waiting.
@@ -106,12 +110,14 @@ class Membership(Generic[E]):
         self.log_read_began = -math.inf
         """When the latest read of the log that was applied began."""
 
-    def register(self, position: Position, acknowledged: int, server: Server) -> None:
+    def register(self, position: Position, acknowledged: int, server: Server, now: float) -> None:
         """Its row is committed, while `position` was the newest one (rule 2).
 
         That gives no lease. The first lease comes with a renewal, which reads the log after the row
         was committed.
         """
+        if self.epoch:
+            self._unsettle(now)
         self._start_over(position)
         self.acknowledged = acknowledged
         self.server = server
@@ -120,7 +126,8 @@ class Membership(Generic[E]):
     def apply(self, log: Log, began: float) -> bool:
         """Apply a log that was read after `memory.position`; tell whether anything changed.
 
-        `began` is the clock before the read. The history may prove to be another one: then this
+        `began` is the clock before the read. Only a log that came with a renewal may be of another
+        server: the lease moves there with it. The history may prove to be another one: then this
         process is no longer registered (`lose`). Another server or timeline of the same history
         empties the memory: what is not in the log, such as a Create that no standby had, may be
         lost with a failover (rule 12).
@@ -129,6 +136,8 @@ class Membership(Generic[E]):
             self.lose()
             return True
         self.log_read_began = began
+        if log.server != self.server:
+            self._unsettle(began)
         if not log.complete or log.server != self.server:
             self.server = log.server
             self._start_over(log.head)
@@ -202,6 +211,15 @@ class Membership(Generic[E]):
         self.registered = False
         self.lease_ends = -math.inf
         self._start_over(NOWHERE)
+
+    def _unsettle(self, now: float) -> None:
+        """Confirm no deletion until each lease of the history before has ended.
+
+        This history may lack the rows of verifiers that still hold one: of those that registered
+        after a backup that was restored, or on a primary whose last commits were lost.
+        """
+        longest = outwait_seconds(LEASE_SECONDS_MAX)
+        self.settles_at = now + longest + OUTWAIT_MARGIN_SECONDS
 
     def _start_over(self, position: Position) -> None:
         self.memory.reset(position)

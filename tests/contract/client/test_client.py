@@ -208,6 +208,9 @@ async def test_status(client: latchkey.Client, fake: FakeLatchkey) -> None:
         answering=True,
         waiting_for=["ci at ipv4:10.0.0.1:5"],
         pepper_ids=["new", "old"],
+        database_host="db1:5432",
+        system_identifier="7713595303237486605",
+        timeline="00000002",
     )
     message.warnings.append("Repair it.")
     verifier.start_time.FromDatetime(CREATED)
@@ -233,6 +236,9 @@ async def test_status(client: latchkey.Client, fake: FakeLatchkey) -> None:
         answering=True,
         waiting_for=("ci at ipv4:10.0.0.1:5",),
         pepper_ids=("new", "old"),
+        database_host="db1:5432",
+        system_identifier="7713595303237486605",
+        timeline="00000002",
     )
     assert status.verifiers[1].pepper_ids == ()
     assert status.verifiers[1].notifications is latchkey.Notifications.UNSPECIFIED

@@ -1,8 +1,9 @@
 """The client's memory, lease and subscription in a world where all goes wrong but the rules.
 
-Two servers follow the coherence rules 3 and 5 to 9 to the letter; messages are late, doubled, lost
-with their stream, and in any order across streams; clocks start anywhere and run at different
-rates; a client may stand still at any point. What must hold: a verify that starts after a Delete's
+Two servers follow the coherence rules 3, 5 to 9 and 12 to the letter; messages are late, doubled,
+lost with their stream, and in any order across streams; clocks start anywhere and run at different
+rates; a client may pause at any point. The second server may stay with a deposed primary, which has
+commits that no other database has. What must hold: a verify that starts after a Delete's
 answer is not answered VALID from memory. And the machine must find it out when the client breaks
 a rule.
 """
@@ -41,7 +42,9 @@ from latchkey._subscription import (
     Subscription,
 )
 from latchkey_coherence.lease import DRIFT_MAX, outwait_seconds, server_lease_end
-from latchkey_coherence.memory import Memory
+from latchkey_coherence.memory import NOWHERE, Memory, Position
+
+from tests.positions import at
 
 LEASE_SECONDS = 3.0
 # Two clocks may differ by a thousandth: each by half of it from the true one.
@@ -56,6 +59,7 @@ WHAT = [
     *(["server_answers", "client_hears"] * 2),
     *("client_speaks", "server_hears", "server_speaks"),
     *("server_closes", "verifier_lets_go", "cut_off", "crash", "prune_the_log"),
+    *(["fail_over", "server_reconnects"] * 2),
 ]
 
 
@@ -64,7 +68,7 @@ def secret_of(token_id: str) -> str:
     return body + checksum(body)
 
 
-def answer_of(token_id: str, verdict: Verdict, revision: int) -> Verification:
+def answer_of(token_id: str, verdict: Verdict, position: Position) -> Verification:
     token = latchkey.Token(
         id=token_id,
         account_id="a",
@@ -72,7 +76,9 @@ def answer_of(token_id: str, verdict: Verdict, revision: int) -> Verification:
         scope=Scope.READ,
         create_time=datetime(2026, 1, 1, tzinfo=UTC),
     )
-    return Verification(verdict=verdict, token=token, revision=revision)
+    return Verification(
+        verdict=verdict, token=token, revision=position.revision, mark=position.mark
+    )
 
 
 @dataclass
@@ -96,8 +102,12 @@ class Link:
     to_server: deque[Request] = field(default_factory=deque)
     to_client: deque[Event] = field(default_factory=deque)
     # The server's end.
-    told: int | None = None
+    told: Position | None = None
     acknowledged: int = 0
+    confirmed: bool = False
+    # What the client says to have applied, as long as the server does not know that position.
+    claim: Position | None = None
+    epoch: int = 0
     granted_until: float = -math.inf
     asked: int = 0
     closing: bool = False
@@ -120,54 +130,121 @@ class Server:
         self.world = world
         self.clock = clock
         self.cut_off = False
+        self.database = world.database
         self.start()
 
     def start(self) -> None:
         """Begin as a new process: without a memory, without streams, with a row of its own."""
         self.links: list[Link] = []
+        self.epoch = 0
+        self.register()
+
+    def register(self) -> None:
+        """Rules 2 and 12: nothing of an earlier history counts, except how long leases run."""
         self.lease_end = -math.inf
-        self.applied = self.world.head
-        self.row = Row(self.applied, self.world.true, self)
+        self.epoch += 1
+        self.applied = self.database.head
+        self.row = Row(self.applied.revision, self.world.true, self)
         self.world.rows.append(self.row)
+        for link in self.links:
+            link.acknowledged = 0
+        self.acknowledge()
+
+    def acknowledge(self) -> None:
+        """Rule 7."""
+        live = [link for link in self.links if link.granted_until > self.clock()]
+        self.row.acknowledged = min([self.applied.revision, *(link.acknowledged for link in live)])
 
     def renew(self) -> None:
-        """Rule 3: the clock, then the log, then the row, which rule 7 has a say in."""
+        """Rule 3: the clock, then the log and the row. A deposed primary renews nothing."""
+        if self.database is not self.world.database:
+            self.applied = self.database.head
+            return
         began = self.clock()
-        self.applied = self.world.head
-        live = [link for link in self.links if link.granted_until > self.clock()]
-        confirmed = min([self.applied, *(link.acknowledged for link in live)])
-        self.row.acknowledged = max(self.row.acknowledged, confirmed)
+        if not self.database.knows(self.applied):
+            self.row.server = None
+            self.register()
+            return
+        self.applied = self.database.head
+        self.acknowledge()
         self.row.renewed = self.world.true
         self.lease_end = server_lease_end(began, LEASE_SECONDS)
 
+    def reconnect(self) -> None:
+        """Find the new primary, where the row was replicated to, and the rules decide the rest."""
+        self.database = self.world.database
+
     def hear(self, link: Link, request: Request) -> None:
-        if link.told is None:
-            told = min(request.applied_revision, self.applied)
-            link.told = told if request.applied_revision or not self.applied else -1
-        link.acknowledged = min(request.applied_revision, link.told)
-        link.asked = max(link.asked, request.number)
         if request.released:
             link.granted_until = -math.inf
+        link.asked = max(link.asked, request.number)
+        if link.told is not None and link.epoch != self.epoch:
+            return  # it will be reset
+        known = self.database.known_upto(request.applied, self.applied)
+        if link.told is None:
+            link.claim = request.applied
+            if known:
+                link.told, link.epoch, link.claim = request.applied, self.epoch, None
+                link.confirmed = True
+        elif request.applied == link.told:
+            link.confirmed, link.acknowledged = True, request.applied.revision
+        elif known and request.applied.revision < link.told.revision and link.claim is None:
+            link.acknowledged = request.applied.revision
 
     def speak(self, link: Link) -> None:
-        """Rule 6: everything that was applied, and only then a grant."""
-        if link.told is None:
+        """Rule 6: everything that was applied, and a grant once it was confirmed."""
+        if link.told is None and link.claim is None:
             return
-        if link.told != self.applied:
-            if link.told < self.world.known_since:
+        if link.told is None or link.epoch != self.epoch:
+            link.told, link.epoch = self.applied, self.epoch
+            link.confirmed = link.claim == NOWHERE
+            link.acknowledged = 0
+            # Heard again as a claim only from the Reset on.
+            link.claim = self.applied
+            link.to_client.append(Reset(self.applied))
+        elif link.told != self.applied:
+            if self.database.pruned >= link.told.revision + 1:
                 link.to_client.append(Reset(self.applied))
             else:
-                named = tuple(t for r, t in self.world.log if link.told < r <= self.applied)
+                named = self.database.named(link.told, self.applied)
                 link.to_client.append(Invalidation(self.applied, named))
-            link.told = self.applied
-        if link.asked and not link.closing and self.clock() < self.lease_end:
-            # As far as this stream goes, a client without a lease has applied all that was sent
-            # before the grant once the grant begins.
-            if link.granted_until <= self.clock():
-                link.acknowledged = link.told
+            link.told, link.confirmed = self.applied, link.granted_until <= self.clock()
+        if link.asked and link.confirmed and not link.closing and self.clock() < self.lease_end:
+            link.acknowledged = link.told.revision
             link.granted_until = max(link.granted_until, self.lease_end)
             link.to_client.append(Grant(link.told, link.asked, self.lease_end - self.clock()))
             link.asked = 0
+            link.confirmed = False
+
+
+class Database:
+    """A log on one server, which may be copied before it is deposed."""
+
+    def __init__(self, history: int, log: list[tuple[Position, str]]) -> None:
+        self.history = history
+        self.log = log
+        self.pruned = 0
+
+    @property
+    def head(self) -> Position:
+        return self.log[-1][0]
+
+    def delete(self, token_id: str) -> Position:
+        position = at(self.head.revision + 1, self.history)
+        self.log.append((position, token_id))
+        return position
+
+    def knows(self, position: Position) -> bool:
+        return any(position == known for known, _ in self.log)
+
+    def known_upto(self, position: Position, applied: Position) -> bool:
+        return position.revision <= applied.revision and self.knows(position)
+
+    def named(self, after: Position, upto: Position) -> tuple[str, ...]:
+        return tuple(t for p, t in self.log if after.revision < p.revision <= upto.revision)
+
+    def deleted(self, token_id: str, applied: Position) -> bool:
+        return any(t == token_id and p.revision <= applied.revision for p, t in self.log)
 
 
 class World(RuleBasedStateMachine):
@@ -181,8 +258,7 @@ class World(RuleBasedStateMachine):
     def begin(self, rates: tuple[float, ...], head: int) -> None:
         self.true = 0.0
         # Deletions of long ago, of tokens that are not of interest.
-        self.log: list[tuple[int, str]] = [(r + 1, "old") for r in range(head)]
-        self.known_since = 0
+        self.database = Database(1, [(at(r), "old") for r in range(head + 1)])
         self.rows: list[Row] = []
         self.live = ["a", "b"]
         self.deleted: dict[str, tuple[int, float]] = {}
@@ -210,10 +286,6 @@ class World(RuleBasedStateMachine):
         if hasattr(self, "patched"):
             self.patched.stop()
 
-    @property
-    def head(self) -> int:
-        return self.log[-1][0] if self.log else 0
-
     def pick(self, links: Iterable[Link], number: int) -> Link | None:
         links = list(links)
         return links[number % len(links)] if links else None
@@ -240,12 +312,23 @@ class World(RuleBasedStateMachine):
 
     def delete(self, number: int) -> None:
         token_id = self.live.pop(number % len(self.live))
-        self.log.append((self.head + 1, token_id))
-        self.deleted[token_id] = (self.head, self.true)
-        self.live.append(f"t{self.head}")
+        revision, _ = self.database.delete(token_id)
+        self.deleted[token_id] = (revision, self.true)
+        self.live.append(f"t{len(self.deleted)}")
 
     def prune_the_log(self, _number: int) -> None:
-        self.known_since = self.head
+        self.database.pruned = self.database.head.revision
+
+    def fail_over(self, number: int) -> None:
+        """Promote the standby. The old primary has a few commits that nobody confirmed."""
+        old = self.database
+        self.database = Database(old.history + 1, list(old.log))
+        self.database.pruned = old.pruned
+        for n in range(number % 4):
+            old.delete(self.live[n % len(self.live)])
+
+    def server_reconnects(self, number: int) -> None:
+        self.servers[number % 2].reconnect()
 
     def confirm(self) -> None:
         """Rules 8 and 9: answer each Delete as early as they allow."""
@@ -374,10 +457,14 @@ class World(RuleBasedStateMachine):
         server, token_id = self.servers[number % 2], tokens[number // 2 % len(tokens)]
         from_memory = number // 6 % 2 == 0
         if server.clock() < server.lease_end:
-            revision = server.applied if from_memory or server.cut_off else self.head
-            deleted_at = self.deleted.get(token_id, (math.inf, 0.0))[0]
-            verdict = Verdict.DELETED if deleted_at <= revision else Verdict.VALID
-            self.under_way.append((token_id, answer_of(token_id, verdict, revision)))
+            position = server.applied
+            if not (from_memory or server.cut_off):
+                position = server.database.head
+                # Rule 12: it reads its log first, and then knows the position that it read at.
+                server.applied = position
+            deleted = server.database.deleted(token_id, position)
+            verdict = Verdict.DELETED if deleted else Verdict.VALID
+            self.under_way.append((token_id, answer_of(token_id, verdict, position)))
 
     def verify(self, number: int) -> None:
         """Ask, and have the answer at once."""
@@ -430,12 +517,11 @@ class OpensStreamsThatCountFromReceipt(Subscription):
 class AppliesTooLate(Subscription):
     """Acknowledges, and extends its lease, before it has applied what came before."""
 
-    later: tuple[int, Iterable[str]] = (0, ())
+    later: tuple[str, ...] = ()
 
-    def apply(self, revision: int, token_ids: Iterable[str]) -> None:
-        self.later, now = (revision, tuple(token_ids)), self.later
-        super().apply(*now)
-        self.memory.applied = max(self.memory.applied, revision)
+    def apply(self, position: Position, token_ids: Iterable[str]) -> bool:
+        self.later, now = tuple(token_ids), self.later
+        return super().apply(position, now)
 
 
 class KeepsTheLongerLease(Subscription):
@@ -451,13 +537,28 @@ class ReleasesAndAnswersOn(Subscription):
 
 
 class TrustsAnyGrantAfterAReset(Subscription):
-    def reset(self, revision: int) -> None:
-        self.memory.reset(revision)
+    def start_over(self, position: Position) -> None:
+        self.memory.reset(position)
+
+
+class KeepsTheLeaseAcrossAReset(Subscription):
+    def start_over(self, position: Position) -> None:
+        end = self.lease.end
+        super().start_over(position)
+        self.lease.end = end
+
+
+class ComparesBareRevisions(Memory[Any]):
+    def knows(self, position: Position) -> bool:
+        return position.revision in self._marks
+
+    def agrees(self, position: Position) -> bool:
+        return True
 
 
 class AdmitsAnything(Memory[Any]):
-    def admit(self, key: bytes, entry: Any, revision: int) -> bool:
-        return super().admit(key, entry, max(revision, self.applied))
+    def admit(self, key: bytes, entry: Any, position: Position) -> bool:
+        return super().admit(key, entry, self.position)
 
 
 class HasNoEnd(Subscription):

@@ -34,7 +34,7 @@ class Scene:
     def __init__(self, position: Position = at(0)) -> None:  # noqa: B008 - immutable
         self.now = 100.0
         self.membership: Membership[Any] = Membership(Memory(10), SubLeases(), LEASE_SECONDS)
-        self.membership.register(position, position.revision, PRIMARY)
+        self.membership.register(position, position.revision, PRIMARY, self.now)
         self.renew()
         self.log_reads = 0
         self.watchers = self.make_watchers()

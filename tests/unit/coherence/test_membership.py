@@ -97,7 +97,7 @@ def test_a_read_that_was_sent_before_the_memory_started_over_is_refused(
     server = PRIMARY
     if how == "lost":
         membership.lose()
-        membership.register(at(13), 0, PRIMARY)
+        membership.register(at(13), 0, PRIMARY, 100.0)
     elif how == "another timeline":
         server = PROMOTED
         membership.apply(log(at(13), server=PROMOTED), scene.now)
@@ -182,7 +182,7 @@ def test_clients_of_a_lost_history_confirm_nothing_and_are_waited_for(scene: Sce
     membership.subleases.grant(client, 13, ends)
     assert membership.acknowledgeable(scene.now) == 13
     membership.lose()
-    membership.register(at(5, 2), 0, PROMOTED)
+    membership.register(at(5, 2), 0, PROMOTED, 100.0)
     assert membership.acknowledgeable(scene.now) == 0
     assert membership.subleases.floor(ends - 0.001) == 0
     assert membership.acknowledgeable(ends) == 5

@@ -129,7 +129,7 @@ def member(applied: int) -> Membership[Entry]:
     """Return a process that has applied a revision, and holds a lease."""
     membership: Membership[Entry] = Membership(Memory(10), SubLeases(), 3.0)
     server = Server("1", "00000001")
-    membership.register(at(applied), applied, server)
+    membership.register(at(applied), applied, server, 0.0)
     return membership
 
 
@@ -169,7 +169,7 @@ def test_a_client_that_does_not_confirm_a_reset_is_waited_for_and_named() -> Non
     membership = member(4)
     membership.subleases.grant(SubLease("slow"), 4, 103.0)
     membership.lose()
-    membership.register(at(7, history=2), 0, Server("1", "00000002"))
+    membership.register(at(7, history=2), 0, Server("1", "00000002"), 0.0)
     assert membership.acknowledgeable(100.0) == 0
     seconds, names = membership.waiting_for(101.0)
     assert (seconds, names) == (1.0, ["slow"])

@@ -180,7 +180,9 @@ async def test_clients_that_are_waited_for_are_named() -> None:
     scene.apply((at(1), "a"))
     scene.now += 1.0
     scene.renew()
-    assert scene.membership.waiting_for(scene.now) == (pytest.approx(1.0), ["a client"])
+    seconds, names = scene.membership.waiting_for(scene.now)
+    assert seconds == pytest.approx(1.0)
+    assert names == ["a client"]
     await scene.said.put(request(at(1)))
     await eventually(lambda: scene.membership.acknowledgeable(scene.now) == 1, "a confirmation")
     assert scene.membership.waiting_for(scene.now) == (0.0, [])

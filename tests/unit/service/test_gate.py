@@ -6,9 +6,10 @@ from urllib.parse import quote
 
 import pytest
 from cryptography import x509
+from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.access import gate
-from latchkey_service.access.gate import Door, Gate
-from latchkey_service.access.policy import parse
+from latchkey_service.access.gate import Door, Gate, within_accounts
+from latchkey_service.access.policy import Accounts, Caller, parse
 from latchkey_service.errors import Denied
 
 from tests.callers import PROXY, credential, dns_identity, made, policy_text, spiffe_identity, uri
@@ -153,3 +154,35 @@ def test_what_is_remembered_is_bounded(monkeypatch):
     finally:
         tracemalloc.stop()
     assert held < 2 * bound
+
+
+def verification(verdict, account_id=None):
+    """Return an answer with a position, and with a token where the secret has one."""
+    answer = pb.VerifyResponse(verdict=verdict, revision=7, mark=2**64 - 1)
+    if account_id is not None:
+        answer.token.id, answer.token.account_id = "t1", account_id
+    return answer
+
+
+@pytest.mark.parametrize("verdict", [pb.VERDICT_VALID, pb.VERDICT_DELETED, pb.VERDICT_EXPIRED])
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_foreign_secret_looks_as_if_nobody_had_made_it(verdict, batch):
+    """A caller that is limited to accounts gets no revision and no mark that say otherwise, neither
+    of another account's token nor of one that was purged."""
+    caller = Caller("a", frozenset(), accounts=Accounts(frozenset({"acme"}), ()))
+    own = verification(verdict, "acme")
+    foreign = verification(verdict, "globex")
+    purged = verification(pb.VERDICT_UNKNOWN)
+    unknown = pb.VerifyResponse(verdict=pb.VERDICT_UNKNOWN)
+    malformed = pb.VerifyResponse(verdict=pb.VERDICT_MALFORMED)
+    said = [own, foreign, purged, unknown, malformed]
+    expected = [own, unknown, unknown, unknown, malformed]
+    if batch:
+        encoded = pb.BatchVerifyResponse(responses=said).SerializeToString()
+        answer = within_accounts("/latchkey.v1.TokenService/BatchVerify", caller, encoded)
+        assert list(pb.BatchVerifyResponse.FromString(answer).responses) == expected
+    else:
+        for one, another in zip(said, expected, strict=True):
+            path = "/latchkey.v1.TokenService/Verify"
+            answer = within_accounts(path, caller, one.SerializeToString())
+            assert pb.VerifyResponse.FromString(answer) == another

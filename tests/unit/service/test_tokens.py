@@ -2,6 +2,7 @@
 
 import base64
 import itertools
+import math
 import string
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from latchkey_service.errors import InvalidArgument
 from latchkey_service.secrets import Keyring, Pepper
-from latchkey_service.store import Position
+from latchkey_service.store import PageStart
 from latchkey_service.tokens import NewToken, Tokens, decode_page_token, encode_page_token
 
 from tests.support import origin
@@ -21,7 +22,7 @@ accounts = st.text(string.ascii_letters + string.digits + "._:-", min_size=1, ma
 moments = st.datetimes(datetime(2000, 1, 1), datetime(2200, 1, 1), timezones=st.just(UTC))
 ids = st.from_regex(r"tok_[0-9a-z]{26}", fullmatch=True)
 SECRET = Keyring([Pepper(b"other")]).mint("lk", lambda size: bytes(range(size))).secret.reveal()
-positions = st.builds(Position, moments, ids)
+positions = st.builds(PageStart, moments, ids)
 
 
 @given(accounts, positions)
@@ -70,6 +71,13 @@ class Recorder:
         self.inserted.append((record, name_key, digest))
 
 
+class Reads:
+    """Has a lease."""
+
+    async def begin(self, deadline):
+        return None
+
+
 def make(now=NOW):
     store = Recorder()
     entropy = iter(range(256))
@@ -77,6 +85,7 @@ def make(now=NOW):
         store,  # type: ignore[arg-type]  # all that Create uses of it
         Keyring([Pepper(b"p" * 32)]),
         None,  # type: ignore[arg-type]  # nothing is deleted
+        Reads(),  # type: ignore[arg-type]  # all that Create uses of it
         "lk",
         lambda: now,
         lambda size: bytes([next(entropy)]) * size,
@@ -135,7 +144,7 @@ async def test_create_names_the_wrong_field(field, bad):
     """A wrong field is named in the violation, and nothing is stored."""
     store, tokens = make()
     with pytest.raises(InvalidArgument) as caught:
-        await tokens.create(new(**bad), origin())
+        await tokens.create(new(**bad), origin(), math.inf)
     assert [v.field for v in caught.value.violations] == [field]
     assert store.inserted == []
 
@@ -144,7 +153,9 @@ async def test_create_names_all_wrong_fields_at_once():
     """A form with several mistakes is told all of them."""
     _, tokens = make()
     with pytest.raises(InvalidArgument) as caught:
-        await tokens.create(new(account_id="", name="", scope=0, ttl=timedelta(0)), origin())
+        await tokens.create(
+            new(account_id="", name="", scope=0, ttl=timedelta(0)), origin(), math.inf
+        )
     assert {v.field for v in caught.value.violations} == {"account_id", "name", "scope", "ttl"}
 
 
@@ -165,7 +176,7 @@ async def test_create_names_all_wrong_fields_at_once():
 async def test_create_takes_what_is_allowed(fine):
     """The limits themselves are within."""
     store, tokens = make()
-    created = await tokens.create(new(**fine), origin())
+    created = await tokens.create(new(**fine), origin(), math.inf)
     assert store.inserted[0][0] == created.record
     assert created.record.name == fine.get("name", "ci").strip()
 
@@ -174,7 +185,7 @@ async def test_names_that_look_alike_compare_alike():
     """Letter case and composed forms do not make another name."""
     store, tokens = make()
     for name in ("Straße", "STRASSE", "Cafe\u0301", "CAFÉ"):
-        await tokens.create(new(name=name), origin())
+        await tokens.create(new(name=name), origin(), math.inf)
     keys = [key for _, key, _ in store.inserted]
     assert keys[0] == keys[1]
     assert keys[2] == keys[3]
@@ -188,6 +199,6 @@ async def test_ids_are_ordered_by_time(naive):
     made = []
     for moment in times:
         _, tokens = make(moment)
-        made.append((moment, (await tokens.create(new(), origin())).record.id))
+        made.append((moment, (await tokens.create(new(), origin(), math.inf)).record.id))
     assert all(a[0] == b[0] or a[1] < b[1] for a, b in itertools.pairwise(made))
     assert all(len(token_id) <= 64 for _, token_id in made)

@@ -1,0 +1,91 @@
+"""Faults in what is kept, and in what is answered (rules 4 and 5)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from latchkey import Scope, Verdict, Verification, verifier
+from latchkey._entry import Remembered, remembered
+from latchkey._subscription import Subscription
+from latchkey_coherence.memory import Memory, Position
+
+from tests.conformance.mutants.base import Patch, mutant, on_admit
+
+
+@mutant(4, "a-verdict-named-since")
+def keeps_a_verdict_named_since(patch: Patch) -> None:
+    def change(memory: Memory[Any], entry: Any, position: Position) -> Position:
+        memory._named.pop(entry.token_id, None)
+        return position
+
+    on_admit(patch, change)
+
+
+@mutant(4, "an-unknown-secret")
+def keeps_unknown(patch: Patch) -> None:
+    def mutated(answer: Verification, scope: Scope | None, keep_until: float) -> Remembered | None:
+        if answer.verdict is Verdict.UNKNOWN:
+            return Remembered("", answer, answer, None, keep_until)
+        return remembered(answer, scope, keep_until)
+
+    patch.setattr(verifier, "remembered", mutated)
+
+
+@mutant(4, "a-token-with-a-narrow-scope")
+def answers_every_scope_alike(patch: Patch) -> None:
+    def mutated(answer: Verification, scope: Scope | None, keep_until: float) -> Remembered | None:
+        entry = remembered(answer, scope, keep_until)
+        if entry is not None:
+            entry.write = entry.read
+        return entry
+
+    patch.setattr(verifier, "remembered", mutated)
+
+
+@mutant(4, "final-verdicts")
+def keeps_no_final_verdict(patch: Patch) -> None:
+    def mutated(answer: Verification, scope: Scope | None, keep_until: float) -> Remembered | None:
+        final = answer.verdict in (Verdict.DELETED, Verdict.EXPIRED)
+        return None if final else remembered(answer, scope, keep_until)
+
+    patch.setattr(verifier, "remembered", mutated)
+
+
+@mutant(4, "an-insufficient-scope")
+def keeps_valid_alone(patch: Patch) -> None:
+    def mutated(answer: Verification, scope: Scope | None, keep_until: float) -> Remembered | None:
+        return remembered(answer, scope, keep_until) if answer.allowed else None
+
+    patch.setattr(verifier, "remembered", mutated)
+
+
+@mutant(4, "a-memory-of-no-size")
+def keeps_in_a_memory_of_no_size(patch: Patch) -> None:
+    def change(memory: Memory[Any], entry: Any, position: Position) -> Position:
+        memory.entries_max = max(1, memory.entries_max)
+        return position
+
+    on_admit(patch, change)
+
+
+@mutant(5, "a-lease-ends-on-time")
+def answers_after_the_lease(patch: Patch) -> None:
+    extend = Subscription.extend
+    patch.setattr(
+        Subscription, "extend", lambda self, stream, end: extend(self, stream, end + 10.0)
+    )
+
+
+@mutant(5, "a-verdict-without-a-lease")
+def keeps_without_a_lease(patch: Patch) -> None:
+    keep = verifier.Verifier._remember
+
+    def mutated(
+        self: verifier.Verifier, secret: str, scope: Scope | None, answer: Verification
+    ) -> None:
+        end, self._lease.end = self._lease.end, math.inf
+        keep(self, secret, scope, answer)
+        self._lease.end = end
+
+    patch.setattr(verifier.Verifier, "_remember", mutated)

@@ -1,0 +1,214 @@
+"""What moves.py explores: servers, a client, its streams, and the states to begin from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+OLD_LOG = "o"
+# A row: gone; has not acknowledged the deletion; has.
+NO_ROW, BEHIND, ACKNOWLEDGED = range(3)
+BEFORE, ANSWERED = -1, -2  # Delete; in between, the ticks still to wait
+UNREGISTERED = FRESH = None
+# What a server has sent on a stream: nothing, since it has not heard the client's position; or
+# what no longer counts, so that a Reset comes next.
+UNHEARD, VOID = None, "?"
+UNASKED = -1
+NO_DEBT = -1
+INVALIDATION, RESET, GRANT = "invalidation", "reset", "grant"
+
+GUARANTEE = "Delete had answered before this verify began, and it answers VALID"
+BOUND = "a client that acknowledges nothing holds a server's acknowledgement back for more than T"
+
+
+class Say(NamedTuple):
+    """What the client sends on a stream."""
+
+    applied: str | None
+    asks: bool  # for a grant
+
+
+class Message(NamedTuple):
+    """What a server sends on a stream."""
+
+    kind: str
+    position: str
+    names: bool = False  # the token is among what changed since the last message
+    duration: int = 0  # of a grant
+
+
+class Stream(NamedTuple):
+    """The client's stream to a server; the last three are what the client knows of it."""
+
+    out: tuple[Say, ...] = ()  # on its way to the server
+    inbox: tuple[Message, ...] = ()  # on its way to the client
+    sent: str | None = UNHEARD
+    wanted: bool = False  # the server owes a grant
+    asked: int = UNASKED  # age of the request that the client has no grant for yet
+    owes: bool = False  # the client has applied something that it has not said yet
+
+
+class Server(NamedTuple):
+    """A server, its row, and its record of the client."""
+
+    applied: str | None = ""
+    lease: int = 0
+    stands: str = ""  # the end of the log in the renewal that gave the lease
+    row: int = BEHIND
+    sub_lease: int = 0  # what is left of the client's, as far as this server knows
+    confirmed: str | None = None  # what the client has confirmed
+    debt: int = NO_DEBT  # ticks within which the client has to confirm, or run out
+    stream: Stream | None = None
+
+
+class Lookup(NamedTuple):
+    """A verify sent to some server."""
+
+    read: str | None = None  # the server's position when it answered VALID
+    late: bool = False  # Delete had answered before it was sent
+    joined: bool = False  # a verify that began after Delete's answer shares it
+
+
+class Client(NamedTuple):
+    """The client's memory and lease."""
+
+    applied: str | None = FRESH
+    memory: bool = False  # holds VALID
+    lease: int = 0
+    lookup: Lookup | None = None
+
+
+class State(NamedTuple):
+    """Everything there is, at one instant."""
+
+    log: str  # of the new primary
+    delete: int
+    servers: tuple[Server, ...]
+    client: Client
+
+
+@dataclass(frozen=True)
+class World:
+    """What a run is given."""
+
+    broken: frozenset[str]
+    ticks: int
+    streams_max: int
+    others: str  # changes of another token on the new primary
+    slow_answers: bool
+    bounded: bool  # whether debts are followed
+    renew: tuple[int, ...]  # servers that reach the new primary; the others only read the old one
+    old: tuple[int, ...]  # servers that may read the old primary
+
+
+def with_server(s: State, i: int, **changes: Any) -> State:
+    """Return `s` with server i changed."""
+    servers = s.servers
+    changed = servers[i]._replace(**changes)
+    return s._replace(servers=(*servers[:i], changed, *servers[i + 1 :]))
+
+
+def unasked(stream: Stream) -> Stream:
+    """Return `stream` without its request for a grant, and without the grant that answers it.
+
+    Requests have numbers, so the client ignores such a grant. That the server records it only keeps
+    Delete waiting.
+    """
+    return stream._replace(
+        out=tuple(said._replace(asks=False) for said in stream.out),
+        inbox=tuple(message for message in stream.inbox if message.kind != GRANT),
+        wanted=False,
+        asked=UNASKED,
+    )
+
+
+def may_say_valid(server: Server) -> bool:
+    """Tell whether a server may answer VALID to a verify that begins now (rule 5)."""
+    return server.lease > 0 and server.applied is not None and "N" not in server.applied
+
+
+def lost(s: State, i: int, w: World) -> State:
+    """Return `s` with server i's row or history lost: no lease, nothing confirmed (rule 12)."""
+    server = s.servers[i]
+    stream, confirmed = server.stream, None
+    if stream is not None and stream.sent is not UNHEARD:
+        stream = stream._replace(sent=VOID)
+    if "12 confirmations of a lost history count" in w.broken:
+        confirmed = server.confirmed
+    return with_server(
+        s, i, applied=UNREGISTERED, lease=0, stands="", confirmed=confirmed, stream=stream
+    )
+
+
+def indebted(server: Server, w: World) -> Server:
+    """Return `server`, which has applied something, with the client's debt."""
+    if (
+        w.bounded
+        and server.debt == NO_DEBT
+        and server.stream is not None
+        and server.confirmed != server.applied
+    ):
+        return server._replace(debt=w.ticks)
+    return server
+
+
+def settled(before: Server, after: Server, w: World) -> Server:
+    """Return `after`, which has heard the client, with less of a debt if it was acknowledged."""
+    if after.confirmed == after.applied:
+        return after._replace(debt=NO_DEBT)
+    return (
+        after._replace(debt=w.ticks) if w.bounded and after.confirmed != before.confirmed else after
+    )
+
+
+INBOX_MAX = 2
+# The client watches A, which has renewed since the deletion. B is left behind with the old primary,
+# and one of two ticks of its last lease remains, as of Delete's wait.
+SCATTERED = State(
+    log="N",
+    delete=1,
+    servers=(
+        Server("N", 2, "N", ACKNOWLEDGED, 2, "N", stream=Stream(sent="N")),
+        Server("o", 1),
+    ),
+    client=Client("N", lease=2),
+)
+# The same, where another change has followed, and A's invalidation is under way.
+OVERTAKEN = SCATTERED._replace(
+    log="Nn",
+    servers=(
+        Server(
+            "Nn",
+            2,
+            "Nn",
+            ACKNOWLEDGED,
+            2,
+            "N",
+            stream=Stream(inbox=(Message(INVALIDATION, "Nn"),), sent="Nn"),
+        ),
+        SCATTERED.servers[1],
+    ),
+)
+# A client of B has come back. A's database has passed its position by another way.
+RETURNING = State(
+    log="N",
+    delete=1,
+    servers=(Server("N", 2, "N", ACKNOWLEDGED),),
+    client=Client("o", memory=True),
+)
+END = State("", ANSWERED, (), Client())
+
+NAMES: Mapping[str, Mapping[Any, str]] = {
+    "row": {NO_ROW: "none"},
+    "delete": {BEFORE: "not begun", ANSWERED: "answered"},
+    "applied": {None: "nothing known", "": "nothing"},
+    "confirmed": {None: "nothing known", "": "nothing"},
+    "sent": {UNHEARD: "not heard yet", VOID: "void", "": "nothing"},
+    "stands": {"": "nothing"},
+    "position": {"": "nothing"},
+    "read": {None: "not yet", "": "nothing"},
+    "asked": {UNASKED: "not asked"},
+    "debt": {NO_DEBT: "none"},
+    "stream": {None: "none"},
+}

@@ -1,0 +1,209 @@
+"""What the server's verifier remembers, for how long, and which reads it answers with."""
+
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from latchkey_coherence.memory import Memory, Position
+from latchkey_service.coherence.membership import Membership
+from latchkey_service.coherence.reads import LeasedReads
+from latchkey_service.coherence.snapshot import Snapshot
+from latchkey_service.errors import StoreUnavailable
+from latchkey_service.lookup import Found
+from latchkey_service.secrets import Keyring, Pepper
+from latchkey_service.verdict import Record, Scope, TokenRecord, Verdict
+from latchkey_service.verifier import Verifier
+
+from tests.positions import at
+from tests.unit.coherence.scene import PRIMARY, Scene
+
+CACHE_SECONDS = 2.0
+DEADLINE = math.inf
+KEYRING = Keyring([Pepper(b"p" * 32)])
+SECRET = KEYRING.mint("lk", lambda size: bytes(range(size))).secret.reveal()
+TOKEN = TokenRecord("t1", "acme", "ci", Scope.READ, datetime(2026, 1, 1, tzinfo=UTC), None, "hint")
+
+
+class Database:
+    """Takes the place of look-ups: answers with the token, read wherever a test says."""
+
+    def __init__(self) -> None:
+        self.snapshot = Snapshot(at(5), PRIMARY.timeline)
+        self.record: TokenRecord | None = TOKEN
+        self.reads = 0
+        self.disconnected = 0
+
+    async def find(self, digest: bytes, deadline: float) -> Found:
+        self.reads += 1
+        return Found(self.record, self.snapshot)
+
+
+class Heart:
+    """Takes the place of the heart: a test says what the log brings once it is read."""
+
+    def __init__(self) -> None:
+        self.brings: list[tuple[Position, str]] = []
+        self.scene = Scene(at(5))
+        self.woken = 0
+
+    async def reach(self, revision: int, deadline: float) -> bool:
+        if self.brings:
+            self.scene.apply(*self.brings)
+        return self.scene.membership.memory.position.revision >= revision
+
+    def wake(self) -> None:
+        self.woken += 1
+
+
+class Bench:
+    """A verifier with its memory, and everything around it by hand."""
+
+    def __init__(self, draw: float = 0.0) -> None:
+        self.heart = Heart()
+        self.database = Database()
+        self.scene = self.heart.scene
+        self.membership: Membership[Record] = self.scene.membership
+        self.memory: Memory[Record] = self.membership.memory
+
+        def disconnect() -> None:
+            self.database.disconnected += 1
+
+        reads = LeasedReads(
+            self.heart,  # type: ignore[arg-type]  # all that reads use of it
+            self.membership,
+            lambda: self.scene.now,
+            disconnect,
+        )
+        self.verifier = Verifier(
+            KEYRING,
+            self.database,  # type: ignore[arg-type]  # all that a verify uses of it
+            reads,
+            self.membership,
+            lambda record: record.id.encode(),
+            lambda: self.scene.now,
+            lambda: 0.0,
+            cache_seconds=CACHE_SECONDS,
+            randomness=lambda: draw,
+        )
+
+    async def verify(self) -> Verdict:
+        return (await self.verifier.verify(SECRET, int(Scope.READ), DEADLINE)).verdict
+
+    def recall(self) -> Any:
+        return self.verifier.recall(SECRET, int(Scope.READ))
+
+
+@pytest.mark.parametrize(("draw", "seconds"), [(0.0, 1.0), (0.5, 1.5), (1.0, 2.0)])
+async def test_nothing_is_remembered_for_longer_than_allowed(draw: float, seconds: float) -> None:
+    """An entry answers for between half of LATCHKEY_CACHE_SECONDS and all of it, under a lease that
+    goes on; then the token is read again, and remembered again."""
+    bench = Bench(draw)
+    assert await bench.verify() is Verdict.VALID
+    bench.scene.now += seconds - 0.001
+    bench.scene.renew()
+    assert bench.recall().verdict is Verdict.VALID
+    bench.scene.now += 0.001
+    assert bench.scene.now < bench.membership.lease_ends
+    assert bench.recall() is None
+    assert await bench.verify() is Verdict.VALID
+    assert bench.recall().verdict is Verdict.VALID
+    assert len(bench.memory) == 1
+
+
+async def test_nothing_is_recalled_without_a_lease() -> None:
+    """However fresh it is."""
+    bench = Bench(1.0)
+    await bench.verify()
+    bench.membership.lease_ends = bench.scene.now
+    assert bench.recall() is None
+
+
+async def test_an_answer_from_memory_has_the_position_that_was_applied() -> None:
+    """Nothing up to it has changed the token, so a client may keep it from there."""
+    bench = Bench(1.0)
+    await bench.verify()
+    bench.scene.apply((at(6), "another"))
+    assert bench.recall().position == at(6)
+
+
+@pytest.mark.parametrize(
+    ("position", "timeline"),
+    [
+        (at(5, 2), PRIMARY.timeline),
+        (at(4), PRIMARY.timeline),
+        (Position(5, 0), PRIMARY.timeline),
+        (at(5), "00000002"),
+        (at(5), None),
+        (at(6, 2), PRIMARY.timeline),
+    ],
+)
+async def test_a_read_from_elsewhere_is_refused(position: Position, timeline: str | None) -> None:
+    """It neither answers nor enters the memory; its connection is given up, and the lease asked
+    whether it is the one that is astray."""
+    bench = Bench()
+    bench.database.snapshot = Snapshot(position, timeline)
+    with pytest.raises(StoreUnavailable):
+        await bench.verify()
+    assert len(bench.memory) == 0
+    assert bench.database.disconnected == 1
+    assert bench.heart.woken == 1
+
+
+async def test_an_unknown_token_is_believed_no_sooner() -> None:
+    """A deposed primary must not say that a secret is unknown either."""
+    bench = Bench()
+    bench.database.record = None
+    assert await bench.verify() is Verdict.UNKNOWN
+    bench.database.snapshot = Snapshot(at(5, 2), PRIMARY.timeline)
+    with pytest.raises(StoreUnavailable):
+        await bench.verify()
+
+
+@pytest.mark.parametrize("history", [1, 2])
+async def test_a_read_that_is_ahead_waits_for_the_log(history: int) -> None:
+    """It answers once the log has its position, and not when the log has another mark there."""
+    bench = Bench()
+    bench.database.snapshot = Snapshot(at(6), PRIMARY.timeline)
+    bench.heart.brings = [(at(6, history), "another")]
+    if history == 1:
+        assert await bench.verify() is Verdict.VALID
+        assert bench.recall() is not None
+    else:
+        with pytest.raises(StoreUnavailable):
+            await bench.verify()
+        assert len(bench.memory) == 0
+
+
+async def test_a_read_that_an_invalidation_overtook_is_answered_and_not_kept() -> None:
+    """The verify began before the invalidation was applied, so it may answer. The memory may not
+    keep it: nothing would drop it again."""
+    bench = Bench()
+    find = bench.database.find
+
+    async def overtaken(digest: bytes, deadline: float) -> Found:
+        found = await find(digest, deadline)
+        bench.scene.apply((at(6), "t1"))
+        return found
+
+    bench.database.find = overtaken  # type: ignore[method-assign]  # at the worst moment
+    assert await bench.verify() is Verdict.VALID
+    assert len(bench.memory) == 0
+
+
+async def test_a_lease_that_was_lost_meanwhile_permits_no_answer() -> None:
+    """The read was sent under a lease on a history that is no more."""
+    bench = Bench()
+    find = bench.database.find
+
+    async def overtaken(digest: bytes, deadline: float) -> Found:
+        found = await find(digest, deadline)
+        bench.membership.lose()
+        bench.membership.register(at(5), 5, PRIMARY, 0.0)
+        bench.scene.renew()
+        return found
+
+    bench.database.find = overtaken  # type: ignore[method-assign]  # at the worst moment
+    with pytest.raises(StoreUnavailable):
+        await bench.verify()
+    assert len(bench.memory) == 0
