@@ -155,7 +155,7 @@ def test_dialogs_are_modal_and_changes_are_announced(browser: Browser, world: Wo
 
 
 def test_page_behind_a_dialog_is_inert_without_a_script(browser: Browser, world: World) -> None:
-    """Without JavaScript, too, a dialog traps the focus: the page behind it is inert."""
+    """Even without JavaScript, a dialog traps the focus: the page behind it is inert."""
     fill(world)
     browser.scripts(on=False)
     browser.open("/new")

@@ -158,7 +158,7 @@ def test_lost_answer_while_the_outcome_is_unknown(
 
 @pytest.mark.answers(503)
 def test_dialogs_work_without_the_list(browser: Browser, world: World) -> None:
-    """Without JavaScript, too, dialogs work while the list is unavailable."""
+    """Dialogs work without JavaScript even while the list is unavailable."""
     token = world.create("there").token
     browser.scripts(on=False)
     with world.relay.failing("List", code=UNAVAILABLE):

@@ -225,7 +225,7 @@ async def test_piped_create_writes_only_the_secret(run: Run, address: str) -> No
     assert secret.isascii()
     assert len(secret) == 60
     assert secret not in created.err
-    assert "shown once" in created.err
+    assert "shown only once" in created.err
     assert "ci" in created.err
     verified = await run("verify", "--scope", "write", target=address, stdin=created.out)
     assert verified.code == 0
@@ -532,9 +532,9 @@ async def test_serve_and_config_become_the_service(run: Run) -> None:
     assert config.json["LATCHKEY_LISTEN"] == "127.0.0.1:7"
     assert serve.code == 2
     assert "LATCHKEY_LISTEN" in serve.err
-    for told in (missing, bare):
-        assert told.code == 1
-        assert "from a clone of Latchkey with: pip install '.[service,embedded]'" in told.err
+    for result in (missing, bare):
+        assert result.code == 1
+        assert "from a clone of Latchkey with: pip install '.[service,embedded]'" in result.err
     assert version.code == 0
     assert version.out.startswith("latchkey ")
 

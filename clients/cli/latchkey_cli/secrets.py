@@ -14,9 +14,9 @@ __all__ = ["INPUT_BYTES_MAX", "SecretInputError", "find_secret", "read_secret", 
 
 # A secret has 60 characters. Longer input is some other file, so we stop reading here.
 INPUT_BYTES_MAX: Final = 64 * 1024
-# The prefix and 43 random characters. A tag and a checksum, 14 characters, follow; a copy that
-# lacks some of these still counts as leaked. When one secret directly follows another, the pattern
-# takes its prefix for the end of the first, hence the repeated group.
+# The prefix and 43 random characters. The last 14 characters of a secret, a tag and a checksum, are
+# not required: a copy without them still counts as leaked. The group repeats because in two secrets
+# without a separator, the second prefix reads like the end of the first secret.
 _SECRET_WITHIN: Final = re.compile(r"([a-z]{2,10})(?:_[0-9A-Za-z]{43,})+")
 
 

@@ -161,7 +161,7 @@ def _words(error: latchkey.LatchkeyError, doing: Doing, target: str) -> tuple[st
 
 
 def _after(doing: Doing, error: latchkey.LatchkeyError) -> str:
-    """Return the advice for after the connection works, to append to the advice before it."""
+    """Return what to do once the connection works. The caller puts it after its own advice."""
     if doing.if_lost == _AGAIN:
         return f", then {_AGAIN}"
     if doing.once and _UNCONNECTED.search(str(error)):

@@ -203,8 +203,7 @@ def _print_verifiers(output: Console, verifiers: Sequence["VerifierStatus"]) -> 
 def _print_databases(output: Console, verifiers: Sequence["VerifierStatus"]) -> None:
     """Print a line for each database server that grants leases; a healthy fleet has one.
 
-    These lines follow the table because as columns they would take 50 characters, mostly with equal
-    values.
+    Lines below the table suffice: columns would take 50 characters and mostly repeat one value.
     """
     using: dict[str, list[str]] = {}
     for verifier in verifiers:
@@ -260,7 +259,7 @@ def _effect(receipt: "Receipt") -> str:
 
 
 def _confirmation(receipt: "Receipt") -> str:
-    """Return how long a confirmation took and who gave it."""
+    """Return how long the confirmation took and who confirmed."""
     effective_time = receipt.effective_time or receipt.commit_time
     milliseconds = (effective_time - receipt.commit_time).total_seconds() * 1_000
     confirmed = _servers_and_clients(receipt.verifiers_acknowledged, receipt.clients_acknowledged)

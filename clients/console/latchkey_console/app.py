@@ -163,19 +163,19 @@ class _SignIn:
         if url is None:
             return RedirectResponse("/signed-out", 303)
         # Not a plain redirect: the content security policy keeps forms on this site.
-        told = Trouble(
+        message = Trouble(
             200,
             "Signing out",
             "You are signed out of this page. Continue to sign out of the provider.",
         )
-        response = self._renderer.message(told, None, action=("Continue", url))
+        response = self._renderer.message(message, None, action=("Continue", url))
         response.headers["refresh"] = f"0; url={url}"
         return response
 
     async def signed_out(self, _: Request) -> Response:
         """Confirm the sign-out. An automatic sign-in would undo it."""
-        told = Trouble(200, "You are signed out", "To be safe, close all browser windows.")
-        return self._renderer.message(told, None, action=("Sign in", "/sign-in"))
+        message = Trouble(200, "You are signed out", "To be safe, close all browser windows.")
+        return self._renderer.message(message, None, action=("Sign in", "/sign-in"))
 
 
 class _Errors:
@@ -192,11 +192,11 @@ class _Errors:
             if request.url.path in _RETURNS and len(wanted) <= _RETURN_LENGTH_MAX:
                 request.session["return"] = wanted
             return RedirectResponse("/sign-in", 303)
-        told = Trouble(
+        message = Trouble(
             401, "You are no longer signed in", "Nothing was changed. Sign in and try again."
         )
         return self._renderer.message(
-            told, None, part=is_part(request), action=("Sign in", "/sign-in")
+            message, None, part=is_part(request), action=("Sign in", "/sign-in")
         )
 
     async def refused(self, request: Request, error: Exception) -> Response:
@@ -216,9 +216,9 @@ class _Errors:
         if not isinstance(error, HTTPException):
             raise error
         title = "Page not found" if error.status_code == 404 else "This request is not supported"
-        told = Trouble(error.status_code, title, "Go back to your tokens.")
+        message = Trouble(error.status_code, title, "Go back to your tokens.")
         response = self._renderer.message(
-            told, None, part=is_part(request), action=("API Tokens", "/")
+            message, None, part=is_part(request), action=("API Tokens", "/")
         )
         response.headers.update(error.headers or {})
         return response
@@ -227,10 +227,12 @@ class _Errors:
         """Report an internal error. Log only its type, because its text may quote a form."""
         number = secrets.token_hex(4)
         _log.error("fault %s: %s at %s", number, type(error).__name__, request.url.path)
-        told = Trouble(
+        message = Trouble(
             500,
             "Something went wrong on this page",
             "Reload to see the current state. If the error persists, contact the administrator.",
             number,
         )
-        return self._renderer.message(told, None, part=is_part(request), action=("API Tokens", "/"))
+        return self._renderer.message(
+            message, None, part=is_part(request), action=("API Tokens", "/")
+        )

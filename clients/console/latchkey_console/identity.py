@@ -57,8 +57,8 @@ class FixedAccount:
     def viewer(self, request: Request) -> Viewer:
         """Return the account. Raises Refused if the request came through a proxy.
 
-        The settings restrict the address to loopback. A proxy on this machine would open it to
-        everyone again, as this account.
+        The settings restrict the address to loopback. A proxy on this machine would let everyone
+        act as this account.
         """
         if any(name in request.headers for name in _FORWARDED):
             raise Refused(

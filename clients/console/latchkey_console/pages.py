@@ -108,7 +108,7 @@ class Pages:
         try:
             inventory = await self._inventory(visit)
         except latchkey.LatchkeyError as error:
-            return self._renderer.message(_told(error), visit.viewer, part=is_part(request))
+            return self._renderer.message(_unchanged(error), visit.viewer, part=is_part(request))
         matching = inventory.matching(visit.filter)
         after = request.query_params.get("after", "")
         rows = listing.rows_after(matching, after, listing.ROWS_STEP)
@@ -163,12 +163,12 @@ class Pages:
         context = await self._behind(request, visit)
         shown = self._creations.show(request.path_params["place"], visit.owner)
         if shown is None:
-            told = Trouble(
+            message = Trouble(
                 404,
                 "Nothing to show here",
                 "A token's secret is shown once, right after creation, to whoever created it.",
             )
-            return self._renderer.message(told, visit.viewer, part=is_part(request))
+            return self._renderer.message(message, visit.viewer, part=is_part(request))
         secret = None if shown.secret is None else shown.secret.reveal()
         values = {"token": shown.token, "secret": secret, "dialog": "created.html"}
         return self._renderer.page(request, {**context, **values})
@@ -183,7 +183,7 @@ class Pages:
             # Deleted elsewhere in the meantime, so there is nothing to confirm.
             return await self._list(request, visit, Notice("gone", token_id, ""))
         except latchkey.LatchkeyError as error:
-            return self._renderer.message(_told(error), visit.viewer, part=is_part(request))
+            return self._renderer.message(_unchanged(error), visit.viewer, part=is_part(request))
         return await self._dialog(request, visit, "delete.html", {"token": token})
 
     async def delete(self, request: Request) -> Response:
@@ -192,10 +192,10 @@ class Pages:
         fields = await _fields(request)
         visit = self._visit(request, fields)
         if not self._is_ours(fields, visit):
-            told = Trouble(
+            message = Trouble(
                 403, "This page has expired", "Nothing was deleted. Reload the page and try again."
             )
-            return self._renderer.message(told, visit.viewer, part=is_part(request))
+            return self._renderer.message(message, visit.viewer, part=is_part(request))
         token_id = fields.get("id", "")
         token = None
         try:
@@ -204,7 +204,7 @@ class Pages:
         except (latchkey.NotFound, latchkey.InvalidArgument):
             pass
         except latchkey.LatchkeyError as error:
-            return self._renderer.message(_told(error), visit.viewer, part=is_part(request))
+            return self._renderer.message(_unchanged(error), visit.viewer, part=is_part(request))
         receipt = None
         try:
             receipt = await self._client.delete(visit.account_id, token_id)
@@ -237,8 +237,8 @@ class Pages:
     async def _list(self, request: Request, visit: Visit, notice: Notice | None = None) -> Response:
         context = await self._context(visit)
         context["notice"] = notice or self._notices.pop(visit.owner)
-        told: Trouble | None = context["trouble"]
-        return self._renderer.page(request, context, told.status if told else 200)
+        message: Trouble | None = context["trouble"]
+        return self._renderer.page(request, context, message.status if message else 200)
 
     async def _dialog(
         self,
@@ -275,10 +275,10 @@ class Pages:
             case latchkey.InvalidArgument():
                 return await self._form(request, visit, form.refused(error.field_violations), 422)
             case _:
-                told = trouble(error)
-                text = f"{told.title}, so nothing was created. {told.text}"
+                message = trouble(error)
+                text = f"{message.title}, so nothing was created. {message.text}"
                 form = form.with_errors({"": text})
-                return await self._form(request, visit, form, told.status)
+                return await self._form(request, visit, form, message.status)
 
     async def _lost(
         self,
@@ -289,14 +289,14 @@ class Pages:
         new: NewToken,
         outcome: Lost,
     ) -> Response:
-        told = None if outcome.error is None else trouble(outcome.error)
+        message = None if outcome.error is None else trouble(outcome.error)
         # The same mark, so that submitting the form again continues this attempt.
         values = {
             "form": form,
             "mark": mark,
             "name": new.name,
             "found": outcome.found,
-            "told": told,
+            "message": message,
         }
         return await self._dialog(request, visit, "lost.html", values, 503)
 
@@ -308,11 +308,11 @@ class Pages:
         token_id: str,
         error: latchkey.LatchkeyError,
     ) -> Response:
-        told = trouble(error)
+        message = trouble(error)
         if is_refusal(error):
-            return self._renderer.message(_told(error), visit.viewer, part=is_part(request))
-        values = {"token": token, "token_id": token_id, "told": told}
-        return await self._dialog(request, visit, "unconfirmed.html", values, told.status)
+            return self._renderer.message(_unchanged(error), visit.viewer, part=is_part(request))
+        values = {"token": token, "token_id": token_id, "message": message}
+        return await self._dialog(request, visit, "unconfirmed.html", values, message.status)
 
     def _frame(self, visit: Visit) -> dict[str, Any]:
         """Return the context that every page needs."""
@@ -361,14 +361,14 @@ async def _fields(request: Request) -> dict[str, str]:
         raise Refused(400, "Invalid form", "Nothing was changed. Go back and try again.") from None
 
 
-def _told(error: latchkey.LatchkeyError) -> Trouble:
-    told = trouble(error)
+def _unchanged(error: latchkey.LatchkeyError) -> Trouble:
+    message = trouble(error)
     return Trouble(
-        told.status,
-        told.title,
-        f"Nothing was changed. {told.text}",
-        told.request_id,
-        told.retry_seconds,
+        message.status,
+        message.title,
+        f"Nothing was changed. {message.text}",
+        message.request_id,
+        message.retry_seconds,
     )
 
 

@@ -28,7 +28,7 @@ __all__ = [
 
 # How long a form may stay open. An older form is shown again as typed, to be submitted once more.
 FORM_SECONDS: Final = 3_600
-# A form takes a few hundred bytes. The bound drops clients that send it byte by byte.
+# A form takes a few hundred bytes. Clients that send it too slowly are dropped.
 BODY_SECONDS: Final = 10.0
 _UNSAFE: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 

@@ -67,7 +67,7 @@ class Renderer:
     ) -> Response:
         """Return a page with one message. `action` is a link's text and URL."""
         layout = "part.html" if part else "page.html"
-        context = {"told": trouble, "viewer": viewer, "action": action, "layout": layout}
+        context = {"message": trouble, "viewer": viewer, "action": action, "layout": layout}
         response = self._html(
             "message.html", {**context, "csrf": "", "dialog": None}, trouble.status
         )

@@ -277,14 +277,14 @@ def test_receipts_count_who_confirmed() -> None:
         assert words in console.file.getvalue()
 
 
-def test_a_receipt_of_invalidate_all() -> None:
-    """People read when every memory was empty, and who confirmed it or was waited out, on a line of
-    80 columns at most."""
+def test_receipt_of_invalidate_all() -> None:
+    """The receipt says when every cache was empty, who confirmed and who was waited out, in at most
+    80 columns."""
     console = Console(file=StringIO(), width=80)
     tables.print_invalidation(console, receipt(3, 0, 40, 1))
     assert isinstance(console.file, StringIO)
     shown = " ".join(console.file.getvalue().split())
-    assert shown.startswith("Emptied the memory of every verifier Committed 2026-03-01 ")
+    assert shown.startswith("Cleared the cache of every verifier Committed 2026-03-01 ")
     assert "Revision 7 Confirmed after 12 ms: 3 servers and 40 clients confirmed, 1" in shown
     assert shown.endswith("1 outwaited (0 servers and 1 client)")
     assert max(map(len, console.file.getvalue().splitlines())) <= 80

@@ -37,8 +37,8 @@
 
   // Inserts the message, dialog or list that an answer contains.
   function place(page, { focus } = {}) {
-    const told = one("#message", page);
-    if (told) return tell(told);
+    const message = one("#message", page);
+    if (message) return showMessage(message);
     const dialog = one("dialog", page);
     if (dialog) return open(dialog);
     const main = one("main", page);
@@ -78,11 +78,11 @@
     const text = document.createElement("p");
     text.textContent = what;
     section.append(title, text);
-    tell(section);
+    showMessage(section);
   }
 
   // Shows a message in the open dialog, to preserve its input, or else above the list.
-  function tell(section) {
+  function showMessage(section) {
     const where = one("dialog .body") || byId("main");
     all("#message").forEach((old) => old.remove());
     where.prepend(section);
@@ -102,12 +102,12 @@
     times(main);
     before.replaceWith(main);
     if (dialogOpen() === null) main.removeAttribute("inert");
-    const told = byId("notice");
+    const notice = byId("notice");
     if (typing && field) typing.focus();
-    else if (told) focusNear();
+    else if (notice) focusNear();
     else if (focus) (one(focus, main) || main).focus();
     else if (held) (one(held, main) || main).focus({ preventScroll: true });
-    say((told ?? byId("count"))?.textContent ?? "");
+    say((notice ?? byId("count"))?.textContent ?? "");
   }
 
   // Returns a selector that finds the focused element again after the list is replaced, or null if
@@ -141,8 +141,8 @@
       const answer = await fetch(url, { headers: PART, signal: AbortSignal.timeout(WAIT_MS) });
       const text = await answer.text();
       if (!answer.ok) {
-        const told = one("#message", parsed(text));
-        return told ? tell(told) : lost("Try again.");
+        const message = one("#message", parsed(text));
+        return message ? showMessage(message) : lost("Try again.");
       }
       all("#message").forEach((old) => old.remove());
       const came = all("tr", parsed(`<table><tbody>${text}</tbody></table>`));
