@@ -93,7 +93,7 @@ def console(
     ] = None,
     target: TargetOption = "127.0.0.1:50051",
 ) -> None:
-    """Serve the API Tokens page in the browser until Ctrl-C.
+    """Serve the API Tokens web page until Ctrl-C.
 
     Choose how the page identifies visitors: --account to try it,
     --account-header with --trusted-proxy behind a sign-in proxy, or

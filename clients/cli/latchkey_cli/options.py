@@ -91,7 +91,7 @@ TimeoutOption = Annotated[
         metavar="SECONDS",
         callback=_timeout,
         show_default=False,
-        help="Time limit for one call. Default: 5; for delete 10.",
+        help="Time limit for one call. Default: 5, or 10 for delete.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]

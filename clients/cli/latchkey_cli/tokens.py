@@ -42,7 +42,7 @@ def create(
     scope: Annotated[
         ScopeName,
         typer.Option(
-            "--scope", case_sensitive=False, help="What the token may do. write includes read."
+            "--scope", case_sensitive=False, help="What the token may do; write includes read."
         ),
     ],
     expires: ExpiresOption = None,
@@ -193,18 +193,18 @@ def delete(
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete tokens permanently. Once it returns, no verifier accepts them.
+    """Delete tokens permanently. When the command returns, they are dead everywhere.
 
     It asks for confirmation before each deletion unless you pass --yes. Without
     a terminal, --yes is required. Deleting a token twice prints the same receipt.
 
     With --no-wait, for bulk work, it returns as soon as the deletions are
-    stored; the tokens may stay valid for a few more seconds. Run the same
+    stored. The tokens may stay valid for a few more seconds. Run the same
     command without --no-wait to confirm that they are dead.
 
-    With several IDs, it prints each result, and the exit code is the most severe
-    one; it is 1 if nothing failed but you answered no. With --json, it prints
-    an array with the receipt or error of each token.
+    With several IDs, it prints each result and exits with the most severe code,
+    or with 1 if nothing failed but you answered no. With --json, it prints an
+    array with the receipt or error of each token.
     """
     if words := [token_id for token_id in token_ids if token_id.lower() in _NO_IDS]:
         raise Failure(

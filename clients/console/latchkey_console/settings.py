@@ -223,7 +223,7 @@ def _proxy(header: str, trusted: tuple[str, ...]) -> ProxySettings:
     if not trusted:
         raise SettingsError(
             "--trusted-proxy: give the addresses that may send the header, such as 127.0.0.1; "
-            "from anywhere else, the header is ignored"
+            "requests from anywhere else are refused"
         )
     networks = []
     for text in trusted:
