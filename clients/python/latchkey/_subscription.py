@@ -277,7 +277,8 @@ class Stream:
                 return
         elif not subscription.apply(position, event.token_ids):
             self._reset(NOWHERE, now)
-        elif memory.knows(position):
+        elif memory.position == position or memory.knows(position):
+            # A server without marks has no position that is known.
             self._left_at = position
         self._owes_ack = True
 
