@@ -141,12 +141,16 @@ class Primary:
 
     async def _says_primary(self, host: str) -> bool:
         """Tell whether a host accepts writes. One that does not answer in time does not."""
-        with contextlib.suppress(StoreUnavailable, TimeoutError):
+        try:
             async with asyncio.timeout(ASK_SECONDS):
                 # Refuses a standby.
                 (await self._connector.connect_to(host)).terminate()
-                return True
-        return False
+        except (StoreUnavailable, TimeoutError):
+            return False
+        except Exception as error:  # noqa: BLE001 - it refuses this role, or is not for Latchkey
+            self._log.warning("host not asked", host=host, error=type(error).__name__)
+            return False
+        return True
 
     async def _diagnose(self, host: str) -> None:
         """Find out whether commits hang on a host that answers reads."""

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import asyncpg
 import pytest
 import structlog
 from latchkey_service import primary as module
@@ -41,6 +42,7 @@ class FakeConnector:
         self.primaries = {FIRST}
         self.waiting: bool | Exception = False
         self.silent: set[str] = set()
+        self.refusals: dict[str, Exception] = {}
         self.proved: list[str] = []
         self.left: list[str] = []
         self.made: list[FakeConnection] = []
@@ -60,6 +62,8 @@ class FakeConnector:
     async def connect_to(self, host: str) -> FakeConnection:
         if host in self.silent:
             await asyncio.Event().wait()
+        if host in self.refusals:
+            raise self.refusals[host]
         if host not in self.primaries:
             raise StoreUnavailable("a standby")
         self.made.append(FakeConnection(host, self.waiting))
@@ -208,3 +212,12 @@ async def test_a_lease_that_moves_no_longer_warns_of_its_own_host(world: World) 
     await primary.look_at_others()
     (warning,) = primary.warnings()
     assert warning.partition(":")[2].startswith(f" {FIRST}.")
+
+
+async def test_a_host_that_refuses_the_role_is_no_primary(world: World) -> None:
+    """Its error is one that the driver's translation leaves as it is, such as a missing right to
+    connect. The worker goes on: it ends when one of its parts fails."""
+    world.primary.renewed(world.connection(FIRST), OLD)
+    world.connector.refusals[SECOND] = asyncpg.InsufficientPrivilegeError("no right to connect")
+    await world.primary.look_at_others()
+    assert world.primary.warnings() == []
