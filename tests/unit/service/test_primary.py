@@ -118,13 +118,31 @@ async def test_each_change_of_the_server_is_logged(world: World) -> None:
 
 
 async def test_a_failure_leaves_the_host(world: World) -> None:
-    """A renewal that fails on a connection leaves the connection's host. A failure to connect
-    leaves none, because the connector has asked them all."""
-    world.primary.failed(world.connection(FIRST), StoreUnavailable("no answer"))
-    world.primary.failed(None, StoreUnavailable("no answer"))
+    """A renewal that hangs, or is not replicated, leaves the connection's host. A failure to
+    connect leaves none, because the connector has asked them all."""
+    hung = StoreUnavailable("no answer")
+    hung.__cause__ = TimeoutError()
+    world.primary.failed(world.connection(FIRST), hung)
+    world.primary.failed(None, hung)
     assert world.connector.left == [FIRST]
     await world.diagnosed()
     assert world.primary.warnings() == []
+    world.primary.failed(world.connection(SECOND), NotReplicated("not replicated"))
+    assert world.connector.left == [FIRST, SECOND]
+
+
+async def test_one_failure_that_passes_leaves_no_host(world: World) -> None:
+    """A lock that was held for long costs no lease: the host is left at the second failure in a row
+    only, since the next host may be a deposed primary."""
+    locked = StoreUnavailable("no answer")
+    locked.__cause__ = asyncpg.LockNotAvailableError()
+    world.primary.failed(world.connection(FIRST), locked)
+    world.primary.renewed(world.connection(FIRST), OLD)
+    world.primary.failed(world.connection(FIRST), locked)
+    assert world.connector.left == []
+    world.primary.failed(world.connection(FIRST), locked)
+    assert world.connector.left == [FIRST]
+    await world.diagnosed()
 
 
 async def test_a_commit_that_was_not_replicated_is_reported(world: World) -> None:
