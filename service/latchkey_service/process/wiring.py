@@ -270,6 +270,7 @@ async def running(
         heart.wake,
         boottime,
         lambda: membership.settles_at,
+        identity.id,
         notify=notify,
     )
     verifier = Verifier(
