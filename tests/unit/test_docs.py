@@ -19,19 +19,10 @@ from pydantic_core import PydanticUndefined
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
-DOCUMENTS = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "SECURITY.md",
-    "docs/backup.md",
-    "docs/callers.md",
-    "docs/coherence.md",
-    "docs/errors.md",
-    "docs/limits.md",
-    "docs/protocol.md",
-    "docs/postgres.md",
-    "clients/python/README.md",
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/*.md", "clients/**/README.md", "proto/**/*.md")
+    for path in ROOT.glob(pattern)
 )
 OFFLINE = "--quiet --disable-pip-version-check --no-index --no-build-isolation"
 # Each has its test below, in integration/test_readme_grpcurl.py or in console/test_running.py.
