@@ -203,8 +203,28 @@ def test_make_targets() -> None:
 def test_layout() -> None:
     """The directories and modules that CONTRIBUTING names are there."""
     contributing = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
-    for path in re.findall(r"^\| `([\w/]+/)` \|", contributing, re.MULTILINE):
-        assert (ROOT / path).is_dir(), path
+    rows = re.findall(r"^\| `([\w/]+/)` \| (.+) \|$", contributing, re.MULTILINE)
+    assert len(rows) > 10
+    for folder, text in rows:
+        assert (ROOT / folder).is_dir(), folder
+        for module in re.findall(r"`([\w/]+\.py)`", text):
+            assert (ROOT / folder / module).is_file(), (folder, module)
+    # Upper-case names stand for the reader's own.
+    for path in re.findall(r"`((?:proto|service|clients|tests|docs)/[a-z0-9_./-]+)`", contributing):
+        assert (ROOT / path).exists(), path
+
+
+def test_rooms_are_described() -> None:
+    """CONTRIBUTING and the architecture page list every room of the service."""
+    rooms = {path.parent.name for path in (ROOT / "service/latchkey_service").glob("*/__init__.py")}
+    contributing = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    architecture = (ROOT / "docs/architecture.md").read_text("utf-8")
+    listed = set(
+        re.findall(r"^\| `service/latchkey_service/(\w+)/` \|", contributing, re.MULTILINE)
+    )
+    assert listed == rooms
+    section = architecture.partition("\n## Rooms\n")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)/` \|", section, re.MULTILINE)) == rooms
 
 
 def test_changelog() -> None:
