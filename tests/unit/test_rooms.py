@@ -1,4 +1,4 @@
-"""The boundaries that docs/architecture.md draws hold, and the checks that guard them can fail.
+"""The boundaries that docs/architecture.md draws hold, and so do the signs on the rooms.
 
 The imports are checked by import-linter (`[tool.importlinter]` in pyproject.toml), which `make
 check` runs. Where SQL may stand is checked here.
@@ -120,6 +120,46 @@ def modules_with_sql(service: Path) -> set[str]:
         for path in service.rglob("*.py")
         if not re.search(r"(_store|_table|/migrate)\.py$", path.as_posix()) and any(sql_in(path))
     }
+
+
+def imported_rooms(room: Path) -> set[str]:
+    """Return the other rooms that the modules of `room` import."""
+    names = set()
+    for path in room.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+    found = {name.split(".")[1] for name in names if name.startswith("latchkey_service.")}
+    return {name for name in found if (SERVICE / name).is_dir()} - {room.name}
+
+
+@pytest.mark.parametrize("room", sorted(path.parent for path in SERVICE.glob("*/__init__.py")))
+def test_signs(room: Path) -> None:
+    """A room's docstring says what it owns, lists the rooms that it imports, and names a module to
+    begin with."""
+    text = ast.get_docstring(ast.parse((room / "__init__.py").read_text("utf-8"))) or ""
+    assert re.search(r"^Owns ", text, re.MULTILINE)
+    imports = re.search(r"^Imports: (.+)\.$", text, re.MULTILINE)
+    assert imports is not None
+    listed = set() if imports[1] == "no other room" else set(imports[1].split(", "))
+    assert listed == imported_rooms(room)
+    begin = re.search(r"^Begin with `(\w+\.py)`", text, re.MULTILINE)
+    assert begin is not None
+    assert (room / begin[1]).is_file()
+
+
+def test_modules_that_comments_name() -> None:
+    """Each module that a comment or docstring of the service names in backquotes exists, also where
+    it names a constant of that module."""
+    modules = [f"/{path}" for source in SOURCES for path in (ROOT / source).rglob("*.py")]
+    for path in SERVICE.rglob("*.py"):
+        text = path.read_text("utf-8")
+        names = re.findall(r"`([\w/]+\.py)`", text)
+        names += [f"{name}.py" for name in re.findall(r"`([a-z_]+)\.[A-Z][A-Z_]+`", text)]
+        for name in names:
+            assert any(module.endswith(f"/{name}") for module in modules), (path, name)
 
 
 def test_imports() -> None:
