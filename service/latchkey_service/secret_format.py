@@ -9,8 +9,8 @@
              was minted with our pepper, without a look-up
 - checksum = CRC-32 of all that comes before it: tells a typo without a key
 
-What it does not own: where peppers are kept (`peppers.py`) and whether a digest belongs to a live
-token (`verifier.py`).
+What it does not own: where peppers are kept (`pepper_file.py`) and whether a digest belongs to a
+live token (`verifier.py`).
 """
 
 import hmac

@@ -27,6 +27,7 @@ from tests.support import WAIT_SECONDS, eventually
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^<!-- test: ([a-z ]+) -->\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 README = (ROOT / "README.md").read_text("utf-8")
+SETTINGS = (ROOT / "docs/settings.md").read_text("utf-8")
 START_SECONDS = 90.0
 
 
@@ -281,11 +282,11 @@ def test_readme_commands(tmp_path: Path) -> None:
             assert running.end() == 0
 
 
-def test_readme_options() -> None:
-    """The README's table lists every option, in any order, with its variable and default."""
+def test_documented_options() -> None:
+    """docs/settings.md lists every option, in any order, with its variable and default."""
     from latchkey_console import settings
 
-    cells = re.findall(r"^\| `--([a-z-]+)` \| `(LATCHKEY_\w+)` \| (.+?) \|", README, re.MULTILINE)
+    cells = re.findall(r"^\| `--([a-z-]+)` \| `(LATCHKEY_\w+)` \| (.+?) \|", SETTINGS, re.MULTILINE)
     rows = {option: (variable, default) for option, variable, default in cells}
     shown = latchkey("console", "--help", COLUMNS="200").stdout
     assert {f"--{option}" for option in rows} == set(re.findall(r"(--[a-z-]+)", shown)) - {"--help"}

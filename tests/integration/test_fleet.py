@@ -213,8 +213,8 @@ async def cli(address: str, *options: str) -> str:
 
 
 async def test_a_documented_rotation_stays_quiet(run: Run, tmp_path: Path) -> None:
-    """Rotating as the README describes, host after host, causes no warning at any step, and each
-    host verifies the other's tokens throughout; a rotation in the wrong order is reported."""
+    """Rotating as docs/settings.md describes, host after host, causes no warning at any step, and
+    each host verifies the other's tokens throughout; a rotation in the wrong order is reported."""
     hosts = {name: run(name, pepper_file=write_peppers(tmp_path / name, OLD)) for name in "ab"}
     addresses = {name: await hosts[name].welcome() for name in "ab"}
 

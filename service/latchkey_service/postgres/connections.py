@@ -1,7 +1,7 @@
 """Connections to Postgres: their bounds, and what becomes of the driver's errors.
 
 Every wait on Postgres is bounded here, and every error of the driver is translated here, by class
-or SQLSTATE: nothing above knows asyncpg. The SQL is in `store.py` and `coherence/table.py`.
+or SQLSTATE: nothing above knows asyncpg. The SQL is in `*_store.py` and `*_table.py`.
 """
 
 import asyncio
@@ -49,7 +49,7 @@ CONNECT_TIMEOUT_SECONDS = 1.0
 IDLE_SECONDS = 5.0
 # Far above a round trip, and short enough that the caller still has time for a new connection.
 TRIAL_TIMEOUT_SECONDS = 0.5
-# Each call at work has one (`calls.CONCURRENCY_LIMITS`), and each receipt that is written
+# Each call at work has one (`interceptor.CONCURRENCY_LIMITS`), and each receipt that is written
 # (`tokens.py`); two
 # are for what the process does by itself.
 POOL_SIZE_MAX = 16

@@ -21,7 +21,7 @@ Pooler = Literal["none", "transaction"]
 # A row lock is held for one commit. After this something is stuck, and the caller may retry.
 _LOCK_TIMEOUT: Final = "1500ms"
 # The second bound on a statement, on the server: work whose caller has left must end too. It is
-# `database.STATEMENT_TIMEOUT_SECONDS`, which a session has in place of this.
+# `connections.STATEMENT_TIMEOUT_SECONDS`, which a session has in place of this.
 _STATEMENT_TIMEOUT: Final = "2s"
 _IDLE_IN_TRANSACTION_TIMEOUT: Final = "10s"
 # Postgres notices by this that a connection was closed, also while its statement waits for a lock.

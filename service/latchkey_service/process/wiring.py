@@ -388,7 +388,7 @@ def _identity(settings: Settings, keyring: Keyring) -> Identity:
 
 
 class _Registrar:
-    """Stands in for a server while servicers register, and wraps each handler (`calls.py`).
+    """Stands in for a server while servicers register, and wraps each handler (`interceptor.py`).
 
     The wrapped handlers go to the transport both ways: by name, which `native` serves itself (but
     hands streams of requests registered so to grpcio's no-op), and by a look-up of the path, which

@@ -1,8 +1,8 @@
 """The servicer: protobuf → domain, one call, domain → protobuf.
 
-One Verify, from socket to answer: the transport (`transport.py`) hands the message to `calls.py`,
-which bounds, counts and logs it and translates its errors; from there to `Verify` below, to
-`verifier.py`, which answers from memory or asks `lookup.py`, to `verdict.decide`, and back.
+One Verify, from socket to answer: the transport (`native.py`) hands the message to
+`interceptor.py`, which bounds, counts and logs the call and translates its errors. `Verify` below
+asks `verifier.py`, which answers from memory or asks `batched_lookup.py`. `verdict.py` decides.
 """
 
 import re

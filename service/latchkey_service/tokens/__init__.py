@@ -1,5 +1,7 @@
-"""Tokens: create, list, delete and verify them; their secrets, peppers and SQL.
+"""Tokens: create, list, delete and verify them; their peppers and their SQL.
 
-Owns the rules of the contract. Imports coherence (leases), audit and postgres. Begin with
-`verifier.py` for a verify and `management.py` for everything else.
+Owns the rules of the contract.
+
+Imports: coherence, audit, postgres.
+Begin with `verifier.py` for a verify and `management.py` for everything else.
 """

@@ -2,7 +2,8 @@
 
 A host that lacks another host's pepper answers UNKNOWN to the tokens created there. A start that
 would surely cause this is refused (`refusal`), and hosts that already differ are reported
-(`mismatches`). `enrolment.py` applies the first rule; workers and StatusService apply the second.
+(`mismatches`). `pepper_enrolment.py` applies the first rule; workers and StatusService apply the
+second.
 """
 
 from collections.abc import Sequence

@@ -40,7 +40,7 @@ ID_LENGTH_MAX = 64
 _END_OF_TIME = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 # What is longer is refused for its length.
 SCANNED_LENGTH_MAX = 1_000
-# Receipts written down at once, each with a connection of the pool (`database.POOL_SIZE_MAX`).
+# Receipts written down at once, each with a connection of the pool (`connections.POOL_SIZE_MAX`).
 CONFIRMING_MAX = 4
 PAGE_TOKEN_LENGTH_MAX = 200
 _ID = re.compile(r"tok_[0-9a-z]{26}")

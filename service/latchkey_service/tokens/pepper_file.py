@@ -104,7 +104,7 @@ class Draft:
 
 
 def load_or_create(path: Path, *, create: bool) -> Keyring:
-    """Return the keyring kept in `path`, without asking a database (`enrolment.py` does).
+    """Return the keyring kept in `path`, without asking a database (`pepper_enrolment.py` does).
 
     With `create`, a missing file is made with one new key, mode 0600. Raises PepperFileError.
     """

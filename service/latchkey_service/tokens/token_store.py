@@ -1,7 +1,8 @@
 """The SQL of tokens, one method per statement, the statement beside its method.
 
-`Store` serves management calls from a pool. `lookup.py` has Verify's own connection and uses
-`FIND_BY_DIGEST` and `record_of` from here. The SQL of verifiers is in `coherence/table.py`.
+`Store` serves management calls from a pool. `batched_lookup.py` has Verify's own connection and
+uses `FIND_BY_DIGEST` and `record_of` from here. The SQL of verifiers is in
+`coherence/verifier_table.py`.
 """
 
 import json
