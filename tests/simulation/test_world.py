@@ -12,11 +12,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from latchkey_coherence.memory import Memory, Position
-from latchkey_service.coherence import ack_rules as confirmation
-from latchkey_service.coherence import verifier_state as membership
-from latchkey_service.coherence.ack_rules import Census, Confirmation, Wait
-from latchkey_service.coherence.verifier_state import Change, Log, Membership, Standing
-from latchkey_service.coherence.watch_sessions import Grant, Watcher
+from latchkey_service.coherence import ack_rules, verifier_state
+from latchkey_service.coherence.ack_rules import (
+    Acknowledgements,
+    DeadVerifierDetector,
+    PendingDeletion,
+)
+from latchkey_service.coherence.verifier_state import Change, Log, Standing, VerifierState
+from latchkey_service.coherence.watch_sessions import Grant, WatchSession
 
 from tests.simulation.database import Database
 from tests.simulation.world import KINDS, World
@@ -90,7 +93,7 @@ def admit_anything(self: Memory[Any], key: bytes, entry: Any, position: Position
 
 
 admit = Memory.admit
-take = Watcher.take
+take = WatchSession.take
 
 
 def keep_the_memory(
@@ -102,12 +105,12 @@ def keep_the_memory(
     self.acknowledged, self.registered, self.server = acknowledged, True, server
 
 
-def lose_and_keep_the_memory(self: Membership[Any]) -> None:
+def lose_and_keep_the_memory(self: VerifierState[Any]) -> None:
     """The same, in the moment in which that is noticed."""
     self.registered, self.lease_ends = False, -math.inf
 
 
-def grant_longer(self: Watcher, now: float) -> list[Any]:
+def grant_longer(self: WatchSession, now: float) -> list[Any]:
     """Rule 6, with grants that outlast the server's own lease."""
     return [
         event._replace(lease_seconds=event.lease_seconds + 2.0)
@@ -132,7 +135,7 @@ def known_by_revision(self: Database, position: Position) -> bool:
     return self.pruned.revision <= position.revision <= self.head.revision
 
 
-def believe_what_is_new_enough(self: Membership[Any], snapshot: Any, began: Any) -> Standing:
+def believe_what_is_new_enough(self: VerifierState[Any], snapshot: Any, began: Any) -> Standing:
     """Rule 12, a look-up that is believed for its bare revision, as it was before."""
     if snapshot.position.revision > self.memory.position.revision:
         return Standing.AHEAD
@@ -159,25 +162,29 @@ def renew_whatever_was_applied(
 # Where, what, and what it is replaced by: all of these at once. Rules that break by chance only in
 # stories of dozens of steps have them told in tests/unit/coherence and tests/unit/client.
 MUTANTS: dict[str, list[tuple[Any, str, Any]]] = {
-    "3: the lease runs on": [(membership, "server_lease_end", lambda began, seconds: began + 6.0)],
-    "3: memory kept when the row was gone": [
-        (Membership, "register", keep_the_memory),
-        (Membership, "lose", lose_and_keep_the_memory),
+    "3: the lease runs on": [
+        (verifier_state, "server_lease_end", lambda began, seconds: began + 6.0)
     ],
-    "3: the log is not applied": [(Membership, "apply", lambda self, log, began: False)],
+    "3: memory kept when the row was gone": [
+        (VerifierState, "register", keep_the_memory),
+        (VerifierState, "lose", lose_and_keep_the_memory),
+    ],
+    "3: the log is not applied": [(VerifierState, "apply", lambda self, log, began: False)],
     "3: renewed on any history": [(Database, "renew", renew_whatever_was_applied)],
     "4: no fill rule": [(Memory, "admit", admit_anything)],
-    "6: grants outlast the lease": [(Watcher, "take", grant_longer)],
+    "6: grants outlast the lease": [(WatchSession, "take", grant_longer)],
     "7: clients are not waited for": [
-        (Membership, "acknowledgeable", lambda self, now: self.memory.position.revision)
+        (VerifierState, "acknowledgeable", lambda self, now: self.memory.position.revision)
     ],
-    "8: no wait": [(Wait, "judge", lambda self, rows, now: Confirmation(0, 0))],
-    "8: too short a wait": [(confirmation, "outwait_seconds", lambda seconds: 0.5)],
-    "9: rows are removed at once": [(Census, "dead", lambda self, rows, asked, now: list(rows))],
+    "8: no wait": [(PendingDeletion, "evaluate", lambda self, rows, now: Acknowledgements(0, 0))],
+    "8: too short a wait": [(ack_rules, "outwait_seconds", lambda seconds: 0.5)],
+    "9: rows are removed at once": [
+        (DeadVerifierDetector, "dead", lambda self, rows, asked, now: list(rows))
+    ],
     "12: no marks in the database": [(Database, "knows", known_by_revision)],
     "12: no marks in the server's memory": [(World, "server_memory", Markless)],
     "12: look-ups are believed by their revision": [
-        (Membership, "standing", believe_what_is_new_enough)
+        (VerifierState, "standing", believe_what_is_new_enough)
     ],
 }
 

@@ -5,7 +5,7 @@ different rates, answers of the database arrive late or never, messages on strea
 with their stream, processes pause, die, or stop in good order. The database fails over: histories
 fork, sessions stay with the deposed primary, and a pooler sends each statement where it likes. It
 is restored from a backup. One step here is what the service's loops do between two awaits
-(`heart.py`, `watch.py`, `verifier.py`).
+(`renewer.py`, `watch.py`, `verifier.py`).
 
 `World.step` takes one step of a kind by name; `stale` must stay empty: it has each VALID that began
 after a Delete of its token had answered.
@@ -23,11 +23,15 @@ from latchkey._subscription import Subscription
 from latchkey_coherence.lease import DRIFT_MAX
 from latchkey_coherence.memory import Entry, Memory, Position
 from latchkey_service.coherence import watch_sessions as server_side
-from latchkey_service.coherence.ack_rules import Census, Confirmation, Wait
-from latchkey_service.coherence.client_leases import SubLeases
+from latchkey_service.coherence.ack_rules import (
+    Acknowledgements,
+    DeadVerifierDetector,
+    PendingDeletion,
+)
+from latchkey_service.coherence.client_leases import ClientLeases
 from latchkey_service.coherence.snapshot import Snapshot
-from latchkey_service.coherence.verifier_state import Log, Membership, ReadBegan, Standing
-from latchkey_service.coherence.watch_sessions import Watcher
+from latchkey_service.coherence.verifier_state import Log, ReadBegan, Standing, VerifierState
+from latchkey_service.coherence.watch_sessions import WatchSession
 
 from tests.simulation.database import LEASE_SECONDS, Database
 
@@ -63,69 +67,67 @@ class Clock:
 
 
 class Server:
-    """A process: the heart's beat in its steps, and verifies."""
+    """A process: the renewer's beat in its steps, and verifies."""
 
     def __init__(self, world: "World", name: str) -> None:
         self.world, self.name = world, name
         self.clock = Clock(world)
-        self.membership: Membership[Known] = Membership(
-            world.server_memory(ENTRIES_MAX), SubLeases(), LEASE_SECONDS
+        self.state: VerifierState[Known] = VerifierState(
+            world.server_memory(ENTRIES_MAX), ClientLeases(), LEASE_SECONDS
         )
-        self.census = Census()
+        self.detector = DeadVerifierDetector()
         self.incarnation = 0
         self.alive, self.stopping = True, False
-        # Where its sessions lead: the heart's, and that of look-ups.
-        self.heart = self.lookups = world.current
+        # Where its sessions lead: the renewer's, and that of look-ups.
+        self.renewer = self.lookups = world.current
         # What the database has answered and the process has not heard: one thing at a time.
         self.reply: Callable[[], None] | None = None
         self.streams: list[Stream] = []
 
     def reconnect(self) -> None:
         """Open new sessions. They may lead to a deposed primary."""
-        self.heart, self.lookups = self.world.reached(), self.world.reached()
+        self.renewer, self.lookups = self.world.reached(), self.world.reached()
 
     def beat(self, *, news: bool = False) -> None:
         """Send the next statement of the beat: register, read the log, or renew."""
-        membership = self.membership
+        state = self.state
         if self.reply is not None:
             return
-        database = self.heart = self.world.session(self.heart)
-        if not membership.registered:
+        database = self.renewer = self.world.session(self.renewer)
+        if not state.registered:
             self.incarnation += 1
-            clear = membership.subleases.floor(self.clock()) is None
+            clear = state.client_leases.floor(self.clock()) is None
             told = database.register(self.name, self.incarnation, acknowledge=clear)
             if told is None:
-                self.heart = self.world.reached()
+                self.renewer = self.world.reached()
             else:
-                self.reply = lambda: membership.register(*told, self.clock())
+                self.reply = lambda: state.register(*told, self.clock())
             return
         began = self.clock()
         if news:
-            log = database.read_log(membership.memory.position)
-            # As the heart does: only a renewal may bring the lease to another server.
-            if not log.known or log.server == membership.server:
+            log = database.read_log(state.memory.position)
+            # As the renewer does: only a renewal may bring the lease to another server.
+            if not log.known or log.server == state.server:
                 self.reply = lambda: self._apply(log, began)
                 return
-        acknowledged = membership.acknowledgeable(began)
-        renewal = database.renew(
-            self.name, self.incarnation, membership.memory.position, acknowledged
-        )
+        acknowledged = state.acknowledgeable(began)
+        renewal = database.renew(self.name, self.incarnation, state.memory.position, acknowledged)
         if renewal is None:
-            self.heart = self.world.reached()
+            self.renewer = self.world.reached()
         else:
             self.reply = lambda: self._renewed(*renewal, began, acknowledged)
 
     def _apply(self, log: Log, began: float) -> None:
-        self.membership.apply(log, began)
+        self.state.apply(log, began)
         if not log.known:
             self.world.count("lost its history")
 
     def _renewed(self, renewed: bool, log: Log, began: float, acknowledged: int) -> None:
         self._apply(log, began)
         if renewed:
-            self.membership.renew(began, acknowledged)
+            self.state.renew(began, acknowledged)
         elif log.known:
-            self.membership.lose()
+            self.state.lose()
 
     def hear(self) -> None:
         """Hear what the database answered."""
@@ -135,30 +137,30 @@ class Server:
 
     def acknowledge(self) -> None:
         """Acknowledge before the renewal is due, when a client has confirmed."""
-        membership = self.membership
+        state = self.state
         now = self.clock()
-        if membership.registered and membership.acknowledgeable(now) > membership.acknowledged:
+        if state.registered and state.acknowledgeable(now) > state.acknowledged:
             self.beat()
 
     def bury(self) -> None:
         """Remove the rows of dead processes."""
         asked = self.clock()
-        rows = list(self.heart.rows.values())
+        rows = list(self.renewer.rows.values())
         self.world.maybe_wait()
-        for dead in self.census.dead(rows, asked, self.clock()):
+        for dead in self.detector.dead(rows, asked, self.clock()):
             self.world.maybe_wait()
-            self.heart.remove_dead(dead)
+            self.renewer.remove_dead(dead)
 
     def verify(self, token_id: str, answer: Callable[[bool, Position], None]) -> None:
         """Answer from memory, or read, and answer when the read has arrived."""
-        membership = self.membership
-        known = membership.memory.entries.get(token_id.encode())
-        if self.clock() >= membership.lease_ends:
+        state = self.state
+        known = state.memory.entries.get(token_id.encode())
+        if self.clock() >= state.lease_ends:
             return
         if known is not None:
-            answer(known.live, membership.memory.position)
+            answer(known.live, state.memory.position)
             return
-        began = membership.begin_read()
+        began = state.begin_read()
         database = self.lookups = self.world.session(self.lookups)
         live, snapshot = token_id not in database.deleted, database.snapshot()
 
@@ -178,15 +180,15 @@ class Server:
     ) -> None:
         if not self.alive:
             return
-        standing = self.membership.standing(snapshot, began)
+        standing = self.state.standing(snapshot, began)
         if standing is Standing.AHEAD and again:
-            # It waits for the log, which is read on the heart's session.
+            # It waits for the log, which is read on the renewer's session.
             self.world.count("ahead")
             self.world.under_way.append(
                 lambda: self._arrived(known, snapshot, began, answer, again=False)
             )
         elif standing is Standing.BELIEVED:
-            self.membership.memory.admit(known.token_id.encode(), known, snapshot.position)
+            self.state.memory.admit(known.token_id.encode(), known, snapshot.position)
             answer(known.live, snapshot.position)
         else:
             self.world.count("refused")
@@ -196,10 +198,10 @@ class Server:
         """Stop in good order: hand clients over, and leave once none holds a lease."""
         self.stopping = True
         for stream in self.streams:
-            stream.watcher.close()
-        if self.membership.subleases.floor(self.clock()) is None:
-            self.membership.lose()
-            self.heart.remove(self.name)
+            stream.session.close()
+        if self.state.client_leases.floor(self.clock()) is None:
+            self.state.lose()
+            self.renewer.remove(self.name)
             self.die()
 
     def die(self) -> None:
@@ -209,11 +211,11 @@ class Server:
 
 
 class Stream:
-    """A Watch: a watcher, a client's stream, and what is on the way between them."""
+    """A Watch: a session, a client's stream, and what is on the way between them."""
 
     def __init__(self, client: "Client", server: Server) -> None:
         self.client, self.server = client, server
-        self.watcher = Watcher(server.membership)
+        self.session = WatchSession(server.state)
         self.end = client.subscription.open(client.clock())
         self.up: deque[Any] = deque()
         self.down: deque[Any] = deque()
@@ -237,10 +239,10 @@ class Stream:
         if self.up:
             said = self.up.popleft()
             request = server_side.Request(said.applied, said.number, said.released)
-            self.watcher.hear(request, self.server.clock())
+            self.session.receive(request, self.server.clock())
 
     def server_speaks(self) -> None:
-        self.down.extend(self.watcher.take(self.server.clock()))
+        self.down.extend(self.session.take(self.server.clock()))
 
     def client_hears(self) -> None:
         if self.down:
@@ -326,7 +328,7 @@ class World:
         self.under_way: list[Callable[[], None]] = []
         # The same, but held up for long.
         self.stragglers: list[Callable[[], None]] = []
-        self.waits: list[tuple[str, Wait, Clock]] = []
+        self.waits: list[tuple[str, PendingDeletion, Clock]] = []
         self.confirmed: dict[str, int] = {}
 
     @property
@@ -498,7 +500,7 @@ class World:
             self.count("not durable")
             return
         clock = Clock(self)
-        self.waits.append((token_id, Wait(position, clock()), clock))
+        self.waits.append((token_id, PendingDeletion(position, clock()), clock))
         # Looked at again for a while, and then no more.
         self.tokens = [*self.tokens[-2 * TOKENS :], self._new_token()]
 
@@ -509,11 +511,11 @@ class World:
             self.maybe_wait()
             if not database.knows(wait.position):
                 continue
-            confirmation = wait.judge(list(database.rows.values()), now)
-            if isinstance(confirmation, Confirmation):
+            acknowledgements = wait.evaluate(list(database.rows.values()), now)
+            if isinstance(acknowledgements, Acknowledgements):
                 self.waits.remove((token_id, wait, clock))
                 self.confirmed[token_id] = self.steps
-                self.count("outwaited" if confirmation.outwaited else "confirmed")
+                self.count("outwaited" if acknowledgements.outwaited else "confirmed")
                 self._ask_everybody(token_id)
 
     def prune(self) -> None:

@@ -6,7 +6,14 @@ from typing import NamedTuple
 from latchkey_coherence.lease import outwait_seconds
 from latchkey_coherence.memory import Position
 
-__all__ = ["NOBODY", "OUTWAIT_MARGIN_SECONDS", "Census", "Confirmation", "VerifierRow", "Wait"]
+__all__ = [
+    "NO_ACKNOWLEDGEMENTS",
+    "OUTWAIT_MARGIN_SECONDS",
+    "Acknowledgements",
+    "DeadVerifierDetector",
+    "PendingDeletion",
+    "VerifierRow",
+]
 
 # On top of the longest lease: what a clock that is read in steps, and a reader that was held up
 # between two lines, might be wrong by.
@@ -25,7 +32,7 @@ class VerifierRow(NamedTuple):
     clients_outwaited: int = 0
 
 
-class Confirmation(NamedTuple):
+class Acknowledgements(NamedTuple):
     """No verifier can answer with a token that revisions up to the one waited for made invalid."""
 
     acknowledged: int
@@ -39,10 +46,10 @@ class Confirmation(NamedTuple):
 
 
 # For a receipt that is written already, and stays as it is.
-NOBODY = Confirmation(0, 0)
+NO_ACKNOWLEDGEMENTS = Acknowledgements(0, 0)
 
 
-class Wait:
+class PendingDeletion:
     """The wait for the revision of `position`, committed before the clock said `committed`.
 
     Why it is enough: a lease that began before the commit ends within its length of it, and one
@@ -63,8 +70,8 @@ class Wait:
         self._clients: dict[str, int] = {}
         self._outwaited: dict[str, tuple[int, int]] = {}
 
-    def judge(self, rows: Iterable[VerifierRow], now: float) -> Confirmation | None:
-        """Return the confirmation if these rows, which were all read after the commit, give it.
+    def evaluate(self, rows: Iterable[VerifierRow], now: float) -> Acknowledgements | None:
+        """Return the acknowledgements if these rows, which were all read after the commit, give it.
 
         `now` is read before the rows are. The rows come from a database whose history holds
         `position`: an acknowledgement of another history's revision proves nothing (rule 12).
@@ -85,7 +92,7 @@ class Wait:
         if behind and now < self._committed + outwait_seconds(longest) + OUTWAIT_MARGIN_SECONDS:
             return None
         # Those that were removed before they had acknowledged it count as waited out.
-        return Confirmation(
+        return Acknowledgements(
             len(self._seen) - len(self._pending),
             len(self._pending),
             sum(self._clients.values()),
@@ -93,7 +100,7 @@ class Wait:
         )
 
 
-class Census:
+class DeadVerifierDetector:
     """Watches the rows for those whose process is dead, by this process's own clock."""
 
     def __init__(self) -> None:

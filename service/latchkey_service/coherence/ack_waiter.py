@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from latchkey_coherence.memory import Position
 
-from latchkey_service.coherence.ack_rules import Confirmation, Wait
+from latchkey_service.coherence.ack_rules import Acknowledgements, PendingDeletion
 from latchkey_service.coherence.verifier_table import Rows, VerifierTable, read_rows
 from latchkey_service.errors import NotConfirmed, StoreUnsupported
 from latchkey_service.postgres.connections import answers
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Connection = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["Confirmer"]
+__all__ = ["AckWaiter"]
 
 # Between looks at the rows. A healthy verifier takes a few milliseconds, one that has to be waited
 # out takes seconds; each look costs all of them a little.
@@ -27,7 +27,7 @@ POLL_SECONDS_MAX = 0.05
 POLL_FACTOR = 1.3
 
 
-class Confirmer:
+class AckWaiter:
     """One for each process: Deletes that wait at the same time share the looks at the rows."""
 
     def __init__(
@@ -36,7 +36,7 @@ class Confirmer:
         connect: "Callable[[], Awaitable[Connection]]",
         wake: Callable[[], None],
         clock: Callable[[], float],
-        settles_at: Callable[[], float] = lambda: -math.inf,
+        rows_complete_at: Callable[[], float] = lambda: -math.inf,
         *,
         notify: bool,
     ) -> None:
@@ -46,13 +46,13 @@ class Confirmer:
         self._connect = connect
         self._connection: Connection | None = None
         self._failing = False
-        # This process's own heart need not be notified.
+        # This process's own renewer need not be notified.
         self._wake = wake
         self._clock = clock
         # From when on the rows that are read are certain to be complete.
-        self._settles_at = settles_at
+        self._rows_complete_at = rows_complete_at
         self._notify = notify
-        self._waits: dict[asyncio.Future[Confirmation], Wait] = {}
+        self._waits: dict[asyncio.Future[Acknowledgements], PendingDeletion] = {}
         self._poller: asyncio.Task[None] | None = None
         self._poll_seconds = POLL_SECONDS_MIN
         self._announcer: asyncio.Task[None] | None = None
@@ -69,10 +69,10 @@ class Confirmer:
         if self._announcer is None:
             self._announcer = asyncio.create_task(self._announce(), name="announce deletions")
 
-    async def confirm(self, position: Position, deadline: float) -> Confirmation:
+    async def wait(self, position: Position, deadline: float) -> Acknowledgements:
         """Wait for a revision that is committed. Raises NotConfirmed at `deadline`, its clock's."""
-        future: asyncio.Future[Confirmation] = asyncio.get_running_loop().create_future()
-        self._waits[future] = Wait(position, self._clock())
+        future: asyncio.Future[Acknowledgements] = asyncio.get_running_loop().create_future()
+        self._waits[future] = PendingDeletion(position, self._clock())
         # Somebody new is more likely to be done soon than those who wait already.
         self._poll_seconds = POLL_SECONDS_MIN
         if self._poller is None:
@@ -122,7 +122,7 @@ class Confirmer:
                 waits = list(self._waits.items())
                 now = self._clock()
                 rows = await self._look({wait.position for _, wait in waits})
-                if rows is None or now < self._settles_at():
+                if rows is None or now < self._rows_complete_at():
                     continue
                 for future, wait in waits:
                     if wait.position not in rows.known:
@@ -130,9 +130,9 @@ class Confirmer:
                         # verifiers have acknowledged there is not this deletion (rule 12).
                         self._drop_connection()
                         continue
-                    confirmation = wait.judge(rows.verifiers, now)
-                    if confirmation is not None and not future.done():
-                        future.set_result(confirmation)
+                    acknowledgements = wait.evaluate(rows.verifiers, now)
+                    if acknowledgements is not None and not future.done():
+                        future.set_result(acknowledgements)
                         self._waits.pop(future, None)
         finally:
             # No await between the last look at the dictionary and this.

@@ -5,23 +5,23 @@ A record outlives its client's stream: a client that is cut off answers on under
 
 import math
 
-__all__ = ["SubLease", "SubLeases"]
+__all__ = ["ClientLease", "ClientLeases"]
 
 
-class SubLease:
+class ClientLease:
     """What one stream's client was granted, and what it has confirmed."""
 
-    __slots__ = ("acknowledged", "client", "ends")
+    __slots__ = ("client", "confirmed", "ends")
 
     def __init__(self, client: str = "") -> None:
         self.client = client
         """Its caller's name and its address, for people."""
-        self.acknowledged = 0
+        self.confirmed = 0
         self.ends = -math.inf
         """When it has ended for certain, on this process's clock."""
 
 
-class SubLeases:
+class ClientLeases:
     """All sub-leases of a process that may be live.
 
     They are kept by what they have confirmed. There are thousands of them, but few revisions at
@@ -31,13 +31,13 @@ class SubLeases:
     __slots__ = ("_at", "outwaited", "pinned_until")
 
     def __init__(self) -> None:
-        self._at: dict[int, set[SubLease]] = {}
+        self._at: dict[int, set[ClientLease]] = {}
         self.pinned_until = math.inf
         """When to ask for `floor` again, at the latest, if nothing is confirmed before."""
         self.outwaited = 0
         """How many ended while a revision waited for them. Only rises."""
 
-    def grant(self, lease: SubLease, confirmed: int, ends: float) -> None:
+    def grant(self, lease: ClientLease, confirmed: int, ends: float) -> None:
         """Its client is about to be granted until `ends`, having confirmed all it was sent.
 
         `confirmed` is the revision of that.
@@ -45,9 +45,9 @@ class SubLeases:
         self._move(lease, confirmed)
         lease.ends = max(lease.ends, ends)
 
-    def acknowledge(self, lease: SubLease, revision: int) -> None:
+    def confirm(self, lease: ClientLease, revision: int) -> None:
         """Its client has dropped what revisions up to `revision` named. 0: it is not known what."""
-        if lease in self._at.get(lease.acknowledged, ()):
+        if lease in self._at.get(lease.confirmed, ()):
             self._move(lease, revision)
 
     def unconfirm(self) -> None:
@@ -56,7 +56,7 @@ class SubLeases:
             for lease in tuple(self._at[revision]):
                 self._move(lease, 0)
 
-    def release(self, lease: SubLease) -> None:
+    def release(self, lease: ClientLease) -> None:
         """Its client has said that it no longer answers under it."""
         self._remove(lease)
         lease.ends = -math.inf
@@ -88,7 +88,7 @@ class SubLeases:
             for lease in [lease for lease in held if lease.ends <= now]:
                 self._end(lease, behind_since, applied)
 
-    def confirmed(self, revision: int, now: float) -> int:
+    def count_confirmed(self, revision: int, now: float) -> int:
         """Return how many clients with a lease have confirmed `revision`."""
         return sum(
             lease.ends > now
@@ -112,19 +112,19 @@ class SubLeases:
         """Return when the last of them will have ended, `now` if there is none."""
         return max((lease.ends for held in self._at.values() for lease in held), default=now)
 
-    def _end(self, lease: SubLease, behind_since: float, applied: float) -> None:
-        if lease.ends > behind_since and lease.acknowledged < applied:
+    def _end(self, lease: ClientLease, behind_since: float, applied: float) -> None:
+        if lease.ends > behind_since and lease.confirmed < applied:
             self.outwaited += 1
         self._remove(lease)
 
-    def _move(self, lease: SubLease, revision: int) -> None:
+    def _move(self, lease: ClientLease, revision: int) -> None:
         self._remove(lease)
-        lease.acknowledged = revision
+        lease.confirmed = revision
         self._at.setdefault(revision, set()).add(lease)
 
-    def _remove(self, lease: SubLease) -> None:
-        held = self._at.get(lease.acknowledged)
+    def _remove(self, lease: ClientLease) -> None:
+        held = self._at.get(lease.confirmed)
         if held is not None:
             held.discard(lease)
             if not held:
-                del self._at[lease.acknowledged]
+                del self._at[lease.confirmed]

@@ -12,9 +12,9 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from latchkey_service.coherence.ack_rules import Census
+from latchkey_service.coherence.ack_rules import DeadVerifierDetector
 from latchkey_service.coherence.primary import Primary
-from latchkey_service.coherence.verifier_state import Membership
+from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.coherence.verifier_table import Identity, OwnRow, Report
 from latchkey_service.errors import (
     NO_ANSWER,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Connection = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["Heart"]
+__all__ = ["LeaseRenewer"]
 
 # After a failure. Verifies that need a lease fail at once in between instead of piling up, and
 # service resumes this soon after Postgres does.
@@ -43,20 +43,20 @@ WAITING_MAX = 10_000
 # A healthy client confirms within milliseconds. One that takes longer is named.
 WAITED_SECONDS = 0.5
 # Reads of the log until one has begun after a wake-up: one may be under way.
-READS_TO_REACH = 2
+READS_OF_LOG_MAX = 2
 
 
-class Heart:
-    """Drives a membership. Belongs to the event loop that it is used on."""
+class LeaseRenewer:
+    """Drives a state. Belongs to the event loop that it is used on."""
 
     def __init__(
         self,
-        membership: Membership[Any],
+        state: VerifierState[Any],
         identity: Identity,
         primary: Primary,
         clock: Callable[[], float],
     ) -> None:
-        self.membership = membership
+        self.state = state
         self._on_news: Callable[[bool], None] = lambda _: None
         self._streams: Callable[[], int] = lambda: 0
         self._notifications: Callable[[], int] = lambda: 0
@@ -67,7 +67,7 @@ class Heart:
         self._log = logger()
         self._connection: Connection | None = None
         self._incarnation = 0
-        self._census = Census()
+        self._detector = DeadVerifierDetector()
         self._woken = asyncio.Event()
         self._news = True
         self._next_renewal = -math.inf
@@ -102,9 +102,9 @@ class Heart:
 
     def has_lease(self) -> bool:
         """Tell whether verifies may be answered."""
-        return self._clock() < self.membership.lease_ends
+        return self._clock() < self.state.lease_ends
 
-    async def lease(self, deadline: float) -> None:
+    async def wait_for_lease(self, deadline: float) -> None:
         """Wait until there is a lease (rule 5).
 
         Raises StoreUnavailable when it cannot be renewed, Overloaded, and Unavailable at
@@ -119,21 +119,21 @@ class Heart:
                 self._woken.set()
             await self._wait(self._renewed, deadline)
 
-    async def reach(self, revision: int, deadline: float) -> bool:
+    async def read_log_to(self, revision: int, deadline: float) -> bool:
         """Read the log, and tell whether it reaches `revision` (rule 12).
 
         False: it ends before, so the revision is of another history. True does not say that it is
         of this one. Raises StoreUnavailable when the log cannot be read, Overloaded, and
         Unavailable at `deadline`, seconds on the process's clock.
         """
-        for _ in range(READS_TO_REACH):
+        for _ in range(READS_OF_LOG_MAX):
             if self._clock() < self._retry_at:
                 raise StoreUnavailable(NO_ANSWER)
             self.wake()
             if self._read is None:
                 self._read = self._loop.create_future()
             await self._wait(self._read, deadline)
-            if self.membership.memory.position.revision >= revision:
+            if self.state.memory.position.revision >= revision:
                 return True
         return False
 
@@ -154,7 +154,7 @@ class Heart:
         """Beat until cancelled."""
         while True:
             try:
-                await self._beat()
+                await self._renew_once()
             except Exception as error:  # noqa: BLE001 - whatever it is, the lease runs out
                 self._fail(error)
             else:
@@ -167,9 +167,9 @@ class Heart:
         With `remove` the row goes, since no client holds a sub-lease any more; without, Deletes
         wait until it has lapsed.
         """
-        self.membership.lose()
+        self.state.lose()
         stopping = StoreUnavailable("The server is stopping.")
-        self._tell(stopping)
+        self._wake_waiters(stopping)
         _fail(self._read, stopping)
         # The beat may have been cut short in the middle of a statement, and left its connection
         # of no use.
@@ -181,82 +181,82 @@ class Heart:
                     await row.remove(self._incarnation)
             self._drop_connection()
 
-    async def _beat(self) -> None:
+    async def _renew_once(self) -> None:
         """Read what is new and renew what is due."""
-        membership = self.membership
+        state = self.state
         due = self._clock() >= self._next_renewal
-        if not (self._news or due or self._acknowledgeable() > membership.acknowledged):
+        if not (self._news or due or self._acknowledgeable() > state.acknowledged):
             return
         row = OwnRow(await self._connected(), self._identity)
-        if not membership.registered:
+        if not state.registered:
             await self._register(row)
             due = True
         elif self._news:
             # Before the log is read: news that comes meanwhile is read again.
             self._news = False
             began = self._clock()
-            log = await row.read_log(membership.memory.position)
-            if log.known and log.server != membership.server:
+            log = await row.read_log(state.memory.position)
+            if log.known and log.server != state.server:
                 # Believed, it would let reads of that server be believed under a lease that stands
                 # on another one. Only a renewal can bring the lease there.
                 due = True
             else:
-                changed = membership.apply(log, began)
+                changed = state.apply(log, began)
                 # Clients hear of it at once, and acknowledge while the row below is written.
                 self._applied(changed=changed)
                 if not log.known:
                     self._lost_history()
                     return
         acknowledgeable = self._acknowledgeable()
-        if not due and acknowledgeable <= membership.acknowledged:
+        if not due and acknowledgeable <= state.acknowledged:
             return
         await self._renew(row, acknowledgeable)
-        if due and membership.registered:
-            membership.sweep(self._clock())
+        if due and state.registered:
+            state.sweep(self._clock())
             await self._remove_dead(row)
 
     async def _register(self, row: OwnRow) -> None:
         self._incarnation += 1
         # A client that may still answer from memory has confirmed nothing on this history.
-        clear = self.membership.subleases.floor(self._clock()) is None
+        clear = self.state.client_leases.floor(self._clock()) is None
         registration = await row.register(self._incarnation, acknowledge=clear)
-        self.membership.register(*registration, self._clock())
+        self.state.register(*registration, self._clock())
         self._log.info("registered", verifier=self._identity.id, incarnation=self._incarnation)
 
     async def _renew(self, row: OwnRow, acknowledgeable: int) -> None:
         """Acknowledge, renew, and apply what the same statement read of the log."""
-        membership = self.membership
+        state = self.state
         began = self._clock()
         # Not sooner than this, whatever becomes of it: the beat after a failure is bounded too.
-        self._next_renewal = began + membership.lease_seconds / 3
+        self._next_renewal = began + state.lease_seconds / 3
         self._news = False
         renewed, log = await row.renew(
             self._incarnation,
-            membership.memory.position,
+            state.memory.position,
             acknowledgeable,
             self._report(acknowledgeable),
         )
-        changed = membership.apply(log, began)
+        changed = state.apply(log, began)
         if renewed:
             self._row_lost = False
-            membership.renew(began, acknowledgeable)
+            state.renew(began, acknowledgeable)
             if self._connection is not None:
-                self._primary.renewed(self._connection, membership.server)
+                self._primary.renewed(self._connection, state.server)
             self._succeed()
             # Also for clients that wait for a lease to be granted from.
             self._applied(changed=changed)
             return
         if log.known:
             self._log.warning("the row is gone: registering again", verifier=self._identity.id)
-            membership.lose()
+            state.lose()
         self._applied(changed=True)
         self._lost_history()
 
     def _report(self, acknowledgeable: int) -> Report:
         now = self._clock()
-        subleases = self.membership.subleases
+        client_leases = self.state.client_leases
         connection = self._connection
-        seconds, waiting_for = self.membership.waiting_for(now)
+        seconds, waiting_for = self.state.waiting_for(now)
         if seconds < WAITED_SECONDS:
             waiting_for = []
         if waiting_for != self._waiting_for:
@@ -267,8 +267,8 @@ class Heart:
                 )
         return Report(
             self._streams(),
-            subleases.confirmed(acknowledgeable, now),
-            subleases.outwaited,
+            client_leases.count_confirmed(acknowledgeable, now),
+            client_leases.outwaited,
             waiting_for,
             self._notifications(),
             # Where this renewal goes, not where the last one went: the same statement writes which
@@ -293,13 +293,13 @@ class Heart:
         self._on_news(changed)
 
     def _acknowledgeable(self) -> int:
-        return self.membership.acknowledgeable(self._clock())
+        return self.state.acknowledgeable(self._clock())
 
     async def _remove_dead(self, row: OwnRow) -> None:
         """Remove the rows of dead processes, so that no further Delete waits for them (rule 9)."""
         asked = self._clock()
         rows = await row.all_rows()
-        for dead in self._census.dead(rows, asked, self._clock()):
+        for dead in self._detector.dead(rows, asked, self._clock()):
             if await row.remove_dead(dead):
                 self._log.warning("removed a dead verifier", verifier=dead.id)
 
@@ -309,9 +309,9 @@ class Heart:
         if now < self._retry_at:
             await asyncio.sleep(self._retry_at - now)
             return
-        if self._news or self._acknowledgeable() > self.membership.acknowledged:
+        if self._news or self._acknowledgeable() > self.state.acknowledged:
             return
-        until = min(self._next_renewal, self.membership.subleases.pinned_until)
+        until = min(self._next_renewal, self.state.client_leases.pinned_until)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, until - now)):
                 await self._woken.wait()
@@ -322,24 +322,24 @@ class Heart:
             self._log.info("the lease is renewed again")
         self._failing = False
         if self.has_lease():
-            self._tell(None)
+            self._wake_waiters(None)
 
     def _fail(self, error: Exception) -> None:
         """After this nothing is known of the connection, nor of what was sent on it."""
         self._primary.failed(self._connection, error)
         self._drop_connection()
         if not isinstance(error, StoreUnavailable):
-            self._log.exception("the heart stumbled", error=type(error).__name__)
+            self._log.exception("lease renewal failed", error=type(error).__name__)
         elif not self._failing:
             self._log.warning("the lease cannot be renewed", cause=type(error.__cause__).__name__)
         self._failing = self._news = True
         self._next_renewal = -math.inf
         self._retry_at = self._clock() + _pause_after_failure()
-        self._tell(StoreUnavailable(NO_ANSWER))
+        self._wake_waiters(StoreUnavailable(NO_ANSWER))
         read, self._read = self._read, None
         _fail(read, StoreUnavailable(NO_ANSWER))
 
-    def _tell(self, error: Exception | None) -> None:
+    def _wake_waiters(self, error: Exception | None) -> None:
         renewed, self._renewed = self._renewed, None
         if renewed is None or renewed.done():
             return

@@ -1,4 +1,4 @@
-"""Wakes the heart when a Delete says that there is news. Never the truth (coherence rule 10).
+"""Wakes the renewer when a Delete says that there is news. Never the truth (coherence rule 10).
 
 Whatever goes wrong here costs Deletes time, a third of a lease at most, and nothing else.
 """
@@ -21,7 +21,7 @@ from latchkey_service.settings.logs import logger
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["Listener", "Notifications"]
+__all__ = ["Notifications", "NotifyListener"]
 
 RETRY_SECONDS = 1.0
 # The shortest time that a probe is given. A shorter one would take a busy machine for a broken one.
@@ -37,7 +37,7 @@ class Notifications(enum.IntEnum):
     OFF = 3
 
 
-class Listener:
+class NotifyListener:
     """Listens on a connection of its own and calls `wake`. `state` is how it goes.
 
     A connection may look alive and lead nowhere, and a pooler may take LISTEN and pass what arrives

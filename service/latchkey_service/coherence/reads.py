@@ -8,9 +8,9 @@ believed only if that lies on the history that this process's lease stands on.
 from collections.abc import Callable
 from typing import Any
 
-from latchkey_service.coherence.lease_renewer import Heart
+from latchkey_service.coherence.lease_renewer import LeaseRenewer
 from latchkey_service.coherence.snapshot import Snapshot
-from latchkey_service.coherence.verifier_state import Membership, ReadBegan, Standing
+from latchkey_service.coherence.verifier_state import ReadBegan, Standing, VerifierState
 from latchkey_service.errors import CHANGING_OVER, StoreUnavailable
 
 __all__ = ["LeasedReads"]
@@ -21,13 +21,13 @@ class LeasedReads:
 
     def __init__(
         self,
-        heart: Heart,
-        membership: Membership[Any],
+        renewer: LeaseRenewer,
+        state: VerifierState[Any],
         clock: Callable[[], float],
         disconnect: Callable[[], None],
     ) -> None:
-        self._heart = heart
-        self._membership = membership
+        self._renewer = renewer
+        self._state = state
         self._clock = clock
         self._disconnect = disconnect
 
@@ -37,9 +37,9 @@ class LeasedReads:
         Call it before the read is sent. Raises StoreUnavailable, Overloaded, and Unavailable at
         `deadline`, seconds on the process's clock.
         """
-        if self._clock() >= self._membership.lease_ends:
-            await self._heart.lease(deadline)
-        return self._membership.begin_read()
+        if self._clock() >= self._state.lease_ends:
+            await self._renewer.wait_for_lease(deadline)
+        return self._state.begin_read()
 
     async def accept(self, snapshot: Snapshot, began: ReadBegan, deadline: float) -> None:
         """Return if a read may be believed.
@@ -48,15 +48,15 @@ class LeasedReads:
         when the read came from another history or server, Overloaded, and Unavailable at
         `deadline`.
         """
-        membership = self._membership
-        standing = membership.standing(snapshot, began)
-        if standing is Standing.AHEAD and await self._heart.reach(
+        state = self._state
+        standing = state.standing(snapshot, began)
+        if standing is Standing.AHEAD and await self._renewer.read_log_to(
             snapshot.position.revision, deadline
         ):
-            standing = membership.standing(snapshot, began)
+            standing = state.standing(snapshot, began)
         if standing is not Standing.BELIEVED:
-            if began.epoch == membership.epoch:
+            if began.epoch == state.epoch:
                 self._disconnect()
                 # Either side may be the one that lags: the lease finds out by its next renewal.
-                self._heart.wake()
+                self._renewer.wake()
             raise StoreUnavailable(CHANGING_OVER)

@@ -12,10 +12,10 @@ from latchkey_coherence.lease import LEASE_SECONDS_MAX, outwait_seconds, server_
 from latchkey_coherence.memory import NOWHERE, Entry, Memory, Position
 
 from latchkey_service.coherence.ack_rules import OUTWAIT_MARGIN_SECONDS
-from latchkey_service.coherence.client_leases import SubLeases
+from latchkey_service.coherence.client_leases import ClientLeases
 from latchkey_service.coherence.snapshot import Snapshot
 
-__all__ = ["EVERY_TOKEN", "Change", "Log", "Membership", "ReadBegan", "Server", "Standing"]
+__all__ = ["EVERY_TOKEN", "Change", "Log", "ReadBegan", "Server", "Standing", "VerifierState"]
 
 E = TypeVar("E", bound=Entry)
 
@@ -74,26 +74,28 @@ class Standing(enum.Enum):
     """Another history, another server, or too old."""
 
 
-class Membership(Generic[E]):
+class VerifierState(Generic[E]):
     """The state of this process as a verifier. Times are seconds on its own clock."""
 
     __slots__ = (
         "_behind_since",
         "acknowledged",
+        "client_leases",
         "epoch",
         "lease_ends",
         "lease_seconds",
         "log_read_began",
         "memory",
         "registered",
+        "rows_complete_at",
         "server",
-        "settles_at",
-        "subleases",
     )
 
-    def __init__(self, memory: Memory[E], subleases: SubLeases, lease_seconds: float) -> None:
+    def __init__(
+        self, memory: Memory[E], client_leases: ClientLeases, lease_seconds: float
+    ) -> None:
         self.memory = memory
-        self.subleases = subleases
+        self.client_leases = client_leases
         self.lease_seconds = lease_seconds
         self.lease_ends = -math.inf
         self.registered = False
@@ -101,7 +103,7 @@ class Membership(Generic[E]):
         """The revision that its row acknowledges."""
         self.server = Server(None, None)
         """The server that the lease stands on."""
-        self.settles_at = -math.inf
+        self.rows_complete_at = -math.inf
         """From when on the verifiers' rows are certain to be complete (rule 8)."""
         self.epoch = 0
         """Rises whenever the memory starts over. Clients of an earlier epoch have to be reset."""
@@ -117,7 +119,7 @@ class Membership(Generic[E]):
         was committed.
         """
         if self.epoch:
-            self._unsettle(now)
+            self._await_earlier_leases(now)
         self._start_over(position)
         self.acknowledged = acknowledged
         self.server = server
@@ -137,7 +139,7 @@ class Membership(Generic[E]):
             return True
         self.log_read_began = began
         if log.server != self.server:
-            self._unsettle(began)
+            self._await_earlier_leases(began)
         if not log.complete or log.server != self.server:
             self.server = log.server
             self._start_over(log.head)
@@ -174,7 +176,7 @@ class Membership(Generic[E]):
     def acknowledgeable(self, now: float) -> int:
         """Return the revision up to which it and each client under its lease are done (rule 7)."""
         applied = self.memory.position.revision
-        floor = self.subleases.floor(now, self._behind_since, applied)
+        floor = self.client_leases.floor(now, self._behind_since, applied)
         if floor is None or floor >= applied:
             self._behind_since = math.inf
             return applied
@@ -184,14 +186,14 @@ class Membership(Generic[E]):
 
     def sweep(self, now: float) -> None:
         """Forget the clients whose leases have ended. `acknowledgeable` does so where it has to."""
-        self.subleases.sweep(now, self._behind_since, self.memory.position.revision)
+        self.client_leases.sweep(now, self._behind_since, self.memory.position.revision)
 
     def waiting_for(self, now: float) -> tuple[float, list[str]]:
         """Return for how many seconds a revision has waited for clients, and for which of them."""
         if self._behind_since == math.inf:
             return 0.0, []
         applied = self.memory.position.revision
-        return now - self._behind_since, self.subleases.behind(applied, now, WAITED_FOR_MAX)
+        return now - self._behind_since, self.client_leases.behind(applied, now, WAITED_FOR_MAX)
 
     def renew(self, began: float, acknowledged: int) -> None:
         """Its row was renewed by a statement that also read the log, which has been applied since.
@@ -212,16 +214,16 @@ class Membership(Generic[E]):
         self.lease_ends = -math.inf
         self._start_over(NOWHERE)
 
-    def _unsettle(self, now: float) -> None:
+    def _await_earlier_leases(self, now: float) -> None:
         """Confirm no deletion until each lease of the history before has ended.
 
         This history may lack the rows of verifiers that still hold one: of those that registered
         after a backup that was restored, or on a primary whose last commits were lost.
         """
         longest = outwait_seconds(LEASE_SECONDS_MAX)
-        self.settles_at = now + longest + OUTWAIT_MARGIN_SECONDS
+        self.rows_complete_at = now + longest + OUTWAIT_MARGIN_SECONDS
 
     def _start_over(self, position: Position) -> None:
         self.memory.reset(position)
-        self.subleases.unconfirm()
+        self.client_leases.unconfirm()
         self.epoch += 1

@@ -1,4 +1,4 @@
-"""The SQL of verifiers and of the log: `OwnRow` on the heart's connection, the rest on the pool."""
+"""The SQL of verifiers and of the log: `OwnRow` on the renewer's connection, the rest on the pool."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Serves clients that answer from memory under this process's lease (coherence rules 6 and 7).
 
-Each stream has a `Watcher`, which is pure: what its client said, and what it is to be told next.
+Each stream has a `WatchSession`, which is pure: what its client said, and what it is to be told next.
 Nothing is queued for a client: what it has not been told yet is read from the memory's history at
 the moment that it takes it, so that a slow one costs no more memory than a fast one.
 """
@@ -14,14 +14,23 @@ from typing import Any, NamedTuple
 
 from latchkey_coherence.memory import NOWHERE, Position
 
-from latchkey_service.coherence.client_leases import SubLease
-from latchkey_service.coherence.verifier_state import Membership
+from latchkey_service.coherence.client_leases import ClientLease
+from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.errors import Overloaded, Unavailable, WatcherSilent, WatchRefused
 
-__all__ = ["Closing", "Event", "Grant", "Invalidation", "Request", "Reset", "Watcher", "Watchers"]
+__all__ = [
+    "Closing",
+    "Event",
+    "Grant",
+    "Invalidation",
+    "Request",
+    "Reset",
+    "WatchSession",
+    "WatchSessions",
+]
 
 # Streams to a process. Each costs some 60 kB and, when nothing changes, a message each second.
-WATCHERS_MAX = 10_000
+WATCH_SESSIONS_MAX = 10_000
 # In leases: a client asks at least once in each. One that has not been heard of for so long holds
 # none, and is dropped.
 SILENT_LEASES = 3
@@ -66,7 +75,7 @@ class Closing(NamedTuple):
 Event = Invalidation | Grant | Reset | Closing
 
 
-class Watcher:
+class WatchSession:
     """One stream. Times are seconds on the process's clock.
 
     A client is granted a lease only after it has confirmed exactly what it was sent. So a client
@@ -74,9 +83,9 @@ class Watcher:
     (rule 6). A healthy client confirms within a millisecond.
     """
 
-    def __init__(self, membership: Membership[Any], client: str = "") -> None:
-        self._membership = membership
-        self.lease = SubLease(client)
+    def __init__(self, state: VerifierState[Any], client: str = "") -> None:
+        self._state = state
+        self.lease = ClientLease(client)
         self.heard = -math.inf
         """When its client last said something."""
         self.released = False
@@ -89,8 +98,8 @@ class Watcher:
         self._covered_until = -math.inf
         # The last revision that the client has confirmed on this stream, in this epoch.
         self._heard = 0
-        # The epoch of the membership in which `_sent` was sent.
-        self._epoch = membership.epoch
+        # The epoch of the state in which `_sent` was sent.
+        self._epoch = state.epoch
         # What the client says to have applied, as long as it is not known what to make of it.
         self._claim: Position | None = None
         self._claimed_at = -math.inf
@@ -117,25 +126,25 @@ class Watcher:
     @property
     def outdated(self) -> bool:
         """Whether its client has to be reset: the memory has started over."""
-        return self._sent is not None and self._epoch != self._membership.epoch
+        return self._sent is not None and self._epoch != self._state.epoch
 
     @property
     def undecided(self) -> bool:
         """Whether the log has to be read before it is known where its client stands."""
         return self._claim is not None
 
-    def hear(self, request: Request, now: float) -> None:
+    def receive(self, request: Request, now: float) -> None:
         """Take in what the client says."""
         self.heard = now
-        membership = self._membership
+        state = self._state
         if request.released:
             self.released = True
-            membership.subleases.release(self.lease)
+            state.client_leases.release(self.lease)
         self._wanted = max(self._wanted, request.number)
         claim = request.applied
         if self._sent is None:
             self._claim, self._claimed_at = claim, now
-        elif self._epoch != membership.epoch:
+        elif self._epoch != state.epoch:
             # It does not know yet that this process has lost its history: it will be reset.
             pass
         elif self._resetting:
@@ -145,7 +154,7 @@ class Watcher:
             elif not claim.mark:
                 # An old client, which knows no marks. Its first message may not have shown that.
                 self._confirmed = False
-        elif membership.memory.knows(claim):
+        elif state.memory.knows(claim):
             # The mark proves that the client is on this history, so its word may be taken.
             self._confirm(claim)
         else:
@@ -162,18 +171,18 @@ class Watcher:
         A grant comes after each invalidation up to its position, and lasts no longer than the
         process's own lease.
         """
-        membership = self._membership
+        state = self._state
         events: list[Event] = []
-        if membership.registered:
+        if state.registered:
             self._settle(events)
         if self.closing and not self._told_closing:
             self._told_closing = True
             events.append(Closing())
-        if self._sent is None or not membership.registered:
+        if self._sent is None or not state.registered:
             return events
-        if self._sent == membership.memory.position:
-            self._covered_until = membership.lease_ends
-        if self._wanted and self._confirmed and not self.closing and now < membership.lease_ends:
+        if self._sent == state.memory.position:
+            self._covered_until = state.lease_ends
+        if self._wanted and self._confirmed and not self.closing and now < state.lease_ends:
             if self.lease.ends <= now:
                 # Without a lease the client holds up nobody, and so Deletes may have returned that
                 # it has not heard of. It hears of them before this lease begins.
@@ -184,10 +193,10 @@ class Watcher:
             # owe for that, and in a flood of Deletes would never be granted anything. But a Delete
             # is waited out a lease's length after its commit (rule 8), and the stream may break
             # right after the grant. So this one ends before any Delete of what is new can return.
-            ends = min(membership.lease_ends, self._covered_until)
+            ends = min(state.lease_ends, self._covered_until)
             if ends > now and ends >= self.lease.ends:
                 # Recorded before it is sent.
-                membership.subleases.grant(self.lease, self._sent.revision, ends)
+                state.client_leases.grant(self.lease, self._sent.revision, ends)
                 events.append(Grant(self._sent, self._wanted, ends - now))
                 self._wanted = 0
                 # An empty memory owes no confirmation of its first position, and so one grant may
@@ -203,19 +212,19 @@ class Watcher:
 
     def _settle(self, events: list[Event]) -> None:
         """Find out where the client stands; reset it where that is not on this history."""
-        membership = self._membership
+        state = self._state
         claim = self._claim
-        if self._sent is not None and self._epoch != membership.epoch:
+        if self._sent is not None and self._epoch != state.epoch:
             self._reset(events)
         elif claim is not None:
-            if membership.memory.knows(claim):
+            if state.memory.knows(claim):
                 if self._sent is None:
-                    self._sent, self._epoch = claim, membership.epoch
+                    self._sent, self._epoch = claim, state.epoch
                 self._confirm(claim)
             elif not (
                 claim.mark
-                and claim.revision > membership.memory.position.revision
-                and membership.log_read_began <= self._claimed_at
+                and claim.revision > state.memory.position.revision
+                and state.log_read_began <= self._claimed_at
             ):
                 # A client that is ahead may have heard of news before this process: that reads
                 # its log first.
@@ -225,7 +234,7 @@ class Watcher:
                 self._confirmed = first and claim == NOWHERE
 
     def _invalidate(self, events: list[Event]) -> None:
-        memory = self._membership.memory
+        memory = self._state.memory
         if self._sent is None or self._sent == memory.position:
             return
         named = memory.named_since(self._sent)
@@ -233,16 +242,16 @@ class Watcher:
             self._reset(events)
             return
         self._sent, self._confirmed = memory.position, False
-        self._covered_until = self._membership.lease_ends
+        self._covered_until = self._state.lease_ends
         events.append(Invalidation(memory.position, named))
 
     def _reset(self, events: list[Event]) -> None:
-        membership = self._membership
+        state = self._state
         # What it has confirmed is of no use any more. How long its lease runs still counts.
-        membership.subleases.acknowledge(self.lease, 0)
-        self._sent, self._confirmed = membership.memory.position, False
-        self._covered_until = membership.lease_ends
-        self._epoch, self._claim, self._resetting = membership.epoch, None, True
+        state.client_leases.confirm(self.lease, 0)
+        self._sent, self._confirmed = state.memory.position, False
+        self._covered_until = state.lease_ends
+        self._epoch, self._claim, self._resetting = state.epoch, None, True
         self._heard, self._fell_back = 0, False
         events.append(Reset(self._sent))
 
@@ -263,15 +272,15 @@ class Watcher:
         self._heard = position.revision
         self._confirmed = position == self._sent and not self._fell_back
         self._claim, self._resetting = None, False
-        self._membership.subleases.acknowledge(self.lease, position.revision)
+        self._state.client_leases.confirm(self.lease, position.revision)
 
 
-class Watchers:
+class WatchSessions:
     """All streams of a process. Belongs to the event loop that it is used on."""
 
     def __init__(
         self,
-        membership: Membership[Any],
+        state: VerifierState[Any],
         clock: Callable[[], float],
         acknowledged: Callable[[], None],
         read_log: Callable[[], None],
@@ -279,7 +288,7 @@ class Watchers:
         enabled: bool,
         stream_seconds: float = math.inf,
     ) -> None:
-        self._membership = membership
+        self._state = state
         self._clock = clock
         # Called when a client has confirmed something, or has let go of its lease.
         self._acknowledged = acknowledged
@@ -308,18 +317,18 @@ class Watchers:
             raise WatchRefused("This server remembers nothing, and grants no leases.")
         if self._closing:
             raise Unavailable("The server is stopping; try another one.")
-        if len(self._streams) >= WATCHERS_MAX:
+        if len(self._streams) >= WATCH_SESSIONS_MAX:
             raise Overloaded("Too many clients watch this server; try another one.")
         age = self._stream_seconds * random.uniform(MOVE_FROM, MOVE_TO)  # noqa: S311 - a spread
-        stream = _Stream(Watcher(self._membership, client), self._clock(), age)
+        stream = _Stream(WatchSession(self._state, client), self._clock(), age)
         self._streams.add(stream)
         # Reading has a task of its own: neither may hold up the other.
         reader = asyncio.create_task(self._read(requests, stream), name="watch reader")
         reader.add_done_callback(lambda _: stream.changed.set())
         try:
-            while not (reader.done() or stream.watcher.released):
+            while not (reader.done() or stream.session.released):
                 stream.changed.clear()
-                for event in stream.watcher.take(self._clock()):
+                for event in stream.session.take(self._clock()):
                     stream.sending_since = self._clock()
                     await send(event)
                 stream.sending_since = math.inf
@@ -342,7 +351,7 @@ class Watchers:
         Deletes need not wait for it, as they would had its connection merely been ended.
         """
         now = self._clock()
-        lost = now - SILENT_LEASES * self._membership.lease_seconds
+        lost = now - SILENT_LEASES * self._state.lease_seconds
         for stream in tuple(self._streams):
             if stream.sending_since < lost:
                 # It reads nothing: there is nothing to tell it any more.
@@ -353,20 +362,20 @@ class Watchers:
                 stream.changed.set()
             elif stream.moves_at <= now:
                 stream.moves_at, stream.asked_to_move_at = math.inf, now
-                stream.watcher.close()
+                stream.session.close()
                 stream.changed.set()
             elif (
-                stream.watcher.wants_grant
-                and not stream.watcher.owes
-                and not stream.watcher.closing
+                stream.session.wants_grant
+                and not stream.session.owes
+                and not stream.session.closing
             ):
                 # It is we who have been silent, without a lease of our own.
-                stream.watcher.heard = now
+                stream.session.heard = now
                 stream.changed.set()
-            elif stream.watcher.heard < lost and not stream.watcher.closing:
+            elif stream.session.heard < lost and not stream.session.closing:
                 stream.silent = True
                 stream.changed.set()
-            elif changed or stream.watcher.undecided or stream.watcher.outdated:
+            elif changed or stream.session.undecided or stream.session.outdated:
                 stream.changed.set()
 
     async def drain(self, seconds: float) -> bool:
@@ -377,41 +386,41 @@ class Watchers:
         """
         self._closing = True
         for stream in self._streams:
-            stream.watcher.close()
+            stream.session.close()
             stream.changed.set()
         give_up = self._clock() + seconds
-        subleases = self._membership.subleases
-        while subleases.floor(now := self._clock()) is not None and now < give_up:
+        client_leases = self._state.client_leases
+        while client_leases.floor(now := self._clock()) is not None and now < give_up:
             self._left.clear()
-            until = min(subleases.latest_end(now), give_up)
+            until = min(client_leases.latest_end(now), give_up)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(until - now):
                     await self._left.wait()
         for stream in self._streams:
             stream.left_behind = True
             stream.changed.set()
-        return subleases.floor(self._clock()) is None
+        return client_leases.floor(self._clock()) is None
 
     async def _read(self, requests: AsyncIterator[Request], stream: "_Stream") -> None:
         async for request in requests:
-            before = stream.watcher.lease.acknowledged
-            stream.watcher.hear(request, self._clock())
-            if stream.watcher.released:
+            before = stream.session.lease.confirmed
+            stream.session.receive(request, self._clock())
+            if stream.session.released:
                 self._left.set()
-            if stream.watcher.lease.acknowledged != before or stream.watcher.released:
+            if stream.session.lease.confirmed != before or stream.session.released:
                 self._acknowledged()
             # A confirmation may be what a grant or the next invalidation waits for.
             stream.changed.set()
-            if stream.watcher.undecided:
+            if stream.session.undecided:
                 self._read_log()
 
 
 class _Stream:
-    """A stream's watcher and its way to it."""
+    """A stream's session and its way to it."""
 
-    def __init__(self, watcher: Watcher, now: float, age: float) -> None:
-        self.watcher = watcher
-        self.watcher.heard = now
+    def __init__(self, session: WatchSession, now: float, age: float) -> None:
+        self.session = session
+        self.session.heard = now
         self.changed = asyncio.Event()
         self.sending_since = math.inf
         self.moves_at = now + age

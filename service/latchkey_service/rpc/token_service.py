@@ -22,7 +22,7 @@ from latchkey_service.coherence.watch_sessions import (
     Invalidation,
     Request,
     Reset,
-    Watchers,
+    WatchSessions,
 )
 from latchkey_service.errors import FieldViolation, InvalidArgument
 from latchkey_service.rpc.admission import release_slot
@@ -57,13 +57,13 @@ class TokenService(pb_grpc.TokenServiceServicer):
         self,
         tokens: Tokens,
         verifier: Verifier,
-        watchers: Watchers,
+        watch_sessions: WatchSessions,
         counts: Counts,
         clock: Callable[[], float],
     ) -> None:
         self._tokens = tokens
         self._verifier = verifier
-        self._watchers = watchers
+        self._watch_sessions = watch_sessions
         self._counts = counts
         self._clock = clock
         self._position = NOWHERE
@@ -107,7 +107,7 @@ class TokenService(pb_grpc.TokenServiceServicer):
 
         call = call_audit_context.get()
         client = f"{call.caller} at {call.peer}" if call.caller else call.peer
-        await self._watchers.serve(requests(), send, client)
+        await self._watch_sessions.serve(requests(), send, client)
 
     async def Create(self, request: pb.CreateRequest, context: "Context") -> pb.CreateResponse:
         expiry = request.WhichOneof("expiry")

@@ -8,7 +8,7 @@ import pytest
 from latchkey_coherence.memory import Memory, Position
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.snapshot import Snapshot
-from latchkey_service.coherence.verifier_state import Membership
+from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens.batched_lookup import Found
@@ -39,18 +39,18 @@ class Database:
         return Found(self.record, self.snapshot)
 
 
-class Heart:
-    """Takes the place of the heart: a test says what the log brings once it is read."""
+class FakeRenewer:
+    """Takes the place of the renewer: a test says what the log brings once it is read."""
 
     def __init__(self) -> None:
         self.brings: list[tuple[Position, str]] = []
         self.scene = Scene(at(5))
         self.woken = 0
 
-    async def reach(self, revision: int, deadline: float) -> bool:
+    async def read_log_to(self, revision: int, deadline: float) -> bool:
         if self.brings:
             self.scene.apply(*self.brings)
-        return self.scene.membership.memory.position.revision >= revision
+        return self.scene.state.memory.position.revision >= revision
 
     def wake(self) -> None:
         self.woken += 1
@@ -60,18 +60,18 @@ class Bench:
     """A verifier with its memory, and everything around it by hand."""
 
     def __init__(self, draw: float = 0.0) -> None:
-        self.heart = Heart()
+        self.renewer = FakeRenewer()
         self.database = Database()
-        self.scene = self.heart.scene
-        self.membership: Membership[Record] = self.scene.membership
-        self.memory: Memory[Record] = self.membership.memory
+        self.scene = self.renewer.scene
+        self.state: VerifierState[Record] = self.scene.state
+        self.memory: Memory[Record] = self.state.memory
 
         def disconnect() -> None:
             self.database.disconnected += 1
 
         reads = LeasedReads(
-            self.heart,  # type: ignore[arg-type]  # all that reads use of it
-            self.membership,
+            self.renewer,  # type: ignore[arg-type]  # all that reads use of it
+            self.state,
             lambda: self.scene.now,
             disconnect,
         )
@@ -79,7 +79,7 @@ class Bench:
             KEYRING,
             self.database,  # type: ignore[arg-type]  # all that a verify uses of it
             reads,
-            self.membership,
+            self.state,
             lambda record: record.id.encode(),
             lambda: self.scene.now,
             lambda: 0.0,
@@ -104,7 +104,7 @@ async def test_nothing_is_remembered_for_longer_than_allowed(draw: float, second
     bench.scene.renew()
     assert bench.recall().verdict is Verdict.VALID
     bench.scene.now += 0.001
-    assert bench.scene.now < bench.membership.lease_ends
+    assert bench.scene.now < bench.state.lease_ends
     assert bench.recall() is None
     assert await bench.verify() is Verdict.VALID
     assert bench.recall().verdict is Verdict.VALID
@@ -115,7 +115,7 @@ async def test_nothing_is_recalled_without_a_lease() -> None:
     """However fresh it is."""
     bench = Bench(1.0)
     await bench.verify()
-    bench.membership.lease_ends = bench.scene.now
+    bench.state.lease_ends = bench.scene.now
     assert bench.recall() is None
 
 
@@ -147,7 +147,7 @@ async def test_a_read_from_elsewhere_is_refused(position: Position, timeline: st
         await bench.verify()
     assert len(bench.memory) == 0
     assert bench.database.disconnected == 1
-    assert bench.heart.woken == 1
+    assert bench.renewer.woken == 1
 
 
 async def test_an_unknown_token_is_believed_no_sooner() -> None:
@@ -165,7 +165,7 @@ async def test_a_read_that_is_ahead_waits_for_the_log(history: int) -> None:
     """It answers once the log has its position, and not when the log has another mark there."""
     bench = Bench()
     bench.database.snapshot = Snapshot(at(6), PRIMARY.timeline)
-    bench.heart.brings = [(at(6, history), "another")]
+    bench.renewer.brings = [(at(6, history), "another")]
     if history == 1:
         assert await bench.verify() is Verdict.VALID
         assert bench.recall() is not None
@@ -198,8 +198,8 @@ async def test_a_lease_that_was_lost_meanwhile_permits_no_answer() -> None:
 
     async def overtaken(digest: bytes, deadline: float) -> Found:
         found = await find(digest, deadline)
-        bench.membership.lose()
-        bench.membership.register(at(5), 5, PRIMARY, 0.0)
+        bench.state.lose()
+        bench.state.register(at(5), 5, PRIMARY, 0.0)
         bench.scene.renew()
         return found
 

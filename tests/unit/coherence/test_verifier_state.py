@@ -4,7 +4,7 @@ import math
 
 import pytest
 from latchkey_coherence.memory import NOWHERE, Entry, Position
-from latchkey_service.coherence.client_leases import SubLease
+from latchkey_service.coherence.client_leases import ClientLease
 from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
 from latchkey_service.coherence.verifier_state import (
     EVERY_TOKEN,
@@ -28,7 +28,7 @@ def scene() -> Scene:
     scene = Scene(at(10))
     scene.apply((at(11), "a"), (at(13), "b"))
     scene.renew()
-    assert scene.membership.memory.admit(b"k", Entry("t", math.inf), at(13))
+    assert scene.state.memory.admit(b"k", Entry("t", math.inf), at(13))
     return scene
 
 
@@ -60,31 +60,31 @@ def test_which_reads_are_believed(
     scene: Scene, position: Position, began: int, expected: Standing
 ) -> None:
     """Known by its mark, and not from before what was applied when it was sent."""
-    read = ReadBegan(began, scene.membership.epoch)
-    assert scene.membership.standing(snapshot(position), read) is expected
+    read = ReadBegan(began, scene.state.epoch)
+    assert scene.state.standing(snapshot(position), read) is expected
 
 
 @pytest.mark.parametrize("timeline", ["00000002", None])
 def test_a_read_from_another_timeline_is_refused(scene: Scene, timeline: str | None) -> None:
     """Even at a known position: a standby, or a server that was promoted or deposed since."""
-    began = scene.membership.begin_read()
-    assert scene.membership.standing(snapshot(at(13), timeline), began) is Standing.REFUSED
+    began = scene.state.begin_read()
+    assert scene.state.standing(snapshot(at(13), timeline), began) is Standing.REFUSED
 
 
 def test_engines_without_timelines_are_told_apart_by_marks(scene: Scene) -> None:
     """None is as good a timeline as any other, where the lease's server has none either."""
-    scene.membership.apply(log(at(13), server=Server(None, None)), scene.now)
-    began = scene.membership.begin_read()
-    assert scene.membership.standing(snapshot(at(13), None), began) is Standing.BELIEVED
-    assert scene.membership.standing(snapshot(at(13, 2), None), began) is Standing.REFUSED
+    scene.state.apply(log(at(13), server=Server(None, None)), scene.now)
+    began = scene.state.begin_read()
+    assert scene.state.standing(snapshot(at(13), None), began) is Standing.BELIEVED
+    assert scene.state.standing(snapshot(at(13, 2), None), began) is Standing.REFUSED
 
 
 def test_a_read_ahead_is_believed_once_the_log_has_its_position(scene: Scene) -> None:
     """And refused when the log has the revision by another mark."""
-    began = scene.membership.begin_read()
+    began = scene.state.begin_read()
     scene.apply((at(14), "c"))
-    assert scene.membership.standing(snapshot(at(14)), began) is Standing.BELIEVED
-    assert scene.membership.standing(snapshot(at(14, 2)), began) is Standing.REFUSED
+    assert scene.state.standing(snapshot(at(14)), began) is Standing.BELIEVED
+    assert scene.state.standing(snapshot(at(14, 2)), began) is Standing.REFUSED
 
 
 @pytest.mark.parametrize("how", ["lost", "another timeline", "every token"])
@@ -92,22 +92,22 @@ def test_a_read_that_was_sent_before_the_memory_started_over_is_refused(
     scene: Scene, how: str
 ) -> None:
     """It was permitted by a lease on another history, even where its position is known again."""
-    membership = scene.membership
-    began = membership.begin_read()
+    state = scene.state
+    began = state.begin_read()
     server = PRIMARY
     if how == "lost":
-        membership.lose()
-        membership.register(at(13), 0, PRIMARY, 100.0)
+        state.lose()
+        state.register(at(13), 0, PRIMARY, 100.0)
     elif how == "another timeline":
         server = PROMOTED
-        membership.apply(log(at(13), server=PROMOTED), scene.now)
+        state.apply(log(at(13), server=PROMOTED), scene.now)
     else:
-        membership.apply(Log(True, PRIMARY, at(14), (Change(at(14), (EVERY_TOKEN,)),)), scene.now)
+        state.apply(Log(True, PRIMARY, at(14), (Change(at(14), (EVERY_TOKEN,)),)), scene.now)
     scene.renew()
-    position = membership.memory.position
-    assert membership.standing(snapshot(position, server.timeline), began) is Standing.REFUSED
-    again = membership.begin_read()
-    assert membership.standing(snapshot(position, server.timeline), again) is Standing.BELIEVED
+    position = state.memory.position
+    assert state.standing(snapshot(position, server.timeline), began) is Standing.REFUSED
+    again = state.begin_read()
+    assert state.standing(snapshot(position, server.timeline), again) is Standing.BELIEVED
 
 
 # The log.
@@ -115,60 +115,60 @@ def test_a_read_that_was_sent_before_the_memory_started_over_is_refused(
 
 def test_an_unknown_position_loses_everything(scene: Scene) -> None:
     """Memory, lease and registration go at once: they stood on a history that may be no more."""
-    membership = scene.membership
-    epoch = membership.epoch
-    assert membership.apply(Log(False, PRIMARY, at(20, 2), ()), scene.now)
-    assert not membership.registered
-    assert membership.lease_ends == -math.inf
-    assert membership.memory.position == NOWHERE
-    assert len(membership.memory) == 0
-    assert membership.epoch > epoch
+    state = scene.state
+    epoch = state.epoch
+    assert state.apply(Log(False, PRIMARY, at(20, 2), ()), scene.now)
+    assert not state.registered
+    assert state.lease_ends == -math.inf
+    assert state.memory.position == NOWHERE
+    assert len(state.memory) == 0
+    assert state.epoch > epoch
 
 
 @pytest.mark.parametrize("server", [PROMOTED, RESTORED, Server(None, None)])
 def test_another_server_empties_the_memory(scene: Scene, server: Server) -> None:
     """Of the same history: what is not in the log may be lost with a failover. The process stays
     registered: its row was replicated."""
-    membership = scene.membership
-    epoch = membership.epoch
-    assert membership.apply(log(at(14), (at(14), "c"), server=server), scene.now)
-    assert membership.registered
-    assert membership.server == server
-    assert len(membership.memory) == 0
-    assert membership.memory.position == at(14)
-    assert membership.epoch > epoch
-    assert not membership.apply(log(at(14), server=server), scene.now)
+    state = scene.state
+    epoch = state.epoch
+    assert state.apply(log(at(14), (at(14), "c"), server=server), scene.now)
+    assert state.registered
+    assert state.server == server
+    assert len(state.memory) == 0
+    assert state.memory.position == at(14)
+    assert state.epoch > epoch
+    assert not state.apply(log(at(14), server=server), scene.now)
 
 
 def test_too_long_a_log_empties_the_memory(scene: Scene) -> None:
     """More was named than a reader takes in, so that all of it may have been."""
-    membership = scene.membership
+    state = scene.state
     head, changes = at(90_000), (Change(at(14), ("c",)),)
-    assert membership.apply(Log(True, PRIMARY, head, changes, complete=False), scene.now)
-    assert len(membership.memory) == 0
-    assert membership.memory.position == head
+    assert state.apply(Log(True, PRIMARY, head, changes, complete=False), scene.now)
+    assert len(state.memory) == 0
+    assert state.memory.position == head
 
 
 def test_a_change_of_every_token_empties_the_memory(scene: Scene) -> None:
     """And what comes after it in the same log is applied as well."""
-    membership = scene.membership
+    state = scene.state
     changes = (Change(at(14), (EVERY_TOKEN,)), Change(at(15), ("c",)))
-    assert membership.apply(Log(True, PRIMARY, at(15), changes), scene.now)
-    assert len(membership.memory) == 0
-    assert membership.memory.position == at(15)
-    assert membership.memory.named_since(at(14)) == ["c"]
+    assert state.apply(Log(True, PRIMARY, at(15), changes), scene.now)
+    assert len(state.memory) == 0
+    assert state.memory.position == at(15)
+    assert state.memory.named_since(at(14)) == ["c"]
 
 
 def test_only_a_read_that_was_applied_counts_as_one(scene: Scene) -> None:
     """Clients that claim to be ahead are judged by a log that was read after they said so."""
-    membership = scene.membership
+    state = scene.state
     scene.now += 1.0
     began = scene.now
-    membership.apply(log(at(13)), began)
-    assert membership.log_read_began == began
+    state.apply(log(at(13)), began)
+    assert state.log_read_began == began
     scene.now += 1.0
-    membership.apply(Log(False, PRIMARY, at(13, 2), ()), scene.now)
-    assert membership.log_read_began == began
+    state.apply(Log(False, PRIMARY, at(13, 2), ()), scene.now)
+    assert state.log_read_began == began
 
 
 # Acknowledging.
@@ -176,26 +176,26 @@ def test_only_a_read_that_was_applied_counts_as_one(scene: Scene) -> None:
 
 def test_clients_of_a_lost_history_confirm_nothing_and_are_waited_for(scene: Scene) -> None:
     """What they confirmed is forgotten. How long their leases run is not."""
-    membership = scene.membership
-    client = SubLease("a client")
-    ends = membership.lease_ends
-    membership.subleases.grant(client, 13, ends)
-    assert membership.acknowledgeable(scene.now) == 13
-    membership.lose()
-    membership.register(at(5, 2), 0, PROMOTED, 100.0)
-    assert membership.acknowledgeable(scene.now) == 0
-    assert membership.subleases.floor(ends - 0.001) == 0
-    assert membership.acknowledgeable(ends) == 5
+    state = scene.state
+    client = ClientLease("a client")
+    ends = state.lease_ends
+    state.client_leases.grant(client, 13, ends)
+    assert state.acknowledgeable(scene.now) == 13
+    state.lose()
+    state.register(at(5, 2), 0, PROMOTED, 100.0)
+    assert state.acknowledgeable(scene.now) == 0
+    assert state.client_leases.floor(ends - 0.001) == 0
+    assert state.acknowledgeable(ends) == 5
 
 
 def test_a_lease_is_counted_from_before_the_statement(scene: Scene) -> None:
     """And never shortened by one that was sent earlier."""
-    membership = scene.membership
-    membership.renew(scene.now + 1.0, 13)
-    ends = membership.lease_ends
+    state = scene.state
+    state.renew(scene.now + 1.0, 13)
+    ends = state.lease_ends
     assert ends < scene.now + 1.0 + LEASE_SECONDS
-    membership.renew(scene.now, 13)
-    assert membership.lease_ends == ends
+    state.renew(scene.now, 13)
+    assert state.lease_ends == ends
 
 
 @pytest.mark.parametrize("mark", [1, 2**63 - 1, 2**63, 2**64 - 1, 0])

@@ -11,7 +11,13 @@ from latchkey_coherence.lease import outwait_seconds
 from latchkey_coherence.memory import NOWHERE, Position
 from latchkey_service.coherence.ack_rules import OUTWAIT_MARGIN_SECONDS
 from latchkey_service.coherence.verifier_state import Server
-from latchkey_service.coherence.watch_sessions import Closing, Grant, Invalidation, Reset, Watcher
+from latchkey_service.coherence.watch_sessions import (
+    Closing,
+    Grant,
+    Invalidation,
+    Reset,
+    WatchSession,
+)
 
 from tests.positions import at
 from tests.unit.coherence.scene import LEASE_SECONDS, Scene, log, request
@@ -27,23 +33,23 @@ def grants(events: Sequence[object]) -> list[Grant]:
     return [event for event in events if isinstance(event, Grant)]
 
 
-def confirmed(scene: Scene) -> Watcher:
+def confirmed(scene: Scene) -> WatchSession:
     """Return a stream whose client stands where the process does, and has no lease."""
-    watcher = Watcher(scene.membership, "a client")
-    position = scene.membership.memory.position
-    watcher.hear(request(position), scene.now)
-    assert watcher.take(scene.now) == []
-    return watcher
+    session = WatchSession(scene.state, "a client")
+    position = scene.state.memory.position
+    session.receive(request(position), scene.now)
+    assert session.take(scene.now) == []
+    return session
 
 
-def leased(scene: Scene) -> Watcher:
+def leased(scene: Scene) -> WatchSession:
     """Return a stream whose client has confirmed everything, and has a lease."""
-    watcher = confirmed(scene)
-    watcher.hear(request(scene.membership.memory.position, 1), scene.now)
-    (grant,) = watcher.take(scene.now)
+    session = confirmed(scene)
+    session.receive(request(scene.state.memory.position, 1), scene.now)
+    (grant,) = session.take(scene.now)
     assert isinstance(grant, Grant)
-    assert watcher.lease.ends == scene.membership.lease_ends
-    return watcher
+    assert session.lease.ends == scene.state.lease_ends
+    return session
 
 
 # Where a client stands.
@@ -51,18 +57,18 @@ def leased(scene: Scene) -> Watcher:
 
 def test_nothing_is_sent_before_the_client_was_heard(scene: Scene) -> None:
     """What a client has to drop depends on where it stands, so its word comes first."""
-    watcher = Watcher(scene.membership)
+    session = WatchSession(scene.state)
     scene.apply((at(11), "t"))
-    assert watcher.take(scene.now) == []
+    assert session.take(scene.now) == []
 
 
 def test_an_empty_client_is_reset_and_granted_at_once(scene: Scene) -> None:
     """It has nothing to drop. The Reset comes first, so that it knows the grant's position."""
-    watcher = Watcher(scene.membership)
-    watcher.hear(request(NOWHERE, 1), scene.now)
-    reset, grant = watcher.take(scene.now)
+    session = WatchSession(scene.state)
+    session.receive(request(NOWHERE, 1), scene.now)
+    reset, grant = session.take(scene.now)
     assert reset == Reset(at(10))
-    assert grant == Grant(at(10), 1, scene.membership.lease_ends - scene.now)
+    assert grant == Grant(at(10), 1, scene.state.lease_ends - scene.now)
 
 
 @pytest.mark.parametrize("revision", [10, 0])
@@ -70,14 +76,14 @@ def test_a_client_without_marks_gets_one_lease_at_most(revision: int) -> None:
     """An empty client's first message does not show whether it knows marks. The next one does, and
     from then on a client without marks gets no grant."""
     scene = Scene(at(revision))
-    watcher = Watcher(scene.membership)
-    watcher.hear(request(NOWHERE, 1), scene.now)
-    assert len(grants(list(watcher.take(scene.now)))) == 1
-    watcher.hear(request(Position(revision, 0)), scene.now)
-    watcher.hear(request(Position(revision, 0), 2), scene.now + 1.0)
-    assert watcher.take(scene.now + 1.0) == []
+    session = WatchSession(scene.state)
+    session.receive(request(NOWHERE, 1), scene.now)
+    assert len(grants(list(session.take(scene.now)))) == 1
+    session.receive(request(Position(revision, 0)), scene.now)
+    session.receive(request(Position(revision, 0), 2), scene.now + 1.0)
+    assert session.take(scene.now + 1.0) == []
     scene.renew()
-    assert watcher.take(scene.now + 1.0) == []
+    assert session.take(scene.now + 1.0) == []
 
 
 @pytest.mark.parametrize(
@@ -87,79 +93,79 @@ def test_a_client_without_marks_gets_one_lease_at_most(revision: int) -> None:
 )
 def test_a_client_whose_position_is_unknown_is_reset(scene: Scene, claim: Position) -> None:
     """It gets no grant until it confirms the Reset, whatever it says before."""
-    watcher = Watcher(scene.membership)
-    watcher.hear(request(claim, 1), scene.now)
+    session = WatchSession(scene.state)
+    session.receive(request(claim, 1), scene.now)
     scene.now += 0.1
     scene.apply()
-    assert watcher.take(scene.now) == [Reset(at(10))]
-    watcher.hear(request(claim, 2), scene.now)
-    assert watcher.take(scene.now) == []
-    watcher.hear(request(at(10)), scene.now)
-    assert [grant.number for grant in grants(watcher.take(scene.now))] == [2]
+    assert session.take(scene.now) == [Reset(at(10))]
+    session.receive(request(claim, 2), scene.now)
+    assert session.take(scene.now) == []
+    session.receive(request(at(10)), scene.now)
+    assert [grant.number for grant in grants(session.take(scene.now))] == [2]
 
 
 def test_a_client_that_is_behind_is_told_what_it_missed(scene: Scene) -> None:
     """A position that the process still knows by its mark is as good as one that it sent."""
     scene.apply((at(11), "a"), (at(12), "b"))
-    watcher = Watcher(scene.membership)
-    watcher.hear(request(at(11)), scene.now)
-    assert watcher.take(scene.now) == [Invalidation(at(12), ["b"])]
-    watcher.hear(request(at(12), 1), scene.now)
-    assert grants(watcher.take(scene.now))
+    session = WatchSession(scene.state)
+    session.receive(request(at(11)), scene.now)
+    assert session.take(scene.now) == [Invalidation(at(12), ["b"])]
+    session.receive(request(at(12), 1), scene.now)
+    assert grants(session.take(scene.now))
 
 
 def test_a_client_that_is_ahead_waits_for_a_later_read_of_the_log(scene: Scene) -> None:
     """It may have heard of news first. A read that began before its word decides nothing."""
-    watcher = Watcher(scene.membership)
-    watcher.hear(request(at(11), 1), scene.now)
-    assert watcher.undecided
-    assert watcher.take(scene.now) == []
-    scene.membership.apply(log(at(10)), scene.now - 0.1)
-    assert watcher.undecided
-    assert watcher.take(scene.now) == []
-    scene.membership.apply(log(at(11), (at(11), "t")), scene.now + 0.1)
+    session = WatchSession(scene.state)
+    session.receive(request(at(11), 1), scene.now)
+    assert session.undecided
+    assert session.take(scene.now) == []
+    scene.state.apply(log(at(10)), scene.now - 0.1)
+    assert session.undecided
+    assert session.take(scene.now) == []
+    scene.state.apply(log(at(11), (at(11), "t")), scene.now + 0.1)
     scene.now += 0.2
-    assert [grant.position for grant in grants(watcher.take(scene.now))] == [at(11)]
-    assert not watcher.undecided
+    assert [grant.position for grant in grants(session.take(scene.now))] == [at(11)]
+    assert not session.undecided
 
 
 def test_a_client_that_is_ahead_on_another_history_is_reset_once_the_log_gets_there(
     scene: Scene,
 ) -> None:
     """The process reaches the same revision with another mark."""
-    watcher = Watcher(scene.membership)
-    watcher.hear(request(at(11, 2), 1), scene.now)
-    assert watcher.take(scene.now) == []
-    scene.membership.apply(log(at(11), (at(11), "t")), scene.now - 0.1)
-    assert watcher.take(scene.now) == [Reset(at(11))]
+    session = WatchSession(scene.state)
+    session.receive(request(at(11, 2), 1), scene.now)
+    assert session.take(scene.now) == []
+    scene.state.apply(log(at(11), (at(11), "t")), scene.now - 0.1)
+    assert session.take(scene.now) == [Reset(at(11))]
 
 
 def test_a_client_that_keeps_talking_does_not_put_off_the_decision_for_others(
     scene: Scene,
 ) -> None:
     """Only its own stream waits, and it holds no lease."""
-    watcher = Watcher(scene.membership)
+    session = WatchSession(scene.state)
     for _ in range(5):
-        watcher.hear(request(at(11), 1), scene.now)
-        scene.membership.apply(log(at(10)), scene.now)
+        session.receive(request(at(11), 1), scene.now)
+        scene.state.apply(log(at(10)), scene.now)
         scene.now += 0.01
-        assert watcher.take(scene.now) == []
-    assert scene.membership.acknowledgeable(scene.now) == 10
+        assert session.take(scene.now) == []
+    assert scene.state.acknowledgeable(scene.now) == 10
 
 
 def test_a_client_with_a_foreign_claim_is_granted_nothing_until_it_is_decided(
     scene: Scene,
 ) -> None:
     """What it confirmed before does not count while it claims to be elsewhere."""
-    watcher = confirmed(scene)
-    watcher.hear(request(at(11, 2), 1), scene.now)
-    assert watcher.undecided
-    assert not grants(watcher.take(scene.now))
+    session = confirmed(scene)
+    session.receive(request(at(11, 2), 1), scene.now)
+    assert session.undecided
+    assert not grants(session.take(scene.now))
     scene.apply()  # begins no earlier than the claim, but not later either
-    assert not grants(watcher.take(scene.now))
+    assert not grants(session.take(scene.now))
     scene.now += 0.1
     scene.apply()
-    assert watcher.take(scene.now) == [Reset(at(10))]
+    assert session.take(scene.now) == [Reset(at(10))]
 
 
 # Grants.
@@ -167,36 +173,36 @@ def test_a_client_with_a_foreign_claim_is_granted_nothing_until_it_is_decided(
 
 def test_a_grant_lasts_as_long_as_the_process_s_lease(scene: Scene) -> None:
     """And is recorded to that end before it is sent."""
-    watcher = confirmed(scene)
+    session = confirmed(scene)
     scene.now += 1.0
-    watcher.hear(request(at(10), 7), scene.now)
-    (grant,) = watcher.take(scene.now)
-    assert grant == Grant(at(10), 7, scene.membership.lease_ends - scene.now)
-    assert watcher.lease.ends == scene.membership.lease_ends
-    assert watcher.take(scene.now) == [], "one grant for a request"
+    session.receive(request(at(10), 7), scene.now)
+    (grant,) = session.take(scene.now)
+    assert grant == Grant(at(10), 7, scene.state.lease_ends - scene.now)
+    assert session.lease.ends == scene.state.lease_ends
+    assert session.take(scene.now) == [], "one grant for a request"
 
 
 def test_no_grant_without_a_lease(scene: Scene) -> None:
     """The request is kept until there is one."""
-    watcher = confirmed(scene)
-    scene.now = scene.membership.lease_ends
-    watcher.hear(request(at(10), 1), scene.now)
-    assert watcher.take(scene.now) == []
-    assert watcher.wants_grant
+    session = confirmed(scene)
+    scene.now = scene.state.lease_ends
+    session.receive(request(at(10), 1), scene.now)
+    assert session.take(scene.now) == []
+    assert session.wants_grant
     scene.renew()
-    assert grants(watcher.take(scene.now))
+    assert grants(session.take(scene.now))
 
 
 def test_no_grant_for_a_client_that_owes_a_confirmation(scene: Scene) -> None:
     """While it owes, it is not sent more either: there would never be a moment without debt."""
-    watcher = leased(scene)
+    session = leased(scene)
     scene.apply((at(11), "a"))
-    assert watcher.take(scene.now) == [Invalidation(at(11), ["a"])]
-    watcher.hear(request(at(10), 2), scene.now)
+    assert session.take(scene.now) == [Invalidation(at(11), ["a"])]
+    session.receive(request(at(10), 2), scene.now)
     scene.apply((at(12), "b"))
-    assert watcher.take(scene.now) == []
-    watcher.hear(request(at(11)), scene.now)
-    grant, news = watcher.take(scene.now)
+    assert session.take(scene.now) == []
+    session.receive(request(at(11)), scene.now)
+    grant, news = session.take(scene.now)
     assert isinstance(grant, Grant)
     assert (grant.position, grant.number) == (at(11), 2)
     assert news == Invalidation(at(12), ["b"])
@@ -205,13 +211,13 @@ def test_no_grant_for_a_client_that_owes_a_confirmation(scene: Scene) -> None:
 def test_without_a_live_lease_news_comes_before_the_grant(scene: Scene) -> None:
     """Deletes may have returned without waiting for this client, so it must not answer under a new
     lease before it heard of them."""
-    watcher = leased(scene)
-    scene.now = watcher.lease.ends
+    session = leased(scene)
+    scene.now = session.lease.ends
     scene.renew()
     scene.apply((at(11), "a"))
-    assert scene.membership.acknowledgeable(scene.now) == 11
-    watcher.hear(request(at(10), 2), scene.now)
-    news, grant = watcher.take(scene.now)
+    assert scene.state.acknowledgeable(scene.now) == 11
+    session.receive(request(at(10), 2), scene.now)
+    news, grant = session.take(scene.now)
     assert news == Invalidation(at(11), ["a"])
     assert isinstance(grant, Grant)
     assert grant.position == at(11)
@@ -220,20 +226,20 @@ def test_without_a_live_lease_news_comes_before_the_grant(scene: Scene) -> None:
 def test_a_silent_client_delays_deletes_once_and_by_one_lease(scene: Scene) -> None:
     """A client that asks for grants and never confirms holds up a Delete until the lease ends that
     it had when it was sent the invalidation. The next Delete does not wait for it."""
-    watcher = leased(scene)
-    ends = watcher.lease.ends
+    session = leased(scene)
+    ends = session.lease.ends
     scene.apply((at(11), "a"))
     number = 1
     while scene.now < ends + 2 * LEASE_SECONDS:
         number += 1
-        watcher.hear(request(at(10), number), scene.now)
-        watcher.take(scene.now)
-        assert watcher.lease.ends <= ends
+        session.receive(request(at(10), number), scene.now)
+        session.take(scene.now)
+        assert session.lease.ends <= ends
         scene.now += 0.5
         scene.renew()
-    assert scene.membership.acknowledged == 11
+    assert scene.state.acknowledged == 11
     scene.apply((at(12), "b"))
-    assert scene.membership.acknowledgeable(scene.now) == 12
+    assert scene.state.acknowledgeable(scene.now) == 12
 
 
 @pytest.mark.parametrize("wake_up", [True, False], ids=["by a wake-up", "by the renewal"])
@@ -245,18 +251,18 @@ def test_no_lease_outlasts_the_outwaiting_of_a_deletion_that_it_has_not_heard_of
     So a client that was not sent the deletion must not answer any longer. Its stream may break
     right after the grant: what is sent after it does not count.
     """
-    watcher = leased(scene)
+    session = leased(scene)
     committed = scene.now = scene.now + 2.0
     scene.now += 0.5
     if wake_up:
         scene.apply((at(11), "a"))
         scene.renew()
     else:
-        scene.membership.apply(log(at(11), (at(11), "a")), scene.now)
+        scene.state.apply(log(at(11), (at(11), "a")), scene.now)
         scene.renew()
-    watcher.hear(request(at(10), 2), scene.now)
+    session.receive(request(at(10), 2), scene.now)
     sent: list[object] = []
-    for event in watcher.take(scene.now):
+    for event in session.take(scene.now):
         if isinstance(event, Grant) and Invalidation(at(11), ["a"]) not in sent:
             ends = scene.now + event.lease_seconds
             outwaited = committed + outwait_seconds(LEASE_SECONDS) + OUTWAIT_MARGIN_SECONDS
@@ -267,7 +273,7 @@ def test_no_lease_outlasts_the_outwaiting_of_a_deletion_that_it_has_not_heard_of
 
 def test_a_flood_of_deletions_does_not_keep_a_healthy_client_from_its_lease(scene: Scene) -> None:
     """With news before each of its confirmations arrives, its lease is renewed all the same."""
-    watcher = leased(scene)
+    session = leased(scene)
     revision, number, sent_at = 10, 1, at(10)
     until = scene.now + 4 * LEASE_SECONDS
     lapses = 0
@@ -278,11 +284,11 @@ def test_a_flood_of_deletions_does_not_keep_a_healthy_client_from_its_lease(scen
         if revision % 20 == 0:
             scene.renew()
         number += 1
-        watcher.hear(request(sent_at, number), scene.now)
-        for event in watcher.take(scene.now):
+        session.receive(request(sent_at, number), scene.now)
+        for event in session.take(scene.now):
             if isinstance(event, Invalidation | Reset):
                 sent_at = event.position
-        lapses += watcher.lease.ends <= scene.now
+        lapses += session.lease.ends <= scene.now
     assert lapses == 0
     assert sent_at.revision > revision - 10
 
@@ -292,37 +298,37 @@ def test_a_flood_of_deletions_does_not_keep_a_healthy_client_from_its_lease(scen
 
 def test_what_was_said_before_the_reset_was_heard_confirms_nothing(scene: Scene) -> None:
     """A client of another history says a revision that this one also reaches."""
-    watcher = leased(scene)
-    scene.membership.lose()
-    scene.membership.register(at(8, 2), 0, Server("7000", "00000002"), scene.now)
+    session = leased(scene)
+    scene.state.lose()
+    scene.state.register(at(8, 2), 0, Server("7000", "00000002"), scene.now)
     scene.renew()
-    assert scene.membership.acknowledgeable(scene.now) == 0, "its lease is live"
+    assert scene.state.acknowledgeable(scene.now) == 0, "its lease is live"
     # On their way while the Reset is, too.
-    watcher.hear(request(at(10), 2), scene.now)
-    assert watcher.take(scene.now) == [Reset(at(8, 2))]
+    session.receive(request(at(10), 2), scene.now)
+    assert session.take(scene.now) == [Reset(at(8, 2))]
     scene.apply((at(9, 2), "t"))
     for said in (at(10), at(8), at(9, 2), Position(8, 0)):
-        watcher.hear(request(said, 3), scene.now)
-        assert not grants(watcher.take(scene.now))
-        assert scene.membership.acknowledgeable(scene.now) == 0
-    watcher.hear(request(at(8, 2)), scene.now)
-    assert scene.membership.acknowledgeable(scene.now) == 8
+        session.receive(request(said, 3), scene.now)
+        assert not grants(session.take(scene.now))
+        assert scene.state.acknowledgeable(scene.now) == 0
+    session.receive(request(at(8, 2)), scene.now)
+    assert scene.state.acknowledgeable(scene.now) == 8
 
 
 def test_a_client_that_falls_back_is_sent_again_what_it_missed(scene: Scene) -> None:
     """Another server has reset it to an earlier position of the same history. It is granted a
     lease after it has confirmed what it is sent again: a client that only ever claims less would
     hold up every Delete."""
-    watcher = confirmed(scene)
+    session = confirmed(scene)
     scene.apply((at(11), "a"))
-    assert watcher.take(scene.now) == [Invalidation(at(11), ["a"])]
-    watcher.hear(request(at(11)), scene.now)
-    watcher.hear(request(at(10), 1), scene.now)
-    assert watcher.take(scene.now) == [Invalidation(at(11), ["a"])]
-    watcher.hear(request(at(10), 2), scene.now)
-    assert watcher.take(scene.now) == []
-    watcher.hear(request(at(11)), scene.now)
-    (grant,) = watcher.take(scene.now)
+    assert session.take(scene.now) == [Invalidation(at(11), ["a"])]
+    session.receive(request(at(11)), scene.now)
+    session.receive(request(at(10), 1), scene.now)
+    assert session.take(scene.now) == [Invalidation(at(11), ["a"])]
+    session.receive(request(at(10), 2), scene.now)
+    assert session.take(scene.now) == []
+    session.receive(request(at(11)), scene.now)
+    (grant,) = session.take(scene.now)
     assert isinstance(grant, Grant)
 
 
@@ -330,80 +336,80 @@ def test_a_client_that_falls_back_is_sent_again_what_it_missed(scene: Scene) -> 
 def test_a_client_that_falls_back_insists_in_vain(scene: Scene, times: int) -> None:
     """However often it says so before the server sends anything: the Delete of what it has fallen
     behind may have returned, and so it hears of that before it is granted anything."""
-    watcher = confirmed(scene)
+    session = confirmed(scene)
     scene.apply((at(11), "a"), (at(12), "b"))
-    watcher.take(scene.now)
-    watcher.hear(request(at(12)), scene.now)
+    session.take(scene.now)
+    session.receive(request(at(12)), scene.now)
     for number in range(times):
-        watcher.hear(request(at(10), number + 1), scene.now)
-    (news,) = watcher.take(scene.now)
+        session.receive(request(at(10), number + 1), scene.now)
+    (news,) = session.take(scene.now)
     assert isinstance(news, Invalidation)
     assert sorted(news.token_ids) == ["a", "b"]
-    watcher.hear(request(at(12)), scene.now)
-    (grant,) = watcher.take(scene.now)
+    session.receive(request(at(12)), scene.now)
+    (grant,) = session.take(scene.now)
     assert isinstance(grant, Grant)
 
 
 def test_a_client_that_falls_back_and_catches_up_elsewhere_is_granted(scene: Scene) -> None:
     """It hears of the rest on another stream, before this one has sent it again."""
-    watcher = confirmed(scene)
+    session = confirmed(scene)
     scene.apply((at(11), "a"))
-    watcher.take(scene.now)
-    watcher.hear(request(at(11)), scene.now)
-    watcher.hear(request(at(10), 1), scene.now)
-    watcher.hear(request(at(11), 2), scene.now)
-    (grant,) = watcher.take(scene.now)
+    session.take(scene.now)
+    session.receive(request(at(11)), scene.now)
+    session.receive(request(at(10), 1), scene.now)
+    session.receive(request(at(11), 2), scene.now)
+    (grant,) = session.take(scene.now)
     assert isinstance(grant, Grant)
     assert (grant.position, grant.number) == (at(11), 2)
 
 
 def test_a_client_with_a_lease_that_falls_back_counts_as_behind(scene: Scene) -> None:
     """What it confirmed before it was reset is of no use, while it answers under its lease."""
-    watcher = leased(scene)
+    session = leased(scene)
     scene.apply((at(11), "a"))
-    watcher.take(scene.now)
-    watcher.hear(request(at(11)), scene.now)
-    assert scene.membership.acknowledgeable(scene.now) == 11
-    watcher.hear(request(at(10)), scene.now)
-    assert scene.membership.acknowledgeable(scene.now) == 10
-    assert watcher.take(scene.now) == [Invalidation(at(11), ["a"])]
+    session.take(scene.now)
+    session.receive(request(at(11)), scene.now)
+    assert scene.state.acknowledgeable(scene.now) == 11
+    session.receive(request(at(10)), scene.now)
+    assert scene.state.acknowledgeable(scene.now) == 10
+    assert session.take(scene.now) == [Invalidation(at(11), ["a"])]
 
 
 def test_news_from_another_stream_is_not_sent_again(scene: Scene) -> None:
     """A client that already heard of a revision elsewhere says so, and stands there."""
-    watcher = confirmed(scene)
+    session = confirmed(scene)
     scene.apply((at(11), "a"), (at(12), "b"))
-    watcher.hear(request(at(11), 1), scene.now)
-    assert watcher.take(scene.now)[0] == Invalidation(at(12), ["b"])
+    session.receive(request(at(11), 1), scene.now)
+    assert session.take(scene.now)[0] == Invalidation(at(12), ["b"])
 
 
 @pytest.mark.parametrize("timeline", [True, False], ids=["another timeline", "registered again"])
 def test_every_stream_is_reset_when_the_memory_starts_over(scene: Scene, timeline: bool) -> None:
     """Even where the position is the same: what is not in the log may be lost (rule 12)."""
-    watcher = leased(scene)
+    session = leased(scene)
     if timeline:
-        assert scene.membership.apply(log(at(10), server=Server("7000", "00000002")), scene.now)
+        assert scene.state.apply(log(at(10), server=Server("7000", "00000002")), scene.now)
     else:
-        scene.membership.lose()
-        assert watcher.take(scene.now) == []
-        scene.membership.register(at(10), 0, Server("7000", "00000001"), scene.now)
+        scene.state.lose()
+        assert session.take(scene.now) == []
+        scene.state.register(at(10), 0, Server("7000", "00000001"), scene.now)
     scene.renew()
-    assert watcher.take(scene.now) == [Reset(at(10))]
-    assert scene.membership.acknowledgeable(scene.now) == 0
-    watcher.hear(request(at(10)), scene.now)
-    assert scene.membership.acknowledgeable(scene.now) == 10
+    assert session.take(scene.now) == [Reset(at(10))]
+    assert scene.state.acknowledgeable(scene.now) == 0
+    session.receive(request(at(10)), scene.now)
+    assert scene.state.acknowledgeable(scene.now) == 10
 
 
 def test_a_client_that_missed_more_than_is_known_is_reset(scene: Scene) -> None:
     """With a lease it stays behind until it confirms the Reset or its lease ends."""
-    watcher = leased(scene)
-    memory = scene.membership.memory
+    session = leased(scene)
+    memory = scene.state.memory
     memory._marks.pop(10)
     scene.apply((at(11), "a"))
-    assert watcher.take(scene.now) == [Reset(at(11))]
-    assert scene.membership.acknowledgeable(scene.now) == 0
-    watcher.hear(request(at(11)), scene.now)
-    assert scene.membership.acknowledgeable(scene.now) == 11
+    assert session.take(scene.now) == [Reset(at(11))]
+    assert scene.state.acknowledgeable(scene.now) == 0
+    session.receive(request(at(11)), scene.now)
+    assert scene.state.acknowledgeable(scene.now) == 11
 
 
 # The end.
@@ -411,22 +417,22 @@ def test_a_client_that_missed_more_than_is_known_is_reset(scene: Scene) -> None:
 
 def test_a_released_client_holds_up_nothing(scene: Scene) -> None:
     """From the moment on in which it says so."""
-    watcher = leased(scene)
+    session = leased(scene)
     scene.apply((at(11), "a"))
-    assert scene.membership.acknowledgeable(scene.now) == 10
-    watcher.hear(request(at(10), released=True), scene.now)
-    assert scene.membership.acknowledgeable(scene.now) == 11
-    assert watcher.lease.ends == -math.inf
+    assert scene.state.acknowledgeable(scene.now) == 10
+    session.receive(request(at(10), released=True), scene.now)
+    assert scene.state.acknowledgeable(scene.now) == 11
+    assert session.lease.ends == -math.inf
 
 
 def test_a_closing_stream_grants_nothing_and_still_sends_news(scene: Scene) -> None:
     """Its client answers on under its last lease."""
-    watcher = leased(scene)
-    watcher.close()
-    watcher.hear(request(at(10), 2), scene.now)
+    session = leased(scene)
+    session.close()
+    session.receive(request(at(10), 2), scene.now)
     scene.apply((at(11), "a"))
-    assert watcher.take(scene.now) == [Closing(), Invalidation(at(11), ["a"])]
-    assert watcher.take(scene.now) == []
-    watcher.hear(request(at(11), 3), scene.now)
+    assert session.take(scene.now) == [Closing(), Invalidation(at(11), ["a"])]
+    assert session.take(scene.now) == []
+    session.receive(request(at(11), 3), scene.now)
     scene.apply((at(12), "b"))
-    assert watcher.take(scene.now) == [Invalidation(at(12), ["b"])]
+    assert session.take(scene.now) == [Invalidation(at(12), ["b"])]

@@ -30,12 +30,12 @@ async def test_one_that_reads_nothing_is_dropped() -> None:
     scene.reads.clear()
     stream = scene.serve()
     await scene.said.put(request(NOWHERE, 1))
-    await eventually(lambda: scene.membership.subleases.floor(scene.now) is not None, "a grant")
+    await eventually(lambda: scene.state.client_leases.floor(scene.now) is not None, "a grant")
     scene.now += watch.SILENT_LEASES * LEASE_SECONDS + 0.1
-    scene.watchers.on_news(False)
+    scene.sessions.on_news(False)
     with pytest.raises(asyncio.CancelledError):
         await stream
-    assert len(scene.watchers) == 0
+    assert len(scene.sessions) == 0
 
 
 async def test_one_that_says_nothing_is_dropped() -> None:
@@ -44,19 +44,19 @@ async def test_one_that_says_nothing_is_dropped() -> None:
     stream = scene.serve()
     await asyncio.sleep(0)
     scene.now += watch.SILENT_LEASES * LEASE_SECONDS + 0.1
-    scene.watchers.on_news(False)
+    scene.sessions.on_news(False)
     with pytest.raises(WatcherSilent):
         await stream
 
 
 async def test_there_is_a_most(monkeypatch: pytest.MonkeyPatch) -> None:
     """One too many is refused, and takes nothing from the others."""
-    monkeypatch.setattr(watch, "WATCHERS_MAX", 1)
+    monkeypatch.setattr(watch, "WATCH_SESSIONS_MAX", 1)
     scene = Scene()
     first = scene.serve()
     await asyncio.sleep(0)
     with pytest.raises(Overloaded):
-        await scene.watchers.serve(scene.requests(), scene.send)
+        await scene.sessions.serve(scene.requests(), scene.send)
     await granted(scene)
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
@@ -69,11 +69,11 @@ async def test_without_a_lease_of_its_own_it_grants_none() -> None:
     stream = scene.serve()
     await scene.said.put(request(NOWHERE, 1))
     await eventually(scene.said.empty, "the request is heard")
-    scene.watchers.on_news(False)
+    scene.sessions.on_news(False)
     await asyncio.sleep(0)
     assert [scene.sent.get_nowait() for _ in range(scene.sent.qsize())] == [Reset(at(0))]
     scene.renew()
-    scene.watchers.on_news(False)
+    scene.sessions.on_news(False)
     assert isinstance(await scene.sent.get(), watch.Grant)
     stream.cancel()
     await asyncio.gather(stream, return_exceptions=True)
@@ -89,11 +89,11 @@ async def test_who_waits_for_a_grant_is_not_silent() -> None:
     await eventually(scene.said.empty, "the request is heard")
     scene.now += 10 * watch.SILENT_LEASES * LEASE_SECONDS
     scene.renew()
-    scene.watchers.on_news(False)
+    scene.sessions.on_news(False)
     assert await scene.sent.get() == Reset(at(0))
     assert isinstance(await scene.sent.get(), watch.Grant)
     scene.now += watch.SILENT_LEASES * LEASE_SECONDS + 0.1
-    scene.watchers.on_news(False)
+    scene.sessions.on_news(False)
     with pytest.raises(WatcherSilent):
         await stream
 
@@ -102,19 +102,19 @@ async def test_an_old_one_is_asked_to_move() -> None:
     """A client whose stream is old is told Closing, and gets no grant on it any more; one that
     stays is ended after a few leases, when it holds none."""
     scene = Scene()
-    scene.watchers = scene.make_watchers(stream_seconds=100.0)
+    scene.sessions = scene.make_sessions(stream_seconds=100.0)
     stream = scene.serve()
     began = scene.now
     numbers = itertools.count(1)
 
     async def events_at(age: float) -> list[type[Event]]:
-        """Have the client ask at this age, and the heart beat; return what came."""
+        """Have the client ask at this age, and the renewer beat; return what came."""
         scene.now = began + age
-        (served,) = scene.watchers._streams
+        (served,) = scene.sessions._streams
         await scene.said.put(request(at(0), next(numbers)))
-        await eventually(lambda: served.watcher.heard == scene.now, "it is heard")
+        await eventually(lambda: served.session.heard == scene.now, "it is heard")
         scene.renew()
-        scene.watchers.on_news(False)
+        scene.sessions.on_news(False)
         for _ in range(5):
             await asyncio.sleep(0)
         return [type(scene.sent.get_nowait()) for _ in range(scene.sent.qsize())]
@@ -129,7 +129,7 @@ async def test_an_old_one_is_asked_to_move() -> None:
     assert await events_at(oldest + watch.SILENT_LEASES * LEASE_SECONDS + 1.0) == []
     with pytest.raises(Unavailable):
         await stream
-    assert scene.membership.subleases.floor(scene.now) is None
+    assert scene.state.client_leases.floor(scene.now) is None
 
 
 async def test_a_client_that_may_be_ahead_has_the_log_read() -> None:
@@ -139,12 +139,12 @@ async def test_a_client_that_may_be_ahead_has_the_log_read() -> None:
     await scene.said.put(request(at(1), 1))
     await eventually(lambda: scene.log_reads == 1, "the log is read")
     scene.apply()
-    scene.watchers.on_news(False)
+    scene.sessions.on_news(False)
     await asyncio.sleep(0)
     assert scene.sent.empty()
     scene.now += 0.1
     scene.apply((at(1), "t"))
-    scene.watchers.on_news(True)
+    scene.sessions.on_news(True)
     assert isinstance(await scene.sent.get(), watch.Grant)
     stream.cancel()
     await asyncio.gather(stream, return_exceptions=True)
@@ -156,12 +156,12 @@ async def test_a_confirmation_sets_free_what_was_held_back() -> None:
     stream = scene.serve()
     await granted(scene)
     scene.apply((at(1), "a"))
-    scene.watchers.on_news(True)
+    scene.sessions.on_news(True)
     assert await scene.sent.get() == watch.Invalidation(at(1), ["a"])
     await scene.said.put(request(at(0), 2))
     await eventually(scene.said.empty, "the request is heard")
     scene.apply((at(2), "b"))
-    scene.watchers.on_news(True)
+    scene.sessions.on_news(True)
     await asyncio.sleep(0)
     assert scene.sent.empty()
     await scene.said.put(request(at(1)))
@@ -176,15 +176,15 @@ async def test_clients_that_are_waited_for_are_named() -> None:
     scene = Scene()
     stream = scene.serve()
     await granted(scene)
-    assert scene.membership.waiting_for(scene.now) == (0.0, [])
+    assert scene.state.waiting_for(scene.now) == (0.0, [])
     scene.apply((at(1), "a"))
     scene.now += 1.0
     scene.renew()
-    seconds, names = scene.membership.waiting_for(scene.now)
+    seconds, names = scene.state.waiting_for(scene.now)
     assert seconds == pytest.approx(1.0)
     assert names == ["a client"]
     await scene.said.put(request(at(1)))
-    await eventually(lambda: scene.membership.acknowledgeable(scene.now) == 1, "a confirmation")
-    assert scene.membership.waiting_for(scene.now) == (0.0, [])
+    await eventually(lambda: scene.state.acknowledgeable(scene.now) == 1, "a confirmation")
+    assert scene.state.waiting_for(scene.now) == (0.0, [])
     stream.cancel()
     await asyncio.gather(stream, return_exceptions=True)

@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 from latchkey_coherence.lease import outwait_seconds
 from latchkey_service.coherence.ack_rules import (
     OUTWAIT_MARGIN_SECONDS,
-    Census,
-    Confirmation,
+    Acknowledgements,
+    DeadVerifierDetector,
+    PendingDeletion,
     VerifierRow,
-    Wait,
 )
 
 from tests.positions import at
@@ -23,59 +23,59 @@ def row(name: str = "a", acknowledged: int = 0, renewal: int = 1, lease: float =
 
 def test_all_have_acknowledged():
     """It is confirmed as soon as every row has acknowledged the revision, or a later one."""
-    wait = Wait(at(5), 100.0)
-    assert wait.judge([row("a", 5), row("b", 4)], 100.0) is None
-    assert wait.judge([row("a", 5), row("b", 7)], 100.1) == Confirmation(2, 0)
+    wait = PendingDeletion(at(5), 100.0)
+    assert wait.evaluate([row("a", 5), row("b", 4)], 100.0) is None
+    assert wait.evaluate([row("a", 5), row("b", 7)], 100.1) == Acknowledgements(2, 0)
 
 
 def test_nobody_is_there():
     """Without verifiers there is nothing to wait for."""
-    assert Wait(at(5), 100.0).judge([], 100.0) == Confirmation(0, 0)
+    assert PendingDeletion(at(5), 100.0).evaluate([], 100.0) == Acknowledgements(0, 0)
 
 
 @given(st.floats(0.3, 5.0), st.floats(0.3, 5.0))
 def test_the_longest_lease_is_waited_out(short, long):
     """Of those that have not, the longest lease counts, from the commit on."""
-    wait = Wait(at(5), 100.0)
+    wait = PendingDeletion(at(5), 100.0)
     rows = [row("a", 4, lease=short), row("b", 4, lease=long), row("c", 5, lease=50.0)]
     end = 100.0 + max(short, long) * 1.001
-    assert wait.judge(rows, end) is None
-    assert wait.judge(rows, end + OUTWAIT_MARGIN_SECONDS + 0.001) == Confirmation(1, 2)
+    assert wait.evaluate(rows, end) is None
+    assert wait.evaluate(rows, end + OUTWAIT_MARGIN_SECONDS + 0.001) == Acknowledgements(1, 2)
 
 
 def test_rows_that_go_or_come_meanwhile():
     """A row that is removed before it acknowledged counts as waited out; one that registers
     behind is waited for; one that leaves after it acknowledged counts as having."""
-    wait = Wait(at(5), 100.0)
-    assert wait.judge([row("gone", 4), row("left", 5)], 100.0) is None
-    assert wait.judge([row("new", 4)], 100.1) is None
-    assert wait.judge([row("new", 6)], 100.2) == Confirmation(2, 1)
+    wait = PendingDeletion(at(5), 100.0)
+    assert wait.evaluate([row("gone", 4), row("left", 5)], 100.0) is None
+    assert wait.evaluate([row("new", 4)], 100.1) is None
+    assert wait.evaluate([row("new", 6)], 100.2) == Acknowledgements(2, 1)
 
 
 def test_a_renewal_saves_a_row():
     """A row is dead once its renewal has not changed for a lease's length, and no sooner."""
-    census = Census()
-    assert census.dead([row(renewal=1)], 0.0, 0.1) == []
-    assert census.dead([row(renewal=1)], 0.1 + OUTWAIT - 0.01, 9.0) == []
-    assert census.dead([row(renewal=2)], 0.1 + OUTWAIT + 0.01, 9.0) == []
-    assert census.dead([row(renewal=2)], 9.0 + OUTWAIT - 0.01, 99.0) == []
-    assert census.dead([row(renewal=2)], 9.0 + OUTWAIT + 0.01, 99.0) == [row(renewal=2)]
+    detector = DeadVerifierDetector()
+    assert detector.dead([row(renewal=1)], 0.0, 0.1) == []
+    assert detector.dead([row(renewal=1)], 0.1 + OUTWAIT - 0.01, 9.0) == []
+    assert detector.dead([row(renewal=2)], 0.1 + OUTWAIT + 0.01, 9.0) == []
+    assert detector.dead([row(renewal=2)], 9.0 + OUTWAIT - 0.01, 99.0) == []
+    assert detector.dead([row(renewal=2)], 9.0 + OUTWAIT + 0.01, 99.0) == [row(renewal=2)]
 
 
 def test_the_time_is_counted_from_after_the_first_look():
     """What a look took is not counted: the renewal may have come just before its end."""
-    census = Census()
-    census.dead([row()], 0.0, 50.0)
-    assert census.dead([row()], 50.0 + OUTWAIT - 0.01, 99.0) == []
-    assert census.dead([row()], 50.0 + OUTWAIT + 0.01, 99.0) == [row()]
+    detector = DeadVerifierDetector()
+    detector.dead([row()], 0.0, 50.0)
+    assert detector.dead([row()], 50.0 + OUTWAIT - 0.01, 99.0) == []
+    assert detector.dead([row()], 50.0 + OUTWAIT + 0.01, 99.0) == [row()]
 
 
 def test_a_row_that_was_away_is_watched_anew():
     """An id that comes back is not dead for what was seen of it before."""
-    census = Census()
-    census.dead([row()], 0.0, 0.0)
-    census.dead([], 10.0, 10.0)
-    assert census.dead([row()], 20.0, 20.0) == []
+    detector = DeadVerifierDetector()
+    detector.dead([row()], 0.0, 0.0)
+    detector.dead([], 10.0, 10.0)
+    assert detector.dead([row()], 20.0, 20.0) == []
 
 
 def clients(acknowledged: int, confirmed: int, outwaited: int, name: str = "a") -> VerifierRow:
@@ -84,10 +84,10 @@ def clients(acknowledged: int, confirmed: int, outwaited: int, name: str = "a") 
 
 def test_clients_count_as_well() -> None:
     """The receipt has the clients that confirmed, and those whose leases were waited out."""
-    wait = Wait(at(5), 100.0)
-    assert wait.judge([clients(4, 7, 10), clients(5, 2, 30, "b")], 100.0) is None
-    assert wait.judge([clients(4, 7, 11), clients(6, 9, 31, "b")], 100.1) is None
-    assert wait.judge([clients(5, 3, 12), clients(7, 9, 35, "b")], 100.2) == Confirmation(
+    wait = PendingDeletion(at(5), 100.0)
+    assert wait.evaluate([clients(4, 7, 10), clients(5, 2, 30, "b")], 100.0) is None
+    assert wait.evaluate([clients(4, 7, 11), clients(6, 9, 31, "b")], 100.1) is None
+    assert wait.evaluate([clients(5, 3, 12), clients(7, 9, 35, "b")], 100.2) == Acknowledgements(
         2, 0, clients_acknowledged=3 + 2, clients_outwaited=2
     )
 
@@ -95,17 +95,17 @@ def test_clients_count_as_well() -> None:
 def test_what_clients_of_others_did_later_does_not_count() -> None:
     """Once a verifier has acknowledged the revision, its clients' later leases are of no interest,
     however long the others take."""
-    wait = Wait(at(5), 100.0)
-    wait.judge([clients(4, 0, 1), clients(4, 0, 0, "slow")], 100.0)
-    wait.judge([clients(5, 1, 2), clients(4, 0, 0, "slow")], 100.1)
-    wait.judge([clients(5, 8, 9), clients(4, 0, 0, "slow")], 100.2)
-    assert wait.judge([clients(5, 8, 9), clients(5, 1, 0, "slow")], 100.3) == Confirmation(
+    wait = PendingDeletion(at(5), 100.0)
+    wait.evaluate([clients(4, 0, 1), clients(4, 0, 0, "slow")], 100.0)
+    wait.evaluate([clients(5, 1, 2), clients(4, 0, 0, "slow")], 100.1)
+    wait.evaluate([clients(5, 8, 9), clients(4, 0, 0, "slow")], 100.2)
+    assert wait.evaluate([clients(5, 8, 9), clients(5, 1, 0, "slow")], 100.3) == Acknowledgements(
         2, 0, clients_acknowledged=2, clients_outwaited=1
     )
 
 
 def test_clients_of_a_verifier_that_was_waited_out_are_not_counted() -> None:
     """Nothing is known of the clients of a verifier that never acknowledged."""
-    wait = Wait(at(5), 100.0)
-    wait.judge([clients(4, 7, 10)], 100.0)
-    assert wait.judge([clients(4, 7, 10)], 100.0 + OUTWAIT + 0.01) == Confirmation(0, 1)
+    wait = PendingDeletion(at(5), 100.0)
+    wait.evaluate([clients(4, 7, 10)], 100.0)
+    assert wait.evaluate([clients(4, 7, 10)], 100.0 + OUTWAIT + 0.01) == Acknowledgements(0, 1)
