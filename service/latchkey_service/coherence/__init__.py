@@ -1,9 +1,23 @@
-"""When Delete returns, the token is dead everywhere: leases, the log, and who waits for whom.
+"""The coherence protocol: when Delete returns, no verifier answers with the token any more.
 
-Pure, with the clock passed in: `state` (this process as a verifier), `client_leases` (its
-clients), `confirmation` (what a Delete waits for, and which verifiers are dead). What drives them:
-`renewer` renews and reads the log, `notifications` wakes it, `watch` serves clients, `ack_waiter`
-waits. `table` has the SQL.
+Owns leases, the log of invalidations, acknowledgements, watch sessions and the verifiers' table.
+It does not own tokens: it knows them by id only.
 
-"Rule N" means rule N of docs/protocol.md, here and in the rest of the service.
+Pure, with the clock passed in:
+- `verifier_state`: this process as a verifier (its cache, lease and row).
+- `client_leases`: the clients that answer under its lease.
+- `ack_rules`: when a Delete may return, and which verifiers are dead.
+- `snapshot`: where a read was taken.
+
+Around them:
+- `lease_renewer` registers, renews the lease and reads the log; `notify_listener` wakes it.
+- `watch_sessions` serves clients; each session is pure.
+- `ack_waiter` lets Deletes wait.
+- `reads` decides which reads of the database may be believed.
+- `primary` follows the primary server.
+- `verifier_table` has the SQL.
+
+May import postgres, settings (for the log) and errors, and no other room of the service. Begin with
+docs/protocol.md, then `verifier_state.py` and `lease_renewer.py`. "Rule N" means rule N of
+docs/protocol.md, here and in the rest of the service.
 """

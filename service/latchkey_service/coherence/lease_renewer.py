@@ -1,8 +1,11 @@
 """Keeps this process a verifier: registers, reads the log, renews the lease, acknowledges.
 
-One task does all of it, beat by beat, so that no two steps overlap. A lease rests on one statement,
-which renews, acknowledges and reads the log on one server, and it is counted from the clock before
-that statement (coherence rule 3). A read of the log on its own only brings the memory forward.
+Owns the verifier's connection and the order of these steps. The rules are in `verifier_state`, the
+SQL in `verifier_table`, and the choice of the database server in `primary`.
+
+One task takes all steps one after the other, so that no two overlap. A lease rests on a single
+statement, which renews, acknowledges and reads the log on one server. The lease is counted from the
+clock before that statement (rule 3). Reading the log by itself only brings the cache up to date.
 """
 
 import asyncio
@@ -33,21 +36,21 @@ if TYPE_CHECKING:
 
 __all__ = ["LeaseRenewer"]
 
-# After a failure. Verifies that need a lease fail at once in between instead of piling up, and
+# Pause after a failure. Meanwhile verifies that need a lease fail at once instead of piling up, and
 # service resumes this soon after Postgres does.
 RETRY_SECONDS = 0.25
-# A stop does not wait for a database that hangs: the row lapses by itself.
+# A stop does not wait for a database that hangs: the row expires by itself.
 REMOVE_SECONDS = 1.0
 # Verifies that wait for the lease: as many as may wait for a look-up.
 WAITING_MAX = 10_000
-# A healthy client confirms within milliseconds. One that takes longer is named.
+# A healthy client confirms within milliseconds. One that takes longer is named in the log.
 WAITED_SECONDS = 0.5
-# Reads of the log until one has begun after a wake-up: one may be under way.
+# Reads of the log until one has begun after a wake-up: another one may be under way.
 READS_OF_LOG_MAX = 2
 
 
 class LeaseRenewer:
-    """Drives a state. Belongs to the event loop that it is used on."""
+    """Drives a VerifierState. Belongs to the event loop that it was created on."""
 
     def __init__(
         self,
@@ -75,9 +78,9 @@ class LeaseRenewer:
         self._failing = False
         self._row_lost = False
         self._waiting_for: list[str] = []
-        # Of verifies that wait for the lease.
+        # Verifies that wait for the lease share this future.
         self._renewed: asyncio.Future[None] | None = None
-        # Of reads that wait for the log to be applied up to their snapshot.
+        # Reads that wait until the log is applied up to their snapshot share this future.
         self._read: asyncio.Future[None] | None = None
         self._waiting = 0
 
@@ -87,28 +90,32 @@ class LeaseRenewer:
         streams: Callable[[], int],
         notifications: Callable[[], int],
     ) -> None:
-        """Call `on_news` after each read of the log, with whether it changed anything; put into the
-        row how many streams there are and how notifications do, as the contract has it."""
+        """Set the callbacks, which are created after the renewer.
+
+        `on_news` is called after each read of the log, with whether it changed anything. `streams`
+        and `notifications` provide what the row reports: the number of streams, and the state of
+        notifications as numbered in the contract.
+        """
         self._on_news, self._streams, self._notifications = on_news, streams, notifications
 
     def wake(self) -> None:
-        """There may be news in the log: read it now, not at the next renewal (rule 10)."""
+        """Read the log now instead of at the next renewal, because it may have news (rule 10)."""
         self._news = True
         self._woken.set()
 
     def wake_to_acknowledge(self) -> None:
-        """Look whether there is something to acknowledge: a client has confirmed, or has left."""
+        """Check whether there is something to acknowledge: a client has confirmed or has left."""
         self._woken.set()
 
     def has_lease(self) -> bool:
-        """Tell whether verifies may be answered."""
+        """Return whether verifies may be answered."""
         return self._clock() < self.state.lease_ends
 
     async def wait_for_lease(self, deadline: float) -> None:
         """Wait until there is a lease (rule 5).
 
-        Raises StoreUnavailable when it cannot be renewed, Overloaded, and Unavailable at
-        `deadline`, seconds on the process's clock.
+        Raises StoreUnavailable if the lease cannot be renewed, Overloaded if too many calls wait,
+        and Unavailable at `deadline`, seconds on the process's clock.
         """
         while not self.has_lease():
             if self._clock() < self._retry_at:
@@ -120,11 +127,12 @@ class LeaseRenewer:
             await self._wait(self._renewed, deadline)
 
     async def read_log_to(self, revision: int, deadline: float) -> bool:
-        """Read the log, and tell whether it reaches `revision` (rule 12).
+        """Read the log, and return whether it reaches `revision` (rule 12).
 
-        False: it ends before, so the revision is of another history. True does not say that it is
-        of this one. Raises StoreUnavailable when the log cannot be read, Overloaded, and
-        Unavailable at `deadline`, seconds on the process's clock.
+        False means that the log ends earlier, so that the revision belongs to another history. True
+        does not prove that it belongs to this one. Raises StoreUnavailable if the log cannot be
+        read, Overloaded if too many calls wait, and Unavailable at `deadline`, seconds on the
+        process's clock.
         """
         for _ in range(READS_OF_LOG_MAX):
             if self._clock() < self._retry_at:
@@ -142,7 +150,8 @@ class LeaseRenewer:
             raise Overloaded("Too many verifies are waiting for the database; try again.")
         self._waiting += 1
         try:
-            # Shielded: it is shared, and one caller's end is not the others'.
+            # Shielded, because callers share the future: a caller that is cancelled must not cancel
+            # it for the others.
             async with asyncio.timeout(deadline - self._clock()):
                 await asyncio.shield(shared)
         except TimeoutError:
@@ -151,7 +160,7 @@ class LeaseRenewer:
             self._waiting -= 1
 
     async def run(self) -> None:
-        """Beat until cancelled."""
+        """Renew until cancelled."""
         while True:
             try:
                 await self._renew_once()
@@ -162,17 +171,17 @@ class LeaseRenewer:
             await self._pause()
 
     async def stop(self, *, remove: bool) -> None:
-        """End it, after `run` was. Nothing is answered from now on.
+        """Give up the lease after `run` has ended. From now on nothing is answered.
 
-        With `remove` the row goes, since no client holds a sub-lease any more; without, Deletes
-        wait until it has lapsed.
+        With `remove` the row is deleted, since no client holds a lease any more. Without it,
+        Deletes wait until the row's lease has expired.
         """
         self.state.lose()
         stopping = StoreUnavailable("The server is stopping.")
         self._wake_waiters(stopping)
         _fail(self._read, stopping)
-        # The beat may have been cut short in the middle of a statement, and left its connection
-        # of no use.
+        # The task may have been cancelled in the middle of a statement, which leaves its connection
+        # unusable.
         self._drop_connection()
         if remove and self._incarnation:
             with contextlib.suppress(StoreUnavailable, TimeoutError):
@@ -182,7 +191,7 @@ class LeaseRenewer:
             self._drop_connection()
 
     async def _renew_once(self) -> None:
-        """Read what is new and renew what is due."""
+        """Read the log if there may be news, and renew if it is time."""
         state = self.state
         due = self._clock() >= self._next_renewal
         if not (self._news or due or self._acknowledgeable() > state.acknowledged):
@@ -192,17 +201,18 @@ class LeaseRenewer:
             await self._register(row)
             due = True
         elif self._news:
-            # Before the log is read: news that comes meanwhile is read again.
+            # Cleared before the log is read, so that news that arrives meanwhile causes another
+            # read.
             self._news = False
             began = self._clock()
             log = await row.read_log(state.memory.position)
             if log.known and log.server != state.server:
-                # Believed, it would let reads of that server be believed under a lease that stands
-                # on another one. Only a renewal can bring the lease there.
+                # Applying this log would let reads of that server be believed under a lease that
+                # stands on another one. Only a renewal can move the lease there.
                 due = True
             else:
                 changed = state.apply(log, began)
-                # Clients hear of it at once, and acknowledge while the row below is written.
+                # Clients are notified at once, and confirm while the row below is being written.
                 self._applied(changed=changed)
                 if not log.known:
                     self._lost_history()
@@ -217,17 +227,17 @@ class LeaseRenewer:
 
     async def _register(self, row: OwnRow) -> None:
         self._incarnation += 1
-        # A client that may still answer from memory has confirmed nothing on this history.
+        # A client that may still answer from its cache has confirmed nothing on this history.
         clear = self.state.client_leases.floor(self._clock()) is None
         registration = await row.register(self._incarnation, acknowledge=clear)
         self.state.register(*registration, self._clock())
         self._log.info("registered", verifier=self._identity.id, incarnation=self._incarnation)
 
     async def _renew(self, row: OwnRow, acknowledgeable: int) -> None:
-        """Acknowledge, renew, and apply what the same statement read of the log."""
+        """Acknowledge, renew, and apply the log that the same statement read."""
         state = self.state
         began = self._clock()
-        # Not sooner than this, whatever becomes of it: the beat after a failure is bounded too.
+        # Set first, so that the next attempt comes no sooner than this, even if this one fails.
         self._next_renewal = began + state.lease_seconds / 3
         self._news = False
         renewed, log = await row.renew(
@@ -243,11 +253,11 @@ class LeaseRenewer:
             if self._connection is not None:
                 self._primary.renewed(self._connection, state.server)
             self._succeed()
-            # Also for clients that wait for a lease to be granted from.
+            # Also for clients whose grants wait for this lease.
             self._applied(changed=changed)
             return
         if log.known:
-            self._log.warning("the row is gone: registering again", verifier=self._identity.id)
+            self._log.warning("verifier row is gone; registering again", verifier=self._identity.id)
             state.lose()
         self._applied(changed=True)
         self._lost_history()
@@ -271,17 +281,18 @@ class LeaseRenewer:
             client_leases.outwaited,
             waiting_for,
             self._notifications(),
-            # Where this renewal goes, not where the last one went: the same statement writes which
-            # server it reaches.
+            # The host that this renewal goes to, not that of the last one: the same statement
+            # writes which server it reaches.
             "" if connection is None else self._primary.host_of(connection),
             self._primary.warnings(),
         )
 
     def _lost_history(self) -> None:
-        """Register again, at once the first time. The memory is empty by now."""
+        """Register again: at once the first time, after a pause from then on. The cache is empty by
+        now."""
         self._next_renewal = -math.inf
         if self._row_lost:
-            # Twice in a row: whatever takes the row away would go on.
+            # Twice in a row: whatever removes the row would otherwise keep this loop busy.
             self._retry_at = self._clock() + _pause_after_failure()
         self._row_lost = True
 
@@ -301,10 +312,10 @@ class LeaseRenewer:
         rows = await row.all_rows()
         for dead in self._detector.dead(rows, asked, self._clock()):
             if await row.remove_dead(dead):
-                self._log.warning("removed a dead verifier", verifier=dead.id)
+                self._log.warning("dead verifier removed", verifier=dead.id)
 
     async def _pause(self) -> None:
-        """Wait for a wake-up, the next renewal, or a client's lease to run out."""
+        """Wait for a wake-up, the next renewal, or the end of a client's lease."""
         now = self._clock()
         if now < self._retry_at:
             await asyncio.sleep(self._retry_at - now)
@@ -325,7 +336,8 @@ class LeaseRenewer:
             self._wake_waiters(None)
 
     def _fail(self, error: Exception) -> None:
-        """After this nothing is known of the connection, nor of what was sent on it."""
+        """Drop the connection: its state, and whether the last statement was carried out, are
+        unknown."""
         self._primary.failed(self._connection, error)
         self._drop_connection()
         if not isinstance(error, StoreUnavailable):
@@ -362,7 +374,7 @@ class LeaseRenewer:
 def _fail(waiting: "asyncio.Future[None] | None", error: Exception) -> None:
     if waiting is not None and not waiting.done():
         waiting.set_exception(error)
-        # Else asyncio complains where those who waited have left.
+        # Marks the exception as retrieved. Otherwise asyncio logs it when all waiters have left.
         waiting.exception()
 
 

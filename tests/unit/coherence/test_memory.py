@@ -262,7 +262,9 @@ def test_room_is_made_in_bounded_time() -> None:
         entry.used = True
     memory.admit(key("t", 1_000), entry_of("t"), at(0))
     assert len(memory) == 1_000
-    assert sum(entry.used for entry in memory.entries.values()) == 1_000 - memory_module.LOOKS_MAX
+    assert (
+        sum(entry.used for entry in memory.entries.values()) == 1_000 - memory_module.EXAMINED_MAX
+    )
 
 
 @given(st.integers(1, 5))

@@ -112,7 +112,7 @@ async def test_an_old_one_is_asked_to_move() -> None:
         scene.now = began + age
         (served,) = scene.sessions._streams
         await scene.said.put(request(at(0), next(numbers)))
-        await eventually(lambda: served.session.heard == scene.now, "it is heard")
+        await eventually(lambda: served.session.last_heard == scene.now, "it is heard")
         scene.renew()
         scene.sessions.on_news(False)
         for _ in range(5):
