@@ -20,7 +20,7 @@ PRIMARY = Server("7000", "00000001")
 def log(
     head: Position, *changes: tuple[Position, str], known: bool = True, server: Server = PRIMARY
 ) -> Log:
-    """Return a log with these changes, one token to each."""
+    """Return a log with these changes, each of one token."""
     return Log(known, server, head, tuple(Change(p, (token,)) for p, token in changes))
 
 
@@ -29,7 +29,7 @@ def request(applied: Position, number: int = 0, *, released: bool = False) -> Re
 
 
 class Scene:
-    """A process with a lease, and streams to it that a test feeds by hand."""
+    """A process with a lease, and streams that a test feeds by hand."""
 
     def __init__(self, position: Position = at(0)) -> None:  # noqa: B008 - immutable
         self.now = 100.0
@@ -52,7 +52,7 @@ class Scene:
         )
 
     def renew(self) -> None:
-        """Renew the lease by a statement that finds no news, and acknowledge what can be."""
+        """Renew the lease with a statement that finds no news, and acknowledge what is possible."""
         self.state.renew(self.now, self.state.acknowledgeable(self.now))
 
     def apply(self, *changes: tuple[Position, str]) -> None:

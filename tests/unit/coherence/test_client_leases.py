@@ -1,4 +1,4 @@
-"""What clients have confirmed: a lease that may be live always counts, and nothing else does."""
+"""What clients have confirmed: every lease that may be live counts, and nothing else does."""
 
 import math
 
@@ -13,7 +13,7 @@ from tests.positions import at
 
 
 class AgainstAPlainList(RuleBasedStateMachine):
-    """The floor is the lowest revision that a client with a live lease has confirmed."""
+    """The floor is the lowest revision confirmed by a client with a live lease."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class AgainstAPlainList(RuleBasedStateMachine):
 
     @rule(n=st.integers(0, 3), seconds=st.floats(0.1, 3.0), data=st.data())
     def grant(self, n: int, seconds: float, data: st.DataObject) -> None:
-        """A client is granted a lease once it has confirmed all that it was sent."""
+        """A client gets a lease once it has confirmed everything it was sent."""
         confirmed = data.draw(st.integers(0, self.applied))
         self.plain[n] = (confirmed, max(self.plain[n][1], self.now + seconds))
         self.leases.grant(self.clients[n], confirmed, self.now + seconds)
@@ -47,7 +47,7 @@ class AgainstAPlainList(RuleBasedStateMachine):
 
     @rule()
     def lose_the_history(self) -> None:
-        """Nothing counts that was confirmed. How long the leases run does not change."""
+        """All confirmations are void. The end of each lease stays the same."""
         self.plain = [(0, ends) for _, ends in self.plain]
         self.leases.unconfirm()
 
@@ -70,8 +70,8 @@ class AgainstAPlainList(RuleBasedStateMachine):
             assert self.leases.latest_end(self.now) >= max(e for _, e in self.plain)
 
     @invariant()
-    def who_is_behind_is_named(self) -> None:
-        """Each live client is either counted as done or named as behind."""
+    def clients_behind_are_named(self) -> None:
+        """Every live client is either counted as done or named as behind."""
         for revision in range(self.applied + 1):
             done = [c >= revision for c, ends in self.plain if ends > self.now]
             assert self.leases.count_confirmed(revision, self.now) == sum(done)
@@ -89,8 +89,9 @@ AgainstAPlainList.TestCase.settings = settings(
 test_floor = AgainstAPlainList.TestCase
 
 
-def test_only_leases_that_a_revision_waited_for_count_as_waited_out() -> None:
-    """A lease that ended before the revision came, or that had confirmed it, was not waited for."""
+def test_only_leases_that_delayed_a_revision_count_as_waited_out() -> None:
+    """A lease that ended before the revision arrived, or whose client had confirmed it, was not
+    waited for."""
     leases = ClientLeases()
     clients = {name: ClientLease(name) for name in ("early", "late", "done")}
     leases.grant(clients["early"], 4, 99.0)
@@ -107,8 +108,9 @@ def test_only_leases_that_a_revision_waited_for_count_as_waited_out() -> None:
     assert leases.outwaited == 1, "it let go by itself"
 
 
-def test_few_of_many_are_named() -> None:
-    """However many are behind, no more names come than were asked for: those furthest behind."""
+def test_number_of_named_clients_is_limited() -> None:
+    """However many clients are behind, at most the requested number is named, furthest behind
+    first."""
     leases = ClientLeases()
     for n in range(100):
         leases.grant(ClientLease(f"client {n:02}"), n, 101.0)
@@ -117,16 +119,16 @@ def test_few_of_many_are_named() -> None:
     assert leases.behind(200, 102.0, 3) == []
 
 
-def test_a_confirmation_without_a_lease_counts_for_nothing() -> None:
-    """What a client confirmed before its lease says nothing of what it holds under it."""
+def test_a_confirmation_without_a_lease_does_not_count() -> None:
+    """What a client confirmed before its lease says nothing about what it holds under the lease."""
     leases, client = ClientLeases(), ClientLease()
     leases.confirm(client, 9)
     leases.grant(client, 5, 101.0)
     assert leases.floor(100.0) == 5
 
 
-def member(applied: int) -> VerifierState[Entry]:
-    """Return a process that has applied a revision, and holds a lease."""
+def verifier(applied: int) -> VerifierState[Entry]:
+    """Return a process that has applied a revision."""
     state: VerifierState[Entry] = VerifierState(Memory(10), ClientLeases(), 3.0)
     server = Server("1", "00000001")
     state.register(at(applied), applied, server, 0.0)
@@ -138,9 +140,10 @@ def apply(state: VerifierState[Entry], revision: int, began: float) -> None:
     state.apply(Log(True, state.server, at(revision), (change,)), began)
 
 
-def test_a_client_that_had_confirmed_was_not_waited_out() -> None:
-    """Of two leases that have ended when somebody looks, only the one that was behind counts."""
-    state = member(4)
+def test_a_client_that_confirmed_was_not_waited_out() -> None:
+    """Of two leases that have ended when the floor is computed, only the one that was behind
+    counts."""
+    state = verifier(4)
     for name, confirmed in (("behind", 4), ("level", 5)):
         state.client_leases.grant(ClientLease(name), confirmed, 101.0)
     apply(state, 5, 100.0)
@@ -150,8 +153,8 @@ def test_a_client_that_had_confirmed_was_not_waited_out() -> None:
 
 
 def test_every_client_that_was_waited_out_counts() -> None:
-    """Also one whose lease ends while another client is waited for still longer."""
-    state = member(4)
+    """A lease counts even if it ends while another client is waited for still longer."""
+    state = verifier(4)
     for name, ends in (("first", 101.0), ("second", 102.0), ("last", 104.0)):
         state.client_leases.grant(ClientLease(name), 4, ends)
     apply(state, 5, 100.0)
@@ -165,8 +168,9 @@ def test_every_client_that_was_waited_out_counts() -> None:
 
 
 def test_a_client_that_does_not_confirm_a_reset_is_waited_for_and_named() -> None:
-    """A Delete on the new history waits for its old lease, and so people should see whose it is."""
-    state = member(4)
+    """A Delete on the new history waits for the client's old lease, so operators should see whose
+    it is."""
+    state = verifier(4)
     state.client_leases.grant(ClientLease("slow"), 4, 103.0)
     state.lose()
     state.register(at(7, history=2), 0, Server("1", "00000002"), 0.0)

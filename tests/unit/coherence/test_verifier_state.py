@@ -24,7 +24,8 @@ RESTORED = Server("7001", PRIMARY.timeline)
 
 @pytest.fixture
 def scene() -> Scene:
-    """A process that began at revision 10, has applied 11 and 13, and remembers a token."""
+    """A process that started at revision 10, has applied 11 and 13, and has a token in its
+    cache."""
     scene = Scene(at(10))
     scene.apply((at(11), "a"), (at(13), "b"))
     scene.renew()
@@ -59,20 +60,23 @@ def snapshot(position: Position, timeline: str | None = PRIMARY.timeline) -> Sna
 def test_which_reads_are_believed(
     scene: Scene, position: Position, began: int, expected: Standing
 ) -> None:
-    """Known by its mark, and not from before what was applied when it was sent."""
+    """A read is believed if its position is known by its mark and is not older than what was
+    applied when the read was sent."""
     read = ReadBegan(began, scene.state.epoch)
     assert scene.state.standing(snapshot(position), read) is expected
 
 
 @pytest.mark.parametrize("timeline", ["00000002", None])
 def test_a_read_from_another_timeline_is_refused(scene: Scene, timeline: str | None) -> None:
-    """Even at a known position: a standby, or a server that was promoted or deposed since."""
+    """A read from a standby, or from a server that was promoted or deposed since, is refused even
+    at a known position."""
     began = scene.state.begin_read()
     assert scene.state.standing(snapshot(at(13), timeline), began) is Standing.REFUSED
 
 
-def test_engines_without_timelines_are_told_apart_by_marks(scene: Scene) -> None:
-    """None is as good a timeline as any other, where the lease's server has none either."""
+def test_without_timelines_marks_tell_servers_apart(scene: Scene) -> None:
+    """If the lease's server reports no timeline, a read without a timeline is judged by its
+    mark."""
     scene.state.apply(log(at(13), server=Server(None, None)), scene.now)
     began = scene.state.begin_read()
     assert scene.state.standing(snapshot(at(13), None), began) is Standing.BELIEVED
@@ -80,7 +84,7 @@ def test_engines_without_timelines_are_told_apart_by_marks(scene: Scene) -> None
 
 
 def test_a_read_ahead_is_believed_once_the_log_has_its_position(scene: Scene) -> None:
-    """And refused when the log has the revision by another mark."""
+    """A read ahead is refused if the log has its revision with another mark."""
     began = scene.state.begin_read()
     scene.apply((at(14), "c"))
     assert scene.state.standing(snapshot(at(14)), began) is Standing.BELIEVED
@@ -88,10 +92,9 @@ def test_a_read_ahead_is_believed_once_the_log_has_its_position(scene: Scene) ->
 
 
 @pytest.mark.parametrize("how", ["lost", "another timeline", "every token"])
-def test_a_read_that_was_sent_before_the_memory_started_over_is_refused(
-    scene: Scene, how: str
-) -> None:
-    """It was permitted by a lease on another history, even where its position is known again."""
+def test_a_read_sent_before_the_cache_started_over_is_refused(scene: Scene, how: str) -> None:
+    """Such a read was permitted by a lease on another history, even if its position is known
+    again."""
     state = scene.state
     began = state.begin_read()
     server = PRIMARY
@@ -113,8 +116,9 @@ def test_a_read_that_was_sent_before_the_memory_started_over_is_refused(
 # The log.
 
 
-def test_an_unknown_position_loses_everything(scene: Scene) -> None:
-    """Memory, lease and registration go at once: they stood on a history that may be no more."""
+def test_an_unknown_position_drops_everything(scene: Scene) -> None:
+    """Cache, lease and registration are dropped at once, because their history may no longer
+    exist."""
     state = scene.state
     epoch = state.epoch
     assert state.apply(Log(False, PRIMARY, at(20, 2), ()), scene.now)
@@ -126,9 +130,9 @@ def test_an_unknown_position_loses_everything(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("server", [PROMOTED, RESTORED, Server(None, None)])
-def test_another_server_empties_the_memory(scene: Scene, server: Server) -> None:
-    """Of the same history: what is not in the log may be lost with a failover. The process stays
-    registered: its row was replicated."""
+def test_another_server_empties_the_cache(scene: Scene, server: Server) -> None:
+    """Even on the same history, changes that are not in the log may be lost in a failover. The
+    process stays registered, because its row was replicated."""
     state = scene.state
     epoch = state.epoch
     assert state.apply(log(at(14), (at(14), "c"), server=server), scene.now)
@@ -140,8 +144,8 @@ def test_another_server_empties_the_memory(scene: Scene, server: Server) -> None
     assert not state.apply(log(at(14), server=server), scene.now)
 
 
-def test_too_long_a_log_empties_the_memory(scene: Scene) -> None:
-    """More was named than a reader takes in, so that all of it may have been."""
+def test_an_incomplete_log_empties_the_cache(scene: Scene) -> None:
+    """If a log names more tokens than a reader accepts, any token may have been named."""
     state = scene.state
     head, changes = at(90_000), (Change(at(14), ("c",)),)
     assert state.apply(Log(True, PRIMARY, head, changes, complete=False), scene.now)
@@ -149,8 +153,8 @@ def test_too_long_a_log_empties_the_memory(scene: Scene) -> None:
     assert state.memory.position == head
 
 
-def test_a_change_of_every_token_empties_the_memory(scene: Scene) -> None:
-    """And what comes after it in the same log is applied as well."""
+def test_a_change_of_every_token_empties_the_cache(scene: Scene) -> None:
+    """Changes that follow in the same log are applied as well."""
     state = scene.state
     changes = (Change(at(14), (EVERY_TOKEN,)), Change(at(15), ("c",)))
     assert state.apply(Log(True, PRIMARY, at(15), changes), scene.now)
@@ -159,8 +163,8 @@ def test_a_change_of_every_token_empties_the_memory(scene: Scene) -> None:
     assert state.memory.named_since(at(14)) == ["c"]
 
 
-def test_only_a_read_that_was_applied_counts_as_one(scene: Scene) -> None:
-    """Clients that claim to be ahead are judged by a log that was read after they said so."""
+def test_only_an_applied_read_updates_its_time(scene: Scene) -> None:
+    """Clients that claim to be ahead are judged by a log that was read after their claim."""
     state = scene.state
     scene.now += 1.0
     began = scene.now
@@ -175,7 +179,7 @@ def test_only_a_read_that_was_applied_counts_as_one(scene: Scene) -> None:
 
 
 def test_clients_of_a_lost_history_confirm_nothing_and_are_waited_for(scene: Scene) -> None:
-    """What they confirmed is forgotten. How long their leases run is not."""
+    """Their confirmations are forgotten. The end of their leases is not."""
     state = scene.state
     client = ClientLease("a client")
     ends = state.lease_ends
@@ -189,7 +193,7 @@ def test_clients_of_a_lost_history_confirm_nothing_and_are_waited_for(scene: Sce
 
 
 def test_a_lease_is_counted_from_before_the_statement(scene: Scene) -> None:
-    """And never shortened by one that was sent earlier."""
+    """A lease is never shortened by a renewal that was sent earlier."""
     state = scene.state
     state.renew(scene.now + 1.0, 13)
     ends = state.lease_ends
@@ -199,7 +203,8 @@ def test_a_lease_is_counted_from_before_the_statement(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("mark", [1, 2**63 - 1, 2**63, 2**64 - 1, 0])
-def test_marks_cross_the_sign(mark: int) -> None:
-    """Postgres has signed numbers, the wire has not: each mark comes back as it was."""
+def test_marks_survive_the_sign_conversion(mark: int) -> None:
+    """Postgres stores marks signed, the wire carries them unsigned: each mark survives the round
+    trip."""
     assert -(2**63) <= mark_out(mark) < 2**63
     assert mark_in(mark_out(mark)) == mark

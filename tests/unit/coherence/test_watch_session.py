@@ -1,4 +1,4 @@
-"""One stream's decisions: what is sent, what a confirmation is worth, and when a lease is granted.
+"""The decisions for one stream: what is sent, what a confirmation proves, when a lease is granted.
 
 Pure, with the clock passed in.
 """
@@ -34,7 +34,7 @@ def grants(events: Sequence[object]) -> list[Grant]:
 
 
 def confirmed(scene: Scene) -> WatchSession:
-    """Return a stream whose client stands where the process does, and has no lease."""
+    """Return a session whose client is at the process's position and has no lease."""
     session = WatchSession(scene.state, "a client")
     position = scene.state.memory.position
     session.receive(request(position), scene.now)
@@ -43,7 +43,7 @@ def confirmed(scene: Scene) -> WatchSession:
 
 
 def leased(scene: Scene) -> WatchSession:
-    """Return a stream whose client has confirmed everything, and has a lease."""
+    """Return a session whose client has confirmed everything and has a lease."""
     session = confirmed(scene)
     session.receive(request(scene.state.memory.position, 1), scene.now)
     (grant,) = session.take(scene.now)
@@ -52,18 +52,20 @@ def leased(scene: Scene) -> WatchSession:
     return session
 
 
-# Where a client stands.
+# The client's position.
 
 
-def test_nothing_is_sent_before_the_client_was_heard(scene: Scene) -> None:
-    """What a client has to drop depends on where it stands, so its word comes first."""
+def test_nothing_is_sent_before_the_first_message(scene: Scene) -> None:
+    """What a client has to drop depends on its position, so its first message has to come
+    before."""
     session = WatchSession(scene.state)
     scene.apply((at(11), "t"))
     assert session.take(scene.now) == []
 
 
 def test_an_empty_client_is_reset_and_granted_at_once(scene: Scene) -> None:
-    """It has nothing to drop. The Reset comes first, so that it knows the grant's position."""
+    """An empty client has nothing to drop. The Reset comes first, so that it knows the grant's
+    position."""
     session = WatchSession(scene.state)
     session.receive(request(NOWHERE, 1), scene.now)
     reset, grant = session.take(scene.now)
@@ -92,7 +94,7 @@ def test_a_client_without_marks_gets_one_lease_at_most(revision: int) -> None:
     ids=["other mark", "pruned", "ahead", "no mark", "ahead without mark", "at 0"],
 )
 def test_a_client_whose_position_is_unknown_is_reset(scene: Scene, claim: Position) -> None:
-    """It gets no grant until it confirms the Reset, whatever it says before."""
+    """The client gets no grant until it confirms the Reset, whatever it sends before."""
     session = WatchSession(scene.state)
     session.receive(request(claim, 1), scene.now)
     scene.now += 0.1
@@ -104,8 +106,9 @@ def test_a_client_whose_position_is_unknown_is_reset(scene: Scene, claim: Positi
     assert [grant.number for grant in grants(session.take(scene.now))] == [2]
 
 
-def test_a_client_that_is_behind_is_told_what_it_missed(scene: Scene) -> None:
-    """A position that the process still knows by its mark is as good as one that it sent."""
+def test_a_client_that_is_behind_is_sent_what_it_missed(scene: Scene) -> None:
+    """A position that the process still knows by its mark counts like one that this stream has
+    sent."""
     scene.apply((at(11), "a"), (at(12), "b"))
     session = WatchSession(scene.state)
     session.receive(request(at(11)), scene.now)
@@ -115,7 +118,8 @@ def test_a_client_that_is_behind_is_told_what_it_missed(scene: Scene) -> None:
 
 
 def test_a_client_that_is_ahead_waits_for_a_later_read_of_the_log(scene: Scene) -> None:
-    """It may have heard of news first. A read that began before its word decides nothing."""
+    """The client may have received the news first. A read of the log that began before its message
+    proves nothing."""
     session = WatchSession(scene.state)
     session.receive(request(at(11), 1), scene.now)
     assert session.undecided
@@ -140,10 +144,10 @@ def test_a_client_that_is_ahead_on_another_history_is_reset_once_the_log_gets_th
     assert session.take(scene.now) == [Reset(at(11))]
 
 
-def test_a_client_that_keeps_talking_does_not_put_off_the_decision_for_others(
+def test_a_client_that_repeats_its_claim_delays_only_itself(
     scene: Scene,
 ) -> None:
-    """Only its own stream waits, and it holds no lease."""
+    """Only the client's own stream waits, and the client holds no lease."""
     session = WatchSession(scene.state)
     for _ in range(5):
         session.receive(request(at(11), 1), scene.now)
@@ -153,10 +157,10 @@ def test_a_client_that_keeps_talking_does_not_put_off_the_decision_for_others(
     assert scene.state.acknowledgeable(scene.now) == 10
 
 
-def test_a_client_with_a_foreign_claim_is_granted_nothing_until_it_is_decided(
+def test_no_grant_while_a_claim_is_undecided(
     scene: Scene,
 ) -> None:
-    """What it confirmed before does not count while it claims to be elsewhere."""
+    """Earlier confirmations do not count while the client claims a position on another history."""
     session = confirmed(scene)
     session.receive(request(at(11, 2), 1), scene.now)
     assert session.undecided
@@ -171,8 +175,8 @@ def test_a_client_with_a_foreign_claim_is_granted_nothing_until_it_is_decided(
 # Grants.
 
 
-def test_a_grant_lasts_as_long_as_the_process_s_lease(scene: Scene) -> None:
-    """And is recorded to that end before it is sent."""
+def test_a_grant_lasts_as_long_as_the_server_lease(scene: Scene) -> None:
+    """The end of the grant is recorded before it is sent."""
     session = confirmed(scene)
     scene.now += 1.0
     session.receive(request(at(10), 7), scene.now)
@@ -183,7 +187,7 @@ def test_a_grant_lasts_as_long_as_the_process_s_lease(scene: Scene) -> None:
 
 
 def test_no_grant_without_a_lease(scene: Scene) -> None:
-    """The request is kept until there is one."""
+    """The request is kept until there is a lease."""
     session = confirmed(scene)
     scene.now = scene.state.lease_ends
     session.receive(request(at(10), 1), scene.now)
@@ -194,7 +198,8 @@ def test_no_grant_without_a_lease(scene: Scene) -> None:
 
 
 def test_no_grant_for_a_client_that_owes_a_confirmation(scene: Scene) -> None:
-    """While it owes, it is not sent more either: there would never be a moment without debt."""
+    """While the client owes a confirmation it is sent nothing more: otherwise it might always owe
+    one."""
     session = leased(scene)
     scene.apply((at(11), "a"))
     assert session.take(scene.now) == [Invalidation(at(11), ["a"])]
@@ -210,7 +215,7 @@ def test_no_grant_for_a_client_that_owes_a_confirmation(scene: Scene) -> None:
 
 def test_without_a_live_lease_news_comes_before_the_grant(scene: Scene) -> None:
     """Deletes may have returned without waiting for this client, so it must not answer under a new
-    lease before it heard of them."""
+    lease before it receives them."""
     session = leased(scene)
     scene.now = session.lease.ends
     scene.renew()
@@ -223,9 +228,9 @@ def test_without_a_live_lease_news_comes_before_the_grant(scene: Scene) -> None:
     assert grant.position == at(11)
 
 
-def test_a_silent_client_delays_deletes_once_and_by_one_lease(scene: Scene) -> None:
-    """A client that asks for grants and never confirms holds up a Delete until the lease ends that
-    it had when it was sent the invalidation. The next Delete does not wait for it."""
+def test_a_client_that_never_confirms_delays_deletes_by_one_lease(scene: Scene) -> None:
+    """A client that asks for grants and never confirms delays a Delete until the lease ends that it
+    held when it was sent the invalidation. The next Delete does not wait for it."""
     session = leased(scene)
     ends = session.lease.ends
     scene.apply((at(11), "a"))
@@ -243,13 +248,11 @@ def test_a_silent_client_delays_deletes_once_and_by_one_lease(scene: Scene) -> N
 
 
 @pytest.mark.parametrize("wake_up", [True, False], ids=["by a wake-up", "by the renewal"])
-def test_no_lease_outlasts_the_outwaiting_of_a_deletion_that_it_has_not_heard_of(
-    scene: Scene, wake_up: bool
-) -> None:
-    """A Delete that is not confirmed returns a lease's length after its commit (rule 8).
+def test_no_lease_outlasts_the_wait_for_an_unsent_deletion(scene: Scene, wake_up: bool) -> None:
+    """A Delete that is not acknowledged returns a lease's length after its commit (rule 8).
 
     So a client that was not sent the deletion must not answer any longer. Its stream may break
-    right after the grant: what is sent after it does not count.
+    right after the grant, so messages after the grant do not count.
     """
     session = leased(scene)
     committed = scene.now = scene.now + 2.0
@@ -271,8 +274,8 @@ def test_no_lease_outlasts_the_outwaiting_of_a_deletion_that_it_has_not_heard_of
     assert Invalidation(at(11), ["a"]) in sent
 
 
-def test_a_flood_of_deletions_does_not_keep_a_healthy_client_from_its_lease(scene: Scene) -> None:
-    """With news before each of its confirmations arrives, its lease is renewed all the same."""
+def test_a_flood_of_deletes_does_not_starve_a_healthy_client(scene: Scene) -> None:
+    """The lease is renewed even if news arrives before each of the client's confirmations."""
     session = leased(scene)
     revision, number, sent_at = 10, 1, at(10)
     until = scene.now + 4 * LEASE_SECONDS
@@ -293,17 +296,17 @@ def test_a_flood_of_deletions_does_not_keep_a_healthy_client_from_its_lease(scen
     assert sent_at.revision > revision - 10
 
 
-# What a confirmation is worth.
+# What a confirmation proves.
 
 
-def test_what_was_said_before_the_reset_was_heard_confirms_nothing(scene: Scene) -> None:
-    """A client of another history says a revision that this one also reaches."""
+def test_messages_sent_before_the_reset_arrived_confirm_nothing(scene: Scene) -> None:
+    """A client of another history claims a revision that this history also reaches."""
     session = leased(scene)
     scene.state.lose()
     scene.state.register(at(8, 2), 0, Server("7000", "00000002"), scene.now)
     scene.renew()
     assert scene.state.acknowledgeable(scene.now) == 0, "its lease is live"
-    # On their way while the Reset is, too.
+    # These messages cross the Reset.
     session.receive(request(at(10), 2), scene.now)
     assert session.take(scene.now) == [Reset(at(8, 2))]
     scene.apply((at(9, 2), "t"))
@@ -315,9 +318,9 @@ def test_what_was_said_before_the_reset_was_heard_confirms_nothing(scene: Scene)
     assert scene.state.acknowledgeable(scene.now) == 8
 
 
-def test_a_client_that_falls_back_is_sent_again_what_it_missed(scene: Scene) -> None:
-    """Another server has reset it to an earlier position of the same history. It is granted a
-    lease after it has confirmed what it is sent again: a client that only ever claims less would
+def test_a_client_that_falls_back_is_sent_the_news_again(scene: Scene) -> None:
+    """Another server has reset the client to an earlier position of the same history. It is granted
+    a lease after it has confirmed what it is sent again: a client that claimed less and less would
     hold up every Delete."""
     session = confirmed(scene)
     scene.apply((at(11), "a"))
@@ -333,9 +336,9 @@ def test_a_client_that_falls_back_is_sent_again_what_it_missed(scene: Scene) -> 
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
-def test_a_client_that_falls_back_insists_in_vain(scene: Scene, times: int) -> None:
-    """However often it says so before the server sends anything: the Delete of what it has fallen
-    behind may have returned, and so it hears of that before it is granted anything."""
+def test_repeating_an_older_claim_yields_no_grant(scene: Scene, times: int) -> None:
+    """A Delete that the client has fallen behind may have returned. So the client receives it
+    before any grant, however often it repeats its claim before the server sends anything."""
     session = confirmed(scene)
     scene.apply((at(11), "a"), (at(12), "b"))
     session.take(scene.now)
@@ -351,7 +354,7 @@ def test_a_client_that_falls_back_insists_in_vain(scene: Scene, times: int) -> N
 
 
 def test_a_client_that_falls_back_and_catches_up_elsewhere_is_granted(scene: Scene) -> None:
-    """It hears of the rest on another stream, before this one has sent it again."""
+    """The client receives the rest on another stream, before this one has sent it again."""
     session = confirmed(scene)
     scene.apply((at(11), "a"))
     session.take(scene.now)
@@ -364,7 +367,8 @@ def test_a_client_that_falls_back_and_catches_up_elsewhere_is_granted(scene: Sce
 
 
 def test_a_client_with_a_lease_that_falls_back_counts_as_behind(scene: Scene) -> None:
-    """What it confirmed before it was reset is of no use, while it answers under its lease."""
+    """What a client confirmed before it was reset no longer counts while it answers under its
+    lease."""
     session = leased(scene)
     scene.apply((at(11), "a"))
     session.take(scene.now)
@@ -376,7 +380,7 @@ def test_a_client_with_a_lease_that_falls_back_counts_as_behind(scene: Scene) ->
 
 
 def test_news_from_another_stream_is_not_sent_again(scene: Scene) -> None:
-    """A client that already heard of a revision elsewhere says so, and stands there."""
+    """A client that has received a revision on another stream says so, and is at that position."""
     session = confirmed(scene)
     scene.apply((at(11), "a"), (at(12), "b"))
     session.receive(request(at(11), 1), scene.now)
@@ -384,8 +388,9 @@ def test_news_from_another_stream_is_not_sent_again(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("timeline", [True, False], ids=["another timeline", "registered again"])
-def test_every_stream_is_reset_when_the_memory_starts_over(scene: Scene, timeline: bool) -> None:
-    """Even where the position is the same: what is not in the log may be lost (rule 12)."""
+def test_every_stream_is_reset_when_the_cache_starts_over(scene: Scene, timeline: bool) -> None:
+    """The reset comes even if the position is the same, because changes that are not in the log may
+    be lost (rule 12)."""
     session = leased(scene)
     if timeline:
         assert scene.state.apply(log(at(10), server=Server("7000", "00000002")), scene.now)
@@ -400,8 +405,8 @@ def test_every_stream_is_reset_when_the_memory_starts_over(scene: Scene, timelin
     assert scene.state.acknowledgeable(scene.now) == 10
 
 
-def test_a_client_that_missed_more_than_is_known_is_reset(scene: Scene) -> None:
-    """With a lease it stays behind until it confirms the Reset or its lease ends."""
+def test_a_client_that_missed_forgotten_changes_is_reset(scene: Scene) -> None:
+    """A client with a lease counts as behind until it confirms the Reset or its lease ends."""
     session = leased(scene)
     memory = scene.state.memory
     memory._marks.pop(10)
@@ -412,11 +417,11 @@ def test_a_client_that_missed_more_than_is_known_is_reset(scene: Scene) -> None:
     assert scene.state.acknowledgeable(scene.now) == 11
 
 
-# The end.
+# The end of a stream.
 
 
-def test_a_released_client_holds_up_nothing(scene: Scene) -> None:
-    """From the moment on in which it says so."""
+def test_a_client_that_released_delays_nothing(scene: Scene) -> None:
+    """A client stops counting as soon as it says that it has released its lease."""
     session = leased(scene)
     scene.apply((at(11), "a"))
     assert scene.state.acknowledgeable(scene.now) == 10
@@ -426,7 +431,8 @@ def test_a_released_client_holds_up_nothing(scene: Scene) -> None:
 
 
 def test_a_closing_stream_grants_nothing_and_still_sends_news(scene: Scene) -> None:
-    """Its client answers on under its last lease."""
+    """The client goes on answering under its last lease, so it still has to receive
+    invalidations."""
     session = leased(scene)
     session.close()
     session.receive(request(at(10), 2), scene.now)

@@ -1,4 +1,4 @@
-"""What the server's verifier remembers, for how long, and which reads it answers with."""
+"""What the server's verifier caches, for how long, and which reads it answers with."""
 
 import math
 from datetime import UTC, datetime
@@ -26,7 +26,7 @@ TOKEN = TokenRecord("t1", "acme", "ci", Scope.READ, datetime(2026, 1, 1, tzinfo=
 
 
 class Database:
-    """Takes the place of look-ups: answers with the token, read wherever a test says."""
+    """Replaces look-ups: answers with the token, read wherever a test says."""
 
     def __init__(self) -> None:
         self.snapshot = Snapshot(at(5), PRIMARY.timeline)
@@ -40,7 +40,7 @@ class Database:
 
 
 class FakeRenewer:
-    """Takes the place of the renewer: a test says what the log brings once it is read."""
+    """Replaces the lease renewer: a test says what the log contains once it is read."""
 
     def __init__(self) -> None:
         self.brings: list[tuple[Position, str]] = []
@@ -57,7 +57,7 @@ class FakeRenewer:
 
 
 class Bench:
-    """A verifier with its memory, and everything around it by hand."""
+    """A verifier with its cache, and fakes for everything around it."""
 
     def __init__(self, draw: float = 0.0) -> None:
         self.renewer = FakeRenewer()
@@ -95,9 +95,9 @@ class Bench:
 
 
 @pytest.mark.parametrize(("draw", "seconds"), [(0.0, 1.0), (0.5, 1.5), (1.0, 2.0)])
-async def test_nothing_is_remembered_for_longer_than_allowed(draw: float, seconds: float) -> None:
+async def test_nothing_is_cached_for_longer_than_allowed(draw: float, seconds: float) -> None:
     """An entry answers for between half of LATCHKEY_CACHE_SECONDS and all of it, under a lease that
-    goes on; then the token is read again, and remembered again."""
+    is renewed. Then the token is read and cached again."""
     bench = Bench(draw)
     assert await bench.verify() is Verdict.VALID
     bench.scene.now += seconds - 0.001
@@ -111,16 +111,17 @@ async def test_nothing_is_remembered_for_longer_than_allowed(draw: float, second
     assert len(bench.memory) == 1
 
 
-async def test_nothing_is_recalled_without_a_lease() -> None:
-    """However fresh it is."""
+async def test_the_cache_does_not_answer_without_a_lease() -> None:
+    """The cache does not answer without a lease, however fresh the entry is."""
     bench = Bench(1.0)
     await bench.verify()
     bench.state.lease_ends = bench.scene.now
     assert bench.recall() is None
 
 
-async def test_an_answer_from_memory_has_the_position_that_was_applied() -> None:
-    """Nothing up to it has changed the token, so a client may keep it from there."""
+async def test_a_cached_answer_carries_the_applied_position() -> None:
+    """No revision up to that position has changed the token, so a client may cache it from
+    there."""
     bench = Bench(1.0)
     await bench.verify()
     bench.scene.apply((at(6), "another"))
@@ -139,8 +140,8 @@ async def test_an_answer_from_memory_has_the_position_that_was_applied() -> None
     ],
 )
 async def test_a_read_from_elsewhere_is_refused(position: Position, timeline: str | None) -> None:
-    """It neither answers nor enters the memory; its connection is given up, and the lease asked
-    whether it is the one that is astray."""
+    """The read neither answers nor enters the cache. Its connection is closed, and the lease is
+    checked, because the lease may be the side that is astray."""
     bench = Bench()
     bench.database.snapshot = Snapshot(position, timeline)
     with pytest.raises(StoreUnavailable):
@@ -150,8 +151,8 @@ async def test_a_read_from_elsewhere_is_refused(position: Position, timeline: st
     assert bench.renewer.woken == 1
 
 
-async def test_an_unknown_token_is_believed_no_sooner() -> None:
-    """A deposed primary must not say that a secret is unknown either."""
+async def test_an_unknown_token_needs_a_believed_read_too() -> None:
+    """A deposed primary must not cause the verdict UNKNOWN either."""
     bench = Bench()
     bench.database.record = None
     assert await bench.verify() is Verdict.UNKNOWN
@@ -162,7 +163,8 @@ async def test_an_unknown_token_is_believed_no_sooner() -> None:
 
 @pytest.mark.parametrize("history", [1, 2])
 async def test_a_read_that_is_ahead_waits_for_the_log(history: int) -> None:
-    """It answers once the log has its position, and not when the log has another mark there."""
+    """The read answers once the log has its position, and is refused if the log has another mark
+    there."""
     bench = Bench()
     bench.database.snapshot = Snapshot(at(6), PRIMARY.timeline)
     bench.renewer.brings = [(at(6, history), "another")]
@@ -175,9 +177,9 @@ async def test_a_read_that_is_ahead_waits_for_the_log(history: int) -> None:
         assert len(bench.memory) == 0
 
 
-async def test_a_read_that_an_invalidation_overtook_is_answered_and_not_kept() -> None:
-    """The verify began before the invalidation was applied, so it may answer. The memory may not
-    keep it: nothing would drop it again."""
+async def test_a_read_overtaken_by_an_invalidation_is_answered_but_not_cached() -> None:
+    """The verify began before the invalidation was applied, so it may answer. The cache must not
+    store the token, because nothing would remove it again."""
     bench = Bench()
     find = bench.database.find
 
@@ -191,8 +193,8 @@ async def test_a_read_that_an_invalidation_overtook_is_answered_and_not_kept() -
     assert len(bench.memory) == 0
 
 
-async def test_a_lease_that_was_lost_meanwhile_permits_no_answer() -> None:
-    """The read was sent under a lease on a history that is no more."""
+async def test_a_lease_lost_during_the_read_permits_no_answer() -> None:
+    """The read was sent under a lease on a history that no longer exists."""
     bench = Bench()
     find = bench.database.find
 
