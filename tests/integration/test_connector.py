@@ -276,3 +276,36 @@ async def test_a_hiccup_costs_nobody_else_anything(database_url: str) -> None:
             later = await asyncio.gather(*(connector.connect() for _ in range(5)))
         assert later == [own] * 5
         assert attempts == 3 + 5
+
+
+async def test_a_connection_in_use_does_not_outlive_a_move(database_url: str) -> None:
+    """A connection that is in use while the lease moves to another server, and one whose attempt
+    began before, may lead to the old server. Neither is lent again, however recently it was
+    used."""
+    connector = Connector(database_url)
+    pool = await Pool.open(connector)
+    async with pool.session() as lent:
+        before = await lent.fetchval("SELECT pg_backend_pid()")
+        pool.reconnect()
+    async with pool.session() as lent:
+        after = await lent.fetchval("SELECT pg_backend_pid()")
+    async with pool.session() as lent:
+        assert await lent.fetchval("SELECT pg_backend_pid()") == after
+    assert after != before
+
+    attempt, made = connector.attempt, list[int]()
+
+    async def moved_meanwhile(*arguments: Any) -> "asyncpg.Connection[asyncpg.Record]":
+        connection = await attempt(*arguments)
+        made.append(await connection.fetchval("SELECT pg_backend_pid()"))
+        if len(made) == 1:
+            pool.reconnect()
+        return connection
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connector, "attempt", moved_meanwhile)
+        pool.reconnect()
+        async with pool.session() as lent:
+            assert await lent.fetchval("SELECT pg_backend_pid()") == made[-1]
+    assert len(made) == 2
+    await pool.close()

@@ -92,6 +92,8 @@ class _Connection(asyncpg.Connection):
         super().__init__(*args, **kwargs)
         # When it was last known to work, by the clock that goes on while the machine is suspended.
         self.used_at = boottime()
+        # The pool's, when the attempt to connect began.
+        self.generation = 0
 
     def get_reset_query(self) -> str:
         return ""
@@ -223,26 +225,33 @@ class Connector:
 class Pool:
     """A pool of connections for statements that stand alone or in short transactions."""
 
-    def __init__(self, pool: asyncpg.Pool) -> None:
-        self._pool = pool
+    def __init__(self, connector: Connector) -> None:
+        self._connector = connector
+        self._pool: asyncpg.Pool
+        # Rises when the connections that there are may lead to the wrong server.
+        self._generation = 0
         # Connections that were last used before are not used any more.
         self._doubted_until = -math.inf
 
     @classmethod
     async def open(cls, connector: Connector) -> "Pool":
         """Return a new pool. Connects lazily, so that it opens without a database."""
-
-        async def connect(*_: object, **__: object) -> "asyncpg.Connection[asyncpg.Record]":
-            return await connector.attempt()
-
-        return cls(
-            await asyncpg.create_pool(
-                connect=connect,
-                min_size=0,
-                max_size=POOL_SIZE_MAX,
-                connection_class=_Connection,
-            )
+        pool = cls(connector)
+        pool._pool = await asyncpg.create_pool(
+            connect=pool._connect,
+            min_size=0,
+            max_size=POOL_SIZE_MAX,
+            connection_class=_Connection,
         )
+        return pool
+
+    async def _connect(self, *_: object, **__: object) -> "asyncpg.Connection[asyncpg.Record]":
+        generation = self._generation
+        connection = await self._connector.attempt()
+        # Not by its class, for which asyncpg takes every connection.
+        if hasattr(connection, "generation"):
+            connection.generation = generation
+        return connection
 
     async def close(self) -> None:
         """Give up all connections, waiting a bounded time for those in use."""
@@ -253,8 +262,12 @@ class Pool:
             self._pool.terminate()
 
     def reconnect(self) -> None:
-        """Replace the connections, each when it is used next: they may lead to the wrong server."""
-        self._doubted_until = boottime()
+        """Replace the connections, each when it is used next: they may lead to the wrong server.
+
+        Also those in use, and those that are being made. By asyncpg's `expire_connections`, the
+        release of a connection could wait for a server that is frozen.
+        """
+        self._generation += 1
 
     @contextlib.asynccontextmanager
     async def session(self) -> "AsyncIterator[_Session]":
@@ -277,8 +290,7 @@ class Pool:
         for _ in range(POOL_SIZE_MAX):
             session = await self._pool.acquire(timeout=STATEMENT_TIMEOUT_SECONDS)
             try:
-                used_at: float = getattr(session, "used_at", math.inf)
-                if used_at > self._doubted_until and await answers(session):
+                if self._is_trusted(session) and await answers(session):
                     return session
                 # What a firewall did to this connection it may have done to all that are idle.
                 # Else each of the next callers would wait for a trial of its own.
@@ -291,6 +303,12 @@ class Pool:
             # The pool lends the place that came back last: this one, with a new connection.
             await self._pool.release(session)
         raise StoreUnavailable(NO_ANSWER)
+
+    def _is_trusted(self, session: "PoolConnectionProxy[asyncpg.Record]") -> bool:
+        """Tell whether nothing speaks against a connection, before it is asked."""
+        generation: int = getattr(session, "generation", self._generation)
+        used_at: float = getattr(session, "used_at", math.inf)
+        return generation == self._generation and used_at > self._doubted_until
 
 
 async def connect(
