@@ -30,7 +30,7 @@ boottime: Final[Callable[[], float]] = partial(
 
 
 def server_lease_end(began: float, lease_seconds: float) -> float:
-    """Return when a server's lease ends whose renewal began at `began` (rule 3).
+    """Return the end of a server's lease whose renewal began at `began` (rule 3).
 
     `began` is the clock before the log was read.
     """
@@ -38,7 +38,7 @@ def server_lease_end(began: float, lease_seconds: float) -> float:
 
 
 def client_lease_end(asked: float, granted_seconds: float) -> float:
-    """Return when a client's lease ends that was requested at `asked` (rule 6).
+    """Return the end of a client's lease that was requested at `asked` (rule 6).
 
     A thousandth shorter than granted, so that it ends before the server's lease, whose clock
     measured the grant.

@@ -219,7 +219,7 @@ class Stream:
         self.end = client.subscription.open(client.clock())
         self.up: deque[Any] = deque()
         self.down: deque[Any] = deque()
-        # Whether messages are held up, until another step ends it.
+        # True while messages are held up on the way. Another step may end that.
         self.stuck = False
         server.streams.append(self)
         client.streams.append(self)

@@ -54,9 +54,9 @@ NO_ACKNOWLEDGEMENTS = Acknowledgements(0, 0)
 
 
 class PendingDeletion:
-    """A Delete that waits for the revision of `position`, which was committed before `committed`.
+    """A Delete that waits until the revision of `position` is acknowledged.
 
-    `committed` is seconds on this process's clock.
+    `committed` is a reading of this process's clock from after the commit.
 
     Why the rule is sufficient (Gray & Cheriton): a lease that began before the commit ends within
     its length of it, and a lease that began after the commit has read the log. A row that
@@ -72,9 +72,10 @@ class PendingDeletion:
         self._committed = committed
         self._seen: set[str] = set()
         self._pending: set[str] = set()
-        # By verifier: the number of clients that have confirmed; and the number of expired client
-        # leases when the verifier was first seen behind, with the latest such number.
+        # By verifier that acknowledged: how many of its clients had confirmed at that time.
         self._clients: dict[str, int] = {}
+        # By verifier that was behind: its `clients_outwaited` when it was first seen, and when it
+        # was last seen.
         self._outwaited: dict[str, tuple[int, int]] = {}
 
     def evaluate(self, rows: Iterable[VerifierRow], now: float) -> Acknowledgements | None:

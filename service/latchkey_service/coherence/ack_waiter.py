@@ -53,7 +53,7 @@ class AckWaiter:
         # Wakes this process's own lease renewer, which needs no notification.
         self._wake = wake
         self._clock = clock
-        # The time from which on the rows that are read are certain to be complete.
+        # From this time on, the rows that are read are certain to be complete.
         self._rows_complete_at = rows_complete_at
         self._notify = notify
         self._waits: dict[asyncio.Future[Acknowledgements], PendingDeletion] = {}

@@ -237,7 +237,8 @@ class LeaseRenewer:
         """Acknowledge, renew, and apply the log that the same statement read."""
         state = self.state
         began = self._clock()
-        # Set first, so that the next attempt comes no sooner than this, even if this one fails.
+        # Set before the statement, so that a slow renewal does not delay the next one. After a
+        # failure, `_fail` decides when to try again.
         self._next_renewal = began + state.lease_seconds / 3
         self._news = False
         renewed, log = await row.renew(

@@ -192,7 +192,7 @@ class WatchSession:
         if self._wanted and self._confirmed and not self.closing and now < state.lease_ends:
             if self.lease.ends <= now:
                 # Without a lease the client holds up no Delete, so Deletes that it has not heard of
-                # may have returned. It is sent them before this lease begins.
+                # may have returned. It is sent the news before this lease begins.
                 self._invalidate(events)
             # The end of our own lease. The client counts its lease from before it asked, so it
             # cannot last longer.
@@ -200,7 +200,8 @@ class WatchSession:
             # A client with a lease is granted the next one before it is sent what is new: otherwise
             # it would owe a confirmation, and in a flood of Deletes would never get a grant. But a
             # Delete returns a lease's length after its commit (rule 8), and the stream may break
-            # right after the grant. So this lease ends before any Delete of what is new can return.
+            # right after the grant. So this lease ends before any Delete that the client has not been
+            # sent can return.
             ends = min(state.lease_ends, self._covered_until)
             if ends > now and ends >= self.lease.ends:
                 # Recorded before it is sent.

@@ -47,7 +47,7 @@ class AnyReadMayArriveAnyTime(RuleBasedStateMachine):
         self.log.append(token)
 
     @rule(data=st.data())
-    def hear(self, data: st.DataObject) -> None:
+    def apply_news(self, data: st.DataObject) -> None:
         """Apply news up to some revision in one message, possibly again."""
         applied = self.memory.position.revision
         after = data.draw(st.integers(max(0, applied - 3), applied))
@@ -84,7 +84,7 @@ class AnyReadMayArriveAnyTime(RuleBasedStateMachine):
         assert not (admitted and elsewhere), "it was read in another history"
         assert not (admitted and revision > self.memory.position.revision)
         if position == self.memory.position:
-            assert admitted, "what is up to date is always welcome"
+            assert admitted, "an up-to-date read is always admitted"
 
     @rule(token=tokens)
     def use(self, token: str) -> None:

@@ -20,7 +20,7 @@ async def granted(scene: Scene) -> None:
     assert await scene.sent.get() == Reset(at(0))
     assert isinstance(await scene.sent.get(), watch.Grant)
     await scene.said.put(request(at(0)))
-    await eventually(scene.said.empty, "the confirmation is heard")
+    await eventually(scene.said.empty, "the confirmation is received")
 
 
 async def test_a_client_that_does_not_read_is_dropped() -> None:
@@ -67,7 +67,7 @@ async def test_no_grant_before_the_server_has_a_lease() -> None:
     scene.now += LEASE_SECONDS
     stream = scene.serve()
     await scene.said.put(request(NOWHERE, 1))
-    await eventually(scene.said.empty, "the request is heard")
+    await eventually(scene.said.empty, "the request is received")
     scene.sessions.on_news(False)
     await asyncio.sleep(0)
     assert [scene.sent.get_nowait() for _ in range(scene.sent.qsize())] == [Reset(at(0))]
@@ -85,7 +85,7 @@ async def test_a_client_that_waits_for_a_grant_is_not_silent() -> None:
     scene.now += LEASE_SECONDS
     stream = scene.serve()
     await scene.said.put(request(NOWHERE, 1))
-    await eventually(scene.said.empty, "the request is heard")
+    await eventually(scene.said.empty, "the request is received")
     scene.now += 10 * watch.SILENT_LEASES * LEASE_SECONDS
     scene.renew()
     scene.sessions.on_news(False)
@@ -112,7 +112,7 @@ async def test_an_old_stream_is_asked_to_move() -> None:
         scene.now = began + age
         (served,) = scene.sessions._streams
         await scene.said.put(request(at(0), next(numbers)))
-        await eventually(lambda: served.session.last_heard == scene.now, "it is heard")
+        await eventually(lambda: served.session.last_heard == scene.now, "it is received")
         scene.renew()
         scene.sessions.on_news(False)
         for _ in range(5):
@@ -160,7 +160,7 @@ async def test_a_confirmation_releases_held_back_messages() -> None:
     scene.sessions.on_news(True)
     assert await scene.sent.get() == watch.Invalidation(at(1), ["a"])
     await scene.said.put(request(at(0), 2))
-    await eventually(scene.said.empty, "the request is heard")
+    await eventually(scene.said.empty, "the request is received")
     scene.apply((at(2), "b"))
     scene.sessions.on_news(True)
     await asyncio.sleep(0)
