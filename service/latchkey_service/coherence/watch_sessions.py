@@ -200,8 +200,8 @@ class WatchSession:
             # A client with a lease is granted the next one before it is sent what is new: otherwise
             # it would owe a confirmation, and in a flood of Deletes would never get a grant. But a
             # Delete returns a lease's length after its commit (rule 8), and the stream may break
-            # right after the grant. So this lease ends before any Delete that the client has not been
-            # sent can return.
+            # right after the grant. So this lease ends before any Delete that the client has not
+            # been sent can return.
             ends = min(state.lease_ends, self._covered_until)
             if ends > now and ends >= self.lease.ends:
                 # Recorded before it is sent.

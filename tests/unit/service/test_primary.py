@@ -114,8 +114,8 @@ async def test_each_change_of_the_server_is_logged(world: World) -> None:
 
 
 async def test_a_failure_leaves_the_host(world: World) -> None:
-    """After a failed renewal, the connection's host is left for another. A failure to connect leaves
-    no host, because the connector has already tried all of them."""
+    """After a failed renewal, the connection's host is left for another. A failure to connect
+    leaves no host, because the connector has already tried all of them."""
     world.primary.failed(world.connection(FIRST), StoreUnavailable("no answer"))
     world.primary.failed(None, StoreUnavailable("no answer"))
     assert world.connector.left == [FIRST]
