@@ -17,7 +17,8 @@ Around them:
 - `primary` follows the primary server.
 - `verifier_table` has the SQL.
 
-May import postgres, settings (for the log) and errors, and no other room of the service. Begin with
-docs/protocol.md, then `verifier_state.py` and `lease_renewer.py`. "Rule N" means rule N of
-docs/protocol.md, here and in the rest of the service.
+"Rule N" means rule N of docs/protocol.md, here and in the rest of the service.
+
+Imports: postgres, settings.
+Begin with `lease_renewer.py`, after docs/protocol.md.
 """
