@@ -5,7 +5,7 @@ different rates, answers of the database arrive late or never, messages on strea
 with their stream, processes pause, die, or stop in good order. The database fails over: histories
 fork, sessions stay with the deposed primary, and a pooler sends each statement where it likes. It
 is restored from a backup. One step here is what the service's loops do between two awaits
-(`heart.py`, `watch.py`, `verifier.py`).
+(`lease_renewer.py`, `watch_sessions.py`, `verifier.py`).
 
 `World.step` takes one step of a kind by name; `stale` must stay empty: it has each VALID that began
 after a Delete of its token had answered.
