@@ -7,6 +7,7 @@ that everybody remembers tokens again and Deletes take their usual time.
 import asyncio
 import contextlib
 import random
+import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -92,9 +93,14 @@ class Failovers:
 
     @property
     def windows(self) -> list[Window]:
-        """Return each episode with the time after it in which its effects last."""
+        """Return each episode with the time after it in which its effects last, which ends when
+        the next episode begins."""
         recovery = int(RECOVERY_LEASES * self._cluster.lease_seconds * 1e9)
-        return [Window(each.kind, each.began, each.ended + recovery) for each in self.happened]
+        following = [each.began for each in self.happened[1:]]
+        return [
+            Window(each.kind, each.began, min(each.ended + recovery, next_began))
+            for each, next_began in zip(self.happened, [*following, sys.maxsize], strict=True)
+        ]
 
     async def run(self, seconds: float, least: int) -> None:
         """Do one failover after the other for so long, and on a slow machine until `least` are

@@ -10,11 +10,11 @@ from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 import pytest
-from latchkey_service.errors import StoreUnavailable
+from latchkey_service.errors import NotReplicated, StoreUnavailable
 from latchkey_service.postgres import connections as database
 from latchkey_service.postgres import sessions
 from latchkey_service.postgres.circuit_breaker import ATTEMPTS_MAX, RECONNECT_SECONDS
-from latchkey_service.postgres.connections import POOL_SIZE_MAX, Connector, Pool
+from latchkey_service.postgres.connections import POOL_SIZE_MAX, Connector, Pool, durably
 from latchkey_service.postgres.hosts import Hosts, each_host
 
 from tests.support import backends, eventually, session
@@ -309,3 +309,23 @@ async def test_a_connection_in_use_does_not_outlive_a_move(database_url: str) ->
             assert await lent.fetchval("SELECT pg_backend_pid()") == made[-1]
     assert len(made) == 2
     await pool.close()
+
+
+async def test_a_connection_whose_commit_was_not_replicated_is_given_up(database_url: str) -> None:
+    """Its server may be a deposed primary. The pool hands it to nobody else."""
+    pool = await Pool.open(Connector(database_url))
+    processes = set()
+
+    async def write() -> None:
+        async with pool.session() as lent:
+            processes.add(await lent.fetchval("SELECT pg_backend_pid()"))
+            with durably(lent):
+                await lent.execute("DO $$ BEGIN RAISE WARNING 'not replicated'; END $$")
+
+    try:
+        for _ in range(2):
+            with pytest.raises(NotReplicated):
+                await write()
+        assert len(processes) == 2
+    finally:
+        await pool.close()

@@ -15,7 +15,7 @@ from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service.coherence.notify_listener import Listener, Notifications
+from latchkey_service.coherence.notify_listener import Notifications, NotifyListener
 from latchkey_service.coherence.verifier_table import VerifierTable
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres import embedded_cluster as embedded
@@ -255,7 +255,11 @@ async def test_transaction_mode_works_with_the_setting(
         assert (
             await direct.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
         )
-        listening = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
+        # Other tests listen in other databases of this server.
+        listening = (
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE query LIKE 'LISTEN%' AND datname = current_database()"
+        )
         assert await direct.fetchval(listening) == 0
     others = [await asyncpg.connect(pooler.url(), statement_cache_size=0) for _ in range(size)]
     for other in others:
@@ -380,7 +384,7 @@ async def test_a_swallowed_listen_is_noticed(pgbouncer: Start, size: int) -> Non
     # The pool's first connection is no part of what is measured.
     async with pool.session() as own:
         await own.execute("SELECT 1")
-    listener = Listener(
+    listener = NotifyListener(
         "test",
         connector.connect,
         VerifierTable(pool).notify,

@@ -17,7 +17,7 @@ from latchkey_service.tokens.token_store import Store
 from tests.conftest import make_settings
 from tests.support import WAIT_SECONDS
 
-PARTS = ("follow_store", "prune_log", "purge", "purge_audit", "summarise")
+PARTS = ("follow_verifier", "prune_log", "purge", "purge_audit", "summarise")
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -74,6 +74,7 @@ _BROKEN = (
     asyncpg.DuplicatePreparedStatementError,  # 42P05: the same
     OSError,  # TimeoutError included
     asyncio.CancelledError,
+    NotReplicated,  # its server may be a deposed primary
 )
 
 # For the WHERE clause of a statement that must not be lost: `AND {DURABLE}`. Its transaction's

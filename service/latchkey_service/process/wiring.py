@@ -35,15 +35,15 @@ from latchkey_service.access.authenticator import ActivePolicy, Authenticator
 from latchkey_service.access.policy import PolicyError
 from latchkey_service.audit.audit_log import AuditLog
 from latchkey_service.audit.audit_table import AuditTable
-from latchkey_service.coherence.ack_waiter import Confirmer
-from latchkey_service.coherence.client_leases import SubLeases
-from latchkey_service.coherence.lease_renewer import Heart
-from latchkey_service.coherence.notify_listener import Listener
+from latchkey_service.coherence.ack_waiter import AckWaiter
+from latchkey_service.coherence.client_leases import ClientLeases
+from latchkey_service.coherence.lease_renewer import LeaseRenewer
+from latchkey_service.coherence.notify_listener import NotifyListener
 from latchkey_service.coherence.primary import Primary
 from latchkey_service.coherence.reads import LeasedReads
-from latchkey_service.coherence.verifier_state import Membership
+from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.coherence.verifier_table import Identity, VerifierTable
-from latchkey_service.coherence.watch_sessions import Watchers
+from latchkey_service.coherence.watch_sessions import WatchSessions
 from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.process.periodic import (
     follow_peppers,
@@ -107,11 +107,11 @@ class Server:
         settings: Settings,
         calls: Calls,
         services: Services,
-        watchers: Watchers,
+        watch_sessions: WatchSessions,
         active_policy: ActivePolicy | None,
         limits: Limits,
     ) -> None:
-        self._watchers = watchers
+        self._watch_sessions = watch_sessions
         self._health = services.health
         self._active_policy = active_policy
         # A thread of its own. Those of the event loop are for whoever comes, as host names are that
@@ -175,7 +175,7 @@ class Server:
         end = boottime() + grace_seconds
         # Calls are served as ever meanwhile: a client that moves loses none.
         _, drained = await asyncio.gather(
-            asyncio.sleep(DRAIN_SECONDS), self._watchers.drain(grace_seconds)
+            asyncio.sleep(DRAIN_SECONDS), self._watch_sessions.drain(grace_seconds)
         )
         # Else they would take up the whole grace.
         self._health.end_watches()
@@ -227,9 +227,9 @@ async def running(
     connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
     cache, notify = settings.cache == "on", settings.notify == "on"
     identity = _identity(settings, keyring)
-    membership: Membership[Record] = Membership(
+    verifier_state: VerifierState[Record] = VerifierState(
         Memory(settings.cache_entries if cache else 0),
-        SubLeases(),
+        ClientLeases(),
         settings.lease_seconds,
     )
     pool = await Pool.open(connector)
@@ -241,42 +241,43 @@ async def running(
         lookup.reconnect()
 
     primary = Primary(connector, reconnect)
-    heart = Heart(membership, identity, primary, boottime)
+    renewer = LeaseRenewer(verifier_state, identity, primary, boottime)
     limits = limits_of(settings)
-    watchers = Watchers(
-        membership,
+    watch_sessions = WatchSessions(
+        verifier_state,
         boottime,
-        heart.wake_to_acknowledge,
-        heart.wake,
+        renewer.wake_to_acknowledge,
+        renewer.wake,
         enabled=cache,
         stream_seconds=limits.connection_age or math.inf,
     )
-    listener = Listener(
+    listener = NotifyListener(
         identity.id,
         connector.connect,
         lambda payload: table.notify(payload),
-        heart.wake,
+        renewer.wake,
         settings.lease_seconds / 3,
         # Nothing listens through a pooler that shares connections by transaction.
         enabled=notify and settings.pooler == "none",
     )
-    heart.attach(watchers.on_news, watchers.__len__, lambda: listener.state)
+    renewer.attach(watch_sessions.on_news, watch_sessions.__len__, lambda: listener.state)
 
     store = Store(pool)
     table = VerifierTable(pool)
-    confirmer = Confirmer(
+    ack_waiter = AckWaiter(
         table,
         connector.connect,
-        heart.wake,
+        renewer.wake,
         boottime,
-        lambda: membership.settles_at,
+        lambda: verifier_state.rows_complete_at,
+        identity.id,
         notify=notify,
     )
     verifier = Verifier(
         keyring,
         lookup,
-        LeasedReads(heart, membership, boottime, lookup.reconnect),
-        membership,
+        LeasedReads(renewer, verifier_state, boottime, lookup.reconnect),
+        verifier_state,
         encode_token,
         boottime,
         time.time,
@@ -286,8 +287,8 @@ async def running(
     tokens = Tokens(
         store,
         keyring,
-        confirmer,
-        LeasedReads(heart, membership, boottime, pool.reconnect),
+        ack_waiter,
+        LeasedReads(renewer, verifier_state, boottime, pool.reconnect),
         settings.secret_prefix,
         _now,
         os.urandom,
@@ -300,18 +301,18 @@ async def running(
     if active_policy is not None:
         active_policy.on_change(calls.recheck)
     services = Services(
-        TokenService(tokens, verifier, watchers, counts, boottime),
+        TokenService(tokens, verifier, watch_sessions, counts, boottime),
         StatusService(table, identity.id, primary.warnings),
         AuditService(audit_table),
         MaintenanceService(tokens, boottime),
         Health(("", *SERVICES)),
     )
-    server = Server(settings, calls, services, watchers, active_policy, limits)
+    server = Server(settings, calls, services, watch_sessions, active_policy, limits)
 
     def gauges() -> Mapping[str, int]:
         return {
-            "memory.entries": len(membership.memory),
-            "watch.streams": len(watchers),
+            "memory.entries": len(verifier_state.memory),
+            "watch.streams": len(watch_sessions),
             "tasks": len(asyncio.all_tasks()),
         }
 
@@ -321,14 +322,14 @@ async def running(
         return task
 
     # They go on until the last answer: until then Deletes wait for this process.
-    beating, listening = begin(heart.run()), begin(listener.run())
+    renewing, listening = begin(renewer.run()), begin(listener.run())
     if active_policy is not None and (latest := policy_text()) is not None and latest != text:
         active_policy.replace(policies.parse(latest))
     await server.start()
     retention = timedelta(days=settings.tombstone_retention_days)
     audit_retention = timedelta(days=settings.audit_retention_days)
     # They too: who calls meanwhile is written down.
-    lasts = [beating, listening, begin(audit.run()), begin(server.guard.run())]
+    lasts = [renewing, listening, begin(audit.run()), begin(server.guard.run())]
     background = [
         follow_verifier(verifier.check, boottime, server.set_serving),
         summarise(counts, gauges),
@@ -348,8 +349,8 @@ async def running(
         await _end(*lasts)
         await audit.close()
         await asyncio.gather(
-            heart.stop(remove=drained),
-            confirmer.close(),
+            renewer.stop(remove=drained),
+            ack_waiter.close(),
             primary.close(),
             lookup.close(),
             store.close(),

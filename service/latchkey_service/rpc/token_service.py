@@ -5,6 +5,7 @@ One Verify, from socket to answer: the transport (`native.py`) hands the message
 asks `verifier.py`, which answers from memory or asks `batched_lookup.py`. `verdict.py` decides.
 """
 
+import re
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from latchkey_service.coherence.watch_sessions import (
     Invalidation,
     Request,
     Reset,
-    Watchers,
+    WatchSessions,
 )
 from latchkey_service.errors import FieldViolation, InvalidArgument
 from latchkey_service.rpc.admission import release_slot
@@ -36,6 +37,9 @@ from latchkey_service.tokens.verifier import Answer, Verifier
 
 __all__ = ["TokenService", "encode_token", "put_receipt", "to_datetime"]
 
+# In which a client library says where it runs. Nothing is decided by it.
+CLIENT_METADATA = "latchkey-client"
+_CLIENT = re.compile(r"[ -~]{1,100}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # Of google/protobuf/timestamp.proto: years 1 to 9999.
 _TIMESTAMP_SECONDS = range(-62135596800, 253402300800)
@@ -57,13 +61,13 @@ class TokenService(pb_grpc.TokenServiceServicer):
         self,
         tokens: Tokens,
         verifier: Verifier,
-        watchers: Watchers,
+        watch_sessions: WatchSessions,
         counts: Counts,
         clock: Callable[[], float],
     ) -> None:
         self._tokens = tokens
         self._verifier = verifier
-        self._watchers = watchers
+        self._watch_sessions = watch_sessions
         self._counts = counts
         self._clock = clock
         self._position = NOWHERE
@@ -105,9 +109,7 @@ class TokenService(pb_grpc.TokenServiceServicer):
         async def send(event: Event) -> None:
             await context.write(_watch_response(event))
 
-        call = call_audit_context.get()
-        client = f"{call.caller} at {call.peer}" if call.caller else call.peer
-        await self._watchers.serve(requests(), send, client)
+        await self._watch_sessions.serve(requests(), send, _client_of(context))
 
     async def Create(self, request: pb.CreateRequest, context: "Context") -> pb.CreateResponse:
         expiry = request.WhichOneof("expiry")
@@ -174,6 +176,20 @@ def encode_token(record: TokenRecord) -> bytes:
     response = pb.VerifyResponse()
     _put_token(record, response.token)
     return response.SerializeToString()
+
+
+def _client_of(context: "Context") -> str:
+    """Return how to name the client of a stream, for people: caller, address, and its own words.
+
+    Its words (`latchkey-client`: host and process) are of use where the address is a proxy's, or
+    where the transport does not know it, as `native` does not for streams.
+    """
+    call = call_audit_context.get()
+    name = f"{call.caller} at {call.peer}" if call.caller else call.peer
+    for key, value in context.invocation_metadata() or ():
+        if key == CLIENT_METADATA and isinstance(value, str) and _CLIENT.fullmatch(value):
+            return f"{name} ({value})"
+    return name
 
 
 def _position_fields(position: Position) -> bytes:

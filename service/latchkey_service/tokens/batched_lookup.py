@@ -15,7 +15,14 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from latchkey_service.coherence.snapshot import Snapshot
-from latchkey_service.errors import NO_ANSWER, TOO_LATE, Overloaded, StoreUnavailable, Unavailable
+from latchkey_service.errors import (
+    NO_ANSWER,
+    TOO_LATE,
+    LatchkeyError,
+    Overloaded,
+    StoreUnavailable,
+    Unavailable,
+)
 from latchkey_service.postgres.circuit_breaker import spread
 from latchkey_service.postgres.connections import answers, retrying, translated
 from latchkey_service.tokens.queue_limit import STUCK_SECONDS, QueueLimit
@@ -217,7 +224,16 @@ class _Link:
                 d for waiter in batch if not waiter.future.done() for d in waiter.digests
             ]:
                 _deliver(await _find(await self._connected(), wanted), batch)
-        except Exception as error:  # noqa: BLE001 - handed to every waiter, who raises it
+        except Exception as failure:  # noqa: BLE001 - handed to every waiter, who raises it
+            error: Exception = failure
+            connection = self._connection
+            if not isinstance(failure, LatchkeyError) and (
+                connection is None or connection.is_closed()
+            ):
+                # The connection was terminated meanwhile, perhaps by `drop`. asyncpg then may raise
+                # AttributeError or RuntimeError, where it was about to look up a type.
+                error = StoreUnavailable(NO_ANSWER)
+                error.__cause__ = failure
             # Also after a time-out: what became of the query is unknown, so is the connection.
             self.drop()
             for waiter in batch:

@@ -12,10 +12,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from latchkey_service.audit.audit_log import AuditContext
-from latchkey_service.coherence.ack_rules import NOBODY
-from latchkey_service.coherence.ack_waiter import Confirmer
+from latchkey_service.coherence.ack_rules import NO_ACKNOWLEDGEMENTS
+from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.coherence.reads import LeasedReads
-from latchkey_service.errors import FieldViolation, InvalidArgument, NotConfirmed, NotFound
+from latchkey_service.errors import (
+    AlreadyExists,
+    FieldViolation,
+    InvalidArgument,
+    NotConfirmed,
+    NotFound,
+)
 from latchkey_service.secret_format import Keyring, Secret, holds_secret
 from latchkey_service.tokens.token_store import Deletion, PageStart, Store
 from latchkey_service.tokens.verdict import Scope, TokenRecord
@@ -85,7 +91,7 @@ class Tokens:
         self,
         store: Store,
         keyring: Keyring,
-        confirmer: Confirmer,
+        ack_waiter: AckWaiter,
         reads: LeasedReads,
         secret_prefix: str,
         now: Callable[[], datetime],
@@ -93,7 +99,7 @@ class Tokens:
     ) -> None:
         self._store = store
         self._keyring = keyring
-        self._confirmer = confirmer
+        self._ack_waiter = ack_waiter
         self._reads = reads
         self._confirming = asyncio.Semaphore(CONFIRMING_MAX)
         self._secret_prefix = secret_prefix
@@ -123,7 +129,7 @@ class Tokens:
         expire_time = _expiry(new, now, violations)
         if violations:
             raise InvalidArgument(*violations)
-        await self._reads.begin(deadline)
+        began = await self._reads.begin(deadline)
         minted = self._keyring.mint(self._secret_prefix, self._random_bytes)
         record = TokenRecord(
             _new_id(now, self._random_bytes),
@@ -135,7 +141,13 @@ class Tokens:
             minted.hint,
             dict(new.labels),
         )
-        await self._store.insert_token(record, _name_key(name), minted.digest, audit_context)
+        try:
+            await self._store.insert_token(record, _name_key(name), minted.digest, audit_context)
+        except AlreadyExists:
+            # A deposed primary may still have a token of this name that is deleted by now.
+            _, snapshot = await self._store.get_token(new.account_id, record.id)
+            await self._reads.accept(snapshot, began, deadline)
+            raise
         return Created(record, minted.secret)
 
     async def get(self, account_id: str, token_id: str, deadline: float) -> TokenRecord:
@@ -199,15 +211,17 @@ class Tokens:
             raise NotFound("The account never had a token of this id.")
         if deletion.effective_time is not None:
             # Confirmed before. Whoever did so may not have got to know that a standby has it.
-            return await self._store.confirm_deletion(token_id, deletion.position, NOBODY)
-        self._confirmer.announce(position.revision)
+            return await self._store.confirm_deletion(
+                token_id, deletion.position, NO_ACKNOWLEDGEMENTS
+            )
+        self._ack_waiter.announce(position.revision)
         if wait_until is None:
             return deletion
         on_wait()
-        confirmation = await self._confirmer.confirm(position, wait_until)
+        acknowledgements = await self._ack_waiter.wait(position, wait_until)
         # When a verifier that hung has been waited out, all who waited for it are here at once.
         async with self._confirming:
-            return await self._store.confirm_deletion(token_id, deletion.position, confirmation)
+            return await self._store.confirm_deletion(token_id, deletion.position, acknowledgements)
 
     async def invalidate_all(
         self,
@@ -225,15 +239,15 @@ class Tokens:
         """
         await self._reads.begin(deadline)
         position, commit_time = await self._store.invalidate_all(audit_context)
-        self._confirmer.announce(position.revision)
+        self._ack_waiter.announce(position.revision)
         on_wait()
         try:
-            confirmation = await self._confirmer.confirm(position, wait_until)
+            acknowledgements = await self._ack_waiter.wait(position, wait_until)
         except NotConfirmed:
             raise NotConfirmed(
                 "Not all verifiers have confirmed yet that their memory is empty: call again."
             ) from None
-        return Deletion(position, commit_time, max(commit_time, self._now()), *confirmation)
+        return Deletion(position, commit_time, max(commit_time, self._now()), *acknowledgements)
 
 
 def encode_page_token(account_id: str, start: PageStart) -> str:
