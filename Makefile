@@ -47,7 +47,7 @@ format: $(VENV)/.dev  ## Format the code
 	@$(BIN)/ruff format -q .
 
 clean:  ## Remove what was built; data stays
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {

@@ -1,1 +1,1 @@
-"""The Latchkey server. Start with docs/architecture.md: its rooms, and the way of a call."""
+"""The Latchkey server. Start with docs/architecture.md: rooms, and how calls pass through them."""

@@ -1,4 +1,4 @@
-"""`lenient.py`: Verify and BatchVerify whose secrets are not text."""
+"""`lenient_parsing.py`: Verify and BatchVerify whose secrets are not text."""
 
 import random
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Page tokens: of an account's tokens (`tokens.py`) and of the audit log (`rpc_audit.py`).
+"""Page tokens: of an account's tokens (`management.py`) and of the audit log (`audit_service.py`).
 
 An input is a token as it comes, or what the service would have sealed, by its first byte: damage
 alone would never get past the seal.

@@ -151,10 +151,12 @@ def test_signs(room: Path) -> None:
 
 
 def test_modules_that_comments_name() -> None:
-    """Each module that a comment or docstring of the service names in backquotes exists, also where
-    it names a constant of that module."""
-    modules = [f"/{path}" for source in SOURCES for path in (ROOT / source).rglob("*.py")]
-    for path in SERVICE.rglob("*.py"):
+    """Each module that a comment or docstring names in backquotes exists, also where it names a
+    constant of that module."""
+    folders = [ROOT / name for name in (*SOURCES, "tests")]
+    paths = [path for folder in folders for path in folder.rglob("*.py")]
+    modules = [f"/{path}" for path in paths]
+    for path in paths:
         text = path.read_text("utf-8")
         names = re.findall(r"`([\w/]+\.py)`", text)
         names += [f"{name}.py" for name in re.findall(r"`([a-z_]+)\.[A-Z][A-Z_]+`", text)]

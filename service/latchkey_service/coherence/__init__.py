@@ -20,5 +20,5 @@ Around them:
 "Rule N" means rule N of docs/protocol.md, here and in the rest of the service.
 
 Imports: postgres, settings.
-Begin with `lease_renewer.py`, after docs/protocol.md.
+Begin with `verifier_state.py` and `lease_renewer.py`, after docs/protocol.md.
 """
