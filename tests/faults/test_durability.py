@@ -12,7 +12,7 @@ from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.connections import DURABLE, connect
 from latchkey_service.postgres.migrate import bundled, migrate
 from latchkey_service.secret_format import Digest
-from latchkey_service.tokens.token_store import Deletion, Store
+from latchkey_service.tokens.token_store import Deletion, TokenStore
 from latchkey_service.tokens.verdict import Scope, TokenRecord
 from structlog.testing import capture_logs
 
@@ -46,7 +46,7 @@ def record(number: int = 1) -> TokenRecord:
     return TokenRecord(f"tok_{number}", "acme", f"a{number}", Scope.READ, moment, None, "lk_…abcd")
 
 
-async def insert(store: Store, number: int = 1) -> None:
+async def insert(store: TokenStore, number: int = 1) -> None:
     digest = Digest(number.to_bytes(32, "big"), "p")
     await store.insert_token(record(number), f"a{number}", digest, audit_context())
 
@@ -64,7 +64,7 @@ async def is_flushed(url: str, work: Awaitable[Any]) -> bool:
 
 
 @pytest.mark.usefixtures("lazy")
-async def test_what_must_not_be_lost_is_on_disk(database_url: str, store: Store) -> None:
+async def test_what_must_not_be_lost_is_on_disk(database_url: str, store: TokenStore) -> None:
     """With synchronous_commit off, the transactions that create, bury, confirm, register, renew and
     invalidate all are on disk when they return. Others are not, which shows that the measurement
     can tell."""
@@ -78,7 +78,7 @@ async def test_what_must_not_be_lost_is_on_disk(database_url: str, store: Store)
 
     steps: list[Callable[[], Awaitable[Any]]] = [
         lambda: insert(store),
-        lambda: store.bury("acme", "tok_1", audit_context("Delete")),
+        lambda: store.delete_token("acme", "tok_1", audit_context("Delete")),
         lambda: confirm(store),
         lambda: row.register(1, acknowledge=True),
         renew,
@@ -92,13 +92,13 @@ async def test_what_must_not_be_lost_is_on_disk(database_url: str, store: Store)
 
 @pytest.mark.usefixtures("lazy")
 async def test_a_crash_undoes_no_deletion(
-    postgres: BreakablePostgres, database_url: str, store: Store
+    postgres: BreakablePostgres, database_url: str, store: TokenStore
 ) -> None:
     """With synchronous_commit off, a token whose Delete was answered with a receipt is still
     deleted after all of Postgres was killed at once, and the receipt is the same."""
     await store.register_pepper("p")
     await insert(store)
-    await store.bury("acme", "tok_1", audit_context("Delete"))
+    await store.delete_token("acme", "tok_1", audit_context("Delete"))
     receipt = await confirm(store)
     await postgres.crash()
     postgres.bring_back()
@@ -106,7 +106,7 @@ async def test_a_crash_undoes_no_deletion(
     assert (await store.get_token("acme", "tok_1"))[0] is None
 
 
-async def confirm(store: Store) -> Deletion:
+async def confirm(store: TokenStore) -> Deletion:
     """Confirm the deletion, as if one verifier had acknowledged it."""
     deletion, _ = await store.get_deletion("acme", "tok_1")
     assert deletion is not None
@@ -120,11 +120,11 @@ async def test_a_pooler_hides_no_cancelled_wait(
     nothing, and a later one does."""
     pooler = PgBouncer(scratch / "pgbouncer", database_url, pool_mode="transaction")
     await pooler.start()
-    store = await Store.open(pooler.url(), "transaction")
+    store = await TokenStore.open(pooler.url(), "transaction")
     try:
         await store.register_pepper("p")
         await insert(store)
-        await store.bury("acme", "tok_1", audit_context("Delete"))
+        await store.delete_token("acme", "tok_1", audit_context("Delete"))
         async with standby_missing(postgres, database_url):
             with pytest.raises(StoreUnavailable):
                 await cut_short(database_url, confirm(store))
@@ -134,7 +134,7 @@ async def test_a_pooler_hides_no_cancelled_wait(
         pooler.stop()
 
 
-async def find(store: Store) -> list[Any] | None:
+async def find(store: TokenStore) -> list[Any] | None:
     """Return the receipt, in a list, or None while Postgres does not answer."""
     try:
         return [(await store.get_deletion("acme", "tok_1"))[0]]

@@ -11,7 +11,7 @@ from latchkey_service.coherence.verifier_table import Identity, OwnRow
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.connections import connect
 from latchkey_service.secret_format import Digest
-from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.verdict import Scope, TokenRecord
 
 from tests.histories import NO_CLIENTS
@@ -75,7 +75,7 @@ async def test_a_renewal_that_no_standby_has_is_none(
 
 
 async def test_a_deletion_that_no_standby_has_is_not_confirmed(
-    postgres: BreakablePostgres, database_url: str, store: Store
+    postgres: BreakablePostgres, database_url: str, store: TokenStore
 ) -> None:
     """Its caller is told to try again, however often, until a standby has it."""
     await store.register_pepper("p")
@@ -85,7 +85,9 @@ async def test_a_deletion_that_no_standby_has_is_not_confirmed(
     await store.insert_token(record, "a", Digest(bytes(32), "p"), audit_context())
     async with standby_missing(postgres, database_url):
         with pytest.raises(StoreUnavailable):
-            await cut_short(database_url, store.bury("acme", "tok_1", audit_context("Delete")))
+            await cut_short(
+                database_url, store.delete_token("acme", "tok_1", audit_context("Delete"))
+            )
         unconfirmed, _ = await store.get_deletion("acme", "tok_1")
         assert unconfirmed is not None
         position = unconfirmed.position

@@ -11,8 +11,7 @@ from urllib.parse import parse_qsl, urlsplit
 import asyncpg
 import pytest
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.postgres import connections as database
-from latchkey_service.postgres import sessions
+from latchkey_service.postgres import connections, sessions
 from latchkey_service.postgres.circuit_breaker import ATTEMPTS_MAX, RECONNECT_SECONDS
 from latchkey_service.postgres.connections import POOL_SIZE_MAX, Connector, Pool
 from latchkey_service.postgres.hosts import Hosts, each_host
@@ -184,7 +183,7 @@ async def test_callers_in_a_hurry_begin_few_attempts(silent: tuple[Silent, str])
 
     loop = asyncio.get_running_loop()
     began = loop.time()
-    timeout = database.CONNECT_TIMEOUT_SECONDS
+    timeout = connections.CONNECT_TIMEOUT_SECONDS
     seconds = 2.5 * timeout
     calls: set[asyncio.Task[None]] = set()
     while loop.time() < began + seconds:

@@ -43,8 +43,9 @@ WAIT_SECONDS = 20.0  # Far above what anything here takes; only a failing test w
 CHILD = """
 import codecs, json, os, sys
 from pathlib import Path
-from latchkey_service.postgres import embedded_cluster as embedded
+from latchkey_service.postgres import embedded_cluster
 from latchkey_service.postgres import embedded_host
+from latchkey_service.settings.data_dir import default_data_dir
 
 options = json.loads(sys.argv[1])
 codecs.lookup("ascii")  # Loaded while the interpreter's own files are within reach.
@@ -54,11 +55,11 @@ if options.get("uid"):
     os.setuid(options["uid"])
 if options.get("untied"):
     embedded_host._tie_to_parent = lambda death_signal: None
-data_dir = Path(options["data_dir"]) if "data_dir" in options else embedded.default_data_dir()
-server = embedded.EmbeddedPostgres(data_dir)
+data_dir = Path(options["data_dir"]) if "data_dir" in options else default_data_dir()
+server = embedded_cluster.EmbeddedPostgres(data_dir)
 try:
     said = {"dsn": server.start(), "pid": server.pid, "data_dir": str(data_dir)}
-except embedded.EmbeddedError as error:
+except embedded_cluster.EmbeddedError as error:
     said = {"error": type(error).__name__, "message": str(error)}
 if options.get("forks"):
     runs, tells = os.pipe()

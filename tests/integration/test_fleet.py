@@ -18,12 +18,9 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.errors import StoreConflict
 from latchkey_service.secret_format import Pepper
-from latchkey_service.tokens import fleet
-from latchkey_service.tokens import pepper_enrolment as enrolment
-from latchkey_service.tokens import pepper_file as peppers
-from latchkey_service.tokens import token_store as store
+from latchkey_service.tokens import fleet, pepper_enrolment, pepper_file, token_store
 from latchkey_service.tokens.pepper_file import PepperFileError
-from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens.token_store import TokenStore
 
 from tests.support import CHANNEL_OPTIONS, WAIT_SECONDS, Service, eventually, session
 
@@ -111,7 +108,7 @@ async def test_a_second_host_generates_no_key(run: Run, tmp_path: Path) -> None:
     the id, the file and the setting, no file is left behind, and a copy of the first host's file
     makes the host start and verify the other's tokens."""
     first = await run("a").welcome()
-    (pepper,) = peppers.load(tmp_path / "a" / "peppers").peppers
+    (pepper,) = pepper_file.load(tmp_path / "a" / "peppers").peppers
     second = run("b")
     assert await second.ended() == 1
     expected = f"there is no pepper file at {tmp_path / 'b' / 'peppers'}, and the database expects"
@@ -134,7 +131,7 @@ async def test_a_second_host_generates_no_key(run: Run, tmp_path: Path) -> None:
 async def test_a_generated_file_of_another_database_is_refused(run: Run, tmp_path: Path) -> None:
     """A host that brings the key it once generated for another database is refused as well."""
     await run("a").welcome()
-    theirs = peppers.load(tmp_path / "a" / "peppers").peppers[0].id
+    theirs = pepper_file.load(tmp_path / "a" / "peppers").peppers[0].id
     path = write_peppers(tmp_path / "b" / "peppers", OLD)
     second = run("b")
     assert await second.ended() == 1
@@ -239,9 +236,9 @@ async def test_a_documented_rotation_stays_quiet(run: Run, tmp_path: Path) -> No
 
 async def enrolled(database_url: str, path: Path, *, shared: bool = True) -> str:
     """Return the id of the newest pepper that a host gets, or why it is refused."""
-    opened = await Store.open(database_url)
+    opened = await TokenStore.open(database_url)
     try:
-        keyring = await enrolment.enrol(opened, path, named=False, shared=shared)
+        keyring = await pepper_enrolment.enrol(opened, path, named=False, shared=shared)
     except PepperFileError as error:
         return str(error)
     finally:
@@ -274,7 +271,7 @@ async def test_one_of_many_enrols_a_new_key(
 
 
 def winner(paths: list[Path], pepper_id: str) -> Path:
-    (path,) = [p for p in paths if p.exists() and peppers.load(p).peppers[0].id == pepper_id]
+    (path,) = [p for p in paths if p.exists() and pepper_file.load(p).peppers[0].id == pepper_id]
     return path
 
 
@@ -293,7 +290,7 @@ async def test_services_that_share_a_data_directory_share_the_key(
 async def test_a_host_waits_for_others_to_enrol(database_url: str, tmp_path: Path) -> None:
     """A host waits for its turn for longer than an ordinary statement may wait for a lock."""
     async with session(database_url) as connection, connection.transaction():
-        await connection.execute("SELECT pg_advisory_xact_lock($1)", store._PEPPER_LOCK)
+        await connection.execute("SELECT pg_advisory_xact_lock($1)", token_store._PEPPER_LOCK)
         enrolling = asyncio.create_task(enrolled(database_url, tmp_path / "peppers"))
         finished, _ = await asyncio.wait([enrolling], timeout=ORDINARY_LOCK_SECONDS)
         assert not finished
@@ -305,7 +302,7 @@ async def test_an_ordinary_restart_waits_for_nobody(database_url: str, tmp_path:
     """A host whose peppers are all known starts while another one is enrolling."""
     pepper_id = await enrolled(database_url, tmp_path / "peppers")
     async with session(database_url) as connection, connection.transaction():
-        await connection.execute("SELECT pg_advisory_xact_lock($1)", store._PEPPER_LOCK)
+        await connection.execute("SELECT pg_advisory_xact_lock($1)", token_store._PEPPER_LOCK)
         assert await enrolled(database_url, tmp_path / "peppers") == pepper_id
 
 
@@ -325,7 +322,7 @@ async def test_a_lost_race_takes_the_file_back(tmp_path: Path) -> None:
     """A host whose transaction is undone, and that finds another host's pepper when it tries
     again, removes the file that it had put in place."""
 
-    class Conflicting(Store):
+    class Conflicting(TokenStore):
         def __init__(self) -> None:
             """Needs no database."""
 
@@ -340,7 +337,7 @@ async def test_a_lost_race_takes_the_file_back(tmp_path: Path) -> None:
 
     path = tmp_path / "peppers"
     with pytest.raises(PepperFileError, match="expects the peppers theirs"):
-        await enrolment.enrol(Conflicting(), path, named=False, shared=True)
+        await pepper_enrolment.enrol(Conflicting(), path, named=False, shared=True)
     assert files_in(tmp_path) == []
 
 
@@ -348,7 +345,7 @@ async def test_a_commit_without_an_answer_keeps_the_file(tmp_path: Path) -> None
     """When nobody knows whether the key became known, it is kept: it may be the one that the
     database expects from now on."""
 
-    class Silent(Store):
+    class Silent(TokenStore):
         def __init__(self) -> None:
             """Needs no database."""
 
@@ -361,5 +358,5 @@ async def test_a_commit_without_an_answer_keeps_the_file(tmp_path: Path) -> None
 
     path = tmp_path / "peppers"
     with pytest.raises(StoreConflict):
-        await enrolment.enrol(Silent(), path, named=False, shared=True)
+        await pepper_enrolment.enrol(Silent(), path, named=False, shared=True)
     assert files_in(tmp_path) == [path]

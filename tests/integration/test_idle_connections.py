@@ -14,7 +14,7 @@ import grpc
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service.postgres import connections as database
+from latchkey_service.postgres import connections
 from latchkey_service.postgres.connections import IDLE_SECONDS, Connector, Pool
 
 from tests.support import CHANNEL_OPTIONS, Outcome, eventually, outcome, service
@@ -131,8 +131,8 @@ async def test_idle_connections_are_tried_before_use(
     """When the connection whose turn it is does not answer, all of the pool's are replaced: one
     caller waits for one trial, and nobody for a statement's time-out."""
     trial = 1.5
-    monkeypatch.setattr(database, "IDLE_SECONDS", 0.5)
-    monkeypatch.setattr(database, "TRIAL_TIMEOUT_SECONDS", trial)
+    monkeypatch.setattr(connections, "IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "TRIAL_TIMEOUT_SECONDS", trial)
     async with firewall(database_url, 0.6) as (wall, url):
         pool = await Pool.open(Connector(url))
 
@@ -154,8 +154,8 @@ async def test_a_caller_that_leaves_during_a_trial_leaves_no_connection(
 ) -> None:
     """A caller that is cancelled while its connection is tried gives it back to the pool, or all of
     the pool would be lost with time."""
-    monkeypatch.setattr(database, "IDLE_SECONDS", 0.05)
-    monkeypatch.setattr(database, "POOL_SIZE_MAX", 1)
+    monkeypatch.setattr(connections, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(connections, "POOL_SIZE_MAX", 1)
     async with firewall(database_url, 0.1) as (wall, url):
         pool = await Pool.open(Connector(url))
 

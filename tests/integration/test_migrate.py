@@ -10,7 +10,7 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 import pytest
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.postgres import migrate as module
+from latchkey_service.postgres import migrate as migrate_module
 from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
 from latchkey_service.postgres.migrate import Migration, MigrationError, bundled, migrate
 from structlog.testing import capture_logs
@@ -99,11 +99,11 @@ async def test_a_wait_for_a_lock_is_bounded(
     """Behind a migration that does not end, or a table that somebody has locked, it gives up in
     bounded time, says that it was a lock, and leaves nothing; then it can be run again."""
     await migrate(empty_url, [ONE])
-    monkeypatch.setattr(module, "LOCK_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(migrate_module, "LOCK_TIMEOUT_SECONDS", 0.3)
     alter = Migration(2, "alter", "ALTER TABLE one ADD m int;")
     async with session(empty_url) as connection:
         if holds == "migration":
-            await connection.execute("SELECT pg_advisory_lock($1)", module.ADVISORY_LOCK)
+            await connection.execute("SELECT pg_advisory_lock($1)", migrate_module.ADVISORY_LOCK)
         else:
             await connection.execute("BEGIN; LOCK TABLE one")
         start = time.monotonic()
@@ -120,7 +120,7 @@ async def test_a_refused_connection_is_told_at_once(
 ) -> None:
     """What waiting cannot mend (a wrong password, user, database, or URL) is told without waiting,
     and without the password."""
-    monkeypatch.setattr(module, "START_TIMEOUT_SECONDS", 30.0)
+    monkeypatch.setattr(migrate_module, "START_TIMEOUT_SECONDS", 30.0)
     parts = urlsplit(empty_url)
     netloc, path, query = parts.netloc, parts.path, parts.query
     if part == "password":
@@ -160,8 +160,8 @@ async def test_a_postgres_that_does_not_come_is_given_up(
 ) -> None:
     """The wait for a database is bounded. It is told once, when it begins, and its end says what
     was wrong; neither shows the password."""
-    monkeypatch.setattr(module, "START_TIMEOUT_SECONDS", 0.3)
-    monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(migrate_module, "START_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(migrate_module, "RETRY_SECONDS", 0.01)
     with capture_logs() as lines, pytest.raises(MigrationError) as caught:
         await migrate(f"postgresql://a:wrong-pass@/b?host={scratch}", [ONE])
     assert "cannot connect to the database" in str(caught.value)

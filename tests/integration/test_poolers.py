@@ -18,10 +18,10 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.coherence.notify_listener import Listener, Notifications
 from latchkey_service.coherence.verifier_table import VerifierTable
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.postgres import embedded_cluster as embedded
+from latchkey_service.postgres import embedded_cluster
 from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
-from latchkey_service.postgres.hosts import lasting
+from latchkey_service.postgres.hosts import is_permanent
 from latchkey_service.postgres.migrate import MigrationError, bundled, migrate
 from latchkey_service.postgres.sessions import GENERIC_PLAN, SETTINGS
 
@@ -367,7 +367,7 @@ async def test_a_wrong_password_is_reported_at_once(pgbouncer: Start, run: Run) 
 )
 def test_which_protocol_errors_last(message: str, lasts: bool) -> None:
     """PgBouncer reports with one SQLSTATE what passes and what does not."""
-    assert lasting(asyncpg.ProtocolViolationError(message)) is lasts
+    assert is_permanent(asyncpg.ProtocolViolationError(message)) is lasts
 
 
 @pytest.mark.parametrize("size", [1, 20])
@@ -435,7 +435,7 @@ async def test_a_standby_behind_a_pooler_is_not_used(
         postgres.stop()
         (data_dir / "postgres/standby.signal").touch()
         # A standby is never "ready", which the service's own Postgres has to be.
-        monkeypatch.setattr(embedded, "_is_ready", is_up)
+        monkeypatch.setattr(embedded_cluster, "_is_ready", is_up)
         postgres.start()
 
         async def refused() -> bool:

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from latchkey_service.postgres.connections import connect
 from latchkey_service.secret_format import Keyring, Pepper
-from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens import pepper_file
 from latchkey_service.tokens.batched_lookup import Lookup
 from latchkey_service.tokens.management import Created, NewToken, Tokens
 from latchkey_service.tokens.pepper_file import PepperFileError
-from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.verdict import Scope, Verdict
 
 from tests.support import (
@@ -61,7 +61,7 @@ def run(tmp_path: Path, database_url: str) -> Iterator[Run]:
         service.clean_up()
 
 
-async def make(store: Store, keyring: Keyring, name: str = "first") -> Created:
+async def make(store: TokenStore, keyring: Keyring, name: str = "first") -> Created:
     for pepper in keyring.peppers:
         await store.register_pepper(pepper.id)
     tokens = Tokens(
@@ -121,7 +121,7 @@ async def test_a_pepper_file_that_others_may_read_is_refused(run: Run, tmp_path:
 
 
 async def test_a_pepper_that_live_tokens_need_is_missed(
-    run: Run, tmp_path: Path, store: Store
+    run: Run, tmp_path: Path, store: TokenStore
 ) -> None:
     """A file that lacks a pepper of a live token is refused, naming its id and the file; once the
     token is deleted the pepper may go."""
@@ -132,7 +132,7 @@ async def test_a_pepper_that_live_tokens_need_is_missed(
     assert OLD.id in service.err
     assert str(path) in service.err
     assert NEW.id not in service.err
-    await store.bury("acme", created.record.id, audit_context("Delete"))
+    await store.delete_token("acme", created.record.id, audit_context("Delete"))
     await run(pepper_file=path).welcome()
 
 
@@ -159,12 +159,12 @@ async def test_a_database_that_is_away_is_told(run: Run) -> None:
     assert "wrong-pass" not in service.err
 
 
-async def test_rotation(tmp_path: Path, store: Store, database_url: str) -> None:
+async def test_rotation(tmp_path: Path, store: TokenStore, database_url: str) -> None:
     """With a new pepper on top, the new one mints and secrets of the old one still verify; a
     server that does not have the new one yet verifies what it can."""
-    before = peppers.load_or_create(write_peppers(tmp_path / "a", OLD), create=False)
+    before = pepper_file.load_or_create(write_peppers(tmp_path / "a", OLD), create=False)
     old = await make(store, before, "old")
-    after = peppers.load_or_create(write_peppers(tmp_path / "b", NEW, OLD), create=False)
+    after = pepper_file.load_or_create(write_peppers(tmp_path / "b", NEW, OLD), create=False)
     assert [pepper.id for pepper in after.peppers] == [NEW.id, OLD.id]
     new = await make(store, after, "new")
     async with session(database_url) as connection:
@@ -197,17 +197,17 @@ def test_a_broken_pepper_file_is_told(tmp_path: Path, text: str, complaint: str)
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     path.chmod(0o600)
     with pytest.raises(PepperFileError, match=complaint) as caught:
-        peppers.load_or_create(path, create=True)
+        pepper_file.load_or_create(path, create=True)
     assert OLD.key.hex() not in str(caught.value)
 
 
 MAKE = """
 import sys
 from pathlib import Path
-from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens import pepper_file
 
 sys.stdin.readline()
-print(*(p.id for p in peppers.load_or_create(Path(sys.argv[1]), create=True).peppers))
+print(*(p.id for p in pepper_file.load_or_create(Path(sys.argv[1]), create=True).peppers))
 """
 
 
@@ -238,17 +238,17 @@ def test_threads_that_make_peppers_at_once_get_the_same(tmp_path: Path) -> None:
     path = tmp_path / "peppers"
     (tmp_path / f".peppers.{os.getpid()}").write_text("of one that crashed")
     with ThreadPoolExecutor(8) as threads:
-        made = list(threads.map(lambda _: peppers.load_or_create(path, create=True), range(32)))
+        made = list(threads.map(lambda _: pepper_file.load_or_create(path, create=True), range(32)))
     assert len({keyring.peppers[0].id for keyring in made}) == 1
 
 
-async def test_old_tombstones_are_purged(store: Store, database_url: str) -> None:
+async def test_old_tombstones_are_purged(store: TokenStore, database_url: str) -> None:
     """Only tombstones older than the retention go, at most a batch at a time, with all that
     belongs to them; the secret of one that went is UNKNOWN, of one that stays DELETED."""
     keyring = Keyring([OLD])
     live, young, *old = [await make(store, keyring, f"token {n}") for n in range(5)]
     for created in (young, *old):
-        await store.bury("acme", created.record.id, audit_context("Delete"))
+        await store.delete_token("acme", created.record.id, audit_context("Delete"))
     now = datetime.now(UTC)
     async with session(database_url) as connection:
         for days, created in enumerate(old, 100):
@@ -270,13 +270,13 @@ async def test_old_tombstones_are_purged(store: Store, database_url: str) -> Non
             assert await connection.fetchval(f"SELECT count(*) FROM {table}") == left  # noqa: S608
 
 
-async def test_purges_do_not_wait_for_each_other(store: Store, database_url: str) -> None:
+async def test_purges_do_not_wait_for_each_other(store: TokenStore, database_url: str) -> None:
     """A purge passes over rows that another one, or a Delete that is asked again, has locked;
     many at once remove each tombstone once."""
     keyring = Keyring([OLD])
     made: list[Any] = [await make(store, keyring, f"token {n}") for n in range(40)]
     for created in made:
-        await store.bury("acme", created.record.id, audit_context("Delete"))
+        await store.delete_token("acme", created.record.id, audit_context("Delete"))
     before = datetime.now(UTC) + DAY
     async with session(database_url) as connection, connection.transaction():
         await connection.execute("SELECT FROM token WHERE id = $1 FOR UPDATE", made[0].record.id)

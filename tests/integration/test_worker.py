@@ -8,23 +8,30 @@ import sys
 from pathlib import Path
 
 import pytest
-from latchkey_service.process import wiring as server
+from latchkey_service.process import wiring
 from latchkey_service.process.wiring import running
 from latchkey_service.settings.settings import Settings
-from latchkey_service.tokens import pepper_file as peppers
-from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens import pepper_file as pepper_files
+from latchkey_service.tokens.token_store import TokenStore
 
 from tests.conftest import make_settings
 from tests.support import WAIT_SECONDS
 
-PARTS = ("follow_store", "prune_log", "purge", "purge_audit", "summarise")
+PARTS = (
+    "follow_peppers",
+    "follow_verifier",
+    "prune_log",
+    "purge",
+    "purge_audit",
+    "log_counts_regularly",
+)
 
 
 @pytest.mark.parametrize("part", PARTS)
 async def test_a_part_that_fails_is_noticed(
     part: str,
     database_url: str,
-    store: Store,
+    store: TokenStore,
     pepper_file: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -34,18 +41,20 @@ async def test_a_part_that_fails_is_noticed(
     async def fail(*_: object) -> None:
         raise LookupError(part)
 
-    monkeypatch.setattr(server, part, fail)
+    monkeypatch.setattr(wiring, part, fail)
     settings: Settings = make_settings(database_url, pepper_file, "native")
-    keyring = peppers.load_or_create(pepper_file, create=False)
+    keyring = pepper_files.load_or_create(pepper_file, create=False)
     async with running(settings, keyring, on_failure=failed.set):
         await asyncio.wait_for(failed.wait(), WAIT_SECONDS)
 
 
-async def test_no_part_ends_by_itself(database_url: str, store: Store, pepper_file: Path) -> None:
+async def test_no_part_ends_by_itself(
+    database_url: str, store: TokenStore, pepper_file: Path
+) -> None:
     """A worker that is whole, and is stopped, reports nothing."""
     failed = asyncio.Event()
     settings = make_settings(database_url, pepper_file, "native")
-    keyring = peppers.load_or_create(pepper_file, create=False)
+    keyring = pepper_files.load_or_create(pepper_file, create=False)
     async with running(settings, keyring, on_failure=failed.set):
         await asyncio.sleep(0)
     assert not failed.is_set()
@@ -78,7 +87,7 @@ def test_what_a_worker_does_not_start_with(
     (tmp_path / "policy.toml").write_text(POLICY)
     (tmp_path / ".env").write_text("LATCHKEY_POLICY=policy.toml\nLATCHKEY_WORKERS=1\n")
     settings = {"database_url": "postgresql://u:hunter2@127.0.0.1:1/db", "log_format": "json"}
-    keys = peppers.render(peppers.load_or_create(pepper_file, create=False))
+    keys = pepper_files.render(pepper_files.load_or_create(pepper_file, create=False))
     lines = "" if given is None else json.dumps(settings | given) + "\n" + keys
     ended = subprocess.run(
         [sys.executable, "-m", "latchkey_service", "worker"],

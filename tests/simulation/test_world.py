@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from latchkey_coherence.memory import Memory, Position
-from latchkey_service.coherence import ack_rules as confirmation
-from latchkey_service.coherence import verifier_state as membership
+from latchkey_service.coherence import ack_rules, verifier_state
 from latchkey_service.coherence.ack_rules import Census, Confirmation, Wait
 from latchkey_service.coherence.verifier_state import Change, Log, Membership, Standing
 from latchkey_service.coherence.watch_sessions import Grant, Watcher
@@ -159,7 +158,9 @@ def renew_whatever_was_applied(
 # Where, what, and what it is replaced by: all of these at once. Rules that break by chance only in
 # stories of dozens of steps have them told in tests/unit/coherence and tests/unit/client.
 MUTANTS: dict[str, list[tuple[Any, str, Any]]] = {
-    "3: the lease runs on": [(membership, "server_lease_end", lambda began, seconds: began + 6.0)],
+    "3: the lease runs on": [
+        (verifier_state, "server_lease_end", lambda began, seconds: began + 6.0)
+    ],
     "3: memory kept when the row was gone": [
         (Membership, "register", keep_the_memory),
         (Membership, "lose", lose_and_keep_the_memory),
@@ -172,7 +173,7 @@ MUTANTS: dict[str, list[tuple[Any, str, Any]]] = {
         (Membership, "acknowledgeable", lambda self, now: self.memory.position.revision)
     ],
     "8: no wait": [(Wait, "judge", lambda self, rows, now: Confirmation(0, 0))],
-    "8: too short a wait": [(confirmation, "outwait_seconds", lambda seconds: 0.5)],
+    "8: too short a wait": [(ack_rules, "outwait_seconds", lambda seconds: 0.5)],
     "9: rows are removed at once": [(Census, "dead", lambda self, rows, asked, now: list(rows))],
     "12: no marks in the database": [(Database, "knows", known_by_revision)],
     "12: no marks in the server's memory": [(World, "server_memory", Markless)],

@@ -15,7 +15,7 @@ import asyncpg
 from latchkey_service.coherence.verifier_table import CHANNEL
 from latchkey_service.errors import StoreUnavailable, StoreUnsupported
 from latchkey_service.postgres.circuit_breaker import spread
-from latchkey_service.postgres.connections import translated
+from latchkey_service.postgres.connections import translate_errors
 from latchkey_service.settings.logs import logger
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Listener:
         """Listen, and try it out now and then, until it fails or nothing arrives."""
         connection = await self._connect()
         try:
-            with translated():
+            with translate_errors():
                 await connection.add_listener(CHANNEL, self._receive)
             # What came before that was missed.
             self._wake()

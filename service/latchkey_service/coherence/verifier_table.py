@@ -13,7 +13,13 @@ from latchkey_service.coherence.ack_rules import VerifierRow
 from latchkey_service.coherence.snapshot import POSITION_KNOWN, mark_in, mark_out
 from latchkey_service.coherence.verifier_state import Change, Log, Server
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.postgres.connections import DURABLE, Pool, durably, retrying, translated
+from latchkey_service.postgres.connections import (
+    DURABLE,
+    Pool,
+    require_durable_commit,
+    retry_on_conflict,
+    translate_errors,
+)
 
 if TYPE_CHECKING:
     import asyncpg
@@ -97,11 +103,11 @@ class Rows(NamedTuple):
     verifiers: list[VerifierRow]
 
 
-@retrying
+@retry_on_conflict
 async def read_rows(connection: "Connection", positions: Iterable[Position] = ()) -> Rows:
     """Return all verifiers' rows, and which of `positions` the history of this database holds."""
     asked = list(positions)
-    with translated():
+    with translate_errors():
         rows = await connection.fetch(
             _ROWS, [p.revision for p in asked], [mark_out(p.mark) for p in asked]
         )
@@ -205,7 +211,7 @@ class OwnRow:
         self._connection = connection
         self._identity = identity
 
-    @retrying
+    @retry_on_conflict
     async def register(self, incarnation: int, *, acknowledge: bool) -> Registration:
         """Commit the row, and return where its history stands (rule 2).
 
@@ -216,7 +222,7 @@ class OwnRow:
         the row has a later incarnation.
         """
         identity = self._identity
-        with translated(), durably(self._connection):
+        with translate_errors(), require_durable_commit(self._connection):
             row = await self._connection.fetchrow(
                 f"""
                 INSERT INTO verifier (id, incarnation, acknowledged_revision, lease_seconds, host,
@@ -246,19 +252,19 @@ class OwnRow:
         position = Position(revision, mark_in(mark))
         return Registration(position, acknowledged, Server(identifier, timeline))
 
-    @retrying
+    @retry_on_conflict
     async def read_log(self, applied: Position) -> Log:
         """Return the log after `applied`, and whether this database's history holds `applied`.
 
         One round trip. No lease may rest on it: see `renew`.
         """
-        with translated():
+        with translate_errors():
             rows = await self._connection.fetch(
                 _READ_LOG, applied.revision, mark_out(applied.mark), HISTORY_MAX + 1
             )
         return _log(rows)
 
-    @retrying
+    @retry_on_conflict
     async def renew(
         self,
         incarnation: int,
@@ -274,7 +280,7 @@ class OwnRow:
         Committed as durably as deletions are: a deposed primary must not grant a lease by a commit
         that will be undone. Raises StoreUnavailable where the commit is not durable.
         """
-        with translated(), durably(self._connection):
+        with translate_errors(), require_durable_commit(self._connection):
             rows = await self._connection.fetch(
                 _RENEW,
                 applied.revision,
@@ -287,10 +293,10 @@ class OwnRow:
             )
         return rows[0][0], _log([tuple(row)[1:] for row in rows])
 
-    @retrying
+    @retry_on_conflict
     async def remove(self, incarnation: int) -> None:
         """Remove the row: the process answers nothing any more, nor does a client of its."""
-        with translated():
+        with translate_errors():
             await self._connection.execute(
                 "DELETE FROM verifier WHERE id = $1 AND incarnation = $2",
                 self._identity.id,
@@ -301,13 +307,13 @@ class OwnRow:
         """Return everybody's rows."""
         return (await read_rows(self._connection)).verifiers
 
-    @retrying
+    @retry_on_conflict
     async def remove_dead(self, row: VerifierRow) -> bool:
         """Remove another's row unless it has been renewed; tell whether it went (rule 9).
 
         Never waits for a lock: whoever holds the row's is at work on it, or dead with it.
         """
-        with translated():
+        with translate_errors():
             status = await self._connection.execute(
                 """
                 DELETE FROM verifier
@@ -339,7 +345,7 @@ class VerifierTable:
         async with self._pool.session() as session:
             await session.execute(NOTIFY, CHANNEL, str(payload))
 
-    @retrying
+    @retry_on_conflict
     async def status(self) -> Status:
         """Return head and rows, for people."""
         async with self._pool.session() as session:
@@ -359,7 +365,7 @@ class VerifierTable:
         found = [VerifierStatus(*row[2:]) for row in rows if row[2] is not None]
         return Status(Position(rows[0][0], mark_in(rows[0][1])), found)
 
-    @retrying
+    @retry_on_conflict
     async def prune_log(self, keep_seconds: float, limit: int) -> int:
         """Remove invalidations that every verifier has acknowledged and that are older than that.
 

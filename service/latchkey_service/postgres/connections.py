@@ -25,8 +25,8 @@ from latchkey_service.errors import (
     StoreUnavailable,
     StoreUnsupported,
 )
-from latchkey_service.postgres.circuit_breaker import Attempt, Reconnection
-from latchkey_service.postgres.hosts import NEXT, Hosts
+from latchkey_service.postgres.circuit_breaker import Attempt, CircuitBreaker
+from latchkey_service.postgres.hosts import CONNECT_ERRORS, Hosts
 from latchkey_service.postgres.sessions import GENERIC_PLAN, SETTINGS, Pooler, driver_options
 
 __all__ = [
@@ -35,9 +35,9 @@ __all__ = [
     "Pool",
     "answers",
     "connect",
-    "durably",
-    "retrying",
-    "translated",
+    "require_durable_commit",
+    "retry_on_conflict",
+    "translate_errors",
 ]
 
 # A statement of ours takes about a millisecond. Two seconds without an answer is a database that
@@ -123,7 +123,7 @@ class Connector:
     ) -> None:
         self._pooler: Pooler = pooler
         self._hosts = Hosts(database_url)
-        self._reconnection = Reconnection(monotonic, randomness)
+        self._breaker = CircuitBreaker(monotonic, randomness)
         self._failure: BaseException | None = None
         self._attempts: dict[asyncio.Task[Any], Attempt] = {}
 
@@ -133,21 +133,21 @@ class Connector:
         Raises StoreUnavailable: also at once, without an attempt, where the last ones have just
         failed.
         """
-        with translated():
+        with translate_errors():
             return await self.attempt()
 
     async def connect_for_lookups(self) -> "asyncpg.Connection[asyncpg.Record]":
         """Return a connection that plans each statement once, for all arguments."""
-        with translated():
+        with translate_errors():
             return await self.attempt(GENERIC_PLAN)
 
     async def attempt(
         self, settings: Mapping[str, str] = _NO_SETTINGS
     ) -> "asyncpg.Connection[asyncpg.Record]":
         """Do the same for the pool, which wants the driver's errors. `settings` are added."""
-        while (kind := self._reconnection.begin()) is None:
+        while (kind := self._breaker.begin()) is None:
             probes = [task for task, kind in self._attempts.items() if kind is Attempt.PROBE]
-            if not (self._reconnection.in_doubt and probes):
+            if not (self._breaker.half_open and probes):
                 raise StoreUnavailable(NO_ANSWER) from self._failure
             # It takes a connect's time-out for each host at most.
             await asyncio.wait(probes)
@@ -190,7 +190,7 @@ class Connector:
         It is outside the bound on attempts: the caller makes one at a time. Raises
         StoreUnavailable.
         """
-        with translated():
+        with translate_errors():
             return await self._hosts.connect_to(host, **self._options())
 
     def _options(self) -> dict[str, Any]:
@@ -214,10 +214,10 @@ class Connector:
         kind = self._attempts.pop(task)
         if task.cancelled() or task.exception() is not None:
             self._failure = None if task.cancelled() else task.exception()
-            self._reconnection.fail(kind)
+            self._breaker.fail(kind)
         else:
             self._failure = None
-            self._reconnection.succeed(kind)
+            self._breaker.succeed(kind)
 
 
 class Pool:
@@ -259,7 +259,7 @@ class Pool:
     @contextlib.asynccontextmanager
     async def session(self) -> "AsyncIterator[_Session]":
         """Lend a connection; translate what goes wrong with it, waiting for one included."""
-        with translated():
+        with translate_errors():
             session = await self._acquire()
             try:
                 yield session
@@ -313,7 +313,7 @@ async def answers(connection: "_Session") -> bool:
     if used_at is not None and boottime() - used_at > IDLE_SECONDS:
         try:
             await connection.execute("SELECT 1", timeout=TRIAL_TIMEOUT_SECONDS)
-        except NEXT:
+        except CONNECT_ERRORS:
             return False
     _touch(connection)
     return True
@@ -325,7 +325,7 @@ def _touch(connection: "_Session") -> None:
 
 
 @contextlib.contextmanager
-def translated() -> Iterator[None]:
+def translate_errors() -> Iterator[None]:
     """Turn the driver's errors into the domain's. Its messages stay in `__cause__`, for the log."""
     try:
         yield
@@ -357,7 +357,7 @@ def translated() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def durably(session: "_Session") -> Iterator[None]:
+def require_durable_commit(session: "_Session") -> Iterator[None]:
     """Raise StoreUnavailable if what was committed within may be undone by a failover.
 
     Postgres reports a commit as done, with a warning, when its wait for the synchronous standby is
@@ -378,7 +378,7 @@ def durably(session: "_Session") -> Iterator[None]:
         raise NotReplicated("The database has not replicated what was written; try again.")
 
 
-def retrying(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+def retry_on_conflict(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
     """Run a transaction again when it and another one undid each other (SQLSTATE 40xxx).
 
     Under READ COMMITTED that hardly happens. Under SERIALIZABLE, which some engines that speak

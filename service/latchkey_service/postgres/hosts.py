@@ -15,7 +15,7 @@ from latchkey_service.postgres import sessions
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["NEXT", "Hosts", "each_host", "lasting"]
+__all__ = ["CONNECT_ERRORS", "Hosts", "each_host", "is_permanent"]
 
 # For an attempt whose caller names no other time-out.
 TIMEOUT_SECONDS: Final = 5.0
@@ -24,7 +24,7 @@ SETTINGS_SECONDS_MIN: Final = 0.1
 
 _HOSTS: Final = re.compile(r"(\w+://(?:[^/?#]*@)?)([^/?#@]*)(.*)", re.DOTALL)
 # What a host may answer, or not, that is not the primary, or is none yet. Others may be.
-NEXT: Final = (
+CONNECT_ERRORS: Final = (
     OSError,  # TimeoutError included
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
@@ -42,7 +42,7 @@ _PASSING: Final = re.compile(
 _LASTING: Final = re.compile("authentication failed|unsupported", re.IGNORECASE)
 
 
-def lasting(error: BaseException) -> bool:
+def is_permanent(error: BaseException) -> bool:
     """Return whether a failure to connect stays until a person changes something."""
     if isinstance(error, asyncpg.ProtocolViolationError):
         message = str(error)
@@ -122,13 +122,13 @@ class Hosts:
             except asyncpg.ClientConfigurationError:
                 # The URL's or the environment's, and so of all of them.
                 raise
-            except NEXT as error:
+            except CONNECT_ERRORS as error:
                 failures.append(error)
             else:
                 if self._proved is None:
                     self._prefer(url)
                 return connection
-        raise next(filter(lasting, reversed(failures)), failures[-1])
+        raise next(filter(is_permanent, reversed(failures)), failures[-1])
 
     async def _connect(
         self, url: str, settings: Mapping[str, str], options: dict[str, Any]

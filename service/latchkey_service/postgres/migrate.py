@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import asyncpg
 
 from latchkey_service.postgres.circuit_breaker import spread
-from latchkey_service.postgres.connections import translated
-from latchkey_service.postgres.hosts import NEXT, Hosts, lasting
+from latchkey_service.postgres.connections import translate_errors
+from latchkey_service.postgres.hosts import CONNECT_ERRORS, Hosts, is_permanent
 from latchkey_service.postgres.preflight import (
     PoolerError,
     check_pooler,
@@ -88,7 +88,7 @@ async def migrate(
     hosts = Hosts(database_url)
     connection = await _connect(hosts)
     try:
-        with translated():
+        with translate_errors():
             try:
                 with needs_transactions():
                     await _check(connection, hosts, pooler)
@@ -115,8 +115,8 @@ async def _connect(hosts: Hosts) -> "asyncpg.Connection[asyncpg.Record]":
         try:
             connection = await _attempt(hosts)
             break
-        except NEXT as error:
-            if lasting(error):
+        except CONNECT_ERRORS as error:
+            if is_permanent(error):
                 raise MigrationError(_refusal(error)) from error
             if loop.time() > give_up:
                 message = f"cannot connect to the database: {type(error).__name__}: {error}"

@@ -13,16 +13,16 @@ from latchkey_service.postgres.circuit_breaker import spread
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.settings.logs import logger
 from latchkey_service.tokens import fleet
-from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens.token_store import TokenStore
 
 __all__ = [
     "follow_peppers",
     "follow_verifier",
+    "log_counts",
+    "log_counts_regularly",
     "prune_log",
     "purge",
     "purge_audit",
-    "summarise",
-    "tell_summary",
 ]
 
 # Health follows Postgres within this and PROBE_TIMEOUT_SECONDS; back up it comes sooner.
@@ -115,20 +115,20 @@ async def follow_peppers(table: VerifierTable, own_id: str) -> None:
             )
 
 
-async def summarise(counts: Counts, gauges: Gauges) -> None:
+async def log_counts_regularly(counts: Counts, gauges: Gauges) -> None:
     """Log the counts once a minute. Ends when cancelled."""
     while True:
         await asyncio.sleep(SUMMARY_SECONDS)
-        tell_summary(counts, gauges)
+        log_counts(counts, gauges)
 
 
-def tell_summary(counts: Counts, gauges: Gauges) -> None:
+def log_counts(counts: Counts, gauges: Gauges) -> None:
     """Log the counts since the last time, if there are any, and beside them the gauges."""
     if summary := counts.take():
         logger().info("counts", pid=os.getpid(), **summary, **gauges())
 
 
-async def purge(store: Store, retention: timedelta, now: Callable[[], datetime]) -> None:
+async def purge(store: TokenStore, retention: timedelta, now: Callable[[], datetime]) -> None:
     """Remove old tombstones once an hour. Ends when cancelled."""
 
     async def purge_all() -> None:
@@ -138,7 +138,7 @@ async def purge(store: Store, retention: timedelta, now: Callable[[], datetime])
         if total:
             logger().info("tombstones removed", tokens=total)
 
-    await _again_and_again(PURGE_SECONDS, purge_all, "tombstones not removed")
+    await _repeat(PURGE_SECONDS, purge_all, "tombstones not removed")
 
 
 async def purge_audit(table: AuditTable, retention: timedelta, now: Callable[[], datetime]) -> None:
@@ -151,7 +151,7 @@ async def purge_audit(table: AuditTable, retention: timedelta, now: Callable[[],
         if total:
             logger().info("audit entries removed", entries=total)
 
-    await _again_and_again(PURGE_SECONDS, purge_all, "audit entries not removed")
+    await _repeat(PURGE_SECONDS, purge_all, "audit entries not removed")
 
 
 async def prune_log(table: VerifierTable, lease_seconds: float) -> None:
@@ -165,12 +165,10 @@ async def prune_log(table: VerifierTable, lease_seconds: float) -> None:
         if total:
             logger().info("log pruned", invalidations=total)
 
-    await _again_and_again(PRUNE_SECONDS, prune, "log not pruned")
+    await _repeat(PRUNE_SECONDS, prune, "log not pruned")
 
 
-async def _again_and_again(
-    seconds: float, work: Callable[[], Awaitable[None]], complaint: str
-) -> None:
+async def _repeat(seconds: float, work: Callable[[], Awaitable[None]], complaint: str) -> None:
     """Do background work whose failure must not end the loop that will try it again."""
     while True:
         # At another moment in each worker: they would only get in each other's way.

@@ -48,11 +48,11 @@ from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.process.periodic import (
     follow_peppers,
     follow_verifier,
+    log_counts,
+    log_counts_regularly,
     prune_log,
     purge,
     purge_audit,
-    summarise,
-    tell_summary,
 )
 from latchkey_service.rpc.audit_service import AuditService
 from latchkey_service.rpc.call_report import CallReporter
@@ -68,8 +68,8 @@ from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.batched_lookup import Lookup
 from latchkey_service.tokens.management import Tokens
-from latchkey_service.tokens.token_store import Store
-from latchkey_service.tokens.verdict import Record
+from latchkey_service.tokens.token_store import TokenStore
+from latchkey_service.tokens.verdict import CachedToken
 from latchkey_service.tokens.verifier import Verifier
 from latchkey_service.transport.connection_guard import ConnectionGuard
 from latchkey_service.transport.tls import Certificates
@@ -227,7 +227,7 @@ async def running(
     connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
     cache, notify = settings.cache == "on", settings.notify == "on"
     identity = _identity(settings, keyring)
-    membership: Membership[Record] = Membership(
+    membership: Membership[CachedToken] = Membership(
         Memory(settings.cache_entries if cache else 0),
         SubLeases(),
         settings.lease_seconds,
@@ -262,7 +262,7 @@ async def running(
     )
     heart.attach(watchers.on_news, watchers.__len__, lambda: listener.state)
 
-    store = Store(pool)
+    store = TokenStore(pool)
     table = VerifierTable(pool)
     confirmer = Confirmer(
         table,
@@ -331,7 +331,7 @@ async def running(
     lasts = [beating, listening, begin(audit.run()), begin(server.guard.run())]
     background = [
         follow_verifier(verifier.check, boottime, server.set_serving),
-        summarise(counts, gauges),
+        log_counts_regularly(counts, gauges),
         follow_peppers(table, identity.id),
         primary.run(),
         purge(store, retention, _now),
@@ -354,7 +354,7 @@ async def running(
             lookup.close(),
             store.close(),
         )
-        tell_summary(counts, gauges)
+        log_counts(counts, gauges)
 
 
 def ended(on_failure: Callable[[], None], task: "asyncio.Task[None]") -> None:

@@ -70,7 +70,7 @@ class TokenService(pb_grpc.TokenServiceServicer):
         self._position_fields = b""
 
     async def Verify(self, request: pb.VerifyRequest, context: "Context") -> bytes:  # type: ignore[override]  # encoded, see Calls
-        answer = self._verifier.recall(request.secret, request.required_scope)
+        answer = self._verifier.verify_cached(request.secret, request.required_scope)
         if answer is None:
             deadline = self._clock() + budget_seconds(context)
             answer = await self._verifier.verify(request.secret, request.required_scope, deadline)

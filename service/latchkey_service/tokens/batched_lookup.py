@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from latchkey_service.coherence.snapshot import Snapshot
 from latchkey_service.errors import NO_ANSWER, TOO_LATE, Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.postgres.circuit_breaker import spread
-from latchkey_service.postgres.connections import answers, retrying, translated
+from latchkey_service.postgres.connections import answers, retry_on_conflict, translate_errors
 from latchkey_service.tokens.queue_limit import STUCK_SECONDS, QueueLimit
 from latchkey_service.tokens.token_store import FIND_BY_DIGEST, record_of, snapshot_of
 from latchkey_service.tokens.verdict import TokenRecord
@@ -256,9 +256,9 @@ class _Link:
         return connection
 
 
-@retrying
+@retry_on_conflict
 async def _find(connection: "Connection", digests: list[bytes]) -> "list[asyncpg.Record]":
-    with translated():
+    with translate_errors():
         return await connection.fetch(FIND_BY_DIGEST, digests)
 
 

@@ -17,7 +17,7 @@ from latchkey_service.coherence.ack_waiter import Confirmer
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.errors import FieldViolation, InvalidArgument, NotConfirmed, NotFound
 from latchkey_service.secret_format import Keyring, Secret, holds_secret
-from latchkey_service.tokens.token_store import Deletion, PageStart, Store
+from latchkey_service.tokens.token_store import Deletion, PageStart, TokenStore
 from latchkey_service.tokens.verdict import Scope, TokenRecord
 
 __all__ = ["Created", "NewToken", "Page", "Tokens", "decode_page_token", "encode_page_token"]
@@ -83,7 +83,7 @@ class Tokens:
 
     def __init__(
         self,
-        store: Store,
+        store: TokenStore,
         keyring: Keyring,
         confirmer: Confirmer,
         reads: LeasedReads,
@@ -185,7 +185,7 @@ class Tokens:
         """
         _check(*_account_violations(account_id), *_id_violations(token_id))
         began = await self._reads.begin(deadline)
-        deletion = await self._store.bury(account_id, token_id, audit_context)
+        deletion = await self._store.delete_token(account_id, token_id, audit_context)
         if deletion is not None:
             position = deletion.position
         else:

@@ -18,7 +18,13 @@ from latchkey_service.coherence.ack_rules import Confirmation
 from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
 from latchkey_service.coherence.verifier_state import EVERY_TOKEN
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.postgres.connections import DURABLE, Connector, Pool, durably, retrying
+from latchkey_service.postgres.connections import (
+    DURABLE,
+    Connector,
+    Pool,
+    require_durable_commit,
+    retry_on_conflict,
+)
 from latchkey_service.postgres.sessions import Pooler
 from latchkey_service.secret_format import Digest
 from latchkey_service.tokens.fleet import KnownPepper
@@ -27,7 +33,7 @@ from latchkey_service.tokens.verdict import Scope, TokenRecord
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["FIND_BY_DIGEST", "Deletion", "PageStart", "Store", "record_of", "snapshot_of"]
+__all__ = ["FIND_BY_DIGEST", "Deletion", "PageStart", "TokenStore", "record_of", "snapshot_of"]
 
 _COLUMNS = """t.id, t.account_id, t.name, t.scope, t.create_time, t.expire_time,
        t.last_used_time, t.delete_time, t.hint, t.labels"""
@@ -85,14 +91,14 @@ class Deletion:
     clients_outwaited: int
 
 
-class Store:
+class TokenStore:
     """The tables, as methods. All raise StoreUnavailable when Postgres does not answer in time."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
     @classmethod
-    async def open(cls, database_url: str, pooler: Pooler = "none") -> "Store":
+    async def open(cls, database_url: str, pooler: Pooler = "none") -> "TokenStore":
         """Return a store on a new pool. Connects lazily, so that it opens without a database."""
         return cls(await Pool.open(Connector(database_url, pooler=pooler)))
 
@@ -100,7 +106,7 @@ class Store:
         """Give up all connections, waiting a bounded time for those in use."""
         await self._pool.close()
 
-    @retrying
+    @retry_on_conflict
     async def register_pepper(self, pepper_id: str) -> None:
         """Make a pepper known. Idempotent."""
         async with self._pool.session() as session:
@@ -108,13 +114,13 @@ class Store:
                 "INSERT INTO pepper (id) VALUES ($1) ON CONFLICT DO NOTHING", pepper_id
             )
 
-    @retrying
+    @retry_on_conflict
     async def known_peppers(self) -> list[KnownPepper]:
         """Return the peppers that the database knows, the oldest first."""
         async with self._pool.session() as session:
             return [KnownPepper(*row) for row in await session.fetch(_KNOWN_PEPPERS)]
 
-    @retrying
+    @retry_on_conflict
     async def enrol_peppers(
         self, pepper_ids: list[str], check: Callable[[list[KnownPepper]], None]
     ) -> None:
@@ -124,7 +130,7 @@ class Store:
         transactions repeats both.
         """
         async with self._pool.session() as session:
-            with durably(session):
+            with require_durable_commit(session):
                 # A snapshot taken before the lock was granted would miss the last host's peppers.
                 async with session.transaction(isolation="read_committed"):
                     await session.execute(
@@ -145,7 +151,7 @@ class Store:
                         pepper_ids,
                     )
 
-    @retrying
+    @retry_on_conflict
     async def insert_token(
         self, record: TokenRecord, name_key: str, digest: Digest, audit_context: AuditContext
     ) -> None:
@@ -154,7 +160,7 @@ class Store:
         Raises AlreadyExists for a taken name.
         """
         async with self._pool.session() as session:
-            with durably(session):
+            with require_durable_commit(session):
                 await session.execute(
                     f"""
                 WITH token AS (
@@ -188,7 +194,7 @@ class Store:
                 )
         audit_context.token_id, audit_context.recorded = record.id, True
 
-    @retrying
+    @retry_on_conflict
     async def get_token(
         self, account_id: str, token_id: str
     ) -> tuple[TokenRecord | None, Snapshot]:
@@ -207,7 +213,7 @@ class Store:
         row = rows[0]
         return (None if row[3] is None else record_of(row)), snapshot_of(row)
 
-    @retrying
+    @retry_on_conflict
     async def list_tokens(
         self, account_id: str, after: PageStart | None, limit: int
     ) -> tuple[list[TokenRecord], Snapshot]:
@@ -236,8 +242,8 @@ class Store:
             )
         return [record_of(row) for row in rows if row[3] is not None], snapshot_of(rows[0])
 
-    @retrying
-    async def bury(
+    @retry_on_conflict
+    async def delete_token(
         self, account_id: str, token_id: str, audit_context: AuditContext
     ) -> Deletion | None:
         """Turn a live token into a tombstone under the next revision; None if it is not live.
@@ -249,7 +255,7 @@ class Store:
         no more.
         """
         async with self._pool.session() as session:
-            with durably(session):
+            with require_durable_commit(session):
                 row = await session.fetchrow(
                     f"""
                     WITH live AS (
@@ -290,7 +296,7 @@ class Store:
         audit_context.recorded = True
         return _deletion_of(row)
 
-    @retrying
+    @retry_on_conflict
     async def get_deletion(
         self, account_id: str, token_id: str
     ) -> tuple[Deletion | None, Snapshot]:
@@ -310,7 +316,7 @@ class Store:
         row = rows[0]
         return (None if row[3] is None else _deletion_of(row)), snapshot_of(row)
 
-    @retrying
+    @retry_on_conflict
     async def confirm_deletion(
         self, token_id: str, position: Position, confirmation: Confirmation
     ) -> Deletion:
@@ -321,7 +327,7 @@ class Store:
         the database has no deletion at `position`: it follows another history (rule 12).
         """
         async with self._pool.session() as session:
-            with durably(session):
+            with require_durable_commit(session):
                 row = await session.fetchrow(
                     f"""
                     UPDATE deletion d
@@ -352,14 +358,14 @@ class Store:
             raise StoreUnavailable("The receipt was not found: delete the token again.")
         return _deletion_of(row)
 
-    @retrying
+    @retry_on_conflict
     async def invalidate_all(self, audit_context: AuditContext) -> tuple[Position, datetime]:
         """Take a revision that names every token; return its position and when it was taken.
 
         In one transaction with its log entry and its audit entry, as durable as a deletion.
         """
         async with self._pool.session() as session:
-            with durably(session):
+            with require_durable_commit(session):
                 row = await session.fetchrow(
                     f"""
                     WITH next AS (
@@ -388,7 +394,7 @@ class Store:
         audit_context.recorded = True
         return Position(row[0], mark_in(row[1])), row[2]
 
-    @retrying
+    @retry_on_conflict
     async def purge_tombstones(self, before: datetime, limit: int) -> int:
         """Remove up to `limit` tombstones deleted before a moment; return how many went."""
         async with self._pool.session() as session:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from latchkey_coherence.memory import Entry
 
-__all__ = ["Record", "Scope", "TokenRecord", "Verdict", "decide"]
+__all__ = ["CachedToken", "Scope", "TokenRecord", "Verdict", "decide"]
 
 
 class Scope(enum.IntEnum):
@@ -49,7 +49,7 @@ class TokenRecord(NamedTuple):
     delete_time: datetime | None = None
 
 
-class Record(Entry):
+class CachedToken(Entry):
     """What is kept of a token to answer verifies. A million of them may be in memory."""
 
     __slots__ = ("deleted", "expires", "scope", "token")
@@ -73,7 +73,7 @@ class Record(Entry):
         self.deleted = deleted
 
 
-def decide(record: Record | None, required_scope: int, now: float) -> Verdict:
+def decide(record: CachedToken | None, required_scope: int, now: float) -> Verdict:
     """Return the verdict on a well-formed secret whose token is `record`, at the moment `now`.
 
     `required_scope` is a number of the contract's enum, perhaps one that this release does not

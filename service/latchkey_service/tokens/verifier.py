@@ -19,7 +19,7 @@ from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.verifier_state import Membership
 from latchkey_service.secret_format import SECRET_LENGTH_MAX, Keyring, Malformed
 from latchkey_service.tokens.batched_lookup import Found, Lookup
-from latchkey_service.tokens.verdict import Record, TokenRecord, Verdict, decide
+from latchkey_service.tokens.verdict import CachedToken, TokenRecord, Verdict, decide
 
 __all__ = ["Answer", "Question", "Verifier"]
 
@@ -39,7 +39,7 @@ class Answer(NamedTuple):
 Question = tuple[str, int]
 
 # No secret has it: a digest of HMAC-SHA-256 is all zeros with a probability of 2**-256.
-NOBODYS_DIGEST = bytes(32)
+ABSENT_DIGEST = bytes(32)
 
 _MALFORMED = Answer(Verdict.MALFORMED)
 _UNKNOWN = Answer(Verdict.UNKNOWN)
@@ -53,7 +53,7 @@ class Verifier:
         keyring: Keyring,
         lookup: Lookup,
         reads: LeasedReads,
-        membership: Membership[Record],
+        membership: Membership[CachedToken],
         encode: Callable[[TokenRecord], bytes],
         clock: Callable[[], float],
         unix_time: Callable[[], float],
@@ -73,7 +73,7 @@ class Verifier:
         self._cache_seconds = cache_seconds
         self._randomness = randomness
 
-    def recall(self, presented: str, required_scope: int) -> Answer | None:
+    def verify_cached(self, presented: str, required_scope: int) -> Answer | None:
         """Return the answer to one question from memory, or None."""
         if len(presented) > SECRET_LENGTH_MAX:
             return None
@@ -106,7 +106,7 @@ class Verifier:
     async def verify_batch(self, questions: Sequence[Question], deadline: float) -> list[Answer]:
         """Return the answers to up to 1,000 questions, in order, at the cost of one `verify`."""
         parsed = [
-            self.recall(presented, required_scope) or self._parse(presented)
+            self.verify_cached(presented, required_scope) or self._parse(presented)
             for presented, required_scope in questions
         ]
         digests = [digest for digest in parsed if isinstance(digest, bytes)]
@@ -130,7 +130,7 @@ class Verifier:
         For the health service. Raises what `verify` does.
         """
         began = await self._reads.begin(deadline)
-        found = await self._lookup.find(NOBODYS_DIGEST, deadline)
+        found = await self._lookup.find(ABSENT_DIGEST, deadline)
         await self._reads.accept(found.snapshot, began, deadline)
 
     def _judge(self, presented: str, found: Found, required_scope: int, now: float) -> Answer:
@@ -138,7 +138,7 @@ class Verifier:
         read = found.record
         if read is None:
             return Answer(Verdict.UNKNOWN, b"", found.snapshot.position)
-        record = Record(
+        record = CachedToken(
             read.id,
             int(read.scope),
             math.inf if read.expire_time is None else read.expire_time.timestamp(),

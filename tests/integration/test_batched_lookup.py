@@ -10,7 +10,7 @@ import pytest
 from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.postgres.connections import connect
 from latchkey_service.secret_format import Keyring, Pepper
-from latchkey_service.tokens import batched_lookup as module
+from latchkey_service.tokens import batched_lookup
 from latchkey_service.tokens.batched_lookup import Lookup
 from latchkey_service.tokens.management import NewToken, Tokens
 from latchkey_service.tokens.queue_limit import CALM_SECONDS, STANDING_SECONDS, QueueLimit
@@ -172,7 +172,7 @@ async def test_a_closed_lookup_refuses_and_leaves_nothing_open(lookup, counted, 
 
 async def test_the_queue_has_a_size(lookup, counted, digests, monkeypatch):
     """Past the bound a look-up is refused at once."""
-    monkeypatch.setattr(module, "WAITING_MAX", 5)
+    monkeypatch.setattr(batched_lookup, "WAITING_MAX", 5)
     counted.gate.clear()
     waiting = [asyncio.create_task(lookup.find(d, soon())) for d in digests[:5]]
     await counted.asked.wait()
@@ -202,11 +202,11 @@ async def test_more_calls_than_make_it_busy_are_bounded_if_that_lasts(
 ):
     """A burst is let in. While queries go on to be full, calls past the bound are refused; and
     they are let in again once the queries have been small."""
-    monkeypatch.setattr(module, "BUSY", 2)
-    monkeypatch.setattr(module, "STANDING", 1)
+    monkeypatch.setattr(batched_lookup, "BUSY", 2)
+    monkeypatch.setattr(batched_lookup, "STANDING", 1)
     now = 1_000.0
     monkeypatch.setattr(lookup, "_monotonic", lambda: now)
-    monkeypatch.setattr(lookup, "_bound", QueueLimit(module.STANDING, 100))
+    monkeypatch.setattr(lookup, "_bound", QueueLimit(batched_lookup.STANDING, 100))
 
     async def come(count: int) -> tuple[list[asyncio.Task[Any]], int]:
         tasks = [asyncio.create_task(lookup.find(digests[0], now + 60.0)) for _ in range(count)]

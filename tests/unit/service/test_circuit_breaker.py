@@ -5,12 +5,12 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from latchkey_service.postgres import circuit_breaker as reconnection
+from latchkey_service.postgres import circuit_breaker
 from latchkey_service.postgres.circuit_breaker import (
     ATTEMPTS_MAX,
     RECONNECT_SECONDS,
     Attempt,
-    Reconnection,
+    CircuitBreaker,
     spread,
 )
 from latchkey_service.postgres.connections import POOL_SIZE_MAX
@@ -21,17 +21,17 @@ ORDINARY, PROBE = Attempt.ORDINARY, Attempt.PROBE
 class World:
     def __init__(self, randomness: float = 0.0) -> None:
         self.now = 1_000.0
-        self.reconnection = Reconnection(lambda: self.now, lambda: randomness)
+        self.breaker = CircuitBreaker(lambda: self.now, lambda: randomness)
 
     def begins(self) -> list[Attempt]:
         """The attempts that may begin now, and do."""
         begun = []
-        while (attempt := self.reconnection.begin()) is not None:
+        while (attempt := self.breaker.begin()) is not None:
             begun.append(attempt)
         return begun
 
     def doubts(self) -> bool:
-        return self.reconnection.in_doubt
+        return self.breaker.half_open
 
 
 @given(st.floats(0, 1e3), st.floats(0, 1, exclude_max=True))
@@ -55,7 +55,7 @@ def test_all_may_try_while_it_works() -> None:
     assert ATTEMPTS_MAX == POOL_SIZE_MAX + 5
     world = World()
     assert world.begins() == [ORDINARY] * ATTEMPTS_MAX
-    world.reconnection.succeed(ORDINARY)
+    world.breaker.succeed(ORDINARY)
     assert world.begins() == [ORDINARY]
 
 
@@ -66,11 +66,11 @@ def test_a_failure_is_looked_into_at_once() -> None:
     assert not world.doubts()
     # All connections were ended while they were made: one event, not many.
     for _ in range(ATTEMPTS_MAX):
-        world.reconnection.fail(ORDINARY)
+        world.breaker.fail(ORDINARY)
         assert world.doubts()
     assert world.begins() == [PROBE]
     assert world.doubts()
-    world.reconnection.succeed(PROBE)
+    world.breaker.succeed(PROBE)
     assert not world.doubts()
     assert world.begins() == [ORDINARY] * ATTEMPTS_MAX
 
@@ -80,19 +80,19 @@ def test_one_finds_out_whether_it_is_back(randomness: float) -> None:
     """Once it is known to be away nobody tries for a while, then one does, again and again; if that
     works, all may."""
     world = World(randomness)
-    assert world.reconnection.begin() is ORDINARY
-    world.reconnection.fail(ORDINARY)
+    assert world.breaker.begin() is ORDINARY
+    world.breaker.fail(ORDINARY)
     pause = spread(RECONNECT_SECONDS, randomness)
     for _ in range(3):
         assert world.begins() == [PROBE]
-        world.reconnection.fail(PROBE)
+        world.breaker.fail(PROBE)
         assert not world.doubts()
         assert world.begins() == []
         world.now += pause * 0.99
         assert world.begins() == []
         world.now += pause * 0.02
     assert world.begins() == [PROBE]
-    world.reconnection.succeed(PROBE)
+    world.breaker.succeed(PROBE)
     assert world.begins() == [ORDINARY] * ATTEMPTS_MAX
 
 
@@ -100,15 +100,15 @@ def test_attempts_that_hang_are_counted_as_they_end() -> None:
     """Those of before a failure change nothing when they fail too; their places are free again."""
     world = World()
     assert world.begins() == [ORDINARY] * ATTEMPTS_MAX
-    world.reconnection.fail(ORDINARY)
+    world.breaker.fail(ORDINARY)
     assert world.begins() == [PROBE]
-    world.reconnection.fail(PROBE)
+    world.breaker.fail(PROBE)
     for _ in range(ATTEMPTS_MAX - 1):
-        world.reconnection.fail(ORDINARY)
+        world.breaker.fail(ORDINARY)
     assert world.begins() == []
     world.now += RECONNECT_SECONDS
     assert world.begins() == [PROBE]
-    world.reconnection.succeed(PROBE)
+    world.breaker.succeed(PROBE)
     assert world.begins() == [ORDINARY] * ATTEMPTS_MAX
 
 
@@ -116,11 +116,11 @@ def test_a_late_success_is_one() -> None:
     """An attempt that hung, and led to a connection after all, lets all others try."""
     world = World()
     for _ in range(2):
-        assert world.reconnection.begin() is ORDINARY
-    world.reconnection.fail(ORDINARY)
-    assert world.reconnection.begin() is PROBE
-    world.reconnection.fail(PROBE)
-    world.reconnection.succeed(ORDINARY)
+        assert world.breaker.begin() is ORDINARY
+    world.breaker.fail(ORDINARY)
+    assert world.breaker.begin() is PROBE
+    world.breaker.fail(PROBE)
+    world.breaker.succeed(ORDINARY)
     assert world.begins() == [ORDINARY] * ATTEMPTS_MAX
 
 
@@ -129,10 +129,10 @@ def test_attempts_a_second_are_few() -> None:
     world = World()
     attempts = 0
     for _ in range(1_000):
-        if (attempt := world.reconnection.begin()) is not None:
+        if (attempt := world.breaker.begin()) is not None:
             attempts += 1
-            world.reconnection.fail(attempt)
+            world.breaker.fail(attempt)
         world.now += 0.001
     # The first, which is told from a hiccup by the second, and then one in each eighth at most.
     assert attempts <= 2 + 8
-    assert reconnection.RECONNECT_SECONDS <= 0.25, "service resumes within it"
+    assert circuit_breaker.RECONNECT_SECONDS <= 0.25, "service resumes within it"
