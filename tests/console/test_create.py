@@ -221,7 +221,7 @@ def test_a_secret_is_no_name(browser: Browser, world: World) -> None:
     secret = world.create("existing").secret
     browser.open("/new")
     add(browser, secret)
-    assert "must not hold a secret" in browser.text("#error-name")
+    assert "must not contain a secret" in browser.text("#error-name")
 
 
 def test_expiry_on_a_date_begins_in_the_viewers_zone(

@@ -206,7 +206,7 @@ async def test_more_calls_than_make_it_busy_are_bounded_if_that_lasts(
     monkeypatch.setattr(batched_lookup, "STANDING", 1)
     now = 1_000.0
     monkeypatch.setattr(lookup, "_monotonic", lambda: now)
-    monkeypatch.setattr(lookup, "_bound", QueueLimit(batched_lookup.STANDING, 100))
+    monkeypatch.setattr(lookup, "_queue_limit", QueueLimit(batched_lookup.STANDING, 100))
 
     async def come(count: int) -> tuple[list[asyncio.Task[Any]], int]:
         tasks = [asyncio.create_task(lookup.find(digests[0], now + 60.0)) for _ in range(count)]

@@ -184,10 +184,10 @@ async def test_rotation(tmp_path: Path, store: TokenStore, database_url: str) ->
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "holds no key"),
-        ("# nothing\n\n", "holds no key"),
-        ("beef\n", "line 1: a key is 64 hexadecimal digits"),
-        (OLD.key.hex() + "\n" + OLD.key.hex() + "\n", "holds a key twice"),
+        ("", "contains no key"),
+        ("# nothing\n\n", "contains no key"),
+        ("beef\n", "line 1: a key must be 64 hexadecimal digits"),
+        (OLD.key.hex() + "\n" + OLD.key.hex() + "\n", "contains a key twice"),
         ("\udcff", "cannot read"),
     ],
 )

@@ -66,8 +66,8 @@ POLICY = '[callers.shop]\nroles = ["verifier"]\n'
 @pytest.mark.parametrize(
     ("given", "policy", "told"),
     [
-        ({"policy": "policy.toml"}, None, "a worker needs both or neither"),
-        ({}, POLICY, "a worker needs both or neither"),
+        ({"policy": "policy.toml"}, None, "a worker needs both"),
+        ({}, POLICY, "a worker needs both"),
         ({"policy": "policy.toml"}, "[callers", "line 1: "),
         ({"policy": "policy.toml"}, ..., "received no policy"),
         (

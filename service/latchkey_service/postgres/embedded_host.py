@@ -1,6 +1,6 @@
 """The host side of the embedded PostgreSQL: accounts, programs, directories, processes.
 
-Handles users, permissions and signals. `embedded.py` owns the cluster and its life.
+Handles users, permissions and signals. `embedded_cluster.py` owns the cluster and its life.
 """
 
 import contextlib

@@ -73,7 +73,7 @@ def run(settings: Settings) -> int:
         policy = _check_files(settings)
         if settings.database_url is None:
             postgres = EmbeddedPostgres(settings.data_dir)
-            # On the main thread, before any other thread exists: see embedded.py.
+            # On the main thread, before any other thread exists: see embedded_cluster.py.
             with _sigterm_interrupts():
                 database_url = postgres.start()
         else:

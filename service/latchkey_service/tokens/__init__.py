@@ -1,5 +1,6 @@
-"""Tokens: create, list, delete and verify them; their secrets, peppers and SQL.
+"""Tokens: creates, lists, deletes and verifies them, with their secrets, peppers and SQL.
 
-Owns the rules of the contract. Imports coherence (leases), audit and postgres. Begin with
-`verifier.py` for a verify and `management.py` for everything else.
+Owns the rules of the contract, but neither protobuf (`rpc`) nor leases (`coherence`). Imports
+coherence, audit and postgres. Begin with `verifier.py` for Verify and with `management.py` for all
+other methods.
 """

@@ -1,7 +1,8 @@
-"""A host's first step: it reads or generates its peppers and registers them with the database.
+"""Reads or generates a host's peppers and registers them with the database: its first step.
 
-The rules are in `fleet.py`. One host at a time registers new peppers, so that of two new hosts on
-an empty database only one generates a key.
+Does not own the rules (`fleet.py`), the file (`pepper_file.py`) or the SQL (`token_store.py`). Only
+one host at a time registers new peppers, so of two new hosts on an empty database only one
+generates a key.
 """
 
 import asyncio

@@ -101,10 +101,10 @@ def test_64_of_the_longest_characters_are_a_name() -> None:
 def test_what_the_service_refuses_stands_at_its_field() -> None:
     """The service's words come at the field that they are about; the rest at the form's."""
     form = TokenForm(name="x").refused(
-        [FieldViolation("name", "must not hold a secret"), FieldViolation("ttl", "is odd.")]
+        [FieldViolation("name", "must not contain a secret"), FieldViolation("ttl", "is odd.")]
     )
     assert form.errors == {
-        "name": "The name must not hold a secret.",
+        "name": "The name must not contain a secret.",
         "expiry": "The expiry is odd.",
     }
     assert list(TokenForm().refused([]).errors) == [""]
