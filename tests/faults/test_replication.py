@@ -25,7 +25,7 @@ async def standby_missing(postgres: BreakablePostgres, url: str) -> AsyncIterato
     """Make commits wait for a standby that is not there."""
     postgres.configure("synchronous_standby_names = 'nobody'")
     try:
-        # Postgres' processes take note of it one by one.
+        # The processes of Postgres read the setting one by one.
         async with session(url) as connection:
 
             async def waits() -> bool:
@@ -43,7 +43,7 @@ async def standby_missing(postgres: BreakablePostgres, url: str) -> AsyncIterato
 
 
 async def cut_short(url: str, work: Awaitable[Any]) -> Any:
-    """Cancel the wait for the standby that `work` gets into, and return what it returns."""
+    """Cancel the wait for the standby that `work` is in, and return the result of `work`."""
     task = asyncio.ensure_future(work)
 
     async def cancelled() -> bool:
@@ -59,10 +59,10 @@ async def cut_short(url: str, work: Awaitable[Any]) -> Any:
     return await task
 
 
-async def test_a_renewal_that_no_standby_has_is_none(
+async def test_a_renewal_that_no_standby_has_extends_no_lease(
     postgres: BreakablePostgres, database_url: str
 ) -> None:
-    """It may be undone by a failover, so it extends no lease."""
+    """A failover may undo such a renewal, so it extends no lease."""
     connection = await connect(database_url)
     row = OwnRow(connection, Identity("ver_a", "x", 1, "0", 3.0))
     position = (await row.register(1, acknowledge=True)).position
@@ -77,7 +77,7 @@ async def test_a_renewal_that_no_standby_has_is_none(
 async def test_a_deletion_that_no_standby_has_is_not_confirmed(
     postgres: BreakablePostgres, database_url: str, store: TokenStore
 ) -> None:
-    """Its caller is told to try again, however often, until a standby has it."""
+    """The caller gets a retryable error on every attempt until a standby has the deletion."""
     await store.register_pepper("p")
     record = TokenRecord(
         "tok_1", "acme", "a", Scope.READ, (await now(database_url)), None, "lk_…abcd"

@@ -1,4 +1,4 @@
-"""A worker starts with what it is handed and nothing else, and does not go on half."""
+"""A worker starts only with exactly what the supervisor sends, and does not continue incomplete."""
 
 import asyncio
 import json
@@ -28,14 +28,14 @@ PARTS = (
 
 
 @pytest.mark.parametrize("part", PARTS)
-async def test_a_part_that_fails_is_noticed(
+async def test_a_failed_task_is_reported(
     part: str,
     database_url: str,
     store: TokenStore,
     pepper_file: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever part ends by an error, whoever runs the worker is told, and can end it."""
+    """If any background task fails, the owner of the worker is notified and can stop it."""
     failed = asyncio.Event()
 
     async def fail(*_: object) -> None:
@@ -48,10 +48,10 @@ async def test_a_part_that_fails_is_noticed(
         await asyncio.wait_for(failed.wait(), WAIT_SECONDS)
 
 
-async def test_no_part_ends_by_itself(
+async def test_a_graceful_stop_reports_no_failure(
     database_url: str, store: TokenStore, pepper_file: Path
 ) -> None:
-    """A worker that is whole, and is stopped, reports nothing."""
+    """A worker that starts and stops normally reports no failed task."""
     failed = asyncio.Event()
     settings = make_settings(database_url, pepper_file, "native")
     keyring = pepper_files.load_or_create(pepper_file, create=False)
@@ -64,7 +64,7 @@ POLICY = '[callers.shop]\nroles = ["verifier"]\n'
 
 
 @pytest.mark.parametrize(
-    ("given", "policy", "told"),
+    ("given", "policy", "message"),
     [
         ({"policy": "policy.toml"}, None, "a worker needs both"),
         ({}, POLICY, "a worker needs both"),
@@ -79,11 +79,11 @@ POLICY = '[callers.shop]\nroles = ["verifier"]\n'
         (None, None, "received no settings"),
     ],
 )
-def test_what_a_worker_does_not_start_with(
-    tmp_path: Path, pepper_file: Path, given: dict[str, str] | None, policy: object, told: str
+def test_a_worker_rejects_incomplete_input(
+    tmp_path: Path, pepper_file: Path, given: dict[str, str] | None, policy: object, message: str
 ) -> None:
-    """What it is handed must go together, whatever the environment, `.env` and the policy file
-    have; no secret is told."""
+    """The settings, peppers and policy that a worker receives must be consistent, whatever the
+    environment, `.env` and the policy file contain. No message reveals a secret."""
     (tmp_path / "policy.toml").write_text(POLICY)
     (tmp_path / ".env").write_text("LATCHKEY_POLICY=policy.toml\nLATCHKEY_WORKERS=1\n")
     settings = {"database_url": "postgresql://u:hunter2@127.0.0.1:1/db", "log_format": "json"}
@@ -100,6 +100,6 @@ def test_what_a_worker_does_not_start_with(
         timeout=60,
     )
     assert (ended.returncode in (1, 2), ended.stdout) == (True, "")
-    assert told in ended.stderr
+    assert message in ended.stderr
     for hidden in ("Traceback", "hunter2", keys.strip()):
         assert hidden not in ended.stderr

@@ -1,4 +1,5 @@
-"""A database that is away is knocked at by one at a time, with pauses that differ."""
+"""The circuit breaker: while the database is down, a process makes one attempt at a time, with
+random pauses."""
 
 import random
 
@@ -24,34 +25,35 @@ class World:
         self.breaker = CircuitBreaker(lambda: self.now, lambda: randomness)
 
     def begins(self) -> list[Attempt]:
-        """The attempts that may begin now, and do."""
+        """Start as many attempts as are permitted now, and return them."""
         begun = []
         while (attempt := self.breaker.begin()) is not None:
             begun.append(attempt)
         return begun
 
-    def doubts(self) -> bool:
+    def half_open(self) -> bool:
         return self.breaker.half_open
 
 
 @given(st.floats(0, 1e3), st.floats(0, 1, exclude_max=True))
 def test_spread(seconds: float, randomness: float) -> None:
-    """A pause is half of what it may be to all of it."""
+    """A pause is between half of the given time and all of it."""
     assert seconds / 2 <= spread(seconds, randomness) <= seconds
 
 
-def test_workers_do_not_knock_in_step() -> None:
-    """Of workers that lost the database at one moment, no more than a few come back in a tenth of
-    the time that they come back in."""
+def test_workers_do_not_retry_in_step() -> None:
+    """Of workers that lost the database together, only a few retry within any twentieth of the
+    pause."""
     randomness = random.Random(1)  # noqa: S311 - repeatable
     pauses = sorted(spread(1.0, randomness.random()) for _ in range(200))
     for since in pauses:
         assert sum(since <= pause < since + 0.05 for pause in pauses) < 40
 
 
-def test_all_may_try_while_it_works() -> None:
-    """As many attempts as there are connections, and one for each that has ended."""
-    # Verify, health, the lease, notifications and the wait of Deletes have one each.
+def test_closed_permits_as_many_attempts_as_connections() -> None:
+    """While closed, the breaker permits as many attempts as there are connections, and another for
+    each that ends."""
+    # Verify, health, the lease, notifications and the wait of Deletes have one connection each.
     assert ATTEMPTS_MAX == POOL_SIZE_MAX + 5
     world = World()
     assert world.begins() == [ORDINARY] * ATTEMPTS_MAX
@@ -59,26 +61,27 @@ def test_all_may_try_while_it_works() -> None:
     assert world.begins() == [ORDINARY]
 
 
-def test_a_failure_is_looked_into_at_once() -> None:
-    """After a failure one tries at once, and nobody else meanwhile; if that works, all may."""
+def test_a_failure_is_probed_at_once() -> None:
+    """After a failure, one probe may start at once and nothing else. If it succeeds, the breaker
+    closes."""
     world = World()
     assert world.begins() == [ORDINARY] * ATTEMPTS_MAX
-    assert not world.doubts()
-    # All connections were ended while they were made: one event, not many.
+    assert not world.half_open()
+    # One event ended all connections while they were being made.
     for _ in range(ATTEMPTS_MAX):
         world.breaker.fail(ORDINARY)
-        assert world.doubts()
+        assert world.half_open()
     assert world.begins() == [PROBE]
-    assert world.doubts()
+    assert world.half_open()
     world.breaker.succeed(PROBE)
-    assert not world.doubts()
+    assert not world.half_open()
     assert world.begins() == [ORDINARY] * ATTEMPTS_MAX
 
 
 @pytest.mark.parametrize("randomness", [0.0, 0.99])
-def test_one_finds_out_whether_it_is_back(randomness: float) -> None:
-    """Once it is known to be away nobody tries for a while, then one does, again and again; if that
-    works, all may."""
+def test_open_permits_one_probe_per_pause(randomness: float) -> None:
+    """While open, the breaker permits nothing during a pause and then one probe, again and again.
+    If a probe succeeds, the breaker closes."""
     world = World(randomness)
     assert world.breaker.begin() is ORDINARY
     world.breaker.fail(ORDINARY)
@@ -86,7 +89,7 @@ def test_one_finds_out_whether_it_is_back(randomness: float) -> None:
     for _ in range(3):
         assert world.begins() == [PROBE]
         world.breaker.fail(PROBE)
-        assert not world.doubts()
+        assert not world.half_open()
         assert world.begins() == []
         world.now += pause * 0.99
         assert world.begins() == []
@@ -96,8 +99,9 @@ def test_one_finds_out_whether_it_is_back(randomness: float) -> None:
     assert world.begins() == [ORDINARY] * ATTEMPTS_MAX
 
 
-def test_attempts_that_hang_are_counted_as_they_end() -> None:
-    """Those of before a failure change nothing when they fail too; their places are free again."""
+def test_hanging_attempts_free_their_slots_as_they_end() -> None:
+    """Attempts from before the failure change nothing when they fail too, and their slots are free
+    again."""
     world = World()
     assert world.begins() == [ORDINARY] * ATTEMPTS_MAX
     world.breaker.fail(ORDINARY)
@@ -112,8 +116,8 @@ def test_attempts_that_hang_are_counted_as_they_end() -> None:
     assert world.begins() == [ORDINARY] * ATTEMPTS_MAX
 
 
-def test_a_late_success_is_one() -> None:
-    """An attempt that hung, and led to a connection after all, lets all others try."""
+def test_a_late_success_closes() -> None:
+    """An attempt that hung and then connected closes the breaker."""
     world = World()
     for _ in range(2):
         assert world.breaker.begin() is ORDINARY
@@ -124,8 +128,8 @@ def test_a_late_success_is_one() -> None:
     assert world.begins() == [ORDINARY] * ATTEMPTS_MAX
 
 
-def test_attempts_a_second_are_few() -> None:
-    """However many ask, a process tries some eight times in a second without success."""
+def test_attempts_per_second_are_few() -> None:
+    """However many callers ask, a process makes about eight attempts per second without success."""
     world = World()
     attempts = 0
     for _ in range(1_000):
@@ -133,6 +137,6 @@ def test_attempts_a_second_are_few() -> None:
             attempts += 1
             world.breaker.fail(attempt)
         world.now += 0.001
-    # The first, which is told from a hiccup by the second, and then one in each eighth at most.
+    # The first failure, the probe that confirms it, then at most one in each eighth of a second.
     assert attempts <= 2 + 8
-    assert circuit_breaker.RECONNECT_SECONDS <= 0.25, "service resumes within it"
+    assert circuit_breaker.RECONNECT_SECONDS <= 0.25, "service resumes within this pause"

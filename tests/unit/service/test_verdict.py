@@ -1,4 +1,4 @@
-"""The order in which verdicts take precedence, checked against the words of the contract."""
+"""The precedence of verdicts, as the contract defines it."""
 
 import math
 

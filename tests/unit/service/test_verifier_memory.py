@@ -1,4 +1,4 @@
-"""What the server's verifier remembers, for how long, and which reads it answers with."""
+"""What the server's verifier caches, for how long, and which reads it trusts."""
 
 import math
 from datetime import UTC, datetime
@@ -26,7 +26,7 @@ TOKEN = TokenRecord("t1", "acme", "ci", Scope.READ, datetime(2026, 1, 1, tzinfo=
 
 
 class Database:
-    """Takes the place of look-ups: answers with the token, read wherever a test says."""
+    """Replaces look-ups: returns the token, read at the position that a test sets."""
 
     def __init__(self) -> None:
         self.snapshot = Snapshot(at(5), PRIMARY.timeline)
@@ -40,7 +40,7 @@ class Database:
 
 
 class Heart:
-    """Takes the place of the heart: a test says what the log brings once it is read."""
+    """Replaces the lease renewer: a test sets what reading the log returns."""
 
     def __init__(self) -> None:
         self.brings: list[tuple[Position, str]] = []
@@ -57,7 +57,7 @@ class Heart:
 
 
 class Bench:
-    """A verifier with its memory, and everything around it by hand."""
+    """A verifier with its cache. A test controls everything around it."""
 
     def __init__(self, draw: float = 0.0) -> None:
         self.heart = Heart()
@@ -95,9 +95,9 @@ class Bench:
 
 
 @pytest.mark.parametrize(("draw", "seconds"), [(0.0, 1.0), (0.5, 1.5), (1.0, 2.0)])
-async def test_nothing_is_remembered_for_longer_than_allowed(draw: float, seconds: float) -> None:
-    """An entry answers for between half of LATCHKEY_CACHE_SECONDS and all of it, under a lease that
-    goes on; then the token is read again, and remembered again."""
+async def test_entries_expire(draw: float, seconds: float) -> None:
+    """A cache entry answers for between half of LATCHKEY_CACHE_SECONDS and all of it, even if the
+    lease lasts longer. Then the token is read and cached again."""
     bench = Bench(draw)
     assert await bench.verify() is Verdict.VALID
     bench.scene.now += seconds - 0.001
@@ -111,16 +111,16 @@ async def test_nothing_is_remembered_for_longer_than_allowed(draw: float, second
     assert len(bench.memory) == 1
 
 
-async def test_nothing_is_recalled_without_a_lease() -> None:
-    """However fresh it is."""
+async def test_the_cache_answers_only_under_a_lease() -> None:
+    """Without a lease the cache does not answer, however fresh its entry."""
     bench = Bench(1.0)
     await bench.verify()
     bench.membership.lease_ends = bench.scene.now
     assert bench.verify_cached() is None
 
 
-async def test_an_answer_from_memory_has_the_position_that_was_applied() -> None:
-    """Nothing up to it has changed the token, so a client may keep it from there."""
+async def test_a_cached_answer_has_the_applied_position() -> None:
+    """No invalidation up to that position changed the token, so a client may cache it."""
     bench = Bench(1.0)
     await bench.verify()
     bench.scene.apply((at(6), "another"))
@@ -138,9 +138,11 @@ async def test_an_answer_from_memory_has_the_position_that_was_applied() -> None
         (at(6, 2), PRIMARY.timeline),
     ],
 )
-async def test_a_read_from_elsewhere_is_refused(position: Position, timeline: str | None) -> None:
-    """It neither answers nor enters the memory; its connection is given up, and the lease asked
-    whether it is the one that is astray."""
+async def test_a_read_from_another_history_is_rejected(
+    position: Position, timeline: str | None
+) -> None:
+    """The read neither answers nor enters the cache. Its connection is dropped, and the lease is
+    checked, because it may be the one that follows the wrong history."""
     bench = Bench()
     bench.database.snapshot = Snapshot(position, timeline)
     with pytest.raises(StoreUnavailable):
@@ -150,8 +152,8 @@ async def test_a_read_from_elsewhere_is_refused(position: Position, timeline: st
     assert bench.heart.woken == 1
 
 
-async def test_an_unknown_token_is_believed_no_sooner() -> None:
-    """A deposed primary must not say that a secret is unknown either."""
+async def test_an_unknown_token_needs_a_trusted_read() -> None:
+    """A deposed primary must not report that a secret is unknown either."""
     bench = Bench()
     bench.database.record = None
     assert await bench.verify() is Verdict.UNKNOWN
@@ -162,7 +164,8 @@ async def test_an_unknown_token_is_believed_no_sooner() -> None:
 
 @pytest.mark.parametrize("history", [1, 2])
 async def test_a_read_that_is_ahead_waits_for_the_log(history: int) -> None:
-    """It answers once the log has its position, and not when the log has another mark there."""
+    """The read answers once the log reaches its position, and is rejected if the log has another
+    mark there."""
     bench = Bench()
     bench.database.snapshot = Snapshot(at(6), PRIMARY.timeline)
     bench.heart.brings = [(at(6, history), "another")]
@@ -175,9 +178,9 @@ async def test_a_read_that_is_ahead_waits_for_the_log(history: int) -> None:
         assert len(bench.memory) == 0
 
 
-async def test_a_read_that_an_invalidation_overtook_is_answered_and_not_kept() -> None:
-    """The verify began before the invalidation was applied, so it may answer. The memory may not
-    keep it: nothing would drop it again."""
+async def test_a_read_overtaken_by_an_invalidation_is_not_cached() -> None:
+    """The verify began before the invalidation was applied, so it may answer. The cache must not
+    keep the token, because no later invalidation would drop it."""
     bench = Bench()
     find = bench.database.find
 
@@ -191,8 +194,8 @@ async def test_a_read_that_an_invalidation_overtook_is_answered_and_not_kept() -
     assert len(bench.memory) == 0
 
 
-async def test_a_lease_that_was_lost_meanwhile_permits_no_answer() -> None:
-    """The read was sent under a lease on a history that is no more."""
+async def test_a_lease_lost_during_the_read_permits_no_answer() -> None:
+    """The read was sent under a lease on a history that has ended."""
     bench = Bench()
     find = bench.database.find
 
