@@ -138,6 +138,7 @@ step "ruff format" ruff format --check --quiet .
 step "mypy" mypy proto/latchkey_coherence service/latchkey_service clients/python/latchkey \
   clients/cli/latchkey_cli clients/console/latchkey_console
 step "mypy tests" mypy tests
+step "imports" lint-imports --no-cache --no-logo
 step "buf lint" proto_lint
 step "stubs" python proto/generate.py --check
 step "bandit" bandit --quiet --recursive proto/latchkey_coherence service clients --configfile pyproject.toml

@@ -16,6 +16,9 @@ __all__ = ["WatchClient", "watching"]
 
 Metadata = tuple[tuple[str, str], ...]
 
+# How a client library says where it runs.
+CLIENT: Metadata = (("latchkey-client", "web-1 pid 77"),)
+
 
 class WatchClient:
     """One stream. Received events are kept in order in `events`, whether asked for or not."""
@@ -70,7 +73,7 @@ class WatchClient:
 async def watching(address: str) -> AsyncIterator[WatchClient]:
     """Watch a server, on a connection of its own. Lets go at the end, if it still can."""
     async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-        client = WatchClient(pb_grpc.TokenServiceStub(channel))
+        client = WatchClient(pb_grpc.TokenServiceStub(channel), CLIENT)
         yield client
         if client.call.cancelled():
             return

@@ -1,1 +1,1 @@
-"""The Latchkey server. `rpc.py` says how one Verify goes from socket to answer: start there."""
+"""The Latchkey server. Start with docs/architecture.md: its rooms, and the way of a call."""

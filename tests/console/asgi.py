@@ -1,4 +1,4 @@
-"""The page as an application in this process, for what browsers never do."""
+"""Runs the console in this process, for requests that no browser would send."""
 
 import re
 from collections.abc import AsyncIterator
@@ -17,12 +17,12 @@ PEER = ("127.0.0.1", 40_000)
 async def visitor(
     target: str, *, peer: tuple[str, int] = PEER, **options: Any
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """Run the page with these settings, and yield a browser's stand-in, with cookies."""
+    """Run the console with these settings and yield an HTTP client that keeps cookies."""
     app = make_app(settings.make(target=target, **options))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=peer)
     async with httpx.AsyncClient(transport=transport, base_url=ORIGIN) as browser:
         yield browser
-    # The application's client belongs to its lifespan, which this transport does not run.
+    # The lifespan closes the application's client, but this transport does not run it.
     inbox = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
 
     async def receive() -> dict[str, str]:
@@ -35,13 +35,13 @@ async def visitor(
 
 
 def fields(page: str) -> dict[str, str]:
-    """Return the hidden fields of a page's forms, by name."""
+    """Return the hidden form fields of a page by name."""
     found = re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)">', page)
     return dict(found)
 
 
 async def form(browser: httpx.AsyncClient, **values: str) -> dict[str, str]:
-    """Return a form for a new token as the page gives it, filled in."""
+    """Fetch the form for a new token and fill it in."""
     page = await browser.get("/new")
     assert page.status_code == 200
     return fields(page.text) | {"name": "made", "scope": "read", "expiry": "90"} | values
@@ -50,6 +50,6 @@ async def form(browser: httpx.AsyncClient, **values: str) -> dict[str, str]:
 async def send(
     browser: httpx.AsyncClient, path: str, data: dict[str, str], **headers: str
 ) -> httpx.Response:
-    """Send a form as the page's own browser does, or with other headers."""
+    """Submit a form as a browser on the page would, or with other headers."""
     sent = {"origin": ORIGIN} | {k.replace("_", "-"): v for k, v in headers.items()}
     return await browser.post(path, data=data, headers={k: v for k, v in sent.items() if v})

@@ -1,4 +1,4 @@
-"""A real browser, and what the tests ask of it."""
+"""Drives a real browser for the tests."""
 
 import json
 import tempfile
@@ -39,13 +39,13 @@ _FLAGS = (
     "disable-component-update",
     "disable-sync",
     "hide-scrollbars",
-    # Whatever a page asks for, nothing leaves this machine.
+    # Pages cannot send requests to other machines.
     "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
 
 
 class Browser:
-    """Chromium on one page of the tests', with one tab. Elements are given by CSS selectors."""
+    """Chromium with one tab. The methods take CSS selectors."""
 
     def __init__(self, found: tools.Browser, profile: Path) -> None:
         options = ChromeOptions()
@@ -60,7 +60,7 @@ class Browser:
         self._scripted = True
 
     def reset(self, url: str, account: str | None) -> None:
-        """Begin a test: nothing of the one before, at the page's address, as this account."""
+        """Start a test: clear all earlier state, then set the page's URL and the account."""
         self.driver.get("about:blank")
         self.scripts(on=True)
         self.cdp("Network.enable")
@@ -73,16 +73,16 @@ class Browser:
         self.url = url
 
     def cdp(self, method: str, **parameters: Any) -> Any:
-        """Call a method of the DevTools protocol."""
+        """Call a DevTools protocol method."""
         return self.driver.execute_cdp_cmd(method, parameters)
 
     def scripts(self, *, on: bool) -> None:
-        """Let pages run scripts, or not."""
+        """Enable or disable JavaScript."""
         self.cdp("Emulation.setScriptExecutionDisabled", value=not on)
         self._scripted = on
 
     def look(self, width: int, *, dark: bool = False, still: bool = True) -> None:
-        """Take on a width and a colour scheme."""
+        """Set the window's width and colour scheme."""
         self.cdp(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -101,7 +101,7 @@ class Browser:
         self.driver.get(self.url + path)
 
     def find(self, selector: str) -> WebElement:
-        """Return what matches, waiting for it to be there and shown."""
+        """Return the matching element, once it exists and is visible."""
 
         def look() -> WebElement | None:
             element = self.driver.find_element(By.CSS_SELECTOR, selector)
@@ -110,7 +110,7 @@ class Browser:
         return self.until(look, selector)
 
     def all(self, selector: str) -> list[WebElement]:
-        """Return all that match now."""
+        """Return all elements that match now."""
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
 
     def gone(self, selector: str) -> None:
@@ -118,11 +118,11 @@ class Browser:
         self.until(lambda: not self.all(selector), f"no {selector}")
 
     def text(self, selector: str) -> str:
-        """Return the text of what matches, waiting for it."""
+        """Return the matching element's text, once it exists."""
         return " ".join(self.until(lambda: self.find(selector).text, selector).split())
 
     def click(self, selector: str) -> None:
-        """Click what matches, waiting for it; and, without scripts, for the page it leads to."""
+        """Click the matching element once it exists. Without scripts, wait for the next page."""
         left: list[WebElement] = []
 
         def click() -> bool:
@@ -135,12 +135,12 @@ class Browser:
             return True
 
         self.until(click, f"a click on {selector}")
-        # The driver may go on with the page that is left until it hears of the new one.
+        # The driver may still address the old page until it learns of the new one.
         for page in left:
             self.until(partial(_is_gone, page), f"the page that {selector} leads to")
 
     def type(self, selector: str, text: str) -> None:
-        """Put a text into a field, as by pasting: the driver cannot type what has no key."""
+        """Paste a text into a field: the driver cannot type characters that have no key."""
         self.find(selector).clear()
         if text.isascii():
             self.find(selector).send_keys(text)
@@ -149,12 +149,12 @@ class Browser:
             self.cdp("Input.insertText", text=text)
 
     def press(self, *keys: str) -> None:
-        """Press keys wherever the focus is then, also if the page changes meanwhile."""
+        """Press keys at the current focus, even if the page changes between keys."""
         for key in keys:
             ActionChains(self.driver, duration=0).send_keys(key).perform()
 
     def tab_to(self, selector: str, *, most: int = 40) -> None:
-        """Press Tab until what matches has the focus: it can be reached by keyboard."""
+        """Press Tab until the matching element has the focus. Fails after `most` presses."""
         for _ in range(most):
             self.press(Keys.TAB)
             if self.has_focus(selector):
@@ -162,19 +162,19 @@ class Browser:
         raise AssertionError(f"{selector} is not reached by {most} tabs")
 
     def has_focus(self, selector: str) -> bool:
-        """Tell whether what has the focus matches."""
+        """Return whether the focused element matches."""
         return bool(self.js("return document.activeElement.matches(arguments[0])", selector))
 
     def focused(self, selector: str) -> None:
-        """Wait until what matches has the focus."""
+        """Wait until the matching element has the focus."""
         self.until(lambda: self.has_focus(selector), f"the focus on {selector}")
 
     def js(self, script: str, *arguments: Any) -> Any:
-        """Run a script of the test's own, which no policy of the page's keeps out."""
+        """Run a script of the test, which the page's content policy does not block."""
         return self.driver.execute_script(script, *arguments)
 
     def until(self, check: Callable[[], T | None], what: str) -> T:
-        """Try until it answers with something true, and return that."""
+        """Call `check` until its result is true, and return the result."""
         give_up = time.monotonic() + WAIT_SECONDS
         while True:
             try:
@@ -192,7 +192,7 @@ class Browser:
             time.sleep(POLL_SECONDS)
 
     def screen(self, name: str) -> None:
-        """Write what is seen to build/screens: both schemes, phone and desk."""
+        """Save screenshots to build/screens, in both colour schemes and both widths."""
         SCREENS.mkdir(parents=True, exist_ok=True)
         for width in (PHONE, DESK):
             for dark in (False, True):
@@ -202,7 +202,7 @@ class Browser:
         self.look(DESK)
 
     def console_errors(self) -> list[str]:
-        """Return what the browser complained of since the last time."""
+        """Return the browser's error messages since the last call."""
         return [
             entry["message"]
             for entry in self.driver.get_log("browser")
@@ -210,7 +210,7 @@ class Browser:
         ]
 
     def accessible(self, axe: str, what: str) -> None:
-        """Let axe look at the page, at both widths and in both schemes: nothing serious."""
+        """Assert that axe finds nothing serious on the page, at both widths and in both schemes."""
         for width, dark in ((DESK, False), (DESK, True), (PHONE, False)):
             self.look(width, dark=dark)
             if not self.js("return 'axe' in window"):
@@ -225,7 +225,7 @@ class Browser:
                 if violation["impact"] in ("serious", "critical", "moderate")
             ]
             assert wrong == [], f"{what} at {width}{' dark' if dark else ''}: {wrong}"
-            # Nothing is wider than the window.
+            # Nothing may be wider than the window.
             assert self.js("return document.documentElement.scrollWidth <= innerWidth"), what
         self.look(DESK)
 
@@ -235,7 +235,7 @@ class Browser:
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    """Run a browser, installing it where that can be done."""
+    """Run a browser, and install it first if possible."""
     found = tools.browser()
     with tempfile.TemporaryDirectory(prefix="latchkey-browser-") as profile:
         running = Browser(found, Path(profile))
@@ -246,7 +246,7 @@ def browser() -> Iterator[Browser]:
 
 
 def _is_gone(element: WebElement) -> bool:
-    """Tell whether an element's page is no longer shown."""
+    """Return whether the browser has left the element's page."""
     try:
         element.is_enabled()
     except StaleElementReferenceException:
@@ -255,5 +255,5 @@ def _is_gone(element: WebElement) -> bool:
 
 
 def texts(elements: Sequence[WebElement]) -> list[str]:
-    """Return the elements' texts, each on one line."""
+    """Return the texts of the elements, each on one line."""
     return [" ".join(element.text.split()) for element in elements]

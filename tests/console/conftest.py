@@ -1,4 +1,4 @@
-"""For the page's tests: the real service behind a relay, the page before it, a browser."""
+"""Fixtures of the console's tests: a browser, the console, a relay, and the real service."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _numbers = itertools.count(1)
 
 @dataclass
 class World:
-    """All that one browser test has: an account of its own, and what is behind the page."""
+    """The setting of one browser test: its own account and the service behind the console."""
 
     url: str
     account: str
@@ -37,7 +37,7 @@ class World:
     process: Console
 
     def create(self, name: str, **fields: Any) -> Any:
-        """Create a token as another program would; `days_old` and `expires_days` age it."""
+        """Create a token as another program would. `days_old` and `expires_days` change its age."""
         days_old = fields.pop("days_old", None)
         expires_days = fields.pop("expires_days", None)
         request: dict[str, Any] = {
@@ -59,16 +59,16 @@ class World:
         return created
 
     def tokens(self) -> dict[str, Any]:
-        """Return the account's tokens by name, as the service has them."""
+        """Return the service's tokens of the account, by name."""
         request = pb.ListRequest(account_id=self.account, page_size=500)
         return {token.name: token for token in self.stub.List(request, timeout=10).tokens}
 
     def delete(self, token_id: str) -> None:
-        """Delete a token elsewhere than on the page."""
+        """Delete a token without the console."""
         self.stub.Delete(pb.DeleteRequest(account_id=self.account, id=token_id), timeout=20)
 
     def verdict(self, secret: str) -> str:
-        """Ask what a secret is worth."""
+        """Verify a secret and return the verdict."""
         answer = self.stub.Verify(pb.VerifyRequest(secret=secret), timeout=10)
         return pb.Verdict.Name(answer.verdict)
 
@@ -79,14 +79,14 @@ class World:
 
 @pytest.fixture(scope="session")
 async def page_database(postgres_url: str, template_url: str) -> str:
-    """A database for all tests of the page, each of which has accounts of its own."""
+    """A database that all console tests share; each test uses its own accounts."""
     await _execute(postgres_url, f"CREATE DATABASE console TEMPLATE {TEMPLATE}")
     return with_database(postgres_url, "console")
 
 
 @pytest.fixture(scope="session")
 def backend(page_database: str, pepper_file: Path, scratch: Path) -> Iterator[tuple[Relay, Any]]:
-    """The real service as a process, behind a relay; and a stub past the relay."""
+    """The real service as a process behind a relay, and a stub that bypasses the relay."""
     with (
         service(
             scratch / "page-service",
@@ -107,7 +107,7 @@ def backend(page_database: str, pepper_file: Path, scratch: Path) -> Iterator[tu
 
 @pytest.fixture(scope="session")
 def page(backend: tuple[Relay, Any], scratch: Path) -> Iterator[tuple[Console, str]]:
-    """The page as a process, behind a sign-in proxy that is the browser's own headers."""
+    """The console as a process. The browser's own headers play the sign-in proxy."""
     arguments = ("--account-header", "X-Forwarded-User", "--trusted-proxy", "127.0.0.1")
     with console(scratch / "page", *arguments, "--target", backend[0].address) as running:
         yield running
@@ -117,7 +117,7 @@ def page(backend: tuple[Relay, Any], scratch: Path) -> Iterator[tuple[Console, s
 def world(
     page: tuple[Console, str], backend: tuple[Relay, Any], page_database: str
 ) -> Iterator[World]:
-    """An account that no other test has, all well behind the page."""
+    """An account that no other test uses, with a healthy service."""
     relay, stub = backend
     account = f"account-{next(_numbers)}"
     yield World(page[1], account, relay, stub, page_database, page[0])
@@ -126,7 +126,7 @@ def world(
 
 @pytest.fixture(scope="session")
 def one_browser() -> Iterator[browsing.Browser]:
-    """The browser that all tests share, one after the other."""
+    """The browser that all tests use in turn."""
     with browsing.browser() as running:
         yield running
 
@@ -135,10 +135,10 @@ def one_browser() -> Iterator[browsing.Browser]:
 def browser(
     one_browser: browsing.Browser, world: World, request: pytest.FixtureRequest
 ) -> Iterator[browsing.Browser]:
-    """The browser, at the page, signed in as the test's account.
+    """The browser on the console's page, signed in as the test's account.
 
-    Whatever the test does, the browser must have nothing to complain of but the answers that the
-    test's marker `answers` names, which browsers report as errors.
+    The test fails if the browser logs any error, except for responses with the statuses that the
+    test's marker `answers` lists, because browsers log these as errors.
     """
     one_browser.reset(world.url, world.account)
     yield one_browser
@@ -151,13 +151,13 @@ def browser(
 
 @pytest.fixture(scope="session")
 def axe() -> str:
-    """The script of axe-core."""
+    """The axe-core script."""
     return (tools.npm_packages() / "axe-core/axe.min.js").read_text("utf-8")
 
 
 @pytest.fixture(params=["script", "no script"])
 def script(request: pytest.FixtureRequest, browser: browsing.Browser) -> bool:
-    """With the page's script, and without any."""
+    """Run the test with JavaScript and again without it."""
     on = request.param == "script"
     browser.scripts(on=on)
     return on

@@ -1,4 +1,4 @@
-"""The page as a process, as its users run it; and what no call to the service can do."""
+"""Runs the console as a process, as users do, and makes changes that no service call can make."""
 
 import asyncio
 import os
@@ -17,7 +17,7 @@ import asyncpg
 from tests.support import WAIT_SECONDS, eventually
 
 T = TypeVar("T")
-# What the tests themselves were told to ignore, as by nohup, would be ignored.
+# The process would inherit signals that the tests ignore, for example under nohup.
 _AS_FROM_A_TERMINAL = """
 import os, signal, sys
 for number in (signal.SIGHUP, signal.SIGINT):
@@ -28,7 +28,7 @@ _ADDRESS = re.compile(r"^API Tokens: (\S+) ", re.MULTILINE)
 
 
 class Console:
-    """`latchkey console` that serves at `url`. What it wrote is in `log`."""
+    """A `latchkey console` process that serves `url`. `log` holds its output."""
 
     def __init__(
         self,
@@ -58,28 +58,28 @@ class Console:
         return self._out.read_text() + self._err.read_text()
 
     async def url(self) -> str:
-        """Wait until it serves, and return where."""
+        """Wait until it serves and return its URL."""
 
         def said() -> str | None:
             match = _ADDRESS.search(self._out.read_text())
             assert match is not None or self._process.poll() is None, f"it ended: {self.log}"
             return match[1] if match else None
 
-        found: str = await eventually(said, f"the page's address; it said {self.log}")
+        found: str = await eventually(said, f"the page's address; its output: {self.log}")
         return found
 
     def send(self, number: signal.Signals) -> None:
-        """Send it a signal, if it has not ended."""
+        """Send it a signal if it still runs."""
         if self._process.poll() is None:
             self._process.send_signal(number)
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Stop it, and return the exit code."""
+        """Stop it and return the exit code."""
         self.send(number)
         return self.wait()
 
     def wait(self) -> int:
-        """Wait for its end, and return the exit code."""
+        """Wait until it exits and return the exit code."""
         try:
             return self._process.wait(WAIT_SECONDS)
         except subprocess.TimeoutExpired:
@@ -90,7 +90,7 @@ class Console:
 
 @contextmanager
 def console(folder: Path, *arguments: str) -> Iterator[tuple[Console, str]]:
-    """Run the page as a process; yield it and its URL."""
+    """Run the console as a process. Yield the process and its URL."""
     running = Console(folder, *arguments)
     try:
         yield running, run(running.url())
@@ -99,9 +99,9 @@ def console(folder: Path, *arguments: str) -> Iterator[tuple[Console, str]]:
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine from a test that is none, on a thread and loop of its own.
+    """Run a coroutine from a synchronous test, in a separate thread with its own loop.
 
-    The thread that the tests run on has pytest's loop, which is not to be touched.
+    The main thread belongs to pytest's event loop.
     """
     result: list[T] = []
     failure: list[BaseException] = []
@@ -121,7 +121,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 def sql(url: str, statement: str, *values: Any) -> None:
-    """Change the database in a way that no call can, such as a token's age."""
+    """Change the database in ways that no call can, such as a token's age."""
 
     async def execute() -> None:
         connection = await asyncpg.connect(url)

@@ -1,6 +1,6 @@
-"""A TokenService in front of the real one, which a test tells how to fail.
+"""A relay in front of the real TokenService that fails on demand.
 
-It passes bytes on, so nothing of what it relays is invented, but for what a test asks it to alter.
+It forwards raw bytes, so every answer is real unless a test asks the relay to alter it.
 """
 
 import threading
@@ -20,24 +20,24 @@ CALL_SECONDS = 30.0
 
 @dataclass
 class Fault:
-    """What becomes of a method's calls."""
+    """How a method's calls fail."""
 
     code: grpc.StatusCode | None = None
-    """Answered in place of the real answer."""
+    """The status that replaces the real answer."""
     reaches: bool = False
-    """Whether the call is done all the same, so that only its answer is lost."""
+    """Whether the call still reaches the service, so that only its answer is lost."""
     seconds: float = 0.0
-    """How long the answer takes."""
+    """Seconds by which the answer is delayed."""
     release: threading.Event | None = None
-    """The answer takes until then."""
+    """The answer waits until this event is set."""
     times: int = 1_000_000
-    """How many calls; then all is well again."""
+    """The number of calls that fail."""
     spares: int = 0
-    """How many calls before them are well."""
+    """The number of calls that succeed first."""
 
 
 class Relay:
-    """The relay. `address` is where it listens."""
+    """The relay, which listens on `address`."""
 
     def __init__(self, target: str) -> None:
         self._channel = grpc.insecure_channel(target)
@@ -53,7 +53,7 @@ class Relay:
 
     @contextmanager
     def failing(self, *methods: str, **fault: Any) -> Iterator[None]:
-        """Let calls of these methods fail for the duration of the block; see Fault."""
+        """Make calls of these methods fail within the block, as Fault describes."""
         self._faults |= {method: Fault(**fault) for method in methods}
         try:
             yield
@@ -63,7 +63,7 @@ class Relay:
 
     @contextmanager
     def altering_list(self, alter: Callable[[Any], None]) -> Iterator[None]:
-        """Change each token that List gives, for the duration of the block."""
+        """Alter each token that List returns, within the block."""
 
         def altered(answer: bytes) -> bytes:
             message = pb.ListResponse.FromString(answer)
@@ -78,7 +78,7 @@ class Relay:
             self._alter.clear()
 
     def well(self) -> None:
-        """Let all calls pass."""
+        """Forward all calls again."""
         self._faults.clear()
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ class Relay:
         if fault is None or fault.code is None or fault.reaches:
             answer = self._ask(path, request, context)
         if fault is not None:
-            # The bound of this wait is the caller's deadline, or the end of the relay.
+            # The caller's deadline or the end of the relay bounds this wait.
             end = time.monotonic() + fault.seconds
             while context.is_active() and not self._ended.is_set():
                 held = fault.release is not None and not fault.release.is_set()
@@ -108,7 +108,7 @@ class Relay:
                     break
                 self._ended.wait(0.01)
             if fault.code is not None:
-                context.abort(fault.code, "the relay was told to fail")
+                context.abort(fault.code, "a test made the relay fail")
         return self._alter.get(method, bytes)(answer)
 
     def _ask(self, path: str, request: bytes, context: grpc.ServicerContext) -> bytes:

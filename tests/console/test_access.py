@@ -1,4 +1,4 @@
-"""Everybody can use the page: by keyboard alone, with a screen reader, on a phone, in the dark."""
+"""Accessibility: keyboard only, screen readers, phones and dark mode."""
 
 import re
 
@@ -15,7 +15,7 @@ DAY = 86_400
 
 
 def fill(world: World) -> None:
-    """Create what a grown account has: some of everything that the page points out."""
+    """Fill an account so that every kind of finding occurs."""
     for name, days_old, days_left, scope in (
         ("monthly invoices", 240, 30, pb.SCOPE_READ),
         ("legacy importer", 410, None, pb.SCOPE_WRITE),
@@ -31,8 +31,8 @@ def fill(world: World) -> None:
 
 
 @pytest.mark.parametrize("width", [DESK, PHONE])
-def test_whole_way_by_keyboard_alone(browser: Browser, world: World, width: int) -> None:
-    """Create, copy, close, find and delete a token without a mouse, at both widths."""
+def test_full_journey_by_keyboard_alone(browser: Browser, world: World, width: int) -> None:
+    """A user can create, copy, find and delete a token without a mouse, at both widths."""
     browser.look(width)
     world.create("existing")
     browser.open()
@@ -45,7 +45,7 @@ def test_whole_way_by_keyboard_alone(browser: Browser, world: World, width: int)
     browser.press(Keys.ARROW_DOWN, Keys.TAB)
     assert browser.has_focus("[name=expiry][value='90']")
     browser.press(Keys.ARROW_LEFT)
-    # The focus stays in the dialog, whichever way it goes.
+    # Tab never moves the focus out of the dialog.
     for key in [Keys.TAB] * 12:
         browser.press(key)
         assert browser.js(
@@ -62,7 +62,7 @@ def test_whole_way_by_keyboard_alone(browser: Browser, world: World, width: int)
     browser.focused("#generate")
     token = world.tokens()["keyed"]
     assert token.scope == pb.SCOPE_WRITE
-    # The list has come anew meanwhile.
+    # The list has been replaced in the meantime.
     browser.find(f"#{token.id}")
     browser.tab_to(f"#{token.id} button")
     browser.press(Keys.ENTER)
@@ -75,8 +75,8 @@ def test_whole_way_by_keyboard_alone(browser: Browser, world: World, width: int)
     browser.focused("#rows button")
 
 
-def test_nothing_serious_is_found(browser: Browser, world: World, axe: str) -> None:
-    """Axe finds nothing serious in any state, in light and dark, wide and narrow."""
+def test_axe_finds_nothing_serious(browser: Browser, world: World, axe: str) -> None:
+    """Axe finds nothing serious in any normal state, in both schemes and widths."""
     browser.open()
     browser.find("#generate")
     browser.accessible(axe, "the empty state")
@@ -110,8 +110,10 @@ def test_nothing_serious_is_found(browser: Browser, world: World, axe: str) -> N
 
 
 @pytest.mark.answers(404, 409, 422, 503)
-def test_nothing_serious_is_found_on_bad_days(browser: Browser, world: World, axe: str) -> None:
-    """The same of what goes wrong: mistakes, lost answers, an unreachable service, no such page."""
+def test_axe_finds_nothing_serious_in_error_states(
+    browser: Browser, world: World, axe: str
+) -> None:
+    """Axe finds nothing serious for invalid input, lost answers, outages and unknown pages."""
     from tests.console.test_bad_days import UNAVAILABLE
 
     browser.open("/new")
@@ -132,8 +134,8 @@ def test_nothing_serious_is_found_on_bad_days(browser: Browser, world: World, ax
     browser.screen("no-such-page")
 
 
-def test_dialogs_are_dialogs_and_changes_are_said(browser: Browser, world: World) -> None:
-    """Dialogs are modal and named, fields have labels, and what changes in place is announced."""
+def test_dialogs_are_modal_and_changes_are_announced(browser: Browser, world: World) -> None:
+    """Dialogs are modal and named, fields have labels, and screen readers announce changes."""
     fill(world)
     browser.open()
     browser.click("#generate")
@@ -152,8 +154,8 @@ def test_dialogs_are_dialogs_and_changes_are_said(browser: Browser, world: World
     browser.until(lambda: browser.js(live) == "1 token of 9 in all", "what is announced")
 
 
-def test_without_a_script_the_page_behind_a_dialog_is_inert(browser: Browser, world: World) -> None:
-    """Without a script a dialog holds the focus too: what lies behind takes part in nothing."""
+def test_page_behind_a_dialog_is_inert_without_a_script(browser: Browser, world: World) -> None:
+    """Even without JavaScript, a dialog traps the focus: the page behind it is inert."""
     fill(world)
     browser.scripts(on=False)
     browser.open("/new")
@@ -165,8 +167,8 @@ def test_without_a_script_the_page_behind_a_dialog_is_inert(browser: Browser, wo
         )
 
 
-def test_motion_only_where_it_is_wanted(browser: Browser, world: World) -> None:
-    """The drawer slides in from the right, unless less motion is asked for."""
+def test_drawer_respects_reduced_motion(browser: Browser, world: World) -> None:
+    """The drawer slides in from the right unless the user prefers reduced motion."""
     world.create("existing")
     animation = "return getComputedStyle(document.querySelector('dialog')).animationName"
     for still, name in ((True, "none"), (False, "slide")):
@@ -175,8 +177,8 @@ def test_motion_only_where_it_is_wanted(browser: Browser, world: World) -> None:
         assert browser.js(animation) == name
 
 
-def test_screens_of_the_list(browser: Browser, world: World) -> None:
-    """The list as the README shows it is written to build/screens, and fits a README."""
+def test_readme_screenshots_of_the_list(browser: Browser, world: World) -> None:
+    """The screenshots for the README are saved to build/screens."""
     browser.reset(world.url, "acme")
     world.account = "acme"
     fill(world)

@@ -1,4 +1,4 @@
-"""What the page says and keeps when Latchkey is away, slow, busy, or loses an answer."""
+"""Outages: the page's messages and preserved input when Latchkey is down, slow or busy."""
 
 import threading
 
@@ -16,7 +16,7 @@ ALL = ("List", "Get", "Create", "Delete")
 
 
 def said_in_heading(browser: Browser, words: str) -> None:
-    """Wait for a dialog whose heading has these words."""
+    """Wait for a dialog whose heading contains `words`."""
     browser.until(lambda: words in browser.text("dialog h2"), words)
 
 
@@ -27,21 +27,21 @@ def said_in_heading(browser: Browser, words: str) -> None:
         (UNAVAILABLE, "cannot be reached"),
         (grpc.StatusCode.DEADLINE_EXCEEDED, "did not answer in time"),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "Latchkey is busy"),
-        (grpc.StatusCode.PERMISSION_DENIED, "not open to you"),
-        (grpc.StatusCode.UNAUTHENTICATED, "does not know this page"),
-        (grpc.StatusCode.INTERNAL, "had a fault"),
+        (grpc.StatusCode.PERMISSION_DENIED, "cannot access this account"),
+        (grpc.StatusCode.UNAUTHENTICATED, "could not authenticate"),
+        (grpc.StatusCode.INTERNAL, "failed unexpectedly"),
     ],
 )
-def test_list_says_what_happened(
+def test_list_explains_each_error(
     browser: Browser, world: World, code: grpc.StatusCode, words: str
 ) -> None:
-    """Whatever keeps the list away is told in words, with a way to try again that works."""
+    """If the list fails to load, the page explains why, and its retry button works."""
     world.create("there")
     with world.relay.failing("List", code=code):
         browser.open("/?q=the")
         said = browser.text("#trouble")
         assert words in said
-        assert "nothing was changed" in said
+        assert "Nothing was changed" in said
         if code is UNAVAILABLE:
             browser.screen("unreachable")
     browser.click("#trouble a")
@@ -49,8 +49,8 @@ def test_list_says_what_happened(
 
 
 @pytest.mark.answers(503)
-def test_unreachable_when_more_is_wanted(browser: Browser, world: World) -> None:
-    """Latchkey away as more rows are asked for: it is named, the rows stay, and again works."""
+def test_unreachable_while_loading_more_rows(browser: Browser, world: World) -> None:
+    """If loading more rows fails, the page says so, keeps the rows, and a retry works."""
     for number in range(60):
         world.create(f"token {number}")
     browser.open()
@@ -66,10 +66,10 @@ def test_unreachable_when_more_is_wanted(browser: Browser, world: World) -> None
 
 
 @pytest.mark.answers(503)
-def test_unreachable_when_adding_keeps_what_was_typed(
+def test_unreachable_while_creating_keeps_the_input(
     browser: Browser, world: World, script: bool
 ) -> None:
-    """Latchkey away: nothing was created, what was typed is there, the same button works."""
+    """If creation fails, the form keeps its input, and the same button works later."""
     browser.open("/new")
     browser.click("dialog [value=write]")
     browser.click("label:has([value='365'])")
@@ -89,8 +89,8 @@ def test_unreachable_when_adding_keeps_what_was_typed(
 
 
 @pytest.mark.answers(503)
-def test_busy_when_adding(browser: Browser, world: World) -> None:
-    """RESOURCE_EXHAUSTED from Create itself is a no, told as one."""
+def test_busy_while_creating(browser: Browser, world: World) -> None:
+    """RESOURCE_EXHAUSTED from Create is reported as a definite refusal."""
     browser.open("/new")
     with world.relay.failing("Create", code=grpc.StatusCode.RESOURCE_EXHAUSTED):
         add(browser, "busy")
@@ -99,15 +99,15 @@ def test_busy_when_adding(browser: Browser, world: World) -> None:
 
 
 @pytest.mark.answers(503)
-def test_lost_answer_is_found_and_explained(browser: Browser, world: World, script: bool) -> None:
-    """A Create whose answer is lost is found by name; the way out replaces it by one that works."""
+def test_lost_answer_is_found_and_replaced(browser: Browser, world: World, script: bool) -> None:
+    """A token whose Create answer was lost is found by name and replaced by a working one."""
     world.create("existing")
     browser.open("/new")
     with world.relay.failing("Create", code=UNAVAILABLE, reaches=True, times=1):
         add(browser, "lost")
-        said_in_heading(browser, "The token is there, its secret is lost")
+        said_in_heading(browser, "The token exists, but its secret is lost")
     said = browser.text("dialog")
-    assert "delete it, and create it again" in said
+    assert "delete the token and create it again" in said
     orphan = world.tokens()["lost"]
     assert orphan.hint in said
     if script:
@@ -121,8 +121,8 @@ def test_lost_answer_is_found_and_explained(browser: Browser, world: World, scri
 
 
 @pytest.mark.answers(503)
-def test_lost_answer_that_nothing_came_of(browser: Browser, world: World, script: bool) -> None:
-    """When no token of the name is there, the page says so, and trying again makes one."""
+def test_lost_answer_without_a_token(browser: Browser, world: World, script: bool) -> None:
+    """If no token with the name exists, the page says so, and a retry creates one."""
     browser.open("/new")
     with world.relay.failing("Create", code=UNAVAILABLE, times=1):
         add(browser, "never arrived")
@@ -133,17 +133,19 @@ def test_lost_answer_that_nothing_came_of(browser: Browser, world: World, script
 
 
 @pytest.mark.answers(503)
-def test_lost_answer_and_nobody_to_ask(browser: Browser, world: World, script: bool) -> None:
-    """While it cannot be known, the page says that; trying again looks first, and finds it."""
+def test_lost_answer_while_the_outcome_is_unknown(
+    browser: Browser, world: World, script: bool
+) -> None:
+    """While the outcome is unknown, the page says so; a retry first looks for the token."""
     browser.open("/new")
     with (
         world.relay.failing("Create", code=UNAVAILABLE, reaches=True, times=1),
-        # The look before is answered; the one after is not.
+        # The first List is answered; the List after Create is not.
         world.relay.failing("List", code=UNAVAILABLE, spares=1),
     ):
         add(browser, "who knows")
-        said_in_heading(browser, "not known whether")
-        assert "Trying again is safe" in browser.text("dialog")
+        said_in_heading(browser, "may or may not exist")
+        assert "It is safe to try again" in browser.text("dialog")
         if script:
             browser.screen("not-known")
     browser.click("dialog .primary")
@@ -155,8 +157,8 @@ def test_lost_answer_and_nobody_to_ask(browser: Browser, world: World, script: b
 
 
 @pytest.mark.answers(503)
-def test_dialogs_without_the_list_behind(browser: Browser, world: World) -> None:
-    """Without a script too, form, question and secret are there when the list is not."""
+def test_dialogs_work_without_the_list(browser: Browser, world: World) -> None:
+    """Dialogs work without JavaScript even while the list is unavailable."""
     token = world.create("there").token
     browser.scripts(on=False)
     with world.relay.failing("List", code=UNAVAILABLE):
@@ -165,7 +167,7 @@ def test_dialogs_without_the_list_behind(browser: Browser, world: World) -> None
         assert "cannot be reached" in browser.text("#trouble")
         browser.open("/new")
         assert "cannot be reached" in browser.text("#trouble")
-    # The look before is answered, the list behind the secret is not.
+    # The List before Create is answered; the List behind the secret is not.
     with world.relay.failing("List", code=UNAVAILABLE, spares=1):
         add(browser, "shown all the same")
         secret = shown_secret(browser)
@@ -174,10 +176,8 @@ def test_dialogs_without_the_list_behind(browser: Browser, world: World) -> None
 
 
 @pytest.mark.answers(503)
-def test_deletion_that_is_not_confirmed(
-    browser: Browser, world: World, script: bool, axe: str
-) -> None:
-    """A Delete without an answer is told as not confirmed; asking again gets the receipt."""
+def test_unconfirmed_deletion(browser: Browser, world: World, script: bool, axe: str) -> None:
+    """A Delete without an answer is shown as unconfirmed; a retry gets the receipt."""
     created = world.create("doomed")
     world.create("stays")
     browser.open()
@@ -185,20 +185,20 @@ def test_deletion_that_is_not_confirmed(
     browser.find("#confirm")
     with world.relay.failing("Delete", code=UNAVAILABLE, reaches=True):
         browser.click("#confirm")
-        browser.until(lambda: "not confirmed" in browser.text("dialog"), "what is not known")
+        browser.until(lambda: "not confirmed" in browser.text("dialog"), "the unconfirmed deletion")
         if script:
             browser.screen("unconfirmed")
-            browser.accessible(axe, "a deletion that is not confirmed")
+            browser.accessible(axe, "an unconfirmed deletion")
     browser.click("dialog .danger")
-    assert "deleted already" in browser.text("#notice")
+    assert "already deleted" in browser.text("#notice")
     assert world.verdict(created.secret) == "VERDICT_DELETED"
 
 
 @pytest.mark.answers(503)
-def test_unreachable_when_deleting_changes_nothing(
+def test_unreachable_while_deleting_changes_nothing(
     browser: Browser, world: World, script: bool
 ) -> None:
-    """Latchkey away before anything is asked of it: said so, and nothing is deleted."""
+    """If Latchkey is unreachable before the Delete, the page says so and deletes nothing."""
     created = world.create("survives")
     browser.open()
     browser.click(f"#{created.token.id} button")
@@ -210,8 +210,8 @@ def test_unreachable_when_deleting_changes_nothing(
     assert world.verdict(created.secret) == "VERDICT_VALID"
 
 
-def test_slow_latchkey_is_waited_for(browser: Browser, world: World) -> None:
-    """A slow answer is an answer: the form says that it is at work, and takes no second click."""
+def test_slow_answer_is_awaited(browser: Browser, world: World) -> None:
+    """While an answer is slow, the form shows that it is busy and ignores a second click."""
     browser.open("/new")
     come = threading.Event()
     with world.relay.failing("Create", release=come, times=1):
@@ -223,8 +223,8 @@ def test_slow_latchkey_is_waited_for(browser: Browser, world: World) -> None:
     assert [*world.tokens()] == ["slow"]
 
 
-def test_page_server_gone(browser: Browser, world: World) -> None:
-    """When the page's own server does not answer, what was typed stays, and the page says so."""
+def test_unreachable_console_keeps_the_input(browser: Browser, world: World) -> None:
+    """If the console itself does not answer, the page says so and keeps the input."""
     browser.open("/new")
     browser.type("#name", "still here")
     browser.cdp(

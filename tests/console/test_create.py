@@ -1,4 +1,4 @@
-"""Making a token in a real browser: the drawer, its mistakes, and the one display of the secret."""
+"""Creating a token in a real browser: the drawer, its errors, and the single secret display."""
 
 import re
 import threading
@@ -17,20 +17,20 @@ SECRET = re.compile(r"lk_[0-9A-Za-z]{57}")
 
 
 def add(browser: Browser, name: str) -> None:
-    """Fill in a name and press Add New API."""
+    """Enter a name and press Add New API."""
     browser.type("#name", name)
     browser.click("#add")
 
 
 def shown_secret(browser: Browser) -> str:
-    """Return the secret that is shown, waiting for it."""
+    """Wait for the secret and return it."""
     secret = browser.text("#secret")
     assert SECRET.fullmatch(secret), secret
     return secret
 
 
 def everything_kept(browser: Browser) -> str:
-    """Return all that the browser could be asked for later: page, address, storage, cookies."""
+    """Return everything that the browser retains: page, URL, storage and cookies."""
     return str(
         browser.js(
             "return JSON.stringify([document.documentElement.outerHTML, location.href,"
@@ -39,8 +39,8 @@ def everything_kept(browser: Browser) -> str:
     ) + str(browser.cdp("Network.getAllCookies"))
 
 
-def test_drawer_has_the_safe_choices_first(browser: Browser, world: World, script: bool) -> None:
-    """The form asks for name, scope (Read first, and chosen) and expiry, and says why."""
+def test_drawer_defaults_to_the_safe_choices(browser: Browser, world: World, script: bool) -> None:
+    """The form asks for name, scope and expiry, preselects Read, and explains least privilege."""
     world.create("existing")
     browser.open()
     browser.click("#generate")
@@ -56,7 +56,7 @@ def test_drawer_has_the_safe_choices_first(browser: Browser, world: World, scrip
     assert expiries == ["30", "90", "365", "never", "date"]
     browser.focused("#name")
     if script:
-        # It comes from the right edge, whole.
+        # The drawer is fully visible at the right edge.
         box = browser.find("dialog.drawer").rect
         assert box["x"] + box["width"] == 1440
         assert browser.driver.current_url == f"{browser.url}/"
@@ -64,9 +64,9 @@ def test_drawer_has_the_safe_choices_first(browser: Browser, world: World, scrip
 
 
 def test_secret_is_shown_once(browser: Browser, world: World, script: bool) -> None:
-    """The new token's secret works, is shown with how to use it, and by no way a second time."""
+    """The secret works, is shown with usage examples, and can never be shown again."""
     world.create("existing")
-    # The list that is looked at goes along, and its filter has a scope too.
+    # A filter with a scope accompanies the form, which has a field for a scope as well.
     browser.open("/?access=read")
     browser.open()
     browser.open("/?access=read")
@@ -80,9 +80,11 @@ def test_secret_is_shown_once(browser: Browser, world: World, script: bool) -> N
     assert "grpcurl -expand-headers" in said
     assert secret not in browser.driver.current_url
     if script:
-        browser.until(lambda: "deploy job" in browser.text("#rows"), "the list behind it anew")
+        browser.until(
+            lambda: "deploy job" in browser.text("#rows"), "the updated list behind the dialog"
+        )
     address = browser.driver.current_url
-    # Reload, back, forward, the same address again, and another tab's look at it.
+    # Reload, back, forward, and the same URL again.
     browser.driver.refresh()
     browser.find("main")
     assert secret not in everything_kept(browser)
@@ -96,15 +98,15 @@ def test_secret_is_shown_once(browser: Browser, world: World, script: bool) -> N
     browser.find("main")
     assert secret not in everything_kept(browser)
     if not script:
-        assert "shown already" in browser.text("dialog h2")
+        assert "already been shown" in browser.text("dialog h2")
     assert secret not in world.process.log
     assert [*world.tokens()] == ["deploy job", "existing"]
 
 
-def test_back_from_elsewhere_does_not_bring_the_secret_back(
+def test_navigating_back_does_not_show_the_secret_again(
     browser: Browser, world: World, script: bool
 ) -> None:
-    """Who leaves the page with the secret on it and comes back, finds it gone."""
+    """A user who leaves the page with the secret and returns no longer sees the secret."""
     browser.open("/new")
     add(browser, "left alone")
     secret = shown_secret(browser)
@@ -118,9 +120,9 @@ def test_back_from_elsewhere_does_not_bring_the_secret_back(
     assert secret not in everything_kept(browser)
 
 
-def test_a_list_that_comes_late_leaves_the_focus(browser: Browser, world: World) -> None:
-    """Who has closed the dialog, and gone on by keyboard, before the list behind it is there anew,
-    is where he was when it comes."""
+def test_late_list_keeps_the_focus(browser: Browser, world: World) -> None:
+    """If the list arrives after the user closed the dialog and moved on by keyboard, the focus
+    stays where it was."""
     old = world.create("existing").token.id
     browser.open()
     for where in ("#generate", "#access", f"#{old} button"):
@@ -139,7 +141,7 @@ def test_a_list_that_comes_late_leaves_the_focus(browser: Browser, world: World)
 
 
 def test_copying_and_closing(browser: Browser, world: World) -> None:
-    """Copy puts the secret on the clipboard and says so; only the deliberate button closes."""
+    """Copy writes the secret to the clipboard and confirms it. Only the close button closes."""
     browser.cdp(
         "Browser.setPermission",
         permission={"name": "clipboard-write"},
@@ -159,7 +161,7 @@ def test_copying_and_closing(browser: Browser, world: World) -> None:
     secret = shown_secret(browser)
     browser.screen("created")
     browser.press(Keys.ESCAPE, Keys.ESCAPE, Keys.ESCAPE)
-    # Beside the dialog.
+    # A click outside the dialog.
     browser.js(
         "document.querySelector('dialog')"
         ".dispatchEvent(new MouseEvent('mousedown', {bubbles: true}))"
@@ -181,14 +183,14 @@ def test_copying_and_closing(browser: Browser, world: World) -> None:
 
 
 @pytest.mark.answers(409, 422)
-def test_mistakes_stand_at_their_field(browser: Browser, world: World, script: bool) -> None:
-    """Each mistake is told in words at its field, all else stays as it was typed."""
+def test_errors_appear_at_their_field(browser: Browser, world: World, script: bool) -> None:
+    """Each error appears at its field, and the form keeps its input."""
     world.create("Taken")
     browser.open("/new")
     browser.click("dialog [value=write]")
     browser.click("label:has([value=date])")
     browser.click("#add")
-    assert "Give the token a name" in browser.text("#error-name")
+    assert "Enter a name" in browser.text("#error-name")
     assert "Choose a date" in browser.text("#error-expiry")
     browser.focused("#name")
     assert browser.find("dialog [value=write]").is_selected()
@@ -197,37 +199,39 @@ def test_mistakes_stand_at_their_field(browser: Browser, world: World, script: b
     browser.type("#name", "  tAKEN ")
     browser.click("label:has([value='30'])")
     browser.click("#add")
-    browser.until(lambda: "of this name already" in browser.text("#error-name"), "the mistake")
+    browser.until(
+        lambda: "already have a token with this name" in browser.text("#error-name"), "the error"
+    )
     assert not browser.all("#error-expiry")
     assert browser.find("#name").get_attribute("value") == "  tAKEN "
     assert browser.find("dialog [value=write]").is_selected()
     long = "\U0001f511" * 65
     browser.type("#name", long)
     browser.click("#add")
-    browser.until(lambda: "65 characters" in browser.text("#error-name"), "the mistake")
+    browser.until(lambda: "65 characters" in browser.text("#error-name"), "the error")
     assert browser.find("#name").get_attribute("value") == long
-    browser.type("#name", "in order")
+    browser.type("#name", "valid name")
     browser.click("#add")
     shown_secret(browser)
-    token = world.tokens()["in order"]
+    token = world.tokens()["valid name"]
     assert token.scope == pb.SCOPE_WRITE
     expires = token.expire_time.ToDatetime(UTC) - datetime.now(UTC)
     assert timedelta(days=29, hours=23) < expires <= timedelta(days=30)
 
 
 @pytest.mark.answers(422)
-def test_a_secret_is_no_name(browser: Browser, world: World) -> None:
-    """What the service alone refuses is told at its field too: here a secret as a name."""
+def test_secret_as_name_is_rejected(browser: Browser, world: World) -> None:
+    """Errors that only the service detects also appear at their field, such as a secret as name."""
     secret = world.create("existing").secret
     browser.open("/new")
     add(browser, secret)
     assert "must not contain a secret" in browser.text("#error-name")
 
 
-def test_expiry_on_a_date_begins_in_the_viewers_zone(
+def test_expiry_date_uses_the_viewers_time_zone(
     browser: Browser, world: World, script: bool
 ) -> None:
-    """A token with a date ends when that day begins: for the viewer, or in UTC without a script."""
+    """A date means the start of that day: in the viewer's zone, or in UTC without JavaScript."""
     browser.open("/new")
     browser.click("label:has([value=date])")
     browser.js("document.getElementById('date').value = '2031-07-01'")
@@ -238,13 +242,13 @@ def test_expiry_on_a_date_begins_in_the_viewers_zone(
     assert expires == datetime(2031, 7, 1, tzinfo=UTC) - summer_time
 
 
-def test_double_click_makes_one_token(browser: Browser, world: World, script: bool) -> None:
-    """Clicks that come faster than the answer make one token, and its secret is shown."""
+def test_double_click_creates_one_token(browser: Browser, world: World, script: bool) -> None:
+    """A double click creates one token and shows its secret."""
     browser.open("/new")
     browser.type("#name", "once")
     world.relay.calls.clear()
     with world.relay.failing("Create", seconds=0.3, times=1):
-        # As a browser sends them: the second before the first is answered.
+        # Like a browser: the second click comes before the first answer.
         browser.js("const add = document.getElementById('add'); add.click(); add.click()")
         secret = shown_secret(browser)
     assert world.verdict(secret) == "VERDICT_VALID"
@@ -253,9 +257,9 @@ def test_double_click_makes_one_token(browser: Browser, world: World, script: bo
 
 
 @pytest.mark.answers(409)
-def test_form_sent_again_makes_no_second_token(browser: Browser, world: World) -> None:
-    """A form that comes again, from the history, makes nothing and shows no secret; changed, it
-    says what it made and asks anew."""
+def test_resubmitted_form_creates_no_second_token(browser: Browser, world: World) -> None:
+    """A form resubmitted from the history creates nothing and shows no secret. If it was changed,
+    the page names the earlier token and shows the form again."""
     browser.scripts(on=False)
     browser.open("/new")
     mark = browser.all("[name=form]")[0].get_attribute("value")
@@ -268,10 +272,10 @@ def test_form_sent_again_makes_no_second_token(browser: Browser, world: World) -
         add(browser, name)
 
     send_again("first")
-    assert "shown already" in browser.text("dialog h2")
+    assert "already been shown" in browser.text("dialog h2")
     assert secret not in everything_kept(browser)
     send_again("second")
-    assert "has made the token “first”" in browser.text("#error-form")
+    assert "already created the token “first”" in browser.text("#error-form")
     assert browser.find("#name").get_attribute("value") == "second"
     assert [*world.tokens()] == ["first"]
     browser.click("#add")
@@ -279,8 +283,8 @@ def test_form_sent_again_makes_no_second_token(browser: Browser, world: World) -
     assert sorted(world.tokens()) == ["first", "second"]
 
 
-def test_what_is_typed_outlives_a_closed_drawer(browser: Browser, world: World) -> None:
-    """Escape closes the drawer and gives the focus back; opened again, it has what was typed."""
+def test_closed_drawer_keeps_the_input(browser: Browser, world: World) -> None:
+    """Escape closes the drawer and restores the focus. Reopened, the drawer has the input."""
     world.create("existing")
     browser.open()
     browser.click("#generate")

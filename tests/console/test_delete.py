@@ -1,4 +1,4 @@
-"""Deleting a token in a real browser: the question, the receipt, and what others did meanwhile."""
+"""Deleting a token in a real browser: confirmation, receipt, and concurrent deletions."""
 
 import re
 
@@ -13,14 +13,14 @@ pytestmark = pytest.mark.xdist_group("browser")
 
 
 def row(token_id: str) -> str:
-    """Return the selector of a token's Delete button."""
+    """Return the CSS selector of a token's Delete button."""
     return f"#{token_id} button"
 
 
 def test_delete_asks_revokes_and_shows_the_receipt(
     browser: Browser, world: World, script: bool
 ) -> None:
-    """The question names token and scope; then the token is dead, and its receipt is shown."""
+    """The question names token and scope. After a yes, the token is dead and a receipt appears."""
     kept = world.create("kept").token
     doomed = world.create("leaked", scope=pb.SCOPE_WRITE)
     browser.open()
@@ -47,11 +47,11 @@ def test_delete_asks_revokes_and_shows_the_receipt(
         browser.gone("#notice")
     browser.driver.refresh()
     browser.find(row(kept.id))
-    assert not browser.all("#notice"), "the receipt is told once"
+    assert not browser.all("#notice"), "the receipt is shown once"
 
 
-def test_keeping_it_deletes_nothing(browser: Browser, world: World, script: bool) -> None:
-    """Saying no leaves everything as it was, and the focus where it was."""
+def test_declining_deletes_nothing(browser: Browser, world: World, script: bool) -> None:
+    """Declining changes nothing and restores the focus."""
     created = world.create("kept")
     browser.open()
     browser.click(row(created.token.id))
@@ -68,10 +68,8 @@ def test_keeping_it_deletes_nothing(browser: Browser, world: World, script: bool
 
 
 @pytest.mark.parametrize("when", ["before the question", "before the answer"])
-def test_deleted_elsewhere_meanwhile(
-    browser: Browser, world: World, script: bool, when: str
-) -> None:
-    """A token that somebody else has deleted is told so, and its row goes."""
+def test_token_deleted_elsewhere(browser: Browser, world: World, script: bool, when: str) -> None:
+    """If a token was deleted elsewhere, the page says so and removes its row."""
     token = world.create("gone soon").token
     world.create("stays")
     browser.open()
@@ -85,12 +83,12 @@ def test_deleted_elsewhere_meanwhile(
         world.delete(token.id)
         browser.click("#confirm")
     notice = browser.text("#notice")
-    assert ("not there any more" if when == "before the question" else "deleted already") in notice
+    assert ("no longer exists" if when == "before the question" else "already deleted") in notice
     assert texts(browser.all("#rows th bdi")) == ["stays"]
 
 
 def test_deletion_keeps_filter_and_rows(browser: Browser, world: World, script: bool) -> None:
-    """After a deletion the list is narrowed as before."""
+    """After a deletion, the list keeps its filter."""
     token = world.create("report one").token
     world.create("report two")
     world.create("other")
@@ -103,7 +101,7 @@ def test_deletion_keeps_filter_and_rows(browser: Browser, world: World, script: 
 
 
 def test_last_token_deleted_leaves_the_empty_state(browser: Browser, world: World) -> None:
-    """With the last token gone the page says how to make one, and still shows the receipt."""
+    """After the last deletion, the page shows the empty state together with the receipt."""
     token = world.create("last").token
     browser.open()
     browser.click(row(token.id))
@@ -112,9 +110,9 @@ def test_last_token_deleted_leaves_the_empty_state(browser: Browser, world: Worl
     assert "No tokens yet" in browser.text("main")
 
 
-def test_deletion_far_down_keeps_the_place(browser: Browser, world: World) -> None:
-    """Far down a long list a deletion scrolls nowhere: the receipt comes into sight, the focus goes
-    to the next row, and all the rows that were there are there."""
+def test_deletion_in_a_long_list_keeps_the_scroll_position(browser: Browser, world: World) -> None:
+    """A deletion far down a long list does not scroll. The receipt is visible, the focus moves to
+    the next row, and all other rows remain."""
     for number in range(110):
         world.create(f"token {number:03}")
     browser.open()

@@ -1,4 +1,4 @@
-"""The table of tokens in a real browser: what it shows, in what order, and how it is narrowed."""
+"""The table of tokens in a real browser: content, order, filter and paging."""
 
 import re
 
@@ -13,12 +13,12 @@ pytestmark = pytest.mark.xdist_group("browser")
 
 
 def names(browser: Browser) -> list[str]:
-    """Return the names in the table, from top to bottom."""
+    """Return the names in the table from top to bottom."""
     return texts(browser.all("#rows th bdi"))
 
 
 def test_table_shows_every_token_newest_first(browser: Browser, world: World, script: bool) -> None:
-    """Name, hint, scope, times and a Delete button of each token stand in one row, newest first."""
+    """Each token has one row with name, hint, scope, times and a Delete button, newest first."""
     world.create("deploy job")
     newest = world.create("backup", scope=pb.SCOPE_WRITE, ttl={"seconds": 30 * 86_400}).token
     browser.open()
@@ -37,12 +37,12 @@ def test_table_shows_every_token_newest_first(browser: Browser, world: World, sc
 
 
 def test_empty_state_says_what_tokens_are_for(browser: Browser, world: World, script: bool) -> None:
-    """An account without tokens is told what they are for and how to make the first."""
+    """For an account without tokens, the page explains tokens and how to create one."""
     browser.open()
     said = browser.text("main")
     assert "No tokens yet" in said
     assert "A token lets a program" in said
-    assert "To make the first one" in said
+    assert "Name your first token" in said
     browser.click("#generate")
     assert browser.find("#name")
     if script:
@@ -50,8 +50,8 @@ def test_empty_state_says_what_tokens_are_for(browser: Browser, world: World, sc
         browser.screen("empty")
 
 
-def test_further_pages_keep_the_place(browser: Browser, world: World, script: bool) -> None:
-    """More rows come below those that are there, a reload keeps them, and none comes twice."""
+def test_more_rows_keep_the_scroll_position(browser: Browser, world: World, script: bool) -> None:
+    """More rows appear below the existing ones, survive a reload, and never repeat."""
     for number in range(120):
         world.create(f"token {number:03}")
     browser.open()
@@ -61,14 +61,14 @@ def test_further_pages_keep_the_place(browser: Browser, world: World, script: bo
     browser.js("document.getElementById('more').scrollIntoView()")
     scrolled = browser.js("return scrollY")
     assert scrolled > before
-    # Made meanwhile: it moves no row that is still to come.
+    # A token created in the meantime does not shift the rows that follow.
     world.create("made meanwhile")
     browser.click("#more")
     browser.until(lambda: len(browser.all("#rows tr")) >= 100, "a hundred rows")
     shown = names(browser)
     assert len(set(shown)) == len(shown)
     assert "token 069" in shown
-    # The row that was last is still in sight.
+    # The former last row is still visible.
     top = browser.js("return document.querySelectorAll('#rows tr')[49].getBoundingClientRect().top")
     assert -100 <= top <= 900
     if script:
@@ -78,7 +78,7 @@ def test_further_pages_keep_the_place(browser: Browser, world: World, script: bo
         )
     browser.driver.refresh()
     assert len(browser.all("#rows tr")) == 100
-    # By keyboard: the browser restores the scrolling meanwhile, and a click would miss.
+    # By keyboard, because a click would miss while the browser restores the scroll position.
     browser.find("#more").send_keys(Keys.ENTER)
 
     browser.until(lambda: len(browser.all("#rows tr")) == 121, "all rows")
@@ -88,7 +88,7 @@ def test_further_pages_keep_the_place(browser: Browser, world: World, script: bo
 
 
 def test_filter_by_name_and_scope(browser: Browser, world: World, script: bool) -> None:
-    """The filter finds names whatever their case, hints, and scopes, in all of the tokens."""
+    """The filter finds names in any case, hints and scopes, among all tokens."""
     world.create("Deploy Köln")
     found = world.create("other", scope=pb.SCOPE_WRITE).token
     for number in range(60):
@@ -97,7 +97,7 @@ def test_filter_by_name_and_scope(browser: Browser, world: World, script: bool) 
 
     def narrow(text: str, scope: str = "") -> None:
         browser.type("#q", text)
-        # In one go: the list may come anew between two.
+        # In one script, because the list may be replaced between two.
         browser.js(
             "const access = document.getElementById('access'); access.value = arguments[0];"
             "if (arguments[1]) access.dispatchEvent(new Event('input', {bubbles: true}))",
@@ -108,25 +108,25 @@ def test_filter_by_name_and_scope(browser: Browser, world: World, script: bool) 
             browser.click("#filter button")
 
     narrow("köln".upper())
-    browser.until(lambda: names(browser) == ["Deploy Köln"], "the one of that name")
+    browser.until(lambda: names(browser) == ["Deploy Köln"], "the token with that name")
     assert browser.text("#count") == "1 token of 62 in all"
     assert "q=K" in browser.driver.current_url
     if script:
-        assert browser.has_focus("#q"), "who types goes on typing"
+        assert browser.has_focus("#q"), "the field keeps the focus while typing"
     narrow(found.hint[-4:])
-    browser.until(lambda: names(browser) == ["other"], "the one with that hint")
+    browser.until(lambda: names(browser) == ["other"], "the token with that hint")
     narrow("", "write")
-    browser.until(lambda: names(browser) == ["other"], "the one that writes")
+    browser.until(lambda: names(browser) == ["other"], "the token that can write")
     browser.driver.refresh()
-    assert names(browser) == ["other"], "the address has the filter"
+    assert names(browser) == ["other"], "the URL holds the filter"
     narrow("no such name")
-    assert "No token matches" in browser.text(".none")
+    assert "No tokens match" in browser.text(".none")
     browser.click(".none .button")
     browser.until(lambda: len(names(browser)) == 50, "all again")
 
 
-def test_answers_that_overtake_each_other(browser: Browser, world: World) -> None:
-    """Who types on while an answer is on its way sees what fits the last letter, and only that."""
+def test_out_of_order_answers_show_the_latest_filter(browser: Browser, world: World) -> None:
+    """If the user types on during a slow answer, the list shows only the latest filter."""
     world.create("alpha")
     world.create("beta")
     browser.open()
@@ -143,8 +143,8 @@ def test_answers_that_overtake_each_other(browser: Browser, world: World) -> Non
     assert browser.find("main").get_attribute("aria-busy") is None
 
 
-def test_more_of_a_filtered_list(browser: Browser, world: World) -> None:
-    """What is shown of how many stays right when more rows of a filtered list come."""
+def test_more_rows_of_a_filtered_list(browser: Browser, world: World) -> None:
+    """The count stays correct when more rows of a filtered list arrive."""
     for number in range(60):
         world.create(f"job {number}")
     world.create("other")
@@ -157,8 +157,8 @@ def test_more_of_a_filtered_list(browser: Browser, world: World) -> None:
     assert not browser.all("#more")
 
 
-def test_names_of_all_kinds_do_no_harm(browser: Browser, world: World) -> None:
-    """Markup, emoji and right-to-left names are text, in their row, and break no layout."""
+def test_unusual_names_are_harmless(browser: Browser, world: World) -> None:
+    """Markup, emoji and right-to-left names are plain text and do not break the layout."""
     strange = [
         "<script>document.title='broken'</script>",
         "\U0001f511" * 64,
@@ -185,21 +185,21 @@ def test_names_of_all_kinds_do_no_harm(browser: Browser, world: World) -> None:
     for width in (PHONE, DESK):
         browser.look(width)
         assert browser.js("return document.documentElement.scrollWidth <= innerWidth")
-        # The right-to-left name turns nothing around but itself.
+        # The right-to-left name reverses nothing else.
         lefts = browser.js(
             "return [...document.querySelectorAll('#rows .pill')]"
             ".map((pill) => Math.round(pill.getBoundingClientRect().left))"
         )
         assert len(set(lefts)) == 1
     browser.screen("strange-names")
-    # In the dialog too, whose heading is the name.
+    # The dialog's heading contains the name, too.
     browser.click("#rows tr:last-child button")
     assert strange[0] in browser.text("dialog h2")
     browser.screen("strange-delete")
 
 
 def test_times_are_in_the_viewers_zone(browser: Browser, world: World) -> None:
-    """A moment shows as the viewer's day, and exactly, with the zone, on hover."""
+    """A time is shown as the viewer's date. Hovering shows the exact time and zone."""
     token = world.create("late").token
     world.sql("UPDATE token SET create_time = '2026-01-31 23:30:05+00' WHERE id = $1", token.id)
     browser.open()

@@ -1,4 +1,4 @@
-"""Sign-in with a real OpenID provider, in a real browser; and what a dishonest one would try."""
+"""Sign-in with a real OpenID provider in a real browser, and forged sign-in answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SECRET = "a client secret"
 
 @contextmanager
 def provider(page: str, *arguments: str) -> Iterator[str]:
-    """Run the provider for a page at this address; yield its issuer."""
+    """Run the provider for a console at this address. Yield its issuer."""
     modules = tools.npm_packages()
     script = Path(__file__).parent / "npm/provider.mjs"
     process = subprocess.Popen(
@@ -52,7 +52,7 @@ def provider(page: str, *arguments: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def signed(backend: tuple, scratch: Path) -> Iterator[tuple[Console, str, str]]:
-    """The page with OpenID sign-in, as a confidential client: process, address and issuer."""
+    """A console with OpenID sign-in as a confidential client: process, URL and issuer."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     secret_file = scratch / "client-secret"
@@ -68,24 +68,24 @@ def signed(backend: tuple, scratch: Path) -> Iterator[tuple[Console, str, str]]:
 
 
 def sign_in(browser: Browser, name: str) -> None:
-    """Go through the provider's own pages."""
+    """Sign in on the provider's pages."""
     browser.find("[name=login]").send_keys(name)
     browser.find("[name=password]").send_keys("any")
     browser.click("button[type=submit]")
-    # It asks for consent once for each account.
+    # The provider asks for consent once per account.
     consent = "[name=prompt][value=consent]"
     browser.until(lambda: browser.all(consent) or browser.all("#main"), "consent, or the page")
     if browser.all(consent):
         browser.click("button[type=submit]")
     browser.find("#main")
-    # The provider's pages ask for a font that is not to be had.
+    # The provider's pages request a font that is unavailable.
     browser.console_errors()
 
 
 def test_sign_in_and_out(
     browser: Browser, world: World, signed: tuple[Console, str, str], axe: str
 ) -> None:
-    """Who signs in sees their own account, at the page they wanted; signing out ends that."""
+    """After sign-in, users see the page they asked for with their account, until they sign out."""
     process, url, issuer = signed
     world.account = "alice"
     world.create("of alice")
@@ -99,7 +99,7 @@ def test_sign_in_and_out(
     assert browser.text(".who bdi") == "alice"
     assert browser.text("#rows th bdi") == "of alice"
     browser.screen("signed-in")
-    # Making a token works as everywhere.
+    # A signed-in user can create a token.
     browser.click("#generate")
     browser.type("#name", "by alice")
     browser.click("#add")
@@ -110,21 +110,21 @@ def test_sign_in_and_out(
     assert (session["httpOnly"], session["sameSite"]) == (True, "Lax")
 
     browser.click(".who button")
-    # The provider asks whether to end its own session too.
+    # The provider asks whether to end its own session.
     browser.click("[name=logout]")
     browser.until(
-        lambda: browser.driver.current_url.startswith(f"{url}/signed-out"), "the way back"
+        lambda: browser.driver.current_url.startswith(f"{url}/signed-out"), "the signed-out page"
     )
     assert "You are signed out" in browser.text("main")
     browser.console_errors()
     browser.screen("signed-out")
-    browser.accessible(axe, "the way out")
-    # A copy of the cookie is worth nothing any more.
+    browser.accessible(axe, "the signed-out page")
+    # A copy of the cookie is now worthless.
     with httpx.Client(cookies={"latchkey_console": session["value"]}) as thief:
         answer = thief.get(f"{url}/")
         assert (answer.status_code, answer.headers["location"]) == (303, "/sign-in")
     browser.driver.back()
-    browser.until(lambda: "of alice" not in browser.driver.page_source, "nothing is shown any more")
+    browser.until(lambda: "of alice" not in browser.driver.page_source, "the tokens disappear")
 
     browser.driver.get(f"{url}/signed-out")
     browser.click("main .button")
@@ -134,22 +134,22 @@ def test_sign_in_and_out(
 
 
 @pytest.mark.answers(403)
-def test_claim_that_is_no_account(
+def test_invalid_account_claim_is_refused(
     browser: Browser, world: World, signed: tuple[Console, str, str]
 ) -> None:
-    """Somebody whose claim is no account id is told so, and sees nothing."""
+    """If the claim is not a valid account id, the page says so and shows nothing."""
     _, url, _ = signed
     browser.reset(url, None)
     browser.open()
     sign_in(browser, "me@example.com")
-    assert "This is not an account" in browser.text("main")
+    assert "Invalid account ID" in browser.text("main")
 
 
 @pytest.mark.answers(401)
-def test_what_was_typed_survives_the_end_of_a_sign_in(
+def test_input_survives_an_expired_sign_in(
     browser: Browser, world: World, signed: tuple[Console, str, str], script: bool
 ) -> None:
-    """A form that is sent after the sign-in has ended makes nothing, and loses nothing."""
+    """A form submitted after the sign-in expired creates nothing and keeps its input."""
     _, url, _ = signed
     browser.reset(url, None)
     browser.open("/new")
@@ -161,11 +161,11 @@ def test_what_was_typed_survives_the_end_of_a_sign_in(
     browser.cdp("Network.clearBrowserCookies")
     browser.click("#add")
     if script:
-        assert "not signed in any more" in browser.text("dialog #message")
+        assert "no longer signed in" in browser.text("dialog #message")
         assert browser.find("#name").get_attribute("value") == "half done"
         browser.click("#message a")
     else:
-        assert "not signed in any more" in browser.text("main")
+        assert "no longer signed in" in browser.text("main")
         browser.click("main .button")
     browser.scripts(on=True)
     sign_in(browser, "carol")
@@ -176,7 +176,7 @@ def test_what_was_typed_survives_the_end_of_a_sign_in(
 
 
 def begin(client: httpx.Client, url: str) -> dict[str, str]:
-    """Start a sign-in; return what the provider is asked."""
+    """Start a sign-in and return the parameters sent to the provider."""
     answer = client.get(f"{url}/sign-in")
     assert answer.status_code == 302
     query = parse_qs(urlsplit(answer.headers["location"]).query)
@@ -184,7 +184,7 @@ def begin(client: httpx.Client, url: str) -> dict[str, str]:
 
 
 def test_request_to_the_provider(signed: tuple[Console, str, str]) -> None:
-    """State, nonce and a PKCE challenge go along, and are new each time."""
+    """Each sign-in has a new state, nonce and PKCE challenge."""
     _, url, _ = signed
     with httpx.Client() as client:
         first, second = begin(client, url), begin(client, url)
@@ -212,17 +212,17 @@ def test_request_to_the_provider(signed: tuple[Console, str, str]) -> None:
         "?state={state}",
     ],
 )
-def test_answers_that_sign_nobody_in(signed: tuple[Console, str, str], query: str) -> None:
-    """No state, a foreign one, a made-up code, another issuer, a refusal: nobody is signed in."""
+def test_invalid_answers_sign_nobody_in(signed: tuple[Console, str, str], query: str) -> None:
+    """A missing or foreign state, a forged code, another issuer or a refusal signs nobody in."""
     process, url, _ = signed
     with httpx.Client() as client:
         asked = begin(client, url)
         answer = client.get(f"{url}/signed-in{query.format(**asked)}")
         assert answer.status_code == 400
-        assert "The sign-in did not work" in answer.text
+        assert "Sign-in failed" in answer.text
         assert "guessed" not in answer.text
         assert client.get(f"{url}/").headers["location"] == "/sign-in"
-    # Another browser's state is no better than none: nobody is signed in as somebody else.
+    # Another browser's state is as good as none, so nobody can be signed in as someone else.
     with httpx.Client() as victim:
         victim.get(f"{url}/")
         answer = victim.get(f"{url}/signed-in?code=x&state={asked['state']}")
@@ -230,8 +230,8 @@ def test_answers_that_sign_nobody_in(signed: tuple[Console, str, str], query: st
     assert "Traceback" not in process.log
 
 
-def test_sign_out_needs_the_seal(signed: tuple[Console, str, str]) -> None:
-    """Signing out is a form of the page's own, so that no other site does it."""
+def test_sign_out_requires_the_seal(signed: tuple[Console, str, str]) -> None:
+    """Signing out requires a form of our page, so other sites cannot sign a user out."""
     _, url, _ = signed
     assert httpx.get(f"{url}/sign-out").status_code == 405
     assert httpx.post(f"{url}/sign-out").status_code == 403
@@ -240,7 +240,7 @@ def test_sign_out_needs_the_seal(signed: tuple[Console, str, str]) -> None:
 def test_public_client_and_another_claim(
     browser: Browser, world: World, backend: tuple, scratch: Path
 ) -> None:
-    """Without a client secret PKCE does, and the account may be another claim than the subject."""
+    """Without a client secret, PKCE suffices. The account can come from any claim."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with provider(url) as issuer:
@@ -256,10 +256,10 @@ def test_public_client_and_another_claim(
 
 
 @pytest.mark.answers(503)
-def test_provider_away(
+def test_unavailable_provider(
     browser: Browser, world: World, backend: tuple, scratch: Path, axe: str
 ) -> None:
-    """Without its provider the page says that nobody can sign in now, and shows nothing."""
+    """While the provider is down, the page says that sign-in is unavailable and shows nothing."""
     arguments = (
         *("--target", backend[0].address),
         *("--oidc-issuer", f"http://127.0.0.1:{free_port()}", "--oidc-client-id", "page"),
@@ -270,5 +270,5 @@ def test_provider_away(
         assert "Sign-in is not available" in browser.text("main")
         browser.screen("no-provider")
         browser.accessible(axe, "no sign-in")
-        assert re.search(r"sign-in failed: the provider cannot be used", running.log)
+        assert re.search(r"sign-in failed: provider unavailable", running.log)
         assert "Traceback" not in running.log

@@ -1,4 +1,4 @@
-"""What keeps others out: headers, hosts, origins, seals, and who is looking."""
+"""Protection from other sites and people: headers, hosts, origins, seals and identity."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ PROXY: dict[str, Any] = {
 
 @pytest.fixture
 def transport() -> str:
-    """What the page sees is the same over both transports; one is enough here."""
+    """The console cannot tell the transports apart, so one is enough here."""
     return "native"
 
 
 @pytest.fixture
 async def browser(address: str) -> AsyncIterator[httpx.AsyncClient]:
-    """The page with a fixed account, and who visits it."""
+    """A client of a console with a fixed account."""
     async with visitor(address, account="acme") as found:
         yield found
 
@@ -47,7 +47,7 @@ async def names(stub: TokenServiceAsyncStub, account: str = "acme") -> list[str]
 
 
 async def test_headers_of_every_answer(browser: httpx.AsyncClient) -> None:
-    """Pages, parts, errors and refusals alike: strict policy, no store, no frames, no sniffing."""
+    """Every answer has a strict policy and forbids storing, framing and content sniffing."""
     for method, path in (
         ("GET", "/"),
         ("GET", "/new"),
@@ -74,7 +74,7 @@ async def test_headers_of_every_answer(browser: httpx.AsyncClient) -> None:
 
 
 async def test_no_inline_script_or_style(browser: httpx.AsyncClient) -> None:
-    """No page relies on what its policy forbids, and all that it loads is its own."""
+    """No page needs what its policy forbids, and pages load only their own resources."""
     for path in ("/", "/new", "/no-such-page"):
         page = (await browser.get(path)).text
         assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:", page)
@@ -83,7 +83,7 @@ async def test_no_inline_script_or_style(browser: httpx.AsyncClient) -> None:
 
 
 async def test_static_files_are_kept_by_version(browser: httpx.AsyncClient) -> None:
-    """A static file may be kept for good, under an address that changes with it."""
+    """Static files may be cached forever, because their URLs change with their content."""
     page = (await browser.get("/")).text
     for path in set(re.findall(r'"(/static/[^"]+)"', page)):
         answer = await browser.get(path)
@@ -97,15 +97,15 @@ async def test_static_files_are_kept_by_version(browser: httpx.AsyncClient) -> N
 @pytest.mark.parametrize(
     "host", ["evil.example", "127.0.0.1", "127.0.0.1:1", "localhost:50080.evil.example", ""]
 )
-async def test_other_names_are_not_served(browser: httpx.AsyncClient, host: str) -> None:
-    """A name that was pointed at this address by others gets nothing (DNS rebinding)."""
+async def test_unknown_hosts_are_refused(browser: httpx.AsyncClient, host: str) -> None:
+    """A request under an unknown host name reveals nothing (DNS rebinding)."""
     answer = await browser.get("/", headers={"host": host})
     assert answer.status_code == 421
     assert "acme" not in answer.text
 
 
-async def test_own_names_are_served(browser: httpx.AsyncClient) -> None:
-    """The names of loopback all work, whatever their case."""
+async def test_loopback_hosts_are_served(browser: httpx.AsyncClient) -> None:
+    """All names of loopback work, in any case."""
     for host in ("127.0.0.1:50080", "localhost:50080", "LOCALHOST:50080", "[::1]:50080"):
         assert (await browser.get("/", headers={"host": host})).status_code == 200
 
@@ -123,10 +123,10 @@ async def test_own_names_are_served(browser: httpx.AsyncClient) -> None:
         {"sec_fetch_site": "none"},
     ],
 )
-async def test_forms_from_elsewhere_do_nothing(
+async def test_foreign_forms_have_no_effect(
     browser: httpx.AsyncClient, stub: TokenServiceAsyncStub, headers: dict[str, str]
 ) -> None:
-    """A form that another site sends, even with the right seals, creates and deletes nothing."""
+    """A form sent by another site creates nothing, even with valid seals."""
     data = await form(browser)
     answer = await send(browser, "/tokens", data, **headers)
     assert answer.status_code == 403
@@ -138,14 +138,14 @@ async def test_forms_from_elsewhere_do_nothing(
 
 @pytest.mark.parametrize("broken", ["csrf", "form"])
 @pytest.mark.parametrize("by", ["leaving it out", "another", "another session's"])
-async def test_seals(
+async def test_forms_require_valid_seals(
     browser: httpx.AsyncClient,
     stub: TokenServiceAsyncStub,
     address: str,
     broken: str,
     by: str,
 ) -> None:
-    """Without the seals of this session a form does nothing, and is given back as it was typed."""
+    """Without the session's seals, a form has no effect and is shown again with its input."""
     data = await form(browser, name="typed <b>")
     if by == "leaving it out":
         del data[broken]
@@ -164,8 +164,8 @@ async def test_seals(
     assert (await send(browser, "/tokens", again)).status_code == 303
 
 
-async def test_deletion_needs_the_seal(browser: httpx.AsyncClient, create: Any) -> None:
-    """A deletion without the session's seal deletes nothing; with it, by POST alone, it does."""
+async def test_deletion_requires_the_seal(browser: httpx.AsyncClient, create: Any) -> None:
+    """A deletion requires the session's seal and a POST."""
     token = (await create(name="kept")).token
     page = await browser.get("/delete", params={"id": token.id})
     assert "Delete token" in page.text
@@ -192,20 +192,20 @@ async def test_deletion_needs_the_seal(browser: httpx.AsyncClient, create: Any) 
         (b"", ""),
     ],
 )
-async def test_what_is_no_form_is_refused(
+async def test_invalid_bodies_are_refused(
     browser: httpx.AsyncClient, body: bytes, kind: str
 ) -> None:
-    """Bodies that no form of the page sends are refused in words, whatever they are."""
+    """Bodies that none of our forms would send are refused with an explanation."""
     headers = {"origin": "http://127.0.0.1:50080", "content-type": kind}
     answer = await browser.post("/tokens", content=body, headers=headers)
     assert answer.status_code == 400
     assert "Nothing was changed" in answer.text
 
 
-async def test_body_that_does_not_come(
+async def test_stalled_body_is_dropped(
     browser: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who sends a form drop by drop is not waited for."""
+    """A client that sends its form too slowly is dropped."""
     monkeypatch.setattr(protection, "BODY_SECONDS", 0.05)
 
     async def drops() -> AsyncIterator[bytes]:
@@ -224,7 +224,7 @@ async def test_body_that_does_not_come(
 async def test_secret_is_given_once_and_to_its_session(
     browser: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The place of a secret gives it once, to the session that made it, by GET; no log has it."""
+    """A secret is shown once, by GET, to the session that created it, and is never logged."""
     caplog.set_level("DEBUG")
     answer = await send(browser, "/tokens", await form(browser))
     place = answer.headers["location"]
@@ -235,7 +235,7 @@ async def test_secret_is_given_once_and_to_its_session(
     assert (other.status_code, SECRET.search(other.text)) == (404, None)
     browser.cookies.clear()
     browser.cookies.update(cookies)
-    # A look ahead is not a look.
+    # HEAD and prefetch do not use up the display.
     assert (await browser.head(place)).status_code == 204
     assert (await browser.get(place, headers={"sec-purpose": "prefetch"})).status_code == 204
     first = await browser.get(place)
@@ -244,26 +244,26 @@ async def test_secret_is_given_once_and_to_its_session(
     assert first.headers["cache-control"] == "no-store"
     second = await browser.get(place)
     assert (second.status_code, SECRET.search(second.text)) == (200, None)
-    assert "shown already" in second.text
+    assert "already been shown" in second.text
     assert secret[0] not in caplog.text
 
 
-async def test_secret_that_nobody_comes_for_is_forgotten(
+async def test_uncollected_secret_is_erased(
     browser: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A secret waits in memory for its display only so long."""
+    """A secret that is not displayed in time is erased from memory."""
     monkeypatch.setattr("latchkey_console.creation.SECRET_SECONDS", 0.0)
     answer = await send(browser, "/tokens", await form(browser))
     await asyncio.sleep(0)
     shown = await browser.get(answer.headers["location"])
-    assert "shown already" in shown.text
+    assert "already been shown" in shown.text
     assert not SECRET.search(shown.text)
 
 
-async def test_forms_sent_at_once_make_one_token(
+async def test_concurrent_submissions_create_one_token(
     browser: httpx.AsyncClient, stub: TokenServiceAsyncStub
 ) -> None:
-    """Twenty copies of one form make one token, and all lead to the same place."""
+    """Twenty concurrent copies of a form create one token and redirect to the same place."""
     data = await form(browser)
     answers = await asyncio.gather(*(send(browser, "/tokens", data) for _ in range(20)))
     assert {answer.status_code for answer in answers} == {303}
@@ -271,10 +271,10 @@ async def test_forms_sent_at_once_make_one_token(
     assert await names(stub) == ["made"]
 
 
-async def test_browser_that_hangs_up_leaves_no_doubt(
+async def test_disconnect_does_not_stop_a_creation(
     browser: httpx.AsyncClient, stub: TokenServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A request that is cut off does not stop the creation half-way: the form still knows of it."""
+    """A creation completes after its browser disconnects, and a resubmission finds it."""
     begun, calls, real = asyncio.Event(), [], latchkey.Client.create
 
     async def create(*arguments: Any, **options: Any) -> Any:
@@ -298,14 +298,14 @@ async def test_browser_that_hangs_up_leaves_no_doubt(
 
 
 async def test_session_cookie(address: str) -> None:
-    """The cookie is signed, for HTTP only, for this site only; over https it insists on that."""
+    """The session cookie is signed, HttpOnly and SameSite, and over https also Secure."""
     async with visitor(address, account="acme") as browser:
         cookie = (await browser.get("/new")).headers["set-cookie"].lower()
         assert cookie.startswith("latchkey_console=")
         assert "httponly" in cookie
         assert "samesite=lax" in cookie
         assert "secure" not in cookie
-        # A forged one is no session: the form of the real one does not fit it.
+        # A forged cookie starts a new session, in which the old form is invalid.
         data = await form(browser)
         browser.cookies.clear()
         browser.cookies.set("latchkey_console", "e30=.forged.forged")
@@ -323,8 +323,8 @@ async def test_session_cookie(address: str) -> None:
 @pytest.mark.parametrize(
     "header", ["Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-IP"]
 )
-async def test_fixed_account_is_not_for_proxies(browser: httpx.AsyncClient, header: str) -> None:
-    """With --account, what comes through a proxy sees nothing: it could be anybody."""
+async def test_fixed_account_refuses_proxies(browser: httpx.AsyncClient, header: str) -> None:
+    """With --account, requests through a proxy are refused, because anyone could send them."""
     answer = await browser.get("/", headers={header: "203.0.113.9"})
     assert answer.status_code == 403
     assert "--account-header" in answer.text
@@ -332,7 +332,7 @@ async def test_fixed_account_is_not_for_proxies(browser: httpx.AsyncClient, head
 
 
 async def test_account_by_header(address: str, create: Any) -> None:
-    """A trusted proxy's header chooses the account, and each sees its own tokens only."""
+    """A trusted proxy's header selects the account, which sees only its own tokens."""
     await create(account_id="acme", name="of acme")
     await create(account_id="other", name="of other")
     async with visitor(address, **PROXY) as browser:
@@ -358,10 +358,10 @@ async def test_account_by_header(address: str, create: Any) -> None:
         ([("x-remote-user", "acme"), ("x_forwarded_user", "acme")], 401),
     ],
 )
-async def test_header_that_is_not_beyond_doubt(
+async def test_ambiguous_header_is_refused(
     address: str, create: Any, headers: list[tuple[str, str]], status: int
 ) -> None:
-    """No header, several, or one that is no account: nothing is shown."""
+    """A missing, repeated or invalid account header shows nothing."""
     await create(account_id="acme", name="of acme")
     async with visitor(address, **PROXY) as browser:
         answer = await browser.get("/", headers=headers)
@@ -384,7 +384,7 @@ async def test_header_that_is_not_beyond_doubt(
 async def test_header_from_a_trusted_address_only(
     address: str, create: Any, peer: str, trusted: bool
 ) -> None:
-    """The connection's own address decides, whatever a header claims."""
+    """Only the connection's own address is trusted, not one that a header claims."""
     await create(account_id="acme", name="of acme")
     async with visitor(address, peer=(peer, 1), **PROXY) as browser:
         headers = {"x-forwarded-user": "acme", "x-forwarded-for": "10.1.2.3"}
@@ -396,7 +396,7 @@ async def test_header_from_a_trusted_address_only(
 async def test_form_does_not_outlive_a_change_of_account(
     address: str, stub: TokenServiceAsyncStub
 ) -> None:
-    """A form of one account does nothing once the browser is another's."""
+    """A form of one account has no effect after the browser changes to another account."""
     async with visitor(address, **PROXY) as browser:
         browser.headers["x-forwarded-user"] = "acme"
         data = await form(browser)
@@ -409,26 +409,26 @@ async def test_form_does_not_outlive_a_change_of_account(
         assert (shown.status_code, SECRET.search(shown.text)) == (404, None)
 
 
-async def test_probe_needs_nothing(address: str) -> None:
-    """A probe is answered whatever it calls the page, and is told nothing but that it is up."""
+async def test_probe_needs_no_account_or_host(address: str) -> None:
+    """A health probe works under any host name and learns only that the console runs."""
     async with visitor(address, **PROXY) as browser:
         answer = await browser.get("/healthz", headers={"host": "10.0.0.5:8080"})
         assert (answer.status_code, answer.text) == (200, "ok\n")
         assert "set-cookie" not in answer.headers
 
 
-async def test_fault_is_told_without_what_it_was(
+async def test_internal_error_reveals_no_details(
     browser: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A fault of the page's own is a page with a number that the log has, and all headers."""
+    """An internal error shows a page with all headers and a number that is also in the log."""
 
     async def broken(*_: Any) -> None:
-        raise RuntimeError("what it was")
+        raise RuntimeError("private details")
 
     monkeypatch.setattr("latchkey_console.listing.fetch", broken)
     answer = await browser.get("/")
     assert answer.status_code == 500
-    assert "what it was" not in answer.text
+    assert "private details" not in answer.text
     assert answer.headers["cache-control"] == "no-store"
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     number = re.search(r"Request ([0-9a-f]{8})", answer.text)
@@ -436,10 +436,10 @@ async def test_fault_is_told_without_what_it_was(
     assert number[1] in caplog.text
 
 
-async def test_deletion_that_some_verifier_may_not_know_of(
+async def test_unconfirmed_receipt_is_shown_as_unconfirmed(
     browser: httpx.AsyncClient, create: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A receipt without an effective time is no "everywhere": the page says so, and asks again."""
+    """Without an effective time, the page shows the deletion as unconfirmed and can retry it."""
     token = (await create(name="doomed")).token
     receipt: Any = dataclasses.replace(
         latchkey.Receipt(
@@ -449,7 +449,7 @@ async def test_deletion_that_some_verifier_may_not_know_of(
             verifiers_acknowledged=1,
             verifiers_outwaited=0,
         ),
-        effective_time=None,  # type: ignore[arg-type, unused-ignore]  # as later versions have it
+        effective_time=None,  # type: ignore[arg-type, unused-ignore]  # allowed by later versions
     )
     real = latchkey.Client.delete
 
@@ -472,10 +472,10 @@ async def test_deletion_that_some_verifier_may_not_know_of(
     assert "It stopped working everywhere" in (await browser.get("/")).text
 
 
-async def test_form_after_a_fault_can_be_sent_again(
+async def test_form_can_be_resubmitted_after_an_internal_error(
     browser: httpx.AsyncClient, stub: TokenServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fault of the page's own in the middle of a creation does not spoil the form for good."""
+    """After an internal error during a creation, the same form can be submitted again."""
 
     async def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError

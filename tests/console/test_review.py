@@ -1,4 +1,4 @@
-"""What the page points out about the tokens, in a real browser."""
+"""The review of an account's tokens, in a real browser."""
 
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -16,7 +16,7 @@ DAY = 86_400
 
 
 def found(browser: Browser) -> dict[str, int]:
-    """Return what is pointed out and how many tokens it is about."""
+    """Return the number of tokens per kind of finding."""
     return {
         str(a.get_attribute("data-review")): int(a.find_element("tag name", "b").text)
         for a in browser.all("[data-review]")
@@ -34,11 +34,11 @@ def is_shown(browser: Browser, wanted: list[str]) -> bool:
 def test_each_finding_is_counted_explained_and_filtered(
     browser: Browser, world: World, script: bool
 ) -> None:
-    """Each finding has its count over all tokens, a sentence why, and a filter of its own."""
+    """Each finding shows its count, its reason and its own filter."""
     world.create("fine", ttl={"seconds": 90 * DAY})
     world.create("forever")
-    world.create("ends soon", ttl={"seconds": 3 * DAY})
-    world.create("ended", expires_days=-1)
+    world.create("expires soon", ttl={"seconds": 3 * DAY})
+    world.create("expired", expires_days=-1)
     world.create("writes", scope=pb.SCOPE_WRITE, ttl={"seconds": 90 * DAY})
     world.create("aged", days_old=200, ttl={"seconds": 90 * DAY})
     browser.open()
@@ -50,11 +50,11 @@ def test_each_finding_is_counted_explained_and_filtered(
         "write": 1,
     }
     for kind, name, why in (
-        ("never-expires", "forever", "A copy that leaks works until someone notices"),
-        ("expires-soon", "ends soon", "Stops working within 14 days"),
-        ("expired", "ended", "Refused everywhere already"),
-        ("old", "aged", "more than 180 days ago"),
-        ("write", "writes", "Whoever holds one can change things"),
+        ("never-expires", "forever", "A leaked copy works until someone notices"),
+        ("expires-soon", "expires soon", "Expires within 14 days"),
+        ("expired", "expired", "Already rejected everywhere"),
+        ("old", "aged", "over 180 days ago"),
+        ("write", "writes", "Anyone who holds it can change things"),
     ):
         assert why in browser.text(f"[data-review={kind}]")
         browser.click(f"[data-review={kind}]")
@@ -64,16 +64,16 @@ def test_each_finding_is_counted_explained_and_filtered(
         assert browser.find(f"[data-review={kind}]").get_attribute("aria-current") == "true"
         if script:
             browser.focused(f"[data-review={kind}]")
-        # Once more takes the filter away.
+        # A second click removes the filter.
         browser.click(f"[data-review={kind}]")
         browser.until(lambda: len(names(browser)) == 6, "all of them")
     if script:
         browser.driver.back()
-        browser.until(lambda: names(browser) == ["writes"], "the way back has the filter")
+        browser.until(lambda: names(browser) == ["writes"], "the filter after Back")
 
 
 def test_use_is_reviewed_once_it_is_recorded(browser: Browser, world: World) -> None:
-    """A service that records use gets columns and findings for it; one that does not, neither."""
+    """The page has a column and findings for use only if the service records use."""
     world.create("busy", days_old=100, ttl={"seconds": 90 * DAY})
     world.create("idle", days_old=150, ttl={"seconds": 90 * DAY})
     world.create("untouched", days_old=20, ttl={"seconds": 90 * DAY})
@@ -99,8 +99,8 @@ def test_use_is_reviewed_once_it_is_recorded(browser: Browser, world: World) -> 
         browser.until(lambda: names(browser) == ["untouched"], "the one that was never used")
 
 
-def test_nothing_to_point_out(browser: Browser, world: World) -> None:
-    """Where all is well there is no review in the way."""
+def test_review_is_hidden_without_findings(browser: Browser, world: World) -> None:
+    """Without findings, the page has no review section."""
     world.create("fine", ttl={"seconds": 90 * DAY})
     browser.open()
     browser.find("#rows")

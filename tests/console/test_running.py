@@ -1,4 +1,4 @@
-"""The page as a command: how it starts, what it refuses, how it ends, and `make console`."""
+"""The console as a command: startup, refused settings, shutdown, and `make console`."""
 
 import contextlib
 import os
@@ -27,17 +27,18 @@ from tests.support import WAIT_SECONDS, eventually
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^<!-- test: ([a-z ]+) -->\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 README = (ROOT / "README.md").read_text("utf-8")
+SETTINGS = (ROOT / "docs/settings.md").read_text("utf-8")
 START_SECONDS = 90.0
 
 
 def readme(mark: str) -> str:
-    """Return the README's block with this mark, continued lines joined."""
+    """Return the README's code block with this mark, with continued lines joined."""
     (text,) = (text for name, text in BLOCK.findall(README) if name == mark)
     return str(text).replace("\\\n", " ")
 
 
 def latchkey(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line to its end."""
+    """Run `latchkey` until it exits."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
     return subprocess.run(
         [sys.executable, "-m", "latchkey_cli", *arguments],
@@ -53,21 +54,21 @@ def latchkey(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("", "not said whose"),
+        ("", "no way to identify visitors"),
         ("--account acme --listen 0.0.0.0:0", "loopback only"),
         ("--account acme --oidc-issuer https://id.example.com", "exclude each other"),
-        ("--account-header X-User", "worth nothing"),
-        ("--oidc-issuer https://x --oidc-client-id a --oidc-client-secret-file /no", "cannot be"),
+        ("--account-header X-User", "addresses that may send the header"),
+        ("--oidc-issuer https://x --oidc-client-id a --oidc-client-secret-file /no", "cannot read"),
         ("--account acme --public-url https://[", "scheme and host"),
-        ("--oidc-issuer https://[ --oidc-client-id a", "provider's address"),
+        ("--oidc-issuer https://[ --oidc-client-id a", "give the issuer URL"),
         (
             "--account-header X --trusted-proxy ::1 --public-url https://x --listen a..b:80",
-            "cannot be had",
+            "cannot listen on",
         ),
     ],
 )
-def test_what_is_unsafe_does_not_start(arguments: str, words: str) -> None:
-    """Unsafe or incomplete settings are exit code 2 and one line that says what to do."""
+def test_unsafe_settings_are_refused(arguments: str, words: str) -> None:
+    """Unsafe or incomplete settings exit with code 2 and one helpful line."""
     done = latchkey("console", *arguments.split())
     assert done.returncode == 2
     assert done.stdout == ""
@@ -77,7 +78,7 @@ def test_what_is_unsafe_does_not_start(arguments: str, words: str) -> None:
 
 
 def test_settings_from_the_environment() -> None:
-    """Each option is an environment variable too, held to the same rules."""
+    """Every option is also an environment variable with the same rules."""
     done = latchkey(
         "console", LATCHKEY_CONSOLE_ACCOUNT="acme", LATCHKEY_CONSOLE_LISTEN="192.0.2.1:80"
     )
@@ -85,10 +86,10 @@ def test_settings_from_the_environment() -> None:
     assert "loopback only" in done.stderr
 
 
-def test_without_its_libraries_it_says_how_to_get_them(
+def test_missing_libraries_are_reported_with_the_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where the extra is not installed, the command says which one it is, and where from."""
+    """Without the optional libraries, the command says how to install them."""
     from latchkey_cli.main import main
 
     monkeypatch.setattr(command, "_NEEDED", ("latchkey_cli", "no_such_library"))
@@ -97,8 +98,8 @@ def test_without_its_libraries_it_says_how_to_get_them(
     assert "from a clone of Latchkey with: pip install '.[cli,console]'" in capsys.readouterr().err
 
 
-def test_needed_libraries_are_those_of_the_extra() -> None:
-    """What the command looks for is what the extra installs."""
+def test_needed_libraries_match_the_extra() -> None:
+    """The command checks for exactly the libraries that the extra installs."""
     project = (ROOT / "pyproject.toml").read_text("utf-8")
     match = re.search(r"^console = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)
     assert match is not None
@@ -106,18 +107,18 @@ def test_needed_libraries_are_those_of_the_extra() -> None:
     assert extra == set(command._NEEDED) - {"latchkey_console"}
 
 
-def test_address_that_is_taken(tmp_path: Path) -> None:
-    """An address that somebody has is told, and not shared."""
+def test_taken_address_is_reported(tmp_path: Path) -> None:
+    """An address that is already in use is reported and not shared."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         done = latchkey("console", "--account", "acme", "--listen", address)
     assert done.returncode == 2
-    assert f"{address} cannot be had" in done.stderr
+    assert f"cannot listen on {address}" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_it_stops_when_it_is_told(tmp_path: Path, number: signal.Signals) -> None:
-    """A signal ends it in order: it says where it was, and leaves no traceback."""
+def test_signals_stop_it_gracefully(tmp_path: Path, number: signal.Signals) -> None:
+    """A signal stops it gracefully: exit code 0, its URL in the output, no traceback."""
     running = Console(tmp_path / "page", "--account", "acme", "--target", "127.0.0.1:1")
     try:
         url = run(running.url())
@@ -126,11 +127,11 @@ def test_it_stops_when_it_is_told(tmp_path: Path, number: signal.Signals) -> Non
         code = running.end(number)
     assert code == 0
     assert "Traceback" not in running.log
-    assert "everyone here is account acme" in running.log
+    assert "everyone uses account acme" in running.log
 
 
-def test_what_ends_it() -> None:
-    """A closed terminal ends it, unless nohup is to keep it."""
+def test_nohup_ignores_a_closed_terminal() -> None:
+    """A closed terminal stops it, except under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         assert signal.SIGHUP in page.stopping_signals()
@@ -140,8 +141,8 @@ def test_what_ends_it() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_who_insists_is_obeyed_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Told to end again and again it only notes that, until it should have ended by far."""
+def test_signal_past_the_deadline_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeated signals only request the shutdown until its deadline has passed."""
     now = 1_000.0
     monkeypatch.setattr(page, "time", SimpleNamespace(monotonic=lambda: now))
     server = page._Server(uvicorn.Config(lambda: None))
@@ -154,7 +155,7 @@ def test_who_insists_is_obeyed_in_the_end(monkeypatch: pytest.MonkeyPatch) -> No
         server.handle_exit(signal.SIGINT, None)
 
 
-# A destructor or a callback may be what runs when a signal comes: what it raises is lost.
+# A signal may arrive in a destructor or callback, where Python discards exceptions.
 STARTED_AND_STOPPED = """
 import contextlib, os, signal, sys, uvicorn
 from latchkey_cli.main import main
@@ -171,8 +172,8 @@ sys.exit(main())
 """
 
 
-def test_a_stop_that_comes_while_it_starts() -> None:
-    """A signal in the moment before the page listens to signals ends it all the same."""
+def test_signal_during_startup_stops_it() -> None:
+    """A signal that arrives before uvicorn handles signals still stops the console."""
     done = subprocess.run(
         [
             *(sys.executable, "-c", STARTED_AND_STOPPED, "console"),
@@ -190,7 +191,7 @@ def test_a_stop_that_comes_while_it_starts() -> None:
 
 @contextlib.contextmanager
 def asking(url: str, latchkey: socket.socket) -> Iterator[Future[httpx.Response]]:
-    """Ask the page for the list, from the moment that it asks a Latchkey that does not answer."""
+    """Request the list. Yield once the console waits for a Latchkey that does not answer."""
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(httpx.get, url, timeout=WAIT_SECONDS)
         latchkey.settimeout(WAIT_SECONDS)
@@ -198,8 +199,8 @@ def asking(url: str, latchkey: socket.socket) -> Iterator[Future[httpx.Response]
             yield asked
 
 
-def test_a_second_stop_changes_nothing(tmp_path: Path) -> None:
-    """Whoever presses Ctrl-C again gets the same end: what is under way is answered, no faults."""
+def test_second_signal_changes_nothing(tmp_path: Path) -> None:
+    """A second Ctrl-C changes nothing: requests in progress are answered without errors."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         target = f"127.0.0.1:{silent.getsockname()[1]}"
         running = Console(tmp_path / "page", "--account", "acme", "--target", target)
@@ -208,8 +209,8 @@ def test_a_second_stop_changes_nothing(tmp_path: Path) -> None:
             with asking(url, silent) as asked:
                 for _ in range(2):
                     running.send(signal.SIGINT)
-                    run(eventually(lambda: refuses(url), "the page takes nothing new"))
-                # Now Latchkey is away, and the page has its answer.
+                    run(eventually(lambda: refuses(url), "the console accepts no new connections"))
+                # Now Latchkey is gone, so the console can answer.
                 silent.close()
             assert "Latchkey cannot be reached" in asked.result().text
             assert running.wait() == 0
@@ -219,7 +220,7 @@ def test_a_second_stop_changes_nothing(tmp_path: Path) -> None:
 
 
 def refuses(url: str) -> bool:
-    """Tell whether nobody listens at `url` any more."""
+    """Return whether nobody listens at `url` any longer."""
     parts = httpx.URL(url)
     try:
         socket.create_connection((parts.host, parts.port or 80), WAIT_SECONDS).close()
@@ -238,8 +239,8 @@ sys.exit(main())
 """
 
 
-def test_what_is_under_way_for_too_long_is_told_in_a_line(tmp_path: Path) -> None:
-    """The end does not wait for a request for ever, and tells of it without a traceback."""
+def test_requests_cut_off_at_shutdown_are_logged_in_one_line(tmp_path: Path) -> None:
+    """The shutdown does not wait forever for a request, and it logs this without a traceback."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         target = f"127.0.0.1:{silent.getsockname()[1]}"
         start = (sys.executable, "-c", IMPATIENT)
@@ -255,17 +256,17 @@ def test_what_is_under_way_for_too_long_is_told_in_a_line(tmp_path: Path) -> Non
     assert "Traceback" not in running.log
 
 
-def test_queries_and_names_are_in_no_log(tmp_path: Path) -> None:
-    """What people look for and type is in no log line, also when Latchkey is away."""
+def test_logs_contain_no_queries_or_names(tmp_path: Path) -> None:
+    """Search terms never appear in the log, even when Latchkey is down."""
     with console(tmp_path / "page", "--account", "acme", "--target", "127.0.0.1:1") as (page, url):
         answer = httpx.get(f"{url}/?q=hush")
         assert answer.status_code == 503
         assert "hush" not in page.log
-        assert "list: UNAVAILABLE" in page.log
+        assert "list failed: UNAVAILABLE" in page.log
 
 
-def test_commands_of_the_readme(tmp_path: Path) -> None:
-    """The page starts with each of the README's commands, and is up."""
+def test_readme_commands(tmp_path: Path) -> None:
+    """The console starts with each of the README's commands."""
     folder = tmp_path / "page"
     folder.mkdir()
     (folder / "client-secret").write_text("a client secret\n")
@@ -281,11 +282,11 @@ def test_commands_of_the_readme(tmp_path: Path) -> None:
             assert running.end() == 0
 
 
-def test_options_of_the_readme() -> None:
-    """The README's table has every option, in whatever order, with its variable and default."""
+def test_documented_options() -> None:
+    """docs/settings.md lists every option, in any order, with its variable and default."""
     from latchkey_console import settings
 
-    cells = re.findall(r"^\| `--([a-z-]+)` \| `(LATCHKEY_\w+)` \| (.+?) \|", README, re.MULTILINE)
+    cells = re.findall(r"^\| `--([a-z-]+)` \| `(LATCHKEY_\w+)` \| (.+?) \|", SETTINGS, re.MULTILINE)
     rows = {option: (variable, default) for option, variable, default in cells}
     shown = latchkey("console", "--help", COLUMNS="200").stdout
     assert {f"--{option}" for option in rows} == set(re.findall(r"(--[a-z-]+)", shown)) - {"--help"}
@@ -301,8 +302,8 @@ def test_options_of_the_readme() -> None:
     )
 
 
-def test_several_proxies_in_the_variable() -> None:
-    """In the variable, spaces separate the addresses of several proxies; all of them are read."""
+def test_variable_accepts_several_proxies() -> None:
+    """The variable accepts several proxy addresses, separated by spaces."""
     done = latchkey(
         "console",
         LATCHKEY_CONSOLE_ACCOUNT_HEADER="X-User",
@@ -313,8 +314,8 @@ def test_several_proxies_in_the_variable() -> None:
     assert "--trusted-proxy third: " in done.stderr
 
 
-def test_make_console_without_its_service() -> None:
-    """Where the service does not start, what is told to do instead works as it is told."""
+def test_make_console_reports_a_failed_service() -> None:
+    """If the service does not start, the printed command is complete and usable."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
     done = subprocess.run(
         [sys.executable, "-P", "-m", "latchkey_console.together", "team-7"],
@@ -331,15 +332,15 @@ def test_make_console_without_its_service() -> None:
 
 @pytest.mark.xdist_group("readme")
 def test_make_console(scratch: Path) -> None:
-    """`make console` starts both on the embedded database, says where, and ends both."""
+    """`make console` starts service and console, prints the URL, and stops both."""
     command = readme("make console").split()
-    # An outer make hands on its variables, of which ARGS would be the account.
+    # An outer make exports its variables, and its ARGS would become the account.
     outer = ("ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS")
     environment = {k: v for k, v in os.environ.items() if k not in outer}
     stamp = f"{sys.prefix}/.run"
     with (scratch / "make-console").open("w+") as output:
         process = subprocess.Popen(
-            # What is installed is what these tests run with.
+            # Use the installation that runs these tests.
             [command[0], "-o", stamp, f"VENV={sys.prefix}", *command[1:]],
             cwd=ROOT,
             env=environment
@@ -372,6 +373,6 @@ def test_make_console(scratch: Path) -> None:
             process.wait(2 * WAIT_SECONDS)
     with pytest.raises(httpx.ConnectError):
         httpx.get(match[1])
-    # The database is stopped too: its folder could be removed.
+    # The database has stopped too, so its folder can be removed.
     assert not list((scratch / "together").rglob("postmaster.pid"))
     assert shutil.which("make")

@@ -1,4 +1,4 @@
-"""What the page says of how to use a new token: the lines work as they stand there."""
+"""The page's usage examples for a new token work as printed."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ COMMAND_SECONDS = 30.0
 
 @pytest.fixture
 def transport() -> str:
-    """What the page sees is the same over both transports; one is enough here."""
+    """The console cannot tell the transports apart, so one is enough here."""
     return "native"
 
 
 async def lines(address: str) -> tuple[str, dict[str, str]]:
-    """Make a token on the page; return its secret, and the lines to use it by their name."""
+    """Create a token on the page. Return its secret and the example lines by name."""
     async with visitor(address, account="acme") as browser:
         made = await send(browser, "/tokens", await form(browser))
         page = (await browser.get(made.headers["location"])).text
@@ -50,7 +50,7 @@ async def lines(address: str) -> tuple[str, dict[str, str]]:
 
 
 async def bash(script: str, typed: str, *paths: Path) -> str:
-    """Run a script in bash, with what is typed on its standard input; return what it says."""
+    """Run a script in bash with `typed` as its standard input. Return its output."""
     path = os.pathsep.join([*map(str, paths), os.environ["PATH"]])
 
     def run() -> subprocess.CompletedProcess[str]:
@@ -71,7 +71,7 @@ async def bash(script: str, typed: str, *paths: Path) -> str:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
 async def test_curl(address: str) -> None:
-    """The curl line, with the variable read as it says, gets into a guarded HTTP service."""
+    """After the `read` line, the curl line passes the guard of an HTTP service."""
 
     async def hello(_: Request) -> PlainTextResponse:
         token = current_token()
@@ -83,7 +83,7 @@ async def test_curl(address: str) -> None:
         server = uvicorn.Server(
             uvicorn.Config(app, port=0, log_config=None, ws="none", lifespan="off")
         )
-        # Its own way to be stopped is not needed, and is for main threads.
+        # uvicorn's signal handling works only in the main thread and is not needed here.
         serving = asyncio.create_task(server._serve())
         try:
             while not server.started:
@@ -99,7 +99,7 @@ async def test_curl(address: str) -> None:
 
 
 async def test_grpcurl(address: str, grpcurl: Path) -> None:  # noqa: F811 - the fixture
-    """The grpcurl line gets into a guarded gRPC service, and the secret is in no argument."""
+    """The grpcurl line passes the guard of a gRPC service without the secret in an argument."""
     secret, use = await lines(address)
     reflected = "ServerReflection/ServerReflectionInfo"
     public = {f"/grpc.reflection.{version}.{reflected}" for version in ("v1", "v1alpha")}

@@ -232,9 +232,10 @@ async def test_a_client_that_is_waited_for_is_named(client, transport, channel, 
 
         await eventually(nobody, "the status names nobody")
     (name,) = names
-    # Without a policy callers have no names. `native` hands streams on through a UNIX socket of its
-    # own, and so their addresses are not known there.
-    assert re.fullmatch(r"unix:" if transport == "native" else r"ipv4:127\.0\.0\.1:\d+", name)
+    # Without a policy callers have no names. `native` passes streams on through its UNIX socket,
+    # so their addresses are not known there; what the client says of itself is.
+    address = r"unix:" if transport == "native" else r"ipv4:127\.0\.0\.1:\d+"
+    assert re.fullmatch(address + r" \(web-1 pid 77\)", name)
     (line,) = [line for line in lines if line["event"] == "deletions wait for clients"]
     assert line["clients"] == [name]
     assert line["log_level"] == "warning"

@@ -30,9 +30,10 @@ _READERS = """
 SELECT count(*) FROM pg_stat_activity
  WHERE wait_event = 'SyncRep' AND query LIKE '%verifier%' AND backend_start > $1
 """
+# Renewals alone: each Delete that is cancelled lets the next one take a revision.
 _CANCEL_OLDER = """
 SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity
- WHERE wait_event = 'SyncRep' AND backend_start <= $1
+ WHERE wait_event = 'SyncRep' AND query LIKE '%verifier%' AND backend_start <= $1
 """
 
 
@@ -79,7 +80,8 @@ class Changeover:
 
         if readers:
             await eventually(read, "the hosts have read the unreplicated change")
-            await self.primary.cancel_waiting_commits()
+            everybody = await self.primary.fetchval("SELECT clock_timestamp()")
+            await self.primary.fetchval(_CANCEL_OLDER, everybody)
 
     async def _visible_after(self, before: int) -> bool:
         await self.primary.cancel_waiting_commits()

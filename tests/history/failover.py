@@ -26,8 +26,9 @@ from tests.pair import Pair
 __all__ = ["FAILOVER_SHORT", "FAILOVER_SIZE", "direct_failovers", "run_failovers"]
 
 # A host for each way to the primary. Fewer clients than a run on one server has: each failover
-# makes a database server from a copy, on the same cores.
-FAILOVER_SIZE = Size(hosts=(2, None, None), clients=8, deleters=5, lease_seconds=1.0)
+# makes a database server from a copy, on the same cores. The lease is long enough for the row of a
+# host to outlive most failovers: without its row, a host starts over.
+FAILOVER_SIZE = Size(hosts=(2, None, None), clients=8, deleters=5, lease_seconds=3.0)
 FAILOVER_SHORT = Size(
     seconds=20.0, hosts=(None, None, None), clients=3, deleters=3, lease_seconds=0.8, faults_min=1
 )

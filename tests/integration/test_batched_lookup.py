@@ -230,3 +230,28 @@ async def test_a_standing_queue_is_limited(lookup, counted, digests, monkeypatch
     last, refused = await come(20)
     assert refused == 0
     await asyncio.gather(*last)
+
+
+async def test_a_connection_that_ends_during_a_query_is_an_outage() -> None:
+    """Callers get UNAVAILABLE, whatever asyncpg raises when the connection is terminated."""
+
+    class Terminated:
+        closed = False
+
+        def is_closed(self) -> bool:
+            return self.closed
+
+        def terminate(self) -> None:
+            self.closed = True
+
+        async def fetch(self, *_: object) -> None:
+            finder.reconnect()
+            raise RuntimeError("builtins.AttributeError")
+
+    async def connect() -> Any:
+        return Terminated()
+
+    finder = Lookup(connect, time.monotonic)
+    with pytest.raises(StoreUnavailable):
+        await finder.find(bytes(32), time.monotonic() + 5)
+    await finder.close()

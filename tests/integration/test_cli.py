@@ -1,4 +1,4 @@
-"""The command line tool as a process of its own, against a running server."""
+"""The command line tool as a process, against a running server."""
 
 import asyncio
 import json
@@ -24,16 +24,16 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from tests.watching import watching
 
 ROOT = Path(__file__).parents[2]
-# A process starts in about half a second, and the machine may be busy.
+# A process starts in about half a second; a busy machine may take longer.
 TIMEOUT_SECONDS = 20
-# Nobody listens there: the port is reserved (RFC 6335 §6).
+# Nothing listens on this reserved port (RFC 6335 §6).
 NOWHERE = "127.0.0.1:1"
 GARBAGE = "lk" + "_" + "x" * 57
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a run of the tool ended."""
+    """The result of one run of the tool."""
 
     code: int
     out: str
@@ -54,13 +54,13 @@ Create = Callable[..., Awaitable[pb.CreateResponse]]
 
 @pytest.fixture
 def transport() -> str:
-    """What the tool sees is the same over both transports; one is enough here."""
+    """The tool cannot tell the transports apart, so one is enough here."""
     return "native"
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Run the tool with arguments, away from any .env file; kill it when it takes too long."""
+    """Run the tool in an empty folder without a .env file. Kill it at the timeout."""
 
     async def run(
         *arguments: str,
@@ -103,7 +103,7 @@ def run(tmp_path: Path) -> Run:
 
 
 class Scripted(pb_grpc.TokenServiceServicer):
-    """A Latchkey that answers what a healthy one seldom does."""
+    """A Latchkey with answers that a healthy one rarely gives."""
 
     status: grpc.StatusCode = grpc.StatusCode.PERMISSION_DENIED
 
@@ -160,8 +160,8 @@ class Scripted(pb_grpc.TokenServiceServicer):
 
 @pytest.fixture
 async def scripted() -> AsyncIterator[tuple[str, Scripted]]:
-    """Address of a scripted service, and the service."""
-    service = Scripted()  # type: ignore[abstract]  # the rest is never called
+    """A scripted service and its address."""
+    service = Scripted()  # type: ignore[abstract]  # other methods are never called
     server = grpc.aio.server()
     pb_grpc.add_TokenServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -170,8 +170,8 @@ async def scripted() -> AsyncIterator[tuple[str, Scripted]]:
     await server.stop(0)
 
 
-async def test_a_token_lives_and_dies(run: Run, address: str) -> None:
-    """A script can create, list, get, verify and delete a token, by JSON and exit codes alone."""
+async def test_token_life_cycle(run: Run, address: str) -> None:
+    """JSON and exit codes suffice for a script to create, list, get, verify and delete a token."""
     created = await run(
         *("create", "ci", "--scope", "read", "--expires", "30d", "--json"),
         *("--label", "team=core", "--label", "formula=a=b"),
@@ -195,7 +195,7 @@ async def test_a_token_lives_and_dies(run: Run, address: str) -> None:
     assert (valid.code, valid.json["verdict"]) == (0, "VERDICT_VALID")
     assert valid.json["token"] == token
     assert (too_much.code, too_much.json["verdict"]) == (5, "VERDICT_INSUFFICIENT_SCOPE")
-    # One newline is the pipe's; a second one is what the holder presented.
+    # The tool drops one newline. A second one is part of the presented secret.
     assert garbage.code == 5
     assert "MALFORMED" in garbage.out
 
@@ -216,8 +216,8 @@ async def test_a_token_lives_and_dies(run: Run, address: str) -> None:
     assert empty.json == []
 
 
-async def test_a_piped_create_writes_the_secret_alone(run: Run, address: str) -> None:
-    """`latchkey create … > file` puts the secret in the file, and the secret nowhere else."""
+async def test_piped_create_writes_only_the_secret(run: Run, address: str) -> None:
+    """`latchkey create … > file` writes only the secret to the file and prints it nowhere else."""
     created = await run("create", "ci", "--scope", "WRITE", target=address)
     assert created.code == 0
     secret = created.out.removesuffix("\n")
@@ -225,17 +225,15 @@ async def test_a_piped_create_writes_the_secret_alone(run: Run, address: str) ->
     assert secret.isascii()
     assert len(secret) == 60
     assert secret not in created.err
-    assert "shown once" in created.err
+    assert "shown only once" in created.err
     assert "ci" in created.err
     verified = await run("verify", "--scope", "write", target=address, stdin=created.out)
     assert verified.code == 0
     assert secret not in verified.out + verified.err
 
 
-async def test_what_the_service_refuses_has_its_exit_code(
-    run: Run, address: str, create: Create
-) -> None:
-    """A taken name is 4, a wrong argument 2 with every field named, an unknown id 3."""
+async def test_service_errors_have_their_exit_codes(run: Run, address: str, create: Create) -> None:
+    """A taken name exits with 4, an unknown id with 3, and invalid arguments with 2."""
     await create(name="Taken")
     taken, wrong, unknown = await asyncio.gather(
         run("create", "taken", "--scope", "read", target=address),
@@ -255,8 +253,8 @@ async def test_what_the_service_refuses_has_its_exit_code(
         assert result.err.count("\n") == 1
 
 
-async def test_wrong_usage_is_2_in_one_line(run: Run) -> None:
-    """What is wrong with the command line is told before any server is asked, also as JSON."""
+async def test_wrong_usage_exits_2_with_one_line(run: Run) -> None:
+    """Usage errors are reported before any call, and as JSON with --json."""
     deleted, huge, as_json = await asyncio.gather(
         run("delete", "x"),
         run("verify", stdin="x" * 70_000),
@@ -270,9 +268,9 @@ async def test_wrong_usage_is_2_in_one_line(run: Run) -> None:
     assert (as_json.code, as_json.error["exit_code"], as_json.error["code"]) == (2, 2, "USAGE")
 
 
-async def test_no_answer_is_6_and_soon(run: Run, scripted: tuple[str, Scripted]) -> None:
-    """Without a server the tool says so within seconds, and what it does not know, if anything:
-    a Create that got no connection has made nothing, but a Delete may have got one before."""
+async def test_no_answer_exits_6_promptly(run: Run, scripted: tuple[str, Scripted]) -> None:
+    """Without a server, the tool says so within seconds and describes the possible effects: a
+    Create without a connection changed nothing, but an earlier attempt of a Delete may have."""
     loop = asyncio.get_running_loop()
     start = loop.time()
     listed, refused, lost, deleted, verified = await asyncio.gather(
@@ -290,13 +288,13 @@ async def test_no_answer_is_6_and_soon(run: Run, scripted: tuple[str, Scripted])
     assert "('latchkey serve'); the token may exist: look for 'x' in" in lost.err
     assert "'latchkey list -a acme'" in lost.err
     assert deleted.error["code"] == "UNAVAILABLE"
-    assert "('latchkey serve'); the deletion may stand" in deleted.error["to_do"]
-    assert "('latchkey serve'); treat the secret as not valid" in verified.err
+    assert "('latchkey serve'); the token may be deleted" in deleted.error["to_do"]
+    assert "('latchkey serve'); treat the secret as invalid" in verified.err
     assert GARBAGE not in verified.err
 
 
-async def test_secrets_among_the_arguments_are_refused(run: Run) -> None:
-    """A secret on the command line is refused wherever it stands, and not repeated."""
+async def test_secrets_in_arguments_are_refused(run: Run) -> None:
+    """A secret in any argument is refused and not printed."""
     results = await asyncio.gather(
         run("verify", GARBAGE),
         run("verify", "--json", "--", "anything"),
@@ -308,10 +306,10 @@ async def test_secrets_among_the_arguments_are_refused(run: Run) -> None:
         assert "standard input" in result.err
 
 
-async def test_refused_callers_get_7_and_no_text_of_the_service(
+async def test_refused_callers_exit_7_and_see_no_secret(
     run: Run, scripted: tuple[str, Scripted]
 ) -> None:
-    """Whoever may not call is told so; nothing that looks like a secret gets through."""
+    """Refused callers get exit code 7. Errors never print a secret from the service's text."""
     target, service = scripted
     for status in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
         service.status = status
@@ -325,8 +323,8 @@ async def test_refused_callers_get_7_and_no_text_of_the_service(
     assert "\x1b" not in result.err
 
 
-async def test_lists_are_whole_and_harmless(run: Run, scripted: tuple[str, Scripted]) -> None:
-    """All pages are listed, or up to the limit, and names do nothing to the terminal."""
+async def test_lists_are_complete_and_escaped(run: Run, scripted: tuple[str, Scripted]) -> None:
+    """A list contains all pages, or up to the limit, and its names are escaped."""
     target, _ = scripted
     table, array, limited, broken = await asyncio.gather(
         run("list", target=target),
@@ -343,16 +341,16 @@ async def test_lists_are_whole_and_harmless(run: Run, scripted: tuple[str, Scrip
     ids = [f"tok_{page}_{number}" for page in range(3) for number in range(2)]
     assert [token["id"] for token in array.json] == ids
     assert [token["id"] for token in limited.json] == ids[:3]
-    # What is missing must not look complete.
+    # An incomplete list must not look complete.
     assert broken.code == 1
     with pytest.raises(ValueError, match=r"Expecting"):
         json.loads(broken.out)
 
 
-async def test_each_deletion_is_told_and_the_worst_is_the_exit_code(
+async def test_each_deletion_is_reported_and_the_worst_sets_the_exit_code(
     run: Run, scripted: tuple[str, Scripted]
 ) -> None:
-    """Several deletions all happen; one without confirmation outweighs all others."""
+    """Every token is processed, and an unconfirmed deletion decides the exit code."""
     target, _ = scripted
     people, script = await asyncio.gather(
         run("delete", "lost", "one", "never", "--yes", target=target),
@@ -370,10 +368,11 @@ async def test_each_deletion_is_told_and_the_worst_is_the_exit_code(
     assert script.json[1]["error"]["exit_code"] == 3
 
 
-async def test_deletions_that_are_not_confirmed_are_told_as_such(
+async def test_unconfirmed_deletions_are_reported_as_such(
     run: Run, scripted: tuple[str, Scripted]
 ) -> None:
-    """--no-wait says that it is not over; a deletion that was not confirmed in time stands."""
+    """--no-wait says that confirmation is pending. A deletion that times out is still reported as
+    committed."""
     target, _ = scripted
     people, script, unconfirmed = await asyncio.gather(
         run("delete", "one", "two", "--yes", "--no-wait", target=target),
@@ -381,19 +380,19 @@ async def test_deletions_that_are_not_confirmed_are_told_as_such(
         run("delete", "unconfirmed", "--yes", "--timeout", "1", target=target),
     )
     assert people.code == 0
-    assert people.out.count("not yet confirmed everywhere: run it again") == 2
+    assert people.out.count("not yet confirmed everywhere: run this again") == 2
     assert "dead" not in people.out
     assert script.json[0]["receipt"]["effective_time"] is None
     assert unconfirmed.code == 6
-    assert "it is deleted, but" in unconfirmed.err
-    assert "run this again for its receipt" in unconfirmed.err
+    assert "the token is deleted, but" in unconfirmed.err
+    assert "run this command again for the receipt" in unconfirmed.err
 
 
 async def test_status_shows_each_verifier(
     run: Run, address: str, scripted: tuple[str, Scripted]
 ) -> None:
-    """The table has a row for each server process, and JSON all that is known of it. A line names
-    the database server on which it renews its lease."""
+    """The table has a row for each server process, and JSON has all its details. A line names the
+    database server on which the process renews its lease."""
     table, script, old = await asyncio.gather(
         run("status", target=address),
         run("status", "--json", target=address),
@@ -422,13 +421,13 @@ async def test_status_shows_each_verifier(
 
 
 async def test_invalidate_all_reports_its_receipt(run: Run, address: str) -> None:
-    """With --yes nothing is asked: people read who confirmed, and scripts get the receipt. Without
-    a terminal and without --yes, nothing happens. No token changes."""
+    """With --yes, the command asks nothing and prints who confirmed, or the receipt as JSON. It
+    changes no token. Without a terminal and without --yes, it does nothing."""
     created = await run("create", "x", "--scope", "read", "--json", target=address)
     people = await run("invalidate-all", "--yes", target=address)
     assert (people.code, people.err) == (0, "")
     lines = [" ".join(line.split()) for line in people.out.splitlines()]
-    assert lines[0] == "Emptied the memory of every verifier"
+    assert lines[0] == "Cleared the cache of every verifier"
     assert lines[1].startswith("Committed 20")
     script = await run("invalidate-all", "-y", "--json", target=address)
     assert script.code == 0
@@ -453,8 +452,8 @@ async def test_invalidate_all_reports_its_receipt(run: Run, address: str) -> Non
 async def test_invalidate_all_reports_what_went_wrong(
     run: Run, address: str, scripted: tuple[str, Scripted]
 ) -> None:
-    """It fails with the exit code of the cause if the service lacks the method, is away, or has a
-    client that does not confirm in time."""
+    """The exit code names the cause: the service lacks the method, is down, or has a client that
+    does not confirm in time."""
     async with watching(address) as client:
         await client.granted()
         unconfirmed = await run("invalidate-all", "--yes", "--timeout", "1", target=address)
@@ -464,19 +463,17 @@ async def test_invalidate_all_reports_what_went_wrong(
         run("invalidate-all", "--yes", "--timeout", "1"),
     )
     assert (unconfirmed.code, unconfirmed.out) == (6, "")
-    assert "not every verifier has confirmed in time that its memory is empty" in unconfirmed.err
-    assert "run this again; --timeout allows more time" in unconfirmed.err
+    assert "not every verifier confirmed in time that its cache is empty" in unconfirmed.err
+    assert "run this command again; --timeout allows more time" in unconfirmed.err
     assert "deleted" not in unconfirmed.err
     assert (old.code, old.out) == (1, "")
     assert "UNIMPLEMENTED" in old.err
     assert (away.code, away.out) == (6, "")
-    assert "run this again" in away.err
+    assert "run this command again" in away.err
 
 
-async def test_a_closed_pipe_is_quiet(
-    run: Run, address: str, scripted: tuple[str, Scripted]
-) -> None:
-    """`latchkey list | head` says nothing of its own; a secret that nobody got is told."""
+async def test_closed_pipe_is_quiet(run: Run, address: str, scripted: tuple[str, Scripted]) -> None:
+    """A closed pipe stops `list` silently, but `create` reports a secret that nobody received."""
     ends = [os.pipe() for _ in range(2)]
     for reader, _ in ends:
         os.close(reader)
@@ -492,7 +489,7 @@ async def test_a_closed_pipe_is_quiet(
 
 
 async def test_completion_works(run: Run) -> None:
-    """Each shell gets its script, and bash with it completes commands and scopes."""
+    """Every shell gets a completion script, and in bash it completes commands and scopes."""
     variable = "_LATCHKEY_COMPLETE"
     scripts = await asyncio.gather(
         *(run(**{variable: f"source_{shell}"}) for shell in ("bash", "zsh", "fish"))
@@ -520,8 +517,8 @@ async def test_completion_works(run: Run) -> None:
 
 
 async def test_serve_and_config_become_the_service(run: Run) -> None:
-    """They run the service with this environment; where it is not installed, or its libraries are
-    not, they say how to."""
+    """The commands run the service with this environment. If the service or its libraries are
+    missing, they say how to install them."""
     hidden = "import sys; sys.modules['{}'] = None; "
     start = "from latchkey_cli.main import main; sys.exit(main())"
     config, serve, missing, bare, version = await asyncio.gather(
@@ -535,15 +532,15 @@ async def test_serve_and_config_become_the_service(run: Run) -> None:
     assert config.json["LATCHKEY_LISTEN"] == "127.0.0.1:7"
     assert serve.code == 2
     assert "LATCHKEY_LISTEN" in serve.err
-    for told in (missing, bare):
-        assert told.code == 1
-        assert "from a clone of Latchkey with: pip install '.[service,embedded]'" in told.err
+    for result in (missing, bare):
+        assert result.code == 1
+        assert "from a clone of Latchkey with: pip install '.[service,embedded]'" in result.err
     assert version.code == 0
     assert version.out.startswith("latchkey ")
 
 
-def test_needed_libraries_are_those_of_the_extra() -> None:
-    """What is looked for before the service is run is what its extra installs on every system."""
+def test_needed_libraries_match_the_extra() -> None:
+    """The command checks for exactly the libraries that the extra installs on every system."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extra = {
         re.split("[<>=]", text)[0]
@@ -555,10 +552,10 @@ def test_needed_libraries_are_those_of_the_extra() -> None:
     assert {name for library in libraries for name in installed_by[library]} == extra
 
 
-async def test_help_tells_the_exit_codes(run: Run) -> None:
+async def test_help_lists_the_exit_codes(run: Run) -> None:
     """`latchkey --help` lists the commands and every exit code."""
     shown, nothing = await asyncio.gather(run("--help"), run())
     assert shown.code == 0
     assert "141" in shown.out
-    assert "5  verify: any verdict but VALID" in shown.out
+    assert "5  verify: any verdict except VALID" in shown.out
     assert nothing.code == 2

@@ -1,4 +1,4 @@
-"""`latchkey` against a service that asks who calls: its options, variables, errors, and `audit`."""
+"""`latchkey` against a service with a policy: access options, variables, errors, and `audit`."""
 
 import asyncio
 import json
@@ -84,9 +84,9 @@ async def tool(
         yield Tool(folder, server.address, server.tls_address)
 
 
-async def test_ways_to_say_who_one_is(tool: Tool) -> None:
-    """A certificate and a credential are taken from options before the command, and from the
-    environment, which options come before."""
+async def test_ways_to_identify_the_caller(tool: Tool) -> None:
+    """Certificates and credentials come from options before the command or from the environment;
+    options win."""
     certificate = {
         "LATCHKEY_TLS_CA": "clients.pem",
         "LATCHKEY_TLS_CERTIFICATE": "own.pem",
@@ -108,8 +108,8 @@ async def test_ways_to_say_who_one_is(tool: Tool) -> None:
         assert code == 0, err
 
 
-async def test_what_is_told(tool: Tool) -> None:
-    """Each way to be nobody, or not allowed, ends in its own exit code and says what to do."""
+async def test_access_errors_say_what_to_do(tool: Tool) -> None:
+    """Every access error has its exit code and says what to do."""
     cases: list[tuple[tuple[str, ...], dict[str, str], int, str]] = [
         (("list",), {}, 7, "CALLER_ANONYMOUS"),
         (("--credential-file", "nobody", "list"), {}, 7, "CREDENTIAL_UNKNOWN"),
@@ -156,8 +156,8 @@ async def entries(tool: Tool, *arguments: str) -> list[dict[str, Any]]:
 
 
 async def test_audit(tool: Tool) -> None:
-    """`latchkey audit` shows who did what, as a table for people and as JSON for scripts, filtered
-    as asked; who may not see it is told."""
+    """`latchkey audit` lists calls as a table or as JSON and applies every filter. Callers without
+    the right get an error."""
     code, secret, err = await tool.run(
         "--credential-file", "manager", "create", "seen", "--scope", "read", "-a", "audited"
     )
@@ -168,7 +168,7 @@ async def test_audit(tool: Tool) -> None:
         found = await entries(tool, "-a", "audited")
         return found if len(found) == 2 else None
 
-    denied, created = await eventually(both, "both calls are there")
+    denied, created = await eventually(both, "entries for both calls")
     assert created["caller"] == "manager"
     assert created["method"] == "/latchkey.v1.TokenService/Create"
     assert (created["outcome"], created["code"], created["calls"]) == ("OUTCOME_OK", 0, 1)
@@ -195,7 +195,7 @@ async def test_audit(tool: Tool) -> None:
 
 
 async def test_policy(tool: Tool) -> None:
-    """`latchkey policy` is the service's own command."""
+    """`latchkey policy` runs the service's command."""
     code, out, err = await tool.run("policy", "new-caller", "shop")
     assert code == 0, err
     assert out.startswith("lkc_")

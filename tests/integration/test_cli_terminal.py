@@ -1,4 +1,4 @@
-"""The command line tool as a person uses it: on a terminal, with prompts."""
+"""The command line tool on a terminal, with prompts."""
 
 import asyncio
 import os
@@ -14,7 +14,7 @@ import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 TIMEOUT_SECONDS = 20
-# Makes the pseudo-terminal the controlling one, which getpass opens and Ctrl-C comes from.
+# Makes the pseudo-terminal the controlling terminal, which getpass opens and which sends Ctrl-C.
 START = """
 import fcntl, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -37,7 +37,7 @@ class Terminal:
     def _read(self) -> None:
         try:
             data = os.read(self._descriptor, 65_536)
-        except OSError:  # EIO: the last process on it is gone
+        except OSError:  # EIO: the last process on the terminal has exited
             data = b""
         if not data:
             self._ended = True
@@ -46,7 +46,7 @@ class Terminal:
         self._changed.set()
 
     async def until(self, text: str) -> None:
-        """Wait until `text` is on the screen."""
+        """Wait until the screen shows `text`."""
         async with asyncio.timeout(TIMEOUT_SECONDS):
             while text not in self.screen:
                 assert not self._ended, self.screen
@@ -57,7 +57,7 @@ class Terminal:
         os.write(self._descriptor, text.encode())
 
     async def end(self) -> int:
-        """Wait for the end, and return the exit code."""
+        """Wait until the process exits and return its exit code."""
         async with asyncio.timeout(TIMEOUT_SECONDS):
             while not self._ended:
                 self._changed.clear()
@@ -78,13 +78,13 @@ Create = Callable[..., Awaitable[pb.CreateResponse]]
 
 @pytest.fixture
 def transport() -> str:
-    """What the tool sees is the same over both transports; one is enough here."""
+    """The tool cannot tell the transports apart, so one is enough here."""
     return "native"
 
 
 @pytest.fixture
 async def start(address: str, tmp_path: Path) -> AsyncIterator[Open]:
-    """Start the tool with arguments on a terminal."""
+    """Start the tool on a terminal."""
     terminals: list[Terminal] = []
 
     async def start(*arguments: str, **environment: str) -> Terminal:
@@ -118,8 +118,8 @@ async def start(address: str, tmp_path: Path) -> AsyncIterator[Open]:
         await terminal.close()
 
 
-async def test_the_secret_is_prompted_for_and_not_shown(start: Open, create: Create) -> None:
-    """On a terminal the secret is typed blind, and is nowhere on the screen."""
+async def test_secret_prompt_is_hidden(start: Open, create: Create) -> None:
+    """On a terminal, the typed secret never appears on the screen."""
     secret = (await create()).secret
     terminal = await start("verify", "--scope", "read")
     await terminal.until("Secret (not shown): ")
@@ -129,8 +129,8 @@ async def test_the_secret_is_prompted_for_and_not_shown(start: Open, create: Cre
     assert secret not in terminal.screen
 
 
-async def test_ctrl_c_at_a_prompt_is_130_and_quiet(start: Open, create: Create) -> None:
-    """The first Ctrl-C ends a prompt, with nothing done and no traceback."""
+async def test_ctrl_c_at_a_prompt_exits_130_quietly(start: Open, create: Create) -> None:
+    """The first Ctrl-C at a prompt exits without any effect and without a traceback."""
     token = (await create(name="deploy bot")).token
     prompts = {"verify": "Secret (not shown): ", f"delete {token.id}": "[y/N] "}
     for command, prompt in prompts.items():
@@ -142,8 +142,8 @@ async def test_ctrl_c_at_a_prompt_is_130_and_quiet(start: Open, create: Create) 
         assert "Deleted" not in terminal.screen
 
 
-async def test_delete_asks_and_takes_no_for_an_answer(start: Open, create: Create) -> None:
-    """Each deletion names what dies; only yes deletes, and no is an exit code of its own."""
+async def test_delete_asks_for_confirmation(start: Open, create: Create) -> None:
+    """Each prompt names the token. Only yes deletes it, and no has its own exit code."""
     first = (await create(name="deploy bot")).token
     second = (await create(name="backup")).token
     terminal = await start("delete", first.id, second.id)
@@ -157,17 +157,14 @@ async def test_delete_asks_and_takes_no_for_an_answer(start: Open, create: Creat
     assert await terminal.end() == 1
     assert "Deleted" in terminal.screen
 
-    # Deleted already: there is nothing to lose, so its receipt comes without a question.
+    # The token is already deleted, so its receipt appears without a prompt.
     terminal = await start("delete", second.id)
     assert await terminal.end() == 0
     assert "[y/N]" not in terminal.screen
 
 
-async def test_invalidate_all_asks_and_takes_no_for_an_answer(
-    start: Open, stub: Any, create: Create
-) -> None:
-    """On a terminal, only yes empties the memories; no and Ctrl-C take no revision, and have exit
-    codes of their own."""
+async def test_invalidate_all_asks_for_confirmation(start: Open, stub: Any, create: Create) -> None:
+    """Only yes clears the caches. No and Ctrl-C use no revision and have their own exit codes."""
     secret = (await create()).secret
 
     async def revision() -> int:
@@ -178,26 +175,26 @@ async def test_invalidate_all_asks_and_takes_no_for_an_answer(
     for typed, code in (("n\n", 1), ("\n", 1), ("\x03", 130), ("y\n", 0)):
         before = await revision()
         terminal = await start("invalidate-all")
-        await terminal.until("Empty the memory of every verifier? [y/N]")
+        await terminal.until("Clear the cache of every verifier? [y/N]")
         terminal.type(typed)
         assert await terminal.end() == code
-        assert ("Emptied" in terminal.screen) is (code == 0)
+        assert ("Cleared" in terminal.screen) is (code == 0)
         assert await revision() == before + 1 + (code == 0)
     assert (await stub.Verify(pb.VerifyRequest(secret=secret))).verdict == pb.VERDICT_VALID
 
 
 async def test_create_shows_token_and_secret_once(start: Open) -> None:
-    """A person sees the token, the secret in one piece, and that it is never shown again."""
+    """The terminal shows the token, the unwrapped secret, and a note that it is shown only once."""
     terminal = await start("create", "[red]deploy[/red]", "--scope", "write", "--expires", "30d")
     assert await terminal.end() == 0
     assert "[red]deploy[/red]" in terminal.screen
     assert len(re.findall(r"^lk_[0-9A-Za-z]{57}\r$", terminal.screen, re.MULTILINE)) == 1
-    assert "shown once" in terminal.screen
+    assert "shown only once" in terminal.screen
     assert "(in 30 days)" in terminal.screen
 
 
 async def test_no_color_is_honoured(start: Open, create: Create) -> None:
-    """With NO_COLOR there is no colour on the terminal, and without it there is."""
+    """NO_COLOR turns the terminal's colours off."""
     await create(scope=pb.SCOPE_WRITE)
     colour = re.compile(r"\x1b\[(\d+;)*(3[0-7]|9[0-7]|38;[0-9;]+)m")
     for environment, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
@@ -208,8 +205,8 @@ async def test_no_color_is_honoured(start: Open, create: Create) -> None:
 
 
 async def test_ids_can_be_copied_at_any_width(start: Open, create: Create) -> None:
-    """The ID of a token is in one piece in the list and in the audit log, and nothing is left out,
-    on terminals of 80 columns and on wide ones."""
+    """At 80 columns and more, the list and the audit log show every field, and a token's ID never
+    wraps."""
     token = (await create(name="deploy bot")).token
     for columns in (80, 100, 160):
         for command in ("list", "audit"):

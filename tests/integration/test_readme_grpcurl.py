@@ -30,6 +30,7 @@ pytestmark = pytest.mark.xdist_group("readme")
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
+SETTINGS = (ROOT / "docs/settings.md").read_text("utf-8")
 BLOCK = re.compile(r"^<!-- test: ([a-z ]+) -->\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ADDRESS = "127.0.0.1:50051"
 GRPCURL = "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3"
@@ -41,9 +42,9 @@ INSTALL_SECONDS = 300.0
 
 
 def blocks(mark: str) -> list[str]:
-    """Return the README's blocks with this mark, in order; there must be some."""
-    found = [text for name, text in BLOCK.findall(README) if name == mark]
-    assert found, f"the README has no block marked {mark!r}"
+    """Return the blocks with this mark, in order, of the README and docs/settings.md."""
+    found = [text for name, text in BLOCK.findall(README + SETTINGS) if name == mark]
+    assert found, f"there is no block marked {mark!r}"
     return found
 
 
@@ -179,14 +180,11 @@ def test_grpcurl_lines(service: Running, grpcurl: Path) -> None:
     """The grpcurl lines, pasted one after the other, do what the README says they do."""
     parts = blocks("grpcurl")
     output = bash("\n".join([*parts, 'echo "id=$ID"']), service.address, grpcurl.parent)
-    assert re.findall(r'"verdict": "(\w+)"', output) == [
-        "VERDICT_VALID",
-        "VERDICT_VALID",
-        "VERDICT_DELETED",
-    ]
+    verdicts = re.findall(r'"verdict": "(\w+)"', output)
+    assert verdicts == ["VERDICT_VALID", "VERDICT_DELETED"]
     assert "latchkey.v1.TokenService\n" in output
     assert "rpc BatchVerify" in output
-    assert '"name": "hello"' in output
+    assert '"name": "deploy"' in output
     assert '"receipt"' in output
     assert re.search(r"^id=tok_\w+$", output, re.MULTILINE)
     assert not re.search(r"lk_\w{57}", output), "the secret is shown to nobody"
@@ -216,9 +214,13 @@ def test_grpcurl_install_line() -> None:
     importlib.util.find_spec("latchkey_cli.main") is None, reason="there is no command line yet"
 )
 def test_command_line(service: Running) -> None:
-    """The command line's examples create a token and find it valid."""
+    """The command line's example finds a new token valid, deletes it, and finds it deleted."""
     output = bash("\n".join(blocks("cli")), service.address)
-    assert "VALID" in output.upper()
+    assert re.findall(r"\b(VALID|DELETED|exit code \d+)\b", output) == [
+        "VALID",
+        "DELETED",
+        "exit code 5",
+    ]
 
 
 def test_config(service: Running) -> None:

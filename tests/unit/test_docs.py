@@ -19,19 +19,13 @@ from pydantic_core import PydanticUndefined
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
-DOCUMENTS = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "SECURITY.md",
-    "docs/backup.md",
-    "docs/callers.md",
-    "docs/coherence.md",
-    "docs/errors.md",
-    "docs/limits.md",
-    "docs/protocol.md",
-    "docs/postgres.md",
-    "clients/python/README.md",
+SETTINGS = (ROOT / "docs/settings.md").read_text("utf-8")
+LIBRARY = (ROOT / "clients/python/README.md").read_text("utf-8")
+README_LINES_MAX = 200
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/*.md", "clients/**/README.md", "proto/**/*.md")
+    for path in ROOT.glob(pattern)
 )
 OFFLINE = "--quiet --disable-pip-version-check --no-index --no-build-isolation"
 # Each has its test below, in integration/test_readme_grpcurl.py or in console/test_running.py.
@@ -53,8 +47,8 @@ MARKS = {
 
 
 def test_settings_table() -> None:
-    """The README's table has every setting, in order, with its default and meaning."""
-    rows = re.findall(r"^\| `(LATCHKEY_\w+)` \| (.+?) \| (.+) \|$", README, re.MULTILINE)
+    """The table has every setting, in order, with its default and meaning."""
+    rows = re.findall(r"^\| `(LATCHKEY_\w+)` \| (.+?) \| (.+) \|$", SETTINGS, re.MULTILINE)
     expected = []
     for name, field in Settings.model_fields.items():
         if field.default is PydanticUndefined:
@@ -65,21 +59,21 @@ def test_settings_table() -> None:
     assert rows == expected
 
 
-@pytest.mark.skipif(os.uname().sysname != "Linux", reason="the README names Linux's directories")
+@pytest.mark.skipif(os.uname().sysname != "Linux", reason="the document names Linux's directories")
 def test_data_directories(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README names the directories that data is kept in."""
+    """The document names the directories that data is kept in."""
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     theirs = str(default_data_dir()).replace("/home/someone", "~")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     roots = default_data_dir()
-    assert f"is `{theirs}` on Linux, and `{roots}` for root" in README
+    assert f"is `{theirs}` on Linux, and `{roots}` for root" in SETTINGS
 
 
 def test_scanner_pattern() -> None:
     """The scanners' pattern finds a secret in a text, whole, and nothing longer or shorter."""
-    match = re.search(r"<!-- test: regex -->\n```\n(.+)\n```", README)
+    match = re.search(r"<!-- test: regex -->\n```\n(.+)\n```", SETTINGS)
     assert match is not None
     pattern = re.compile(match[1])
     for number in range(100):
@@ -91,11 +85,19 @@ def test_scanner_pattern() -> None:
 
 
 def test_every_block_is_run() -> None:
-    """Each code block of the README is marked with the test that runs it."""
-    fences = len(re.findall(r"^```\w*$", README, re.MULTILINE))
-    marked = re.findall(r"^<!-- test: (.+) -->\n```", README, re.MULTILINE)
-    assert fences == 2 * len(marked)
-    assert set(marked) == MARKS
+    """Each code block of the README and of the settings is marked with the test that runs it."""
+    marks = set(re.findall(r"^<!-- test: (.+) -->\n```", LIBRARY, re.MULTILINE))
+    for text in (README, SETTINGS):
+        fences = len(re.findall(r"^```\w*$", text, re.MULTILINE))
+        marked = re.findall(r"^<!-- test: (.+) -->\n```", text, re.MULTILINE)
+        assert fences == 2 * len(marked)
+        marks |= set(marked)
+    assert marks == MARKS
+
+
+def test_readme_is_short() -> None:
+    """The README stays a page that people read; details go to docs/."""
+    assert len(README.splitlines()) <= README_LINES_MAX
 
 
 def test_policy() -> None:
@@ -139,8 +141,8 @@ def test_new_caller(tmp_path: Path) -> None:
 
 
 def test_wheel(tmp_path: Path) -> None:
-    """The README's wheel has the client library, which needs nothing but gRPC without extras."""
-    (command,) = re.findall(r"<!-- test: wheel -->\n```bash\n(.+?)```", README, re.DOTALL)
+    """The documented wheel has the client library, which needs nothing but gRPC without extras."""
+    (command,) = re.findall(r"<!-- test: wheel -->\n```bash\n(.+?)```", LIBRARY, re.DOTALL)
     # With the build tool that is here: a test must not depend on an index.
     command = command.replace(".venv/bin/pip wheel", f"{sys.executable} -m pip wheel {OFFLINE}")
     command = command.replace("--wheel-dir dist", f"--wheel-dir {tmp_path}")
@@ -201,8 +203,28 @@ def test_make_targets() -> None:
 def test_layout() -> None:
     """The directories and modules that CONTRIBUTING names are there."""
     contributing = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
-    for path in re.findall(r"^\| `([\w/]+/)` \|", contributing, re.MULTILINE):
-        assert (ROOT / path).is_dir(), path
+    rows = re.findall(r"^\| `([\w/]+/)` \| (.+) \|$", contributing, re.MULTILINE)
+    assert len(rows) > 10
+    for folder, text in rows:
+        assert (ROOT / folder).is_dir(), folder
+        for module in re.findall(r"`([\w/]+\.py)`", text):
+            assert (ROOT / folder / module).is_file(), (folder, module)
+    # Upper-case names stand for the reader's own.
+    for path in re.findall(r"`((?:proto|service|clients|tests|docs)/[a-z0-9_./-]+)`", contributing):
+        assert (ROOT / path).exists(), path
+
+
+def test_rooms_are_described() -> None:
+    """CONTRIBUTING and the architecture page list every room of the service."""
+    rooms = {path.parent.name for path in (ROOT / "service/latchkey_service").glob("*/__init__.py")}
+    contributing = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    architecture = (ROOT / "docs/architecture.md").read_text("utf-8")
+    listed = set(
+        re.findall(r"^\| `service/latchkey_service/(\w+)/` \|", contributing, re.MULTILINE)
+    )
+    assert listed == rooms
+    section = architecture.partition("\n## Rooms\n")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)/` \|", section, re.MULTILINE)) == rooms
 
 
 def test_changelog() -> None:

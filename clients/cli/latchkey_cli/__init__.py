@@ -1,6 +1,6 @@
-"""Command line tool of Latchkey: `latchkey`.
+"""Latchkey's command line tool, `latchkey`.
 
-It owns what people and scripts see: options, tables, JSON, prompts and exit codes. It does not own
-deadlines and retries (the client library), nor anything that the service decides. It never imports
-the service: `serve` and `config` replace this process by it.
+This package owns what people and scripts see: options, tables, JSON, prompts and exit codes. The
+client library owns deadlines and retries, and the service makes every decision. This package never
+imports the service: `serve`, `config` and `policy` replace this process with it.
 """

@@ -1,7 +1,7 @@
-"""How the tool says who calls, and how it knows the service: options before the command.
+"""Access options, given before the command: the caller's credentials and the CAs to trust.
 
-They come before the environment (`latchkey.access`), which every client of Latchkey heeds. There is
-no option for a credential itself: arguments are seen by everyone on the machine.
+They override the environment variables that every Latchkey client reads (`latchkey.access`). No
+option takes a credential itself, because everyone on the machine can read a process's arguments.
 """
 
 import os
@@ -13,7 +13,7 @@ import typer
 from latchkey_cli.failures import Exit, Failure
 
 if TYPE_CHECKING:
-    # For types alone: completing a word on the command line does not wait for gRPC.
+    # Types only: shell completion must not wait for gRPC to load.
     from latchkey import Access
 
 __all__ = [
@@ -35,7 +35,7 @@ CaOption = Annotated[
         metavar="FILE",
         show_default=False,
         rich_help_panel=_PANEL,
-        help="Use TLS, and trust these CAs; 'system': the usual ones. LATCHKEY_TLS_CA",
+        help="Use TLS and trust these CAs, or 'system' for the system's. LATCHKEY_TLS_CA",
     ),
 ]
 CertificateOption = Annotated[
@@ -69,7 +69,7 @@ CredentialFileOption = Annotated[
     ),
 ]
 
-# The process is one command.
+# A global is enough: each process runs one command.
 _options: "dict[str, Path | None]" = {}
 
 
@@ -79,7 +79,7 @@ def choose(
     tls_key: Path | None,
     credential_file: Path | None,
 ) -> None:
-    """Keep what was said before the command."""
+    """Store the access options for `chosen` and `hand_on`."""
     _options.update(
         tls_ca=tls_ca,
         tls_certificate=tls_certificate,
@@ -89,7 +89,7 @@ def choose(
 
 
 def chosen() -> "Access":
-    """Return what to connect with. Raises Failure."""
+    """Return the access settings from the options and the environment. Raises Failure."""
     from latchkey import Access, AccessError
 
     try:
@@ -100,9 +100,9 @@ def chosen() -> "Access":
 
 
 def hand_on(target: str) -> None:
-    """Put what was said before the command where another part of this process looks for it.
+    """Copy the access options into the environment, where the console reads them.
 
-    Raises Failure for what is of no use, for `target` either.
+    Raises Failure if the settings are invalid or do not fit `target`.
     """
     from latchkey import AccessError
 
@@ -113,12 +113,12 @@ def hand_on(target: str) -> None:
     given = {name: str(path) for name, path in _options.items() if path is not None}
     if "credential_file" in given:
         os.environ.pop("LATCHKEY_CREDENTIAL", None)
-    # An empty one says nothing.
+    # An empty variable counts as unset.
     if "tls_certificate" in given and not os.environ.get("LATCHKEY_TLS_CA"):
         os.environ["LATCHKEY_TLS_CA"] = "system"
     os.environ.update({f"LATCHKEY_{name.upper()}": value for name, value in given.items()})
 
 
 def of_no_use(text: str) -> Failure:
-    """Return the failure for what the client library says of TLS files or a credential."""
-    return Failure(text, "'latchkey --help' has the options for access", Exit.USAGE, code="ACCESS")
+    """Return the failure for an AccessError, a problem with TLS files or a credential."""
+    return Failure(text, "'latchkey --help' lists the access options", Exit.USAGE, code="ACCESS")

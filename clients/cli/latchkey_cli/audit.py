@@ -1,4 +1,4 @@
-"""The command `audit`: who has managed tokens, and who has tried to."""
+"""The command `audit`: who managed tokens, and who tried to."""
 
 import enum
 import sys
@@ -16,26 +16,26 @@ from latchkey_cli.text import visible
 from latchkey_cli.times import local, parse_expiry
 
 if TYPE_CHECKING:
-    # For types alone: completing a word on the command line does not wait for gRPC.
+    # Types only: shell completion must not wait for gRPC to load.
     from latchkey import AuditEntry
 
 __all__ = ["audit", "document"]
 
 LIMIT: Final = 50
-# The service's own maximum: the fewest round trips.
+# The service's maximum, for the fewest round trips.
 PAGE_SIZE: Final = 500
 _STYLES: Final = {"OK": "green", "DENIED": "bold red", "FAILED": "yellow"}
-# From this width on an entry takes one line. Below, it takes two, which hold all that one does.
+# At this width or wider, an entry takes one line. Below it, the same cells take two lines.
 _WIDE: Final = 140
 _GAP: Final = 2
 _COLUMNS: Final = ("Time", "Caller", "Method", "Account", "Outcome", "From", "Token")
 _COLUMNS_OF_TWO: Final = ("Time\nToken", "Caller\nFrom", "Method, account\nOutcome")
-# Of an ID.
+# The length of a token ID.
 _TOKEN_WIDTH: Final = 30
 
 
 class OutcomeName(enum.StrEnum):
-    """An outcome as people type it."""
+    """An outcome as a user types it."""
 
     OK = "ok"
     DENIED = "denied"
@@ -43,7 +43,7 @@ class OutcomeName(enum.StrEnum):
 
 
 class MethodName(enum.StrEnum):
-    """A method as people type it."""
+    """A method as a user types it."""
 
     CREATE = "create"
     GET = "get"
@@ -63,53 +63,66 @@ def _past(text: str) -> datetime:
     return moment
 
 
-_WHEN: Final = "30m, 12h or 7d ago, a date, or 2030-01-31T18:00:00Z."
+_WHEN: Final = "30m, 12h or 7d (ago), a date, or 2030-01-31T18:00:00Z."
 
 
 def audit(
     account: Annotated[
-        str, typer.Option("--account", "-a", metavar="ID", help="Only about this account.")
+        str, typer.Option("--account", "-a", metavar="ID", help="Only calls for this account.")
     ] = "",
     caller: Annotated[
-        str, typer.Option("--caller", metavar="NAME", help="Only of this caller.")
+        str, typer.Option("--caller", metavar="NAME", help="Only calls by this caller.")
     ] = "",
     token: Annotated[
         str | None,
-        typer.Option("--token", metavar="ID", show_default=False, help="Only this token."),
+        typer.Option("--token", metavar="ID", show_default=False, help="Only calls on this token."),
     ] = None,
     method: Annotated[
         MethodName | None,
-        typer.Option("--method", case_sensitive=False, show_default=False, help="Only these."),
+        typer.Option(
+            "--method", case_sensitive=False, show_default=False, help="Only this method."
+        ),
     ] = None,
     outcome: Annotated[
         OutcomeName | None,
-        typer.Option("--outcome", case_sensitive=False, show_default=False, help="Only those."),
+        typer.Option(
+            "--outcome", case_sensitive=False, show_default=False, help="Only this outcome."
+        ),
     ] = None,
     since: Annotated[
         datetime | None,
         typer.Option(
-            "--since", parser=_past, metavar="WHEN", show_default=False, help=f"From then: {_WHEN}"
+            "--since",
+            parser=_past,
+            metavar="WHEN",
+            show_default=False,
+            help=f"From this time on: {_WHEN}",
         ),
     ] = None,
     until: Annotated[
         datetime | None,
         typer.Option(
-            "--until", parser=_past, metavar="WHEN", show_default=False, help="Before then."
+            "--until",
+            parser=_past,
+            metavar="WHEN",
+            show_default=False,
+            help="Before this time.",
         ),
     ] = None,
     limit: Annotated[
-        int, typer.Option("--limit", min=0, metavar="N", help="At most N entries; 0: all.")
+        int, typer.Option("--limit", min=0, metavar="N", help="At most N entries; 0 means all.")
     ] = LIMIT,
     target: TargetOption = "127.0.0.1:50051",
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show who has created, read and deleted tokens, and who was denied it.
+    """Show who created, read and deleted tokens, and who was denied.
 
-    The newest come first. With --json it prints one array. An array without its
-    end means that it is not complete, and the exit code says why.
+    Entries are listed newest first. With --json, the output is one array. If
+    the closing bracket is missing, the list is incomplete and the exit code
+    says why.
     """
-    # Imported where needed: completing a word does not wait for gRPC.
+    # Imported here: shell completion must not wait for gRPC to load.
     from latchkey import AuditFilter, Outcome
 
     from latchkey_cli.session import Doing, Session
@@ -147,11 +160,11 @@ def audit(
     if as_json:
         output.write(sys.stdout, "\n]\n" if printed else "[]\n")
     elif not printed:
-        output.write(sys.stderr, "There is nothing like that.\n")
+        output.write(sys.stderr, "No entries match.\n")
 
 
 def document(entry: "AuditEntry") -> dict[str, Any]:
-    """Return an entry as scripts get it: every key is always there."""
+    """Return an entry for JSON output. Every key is always present."""
     time = entry.time.astimezone(UTC).isoformat(timespec="microseconds")
     return {
         "id": entry.id,
@@ -178,7 +191,7 @@ def _print(entries: "tuple[AuditEntry, ...]", *, first: bool) -> None:
     for number, name in enumerate(names):
         cells = (name, *(row[number].plain for row in rows))
         width = max(cell_len(line) for cell in cells for line in cell.split("\n"))
-        # The token's ID is there to be copied: the others give way, by folding, where they can.
+        # People copy the token ID, so it stays whole and the other columns fold.
         keeps = "Token" in name and screen.width >= 2 * _TOKEN_WIDTH
         fixed = min(width, _TOKEN_WIDTH) if keeps else None
         table.add_column(

@@ -1,6 +1,6 @@
-"""The command that shows the page for people: `console`.
+"""The command `console`, which serves the API Tokens page.
 
-The page is another package, whose libraries need not be installed; it is loaded only here.
+The page is a separate package with optional dependencies. Only this module loads it.
 """
 
 import importlib.util
@@ -30,9 +30,10 @@ _SECRET_BYTES_MAX = 4_096
 
 
 def _option(variable: str, metavar: str, text: str, *, default: bool | str = False) -> Any:
-    """Return an option that is an environment variable too: its own name after the prefix.
+    """Return an option that `LATCHKEY_CONSOLE_<variable>` can also set.
 
-    The names do not fit beside the options on a terminal, and are told as a rule.
+    The help text states this naming rule once: the names do not fit beside the options on a
+    terminal.
     """
     return typer.Option(
         envvar=PREFIX + variable,
@@ -46,71 +47,72 @@ def _option(variable: str, metavar: str, text: str, *, default: bool | str = Fal
 def console(
     account: Annotated[
         str | None,
-        _option("ACCOUNT", "ID", "Everyone is this account: for trying it, on loopback only."),
+        _option("ACCOUNT", "ID", "Treat everyone as this account. For a trial, on loopback only."),
     ] = None,
     account_header: Annotated[
         str | None,
-        _option("ACCOUNT_HEADER", "NAME", "Header in which a sign-in proxy gives the account."),
+        _option("ACCOUNT_HEADER", "NAME", "Header in which a sign-in proxy sends the account."),
     ] = None,
     trusted_proxy: Annotated[
         list[str] | None,
         _option(
             "TRUSTED_PROXY",
             "ADDRESS",
-            "Address or network that the header may come from; may be repeated. In the variable, "
-            "spaces separate several.",
+            "Address or network that may send the header; may be repeated. In the environment "
+            "variable, separate several with spaces.",
         ),
     ] = None,
     oidc_issuer: Annotated[
         str | None, _option("OIDC_ISSUER", "URL", "OpenID Connect provider to sign in with.")
     ] = None,
     oidc_client_id: Annotated[
-        str | None, _option("OIDC_CLIENT_ID", "ID", "What the provider calls this page.")
+        str | None, _option("OIDC_CLIENT_ID", "ID", "This page's client ID at the provider.")
     ] = None,
     oidc_client_secret_file: Annotated[
         Path | None,
         _option(
             "OIDC_CLIENT_SECRET_FILE",
             "FILE",
-            "File with the client secret; without one, PKCE alone.",
+            "File with the client secret. Without it, the page relies on PKCE alone.",
         ),
     ] = None,
     oidc_claim: Annotated[
-        str, _option("OIDC_CLAIM", "NAME", "Claim that is the account.", default=True)
+        str, _option("OIDC_CLAIM", "NAME", "Claim that holds the account ID.", default=True)
     ] = "sub",
     listen: Annotated[
-        str, _option("LISTEN", "HOST:PORT", "Where the page listens.", default=True)
+        str, _option("LISTEN", "HOST:PORT", "Address on which the page listens.", default=True)
     ] = "127.0.0.1:50080",
     public_url: Annotated[
         str | None,
         _option(
             "PUBLIC_URL",
             "URL",
-            "How browsers reach it, such as https://tokens.example.com.",
+            "URL that browsers use, such as https://tokens.example.com.",
             default="http:// and --listen",
         ),
     ] = None,
     target: TargetOption = "127.0.0.1:50051",
 ) -> None:
-    """Serve the API Tokens page, for people, until Ctrl-C.
+    """Serve the API Tokens web page until Ctrl-C.
 
-    Say who is looking: --account to try it, --account-header with
-    --trusted-proxy behind a sign-in proxy, or --oidc-issuer with
-    --oidc-client-id to sign in with OpenID Connect.
+    Choose how the page identifies visitors: --account to try it,
+    --account-header with --trusted-proxy behind a sign-in proxy, or
+    --oidc-issuer with --oidc-client-id to sign in with OpenID Connect.
 
-    Each option is an environment variable too: --oidc-issuer is
-    LATCHKEY_CONSOLE_OIDC_ISSUER, and so on; --target alone is LATCHKEY_TARGET.
+    Every option is also an environment variable: --oidc-issuer is
+    LATCHKEY_CONSOLE_OIDC_ISSUER, and so on. Only --target differs: it is
+    LATCHKEY_TARGET.
 
-    It keeps open forms and sign-ins in memory: run one process of it.
+    The page keeps open forms and sign-ins in memory: run only one process.
     """
     if any(importlib.util.find_spec(name) is None for name in _NEEDED):
         raise Failure(
-            "the page is not installed here",
+            "the console is not installed",
             "install it from a clone of Latchkey with: pip install '.[cli,console]'",
             Exit.UNEXPECTED,
             code="CONSOLE_NOT_INSTALLED",
         )
-    # Before grpc is loaded: its core writes lines of its own to standard error.
+    # Set before grpc loads: its core would write log lines to standard error.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
     access.hand_on(target)
@@ -138,7 +140,7 @@ def console(
 
 
 def _secret(path: Path | None) -> str | None:
-    """Return what a file holds, without the newline at its end."""
+    """Return the file's text without its trailing newline. Raises Failure."""
     if path is None:
         return None
     try:
@@ -147,7 +149,7 @@ def _secret(path: Path | None) -> str | None:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise Failure(
-            f"--oidc-client-secret-file cannot be read: {reason}",
+            f"cannot read --oidc-client-secret-file: {reason}",
             "check the path and its permissions",
             Exit.USAGE,
             code="USAGE",

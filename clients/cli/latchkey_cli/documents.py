@@ -1,15 +1,15 @@
-"""What scripts read: JSON with the names of the proto. A key that is there once is always there.
+"""JSON for scripts, with the proto's field names. Every key is always present.
 
-Times are RFC 3339 in UTC, or null; durations are seconds with an "s", as protobuf has them in
-JSON. Enums are as in the proto: SCOPE_READ, VERDICT_VALID. Marks are strings of digits, as protobuf
-has 64-bit numbers in JSON: many readers would round a number of that size.
+The values follow protobuf's JSON format. Times are RFC 3339 in UTC, or null. Durations are seconds
+followed by "s". Enums use the proto's names: SCOPE_READ, VERDICT_VALID. Marks are 64-bit numbers
+and therefore strings of digits: many JSON readers would round a number of that size.
 """
 
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    # For types alone: completing a word on the command line does not wait for gRPC.
+    # Types only: shell completion must not wait for gRPC to load.
     from latchkey import CreatedToken, Receipt, Status, Token, Verification
 
 __all__ = ["created", "receipt", "status", "token", "verification"]
@@ -36,7 +36,7 @@ def token(token: "Token") -> dict[str, Any]:
 
 
 def receipt(receipt: "Receipt") -> dict[str, Any]:
-    """Return the proof of a deletion. Without an effective_time it is not confirmed yet."""
+    """Return a receipt. A null effective_time means that the deletion is not confirmed yet."""
     return {
         "commit_time": _time(receipt.commit_time),
         "effective_time": _time(receipt.effective_time),
@@ -97,5 +97,5 @@ def _duration(duration: timedelta) -> str:
 def _time(moment: datetime | None) -> str | None:
     if moment is None:
         return None
-    # Always with microseconds: all times have one length, and sort as text.
+    # Always with microseconds: all times have the same length, so they sort as text.
     return moment.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -1,7 +1,7 @@
-"""How the tool ends when it does not end well: exit codes, and the one exception for it.
+"""Exit codes, and `Failure`, the exception for every expected error.
 
-It owns the meaning of the exit codes and the form of an error for people and for scripts. What an
-error of the service means is in `session`.
+This module owns the meaning of the exit codes and the format of errors for people and scripts.
+`session` translates the service's errors.
 """
 
 import enum
@@ -15,7 +15,7 @@ __all__ = ["ClosedPipe", "Exit", "Failure", "worst"]
 
 
 class Exit(enum.IntEnum):
-    """Exit codes. Scripts depend on them: a code never changes its meaning."""
+    """Exit codes. Scripts depend on them, so a code never changes its meaning."""
 
     OK = 0
     UNEXPECTED = 1
@@ -29,8 +29,8 @@ class Exit(enum.IntEnum):
     CLOSED_PIPE = 141  # 128 + SIGPIPE
 
 
-# From the least to the most unsettling. That a token never was is certain; after UNAVAILABLE it may
-# live on, which is what a script that deletes several has to learn.
+# From the least to the most severe, for a script that deletes several tokens. NOT_FOUND is certain:
+# the token does not exist. After UNAVAILABLE a token may still be live, and the script must know.
 _SEVERITY = (
     Exit.OK,
     Exit.NOT_FOUND,
@@ -46,19 +46,19 @@ _SEVERITY = (
 
 
 def worst(codes: Iterable[Exit]) -> Exit:
-    """Return the code that has to be told when several things were asked for; OK for none."""
+    """Return the most severe of `codes`, or OK if there are none."""
     return max(codes, key=_SEVERITY.index, default=Exit.OK)
 
 
 class ClosedPipe(Exception):
-    """Whoever read our output stopped. Not an OSError, which typer would take for its own."""
+    """The reader of our output closed the pipe. Not an OSError, because typer handles those."""
 
 
 class Failure(Exception):
-    """Something foreseeable went wrong: `what` happened, and what `to_do` about it.
+    """An expected error: `what` happened and what `to_do` about it.
 
-    `code` is the gRPC status, or USAGE, or another name in its style; `detail` is for scripts and
-    logs. Whatever looks like a secret is redacted, and control characters are made visible.
+    `code` is the gRPC status, USAGE, or another name in that style. `detail` is for scripts and
+    logs. Anything that looks like a secret is redacted, and control characters are escaped.
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class Failure(Exception):
         super().__init__(self.line())
 
     def line(self) -> str:
-        """Return one line for people."""
+        """Return the error as one line for people."""
         request = f" (request {_safe(self.request_id)})" if self.request_id else ""
         return f"latchkey: {self.what}{request}; {self.to_do}"
 
     def document(self) -> dict[str, Any]:
-        """Return what scripts get: every key is always there."""
+        """Return the error for JSON output. Every key is always present."""
         return {
             "code": self.code,
             "message": self.what,

@@ -1,4 +1,4 @@
-"""`latchkey`: the commands put together, and the one place where the tool ends."""
+"""Assembles the commands of `latchkey` and turns every error into an exit code."""
 
 import sys
 from typing import Annotated, Final
@@ -22,21 +22,21 @@ from latchkey_cli.plain import Command, Group
 
 __all__ = ["app", "main"]
 
-# Also when started as `python -m latchkey_cli`: completion asks by this name.
+# The name under `python -m latchkey_cli` too: shell completion uses it.
 NAME: Final = "latchkey"
 
 EPILOG: Final = """\
 Exit codes:
-  0  done; for verify: VALID
-  1  unexpected failure, or you said no to delete
-  2  wrong usage or argument
-  3  no such token
-  4  the name is taken
-  5  verify: any verdict but VALID
-  6  no answer, or not in time
-  7  permission denied, or caller not known
+  0  success; for verify: VALID
+  1  unexpected error, or you answered no to a prompt
+  2  invalid usage or argument
+  3  token not found
+  4  name already taken
+  5  verify: any verdict except VALID
+  6  no answer, or no answer in time
+  7  permission denied, or unknown caller
 130  interrupted by Ctrl-C
-141  the reader of the output is gone
+141  the reader closed the output pipe
 """
 
 app = typer.Typer(
@@ -46,7 +46,7 @@ app = typer.Typer(
     epilog=EPILOG,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    # Locals hold secrets.
+    # Local variables hold secrets.
     pretty_exceptions_show_locals=False,
 )
 app.command("create", cls=Command)(tokens.create)
@@ -65,7 +65,7 @@ app.command("config", cls=Command)(service.config)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        # Imported where needed: it costs a third of the tool's start.
+        # Imported here: it takes a third of the tool's startup time.
         import importlib.metadata
 
         output.write(sys.stdout, f"{NAME} {importlib.metadata.version('latchkey')}\n")
@@ -85,12 +85,12 @@ def _root(
     tls_key: access.KeyOption = None,
     credential_file: access.CredentialFileOption = None,
 ) -> None:
-    """Take the options that belong to no command."""
+    """Store the options that precede the command."""
     access.choose(tls_ca, tls_certificate, tls_key, credential_file)
 
 
 def main() -> int:
-    """Run the tool with the process's arguments and return its exit code."""
+    """Run the tool with `sys.argv` and return its exit code."""
     arguments = sys.argv[1:]
     try:
         try:
@@ -100,17 +100,17 @@ def main() -> int:
             output.report(failure, as_json="--json" in arguments)
             return failure.exit_code
         except OSError as error:
-            # Standard output is a full disk, or closed. Nothing else here is a file.
+            # Standard output is closed, or its disk is full. No other file is written here.
             unwritten = Failure(
                 f"cannot write the output: {error.strerror}",
-                "send it somewhere else, and mind that what was asked for may be done",
+                "send it somewhere else; note that the command may have taken effect",
                 Exit.UNEXPECTED,
                 code="OUTPUT_NOT_WRITTEN",
             )
             output.report(unwritten, as_json="--json" in arguments)
             return unwritten.exit_code
         except KeyboardInterrupt:
-            # At a prompt: what the person typed so far stands in the line.
+            # At a prompt, the cursor is still on the line that the user was typing.
             output.write(sys.stderr, "\n")
             return Exit.INTERRUPTED
     except ClosedPipe:
@@ -120,13 +120,13 @@ def main() -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    # Before anything is parsed: the parser's own messages repeat what they do not like.
+    # Checked before parsing, because the parser's error messages quote the argument.
     if (position := secrets.find_secret(arguments)) is not None:
         raise verify.refusal(f"argument {position}, which looks like a secret")
     try:
         code = app(args=arguments, prog_name=NAME, standalone_mode=False)
     except typer.TyperException as error:
-        # Its help is printed already when it was asked for nothing.
+        # Without arguments, the parser has already printed the help.
         if not arguments:
             return Exit.USAGE
         raise _usage_failure(error) from None
@@ -136,6 +136,6 @@ def _run(arguments: list[str]) -> int:
 def _usage_failure(error: typer.TyperException) -> Failure:
     context = getattr(error, "ctx", None)
     command = NAME if context is None else context.command_path
-    # The parser breaks lines for its own frame.
+    # The parser wraps its messages for a frame that we do not draw.
     what = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
-    return Failure(what, f"'{command} --help' shows how", Exit.USAGE, code="USAGE")
+    return Failure(what, f"see '{command} --help'", Exit.USAGE, code="USAGE")

@@ -13,35 +13,37 @@ __all__ = ["invalidate_all"]
 
 
 def invalidate_all(
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     target: TargetOption = "127.0.0.1:50051",
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Empty the memory of every server process and every client library.
+    """Clear the cache of every server process and every client library.
 
-    Run it after you restore the database from a backup, and in emergencies.
-    It changes no token. When it is done, every verify that starts afterwards
-    rests on a new read of the database; verifies are slower until the
-    memories have filled again.
+    Run it after you restore the database from a backup, or in an emergency.
+    It changes no token. Once it returns, every new verify reads the database
+    again, so verifies are slower until the caches have filled.
 
-    It asks first, unless --yes is given; without a terminal to ask on, --yes
+    It asks for confirmation unless you pass --yes. Without a terminal, --yes
     is required.
     """
     if not yes:
         if not (output.is_terminal(sys.stdin) and output.is_terminal(sys.stderr)):
             raise Failure(
-                "there is no terminal to ask on", "pass --yes to go on", Exit.USAGE, code="USAGE"
+                "no terminal to ask for confirmation",
+                "pass --yes to continue",
+                Exit.USAGE,
+                code="USAGE",
             )
-        if not output.confirmed("Empty the memory of every verifier? [y/N] "):
+        if not output.confirmed("Clear the cache of every verifier? [y/N] "):
             raise typer.Exit(Exit.UNEXPECTED)
     from latchkey_cli.session import Doing, Session
 
     doing = Doing(
-        "empty all memories",
-        "run this again: that does no harm",
-        unconfirmed="not every verifier has confirmed in time that its memory is empty",
-        if_unconfirmed="run this again",
+        "clear all caches",
+        "run this command again; that is safe",
+        unconfirmed="not every verifier confirmed in time that its cache is empty",
+        if_unconfirmed="run this command again",
     )
     with Session(target, timeout) as session:
         receipt = session.run(session.client.invalidate_all(), doing)

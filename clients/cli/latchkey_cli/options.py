@@ -1,4 +1,4 @@
-"""Options that several commands share, each defined once."""
+"""Options that several commands share."""
 
 import enum
 import math
@@ -19,12 +19,12 @@ __all__ = [
     "labels_of",
 ]
 
-# Every wait ends. Longer than this is a typo, and gRPC counts in nanoseconds.
+# Every wait needs a bound: a longer timeout is a typo, and gRPC counts in 64-bit nanoseconds.
 TIMEOUT_SECONDS_MAX: Final = 3_600.0
 
 
 class ScopeName(enum.StrEnum):
-    """A scope as people type it."""
+    """A scope as a user types it."""
 
     READ = "read"
     WRITE = "write"
@@ -39,7 +39,9 @@ def _expires(text: str) -> Expiry:
 
 def _timeout(value: float | None) -> float | None:
     if value is not None and not (math.isfinite(value) and 0 < value <= TIMEOUT_SECONDS_MAX):
-        raise typer.BadParameter(f"give more than 0 and at most {TIMEOUT_SECONDS_MAX:.0f} seconds")
+        raise typer.BadParameter(
+            f"must be more than 0 and at most {TIMEOUT_SECONDS_MAX:.0f} seconds"
+        )
     return value
 
 
@@ -50,7 +52,7 @@ def _target(value: str) -> str:
 
 
 def labels_of(pairs: list[str]) -> dict[str, str]:
-    """Return the labels that `KEY=VALUE` pairs say. Raises typer.BadParameter."""
+    """Parse `KEY=VALUE` pairs into labels. Raises typer.BadParameter."""
     labels: dict[str, str] = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
@@ -65,7 +67,11 @@ def labels_of(pairs: list[str]) -> dict[str, str]:
 AccountOption = Annotated[
     str,
     typer.Option(
-        "--account", "-a", envvar="LATCHKEY_ACCOUNT", metavar="ID", help="Owner of the tokens."
+        "--account",
+        "-a",
+        envvar="LATCHKEY_ACCOUNT",
+        metavar="ID",
+        help="Account that owns the tokens.",
     ),
 ]
 TargetOption = Annotated[
@@ -75,7 +81,7 @@ TargetOption = Annotated[
         envvar="LATCHKEY_TARGET",
         metavar="HOST:PORT",
         callback=_target,
-        help="Where Latchkey listens; unix:PATH too.",
+        help="Address of Latchkey; unix:PATH also works.",
     ),
 ]
 TimeoutOption = Annotated[
@@ -85,10 +91,10 @@ TimeoutOption = Annotated[
         metavar="SECONDS",
         callback=_timeout,
         show_default=False,
-        help="How long one call may take; by default 5, for delete 10.",
+        help="Time limit for one call. Default: 5, or 10 for delete.",
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 ExpiresOption = Annotated[
     Expiry | None,
     typer.Option(
@@ -96,12 +102,12 @@ ExpiresOption = Annotated[
         parser=_expires,
         metavar="WHEN",
         show_default="never",
-        help="90m, 12h, 30d, a date (from 0:00 local time), 2030-01-31T18:00:00Z, or never.",
+        help="90m, 12h, 30d, a date (at 0:00 local time), 2030-01-31T18:00:00Z, or never.",
     ),
 ]
 LabelOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--label", metavar="KEY=VALUE", show_default=False, help="A label; may be repeated."
+        "--label", metavar="KEY=VALUE", show_default=False, help="Label; may be repeated."
     ),
 ]

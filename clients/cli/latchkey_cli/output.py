@@ -1,6 +1,6 @@
-"""Where output goes: standard output for results, standard error for everything else.
+"""Output: results go to standard output, everything else to standard error.
 
-It owns streams and consoles. Data is never taken for markup here.
+This module owns streams and consoles. It never interprets data as markup.
 """
 
 import io
@@ -24,18 +24,18 @@ __all__ = [
     "write",
 ]
 
-# Wider than any row: what is piped is never wrapped, so that grep finds whole rows.
+# Wider than any row: piped output never wraps, so grep finds whole rows.
 _PIPED_WIDTH: Final = 10_000
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> NoReturn:
-        # rich would end the process with code 1.
+        # rich would exit with code 1.
         raise ClosedPipe
 
 
 def console(stream: TextIO) -> Console:
-    """Return a console on `stream` that takes strings as they are. Heeds NO_COLOR."""
+    """Return a console on `stream` that prints strings literally. It honours NO_COLOR."""
     return _Console(
         file=stream,
         markup=False,
@@ -46,12 +46,12 @@ def console(stream: TextIO) -> Console:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Tell whether a person looks at, or types into, `stream`."""
+    """Return whether `stream` is open and connected to a terminal."""
     return stream is not None and not stream.closed and stream.isatty()
 
 
 def write(stream: TextIO, text: str) -> None:
-    """Write and flush `text`. Raises ClosedPipe, and OSError such as a full disk."""
+    """Write and flush `text`. Raises ClosedPipe, or OSError if for example the disk is full."""
     try:
         stream.write(text)
         stream.flush()
@@ -60,9 +60,9 @@ def write(stream: TextIO, text: str) -> None:
 
 
 def confirmed(question: str) -> bool:
-    """Ask a question on standard error and return whether the answer is yes.
+    """Ask `question` on standard error and return whether the answer is yes.
 
-    End of input means no. Raises KeyboardInterrupt.
+    End of input means no. Raises KeyboardInterrupt on Ctrl-C.
     """
     write(sys.stderr, question)
     answer = sys.stdin.readline()
@@ -72,12 +72,12 @@ def confirmed(question: str) -> bool:
 
 
 def to_json(document: Any, *, indent: int | None = 2) -> str:
-    """Return `document` as JSON in ASCII, which no terminal obeys and no locale breaks."""
+    """Return `document` as ASCII JSON: free of terminal escapes, safe in every locale."""
     return json.dumps(document, indent=indent, ensure_ascii=True, sort_keys=False)
 
 
 def report(failure: Failure, *, as_json: bool) -> None:
-    """Tell a failure on standard error: one line, or with `as_json` one object."""
+    """Print a failure to standard error: one line of text, or one object with `as_json`."""
     line = failure.line()
     if as_json:
         line = to_json({"error": failure.document()}, indent=None)
@@ -85,12 +85,13 @@ def report(failure: Failure, *, as_json: bool) -> None:
 
 
 def prepare() -> None:
-    """Make the standard streams fit for use. Raises Failure when standard output is closed."""
+    """Make the standard streams usable. Raises Failure if standard output is closed."""
     closed_output = sys.stdout is None
     for descriptor, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)):
         if stream is None:
-            # Or the first connection gets the number, and whoever writes to it speaks to the
-            # service. The lowest free number is the one that is missing.
+            # Otherwise the first connection would get this descriptor, and code that writes to the
+            # stream would write to the service. os.open takes the lowest free descriptor, which is
+            # the missing one.
             os.open(os.devnull, os.O_RDONLY if descriptor == 0 else os.O_WRONLY)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
@@ -98,18 +99,18 @@ def prepare() -> None:
         sys.stdout = sys.stderr
         raise Failure(
             "standard output is closed",
-            "give it somewhere to go, such as /dev/null",
+            "redirect it, for example to /dev/null",
             Exit.USAGE,
             code="USAGE",
         )
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A character that the locale lacks must not end the tool.
+            # A character outside the locale's encoding must not abort the tool.
             stream.reconfigure(errors="backslashreplace")
 
 
 def silence() -> None:
-    """Let nothing complain about a closed pipe at exit, when Python flushes what is left."""
+    """Keep Python from reporting a closed pipe when it flushes the streams at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:

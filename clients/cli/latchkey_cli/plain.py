@@ -1,8 +1,8 @@
-"""Commands whose help shows a flag as a flag.
+"""Commands whose help shows flags without a value.
 
-typer shows a type beside every option. `--yes <bool>` reads as if it took a value, but what stands
-there on the command line is the next argument. Its own options, such as --help, have no setting
-for that; so it is set for all of them, where their commands give them.
+typer prints a type beside every option. `--yes <bool>` looks as if it took a value, but the next
+word on the command line is a separate argument. typer has no setting for this on its built-in
+options such as --help, so these classes clear the type of every flag.
 """
 
 from typing import Any
@@ -13,18 +13,18 @@ __all__ = ["Command", "Group"]
 
 
 class Command(TyperCommand):
-    """A command of the tool."""
+    """A command with plain flags."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Return what the command takes."""
+        """Return the command's parameters."""
         return _with_plain_flags(super().get_params(ctx))
 
 
 class Group(TyperGroup):
-    """The tool, which has the commands."""
+    """The group of all commands, with plain flags."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Return what stands before the command."""
+        """Return the parameters that precede the command."""
         return _with_plain_flags(super().get_params(ctx))
 
 

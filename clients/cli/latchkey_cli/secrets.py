@@ -1,7 +1,7 @@
-"""Secrets on their way in: from standard input or a prompt, and never from the arguments.
+"""Reads secrets from standard input or a prompt, and never from the arguments.
 
-It owns how a secret is recognised where it must not be. Whether one is any good is the service's
-to say.
+This module also recognises secrets where they must not appear. The service alone decides whether a
+secret is valid.
 """
 
 import getpass
@@ -12,20 +12,20 @@ from typing import Final
 
 __all__ = ["INPUT_BYTES_MAX", "SecretInputError", "find_secret", "read_secret", "redact"]
 
-# A secret has 60 characters. What is longer than this is some other file, not read to its end.
+# A secret has 60 characters. Longer input is some other file, so we stop reading here.
 INPUT_BYTES_MAX: Final = 64 * 1024
-# The prefix and the 43 characters of randomness. The 14 after them are a tag and a checksum: who
-# sees a copy that lacks some of those has seen enough to treat the secret as leaked. One that is
-# stuck to the end of another has lost its prefix to it.
+# The prefix and 43 random characters. The last 14 characters of a secret, a tag and a checksum, are
+# not required: a copy without them still counts as leaked. The group repeats because in two secrets
+# without a separator, the second prefix reads like the end of the first secret.
 _SECRET_WITHIN: Final = re.compile(r"([a-z]{2,10})(?:_[0-9A-Za-z]{43,})+")
 
 
 class SecretInputError(Exception):
-    """There is no secret to read. The message says why and what to do, and never what was read."""
+    """No secret could be read. The message says why and what to do; it never quotes the input."""
 
 
 def find_secret(arguments: Sequence[str]) -> int | None:
-    """Return the position (from 1) of the first argument that holds a secret, or None."""
+    """Return the position (from 1) of the first argument that contains a secret, or None."""
     for position, argument in enumerate(arguments, start=1):
         if _SECRET_WITHIN.search(argument):
             return position
@@ -40,11 +40,11 @@ def redact(text: str) -> str:
 def read_secret() -> str:
     """Return the secret from standard input, or from a hidden prompt if that is a terminal.
 
-    One trailing newline is dropped, and nothing else: what the holder presented is judged as it
-    is. Raises SecretInputError, and KeyboardInterrupt from the prompt.
+    Drops one trailing newline and nothing else, so that the service judges exactly what the holder
+    presented. Raises SecretInputError, and KeyboardInterrupt from the prompt.
     """
     if sys.stdin is None:
-        raise SecretInputError("standard input is closed; pass the secret there")
+        raise SecretInputError("standard input is closed; pass the secret on it")
     if sys.stdin.isatty():
         try:
             return getpass.getpass("Secret (not shown): ", stream=sys.stderr)
@@ -53,10 +53,10 @@ def read_secret() -> str:
     data = sys.stdin.buffer.read(INPUT_BYTES_MAX + 1)
     if len(data) > INPUT_BYTES_MAX:
         raise SecretInputError(
-            f"standard input holds more than {INPUT_BYTES_MAX // 1024} KiB, which is no secret; "
-            "pass the secret alone"
+            f"standard input is longer than {INPUT_BYTES_MAX // 1024} KiB, so it is not a secret; "
+            "pass only the secret"
         )
     if data.endswith(b"\n"):
         data = data[:-2] if data.endswith(b"\r\n") else data[:-1]
-    # What is not UTF-8 is nobody's secret; the replacement characters keep it so.
+    # Input that is not UTF-8 is never a valid secret, and its replacement characters keep it so.
     return data.decode("utf-8", "replace")

@@ -1,7 +1,7 @@
-"""The commands that are the service's own: `serve`, `config` and `policy`.
+"""The commands that run the service itself: `serve`, `config` and `policy`.
 
-The service's libraries need not be installed, and it is never imported: this process becomes it, so
-that signals and exit codes are its own.
+The service and its libraries are optional, and this module never imports them. It replaces this
+process with the service, so that signals and exit codes are the service's.
 """
 
 import importlib.util
@@ -17,8 +17,7 @@ from latchkey_cli.options import JsonOption
 __all__ = ["config", "policy", "serve"]
 
 _MODULE = "latchkey_service"
-# It and the libraries of the extra `service`, which may not be installed; but for those that some
-# systems do without.
+# The service and the libraries of the extra `service`, except those that only some systems need.
 _NEEDED = (
     _MODULE,
     "asyncpg",
@@ -33,33 +32,33 @@ _NEEDED = (
 
 
 def serve() -> None:
-    """Run the service here, until Ctrl-C.
+    """Run the service in the foreground until Ctrl-C.
 
-    Its settings are environment variables; 'latchkey config' shows them. It
-    brings a Postgres of its own, unless LATCHKEY_DATABASE_URL says another.
+    Environment variables configure it; 'latchkey config' shows them. It starts
+    an embedded Postgres unless LATCHKEY_DATABASE_URL names another.
     """
     _become("serve")
 
 
 def config(as_json: JsonOption = False) -> None:
-    """Print the service's settings in force here, passwords redacted."""
+    """Print the service's effective settings, with passwords redacted."""
     _become("config", *(["--json"] if as_json else []))
 
 
 def policy(
     action: Annotated[
-        str, typer.Argument(metavar="new-caller|check", help="What to do.", show_default=False)
+        str, typer.Argument(metavar="new-caller|check", help="Action.", show_default=False)
     ],
     what: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME|FILE]", help="Of whom, or which.", show_default=False),
+        typer.Argument(metavar="[NAME|FILE]", help="Caller or file.", show_default=False),
     ] = None,
 ) -> None:
-    """Make a credential for a new caller, or check the service's policy file.
+    """Create a credential for a new caller, or check the service's policy file.
 
-    'new-caller NAME' prints a credential, once and alone on standard output, and
-    beside it what the policy file has of it. 'check [FILE]' says whether a policy
-    file, by default LATCHKEY_POLICY, is right.
+    'new-caller NAME' prints a new credential once, alone on standard output, and
+    its policy file entry on standard error. 'check [FILE]' validates a policy
+    file, by default the one that LATCHKEY_POLICY names.
     """
     _become("policy", action, *([what] if what is not None else []))
 
@@ -67,13 +66,13 @@ def policy(
 def _become(*arguments: str) -> NoReturn:
     if any(importlib.util.find_spec(name) is None for name in _NEEDED):
         raise Failure(
-            "the service is not installed here",
+            "the service is not installed",
             "install it from a clone of Latchkey with: pip install '.[service,embedded]'",
             Exit.UNEXPECTED,
             code="SERVICE_NOT_INSTALLED",
         )
     sys.stdout.flush()
     sys.stderr.flush()
-    # -P: a file in the current folder must not be taken for a module of the service.
+    # -P: Python must not import a module from the current folder in place of the service's.
     command = [sys.executable, "-P", "-m", _MODULE, *arguments]
-    os.execv(sys.executable, command)  # nosec B606 # noqa: S606 - no shell is wanted
+    os.execv(sys.executable, command)  # nosec B606 # noqa: S606 - no shell needed

@@ -1,7 +1,7 @@
-"""One connection to the service, for commands that are plain functions.
+"""A synchronous connection to the service, for commands that are plain functions.
 
-It owns the event loop, and the translation of the client library's errors into failures. Prompts
-come between the calls and not inside the loop, which would keep the first Ctrl-C to itself.
+This module owns the event loop and translates the client library's errors into failures. Commands
+prompt between calls, outside the loop, because a running loop would swallow the first Ctrl-C.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
-# Before grpc is loaded: its core writes lines of its own to standard error.
+# Set before grpc loads: its core would write log lines to standard error.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import latchkey
@@ -25,8 +25,8 @@ __all__ = ["Doing", "Session"]
 T = TypeVar("T")
 
 _AGAIN: Final = "try again"
-# What gRPC says of a call that got no connection, and so was not sent. In other words than these it
-# is not known.
+# gRPC's messages for a call that found no connection and was therefore never sent. With any other
+# message, the call may have been sent.
 _UNCONNECTED: Final = re.compile(
     r"^\w+ failed: (failed to connect to all addresses|connections to all backends failing"
     r"|DNS resolution failed)"
@@ -35,22 +35,22 @@ _UNCONNECTED: Final = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Doing:
-    """What a call is for ("get token X"), and what to do when its answer is lost.
+    """The words for one call: its purpose ("get token X") and what to do if its answer is lost.
 
-    `once` says that the client library never sends it again after a failure of the connection, so
-    that what the error tells of the connection is all that has happened. `unconfirmed` is said when
-    the change stands and verifiers have yet to confirm it.
+    `once` means that the client library never retries the call after a connection failure, so the
+    error describes the only attempt. `unconfirmed` describes a change that is committed but not yet
+    confirmed by every verifier.
     """
 
     what: str
     if_lost: str = _AGAIN
     once: bool = False
-    unconfirmed: str = "it is deleted, but not every verifier has confirmed that in time"
-    if_unconfirmed: str = "run this again for its receipt"
+    unconfirmed: str = "the token is deleted, but not every verifier confirmed that in time"
+    if_unconfirmed: str = "run this command again for the receipt"
 
 
 class Session:
-    """A client and the loop that it lives on. Use it as a context manager, in the main thread."""
+    """A client and its event loop. Use it as a context manager, in the main thread."""
 
     def __init__(self, target: str, timeout_seconds: float | None) -> None:
         self._target = target
@@ -66,7 +66,7 @@ class Session:
         self._runner = asyncio.Runner()
 
     def run(self, call: Coroutine[Any, Any, T], doing: Doing) -> T:
-        """Return what `call` returns. Raises Failure, also on Ctrl-C."""
+        """Run `call` and return its result. Raises Failure, also on Ctrl-C."""
         try:
             return self._runner.run(call)
         except latchkey.LatchkeyError as error:
@@ -79,7 +79,7 @@ class Session:
                 Exit.INTERRUPTED,
                 code="INTERRUPTED",
             )
-        # Outside the handler: no traceback, should there ever be one, drags the original along.
+        # Raised outside the handler, so that a traceback would not include the original error.
         raise failure
 
     def __enter__(self) -> Self:
@@ -98,7 +98,7 @@ class Session:
 
 
 def _failure(error: latchkey.LatchkeyError, doing: Doing, target: str) -> Failure:
-    """Return `error` in the words of this tool: the library speaks of its own methods."""
+    """Translate `error` into this tool's words; the library's text names Python methods."""
     what, to_do, exit_code = _words(error, doing, target)
     violations: list[tuple[str, str]] = []
     if isinstance(error, latchkey.InvalidArgument):
@@ -119,18 +119,18 @@ def _words(error: latchkey.LatchkeyError, doing: Doing, target: str) -> tuple[st
     match error:
         case latchkey.InvalidArgument():
             wrong = [f"{v.field}: {v.description.rstrip('. ')}" for v in error.field_violations]
-            return "; ".join(wrong) or str(error), "correct it and try again", Exit.USAGE
+            return "; ".join(wrong) or str(error), "correct this and try again", Exit.USAGE
         case latchkey.NotFound():
-            to_do = "check --account and the ID; 'latchkey list -a ACCOUNT' shows what there is"
+            to_do = "check --account and the ID; 'latchkey list -a ACCOUNT' lists the tokens"
             return "the account has no such token", to_do, Exit.NOT_FOUND
         case latchkey.AlreadyExists():
             to_do = "choose another name, or delete that token first"
-            return "a live token of the account has that name", to_do, Exit.ALREADY_EXISTS
+            return "a live token of the account already has that name", to_do, Exit.ALREADY_EXISTS
         case latchkey.PermissionDenied():
-            to_do = "ask whoever runs Latchkey for access, by its policy"
+            to_do = "ask the Latchkey operator to grant access in its policy"
             return f"permission denied ({error.reason})", to_do, Exit.DENIED
         case latchkey.Unauthenticated():
-            to_do = "say who you are: 'latchkey --help' has the options for access"
+            to_do = "identify yourself; 'latchkey --help' lists the access options"
             return f"Latchkey does not know this caller ({error.reason})", to_do, Exit.DENIED
         case latchkey.Unavailable(reason="DELETION_NOT_CONFIRMED"):
             to_do = f"{doing.if_unconfirmed}; --timeout allows more time"
@@ -139,29 +139,29 @@ def _words(error: latchkey.LatchkeyError, doing: Doing, target: str) -> tuple[st
             to_do = f"{doing.if_lost}; --timeout allows more time"
             return f"{target} did not answer in time", to_do, Exit.UNAVAILABLE
         case latchkey.Unavailable() if error.reason == "TLS_HANDSHAKE_FAILED":
-            to_do = "check --tls-ca, and that the name in --target is in its certificate"
+            to_do = "check --tls-ca, and that the server's certificate has the name in --target"
             return f"{target} is not trusted, or does not speak TLS", to_do, Exit.UNAVAILABLE
         case latchkey.Unavailable() if error.reason == "CONNECTION_CLOSED":
-            to_do = "check --tls-ca, --tls-certificate and --tls-key: it may want TLS, or another "
-            to_do += f"client certificate{_after(doing, error)}"
-            return f"{target} closes the connection", to_do, Exit.UNAVAILABLE
+            to_do = "check --tls-ca, --tls-certificate and --tls-key: the server may require TLS "
+            to_do += f"or another client certificate{_after(doing, error)}"
+            return f"{target} closed the connection", to_do, Exit.UNAVAILABLE
         case latchkey.Unavailable() if error.reason:
-            # Latchkey itself said so: it is there, and something behind it is not.
+            # Latchkey itself answered: it runs, and something behind it does not.
             return f"{target} cannot answer now ({error.reason})", doing.if_lost, Exit.UNAVAILABLE
         case latchkey.Unavailable():
             to_do = "check --target and that Latchkey runs there ('latchkey serve')"
             to_do += _after(doing, error)
             return f"no answer from {target}", to_do, Exit.UNAVAILABLE
         case latchkey.ResourceExhausted():
-            return f"{target} takes no more work now", "try again later", Exit.UNAVAILABLE
+            return f"{target} is overloaded", "try again later", Exit.UNAVAILABLE
         case _:
-            # Its text says it best, and ends with what to do.
-            to_do = f"check that '{target}' is Latchkey, and its log"
+            # The error's text is the best description, and it ends with advice.
+            to_do = f"check that '{target}' is Latchkey, and read its log"
             return str(error).rstrip(". "), to_do, Exit.UNEXPECTED
 
 
 def _after(doing: Doing, error: latchkey.LatchkeyError) -> str:
-    """Return what to do once there is a connection, to be put after how to come by one."""
+    """Return what to do once the connection works. The caller puts it after its own advice."""
     if doing.if_lost == _AGAIN:
         return f", then {_AGAIN}"
     if doing.once and _UNCONNECTED.search(str(error)):

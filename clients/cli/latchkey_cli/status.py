@@ -13,11 +13,12 @@ def status(
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the server processes, and how current each of them is.
+    """Show the server processes and how current each one is.
 
-    A deletion waits until every verifier has acknowledged its revision, or
-    its lease has run out. Lag is how far a verifier is behind; it is more
-    than 0 only for moments, unless one hangs or is cut off.
+    A deletion waits until every verifier has acknowledged its revision or its
+    lease has expired. Lag is the number of revisions that a verifier has not
+    acknowledged yet. It returns to 0 within moments unless a verifier hangs or
+    is cut off.
     """
     from latchkey_cli.session import Doing, Session
 

@@ -1,7 +1,7 @@
-"""What people read: tables and short texts for a console.
+"""Tables and short texts for people at a console.
 
-Every string of the service's goes through `visible` into a Text, so that no name is taken for
-markup or obeyed by the terminal.
+Every string from the service passes through `visible` into a Text. So rich never interprets a name
+as markup, and the terminal never obeys it.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from latchkey_cli.text import visible
 from latchkey_cli.times import local, relative
 
 if TYPE_CHECKING:
-    # For types alone: completing a word on the command line does not wait for gRPC.
+    # Types only: shell completion must not wait for gRPC to load.
     from latchkey import Receipt, Status, Token, Verification, VerifierStatus
 
 __all__ = [
@@ -29,22 +29,22 @@ __all__ = [
     "short_token",
 ]
 
-# From this width on a row takes one line. Below, it takes two, which hold all that one does.
+# At this width or wider, a row takes one line. Below it, the same cells take two lines.
 _WIDE: Final = 110
 _GAP: Final = 2
 
 _VERDICTS: Final = {
     "VALID": "the secret belongs to a live token{scope}",
-    "MALFORMED": "this is not a secret of Latchkey: wrong shape or checksum, perhaps a typo",
+    "MALFORMED": "this is not a Latchkey secret: wrong format or checksum, perhaps a typo",
     "UNKNOWN": "no token has this secret",
     "DELETED": "the token was deleted",
     "EXPIRED": "the token has expired",
-    "INSUFFICIENT_SCOPE": "the token is live, but does not include the scope {asked}",
+    "INSUFFICIENT_SCOPE": "the token is live but does not include the scope {asked}",
 }
 
 
 class TokenTable:
-    """A table of tokens that is printed page by page, so that no account is too large for it."""
+    """A table of tokens that prints page by page, so an account can have any number of tokens."""
 
     def __init__(self, output: Console) -> None:
         self._output = output
@@ -56,7 +56,7 @@ class TokenTable:
         self._first = True
 
     def print_page(self, tokens: Sequence["Token"]) -> None:
-        """Print `tokens` below those before, in columns that are never narrower."""
+        """Print `tokens` below the previous pages. Columns may widen but never narrow."""
         now = datetime.now(UTC)
         rows = [self._row(token, now) for token in tokens]
         if not rows:
@@ -64,7 +64,7 @@ class TokenTable:
         for column, width in enumerate(self._widths):
             lines = (line for row in rows for line in row[column].plain.split("\n"))
             self._widths[column] = max(width, *map(cell_len, lines))
-        # The name is what gives way, by folding: all the rest is short, or there to be copied.
+        # Only the name folds: every other column is short, or people copy its value.
         gaps = _GAP * (len(self._widths) - 1)
         room = self._output.width - sum(self._widths[1:]) - gaps
         name_width = min(self._widths[0], max(room, len("Name")))
@@ -77,7 +77,7 @@ class TokenTable:
         self._first = False
 
     def _row(self, token: "Token", now: datetime) -> list[Text]:
-        """Return the cells of one token, of two lines each unless there is room for one."""
+        """Return the cells of one token: one line each on a wide console, otherwise two."""
         separator = " " if self._wide else "\n"
         expires = Text("never", style="dim")
         if token.expire_time is not None:
@@ -96,7 +96,7 @@ class TokenTable:
 
 
 def describe_token(output: Console, token: "Token") -> None:
-    """Print one token with all that is known of it."""
+    """Print everything known about one token."""
     now = datetime.now(UTC)
     grid = Table.grid(padding=(0, _GAP, 0, 0))
     grid.add_column(style="dim", no_wrap=True)
@@ -121,14 +121,14 @@ def describe_token(output: Console, token: "Token") -> None:
 
 
 def short_token(token: "Token") -> str:
-    """Return the token in one line, with what tells whether it is the right one."""
+    """Return the token in one line, with enough detail to recognise it."""
     scope = token.scope.name.lower()
     return f"'{visible(token.name)}' (scope {scope}, {visible(token.hint)}, {visible(token.id)})"
 
 
 def print_invalidation(output: Console, receipt: "Receipt") -> None:
-    """Print what proves that no verifier answers from what it remembered before."""
-    output.print(Text("Emptied the memory of every verifier", style="bold green"))
+    """Print the proof that no verifier still answers from its old cache."""
+    output.print(Text("Cleared the cache of every verifier", style="bold green"))
     grid = Table.grid(padding=(0, _GAP, 0, 0))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -139,7 +139,7 @@ def print_invalidation(output: Console, receipt: "Receipt") -> None:
 
 
 def print_receipt(output: Console, token_id: str, receipt: "Receipt") -> None:
-    """Print what proves a deletion."""
+    """Print the proof of a deletion."""
     output.print(Text.assemble(("Deleted", "bold green"), " ", (visible(token_id), "cyan")))
     grid = Table.grid(padding=(0, _GAP, 0, 0))
     grid.add_column(style="dim", no_wrap=True)
@@ -151,9 +151,9 @@ def print_receipt(output: Console, token_id: str, receipt: "Receipt") -> None:
 
 
 def print_verification(output: Console, answer: "Verification", asked_scope: str | None) -> None:
-    """Print a verdict and what it is about."""
+    """Print a verdict and its token."""
     name = answer.verdict.name
-    meaning = _VERDICTS.get(name, "this version of latchkey does not know the answer: not allowed")
+    meaning = _VERDICTS.get(name, "this version of latchkey does not know the verdict: not allowed")
     meaning = meaning.format(
         scope=f" that includes the scope {asked_scope}" if asked_scope else "", asked=asked_scope
     )
@@ -164,7 +164,7 @@ def print_verification(output: Console, answer: "Verification", asked_scope: str
 
 
 def print_status(output: Console, status: "Status") -> None:
-    """Print the server processes, how current they are, and what a person should repair."""
+    """Print the server processes, how current they are, and warnings that need action."""
     number = len(status.verifiers)
     verifiers = "1 verifier" if number == 1 else f"{number} verifiers"
     output.print(Text(f"Head revision {status.head_revision}, {verifiers}"))
@@ -181,12 +181,12 @@ def _print_verifiers(output: Console, verifiers: Sequence["VerifierStatus"]) -> 
     table.add_column("Host", overflow="fold", header_style="bold")
     for name in ("PID", "Version", "Acknowledged", "Lag", "Lease left", "Clients"):
         table.add_column(name, no_wrap=True, justify="right", header_style="bold")
-    # Both are of about one width, so that the id stays in one piece on a narrow terminal.
+    # On a narrow terminal the two share a column. They are about equally wide, so the id fits.
     for name in ("Notifications", "Pepper") if wide else ("Notifications\nPepper",):
         table.add_column(name, no_wrap=True, header_style="bold")
     for verifier in verifiers:
         *cells, notifications = _verifier(verifier)
-        # Only the newest: tokens are created with it, and every host has to have it.
+        # Only the newest: new tokens use it, and every host must have it.
         pepper = Text(visible(verifier.pepper_ids[0]) if verifier.pepper_ids else "unknown")
         if wide:
             table.add_row(*cells, notifications, pepper)
@@ -201,9 +201,9 @@ def _print_verifiers(output: Console, verifiers: Sequence["VerifierStatus"]) -> 
 
 
 def _print_databases(output: Console, verifiers: Sequence["VerifierStatus"]) -> None:
-    """Print a line for each database server that leases stand on; a healthy fleet has one.
+    """Print a line for each database server that grants leases; a healthy fleet has one.
 
-    Below the table: the columns of a server take 50 characters, and are mostly the same.
+    Lines below the table suffice: columns would take 50 characters and mostly repeat one value.
     """
     using: dict[str, list[str]] = {}
     for verifier in verifiers:
@@ -211,7 +211,7 @@ def _print_databases(output: Console, verifiers: Sequence["VerifierStatus"]) -> 
         using.setdefault(_database(verifier), []).append(process)
     if len(using) == 1:
         (database,) = using
-        # Empty for releases that do not report it.
+        # Older releases do not report their database.
         if database:
             output.print(Text(f"Database {database}"))
         return
@@ -220,7 +220,7 @@ def _print_databases(output: Console, verifiers: Sequence["VerifierStatus"]) -> 
 
 
 def _database(verifier: "VerifierStatus") -> str:
-    """Return what a process reports of its database server. Empty: nothing."""
+    """Describe the database server that a process reports, or return "" if it reports none."""
     known = [
         ("timeline", visible(verifier.timeline)),
         ("system identifier", visible(verifier.system_identifier)),
@@ -252,14 +252,14 @@ def _verifier(verifier: "VerifierStatus") -> list[Text]:
 
 def _effect(receipt: "Receipt") -> str:
     if receipt.effective_time is None:
-        return "deleted; not yet confirmed everywhere: run it again without --no-wait to confirm"
+        return "not yet confirmed everywhere: run this again without --no-wait to confirm"
     if not receipt.verifiers_acknowledged + receipt.verifiers_outwaited:
         return f"dead everywhere since {local(receipt.effective_time, seconds=True)}"
     return f"dead everywhere {_confirmation(receipt)}"
 
 
 def _confirmation(receipt: "Receipt") -> str:
-    """Return how long a confirmation took and who gave it."""
+    """Return how long the confirmation took and who confirmed."""
     effective_time = receipt.effective_time or receipt.commit_time
     milliseconds = (effective_time - receipt.commit_time).total_seconds() * 1_000
     confirmed = _servers_and_clients(receipt.verifiers_acknowledged, receipt.clients_acknowledged)
@@ -280,7 +280,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _scope(token: "Token") -> Text:
-    # What may change things is what the eye should find.
+    # Tokens that can change things must stand out.
     style = "yellow" if token.scope.name == "WRITE" else ""
     return Text(token.scope.name.lower(), style=style)
 

@@ -1,4 +1,4 @@
-"""Moments and durations for people. Pure but for the local time zone."""
+"""Moments and durations for people. Pure, except that it reads the local time zone."""
 
 import re
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ __all__ = ["NEVER", "Expiry", "ago", "local", "parse_expiry", "relative"]
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _DURATION: Final = re.compile(r"([0-9]{1,9})([smhdw])")
 _DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
-# RFC 3339 §5.6. datetime.fromisoformat takes more than that, and guesses no zone.
+# RFC 3339 §5.6. datetime.fromisoformat accepts more formats, also times without a zone.
 _RFC3339: Final = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?"
     r"([Zz]|[+-][0-9]{2}:[0-9]{2})"
 )
-# The largest unit of which there are at least two is precise enough to plan with.
+# The largest unit with a count of at least two is precise enough for planning.
 _UNITS: Final = (
     ("year", 365 * 86_400),
     ("day", 86_400),
@@ -27,7 +27,7 @@ _UNITS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Expiry:
-    """When a new token ends: at a moment, after a duration, or (neither) never."""
+    """When a new token expires: at a moment, after a duration, or never if neither is set."""
 
     expire_time: datetime | None = None
     ttl: timedelta | None = None
@@ -37,10 +37,10 @@ NEVER: Final = Expiry()
 
 
 def parse_expiry(text: str) -> Expiry:
-    """Return what `--expires` says. Raises ValueError, whose text says what is understood.
+    """Parse the value of `--expires`. Raises ValueError, whose text lists the accepted formats.
 
-    A duration is kept as one, for the service's clock to start it. A date is that day's first
-    moment here: when in doubt, a token ends sooner.
+    A duration stays a duration: it starts on the service's clock. A date means the first moment of
+    that day in local time, because in doubt a token should expire sooner.
     """
     if text.lower() == "never":
         return NEVER
@@ -48,7 +48,7 @@ def parse_expiry(text: str) -> Expiry:
         if match := _DURATION.fullmatch(text):
             ttl = timedelta(seconds=int(match[1]) * _SECONDS[match[2]])
             if not ttl:
-                raise ValueError("a duration is longer than 0")
+                raise ValueError("a duration must be longer than 0")
             return Expiry(ttl=ttl)
         if _DATE.fullmatch(text):
             midnight = datetime.combine(date.fromisoformat(text), time())
@@ -56,9 +56,9 @@ def parse_expiry(text: str) -> Expiry:
         if _RFC3339.fullmatch(text):
             return Expiry(expire_time=datetime.fromisoformat(text.upper()))
     except OverflowError:
-        raise ValueError("that is too far away; 'never' is the word for it") from None
+        raise ValueError("too far in the future; use 'never' for no expiry") from None
     raise ValueError(
-        "give a duration (90m, 12h, 30d), a date (2030-01-31), a time with its zone "
+        "give a duration (90m, 12h, 30d), a date (2030-01-31), a time with a zone "
         "(2030-01-31T18:00:00Z) or never"
     )
 
@@ -68,7 +68,7 @@ def local(moment: datetime, *, seconds: bool = False) -> str:
     try:
         moment = moment.astimezone()
     except (OverflowError, OSError, ValueError):
-        # The ends of the calendar have no local time everywhere.
+        # At the ends of the calendar, some zones have no local time.
         moment = moment.astimezone(UTC)
     return moment.strftime(f"%Y-%m-%d %H:%M{':%S' if seconds else ''} %Z")
 
@@ -81,7 +81,7 @@ def relative(moment: datetime, now: datetime) -> str:
 
 
 def ago(duration: timedelta) -> str:
-    """Return "29 days": rounded, in the largest unit of which there are two."""
+    """Return for example "29 days": rounded, in the largest unit with a count of at least two."""
     total = duration.total_seconds()
     for name, seconds in _UNITS:
         if total >= 2 * seconds:

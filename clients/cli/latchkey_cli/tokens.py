@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["create", "delete", "get", "list_tokens"]
 
 TARGET = "127.0.0.1:50051"
-# The service's own maximum: the fewest round trips.
+# The service's maximum, for the fewest round trips.
 PAGE_SIZE = 500
-# What people take for the value of a flag. `delete --yes false ID` is not to delete.
+# Words that people pass as the value of a flag. `delete --yes false ID` must not delete.
 _NO_IDS = frozenset({"true", "false", "yes", "no", "on", "off", "1", "0"})
 
 
@@ -51,24 +51,24 @@ def create(
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Create a token and print its secret, which is never shown again.
+    """Create a token and print its secret. The secret is never shown again.
 
-    When standard output is not a terminal, it gets the secret alone, and the
-    rest goes to standard error:
+    If standard output is not a terminal, it receives only the secret; the rest
+    goes to standard error:
     latchkey create ci --scope read -a ACCOUNT > FILE
 
-    With --json, standard output gets one object with token and secret.
+    With --json, standard output receives one object with token and secret.
     """
     labels = labels_of(label or [])
     expiry = expires or NEVER
-    # Imported where needed: completing a word does not wait for gRPC.
+    # Imported here: shell completion must not wait for gRPC to load.
     from latchkey import Scope
 
     from latchkey_cli.session import Doing, Session
 
     if_lost = (
         f"the token may exist: look for '{name}' in 'latchkey list -a {account}' and delete it "
-        "before trying again"
+        "before you try again"
     )
     with Session(target, timeout) as session:
         call = session.client.create(
@@ -83,7 +83,7 @@ def create(
     try:
         _hand_over(created, as_json=as_json)
     except (OSError, ClosedPipe) as error:
-        reason = error.strerror if isinstance(error, OSError) else "its reader is gone"
+        reason = error.strerror if isinstance(error, OSError) else "the reader closed the pipe"
         raise Failure(
             f"token {created.token.id} was created, but its secret could not be written: {reason}",
             f"delete it ('latchkey delete {created.token.id} -a {account}') and create another",
@@ -99,16 +99,16 @@ def _hand_over(created: "CreatedToken", *, as_json: bool) -> None:
     secret = created.secret.reveal()
     if output.is_terminal(sys.stdout):
         tables.describe_token(output.console(sys.stdout), created.token)
-        # Without a frame or a wrap: it is there to be copied.
+        # No frame and no wrapping, so that people can copy it.
         output.write(sys.stdout, f"\n{visible(secret)}\n\n")
     else:
-        # First, so that nothing can come between the token and its secret.
+        # Written first, so that no failure in between can lose the secret.
         output.write(sys.stdout, f"{secret}\n")
         tables.describe_token(output.console(sys.stderr), created.token)
     output.write(
         sys.stderr,
-        "The secret is shown once and cannot be had again: store it now. "
-        "If it gets lost, delete the token and create another.\n",
+        "The secret is shown only once: store it now. "
+        "If you lose it, delete the token and create another.\n",
     )
 
 
@@ -122,10 +122,10 @@ def list_tokens(
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the account's live tokens, newest first, all of them.
+    """List all live tokens of the account, newest first.
 
-    With --json it prints one array. An array without its end means that the
-    list is not complete, and the exit code says why.
+    With --json, the output is one array. If the closing bracket is missing,
+    the list is incomplete and the exit code says why.
     """
     from latchkey_cli.session import Doing, Session
 
@@ -152,7 +152,7 @@ def list_tokens(
                 table.print_page(tokens)
             printed += len(tokens)
             left = None if left is None else left - len(tokens)
-            # The same page again would never end; a page can be empty and not the last.
+            # A repeated page token would loop forever. An empty page need not be the last one.
             if left == 0 or page.next_page_token in ("", page_token):
                 break
             page_token = page.next_page_token
@@ -184,38 +184,41 @@ def get(
 def delete(
     token_ids: Annotated[list[str], typer.Argument(metavar="ID", help="IDs of the tokens.")],
     account: AccountOption,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     no_wait: Annotated[
         bool,
-        typer.Option("--no-wait", help="Do not wait until the tokens are dead everywhere."),
+        typer.Option("--no-wait", help="Do not wait until verifiers everywhere reject the tokens."),
     ] = False,
     target: TargetOption = TARGET,
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Delete tokens for good: once this is done, no verify calls them valid, anywhere.
+    """Delete tokens permanently. When the command returns, they are dead everywhere.
 
-    It asks before each, unless --yes is given; without a terminal to ask on,
-    --yes is required. Deleting a deleted token again prints the same receipt.
+    It asks for confirmation before each deletion unless you pass --yes. Without
+    a terminal, --yes is required. Deleting a token twice prints the same receipt.
 
-    With --no-wait, for bulk work, it is done when the deletions are stored,
-    and tokens may be valid for some seconds more. The same command without
-    it confirms that they are dead.
+    With --no-wait, for bulk work, it returns as soon as the deletions are
+    stored. The tokens may stay valid for a few more seconds. Run the same
+    command without --no-wait to confirm that they are dead.
 
-    With several IDs each result is told, and the exit code is the worst one;
-    1 if nothing failed but you said no. With --json it prints an array with
-    the receipt or the error of each.
+    With several IDs, it prints each result and exits with the most severe code,
+    or with 1 if nothing failed but you answered no. With --json, it prints an
+    array with the receipt or error of each token.
     """
     if words := [token_id for token_id in token_ids if token_id.lower() in _NO_IDS]:
         raise Failure(
-            f"'{words[0]}' is the ID of no token",
-            "give IDs alone, flags such as --yes take no value: 'latchkey delete --help' shows how",
+            f"'{words[0]}' is not a token ID",
+            "flags such as --yes take no value; see 'latchkey delete --help'",
             Exit.USAGE,
             code="USAGE",
         )
     if not yes and not (output.is_terminal(sys.stdin) and output.is_terminal(sys.stderr)):
         raise Failure(
-            "there is no terminal to ask on", "pass --yes to delete", Exit.USAGE, code="USAGE"
+            "no terminal to ask for confirmation",
+            "pass --yes to delete",
+            Exit.USAGE,
+            code="USAGE",
         )
     from latchkey_cli.session import Session
 
@@ -249,7 +252,7 @@ def delete(
 def _delete_one(
     session: "Session", account: str, token_id: str, *, ask: bool, no_wait: bool
 ) -> "Receipt | None":
-    """Delete one token; return its receipt, or None when the person says no. Raises Failure."""
+    """Delete one token and return its receipt, or None if the user declines. Raises Failure."""
     from latchkey_cli.session import Doing
 
     name = f"token '{token_id}' of account '{account}'"
@@ -257,13 +260,13 @@ def _delete_one(
         try:
             token = session.run(session.client.get(account, token_id), Doing(f"get {name}"))
         except Failure as failure:
-            # It may be deleted already, and then there is a receipt to show and nothing to lose.
+            # The token may be deleted already. Deleting it again is harmless and gets the receipt.
             if failure.exit_code is not Exit.NOT_FOUND:
                 raise
         else:
             question = f"Delete {tables.short_token(token)} of account '{visible(account)}'? [y/N] "
             if not output.confirmed(question):
                 return None
-    if_lost = "the deletion may stand but is not confirmed: run this again for its receipt"
+    if_lost = "the token may be deleted but is not confirmed: run this again for the receipt"
     call = session.client.delete(account, token_id, no_wait=no_wait)
     return session.run(call, Doing(f"delete {name}", if_lost))

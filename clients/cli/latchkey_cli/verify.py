@@ -11,8 +11,8 @@ from latchkey_cli.options import JsonOption, ScopeName, TargetOption, TimeoutOpt
 
 __all__ = ["verify"]
 
-# The library's second is for services that verify each request. A person, or a script on a busy
-# machine, would rather wait for an answer.
+# The library's default of one second suits services that verify every request. A person, or a
+# script on a busy machine, would rather wait for an answer.
 TIMEOUT_SECONDS = 5.0
 
 
@@ -24,20 +24,20 @@ def verify(
             "--scope",
             case_sensitive=False,
             show_default=False,
-            help="What the holder asks to do; by default nothing in particular.",
+            help="Scope that the token must include. Default: none.",
         ),
     ] = None,
     target: TargetOption = "127.0.0.1:50051",
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask whether a secret is valid: exit code 0 if it is, 5 if it is not.
+    """Check whether a secret is valid: exit code 0 if it is, 5 if it is not.
 
     The secret comes from standard input or, on a terminal, from a hidden
-    prompt. It is never an argument: those are seen by everyone on the machine
-    and kept in the shell's history.
+    prompt. It is never an argument, because everyone on the machine can see
+    arguments and the shell keeps them in its history.
     """
-    # Let through by main.py to be refused here: the parser's own message would repeat it.
+    # main.py lets extra arguments through: the parser's error message would quote them.
     if context.args:
         raise refusal("an argument after 'verify'")
     try:
@@ -45,7 +45,7 @@ def verify(
     except secrets.SecretInputError as error:
         what, _, to_do = str(error).partition("; ")
         raise Failure(what, to_do, Exit.USAGE, code="USAGE") from None
-    # Imported where needed: completing a word does not wait for gRPC.
+    # Imported here: shell completion must not wait for gRPC to load.
     from latchkey import Scope
 
     from latchkey_cli.session import Doing, Session
@@ -53,7 +53,7 @@ def verify(
     with Session(target, timeout or TIMEOUT_SECONDS) as session:
         required_scope = None if scope is None else Scope[scope.name]
         call = session.client.verify(secret, required_scope)
-        answer = session.run(call, Doing("verify", "treat the secret as not valid, and try again"))
+        answer = session.run(call, Doing("verify", "treat the secret as invalid and try again"))
     if as_json:
         output.write(sys.stdout, output.to_json(documents.verification(answer)) + "\n")
     else:
@@ -63,12 +63,12 @@ def verify(
 
 
 def refusal(where: str) -> Failure:
-    """Return the failure for a secret on the command line, which is not repeated."""
+    """Return the failure for a secret on the command line. It does not quote the secret."""
     return Failure(
-        f"refused {where}: secrets do not belong on the command line, where process lists and the "
-        "shell's history show them",
-        "pass it on standard input ('latchkey verify < FILE') or at the prompt, and replace the "
-        "token if that was a real secret",
+        f"refused {where}: secrets on the command line are visible in process lists and in the "
+        "shell history",
+        "pass it on standard input ('latchkey verify < FILE') or at the prompt; if it was a real "
+        "secret, replace the token",
         Exit.USAGE,
         code="USAGE",
     )

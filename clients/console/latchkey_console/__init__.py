@@ -1,7 +1,7 @@
-"""Latchkey's page for people: they create, see, review and delete the API tokens of their account.
+"""Latchkey's web console, where people create, view, review and delete their account's API tokens.
 
-It owns what a browser sees: pages, forms, who is looking, and the one display of a new secret. It
-does not own tokens: it is a thin client of TokenService through the client library `latchkey`, and
-keeps nothing but what the next request of the same browser needs. That is kept in memory, so one
-process serves a page: several would not know of each other's forms.
+This package owns what a browser sees: pages, forms, sign-in, and the single display of a new
+secret. It does not own tokens: it is a thin client of TokenService through the client library
+`latchkey`. It stores only what the next request of the same browser needs, and only in memory.
+Therefore exactly one process serves the page: several would not know each other's forms.
 """

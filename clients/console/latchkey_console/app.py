@@ -1,4 +1,4 @@
-"""The application put together: addresses, middleware, and what happens to what goes wrong."""
+"""Assembles the application: routes, middleware and error pages."""
 
 import contextlib
 import logging
@@ -31,7 +31,7 @@ __all__ = ["make_app"]
 _log = logging.getLogger("latchkey.console")
 
 HEALTH: Final = "/healthz"
-# Where a sign-in may lead back to: pages that only show.
+# Pages to which a sign-in may return. They only display things.
 _RETURNS: Final = frozenset({"/", "/new", "/delete"})
 _RETURN_LENGTH_MAX: Final = 512
 
@@ -42,9 +42,10 @@ def make_app(
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
     monotonic: Callable[[], float] = time.monotonic,
 ) -> ASGIApp:
-    """Return the page as an ASGI application. It has its lifespan run, for its client to close."""
+    """Return the console as an ASGI application. Run its lifespan, which closes the client."""
     client = latchkey.Client(settings.target)
-    # Made anew at each start: sessions and forms of the process before are over, as its memory is.
+    # A new key at each start ends the sessions and forms of the previous process, whose memory is
+    # gone as well.
     key = secrets.token_urlsafe(32)
     renderer = Renderer()
     openid: OpenId | None = None
@@ -56,7 +57,7 @@ def make_app(
     elif settings.openid is not None:
         identity = openid = OpenId(settings.openid, settings.public_url, monotonic)
     else:
-        raise ValueError("settings do not say how to know who is looking")
+        raise ValueError("the settings do not say how to identify visitors")
     seals = Seals(key)
     pages = Pages(client, identity, seals, renderer, now, monotonic)
     errors = _Errors(renderer, openid)
@@ -88,10 +89,11 @@ def make_app(
             Middleware(
                 SessionMiddleware,
                 secret_key=key,
-                # The prefix keeps other hosts of the domain from setting it (RFC 6265bis §4.1.3).
+                # The prefix stops other hosts of the domain from setting this cookie (RFC 6265bis
+                # §4.1.3).
                 session_cookie="__Host-latchkey" if secure else "latchkey_console",
                 max_age=int(SIGN_IN_SECONDS),
-                # Not strict: the provider's redirect back here comes from another site.
+                # Not strict: the provider's redirect to this page comes from another site.
                 same_site="lax",
                 https_only=secure,
             ),
@@ -103,7 +105,7 @@ def make_app(
             Exception: errors.unexpected,
         },
     )
-    # Around all of it: middleware of Starlette's would not see the answer to a fault.
+    # Wraps the whole app: Starlette's own middleware would not see the answer to a crash.
     return Protection(
         app,
         hosts=settings.hosts,
@@ -113,12 +115,12 @@ def make_app(
 
 
 async def _health(_: Request) -> Response:
-    """Tell that the page is up. Whether Latchkey is, it tells people and not probes."""
+    """Report that the console runs. The pages, not this probe, show whether Latchkey does."""
     return PlainTextResponse("ok\n")
 
 
 class _SignIn:
-    """The addresses of signing in and out."""
+    """The routes that sign people in and out."""
 
     def __init__(self, openid: OpenId, seals: Seals, renderer: Renderer) -> None:
         self._openid = openid
@@ -134,11 +136,11 @@ class _SignIn:
         ]
 
     async def sign_in(self, request: Request) -> Response:
-        """Send the browser to the provider."""
+        """Redirect the browser to the provider."""
         return await self._openid.begin(request)
 
     async def signed_in(self, request: Request) -> Response:
-        """Take the browser back from the provider, to where it wanted to go."""
+        """Complete the sign-in and redirect the browser to the page it first asked for."""
         wanted, draft = request.session.get("return", "/"), request.session.get("draft")
         await self._openid.finish(request)
         if draft is not None:
@@ -156,45 +158,49 @@ class _SignIn:
         except NotSignedIn:
             return RedirectResponse("/signed-out", 303)
         if not self._seals.is_csrf(fields.get("csrf", ""), session_id(request), account_id):
-            raise Refused(403, "You are still signed in", "Go back to the page and sign out there.")
+            raise Refused(403, "You are still signed in", "Go back and use the Sign out button.")
         url = await self._openid.end(request)
         if url is None:
             return RedirectResponse("/signed-out", 303)
-        # Not a redirect of the form's: the policy lets forms go nowhere else, and rightly.
-        told = Trouble(200, "Signing out", "You are signed out here, and at the provider next.")
-        response = self._renderer.message(told, None, action=("Continue", url))
+        # Not a plain redirect: the content security policy keeps forms on this site.
+        message = Trouble(
+            200,
+            "Signing out",
+            "You are signed out of this page. Continue to sign out of the provider.",
+        )
+        response = self._renderer.message(message, None, action=("Continue", url))
         response.headers["refresh"] = f"0; url={url}"
         return response
 
     async def signed_out(self, _: Request) -> Response:
-        """Say so, and do not sign in again by itself."""
-        told = Trouble(200, "You are signed out", "To be sure, close the browser's windows.")
-        return self._renderer.message(told, None, action=("Sign in", "/sign-in"))
+        """Confirm the sign-out. An automatic sign-in would undo it."""
+        message = Trouble(200, "You are signed out", "To be safe, close all browser windows.")
+        return self._renderer.message(message, None, action=("Sign in", "/sign-in"))
 
 
 class _Errors:
-    """What a browser gets when a page could not be made."""
+    """Error pages."""
 
     def __init__(self, renderer: Renderer, openid: OpenId | None) -> None:
         self._renderer = renderer
         self._openid = openid
 
     async def not_signed_in(self, request: Request, _: Exception) -> Response:
-        """Lead to the sign-in, unless something was sent: then say that it was not done."""
+        """Redirect to the sign-in, or report that a submitted form had no effect."""
         if request.method in ("GET", "HEAD") and not is_part(request):
             wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")
             if request.url.path in _RETURNS and len(wanted) <= _RETURN_LENGTH_MAX:
                 request.session["return"] = wanted
             return RedirectResponse("/sign-in", 303)
-        told = Trouble(
-            401, "You are not signed in any more", "Nothing was changed. Sign in and try again."
+        message = Trouble(
+            401, "You are no longer signed in", "Nothing was changed. Sign in and try again."
         )
         return self._renderer.message(
-            told, None, part=is_part(request), action=("Sign in", "/sign-in")
+            message, None, part=is_part(request), action=("Sign in", "/sign-in")
         )
 
     async def refused(self, request: Request, error: Exception) -> Response:
-        """Say why."""
+        """Explain why the request was refused."""
         if not isinstance(error, Refused):
             raise error
         action = ("Try again", "/sign-in") if self._openid else None
@@ -206,25 +212,27 @@ class _Errors:
         )
 
     async def http(self, request: Request, error: Exception) -> Response:
-        """Say that there is no such page, or no such way to use it."""
+        """Report an unknown page or an unsupported method."""
         if not isinstance(error, HTTPException):
             raise error
-        title = "There is no such page" if error.status_code == 404 else "This does not work so"
-        told = Trouble(error.status_code, title, "The tokens are one click away.")
+        title = "Page not found" if error.status_code == 404 else "This request is not supported"
+        message = Trouble(error.status_code, title, "Go back to your tokens.")
         response = self._renderer.message(
-            told, None, part=is_part(request), action=("API Tokens", "/")
+            message, None, part=is_part(request), action=("API Tokens", "/")
         )
         response.headers.update(error.headers or {})
         return response
 
     async def unexpected(self, request: Request, error: Exception) -> Response:
-        """Say that it is our fault. What it was is in the log, by type: texts may quote a form."""
+        """Report an internal error. Log only its type, because its text may quote a form."""
         number = secrets.token_hex(4)
         _log.error("fault %s: %s at %s", number, type(error).__name__, request.url.path)
-        told = Trouble(
+        message = Trouble(
             500,
-            "The page had a fault",
-            "Reload to see what is so. If it stays, tell whoever runs this page.",
+            "Something went wrong on this page",
+            "Reload to see the current state. If the error persists, contact the administrator.",
             number,
         )
-        return self._renderer.message(told, None, part=is_part(request), action=("API Tokens", "/"))
+        return self._renderer.message(
+            message, None, part=is_part(request), action=("API Tokens", "/")
+        )

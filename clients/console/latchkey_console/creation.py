@@ -1,9 +1,9 @@
-"""One token for one form, and its secret for one display.
+"""Creates one token per form and displays its secret once.
 
-A form carries a mark (`protection.Seals`). Whoever sends it again, by a double click, the back
-button or a reload, gets the outcome of the first time. That is kept here: in memory, bounded, and
-for longer than a mark is good for. Should it have had to make room, the name is taken, and the
-service refuses the second token for that.
+A form carries a mark (`protection.Seals`). Submitting a form again, by a double click, the back
+button or a reload, returns the first outcome. This module keeps outcomes in bounded memory, for
+longer than a mark is valid. If an outcome was evicted early, the service still rejects a second
+token because its name is taken.
 """
 
 import asyncio
@@ -26,39 +26,39 @@ __all__ = ["Creations", "Different", "Lost", "Made", "NotMade", "Outcome", "Show
 
 _log = logging.getLogger("latchkey.console")
 
-# A redirect takes milliseconds. A secret that nobody comes for is forgotten.
+# The redirect to the secret takes milliseconds. An uncollected secret is erased.
 SECRET_SECONDS: Final = 120.0
-# Thousands of people at once; an entry is some hundred bytes.
+# Enough for thousands of people at once. An entry takes a few hundred bytes.
 ATTEMPTS_MAX: Final = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """The token is there. `place` is where its secret can be had, once."""
+    """The token exists. Its secret can be displayed once, at `place`."""
 
     place: str
 
 
 @dataclass(frozen=True, slots=True)
 class Different:
-    """The form has made a token before, and what it says now is something else."""
+    """The form already created a token, and its fields have changed since."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class NotMade:
-    """Latchkey said no, or was away before anything was asked of it. Nothing was changed."""
+    """Latchkey refused, or was unavailable before Create was sent. Nothing was changed."""
 
     error: LatchkeyError
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Create was sent and its answer never came.
+    """Create was sent, but its answer never arrived.
 
-    `found` is the token that it made: its secret is nobody's. With `error` Latchkey could not be
-    asked whether there is one.
+    `found` is the token that it created, whose secret nobody knows. If `error` is set, the check
+    for such a token failed.
     """
 
     found: Token | None
@@ -70,7 +70,7 @@ Outcome = Made | NotMade | Lost
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A token that was made here. `secret` is None from the second look on."""
+    """A token created here. `secret` is None from the second display on."""
 
     token: Token
     secret: Secret | None
@@ -83,7 +83,7 @@ class _Attempt:
 
     @property
     def failed(self) -> bool:
-        """Whether it ended in a fault of this program's: then there is nothing to go on from."""
+        """Whether the attempt crashed, so that it left no outcome."""
         return self.task.done() and (self.task.cancelled() or self.task.exception() is not None)
 
 
@@ -98,45 +98,45 @@ class _Display:
 
 
 class Creations:
-    """Makes tokens for forms. Safe to share between the requests of one event loop."""
+    """Creates tokens for forms. Safe to share between the requests of one event loop."""
 
     def __init__(
         self, client: Client, now: Callable[[], datetime], monotonic: Callable[[], float]
     ) -> None:
         self._client = client
         self._now = now
-        # Twice: an attempt begins at the latest when its form runs out, and is kept as long again.
+        # Twice FORM_SECONDS: an attempt may start just before its form expires.
         self._attempts: Expiring[_Attempt] = Expiring(2 * FORM_SECONDS, ATTEMPTS_MAX, monotonic)
         self._displays: Expiring[_Display] = Expiring(FORM_SECONDS, ATTEMPTS_MAX, monotonic)
 
     async def create(
         self, mark: str, owner: str, account_id: str, new: NewToken, *, replace: bool
     ) -> Outcome | Different:
-        """Make the token of the form with this mark, or return what came of it before.
+        """Create the token for the form with this mark, or return the earlier outcome.
 
-        `owner` is the session that may see the secret. With `replace`, a token whose secret got
-        lost on the way is deleted first. Goes on when the caller is cancelled: a browser that
-        hangs up must not leave it open whether there is a token.
+        `owner` is the session that may see the secret. With `replace`, first delete a token whose
+        secret was lost in transit. The creation continues when the caller is cancelled: a browser
+        that disconnects must not leave it uncertain whether the token exists.
         """
         lost: Lost | None = None
         attempt = self._attempts.get(mark)
         if attempt is not None and not attempt.failed:
-            # Of requests that come at the same time, the second waits here for the first.
+            # A simultaneous second request waits here for the first.
             outcome = await asyncio.shield(attempt.task)
             latest = self._attempts.get(mark)
             if isinstance(outcome, Made):
                 return outcome if attempt.new == new else Different(attempt.new.name)
             if latest is not attempt and latest is not None:
-                # Another request has begun the next attempt meanwhile; this one is its double.
+                # Another copy of this request has started the next attempt in the meantime.
                 return await asyncio.shield(latest.task)
             lost = outcome if isinstance(outcome, Lost) else None
         task = asyncio.create_task(self._attempt(owner, account_id, new, lost, replace=replace))
-        # No await since the look above, so no other request can have come in between.
+        # No await since the last check, so no other request can have intervened.
         self._attempts.put(mark, _Attempt(new, task))
         return await asyncio.shield(task)
 
     def show(self, place: str, owner: str) -> Shown | None:
-        """Return what was made and, this once, its secret. None for anyone but its owner."""
+        """Return the token and, the first time, its secret. Return None unless `owner` matches."""
         display = self._displays.get(place)
         if display is None or display.owner != owner:
             return None
@@ -148,8 +148,8 @@ class Creations:
         self, owner: str, account_id: str, new: NewToken, lost: Lost | None, *, replace: bool
     ) -> Outcome:
         try:
-            # Before, so that a token of this name that is there afterwards is known to be ours.
-            # It also tells whether Latchkey is there, while there is nothing to lose yet.
+            # Checked first, so that a token of this name found afterwards must be ours. The check
+            # also shows whether Latchkey is available while there is nothing to lose yet.
             inventory = await listing.fetch(self._client, account_id, self._now())
         except LatchkeyError as error:
             return NotMade(error) if lost is None else Lost(None, error)
@@ -168,10 +168,10 @@ class Creations:
                 account_id, new.name, new.scope, expire_time=new.expire_time, ttl=new.ttl
             )
         except LatchkeyError as error:
-            # A name that was free a moment ago and is taken now may be the lost one's, late.
+            # If the name was free a moment ago, the lost Create may have taken it since.
             if is_refusal(error) and not (lost and isinstance(error, AlreadyExists)):
                 return NotMade(error)
-            _log.warning("create: no answer (%s): looking for the token", error.code.name)
+            _log.warning("create got no answer (%s); looking for the token", error.code.name)
         else:
             return Made(self._display(owner, created))
         try:
@@ -181,7 +181,7 @@ class Creations:
         return Lost(inventory.named(new.name), None)
 
     def _display(self, owner: str, created: CreatedToken) -> str:
-        """Keep the secret for its one display; return where."""
+        """Keep the secret for its single display and return its place."""
         _log.info("created: account %s, token %s", created.token.account_id, created.token.id)
         place = secrets.token_urlsafe(16)
         display = _Display(owner, created.token, created.secret)

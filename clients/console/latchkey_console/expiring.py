@@ -1,4 +1,4 @@
-"""Memory with two bounds, time and number. Pure: the clock is passed in."""
+"""A store that bounds the lifetime and the number of its values. Pure: it takes a clock."""
 
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -9,10 +9,10 @@ T = TypeVar("T")
 
 
 class Expiring(Generic[T]):
-    """Values by key, each for `lifetime_seconds` from when it was put, at most `size_max`.
+    """Keeps at most `size_max` values by key, each for `lifetime_seconds` after `put`.
 
-    All live equally long, so the order of insertion is that of running out, and the oldest makes
-    room for a new one.
+    All values have the same lifetime, so they expire in insertion order. When the store is full,
+    a new value evicts the oldest.
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class Expiring(Generic[T]):
         self._items: dict[str, tuple[float, T]] = {}
 
     def put(self, key: str, value: T) -> None:
-        """Keep `value`, in place of what the key had."""
+        """Store `value` under `key`, replacing any earlier value."""
         self._prune()
         self._items.pop(key, None)
         if len(self._items) >= self._size_max:
@@ -32,13 +32,13 @@ class Expiring(Generic[T]):
         self._items[key] = (self._monotonic() + self._lifetime_seconds, value)
 
     def get(self, key: str) -> T | None:
-        """Return what the key has, or None."""
+        """Return the value for `key`, or None."""
         self._prune()
         item = self._items.get(key)
         return None if item is None else item[1]
 
     def pop(self, key: str) -> T | None:
-        """Return what the key has, or None, and forget it."""
+        """Remove and return the value for `key`, or return None."""
         self._prune()
         item = self._items.pop(key, None)
         return None if item is None else item[1]

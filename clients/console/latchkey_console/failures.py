@@ -1,4 +1,4 @@
-"""The client library's errors in the words of the page: what happened, and what to do. Pure."""
+"""Turns the client library's errors into the page's words: what happened and what to do. Pure."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ __all__ = ["Trouble", "is_refusal", "trouble"]
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """Why something could not be done. `status` is for the answer, `request_id` for quoting."""
+    """A message for the visitor, usually an error. `status` is the response's HTTP status."""
 
     status: int
     title: str
@@ -20,9 +20,9 @@ class Trouble:
 
 
 def is_refusal(error: latchkey.LatchkeyError) -> bool:
-    """Tell whether `error` is Latchkey's definite no, after which nothing was changed.
+    """Return whether `error` is a definite refusal, so that nothing was changed.
 
-    Of everything else, a fault of the service included, it is not known how far it came.
+    After any other error, internal errors of the service included, the outcome is unknown.
     """
     return isinstance(
         error,
@@ -36,7 +36,7 @@ def is_refusal(error: latchkey.LatchkeyError) -> bool:
 
 
 def trouble(error: latchkey.LatchkeyError) -> Trouble:
-    """Return what to tell of an error that is nobody's mistake in a form."""
+    """Return the message for an error that no form field caused."""
     status, title, text = _words(error)
     wait = error.retry_after
     return Trouble(
@@ -59,24 +59,24 @@ def _words(error: latchkey.LatchkeyError) -> tuple[int, str, str]:
         case latchkey.Unavailable():
             return 503, "Latchkey cannot be reached", "Try again in a moment."
         case latchkey.ResourceExhausted():
-            return 503, "Latchkey is busy", "It takes no more work just now. Try again in a moment."
+            return 503, "Latchkey is busy", "It is overloaded right now. Try again in a moment."
         case latchkey.PermissionDenied():
             return (
                 403,
-                "This account is not open to you here",
-                "Latchkey refuses this page's request. Ask whoever runs it for access.",
+                "You cannot access this account here",
+                "Latchkey denied this page's request. Ask your administrator for access.",
             )
         case latchkey.Unauthenticated():
             return (
                 502,
-                "Latchkey does not know this page",
-                "The page's own credentials are not accepted. Whoever runs it has to see to that.",
+                "This page could not authenticate to Latchkey",
+                "Latchkey rejected the page's credentials. Ask your administrator to fix them.",
             )
         case latchkey.InvalidArgument():
-            return 400, "Latchkey does not understand this", "It did not accept the request."
+            return 400, "Invalid request", "Latchkey did not accept this request."
         case _:
             return (
                 502,
-                "Latchkey had a fault",
-                "Try again; if it stays, tell whoever runs Latchkey.",
+                "Latchkey failed unexpectedly",
+                "Try again. If the error persists, contact your administrator.",
             )

@@ -1,7 +1,7 @@
-"""The form for a new token: what was typed, and what is wrong with it, at which field. Pure.
+"""The form for a new token: its input, and the mistakes in each field. Pure.
 
-The service has the last word on all of this; here mistakes are found before anything is sent, and
-told in the words of the form.
+The service has the final say. The checks here catch mistakes before a request is sent and explain
+them in the form's own words.
 """
 
 import re
@@ -17,17 +17,18 @@ from latchkey import FieldViolation, Scope
 __all__ = ["BODY_BYTES_MAX", "NAME_LENGTH_MAX", "NewToken", "TokenForm", "parse_body"]
 
 NAME_LENGTH_MAX: Final = 64
-# 64 characters of four bytes, percent-encoded, is 768; the rest is what a long query carries along.
+# A name of 64 four-byte characters takes 768 bytes percent-encoded. The rest leaves room for the
+# fields of a long filter.
 BODY_BYTES_MAX: Final = 16_384
 _FIELDS_MAX: Final = 32
 EXPIRY_DAYS: Final[Mapping[str, int]] = {"30": 30, "90": 90, "365": 365}
 _EXPIRIES: Final = (*EXPIRY_DAYS, "never", "date")
 _SCOPES: Final[Mapping[str, Scope]] = {"read": Scope.READ, "write": Scope.WRITE}
 _DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
-# No zone is further from UTC than this, so no day begins further from its beginning in UTC.
+# No zone is further from UTC, so no local day starts further from the start of the UTC day.
 _ZONE_MAX: Final = timedelta(hours=14)
 _CONTROL: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
-# What the service calls a field, and where its mistakes are shown.
+# For each field of the service: the form field that shows its mistakes, and its name there.
 _SERVICE_FIELDS: Final[Mapping[str, tuple[str, str]]] = {
     "name": ("name", "The name"),
     "scope": ("scope", "The access scope"),
@@ -38,7 +39,7 @@ _SERVICE_FIELDS: Final[Mapping[str, tuple[str, str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class NewToken:
-    """What to create. At most one of `expire_time` and `ttl` is set; neither: never expires."""
+    """A token to create. At most one of `expire_time` and `ttl` is set; neither means no expiry."""
 
     name: str
     scope: Scope
@@ -48,19 +49,19 @@ class NewToken:
 
 @dataclass(frozen=True, slots=True)
 class TokenForm:
-    """What stands in the fields, as typed; `errors` by field, and "" for the form as a whole."""
+    """The fields as typed, and `errors` by field. The key "" holds errors of the whole form."""
 
     name: str = ""
     scope: str = "read"
     expiry: str = "90"
     date: str = ""
     date_start: str = ""
-    """The chosen date's first moment in the viewer's zone, from the script; else it is UTC's."""
+    """The start of the chosen date in the viewer's time zone, set by the script. Default: UTC."""
     errors: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, fields: Mapping[str, str]) -> "TokenForm":
-        """Return what was sent. Nothing is dropped: it is shown again as it was typed."""
+        """Return the submitted form unchanged, so that it can be shown again as typed."""
         return cls(
             name=fields.get("name", ""),
             scope=fields.get("scope", ""),
@@ -70,19 +71,19 @@ class TokenForm:
         )
 
     def with_errors(self, errors: Mapping[str, str]) -> "TokenForm":
-        """Return the same with these mistakes."""
+        """Return the form with these errors."""
         return TokenForm(self.name, self.scope, self.expiry, self.date, self.date_start, errors)
 
     def checked(self, now: datetime) -> "NewToken | TokenForm":
-        """Return what to create, or the form with its mistakes."""
+        """Return the token to create, or the form with its errors."""
         errors = {}
         name = self.name.strip()
         if not name:
-            errors["name"] = "Give the token a name, so that you know later what uses it."
+            errors["name"] = "Enter a name, so you can tell later what uses this token."
         elif len(name) > NAME_LENGTH_MAX:
             errors["name"] = f"This name has {len(name)} characters. Use at most {NAME_LENGTH_MAX}."
         elif any(unicodedata.category(character) in _CONTROL for character in name):
-            errors["name"] = "The name has a line break or control character in it. Remove it."
+            errors["name"] = "The name contains a line break or control character. Remove it."
         scope = _SCOPES.get(self.scope)
         if scope is None:
             errors["scope"] = "Choose what the token may do."
@@ -94,18 +95,18 @@ class TokenForm:
                 errors["expiry"] = str(error)
             else:
                 if expire_time <= now:
-                    errors["expiry"] = "This date has begun already. Choose a later one."
+                    errors["expiry"] = "This date has already begun. Choose a later one."
         elif self.expiry not in _EXPIRIES:
-            errors["expiry"] = "Choose when the token ends."
+            errors["expiry"] = "Choose when the token expires."
         elif self.expiry != "never":
-            # A duration, for the service's clock to start it.
+            # A duration, which starts on the service's clock.
             ttl = timedelta(days=EXPIRY_DAYS[self.expiry])
         if errors or scope is None:
             return self.with_errors(errors)
         return NewToken(name, scope, expire_time, ttl)
 
     def refused(self, violations: Iterable[FieldViolation]) -> "TokenForm":
-        """Return the form with what the service found wrong, at the fields that it is about."""
+        """Return the form with the service's violations as errors of their fields."""
         errors: dict[str, str] = {}
         for violation in violations:
             place, subject = _SERVICE_FIELDS.get(violation.field, ("", violation.field))
@@ -113,9 +114,9 @@ class TokenForm:
         return self.with_errors(errors or {"": "Latchkey did not accept this."})
 
     def _first_moment(self) -> datetime:
-        """Return when the chosen date begins. Raises ValueError, whose text is for the page.
+        """Return when the chosen date begins. Raises ValueError with a text for the page.
 
-        As on the command line, a token ends when the date begins: when in doubt, sooner.
+        As on the command line, a token expires when its date begins: in doubt, sooner.
         """
         if not self.date:
             raise ValueError("Choose a date.")
@@ -124,12 +125,12 @@ class TokenForm:
                 raise ValueError(self.date)
             chosen = datetime.combine(date.fromisoformat(self.date), time(), UTC)
         except ValueError:
-            raise ValueError("This is not a date. Write it as 2027-01-31.") from None
+            raise ValueError("This is not a valid date. Use the format 2027-01-31.") from None
         try:
             start = datetime.fromisoformat(self.date_start)
         except ValueError:
             return chosen
-        # The script's word is taken for the zone, not for another day.
+        # The script may choose the time zone but not a different day.
         if start.tzinfo is None or abs(start - chosen) > _ZONE_MAX:
             return chosen
         return start
@@ -138,7 +139,7 @@ class TokenForm:
 def parse_body(body: bytes) -> dict[str, str]:
     """Return the fields of an application/x-www-form-urlencoded body. Raises ValueError.
 
-    A field that is there twice is refused: who checks one and uses the other is fooled.
+    Rejects duplicate fields: a check might read one value and the code after it the other.
     """
     pairs = parse_qsl(
         body.decode("ascii"),
@@ -149,5 +150,5 @@ def parse_body(body: bytes) -> dict[str, str]:
     )
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        raise ValueError("a field is there twice")
+        raise ValueError("duplicate form field")
     return fields

@@ -1,8 +1,8 @@
-"""Who is looking: the account whose tokens a request may see.
+"""Identifies the visitor: the account whose tokens a request may see.
 
-Three ways, one of which the settings choose: a fixed account on loopback, a header from a trusted
-sign-in proxy, OpenID Connect (`openid`). None ever falls back to another, and a request that does
-not say beyond doubt whose it is sees nothing.
+The settings choose one of three ways: a fixed account on loopback, a header from a trusted sign-in
+proxy, or OpenID Connect (`openid`). No way falls back to another, and a request that does not
+identify its account beyond doubt sees nothing.
 """
 
 from dataclasses import dataclass
@@ -15,24 +15,24 @@ from latchkey_console.settings import ProxySettings, is_account_id
 
 __all__ = ["FixedAccount", "Identity", "NotSignedIn", "ProxyHeader", "Refused", "Viewer"]
 
-# What a proxy adds to the requests that it passes on.
+# Headers that proxies add to the requests they forward.
 _FORWARDED: Final = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """Whose tokens are shown, and whether this page signs in and out by itself."""
+    """The account whose tokens are shown, and whether this page handles the sign-out."""
 
     account_id: str
     can_sign_out: bool = False
 
 
 class NotSignedIn(Exception):
-    """Signing in would help."""
+    """The visitor must sign in first."""
 
 
 class Refused(Exception):
-    """This request sees nothing. `title` and `text` are for a page, and quote nothing of it."""
+    """The request is refused. The page shows `title` and `text`, which never quote the request."""
 
     def __init__(self, status: int, title: str, text: str) -> None:
         super().__init__(title)
@@ -42,36 +42,36 @@ class Refused(Exception):
 
 
 class Identity(Protocol):
-    """One way to know who is looking."""
+    """One way to identify visitors."""
 
     def viewer(self, request: Request) -> Viewer:
-        """Return whose tokens the request may see. Raises NotSignedIn and Refused."""
+        """Return the account that the request may see. Raises NotSignedIn and Refused."""
 
 
 class FixedAccount:
-    """Everyone is the same account: for trying the page, on loopback."""
+    """Treats everyone as the same account, to try the page on loopback."""
 
     def __init__(self, account_id: str) -> None:
         self._viewer = Viewer(account_id)
 
     def viewer(self, request: Request) -> Viewer:
-        """Return the account. Raises Refused for what comes through a proxy.
+        """Return the account. Raises Refused if the request came through a proxy.
 
-        The settings keep the address to loopback; a proxy on this machine would open it again, to
-        everyone as this account.
+        The settings restrict the address to loopback. A proxy on this machine would let everyone
+        act as this account.
         """
         if any(name in request.headers for name in _FORWARDED):
             raise Refused(
                 403,
-                "Not through a proxy",
-                "This page was started with --account, which lets everyone in. Behind a proxy, "
+                "This page does not work behind a proxy",
+                "It was started with --account, which lets everyone in. To run it behind a proxy, "
                 "start it with --account-header or --oidc-issuer.",
             )
         return self._viewer
 
 
 class ProxyHeader:
-    """A sign-in proxy in front says in a header whose request it is, as oauth2-proxy does."""
+    """Trusts a sign-in proxy such as oauth2-proxy, which sends the account in a header."""
 
     def __init__(self, settings: ProxySettings) -> None:
         self._header = settings.header
@@ -80,29 +80,29 @@ class ProxyHeader:
     def viewer(self, request: Request) -> Viewer:
         """Return the account that the header names. Raises Refused.
 
-        The address is the connection's own, never one that a header claims.
+        Trust depends on the connection's own address, never on one that a header claims.
         """
         if not self._is_trusted(request.client.host if request.client else ""):
             raise Refused(
                 403,
-                "Not through the sign-in proxy",
-                "This page answers its sign-in proxy alone. Use the address that you were given.",
+                "Use the sign-in proxy",
+                "This page only answers its sign-in proxy. Use the address that you were given.",
             )
         values = request.headers.getlist(self._header)
         if not values or not values[0]:
             raise Refused(
                 401,
-                "Nobody is signed in",
+                "You are not signed in",
                 "The sign-in proxy did not say who you are. Sign in there and come back.",
             )
-        # Two values: one may be the caller's own, and which one is not to be told.
+        # With two values, one may come from the caller, and we cannot know which.
         if len(values) > 1 or not is_account_id(values[0]):
             raise Refused(
                 403,
-                "This is not an account",
-                "What the sign-in proxy said is not one account id of Latchkey, which has 1-64 "
-                "characters of A-Za-z0-9._:- (so no mail address). Whoever runs this page has to "
-                "see to that.",
+                "Invalid account ID",
+                "The sign-in proxy did not send a single valid account ID. An account ID consists "
+                "of 1-64 characters from A-Za-z0-9._:-, so it cannot be an email address. Ask your "
+                "administrator to fix this.",
             )
         return Viewer(values[0])
 

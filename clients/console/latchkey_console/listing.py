@@ -1,8 +1,8 @@
-"""An account's tokens as the page shows them: all fetched, filtered, and cut into what is shown.
+"""Fetches an account's tokens, filters them and selects the rows to show.
 
-The service lists by page and knows no filter. All tokens are fetched for each page, because what
-the review counts and the filter finds has to be true of all of them: a thousand take two calls.
-Nothing is kept, so that a token that is deleted anywhere is gone from the next page.
+The service lists tokens in pages and cannot filter. This module fetches all tokens for every
+request, because the review and the filter must cover all of them; a thousand tokens take two
+calls. It caches nothing, so a deleted token disappears from the next page wherever it was deleted.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ from latchkey_console.text import folded, name_key
 
 __all__ = ["Filter", "Inventory", "fetch", "rows_after"]
 
-# The service's own maximum: the fewest round trips.
+# The service's maximum, for the fewest round trips.
 PAGE_SIZE: Final = 500
-# 20 calls, some 0.1 s. An account with more is told that it sees the newest of them.
+# 20 calls, about 0.1 s. For a larger account, the page says that it shows only the newest.
 TOKENS_MAX: Final = 10_000
 ROWS_STEP: Final = 50
-# One call takes milliseconds; with all tokens to fetch, none may take its default of 5 s.
+# One call takes milliseconds. With up to 20 calls, the default of 5 s for each would be too long.
 CALL_SECONDS: Final = 3.0
 QUERY_LENGTH_MAX: Final = 64
 
@@ -33,7 +33,7 @@ _KINDS: Final = {kind.value: kind for kind in review.Kind}
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """What of the list is looked at: it stands in the address, so a reload keeps it."""
+    """The part of the list to show. It is part of the URL, so it survives a reload."""
 
     text: str = ""
     scope: Scope | None = None
@@ -42,7 +42,7 @@ class Filter:
 
     @classmethod
     def read(cls, query: Mapping[str, str]) -> "Filter":
-        """Return what an address asks for. What makes no sense there asks for nothing."""
+        """Parse the filter from a URL's query. Ignores invalid values."""
         rows = query.get("show", "")
         return cls(
             text=query.get("q", "").strip()[:QUERY_LENGTH_MAX],
@@ -57,14 +57,14 @@ class Filter:
 
     @property
     def narrows(self) -> bool:
-        """Whether it leaves tokens out."""
+        """Whether the filter may leave tokens out."""
         return bool(self.text or self.scope or self.kind)
 
     @property
     def fields(self) -> dict[str, str]:
-        """What stands in the address: nothing that is as it is by default.
+        """The query parameters, without those that have their default.
 
-        The names are none of `TokenForm`'s: forms carry both.
+        The names differ from those of `TokenForm`, because forms carry both.
         """
         fields = {
             "q": self.text,
@@ -76,31 +76,31 @@ class Filter:
 
     @property
     def query(self) -> str:
-        """The same as a query, with its question mark, or nothing."""
+        """The query string including its question mark, or an empty string."""
         return f"?{urlencode(self.fields)}" if self.fields else ""
 
     def with_kind(self, kind: review.Kind | None) -> "Filter":
-        """Return the same filter, from its start, for another kind of finding."""
+        """Return the filter for another kind of finding, from the first row."""
         return replace(self, kind=kind, rows=ROWS_STEP)
 
     def more(self) -> "Filter":
-        """Return the same filter with one step more of rows."""
+        """Return the filter with one more step of rows."""
         return replace(self, rows=self.rows + ROWS_STEP)
 
     def matches(self, token: Token, kinds: Sequence[review.Kind]) -> bool:
-        """Tell whether a token is looked at; `kinds` is what there is to point out about it."""
+        """Return whether the filter includes a token that has these kinds of findings."""
         if self.scope is not None and token.scope is not self.scope:
             return False
         if self.kind is not None and self.kind not in kinds:
             return False
-        # The hint too: who has found a secret somewhere looks for its last characters.
+        # Also search the hint: someone who found a secret looks for its last characters.
         wanted = folded(self.text)
         return not wanted or wanted in folded(token.name) or wanted in folded(token.hint)
 
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """All of an account's tokens, newest first; `complete` unless there are too many."""
+    """An account's tokens, newest first; not `complete` if there are more than TOKENS_MAX."""
 
     tokens: tuple[Token, ...]
     complete: bool
@@ -108,21 +108,21 @@ class Inventory:
     use_recorded: bool
 
     def findings(self) -> list[review.Finding]:
-        """Return what there is to point out, of all tokens."""
+        """Return the review's findings about all tokens."""
         return review.review(self.tokens, self.now, use_recorded=self.use_recorded)
 
     def kinds(self, token: Token) -> list[review.Kind]:
-        """Return what there is to point out about one token."""
+        """Return the kinds of findings about one token."""
         return review.findings_of(token, self.now, use_recorded=self.use_recorded)
 
     def matching(self, wanted: Filter) -> list[Token]:
-        """Return the tokens that a filter leaves, newest first."""
+        """Return the tokens that match a filter, newest first."""
         if not wanted.narrows:
             return list(self.tokens)
         return [token for token in self.tokens if wanted.matches(token, self.kinds(token))]
 
     def named(self, name: str) -> Token | None:
-        """Return the token that has this name, in the way that the service compares names."""
+        """Return the token with this name, comparing names as the service does, or None."""
         wanted = name_key(name)
         return next((token for token in self.tokens if name_key(token.name) == wanted), None)
 
@@ -136,7 +136,7 @@ async def fetch(client: Client, account_id: str, now: datetime) -> Inventory:
             account_id, page_size=PAGE_SIZE, page_token=position, timeout_seconds=CALL_SECONDS
         )
         tokens += page.tokens
-        # The same position again would never end; a page can be empty and not the last.
+        # A repeated position would loop forever. An empty page need not be the last one.
         if page.next_page_token in ("", position):
             break
         position = page.next_page_token
@@ -146,15 +146,15 @@ async def fetch(client: Client, account_id: str, now: datetime) -> Inventory:
 
 
 def rows_after(tokens: Sequence[Token], token_id: str, count: int) -> Sequence[Token]:
-    """Return the `count` tokens that come after the one of this id, which may be gone itself.
+    """Return the next `count` tokens after the one with this id, which may itself be deleted.
 
-    By id and not by number: tokens that were made or deleted meanwhile move no row.
+    An id, unlike an index, stays correct when tokens are created or deleted in the meantime.
     """
     for place, token in enumerate(tokens):
         if token.id == token_id:
             return tokens[place + 1 : place + 1 + count]
-    # Ids are ordered by creation, but for those of one millisecond, of which the script leaves out
-    # what it has. The newest come first.
+    # Ids sort by creation time, except within one millisecond. There the script drops the rows that
+    # it already has.
     older = [token for token in tokens if token.id < token_id]
     return older[:count]
 

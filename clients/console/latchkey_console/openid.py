@@ -1,7 +1,7 @@
 """Sign-in with OpenID Connect: authorization code flow, with state, nonce and PKCE.
 
-Authlib does the protocol. This owns what comes before and after: a sign-in that is kept here and
-named by the signed session cookie, so that signing out ends it whoever has a copy of the cookie.
+Authlib implements the protocol. This module keeps the sign-ins on the server, under the id in the
+signed session cookie, so that signing out also invalidates every copy of the cookie.
 """
 
 import logging
@@ -25,14 +25,14 @@ __all__ = ["OpenId"]
 
 _log = logging.getLogger("latchkey.console")
 
-# A working day; the provider's own session usually makes the next sign-in one redirect.
+# A working day. The provider's own session usually reduces the next sign-in to a redirect.
 SIGN_IN_SECONDS: Final = 8 * 3_600.0
 SIGN_INS_MAX: Final = 10_000
-# Of each request to the provider, of which a sign-in needs up to four.
+# For each request to the provider; a sign-in needs up to four.
 PROVIDER_SECONDS: Final = 5.0
-# Between the provider's clock and ours.
+# The tolerated difference between the provider's clock and ours.
 LEEWAY_SECONDS: Final = 60
-# No id token is larger, and it is kept for each sign-in.
+# Real id tokens are smaller. The bound matters because each sign-in stores one.
 ID_TOKEN_LENGTH_MAX: Final = 8_192
 
 
@@ -43,7 +43,7 @@ class _SignIn:
 
 
 class OpenId:
-    """Knows who is looking from a sign-in with the provider."""
+    """Identifies visitors by their sign-in with the provider."""
 
     def __init__(
         self, settings: OpenIdSettings, public_url: str, monotonic: Callable[[], float]
@@ -65,14 +65,14 @@ class OpenId:
         )
 
     def viewer(self, request: Request) -> Viewer:
-        """Return the account that signed in with this session. Raises NotSignedIn."""
+        """Return the account that is signed in with this session. Raises NotSignedIn."""
         sign_in = self._sign_ins.get(session_id(request))
         if sign_in is None:
             raise NotSignedIn
         return Viewer(sign_in.account_id, can_sign_out=True)
 
     async def begin(self, request: Request) -> Response:
-        """Return the redirect to the provider. Raises Refused when it cannot be reached."""
+        """Return the redirect to the provider. Raises Refused if it cannot be reached."""
         try:
             await self._check_issuer()
             answer: Response = await self._provider.authorize_redirect(
@@ -83,11 +83,11 @@ class OpenId:
         return answer
 
     async def finish(self, request: Request) -> None:
-        """Take the provider's answer and sign the session in. Raises Refused.
+        """Check the provider's answer and sign the session in. Raises Refused.
 
-        The session gets a new id: one that somebody planted before is worth nothing after.
+        The session gets a new id, which makes an id that an attacker planted worthless.
         """
-        # RFC 9207: where the provider says who it is, it has to be the one that was asked.
+        # RFC 9207: if the answer names its issuer, that must be the provider we asked.
         if request.query_params.get("iss", self._settings.issuer) != self._settings.issuer:
             raise _failed("another provider answered")
         if "code" not in request.query_params and "error" not in request.query_params:
@@ -105,32 +105,35 @@ class OpenId:
         except httpx2.HTTPError as error:
             raise _unreachable(error) from error
         except (AuthlibBaseError, JoseError, ValueError, RuntimeError, KeyError) as error:
-            # By type: some of their texts quote what the other side sent.
+            # Log only the type: some of these errors quote what the other side sent.
             raise _failed(type(error).__name__) from error
         claims = tokens.get("userinfo")
         if not claims:
             raise _failed("the answer has no id token")
         account_id = claims.get(self._settings.claim)
         if not isinstance(account_id, str) or not is_account_id(account_id):
-            _log.warning("sign-in refused: claim %s is no account id", self._settings.claim)
+            _log.warning(
+                "sign-in refused: claim %s is not a valid account id", self._settings.claim
+            )
             raise Refused(
                 403,
-                "This is not an account",
-                f"You are signed in, but the provider's claim “{self._settings.claim}” is not an "
-                "account id of Latchkey, which has 1-64 characters of A-Za-z0-9._:- (so no mail "
-                "address). Whoever runs this page has to see to that.",
+                "Invalid account ID",
+                "You are signed in, but the provider's claim "
+                f"“{self._settings.claim}” is not a valid account ID. An account ID consists of "
+                "1-64 characters from A-Za-z0-9._:-, so it cannot be an email address. Ask your "
+                "administrator to fix this.",
             )
         id_token = tokens.get("id_token", "")
         sign_in = _SignIn(account_id, id_token if len(id_token) <= ID_TOKEN_LENGTH_MAX else None)
         self._sign_ins.pop(session_id(request))
-        # The oldest makes room: it has to sign in again, which is one redirect.
+        # A full store evicts the oldest sign-in. That visitor signs in again with one redirect.
         self._sign_ins.put(new_session(request), sign_in)
         _log.info("signed in: account %s", account_id)
 
     async def end(self, request: Request) -> str | None:
-        """Sign the session out here; return where to sign out of the provider, if it has a place.
+        """Sign the session out here and return the provider's sign-out URL, or None without one.
 
-        (OpenID Connect RP-Initiated Logout 1.0)
+        OpenID Connect RP-Initiated Logout 1.0.
         """
         sign_in = self._sign_ins.pop(session_id(request))
         new_session(request)
@@ -147,24 +150,24 @@ class OpenId:
                 client_id=self._settings.client_id,
             )
         except (AuthlibBaseError, httpx2.HTTPError, ValueError, RuntimeError):
-            # Signed out here, which is what was asked for; the provider is away.
+            # The provider is unavailable, but the sign-out here is complete.
             return None
         url = str(result["url"])
         return url if url.startswith(("https://", "http://")) else None
 
     async def _check_issuer(self) -> None:
-        # Discovery 1.0 §4.3: or one provider could answer in the place of another.
+        # Discovery 1.0 §4.3: otherwise one provider could impersonate another.
         metadata = await self._provider.load_server_metadata()
         if metadata.get("issuer") != self._settings.issuer:
             raise ValueError("the provider's metadata names another issuer")
 
 
 def _unreachable(error: Exception) -> Refused:
-    _log.warning("sign-in failed: the provider cannot be used: %s", type(error).__name__)
+    _log.warning("sign-in failed: provider unavailable: %s", type(error).__name__)
     return Refused(
         503,
         "Sign-in is not available",
-        "The sign-in provider does not answer as it should. Try again in a moment.",
+        "The sign-in provider is not responding correctly. Try again in a moment.",
     )
 
 
@@ -172,6 +175,6 @@ def _failed(reason: str) -> Refused:
     _log.warning("sign-in failed: %s", reason)
     return Refused(
         400,
-        "The sign-in did not work",
-        "It was cancelled, took too long, or was begun in another window. Start again.",
+        "Sign-in failed",
+        "It was cancelled, took too long, or was started in another window. Start again.",
     )

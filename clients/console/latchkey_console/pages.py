@@ -1,8 +1,8 @@
-"""The pages: one method for each address, from the request to what a browser gets.
+"""The pages: one method per route, from the request to the response.
 
-Each works with plain links, forms and redirects. A request of the page's own script says so in a
-header, and gets the part that it puts in place: the list without the frame, or a dialog without
-the list. Nothing else differs.
+Every page works with plain links, forms and redirects. The page's own script sends a header and
+receives only the part that it inserts: the list without the frame, or a dialog without the list.
+Nothing else differs.
 """
 
 import logging
@@ -31,22 +31,22 @@ __all__ = ["Pages"]
 
 _log = logging.getLogger("latchkey.console")
 
-# What is told after a redirect; nobody comes for it later.
+# A notice is shown right after a redirect, so nobody needs it for longer.
 NOTICE_SECONDS: Final = 120.0
 NOTICES_MAX: Final = 10_000
-# A sign-in with a lost password takes a while.
+# Signing in takes a while if the visitor must reset a password.
 DRAFT_SECONDS: Final = 900.0
 DRAFTS_MAX: Final = 1_000
 
 _STALE: Final = (
-    "This form was open for a long time, or in another window. Nothing was created. "
-    "Check it and press the button again."
+    "This form has expired or belongs to another session. Nothing was created. "
+    "Check the form and submit it again."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """What has become of a deletion, told once on the next page."""
+    """The result of a deletion, shown once on the next page."""
 
     kind: str
     """deleted, unconfirmed or gone"""
@@ -59,7 +59,7 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """Who asks, in which session, and for what part of the list."""
+    """The visitor, the session, and the part of the list that a request asks for."""
 
     viewer: Viewer
     session: str
@@ -67,17 +67,17 @@ class Visit:
 
     @property
     def account_id(self) -> str:
-        """Whose tokens are meant."""
+        """The account whose tokens the visitor sees."""
         return self.viewer.account_id
 
     @property
     def owner(self) -> str:
-        """Who may see what this visit makes: the session, as long as it is this account's."""
+        """Who may see the results of this visit: this session, while it has this account."""
         return f"{self.session} {self.account_id}"
 
 
 class Pages:
-    """Answers the page's requests. Raises NotSignedIn and Refused, for the application to tell."""
+    """Handles the requests. Raises NotSignedIn and Refused, which the application handles."""
 
     def __init__(
         self,
@@ -99,16 +99,16 @@ class Pages:
         self._drafts: Expiring[TokenForm] = Expiring(DRAFT_SECONDS, DRAFTS_MAX, monotonic)
 
     async def index(self, request: Request) -> Response:
-        """Show the list, and what the request before has to tell."""
+        """Show the list and the notice that the previous request left."""
         return await self._list(request, self._visit(request, request.query_params))
 
     async def rows(self, request: Request) -> Response:
-        """Give the script the rows that come after the last one it has."""
+        """Send the script the rows that follow its last one."""
         visit = self._visit(request, request.query_params)
         try:
             inventory = await self._inventory(visit)
         except latchkey.LatchkeyError as error:
-            return self._renderer.message(_told(error), visit.viewer, part=is_part(request))
+            return self._renderer.message(_unchanged(error), visit.viewer, part=is_part(request))
         matching = inventory.matching(visit.filter)
         after = request.query_params.get("after", "")
         rows = listing.rows_after(matching, after, listing.ROWS_STEP)
@@ -122,7 +122,7 @@ class Pages:
         return await self._form(request, visit, draft or TokenForm())
 
     async def create(self, request: Request) -> Response:
-        """Take the form: create its token once, or show it again with what is wrong."""
+        """Create the form's token once, or show the form again with its errors."""
         fields = await _fields(request)
         form = TokenForm.read(fields)
         try:
@@ -144,8 +144,8 @@ class Pages:
                 return RedirectResponse(f"/created/{outcome.place}{visit.filter.query}", 303)
             case Different():
                 text = (
-                    f"Sent before, this form has made the token “{outcome.name}”. To make another "
-                    "one, check it and press the button again."
+                    f"This form has already created the token “{outcome.name}”. To create another "
+                    "token, check the form and submit it again."
                 )
                 return await self._form(request, visit, form.with_errors({"": text}), status=409)
             case NotMade():
@@ -154,36 +154,36 @@ class Pages:
                 return await self._lost(request, visit, form, fields["form"], new, outcome)
 
     async def created(self, request: Request) -> Response:
-        """Show a new token with its secret: this once, and to the session that made it."""
+        """Show a new token with its secret, once and only to the session that created it."""
         visit = self._visit(request, request.query_params)
         if request.method == "HEAD" or "prefetch" in request.headers.get("sec-purpose", ""):
-            # Nobody looks: the one display is not for that.
+            # No person is looking, so keep the single display of the secret.
             return Response(status_code=204)
-        # First: once the secret is taken, nothing may come between it and the answer.
+        # Fetch the list first: once the secret is taken, nothing may prevent its display.
         context = await self._behind(request, visit)
         shown = self._creations.show(request.path_params["place"], visit.owner)
         if shown is None:
-            told = Trouble(
+            message = Trouble(
                 404,
-                "There is nothing to show here",
-                "A new token's secret is shown once, right after it is made, to whoever made it.",
+                "Nothing to show here",
+                "A token's secret is shown once, right after creation, to whoever created it.",
             )
-            return self._renderer.message(told, visit.viewer, part=is_part(request))
+            return self._renderer.message(message, visit.viewer, part=is_part(request))
         secret = None if shown.secret is None else shown.secret.reveal()
         values = {"token": shown.token, "secret": secret, "dialog": "created.html"}
         return self._renderer.page(request, {**context, **values})
 
     async def confirm_delete(self, request: Request) -> Response:
-        """Ask whether a token is to be deleted."""
+        """Ask for confirmation before a deletion."""
         visit = self._visit(request, request.query_params)
         token_id = request.query_params.get("id", "")
         try:
             token = await self._client.get(visit.account_id, token_id)
         except (latchkey.NotFound, latchkey.InvalidArgument):
-            # Deleted elsewhere meanwhile: there is nothing to ask.
+            # Deleted elsewhere in the meantime, so there is nothing to confirm.
             return await self._list(request, visit, Notice("gone", token_id, ""))
         except latchkey.LatchkeyError as error:
-            return self._renderer.message(_told(error), visit.viewer, part=is_part(request))
+            return self._renderer.message(_unchanged(error), visit.viewer, part=is_part(request))
         return await self._dialog(request, visit, "delete.html", {"token": token})
 
     async def delete(self, request: Request) -> Response:
@@ -192,17 +192,19 @@ class Pages:
         fields = await _fields(request)
         visit = self._visit(request, fields)
         if not self._is_ours(fields, visit):
-            told = Trouble(403, "This page was open for too long", "Nothing was deleted.")
-            return self._renderer.message(told, visit.viewer, part=is_part(request))
+            message = Trouble(
+                403, "This page has expired", "Nothing was deleted. Reload the page and try again."
+            )
+            return self._renderer.message(message, visit.viewer, part=is_part(request))
         token_id = fields.get("id", "")
         token = None
         try:
-            # The name and scope of the receipt are what was deleted, not what a form says.
+            # The receipt shows the name and scope of the real token, not a form's claims.
             token = await self._client.get(visit.account_id, token_id)
         except (latchkey.NotFound, latchkey.InvalidArgument):
             pass
         except latchkey.LatchkeyError as error:
-            return self._renderer.message(_told(error), visit.viewer, part=is_part(request))
+            return self._renderer.message(_unchanged(error), visit.viewer, part=is_part(request))
         receipt = None
         try:
             receipt = await self._client.delete(visit.account_id, token_id)
@@ -211,7 +213,7 @@ class Pages:
         except latchkey.LatchkeyError as error:
             return await self._not_deleted(request, visit, token, token_id, error)
         notice = _notice(token_id, token, receipt, self._monotonic() - began)
-        if receipt is not None:  # else the id is anything that somebody has sent
+        if receipt is not None:  # without a receipt, the id is arbitrary user input
             _log.info("%s: account %s, token %s", notice.kind, visit.account_id, token_id)
         self._notices.put(visit.owner, notice)
         return RedirectResponse(f"/{visit.filter.query}", 303)
@@ -221,7 +223,7 @@ class Pages:
         return Visit(viewer, session_id(request), Filter.read(query))
 
     def _keep_draft(self, request: Request, form: TokenForm) -> None:
-        """Keep what was typed for after the sign-in: here, as names are not for cookies."""
+        """Keep the form's input until after the sign-in; names do not belong in cookies."""
         request.session["draft"] = draft = secrets.token_urlsafe(12)
         request.session["return"] = "/new"
         self._drafts.put(draft, form)
@@ -235,8 +237,8 @@ class Pages:
     async def _list(self, request: Request, visit: Visit, notice: Notice | None = None) -> Response:
         context = await self._context(visit)
         context["notice"] = notice or self._notices.pop(visit.owner)
-        told: Trouble | None = context["trouble"]
-        return self._renderer.page(request, context, told.status if told else 200)
+        message: Trouble | None = context["trouble"]
+        return self._renderer.page(request, context, message.status if message else 200)
 
     async def _dialog(
         self,
@@ -246,12 +248,12 @@ class Pages:
         values: Mapping[str, Any],
         status: int = 200,
     ) -> Response:
-        """Return a dialog: alone for the script, else over the list."""
+        """Return a dialog: alone for the script, otherwise over the list."""
         context = await self._behind(request, visit)
         return self._renderer.page(request, {**context, **values, "dialog": dialog}, status)
 
     async def _behind(self, request: Request, visit: Visit) -> dict[str, Any]:
-        """Return what a dialog lies over: for the script, which has the list, nothing."""
+        """Return the context behind a dialog. The script already has the list."""
         return self._frame(visit) if is_part(request) else await self._context(visit)
 
     async def _form(
@@ -266,17 +268,17 @@ class Pages:
         match error:
             case latchkey.AlreadyExists():
                 text = (
-                    "You have a token of this name already (upper and lower case count as the "
-                    "same). Choose another name, or delete that token first."
+                    "You already have a token with this name (names are not case-sensitive). "
+                    "Choose another name, or delete that token first."
                 )
                 return await self._form(request, visit, form.with_errors({"name": text}), 409)
             case latchkey.InvalidArgument():
                 return await self._form(request, visit, form.refused(error.field_violations), 422)
             case _:
-                told = trouble(error)
-                text = f"{told.title}, so nothing was created. {told.text}"
+                message = trouble(error)
+                text = f"{message.title}, so nothing was created. {message.text}"
                 form = form.with_errors({"": text})
-                return await self._form(request, visit, form, told.status)
+                return await self._form(request, visit, form, message.status)
 
     async def _lost(
         self,
@@ -287,14 +289,14 @@ class Pages:
         new: NewToken,
         outcome: Lost,
     ) -> Response:
-        told = None if outcome.error is None else trouble(outcome.error)
-        # The same mark: sent again, the form goes on from where this left it.
+        message = None if outcome.error is None else trouble(outcome.error)
+        # The same mark, so that submitting the form again continues this attempt.
         values = {
             "form": form,
             "mark": mark,
             "name": new.name,
             "found": outcome.found,
-            "told": told,
+            "message": message,
         }
         return await self._dialog(request, visit, "lost.html", values, 503)
 
@@ -306,14 +308,14 @@ class Pages:
         token_id: str,
         error: latchkey.LatchkeyError,
     ) -> Response:
-        told = trouble(error)
+        message = trouble(error)
         if is_refusal(error):
-            return self._renderer.message(_told(error), visit.viewer, part=is_part(request))
-        values = {"token": token, "token_id": token_id, "told": told}
-        return await self._dialog(request, visit, "unconfirmed.html", values, told.status)
+            return self._renderer.message(_unchanged(error), visit.viewer, part=is_part(request))
+        values = {"token": token, "token_id": token_id, "message": message}
+        return await self._dialog(request, visit, "unconfirmed.html", values, message.status)
 
     def _frame(self, visit: Visit) -> dict[str, Any]:
-        """Return what every page needs."""
+        """Return the context that every page needs."""
         return {
             "viewer": visit.viewer,
             "csrf": self._seals.csrf(visit.session, visit.account_id),
@@ -323,12 +325,12 @@ class Pages:
         }
 
     async def _context(self, visit: Visit) -> dict[str, Any]:
-        """Return what the list needs. When Latchkey gives none, that is what the page tells."""
+        """Return the context of the list, or of the error if Latchkey does not provide one."""
         frame = self._frame(visit)
         try:
             inventory = await self._inventory(visit)
         except latchkey.LatchkeyError as error:
-            _log.warning("list: %s", error.code.name)
+            _log.warning("list failed: %s", error.code.name)
             return {**frame, "trouble": trouble(error)}
         matching = inventory.matching(visit.filter)
         return {
@@ -356,26 +358,24 @@ async def _fields(request: Request) -> dict[str, str]:
     try:
         return await read_form(request)
     except BadForm:
-        raise Refused(
-            400, "This is not a form of this page", "Nothing was changed. Go back and try again."
-        ) from None
+        raise Refused(400, "Invalid form", "Nothing was changed. Go back and try again.") from None
 
 
-def _told(error: latchkey.LatchkeyError) -> Trouble:
-    told = trouble(error)
+def _unchanged(error: latchkey.LatchkeyError) -> Trouble:
+    message = trouble(error)
     return Trouble(
-        told.status,
-        told.title,
-        f"Nothing was changed. {told.text}",
-        told.request_id,
-        told.retry_seconds,
+        message.status,
+        message.title,
+        f"Nothing was changed. {message.text}",
+        message.request_id,
+        message.retry_seconds,
     )
 
 
 def _notice(
     token_id: str, token: latchkey.Token | None, receipt: latchkey.Receipt | None, seconds: float
 ) -> Notice:
-    # None: committed, and some verifier may not know of it yet.
+    # None means that the deletion is committed but some verifier may not know of it yet.
     effective_time: datetime | None = receipt.effective_time if receipt else None
     unconfirmed = receipt is not None and effective_time is None
     if token is None:
@@ -385,7 +385,8 @@ def _notice(
         token_id,
         token.name,
         token.scope.value,
-        # On one clock, from the request's arrival to the answer: by then it was dead everywhere.
+        # Measured on one clock from the request's arrival to Latchkey's answer. By then the token
+        # was dead everywhere.
         max(1, round(seconds * 1_000)),
         receipt,
     )

@@ -1,6 +1,6 @@
-"""What keeps other sites, other people and caches out: sessions, forms' seals, hosts and headers.
+"""Keeps out other sites, other people and caches: sessions, form seals, hosts and headers.
 
-It owns the checks that hold for every page. Who is looking is `identity`'s.
+This module owns the checks that apply to every page. `identity` identifies the visitor.
 """
 
 import asyncio
@@ -26,13 +26,13 @@ __all__ = [
     "session_id",
 ]
 
-# As long as a form may lie open. Then it is given back as it was typed, to be sent once more.
+# How long a form may stay open. An older form is shown again as typed, to be submitted once more.
 FORM_SECONDS: Final = 3_600
-# A form has a few hundred bytes. Who sends them one by one is not waited for.
+# A form takes a few hundred bytes. Clients that send it too slowly are dropped.
 BODY_SECONDS: Final = 10.0
 _UNSAFE: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
-# No inline script or style, nothing from elsewhere, in no frame. Forms go here only.
+# Forbids inline scripts and styles, foreign resources, framing, and forms to other sites.
 _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -41,7 +41,7 @@ _HEADERS: Final[Mapping[str, str]] = {
     "content-security-policy": _POLICY,
     "x-frame-options": "DENY",
     "x-content-type-options": "nosniff",
-    # Not no-referrer, with which browsers send forms with the origin "null".
+    # Not no-referrer: with it, browsers send forms with the origin "null".
     "referrer-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
@@ -50,15 +50,15 @@ _HEADERS: Final[Mapping[str, str]] = {
 
 
 class BadForm(Exception):
-    """What was sent is not a form of this page's, or too large, or did not arrive."""
+    """The body is not one of our forms, is too large, or did not arrive in time."""
 
 
 class Protection:
-    """Middleware: refuses wrong hosts and forms from elsewhere, and puts headers on every answer.
+    """Middleware that refuses unknown hosts and foreign forms and sets headers on every answer.
 
-    A name that leads a browser here without being ours is DNS rebinding: a page of somebody else's
-    under a name of their own that suddenly points at 127.0.0.1. So the Host header is held to the
-    names that we know. `open_paths` are for probes, which call by address, and tell nothing.
+    The Host header must be one of our names. This stops DNS rebinding, in which an attacker's page
+    keeps its own name but suddenly points it at 127.0.0.1. `open_paths` skip this check for probes,
+    which call by address; they reveal nothing.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Protection:
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers[name] = value
-                # Static files, which say otherwise, have nothing of anybody's in them.
+                # Only static files set another value, and they contain no personal data.
                 headers.setdefault("cache-control", "no-store")
             await send(message)
 
@@ -101,7 +101,7 @@ class Protection:
         if len(hosts) != 1 or hosts[0].lower() not in self._hosts:
             return PlainTextResponse(
                 "This page is not served under this name. Use the address that it was started "
-                "with; --public-url says by which name browsers reach it.\n",
+                "with. --public-url sets the name that browsers use.\n",
                 421,
             )
         if scope["method"] not in _UNSAFE or self._is_ours(headers):
@@ -113,9 +113,9 @@ class Protection:
         )
 
     def _is_ours(self, headers: Headers) -> bool:
-        """Tell whether a form was sent by a page of ours; every browser of today says so.
+        """Return whether one of our pages sent the form, by headers that all current browsers set.
 
-        Beside the forms' own seals, which hold even where this should not.
+        The forms' seals are a second, independent defence.
         """
         origins, sites = headers.getlist("origin"), headers.getlist("sec-fetch-site")
         if any(site != "same-origin" for site in sites):
@@ -126,14 +126,14 @@ class Protection:
 
 
 def session_id(request: Request) -> str:
-    """Return the id of the browser's session, beginning one if there is none."""
+    """Return the id of the browser's session. Starts a session if there is none."""
     session: dict[str, object] = request.session
     found = session.get("id")
     return found if isinstance(found, str) and found else new_session(request)
 
 
 def new_session(request: Request) -> str:
-    """Begin a session anew, with nothing of the one before, and return its id."""
+    """Start a new, empty session and return its id."""
     created = secrets.token_urlsafe(24)
     request.session.clear()
     request.session["id"] = created
@@ -141,26 +141,26 @@ def new_session(request: Request) -> str:
 
 
 class Seals:
-    """Signs what forms carry: that they are of this session and account, and which form it was."""
+    """Signs forms, to prove their session and account and to recognise repeated submissions."""
 
     def __init__(self, key: str) -> None:
         self._key = key
 
     def csrf(self, session: str, account_id: str) -> str:
-        """Return what every form of the session carries."""
+        """Return the seal that every form of the session carries."""
         return self._signer(session, account_id).get_signature(b"form").decode()
 
     def is_csrf(self, value: str, session: str, account_id: str) -> bool:
-        """Tell whether `value` is that. In constant time."""
+        """Return whether `value` is that seal. Runs in constant time."""
         return self._signer(session, account_id).verify_signature(b"form", value.encode())
 
     def new_form(self, session: str, account_id: str) -> str:
-        """Return the mark of one form, by which it is done once however often it is sent."""
+        """Return the signed mark of a new form. Repeated submissions with it count once."""
         mark = secrets.token_urlsafe(12)
         return self._timed(session, account_id).sign(mark).decode()
 
     def form(self, value: str, session: str, account_id: str) -> str | None:
-        """Return the mark, or None when it is not of this session, or an hour old."""
+        """Return the mark, or None if it belongs to another session or is over an hour old."""
         try:
             mark = self._timed(session, account_id).unsign(value, max_age=FORM_SECONDS)
         except BadSignature:
@@ -175,7 +175,7 @@ class Seals:
 
 
 async def read_form(request: Request) -> dict[str, str]:
-    """Return the fields of a form that was sent. Raises BadForm; bounded in size and time."""
+    """Return the fields of a submitted form, bounded in size and time. Raises BadForm."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
         raise BadForm

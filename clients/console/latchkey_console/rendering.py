@@ -1,6 +1,6 @@
-"""Templates and static files: from values to responses.
+"""Renders templates and serves static files.
 
-It owns escaping (always on), how moments and names are written, and the addresses of static files.
+This module owns escaping (always on), the format of times and names, and the URLs of static files.
 """
 
 import hashlib
@@ -21,19 +21,19 @@ from latchkey_console.text import visible
 
 __all__ = ["PART_HEADER", "Renderer", "is_part"]
 
-# Said by the page's own script. Another site's cannot: the header would need a preflight.
+# Sent by the page's own script. Other sites cannot send it: it would need a CORS preflight.
 PART_HEADER: Final = "x-latchkey-part"
 _TYPES: Final = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 
 
 class Renderer:
-    """Renders templates and serves static files, both read once."""
+    """Renders templates and serves static files. Reads both only once."""
 
     def __init__(self) -> None:
         folder = resources.files("latchkey_console") / "static"
         self._static = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
         digest = hashlib.sha256(b"\0".join(self._static[name] for name in sorted(self._static)))
-        # In the address, so that a browser may keep a file for good and yet gets a new one.
+        # Part of the URL, so that browsers cache a file forever and still fetch a new version.
         self._version = digest.hexdigest()[:12]
         self._templates = Environment(
             loader=PackageLoader("latchkey_console"),
@@ -53,7 +53,7 @@ class Renderer:
         self._templates.globals |= {"static": f"/static/{self._version}", "Kind": Kind}
 
     def page(self, request: Request, context: Mapping[str, Any], status: int = 200) -> Response:
-        """Return the list with what lies over it; of that, for the script, the part it asks for."""
+        """Return the list with its open dialog, or for the script only the part to insert."""
         layout = "part.html" if is_part(request) else "page.html"
         return self._html("tokens.html", {**context, "layout": layout}, status)
 
@@ -65,9 +65,9 @@ class Renderer:
         part: bool = False,
         action: tuple[str, str] | None = None,
     ) -> Response:
-        """Return a page that tells one thing. `action` is a link's text and address."""
+        """Return a page with one message. `action` is a link's text and URL."""
         layout = "part.html" if part else "page.html"
-        context = {"told": trouble, "viewer": viewer, "action": action, "layout": layout}
+        context = {"message": trouble, "viewer": viewer, "action": action, "layout": layout}
         response = self._html(
             "message.html", {**context, "csrf": "", "dialog": None}, trouble.status
         )
@@ -76,11 +76,11 @@ class Renderer:
         return response
 
     def fragment(self, name: str, context: Mapping[str, Any]) -> Response:
-        """Return a template as it is."""
+        """Return a template without the frame."""
         return self._html(name, context, 200)
 
     def static(self, request: Request) -> Response:
-        """Return a static file, to be kept for good, or 404."""
+        """Return a static file that browsers may cache forever, or 404."""
         name = request.path_params["name"]
         if request.path_params["version"] != self._version or name not in self._static:
             return Response(status_code=404)
@@ -93,9 +93,9 @@ class Renderer:
     def seal(self, _: Request) -> Response:
         """Return the picture on the page with a secret, and set a cookie that nobody reads.
 
-        Chromium keeps pages for the way back, whatever no-store says, until a cookie of theirs
-        changes while they are shown (its rule for pages with no-store). This is that change, for
-        browsers without the script, which empties the page itself.
+        Chromium keeps pages in its back/forward cache despite no-store, until one of their cookies
+        changes while they are shown. This cookie is that change, for browsers without JavaScript.
+        With JavaScript, the script erases the secret.
         """
         response = Response(
             self._static["icon.svg"],
@@ -112,5 +112,5 @@ class Renderer:
 
 
 def is_part(request: Request) -> bool:
-    """Tell whether the page's script asks."""
+    """Return whether the page's script sent the request."""
     return PART_HEADER in request.headers

@@ -1,7 +1,7 @@
-"""What good practice would point out about an account's tokens. Pure.
+"""Reviews an account's tokens against good practice. Pure.
 
-NIST SP 800-63B and the OWASP ASVS (5.0, §13.3) ask for credentials that end, that are rotated, that
-may do no more than they need, and that go once nobody uses them. The numbers are ours.
+NIST SP 800-63B and the OWASP ASVS (5.0, §13.3) ask for credentials that expire, are rotated, have
+the least privilege, and are removed once unused. The numbers are ours.
 """
 
 import enum
@@ -14,18 +14,18 @@ from latchkey import Scope, Token
 
 __all__ = ["Finding", "Kind", "findings_of", "is_use_recorded", "review"]
 
-# Long enough to replace a token before what uses it stops.
+# Long enough to replace a token before its program fails.
 SOON: Final = timedelta(days=14)
-# Twice a year is often enough to be practised, and seldom enough to be done.
+# Rotating twice a year is often enough to stay in practice and rare enough to really happen.
 OLD: Final = timedelta(days=180)
-# A quarter: what runs at the end of each one has run.
+# A quarter, so that quarterly jobs have run at least once.
 UNUSED: Final = timedelta(days=90)
-# Time to put a new token to use.
+# Enough time to deploy a new token.
 NEVER_USED: Final = timedelta(days=7)
 
 
 class Kind(enum.Enum):
-    """One thing to point out. The value is its name in addresses."""
+    """A kind of finding. The value is its name in URLs."""
 
     EXPIRED = "expired"
     EXPIRES_SOON = "expires-soon"
@@ -37,35 +37,35 @@ class Kind(enum.Enum):
 
     @property
     def title(self) -> str:
-        """What it is called on the page."""
+        """Its title on the page."""
         return _WORDS[self][0]
 
     @property
     def why(self) -> str:
-        """Why it is pointed out, and what to do about it."""
+        """Why it matters and what to do about it."""
         return _WORDS[self][1]
 
 
 _WORDS: Final = {
     Kind.EXPIRED: (
         "Expired",
-        "Refused everywhere already. Delete what has ended, so that the list shows what counts.",
+        "Already rejected everywhere. Delete expired tokens to keep this list short.",
     ),
     Kind.EXPIRES_SOON: (
         "Expiring soon",
-        f"Stops working within {SOON.days} days. Replace it before what uses it fails.",
+        f"Expires within {SOON.days} days. Replace it before its program stops working.",
     ),
     Kind.NEVER_EXPIRES: (
-        "Without expiry",
-        "A copy that leaks works until someone notices. Replace it with a token that ends.",
+        "No expiry",
+        "A leaked copy works until someone notices. Replace it with a token that expires.",
     ),
     Kind.OLD: (
         "Old",
-        f"Made more than {OLD.days} days ago. With time, more places hold a copy: replace it.",
+        f"Created over {OLD.days} days ago. Copies spread over time, so replace it.",
     ),
     Kind.WRITE: (
         "Can write",
-        "Whoever holds one can change things. Where reading is enough, use a Read token.",
+        "Anyone who holds it can change things. If reading is enough, use a Read token.",
     ),
     Kind.UNUSED: (
         "Unused",
@@ -73,21 +73,21 @@ _WORDS: Final = {
     ),
     Kind.NEVER_USED: (
         "Never used",
-        "No use was ever seen. If nothing needs it, delete it.",
+        "Not used since it was created. If nothing needs it, delete it.",
     ),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A kind, and how many of the account's tokens it is about."""
+    """A kind of finding and the number of tokens that it applies to."""
 
     kind: Kind
     count: int
 
 
 def review(tokens: Iterable[Token], now: datetime, *, use_recorded: bool) -> list[Finding]:
-    """Return what there is to point out, the most pressing first; nothing of what is in order."""
+    """Return the findings about `tokens`, most urgent first, without kinds that have none."""
     counts = dict.fromkeys(Kind, 0)
     for token in tokens:
         for kind in findings_of(token, now, use_recorded=use_recorded):
@@ -96,9 +96,9 @@ def review(tokens: Iterable[Token], now: datetime, *, use_recorded: bool) -> lis
 
 
 def findings_of(token: Token, now: datetime, *, use_recorded: bool) -> list[Kind]:
-    """Return what there is to point out about one token.
+    """Return the kinds of findings about one token.
 
-    An expired one is no danger any more, so nothing else is said of it.
+    An expired token is harmless, so it has no other finding.
     """
     if token.expire_time is not None and token.expire_time <= now:
         return [Kind.EXPIRED]
@@ -110,7 +110,7 @@ def findings_of(token: Token, now: datetime, *, use_recorded: bool) -> list[Kind
     age = now - token.create_time
     if age > OLD:
         found.append(Kind.OLD)
-    if token.scope is not Scope.READ:  # a level that is not known may be anything
+    if token.scope is not Scope.READ:  # an unknown scope may allow anything
         found.append(Kind.WRITE)
     if token.last_used_time is not None:
         if now - token.last_used_time > UNUSED:
@@ -121,5 +121,5 @@ def findings_of(token: Token, now: datetime, *, use_recorded: bool) -> list[Kind
 
 
 def is_use_recorded(tokens: Iterable[Token]) -> bool:
-    """Tell whether this service records use: a service that does not says so of no token."""
+    """Return whether this service records use: if it does not, no token has a last use."""
     return any(token.last_used_time is not None for token in tokens)

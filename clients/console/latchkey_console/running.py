@@ -1,4 +1,4 @@
-"""Runs the page: binds its address, says where it is, serves until SIGINT, SIGTERM or SIGHUP."""
+"""Runs the console: binds its address, prints its URL, serves until SIGINT, SIGTERM or SIGHUP."""
 
 import asyncio
 import logging
@@ -17,9 +17,9 @@ from latchkey_console.settings import Settings, SettingsError
 
 __all__ = ["run", "stopping_signals"]
 
-# Requests at once, each of which may wait for Latchkey; more are told 503.
+# Concurrent requests, each of which may wait for Latchkey. Further requests get 503.
 REQUESTS_MAX: Final = 500
-# A Delete that waits for a silent verifier takes some seconds.
+# A Delete that waits for a silent verifier takes several seconds.
 GRACE_SECONDS: Final = 10
 MARGIN_SECONDS: Final = 2
 KEEP_ALIVE_SECONDS: Final = 15
@@ -27,18 +27,18 @@ BACKLOG: Final = 512
 
 
 def run(settings: Settings) -> None:
-    """Serve the page, on the main thread. Raises SettingsError when its address cannot be had."""
+    """Serve the console on the main thread. Raises SettingsError if its address is unavailable."""
     with _bound(settings) as listener:
         settings = _with_port(settings, listener.getsockname()[1])
         _log_to_stderr()
-        # One process: forms and new secrets are kept in its memory.
+        # One process, because it keeps forms and new secrets in memory.
         config = uvicorn.Config(
             make_app(settings),
             workers=1,
-            # The peer's address is taken as it is: `identity` trusts it and no header.
+            # Keep the peer's real address: `identity` trusts it and ignores forwarding headers.
             proxy_headers=False,
             server_header=False,
-            # Its lines would have queries in them. What is done is logged by the page itself.
+            # The access log would contain queries. The console logs its own actions.
             access_log=False,
             log_config=None,
             ws="none",
@@ -47,7 +47,7 @@ def run(settings: Settings) -> None:
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
         server = _Server(config)
-        # From before it says that it is up: uvicorn listens to signals once its loop runs.
+        # Installed before we print the URL: uvicorn handles signals only once its loop runs.
         for number in stopping_signals():
             signal.signal(number, server.handle_exit)
         sys.stdout.write(
@@ -58,17 +58,18 @@ def run(settings: Settings) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Ends in order however often it is told to, which takes GRACE_SECONDS."""
+    """Shuts down gracefully, within GRACE_SECONDS, however many signals arrive."""
 
     _end: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Note that it is to end, and no more, until it should have ended by far.
+        """Request the shutdown. Interrupt only after it should long have finished.
 
-        uvicorn raises signals again, for its caller, when it has ended, which here is to go on. At
-        a second Ctrl-C it drops what is under way, such as the answer to a Delete, and logs each of
-        that as a fault. A handler that raises would do so in whatever code runs, some of which goes
-        on or fails. But after its time something hangs, and whoever insists is to be obeyed.
+        This replaces uvicorn's handler for three reasons. uvicorn raises the signals again after
+        its shutdown, but here the caller continues. On a second Ctrl-C, uvicorn drops requests in
+        progress, such as the answer to a Delete, and logs each as an error. And a handler that
+        raises would interrupt arbitrary code, some of which would ignore the exception or fail.
+        Past the deadline, though, something hangs, so a further signal raises KeyboardInterrupt.
         """
         self.should_exit = True
         if self._end is None:
@@ -78,7 +79,7 @@ class _Server(uvicorn.Server):
 
 
 def stopping_signals() -> list[signal.Signals]:
-    """Return what ends the page in order: a closed terminal too, unless nohup is to keep it."""
+    """Return the signals that shut the console down. nohup keeps SIGHUP out of them."""
     kept = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [signal.SIGINT, signal.SIGTERM, *([] if kept else [signal.SIGHUP])]
 
@@ -89,14 +90,16 @@ def _bound(settings: Settings) -> socket.socket:
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
-    except (OSError, UnicodeError) as error:  # what no name can look like is a UnicodeError
+    except (OSError, UnicodeError) as error:  # UnicodeError: not encodable as a host name
         where = f"{settings.host}:{settings.port}"
         reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise SettingsError(f"--listen: {where} cannot be had: {reason}; choose another") from error
+        raise SettingsError(
+            f"--listen: cannot listen on {where}: {reason}; choose another address"
+        ) from error
 
 
 def _with_port(settings: Settings, port: int) -> Settings:
-    """Return the settings with the port that port 0 has become."""
+    """Return the settings with the actual port in place of port 0."""
     if settings.port != 0:
         return settings
     public_url = settings.public_url
@@ -107,9 +110,9 @@ def _with_port(settings: Settings, port: int) -> Settings:
 
 def _whose(settings: Settings) -> str:
     if settings.account is not None:
-        return f"everyone here is account {settings.account}"
+        return f"everyone uses account {settings.account}"
     if settings.proxy is not None:
-        return f"accounts by header {settings.proxy.header}"
+        return f"accounts from header {settings.proxy.header}"
     return "sign-in with OpenID Connect"
 
 
@@ -124,8 +127,8 @@ def _log_to_stderr() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Tell whether a record is more than the traceback of a request that was ended.
+    """Return False for the traceback of a request that the shutdown cancelled.
 
-    How many were, when the grace was over, uvicorn has said in a line before.
+    uvicorn has already logged the number of cancelled requests in one line.
     """
     return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))

@@ -1,6 +1,7 @@
-"""What the page is told when it starts, checked: where it listens and how it knows who is looking.
+"""The console's validated settings: where it listens and how it identifies visitors.
 
-Exactly one way to know that has to be chosen, and each is refused where it would let in others.
+Exactly one way to identify visitors must be chosen. Each way is refused where it would let
+strangers in.
 """
 
 import re
@@ -24,12 +25,12 @@ Network = IPv4Network | IPv6Network
 
 
 class SettingsError(ValueError):
-    """A setting is wrong. The message names it and says what to do."""
+    """A setting is invalid. The message names it and says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProxySettings:
-    """A sign-in proxy: the header that has the account, and who may send it."""
+    """A sign-in proxy: the header that holds the account, and the networks that may send it."""
 
     header: str
     trusted: tuple[Network, ...]
@@ -37,7 +38,7 @@ class ProxySettings:
 
 @dataclass(frozen=True, slots=True)
 class OpenIdSettings:
-    """An OpenID Connect provider. Without `client_secret` this is a public client, with PKCE."""
+    """An OpenID Connect provider. Without `client_secret`, this is a public client with PKCE."""
 
     issuer: str
     client_id: str
@@ -52,7 +53,7 @@ class Settings:
     host: str
     port: int
     public_url: str
-    """What the browser has in front of the path: scheme, host and port, without a slash."""
+    """The origin that browsers use: scheme, host and port, without a trailing slash."""
     target: str
     account: str | None = None
     proxy: ProxySettings | None = None
@@ -60,7 +61,7 @@ class Settings:
 
     @property
     def hosts(self) -> frozenset[str]:
-        """What a browser may call this server by. All else is DNS rebinding, or a wrong address."""
+        """The Host values to accept. Any other is DNS rebinding or a wrong address."""
         parts = urlsplit(self.public_url)
         hosts = {parts.netloc.lower()}
         if _is_loopback(parts.hostname or ""):
@@ -70,7 +71,7 @@ class Settings:
 
     @property
     def https(self) -> bool:
-        """Whether browsers come over TLS, so that cookies may insist on it."""
+        """Whether browsers connect over TLS, so that cookies can require it."""
         return self.public_url.startswith("https:")
 
 
@@ -99,21 +100,25 @@ def make(
         if value is not None
     ]
     if len(chosen) != 1:
-        what = f"{' and '.join(chosen)} exclude each other" if chosen else "it is not said whose"
+        what = (
+            f"{' and '.join(chosen)} exclude each other"
+            if chosen
+            else "no way to identify visitors"
+        )
         raise SettingsError(
-            f"{what}: give one of --account (to try it here), --account-header (behind a sign-in "
-            "proxy) and --oidc-issuer (sign-in with OpenID Connect)"
+            f"{what}: give exactly one of --account (to try it here), --account-header (behind a "
+            "sign-in proxy) and --oidc-issuer (to sign in with OpenID Connect)"
         )
     if account is not None:
         if not is_account_id(account):
             raise SettingsError("--account: give 1-64 characters of A-Za-z0-9._:-")
         if not _is_loopback(host):
             raise SettingsError(
-                f"--account lets everyone in who reaches {listen}: it works on loopback only, such "
-                f"as --listen {LISTEN}. For others, use --account-header or --oidc-issuer"
+                f"--account lets in everyone who can reach {listen}, so it works on loopback only, "
+                f"such as --listen {LISTEN}. Elsewhere, use --account-header or --oidc-issuer"
             )
     if trusted_proxies and account_header is None:
-        raise SettingsError("--trusted-proxy goes with --account-header")
+        raise SettingsError("--trusted-proxy requires --account-header")
     return Settings(
         host=host,
         port=port,
@@ -130,7 +135,7 @@ def make(
 
 
 def is_account_id(text: str) -> bool:
-    """Tell whether `text` is an account id in the contract's sense."""
+    """Return whether `text` is an account id as the contract defines it."""
     return _ACCOUNT_ID.fullmatch(text) is not None
 
 
@@ -145,7 +150,7 @@ def _public_url(value: str | None, host: str, port: int, *, alone: bool) -> str:
     if value is None:
         if not _is_loopback(host):
             raise SettingsError(
-                "--public-url: say by which address browsers reach the page, such as "
+                "--public-url: give the address that browsers use, such as "
                 "https://tokens.example.com"
             )
         return _origin("http", host, port)
@@ -161,29 +166,30 @@ def _public_url(value: str | None, host: str, port: int, *, alone: bool) -> str:
         or "@" in parts.netloc
     ):
         raise SettingsError(
-            "--public-url: give scheme and host, such as https://tokens.example.com"
+            "--public-url: give only scheme and host, such as https://tokens.example.com"
         )
     if parts.scheme == "http" and not _is_loopback(parts.hostname):
         raise SettingsError(
-            "--public-url: http is for loopback; elsewhere secrets would cross the network readable"
+            "--public-url: use https; plain http is allowed on loopback only, because it would "
+            "send secrets over the network unencrypted"
         )
     if alone and not _is_loopback(parts.hostname):
-        raise SettingsError("--public-url goes with --account-header or --oidc-issuer")
+        raise SettingsError("--public-url requires --account-header or --oidc-issuer")
     return _origin(parts.scheme, parts.hostname, parts.port)
 
 
 def _origin(scheme: str, host: str, port: int | None) -> str:
-    """Return what browsers have in front of the path, and send as Host."""
+    """Return the origin as browsers write it."""
     shown = _as_browsers_have_it(host)
-    # Browsers leave the usual port out.
+    # Browsers omit the scheme's default port.
     usual = 443 if scheme == "https" else 80
     return f"{scheme}://{shown}" + ("" if port in (None, usual) else f":{port}")
 
 
 def _as_browsers_have_it(host: str) -> str:
-    """Return a host in lower case, an address in its shortest form, a name in ASCII.
+    """Return a host as browsers write it: lower case, shortest address form, name in ASCII.
 
-    Raises SettingsError for what is no host.
+    Raises SettingsError if `host` is not a valid host.
     """
     try:
         address = ip_address(host)
@@ -192,17 +198,17 @@ def _as_browsers_have_it(host: str) -> str:
     else:
         return f"[{address.compressed}]" if address.version == 6 else address.compressed
     try:
-        # Of IDNA only what browsers and this (RFC 3490) agree on for usual names.
+        # RFC 3490. Browsers use newer IDNA rules, which give the same result for common names.
         name = host.encode("idna").decode("ascii").lower()
     except UnicodeError:
         name = ""
     if not _HOST_NAME.fullmatch(name):
-        raise SettingsError(f"--public-url: {host} is no host")
+        raise SettingsError(f"--public-url: {host} is not a valid host")
     return name
 
 
 def _split(url: str) -> SplitResult | None:
-    """Return a URL's parts, or None when it is none: brackets or a port that make no sense."""
+    """Return a URL's parts, or None if it is invalid, as with bad brackets or a bad port."""
     try:
         parts = urlsplit(url)
         _ = parts.port
@@ -213,11 +219,11 @@ def _split(url: str) -> SplitResult | None:
 
 def _proxy(header: str, trusted: tuple[str, ...]) -> ProxySettings:
     if not _HEADER_NAME.fullmatch(header):
-        raise SettingsError("--account-header: give a header's name, such as X-Forwarded-User")
+        raise SettingsError("--account-header: give a header name, such as X-Forwarded-User")
     if not trusted:
         raise SettingsError(
-            "--trusted-proxy: say from which addresses the header comes, such as 127.0.0.1; "
-            "from anywhere else it is worth nothing"
+            "--trusted-proxy: give the addresses that may send the header, such as 127.0.0.1; "
+            "requests from anywhere else are refused"
         )
     networks = []
     for text in trusted:
@@ -229,7 +235,7 @@ def _proxy(header: str, trusted: tuple[str, ...]) -> ProxySettings:
                 "10.1.0.0/16"
             ) from None
         if network.prefixlen == 0:
-            raise SettingsError(f"--trusted-proxy {text}: that trusts everyone")
+            raise SettingsError(f"--trusted-proxy {text}: this would trust everyone")
         networks.append(network)
     return ProxySettings(header.lower(), tuple(networks))
 
@@ -243,13 +249,13 @@ def _openid(issuer: str, client_id: str | None, secret: str | None, claim: str) 
         or parts.query
         or parts.fragment
     ):
-        raise SettingsError("--oidc-issuer: give the provider's address, as its discovery names it")
+        raise SettingsError("--oidc-issuer: give the issuer URL from the provider's discovery")
     if parts.scheme == "http" and not _is_loopback(parts.hostname):
-        raise SettingsError("--oidc-issuer: has to be https, but on loopback")
+        raise SettingsError("--oidc-issuer: must use https, except on loopback")
     if not client_id:
-        raise SettingsError("--oidc-client-id: say what the provider calls this page")
+        raise SettingsError("--oidc-client-id: give this page's client ID at the provider")
     if not claim:
-        raise SettingsError(f"--oidc-claim: say which claim has the account, such as {CLAIM}")
+        raise SettingsError(f"--oidc-claim: give the claim that holds the account, such as {CLAIM}")
     return OpenIdSettings(issuer, client_id, secret or None, claim)
 
 

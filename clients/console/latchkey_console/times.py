@@ -1,6 +1,6 @@
-"""Moments in words. The browser's script puts them into the viewer's zone; this is for all others.
+"""Times in words, in UTC. In browsers with JavaScript, the script converts them to local time.
 
-Pure: `now` is passed in.
+Pure: the caller passes `now`.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -8,8 +8,8 @@ from typing import Final
 
 __all__ = ["ago", "day", "exact", "iso", "span"]
 
-# Name, seconds, and from how many on. A month is 30 days here, which is precise enough for "about
-# when", but for what ends within one of the usual 90 days.
+# Unit, its seconds, and the smallest count to use it for. A month has 30 days here. That is precise
+# enough from 4 months on; below, the page counts days, for tokens of the common 90 days.
 _UNITS: Final = (
     ("year", 365 * 86_400, 2),
     ("month", 30 * 86_400, 4),
@@ -20,7 +20,7 @@ _UNITS: Final = (
 
 
 def iso(moment: datetime) -> str:
-    """Return `moment` for machines: RFC 3339, UTC, to the second."""
+    """Return `moment` for machines: RFC 3339 in UTC, to the second."""
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -45,7 +45,7 @@ def ago(moment: datetime, now: datetime) -> str:
 
 
 def span(duration: timedelta) -> str:
-    """Return "29 days": rounded down, in the largest unit of which there are enough."""
+    """Return for example "29 days": rounded down, in the largest unit with a sufficient count."""
     total = duration.total_seconds()
     for name, seconds, least in _UNITS:
         if total >= least * seconds:

@@ -1,9 +1,10 @@
-"""`make console`: Latchkey and the page together, on the embedded database, for trying them.
+"""`make console`: runs Latchkey with the embedded database and the console, for a trial.
 
     python -m latchkey_console.together [ACCOUNT]
 
-The service is a process of its own, started and stopped in order, and never imported: it is another
-package. What it prints of calls to try is not repeated here.
+This module starts the service as a separate process and stops it after the console. It never
+imports the service, which is another package. It does not repeat the example calls that the service
+prints.
 """
 
 import contextlib
@@ -24,14 +25,14 @@ from latchkey_console.running import run, stopping_signals
 __all__ = ["main"]
 
 ACCOUNT: Final = "acme"
-# Making a database on a slow disk; the usual start takes two seconds.
+# Enough to create a database on a slow disk. A typical start takes two seconds.
 START_SECONDS: Final = 90.0
 STOP_SECONDS: Final = 20.0
 _WELCOME: Final = re.compile(rb"Latchkey serves on (\S+) ")
 
 
 class _NotStarted(Exception):
-    """The service did not come up, and has said why."""
+    """The service did not start. It has already printed the reason."""
 
 
 def main(arguments: list[str]) -> int:
@@ -50,8 +51,8 @@ def main(arguments: list[str]) -> int:
         return 2
     except _NotStarted:
         sys.stderr.write(
-            "latchkey: the service did not start. If one runs here already, this opens the page "
-            f"on it: .venv/bin/latchkey console --account {shlex.quote(account)}\n"
+            "latchkey: the service did not start. If Latchkey already runs here, open the page for "
+            f"it with: .venv/bin/latchkey console --account {shlex.quote(account)}\n"
         )
         return 1
     except KeyboardInterrupt:
@@ -66,11 +67,11 @@ def _service() -> Iterator[str]:
         [sys.executable, "-P", "-m", "latchkey_service"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        # Ctrl-C is for this process, which ends the service after the page.
+        # Ctrl-C must reach only this process, which stops the service after the console.
         start_new_session=True,
     )
     try:
-        # Ending this process, or closing its terminal, must end the other too.
+        # Ending this process or closing its terminal must stop the service too.
         for number in stopping_signals():
             signal.signal(number, _interrupt)
         yield _address(process.stdout)
@@ -97,7 +98,7 @@ def _address(output_pipe: IO[bytes] | None) -> str:
         output += chunk
     address = match[1].decode()
     host, _, port = address.rpartition(":")
-    # An address that means all of this machine's is reached on loopback.
+    # A wildcard address is reachable on loopback.
     return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]") else address  # nosec B104 # noqa: S104
 
 

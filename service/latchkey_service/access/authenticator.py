@@ -2,7 +2,7 @@
 
 Cost for a Verify: with a policy, one pass over the call's metadata, one hash and two look-ups, plus
 one clock reading for a certificate. Without a policy there is no authenticator and no cost
-(`calls.py`).
+(`interceptor.py`).
 """
 
 import math

@@ -8,7 +8,7 @@ Envoy (1.40) writes the client's names unquoted, whatever they contain, so a nam
 further pairs or elements. Therefore this parser accepts only one element, and only pairs in the
 order in which Envoy writes them, where the names are last. Where Envoy also sends the certificate,
 its names count and those in the header do not. The listener decides whether to trust the header
-(`gate.py`).
+(`authenticator.py`).
 """
 
 import re

@@ -1,5 +1,7 @@
-"""The audit log: who managed tokens, or tried to.
+"""The audit log: which caller managed tokens, or tried to.
 
-Owns the audit table and how entries are sampled. Imports postgres and settings. Begin with
-`audit_log.py`.
+Owns the audit table, and which failed calls are recorded when they are frequent.
+
+Imports: postgres, settings.
+Begin with `audit_log.py`.
 """

@@ -1,8 +1,9 @@
 """The audit log: each management call becomes an entry of the audit table.
 
-The statement that makes a change also writes its entry (`store.py`, from an `AuditContext`). Calls
-that change nothing, reads and failures, are recorded here and written in batches shortly after: no
-caller waits for that. If a process is killed, its log still has the calls that it had not written.
+The statement that makes a change also writes its entry (`token_store.py`, from an `AuditContext`).
+Calls that change nothing, reads and failures, are recorded here and written in batches shortly
+after: no caller waits for that. If a process is killed, its log still has the calls that it had not
+written.
 
 Failures are sampled, or a denied caller could fill the table. In each minute, the first few
 failures of a kind have their own entries; one entry counts all others.
@@ -73,7 +74,8 @@ class AuditContext:
         return {name: value for name, value in fields.items() if value}
 
 
-# Of the current call. Set where a request enters the service; `rpc.py` reads it and passes it on.
+# Of the current call. Set where a request enters the service; `token_service.py` reads it and
+# passes it on.
 call_audit_context: contextvars.ContextVar[AuditContext] = contextvars.ContextVar(
     "call_audit_context"
 )

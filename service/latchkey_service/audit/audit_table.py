@@ -1,4 +1,4 @@
-"""The SQL of the audit table, except the entries of changes, which `store.py` writes."""
+"""The SQL of the audit table, except the entries of changes, which `token_store.py` writes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

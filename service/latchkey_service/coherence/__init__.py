@@ -1,9 +1,12 @@
-"""When Delete returns, the token is dead everywhere: leases, the log, and who waits for whom.
+"""The protocol: when Delete returns, the token is dead everywhere.
 
-Pure, with the clock passed in: `membership` (this process as a verifier), `subleases` (its
-clients), `confirmation` (what a Delete waits for, and which verifiers are dead). What drives them:
-`heart` renews and reads the log, `notifications` wakes it, `watch` serves clients, `confirmer`
-waits. `table` has the SQL.
+Owns leases, the log and acknowledgements. These modules are pure, with the clock passed in:
+`verifier_state` (this process as a verifier), `client_leases` (its clients) and `ack_rules` (what a
+Delete waits for, and which verifiers are dead). `notify_listener` wakes the renewer,
+`watch_sessions` serves clients, and `ack_waiter` waits for Deletes. `verifier_table` has the SQL.
 
 "Rule N" means rule N of docs/protocol.md, here and in the rest of the service.
+
+Imports: postgres, settings.
+Begin with `lease_renewer.py`, which renews the lease and reads the log.
 """

@@ -36,11 +36,15 @@ class Confirmer:
         connect: "Callable[[], Awaitable[Connection]]",
         wake: Callable[[], None],
         clock: Callable[[], float],
-        settles_at: Callable[[], float] = lambda: -math.inf,
+        settles_at: Callable[[], float],
+        own_id: str,
         *,
         notify: bool,
     ) -> None:
         self._table = table
+        # A database without this process's row may lack other rows, too: it was restored from a
+        # backup, and this process has not noticed yet.
+        self._own_id = own_id
         # Its looks have a connection of their own: the Deletes that wait for them, and those that
         # wait to begin, may have all of the pool's.
         self._connect = connect
@@ -123,6 +127,8 @@ class Confirmer:
                 now = self._clock()
                 rows = await self._look({wait.position for _, wait in waits})
                 if rows is None or now < self._settles_at():
+                    continue
+                if all(row.id != self._own_id for row in rows.verifiers):
                     continue
                 for future, wait in waits:
                     if wait.position not in rows.known:

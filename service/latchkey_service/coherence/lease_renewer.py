@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from latchkey_service.coherence.ack_rules import Census
 from latchkey_service.coherence.primary import Primary
-from latchkey_service.coherence.verifier_state import Membership
+from latchkey_service.coherence.verifier_state import Log, Membership
 from latchkey_service.coherence.verifier_table import Identity, OwnRow, Report
 from latchkey_service.errors import (
     NO_ANSWER,
@@ -205,7 +205,7 @@ class Heart:
                 # Clients hear of it at once, and acknowledge while the row below is written.
                 self._applied(changed=changed)
                 if not log.known:
-                    self._lost_history()
+                    self._lost_history(log)
                     return
         acknowledgeable = self._acknowledgeable()
         if not due and acknowledgeable <= membership.acknowledged:
@@ -250,7 +250,7 @@ class Heart:
             self._log.warning("the row is gone: registering again", verifier=self._identity.id)
             membership.lose()
         self._applied(changed=True)
-        self._lost_history()
+        self._lost_history(log)
 
     def _report(self, acknowledgeable: int) -> Report:
         now = self._clock()
@@ -277,8 +277,17 @@ class Heart:
             self._primary.warnings(),
         )
 
-    def _lost_history(self) -> None:
+    def _lost_history(self, log: Log) -> None:
         """Register again, at once the first time. The memory is empty by now."""
+        if not log.known:
+            connection = self._connection
+            self._log.warning(
+                "the database follows another history: starting over",
+                verifier=self._identity.id,
+                address="" if connection is None else self._primary.host_of(connection),
+                system_identifier=log.server.identifier,
+                timeline=log.server.timeline,
+            )
         self._next_renewal = -math.inf
         if self._row_lost:
             # Twice in a row: whatever takes the row away would go on.
@@ -318,11 +327,13 @@ class Heart:
         self._woken.clear()
 
     def _succeed(self) -> None:
+        if not self.has_lease():
+            # A beat that found its history or its row lost has not failed, and renewed nothing.
+            return
         if self._failing:
             self._log.info("the lease is renewed again")
         self._failing = False
-        if self.has_lease():
-            self._tell(None)
+        self._tell(None)
 
     def _fail(self, error: Exception) -> None:
         """After this nothing is known of the connection, nor of what was sent on it."""

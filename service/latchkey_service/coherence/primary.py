@@ -11,6 +11,8 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import asyncpg
+
 from latchkey_service.coherence.verifier_state import Server
 from latchkey_service.errors import NotReplicated, StoreUnavailable
 from latchkey_service.postgres.circuit_breaker import spread
@@ -18,8 +20,6 @@ from latchkey_service.postgres.connections import Connector
 from latchkey_service.settings.logs import logger
 
 if TYPE_CHECKING:
-    import asyncpg
-
     Connection = asyncpg.Connection[asyncpg.Record]
 
 __all__ = ["Primary"]
@@ -30,6 +30,9 @@ OTHERS_SECONDS = 10.0
 # For each host that is asked, and for a diagnosis: as long as a connection may take, and again as
 # long for an answer.
 ASK_SECONDS = 2.0
+
+# What a statement ends with that Postgres has not answered in time, by whosever bound.
+_HANGS = (TimeoutError, asyncpg.QueryCanceledError, asyncpg.PostgresConnectionError, OSError)
 
 STANDBY_MISSING = "Reads answer, commits hang: the synchronous standby is missing."
 # Commits of the same role that wait for a standby. Those of others are not visible.
@@ -52,6 +55,8 @@ class Primary:
         self._log = logger()
         self._server: tuple[str, Server] | None = None
         self._standby_missing = False
+        # The host of the last renewal, if that failed.
+        self._failed_on: str | None = None
         self._others: tuple[str, ...] = ()
         self._diagnosis: asyncio.Task[None] | None = None
 
@@ -83,6 +88,7 @@ class Primary:
     def renewed(self, connection: "Connection", server: Server) -> None:
         """Note that the lease was renewed on a connection, which reached `server`."""
         self._connector.prove(connection)
+        self._failed_on = None
         if self._standby_missing:
             self._standby_missing = False
             self._log.info("commits are replicated again")
@@ -103,11 +109,17 @@ class Primary:
         """Note that the lease could not be renewed on a connection. None: there was none."""
         if connection is None:
             return
-        self._connector.leave(connection)
+        host = self._connector.host_of(connection)
+        again, self._failed_on = self._failed_on == host, host
+        # A commit that is not durable, or no answer at all, may mean a deposed primary. Anything
+        # else, such as a lock that was held for long, passes as a rule. To leave for another host
+        # costs the lease where that one is deposed, and so takes a second failure.
+        hangs = isinstance(error, NotReplicated) or isinstance(error.__cause__, _HANGS)
+        if again or hangs:
+            self._connector.leave(connection)
         if isinstance(error, NotReplicated):
             self._standby_is_missing()
         elif self._diagnosis is None and isinstance(error, StoreUnavailable):
-            host = self._connector.host_of(connection)
             self._diagnosis = asyncio.create_task(self._diagnose(host), name="diagnose database")
 
     async def run(self) -> None:
@@ -141,12 +153,16 @@ class Primary:
 
     async def _says_primary(self, host: str) -> bool:
         """Tell whether a host accepts writes. One that does not answer in time does not."""
-        with contextlib.suppress(StoreUnavailable, TimeoutError):
+        try:
             async with asyncio.timeout(ASK_SECONDS):
                 # Refuses a standby.
                 (await self._connector.connect_to(host)).terminate()
-                return True
-        return False
+        except (StoreUnavailable, TimeoutError):
+            return False
+        except Exception as error:  # noqa: BLE001 - it refuses this role, or is not for Latchkey
+            self._log.warning("host not asked", host=host, error=type(error).__name__)
+            return False
+        return True
 
     async def _diagnose(self, host: str) -> None:
         """Find out whether commits hang on a host that answers reads."""
@@ -158,7 +174,9 @@ class Primary:
                         waiting = await connection.fetchval(_COMMITS_WAIT, timeout=ASK_SECONDS)
                     finally:
                         connection.terminate()
-                    if waiting:
+                    # Commits that hang on a host that the lease has left meanwhile say nothing of
+                    # the one that it is on now.
+                    if waiting and self.host in ("", host):
                         self._standby_is_missing()
         except Exception as error:  # noqa: BLE001 - a diagnosis that fails says nothing
             self._log.warning("database not diagnosed", error=type(error).__name__)

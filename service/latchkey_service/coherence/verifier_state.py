@@ -102,7 +102,9 @@ class Membership(Generic[E]):
         self.server = Server(None, None)
         """The server that the lease stands on."""
         self.settles_at = -math.inf
-        """From when on the verifiers' rows are certain to be complete (rule 8)."""
+        """From when on the verifiers' rows are certain to be complete (rule 8).
+
+        Infinite from the loss of a history to the next registration."""
         self.epoch = 0
         """Rises whenever the memory starts over. Clients of an earlier epoch have to be reset."""
         # Since when a revision has been waiting for clients. Infinite: none is waiting.
@@ -210,6 +212,8 @@ class Membership(Generic[E]):
         """
         self.registered = False
         self.lease_ends = -math.inf
+        # The row may be committed, and others' missing, before `register` is called.
+        self.settles_at = math.inf
         self._start_over(NOWHERE)
 
     def _unsettle(self, now: float) -> None:

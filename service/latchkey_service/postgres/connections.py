@@ -75,6 +75,7 @@ _BROKEN = (
     asyncpg.DuplicatePreparedStatementError,  # 42P05: the same
     OSError,  # TimeoutError included
     asyncio.CancelledError,
+    NotReplicated,  # its server may be a deposed primary
 )
 
 # For the WHERE clause of a statement whose effect must not be lost: `AND {DURABLE}`. It makes the
@@ -94,6 +95,8 @@ class _Connection(asyncpg.Connection):
         super().__init__(*args, **kwargs)
         # Time of its last use, on a clock that also runs while the machine is suspended.
         self.used_at = boottime()
+        # The generation of the pool when the attempt to connect began.
+        self.generation = 0
 
     def get_reset_query(self) -> str:
         return ""
@@ -224,26 +227,33 @@ class Connector:
 class Pool:
     """A pool of connections for single statements and short transactions."""
 
-    def __init__(self, pool: asyncpg.Pool) -> None:
-        self._pool = pool
+    def __init__(self, connector: Connector) -> None:
+        self._connector = connector
+        self._pool: asyncpg.Pool
+        # Increases when the existing connections may lead to the wrong server.
+        self._generation = 0
         # The pool replaces connections that were last used before this time.
         self._doubted_until = -math.inf
 
     @classmethod
     async def open(cls, connector: Connector) -> "Pool":
         """Return a new pool. It connects lazily, so it opens without a database."""
-
-        async def connect(*_: object, **__: object) -> "asyncpg.Connection[asyncpg.Record]":
-            return await connector.attempt()
-
-        return cls(
-            await asyncpg.create_pool(
-                connect=connect,
-                min_size=0,
-                max_size=POOL_SIZE_MAX,
-                connection_class=_Connection,
-            )
+        pool = cls(connector)
+        pool._pool = await asyncpg.create_pool(
+            connect=pool._connect,
+            min_size=0,
+            max_size=POOL_SIZE_MAX,
+            connection_class=_Connection,
         )
+        return pool
+
+    async def _connect(self, *_: object, **__: object) -> "asyncpg.Connection[asyncpg.Record]":
+        generation = self._generation
+        connection = await self._connector.attempt()
+        # Not isinstance: for asyncpg, every connection is an instance of this class.
+        if hasattr(connection, "generation"):
+            connection.generation = generation
+        return connection
 
     async def close(self) -> None:
         """Close all connections, after a bounded wait for those in use."""
@@ -254,8 +264,12 @@ class Pool:
             self._pool.terminate()
 
     def reconnect(self) -> None:
-        """Replace each connection at its next use, because it may lead to the wrong server."""
-        self._doubted_until = boottime()
+        """Replace each connection at its next use, because it may lead to the wrong server.
+
+        This includes connections in use and those being made. asyncpg's `expire_connections` is no
+        alternative: with it, releasing a connection could wait for a frozen server.
+        """
+        self._generation += 1
 
     @contextlib.asynccontextmanager
     async def session(self) -> "AsyncIterator[_Session]":
@@ -278,8 +292,7 @@ class Pool:
         for _ in range(POOL_SIZE_MAX):
             session = await self._pool.acquire(timeout=STATEMENT_TIMEOUT_SECONDS)
             try:
-                used_at: float = getattr(session, "used_at", math.inf)
-                if used_at > self._doubted_until and await answers(session):
+                if self._is_trusted(session) and await answers(session):
                     return session
                 # A firewall that dropped this connection may have dropped every idle one. Testing
                 # each would make each of the next callers wait.
@@ -292,6 +305,12 @@ class Pool:
             # The pool lends the slot that was returned last: this one, with a new connection.
             await self._pool.release(session)
         raise StoreUnavailable(NO_ANSWER)
+
+    def _is_trusted(self, session: "PoolConnectionProxy[asyncpg.Record]") -> bool:
+        """Return whether the pool may use a connection, as far as is known without a test."""
+        generation: int = getattr(session, "generation", self._generation)
+        used_at: float = getattr(session, "used_at", math.inf)
+        return generation == self._generation and used_at > self._doubted_until
 
 
 async def connect(

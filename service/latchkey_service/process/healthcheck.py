@@ -1,7 +1,7 @@
 """Check the health of the running service: `python -m latchkey_service.healthcheck`.
 
 For container engines and service managers. It calls the service on its plaintext address, like any
-client. `server.py` determines the answer.
+client. `periodic.py` determines the answer.
 """
 
 import sys

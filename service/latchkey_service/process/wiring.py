@@ -278,6 +278,7 @@ async def running(
         heart.wake,
         boottime,
         lambda: membership.settles_at,
+        identity.id,
         notify=notify,
     )
     verifier = Verifier(

@@ -13,8 +13,8 @@ the database at once, and the queue for these slots is short:
 
 Each role has its own slots, so a flood of calls in one role takes nothing from the others. Verifies
 need no slot. One that is answered from memory finishes sooner than it could be rejected, and those
-that read the database share their queries (`lookup.py` bounds them). Two limits bound all calls:
-the calls per connection, and the calls that wait to start (`native.py`).
+that read the database share their queries (`batched_lookup.py` bounds them). Two limits bound all
+calls: the calls per connection, and the calls that wait to start (`native.py`).
 
 A rejection is not free either: it costs as much as an answer from memory. `RejectionPacer` stops
 callers that retry at once from taking the time that answers need.

@@ -1,4 +1,4 @@
-"""grpc.health.v1.Health: reports whether calls are likely to succeed. `server.py` decides that.
+"""grpc.health.v1.Health: reports whether calls are likely to succeed. `periodic.py` decides that.
 
 Not the servicer of grpcio-health-checking (1.75). In that one, the end of one watch cuts the others
 off from further changes, and a watcher that does not read holds up every change. Its watches never

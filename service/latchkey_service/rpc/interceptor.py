@@ -324,8 +324,8 @@ def _bounded(behaviour: Handler, limiter: ConcurrencyLimiter | None) -> Handler:
     """Return `behaviour` with a timeout shortly before the caller's deadline (TimeoutError).
 
     With `limiter`, the call must acquire a slot. Verifies skip both: a timer for each would cost
-    more than its hash and decision together. They wait only in `lookup.py`, which bounds them with
-    a single timer.
+    more than its hash and decision together. They wait only in `batched_lookup.py`, which bounds
+    them with a single timer.
     """
 
     async def bounded(request: Any, context: Any) -> Any:

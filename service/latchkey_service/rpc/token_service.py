@@ -9,6 +9,7 @@ limits, counts and logs the call and translates its errors. `Verify` below calls
 `verdict.decide` gives the verdict.
 """
 
+import re
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -40,6 +41,9 @@ from latchkey_service.tokens.verifier import Answer, Verifier
 
 __all__ = ["TokenService", "encode_token", "put_receipt", "to_datetime"]
 
+# Metadata in which a client library names its host and process. No decision depends on it.
+CLIENT_METADATA = "latchkey-client"
+_CLIENT = re.compile(r"[ -~]{1,100}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # Range of google/protobuf/timestamp.proto: years 1 to 9999.
 _TIMESTAMP_SECONDS = range(-62135596800, 253402300800)
@@ -111,9 +115,7 @@ class TokenService(pb_grpc.TokenServiceServicer):
         async def send(event: Event) -> None:
             await context.write(_watch_response(event))
 
-        call = call_audit_context.get()
-        client = f"{call.caller} at {call.peer}" if call.caller else call.peer
-        await self._watchers.serve(requests(), send, client)
+        await self._watchers.serve(requests(), send, _client_of(context))
 
     async def Create(self, request: pb.CreateRequest, context: "Context") -> pb.CreateResponse:
         expiry = request.WhichOneof("expiry")
@@ -180,6 +182,20 @@ def encode_token(record: TokenRecord) -> bytes:
     response = pb.VerifyResponse()
     _put_token(record, response.token)
     return response.SerializeToString()
+
+
+def _client_of(context: "Context") -> str:
+    """Return a name for the client of a stream, for people: caller, address, and its own label.
+
+    The label (`latchkey-client`: host and process) helps if the address is that of a proxy, or if
+    the transport does not know the address, as with streams of `native`.
+    """
+    call = call_audit_context.get()
+    name = f"{call.caller} at {call.peer}" if call.caller else call.peer
+    for key, value in context.invocation_metadata() or ():
+        if key == CLIENT_METADATA and isinstance(value, str) and _CLIENT.fullmatch(value):
+            return f"{name} ({value})"
+    return name
 
 
 def _position_fields(position: Position) -> bytes:

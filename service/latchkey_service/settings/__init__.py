@@ -1,5 +1,7 @@
 """Settings, where data is kept, and logs.
 
-Owns the environment variables: their names, defaults and checks. Imports no other room. Begin with
-`settings.py`.
+Owns the environment variables: their names, defaults and checks.
+
+Imports: no other room.
+Begin with `settings.py`.
 """

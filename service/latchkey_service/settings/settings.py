@@ -73,7 +73,7 @@ def _database_url(value: SecretStr) -> SecretStr:
 
 
 class Settings(BaseSettings):
-    """All settings. `latchkey config` and the README show the descriptions."""
+    """All settings. `latchkey config` and docs/settings.md show the descriptions."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,

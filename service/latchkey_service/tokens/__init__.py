@@ -1,6 +1,7 @@
 """Tokens: creates, lists, deletes and verifies them, with their secrets, peppers and SQL.
 
-Owns the rules of the contract, but neither protobuf (`rpc`) nor leases (`coherence`). Imports
-coherence, audit and postgres. Begin with `verifier.py` for Verify and with `management.py` for all
-other methods.
+Owns the rules of the contract, but neither protobuf (`rpc`) nor leases (`coherence`).
+
+Imports: coherence, audit, postgres.
+Begin with `verifier.py` for Verify and with `management.py` for all other methods.
 """

@@ -18,7 +18,14 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from latchkey_service.coherence.snapshot import Snapshot
-from latchkey_service.errors import NO_ANSWER, TOO_LATE, Overloaded, StoreUnavailable, Unavailable
+from latchkey_service.errors import (
+    NO_ANSWER,
+    TOO_LATE,
+    LatchkeyError,
+    Overloaded,
+    StoreUnavailable,
+    Unavailable,
+)
 from latchkey_service.postgres.circuit_breaker import spread
 from latchkey_service.postgres.connections import answers, retry_on_conflict, translate_errors
 from latchkey_service.tokens.queue_limit import STUCK_SECONDS, QueueLimit
@@ -222,7 +229,16 @@ class _LookupConnection:
                 d for waiter in batch if not waiter.future.done() for d in waiter.digests
             ]:
                 _deliver(await _find(await self._connected(), wanted), batch)
-        except Exception as error:  # noqa: BLE001 - every waiter raises it
+        except Exception as failure:  # noqa: BLE001 - every waiter raises it
+            error: Exception = failure
+            connection = self._connection
+            if not isinstance(failure, LatchkeyError) and (
+                connection is None or connection.is_closed()
+            ):
+                # The connection was terminated in the meantime, perhaps by `drop`. asyncpg may then
+                # raise AttributeError or RuntimeError if it was about to look up a type.
+                error = StoreUnavailable(NO_ANSWER)
+                error.__cause__ = failure
             # After a time-out too: the state of the query is unknown, and so is the connection.
             self.drop()
             for waiter in batch:

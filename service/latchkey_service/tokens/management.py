@@ -19,7 +19,13 @@ from latchkey_service.audit.audit_log import AuditContext
 from latchkey_service.coherence.ack_rules import NOBODY
 from latchkey_service.coherence.ack_waiter import Confirmer
 from latchkey_service.coherence.reads import LeasedReads
-from latchkey_service.errors import FieldViolation, InvalidArgument, NotConfirmed, NotFound
+from latchkey_service.errors import (
+    AlreadyExists,
+    FieldViolation,
+    InvalidArgument,
+    NotConfirmed,
+    NotFound,
+)
 from latchkey_service.secret_format import Keyring, Secret, holds_secret
 from latchkey_service.tokens.token_store import Deletion, PageStart, TokenStore
 from latchkey_service.tokens.verdict import Scope, TokenRecord
@@ -128,7 +134,7 @@ class Tokens:
         expire_time = _expiry(new, now, violations)
         if violations:
             raise InvalidArgument(*violations)
-        await self._reads.begin(deadline)
+        began = await self._reads.begin(deadline)
         minted = self._keyring.mint(self._secret_prefix, self._random_bytes)
         record = TokenRecord(
             _new_id(now, self._random_bytes),
@@ -140,7 +146,13 @@ class Tokens:
             minted.hint,
             dict(new.labels),
         )
-        await self._store.insert_token(record, _name_key(name), minted.digest, audit_context)
+        try:
+            await self._store.insert_token(record, _name_key(name), minted.digest, audit_context)
+        except AlreadyExists:
+            # A deposed primary may still have a token of this name that is deleted by now.
+            _, snapshot = await self._store.get_token(new.account_id, record.id)
+            await self._reads.accept(snapshot, began, deadline)
+            raise
         return Created(record, minted.secret)
 
     async def get(self, account_id: str, token_id: str, deadline: float) -> TokenRecord:

@@ -1,5 +1,8 @@
 """Listeners: HTTP/2 by `native` or grpcio, TLS, and the limits of each connection.
 
-Owns what happens to bytes before a call reaches its handler. Imports access, tokens (the queue
-limit), rpc (method names) and settings. Begin with `transports.py`, the one seam between the two.
+Owns what happens to bytes before a call reaches its handler. From rpc it takes the names of
+methods, and from tokens the queue limit.
+
+Imports: rpc, access, tokens, settings.
+Begin with `transports.py`, the one seam between the two.
 """

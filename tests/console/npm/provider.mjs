@@ -1,6 +1,6 @@
-// A real OpenID provider, certified for the protocol, with its own pages to sign in on: any name is
-// let in, which is what tests want. Prints its issuer once it listens. Arguments: the page's address
-// and, for a confidential client, its secret.
+// A real, certified OpenID provider with its own sign-in pages. For the tests, it accepts any name.
+// It prints its issuer once it listens. Arguments: the console's URL and, for a confidential client,
+// the client secret.
 import { createServer } from "node:http";
 import { pathToFileURL } from "node:url";
 
@@ -22,7 +22,7 @@ server.listen(0, "127.0.0.1", () => {
       },
     ],
     claims: { openid: ["sub"], profile: ["tenant"] },
-    // Claims in the id token, where the page reads them.
+    // Put the claims into the id token, where the console reads them.
     conformIdTokenClaims: false,
     findAccount: (_, id) => ({
       accountId: id,

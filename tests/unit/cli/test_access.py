@@ -1,4 +1,4 @@
-"""How what was said before a command is handed to the page, which reads the environment."""
+"""Passing the access options to the console, which reads them from the environment."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.callers import ca_pem, credential, dns_identity
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with files, and no access in the environment."""
+    """A folder with files, and an environment without access settings."""
     identity = dns_identity("page.internal")
     (tmp_path / "own.pem").write_bytes(identity.certificate)
     (tmp_path / "own.key").write_bytes(identity.key)
@@ -20,15 +20,15 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "credential").write_text(credential("page"))
     monkeypatch.setattr(access, "_options", {})
     for name in ("TLS_CA", "TLS_CERTIFICATE", "TLS_KEY", "CREDENTIAL", "CREDENTIAL_FILE"):
-        # So that it is put back, whatever the test makes of it.
+        # So that monkeypatch restores the variable after the test.
         monkeypatch.setenv(f"LATCHKEY_{name}", "")
     return tmp_path
 
 
 @pytest.mark.parametrize("empty", [True, False], ids=["empty", "unset"])
 @pytest.mark.parametrize("ca", [True, False], ids=["ca", "no ca"])
-def test_the_page_connects_as_the_command_line_does(files: Path, empty: bool, ca: bool) -> None:
-    """With TLS, and as the same caller, also where a variable is there and says nothing."""
+def test_page_connects_like_the_command_line(files: Path, empty: bool, ca: bool) -> None:
+    """The console uses the same TLS and credential as the command line, despite empty variables."""
     if not empty:
         del os.environ["LATCHKEY_TLS_CA"]
     os.environ["LATCHKEY_CREDENTIAL"] = "not of use"

@@ -151,7 +151,7 @@ FIRST = "Database db1.example:5432 (timeline 00000001, system identifier 7713595
 def test_status_names_the_database_server(
     verifiers: list[VerifierStatus], lines: list[str]
 ) -> None:
-    """Below the table stands the database server that the leases are renewed on, with its timeline.
+    """Below the table, a line names the database server of the leases, with its timeline.
     If processes report different servers, there is a line for each, with its processes. No terminal
     obeys what they report."""
     status = replace(STATUS, verifiers=tuple(verifiers), warnings=())
@@ -169,7 +169,7 @@ def test_status_shows_warnings_without_verifiers() -> None:
 
 
 def test_status_names_the_clients_that_deletions_wait_for() -> None:
-    """A line for each process that waits for clients names them. The terminal obeys no name."""
+    """A line for each process that waits for clients names them. Their names are escaped."""
     waits = "Deletions wait for clients of web-\\x1b[2J (PID 77): ci at ipv4:10.0.0.1:5\\x1b[2J, b"
     assert waits in status_lines(WAITING, 120)
     assert not any("wait" in line for line in status_lines(STATUS, 120))
@@ -189,7 +189,7 @@ def status_lines(status: Status, width: int) -> list[str]:
 
 
 def test_documents_have_the_fields_of_the_proto() -> None:
-    """JSON has every field of its message under the proto's name, absent ones as null."""
+    """JSON contains every field of the message under the proto's name; absent fields are null."""
     token = documents.token(TOKEN)
     assert set(token) == fields("Token")
     assert set(documents.receipt(receipt(0, 0))) == fields("Receipt")
@@ -198,7 +198,7 @@ def test_documents_have_the_fields_of_the_proto() -> None:
     assert set(status["verifiers"][0]) == fields("VerifierStatus", status_pb)
     assert status["verifiers"][0]["lease_remaining"] == "0.000000s"
     assert documents.status(WAITING)["verifiers"][0]["waiting_for"][1] == "b"
-    # As strings: a reader with floating-point numbers would round them.
+    # Strings, because a reader with floating-point numbers would round them.
     assert status["head_mark"] == "9223372036854775809"
     assert documents.receipt(receipt(0, 0))["mark"] == "18446744073709551615"
     (server,) = documents.status(replace(STATUS, verifiers=(ON_FIRST,)))["verifiers"]
@@ -228,7 +228,7 @@ def shown(width: int, *tokens: Token) -> str:
 
 
 def test_names_are_shown_as_data() -> None:
-    """Markup and escape sequences in a name are shown and do nothing."""
+    """Markup and escape sequences in a name are printed and have no effect."""
     for width in (80, 120):
         text = shown(width, TOKEN)
         assert r"[bold]deploy[/bold] \x1b]0;x\x07" in text
@@ -236,7 +236,7 @@ def test_names_are_shown_as_data() -> None:
 
 
 def test_pages_make_one_table_that_fits() -> None:
-    """Page after page there is one header, no line too long, and each id is in one piece."""
+    """All pages share one header, no line is too long, and every id stays whole."""
     tokens = [
         Token(
             id=f"tok_01m85p4026a9mpn8gsxx9fkn{number:02}",
@@ -256,9 +256,9 @@ def test_pages_make_one_table_that_fits() -> None:
         assert all(token.id in text for token in tokens)
 
 
-def test_receipts_tell_who_confirmed() -> None:
-    """A receipt says since when the token is dead and how many servers and clients confirmed it,
-    and how many Latchkey had to wait out."""
+def test_receipts_count_who_confirmed() -> None:
+    """A receipt says since when the token is dead, how many servers and clients confirmed it, and
+    how many Latchkey had to wait out."""
     for proof, words in (
         (receipt(0, 0), "dead everywhere since"),
         (replace(receipt(0, 0), effective_time=None), "not yet confirmed everywhere"),
@@ -277,14 +277,14 @@ def test_receipts_tell_who_confirmed() -> None:
         assert words in console.file.getvalue()
 
 
-def test_a_receipt_of_invalidate_all() -> None:
-    """People read when every memory was empty, and who confirmed it or was waited out, on a line of
-    80 columns at most."""
+def test_receipt_of_invalidate_all() -> None:
+    """The receipt says when every cache was empty, who confirmed and who was waited out, in at most
+    80 columns."""
     console = Console(file=StringIO(), width=80)
     tables.print_invalidation(console, receipt(3, 0, 40, 1))
     assert isinstance(console.file, StringIO)
     shown = " ".join(console.file.getvalue().split())
-    assert shown.startswith("Emptied the memory of every verifier Committed 2026-03-01 ")
+    assert shown.startswith("Cleared the cache of every verifier Committed 2026-03-01 ")
     assert "Revision 7 Confirmed after 12 ms: 3 servers and 40 clients confirmed, 1" in shown
     assert shown.endswith("1 outwaited (0 servers and 1 client)")
     assert max(map(len, console.file.getvalue().splitlines())) <= 80

@@ -40,7 +40,7 @@ def failure_of(error: latchkey.LatchkeyError, doing: Doing) -> Failure:
 
 
 def test_every_error_of_the_library_has_an_exit_code() -> None:
-    """No error of the client library is left to chance: each has the exit code that is promised."""
+    """Every error of the client library maps to its documented exit code."""
     known = {
         kind
         for _, kind in inspect.getmembers(errors, inspect.isclass)
@@ -56,16 +56,16 @@ def test_every_error_of_the_library_has_an_exit_code() -> None:
 
 
 def test_lost_answers_say_what_may_have_happened() -> None:
-    """After a deletion without an answer nobody is left to believe that it did not happen."""
-    doing = Doing("delete token 'x'", "the deletion may stand")
+    """After a deletion without an answer, the error says that it may have taken effect."""
+    doing = Doing("delete token 'x'", "the token may be deleted")
     for error in (latchkey.Unavailable("Gone."), latchkey.DeadlineExceeded("Late.")):
-        assert "the deletion may stand" in failure_of(error, doing).line()
+        assert "the token may be deleted" in failure_of(error, doing).line()
 
 
 @pytest.mark.parametrize(
     ("text", "reason", "known"),
     [
-        # In gRPC's words, of its two load balancers and its resolver.
+        # The messages of gRPC's two load balancers and its resolver.
         (f"failed to connect to all addresses; last error: {REFUSED}", None, True),
         (f"connections to all backends failing; last error: {REFUSED}", None, True),
         ("DNS resolution failed for nowhere.invalid:1: Domain name not found", None, True),
@@ -77,12 +77,14 @@ def test_lost_answers_say_what_may_have_happened() -> None:
         ("Socket closed", None, False),
         ("recvmsg:Connection reset by peer", None, False),
         ("upstream: failed to connect to all addresses", None, False),
-        ("in words of tomorrow", None, False),
+        ("some future message", None, False),
     ],
 )
-def test_doubt_ends_where_nothing_was_sent(text: str, reason: str | None, known: bool) -> None:
-    """Only where gRPC says that there was no connection is it certain that nothing was done; and
-    then only for a call that was sent once: of several attempts the error tells the last one."""
+def test_unsent_calls_are_known_to_change_nothing(
+    text: str, reason: str | None, known: bool
+) -> None:
+    """It is certain that nothing was changed only if gRPC reports that there was no connection and
+    the call had one attempt: after several, the error describes only the last."""
     error = latchkey.Unavailable(f"Create failed: {text} (UNAVAILABLE).", reason=reason)
     once = failure_of(error, Doing("create", "the token may exist", once=True))
     several = failure_of(error, Doing("create", "the token may exist"))
@@ -92,7 +94,7 @@ def test_doubt_ends_where_nothing_was_sent(text: str, reason: str | None, known:
 
 
 def test_errors_carry_the_request_and_every_violation() -> None:
-    """What the service says is wrong is told field by field, with the id to ask about."""
+    """The error lists each invalid field and the request id."""
     error = latchkey.InvalidArgument("No.", request_id="17")
     error.field_violations = (
         latchkey.FieldViolation("name", "is required"),
@@ -107,7 +109,7 @@ def test_errors_carry_the_request_and_every_violation() -> None:
 
 
 def test_failures_carry_no_secret_and_no_control_character() -> None:
-    """Whatever a service answers, an error shows no secret and moves no cursor."""
+    """An error never prints a secret or a control character, whatever the service answers."""
     error = latchkey.InternalError(f"Oops \x1b[2J {SECRET}", request_id="1\x1b")
     failure = failure_of(error, Doing(f"verify {SECRET}", f"do {SECRET}"))
     text = failure.line() + repr(failure.document())
@@ -115,8 +117,8 @@ def test_failures_carry_no_secret_and_no_control_character() -> None:
     assert "\x1b" not in failure.line()
 
 
-def test_worst_is_what_leaves_most_doubt() -> None:
-    """A deletion that is not confirmed outweighs a token that never was."""
+def test_worst_code_is_the_most_severe() -> None:
+    """An unconfirmed deletion outweighs an unknown token."""
     assert worst([]) is Exit.OK
     assert worst([Exit.OK, Exit.NOT_FOUND]) is Exit.NOT_FOUND
     assert worst([Exit.UNAVAILABLE, Exit.NOT_FOUND, Exit.OK]) is Exit.UNAVAILABLE
@@ -125,13 +127,13 @@ def test_worst_is_what_leaves_most_doubt() -> None:
 
 
 def test_every_exit_code_is_in_the_help() -> None:
-    """A code that the tool may exit with is described in `latchkey --help`, and no other is."""
+    """`latchkey --help` describes exactly the exit codes of the tool."""
     described = [line.split()[0] for line in EPILOG.splitlines()[1:]]
     assert described == [str(int(code)) for code in Exit]
 
 
 def test_the_tool_imports_no_service() -> None:
-    """The service need not be installed: no module imports it, or the library's insides."""
+    """No module imports the service, which is optional, or the client library's internals."""
     for path in Path(latchkey_cli.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

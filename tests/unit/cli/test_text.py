@@ -20,27 +20,27 @@ SECRET = "lk" + "_0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmno" + "0
         ("\U000e0041", r"\U000e0041"),
     ],
 )
-def test_nothing_that_a_terminal_obeys_or_hides_is_left(text: str, shown: str) -> None:
-    """Control, bidirectional and invisible characters are written out; letters stay."""
+def test_control_and_invisible_characters_are_escaped(text: str, shown: str) -> None:
+    """Control, bidirectional and invisible characters are escaped; letters are unchanged."""
     assert visible(text) == shown
 
 
 @pytest.mark.parametrize(
     "argument", [SECRET, f"--label=key={SECRET}", SECRET[:46], "acme" + SECRET[2:]]
 )
-def test_secrets_among_arguments_are_found(argument: str) -> None:
-    """A secret is recognised within an argument, with any prefix, and when its end is missing."""
+def test_secrets_in_arguments_are_found(argument: str) -> None:
+    """A secret is recognised inside an argument, with any prefix, and without its end."""
     assert find_secret(["verify", argument]) == 2
     assert SECRET[3:46] not in redact(argument)
 
 
-def test_secrets_that_are_stuck_together_are_redacted() -> None:
-    """The second one has lost its prefix to the first, and is redacted all the same."""
+def test_concatenated_secrets_are_redacted() -> None:
+    """In two secrets without a separator, the second has no separate prefix but is redacted too."""
     assert redact(f"a {SECRET}{SECRET} b") == "a lk_…(redacted) b"
 
 
-def test_what_is_no_secret_is_left_alone() -> None:
-    """Names and ids that are no secrets can be arguments."""
+def test_other_text_is_unchanged() -> None:
+    """Names and ids may be arguments."""
     arguments = ["get", "tok_01m85p4026a9mpn8gsxx9fknb8", "lk_short", "ci_deploy_bot", "a" * 64]
     assert find_secret(arguments) is None
     assert [redact(argument) for argument in arguments] == arguments

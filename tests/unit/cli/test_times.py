@@ -20,12 +20,12 @@ NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
     ],
 )
 def test_expiry_is_a_duration_a_moment_or_never(text: str, expiry: Expiry) -> None:
-    """What the help promises is understood, and means one moment."""
+    """Every format in the help text is accepted and has one meaning."""
     assert parse_expiry(text) == expiry
 
 
-def test_expiry_by_date_is_the_first_moment_of_that_day_here() -> None:
-    """A date ends a token no later than any reading of it allows."""
+def test_expiry_date_starts_at_local_midnight() -> None:
+    """A token expires at the earliest moment that a date can mean."""
     moment = parse_expiry("2030-01-31").expire_time
     assert moment is not None
     assert moment.tzinfo is not None
@@ -52,8 +52,8 @@ def test_expiry_by_date_is_the_first_moment_of_that_day_here() -> None:
         "٣d",
     ],
 )
-def test_expiry_that_could_be_misread_is_refused(text: str) -> None:
-    """Nothing is guessed: no time without its zone, no unit that is not named in the help."""
+def test_ambiguous_expiry_is_refused(text: str) -> None:
+    """Times without a zone and units that the help does not list are refused, never guessed."""
     with pytest.raises(ValueError, match=r"\w+"):
         parse_expiry(text)
 
@@ -71,12 +71,12 @@ def test_expiry_that_could_be_misread_is_refused(text: str) -> None:
         (timedelta(days=1200), "in 3 years"),
     ],
 )
-def test_relative_times_are_short(difference: timedelta, words: str) -> None:
-    """A distance in time is told in one unit."""
+def test_relative_times_use_one_unit(difference: timedelta, words: str) -> None:
+    """A time difference is expressed in one unit."""
     assert relative(NOW + difference, NOW) == words
 
 
 def test_the_ends_of_the_calendar_are_shown() -> None:
-    """A moment without a local time is shown in UTC and ends nothing."""
+    """A moment without a local time is shown in UTC and raises no error."""
     assert local(datetime.max.replace(tzinfo=UTC)).startswith("9999-12-31")
     assert "0001-01-01" in local(datetime.min.replace(tzinfo=UTC)).rjust(20, "0")

@@ -8,7 +8,7 @@ GARBAGE = "lk" + "_" + "x" * 57
 
 @pytest.fixture(autouse=True)
 def account(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the option that most commands need. Nothing here gets as far as a server."""
+    """Set the option that most commands need. No test here reaches a server."""
     monkeypatch.setenv("LATCHKEY_ACCOUNT", "acme")
 
 
@@ -33,13 +33,13 @@ def account(monkeypatch: pytest.MonkeyPatch) -> None:
         ("config --nonsense", "--nonsense"),
     ],
 )
-def test_wrong_usage_is_one_line_that_says_what_is_right(
+def test_wrong_usage_prints_one_helpful_line(
     line: str,
     words: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A mistake on the command line is exit code 2, and told in one line on standard error."""
+    """A usage error exits with code 2 and one line on standard error."""
     monkeypatch.setattr(sys, "argv", ["latchkey", *line.split()])
     assert main() == 2
     shown = capsys.readouterr()
@@ -62,10 +62,10 @@ def test_wrong_usage_is_one_line_that_says_what_is_right(
         GARBAGE,
     ],
 )
-def test_secrets_are_refused_wherever_they_stand(
+def test_secrets_are_refused_in_any_argument(
     line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No argument may hold a secret: it is neither used, nor stored, nor repeated."""
+    """An argument that contains a secret is refused and not printed."""
     monkeypatch.setattr(sys, "argv", ["latchkey", *line.split()])
     assert main() == 2
     shown = capsys.readouterr()
@@ -77,10 +77,10 @@ COMMANDS = "create list get delete verify status audit console serve policy conf
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS.split()])
-def test_help_fits_a_terminal_and_shows_flags_as_such(
+def test_help_fits_80_columns_and_shows_plain_flags(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At 80 columns nothing in a help is cut off, and no flag looks as if it took a value."""
+    """At 80 columns, no help text is cut off, and no flag seems to take a value."""
     monkeypatch.setattr(sys, "argv", ["latchkey", *command.split(), "--help"])
     monkeypatch.setenv("COLUMNS", "80")
     assert main() == 0

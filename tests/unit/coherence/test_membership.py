@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from latchkey_coherence.lease import LEASE_SECONDS_MAX
 from latchkey_coherence.memory import NOWHERE, Entry, Position
 from latchkey_service.coherence.client_leases import SubLease
 from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
@@ -203,3 +204,14 @@ def test_marks_cross_the_sign(mark: int) -> None:
     """Postgres has signed numbers, the wire has not: each mark comes back as it was."""
     assert -(2**63) <= mark_out(mark) < 2**63
     assert mark_in(mark_out(mark)) == mark
+
+
+def test_no_deletion_is_confirmed_between_the_loss_of_a_history_and_its_end():
+    """Its row may be committed in the new history before it knows that, and the rows of others
+    that still hold leases may be missing there."""
+    scene = Scene(at(5))
+    assert scene.membership.settles_at <= scene.now
+    scene.membership.lose()
+    assert scene.membership.settles_at == math.inf
+    scene.membership.register(at(9), 9, PRIMARY, scene.now)
+    assert scene.now + LEASE_SECONDS_MAX < scene.membership.settles_at < math.inf

@@ -1,4 +1,4 @@
-"""The form for a new token: what it makes of what was typed."""
+"""The form for a new token: how it interprets its input."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -10,21 +10,21 @@ NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 
 
 def errors(form: TokenForm) -> dict[str, str]:
-    """Return the mistakes that are found."""
+    """Return the form's errors."""
     checked = form.checked(NOW)
     assert isinstance(checked, TokenForm), checked
     return dict(checked.errors)
 
 
 def made(form: TokenForm) -> NewToken:
-    """Return what is to be created."""
+    """Return the token to create."""
     checked = form.checked(NOW)
     assert isinstance(checked, NewToken), checked
     return checked
 
 
 def test_defaults_are_the_safe_ones() -> None:
-    """An untouched form reads only, and ends."""
+    """An unchanged form asks for a read-only token that expires."""
     assert made(TokenForm(name="x")) == NewToken("x", Scope.READ, None, timedelta(days=90))
 
 
@@ -38,7 +38,7 @@ def test_defaults_are_the_safe_ones() -> None:
     ],
 )
 def test_expiry(expiry: str, ttl: timedelta | None) -> None:
-    """Each choice is a duration, which the service's clock starts, or none."""
+    """Each choice is a duration, which starts on the service's clock, or no expiry."""
     new = made(TokenForm(name=" x ", scope="write", expiry=expiry))
     assert new == NewToken("x", Scope.WRITE, None, ttl)
 
@@ -49,14 +49,14 @@ def test_expiry(expiry: str, ttl: timedelta | None) -> None:
         ("", datetime(2027, 1, 31, tzinfo=UTC)),
         ("2027-01-30T23:00:00.000Z", datetime(2027, 1, 30, 23, tzinfo=UTC)),
         ("2027-01-31T12:00:00Z", datetime(2027, 1, 31, 12, tzinfo=UTC)),
-        # Another day, no zone, no moment: the date itself counts.
+        # With another day, no zone, or no time at all, only the date counts.
         ("2027-03-01T00:00:00Z", datetime(2027, 1, 31, tzinfo=UTC)),
         ("2027-01-30T23:00:00", datetime(2027, 1, 31, tzinfo=UTC)),
         ("soon", datetime(2027, 1, 31, tzinfo=UTC)),
     ],
 )
-def test_date_begins_in_the_zone_that_the_script_says(start: str, expected: datetime) -> None:
-    """The script says when the date begins for the viewer, and nothing else."""
+def test_date_starts_in_the_scripts_time_zone(start: str, expected: datetime) -> None:
+    """The script can only shift the start of the date to the viewer's zone."""
     new = made(TokenForm(name="x", expiry="date", date="2027-01-31", date_start=start))
     assert (new.expire_time, new.ttl) == (expected, None)
 
@@ -64,7 +64,7 @@ def test_date_begins_in_the_zone_that_the_script_says(start: str, expected: date
 @pytest.mark.parametrize(
     ("form", "field", "words"),
     [
-        (TokenForm(name=" "), "name", "Give the token a name"),
+        (TokenForm(name=" "), "name", "Enter a name"),
         (TokenForm(name="x" * 65), "name", "65 characters"),
         (TokenForm(name="a\nb"), "name", "line break"),
         (TokenForm(name="a\u2028b"), "name", "line break"),
@@ -73,13 +73,13 @@ def test_date_begins_in_the_zone_that_the_script_says(start: str, expected: date
         (TokenForm(name="x", expiry=""), "expiry", "Choose"),
         (TokenForm(name="x", expiry="1"), "expiry", "Choose"),
         (TokenForm(name="x", expiry="date"), "expiry", "Choose a date"),
-        (TokenForm(name="x", expiry="date", date="31.1.2027"), "expiry", "not a date"),
-        (TokenForm(name="x", expiry="date", date="2027-02-30"), "expiry", "not a date"),
-        (TokenForm(name="x", expiry="date", date="2026-06-01"), "expiry", "begun already"),
+        (TokenForm(name="x", expiry="date", date="31.1.2027"), "expiry", "not a valid date"),
+        (TokenForm(name="x", expiry="date", date="2027-02-30"), "expiry", "not a valid date"),
+        (TokenForm(name="x", expiry="date", date="2026-06-01"), "expiry", "already begun"),
     ],
 )
-def test_mistakes(form: TokenForm, field: str, words: str) -> None:
-    """Each mistake is told at its field, and what was typed stays."""
+def test_errors_appear_at_their_field(form: TokenForm, field: str, words: str) -> None:
+    """Each error appears at its field, and the form keeps its input."""
     found = errors(form)
     assert list(found) == [field]
     assert words in found[field]
@@ -88,18 +88,18 @@ def test_mistakes(form: TokenForm, field: str, words: str) -> None:
     assert (checked.name, checked.scope, checked.expiry) == (form.name, form.scope, form.expiry)
 
 
-def test_all_mistakes_are_told_at_once() -> None:
-    """Nobody has to press the button once for each mistake."""
+def test_all_errors_are_reported_at_once() -> None:
+    """One submission reports every error."""
     assert set(errors(TokenForm(scope="", expiry=""))) == {"name", "scope", "expiry"}
 
 
-def test_64_of_the_longest_characters_are_a_name() -> None:
-    """A name is counted in characters, as the service counts."""
+def test_name_length_counts_characters() -> None:
+    """The length limit counts characters, as the service does."""
     assert made(TokenForm(name="\U0001f511" * 64)).name == "\U0001f511" * 64
 
 
-def test_what_the_service_refuses_stands_at_its_field() -> None:
-    """The service's words come at the field that they are about; the rest at the form's."""
+def test_service_errors_appear_at_their_field() -> None:
+    """The service's errors appear at their fields, and all others at the top of the form."""
     form = TokenForm(name="x").refused(
         [FieldViolation("name", "must not contain a secret"), FieldViolation("ttl", "is odd.")]
     )
@@ -111,7 +111,7 @@ def test_what_the_service_refuses_stands_at_its_field() -> None:
 
 
 def test_body() -> None:
-    """A body is what a browser sends, and nothing that could be read in two ways."""
+    """A body must be what a browser sends. Ambiguous bodies are refused."""
     assert parse_body(b"name=K%C3%B6ln+1&scope=read&date=") == {
         "name": "Köln 1",
         "scope": "read",

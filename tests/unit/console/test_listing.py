@@ -1,4 +1,4 @@
-"""The filter, the rows that follow, and names, without a service."""
+"""The filter, further rows, and name comparison, without a service."""
 
 import random
 from datetime import UTC, datetime, timedelta
@@ -42,12 +42,12 @@ def token(name: str, **fields: Any) -> Token:
     ],
 )
 def test_filter_from_an_address(query: dict[str, str], expected: Filter) -> None:
-    """An address gives a filter, whatever somebody has written there."""
+    """Any query yields a filter; invalid values are ignored."""
     assert Filter.read(query) == expected
 
 
 def test_address_from_a_filter() -> None:
-    """A filter's address gives the same filter, and says nothing that need not be said."""
+    """A filter's query yields the same filter and omits defaults."""
     wanted = Filter("a&b=ü", Scope.READ, Kind.WRITE, 100)
     assert Filter.read(wanted.fields) == wanted
     assert Filter().query == ""
@@ -66,21 +66,21 @@ def test_address_from_a_filter() -> None:
         ("<", "<script>", True),
     ],
 )
-def test_text_is_found_whatever_its_case_or_form(text: str, name: str, found: bool) -> None:
-    """Names and hints are found by any part, in any case, however their letters are composed."""
+def test_search_ignores_case_and_composition(text: str, name: str, found: bool) -> None:
+    """A search matches any part of a name or hint, in any case and Unicode composition."""
     assert Filter(text).matches(token(name), []) is found
 
 
-def test_name_is_the_services_name() -> None:
-    """A name is found again as the service compares names, and not by likeness."""
+def test_names_compare_as_in_the_service() -> None:
+    """A name is found by the service's comparison, not by the looser search."""
     tokens = (token("x\u00b2"), token("Straße"), token("Köln"))
     inventory = Inventory(tokens, complete=True, now=NOW, use_recorded=False)
     for name, found in (("KO\u0308LN ", tokens[2]), ("STRASSE", tokens[1]), ("x2", None)):
         assert inventory.named(name) == found
 
 
-def test_rows_after_one_that_is_gone() -> None:
-    """The rows after a token are the same, whatever was made and deleted meanwhile."""
+def test_rows_after_a_deleted_token() -> None:
+    """The rows after a token do not depend on tokens created or deleted in the meantime."""
     tokens = [token(f"{number:03}") for number in range(99, -1, -1)]
     assert [t.name for t in rows_after(tokens, "tok_050", 2)] == ["049", "048"]
     without = [t for t in tokens if t.name != "050"]
@@ -90,10 +90,10 @@ def test_rows_after_one_that_is_gone() -> None:
     assert list(rows_after([], "tok_000", 2)) == []
 
 
-def test_rows_of_one_millisecond_come_once() -> None:
-    """Tokens of one millisecond have ids in another order than the list: none comes twice."""
+def test_rows_of_one_millisecond_appear_once() -> None:
+    """Within one millisecond, ids and list differ in order, but no token appears twice."""
     tokens = [token(f"{number:03}") for number in range(100)]
-    random.Random(1).shuffle(tokens)  # noqa: S311 - for order, not for secrets
+    random.Random(1).shuffle(tokens)  # noqa: S311 - shuffles rows, makes no secrets
     seen = tokens[:10]
     while rows := rows_after(tokens, seen[-1].id, 10):
         seen += rows
@@ -101,7 +101,7 @@ def test_rows_of_one_millisecond_come_once() -> None:
 
 
 class Endless:
-    """A service whose list has no end, or goes round in circles."""
+    """A service whose list never ends or repeats its pages."""
 
     def __init__(self, *, circles: bool = False) -> None:
         self.calls = 0
@@ -113,8 +113,8 @@ class Endless:
         return Page(tokens=page, next_page_token="again" if self._circles else str(self.calls))
 
 
-async def test_an_endless_list_is_cut() -> None:
-    """However many tokens there are, a page stops asking, and says that it is not all."""
+async def test_endless_list_is_cut_off() -> None:
+    """The console stops fetching at a limit and marks the list as incomplete."""
     service: Any = Endless()
     inventory = await fetch(service, "acme", NOW)
     assert (len(inventory.tokens), inventory.complete) == (listing.TOKENS_MAX, False)

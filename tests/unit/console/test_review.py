@@ -1,4 +1,4 @@
-"""What is pointed out about tokens: each rule, at its bounds."""
+"""The review of tokens: each rule at its bounds."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -22,7 +22,7 @@ SECOND = timedelta(seconds=1)
 
 
 def token(**fields: Any) -> Token:
-    """A token that there is nothing to say about, but for what a test changes."""
+    """A token without findings, except for the fields that a test changes."""
     values: dict[str, Any] = {
         "id": "tok_1",
         "account_id": "acme",
@@ -53,12 +53,12 @@ def token(**fields: Any) -> Token:
     ],
 )
 def test_findings(fields: dict[str, Any], found: list[Kind]) -> None:
-    """Each rule holds at its bound and not before."""
+    """Each rule applies from its bound on and not before."""
     assert findings_of(token(**fields), NOW, use_recorded=False) == found
 
 
 def test_never_used_only_where_use_is_recorded() -> None:
-    """A token without a use is pointed out once it is a week old, where uses are recorded."""
+    """An unused token is a finding after a week, if the service records use."""
     week_old = token(create_time=NOW - NEVER_USED - SECOND)
     assert findings_of(week_old, NOW, use_recorded=True) == [Kind.NEVER_USED]
     assert findings_of(week_old, NOW, use_recorded=False) == []
@@ -67,8 +67,8 @@ def test_never_used_only_where_use_is_recorded() -> None:
     assert not is_use_recorded([week_old])
 
 
-def test_review_counts_and_leaves_out_what_is_in_order() -> None:
-    """Counts are over all tokens, the most pressing first; a token may count several times."""
+def test_review_counts_only_findings() -> None:
+    """Counts cover all tokens, most urgent first. A token may count for several kinds."""
     tokens = [
         token(expire_time=None, scope=Scope.WRITE),
         token(expire_time=None),
@@ -82,8 +82,8 @@ def test_review_counts_and_leaves_out_what_is_in_order() -> None:
     ]
 
 
-def test_every_kind_has_its_words() -> None:
-    """Each finding has a title and a plain sentence why."""
+def test_every_kind_has_a_title_and_a_reason() -> None:
+    """Each kind has a title and a sentence with the reason."""
     for kind in Kind:
         assert kind.title
         assert kind.why.endswith(".")

@@ -1,4 +1,4 @@
-"""Settings of the page: what is refused, and why that is right."""
+"""The console's settings: which ones are refused, and which host names they allow."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ PUBLIC = {"public_url": "https://tokens.example.com"}
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "not said whose"),
+        ({}, "no way to identify visitors"),
         ({"account": "acme", **PROXY}, "exclude each other"),
         ({"account": "acme", **OPENID}, "exclude each other"),
         ({**PROXY, **OPENID}, "exclude each other"),
@@ -23,37 +23,37 @@ PUBLIC = {"public_url": "https://tokens.example.com"}
         ({"account": "acme", "listen": "[::]:80"}, "loopback only"),
         ({"account": "acme", "listen": "192.0.2.1:80"}, "loopback only"),
         ({"account": "acme", "listen": "example.com:80"}, "loopback only"),
-        ({"account": "acme", **PUBLIC}, "--public-url goes with"),
+        ({"account": "acme", **PUBLIC}, "--public-url requires"),
         ({"account": "acme", "listen": "80"}, "HOST:PORT"),
         ({"account": "acme", "listen": "127.0.0.1:99999"}, "HOST:PORT"),
-        ({"account": "acme", "trusted_proxies": ("127.0.0.1",)}, "goes with --account-header"),
-        ({"account_header": "X-User"}, "worth nothing"),
+        ({"account": "acme", "trusted_proxies": ("127.0.0.1",)}, "requires --account-header"),
+        ({"account_header": "X-User"}, "addresses that may send the header"),
         ({**PROXY, "trusted_proxies": ("proxy",)}, "address or network"),
         ({**PROXY, "trusted_proxies": ("10.1.2.3/8",)}, "address or network"),
-        ({**PROXY, "trusted_proxies": ("0.0.0.0/0",)}, "trusts everyone"),
-        ({**PROXY, "trusted_proxies": ("::/0",)}, "trusts everyone"),
-        ({**PROXY, "account_header": "X User"}, "header's name"),
-        ({**PROXY, "listen": "0.0.0.0:80"}, "say by which address"),
-        ({**PROXY, "public_url": "http://tokens.example.com"}, "readable"),
+        ({**PROXY, "trusted_proxies": ("0.0.0.0/0",)}, "trust everyone"),
+        ({**PROXY, "trusted_proxies": ("::/0",)}, "trust everyone"),
+        ({**PROXY, "account_header": "X User"}, "give a header name"),
+        ({**PROXY, "listen": "0.0.0.0:80"}, "address that browsers use"),
+        ({**PROXY, "public_url": "http://tokens.example.com"}, "unencrypted"),
         ({**PROXY, "public_url": "https://tokens.example.com/path"}, "scheme and host"),
         ({**PROXY, "public_url": "https://me@tokens.example.com"}, "scheme and host"),
         ({**PROXY, "public_url": "tokens.example.com"}, "scheme and host"),
         ({**PROXY, "public_url": "https://tokens.example.com:x"}, "scheme and host"),
         ({**PROXY, "public_url": "https://["}, "scheme and host"),
-        ({**PROXY, "public_url": "https://a b"}, "a b is no host"),
-        ({**PROXY, "public_url": "https://a,b.example"}, "is no host"),
-        ({**PROXY, "public_url": "https://a..b"}, "is no host"),
+        ({**PROXY, "public_url": "https://a b"}, "a b is not a valid host"),
+        ({**PROXY, "public_url": "https://a,b.example"}, "is not a valid host"),
+        ({**PROXY, "public_url": "https://a..b"}, "is not a valid host"),
         ({**PROXY, "public_url": "https://a\u2100b"}, "scheme and host"),
         ({"oidc_issuer": "https://id.example.com"}, "--oidc-client-id"),
         ({**OPENID, "oidc_issuer": "http://id.example.com"}, "https"),
-        ({**OPENID, "oidc_issuer": "id.example.com"}, "provider's address"),
-        ({**OPENID, "oidc_issuer": "https://["}, "provider's address"),
-        ({**OPENID, "oidc_issuer": "https://id.example.com:x"}, "provider's address"),
-        ({**OPENID, "oidc_claim": ""}, "which claim"),
+        ({**OPENID, "oidc_issuer": "id.example.com"}, "give the issuer URL"),
+        ({**OPENID, "oidc_issuer": "https://["}, "give the issuer URL"),
+        ({**OPENID, "oidc_issuer": "https://id.example.com:x"}, "give the issuer URL"),
+        ({**OPENID, "oidc_claim": ""}, "give the claim"),
     ],
 )
-def test_what_would_let_in_others_is_refused(options: dict[str, Any], words: str) -> None:
-    """A setting that lets in others, or says nothing, does not start, and says what to do."""
+def test_unsafe_settings_are_refused(options: dict[str, Any], words: str) -> None:
+    """Unsafe or incomplete settings are refused, and the error says what to do."""
     with pytest.raises(SettingsError, match=r".+") as refusal:
         make(**options)
     assert words in str(refusal.value)
@@ -72,7 +72,7 @@ def test_what_would_let_in_others_is_refused(options: dict[str, Any], words: str
             "http://[::1]:81",
             {"127.0.0.1:81", "localhost:81", "[::1]:81"},
         ),
-        # Browsers leave the usual port out, also of the address that is made of --listen.
+        # Browsers omit the default port, also of the address derived from --listen.
         (
             {"account": "acme", "listen": "127.0.0.1:80"},
             "http://127.0.0.1",
@@ -125,10 +125,8 @@ def test_what_would_let_in_others_is_refused(options: dict[str, Any], words: str
         ),
     ],
 )
-def test_names_that_browsers_may_use(
-    options: dict[str, Any], public_url: str, hosts: set[str]
-) -> None:
-    """The page is served under its public name alone, and on loopback under all of those."""
+def test_accepted_host_names(options: dict[str, Any], public_url: str, hosts: set[str]) -> None:
+    """The console accepts only its public host name, or on loopback every loopback name."""
     settings = make(**options)
     assert settings.public_url == public_url
     assert settings.hosts == hosts
@@ -136,7 +134,7 @@ def test_names_that_browsers_may_use(
 
 
 def test_public_client_has_no_secret() -> None:
-    """An empty secret is none: the client is a public one, protected by PKCE."""
+    """An empty secret counts as unset: the client is a public client, protected by PKCE."""
     settings = make(**OPENID, oidc_client_secret="")
     assert settings.openid is not None
     assert settings.openid.client_secret is None

@@ -1,4 +1,4 @@
-"""Moments and names in words."""
+"""Times in words, and readable names."""
 
 from datetime import UTC, datetime, timedelta, timezone
 
@@ -28,12 +28,12 @@ NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
     ],
 )
 def test_ago(difference: timedelta, words: str) -> None:
-    """A difference is told in the largest unit that is precise enough, rounded down."""
+    """A difference uses the largest unit that is precise enough, rounded down."""
     assert ago(NOW + difference, NOW) == words
 
 
-def test_moments_are_told_in_utc() -> None:
-    """Without the script, moments are in UTC and say so."""
+def test_times_are_in_utc() -> None:
+    """Without JavaScript, times are in UTC and say so."""
     moment = datetime(2026, 11, 4, 1, 5, 9, tzinfo=timezone(timedelta(hours=2)))
     assert iso(moment) == "2026-11-03T23:05:09Z"
     assert day(moment) == "3 Nov 2026"
@@ -54,12 +54,12 @@ def test_moments_are_told_in_utc() -> None:
     ],
 )
 def test_visible(text: str, shown: str) -> None:
-    """What could not be seen, or would mislead, is written out; letters and emoji stay."""
+    """Invisible and misleading characters are written out; letters and emoji are unchanged."""
     assert visible(text) == shown
 
 
 def test_folding() -> None:
-    """Looking for a text is generous; comparing names is what the service does."""
+    """Search is lenient. Name comparison equals the service's."""
     assert folded("ＡＢ②") == "ab2"
     assert name_key(" STRASSE ") == name_key("straße")
     assert name_key("x²") != name_key("x2")

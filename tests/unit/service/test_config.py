@@ -96,7 +96,8 @@ def test_variables_of_other_programs_are_ignored(monkeypatch):
     texts = [
         path.read_text("utf-8") for path in (root / "clients").rglob("*") if path.suffix in SOURCES
     ]
-    texts += [(root / name).read_text("utf-8") for name in ("docker-compose.yml", "README.md")]
+    documents = ("docker-compose.yml", "README.md", "docs/settings.md")
+    texts += [(root / name).read_text("utf-8") for name in documents]
     others = {name for text in texts for name in re.findall(r"LATCHKEY_[A-Z_]+[A-Z]", text)}
     assert {"LATCHKEY_CONSOLE_TRUSTED_PROXY", "LATCHKEY_POSTGRES_PASSWORD"} <= others
     others |= {"LATCHKEY_TLS_CA", "LATCHKEY_TARGET", "LATCHKEY_ACCOUNT", "LATCHKEY_CREDENTIAL_FILE"}

@@ -91,7 +91,7 @@ def test_a_lost_file_of_a_lone_host() -> None:
     [
         [],
         [Verifier("a", ("old",)), Verifier("b", ("old",))],
-        # README, Peppers, step 1: append the key, one host after the other.
+        # docs/settings.md, Peppers, step 1: append the key, one host after the other.
         [Verifier("a", ("old", "new")), Verifier("b", ("old",))],
         [Verifier("a", ("old", "new")), Verifier("b", ("old", "new"))],
         # Step 2: move it to the top, one host after the other.

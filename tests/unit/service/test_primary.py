@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import asyncpg
 import pytest
 import structlog
 from latchkey_service.coherence import primary as primary_module
@@ -41,6 +42,7 @@ class FakeConnector:
         self.primaries = {FIRST}
         self.waiting: bool | Exception = False
         self.silent: set[str] = set()
+        self.refusals: dict[str, Exception] = {}
         self.proved: list[str] = []
         self.left: list[str] = []
         self.made: list[FakeConnection] = []
@@ -60,6 +62,8 @@ class FakeConnector:
     async def connect_to(self, host: str) -> FakeConnection:
         if host in self.silent:
             await asyncio.Event().wait()
+        if host in self.refusals:
+            raise self.refusals[host]
         if host not in self.primaries:
             raise StoreUnavailable("a standby")
         self.made.append(FakeConnection(host, self.waiting))
@@ -114,13 +118,31 @@ async def test_each_change_of_the_server_is_logged(world: World) -> None:
 
 
 async def test_a_failure_leaves_the_host(world: World) -> None:
-    """A renewal that fails on a connection leaves the connection's host. A failure to connect
-    leaves none, because the connector has asked them all."""
-    world.primary.failed(world.connection(FIRST), StoreUnavailable("no answer"))
-    world.primary.failed(None, StoreUnavailable("no answer"))
+    """A renewal that hangs, or is not replicated, leaves the connection's host. A failure to
+    connect leaves none, because the connector has asked them all."""
+    hung = StoreUnavailable("no answer")
+    hung.__cause__ = TimeoutError()
+    world.primary.failed(world.connection(FIRST), hung)
+    world.primary.failed(None, hung)
     assert world.connector.left == [FIRST]
     await world.diagnosed()
     assert world.primary.warnings() == []
+    world.primary.failed(world.connection(SECOND), NotReplicated("not replicated"))
+    assert world.connector.left == [FIRST, SECOND]
+
+
+async def test_one_failure_that_passes_leaves_no_host(world: World) -> None:
+    """A lock that was held for long costs no lease: the host is left at the second failure in a row
+    only, since the next host may be a deposed primary."""
+    locked = StoreUnavailable("no answer")
+    locked.__cause__ = asyncpg.LockNotAvailableError()
+    world.primary.failed(world.connection(FIRST), locked)
+    world.primary.renewed(world.connection(FIRST), OLD)
+    world.primary.failed(world.connection(FIRST), locked)
+    assert world.connector.left == []
+    world.primary.failed(world.connection(FIRST), locked)
+    assert world.connector.left == [FIRST]
+    await world.diagnosed()
 
 
 async def test_a_commit_that_was_not_replicated_is_reported(world: World) -> None:
@@ -208,3 +230,12 @@ async def test_a_lease_that_moves_no_longer_warns_of_its_own_host(world: World) 
     await primary.look_at_others()
     (warning,) = primary.warnings()
     assert warning.partition(":")[2].startswith(f" {FIRST}.")
+
+
+async def test_a_host_that_refuses_the_role_is_no_primary(world: World) -> None:
+    """Its error is one that the driver's translation leaves as it is, such as a missing right to
+    connect. The worker goes on: it ends when one of its parts fails."""
+    world.primary.renewed(world.connection(FIRST), OLD)
+    world.connector.refusals[SECOND] = asyncpg.InsufficientPrivilegeError("no right to connect")
+    await world.primary.look_at_others()
+    assert world.primary.warnings() == []

@@ -1,10 +1,10 @@
-// What the page does in place when there is a script: dialogs, filtering, more rows, copying, and
-// times in the viewer's zone. All of it works without, by links, forms and redirects; this asks the
-// same addresses for the part of the page that changes.
+// Enhances the page in place: dialogs, filtering, more rows, copying, and times in the viewer's zone.
+// Everything also works without this script, by links, forms and redirects. The script requests the
+// same URLs and receives only the part of the page that changes.
 "use strict";
 (() => {
   const PART = { "X-Latchkey-Part": "1" };
-  // Longer than the server waits for Latchkey, so that its own words come first.
+  // Longer than the server waits for Latchkey, so that the server's error message arrives first.
   const WAIT_MS = 30_000;
   const TYPING_MS = 200;
   const COPIED_MS = 2_500;
@@ -14,16 +14,16 @@
 
   // ---- asking the server ----
 
-  // What is asked for the list makes moot what was asked for it before: answers may overtake.
+  // A new request for the list aborts the previous one, because answers may arrive out of order.
   let asking = new AbortController();
-  function anew() {
+  function supersede() {
     asking.abort();
     asking = new AbortController();
     byId("main").removeAttribute("aria-busy");
     return asking.signal;
   }
 
-  // Returns what came as a document.
+  // Returns the answer parsed as a document.
   async function ask(url, options = {}) {
     const signals = [AbortSignal.timeout(WAIT_MS), ...(options.signal ? [options.signal] : [])];
     const answer = await fetch(url, {
@@ -35,24 +35,24 @@
     return parsed(await answer.text());
   }
 
-  // Puts what came where it belongs, and returns what that was.
+  // Inserts the message, dialog or list that an answer contains.
   function place(page, { focus } = {}) {
-    const told = one("#message", page);
-    if (told) return tell(told);
+    const message = one("#message", page);
+    if (message) return showMessage(message);
     const dialog = one("dialog", page);
     if (dialog) return open(dialog);
     const main = one("main", page);
-    // Neither: this is not the page that answered, so let the browser see for itself.
+    // Some other server answered, so let the browser load the page and show what it gets.
     if (!main) return location.assign("/");
     dismiss();
     return replaceMain(main, focus);
   }
 
   async function load(url, { push = false, focus } = {}) {
-    const signal = anew();
+    const signal = supersede();
     byId("main").setAttribute("aria-busy", "true");
     const to = new URL(url, location.href);
-    // As many rows as there are now, for when the dialog comes back to the list.
+    // Keep the number of rows for the list behind the dialog.
     const shown = location.pathname === "/" && new URLSearchParams(location.search).get("show");
     if (to.pathname !== "/" && shown) to.searchParams.set("show", shown);
     try {
@@ -78,11 +78,11 @@
     const text = document.createElement("p");
     text.textContent = what;
     section.append(title, text);
-    tell(section);
+    showMessage(section);
   }
 
-  // In the open dialog, so that what was typed stays; else on top of the list.
-  function tell(section) {
+  // Shows a message in the open dialog, to preserve its input, or else above the list.
+  function showMessage(section) {
     const where = one("dialog .body") || byId("main");
     all("#message").forEach((old) => old.remove());
     where.prepend(section);
@@ -94,7 +94,7 @@
 
   function replaceMain(main, focus) {
     const before = byId("main");
-    // The very field that is typed in stays, with caret and undo.
+    // Keep the search field's element while the user types, with its caret and undo history.
     const typing = document.activeElement?.id === "q" ? document.activeElement : null;
     const field = one("#q", main);
     const held = focusIn(before);
@@ -102,16 +102,16 @@
     times(main);
     before.replaceWith(main);
     if (dialogOpen() === null) main.removeAttribute("inert");
-    const told = byId("notice");
+    const notice = byId("notice");
     if (typing && field) typing.focus();
-    else if (told) focusNear();
+    else if (notice) focusNear();
     else if (focus) (one(focus, main) || main).focus();
     else if (held) (one(held, main) || main).focus({ preventScroll: true });
-    say((told ?? byId("count"))?.textContent ?? "");
+    say((notice ?? byId("count"))?.textContent ?? "");
   }
 
-  // What finds that which has the focus in a list in the one that takes its place; null: it is
-  // elsewhere, as in a dialog.
+  // Returns a selector that finds the focused element again after the list is replaced, or null if
+  // the focus is elsewhere, for example in a dialog.
   function focusIn(main) {
     const element = document.activeElement;
     if (!main.contains(element)) return null;
@@ -121,8 +121,8 @@
     return row ? `#${CSS.escape(row.id)} button` : "main";
   }
 
-  // Where a row has gone, the focus goes to the one that took its place: the receipt is in sight
-  // wherever the list is scrolled to, and is said.
+  // Moves the focus to the row that took a deleted row's place. No scrolling is needed: the receipt
+  // is visible at any scroll position, and screen readers announce it.
   function focusNear() {
     const rows = opener ? [opener.id, opener.next, opener.previous] : [];
     const row = rows.map((id) => id && byId(id)).find(Boolean);
@@ -141,8 +141,8 @@
       const answer = await fetch(url, { headers: PART, signal: AbortSignal.timeout(WAIT_MS) });
       const text = await answer.text();
       if (!answer.ok) {
-        const told = one("#message", parsed(text));
-        return told ? tell(told) : lost("Try again.");
+        const message = one("#message", parsed(text));
+        return message ? showMessage(message) : lost("Try again.");
       }
       all("#message").forEach((old) => old.remove());
       const came = all("tr", parsed(`<table><tbody>${text}</tbody></table>`));
@@ -189,7 +189,7 @@
   let draft = null;
   const dialogOpen = () => one("dialog");
 
-  // How to find again what opened the dialog, when the list has been put in anew meanwhile.
+  // Remembers how to find the element that opened the dialog after the list is replaced.
   function remember(element) {
     const row = element.closest("tr");
     opener = {
@@ -200,7 +200,7 @@
   }
 
   function open(dialog) {
-    // On the page from the start, it is itself what is there.
+    // A dialog that came with the page is already in place.
     const before = dialogOpen() === dialog ? null : dialogOpen();
     if (before) {
       dialog.classList.add("still");
@@ -222,7 +222,7 @@
       event.preventDefault();
       if (!("deliberate" in dialog.dataset)) close(dialog);
     });
-    // Escape, before the browser takes it for leave to close on the second time.
+    // Browsers close a dialog on a second Escape despite the cancelled event, so stop the key.
     dialog.addEventListener("keydown", (event) => {
       if (event.key === "Escape" && "deliberate" in dialog.dataset) event.preventDefault();
     });
@@ -230,7 +230,7 @@
       if (event.target === dialog && !("deliberate" in dialog.dataset)) close(dialog);
     });
     if (byId("secret")) draft = null;
-    // What the dialog tells has changed the list behind it.
+    // The action that this dialog reports changed the list behind it.
     if ("refresh" in dialog.dataset) refresh();
   }
 
@@ -244,20 +244,20 @@
   }
 
   async function refresh() {
-    const signal = anew();
+    const signal = supersede();
     try {
       const main = one("main", await ask(listUrl(), { signal }));
       if (main && !signal.aborted) replaceMain(main);
     } catch {
-      // The dialog is what counts; the list comes with the next look.
+      // The dialog matters more; the next request updates the list.
     }
   }
 
-  // Where the list is, also when the page was opened at a dialog's address.
+  // The URL of the list, even if the page was opened at a dialog's URL.
   const listUrl = () => (location.pathname === "/" ? location.href : closeUrl());
   const closeUrl = () => one("dialog [data-close]")?.getAttribute("href") ?? "/";
 
-  // What is typed is there again when the form is opened anew, unless it was cancelled.
+  // Keeps the form's input for the next time it opens, unless the user pressed Cancel.
   function close(dialog, { keep = true } = {}) {
     const form = one("form[action='/tokens']:has(#name)", dialog);
     const { name, scope, expiry, date } = form?.elements ?? {};
@@ -280,7 +280,7 @@
     if (dialog) forget(dialog);
   }
 
-  // The secret leaves the document with its dialog.
+  // Erases the secret from the document when its dialog closes.
   function forget(dialog) {
     all("#secret", dialog).forEach((code) => (code.textContent = ""));
     dialog.close();
@@ -290,8 +290,8 @@
   async function send(form, submitter) {
     if (form.getAttribute("aria-busy")) return;
     form.setAttribute("aria-busy", "true");
-    // What this does makes the list that is under way an old one.
-    anew();
+    // This change makes any list request in progress obsolete.
+    supersede();
     const { date, date_start: start } = form.elements;
     if (start && date?.value) {
       const [year, month, day] = date.value.split("-").map(Number);
@@ -304,7 +304,7 @@
       place(page);
       if (notice && location.pathname !== "/") history.replaceState(null, "", "/");
     } catch {
-      lost("It is not known whether it was done. Sending it again is safe: it is done once.");
+      lost("The request may or may not have taken effect. It is safe to send it again.");
     } finally {
       form.removeAttribute("aria-busy");
     }
@@ -345,7 +345,7 @@
     try {
       await navigator.clipboard.writeText(code.textContent);
     } catch {
-      // No permission, or not over TLS: the old way, which needs the selection.
+      // Without permission or TLS, fall back to the old method, which copies the selection.
       if (!document.execCommand("copy")) {
         say("Not copied. The token is selected: press Ctrl+C or Command+C.");
         button.textContent = "Press Ctrl+C";
@@ -422,7 +422,7 @@
     else location.reload();
   });
 
-  // Leaving takes the secret out of what a browser may keep of the page for the way back.
+  // Erase the secret when the user leaves, because the browser may cache the page for Back.
   addEventListener("pagehide", () => all("#secret").forEach((code) => (code.textContent = "")));
   addEventListener("pageshow", (event) => event.persisted && location.reload());
   addEventListener("beforeunload", (event) => {

@@ -1,0 +1,79 @@
+"""When the rows that a Delete reads prove anything."""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from latchkey_service.coherence import confirmer as module
+from latchkey_service.coherence.ack_rules import Confirmation, VerifierRow
+from latchkey_service.coherence.ack_waiter import Confirmer
+from latchkey_service.coherence.verifier_table import Rows
+
+from tests.positions import at
+from tests.support import eventually
+
+OWN = "ver_own"
+
+
+class Scene:
+    """A confirmer on a database whose rows a test chooses."""
+
+    def __init__(self) -> None:
+        self.rows: list[VerifierRow] = []
+        self.looks = 0
+        self.settles_at = -math.inf
+        unused: Any = SimpleNamespace()
+        self.confirmer = Confirmer(
+            unused,
+            self._connect,
+            lambda: None,
+            lambda: 100.0,
+            lambda: self.settles_at,
+            OWN,
+            notify=False,
+        )
+
+    async def _connect(self) -> Any:
+        return SimpleNamespace(is_closed=lambda: False, terminate=lambda: None)
+
+    async def read_rows(self, _connection: object, positions: set[Any]) -> Rows:
+        self.looks += 1
+        return Rows(frozenset(positions), self.rows)
+
+    async def looked(self) -> None:
+        """Wait for two more looks: the first one may be under way."""
+        seen = self.looks
+        await eventually(lambda: self.looks >= seen + 2, "the rows were read")
+
+
+@pytest.fixture
+async def scene(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
+    scene = Scene()
+    monkeypatch.setattr(module, "read_rows", scene.read_rows)
+    yield scene
+    await scene.confirmer.close()
+
+
+async def test_a_database_without_the_own_row_confirms_nothing(scene: Scene) -> None:
+    """A restored backup may lack this process's row, and with it those of others that still hold
+    a lease. Nothing is confirmed before this process has registered there."""
+    waiting = asyncio.create_task(scene.confirmer.confirm(at(5), math.inf))
+    await scene.looked()
+    scene.rows = [VerifierRow("ver_other", 1, 1, 5, 3.0)]
+    await scene.looked()
+    assert not waiting.done()
+    scene.rows = [*scene.rows, VerifierRow(OWN, 1, 1, 5, 3.0)]
+    assert await waiting == Confirmation(2, 0)
+
+
+async def test_nothing_is_confirmed_before_the_rows_are_complete(scene: Scene) -> None:
+    """After a change of history the rows count only once earlier leases have ended."""
+    scene.rows, scene.settles_at = [VerifierRow(OWN, 1, 1, 5, 3.0)], 100.5
+    waiting = asyncio.create_task(scene.confirmer.confirm(at(5), math.inf))
+    await scene.looked()
+    assert not waiting.done()
+    scene.settles_at = 100.0
+    assert await waiting == Confirmation(1, 0)
