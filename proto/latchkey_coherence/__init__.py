@@ -1,8 +1,9 @@
-"""What server and client library must agree on to answer verifies from memory. Pure.
+"""What the server and the client library must agree on to answer verifies from a cache. Pure.
 
-A verifier answers from memory only under a lease, and a deletion waits until each verifier has
-dropped the token or its lease has run out (Gray & Cheriton, 1989). Both sides keep a `Memory`, and
-both count leases with the functions of `lease`. Neither has a clock or talks to anyone.
+A verifier answers from its cache only under a lease, and a deletion waits until each verifier has
+dropped the token or its lease has expired (Gray & Cheriton, 1989). Both sides keep a `Memory`, and
+both count leases with the functions of `lease`. Begin with `memory.py`.
 
-"Rule N" means rule N of docs/protocol.md.
+Owns no clock and no connection, and imports only the standard library. "Rule N" means rule N of
+docs/protocol.md.
 """

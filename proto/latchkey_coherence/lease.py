@@ -14,41 +14,41 @@ __all__ = [
     "server_lease_end",
 ]
 
-# How far the rates of two machines' clocks may differ: a thousandth, many times what clocks that
-# are kept by NTP do, and twice what NTP allows itself to slew them by.
+# How far the rates of two machines' clocks may differ: by a thousandth. That is many times what
+# clocks under NTP differ by, and twice the rate at which NTP may slew a clock.
 DRIFT_MAX: Final = 0.001
 
-# The longest lease that a server may be set to. Who does not know which servers there are waits for
-# this long.
+# The longest lease that a server may be configured with. A process that does not know which servers
+# exist waits for this long.
 LEASE_SECONDS_MAX: Final = 5.0
 
-# Goes on while the machine sleeps, which `time.monotonic` on Linux does not: a lease that stood
-# still during a suspend would come back to life. On macOS CLOCK_MONOTONIC is of this kind.
+# Keeps running while the machine sleeps, unlike `time.monotonic` on Linux: a lease that was paused
+# during a suspend would come back to life. On macOS CLOCK_MONOTONIC keeps running too.
 boottime: Final[Callable[[], float]] = partial(
     time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 )
 
 
 def server_lease_end(began: float, lease_seconds: float) -> float:
-    """Return when a server's lease ends that it began to renew at `began` (coherence rule 3).
+    """Return the end of a server's lease whose renewal began at `began` (rule 3).
 
-    `began` is read before the log is.
+    `began` is the clock before the log was read.
     """
     return began + lease_seconds * (1 - DRIFT_MAX)
 
 
 def client_lease_end(asked: float, granted_seconds: float) -> float:
-    """Return when a client's lease ends that it asked for at `asked` (coherence rule 6).
+    """Return the end of a client's lease that was requested at `asked` (rule 6).
 
-    A thousandth less than was granted, so that it ends before the server's own, by whose clock the
-    grant was measured.
+    A thousandth shorter than granted, so that it ends before the server's lease, whose clock
+    measured the grant.
     """
     return asked + granted_seconds * (1 - DRIFT_MAX)
 
 
 def outwait_seconds(lease_seconds: float) -> float:
-    """Return how long to wait, by whosever clock, for a lease of this length to have ended.
+    """Return how long to wait, on any machine's clock, until a lease of this length has ended.
 
-    Counted from a moment after which it cannot have been renewed (coherence rules 8 and 9).
+    Counted from a moment after which the lease cannot have been renewed (rules 8 and 9).
     """
     return lease_seconds * (1 + DRIFT_MAX)

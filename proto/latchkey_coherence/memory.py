@@ -1,4 +1,8 @@
-"""A bounded memory of what was read of tokens, which never holds what an invalidation has ended."""
+"""A bounded cache of what was read about tokens, without anything that an invalidation has ended.
+
+Owns the entries, the applied position and the recent invalidations. Leases and messages belong to
+the users of a Memory: `VerifierState` in the service, `Subscription` in the client library.
+"""
 
 from collections import deque
 from collections.abc import Iterable
@@ -6,19 +10,19 @@ from typing import Final, Generic, NamedTuple, TypeVar
 
 __all__ = ["HISTORY_MAX", "NOWHERE", "Entry", "Memory", "Position"]
 
-# Revisions and names of recently invalidated tokens. A read takes milliseconds, and a client that
-# was cut off reconnects within seconds; deletions come at a thousand a second at most.
+# Known revisions, and token ids of recent invalidations. A read takes milliseconds, and a client
+# that was cut off reconnects within seconds; deletions come at a thousand a second at most.
 HISTORY_MAX: Final = 10_000
-# Entries looked at to make room for one. Were a million of them all in use, to look at each would
-# hold up every verify for a tenth of a second.
-LOOKS_MAX: Final = 32
+# Entries to examine for one eviction. If all of a million entries were in use, examining each of
+# them would block every verify for a tenth of a second.
+EXAMINED_MAX: Final = 32
 
 
 class Position(NamedTuple):
-    """A place in one history of the database (coherence rule 12).
+    """A place in one history of the database (rule 12).
 
-    Two histories can give the same revision to different changes, for example after a failover.
-    The mark tells them apart: a random number, never 0, written by the transaction that took the
+    Two histories can give the same revision to different changes, for example after a failover. The
+    mark tells them apart: a random number, never 0, written by the transaction that took the
     revision. Two holders of the same position share everything up to it.
     """
 
@@ -28,20 +32,20 @@ class Position(NamedTuple):
 
 
 NOWHERE: Final = Position(0, 0)
-"""The position of a memory that has heard of no history yet."""
+"""The position of a cache that does not know a history yet."""
 
 
 class Entry:
-    """What is remembered under a key. Subclasses add to it, with `__slots__` for its size."""
+    """A cached value. Subclasses add fields, with `__slots__` to keep entries small."""
 
     __slots__ = ("keep_until", "token_id", "used")
 
     def __init__(self, token_id: str, keep_until: float) -> None:
         self.token_id = token_id
-        # Seconds on the process's clock. A reader ignores the entry from then on. This bounds the
-        # damage of every fault that the protocol does not cover (coherence rule 12).
+        # Seconds on the process's clock. From then on readers ignore the entry. This bounds the
+        # damage of every fault that the protocol does not cover (rule 12).
         self.keep_until = keep_until
-        # Set by whoever answers with it: what was used is kept when room is made.
+        # Set by readers that answer with the entry. Eviction prefers entries that were not used.
         self.used = False
 
 
@@ -49,64 +53,64 @@ E = TypeVar("E", bound=Entry)
 
 
 class Memory(Generic[E]):
-    """Entries by key, the position up to which invalidations were applied to them, and the most
-    recent invalidations.
+    """Entries by key, the position up to which invalidations were applied, and recent
+    invalidations.
 
-    A reader of `entries` holds a lease and reads them after its verify began. Not safe to change
-    from several threads; safe to read while another thread changes it.
+    A reader of `entries` holds a lease and reads them after its verify began. Only one thread may
+    change a Memory; other threads may read it meanwhile.
     """
 
     __slots__ = ("_marks", "_named", "_of_token", "_order", "entries", "entries_max", "position")
 
     def __init__(self, entries_max: int) -> None:
         self.entries_max = entries_max
-        """How many entries it holds at most."""
+        """The maximum number of entries."""
         self.entries: dict[bytes, E] = {}
         self.position = NOWHERE
         """Nothing in `entries` was invalidated by a revision up to this one."""
         # The known revisions, oldest first, with their marks. The last one is `position`.
         self._marks: dict[int, int] = {}
         # The token ids named after the oldest known revision, each with the last revision that
-        # named it, in that order.
+        # named it, in the order of those revisions.
         self._named: dict[str, int] = {}
         self._of_token: dict[str, bytes | tuple[bytes, ...]] = {}
-        # Keys in the order in which they are looked at to make room. Keys that are gone, or stand
-        # here twice, are passed over.
+        # Keys in the order in which eviction examines them. Keys that are gone or occur twice are
+        # skipped.
         self._order: deque[bytes] = deque()
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def knows(self, position: Position) -> bool:
-        """Tell whether `position` is certain to be on the history that was applied here.
+        """Return whether `position` is certain to be on the history that was applied here.
 
-        False also means "not known": a revision that lies too far back, or was skipped because
-        several were applied as one, or a sender without marks.
+        False also means "not known": the revision is too old, or was skipped because several were
+        applied as one, or the sender does not know marks.
         """
         return position.mark != 0 and self._marks.get(position.revision) == position.mark
 
     def agrees(self, position: Position) -> bool:
-        """Tell whether `position` may be on the history that was applied here.
+        """Return whether `position` may be on the history that was applied here.
 
-        False: the revision is known by another mark, so that the histories differ for certain.
+        False: the revision is known with another mark, which proves that the histories differ.
         """
         return self._marks.get(position.revision, position.mark) == position.mark
 
     def admit(self, key: bytes, entry: E, position: Position) -> bool:
-        """Store what was read in a snapshot at `position` if that is safe; tell whether it was.
+        """Store what was read in a snapshot at `position` if that is safe. Return whether it was.
 
-        The fill rule (coherence rules 4 and 12): the position has to be known, and nothing that
-        was applied after it may have named the token. What was applied here will not be applied
-        again, so nothing would ever remove the entry.
+        The fill rule (rules 4 and 12): the position must be known, and nothing that was applied
+        after it may have named the token. An applied invalidation is not applied again, so nothing
+        would ever remove such an entry.
         """
         if not self.knows(position) or self._named.get(entry.token_id, 0) > position.revision:
             return False
         if self.entries_max <= 0:
             return False
         if key in self.entries:
-            self._drop(key)
+            self._remove(key)
         elif len(self.entries) >= self.entries_max:
-            self._make_room()
+            self._evict_one()
         self.entries[key] = entry
         keys = self._of_token.get(entry.token_id)
         if keys is None:
@@ -115,22 +119,22 @@ class Memory(Generic[E]):
             self._of_token[entry.token_id] = (*_all(keys), key)
         self._order.append(key)
         if len(self._order) > 2 * len(self.entries) + 1_000:
-            # Entries that come and go by invalidations leave their keys behind.
+            # Keys of entries that were invalidated stay in the queue.
             self._order = deque(self.entries)
         return True
 
     def apply(self, position: Position, token_ids: Iterable[str]) -> None:
         """Drop the entries of tokens that revisions up to `position` invalidated.
 
-        `token_ids` are all tokens named since the last position, and may be more: applying an
-        invalidation twice does no harm. The caller makes sure that `position` is on the same
-        history as `self.position`.
+        `token_ids` contains all tokens named since the last position, and may contain more:
+        applying an invalidation twice does no harm. The caller ensures that `position` is on the
+        same history as `self.position`.
         """
         revision = max(position.revision, self.position.revision)
         for token_id in token_ids:
             for key in _all(self._of_token.get(token_id, ())):
-                self._drop(key)
-            # At the end, so that the order stays that of revisions.
+                self._remove(key)
+            # Moved to the end, so that the order stays that of revisions.
             self._named.pop(token_id, None)
             self._named[token_id] = revision
         if position.revision > self.position.revision:
@@ -139,7 +143,7 @@ class Memory(Generic[E]):
                 self._marks[position.revision] = position.mark
             self.position = position
         while len(self._named) > HISTORY_MAX:
-            self._know_from(self._named.pop(next(iter(self._named))))
+            self._forget_before(self._named.pop(next(iter(self._named))))
         while len(self._marks) > HISTORY_MAX:
             del self._marks[next(iter(self._marks))]
 
@@ -154,7 +158,7 @@ class Memory(Generic[E]):
         self.position = position
 
     def named_since(self, position: Position) -> list[str] | None:
-        """Return the tokens named after `position`; None if the position is not known."""
+        """Return the tokens named after `position`, or None if the position is not known."""
         if not self.knows(position):
             return None
         found = []
@@ -164,14 +168,14 @@ class Memory(Generic[E]):
             found.append(token_id)
         return found
 
-    def _know_from(self, revision: int) -> None:
-        """Forget the revisions before `revision`: not all tokens named since are known."""
+    def _forget_before(self, revision: int) -> None:
+        """Forget the revisions before `revision`: tokens that were named since may be missing."""
         for known in tuple(self._marks):
             if known >= revision:
                 break
             del self._marks[known]
 
-    def _drop(self, key: bytes) -> None:
+    def _remove(self, key: bytes) -> None:
         entry = self.entries.pop(key)
         keys = tuple(k for k in _all(self._of_token[entry.token_id]) if k != key)
         if keys:
@@ -179,21 +183,21 @@ class Memory(Generic[E]):
         else:
             del self._of_token[entry.token_id]
 
-    def _make_room(self) -> None:
-        """Drop the entry that has gone unused for longest, roughly.
+    def _evict_one(self) -> None:
+        """Evict the entry that has been unused for longest, approximately.
 
-        CLOCK, or second chance (Corbató 1968): each use saves an entry from one look. Unlike a
-        list in order of use it costs an answer nothing but a flag, and eight bytes an entry.
+        CLOCK, or second chance (Corbató 1968): each use saves an entry from one examination.
+        Compared with a list in order of use, an answer costs only a flag, and an entry eight bytes.
         """
-        looks = 0
+        examined = 0
         while self._order:
             key = self._order.popleft()
             entry = self.entries.get(key)
             if entry is None:
                 continue
-            looks += 1
-            if not entry.used or looks == LOOKS_MAX:
-                self._drop(key)
+            examined += 1
+            if not entry.used or examined == EXAMINED_MAX:
+                self._remove(key)
                 return
             entry.used = False
             self._order.append(key)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from latchkey_service.coherence.ack_rules import Confirmation
+from latchkey_service.coherence.ack_rules import Acknowledgements
 from latchkey_service.coherence.verifier_table import Identity, OwnRow
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.connections import DURABLE, connect
@@ -110,7 +110,7 @@ async def confirm(store: TokenStore) -> Deletion:
     """Confirm the deletion, as if one verifier had acknowledged it."""
     deletion, _ = await store.get_deletion("acme", "tok_1")
     assert deletion is not None
-    return await store.confirm_deletion("tok_1", deletion.position, Confirmation(1, 0))
+    return await store.confirm_deletion("tok_1", deletion.position, Acknowledgements(1, 0))
 
 
 async def test_a_pooler_does_not_hide_a_cancelled_wait(

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import pytest
-from latchkey_service.coherence.ack_rules import NOBODY, Confirmation
+from latchkey_service.coherence.ack_rules import NO_ACKNOWLEDGEMENTS, Acknowledgements
 from latchkey_service.coherence.verifier_table import Identity, OwnRow
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.connections import connect
@@ -93,9 +93,9 @@ async def test_a_deletion_that_no_standby_has_is_not_confirmed(
         position = unconfirmed.position
         with pytest.raises(StoreUnavailable):
             await cut_short(
-                database_url, store.confirm_deletion("tok_1", position, Confirmation(1, 0))
+                database_url, store.confirm_deletion("tok_1", position, Acknowledgements(1, 0))
             )
-    deletion = await store.confirm_deletion("tok_1", position, NOBODY)
+    deletion = await store.confirm_deletion("tok_1", position, NO_ACKNOWLEDGEMENTS)
     assert deletion.effective_time is not None
     assert deletion.verifiers_acknowledged == 1
 

@@ -89,39 +89,39 @@ def _use_without_a_lease() -> None:
 
 def _acknowledgement_before_the_clients() -> None:
     """Rule 7: a server process acknowledges what it has applied, whatever its clients have."""
-    from latchkey_service.coherence.verifier_state import Membership
+    from latchkey_service.coherence.verifier_state import VerifierState
 
-    def own(self: Membership[Any], _now: float) -> int:
+    def own(self: VerifierState[Any], _now: float) -> int:
         return self.memory.position.revision
 
-    _replace(Membership, "acknowledgeable", own)
+    _replace(VerifierState, "acknowledgeable", own)
 
 
 def _delete_without_a_wait() -> None:
     """Rule 8: Delete answers once it is committed."""
-    from latchkey_service.coherence.ack_rules import Confirmation
-    from latchkey_service.coherence.ack_waiter import Confirmer
+    from latchkey_service.coherence.ack_rules import Acknowledgements
+    from latchkey_service.coherence.ack_waiter import AckWaiter
 
-    async def at_once(_self: Confirmer, _position: object, _deadline: float) -> Confirmation:
-        return Confirmation(0, 0)
+    async def at_once(_self: AckWaiter, _position: object, _deadline: float) -> Acknowledgements:
+        return Acknowledgements(0, 0)
 
-    _replace(Confirmer, "confirm", at_once)
+    _replace(AckWaiter, "wait", at_once)
 
 
 def _burial_of_the_living() -> None:
     """Rule 9: rows are removed that were just renewed."""
-    from latchkey_service.coherence.ack_rules import Census
+    from latchkey_service.coherence.ack_rules import DeadVerifierDetector
     from latchkey_service.coherence.verifier_table import OwnRow
 
     remove_dead = OwnRow.remove_dead
 
-    def everybody(_self: Census, rows: Any, _asked: float, _now: float) -> list[Any]:
+    def everybody(_self: DeadVerifierDetector, rows: Any, _asked: float, _now: float) -> list[Any]:
         return list(rows)
 
     async def but_myself(self: OwnRow, row: Any) -> bool:
         return row.id != self._identity.id and await remove_dead(self, row)
 
-    _replace(Census, "dead", everybody)
+    _replace(DeadVerifierDetector, "dead", everybody)
     _replace(OwnRow, "remove_dead", but_myself)
 
 
@@ -133,7 +133,7 @@ def _positions_without_marks() -> None:
     from latchkey_coherence.memory import Memory, Position
     from latchkey_service.coherence import verifier_table
     from latchkey_service.coherence.snapshot import POSITION_KNOWN, Snapshot
-    from latchkey_service.coherence.verifier_state import Membership, ReadBegan, Server, Standing
+    from latchkey_service.coherence.verifier_state import ReadBegan, Server, Standing, VerifierState
 
     def knows(self: Memory[Any], position: Position) -> bool:
         return position.revision <= self.position.revision
@@ -141,7 +141,7 @@ def _positions_without_marks() -> None:
     def always(_self: Memory[Any], _position: Position) -> bool:
         return True
 
-    def standing(self: Membership[Any], snapshot: Snapshot, began: ReadBegan) -> Standing:
+    def standing(self: VerifierState[Any], snapshot: Snapshot, began: ReadBegan) -> Standing:
         is_old = snapshot.position.revision < began.applied
         return Standing.REFUSED if is_old else Standing.BELIEVED
 
@@ -150,7 +150,7 @@ def _positions_without_marks() -> None:
 
     _replace(Memory, "knows", knows)
     _replace(Memory, "agrees", always)
-    _replace(Membership, "standing", standing)
+    _replace(VerifierState, "standing", standing)
     _replace(verifier_table, "Server", unknown)
     for name in ("_RENEW", "_READ_LOG"):
         sql = getattr(verifier_table, name)
@@ -162,12 +162,12 @@ def _positions_without_marks() -> None:
 
 def _look_ups_of_any_position() -> None:
     """Rule 12: whatever a look-up has read is believed, wherever it was read."""
-    from latchkey_service.coherence.verifier_state import Membership, Standing
+    from latchkey_service.coherence.verifier_state import Standing, VerifierState
 
-    def always(_self: Membership[Any], _snapshot: object, _began: object) -> Standing:
+    def always(_self: VerifierState[Any], _snapshot: object, _began: object) -> Standing:
         return Standing.BELIEVED
 
-    _replace(Membership, "standing", always)
+    _replace(VerifierState, "standing", always)
 
 
 def _replace(owner: Any, name: str, by: Any) -> None:

@@ -19,14 +19,14 @@ from tests.history.processes import Host, LoneHost, SupervisedHost
 from tests.history.proxy import Proxy
 from tests.history.records import Record, read
 
-__all__ = ["HEART", "LISTEN", "LOOKUP", "WATCH", "Client", "Cluster", "cluster"]
+__all__ = ["LISTEN", "LOOKUP", "RENEWAL", "WATCH", "Client", "Cluster", "cluster"]
 
-LISTEN, HEART, LOOKUP, WATCH = "listen", "heart", "lookup", "watch"
+LISTEN, RENEWAL, LOOKUP, WATCH = "listen", "renewal", "lookup", "watch"
 # What a worker's connection to Postgres says tells what it is for; the pool's have no label.
 _DATABASE_LABELS = {
     b"LISTEN ": LISTEN,
-    b"INSERT INTO verifier": HEART,
-    b"LEFT JOIN invalidation": HEART,
+    b"INSERT INTO verifier": RENEWAL,
+    b"LEFT JOIN invalidation": RENEWAL,
     b"force_generic_plan": LOOKUP,
 }
 # gRPC writes the path of a method as it is, not Huffman-coded (RFC 7541 §5.2 allows either).

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import asyncpg
 import psutil
 
-from tests.history.cluster import HEART, LISTEN, LOOKUP, WATCH, Cluster
+from tests.history.cluster import LISTEN, LOOKUP, RENEWAL, WATCH, Cluster
 from tests.history.processes import Host
 from tests.history.proxy import Action, Connection, Direction, Fault, Proxy
 from tests.history.records import now
@@ -29,7 +29,7 @@ KINDS = {
     "client killed": 2,
     "Watch black-holed": 5,
     "LISTEN black-holed": 2,
-    "heart black-holed": 3,
+    "renewal black-holed": 3,
     "database black-holed": 2,
     "look-ups late": 5,
     "answers late": 4,
@@ -131,7 +131,7 @@ class Injector:
             "client killed": self._kill_client,
             "Watch black-holed": self._black_hole_watch,
             "LISTEN black-holed": lambda seconds: self._black_hole(LISTEN, seconds),
-            "heart black-holed": lambda seconds: self._black_hole(HEART, seconds),
+            "renewal black-holed": lambda seconds: self._black_hole(RENEWAL, seconds),
             "database black-holed": lambda seconds: self._black_hole(None, seconds),
             "look-ups late": self._delay_lookups,
             "answers late": self._delay_answers,

@@ -193,6 +193,6 @@ def strange(made: Cluster) -> Counter[str]:
         for line in child.err.read_text("utf-8", "replace").splitlines():
             if line.startswith("strange: "):
                 found[line] += 1
-            elif '"the heart stumbled"' in line or "Traceback" in line:
+            elif '"lease renewal failed"' in line or "Traceback" in line:
                 found[f"{child.name.split('.')[0]}: {line[:300]}"] += 1
     return found

@@ -15,7 +15,7 @@ from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service.coherence.notify_listener import Listener, Notifications
+from latchkey_service.coherence.notify_listener import Notifications, NotifyListener
 from latchkey_service.coherence.verifier_table import Identity, OwnRow, VerifierTable
 from latchkey_service.postgres.connections import Connector, Pool, connect
 from latchkey_service.rpc import admission
@@ -449,13 +449,13 @@ async def test_whether_notifications_arrive_is_found_out(
         return await asyncpg.connect(database_url, connection_class=kind)
 
     woken = asyncio.Event()
-    listener = Listener("test", connection, table.notify, woken.set, 0.6, enabled=True)
+    listener = NotifyListener("test", connection, table.notify, woken.set, 0.6, enabled=True)
     task = asyncio.create_task(listener.run())
     await eventually(lambda: listener.state is state, f"notifications are {state.name}")
     if state is Notifications.ARRIVE:
         woken.clear()
         await table.notify(7)
-        await eventually(woken.is_set, "the heart is woken")
+        await eventually(woken.is_set, "the renewer is woken")
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await pool.close()

@@ -15,7 +15,7 @@ from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service.coherence.notify_listener import Listener, Notifications
+from latchkey_service.coherence.notify_listener import Notifications, NotifyListener
 from latchkey_service.coherence.verifier_table import VerifierTable
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres import embedded_cluster
@@ -388,7 +388,7 @@ async def test_a_swallowed_listen_is_noticed(pgbouncer: Start, size: int) -> Non
     # Do not measure the pool's first connection.
     async with pool.session() as own:
         await own.execute("SELECT 1")
-    listener = Listener(
+    listener = NotifyListener(
         "test",
         connector.connect,
         VerifierTable(pool).notify,

@@ -93,7 +93,7 @@ async def verdict(database_url: str, keyring: Keyring, created: Created) -> Verd
 
 
 async def test_all_invalid_settings_are_named(run: Run) -> None:
-    """Every invalid setting is named with its allowed values before anything starts (exit code 2)."""
+    """Each invalid setting is named with its allowed values before anything starts; exit code 2."""
     service = run(listen="nowhere", workers=0, transport="pigeon", database_url="mysql://x:pw1@y")
     assert await service.ended() == 2
     for name in ("LISTEN", "WORKERS", "TRANSPORT", "DATABASE_URL"):
@@ -103,7 +103,7 @@ async def test_all_invalid_settings_are_named(run: Run) -> None:
 
 
 async def test_a_named_pepper_file_must_exist(run: Run, tmp_path: Path) -> None:
-    """A wrong path must not silently start a new set of keys: the start fails without a new file."""
+    """A wrong path must not silently start a new set of keys: the start fails without a new one."""
     service = run(pepper_file=tmp_path / "nothing")
     assert await service.ended() == 1
     assert f"there is no pepper file at {tmp_path / 'nothing'}" in service.err

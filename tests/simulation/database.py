@@ -1,8 +1,8 @@
-"""A database whose history can fork, as Postgres has it: each statement is one step.
+"""A database whose history can fork, modelled on Postgres. Each statement is one step.
 
-A commit is durable once the standby has it. While replication is stalled no commit is answered; one
-may become visible all the same, when its wait is cancelled or by crash recovery. A database that
-was deposed is stalled for good, and goes on answering reads.
+A commit is durable once the standby has it. While replication is stalled no commit is answered, but
+it may become visible when its wait is cancelled or by crash recovery. A deposed database is stalled
+for good, and goes on answering reads.
 """
 
 from collections.abc import Callable
@@ -32,11 +32,11 @@ class Database:
         self.deleted: set[str] = set()
         self.rows: dict[str, VerifierRow] = {}
         self.replicated: Database | None = None
-        """What the standby has while replication is stalled. None: everything."""
+        """What the standby has while replication is stalled. None: it has everything."""
         self.deposed = False
 
     def copy(self, timeline: str | None) -> "Database":
-        """Return what the standby has, as a database of its own on another timeline."""
+        """Return what the standby has, as a separate database on another timeline."""
         source = self.replicated or self
         new = Database(self.random, timeline)
         new.head, new.pruned = source.head, source.pruned
@@ -56,7 +56,7 @@ class Database:
         self.deposed = True
 
     def commit(self, change: Callable[[], T]) -> T | None:
-        """Carry out a change that has to be durable. None: it is not answered."""
+        """Carry out a change that has to be durable. None: the commit is not answered."""
         if self.replicated is None:
             return change()
         if self.random.random() < 0.5:
@@ -129,7 +129,7 @@ class Database:
         self.commit(lambda: self.rows.pop(name, None))
 
     def prune(self) -> None:
-        """Remove what everybody has acknowledged. As with any log, the standby follows."""
+        """Remove what every verifier has acknowledged. The standby follows, as with any change."""
         bound = min((r.acknowledged_revision for r in self.rows.values()), default=2**62)
         old = [position for position, _ in self.log if position.revision <= bound]
         if old and self.replicated is None:

@@ -1,4 +1,4 @@
-"""No schedule of faults makes the classes that ship answer with a dead token; each rule counts."""
+"""No schedule of faults makes the shipped classes answer with a dead token; each rule is needed."""
 
 import contextlib
 import math
@@ -13,22 +13,26 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from latchkey_coherence.memory import Memory, Position
 from latchkey_service.coherence import ack_rules, verifier_state
-from latchkey_service.coherence.ack_rules import Census, Confirmation, Wait
-from latchkey_service.coherence.verifier_state import Change, Log, Membership, Standing
-from latchkey_service.coherence.watch_sessions import Grant, Watcher
+from latchkey_service.coherence.ack_rules import (
+    Acknowledgements,
+    DeadVerifierDetector,
+    PendingDeletion,
+)
+from latchkey_service.coherence.verifier_state import Change, Log, Standing, VerifierState
+from latchkey_service.coherence.watch_sessions import Grant, WatchSession
 
 from tests.simulation.database import Database
 from tests.simulation.world import KINDS, World
 
 STEPS = 250
-# Tens of thousands were run when this was written; these many each time.
+# Tens of thousands of seeds passed when this was written. Each run checks this many.
 SEEDS = 400
-# A broken rule showed within the first fifty of these.
+# Each broken rule was found within the first fifty seeds.
 SEEDS_FOR_A_MUTANT = 600
 
 
 def run(seed: int, steps: int = STEPS) -> World:
-    """Run a world of its own until the end, or until something stale was answered."""
+    """Run a new world to the end, or until it gives a stale answer."""
     random = Random(seed)  # noqa: S311 - a schedule, not a secret
     world = World(random)
     for _ in range(steps):
@@ -38,9 +42,9 @@ def run(seed: int, steps: int = STEPS) -> World:
     return world
 
 
-def test_nothing_stale_is_ever_answered() -> None:
-    """Of thousands of Deletes and verifies among faults, none is violated; and all that could be
-    is there: answers from memory, deletions confirmed and waited out, processes that leave."""
+def test_no_stale_answer_under_any_schedule() -> None:
+    """No schedule violates the promise, and the schedules contain what could: answers from caches,
+    deletions acknowledged and waited out, processes that leave."""
     counts: Counter[str] = Counter()
     for seed in range(SEEDS):
         world = run(seed)
@@ -49,7 +53,7 @@ def test_nothing_stale_is_ever_answered() -> None:
     for what in (
         "valid",
         "deleted",
-        "from a client's memory",
+        "from a client's cache",
         "confirmed",
         "outwaited",
         "stopped in good order",
@@ -58,7 +62,7 @@ def test_nothing_stale_is_ever_answered() -> None:
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """The same, with the order chosen by Hypothesis, which makes what fails short."""
+    """The same in an order that Hypothesis chooses, which shortens a failing schedule."""
 
     @initialize(seed=st.integers(0, 10_000))
     def begin(self, seed: int) -> None:
@@ -83,31 +87,31 @@ AnyOrder.TestCase.settings = settings(
 test_in_any_order = AnyOrder.TestCase
 
 
-def admit_anything(self: Memory[Any], key: bytes, entry: Any, position: Position) -> bool:
-    """Rule 4, without the fill rule."""
+def admit_any_read(self: Memory[Any], key: bytes, entry: Any, position: Position) -> bool:
+    """Rule 4 broken: no fill rule."""
     return admit(self, key, entry, self.position)
 
 
 admit = Memory.admit
-take = Watcher.take
+take = WatchSession.take
 
 
-def keep_the_memory(
+def keep_the_cache(
     self: Any, position: Position, acknowledged: int, server: Any, now: float
 ) -> None:
-    """Rule 3, a row that is gone, without emptying the memory."""
+    """Rule 3 broken: a lost row does not empty the cache when the process registers again."""
     self.memory._marks[position.revision] = position.mark
     self.memory.position = position
     self.acknowledged, self.registered, self.server = acknowledged, True, server
 
 
-def lose_and_keep_the_memory(self: Membership[Any]) -> None:
-    """The same, in the moment in which that is noticed."""
+def lose_and_keep_the_cache(self: VerifierState[Any]) -> None:
+    """Rule 3 broken: the cache is not emptied at the moment the loss is noticed."""
     self.registered, self.lease_ends = False, -math.inf
 
 
-def grant_longer(self: Watcher, now: float) -> list[Any]:
-    """Rule 6, with grants that outlast the server's own lease."""
+def grant_longer(self: WatchSession, now: float) -> list[Any]:
+    """Rule 6 broken: grants outlast the server's own lease."""
     return [
         event._replace(lease_seconds=event.lease_seconds + 2.0)
         if isinstance(event, Grant)
@@ -117,7 +121,7 @@ def grant_longer(self: Watcher, now: float) -> list[Any]:
 
 
 class Markless(Memory[Any]):
-    """Rule 12, a memory that compares bare revisions."""
+    """Rule 12 broken: a cache that compares bare revisions."""
 
     def knows(self, position: Position) -> bool:
         return position.revision in self._marks
@@ -126,23 +130,24 @@ class Markless(Memory[Any]):
         return True
 
 
-def known_by_revision(self: Database, position: Position) -> bool:
-    """Rule 12, a database that compares bare revisions."""
+def knows_by_revision(self: Database, position: Position) -> bool:
+    """Rule 12 broken: a database that compares bare revisions."""
     return self.pruned.revision <= position.revision <= self.head.revision
 
 
-def believe_what_is_new_enough(self: Membership[Any], snapshot: Any, began: Any) -> Standing:
-    """Rule 12, a look-up that is believed for its bare revision, as it was before."""
+def believe_recent_revisions(self: VerifierState[Any], snapshot: Any, began: Any) -> Standing:
+    """Rule 12 broken: a look-up is believed by its bare revision."""
     if snapshot.position.revision > self.memory.position.revision:
         return Standing.AHEAD
     fresh = snapshot.position.revision >= began.applied and began.epoch == self.epoch
     return Standing.BELIEVED if fresh else Standing.REFUSED
 
 
-def renew_whatever_was_applied(
+def renew_on_any_history(
     self: Database, name: str, incarnation: int, applied: Position, acknowledged: int
 ) -> Any:
-    """Rule 3, a renewal without the condition on the position; the log says that all is well."""
+    """Rule 3 broken: a renewal without the condition on the position, whose log claims to be
+    complete."""
 
     def change() -> tuple[bool, Log]:
         row = self.rows.get(name)
@@ -155,37 +160,40 @@ def renew_whatever_was_applied(
     return self.commit(change)
 
 
-# Where, what, and what it is replaced by: all of these at once. Rules that break by chance only in
-# stories of dozens of steps have them told in tests/unit/coherence and tests/unit/client.
+# The owner, the attribute and its replacement. All replacements of an entry apply together. Rules
+# that break by chance only after dozens of steps have explicit tests in tests/unit/coherence and
+# tests/unit/client.
 MUTANTS: dict[str, list[tuple[Any, str, Any]]] = {
-    "3: the lease runs on": [
+    "3: the lease lasts too long": [
         (verifier_state, "server_lease_end", lambda began, seconds: began + 6.0)
     ],
-    "3: memory kept when the row was gone": [
-        (Membership, "register", keep_the_memory),
-        (Membership, "lose", lose_and_keep_the_memory),
+    "3: cache kept when the row was lost": [
+        (VerifierState, "register", keep_the_cache),
+        (VerifierState, "lose", lose_and_keep_the_cache),
     ],
-    "3: the log is not applied": [(Membership, "apply", lambda self, log, began: False)],
-    "3: renewed on any history": [(Database, "renew", renew_whatever_was_applied)],
-    "4: no fill rule": [(Memory, "admit", admit_anything)],
-    "6: grants outlast the lease": [(Watcher, "take", grant_longer)],
+    "3: the log is not applied": [(VerifierState, "apply", lambda self, log, began: False)],
+    "3: renewed on any history": [(Database, "renew", renew_on_any_history)],
+    "4: no fill rule": [(Memory, "admit", admit_any_read)],
+    "6: grants outlast the lease": [(WatchSession, "take", grant_longer)],
     "7: clients are not waited for": [
-        (Membership, "acknowledgeable", lambda self, now: self.memory.position.revision)
+        (VerifierState, "acknowledgeable", lambda self, now: self.memory.position.revision)
     ],
-    "8: no wait": [(Wait, "judge", lambda self, rows, now: Confirmation(0, 0))],
+    "8: no wait": [(PendingDeletion, "evaluate", lambda self, rows, now: Acknowledgements(0, 0))],
     "8: too short a wait": [(ack_rules, "outwait_seconds", lambda seconds: 0.5)],
-    "9: rows are removed at once": [(Census, "dead", lambda self, rows, asked, now: list(rows))],
-    "12: no marks in the database": [(Database, "knows", known_by_revision)],
-    "12: no marks in the server's memory": [(World, "server_memory", Markless)],
-    "12: look-ups are believed by their revision": [
-        (Membership, "standing", believe_what_is_new_enough)
+    "9: rows are removed at once": [
+        (DeadVerifierDetector, "dead", lambda self, rows, asked, now: list(rows))
+    ],
+    "12: no marks in the database": [(Database, "knows", knows_by_revision)],
+    "12: no marks in the server's cache": [(World, "server_memory", Markless)],
+    "12: look-ups are believed by revision": [
+        (VerifierState, "standing", believe_recent_revisions)
     ],
 }
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_each_rule_counts(name: str) -> None:
-    """With a rule taken away, something stale is answered, and the simulation sees it."""
+def test_each_rule_is_needed(name: str) -> None:
+    """Without the rule, the simulation finds a stale answer."""
     with contextlib.ExitStack() as broken:
         for where, attribute, instead in MUTANTS[name]:
             broken.enter_context(mock.patch.object(where, attribute, instead, create=True))

@@ -1,14 +1,14 @@
-"""A world in which the classes that ship do all the deciding, and everything else goes wrong.
+"""A world in which the shipped classes make all decisions, and everything else goes wrong.
 
 Several server processes and clients. Time passes at any moment, clocks start anywhere and run at
-different rates, answers of the database arrive late or never, messages on streams wait or are lost
-with their stream, processes pause, die, or stop in good order. The database fails over: histories
-fork, sessions stay with the deposed primary, and a pooler sends each statement where it likes. It
-is restored from a backup. One step here is what the service's loops do between two awaits
-(`heart.py`, `watch.py`, `verifier.py`).
+different rates. Answers of the database arrive late or never. Messages on streams wait, or are lost
+with their stream. Processes pause, die, or stop in good order. The database fails over: histories
+fork, sessions stay with the deposed primary, and a pooler sends each statement to any server. It is
+restored from a backup. One step here is what the service's loops do between two awaits
+(`lease_renewer.py`, `watch_sessions.py`, `verifier.py`).
 
-`World.step` takes one step of a kind by name; `stale` must stay empty: it has each VALID that began
-after a Delete of its token had answered.
+`World.step` takes one step of a kind by name. `stale` must stay empty: it collects each VALID of a
+verify that began after a Delete of its token had answered.
 """
 
 import itertools
@@ -23,11 +23,15 @@ from latchkey._subscription import Subscription
 from latchkey_coherence.lease import DRIFT_MAX
 from latchkey_coherence.memory import Entry, Memory, Position
 from latchkey_service.coherence import watch_sessions
-from latchkey_service.coherence.ack_rules import Census, Confirmation, Wait
-from latchkey_service.coherence.client_leases import SubLeases
+from latchkey_service.coherence.ack_rules import (
+    Acknowledgements,
+    DeadVerifierDetector,
+    PendingDeletion,
+)
+from latchkey_service.coherence.client_leases import ClientLeases
 from latchkey_service.coherence.snapshot import Snapshot
-from latchkey_service.coherence.verifier_state import Log, Membership, ReadBegan, Standing
-from latchkey_service.coherence.watch_sessions import Watcher
+from latchkey_service.coherence.verifier_state import Log, ReadBegan, Standing, VerifierState
+from latchkey_service.coherence.watch_sessions import WatchSession
 
 from tests.simulation.database import LEASE_SECONDS, Database
 
@@ -35,13 +39,13 @@ __all__ = ["KINDS", "World"]
 
 SERVERS, CLIENTS, TOKENS = 2, 2, 2
 ENTRIES_MAX = 8
-# Two differ by a thousandth at most: each by half of it from the true rate.
+# Two rates differ by a thousandth at most: each by half of it from the true rate.
 RATES = (1 - DRIFT_MAX / 2.01, 1.0, 1 + DRIFT_MAX / 2.01)
 STEPS_SECONDS = (0.001, 0.01, 0.1, 0.3, 0.5, 1.0, 2.0, 2.99, 3.1)
 
 
 class Known(Entry):
-    """What is remembered of a token: whether it was live when it was read."""
+    """A cached token: whether it was live when it was read."""
 
     __slots__ = ("live",)
 
@@ -51,7 +55,7 @@ class Known(Entry):
 
 
 class Clock:
-    """A process's own. `world.now` is the true time."""
+    """A process's own clock. `world.now` is the true time."""
 
     def __init__(self, world: "World") -> None:
         self._world = world
@@ -63,103 +67,101 @@ class Clock:
 
 
 class Server:
-    """A process: the heart's beat in its steps, and verifies."""
+    """A server process: the steps of its lease renewer, and verifies."""
 
     def __init__(self, world: "World", name: str) -> None:
         self.world, self.name = world, name
         self.clock = Clock(world)
-        self.membership: Membership[Known] = Membership(
-            world.server_memory(ENTRIES_MAX), SubLeases(), LEASE_SECONDS
+        self.state: VerifierState[Known] = VerifierState(
+            world.server_memory(ENTRIES_MAX), ClientLeases(), LEASE_SECONDS
         )
-        self.census = Census()
+        self.detector = DeadVerifierDetector()
         self.incarnation = 0
         self.alive, self.stopping = True, False
-        # Where its sessions lead: the heart's, and that of look-ups.
-        self.heart = self.lookups = world.current
-        # What the database has answered and the process has not heard: one thing at a time.
+        # The databases that its sessions lead to: the renewer's session, and that of look-ups.
+        self.renewal_database = self.lookup_database = world.current
+        # What the database has answered and the process has not received: one answer at a time.
         self.reply: Callable[[], None] | None = None
         self.streams: list[Stream] = []
 
     def reconnect(self) -> None:
         """Open new sessions. They may lead to a deposed primary."""
-        self.heart, self.lookups = self.world.reached(), self.world.reached()
+        self.renewal_database, self.lookup_database = self.world.reached(), self.world.reached()
 
-    def beat(self, *, news: bool = False) -> None:
-        """Send the next statement of the beat: register, read the log, or renew."""
-        membership = self.membership
+    def renew_once(self, *, news: bool = False) -> None:
+        """Send the next statement of the renewer: register, read the log, or renew."""
+        state = self.state
         if self.reply is not None:
             return
-        database = self.heart = self.world.session(self.heart)
-        if not membership.registered:
+        database = self.renewal_database = self.world.session(self.renewal_database)
+        if not state.registered:
             self.incarnation += 1
-            clear = membership.subleases.floor(self.clock()) is None
-            told = database.register(self.name, self.incarnation, acknowledge=clear)
-            if told is None:
-                self.heart = self.world.reached()
+            clear = state.client_leases.floor(self.clock()) is None
+            registration = database.register(self.name, self.incarnation, acknowledge=clear)
+            if registration is None:
+                self.renewal_database = self.world.reached()
             else:
-                self.reply = lambda: membership.register(*told, self.clock())
+                self.reply = lambda: state.register(*registration, self.clock())
             return
         began = self.clock()
         if news:
-            log = database.read_log(membership.memory.position)
-            # As the heart does: only a renewal may bring the lease to another server.
-            if not log.known or log.server == membership.server:
+            log = database.read_log(state.memory.position)
+            # As in the service, only a renewal may move the lease to another server.
+            if not log.known or log.server == state.server:
                 self.reply = lambda: self._apply(log, began)
                 return
-        acknowledged = membership.acknowledgeable(began)
-        renewal = database.renew(
-            self.name, self.incarnation, membership.memory.position, acknowledged
-        )
+        acknowledged = state.acknowledgeable(began)
+        renewal = database.renew(self.name, self.incarnation, state.memory.position, acknowledged)
         if renewal is None:
-            self.heart = self.world.reached()
+            self.renewal_database = self.world.reached()
         else:
             self.reply = lambda: self._renewed(*renewal, began, acknowledged)
 
     def _apply(self, log: Log, began: float) -> None:
-        self.membership.apply(log, began)
+        self.state.apply(log, began)
         if not log.known:
             self.world.count("lost its history")
 
     def _renewed(self, renewed: bool, log: Log, began: float, acknowledged: int) -> None:
         self._apply(log, began)
         if renewed:
-            self.membership.renew(began, acknowledged)
+            self.state.renew(began, acknowledged)
         elif log.known:
-            self.membership.lose()
+            self.state.lose()
 
-    def hear(self) -> None:
-        """Hear what the database answered."""
+    def receive_reply(self) -> None:
+        """Receive the database's answer."""
         reply, self.reply = self.reply, None
         if reply is not None:
             reply()
 
     def acknowledge(self) -> None:
-        """Acknowledge before the renewal is due, when a client has confirmed."""
-        membership = self.membership
+        """Acknowledge before the renewal is due, if a client has confirmed."""
+        state = self.state
         now = self.clock()
-        if membership.registered and membership.acknowledgeable(now) > membership.acknowledged:
-            self.beat()
+        if state.registered and state.acknowledgeable(now) > state.acknowledged:
+            self.renew_once()
 
-    def bury(self) -> None:
+    def remove_dead_verifiers(self) -> None:
         """Remove the rows of dead processes."""
         asked = self.clock()
-        rows = list(self.heart.rows.values())
+        rows = list(self.renewal_database.rows.values())
         self.world.maybe_wait()
-        for dead in self.census.dead(rows, asked, self.clock()):
+        for dead in self.detector.dead(rows, asked, self.clock()):
             self.world.maybe_wait()
-            self.heart.remove_dead(dead)
+            self.renewal_database.remove_dead(dead)
 
     def verify(self, token_id: str, answer: Callable[[bool, Position], None]) -> None:
-        """Answer from memory, or read, and answer when the read has arrived."""
-        membership = self.membership
-        known = membership.memory.entries.get(token_id.encode())
-        if self.clock() >= membership.lease_ends:
+        """Answer from the cache, or send a read and answer when it arrives."""
+        state = self.state
+        known = state.memory.entries.get(token_id.encode())
+        if self.clock() >= state.lease_ends:
             return
         if known is not None:
-            answer(known.live, membership.memory.position)
+            answer(known.live, state.memory.position)
             return
-        began = membership.begin_read()
-        database = self.lookups = self.world.session(self.lookups)
+        began = state.begin_read()
+        database = self.lookup_database = self.world.session(self.lookup_database)
         live, snapshot = token_id not in database.deleted, database.snapshot()
 
         def arrive() -> None:
@@ -178,28 +180,28 @@ class Server:
     ) -> None:
         if not self.alive:
             return
-        standing = self.membership.standing(snapshot, began)
+        standing = self.state.standing(snapshot, began)
         if standing is Standing.AHEAD and again:
-            # It waits for the log, which is read on the heart's session.
+            # The read waits for the log, which is read on the renewer's session.
             self.world.count("ahead")
             self.world.under_way.append(
                 lambda: self._arrived(known, snapshot, began, answer, again=False)
             )
         elif standing is Standing.BELIEVED:
-            self.membership.memory.admit(known.token_id.encode(), known, snapshot.position)
+            self.state.memory.admit(known.token_id.encode(), known, snapshot.position)
             answer(known.live, snapshot.position)
         else:
             self.world.count("refused")
-            self.lookups = self.world.reached()
+            self.lookup_database = self.world.reached()
 
     def stop(self) -> None:
-        """Stop in good order: hand clients over, and leave once none holds a lease."""
+        """Stop in good order: ask clients to move, and leave once no client holds a lease."""
         self.stopping = True
         for stream in self.streams:
-            stream.watcher.close()
-        if self.membership.subleases.floor(self.clock()) is None:
-            self.membership.lose()
-            self.heart.remove(self.name)
+            stream.session.close()
+        if self.state.client_leases.floor(self.clock()) is None:
+            self.state.lose()
+            self.renewal_database.remove(self.name)
             self.die()
 
     def die(self) -> None:
@@ -209,15 +211,15 @@ class Server:
 
 
 class Stream:
-    """A Watch: a watcher, a client's stream, and what is on the way between them."""
+    """A Watch: a session, a client's stream, and the messages between them."""
 
     def __init__(self, client: "Client", server: Server) -> None:
         self.client, self.server = client, server
-        self.watcher = Watcher(server.membership)
+        self.session = WatchSession(server.state)
         self.end = client.subscription.open(client.clock())
         self.up: deque[Any] = deque()
         self.down: deque[Any] = deque()
-        # Held up on the way, for as long as a step does not say otherwise.
+        # True while messages are held up on the way. Another step may end that.
         self.stuck = False
         server.streams.append(self)
         client.streams.append(self)
@@ -229,20 +231,20 @@ class Stream:
             if self in streams:
                 streams.remove(self)
 
-    def client_speaks(self) -> None:
+    def client_sends(self) -> None:
         if (request := self.end.take(self.client.clock())) is not None:
             self.up.append(request)
 
-    def server_hears(self) -> None:
+    def server_receives(self) -> None:
         if self.up:
             said = self.up.popleft()
             request = watch_sessions.Request(said.applied, said.number, said.released)
-            self.watcher.hear(request, self.server.clock())
+            self.session.receive(request, self.server.clock())
 
-    def server_speaks(self) -> None:
-        self.down.extend(self.watcher.take(self.server.clock()))
+    def server_sends(self) -> None:
+        self.down.extend(self.session.take(self.server.clock()))
 
-    def client_hears(self) -> None:
+    def client_receives(self) -> None:
         if self.down:
             self.end.receive(_to_client(self.down.popleft()), self.client.clock())
 
@@ -260,7 +262,7 @@ def _to_client(event: watch_sessions.Event) -> client_side.Event:
 
 
 class Client:
-    """A client library: its memory under the grants of its streams."""
+    """A client library: its cache under the grants of its streams."""
 
     def __init__(self, world: "World") -> None:
         self.world = world
@@ -271,30 +273,31 @@ class Client:
         self.streams: list[Stream] = []
 
     def verify(self, token_id: str) -> None:
-        """Answer from memory, or ask a server, which need not be the one that is watched."""
+        """Answer from the cache, or ask a server, which need not be the one that the client
+        watches."""
         started = self.world.steps
         key = token_id.encode()
         known = self.memory.entries.get(key)
         if known is not None and self.clock() < self.subscription.lease.end:
-            self.world.count("from a client's memory")
+            self.world.count("from a client's cache")
             self.world.answered(token_id, started, valid=known.live)
             return
 
         def arrive(live: bool, position: Position) -> None:
-            def come() -> None:
+            def deliver() -> None:
                 if self.clock() < self.subscription.lease.end:
                     self.memory.admit(key, Known(token_id, live=live), position)
                 self.world.answered(token_id, started, valid=live)
 
-            self.world.send(come)
+            self.world.send(deliver)
 
         self.world.pick(self.world.servers).verify(token_id, arrive)
 
 
 class World:
-    """All of it. Reproducible by the seed of `random`, and by the steps taken.
+    """The whole system. Reproducible from the seed of `random` and the steps taken.
 
-    Without `timelines` the engine does not report them, so that marks alone tell histories apart.
+    Without `timelines` the engine does not report them, so only marks tell histories apart.
     """
 
     server_memory: type[Memory[Any]] = Memory
@@ -306,7 +309,7 @@ class World:
             *EVERYDAY,
             *itertools.chain.from_iterable(f for f in FAULTS if random.random() < 0.4),
         ]
-        """What happens in this world."""
+        """The kinds of steps that happen in this world."""
         self.now = 0.0
         self.steps = 0
         self.stale: list[str] = []
@@ -315,7 +318,7 @@ class World:
         # Behind a pooler each statement may reach another server.
         self.pooler = random.random() < 0.3
         self.timeline_numbers = itertools.count(1)
-        # The primary, and one that was deposed and still runs.
+        # The primary, and a deposed one that still runs.
         self.databases = [Database(random, self._new_timeline())]
         self.backup = self.current.copy(None)
         self.names = (f"v{n}" for n in itertools.count())
@@ -324,22 +327,22 @@ class World:
         self.token_numbers = itertools.count()
         self.tokens = [self._new_token() for _ in range(TOKENS)]
         self.under_way: list[Callable[[], None]] = []
-        # The same, but held up for long.
+        # Messages that are held up for long.
         self.stragglers: list[Callable[[], None]] = []
-        self.waits: list[tuple[str, Wait, Clock]] = []
+        self.waits: list[tuple[str, PendingDeletion, Clock]] = []
         self.confirmed: dict[str, int] = {}
 
     @property
     def current(self) -> Database:
-        """The one whose commits are durable, unless replication is stalled."""
+        """The primary, whose commits are durable unless replication is stalled."""
         return self.databases[0]
 
     def reached(self) -> Database:
-        """Return where a new session leads."""
+        """Return the database that a new session leads to."""
         return self.current if self.random.random() < 0.8 else self.pick(self.databases)
 
     def session(self, database: Database) -> Database:
-        """Return where the next statement of a session leads."""
+        """Return the database that the next statement of a session reaches."""
         if self.pooler or database not in self.databases:
             return self.reached()
         return database
@@ -361,7 +364,7 @@ class World:
             self.stale.append(f"{token_id}, by a verify begun at step {started}")
 
     def send(self, message: Callable[[], None]) -> None:
-        """Put something on its way. Some messages take long."""
+        """Send a message. Some take long to arrive."""
         straggles = "a_straggler_arrives" in self.kinds and self.random.random() < 0.15
         (self.stragglers if straggles else self.under_way).append(message)
 
@@ -374,66 +377,66 @@ class World:
     def time_passes(self) -> None:
         self.now += self.pick(STEPS_SECONDS)
 
-    def all_is_well(self) -> None:
-        """Everything that is under way arrives, and everybody does what is next, twice."""
+    def everything_arrives(self) -> None:
+        """Let every message arrive and every process do its next steps, twice."""
         for _ in range(2):
             for server in self.servers:
                 for _ in range(4):
-                    server.beat()
-                    server.hear()
+                    server.renew_once()
+                    server.receive_reply()
                 server.acknowledge()
-                server.hear()
+                server.receive_reply()
             for client in self.clients:
                 if all(stream.server.stopping or stream.stuck for stream in client.streams):
                     Stream(client, self.pick(self.servers))
                 for stream in [stream for stream in client.streams if not stream.stuck]:
-                    stream.client_speaks()
+                    stream.client_sends()
                     while stream.up:
-                        stream.server_hears()
-                    stream.server_speaks()
+                        stream.server_receives()
+                    stream.server_sends()
                     while stream.down:
-                        stream.client_hears()
-                    stream.client_speaks()
+                        stream.client_receives()
+                    stream.client_sends()
                     while stream.up:
-                        stream.server_hears()
+                        stream.server_receives()
             self.reads_arrive()
 
     def everybody_verifies(self) -> None:
-        """Fill the memories: each client asks about each live token, and hears the answer."""
+        """Fill the caches: each client asks about each live token and receives the answer."""
         for client in self.clients:
             for token_id in self.tokens[-TOKENS:]:
                 client.verify(token_id)
         self.reads_arrive()
 
-    def servers_are_well(self) -> None:
-        """The servers do all that is theirs to do, twice, while nothing reaches a client."""
+    def servers_work(self) -> None:
+        """Let the servers do all their steps, twice, while nothing reaches a client."""
         for _ in range(2):
             for server in self.servers:
                 for news in (True, False):
-                    server.beat(news=news)
-                    server.hear()
+                    server.renew_once(news=news)
+                    server.receive_reply()
                 for stream in [stream for stream in server.streams if not stream.stuck]:
                     while stream.up:
-                        stream.server_hears()
-                    stream.server_speaks()
+                        stream.server_receives()
+                    stream.server_sends()
 
-    def clients_are_well(self) -> None:
-        """The clients hear some of what is on its way to them, and say what they have to."""
+    def clients_work(self) -> None:
+        """Let the clients receive some of their messages and send what they have to."""
         for client in self.clients:
             for stream in [stream for stream in client.streams if not stream.stuck]:
                 for _ in range(self.random.randint(0, len(stream.down))):
-                    stream.client_hears()
-                stream.client_speaks()
+                    stream.client_receives()
+                stream.client_sends()
 
-    def time_passes_well(self) -> None:
+    def time_passes_without_faults(self) -> None:
         self.now += 0.9
-        self.all_is_well()
+        self.everything_arrives()
 
-    def beat(self) -> None:
-        self.pick(self.servers).beat(news=self.random.random() < 0.5)
+    def renew_once(self) -> None:
+        self.pick(self.servers).renew_once(news=self.random.random() < 0.5)
 
-    def hear(self) -> None:
-        self.pick(self.servers).hear()
+    def receive_reply(self) -> None:
+        self.pick(self.servers).receive_reply()
 
     def acknowledge(self) -> None:
         self.pick(self.servers).acknowledge()
@@ -441,21 +444,21 @@ class World:
     def reply_is_lost(self) -> None:
         self.pick(self.servers).reply = None
 
-    def bury(self) -> None:
-        self.pick(self.servers).bury()
+    def remove_dead_verifiers(self) -> None:
+        self.pick(self.servers).remove_dead_verifiers()
 
     def watch(self) -> None:
         Stream(self.pick(self.clients), self.pick(self.servers))
 
-    def a_stream_moves(self) -> None:
+    def a_stream_advances(self) -> None:
         streams = [stream for client in self.clients for stream in client.streams]
         if streams:
             stream = self.pick(streams)
             moves = (
-                stream.client_speaks,
-                stream.server_hears,
-                stream.server_speaks,
-                stream.client_hears,
+                stream.client_sends,
+                stream.server_receives,
+                stream.server_sends,
+                stream.client_receives,
             )
             for _ in range(self.random.randint(1, 4)):
                 self.pick(moves)()
@@ -475,7 +478,7 @@ class World:
         if streams:
             self.pick(streams).cut()
 
-    def client_lets_go(self) -> None:
+    def client_releases(self) -> None:
         self.pick(self.clients).subscription.release()
 
     def read_arrives(self) -> None:
@@ -498,8 +501,8 @@ class World:
             self.count("not durable")
             return
         clock = Clock(self)
-        self.waits.append((token_id, Wait(position, clock()), clock))
-        # Looked at again for a while, and then no more.
+        self.waits.append((token_id, PendingDeletion(position, clock()), clock))
+        # Deleted tokens are asked about for a while, then dropped.
         self.tokens = [*self.tokens[-2 * TOKENS :], self._new_token()]
 
     def look_at_rows(self) -> None:
@@ -509,11 +512,11 @@ class World:
             self.maybe_wait()
             if not database.knows(wait.position):
                 continue
-            confirmation = wait.judge(list(database.rows.values()), now)
-            if isinstance(confirmation, Confirmation):
+            acknowledgements = wait.evaluate(list(database.rows.values()), now)
+            if isinstance(acknowledgements, Acknowledgements):
                 self.waits.remove((token_id, wait, clock))
                 self.confirmed[token_id] = self.steps
-                self.count("outwaited" if confirmation.outwaited else "confirmed")
+                self.count("outwaited" if acknowledgements.outwaited else "confirmed")
                 self._ask_everybody(token_id)
 
     def prune(self) -> None:
@@ -528,31 +531,34 @@ class World:
         self.current.catch_up()
 
     def fail_over(self) -> None:
-        """Promote the standby. The old primary goes on running, and sessions stay with it."""
+        """Promote the standby. The old primary keeps running, and sessions stay with it."""
         self.current.depose()
         self.databases = [self.current.copy(self._new_timeline()), self.current]
         self.count("failovers")
 
-    def fail_over_from_a_stalled_one(self) -> None:
-        """Commits that no standby has become visible on the old primary, then it is deposed."""
+    def fail_over_while_stalled(self) -> None:
+        """Make unreplicated commits visible on the old primary, then depose it."""
         self.current.stall()
         for token_id in self.random.sample(self.tokens, self.random.randint(0, 2)):
             if token_id not in self.current.deleted:
                 self.current.delete(token_id)
         for server in self.servers:
-            server.beat(news=True)
-            server.hear()
+            server.renew_once(news=True)
+            server.receive_reply()
         self.fail_over()
 
-    def deposed_one_ends(self) -> None:
+    def deposed_primary_ends(self) -> None:
         self.databases = self.databases[:1]
 
     def back_up(self) -> None:
         self.backup = self.current.copy(None)
 
     def restore(self) -> None:
-        """Go back to the backup. That takes longer than a lease, and loses deletions, which nobody
-        can hold against the service; the next ones it must not lose."""
+        """Restore the backup.
+
+        That takes longer than a lease. It loses deletions, which is no fault of the service. It
+        must not lose later ones.
+        """
         self.now += 1.1 * LEASE_SECONDS
         self.databases = [self.backup.copy(self._new_timeline())]
         deleted = self.current.deleted
@@ -577,12 +583,13 @@ class World:
             self.servers[number] = Server(self, next(self.names))
 
     def reads_arrive(self) -> None:
-        """Let everything that is under way arrive, also what that sends on its way."""
+        """Let every message arrive, including those that are sent in response."""
         while self.under_way:
             self.under_way.pop(0)()
 
     def _ask_everybody(self, token_id: str) -> None:
-        """Ask those who would still know of a token, in the moment in which it must be dead."""
+        """Ask every process that may still cache a token, at the moment from which it must be
+        dead."""
         self.steps += 1
         for client in self.clients:
             client.verify(token_id)
@@ -604,32 +611,32 @@ class World:
         return f"t{next(self.token_numbers)}"
 
 
-# What happens more often stands here more often.
+# Frequent steps occur more often in this list.
 EVERYDAY = [
-    *(["time_passes_well"] * 4),
-    *(["all_is_well", "everybody_verifies"] * 8),
+    *(["time_passes_without_faults"] * 4),
+    *(["everything_arrives", "everybody_verifies"] * 8),
     *(["server_verifies", "client_verifies"] * 6),
-    *(["servers_are_well", "clients_are_well"] * 8),
-    *(["delete", "look_at_rows", "a_stream_moves", "read_arrives"] * 8),
-    *(["time_passes", "beat", "hear", "acknowledge"] * 3),
+    *(["servers_work", "clients_work"] * 8),
+    *(["delete", "look_at_rows", "a_stream_advances", "read_arrives"] * 8),
+    *(["time_passes", "renew_once", "receive_reply", "acknowledge"] * 3),
 ]
-# Each world has some of these. One with all of them would seldom get far with any.
+# Each world has some of these faults. A world with all of them would rarely get far with any.
 FAULTS = (
     ["time_passes"] * 4,
     ["reply_is_lost"] * 2,
-    ["bury"] * 2,
-    ["watch", "a_stream_moves", "a_stream_moves"] * 3,
+    ["remove_dead_verifiers"] * 2,
+    ["watch", "a_stream_advances", "a_stream_advances"] * 3,
     ["a_stream_breaks"] * 3,
     ["a_straggler_arrives"] * 10,
     ["a_stream_sticks"] * 4,
     ["prune"] * 2,
-    ["client_lets_go"],
+    ["client_releases"],
     ["die"],
     ["stop"],
     ["fail_over", "reconnect"],
-    ["fail_over_from_a_stalled_one", "reconnect", "reconnect"],
+    ["fail_over_while_stalled", "reconnect", "reconnect"],
     ["replication_stalls", "replication_catches_up", "replication_catches_up"],
-    ["deposed_one_ends"],
+    ["deposed_primary_ends"],
     ["back_up", "restore"],
 )
 KINDS = [*EVERYDAY, *itertools.chain.from_iterable(FAULTS)]

@@ -48,7 +48,7 @@ _DNS: Final = re.compile(
 _ACCOUNT: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}\*?")
 _CALLER_KEYS: Final = ("accounts", "certificates", "credentials", "rates", "roles", "watches")
 _ROLE_KEYS: Final = ("methods",)
-# Default limit of a caller's streams in a process: half of `watch_sessions.WATCHERS_MAX`.
+# Default limit of a caller's streams in a process: half of `watch_sessions.WATCH_SESSIONS_MAX`.
 WATCHES_MAX: Final = 5_000
 # A higher rate would not limit anything, and a lower one would never allow a call.
 _RATES: Final = range(1, 1_000_001)

@@ -1,12 +1,23 @@
-"""The protocol: when Delete returns, the token is dead everywhere.
+"""The coherence protocol: when Delete returns, no verifier answers with the token any more.
 
-Owns leases, the log and acknowledgements. These modules are pure, with the clock passed in:
-`verifier_state` (this process as a verifier), `client_leases` (its clients) and `ack_rules` (what a
-Delete waits for, and which verifiers are dead). `notify_listener` wakes the renewer,
-`watch_sessions` serves clients, and `ack_waiter` waits for Deletes. `verifier_table` has the SQL.
+Owns leases, the log of invalidations, acknowledgements, watch sessions and the verifiers' table.
+It does not own tokens: it knows them by id only.
 
-"Rule N" means rule N of docs/protocol.md, here and in the rest of the service.
+Pure, with the clock passed in:
+- `verifier_state`: this process as a verifier (its cache, lease and row).
+- `client_leases`: the clients that answer under its lease.
+- `ack_rules`: when a Delete may return, and which verifiers are dead.
+- `snapshot`: where a read was taken.
 
-Imports: postgres, settings.
-Begin with `lease_renewer.py`, which renews the lease and reads the log.
+Around them:
+- `lease_renewer` registers, renews the lease and reads the log; `notify_listener` wakes it.
+- `watch_sessions` serves clients; each session is pure.
+- `ack_waiter` lets Deletes wait.
+- `reads` decides which reads of the database may be believed.
+- `primary` follows the primary server.
+- `verifier_table` has the SQL.
+
+May import postgres, settings (for the log) and errors, and no other room of the service. Begin with
+docs/protocol.md, then `verifier_state.py` and `lease_renewer.py`. "Rule N" means rule N of
+docs/protocol.md, here and in the rest of the service.
 """

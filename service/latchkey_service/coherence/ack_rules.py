@@ -1,4 +1,7 @@
-"""What a Delete waits for, and which verifiers are dead. Pure (rules 8 and 9)."""
+"""Decides when a Delete may return and which verifiers are dead. Pure (rules 8 and 9).
+
+Owns the rules only. `ack_waiter` reads the rows and waits; `lease_renewer` removes dead verifiers.
+"""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -6,15 +9,22 @@ from typing import NamedTuple
 from latchkey_coherence.lease import outwait_seconds
 from latchkey_coherence.memory import Position
 
-__all__ = ["NOBODY", "OUTWAIT_MARGIN_SECONDS", "Census", "Confirmation", "VerifierRow", "Wait"]
+__all__ = [
+    "NO_ACKNOWLEDGEMENTS",
+    "OUTWAIT_MARGIN_SECONDS",
+    "Acknowledgements",
+    "DeadVerifierDetector",
+    "PendingDeletion",
+    "VerifierRow",
+]
 
-# On top of the longest lease: what a clock that is read in steps, and a reader that was held up
-# between two lines, might be wrong by.
+# Added to the longest lease. Covers the granularity of the clock and a reader that was delayed
+# between two lines.
 OUTWAIT_MARGIN_SECONDS = 0.05
 
 
 class VerifierRow(NamedTuple):
-    """A verifier's row, as far as others decide by it."""
+    """The part of a verifier's row that other processes base decisions on."""
 
     id: str
     incarnation: int
@@ -25,30 +35,34 @@ class VerifierRow(NamedTuple):
     clients_outwaited: int = 0
 
 
-class Confirmation(NamedTuple):
-    """No verifier can answer with a token that revisions up to the one waited for made invalid."""
+class Acknowledgements(NamedTuple):
+    """Proof that no verifier can still answer with a token invalidated up to a revision."""
 
     acknowledged: int
-    """How many verifiers have dropped it."""
+    """How many verifiers have dropped the token."""
     outwaited: int
-    """How many have not said so, but have lost every lease that they could have had."""
+    """How many verifiers have not acknowledged, but every lease that they could hold has expired.
+    """
     clients_acknowledged: int = 0
-    """How many clients of those that acknowledged have dropped it."""
+    """How many clients of the verifiers that acknowledged have dropped the token."""
     clients_outwaited: int = 0
-    """How many clients of those that acknowledged were waited out until their leases had ended."""
+    """How many clients of the verifiers that acknowledged let their lease expire instead."""
 
 
-# For a receipt that is written already, and stays as it is.
-NOBODY = Confirmation(0, 0)
+# For a receipt that is stored already and must not change.
+NO_ACKNOWLEDGEMENTS = Acknowledgements(0, 0)
 
 
-class Wait:
-    """The wait for the revision of `position`, committed before the clock said `committed`.
+class PendingDeletion:
+    """A Delete that waits until the revision of `position` is acknowledged.
 
-    Why it is enough: a lease that began before the commit ends within its length of it, and one
-    that began after it has read the log (Gray & Cheriton). A row that goes meanwhile was removed
-    by its own process, which had ended its clients' leases first, or by one that had seen it
-    lapse. A row that comes meanwhile is of a process that read nothing before it committed it.
+    `committed` is a reading of this process's clock from after the commit.
+
+    Why the rule is sufficient (Gray & Cheriton): a lease that began before the commit ends within
+    its length of it, and a lease that began after the commit has read the log. A row that
+    disappears meanwhile was removed by its own process, after the leases of its clients had ended,
+    or by a process that saw its lease expire. A row that appears meanwhile belongs to a process
+    that read nothing before it committed the row.
     """
 
     __slots__ = ("_clients", "_committed", "_outwaited", "_pending", "_seen", "position")
@@ -58,16 +72,18 @@ class Wait:
         self._committed = committed
         self._seen: set[str] = set()
         self._pending: set[str] = set()
-        # By verifier: how many of its clients have confirmed; and how many had been waited out when
-        # it was first seen to be behind, and have been since.
+        # By verifier that acknowledged: how many of its clients had confirmed at that time.
         self._clients: dict[str, int] = {}
+        # By verifier that was behind: its `clients_outwaited` when it was first seen, and when it
+        # was last seen.
         self._outwaited: dict[str, tuple[int, int]] = {}
 
-    def judge(self, rows: Iterable[VerifierRow], now: float) -> Confirmation | None:
-        """Return the confirmation if these rows, which were all read after the commit, give it.
+    def evaluate(self, rows: Iterable[VerifierRow], now: float) -> Acknowledgements | None:
+        """Return the acknowledgements if `rows` prove that no verifier can answer with the token.
 
-        `now` is read before the rows are. The rows come from a database whose history holds
-        `position`: an acknowledgement of another history's revision proves nothing (rule 12).
+        Returns None otherwise. All rows were read after the commit, and `now` was read before the
+        rows. The rows come from a database whose history holds `position`: an acknowledgement of
+        another history's revision proves nothing (rule 12).
         """
         behind: dict[str, float] = {}
         for row in rows:
@@ -84,8 +100,8 @@ class Wait:
         longest = max(behind.values(), default=0.0)
         if behind and now < self._committed + outwait_seconds(longest) + OUTWAIT_MARGIN_SECONDS:
             return None
-        # Those that were removed before they had acknowledged it count as waited out.
-        return Confirmation(
+        # A row that was removed before it acknowledged counts as waited out.
+        return Acknowledgements(
             len(self._seen) - len(self._pending),
             len(self._pending),
             sum(self._clients.values()),
@@ -93,17 +109,17 @@ class Wait:
         )
 
 
-class Census:
-    """Watches the rows for those whose process is dead, by this process's own clock."""
+class DeadVerifierDetector:
+    """Finds rows whose process is dead, measured by this process's own clock."""
 
     def __init__(self) -> None:
         self._unchanged_since: dict[tuple[str, int, int], float] = {}
 
     def dead(self, rows: Iterable[VerifierRow], asked: float, now: float) -> list[VerifierRow]:
-        """Return the rows whose `renewal` has been the same for longer than their lease.
+        """Return the rows whose `renewal` has not changed for longer than their lease.
 
-        The rows were read between `asked` and `now`. Whoever removes one does so on condition that
-        its renewal is still the same (rule 9).
+        The rows were read between `asked` and `now`. A caller that removes one must do so on
+        condition that its renewal is still the same (rule 9).
         """
         before, self._unchanged_since = self._unchanged_since, {}
         found = []

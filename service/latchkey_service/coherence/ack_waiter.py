@@ -1,4 +1,8 @@
-"""Waits, for Deletes, until no verifier can answer with the token (coherence rule 8)."""
+"""Lets Deletes wait until no verifier can answer with the token (rule 8).
+
+Owns the polling of verifiers' rows and the notification after a commit. The decision is made by
+`ack_rules`; the deletion and its receipt belong to the token store.
+"""
 
 import asyncio
 import math
@@ -7,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from latchkey_coherence.memory import Position
 
-from latchkey_service.coherence.ack_rules import Confirmation, Wait
+from latchkey_service.coherence.ack_rules import Acknowledgements, PendingDeletion
 from latchkey_service.coherence.verifier_table import Rows, VerifierTable, read_rows
 from latchkey_service.errors import NotConfirmed, StoreUnsupported
 from latchkey_service.postgres.connections import answers
@@ -18,17 +22,17 @@ if TYPE_CHECKING:
 
     Connection = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["Confirmer"]
+__all__ = ["AckWaiter"]
 
-# Between looks at the rows. A healthy verifier takes a few milliseconds, one that has to be waited
-# out takes seconds; each look costs all of them a little.
+# Between polls of the rows. A healthy verifier acknowledges within a few milliseconds, while
+# waiting out a lease takes seconds. Each poll costs every verifier a little.
 POLL_SECONDS_MIN = 0.002
 POLL_SECONDS_MAX = 0.05
 POLL_FACTOR = 1.3
 
 
-class Confirmer:
-    """One for each process: Deletes that wait at the same time share the looks at the rows."""
+class AckWaiter:
+    """Waits for acknowledgements. One for each process: concurrent Deletes share the polls."""
 
     def __init__(
         self,
@@ -36,7 +40,7 @@ class Confirmer:
         connect: "Callable[[], Awaitable[Connection]]",
         wake: Callable[[], None],
         clock: Callable[[], float],
-        settles_at: Callable[[], float],
+        rows_complete_at: Callable[[], float],
         own_id: str,
         *,
         notify: bool,
@@ -45,18 +49,18 @@ class Confirmer:
         # A database without this process's row may lack other rows, too: it was restored from a
         # backup, and this process has not noticed yet.
         self._own_id = own_id
-        # Its looks have a connection of their own: the Deletes that wait for them, and those that
-        # wait to begin, may have all of the pool's.
+        # Polls have a dedicated connection. Deletes that wait for them, and Deletes that wait to
+        # begin, may occupy the whole pool.
         self._connect = connect
         self._connection: Connection | None = None
         self._failing = False
-        # This process's own heart need not be notified.
+        # Wakes this process's own lease renewer, which needs no notification.
         self._wake = wake
         self._clock = clock
-        # From when on the rows that are read are certain to be complete.
-        self._settles_at = settles_at
+        # From this time on, the rows that are read are certain to be complete.
+        self._rows_complete_at = rows_complete_at
         self._notify = notify
-        self._waits: dict[asyncio.Future[Confirmation], Wait] = {}
+        self._waits: dict[asyncio.Future[Acknowledgements], PendingDeletion] = {}
         self._poller: asyncio.Task[None] | None = None
         self._poll_seconds = POLL_SECONDS_MIN
         self._announcer: asyncio.Task[None] | None = None
@@ -64,20 +68,25 @@ class Confirmer:
         self._log = logger()
 
     def announce(self, revision: int) -> None:
-        """Tell all verifiers that there is news. Nobody waits for that: they find it anyway."""
+        """Notify all verifiers of a new revision. Does not block: they find it without this, only
+        later."""
         self._wake()
         if not self._notify:
             return
-        # The latest of those that come while one is on its way stands for all of them.
+        # While one notification is being sent, the newest revision stands for all that follow.
         self._unannounced = max(self._unannounced, revision)
         if self._announcer is None:
             self._announcer = asyncio.create_task(self._announce(), name="announce deletions")
 
-    async def confirm(self, position: Position, deadline: float) -> Confirmation:
-        """Wait for a revision that is committed. Raises NotConfirmed at `deadline`, its clock's."""
-        future: asyncio.Future[Confirmation] = asyncio.get_running_loop().create_future()
-        self._waits[future] = Wait(position, self._clock())
-        # Somebody new is more likely to be done soon than those who wait already.
+    async def wait(self, position: Position, deadline: float) -> Acknowledgements:
+        """Wait until every verifier has acknowledged `position`, which is committed, or is waited
+        out.
+
+        Raises NotConfirmed at `deadline`, seconds on the process's clock.
+        """
+        future: asyncio.Future[Acknowledgements] = asyncio.get_running_loop().create_future()
+        self._waits[future] = PendingDeletion(position, self._clock())
+        # A new deletion is likely to be acknowledged sooner than those that are waiting already.
         self._poll_seconds = POLL_SECONDS_MIN
         if self._poller is None:
             self._poller = asyncio.create_task(self._poll(), name="confirm deletions")
@@ -94,7 +103,7 @@ class Confirmer:
             self._waits.pop(future, None)
 
     async def close(self) -> None:
-        """Stop. Nobody waits any more when a server is closed."""
+        """Stop. No Delete waits any more when a server is closed."""
         tasks = [task for task in (self._poller, self._announcer) if task is not None]
         for task in tasks:
             task.cancel()
@@ -102,7 +111,7 @@ class Confirmer:
         self._drop_connection()
 
     async def _announce(self) -> None:
-        """Notify until there is nothing new to notify of."""
+        """Send notifications until there is no newer revision."""
         try:
             while self._unannounced:
                 revision, self._unannounced = self._unannounced, 0
@@ -111,41 +120,42 @@ class Confirmer:
                 except Exception as error:  # noqa: BLE001 - costs time, and nothing else
                     if isinstance(error, StoreUnsupported):
                         self._notify, self._unannounced = False, 0
-                    self._log.warning("not notified", error=type(error).__name__)
+                    self._log.warning("notification failed", error=type(error).__name__)
         finally:
             self._announcer = None
 
     async def _poll(self) -> None:
-        """Look at the rows until nobody waits."""
+        """Poll the rows until no Delete waits."""
         try:
             while self._waits:
                 await asyncio.sleep(self._poll_seconds)
                 self._poll_seconds = min(self._poll_seconds * POLL_FACTOR, POLL_SECONDS_MAX)
-                # Only these: of one that comes while the rows are read, it is not known that they
-                # were read after its commit.
+                # Only these: for a deletion that arrives while the rows are read, it is not certain
+                # that they were read after its commit.
                 waits = list(self._waits.items())
                 now = self._clock()
                 rows = await self._look({wait.position for _, wait in waits})
-                if rows is None or now < self._settles_at():
+                if rows is None or now < self._rows_complete_at():
                     continue
                 if all(row.id != self._own_id for row in rows.verifiers):
                     continue
                 for future, wait in waits:
                     if wait.position not in rows.known:
-                        # The connection leads to another history, such as a deposed primary's: what
+                        # The connection leads to another history, such as a deposed primary's. What
                         # verifiers have acknowledged there is not this deletion (rule 12).
                         self._drop_connection()
                         continue
-                    confirmation = wait.judge(rows.verifiers, now)
-                    if confirmation is not None and not future.done():
-                        future.set_result(confirmation)
+                    acknowledgements = wait.evaluate(rows.verifiers, now)
+                    if acknowledgements is not None and not future.done():
+                        future.set_result(acknowledgements)
                         self._waits.pop(future, None)
         finally:
-            # No await between the last look at the dictionary and this.
+            # There is no await between the last check of `_waits` and this line.
             self._poller = None
 
     async def _look(self, positions: set[Position]) -> Rows | None:
-        """Return the rows, or None where they cannot be read: all wait on, to their deadlines."""
+        """Return the rows, or None if they cannot be read. All Deletes then wait on, until their
+        deadlines at most."""
         try:
             if self._connection is None or not await answers(self._connection):
                 self._drop_connection()

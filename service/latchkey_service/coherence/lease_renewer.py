@@ -1,8 +1,11 @@
 """Keeps this process a verifier: registers, reads the log, renews the lease, acknowledges.
 
-One task does all of it, beat by beat, so that no two steps overlap. A lease rests on one statement,
-which renews, acknowledges and reads the log on one server, and it is counted from the clock before
-that statement (coherence rule 3). A read of the log on its own only brings the memory forward.
+Owns the verifier's connection and the order of these steps. The rules are in `verifier_state`, the
+SQL in `verifier_table`, and the choice of the database server in `primary`.
+
+One task takes all steps one after the other, so that no two overlap. A lease rests on a single
+statement, which renews, acknowledges and reads the log on one server. The lease is counted from the
+clock before that statement (rule 3). Reading the log by itself only brings the cache up to date.
 """
 
 import asyncio
@@ -12,9 +15,9 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from latchkey_service.coherence.ack_rules import Census
+from latchkey_service.coherence.ack_rules import DeadVerifierDetector
 from latchkey_service.coherence.primary import Primary
-from latchkey_service.coherence.verifier_state import Log, Membership
+from latchkey_service.coherence.verifier_state import Log, VerifierState
 from latchkey_service.coherence.verifier_table import Identity, OwnRow, Report
 from latchkey_service.errors import (
     NO_ANSWER,
@@ -31,32 +34,32 @@ if TYPE_CHECKING:
 
     Connection = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["Heart"]
+__all__ = ["LeaseRenewer"]
 
-# After a failure. Verifies that need a lease fail at once in between instead of piling up, and
+# Pause after a failure. Meanwhile verifies that need a lease fail at once instead of piling up, and
 # service resumes this soon after Postgres does.
 RETRY_SECONDS = 0.25
-# A stop does not wait for a database that hangs: the row lapses by itself.
+# A stop does not wait for a database that hangs: the row expires by itself.
 REMOVE_SECONDS = 1.0
 # Verifies that wait for the lease: as many as may wait for a look-up.
 WAITING_MAX = 10_000
-# A healthy client confirms within milliseconds. One that takes longer is named.
+# A healthy client confirms within milliseconds. One that takes longer is named in the log.
 WAITED_SECONDS = 0.5
-# Reads of the log until one has begun after a wake-up: one may be under way.
-READS_TO_REACH = 2
+# Reads of the log until one has begun after a wake-up: another one may be under way.
+READS_OF_LOG_MAX = 2
 
 
-class Heart:
-    """Drives a membership. Belongs to the event loop that it is used on."""
+class LeaseRenewer:
+    """Drives a VerifierState. Belongs to the event loop that it was created on."""
 
     def __init__(
         self,
-        membership: Membership[Any],
+        state: VerifierState[Any],
         identity: Identity,
         primary: Primary,
         clock: Callable[[], float],
     ) -> None:
-        self.membership = membership
+        self.state = state
         self._on_news: Callable[[bool], None] = lambda _: None
         self._streams: Callable[[], int] = lambda: 0
         self._notifications: Callable[[], int] = lambda: 0
@@ -67,7 +70,7 @@ class Heart:
         self._log = logger()
         self._connection: Connection | None = None
         self._incarnation = 0
-        self._census = Census()
+        self._detector = DeadVerifierDetector()
         self._woken = asyncio.Event()
         self._news = True
         self._next_renewal = -math.inf
@@ -75,9 +78,9 @@ class Heart:
         self._failing = False
         self._row_lost = False
         self._waiting_for: list[str] = []
-        # Of verifies that wait for the lease.
+        # Verifies that wait for the lease share this future.
         self._renewed: asyncio.Future[None] | None = None
-        # Of reads that wait for the log to be applied up to their snapshot.
+        # Reads that wait until the log is applied up to their snapshot share this future.
         self._read: asyncio.Future[None] | None = None
         self._waiting = 0
 
@@ -87,28 +90,32 @@ class Heart:
         streams: Callable[[], int],
         notifications: Callable[[], int],
     ) -> None:
-        """Call `on_news` after each read of the log, with whether it changed anything; put into the
-        row how many streams there are and how notifications do, as the contract has it."""
+        """Set the callbacks, which are created after the renewer.
+
+        `on_news` is called after each read of the log, with whether it changed anything. `streams`
+        and `notifications` provide what the row reports: the number of streams, and the state of
+        notifications as numbered in the contract.
+        """
         self._on_news, self._streams, self._notifications = on_news, streams, notifications
 
     def wake(self) -> None:
-        """There may be news in the log: read it now, not at the next renewal (rule 10)."""
+        """Read the log now instead of at the next renewal, because it may have news (rule 10)."""
         self._news = True
         self._woken.set()
 
     def wake_to_acknowledge(self) -> None:
-        """Look whether there is something to acknowledge: a client has confirmed, or has left."""
+        """Check whether there is something to acknowledge: a client has confirmed or has left."""
         self._woken.set()
 
     def has_lease(self) -> bool:
-        """Tell whether verifies may be answered."""
-        return self._clock() < self.membership.lease_ends
+        """Return whether verifies may be answered."""
+        return self._clock() < self.state.lease_ends
 
-    async def lease(self, deadline: float) -> None:
+    async def wait_for_lease(self, deadline: float) -> None:
         """Wait until there is a lease (rule 5).
 
-        Raises StoreUnavailable when it cannot be renewed, Overloaded, and Unavailable at
-        `deadline`, seconds on the process's clock.
+        Raises StoreUnavailable if the lease cannot be renewed, Overloaded if too many calls wait,
+        and Unavailable at `deadline`, seconds on the process's clock.
         """
         while not self.has_lease():
             if self._clock() < self._retry_at:
@@ -119,21 +126,22 @@ class Heart:
                 self._woken.set()
             await self._wait(self._renewed, deadline)
 
-    async def reach(self, revision: int, deadline: float) -> bool:
-        """Read the log, and tell whether it reaches `revision` (rule 12).
+    async def read_log_to(self, revision: int, deadline: float) -> bool:
+        """Read the log, and return whether it reaches `revision` (rule 12).
 
-        False: it ends before, so the revision is of another history. True does not say that it is
-        of this one. Raises StoreUnavailable when the log cannot be read, Overloaded, and
-        Unavailable at `deadline`, seconds on the process's clock.
+        False means that the log ends earlier, so that the revision belongs to another history. True
+        does not prove that it belongs to this one. Raises StoreUnavailable if the log cannot be
+        read, Overloaded if too many calls wait, and Unavailable at `deadline`, seconds on the
+        process's clock.
         """
-        for _ in range(READS_TO_REACH):
+        for _ in range(READS_OF_LOG_MAX):
             if self._clock() < self._retry_at:
                 raise StoreUnavailable(NO_ANSWER)
             self.wake()
             if self._read is None:
                 self._read = self._loop.create_future()
             await self._wait(self._read, deadline)
-            if self.membership.memory.position.revision >= revision:
+            if self.state.memory.position.revision >= revision:
                 return True
         return False
 
@@ -142,7 +150,8 @@ class Heart:
             raise Overloaded("Too many verifies are waiting for the database; try again.")
         self._waiting += 1
         try:
-            # Shielded: it is shared, and one caller's end is not the others'.
+            # Shielded, because callers share the future: a caller that is cancelled must not cancel
+            # it for the others.
             async with asyncio.timeout(deadline - self._clock()):
                 await asyncio.shield(shared)
         except TimeoutError:
@@ -151,10 +160,10 @@ class Heart:
             self._waiting -= 1
 
     async def run(self) -> None:
-        """Beat until cancelled."""
+        """Renew until cancelled."""
         while True:
             try:
-                await self._beat()
+                await self._renew_once()
             except Exception as error:  # noqa: BLE001 - whatever it is, the lease runs out
                 self._fail(error)
             else:
@@ -162,17 +171,17 @@ class Heart:
             await self._pause()
 
     async def stop(self, *, remove: bool) -> None:
-        """End it, after `run` was. Nothing is answered from now on.
+        """Give up the lease after `run` has ended. From now on nothing is answered.
 
-        With `remove` the row goes, since no client holds a sub-lease any more; without, Deletes
-        wait until it has lapsed.
+        With `remove` the row is deleted, since no client holds a lease any more. Without it,
+        Deletes wait until the row's lease has expired.
         """
-        self.membership.lose()
+        self.state.lose()
         stopping = StoreUnavailable("The server is stopping.")
-        self._tell(stopping)
+        self._wake_waiters(stopping)
         _fail(self._read, stopping)
-        # The beat may have been cut short in the middle of a statement, and left its connection
-        # of no use.
+        # The task may have been cancelled in the middle of a statement, which leaves its connection
+        # unusable.
         self._drop_connection()
         if remove and self._incarnation:
             with contextlib.suppress(StoreUnavailable, TimeoutError):
@@ -181,82 +190,84 @@ class Heart:
                     await row.remove(self._incarnation)
             self._drop_connection()
 
-    async def _beat(self) -> None:
-        """Read what is new and renew what is due."""
-        membership = self.membership
+    async def _renew_once(self) -> None:
+        """Read the log if there may be news, and renew if it is time."""
+        state = self.state
         due = self._clock() >= self._next_renewal
-        if not (self._news or due or self._acknowledgeable() > membership.acknowledged):
+        if not (self._news or due or self._acknowledgeable() > state.acknowledged):
             return
         row = OwnRow(await self._connected(), self._identity)
-        if not membership.registered:
+        if not state.registered:
             await self._register(row)
             due = True
         elif self._news:
-            # Before the log is read: news that comes meanwhile is read again.
+            # Cleared before the log is read, so that news that arrives meanwhile causes another
+            # read.
             self._news = False
             began = self._clock()
-            log = await row.read_log(membership.memory.position)
-            if log.known and log.server != membership.server:
-                # Believed, it would let reads of that server be believed under a lease that stands
-                # on another one. Only a renewal can bring the lease there.
+            log = await row.read_log(state.memory.position)
+            if log.known and log.server != state.server:
+                # Applying this log would let reads of that server be believed under a lease that
+                # stands on another one. Only a renewal can move the lease there.
                 due = True
             else:
-                changed = membership.apply(log, began)
-                # Clients hear of it at once, and acknowledge while the row below is written.
+                changed = state.apply(log, began)
+                # Clients are notified at once, and confirm while the row below is being written.
                 self._applied(changed=changed)
                 if not log.known:
                     self._lost_history(log)
                     return
         acknowledgeable = self._acknowledgeable()
-        if not due and acknowledgeable <= membership.acknowledged:
+        if not due and acknowledgeable <= state.acknowledged:
             return
         await self._renew(row, acknowledgeable)
-        if due and membership.registered:
-            membership.sweep(self._clock())
+        if due and state.registered:
+            state.sweep(self._clock())
             await self._remove_dead(row)
 
     async def _register(self, row: OwnRow) -> None:
         self._incarnation += 1
-        # A client that may still answer from memory has confirmed nothing on this history.
-        clear = self.membership.subleases.floor(self._clock()) is None
+        # A client that may still answer from its cache has confirmed nothing on this history.
+        clear = self.state.client_leases.floor(self._clock()) is None
         registration = await row.register(self._incarnation, acknowledge=clear)
-        self.membership.register(*registration, self._clock())
+        self.state.register(*registration, self._clock())
         self._log.info("registered", verifier=self._identity.id, incarnation=self._incarnation)
 
     async def _renew(self, row: OwnRow, acknowledgeable: int) -> None:
-        """Acknowledge, renew, and apply what the same statement read of the log."""
-        membership = self.membership
+        """Acknowledge, renew, and apply the log that the same statement read."""
+        state = self.state
         began = self._clock()
-        # Not sooner than this, whatever becomes of it: the beat after a failure is bounded too.
-        self._next_renewal = began + membership.lease_seconds / 3
+        # Set before the statement, so that a slow renewal does not delay the next one. After a
+        # failure, `_fail` decides when to try again.
+        self._next_renewal = began + state.lease_seconds / 3
         self._news = False
         renewed, log = await row.renew(
             self._incarnation,
-            membership.memory.position,
+            state.memory.position,
             acknowledgeable,
             self._report(acknowledgeable),
         )
-        changed = membership.apply(log, began)
+        changed = state.apply(log, began)
         if renewed:
             self._row_lost = False
-            membership.renew(began, acknowledgeable)
+            state.renew(began, acknowledgeable)
             if self._connection is not None:
-                self._primary.renewed(self._connection, membership.server)
+                self._primary.renewed(self._connection, state.server)
             self._succeed()
-            # Also for clients that wait for a lease to be granted from.
+            # Also for clients whose grants wait for this lease.
             self._applied(changed=changed)
             return
         if log.known:
-            self._log.warning("the row is gone: registering again", verifier=self._identity.id)
-            membership.lose()
+            self._log.warning("verifier row is gone; registering again", verifier=self._identity.id)
+            state.lose()
         self._applied(changed=True)
         self._lost_history(log)
 
     def _report(self, acknowledgeable: int) -> Report:
         now = self._clock()
-        subleases = self.membership.subleases
+        client_leases = self.state.client_leases
         connection = self._connection
-        seconds, waiting_for = self.membership.waiting_for(now)
+        seconds, waiting_for = self.state.waiting_for(now)
         if seconds < WAITED_SECONDS:
             waiting_for = []
         if waiting_for != self._waiting_for:
@@ -267,18 +278,19 @@ class Heart:
                 )
         return Report(
             self._streams(),
-            subleases.confirmed(acknowledgeable, now),
-            subleases.outwaited,
+            client_leases.count_confirmed(acknowledgeable, now),
+            client_leases.outwaited,
             waiting_for,
             self._notifications(),
-            # Where this renewal goes, not where the last one went: the same statement writes which
-            # server it reaches.
+            # The host that this renewal goes to, not that of the last one: the same statement
+            # writes which server it reaches.
             "" if connection is None else self._primary.host_of(connection),
             self._primary.warnings(),
         )
 
     def _lost_history(self, log: Log) -> None:
-        """Register again, at once the first time. The memory is empty by now."""
+        """Register again: at once the first time, after a pause from then on. The cache is empty by
+        now."""
         if not log.known:
             connection = self._connection
             self._log.warning(
@@ -290,7 +302,7 @@ class Heart:
             )
         self._next_renewal = -math.inf
         if self._row_lost:
-            # Twice in a row: whatever takes the row away would go on.
+            # Twice in a row: whatever removes the row would otherwise keep this loop busy.
             self._retry_at = self._clock() + _pause_after_failure()
         self._row_lost = True
 
@@ -302,25 +314,25 @@ class Heart:
         self._on_news(changed)
 
     def _acknowledgeable(self) -> int:
-        return self.membership.acknowledgeable(self._clock())
+        return self.state.acknowledgeable(self._clock())
 
     async def _remove_dead(self, row: OwnRow) -> None:
         """Remove the rows of dead processes, so that no further Delete waits for them (rule 9)."""
         asked = self._clock()
         rows = await row.all_rows()
-        for dead in self._census.dead(rows, asked, self._clock()):
+        for dead in self._detector.dead(rows, asked, self._clock()):
             if await row.remove_dead(dead):
-                self._log.warning("removed a dead verifier", verifier=dead.id)
+                self._log.warning("dead verifier removed", verifier=dead.id)
 
     async def _pause(self) -> None:
-        """Wait for a wake-up, the next renewal, or a client's lease to run out."""
+        """Wait for a wake-up, the next renewal, or the end of a client's lease."""
         now = self._clock()
         if now < self._retry_at:
             await asyncio.sleep(self._retry_at - now)
             return
-        if self._news or self._acknowledgeable() > self.membership.acknowledged:
+        if self._news or self._acknowledgeable() > self.state.acknowledged:
             return
-        until = min(self._next_renewal, self.membership.subleases.pinned_until)
+        until = min(self._next_renewal, self.state.client_leases.pinned_until)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, until - now)):
                 await self._woken.wait()
@@ -333,24 +345,25 @@ class Heart:
         if self._failing:
             self._log.info("the lease is renewed again")
         self._failing = False
-        self._tell(None)
+        self._wake_waiters(None)
 
     def _fail(self, error: Exception) -> None:
-        """After this nothing is known of the connection, nor of what was sent on it."""
+        """Drop the connection: its state, and whether the last statement was carried out, are
+        unknown."""
         self._primary.failed(self._connection, error)
         self._drop_connection()
         if not isinstance(error, StoreUnavailable):
-            self._log.exception("the heart stumbled", error=type(error).__name__)
+            self._log.exception("lease renewal failed", error=type(error).__name__)
         elif not self._failing:
             self._log.warning("the lease cannot be renewed", cause=type(error.__cause__).__name__)
         self._failing = self._news = True
         self._next_renewal = -math.inf
         self._retry_at = self._clock() + _pause_after_failure()
-        self._tell(StoreUnavailable(NO_ANSWER))
+        self._wake_waiters(StoreUnavailable(NO_ANSWER))
         read, self._read = self._read, None
         _fail(read, StoreUnavailable(NO_ANSWER))
 
-    def _tell(self, error: Exception | None) -> None:
+    def _wake_waiters(self, error: Exception | None) -> None:
         renewed, self._renewed = self._renewed, None
         if renewed is None or renewed.done():
             return
@@ -373,7 +386,7 @@ class Heart:
 def _fail(waiting: "asyncio.Future[None] | None", error: Exception) -> None:
     if waiting is not None and not waiting.done():
         waiting.set_exception(error)
-        # Else asyncio complains where those who waited have left.
+        # Marks the exception as retrieved. Otherwise asyncio logs it when all waiters have left.
         waiting.exception()
 
 

@@ -1,6 +1,7 @@
-"""Wakes the heart when a Delete says that there is news. Never the truth (coherence rule 10).
+"""Wakes the lease renewer when a Delete notifies the verifiers (rule 10).
 
-Whatever goes wrong here costs Deletes time, a third of a lease at most, and nothing else.
+Owns the listening connection and the check that notifications arrive. A notification is only a
+hint: without it, a Delete takes longer, by a third of a lease at most, and nothing else changes.
 """
 
 import asyncio
@@ -21,15 +22,16 @@ from latchkey_service.settings.logs import logger
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["Listener", "Notifications"]
+__all__ = ["Notifications", "NotifyListener"]
 
 RETRY_SECONDS = 1.0
-# The shortest time that a probe is given. A shorter one would take a busy machine for a broken one.
+# The shortest time that a probe is given. A shorter one would mistake a busy machine for a broken
+# connection.
 PROBE_TIMEOUT_SECONDS_MIN = 0.25
 
 
 class Notifications(enum.IntEnum):
-    """Whether they arrive, numbered as in the contract."""
+    """Whether notifications arrive, numbered as in the contract."""
 
     UNKNOWN = 0
     ARRIVE = 1
@@ -37,13 +39,15 @@ class Notifications(enum.IntEnum):
     OFF = 3
 
 
-class Listener:
-    """Listens on a connection of its own and calls `wake`. `state` is how it goes.
+class NotifyListener:
+    """Listens on a dedicated connection and calls `wake`. `state` says whether notifications
+    arrive.
 
-    A connection may look alive and lead nowhere, and a pooler may take LISTEN and pass what arrives
-    to nobody. So it sends itself a probe now and then, by `notify`, and learns within
-    `interval_seconds` that notifications do not arrive. The probe goes by way of another
-    connection: a server session passes what it sends itself to whoever it works for right then.
+    A connection may look alive and lead nowhere, and a pooler may accept LISTEN and deliver the
+    notifications to nobody. So the listener regularly sends itself a probe by `notify`, and learns
+    within `interval_seconds` that notifications do not arrive. The probe goes through another
+    connection, because a server session delivers what it sends itself to whichever client it serves
+    at that moment.
     """
 
     def __init__(
@@ -61,17 +65,18 @@ class Listener:
         self._connect = connect
         self._notify = notify
         self._wake = wake
-        # Half of the interval is between probes; in the other half one has to arrive.
+        # The first half of the interval is the pause before a probe; in the second half the probe
+        # has to arrive.
         self._pause_seconds = interval_seconds / 2
         self._timeout_seconds = max(interval_seconds / 2, PROBE_TIMEOUT_SECONDS_MIN)
-        # This process's own, which tells its probes from others'.
+        # Named after this process, to tell its probes from those of others.
         self._probes = (f"probe {name} {number}" for number in itertools.count())
         self._expected = ""
         self._arrived = asyncio.Event()
         self._log = logger()
 
     async def run(self) -> None:
-        """Listen until cancelled, or until it is known that notifications are off."""
+        """Listen until cancelled, or until the engine turns out not to support notifications."""
         while self._enabled:
             try:
                 await self._listen()
@@ -86,12 +91,12 @@ class Listener:
             await asyncio.sleep(spread(RETRY_SECONDS, random.random()))  # noqa: S311 - a spread
 
     async def _listen(self) -> None:
-        """Listen, and try it out now and then, until it fails or nothing arrives."""
+        """Listen and send probes until the connection fails or a probe does not arrive."""
         connection = await self._connect()
         try:
             with translate_errors():
                 await connection.add_listener(CHANNEL, self._receive)
-            # What came before that was missed.
+            # Notifications from before this moment were missed.
             self._wake()
             while not connection.is_closed() and await self._arrives():
                 self._becomes(Notifications.ARRIVE)
@@ -120,5 +125,5 @@ class Listener:
     def _becomes(self, state: Notifications) -> None:
         if state != self.state:
             self.state = state
-            tell = self._log.info if state is Notifications.ARRIVE else self._log.warning
-            tell("notifications", state=state.name)
+            log = self._log.info if state is Notifications.ARRIVE else self._log.warning
+            log("notifications changed", state=state.name)

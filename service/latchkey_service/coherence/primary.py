@@ -1,8 +1,11 @@
-"""Which server this process takes for the primary, and what people should know about it.
+"""Knows which server is the primary, and what an operator should know about it.
 
-The lease decides: a host on which it is renewed is the primary, since a renewal counts only once it
-is durable, and a deposed primary cannot make one durable. A host whose renewals fail is left for
-the next one of the list (docs/protocol.md, rule 12).
+Owns that knowledge, the operator's warnings and the diagnosis of a server that fails. Opening and
+choosing connections belongs to `postgres.connections`.
+
+The lease decides: the host on which it is renewed is the primary, since a renewal counts only once
+it is durable, and a deposed primary cannot make one durable. If renewals fail on a host, the next
+host of the list is tried (rule 12).
 """
 
 import asyncio
@@ -24,18 +27,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Primary"]
 
-# How often the other hosts are asked whether they say that they are the primary. A person has to
-# act on the answer, so that it need not come sooner.
+# How often the other hosts are asked whether they claim to be the primary. A person has to act on
+# the answer, so a shorter interval would not help.
 OTHERS_SECONDS = 10.0
-# For each host that is asked, and for a diagnosis: as long as a connection may take, and again as
-# long for an answer.
+# For each host that is asked, and for a diagnosis: as long as a connection may take, and as long
+# again for an answer.
 ASK_SECONDS = 2.0
 
 # What a statement ends with that Postgres has not answered in time, by whosever bound.
 _HANGS = (TimeoutError, asyncpg.QueryCanceledError, asyncpg.PostgresConnectionError, OSError)
 
 STANDBY_MISSING = "Reads answer, commits hang: the synchronous standby is missing."
-# Commits of the same role that wait for a standby. Those of others are not visible.
+# Commits of the same role that wait for a standby. Commits of other roles are not visible.
 _COMMITS_WAIT = """
 SELECT EXISTS (SELECT FROM pg_stat_activity
                 WHERE wait_event = 'SyncRep' AND datname = current_database())
@@ -50,7 +53,7 @@ class Primary:
 
     def __init__(self, connector: Connector, on_change: Callable[[], None]) -> None:
         self._connector = connector
-        # Called when the lease stands on another server: all other connections have to follow.
+        # Called when the lease moves to another server: all other connections have to follow it.
         self._on_change = on_change
         self._log = logger()
         self._server: tuple[str, Server] | None = None
@@ -66,7 +69,7 @@ class Primary:
 
     @property
     def host(self) -> str:
-        """The host of the list that the lease was last renewed on. Empty: none yet."""
+        """The host that the lease was last renewed on, or empty before the first renewal."""
         return "" if self._server is None else self._server[0]
 
     def host_of(self, connection: "Connection") -> str:
@@ -74,7 +77,7 @@ class Primary:
         return self._connector.host_of(connection)
 
     def warnings(self) -> list[str]:
-        """Return what a person should repair, a sentence each."""
+        """Return one sentence for each thing that an operator should repair."""
         found = [STANDBY_MISSING] if self._standby_missing else []
         found += [
             f"Another host of the list also says that it is the primary: {host}. The lease is "
@@ -86,7 +89,7 @@ class Primary:
         return found
 
     def renewed(self, connection: "Connection", server: Server) -> None:
-        """Note that the lease was renewed on a connection, which reached `server`."""
+        """Note that the lease was renewed on `connection`, which reached `server`."""
         self._connector.prove(connection)
         self._failed_on = None
         if self._standby_missing:
@@ -106,7 +109,7 @@ class Primary:
             self._on_change()
 
     def failed(self, connection: "Connection | None", error: Exception) -> None:
-        """Note that the lease could not be renewed on a connection. None: there was none."""
+        """Note that the lease could not be renewed on `connection`. None: connecting failed."""
         if connection is None:
             return
         host = self._connector.host_of(connection)
@@ -123,13 +126,13 @@ class Primary:
             self._diagnosis = asyncio.create_task(self._diagnose(host), name="diagnose database")
 
     async def run(self) -> None:
-        """Look at the other hosts of the list now and then. Ends when cancelled."""
+        """Check the other hosts of the list at intervals. Ends when cancelled."""
         while True:
             await asyncio.sleep(spread(OTHERS_SECONDS, random.random()))  # noqa: S311 - a spread
             await self.look_at_others()
 
     async def look_at_others(self) -> None:
-        """Ask each other host of the list whether it is a primary, and log what has changed."""
+        """Ask each other host of the list whether it is a primary, and log any change."""
         if not self.host:
             return
         asked = [host for host in self._connector.hosts() if host != self.host]
@@ -146,16 +149,16 @@ class Primary:
                 self._log.info("no other host of the list says that it is the primary")
 
     async def close(self) -> None:
-        """Give up a diagnosis under way."""
+        """Cancel the diagnosis that is under way, if any."""
         if self._diagnosis is not None:
             self._diagnosis.cancel()
             await asyncio.gather(self._diagnosis, return_exceptions=True)
 
     async def _says_primary(self, host: str) -> bool:
-        """Tell whether a host accepts writes. One that does not answer in time does not."""
+        """Return whether a host accepts writes. One that does not answer in time counts as a no."""
         try:
             async with asyncio.timeout(ASK_SECONDS):
-                # Refuses a standby.
+                # The connector refuses a standby.
                 (await self._connector.connect_to(host)).terminate()
         except (StoreUnavailable, TimeoutError):
             return False
@@ -179,7 +182,7 @@ class Primary:
                     if waiting and self.host in ("", host):
                         self._standby_is_missing()
         except Exception as error:  # noqa: BLE001 - a diagnosis that fails says nothing
-            self._log.warning("database not diagnosed", error=type(error).__name__)
+            self._log.warning("database diagnosis failed", error=type(error).__name__)
         finally:
             self._diagnosis = None
 

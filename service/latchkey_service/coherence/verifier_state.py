@@ -1,6 +1,8 @@
-"""This process as a verifier: its memory, its lease, its row. Pure (coherence rules 2-5, 7, 12).
+"""The state of this process as a verifier: its cache, its lease, its row (rules 2-5, 7, 12).
 
-A verify may be answered while `lease_ends` lies ahead, from memory or from a read (rule 5).
+Pure, with the clock passed in. Owns the rules. `lease_renewer` runs the statements, and
+`client_leases` tracks the clients. A verify may be answered while `lease_ends` lies ahead, from the
+cache or from a read (rule 5).
 """
 
 import enum
@@ -12,14 +14,14 @@ from latchkey_coherence.lease import LEASE_SECONDS_MAX, outwait_seconds, server_
 from latchkey_coherence.memory import NOWHERE, Entry, Memory, Position
 
 from latchkey_service.coherence.ack_rules import OUTWAIT_MARGIN_SECONDS
-from latchkey_service.coherence.client_leases import SubLeases
+from latchkey_service.coherence.client_leases import ClientLeases
 from latchkey_service.coherence.snapshot import Snapshot
 
-__all__ = ["EVERY_TOKEN", "Change", "Log", "Membership", "ReadBegan", "Server", "Standing"]
+__all__ = ["EVERY_TOKEN", "Change", "Log", "ReadBegan", "Server", "Standing", "VerifierState"]
 
 E = TypeVar("E", bound=Entry)
 
-# Clients named where people look: enough to see a pattern.
+# Clients that a status or a log line names: enough to see a pattern.
 WAITED_FOR_MAX = 5
 
 
@@ -28,12 +30,12 @@ EVERY_TOKEN = ""
 
 
 class Server(NamedTuple):
-    """The Postgres server that a statement reached, as far as it reports that."""
+    """The Postgres server that a statement reached, as far as the engine reports it."""
 
     identifier: str | None
-    """`system_identifier` of the cluster: copies and standbys share it."""
+    """`system_identifier` of the cluster. Copies and standbys share it."""
     timeline: str | None
-    """Eight hexadecimal digits. Another one after each promotion."""
+    """Eight hexadecimal digits, which change with each promotion."""
 
 
 class Change(NamedTuple):
@@ -48,17 +50,17 @@ class Log:
     """The log after a position, from one snapshot on one server."""
 
     known: bool
-    """Whether the server's history holds that position. False: there are no changes here."""
+    """Whether the server's history holds that position. If not, `changes` is empty."""
     server: Server
     head: Position
     changes: tuple[Change, ...]
     """Oldest first."""
     complete: bool = True
-    """False: more tokens were named than a reader takes in."""
+    """False: more tokens were named than a reader accepts."""
 
 
 class ReadBegan(NamedTuple):
-    """What had been applied when a read was sent."""
+    """The state of the verifier when a read was sent."""
 
     applied: int
     epoch: int
@@ -69,77 +71,79 @@ class Standing(enum.Enum):
 
     BELIEVED = enum.auto()
     AHEAD = enum.auto()
-    """Its revision was not applied yet: read the log first, then ask again."""
+    """The revision is not applied yet: read the log first, then check again."""
     REFUSED = enum.auto()
-    """Another history, another server, or too old."""
+    """The snapshot belongs to another history or server, or is too old."""
 
 
-class Membership(Generic[E]):
-    """The state of this process as a verifier. Times are seconds on its own clock."""
+class VerifierState(Generic[E]):
+    """This process as a verifier. Times are seconds on its own clock."""
 
     __slots__ = (
         "_behind_since",
         "acknowledged",
+        "client_leases",
         "epoch",
         "lease_ends",
         "lease_seconds",
         "log_read_began",
         "memory",
         "registered",
+        "rows_complete_at",
         "server",
-        "settles_at",
-        "subleases",
     )
 
-    def __init__(self, memory: Memory[E], subleases: SubLeases, lease_seconds: float) -> None:
+    def __init__(
+        self, memory: Memory[E], client_leases: ClientLeases, lease_seconds: float
+    ) -> None:
         self.memory = memory
-        self.subleases = subleases
+        self.client_leases = client_leases
         self.lease_seconds = lease_seconds
         self.lease_ends = -math.inf
         self.registered = False
         self.acknowledged = 0
-        """The revision that its row acknowledges."""
+        """The revision that the process's row acknowledges."""
         self.server = Server(None, None)
         """The server that the lease stands on."""
-        self.settles_at = -math.inf
-        """From when on the verifiers' rows are certain to be complete (rule 8).
-
-        Infinite from the loss of a history to the next registration."""
+        self.rows_complete_at = -math.inf
+        """The time from which on the verifiers' rows are certain to be complete (rule 8). Infinite
+        from the loss of a history to the next registration."""
         self.epoch = 0
-        """Rises whenever the memory starts over. Clients of an earlier epoch have to be reset."""
-        # Since when a revision has been waiting for clients. Infinite: none is waiting.
+        """Rises whenever the cache starts over. Clients of an earlier epoch have to be reset."""
+        # Since when a revision has been waiting for clients. Infinite: no revision waits.
         self._behind_since = math.inf
         self.log_read_began = -math.inf
         """When the latest read of the log that was applied began."""
 
     def register(self, position: Position, acknowledged: int, server: Server, now: float) -> None:
-        """Its row is committed, while `position` was the newest one (rule 2).
+        """Record that the process's row was committed while `position` was the newest (rule 2).
 
-        That gives no lease. The first lease comes with a renewal, which reads the log after the row
-        was committed.
+        This does not grant a lease. The first lease comes with a renewal, which reads the log after
+        the row was committed.
         """
         if self.epoch:
-            self._unsettle(now)
+            self._await_earlier_leases(now)
         self._start_over(position)
         self.acknowledged = acknowledged
         self.server = server
         self.registered = True
 
     def apply(self, log: Log, began: float) -> bool:
-        """Apply a log that was read after `memory.position`; tell whether anything changed.
+        """Apply a log that was read after `memory.position`. Return whether anything changed.
 
         `began` is the clock before the read. Only a log that came with a renewal may be of another
-        server: the lease moves there with it. The history may prove to be another one: then this
-        process is no longer registered (`lose`). Another server or timeline of the same history
-        empties the memory: what is not in the log, such as a Create that no standby had, may be
-        lost with a failover (rule 12).
+        server, because the lease moves there with it.
+
+        If the log belongs to another history, the process is no longer registered (`lose`). Another
+        server or timeline of the same history empties the cache: changes that are not in the log,
+        such as a Create that no standby had, may be lost in a failover (rule 12).
         """
         if not log.known:
             self.lose()
             return True
         self.log_read_began = began
         if log.server != self.server:
-            self._unsettle(began)
+            self._await_earlier_leases(began)
         if not log.complete or log.server != self.server:
             self.server = log.server
             self._start_over(log.head)
@@ -154,15 +158,16 @@ class Membership(Generic[E]):
         return bool(log.changes)
 
     def begin_read(self) -> ReadBegan:
-        """Return what `standing` has to know of the moment before a read is sent."""
+        """Return what `standing` needs to know about the moment before a read is sent."""
         return ReadBegan(self.memory.position.revision, self.epoch)
 
     def standing(self, snapshot: Snapshot, began: ReadBegan) -> Standing:
-        """Tell whether a read may be believed whose snapshot was taken where `snapshot` says.
+        """Return whether a read with this snapshot may be believed.
 
-        A snapshot from before what was applied when the read was sent comes from another server,
-        such as a deposed primary: on the same one it cannot be. A read that was sent under the
-        lease of an earlier epoch has lost its permission: that lease stood on another history.
+        A snapshot older than what was applied when the read was sent comes from another server,
+        such as a deposed primary. The server of the lease cannot return one. A read that was sent
+        under the lease of an earlier epoch has lost its permission, because that lease stood on
+        another history.
         """
         if snapshot.timeline != self.server.timeline or began.epoch != self.epoch:
             return Standing.REFUSED
@@ -174,58 +179,61 @@ class Membership(Generic[E]):
         return Standing.BELIEVED
 
     def acknowledgeable(self, now: float) -> int:
-        """Return the revision up to which it and each client under its lease are done (rule 7)."""
+        """Return the revision that this process and every client under its lease have applied (rule
+        7)."""
         applied = self.memory.position.revision
-        floor = self.subleases.floor(now, self._behind_since, applied)
+        floor = self.client_leases.floor(now, self._behind_since, applied)
         if floor is None or floor >= applied:
             self._behind_since = math.inf
             return applied
-        # Where the memory has started over, they are waited for although nothing new was read.
+        # After the cache has started over, clients are waited for although the log had no news.
         self._behind_since = min(self._behind_since, now)
         return floor
 
     def sweep(self, now: float) -> None:
-        """Forget the clients whose leases have ended. `acknowledgeable` does so where it has to."""
-        self.subleases.sweep(now, self._behind_since, self.memory.position.revision)
+        """Remove client leases that have ended. `acknowledgeable` removes only those that it has
+        to."""
+        self.client_leases.sweep(now, self._behind_since, self.memory.position.revision)
 
     def waiting_for(self, now: float) -> tuple[float, list[str]]:
-        """Return for how many seconds a revision has waited for clients, and for which of them."""
+        """Return for how many seconds a revision has waited for clients, and for which clients."""
         if self._behind_since == math.inf:
             return 0.0, []
         applied = self.memory.position.revision
-        return now - self._behind_since, self.subleases.behind(applied, now, WAITED_FOR_MAX)
+        return now - self._behind_since, self.client_leases.behind(applied, now, WAITED_FOR_MAX)
 
     def renew(self, began: float, acknowledged: int) -> None:
-        """Its row was renewed by a statement that also read the log, which has been applied since.
+        """Extend the lease after a renewal whose log has been applied.
 
-        The clock said `began` before the statement was sent (rule 3).
+        `began` is the clock before the statement was sent (rule 3).
         """
         self.lease_ends = max(self.lease_ends, server_lease_end(began, self.lease_seconds))
         self.acknowledged = acknowledged
 
     def lose(self) -> None:
-        """Its row is gone, or its history is. Nothing is answered until it registers again.
+        """Give up lease and registration, because the row or its history is gone.
 
-        The lease is void at once: it was granted by a row, on a history, that may be no more.
-        Clients are reset, and what they have confirmed counts no longer. How long their leases run
-        still does.
+        Nothing is answered until the process registers again. The lease is void at once: it was
+        granted by a row, on a history, that may no longer exist. Clients are reset, and their
+        confirmations no longer count. The end of their leases still does.
         """
         self.registered = False
         self.lease_ends = -math.inf
         # The row may be committed, and others' missing, before `register` is called.
-        self.settles_at = math.inf
+        self.rows_complete_at = math.inf
         self._start_over(NOWHERE)
 
-    def _unsettle(self, now: float) -> None:
-        """Confirm no deletion until each lease of the history before has ended.
+    def _await_earlier_leases(self, now: float) -> None:
+        """Hold back acknowledgements of deletions until each lease of the earlier history has
+        ended.
 
-        This history may lack the rows of verifiers that still hold one: of those that registered
-        after a backup that was restored, or on a primary whose last commits were lost.
+        This history may lack the rows of verifiers that still hold one: verifiers that registered
+        after the backup that was restored, or on a primary whose last commits were lost.
         """
         longest = outwait_seconds(LEASE_SECONDS_MAX)
-        self.settles_at = now + longest + OUTWAIT_MARGIN_SECONDS
+        self.rows_complete_at = now + longest + OUTWAIT_MARGIN_SECONDS
 
     def _start_over(self, position: Position) -> None:
         self.memory.reset(position)
-        self.subleases.unconfirm()
+        self.client_leases.unconfirm()
         self.epoch += 1

@@ -1,4 +1,9 @@
-"""The SQL of verifiers and of the log: `OwnRow` on the heart's connection, the rest on the pool."""
+"""The SQL of verifiers and of the log.
+
+Owns the `verifier` table, and the reading and pruning of `invalidation`. Deletions write
+`invalidation`, and belong to the token store. `OwnRow` runs on the lease renewer's connection,
+`read_rows` on any connection, and everything else on the pool.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -40,13 +45,13 @@ __all__ = [
     "read_rows",
 ]
 
-# What a Delete's wake-up is sent on, with its revision as the payload.
+# The channel for the notification after a Delete. The payload is the revision.
 CHANNEL = "latchkey_invalidation"
-# Not durable, as there is nothing to keep: a notifying commit holds a lock of the whole cluster
-# until its WAL is flushed, and a standby has it.
+# Not durable, since there is nothing to keep. A notifying commit holds a lock of the whole cluster
+# until its WAL is flushed and a standby has received it.
 NOTIFY = "SELECT set_config('synchronous_commit', 'off', true), pg_notify($1, $2)"
 
-# Which of the positions ($1, $2) this database's history holds, and all verifiers' rows.
+# All verifiers' rows, and which of the positions ($1, $2) this database's history holds.
 _ROWS = """
 WITH known AS MATERIALIZED (
     SELECT array_agg(p.revision) AS revisions, array_agg(p.mark) AS marks
@@ -60,14 +65,14 @@ SELECT k.revisions, k.marks, v.id, v.incarnation, v.renewal, v.acknowledged_revi
   LEFT JOIN verifier v ON true
 """
 
-# The state of the database, and whether its history holds the position ($1, $2). Computed once for
-# a statement, however many rows of the log it returns.
+# The state of the database, and whether its history holds the position ($1, $2). Evaluated once for
+# each statement, however many rows of the log it returns.
 _STATE = f"""
     state AS MATERIALIZED (
         SELECT h.revision, h.mark, server_identifier() AS identifier,
                server_timeline() AS timeline, {POSITION_KNOWN} AS known
           FROM head h)"""  # nosec B608 # noqa: S608 - constants only
-# And the log after that position. One row at least.
+# That state, and the log after the position. At least one row.
 _STATE_AND_LOG = """s.known, s.identifier, s.timeline, s.revision, s.mark,
                i.revision, i.mark, i.token_id
           FROM state s
@@ -79,8 +84,8 @@ _READ_LOG = f"""
           WITH {_STATE}
         SELECT {_STATE_AND_LOG}"""  # nosec B608
 
-# One statement, and so one server and one snapshot (rule 3). Behind a pooler, two statements could
-# reach two servers, and the lease would rest on a log that was read elsewhere.
+# A single statement, hence a single server and snapshot (rule 3). Behind a pooler, two statements
+# could reach two servers, and the lease would rest on a log that was read elsewhere.
 _RENEW = f"""
           WITH {_STATE},
                renewed AS (
@@ -97,7 +102,7 @@ _RENEW = f"""
 
 
 class Rows(NamedTuple):
-    """All verifiers' rows, and those of the positions asked about that the history holds."""
+    """All verifiers' rows, and those of the requested positions that the history holds."""
 
     known: frozenset[Position]
     verifiers: list[VerifierRow]
@@ -105,7 +110,7 @@ class Rows(NamedTuple):
 
 @retry_on_conflict
 async def read_rows(connection: "Connection", positions: Iterable[Position] = ()) -> Rows:
-    """Return all verifiers' rows, and which of `positions` the history of this database holds."""
+    """Return all verifiers' rows, and which of `positions` this database's history holds."""
     asked = list(positions)
     with translate_errors():
         rows = await connection.fetch(
@@ -117,7 +122,7 @@ async def read_rows(connection: "Connection", positions: Iterable[Position] = ()
 
 
 def _log(rows: "Sequence[asyncpg.Record | tuple[Any, ...]]") -> Log:
-    """Return the log that rows of `_STATE_AND_LOG` hold."""
+    """Build the log from rows of `_STATE_AND_LOG`."""
     known, identifier, timeline, revision, mark, *_ = rows[0]
     named = [row[5:] for row in rows if row[5] is not None]
     changes = tuple(
@@ -135,19 +140,19 @@ def _log(rows: "Sequence[asyncpg.Record | tuple[Any, ...]]") -> Log:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a process says of itself in its row. `id` is another one each time it starts."""
+    """What a process reports about itself in its row. `id` is new each time the process starts."""
 
     id: str
     host: str
     process_id: int
     version: str
     lease_seconds: float
-    # The newest first. Empty: not reported.
+    # Newest first. Empty: not reported.
     pepper_ids: tuple[str, ...] = ()
 
 
 class VerifierStatus(NamedTuple):
-    """A verifier's row, for people. Times are the database's."""
+    """A verifier's row, for people. Times are on the database's clock."""
 
     id: str
     host: str
@@ -169,43 +174,43 @@ class VerifierStatus(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The newest position and all verifiers, the oldest first, from one snapshot."""
+    """The newest position and all verifiers, oldest first, from one snapshot."""
 
     head: Position
     verifiers: list[VerifierStatus]
 
 
 class Report(NamedTuple):
-    """What a process writes about its clients and itself into its row, at each renewal."""
+    """What a process writes into its row at each renewal, about its clients and itself."""
 
     clients: int
-    """Streams."""
+    """The number of streams."""
     clients_confirmed: int
     """Clients with a lease that have confirmed what the row acknowledges."""
     clients_outwaited: int
     """Leases of clients that ended while a revision waited for them. Only rises."""
     waiting_for: list[str]
-    """Callers and addresses of clients that a revision is waiting for."""
+    """Callers and addresses of the clients that a revision is waiting for."""
     notifications: int
-    """As in the contract's Notifications."""
+    """Numbered as in the contract's Notifications."""
     database_host: str
-    """The host of the list that the last renewal was made on."""
+    """The host of the list that the renewal goes to."""
     warnings: list[str]
-    """What a person should repair."""
+    """What an operator should repair."""
 
 
 class Registration(NamedTuple):
-    """What a process finds out when it commits its row."""
+    """What a process learns when it commits its row."""
 
     position: Position
-    """The newest one: where the empty memory begins."""
+    """The newest position, where the empty cache begins."""
     acknowledged: int
     """The revision that the row acknowledges."""
     server: Server
 
 
 class OwnRow:
-    """This process's row, on a connection of its own: a renewal must not wait for the pool."""
+    """This process's row, on a dedicated connection: a renewal must not wait for the pool."""
 
     def __init__(self, connection: "Connection", identity: Identity) -> None:
         self._connection = connection
@@ -213,13 +218,13 @@ class OwnRow:
 
     @retry_on_conflict
     async def register(self, incarnation: int, *, acknowledge: bool) -> Registration:
-        """Commit the row, and return where its history stands (rule 2).
+        """Commit the row, and return the position of its history (rule 2).
 
-        With `acknowledge` the row acknowledges head. Without, it acknowledges nothing: clients may
-        still answer from memory under an earlier lease. Whoever commits a later revision finds the
-        row and waits for it; a revision that was committed earlier is in every later read. An
-        attempt that was given up may still be carried out, late: it changes nothing, since by then
-        the row has a later incarnation.
+        With `acknowledge` the row acknowledges the newest revision. Without it, the row
+        acknowledges nothing, because clients may still answer from their caches under an earlier
+        lease. A process that commits a later revision finds the row and waits for it; an earlier
+        revision is in every later read. An attempt that was given up may still be carried out late.
+        It changes nothing, since by then the row has a later incarnation.
         """
         identity = self._identity
         with translate_errors(), require_durable_commit(self._connection):
@@ -256,7 +261,7 @@ class OwnRow:
     async def read_log(self, applied: Position) -> Log:
         """Return the log after `applied`, and whether this database's history holds `applied`.
 
-        One round trip. No lease may rest on it: see `renew`.
+        One round trip. A lease must not rest on this read: see `renew`.
         """
         with translate_errors():
             rows = await self._connection.fetch(
@@ -274,11 +279,11 @@ class OwnRow:
     ) -> tuple[bool, Log]:
         """Renew the row, acknowledge, and return the log after `applied` (rule 3).
 
-        Also tells whether the row was renewed. It is not when this database's history does not
-        hold `applied` (`Log.known`), or when the row is gone.
+        Also returns whether the row was renewed. It is not renewed if this database's history does
+        not hold `applied` (`Log.known`), or if the row no longer exists.
 
         Committed as durably as deletions are: a deposed primary must not grant a lease by a commit
-        that will be undone. Raises StoreUnavailable where the commit is not durable.
+        that will be undone. Raises StoreUnavailable if the commit is not durable.
         """
         with translate_errors(), require_durable_commit(self._connection):
             rows = await self._connection.fetch(
@@ -295,7 +300,7 @@ class OwnRow:
 
     @retry_on_conflict
     async def remove(self, incarnation: int) -> None:
-        """Remove the row: the process answers nothing any more, nor does a client of its."""
+        """Remove the row: neither the process nor any of its clients answers any more."""
         with translate_errors():
             await self._connection.execute(
                 "DELETE FROM verifier WHERE id = $1 AND incarnation = $2",
@@ -304,14 +309,15 @@ class OwnRow:
             )
 
     async def all_rows(self) -> list[VerifierRow]:
-        """Return everybody's rows."""
+        """Return the rows of all verifiers."""
         return (await read_rows(self._connection)).verifiers
 
     @retry_on_conflict
     async def remove_dead(self, row: VerifierRow) -> bool:
-        """Remove another's row unless it has been renewed; tell whether it went (rule 9).
+        """Remove another process's row unless it was renewed. Return whether it was removed (rule
+        9).
 
-        Never waits for a lock: whoever holds the row's is at work on it, or dead with it.
+        Never waits for a lock: the process that holds the row's lock is using the row, or is dead.
         """
         with translate_errors():
             status = await self._connection.execute(
@@ -336,18 +342,17 @@ class VerifierTable:
         self._pool = pool
 
     async def notify(self, payload: int | str) -> None:
-        """Wake the verifiers, in a transaction of its own after the commit (rule 10).
+        """Wake the verifiers, in a separate transaction after the commit (rule 10).
 
-        `payload` is the revision, or what a probe is known by.
-
-        Raises StoreUnsupported where the engine has no notifications.
+        `payload` is the revision, or the name of a probe. Raises StoreUnsupported if the engine has
+        no notifications.
         """
         async with self._pool.session() as session:
             await session.execute(NOTIFY, CHANNEL, str(payload))
 
     @retry_on_conflict
     async def status(self) -> Status:
-        """Return head and rows, for people."""
+        """Return the newest position and all rows, for people."""
         async with self._pool.session() as session:
             rows = await session.fetch(
                 """
@@ -367,11 +372,13 @@ class VerifierTable:
 
     @retry_on_conflict
     async def prune_log(self, keep_seconds: float, limit: int) -> int:
-        """Remove invalidations that every verifier has acknowledged and that are older than that.
+        """Remove old invalidations that every verifier has acknowledged. Return how many were
+        removed.
 
-        About `limit` at a time, for head is locked meanwhile. Returns how many went. Nothing
-        depends on the clock: a reader that has applied less than was pruned starts over, because
-        the history no longer holds its position (rules 11 and 12).
+        Old means older than `keep_seconds`. Removes about `limit` at a time, because `head` is
+        locked meanwhile. Correctness does not depend on the clock: a reader that has applied less
+        than was pruned starts over, because the history no longer holds its position (rules 11 and
+        12).
         """
         async with self._pool.session() as session:
             status = await session.execute(

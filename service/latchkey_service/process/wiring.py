@@ -39,15 +39,15 @@ from latchkey_service.access.authenticator import ActivePolicy, Authenticator
 from latchkey_service.access.policy import PolicyError
 from latchkey_service.audit.audit_log import AuditLog
 from latchkey_service.audit.audit_table import AuditTable
-from latchkey_service.coherence.ack_waiter import Confirmer
-from latchkey_service.coherence.client_leases import SubLeases
-from latchkey_service.coherence.lease_renewer import Heart
-from latchkey_service.coherence.notify_listener import Listener
+from latchkey_service.coherence.ack_waiter import AckWaiter
+from latchkey_service.coherence.client_leases import ClientLeases
+from latchkey_service.coherence.lease_renewer import LeaseRenewer
+from latchkey_service.coherence.notify_listener import NotifyListener
 from latchkey_service.coherence.primary import Primary
 from latchkey_service.coherence.reads import LeasedReads
-from latchkey_service.coherence.verifier_state import Membership
+from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.coherence.verifier_table import Identity, VerifierTable
-from latchkey_service.coherence.watch_sessions import Watchers
+from latchkey_service.coherence.watch_sessions import WatchSessions
 from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.process.periodic import (
     follow_peppers,
@@ -114,11 +114,11 @@ class Server:
         settings: Settings,
         calls: Calls,
         services: Services,
-        watchers: Watchers,
+        watch_sessions: WatchSessions,
         active_policy: ActivePolicy | None,
         limits: Limits,
     ) -> None:
-        self._watchers = watchers
+        self._watch_sessions = watch_sessions
         self._health = services.health
         self._active_policy = active_policy
         # A separate thread. The event loop's own threads may be busy, for example with DNS
@@ -183,7 +183,7 @@ class Server:
         end = boottime() + grace_seconds
         # Calls succeed in the meantime, so a client that moves loses none.
         _, drained = await asyncio.gather(
-            asyncio.sleep(DRAIN_SECONDS), self._watchers.drain(grace_seconds)
+            asyncio.sleep(DRAIN_SECONDS), self._watch_sessions.drain(grace_seconds)
         )
         # Otherwise these streams would use up the whole grace period.
         self._health.end_watches()
@@ -235,9 +235,9 @@ async def running(
     connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
     cache, notify = settings.cache == "on", settings.notify == "on"
     identity = _identity(settings, keyring)
-    membership: Membership[CachedToken] = Membership(
+    verifier_state: VerifierState[CachedToken] = VerifierState(
         Memory(settings.cache_entries if cache else 0),
-        SubLeases(),
+        ClientLeases(),
         settings.lease_seconds,
     )
     pool = await Pool.open(connector)
@@ -249,43 +249,43 @@ async def running(
         lookup.reconnect()
 
     primary = Primary(connector, reconnect)
-    heart = Heart(membership, identity, primary, boottime)
+    renewer = LeaseRenewer(verifier_state, identity, primary, boottime)
     limits = limits_of(settings)
-    watchers = Watchers(
-        membership,
+    watch_sessions = WatchSessions(
+        verifier_state,
         boottime,
-        heart.wake_to_acknowledge,
-        heart.wake,
+        renewer.wake_to_acknowledge,
+        renewer.wake,
         enabled=cache,
         stream_seconds=limits.connection_age or math.inf,
     )
-    listener = Listener(
+    listener = NotifyListener(
         identity.id,
         connector.connect,
         lambda payload: table.notify(payload),
-        heart.wake,
+        renewer.wake,
         settings.lease_seconds / 3,
         # LISTEN does not work through a pooler in transaction mode.
         enabled=notify and settings.pooler == "none",
     )
-    heart.attach(watchers.on_news, watchers.__len__, lambda: listener.state)
+    renewer.attach(watch_sessions.on_news, watch_sessions.__len__, lambda: listener.state)
 
     store = TokenStore(pool)
     table = VerifierTable(pool)
-    confirmer = Confirmer(
+    ack_waiter = AckWaiter(
         table,
         connector.connect,
-        heart.wake,
+        renewer.wake,
         boottime,
-        lambda: membership.settles_at,
+        lambda: verifier_state.rows_complete_at,
         identity.id,
         notify=notify,
     )
     verifier = Verifier(
         keyring,
         lookup,
-        LeasedReads(heart, membership, boottime, lookup.reconnect),
-        membership,
+        LeasedReads(renewer, verifier_state, boottime, lookup.reconnect),
+        verifier_state,
         encode_token,
         boottime,
         time.time,
@@ -295,8 +295,8 @@ async def running(
     tokens = Tokens(
         store,
         keyring,
-        confirmer,
-        LeasedReads(heart, membership, boottime, pool.reconnect),
+        ack_waiter,
+        LeasedReads(renewer, verifier_state, boottime, pool.reconnect),
         settings.secret_prefix,
         _now,
         os.urandom,
@@ -309,18 +309,18 @@ async def running(
     if active_policy is not None:
         active_policy.on_change(calls.recheck)
     services = Services(
-        TokenService(tokens, verifier, watchers, counts, boottime),
+        TokenService(tokens, verifier, watch_sessions, counts, boottime),
         StatusService(table, identity.id, primary.warnings),
         AuditService(audit_table),
         MaintenanceService(tokens, boottime),
         Health(("", *SERVICES)),
     )
-    server = Server(settings, calls, services, watchers, active_policy, limits)
+    server = Server(settings, calls, services, watch_sessions, active_policy, limits)
 
     def gauges() -> Mapping[str, int]:
         return {
-            "memory.entries": len(membership.memory),
-            "watch.streams": len(watchers),
+            "memory.entries": len(verifier_state.memory),
+            "watch.streams": len(watch_sessions),
             "tasks": len(asyncio.all_tasks()),
         }
 
@@ -330,14 +330,14 @@ async def running(
         return task
 
     # These run until the last answer: until then, Deletes wait for this process.
-    beating, listening = begin(heart.run()), begin(listener.run())
+    renewing, listening = begin(renewer.run()), begin(listener.run())
     if active_policy is not None and (latest := policy_text()) is not None and latest != text:
         active_policy.replace(policies.parse(latest))
     await server.start()
     retention = timedelta(days=settings.tombstone_retention_days)
     audit_retention = timedelta(days=settings.audit_retention_days)
     # These too, because calls during the stop are audited.
-    lasts = [beating, listening, begin(audit.run()), begin(server.guard.run())]
+    lasts = [renewing, listening, begin(audit.run()), begin(server.guard.run())]
     background = [
         follow_verifier(verifier.check, boottime, server.set_serving),
         log_counts_regularly(counts, gauges),
@@ -357,8 +357,8 @@ async def running(
         await _end(*lasts)
         await audit.close()
         await asyncio.gather(
-            heart.stop(remove=drained),
-            confirmer.close(),
+            renewer.stop(remove=drained),
+            ack_waiter.close(),
             primary.close(),
             lookup.close(),
             store.close(),

@@ -27,7 +27,7 @@ from latchkey_service.coherence.watch_sessions import (
     Invalidation,
     Request,
     Reset,
-    Watchers,
+    WatchSessions,
 )
 from latchkey_service.errors import FieldViolation, InvalidArgument
 from latchkey_service.rpc.admission import release_slot
@@ -65,13 +65,13 @@ class TokenService(pb_grpc.TokenServiceServicer):
         self,
         tokens: Tokens,
         verifier: Verifier,
-        watchers: Watchers,
+        watch_sessions: WatchSessions,
         counts: Counts,
         clock: Callable[[], float],
     ) -> None:
         self._tokens = tokens
         self._verifier = verifier
-        self._watchers = watchers
+        self._watch_sessions = watch_sessions
         self._counts = counts
         self._clock = clock
         self._position = NOWHERE
@@ -115,7 +115,7 @@ class TokenService(pb_grpc.TokenServiceServicer):
         async def send(event: Event) -> None:
             await context.write(_watch_response(event))
 
-        await self._watchers.serve(requests(), send, _client_of(context))
+        await self._watch_sessions.serve(requests(), send, _client_of(context))
 
     async def Create(self, request: pb.CreateRequest, context: "Context") -> pb.CreateResponse:
         expiry = request.WhichOneof("expiry")

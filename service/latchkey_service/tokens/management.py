@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from latchkey_service.audit.audit_log import AuditContext
-from latchkey_service.coherence.ack_rules import NOBODY
-from latchkey_service.coherence.ack_waiter import Confirmer
+from latchkey_service.coherence.ack_rules import NO_ACKNOWLEDGEMENTS
+from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.errors import (
     AlreadyExists,
@@ -96,7 +96,7 @@ class Tokens:
         self,
         store: TokenStore,
         keyring: Keyring,
-        confirmer: Confirmer,
+        ack_waiter: AckWaiter,
         reads: LeasedReads,
         secret_prefix: str,
         now: Callable[[], datetime],
@@ -104,7 +104,7 @@ class Tokens:
     ) -> None:
         self._store = store
         self._keyring = keyring
-        self._confirmer = confirmer
+        self._ack_waiter = ack_waiter
         self._reads = reads
         self._confirming = asyncio.Semaphore(CONFIRMING_MAX)
         self._secret_prefix = secret_prefix
@@ -216,15 +216,17 @@ class Tokens:
             raise NotFound("The account never had a token with this id.")
         if deletion.effective_time is not None:
             # Confirmed before, but that call may have failed before a standby had the receipt.
-            return await self._store.confirm_deletion(token_id, deletion.position, NOBODY)
-        self._confirmer.announce(position.revision)
+            return await self._store.confirm_deletion(
+                token_id, deletion.position, NO_ACKNOWLEDGEMENTS
+            )
+        self._ack_waiter.announce(position.revision)
         if wait_until is None:
             return deletion
         on_wait()
-        confirmation = await self._confirmer.confirm(position, wait_until)
+        acknowledgements = await self._ack_waiter.wait(position, wait_until)
         # All Deletes that waited for the same hung verifier arrive here at once.
         async with self._confirming:
-            return await self._store.confirm_deletion(token_id, deletion.position, confirmation)
+            return await self._store.confirm_deletion(token_id, deletion.position, acknowledgements)
 
     async def invalidate_all(
         self,
@@ -242,15 +244,15 @@ class Tokens:
         """
         await self._reads.begin(deadline)
         position, commit_time = await self._store.invalidate_all(audit_context)
-        self._confirmer.announce(position.revision)
+        self._ack_waiter.announce(position.revision)
         on_wait()
         try:
-            confirmation = await self._confirmer.confirm(position, wait_until)
+            acknowledgements = await self._ack_waiter.wait(position, wait_until)
         except NotConfirmed:
             raise NotConfirmed(
                 "Not every verifier has confirmed yet that its cache is empty; call again."
             ) from None
-        return Deletion(position, commit_time, max(commit_time, self._now()), *confirmation)
+        return Deletion(position, commit_time, max(commit_time, self._now()), *acknowledgements)
 
 
 def encode_page_token(account_id: str, start: PageStart) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from latchkey_coherence.memory import Position
 
 from latchkey_service.audit.audit_log import AuditContext
-from latchkey_service.coherence.ack_rules import Confirmation
+from latchkey_service.coherence.ack_rules import Acknowledgements
 from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
 from latchkey_service.coherence.verifier_state import EVERY_TOKEN
 from latchkey_service.errors import StoreUnavailable
@@ -319,7 +319,7 @@ class TokenStore:
 
     @retry_on_conflict
     async def confirm_deletion(
-        self, token_id: str, position: Position, confirmation: Confirmation
+        self, token_id: str, position: Position, acknowledgements: Acknowledgements
     ) -> Deletion:
         """Record that no verifier can still answer VALID, and return the receipt.
 
@@ -346,12 +346,12 @@ class TokenStore:
                     RETURNING {_RECEIPT}
                     """,  # nosec B608 # noqa: S608 - constants only
                     token_id,
-                    confirmation.acknowledged,
-                    confirmation.outwaited,
+                    acknowledgements.acknowledged,
+                    acknowledgements.outwaited,
                     position.revision,
                     mark_out(position.mark),
-                    confirmation.clients_acknowledged,
-                    confirmation.clients_outwaited,
+                    acknowledgements.clients_acknowledged,
+                    acknowledgements.clients_outwaited,
                 )
         if row is None:
             # The database failed over, or the tombstone was removed in the meantime: 90 days after

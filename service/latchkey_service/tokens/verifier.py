@@ -19,7 +19,7 @@ from typing import NamedTuple
 from latchkey_coherence.memory import NOWHERE, Position
 
 from latchkey_service.coherence.reads import LeasedReads
-from latchkey_service.coherence.verifier_state import Membership
+from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.secret_format import SECRET_LENGTH_MAX, Keyring, Malformed
 from latchkey_service.tokens.batched_lookup import Found, Lookup
 from latchkey_service.tokens.verdict import CachedToken, TokenRecord, Verdict, decide
@@ -56,7 +56,7 @@ class Verifier:
         keyring: Keyring,
         lookup: Lookup,
         reads: LeasedReads,
-        membership: Membership[CachedToken],
+        verifier_state: VerifierState[CachedToken],
         encode: Callable[[TokenRecord], bytes],
         clock: Callable[[], float],
         unix_time: Callable[[], float],
@@ -67,9 +67,9 @@ class Verifier:
         self._keyring = keyring
         self._lookup = lookup
         self._reads = reads
-        self._membership = membership
-        self._memory = membership.memory
-        self._entries = membership.memory.entries
+        self._verifier_state = verifier_state
+        self._memory = verifier_state.memory
+        self._entries = verifier_state.memory.entries
         self._encode = encode
         self._clock = clock
         self._unix_time = unix_time
@@ -80,7 +80,7 @@ class Verifier:
         """Return the answer to one question from the cache, or None."""
         if len(presented) > SECRET_LENGTH_MAX:
             return None
-        if not self._entries or (now := self._clock()) >= self._membership.lease_ends:
+        if not self._entries or (now := self._clock()) >= self._verifier_state.lease_ends:
             return None
         record = self._entries.get(sha256(presented.encode()).digest())
         if record is None or now >= record.keep_until:

@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from latchkey_coherence.memory import Memory, Position
-from latchkey_service.coherence.client_leases import SubLeases
-from latchkey_service.coherence.verifier_state import Change, Log, Membership, Server
-from latchkey_service.coherence.watch_sessions import Event, Request, Watchers
+from latchkey_service.coherence.client_leases import ClientLeases
+from latchkey_service.coherence.verifier_state import Change, Log, Server, VerifierState
+from latchkey_service.coherence.watch_sessions import Event, Request, WatchSessions
 
 from tests.positions import at
 
@@ -20,7 +20,7 @@ PRIMARY = Server("7000", "00000001")
 def log(
     head: Position, *changes: tuple[Position, str], known: bool = True, server: Server = PRIMARY
 ) -> Log:
-    """Return a log with these changes, one token to each."""
+    """Return a log with these changes, each of one token."""
     return Log(known, server, head, tuple(Change(p, (token,)) for p, token in changes))
 
 
@@ -29,36 +29,36 @@ def request(applied: Position, number: int = 0, *, released: bool = False) -> Re
 
 
 class Scene:
-    """A process with a lease, and streams to it that a test feeds by hand."""
+    """A process with a lease, and streams that a test feeds by hand."""
 
     def __init__(self, position: Position = at(0)) -> None:  # noqa: B008 - immutable
         self.now = 100.0
-        self.membership: Membership[Any] = Membership(Memory(10), SubLeases(), LEASE_SECONDS)
-        self.membership.register(position, position.revision, PRIMARY, self.now)
+        self.state: VerifierState[Any] = VerifierState(Memory(10), ClientLeases(), LEASE_SECONDS)
+        self.state.register(position, position.revision, PRIMARY, self.now)
         self.renew()
         self.log_reads = 0
-        self.watchers = self.make_watchers()
+        self.sessions = self.make_sessions()
         self.said: asyncio.Queue[Request] = asyncio.Queue()
         self.sent: asyncio.Queue[Event] = asyncio.Queue()
         self.reads = asyncio.Event()
         self.reads.set()
 
-    def make_watchers(self, **options: Any) -> Watchers:
+    def make_sessions(self, **options: Any) -> WatchSessions:
         def read_log() -> None:
             self.log_reads += 1
 
-        return Watchers(
-            self.membership, lambda: self.now, lambda: None, read_log, enabled=True, **options
+        return WatchSessions(
+            self.state, lambda: self.now, lambda: None, read_log, enabled=True, **options
         )
 
     def renew(self) -> None:
-        """Renew the lease by a statement that finds no news, and acknowledge what can be."""
-        self.membership.renew(self.now, self.membership.acknowledgeable(self.now))
+        """Renew the lease with a statement that finds no news, and acknowledge what is possible."""
+        self.state.renew(self.now, self.state.acknowledgeable(self.now))
 
     def apply(self, *changes: tuple[Position, str]) -> None:
         """Apply a log that is read now, without renewing."""
-        head = changes[-1][0] if changes else self.membership.memory.position
-        self.membership.apply(log(head, *changes, server=self.membership.server), self.now)
+        head = changes[-1][0] if changes else self.state.memory.position
+        self.state.apply(log(head, *changes, server=self.state.server), self.now)
 
     async def requests(self) -> AsyncIterator[Request]:
         while True:
@@ -69,4 +69,4 @@ class Scene:
         await self.sent.put(event)
 
     def serve(self) -> "asyncio.Task[None]":
-        return asyncio.create_task(self.watchers.serve(self.requests(), self.send, "a client"))
+        return asyncio.create_task(self.sessions.serve(self.requests(), self.send, "a client"))

@@ -1,4 +1,4 @@
-"""What the memory may hold: never more than its bound, never what an invalidation has ended."""
+"""What the cache may hold: never more than its bound, never what an invalidation has ended."""
 
 import pytest
 from hypothesis import given, settings
@@ -26,10 +26,10 @@ def key(token_id: str, number: int = 0) -> bytes:
 
 
 class AnyReadMayArriveAnyTime(RuleBasedStateMachine):
-    """A database whose tokens are read at some revision, and a memory that hears of it late.
+    """A database whose tokens are read at some revision, and a cache that learns of changes late.
 
-    An entry is of a token at the revision that it was read at. It is stale if the token was named
-    by a later revision that the memory has applied: nothing would ever remove it again.
+    Each entry records the revision at which its token was read. It is stale if the cache has
+    applied a later revision that named the token, because nothing would ever remove the entry.
     """
 
     ENTRIES_MAX = 5
@@ -47,8 +47,8 @@ class AnyReadMayArriveAnyTime(RuleBasedStateMachine):
         self.log.append(token)
 
     @rule(data=st.data())
-    def hear(self, data: st.DataObject) -> None:
-        """Of what is new, up to some revision, in one message or again."""
+    def apply_news(self, data: st.DataObject) -> None:
+        """Apply news up to some revision in one message, possibly again."""
         applied = self.memory.position.revision
         after = data.draw(st.integers(max(0, applied - 3), applied))
         upto = data.draw(st.integers(after, len(self.log)))
@@ -60,7 +60,7 @@ class AnyReadMayArriveAnyTime(RuleBasedStateMachine):
 
     @rule(length=st.integers(0, 5))
     def go_on_in_another_history(self, length: int) -> None:
-        """A new history, of any length, which names nothing that the former one named."""
+        """Start a new history of any length, which names none of the former history's tokens."""
         self.history += 1
         self.log = self.log[:length]
         self.memory.reset(at(len(self.log), self.history))
@@ -84,7 +84,7 @@ class AnyReadMayArriveAnyTime(RuleBasedStateMachine):
         assert not (admitted and elsewhere), "it was read in another history"
         assert not (admitted and revision > self.memory.position.revision)
         if position == self.memory.position:
-            assert admitted, "what is up to date is always welcome"
+            assert admitted, "an up-to-date read is always admitted"
 
     @rule(token=tokens)
     def use(self, token: str) -> None:
@@ -112,7 +112,7 @@ test_fill_rule = AnyReadMayArriveAnyTime.TestCase
 
 
 class ShortHistory(AnyReadMayArriveAnyTime):
-    """The same with a history of two names: what it no longer knows, it must not admit."""
+    """The same with a history of two names. The cache must not admit reads from before those."""
 
     def __init__(self) -> None:
         self.before = memory_module.HISTORY_MAX
@@ -127,8 +127,8 @@ ShortHistory.TestCase.settings = AnyReadMayArriveAnyTime.TestCase.settings
 test_fill_rule_with_a_short_history = ShortHistory.TestCase
 
 
-def test_names_since_a_known_position() -> None:
-    """`named_since` returns every token named after a position, or None where it cannot know."""
+def test_named_since_needs_a_known_position() -> None:
+    """`named_since` returns every token named after a position, or None if it cannot know."""
     memory: Memory[Entry] = Memory(1)
     memory.reset(at(10))
     memory.apply(at(11), ["a"])
@@ -143,9 +143,9 @@ def test_names_since_a_known_position() -> None:
     assert memory.named_since(at(13, history=2)) is None, "another history"
 
 
-def test_a_revision_is_known_by_its_mark_alone() -> None:
-    """A position of another history is neither known nor agreed with; one that the memory never
-    saw may be on its history, and is not known."""
+def test_a_position_is_known_only_with_its_mark() -> None:
+    """The cache neither knows nor agrees with a position of another history. A revision that it
+    never saw may be on its history, but is not known."""
     memory: Memory[Entry] = Memory(1)
     memory.reset(at(10))
     memory.apply(at(12), [])
@@ -162,7 +162,7 @@ def test_a_revision_is_known_by_its_mark_alone() -> None:
 
 @pytest.mark.parametrize("position", [NOWHERE, Position(7, 0)])
 def test_a_mark_of_zero_is_never_known(position: Position) -> None:
-    """Nothing enters a memory that stands nowhere, whatever position a read claims."""
+    """A cache at the position NOWHERE admits nothing, whatever position a read claims."""
     memory: Memory[Entry] = Memory(1)
     memory.reset(position)
     assert memory.position == position
@@ -173,8 +173,8 @@ def test_a_mark_of_zero_is_never_known(position: Position) -> None:
     assert memory.named_since(position) is None
 
 
-def test_a_mark_of_zero_that_was_applied_is_not_known() -> None:
-    """A server that sends no marks cannot make an older memory believe a read without one."""
+def test_an_applied_mark_of_zero_is_not_known() -> None:
+    """A server that sends no marks cannot make an older cache believe a read without a mark."""
     memory: Memory[Entry] = Memory(1)
     memory.reset(at(5))
     memory.apply(Position(6, 0), [])
@@ -183,8 +183,8 @@ def test_a_mark_of_zero_that_was_applied_is_not_known() -> None:
 
 
 def test_a_reset_forgets_the_former_history() -> None:
-    """After a reset, reads and claims of the former history count no longer, even at revisions
-    that the new history has not reached."""
+    """After a reset, reads and claims of the former history no longer count, even at revisions that
+    the new history has not reached."""
     memory: Memory[Entry] = Memory(5)
     memory.reset(at(10))
     memory.apply(at(11), ["t"])
@@ -198,8 +198,9 @@ def test_a_reset_forgets_the_former_history() -> None:
     assert memory.admit(b"k", entry_of("t"), at(9, 2)), "the former history's names are gone, too"
 
 
-def test_an_older_position_that_arrives_late_changes_no_position() -> None:
-    """Applying an earlier revision again drops what it names, and moves the memory nowhere."""
+def test_a_late_older_position_does_not_move_the_cache() -> None:
+    """Applying an earlier revision again drops the tokens that it names and does not move the
+    position."""
     memory: Memory[Entry] = Memory(5)
     memory.reset(at(10))
     memory.apply(at(12), [])
@@ -210,10 +211,10 @@ def test_an_older_position_that_arrives_late_changes_no_position() -> None:
     assert not memory.knows(at(11))
 
 
-def test_marks_are_pruned_with_the_names_that_they_stand_for(
+def test_marks_are_pruned_with_their_names(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A position is forgotten once not all tokens named after it are known."""
+    """A position is forgotten once some of the tokens named after it are forgotten."""
     monkeypatch.setattr(memory_module, "HISTORY_MAX", 3)
     memory: Memory[Entry] = Memory(5)
     memory.reset(at(0))
@@ -229,7 +230,7 @@ def test_marks_are_pruned_with_the_names_that_they_stand_for(
 
 
 def test_marks_without_names_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Revisions that name the same few tokens over and over do not pile up."""
+    """Revisions that repeatedly name the same few tokens do not accumulate."""
     monkeypatch.setattr(memory_module, "HISTORY_MAX", 3)
     memory: Memory[Entry] = Memory(5)
     memory.reset(at(0))
@@ -240,8 +241,8 @@ def test_marks_without_names_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("used", [False, True])
-def test_room_is_made_of_what_goes_unused(used: bool) -> None:
-    """What was used since it was last looked at outlives what was not."""
+def test_unused_entries_are_evicted_first(used: bool) -> None:
+    """An entry that was used since its last examination outlives one that was not."""
     memory: Memory[Entry] = Memory(10)
     memory.reset(at(0))
     for n in range(10):
@@ -252,8 +253,8 @@ def test_room_is_made_of_what_goes_unused(used: bool) -> None:
     assert len(memory) == 10
 
 
-def test_room_is_made_in_bounded_time() -> None:
-    """With every entry in use, one goes after a bounded number of looks."""
+def test_eviction_takes_bounded_time() -> None:
+    """If every entry is in use, one is evicted after a bounded number of examinations."""
     memory: Memory[Entry] = Memory(1_000)
     memory.reset(at(0))
     for n in range(1_000):
@@ -262,12 +263,15 @@ def test_room_is_made_in_bounded_time() -> None:
         entry.used = True
     memory.admit(key("t", 1_000), entry_of("t"), at(0))
     assert len(memory) == 1_000
-    assert sum(entry.used for entry in memory.entries.values()) == 1_000 - memory_module.LOOKS_MAX
+    assert (
+        sum(entry.used for entry in memory.entries.values()) == 1_000 - memory_module.EXAMINED_MAX
+    )
 
 
 @given(st.integers(1, 5))
-def test_a_memory_of_nothing_holds_nothing(count: int) -> None:
-    """Switched off, it still knows what was named, for clients and for reads under way."""
+def test_a_cache_without_capacity_stays_empty(count: int) -> None:
+    """A cache that is switched off still knows which tokens were named, for clients and for reads
+    under way."""
     memory: Memory[Entry] = Memory(0)
     memory.reset(at(0))
     for n in range(count):

@@ -22,7 +22,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         times[0] += seconds
         await sleep(0)
 
-    monkeypatch.setattr("latchkey_service.calls.asyncio.sleep", slept)
+    monkeypatch.setattr("latchkey_service.rpc.interceptor.asyncio.sleep", slept)
     return times
 
 

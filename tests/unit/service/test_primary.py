@@ -1,4 +1,4 @@
-"""Which host the lease stands on, what is logged of it, and what `status` warns of."""
+"""How the primary is tracked: its log lines, its warnings in `status`, and diagnoses."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -36,7 +36,7 @@ class FakeConnection:
 
 
 class FakeConnector:
-    """Two hosts, each of which is a primary or is not."""
+    """Two hosts. Each may be a primary."""
 
     def __init__(self) -> None:
         self.primaries = {FIRST}
@@ -147,16 +147,16 @@ async def test_one_failure_that_passes_leaves_no_host(world: World) -> None:
 
 async def test_a_commit_that_was_not_replicated_is_reported(world: World) -> None:
     """A renewal whose wait for the standby was cancelled shows that the standby is missing. The log
-    says so once, and status until a renewal succeeds."""
+    says so once; `status` says so until a renewal succeeds."""
     with structlog.testing.capture_logs() as log:
         for _ in range(3):
             world.primary.failed(world.connection(FIRST), NotReplicated("not replicated"))
         assert world.primary.warnings() == [STANDBY_MISSING]
         world.primary.renewed(world.connection(FIRST), OLD)
     assert world.primary.warnings() == []
-    told = [(entry["log_level"], entry["event"]) for entry in log]
-    assert told.count(("error", STANDBY_MISSING)) == 1
-    assert ("info", "commits are replicated again") in told
+    events = [(entry["log_level"], entry["event"]) for entry in log]
+    assert events.count(("error", STANDBY_MISSING)) == 1
+    assert ("info", "commits are replicated again") in events
 
 
 async def test_commits_that_hang_are_diagnosed(world: World) -> None:

@@ -1,4 +1,4 @@
-"""What the server's verifier caches, for how long, and which reads it trusts."""
+"""What the server's verifier caches, for how long, and which reads it answers with."""
 
 import math
 from datetime import UTC, datetime
@@ -8,7 +8,7 @@ import pytest
 from latchkey_coherence.memory import Memory, Position
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.snapshot import Snapshot
-from latchkey_service.coherence.verifier_state import Membership
+from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens.batched_lookup import Found
@@ -26,7 +26,7 @@ TOKEN = TokenRecord("t1", "acme", "ci", Scope.READ, datetime(2026, 1, 1, tzinfo=
 
 
 class Database:
-    """Replaces look-ups: returns the token, read at the position that a test sets."""
+    """Replaces look-ups: answers with the token, read wherever a test says."""
 
     def __init__(self) -> None:
         self.snapshot = Snapshot(at(5), PRIMARY.timeline)
@@ -39,39 +39,39 @@ class Database:
         return Found(self.record, self.snapshot)
 
 
-class Heart:
-    """Replaces the lease renewer: a test sets what reading the log returns."""
+class FakeRenewer:
+    """Replaces the lease renewer: a test says what the log contains once it is read."""
 
     def __init__(self) -> None:
         self.brings: list[tuple[Position, str]] = []
         self.scene = Scene(at(5))
         self.woken = 0
 
-    async def reach(self, revision: int, deadline: float) -> bool:
+    async def read_log_to(self, revision: int, deadline: float) -> bool:
         if self.brings:
             self.scene.apply(*self.brings)
-        return self.scene.membership.memory.position.revision >= revision
+        return self.scene.state.memory.position.revision >= revision
 
     def wake(self) -> None:
         self.woken += 1
 
 
 class Bench:
-    """A verifier with its cache. A test controls everything around it."""
+    """A verifier with its cache, and fakes for everything around it."""
 
     def __init__(self, draw: float = 0.0) -> None:
-        self.heart = Heart()
+        self.renewer = FakeRenewer()
         self.database = Database()
-        self.scene = self.heart.scene
-        self.membership: Membership[CachedToken] = self.scene.membership
-        self.memory: Memory[CachedToken] = self.membership.memory
+        self.scene = self.renewer.scene
+        self.state: VerifierState[CachedToken] = self.scene.state
+        self.memory: Memory[CachedToken] = self.state.memory
 
         def disconnect() -> None:
             self.database.disconnected += 1
 
         reads = LeasedReads(
-            self.heart,  # type: ignore[arg-type]  # all that reads use of it
-            self.membership,
+            self.renewer,  # type: ignore[arg-type]  # all that reads use of it
+            self.state,
             lambda: self.scene.now,
             disconnect,
         )
@@ -79,7 +79,7 @@ class Bench:
             KEYRING,
             self.database,  # type: ignore[arg-type]  # all that a verify uses of it
             reads,
-            self.membership,
+            self.state,
             lambda record: record.id.encode(),
             lambda: self.scene.now,
             lambda: 0.0,
@@ -95,32 +95,33 @@ class Bench:
 
 
 @pytest.mark.parametrize(("draw", "seconds"), [(0.0, 1.0), (0.5, 1.5), (1.0, 2.0)])
-async def test_entries_expire(draw: float, seconds: float) -> None:
-    """A cache entry answers for between half of LATCHKEY_CACHE_SECONDS and all of it, even if the
-    lease lasts longer. Then the token is read and cached again."""
+async def test_nothing_is_cached_for_longer_than_allowed(draw: float, seconds: float) -> None:
+    """An entry answers for between half of LATCHKEY_CACHE_SECONDS and all of it, under a lease that
+    is renewed. Then the token is read and cached again."""
     bench = Bench(draw)
     assert await bench.verify() is Verdict.VALID
     bench.scene.now += seconds - 0.001
     bench.scene.renew()
     assert bench.verify_cached().verdict is Verdict.VALID
     bench.scene.now += 0.001
-    assert bench.scene.now < bench.membership.lease_ends
+    assert bench.scene.now < bench.state.lease_ends
     assert bench.verify_cached() is None
     assert await bench.verify() is Verdict.VALID
     assert bench.verify_cached().verdict is Verdict.VALID
     assert len(bench.memory) == 1
 
 
-async def test_the_cache_answers_only_under_a_lease() -> None:
-    """Without a lease the cache does not answer, however fresh its entry."""
+async def test_the_cache_does_not_answer_without_a_lease() -> None:
+    """The cache does not answer without a lease, however fresh the entry is."""
     bench = Bench(1.0)
     await bench.verify()
-    bench.membership.lease_ends = bench.scene.now
+    bench.state.lease_ends = bench.scene.now
     assert bench.verify_cached() is None
 
 
-async def test_a_cached_answer_has_the_applied_position() -> None:
-    """No invalidation up to that position changed the token, so a client may cache it."""
+async def test_a_cached_answer_carries_the_applied_position() -> None:
+    """No revision up to that position has changed the token, so a client may cache it from
+    there."""
     bench = Bench(1.0)
     await bench.verify()
     bench.scene.apply((at(6), "another"))
@@ -138,22 +139,20 @@ async def test_a_cached_answer_has_the_applied_position() -> None:
         (at(6, 2), PRIMARY.timeline),
     ],
 )
-async def test_a_read_from_another_history_is_rejected(
-    position: Position, timeline: str | None
-) -> None:
-    """The read neither answers nor enters the cache. Its connection is dropped, and the lease is
-    checked, because it may be the one that follows the wrong history."""
+async def test_a_read_from_elsewhere_is_refused(position: Position, timeline: str | None) -> None:
+    """The read neither answers nor enters the cache. Its connection is closed, and the lease is
+    checked, because the lease may be the side that is astray."""
     bench = Bench()
     bench.database.snapshot = Snapshot(position, timeline)
     with pytest.raises(StoreUnavailable):
         await bench.verify()
     assert len(bench.memory) == 0
     assert bench.database.disconnected == 1
-    assert bench.heart.woken == 1
+    assert bench.renewer.woken == 1
 
 
-async def test_an_unknown_token_needs_a_trusted_read() -> None:
-    """A deposed primary must not report that a secret is unknown either."""
+async def test_an_unknown_token_needs_a_believed_read_too() -> None:
+    """A deposed primary must not cause the verdict UNKNOWN either."""
     bench = Bench()
     bench.database.record = None
     assert await bench.verify() is Verdict.UNKNOWN
@@ -164,11 +163,11 @@ async def test_an_unknown_token_needs_a_trusted_read() -> None:
 
 @pytest.mark.parametrize("history", [1, 2])
 async def test_a_read_that_is_ahead_waits_for_the_log(history: int) -> None:
-    """The read answers once the log reaches its position, and is rejected if the log has another
-    mark there."""
+    """The read answers once the log has its position, and is refused if the log has another mark
+    there."""
     bench = Bench()
     bench.database.snapshot = Snapshot(at(6), PRIMARY.timeline)
-    bench.heart.brings = [(at(6, history), "another")]
+    bench.renewer.brings = [(at(6, history), "another")]
     if history == 1:
         assert await bench.verify() is Verdict.VALID
         assert bench.verify_cached() is not None
@@ -178,9 +177,9 @@ async def test_a_read_that_is_ahead_waits_for_the_log(history: int) -> None:
         assert len(bench.memory) == 0
 
 
-async def test_a_read_overtaken_by_an_invalidation_is_not_cached() -> None:
+async def test_a_read_overtaken_by_an_invalidation_is_answered_but_not_cached() -> None:
     """The verify began before the invalidation was applied, so it may answer. The cache must not
-    keep the token, because no later invalidation would drop it."""
+    store the token, because nothing would remove it again."""
     bench = Bench()
     find = bench.database.find
 
@@ -195,14 +194,14 @@ async def test_a_read_overtaken_by_an_invalidation_is_not_cached() -> None:
 
 
 async def test_a_lease_lost_during_the_read_permits_no_answer() -> None:
-    """The read was sent under a lease on a history that has ended."""
+    """The read was sent under a lease on a history that no longer exists."""
     bench = Bench()
     find = bench.database.find
 
     async def overtaken(digest: bytes, deadline: float) -> Found:
         found = await find(digest, deadline)
-        bench.membership.lose()
-        bench.membership.register(at(5), 5, PRIMARY, 0.0)
+        bench.state.lose()
+        bench.state.register(at(5), 5, PRIMARY, 0.0)
         bench.scene.renew()
         return found
 

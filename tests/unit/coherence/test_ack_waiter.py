@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from latchkey_service.coherence import confirmer as module
-from latchkey_service.coherence.ack_rules import Confirmation, VerifierRow
-from latchkey_service.coherence.ack_waiter import Confirmer
+from latchkey_service.coherence import ack_waiter
+from latchkey_service.coherence.ack_rules import Acknowledgements, VerifierRow
+from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.coherence.verifier_table import Rows
 
 from tests.positions import at
@@ -19,19 +19,19 @@ OWN = "ver_own"
 
 
 class Scene:
-    """A confirmer on a database whose rows a test chooses."""
+    """A ack_waiter on a database whose rows a test chooses."""
 
     def __init__(self) -> None:
         self.rows: list[VerifierRow] = []
         self.looks = 0
-        self.settles_at = -math.inf
+        self.rows_complete_at = -math.inf
         unused: Any = SimpleNamespace()
-        self.confirmer = Confirmer(
+        self.ack_waiter = AckWaiter(
             unused,
             self._connect,
             lambda: None,
             lambda: 100.0,
-            lambda: self.settles_at,
+            lambda: self.rows_complete_at,
             OWN,
             notify=False,
         )
@@ -52,28 +52,28 @@ class Scene:
 @pytest.fixture
 async def scene(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
     scene = Scene()
-    monkeypatch.setattr(module, "read_rows", scene.read_rows)
+    monkeypatch.setattr(ack_waiter, "read_rows", scene.read_rows)
     yield scene
-    await scene.confirmer.close()
+    await scene.ack_waiter.close()
 
 
 async def test_a_database_without_the_own_row_confirms_nothing(scene: Scene) -> None:
     """A restored backup may lack this process's row, and with it those of others that still hold
     a lease. Nothing is confirmed before this process has registered there."""
-    waiting = asyncio.create_task(scene.confirmer.confirm(at(5), math.inf))
+    waiting = asyncio.create_task(scene.ack_waiter.wait(at(5), math.inf))
     await scene.looked()
     scene.rows = [VerifierRow("ver_other", 1, 1, 5, 3.0)]
     await scene.looked()
     assert not waiting.done()
     scene.rows = [*scene.rows, VerifierRow(OWN, 1, 1, 5, 3.0)]
-    assert await waiting == Confirmation(2, 0)
+    assert await waiting == Acknowledgements(2, 0)
 
 
 async def test_nothing_is_confirmed_before_the_rows_are_complete(scene: Scene) -> None:
     """After a change of history the rows count only once earlier leases have ended."""
-    scene.rows, scene.settles_at = [VerifierRow(OWN, 1, 1, 5, 3.0)], 100.5
-    waiting = asyncio.create_task(scene.confirmer.confirm(at(5), math.inf))
+    scene.rows, scene.rows_complete_at = [VerifierRow(OWN, 1, 1, 5, 3.0)], 100.5
+    waiting = asyncio.create_task(scene.ack_waiter.wait(at(5), math.inf))
     await scene.looked()
     assert not waiting.done()
-    scene.settles_at = 100.0
-    assert await waiting == Confirmation(1, 0)
+    scene.rows_complete_at = 100.0
+    assert await waiting == Acknowledgements(1, 0)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from latchkey_coherence.lease import boottime
 from latchkey_coherence.memory import Memory, Position
-from latchkey_service.coherence import heart as module
-from latchkey_service.coherence.client_leases import SubLeases
-from latchkey_service.coherence.lease_renewer import Heart
-from latchkey_service.coherence.verifier_state import Log, Membership
+from latchkey_service.coherence import lease_renewer
+from latchkey_service.coherence.client_leases import ClientLeases
+from latchkey_service.coherence.lease_renewer import LeaseRenewer
+from latchkey_service.coherence.verifier_state import Log, VerifierState
 from latchkey_service.coherence.verifier_table import Identity, Registration
 from latchkey_service.errors import StoreUnavailable
 from structlog.testing import capture_logs
@@ -23,7 +23,7 @@ HOST = "h1:1"
 
 
 class Database:
-    """The heart's statements, on a history that a test changes."""
+    """The statements of a lease renewer, on a history that a test changes."""
 
     def __init__(self) -> None:
         self.head = at(5)
@@ -74,29 +74,29 @@ async def test_another_history_is_logged_and_is_no_renewal(
     """A renewal fails, and the next connection leads to another history. The log names the server
     of that history. It says that the lease is renewed again only once it is."""
     database = Database()
-    monkeypatch.setattr(module, "OwnRow", lambda *_: database)
-    membership: Membership[Any] = Membership(Memory(10), SubLeases(), 3.0)
+    monkeypatch.setattr(lease_renewer, "OwnRow", lambda *_: database)
+    state: VerifierState[Any] = VerifierState(Memory(10), ClientLeases(), 3.0)
     primary: Any = Primary()
     with capture_logs() as logged:
-        heart = Heart(membership, Identity("ver_own", "host", 1, "0", 3.0), primary, boottime)
-        beating = asyncio.create_task(heart.run())
+        renewer = LeaseRenewer(state, Identity("ver_own", "host", 1, "0", 3.0), primary, boottime)
+        running = asyncio.create_task(renewer.run())
 
         def events() -> list[str]:
             return [line["event"] for line in logged]
 
-        await eventually(heart.has_lease, "there is a lease")
+        await eventually(renewer.has_lease, "there is a lease")
         database.failures, database.head = 1, at(5, history=2)
         database.answers.clear()
         # Due at once, which a renewal is only every third of a lease otherwise.
-        heart._next_renewal = 0.0
-        heart._news = False
-        heart.wake_to_acknowledge()
+        renewer._next_renewal = 0.0
+        renewer._news = False
+        renewer.wake_to_acknowledge()
         await eventually(lambda: "starting over" in events()[-1], "the loss is logged")
         assert events().count("the lease is renewed again") == 0
         assert logged[-1]["address"] == HOST
         assert logged[-1]["timeline"] == PRIMARY.timeline
         database.answers.set()
-        await eventually(heart.has_lease, "there is a lease again")
+        await eventually(renewer.has_lease, "there is a lease again")
         await eventually(lambda: "the lease is renewed again" in events(), "it is logged")
-        beating.cancel()
-        await asyncio.gather(beating, return_exceptions=True)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""What clients have confirmed: a lease that may be live always counts, and nothing else does."""
+"""What clients have confirmed: every lease that may be live counts, and nothing else does."""
 
 import math
 
@@ -6,19 +6,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from latchkey_coherence.memory import Entry, Memory
-from latchkey_service.coherence.client_leases import SubLease, SubLeases
-from latchkey_service.coherence.verifier_state import Change, Log, Membership, Server
+from latchkey_service.coherence.client_leases import ClientLease, ClientLeases
+from latchkey_service.coherence.verifier_state import Change, Log, Server, VerifierState
 
 from tests.positions import at
 
 
 class AgainstAPlainList(RuleBasedStateMachine):
-    """The floor is the lowest revision that a client with a live lease has confirmed."""
+    """The floor is the lowest revision confirmed by a client with a live lease."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.leases = SubLeases()
-        self.clients = [SubLease(f"client {n}") for n in range(4)]
+        self.leases = ClientLeases()
+        self.clients = [ClientLease(f"client {n}") for n in range(4)]
         self.plain: list[tuple[int, float]] = [(0, -math.inf)] * 4
         self.now = 0.0
         self.applied = 0
@@ -33,7 +33,7 @@ class AgainstAPlainList(RuleBasedStateMachine):
 
     @rule(n=st.integers(0, 3), seconds=st.floats(0.1, 3.0), data=st.data())
     def grant(self, n: int, seconds: float, data: st.DataObject) -> None:
-        """A client is granted a lease once it has confirmed all that it was sent."""
+        """A client gets a lease once it has confirmed everything it was sent."""
         confirmed = data.draw(st.integers(0, self.applied))
         self.plain[n] = (confirmed, max(self.plain[n][1], self.now + seconds))
         self.leases.grant(self.clients[n], confirmed, self.now + seconds)
@@ -43,11 +43,11 @@ class AgainstAPlainList(RuleBasedStateMachine):
         revision = data.draw(st.integers(0, self.applied))
         if self.plain[n][1] > self.now:
             self.plain[n] = (revision, self.plain[n][1])
-        self.leases.acknowledge(self.clients[n], revision)
+        self.leases.confirm(self.clients[n], revision)
 
     @rule()
     def lose_the_history(self) -> None:
-        """Nothing counts that was confirmed. How long the leases run does not change."""
+        """All confirmations are void. The end of each lease stays the same."""
         self.plain = [(0, ends) for _, ends in self.plain]
         self.leases.unconfirm()
 
@@ -70,11 +70,11 @@ class AgainstAPlainList(RuleBasedStateMachine):
             assert self.leases.latest_end(self.now) >= max(e for _, e in self.plain)
 
     @invariant()
-    def who_is_behind_is_named(self) -> None:
-        """Each live client is either counted as done or named as behind."""
+    def clients_behind_are_named(self) -> None:
+        """Every live client is either counted as done or named as behind."""
         for revision in range(self.applied + 1):
             done = [c >= revision for c, ends in self.plain if ends > self.now]
-            assert self.leases.confirmed(revision, self.now) == sum(done)
+            assert self.leases.count_confirmed(revision, self.now) == sum(done)
             behind = [
                 f"client {n}"
                 for n, (confirmed, ends) in enumerate(self.plain)
@@ -89,10 +89,11 @@ AgainstAPlainList.TestCase.settings = settings(
 test_floor = AgainstAPlainList.TestCase
 
 
-def test_only_leases_that_a_revision_waited_for_count_as_waited_out() -> None:
-    """A lease that ended before the revision came, or that had confirmed it, was not waited for."""
-    leases = SubLeases()
-    clients = {name: SubLease(name) for name in ("early", "late", "done")}
+def test_only_leases_that_delayed_a_revision_count_as_waited_out() -> None:
+    """A lease that ended before the revision arrived, or whose client had confirmed it, was not
+    waited for."""
+    leases = ClientLeases()
+    clients = {name: ClientLease(name) for name in ("early", "late", "done")}
     leases.grant(clients["early"], 4, 99.0)
     leases.grant(clients["late"], 4, 101.0)
     leases.grant(clients["done"], 5, 103.0)
@@ -101,78 +102,81 @@ def test_only_leases_that_a_revision_waited_for_count_as_waited_out() -> None:
     assert leases.outwaited == 0
     assert leases.floor(102.0, behind_since=100.0) == 5
     assert leases.outwaited == 1
-    leases.acknowledge(clients["done"], 6)
+    leases.confirm(clients["done"], 6)
     leases.release(clients["done"])
     assert leases.floor(102.0, behind_since=100.0) is None
     assert leases.outwaited == 1, "it let go by itself"
 
 
-def test_few_of_many_are_named() -> None:
-    """However many are behind, no more names come than were asked for: those furthest behind."""
-    leases = SubLeases()
+def test_number_of_named_clients_is_limited() -> None:
+    """However many clients are behind, at most the requested number is named, furthest behind
+    first."""
+    leases = ClientLeases()
     for n in range(100):
-        leases.grant(SubLease(f"client {n:02}"), n, 101.0)
+        leases.grant(ClientLease(f"client {n:02}"), n, 101.0)
     assert leases.behind(200, 100.0, 3) == ["client 00", "client 01", "client 02"]
     assert leases.behind(1, 100.0, 3) == ["client 00"]
     assert leases.behind(200, 102.0, 3) == []
 
 
-def test_a_confirmation_without_a_lease_counts_for_nothing() -> None:
-    """What a client confirmed before its lease says nothing of what it holds under it."""
-    leases, client = SubLeases(), SubLease()
-    leases.acknowledge(client, 9)
+def test_a_confirmation_without_a_lease_does_not_count() -> None:
+    """What a client confirmed before its lease says nothing about what it holds under the lease."""
+    leases, client = ClientLeases(), ClientLease()
+    leases.confirm(client, 9)
     leases.grant(client, 5, 101.0)
     assert leases.floor(100.0) == 5
 
 
-def member(applied: int) -> Membership[Entry]:
-    """Return a process that has applied a revision, and holds a lease."""
-    membership: Membership[Entry] = Membership(Memory(10), SubLeases(), 3.0)
+def verifier(applied: int) -> VerifierState[Entry]:
+    """Return a process that has applied a revision."""
+    state: VerifierState[Entry] = VerifierState(Memory(10), ClientLeases(), 3.0)
     server = Server("1", "00000001")
-    membership.register(at(applied), applied, server, 0.0)
-    return membership
+    state.register(at(applied), applied, server, 0.0)
+    return state
 
 
-def apply(membership: Membership[Entry], revision: int, began: float) -> None:
+def apply(state: VerifierState[Entry], revision: int, began: float) -> None:
     change = Change(at(revision), ("t",))
-    membership.apply(Log(True, membership.server, at(revision), (change,)), began)
+    state.apply(Log(True, state.server, at(revision), (change,)), began)
 
 
-def test_a_client_that_had_confirmed_was_not_waited_out() -> None:
-    """Of two leases that have ended when somebody looks, only the one that was behind counts."""
-    membership = member(4)
+def test_a_client_that_confirmed_was_not_waited_out() -> None:
+    """Of two leases that have ended when the floor is computed, only the one that was behind
+    counts."""
+    state = verifier(4)
     for name, confirmed in (("behind", 4), ("level", 5)):
-        membership.subleases.grant(SubLease(name), confirmed, 101.0)
-    apply(membership, 5, 100.0)
-    assert membership.acknowledgeable(100.5) == 4
-    assert membership.acknowledgeable(102.0) == 5
-    assert membership.subleases.outwaited == 1
+        state.client_leases.grant(ClientLease(name), confirmed, 101.0)
+    apply(state, 5, 100.0)
+    assert state.acknowledgeable(100.5) == 4
+    assert state.acknowledgeable(102.0) == 5
+    assert state.client_leases.outwaited == 1
 
 
 def test_every_client_that_was_waited_out_counts() -> None:
-    """Also one whose lease ends while another client is waited for still longer."""
-    membership = member(4)
+    """A lease counts even if it ends while another client is waited for still longer."""
+    state = verifier(4)
     for name, ends in (("first", 101.0), ("second", 102.0), ("last", 104.0)):
-        membership.subleases.grant(SubLease(name), 4, ends)
-    apply(membership, 5, 100.0)
-    assert membership.acknowledgeable(100.5) == 4
+        state.client_leases.grant(ClientLease(name), 4, ends)
+    apply(state, 5, 100.0)
+    assert state.acknowledgeable(100.5) == 4
     for now in (101.5, 103.0):
-        membership.sweep(now)
-        assert membership.acknowledgeable(now) == 4
-    assert membership.acknowledgeable(105.0) == 5
-    membership.sweep(105.0)
-    assert membership.subleases.outwaited == 3
+        state.sweep(now)
+        assert state.acknowledgeable(now) == 4
+    assert state.acknowledgeable(105.0) == 5
+    state.sweep(105.0)
+    assert state.client_leases.outwaited == 3
 
 
 def test_a_client_that_does_not_confirm_a_reset_is_waited_for_and_named() -> None:
-    """A Delete on the new history waits for its old lease, and so people should see whose it is."""
-    membership = member(4)
-    membership.subleases.grant(SubLease("slow"), 4, 103.0)
-    membership.lose()
-    membership.register(at(7, history=2), 0, Server("1", "00000002"), 0.0)
-    assert membership.acknowledgeable(100.0) == 0
-    seconds, names = membership.waiting_for(101.0)
+    """A Delete on the new history waits for the client's old lease, so operators should see whose
+    it is."""
+    state = verifier(4)
+    state.client_leases.grant(ClientLease("slow"), 4, 103.0)
+    state.lose()
+    state.register(at(7, history=2), 0, Server("1", "00000002"), 0.0)
+    assert state.acknowledgeable(100.0) == 0
+    seconds, names = state.waiting_for(101.0)
     assert (seconds, names) == (1.0, ["slow"])
-    assert membership.acknowledgeable(104.0) == 7
-    assert membership.subleases.outwaited == 1
-    assert membership.waiting_for(105.0) == (0.0, [])
+    assert state.acknowledgeable(104.0) == 7
+    assert state.client_leases.outwaited == 1
+    assert state.waiting_for(105.0) == (0.0, [])
