@@ -19,13 +19,13 @@ import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.access.policy_file import read_text
-from latchkey_service.postgres import connections as database
+from latchkey_service.postgres import connections
 from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
 from latchkey_service.postgres.migrate import bundled, migrate
 from latchkey_service.process.wiring import Server, running
 from latchkey_service.settings.settings import Settings
-from latchkey_service.tokens import pepper_file as peppers
-from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens import pepper_file as pepper_files
+from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.transport import tls
 
 from tests.support import WAIT_SECONDS, drop_database
@@ -50,9 +50,9 @@ hypothesis.settings.load_profile("latchkey")
 # How long the service waits for its database. The tests of this process wait longer, fixtures
 # included: where none of it is looked at, a machine that stood still for a second is no outage.
 TIMEOUTS = ("CONNECT_TIMEOUT_SECONDS", "STATEMENT_TIMEOUT_SECONDS")
-OWN_TIMEOUTS = {name: getattr(database, name) for name in TIMEOUTS}
+OWN_TIMEOUTS = {name: getattr(connections, name) for name in TIMEOUTS}
 for name in TIMEOUTS:
-    setattr(database, name, WAIT_SECONDS)
+    setattr(connections, name, WAIT_SECONDS)
 
 TRANSPORTS = ("native", "grpcio")
 TEMPLATE = "latchkey_template"
@@ -65,7 +65,7 @@ def own_timeouts() -> Iterator[None]:
     """The service's own patience with its database, for tests of what it does at its end."""
     with pytest.MonkeyPatch.context() as patch:
         for name, seconds in OWN_TIMEOUTS.items():
-            patch.setattr(database, name, seconds)
+            patch.setattr(connections, name, seconds)
         yield
 
 
@@ -113,9 +113,9 @@ async def database_url(postgres_url: str, template_url: str) -> AsyncIterator[st
 
 
 @pytest.fixture
-async def store(database_url: str) -> AsyncIterator[Store]:
+async def store(database_url: str) -> AsyncIterator[TokenStore]:
     """A store on a fresh database."""
-    store = await Store.open(database_url)
+    store = await TokenStore.open(database_url)
     yield store
     await store.close()
 
@@ -124,7 +124,7 @@ async def store(database_url: str) -> AsyncIterator[Store]:
 def pepper_file(scratch: Path) -> Path:
     """A file with one pepper."""
     path = scratch / "peppers"
-    peppers.load_or_create(path, create=True)
+    pepper_files.load_or_create(path, create=True)
     return path
 
 
@@ -157,8 +157,8 @@ async def serving(settings: Settings) -> AsyncIterator[str]:
 async def serving_as(settings: Settings) -> AsyncIterator[Server]:
     """Run a server in this process. The supervisor's part is done here."""
     assert settings.database_url is not None
-    store = await Store.open(settings.database_url.get_secret_value())
-    keyring = peppers.load_or_create(settings.pepper_path, create=False)
+    store = await TokenStore.open(settings.database_url.get_secret_value())
+    keyring = pepper_files.load_or_create(settings.pepper_path, create=False)
     for pepper in keyring.peppers:
         await store.register_pepper(pepper.id)
     await store.close()

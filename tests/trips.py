@@ -27,7 +27,7 @@ from latchkey_service.access.credentials import mint, policy_digest
 from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
 from latchkey_service.postgres.migrate import bundled, migrate
 from latchkey_service.settings import logs
-from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens import pepper_file
 
 from tests.conftest import make_settings, serving
 
@@ -172,7 +172,7 @@ async def trace_all(folder: Path, url: str) -> dict[str, Trip]:
     Files for the servers go into `folder`.
     """
     path = folder / "trips.peppers"
-    peppers.load_or_create(path, create=True)
+    pepper_file.load_or_create(path, create=True)
     settings = make_settings(url, path, "native")
     async with serving(settings) as address:
         trips = await trace(address)

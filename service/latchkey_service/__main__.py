@@ -4,7 +4,7 @@ import json
 import os
 import sys
 
-from latchkey_service.settings import settings as config
+from latchkey_service.settings import settings as settings_module
 
 USAGE = """\
 usage: python -m latchkey_service [serve | config [--json] | policy ...]
@@ -29,8 +29,8 @@ def main(arguments: list[str]) -> int:
             from latchkey_service.process import worker
 
             return worker.main()
-        settings = config.load()
-    except config.ConfigError as error:
+        settings = settings_module.load()
+    except settings_module.ConfigError as error:
         print(f"latchkey: invalid settings:\n{error}", file=sys.stderr)  # noqa: T201
         return 2
     if arguments in ([], ["serve"]):
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
 
         return supervisor.run(settings)
     if command == "config" and arguments[1:] in ([], ["--json"]):
-        rows = config.describe(settings)
+        rows = settings_module.describe(settings)
         if arguments[1:]:
             print(json.dumps({name: value for name, value, _, _ in rows}, indent=2))  # noqa: T201
         else:

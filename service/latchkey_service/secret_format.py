@@ -1,16 +1,16 @@
-"""The secret format: mint, parse, checksum, digest. Pure; the keys are passed in.
+"""The format of secrets: creates and parses them, and computes checksums and digests. Pure.
 
     lk_  43 × base62            8 × base62   6 × base62
     ──── body ──────────────    tag          checksum
          256 random bits
 
 - digest   = HMAC-SHA-256(pepper, body): the only form in which a secret is stored
-- tag      = first 8 bytes of the digest, big-endian, mod 62⁸: tells a made-up secret from one that
-             was minted with our pepper, without a look-up
-- checksum = CRC-32 of all that comes before it: tells a typo without a key
+- tag      = first 8 bytes of the digest, big-endian, mod 62⁸: detects a secret that was not made
+             with our pepper, without a look-up
+- checksum = CRC-32 of everything before it: detects a typing error without a key
 
-What it does not own: where peppers are kept (`pepper_file.py`) and whether a digest belongs to a
-live token (`verifier.py`).
+Does not own the file of the peppers (`tokens/pepper_file.py`), and does not know whether a digest
+belongs to a live token (`tokens/verifier.py`). The caller passes the keys in.
 """
 
 import hmac
@@ -42,27 +42,27 @@ RANDOM_BYTES = 32
 BODY_DIGITS, TAG_DIGITS, CHECKSUM_DIGITS = 43, 8, 6
 TAG_MODULUS: int = 62**TAG_DIGITS
 HINT_CHARACTERS = 4
-# With the longest prefix, and its underscore.
+# With the longest prefix and its underscore.
 SECRET_LENGTH_MAX = 11 + BODY_DIGITS + TAG_DIGITS + CHECKSUM_DIGITS
 
-# Any prefix is read, whatever the setting: the tag covers it, and a changed setting must not
-# kill live tokens. [0-9A-Za-z] and not \w, which takes in other scripts' letters.
+# Accepts every prefix, whatever the setting: the tag covers the prefix, and a changed setting must
+# not invalidate live tokens. [0-9A-Za-z], not \w, which also matches letters of other scripts.
 _SHAPE = re.compile(r"[a-z]{2,10}_[0-9A-Za-z]{57}")
 _is_shaped = _SHAPE.fullmatch
-# Of callers' credentials (`access/credentials.py`), which have no tag.
+# Callers' credentials (`access/credentials.py`) have no tag.
 CREDENTIAL_PREFIX = "lkc"
 CREDENTIAL_SHAPE = rf"{CREDENTIAL_PREFIX}_[0-9A-Za-z]{{{BODY_DIGITS + CHECKSUM_DIGITS}}}"
-# At every place, also within what looks like another: "alk_…" holds what "lk_…" does.
+# Finds overlapping matches too: "alk_…" contains "lk_…".
 _SHAPES_WITHIN = [re.compile(rf"(?=({shape}))") for shape in (_SHAPE.pattern, CREDENTIAL_SHAPE)]
-# What is cut out of a text, whole or not.
+# Matches a secret or the beginning of one, to redact it.
 _SECRET_PART = re.compile(rf"([a-z]{{2,10}}_)[0-9A-Za-z]{{{BODY_DIGITS},}}")
 _BODY_END = -(TAG_DIGITS + CHECKSUM_DIGITS)
-# Digits are read in pairs and without a loop: a third of the time.
+# Reading digits in pairs and without a loop takes a third of the time.
 _PAIRS = {a + b: x * 62 + y for x, a in enumerate(ALPHABET) for y, b in enumerate(ALPHABET)}
 
 
 class Secret:
-    """A bearer secret that no log line, repr or format can print; `reveal()` is the one way out."""
+    """A bearer secret that no log line, repr or format prints. Only `reveal()` returns it."""
 
     __slots__ = ("_value",)
 
@@ -70,7 +70,7 @@ class Secret:
         self._value = value
 
     def reveal(self) -> str:
-        """Return the secret itself. Called where CreateResponse is filled, and nowhere else."""
+        """Return the secret itself. Call this only to fill a CreateResponse."""
         return self._value
 
     def __repr__(self) -> str:
@@ -79,16 +79,16 @@ class Secret:
     __str__ = __repr__
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a Secret does not pickle")
+        raise TypeError("a Secret cannot be pickled")
 
 
 class Malformed(Exception):
-    """The string is not a secret: wrong shape or checksum. Carries nothing of the string."""
+    """The string is not a secret: wrong shape or checksum. Contains no part of the string."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pepper:
-    """A key for digests. Its id is derived from it, so that key and id cannot be mixed up."""
+    """A key for digests. Its id is derived from the key, so the two cannot be mixed up."""
 
     key: bytes = field(repr=False)
     id: str = field(init=False)
@@ -99,7 +99,7 @@ class Pepper:
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """A secret's keyed hash, 32 bytes, with the id of the pepper that made it."""
+    """The keyed hash of a secret, 32 bytes, with the id of its pepper."""
 
     value: bytes = field(repr=False)
     pepper_id: str
@@ -107,7 +107,7 @@ class Digest:
 
 @dataclass(frozen=True, slots=True)
 class Minted:
-    """A new secret with what is stored of it."""
+    """A new secret, with the digest and the hint to store."""
 
     secret: Secret
     digest: Digest
@@ -115,17 +115,17 @@ class Minted:
 
 
 class Keyring:
-    """The peppers, newest first: the first mints, all of them read."""
+    """The peppers, newest first. New secrets use the first; all of them verify."""
 
     def __init__(self, peppers: Sequence[Pepper]) -> None:
         if not peppers:
             raise ValueError("a keyring needs at least one pepper")
         self.peppers = tuple(peppers)
-        # With the key taken in: to copy one takes half the time of a new HMAC.
+        # HMACs that have processed their key: copying one takes half the time of a new HMAC.
         self._keyed = [hmac.new(pepper.key, digestmod=sha256) for pepper in peppers]
 
     def mint(self, prefix: str, random_bytes: Callable[[int], bytes]) -> Minted:
-        """Return a new secret. `random_bytes` is the OS's CSPRNG, passed in."""
+        """Return a new secret. `random_bytes` is the CSPRNG of the operating system."""
         body = f"{prefix}_{base62(int.from_bytes(random_bytes(RANDOM_BYTES)), BODY_DIGITS)}"
         pepper = self.peppers[0]
         digest = hmac.digest(pepper.key, body.encode(), "sha256")
@@ -137,9 +137,9 @@ class Keyring:
     def digest_of(self, presented: str) -> bytes | None:
         """Return the digest (32 bytes) of a presented secret, or None if its tag is wrong.
 
-        None means that no pepper of ours minted it: UNKNOWN without a look-up.
-        Raises Malformed for anything that does not have a secret's shape and checksum.
-        Source: design of GitHub's token format (checksum), HMAC as of ASVS 5.0 §11.5.
+        None means that it was not made with any of our peppers: UNKNOWN without a look-up.
+        Raises Malformed unless the string has the shape and the checksum of a secret.
+        Sources: GitHub's token format (checksum); ASVS 5.0 §11.5 (HMAC).
         """
         if not _is_shaped(presented):
             raise Malformed
@@ -152,15 +152,17 @@ class Keyring:
             mac = keyed.copy()
             mac.update(body)
             digest = mac.digest()
-            # In constant time: the time taken must not tell how much of a guessed tag is right.
+            # In constant time: the duration must not reveal how much of a guessed tag is right.
             if hmac.compare_digest(_tag(digest).to_bytes(8), tag):
                 return digest
         return None
 
 
 def holds_secret(text: str) -> bool:
-    """Tell whether a text has a secret in it, a token's or a caller's credential, by shape and
-    checksum, whatever it is stuck to."""
+    """Return whether `text` contains the secret of a token or a caller's credential.
+
+    Recognises them by shape and checksum, whatever characters surround them.
+    """
     return any(
         checksum(match[1][:-CHECKSUM_DIGITS]) == match[1][-CHECKSUM_DIGITS:]
         for shape in _SHAPES_WITHIN
@@ -169,7 +171,7 @@ def holds_secret(text: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text with all that looks like a secret cut down to its prefix."""
+    """Return `text` with everything that looks like a secret reduced to its prefix."""
     return _SECRET_PART.sub(r"\1…", text)
 
 
@@ -178,7 +180,7 @@ def _tag(digest: bytes) -> int:
 
 
 def checksum(text: str) -> str:
-    """Return the checksum of what comes before it."""
+    """Return the checksum that follows `text` in a secret."""
     return base62(zlib.crc32(text.encode()), CHECKSUM_DIGITS)
 
 
@@ -192,6 +194,6 @@ def base62(number: int, digits: int) -> str:
 
 
 def _number(text: str) -> int:
-    """Return the number that `text`, of 6 or 8 base62 digits, stands for."""
+    """Return the value of `text`, a number of 6 or 8 base62 digits."""
     number = (_PAIRS[text[-6:-4]] * 3844 + _PAIRS[text[-4:-2]]) * 3844 + _PAIRS[text[-2:]]
     return number if len(text) == CHECKSUM_DIGITS else number + _PAIRS[text[:2]] * 3844**3

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import grpc
 from latchkey_service.secret_format import Keyring
-from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens import pepper_file as pepper_files
 
 from tests.benchmarks import coherence, console, load, overload, overload_figures, processes, report
 from tests.benchmarks.answers import check_ceiling, check_service, remember
@@ -55,7 +55,7 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(_scratch())
         pepper_file = scratch / "peppers"
-        keyring = peppers.load_or_create(pepper_file, create=True)
+        keyring = pepper_files.load_or_create(pepper_file, create=True)
         _say("Starting Postgres and filling databases")
         url, postmaster = stack.enter_context(processes.postgres(scratch / "data", cores.postgres))
         secrets_file = scratch / "secrets"

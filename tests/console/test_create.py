@@ -225,7 +225,7 @@ def test_secret_as_name_is_rejected(browser: Browser, world: World) -> None:
     secret = world.create("existing").secret
     browser.open("/new")
     add(browser, secret)
-    assert "must not hold a secret" in browser.text("#error-name")
+    assert "must not contain a secret" in browser.text("#error-name")
 
 
 def test_expiry_date_uses_the_viewers_time_zone(

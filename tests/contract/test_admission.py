@@ -14,10 +14,8 @@ from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.access.methods import MANAGER, OPERATOR
-from latchkey_service.postgres import connections as database
-from latchkey_service.postgres import sessions
-from latchkey_service.rpc import admission, deadlines
-from latchkey_service.rpc import interceptor as calls
+from latchkey_service.postgres import connections, sessions
+from latchkey_service.rpc import admission, deadlines, interceptor
 
 from tests.callers import credential, policy_text
 from tests.conftest import serving
@@ -42,11 +40,11 @@ async def test_what_waits_for_the_database_is_bounded(
     monkeypatch.setattr(admission, "STUCK_SECONDS", 1_000.0)
     # And the test says how long that is.
     monkeypatch.setitem(sessions.SETTINGS, "lock_timeout", "60s")
-    monkeypatch.setattr(database, "STATEMENT_TIMEOUT_SECONDS", 60.0)
+    monkeypatch.setattr(connections, "STATEMENT_TIMEOUT_SECONDS", 60.0)
     monkeypatch.setattr(admission, "QUEUE_SECONDS_MAX", 60.0)
     monkeypatch.setattr(deadlines, "CALL_SECONDS_MAX", 60.0)
     # One at work, and there in all.
-    monkeypatch.setattr(calls, "CONCURRENCY_LIMITS", {MANAGER: (1, 1), OPERATOR: (1, 1)})
+    monkeypatch.setattr(interceptor, "CONCURRENCY_LIMITS", {MANAGER: (1, 1), OPERATOR: (1, 1)})
     assert settings.database_url is not None
     url = settings.database_url.get_secret_value()
     async with serving(settings) as address, grpc.aio.insecure_channel(address) as channel:

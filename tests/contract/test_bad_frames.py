@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from latchkey_service.access.credentials import mint
-from latchkey_service.settings import logs as log
+from latchkey_service.settings import logs as service_logs
 
 from tests.fuzz import frames
 from tests.support import WAIT_SECONDS, service
@@ -21,7 +21,7 @@ def logs():
     """All that the process logs, but for what the test's own libraries say at debug level."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    log.configure("json", "info")
+    service_logs.configure("json", "info")
     written = io.StringIO()
     handler = root.handlers[0]
     assert isinstance(handler, logging.StreamHandler)

@@ -7,7 +7,7 @@ import asyncpg
 import grpc
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_service.settings import logs as log
+from latchkey_service.settings import logs as service_logs
 from latchkey_service.tokens.verifier import Verifier
 
 SERVICE = "/latchkey.v1.TokenService/"
@@ -18,7 +18,7 @@ def logs(request):
     """All that the process logs, at debug level, in either form."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    log.configure(request.param, "debug")
+    service_logs.configure(request.param, "debug")
     written = io.StringIO()
     handler = root.handlers[0]
     assert isinstance(handler, logging.StreamHandler)
@@ -107,7 +107,7 @@ async def test_the_secret_is_nowhere(logs, channel, stub, create, database_url, 
         except KeyError as cause:
             raise RuntimeError(f"unexpected {secret} {presented!r}") from cause
 
-    monkeypatch.setattr(Verifier, "recall", fail)
+    monkeypatch.setattr(Verifier, "verify_cached", fail)
     question = pb.VerifyRequest(secret=secret)
     await attempt("Verify", question.SerializeToString())
     await attempt("BatchVerify", pb.BatchVerifyRequest(requests=[question]).SerializeToString())

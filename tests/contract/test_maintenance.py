@@ -1,4 +1,4 @@
-"""InvalidateAll, as any client sees it, over each transport."""
+"""InvalidateAll as a client sees it, over each transport."""
 
 import asyncio
 import os
@@ -26,7 +26,7 @@ from tests.watching import watching
 LONG_LEASE_SECONDS = 5.0
 # Short enough to wait for.
 LEASE_SECONDS = 1.0
-# A call outwaits a lease at most; a busy machine adds the rest.
+# A call waits for one lease at most; a busy machine adds the rest.
 CALL_SECONDS_MAX = 5.0
 METHOD = "/latchkey.v1.MaintenanceService/InvalidateAll"
 
@@ -65,12 +65,10 @@ def with_lease(settings: Settings, seconds: float) -> Settings:
     return settings.model_copy(update={"lease_seconds": seconds})
 
 
-async def test_all_memories_are_empty_when_it_answers(
-    settings: Settings, database_url: str
-) -> None:
-    """Two servers and a client library of each remember a token that a restore has taken from the
-    database. Once InvalidateAll has answered, none of them accepts it, and the receipt counts all
-    four."""
+async def test_all_caches_are_empty_when_it_returns(settings: Settings, database_url: str) -> None:
+    """Two servers and a client library of each have cached a token that a restore has removed from
+    the database. After InvalidateAll returns, none of them accepts the token, and the receipt
+    counts all four."""
     settings = with_lease(settings, LONG_LEASE_SECONDS)
     async with (
         serving(settings) as first,
@@ -89,7 +87,7 @@ async def test_all_memories_are_empty_when_it_answers(
                 answer = client.verify_nowait(secret)
                 return answer is not None and answer.allowed
 
-            await eventually(remembers, "the client library remembers the token")
+            await eventually(remembers, "the client library caches the token")
         await lose_tokens(database_url)
         assert await verdict(first, secret) == await verdict(second, secret) == pb.VERDICT_VALID
         receipt = await invalidate_all(second)
@@ -106,9 +104,9 @@ async def test_all_memories_are_empty_when_it_answers(
         assert receipt.effective_time.ToNanoseconds() >= receipt.commit_time.ToNanoseconds()
 
 
-async def test_each_call_empties_the_memories_again(settings: Settings, database_url: str) -> None:
-    """A repeated call takes the next revision and empties what was remembered since the first one.
-    A call changes no token: live ones stay valid."""
+async def test_each_call_clears_the_caches_again(settings: Settings, database_url: str) -> None:
+    """A repeated call takes the next revision and clears what was cached since the first one. It
+    changes no token: live ones stay valid."""
     async with serving(with_lease(settings, LONG_LEASE_SECONDS)) as address:
         secret = (await make_token(address)).secret
         assert await verdict(address, secret) == pb.VERDICT_VALID
@@ -121,8 +119,8 @@ async def test_each_call_empties_the_memories_again(settings: Settings, database
 
 
 async def test_a_client_that_never_confirms_delays_it_once_by_a_lease(settings: Settings) -> None:
-    """The call answers when the client's lease has ended, and counts the client as waited out. The
-    next call does not wait for it again, although its stream is still open."""
+    """The call returns when the client's lease has expired, and counts the client as waited out.
+    The next call does not wait for the client again, although its stream is still open."""
     async with (
         serving(with_lease(settings, LEASE_SECONDS)) as address,
         watching(address) as client,
@@ -144,7 +142,7 @@ async def test_a_client_that_never_confirms_delays_it_once_by_a_lease(settings: 
 
 
 async def test_a_client_is_reset_and_confirms(settings: Settings) -> None:
-    """A client under a lease receives a Reset. The call answers once the client has confirmed it,
+    """A client under a lease receives a Reset. The call returns once the client has confirmed it,
     and counts the client."""
     async with (
         serving(with_lease(settings, LONG_LEASE_SECONDS)) as address,
@@ -161,9 +159,9 @@ async def test_a_client_is_reset_and_confirms(settings: Settings) -> None:
         assert (receipt.clients_acknowledged, receipt.clients_outwaited) == (1, 0)
 
 
-async def test_a_deadline_that_is_too_short_says_so(settings: Settings) -> None:
-    """With a deadline before the end of a silent client's lease, the call answers
-    DELETION_NOT_CONFIRMED in time, and its message speaks of memories, not of a token."""
+async def test_a_short_deadline_fails_as_not_confirmed(settings: Settings) -> None:
+    """With a deadline before the end of a silent client's lease, the call fails with
+    DELETION_NOT_CONFIRMED in time. Its message names caches, not a token."""
     async with (
         serving(with_lease(settings, LONG_LEASE_SECONDS)) as address,
         watching(address) as client,
@@ -172,9 +170,9 @@ async def test_a_deadline_that_is_too_short_says_so(settings: Settings) -> None:
         failure = await refusal(invalidate_all(address, timeout=LONG_LEASE_SECONDS / 5))
         assert failure.code is grpc.StatusCode.UNAVAILABLE
         assert failure.reason == "DELETION_NOT_CONFIRMED"
-        assert "memory is empty" in failure.message
+        assert "cache is empty" in failure.message
         assert "token" not in failure.message
-        # Else the server would wait out the lease before it stops.
+        # Otherwise the server would wait for the lease to expire before it stops.
         await client.say(released=True)
 
 
@@ -183,9 +181,9 @@ def bearer(name: str) -> tuple[tuple[str, str], ...]:
 
 
 async def test_operators_of_all_accounts_may_call_it(settings: Settings, scratch: Path) -> None:
-    """Only an operator whose policy names no accounts may empty the memories of all accounts.
-    Refused calls take no revision. Every call leaves an audit entry with its caller, under the
-    call's own request id."""
+    """Only an operator whose policy names no accounts may clear the caches of all accounts.
+    Rejected calls take no revision. Every call leaves an audit entry with its caller, under its own
+    request id."""
     policy = scratch / f"maintenance-{os.urandom(4).hex()}.toml"
     policy.write_text(policy_text())
     settings = settings.model_copy(update={"policy": policy})
@@ -228,7 +226,7 @@ async def test_operators_of_all_accounts_may_call_it(settings: Settings, scratch
 
 
 async def test_a_receipt_counts_servers_and_clients_apart(settings: Settings) -> None:
-    """The client library's receipt has every count of the wire's."""
+    """The client library's receipt has every count of the contract's receipt."""
     async with (
         serving(with_lease(settings, LONG_LEASE_SECONDS)) as address,
         latchkey.Client(address) as operator,
@@ -245,9 +243,8 @@ async def test_a_receipt_counts_servers_and_clients_apart(settings: Settings) ->
 async def test_a_restored_database_learns_the_pepper_again(
     settings: Settings, database_url: str
 ) -> None:
-    """The restored backup is older than the pepper of a server that runs on. The server creates
-    tokens all the same, and the database knows the pepper from then on, so that a later host is
-    checked against it."""
+    """A restored backup is older than the pepper of a running server. The server still creates
+    tokens, and then the database knows the pepper again, so that it can check a later host."""
     async with serving(settings) as address:
         await make_token(address)
         async with session(database_url) as connection:

@@ -16,11 +16,11 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.access.methods import MANAGER
 from latchkey_service.postgres.connections import POOL_SIZE_MAX
-from latchkey_service.process import wiring as server
+from latchkey_service.process import wiring
 from latchkey_service.process.wiring import running
 from latchkey_service.rpc.interceptor import CONCURRENCY_LIMITS
-from latchkey_service.tokens import pepper_file as peppers
-from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens import pepper_file
+from latchkey_service.tokens.token_store import TokenStore
 
 from tests.support import (
     CHANNEL_OPTIONS,
@@ -179,7 +179,7 @@ class Worker:
     """A server that a test stops itself."""
 
     def __init__(self, settings: "Settings") -> None:
-        keyring = peppers.load_or_create(settings.pepper_path, create=False)
+        keyring = pepper_file.load_or_create(settings.pepper_path, create=False)
         self._running = running(settings, keyring)
         self.address = ""
         self.stopped: asyncio.Task[float] | None = None
@@ -205,9 +205,9 @@ async def worker(
     settings: "Settings", database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Callable[[float], Awaitable[Worker]]]:
     """Start a server with a grace of so many seconds; stopped at the latest when the test ends."""
-    monkeypatch.setattr(server, "DRAIN_SECONDS", 0.3)
-    store = await Store.open(database_url)
-    for pepper in peppers.load_or_create(settings.pepper_path, create=False).peppers:
+    monkeypatch.setattr(wiring, "DRAIN_SECONDS", 0.3)
+    store = await TokenStore.open(database_url)
+    for pepper in pepper_file.load_or_create(settings.pepper_path, create=False).peppers:
         await store.register_pepper(pepper.id)
     await store.close()
     started: list[Worker] = []
@@ -298,7 +298,7 @@ async def test_a_stop_does_not_wait_for_a_frozen_postgres(
         stub = pb_grpc.TokenServiceStub(channel)
         create = pb.CreateRequest(account_id="acme", name="a", scope=pb.SCOPE_READ)
         created = await stub.Create(create)
-        keyring = peppers.load_or_create(settings.pepper_path, create=False)
+        keyring = pepper_file.load_or_create(settings.pepper_path, create=False)
         # Only the database can tell that it is nobody's.
         question = pb.VerifyRequest(secret=keyring.mint("lk", os.urandom).secret.reveal())
         await stub.Verify(question)

@@ -1,4 +1,4 @@
-"""What was confirmed survives a crash of Postgres, whatever synchronous_commit was set to."""
+"""Confirmed changes survive a crash of Postgres, whatever the setting of synchronous_commit."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
@@ -12,7 +12,7 @@ from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.connections import DURABLE, connect
 from latchkey_service.postgres.migrate import bundled, migrate
 from latchkey_service.secret_format import Digest
-from latchkey_service.tokens.token_store import Deletion, Store
+from latchkey_service.tokens.token_store import Deletion, TokenStore
 from latchkey_service.tokens.verdict import Scope, TokenRecord
 from structlog.testing import capture_logs
 
@@ -23,13 +23,13 @@ from tests.support import BreakablePostgres, audit_context, eventually, session
 
 pytestmark = pytest.mark.xdist_group("faults")
 
-# Far longer than a test takes, so that nothing writes the log in the background.
+# Far longer than a test, so that nothing flushes the WAL in the background.
 LAZY = "synchronous_commit = off\nwal_writer_delay = 10s"
 
 
 @pytest.fixture
 async def lazy(postgres: BreakablePostgres, postgres_url: str) -> AsyncIterator[None]:
-    """Have commits return before they are on disk."""
+    """Make commits return before they are on disk."""
     postgres.configure(LAZY)
     async with session(postgres_url) as connection:
 
@@ -46,15 +46,15 @@ def record(number: int = 1) -> TokenRecord:
     return TokenRecord(f"tok_{number}", "acme", f"a{number}", Scope.READ, moment, None, "lk_…abcd")
 
 
-async def insert(store: Store, number: int = 1) -> None:
+async def insert(store: TokenStore, number: int = 1) -> None:
     digest = Digest(number.to_bytes(32, "big"), "p")
     await store.insert_token(record(number), f"a{number}", digest, audit_context())
 
 
 async def is_flushed(url: str, work: Awaitable[Any]) -> bool:
-    """Return whether what `work` commits is on disk when it returns."""
+    """Return whether the commit of `work` is on disk when `work` returns."""
     async with session(url) as connection:
-        # Whatever was committed before is on disk after this.
+        # This flushes everything committed before.
         await connection.execute("SET synchronous_commit = on")
         await connection.execute("INSERT INTO pepper (id) VALUES (gen_random_uuid()::text)")
         before = await connection.fetchval("SELECT pg_current_wal_insert_lsn()::text")
@@ -64,10 +64,10 @@ async def is_flushed(url: str, work: Awaitable[Any]) -> bool:
 
 
 @pytest.mark.usefixtures("lazy")
-async def test_what_must_not_be_lost_is_on_disk(database_url: str, store: Store) -> None:
-    """With synchronous_commit off, the transactions that create, bury, confirm, register, renew and
-    invalidate all are on disk when they return. Others are not, which shows that the measurement
-    can tell."""
+async def test_important_commits_are_on_disk(database_url: str, store: TokenStore) -> None:
+    """With synchronous_commit off, the transactions that create, delete, confirm, register, renew
+    and invalidate are all on disk when they return. Others are not, which shows that the
+    measurement works."""
     await store.register_pepper("p")
     connection = await connect(database_url)
     row = OwnRow(connection, Identity("ver_a", "x", 1, "0", 3.0))
@@ -78,7 +78,7 @@ async def test_what_must_not_be_lost_is_on_disk(database_url: str, store: Store)
 
     steps: list[Callable[[], Awaitable[Any]]] = [
         lambda: insert(store),
-        lambda: store.bury("acme", "tok_1", audit_context("Delete")),
+        lambda: store.delete_token("acme", "tok_1", audit_context("Delete")),
         lambda: confirm(store),
         lambda: row.register(1, acknowledge=True),
         renew,
@@ -92,13 +92,13 @@ async def test_what_must_not_be_lost_is_on_disk(database_url: str, store: Store)
 
 @pytest.mark.usefixtures("lazy")
 async def test_a_crash_undoes_no_deletion(
-    postgres: BreakablePostgres, database_url: str, store: Store
+    postgres: BreakablePostgres, database_url: str, store: TokenStore
 ) -> None:
-    """With synchronous_commit off, a token whose Delete was answered with a receipt is still
-    deleted after all of Postgres was killed at once, and the receipt is the same."""
+    """With synchronous_commit off, a token whose Delete returned a receipt is still deleted after
+    all processes of Postgres were killed at once, and the receipt is the same."""
     await store.register_pepper("p")
     await insert(store)
-    await store.bury("acme", "tok_1", audit_context("Delete"))
+    await store.delete_token("acme", "tok_1", audit_context("Delete"))
     receipt = await confirm(store)
     await postgres.crash()
     postgres.bring_back()
@@ -106,25 +106,25 @@ async def test_a_crash_undoes_no_deletion(
     assert (await store.get_token("acme", "tok_1"))[0] is None
 
 
-async def confirm(store: Store) -> Deletion:
+async def confirm(store: TokenStore) -> Deletion:
     """Confirm the deletion, as if one verifier had acknowledged it."""
     deletion, _ = await store.get_deletion("acme", "tok_1")
     assert deletion is not None
     return await store.confirm_deletion("tok_1", deletion.position, Acknowledgements(1, 0))
 
 
-async def test_a_pooler_hides_no_cancelled_wait(
+async def test_a_pooler_does_not_hide_a_cancelled_wait(
     postgres: BreakablePostgres, scratch: Path, database_url: str
 ) -> None:
     """Through transaction pooling too, a commit whose wait for the standby was cancelled confirms
     nothing, and a later one does."""
     pooler = PgBouncer(scratch / "pgbouncer", database_url, pool_mode="transaction")
     await pooler.start()
-    store = await Store.open(pooler.url(), "transaction")
+    store = await TokenStore.open(pooler.url(), "transaction")
     try:
         await store.register_pepper("p")
         await insert(store)
-        await store.bury("acme", "tok_1", audit_context("Delete"))
+        await store.delete_token("acme", "tok_1", audit_context("Delete"))
         async with standby_missing(postgres, database_url):
             with pytest.raises(StoreUnavailable):
                 await cut_short(database_url, confirm(store))
@@ -134,8 +134,8 @@ async def test_a_pooler_hides_no_cancelled_wait(
         pooler.stop()
 
 
-async def find(store: Store) -> list[Any] | None:
-    """Return the receipt, in a list, or None while Postgres does not answer."""
+async def find(store: TokenStore) -> list[Any] | None:
+    """Return the receipt in a list, or None while Postgres does not respond."""
     try:
         return [(await store.get_deletion("acme", "tok_1"))[0]]
     except StoreUnavailable:
@@ -144,8 +144,8 @@ async def find(store: Store) -> list[Any] | None:
 
 @pytest.mark.parametrize("given", ["off", "local", "remote_write", "on", "remote_apply"])
 async def test_durable_never_weakens(database_url: str, given: str) -> None:
-    """The condition raises synchronous_commit to `on` for its transaction, and leaves a stronger
-    value as it is."""
+    """The condition raises synchronous_commit to `on` for its transaction, and keeps a stronger
+    value."""
     async with session(database_url) as connection:
         await connection.execute(f"SET synchronous_commit = {given}")
         async with connection.transaction():
@@ -160,8 +160,8 @@ async def test_durable_never_weakens(database_url: str, given: str) -> None:
 async def test_settings_that_lose_data_are_reported(
     postgres: BreakablePostgres, database_url: str, name: str
 ) -> None:
-    """A start warns, in a sentence, of a Postgres that a crash of its machine can destroy; of one
-    in its usual state it says nothing."""
+    """A start logs one warning for each setting with which a crash of the machine can destroy data,
+    and none for the default settings."""
 
     async def warnings() -> list[Any]:
         with capture_logs() as lines:
@@ -175,6 +175,6 @@ async def test_settings_that_lose_data_are_reported(
         async def warned() -> bool:
             return any(line["event"].startswith(f"{name} is off") for line in await warnings())
 
-        await eventually(warned, "it is reported")
+        await eventually(warned, "the warning is logged")
     finally:
         postgres.configure("")

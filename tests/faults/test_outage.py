@@ -12,7 +12,7 @@ import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.postgres.connections import POOL_SIZE_MAX
-from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens import pepper_file as pepper_files
 
 from tests.support import (
     CHANNEL_OPTIONS,
@@ -68,7 +68,7 @@ async def token(create: "Create") -> pb.CreateResponse:
 @pytest.fixture
 def unknown(pepper_file: Path) -> str:
     """A secret that only the database can tell to be nobody's: it is never remembered."""
-    keyring = peppers.load_or_create(pepper_file, create=False)
+    keyring = pepper_files.load_or_create(pepper_file, create=False)
     return keyring.mint("lk", os.urandom).secret.reveal()
 
 

@@ -21,7 +21,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.postgres.circuit_breaker import ATTEMPTS_MAX
 from latchkey_service.postgres.connections import POOL_SIZE_MAX
-from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens import pepper_file as pepper_files
 
 from tests.faults.open_loop import OpenLoop
 from tests.support import (
@@ -72,7 +72,7 @@ class Asker:
     """Asks a service, over connections to each worker."""
 
     def __init__(self, address: str, pepper_file: Path) -> None:
-        self._keyring = peppers.load_or_create(pepper_file, create=False)
+        self._keyring = pepper_files.load_or_create(pepper_file, create=False)
         self._channels = [
             grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) for _ in range(4)
         ]

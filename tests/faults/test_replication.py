@@ -11,7 +11,7 @@ from latchkey_service.coherence.verifier_table import Identity, OwnRow
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.connections import connect
 from latchkey_service.secret_format import Digest
-from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.verdict import Scope, TokenRecord
 
 from tests.histories import NO_CLIENTS
@@ -25,7 +25,7 @@ async def standby_missing(postgres: BreakablePostgres, url: str) -> AsyncIterato
     """Make commits wait for a standby that is not there."""
     postgres.configure("synchronous_standby_names = 'nobody'")
     try:
-        # Postgres' processes take note of it one by one.
+        # The processes of Postgres read the setting one by one.
         async with session(url) as connection:
 
             async def waits() -> bool:
@@ -43,7 +43,7 @@ async def standby_missing(postgres: BreakablePostgres, url: str) -> AsyncIterato
 
 
 async def cut_short(url: str, work: Awaitable[Any]) -> Any:
-    """Cancel the wait for the standby that `work` gets into, and return what it returns."""
+    """Cancel the wait for the standby that `work` is in, and return the result of `work`."""
     task = asyncio.ensure_future(work)
 
     async def cancelled() -> bool:
@@ -59,10 +59,10 @@ async def cut_short(url: str, work: Awaitable[Any]) -> Any:
     return await task
 
 
-async def test_a_renewal_that_no_standby_has_is_none(
+async def test_a_renewal_that_no_standby_has_extends_no_lease(
     postgres: BreakablePostgres, database_url: str
 ) -> None:
-    """It may be undone by a failover, so it extends no lease."""
+    """A failover may undo such a renewal, so it extends no lease."""
     connection = await connect(database_url)
     row = OwnRow(connection, Identity("ver_a", "x", 1, "0", 3.0))
     position = (await row.register(1, acknowledge=True)).position
@@ -75,9 +75,9 @@ async def test_a_renewal_that_no_standby_has_is_none(
 
 
 async def test_a_deletion_that_no_standby_has_is_not_confirmed(
-    postgres: BreakablePostgres, database_url: str, store: Store
+    postgres: BreakablePostgres, database_url: str, store: TokenStore
 ) -> None:
-    """Its caller is told to try again, however often, until a standby has it."""
+    """The caller gets a retryable error on every attempt until a standby has the deletion."""
     await store.register_pepper("p")
     record = TokenRecord(
         "tok_1", "acme", "a", Scope.READ, (await now(database_url)), None, "lk_…abcd"
@@ -85,7 +85,9 @@ async def test_a_deletion_that_no_standby_has_is_not_confirmed(
     await store.insert_token(record, "a", Digest(bytes(32), "p"), audit_context())
     async with standby_missing(postgres, database_url):
         with pytest.raises(StoreUnavailable):
-            await cut_short(database_url, store.bury("acme", "tok_1", audit_context("Delete")))
+            await cut_short(
+                database_url, store.delete_token("acme", "tok_1", audit_context("Delete"))
+            )
         unconfirmed, _ = await store.get_deletion("acme", "tok_1")
         assert unconfirmed is not None
         position = unconfirmed.position

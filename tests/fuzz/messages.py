@@ -31,7 +31,7 @@ from latchkey_service.process.wiring import Server, running
 from latchkey_service.rpc.audit_service import _page_token
 from latchkey_service.rpc.lenient_parsing import parse_non_utf8
 from latchkey_service.secret_format import Keyring
-from latchkey_service.settings import logs as log
+from latchkey_service.settings import logs
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.management import encode_page_token
 from latchkey_service.tokens.token_store import PageStart
@@ -140,7 +140,7 @@ class Messages(Target):
     mutates = True
 
     def __init__(self, transport: str) -> None:
-        log.configure("json", "error")
+        logs.configure("json", "error")
         # Channels, whose types have no calls with mere bytes.
         self._channel: Any = None
         self._other: Any = None

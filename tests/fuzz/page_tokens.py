@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 
 from latchkey_service.audit.audit_table import Cursor, Filter
 from latchkey_service.errors import InvalidArgument
-from latchkey_service.rpc import audit_service as rpc_audit
-from latchkey_service.tokens import management as tokens
+from latchkey_service.rpc import audit_service
+from latchkey_service.tokens import management
 from latchkey_service.tokens.token_store import PageStart
 
 from tests.fuzz.target import Finding, Target
@@ -40,8 +40,8 @@ class PageTokens(Target):
         moment = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC)
         for who in range(3):
             position = PageStart(moment, "tok_" + "0123456789abcdefghjkmnpqrs")
-            of_tokens = tokens.encode_page_token(ACCOUNTS[who], position)
-            of_audit = rpc_audit._page_token(FILTERS[who], Cursor(moment, 7))
+            of_tokens = management.encode_page_token(ACCOUNTS[who], position)
+            of_audit = audit_service._page_token(FILTERS[who], Cursor(moment, 7))
             yield bytes([0, PLAIN, who]) + of_tokens.encode()
             yield bytes([1, PLAIN, who]) + of_audit.encode()
             yield bytes([0, SEALED, who]) + struct.pack(">q", MOMENTS[who]) + position.id.encode()
@@ -75,39 +75,39 @@ class PageTokens(Target):
         body = data[3:]
         if kind == 0:
             account = ACCOUNTS[who]
-            token = _text(tokens._seal(account, body) + body if sealed else None, body)
+            token = _text(management._seal(account, body) + body if sealed else None, body)
             self._tokens(account, token)
         else:
             wanted = FILTERS[who]
-            token = _text(rpc_audit._seal(wanted, body) + body if sealed else None, body)
+            token = _text(audit_service._seal(wanted, body) + body if sealed else None, body)
             self._audit(wanted, token)
 
     def _tokens(self, account: str, token: str) -> None:
         try:
-            position = tokens.decode_page_token(account, token)
+            position = management.decode_page_token(account, token)
         except InvalidArgument as error:
             _clear(error)
             return
-        if tokens.encode_page_token(account, position) != token:
+        if management.encode_page_token(account, position) != token:
             raise Finding("another page token stands for the same position")
         for other in set(ACCOUNTS) - {account}:
             try:
-                tokens.decode_page_token(other, token)
+                management.decode_page_token(other, token)
             except InvalidArgument:
                 continue
             raise Finding("a page token is good for another account")
 
     def _audit(self, wanted: Filter, token: str) -> None:
         try:
-            place = rpc_audit._cursor(wanted, token)
+            place = audit_service._cursor(wanted, token)
         except InvalidArgument as error:
             _clear(error)
             return
-        if rpc_audit._page_token(wanted, place) != token:
+        if audit_service._page_token(wanted, place) != token:
             raise Finding("another page token stands for the same place")
         for other in set(FILTERS) - {wanted}:
             try:
-                rpc_audit._cursor(other, token)
+                audit_service._cursor(other, token)
             except InvalidArgument:
                 continue
             raise Finding("a page token is good for other filters")

@@ -7,14 +7,14 @@ from collections.abc import Iterable
 
 from latchkey import _shape
 from latchkey_cli import secrets as cli_secrets
-from latchkey_service import secret_format as secrets
+from latchkey_service import secret_format
 
 from tests.fuzz.target import Finding, Target
 
 # Not the usual one: scanners of secrets are to stay quiet about the corpus.
 PREFIXES = ("fuzz", "kk", "abcdefghij", "zz")
 ODD = ("\n", "\0", " ", "_", "-", "é", "٣", "\U0001d7ce", "\ud800", "a", "A", "0", "kk_", "x" * 57)
-PEPPERS = [secrets.Pepper(bytes([n]) * 32) for n in (1, 2)]
+PEPPERS = [secret_format.Pepper(bytes([n]) * 32) for n in (1, 2)]
 
 
 class SecretText(Target):
@@ -24,10 +24,11 @@ class SecretText(Target):
     mutates = True
 
     def __init__(self) -> None:
-        self._keyring = secrets.Keyring(PEPPERS)
+        self._keyring = secret_format.Keyring(PEPPERS)
         # A secret is minted by either pepper, or by none of ours.
         self._minters = [
-            secrets.Keyring([pepper]) for pepper in (*PEPPERS, secrets.Pepper(b"\3" * 32))
+            secret_format.Keyring([pepper])
+            for pepper in (*PEPPERS, secret_format.Pepper(b"\3" * 32))
         ]
 
     def seeds(self) -> Iterable[bytes]:
@@ -49,10 +50,12 @@ class SecretText(Target):
             case 3:
                 text = text[:place] + text[place + chance.randint(1, 3) :]
             case 4:
-                text = text[:place] + chance.choice(secrets.ALPHABET) + text[place + 1 :]
+                text = text[:place] + chance.choice(secret_format.ALPHABET) + text[place + 1 :]
             case 5 if len(text) > 6:
                 # Right in its checksum, whatever comes before it.
-                text = text[:-6] + secrets.checksum(text[:-6].encode("utf-8", "replace").decode())
+                text = text[:-6] + secret_format.checksum(
+                    text[:-6].encode("utf-8", "replace").decode()
+                )
             case _:
                 text = text[place:] + text[:place]
         return text.encode("utf-8", "surrogatepass")
@@ -62,18 +65,18 @@ class SecretText(Target):
         expected = _expected(text)
         try:
             digest = self._keyring.digest_of(text)
-        except secrets.Malformed as error:
+        except secret_format.Malformed as error:
             if error.args:
                 raise Finding("Malformed carries something") from None
-            outcome: object = secrets.Malformed
+            outcome: object = secret_format.Malformed
         else:
             outcome = digest
         if outcome != expected:
             raise Finding(f"digest_of: {outcome!r}, expected {expected!r}")
-        if _shape.is_well_formed(text) != (expected is not secrets.Malformed):
+        if _shape.is_well_formed(text) != (expected is not secret_format.Malformed):
             raise Finding("the client and the service disagree on what is well formed")
         held = _held(text)
-        if secrets.holds_secret(text) != bool(held):
+        if secret_format.holds_secret(text) != bool(held):
             raise Finding(f"holds_secret: {not held}, but there are {held}")
         for redact in (_shape.redact, cli_secrets.redact):
             redacted = redact(text)
@@ -102,10 +105,10 @@ def _text(data: bytes) -> str:
 def _expected(text: str) -> object:
     """Return what the design says of a text, worked out the long way."""
     if not _well_formed(text):
-        return secrets.Malformed
+        return secret_format.Malformed
     tag = 0
     for character in text[-14:-6]:
-        tag = tag * 62 + secrets.ALPHABET.index(character)
+        tag = tag * 62 + secret_format.ALPHABET.index(character)
     for pepper in PEPPERS:
         digest = hmac.digest(pepper.key, text[:-14].encode(), "sha256")
         if int.from_bytes(digest[:8]) % 62**8 == tag:
@@ -117,11 +120,11 @@ def _well_formed(text: str) -> bool:
     prefix, _, rest = text.partition("_")
     if not (2 <= len(prefix) <= 10 and len(rest) == 57):
         return False
-    if set(prefix) - set("abcdefghijklmnopqrstuvwxyz") or set(rest) - set(secrets.ALPHABET):
+    if set(prefix) - set("abcdefghijklmnopqrstuvwxyz") or set(rest) - set(secret_format.ALPHABET):
         return False
     number = zlib.crc32(text[:-6].encode())
     return all(
-        secrets.ALPHABET[number // 62**place % 62] == digit
+        secret_format.ALPHABET[number // 62**place % 62] == digit
         for place, digit in enumerate(reversed(text[-6:]))
     )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from latchkey_service.postgres.migrate import bundled, migrate
 from latchkey_service.secret_format import Keyring, Pepper
-from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.verdict import Scope, TokenRecord
 
 from tests import callers
@@ -64,7 +64,7 @@ def _postgres(folder: Path) -> Iterator[dict[str, str]]:
 async def _plant(url: str) -> None:
     """Make a live token and a deleted one."""
     await migrate(url, bundled())
-    store = await Store.open(url)
+    store = await TokenStore.open(url)
     try:
         await store.register_pepper(PEPPER.id)
         moment = datetime(2026, 1, 1, tzinfo=UTC)
@@ -73,7 +73,7 @@ async def _plant(url: str) -> None:
                 token_id, ACCOUNT, f"token {number}", Scope.READ, moment, None, minted.hint
             )
             await store.insert_token(record, record.name, minted.digest, audit_context())
-        await store.bury(ACCOUNT, DELETED_ID, audit_context("Delete"))
+        await store.delete_token(ACCOUNT, DELETED_ID, audit_context("Delete"))
     finally:
         await store.close()
 

@@ -74,16 +74,16 @@ def _fill_without_the_rule() -> None:
 def _use_without_a_lease() -> None:
     """Rule 5: a lease, once given, is never looked at again, on the server or in the client."""
     from latchkey import verifier as client
-    from latchkey_service.tokens import verifier as service
+    from latchkey_service.tokens import verifier
 
-    init = service.Verifier.__init__
+    init = verifier.Verifier.__init__
 
     # Before any end of a lease, and after that of no lease at all.
-    def with_clock_stopped(self: service.Verifier, *args: Any, **options: Any) -> None:
+    def with_clock_stopped(self: verifier.Verifier, *args: Any, **options: Any) -> None:
         init(self, *args, **options)
         self._clock = lambda: 0.0
 
-    _replace(service.Verifier, "__init__", with_clock_stopped)
+    _replace(verifier.Verifier, "__init__", with_clock_stopped)
     _replace(client, "boottime", lambda: 0.0)
 
 
@@ -131,7 +131,7 @@ def _positions_without_marks() -> None:
     The database is asked for bare numbers as well, and no change of its timeline is noticed.
     """
     from latchkey_coherence.memory import Memory, Position
-    from latchkey_service.coherence import verifier_table as table
+    from latchkey_service.coherence import verifier_table
     from latchkey_service.coherence.snapshot import POSITION_KNOWN, Snapshot
     from latchkey_service.coherence.verifier_state import ReadBegan, Server, Standing, VerifierState
 
@@ -151,13 +151,13 @@ def _positions_without_marks() -> None:
     _replace(Memory, "knows", knows)
     _replace(Memory, "agrees", always)
     _replace(VerifierState, "standing", standing)
-    _replace(table, "Server", unknown)
+    _replace(verifier_table, "Server", unknown)
     for name in ("_RENEW", "_READ_LOG"):
-        sql = getattr(table, name)
+        sql = getattr(verifier_table, name)
         assert POSITION_KNOWN in sql
         # A head that is behind still says that the history is another one, as it always did.
         by_number = "(h.revision >= $1 AND $2::bigint IS NOT NULL)"
-        _replace(table, name, sql.replace(POSITION_KNOWN, by_number))
+        _replace(verifier_table, name, sql.replace(POSITION_KNOWN, by_number))
 
 
 def _look_ups_of_any_position() -> None:

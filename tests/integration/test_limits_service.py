@@ -17,8 +17,7 @@ from latchkey import Client, Scope, Verdict, Verifier
 from latchkey.access import Access
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service.process import memory_limit as memory_guard
-from latchkey_service.process import worker
+from latchkey_service.process import memory_limit, worker
 from latchkey_service.settings.settings import Settings
 from latchkey_service.transport.transports import FILES_PER_CONNECTION
 
@@ -156,7 +155,7 @@ async def test_a_worker_with_too_much_memory(
         died = await eventually(
             lambda: [one for one in running.log if one["event"] == "worker exited"], "it died"
         )
-        assert died[0]["exit_code"] == memory_guard.EXIT_CODE
+        assert died[0]["exit_code"] == memory_limit.EXIT_CODE
         await eventually(lambda: len(running.worker_pids) == 2, "another one is up")
         async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
             await eventually(lambda: is_serving(channel), "it serves")
@@ -213,10 +212,10 @@ def test_few_files(
 ) -> None:
     """A worker that may open too few files for its connections says so: as a warning, if somebody
     has asked for so many."""
-    from latchkey_service.settings import logs as log
+    from latchkey_service.settings import logs
 
     monkeypatch.setattr(resource, "getrlimit", lambda _: (500, 500))
-    log.configure("json", "info")
+    logs.configure("json", "info")
     given: Any = {"connections_max": 10_000} if asked else {}
     worker._warn_of_files(Settings(**given))
     told = capsys.readouterr().err

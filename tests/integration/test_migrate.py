@@ -1,4 +1,5 @@
-"""Migrations on a real Postgres: once, whole, in order, by one of many, with bounded waits."""
+"""Migrations on a real Postgres: each file is applied once, completely, in order, by one of several
+servers, and every wait is bounded."""
 
 import asyncio
 import itertools
@@ -10,7 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 import pytest
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.postgres import migrate as module
+from latchkey_service.postgres import migrate as migrate_module
 from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
 from latchkey_service.postgres.migrate import Migration, MigrationError, bundled, migrate
 from structlog.testing import capture_logs
@@ -49,7 +50,8 @@ async def applied(url: str) -> list[int]:
 
 @pytest.mark.parametrize("round_", range(5))
 async def test_servers_that_start_at_once_migrate_once(empty_url: str, round_: int) -> None:
-    """Of several servers that start on one fresh database, one applies each file; all succeed."""
+    """If several servers start at once on an empty database, one of them applies each file and all
+    succeed."""
     results = await asyncio.gather(*(migrate(empty_url, bundled()) for _ in range(2 + round_)))
     by_version = sorted(itertools.chain(*results), key=lambda migration: migration.version)
     assert by_version == bundled()
@@ -57,15 +59,15 @@ async def test_servers_that_start_at_once_migrate_once(empty_url: str, round_: i
     assert await migrate(empty_url, bundled()) == []
 
 
-async def test_only_what_is_missing_is_applied(empty_url: str) -> None:
-    """A database that is behind gets the newer ones only, in order."""
+async def test_only_missing_migrations_are_applied(empty_url: str) -> None:
+    """A database that is behind gets only the newer migrations, in order."""
     assert await migrate(empty_url, [ONE]) == [ONE]
     assert await migrate(empty_url, [ONE, TWO]) == [TWO]
     assert await applied(empty_url) == [1, 2]
 
 
-async def test_a_changed_migration_is_refused(empty_url: str) -> None:
-    """A file that differs from what was applied is named, and nothing newer is applied."""
+async def test_a_changed_migration_is_rejected(empty_url: str) -> None:
+    """A file that differs from the applied one is named, and no newer file is applied."""
     await migrate(empty_url, [ONE])
     changed = Migration(1, "one", ONE.sql + " ")
     with pytest.raises(MigrationError, match=r"0001 \(one\) differs"):
@@ -73,8 +75,8 @@ async def test_a_changed_migration_is_refused(empty_url: str) -> None:
     assert "two" not in await tables(empty_url)
 
 
-async def test_a_database_ahead_is_refused(empty_url: str) -> None:
-    """A release older than the database says so, and by which migration."""
+async def test_a_newer_database_is_rejected(empty_url: str) -> None:
+    """A release older than the database fails and names the unknown migration."""
     await migrate(empty_url, [ONE, TWO])
     with pytest.raises(MigrationError, match="has migration 2, which this release does not know"):
         await migrate(empty_url, [ONE])
@@ -84,8 +86,8 @@ async def test_a_database_ahead_is_refused(empty_url: str) -> None:
     "bad", ["CREATE TABLE bad (n int); SELECT 1 / 0;", "CREATE TABLE bad (n int); nonsense;"]
 )
 async def test_a_failing_migration_leaves_nothing(empty_url: str, bad: str) -> None:
-    """What comes before it stays, of itself there is nothing; mended, it is applied."""
-    with pytest.raises(MigrationError, match="nothing of it was applied"):
+    """A failed migration is rolled back, earlier ones stay, and the corrected file is applied."""
+    with pytest.raises(MigrationError, match="was rolled back"):
         await migrate(empty_url, [ONE, Migration(2, "bad", bad)])
     assert await tables(empty_url) == {"schema_migration", "one"}
     assert await applied(empty_url) == [1]
@@ -96,14 +98,14 @@ async def test_a_failing_migration_leaves_nothing(empty_url: str, bad: str) -> N
 async def test_a_wait_for_a_lock_is_bounded(
     empty_url: str, holds: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Behind a migration that does not end, or a table that somebody has locked, it gives up in
-    bounded time, says that it was a lock, and leaves nothing; then it can be run again."""
+    """Behind another migration that does not end, or a locked table, a migration fails within a
+    bound, names the lock as the cause, and changes nothing. It can be run again later."""
     await migrate(empty_url, [ONE])
-    monkeypatch.setattr(module, "LOCK_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(migrate_module, "LOCK_TIMEOUT_SECONDS", 0.3)
     alter = Migration(2, "alter", "ALTER TABLE one ADD m int;")
     async with session(empty_url) as connection:
         if holds == "migration":
-            await connection.execute("SELECT pg_advisory_lock($1)", module.ADVISORY_LOCK)
+            await connection.execute("SELECT pg_advisory_lock($1)", migrate_module.ADVISORY_LOCK)
         else:
             await connection.execute("BEGIN; LOCK TABLE one")
         start = time.monotonic()
@@ -115,12 +117,12 @@ async def test_a_wait_for_a_lock_is_bounded(
 
 
 @pytest.mark.parametrize("part", ["password", "user", "database", "nonsense"])
-async def test_a_refused_connection_is_told_at_once(
+async def test_a_permanent_failure_is_reported_at_once(
     empty_url: str, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What waiting cannot mend (a wrong password, user, database, or URL) is told without waiting,
-    and without the password."""
-    monkeypatch.setattr(module, "START_TIMEOUT_SECONDS", 30.0)
+    """A failure that waiting cannot fix (wrong password, user, database or URL) is reported at
+    once, without the password."""
+    monkeypatch.setattr(migrate_module, "START_TIMEOUT_SECONDS", 30.0)
     parts = urlsplit(empty_url)
     netloc, path, query = parts.netloc, parts.path, parts.query
     if part == "password":
@@ -139,8 +141,8 @@ async def test_a_refused_connection_is_told_at_once(
     assert "wrong-pass" not in str(caught.value)
 
 
-async def test_a_postgres_that_starts_is_waited_for(scratch: Path) -> None:
-    """A database that comes up a moment later is migrated all the same."""
+async def test_a_starting_postgres_is_awaited(scratch: Path) -> None:
+    """A database that comes up a moment later is migrated."""
     postgres = EmbeddedPostgres(scratch / "late")
     url = postgres.start()
     postgres.stop()
@@ -155,25 +157,26 @@ async def test_a_postgres_that_starts_is_waited_for(scratch: Path) -> None:
         postgres.stop()
 
 
-async def test_a_postgres_that_does_not_come_is_given_up(
+async def test_the_wait_for_postgres_is_bounded(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The wait for a database is bounded. It is told once, when it begins, and its end says what
-    was wrong; neither shows the password."""
-    monkeypatch.setattr(module, "START_TIMEOUT_SECONDS", 0.3)
-    monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
+    """The wait for a database is bounded. One log line reports its start, and the error reports the
+    cause. Neither contains the password."""
+    monkeypatch.setattr(migrate_module, "START_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(migrate_module, "RETRY_SECONDS", 0.01)
     with capture_logs() as lines, pytest.raises(MigrationError) as caught:
         await migrate(f"postgresql://a:wrong-pass@/b?host={scratch}", [ONE])
     assert "cannot connect to the database" in str(caught.value)
-    # Servers that other tests share may have something to say, too.
+    # Servers that other tests share may log lines too.
     (line,) = [line for line in lines if line["event"] == "waiting for the database"]
     assert line["seconds_max"] == 0.3
     assert "FileNotFoundError" in line["error"]
     assert "wrong-pass" not in f"{lines} {caught.value}"
 
 
-async def test_a_connection_that_breaks_is_told_as_such(empty_url: str) -> None:
-    """A backend that is killed in the middle is no fault of the migration, and leaves nothing."""
+async def test_a_lost_connection_rolls_back(empty_url: str) -> None:
+    """If the backend is killed in the middle of a migration, the migration fails and leaves nothing
+    behind."""
     slow = Migration(1, "slow", "CREATE TABLE slow (n int); SELECT pg_sleep(20);")
     task = asyncio.create_task(migrate(empty_url, [slow]))
     async with session(empty_url) as connection:

@@ -18,10 +18,10 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.coherence.notify_listener import Notifications, NotifyListener
 from latchkey_service.coherence.verifier_table import VerifierTable
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.postgres import embedded_cluster as embedded
+from latchkey_service.postgres import embedded_cluster
 from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
-from latchkey_service.postgres.hosts import lasting
+from latchkey_service.postgres.hosts import is_permanent
 from latchkey_service.postgres.migrate import MigrationError, bundled, migrate
 from latchkey_service.postgres.sessions import GENERIC_PLAN, SETTINGS
 
@@ -31,10 +31,10 @@ from tests.support import CHANNEL_OPTIONS, Service, drop_database, eventually, s
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
-# What users put there for programs that set bounds by start-up parameters.
+# What users configure for programs that set time-outs by start-up parameters.
 IGNORED = "extra_float_digits,lock_timeout,statement_timeout,options"
 LEASE_SECONDS = 3.0
-# A refusal is one of a start that waits for nothing.
+# A start that fails does not wait for anything.
 AT_ONCE_SECONDS = 10.0
 _names = itertools.count(1)
 
@@ -44,7 +44,7 @@ Run = Callable[..., Service]
 
 @pytest.fixture
 async def pgbouncer(scratch: Path, database_url: str) -> AsyncIterator[Start]:
-    """Start PgBouncers in front of a fresh database; they end with the test."""
+    """Start PgBouncers in front of a fresh database; the fixture stops them."""
     started: list[PgBouncer] = []
 
     async def start(mode: str, **settings: object) -> PgBouncer:
@@ -60,7 +60,7 @@ async def pgbouncer(scratch: Path, database_url: str) -> AsyncIterator[Start]:
 
 @pytest.fixture
 def run(tmp_path: Path, pepper_file: Path) -> Iterator[Run]:
-    """Start services as users do; they end with the test."""
+    """Start services as users do; the fixture stops them."""
     started: list[Service] = []
 
     def run(url: str, **settings: object) -> Service:
@@ -81,7 +81,7 @@ def run(tmp_path: Path, pepper_file: Path) -> Iterator[Run]:
 
 
 class Asker:
-    """Asks one service."""
+    """Sends calls to one service."""
 
     def __init__(self, address: str) -> None:
         self.channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
@@ -106,13 +106,14 @@ class Asker:
 
 
 async def use(*services: Service) -> list[Asker]:
-    """Have tokens live and die on services that share a database; leave their askers open."""
+    """Create, verify and delete tokens on services that share a database. Leaves the connections
+    open."""
     askers = [Asker(await service.welcome()) for service in services]
 
     async def registered() -> bool:
         return len(await askers[0].notifications()) == len(services)
 
-    await eventually(registered, "all have registered")
+    await eventually(registered, "all verifiers have registered")
 
     async def live_and_die(number: int) -> None:
         asker = askers[number % len(askers)]
@@ -129,7 +130,7 @@ async def use(*services: Service) -> list[Asker]:
 
 
 async def refusal(service: Service) -> str:
-    """What a service says that does not start."""
+    """Return the error of a service that fails to start."""
     began = time.monotonic()
     assert await service.ended() == 1
     assert time.monotonic() - began < AT_ONCE_SECONDS
@@ -139,8 +140,8 @@ async def refusal(service: Service) -> str:
 
 @pytest.mark.parametrize("ignored", ["", IGNORED], ids=["plain", "ignoring parameters"])
 async def test_session_mode_works(pgbouncer: Start, run: Run, ignored: str) -> None:
-    """Two services behind PgBouncer in session mode work as without it, notifications included,
-    whether PgBouncer refuses start-up parameters or ignores them."""
+    """Two services behind PgBouncer in session mode work as they do without it, including
+    notifications, whether PgBouncer rejects start-up parameters or ignores them."""
     pooler = await pgbouncer("session", ignore_startup_parameters=ignored)
     askers = await use(run(pooler.url()), run(pooler.url()))
 
@@ -154,8 +155,8 @@ async def test_session_mode_works(pgbouncer: Start, run: Run, ignored: str) -> N
 
 @pytest.mark.usefixtures("own_timeouts")
 @pytest.mark.parametrize("ignored", ["", IGNORED], ids=["plain", "ignoring parameters"])
-async def test_session_mode_has_all_bounds(pgbouncer: Start, ignored: str) -> None:
-    """Each connection has the settings that it has without PgBouncer."""
+async def test_session_mode_has_all_settings(pgbouncer: Start, ignored: str) -> None:
+    """Each connection has the same settings as without PgBouncer."""
     pooler = await pgbouncer("session", ignore_startup_parameters=ignored)
     connector = Connector(pooler.url())
     for connection, wanted in (
@@ -164,13 +165,14 @@ async def test_session_mode_has_all_bounds(pgbouncer: Start, ignored: str) -> No
     ):
         for name, value in wanted.items():
             found = await connection.fetchval("SELECT current_setting($1)", name)
-            # 1500ms, and 2s: Postgres writes them the same way.
+            # 1500ms and 2s: Postgres writes them in the same way.
             assert found == value
         connection.terminate()
 
 
-async def test_a_start_through_an_exhausted_pool_is_refused(pgbouncer: Start) -> None:
-    """In session mode a pool that is too small is named at start, with what to change."""
+async def test_a_start_through_an_exhausted_pool_fails(pgbouncer: Start) -> None:
+    """In session mode, a pool that is too small makes the start fail, and the message says what to
+    change."""
     pooler = await pgbouncer("session", default_pool_size=1)
     with pytest.raises(MigrationError, match="default_pool_size"):
         await migrate(pooler.url(), bundled())
@@ -181,8 +183,9 @@ async def test_a_start_through_an_exhausted_pool_is_refused(pgbouncer: Start) ->
 async def test_transaction_mode_is_recognised(
     pgbouncer: Start, size: int, round_robin: int
 ) -> None:
-    """Whatever the size of its pool and the order in which it uses it, idle connections included,
-    a pooler that shares connections by transaction is recognised, and nothing is left with it."""
+    """A pooler that shares connections by transaction is recognised, whatever the size of its pool
+    and the order in which it uses it, with idle connections or without. The check leaves no state
+    in the pooler."""
     pooler = await pgbouncer("transaction", default_pool_size=size, server_round_robin=round_robin)
 
     async def occupy() -> None:
@@ -190,7 +193,7 @@ async def test_transaction_mode_is_recognised(
         await connection.execute("SELECT pg_sleep(0.2)")
         await connection.close()
 
-    # Now there are idle server connections, as many as there may be.
+    # Now the pool is full of idle server connections.
     await asyncio.gather(*(occupy() for _ in range(min(size, 6))))
     for _ in range(3):
         with pytest.raises(MigrationError, match="LATCHKEY_POOLER=transaction"):
@@ -198,7 +201,7 @@ async def test_transaction_mode_is_recognised(
 
 
 async def test_transaction_mode_is_recognised_while_others_use_it(pgbouncer: Start) -> None:
-    """The same on a pool whose connections change hands all the time."""
+    """The same holds for a pool whose connections constantly change hands."""
     pooler = await pgbouncer("transaction", default_pool_size=4)
     busy = True
 
@@ -218,16 +221,16 @@ async def test_transaction_mode_is_recognised_while_others_use_it(pgbouncer: Sta
         await asyncio.gather(*users)
 
 
-async def test_transaction_mode_without_the_setting_is_refused(pgbouncer: Start, run: Run) -> None:
-    """A start says in one sentence what the pooler does and what to set."""
+async def test_transaction_mode_requires_the_setting(pgbouncer: Start, run: Run) -> None:
+    """The start fails, and one sentence says what the pooler does and what to set."""
     pooler = await pgbouncer("transaction")
     said = await refusal(run(pooler.url()))
     assert "shares connections by transaction; set LATCHKEY_POOLER=transaction, or switch" in said
 
 
 @pytest.mark.parametrize("setting", ["none", "transaction"])
-async def test_statement_mode_is_refused(pgbouncer: Start, run: Run, setting: str) -> None:
-    """A pooler without transactions is refused, whatever the setting."""
+async def test_statement_mode_is_rejected(pgbouncer: Start, run: Run, setting: str) -> None:
+    """A pooler without transactions is rejected, whatever the setting."""
     pooler = await pgbouncer("statement")
     said = await refusal(run(pooler.url(), pooler=setting))
     assert "allows no transactions" in said
@@ -237,8 +240,8 @@ async def test_statement_mode_is_refused(pgbouncer: Start, run: Run, setting: st
 async def test_transaction_mode_works_with_the_setting(
     pgbouncer: Start, run: Run, size: int, database_url: str
 ) -> None:
-    """Two services share server connections by transaction. They set nothing, prepare nothing and
-    lock nothing there, and their status says that notifications are off."""
+    """Two services share server connections by transaction. They set, prepare and lock nothing
+    there, and their status reports that notifications are off."""
     pooler = await pgbouncer("transaction", default_pool_size=size)
     services = [run(pooler.url(), pooler="transaction") for _ in range(2)]
     askers = await use(*services)
@@ -248,7 +251,7 @@ async def test_transaction_mode_works_with_the_setting(
 
     await eventually(off, "notifications are off")
     async with session(database_url) as direct:
-        # asyncpg itself turns jit off while it looks at the types of a statement, and back on
+        # asyncpg itself turns jit off while it reads the types of a statement, and back on
         # another server connection.
         names = {*SETTINGS, *GENERIC_PLAN} - {"jit"}
         plain = {name: await setting(direct, name) for name in names}
@@ -263,7 +266,7 @@ async def test_transaction_mode_works_with_the_setting(
         assert await direct.fetchval(listening) == 0
     others = [await asyncpg.connect(pooler.url(), statement_cache_size=0) for _ in range(size)]
     for other in others:
-        # In a transaction each, so that each has another server connection.
+        # One transaction each, so that each uses another server connection.
         await other.execute("BEGIN")
         assert {name: await setting(other, name) for name in plain} == plain
         assert await other.fetchval("SELECT count(*) FROM pg_prepared_statements") <= 1
@@ -275,8 +278,8 @@ async def test_transaction_mode_works_with_the_setting(
 async def test_transaction_mode_names_what_the_role_lacks(
     pgbouncer: Start, run: Run, database_url: str
 ) -> None:
-    """A start warns of bounds that only the role can have there, with the statements that set them;
-    once they were run, it does not."""
+    """A start warns of time-outs that only the role can have in this mode, and names the statements
+    that set them. After those statements it does not warn."""
     pooler = await pgbouncer("transaction")
 
     def warnings(service: Service) -> list[dict[str, Any]]:
@@ -288,7 +291,7 @@ async def test_transaction_mode_names_what_the_role_lacks(
     assert set(warning["settings"]) == set(SETTINGS)
     await first.end()
     name = urlsplit(database_url).path.removeprefix("/")
-    # For this database alone, so that other tests' sessions keep theirs.
+    # Only for this database, so that the sessions of other tests keep theirs.
     statements = warning["run"].replace(" SET ", f" IN DATABASE {name} SET ")
     async with session(database_url) as direct:
         await direct.execute(statements)
@@ -299,7 +302,7 @@ async def test_transaction_mode_names_what_the_role_lacks(
 
 
 async def test_a_direct_connection_works_with_the_setting(run: Run, database_url: str) -> None:
-    """The setting costs speed and nothing else where no pooler is."""
+    """Without a pooler, the setting only costs speed."""
     (asker,) = await use(run(database_url, pooler="transaction"))
     await asker.channel.close()
 
@@ -307,8 +310,8 @@ async def test_a_direct_connection_works_with_the_setting(run: Run, database_url
 async def test_migrations_lock_by_transaction(
     pgbouncer: Start, postgres_url: str, database_url: str
 ) -> None:
-    """Of several servers that start at once through transaction pooling, one applies each file, and
-    no lock is left on a server connection."""
+    """If several servers start at once through transaction pooling, one applies each file, and no
+    lock is left on a server connection."""
     pooler = await pgbouncer("transaction", default_pool_size=3)
     name = f"pooled_{next(_names)}"
     async with session(postgres_url) as direct:
@@ -325,9 +328,9 @@ async def test_migrations_lock_by_transaction(
         await drop_database(postgres_url, name)
 
 
-async def test_a_refused_parameter_is_reported_at_once(pgbouncer: Start, run: Run) -> None:
-    """A start-up parameter in the URL that PgBouncer refuses (08P01) is no database that is away:
-    the start fails at once, and names PgBouncer's setting for it."""
+async def test_a_rejected_parameter_is_reported_at_once(pgbouncer: Start, run: Run) -> None:
+    """If PgBouncer rejects a start-up parameter in the URL (08P01), the start does not treat the
+    database as unreachable: it fails at once and names PgBouncer's setting for the parameter."""
     pooler = await pgbouncer("session")
     said = await refusal(run(pooler.url("&search_path=public")))
     assert "unsupported startup parameter: search_path" in said
@@ -338,7 +341,8 @@ async def test_a_refused_parameter_is_reported_at_once(pgbouncer: Start, run: Ru
 
 
 async def test_a_wrong_password_is_reported_at_once(pgbouncer: Start, run: Run) -> None:
-    """PgBouncer's own refusals, which have SQLSTATE 08P01 too, are reported at once."""
+    """PgBouncer's own errors for wrong logins, which also have SQLSTATE 08P01, are reported at
+    once."""
     pooler = await pgbouncer("session")
     before, _, after = pooler.url().partition("@")
     wrong = before.rpartition(":")[0] + ":wrong-pass@" + after
@@ -369,19 +373,19 @@ async def test_a_wrong_password_is_reported_at_once(pgbouncer: Start, run: Run) 
         ('database "latchkey" is disabled', False),
     ],
 )
-def test_which_protocol_errors_last(message: str, lasts: bool) -> None:
-    """PgBouncer reports with one SQLSTATE what passes and what does not."""
-    assert lasting(asyncpg.ProtocolViolationError(message)) is lasts
+def test_which_protocol_errors_are_permanent(message: str, lasts: bool) -> None:
+    """PgBouncer reports transient and permanent errors with the same SQLSTATE."""
+    assert is_permanent(asyncpg.ProtocolViolationError(message)) is lasts
 
 
 @pytest.mark.parametrize("size", [1, 20])
 async def test_a_swallowed_listen_is_noticed(pgbouncer: Start, size: int) -> None:
-    """Within a renewal interval it is known that no notifications arrive, also where the pooler
-    hands a probe back to whoever sent it."""
+    """Within one renewal interval, a verifier notices that no notifications arrive, even if the
+    pooler returns a probe to its sender."""
     pooler = await pgbouncer("transaction", default_pool_size=size)
     connector = Connector(pooler.url(), pooler="transaction")
     pool = await Pool.open(connector)
-    # The pool's first connection is no part of what is measured.
+    # Do not measure the pool's first connection.
     async with pool.session() as own:
         await own.execute("SELECT 1")
     listener = NotifyListener(
@@ -394,7 +398,7 @@ async def test_a_swallowed_listen_is_noticed(pgbouncer: Start, size: int) -> Non
     )
     began = time.monotonic()
     listening = asyncio.create_task(listener.run())
-    await eventually(lambda: listener.state is Notifications.SILENT, "it is noticed")
+    await eventually(lambda: listener.state is Notifications.SILENT, "the verifier notices")
     assert time.monotonic() - began < LEASE_SECONDS / 3
     listening.cancel()
     await asyncio.gather(listening, return_exceptions=True)
@@ -402,10 +406,10 @@ async def test_a_swallowed_listen_is_noticed(pgbouncer: Start, size: int) -> Non
 
 
 async def test_a_pooler_that_changes_its_mode_is_an_outage(pgbouncer: Start) -> None:
-    """Where a prepared statement is not found any more, the caller may try again: it is the
-    database's failure, and no unknown error."""
+    """If a prepared statement no longer exists, the call fails as a database error that the caller
+    may retry, not as an unknown error."""
     pooler = await pgbouncer("transaction", default_pool_size=2)
-    # As if it had been in session mode at start.
+    # As if the pooler had been in session mode at the start.
     pool = await Pool.open(Connector(pooler.url()))
 
     async def ask() -> int:
@@ -414,11 +418,11 @@ async def test_a_pooler_that_changes_its_mode_is_an_outage(pgbouncer: Start) -> 
 
     assert await ask() == 1
     other = await asyncpg.connect(pooler.url(), statement_cache_size=0)
-    # It gets the server connection on which the statement was prepared, and keeps it.
+    # This takes the server connection with the prepared statement, and keeps it.
     await other.execute("BEGIN")
     with pytest.raises(StoreUnavailable):
         await ask()
-    # On a new connection, which prepares it again.
+    # On a new connection, which prepares the statement again.
     assert await ask() == 1
     other.terminate()
     await pool.close()
@@ -427,8 +431,8 @@ async def test_a_pooler_that_changes_its_mode_is_an_outage(pgbouncer: Start) -> 
 async def test_a_standby_behind_a_pooler_is_not_used(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that has become a standby is not taken for a primary, although PgBouncer goes on to
-    report what the server said when PgBouncer first connected."""
+    """A server that has become a standby is not taken for a primary, although PgBouncer still
+    reports what the server said when PgBouncer first connected."""
     data_dir = scratch / "deposed"
     postgres = EmbeddedPostgres(data_dir)
     pooler = PgBouncer(scratch / f"pgbouncer-{next(_names)}", postgres.start(), pool_mode="session")
@@ -438,8 +442,8 @@ async def test_a_standby_behind_a_pooler_is_not_used(
         (await connector.connect()).terminate()
         postgres.stop()
         (data_dir / "postgres/standby.signal").touch()
-        # A standby is never "ready", which the service's own Postgres has to be.
-        monkeypatch.setattr(embedded, "_is_ready", is_up)
+        # A standby is never "ready", which the embedded Postgres must be.
+        monkeypatch.setattr(embedded_cluster, "_is_ready", is_up)
         postgres.start()
 
         async def refused() -> bool:
@@ -449,7 +453,7 @@ async def test_a_standby_behind_a_pooler_is_not_used(
                 return isinstance(error.__cause__, asyncpg.TargetServerAttributeNotMatched)
             raise RuntimeError("a standby was used")
 
-        await eventually(refused, "it is found to be a standby")
+        await eventually(refused, "the standby is recognised")
         plain = await asyncpg.connect(pooler.url())
         assert plain.get_settings().in_hot_standby == "off"
         plain.terminate()
@@ -459,10 +463,10 @@ async def test_a_standby_behind_a_pooler_is_not_used(
 
 
 def is_up(status: Sequence[str], pid: int) -> bool:
-    """Return whether Postgres takes connections, as a primary or as a standby."""
+    """Return whether Postgres accepts connections, as a primary or as a standby."""
     return len(status) >= 8 and status[0] == str(pid) and status[7].strip() in ("ready", "standby")
 
 
 async def setting(connection: "asyncpg.Connection[asyncpg.Record]", name: str) -> str:
-    """Return a setting of whatever session this reaches."""
+    """Return a setting of the session that this query reaches."""
     return str(await connection.fetchval("SELECT current_setting($1)", name))

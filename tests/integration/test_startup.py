@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from latchkey_service.postgres.connections import connect
 from latchkey_service.secret_format import Keyring, Pepper
-from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens import pepper_file
 from latchkey_service.tokens.batched_lookup import Lookup
 from latchkey_service.tokens.management import Created, NewToken, Tokens
 from latchkey_service.tokens.pepper_file import PepperFileError
-from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.verdict import Scope, Verdict
 
 from tests.support import (
@@ -47,7 +47,7 @@ def write_peppers(path: Path, *used: Pepper, mode: int = 0o600) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, database_url: str) -> Iterator[Run]:
-    """Start services on a fresh database; they end with the test."""
+    """Start services on a fresh database; the fixture stops them."""
     started: list[Service] = []
 
     def run(**settings: object) -> Service:
@@ -61,7 +61,7 @@ def run(tmp_path: Path, database_url: str) -> Iterator[Run]:
         service.clean_up()
 
 
-async def make(store: Store, keyring: Keyring, name: str = "first") -> Created:
+async def make(store: TokenStore, keyring: Keyring, name: str = "first") -> Created:
     for pepper in keyring.peppers:
         await store.register_pepper(pepper.id)
     tokens = Tokens(
@@ -78,7 +78,7 @@ async def make(store: Store, keyring: Keyring, name: str = "first") -> Created:
 
 
 async def verdict(database_url: str, keyring: Keyring, created: Created) -> Verdict:
-    """What a server with this keyring answers, by its keys and the database alone."""
+    """Return the verdict of a server with this keyring, from its keys and the database alone."""
     digest = keyring.digest_of(created.secret.reveal())
     if digest is None:
         return Verdict.UNKNOWN
@@ -92,8 +92,8 @@ async def verdict(database_url: str, keyring: Keyring, created: Created) -> Verd
     return Verdict.VALID if record.delete_time is None else Verdict.DELETED
 
 
-async def test_wrong_settings_are_all_named(run: Run) -> None:
-    """Each wrong setting is named, with what it should be, before anything is started: exit 2."""
+async def test_all_invalid_settings_are_named(run: Run) -> None:
+    """Each invalid setting is named with its allowed values before anything starts; exit code 2."""
     service = run(listen="nowhere", workers=0, transport="pigeon", database_url="mysql://x:pw1@y")
     assert await service.ended() == 2
     for name in ("LISTEN", "WORKERS", "TRANSPORT", "DATABASE_URL"):
@@ -102,8 +102,8 @@ async def test_wrong_settings_are_all_named(run: Run) -> None:
     assert "Traceback" not in service.err
 
 
-async def test_a_named_pepper_file_has_to_be_there(run: Run, tmp_path: Path) -> None:
-    """A wrong path must not silently start a new set of keys: it is refused, and none is made."""
+async def test_a_named_pepper_file_must_exist(run: Run, tmp_path: Path) -> None:
+    """A wrong path must not silently start a new set of keys: the start fails without a new one."""
     service = run(pepper_file=tmp_path / "nothing")
     assert await service.ended() == 1
     assert f"there is no pepper file at {tmp_path / 'nothing'}" in service.err
@@ -111,8 +111,8 @@ async def test_a_named_pepper_file_has_to_be_there(run: Run, tmp_path: Path) -> 
     assert not (tmp_path / "nothing").exists()
 
 
-async def test_a_pepper_file_that_others_may_read_is_refused(run: Run, tmp_path: Path) -> None:
-    """Mode 0644 is refused with what to do about it."""
+async def test_a_pepper_file_that_others_can_read_is_rejected(run: Run, tmp_path: Path) -> None:
+    """Mode 0644 is rejected, and the message says what to do about it."""
     path = write_peppers(tmp_path / "peppers", OLD, mode=0o644)
     service = run(pepper_file=path)
     assert await service.ended() == 1
@@ -120,11 +120,11 @@ async def test_a_pepper_file_that_others_may_read_is_refused(run: Run, tmp_path:
     assert OLD.key.hex() not in service.err
 
 
-async def test_a_pepper_that_live_tokens_need_is_missed(
-    run: Run, tmp_path: Path, store: Store
+async def test_a_pepper_that_live_tokens_need_is_required(
+    run: Run, tmp_path: Path, store: TokenStore
 ) -> None:
-    """A file that lacks a pepper of a live token is refused, naming its id and the file; once the
-    token is deleted the pepper may go."""
+    """A file that lacks a pepper of a live token is rejected with the id and the file. Once the
+    token is deleted, the pepper may be removed."""
     created = await make(store, Keyring([OLD]))
     path = write_peppers(tmp_path / "peppers", NEW)
     service = run(pepper_file=path)
@@ -132,12 +132,12 @@ async def test_a_pepper_that_live_tokens_need_is_missed(
     assert OLD.id in service.err
     assert str(path) in service.err
     assert NEW.id not in service.err
-    await store.bury("acme", created.record.id, audit_context("Delete"))
+    await store.delete_token("acme", created.record.id, audit_context("Delete"))
     await run(pepper_file=path).welcome()
 
 
-async def test_a_database_that_refuses_is_told(run: Run, database_url: str) -> None:
-    """A wrong password is told at once, in a line that does not show it."""
+async def test_a_rejected_password_is_reported(run: Run, database_url: str) -> None:
+    """A wrong password is reported at once, in a line that does not contain it."""
     user, _, rest = database_url.partition("@")
     wrong = user.rpartition(":")[0] + ":wrong-pass@" + rest
     service = run(database_url=wrong)
@@ -147,11 +147,11 @@ async def test_a_database_that_refuses_is_told(run: Run, database_url: str) -> N
     assert "Traceback" not in service.err
 
 
-async def test_a_database_that_is_away_is_told(run: Run) -> None:
-    """While a start waits for its database it says so at once, in a line without the password."""
+async def test_an_unreachable_database_is_reported(run: Run) -> None:
+    """A start that waits for its database logs this at once, in a line without the password."""
     service = run(database_url="postgresql://a:wrong-pass@127.0.0.1:1/b")
     line = await eventually(
-        lambda: next((x for x in service.log if "waiting" in x["event"]), None), "it tells"
+        lambda: next((x for x in service.log if "waiting" in x["event"]), None), "the log says so"
     )
     assert line["event"] == "waiting for the database"
     assert (line["level"], line["seconds_max"]) == ("warning", 30)
@@ -159,12 +159,12 @@ async def test_a_database_that_is_away_is_told(run: Run) -> None:
     assert "wrong-pass" not in service.err
 
 
-async def test_rotation(tmp_path: Path, store: Store, database_url: str) -> None:
-    """With a new pepper on top, the new one mints and secrets of the old one still verify; a
-    server that does not have the new one yet verifies what it can."""
-    before = peppers.load_or_create(write_peppers(tmp_path / "a", OLD), create=False)
+async def test_rotation(tmp_path: Path, store: TokenStore, database_url: str) -> None:
+    """With a new pepper on top, new tokens use it and secrets of the old one still verify. A server
+    that lacks the new pepper verifies the tokens of the old one."""
+    before = pepper_file.load_or_create(write_peppers(tmp_path / "a", OLD), create=False)
     old = await make(store, before, "old")
-    after = peppers.load_or_create(write_peppers(tmp_path / "b", NEW, OLD), create=False)
+    after = pepper_file.load_or_create(write_peppers(tmp_path / "b", NEW, OLD), create=False)
     assert [pepper.id for pepper in after.peppers] == [NEW.id, OLD.id]
     new = await make(store, after, "new")
     async with session(database_url) as connection:
@@ -175,7 +175,7 @@ async def test_rotation(tmp_path: Path, store: Store, database_url: str) -> None
     }
     for created in (old, new):
         assert await verdict(database_url, after, created) is Verdict.VALID
-    # What the first step of a rotation is for: the new key below the old one, everywhere.
+    # The first step of a rotation prevents this: every server gets the new key below the old one.
     between = Keyring([OLD, NEW])
     assert await verdict(database_url, between, new) is Verdict.VALID
     assert await verdict(database_url, before, new) is Verdict.UNKNOWN
@@ -184,35 +184,35 @@ async def test_rotation(tmp_path: Path, store: Store, database_url: str) -> None
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "holds no key"),
-        ("# nothing\n\n", "holds no key"),
-        ("beef\n", "line 1: a key is 64 hexadecimal digits"),
-        (OLD.key.hex() + "\n" + OLD.key.hex() + "\n", "holds a key twice"),
+        ("", "contains no key"),
+        ("# nothing\n\n", "contains no key"),
+        ("beef\n", "line 1: a key must be 64 hexadecimal digits"),
+        (OLD.key.hex() + "\n" + OLD.key.hex() + "\n", "contains a key twice"),
         ("\udcff", "cannot read"),
     ],
 )
-def test_a_broken_pepper_file_is_told(tmp_path: Path, text: str, complaint: str) -> None:
-    """A file that cannot be used is refused with the reason, and no key in it."""
+def test_a_broken_pepper_file_is_reported(tmp_path: Path, text: str, complaint: str) -> None:
+    """A file that cannot be used is rejected with the reason, which contains no key."""
     path = tmp_path / "peppers"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     path.chmod(0o600)
     with pytest.raises(PepperFileError, match=complaint) as caught:
-        peppers.load_or_create(path, create=True)
+        pepper_file.load_or_create(path, create=True)
     assert OLD.key.hex() not in str(caught.value)
 
 
 MAKE = """
 import sys
 from pathlib import Path
-from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens import pepper_file
 
 sys.stdin.readline()
-print(*(p.id for p in peppers.load_or_create(Path(sys.argv[1]), create=True).peppers))
+print(*(p.id for p in pepper_file.load_or_create(Path(sys.argv[1]), create=True).peppers))
 """
 
 
-def test_processes_that_make_peppers_at_once_get_the_same(tmp_path: Path) -> None:
-    """Of several servers that find no file, one makes it and all use it, private and whole."""
+def test_processes_that_start_at_once_share_one_pepper(tmp_path: Path) -> None:
+    """If several servers find no file, one creates it, private and complete, and all use it."""
     path = tmp_path / "new" / "peppers"
     processes = [
         subprocess.Popen(
@@ -233,22 +233,23 @@ def test_processes_that_make_peppers_at_once_get_the_same(tmp_path: Path) -> Non
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_threads_that_make_peppers_at_once_get_the_same(tmp_path: Path) -> None:
-    """The same where the process id tells nothing apart, as between containers."""
+def test_threads_that_start_at_once_share_one_pepper(tmp_path: Path) -> None:
+    """The same holds if all have the same process id, as in containers."""
     path = tmp_path / "peppers"
     (tmp_path / f".peppers.{os.getpid()}").write_text("of one that crashed")
     with ThreadPoolExecutor(8) as threads:
-        made = list(threads.map(lambda _: peppers.load_or_create(path, create=True), range(32)))
+        made = list(threads.map(lambda _: pepper_file.load_or_create(path, create=True), range(32)))
     assert len({keyring.peppers[0].id for keyring in made}) == 1
 
 
-async def test_old_tombstones_are_purged(store: Store, database_url: str) -> None:
-    """Only tombstones older than the retention go, at most a batch at a time, with all that
-    belongs to them; the secret of one that went is UNKNOWN, of one that stays DELETED."""
+async def test_old_tombstones_are_purged(store: TokenStore, database_url: str) -> None:
+    """Only tombstones older than the retention are removed, at most a batch at a time, with
+    everything that belongs to them. Afterwards their secrets are UNKNOWN; those of remaining
+    tombstones are DELETED."""
     keyring = Keyring([OLD])
     live, young, *old = [await make(store, keyring, f"token {n}") for n in range(5)]
     for created in (young, *old):
-        await store.bury("acme", created.record.id, audit_context("Delete"))
+        await store.delete_token("acme", created.record.id, audit_context("Delete"))
     now = datetime.now(UTC)
     async with session(database_url) as connection:
         for days, created in enumerate(old, 100):
@@ -270,20 +271,20 @@ async def test_old_tombstones_are_purged(store: Store, database_url: str) -> Non
             assert await connection.fetchval(f"SELECT count(*) FROM {table}") == left  # noqa: S608
 
 
-async def test_purges_do_not_wait_for_each_other(store: Store, database_url: str) -> None:
-    """A purge passes over rows that another one, or a Delete that is asked again, has locked;
-    many at once remove each tombstone once."""
+async def test_purges_do_not_wait_for_each_other(store: TokenStore, database_url: str) -> None:
+    """A purge skips rows that another purge or a repeated Delete has locked. Many purges at once
+    remove each tombstone exactly once."""
     keyring = Keyring([OLD])
     made: list[Any] = [await make(store, keyring, f"token {n}") for n in range(40)]
     for created in made:
-        await store.bury("acme", created.record.id, audit_context("Delete"))
+        await store.delete_token("acme", created.record.id, audit_context("Delete"))
     before = datetime.now(UTC) + DAY
     async with session(database_url) as connection, connection.transaction():
         await connection.execute("SELECT FROM token WHERE id = $1 FOR UPDATE", made[0].record.id)
-        # Who waited would be told so by the database, long before this, after its lock_timeout.
+        # A purge that waited would fail long before this, after lock_timeout.
         async with asyncio.timeout(WAIT_SECONDS):
             gone = await asyncio.gather(*(store.purge_tombstones(before, 10) for _ in range(8)))
-            # Each may pass over what others held: until none finds more.
+            # Each purge may skip rows that others had locked, so repeat until none are left.
             while more := await store.purge_tombstones(before, 10):
                 gone.append(more)
         assert sum(gone) == len(made) - 1

@@ -22,7 +22,7 @@ from latchkey import _subscription as client_side
 from latchkey._subscription import Subscription
 from latchkey_coherence.lease import DRIFT_MAX
 from latchkey_coherence.memory import Entry, Memory, Position
-from latchkey_service.coherence import watch_sessions as server_side
+from latchkey_service.coherence import watch_sessions
 from latchkey_service.coherence.ack_rules import (
     Acknowledgements,
     DeadVerifierDetector,
@@ -238,7 +238,7 @@ class Stream:
     def server_receives(self) -> None:
         if self.up:
             said = self.up.popleft()
-            request = server_side.Request(said.applied, said.number, said.released)
+            request = watch_sessions.Request(said.applied, said.number, said.released)
             self.session.receive(request, self.server.clock())
 
     def server_sends(self) -> None:
@@ -249,15 +249,15 @@ class Stream:
             self.end.receive(_to_client(self.down.popleft()), self.client.clock())
 
 
-def _to_client(event: server_side.Event) -> client_side.Event:
+def _to_client(event: watch_sessions.Event) -> client_side.Event:
     match event:
-        case server_side.Invalidation():
+        case watch_sessions.Invalidation():
             return client_side.Invalidation(event.position, tuple(event.token_ids))
-        case server_side.Grant():
+        case watch_sessions.Grant():
             return client_side.Grant(event.position, event.number, event.lease_seconds)
-        case server_side.Reset():
+        case watch_sessions.Reset():
             return client_side.Reset(event.position)
-        case server_side.Closing():
+        case watch_sessions.Closing():
             return client_side.Closing()
 
 

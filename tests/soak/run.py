@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
-from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens import pepper_file
 
 from tests.callers import policy_text, write_server_files
 from tests.soak import report
@@ -88,7 +88,7 @@ async def _soak(
     address = await running.welcome()
     tls = re.search(r"With TLS it serves on (\S+)\.", running.out)
     assert tls is not None, running.out
-    keyring = peppers.load_or_create(folder / "data" / "peppers", create=False)
+    keyring = pepper_file.load_or_create(folder / "data" / "peppers", create=False)
     place = Place(address, tls[1], running.pid, keyring, policy, folder)
     workers = running.worker_pids
     url = EmbeddedPostgres(folder / "data").dsn()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from latchkey_service.__main__ import main
-from latchkey_service.process import periodic as background
+from latchkey_service.process import periodic
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.tokens.management import Tokens
 
@@ -46,7 +46,7 @@ def _supervise() -> int:
 
 def _work() -> int:
     end_with_parent()
-    background.SUMMARY_SECONDS = float(os.environ[SUMMARY_VARIABLE])
+    periodic.SUMMARY_SECONDS = float(os.environ[SUMMARY_VARIABLE])
     take = Counts.take
 
     def take_more(counts: Counts) -> dict[str, int]:

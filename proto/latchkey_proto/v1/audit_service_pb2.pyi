@@ -27,30 +27,30 @@ class _Outcome:
 class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Outcome.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     OUTCOME_UNSPECIFIED: _Outcome.ValueType  # 0
-    """As a filter: any."""
+    """As a filter: any outcome."""
     OUTCOME_OK: _Outcome.ValueType  # 1
-    """It was done."""
+    """The call succeeded."""
     OUTCOME_DENIED: _Outcome.ValueType  # 2
-    """Its caller may not: PERMISSION_DENIED or UNAUTHENTICATED."""
+    """The call was rejected with PERMISSION_DENIED or UNAUTHENTICATED."""
     OUTCOME_FAILED: _Outcome.ValueType  # 3
-    """It was let in, and failed."""
+    """The call was admitted and failed."""
 
 class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
-    """What became of a call."""
+    """Result of a call."""
 
 OUTCOME_UNSPECIFIED: Outcome.ValueType  # 0
-"""As a filter: any."""
+"""As a filter: any outcome."""
 OUTCOME_OK: Outcome.ValueType  # 1
-"""It was done."""
+"""The call succeeded."""
 OUTCOME_DENIED: Outcome.ValueType  # 2
-"""Its caller may not: PERMISSION_DENIED or UNAUTHENTICATED."""
+"""The call was rejected with PERMISSION_DENIED or UNAUTHENTICATED."""
 OUTCOME_FAILED: Outcome.ValueType  # 3
-"""It was let in, and failed."""
+"""The call was admitted and failed."""
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
 @_typing.final
 class AuditServiceListRequest(_message.Message):
-    """Request of AuditService.List. What is left empty is not asked for."""
+    """Request of AuditService.List. Empty fields do not filter."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -76,10 +76,10 @@ class AuditServiceListRequest(_message.Message):
     outcome: Global___Outcome.ValueType
     """Only calls with this outcome."""
     page_size: _builtins.int
-    """How many entries to return at most. 0 means 50; more than 500 means 500."""
+    """Maximum number of entries. 0 means 50; more than 500 means 500."""
     page_token: _builtins.str
-    """next_page_token of the page before, asked for with the same filters.
-    Empty: the first.
+    """The next_page_token of the previous page. The filters must be the same.
+    Empty: returns the first page.
     """
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
@@ -119,7 +119,7 @@ class AuditServiceListResponse(_message.Message):
     ENTRIES_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Pass it as page_token to get the next page. Empty: this is the last page."""
+    """The page_token of the next page. Empty: this is the last page."""
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditEntry]:
         """Entries, newest first."""
@@ -140,7 +140,7 @@ Global___AuditServiceListResponse: _TypeAlias = AuditServiceListResponse  # noqa
 
 @_typing.final
 class AuditEntry(_message.Message):
-    """A call, or several calls that were denied or failed alike."""
+    """One call, or several calls that were denied or failed in the same way."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -159,33 +159,33 @@ class AuditEntry(_message.Message):
     id: _builtins.str
     """Opaque identifier."""
     caller: _builtins.str
-    """Name of the caller in the policy. Empty: not known, or there is no policy."""
+    """Name of the caller in the policy. Empty: unknown, or there is no policy."""
     method: _builtins.str
     """Full name of the method, such as /latchkey.v1.TokenService/Create."""
     account_id: _builtins.str
-    """The account that it was about. Empty: not a valid one, or several."""
+    """The account that the request named. Empty: invalid, or several accounts."""
     token_id: _builtins.str
-    """The token that it was about. Empty: none, not a valid one, or several."""
+    """The token that the request named. Empty: none, invalid, or several tokens."""
     peer: _builtins.str
-    """Where it came from, as gRPC writes it: ipv4:127.0.0.1:40000. The proxy's,
-    for calls by a proxy. Empty: several.
+    """Address of the peer in the notation of gRPC: ipv4:127.0.0.1:40000. For
+    calls through a proxy, the address of the proxy. Empty: several peers.
     """
     request_id: _builtins.str
-    """The call's request id. Empty: several."""
+    """Request id of the call. Empty: several calls."""
     outcome: Global___Outcome.ValueType
-    """What became of it."""
+    """Result of the call."""
     code: _builtins.int
-    """Its status, a google.rpc.Code: 0 for OK, 7 for PERMISSION_DENIED."""
+    """Status of the call, a google.rpc.Code: 0 is OK, 7 is PERMISSION_DENIED."""
     reason: _builtins.str
-    """ErrorInfo.reason of its status. Empty when it was done."""
+    """ErrorInfo.reason of the status. Empty if the call succeeded."""
     calls: _builtins.int
-    """How many calls this stands for. Of calls that a caller is denied, or that
-    fail alike, the first ten in a minute have entries of their own, and one
-    entry stands for the rest.
+    """Number of calls that this entry represents. Of a caller's calls that are
+    denied or fail in the same way, the first ten in a minute get one entry
+    each, and a single entry represents the rest.
     """
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
-        """When it was."""
+        """When the call was made."""
 
     def __init__(
         self,

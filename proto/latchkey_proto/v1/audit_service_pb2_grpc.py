@@ -26,15 +26,15 @@ if _version_not_supported:
 
 
 class AuditServiceStub(object):
-    """Tells operators who has managed tokens, and who has tried to. Entries are
-    never changed; they go after LATCHKEY_AUDIT_RETENTION_DAYS. None has a
-    secret, a name or a label in it.
+    """Reports to operators who managed tokens, and who tried to. Entries never
+    change. They are removed after LATCHKEY_AUDIT_RETENTION_DAYS. No entry
+    contains a secret, a name or a label.
 
-    Failures are statuses as those of TokenService. Beside the errors that are
-    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
-    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
-    by this caller or by all, and INTERNAL for a fault of the service.
-    docs/errors.md has all the reasons in ErrorInfo.
+    Reports failures in the same way as TokenService. Besides the errors listed
+    for each method, any method may return UNAUTHENTICATED or PERMISSION_DENIED
+    if a policy restricts callers, RESOURCE_EXHAUSTED if this caller or all
+    callers together send too many calls, and INTERNAL for a fault of the
+    service. docs/errors.md lists every reason that ErrorInfo can contain.
     """
 
     def __init__(self, channel):
@@ -51,23 +51,23 @@ class AuditServiceStub(object):
 
 
 class AuditServiceServicer(object):
-    """Tells operators who has managed tokens, and who has tried to. Entries are
-    never changed; they go after LATCHKEY_AUDIT_RETENTION_DAYS. None has a
-    secret, a name or a label in it.
+    """Reports to operators who managed tokens, and who tried to. Entries never
+    change. They are removed after LATCHKEY_AUDIT_RETENTION_DAYS. No entry
+    contains a secret, a name or a label.
 
-    Failures are statuses as those of TokenService. Beside the errors that are
-    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
-    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
-    by this caller or by all, and INTERNAL for a fault of the service.
-    docs/errors.md has all the reasons in ErrorInfo.
+    Reports failures in the same way as TokenService. Besides the errors listed
+    for each method, any method may return UNAUTHENTICATED or PERMISSION_DENIED
+    if a policy restricts callers, RESOURCE_EXHAUSTED if this caller or all
+    callers together send too many calls, and INTERNAL for a fault of the
+    service. docs/errors.md lists every reason that ErrorInfo can contain.
     """
 
     def List(self, request, context):
         """Lists calls of Create, Get, List, Delete and InvalidateAll, allowed or
         denied, newest first. A change and its entry are stored together or not at
-        all; entries of calls that changed nothing follow within a second. No side
-        effects; safe to retry. A caller that its policy limits to accounts has to
-        ask for one of them.
+        all. Entries of calls that changed nothing follow within a second. Has no
+        side effects and is safe to retry. A caller that the policy limits to
+        certain accounts must set account_id to one of them.
         Errors: INVALID_ARGUMENT; UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -91,15 +91,15 @@ def add_AuditServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AuditService(object):
-    """Tells operators who has managed tokens, and who has tried to. Entries are
-    never changed; they go after LATCHKEY_AUDIT_RETENTION_DAYS. None has a
-    secret, a name or a label in it.
+    """Reports to operators who managed tokens, and who tried to. Entries never
+    change. They are removed after LATCHKEY_AUDIT_RETENTION_DAYS. No entry
+    contains a secret, a name or a label.
 
-    Failures are statuses as those of TokenService. Beside the errors that are
-    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
-    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
-    by this caller or by all, and INTERNAL for a fault of the service.
-    docs/errors.md has all the reasons in ErrorInfo.
+    Reports failures in the same way as TokenService. Besides the errors listed
+    for each method, any method may return UNAUTHENTICATED or PERMISSION_DENIED
+    if a policy restricts callers, RESOURCE_EXHAUSTED if this caller or all
+    callers together send too many calls, and INTERNAL for a fault of the
+    service. docs/errors.md lists every reason that ErrorInfo can contain.
     """
 
     @staticmethod

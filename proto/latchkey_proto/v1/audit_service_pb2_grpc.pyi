@@ -27,15 +27,15 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AuditServiceStub:
-    """Tells operators who has managed tokens, and who has tried to. Entries are
-    never changed; they go after LATCHKEY_AUDIT_RETENTION_DAYS. None has a
-    secret, a name or a label in it.
+    """Reports to operators who managed tokens, and who tried to. Entries never
+    change. They are removed after LATCHKEY_AUDIT_RETENTION_DAYS. No entry
+    contains a secret, a name or a label.
 
-    Failures are statuses as those of TokenService. Beside the errors that are
-    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
-    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
-    by this caller or by all, and INTERNAL for a fault of the service.
-    docs/errors.md has all the reasons in ErrorInfo.
+    Reports failures in the same way as TokenService. Besides the errors listed
+    for each method, any method may return UNAUTHENTICATED or PERMISSION_DENIED
+    if a policy restricts callers, RESOURCE_EXHAUSTED if this caller or all
+    callers together send too many calls, and INTERNAL for a fault of the
+    service. docs/errors.md lists every reason that ErrorInfo can contain.
     """
 
     @_typing.overload
@@ -45,45 +45,45 @@ class AuditServiceStub:
     List: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.AuditServiceListRequest, _audit_service_pb2.AuditServiceListResponse]
     """Lists calls of Create, Get, List, Delete and InvalidateAll, allowed or
     denied, newest first. A change and its entry are stored together or not at
-    all; entries of calls that changed nothing follow within a second. No side
-    effects; safe to retry. A caller that its policy limits to accounts has to
-    ask for one of them.
+    all. Entries of calls that changed nothing follow within a second. Has no
+    side effects and is safe to retry. A caller that the policy limits to
+    certain accounts must set account_id to one of them.
     Errors: INVALID_ARGUMENT; UNAVAILABLE.
     """
 
 @_typing.type_check_only
 class AuditServiceAsyncStub(AuditServiceStub):
-    """Tells operators who has managed tokens, and who has tried to. Entries are
-    never changed; they go after LATCHKEY_AUDIT_RETENTION_DAYS. None has a
-    secret, a name or a label in it.
+    """Reports to operators who managed tokens, and who tried to. Entries never
+    change. They are removed after LATCHKEY_AUDIT_RETENTION_DAYS. No entry
+    contains a secret, a name or a label.
 
-    Failures are statuses as those of TokenService. Beside the errors that are
-    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
-    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
-    by this caller or by all, and INTERNAL for a fault of the service.
-    docs/errors.md has all the reasons in ErrorInfo.
+    Reports failures in the same way as TokenService. Besides the errors listed
+    for each method, any method may return UNAUTHENTICATED or PERMISSION_DENIED
+    if a policy restricts callers, RESOURCE_EXHAUSTED if this caller or all
+    callers together send too many calls, and INTERNAL for a fault of the
+    service. docs/errors.md lists every reason that ErrorInfo can contain.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     List: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.AuditServiceListRequest, _audit_service_pb2.AuditServiceListResponse]  # type: ignore[assignment]
     """Lists calls of Create, Get, List, Delete and InvalidateAll, allowed or
     denied, newest first. A change and its entry are stored together or not at
-    all; entries of calls that changed nothing follow within a second. No side
-    effects; safe to retry. A caller that its policy limits to accounts has to
-    ask for one of them.
+    all. Entries of calls that changed nothing follow within a second. Has no
+    side effects and is safe to retry. A caller that the policy limits to
+    certain accounts must set account_id to one of them.
     Errors: INVALID_ARGUMENT; UNAVAILABLE.
     """
 
 class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Tells operators who has managed tokens, and who has tried to. Entries are
-    never changed; they go after LATCHKEY_AUDIT_RETENTION_DAYS. None has a
-    secret, a name or a label in it.
+    """Reports to operators who managed tokens, and who tried to. Entries never
+    change. They are removed after LATCHKEY_AUDIT_RETENTION_DAYS. No entry
+    contains a secret, a name or a label.
 
-    Failures are statuses as those of TokenService. Beside the errors that are
-    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
-    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
-    by this caller or by all, and INTERNAL for a fault of the service.
-    docs/errors.md has all the reasons in ErrorInfo.
+    Reports failures in the same way as TokenService. Besides the errors listed
+    for each method, any method may return UNAUTHENTICATED or PERMISSION_DENIED
+    if a policy restricts callers, RESOURCE_EXHAUSTED if this caller or all
+    callers together send too many calls, and INTERNAL for a fault of the
+    service. docs/errors.md lists every reason that ErrorInfo can contain.
     """
 
     @_abc_1.abstractmethod
@@ -94,9 +94,9 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_audit_service_pb2.AuditServiceListResponse, _abc.Awaitable[_audit_service_pb2.AuditServiceListResponse]]:
         """Lists calls of Create, Get, List, Delete and InvalidateAll, allowed or
         denied, newest first. A change and its entry are stored together or not at
-        all; entries of calls that changed nothing follow within a second. No side
-        effects; safe to retry. A caller that its policy limits to accounts has to
-        ask for one of them.
+        all. Entries of calls that changed nothing follow within a second. Has no
+        side effects and is safe to retry. A caller that the policy limits to
+        certain accounts must set account_id to one of them.
         Errors: INVALID_ARGUMENT; UNAVAILABLE.
         """
 

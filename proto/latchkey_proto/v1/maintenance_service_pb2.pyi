@@ -43,7 +43,7 @@ class InvalidateAllResponse(_message.Message):
     RECEIPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def receipt(self) -> _token_service_pb2.Receipt:
-        """Proof that no verifier answers from what it remembered before."""
+        """Proof that no verifier still answers from what it had cached before."""
 
     def __init__(
         self,

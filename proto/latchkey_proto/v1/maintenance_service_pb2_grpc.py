@@ -26,13 +26,13 @@ if _version_not_supported:
 
 
 class MaintenanceServiceStub(object):
-    """For operators, in emergencies and after a restore.
+    """Offers operators measures for emergencies and after a restore.
 
-    Failures are statuses as those of TokenService. Beside the errors that are
-    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
-    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
-    by this caller or by all, and INTERNAL for a fault of the service.
-    docs/errors.md has all the reasons in ErrorInfo.
+    Reports failures in the same way as TokenService. Besides the errors listed
+    for each method, any method may return UNAUTHENTICATED or PERMISSION_DENIED
+    if a policy restricts callers, RESOURCE_EXHAUSTED if this caller or all
+    callers together send too many calls, and INTERNAL for a fault of the
+    service. docs/errors.md lists every reason that ErrorInfo can contain.
     """
 
     def __init__(self, channel):
@@ -49,24 +49,24 @@ class MaintenanceServiceStub(object):
 
 
 class MaintenanceServiceServicer(object):
-    """For operators, in emergencies and after a restore.
+    """Offers operators measures for emergencies and after a restore.
 
-    Failures are statuses as those of TokenService. Beside the errors that are
-    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
-    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
-    by this caller or by all, and INTERNAL for a fault of the service.
-    docs/errors.md has all the reasons in ErrorInfo.
+    Reports failures in the same way as TokenService. Besides the errors listed
+    for each method, any method may return UNAUTHENTICATED or PERMISSION_DENIED
+    if a policy restricts callers, RESOURCE_EXHAUSTED if this caller or all
+    callers together send too many calls, and INTERNAL for a fault of the
+    service. docs/errors.md lists every reason that ErrorInfo can contain.
     """
 
     def InvalidateAll(self, request, context):
-        """Empties the memory of every verifier: of all server processes and of all
-        client libraries that answer under their leases. Changes no token. When
-        this answers OK, every verify that starts afterwards, anywhere, rests on a
-        read of the database that was made after the call. Verifies are slower for
-        a moment, until memories have filled again. Waits as TokenService.Delete
-        does. Safe to retry: each call empties the memories again. A caller that
-        its policy limits to accounts may not call it.
-        Errors: UNAVAILABLE; with the reason DELETION_NOT_CONFIRMED the deadline
+        """Clears the cache of every verifier: of all server processes and of all
+        client libraries that answer under their leases. Changes no token. After
+        this returns OK, every verify that starts anywhere relies on a read of the
+        database that was made after the call. Verifies are slower for a moment,
+        until the caches have filled again. Waits like TokenService.Delete. Safe to
+        retry: each call clears the caches again. A caller that the policy limits
+        to certain accounts may not call this method.
+        Errors: UNAVAILABLE. With the reason DELETION_NOT_CONFIRMED, the deadline
         was too short for the wait.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -90,13 +90,13 @@ def add_MaintenanceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class MaintenanceService(object):
-    """For operators, in emergencies and after a restore.
+    """Offers operators measures for emergencies and after a restore.
 
-    Failures are statuses as those of TokenService. Beside the errors that are
-    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
-    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
-    by this caller or by all, and INTERNAL for a fault of the service.
-    docs/errors.md has all the reasons in ErrorInfo.
+    Reports failures in the same way as TokenService. Besides the errors listed
+    for each method, any method may return UNAUTHENTICATED or PERMISSION_DENIED
+    if a policy restricts callers, RESOURCE_EXHAUSTED if this caller or all
+    callers together send too many calls, and INTERNAL for a fault of the
+    service. docs/errors.md lists every reason that ErrorInfo can contain.
     """
 
     @staticmethod

@@ -27,13 +27,13 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class MaintenanceServiceStub:
-    """For operators, in emergencies and after a restore.
+    """Offers operators measures for emergencies and after a restore.
 
-    Failures are statuses as those of TokenService. Beside the errors that are
-    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
-    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
-    by this caller or by all, and INTERNAL for a fault of the service.
-    docs/errors.md has all the reasons in ErrorInfo.
+    Reports failures in the same way as TokenService. Besides the errors listed
+    for each method, any method may return UNAUTHENTICATED or PERMISSION_DENIED
+    if a policy restricts callers, RESOURCE_EXHAUSTED if this caller or all
+    callers together send too many calls, and INTERNAL for a fault of the
+    service. docs/errors.md lists every reason that ErrorInfo can contain.
     """
 
     @_typing.overload
@@ -41,49 +41,49 @@ class MaintenanceServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> MaintenanceServiceAsyncStub: ...
     InvalidateAll: _grpc.UnaryUnaryMultiCallable[_maintenance_service_pb2.InvalidateAllRequest, _maintenance_service_pb2.InvalidateAllResponse]
-    """Empties the memory of every verifier: of all server processes and of all
-    client libraries that answer under their leases. Changes no token. When
-    this answers OK, every verify that starts afterwards, anywhere, rests on a
-    read of the database that was made after the call. Verifies are slower for
-    a moment, until memories have filled again. Waits as TokenService.Delete
-    does. Safe to retry: each call empties the memories again. A caller that
-    its policy limits to accounts may not call it.
-    Errors: UNAVAILABLE; with the reason DELETION_NOT_CONFIRMED the deadline
+    """Clears the cache of every verifier: of all server processes and of all
+    client libraries that answer under their leases. Changes no token. After
+    this returns OK, every verify that starts anywhere relies on a read of the
+    database that was made after the call. Verifies are slower for a moment,
+    until the caches have filled again. Waits like TokenService.Delete. Safe to
+    retry: each call clears the caches again. A caller that the policy limits
+    to certain accounts may not call this method.
+    Errors: UNAVAILABLE. With the reason DELETION_NOT_CONFIRMED, the deadline
     was too short for the wait.
     """
 
 @_typing.type_check_only
 class MaintenanceServiceAsyncStub(MaintenanceServiceStub):
-    """For operators, in emergencies and after a restore.
+    """Offers operators measures for emergencies and after a restore.
 
-    Failures are statuses as those of TokenService. Beside the errors that are
-    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
-    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
-    by this caller or by all, and INTERNAL for a fault of the service.
-    docs/errors.md has all the reasons in ErrorInfo.
+    Reports failures in the same way as TokenService. Besides the errors listed
+    for each method, any method may return UNAUTHENTICATED or PERMISSION_DENIED
+    if a policy restricts callers, RESOURCE_EXHAUSTED if this caller or all
+    callers together send too many calls, and INTERNAL for a fault of the
+    service. docs/errors.md lists every reason that ErrorInfo can contain.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     InvalidateAll: _aio.UnaryUnaryMultiCallable[_maintenance_service_pb2.InvalidateAllRequest, _maintenance_service_pb2.InvalidateAllResponse]  # type: ignore[assignment]
-    """Empties the memory of every verifier: of all server processes and of all
-    client libraries that answer under their leases. Changes no token. When
-    this answers OK, every verify that starts afterwards, anywhere, rests on a
-    read of the database that was made after the call. Verifies are slower for
-    a moment, until memories have filled again. Waits as TokenService.Delete
-    does. Safe to retry: each call empties the memories again. A caller that
-    its policy limits to accounts may not call it.
-    Errors: UNAVAILABLE; with the reason DELETION_NOT_CONFIRMED the deadline
+    """Clears the cache of every verifier: of all server processes and of all
+    client libraries that answer under their leases. Changes no token. After
+    this returns OK, every verify that starts anywhere relies on a read of the
+    database that was made after the call. Verifies are slower for a moment,
+    until the caches have filled again. Waits like TokenService.Delete. Safe to
+    retry: each call clears the caches again. A caller that the policy limits
+    to certain accounts may not call this method.
+    Errors: UNAVAILABLE. With the reason DELETION_NOT_CONFIRMED, the deadline
     was too short for the wait.
     """
 
 class MaintenanceServiceServicer(metaclass=_abc_1.ABCMeta):
-    """For operators, in emergencies and after a restore.
+    """Offers operators measures for emergencies and after a restore.
 
-    Failures are statuses as those of TokenService. Beside the errors that are
-    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
-    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
-    by this caller or by all, and INTERNAL for a fault of the service.
-    docs/errors.md has all the reasons in ErrorInfo.
+    Reports failures in the same way as TokenService. Besides the errors listed
+    for each method, any method may return UNAUTHENTICATED or PERMISSION_DENIED
+    if a policy restricts callers, RESOURCE_EXHAUSTED if this caller or all
+    callers together send too many calls, and INTERNAL for a fault of the
+    service. docs/errors.md lists every reason that ErrorInfo can contain.
     """
 
     @_abc_1.abstractmethod
@@ -92,14 +92,14 @@ class MaintenanceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _maintenance_service_pb2.InvalidateAllRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_maintenance_service_pb2.InvalidateAllResponse, _abc.Awaitable[_maintenance_service_pb2.InvalidateAllResponse]]:
-        """Empties the memory of every verifier: of all server processes and of all
-        client libraries that answer under their leases. Changes no token. When
-        this answers OK, every verify that starts afterwards, anywhere, rests on a
-        read of the database that was made after the call. Verifies are slower for
-        a moment, until memories have filled again. Waits as TokenService.Delete
-        does. Safe to retry: each call empties the memories again. A caller that
-        its policy limits to accounts may not call it.
-        Errors: UNAVAILABLE; with the reason DELETION_NOT_CONFIRMED the deadline
+        """Clears the cache of every verifier: of all server processes and of all
+        client libraries that answer under their leases. Changes no token. After
+        this returns OK, every verify that starts anywhere relies on a read of the
+        database that was made after the call. Verifies are slower for a moment,
+        until the caches have filled again. Waits like TokenService.Delete. Safe to
+        retry: each call clears the caches again. A caller that the policy limits
+        to certain accounts may not call this method.
+        Errors: UNAVAILABLE. With the reason DELETION_NOT_CONFIRMED, the deadline
         was too short for the wait.
         """
 

@@ -28,29 +28,29 @@ class _Notifications:
 class _NotificationsEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Notifications.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     NOTIFICATIONS_UNSPECIFIED: _Notifications.ValueType  # 0
-    """Not known yet."""
+    """Unknown so far."""
     NOTIFICATIONS_ARRIVE: _Notifications.ValueType  # 1
-    """They arrive."""
+    """Notifications arrive."""
     NOTIFICATIONS_SILENT: _Notifications.ValueType  # 2
-    """They are accepted but do not arrive: a pooler between it and the database
-    swallows them, or the connection has just been lost.
+    """The database accepts notifications but they do not arrive: a pooler drops
+    them, or the connection has just been lost.
     """
     NOTIFICATIONS_OFF: _Notifications.ValueType  # 3
-    """Switched off by LATCHKEY_NOTIFY, or not supported by the database."""
+    """Turned off by LATCHKEY_NOTIFY, or not supported by the database."""
 
 class Notifications(_Notifications, metaclass=_NotificationsEnumTypeWrapper):
-    """Whether a server process hears of deletions as they happen."""
+    """Whether a server process learns of deletions as they happen."""
 
 NOTIFICATIONS_UNSPECIFIED: Notifications.ValueType  # 0
-"""Not known yet."""
+"""Unknown so far."""
 NOTIFICATIONS_ARRIVE: Notifications.ValueType  # 1
-"""They arrive."""
+"""Notifications arrive."""
 NOTIFICATIONS_SILENT: Notifications.ValueType  # 2
-"""They are accepted but do not arrive: a pooler between it and the database
-swallows them, or the connection has just been lost.
+"""The database accepts notifications but they do not arrive: a pooler drops
+them, or the connection has just been lost.
 """
 NOTIFICATIONS_OFF: Notifications.ValueType  # 3
-"""Switched off by LATCHKEY_NOTIFY, or not supported by the database."""
+"""Turned off by LATCHKEY_NOTIFY, or not supported by the database."""
 Global___Notifications: _TypeAlias = Notifications  # noqa: Y015
 
 @_typing.final
@@ -81,19 +81,19 @@ class GetStatusResponse(_message.Message):
     HEAD_MARK_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     head_revision: _builtins.int
-    """The newest revision: how many times tokens have been made invalid."""
+    """The newest revision: the number of invalidations so far."""
     head_mark: _builtins.int
-    """The mark of head_revision. Two databases whose positions, revision and
-    mark, are the same share all invalidations up to there.
+    """The mark of head_revision. If two databases have the same position
+    (revision and mark), they share all invalidations up to it.
     """
     @_builtins.property
     def verifiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerifierStatus]:
-        """The server processes that may answer verifies, the oldest first."""
+        """The server processes that may answer verifies, oldest first."""
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Faults that a person should repair, one English text each, which names the
-        fault and its remedy. The wording may change. Empty while there are none.
+        """Faults that a person should repair. Each text is English and names the
+        fault and its remedy. The wording may change. Empty if there are no faults.
         """
 
     def __init__(
@@ -114,7 +114,7 @@ Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
 
 @_typing.final
 class VerifierStatus(_message.Message):
-    """A server process that may answer verifies. Deletes wait for each of them."""
+    """A server process that may answer verifies. Every Delete waits for it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -136,39 +136,39 @@ class VerifierStatus(_message.Message):
     SYSTEM_IDENTIFIER_FIELD_NUMBER: _builtins.int
     TIMELINE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Opaque identifier, another one each time that a process starts."""
+    """Opaque identifier. A process gets a new one each time it starts."""
     host: _builtins.str
-    """Name of the host that it runs on, as the host has it."""
+    """Name of its host, as the host reports it."""
     process_id: _builtins.int
     """Its process id on that host."""
     version: _builtins.str
-    """Its release of the service."""
+    """Version of its release."""
     acknowledged_revision: _builtins.int
-    """The revision up to which it, and every client attached to it, has
-    confirmed that it answers with no dead token.
+    """The revision up to which the process and all its clients have dropped every
+    invalidated token.
     """
     lag: _builtins.int
-    """How many revisions that is behind head_revision."""
+    """How many revisions acknowledged_revision is behind head_revision."""
     clients: _builtins.int
-    """How many clients watched it, to answer under its lease, when it last renewed."""
+    """Number of clients with a Watch on it at its last renewal."""
     notifications: Global___Notifications.ValueType
-    """Whether notifications reach it. Without them it learns of a deletion
+    """Whether notifications reach it. Without them, it learns of a deletion
     within a third of its lease.
     """
     answering: _builtins.bool
-    """Whether this process gave this answer."""
+    """Whether this process sent this response."""
     database_host: _builtins.str
-    """The host of LATCHKEY_DATABASE_URL that it last renewed its lease on, with
-    its port. A lease is renewed on the primary alone. Empty: not renewed yet,
-    or the URL names none.
+    """The host, with port, of LATCHKEY_DATABASE_URL on which it last renewed its
+    lease. Only the primary renews leases. Empty: not renewed yet, or the URL
+    names no host.
     """
     system_identifier: _builtins.str
-    """That server's system_identifier, which a cluster shares with its standbys
-    and copies. Empty: the engine does not report it.
+    """The system_identifier of that database server. Standbys and physical copies
+    of a cluster have the same one. Empty: the engine does not report it.
     """
     timeline: _builtins.str
-    """That server's timeline, eight hexadecimal digits, which change with each
-    promotion. Empty: the engine does not report it.
+    """The timeline of that database server: eight hexadecimal digits that change
+    with each promotion. Empty: the engine does not report it.
     """
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
@@ -180,22 +180,22 @@ class VerifierStatus(_message.Message):
 
     @_builtins.property
     def lease_remaining(self) -> _duration_pb2.Duration:
-        """How long its lease lasts if it is not renewed, by the database's clock: for
-        people to look at. Zero: it has run out, as it does when the process hangs,
-        or is cut off from the database.
+        """Remaining time of its lease unless renewed, by the database's clock. Only
+        for people. Zero: the lease has expired, for example because the process
+        hangs or cannot reach the database.
         """
 
     @_builtins.property
     def waiting_for(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The clients that have kept a deletion waiting for over half a second when
-        this process last renewed, by caller and address. At most five.
+        """The clients that, at the last renewal, had delayed a deletion for over half
+        a second. Each is named by caller and address. At most five.
         """
 
     @_builtins.property
     def pepper_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids of the peppers that it reads, the newest first, with which it creates
-        tokens. An id does not reveal its key. Empty for releases that do not report
-        their peppers.
+        """Ids of its peppers, newest first. It creates tokens with the newest. An id
+        does not reveal its key. Empty for releases that do not report their
+        peppers.
         """
 
     def __init__(

@@ -26,13 +26,13 @@ if _version_not_supported:
 
 
 class StatusServiceStub(object):
-    """Tells operators how the service is. Says nothing of tokens.
+    """Reports the state of the service to operators. Reveals nothing about tokens.
 
-    Failures are statuses as those of TokenService. Beside the errors that are
-    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
-    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
-    by this caller or by all, and INTERNAL for a fault of the service.
-    docs/errors.md has all the reasons in ErrorInfo.
+    Reports failures in the same way as TokenService. Besides the errors listed
+    for each method, any method may return UNAUTHENTICATED or PERMISSION_DENIED
+    if a policy restricts callers, RESOURCE_EXHAUSTED if this caller or all
+    callers together send too many calls, and INTERNAL for a fault of the
+    service. docs/errors.md lists every reason that ErrorInfo can contain.
     """
 
     def __init__(self, channel):
@@ -49,18 +49,18 @@ class StatusServiceStub(object):
 
 
 class StatusServiceServicer(object):
-    """Tells operators how the service is. Says nothing of tokens.
+    """Reports the state of the service to operators. Reveals nothing about tokens.
 
-    Failures are statuses as those of TokenService. Beside the errors that are
-    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
-    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
-    by this caller or by all, and INTERNAL for a fault of the service.
-    docs/errors.md has all the reasons in ErrorInfo.
+    Reports failures in the same way as TokenService. Besides the errors listed
+    for each method, any method may return UNAUTHENTICATED or PERMISSION_DENIED
+    if a policy restricts callers, RESOURCE_EXHAUSTED if this caller or all
+    callers together send too many calls, and INTERNAL for a fault of the
+    service. docs/errors.md lists every reason that ErrorInfo can contain.
     """
 
     def GetStatus(self, request, context):
-        """Returns the state of all server processes, as the database has it. No side
-        effects; safe to retry.
+        """Returns the state of all server processes, as recorded in the database. Has
+        no side effects and is safe to retry.
         Errors: UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -84,13 +84,13 @@ def add_StatusServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class StatusService(object):
-    """Tells operators how the service is. Says nothing of tokens.
+    """Reports the state of the service to operators. Reveals nothing about tokens.
 
-    Failures are statuses as those of TokenService. Beside the errors that are
-    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
-    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
-    by this caller or by all, and INTERNAL for a fault of the service.
-    docs/errors.md has all the reasons in ErrorInfo.
+    Reports failures in the same way as TokenService. Besides the errors listed
+    for each method, any method may return UNAUTHENTICATED or PERMISSION_DENIED
+    if a policy restricts callers, RESOURCE_EXHAUSTED if this caller or all
+    callers together send too many calls, and INTERNAL for a fault of the
+    service. docs/errors.md lists every reason that ErrorInfo can contain.
     """
 
     @staticmethod

@@ -27,13 +27,13 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class StatusServiceStub:
-    """Tells operators how the service is. Says nothing of tokens.
+    """Reports the state of the service to operators. Reveals nothing about tokens.
 
-    Failures are statuses as those of TokenService. Beside the errors that are
-    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
-    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
-    by this caller or by all, and INTERNAL for a fault of the service.
-    docs/errors.md has all the reasons in ErrorInfo.
+    Reports failures in the same way as TokenService. Besides the errors listed
+    for each method, any method may return UNAUTHENTICATED or PERMISSION_DENIED
+    if a policy restricts callers, RESOURCE_EXHAUSTED if this caller or all
+    callers together send too many calls, and INTERNAL for a fault of the
+    service. docs/errors.md lists every reason that ErrorInfo can contain.
     """
 
     @_typing.overload
@@ -41,37 +41,37 @@ class StatusServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> StatusServiceAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_status_service_pb2.GetStatusRequest, _status_service_pb2.GetStatusResponse]
-    """Returns the state of all server processes, as the database has it. No side
-    effects; safe to retry.
+    """Returns the state of all server processes, as recorded in the database. Has
+    no side effects and is safe to retry.
     Errors: UNAVAILABLE.
     """
 
 @_typing.type_check_only
 class StatusServiceAsyncStub(StatusServiceStub):
-    """Tells operators how the service is. Says nothing of tokens.
+    """Reports the state of the service to operators. Reveals nothing about tokens.
 
-    Failures are statuses as those of TokenService. Beside the errors that are
-    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
-    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
-    by this caller or by all, and INTERNAL for a fault of the service.
-    docs/errors.md has all the reasons in ErrorInfo.
+    Reports failures in the same way as TokenService. Besides the errors listed
+    for each method, any method may return UNAUTHENTICATED or PERMISSION_DENIED
+    if a policy restricts callers, RESOURCE_EXHAUSTED if this caller or all
+    callers together send too many calls, and INTERNAL for a fault of the
+    service. docs/errors.md lists every reason that ErrorInfo can contain.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_status_service_pb2.GetStatusRequest, _status_service_pb2.GetStatusResponse]  # type: ignore[assignment]
-    """Returns the state of all server processes, as the database has it. No side
-    effects; safe to retry.
+    """Returns the state of all server processes, as recorded in the database. Has
+    no side effects and is safe to retry.
     Errors: UNAVAILABLE.
     """
 
 class StatusServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Tells operators how the service is. Says nothing of tokens.
+    """Reports the state of the service to operators. Reveals nothing about tokens.
 
-    Failures are statuses as those of TokenService. Beside the errors that are
-    named at it, each method may answer UNAUTHENTICATED or PERMISSION_DENIED
-    where a policy says who may call, RESOURCE_EXHAUSTED when too much is asked,
-    by this caller or by all, and INTERNAL for a fault of the service.
-    docs/errors.md has all the reasons in ErrorInfo.
+    Reports failures in the same way as TokenService. Besides the errors listed
+    for each method, any method may return UNAUTHENTICATED or PERMISSION_DENIED
+    if a policy restricts callers, RESOURCE_EXHAUSTED if this caller or all
+    callers together send too many calls, and INTERNAL for a fault of the
+    service. docs/errors.md lists every reason that ErrorInfo can contain.
     """
 
     @_abc_1.abstractmethod
@@ -80,8 +80,8 @@ class StatusServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _status_service_pb2.GetStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_status_service_pb2.GetStatusResponse, _abc.Awaitable[_status_service_pb2.GetStatusResponse]]:
-        """Returns the state of all server processes, as the database has it. No side
-        effects; safe to retry.
+        """Returns the state of all server processes, as recorded in the database. Has
+        no side effects and is safe to retry.
         Errors: UNAVAILABLE.
         """
 

@@ -28,21 +28,21 @@ class _Scope:
 class _ScopeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Scope.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SCOPE_UNSPECIFIED: _Scope.ValueType  # 0
-    """No scope. Refused by Create; asks for none in Verify."""
+    """No scope. Create rejects it; in Verify, it requires no scope."""
     SCOPE_READ: _Scope.ValueType  # 1
-    """May read."""
+    """Permits reading."""
     SCOPE_WRITE: _Scope.ValueType  # 2
-    """May read and write."""
+    """Permits reading and writing."""
 
 class Scope(_Scope, metaclass=_ScopeEnumTypeWrapper):
     """Access level of a token. SCOPE_WRITE includes SCOPE_READ."""
 
 SCOPE_UNSPECIFIED: Scope.ValueType  # 0
-"""No scope. Refused by Create; asks for none in Verify."""
+"""No scope. Create rejects it; in Verify, it requires no scope."""
 SCOPE_READ: Scope.ValueType  # 1
-"""May read."""
+"""Permits reading."""
 SCOPE_WRITE: Scope.ValueType  # 2
-"""May read and write."""
+"""Permits reading and writing."""
 Global___Scope: _TypeAlias = Scope  # noqa: Y015
 
 class _Verdict:
@@ -67,9 +67,9 @@ class _VerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verdict.Value
     """The token is live but does not include the required scope."""
 
 class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper):
-    """Answer to "may this secret do this?". When several apply, the first in the
-    order MALFORMED, UNKNOWN, DELETED, EXPIRED, INSUFFICIENT_SCOPE, VALID.
-    Anything but VERDICT_VALID means "not allowed".
+    """Answer to "may this secret do this?". If several verdicts apply, the first of
+    MALFORMED, UNKNOWN, DELETED, EXPIRED, INSUFFICIENT_SCOPE and VALID is given.
+    Every verdict except VERDICT_VALID means "not allowed".
     """
 
 VERDICT_UNSPECIFIED: Verdict.ValueType  # 0
@@ -134,22 +134,26 @@ class Token(_message.Message):
     scope: Global___Scope.ValueType
     """Access level. Never SCOPE_UNSPECIFIED."""
     hint: _builtins.str
-    """The secret's prefix and last four characters, for people to recognise it."""
+    """Prefix and last four characters of the secret, so that people recognise it."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the token was created."""
 
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """When the token stops being valid. Absent: never."""
+        """When the token expires. Absent: never."""
 
     @_builtins.property
     def last_used_time(self) -> _timestamp_pb2.Timestamp:
-        """When a verify last accepted the token, roughly. Absent: not recorded."""
+        """Approximate time at which a verify last accepted the token. Absent: not
+        recorded.
+        """
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Up to 16 pairs given by the owner: keys of 1-63, values of 0-255 characters."""
+        """Up to 16 pairs given by the owner: keys of 1-63, values of 0-255
+        characters.
+        """
 
     def __init__(
         self,
@@ -187,25 +191,25 @@ class Receipt(_message.Message):
     CLIENTS_ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     CLIENTS_OUTWAITED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The deletion's place in the order of all invalidations."""
+    """Position of the deletion in the order of all invalidations."""
     verifiers_acknowledged: _builtins.int
-    """How many server processes confirmed that they dropped the token."""
+    """Number of server processes that confirmed that they dropped the token."""
     verifiers_outwaited: _builtins.int
-    """How many server processes did not confirm: they were waited out until they could
-    no longer answer from memory, or left before.
+    """Number of server processes that did not confirm. The Delete waited until
+    they could no longer answer from their cache, or they stopped before.
     """
     mark: _builtins.int
-    """The mark of `revision`. Both together are a position: they name the
-    deletion even where two histories of the database, before and after a
-    failover or a restore, have used the same revision.
+    """The mark of `revision`. Revision and mark together are a position. It
+    identifies the deletion even if the database's histories before and after a
+    failover or a restore both used the same revision.
     """
     clients_acknowledged: _builtins.int
-    """How many client libraries that answer from memory, under the leases of
-    those server processes, confirmed that they dropped the token.
+    """Number of client libraries, answering from their cache under the leases of
+    those server processes, that confirmed that they dropped the token.
     """
     clients_outwaited: _builtins.int
-    """How many client libraries did not confirm: they were waited out until
-    their leases had ended.
+    """Number of client libraries that did not confirm. The Delete waited until
+    their leases had expired.
     """
     @_builtins.property
     def commit_time(self) -> _timestamp_pb2.Timestamp:
@@ -213,8 +217,8 @@ class Receipt(_message.Message):
 
     @_builtins.property
     def effective_time(self) -> _timestamp_pb2.Timestamp:
-        """From when on the token was dead everywhere. Not before commit_time. Absent:
-        not confirmed yet, which only a Delete with no_wait answers.
+        """When the deletion was in effect everywhere. Never before commit_time.
+        Absent: not confirmed yet, which only a Delete with no_wait returns.
         """
 
     def __init__(
@@ -272,15 +276,15 @@ class CreateRequest(_message.Message):
     account_id: _builtins.str
     """Owner of the new token. Required; 1-64 characters of A-Za-z0-9._:-"""
     name: _builtins.str
-    """Name of the token. Required; 1-64 characters once surrounding white space
-    is removed, without control characters. A name that holds a secret is
-    refused, as are account and labels that do.
+    """Name of the token. Required; 1-64 characters without control characters,
+    after surrounding white space is removed. Create rejects a name, account or
+    label that contains a secret.
     """
     scope: Global___Scope.ValueType
-    """Access level. Required: nothing defaults to more than was asked for."""
+    """Access level. Required, so that no token gets more rights than intended."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """A moment in the future, not after the year 9999."""
+        """A time in the future, before the year 10000."""
 
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
@@ -321,8 +325,8 @@ class CreateResponse(_message.Message):
     TOKEN_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
     secret: _builtins.str
-    """The bearer secret. This is the only time that it is shown; the service
-    keeps no more than a keyed hash of it.
+    """The bearer secret. No other response contains it; the service stores only
+    a keyed hash of it.
     """
     @_builtins.property
     def token(self) -> Global___Token:
@@ -404,9 +408,11 @@ class ListRequest(_message.Message):
     account_id: _builtins.str
     """Owner of the tokens. Required."""
     page_size: _builtins.int
-    """How many tokens to return at most. 0 means 50; more than 500 means 500."""
+    """Maximum number of tokens. 0 means 50; more than 500 means 500."""
     page_token: _builtins.str
-    """next_page_token of the page before, of the same account. Empty: the first."""
+    """The next_page_token of the previous page of the same account. Empty:
+    returns the first page.
+    """
     def __init__(
         self,
         *,
@@ -431,10 +437,10 @@ class ListResponse(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Pass it as page_token to get the next page. Empty: this is the last page."""
+    """The page_token of the next page. Empty: this is the last page."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
-        """Live tokens, newest first. Deleted tokens never show."""
+        """Live tokens, newest first. Never contains deleted tokens."""
 
     def __init__(
         self,
@@ -464,8 +470,9 @@ class DeleteRequest(_message.Message):
     id: _builtins.str
     """Identifier of the token. Required."""
     no_wait: _builtins.bool
-    """Answers once the deletion is committed, without waiting for verifiers to
-    confirm it: for bulk work. A later Delete of the token confirms it.
+    """Makes Delete return once the deletion is committed, without waiting for
+    verifiers to confirm it. Intended for bulk work. A later Delete of the same
+    token waits for the confirmation.
     """
     def __init__(
         self,
@@ -491,7 +498,7 @@ class DeleteResponse(_message.Message):
     RECEIPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def receipt(self) -> Global___Receipt:
-        """Proof of the deletion, the same on every retry once it is confirmed."""
+        """Proof of the deletion. Once confirmed, it is the same on every retry."""
 
     def __init__(
         self,
@@ -515,12 +522,12 @@ class VerifyRequest(_message.Message):
     SECRET_FIELD_NUMBER: _builtins.int
     REQUIRED_SCOPE_FIELD_NUMBER: _builtins.int
     secret: _builtins.str
-    """What the holder presented, as it is. Anything goes; only a live secret is
-    ever found VALID.
+    """The string that the holder presented, unchanged. Any string is allowed;
+    only a live secret gets VALID.
     """
     required_scope: Global___Scope.ValueType
-    """What the holder asks to do. SCOPE_UNSPECIFIED asks for no scope. A value
-    that this server does not know is included in no token's scope.
+    """The scope that the holder's request requires. SCOPE_UNSPECIFIED requires no
+    scope. No token's scope includes a value that this server does not know.
     """
     def __init__(
         self,
@@ -549,18 +556,17 @@ class VerifyResponse(_message.Message):
     verdict: Global___Verdict.ValueType
     """The answer."""
     revision: _builtins.int
-    """The revision that the answer is good for: no invalidation up to it can
-    change it. 0 when nothing had to be read to tell that the secret is
-    MALFORMED or UNKNOWN.
+    """The revision of the answer: no invalidation up to this one changes the
+    answer. 0 if the verdict MALFORMED or UNKNOWN needed no read.
     """
     mark: _builtins.int
-    """The mark of `revision`. A client keeps the answer only if it knows this
-    position. 0 when `revision` is.
+    """The mark of `revision`. A client caches the answer only if it knows this
+    position. 0 if `revision` is 0.
     """
     @_builtins.property
     def token(self) -> Global___Token:
-        """The token that the secret belongs to. Set whenever there is one, whatever
-        the verdict.
+        """The token that the secret belongs to. Set whenever there is one, with any
+        verdict.
         """
 
     def __init__(
@@ -588,7 +594,7 @@ class BatchVerifyRequest(_message.Message):
     REQUESTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerifyRequest]:
-        """The questions: 1-1,000 of them."""
+        """1-1,000 verifies."""
 
     def __init__(
         self,
@@ -612,7 +618,7 @@ class BatchVerifyResponse(_message.Message):
     RESPONSES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def responses(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerifyResponse]:
-        """The answers, in the order of the requests."""
+        """One response per request, in the same order."""
 
     def __init__(
         self,
@@ -629,7 +635,7 @@ Global___BatchVerifyResponse: _TypeAlias = BatchVerifyResponse  # noqa: Y015
 
 @_typing.final
 class WatchRequest(_message.Message):
-    """Request of TokenService.Watch, sent again and again on its stream."""
+    """Request of TokenService.Watch. The client sends many on one stream."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -638,24 +644,25 @@ class WatchRequest(_message.Message):
     RELEASED_FIELD_NUMBER: _builtins.int
     MARK_FIELD_NUMBER: _builtins.int
     applied_revision: _builtins.int
-    """The latest revision that the client has applied: it remembers no verdict
-    that an invalidation up to this one has changed. 0 in the first message of
-    a client with an empty memory. Sent at once after each invalidation and
-    each reset, since Deletes wait for it.
+    """The latest revision that the client has applied: its cache has no verdict
+    that an invalidation up to this revision changed. 0 in the first message of
+    a client with an empty cache. The client sends it immediately after each
+    invalidation and each reset, because Deletes wait for it.
     """
     number: _builtins.int
-    """Asks for a grant, which answers with this number. Rising on a stream. The
-    client keeps the moment at which it sent it. 0 asks for none.
+    """Asks for a grant, which repeats this number. Numbers increase on a stream.
+    The client keeps the time at which it sent the number. 0 asks for no grant.
     """
     released: _builtins.bool
-    """The client no longer answers under this stream's grants, for good. The
-    server ends the stream, and no Delete waits for its grants to run out.
+    """States that the client has permanently stopped answering under this
+    stream's grants. The server ends the stream, and no Delete waits for the
+    grants to expire.
     """
     mark: _builtins.int
     """The mark of `applied_revision`, as the server sent it. 0 with revision 0.
-    A position that the server does not find in its history is answered with a
-    Reset. A client that sends no marks receives no grant, or one if it begins
-    with revision 0.
+    The server answers a position that is not in its history with a Reset. A
+    client that sends no marks receives no grant, or only one if it begins with
+    revision 0.
     """
     def __init__(
         self,
@@ -685,19 +692,19 @@ class WatchResponse(_message.Message):
     CLOSING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def invalidation(self) -> Global___Invalidation:
-        """Tokens whose remembered verdicts no longer hold."""
+        """Names tokens whose cached verdicts are no longer correct."""
 
     @_builtins.property
     def grant(self) -> Global___Grant:
-        """Permission to answer from memory for a while."""
+        """Permits the client to answer from its cache for a while."""
 
     @_builtins.property
     def reset(self) -> Global___Reset:
-        """All remembered verdicts have to go."""
+        """Requires the client to drop all cached verdicts."""
 
     @_builtins.property
     def closing(self) -> Global___Closing:
-        """The client has to move to another Watch."""
+        """Requires the client to move to another Watch."""
 
     def __init__(
         self,
@@ -719,7 +726,7 @@ Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
 
 @_typing.final
 class Invalidation(_message.Message):
-    """Names tokens whose remembered verdicts no longer hold."""
+    """Names tokens whose cached verdicts are no longer correct."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -727,10 +734,10 @@ class Invalidation(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     MARK_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The client has applied this revision once it has dropped these tokens."""
+    """The revision that the client has applied once it has dropped these tokens."""
     mark: _builtins.int
-    """The mark of `revision`. If the client knows another mark for the revision,
-    it follows another history: it drops all verdicts and its lease, and
+    """The mark of `revision`. If the client knows another mark for this revision,
+    it follows another history. It then drops all verdicts and its lease, and
     reports revision 0 and mark 0.
     """
     @_builtins.property
@@ -754,7 +761,7 @@ Global___Invalidation: _TypeAlias = Invalidation  # noqa: Y015
 
 @_typing.final
 class Grant(_message.Message):
-    """Permits a client to answer from memory."""
+    """Permits a client to answer from its cache."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -763,20 +770,20 @@ class Grant(_message.Message):
     LEASE_DURATION_FIELD_NUMBER: _builtins.int
     MARK_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """Every invalidation up to this revision came before on the stream. The
-    client ignores a grant for a position that it does not know. A grant does
-    not say that the server has heard a confirmation.
+    """The server has sent every invalidation up to this revision before the
+    grant. The client ignores a grant for a position that it does not know. A
+    grant does not confirm that the server has received a confirmation.
     """
     number: _builtins.int
-    """The number of the request that this answers."""
+    """The number of the request for this grant."""
     mark: _builtins.int
     """The mark of `revision`."""
     @_builtins.property
     def lease_duration(self) -> _duration_pb2.Duration:
-        """How long the client may answer from memory, counted on its own clock from
-        before it sent the request of this number, less a thousandth for clocks that
-        run at different rates. A clock that stands still while the machine
-        sleeps will not do.
+        """How long the client may answer from its cache, measured on its own clock
+        from before it sent the request with this number. The client subtracts a
+        thousandth, because clocks run at different rates. Its clock must not stop
+        while the machine sleeps.
         """
 
     def __init__(
@@ -797,9 +804,10 @@ Global___Grant: _TypeAlias = Grant  # noqa: Y015
 
 @_typing.final
 class Reset(_message.Message):
-    """Tells a client to start over: it follows another history than the server, or
-    the server cannot name all that the client has missed. The client drops all
-    verdicts and its lease, leaves its other streams, and confirms this position.
+    """Requires a client to start over: it follows another history than the server,
+    or the server cannot name all invalidations that the client has missed. The
+    client drops all verdicts and its lease, leaves its other streams, and
+    confirms this position.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -807,8 +815,8 @@ class Reset(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     MARK_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The client has applied this revision once its memory is empty. It may be
-    lower than what the client had applied.
+    """The revision that the client has applied once its cache is empty. It may be
+    lower than the one that the client had applied before.
     """
     mark: _builtins.int
     """The mark of `revision`."""
@@ -828,10 +836,11 @@ Global___Reset: _TypeAlias = Reset  # noqa: Y015
 
 @_typing.final
 class Closing(_message.Message):
-    """Tells a client that this stream grants no more: the server is about to stop,
-    or the stream is old, and clients are to be spread over servers anew. The
-    client opens another Watch, on a new connection, answers under this one's
-    last grant until the other one's first, and then sends `released` here.
+    """Announces that this stream sends no more grants: the server is about to stop,
+    or the stream is old and its client should reconnect, so that clients spread
+    over the servers. The client opens another Watch on a new connection. It
+    answers under the last grant of this stream until the first grant of the
+    other one, and then sends `released` here.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -27,19 +27,19 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TokenServiceStub:
-    """Manages the API tokens of accounts, and tells internal services whether a
-    presented token may do what it asks.
+    """Manages the API tokens of accounts, and verifies for internal services that a
+    presented secret may do what its holder asks.
 
-    Every failure is a status with google.rpc.ErrorInfo (domain "latchkey").
-    INVALID_ARGUMENT carries google.rpc.BadRequest, UNAVAILABLE and
-    RESOURCE_EXHAUSTED carry google.rpc.RetryInfo. No status, log line or
+    Reports every failure as a status with google.rpc.ErrorInfo (domain
+    "latchkey"). INVALID_ARGUMENT includes google.rpc.BadRequest. UNAVAILABLE and
+    RESOURCE_EXHAUSTED include google.rpc.RetryInfo. No status, log line or
     message other than CreateResponse ever contains a secret.
 
-    Beside the errors that are named at it, each method may answer
-    UNAUTHENTICATED or PERMISSION_DENIED where a policy says who may call,
-    RESOURCE_EXHAUSTED when too much is asked, by this caller or by all, and
-    INTERNAL for a fault of the service. docs/errors.md has all the reasons in
-    ErrorInfo, when they are given and what to do.
+    Besides the errors listed for each method, any method may return
+    UNAUTHENTICATED or PERMISSION_DENIED if a policy restricts callers,
+    RESOURCE_EXHAUSTED if this caller or all callers together send too many
+    calls, and INTERNAL for a fault of the service. docs/errors.md lists every
+    reason that ErrorInfo can contain, its cause and what to do.
     """
 
     @_typing.overload
@@ -47,163 +47,165 @@ class TokenServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TokenServiceAsyncStub: ...
     Create: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.CreateRequest, _token_service_pb2.CreateResponse]
-    """Creates a token and returns its secret, which is never shown again.
+    """Creates a token and returns its secret, which no other call returns.
 
-    Not idempotent: when the answer is lost, the token may exist. Find it by
+    Not idempotent: if the response is lost, the token may exist. Find it by
     name with List, and Delete it before creating it again.
-    Errors: INVALID_ARGUMENT; ALREADY_EXISTS when a live token of the account
-    has the name (letter case is ignored); UNAVAILABLE.
+    Errors: INVALID_ARGUMENT; ALREADY_EXISTS if a live token of the account has
+    the same name, ignoring letter case; UNAVAILABLE.
     """
     Get: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.GetRequest, _token_service_pb2.GetResponse]
-    """Returns one live token. No side effects; safe to retry.
-    Errors: INVALID_ARGUMENT; NOT_FOUND when the account has no such live
-    token, or it belongs to another account; UNAVAILABLE.
+    """Returns one live token. Has no side effects and is safe to retry.
+    Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no live token with
+    this id, also if the token belongs to another account; UNAVAILABLE.
     """
     List: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.ListRequest, _token_service_pb2.ListResponse]
-    """Lists the live tokens of an account, newest first. No side effects; safe
-    to retry. A page of more than 200 may be larger than the usual limit of
-    4 MiB on messages.
+    """Lists the live tokens of an account, newest first. Has no side effects and
+    is safe to retry. A page of more than 200 tokens may exceed gRPC's default
+    message limit of 4 MiB.
     Errors: INVALID_ARGUMENT; UNAVAILABLE.
     """
     Delete: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.DeleteRequest, _token_service_pb2.DeleteResponse]
-    """Deletes a token for good. When this answers OK, no verify that starts
-    afterwards answers VALID for it, anywhere: it waits until every verifier
-    has confirmed, or can no longer answer from memory. With healthy verifiers
-    that takes milliseconds (without notifications a third of a lease), else
-    at most the longest lease of all servers (LATCHKEY_LEASE_SECONDS, 3 s
-    unless set) and half a second. Deleting a deleted token again answers with
-    the same receipt, so a retry is safe, until its tombstone is removed.
-    Errors: INVALID_ARGUMENT; NOT_FOUND when the account never had the token;
-    UNAVAILABLE, after which the deletion may or may not stand: retry. With
-    the reason DELETION_NOT_CONFIRMED it stands, but the deadline was too short
-    for the wait: retry for the receipt.
+    """Deletes a token permanently. After this returns OK, no verify that starts
+    anywhere answers VALID for the token: the call waits until every verifier
+    has confirmed the deletion or can no longer answer from its cache. With
+    healthy verifiers, that takes milliseconds (without notifications, a third
+    of a lease). Otherwise it takes at most the longest lease of all servers
+    (LATCHKEY_LEASE_SECONDS, 3 s by default) plus half a second. Deleting a
+    deleted token returns the same receipt until the tombstone is removed, so a
+    retry is safe.
+    Errors: INVALID_ARGUMENT; NOT_FOUND if the account never had the token;
+    UNAVAILABLE, after which the deletion may or may not stand: retry. With the
+    reason DELETION_NOT_CONFIRMED, the deletion stands, but the deadline was
+    too short for the wait: retry to get the receipt.
     """
     Verify: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.VerifyRequest, _token_service_pb2.VerifyResponse]
-    """Verifies a presented secret. Whatever the holder presented, the answer is
-    a verdict and not an error. No side effects; safe to retry.
-    Errors: UNAVAILABLE or RESOURCE_EXHAUSTED when there is no safe answer;
+    """Verifies a presented secret. Returns a verdict, not an error, for any
+    string. Has no side effects and is safe to retry.
+    Errors: UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible;
     treat both as "not allowed".
     """
     BatchVerify: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.BatchVerifyRequest, _token_service_pb2.BatchVerifyResponse]
-    """Verifies up to 1,000 secrets at the cost of one look-up. No side effects;
-    safe to retry. The answer holds each token with its labels, up to 21 MB:
-    a client whose limit on messages is the usual 4 MiB raises it, or asks for
-    at most 200 at a time.
-    Errors: INVALID_ARGUMENT when there are none or too many requests; else
-    as Verify.
+    """Verifies up to 1,000 secrets with one look-up. Has no side effects and is
+    safe to retry. The response contains each token with its labels, up to
+    21 MB. A client with gRPC's default message limit of 4 MiB must raise the
+    limit or send at most 200 requests at a time.
+    Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
+    those of Verify.
     """
     Watch: _grpc.StreamStreamMultiCallable[_token_service_pb2.WatchRequest, _token_service_pb2.WatchResponse]
-    """Lets a client answer verifies from its own memory, under a lease that the
-    server grants for a few seconds at a time and that the client asks for
-    again and again. Meant for client libraries, not for people.
+    """Lets a client answer verifies from its own cache, under a lease that the
+    server grants for a few seconds at a time and that the client keeps
+    renewing. Intended for client libraries.
 
-    The client sends what it has applied and asks for grants; the server sends
-    invalidations as they come, and each grant after every invalidation up to
-    its revision. The fields say what the client does; docs/protocol.md has
-    the whole protocol, and conformance cases. A client that breaks off, or falls silent, delays a
-    Delete until its last grant has run out, and nothing else.
-    Errors: UNAVAILABLE when this server is stopping or cannot grant, try
-    another one; FAILED_PRECONDITION when it has its memory switched off, or
-    the policy limits the caller to accounts; RESOURCE_EXHAUSTED when it has
-    too many clients; DEADLINE_EXCEEDED when the client has been silent for
-    long.
+    The client reports the position that it has applied and asks for grants.
+    The server sends invalidations as they happen, and sends each grant after
+    every invalidation up to the grant's revision. The fields describe what the
+    client must do; docs/protocol.md describes the whole protocol and its
+    conformance cases. A client that disconnects or falls silent delays Deletes
+    until its last grant has expired, and has no other effect.
+    Errors: UNAVAILABLE if this server is stopping or cannot grant leases: try
+    another server; FAILED_PRECONDITION if its cache is turned off, or if the
+    policy limits the caller to certain accounts; RESOURCE_EXHAUSTED if it has
+    too many clients; DEADLINE_EXCEEDED if the client was silent for too long.
     """
 
 @_typing.type_check_only
 class TokenServiceAsyncStub(TokenServiceStub):
-    """Manages the API tokens of accounts, and tells internal services whether a
-    presented token may do what it asks.
+    """Manages the API tokens of accounts, and verifies for internal services that a
+    presented secret may do what its holder asks.
 
-    Every failure is a status with google.rpc.ErrorInfo (domain "latchkey").
-    INVALID_ARGUMENT carries google.rpc.BadRequest, UNAVAILABLE and
-    RESOURCE_EXHAUSTED carry google.rpc.RetryInfo. No status, log line or
+    Reports every failure as a status with google.rpc.ErrorInfo (domain
+    "latchkey"). INVALID_ARGUMENT includes google.rpc.BadRequest. UNAVAILABLE and
+    RESOURCE_EXHAUSTED include google.rpc.RetryInfo. No status, log line or
     message other than CreateResponse ever contains a secret.
 
-    Beside the errors that are named at it, each method may answer
-    UNAUTHENTICATED or PERMISSION_DENIED where a policy says who may call,
-    RESOURCE_EXHAUSTED when too much is asked, by this caller or by all, and
-    INTERNAL for a fault of the service. docs/errors.md has all the reasons in
-    ErrorInfo, when they are given and what to do.
+    Besides the errors listed for each method, any method may return
+    UNAUTHENTICATED or PERMISSION_DENIED if a policy restricts callers,
+    RESOURCE_EXHAUSTED if this caller or all callers together send too many
+    calls, and INTERNAL for a fault of the service. docs/errors.md lists every
+    reason that ErrorInfo can contain, its cause and what to do.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Create: _aio.UnaryUnaryMultiCallable[_token_service_pb2.CreateRequest, _token_service_pb2.CreateResponse]  # type: ignore[assignment]
-    """Creates a token and returns its secret, which is never shown again.
+    """Creates a token and returns its secret, which no other call returns.
 
-    Not idempotent: when the answer is lost, the token may exist. Find it by
+    Not idempotent: if the response is lost, the token may exist. Find it by
     name with List, and Delete it before creating it again.
-    Errors: INVALID_ARGUMENT; ALREADY_EXISTS when a live token of the account
-    has the name (letter case is ignored); UNAVAILABLE.
+    Errors: INVALID_ARGUMENT; ALREADY_EXISTS if a live token of the account has
+    the same name, ignoring letter case; UNAVAILABLE.
     """
     Get: _aio.UnaryUnaryMultiCallable[_token_service_pb2.GetRequest, _token_service_pb2.GetResponse]  # type: ignore[assignment]
-    """Returns one live token. No side effects; safe to retry.
-    Errors: INVALID_ARGUMENT; NOT_FOUND when the account has no such live
-    token, or it belongs to another account; UNAVAILABLE.
+    """Returns one live token. Has no side effects and is safe to retry.
+    Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no live token with
+    this id, also if the token belongs to another account; UNAVAILABLE.
     """
     List: _aio.UnaryUnaryMultiCallable[_token_service_pb2.ListRequest, _token_service_pb2.ListResponse]  # type: ignore[assignment]
-    """Lists the live tokens of an account, newest first. No side effects; safe
-    to retry. A page of more than 200 may be larger than the usual limit of
-    4 MiB on messages.
+    """Lists the live tokens of an account, newest first. Has no side effects and
+    is safe to retry. A page of more than 200 tokens may exceed gRPC's default
+    message limit of 4 MiB.
     Errors: INVALID_ARGUMENT; UNAVAILABLE.
     """
     Delete: _aio.UnaryUnaryMultiCallable[_token_service_pb2.DeleteRequest, _token_service_pb2.DeleteResponse]  # type: ignore[assignment]
-    """Deletes a token for good. When this answers OK, no verify that starts
-    afterwards answers VALID for it, anywhere: it waits until every verifier
-    has confirmed, or can no longer answer from memory. With healthy verifiers
-    that takes milliseconds (without notifications a third of a lease), else
-    at most the longest lease of all servers (LATCHKEY_LEASE_SECONDS, 3 s
-    unless set) and half a second. Deleting a deleted token again answers with
-    the same receipt, so a retry is safe, until its tombstone is removed.
-    Errors: INVALID_ARGUMENT; NOT_FOUND when the account never had the token;
-    UNAVAILABLE, after which the deletion may or may not stand: retry. With
-    the reason DELETION_NOT_CONFIRMED it stands, but the deadline was too short
-    for the wait: retry for the receipt.
+    """Deletes a token permanently. After this returns OK, no verify that starts
+    anywhere answers VALID for the token: the call waits until every verifier
+    has confirmed the deletion or can no longer answer from its cache. With
+    healthy verifiers, that takes milliseconds (without notifications, a third
+    of a lease). Otherwise it takes at most the longest lease of all servers
+    (LATCHKEY_LEASE_SECONDS, 3 s by default) plus half a second. Deleting a
+    deleted token returns the same receipt until the tombstone is removed, so a
+    retry is safe.
+    Errors: INVALID_ARGUMENT; NOT_FOUND if the account never had the token;
+    UNAVAILABLE, after which the deletion may or may not stand: retry. With the
+    reason DELETION_NOT_CONFIRMED, the deletion stands, but the deadline was
+    too short for the wait: retry to get the receipt.
     """
     Verify: _aio.UnaryUnaryMultiCallable[_token_service_pb2.VerifyRequest, _token_service_pb2.VerifyResponse]  # type: ignore[assignment]
-    """Verifies a presented secret. Whatever the holder presented, the answer is
-    a verdict and not an error. No side effects; safe to retry.
-    Errors: UNAVAILABLE or RESOURCE_EXHAUSTED when there is no safe answer;
+    """Verifies a presented secret. Returns a verdict, not an error, for any
+    string. Has no side effects and is safe to retry.
+    Errors: UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible;
     treat both as "not allowed".
     """
     BatchVerify: _aio.UnaryUnaryMultiCallable[_token_service_pb2.BatchVerifyRequest, _token_service_pb2.BatchVerifyResponse]  # type: ignore[assignment]
-    """Verifies up to 1,000 secrets at the cost of one look-up. No side effects;
-    safe to retry. The answer holds each token with its labels, up to 21 MB:
-    a client whose limit on messages is the usual 4 MiB raises it, or asks for
-    at most 200 at a time.
-    Errors: INVALID_ARGUMENT when there are none or too many requests; else
-    as Verify.
+    """Verifies up to 1,000 secrets with one look-up. Has no side effects and is
+    safe to retry. The response contains each token with its labels, up to
+    21 MB. A client with gRPC's default message limit of 4 MiB must raise the
+    limit or send at most 200 requests at a time.
+    Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
+    those of Verify.
     """
     Watch: _aio.StreamStreamMultiCallable[_token_service_pb2.WatchRequest, _token_service_pb2.WatchResponse]  # type: ignore[assignment]
-    """Lets a client answer verifies from its own memory, under a lease that the
-    server grants for a few seconds at a time and that the client asks for
-    again and again. Meant for client libraries, not for people.
+    """Lets a client answer verifies from its own cache, under a lease that the
+    server grants for a few seconds at a time and that the client keeps
+    renewing. Intended for client libraries.
 
-    The client sends what it has applied and asks for grants; the server sends
-    invalidations as they come, and each grant after every invalidation up to
-    its revision. The fields say what the client does; docs/protocol.md has
-    the whole protocol, and conformance cases. A client that breaks off, or falls silent, delays a
-    Delete until its last grant has run out, and nothing else.
-    Errors: UNAVAILABLE when this server is stopping or cannot grant, try
-    another one; FAILED_PRECONDITION when it has its memory switched off, or
-    the policy limits the caller to accounts; RESOURCE_EXHAUSTED when it has
-    too many clients; DEADLINE_EXCEEDED when the client has been silent for
-    long.
+    The client reports the position that it has applied and asks for grants.
+    The server sends invalidations as they happen, and sends each grant after
+    every invalidation up to the grant's revision. The fields describe what the
+    client must do; docs/protocol.md describes the whole protocol and its
+    conformance cases. A client that disconnects or falls silent delays Deletes
+    until its last grant has expired, and has no other effect.
+    Errors: UNAVAILABLE if this server is stopping or cannot grant leases: try
+    another server; FAILED_PRECONDITION if its cache is turned off, or if the
+    policy limits the caller to certain accounts; RESOURCE_EXHAUSTED if it has
+    too many clients; DEADLINE_EXCEEDED if the client was silent for too long.
     """
 
 class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Manages the API tokens of accounts, and tells internal services whether a
-    presented token may do what it asks.
+    """Manages the API tokens of accounts, and verifies for internal services that a
+    presented secret may do what its holder asks.
 
-    Every failure is a status with google.rpc.ErrorInfo (domain "latchkey").
-    INVALID_ARGUMENT carries google.rpc.BadRequest, UNAVAILABLE and
-    RESOURCE_EXHAUSTED carry google.rpc.RetryInfo. No status, log line or
+    Reports every failure as a status with google.rpc.ErrorInfo (domain
+    "latchkey"). INVALID_ARGUMENT includes google.rpc.BadRequest. UNAVAILABLE and
+    RESOURCE_EXHAUSTED include google.rpc.RetryInfo. No status, log line or
     message other than CreateResponse ever contains a secret.
 
-    Beside the errors that are named at it, each method may answer
-    UNAUTHENTICATED or PERMISSION_DENIED where a policy says who may call,
-    RESOURCE_EXHAUSTED when too much is asked, by this caller or by all, and
-    INTERNAL for a fault of the service. docs/errors.md has all the reasons in
-    ErrorInfo, when they are given and what to do.
+    Besides the errors listed for each method, any method may return
+    UNAUTHENTICATED or PERMISSION_DENIED if a policy restricts callers,
+    RESOURCE_EXHAUSTED if this caller or all callers together send too many
+    calls, and INTERNAL for a fault of the service. docs/errors.md lists every
+    reason that ErrorInfo can contain, its cause and what to do.
     """
 
     @_abc_1.abstractmethod
@@ -212,12 +214,12 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _token_service_pb2.CreateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.CreateResponse, _abc.Awaitable[_token_service_pb2.CreateResponse]]:
-        """Creates a token and returns its secret, which is never shown again.
+        """Creates a token and returns its secret, which no other call returns.
 
-        Not idempotent: when the answer is lost, the token may exist. Find it by
+        Not idempotent: if the response is lost, the token may exist. Find it by
         name with List, and Delete it before creating it again.
-        Errors: INVALID_ARGUMENT; ALREADY_EXISTS when a live token of the account
-        has the name (letter case is ignored); UNAVAILABLE.
+        Errors: INVALID_ARGUMENT; ALREADY_EXISTS if a live token of the account has
+        the same name, ignoring letter case; UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod
@@ -226,9 +228,9 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _token_service_pb2.GetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.GetResponse, _abc.Awaitable[_token_service_pb2.GetResponse]]:
-        """Returns one live token. No side effects; safe to retry.
-        Errors: INVALID_ARGUMENT; NOT_FOUND when the account has no such live
-        token, or it belongs to another account; UNAVAILABLE.
+        """Returns one live token. Has no side effects and is safe to retry.
+        Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no live token with
+        this id, also if the token belongs to another account; UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod
@@ -237,9 +239,9 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _token_service_pb2.ListRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.ListResponse, _abc.Awaitable[_token_service_pb2.ListResponse]]:
-        """Lists the live tokens of an account, newest first. No side effects; safe
-        to retry. A page of more than 200 may be larger than the usual limit of
-        4 MiB on messages.
+        """Lists the live tokens of an account, newest first. Has no side effects and
+        is safe to retry. A page of more than 200 tokens may exceed gRPC's default
+        message limit of 4 MiB.
         Errors: INVALID_ARGUMENT; UNAVAILABLE.
         """
 
@@ -249,17 +251,18 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _token_service_pb2.DeleteRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.DeleteResponse, _abc.Awaitable[_token_service_pb2.DeleteResponse]]:
-        """Deletes a token for good. When this answers OK, no verify that starts
-        afterwards answers VALID for it, anywhere: it waits until every verifier
-        has confirmed, or can no longer answer from memory. With healthy verifiers
-        that takes milliseconds (without notifications a third of a lease), else
-        at most the longest lease of all servers (LATCHKEY_LEASE_SECONDS, 3 s
-        unless set) and half a second. Deleting a deleted token again answers with
-        the same receipt, so a retry is safe, until its tombstone is removed.
-        Errors: INVALID_ARGUMENT; NOT_FOUND when the account never had the token;
-        UNAVAILABLE, after which the deletion may or may not stand: retry. With
-        the reason DELETION_NOT_CONFIRMED it stands, but the deadline was too short
-        for the wait: retry for the receipt.
+        """Deletes a token permanently. After this returns OK, no verify that starts
+        anywhere answers VALID for the token: the call waits until every verifier
+        has confirmed the deletion or can no longer answer from its cache. With
+        healthy verifiers, that takes milliseconds (without notifications, a third
+        of a lease). Otherwise it takes at most the longest lease of all servers
+        (LATCHKEY_LEASE_SECONDS, 3 s by default) plus half a second. Deleting a
+        deleted token returns the same receipt until the tombstone is removed, so a
+        retry is safe.
+        Errors: INVALID_ARGUMENT; NOT_FOUND if the account never had the token;
+        UNAVAILABLE, after which the deletion may or may not stand: retry. With the
+        reason DELETION_NOT_CONFIRMED, the deletion stands, but the deadline was
+        too short for the wait: retry to get the receipt.
         """
 
     @_abc_1.abstractmethod
@@ -268,9 +271,9 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _token_service_pb2.VerifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.VerifyResponse, _abc.Awaitable[_token_service_pb2.VerifyResponse]]:
-        """Verifies a presented secret. Whatever the holder presented, the answer is
-        a verdict and not an error. No side effects; safe to retry.
-        Errors: UNAVAILABLE or RESOURCE_EXHAUSTED when there is no safe answer;
+        """Verifies a presented secret. Returns a verdict, not an error, for any
+        string. Has no side effects and is safe to retry.
+        Errors: UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible;
         treat both as "not allowed".
         """
 
@@ -280,12 +283,12 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _token_service_pb2.BatchVerifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.BatchVerifyResponse, _abc.Awaitable[_token_service_pb2.BatchVerifyResponse]]:
-        """Verifies up to 1,000 secrets at the cost of one look-up. No side effects;
-        safe to retry. The answer holds each token with its labels, up to 21 MB:
-        a client whose limit on messages is the usual 4 MiB raises it, or asks for
-        at most 200 at a time.
-        Errors: INVALID_ARGUMENT when there are none or too many requests; else
-        as Verify.
+        """Verifies up to 1,000 secrets with one look-up. Has no side effects and is
+        safe to retry. The response contains each token with its labels, up to
+        21 MB. A client with gRPC's default message limit of 4 MiB must raise the
+        limit or send at most 200 requests at a time.
+        Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
+        those of Verify.
         """
 
     @_abc_1.abstractmethod
@@ -294,20 +297,20 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_token_service_pb2.WatchRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_token_service_pb2.WatchResponse], _abc.AsyncIterator[_token_service_pb2.WatchResponse]]:
-        """Lets a client answer verifies from its own memory, under a lease that the
-        server grants for a few seconds at a time and that the client asks for
-        again and again. Meant for client libraries, not for people.
+        """Lets a client answer verifies from its own cache, under a lease that the
+        server grants for a few seconds at a time and that the client keeps
+        renewing. Intended for client libraries.
 
-        The client sends what it has applied and asks for grants; the server sends
-        invalidations as they come, and each grant after every invalidation up to
-        its revision. The fields say what the client does; docs/protocol.md has
-        the whole protocol, and conformance cases. A client that breaks off, or falls silent, delays a
-        Delete until its last grant has run out, and nothing else.
-        Errors: UNAVAILABLE when this server is stopping or cannot grant, try
-        another one; FAILED_PRECONDITION when it has its memory switched off, or
-        the policy limits the caller to accounts; RESOURCE_EXHAUSTED when it has
-        too many clients; DEADLINE_EXCEEDED when the client has been silent for
-        long.
+        The client reports the position that it has applied and asks for grants.
+        The server sends invalidations as they happen, and sends each grant after
+        every invalidation up to the grant's revision. The fields describe what the
+        client must do; docs/protocol.md describes the whole protocol and its
+        conformance cases. A client that disconnects or falls silent delays Deletes
+        until its last grant has expired, and has no other effect.
+        Errors: UNAVAILABLE if this server is stopping or cannot grant leases: try
+        another server; FAILED_PRECONDITION if its cache is turned off, or if the
+        policy limits the caller to certain accounts; RESOURCE_EXHAUSTED if it has
+        too many clients; DEADLINE_EXCEEDED if the client was silent for too long.
         """
 
 def add_TokenServiceServicer_to_server(servicer: TokenServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

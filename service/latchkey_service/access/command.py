@@ -7,7 +7,7 @@ from pathlib import Path
 from latchkey_service.access.credentials import mint, policy_digest
 from latchkey_service.access.policy import PolicyError, is_name, parse
 from latchkey_service.access.policy_file import read_text
-from latchkey_service.settings import settings as config
+from latchkey_service.settings import settings
 
 __all__ = ["run"]
 
@@ -68,12 +68,12 @@ def _new_caller(name: str) -> int:
 def _check_configured() -> int:
     """Check the file that the service would read, as set in the environment or a .env file."""
     try:
-        path = config.load(together=False).policy
-    except config.ConfigError as error:
+        path = settings.load(together=False).policy
+    except settings.ConfigError as error:
         _print(f"latchkey: invalid settings:\n{error}")
         return 2
     if path is None:
-        _print(f"latchkey: name a file, or set {config.PREFIX}POLICY")
+        _print(f"latchkey: name a file, or set {settings.PREFIX}POLICY")
         return 2
     return _check(path)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
-from latchkey_service.postgres.connections import Pool, retrying
+from latchkey_service.postgres.connections import Pool, retry_on_conflict
 
 __all__ = ["DENIED_CODES", "AuditTable", "Cursor", "Entry", "Filter", "NewEntry"]
 
@@ -76,7 +76,7 @@ class AuditTable:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
-    @retrying
+    @retry_on_conflict
     async def insert(self, entries: Sequence[NewEntry]) -> None:
         """Insert all entries, or none."""
         async with self._pool.session() as session:
@@ -91,7 +91,7 @@ class AuditTable:
                 *(list(column) for column in zip(*entries, strict=True)),
             )
 
-    @retrying
+    @retry_on_conflict
     async def list(self, wanted: Filter, after: Cursor | None, limit: int) -> list[Entry]:
         """Return up to `limit` entries after a position, newest first."""
         conditions, arguments = _conditions(wanted, after)
@@ -110,7 +110,7 @@ class AuditTable:
             )
         return [Entry(*row) for row in rows]
 
-    @retrying
+    @retry_on_conflict
     async def purge(self, before: datetime, limit: int) -> int:
         """Delete up to `limit` entries older than `before`. Return how many were deleted."""
         async with self._pool.session() as session, session.transaction():

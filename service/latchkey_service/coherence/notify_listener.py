@@ -16,7 +16,7 @@ import asyncpg
 from latchkey_service.coherence.verifier_table import CHANNEL
 from latchkey_service.errors import StoreUnavailable, StoreUnsupported
 from latchkey_service.postgres.circuit_breaker import spread
-from latchkey_service.postgres.connections import translated
+from latchkey_service.postgres.connections import translate_errors
 from latchkey_service.settings.logs import logger
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class NotifyListener:
         """Listen and send probes until the connection fails or a probe does not arrive."""
         connection = await self._connect()
         try:
-            with translated():
+            with translate_errors():
                 await connection.add_listener(CHANNEL, self._receive)
             # Notifications from before this moment were missed.
             self._wake()

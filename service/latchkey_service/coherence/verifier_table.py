@@ -18,7 +18,13 @@ from latchkey_service.coherence.ack_rules import VerifierRow
 from latchkey_service.coherence.snapshot import POSITION_KNOWN, mark_in, mark_out
 from latchkey_service.coherence.verifier_state import Change, Log, Server
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.postgres.connections import DURABLE, Pool, durably, retrying, translated
+from latchkey_service.postgres.connections import (
+    DURABLE,
+    Pool,
+    require_durable_commit,
+    retry_on_conflict,
+    translate_errors,
+)
 
 if TYPE_CHECKING:
     import asyncpg
@@ -102,11 +108,11 @@ class Rows(NamedTuple):
     verifiers: list[VerifierRow]
 
 
-@retrying
+@retry_on_conflict
 async def read_rows(connection: "Connection", positions: Iterable[Position] = ()) -> Rows:
     """Return all verifiers' rows, and which of `positions` this database's history holds."""
     asked = list(positions)
-    with translated():
+    with translate_errors():
         rows = await connection.fetch(
             _ROWS, [p.revision for p in asked], [mark_out(p.mark) for p in asked]
         )
@@ -210,7 +216,7 @@ class OwnRow:
         self._connection = connection
         self._identity = identity
 
-    @retrying
+    @retry_on_conflict
     async def register(self, incarnation: int, *, acknowledge: bool) -> Registration:
         """Commit the row, and return the position of its history (rule 2).
 
@@ -221,7 +227,7 @@ class OwnRow:
         It changes nothing, since by then the row has a later incarnation.
         """
         identity = self._identity
-        with translated(), durably(self._connection):
+        with translate_errors(), require_durable_commit(self._connection):
             row = await self._connection.fetchrow(
                 f"""
                 INSERT INTO verifier (id, incarnation, acknowledged_revision, lease_seconds, host,
@@ -251,19 +257,19 @@ class OwnRow:
         position = Position(revision, mark_in(mark))
         return Registration(position, acknowledged, Server(identifier, timeline))
 
-    @retrying
+    @retry_on_conflict
     async def read_log(self, applied: Position) -> Log:
         """Return the log after `applied`, and whether this database's history holds `applied`.
 
         One round trip. A lease must not rest on this read: see `renew`.
         """
-        with translated():
+        with translate_errors():
             rows = await self._connection.fetch(
                 _READ_LOG, applied.revision, mark_out(applied.mark), HISTORY_MAX + 1
             )
         return _log(rows)
 
-    @retrying
+    @retry_on_conflict
     async def renew(
         self,
         incarnation: int,
@@ -279,7 +285,7 @@ class OwnRow:
         Committed as durably as deletions are: a deposed primary must not grant a lease by a commit
         that will be undone. Raises StoreUnavailable if the commit is not durable.
         """
-        with translated(), durably(self._connection):
+        with translate_errors(), require_durable_commit(self._connection):
             rows = await self._connection.fetch(
                 _RENEW,
                 applied.revision,
@@ -292,10 +298,10 @@ class OwnRow:
             )
         return rows[0][0], _log([tuple(row)[1:] for row in rows])
 
-    @retrying
+    @retry_on_conflict
     async def remove(self, incarnation: int) -> None:
         """Remove the row: neither the process nor any of its clients answers any more."""
-        with translated():
+        with translate_errors():
             await self._connection.execute(
                 "DELETE FROM verifier WHERE id = $1 AND incarnation = $2",
                 self._identity.id,
@@ -306,14 +312,14 @@ class OwnRow:
         """Return the rows of all verifiers."""
         return (await read_rows(self._connection)).verifiers
 
-    @retrying
+    @retry_on_conflict
     async def remove_dead(self, row: VerifierRow) -> bool:
         """Remove another process's row unless it was renewed. Return whether it was removed (rule
         9).
 
         Never waits for a lock: the process that holds the row's lock is using the row, or is dead.
         """
-        with translated():
+        with translate_errors():
             status = await self._connection.execute(
                 """
                 DELETE FROM verifier
@@ -344,7 +350,7 @@ class VerifierTable:
         async with self._pool.session() as session:
             await session.execute(NOTIFY, CHANNEL, str(payload))
 
-    @retrying
+    @retry_on_conflict
     async def status(self) -> Status:
         """Return the newest position and all rows, for people."""
         async with self._pool.session() as session:
@@ -364,7 +370,7 @@ class VerifierTable:
         found = [VerifierStatus(*row[2:]) for row in rows if row[2] is not None]
         return Status(Position(rows[0][0], mark_in(rows[0][1])), found)
 
-    @retrying
+    @retry_on_conflict
     async def prune_log(self, keep_seconds: float, limit: int) -> int:
         """Remove old invalidations that every verifier has acknowledged. Return how many were
         removed.

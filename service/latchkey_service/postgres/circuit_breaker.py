@@ -1,44 +1,56 @@
-"""When to try again to reach a database that is away. Pure: clock and randomness are passed in."""
+"""Decides when a process may try to connect to Postgres.
+
+Owns the state of the circuit breaker and the pauses between attempts. It does not connect: clock
+and randomness are passed in, and `connections.py` reports how each attempt ended.
+"""
 
 import enum
 import math
 from collections.abc import Callable
 
-__all__ = ["Attempt", "Reconnection", "spread"]
+__all__ = ["Attempt", "CircuitBreaker", "spread"]
 
-# While the database is away, between the end of one attempt and the next. Whoever needs a
-# connection in between fails at once instead of piling up, and service resumes this soon after
-# Postgres does.
+# Pause between failed attempts while the database is unreachable. Callers that need a connection
+# in the meantime fail at once instead of piling up, and service resumes this soon after Postgres.
 RECONNECT_SECONDS = 0.25
-# Attempts of a process under way at once: all connections that it ever has. A database that is
-# frozen leaves attempts without an answer, and those whose callers have left meanwhile still wait
-# at its door: it would meet all of them as it thaws.
+# Attempts that one process has in progress at once: as many as it ever has connections. A frozen
+# database never answers an attempt, and the attempts of callers that gave up stay in its accept
+# queue. When it thaws, it has to serve all of them.
 ATTEMPTS_MAX = 21
 
 
 def spread(seconds: float, randomness: float) -> float:
-    """Return a pause of half of `seconds` to all of it. `randomness` is in [0, 1).
+    """Return a random pause between half of `seconds` and all of it. `randomness` is in [0, 1).
 
-    Workers and hosts that lost the database at one moment do not knock in step.
+    Without jitter, workers and hosts that lost the database together would also retry together.
     """
     return seconds * (0.5 + 0.5 * randomness)
 
 
 class Attempt(enum.Enum):
-    """What an attempt to connect is."""
+    """Kind of an attempt to connect."""
 
     ORDINARY = enum.auto()
     PROBE = enum.auto()
-    """It finds out whether the database is back, for all who need it."""
+    """The single attempt that finds out, for all callers, whether the database is back."""
 
 
-class Reconnection:
-    """Tells a process whether an attempt to connect may begin.
+class _State(enum.Enum):
+    CLOSED = enum.auto()
+    """Connecting works."""
+    HALF_OPEN = enum.auto()
+    """An attempt failed, and no probe has confirmed yet that the database is unreachable."""
+    OPEN = enum.auto()
+    """A probe failed: the database is unreachable."""
 
-    As long as attempts succeed any may, up to a bound. When one has failed, the database is in
-    doubt: a connection may have been ended while it was made, and all else be well. So one attempt,
-    a probe, finds out at once, and those who come meanwhile do well to wait for it. If it fails the
-    database is away, and the next probe may begin after a pause.
+
+class CircuitBreaker:
+    """Permits or refuses attempts to connect.
+
+    While closed, it permits up to `ATTEMPTS_MAX` attempts at once. The first failure makes it half
+    open: perhaps only that connection was ended while it was being made. One probe then finds out
+    at once, and callers that arrive in the meantime should wait for its result. If the probe fails,
+    the breaker opens and permits one probe after each pause.
     """
 
     def __init__(self, clock: Callable[[], float], randomness: Callable[[], float]) -> None:
@@ -46,19 +58,20 @@ class Reconnection:
         self._randomness = randomness
         self._ordinary = 0
         self._probing = False
-        self._well = True
-        self._away = False
+        self._state = _State.CLOSED
         self._not_before = -math.inf
 
     @property
-    def in_doubt(self) -> bool:
-        """Whether it is not known yet if the database is away."""
-        return not (self._well or self._away)
+    def half_open(self) -> bool:
+        """Whether an attempt failed and it is not known yet if the database is unreachable."""
+        return self._state is _State.HALF_OPEN
 
     def begin(self) -> Attempt | None:
-        """Return what an attempt that begins now is, until `succeed` or `fail`. None: it may not
-        begin."""
-        if self._well:
+        """Start an attempt and return its kind, or None if no attempt may start now.
+
+        Report its end with `succeed` or `fail`.
+        """
+        if self._state is _State.CLOSED:
             if self._ordinary >= ATTEMPTS_MAX:
                 return None
             self._ordinary += 1
@@ -69,20 +82,21 @@ class Reconnection:
         return Attempt.PROBE
 
     def succeed(self, attempt: Attempt) -> None:
-        """Count an attempt that has led to a connection."""
+        """Record that an attempt connected, and close the breaker."""
         self._end(attempt)
-        self._well, self._away = True, False
+        self._state = _State.CLOSED
         self._not_before = -math.inf
 
     def fail(self, attempt: Attempt) -> None:
-        """Count an attempt that has led to nothing."""
+        """Record that an attempt failed."""
         self._end(attempt)
-        self._well = False
-        # Ordinary ones began before there was a doubt: what happened to the first may have happened
-        # to all of them.
         if attempt is Attempt.PROBE:
-            self._away = True
+            self._state = _State.OPEN
             self._not_before = self._clock() + spread(RECONNECT_SECONDS, self._randomness())
+        elif self._state is _State.CLOSED:
+            # Ordinary attempts began before the first failure, and one event may have ended all of
+            # them. So their failures never open the breaker; only a probe's does.
+            self._state = _State.HALF_OPEN
 
     def _end(self, attempt: Attempt) -> None:
         if attempt is Attempt.PROBE:

@@ -1,7 +1,8 @@
-"""Connections to Postgres: their bounds, and what becomes of the driver's errors.
+"""Connections to Postgres: pooling, time-outs and the translation of driver errors.
 
-Every wait on Postgres is bounded here, and every error of the driver is translated here, by class
-or SQLSTATE: nothing above knows asyncpg. The SQL is in `*_store.py` and `*_table.py`.
+Bounds every wait for Postgres and translates every driver error by class or SQLSTATE, so other
+rooms need not know asyncpg's exceptions. Does not own SQL: see `tokens/token_store.py`,
+`coherence/verifier_table.py` and `audit/audit_table.py`.
 """
 
 import asyncio
@@ -25,8 +26,8 @@ from latchkey_service.errors import (
     StoreUnavailable,
     StoreUnsupported,
 )
-from latchkey_service.postgres.circuit_breaker import Attempt, Reconnection
-from latchkey_service.postgres.hosts import NEXT, Hosts
+from latchkey_service.postgres.circuit_breaker import Attempt, CircuitBreaker
+from latchkey_service.postgres.hosts import CONNECT_ERRORS, Hosts
 from latchkey_service.postgres.sessions import GENERIC_PLAN, SETTINGS, Pooler, driver_options
 
 __all__ = [
@@ -35,26 +36,26 @@ __all__ = [
     "Pool",
     "answers",
     "connect",
-    "durably",
-    "retrying",
-    "translated",
+    "require_durable_commit",
+    "retry_on_conflict",
+    "translate_errors",
 ]
 
-# A statement of ours takes about a millisecond. Two seconds without an answer is a database that
-# is frozen or gone, and a caller is better told so than kept.
+# Our statements take about a millisecond. After two seconds without an answer, the database is
+# frozen or gone, and an error serves the caller better than a longer wait.
 STATEMENT_TIMEOUT_SECONDS = 2.0
 CONNECT_TIMEOUT_SECONDS = 1.0
-# A connection that nothing was sent on for so long is tried before it is used: a firewall may have
-# forgotten it, and a statement would wait for its whole time-out. The trial is one round trip.
+# A connection that was idle for longer is tested before use: if a firewall has forgotten it, a
+# statement would wait for its whole time-out. The test costs one round trip.
 IDLE_SECONDS = 5.0
-# Far above a round trip, and short enough that the caller still has time for a new connection.
+# Far above a round trip, and short enough to leave the caller time for a new connection.
 TRIAL_TIMEOUT_SECONDS = 0.5
-# Each call at work has one (`interceptor.CONCURRENCY_LIMITS`), and each receipt that is written
-# (`tokens.py`); two
-# are for what the process does by itself.
+# One connection for each call in progress (`interceptor.CONCURRENCY_LIMITS`), one for each receipt
+# being written (`management.CONFIRMING_MAX`), and two for background work.
 POOL_SIZE_MAX = 16
-# Transactions that undid each other are tried again this often, after a wait of up to the first of
-# these, which doubles up to the second: half a second in all, in which hundreds get through.
+# Attempts at a transaction that conflicts with others. The longest random pause between attempts
+# starts at the first delay and doubles up to the second. That takes about half a second in total,
+# enough for hundreds of transactions.
 CONFLICT_ATTEMPTS = 14
 CONFLICT_DELAY_SECONDS = 0.008
 CONFLICT_DELAY_SECONDS_MAX = 0.1
@@ -64,43 +65,44 @@ _NO_SETTINGS: Mapping[str, str] = MappingProxyType({})
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# After these nothing is known of the connection, and it is not used again.
+# After one of these errors the state of the connection is unknown, so it is not used again.
 _BROKEN = (
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,
-    asyncpg.InvalidSQLStatementNameError,  # 26000: a pooler handed it to another server session
+    asyncpg.InvalidSQLStatementNameError,  # 26000: a pooler switched server sessions
     asyncpg.DuplicatePreparedStatementError,  # 42P05: the same
     OSError,  # TimeoutError included
     asyncio.CancelledError,
     NotReplicated,  # its server may be a deposed primary
 )
 
-# For the WHERE clause of a statement that must not be lost: `AND {DURABLE}`. Its transaction's
-# commit then waits until its WAL is on disk, and on the synchronous standby where there is one,
-# even if database, role or session say otherwise. Within the statement, so that it is one round
-# trip and holds where a pooler keeps no settings. As a condition, since Postgres evaluates no
-# WITH query that nothing refers to, and writes no row whose condition it has not evaluated.
+# For the WHERE clause of a statement whose effect must not be lost: `AND {DURABLE}`. It makes the
+# commit wait until the WAL is on disk, and on the synchronous standby if there is one, whatever
+# database, role or session have configured. It is part of the statement because that costs no
+# second round trip and also works behind a pooler that keeps no settings. It is a condition because
+# Postgres skips a WITH query that nothing refers to, but writes no row before it has evaluated the
+# row's condition.
 DURABLE = """CASE WHEN current_setting('synchronous_commit') IN ('on', 'remote_apply') THEN true
      ELSE set_config('synchronous_commit', 'on', true) IS NOT NULL END"""
 
 
 class _Connection(asyncpg.Connection):
-    """A connection whose release to the pool costs no round trip: our statements leave no state."""
+    """A connection that returns to the pool without a round trip: our statements leave no state."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # When it was last known to work, by the clock that goes on while the machine is suspended.
+        # Time of its last use, on a clock that also runs while the machine is suspended.
         self.used_at = boottime()
-        # The pool's, when the attempt to connect began.
+        # The generation of the pool when the attempt to connect began.
         self.generation = 0
 
     def get_reset_query(self) -> str:
         return ""
 
     def touch(self) -> None:
-        """Note that it has just been used."""
+        """Record that the connection was just used."""
         self.used_at = boottime()
 
 
@@ -111,9 +113,9 @@ if TYPE_CHECKING:
 
 
 class Connector:
-    """Makes all of a process's connections to one database; few attempts while it is away.
+    """Makes all connections of a process to one database, with few attempts while it is down.
 
-    `pooler` is what is between the two. Belongs to the event loop that it is used on.
+    Use it on one event loop only.
     """
 
     def __init__(
@@ -126,36 +128,35 @@ class Connector:
     ) -> None:
         self._pooler: Pooler = pooler
         self._hosts = Hosts(database_url)
-        self._reconnection = Reconnection(monotonic, randomness)
+        self._breaker = CircuitBreaker(monotonic, randomness)
         self._failure: BaseException | None = None
         self._attempts: dict[asyncio.Task[Any], Attempt] = {}
 
     async def connect(self) -> "asyncpg.Connection[asyncpg.Record]":
-        """Return a connection of one's own.
+        """Return a new connection, which the caller closes.
 
-        Raises StoreUnavailable: also at once, without an attempt, where the last ones have just
-        failed.
+        Raises StoreUnavailable, without an attempt if the latest attempts have just failed.
         """
-        with translated():
+        with translate_errors():
             return await self.attempt()
 
     async def connect_for_lookups(self) -> "asyncpg.Connection[asyncpg.Record]":
-        """Return a connection that plans each statement once, for all arguments."""
-        with translated():
+        """Return a new connection that plans each statement once, for all arguments."""
+        with translate_errors():
             return await self.attempt(GENERIC_PLAN)
 
     async def attempt(
         self, settings: Mapping[str, str] = _NO_SETTINGS
     ) -> "asyncpg.Connection[asyncpg.Record]":
-        """Do the same for the pool, which wants the driver's errors. `settings` are added."""
-        while (kind := self._reconnection.begin()) is None:
+        """Do the same, but raise the driver's errors, as the pool expects. Adds `settings`."""
+        while (kind := self._breaker.begin()) is None:
             probes = [task for task, kind in self._attempts.items() if kind is Attempt.PROBE]
-            if not (self._reconnection.in_doubt and probes):
+            if not (self._breaker.half_open and probes):
                 raise StoreUnavailable(NO_ANSWER) from self._failure
-            # It takes a connect's time-out for each host at most.
+            # Takes at most one connect time-out per host.
             await asyncio.wait(probes)
-        # A task of its own: what comes of an attempt has to be known also when its caller leaves,
-        # or callers in a hurry would begin one after the other.
+        # A separate task, because the circuit breaker needs the result even if the caller leaves.
+        # Otherwise impatient callers would start one attempt after another.
         task = asyncio.create_task(
             self._hosts.connect(
                 self._settings(settings),
@@ -172,28 +173,28 @@ class Connector:
             raise
 
     def hosts(self) -> list[str]:
-        """Return the hosts of the list, each with its port where the URL has one."""
+        """Return the hosts of the URL, each with its port if the URL names one."""
         return self._hosts.names()
 
     def host_of(self, connection: "asyncpg.Connection[asyncpg.Record]") -> str:
-        """Return the host of the list that a connection was made to."""
+        """Return the host of the URL that a connection leads to."""
         return self._hosts.name_of(connection)
 
     def prove(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
-        """Ask a connection's host first from now on: a commit there was durable."""
+        """Try the host of `connection` first from now on: a commit there was durable."""
         self._hosts.prove(connection)
 
     def leave(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
-        """Ask a connection's host last from now on: no commit there succeeds."""
+        """Try the host of `connection` last from now on: commits there fail."""
         self._hosts.leave(connection)
 
     async def connect_to(self, host: str) -> "asyncpg.Connection[asyncpg.Record]":
-        """Return a connection to one host of the list, which has to be a primary.
+        """Return a new connection to one host of the URL, which must be a primary.
 
-        It is outside the bound on attempts: the caller makes one at a time. Raises
+        The bound on attempts does not cover it: the caller makes one at a time. Raises
         StoreUnavailable.
         """
-        with translated():
+        with translate_errors():
             return await self._hosts.connect_to(host, **self._options())
 
     def _options(self) -> dict[str, Any]:
@@ -206,9 +207,9 @@ class Connector:
         }
 
     def _settings(self, settings: Mapping[str, str]) -> Mapping[str, str]:
-        """Return the settings of a session with `settings`."""
+        """Return all settings of a new session, `settings` included."""
         if self._pooler == "transaction":
-            # They would reach whichever session comes next, and other programs after it.
+            # They would leak into other sessions, and into other programs.
             return {}
         timeout = {"statement_timeout": f"{round(STATEMENT_TIMEOUT_SECONDS * 1000)}ms"}
         return {**SETTINGS, **timeout, **settings}
@@ -217,26 +218,26 @@ class Connector:
         kind = self._attempts.pop(task)
         if task.cancelled() or task.exception() is not None:
             self._failure = None if task.cancelled() else task.exception()
-            self._reconnection.fail(kind)
+            self._breaker.fail(kind)
         else:
             self._failure = None
-            self._reconnection.succeed(kind)
+            self._breaker.succeed(kind)
 
 
 class Pool:
-    """A pool of connections for statements that stand alone or in short transactions."""
+    """A pool of connections for single statements and short transactions."""
 
     def __init__(self, connector: Connector) -> None:
         self._connector = connector
         self._pool: asyncpg.Pool
-        # Rises when the connections that there are may lead to the wrong server.
+        # Increases when the existing connections may lead to the wrong server.
         self._generation = 0
-        # Connections that were last used before are not used any more.
+        # The pool replaces connections that were last used before this time.
         self._doubted_until = -math.inf
 
     @classmethod
     async def open(cls, connector: Connector) -> "Pool":
-        """Return a new pool. Connects lazily, so that it opens without a database."""
+        """Return a new pool. It connects lazily, so it opens without a database."""
         pool = cls(connector)
         pool._pool = await asyncpg.create_pool(
             connect=pool._connect,
@@ -249,13 +250,13 @@ class Pool:
     async def _connect(self, *_: object, **__: object) -> "asyncpg.Connection[asyncpg.Record]":
         generation = self._generation
         connection = await self._connector.attempt()
-        # Not by its class, for which asyncpg takes every connection.
+        # Not isinstance: for asyncpg, every connection is an instance of this class.
         if hasattr(connection, "generation"):
             connection.generation = generation
         return connection
 
     async def close(self) -> None:
-        """Give up all connections, waiting a bounded time for those in use."""
+        """Close all connections, after a bounded wait for those in use."""
         try:
             async with asyncio.timeout(STATEMENT_TIMEOUT_SECONDS):
                 await self._pool.close()
@@ -263,23 +264,23 @@ class Pool:
             self._pool.terminate()
 
     def reconnect(self) -> None:
-        """Replace the connections, each when it is used next: they may lead to the wrong server.
+        """Replace each connection at its next use, because it may lead to the wrong server.
 
-        Also those in use, and those that are being made. By asyncpg's `expire_connections`, the
-        release of a connection could wait for a server that is frozen.
+        This includes connections in use and those being made. asyncpg's `expire_connections` is no
+        alternative: with it, releasing a connection could wait for a frozen server.
         """
         self._generation += 1
 
     @contextlib.asynccontextmanager
     async def session(self) -> "AsyncIterator[_Session]":
-        """Lend a connection; translate what goes wrong with it, waiting for one included."""
-        with translated():
+        """Lend a connection. Translates the errors of its use and of the wait for one."""
+        with translate_errors():
             session = await self._acquire()
             try:
                 yield session
             except _BROKEN:
-                # Else the release would wait until a frozen server has cancelled the query,
-                # or hand on a connection that is ended but has not been told so yet.
+                # Otherwise the release would wait until a frozen server has cancelled the query,
+                # or would return a dead connection to the pool.
                 session.terminate()
                 raise
             finally:
@@ -287,26 +288,26 @@ class Pool:
                 await self._pool.release(session)
 
     async def _acquire(self) -> "PoolConnectionProxy[asyncpg.Record]":
-        """Return a connection that answers, a new one if the one whose turn it is does not."""
+        """Return a connection that answers. Replaces pooled ones that do not."""
         for _ in range(POOL_SIZE_MAX):
             session = await self._pool.acquire(timeout=STATEMENT_TIMEOUT_SECONDS)
             try:
                 if self._is_trusted(session) and await answers(session):
                     return session
-                # What a firewall did to this connection it may have done to all that are idle.
-                # Else each of the next callers would wait for a trial of its own.
+                # A firewall that dropped this connection may have dropped every idle one. Testing
+                # each would make each of the next callers wait.
                 self._doubted_until = max(self._doubted_until, boottime() - IDLE_SECONDS)
             except BaseException:
                 session.terminate()
                 await self._pool.release(session)
                 raise
             session.terminate()
-            # The pool lends the place that came back last: this one, with a new connection.
+            # The pool lends the slot that was returned last: this one, with a new connection.
             await self._pool.release(session)
         raise StoreUnavailable(NO_ANSWER)
 
     def _is_trusted(self, session: "PoolConnectionProxy[asyncpg.Record]") -> bool:
-        """Tell whether nothing speaks against a connection, before it is asked."""
+        """Return whether the pool may use a connection, as far as is known without a test."""
         generation: int = getattr(session, "generation", self._generation)
         used_at: float = getattr(session, "used_at", math.inf)
         return generation == self._generation and used_at > self._doubted_until
@@ -315,24 +316,24 @@ class Pool:
 async def connect(
     database_url: str, pooler: Pooler = "none"
 ) -> "asyncpg.Connection[asyncpg.Record]":
-    """Return a connection of one's own, for once. Raises StoreUnavailable."""
+    """Return one new connection, without a `Connector` to reuse. Raises StoreUnavailable."""
     return await Connector(database_url, pooler=pooler).connect()
 
 
 async def answers(connection: "_Session") -> bool:
-    """Return whether a connection that was made here can be used, and note that it is.
+    """Return whether a connection of this module still works, and record its use.
 
-    Asks the server if the connection was idle for long, within a bound. If the answer is no, the
-    connection is of no use any more.
+    Asks the server, within a bound, if the connection was idle for long. If this returns False, the
+    caller must discard the connection.
     """
     if connection.is_closed():
         return False
-    # Not by its class, for which asyncpg takes every connection.
+    # Not isinstance: for asyncpg, every connection is an instance of this class.
     used_at = getattr(connection, "used_at", None)
     if used_at is not None and boottime() - used_at > IDLE_SECONDS:
         try:
             await connection.execute("SELECT 1", timeout=TRIAL_TIMEOUT_SECONDS)
-        except NEXT:
+        except CONNECT_ERRORS:
             return False
     _touch(connection)
     return True
@@ -344,43 +345,45 @@ def _touch(connection: "_Session") -> None:
 
 
 @contextlib.contextmanager
-def translated() -> Iterator[None]:
-    """Turn the driver's errors into the domain's. Its messages stay in `__cause__`, for the log."""
+def translate_errors() -> Iterator[None]:
+    """Turn driver errors into those of `errors.py`. `__cause__` keeps the message for the log."""
     try:
         yield
     except asyncpg.UniqueViolationError as error:
         if error.constraint_name != "token_live_name":
             raise
-        raise AlreadyExists("The account has a live token of this name.") from error
+        raise AlreadyExists("The account already has a live token with this name.") from error
     except asyncpg.FeatureNotSupportedError as error:  # 0A000
-        raise StoreUnsupported("The database does not support this.") from error
+        raise StoreUnsupported("The database engine does not support this operation.") from error
     except asyncpg.TransactionRollbackError as error:  # 40xxx: serialisation, deadlock
-        raise StoreConflict("The database is busy with others; try again shortly.") from error
+        raise StoreConflict(
+            "The transaction kept conflicting with others; try again shortly."
+        ) from error
     except (
-        asyncpg.PostgresConnectionError,  # 08xxx: broken off
+        asyncpg.PostgresConnectionError,  # 08xxx: connection lost
         asyncpg.OperatorInterventionError,  # 57xxx: shutting down, starting up, cancelled
         asyncpg.InsufficientResourcesError,  # 53xxx: too many connections, disk full
-        # 55P03: lock_timeout. 55000: the database accepts no connections, as while it is replaced;
-        # the server is a standby, which has no position in the WAL that it could report.
+        # 55P03: lock_timeout. 55000: the database accepts no connections, for example while it is
+        # being replaced, or the server is a standby, which cannot report a position in the WAL.
         asyncpg.ObjectNotInPrerequisiteStateError,
         asyncpg.ReadOnlySQLTransactionError,  # 25006: a standby, or a deposed primary
         asyncpg.InvalidAuthorizationSpecificationError,  # 28xxx: also while roles are restored
         asyncpg.InvalidCatalogNameError,  # 3D000: also while the database is restored
         asyncpg.InvalidSQLStatementNameError,  # 26000: a pooler switched to transaction mode
         asyncpg.DuplicatePreparedStatementError,  # 42P05: the same
-        asyncpg.InterfaceError,  # the driver's own word for a connection that is closing
-        asyncpg.InternalClientError,  # and for one that ended between two of its messages
+        asyncpg.InterfaceError,  # raised by the driver for a connection that is closing
+        asyncpg.InternalClientError,  # the same, if it ended between two messages
         OSError,  # TimeoutError included
     ) as error:
         raise StoreUnavailable(NO_ANSWER) from error
 
 
 @contextlib.contextmanager
-def durably(session: "_Session") -> Iterator[None]:
-    """Raise StoreUnavailable if what was committed within may be undone by a failover.
+def require_durable_commit(session: "_Session") -> Iterator[None]:
+    """Raise NotReplicated if a failover may undo a commit made inside the block.
 
-    Postgres reports a commit as done, with a warning, when its wait for the synchronous standby is
-    cancelled. A deletion, or a renewal of a lease, that only a deposed primary has is none.
+    When the wait for the synchronous standby is cancelled, Postgres reports the commit as done,
+    with a warning. A deletion or a lease renewal that only a deposed primary has is not valid.
     """
     warnings: list[str] = []
 
@@ -394,32 +397,32 @@ def durably(session: "_Session") -> Iterator[None]:
     finally:
         session.remove_log_listener(listen)
     if warnings:
-        raise NotReplicated("The database has not replicated what was written; try again.")
+        raise NotReplicated("The database did not replicate the change; try again.")
 
 
-def retrying(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
-    """Run a transaction again when it and another one undid each other (SQLSTATE 40xxx).
+def retry_on_conflict(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+    """Repeat a transaction that was rolled back because of a conflict (SQLSTATE 40xxx).
 
-    Under READ COMMITTED that hardly happens. Under SERIALIZABLE, which some engines that speak
-    Postgres' protocol do not do without, it is the usual way for one of two to lose. Nothing of
-    the transaction stands then, so that to repeat it is safe.
+    Conflicts are rare under READ COMMITTED. They are common under SERIALIZABLE, the only level of
+    some engines that speak Postgres' protocol. The rollback undid the whole transaction, so
+    repeating it is safe.
     """
 
     @functools.wraps(method)
-    async def again(*args: P.args, **kwargs: P.kwargs) -> T:
+    async def attempt_repeatedly(*args: P.args, **kwargs: P.kwargs) -> T:
         for attempt in range(CONFLICT_ATTEMPTS - 1):
             try:
                 return await method(*args, **kwargs)
             except StoreConflict:
-                # Jitter, or those that met will meet again.
+                # Random, so that the same transactions do not collide again.
                 longest = min(CONFLICT_DELAY_SECONDS * 2**attempt, CONFLICT_DELAY_SECONDS_MAX)
                 await asyncio.sleep(random.uniform(0, longest))  # noqa: S311 - a spread
         return await method(*args, **kwargs)
 
-    return again
+    return attempt_repeatedly
 
 
 def _discard(task: "asyncio.Task[Any]") -> None:
-    """Give up a connection that nobody waits for any more."""
+    """Close a connection whose caller has left."""
     if not task.cancelled() and task.exception() is None:
         task.result().terminate()

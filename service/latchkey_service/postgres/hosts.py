@@ -1,4 +1,7 @@
-"""The hosts of a database URL, one of which is the primary: which one is asked first."""
+"""Finds the primary among the hosts of a database URL.
+
+Owns the order in which hosts are tried. It does not limit or repeat attempts (`connections.py`).
+"""
 
 import asyncio
 import re
@@ -15,48 +18,48 @@ from latchkey_service.postgres import sessions
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["NEXT", "Hosts", "each_host", "lasting"]
+__all__ = ["CONNECT_ERRORS", "Hosts", "each_host", "is_permanent"]
 
-# For an attempt whose caller names no other time-out.
+# Default time-out of an attempt.
 TIMEOUT_SECONDS: Final = 5.0
-# A connection that took nearly all of its time still gets one round trip.
+# Leaves time for one round trip even if connecting took nearly the whole time-out.
 SETTINGS_SECONDS_MIN: Final = 0.1
 
 _HOSTS: Final = re.compile(r"(\w+://(?:[^/?#]*@)?)([^/?#@]*)(.*)", re.DOTALL)
-# What a host may answer, or not, that is not the primary, or is none yet. Others may be.
-NEXT: Final = (
+# Errors of a host that is not the primary, or not yet. Another host may be.
+CONNECT_ERRORS: Final = (
     OSError,  # TimeoutError included
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,
 )
 _NO_SETTINGS: Final[Mapping[str, str]] = MappingProxyType({})
-# PgBouncer reports nearly everything with SQLSTATE 08P01. These messages of its stand for what
-# passes, as a rule: Postgres is away or starting, PgBouncer is stopping or full.
+# PgBouncer reports nearly every error with SQLSTATE 08P01. These messages usually mean a transient
+# failure: Postgres is unreachable or starting, PgBouncer is stopping or full.
 _PASSING: Final = re.compile(
     r"cannot connect|login|starting up|shutting down|pause|timeout|exceeded|exhaustion|disabled"
     r"|out of memory|no more connections",
     re.IGNORECASE,
 )
-# Among those, what does not pass: a pooler's login at the server includes the reason.
+# Exceptions to those: a pooler that fails to log in at the server includes the server's reason.
 _LASTING: Final = re.compile("authentication failed|unsupported", re.IGNORECASE)
 
 
-def lasting(error: BaseException) -> bool:
-    """Return whether a failure to connect stays until a person changes something."""
+def is_permanent(error: BaseException) -> bool:
+    """Return whether a failure to connect lasts until a person changes something."""
     if isinstance(error, asyncpg.ProtocolViolationError):
         message = str(error)
         return bool(_LASTING.search(message)) or not _PASSING.search(message)
     return isinstance(
         error,
-        asyncpg.InvalidAuthorizationSpecificationError  # a wrong password included
+        asyncpg.InvalidAuthorizationSpecificationError  # includes a wrong password
         | asyncpg.InvalidCatalogNameError
         | asyncpg.ClientConfigurationError,  # the URL
     )
 
 
 def each_host(database_url: str) -> list[str]:
-    """Return a URL for each host of `database_url`, in its order."""
+    """Return one URL for each host of `database_url`, in the same order."""
     match = _HOSTS.fullmatch(database_url)
     if match is None:
         return [database_url]
@@ -65,77 +68,77 @@ def each_host(database_url: str) -> list[str]:
 
 
 class Hosts:
-    """Connects to whichever is the primary, beginning with the one that was the last time.
+    """Connects to the primary. Tries the host that was the primary last time first.
 
-    One after the other, each with the whole time-out: asyncpg (0.32) has one for all, so that a
-    host which takes connections and says nothing, or whose machine is gone, would keep it from the
-    others.
+    Tries one host after another, each with the whole time-out. asyncpg (0.32) applies one time-out
+    to all hosts, so a host that accepts connections but never answers, or whose machine is gone,
+    would keep asyncpg from reaching the others.
     """
 
     def __init__(self, database_url: str) -> None:
         self._urls = each_host(database_url)
-        # The one that a commit was durable on. Only that says which host is the primary: after a
-        # failover, the deposed one may go on saying that it is.
+        # The host of the latest durable commit. Only such a commit proves that a host is the
+        # primary: after a failover, the deposed primary may still claim to be.
         self._proved: str | None = None
         self._url_of: WeakKeyDictionary[Connection, str] = WeakKeyDictionary()
 
     def names(self) -> list[str]:
-        """Return the hosts, as the URL has them, in the order in which they are asked."""
+        """Return the hosts, spelled as in the URL, in the order in which they are tried."""
         return [_name(url) for url in self._urls]
 
     def name_of(self, connection: "Connection") -> str:
-        """Return the host that a connection was made to."""
+        """Return the host that a connection leads to."""
         return _name(self._url_of[connection])
 
     def prove(self, connection: "Connection") -> None:
-        """Ask a connection's host first, whatever other hosts say."""
+        """Try the host of `connection` first from now on, whatever other hosts claim."""
         if self._proved != (url := self._url_of[connection]):
             self._proved = url
             self._prefer(url)
 
     def leave(self, connection: "Connection") -> None:
-        """Ask a connection's host last."""
+        """Try the host of `connection` last from now on."""
         url = self._url_of[connection]
         if self._proved in (url, None):
             self._proved = None
             self._urls = [*(other for other in self._urls if other != url), url]
 
     async def connect_to(self, host: str, **options: Any) -> "Connection":
-        """Return a connection to one host, which has to be a primary. Raises what asyncpg does."""
+        """Return a connection to one host, which must be a primary. Raises asyncpg's errors."""
         for url in self._urls:
             if _name(url) == host:
                 return await self._connect(url, _NO_SETTINGS, options)
-        raise ValueError(f"{host} is not in the list")
+        raise ValueError(f"{host} is not a host of the database URL")
 
     async def connect(
         self, settings: Mapping[str, str] = _NO_SETTINGS, **options: Any
     ) -> "Connection":
-        """Return a connection to the primary, with `settings` of the session.
+        """Return a connection to the primary, with the session's `settings` applied.
 
-        `options` are asyncpg's. Their `timeout` covers connecting and the settings, at each host.
-        Raises what asyncpg does: of several failures the one that most wants to be mended.
+        `options` are asyncpg's. Their `timeout` covers connecting and the settings, per host.
+        Raises asyncpg's errors: of several failures, one that a person has to fix if there is one.
         """
         failures: list[Exception] = []
         for url in self._urls:
             try:
                 connection = await self._connect(url, settings, options)
             except asyncpg.ClientConfigurationError:
-                # The URL's or the environment's, and so of all of them.
+                # Caused by the URL or the environment, so every host would fail.
                 raise
-            except NEXT as error:
+            except CONNECT_ERRORS as error:
                 failures.append(error)
             else:
                 if self._proved is None:
                     self._prefer(url)
                 return connection
-        raise next(filter(lasting, reversed(failures)), failures[-1])
+        raise next(filter(is_permanent, reversed(failures)), failures[-1])
 
     async def _connect(
         self, url: str, settings: Mapping[str, str], options: dict[str, Any]
     ) -> "Connection":
         loop = asyncio.get_running_loop()
         end = loop.time() + options.get("timeout", TIMEOUT_SECONDS)
-        # Any, whatever the URL or the environment asks for: `prepare` refuses a standby.
+        # Overrides the URL and the environment: `prepare` rejects standbys.
         connection: Connection = await asyncpg.connect(
             url, target_session_attrs=SessionAttribute.any, **options
         )
@@ -153,6 +156,6 @@ class Hosts:
 
 
 def _name(url: str) -> str:
-    """Return the host and the port of a URL of one host, without role and password."""
+    """Return host and port of a URL with one host, without role and password."""
     match = _HOSTS.fullmatch(url)
     return match[2] if match else ""

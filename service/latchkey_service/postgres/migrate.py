@@ -1,8 +1,9 @@
-"""Bring the database to this release's schema: numbered SQL files, applied in order, each once.
+"""Brings the database to this release's schema: applies numbered SQL files in order, once each.
 
-One transaction per file, under an advisory lock that ends with it: of servers that start at once,
-one applies each file, and the others find it done. A file that was applied may not change
-afterwards, and a database that is ahead of this release is refused.
+Owns the table `schema_migration`; the SQL files own the schema. Each file runs in one transaction
+under an advisory lock that ends with the transaction. If several servers start at once, one applies
+a file and the others find it applied. An applied file must never change, and a database with
+migrations that this release does not know is rejected.
 """
 
 import asyncio
@@ -18,8 +19,8 @@ from typing import TYPE_CHECKING
 import asyncpg
 
 from latchkey_service.postgres.circuit_breaker import spread
-from latchkey_service.postgres.connections import translated
-from latchkey_service.postgres.hosts import NEXT, Hosts, lasting
+from latchkey_service.postgres.connections import translate_errors
+from latchkey_service.postgres.hosts import CONNECT_ERRORS, Hosts, is_permanent
 from latchkey_service.postgres.preflight import (
     PoolerError,
     check_pooler,
@@ -35,15 +36,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Migration", "MigrationError", "bundled", "migrate"]
 
-# Any number will do, as long as it is always the same.
+# Any number works, as long as every release uses the same one.
 ADVISORY_LOCK = 0x6C61746368  # "latch"
-# How long another server's migration is waited for, and how long this one may wait for table locks
-# before it gives up rather than queue every query behind itself.
+# Longest wait for another server's migration. Also the longest wait for a table lock: while this
+# migration waits for one, every later query on that table queues behind it.
 LOCK_TIMEOUT_SECONDS = 30
-# A schema change over a large table takes a while; past this somebody should look.
+# A schema change on a large table takes a while. After this long, a person should look.
 STATEMENT_TIMEOUT_SECONDS = 600.0
 CONNECT_TIMEOUT_SECONDS = 5.0
-# A database that starts beside the service (compose, a reboot) is given this long to come up.
+# Time for a database that starts together with the service (compose, a reboot).
 START_TIMEOUT_SECONDS = 30.0
 RETRY_SECONDS = 0.5
 SERVER_VERSION_MIN = 15
@@ -81,48 +82,48 @@ def bundled() -> "list[Migration]":
 async def migrate(
     database_url: str, migrations: "Sequence[Migration]", pooler: Pooler = "none"
 ) -> "list[Migration]":
-    """Apply what is missing and return it. Raises MigrationError and StoreUnavailable.
+    """Apply the missing migrations and return them. Raises MigrationError and StoreUnavailable.
 
-    Before that, checks that the service can work with the database through `pooler`.
+    First checks that the service can work with the database through `pooler`.
     """
     hosts = Hosts(database_url)
     connection = await _connect(hosts)
     try:
-        with translated():
+        with translate_errors():
             try:
                 with needs_transactions():
                     await _check(connection, hosts, pooler)
                     return await _apply(connection, migrations)
             except asyncpg.LockNotAvailableError as error:
                 raise MigrationError(
-                    f"a lock was not to be had in {LOCK_TIMEOUT_SECONDS} s: another migration is "
-                    "still at work, or a long transaction uses a table; try again once it has ended"
+                    f"could not get a lock within {LOCK_TIMEOUT_SECONDS} s: another migration or a "
+                    "long transaction is still running; try again when it has ended"
                 ) from error
     except PoolerError as error:
         raise MigrationError(str(error)) from error
     except asyncpg.PostgresError as error:
-        raise MigrationError(f"a migration failed, nothing of it was applied: {error}") from error
+        raise MigrationError(f"a migration failed and was rolled back: {error}") from error
     finally:
         connection.terminate()
 
 
 async def _connect(hosts: Hosts) -> "asyncpg.Connection[asyncpg.Record]":
-    """Connect, waiting for a database that is still starting."""
+    """Connect, with retries while the database starts."""
     loop = asyncio.get_running_loop()
     give_up = loop.time() + START_TIMEOUT_SECONDS
-    told = False
+    warned = False
     while True:
         try:
             connection = await _attempt(hosts)
             break
-        except NEXT as error:
-            if lasting(error):
+        except CONNECT_ERRORS as error:
+            if is_permanent(error):
                 raise MigrationError(_refusal(error)) from error
             if loop.time() > give_up:
                 message = f"cannot connect to the database: {type(error).__name__}: {error}"
                 raise MigrationError(message) from error
-            if not told:
-                told = True
+            if not warned:
+                warned = True
                 logger().warning(
                     "waiting for the database",
                     seconds_max=START_TIMEOUT_SECONDS,
@@ -132,12 +133,14 @@ async def _connect(hosts: Hosts) -> "asyncpg.Connection[asyncpg.Record]":
     version = connection.get_server_version().major
     if version < SERVER_VERSION_MIN:
         connection.terminate()
-        raise MigrationError(f"Postgres {SERVER_VERSION_MIN} or newer is needed, this is {version}")
+        raise MigrationError(
+            f"Postgres {SERVER_VERSION_MIN} or newer is required; this is {version}"
+        )
     return connection
 
 
 async def _attempt(hosts: Hosts) -> "asyncpg.Connection[asyncpg.Record]":
-    """Connect, in a way that works through any pooler and leaves nothing with it."""
+    """Connect in a way that works through any pooler and leaves no state in it."""
     return await hosts.connect(
         timeout=CONNECT_TIMEOUT_SECONDS,
         command_timeout=STATEMENT_TIMEOUT_SECONDS,
@@ -147,7 +150,7 @@ async def _attempt(hosts: Hosts) -> "asyncpg.Connection[asyncpg.Record]":
 
 
 def _refusal(error: Exception) -> str:
-    """Return what a person can do about a failure to connect that lasts."""
+    """Return the message, with advice, for a permanent failure to connect."""
     message = f"cannot connect to the database: {error}"
     if isinstance(error, asyncpg.ProtocolViolationError):
         message += (
@@ -160,7 +163,7 @@ def _refusal(error: Exception) -> str:
 async def _check(
     connection: "asyncpg.Connection[asyncpg.Record]", hosts: Hosts, pooler: Pooler
 ) -> None:
-    """Raise PoolerError if the service cannot work through the pooler; log what is unsafe."""
+    """Raise PoolerError if the service cannot work through the pooler; log unsafe settings."""
     if pooler == "none":
         await check_pooler(connection, lambda: _attempt(hosts))
     else:
@@ -199,11 +202,12 @@ async def _apply(
 
 @contextlib.asynccontextmanager
 async def _locked(connection: "asyncpg.Connection[asyncpg.Record]") -> AsyncIterator[None]:
-    """Run a transaction that no other migration overlaps.
+    """Run a transaction that does not overlap with any other migration.
 
-    Lock and bounds end with the transaction: through transaction pooling, those of a session would
-    stay with a server connection that others use. READ COMMITTED, whatever the role's default is:
-    what is read after the wait for the lock has to include what was committed during the wait.
+    Lock and time-outs end with the transaction. Behind a pooler in transaction mode, session state
+    would stay on a server connection that others use. The isolation level is READ COMMITTED,
+    whatever the role's default: reads after the wait for the lock must see the commits made
+    meanwhile.
     """
     async with connection.transaction(isolation="read_committed"):
         await connection.execute(
@@ -222,8 +226,8 @@ async def _next_migration(
     applied = {row["version"]: row["checksum"] for row in rows}
     if ahead := sorted(set(applied) - {m.version for m in migrations}):
         raise MigrationError(
-            f"the database has migration {ahead[-1]}, which this release does not know: "
-            "run the release that made it, or a newer one"
+            f"the database has migration {ahead[-1]}, which this release does not know; "
+            "run the release that applied it, or a newer one"
         )
     missing = None
     for migration in migrations:
@@ -232,6 +236,6 @@ async def _next_migration(
         elif applied[migration.version] != migration.checksum:
             raise MigrationError(
                 f"migration {migration.version:04} ({migration.name}) differs from the one that "
-                "was applied to this database; migrations never change once released"
+                "was applied to this database; a released migration must never change"
             )
     return missing

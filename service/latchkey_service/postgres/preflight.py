@@ -1,7 +1,8 @@
-"""Checks a database when the service starts: what a pooler does to sessions, and durability.
+"""Checks a database when the service starts: the pooler's mode and the durability settings.
 
-A pooler that shares server connections by transaction loses LISTEN, settings and prepared
-statements without an error. So it is recognised by what it does, not by what it reports.
+Owns detection and advice; it changes no setting. A pooler that shares server connections by
+transaction loses LISTEN, settings and prepared statements without an error. So it is recognised by
+its behaviour, not by what it reports.
 """
 
 import contextlib
@@ -25,10 +26,10 @@ __all__ = [
     "warn_of_unbounded_role",
 ]
 
-# In each round the pooler chooses a server connection three times. To remain unrecognised, one that
-# shares them by transaction would have to choose every time as if it did not.
+# In each round the pooler chooses a server connection three times. To go unnoticed, a pooler in
+# transaction mode would have to choose like one in session mode every time.
 ROUNDS: Final = 5
-# An answer takes a round trip. A pooler without a free server connection waits for minutes.
+# An answer takes one round trip. A pooler without a free server connection waits for minutes.
 ANSWER_TIMEOUT_SECONDS: Final = 5.0
 
 _BY_TRANSACTION: Final = (
@@ -46,10 +47,10 @@ _EXHAUSTED: Final = (
     f"{ATTEMPTS_MAX} connections"
 )
 _UNSAFE: Final = {
-    "fsync": "fsync is off: a crash of the database's machine can undo deletions that were "
-    "confirmed, or destroy the database",
+    "fsync": "fsync is off: a crash of the database's machine can undo "
+    "confirmed deletions, or destroy the database",
     "full_page_writes": "full_page_writes is off: a crash of the database's machine can destroy "
-    "the database, and undo deletions that were confirmed",
+    "the database or undo confirmed deletions",
 }
 
 
@@ -62,12 +63,12 @@ async def check_pooler(
 ) -> None:
     """Raise PoolerError if `connection` does not have a server session to itself.
 
-    Uses a second connection in turns with the first. Where a session belongs to its connection, the
-    first one always reaches the same server process, and the second one never does. That holds for
-    a pool of any size: a pool of one gives both the same process at once.
+    Alternates between this connection and a second one. If each connection has its own session,
+    the first always reaches the same server process and the second never reaches that one. This
+    works with a pool of any size: a pool of one gives both the same process at once.
     """
     process = await _server_process(connection)
-    # Postgres names its process to each new connection. A pooler names a number that it made up.
+    # Postgres reports its process id to a new connection. A pooler reports a made-up number.
     if process == connection.get_server_pid():
         return
     try:
@@ -91,18 +92,18 @@ async def check_pooler(
 
 @contextlib.contextmanager
 def needs_transactions() -> Iterator[None]:
-    """Raise PoolerError if the pooler ends a connection because it has begun a transaction."""
+    """Raise PoolerError if the pooler closes a connection because it began a transaction."""
     try:
         yield
     except asyncpg.PostgresConnectionError as error:
-        # PgBouncer's words. By its SQLSTATE it is a connection that was lost.
+        # PgBouncer's words; its SQLSTATE only says that the connection was lost.
         if "statement pooling" in str(error):
             raise PoolerError(_BY_STATEMENT) from error
         raise
 
 
 async def warn_of_unbounded_role(connection: "Connection") -> None:
-    """Log which bounds the role lacks. Through transaction pooling no session can set them."""
+    """Log which time-outs the role lacks. Behind transaction pooling, no session can set them."""
     rows = await connection.fetch(
         """
         SELECT name FROM pg_catalog.pg_settings
@@ -122,7 +123,7 @@ async def warn_of_unbounded_role(connection: "Connection") -> None:
 
 
 async def warn_of_lost_writes(connection: "Connection") -> None:
-    """Log if Postgres is set up to lose committed transactions in a crash."""
+    """Log settings with which Postgres may lose committed transactions in a crash."""
     rows = await connection.fetch(
         "SELECT name FROM pg_catalog.pg_settings WHERE name = ANY($1::text[]) AND setting = 'off'",
         list(_UNSAFE),

@@ -1,7 +1,8 @@
-"""Prepares a new connection to Postgres: its bounds, TCP keepalive, and that it reaches a primary.
+"""Prepares a new connection to Postgres: sets time-outs and keepalive, and rejects standbys.
 
-Bounds are set by a statement after connecting and not by start-up parameters, which PgBouncer
-refuses or drops.
+Owns the settings of a session. It does not choose the host or retry (`hosts.py`, `connections.py`).
+A statement sets the time-outs after connecting, because PgBouncer refuses or drops start-up
+parameters.
 """
 
 import socket
@@ -16,16 +17,17 @@ if TYPE_CHECKING:
 __all__ = ["GENERIC_PLAN", "SETTINGS", "Pooler", "driver_options", "prepare"]
 
 Pooler = Literal["none", "transaction"]
-"""What is between this process and Postgres. `none` covers session pooling: it looks the same."""
+"""The pooler in front of Postgres. `none` includes session pooling, which looks the same."""
 
-# A row lock is held for one commit. After this something is stuck, and the caller may retry.
+# Transactions hold a row lock for one commit. A longer wait means that something is stuck, and the
+# caller may retry.
 _LOCK_TIMEOUT: Final = "1500ms"
-# The second bound on a statement, on the server: work whose caller has left must end too. It is
-# `connections.STATEMENT_TIMEOUT_SECONDS`, which a session has in place of this.
+# The server's own bound on a statement, so that work ends even if its caller has left. Sessions get
+# `connections.STATEMENT_TIMEOUT_SECONDS` instead; this value is for roles behind a pooler.
 _STATEMENT_TIMEOUT: Final = "2s"
 _IDLE_IN_TRANSACTION_TIMEOUT: Final = "10s"
-# Postgres notices by this that a connection was closed, also while its statement waits for a lock.
-# Otherwise callers with short deadlines would pile up connections behind one row.
+# Lets Postgres notice a closed connection even while its statement waits for a lock. Without it,
+# callers with short deadlines would pile up connections behind one row.
 _CLIENT_CHECK_INTERVAL: Final = "250ms"
 
 SETTINGS: Final[dict[str, str]] = {
@@ -35,20 +37,20 @@ SETTINGS: Final[dict[str, str]] = {
     "client_connection_check_interval": _CLIENT_CHECK_INTERVAL,
     "jit": "off",
 }
-"""The settings of every session, where sessions keep settings."""
+"""Settings of every session, unless a pooler shares sessions between clients."""
 
 GENERIC_PLAN: Final[Mapping[str, str]] = {"plan_cache_mode": "force_generic_plan"}
-"""For a session that runs one statement over and over, whose plan is the same for all arguments."""
+"""For a session that repeats one statement whose plan is the same for all arguments."""
 
-# A dead peer is noticed within 60 + 4 x 15 = 120 s. Firewalls and load balancers forget idle
-# connections after 4 minutes or more as a rule, so that a probe each minute keeps them.
+# Detects a dead peer within 60 + 4 x 15 = 120 s. Firewalls and load balancers usually forget idle
+# connections after 4 minutes or more, so one probe a minute keeps the connection alive.
 KEEPALIVE_IDLE_SECONDS: Final = 60
 KEEPALIVE_INTERVAL_SECONDS: Final = 15
 KEEPALIVE_PROBES: Final = 4
-# The same bound for data that the peer never acknowledges. Linux applies it to keepalive as well.
+# The same bound for data that the peer never acknowledges. Linux also applies it to keepalive.
 USER_TIMEOUT_MS: Final = 120_000
 
-# By name: which of them exist depends on the system. macOS calls the first one TCP_KEEPALIVE.
+# By name, because the set depends on the system. macOS calls the first one TCP_KEEPALIVE.
 _TCP_OPTIONS: Final = (
     ("TCP_KEEPIDLE", KEEPALIVE_IDLE_SECONDS),
     ("TCP_KEEPALIVE", KEEPALIVE_IDLE_SECONDS),
@@ -61,8 +63,8 @@ _TCP_OPTIONS: Final = (
 def driver_options(pooler: Pooler) -> dict[str, Any]:
     """Return asyncpg's options that depend on the pooler.
 
-    In transaction mode a statement that was prepared is on a server connection which the next
-    transaction need not get.
+    In transaction mode, a prepared statement stays on one server connection, and the next
+    transaction may get another.
     """
     return {"statement_cache_size": 0} if pooler == "transaction" else {}
 
@@ -70,13 +72,13 @@ def driver_options(pooler: Pooler) -> dict[str, Any]:
 async def prepare(
     connection: "Connection",
     settings: Mapping[str, str],
-    timeout: float,  # noqa: ASYNC109 - the driver's
+    timeout: float,  # noqa: ASYNC109 - passed to the driver
 ) -> None:
     """Set keepalive and `settings` on a new connection, in one statement.
 
-    Raises TargetServerAttributeNotMatched if the server is a standby, which may be behind: it would
-    answer VALID for a token that is deleted. asyncpg's own check believes what PgBouncer reports,
-    which is what some server said when PgBouncer first connected.
+    Raises TargetServerAttributeNotMatched if the server is a standby. A standby may lag and would
+    answer VALID for a deleted token. asyncpg's own check trusts PgBouncer, which repeats what some
+    server reported when PgBouncer first connected.
     """
     keep_alive(connection)
     calls = "".join(f", set_config('{name}', '{value}', false)" for name, value in settings.items())
@@ -90,7 +92,7 @@ async def prepare(
 
 def keep_alive(connection: "Connection") -> None:
     """Turn TCP keepalive on. Does nothing on a UNIX socket."""
-    # asyncpg has no public way to its transport, nor options for keepalive.
+    # asyncpg has no public access to its transport and no options for keepalive.
     transport = connection._transport  # type: ignore[attr-defined]  # noqa: SLF001
     sock = transport.get_extra_info("socket")
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):

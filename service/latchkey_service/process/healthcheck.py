@@ -10,7 +10,7 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from latchkey_service.settings import settings as config
+from latchkey_service.settings import settings
 
 __all__ = ["main", "target"]
 
@@ -28,12 +28,12 @@ _OPTIONS: Final = (
 def main() -> int:
     """Return 0 if the service reports SERVING within 2 seconds, else 1 with a reason on stderr."""
     try:
-        address = target(config.load(together=False).listen)
+        address = target(settings.load(together=False).listen)
         with grpc.insecure_channel(address, options=_OPTIONS) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)  # its stub types lack the methods
             # Not wait_for_ready: a refused connection is a final answer.
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_SECONDS)
-    except (config.ConfigError, ValueError) as error:
+    except (settings.ConfigError, ValueError) as error:
         return _unhealthy(str(error))
     except grpc.RpcError as error:
         return _unhealthy(f"{error.code().name}: {error.details()}")

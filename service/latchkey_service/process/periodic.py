@@ -1,4 +1,7 @@
-"""What a worker does by itself: health, summaries of counts, removal of what is old."""
+"""The background tasks of a worker: health checks, warnings, log summaries and clean-up.
+
+Owns when these tasks run. It owns neither their SQL nor the lease (`coherence/lease_renewer.py`).
+"""
 
 import asyncio
 import os
@@ -13,39 +16,40 @@ from latchkey_service.postgres.circuit_breaker import spread
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.settings.logs import logger
 from latchkey_service.tokens import fleet
-from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens.token_store import TokenStore
 
 __all__ = [
     "follow_peppers",
     "follow_verifier",
+    "log_counts",
+    "log_counts_regularly",
     "prune_log",
     "purge",
     "purge_audit",
-    "summarise",
-    "tell_summary",
 ]
 
-# Health follows Postgres within this and PROBE_TIMEOUT_SECONDS; back up it comes sooner.
+# Health reports a failure of Postgres within this time plus PROBE_TIMEOUT_SECONDS, and a recovery
+# sooner.
 PROBE_SECONDS = 0.5
 PROBE_SECONDS_WHILE_DOWN = 0.1
 PROBE_TIMEOUT_SECONDS = 1.0
 SUMMARY_SECONDS = 60.0
 PURGE_SECONDS = 3_600.0
-# Small enough not to hold locks that anyone would notice.
+# Small enough that nobody notices the locks.
 PURGE_BATCH = 1_000
 PRUNE_SECONDS = 60.0
-# In leases (coherence rule 11), and at least some minutes, so that a client that was cut off for
-# a while need not begin anew.
+# The log keeps invalidations for this many leases (coherence rule 11), and for some minutes at
+# least, so that a client need not start over after a short interruption.
 KEPT_LEASES = 10
 KEPT_SECONDS_MIN = 600.0
-# Two small tables are read each time. Tokens get lost on a host that lacks a pepper, so a person
-# should hear of it soon.
+# Each check reads two small tables. A host that lacks a pepper rejects valid tokens, so the warning
+# should come soon.
 PEPPER_CHECK_SECONDS = 10.0
-# Until this process has registered, which it does as soon as the database answers.
+# Used until this process has registered, which it does as soon as the database answers.
 PEPPER_CHECK_SECONDS_AT_START = 0.5
 
 Gauges = Callable[[], Mapping[str, int]]
-"""What there is of something right now, by name: what goes up and never down is a leak."""
+"""Current sizes by name. A size that only ever rises is a leak."""
 
 
 async def follow_verifier(
@@ -53,25 +57,25 @@ async def follow_verifier(
     clock: Callable[[], float],
     set_serving: Callable[[bool], None],
 ) -> None:
-    """Keep health at whether verifies are answered that need a look-up. Ends when cancelled.
+    """Report on health whether verifies that need a look-up succeed. Runs until cancelled.
 
-    `check` does what such a verify does, on the same connection: another connection may lead to
-    another server, and be fine (coherence rule 12). It is passed its deadline, by `clock`.
+    `check` does the same as such a verify, on the same connection: another connection may lead to
+    another server and work (coherence rule 12). Its argument is its deadline, by `clock`.
     """
     log = logger()
-    # As it begins, before anybody could know.
+    # Health starts at NOT_SERVING, before the first check.
     serving = False
     while True:
         try:
             await check(clock() + PROBE_TIMEOUT_SECONDS)
             answers = True
         except Overloaded:
-            # Busy, and answering others.
+            # Busy, but answering other calls.
             answers = True
         except Unavailable:
             answers = False
         except Exception:
-            log.exception("the database answers strangely")
+            log.exception("unexpected error in the health check")
             answers = False
         if answers != serving:
             set_serving(answers)
@@ -82,10 +86,10 @@ async def follow_verifier(
 
 
 async def follow_peppers(table: VerifierTable, own_id: str) -> None:
-    """Warn when live verifiers lack a pepper that others create tokens with. Ends when cancelled.
+    """Warn if live verifiers lack a pepper that others create tokens with. Runs until cancelled.
 
-    Every worker of the fleet warns, the ones that lack the pepper and the ones that have it: a
-    person may look at the log of only one host.
+    Every worker warns, both those that lack the pepper and those that have it, because a person may
+    read the log of only one host.
     """
     loop, log = asyncio.get_running_loop(), logger()
     reports, registered = fleet.Reports(), False
@@ -95,15 +99,15 @@ async def follow_peppers(table: VerifierTable, own_id: str) -> None:
         try:
             verifiers = (await table.status()).verifiers
         except StoreUnavailable:
-            # Health and the lease report it.
+            # Health and the lease report this.
             continue
-        except Exception as error:  # noqa: BLE001 - logged, and tried again
-            log.warning("peppers not compared", error=type(error).__name__)
+        except Exception as error:  # noqa: BLE001 - logged and repeated
+            log.warning("comparison of peppers failed", error=type(error).__name__)
             continue
         registered = registered or any(verifier.id == own_id for verifier in verifiers)
         news = reports.news(verifiers, loop.time())
         if news.resolved:
-            log.info("no host lacks a pepper that others use any more")
+            log.info("every host has the peppers of the others again")
         for mismatch in news.found:
             minting, lacking = mismatch.hosts
             log.warning(
@@ -115,21 +119,21 @@ async def follow_peppers(table: VerifierTable, own_id: str) -> None:
             )
 
 
-async def summarise(counts: Counts, gauges: Gauges) -> None:
-    """Log the counts once a minute. Ends when cancelled."""
+async def log_counts_regularly(counts: Counts, gauges: Gauges) -> None:
+    """Log the counts once a minute. Runs until cancelled."""
     while True:
         await asyncio.sleep(SUMMARY_SECONDS)
-        tell_summary(counts, gauges)
+        log_counts(counts, gauges)
 
 
-def tell_summary(counts: Counts, gauges: Gauges) -> None:
-    """Log the counts since the last time, if there are any, and beside them the gauges."""
+def log_counts(counts: Counts, gauges: Gauges) -> None:
+    """Log the counts since the previous call, if any, together with the gauges."""
     if summary := counts.take():
         logger().info("counts", pid=os.getpid(), **summary, **gauges())
 
 
-async def purge(store: Store, retention: timedelta, now: Callable[[], datetime]) -> None:
-    """Remove old tombstones once an hour. Ends when cancelled."""
+async def purge(store: TokenStore, retention: timedelta, now: Callable[[], datetime]) -> None:
+    """Remove old tombstones once an hour. Runs until cancelled."""
 
     async def purge_all() -> None:
         total = 0
@@ -138,11 +142,11 @@ async def purge(store: Store, retention: timedelta, now: Callable[[], datetime])
         if total:
             logger().info("tombstones removed", tokens=total)
 
-    await _again_and_again(PURGE_SECONDS, purge_all, "tombstones not removed")
+    await _repeat(PURGE_SECONDS, purge_all, "removal of tombstones failed")
 
 
 async def purge_audit(table: AuditTable, retention: timedelta, now: Callable[[], datetime]) -> None:
-    """Remove old audit entries once an hour. Ends when cancelled."""
+    """Remove old audit entries once an hour. Runs until cancelled."""
 
     async def purge_all() -> None:
         total = 0
@@ -151,11 +155,11 @@ async def purge_audit(table: AuditTable, retention: timedelta, now: Callable[[],
         if total:
             logger().info("audit entries removed", entries=total)
 
-    await _again_and_again(PURGE_SECONDS, purge_all, "audit entries not removed")
+    await _repeat(PURGE_SECONDS, purge_all, "removal of audit entries failed")
 
 
 async def prune_log(table: VerifierTable, lease_seconds: float) -> None:
-    """Remove invalidations that nobody will ask for once a minute. Ends when cancelled."""
+    """Once a minute, remove invalidations that no verifier needs. Runs until cancelled."""
     kept = max(KEPT_SECONDS_MIN, KEPT_LEASES * lease_seconds)
 
     async def prune() -> None:
@@ -163,19 +167,17 @@ async def prune_log(table: VerifierTable, lease_seconds: float) -> None:
         while gone := await table.prune_log(kept, PURGE_BATCH):
             total += gone
         if total:
-            logger().info("log pruned", invalidations=total)
+            logger().info("invalidation log pruned", invalidations=total)
 
-    await _again_and_again(PRUNE_SECONDS, prune, "log not pruned")
+    await _repeat(PRUNE_SECONDS, prune, "pruning of the invalidation log failed")
 
 
-async def _again_and_again(
-    seconds: float, work: Callable[[], Awaitable[None]], complaint: str
-) -> None:
-    """Do background work whose failure must not end the loop that will try it again."""
+async def _repeat(seconds: float, work: Callable[[], Awaitable[None]], event: str) -> None:
+    """Repeat `work` forever, about every `seconds`. Logs failures as `event` and continues."""
     while True:
-        # At another moment in each worker: they would only get in each other's way.
+        # At a different time in each worker, so that they do not get in each other's way.
         await asyncio.sleep(spread(seconds, random.random()))  # noqa: S311 - a spread
         try:
             await work()
-        except Exception as error:  # noqa: BLE001 - logged, and tried again
-            logger().warning(complaint, error=type(error).__name__)
+        except Exception as error:  # noqa: BLE001 - logged and repeated
+            logger().warning(event, error=type(error).__name__)

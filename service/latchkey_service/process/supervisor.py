@@ -30,13 +30,13 @@ from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.embedded_cluster import EmbeddedError, EmbeddedPostgres
 from latchkey_service.postgres.migrate import MigrationError, bundled, migrate
 from latchkey_service.process.port_reservation import AddressError, reserved
-from latchkey_service.settings import logs as log
+from latchkey_service.settings import logs
 from latchkey_service.settings.exposure import transport_of
 from latchkey_service.settings.settings import PREFIX, READY, Settings, to_json
-from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens import pepper_file
 from latchkey_service.tokens.pepper_enrolment import enrol
 from latchkey_service.tokens.pepper_file import PepperFileError
-from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.transport import tls
 
 __all__ = ["run"]
@@ -66,14 +66,14 @@ class _NotStarted(Exception):
 
 def run(settings: Settings) -> int:
     """Run the service until SIGINT or SIGTERM. Returns the exit code."""
-    log.configure(log.format_of(settings.log_format), settings.log_level)
+    logs.configure(logs.format_of(settings.log_format), settings.log_level)
     postgres: EmbeddedPostgres | None = None
     try:
         # Before Postgres starts, so that mistakes are reported at once.
         policy = _check_files(settings)
         if settings.database_url is None:
             postgres = EmbeddedPostgres(settings.data_dir)
-            # On the main thread, before any other thread exists: see `embedded_cluster.py`.
+            # On the main thread, before any other thread exists: see embedded_cluster.py.
             with _sigterm_interrupts():
                 database_url = postgres.start()
         else:
@@ -139,7 +139,7 @@ class _Supervisor:
                 "listen": listen,
                 "tls_listen": tls_listen,
                 "data_dir": settings.data_dir,
-                "log_format": log.format_of(settings.log_format),
+                "log_format": logs.format_of(settings.log_format),
             }
         )
         self._listen = listen
@@ -152,7 +152,7 @@ class _Supervisor:
         # Includes workers that are starting or stopping: they may answer calls.
         self._processes: set[asyncio.subprocess.Process] = set()
         self._stop = asyncio.Event()
-        self._log = log.logger()
+        self._log = logs.logger()
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -205,7 +205,7 @@ class _Supervisor:
         """Migrate the schema and enrol the peppers. Raises the errors that `run` reports."""
         for migration in await migrate(self._database_url, bundled(), self._settings.pooler):
             self._log.info("migrated", version=migration.version, name=migration.name)
-        store = await Store.open(self._database_url, self._settings.pooler)
+        store = await TokenStore.open(self._database_url, self._settings.pooler)
         try:
             keyring = await enrol(
                 store,
@@ -215,7 +215,7 @@ class _Supervisor:
             )
         finally:
             await store.close()
-        self._peppers = peppers.render(keyring).encode()
+        self._peppers = pepper_file.render(keyring).encode()
 
     def _send_policy(self, text: str) -> None:
         """Send a valid policy to all workers. Each logs when it is in force."""

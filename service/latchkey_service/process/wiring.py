@@ -1,4 +1,8 @@
-"""Wiring of one worker: store, servicers, listeners with their doors, graceful stop."""
+"""Builds one worker from its parts, runs it and stops it.
+
+Owns the order of start and stop. It owns no behaviour of the parts, and no processes
+(`supervisor.py`, `worker.py`).
+"""
 
 import asyncio
 import contextlib
@@ -48,11 +52,11 @@ from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.process.periodic import (
     follow_peppers,
     follow_verifier,
+    log_counts,
+    log_counts_regularly,
     prune_log,
     purge,
     purge_audit,
-    summarise,
-    tell_summary,
 )
 from latchkey_service.rpc.audit_service import AuditService
 from latchkey_service.rpc.call_report import CallReporter
@@ -68,8 +72,8 @@ from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.batched_lookup import Lookup
 from latchkey_service.tokens.management import Tokens
-from latchkey_service.tokens.token_store import Store
-from latchkey_service.tokens.verdict import Record
+from latchkey_service.tokens.token_store import TokenStore
+from latchkey_service.tokens.verdict import CachedToken
 from latchkey_service.tokens.verifier import Verifier
 from latchkey_service.transport.connection_guard import ConnectionGuard
 from latchkey_service.transport.tls import Certificates
@@ -83,13 +87,13 @@ SERVICES = (
     audit_pb.DESCRIPTOR.services_by_name["AuditService"].full_name,
     maintenance_pb.DESCRIPTOR.services_by_name["MaintenanceService"].full_name,
 )
-# Health says NOT_SERVING this long before calls are refused, so that balancers see it first.
+# Health reports NOT_SERVING this long before calls are rejected, so load balancers notice first.
 DRAIN_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What is served, the same on every listener."""
+    """The servicers, the same ones on every listener."""
 
     tokens: TokenService
     status: StatusService
@@ -99,8 +103,11 @@ class Services:
 
 
 class Server:
-    """Listeners with our services on them. `address` is where the plaintext one listens,
-    `tls_address` the one with TLS, None for none."""
+    """The listeners, which serve our services.
+
+    `address` is the address of the plaintext listener, `tls_address` that of the TLS listener or
+    None.
+    """
 
     def __init__(
         self,
@@ -114,8 +121,8 @@ class Server:
         self._watch_sessions = watch_sessions
         self._health = services.health
         self._active_policy = active_policy
-        # A thread of its own. Those of the event loop are for whoever comes, as host names are that
-        # are looked up, and a right that was taken away is not to wait for these.
+        # A separate thread. The event loop's own threads may be busy, for example with DNS
+        # look-ups, and the removal of a right must not wait for those.
         self._parsing = ThreadPoolExecutor(1, "policy")
         plaintext = make_transport(exposure.transport_of(settings), limits, calls.rejected)
         self._servers = [plaintext]
@@ -129,7 +136,7 @@ class Server:
         self.address = _with_port(settings.listen, plaintext.add_insecure_port(settings.listen))
         self.tls_address: str | None = None
         if settings.tls_listen is not None:
-            # grpcio, whatever the other one is: `native` has no TLS.
+            # Always grpcio: `native` has no TLS.
             encrypted = make_transport("grpcio", limits, calls.rejected)
             self._servers.append(encrypted)
             authenticator = (
@@ -137,8 +144,8 @@ class Server:
             )
             reflected = exposure.reflects(settings, settings.tls_listen)
             _register(services, _Registrar(encrypted, calls, authenticator), reflected=reflected)
-            assert settings.tls_certificate is not None, "exposure.py has seen to it"  # noqa: S101 - for the type checker
-            assert settings.tls_key is not None, "exposure.py has seen to it"  # noqa: S101 - for the type checker
+            assert settings.tls_certificate is not None, "checked in exposure.py"  # noqa: S101 - for the type checker
+            assert settings.tls_key is not None, "checked in exposure.py"  # noqa: S101 - for the type checker
             certificates = Certificates(
                 settings.tls_certificate, settings.tls_key, settings.tls_client_ca
             )
@@ -149,35 +156,36 @@ class Server:
         self.guard = ConnectionGuard(addresses, limits)
 
     async def start(self) -> None:
-        """Serve, with health at NOT_SERVING until told otherwise."""
+        """Start serving. Health reports NOT_SERVING until `set_serving` changes it."""
         for server in self._servers:
             await server.start()
 
     def set_serving(self, serving: bool) -> None:
-        """Say on the health service whether calls are likely to succeed."""
+        """Set whether the health service reports SERVING."""
         self._health.set_serving(serving=serving)
 
     async def take_policy(self, text: str) -> None:
-        """Put another policy in force. Raises PolicyError, and then nothing has changed."""
+        """Replace the policy. If this raises PolicyError, the old one stays in force."""
         if self._active_policy is None:
-            raise PolicyError("one has come to a worker that was started without")
+            raise PolicyError("this worker was started without a policy; restart the service")
         loop = asyncio.get_running_loop()
         policy = await loop.run_in_executor(self._parsing, policies.parse, text)
         self._active_policy.replace(policy)
         logger().info("policy in force", callers=len(policy.callers))
 
     async def stop(self, grace_seconds: float) -> bool:
-        """Say so, hand clients over, let calls in flight finish, then end those that have not.
+        """Stop gracefully: report NOT_SERVING, hand clients over, then wait for calls in progress.
 
-        Returns whether no client holds a lease of ours any more.
+        Cancels calls that have not finished after `grace_seconds`. Returns whether every client has
+        given up its lease from this process.
         """
         self._health.stop()
         end = boottime() + grace_seconds
-        # Calls are served as ever meanwhile: a client that moves loses none.
+        # Calls succeed in the meantime, so a client that moves loses none.
         _, drained = await asyncio.gather(
             asyncio.sleep(DRAIN_SECONDS), self._watch_sessions.drain(grace_seconds)
         )
-        # Else they would take up the whole grace.
+        # Otherwise these streams would use up the whole grace period.
         self._health.end_watches()
         left = max(0.0, end - boottime())
         await asyncio.gather(*(server.stop(left) for server in self._servers))
@@ -192,14 +200,14 @@ def _register(services: Services, registrar: Any, *, reflected: bool) -> None:
     health_pb2_grpc.add_HealthServicer_to_server(services.health, registrar)
     if reflected:
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        # Not by enable_server_reflection: it looks at the server's class to choose its servicer.
+        # Not enable_server_reflection, which chooses its servicer by the class of the server.
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]  # has no stubs
             reflection.aio.ReflectionServicer(service_names=names), registrar
         )
 
 
 def _with_port(listen: str, port: int) -> str:
-    """Return an address with the port that it became."""
+    """Return `listen` with the port that the system assigned."""
     return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
 
 
@@ -210,24 +218,24 @@ async def running(
     policy_text: Callable[[], str | None] = lambda: None,
     on_failure: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Server]:
-    """Run a worker: a server that is up, with its background work, stopped in good order.
+    """Run a worker: start the server and its background tasks, and stop them gracefully.
 
-    `policy_text` returns what the policy file said when it was last found right, None without one;
-    what it returns in the end is in force when the server begins to listen.
-    `on_failure` is called if a part of the background work ends by an error, which none should:
-    the worker is not whole then. Raises PolicyError, TlsError.
+    `policy_text` returns the latest valid text of the policy file, or None without a policy. The
+    server reads it again just before it listens, so it starts with the newest policy. Calls
+    `on_failure` if a background task fails, which none should: the worker is then incomplete.
+    Raises PolicyError and TlsError.
     """
     if settings.database_url is None:
         raise ValueError("a worker needs a database URL")
     text = policy_text()
     if (text is None) != (settings.policy is None):
-        # Whichever of the two is right: to go on without a policy would let everybody in.
-        raise PolicyError("a worker needs both or neither, the setting and what the file says")
+        # Whichever is right, continuing without a policy would admit everybody.
+        raise PolicyError("a worker needs both the setting and the text of the policy, or neither")
     active_policy = None if text is None else ActivePolicy(policies.parse(text))
     connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
     cache, notify = settings.cache == "on", settings.notify == "on"
     identity = _identity(settings, keyring)
-    verifier_state: VerifierState[Record] = VerifierState(
+    verifier_state: VerifierState[CachedToken] = VerifierState(
         Memory(settings.cache_entries if cache else 0),
         ClientLeases(),
         settings.lease_seconds,
@@ -236,7 +244,7 @@ async def running(
     lookup = Lookup(connector.connect_for_lookups, boottime)
 
     def reconnect() -> None:
-        """Let the other connections follow the lease to another server."""
+        """Make the other connections follow the lease to another server."""
         pool.reconnect()
         lookup.reconnect()
 
@@ -257,12 +265,12 @@ async def running(
         lambda payload: table.notify(payload),
         renewer.wake,
         settings.lease_seconds / 3,
-        # Nothing listens through a pooler that shares connections by transaction.
+        # LISTEN does not work through a pooler in transaction mode.
         enabled=notify and settings.pooler == "none",
     )
     renewer.attach(watch_sessions.on_news, watch_sessions.__len__, lambda: listener.state)
 
-    store = Store(pool)
+    store = TokenStore(pool)
     table = VerifierTable(pool)
     ack_waiter = AckWaiter(
         table,
@@ -321,18 +329,18 @@ async def running(
         task.add_done_callback(partial(ended, on_failure))
         return task
 
-    # They go on until the last answer: until then Deletes wait for this process.
+    # These run until the last answer: until then, Deletes wait for this process.
     renewing, listening = begin(renewer.run()), begin(listener.run())
     if active_policy is not None and (latest := policy_text()) is not None and latest != text:
         active_policy.replace(policies.parse(latest))
     await server.start()
     retention = timedelta(days=settings.tombstone_retention_days)
     audit_retention = timedelta(days=settings.audit_retention_days)
-    # They too: who calls meanwhile is written down.
+    # These too, because calls during the stop are audited.
     lasts = [renewing, listening, begin(audit.run()), begin(server.guard.run())]
     background = [
         follow_verifier(verifier.check, boottime, server.set_serving),
-        summarise(counts, gauges),
+        log_counts_regularly(counts, gauges),
         follow_peppers(table, identity.id),
         primary.run(),
         purge(store, retention, _now),
@@ -345,7 +353,7 @@ async def running(
     finally:
         await _end(*tasks)
         drained = await server.stop(settings.grace_seconds)
-        # After the last answer, and not before: the row stands for what may still be answered.
+        # Only after the last answer: Deletes must wait for this process as long as it answers.
         await _end(*lasts)
         await audit.close()
         await asyncio.gather(
@@ -355,15 +363,17 @@ async def running(
             lookup.close(),
             store.close(),
         )
-        tell_summary(counts, gauges)
+        log_counts(counts, gauges)
 
 
 def ended(on_failure: Callable[[], None], task: "asyncio.Task[None]") -> None:
-    """Log it and call `on_failure`, if a task that has ended did so by an error."""
+    """If the finished `task` failed, log that and call `on_failure`."""
     if not task.cancelled() and (error := task.exception()) is not None:
-        # Its type alone: its text may hold anything.
+        # Only the type: the text may contain anything.
         logger().critical(
-            "a part of the worker failed", part=task.get_name(), error=type(error).__name__
+            "a background task of the worker failed",
+            task=task.get_name(),
+            error=type(error).__name__,
         )
         on_failure()
 
@@ -376,8 +386,8 @@ async def _end(*tasks: "asyncio.Task[None]") -> None:
 
 def _identity(settings: Settings, keyring: Keyring) -> Identity:
     return Identity(
-        # Never an id that was there before: clients of a process that died may still hold leases
-        # that its row stands for.
+        # Never reuses an id: clients of a process that died may still hold leases, and the row of
+        # that process represents them.
         id="ver_" + secrets.token_hex(10),
         host=socket.gethostname(),
         process_id=os.getpid(),
@@ -388,11 +398,11 @@ def _identity(settings: Settings, keyring: Keyring) -> Identity:
 
 
 class _Registrar:
-    """Stands in for a server while servicers register, and wraps each handler (`interceptor.py`).
+    """Acts as the server while servicers register, and wraps each handler (`interceptor.py`).
 
-    The wrapped handlers go to the transport both ways: by name, which `native` serves itself (but
-    hands streams of requests registered so to grpcio's no-op), and by a look-up of the path, which
-    is all that grpcio's asyncio server reads and what `native` leaves to its grpcio part.
+    Registers the wrapped handlers with the transport in both ways. `native` itself serves handlers
+    registered by name, except request streams, which it would give to a no-op of grpcio. grpcio's
+    asyncio server, and the grpcio part of `native`, only look handlers up by path.
     """
 
     def __init__(
@@ -403,10 +413,10 @@ class _Registrar:
         self._authenticator = authenticator
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
-        """Do nothing: generated code registers the same handlers by name right after."""
+        """Do nothing, because generated code then registers the same handlers by name."""
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
-        """Wrap and register the handlers of a service by method name."""
+        """Wrap and register the handlers of a service, keyed by method name."""
         wrapped = {
             name: self._calls.wrap(f"/{service}/{name}", handler, self._authenticator)
             for name, handler in handlers.items()
@@ -418,7 +428,7 @@ class _Registrar:
 
 
 class _ByPath(grpc.GenericRpcHandler):
-    """Finds handlers by exact path. Not by service, which `native` would take for registered."""
+    """Finds handlers by exact path; `native` treats handlers keyed by service as registered."""
 
     def __init__(self, handlers: Mapping[str, Any]) -> None:
         self._handlers = handlers

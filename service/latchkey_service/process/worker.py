@@ -25,9 +25,9 @@ from latchkey_service.access.policy_file import SIZE_MAX
 from latchkey_service.process.memory_limit import guard_memory, memory_max_bytes
 from latchkey_service.process.wiring import Server, ended, running
 from latchkey_service.secret_format import Keyring
-from latchkey_service.settings import logs as log
+from latchkey_service.settings import logs
 from latchkey_service.settings.settings import READY, Settings, from_json
-from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens import pepper_file
 from latchkey_service.transport import tls
 from latchkey_service.transport.transports import limits_of
 
@@ -49,14 +49,14 @@ def main() -> int:
     try:
         return uvloop.run(_run())
     except (
-        peppers.PepperFileError,
+        pepper_file.PepperFileError,
         PolicyError,
         tls.TlsError,
         RuntimeError,
         OSError,
     ) as error:
         # The worker cannot start without its keys, policy and addresses.
-        log.logger().error("worker cannot start", error=str(error))
+        logs.logger().error("worker cannot start", error=str(error))
         return 1
 
 
@@ -66,8 +66,8 @@ async def _run() -> int:
         lambda: asyncio.StreamReaderProtocol(handed), sys.stdin
     )
     settings = from_json(await handed.readline())
-    log.configure(log.format_of(settings.log_format), settings.log_level)
-    keyring = peppers.parse((await handed.readline()).decode("ascii", "replace"))
+    logs.configure(logs.format_of(settings.log_format), settings.log_level)
+    keyring = pepper_file.parse((await handed.readline()).decode("ascii", "replace"))
     policy = _policy(await handed.readline())
     tls.allow_only_tls_1_3()
     _warn_of_files(settings)
@@ -127,7 +127,7 @@ def _warn_of_files(settings: Settings) -> None:
     limits = limits_of(settings)
     if limits.connections_max < settings.connections_max:
         asked = "connections_max" in settings.model_fields_set
-        (log.logger().warning if asked else log.logger().info)(
+        (logs.logger().warning if asked else logs.logger().info)(
             "fewer connections: the limit on open files is low",
             connections_max=limits.connections_max,
             open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -175,7 +175,7 @@ async def _serve(
         sys.stdout.buffer.flush()
         await stop.wait()
         if orphaned:
-            log.logger().warning("supervisor is gone, stopping")
+            logs.logger().warning("supervisor is gone, stopping")
             await server.stop(ORPHAN_GRACE_SECONDS)
     taking.cancel()
     guarding.cancel()

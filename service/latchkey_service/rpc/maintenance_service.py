@@ -1,4 +1,7 @@
-"""MaintenanceService: protobuf → tokens → protobuf."""
+"""The servicer of MaintenanceService: converts between protobuf and `tokens/management.py`.
+
+Owns no rules of its methods.
+"""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class MaintenanceService(pb_grpc.MaintenanceServiceServicer):
-    """latchkey.v1.MaintenanceService. The .proto says what each method does."""
+    """Serves latchkey.v1.MaintenanceService. The .proto documents the methods."""
 
     def __init__(self, tokens: Tokens, clock: Callable[[], float]) -> None:
         self._tokens = tokens

@@ -1,4 +1,7 @@
-"""StatusService: protobuf → table → protobuf."""
+"""The servicer of StatusService: reads the table of verifiers and converts it to protobuf.
+
+Owns which warnings an answer contains. It does not own their texts or the table.
+"""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -18,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class StatusService(pb_grpc.StatusServiceServicer):
-    """latchkey.v1.StatusService. What it tells is said in the .proto."""
+    """Serves latchkey.v1.StatusService. The .proto documents the answer."""
 
     def __init__(
         self, table: VerifierTable, own_id: str, warnings: Callable[[], list[str]]
     ) -> None:
         self._table = table
         self._own_id = own_id
-        # Of this process, as they are now: while commits hang, its row cannot say so.
+        # The current warnings of this process: while commits hang, it cannot write them to its row.
         self._warnings = warnings
 
     async def GetStatus(
@@ -60,7 +63,7 @@ class StatusService(pb_grpc.StatusServiceServicer):
         return response
 
     def _warnings_of(self, status: Status) -> list[str]:
-        """Return each warning once, the answering process's first."""
+        """Return each warning once, those of the answering process first."""
         found = [*self._warnings()]
         found += [mismatch.warning() for mismatch in fleet.mismatches(status.verifiers)]
         for verifier in status.verifiers:
@@ -70,6 +73,6 @@ class StatusService(pb_grpc.StatusServiceServicer):
 
 
 def _duration(seconds: float) -> duration_pb2.Duration:
-    """Return a duration to the millisecond: people read it."""
+    """Return a duration rounded to milliseconds, because people read it."""
     whole, rest = divmod(round(seconds * 1_000), 1_000)
     return duration_pb2.Duration(seconds=whole, nanos=rest * 1_000_000)

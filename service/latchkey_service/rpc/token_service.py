@@ -1,8 +1,12 @@
-"""The servicer: protobuf → domain, one call, domain → protobuf.
+"""The servicer of TokenService: converts protobuf to arguments, makes one call, converts back.
 
-One Verify, from socket to answer: the transport (`native.py`) hands the message to
-`interceptor.py`, which bounds, counts and logs the call and translates its errors. `Verify` below
-asks `verifier.py`, which answers from memory or asks `batched_lookup.py`. `verdict.py` decides.
+Owns the encoding of answers. It does not own the rules of the contract (`tokens/`), or limits,
+logging and error statuses (`interceptor.py`).
+
+The path of a Verify: the transport (`transport/`) passes the message to `interceptor.py`, which
+limits, counts and logs the call and translates its errors. `Verify` below calls
+`tokens/verifier.py`, which answers from the cache or asks `tokens/batched_lookup.py`, and
+`verdict.decide` gives the verdict.
 """
 
 import re
@@ -37,16 +41,16 @@ from latchkey_service.tokens.verifier import Answer, Verifier
 
 __all__ = ["TokenService", "encode_token", "put_receipt", "to_datetime"]
 
-# In which a client library says where it runs. Nothing is decided by it.
+# Metadata in which a client library names its host and process. No decision depends on it.
 CLIENT_METADATA = "latchkey-client"
 _CLIENT = re.compile(r"[ -~]{1,100}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-# Of google/protobuf/timestamp.proto: years 1 to 9999.
+# Range of google/protobuf/timestamp.proto: years 1 to 9999.
 _TIMESTAMP_SECONDS = range(-62135596800, 253402300800)
-# Of google/protobuf/duration.proto: some 10,000 years.
+# Range of google/protobuf/duration.proto: about 10,000 years.
 _DURATION_SECONDS_MAX = 315_576_000_000
 
-# Fields as protobuf encodes them: number and wire type, then the value.
+# Encoded fields: number and wire type, then the value.
 _VERDICT_FIELDS = {verdict: bytes((0x08, verdict)) for verdict in Verdict}
 _REVISION_TAG, _MARK_TAG, _RESPONSES_TAG = b"\x18", b"\x21", b"\x0a"
 
@@ -55,7 +59,7 @@ if TYPE_CHECKING:
 
 
 class TokenService(pb_grpc.TokenServiceServicer):
-    """latchkey.v1.TokenService. What each method does is said in the .proto."""
+    """Serves latchkey.v1.TokenService. The .proto documents the methods."""
 
     def __init__(
         self,
@@ -74,7 +78,7 @@ class TokenService(pb_grpc.TokenServiceServicer):
         self._position_fields = b""
 
     async def Verify(self, request: pb.VerifyRequest, context: "Context") -> bytes:  # type: ignore[override]  # encoded, see Calls
-        answer = self._verifier.recall(request.secret, request.required_scope)
+        answer = self._verifier.verify_cached(request.secret, request.required_scope)
         if answer is None:
             deadline = self._clock() + budget_seconds(context)
             answer = await self._verifier.verify(request.secret, request.required_scope, deadline)
@@ -84,7 +88,9 @@ class TokenService(pb_grpc.TokenServiceServicer):
     async def BatchVerify(self, request: pb.BatchVerifyRequest, context: "Context") -> bytes:  # type: ignore[override]  # encoded, see Calls
         if not 1 <= len(request.requests) <= BATCH_MAX:
             raise InvalidArgument(
-                FieldViolation("requests", f"must be 1-{BATCH_MAX}, are {len(request.requests)}")
+                FieldViolation(
+                    "requests", f"must have 1-{BATCH_MAX} entries, not {len(request.requests)}"
+                )
             )
         questions = [(r.secret, r.required_scope) for r in request.requests]
         deadline = self._clock() + budget_seconds(context)
@@ -96,13 +102,13 @@ class TokenService(pb_grpc.TokenServiceServicer):
             encoded += (_RESPONSES_TAG, _varint(len(response)), response)
         return b"".join(encoded)
 
-    async def Watch(  # type: ignore[override]  # writes to the context, and so ends when we say
+    async def Watch(  # type: ignore[override]  # writes to the context, which lets us end the stream
         self, request_iterator: AsyncIterator[pb.WatchRequest], context: "Context"
     ) -> None:
         async def requests() -> AsyncIterator[Request]:
             async for request in request_iterator:
-                # No revision is below zero. Taken as it comes, one would stand as this process's
-                # own, for all that reckon with it.
+                # Revisions are never negative. A negative one would count as acknowledged by this
+                # process, which other code does not expect.
                 applied = Position(max(0, request.applied_revision), request.mark)
                 yield Request(applied, request.number, request.released)
 
@@ -149,7 +155,7 @@ class TokenService(pb_grpc.TokenServiceServicer):
             None if request.no_wait else wait_until,
             call_audit_context.get(),
             self._deadline(context),
-            # To wait for verifiers takes nothing that others could use.
+            # Waiting for verifiers uses nothing that other calls need.
             on_wait=release_slot,
         )
         response = pb.DeleteResponse()
@@ -157,9 +163,9 @@ class TokenService(pb_grpc.TokenServiceServicer):
         return response
 
     def _encoded(self, answer: Answer) -> bytes:
-        """Return a VerifyResponse, put together from encoded parts: a tenth of the time.
+        """Return a VerifyResponse built from encoded parts, which takes a tenth of the time.
 
-        The position is the same from call to call, until something is deleted.
+        The position stays the same from call to call until a token is deleted.
         """
         position = answer.position
         if position != self._position:
@@ -172,17 +178,17 @@ class TokenService(pb_grpc.TokenServiceServicer):
 
 
 def encode_token(record: TokenRecord) -> bytes:
-    """Return a token as a VerifyResponse has it, encoded, with its tag and length."""
+    """Return the encoded token field of a VerifyResponse, with tag and length."""
     response = pb.VerifyResponse()
     _put_token(record, response.token)
     return response.SerializeToString()
 
 
 def _client_of(context: "Context") -> str:
-    """Return how to name the client of a stream, for people: caller, address, and its own words.
+    """Return a name for the client of a stream, for people: caller, address, and its own label.
 
-    Its words (`latchkey-client`: host and process) are of use where the address is a proxy's, or
-    where the transport does not know it, as `native` does not for streams.
+    The label (`latchkey-client`: host and process) helps if the address is that of a proxy, or if
+    the transport does not know the address, as with streams of `native`.
     """
     call = call_audit_context.get()
     name = f"{call.caller} at {call.peer}" if call.caller else call.peer
@@ -193,14 +199,14 @@ def _client_of(context: "Context") -> str:
 
 
 def _position_fields(position: Position) -> bytes:
-    """Return the fields `revision` and `mark` of a VerifyResponse. As ever, 0 is left out."""
+    """Return the encoded fields `revision` and `mark` of a VerifyResponse. Omits zeros."""
     revision = _REVISION_TAG + _varint(position.revision) if position.revision else b""
     mark = _MARK_TAG + position.mark.to_bytes(8, "little") if position.mark else b""
     return revision + mark
 
 
 def _varint(number: int) -> bytes:
-    """Return a number from 0 on as protobuf encodes it, seven bits at a time."""
+    """Return the varint encoding of a number that is not negative, seven bits at a time."""
     out = bytearray()
     while number > 0x7F:
         out.append(number & 0x7F | 0x80)
@@ -217,7 +223,7 @@ def _watch_response(event: Event) -> pb.WatchResponse:
     elif isinstance(event, Grant):
         response.grant.revision, response.grant.mark = event.position
         response.grant.number = event.number
-        # Cut to nanoseconds, never rounded up.
+        # Truncated to nanoseconds, never rounded up.
         seconds, rest = divmod(event.lease_seconds, 1)
         response.grant.lease_duration.seconds = int(seconds)
         response.grant.lease_duration.nanos = int(rest * 1e9)
@@ -229,7 +235,7 @@ def _watch_response(event: Event) -> pb.WatchResponse:
 
 
 def _put_token(record: TokenRecord, token: pb.Token) -> None:
-    """Fill `token`, in place: built apart and copied in, each would take three times as long."""
+    """Fill `token` in place. Building a message and copying it takes three times as long."""
     token.id = record.id
     token.account_id = record.account_id
     token.name = record.name
@@ -257,25 +263,25 @@ def put_receipt(deletion: Deletion, receipt: pb.Receipt) -> None:
 
 
 def _put_time(moment: datetime, timestamp: timestamp_pb2.Timestamp) -> None:
-    # Not FromDatetime: it takes four times as long, and Verify does this for each time it sends.
+    # Not FromDatetime, which takes four times as long: Verify does this for each timestamp.
     since = moment - _EPOCH
     timestamp.seconds = since.days * 86_400 + since.seconds
     timestamp.nanos = since.microseconds * 1_000
 
 
 def to_datetime(field: str, timestamp: timestamp_pb2.Timestamp) -> datetime:
-    """Return the moment, cut to microseconds. Raises InvalidArgument where there is none."""
+    """Return the time, truncated to microseconds. Raises InvalidArgument if out of range."""
     if timestamp.seconds not in _TIMESTAMP_SECONDS or not 0 <= timestamp.nanos < 1_000_000_000:
-        raise InvalidArgument(FieldViolation(field, "is not a moment of the years 1 to 9999"))
+        raise InvalidArgument(FieldViolation(field, "must be a time in the years 1 to 9999"))
     return _EPOCH + timedelta(seconds=timestamp.seconds, microseconds=timestamp.nanos // 1_000)
 
 
 def _timedelta(field: str, duration: duration_pb2.Duration) -> timedelta:
-    """Return the duration, cut to microseconds. Raises InvalidArgument where there is none."""
+    """Return the duration, truncated to microseconds. Raises InvalidArgument if invalid."""
     if (
         abs(duration.seconds) > _DURATION_SECONDS_MAX
         or abs(duration.nanos) >= 1_000_000_000
         or duration.seconds * duration.nanos < 0
     ):
-        raise InvalidArgument(FieldViolation(field, "is not a duration"))
+        raise InvalidArgument(FieldViolation(field, "is not a valid duration"))
     return timedelta(seconds=duration.seconds, microseconds=duration.nanos // 1_000)

@@ -1,7 +1,7 @@
-"""Tokens: create, list, delete and verify them; their peppers and their SQL.
+"""Tokens: creates, lists, deletes and verifies them, with their secrets, peppers and SQL.
 
-Owns the rules of the contract.
+Owns the rules of the contract, but neither protobuf (`rpc`) nor leases (`coherence`).
 
 Imports: coherence, audit, postgres.
-Begin with `verifier.py` for a verify and `management.py` for everything else.
+Begin with `verifier.py` for Verify and with `management.py` for all other methods.
 """

@@ -1,12 +1,15 @@
-"""Verify's way to Postgres: look-ups that happen together share one query.
+"""Looks up tokens for Verify: simultaneous look-ups share one query.
 
-The first look-up of a loop tick starts a query; those of the same tick join it, and those that
-come while it is under way wait for the next one. So one look-up waits for one round trip, and a
-thousand at once cost one query. A look-up never joins a query that was sent before it began
+Owns the queue, its limits and one connection. It does not own the SQL (`token_store.py`) or the
+verdict (`verifier.py`).
+
+The first look-up of an event loop tick starts a query. Look-ups of the same tick join that query,
+and later ones wait for the next query. So a single look-up waits for one round trip, and a thousand
+simultaneous ones cost one query. A look-up never joins a query that was sent before it began
 (coherence rule 4).
 
-It holds one connection of its own: a pool would add a round trip and a wait. A second connection
-was tried, and made batches smaller and each call dearer (60 instead of 51 µs of CPU).
+The connection is not from the pool, which would add a round trip and a wait. A second connection
+made batches smaller and each call more expensive (60 instead of 51 µs of CPU).
 """
 
 import asyncio
@@ -24,7 +27,7 @@ from latchkey_service.errors import (
     Unavailable,
 )
 from latchkey_service.postgres.circuit_breaker import spread
-from latchkey_service.postgres.connections import answers, retrying, translated
+from latchkey_service.postgres.connections import answers, retry_on_conflict, translate_errors
 from latchkey_service.tokens.queue_limit import STUCK_SECONDS, QueueLimit
 from latchkey_service.tokens.token_store import FIND_BY_DIGEST, record_of, snapshot_of
 from latchkey_service.tokens.verdict import TokenRecord
@@ -36,31 +39,31 @@ if TYPE_CHECKING:
 
 __all__ = ["Found", "Lookup"]
 
-# Digests to a query: BatchVerify's limit, so that a full batch is one query.
+# Digests per query: the limit of BatchVerify, so that a full batch is one query.
 BATCH_MAX = 1_000
-# Digests waiting: some 200 ms of work. More would only make everyone late.
+# Digests in the queue: about 200 ms of work. A longer queue would only make every caller late.
 WAITING_MAX = 10_000
-# Calls that make Postgres busy; and where there are more for long, so many more may be there.
+# Calls in progress that keep Postgres busy, and how many more may wait while that lasts.
 BUSY = 96
 STANDING = 32
-# Between attempts to connect. Look-ups in between fail at once instead of piling up, and service
-# resumes this soon after Postgres does.
+# Pause between attempts to connect. Look-ups fail at once in the meantime instead of piling up, and
+# service resumes this soon after Postgres.
 RECONNECT_SECONDS = 0.25
-# The share of the newest in what a query is thought to take.
+# Weight of the newest sample in the moving average of query time.
 SMOOTHING = 0.2
-# How late a look-up may be told that its deadline has passed: well within deadlines.ANSWER_SECONDS.
-SWEEP_SECONDS = 0.02
+# Longest delay between a deadline and its error: well within `deadlines.ANSWER_SECONDS`.
+EXPIRY_CHECK_SECONDS = 0.02
 
 
 class Found(NamedTuple):
-    """A token's record, or None, and the snapshot that it was read in."""
+    """A token's record, or None, and the snapshot that contained it."""
 
     record: TokenRecord | None
     snapshot: Snapshot
 
 
 class _Waiter:
-    """One call's digests, the future that gets what is found, in order, and its deadline."""
+    """The digests of one call, the future for the results in the same order, and its deadline."""
 
     __slots__ = ("deadline", "digests", "future")
 
@@ -77,42 +80,42 @@ class _Waiter:
 
 
 class Lookup:
-    """Finds records by digest. Belongs to the event loop that it is used on."""
+    """Finds token records by digest. Use it on one event loop only."""
 
     def __init__(
         self, connect: "Callable[[], Awaitable[Connection]]", monotonic: Callable[[], float]
     ) -> None:
         self._monotonic = monotonic
-        # Asked for once: asyncio asks the kernel for the process id every time (Python 3.11).
+        # Kept: get_running_loop() asks the kernel for the process id each time (Python 3.11).
         self._loop = asyncio.get_running_loop()
-        self._link = _Link(connect, monotonic)
+        self._lookup_connection = _LookupConnection(connect, monotonic)
         self._waiting: list[_Waiter] = []
         self._waiting_digests = 0
-        self._bound = QueueLimit(STANDING, WAITING_MAX)
-        # Of queries: when the one under way began, and how long they take.
-        self._asked_at: float | None = None
+        self._queue_limit = QueueLimit(STANDING, WAITING_MAX)
+        # Start of the query in progress, and the moving average of query time.
+        self._query_began: float | None = None
         self._query_seconds = 0.0
         self._closed = False
         self._worker: asyncio.Task[None] | None = None
-        self._sweeper: asyncio.TimerHandle | None = None
+        self._expiry_timer: asyncio.TimerHandle | None = None
 
     async def find(self, digest: bytes, deadline: float) -> Found:
-        """Return what is stored under a digest.
+        """Return the token with this digest.
 
         Raises StoreUnavailable, Overloaded, and Unavailable at `deadline` (monotonic seconds).
         """
-        return (await self._ask((digest,), deadline))[0]
+        return (await self._enqueue((digest,), deadline))[0]
 
     async def find_all(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
-        """Return what is stored under each of 1 to 1,000 digests, in order, from one snapshot."""
-        return await self._ask(digests, deadline)
+        """Return the tokens with these 1 to 1,000 digests, in order, from one snapshot."""
+        return await self._enqueue(digests, deadline)
 
     def reconnect(self) -> None:
-        """Give up the connection, which leads to the wrong place. Those who wait are told so."""
-        self._link.drop()
+        """Close the connection, which leads to the wrong server. Waiting callers get an error."""
+        self._lookup_connection.drop()
 
     async def close(self) -> None:
-        """Stop and give up the connection. Callers still waiting get StoreUnavailable."""
+        """Stop and close the connection. Waiting callers get StoreUnavailable."""
         self._closed = True
         stopping = StoreUnavailable("The server is stopping.")
         for waiter in self._outstanding():
@@ -120,62 +123,62 @@ class Lookup:
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        self._link.drop()
+        if self._expiry_timer is not None:
+            self._expiry_timer.cancel()
+        self._lookup_connection.drop()
 
-    def _ask(self, digests: Sequence[bytes], deadline: float) -> "asyncio.Future[list[Found]]":
-        """Put digests in the queue. A future for each caller, since it may be cancelled."""
+    def _enqueue(self, digests: Sequence[bytes], deadline: float) -> "asyncio.Future[list[Found]]":
+        """Queue digests. Each caller gets its own future, which it may cancel."""
         if self._closed:
             raise StoreUnavailable("The server is stopping.")
         now = self._monotonic()
         if self._worker is None:
-            self._bound.empty(now)
-        more = len(self._waiting) + len(self._link.batch) - BUSY
+            self._queue_limit.empty(now)
+        more = len(self._waiting) + len(self._lookup_connection.batch) - BUSY
         if self._waiting_digests + len(digests) > WAITING_MAX or (
-            more > 0 and self._bound.rejects(more, now)
+            more > 0 and self._queue_limit.rejects(more, now)
         ):
-            if self._asked_at is not None and now - self._asked_at > STUCK_SECONDS:
+            if self._query_began is not None and now - self._query_began > STUCK_SECONDS:
                 raise StoreUnavailable(NO_ANSWER)
             raise Overloaded("Too many verifies are waiting for the database; try again shortly.")
-        if now + self._seconds_until_asked() > deadline:
+        if now + self._expected_wait_seconds() > deadline:
             raise Overloaded(TOO_LATE)
         future: asyncio.Future[list[Found]] = self._loop.create_future()
         self._waiting.append(_Waiter(digests, future, deadline))
         self._waiting_digests += len(digests)
         if self._worker is None:
-            # A task of its own, so that no caller's end stops it. It runs at the loop's next turn,
-            # and so takes all that this turn's callers ask.
-            self._worker = self._loop.create_task(self._work(), name="lookup")
-        if self._sweeper is None:
-            self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep)
+            # A separate task, which survives a cancelled caller. It starts in the loop's next tick,
+            # so it takes all look-ups of this one.
+            self._worker = self._loop.create_task(self._run_queries(), name="lookup")
+        if self._expiry_timer is None:
+            self._expiry_timer = self._loop.call_later(EXPIRY_CHECK_SECONDS, self._expire_waiters)
         return future
 
-    async def _work(self) -> None:
-        """Query until nobody waits."""
+    async def _run_queries(self) -> None:
+        """Run queries until the queue is empty."""
         try:
             while self._waiting:
                 batch = self._next_batch()
-                self._asked_at = self._monotonic()
+                self._query_began = self._monotonic()
                 if len(batch) < BUSY:
-                    self._bound.empty(self._asked_at)
-                if await self._link.answer(batch):
-                    took = self._monotonic() - self._asked_at
+                    self._queue_limit.empty(self._query_began)
+                if await self._lookup_connection.answer(batch):
+                    took = self._monotonic() - self._query_began
                     self._query_seconds += SMOOTHING * (took - self._query_seconds)
         finally:
-            self._asked_at = None
-            # No await between the last look at the list and this: nobody is left waiting unseen.
+            self._query_began = None
+            # No await since the last check of the queue, so no caller is left in it.
             self._worker = None
 
-    def _seconds_until_asked(self) -> float:
-        """Return how long it will take, as things go, until a look-up that comes now is asked."""
-        if self._asked_at is None:
+    def _expected_wait_seconds(self) -> float:
+        """Return the expected time until the query of a look-up that arrives now."""
+        if self._query_began is None:
             return 0.0
-        left = max(0.0, self._query_seconds - (self._monotonic() - self._asked_at))
+        left = max(0.0, self._query_seconds - (self._monotonic() - self._query_began))
         return left + self._waiting_digests // BATCH_MAX * self._query_seconds
 
     def _next_batch(self) -> list[_Waiter]:
-        """Take waiters, in order, up to a full query."""
+        """Remove waiters from the queue, in order, up to a full query."""
         size = count = 0
         for waiter in self._waiting:
             size += len(waiter.digests)
@@ -187,22 +190,24 @@ class Lookup:
         return taken
 
     def _outstanding(self) -> Iterable[_Waiter]:
-        yield from self._link.batch
+        yield from self._lookup_connection.batch
         yield from self._waiting
 
-    def _sweep(self) -> None:
-        """Tell those whose deadline has passed. One timer for all: one each costs a verify 8 µs."""
+    def _expire_waiters(self) -> None:
+        """Fail the waiters past their deadline. Shared, as a timer each costs a verify 8 µs."""
         now = self._monotonic()
         pending = False
         for waiter in self._outstanding():
             if waiter.deadline <= now:
                 waiter.fail(Unavailable(TOO_LATE))
             pending = pending or not waiter.future.done()
-        self._sweeper = self._loop.call_later(SWEEP_SECONDS, self._sweep) if pending else None
+        self._expiry_timer = (
+            self._loop.call_later(EXPIRY_CHECK_SECONDS, self._expire_waiters) if pending else None
+        )
 
 
-class _Link:
-    """One connection, made when first needed and again after a failure."""
+class _LookupConnection:
+    """One connection, made at the first query and again after a failure."""
 
     def __init__(
         self, connect: "Callable[[], Awaitable[Connection]]", monotonic: Callable[[], float]
@@ -214,9 +219,9 @@ class _Link:
         self.batch: list[_Waiter] = []
 
     async def answer(self, batch: list[_Waiter]) -> bool:
-        """Query for a batch and give each waiter its part, or the reason why there is none.
+        """Query for a batch and give each waiter its results or an error.
 
-        Tell whether Postgres has answered.
+        Return whether Postgres answered.
         """
         self.batch = batch
         try:
@@ -224,17 +229,17 @@ class _Link:
                 d for waiter in batch if not waiter.future.done() for d in waiter.digests
             ]:
                 _deliver(await _find(await self._connected(), wanted), batch)
-        except Exception as failure:  # noqa: BLE001 - handed to every waiter, who raises it
+        except Exception as failure:  # noqa: BLE001 - every waiter raises it
             error: Exception = failure
             connection = self._connection
             if not isinstance(failure, LatchkeyError) and (
                 connection is None or connection.is_closed()
             ):
-                # The connection was terminated meanwhile, perhaps by `drop`. asyncpg then may raise
-                # AttributeError or RuntimeError, where it was about to look up a type.
+                # The connection was terminated in the meantime, perhaps by `drop`. asyncpg may then
+                # raise AttributeError or RuntimeError if it was about to look up a type.
                 error = StoreUnavailable(NO_ANSWER)
                 error.__cause__ = failure
-            # Also after a time-out: what became of the query is unknown, so is the connection.
+            # After a time-out too: the state of the query is unknown, and so is the connection.
             self.drop()
             for waiter in batch:
                 waiter.fail(error)
@@ -244,11 +249,11 @@ class _Link:
         finally:
             self.batch = []
             for waiter in batch:
-                # Nobody waits for ever, whatever ended this.
+                # Whatever ended this, no waiter is left behind.
                 waiter.fail(StoreUnavailable("The server is stopping."))
 
     def drop(self) -> None:
-        """Give up the connection, without a word to a server that may not listen."""
+        """Close the connection without waiting for a server that may not respond."""
         connection, self._connection = self._connection, None
         if connection is not None and not connection.is_closed():
             connection.terminate()
@@ -261,7 +266,7 @@ class _Link:
         if self._monotonic() < self._connect_after:
             raise StoreUnavailable(NO_ANSWER)
         try:
-            # Its plan is the same for every array; planning each time would double the cost.
+            # One plan fits every array; planning each query would double its cost.
             self._connection = connection = await self._connect()
         except Exception:
             self._connect_after = self._monotonic() + spread(
@@ -272,16 +277,16 @@ class _Link:
         return connection
 
 
-@retrying
+@retry_on_conflict
 async def _find(connection: "Connection", digests: list[bytes]) -> "list[asyncpg.Record]":
-    with translated():
+    with translate_errors():
         return await connection.fetch(FIND_BY_DIGEST, digests)
 
 
 def _deliver(rows: "Sequence[asyncpg.Record]", batch: list[_Waiter]) -> None:
-    """Give each waiter of a batch what the rows of its query hold."""
+    """Give each waiter of a batch its results from the rows."""
     snapshot = snapshot_of(rows[0])
-    # The snapshot comes first, then the digest, NULL for "nothing found", then the token.
+    # Columns: the snapshot, the digest (NULL if nothing was found), then the token.
     by_digest = {row[3]: Found(record_of(row), snapshot) for row in rows if row[3] is not None}
     nothing = Found(None, snapshot)
     for waiter in batch:

@@ -1,9 +1,8 @@
-"""One fleet, one set of peppers: the rules that hosts on one database follow. Pure.
+"""Rules that keep the peppers of all hosts on one database compatible. Pure.
 
-A host that lacks another host's pepper answers UNKNOWN to the tokens created there. A start that
-would surely cause this is refused (`refusal`), and hosts that already differ are reported
-(`mismatches`). `pepper_enrolment.py` applies the first rule; workers and StatusService apply the
-second.
+A host that lacks another host's pepper answers UNKNOWN to the tokens created there. `refusal`
+rejects a start that would certainly cause this, for `pepper_enrolment.py`. `mismatches` finds hosts
+that already differ, for workers and StatusService. This module reads neither file nor database.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,8 @@
-"""Create, get, list and delete tokens: the rules of the contract, without protobuf or SQL."""
+"""Creates, gets, lists and deletes tokens.
+
+Owns the rules of the contract: validation, ids, page tokens and the wait of a Delete. It contains
+neither protobuf (`rpc/token_service.py`) nor SQL (`token_store.py`).
+"""
 
 import asyncio
 import base64
@@ -23,7 +27,7 @@ from latchkey_service.errors import (
     NotFound,
 )
 from latchkey_service.secret_format import Keyring, Secret, holds_secret
-from latchkey_service.tokens.token_store import Deletion, PageStart, Store
+from latchkey_service.tokens.token_store import Deletion, PageStart, TokenStore
 from latchkey_service.tokens.verdict import Scope, TokenRecord
 
 __all__ = ["Created", "NewToken", "Page", "Tokens", "decode_page_token", "encode_page_token"]
@@ -35,18 +39,19 @@ LABELS_MAX = 16
 LABEL_KEY_LENGTH_MAX = 63
 LABEL_VALUE_LENGTH_MAX = 255
 ID_LENGTH_MAX = 64
-# The last whole second of Timestamp's range; asyncpg takes datetime's very last microsecond for
-# Postgres' infinity.
+# The last whole second that a Timestamp can hold. asyncpg converts the last microsecond of datetime
+# to infinity.
 _END_OF_TIME = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
-# What is longer is refused for its length.
+# Longer texts are rejected for their length.
 SCANNED_LENGTH_MAX = 1_000
-# Receipts written down at once, each with a connection of the pool (`connections.POOL_SIZE_MAX`).
+# Receipts written at once. Each takes a connection of the pool (`connections.POOL_SIZE_MAX`).
 CONFIRMING_MAX = 4
 PAGE_TOKEN_LENGTH_MAX = 200
 _ID = re.compile(r"tok_[0-9a-z]{26}")
 _ACCOUNT_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-# Crockford's base 32, in ASCII order, so that ids sort as the numbers they stand for.
+# A label key that an error message may repeat.
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9._/-]{1,32}")
+# Crockford's base 32, in ASCII order, so that ids sort like the numbers that they encode.
 _BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -54,7 +59,7 @@ _MICROSECOND = timedelta(microseconds=1)
 
 @dataclass(frozen=True, slots=True)
 class NewToken:
-    """What Create is asked for, unchecked. At most one of `expire_time` and `ttl` is set."""
+    """A request to create a token, not validated. At most one of `expire_time`, `ttl` is set."""
 
     account_id: str
     name: str
@@ -66,7 +71,7 @@ class NewToken:
 
 @dataclass(frozen=True, slots=True)
 class Created:
-    """A new token and its secret, which is kept nowhere else."""
+    """A new token and its secret, which is stored nowhere."""
 
     record: TokenRecord
     secret: Secret
@@ -74,22 +79,22 @@ class Created:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Tokens, newest first, and the token of the next page, empty on the last."""
+    """Tokens, newest first, and the token of the next page, which is empty on the last page."""
 
     records: list[TokenRecord]
     next_page_token: str
 
 
 class Tokens:
-    """Manages tokens, under this process's lease: a read is believed only on its history.
+    """Manages tokens under this process's lease: trusts only reads from the lease's history.
 
-    `deadline` is seconds on the process's clock. Every method raises InvalidArgument, Overloaded,
+    Deadlines are seconds on the process's clock. Every method raises InvalidArgument, Overloaded,
     Unavailable and StoreUnavailable.
     """
 
     def __init__(
         self,
-        store: Store,
+        store: TokenStore,
         keyring: Keyring,
         ack_waiter: AckWaiter,
         reads: LeasedReads,
@@ -107,7 +112,7 @@ class Tokens:
         self._random_bytes = random_bytes
 
     async def create(self, new: NewToken, audit_context: AuditContext, deadline: float) -> Created:
-        """Create a token for the call of `audit_context`. Raises AlreadyExists. Not idempotent."""
+        """Create a token. Not idempotent. Raises AlreadyExists."""
         now = self._now()
         name = new.name.strip()
         violations = [
@@ -115,7 +120,7 @@ class Tokens:
             *_name_violations(name),
             *_label_violations(new.labels),
         ]
-        # All of these are stored and shown as they are.
+        # The service stores and shows all of these as they are.
         labels = (*new.labels.keys(), *new.labels.values())
         for field, texts in (
             ("account_id", [new.account_id]),
@@ -123,7 +128,7 @@ class Tokens:
             ("labels", labels),
         ):
             if any(holds_secret(text[:SCANNED_LENGTH_MAX]) for text in texts):
-                violations.append(FieldViolation(field, "must not hold a secret"))
+                violations.append(FieldViolation(field, "must not contain a secret"))
         if new.scope not in (Scope.READ, Scope.WRITE):
             violations.append(FieldViolation("scope", "must be SCOPE_READ or SCOPE_WRITE"))
         expire_time = _expiry(new, now, violations)
@@ -157,7 +162,7 @@ class Tokens:
         record, snapshot = await self._store.get_token(account_id, token_id)
         await self._reads.accept(snapshot, began, deadline)
         if record is None:
-            raise NotFound("The account has no live token of this id.")
+            raise NotFound("The account has no live token with this id.")
         return record
 
     async def list(self, account_id: str, page_size: int, page_token: str, deadline: float) -> Page:
@@ -168,7 +173,7 @@ class Tokens:
         _check(*violations)
         after = decode_page_token(account_id, page_token) if page_token else None
         size = min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
-        # One more than asked for tells whether there is a next page.
+        # One token more than requested shows whether there is a next page.
         began = await self._reads.begin(deadline)
         records, snapshot = await self._store.list_tokens(account_id, after, size + 1)
         await self._reads.accept(snapshot, began, deadline)
@@ -188,29 +193,29 @@ class Tokens:
         *,
         on_wait: Callable[[], None] = lambda: None,
     ) -> Deletion:
-        """Delete a token for good and return the receipt. Idempotent.
+        """Delete a token permanently and return the receipt. Idempotent.
 
-        It returns when no verifier can answer VALID any more (coherence rule 8), or at once with
-        `wait_until` None. Calls `on_wait` when all that is left is to wait for that, and to write
-        it down. Raises NotFound, and NotConfirmed at `wait_until`, seconds on the
-        process's clock: the deletion stands, and to delete it again returns the receipt.
+        Returns when no verifier can still answer VALID (coherence rule 8), or at once if
+        `wait_until` is None. Calls `on_wait` when the deletion is committed and only the wait and
+        the receipt remain. Raises NotFound. Raises NotConfirmed at `wait_until` (seconds on the
+        process's clock): the deletion stands, and deleting the token again returns the receipt.
         """
         _check(*_account_violations(account_id), *_id_violations(token_id))
         began = await self._reads.begin(deadline)
-        deletion = await self._store.bury(account_id, token_id, audit_context)
+        deletion = await self._store.delete_token(account_id, token_id, audit_context)
         if deletion is not None:
             position = deletion.position
         else:
-            # A deposed primary must not say of a leaked token that it never existed.
+            # A deposed primary must not report that a leaked token never existed.
             deletion, snapshot = await self._store.get_deletion(account_id, token_id)
             await self._reads.accept(snapshot, began, deadline)
-            # Not the deletion's own position, which the log may no longer hold. Whoever has applied
-            # this later one has applied that as well.
+            # Not the position of the deletion, which the log may no longer have. A verifier that
+            # has applied this later position has applied that one too.
             position = snapshot.position
         if deletion is None:
-            raise NotFound("The account never had a token of this id.")
+            raise NotFound("The account never had a token with this id.")
         if deletion.effective_time is not None:
-            # Confirmed before. Whoever did so may not have got to know that a standby has it.
+            # Confirmed before, but that call may have failed before a standby had the receipt.
             return await self._store.confirm_deletion(
                 token_id, deletion.position, NO_ACKNOWLEDGEMENTS
             )
@@ -219,7 +224,7 @@ class Tokens:
             return deletion
         on_wait()
         acknowledgements = await self._ack_waiter.wait(position, wait_until)
-        # When a verifier that hung has been waited out, all who waited for it are here at once.
+        # All Deletes that waited for the same hung verifier arrive here at once.
         async with self._confirming:
             return await self._store.confirm_deletion(token_id, deletion.position, acknowledgements)
 
@@ -231,11 +236,11 @@ class Tokens:
         *,
         on_wait: Callable[[], None] = lambda: None,
     ) -> Deletion:
-        """Empty the memory of every verifier, and return a receipt. Changes no token.
+        """Clear the cache of every verifier and return a receipt. Changes no token.
 
-        Returns when every verifier has emptied its memory or can no longer answer from it. Calls
-        `on_wait` when all that is left is to wait for that. Raises NotConfirmed at `wait_until`,
-        seconds on the process's clock.
+        Returns when every verifier has cleared its cache or can no longer answer from it. Calls
+        `on_wait` when only that wait remains. Raises NotConfirmed at `wait_until` (seconds on the
+        process's clock).
         """
         await self._reads.begin(deadline)
         position, commit_time = await self._store.invalidate_all(audit_context)
@@ -245,36 +250,39 @@ class Tokens:
             acknowledgements = await self._ack_waiter.wait(position, wait_until)
         except NotConfirmed:
             raise NotConfirmed(
-                "Not all verifiers have confirmed yet that their memory is empty: call again."
+                "Not every verifier has confirmed yet that its cache is empty; call again."
             ) from None
         return Deletion(position, commit_time, max(commit_time, self._now()), *acknowledgements)
 
 
 def encode_page_token(account_id: str, start: PageStart) -> str:
-    """Return an opaque page token for a place in an account's list."""
+    """Return the opaque page token for a position in an account's list."""
     payload = struct.pack(">q", (start.create_time - _EPOCH) // _MICROSECOND)
     payload += start.id.encode()
     return base64.urlsafe_b64encode(_seal(account_id, payload) + payload).decode().rstrip("=")
 
 
 def decode_page_token(account_id: str, page_token: str) -> PageStart:
-    """Return the place in the list that a page token stands for.
+    """Return the position in the list that a page token encodes.
 
-    Raises InvalidArgument for one that is damaged or of another account. It carries no authority:
-    the account is in every query, so that a forged one shows nothing but the caller's own tokens.
+    Raises InvalidArgument if the page token is damaged or belongs to another account. A page token
+    grants no rights: every query names the account, so a forged one only reveals the caller's own
+    tokens.
     """
-    damaged = FieldViolation("page_token", "is damaged, or of another account: start anew")
+    damaged = FieldViolation(
+        "page_token", "is damaged or belongs to another account; start with the first page"
+    )
     if len(page_token) > PAGE_TOKEN_LENGTH_MAX:
         raise InvalidArgument(damaged)
     try:
-        # Strictly: b64decode drops characters that it does not know, unless told not to.
+        # validate=True, because b64decode otherwise drops unknown characters.
         padded = page_token + "=" * (-len(page_token) % 4)
         raw = base64.b64decode(padded.encode("ascii"), altchars=b"-_", validate=True)
         seal, payload = raw[:_SEAL_BYTES], raw[_SEAL_BYTES:]
         if seal != _seal(account_id, payload):
             raise InvalidArgument(damaged)
         (microseconds,) = struct.unpack(">q", payload[:8])
-        # base64 has several spellings for some last characters; only ours is taken.
+        # Some last characters of base64 have several spellings; accept only ours.
         start = PageStart(_EPOCH + microseconds * _MICROSECOND, payload[8:].decode("ascii"))
         if not _ID.fullmatch(start.id) or encode_page_token(account_id, start) != page_token:
             raise InvalidArgument(damaged)
@@ -287,34 +295,32 @@ _SEAL_BYTES = 8
 
 
 def _seal(account_id: str, payload: bytes) -> bytes:
-    """Bind a page token to its account and detect damage. Not a signature, and no need of one."""
+    """Bind a page token to its account and detect damage. It need not be a signature."""
     bound = account_id.encode() + b"\0" + payload
     return hashlib.blake2s(bound, digest_size=_SEAL_BYTES, person=b"lk.page").digest()
 
 
 def _new_id(now: datetime, random_bytes: Callable[[int], bytes]) -> str:
-    """Return a new id: 48 bits of milliseconds, 80 random bits, as UUIDv7 and ULID have it."""
+    """Return a new id: 48 bits of milliseconds and 80 random bits, like UUIDv7 and ULID."""
     milliseconds = (now - _EPOCH) // timedelta(milliseconds=1)
     number = (milliseconds << 80) | int.from_bytes(random_bytes(10))
     return "tok_" + "".join(_BASE32[number >> shift & 31] for shift in range(125, -1, -5))
 
 
 def _name_key(name: str) -> str:
-    """Return what names are compared by: letter case folded, and one spelling of each letter."""
+    """Return the key for comparing names: case-folded, with one spelling of each letter."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def _expiry(new: NewToken, now: datetime, violations: list[FieldViolation]) -> datetime | None:
-    """Return when the new token expires, None for never, and add what is wrong with that."""
+    """Return the expiry of the new token, None for never. Adds to `violations` if invalid."""
     if new.ttl is None:
         if new.expire_time is not None and not now < new.expire_time <= _END_OF_TIME:
             violations.append(
-                FieldViolation(
-                    "expire_time", "must lie in the future, and end before the year 10000"
-                )
+                FieldViolation("expire_time", "must be in the future and before the year 10000")
             )
         return new.expire_time
-    # Checked before it is added: a sum outside the calendar is an OverflowError.
+    # Checked before the addition, which raises OverflowError outside the calendar.
     if new.ttl <= timedelta(0):
         violations.append(FieldViolation("ttl", "must be greater than zero"))
     elif new.ttl > _END_OF_TIME - now:
@@ -341,7 +347,7 @@ def _id_violations(token_id: str) -> list[FieldViolation]:
     if not token_id:
         return [FieldViolation("id", "is required")]
     if len(token_id) > ID_LENGTH_MAX or _has_control_characters(token_id):
-        return [FieldViolation("id", "is not a token's id")]
+        return [FieldViolation("id", "is not a valid token id")]
     return []
 
 
@@ -351,34 +357,34 @@ def _name_violations(name: str) -> list[FieldViolation]:
     if len(name) > NAME_LENGTH_MAX:
         return [FieldViolation("name", f"must have at most {NAME_LENGTH_MAX} characters")]
     if _has_control_characters(name):
-        return [FieldViolation("name", "must not have control characters")]
+        return [FieldViolation("name", "must not contain control characters")]
     return []
 
 
 def _label_violations(labels: Mapping[str, str]) -> list[FieldViolation]:
     violations = []
     if len(labels) > LABELS_MAX:
-        violations.append(FieldViolation("labels", f"must be at most {LABELS_MAX} pairs"))
+        violations.append(FieldViolation("labels", f"must have at most {LABELS_MAX} pairs"))
         return violations
     for key, value in labels.items():
-        # Named by its key only where that is short and plain: it goes into headers, and could be
-        # anything, a secret included.
+        # The error goes into headers, so it repeats the key only if that is short and plain. Other
+        # keys could contain anything, even a secret.
         field = f'labels["{key}"]' if _PLAIN_KEY.fullmatch(key) else "labels"
-        # The lengths first: looking through 4 MiB for control characters would hold up the loop.
+        # Lengths first: searching 4 MiB for control characters would block the event loop.
         if not 1 <= len(key) <= LABEL_KEY_LENGTH_MAX:
-            wrong = f"its key must have 1-{LABEL_KEY_LENGTH_MAX} characters"
+            problem = f"its key must have 1-{LABEL_KEY_LENGTH_MAX} characters"
         elif len(value) > LABEL_VALUE_LENGTH_MAX:
-            wrong = f"must have at most {LABEL_VALUE_LENGTH_MAX} characters"
+            problem = f"must have at most {LABEL_VALUE_LENGTH_MAX} characters"
         elif _has_control_characters(key) or _has_control_characters(value):
-            wrong = "must not have control characters"
+            problem = "must not contain control characters"
         else:
             continue
-        violations.append(FieldViolation(field, wrong))
+        violations.append(FieldViolation(field, problem))
     return violations
 
 
 def _has_control_characters(text: str) -> bool:
-    """Tell of control characters, and of lone surrogates and line separators, which act as such."""
+    """Return whether `text` has control characters, lone surrogates or line separators."""
     return any(unicodedata.category(character) in _CONTROL for character in text)
 
 

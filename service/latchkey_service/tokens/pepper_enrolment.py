@@ -1,7 +1,8 @@
-"""A host's first step: it reads or generates its peppers and registers them with the database.
+"""Reads or generates a host's peppers and registers them with the database: its first step.
 
-The rules are in `fleet.py`. One host at a time registers new peppers, so that of two new hosts on
-an empty database only one generates a key.
+Does not own the rules (`fleet.py`), the file (`pepper_file.py`) or the SQL (`token_store.py`). Only
+one host at a time registers new peppers, so of two new hosts on an empty database only one
+generates a key.
 """
 
 import asyncio
@@ -9,20 +10,19 @@ import contextlib
 from pathlib import Path
 
 from latchkey_service.secret_format import Keyring
-from latchkey_service.tokens import fleet
-from latchkey_service.tokens import pepper_file as peppers
+from latchkey_service.tokens import fleet, pepper_file
 from latchkey_service.tokens.pepper_file import (
     Draft,
     PepperFileError,
     PepperFileExists,
     PepperFileMissing,
 )
-from latchkey_service.tokens.token_store import Store
+from latchkey_service.tokens.token_store import TokenStore
 
 __all__ = ["enrol"]
 
 
-async def enrol(store: Store, path: Path, *, named: bool, shared: bool) -> Keyring:
+async def enrol(store: TokenStore, path: Path, *, named: bool, shared: bool) -> Keyring:
     """Return the peppers in `path` after registering all of them with the database.
 
     If the file is missing, one new key is generated, unless the setting names the file (`named`):
@@ -51,8 +51,8 @@ async def enrol(store: Store, path: Path, *, named: bool, shared: bool) -> Keyri
     return draft.keyring
 
 
-async def _enrol_file(store: Store, path: Path, *, generated: bool) -> Keyring:
-    keyring = await asyncio.to_thread(peppers.load, path)
+async def _enrol_file(store: TokenStore, path: Path, *, generated: bool) -> Keyring:
+    keyring = await asyncio.to_thread(pepper_file.load, path)
     ids = [pepper.id for pepper in keyring.peppers]
 
     def check(known: list[fleet.KnownPepper]) -> None:
@@ -67,7 +67,7 @@ async def _enrol_file(store: Store, path: Path, *, generated: bool) -> Keyring:
     return keyring
 
 
-async def _enrol_draft(store: Store, draft: Draft, *, generated: bool) -> None:
+async def _enrol_draft(store: TokenStore, draft: Draft, *, generated: bool) -> None:
     """Register a new key and put its file in place, or do neither.
 
     The file comes before the commit. If the process dies in between, its next start finds a file

@@ -1,4 +1,8 @@
-"""Where peppers are kept: one key per line, newest first, in a file that only its owner reads."""
+"""Reads and writes the pepper file: one key per line, newest first, readable by its owner only.
+
+Does not own the rules about which peppers a host needs (`fleet.py`) or their registration with the
+database (`pepper_enrolment.py`).
+"""
 
 import contextlib
 import os
@@ -21,11 +25,12 @@ __all__ = [
 
 KEY_BYTES = 32
 _HEADER = """\
-# Latchkey's peppers: keys for the digests of secrets, one of 64 hexadecimal digits per line,
-# newest first. The first mints, all of them read. Losing a key kills every token minted with it.
+# Latchkey's peppers: the keys for the digests of secrets. One key per line (64 hexadecimal digits),
+# newest first. New tokens use the first key; all keys are used to verify. If a key is lost, every
+# token created with it stops working.
 # Every host of the same database needs a copy of this file.
-# To rotate: put a new line (openssl rand -hex 32) below the others on every server and restart,
-# then move it to the top on every server and restart.
+# To rotate: append a new key (openssl rand -hex 32) on every server and restart them. Then move it
+# to the top on every server and restart them.
 """
 
 
@@ -41,7 +46,7 @@ class PepperFileMissing(PepperFileError):
 
 
 class PepperFileExists(PepperFileError):
-    """A new key cannot become the pepper file, because there is one by now."""
+    """A new key cannot become the pepper file, because another file is there by now."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(f"there is already a pepper file at {path}")
@@ -50,15 +55,15 @@ class PepperFileExists(PepperFileError):
 class Draft:
     """A new key in a hidden file beside `path`, which becomes the pepper file whole or not at all.
 
-    A half-written key must never mint. Writing takes place here, before any lock is held. Raises
-    PepperFileError.
+    A half-written key must never create a token. The constructor writes the hidden file, before any
+    lock is held. Raises PepperFileError.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._placed = False
-        # Not named by the process id: containers all have the same one, and one of them may have
-        # crashed here.
+        # Not named after the process id, which is the same in every container: an earlier container
+        # may have crashed and left its file.
         self._draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         key = secrets.token_hex(KEY_BYTES)
         try:
@@ -83,7 +88,8 @@ class Draft:
         if self._placed:
             return
         try:
-            # link, and not rename: of two servers that start at once, the second keeps the first's.
+            # link, not rename: of two servers that start at once, the second must not replace the
+            # file of the first.
             os.link(self._draft, self.path)
         except FileExistsError:
             raise PepperFileExists(self.path) from None
@@ -104,9 +110,9 @@ class Draft:
 
 
 def load_or_create(path: Path, *, create: bool) -> Keyring:
-    """Return the keyring kept in `path`, without asking a database (`pepper_enrolment.py` does).
+    """Return the keyring in `path`, without the database (see `pepper_enrolment.py`).
 
-    With `create`, a missing file is made with one new key, mode 0600. Raises PepperFileError.
+    With `create`, a missing file is created with one new key and mode 0600. Raises PepperFileError.
     """
     if create and not path.exists():
         draft = Draft(path)
@@ -117,7 +123,7 @@ def load_or_create(path: Path, *, create: bool) -> Keyring:
 
 
 def load(path: Path) -> Keyring:
-    """Return the keyring kept in `path`. Raises PepperFileError."""
+    """Return the keyring in `path`. Raises PepperFileError."""
     try:
         with path.open() as file:
             status = os.fstat(file.fileno())
@@ -126,33 +132,33 @@ def load(path: Path) -> Keyring:
         raise PepperFileMissing(path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise PepperFileError(f"cannot read the pepper file {path}: {error}") from None
-    # A secret that an orchestrator mounts belongs to root, and is ours by its group (0440).
+    # A file mounted by an orchestrator belongs to root and is readable by our group (0440).
     open_to_others = 0o077 if status.st_uid == os.geteuid() else 0o037
     if status.st_mode & open_to_others:
-        raise PepperFileError(f"other users may read the pepper file {path}: chmod 600 it")
+        raise PepperFileError(f"other users can read the pepper file {path}; run chmod 600 on it")
     keys = []
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
         if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
-            raise PepperFileError(f"{path}, line {number}: a key is 64 hexadecimal digits")
+            raise PepperFileError(f"{path}, line {number}: a key must be 64 hexadecimal digits")
         keys.append(text.lower())
     if not keys:
-        raise PepperFileError(f"the pepper file {path} holds no key")
+        raise PepperFileError(f"the pepper file {path} contains no key")
     if len(set(keys)) < len(keys):
-        raise PepperFileError(f"the pepper file {path} holds a key twice")
+        raise PepperFileError(f"the pepper file {path} contains a key twice")
     return parse(" ".join(keys))
 
 
 def parse(line: str) -> Keyring:
-    """Return the keyring that `render` made a line of. Raises PepperFileError."""
+    """Return the keyring that `render` wrote as `line`. Raises PepperFileError."""
     try:
         return Keyring([Pepper(bytes.fromhex(key)) for key in line.split()])
     except ValueError:
-        raise PepperFileError("no peppers came from the supervisor") from None
+        raise PepperFileError("the supervisor sent no valid peppers") from None
 
 
 def render(keyring: Keyring) -> str:
-    """Return the keys as one line, for a pipe to a process of our own and for nothing else."""
+    """Return the keys as one line, for the pipe to a worker and for nothing else."""
     return " ".join(pepper.key.hex() for pepper in keyring.peppers) + "\n"

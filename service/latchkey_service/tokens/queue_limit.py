@@ -1,11 +1,16 @@
-"""How many may wait in one queue, and when a queue stands still. Pure (CoDel, RFC 8289)."""
+"""Decides when a queue is too long to accept another call. Pure; after CoDel, RFC 8289.
+
+Owns the decision, not the queue: callers report its length and pass in the time.
+"""
 
 import math
 from typing import Final
 
 __all__ = ["CALM_SECONDS", "STANDING_SECONDS", "STUCK_SECONDS", "QueueLimit"]
 
+# A queue that has not drained for this long is a standing queue: the interval of RFC 8289, §4.2.
 STANDING_SECONDS: Final = 0.1
+# After a rejection, the lower limit stays in force this long.
 CALM_SECONDS: Final = 1.0
 # If no call has finished for this long, the database hangs; load alone does not explain it.
 STUCK_SECONDS: Final = 0.1

@@ -1,8 +1,8 @@
-"""The SQL of tokens, one method per statement, the statement beside its method.
+"""The SQL of tokens, secrets, peppers and deletions: one method per statement.
 
-`Store` serves management calls from a pool. `batched_lookup.py` has Verify's own connection and
-uses `FIND_BY_DIGEST` and `record_of` from here. The SQL of verifiers is in
-`coherence/verifier_table.py`.
+`TokenStore` serves management calls from a pool. `batched_lookup.py` uses `FIND_BY_DIGEST` and
+`record_of` on a connection of Verify. Does not own the SQL of verifiers
+(`coherence/verifier_table.py`) or the reading of audit entries (`audit/audit_table.py`).
 """
 
 import json
@@ -19,7 +19,13 @@ from latchkey_service.coherence.ack_rules import Acknowledgements
 from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
 from latchkey_service.coherence.verifier_state import EVERY_TOKEN
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.postgres.connections import DURABLE, Connector, Pool, durably, retrying
+from latchkey_service.postgres.connections import (
+    DURABLE,
+    Connector,
+    Pool,
+    require_durable_commit,
+    retry_on_conflict,
+)
 from latchkey_service.postgres.sessions import Pooler
 from latchkey_service.secret_format import Digest
 from latchkey_service.tokens.fleet import KnownPepper
@@ -28,7 +34,7 @@ from latchkey_service.tokens.verdict import Scope, TokenRecord
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["FIND_BY_DIGEST", "Deletion", "PageStart", "Store", "record_of", "snapshot_of"]
+__all__ = ["FIND_BY_DIGEST", "Deletion", "PageStart", "TokenStore", "record_of", "snapshot_of"]
 
 _COLUMNS = """t.id, t.account_id, t.name, t.scope, t.create_time, t.expire_time,
        t.last_used_time, t.delete_time, t.hint, t.labels"""
@@ -39,18 +45,18 @@ _RECEIPT_COUNT = 8
 _SCOPES = tuple(Scope)
 _NO_LABELS: Mapping[str, str] = MappingProxyType({})
 
-# The position and the timeline of a read, computed once for a statement. One row at least: it comes
-# first, so that the snapshot is known even when nothing matches.
+# The position and the timeline of a read, computed once per statement. It comes first in the join,
+# so the statement returns at least one row, with the snapshot, even if nothing matches.
 _SNAPSHOT = """(SELECT revision, mark, server_timeline() AS timeline FROM head OFFSET 0) h"""
 
-# The records of up to 1,000 digests, with the snapshot that they were read in.
+# The tokens with up to 1,000 digests, and the snapshot of the read.
 FIND_BY_DIGEST = f"""
 SELECT h.revision, h.mark, h.timeline, s.digest, {_COLUMNS}
   FROM {_SNAPSHOT}
   LEFT JOIN (secret s JOIN token t ON t.id = s.token_id) ON s.digest = ANY($1::bytea[])
 """  # nosec B608 # noqa: S608 - constants only
 
-# Peppers by age, with whether live tokens and registered verifiers use each.
+# The peppers, oldest first, each with whether live tokens and registered verifiers use it.
 _KNOWN_PEPPERS = """
 SELECT p.id,
        EXISTS (SELECT FROM secret s JOIN token t ON t.id = s.token_id
@@ -67,7 +73,7 @@ _PEPPER_LOCK_SECONDS = 10
 
 @dataclass(frozen=True, slots=True)
 class PageStart:
-    """A place in an account's list: that of its token with this creation time and id."""
+    """A position in an account's list: that of the token with this creation time and id."""
 
     create_time: datetime
     id: str
@@ -75,7 +81,7 @@ class PageStart:
 
 @dataclass(frozen=True, slots=True)
 class Deletion:
-    """The receipt of a deletion. `effective_time` None: not confirmed yet."""
+    """The receipt of a deletion. `effective_time` is None until the deletion is confirmed."""
 
     position: Position
     commit_time: datetime
@@ -86,54 +92,54 @@ class Deletion:
     clients_outwaited: int
 
 
-class Store:
-    """The tables, as methods. All raise StoreUnavailable when Postgres does not answer in time."""
+class TokenStore:
+    """Reads and writes tokens. Every method raises StoreUnavailable if Postgres is too slow."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
     @classmethod
-    async def open(cls, database_url: str, pooler: Pooler = "none") -> "Store":
-        """Return a store on a new pool. Connects lazily, so that it opens without a database."""
+    async def open(cls, database_url: str, pooler: Pooler = "none") -> "TokenStore":
+        """Return a store on a new pool. It connects lazily, so it opens without a database."""
         return cls(await Pool.open(Connector(database_url, pooler=pooler)))
 
     async def close(self) -> None:
-        """Give up all connections, waiting a bounded time for those in use."""
+        """Close all connections, after a bounded wait for those in use."""
         await self._pool.close()
 
-    @retrying
+    @retry_on_conflict
     async def register_pepper(self, pepper_id: str) -> None:
-        """Make a pepper known. Idempotent."""
+        """Register a pepper. Idempotent."""
         async with self._pool.session() as session:
             await session.execute(
                 "INSERT INTO pepper (id) VALUES ($1) ON CONFLICT DO NOTHING", pepper_id
             )
 
-    @retrying
+    @retry_on_conflict
     async def known_peppers(self) -> list[KnownPepper]:
-        """Return the peppers that the database knows, the oldest first."""
+        """Return the registered peppers, oldest first."""
         async with self._pool.session() as session:
             return [KnownPepper(*row) for row in await session.fetch(_KNOWN_PEPPERS)]
 
-    @retrying
+    @retry_on_conflict
     async def enrol_peppers(
         self, pepper_ids: list[str], check: Callable[[list[KnownPepper]], None]
     ) -> None:
-        """Make a host's peppers known, unless `check` raises when it sees those known already.
+        """Register a host's peppers unless `check` raises. It is passed those already registered.
 
-        One host at a time: nothing becomes known between the check and the commit. A conflict of
-        transactions repeats both.
+        Only one host at a time does this, so no pepper is registered between the check and the
+        commit. A conflict of transactions repeats both.
         """
         async with self._pool.session() as session:
-            with durably(session):
-                # A snapshot taken before the lock was granted would miss the last host's peppers.
+            with require_durable_commit(session):
+                # A snapshot from before the lock would miss the previous host's peppers.
                 async with session.transaction(isolation="read_committed"):
                     await session.execute(
                         "SELECT set_config('lock_timeout', $1, true),"
                         " set_config('statement_timeout', $1, true)",
                         f"{_PEPPER_LOCK_SECONDS}s",
                     )
-                    # Released with the transaction: a pooler may give the session to others.
+                    # Ends with the transaction, because a pooler may lend the session to others.
                     await session.execute(
                         "SELECT pg_advisory_xact_lock($1)",
                         _PEPPER_LOCK,
@@ -146,16 +152,16 @@ class Store:
                         pepper_ids,
                     )
 
-    @retrying
+    @retry_on_conflict
     async def insert_token(
         self, record: TokenRecord, name_key: str, digest: Digest, audit_context: AuditContext
     ) -> None:
-        """Add a token with its secret and the audit entry of `audit_context`, all or none.
+        """Insert a token, its secret and its audit entry in one statement.
 
-        Raises AlreadyExists for a taken name.
+        Raises AlreadyExists if the account already has a live token with this name.
         """
         async with self._pool.session() as session:
-            with durably(session):
+            with require_durable_commit(session):
                 await session.execute(
                     f"""
                 WITH token AS (
@@ -166,7 +172,7 @@ class Store:
                 audited AS (
                     INSERT INTO audit (account_id, token_id, caller, method, peer, request_id)
                     SELECT account_id, id, $12, $13, $14, $15 FROM token),
-                -- A database that was restored while this process runs may be older than it.
+                -- A database restored while this process runs may lack the process's pepper.
                 known AS (INSERT INTO pepper (id) VALUES ($11) ON CONFLICT DO NOTHING)
                 INSERT INTO secret (digest, pepper_id, token_id)
                 SELECT $10, $11, id FROM token WHERE {DURABLE}
@@ -189,11 +195,11 @@ class Store:
                 )
         audit_context.token_id, audit_context.recorded = record.id, True
 
-    @retrying
+    @retry_on_conflict
     async def get_token(
         self, account_id: str, token_id: str
     ) -> tuple[TokenRecord | None, Snapshot]:
-        """Return the account's live token, or None, and the snapshot that it was read in."""
+        """Return the account's live token, or None, and the snapshot of the read."""
         async with self._pool.session() as session:
             rows = await session.fetch(
                 f"""
@@ -208,16 +214,16 @@ class Store:
         row = rows[0]
         return (None if row[3] is None else record_of(row)), snapshot_of(row)
 
-    @retrying
+    @retry_on_conflict
     async def list_tokens(
         self, account_id: str, after: PageStart | None, limit: int
     ) -> tuple[list[TokenRecord], Snapshot]:
-        """Return up to `limit` live tokens, newest first, that come after a place in the list.
+        """Return up to `limit` live tokens, newest first, and the snapshot of the read.
 
-        Also returns the snapshot that they were read in.
+        The tokens are those after the position `after` in the list, or the first ones.
         """
-        # Two statements and not `$2 IS NULL OR ...`: that would keep the planner from starting
-        # the index scan at the position.
+        # Two statements, because `$2 IS NULL OR ...` would keep the planner from starting the index
+        # scan at the position.
         start = "AND (t.create_time, t.id) < ($3, $4)" if after else ""
         arguments = [account_id, limit] + ([after.create_time, after.id] if after else [])
         async with self._pool.session() as session:
@@ -237,20 +243,20 @@ class Store:
             )
         return [record_of(row) for row in rows if row[3] is not None], snapshot_of(rows[0])
 
-    @retrying
-    async def bury(
+    @retry_on_conflict
+    async def delete_token(
         self, account_id: str, token_id: str, audit_context: AuditContext
     ) -> Deletion | None:
-        """Turn a live token into a tombstone under the next revision; None if it is not live.
+        """Turn a live token into a tombstone under the next revision; return None if not live.
 
-        One statement, and so one transaction: the tombstone, the next revision, the log entry and
-        the audit entry stand together or not at all. From `next` to its commit it holds head's row
-        (coherence rule 1). The token's row is locked before that, always in this order: no
-        deadlock. Of two deletions of one token, the second waits at `live`, and then finds it live
-        no more.
+        One statement and thus one transaction writes the tombstone, the revision, the log entry and
+        the audit entry, or none of them. From `next` until the commit it locks the row of `head`
+        (coherence rule 1). It locks the token's row before that, always in this order, so there is
+        no deadlock. Of two deletions of one token, the second waits at `live` and then finds no
+        live token.
         """
         async with self._pool.session() as session:
-            with durably(session):
+            with require_durable_commit(session):
                 row = await session.fetchrow(
                     f"""
                     WITH live AS (
@@ -260,10 +266,10 @@ class Store:
                            AND {DURABLE}
                            FOR UPDATE),
                     next AS (
-                        -- The default of a mark is a fresh random number.
+                        -- The default of a mark is a new random number.
                         UPDATE head h SET revision = h.revision + 1, mark = DEFAULT FROM live
                         RETURNING h.revision, h.mark, live.id),
-                    -- Read once the lock is held, so that times follow the order of revisions.
+                    -- Reads the clock under the lock, so that times follow the order of revisions.
                     stamped AS MATERIALIZED (
                         SELECT revision, mark, id, clock_timestamp() AS moment FROM next),
                     tombstone AS (
@@ -291,11 +297,11 @@ class Store:
         audit_context.recorded = True
         return _deletion_of(row)
 
-    @retrying
+    @retry_on_conflict
     async def get_deletion(
         self, account_id: str, token_id: str
     ) -> tuple[Deletion | None, Snapshot]:
-        """Return the receipt of the account's deleted token, or None, and the snapshot."""
+        """Return the account's receipt for a deleted token, or None, and the read's snapshot."""
         async with self._pool.session() as session:
             rows = await session.fetch(
                 f"""
@@ -311,18 +317,18 @@ class Store:
         row = rows[0]
         return (None if row[3] is None else _deletion_of(row)), snapshot_of(row)
 
-    @retrying
+    @retry_on_conflict
     async def confirm_deletion(
         self, token_id: str, position: Position, acknowledgements: Acknowledgements
     ) -> Deletion:
-        """Write that no verifier can answer VALID any more, and return the receipt.
+        """Record that no verifier can still answer VALID, and return the receipt.
 
-        The first call writes it. From then on the receipt stays the same, and writing it again
-        makes sure that it, and with it the deletion, is durable. Raises StoreUnavailable where
-        the database has no deletion at `position`: it follows another history (rule 12).
+        The first call completes the receipt. Later calls write the same receipt again, which makes
+        sure that it, and with it the deletion, is durable. Raises StoreUnavailable if the database
+        has no deletion at `position`, because it follows another history (coherence rule 12).
         """
         async with self._pool.session() as session:
-            with durably(session):
+            with require_durable_commit(session):
                 row = await session.fetchrow(
                     f"""
                     UPDATE deletion d
@@ -348,19 +354,19 @@ class Store:
                     acknowledgements.clients_outwaited,
                 )
         if row is None:
-            # The database changed over, or the tombstone was removed in between: 90 days after
-            # the deletion, unless someone set the retention very low.
-            raise StoreUnavailable("The receipt was not found: delete the token again.")
+            # The database failed over, or the tombstone was removed in the meantime: 90 days after
+            # the deletion, unless the configured retention is very short.
+            raise StoreUnavailable("The receipt is missing; delete the token again.")
         return _deletion_of(row)
 
-    @retrying
+    @retry_on_conflict
     async def invalidate_all(self, audit_context: AuditContext) -> tuple[Position, datetime]:
-        """Take a revision that names every token; return its position and when it was taken.
+        """Take a revision that invalidates every token; return its position and commit time.
 
-        In one transaction with its log entry and its audit entry, as durable as a deletion.
+        Writes the log entry and the audit entry in the same transaction, as durably as a deletion.
         """
         async with self._pool.session() as session:
-            with durably(session):
+            with require_durable_commit(session):
                 row = await session.fetchrow(
                     f"""
                     WITH next AS (
@@ -385,13 +391,13 @@ class Store:
                     EVERY_TOKEN,
                 )
         if row is None:
-            raise RuntimeError("the table head has no row")
+            raise RuntimeError("the table `head` is empty")
         audit_context.recorded = True
         return Position(row[0], mark_in(row[1])), row[2]
 
-    @retrying
+    @retry_on_conflict
     async def purge_tombstones(self, before: datetime, limit: int) -> int:
-        """Remove up to `limit` tombstones deleted before a moment; return how many went."""
+        """Remove up to `limit` tombstones of tokens deleted before a time; return how many."""
         async with self._pool.session() as session:
             status = await session.execute(
                 """
@@ -409,19 +415,19 @@ class Store:
 
 
 def snapshot_of(row: "asyncpg.Record") -> Snapshot:
-    """Return the snapshot that a row begins with: revision, mark, timeline."""
+    """Return the snapshot in the first columns of a row: revision, mark, timeline."""
     return Snapshot(Position(row[0], mark_in(row[1])), row[2])
 
 
 def _deletion_of(row: "asyncpg.Record") -> Deletion:
-    """Return the receipt that the last columns of a row hold, those of `_RECEIPT`."""
+    """Return the receipt in the last columns of a row, those of `_RECEIPT`."""
     revision, mark, *rest = row[-_RECEIPT_COUNT:]
     return Deletion(Position(revision, mark_in(mark)), *rest)
 
 
 def record_of(row: "asyncpg.Record") -> TokenRecord:
-    """Return the token that a row with the token's columns holds."""
-    # The columns are the last of every row. By place, not by name: Verify does this for each.
+    """Return the token in the last columns of a row, those of `_COLUMNS`."""
+    # By position, not by name, because every Verify that looks up does this.
     columns = row[-_COLUMN_COUNT:]
     token_id, account_id, name, scope, created, expires, last_used, deleted, hint, labels = columns
     return TokenRecord(

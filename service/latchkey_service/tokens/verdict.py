@@ -1,4 +1,7 @@
-"""What is known of a token, and the decision whether it may do what is asked. Pure."""
+"""Decides whether a token may do what a caller asks. Pure; owns the types of tokens and verdicts.
+
+Does not find the token (`batched_lookup.py`) or check the lease (`verifier.py`).
+"""
 
 import enum
 from collections.abc import Mapping
@@ -8,7 +11,7 @@ from typing import NamedTuple
 
 from latchkey_coherence.memory import Entry
 
-__all__ = ["Record", "Scope", "TokenRecord", "Verdict", "decide"]
+__all__ = ["CachedToken", "Scope", "TokenRecord", "Verdict", "decide"]
 
 
 class Scope(enum.IntEnum):
@@ -31,10 +34,10 @@ class Verdict(enum.IntEnum):
 
 
 class TokenRecord(NamedTuple):
-    """A token as stored. Times are UTC-aware; `expire_time` None never expires.
+    """A token as stored. Times are UTC-aware; without an `expire_time` it never expires.
 
-    A named tuple and not a frozen dataclass, as are the others on Verify's way: made for every
-    answer, it takes a quarter of the time.
+    A named tuple, like the other types on the path of Verify: creating one takes a quarter of the
+    time of a frozen dataclass.
     """
 
     id: str
@@ -49,8 +52,8 @@ class TokenRecord(NamedTuple):
     delete_time: datetime | None = None
 
 
-class Record(Entry):
-    """What is kept of a token to answer verifies. A million of them may be in memory."""
+class CachedToken(Entry):
+    """The part of a token that the cache keeps. A cache may hold a million of them."""
 
     __slots__ = ("deleted", "expires", "scope", "token")
 
@@ -67,17 +70,17 @@ class Record(Entry):
         super().__init__(token_id, keep_until)
         self.scope = scope
         self.expires = expires
-        """When it expires, in seconds of Unix time; infinite for never."""
+        """Expiry in seconds of Unix time; infinite if the token never expires."""
         self.token = token
-        """The token as the answer has it, encoded."""
+        """The encoded token, as part of a VerifyResponse."""
         self.deleted = deleted
 
 
-def decide(record: Record | None, required_scope: int, now: float) -> Verdict:
-    """Return the verdict on a well-formed secret whose token is `record`, at the moment `now`.
+def decide(record: CachedToken | None, required_scope: int, now: float) -> Verdict:
+    """Return the verdict at the time `now` on a well-formed secret whose token is `record`.
 
-    `required_scope` is a number of the contract's enum, perhaps one that this release does not
-    know: then no token includes it, so a newer caller is refused and never let in by mistake.
+    `required_scope` is a number of the contract's enum. No token includes a number that this
+    release does not know, so a newer caller is rejected and never admitted by mistake.
     """
     if record is None:
         return Verdict.UNKNOWN
@@ -85,7 +88,7 @@ def decide(record: Record | None, required_scope: int, now: float) -> Verdict:
         return Verdict.DELETED
     if record.expires <= now:
         return Verdict.EXPIRED
-    # Levels are ordered, and each includes those below. A negative number is no level at all.
+    # Levels are ordered, and each includes all lower ones. Negative numbers are not levels.
     if not 0 <= required_scope <= record.scope:
         return Verdict.INSUFFICIENT_SCOPE
     return Verdict.VALID

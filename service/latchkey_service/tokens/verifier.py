@@ -1,11 +1,14 @@
-"""The answer to "may this secret do this?": memory, else parse → look up → decide. Under a lease.
+"""Answers "may this secret do this?" from the cache, or else by parsing, looking up and deciding.
 
-A verify is answered only while this process holds its lease, from memory or from a read
-(coherence rule 5). The clock is read after the verify began, and once is enough: a lease that is
-held then was not outwaited by any Delete that had answered before.
+Owns the path of a verify. It does not own the cache's rules (`latchkey_coherence.memory`), the
+lease (`coherence`) or the look-up (`batched_lookup.py`).
 
-A secret with a wrong checksum or tag is answered without a query and without a lease, and an
-unknown one is never remembered, so that a Create is seen at once.
+It answers only while this process holds its lease, whether from the cache or from a read (coherence
+rule 5). One reading of the clock after the verify began is enough: if the process holds its lease
+then, no Delete that returned before has waited that lease out.
+
+A secret with a wrong checksum or tag needs neither a query nor a lease. Unknown secrets are never
+cached, so a verify recognises a new token at once.
 """
 
 import math
@@ -19,15 +22,15 @@ from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.secret_format import SECRET_LENGTH_MAX, Keyring, Malformed
 from latchkey_service.tokens.batched_lookup import Found, Lookup
-from latchkey_service.tokens.verdict import Record, TokenRecord, Verdict, decide
+from latchkey_service.tokens.verdict import CachedToken, TokenRecord, Verdict, decide
 
 __all__ = ["Answer", "Question", "Verifier"]
 
 
 class Answer(NamedTuple):
-    """A verdict, the encoded token if the secret has one, and the position that it is good for.
+    """A verdict, the encoded token if the secret has one, and the position at which both hold.
 
-    NOWHERE: nothing was read.
+    The position is NOWHERE if nothing was read.
     """
 
     verdict: Verdict
@@ -35,25 +38,25 @@ class Answer(NamedTuple):
     position: Position = NOWHERE
 
 
-# A presented secret and the number of the scope that is asked for.
+# A presented secret and the number of the required scope.
 Question = tuple[str, int]
 
-# No secret has it: a digest of HMAC-SHA-256 is all zeros with a probability of 2**-256.
-NOBODYS_DIGEST = bytes(32)
+# No secret has this digest: HMAC-SHA-256 returns all zeros with a probability of 2**-256.
+ABSENT_DIGEST = bytes(32)
 
 _MALFORMED = Answer(Verdict.MALFORMED)
 _UNKNOWN = Answer(Verdict.UNKNOWN)
 
 
 class Verifier:
-    """Answers verifies. Fails closed: without a lease, or a read, it raises StoreUnavailable."""
+    """Answers verifies. Fails closed: raises StoreUnavailable without a lease or a needed read."""
 
     def __init__(
         self,
         keyring: Keyring,
         lookup: Lookup,
         reads: LeasedReads,
-        verifier_state: VerifierState[Record],
+        verifier_state: VerifierState[CachedToken],
         encode: Callable[[TokenRecord], bytes],
         clock: Callable[[], float],
         unix_time: Callable[[], float],
@@ -73,8 +76,8 @@ class Verifier:
         self._cache_seconds = cache_seconds
         self._randomness = randomness
 
-    def recall(self, presented: str, required_scope: int) -> Answer | None:
-        """Return the answer to one question from memory, or None."""
+    def verify_cached(self, presented: str, required_scope: int) -> Answer | None:
+        """Return the answer to one question from the cache, or None."""
         if len(presented) > SECRET_LENGTH_MAX:
             return None
         if not self._entries or (now := self._clock()) >= self._verifier_state.lease_ends:
@@ -83,16 +86,16 @@ class Verifier:
         if record is None or now >= record.keep_until:
             return None
         record.used = True
-        # Nothing up to what was applied has changed it, or it would not be there.
+        # No applied invalidation names it, or it would not be in the cache.
         return Answer(
             decide(record, required_scope, self._unix_time()), record.token, self._memory.position
         )
 
     async def verify(self, presented: str, required_scope: int, deadline: float) -> Answer:
-        """Return the answer to one question that `recall` has none to.
+        """Return the answer to one question that `verify_cached` cannot answer.
 
-        At most one round trip, shared with others'. Raises StoreUnavailable, Overloaded, and
-        Unavailable at `deadline`, seconds on the process's clock.
+        At most one round trip, shared with other calls. Raises StoreUnavailable and Overloaded, and
+        Unavailable at `deadline` (seconds on the process's clock).
         """
         digest = self._parse(presented)
         if isinstance(digest, Answer):
@@ -100,13 +103,13 @@ class Verifier:
         began = await self._reads.begin(deadline)
         found = await self._lookup.find(digest, deadline)
         await self._reads.accept(found.snapshot, began, deadline)
-        # The time is read after the wait: expiry is judged at the moment of the answer.
+        # Reads the time after the wait, because expiry is judged at the time of the answer.
         return self._judge(presented, found, required_scope, self._unix_time())
 
     async def verify_batch(self, questions: Sequence[Question], deadline: float) -> list[Answer]:
-        """Return the answers to up to 1,000 questions, in order, at the cost of one `verify`."""
+        """Return the answers to up to 1,000 questions, in order, with one look-up."""
         parsed = [
-            self.recall(presented, required_scope) or self._parse(presented)
+            self.verify_cached(presented, required_scope) or self._parse(presented)
             for presented, required_scope in questions
         ]
         digests = [digest for digest in parsed if isinstance(digest, bytes)]
@@ -125,27 +128,27 @@ class Verifier:
         ]
 
     async def check(self, deadline: float) -> None:
-        """Return if a verify that needs a look-up would be answered now.
+        """Return if a verify that needs a look-up would succeed now; otherwise raise as `verify`.
 
-        For the health service. Raises what `verify` does.
+        For the health service.
         """
         began = await self._reads.begin(deadline)
-        found = await self._lookup.find(NOBODYS_DIGEST, deadline)
+        found = await self._lookup.find(ABSENT_DIGEST, deadline)
         await self._reads.accept(found.snapshot, began, deadline)
 
     def _judge(self, presented: str, found: Found, required_scope: int, now: float) -> Answer:
-        """Decide about what was read, and remember it where the fill rule allows."""
+        """Decide on a token that was read, and cache it if the fill rule allows."""
         read = found.record
         if read is None:
             return Answer(Verdict.UNKNOWN, b"", found.snapshot.position)
-        record = Record(
+        record = CachedToken(
             read.id,
             int(read.scope),
             math.inf if read.expire_time is None else read.expire_time.timestamp(),
             self._encode(read),
             deleted=read.delete_time is not None,
-            # Half of the time to all of it, so that tokens that were read together, as after a
-            # start, are not read again together.
+            # Random, from half of the time to all of it, so that tokens read together, for example
+            # after a start, do not expire together.
             keep_until=self._clock() + self._cache_seconds * (0.5 + 0.5 * self._randomness()),
         )
         position = found.snapshot.position
@@ -154,7 +157,7 @@ class Verifier:
         return Answer(decide(record, required_scope, now), record.token, position)
 
     def _parse(self, presented: str) -> bytes | Answer:
-        """Return the digest to look up, or the answer where none is needed."""
+        """Return the digest to look up, or the answer if no look-up is needed."""
         try:
             digest = self._keyring.digest_of(presented)
         except Malformed:

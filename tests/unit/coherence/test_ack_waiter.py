@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from latchkey_service.coherence import ack_waiter as module
+from latchkey_service.coherence import ack_waiter
 from latchkey_service.coherence.ack_rules import Acknowledgements, VerifierRow
 from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.coherence.verifier_table import Rows
@@ -52,7 +52,7 @@ class Scene:
 @pytest.fixture
 async def scene(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
     scene = Scene()
-    monkeypatch.setattr(module, "read_rows", scene.read_rows)
+    monkeypatch.setattr(ack_waiter, "read_rows", scene.read_rows)
     yield scene
     await scene.ack_waiter.close()
 

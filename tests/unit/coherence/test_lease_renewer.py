@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from latchkey_coherence.lease import boottime
 from latchkey_coherence.memory import Memory, Position
-from latchkey_service.coherence import lease_renewer as module
+from latchkey_service.coherence import lease_renewer
 from latchkey_service.coherence.client_leases import ClientLeases
 from latchkey_service.coherence.lease_renewer import LeaseRenewer
 from latchkey_service.coherence.verifier_state import Log, VerifierState
@@ -74,7 +74,7 @@ async def test_another_history_is_logged_and_is_no_renewal(
     """A renewal fails, and the next connection leads to another history. The log names the server
     of that history. It says that the lease is renewed again only once it is."""
     database = Database()
-    monkeypatch.setattr(module, "OwnRow", lambda *_: database)
+    monkeypatch.setattr(lease_renewer, "OwnRow", lambda *_: database)
     state: VerifierState[Any] = VerifierState(Memory(10), ClientLeases(), 3.0)
     primary: Any = Primary()
     with capture_logs() as logged:

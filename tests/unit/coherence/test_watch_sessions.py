@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 from latchkey_coherence.memory import NOWHERE
-from latchkey_service.coherence import watch_sessions as watch
+from latchkey_service.coherence import watch_sessions
 from latchkey_service.coherence.watch_sessions import Event, Reset
 from latchkey_service.errors import Overloaded, Unavailable, WatcherSilent
 
@@ -18,7 +18,7 @@ async def granted(scene: Scene) -> None:
     """Let an empty client ask for a lease, receive it, and confirm its first position."""
     await scene.said.put(request(NOWHERE, 1))
     assert await scene.sent.get() == Reset(at(0))
-    assert isinstance(await scene.sent.get(), watch.Grant)
+    assert isinstance(await scene.sent.get(), watch_sessions.Grant)
     await scene.said.put(request(at(0)))
     await eventually(scene.said.empty, "the confirmation is received")
 
@@ -30,7 +30,7 @@ async def test_a_client_that_does_not_read_is_dropped() -> None:
     stream = scene.serve()
     await scene.said.put(request(NOWHERE, 1))
     await eventually(lambda: scene.state.client_leases.floor(scene.now) is not None, "a grant")
-    scene.now += watch.SILENT_LEASES * LEASE_SECONDS + 0.1
+    scene.now += watch_sessions.SILENT_LEASES * LEASE_SECONDS + 0.1
     scene.sessions.on_news(False)
     with pytest.raises(asyncio.CancelledError):
         await stream
@@ -42,7 +42,7 @@ async def test_a_silent_client_is_dropped() -> None:
     scene = Scene()
     stream = scene.serve()
     await asyncio.sleep(0)
-    scene.now += watch.SILENT_LEASES * LEASE_SECONDS + 0.1
+    scene.now += watch_sessions.SILENT_LEASES * LEASE_SECONDS + 0.1
     scene.sessions.on_news(False)
     with pytest.raises(WatcherSilent):
         await stream
@@ -50,7 +50,7 @@ async def test_a_silent_client_is_dropped() -> None:
 
 async def test_number_of_streams_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream above the maximum is refused, and the others are not affected."""
-    monkeypatch.setattr(watch, "WATCH_SESSIONS_MAX", 1)
+    monkeypatch.setattr(watch_sessions, "WATCH_SESSIONS_MAX", 1)
     scene = Scene()
     first = scene.serve()
     await asyncio.sleep(0)
@@ -73,7 +73,7 @@ async def test_no_grant_before_the_server_has_a_lease() -> None:
     assert [scene.sent.get_nowait() for _ in range(scene.sent.qsize())] == [Reset(at(0))]
     scene.renew()
     scene.sessions.on_news(False)
-    assert isinstance(await scene.sent.get(), watch.Grant)
+    assert isinstance(await scene.sent.get(), watch_sessions.Grant)
     stream.cancel()
     await asyncio.gather(stream, return_exceptions=True)
 
@@ -86,12 +86,12 @@ async def test_a_client_that_waits_for_a_grant_is_not_silent() -> None:
     stream = scene.serve()
     await scene.said.put(request(NOWHERE, 1))
     await eventually(scene.said.empty, "the request is received")
-    scene.now += 10 * watch.SILENT_LEASES * LEASE_SECONDS
+    scene.now += 10 * watch_sessions.SILENT_LEASES * LEASE_SECONDS
     scene.renew()
     scene.sessions.on_news(False)
     assert await scene.sent.get() == Reset(at(0))
-    assert isinstance(await scene.sent.get(), watch.Grant)
-    scene.now += watch.SILENT_LEASES * LEASE_SECONDS + 0.1
+    assert isinstance(await scene.sent.get(), watch_sessions.Grant)
+    scene.now += watch_sessions.SILENT_LEASES * LEASE_SECONDS + 0.1
     scene.sessions.on_news(False)
     with pytest.raises(WatcherSilent):
         await stream
@@ -120,13 +120,13 @@ async def test_an_old_stream_is_asked_to_move() -> None:
         return [type(scene.sent.get_nowait()) for _ in range(scene.sent.qsize())]
 
     await asyncio.sleep(0)
-    assert await events_at(0.0) == [watch.Grant]
-    assert await events_at(100.0 * watch.MOVE_FROM - 1.0) == [watch.Grant]
-    oldest = 100.0 * watch.MOVE_TO
-    assert await events_at(oldest) == [watch.Closing]
+    assert await events_at(0.0) == [watch_sessions.Grant]
+    assert await events_at(100.0 * watch_sessions.MOVE_FROM - 1.0) == [watch_sessions.Grant]
+    oldest = 100.0 * watch_sessions.MOVE_TO
+    assert await events_at(oldest) == [watch_sessions.Closing]
     assert await events_at(oldest + 1.0) == []
     assert not stream.done()
-    assert await events_at(oldest + watch.SILENT_LEASES * LEASE_SECONDS + 1.0) == []
+    assert await events_at(oldest + watch_sessions.SILENT_LEASES * LEASE_SECONDS + 1.0) == []
     with pytest.raises(Unavailable):
         await stream
     assert scene.state.client_leases.floor(scene.now) is None
@@ -145,7 +145,7 @@ async def test_a_client_that_may_be_ahead_triggers_a_read_of_the_log() -> None:
     scene.now += 0.1
     scene.apply((at(1), "t"))
     scene.sessions.on_news(True)
-    assert isinstance(await scene.sent.get(), watch.Grant)
+    assert isinstance(await scene.sent.get(), watch_sessions.Grant)
     stream.cancel()
     await asyncio.gather(stream, return_exceptions=True)
 
@@ -158,7 +158,7 @@ async def test_a_confirmation_releases_held_back_messages() -> None:
     await granted(scene)
     scene.apply((at(1), "a"))
     scene.sessions.on_news(True)
-    assert await scene.sent.get() == watch.Invalidation(at(1), ["a"])
+    assert await scene.sent.get() == watch_sessions.Invalidation(at(1), ["a"])
     await scene.said.put(request(at(0), 2))
     await eventually(scene.said.empty, "the request is received")
     scene.apply((at(2), "b"))
@@ -166,8 +166,8 @@ async def test_a_confirmation_releases_held_back_messages() -> None:
     await asyncio.sleep(0)
     assert scene.sent.empty()
     await scene.said.put(request(at(1)))
-    assert isinstance(await scene.sent.get(), watch.Grant)
-    assert await scene.sent.get() == watch.Invalidation(at(2), ["b"])
+    assert isinstance(await scene.sent.get(), watch_sessions.Grant)
+    assert await scene.sent.get() == watch_sessions.Invalidation(at(2), ["b"])
     stream.cancel()
     await asyncio.gather(stream, return_exceptions=True)
 

@@ -101,10 +101,10 @@ def test_name_length_counts_characters() -> None:
 def test_service_errors_appear_at_their_field() -> None:
     """The service's errors appear at their fields, and all others at the top of the form."""
     form = TokenForm(name="x").refused(
-        [FieldViolation("name", "must not hold a secret"), FieldViolation("ttl", "is odd.")]
+        [FieldViolation("name", "must not contain a secret"), FieldViolation("ttl", "is odd.")]
     )
     assert form.errors == {
-        "name": "The name must not hold a secret.",
+        "name": "The name must not contain a secret.",
         "expiry": "The expiry is odd.",
     }
     assert list(TokenForm().refused([]).errors) == [""]

@@ -1,4 +1,5 @@
-"""The rules for peppers of hosts on one database: which starts are refused, what a mismatch is."""
+"""The rules for the peppers of hosts on one database: which starts are rejected, and what counts as
+a mismatch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,8 @@ def test_first_host_generates_a_key() -> None:
 
 @pytest.mark.parametrize("peppers", [known("a"), known("a", needed="a"), known("a", read="a")])
 def test_later_host_generates_no_key(peppers: list[KnownPepper]) -> None:
-    """A database that knows a pepper refuses a generated one, used or not. The reason names the
-    expected id, the file to put in place, and the setting."""
+    """A database that knows a pepper rejects a generated one, whether the known one is used or not.
+    The reason names the expected id, the file to put in place, and the setting."""
     reason = refused("new", peppers, new=True)
     for part in ("expects the peppers a.", str(PATH), "Copy the pepper file", "LATCHKEY_PEPPER_"):
         assert part in reason
@@ -49,14 +50,15 @@ def test_later_host_generates_no_key(peppers: list[KnownPepper]) -> None:
 
 
 def test_only_used_peppers_are_expected() -> None:
-    """Ids that neither a verifier nor a live token uses are left out of the reason."""
+    """The reason omits ids that neither a verifier nor a live token uses."""
     peppers = known("old", "mine", "theirs", needed="mine", read="theirs")
     assert "expects the peppers mine, theirs." in refused("new", peppers, new=True)
     assert "expects the peppers old, older." in refused("new", known("old", "older"), new=True)
 
 
-def test_generated_file_of_another_database_is_refused() -> None:
-    """A generated file none of whose keys the database knows is refused, unless it is named."""
+def test_generated_file_of_another_database_is_rejected() -> None:
+    """A generated file is rejected if the database knows none of its keys, unless the setting names
+    the file."""
     reason = refused("mine", known("theirs"))
     assert "expects the peppers theirs, and /data/peppers has only others: mine" in reason
     assert "To use the present file nevertheless, point LATCHKEY_PEPPER_FILE to it" in reason
@@ -64,20 +66,21 @@ def test_generated_file_of_another_database_is_refused() -> None:
 
 
 def test_a_file_that_shares_a_pepper_is_accepted() -> None:
-    """The first step of a rotation brings a key that the database does not know yet."""
+    """The first step of a rotation adds a key that the database does not know yet."""
     assert not refused("old new", known("old", read="old"))
     assert not refused("new old", known("older", "old", needed="old"))
 
 
 @pytest.mark.parametrize("generated", [True, False])
 def test_live_tokens_need_their_peppers(*, generated: bool) -> None:
-    """A file without a pepper of live tokens is refused, however it is named."""
+    """A file that lacks a pepper of live tokens is rejected, even if the setting names it."""
     reason = refused("new", known("old", "new", needed="old"), generated=generated)
     assert "live tokens need peppers that /data/peppers lacks: old" in reason
 
 
 def test_a_lost_file_of_a_lone_host() -> None:
-    """A host with the embedded database generates a new key, but not over live tokens."""
+    """A host with the embedded database generates a new key, but not while live tokens need the old
+    one."""
     assert not refused("new", known("old"), generated=False, new=True)
     reason = refused("new", known("old", needed="old"), generated=False, new=True)
     assert "lacks: old" in reason
@@ -88,24 +91,25 @@ def test_a_lost_file_of_a_lone_host() -> None:
     [
         [],
         [Verifier("a", ("old",)), Verifier("b", ("old",))],
-        # docs/settings.md, Peppers, step 1: below the others, one host after the other.
+        # docs/settings.md, Peppers, step 1: append the key, one host after the other.
         [Verifier("a", ("old", "new")), Verifier("b", ("old",))],
         [Verifier("a", ("old", "new")), Verifier("b", ("old", "new"))],
-        # Step 2: to the top, one host after the other.
+        # Step 2: move it to the top, one host after the other.
         [Verifier("a", ("new", "old")), Verifier("b", ("old", "new"))],
         [Verifier("a", ("new", "old")), Verifier("b", ("new", "old"))],
-        # Step 3: the old one goes.
+        # Step 3: remove the old key.
         [Verifier("a", ("new",)), Verifier("b", ("new", "old"))],
         [Verifier("a", ("new",)), Verifier("b", ("new",))],
     ],
 )
-def test_a_documented_rotation_is_no_mismatch(fleet: list[Verifier]) -> None:
-    """No state of a rotation by the book, nor an empty fleet, is a mismatch."""
+def test_a_documented_rotation_is_not_a_mismatch(fleet: list[Verifier]) -> None:
+    """No state of the documented rotation is a mismatch, and neither is an empty fleet."""
     assert mismatches(fleet) == []
 
 
 def test_a_hasty_rotation_is_a_mismatch() -> None:
-    """A new key on top of one host before the others have it is named, with both hosts."""
+    """If one host uses a new key before the others have it, the mismatch names the hosts on both
+    sides."""
     hasty, late = Verifier("a", ("new", "old"), 7), Verifier("b", ("old",), 8)
     (found,) = mismatches([hasty, late])
     assert (found.pepper_id, found.minting, found.lacking) == ("new", (hasty,), (late,))
@@ -117,8 +121,8 @@ def test_a_hasty_rotation_is_a_mismatch() -> None:
     )
 
 
-def test_an_old_key_that_goes_too_early_is_a_mismatch() -> None:
-    """A host that drops the old key while another one still creates tokens with it is named."""
+def test_removing_an_old_key_too_early_is_a_mismatch() -> None:
+    """A host that drops the old key while another still creates tokens with it is named."""
     (found,) = mismatches([Verifier("a", ("new",)), Verifier("b", ("old", "new"))])
     assert (found.pepper_id, found.hosts) == ("old", (("b",), ("a",)))
 
@@ -136,14 +140,14 @@ def test_separate_keys_are_two_mismatches() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        # Rows of processes that were killed stay for a moment.
+        # The rows of killed processes remain for a moment.
         Verifier("b", ("y",), lease_remaining_seconds=0.0),
         # A release that does not report its peppers, during an upgrade.
         Verifier("b", ()),
     ],
 )
-def test_dead_and_silent_verifiers_are_left_out(other: Verifier) -> None:
-    """A verifier that answers nothing, or does not report its peppers, is no mismatch."""
+def test_dead_and_silent_verifiers_are_ignored(other: Verifier) -> None:
+    """A verifier that answers nothing, or does not report its peppers, causes no mismatch."""
     assert mismatches([Verifier("a", ("x",)), other]) == []
     assert mismatches([other, Verifier("a", ("x",))]) == []
 
@@ -162,8 +166,8 @@ def test_warnings_stay_short() -> None:
 
 
 def test_each_mismatch_is_reported_once_and_as_a_reminder() -> None:
-    """A mismatch is logged when it appears, again after an hour, and again if it comes back.
-    Other processes on the same hosts do not repeat it, other hosts do."""
+    """A mismatch is logged when it appears, again after an hour, and again if it comes back. Other
+    processes on the same hosts do not repeat the warning; other hosts do."""
     reports, a, b = Reports(), Verifier("a", ("x",)), Verifier("b", ("y", "x"))
     assert [m.pepper_id for m in reports.news([a, b], 0).found] == ["y"]
     assert reports.news([a, Verifier("b", ("y", "x"), 2)], 10) == ([], False)

@@ -7,7 +7,7 @@ from urllib.parse import quote
 import pytest
 from cryptography import x509
 from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_service.access import authenticator as gate
+from latchkey_service.access import authenticator as authenticator_module
 from latchkey_service.access.authenticator import ActivePolicy, Authenticator, restrict_to_accounts
 from latchkey_service.access.policy import Accounts, Caller, parse
 from latchkey_service.errors import Denied
@@ -147,7 +147,7 @@ def test_cache_is_bounded(monkeypatch):
     """However many headers arrive, and however long they are, the cache uses no more memory than
     its bound and one header."""
     bound, size = 256 * 1024, 16_000
-    monkeypatch.setattr(gate, "CACHE_BYTES_MAX", bound)
+    monkeypatch.setattr(authenticator_module, "CACHE_BYTES_MAX", bound)
     authenticator = Authenticator(ActivePolicy(parse(policy_text())), proxy=PROXY)
     names = f"By={PROXY};Hash=ab;URI={uri('verifier')}"
     tracemalloc.start()

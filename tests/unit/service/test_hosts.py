@@ -1,4 +1,4 @@
-"""The order in which the hosts of a database URL are asked."""
+"""The order in which the hosts of a database URL are tried."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ H1, H2, H3 = "h1:1", "h2:2", "h3:3"
 
 
 class FakeConnection:
-    """A connection that a host has accepted."""
+    """A connection to a host that accepts connections."""
 
     def __init__(self, host: str) -> None:
         self.host = host
@@ -23,7 +23,7 @@ class FakeConnection:
 
 
 class Cluster:
-    """Hosts that accept connections or refuse them, as a test says."""
+    """Hosts that accept or refuse connections, as a test sets."""
 
     def __init__(self) -> None:
         self.primaries = {H1, H2, H3}
@@ -53,9 +53,9 @@ def hosts(cluster: Cluster) -> Any:
     return Hosts(URL)
 
 
-async def test_the_order_of_the_url_is_the_first_order(hosts: Any, cluster: Cluster) -> None:
-    """Before anything is known, the hosts are asked in the URL's order. The first one that accepts
-    writes is asked first from then on. Names show neither role nor password."""
+async def test_the_first_order_is_that_of_the_url(hosts: Any, cluster: Cluster) -> None:
+    """At first, the hosts are tried in the URL's order. The first one that accepts writes is tried
+    first from then on. Names reveal neither role nor password."""
     assert hosts.names() == [H1, H2, H3]
     cluster.primaries = {H2}
     assert hosts.name_of(await hosts.connect()) == H2
@@ -64,7 +64,7 @@ async def test_the_order_of_the_url_is_the_first_order(hosts: Any, cluster: Clus
 
 
 async def test_a_standby_is_disconnected(hosts: Any, cluster: Cluster) -> None:
-    """A connection to a host that turns out to be a standby does not stay open."""
+    """A connection to a host that turns out to be a standby is closed."""
     made: list[FakeConnection] = []
     connect = cluster.connect
 
@@ -80,8 +80,8 @@ async def test_a_standby_is_disconnected(hosts: Any, cluster: Cluster) -> None:
 
 
 async def test_a_proved_host_stays_first(hosts: Any, cluster: Cluster) -> None:
-    """Once a commit on a host was durable, a connection that happens to reach another host does
-    not move that other host to the front: a deposed primary may accept connections, too."""
+    """After a durable commit on a host, a connection that happens to reach another host does not
+    move that host to the front: a deposed primary may accept connections, too."""
     proved = await hosts.connect_to(H2)
     hosts.prove(proved)
     assert hosts.names() == [H2, H1, H3]
@@ -92,9 +92,10 @@ async def test_a_proved_host_stays_first(hosts: Any, cluster: Cluster) -> None:
     assert hosts.name_of(await hosts.connect()) == H2
 
 
-async def test_a_host_that_is_left_is_asked_last(hosts: Any, cluster: Cluster) -> None:
-    """A host on which renewals fail goes to the end of the list, so that the next one has its turn,
-    even if the first still accepts connections. Each is tried in turn until one is proved."""
+async def test_a_host_that_is_left_is_tried_last(hosts: Any, cluster: Cluster) -> None:
+    """A host on which renewals fail moves to the end of the list, so that the next one is tried,
+    even if the first still accepts connections. The hosts are tried in turn until a commit proves
+    one."""
     found = []
     for _ in range(4):
         connection = await hosts.connect()
@@ -108,8 +109,8 @@ async def test_a_host_that_is_left_is_asked_last(hosts: Any, cluster: Cluster) -
 
 
 async def test_leaving_an_old_connection_changes_nothing(hosts: Any, cluster: Cluster) -> None:
-    """A late failure on a connection to an earlier host does not discredit the host that was proved
-    since."""
+    """A late failure on a connection to an earlier host does not discredit the host that a commit
+    has proved since."""
     old = await hosts.connect_to(H1)
     hosts.prove(await hosts.connect_to(H2))
     hosts.leave(old)
@@ -119,7 +120,7 @@ async def test_leaving_an_old_connection_changes_nothing(hosts: Any, cluster: Cl
 
 
 async def test_one_host_cannot_be_left(cluster: Cluster) -> None:
-    """With a single host, such as a virtual IP, it is asked again."""
+    """A single host, such as a virtual IP, is tried again."""
     hosts: Any = Hosts("postgresql://h1:1/db")
     for _ in range(2):
         connection = await hosts.connect()
@@ -127,7 +128,7 @@ async def test_one_host_cannot_be_left(cluster: Cluster) -> None:
         hosts.leave(connection)
 
 
-async def test_a_host_outside_the_list_is_refused(hosts: Any) -> None:
+async def test_a_host_outside_the_url_is_rejected(hosts: Any) -> None:
     """Only hosts of the URL are ever connected to."""
     with pytest.raises(ValueError, match="h9"):
         await hosts.connect_to("h9")
@@ -142,7 +143,7 @@ async def test_a_host_outside_the_list_is_refused(hosts: Any) -> None:
     ],
 )
 def test_names_of_hosts(url: str, names: list[str]) -> None:
-    """A host is named with its port as the URL has it. A URL with the socket in its query names no
-    host."""
+    """The name of a host includes its port if the URL names one. A URL with the socket in its query
+    names no host."""
     assert Hosts(url).names() == names
     assert len(each_host(url)) == len(names)

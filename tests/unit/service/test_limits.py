@@ -5,12 +5,11 @@ import socket
 from typing import Any
 
 import pytest
-from latchkey_service.process import memory_limit as memory_guard
+from latchkey_service.process import memory_limit
 from latchkey_service.process.memory_limit import MIB, memory_max_bytes
 from latchkey_service.settings.exposure import transport_of
 from latchkey_service.settings.settings import Settings
-from latchkey_service.transport import connection_guard
-from latchkey_service.transport import transports as transport
+from latchkey_service.transport import connection_guard, transports
 from latchkey_service.transport.transports import Limits, limits_of
 
 
@@ -61,13 +60,13 @@ def test_connections_and_files(
 def test_files_per_connection() -> None:
     """A client that watches over `native` uses as many files as the computation assumes."""
     # integration/test_limits_service.py counts the files of a real service.
-    assert transport.FILES_PER_CONNECTION == {"native": 3, "grpcio": 1}
+    assert transports.FILES_PER_CONNECTION == {"native": 3, "grpcio": 1}
 
 
 def test_memory() -> None:
     """The limit grows with the settings. It can be set explicitly; 0 means no limit."""
     plain = memory_max_bytes(settings())
-    assert plain > memory_guard.BASE_MIB * MIB
+    assert plain > memory_limit.BASE_MIB * MIB
     # Cache entries take some 500 bytes each, and a Watch some 60 kB.
     assert memory_max_bytes(settings(cache_entries=10_100_000)) - plain > 10_000_000 * 500
     assert memory_max_bytes(settings(connections_max=110_000)) - plain > 100_000 * 60_000

@@ -7,7 +7,7 @@ from typing import Any
 import asyncpg
 import pytest
 import structlog
-from latchkey_service.coherence import primary as module
+from latchkey_service.coherence import primary as primary_module
 from latchkey_service.coherence.primary import STANDBY_MISSING, Primary
 from latchkey_service.coherence.verifier_state import Server
 from latchkey_service.errors import NotReplicated, StoreUnavailable
@@ -91,7 +91,7 @@ class World:
 @pytest.fixture
 async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     # Long enough for a fake, and short enough to wait for where a host is silent.
-    monkeypatch.setattr(module, "ASK_SECONDS", 0.2)
+    monkeypatch.setattr(primary_module, "ASK_SECONDS", 0.2)
     world = World()
     yield world
     await world.primary.close()

@@ -1,14 +1,14 @@
-"""The order in which verdicts take precedence, checked against the words of the contract."""
+"""The precedence of verdicts, as the contract defines it."""
 
 import math
 
 from hypothesis import given
 from hypothesis import strategies as st
-from latchkey_service.tokens.verdict import Record, Scope, Verdict, decide
+from latchkey_service.tokens.verdict import CachedToken, Scope, Verdict, decide
 
 NOW = 1_800_000_000.0
 records = st.none() | st.builds(
-    Record,
+    CachedToken,
     token_id=st.just("tok_1"),
     scope=st.sampled_from([Scope.READ, Scope.WRITE]),
     expires=st.just(math.inf) | st.integers(-2, 2).map(lambda us: NOW + us / 1e6),

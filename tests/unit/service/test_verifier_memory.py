@@ -12,7 +12,7 @@ from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens.batched_lookup import Found
-from latchkey_service.tokens.verdict import Record, Scope, TokenRecord, Verdict
+from latchkey_service.tokens.verdict import CachedToken, Scope, TokenRecord, Verdict
 from latchkey_service.tokens.verifier import Verifier
 
 from tests.positions import at
@@ -63,8 +63,8 @@ class Bench:
         self.renewer = FakeRenewer()
         self.database = Database()
         self.scene = self.renewer.scene
-        self.state: VerifierState[Record] = self.scene.state
-        self.memory: Memory[Record] = self.state.memory
+        self.state: VerifierState[CachedToken] = self.scene.state
+        self.memory: Memory[CachedToken] = self.state.memory
 
         def disconnect() -> None:
             self.database.disconnected += 1
@@ -90,8 +90,8 @@ class Bench:
     async def verify(self) -> Verdict:
         return (await self.verifier.verify(SECRET, int(Scope.READ), DEADLINE)).verdict
 
-    def recall(self) -> Any:
-        return self.verifier.recall(SECRET, int(Scope.READ))
+    def verify_cached(self) -> Any:
+        return self.verifier.verify_cached(SECRET, int(Scope.READ))
 
 
 @pytest.mark.parametrize(("draw", "seconds"), [(0.0, 1.0), (0.5, 1.5), (1.0, 2.0)])
@@ -102,12 +102,12 @@ async def test_nothing_is_cached_for_longer_than_allowed(draw: float, seconds: f
     assert await bench.verify() is Verdict.VALID
     bench.scene.now += seconds - 0.001
     bench.scene.renew()
-    assert bench.recall().verdict is Verdict.VALID
+    assert bench.verify_cached().verdict is Verdict.VALID
     bench.scene.now += 0.001
     assert bench.scene.now < bench.state.lease_ends
-    assert bench.recall() is None
+    assert bench.verify_cached() is None
     assert await bench.verify() is Verdict.VALID
-    assert bench.recall().verdict is Verdict.VALID
+    assert bench.verify_cached().verdict is Verdict.VALID
     assert len(bench.memory) == 1
 
 
@@ -116,7 +116,7 @@ async def test_the_cache_does_not_answer_without_a_lease() -> None:
     bench = Bench(1.0)
     await bench.verify()
     bench.state.lease_ends = bench.scene.now
-    assert bench.recall() is None
+    assert bench.verify_cached() is None
 
 
 async def test_a_cached_answer_carries_the_applied_position() -> None:
@@ -125,7 +125,7 @@ async def test_a_cached_answer_carries_the_applied_position() -> None:
     bench = Bench(1.0)
     await bench.verify()
     bench.scene.apply((at(6), "another"))
-    assert bench.recall().position == at(6)
+    assert bench.verify_cached().position == at(6)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ async def test_a_read_that_is_ahead_waits_for_the_log(history: int) -> None:
     bench.renewer.brings = [(at(6, history), "another")]
     if history == 1:
         assert await bench.verify() is Verdict.VALID
-        assert bench.recall() is not None
+        assert bench.verify_cached() is not None
     else:
         with pytest.raises(StoreUnavailable):
             await bench.verify()

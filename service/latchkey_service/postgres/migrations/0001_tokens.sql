@@ -1,12 +1,12 @@
 -- Tokens, their secrets, and the order of invalidations.
 
--- A deleted token stays as a tombstone (delete_time set), so that its secret is told DELETED and
--- not UNKNOWN, and so that a repeated Delete finds its receipt.
+-- A deleted token stays as a tombstone (delete_time set). So Verify answers DELETED, not UNKNOWN,
+-- and a repeated Delete finds its receipt.
 CREATE TABLE token (
     id             text COLLATE "C" PRIMARY KEY,
     account_id     text COLLATE "C" NOT NULL CHECK (account_id ~ '^[A-Za-z0-9._:-]{1,64}$'),
     name           text NOT NULL CHECK (char_length(name) BETWEEN 1 AND 64),
-    -- The name with letter case folded by the service: Postgres' lower() depends on the locale.
+    -- The name, case-folded by the service because Postgres' lower() depends on the locale.
     name_key       text COLLATE "C" NOT NULL,
     -- 1 READ, 2 WRITE, as in the contract.
     scope          smallint NOT NULL CHECK (scope IN (1, 2)),
@@ -20,19 +20,19 @@ CREATE TABLE token (
 
 CREATE UNIQUE INDEX token_live_name ON token (account_id, name_key) WHERE delete_time IS NULL;
 
--- List's order: one index scan per page, however deep.
+-- The order of List: one index scan per page, at any depth.
 CREATE INDEX token_newest ON token (account_id, create_time DESC, id DESC)
     WHERE delete_time IS NULL;
 
 CREATE INDEX token_tombstone ON token (delete_time) WHERE delete_time IS NOT NULL;
 
--- Keys that digests were made with, by id only; the keys are never in the database.
+-- Ids of the keys that digests were made with. The keys themselves are never in the database.
 CREATE TABLE pepper (
     id          text COLLATE "C" PRIMARY KEY,
     create_time timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 
--- In a table of their own, since a token may come to have several.
+-- A separate table, because a later release may give a token several secrets.
 CREATE TABLE secret (
     digest    bytea PRIMARY KEY CHECK (octet_length(digest) = 32),
     pepper_id text COLLATE "C" NOT NULL REFERENCES pepper (id),
@@ -42,9 +42,9 @@ CREATE TABLE secret (
 CREATE INDEX secret_token ON secret (token_id);
 CREATE INDEX secret_pepper ON secret (pepper_id);
 
--- The one counter of invalidations. Whoever turns VALID into something else adds one to it in the
--- same transaction and so holds its row until the commit: revision order is commit order, without
--- the gaps of a sequence.
+-- The single counter of invalidations. A transaction that turns VALID into another verdict
+-- increments it and thereby locks the row until the commit. So revision order is commit order,
+-- without the gaps of a sequence.
 CREATE TABLE head (
     only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
     revision bigint NOT NULL
@@ -52,7 +52,7 @@ CREATE TABLE head (
 
 INSERT INTO head (revision) VALUES (0);
 
--- What each revision made invalid.
+-- The tokens that each revision made invalid.
 CREATE TABLE invalidation (
     revision    bigint NOT NULL,
     token_id    text COLLATE "C" NOT NULL,
@@ -60,12 +60,12 @@ CREATE TABLE invalidation (
     PRIMARY KEY (revision, token_id)
 );
 
--- The receipt of each deletion, given again to whoever asks again.
+-- The receipt of each deletion. A repeated Delete returns the same one.
 CREATE TABLE deletion (
     token_id               text COLLATE "C" PRIMARY KEY REFERENCES token (id) ON DELETE CASCADE,
     revision               bigint NOT NULL,
     commit_time            timestamptz NOT NULL,
-    -- NULL until it is confirmed that no verifier can answer VALID any more.
+    -- NULL until the service has confirmed that no verifier can still answer VALID.
     effective_time         timestamptz,
     verifiers_acknowledged integer NOT NULL DEFAULT 0,
     verifiers_outwaited    integer NOT NULL DEFAULT 0

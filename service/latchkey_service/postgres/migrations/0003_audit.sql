@@ -1,20 +1,20 @@
--- Who has managed tokens, and who has tried to.
+-- The audit log: every call that manages tokens, allowed or denied.
 
 CREATE TABLE audit (
     id         bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     time       timestamptz NOT NULL DEFAULT clock_timestamp(),
-    -- The caller's name in the policy; empty for one that is not known, or where there is none.
+    -- The caller's name in the policy. Empty if the caller is unknown or there is no policy.
     caller     text COLLATE "C" NOT NULL,
     method     text COLLATE "C" NOT NULL,
-    -- Empty for what has not the form of one: whatever was presented, no secret gets in here.
+    -- Empty if the request named no valid account, so that no secret can end up here.
     account_id text COLLATE "C" NOT NULL CHECK (account_id ~ '^[A-Za-z0-9._:-]{0,64}$'),
     token_id   text COLLATE "C" NOT NULL CHECK (char_length(token_id) <= 64),
     peer       text NOT NULL,
     request_id text NOT NULL,
-    -- A google.rpc.Code.
+    -- A value of google.rpc.Code.
     code       smallint NOT NULL DEFAULT 0,
     reason     text COLLATE "C" NOT NULL DEFAULT '',
-    -- How many calls this row stands for.
+    -- Number of calls that this row stands for.
     calls      bigint NOT NULL DEFAULT 1 CHECK (calls > 0)
 );
 
@@ -23,8 +23,8 @@ CREATE INDEX audit_account ON audit (account_id, time DESC, id DESC);
 CREATE INDEX audit_caller ON audit (caller, time DESC, id DESC);
 CREATE INDEX audit_token ON audit (token_id, time DESC, id DESC) WHERE token_id <> '';
 
--- Append-only, whoever is connected: a row is never changed, and goes only when retention says so,
--- which is never within a day.
+-- The table is append-only for every role. Rows never change, and only the retention job may delete
+-- them, after one day at the earliest.
 CREATE FUNCTION audit_keep() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF TG_OP = 'DELETE'

@@ -2,49 +2,51 @@
 
 -- A revision is a number in one history. A failover or a restore starts another history, which can
 -- give the same number to another change. The transaction that takes a revision therefore also
--- writes a random mark, and readers compare both. 0 is never a mark: it stands for "not known".
+-- writes a random mark, and readers compare both. A mark is never 0, which means "not known".
 --
--- UPDATE head SET revision = revision + 1, mark = DEFAULT makes a fresh one. The hash of a random
--- UUID needs no extension; gen_random_bytes() would.
+-- UPDATE head SET revision = revision + 1, mark = DEFAULT generates a new mark. The hash of a
+-- random UUID needs no extension; gen_random_bytes() would.
 --
 -- A log entry whose token_id is empty names every token.
 ALTER TABLE head
     ADD COLUMN mark bigint NOT NULL
         DEFAULT coalesce(nullif(uuid_hash_extended(gen_random_uuid(), 0), 0), 1),
-    -- The mark of pruned_revision: a reader that has applied exactly that much need not start over.
+    -- The mark of pruned_revision. A reader that has applied exactly that revision need not start
+    -- over.
     ADD COLUMN pruned_mark bigint NOT NULL DEFAULT 0;
 
--- The revisions so far have no marks, so all readers start over behind them.
+-- Existing revisions have no marks, so all readers must start over after them.
 DELETE FROM invalidation;
 UPDATE head SET pruned_revision = revision, pruned_mark = mark;
 
--- The same for all tokens of a revision.
+-- All tokens of a revision have the same mark.
 ALTER TABLE invalidation ADD COLUMN mark bigint NOT NULL;
--- 0: deleted before revisions had marks.
+-- 0 for deletions made before revisions had marks.
 ALTER TABLE deletion ADD COLUMN mark bigint NOT NULL DEFAULT 0;
 
--- Clients of a verifier, for receipts and for people. Client libraries answer under its lease.
+-- Client libraries that answer verifies under the lease of a verifier, for receipts and for people.
 ALTER TABLE verifier
-    -- How many had confirmed what the row acknowledged at its last renewal.
+    -- Clients that had confirmed the acknowledged revision at the last renewal.
     ADD COLUMN clients_confirmed integer NOT NULL DEFAULT 0,
-    -- How many leases of clients have ended while a revision waited for them. Only rises.
+    -- Client leases that expired while a revision waited for them. Never decreases.
     ADD COLUMN clients_outwaited bigint NOT NULL DEFAULT 0,
-    -- Callers and addresses of clients that a revision was waiting for.
+    -- Callers and addresses of the clients that a revision was waiting for.
     ADD COLUMN waiting_for text[] NOT NULL DEFAULT '{}',
-    -- The server that the last renewal reached: the host of the list that it is, and what it says
-    -- of itself.
+    -- The server that the last renewal reached: its host in the database URL, and what it reports
+    -- about itself.
     ADD COLUMN database_host text NOT NULL DEFAULT '',
     ADD COLUMN server_identifier text,
     ADD COLUMN server_timeline text,
-    -- What a person should repair, a sentence each.
+    -- Faults that a person should repair, one sentence each.
     ADD COLUMN warnings text[] NOT NULL DEFAULT '{}';
 ALTER TABLE deletion
     ADD COLUMN clients_acknowledged integer NOT NULL DEFAULT 0,
     ADD COLUMN clients_outwaited integer NOT NULL DEFAULT 0;
 
--- Which server and which timeline a statement reached. Postgres starts a new timeline at each
--- promotion and at each point-in-time recovery. Engines that do not report them return NULL, and
--- then the marks alone tell histories apart. NULL on a standby, too.
+-- These functions return the timeline and the identifier of the server that runs the statement.
+-- Postgres starts a new timeline at each promotion and each point-in-time recovery. On engines that
+-- do not report them, the functions return NULL and only the marks distinguish histories. The
+-- timeline is also NULL on a standby.
 --
 -- pg_control_checkpoint() would show the new timeline only after the first checkpoint.
 DO $$

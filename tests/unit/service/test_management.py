@@ -1,4 +1,4 @@
-"""Page tokens and the checks on what Create is asked for."""
+"""Page tokens and the validation of Create."""
 
 import base64
 import itertools
@@ -31,22 +31,22 @@ positions = st.builds(PageStart, moments, ids)
 
 
 @given(accounts, positions)
-def test_page_token_reads_back(account, position):
-    """A page token means the position it was made for."""
+def test_page_token_round_trip(account, position):
+    """Decoding a page token returns the position that was encoded."""
     assert decode_page_token(account, encode_page_token(account, position)) == position
 
 
 @given(accounts, accounts, positions)
 def test_page_token_is_bound_to_its_account(account, other, position):
-    """Another account's page token is refused, however alike the accounts."""
+    """A page token of another account is rejected, however similar the account ids."""
     if account != other:
         with pytest.raises(InvalidArgument, match="page_token"):
             decode_page_token(other, encode_page_token(account, position))
 
 
 @given(accounts, positions, st.data())
-def test_damaged_page_token_is_refused(account, position, data):
-    """A changed, cut or lengthened page token is INVALID_ARGUMENT, and nothing else."""
+def test_damaged_page_token_is_rejected(account, position, data):
+    """A changed, shortened or lengthened page token raises InvalidArgument."""
     token = encode_page_token(account, position)
     place = data.draw(st.integers(0, len(token) - 1))
     character = data.draw(st.characters(codec="utf-8"))
@@ -58,8 +58,8 @@ def test_damaged_page_token_is_refused(account, position, data):
 
 
 @given(accounts, st.text(max_size=300) | st.binary(max_size=200))
-def test_made_up_page_token_is_refused(account, made_up):
-    """No text, base64 or not, makes the decoder fail in another way."""
+def test_made_up_page_token_is_rejected(account, made_up):
+    """For any text, base64 or not, the decoder raises no exception but InvalidArgument."""
     if isinstance(made_up, bytes):
         made_up = base64.urlsafe_b64encode(made_up).decode().rstrip("=")
     with pytest.raises(InvalidArgument, match="page_token"):
@@ -67,7 +67,7 @@ def test_made_up_page_token_is_refused(account, made_up):
 
 
 class Recorder:
-    """Takes the place of the store; keeps what it is given."""
+    """Replaces the store and records the tokens to insert."""
 
     def __init__(self):
         self.inserted = []
@@ -77,7 +77,7 @@ class Recorder:
 
 
 class Reads:
-    """Has a lease."""
+    """Always has a lease."""
 
     async def begin(self, deadline):
         return None
@@ -146,7 +146,7 @@ def new(**fields: Any) -> NewToken:
     ],
 )
 async def test_create_names_the_wrong_field(field, bad):
-    """A wrong field is named in the violation, and nothing is stored."""
+    """An invalid field is named in the violation, and nothing is stored."""
     store, tokens = make()
     with pytest.raises(InvalidArgument) as caught:
         await tokens.create(new(**bad), audit_context(), math.inf)
@@ -155,7 +155,7 @@ async def test_create_names_the_wrong_field(field, bad):
 
 
 async def test_create_names_all_wrong_fields_at_once():
-    """A form with several mistakes is told all of them."""
+    """A request with several mistakes gets one violation for each."""
     _, tokens = make()
     with pytest.raises(InvalidArgument) as caught:
         await tokens.create(
@@ -178,16 +178,16 @@ async def test_create_names_all_wrong_fields_at_once():
         {"labels": {str(n): "" for n in range(16)}},
     ],
 )
-async def test_create_takes_what_is_allowed(fine):
-    """The limits themselves are within."""
+async def test_create_accepts_the_limits(fine):
+    """Values exactly at the limits are accepted."""
     store, tokens = make()
     created = await tokens.create(new(**fine), audit_context(), math.inf)
     assert store.inserted[0][0] == created.record
     assert created.record.name == fine.get("name", "ci").strip()
 
 
-async def test_names_that_look_alike_compare_alike():
-    """Letter case and composed forms do not make another name."""
+async def test_names_that_look_alike_are_equal():
+    """Names that differ only in letter case or composed characters are equal."""
     store, tokens = make()
     for name in ("Straße", "STRASSE", "Cafe\u0301", "CAFÉ"):
         await tokens.create(new(name=name), audit_context(), math.inf)
@@ -199,7 +199,7 @@ async def test_names_that_look_alike_compare_alike():
 
 @given(st.lists(st.datetimes(datetime(2001, 1, 1), datetime(2200, 1, 1)), min_size=2, max_size=5))
 async def test_ids_are_ordered_by_time(naive):
-    """Ids sort as their creation times do, to the millisecond, and have at most 64 characters."""
+    """Ids sort by creation time, to the millisecond, and have at most 64 characters."""
     times = sorted(moment.replace(tzinfo=UTC, microsecond=0) for moment in naive)
     made = []
     for moment in times:

@@ -30,8 +30,8 @@ def mint(entropy: bytes, prefix: str = "lk", keyring: Keyring = KEYRING):
 
 
 @given(prefixes, entropies)
-def test_every_minted_secret_is_found_again(prefix, entropy):
-    """What is minted has the published shape, and reads back to the digest that is stored."""
+def test_every_new_secret_is_recognised(prefix, entropy):
+    """A new secret has the published shape, and parsing it returns the stored digest."""
     minted = mint(entropy, prefix)
     text = minted.secret.reveal()
     assert re.fullmatch(rf"{prefix}_[0-9A-Za-z]{{57}}", text)
@@ -42,7 +42,7 @@ def test_every_minted_secret_is_found_again(prefix, entropy):
 
 
 def test_format_never_changes():
-    """A secret minted by an earlier release keeps its form: digits, tag and checksum stay."""
+    """A secret of an earlier release is still accepted: digits, tag and checksum never change."""
     minted = mint(bytes(range(100, 132)))
     text = minted.secret.reveal()
     number = 0
@@ -59,7 +59,7 @@ def test_format_never_changes():
 
 @given(entropies, st.integers(0, 59), st.sampled_from(ALPHABET))
 def test_any_changed_character_is_malformed(entropy, place, character):
-    """One wrong character, wherever it is, is told without a key."""
+    """One wrong character at any position is detected without a key."""
     text = mint(entropy).secret.reveal()
     changed = text[:place] + character + text[place + 1 :]
     if changed == text:
@@ -70,14 +70,14 @@ def test_any_changed_character_is_malformed(entropy, place, character):
 
 @given(st.text(max_size=200))
 def test_garbage_is_malformed(text):
-    """Any text that is no secret is MALFORMED, and nothing else is raised."""
+    """Any text that is not a secret raises Malformed and no other exception."""
     with pytest.raises(Malformed):
         KEYRING.digest_of(text)
 
 
 @pytest.mark.parametrize("odd", ["\n", "\0", " ", "é", "\U0001d7ce"])
 def test_shape_is_ascii_and_whole(odd):
-    """White space, a trailing newline and digits of other scripts are not let through."""
+    """White space, a trailing newline and digits of other scripts are rejected."""
     text = mint(bytes(32)).secret.reveal()
     for changed in (text + odd, odd + text, text[:-1] + odd):
         with pytest.raises(Malformed):
@@ -86,7 +86,7 @@ def test_shape_is_ascii_and_whole(odd):
 
 @given(entropies, entropies)
 def test_other_peppers_secrets_have_a_wrong_tag(entropy, key):
-    """A secret that our peppers did not mint is told by its tag, so that it needs no look-up."""
+    """The tag identifies secrets made with other peppers, so they need no look-up."""
     foreign = mint(entropy, keyring=Keyring([Pepper(key)]))
     if key != PEPPER.key:
         assert KEYRING.digest_of(foreign.secret.reveal()) is None
@@ -94,8 +94,8 @@ def test_other_peppers_secrets_have_a_wrong_tag(entropy, key):
 
 @pytest.mark.parametrize("before", ["", "a", "abcdefgh", "é", "lk_", "lk_" + "A" * 55, "lk_x_"])
 @pytest.mark.parametrize("after", ["", "a", "_", "\n", "lk_"])
-def test_a_secret_is_seen_whatever_it_is_stuck_to(before, after):
-    """What must not hold a secret is refused also where its prefix is part of a longer word."""
+def test_a_secret_is_found_within_a_longer_word(before, after):
+    """A text contains a secret even if the prefix of the secret is part of a longer word."""
     text = mint(bytes(range(32))).secret.reveal()
     assert holds_secret(before + text + after)
     assert not holds_secret(before + text[:-1] + after)
@@ -103,16 +103,16 @@ def test_a_secret_is_seen_whatever_it_is_stuck_to(before, after):
 
 @pytest.mark.parametrize("before", ["", "a", "lk_", "é", "lkc_"])
 @pytest.mark.parametrize("after", ["", "a", "_", "\n"])
-def test_a_callers_credential_is_seen_too(before, after):
-    """What must not hold a secret must not hold a caller's credential either."""
+def test_a_callers_credential_is_found_too(before, after):
+    """A text that contains a caller's credential counts as containing a secret."""
     text = credentials.mint(lambda size: bytes(range(size))).reveal()
     assert holds_secret(before + text + after)
     assert not holds_secret(before + text[:-1] + after)
     assert text not in without_secrets(f"{before}{text}{after}")
 
 
-def test_rotated_peppers_still_read():
-    """The newest pepper mints; secrets of the older ones are still found."""
+def test_rotated_peppers_still_verify():
+    """New secrets use the newest pepper; secrets of older peppers are still recognised."""
     newer = Pepper(b"n" * 32)
     rotated = Keyring([newer, PEPPER])
     old = mint(bytes(32))
@@ -121,7 +121,7 @@ def test_rotated_peppers_still_read():
 
 
 def test_a_secret_cannot_be_printed():
-    """repr, str, format, f-strings, containers and pickles never show a secret."""
+    """repr, str, format, f-strings, containers and pickles never reveal a secret."""
     text = mint(bytes(range(32))).secret.reveal()
     secret = Secret(text)
     shown = [repr(secret), str(secret), f"{secret}", f"{secret!r:>80}".strip(), repr([secret])]
@@ -135,6 +135,6 @@ def test_a_secret_cannot_be_printed():
 
 
 def test_keyring_needs_a_pepper():
-    """A keyring without a key would store plain hashes; it is refused."""
+    """A keyring without a key is rejected, because it would store plain hashes."""
     with pytest.raises(ValueError, match="pepper"):
         Keyring([])

@@ -10,7 +10,7 @@ import pytest
 from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
 from latchkey_service.postgres.connections import connect
 from latchkey_service.secret_format import Keyring, Pepper
-from latchkey_service.tokens import batched_lookup as module
+from latchkey_service.tokens import batched_lookup
 from latchkey_service.tokens.batched_lookup import Lookup
 from latchkey_service.tokens.management import NewToken, Tokens
 from latchkey_service.tokens.queue_limit import CALM_SECONDS, STANDING_SECONDS, QueueLimit
@@ -21,7 +21,7 @@ KEYRING = Keyring([Pepper(b"p" * 32)])
 
 
 class Counted:
-    """A connection that counts its queries and can hold them up."""
+    """A connection that counts its queries and can hold them back."""
 
     def __init__(self, connection):
         self._connection = connection
@@ -42,7 +42,7 @@ class Counted:
 
 @pytest.fixture
 async def counted(database_url):
-    """The connection that the look-up will use."""
+    """The connection that the look-up uses."""
     connection = Counted(await connect(database_url))
     yield connection
     connection.terminate()
@@ -92,7 +92,7 @@ def soon(seconds=5.0):
 
 
 async def test_lookups_of_one_tick_share_a_query(lookup, counted, digests):
-    """A hundred look-ups at once cost one query, and each gets its own answer."""
+    """A hundred simultaneous look-ups cost one query, and each gets its own answer."""
     wanted = [digests[n % 10] for n in range(100)]
     found = await asyncio.gather(*(lookup.find(digest, soon()) for digest in wanted))
     assert counted.queries == [100]
@@ -100,7 +100,7 @@ async def test_lookups_of_one_tick_share_a_query(lookup, counted, digests):
 
 
 async def test_a_thousand_cost_one_query(lookup, counted, digests):
-    """A full batch is one query, mixed with digests that nobody has."""
+    """A full batch is one query, even with digests that no token has."""
     wanted = [digests[n % 10] if n % 2 else bytes([n % 256]) * 32 for n in range(1000)]
     found = await lookup.find_all(wanted, soon())
     assert counted.queries == [1000]
@@ -109,7 +109,7 @@ async def test_a_thousand_cost_one_query(lookup, counted, digests):
     assert found[0].snapshot.position.mark
 
 
-async def test_what_comes_during_a_query_waits_for_the_next(lookup, counted, digests):
+async def test_a_lookup_during_a_query_waits_for_the_next(lookup, counted, digests):
     """A look-up never joins a query that was sent before it began (coherence rule 4)."""
     counted.gate.clear()
     first = asyncio.create_task(lookup.find(digests[0], soon()))
@@ -122,8 +122,8 @@ async def test_what_comes_during_a_query_waits_for_the_next(lookup, counted, dig
     assert counted.queries == [1, 10]
 
 
-async def test_a_caller_that_leaves_takes_nothing_from_others(lookup, counted, digests):
-    """Of look-ups that share a query, one is cancelled and the others are answered."""
+async def test_a_cancelled_caller_does_not_affect_others(lookup, counted, digests):
+    """If one of the look-ups that share a query is cancelled, the others are answered."""
     counted.gate.clear()
     tasks = [asyncio.create_task(lookup.find(digest, soon())) for digest in digests]
     await counted.asked.wait()
@@ -136,7 +136,8 @@ async def test_a_caller_that_leaves_takes_nothing_from_others(lookup, counted, d
 
 
 async def test_a_deadline_ends_one_wait_and_not_the_others(lookup, counted, digests, monkeypatch):
-    """At its deadline a look-up is UNAVAILABLE, in the query or in the queue; the others go on."""
+    """At its deadline a look-up fails with UNAVAILABLE, in a query or in the queue; the others
+    continue."""
     now = 1_000.0
     monkeypatch.setattr(lookup, "_monotonic", lambda: now)
     counted.gate.clear()
@@ -144,7 +145,7 @@ async def test_a_deadline_ends_one_wait_and_not_the_others(lookup, counted, dige
     await counted.asked.wait()
     queued = asyncio.create_task(lookup.find(digests[1], now + 1.0))
     patient = asyncio.create_task(lookup.find(digests[2], now + 5.0))
-    # They are in the queue.
+    # Let both enter the queue.
     await asyncio.sleep(0)
     now += 1.0
     for late in (asked, queued):
@@ -153,11 +154,12 @@ async def test_a_deadline_ends_one_wait_and_not_the_others(lookup, counted, dige
     assert not patient.done()
     counted.gate.set()
     assert (await patient).record.name == "token 2"
-    assert counted.queries == [1, 1], "nobody is asked for who no longer waits"
+    assert counted.queries == [1, 1], "expired look-ups are not queried"
 
 
-async def test_a_closed_lookup_refuses_and_leaves_nothing_open(lookup, counted, digests):
-    """Whoever waits when it closes is told, and so is whoever comes later; nothing reconnects."""
+async def test_a_closed_lookup_fails_all_callers(lookup, counted, digests):
+    """When a look-up closes, waiting and later callers get StoreUnavailable, and nothing
+    reconnects."""
     counted.gate.clear()
     waiting = [asyncio.create_task(lookup.find(digest, soon())) for digest in digests]
     await counted.asked.wait()
@@ -170,9 +172,9 @@ async def test_a_closed_lookup_refuses_and_leaves_nothing_open(lookup, counted, 
     assert counted.queries == [10]
 
 
-async def test_the_queue_has_a_size(lookup, counted, digests, monkeypatch):
-    """Past the bound a look-up is refused at once."""
-    monkeypatch.setattr(module, "WAITING_MAX", 5)
+async def test_the_queue_is_bounded(lookup, counted, digests, monkeypatch):
+    """A look-up beyond the bound is rejected at once."""
+    monkeypatch.setattr(batched_lookup, "WAITING_MAX", 5)
     counted.gate.clear()
     waiting = [asyncio.create_task(lookup.find(d, soon())) for d in digests[:5]]
     await counted.asked.wait()
@@ -184,8 +186,8 @@ async def test_the_queue_has_a_size(lookup, counted, digests, monkeypatch):
     await asyncio.gather(*waiting, *more)
 
 
-async def test_an_unforeseen_failure_reaches_every_waiter(lookup, counted, digests, monkeypatch):
-    """Whatever a query raises, nobody is left waiting."""
+async def test_an_unexpected_error_reaches_every_waiter(lookup, counted, digests, monkeypatch):
+    """Whatever a query raises, no caller is left waiting."""
 
     async def fail(statement, digests):
         raise ZeroDivisionError
@@ -197,16 +199,14 @@ async def test_an_unforeseen_failure_reaches_every_waiter(lookup, counted, diges
     assert {type(result) for result in results} == {ZeroDivisionError}
 
 
-async def test_more_calls_than_make_it_busy_are_bounded_if_that_lasts(
-    lookup, counted, digests, monkeypatch
-):
-    """A burst is let in. While queries go on to be full, calls past the bound are refused; and
-    they are let in again once the queries have been small."""
-    monkeypatch.setattr(module, "BUSY", 2)
-    monkeypatch.setattr(module, "STANDING", 1)
+async def test_a_standing_queue_is_limited(lookup, counted, digests, monkeypatch):
+    """A burst is accepted. While queries stay full, calls beyond the limit are rejected. They are
+    accepted again after the queries have been small for a while."""
+    monkeypatch.setattr(batched_lookup, "BUSY", 2)
+    monkeypatch.setattr(batched_lookup, "STANDING", 1)
     now = 1_000.0
     monkeypatch.setattr(lookup, "_monotonic", lambda: now)
-    monkeypatch.setattr(lookup, "_bound", QueueLimit(module.STANDING, 100))
+    monkeypatch.setattr(lookup, "_queue_limit", QueueLimit(batched_lookup.STANDING, 100))
 
     async def come(count: int) -> tuple[list[asyncio.Task[Any]], int]:
         tasks = [asyncio.create_task(lookup.find(digests[0], now + 60.0)) for _ in range(count)]
