@@ -1,4 +1,4 @@
-"""Reads a refused call's rich status, as a client would."""
+"""Parses the rich status of a rejected call, as a client would."""
 
 from collections.abc import Awaitable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 @dataclass(frozen=True)
 class Refusal:
-    """What a caller is told."""
+    """The error details that a caller receives."""
 
     code: grpc.StatusCode
     message: str
@@ -23,7 +23,7 @@ class Refusal:
 
 
 async def refusal(call: Awaitable[Any]) -> Refusal:
-    """Await a call that must be refused, and check what every refusal of ours has."""
+    """Await a call that must be rejected, and check the details that every rejection carries."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     error = caught.value

@@ -1,4 +1,4 @@
-"""Who is let in when too much is asked: by the process's bounds, and by the policy's."""
+"""Admission under overload: which calls the process limits and the policy limits let through."""
 
 import asyncio
 import contextlib
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
     from latchkey_service.settings.settings import Settings
 
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
-# What the client (grpcio 1.75) makes of a refusal that came while it was writing: how it was
-# refused is lost.
+# How the client (grpcio 1.75) reports a rejection that arrives while it is writing: the reason for
+# the rejection is lost.
 OVERTAKEN = "Internal error from Core"
 
 
-async def test_what_waits_for_the_database_is_bounded(
+async def test_calls_that_wait_for_the_database_are_bounded(
     settings: "Settings", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While all places are taken the next call is refused at once with RetryInfo; verifies, the
-    operator and health are answered as ever; and what was at work is done."""
-    # Here it is not the load that keeps the one at work, but as long as that may be.
+    """While all places are taken, the next call is rejected at once with RetryInfo. Verifies,
+    operator calls and health checks are still answered, and the call in progress completes."""
+    # In this test a lock keeps the call in progress, not load, so it must not count as stuck.
     monkeypatch.setattr(admission, "STUCK_SECONDS", 1_000.0)
-    # And the test says how long that is.
+    # These timeouts must not end the call before the test releases the lock.
     monkeypatch.setitem(sessions.SETTINGS, "lock_timeout", "60s")
     monkeypatch.setattr(connections, "STATEMENT_TIMEOUT_SECONDS", 60.0)
     monkeypatch.setattr(admission, "QUEUE_SECONDS_MAX", 60.0)
     monkeypatch.setattr(deadlines, "CALL_SECONDS_MAX", 60.0)
-    # One at work, and there in all.
+    # One call in progress, and one in all.
     monkeypatch.setattr(interceptor, "CONCURRENCY_LIMITS", {MANAGER: (1, 1), OPERATOR: (1, 1)})
     assert settings.database_url is not None
     url = settings.database_url.get_secret_value()
@@ -80,7 +80,8 @@ async def test_what_waits_for_the_database_is_bounded(
 async def limited(
     settings: "Settings", tmp_path: Path, limits: dict[str, str]
 ) -> AsyncIterator[grpc.aio.Channel]:
-    """Serve under a policy in which these callers have these further lines; yield a channel."""
+    """Serve under the test policy with one extra line for each of these callers; yield a
+    channel."""
     lines = policy_text()
     for caller, line in limits.items():
         lines = lines.replace(f"[callers.{caller}]\n", f"[callers.{caller}]\n{line}\n")
@@ -96,11 +97,12 @@ def of(caller: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {credential(caller)}"),)
 
 
-async def test_a_caller_has_what_the_policy_gives_it(settings: "Settings", tmp_path: Path) -> None:
-    """Past its rate a caller is refused, told when to come back, and let in then; each question
-    of a batch counts; other callers and other roles' methods are not concerned."""
+async def test_each_caller_has_its_own_rate(settings: "Settings", tmp_path: Path) -> None:
+    """A caller above its rate is rejected, receives the time after which to retry, and is admitted
+    then. Each question of a batch counts. Other callers and the methods of other roles are
+    unaffected."""
     limits = {
-        # A debt that lasts longer than a busy machine takes for the calls that have to find it.
+        # The debt must last longer than a busy machine takes to make the calls that check it.
         "verifier": "rates = { verifier = 5 }",
         "acmes-verifier": "rates = { verifier = 2000 }",
         "manager": "rates = { manager = 2 }",
@@ -115,15 +117,15 @@ async def test_a_caller_has_what_the_policy_gives_it(settings: "Settings", tmp_p
         await stub.BatchVerify(batch, metadata=of("verifier"))
         error = await refusal(verify("verifier"))
         assert (error.code, error.reason) == (EXHAUSTED, "RATE_LIMITED")
-        # A fifth of a second for each of the 96 that were too many, and up to twice as long; less
-        # what has passed meanwhile.
+        # A fifth of a second for each of the 96 questions above the limit, and up to twice as long,
+        # minus the time that has passed meanwhile.
         assert error.retry_seconds is not None
         assert 5.0 < error.retry_seconds <= 2 * 19.2
-        # One that is refused for its size counts as the largest that is answered, and no more.
+        # A batch that is rejected for its size counts as much as the largest allowed batch.
         large = pb.BatchVerifyRequest(requests=[pb.VerifyRequest()] * 50_000)
         error = await refusal(stub.BatchVerify(large, metadata=of("acmes-verifier")))
         assert error.code is grpc.StatusCode.INVALID_ARGUMENT
-        # Nothing is written, or the refusal might be OVERTAKEN.
+        # Nothing is written, because the rejection might then be OVERTAKEN.
         watch = stub.Watch(metadata=of("verifier"))
         assert (await refusal(watch.read())).reason == "RATE_LIMITED"
         assert (await verify("acmes-verifier")).verdict == pb.VERDICT_MALFORMED
@@ -148,10 +150,11 @@ async def test_a_caller_has_what_the_policy_gives_it(settings: "Settings", tmp_p
     ("method", "data"),
     [("BatchVerify", b""), ("BatchVerify", b"\x0a\x7f"), ("Verify", b"\xff"), ("Watch", b"\xff")],
 )
-async def test_what_is_no_question_counts_too(
+async def test_invalid_requests_count_towards_the_rate(
     settings: "Settings", tmp_path: Path, method: str, data: bytes
 ) -> None:
-    """Empty batches and what is no message take time as well: past its rate a caller is refused."""
+    """Empty batches and undecodable messages cost time as well, so a caller that sends them above
+    its rate is rejected."""
     async with limited(settings, tmp_path, {"verifier": "rates = { verifier = 1 }"}) as channel:
         path = f"/latchkey.v1.TokenService/{method}"
 
@@ -170,8 +173,9 @@ async def test_what_is_no_question_counts_too(
         assert codes[EXHAUSTED] > 15
 
 
-async def test_a_caller_has_so_many_streams(settings: "Settings", tmp_path: Path) -> None:
-    """One Watch too many is refused, another caller's is not, and one that ends makes room."""
+async def test_streams_per_caller_are_limited(settings: "Settings", tmp_path: Path) -> None:
+    """A caller's Watch above its limit is rejected, another caller's is not, and a stream that ends
+    frees its place."""
     async with limited(settings, tmp_path, {"verifier": "watches = 1"}) as channel:
         stub: Any = pb_grpc.TokenServiceStub(channel)
 
@@ -183,7 +187,7 @@ async def test_a_caller_has_so_many_streams(settings: "Settings", tmp_path: Path
 
         first, answer = await watch()
         assert answer is not grpc.aio.EOF
-        # Nothing is written, as for another refusal above.
+        # Nothing is written, for the same reason as above.
         error = await refusal(stub.Watch(metadata=of("verifier")).read())
         assert (error.code, error.reason) == (EXHAUSTED, "WATCHES_LIMITED")
         first.cancel()

@@ -1,4 +1,4 @@
-"""What no client library sends: frames made by hand. What the log tells of them, and what not."""
+"""Hand-made HTTP/2 frames that no client library sends, and what the log says about them."""
 
 import asyncio
 import io
@@ -12,13 +12,14 @@ from latchkey_service.settings import logs as service_logs
 from tests.fuzz import frames
 from tests.support import WAIT_SECONDS, service
 
-# With a stray byte at its end, it is no text.
+# The stray byte at the end makes it invalid UTF-8.
 CREDENTIAL = mint(lambda size: bytes(range(size))).reveal()
 
 
 @pytest.fixture
 def logs():
-    """All that the process logs, but for what the test's own libraries say at debug level."""
+    """Everything that the process logs, except debug lines from the libraries of the test
+    itself."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     service_logs.configure("json", "info")
@@ -32,8 +33,8 @@ def logs():
 
 
 async def send(address: str, *sent: frames.Frame) -> list[frames.Frame]:
-    """Send frames on a connection of their own; return what is answered until a stream, or the
-    connection, is at its end."""
+    """Send frames on a new connection; return all frames up to the end of a stream or of the
+    connection."""
     host, _, port = address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(frames.PREFACE + b"".join(f.encoded() for f in sent))
@@ -64,8 +65,8 @@ def call(path: str = frames.VERIFY, **headers: str) -> tuple[frames.Frame, ...]:
     )
 
 
-async def test_what_is_not_text_is_not_logged(address, logs):
-    """A credential with a byte that is not UTF-8 gets into no line, nor does such a path."""
+async def test_invalid_utf8_is_not_logged(address, logs):
+    """A credential or path that contains a byte outside UTF-8 does not appear in any log line."""
     assert await send(address, *call(authorization=f"Bearer {CREDENTIAL}\xff"))
     assert await send(address, *call(path=f"/{CREDENTIAL}\xff"))
     written = logs.getvalue()
@@ -74,8 +75,8 @@ async def test_what_is_not_text_is_not_logged(address, logs):
         assert "UnicodeDecodeError" in written, "what happened is told"
 
 
-async def test_no_line_for_each_frame(tmp_path: Path, database_url: str):
-    """A client cannot fill the log with frames that no handler gets to see."""
+async def test_rejected_frames_do_not_fill_the_log(tmp_path: Path, database_url: str):
+    """A client cannot fill the log with frames that never reach a handler."""
     with service(
         tmp_path / "service",
         data_dir=tmp_path / "data",
@@ -87,7 +88,8 @@ async def test_no_line_for_each_frame(tmp_path: Path, database_url: str):
         address = await running.welcome()
         goaway = frames.Frame(frames.GOAWAY, 0, 0, b"\0\0\0\0\0\0\0\x08nonsense")
         settings, *others = call()
-        # Those of one connection are read in order: when the call is answered, the others were.
+        # The server reads the frames of a connection in order: once it answers the call, it has
+        # read all frames before it.
         await send(address, settings, *[goaway] * 100, *others)
         assert await running.end() == 0
         assert "nonsense" not in running.err

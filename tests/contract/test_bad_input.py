@@ -1,4 +1,4 @@
-"""Every RPC and every field with everything that it should not have: always a clear answer."""
+"""Every RPC and every field with invalid input: the answer is always a clear error."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -39,7 +39,7 @@ TEXT_FIELDS = [
     for field in message.DESCRIPTOR.fields
     if field.type == descriptors.FieldDescriptor.TYPE_STRING
 ]
-# Where the value is fine, or is an id or page token that merely is not there.
+# The value is valid here, or it is an ID or page token that does not exist.
 ALLOWED = {
     ("List", "page_token", "empty"),
     ("Create", "name", "another script's digits"),
@@ -50,18 +50,19 @@ NOT_FOUND = {
 
 
 def test_every_rpc_is_covered():
-    """A new RPC cannot be forgotten here. Watch, a stream, has tests of its own: test_watch.py."""
+    """This suite covers every RPC, so a new one cannot be forgotten. Watch is a stream and has its
+    own tests in test_watch.py."""
     methods = {m.name for m in pb.DESCRIPTOR.services_by_name["TokenService"].methods}
     assert set(GOOD) | {"Watch"} == methods
 
 
 def raw_call(channel, method):
-    """The method without client-side (de)serialisation: any bytes can be sent."""
+    """Return the method without client-side (de)serialisation, so that any bytes can be sent."""
     return channel.unary_unary(SERVICE + method)
 
 
 def encoded(message, field, value):
-    """`message` with `field` (of type string) set to any bytes."""
+    """Encode `message` with `field` (of type string) set to arbitrary bytes."""
     copy = type(message)()
     copy.CopyFrom(message)
     copy.ClearField(field)
@@ -79,7 +80,8 @@ def varint(number):
 
 @pytest.mark.parametrize("kind", BAD_TEXT)
 async def test_bad_text(channel, kind):
-    """Bad text in any field of any RPC: the field is named, or for Verify a verdict is given."""
+    """Invalid text in a field of any RPC yields an error that names the field; Verify returns a
+    verdict."""
     assert TEXT_FIELDS
     for method, field in TEXT_FIELDS:
         call = raw_call(channel, method)(encoded(GOOD[method], field, BAD_TEXT[kind]), timeout=10)
@@ -95,7 +97,7 @@ async def test_bad_text(channel, kind):
                 assert error.code is grpc.StatusCode.NOT_FOUND, where
             else:
                 assert error.code is grpc.StatusCode.INVALID_ARGUMENT, where
-                # Invalid UTF-8 makes the whole message unreadable.
+                # Invalid UTF-8 makes the whole message undecodable.
                 unreadable = kind in ("invalid UTF-8", "lone surrogate")
                 assert error.fields == ([""] if unreadable else [field]), where
             assert len(error.text) < 2_000, where
@@ -112,7 +114,7 @@ async def test_unknown_scope(stub, create, scope):
 
 
 async def test_missing_fields(channel):
-    """An empty message names each field that is required."""
+    """An empty message yields an error that names each required field."""
     required = {
         "Create": ["account_id", "name", "scope"],
         "Get": ["account_id", "id"],
@@ -128,8 +130,8 @@ async def test_missing_fields(channel):
 
 
 @pytest.mark.parametrize("data", [b"\xff" * 20, b"\x0a\x7fshort", b"\x0b", b"\x00\x00"])
-async def test_not_a_message(channel, data):
-    """Bytes that are no message are INVALID_ARGUMENT everywhere, and said to be that."""
+async def test_undecodable_message(channel, data):
+    """Undecodable bytes are INVALID_ARGUMENT in every RPC, and the message says why."""
     for method in GOOD:
         error = await refusal(raw_call(channel, method)(data))
         assert (error.code, error.reason) == (
@@ -138,8 +140,9 @@ async def test_not_a_message(channel, data):
         )
 
 
-async def test_one_holders_bytes_do_not_fail_the_batch(channel, create):
-    """In a batch, a secret that is not text is MALFORMED in its place and no other's matter."""
+async def test_one_malformed_secret_does_not_fail_the_batch(channel, create):
+    """In a batch, a secret that is not text is MALFORMED in its place and does not affect the
+    others."""
     created = await create()
     good = pb.VerifyRequest(secret=created.secret, required_scope=pb.SCOPE_READ)
     bad = encoded(good, "secret", b"\xff\xfe")
@@ -174,7 +177,7 @@ async def test_one_holders_bytes_do_not_fail_the_batch(channel, create):
     ],
 )
 async def test_bad_expiry(stub, field, seconds, nanos):
-    """A moment or duration out of range, past, or of mixed signs is INVALID_ARGUMENT."""
+    """A time or duration that is out of range, past, or of mixed signs is INVALID_ARGUMENT."""
     expiry: Any = {field: {"seconds": seconds, "nanos": nanos}}
     request = pb.CreateRequest(account_id="acme", name="n", scope=pb.SCOPE_READ, **expiry)
     error = await refusal(stub.Create(request))
@@ -190,13 +193,14 @@ async def test_negative_page_size(stub, page_size):
 
 @pytest.mark.parametrize("page_token", ["x", "AAAA", "=", "a" * 5000, "../../etc", "\u00e9"])
 async def test_damaged_page_token(stub, page_token):
-    """A page token that is none of ours is INVALID_ARGUMENT."""
+    """A page token that Latchkey did not issue is INVALID_ARGUMENT."""
     error = await refusal(stub.List(pb.ListRequest(account_id="acme", page_token=page_token)))
     assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["page_token"])
 
 
 async def test_labels(stub):
-    """Too many labels, too long ones and control characters are named by their key."""
+    """Errors for too many labels, labels that are too long, and control characters name the label's
+    key."""
     for labels, field in (
         ({str(n): "" for n in range(17)}, "labels"),
         ({"": "v"}, "labels"),
@@ -211,8 +215,8 @@ async def test_labels(stub):
         assert set(error.fields) == {field}
 
 
-async def test_a_forged_page_token_reaches_no_further(stub):
-    """A page token with a right seal and a wrong id is as damaged as any."""
+async def test_a_sealed_page_token_with_a_bad_id_is_refused(stub):
+    """A page token with a valid seal and an invalid ID is rejected like any damaged page token."""
     for token_id in ("a\x00b", "tok_" + "x" * 27, ""):
         position = PageStart(datetime(2026, 1, 1, tzinfo=UTC), token_id)
         forged = encode_page_token("acme", position)
@@ -220,7 +224,7 @@ async def test_a_forged_page_token_reaches_no_further(stub):
         assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["page_token"])
 
 
-async def test_streams_refuse_what_is_no_message(channel):
+async def test_streams_refuse_undecodable_messages(channel):
     """Garbage sent to health's Watch or to reflection is INVALID_ARGUMENT with details."""
     watch = channel.unary_stream("/grpc.health.v1.Health/Watch")
     reflect = channel.stream_stream(
@@ -232,13 +236,13 @@ async def test_streams_refuse_what_is_no_message(channel):
 
 
 async def test_health_of_an_unknown_service(channel):
-    """Health of a service that there is not is NOT_FOUND."""
+    """Health of an unknown service is NOT_FOUND."""
     error = await refusal(channel.unary_unary("/grpc.health.v1.Health/Check")(b"\x0a\x01x"))
     assert (error.code, error.reason) == (grpc.StatusCode.NOT_FOUND, "SERVICE_NOT_FOUND")
 
 
 async def test_unknown_method(channel):
-    """A method that is not there is UNIMPLEMENTED."""
+    """An unknown method is UNIMPLEMENTED."""
     for path in (SERVICE + "Nope", SERVICE + "verify", "/nope.v1.Service/Verify"):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await channel.unary_unary(path)(b"")
@@ -247,7 +251,8 @@ async def test_unknown_method(channel):
 
 @pytest.mark.parametrize("request_id", ["abc-123", "x" * 65, "a b", "a\u00e9", "", "<script>"])
 async def test_request_id(channel, request_id):
-    """A caller's harmless request id comes back in the refusal; another is replaced."""
+    """The rejection repeats a valid request ID from the caller; the server replaces an invalid
+    one."""
     metadata = (("x-request-id", request_id),) if request_id.isascii() else ()
     call = raw_call(channel, "Get")(b"", metadata=metadata)
     error = await refusal(call)

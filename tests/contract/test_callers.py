@@ -1,4 +1,5 @@
-"""Every method × every kind of caller × every listener: who gets in, and who does not."""
+"""Every method × every kind of caller × every listener: which calls are allowed and which are
+not."""
 
 import contextlib
 from collections.abc import AsyncIterator, Callable
@@ -46,7 +47,7 @@ STATUS = "/latchkey.v1.StatusService/GetStatus"
 AUDIT = "/latchkey.v1.AuditService/List"
 INVALIDATE_ALL = "/latchkey.v1.MaintenanceService/InvalidateAll"
 HEALTH = "/grpc.health.v1.Health/Check"
-# Written down once more, apart from the table that is tested by it.
+# Repeats the service's table on purpose, because these tests check that table.
 MAY = {
     "verifier": {TOKENS + "Verify", TOKENS + "BatchVerify", TOKENS + "Watch"},
     "manager": {TOKENS + name for name in ("Create", "Get", "List", "Delete")},
@@ -65,7 +66,7 @@ OK = grpc.StatusCode.OK
 UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
 DENIED = grpc.StatusCode.PERMISSION_DENIED
 WATCH_REFUSED = grpc.StatusCode.FAILED_PRECONDITION
-# Of a handshake that fails: the client has no connection.
+# The handshake failed: the client has no connection.
 NO_CONNECTION = grpc.StatusCode.UNAVAILABLE
 
 Metadata = tuple[tuple[str, str], ...]
@@ -74,7 +75,7 @@ _names = count(1)
 
 @dataclass
 class Listener:
-    """Where to call, and how this listener is told who calls."""
+    """A listener's address, and how it identifies its callers."""
 
     name: str
     target: str
@@ -104,7 +105,7 @@ class Listener:
 async def listeners(
     postgres_url: str, template_url: str, pepper_file: Path, scratch: Path
 ) -> AsyncIterator[dict[str, Listener]]:
-    """Servers for all listeners, each with a token of either account."""
+    """Servers for all listeners, with one token of each account."""
     files = write_server_files(scratch)
     without_ca = {name: path for name, path in files.items() if name != "tls_client_ca"}
     tls = {"tls_listen": "localhost:0"}
@@ -156,7 +157,7 @@ async def fresh_database(postgres_url: str) -> str:
 
 
 async def tokens_of(address: str, proxy: str | None) -> tuple[dict[str, str], dict[str, str]]:
-    """Create a token of either account; return secrets and ids by account."""
+    """Create a token of each account; return secrets and IDs by account."""
     secrets, ids = {}, {}
     async with grpc.aio.insecure_channel(address) as channel:
         for account in (ACCOUNT, OTHER_ACCOUNT):
@@ -192,7 +193,7 @@ def response_type(path: str) -> Any:
 
 @contextlib.asynccontextmanager
 async def watching(channel: grpc.aio.Channel, metadata: Metadata) -> AsyncIterator[Any]:
-    """A Watch."""
+    """An open Watch stream."""
     method: Any = channel.stream_stream(
         TOKENS + "Watch",
         request_serializer=pb.WatchRequest.SerializeToString,
@@ -206,7 +207,7 @@ async def watching(channel: grpc.aio.Channel, metadata: Metadata) -> AsyncIterat
 
 
 async def watch(channel: grpc.aio.Channel, metadata: Metadata) -> None:
-    """Ask for a grant, and get it."""
+    """Request a lease and wait for the grant."""
     try:
         async with watching(channel, metadata) as stream:
             await stream.write(pb.WatchRequest(number=1))
@@ -214,8 +215,8 @@ async def watch(channel: grpc.aio.Channel, metadata: Metadata) -> None:
     except grpc.aio.AioRpcError as error:
         if error.details() != "Internal error from Core":
             raise
-        # What the client (grpcio 1.75) makes of a write to a call that has been refused meanwhile.
-        # Who writes nothing is told how it was refused.
+        # How the client (grpcio 1.75) reports a write to a call that has been rejected meanwhile. A
+        # client that writes nothing sees the reason for the rejection.
         async with watching(channel, metadata) as stream:
             await stream.read()
 
@@ -223,7 +224,7 @@ async def watch(channel: grpc.aio.Channel, metadata: Metadata) -> None:
 async def call(
     listener: Listener, channel: grpc.aio.Channel, path: str, metadata: Metadata, account: str
 ) -> grpc.StatusCode:
-    """Make a call that succeeds for whoever may make it; return its status."""
+    """Make a call that succeeds for every allowed caller; return its status."""
     requests: dict[str, Callable[[], Any]] = {
         TOKENS + "Verify": lambda: pb.VerifyRequest(secret=listener.secrets[account]),
         TOKENS + "BatchVerify": lambda: pb.BatchVerifyRequest(
@@ -254,7 +255,7 @@ async def call(
 async def statuses(
     listener: Listener, identity: Identity | None, metadata: Metadata, account: str = ACCOUNT
 ) -> dict[str, grpc.StatusCode]:
-    """Call every method; return what each answered. There is something to delete."""
+    """Call every method and return each status. A token exists for Delete to delete."""
     async with session(listener.database_url) as connection:
         doomed = await connection.fetchval(
             """
@@ -271,7 +272,7 @@ async def statuses(
             found = {path: await call(listener, channel, path, metadata, account) for path in OURS}
         gone = found[TOKENS + "Delete"] is OK
         made = found[TOKENS + "Create"] is OK
-        # What was refused has not been done all the same.
+        # Rejected calls must have had no effect.
         assert await alive(connection) == before + made - gone
         await connection.execute("DELETE FROM token WHERE id = $1", doomed)
     return found
@@ -283,16 +284,16 @@ async def alive(connection: Any) -> int:
 
 
 def expected(name: str, account: str = ACCOUNT) -> dict[str, grpc.StatusCode]:
-    """What each method answers to a caller that is known."""
+    """Return the status of each method for a known caller."""
     role, accounts = CALLERS[name]
     found = {path: OK if path in MAY[role] else DENIED for path in OURS}
     if accounts is not None:
-        # It affects all accounts.
+        # Affects all accounts.
         found[INVALIDATE_ALL] = DENIED
         if role == "verifier":
             found[TOKENS + "Watch"] = WATCH_REFUSED
         elif account != ACCOUNT:
-            # All that names an account. Status names none.
+            # All methods that name an account. GetStatus names none.
             found = {p: OK if (c is OK and p == STATUS) else DENIED for p, c in found.items()}
     return found
 
@@ -302,7 +303,7 @@ def all_are(code: grpc.StatusCode) -> dict[str, grpc.StatusCode]:
 
 
 def presented(listener: str, name: str) -> list[tuple[Identity | None, Metadata]]:
-    """All ways in which a caller can say on this listener who it is."""
+    """Return every way in which a caller can identify itself on this listener."""
     certificate = None
     if listener == "mutual tls":
         certificate = spiffe_identity(uri(name))
@@ -322,8 +323,8 @@ def presented(listener: str, name: str) -> list[tuple[Identity | None, Metadata]
 
 
 def test_the_table_has_every_method() -> None:
-    """Each method of our services has been given to somebody here, and in the service's table:
-    whoever adds one decides who may call it."""
+    """Each method of our services appears in this table and in the service's own table: to add a
+    method is to decide who may call it."""
     pool: Any = descriptor_pool.Default()
     defined = {
         f"/{service.full_name}/{method.name}"
@@ -335,7 +336,7 @@ def test_the_table_has_every_method() -> None:
     assert {path for path in METHODS if path.startswith("/latchkey.")} == defined
     for path, rule in METHODS.items():
         assert (rule.role is None) == path.startswith("/grpc."), path
-        # Each is where it says to be.
+        # Each is listed in the right place.
         service, name = path.strip("/").split("/")
         assert pool.FindServiceByName(service).methods_by_name[name]
 
@@ -343,8 +344,8 @@ def test_the_table_has_every_method() -> None:
 @pytest.mark.parametrize("name", CALLERS)
 @pytest.mark.parametrize("listener", LISTENERS)
 async def test_known_callers(listeners: dict[str, Listener], listener: str, name: str) -> None:
-    """Whoever is known may call exactly what their roles have, for exactly their accounts, however
-    they say who they are."""
+    """A known caller may call exactly the methods of its roles, for exactly its accounts, whichever
+    way it identifies itself."""
     here = listeners[listener]
     for identity, metadata in presented(listener, name):
         assert await statuses(here, identity, metadata) == expected(name), metadata
@@ -355,7 +356,8 @@ async def test_known_callers(listeners: dict[str, Listener], listener: str, name
 
 @pytest.mark.parametrize("listener", LISTENERS)
 async def test_unknown_callers(listeners: dict[str, Listener], listener: str) -> None:
-    """Nobody, and who says to be somebody that is not known, or says it wrong, may call nothing."""
+    """A caller without credentials, with unknown credentials, or with malformed ones may call
+    nothing."""
     here = listeners[listener]
     identity = spiffe_identity(uri("manager")) if listener == "mutual tls" else None
     unknown: list[Metadata] = [
@@ -369,7 +371,7 @@ async def test_unknown_callers(listeners: dict[str, Listener], listener: str) ->
     ]
     if listener != "mutual tls":
         unknown.append(())
-        # One that is believed elsewhere.
+        # Valid on another listener.
         if "proxy" not in listener:
             unknown.append(forwarded(f"URI={uri('manager')}"))
     for metadata in unknown:
@@ -378,8 +380,11 @@ async def test_unknown_callers(listeners: dict[str, Listener], listener: str) ->
 
 
 @pytest.mark.parametrize("listener", ["native unix proxy", "grpcio unix proxy"])
-async def test_what_a_proxy_may_not_say(listeners: dict[str, Listener], listener: str) -> None:
-    """What is not of the named proxy, not of the form, or ambiguous, is nobody's."""
+async def test_untrusted_proxy_headers_are_refused(
+    listeners: dict[str, Listener], listener: str
+) -> None:
+    """A header that comes from another proxy, has the wrong form, or is ambiguous identifies
+    nobody."""
     manager = f"URI={uri('manager')}"
     wrong: list[Metadata] = [
         forwarded(manager, by="spiffe://example.org/someone"),
@@ -387,14 +392,15 @@ async def test_what_a_proxy_may_not_say(listeners: dict[str, Listener], listener
         forwarded("URI=spiffe://example.org/nobody"),
         forwarded(f"{manager};URI={uri('verifier')}"),
         forwarded("DNS=manager.internal;DNS=verifier.internal"),
-        # A SPIFFE name that is not known is not made up for by a DNS name that is.
+        # A known DNS name does not make up for an unknown SPIFFE name.
         forwarded("URI=spiffe://example.org/nobody;DNS=manager.internal"),
-        # Others' elements, before and after the proxy's own.
+        # Elements from other proxies, before and after the trusted proxy's own.
         (*forwarded(manager), ("x-forwarded-client-cert", "By=spiffe://x/y;Hash=ab")),
         (("x-forwarded-client-cert", "By=spiffe://x/y;Hash=ab"), *forwarded(manager)),
         (*forwarded(manager), *forwarded(manager)),
         forwarded(f"URI={uri('verifier')},By={PROXY};{manager}"),
-        # A SPIFFE name has no other URI beside it; and what may be a part of a name.
+        # A SPIFFE name must be the only URI in its certificate; and values that look like parts of
+        # a name.
         forwarded(f"URI=http://x;{manager}"),
         forwarded(f"DNS=x;{manager}"),
         forwarded("DNS= manager.internal"),
@@ -411,10 +417,10 @@ async def test_what_a_proxy_may_not_say(listeners: dict[str, Listener], listener
         assert found == all_are(UNAUTHENTICATED), metadata
 
 
-async def test_certificates_that_are_not_good(listeners: dict[str, Listener]) -> None:
-    """A certificate that is expired, of another CA, or missing gets no connection; one of other
-    names gets nothing; one with two SPIFFE names, with a name that only begins as a caller's, or
-    with another's credential, neither."""
+async def test_bad_certificates(listeners: dict[str, Listener]) -> None:
+    """An expired, foreign or missing certificate gets no connection. A certificate may call nothing
+    if its names are unknown, if it has two SPIFFE names, if its name only begins like a caller's,
+    or if it comes with another caller's credential."""
     here = listeners["mutual tls"]
     refused: list[Identity | None] = [
         spiffe_identity(uri("manager"), expired=True),
@@ -429,7 +435,7 @@ async def test_certificates_that_are_not_good(listeners: dict[str, Listener]) ->
         (dns_identity("internal"), ()),
         (spiffe_identity(uri("manager") + "/more"), ()),
         (spiffe_identity(uri("manager"), uri("verifier")), ()),
-        # gRPC tells of each the part before the NUL, which is a caller's name.
+        # gRPC reports each name only up to its NUL, and that part is a caller's name.
         (made([x509.DNSName("manager.internal\0.evil.example")]), ()),
         (made([x509.UniformResourceIdentifier(uri("manager") + "\0/evil")]), ()),
         (made([x509.DNSName("manager.internal"), x509.DNSName("\0")]), bearer("manager")),
@@ -444,9 +450,9 @@ async def test_certificates_that_are_not_good(listeners: dict[str, Listener]) ->
 
 
 @pytest.mark.parametrize("listener", LISTENERS)
-async def test_tricks_with_the_path(listeners: dict[str, Listener], listener: str) -> None:
-    """However a path is spelled, a caller that may not call the method does not get to it; and who
-    may gets to no other method by it."""
+async def test_path_tricks(listeners: dict[str, Listener], listener: str) -> None:
+    """However a path is spelled, it does not give a caller access to a method that its roles do not
+    include, and it does not lead an authorised caller to another method."""
     here = listeners[listener]
     identity = spiffe_identity(uri("verifier")) if listener == "mutual tls" else None
     metadata = () if listener == "mutual tls" else bearer("verifier")
@@ -485,7 +491,7 @@ async def test_tricks_with_the_path(listeners: dict[str, Listener], listener: st
                 assert caught.value.code() in (
                     DENIED,
                     grpc.StatusCode.UNIMPLEMENTED,
-                    # Of a path that HTTP does not allow.
+                    # The path is not valid HTTP.
                     grpc.StatusCode.INTERNAL,
                     grpc.StatusCode.UNAVAILABLE,
                 ), path
@@ -496,7 +502,7 @@ async def test_tricks_with_the_path(listeners: dict[str, Listener], listener: st
 async def test_health_and_reflection_are_open(
     listeners: dict[str, Listener], listener: str
 ) -> None:
-    """Health answers everyone, and reflection where it is on."""
+    """Health answers everyone; so does reflection where it is on."""
     here = listeners[listener]
     identity = dns_identity("nobody.internal") if listener == "mutual tls" else None
     async with here.channel(identity) as channel:
@@ -515,8 +521,8 @@ async def test_health_and_reflection_are_open(
 async def test_another_accounts_token_is_unknown(
     listeners: dict[str, Listener], listener: str
 ) -> None:
-    """A verifier for one account learns nothing of another's token, in a batch neither; one for
-    all accounts does."""
+    """A verifier for one account learns nothing about another account's token, in a batch either; a
+    verifier for all accounts does."""
     here = listeners[listener]
     for name, verdict in (
         ("acmes-verifier", pb.VERDICT_UNKNOWN),
@@ -525,7 +531,7 @@ async def test_another_accounts_token_is_unknown(
         identity, metadata = presented(listener, name)[0]
         async with here.channel(identity) as channel:
             questions = [pb.VerifyRequest(secret=here.secrets[a]) for a in (ACCOUNT, OTHER_ACCOUNT)]
-            # Twice: once read, once remembered.
+            # Twice: first from the database, then from the cache.
             for _ in range(2):
                 answer = await unary(channel, TOKENS + "Verify", questions[1], metadata)
                 assert answer.verdict == verdict
@@ -552,12 +558,11 @@ async def test_another_accounts_token_is_unknown(
         ("grpcio unix proxy", 1),
     ],
 )
-async def test_a_right_that_is_taken_away(
+async def test_a_caller_removed_from_the_policy_loses_access(
     listeners: dict[str, Listener], listener: str, way: int
 ) -> None:
-    """Once the policy that is in force has somebody no more, they may call nothing, on
-    connections that they have already too, and the streams that they have end; a policy that is
-    broken changes nothing."""
+    """Once a new policy without a caller is in force, that caller may call nothing, on open
+    connections either, and its streams end. An invalid policy file changes nothing."""
     here = listeners[listener]
     identity, metadata = presented(listener, "verifier")[way]
     question = pb.VerifyRequest(secret=here.secrets[ACCOUNT])

@@ -1,4 +1,4 @@
-"""A secret is shown once, in the answer to Create: not in logs, errors or the database."""
+"""A secret appears once, in the answer to Create, and never in logs, errors or the database."""
 
 import io
 import logging
@@ -15,7 +15,7 @@ SERVICE = "/latchkey.v1.TokenService/"
 
 @pytest.fixture(params=["json", "console"])
 def logs(request):
-    """All that the process logs, at debug level, in either form."""
+    """Everything that the process logs at debug level, in both formats."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     service_logs.configure(request.param, "debug")
@@ -30,18 +30,18 @@ def logs(request):
 
 @pytest.fixture
 def settings(settings):
-    """Every successful verify gets a log line as well."""
+    """Settings under which every successful verify gets a log line as well."""
     return settings.model_copy(update={"log_verify_share": 1.0})
 
 
 @pytest.fixture
 def address(own_address):
-    """A server with those settings."""
+    """The address of a server with those settings."""
     return own_address
 
 
 async def dump(database_url):
-    """Every row of every table, as text."""
+    """Return every row of every table, as text."""
     connection = await asyncpg.connect(database_url)
     try:
         tables = await connection.fetch(
@@ -54,8 +54,9 @@ async def dump(database_url):
     return str(rows)
 
 
-async def test_the_secret_is_nowhere(logs, channel, stub, create, database_url, monkeypatch):
-    """Every RPC, in success and in failure, with the secret in every field that takes text."""
+async def test_the_secret_never_leaks(logs, channel, stub, create, database_url, monkeypatch):
+    """Every RPC, in success and in failure, with the secret in every text field, leaks it
+    nowhere."""
     created = await create(name="canary")
     secret = created.secret
     told = []
@@ -100,7 +101,7 @@ async def test_the_secret_is_nowhere(logs, channel, stub, create, database_url, 
         await attempt(method, b"\xff" + secret.encode())
         await attempt(method, b"\x0a\x3f\xff" + secret.encode())
 
-    # An unforeseen failure whose own text quotes the secret, and one whose cause does.
+    # An unexpected failure whose message quotes the secret, and one whose cause quotes it.
     def fail(self, presented, required_scope):
         try:
             raise KeyError(secret)

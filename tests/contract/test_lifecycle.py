@@ -1,4 +1,4 @@
-"""A token's life, as any client sees it, over each transport."""
+"""The life of a token as any client sees it, over each transport."""
 
 import asyncio
 import re
@@ -19,8 +19,9 @@ async def verify(stub, secret, scope=pb.SCOPE_READ):
     return await stub.Verify(request, timeout=5)
 
 
-async def test_create_answers_what_was_asked_for(stub):
-    """The token has the fields asked for, a creation time, a hint, and no secret in it."""
+async def test_create_returns_the_requested_token(stub):
+    """The token has the requested fields, a creation time and a hint, and does not contain the
+    secret."""
     before = datetime.now(UTC)
     created = await stub.Create(
         pb.CreateRequest(
@@ -55,7 +56,8 @@ async def test_get_and_list_show_the_token_as_created(stub, create):
 
 
 async def test_scopes(stub, create):
-    """WRITE includes READ, READ does not include WRITE, and unspecified asks for none."""
+    """WRITE includes READ, READ does not include WRITE, and an unspecified scope requires
+    nothing."""
     read = await create(scope=pb.SCOPE_READ)
     write = await create(scope=pb.SCOPE_WRITE)
     verdicts = {
@@ -74,7 +76,8 @@ async def test_scopes(stub, create):
 
 
 async def test_deleted_token_is_refused(stub, create):
-    """A verify that starts after Delete answered is not VALID; the token is gone from sight."""
+    """A verify that starts after Delete has returned is not VALID, and Get and List no longer show
+    the token."""
     created = await create(scope=pb.SCOPE_WRITE)
     assert (await verify(stub, created.secret)).verdict == pb.VERDICT_VALID
     receipt = (await stub.Delete(pb.DeleteRequest(account_id="acme", id=created.token.id))).receipt
@@ -87,8 +90,8 @@ async def test_deleted_token_is_refused(stub, create):
     assert (error.code, error.reason) == (grpc.StatusCode.NOT_FOUND, "TOKEN_NOT_FOUND")
 
 
-async def test_delete_again_answers_with_the_same_receipt(stub, create):
-    """A retry of Delete is safe, and so are many at once: one deletion, one receipt."""
+async def test_delete_again_returns_the_same_receipt(stub, create):
+    """A retry of Delete is safe, and so are many concurrent ones: one deletion, one receipt."""
     created = await create()
     request = pb.DeleteRequest(account_id="acme", id=created.token.id)
     receipts = await asyncio.gather(*(stub.Delete(request) for _ in range(8)))
@@ -100,7 +103,7 @@ async def test_delete_again_answers_with_the_same_receipt(stub, create):
 
 
 async def test_revisions_follow_the_deletions(stub, create):
-    """Deletions at once get one revision each, without gaps, in the order of their commits."""
+    """Concurrent deletions get one revision each, without gaps, in the order of their commits."""
     created = [await create() for _ in range(6)]
     answers = await asyncio.gather(
         *(stub.Delete(pb.DeleteRequest(account_id="acme", id=c.token.id)) for c in created)
@@ -113,7 +116,7 @@ async def test_revisions_follow_the_deletions(stub, create):
 
 
 async def test_expiry_is_judged_at_each_answer(stub, create):
-    """A token is VALID until its time and EXPIRED from then on, and still listed."""
+    """A token is VALID until its expiry time and EXPIRED from then on, and List still shows it."""
     created = await create(ttl=duration_pb2.Duration(nanos=400_000_000))
     soon = created.token.expire_time
     verdicts: list[int] = []
@@ -130,7 +133,8 @@ async def test_expiry_is_judged_at_each_answer(stub, create):
 
 
 async def test_name_is_unique_among_live_tokens(stub, create):
-    """A taken name is refused whatever its case; a deleted or another account's is free."""
+    """A name in use is rejected in any case (upper or lower). A deleted token's name and another
+    account's name are free."""
     created = await create(name="Deploy")
     for name in ("Deploy", "dEPLOY", " deploy "):
         request = pb.CreateRequest(account_id="acme", name=name, scope=pb.SCOPE_READ)
@@ -142,7 +146,8 @@ async def test_name_is_unique_among_live_tokens(stub, create):
 
 
 async def test_racing_creates_of_one_name_make_one_token(stub):
-    """Of creates of one name at once, one wins and the others are told that the name is taken."""
+    """Of concurrent creates with one name, one succeeds and the others fail because the name is
+    taken."""
     request = pb.CreateRequest(account_id="acme", name="race", scope=pb.SCOPE_READ)
     results = await asyncio.gather(
         *(stub.Create(request) for _ in range(8)), return_exceptions=True
@@ -155,7 +160,8 @@ async def test_racing_creates_of_one_name_make_one_token(stub):
 
 
 async def test_list_pages_through_everything_newest_first(stub, create):
-    """Pages hold each token once, newest first, whatever is created or deleted in between."""
+    """The pages contain each token once, newest first, whatever is created or deleted between
+    them."""
     created = [(await create()).token for _ in range(7)]
     seen, page_token = [], ""
     while True:
@@ -164,7 +170,7 @@ async def test_list_pages_through_everything_newest_first(stub, create):
         )
         seen += page.tokens
         if len(seen) == 3:
-            # A newer token, and the loss of the one that the next page starts after.
+            # A newer token, and the deletion of the token after which the next page starts.
             await create()
             await stub.Delete(pb.DeleteRequest(account_id="acme", id=seen[-1].id))
         page_token = page.next_page_token
@@ -180,7 +186,7 @@ async def test_page_size(stub, create):
         for _ in range(number):
             await create()
 
-    # No more at once than there are places for.
+    # No more at once than the admission limit allows.
     await asyncio.gather(*map(create_some, [63] * 7 + [60]))
     for asked, given in {0: 50, 1: 1, 60: 60, 500: 500, 501: 500, 2**31 - 1: 500}.items():
         page = await stub.List(pb.ListRequest(account_id="acme", page_size=asked))
@@ -188,7 +194,7 @@ async def test_page_size(stub, create):
         assert page.next_page_token
 
 
-async def test_the_last_page_says_so(stub, create):
+async def test_the_last_page_has_no_next_page(stub, create):
     """A page that ends with the last token has no next page, even when it is full."""
     for _ in range(3):
         await create()
@@ -198,7 +204,7 @@ async def test_the_last_page_says_so(stub, create):
 
 
 async def test_another_accounts_token_is_out_of_reach(stub, create):
-    """An account cannot get, list, delete or learn of another account's token."""
+    """An account cannot get, list or delete another account's token, or learn that it exists."""
     created = await create(account_id="owner")
     other: dict[str, Any] = {"account_id": "other", "id": created.token.id}
     never: dict[str, Any] = {"account_id": "other", "id": "tok_never"}
@@ -214,7 +220,7 @@ async def test_another_accounts_token_is_out_of_reach(stub, create):
 
 
 async def test_page_token_of_another_account_is_refused(stub, create):
-    """A page token is of use to its own account only."""
+    """A page token is valid only for its own account."""
     for _ in range(2):
         await create(account_id="owner")
         await create(account_id="other")
@@ -227,7 +233,8 @@ async def test_page_token_of_another_account_is_refused(stub, create):
 
 
 async def test_batch_answers_in_order(stub, create):
-    """A batch of 1,000 mixes every verdict, doubles included, and answers each in its place."""
+    """A batch of 1,000 with every verdict, duplicates included, answers each request in its
+    place."""
     read, write, dead = await create(), await create(scope=pb.SCOPE_WRITE), await create()
     await stub.Delete(pb.DeleteRequest(account_id="acme", id=dead.token.id))
     kinds = [
@@ -251,7 +258,7 @@ async def test_batch_answers_in_order(stub, create):
 
 @pytest.mark.parametrize("size", [0, 1001])
 async def test_batch_of_the_wrong_size_is_refused(stub, size):
-    """A batch has 1 to 1,000 requests."""
+    """A batch must have 1 to 1,000 requests."""
     error = await refusal(
         stub.BatchVerify(pb.BatchVerifyRequest(requests=[pb.VerifyRequest()] * size))
     )
@@ -259,8 +266,8 @@ async def test_batch_of_the_wrong_size_is_refused(stub, size):
     assert error.fields == ["requests"]
 
 
-async def test_a_list_of_addresses(address, create):
-    """The client library takes several servers for one target, on either transport."""
+async def test_several_addresses_as_one_target(address, create):
+    """The client library accepts several servers as one target, on either transport."""
     created = await create()
     async with latchkey.Client(f"ipv4:{address},127.0.0.1:9") as client:
         answer = await client.verify(created.secret, timeout_seconds=5)

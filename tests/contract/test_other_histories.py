@@ -1,4 +1,5 @@
-"""Servers whose database changes its history: by hand here, as a failover or a restore does it."""
+"""Servers whose database switches to another history, here by hand, otherwise by a failover or
+restore."""
 
 import asyncio
 import time
@@ -20,7 +21,7 @@ from tests.watching import WatchClient, watching
 if TYPE_CHECKING:
     from latchkey_service.settings.settings import Settings
 
-# A server finds out by its next renewal, a third of it.
+# A server notices at its next renewal, which comes after a third of the lease.
 LEASE_SECONDS = 1.5
 CACHE_SECONDS = 1.0
 DEAD = pb.VERDICT_DELETED
@@ -33,7 +34,7 @@ def settings(settings: "Settings") -> "Settings":
 
 @pytest.fixture
 async def channel(settings: "Settings") -> AsyncIterator[grpc.aio.Channel]:
-    """A channel to a server of the test's own, on a database of its own."""
+    """A channel to a dedicated server on a dedicated database."""
     async with (
         serving(settings) as address,
         grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel,
@@ -58,7 +59,7 @@ async def delete(stub: Any, token: pb.Token) -> pb.Receipt:
 
 
 async def verdict(stub: Any, secret: str) -> int:
-    """Return the verdict, by a server that may be starting over: that it says so is right."""
+    """Return the verdict; retry while the server answers, correctly, that it is starting over."""
     while True:
         end = await outcome(stub.Verify(pb.VerifyRequest(secret=secret), timeout=5))
         if end.ok:
@@ -68,7 +69,8 @@ async def verdict(stub: Any, secret: str) -> int:
 
 
 async def bury_elsewhere(database_url: str, token_id: str) -> Position:
-    """Delete a token as another primary would have: under the next revision and its own mark."""
+    """Delete a token as another primary would: under the next revision and with a different
+    mark."""
     position = await advance(database_url, token_id)
     async with session(database_url) as connection:
         await connection.execute("UPDATE token SET delete_time = now() WHERE id = $1", token_id)
@@ -76,7 +78,7 @@ async def bury_elsewhere(database_url: str, token_id: str) -> Position:
 
 
 async def undo(database_url: str, token_id: str, head: Position, mark: int) -> None:
-    """Take back the newest deletion, as if it had never reached this primary."""
+    """Undo the newest deletion, as if it had never reached this primary."""
     async with session(database_url) as connection, connection.transaction():
         await connection.execute("DELETE FROM invalidation WHERE revision > $1", head.revision)
         await connection.execute("DELETE FROM deletion WHERE token_id = $1", token_id)
@@ -84,11 +86,11 @@ async def undo(database_url: str, token_id: str, head: Position, mark: int) -> N
         await connection.execute("UPDATE head SET revision = $1, mark = $2", head.revision, mark)
 
 
-async def test_a_number_that_two_histories_use_is_not_mistaken(
+async def test_a_revision_of_two_histories_is_not_confused(
     database_url: str, stub: Any, create: Any
 ) -> None:
     """A server has applied revision 1. Another history, without that deletion, gives revision 1 to
-    another token: the server notices, and calls neither of the tokens wrong."""
+    another token. The server notices, and its verdict is right for both tokens."""
     lost, dead = await create(), await create()
     async with session(database_url) as connection:
         mark = await connection.fetchval("SELECT mark FROM head")
@@ -105,12 +107,12 @@ async def test_a_number_that_two_histories_use_is_not_mistaken(
         return await verdict(stub, dead.secret) == DEAD
 
     await eventually(noticed, "the server follows the other history", within=2 * LEASE_SECONDS)
-    # And never VALID again, from memory or from a read.
+    # And never VALID again, from the cache or from a read.
     for _ in range(3):
         assert await verdict(stub, dead.secret) == DEAD
-    # Of the lost deletion nobody has a record any more: it says what its database says.
+    # No record of the lost deletion remains: the server reports what its database says.
     assert await verdict(stub, lost.secret) == pb.VERDICT_VALID
-    # The next Delete is confirmed by the server, on the history that it follows now.
+    # The server confirms the next Delete, on the history that it follows now.
     again = await delete(stub, lost.token)
     assert again.revision == other.revision + 1
     assert (again.verifiers_acknowledged, again.verifiers_outwaited) == (1, 0)
@@ -121,8 +123,8 @@ async def test_a_number_that_two_histories_use_is_not_mistaken(
 async def test_a_rewritten_log_makes_a_server_start_over(
     database_url: str, stub: Any, create: Any, client: WatchClient, how: str
 ) -> None:
-    """A server whose position is gone from the log empties its memory, resets its clients, and
-    grants them leases only on what they have confirmed since."""
+    """A server whose position is gone from the log empties its memory and resets its clients. It
+    grants them leases again only on positions that they have confirmed since."""
     created = await create()
     deleting = asyncio.create_task(delete(stub, (await create()).token))
     await client.hear()
@@ -137,7 +139,7 @@ async def test_a_rewritten_log_makes_a_server_start_over(
     }
     with capture_logs() as lines:
         async with session(database_url) as connection:
-            # Behind the server's back: nothing in the log names it.
+            # Directly in the database: the log does not name the token.
             await connection.execute(
                 "UPDATE token SET delete_time = now() WHERE id = $1", created.token.id
             )
@@ -150,7 +152,8 @@ async def test_a_rewritten_log_makes_a_server_start_over(
             lambda: any(line["event"] == "registered" for line in lines), "it registers again"
         )
     assert await verdict(stub, created.secret) == DEAD
-    # What it said before it heard of the reset confirms nothing, and asks in vain.
+    # A confirmation that the client sent before it received the reset confirms nothing, and its
+    # request for a grant is ignored.
     client.number += 1
     await client.say(applied=before, number=client.number)
     grant = await client.granted()
@@ -158,8 +161,8 @@ async def test_a_rewritten_log_makes_a_server_start_over(
 
 
 async def test_without_a_lease_nothing_is_denied(database_url: str, stub: Any, create: Any) -> None:
-    """A server that cannot renew its lease may be connected to a deposed primary. It does not say
-    that a token does not exist, nor lists or shows any, nor creates or deletes one."""
+    """A server that cannot renew its lease may be connected to a deposed primary. It does not claim
+    that a token does not exist; it does not list, show, create or delete tokens."""
     created = await create()
     by_id = {"account_id": "acme", "id": created.token.id}
     nobody = {"account_id": "acme", "id": "tok_" + "0" * 26}
@@ -186,7 +189,7 @@ async def test_without_a_lease_nothing_is_denied(database_url: str, stub: Any, c
         return (await outcome(calls[0]())).ok
 
     await eventually(back, "the lease is renewed")
-    # Nothing of all that was done.
+    # None of these calls had an effect.
     listed = await stub.List(pb.ListRequest(account_id="acme"), timeout=5)
     assert [token.id for token in listed.tokens] == [created.token.id]
     assert (await outcome(calls[1]())).code is grpc.StatusCode.NOT_FOUND
@@ -194,15 +197,15 @@ async def test_without_a_lease_nothing_is_denied(database_url: str, stub: Any, c
 
 
 class TestCacheSeconds:
-    """LATCHKEY_CACHE_SECONDS bounds the harm of whatever the protocol does not cover."""
+    """LATCHKEY_CACHE_SECONDS limits the damage of any change that the protocol does not cover."""
 
     @pytest.fixture
     def settings(self, settings: "Settings") -> "Settings":
         return settings.model_copy(update={"cache_seconds": CACHE_SECONDS})
 
     async def test_a_verdict_is_read_again(self, database_url: str, stub: Any, create: Any) -> None:
-        """A token that somebody kills behind Latchkey's back, without a word in the log, is dead
-        after that time."""
+        """A token that is deleted directly in the database, without a log entry, is dead after that
+        time."""
         created = await create()
         assert await verdict(stub, created.secret) == pb.VERDICT_VALID
         async with session(database_url) as connection:
@@ -212,7 +215,8 @@ class TestCacheSeconds:
         async def dead() -> bool:
             return await verdict(stub, created.secret) == DEAD
 
-        # From memory at first, on any machine that is not very busy; by then not any more.
+        # From the cache at first, unless the machine is very busy, in which case the cached entry
+        # may have expired.
         await eventually(dead, "the verdict is read again")
         late = time.monotonic() - began
         assert await verdict(stub, created.secret) == DEAD
@@ -222,8 +226,8 @@ class TestCacheSeconds:
 async def test_an_old_deletion_gets_its_receipt_after_its_log_entry_is_gone(
     database_url: str, stub: Any, create: Any
 ) -> None:
-    """A Delete with `no_wait` is confirmed by a later one, also when the log has been pruned and
-    other deletions have come since."""
+    """A later Delete confirms one that was made with `no_wait`, even if its log entry has been
+    pruned and other deletions have followed."""
     token = (await create()).token
     request = pb.DeleteRequest(account_id="acme", id=token.id, no_wait=True)
     early = (await stub.Delete(request, timeout=8)).receipt
@@ -244,8 +248,8 @@ async def test_an_old_deletion_gets_its_receipt_after_its_log_entry_is_gone(
 async def test_a_client_that_moves_between_histories_starts_over(
     settings: "Settings", database_url: str, channel: grpc.aio.Channel, stub: Any, create: Any
 ) -> None:
-    """A client comes to a server with the position of a history that is gone: the server resets it
-    and names no tokens, for it cannot know which ones the client has missed."""
+    """A client connects with the position of a history that is gone. The server resets it and names
+    no tokens, because it cannot know which ones the client has missed."""
     start = await head_of(database_url)
     lost = await create()
     async with session(database_url) as connection:

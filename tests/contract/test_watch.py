@@ -1,4 +1,5 @@
-"""Watch, as any client sees it, over each transport: what comes, in which order, who is dropped."""
+"""Watch as any client sees it, over each transport: the events, their order, and when a client is
+dropped."""
 
 import asyncio
 import itertools
@@ -23,25 +24,28 @@ from tests.watching import WatchClient, watching
 if TYPE_CHECKING:
     from latchkey_service.settings.settings import Settings
 
-# Longer than a busy machine keeps anybody waiting: none ends in the middle of a test.
+# Longer than any delay on a busy machine: no lease expires in the middle of a test.
 LEASE_SECONDS = 5.0
 # Short enough to wait for.
 SHORT_LEASE_SECONDS = 0.6
 waits_for_the_lease = pytest.mark.parametrize("lease_seconds", [SHORT_LEASE_SECONDS], ids=["short"])
-# Long enough that a busy machine begins a Delete well before a lease ends, which it then waits for.
+# Long enough that a busy machine starts a Delete well before the lease ends for which it then
+# waits.
 DEBT_LEASE_SECONDS = 2.0
-# Between what a client says that dodges its debt. As often as a Delete takes.
+# Interval between the messages of a client that evades its confirmation: about as long as a Delete
+# takes.
 DODGE_SECONDS = 0.01
-# Unary calls after which the server has certainly read what a stream sent before them.
+# Number of unary calls after which the server has certainly read the stream messages sent before
+# them.
 ROUND_TRIPS = 10
-# The contract allows a Delete with a client that hangs a lease and half a second; a busy machine
-# adds the rest.
+# The contract allows a Delete one lease and half a second if a client hangs; a busy machine adds
+# the rest.
 DELETE_SECONDS_MAX = 5.0
 
 
 @pytest.fixture
 def lease_seconds() -> float:
-    """How long leases are."""
+    """The lease length, in seconds."""
     return LEASE_SECONDS
 
 
@@ -52,7 +56,7 @@ def settings(settings: "Settings", lease_seconds: float) -> "Settings":
 
 @pytest.fixture
 async def address(shared_servers: Any, transport: str, lease_seconds: float) -> str:
-    """A server that these tests share, one after the other."""
+    """The address of a server that these tests share, one after another."""
     address, _ = await shared_servers(transport, lease_seconds)
     return str(address)
 
@@ -78,14 +82,15 @@ def position_of(message) -> Position:
 
 
 async def test_a_grant_comes_after_all_that_it_covers(client, stub, create):
-    """A new client hears where it begins. No grant is longer than the server's own lease."""
+    """A new client receives its starting position. No grant lasts longer than the server's own
+    lease."""
     position = position_of(await delete(stub, (await create()).token))
     assert position.mark
     await client.ask()
     reset = await client.hear()
     assert isinstance(reset, pb.Reset)
     assert position_of(reset) == position
-    # It has nothing to drop, and so the server need not wait for its confirmation.
+    # The client has nothing to drop, so the server need not wait for its confirmation.
     grant = await client.hear()
     assert isinstance(grant, pb.Grant)
     assert (position_of(grant), grant.number) == (position, 1)
@@ -96,9 +101,9 @@ async def test_a_grant_comes_after_all_that_it_covers(client, stub, create):
 
 
 async def test_answers_carry_the_position_that_grants_do(client, stub, create):
-    """A client can compare an answer with what it has applied: the mark is the same in a read, in
-    an answer from memory, in a batch, in receipts and on the stream. An answer that needs no read
-    has no position."""
+    """A client can compare an answer with the position that it has applied: reads, cached answers,
+    batches, receipts and the stream carry the same mark. An answer that needs no read carries no
+    position."""
     created = await create()
     receipt = await delete(stub, (await create()).token)
     head = position_of(await client.granted())
@@ -119,8 +124,9 @@ async def test_answers_carry_the_position_that_grants_do(client, stub, create):
 
 
 async def test_a_delete_waits_for_the_clients_confirmation(client, stub, create):
-    """A client under a lease hears of a deletion, and the Delete answers once the client has
-    confirmed it, mark included. Until then the client is granted nothing. The receipt counts it."""
+    """A client under a lease receives a deletion, and the Delete returns once the client has
+    confirmed it, mark included. Until then the client receives no grant. The receipt counts the
+    client."""
     before = position_of(await client.granted())
     created = await create()
     deleting = asyncio.create_task(delete(stub, created.token))
@@ -130,7 +136,7 @@ async def test_a_delete_waits_for_the_clients_confirmation(client, stub, create)
     client.number += 1
     await client.say(applied=before, number=client.number)
     hearing = asyncio.create_task(client.hear())
-    # Both messages above have long been read by the time that the server has answered these.
+    # The server has read both messages above well before it has answered these calls.
     for _ in range(ROUND_TRIPS):
         await stub.Verify(pb.VerifyRequest(secret=created.secret), timeout=5)
     assert not hearing.done()
@@ -147,15 +153,16 @@ async def test_a_delete_waits_for_the_clients_confirmation(client, stub, create)
 
 
 async def keep_hearing(client: WatchClient, events: list[Any]) -> None:
-    """Collect what a client hears."""
+    """Collect the events that a client receives."""
     while (response := await client.call.read()) is not grpc.aio.EOF:
         events.append(getattr(response, response.WhichOneof("event")))
 
 
-# What a client that confirms nothing says instead, given the positions that it has applied.
+# The messages that a client sends instead of a confirmation, given the positions that it has
+# applied.
 DODGES: dict[str, Callable[[list[Position]], Iterator[Position]]] = {
     "the last": lambda known: itertools.cycle(known[-1:]),
-    # Each lower than the one before, and up again.
+    # Each revision lower than the one before, and up again.
     "earlier ones": lambda known: itertools.cycle((known[0], known[-1], known[1], known[0])),
     "nothing": lambda known: itertools.repeat(NOWHERE),
     "another mark": lambda known: itertools.repeat(Position(known[-1].revision, 1)),
@@ -166,12 +173,12 @@ DODGES: dict[str, Callable[[list[Position]], Iterator[Position]]] = {
 
 @pytest.mark.parametrize("lease_seconds", [DEBT_LEASE_SECONDS], ids=["debt"])
 @pytest.mark.parametrize("dodge", DODGES)
-async def test_a_client_that_owes_delays_one_delete_by_its_lease(
+async def test_a_client_that_never_confirms_delays_one_delete_by_its_lease(
     address, client, stub, create, dodge
 ):
-    """A client that does not confirm a deletion is waited out once, however often it asks for
-    grants and whatever it says instead: it gets none, and the next Delete does not wait for it. The
-    receipt counts it."""
+    """The Delete waits out the lease of a client that does not confirm it, once, however often the
+    client asks for grants and whatever else it sends. The client receives no grant, and the next
+    Delete does not wait for it. The receipt counts it."""
     known = []
     for _ in range(3):
         await client.granted()
@@ -181,7 +188,7 @@ async def test_a_client_that_owes_delays_one_delete_by_its_lease(
         await client.say()
         await deleting
     known.append(client.applied)
-    # As the client counts: from before it asked.
+    # Measured by the client: from before its request.
     asked = time.monotonic()
     lease = seconds_of(await client.granted())
     tokens = [(await create()).token for _ in range(2)]
@@ -210,8 +217,11 @@ async def test_a_client_that_owes_delays_one_delete_by_its_lease(
 
 
 @pytest.mark.parametrize("lease_seconds", [DEBT_LEASE_SECONDS], ids=["debt"])
-async def test_a_client_that_is_waited_for_is_named(client, transport, channel, stub, create):
-    """While a Delete waits for a client, the log and the status name it; afterwards they do not."""
+async def test_status_and_log_name_the_client_a_delete_waits_for(
+    client, transport, channel, stub, create
+):
+    """While a Delete waits for a client, the log and the status name that client; afterwards they
+    do not."""
     status_stub = status_pb_grpc.StatusServiceStub(channel)
 
     async def waited_for() -> list[str]:
@@ -232,8 +242,8 @@ async def test_a_client_that_is_waited_for_is_named(client, transport, channel, 
 
         await eventually(nobody, "the status names nobody")
     (name,) = names
-    # Without a policy callers have no names. `native` passes streams on through its UNIX socket,
-    # so their addresses are not known there; what the client says of itself is.
+    # Without a policy callers have no names. `native` forwards streams over its UNIX socket, so
+    # their addresses are unknown there; the description that the client sends is known.
     address = r"unix:" if transport == "native" else r"ipv4:127\.0\.0\.1:\d+"
     assert re.fullmatch(address + r" \(web-1 pid 77\)", name)
     (line,) = [line for line in lines if line["event"] == "deletions wait for clients"]
@@ -242,8 +252,9 @@ async def test_a_client_that_is_waited_for_is_named(client, transport, channel, 
 
 
 @waits_for_the_lease
-async def test_a_client_that_is_cut_off_is_waited_out_too(address, client, stub, create):
-    """The end of its stream is not the end of its lease: it answers on under its last grant."""
+async def test_a_disconnected_client_is_waited_out(address, client, stub, create):
+    """A client whose stream has ended may still answer under its last grant, so a Delete waits
+    until its lease has expired."""
     asked = time.monotonic()
     lease = seconds_of(await client.granted())
     client.call.cancel()
@@ -255,8 +266,9 @@ async def test_a_client_that_is_cut_off_is_waited_out_too(address, client, stub,
     assert time.monotonic() - start < DELETE_SECONDS_MAX
 
 
-async def test_a_client_that_lets_go_is_not_waited_for(client, stub, create):
-    """Released, it counts no more; its stream ends in good order."""
+async def test_a_client_that_releases_its_lease_is_not_waited_for(client, stub, create):
+    """Once a client has released its lease, deletions do not wait for it, and its stream ends
+    without an error."""
     asked = time.monotonic()
     lease = seconds_of(await client.granted())
     await client.say(released=True)
@@ -268,14 +280,15 @@ async def test_a_client_that_lets_go_is_not_waited_for(client, stub, create):
 
 
 async def test_a_client_without_a_grant_is_not_waited_for(client, stub, create):
-    """One that only listens answers nothing from memory, and holds up nobody."""
+    """A client that only listens answers nothing from its cache, so no Delete waits for it."""
     await client.say()
     receipt = await delete(stub, (await create()).token)
     assert receipt.verifiers_outwaited == 0
 
 
-async def test_one_that_comes_back_is_told_what_it_missed(address, stub, create):
-    """On a new stream it says what it has applied, and hears the rest before its first grant."""
+async def test_a_returning_client_receives_what_it_missed(address, stub, create):
+    """On a new stream the client sends the position that it has applied, and receives all later
+    deletions before its first grant."""
     tokens = [(await create()).token for _ in range(3)]
     receipts = [await delete(stub, token) for token in tokens]
     async with watching(address) as client:
@@ -292,8 +305,8 @@ async def test_one_that_comes_back_is_told_what_it_missed(address, stub, create)
 
 @pytest.mark.parametrize("kind", ["another mark", "ahead", "without a mark", "nowhere"])
 async def test_an_unknown_position_is_reset(client, stub, create, kind):
-    """A client on another history, or without one, starts over at the server's position. It is
-    granted a lease only after it has confirmed that, mark included."""
+    """A client on another history, or without one, starts over at the server's position. It
+    receives a lease only after it has confirmed that position, mark included."""
     head = position_of(await delete(stub, (await create()).token))
     claim = {
         "another mark": Position(head.revision, head.mark ^ 1),
@@ -305,7 +318,7 @@ async def test_an_unknown_position_is_reset(client, stub, create, kind):
     reset = await client.hear()
     assert isinstance(reset, pb.Reset)
     assert position_of(reset) == head
-    # What it says before it has confirmed counts for nothing, though the revision is right.
+    # Messages before the confirmation do not count, even with the right revision.
     for wrong in (claim, Position(head.revision, 0), Position(head.revision, head.mark ^ 1)):
         await client.say(applied=wrong, number=2)
     hearing = asyncio.create_task(client.hear())
@@ -318,9 +331,10 @@ async def test_an_unknown_position_is_reset(client, stub, create, kind):
     assert (position_of(grant), grant.number) == (head, 3)
 
 
-async def test_a_client_of_an_old_release_gets_no_lease_to_keep(client, stub, create):
-    """It sends revisions alone. It may be granted one lease while its memory is empty, and no other
-    one: the server cannot know which history its revisions are of. Deletes go on."""
+async def test_a_client_without_marks_gets_one_lease(client, stub, create):
+    """A client of an old release sends revisions without marks. It may receive one lease while its
+    memory is empty and no other, because the server cannot know to which history its revisions
+    belong. Deletes are not blocked."""
     await delete(stub, (await create()).token)
     events: list[Any] = []
     await client.say(number=1)
@@ -340,14 +354,16 @@ async def test_a_client_of_an_old_release_gets_no_lease_to_keep(client, stub, cr
     hearing.cancel()
 
 
-async def test_with_the_memory_off_no_leases_are_granted(settings):
-    """LATCHKEY_CACHE=off holds for client libraries too: Watch is refused, verifies go on."""
+async def test_with_the_cache_off_no_leases_are_granted(settings):
+    """LATCHKEY_CACHE=off applies to client libraries too: Watch is rejected, and verifies still
+    work."""
     async with (
         serving(settings.model_copy(update={"cache": "off"})) as address,
         watching(address) as client,
         grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel,
     ):
-        # Nothing is said before: to write to a stream that has ended may be an error of its own.
+        # Nothing is written first, because a write to a stream that has ended may fail with a
+        # different error.
         assert await client.refusal() is grpc.StatusCode.FAILED_PRECONDITION
         stub = pb_grpc.TokenServiceStub(channel)
         request = pb.CreateRequest(account_id="acme", name="a", scope=pb.SCOPE_READ)
@@ -358,23 +374,23 @@ async def test_with_the_memory_off_no_leases_are_granted(settings):
 
 
 @waits_for_the_lease
-async def test_a_client_that_falls_silent_is_dropped(client):
-    """Its stream ends with DEADLINE_EXCEEDED after a few leases."""
+async def test_a_silent_client_is_dropped(client):
+    """The stream of a silent client ends with DEADLINE_EXCEEDED after a few leases."""
     await client.granted()
     assert await client.refusal() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 @waits_for_the_lease
-async def test_a_client_that_falls_silent_in_debt_is_dropped(client):
-    """The same if it owes a confirmation and has asked for a grant: the server does not wait with
-    an answer, the client does."""
+async def test_a_silent_client_that_owes_a_confirmation_is_dropped(client):
+    """The same holds for a client that owes a confirmation and has asked for a grant: the server is
+    not the one that keeps the other waiting."""
     await client.say(applied=Position(5, 7), number=1)
     assert isinstance(await client.hear(), pb.Reset)
     assert await client.refusal() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-async def test_what_is_no_request_ends_the_stream(address, channel):
-    """Bytes that are no WatchRequest are INVALID_ARGUMENT."""
+async def test_undecodable_request_ends_the_stream(address, channel):
+    """Bytes that do not decode as a WatchRequest are INVALID_ARGUMENT."""
     call = channel.stream_stream("/latchkey.v1.TokenService/Watch")()
     await call.write(b"\xff\xff")
     assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -382,9 +398,9 @@ async def test_what_is_no_request_ends_the_stream(address, channel):
 
 @waits_for_the_lease
 @pytest.mark.parametrize("applied", [-1, -(2**63), 2**63 - 1])
-async def test_strange_numbers_do_no_harm(client, stub, create, applied):
-    """A client that makes things up is served as well as can be, and holds up a Delete no longer
-    than any other."""
+async def test_invented_revisions_do_no_harm(client, stub, create, applied):
+    """A client that sends invented revisions is still served, and delays a Delete no longer than
+    any other client."""
     await client.say(applied=Position(applied, 1), number=-5)
     await client.say(applied=Position(applied, 2**64 - 1), number=2**63 - 1)
     deleting = asyncio.create_task(delete(stub, (await create()).token))
@@ -393,12 +409,14 @@ async def test_strange_numbers_do_no_harm(client, stub, create, applied):
 
 
 @waits_for_the_lease
-async def test_a_strange_number_is_not_told_as_the_servers_own(client, channel, stub, create):
-    """What one client makes up does not keep operators from the status, nor spoil it."""
+async def test_invented_revisions_do_not_corrupt_the_status(client, channel, stub, create):
+    """A revision that a client invents does not break GetStatus, and does not appear there as the
+    server's own."""
     await client.granted()
     await client.say(applied=Position(-(2**63), 0))
     status_stub = status_pb_grpc.StatusServiceStub(channel)
-    # It takes until the client's lease has ended, and the server renews its own meanwhile.
+    # The check lasts until the client's lease has ended, and the server renews its own lease
+    # meanwhile.
     deleting = asyncio.create_task(delete(stub, (await create()).token))
     while not deleting.done():
         status = await status_stub.GetStatus(status_pb.GetStatusRequest(), timeout=5)
@@ -410,10 +428,10 @@ async def test_a_strange_number_is_not_told_as_the_servers_own(client, channel, 
 
 
 async def test_a_stopping_server_hands_its_clients_over(settings):
-    """It says that it is closing, answers until they have let go, and then leaves no row behind,
-    well before their leases have run out."""
+    """A stopping server announces that it is closing and answers until its clients have released
+    their leases. It leaves no row behind, and stops well before the leases would have expired."""
     async with serving(settings) as other:
-        # Long enough that to wait for its end would fail the test.
+        # Long enough that a wait for its end would fail the test.
         long = settings.model_copy(update={"grace_seconds": LEASE_SECONDS})
         running = serving(long)
         address = await running.__aenter__()
