@@ -1,4 +1,5 @@
-"""The audit table: a change and its entry together, append-only, no flood, nothing secret."""
+"""The audit table: each change and its entry commit together, entries are append-only and
+rate-limited, and contain no secrets."""
 
 import asyncio
 import contextlib
@@ -39,7 +40,7 @@ Metadata = tuple[tuple[str, str], ...]
 
 @pytest.fixture
 def settings(settings: Settings, scratch: Path) -> Settings:
-    """With a policy."""
+    """Settings with a policy."""
     path = scratch / f"audit-{os.urandom(4).hex()}.toml"
     path.write_text(policy_text())
     return settings.model_copy(update={"policy": path})
@@ -59,7 +60,7 @@ def bearer(name: str) -> Metadata:
 async def entries(
     channel: grpc.aio.Channel, who: str = "operator", **wanted: Any
 ) -> list[audit_pb.AuditEntry]:
-    """All that is asked for, page by page."""
+    """Return all matching entries, page by page."""
     stub: Any = audit_pb_grpc.AuditServiceStub(channel)
     found, page_token = [], ""
     while True:
@@ -74,8 +75,8 @@ async def entries(
 async def test_every_management_call_has_an_entry(
     own_channel: grpc.aio.Channel, database_url: str
 ) -> None:
-    """Create, Get, List and Delete leave who, what, about which token, from where and how it
-    ended, denied ones too; verifies leave nothing."""
+    """Create, Get, List and Delete record the caller, the method, the token, the origin and the
+    outcome, denied calls included. Verifies leave no entry."""
     stub = pb_grpc.TokenServiceStub(own_channel)
     manager: Any = {"timeout": 5, "metadata": (*bearer("manager"), ("x-request-id", "abc-1"))}
     create = pb.CreateRequest(account_id=ACCOUNT, name="first", scope=pb.SCOPE_READ)
@@ -132,16 +133,17 @@ async def test_every_management_call_has_an_entry(
     assert credential("manager") not in stored
 
 
-async def test_calls_are_written_down_until_the_last_answer(
+async def test_calls_are_recorded_until_the_last_answer(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is called right before a worker stops is in the table while that waits for a call."""
-    # So long that it has most likely not been written when the stop begins.
+    """Calls that a worker answers right before it stops are in the table while the stop waits for
+    an open call."""
+    # So long that the entry has most likely not been written when the stop begins.
     monkeypatch.setattr(audit_log, "FLUSH_SECONDS", 1.0)
-    # The test says how long the call is waited for.
+    # The test decides how long the stop waits for the call.
     monkeypatch.setitem(sessions.SETTINGS, "lock_timeout", "60s")
     monkeypatch.setattr(connections, "STATEMENT_TIMEOUT_SECONDS", 60.0)
-    # The stop waits for the call until the test has seen what it looks for.
+    # The stop waits for the call until the test has seen the entry.
     settings = settings.model_copy(update={"grace_seconds": 30.0})
     assert settings.database_url is not None
     url = settings.database_url.get_secret_value()
@@ -180,8 +182,8 @@ async def test_calls_are_written_down_until_the_last_answer(
 
 
 async def test_filters_and_pages(own_channel: grpc.aio.Channel, database_url: str) -> None:
-    """Each filter finds what it says, pages neither repeat nor lose an entry, and a page token is
-    of use for its own filters alone."""
+    """Each filter returns exactly the matching entries. Pages neither repeat nor omit an entry, and
+    a page token is valid only for the filters that it was issued with."""
     async with session(database_url) as connection:
         await connection.executemany(
             """
@@ -190,7 +192,7 @@ async def test_filters_and_pages(own_channel: grpc.aio.Channel, database_url: st
             """,
             [
                 (
-                    # Several at one time.
+                    # Several entries with the same time.
                     NOW + timedelta(seconds=number // 3),
                     ("a", "b")[number % 2],
                     TOKENS + ("Create", "Get", "List", "Delete")[number % 4],
@@ -271,8 +273,8 @@ async def test_filters_and_pages(own_channel: grpc.aio.Channel, database_url: st
 
 
 async def test_append_only(database_url: str) -> None:
-    """Whoever is connected as the service changes no entry and removes none that is young; only
-    retention removes old ones, up to so many at a time."""
+    """The service's database role can change no entry and delete no recent one. Only retention
+    deletes old entries, in batches of a limited size."""
     pool = await Pool.open(Connector(database_url))
     table = AuditTable(pool)
     now = datetime.now(UTC)
@@ -307,11 +309,9 @@ def record(name: str) -> TokenRecord:
     return TokenRecord(token_id, ACCOUNT, name, Scope.READ, NOW, None, "lk_…")
 
 
-async def test_a_change_and_its_entry_stand_or_fall_together(
-    store: TokenStore, database_url: str
-) -> None:
-    """An entry that cannot be written keeps the change from being made, and a change that cannot
-    be made leaves no entry."""
+async def test_a_change_and_its_entry_commit_together(store: TokenStore, database_url: str) -> None:
+    """If the entry cannot be written, the change is not made; if the change cannot be made, it
+    leaves no entry."""
     await store.register_pepper("pepper")
     by = audit_context("Create")
     await store.insert_token(record("a"), "a", Digest(b"a" * 32, "pepper"), by)
@@ -342,14 +342,14 @@ async def test_a_change_and_its_entry_stand_or_fall_together(
         assert await store.delete_token(ACCOUNT, record("a").id, by) is not None
         assert by.recorded
         assert await counts() == (0, 2, 1)
-        # Again: nothing changes, so the store writes no entry.
+        # A repeated call: nothing changes, so the store writes no entry.
         by = audit_context("Delete")
         assert await store.delete_token(ACCOUNT, record("a").id, by) is None
         assert not by.recorded
 
 
 class Table:
-    """Takes entries, or does not."""
+    """A table that accepts or rejects entries, as the test decides."""
 
     def __init__(self) -> None:
         self.written: list[NewEntry] = []
@@ -366,9 +366,9 @@ def log_on(table: Table, clock: list[float]) -> AuditLog:
 
 
 async def test_denials_do_not_flood() -> None:
-    """Of a caller's denials of one kind some have an entry of their own, and one entry a minute
-    has the number of the rest; another kind, and another caller's, are counted apart; what was
-    done is never left out."""
+    """A caller's first denials of one kind get an entry each, and one entry a minute has the number
+    of the rest. Other kinds and other callers are counted separately. Completed changes always get
+    an entry."""
     table, clock = Table(), [0.0]
     log = log_on(table, clock)
     shop, admin = (
@@ -386,7 +386,7 @@ async def test_denials_do_not_flood() -> None:
     rest = table.written[-1]
     assert (rest.caller, rest.code, rest.calls) == ("shop", DENIED, 10_000 - SAMPLE_MAX)
     assert (rest.peer, rest.request_id, rest.token_id) == ("", "", "")
-    # A minute later it begins anew.
+    # After a minute the count starts over.
     assert log.record(shop, "PERMISSION_DENIED", "METHOD_DENIED")
     writer.cancel()
     await log.close()
@@ -395,8 +395,9 @@ async def test_denials_do_not_flood() -> None:
 
 
 async def test_entries_wait_for_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it is away entries wait, so many at most; the others are counted, and all are there
-    in the end. What the database will never take holds up nothing."""
+    """While the database is down entries wait, up to a bound; entries beyond it are counted. All of
+    them are recorded in the end. An entry that the database rejects for good does not block the
+    others."""
     monkeypatch.setattr(audit_log, "WAITING_MAX", 50)
     table, clock = Table(), [0.0]
     log = log_on(table, clock)
@@ -416,9 +417,11 @@ async def test_entries_wait_for_the_database(monkeypatch: pytest.MonkeyPatch) ->
     assert [e.calls for e in table.written] == [1] * 50 + [10]
 
 
-async def test_entries_that_wait_are_bounded_however_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In an outage of hours, with failures of many kinds, no more wait than the bound says; and
-    each is counted when the database is back."""
+async def test_waiting_entries_are_bounded_in_a_long_outage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In an outage of hours with failures of many kinds, the number of waiting entries stays within
+    the bound, and each failure is counted once the database is back."""
     monkeypatch.setattr(audit_log, "WAITING_MAX", 50)
     table, clock = Table(), [0.0]
     log = log_on(table, clock)
@@ -437,12 +440,13 @@ async def test_entries_that_wait_are_bounded_however_long(monkeypatch: pytest.Mo
     assert sum(e.calls for e in table.written) == noted
 
 
-def test_nothing_secret_gets_in() -> None:
-    """Of what a caller sends, only what has the form of an account or of a token's id is kept."""
+def test_nothing_secret_is_recorded() -> None:
+    """Of the data that a caller sends, an entry keeps only values that have the form of an account
+    ID or a token ID."""
     secret = Keyring([Pepper(bytes(32))]).mint("lk", os.urandom).secret.reveal()
     for account, token in (
         (secret, secret),
-        # A caller's own, by mistake. It has the form of an account's id.
+        # The caller's own credential, sent by mistake. It has the form of an account ID.
         (mint(os.urandom).reveal(), ""),
         ("x" * 65, "tok_short"),
         ("a b", "tok_" + "A" * 26),

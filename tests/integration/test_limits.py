@@ -1,7 +1,7 @@
 """The limits of connections and messages, on both transports and every kind of listener.
 
-Each test makes the limit that it is about a short one. Who misbehaves is `tests/http2.py`; who is
-meant to live with the limits is gRPC's own client.
+Each test lowers the limit that it checks. `tests/http2.py` is the misbehaving client; gRPC's own
+client is the one that must work within the limits.
 """
 
 import asyncio
@@ -37,13 +37,13 @@ ECHO, LARGE, WAIT, STREAM = "/test.Test/Echo", "/test.Test/Large", "/test.Test/W
 LARGE_BYTES = 1_000_000
 LISTENERS = ("native", "native unix", "grpcio", "grpcio unix", "grpcio tls")
 GRPCIO = tuple(name for name in LISTENERS if name.startswith("grpcio"))
-# What is over TCP, where the kernel tells more.
+# The TCP listeners, for which the kernel reports more.
 TCP = tuple(name for name in LISTENERS if not name.endswith("unix"))
 
 
 @dataclass
 class Listener:
-    """A listener with nothing but a test's service on it."""
+    """A listener that serves only a test service."""
 
     name: str
     address: str
@@ -53,11 +53,11 @@ class Listener:
     guard: ConnectionGuard | None = None
 
     def raw(self, **more: Any) -> contextlib.AbstractAsyncContextManager[Connection]:
-        """Connect to it with a client that does as it is told."""
+        """Connect with the raw client, which sends exactly what the test says."""
         return connected(self.address, tls=self._tls(), **more)
 
     def channel(self, **options: Any) -> grpc.aio.Channel:
-        """Connect to it with gRPC's own."""
+        """Connect with gRPC's own client."""
         given = [*CHANNEL_OPTIONS, *((f"grpc.{name}", value) for name, value in options.items())]
         if self.name.endswith("tls"):
             credentials = grpc.ssl_channel_credentials(ca_pem())
@@ -72,18 +72,18 @@ class Listener:
         return context
 
     def moved(self) -> int:
-        """How many connections calls have come on."""
+        """Return how many connections the calls have used."""
         return len(self.peers)
 
     def connections(self) -> int:
-        """How many connections the server has not closed. It lives in this process."""
+        """Return how many connections the server has open. It runs in this process."""
         unix = self.address.startswith("unix:")
         here = self.address.removeprefix("unix:") if unix else self.address.rpartition(":")[2]
         count = 0
         for found in psutil.Process().net_connections("unix" if unix else "tcp"):
             name: Any = found.laddr
             count += (name if unix else str(name.port)) == here
-        # The listener has the same name.
+        # The listening socket has the same name.
         return count - 1
 
     async def echo(self, request: bytes, context: Any) -> bytes:
@@ -160,7 +160,7 @@ def serve(tmp_path: Path) -> Serve:
 
 
 async def call(channel: grpc.aio.Channel, path: str, request: bytes = b"", **more: Any) -> Any:
-    """Call, wait, and return how it ended."""
+    """Call, wait, and return the outcome."""
     method: Any = channel.unary_unary(path)
     return await outcome(method(request, timeout=WAIT_SECONDS, **more))
 
@@ -169,9 +169,9 @@ async def call(channel: grpc.aio.Channel, path: str, request: bytes = b"", **mor
 
 
 @pytest.mark.parametrize("name", LISTENERS)
-async def test_streams(serve: Serve, name: str) -> None:
-    """A connection has so many calls at once, says so at the beginning, and refuses more; a gRPC
-    client holds back what is more, and loses none of it."""
+async def test_concurrent_streams(serve: Serve, name: str) -> None:
+    """A connection has a maximum of concurrent calls, announces it at the start, and rejects more.
+    A gRPC client holds back further calls and loses none."""
     async with serve(name) as listener:
         async with listener.raw() as raw:
             await raw.open()
@@ -196,8 +196,8 @@ async def test_streams(serve: Serve, name: str) -> None:
 
 @pytest.mark.parametrize("name", LISTENERS)
 async def test_metadata(serve: Serve, name: str) -> None:
-    """Metadata near the limit is taken each time; what is larger is refused each time, and the
-    connection goes on."""
+    """Metadata near the limit is accepted every time. Larger metadata is rejected every time, and
+    the connection stays open."""
     small, large = METADATA_BYTES_MAX - 1_000, METADATA_BYTES_MAX + 1_000
     async with serve(name) as listener, listener.channel() as channel:
         for _ in range(20):
@@ -209,7 +209,7 @@ async def test_metadata(serve: Serve, name: str) -> None:
 
 @pytest.mark.parametrize("name", LISTENERS)
 async def test_message(serve: Serve, name: str) -> None:
-    """A message of the largest size is taken, and one byte more is RESOURCE_EXHAUSTED."""
+    """A message of the maximum size is accepted, and one more byte is RESOURCE_EXHAUSTED."""
     unlimited = {"max_receive_message_length": -1}
     async with serve(name) as listener, listener.channel(**unlimited) as channel:
         largest = bytes(transports.MESSAGE_BYTES_MAX)
@@ -221,7 +221,7 @@ async def test_message(serve: Serve, name: str) -> None:
 
 @pytest.mark.parametrize("name", GRPCIO)
 async def test_compressed_message(serve: Serve, name: str) -> None:
-    """`grpcio` refuses a message that is compressed, whatever its size."""
+    """`grpcio` rejects a compressed message, whatever its size."""
     async with serve(name) as listener, listener.channel() as channel:
         found = await call(channel, ECHO, bytes(10_000), compression=grpc.Compression.Gzip)
         assert found.code is grpc.StatusCode.UNIMPLEMENTED
@@ -232,18 +232,19 @@ async def test_compressed_message(serve: Serve, name: str) -> None:
 
 @pytest.mark.parametrize("name", LISTENERS)
 async def test_connections(serve: Serve, name: str) -> None:
-    """Of more connections than a listener may have, those that came first go on, and the others
-    are closed; when one of them goes, there is room for another."""
+    """Above a listener's maximum, the oldest connections stay and the others are closed. When one
+    of the oldest closes, there is room for another."""
     async with serve(name, connections_max=4) as listener, contextlib.AsyncExitStack() as stack:
         first = [await stack.enter_async_context(listener.raw()) for _ in range(4)]
         for raw in first:
             await raw.open()
         await eventually(lambda: listener.connections() == 4, "all of them are there")
-        # It knows who came first by having seen him before. By itself it would look too late.
+        # The guard knows the order because it has seen the earlier connections before. On its own
+        # schedule it would look too late.
         assert listener.guard is not None
         await asyncio.to_thread(listener.guard.inspect)
         for _ in range(8):
-            # A handshake that fails, where there is TLS.
+            # With TLS, a failed handshake.
             with contextlib.suppress(OSError):
                 more = await stack.enter_async_context(listener.raw())
                 await more.closed()
@@ -251,7 +252,7 @@ async def test_connections(serve: Serve, name: str) -> None:
         async with listener.channel() as channel:
 
             async def is_refused() -> bool:
-                # `native` takes it, and answers for a moment.
+                # `native` accepts the connection and answers briefly.
                 return (await call(channel, ECHO)).code is grpc.StatusCode.UNAVAILABLE
 
             await eventually(is_refused, "a gRPC client is refused")
@@ -264,12 +265,11 @@ async def test_connections(serve: Serve, name: str) -> None:
 
 
 async def test_the_guard_harms_nobody_else(serve: Serve) -> None:
-    """While connections come and go and are cut, no other socket of the process is ever cut, though
-    the kernel gives the numbers of closed ones to new ones at once."""
+    """Open and close sockets as a database pool does, and check that they are intact."""
     stop = False
 
     def others() -> int:
-        """Open and close sockets, as a pool of a database does, and look whether they are whole."""
+        """Any of them may stay: connections that are first seen at the same time have no order."""
         rounds = 0
         while not stop or rounds < 100:
             rounds += 1
@@ -315,7 +315,8 @@ async def test_the_guard_harms_nobody_else(serve: Serve) -> None:
 @pytest.mark.parametrize("name", TCP)
 @pytest.mark.parametrize("said", [b"", b"PRI * HTTP/2"])
 async def test_unfinished_handshake(serve: Serve, name: str, said: bytes) -> None:
-    """Who connects and does not go on is let go; who is in the middle of a call is not."""
+    """A client that connects and does not continue is disconnected; a client in the middle of a
+    call is not."""
     async with serve(name, handshake=0.6) as listener, listener.raw() as good:
         await good.open()
         going_on = good.call(WAIT, b"")
@@ -325,7 +326,7 @@ async def test_unfinished_handshake(serve: Serve, name: str, said: bytes) -> Non
             bad.sendall(said)
             async with asyncio.timeout(WAIT_SECONDS):
                 with contextlib.suppress(ConnectionResetError):
-                    # Settings may come before the end.
+                    # The settings frame may arrive before the end.
                     while await asyncio.get_running_loop().sock_recv(bad, 1 << 16):
                         pass
         listener.release.set()
@@ -337,7 +338,7 @@ async def test_unfinished_handshake(serve: Serve, name: str, said: bytes) -> Non
 
 @pytest.mark.parametrize("name", GRPCIO)
 async def test_ping_flood(serve: Serve, name: str) -> None:
-    """Who pings all the time is told so (GOAWAY, too_many_pings), and closed."""
+    """A client that pings continuously gets GOAWAY (too_many_pings) and is disconnected."""
     async with serve(name) as listener, listener.raw() as raw:
         await raw.open()
         goaway = None
@@ -355,8 +356,8 @@ async def test_ping_flood(serve: Serve, name: str) -> None:
 
 
 async def test_ping_flood_native(serve: Serve) -> None:
-    """`native` answers pings without a limit, but one who sends them and reads no answer is stopped
-    by his own silence: no more are read, and then he is let go."""
+    """`native` answers pings without a limit. A client that sends pings and reads no answer blocks
+    itself: the server stops reading its pings, and later disconnects it."""
     async with (
         serve("native", keepalive=0.4, keepalive_timeout=0.4) as listener,
         listener.raw(receive_buffer=4_096) as raw,
@@ -374,7 +375,7 @@ async def test_ping_flood_native(serve: Serve) -> None:
 
 
 def test_our_own_pings() -> None:
-    """Our client library pings less often than any server of ours, or of gRPC's, objects to."""
+    """Our client library pings less often than our servers and gRPC's tolerate."""
     assert _channel.KEEPALIVE_TIME_MS > transports.PING_SECONDS_MIN * 1_000
     assert _channel.KEEPALIVE_TIME_MS > 300_000
 
@@ -384,8 +385,8 @@ def test_our_own_pings() -> None:
 
 @pytest.mark.parametrize("name", LISTENERS)
 async def test_rapid_resets(serve: Serve, name: str) -> None:
-    """Who opens calls and takes them back at once, over and over (CVE-2023-44487), has no more of
-    them running than anybody, and others are served meanwhile."""
+    """A client that repeatedly opens calls and cancels them at once (CVE-2023-44487) has no more of
+    them running than any other client, and others are served meanwhile."""
     async with serve(name) as listener, listener.raw() as raw, listener.raw() as other:
         await raw.open()
         await other.open()
@@ -395,7 +396,7 @@ async def test_rapid_resets(serve: Serve, name: str) -> None:
                 stream = raw.call(WAIT, b"")
                 raw.send(http2.RST_STREAM, 0, stream, struct.pack(">I", http2.CANCEL))
             with contextlib.suppress(OSError):
-                # `native` has enough of it at some time, and says goodbye.
+                # At some point `native` sends GOAWAY.
                 await raw.drain()
             await other.until(http2.DATA, other.call(ECHO, b"as ever"))
             most = max(most, listener.running)
@@ -403,12 +404,12 @@ async def test_rapid_resets(serve: Serve, name: str) -> None:
         await eventually(lambda: listener.running == 0, "all of them are ended")
 
 
-# --- Those who do not read
+# --- Clients that do not read
 
 
 @pytest.mark.parametrize("name", LISTENERS)
-async def test_silent(serve: Serve, name: str) -> None:
-    """Who answers no ping is let go, with calls or without."""
+async def test_unanswered_pings(serve: Serve, name: str) -> None:
+    """A client that answers no ping is disconnected, with or without calls."""
     async with serve(name, keepalive=0.4, keepalive_timeout=0.4) as listener:
         for calls in (0, 5):
             async with listener.raw() as raw:
@@ -421,7 +422,8 @@ async def test_silent(serve: Serve, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["native", "grpcio", "grpcio tls"])
 async def test_unread_answers(serve: Serve, name: str) -> None:
-    """Who lets answers pile up in the kernel is let go, though he sends something all the time."""
+    """A client that lets answers pile up in the kernel is disconnected, even if it keeps
+    sending."""
     async with (
         serve(name, keepalive=0.5, keepalive_timeout=0.5) as listener,
         listener.raw(receive_buffer=4_096) as raw,
@@ -432,7 +434,7 @@ async def test_unread_answers(serve: Serve, name: str) -> None:
             raw.call(LARGE, b"")
 
         def is_gone() -> bool:
-            # A frame of a type that is ignored (RFC 9113 §5.5).
+            # A frame of an ignored type (RFC 9113 §5.5).
             raw.send(0xBB, 0, 0, b"still here")
             return listener.connections() == 0
 
@@ -441,7 +443,8 @@ async def test_unread_answers(serve: Serve, name: str) -> None:
 
 @pytest.mark.parametrize("name", GRPCIO)
 async def test_no_window(serve: Serve, name: str) -> None:
-    """Who answers pings, but lets no answer be sent, is let go when his connection is old."""
+    """A client that answers pings, but keeps its flow-control window closed, is disconnected when
+    its connection reaches the maximum age."""
     limits = {"connection_age": 0.5, "age_grace": 0.5, "keepalive": 0.2, "keepalive_timeout": 5.0}
     async with serve(name, **limits) as listener, listener.raw() as raw:
         await raw.open({http2.INITIAL_WINDOW_SIZE: 0})
@@ -457,7 +460,7 @@ async def test_no_window(serve: Serve, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["grpcio", "grpcio tls"])
 async def test_age(serve: Serve, name: str) -> None:
-    """A client under load moves from connection to connection, and loses no call."""
+    """A client under load moves from connection to connection and loses no call."""
     async with (
         serve(name, connection_age=0.3, age_grace=WAIT_SECONDS) as listener,
         listener.channel() as channel,
@@ -474,8 +477,8 @@ async def test_age(serve: Serve, name: str) -> None:
 
 @pytest.mark.parametrize("name", GRPCIO)
 async def test_age_grace(serve: Serve, name: str) -> None:
-    """A call that is under way when its connection gets old goes on, and a stream that does not
-    end is ended after the grace."""
+    """A call in progress when its connection reaches the maximum age continues; an endless stream
+    ends after the grace period."""
     async with (
         serve(name, connection_age=0.3, age_grace=WAIT_SECONDS) as listener,
         listener.raw() as raw,
@@ -497,7 +500,7 @@ async def test_age_grace(serve: Serve, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["native", "grpcio"])
 async def test_no_age(serve: Serve, name: str) -> None:
-    """0 is for ever, and `native` ends no connection for its age."""
+    """0 disables the maximum age, and `native` never closes a connection for its age."""
     age = 0.0 if name == "grpcio" else 0.1
     async with serve(name, connection_age=age, age_grace=0.1) as listener, listener.raw() as raw:
         await raw.open()

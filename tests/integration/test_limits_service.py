@@ -35,9 +35,9 @@ VERIFY = "/latchkey.v1.TokenService/Verify"
 async def test_a_verifier_outlives_its_connections(
     settings: Settings, tmp_path: Path, transport: str, listener: str
 ) -> None:
-    """As its connections get old, a client library moves its Watch and its calls to new ones: no
-    verify fails, nearly all are answered from memory, and Deletes wait for no lease that was left
-    behind."""
+    """As its connections reach their maximum age, a client library moves its Watch and its calls to
+    new ones. No verify fails, the cache answers nearly all, and Deletes wait for no abandoned
+    lease."""
     if listener not in ("tls", transport):
         pytest.skip("the other one")
     files: dict[str, Any] = write_server_files(tmp_path)
@@ -81,7 +81,7 @@ async def test_a_verifier_outlives_its_connections(
 
 
 async def test_connections_max(settings: Settings) -> None:
-    """The setting is that of each listener."""
+    """The setting applies to each listener separately."""
     two = settings.model_copy(update={"connections_max": 2})
     async with serving_as(two) as server, contextlib.AsyncExitStack() as stack:
         raws = [await stack.enter_async_context(connected(server.address)) for _ in range(2)]
@@ -93,17 +93,17 @@ async def test_connections_max(settings: Settings) -> None:
             await raw.until(http2.HEADERS, raw.call(VERIFY, b""))
 
 
-async def test_files_of_a_watch(settings: Settings, transport: str) -> None:
-    """A client that watches takes as many of a worker's files as were counted with."""
+async def test_open_files_per_watch(settings: Settings, transport: str) -> None:
+    """A client that watches uses as many of a worker's files as the calculation assumes."""
     async with serving_as(settings) as server, watching(server.address) as first:
         await first.granted()
 
         def ours() -> int:
-            """Sockets of the server, which lives in this process with its clients."""
+            """Sockets of the server, which shares this process with its clients."""
             port = int(server.address.rpartition(":")[2])
             found = psutil.Process().net_connections("all")
             tcp = [c for c in found if c.family != socket.AF_UNIX and c.laddr.port == port]
-            # Both ends of it: one has the path, and the other no name.
+            # Both ends of the connection: one end has the path, the other no name.
             own = [c for c in found if c.family == socket.AF_UNIX and "pygrpc-native" in c.laddr]
             return len(tcp) + 2 * len(own)
 
@@ -116,11 +116,11 @@ async def test_files_of_a_watch(settings: Settings, transport: str) -> None:
 
 
 @pytest.mark.skipif(os.uname().sysname != "Linux", reason="memory is looked at on Linux alone")
-async def test_a_worker_with_too_much_memory(
+async def test_a_worker_that_uses_too_much_memory(
     database_url: str, pepper_file: Path, tmp_path: Path
 ) -> None:
-    """A message that unpacks to a gigabyte ends the worker, and not the machine: it says so, and
-    another one takes its place."""
+    """A message that decompresses to a gigabyte ends the worker, not the machine. The service logs
+    it and starts another worker."""
     with service(
         tmp_path,
         database_url=database_url,
@@ -150,7 +150,7 @@ async def test_a_worker_with_too_much_memory(
             lambda: [one for one in running.log if one["event"] == "worker exits: too much memory"],
             f"it says so, after {got}",
         )
-        # Before all of it is unpacked, however late it was looked.
+        # Before the message is fully decompressed, however late memory was measured.
         assert 200 <= line["mib"] < 1_000
         died = await eventually(
             lambda: [one for one in running.log if one["event"] == "worker exited"], "it died"
@@ -164,11 +164,11 @@ async def test_a_worker_with_too_much_memory(
 
 
 @pytest.mark.skipif(os.uname().sysname != "Linux", reason="files are looked at on Linux alone")
-async def test_a_flood_that_takes_all_files(
+async def test_a_flood_that_uses_all_files(
     database_url: str, pepper_file: Path, tmp_path: Path, transport: str
 ) -> None:
-    """When connections come so fast that no file is left, those that are too many are let go all
-    the same, and those that were there before are served."""
+    """When connections arrive so fast that no file is left, the server still closes the excess
+    ones, and earlier connections are served."""
     most = 10
     with service(
         tmp_path,
@@ -190,7 +190,8 @@ async def test_a_flood_that_takes_all_files(
                 few = psutil.Process(pid).num_fds() + 2 * most
                 resource.prlimit(pid, resource.RLIMIT_NOFILE, (few, few))
                 for _ in range(20 * most):
-                    # Without waiting: what is not accepted, for lack of files, would take minutes.
+                    # Without waiting: connections that cannot be accepted for lack of files would
+                    # take minutes.
                     flood = stack.enter_context(socket.socket())
                     flood.setblocking(False)
                     flood.connect_ex((host, int(port)))
@@ -207,11 +208,11 @@ async def test_a_flood_that_takes_all_files(
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_few_files(
+def test_too_few_files_are_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: bool
 ) -> None:
-    """A worker that may open too few files for its connections says so: as a warning, if somebody
-    has asked for so many."""
+    """A worker that may not open enough files for its connections reports it, as a warning if the
+    number of connections was set explicitly."""
     from latchkey_service.settings import logs
 
     monkeypatch.setattr(resource, "getrlimit", lambda _: (500, 500))

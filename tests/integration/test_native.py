@@ -1,4 +1,4 @@
-"""What the native transport keeps of calls."""
+"""What the native transport keeps in memory for each call."""
 
 import asyncio
 import contextlib
@@ -18,13 +18,14 @@ from tests.conftest import serving_as
 from tests.support import eventually
 
 CALLS = 300
-# More than there are threads to wait in, whatever the machine.
+# More than the number of threads, on any machine.
 WATCHES = 64
 
 
 @pytest.mark.parametrize("transport", ["native"])
 async def test_calls_that_are_cancelled_at_once_leave_nothing(settings: Settings) -> None:
-    """A client that cancels its calls as soon as they are sent leaves none of them behind."""
+    """A client that cancels its calls right after sending them leaves nothing behind for any of
+    them."""
     async with (
         serving_as(settings) as server,
         grpc.aio.insecure_channel(server.address) as channel,
@@ -44,12 +45,10 @@ async def test_calls_that_are_cancelled_at_once_leave_nothing(settings: Settings
 
 
 @pytest.mark.parametrize("transport", ["native"])
-async def test_streams_that_nobody_reads_hold_up_nothing(
-    settings: Settings, tmp_path: Path
-) -> None:
-    """Whatever number of health watches a client has open whose answers it takes none of, and for
-    which nobody is asked who he is, a right that is taken away is gone at once, and the server
-    stops within its grace."""
+async def test_unread_streams_block_nothing(settings: Settings, tmp_path: Path) -> None:
+    """However many health watches a client opens without reading them (health requires no
+    identity), a removed permission takes effect at once, and the server stops within its grace
+    period."""
     policy = tmp_path / "policy.toml"
     policy.write_text(policy_text())
     settings = settings.model_copy(update={"policy": policy, "grace_seconds": 0.5})
@@ -62,7 +61,7 @@ async def test_streams_that_nobody_reads_hold_up_nothing(
             (native,) = server._servers
             assert isinstance(native, Server)
             await eventually(lambda: len(native._calls) == WATCHES, "all of them are there")
-            # More changes than the library keeps messages.
+            # More changes than the library buffers messages.
             for number in range(10):
                 server.set_serving(bool(number % 2))
                 await asyncio.sleep(0.01)
@@ -70,5 +69,5 @@ async def test_streams_that_nobody_reads_hold_up_nothing(
                 await asyncio.to_thread(str)
                 await server.take_policy(policy_text(["operator"]))
             began = time.monotonic()
-        # It would wait for as long as the client likes.
+        # Otherwise the stop would wait for as long as the client likes.
         assert time.monotonic() - began < 10

@@ -9,7 +9,7 @@ from tests.benchmarks import openloop
 from tests.benchmarks.openloop import Traffic
 from tests.benchmarks.rows import SERVICE
 
-# Few calls, and more patience than a busy machine needs: all of them are answered.
+# Few calls, and a longer time-out than a busy machine needs: all of them are answered.
 PER_S, SECONDS, PATIENCE_SECONDS = 40.0, 0.5, 10.0
 
 
@@ -19,9 +19,9 @@ def traffic(method: str, request, begins_with: bytes = b"\x08\x01", **more) -> T
     return Traffic(path, requests, begins_with, PER_S, timeout_seconds=PATIENCE_SECONDS, **more)
 
 
-async def test_calls_are_answered_and_statuses_told_apart(address, create):
-    """Verifies and health checks are OK, and calls that are refused have the status that the
-    service gave, though the headers of each are unlike any other's."""
+async def test_calls_are_answered_and_statuses_counted(address, create):
+    """Verifies and health checks are OK, and rejected calls are counted under the status that the
+    service returned, although the headers of each differ from all others."""
     token = await create()
     verify = pb.VerifyRequest(secret=token.secret, required_scope=pb.SCOPE_READ)
     done = await asyncio.to_thread(
@@ -50,8 +50,8 @@ async def test_calls_are_answered_and_statuses_told_apart(address, create):
         assert outcome.tally.failed == {code: outcome.sent}
 
 
-async def test_wrong_answer_is_none_of_the_right_ones(address, create):
-    """An answer that begins otherwise than it should is counted as wrong."""
+async def test_wrong_answers_are_counted(address, create):
+    """An answer that starts differently than expected is counted as wrong."""
     token = await create()
     verify = pb.VerifyRequest(secret=token.secret, required_scope=pb.SCOPE_WRITE)
     done = await asyncio.to_thread(

@@ -1,7 +1,6 @@
-"""The commands and examples of the README, run as they stand there, against `make run`.
+"""The README's commands and examples, run exactly as printed, against `make run`.
 
-Only what a test cannot share is put in place of what is printed: the port, and where the virtual
-environment is.
+The tests replace only what they cannot share: the port, and the path of the virtual environment.
 """
 
 import asyncio
@@ -35,7 +34,7 @@ BLOCK = re.compile(r"^<!-- test: ([a-z ]+) -->\n```\w*\n(.*?)^```$", re.MULTILIN
 ADDRESS = "127.0.0.1:50051"
 GRPCURL = "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3"
 WELCOME = re.compile(r"Latchkey serves on (\S+) ")
-START_SECONDS = 60.0  # Making a database on a slow disk; the usual start takes two.
+START_SECONDS = 60.0  # Creating a database on a slow disk; usually the start takes two seconds.
 STOP_SECONDS = 20.0
 COMMAND_SECONDS = 60.0
 INSTALL_SECONDS = 300.0
@@ -50,7 +49,7 @@ def blocks(mark: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Running:
-    """A service that `make run` started. `welcome` is what it printed."""
+    """A service that `make run` started. `welcome` is the line that it printed."""
 
     address: str
     welcome: str
@@ -58,10 +57,11 @@ class Running:
 
 @pytest.fixture(scope="module")
 def service(scratch: Path) -> Iterator[Running]:
-    """A service started by the README's own command, on a free port, with its data apart."""
+    """A service started by the README's own command, on a free port, with a separate data
+    directory."""
     (command,) = blocks("make run")
     stamp = f"{sys.prefix}/.run"
-    # What is installed is what these tests run with: make is not to install it anew meanwhile.
+    # The tests run with the installed packages: make must not reinstall them meanwhile.
     command = command.replace("make ", f"make -o '{stamp}' VENV='{sys.prefix}' ")
     process = subprocess.Popen(
         ["bash", "-c", command],
@@ -105,7 +105,7 @@ def service(scratch: Path) -> Iterator[Running]:
 
 
 def with_it_all_gone(group: int) -> None:
-    """Kill what is left of a process group."""
+    """Kill the remaining processes of a group."""
     try:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
@@ -113,13 +113,13 @@ def with_it_all_gone(group: int) -> None:
 
 
 def clean_environment() -> dict[str, str]:
-    """Return the environment without what an outer make passes on to an inner one."""
+    """Return the environment without the variables that an outer make passes to an inner one."""
     return {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
 
 
 @pytest.fixture(scope="session")
 def grpcurl() -> Path:
-    """The real grpcurl: one that is there, else installed by the README's command."""
+    """The real grpcurl: an installed one, otherwise one installed by the README's command."""
     go = shutil.which("go")
     places = [Path.home() / "go/bin/grpcurl", ROOT / ".tools/bin/grpcurl"]
     if go is not None:
@@ -137,7 +137,7 @@ def grpcurl() -> Path:
         pytest.skip("neither grpcurl nor a Go toolchain to install it with is here")
     target = ROOT / ".tools/bin"
     target.mkdir(parents=True, exist_ok=True)
-    # Of several test processes, one installs and the others wait.
+    # One of several test processes installs it, and the others wait.
     with (target.parent / "grpcurl.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (target / "grpcurl").exists():
@@ -157,7 +157,7 @@ def grpcurl() -> Path:
 
 
 def bash(script: str, address: str, path: Path | None = None) -> str:
-    """Run lines as a person would paste them, each of which has to succeed; return the output."""
+    """Run lines as a user would paste them; each must succeed. Return the output."""
     script = script.replace(ADDRESS, address).replace(".venv/bin/", f"{sys.prefix}/bin/")
     environment = os.environ | {"LATCHKEY_TARGET": address}
     if path is not None:
@@ -177,7 +177,7 @@ def bash(script: str, address: str, path: Path | None = None) -> str:
 
 
 def test_grpcurl_lines(service: Running, grpcurl: Path) -> None:
-    """The grpcurl lines, pasted one after the other, do what the README says they do."""
+    """The grpcurl lines, pasted one after another, do what the README says."""
     parts = blocks("grpcurl")
     output = bash("\n".join([*parts, 'echo "id=$ID"']), service.address, grpcurl.parent)
     verdicts = re.findall(r'"verdict": "(\w+)"', output)
@@ -191,7 +191,7 @@ def test_grpcurl_lines(service: Running, grpcurl: Path) -> None:
 
 
 def test_no_line_puts_a_secret_on_a_command_line() -> None:
-    """A secret is handed over on standard input, in every line of the README."""
+    """Every line of the README passes secrets on standard input."""
     text = "\n".join(block for _, block in BLOCK.findall(README)).replace("\\\n", " ")
     commands = [line for line in text.splitlines() if "$SECRET" in line]
     assert len(commands) >= 4
@@ -200,13 +200,13 @@ def test_no_line_puts_a_secret_on_a_command_line() -> None:
 
 
 def test_welcome_line(service: Running, grpcurl: Path) -> None:
-    """The line that `make run` prints to try works as printed."""
+    """The example line that `make run` prints works as printed."""
     line = service.welcome.partition("Try it:\n")[2]
     assert '"secret": "lk_' in bash(line, service.address, grpcurl.parent)
 
 
 def test_grpcurl_install_line() -> None:
-    """The README installs the grpcurl that these tests know."""
+    """The README installs the grpcurl version that these tests use."""
     assert blocks("grpcurl install") == [f"go install {GRPCURL}\n"]
 
 
@@ -214,7 +214,7 @@ def test_grpcurl_install_line() -> None:
     importlib.util.find_spec("latchkey_cli.main") is None, reason="there is no command line yet"
 )
 def test_command_line(service: Running) -> None:
-    """The command line's example finds a new token valid, deletes it, and finds it deleted."""
+    """The command-line example finds a new token valid, deletes it, and finds it deleted."""
     output = bash("\n".join(blocks("cli")), service.address)
     assert re.findall(r"\b(VALID|DELETED|exit code \d+)\b", output) == [
         "VALID",
@@ -245,7 +245,7 @@ def test_python_client(service: Running, tmp_path: Path) -> None:
 
 
 async def test_python_asgi_guard(service: Running) -> None:
-    """The ASGI example lets a valid token in, and nobody without one."""
+    """The ASGI example accepts a valid token and rejects requests without one."""
     app = example("python asgi guard", service)["app"]
     async with (
         Client(service.address) as client,
@@ -260,7 +260,8 @@ async def test_python_asgi_guard(service: Running) -> None:
 
 
 async def test_python_grpc_guard(service: Running) -> None:
-    """The gRPC example lets a valid token in, nobody without one, and asks WRITE where it says."""
+    """The gRPC example accepts a valid token, rejects calls without one, and requires WRITE where
+    it says so."""
     server = example("python grpc guard", service)["make_server"]()
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -1,4 +1,5 @@
-"""`python -m latchkey_service` as a process: it starts, keeps itself up, and ends as a whole."""
+"""`python -m latchkey_service` as a process: it starts, recovers from crashes, and stops
+completely."""
 
 import asyncio
 import contextlib
@@ -39,8 +40,8 @@ Run = Callable[..., Service]
 
 @pytest.fixture(scope="module")
 def made_data_dir(scratch: Path) -> Path:
-    """A data directory whose cluster is made and stopped, to be copied: making one takes longer
-    than all else in a start."""
+    """A data directory with a created and stopped cluster, to be copied, because creating a cluster
+    is the slowest part of a start."""
     path = scratch / "made"
     postgres = EmbeddedPostgres(path)
     postgres.start()
@@ -60,14 +61,14 @@ def folder() -> Iterator[Path]:
 @pytest.fixture
 def data_dir(folder: Path, made_data_dir: Path) -> Path:
     """A data directory with an empty cluster."""
-    # Not shutil: owners are to be kept.
+    # Not shutil, because the copy must keep the owners.
     subprocess.run(["cp", "-a", made_data_dir, folder / "data"], check=True)
     return folder / "data"
 
 
 @pytest.fixture
 def run(folder: Path) -> Iterator[Run]:
-    """Start services, on any free port unless told otherwise; they end with the test."""
+    """Start services, on any free port by default; the fixture stops them."""
     started: list[Service] = []
 
     def run(**settings: object) -> Service:
@@ -82,7 +83,7 @@ def run(folder: Path) -> Iterator[Run]:
 
 @contextlib.asynccontextmanager
 async def client(address: str) -> "AsyncIterator[TokenServiceAsyncStub]":
-    """A stub, once health is up."""
+    """A stub, available once health is SERVING."""
     async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         await eventually(lambda: is_serving(channel), "health is up", BACK_SECONDS)
         yield pb_grpc.TokenServiceStub(channel)
@@ -93,7 +94,7 @@ def create_request(name: str = "first") -> pb.CreateRequest:
 
 
 async def verdict(address: str, secret: str) -> Any:
-    """Verify over a connection of its own."""
+    """Verify over a new connection."""
     async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         request = pb.VerifyRequest(secret=secret)
         return (await pb_grpc.TokenServiceStub(channel).Verify(request, timeout=2)).verdict
@@ -109,9 +110,9 @@ async def is_valid(address: str, secret: str) -> bool:
 async def test_from_nothing_to_service_and_back(
     run: Run, folder: Path, transport: str, number: signal.Signals
 ) -> None:
-    """In an empty directory it makes a database, migrates, says where it serves and how to try
-    it, serves, and on Ctrl-C or SIGTERM ends with all its processes and exit code 0; the next
-    start has the data."""
+    """In an empty directory the service creates a database, migrates it, prints its address and an
+    example call, and serves. On Ctrl-C or SIGTERM it ends with all its processes and exit code 0.
+    The next start has the data."""
     service = run(data_dir=folder / "new", transport=transport)
     address = await service.welcome()
     assert f"    {address} latchkey.v1.TokenService/Create\n" in service.out
@@ -127,8 +128,9 @@ async def test_from_nothing_to_service_and_back(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_a_stop_while_it_starts(run: Run, folder: Path, number: signal.Signals) -> None:
-    """Stopped while it makes its database, it ends at once and leaves nothing running."""
+async def test_a_stop_during_the_start(run: Run, folder: Path, number: signal.Signals) -> None:
+    """If it is stopped while it creates its database, it ends at once and leaves nothing
+    running."""
     service = run(data_dir=folder / "new")
     await eventually(lambda: len(service.family()) > 1, "initdb is at work")
     assert await service.end(number) in (0, 130)
@@ -136,9 +138,9 @@ async def test_a_stop_while_it_starts(run: Run, folder: Path, number: signal.Sig
     await eventually(lambda: not service.alive(), "nothing is left")
 
 
-async def test_an_impatient_ctrl_c(run: Run, data_dir: Path) -> None:
-    """Ctrl-C pressed again and again does not break the orderly stop: no traceback and
-    nothing left running."""
+async def test_repeated_ctrl_c(run: Run, data_dir: Path) -> None:
+    """Repeated Ctrl-C does not break the orderly stop: there is no traceback, and nothing is left
+    running."""
     service = run(data_dir=data_dir)
     await service.welcome()
     os.kill(service.pid, signal.SIGINT)
@@ -156,8 +158,8 @@ async def test_an_impatient_ctrl_c(run: Run, data_dir: Path) -> None:
 
 
 async def test_kill_9_of_the_supervisor(run: Run, data_dir: Path) -> None:
-    """Its workers and its Postgres end by themselves, and the next start, at once and on the same
-    address, works with the data kept."""
+    """Its workers and its Postgres end by themselves. The next start, at once and on the same
+    address, works and has the data."""
     address = f"127.0.0.1:{free_port()}"
     service = run(data_dir=data_dir, workers=2, listen=address)
     assert await service.welcome() == address
@@ -173,8 +175,8 @@ async def test_kill_9_of_the_supervisor(run: Run, data_dir: Path) -> None:
 async def test_kill_9_of_a_worker(
     run: Run, database_url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other worker goes on answering, and a new one takes the dead one's place. No temporary
-    file is left of any."""
+    """The other worker keeps answering, and a new worker replaces the dead one. No temporary file
+    of any worker is left."""
     temporary = folder / "tmp"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
@@ -184,10 +186,10 @@ async def test_kill_9_of_a_worker(
     async with client(address) as stub:
         created = await stub.Create(create_request(), timeout=5)
     dead, alive = service.worker_pids
-    # Nobody else can answer meanwhile.
+    # No other process can answer meanwhile.
     hold.on()
     os.kill(dead, signal.SIGKILL)
-    # While connections that the kernel gave the dead one are gone, the next attempt gets through.
+    # Connections that the kernel gave to the dead worker are lost; the next attempt succeeds.
     await eventually(lambda: is_valid(address, created.secret), "an answer")
     hold.off(await hold.one(service))
     await eventually(lambda: len(service.worker_pids) == 3, "a new worker", BACK_SECONDS)
@@ -204,7 +206,7 @@ async def test_kill_9_of_a_worker(
 async def test_kill_9_of_a_worker_on_a_unix_socket(
     run: Run, database_url: str, folder: Path, transport: str
 ) -> None:
-    """A worker that takes over a UNIX socket is not kept from it by the file left behind."""
+    """The file left behind does not keep a new worker from taking over a UNIX socket."""
     path = folder / "socket"
     service = run(
         database_url=database_url,
@@ -221,8 +223,8 @@ async def test_kill_9_of_a_worker_on_a_unix_socket(
 
 
 async def test_kill_9_of_postgres(run: Run, data_dir: Path) -> None:
-    """The embedded Postgres is started again, and the service goes on with the data and with the
-    same workers."""
+    """The embedded Postgres is restarted, and the service continues with its data and the same
+    workers."""
     service = run(data_dir=data_dir)
     address = await service.welcome()
     async with client(address) as stub:
@@ -242,8 +244,8 @@ async def test_kill_9_of_postgres(run: Run, data_dir: Path) -> None:
 
 
 async def test_a_second_run_on_the_data_directory(run: Run, data_dir: Path) -> None:
-    """It is refused, naming the directory, the process that has it and the setting, and does the
-    first no harm."""
+    """It is rejected with the directory, the process that uses it and the setting, and does not
+    disturb the first run."""
     first = run(data_dir=data_dir)
     address = await first.welcome()
     second = run(data_dir=data_dir)
@@ -256,7 +258,7 @@ async def test_a_second_run_on_the_data_directory(run: Run, data_dir: Path) -> N
 
 
 async def test_a_second_run_on_the_address(run: Run, database_url: str, folder: Path) -> None:
-    """It is refused, naming the address and the setting, and takes no calls away."""
+    """It is rejected with the address and the setting, and takes no calls away."""
     first = run(database_url=database_url, data_dir=folder / "a")
     address = await first.welcome()
     second = run(database_url=database_url, data_dir=folder / "a", listen=address)
@@ -266,10 +268,10 @@ async def test_a_second_run_on_the_address(run: Run, database_url: str, folder: 
     assert "Traceback" not in second.err
 
 
-async def test_the_address_is_taken_while_no_worker_has_it(
+async def test_the_address_is_held_before_a_worker_uses_it(
     run: Run, database_url: str, folder: Path
 ) -> None:
-    """Of two runs that start at once on one address, one serves and the other is refused."""
+    """Of two runs that start at once on one address, one serves and the other is rejected."""
     address = f"127.0.0.1:{free_port()}"
     both = [run(database_url=database_url, data_dir=folder / "a", listen=address) for _ in range(2)]
     codes: list[int | None] = []
@@ -284,8 +286,8 @@ async def test_the_address_is_taken_while_no_worker_has_it(
 
 
 async def test_unix_socket(run: Run, database_url: str, folder: Path, transport: str) -> None:
-    """It serves on a UNIX socket; one left behind does not keep it from starting, one in use does,
-    and neither does it remove a file that is none."""
+    """It serves on a UNIX socket. A stale socket file does not prevent the start; a socket in use
+    does. A file that is not a socket is not removed."""
     settings: dict[str, object] = {
         "database_url": database_url,
         "data_dir": folder / "data",
@@ -314,8 +316,8 @@ async def test_unix_socket(run: Run, database_url: str, folder: Path, transport:
 
 
 async def test_a_given_database_is_used(run: Run, database_url: str, folder: Path) -> None:
-    """With LATCHKEY_DATABASE_URL that database is used, and no embedded one is started or made;
-    port 0 is one port for all workers."""
+    """With LATCHKEY_DATABASE_URL the service uses that database and neither creates nor starts an
+    embedded one. Port 0 becomes one port for all workers."""
     service = run(database_url=database_url, data_dir=folder / "data", workers=2)
     address = await service.welcome()
     assert "your Postgres" in service.out
@@ -334,8 +336,8 @@ def replaced(service: Service, known: set[int]) -> bool:
 
 
 async def test_a_restarted_worker_costs_no_call(run: Run, database_url: str, folder: Path) -> None:
-    """While one of two workers is stopped gracefully and replaced, a client that retries what is
-    UNAVAILABLE, under load, sees no call fail."""
+    """While one of two workers is stopped gracefully and replaced under load, a client that retries
+    UNAVAILABLE sees no failed call."""
     service = run(database_url=database_url, data_dir=folder / "data", workers=2, grace_seconds=5)
     address = await service.welcome()
     async with client(address) as stub:
@@ -361,7 +363,7 @@ async def test_a_restarted_worker_costs_no_call(run: Run, database_url: str, fol
 
     clients = [asyncio.create_task(load()) for _ in range(8)]
     await eventually(lambda: answers > 100, "load")
-    # One after the other, so that one is there at any time.
+    # One after another, so that one worker is always available.
     for pid in list(service.worker_pids):
         others = set(service.worker_pids)
         os.kill(pid, signal.SIGTERM)
@@ -370,9 +372,9 @@ async def test_a_restarted_worker_costs_no_call(run: Run, database_url: str, fol
     await asyncio.gather(*clients)
 
 
-async def test_no_process_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a worker cannot be started anew for a moment, the others go on, and it is tried again.
-    At the start it is the end."""
+async def test_a_worker_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a worker temporarily cannot be restarted, the others continue and the supervisor retries.
+    During the first start the same failure ends the service."""
     settings = Settings(_env_file=None)
     keeper = supervisor._Supervisor(settings, "postgresql://h", "127.0.0.1:0", None, None, None)
     refused = 0
@@ -398,11 +400,11 @@ async def test_no_process_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused == 4
 
 
-async def test_a_worker_that_takes_no_policies(
+async def test_a_worker_that_stops_reading_policies(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker that hangs is killed before what it was handed and has not taken fills the memory;
-    it would go by a policy of long ago. A worker that has some catching up to do is not."""
+    """A worker that hangs is killed before the policies that it has not read fill the memory; it
+    would enforce an outdated policy. A worker that is merely behind is not killed."""
     monkeypatch.setattr(supervisor, "BACKLOG_MAX_BYTES", 1_000_000)
     settings = Settings(policy=folder / "policy.toml")
     keeper = supervisor._Supervisor(settings, "postgresql://h", "127.0.0.1:0", None, None, "")

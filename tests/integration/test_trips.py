@@ -1,4 +1,4 @@
-"""The trips of real calls stay short, and docs/architecture.md describes them as they are."""
+"""Real calls pass few files, and docs/architecture.md describes them correctly."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.trips import Trip, trace_all
 pytestmark = pytest.mark.xdist_group("trips")
 
 PAGE = (Path(__file__).parents[2] / "docs/architecture.md").read_text("utf-8")
-# How many files a call may pass in its own task, and beside it. Lower these when a trip gets
-# shorter; raise them only with a reason.
+# Maximum number of files that a call may pass in its own task, and outside it. Lower these when a
+# trip gets shorter; raise them only with a reason.
 CEILINGS = {
     "warm Verify": (6, 0),
     "warm Verify with a policy": (11, 0),
@@ -33,7 +33,7 @@ CEILINGS = {
 async def trips(
     scratch: Path, postgres_url: str, template_url: str
 ) -> AsyncIterator[dict[str, Trip]]:
-    """The trips, traced once for all tests of this module, on a database of their own."""
+    """The trips, traced once for all tests of this module, on a separate database."""
     template = urlsplit(template_url).path.removeprefix("/")
     connection = await asyncpg.connect(postgres_url)
     await connection.execute(f"CREATE DATABASE trips TEMPLATE {template}")

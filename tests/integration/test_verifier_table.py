@@ -20,11 +20,9 @@ async def row(database_url: str) -> AsyncIterator[OwnRow]:
     connection.terminate()
 
 
-async def test_a_registration_that_comes_late_changes_nothing(
-    row: OwnRow, database_url: str
-) -> None:
-    """An attempt that was given up, and is carried out after the next one, neither takes over the
-    row nor acknowledges anything in its name."""
+async def test_a_late_registration_changes_nothing(row: OwnRow, database_url: str) -> None:
+    """A registration that was abandoned, and that reaches the database after a later one, neither
+    takes over the row nor acknowledges anything in its name."""
     first = await row.register(2, acknowledge=True)
     assert (first.position.revision, first.acknowledged) == (0, 0)
     assert first.position.mark
@@ -34,14 +32,14 @@ async def test_a_registration_that_comes_late_changes_nothing(
     assert [r.acknowledged_revision for r in await row.all_rows()] == [0]
     renewed, _ = await row.renew(2, head, 0, NO_CLIENTS)
     assert renewed
-    # While clients may still answer from memory, it acknowledges nothing.
+    # While clients may still answer from their caches, the row acknowledges nothing.
     again = await row.register(3, acknowledge=False)
     assert (again.position, again.acknowledged) == (head, 0)
     assert (await row.register(4, acknowledge=True)).acknowledged == head.revision
 
 
-async def test_a_dead_row_that_is_locked_holds_up_nobody(row: OwnRow, database_url: str) -> None:
-    """It is left to the next look."""
+async def test_a_locked_dead_row_blocks_nothing(row: OwnRow, database_url: str) -> None:
+    """A locked row of a dead process is skipped until the next check."""
     await row.register(1, acknowledge=True)
     (dead,) = await row.all_rows()
     async with session(database_url) as other:
@@ -52,8 +50,8 @@ async def test_a_dead_row_that_is_locked_holds_up_nobody(row: OwnRow, database_u
 
 
 async def test_pruning_keeps_what_a_reader_needs(row: OwnRow, database_url: str) -> None:
-    """Pruning removes what every verifier has acknowledged, and nothing else. A reader that has
-    applied exactly that much goes on; for one that has applied less, its position is unknown."""
+    """Pruning removes exactly the entries that every verifier has acknowledged. A reader that has
+    applied all of them continues; for a reader that has applied fewer, its position is unknown."""
     pool = await Pool.open(Connector(database_url))
     table = VerifierTable(pool)
     try:
@@ -72,13 +70,13 @@ async def test_pruning_keeps_what_a_reader_needs(row: OwnRow, database_url: str)
 
 
 async def test_every_revision_has_a_fresh_mark(row: OwnRow, database_url: str) -> None:
-    """No two revisions share a mark, none is 0, and the log has them as head had them."""
+    """No two revisions share a mark, none is 0, and the log has the same marks as head."""
     first = (await row.register(1, acknowledge=True)).position
     positions = [await advance(database_url, f"tok_{number}") for number in range(50)]
     marks = {position.mark for position in (first, *positions)}
     assert len(marks) == 51
     assert all(0 < mark < 2**64 for mark in marks)
-    # Postgres has them signed: about half of them are negative there.
+    # Postgres stores them signed, so about half of them are negative there.
     assert any(mark >= 2**63 for mark in marks)
     assert any(mark < 2**63 for mark in marks)
     log = await row.read_log(first)
@@ -99,8 +97,8 @@ async def test_one_revision_can_name_many_tokens(row: OwnRow, database_url: str)
 async def test_a_position_of_another_history_renews_nothing(
     row: OwnRow, database_url: str, stranger: str
 ) -> None:
-    """Postgres neither renews nor acknowledges for a position that its history does not hold, and
-    shows it no changes."""
+    """Postgres neither renews nor acknowledges for a position outside its history, and returns no
+    changes for it."""
     await row.register(1, acknowledge=True)
     first = await advance(database_url, "tok_1")
     await advance(database_url, "tok_2")
@@ -114,17 +112,15 @@ async def test_a_position_of_another_history_renews_nothing(
     assert (renewed, log.known, log.changes) == (False, False, ())
     assert await row.all_rows() == [before]
     assert not (await row.read_log(position)).known
-    # And the same with the position that the history does hold.
+    # The same call with the position that the history does hold.
     renewed, log = await row.renew(1, first, 1, NO_CLIENTS)
     assert (renewed, log.known, named(log)) == (True, True, ["tok_2"])
     (after,) = await row.all_rows()
     assert (after.renewal, after.acknowledged_revision) == (before.renewal + 1, 1)
 
 
-async def test_a_row_that_is_gone_is_told_from_a_history_that_is_gone(
-    row: OwnRow, database_url: str
-) -> None:
-    """Without its row a process renews nothing, but still learns the log after its position."""
+async def test_a_missing_row_and_a_missing_history_differ(row: OwnRow, database_url: str) -> None:
+    """Without its row a process renews nothing, but still receives the log after its position."""
     position = (await row.register(1, acknowledge=True)).position
     await advance(database_url, "tok_1")
     await row.remove(1)
@@ -133,7 +129,7 @@ async def test_a_row_that_is_gone_is_told_from_a_history_that_is_gone(
 
 
 async def test_the_timeline_and_the_cluster_are_known(row: OwnRow, database_url: str) -> None:
-    """Registration, renewal and log reads name the server that they reached, the same way."""
+    """Registration, renewal and log reads report the server that they reached, in the same way."""
     registration = await row.register(1, acknowledge=True)
     server = registration.server
     assert server.timeline == "00000001"
