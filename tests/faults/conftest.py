@@ -1,4 +1,4 @@
-"""The fixtures of all tests, on a Postgres that a test may break."""
+"""The fixtures of the other tests, on a Postgres that a test may break."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.support import BreakablePostgres, session
 
 @pytest.fixture(scope="session")
 def postgres(scratch: Path) -> Iterator[BreakablePostgres]:
-    """A Postgres of these tests' own. Whoever breaks it brings it back."""
+    """A Postgres for these tests alone. A test that breaks it also restores it."""
     postgres = BreakablePostgres(scratch / "breakable")
     postgres.start()
     yield postgres
@@ -29,7 +29,7 @@ def postgres_url(postgres: BreakablePostgres) -> str:
 
 @pytest.fixture(scope="session")
 async def template_url(postgres_url: str) -> str:
-    """A migrated database on it that fresh ones are cloned from."""
+    """A migrated database on that Postgres, from which each test's database is cloned."""
     async with session(postgres_url) as connection:
         await connection.execute(f"CREATE DATABASE {TEMPLATE}")
     url = with_database(postgres_url, TEMPLATE)
@@ -39,7 +39,7 @@ async def template_url(postgres_url: str) -> str:
 
 @pytest.fixture(scope="session")
 async def pair_template(scratch: Path) -> Template:
-    """What the nodes of a pair are copied from."""
+    """The data directory from which the nodes of a pair are copied."""
     folder = scratch / "pair-template"
     folder.mkdir()
     folder.chmod(0o755)
@@ -48,13 +48,13 @@ async def pair_template(scratch: Path) -> Template:
 
 @pytest.fixture
 def address(own_address: str) -> str:
-    """Address of a server of the test's own: its connections are counted and broken."""
+    """Address of a dedicated server, because tests count and cut its connections."""
     return own_address
 
 
 @pytest.fixture(autouse=True)
 def plain_log() -> Iterator[None]:
-    """Log as in production: what is made pretty for people is slow enough to miss deadlines."""
+    """Log as in production: the pretty format is slow enough to miss deadlines."""
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,

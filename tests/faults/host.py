@@ -42,7 +42,7 @@ __all__ = [
 ACCOUNT = "acme"
 # A call waits for a connection and two statements, of two seconds each at most.
 CALL_SECONDS_MAX = 8.0
-# A Delete may have to outwait a lease of 5 s, the longest, besides.
+# A Delete may also have to wait out a lease of 5 s, the longest.
 DELETE_SECONDS_MAX = 15.0
 # A host finds the primary, renews its lease and answers again within seconds; a busy machine adds
 # to that.
@@ -57,7 +57,7 @@ TRANSIENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 class Host:
-    """A running service. Made by `host`."""
+    """A running service, created by `host`."""
 
     def __init__(self, running: Service, address: str, channel: grpc.aio.Channel) -> None:
         self.service = running
@@ -82,7 +82,7 @@ class Host:
         return await eventually(answered, f"{method} is answered", RECOVERY_SECONDS_MAX)
 
     async def create(self) -> pb.CreateResponse:
-        """Create a token with a name of its own."""
+        """Create a token with a unique name."""
         name = f"{self.service.pid} {next(self._numbers)}"
         request = pb.CreateRequest(account_id=ACCOUNT, name=name, scope=pb.SCOPE_READ)
         created: pb.CreateResponse = await self.insist("Create", request)
@@ -96,7 +96,7 @@ class Host:
         return receipt
 
     async def delete_finds_nothing(self, token: pb.Token) -> bool:
-        """Return whether one attempt to delete a token is answered NOT_FOUND."""
+        """Return whether one attempt to delete a token returns NOT_FOUND."""
         end = await self.call("Delete", pb.DeleteRequest(account_id=ACCOUNT, id=token.id))
         return end.code is grpc.StatusCode.NOT_FOUND
 
@@ -116,7 +116,7 @@ class Host:
         await eventually(answered, f"{verdict} is answered", seconds or RECOVERY_SECONDS_MAX)
 
     async def refuses(self, secret: str, verdict: str = "DELETED") -> None:
-        """Wait until the verdict on a dead token is `verdict`, also from memory; fail at once if
+        """Wait until the verdict on a dead token is `verdict`, from the cache too; fail at once if
         one is VALID."""
         in_a_row = 0
 
@@ -131,7 +131,7 @@ class Host:
         await eventually(refused, f"{verdict} is answered", RECOVERY_SECONDS_MAX)
 
     async def is_serving(self) -> bool:
-        """Return what the health service says."""
+        """Return the status that the health service reports."""
         return await is_serving(self._channel)
 
 
@@ -139,7 +139,7 @@ class Host:
 async def host(
     folder: Path, name: str, database_url: str, pepper_file: Path, **settings: object
 ) -> AsyncIterator[Host]:
-    """Run the service as its users do, on a database that they name."""
+    """Run the service as its users do, on a given database."""
     given: dict[str, object] = {
         "listen": "127.0.0.1:0",
         "database_url": database_url,
@@ -155,12 +155,12 @@ async def host(
 
 
 async def head(node: Node) -> int:
-    """Return the last revision that this node shows."""
+    """Return the newest revision that this node shows."""
     return int(await node.fetchval("SELECT revision FROM head"))
 
 
 async def shows(node: Node, revision: int) -> None:
-    """Wait until this node shows `revision` as its last one."""
+    """Wait until `revision` is the newest that this node shows."""
 
     async def shown() -> bool:
         return await head(node) == revision
@@ -169,7 +169,7 @@ async def shows(node: Node, revision: int) -> None:
 
 
 class TwoHosts(NamedTuple):
-    """Hosts whose ways to the database a test opens and closes."""
+    """Two hosts with separate links to the database, which a test opens and closes."""
 
     deleter: Host
     deleter_link: Link
@@ -177,13 +177,13 @@ class TwoHosts(NamedTuple):
     other_link: Link
 
     async def part(self) -> None:
-        """Close both ways to the database."""
+        """Close both links to the database."""
         await self.deleter_link.switch(None, cut=True)
         await self.other_link.switch(None, cut=True)
 
     async def delete_before_the_other_returns(self, node: Node, token: pb.Token) -> pb.Receipt:
-        """Delete on `node`, where only the deleter is, and let the other host return to it once the
-        deletion is committed as revision 1."""
+        """Delete on `node`, to which only the deleting host is connected. Reconnect the other host
+        once the deletion is committed as revision 1."""
         await self.deleter_link.switch(node, cut=True)
         deletion = asyncio.ensure_future(self.deleter.delete(token))
         await shows(node, 1)
@@ -195,7 +195,7 @@ class TwoHosts(NamedTuple):
 async def two_hosts(
     node: Node, folder: Path, pepper_file: Path, **settings: object
 ) -> AsyncIterator[TwoHosts]:
-    """Run two hosts on a node, each of which reaches it by a link of its own."""
+    """Run two hosts on a node, each connected by a separate link."""
     settings = {"lease_seconds": LONG_LEASE_SECONDS} | settings
     async with contextlib.AsyncExitStack() as stack:
         links = [Link(node), Link(node)]
@@ -212,7 +212,7 @@ async def two_hosts(
 
 
 async def client_remembers(verifier: latchkey.Verifier, secret: str) -> None:
-    """Wait until a client library answers VALID for `secret` from its memory."""
+    """Wait until a client library answers VALID for `secret` from its cache."""
 
     async def remembered() -> bool:
         with contextlib.suppress(latchkey.Unavailable):
@@ -230,8 +230,8 @@ async def client_refuses(
     *,
     at_once: bool = True,
 ) -> None:
-    """Wait until a client library watches and its verdict on a dead token is `verdict`, also from
-    memory; `at_once`, fail if one is VALID."""
+    """Wait until a client library watches and its verdict on a dead token is `verdict`, from the
+    cache too. With `at_once`, fail if one is VALID."""
     in_a_row = 0
 
     async def refused() -> bool:

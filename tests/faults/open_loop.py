@@ -1,4 +1,5 @@
-"""Calls that come at their rate whether or not the ones before were answered, as people's do."""
+"""An open loop: calls start at a fixed rate, whether or not earlier ones were answered, as users'
+calls do."""
 
 import asyncio
 import contextlib
@@ -15,7 +16,7 @@ __all__ = ["Call", "OpenLoop"]
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the open loop: when it began, on the test's clock, and how it ended."""
+    """A call of the open loop: its start on the test's clock, and its outcome."""
 
     kind: str
     began: float
@@ -23,7 +24,7 @@ class Call:
 
 
 class OpenLoop:
-    """Calls at fixed rates, each on a task of its own."""
+    """Calls at fixed rates, each in a separate task."""
 
     def __init__(self, ask: Callable[[str], Awaitable[Any]], rates: dict[str, int]) -> None:
         self.calls: list[Call] = []
@@ -34,7 +35,7 @@ class OpenLoop:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Ask meanwhile. All calls have ended when it has."""
+        """Make calls during the block. All of them have ended when it ends."""
         loops = [asyncio.create_task(self._keep_asking(*each)) for each in self._rates.items()]
         try:
             yield
@@ -48,7 +49,7 @@ class OpenLoop:
         for number in itertools.count():
             if number == 0:
                 began = time.monotonic()
-            # Late, it catches up: the rate is kept.
+            # If the loop is late it catches up, to keep the rate.
             await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
             task = asyncio.create_task(self._one(kind))
             self._tasks.add(task)

@@ -50,13 +50,13 @@ async def node(scratch: Path, pair_template: Template) -> AsyncIterator[Node]:
 
 
 class Watched:
-    """Verifies secrets on every host and in every client library until it is left."""
+    """Verifies secrets on every host and in every client library until its block ends."""
 
     def __init__(self, hosts: list[Host], verifiers: list[latchkey.Verifier]) -> None:
         self.hosts = hosts
         self.verifiers = verifiers
         self._secrets: list[str] = []
-        # By secret: when the last verify that answered VALID began.
+        # By secret: the start of the last verify that returned VALID.
         self._accepted: dict[str, float] = {}
         self._dead: dict[str, float] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -66,11 +66,11 @@ class Watched:
         self._secrets += [c.secret for c in created]
 
     def die(self, *created: pb.CreateResponse) -> None:
-        """These are dead for every verify that starts from now on."""
+        """Record that every verify that starts from now on must refuse these tokens."""
         self._dead |= dict.fromkeys([c.secret for c in created], time.monotonic())
 
     def check(self) -> None:
-        """Fail if a verify that started after a token's death answered VALID."""
+        """Fail if a verify that started after a token's death returned VALID."""
         for task in self._tasks:
             if task.done():
                 task.result()
@@ -128,7 +128,8 @@ async def watched(hosts: TwoHosts) -> AsyncIterator[Watched]:
 
 
 async def all_remember(made: Watched, *created: pb.CreateResponse) -> None:
-    """Wait until every host and client library answers VALID for these, clients from memory."""
+    """Wait until every host and client library answers VALID for these tokens, the clients from
+    their caches."""
     for one in created:
         for running in made.hosts:
             await running.answers(one.secret, "VALID")
@@ -137,7 +138,7 @@ async def all_remember(made: Watched, *created: pb.CreateResponse) -> None:
 
 
 async def all_refuse(made: Watched, secret: str, verdict: str) -> None:
-    """Wait until every host and client library gives this verdict; fail at a VALID."""
+    """Wait until every host and client library returns this verdict; fail at a VALID."""
     for running in made.hosts:
         await running.refuses(secret, verdict)
     for verifier in made.verifiers:
@@ -152,7 +153,7 @@ async def all_accept(made: Watched, secret: str) -> None:
 
 
 async def invalidate_all(running: Host) -> latchkey.Receipt:
-    """Run what `latchkey invalidate-all` runs, until it succeeds, as a person does."""
+    """Run `latchkey invalidate-all` until it succeeds, as an operator would."""
     async with latchkey.Client(running.address) as client:
 
         async def done() -> latchkey.Receipt | None:
@@ -167,7 +168,7 @@ async def invalidate_all(running: Host) -> latchkey.Receipt:
 
 
 def deleted_by(running: Host) -> set[str]:
-    """Return the ids of the tokens that a host's log says were deleted."""
+    """Return the IDs of the tokens that a host's log reports as deleted."""
     return {
         line["token_id"]
         for line in running.service.log
@@ -181,11 +182,11 @@ def deleted_by(running: Host) -> set[str]:
 async def test_a_restore_with_everything_running(
     node: Node, tmp_path: Path, pepper_file: Path, new_timeline: bool
 ) -> None:
-    """A backup is restored over the address of the running cluster, on a new timeline or, as a
-    file-system snapshot is, on the same one. Once invalidate-all has answered, no verify accepts a
-    token that was made after the backup. A deletion that the backup lacks is undone, stands in the
-    hosts' logs, and is final once repeated. A deletion after the restore is as good as ever. Tokens
-    of the backup stay valid."""
+    """A backup is restored at the address of the running cluster, on a new timeline, or on the same
+    one as with a file-system snapshot. Once invalidate-all has returned, no verify accepts a token
+    that was created after the backup. A deletion that the backup lacks is undone, is in the hosts'
+    logs, and is final once repeated. Deletions after the restore work as usual. Tokens in the
+    backup stay valid."""
     async with (
         two_hosts(node, tmp_path, pepper_file, lease_seconds=LEASE_SECONDS) as hosts,
         watched(hosts) as made,
@@ -220,8 +221,8 @@ async def test_a_restore_with_everything_running(
 async def test_a_restore_without_lost_deletions(
     node: Node, tmp_path: Path, pepper_file: Path
 ) -> None:
-    """A file copy is restored that lacks tokens but no deletion: neither log nor timeline shows
-    that. Memories answer for a token that is gone until invalidate-all has answered, and not
+    """The restored file copy lacks tokens but no deletion, so neither the log nor the timeline
+    shows the restore. Caches answer for a missing token until invalidate-all has returned, and not
     afterwards."""
     async with (
         two_hosts(node, tmp_path, pepper_file, lease_seconds=LEASE_SECONDS) as hosts,
@@ -233,7 +234,7 @@ async def test_a_restore_without_lost_deletions(
         made.watch(kept, ghost)
         await all_remember(made, kept, ghost)
         await node.restore(backup, new_timeline=False)
-        # The reason for the command: this is why no figure can be promised without it.
+        # The reason for the command: without it no time limit can be promised.
         await hosts.other.answers(ghost.secret, "VALID")
         await invalidate_all(hosts.deleter)
         made.die(ghost)
@@ -243,7 +244,7 @@ async def test_a_restore_without_lost_deletions(
 
 
 async def in_template(node: Node, *statements: str) -> None:
-    """Run statements as superuser from another database than the service's."""
+    """Run statements as superuser, connected to another database than the service's."""
     connection = await asyncpg.connect(
         node.url_at(node.address, role="postgres"), database="template1", timeout=WAIT_SECONDS
     )
@@ -255,7 +256,7 @@ async def in_template(node: Node, *statements: str) -> None:
 
 
 async def run_program(template: Template, node: Node, name: str, *arguments: str) -> None:
-    """Run one of Postgres' programs against the node, as superuser, to its end."""
+    """Run one of Postgres' programs against the node, as superuser, until it ends."""
     process = await asyncio.create_subprocess_exec(
         *(f"{template.own_programs}/{name}", "--host", HOST, "--port", str(node.port)),
         *("--username", "postgres", *arguments),
@@ -272,12 +273,12 @@ async def run_program(template: Template, node: Node, name: str, *arguments: str
     assert process.returncode == 0, err.decode()
 
 
-async def test_a_dump_takes_the_place_of_the_database(
+async def test_a_dump_replaces_the_database(
     node: Node, pair_template: Template, tmp_path: Path, pepper_file: Path
 ) -> None:
-    """A dump is restored into a new database of the same cluster, which then takes the old one's
-    name. The service is unavailable while the database accepts no connections, and reports no
-    fault of its own. What holds for a restored backup holds afterwards."""
+    """A dump is restored into a new database of the same cluster, which is then renamed to the old
+    name. The service is unavailable while the database rejects connections, and reports no fault of
+    its own. Afterwards the same guarantees hold as after a restored backup."""
     async with (
         two_hosts(node, tmp_path, pepper_file, lease_seconds=LEASE_SECONDS) as hosts,
         watched(hosts) as made,
@@ -330,10 +331,9 @@ def archive(scratch: Path, pair_template: Template) -> Path:
 async def test_recovery_to_a_point_in_time(
     node: Node, archive: Path, tmp_path: Path, pepper_file: Path
 ) -> None:
-    """The database is recovered to a point after the base backup, from archived WAL. What was done
-    before that point is there again: a token made after the backup is valid, and a deletion made
-    after the backup is final. A token made after the point is dead once invalidate-all has
-    answered."""
+    """The database is recovered from archived WAL to a point after the base backup. Changes before
+    that point are kept: a token created after the backup is valid, and a deletion made after the
+    backup is final. A token created after the point is dead once invalidate-all has returned."""
     await node.stop()
     node.configure(archive_mode="on", archive_command=f"cp %p {archive}/%f")
     await node.start()

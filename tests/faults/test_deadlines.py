@@ -1,4 +1,4 @@
-"""Calls that Postgres keeps waiting: deadlines, what they leave behind, a graceful stop."""
+"""Calls that wait for Postgres: their deadlines, what they leave behind, and a graceful stop."""
 
 import asyncio
 import contextlib
@@ -45,7 +45,7 @@ pytestmark = [
 ]
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
-# What measuring adds on a busy machine.
+# Measurement error on a busy machine.
 SLACK_SECONDS = 0.6
 
 
@@ -58,13 +58,13 @@ async def locked(database_url: str, token_id: str) -> AsyncIterator[None]:
 
 
 async def waiting(database_url: str, count: int = 1) -> bool:
-    """Tell whether that many of the service's statements wait for a lock."""
+    """Return whether that many statements of the service wait for a lock."""
     rows = await backends(database_url)
     return sum(row["wait_event_type"] == "Lock" for row in rows) >= count
 
 
 async def left_nothing(database_url: str) -> bool:
-    """Tell whether no connection of the service is in a transaction or at work."""
+    """Return whether every connection of the service is idle and outside a transaction."""
     return all(row["state"] == "idle" for row in await backends(database_url))
 
 
@@ -80,8 +80,8 @@ def delete(
 async def test_a_delete_that_waits_for_a_lock_ends_in_time(
     deadline: float | None, database_url: str, stub: "TokenServiceAsyncStub", create: "Create"
 ) -> None:
-    """It is UNAVAILABLE by its deadline, or when the lock's time is up, deletes nothing, and
-    leaves no transaction behind; a retry deletes."""
+    """A Delete that waits for a lock is UNAVAILABLE by its deadline or at the lock time-out,
+    deletes nothing, and leaves no transaction behind. A retry deletes."""
     token = (await create()).token
     async with locked(database_url, token.id):
         end = await delete(stub, token, deadline)
@@ -93,7 +93,7 @@ async def test_a_delete_that_waits_for_a_lock_ends_in_time(
     assert (await delete(stub, token, 5)).ok
 
 
-async def test_a_caller_that_leaves_takes_its_transaction_along(
+async def test_a_cancelled_delete_ends_its_transaction(
     database_url: str, stub: "TokenServiceAsyncStub", create: "Create"
 ) -> None:
     """A Delete that its caller cancels ends on the server too, without effect."""
@@ -111,8 +111,8 @@ async def test_a_caller_that_leaves_takes_its_transaction_along(
 async def test_impatient_callers_pile_up_no_connections(
     database_url: str, stub: "TokenServiceAsyncStub", create: "Create"
 ) -> None:
-    """Deletes with short deadlines that wait for one row, again and again, keep the number of
-    connections to Postgres within bounds."""
+    """Deletes with short deadlines that repeatedly wait for one row do not exceed the bound on
+    connections to Postgres."""
     token = (await create()).token
     most = 0
     async with locked(database_url, token.id):
@@ -120,18 +120,18 @@ async def test_impatient_callers_pile_up_no_connections(
             deletes = [delete(stub, token, 0.1) for _ in range(POOL_SIZE_MAX)]
             assert not any(end.ok for end in await asyncio.gather(*deletes))
             most = max(most, len(await backends(database_url)))
-    # Some that have been given up and not yet noticed it: 250 ms' worth.
+    # Includes statements that were abandoned and have not noticed it yet: 250 ms of them.
     assert most <= POOL_SIZE_MAX * 5
 
 
-async def test_a_freeze_in_a_transaction_is_told_in_time(
+async def test_a_freeze_in_a_transaction_is_reported_in_time(
     postgres: BreakablePostgres,
     database_url: str,
     stub: "TokenServiceAsyncStub",
     create: "Create",
 ) -> None:
-    """A Delete whose Postgres freezes in its middle is UNAVAILABLE by its deadline: nobody waits
-    for a ROLLBACK to be answered."""
+    """A Delete whose Postgres freezes in the middle is UNAVAILABLE by its deadline, because no
+    caller waits for the ROLLBACK."""
     tokens = [(await create()).token for _ in range(2)]
     async with contextlib.AsyncExitStack() as stack:
         for token in tokens:
@@ -152,8 +152,8 @@ async def test_deletes_of_one_locked_token_do_not_take_the_service_down(
     stub: "TokenServiceAsyncStub",
     create: "Create",
 ) -> None:
-    """While more deletes wait for one row than there are places, verifies and the operator are
-    answered, health stays up, and all the deletes end within their bound."""
+    """While more deletes wait for one row than the server admits, verifies and operator calls are
+    answered, health stays SERVING, and all deletes end within their bound."""
     status = status_pb_grpc.StatusServiceStub(channel)
     created = await create()
     await eventually(lambda: is_serving(channel), "health is up")
@@ -168,7 +168,7 @@ async def test_deletes_of_one_locked_token_do_not_take_the_service_down(
             assert await is_serving(channel)
             await asyncio.sleep(0.02)
     for end in await asyncio.gather(*deletes):
-        # In its place, or in the queue.
+        # While admitted, or in the queue.
         assert end.code in {UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
         assert end.retry_info
         assert end.seconds < 5.0
@@ -176,7 +176,7 @@ async def test_deletes_of_one_locked_token_do_not_take_the_service_down(
 
 
 class Worker:
-    """A server that a test stops itself."""
+    """A server that the test stops itself."""
 
     def __init__(self, settings: "Settings") -> None:
         keyring = pepper_file.load_or_create(settings.pepper_path, create=False)
@@ -188,7 +188,7 @@ class Worker:
         self.address = (await self._running.__aenter__()).address
 
     def stop(self) -> "asyncio.Task[float]":
-        """Begin to stop; the task tells how many seconds it took."""
+        """Begin to stop; the task returns how many seconds the stop took."""
 
         async def stop() -> float:
             start = time.monotonic()
@@ -204,7 +204,8 @@ class Worker:
 async def worker(
     settings: "Settings", database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Callable[[float], Awaitable[Worker]]]:
-    """Start a server with a grace of so many seconds; stopped at the latest when the test ends."""
+    """Start a server with a grace period of so many seconds; it is stopped when the test ends, if
+    not before."""
     monkeypatch.setattr(wiring, "DRAIN_SECONDS", 0.3)
     store = await TokenStore.open(database_url)
     for pepper in pepper_file.load_or_create(settings.pepper_path, create=False).peppers:
@@ -226,8 +227,8 @@ async def worker(
 async def test_a_stop_lets_calls_in_flight_finish(
     worker: Callable[[float], Awaitable[Worker]], database_url: str
 ) -> None:
-    """Health falls while calls are still taken; then new ones are UNAVAILABLE, and the Delete in
-    flight is finished and answered."""
+    """Health reports NOT_SERVING while calls are still accepted. Then new calls are UNAVAILABLE,
+    and the Delete in flight completes and is answered."""
     it = await worker(5.0)
     async with grpc.aio.insecure_channel(it.address, options=CHANNEL_OPTIONS) as channel:
         stub = pb_grpc.TokenServiceStub(channel)
@@ -264,11 +265,11 @@ async def test_a_stop_lets_calls_in_flight_finish(
         watch.cancel()
 
 
-async def test_a_stop_ends_in_its_grace(
+async def test_a_stop_ends_within_its_grace(
     worker: Callable[[float], Awaitable[Worker]], database_url: str
 ) -> None:
-    """A call that does not finish within the grace is ended, is told a status that invites a
-    retry, and leaves nothing behind."""
+    """A call that does not finish within the grace period is ended with a retryable status and
+    leaves nothing behind."""
     it = await worker(0.4)
     async with grpc.aio.insecure_channel(it.address, options=CHANNEL_OPTIONS) as channel:
         stub = pb_grpc.TokenServiceStub(channel)
@@ -292,14 +293,14 @@ async def test_a_stop_does_not_wait_for_a_frozen_postgres(
     postgres: BreakablePostgres,
     settings: "Settings",
 ) -> None:
-    """With Postgres frozen, and calls waiting for it, a server still stops in bounded time."""
+    """While Postgres is frozen and calls wait for it, a server still stops in bounded time."""
     it = await worker(0.4)
     async with grpc.aio.insecure_channel(it.address, options=CHANNEL_OPTIONS) as channel:
         stub = pb_grpc.TokenServiceStub(channel)
         create = pb.CreateRequest(account_id="acme", name="a", scope=pb.SCOPE_READ)
         created = await stub.Create(create)
         keyring = pepper_file.load_or_create(settings.pepper_path, create=False)
-        # Only the database can tell that it is nobody's.
+        # Only the database can tell that this secret is unknown.
         question = pb.VerifyRequest(secret=keyring.mint("lk", os.urandom).secret.reveal())
         await stub.Verify(question)
         async with postgres.broken_by("frozen"):
@@ -310,7 +311,7 @@ async def test_a_stop_does_not_wait_for_a_frozen_postgres(
             ]
             ends = [asyncio.create_task(outcome(call)) for call in calls]
             await asyncio.sleep(0.1)
-            # The drain, the grace, and what closing the pool may take.
+            # The drain, the grace period, and the time that closing the pool may take.
             assert await it.stop() < 0.3 + 0.4 + 2.0 + SLACK_SECONDS
             for end in await asyncio.gather(*ends):
                 assert end.code is UNAVAILABLE, end

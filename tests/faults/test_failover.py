@@ -1,8 +1,8 @@
-"""Dead means dead when the standby of a Postgres pair takes over from the primary.
+"""A deleted token stays dead when the standby of a Postgres pair takes over from the primary.
 
-Each test is a story that happened on real pairs. Replication is synchronous unless the docstring
-says otherwise, and the service runs as its users run it. Each step is forced, and the next one
-waits until Postgres reports its effect.
+Each test replays a sequence that happened on real pairs. Replication is synchronous unless the
+docstring says otherwise, and the service runs as its users run it. Each step is forced, and the
+next one waits until Postgres reports its effect.
 """
 
 import asyncio
@@ -49,11 +49,11 @@ async def nodes(scratch: Path, pair_template: Template) -> AsyncIterator[Pair]:
 async def test_a_revision_of_the_old_primary_confirms_no_deletion_of_the_new_one(
     nodes: Pair, tmp_path: Path, pepper_file: Path
 ) -> None:
-    """Replication stalls, and a Delete of some token is unavailable. One backend is killed, and the
+    """Replication stalls, and a Delete of some token is unavailable. One backend is killed, and
     crash recovery makes that deletion visible on the old primary, as revision 1. A host applies it.
     The primary dies, the standby is promoted, and a Delete of another token commits there as
-    revision 1 too. The host comes back a moment later. It must not take the new revision 1 for the
-    one that it has applied: from that Delete's answer on it refuses the token."""
+    revision 1 too. The host reconnects a moment later. It must not confuse the new revision 1 with
+    the one that it has applied: once that Delete has returned, the host refuses the token."""
     first, second = nodes.first, nodes.second
     async with two_hosts(nodes.first, tmp_path, pepper_file) as hosts:
         doomed, unfortunate = await hosts.deleter.create(), await hosts.deleter.create()
@@ -71,7 +71,7 @@ async def test_a_revision_of_the_old_primary_confirms_no_deletion_of_the_new_one
         await first.crash_waiting_commit(DELETION)
         assert (await deletion).code is grpc.StatusCode.UNAVAILABLE
         assert await head(first) == 1
-        # Only the other host is there, and it reads the log no later than it renews.
+        # Only the other host is connected, and it reads the log no later than its renewal.
         await eventually(lambda: first.waiting_commits(RENEWAL), "the other host renews")
         await hosts.part()
         await first.kill()
@@ -86,17 +86,17 @@ async def test_a_revision_of_the_old_primary_confirms_no_deletion_of_the_new_one
 async def test_a_session_that_stays_with_the_old_primary_yields_no_verdict(
     nodes: Pair, tmp_path: Path, pepper_file: Path
 ) -> None:
-    """Both nodes share one address, which moves to the promoted standby without an end to the
-    sessions that there are. The old primary runs on and shows a revision of its own, since a Delete
+    """Both nodes share one address, which moves to the promoted standby without ending open
+    sessions. The old primary keeps running and shows an unreplicated revision, because a Delete
     that waited for the standby was cancelled. A host that renews on the new primary must not answer
-    from what its other sessions read on the old one, whatever its revision. Its health probe says
-    SERVING once verifies are answered rightly."""
+    from reads of its other sessions on the old one, whatever their revision. Its health probe
+    reports SERVING once verifies are answered correctly."""
     first, second = nodes.first, nodes.second
     async with contextlib.AsyncExitStack() as stack:
         stays = await stack.enter_async_context(
             host(tmp_path, "stays", nodes.address_url, pepper_file, lease_seconds=LEASE_SECONDS)
         )
-        # The host must not remember it, and so has to read it.
+        # The token must not be in the host's cache, so that the host has to read it.
         doomed, unfortunate, kept = [await stays.create() for _ in range(3)]
         await stays.answers(kept.secret, "VALID")
         await nodes.replication.stall()
@@ -124,7 +124,7 @@ async def test_a_session_that_stays_with_the_old_primary_yields_no_verdict(
 
 
 class Deposed(NamedTuple):
-    """A host that moved to the second node, while the first one is up again, unfenced."""
+    """A host that moved to the second node, while the first one is running again, unfenced."""
 
     host: Host
     doomed: pb.CreateResponse
@@ -156,10 +156,10 @@ async def knows_of_hosts(node: Node) -> bool:
 async def test_a_lease_of_the_new_primary_covers_no_read_of_the_old_one(
     nodes: Pair, tmp_path: Path, pepper_file: Path
 ) -> None:
-    """The new primary restarts while the old one is up again, unfenced, and a host finds the old
-    one. The host must not answer from it under the lease that the new primary granted: a token
-    deleted long ago is never VALID. When the new primary is back, the host returns to it by itself,
-    although the old one still answers."""
+    """The new primary restarts while the old one is running again, unfenced, and a host connects to
+    the old one. The host must not answer from it under the lease that the new primary granted: a
+    token deleted long ago is never VALID. When the new primary is back, the host returns to it
+    automatically, although the old one still answers."""
     async with deposed(nodes, tmp_path, pepper_file) as (running, doomed, live):
         await nodes.second.stop("fast")
         # The last renewal was before the stop.
@@ -177,10 +177,10 @@ async def test_a_lease_of_the_new_primary_covers_no_read_of_the_old_one(
 async def test_a_deposed_primary_never_says_that_a_token_does_not_exist(
     nodes: Pair, tmp_path: Path, pepper_file: Path
 ) -> None:
-    """A token was created on the new primary, which is away for a moment, while the old one is up
+    """A token was created on the new primary, which is briefly down, while the old one is running
     again, unfenced. Until the new primary is back, Get, List and Delete of that token may be
-    unavailable, but neither NOT_FOUND nor a list without it: a responder who deletes a leaked token
-    would believe that it never existed."""
+    unavailable, but must not return NOT_FOUND or a list without it: a responder who deletes a
+    leaked token would believe that it never existed."""
     async with deposed(nodes, tmp_path, pepper_file) as (running, _, live):
         get = pb.GetRequest(account_id=ACCOUNT, id=live.token.id)
         get_all = pb.ListRequest(account_id=ACCOUNT)
@@ -188,7 +188,7 @@ async def test_a_deposed_primary_never_says_that_a_token_does_not_exist(
         await nodes.second.stop("fast")
         wrong: set[str] = set()
         strayed = False
-        # Before the lease is over, and after it.
+        # Before the lease expires, and afterwards.
         async with asyncio.timeout(RECOVERY_SECONDS_MAX):
             lease_over = time.monotonic() + LEASE_SECONDS
             while not strayed or time.monotonic() < lease_over:
@@ -210,9 +210,9 @@ async def test_a_revision_that_an_asynchronous_standby_lacks_confirms_no_later_d
     scratch: Path, pair_template: Template, tmp_path: Path, pepper_file: Path
 ) -> None:
     """Replication is asynchronous, and the standby lacks one deletion when the primary dies. That
-    deletion is lost. The next one gets its number on the new primary, and must be just as good as
-    any other: a host that applied the lost one, and a client library that watches this host, refuse
-    the token from the Delete's answer on."""
+    deletion is lost. The next one gets its number on the new primary and must count in full: a host
+    that applied the lost one, and a client library that watches this host, refuse the token once
+    its Delete has returned."""
     async with (
         pair(scratch, pair_template, synchronous=False) as nodes,
         two_hosts(nodes.first, tmp_path, pepper_file) as hosts,

@@ -1,4 +1,4 @@
-"""Watches of the health service, which balancers and client libraries hold open."""
+"""Watches of the health service, which load balancers and client libraries keep open."""
 
 from typing import Any
 
@@ -16,11 +16,11 @@ pytestmark = [
 Status = health_pb2.HealthCheckResponse
 
 
-async def test_each_watch_is_told_each_change(
+async def test_each_watch_receives_each_change(
     postgres: BreakablePostgres, channel: grpc.aio.Channel, address: str
 ) -> None:
-    """Watches hear of an outage and of its end, also after another watch has ended; a service
-    that there is not is SERVICE_UNKNOWN in a watch and NOT_FOUND in a check."""
+    """Watches receive the start and the end of an outage, even after another watch has ended. An
+    unknown service is SERVICE_UNKNOWN in a watch and NOT_FOUND in a check."""
     await eventually(lambda: is_serving(channel), "health is up")
     stub: Any = health_pb2_grpc.HealthStub(channel)
     async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as other:

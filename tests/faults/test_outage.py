@@ -1,4 +1,4 @@
-"""Postgres stopped, killed, frozen, and back: what callers see, on both transports."""
+"""Postgres stopped, killed, frozen, and restarted: the effect on callers, on both transports."""
 
 import asyncio
 import itertools
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tests.conftest import Create
 
 pytestmark = [
-    # They take turns in breaking one Postgres.
+    # The tests take turns to break one Postgres.
     pytest.mark.xdist_group("faults"),
     # A test restarts Postgres while the server under test has threads; its child only execs.
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
@@ -44,15 +44,16 @@ UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 RESOURCE_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 FAULTS = ("stopped", "killed", "frozen")
 METHODS = ("Verify", "Create", "List", "Delete")
-# The code tells that the server answered first; this is for what measuring it adds on a busy loop.
+# The status code shows that the server answered first; this margin is for measurement on a busy
+# event loop.
 SLACK_SECONDS = 0.3
-# A probe's interval and time-out, with room to spare.
+# A probe's interval and time-out, plus a margin.
 HEALTH_SECONDS = 2.0
 LEASE_SECONDS = 3.0
-# Without a deadline: one wait for a connection and two statements, with room to spare.
+# Without a deadline: one wait for a connection and two statements, plus a margin.
 ANSWER_SECONDS_MAX = 6.0
-# Management's pool, and one each for Verify, health, the lease, notifications
-# and the wait of Deletes.
+# The management pool, and one each for Verify, health, the lease, notifications, and waiting
+# Deletes.
 CONNECTIONS_MAX = POOL_SIZE_MAX + 5
 _names = itertools.count(1)
 
@@ -61,25 +62,25 @@ Call = Callable[[str, "float | None"], Awaitable[Any]]
 
 @pytest.fixture
 async def token(create: "Create") -> pb.CreateResponse:
-    """A token of account acme that is not deleted."""
+    """A live token of account acme."""
     return await create()
 
 
 @pytest.fixture
 def unknown(pepper_file: Path) -> str:
-    """A secret that only the database can tell to be nobody's: it is never remembered."""
+    """A secret that only the database can identify as unknown, so it is never cached."""
     keyring = pepper_files.load_or_create(pepper_file, create=False)
     return keyring.mint("lk", os.urandom).secret.reveal()
 
 
 @pytest.fixture
 def call(stub: "TokenServiceAsyncStub", unknown: str) -> Call:
-    """Call a method by name, with or without a deadline. Each needs the database."""
+    """Call a method by name, with or without a deadline. Each method needs the database."""
     return calling(stub, unknown, lambda timeout: {"timeout": timeout})
 
 
 def calling(stub: Any, unknown: str, within: Callable[["float | None"], dict[str, Any]]) -> Call:
-    """Return a function that calls a method; `within` is what a deadline becomes for gRPC."""
+    """Return a function that calls a method; gRPC turns `within` into a deadline."""
 
     async def call(method: str, timeout: float | None) -> Any:  # noqa: ASYNC109 - the call's
         how = within(timeout)
@@ -92,7 +93,7 @@ def calling(stub: Any, unknown: str, within: Callable[["float | None"], dict[str
             try:
                 return await stub.Delete(gone, **how)
             except grpc.aio.AioRpcError as error:
-                # Postgres was asked: as good as an answer, and leaves the token to be verified.
+                # Postgres was queried, which is enough here, and the token stays for the verifies.
                 if error.code() is grpc.StatusCode.NOT_FOUND:
                     return error
                 raise
@@ -108,23 +109,23 @@ async def is_down(channel: grpc.aio.Channel) -> bool:
 
 
 async def all_work(call: Call) -> bool:
-    """Tell that each method is answered; raise what one fails with."""
+    """Return whether each method is answered; raise the error of one that fails."""
     await asyncio.gather(*(call(method, 1.0) for method in METHODS))
     return True
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_an_outage_is_told_in_time_and_ends_by_itself(
+async def test_an_outage_is_reported_in_time_and_ends_by_itself(
     fault: str,
     postgres: BreakablePostgres,
     database_url: str,
     channel: grpc.aio.Channel,
     call: Call,
 ) -> None:
-    """Each call of an outage is UNAVAILABLE with RetryInfo within its deadline, or soon without
-    one; health says NOT_SERVING; all is well within two seconds of Postgres' return."""
+    """During an outage each call is UNAVAILABLE with RetryInfo within its deadline, or soon without
+    one, and health reports NOT_SERVING. Everything works within two seconds of Postgres' return."""
     await eventually(lambda: is_serving(channel), "health is up")
-    # With connections in hand as well as without.
+    # With open connections as well as without.
     await asyncio.gather(*(call(method, 5) for method in METHODS * 3))
     deadlines: list[tuple[float | None, ...]] = [(1.5, 3.0, None), (0.5,)]
     async with postgres.broken_by(fault) as bring_back:
@@ -140,7 +141,7 @@ async def test_an_outage_is_told_in_time_and_ends_by_itself(
         bring_back()
         await eventually(lambda: all_work(call), "all calls work", RESUME_SECONDS)
         await eventually(lambda: is_serving(channel), "health is up", RESUME_SECONDS)
-        # Not only once.
+        # More than once.
         for _ in range(3):
             await all_work(call)
         assert len(await backends(database_url)) <= CONNECTIONS_MAX
@@ -150,8 +151,8 @@ async def test_an_outage_is_told_in_time_and_ends_by_itself(
 async def test_known_tokens_verify_while_the_lease_lasts(
     fault: str, postgres: BreakablePostgres, token: pb.CreateResponse, stub: "TokenServiceAsyncStub"
 ) -> None:
-    """An outage is not felt by what is remembered, for the length of the lease. Then there is no
-    safe answer any more, at once for each that asks, until Postgres is back."""
+    """For the length of the lease an outage does not affect cached tokens. After that no safe
+    answer exists, and every verify fails at once until Postgres is back."""
     question = pb.VerifyRequest(secret=token.secret)
     assert (await stub.Verify(question, timeout=5)).verdict == pb.VERDICT_VALID
 
@@ -175,10 +176,11 @@ async def test_known_tokens_verify_while_the_lease_lasts(
         await eventually(back, "it is known again", RESUME_SECONDS)
 
 
-async def test_a_restart_of_postgres_costs_only_the_calls_meanwhile(
+async def test_a_restart_of_postgres_fails_only_the_calls_meanwhile(
     postgres: BreakablePostgres, call: Call
 ) -> None:
-    """Under steady calls a restart is UNAVAILABLE while it lasts, nothing else, and then over."""
+    """Under steady calls, calls during a restart are UNAVAILABLE and nothing else, and later calls
+    succeed."""
     await all_work(call)
     ends = []
     stop = asyncio.Event()
@@ -208,8 +210,8 @@ async def test_a_pile_up_during_a_freeze_is_answered_in_time(
     unknown: str,
     tmp_path: Path,
 ) -> None:
-    """200 verifies and 100 management calls at once during a freeze: each is answered within its
-    deadline, and they leave no pile of connections behind."""
+    """With 200 verifies and 100 management calls at once during a freeze, each is answered within
+    its deadline, and they leave no excess connections behind."""
     settings: dict[str, Any] = {
         "listen": "127.0.0.1:0",
         "database_url": database_url,
@@ -219,9 +221,9 @@ async def test_a_pile_up_during_a_freeze_is_answered_in_time(
         "grace_seconds": 1,
         "log_format": "json",
     }
-    # In a process of its own: three hundred callers in the server's own would make it late. They
-    # come within a second, so that a busy machine has taken them in, and stay until the deadlines
-    # of two hundred pass within the next.
+    # In a separate process, because three hundred callers in the server's own process would delay
+    # it. They start within one second, so that a busy machine can accept them, and stay until the
+    # deadlines of two hundred of them pass within the next second.
     calls: list[tuple[float, str, float | None]] = []
     for n in range(100):
         begins = n / 125
@@ -255,7 +257,7 @@ async def test_a_pile_up_during_a_freeze_is_answered_in_time(
             await eventually(bounded, "no more connections than the bound")
 
 
-async def test_a_caller_that_gives_up_breaks_no_other(
+async def test_a_caller_past_its_deadline_affects_no_other(
     postgres: BreakablePostgres, unknown: str, stub: "TokenServiceAsyncStub"
 ) -> None:
     """Verifies that share a query with one whose deadline passes still get their answers."""
@@ -268,7 +270,8 @@ async def test_a_caller_that_gives_up_breaks_no_other(
         left = stub.Verify(question)
         await asyncio.sleep(0.1)
         left.cancel()
-        # Callers and server share this process: on a busy machine its own deadline may come first.
+        # Callers and server share this process, so on a busy machine the caller's own deadline may
+        # pass first.
         assert (await early).code in {UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
         bring_back()
         for end in await asyncio.gather(*patient):
@@ -277,10 +280,10 @@ async def test_a_caller_that_gives_up_breaks_no_other(
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
-async def test_killed_backends_cost_at_most_the_calls_in_flight(
+async def test_killed_backends_fail_at_most_the_calls_in_flight(
     busy: bool, database_url: str, call: Call
 ) -> None:
-    """After all connections are ended by Postgres, the next calls work at the first try."""
+    """After Postgres has ended all connections, the next calls succeed at the first attempt."""
     await asyncio.gather(*(call(method, 5) for method in METHODS * 5))
     in_flight = []
     if busy:
@@ -296,7 +299,7 @@ async def test_killed_backends_cost_at_most_the_calls_in_flight(
         return before.isdisjoint(row["pid"] for row in await backends(database_url))
 
     for end in await asyncio.gather(*in_flight):
-        # So many at once may be too many, where each takes long.
+        # So many slow calls at once may exceed the admission limit.
         assert end.ok or (end.code in {UNAVAILABLE, RESOURCE_EXHAUSTED} and end.retry_info), end
     await eventually(gone, "the connections are gone")
     for end in await asyncio.gather(*(outcome(call(m, 5)) for m in METHODS * 5)):
@@ -304,11 +307,11 @@ async def test_killed_backends_cost_at_most_the_calls_in_flight(
     assert len(await backends(database_url)) <= CONNECTIONS_MAX
 
 
-async def test_what_was_answered_before_a_crash_is_there_after_it(
+async def test_confirmed_creates_survive_a_crash(
     postgres: BreakablePostgres, database_url: str, stub: "TokenServiceAsyncStub"
 ) -> None:
-    """Of Creates that a crash of Postgres cuts through, each that was answered is listed and
-    verifies VALID after recovery, and none is half there."""
+    """A crash of Postgres interrupts Creates. After recovery, each Create that was answered is
+    listed and verifies VALID, and none is incomplete."""
     answered: list[pb.CreateResponse] = []
     crashed = asyncio.Event()
 
@@ -320,13 +323,13 @@ async def test_what_was_answered_before_a_crash_is_there_after_it(
             end = await outcome(stub.Create(request, timeout=3))
             if not end.ok:
                 assert end.code is UNAVAILABLE
-                # Those that were in flight, and then no more.
+                # The calls in flight may fail, and no later ones.
                 if crashed.is_set():
                     return
             else:
                 answered.append(end.response)
 
-    # As many as may wait for long, and so are not refused for their number.
+    # As many as may wait for a long time, so that none is rejected for their number.
     clients = [asyncio.create_task(creates(number)) for number in range(12)]
     await eventually(lambda: len(answered) > 60, "creates are under way")
     async with postgres.broken_by("killed"):
@@ -340,7 +343,7 @@ async def test_what_was_answered_before_a_crash_is_there_after_it(
         )
     assert halves == 0
     assert {a.token.id for a in answered} <= kept
-    # Those in flight may be there too: each client had one.
+    # Unanswered ones may exist too: each client had one in flight.
     assert len(kept) <= len(answered) + len(clients)
 
     async def verified() -> Any:

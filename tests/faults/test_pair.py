@@ -1,4 +1,4 @@
-"""The Postgres pair of the failover tests does what its steps say."""
+"""The Postgres pair of the failover tests behaves as its steps say."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ from tests.pair import Pair, pair
 from tests.postgres_node import Node, Template
 from tests.support import eventually
 
-# These tests share two cores with each other's Postgres.
+# These tests and each other's Postgres share two cores.
 pytestmark = pytest.mark.xdist_group("faults")
 
 
@@ -23,7 +23,7 @@ async def nodes(scratch: Path, pair_template: Template) -> AsyncIterator[Pair]:
 
 
 async def seen(node: Node) -> set[int]:
-    """Return the numbers that a node shows as committed."""
+    """Return the committed numbers that a node shows."""
     return set(await node.fetchval("SELECT array_agg(number) FROM seen") or [])
 
 
@@ -86,7 +86,7 @@ async def test_a_commit_that_the_standby_lacks_becomes_visible_on_the_old_primar
 async def test_a_restored_backup_is_an_earlier_history_on_the_same_address(
     nodes: Pair, new_timeline: bool
 ) -> None:
-    """With a new timeline or without; and established sessions outlast a switch that cuts none."""
+    """With a new timeline or without; established sessions survive a switch that cuts none."""
     first, second = nodes.first, nodes.second
     await second.stop("immediate")
     first.configure()

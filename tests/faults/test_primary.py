@@ -1,4 +1,4 @@
-"""The right primary: the service follows the host on which commits are durable, and says so.
+"""The service follows the host on which commits are durable, and reports which one that is.
 
 Each test runs a synchronous pair of Postgres and the service as its users run it, with both hosts
 in the URL.
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.xdist_group("faults")
 
 LEASE_SECONDS = 3.0
 CLI_SECONDS_MAX = 20.0
-# The others are asked about this often, with a spread; a busy machine adds to that.
+# The service queries the other hosts at this interval, with a spread; a busy machine adds to it.
 WARNING_SECONDS_MAX = 2 * OTHERS_SECONDS + 10.0
 
 
@@ -71,7 +71,7 @@ def servers(running: Host) -> list[tuple[str, str, str]]:
 
 
 async def described(node: Node) -> tuple[str, str, str]:
-    """Return what the log has to say of a node: address, system identifier and timeline."""
+    """Return the log's description of a node: address, system identifier and timeline."""
     identifier = await node.fetchval("SELECT system_identifier::text FROM pg_control_system()")
     timeline = await node.fetchval("SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)")
     return node.address, identifier, timeline

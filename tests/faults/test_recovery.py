@@ -1,7 +1,7 @@
-"""Postgres returns, to two workers and callers that never stop asking: what it meets with.
+"""The return of Postgres under load from two workers: connections, calls and their times.
 
-The service is processes of its own, and the load an open loop: calls come at their rate whether or
-not the ones before were answered, as they do from people.
+The service runs in separate processes. The load is an open loop: calls start at a fixed rate,
+whether or not earlier ones were answered, as users' calls do.
 """
 
 import asyncio
@@ -35,41 +35,41 @@ from tests.support import (
 )
 
 pytestmark = [
-    # They take turns in breaking one Postgres.
+    # The tests take turns to break one Postgres.
     pytest.mark.xdist_group("faults"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
 ]
 
 WORKERS = 2
-# Of a worker: management's pool, and one each for Verify, health, the lease, notifications and the
-# wait of Deletes.
+# Per worker: the management pool, and one each for Verify, health, the lease, notifications, and
+# waiting Deletes.
 CONNECTIONS_MAX = POOL_SIZE_MAX + 5
-# What a worker may knock with at Postgres' door in the second after its return: what it needs, what
-# was under way when Postgres fell silent and waits there still, and the single attempts since, of
-# which a second has no more than eight.
+# Connections that a worker may attempt in the second after Postgres' return: those that it needs,
+# those that were in progress when Postgres went silent and still wait, and the single attempts
+# since, of which there are at most eight a second.
 KNOCKS_MAX = CONNECTIONS_MAX + ATTEMPTS_MAX + 8
-# Calls a second, of each kind.
+# Calls per second, of each kind.
 RATES = {"remembered": 40, "missing": 40, "List": 20, "Create": 10, "Delete": 10}
-# What a call of an outage takes at most, one wait for a connection and two statements, with room to
-# spare; and a deadline that comes later still, so that none is met by giving up.
+# Upper bound for a call during an outage: one wait for a connection and two statements, plus a
+# margin. The deadline is later still, so that no call ends because its caller gives up.
 ANSWER_SECONDS_MAX = 6.0
 DEADLINE_SECONDS = 8.0
-# Whoever asks when it is known that Postgres is away is answered at once: so many seconds' calls
-# may be under way then, on a busy machine.
+# Calls during a known outage are answered at once, so at most so many seconds' worth of calls may
+# be in progress then on a busy machine.
 UNDER_WAY_SECONDS = 1.0
 BEFORE_SECONDS, OUTAGE_SECONDS = 2.0, 4.5
-# From Postgres' return on: none fails after this, in which a busy machine's second worker has its
-# share; and how long that is looked at.
+# Measured from Postgres' return: no call fails after the first time, which includes a margin for
+# the second worker on a busy machine. The second is how long the test checks this.
 SETTLED_SECONDS, AFTER_SECONDS = RESUME_SECONDS + 2.0, 2.0
 LEASE_SECONDS = 1.0
-# Of the medians of calls, before and after.
+# Ratio of the median call times after and before.
 SLOWER_MAX = 3
 SLACK_SECONDS = 0.2
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
 
 class Asker:
-    """Asks a service, over connections to each worker."""
+    """Calls a service over connections to each worker."""
 
     def __init__(self, address: str, pepper_file: Path) -> None:
         self._keyring = pepper_files.load_or_create(pepper_file, create=False)
@@ -111,21 +111,21 @@ class Asker:
         try:
             return await stub.Delete(pb.DeleteRequest(account_id="a", id="tok_1"), **within)
         except grpc.aio.AioRpcError as error:
-            # Postgres was asked: as good as an answer.
+            # Postgres was queried, which is enough here.
             if error.code() is grpc.StatusCode.NOT_FOUND:
                 return error
             raise
 
 
 class Knocks:
-    """When connections to Postgres were begun, refused ones included, by its log."""
+    """Start times of connections to Postgres, rejected ones included, from its log."""
 
     def __init__(self, postgres: BreakablePostgres) -> None:
         self._log = postgres.log_path
         self._offset = self._log.stat().st_size
 
     def times(self) -> list[float]:
-        """Since this was made, in seconds of Unix time, in order."""
+        """Return the times since this object was created, in seconds of Unix time, in order."""
         with self._log.open("rb") as log:
             log.seek(self._offset)
             text = log.read().decode("utf-8", "replace")
@@ -138,7 +138,7 @@ class Knocks:
 
 @pytest.fixture
 def running(tmp_path: Path, database_url: str, pepper_file: Path) -> Iterator[Service]:
-    """Two workers on a database of their own."""
+    """Two workers on a dedicated database."""
     settings: dict[str, Any] = {
         "listen": "127.0.0.1:0",
         "database_url": database_url,
@@ -164,7 +164,7 @@ async def ask(running: Service, pepper_file: Path) -> AsyncIterator[Asker]:
 
 @pytest.fixture
 async def knocks(postgres: BreakablePostgres) -> AsyncIterator[Callable[[], Knocks]]:
-    """Postgres writes down who knocks."""
+    """Make Postgres log each connection attempt."""
     postgres.configure("log_connections = on\nlog_timezone = 'UTC'")
     yield lambda: Knocks(postgres)
     postgres.configure("")
@@ -177,9 +177,9 @@ async def test_recovery_is_no_stampede(
     ask: Asker,
     knocks: Callable[[], Knocks],
 ) -> None:
-    """Under an open loop each call of an outage ends in time, and none pile up. When Postgres is
-    back it meets with a bounded number of connections, calls work again in time, none fails any
-    more, and they end as soon as before."""
+    """Under an open loop each call during an outage ends in time, and calls do not pile up. On its
+    return Postgres receives a bounded number of connections. Calls succeed again in time, none
+    fails after that, and they are as fast as before."""
     loop = OpenLoop(ask, RATES)
     async with loop.running():
         await asyncio.sleep(BEFORE_SECONDS)

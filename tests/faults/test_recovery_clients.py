@@ -1,4 +1,4 @@
-"""A fleet of client libraries through an outage of Postgres, and through the end of a worker."""
+"""A fleet of client libraries through an outage of Postgres, and through the death of a worker."""
 
 import asyncio
 import itertools
@@ -25,28 +25,29 @@ from tests.support import (
 )
 
 pytestmark = [
-    # They take turns in breaking one Postgres.
+    # The tests take turns to break one Postgres.
     pytest.mark.xdist_group("faults"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
 ]
 
 CLIENTS = 200
 LEASE_SECONDS = 2.0
-# Long enough that streams without a grant are taken for held up, over and over again.
+# Long enough that the client takes streams without a grant for stuck, repeatedly.
 OUTAGE_SECONDS = 10.0
-# All have answered from memory again: on a machine that is not busy within one. Less than what a
-# client takes that does not notice.
+# Time until all answer from their caches again: within one second on an idle machine. Shorter than
+# the time that a client needs if it does not notice.
 WATCHING_SECONDS = UNSUPPORTED_RETRY_SECONDS / 2 - 5
-# Of a verify. Two hundred clients in one process are late by themselves.
+# Of one verify. Two hundred clients in one process are slow in themselves.
 TIMEOUT_SECONDS = 5.0
 RATES = {"verify": 100}
-# From Postgres' return on no verify fails after this, in which a busy machine has its share.
+# Measured from Postgres' return: no verify fails after this, which includes a margin for a busy
+# machine.
 SETTLED_SECONDS = RESUME_SECONDS + 2.0
 
 
 @pytest.fixture
 def running(tmp_path: Path, database_url: str, pepper_file: Path) -> Iterator[Service]:
-    """Two workers on a database of their own."""
+    """Two workers on a dedicated database."""
     settings: dict[str, Any] = {
         "listen": "127.0.0.1:0",
         "database_url": database_url,
@@ -62,7 +63,7 @@ def running(tmp_path: Path, database_url: str, pepper_file: Path) -> Iterator[Se
 
 
 class Fleet:
-    """Clients that each watch over a connection of their own, and remember a token."""
+    """Clients that each watch over a separate connection and have cached a token."""
 
     def __init__(self, target: str) -> None:
         self._clients = [latchkey.Client(target) for _ in range(CLIENTS)]
@@ -88,7 +89,8 @@ class Fleet:
         return sum(verifier.stats().watching for verifier in self.verifiers)
 
     async def all_watch(self) -> None:
-        """Wait until each has held a lease. Not all at once: a busy machine is late with some."""
+        """Wait until each has held a lease, not all at the same time, because some are late on a
+        busy machine."""
         waiting = set(self.verifiers)
 
         def done() -> bool:
@@ -98,11 +100,11 @@ class Fleet:
         await eventually(done, "all watch", WATCHING_SECONDS)
 
     async def ask(self, _kind: str) -> Any:
-        """Ask the next verifier."""
+        """Call the next verifier."""
         try:
             answer = await next(self._turns).verify(self.secret)
         except latchkey.Unavailable as error:
-            # As a call of gRPC would tell it.
+            # In the form of a failed gRPC call.
             empty = grpc.aio.Metadata()
             raise grpc.aio.AioRpcError(error.code, empty, empty, str(error)) from error
         assert answer.allowed
@@ -111,7 +113,7 @@ class Fleet:
 
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
-    """Two hundred clients tell of each stream that breaks, which here they do on purpose."""
+    """Silence the warnings of two hundred clients about streams that the test breaks on purpose."""
     caplog.set_level(logging.ERROR, "latchkey")
 
 
@@ -128,8 +130,8 @@ async def fleet(running: Service) -> AsyncIterator[Fleet]:
 async def test_a_fleet_comes_back_after_an_outage(
     fault: str, postgres: BreakablePostgres, fleet: Fleet
 ) -> None:
-    """After an outage much longer than the lease no verify of two hundred clients fails once the
-    service is back, and all of them soon answer from memory again."""
+    """After an outage much longer than the lease, no verify of two hundred clients fails once the
+    service is back, and all of them soon answer from their caches again."""
     loop = OpenLoop(fleet.ask, RATES)
     async with loop.running():
         await asyncio.sleep(1.0)
@@ -147,8 +149,8 @@ async def test_a_fleet_comes_back_after_an_outage(
 
 
 async def test_a_fleet_moves_on_when_a_worker_dies(running: Service, fleet: Fleet) -> None:
-    """Who watched a worker that is killed watches the other one within the lease or soon after;
-    meanwhile verifies are answered."""
+    """Clients of a killed worker watch the other one within the lease or soon after; verifies are
+    answered meanwhile."""
     loop = OpenLoop(fleet.ask, RATES)
     async with loop.running():
         await asyncio.sleep(0.5)
@@ -159,7 +161,7 @@ async def test_a_fleet_moves_on_when_a_worker_dies(running: Service, fleet: Flee
             return [verifier.stats().reconnects for verifier in fleet.verifiers] != before
 
         await eventually(some_move, "some have watched it")
-        # The leases of those who have not moved run out.
+        # The leases of clients that have not moved expire.
         await asyncio.sleep(LEASE_SECONDS)
         await fleet.all_watch()
     bad = [call for call in loop.calls if not call.end.ok]

@@ -1,4 +1,4 @@
-"""Commits that Postgres reports as done although no standby has them."""
+"""Commits that Postgres reports as done although no standby has received them."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.xdist_group("faults")
 
 @contextlib.asynccontextmanager
 async def standby_missing(postgres: BreakablePostgres, url: str) -> AsyncIterator[None]:
-    """Make commits wait for a standby that is not there."""
+    """Make commits wait for a missing standby."""
     postgres.configure("synchronous_standby_names = 'nobody'")
     try:
         # The processes of Postgres read the setting one by one.

@@ -1,4 +1,5 @@
-"""Dead means dead when Postgres loses commits: a backup is restored, or commits were not durable.
+"""A deleted token stays dead when Postgres loses commits: a backup is restored, or commits were not
+durable.
 
 The service runs as its users run it, also while the database is replaced.
 """
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.xdist_group("faults")
 
 # Short enough to wait for.
 CACHE_SECONDS = 3.0
-# Archive recovery begins a new timeline. A plain copy of the files goes on with the old one.
+# Archive recovery begins a new timeline. A plain copy of the files continues the old one.
 NEW_TIMELINE = pytest.mark.parametrize("new_timeline", [True, False])
 
 
@@ -40,10 +41,9 @@ async def node(scratch: Path, pair_template: Template) -> AsyncIterator[Node]:
 async def test_a_revision_that_a_restore_took_back_confirms_no_later_deletion(
     node: Node, tmp_path: Path, pepper_file: Path, new_timeline: bool
 ) -> None:
-    """A backup is restored that lacks the last deletion, while the service runs. That deletion is
-    lost. The next one gets its number, and must be just as good as any other: a host that applied
-    the lost one, and a client library that watches this host, refuse the token from the Delete's
-    answer on."""
+    """The restored backup lacks the last deletion, and the service keeps running. That deletion is
+    lost. The next one gets its number and must count in full: a host that applied the lost one, and
+    a client library that watches this host, refuse the token once its Delete has returned."""
     async with (
         two_hosts(node, tmp_path, pepper_file) as hosts,
         latchkey.Verifier(hosts.other.address, timeout_seconds=5) as verifier,
@@ -62,12 +62,12 @@ async def test_a_revision_that_a_restore_took_back_confirms_no_later_deletion(
         await hosts.deleter.refuses(doomed.secret)
 
 
-async def test_a_token_made_after_the_backup_is_dead_once_a_delete_does_not_know_it(
+async def test_a_token_newer_than_the_backup_is_dead_once_a_delete_reports_not_found(
     node: Node, tmp_path: Path, pepper_file: Path
 ) -> None:
-    """A token is made after the backup that is restored later, and the log does not mention it. The
-    restored database is on a timeline of its own. Once a Delete of the token is answered NOT_FOUND,
-    the host does not answer VALID, and a client library stops to within a lease."""
+    """The log does not mention a token that was created after the backup. The restored database is
+    on a new timeline. Once a Delete of the token returns NOT_FOUND, the host does not answer VALID,
+    and a client library stops within a lease."""
     async with (
         host(tmp_path, "host", node.url, pepper_file) as running,
         latchkey.Verifier(running.address, timeout_seconds=5) as verifier,
@@ -84,13 +84,13 @@ async def test_a_token_made_after_the_backup_is_dead_once_a_delete_does_not_know
         await running.answers(kept.secret, "VALID")
 
 
-async def test_a_token_made_after_the_backup_is_forgotten_in_bounded_time(
+async def test_a_token_newer_than_the_backup_expires_from_caches_in_bounded_time(
     node: Node, tmp_path: Path, pepper_file: Path
 ) -> None:
-    """A token is made after the backup that is restored later. Neither the log nor the timeline of
-    the restored database shows that history was set back, so hosts and client libraries cannot
-    know. They forget the token all the same: a host when LATCHKEY_CACHE_SECONDS have passed, and a
-    client library when its own bound has passed as well."""
+    """A token is created after the backup. Neither the log nor the timeline of the restored
+    database shows the restore, so hosts and client libraries cannot know about it. They still drop
+    the token: a host after LATCHKEY_CACHE_SECONDS, a client library after its own bound on top of
+    that."""
     async with (
         host(tmp_path, "host", node.url, pepper_file, cache_seconds=CACHE_SECONDS) as running,
         latchkey.Verifier(
@@ -105,7 +105,7 @@ async def test_a_token_made_after_the_backup_is_forgotten_in_bounded_time(
         remembered = time.monotonic()
         await node.restore(backup, new_timeline=False)
         await running.answers(kept.secret, "VALID")
-        # The client library may have got a verdict that its host had remembered for a while.
+        # The client library may have received a verdict that its host had cached for a while.
         for seconds in (CACHE_SECONDS, 2 * CACHE_SECONDS):
             await asyncio.sleep(max(0.0, remembered + seconds - time.monotonic()))
             await running.refuses(ghost.secret, "UNKNOWN")
@@ -116,11 +116,11 @@ async def test_a_token_made_after_the_backup_is_forgotten_in_bounded_time(
 async def test_a_receipt_outlasts_a_crash_although_the_role_commits_asynchronously(
     node: Node, tmp_path: Path, pepper_file: Path
 ) -> None:
-    """The role has synchronous_commit off, so that a commit is durable only some time after it is
-    answered. A Delete answers with a receipt, Postgres is killed at once, and crash recovery brings
-    back what was durable. The token must not come back."""
+    """The role has synchronous_commit off, so that a commit becomes durable some time after it
+    returns. A Delete returns a receipt, Postgres is killed at once, and crash recovery restores
+    what was durable. The token must stay deleted."""
     await node.execute("ALTER ROLE latchkey SET synchronous_commit = off")
-    # Only a commit that waits for it makes WAL durable.
+    # Only a commit that waits for WAL makes it durable.
     node.configure(fsync="on", bgwriter_lru_maxpages="0")
     async with host(tmp_path, "host", node.url, pepper_file) as running:
         doomed, kept = await running.create(), await running.create()

@@ -1,13 +1,13 @@
-"""`make history`: looks for a verify that accepts a deleted token, whatever goes wrong.
+"""`make history`: looks for a verify that accepts a deleted token under injected faults.
 
-Server processes, clients that verify without a pause and deleters work on a real Postgres while a
-seeded plan of faults befalls them. Each call is written down with its beginning and end, and one
-that was told VALID though it began after the token's Delete had answered fails the run. So does a
-run that has seen too little to tell. The scenarios of `scenarios.py` come first: each is what a
-missing rule of coherence would show in.
+Server processes, deleters and clients that verify continuously work on a real Postgres while a
+seeded plan injects faults. Each call is recorded with its start and end. The run fails if a verify
+returned VALID although it began after the token's Delete had returned. It also fails if it has seen
+too little to prove anything. The scenarios of `scenarios.py` run first: each exposes the absence of
+one coherence rule.
 
-With `--failover` the same happens on a pair of Postgres servers with synchronous replication, and
-the faults are failovers. With `--patroni` Patroni runs the servers.
+With `--failover` the run uses a pair of Postgres servers with synchronous replication, and the
+faults are failovers. With `--patroni` Patroni runs the servers.
 """
 
 import argparse
@@ -37,24 +37,25 @@ from tests.pair import pair
 from tests.postgres_node import make_template
 from tests.support import BreakablePostgres, session
 
-# Where the histories, logs and faults of a run that failed stay.
+# Where the histories, logs and faults of a failed run are kept.
 KEPT = Path("build/history")
 DIRECTED_SECONDS_MAX = 180.0
-# Not worth keeping: databases, programs and peppers.
+# Not kept: databases, programs and peppers.
 DATA = ("data", "unused", "peppers", "first", "second", "template", "bin-*", "backup-*", "node-?")
 
 
 def main() -> int:
-    """Run, print, and return the exit code: 1 for a late accept, or for too little seen."""
+    """Run, print, and return the exit code: 1 for a late accept, or if the run has seen too
+    little."""
     options = _options()
     rule = rule_to_break()
-    # Everything is ended in order, also where the shell had Ctrl-C ignored.
+    # End everything in order, even where the shell ignores Ctrl-C.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     if options.patroni and (sentence := missing()) is not None:
         _say(sentence)
         return 2
-    # Postgres' own account has to get in.
+    # Postgres' own account needs access.
     scratch = Path(tempfile.mkdtemp(prefix="latchkey-history-", dir="/tmp"))
     scratch.chmod(0o755)
     failed = True
@@ -91,7 +92,7 @@ async def _fail_over(options: argparse.Namespace, rule: str | None, scratch: Pat
     """Run on a pair of servers."""
     complaints: list[str] = []
     if rule is not None:
-        _say(f"Without rule {rule} ({VARIABLE}): this has to fail.")
+        _say(f"Without rule {rule} ({VARIABLE}): this run must fail.")
     template = await make_template(scratch)
     if options.only != "run":
         (scratch / "directed").mkdir()
@@ -104,12 +105,12 @@ async def _fail_over(options: argparse.Namespace, rule: str | None, scratch: Pat
             async for name, found in directed:
                 findings, count = found, count + 1
                 if complaints := report.violations(findings):
-                    _say(f"The scenario {name} has failed.")
+                    _say(f"Scenario {name} failed.")
                     break
         _say(*report.scenarios(findings, count))
     if options.only != "scenarios" and not complaints:
         (scratch / "run").mkdir()
-        # Another pair: the hosts of a run have other peppers.
+        # A new pair, because the hosts of a run have other peppers.
         async with pair(scratch, template) as servers:
             outcome = await run_failovers(scratch / "run", servers, options.size, rule)
         _say("", *report.table(outcome))
@@ -142,7 +143,7 @@ async def _main(
 ) -> bool:
     complaints: list[str] = []
     if rule is not None:
-        _say(f"Without rule {rule} ({VARIABLE}): this has to fail.")
+        _say(f"Without rule {rule} ({VARIABLE}): this run must fail.")
     if options.only != "run":
         async with session(url) as connection:
             await connection.execute("CREATE DATABASE directed")
@@ -163,7 +164,7 @@ async def _main(
 
 
 async def _direct(folder: Path, url: str, rule: str | None) -> tuple[Findings, int]:
-    """Play the scenarios: of a rule that is taken out its own, else all."""
+    """Play the scenarios: only those of a removed rule, otherwise all."""
     chosen = (
         list(SCENARIOS.get(rule, ()))
         if rule
@@ -196,7 +197,9 @@ def _options() -> argparse.Namespace:
     servers.add_argument("--failover", action="store_true", help="on a pair of database servers")
     servers.add_argument("--patroni", action="store_true", help="on servers that Patroni runs")
     parser.add_argument("--only", choices=("run", "scenarios"), help="leave out the other part")
-    parser.add_argument("--keep", action="store_true", help="the histories of a good run too")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the histories of a successful run too"
+    )
     options = parser.parse_args()
     given = {
         name: value
@@ -212,7 +215,7 @@ def _options() -> argparse.Namespace:
     if options.patroni:
         size = PATRONI_SIZE
     if os.environ.get(VARIABLE):
-        # A supervisor starts the workers that ship.
+        # A supervisor starts only workers that ship.
         given["hosts"] = (None,) * size.workers
     options.size = Size(**{**vars(size), **given})
     return options

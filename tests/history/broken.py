@@ -1,4 +1,4 @@
-"""The shipping classes with one rule taken out, to show that its absence is found.
+"""The shipping classes with one rule removed, to show that the tests detect its absence.
 
 Only the modules that start the processes of this test read LATCHKEY_TEST_BREAK_RULE, and only they
 call `break_rule`: no setting of the product reaches it.
@@ -14,7 +14,7 @@ VARIABLE = "LATCHKEY_TEST_BREAK_RULE"
 
 
 def rule_to_break() -> str | None:
-    """Return what the environment asks for. Raises SystemExit for what is no rule of RULES."""
+    """Return the rule that the environment names. Raises SystemExit if it is not in RULES."""
     rule = os.environ.get(VARIABLE) or None
     if rule is not None and rule not in RULES:
         raise SystemExit(f"{VARIABLE} is one of {', '.join(RULES)}")
@@ -22,13 +22,13 @@ def rule_to_break() -> str | None:
 
 
 def break_rule(rule: str | None) -> None:
-    """Take a rule out of the classes of this process, before the first of them is used."""
+    """Remove a rule from the classes of this process, before any of them is used."""
     if rule is not None:
         RULES[rule]()
 
 
 def _renewal_of_no_row() -> None:
-    """Rule 3: the lease is extended though the update touched no row."""
+    """Rule 3: the lease is extended although the update changed no row."""
     from latchkey_service.coherence.verifier_table import OwnRow
 
     renew = OwnRow.renew
@@ -41,7 +41,7 @@ def _renewal_of_no_row() -> None:
 
 
 def _renewal_without_the_log() -> None:
-    """Rule 3: the lease is extended without a look at the log."""
+    """Rule 3: the lease is extended without reading the log."""
     from dataclasses import replace
 
     from latchkey_service.coherence.verifier_table import OwnRow
@@ -60,7 +60,7 @@ def _renewal_without_the_log() -> None:
 
 
 def _fill_without_the_rule() -> None:
-    """Rule 4: whatever was read is remembered, however old."""
+    """Rule 4: every read is cached, however old."""
     from latchkey_coherence.memory import Memory
 
     admit = Memory.admit
@@ -72,13 +72,13 @@ def _fill_without_the_rule() -> None:
 
 
 def _use_without_a_lease() -> None:
-    """Rule 5: a lease, once given, is never looked at again, on the server or in the client."""
+    """Rule 5: the server or client never checks a lease once it has been granted."""
     from latchkey import verifier as client
     from latchkey_service.tokens import verifier
 
     init = verifier.Verifier.__init__
 
-    # Before any end of a lease, and after that of no lease at all.
+    # Lower than the end of any lease, and higher than the value for "no lease".
     def with_clock_stopped(self: verifier.Verifier, *args: Any, **options: Any) -> None:
         init(self, *args, **options)
         self._clock = lambda: 0.0
@@ -88,7 +88,8 @@ def _use_without_a_lease() -> None:
 
 
 def _acknowledgement_before_the_clients() -> None:
-    """Rule 7: a server process acknowledges what it has applied, whatever its clients have."""
+    """Rule 7: a server process acknowledges the position that it has applied, whatever its clients
+    have confirmed."""
     from latchkey_service.coherence.verifier_state import VerifierState
 
     def own(self: VerifierState[Any], _now: float) -> int:
@@ -98,7 +99,7 @@ def _acknowledgement_before_the_clients() -> None:
 
 
 def _delete_without_a_wait() -> None:
-    """Rule 8: Delete answers once it is committed."""
+    """Rule 8: Delete returns as soon as it is committed."""
     from latchkey_service.coherence.ack_rules import Acknowledgements
     from latchkey_service.coherence.ack_waiter import AckWaiter
 
@@ -109,7 +110,7 @@ def _delete_without_a_wait() -> None:
 
 
 def _burial_of_the_living() -> None:
-    """Rule 9: rows are removed that were just renewed."""
+    """Rule 9: rows are removed although they were just renewed."""
     from latchkey_service.coherence.ack_rules import DeadVerifierDetector
     from latchkey_service.coherence.verifier_table import OwnRow
 
@@ -126,9 +127,9 @@ def _burial_of_the_living() -> None:
 
 
 def _positions_without_marks() -> None:
-    """Rule 12: a position counts for its revision alone, in servers and clients.
+    """Rule 12: servers and clients compare positions by revision only.
 
-    The database is asked for bare numbers as well, and no change of its timeline is noticed.
+    The database compares bare revisions as well, and a change of its timeline goes unnoticed.
     """
     from latchkey_coherence.memory import Memory, Position
     from latchkey_service.coherence import verifier_table
@@ -155,13 +156,13 @@ def _positions_without_marks() -> None:
     for name in ("_RENEW", "_READ_LOG"):
         sql = getattr(verifier_table, name)
         assert POSITION_KNOWN in sql
-        # A head that is behind still says that the history is another one, as it always did.
+        # A head that is behind still means another history, as it always did.
         by_number = "(h.revision >= $1 AND $2::bigint IS NOT NULL)"
         _replace(verifier_table, name, sql.replace(POSITION_KNOWN, by_number))
 
 
 def _look_ups_of_any_position() -> None:
-    """Rule 12: whatever a look-up has read is believed, wherever it was read."""
+    """Rule 12: the result of every look-up is believed, wherever it was read."""
     from latchkey_service.coherence.verifier_state import Standing, VerifierState
 
     def always(_self: VerifierState[Any], _snapshot: object, _began: object) -> Standing:
@@ -171,9 +172,10 @@ def _look_ups_of_any_position() -> None:
 
 
 def _replace(owner: Any, name: str, by: Any) -> None:
-    """Replace what is there: a name that is no more would break nothing, and nobody would know."""
+    """Replace an existing attribute. Without this check a renamed attribute would silently break
+    nothing."""
     if name not in vars(owner):
-        raise AttributeError(f"{owner} has no {name} of its own any more")
+        raise AttributeError(f"{owner} has no {name} any more")
     setattr(owner, name, by)
 
 

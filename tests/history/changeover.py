@@ -1,6 +1,6 @@
-"""The steps of a failover on a pair of database servers, and the way back to a healthy pair.
+"""The steps of a failover on a pair of database servers, and of the return to a healthy pair.
 
-Nothing here waits for the service: a step ends when the database servers have taken it.
+No step waits for the service: a step ends when the database servers have completed it.
 """
 
 import contextlib
@@ -20,17 +20,17 @@ from tests.support import eventually
 
 __all__ = ["Changeover", "Visible"]
 
-# How commits that no standby has confirmed become visible on the primary.
+# Ways to make commits visible on the primary that no standby has confirmed.
 Visible = Literal["cancelled", "crashed"]
-# Hosts find the restored server, and outwait what leases there were.
+# Time for hosts to find the restored server and wait out earlier leases.
 SETTLE_SECONDS_MAX = 60.0
 # Renewals that wait for the standby on a session that began after a given time. Such a session has
-# read what was visible then, or reads it now.
+# read, or is reading, the changes that were visible then.
 _READERS = """
 SELECT count(*) FROM pg_stat_activity
  WHERE wait_event = 'SyncRep' AND query LIKE '%verifier%' AND backend_start > $1
 """
-# Renewals alone: each Delete that is cancelled lets the next one take a revision.
+# Only renewals, because each cancelled Delete lets the next one take a revision.
 _CANCEL_OLDER = """
 SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity
  WHERE wait_event = 'SyncRep' AND query LIKE '%verifier%' AND backend_start <= $1
@@ -38,7 +38,7 @@ SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity
 
 
 class Changeover:
-    """Knows which server is the primary. Keeps the cluster's address and URL in step."""
+    """Tracks which server is the primary, and keeps the cluster's address and URL in step."""
 
     def __init__(self, made: NodesCluster, pair: Pair) -> None:
         self.pair = pair
@@ -59,9 +59,9 @@ class Changeover:
         await self.pair.replication.stall()
 
     async def show_unreplicated(self, how: Visible, readers: int = 0) -> None:
-        """Have commits that wait for the standby become visible on the primary alone.
+        """Make commits that wait for the standby visible on the primary only.
 
-        At least one of them takes a revision. With `readers`, return once so many hosts have read
+        At least one of them takes a revision. With `readers`, return once that many hosts have read
         it on the primary.
         """
         before = await self.head()
@@ -73,7 +73,7 @@ class Changeover:
         visible_since = await self.primary.fetchval("SELECT clock_timestamp()")
 
         async def read() -> bool:
-            # Hosts whose renewal fails connect again and read what is new.
+            # Hosts whose renewal fails reconnect and read the new changes.
             await self.primary.fetchval(_CANCEL_OLDER, visible_since)
             count: int = await self.primary.fetchval(_READERS, visible_since)
             return count >= readers
@@ -88,15 +88,15 @@ class Changeover:
         return await self.head() > before
 
     async def promote(self) -> None:
-        """Promote the standby, whatever the primary does."""
+        """Promote the standby, whatever the state of the primary."""
         self._is_healthy = False
         await self.other.promote()
         self.primary, self.other = self.other, self.primary
         self._cluster.database_url = self.primary.url
 
     async def move_address(self, node: Node | None = None, *, cut: bool) -> None:
-        """Lead the address to the primary, or to another server. With `cut`, end the sessions that
-        hosts have by that address with any other server."""
+        """Move the address to the primary, or to another server. With `cut`, end the hosts'
+        sessions through that address with any other server."""
         self._cluster.address = (node or self.primary).name
         if cut:
             hosts = [name for name, way in self._cluster.ways.items() if way == "address"]
@@ -104,8 +104,8 @@ class Changeover:
             await self._cluster.database.cut(lambda c: c.tag in hosts and not here(c))
 
     async def restore(self, backup: Path, taken: int, *, new_timeline: bool) -> None:
-        """Replace the database by a base backup that began at `taken`. The pair has no standby
-        then. What the manual demands after a restore is still to do: see `settle`."""
+        """Replace the database by a base backup that began at `taken`. Afterwards the pair has no
+        standby. `settle` does what the manual requires after a restore."""
         self._is_healthy = False
         began = now()
         for node in (self.other, self.primary):
@@ -117,7 +117,7 @@ class Changeover:
         self.restores.append(Restore(taken, began, sys.maxsize))
 
     async def settle(self, host: latchkey.Client) -> None:
-        """Empty all memories, as the manual demands after a restore."""
+        """Clear all caches, as the manual requires after a restore."""
 
         async def emptied() -> bool:
             with contextlib.suppress(latchkey.Unavailable):
@@ -129,7 +129,7 @@ class Changeover:
         self.restores[-1] = self.restores[-1]._replace(settled=now())
 
     async def mend(self) -> None:
-        """Make the pair healthy: stop a deposed primary and have it follow the new one."""
+        """Make the pair healthy: stop a deposed primary and make it follow the new one."""
         if self._is_healthy:
             return
         await self.pair.replication.resume()

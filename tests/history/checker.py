@@ -1,13 +1,13 @@
-"""The guarantee, checked on what was seen: no VALID to a verify that began after Delete answered.
+"""Checks the guarantee on recorded histories: no verify that began after Delete returned is VALID.
 
-Pure: histories in, findings out. A Delete counts once it is confirmed; before that, and for a
-verify that overlaps it, either answer is right. A refusal before any Delete began is wrong as well:
-a token is good from its Create on. So is the answer that a token does not exist, if its Create
-answered OK and nobody has deleted it.
+Pure: histories in, findings out. A Delete counts once it is confirmed. Before that, and for a
+verify that overlaps it, either answer is right. A refusal before any Delete began is also wrong,
+because a token is valid from its Create on. So is the answer that a token does not exist, if its
+Create returned OK and no Delete of it was sent.
 
-A restored backup undoes what it does not contain. Deletes that it lacks forbid nothing in verifies
-that begin after the restore, and tokens that it lacks may be refused from then on. The token
-itself must be dead once a Delete has said so, or that it does not exist.
+A restored backup undoes everything that it does not contain. Deletes that it lacks forbid nothing
+in verifies that begin after the restore, and tokens that it lacks may be refused from then on. Such
+a token must be dead once a Delete has confirmed that, or has returned NOT_FOUND.
 """
 
 from collections import Counter, defaultdict
@@ -19,23 +19,24 @@ from tests.history.records import Kind, Outcome, Record
 
 __all__ = ["Findings", "Late", "Lost", "Restore", "check"]
 
-# Late accepts and lost tokens that are kept for the report; all are counted.
+# Number of late accepts and lost tokens kept for the report; all are counted.
 LATE_KEPT = 1_000
 
 
 class Restore(NamedTuple):
-    """A base backup replaced the database. Nanoseconds of the records' clock."""
+    """A base backup replaced the database. Times in nanoseconds of the records' clock."""
 
     taken: int
-    """The backup began. It contains whatever was answered before this."""
+    """The backup began. It contains every change that was answered before this."""
     began: int
-    """The old database stopped. No answer that began after this comes from it."""
+    """The old database stopped. No call that began after this was answered from it."""
     settled: int
-    """The operator had done what the manual demands after a restore."""
+    """The operator had done what the manual requires after a restore."""
 
 
 class Late(NamedTuple):
-    """A late accept: a verify that began `late_ns` after the Delete had ended told `who` VALID."""
+    """A late accept: `who` received VALID from a verify that began `late_ns` after the Delete had
+    ended."""
 
     who: str
     kind: Kind
@@ -50,7 +51,8 @@ class Late(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """A token whose Create had answered, and that nobody deleted, was reported as not existing."""
+    """A token was reported as missing although its Create had returned and no Delete of it was
+    sent."""
 
     who: str
     record: Record
@@ -58,48 +60,48 @@ class Lost(NamedTuple):
 
 @dataclass
 class Findings:
-    """What the histories say."""
+    """The results of a check."""
 
     calls: Counter[tuple[Kind, Outcome]] = field(default_factory=Counter)
     late_count: int = 0
     late: list[Late] = field(default_factory=list)
     refused_early: int = 0
-    """Verifies that were refused and had ended before the first Delete of their token began."""
+    """Refused verifies that had ended before the first Delete of their token began."""
     lost_count: int = 0
     lost: list[Lost] = field(default_factory=list)
     deletes: list[Record] = field(default_factory=list)
-    """Each call of Delete that was confirmed."""
+    """Each confirmed call of Delete."""
     deleted: dict[int, int] = field(default_factory=dict)
-    """When each token's first confirmed Delete had ended."""
+    """The end of each token's first confirmed Delete."""
     checked: set[int] = field(default_factory=set)
-    """Tokens that a verify was answered about that began after their Delete was confirmed."""
+    """Tokens with an answered verify that began after their Delete was confirmed."""
     from_memory: Counter[str] = field(default_factory=Counter)
-    """Who answered how many verifies from memory."""
+    """The number of verifies that each process answered from its cache."""
     from_service: int = 0
-    """Verifies that the client library asked the service about."""
+    """Verifies that the client library forwarded to the service."""
 
     def count(self, *kinds: Kind) -> int:
-        """Return how many calls of these kinds there were, failed ones included."""
+        """Return how many calls of these kinds there were, including failed ones."""
         return sum(number for (kind, _), number in self.calls.items() if kind in kinds)
 
     def ended(self, kind: Kind, outcome: Outcome) -> int:
-        """Return how many calls of a kind ended so."""
+        """Return how many calls of a kind had this outcome."""
         return self.calls[kind, outcome]
 
     @property
     def operations(self) -> int:
-        """How many calls got an answer."""
+        """Return how many calls were answered."""
         return sum(n for (_, outcome), n in self.calls.items() if outcome is not Outcome.FAILED)
 
 
 class _Tokens:
-    """What is known of each token from the calls that create, read and delete."""
+    """What the calls that create, read and delete reveal about each token."""
 
     def __init__(self, restores: Sequence[Restore]) -> None:
         self.created: dict[int, Record] = {}
-        """Each token's Create that answered OK."""
+        """Each token's Create that returned OK."""
         self.touched: dict[int, int] = {}
-        """When each token's first Delete began, whatever became of it."""
+        """The start of each token's first Delete, whatever its outcome."""
         self.deleted: dict[int, int] = {}
         """When each token's first Delete was confirmed, or the service said that the token does
         not exist."""
@@ -110,7 +112,7 @@ class _Tokens:
         self._deletes: defaultdict[int, list[tuple[int, int | None]]] = defaultdict(list)
 
     def learn(self, record: Record) -> None:
-        """Take in a Create or a Delete."""
+        """Add a Create or a Delete."""
         token, outcome = record.token, record.outcome
         if record.kind == Kind.CREATE and outcome == Outcome.DONE:
             self.created[token] = record
@@ -123,7 +125,7 @@ class _Tokens:
                 self._deletes[token].append((record.ended, self._undone_at(record)))
 
     def complete(self) -> None:
-        """Every history has been taken in."""
+        """Finish, once every history has been added."""
         self.undone = {
             token: deletes
             for token, deletes in self._deletes.items()
@@ -140,7 +142,7 @@ class _Tokens:
         return min(standing, default=None)
 
     def may_be_missing(self, token: int, ended: int) -> bool:
-        """Tell whether a restore that came before `ended` may have lost the token."""
+        """Return whether a restore before `ended` may have lost the token."""
         created = self.created.get(token)
         return created is not None and any(
             created.ended > restore.taken and created.began < restore.began < ended
@@ -158,14 +160,16 @@ class _Tokens:
         )
 
     def _is_settled(self, moment: int) -> bool:
-        """Tell whether no restore was under way: memories may hold what it lost until its end."""
+        """Return whether no restore was in progress: until its end, caches may hold what it
+        lost."""
         return not any(restore.began <= moment < restore.settled for restore in self._restores)
 
 
 def check(
     histories: Mapping[str, Callable[[], Iterable[Record]]], restores: Sequence[Restore] = ()
 ) -> Findings:
-    """Return the findings in the histories of all processes, each by name, each read twice."""
+    """Return the findings in the histories of all processes, by name. Each history is read
+    twice."""
     findings = Findings()
     tokens = _Tokens(restores)
     for history in histories.values():
@@ -184,7 +188,7 @@ def check(
 
 
 def _look_at(who: str, history: Iterable[Record], findings: Findings, tokens: _Tokens) -> None:
-    # A loop over millions of records: what it needs is in local variables.
+    # A loop over millions of records: it uses local variables for speed.
     deleted, undone, checked = tokens.deleted.get, tokens.undone, findings.checked.add
     calls: Counter[tuple[int, int]] = Counter()
     answered = (Outcome.VALID, Outcome.REFUSED)
@@ -200,7 +204,7 @@ def _look_at(who: str, history: Iterable[Record], findings: Findings, tokens: _T
         if outcome not in answered:
             continue
         dead_since = tokens.dead_since(token, began) if token in undone else deleted(token)
-        # At the same nanosecond neither came first.
+        # In the same nanosecond neither came first.
         if dead_since is None or began <= dead_since:
             if (
                 outcome == Outcome.REFUSED
@@ -223,7 +227,7 @@ def _look_at(who: str, history: Iterable[Record], findings: Findings, tokens: _T
 
 def _look_for_loss(who: str, record: Record, findings: Findings, tokens: _Tokens) -> None:
     """Judge an answer that a token does not exist."""
-    # A Delete finds the receipt of an earlier one; a Get may have met the Delete.
+    # A Delete finds the receipt of an earlier one; a Get may overlap the Delete.
     deleted = record.kind == Kind.GET and record.ended > tokens.touched.get(
         record.token, record.ended
     )

@@ -1,8 +1,9 @@
-"""`python -m tests.history.client`: a process that verifies, without a pause, as services do.
+"""`python -m tests.history.client`: a process that verifies continuously, as services do.
 
-Each of its verifiers is used in both ways at once: a thread asks `verify_nowait`, as a threaded
-service might, which also makes it meet invalidations at any point; the event loop asks `verify`
-where that had no answer, and now and then where it had. It ends when its standard input does.
+It uses each of its verifiers in both ways at once. A thread calls `verify_nowait`, as a threaded
+service might, so that invalidations can arrive at any point. The event loop calls `verify` where
+that had no answer, and occasionally where it had one. The process ends when its standard input
+closes.
 """
 
 import asyncio
@@ -23,25 +24,26 @@ from tests.history.broken import break_rule, rule_to_break
 from tests.history.processes import tell_if_strange
 from tests.history.records import Kind, Outcome, Recorder, now
 
-# Between two looks at the tokens. Twenty processes share a few cores with all that they test.
+# Between two passes over the tokens. Twenty processes share a few cores with everything that they
+# test.
 NOWAIT_PAUSE_SECONDS = 0.02
 VERIFY_PAUSE_SECONDS = 0.02
-# Tokens that one look of the thread takes.
+# Tokens per pass of the thread.
 NOWAIT_TOKENS = 12
-# A token is verified for so long after its Delete was confirmed, a few leases; and at most for so
-# long, should nobody tell.
+# How long a token is verified after its Delete was confirmed: a few leases. The second is the
+# maximum if the confirmation never arrives.
 LINGER_SECONDS = 2.5
 TOKEN_SECONDS_MAX = 20.0
-# Verifies of one verifier under way at once, and the pauses between two of one token. Short at
-# first, and right after the Delete; without the memory they all are calls.
+# Concurrent verifies of one verifier, and the pauses between two verifies of one token. The pauses
+# are short at first and right after the Delete. Without the cache each verify is a call.
 UNDER_WAY_MAX = 32
 PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.03, 0.5
-# How often `verify` is asked though `verify_nowait` would have answered.
+# How often `verify` is called although `verify_nowait` would have answered.
 VERIFY_ANYWAY_SHARE = 0.02
 
 
 class _Token:
-    """A token that is verified until `until`, next by `verify` at `ask_at`."""
+    """A token that is verified until `until`, next with `verify` at `ask_at`."""
 
     def __init__(self, number: int, secret: str) -> None:
         self.number = number
@@ -56,12 +58,12 @@ class _Token:
 
 
 class _Asker:
-    """One verifier, and what is asked of it."""
+    """One verifier and the tokens that it verifies."""
 
     def __init__(self, number: int, target: str, recorder: Recorder, seed: int) -> None:
         self.tokens: dict[int, _Token] = {}
         self._number = number
-        # A list of addresses, gRPC's own name for them, is no authority that `native` takes.
+        # A list of addresses, in gRPC's own notation, is not an authority that `native` accepts.
         options = (("grpc.default_authority", "latchkey"),)
         self._client = latchkey.Client(target, options=options)
         self.verifier = latchkey.Verifier(self._client)
@@ -70,8 +72,8 @@ class _Asker:
         self._under_way: set[asyncio.Task[None]] = set()
 
     def hammer(self) -> None:
-        """Ask `verify_nowait` about some of the tokens. Called on a thread of its own."""
-        # In one step; the event loop changes it meanwhile.
+        """Call `verify_nowait` for some of the tokens. Runs in a separate thread."""
+        # In one step, because the event loop changes it meanwhile.
         tokens = list(self.tokens.values())
         if len(tokens) > NOWAIT_TOKENS:
             tokens = self._random.sample(tokens, NOWAIT_TOKENS)
@@ -79,7 +81,7 @@ class _Asker:
             self._recall(token)
 
     def take_in(self, number: int, secret: str | None) -> None:
-        """Verify a new token from now on, or one that is deleted a little longer."""
+        """Verify a new token from now on, or a deleted one a little longer."""
         if secret is not None:
             self.tokens[number] = _Token(number, secret)
         elif (token := self.tokens.get(number)) is not None:
@@ -117,7 +119,7 @@ class _Asker:
         await self._client.close()
 
     def _recall(self, token: _Token) -> bool:
-        """Ask `verify_nowait`, and tell whether it had an answer."""
+        """Call `verify_nowait`, and return whether it had an answer."""
         scope = latchkey.Scope.READ if self._random.random() < 0.5 else None
         began = now()
         answer = self.verifier.verify_nowait(token.secret, scope)
@@ -133,7 +135,7 @@ class _Asker:
         try:
             outcome = _outcome(await self.verifier.verify(token.secret, latchkey.Scope.READ))
         except latchkey.LatchkeyError as error:
-            tell_if_strange(error)  # No safe answer, which is one.
+            tell_if_strange(error)  # "No safe answer" is an expected outcome.
         finally:
             token.under_way = False
         self._recorder.add(Kind.VERIFY, outcome, token.number, began, now())
@@ -180,7 +182,7 @@ async def _run(options: dict[str, Any]) -> None:
                     async with asyncio.timeout(VERIFY_PAUSE_SECONDS):
                         await stop.wait()
         finally:
-            # Before the verifiers are closed: what they say then is not asked for.
+            # Before the verifiers close, because their last messages do not matter.
             stopped.set()
             await asyncio.to_thread(thread.join)
     recorder.close()

@@ -1,4 +1,4 @@
-"""Hosts, clients and the proxies between them and the database: what a run is made of."""
+"""Hosts, clients, and the proxies between them and the database: the parts of a run."""
 
 import asyncio
 import contextlib
@@ -22,24 +22,25 @@ from tests.history.records import Record, read
 __all__ = ["LISTEN", "LOOKUP", "RENEWAL", "WATCH", "Client", "Cluster", "cluster"]
 
 LISTEN, RENEWAL, LOOKUP, WATCH = "listen", "renewal", "lookup", "watch"
-# What a worker's connection to Postgres says tells what it is for; the pool's have no label.
+# The text in a worker's connection to Postgres that identifies its purpose; the pool's connections
+# have no label.
 _DATABASE_LABELS = {
     b"LISTEN ": LISTEN,
     b"INSERT INTO verifier": RENEWAL,
     b"LEFT JOIN invalidation": RENEWAL,
     b"force_generic_plan": LOOKUP,
 }
-# gRPC writes the path of a method as it is, not Huffman-coded (RFC 7541 §5.2 allows either).
+# gRPC writes the path of a method literally, without Huffman coding (RFC 7541 §5.2 allows either).
 _CLIENT_LABELS = {b"TokenService/Watch": WATCH}
 
 
 @dataclass
 class Client:
-    """A client process, over all its lives."""
+    """A client process across its restarts."""
 
     number: int
     hosts: tuple[str, ...]
-    """Names of those that it knows. It watches one of them and verifies through any."""
+    """Names of the hosts that it knows. It watches one of them and verifies through any."""
     target: str
     verifiers: int
     children: list[Child]
@@ -81,7 +82,7 @@ class Cluster:
         self._settings = {"lease_seconds": str(lease_seconds), **settings}
 
     async def prepare(self) -> None:
-        """Bring the database in order, which is otherwise the supervisor's part."""
+        """Prepare the database, as the supervisor would."""
         await migrate(self.database_url, bundled())
         keyring = pepper_file.load_or_create(self._pepper_file, create=True)
         self._peppers = pepper_file.render(keyring)
@@ -97,7 +98,8 @@ class Cluster:
         workers: int | None = None,
         rule_to_break: str | None = None,
     ) -> None:
-        """Start a host and wait until it serves: a worker alone, or a supervisor with `workers`."""
+        """Start a host and wait until it serves: a single worker, or a supervisor with
+        `workers`."""
         settings = {
             **self._settings,
             "database_url": await self._way_to_database(name),
@@ -109,28 +111,28 @@ class Cluster:
             host = LoneHost(name, self.folder, settings, self._peppers, environment)
         else:
             host = SupervisedHost(name, self.folder, settings, workers)
-        # Before it is up, so that it is cleaned up whatever happens.
+        # Registered before it is up, so that it is cleaned up in any case.
         self.hosts[name] = host
         await host.start()
 
     async def add_client(
         self, hosts: Iterable[str], *, verifiers: int = 1, rule_to_break: str | None = None
     ) -> Client:
-        """Start a client that knows these hosts, over ways of its own."""
+        """Start a client that knows these hosts, through its own proxy ports."""
         number, hosts = len(self.clients), tuple(hosts)
         client = Client(number, hosts, "", verifiers, [])
         ports = []
         for name in hosts:
             address, _, port = self.hosts[name].address.rpartition(":")
             ports.append(await self.network.listen((address, int(port)), client.name))
-        # gRPC's own list of addresses: calls go round them, and a stream stays on one.
+        # gRPC's own list of addresses: calls rotate over them, and a stream stays on one.
         client.target = "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports)
         self.clients.append(client)
         self.start_client(client, rule_to_break)
         return client
 
     def start_client(self, client: Client, rule_to_break: str | None = None) -> None:
-        """Start a client's process, again if its last one has been killed."""
+        """Start a client's process, or restart it after it was killed."""
         name = f"{client.name}.{len(client.children)}"
         options = {
             "target": client.target,
@@ -144,7 +146,8 @@ class Cluster:
         client.children.append(Child(self.folder, name, argv, environment))
 
     def start_deleters(self, deleters: int, connections: Mapping[str, int]) -> Child:
-        """Start the process that creates and deletes; `connections` to each host."""
+        """Start the process that creates and deletes, with this number of `connections` to each
+        host."""
         options = {
             "addresses": [
                 self.hosts[name].address
@@ -161,14 +164,14 @@ class Cluster:
         return self.others[-1]
 
     async def stop_clients(self) -> None:
-        """End all clients in order, at once."""
+        """End all clients in order, all at once."""
         running = [client.child for client in self.clients if client.child.alive]
         for child in running:
             child.ask_to_end()
         await asyncio.gather(*(child.ended() for child in running))
 
     def histories(self) -> dict[str, Callable[[], Iterable[Record]]]:
-        """Return what all processes have written down so far, by name."""
+        """Return the records of all processes so far, by name."""
 
         def reader(path: Path) -> Callable[[], Iterable[Record]]:
             return lambda: read(path)
@@ -184,11 +187,11 @@ class Cluster:
         ]
 
     def troubles(self) -> list[str]:
-        """Return what ended though it should not have, or in another way than it should have."""
+        """Return the processes that ended unexpectedly or in an unexpected way."""
         return [trouble for child in self.children() if (trouble := child.trouble())]
 
     async def close(self) -> None:
-        """End everything, in order where that works."""
+        """End everything, in order where possible."""
         for child in self.children():
             with contextlib.suppress(Exception):
                 child.handle.resume()
@@ -203,13 +206,13 @@ class Cluster:
             host.clean_up()
 
     async def _way_to_database(self, tag: str) -> str:
-        """Return a URL that leads to the database, through the proxy, over TCP."""
+        """Return a URL that leads to the database through the proxy, over TCP."""
         parts = urlsplit(self.database_url)
         query = parse_qs(parts.query)
         socket = f"{query['host'][0]}/.s.PGSQL.{query['port'][0]}"
         port = await self.database.listen(socket, tag)
         account, _, _ = parts.netloc.rpartition("@")
-        # Not encrypted, or nothing could be told of it on the way.
+        # Unencrypted, so that the proxy can read the connection's purpose.
         return urlunsplit(
             parts._replace(netloc=f"{account}@127.0.0.1:{port}", query="sslmode=disable")
         )
@@ -224,7 +227,7 @@ async def cluster(
     seed: int,
     settings: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Cluster]:
-    """Yield an empty cluster on a database, and end all that was added to it."""
+    """Yield an empty cluster on a database, and end everything that was added to it."""
     made = Cluster(folder, database_url, lease_seconds, settings or {}, seed)
     try:
         await made.prepare()

@@ -1,4 +1,4 @@
-"""A Postgres of these tests' own, which the run may restart and kill."""
+"""A Postgres for these tests alone, which the run may restart and kill."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.support import BreakablePostgres
 
 @pytest.fixture(scope="session")
 def postgres(scratch: Path) -> Iterator[BreakablePostgres]:
-    """A Postgres that comes back with the same URL."""
+    """A Postgres that keeps its URL across restarts."""
     postgres = BreakablePostgres(scratch / "history")
     postgres.start()
     yield postgres

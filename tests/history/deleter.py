@@ -1,7 +1,8 @@
-"""`python -m tests.history.deleter`: creates tokens, has them verified, deletes them, asks again.
+"""`python -m tests.history.deleter`: creates tokens, has them verified, deletes them, and verifies
+them again.
 
-It talks to the servers directly. Each deleter goes from token to token; ends when its standard
-input does, having got its last Deletes confirmed.
+It talks to the servers directly. Each deleter handles one token after another. The process ends
+when its standard input closes, after its last Deletes are confirmed.
 """
 
 import asyncio
@@ -19,27 +20,28 @@ from tests.children import end_with_parent
 from tests.history.processes import tell_if_strange
 from tests.history.records import Kind, Outcome, Recorder, now
 
-# A token lives from no time at all, so that look-ups of it and its Delete meet, to long enough for
-# every client to remember it.
+# The lifetime of a token ranges from zero, so that look-ups of it overlap its Delete, to long
+# enough for every client to cache it.
 LIFE_SECONDS_MAX = 0.8
-# For a Delete that is not confirmed: after this the run is over, and it does not count.
+# For a Delete that is not confirmed: after this time the run is over, and the Delete does not
+# count.
 CONFIRM_SECONDS_MAX = 30.0
 RETRY_SECONDS = 0.1
-# Verifies of a server that is stopped wait for it to go on: their answer is of interest.
+# Verifies on a stopped server wait until it continues, because their answer matters.
 DIRECT_TIMEOUT_SECONDS = 4.0
 DIRECT_UNDER_WAY_MAX = 200
 FLUSH_SECONDS = 0.05
-# How often two deleters delete the same token at once, and how often one first does not wait.
+# How often two deleters delete the same token at once, and how often one first uses `no_wait`.
 TWICE_SHARE = 0.1
 NO_WAIT_SHARE = 0.1
 # How often a token is looked up on each server while it is deleted.
 OVERLAP_SHARE = 0.3
-# How often a token is read before it is deleted, as a responder does who looks whether it exists.
+# How often a token is read before it is deleted, as a responder does to check that it exists.
 GET_SHARE = 0.3
 
 
 class Deleters:
-    """What all deleters share. `addresses` has one for each connection to keep."""
+    """The state that all deleters share. `addresses` has one item for each connection to keep."""
 
     def __init__(self, addresses: list[str], recorder: Recorder, board: Board, seed: int) -> None:
         self._clients = [latchkey.Client(address) for address in addresses]
@@ -75,7 +77,7 @@ class Deleters:
                 await self._get(account, token_id, number)
             if chance() < OVERLAP_SHARE:
                 self._ask_everyone(number, secret)
-                # The question is on its way, or there, or being looked up.
+                # The call is on its way, has arrived, or is being looked up.
                 await asyncio.sleep(0.02 * chance())
             if chance() < NO_WAIT_SHARE:
                 await self._delete(account, token_id, number, no_wait=True)
@@ -98,7 +100,7 @@ class Deleters:
         return created
 
     async def _until_confirmed(self, account: str, token_id: str, number: int, secret: str) -> None:
-        """Delete a token until that is confirmed, and verify it with everyone right after."""
+        """Delete a token until that is confirmed, and verify it on every connection right after."""
         loop = asyncio.get_running_loop()
         give_up = loop.time() + CONFIRM_SECONDS_MAX
         while not await self._delete(account, token_id, number):
@@ -116,7 +118,7 @@ class Deleters:
         try:
             receipt = await self._any_client().delete(account, token_id, no_wait=no_wait)
         except latchkey.NotFound:
-            # The checker decides whether that is a loss. It does not end by being asked again.
+            # The checker decides whether that is a loss. A retry would not change it.
             outcome, ended = Outcome.NOT_FOUND, now()
         except latchkey.LatchkeyError as error:
             tell_if_strange(error)
@@ -156,7 +158,7 @@ class Deleters:
             answer = await client.verify(secret, timeout_seconds=DIRECT_TIMEOUT_SECONDS)
             outcome = Outcome.VALID if answer.allowed else Outcome.REFUSED
         except latchkey.LatchkeyError as error:
-            tell_if_strange(error)  # No safe answer, which is one.
+            tell_if_strange(error)  # "No safe answer" is an expected outcome.
         self._recorder.add(Kind.DIRECT, outcome, number, began, now())
 
     def _any_client(self) -> latchkey.Client:

@@ -1,7 +1,7 @@
-"""Failovers of a run: drawn from a seed, done one after the other, each to its end.
+"""The failovers of a run: drawn from a seed and played one after another, each to its end.
 
-An episode begins and ends with a healthy pair. Between episodes nothing is hurt for a while, so
-that everybody remembers tokens again and Deletes take their usual time.
+An episode begins and ends with a healthy pair. Between episodes there are no faults for a while, so
+that all processes cache tokens again and Deletes take their usual time.
 """
 
 import asyncio
@@ -24,18 +24,18 @@ from tests.support import eventually
 
 __all__ = ["EPISODES", "Episode", "Failovers", "deck"]
 
-# An episode on two cores takes about as long; none begins that would not end in time.
+# About the length of an episode on two cores; none begins that would not end in time.
 EPISODE_SECONDS = 8.0
 CALM_SECONDS = (1.0, 2.0)
-# How long replication stands before the failover, so that commits wait for it.
+# How long replication is stalled before the failover, so that commits wait for it.
 STALL_SECONDS = (0.1, 0.5)
-# How long a deposed primary is there beside the new one.
+# How long a deposed primary runs beside the new one.
 BESIDE_SECONDS = (1.0, 2.5)
-# A host that is held off for longer has lost its row, and starts over anyway.
+# A host that is disconnected for longer has lost its row and starts over anyway.
 HELD_SECONDS_MAX = 2.0
 # The work between a base backup and its restore.
 BACKUP_AGE_SECONDS = (0.5, 2.0)
-# A Delete that waited for the dead lease, and the first renewal on the new primary.
+# A Delete that waited for the dead process's lease, and the first renewal on the new primary.
 RECOVERY_LEASES = 2.5
 
 End = Literal["killed", "stopped", "left running"]
@@ -43,17 +43,17 @@ End = Literal["killed", "stopped", "left running"]
 
 @dataclass(frozen=True)
 class Episode:
-    """What goes wrong before, during and after a promotion."""
+    """The faults before, during and after a promotion."""
 
     name: str
     end: End
-    """What becomes of the old primary at the promotion."""
+    """The fate of the old primary at the promotion."""
     visible: Visible | None = None
     """Replication stops first, and commits become visible on the old primary alone."""
     cut: bool = True
     """The sessions by the address end when the address moves."""
     returns: bool = False
-    """The old primary is started again beside the new one, which nobody has fenced off."""
+    """The old primary is started again beside the new one, without fencing."""
     crashes: bool = False
     """The new primary is killed and started while the old one runs."""
 
@@ -74,7 +74,7 @@ RESTORE, RESTORE_BY_COPY = "backup restored, new timeline", "backup restored, sa
 
 
 def deck(seed: int) -> Iterator[Episode | str]:
-    """Yield episodes without end, each once before any comes again."""
+    """Yield episodes endlessly, each one once before any repeats."""
     randomness = random.Random(seed)  # noqa: S311 - repeatable
     while True:
         shuffled: list[Episode | str] = [*EPISODES, RESTORE, RESTORE_BY_COPY]
@@ -83,7 +83,7 @@ def deck(seed: int) -> Iterator[Episode | str]:
 
 
 class Failovers:
-    """Does failovers to a pair that a cluster works on."""
+    """Performs failovers on a pair that a cluster works on."""
 
     def __init__(self, made: NodesCluster, pair: Pair) -> None:
         self.happened: list[Happened] = []
@@ -93,8 +93,8 @@ class Failovers:
 
     @property
     def windows(self) -> list[Window]:
-        """Return each episode with the time after it in which its effects last, which ends when
-        the next episode begins."""
+        """Return each episode with the time window of its effects, which ends when the next episode
+        begins."""
         recovery = int(RECOVERY_LEASES * self._cluster.lease_seconds * 1e9)
         following = [each.began for each in self.happened[1:]]
         return [
@@ -103,8 +103,8 @@ class Failovers:
         ]
 
     async def run(self, seconds: float, least: int) -> None:
-        """Do one failover after the other for so long, and on a slow machine until `least` are
-        done."""
+        """Perform failovers one after another for this long, and on a slow machine until `least`
+        are done."""
         loop = asyncio.get_running_loop()
         ends = loop.time() + seconds
         for episode in deck(self._cluster.seed):
@@ -127,7 +127,7 @@ class Failovers:
         number = 0
         if episode.visible is not None:
             await changeover.stall()
-            # One worker may be starting or waiting for something else.
+            # One worker may be starting, or waiting for something else.
             workers = sum(host.workers for host in self._cluster.hosts.values())
             await changeover.show_unreplicated(episode.visible, readers=workers - 1)
             await self._for_a_while(STALL_SECONDS)
@@ -168,15 +168,16 @@ class Failovers:
 
     @contextlib.asynccontextmanager
     async def _one_host_held_off(self, until: int) -> AsyncIterator[None]:
-        """Keep one host off the database during the block, and until the new primary has taken a
-        revision again that only the old one had. By number alone, the host has missed nothing."""
+        """Disconnect one host from the database during the block, and until the new primary has
+        reused a revision that only the old one had. By number alone, the host has missed
+        nothing."""
         if not until:
             yield
             return
         host = self._random.choice(list(self._cluster.hosts))
         async with self._cluster.database.refusing(self._cluster.sessions(host)):
             yield
-            # Deletes take numbers again soon, unless all hosts are slow to find the new primary.
+            # Deletes soon take revisions again, unless all hosts are slow to find the new primary.
             with contextlib.suppress(AssertionError):
                 await eventually(lambda: self._reached(until), "the number", HELD_SECONDS_MAX)
 

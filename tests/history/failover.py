@@ -1,4 +1,4 @@
-"""A run with failovers, on a pair of database servers; the directed ones come first."""
+"""A run with failovers on a pair of database servers; the directed ones come first."""
 
 import asyncio
 import json
@@ -25,9 +25,9 @@ from tests.pair import Pair
 
 __all__ = ["FAILOVER_SHORT", "FAILOVER_SIZE", "direct_failovers", "run_failovers"]
 
-# A host for each way to the primary. Fewer clients than a run on one server has: each failover
-# makes a database server from a copy, on the same cores. The lease is long enough for the row of a
-# host to outlive most failovers: without its row, a host starts over.
+# One host for each way to reach the primary. Fewer clients than in a run on one server, because
+# each failover copies a database server on the same cores. The lease is long enough for a host's
+# row to outlive most failovers: without its row, a host starts over.
 FAILOVER_SIZE = Size(hosts=(2, None, None), clients=8, deleters=5, lease_seconds=3.0)
 FAILOVER_SHORT = Size(
     seconds=20.0, hosts=(None, None, None), clients=3, deleters=3, lease_seconds=0.8, faults_min=1
@@ -38,9 +38,9 @@ SCENARIOS_SECONDS_MAX = 180.0
 async def direct_failovers(
     folder: Path, pair: Pair, rule: str | None
 ) -> AsyncGenerator[tuple[str, Findings], None]:
-    """Play the scenarios one after the other, those that show `rule` if one is missing.
+    """Play the scenarios one after another, or only those that expose `rule` if it is missing.
 
-    Yields the name of each and all that was found so far.
+    Yields the name of each and all findings so far.
     """
     chosen = EVERY if rule is None else tuple(s for of, s in MISSED.items() if of == rule)
     if not chosen:
@@ -56,7 +56,7 @@ async def direct_failovers(
 async def run_failovers(
     folder: Path, pair: Pair, size: Size, rule_to_break: str | None = None
 ) -> Outcome:
-    """Run, and return what came of it. The pair is healthy before and after."""
+    """Run, and return the outcome. The pair is healthy before and after."""
     async with (
         asyncio.timeout(size.seconds + OVERTIME_SECONDS),
         nodes_cluster(

@@ -1,8 +1,8 @@
-"""Directed failovers: for each gap that rule 12 closes, the course of events that shows it.
+"""Directed failovers: for each gap that rule 12 closes, the sequence of events that exposes it.
 
-The stage has a pair of Postgres servers with synchronous replication. One host is suspected of
-lacking a rule. Its URL names one address, which the scenarios move. The other host lists both
-servers. A client watches the suspect. Each scenario ends with a healthy pair again.
+The stage has a pair of Postgres servers with synchronous replication. One host, the suspect, may
+lack a rule. Its URL names one address, which the scenarios move. The other host lists both servers.
+A client watches the suspect. Each scenario ends with a healthy pair again.
 """
 
 import asyncio
@@ -24,12 +24,12 @@ from tests.support import eventually
 
 __all__ = ["EVERY", "MISSED", "FailoverScenario", "FailoverStage", "failover_staged", "perform"]
 
-# A host's row has to outlive the failover, also on a busy machine. Without its row, a host starts
+# A host's row must outlive the failover, also on a busy machine. Without its row a host starts
 # over, whatever rules it lacks.
 LEASE_SECONDS = 3.0
 RETRY_SECONDS = 0.1
 HOSTS = 2
-# A scenario that was cut short because an answer did not come in time.
+# A scenario was cut short because an answer did not come in time.
 ATTEMPTS_MAX = 3
 
 T = TypeVar("T")
@@ -52,20 +52,20 @@ class FailoverStage(Stage):
         await _persistently(lambda: super(FailoverStage, self).delete(through, subject))
 
     async def show_unreplicated_delete(self) -> int:
-        """Have both hosts read a Delete that the primary alone has; return its revision."""
+        """Make both hosts read a Delete that only the primary has; return its revision."""
         victim = await self.create()
         await self.changeover.stall()
         delete = asyncio.create_task(self.delete(self.other, victim))
         try:
             await self.changeover.show_unreplicated("cancelled", readers=HOSTS)
         finally:
-            # Nobody repeats it: the first Delete after the failover has to be another one.
+            # Not repeated, because the first Delete after the failover must be another one.
             delete.cancel()
             await asyncio.gather(delete, return_exceptions=True)
         return await self.changeover.head()
 
     async def taken_again(self, number: int) -> None:
-        """Wait until the primary has committed a revision of this number, which was lost."""
+        """Wait until the primary has reused this lost revision number."""
 
         async def taken() -> bool:
             head = await self.changeover.head()
@@ -75,7 +75,7 @@ class FailoverStage(Stage):
         await eventually(taken, "the number is taken again", WAIT_SECONDS)
 
     def findings(self) -> Findings:
-        """Judge what was seen so far."""
+        """Check the histories so far."""
         self._recorder.flush()
         return check(self.cluster.histories(), self.changeover.restores)
 
@@ -94,9 +94,9 @@ async def _persistently(do: Callable[[], Awaitable[T]]) -> T:
 
 
 async def number_is_used_again(stage: FailoverStage) -> None:
-    """A revision that only the dead primary had is taken again while a host is cut off.
+    """A revision that only the dead primary had is reused while a host is cut off.
 
-    The host and its client remember the token that the second use of the number names.
+    The host and its client have cached the token that the second use of the number names.
     """
     changeover, database = stage.changeover, stage.nodes.database
     subject = await stage.create(tell=True)
@@ -109,7 +109,8 @@ async def number_is_used_again(stage: FailoverStage) -> None:
         await changeover.move_address(cut=True)
         group.create_task(stage.delete(stage.other, subject))
         await stage.taken_again(number)
-        # The host is back before its row lapses, which would make it start over as well.
+        # The host reconnects before its row lapses, because a lapsed row would also make it start
+        # over.
     await stage.verify_on(stage.suspect, subject)
     await stage.client_verifies_on(subject)
 
@@ -118,7 +119,7 @@ async def look_up_stays(stage: FailoverStage) -> None:
     """A host's look-ups stay with the deposed primary, whose unreplicated revision has the number
     that the host has applied on the new one."""
     changeover, nodes = stage.changeover, stage.nodes
-    # The session for look-ups is there, and the suspect does not remember the subject.
+    # The session for look-ups is open, and the suspect has not cached the subject.
     await stage.remembered(stage.suspect, await stage.create())
     subject = await stage.create()
     number = await stage.show_unreplicated_delete()
@@ -136,18 +137,18 @@ async def look_up_stays(stage: FailoverStage) -> None:
 
 
 async def host_returns_to_the_old_primary(stage: FailoverStage) -> None:
-    """A host that holds a lease of the new primary is led back to the old one, which never heard
-    of a Delete."""
+    """A host that holds a lease of the new primary is led back to the old one, which does not have
+    a certain Delete."""
     changeover, nodes = stage.changeover, stage.nodes
     subject, another = await stage.create(), await stage.create()
     old = changeover.primary
-    # Else the old primary's standby would keep up until its promotion.
+    # Otherwise the old primary's standby would stay in sync until its promotion.
     await changeover.stall()
     await changeover.promote()
     await changeover.move_address(cut=True)
     async with nodes.database.refusing(nodes.sessions(OTHER, old.name)):
         await stage.delete(stage.other, subject)
-        # It answers, and so has a lease of the new primary.
+        # It answers, so it has a lease of the new primary.
         await stage.remembered(stage.suspect, another)
         await changeover.move_address(old, cut=True)
         await stage.verify_for(stage.suspect, subject, LEASE_SECONDS)
@@ -156,7 +157,7 @@ async def host_returns_to_the_old_primary(stage: FailoverStage) -> None:
 
 
 async def backup_is_restored(stage: FailoverStage) -> None:
-    """A base backup sets the log back, and the next Delete takes a revision that was lost."""
+    """A base backup sets the log back, and the next Delete reuses a lost revision."""
     changeover, database = stage.changeover, stage.nodes.database
     subject = await stage.create(tell=True)
     taken, backup = now(), stage.cluster.folder / f"backup-{now()}"
@@ -170,15 +171,15 @@ async def backup_is_restored(stage: FailoverStage) -> None:
         await changeover.restore(backup, taken, new_timeline=False)
         group.create_task(stage.delete(stage.other, subject))
         await stage.taken_again(number)
-    # Before the operator has emptied the memories.
+    # Before the operator has cleared the caches.
     await stage.verify_on(stage.suspect, subject)
     await stage.client_verifies_on(subject)
     await changeover.settle(stage.other)
 
 
 async def lost_token_is_forgotten(stage: FailoverStage) -> None:
-    """A token that the restored backup lacks is not VALID once the operator has emptied all
-    memories. Neither the log nor the timeline shows that it is gone."""
+    """A token that the restored backup lacks is not VALID once the operator has cleared all caches.
+    Neither the log nor the timeline shows that the token is missing."""
     changeover = stage.changeover
     taken, backup = now(), stage.cluster.folder / f"backup-{now()}"
     await changeover.primary.back_up(backup)
@@ -200,8 +201,8 @@ EVERY: tuple[FailoverScenario, ...] = (
     backup_is_restored,
     lost_token_is_forgotten,
 )
-# The scenario that ends in a late accept if a rule is missing. A build that lacks one is in no
-# state for the others afterwards.
+# The scenario that ends in a late accept if a rule is missing. Afterwards such a build is in no
+# state for the other scenarios.
 MISSED: dict[str, FailoverScenario] = {
     "12": number_is_used_again,
     "12-look-up": host_returns_to_the_old_primary,
@@ -212,7 +213,7 @@ MISSED: dict[str, FailoverScenario] = {
 async def failover_staged(
     folder: Path, pair: Pair, rule_to_break: str | None
 ) -> AsyncIterator[FailoverStage]:
-    """Yield a stage on a pair. Its client, and one of its hosts, lack the rule."""
+    """Yield a stage on a pair. Its client and one of its hosts lack the rule."""
     async with nodes_cluster(
         folder,
         pair.first.url,
@@ -234,9 +235,9 @@ async def failover_staged(
 
 
 async def perform(stage: FailoverStage, scenario: FailoverScenario) -> Findings:
-    """Play a scenario to its end, mend the pair, and return all that was found so far.
+    """Play a scenario to its end, mend the pair, and return all findings so far.
 
-    A scenario that is cut short on a busy machine has shown nothing and is played again. Raises
+    A scenario that is cut short on a busy machine proves nothing and is played again. Raises
     Unavailable if that happens every time.
     """
     for attempt in range(ATTEMPTS_MAX):

@@ -1,4 +1,5 @@
-"""What goes wrong during a run: drawn from a seed beforehand, and done to whom is there then."""
+"""The faults of a run: drawn from a seed beforehand, and applied to the processes that exist at the
+time."""
 
 import asyncio
 import contextlib
@@ -19,8 +20,8 @@ from tests.support import BreakablePostgres, session
 
 __all__ = ["KINDS", "Happened", "Injector", "Planned", "plan"]
 
-# How often each kind comes in a deck, of which the plan is drawn. Those that stop everything are
-# rare, or nothing else would be seen.
+# How often each kind is in a deck, from which the plan is drawn. Faults that stop everything are
+# rare, because otherwise nothing else would be seen.
 KINDS = {
     "worker frozen": 4,
     "worker killed": 2,
@@ -37,16 +38,17 @@ KINDS = {
     "Postgres restarted": 1,
     "Postgres killed": 1,
 }
-# Mean time between two, which last about as long as two leases: two or three at any time.
+# Mean time between two faults, which last about as long as two leases: two or three are active at
+# any time.
 EVERY_SECONDS = 0.7
-# Look-ups wait no longer than 2 s for the database, verifies of clients 1 s.
+# Look-ups wait at most 2 s for the database, verifies of clients 1 s.
 LATE_SECONDS_MAX = 0.9
 PROCESSES_AT_ONCE = 2
 RESTART_SECONDS = 0.3
 
 
 class Planned(NamedTuple):
-    """A fault that is to come, `at` seconds after the plan's beginning."""
+    """A planned fault, `at` seconds after the start of the plan."""
 
     at: float
     kind: str
@@ -55,7 +57,7 @@ class Planned(NamedTuple):
 
 @dataclass(frozen=True)
 class Happened:
-    """A fault that came. Nanoseconds of the records' clock."""
+    """A fault that happened. Times in nanoseconds of the records' clock."""
 
     kind: str
     began: int
@@ -63,7 +65,8 @@ class Happened:
 
 
 def plan(seed: int, seconds: float, lease_seconds: float) -> list[Planned]:
-    """Return the faults of a run, in order, all over by its end. There is a calm in the middle."""
+    """Return the faults of a run, in order, all over by its end. There is a quiet period in the
+    middle."""
     randomness = random.Random(seed)  # noqa: S311 - repeatable
     calm = (0.42 * seconds, 0.58 * seconds) if seconds >= 20 else (seconds, seconds)
     deck: list[str] = []
@@ -80,7 +83,7 @@ def plan(seed: int, seconds: float, lease_seconds: float) -> list[Planned]:
         if not deck:
             deck = [kind for kind, count in KINDS.items() for _ in range(count)]
             randomness.shuffle(deck)
-            # One of each first, so that a short run sees most.
+            # One of each kind first, so that a short run sees most kinds.
             deck.sort(key=_first_of_its_kind(), reverse=True)
         planned.append(Planned(at, deck.pop(), lasts))
 
@@ -96,7 +99,7 @@ def _first_of_its_kind() -> Callable[[str], int]:
 
 
 class Injector:
-    """Does to a cluster what was planned."""
+    """Applies the planned faults to a cluster."""
 
     def __init__(
         self,
@@ -110,7 +113,8 @@ class Injector:
         self._postgres = postgres
         self._rule_to_break = rule_to_break
         self._random = random.Random(cluster.seed)  # noqa: S311 - repeatable
-        # Processes that something is being done to. Not two things to one, and not to all.
+        # Processes with an active fault. A process has at most one at a time, and some process has
+        # none.
         self._busy: set[int] = set()
         self._postgres_is_busy = False
 
@@ -147,16 +151,16 @@ class Injector:
             # Killed by another fault, or its worker was just being replaced.
             pass
         except AssertionError as error:
-            # Who was hurt did not come back in time.
+            # The affected process did not come back in time.
             self.troubles.append(f"after {fault.kind}: {error}")
 
-    # Processes. Each returns whether there was somebody to do it to.
+    # Faults of processes. Each function returns whether it found a target.
 
     async def _freeze_worker(self, seconds: float) -> bool:
         if (found := self._free_worker()) is None:
             return False
         _, process = found
-        # Beyond its lease, so that Deletes go on without it, and its row is removed.
+        # Longer than its lease, so that Deletes continue without it and its row is removed.
         return await self._freeze(process, seconds + 0.4 * self._cluster.lease_seconds)
 
     async def _freeze_client(self, seconds: float) -> bool:
@@ -199,7 +203,7 @@ class Injector:
         with self._being_busy(client.child.handle):
             client.child.kill()
             await client.child.ended()
-            # Its lease outlives it.
+            # Shorter than its lease.
             await asyncio.sleep(seconds / 2)
             self._cluster.start_client(client, self._rule_to_break)
         return True
@@ -227,11 +231,11 @@ class Injector:
         finally:
             self._busy.discard(process.pid)
 
-    # The network.
+    # Faults of the network.
 
     async def _black_hole_watch(self, seconds: float) -> bool:
-        # Whoever they are by then, new streams of theirs too: those must not save them. Or only
-        # what there is now, so that they find another server at once.
+        # Either every stream that the client opens meanwhile, so that a new one does not save it,
+        # or only the current ones, so that it finds another server at once.
         clients = [client.name for client in self._cluster.clients]
         chosen = set(
             self._random.sample(clients, self._random.randint(1, max(1, len(clients) // 3)))
@@ -249,8 +253,8 @@ class Injector:
         return await self._befall(self._cluster.network, matches, seconds)
 
     async def _black_hole(self, label: str | None, seconds: float) -> bool:
-        """Black-hole connections of a host for one purpose, or all of them, by which it is cut off
-        from the database."""
+        """Black-hole a host's connections for one purpose, or all of them, which cuts it off from
+        the database."""
         host = self._random.choice(list(self._cluster.hosts))
 
         def of_host(connection: Connection) -> bool:
@@ -260,7 +264,7 @@ class Injector:
         if not found:
             return False
         one = self._random.choice(found)
-        # Which of the workers behind an address a connection is of cannot be told: one, or all.
+        # It is unknown which of the workers behind an address a connection belongs to: one, or all.
         new_too = label is None or self._random.random() < 0.5
 
         def matches(connection: Connection) -> bool:
@@ -302,13 +306,13 @@ class Injector:
     async def _delay(
         self, proxy: Proxy, matches: Callable[[Connection], bool], seconds: float
     ) -> bool:
-        # What was read is read: it is the answer that comes late.
+        # The read is complete; only the answer comes late.
         fault = Fault(matches, "delay", Direction.DOWN, (0.0, LATE_SECONDS_MAX))
         async with proxy.fault(fault):
             await asyncio.sleep(2 * seconds)
         return True
 
-    # The database.
+    # Faults of the database.
 
     async def _terminate_backends(self, _seconds: float) -> bool:
         share = self._random.choice((0.3, 1.0))
@@ -321,7 +325,7 @@ class Injector:
                     share,
                 )
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
-            return False  # It is down.
+            return False  # The database is down.
         return bool(ended)
 
     async def _restart_postgres(self, seconds: float) -> bool:
@@ -335,8 +339,8 @@ class Injector:
             return False
         self._postgres_is_busy = True
         try:
-            # Its start holds up this event loop, and so the proxies, for a moment: the network has
-            # a hiccup while there is no database.
+            # Its start briefly blocks this event loop and so the proxies: the network pauses while
+            # there is no database.
             async with self._postgres.broken_by(fault):
                 await asyncio.sleep(min(seconds, RESTART_SECONDS))
         finally:

@@ -1,4 +1,4 @@
-"""A cluster whose database has several servers, of which one at a time is the primary."""
+"""A cluster whose database has several servers, one of which is the primary."""
 
 import asyncio
 import contextlib
@@ -12,8 +12,8 @@ from tests.history.proxy import Connection, Place, Upstream
 
 __all__ = ["WAYS", "NodesCluster", "Way", "nodes_cluster"]
 
-# How a host's URL finds the primary: it lists all servers, in either order, or it has one address
-# that somebody moves.
+# How a host's URL finds the primary: it lists all servers, in either order, or has one address that
+# the test moves.
 Way = Literal["list", "reversed", "address"]
 WAYS: tuple[Way, ...] = ("list", "reversed", "address")
 
@@ -33,14 +33,14 @@ class NodesCluster(Cluster):
         super().__init__(folder, database_url, lease_seconds, settings, seed)
         self.nodes = dict(nodes)
         self.address = next(iter(nodes))
-        """The server that the address leads to which moves. New connections go there."""
+        """The server to which the movable address leads. New connections go there."""
         self.ways: dict[str, Way] = {}
-        """Each host's way; set it before the host is added. A list unless set."""
+        """Each host's kind of URL; set it before the host is added. Default: a list."""
 
     def sessions(
         self, host: str | None = None, node: str | None = None, label: str | None = None
     ) -> Callable[[Connection], bool]:
-        """Return what recognises a host's sessions with a server, for one purpose or any."""
+        """Return a predicate for a host's sessions with a server, for one purpose or any."""
 
         def matches(connection: Connection) -> bool:
             return (
@@ -62,7 +62,7 @@ class NodesCluster(Cluster):
         parts = urlsplit(self.database_url)
         account, _, _ = parts.netloc.rpartition("@")
         hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
-        # Not encrypted: the proxy reads what a session is for.
+        # Unencrypted, because the proxy reads the purpose of a session.
         return urlunsplit(parts._replace(netloc=f"{account}@{hosts}", query="sslmode=disable"))
 
 
@@ -76,9 +76,9 @@ async def nodes_cluster(
     seed: int,
     settings: Mapping[str, str] | None = None,
 ) -> AsyncIterator[NodesCluster]:
-    """Yield an empty cluster on a database, and end all that was added to it.
+    """Yield an empty cluster on a database, and end everything that was added to it.
 
-    `database_url` leads to the server that is the primary now, `nodes` to each server by name.
+    `database_url` leads to the current primary, `nodes` to each server by name.
     """
     made = NodesCluster(folder, database_url, nodes, lease_seconds, settings or {}, seed)
     try:

@@ -1,4 +1,4 @@
-"""How long nobody had an answer around a fault. Pure: histories in, durations out."""
+"""How long calls went unanswered around a fault. Pure: histories in, durations out."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +16,7 @@ _CHANGED = (Outcome.DONE, Outcome.CONFIRMED)
 
 
 class Window(NamedTuple):
-    """A fault and the time in which its effects count. Nanoseconds of the records' clock."""
+    """A fault and the time in which its effects count, in nanoseconds of the records' clock."""
 
     name: str
     began: int
@@ -31,7 +31,7 @@ class Outage:
     verifies: float
     """Without an answer to any verify, of any process."""
     verifies_worst: float
-    """The same for the one process that had to wait longest."""
+    """The same for the process that waited longest."""
     changes: float
     """Without an answer to any Create, or to any Delete that waits until the token is dead."""
 
@@ -61,7 +61,7 @@ def outages(
             Outage(
                 window.name,
                 _longest(window, everyone),
-                # A process that answered nothing in the window was not running, or was frozen.
+                # A process without any answer in the window was not running, or was frozen.
                 max((_longest(window, each) for each in by_process.values()), default=0.0),
                 _longest(window, changes),
             )

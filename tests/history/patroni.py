@@ -1,7 +1,7 @@
-"""Postgres servers that Patroni runs over the embedded binaries, with etcd as its store.
+"""Postgres servers that Patroni runs with the embedded binaries, and etcd as its store.
 
-Owns their processes and configuration, and what goes wrong with them. Patroni alone decides which
-server is the primary. The programs `patroni` and `etcd` come from PATH.
+Owns their processes, their configuration, and the faults injected into them. Patroni alone decides
+which server is the primary. The programs `patroni` and `etcd` come from PATH.
 """
 
 import asyncio
@@ -45,22 +45,22 @@ __all__ = [
 ]
 
 HOST: Final = "127.0.0.1"
-# Patroni's least; a lost primary is replaced after this. Its default is 30.
+# Patroni's minimum; a lost primary is replaced after this time. Its default is 30.
 TTL_SECONDS: Final = 20
-# initdb and two base backups, one after the other; or a demotion, a rewind and a new start.
+# initdb and two base backups one after another, or a demotion, a rewind and a restart.
 HEALTHY_SECONDS_MAX: Final = 120.0
-# The time to live, a round of Patroni's loop, and what a busy machine adds.
+# The time to live, a round of Patroni's loop, and a margin for a busy machine.
 SUCCESSOR_SECONDS_MAX: Final = TTL_SECONDS + 40.0
 API_SECONDS_MAX: Final = 2.0
-# A switchover's answer comes when it is done.
+# The answer to a switchover comes when it is complete.
 SWITCHOVER_SECONDS_MAX: Final = 60.0
 END_SECONDS_MAX: Final = 40.0
-# Beside what the service needs, Patroni's and the standbys'.
+# In addition to what the service needs: Patroni's own and the standbys'.
 _PROGRAMS: Final = ("pg_ctl", "pg_basebackup", "pg_rewind", "pg_controldata", "pg_isready")
 
 
 def missing() -> str | None:
-    """Return one sentence about what is not installed, or None."""
+    """Return one sentence about a missing program, or None."""
     if shutil.which("etcd") is None:
         return "etcd is not on PATH: apt install etcd-server."
     if (command := shutil.which("patroni")) is None:
@@ -88,7 +88,7 @@ class PatroniNode:
         self._frozen: list[psutil.Process] = []
 
     def postmaster(self) -> psutil.Process | None:
-        """Return the process that Patroni started, if it runs."""
+        """Return the process that Patroni started, if it is running."""
         with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
             pid = int((self.data / "postmaster.pid").read_text("utf-8").splitlines()[0])
             if is_postmaster(pid, self.data):
@@ -116,14 +116,14 @@ class PatroniNode:
                     self._frozen.append(child)
 
     def thaw(self) -> None:
-        """SIGCONT what was frozen."""
+        """SIGCONT everything that was frozen."""
         for process in reversed(self._frozen):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
         self._frozen = []
 
     async def end(self) -> None:
-        """End Patroni, which stops its Postgres, and whatever is left."""
+        """End Patroni, which stops its Postgres, and everything that is left."""
         self.thaw()
         if self.process is not None:
             self.process.terminate()
@@ -141,7 +141,7 @@ class PatroniNode:
 
 
 class Patroni:
-    """A cluster of Patroni's. Made by `patroni`."""
+    """A Patroni cluster, created by `patroni`."""
 
     def __init__(self, folder: Path, nodes: int) -> None:
         self.folder: Final = folder
@@ -150,12 +150,12 @@ class Patroni:
         self._password: Final = secrets.token_hex(16)
         self._etcd: subprocess.Popen[bytes] | None = None
         self._etcd_port: Final = free_port()
-        # Each node's way to etcd, so that one can be cut off.
+        # Each node's connection to etcd, so that one can be cut off.
         self._proxy: Final = Proxy({}, random.Random(0))  # noqa: S311 - it delays nothing
 
     @property
     def versions(self) -> str:
-        """Return which programs run, for the report."""
+        """Return the versions of the running programs, for the report."""
         programs = {"patroni": "--version", "etcd": "--version"}
         found = [
             subprocess.run([name, option], capture_output=True, text=True, check=True, timeout=20)
@@ -164,12 +164,12 @@ class Patroni:
         return ", ".join(done.stdout.splitlines()[0] for done in found)
 
     def url(self, role: str = "latchkey", *nodes: PatroniNode, database: str = "latchkey") -> str:
-        """Return a URL that lists nodes, all of them unless said."""
+        """Return a URL that lists these nodes, or all of them."""
         hosts = ",".join(f"{HOST}:{node.port}" for node in nodes or self.nodes)
         return f"postgresql://{role}:{self._password}@{hosts}/{database}?sslmode=disable"
 
     async def start(self) -> None:
-        """Start etcd and all nodes, make the service's role and database, and wait."""
+        """Start etcd and all nodes, create the service's role and database, and wait."""
         programs = self._programs()
         await self._start_etcd()
         for node in self.nodes:
@@ -239,14 +239,14 @@ class Patroni:
                 "listen": f"{HOST}:{node.api_port}",
                 "connect_address": f"{HOST}:{node.api_port}",
             },
-            # A proxy: Patroni would find out etcd's own address otherwise, and go there.
+            # A proxy: otherwise Patroni would discover etcd's own address and connect to it.
             "etcd3": {"hosts": [f"{HOST}:{etcd_port}"], "use_proxies": True},
             "bootstrap": {
                 "dcs": {
                     "ttl": TTL_SECONDS,
                     "loop_wait": 2,
                     "retry_timeout": 5,
-                    # A crashed primary is replaced, not started again.
+                    # A crashed primary is replaced, not restarted.
                     "primary_start_timeout": 0,
                     "synchronous_mode": True,
                     "postgresql": {
@@ -281,7 +281,7 @@ class Patroni:
         os.chown(node.config, self._account.uid, self._account.gid)
 
     async def members(self) -> list[dict[str, Any]]:
-        """Return what a node that answers says of all members."""
+        """Return what a responding node reports about all members."""
         for node in self.nodes:
             answer = await _ask(node.api_port, "/cluster")
             if answer is not None:
@@ -289,7 +289,7 @@ class Patroni:
         return []
 
     async def leader(self) -> PatroniNode | None:
-        """Return the primary, if the members agree that there is one that runs."""
+        """Return the primary, if the members agree on one that is running."""
         leaders = [
             member["name"]
             for member in await self.members()
@@ -298,7 +298,8 @@ class Patroni:
         return next((node for node in self.nodes if [node.name] == leaders), None)
 
     async def healthy(self) -> PatroniNode:
-        """Wait until there is a primary, all others stream, and one of them synchronously."""
+        """Wait until there is a primary, all others stream, and one of them streams
+        synchronously."""
 
         async def leader() -> PatroniNode | None:
             members = await self.members()
@@ -326,7 +327,7 @@ class Patroni:
         return found
 
     async def switch_over(self, old: PatroniNode) -> None:
-        """Have the primary hand over to its synchronous standby. Raises AssertionError."""
+        """Make the primary hand over to its synchronous standby. Raises AssertionError."""
         answer = await asyncio.to_thread(
             _request,
             old.api_port,
@@ -338,13 +339,13 @@ class Patroni:
 
     @contextlib.asynccontextmanager
     async def cut_off(self, node: PatroniNode) -> AsyncIterator[None]:
-        """Cut a node off from etcd during the block. Its Postgres is still reached."""
+        """Cut a node off from etcd during the block. Its Postgres stays reachable."""
         async with self._proxy.fault(Fault(lambda c: c.tag == node.name, "swallow")):
             yield
 
     async def close(self) -> None:
         """End everything."""
-        # Not at once: each stops its Postgres, which writes a checkpoint.
+        # One after another, because each stops its Postgres, which writes a checkpoint.
         for node in self.nodes:
             await node.end()
         await self._proxy.close()
@@ -355,7 +356,7 @@ class Patroni:
 
 @contextlib.asynccontextmanager
 async def patroni(folder: Path, nodes: int) -> AsyncIterator[Patroni]:
-    """Run a cluster in an existing folder, and end it whatever happens."""
+    """Run a cluster in an existing folder, and end it in any case."""
     made = Patroni(folder, nodes)
     try:
         await made.start()
@@ -365,7 +366,7 @@ async def patroni(folder: Path, nodes: int) -> AsyncIterator[Patroni]:
 
 
 async def _ask(port: int, path: str) -> dict[str, Any] | None:
-    """Return a JSON answer, or None where nobody gives one."""
+    """Return a JSON answer, or None if there is none."""
     answer = await asyncio.to_thread(_request, port, path, None, API_SECONDS_MAX)
     with contextlib.suppress(ValueError):
         found = json.loads(answer or b"null")

@@ -1,4 +1,4 @@
-"""A run on servers that Patroni runs: switchovers, crashes, lost and cut-off nodes."""
+"""A run on servers that Patroni manages: switchovers, crashes, lost and cut-off nodes."""
 
 import asyncio
 import json
@@ -26,19 +26,19 @@ from tests.history.run import (
 
 __all__ = ["NODES", "PATRONI_SIZE", "run_patroni"]
 
-# The lease is the service's default, so that the times without answers are those of its users.
+# The lease is the service's default, so that the times without answers match those of its users.
 PATRONI_SIZE = Size(seconds=600.0, hosts=(2, None, None), clients=8, deleters=5, lease_seconds=3.0)
 NODES = 3
 CALM_SECONDS = (6.0, 10.0)
-# A node that is lost stays away beyond its replacement, and then comes back as it was.
+# A lost node stays away until it has been replaced, and then returns unchanged.
 AWAY_SECONDS = 3.0
-# One fault takes about as long; none begins that would not end in time.
+# About the length of a fault; none begins that would not end in time.
 FAULT_SECONDS = 45.0
 RECOVERY_LEASES = 2.0
 
 
 class _Faults:
-    """Does one thing after the other to Patroni's servers."""
+    """Applies one fault after another to Patroni's servers."""
 
     def __init__(self, made: NodesCluster, servers: Patroni) -> None:
         self.happened: list[Happened] = []
@@ -98,7 +98,7 @@ class _Faults:
 async def run_patroni(
     folder: Path, servers: Patroni, size: Size, rule_to_break: str | None = None
 ) -> Outcome:
-    """Run, and return what came of it."""
+    """Run, and return the outcome."""
     leader = await servers.healthy()
     overtime = OVERTIME_SECONDS + HEALTHY_SECONDS_MAX + SUCCESSOR_SECONDS_MAX
     async with (

@@ -21,7 +21,7 @@ START_SECONDS_MAX = 60.0
 
 
 def tell_if_strange(error: latchkey.LatchkeyError) -> None:
-    """Write to standard error what no outage explains; the report shows how often it came."""
+    """Write to standard error what no outage explains; the report shows how often it occurred."""
     if not isinstance(error, latchkey.Unavailable | latchkey.ResourceExhausted):
         print(f"strange: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
 
@@ -48,7 +48,7 @@ class Host:
         raise NotImplementedError
 
     def worker_processes(self) -> list[psutil.Process]:
-        """Return those that serve."""
+        """Return the processes that serve."""
         raise NotImplementedError
 
     def times_up(self) -> int:
@@ -56,8 +56,8 @@ class Host:
         raise NotImplementedError
 
     async def bring_back(self, times_up: int) -> None:
-        """Wait until a worker has come up in place of one that was ended, and start it where
-        nobody else does. `times_up` is from before the end."""
+        """Wait until a worker has replaced one that was ended; start it if no supervisor does.
+        `times_up` is from before the end."""
         raise NotImplementedError
 
     async def end(self) -> None:
@@ -72,7 +72,7 @@ class Host:
 
 
 class LoneHost(Host):
-    """A worker without a supervisor: started again by us, on the same port."""
+    """A worker without a supervisor: the test restarts it, on the same port."""
 
     def __init__(
         self,
@@ -83,14 +83,13 @@ class LoneHost(Host):
         environment: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(name, folder, settings, workers=1)
-        # Keeps the port while the worker is away, as the supervisor does.
+        # Keeps the port while the worker is down, as the supervisor does.
         self._keeper = socket.socket()
         self._keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self._keeper.bind(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._keeper.getsockname()[1]}"
         self._environment = environment or {}
-        # What a supervisor hands to a worker: settings, peppers, and a policy, of which there is
-        # none.
+        # What a supervisor sends to a worker: settings, peppers and a policy, which is absent here.
         given = json.dumps(self._settings | {"listen": self.address})
         self._handed = f"{given}\n{peppers}null\n".encode()
 
@@ -104,7 +103,7 @@ class LoneHost(Host):
         assert child.alive or child.expected_end, child.trouble()
 
     def worker_processes(self) -> list[psutil.Process]:
-        # Not one that is starting: SIGTERM would find it without a handler.
+        # Not one that is starting, which has no handler for SIGTERM yet.
         return [c.handle for c in self.children if c.alive and c.out.read_bytes()]
 
     def times_up(self) -> int:
@@ -121,7 +120,7 @@ class LoneHost(Host):
 
 
 class SupervisedHost(Host):
-    """The service with its supervisor, which starts workers again by itself."""
+    """The service with its supervisor, which restarts workers itself."""
 
     async def start(self) -> None:
         argv = ["tests.history.worker", "supervisor"]

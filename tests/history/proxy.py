@@ -1,11 +1,12 @@
-"""A TCP proxy on loopback that holds up, delays or swallows what passes, one connection or many.
+"""A TCP proxy on loopback that holds, delays or swallows traffic, on one connection or many.
 
-A connection is known by the `tag` of the listener that it came by and by a `label`, which is found
-in what its client says: what a worker's connection to Postgres is for, and which of a client's
-carries Watch. Neither end is told of a fault: to both the other one is merely silent.
+A connection is known by the `tag` of its listener and by a `label`, which the proxy finds in the
+data that the client sends: the purpose of a worker's connection to Postgres, and which of a
+client's connections carries Watch. Neither end notices a fault: to each the other one is merely
+silent.
 
-A listener may lead to one of several places, as an address does that moves between servers.
-Connections that are open stay where they are until they are cut.
+A listener may lead to one of several places, as an address does that moves between servers. Open
+connections stay where they are until they are cut.
 """
 
 import asyncio
@@ -20,15 +21,16 @@ __all__ = ["Action", "Connection", "Direction", "Fault", "Place", "Proxy", "Upst
 CHUNK_BYTES = 1 << 16
 CONNECT_SECONDS_MAX = 2.0
 
-# HOST:PORT's parts, or the path of a UNIX socket.
+# HOST and PORT, or the path of a UNIX socket.
 Place = tuple[str, int] | str
-# A place, or a function that returns the place for a new connection; OSError refuses it.
+# A place, or a function that returns the place for a new connection; OSError rejects the
+# connection.
 Upstream = Place | Callable[[], Place]
 Action = Literal["hold", "swallow", "delay"]
 
 
 class Direction(enum.Flag):
-    """Which way bytes go."""
+    """The direction of the bytes."""
 
     UP = 1
     """From the client to the server."""
@@ -42,27 +44,27 @@ class Connection:
     def __init__(self, tag: str) -> None:
         self.tag = tag
         self.place: Place | None = None
-        """Where it leads."""
+        """Its upstream."""
         self.label: str | None = None
         self.swallowed = Direction(0)
-        """Ways on which bytes are missing. It can never be of use again."""
+        """Directions in which bytes are missing. The connection is unusable from then on."""
         self.task = asyncio.current_task()
         self._tail = b""
 
     def sniff(self, data: bytes, labels: Mapping[bytes, str]) -> None:
-        """Find out what it is for."""
+        """Find out the purpose of the connection."""
         if self.label is None:
             text = self._tail + data
             self.label = next((label for mark, label in labels.items() if mark in text), None)
-            # A mark may come in two pieces.
+            # A mark may arrive in two pieces.
             self._tail = text[-64:]
 
 
 class Fault:
-    """What befalls connections until it is over.
+    """Affects connections until it is over.
 
-    `hold` keeps bytes back and delivers them when it is over, as a network does that recovers;
-    `swallow` drops them for good, and the connection is cut when it is over; `delay` delivers each
+    `hold` keeps bytes back and delivers them when it is over, as a recovering network does.
+    `swallow` drops them for good, and cuts the connection when it is over. `delay` delivers each
     piece late, by up to `seconds_max`.
     """
 
@@ -79,7 +81,7 @@ class Fault:
         self.seconds = seconds
         self.over = asyncio.Event()
         self.befallen = 0
-        """How many pieces, so far."""
+        """Number of pieces affected so far."""
 
 
 class Proxy:
@@ -106,7 +108,7 @@ class Proxy:
 
     @contextlib.asynccontextmanager
     async def fault(self, fault: Fault) -> AsyncIterator[None]:
-        """Have it befall connections, new ones too, during the block."""
+        """Apply the fault to connections, new ones included, during the block."""
         self._faults.append(fault)
         try:
             yield
@@ -118,7 +120,7 @@ class Proxy:
                     connection.task.cancel()
 
     async def cut(self, matches: Callable[[Connection], bool] = lambda _: True) -> int:
-        """Cut connections, as a router that restarts does; return how many."""
+        """Cut connections, as a restarting router does; return how many."""
         tasks = [c.task for c in self.connections if c.task is not None and matches(c)]
         for task in tasks:
             task.cancel()
@@ -127,7 +129,7 @@ class Proxy:
 
     @contextlib.asynccontextmanager
     async def refusing(self, matches: Callable[[Connection], bool]) -> AsyncIterator[None]:
-        """Cut connections and refuse new ones during the block. New ones have no label yet."""
+        """Cut connections and reject new ones during the block. New ones have no label yet."""
         self._refusals.append(matches)
         await self.cut(matches)
         try:
@@ -150,7 +152,7 @@ class Proxy:
     ) -> None:
         self.connections.add(connection)
         writers = [writer]
-        # Cut, whatever the reason: for its ends it is one more broken connection.
+        # Cut in any case: for its two ends it is one more broken connection.
         with contextlib.suppress(OSError, TimeoutError, asyncio.CancelledError):
             try:
                 async with asyncio.timeout(CONNECT_SECONDS_MAX):
@@ -198,10 +200,11 @@ class Proxy:
 
     async def _befall(self, connection: Connection, direction: Direction, fault: Fault) -> None:
         fault.befallen += 1
-        # An end is kept back like any byte: a dead network does not tell of it either.
+        # The end of the stream is held back like any byte, because a dead network does not report
+        # it either.
         if fault.action == "swallow":
             connection.swallowed |= direction
-            # Read on: to its sender all is well.
+            # Keep reading, so that the sender notices nothing.
         elif fault.action == "hold":
             await fault.over.wait()
         else:

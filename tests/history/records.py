@@ -1,8 +1,8 @@
-"""What a process writes down of each call: when it began, when it ended, and how.
+"""The record that a process writes of each call: start, end and outcome.
 
-Times are nanoseconds of CLOCK_MONOTONIC, which is one clock for all processes of a machine. The
-beginning is read before the call is made and the end after its answer is there, so that noise can
-only make two calls look as if they overlapped, which allows anything.
+Times are nanoseconds of CLOCK_MONOTONIC, which all processes of a machine share. The start is read
+before the call and the end after its answer, so that noise can only make two calls appear to
+overlap, in which case every answer is allowed.
 """
 
 import enum
@@ -18,17 +18,17 @@ __all__ = ["Kind", "Outcome", "Record", "Recorder", "now", "read"]
 
 now = time.monotonic_ns
 
-# kind, outcome, token's number, beginning, end.
+# kind, outcome, token's number, start, end.
 _LAYOUT = struct.Struct("<BBIqq")
 
 
 class Kind(enum.IntEnum):
-    """What was called."""
+    """The method that was called."""
 
     NOWAIT = 1
-    """`Verifier.verify_nowait`, where it had an answer: always from memory."""
+    """`Verifier.verify_nowait`, if it had an answer: always from the cache."""
     VERIFY = 2
-    """`Verifier.verify`: from memory, or else from the service."""
+    """`Verifier.verify`: from the cache, otherwise from the service."""
     DIRECT = 3
     """The RPC Verify, of one server process."""
     CREATE = 4
@@ -40,7 +40,7 @@ class Kind(enum.IntEnum):
 
 
 class Outcome(enum.IntEnum):
-    """How it ended."""
+    """The outcome of a call."""
 
     FAILED = 0
     """With an error. Of a Delete that means: not confirmed, though it may stand."""
@@ -50,9 +50,9 @@ class Outcome(enum.IntEnum):
     DONE = 3
     """Of a Create or a Get."""
     CONFIRMED = 4
-    """Of a Delete: the receipt says since when the token has been dead everywhere."""
+    """Of a Delete: the receipt has the time since which the token has been dead everywhere."""
     COMMITTED = 5
-    """Of a Delete that was asked not to wait: it is not dead everywhere yet."""
+    """Of a Delete with `no_wait`: the token may not be dead everywhere yet."""
     NOT_FOUND = 6
     """Of a Delete or a Get: the service does not know the token."""
 
@@ -68,22 +68,23 @@ class Record(NamedTuple):
 
 
 class Recorder:
-    """Appends to a file. `add` may be called from any thread, `flush` from one at a time.
+    """Appends to a file. `add` may be called from any thread, `flush` from one thread at a time.
 
-    What was not flushed when its process is killed is lost: a call that nobody saw.
+    If the process is killed, records that were not flushed are lost, as if the calls had not been
+    observed.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        # Appending and taking from its other end are atomic.
+        # Appending and removing at the other end are atomic.
         self._pending: deque[bytes] = deque()
 
     def add(self, kind: Kind, outcome: Outcome, token: int, began: int, ended: int) -> None:
-        """Write a call down."""
+        """Record a call."""
         self._pending.append(_LAYOUT.pack(kind, outcome, token, began, ended))
 
     def flush(self) -> None:
-        """Hand to the operating system what was added, which then survives a kill."""
+        """Pass the added records to the operating system, so that they survive a kill."""
         pending = self._pending
         if pending:
             os.write(self._file, b"".join(pending.popleft() for _ in range(len(pending))))
@@ -95,8 +96,9 @@ class Recorder:
 
 
 def read(path: Path) -> Iterator[Record]:
-    """Return what a file holds. Half a record at its end, of a process that was killed, is none."""
+    """Return the records of a file. An incomplete record at its end, from a killed process, is
+    ignored."""
     data = path.read_bytes()
     whole = len(data) - len(data) % _LAYOUT.size
-    # Not a Record each from the start: there are millions, and most are only compared.
+    # Tuples, not Record objects: there are millions, and most are only compared.
     return map(Record._make, _LAYOUT.iter_unpack(memoryview(data)[:whole]))

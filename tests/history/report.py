@@ -1,4 +1,4 @@
-"""What a run tells, and what makes it fail. Pure."""
+"""The report of a run, and the conditions under which it fails. Pure."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,23 +10,22 @@ from tests.history.run import Outcome
 
 __all__ = ["complaints", "late_accepts", "scenarios", "table", "violations"]
 
-# What a run has to have seen, each second and verifier or deleter: a tenth, at most, of what it
-# sees on two busy cores. A run that was starved, or whose parts did not find each other, proves
-# nothing.
+# The minimum that a run must see, per second and verifier or deleter: at most a tenth of what it
+# sees on two busy cores. A run that was starved, or whose parts did not interact, proves nothing.
 ANSWERS_EACH = 3.0
 HITS_EACH = 1.0
 DELETES_EACH = 0.06
-# Of the faults that were planned, and of their kinds: some find nobody to befall.
+# Shares of the planned faults and of their kinds: some find no target.
 FAULTS_SHARE = 0.5
-# Of confirmed Deletes, how many a verify was answered after; and of verifiers, how many answered
-# from memory.
+# The share of confirmed Deletes that an answered verify followed, and the share of verifiers that
+# answered from their caches.
 CHECKED_SHARE = 0.5
 REMEMBERING_SHARE = 0.5
 LATE_SHOWN = 20
 
 
 def complaints(outcome: Outcome) -> list[str]:
-    """Return why a run has failed; nothing if it has not."""
+    """Return the reasons why a run has failed; empty if it has not."""
     size, findings = outcome.size, outcome.findings
     found = violations(findings) + outcome.troubles
     least = {
@@ -57,7 +56,7 @@ def complaints(outcome: Outcome) -> list[str]:
 
 
 def violations(findings: Findings) -> list[str]:
-    """Return what no caller may ever see."""
+    """Return the violations that no caller may ever see."""
     found = late_accepts(findings) + lost_tokens(findings)
     if findings.refused_early:
         found.append(f"{findings.refused_early} refusals of tokens that nobody had deleted yet")
@@ -91,13 +90,13 @@ def lost_tokens(findings: Findings) -> list[str]:
 
 
 def scenarios(findings: Findings, count: int) -> list[str]:
-    """Return what the scenarios came to."""
+    """Return the results of the scenarios."""
     seen = f"{findings.operations} operations, {len(findings.deleted)} deletes confirmed"
     return [f"scenarios        {count:>10}    {seen}, {findings.late_count} late accepts"]
 
 
 def table(outcome: Outcome) -> list[str]:
-    """Return what a run has seen, for people."""
+    """Return the results of a run as a readable table."""
     size, findings = outcome.size, outcome.findings
     hosts = ", ".join("1" if workers is None else f"{workers} sharing" for workers in size.hosts)
     faults = Counter(fault.kind for fault in outcome.faults)

@@ -1,4 +1,5 @@
-"""A run: everything is started, works undisturbed for a while, is hurt, recovers, and is judged."""
+"""A run: start everything, work undisturbed for a while, inject faults, recover, and check the
+histories."""
 
 import asyncio
 import json
@@ -27,17 +28,17 @@ __all__ = [
     "work",
 ]
 
-# On top of the time that a run is given: processes that start and end, and faults that last.
+# In addition to the run's own time: processes that start and end, and faults that last.
 OVERTIME_SECONDS = 120.0
-# A worker that is killed has to be back, and what its row stood for over, before things count as
-# healthy again.
+# The time until a killed worker is back and its old row has expired, after which the system counts
+# as healthy again.
 RECOVERY_LEASES = 2.5
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large a run is. Of `hosts`, each is a supervisor's number of workers, or None for a
-    worker without one."""
+    """The size of a run. Each item of `hosts` is a supervisor's number of workers, or None for a
+    worker without a supervisor."""
 
     seconds: float = 60.0
     hosts: tuple[int | None, ...] = (2, None)
@@ -58,13 +59,13 @@ class Size:
         return self.clients * self.verifiers_per_client
 
 
-# What CI has time for: as many kinds of processes and faults, fewer of each.
+# What CI has time for: as many kinds of processes and faults, but fewer of each.
 SHORT = Size(seconds=10.0, clients=3, verifiers_per_client=2, deleters=3, lease_seconds=0.8)
 
 
 @dataclass
 class Outcome:
-    """What came of a run."""
+    """The outcome of a run."""
 
     size: Size
     findings: Findings
@@ -74,24 +75,24 @@ class Outcome:
     strange: Counter[str] = field(default_factory=Counter)
     """Errors that no outage explains, by their text."""
     outages: list[Outage] = field(default_factory=list)
-    """Of a run with failovers: the time without answers around each."""
+    """In a run with failovers: the time without answers around each."""
 
     @property
     def healthy(self) -> list[float]:
-        """How long Deletes took that no fault was near, in milliseconds, ascending."""
+        """Return the durations of Deletes without a nearby fault, in milliseconds, ascending."""
         return self._delays(faulty=False)
 
     @property
     def faulty(self) -> list[float]:
-        """How long the others took."""
+        """Return the durations of the other Deletes."""
         return self._delays(faulty=True)
 
     @property
     def remembering(self) -> int:
-        """How many verifiers answered from memory."""
+        """Return how many verifiers answered from their caches."""
         lives: Counter[str] = Counter()
         for who, hits in self.findings.from_memory.items():
-            # One that was killed goes on in another process.
+            # A killed client continues in another process.
             lives[re.sub(r"\.\d+/", "/", who)] += hits
         return sum(hits > 0 for hits in lives.values())
 
@@ -112,7 +113,7 @@ async def run(
     size: Size,
     rule_to_break: str | None = None,
 ) -> Outcome:
-    """Run, and return what came of it. `postgres`, where there is one, is restarted and killed."""
+    """Run, and return the outcome. If `postgres` is given, the run restarts and kills it."""
     async with (
         asyncio.timeout(size.seconds + OVERTIME_SECONDS),
         cluster(folder, database_url, lease_seconds=size.lease_seconds, seed=size.seed) as made,
@@ -128,12 +129,12 @@ async def run(
 
 
 def quiet_seconds(size: Size) -> float:
-    """Return how long a run works undisturbed at its beginning and at its end."""
+    """Return how long a run works undisturbed at its start and at its end."""
     return min(5.0, size.seconds / 10)
 
 
 async def work(made: Cluster, size: Size, hurt: Callable[[], Awaitable[object]]) -> None:
-    """Create, verify and delete, have `hurt` do what it does, and end all processes in order."""
+    """Create, verify and delete while `hurt` injects faults, and end all processes in order."""
     deleters = made.start_deleters(size.deleters, _connections(made))
     begun = now()
     quiet = quiet_seconds(size)
@@ -143,7 +144,7 @@ async def work(made: Cluster, size: Size, hurt: Callable[[], Awaitable[object]])
     await asyncio.sleep(max(quiet, (recovered - now()) / 1e9))
     deleters.ask_to_end()
     await deleters.ended(60.0)
-    # Verifies of the last tokens.
+    # Time for verifies of the last tokens.
     await asyncio.sleep(size.lease_seconds)
     await made.stop_clients()
     await asyncio.gather(*(host.end() for host in made.hosts.values()))
@@ -164,7 +165,7 @@ async def start(made: Cluster, size: Size, rule_to_break: str | None) -> None:
         )
     )
     for number in range(size.clients):
-        # Most know all hosts, in different orders; some only one.
+        # Most clients know all hosts, in different orders; some know only one.
         shift = number % len(names)
         known = [*names[shift:], *names[:shift]]
         await made.add_client(
@@ -173,7 +174,7 @@ async def start(made: Cluster, size: Size, rule_to_break: str | None) -> None:
             rule_to_break=rule_to_break,
         )
     files = [made.records / f"{client.name}.0" for client in made.clients]
-    # Written to before the first token: the counts.
+    # Written before the first token: the counts.
     await eventually(
         lambda: all(file.exists() and file.stat().st_size for file in files) or made.troubles(),
         "all clients are up",
@@ -182,12 +183,13 @@ async def start(made: Cluster, size: Size, rule_to_break: str | None) -> None:
 
 
 def _connections(made: Cluster) -> dict[str, int]:
-    # Workers that share an address are found by chance: twice as many connections find most.
+    # Connections reach workers that share an address by chance: twice as many connections find most
+    # of them.
     return {name: 1 if h.workers == 1 else 2 * h.workers for name, h in made.hosts.items()}
 
 
 def strange(made: Cluster) -> Counter[str]:
-    """Return what no outage explains in the output of the processes, and how often it came."""
+    """Return the errors in the processes' output that no outage explains, with their counts."""
     found: Counter[str] = Counter()
     for child in made.children():
         for line in child.err.read_text("utf-8", "replace").splitlines():

@@ -1,8 +1,8 @@
-"""Directed attempts: for each rule, the course of events that its absence makes visible.
+"""Directed attempts: for each rule, the sequence of events that exposes its absence.
 
-They use the same processes, recorder and checker as a run, on a stage of two workers that hear of
-nothing by notifications, so that what a rule protects stays open for a third of a lease, and one
-client. One of the workers, and the client, may have a rule taken out.
+They use the same processes, recorder and checker as a run. The stage has one client and two workers
+without notifications, so that the gap that a rule closes stays open for a third of a lease. One of
+the workers and the client may lack a rule.
 """
 
 import asyncio
@@ -35,17 +35,18 @@ __all__ = [
 
 ACCOUNT = "acme"
 LEASE_SECONDS = 0.8
-# After a Delete, verifies go on for so long at least: what a missing rule leaves open.
+# After a Delete, verifies continue for at least this long: as long as a missing rule leaves a gap
+# open.
 VERIFY_ON_SECONDS = 0.35
-# Far above what anything here takes, on a machine with other things to do.
+# Far longer than any step here takes, on a machine with other work.
 WAIT_SECONDS = 60.0
-# Of a scenario that was cut short, since some answer did not come in time.
+# A scenario was cut short because an answer did not come in time.
 ATTEMPTS_MAX = 5
 SUSPECT, OTHER = "suspect", "other"
 
 
 class Stage:
-    """Two hosts, one of which is suspected of lacking a rule, and a client on one of them."""
+    """Two hosts, one of which (the suspect) may lack a rule, and a client on one of them."""
 
     def __init__(self, made: Cluster) -> None:
         self.cluster = made
@@ -62,7 +63,7 @@ class Stage:
         return self.cluster.clients[0]
 
     async def create(self, *, tell: bool = False) -> "Subject":
-        """Create a token, and have the client verify it if told to."""
+        """Create a token, and have the client verify it if requested."""
         number = next(self._numbers)
         began = now()
         created = await self.other.create(ACCOUNT, f"token {number}", latchkey.Scope.READ)
@@ -73,7 +74,7 @@ class Stage:
         return subject
 
     async def verify(self, through: latchkey.Client, subject: "Subject") -> Outcome:
-        """Verify through one server, once, for as long as that may take."""
+        """Verify through one server, once, without a time limit."""
         outcome = Outcome.FAILED
         began = now()
         with contextlib.suppress(latchkey.Unavailable):
@@ -83,7 +84,8 @@ class Stage:
         return outcome
 
     async def delete(self, through: latchkey.Client, subject: "Subject") -> None:
-        """Delete until that is confirmed, or the service says that there is no such token."""
+        """Delete until that is confirmed, or until the service reports that the token does not
+        exist."""
         outcome = Outcome.CONFIRMED
         began = now()
         try:
@@ -95,7 +97,7 @@ class Stage:
         self._board.deleted(subject.number)
 
     async def verify_on(self, through: latchkey.Client, subject: "Subject") -> None:
-        """Verify again and again for a while, and until there was an answer."""
+        """Verify repeatedly for a while, and until one verify is answered."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         answered = False
@@ -107,7 +109,7 @@ class Stage:
     async def verify_for(
         self, through: latchkey.Client, subject: "Subject", seconds: float
     ) -> None:
-        """Verify again and again for a while, whether there is an answer or not."""
+        """Verify repeatedly for a while, whether a verify is answered or not."""
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
         while loop.time() < until:
@@ -115,7 +117,7 @@ class Stage:
             await asyncio.sleep(0.005)
 
     async def client_verifies_on(self, subject: "Subject") -> None:
-        """Wait for a while, and until the client was answered about a token that is deleted."""
+        """Wait for a while, and until the client has an answer about a deleted token."""
         await asyncio.sleep(VERIFY_ON_SECONDS)
         deleted = self._deleted[subject.number]
 
@@ -125,7 +127,7 @@ class Stage:
         await self._until_client(subject, answered, "the client is answered")
 
     async def remembered(self, through: latchkey.Client, subject: "Subject") -> None:
-        """Have a server remember the token."""
+        """Make a server cache the token."""
 
         async def twice() -> bool:
             return {await self.verify(through, subject) for _ in range(2)} == {Outcome.VALID}
@@ -133,7 +135,7 @@ class Stage:
         await eventually(twice, "the server verifies", WAIT_SECONDS)
 
     async def remembered_by_client(self, subject: "Subject") -> None:
-        """Wait until the client answers from memory."""
+        """Wait until the client answers from its cache."""
 
         def recalled(record: Record) -> bool:
             return record.kind == Kind.NOWAIT and record.outcome == Outcome.VALID
@@ -141,13 +143,13 @@ class Stage:
         await self._until_client(subject, recalled, "the client answers from memory")
 
     async def rows(self) -> int:
-        """Return how many verifiers the database knows."""
+        """Return how many verifiers the database has registered."""
         async with session(self.cluster.database_url) as connection:
             count: int = await connection.fetchval("SELECT count(*) FROM verifier")
         return count
 
     def findings(self) -> Findings:
-        """Judge what was seen so far."""
+        """Check the histories so far."""
         self._recorder.flush()
         return check(self.cluster.histories())
 
@@ -160,7 +162,7 @@ class Stage:
     async def _until_client(
         self, subject: "Subject", check: Callable[[Record], bool], what: str
     ) -> None:
-        """Wait until the client has written down a call about `subject` that passes a check."""
+        """Wait until the client has recorded a call about `subject` that passes a check."""
         file = self.cluster.records / self.client.child.name
 
         def seen() -> bool:
@@ -181,7 +183,8 @@ class Subject:
 
 
 async def answer_of_look_up_comes_late(stage: Stage) -> None:
-    """A look-up is read before a Delete and answered after it, and the server asked again (4)."""
+    """A look-up reads before a Delete and is answered after it; then the server is called again
+    (4)."""
     await stage.remembered(stage.suspect, await stage.create())
     subject = await stage.create()
     late = Fault(_database(LOOKUP), "hold", Direction.DOWN)
@@ -193,7 +196,8 @@ async def answer_of_look_up_comes_late(stage: Stage) -> None:
 
 
 async def answer_of_verify_comes_late(stage: Stage) -> None:
-    """A client's verify is answered before a Delete, and it hears of that after it (4)."""
+    """A client's verify is answered before a Delete, and the client receives the answer after it
+    (4)."""
     await stage.remembered_by_client(await stage.create(tell=True))
     late = Fault(lambda c: c.label != WATCH, "hold", Direction.DOWN)
     async with stage.cluster.network.fault(late):
@@ -204,7 +208,7 @@ async def answer_of_verify_comes_late(stage: Stage) -> None:
 
 
 async def worker_is_frozen(stage: Stage) -> None:
-    """A server stands still until a Delete has waited its lease out, and is asked then (5)."""
+    """A server is frozen until a Delete has waited out its lease, and is called then (5)."""
     subject = await stage.create()
     await stage.remembered(stage.suspect, subject)
     (process,) = stage.cluster.hosts[SUSPECT].worker_processes()
@@ -214,7 +218,7 @@ async def worker_is_frozen(stage: Stage) -> None:
             await stage.delete(stage.other, subject)
             for _ in range(3):
                 group.create_task(stage.verify(stage.suspect, subject))
-            # So that they are waiting for it when it goes on.
+            # So that they are waiting when the server continues.
             await asyncio.sleep(0.05)
         finally:
             process.resume()
@@ -222,7 +226,7 @@ async def worker_is_frozen(stage: Stage) -> None:
 
 
 async def client_is_frozen(stage: Stage) -> None:
-    """A client stands still until a Delete has waited its lease out (5)."""
+    """A client is frozen until a Delete has waited out its lease (5)."""
     subject = await stage.create(tell=True)
     await stage.remembered_by_client(subject)
     process = stage.client.child.handle
@@ -235,7 +239,7 @@ async def client_is_frozen(stage: Stage) -> None:
 
 
 async def client_hears_nothing(stage: Stage) -> None:
-    """Nothing of a Delete gets through to a client that answers on under its lease (7, 8)."""
+    """No message about a Delete reaches a client that keeps answering under its lease (7, 8)."""
     subject = await stage.create(tell=True)
     await stage.remembered_by_client(subject)
     silent = Fault(lambda c: c.label == WATCH, "swallow", Direction.DOWN)
@@ -245,7 +249,7 @@ async def client_hears_nothing(stage: Stage) -> None:
 
 
 async def row_is_removed(stage: Stage) -> None:
-    """A server stands still until its row is removed, goes on, and learns of a Delete late (3)."""
+    """A server is frozen until its row is removed, continues, and learns of a Delete late (3)."""
     (process,) = stage.cluster.hosts[SUSPECT].worker_processes()
     process.suspend()
     try:
@@ -260,7 +264,7 @@ async def row_is_removed(stage: Stage) -> None:
 
 
 async def another_deletes(stage: Stage) -> None:
-    """What one server remembers is deleted through the other (3)."""
+    """A token that one server has cached is deleted through the other (3)."""
     subject = await stage.create()
     await stage.remembered(stage.suspect, subject)
     await stage.delete(stage.other, subject)
@@ -268,7 +272,8 @@ async def another_deletes(stage: Stage) -> None:
 
 
 async def suspect_deletes(stage: Stage) -> None:
-    """What one server remembers is deleted through the one that may bury the living (9)."""
+    """A token that one server has cached is deleted through the suspect, which may remove live rows
+    (9)."""
     subject = await stage.create()
     await stage.remembered(stage.other, subject)
     await stage.delete(stage.suspect, subject)
@@ -277,8 +282,8 @@ async def suspect_deletes(stage: Stage) -> None:
 
 Scenario = Callable[[Stage], Awaitable[None]]
 
-# By the rule that each makes visible, and of whom: a late accept of the other may have its cause
-# in the first one.
+# By the rule that each exposes, and by suspect, because a late accept of the other host may be
+# caused by the first one.
 SCENARIOS: dict[str, tuple[Scenario, ...]] = {
     "3": (row_is_removed,),
     "3-log": (another_deletes,),
@@ -288,8 +293,8 @@ SCENARIOS: dict[str, tuple[Scenario, ...]] = {
     "8": (client_hears_nothing,),
     "9": (suspect_deletes,),
 }
-# Where the client hangs: on the suspect if it is that which treats it badly, else on the one that
-# keeps the rules, so that what it does wrong is its own. The other scenarios have no client.
+# Where the client is connected: to the suspect if the suspect mistreats clients, otherwise to the
+# correct host, so that every error is the client's own. The other scenarios have no client.
 _CLIENT_ON = {None: OTHER, "4": OTHER, "5": OTHER, "7": SUSPECT, "8": SUSPECT}
 
 
@@ -297,7 +302,7 @@ _CLIENT_ON = {None: OTHER, "4": OTHER, "5": OTHER, "7": SUSPECT, "8": SUSPECT}
 async def staged(
     folder: Path, database_url: str, rule_to_break: str | None
 ) -> AsyncIterator[Stage]:
-    """Yield a stage on a database. Its client, and one of its hosts, lack the rule."""
+    """Yield a stage on a database. Its client and one of its hosts lack the rule."""
     async with cluster(
         folder,
         database_url,
@@ -318,10 +323,10 @@ async def staged(
 
 
 async def play(stage: Stage, scenario: Scenario) -> Findings:
-    """Play a scenario once, to its end, and return all that was found so far.
+    """Play a scenario once, to its end, and return all findings so far.
 
-    One that is cut short, since an answer did not come in time on a machine that is too busy, has
-    shown nothing and is played again. Raises Unavailable if that happens every time.
+    A scenario that is cut short because a busy machine did not answer in time proves nothing and is
+    played again. Raises Unavailable if that happens every time.
     """
     for _ in range(ATTEMPTS_MAX - 1):
         with contextlib.suppress(latchkey.Unavailable):
@@ -335,7 +340,7 @@ async def _played(stage: Stage, scenario: Scenario) -> None:
     try:
         await scenario(stage)
     except* latchkey.Unavailable as group:
-        # Of a task of the scenario's, perhaps.
+        # Perhaps raised in a task of the scenario.
         raise latchkey.Unavailable("The scenario was cut short.") from group
 
 

@@ -1,4 +1,4 @@
-"""The checker of histories, on histories made by hand, and what makes a run fail."""
+"""The checker on hand-made histories, and the conditions under which a run fails."""
 
 import random
 from itertools import islice
@@ -26,7 +26,7 @@ def delete(token: int, began: int, ended: int, outcome: Outcome = Outcome.CONFIR
 
 
 def judge(*records: Record) -> Findings:
-    """Check a history of two processes, whose records come in no order of time."""
+    """Check a history of two processes whose records are not in time order."""
     shuffled = list(records)
     random.Random(len(records)).shuffle(shuffled)  # noqa: S311 - repeatable
     deletes = [record for record in shuffled if record.kind == Kind.DELETE]
@@ -35,7 +35,7 @@ def judge(*records: Record) -> Findings:
 
 
 def test_late_accept() -> None:
-    """A VALID of a verify that began after the Delete's answer is found, with how late it was."""
+    """VALID from a verify that began after the Delete had returned is found, with its delay."""
     findings = judge(delete(1, 10, 20), verify(1, 23, 24))
     assert findings.late_count == 1
     (late,) = findings.late
@@ -56,14 +56,15 @@ def test_late_accept() -> None:
     ],
 )
 def test_either_answer_is_right(began: int, ended: int) -> None:
-    """A verify that began before the Delete had answered, or at that moment, may say VALID."""
+    """A verify that began before the Delete had returned, or at that moment, may return VALID."""
     findings = judge(delete(1, 10, 20), verify(1, began, ended))
     assert findings.late_count == 0
     assert findings.checked == set()
 
 
 def test_a_nanosecond_late() -> None:
-    """What began at the nanosecond of the answer overlaps it; one later, it is late."""
+    """A verify that began in the nanosecond of the answer overlaps it; one nanosecond later it is
+    late."""
     end = 20 * MS
     at = Record(Kind.DIRECT, Outcome.VALID, 1, end, end + 5)
     after = Record(Kind.DIRECT, Outcome.VALID, 1, end + 1, end + 5)
@@ -72,8 +73,8 @@ def test_a_nanosecond_late() -> None:
 
 
 @pytest.mark.parametrize("outcome", [Outcome.FAILED, Outcome.COMMITTED])
-def test_unconfirmed(outcome: Outcome) -> None:
-    """A Delete that failed, or did not wait, forbids nothing; one that is confirmed later does."""
+def test_unconfirmed_deletes_forbid_nothing(outcome: Outcome) -> None:
+    """A Delete that failed, or did not wait, forbids nothing; a later confirmed one does."""
     unconfirmed = delete(1, 10, 20, outcome)
     findings = judge(unconfirmed, verify(1, 30, 31))
     assert findings.late_count == 0
@@ -83,7 +84,7 @@ def test_unconfirmed(outcome: Outcome) -> None:
 
 
 def test_first_confirmation_counts() -> None:
-    """Of two confirmed Deletes of a token the one that answered first forbids."""
+    """Of two confirmed Deletes of a token, VALID is forbidden from the first answer on."""
     findings = judge(delete(1, 10, 90), delete(1, 15, 20), verify(1, 30, 31))
     assert findings.late_count == 1
     assert len(findings.deletes) == 2
@@ -91,7 +92,7 @@ def test_first_confirmation_counts() -> None:
 
 
 def test_other_answers_and_tokens() -> None:
-    """Refusals, failures and other tokens' verifies are no late accepts."""
+    """Refusals, failures and verifies of other tokens are not late accepts."""
     findings = judge(
         delete(1, 10, 20),
         verify(1, 30, 31, Outcome.REFUSED),
@@ -99,13 +100,13 @@ def test_other_answers_and_tokens() -> None:
         verify(2, 30, 31),
     )
     assert findings.late_count == 0
-    # A failure says nothing of what it would have answered.
+    # A failure does not show what the answer would have been.
     assert judge(delete(1, 10, 20), verify(1, 30, 31, Outcome.FAILED)).checked == set()
     assert findings.checked == {1}
 
 
 def test_early_refusal() -> None:
-    """A refusal that came before any Delete began is found, also if that Delete failed."""
+    """A refusal before any Delete began is found, even if that Delete failed."""
     early = verify(1, 1, 2, Outcome.REFUSED)
     failed, confirmed = delete(1, 5, 8, Outcome.FAILED), delete(1, 10, 20)
     assert judge(early, failed, confirmed).refused_early == 1
@@ -114,7 +115,7 @@ def test_early_refusal() -> None:
 
 
 def test_counts() -> None:
-    """Hits and misses are a verifier's last word, added up over verifiers."""
+    """Hits and misses come from a verifier's last record, and are summed over verifiers."""
     findings = check(
         {
             "client-00.0": lambda: [
@@ -130,7 +131,7 @@ def test_counts() -> None:
 
 
 def test_records_survive_a_kill(tmp_path: Path) -> None:
-    """What was flushed is read back as it was; half a record at the end is passed over."""
+    """Flushed records are read back unchanged; an incomplete record at the end is ignored."""
     recorder = Recorder(tmp_path / "records")
     written = [verify(number, number, number + 1) for number in range(1, 100)]
     for record in written:
@@ -143,7 +144,7 @@ def test_records_survive_a_kill(tmp_path: Path) -> None:
 
 
 def test_a_run_that_saw_nothing_fails() -> None:
-    """A run without late accepts fails if it has seen too little to tell."""
+    """A run without late accepts fails if it has seen too little to prove anything."""
     empty = RunOutcome(Size(), Findings(), [], [], [])
     complaints = report.complaints(empty)
     assert all(complaint.startswith("too few") for complaint in complaints)
@@ -151,7 +152,8 @@ def test_a_run_that_saw_nothing_fails() -> None:
 
 
 def test_a_run_fails_for_one_late_accept() -> None:
-    """One late accept fails a run that has seen enough, as does a process that ended by itself."""
+    """One late accept fails a run that has seen enough, and so does a process that ended
+    unexpectedly."""
     size = Size(seconds=10.0, clients=1, deleters=1)
     records = [delete(n, 10, 20) for n in range(10)]
     records += [verify(n % 10, 30, 31, Outcome.REFUSED) for n in range(1_000)]
@@ -170,7 +172,7 @@ def test_a_run_fails_for_one_late_accept() -> None:
 
 
 def test_a_run_fails_for_one_lost_token() -> None:
-    """A run whose service forgot a token, or refused it too soon, has failed."""
+    """A run fails if its service lost a token, or refused one too early."""
     lost = judge(create(1, 1, 2), get(1, 10, 11))
     (complaint,) = report.violations(lost)
     assert "token 1 NOT_FOUND for client (GET)" in complaint
@@ -179,7 +181,7 @@ def test_a_run_fails_for_one_lost_token() -> None:
 
 
 def test_deck() -> None:
-    """A seed gives one order of failovers, in which each comes before any comes again."""
+    """A seed determines one order of failovers, in which each occurs before any repeats."""
     count = len(EPISODES) + 2
     first = list(islice(deck(1), 2 * count))
     assert first == list(islice(deck(1), 2 * count))
@@ -188,7 +190,8 @@ def test_deck() -> None:
 
 
 def test_plan() -> None:
-    """A seed gives one plan, which is over in time and, in a minute, has each kind of fault."""
+    """A seed determines one plan, which ends in time and contains each kind of fault in a
+    minute."""
     planned = plan(7, 50.0, 1.0)
     assert planned == plan(7, 50.0, 1.0)
     assert planned != plan(8, 50.0, 1.0)
@@ -213,14 +216,16 @@ def get(token: int, began: int, ended: int, outcome: Outcome = Outcome.NOT_FOUND
     ],
 )
 def test_lost_token(answer: Record) -> None:
-    """NOT_FOUND for a token whose Create answered OK is a loss if nobody has deleted the token."""
+    """NOT_FOUND for a token whose Create returned OK is a loss if no Delete of the token was
+    sent."""
     findings = judge(create(1, 1, 2), answer)
     assert [lost.record for lost in findings.lost] == [answer]
     assert findings.lost_count == 1
 
 
 def test_not_found_is_right() -> None:
-    """Not a loss: a Create that failed or overlaps, and a Get that met the token's Delete."""
+    """NOT_FOUND is right if the Create failed or overlaps, or if a Get overlaps the token's
+    Delete."""
     assert judge(create(1, 1, 2, Outcome.FAILED), get(1, 10, 11)).lost_count == 0
     assert judge(create(1, 1, 10), get(1, 9, 11)).lost_count == 0
     assert judge(create(1, 1, 2), delete(1, 10, 30, Outcome.FAILED), get(1, 9, 11)).lost_count == 0
@@ -234,7 +239,7 @@ def test_delete_of_a_deleted_token_finds_its_receipt() -> None:
 
 
 def test_a_token_that_does_not_exist_is_not_valid() -> None:
-    """VALID after a Delete said that the token does not exist is a late accept."""
+    """VALID after a Delete returned NOT_FOUND is a late accept."""
     ghost = delete(1, 10, 20, Outcome.NOT_FOUND)
     assert judge(create(1, 1, 2), ghost, verify(1, 30, 31)).late_count == 1
     assert judge(create(1, 1, 2), ghost, verify(1, 19, 31)).late_count == 0
@@ -280,7 +285,8 @@ def test_restore_loses_later_tokens() -> None:
 
 
 def test_ghosts_die_when_a_restore_is_settled() -> None:
-    """A token that the restore lost is not VALID after a Delete found that, once it is settled."""
+    """A token that the restore lost is not VALID after a Delete returned NOT_FOUND, once the
+    restore is settled."""
     created = create(1, 110, 120)
     while_restoring = delete(1, 220, 230, Outcome.NOT_FOUND)
     settled = delete(1, 310, 320, Outcome.NOT_FOUND)

@@ -1,4 +1,4 @@
-"""No deleted token is accepted after failovers that give one number to two changes."""
+"""No deleted token is accepted after failovers that give one revision number to two changes."""
 
 import asyncio
 import contextlib
@@ -21,11 +21,11 @@ from tests.history.report import violations
 from tests.pair import pair
 from tests.postgres_node import Template, make_template
 
-# They share two cores with each other's Postgres and processes.
+# The builds and each other's Postgres and processes share two cores.
 pytestmark = pytest.mark.xdist_group("failover")
 
 SHORTEST = (number_is_used_again, look_up_stays)
-# Only a scenario that has been cut short takes so long.
+# Only a scenario that was cut short takes this long.
 MISS_SECONDS_MAX = 45.0
 MISS_ATTEMPTS_MAX = 4
 
@@ -40,13 +40,13 @@ def folder() -> Iterator[Path]:
 
 
 async def test_equal_numbers_of_two_histories(folder: Path) -> None:
-    """No host and no client takes a revision of the new primary for one of the old primary.
+    """No host and no client mistakes a revision of the new primary for one of the old primary.
 
-    The old primary dies, or stays up with a host's look-ups, after it showed a Delete that it
-    never replicated. The next Delete takes the same number on the new primary. A build that lacks
-    part of rule 12 is caught accepting.
+    The old primary dies, or keeps serving a host's look-ups, after it showed a Delete that it never
+    replicated. The next Delete takes the same number on the new primary. A build that lacks part of
+    rule 12 is caught accepting.
 
-    One test, and all builds at once: most of it is waiting.
+    One test with all builds at once, because most of it is waiting.
     """
     template = await make_template(folder)
     async with asyncio.TaskGroup() as group:
@@ -54,14 +54,14 @@ async def test_equal_numbers_of_two_histories(folder: Path) -> None:
         missing = {rule: group.create_task(_miss(folder, template, rule)) for rule in MISSED}
     kept = playing.result()
     assert violations(kept) == []
-    # Each scenario verified what it had deleted.
+    # Each scenario verified the tokens that it had deleted.
     assert len(kept.checked) >= len(SHORTEST)
     caught = {rule: task.result() for rule, task in missing.items()}
     assert caught == dict.fromkeys(MISSED, True)
 
 
 async def _play(folder: Path, template: Template) -> Findings:
-    """Play the scenarios on the build that ships."""
+    """Play the scenarios on the shipping build."""
     async with _stage(folder, template, None) as stage:
         for scenario in SHORTEST:
             findings = await perform(stage, scenario)
@@ -69,7 +69,7 @@ async def _play(folder: Path, template: Template) -> Findings:
 
 
 async def _miss(folder: Path, template: Template, rule: str) -> bool:
-    """Play a rule's scenario on a build that lacks the rule; tell whether that shows.
+    """Play a rule's scenario on a build that lacks the rule; return whether the error shows.
 
     On a busy machine the build may escape, for example because its row was removed. Then the
     scenario is played again from the start.

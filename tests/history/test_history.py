@@ -1,4 +1,4 @@
-"""No deleted token is accepted in a short run; without a rule, one is."""
+"""No deleted token is accepted in a short run; a build without a rule accepts one."""
 
 import asyncio
 import contextlib
@@ -26,14 +26,15 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="its processes end with their parent"),
 ]
 
-# A scenario without its rule shows that mostly at the first attempt. On a machine that is busy
-# with other things it may take some: only a rule that is not missed at all takes so long.
+# A scenario without its rule usually shows the error at the first attempt. On a busy machine it may
+# take several: only a rule whose absence has no effect takes this many.
 MISS_SECONDS_MAX = 60.0
 KEPT = "kept"
 
 
 async def test_short_run(postgres: BreakablePostgres, postgres_url: str) -> None:
-    """No verify accepts a token after its Delete, whatever goes wrong, and enough is seen."""
+    """No verify accepts a token after its Delete under any injected fault, and the run sees
+    enough."""
     async with _databases(postgres_url, "run") as (url,):
         with tempfile.TemporaryDirectory(prefix="latchkey-history-", dir="/tmp") as folder:
             outcome = await run(Path(folder), url, postgres, SHORT)
@@ -42,10 +43,10 @@ async def test_short_run(postgres: BreakablePostgres, postgres_url: str) -> None
 
 
 async def test_each_rule_is_missed(postgres_url: str) -> None:
-    """A build that lacks a rule is caught accepting, in each scenario of that rule, and the build
-    that ships in none.
+    """A build that lacks a rule is caught accepting in each scenario of that rule, and the shipping
+    build in none.
 
-    One test, and all at once: most of it is waiting.
+    One test with all builds at once, because most of it is waiting.
     """
     builds = [KEPT, *SCENARIOS]
     async with _databases(postgres_url, *builds) as urls:
@@ -56,7 +57,7 @@ async def test_each_rule_is_missed(postgres_url: str) -> None:
             played = await asyncio.gather(*map(_play, folders, urls))
     (*before, kept), *broken = played
     assert kept.late == []
-    # Each scenario has verified what it had deleted.
+    # Each scenario has verified the tokens that it had deleted.
     assert len(kept.checked) >= len(before)
     caught = {
         rule: [before.late_count < after.late_count for before, after in pairwise(findings)]
@@ -67,7 +68,8 @@ async def test_each_rule_is_missed(postgres_url: str) -> None:
 
 @contextlib.asynccontextmanager
 async def _databases(postgres_url: str, *names: str) -> AsyncIterator[list[str]]:
-    """Databases that go afterwards: else Postgres would write them all to disk as it stops."""
+    """Databases that are dropped afterwards; otherwise Postgres would write them all to disk when
+    it stops."""
     async with session(postgres_url) as connection:
         for name in names:
             await connection.execute(f'CREATE DATABASE "{name}"')
@@ -79,7 +81,7 @@ async def _databases(postgres_url: str, *names: str) -> AsyncIterator[list[str]]
 
 
 async def _play(folder: Path, database_url: str) -> list[Findings]:
-    """Play a build's scenarios, in order: once each, or until its missing rule shows.
+    """Play a build's scenarios in order: once each, or until its missing rule shows.
 
     Returns the findings before the first one and after each.
     """
@@ -97,13 +99,13 @@ async def _play(folder: Path, database_url: str) -> list[Findings]:
         return findings
 
 
-def test_each_rule_has_what_shows_it() -> None:
-    """Whatever can be taken out has a scenario that shows it, here or with failovers."""
+def test_each_rule_has_a_scenario() -> None:
+    """Each rule that can be removed has a scenario that exposes it, here or with failovers."""
     assert {*SCENARIOS, *MISSED} == set(RULES)
 
 
 def test_no_setting_of_the_product() -> None:
-    """The variable that takes out a rule is read by nothing that ships."""
+    """No shipping code reads the variable that removes a rule."""
     for folder in ("service", "clients", "proto"):
         for path in Path(ROOT, folder).rglob("*.py"):
             assert VARIABLE not in path.read_text("utf-8"), path

@@ -11,13 +11,14 @@ def answer(kind: Kind, outcome: Outcome, ended: float) -> Record:
 
 
 def test_longest_time_without_answers() -> None:
-    """The longest gap counts, between answers and to the window's ends, for all and for one."""
+    """The longest gap counts, between answers and up to the window's ends, for all processes and
+    for one."""
     first = [answer(Kind.NOWAIT, Outcome.VALID, second) for second in (9, 11, 12, 17, 18, 19)]
     second = [answer(Kind.VERIFY, Outcome.REFUSED, second) for second in (11, 15, 19)]
     deleters = [
         answer(Kind.CREATE, Outcome.DONE, 12),
         answer(Kind.DELETE, Outcome.CONFIRMED, 13),
-        # Neither is an answer.
+        # Neither counts as an answer.
         answer(Kind.DELETE, Outcome.FAILED, 15),
         answer(Kind.VERIFY, Outcome.FAILED, 15),
     ]

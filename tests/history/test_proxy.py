@@ -1,4 +1,4 @@
-"""The proxy hurts what it is told to, and nothing else."""
+"""The proxy applies faults to the selected connections and no others."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ from tests.support import eventually
 
 @contextlib.asynccontextmanager
 async def echo() -> AsyncIterator[tuple[Proxy, int]]:
-    """A proxy to a server that answers what it is told, and the port that leads there."""
+    """A proxy to an echo server, and the port that leads there."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(1 << 16):
@@ -35,14 +35,15 @@ async def echo() -> AsyncIterator[tuple[Proxy, int]]:
 async def ask(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, text: bytes, within: float = 10.0
 ) -> bytes:
-    """Say something and return the answer. Raises TimeoutError."""
+    """Send bytes and return the answer. Raises TimeoutError."""
     writer.write(text)
     async with asyncio.timeout(within):
         return await reader.readexactly(len(text))
 
 
-async def test_what_is_not_hurt_passes() -> None:
-    """A fault of some connections leaves the others alone, told apart by what they say."""
+async def test_other_connections_pass() -> None:
+    """A fault of some connections leaves the others alone; the data that they send tells them
+    apart."""
     async with echo() as (proxy, port):
         plain, special = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
         assert await ask(*special, b"... I am special, ...") == b"... I am special, ..."
@@ -63,7 +64,7 @@ async def test_what_is_not_hurt_passes() -> None:
 
 @pytest.mark.parametrize("direction", [Direction.UP, Direction.DOWN, Direction.BOTH])
 async def test_swallow(direction: Direction) -> None:
-    """What a black hole swallows never arrives, and the connection ends with it."""
+    """Swallowed bytes never arrive, and the connection ends with the fault."""
     async with echo() as (proxy, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         assert await ask(reader, writer, b"hello") == b"hello"
@@ -78,7 +79,7 @@ async def test_swallow(direction: Direction) -> None:
 
 @pytest.mark.parametrize("action", ["delay", "hold"])
 async def test_late(action: Action) -> None:
-    """What is late comes, whole and in order, when its time has come or the fault is over."""
+    """Delayed bytes arrive complete and in order, when their time has come or the fault is over."""
     async with echo() as (proxy, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         fault = Fault(lambda _: True, action, Direction.DOWN, (30.0, 30.0))
@@ -117,7 +118,7 @@ async def test_address_moves() -> None:
 
 
 async def test_refusing() -> None:
-    """Refused connections are cut, new ones too, until the block ends."""
+    """Connections are cut, and new ones rejected, until the block ends."""
     async with echo() as (proxy, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         assert await ask(reader, writer, b"hello") == b"hello"
