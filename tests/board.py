@@ -1,7 +1,7 @@
-"""The tokens that are being verified, as a file that one process appends to and many read.
+"""The list of tokens to verify, as a file to which one process appends and that many read.
 
-A file and not a pipe: whoever is stopped holds up nobody, and whoever is killed and started again
-reads on where the others are.
+A file instead of a pipe: a stopped reader blocks no one, and a restarted reader continues where the
+others are.
 """
 
 import os
@@ -19,17 +19,17 @@ class Notice(NamedTuple):
 
 
 class Board:
-    """Tells all clients of tokens."""
+    """Announces tokens to all clients."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def created(self, number: int, secret: str) -> None:
-        """Have a token verified from now on."""
+        """Announce a token that clients verify from now on."""
         os.write(self._file, f"{number} {secret}\n".encode())
 
     def deleted(self, number: int) -> None:
-        """Have it verified a little longer: its Delete has been confirmed."""
+        """Announce a confirmed Delete: clients verify the token a little longer."""
         os.write(self._file, f"{number}\n".encode())
 
     def close(self) -> None:
@@ -39,20 +39,20 @@ class Board:
 class Reader:
     """Reads notices as they come."""
 
-    # For who comes late: tokens of long ago are deleted by now.
+    # A late starter skips old tokens, which are deleted by now.
     BACKLOG_BYTES = 4_096
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDONLY | os.O_CREAT, 0o600)
         size = os.fstat(self._file).st_size
         self._rest = b""
-        # In the middle of a line, perhaps.
+        # Possibly in the middle of a line.
         self._skips = size > self.BACKLOG_BYTES
         if self._skips:
             os.lseek(self._file, size - self.BACKLOG_BYTES, os.SEEK_SET)
 
     def read(self) -> list[Notice]:
-        """Return what is new. Does not wait."""
+        """Return the new notices. Does not wait."""
         data = self._rest + os.read(self._file, 1 << 16)
         *lines, self._rest = data.split(b"\n")
         if self._skips and lines:

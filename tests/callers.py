@@ -1,4 +1,5 @@
-"""Callers for tests: a CA, certificates good and bad, credentials, and a policy of them all."""
+"""Callers for tests: a CA, valid and invalid certificates, credentials, and a policy with all
+callers."""
 
 import datetime
 import os
@@ -29,7 +30,7 @@ CALLERS: dict[str, tuple[str, list[str] | None]] = {
 
 @cache
 def credential(name: str) -> str:
-    """The bearer credential of a caller of this name."""
+    """Return the bearer credential of a caller of this name."""
     return mint(os.urandom).reveal()
 
 
@@ -38,7 +39,7 @@ def uri(name: str) -> str:
 
 
 def policy_text(callers: Sequence[str] = tuple(CALLERS)) -> str:
-    """A policy in which these may call."""
+    """Return a policy that allows these callers."""
     from latchkey_service.secret_format import Secret
 
     parts = []
@@ -46,7 +47,7 @@ def policy_text(callers: Sequence[str] = tuple(CALLERS)) -> str:
         role, accounts = CALLERS[name]
         parts.append(
             f"[callers.{name}]\n"
-            # One is called by its DNS name alone.
+            # This caller is identified by its DNS name only.
             f'certificates = ["{uri(name)}", "{name}.internal"]\n'
             f'credentials = ["{policy_digest(Secret(credential(name)))}"]\n'
             f'roles = ["{role}"]\n'
@@ -85,7 +86,7 @@ def dns_identity(*names: str) -> Identity:
 
 
 def stranger(*names: str) -> Identity:
-    """The same from a CA that nobody has heard of."""
+    """The same from an unknown CA."""
     return _issued(trustme.CA().issue_cert(*names))
 
 
@@ -101,7 +102,7 @@ def made(
     signed_by: trustme.CA | None = None,
     more: Sequence[x509.ExtensionType] = (),
 ) -> Identity:
-    """A client's certificate with any alternative names, which trustme does not make."""
+    """A client's certificate with arbitrary alternative names, which trustme does not create."""
     ca = signed_by or authority()
     signer = serialization.load_pem_private_key(ca.private_key_pem.bytes(), None)
     assert isinstance(signer, ec.EllipticCurvePrivateKey)
@@ -138,14 +139,14 @@ def spiffe_identity(*uris: str, expired: bool = False) -> Identity:
 
 
 def channel_credentials(identity: Identity | None) -> grpc.ChannelCredentials:
-    """What a client connects with."""
+    """The credentials of a client's TLS connection."""
     if identity is None:
         return grpc.ssl_channel_credentials(ca_pem())
     return grpc.ssl_channel_credentials(ca_pem(), identity.key, identity.certificate)
 
 
 def write_server_files(folder: Path) -> dict[str, Path]:
-    """Write what a TLS listener needs; return the settings that name it."""
+    """Write the files that a TLS listener needs; return the settings that name them."""
     identity = server_identity()
     files = {
         "tls_certificate": (folder / "server.pem", identity.certificate),

@@ -21,12 +21,13 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel end this process when its parent dies, also if it is stopped then."""
+    """Make the kernel end this process when its parent dies, even if it is stopped then."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 class Child:
-    """A process with its output in files. `end` is what ends it in order; the rest are faults."""
+    """A process with its output in files. `end` ends it in order; the other methods inject
+    faults."""
 
     def __init__(
         self,
@@ -42,20 +43,20 @@ class Child:
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *argv],
-                # Held open: its end is what tells a child to stop.
+                # Held open: when it closes, the child stops.
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=err,
-                # Where no developer's .env lies.
+                # A directory without a developer's .env.
                 cwd=folder,
                 env={**inherited, **environment, "PYTHONPATH": str(ROOT)},
-                # Ctrl-C is for the run, which ends the others in order.
+                # Ctrl-C goes to the run, which ends the children in order.
                 start_new_session=True,
             )
-        # Knows it from another process that gets its pid.
+        # Distinguishes it from another process that reuses its pid.
         self.handle = psutil.Process(self._process.pid)
         self.expected_end = False
-        """Whether its end is our doing."""
+        """Whether we ended it."""
         if stdin:
             assert self._process.stdin is not None
             self._process.stdin.write(stdin)

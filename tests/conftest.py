@@ -1,4 +1,4 @@
-"""Shared by all tests: a real Postgres, a fresh database for each test, servers on it."""
+"""Shared by all tests: a real Postgres, a fresh database for each test, and servers on it."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from tests.support import WAIT_SECONDS, drop_database
 if TYPE_CHECKING:
     from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
 
-# What the developer's shell has set must not reach the tests.
+# Variables from the developer's shell must not reach the tests.
 for name in [name for name in os.environ if name.startswith("LATCHKEY_")]:
     del os.environ[name]
 
-# As in a worker, and before any gRPC object is made.
+# As in a worker, and before any gRPC object is created.
 tls.allow_only_tls_1_3()
 
-# As hypothesis has it in CI by itself, and whatever else it has here or there: a busy machine is
-# no bug.
+# As hypothesis does in CI, but with all other settings the same everywhere: a busy machine is not a
+# bug.
 hypothesis.settings.register_profile(
     "latchkey", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("latchkey")
 
-# How long the service waits for its database. The tests of this process wait longer, fixtures
-# included: where none of it is looked at, a machine that stood still for a second is no outage.
+# How long the service waits for its database. Tests and fixtures in this process wait longer by
+# default: where time-outs are not the subject, a machine that stalls for a second is not an outage.
 TIMEOUTS = ("CONNECT_TIMEOUT_SECONDS", "STATEMENT_TIMEOUT_SECONDS")
 OWN_TIMEOUTS = {name: getattr(connections, name) for name in TIMEOUTS}
 for name in TIMEOUTS:
@@ -62,7 +62,7 @@ _numbers = itertools.count(1)
 
 @pytest.fixture
 def own_timeouts() -> Iterator[None]:
-    """The service's own patience with its database, for tests of what it does at its end."""
+    """The service's own time-outs for its database, for tests of its behaviour at that limit."""
     with pytest.MonkeyPatch.context() as patch:
         for name, seconds in OWN_TIMEOUTS.items():
             patch.setattr(connections, name, seconds)
@@ -71,14 +71,15 @@ def own_timeouts() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def timeouts(request: pytest.FixtureRequest) -> None:
-    """Tests that break the database look at the service as it is."""
+    """Tests that break the database use the service's real time-outs."""
     if FAULTS in request.path.parents:
         request.getfixturevalue("own_timeouts")
 
 
 @pytest.fixture(scope="session")
 def scratch() -> Iterator[Path]:
-    """A folder that Postgres' own account can enter, which pytest's is not for root."""
+    """A folder that Postgres' own account can enter; pytest's is closed to it if root runs the
+    tests."""
     path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir="/tmp"))
     path.chmod(0o755)
     yield path
@@ -87,7 +88,7 @@ def scratch() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def postgres_url(scratch: Path) -> Iterator[str]:
-    """URL of a Postgres of this test process's own."""
+    """URL of a Postgres that belongs to this test process."""
     postgres = EmbeddedPostgres(scratch / "data")
     url = postgres.start()
     yield url
@@ -96,7 +97,7 @@ def postgres_url(scratch: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 async def template_url(postgres_url: str) -> str:
-    """A migrated database that fresh ones are cloned from: faster than migrating each."""
+    """A migrated database from which fresh ones are cloned: faster than migrating each."""
     await _execute(postgres_url, f"CREATE DATABASE {TEMPLATE}")
     url = with_database(postgres_url, TEMPLATE)
     await migrate(url, bundled())
@@ -155,7 +156,7 @@ async def serving(settings: Settings) -> AsyncIterator[str]:
 
 @contextlib.asynccontextmanager
 async def serving_as(settings: Settings) -> AsyncIterator[Server]:
-    """Run a server in this process. The supervisor's part is done here."""
+    """Run a server in this process, in place of a supervisor and its worker."""
     assert settings.database_url is not None
     store = await TokenStore.open(settings.database_url.get_secret_value())
     keyring = pepper_files.load_or_create(settings.pepper_path, create=False)
@@ -175,7 +176,7 @@ def settings(database_url: str, pepper_file: Path, transport: str) -> Settings:
 
 @pytest.fixture
 async def own_address(settings: Settings) -> AsyncIterator[str]:
-    """Address of a server of the test's own, with `settings`, which a test may override."""
+    """Address of a dedicated server with `settings`, which a test may override."""
     async with serving(settings) as address:
         yield address
 
@@ -184,8 +185,8 @@ async def own_address(settings: Settings) -> AsyncIterator[str]:
 async def shared_servers(
     postgres_url: str, template_url: str, pepper_file: Path
 ) -> AsyncIterator[Callable[..., Awaitable[tuple[str, asyncpg.Connection[asyncpg.Record]]]]]:
-    """Servers that tests share, one for each transport and length of its leases, each with a
-    connection to its database."""
+    """Servers that tests share, one for each transport and lease length, each with a connection to
+    its database."""
     started: dict[tuple[str, float], tuple[str, asyncpg.Connection[asyncpg.Record]]] = {}
     async with contextlib.AsyncExitStack() as stack:
 
@@ -210,14 +211,15 @@ async def shared_servers(
 
 @pytest.fixture
 async def address(shared_servers: Any, transport: str) -> str:
-    """Address of a running server that holds no tokens. It is shared: a test gets it emptied.
+    """Address of a running server that holds no tokens. The server is shared and emptied before
+    each test.
 
     A server and a database for each test would take most of the suite's time.
     """
     address, connection = await shared_servers(transport)
     await connection.execute(
         "DELETE FROM deletion; DELETE FROM secret; DELETE FROM token; DELETE FROM invalidation;"
-        # As pruning does: servers keep their place in the log.
+        # As pruning does: servers keep their position in the log.
         "UPDATE head SET pruned_revision = revision, pruned_mark = mark"
     )
     return str(address)
@@ -225,7 +227,7 @@ async def address(shared_servers: Any, transport: str) -> str:
 
 @pytest.fixture
 async def channel(address: str) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel to the running server, shared with no other test."""
+    """A channel to the running server, not shared between tests."""
     options = (("grpc.use_local_subchannel_pool", 1),)
     async with grpc.aio.insecure_channel(address, options=options) as channel:
         yield channel
@@ -242,7 +244,8 @@ Create = Callable[..., Awaitable[pb.CreateResponse]]
 
 @pytest.fixture
 def create(stub: TokenServiceAsyncStub) -> Create:
-    """Create a token through the running server, with defaults for what a test does not care of."""
+    """Create a token through the running server, with defaults for the fields that do not matter to
+    a test."""
 
     async def create(**fields: Any) -> pb.CreateResponse:
         request: dict[str, Any] = {

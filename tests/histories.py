@@ -10,7 +10,7 @@ from tests.support import session
 __all__ = ["NO_CLIENTS", "advance", "head_of", "named"]
 
 NO_CLIENTS = Report(0, 0, 0, [], 0, "", [])
-"""What a process without clients writes into its row."""
+"""The value that a process without clients writes into its row."""
 
 
 async def advance(database_url: str, *token_ids: str) -> Position:
@@ -39,5 +39,5 @@ async def head_of(database_url: str) -> Position:
 
 
 def named(log: Log) -> list[str]:
-    """Return the tokens that a log names, in its order."""
+    """Return the tokens that a log names, in log order."""
     return [token_id for change in log.changes for token_id in change.token_ids]

@@ -1,4 +1,4 @@
-"""Workers that a supervisor starts and that get no further, until a test lets them."""
+"""Workers that stop at the start of their process until a test continues them."""
 
 import contextlib
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.support import Service, eventually
 
 __all__ = ["Hold"]
 
-# What Python runs before anything else.
+# Python runs this file before any other.
 SITE = """
 import os, pathlib, signal, sys
 if sys.orig_argv[-1] == "worker" and pathlib.Path({!r}).exists():
@@ -19,9 +19,10 @@ if sys.orig_argv[-1] == "worker" and pathlib.Path({!r}).exists():
 
 
 class Hold:
-    """Stops the workers of services that are started after it was made, as long as it is `on`.
+    """Stops the workers of services that are started after it was created, as long as it is `on`.
 
-    They stop themselves, at their very beginning: who looked for one, to stop it, might be late.
+    The workers stop themselves at their very beginning, because a process that watched for them
+    might be late.
     """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +36,7 @@ class Hold:
         self._flag.touch()
 
     async def one(self, service: Service) -> psutil.Process:
-        """Wait until a worker of this service is held, and return it."""
+        """Wait until a worker of this service has stopped, and return it."""
 
         def held() -> psutil.Process | None:
             for process in psutil.Process(service.pid).children():
@@ -48,6 +49,6 @@ class Hold:
         return found
 
     def off(self, process: psutil.Process) -> None:
-        """Let this one go on, and whoever comes from now on."""
+        """Continue this worker, and stop no later ones."""
         self._flag.unlink()
         process.resume()

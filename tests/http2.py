@@ -1,7 +1,7 @@
-"""An HTTP/2 client that does only what a test tells it to, also what no client should.
+"""An HTTP/2 client that does only what a test tells it, including what no client should do.
 
-Frames are written by hand (RFC 9113 §4.1, §6). Headers that it is answered with are not decoded:
-tests that misbehave look at whether and how a connection ends, not at what it says.
+Frames are written by hand (RFC 9113 §4.1, §6). Headers in answers are not decoded, because the
+tests check whether and how a connection ends, and not its last message.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ WINDOW_DEFAULT, WINDOW_MAX = 65_535, 2**31 - 1
 
 
 class Frame(NamedTuple):
-    """One frame as it came."""
+    """One received frame."""
 
     kind: int
     flags: int
@@ -35,18 +35,18 @@ class Frame(NamedTuple):
 
 
 class Connection:
-    """One connection. Reads only when asked to: until then what comes stays with the kernel."""
+    """One connection. Reads only when asked to: until then the kernel holds the received bytes."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
         self._stream = -1
         self.settings: dict[int, int] = {}
-        """What the server has announced."""
+        """The settings that the server has announced."""
 
     async def open(self, settings: dict[int, int] | None = None) -> None:
-        """Send the preface with these settings, and wait for the server's. Its pings from now on
-        are answered by whoever reads (`frames`)."""
+        """Send the preface with these settings, and wait for the server's. From then on `frames`
+        answers the server's pings."""
         self.write(PREFACE)
         payload = b"".join(struct.pack(">HI", *item) for item in (settings or {}).items())
         self.send(SETTINGS, 0, 0, payload)
@@ -61,11 +61,12 @@ class Connection:
         self.write(frame(kind, flags, stream, payload))
 
     async def drain(self) -> None:
-        """Wait until most of what was sent is on its way."""
+        """Wait until most of the sent bytes are on their way."""
         await self._writer.drain()
 
     def grant(self, stream: int, size: int) -> None:
-        """Let the server send so many bytes more, on a stream or, with 0, on all together."""
+        """Let the server send this many more bytes, on a stream or, with 0, on the whole
+        connection."""
         self.send(WINDOW_UPDATE, 0, stream, struct.pack(">I", size))
 
     def begin(self, block: bytes) -> int:
@@ -81,7 +82,7 @@ class Connection:
         return stream
 
     async def frames(self, *, answer_pings: bool = True) -> AsyncIterator[Frame]:
-        """Yield what comes, until the server has closed the connection, in whatever way."""
+        """Yield the received frames, until the server has closed the connection in any way."""
         while True:
             try:
                 head = await self._reader.readexactly(9)
@@ -97,7 +98,7 @@ class Connection:
             yield Frame(kind, flags, stream, payload)
 
     async def until(self, kind: int, stream: int | None = None) -> Frame:
-        """Return the next frame of a kind. Fails if the connection ends before, or in time."""
+        """Return the next frame of a kind. Fails if the connection ends first or time runs out."""
         async with asyncio.timeout(WAIT_SECONDS):
             async for got in self.frames():
                 if got.kind == kind and stream in (None, got.stream):
@@ -105,7 +106,7 @@ class Connection:
         raise AssertionError(f"the connection was closed before a frame of type {kind}")
 
     async def closed(self, *, answer_pings: bool = True) -> list[Frame]:
-        """Read until the server closes the connection; return what came before."""
+        """Read until the server closes the connection; return the frames before that."""
         async with asyncio.timeout(WAIT_SECONDS):
             return [got async for got in self.frames(answer_pings=answer_pings)]
 
@@ -120,9 +121,10 @@ async def connected(
     tls: ssl.SSLContext | None = None,
     receive_buffer: int | None = None,
 ) -> AsyncIterator[Connection]:
-    """Connect to HOST:PORT or unix:PATH, and say nothing yet.
+    """Connect to HOST:PORT or unix:PATH, and send nothing yet.
 
-    With a `receive_buffer`, in bytes, the kernel takes no more than about that of what is unread.
+    With a `receive_buffer`, in bytes, the kernel holds no more than about that many unread
+    bytes.
     """
     if address.startswith("unix:"):
         own = socket.socket(socket.AF_UNIX)
@@ -146,7 +148,7 @@ async def connected(
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """Return a frame's bytes."""
+    """Return the bytes of a frame."""
     size = len(payload)
     return struct.pack(">BHBBI", size >> 16, size & 0xFFFF, kind, flags, stream) + payload
 
@@ -157,7 +159,7 @@ def message(data: bytes, *, compressed: bool = False) -> bytes:
 
 
 def header_block(path: str, *more: tuple[str, str]) -> bytes:
-    """Return the headers of a gRPC call, none of them for the server to remember.
+    """Return the headers of a gRPC call, without entries for the server's dynamic table.
 
     RFC 7541 §6.1, §6.2.2, appendix A.
     """
@@ -167,7 +169,7 @@ def header_block(path: str, *more: tuple[str, str]) -> bytes:
 
 
 def _text(value: str) -> bytes:
-    """Return a string in HPACK (RFC 7541 §5.1, §5.2), not compressed."""
+    """Return an uncompressed string in HPACK (RFC 7541 §5.1, §5.2)."""
     data = value.encode("ascii")
     size = len(data)
     if size < 127:

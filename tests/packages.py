@@ -1,7 +1,7 @@
-"""Installs what tests need from outside Python, where that can be done.
+"""Installs programs that tests need from outside Python, where possible.
 
-Where a program is missing and cannot be installed, tests are skipped with the reason; in CI
-(CI=true) they fail.
+If a program is missing and cannot be installed, tests are skipped with the reason; in CI (CI=true)
+they fail.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ import pytest
 __all__ = ["TOOLS", "alone", "installed_by_apt", "missing", "run"]
 
 TOOLS = Path(__file__).parents[1] / ".tools"
-# An apt mirror on a bad day; some 100 MB.
+# A slow apt mirror; some 100 MB.
 APT_SECONDS = 420.0
 
 
@@ -41,7 +41,8 @@ def installed_by_apt(present: Callable[[], bool], packages: Sequence[str]) -> No
             return
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
         install = ("apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages)
-        # The package lists may be old or missing. They are fetched only when they are of no use.
+        # The package lists may be old or missing. They are updated only if the installation fails
+        # without that.
         for step in (install, ("apt-get", "update", "-qq"), install):
             code, said = run(step, APT_SECONDS, environment)
             if code == 0 and step is install:

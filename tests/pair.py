@@ -56,11 +56,12 @@ class Link:
             await self._proxy.cut()
 
     async def stall(self) -> None:
-        """Carry no further byte either way, on old connections and new ones; end none."""
+        """Carry no further byte either way, on old and new connections; end none."""
         await self._stall.enter_async_context(self._proxy.fault(Fault(lambda _: True, "swallow")))
 
     async def resume(self) -> None:
-        """End the connections that lack bytes, and carry bytes again. What was sent is lost."""
+        """End the connections that lack bytes, and carry bytes again. Bytes sent meanwhile are
+        lost."""
         await self._stall.aclose()
 
     async def close(self) -> None:
@@ -69,26 +70,26 @@ class Link:
 
 
 class Pair:
-    """Two nodes: at first `first` is the primary and `second` its standby. Made by `pair`."""
+    """Two nodes: initially `first` is the primary and `second` its standby. Created by `pair`."""
 
     def __init__(self, folder: Path, template: Template) -> None:
         self._folder: Final = new_folder(folder, "pair-")
         self.first: Final = Node("first", template, self._folder)
         self.second: Final = Node("second", template, self._folder)
         self.replication: Final = Link(self.first)
-        """The standby's way to its primary."""
+        """The standby's connection to its primary."""
         self.address: Final = Link(self.first)
         """One address in front of both, such as a virtual IP or a TCP proxy."""
         self._links: Final = [self.replication, self.address]
 
     @property
     def url(self) -> str:
-        """A URL that names both nodes, `first` at first."""
+        """Return a URL that names both nodes, `first` initially."""
         return self.first.url_at(self.first.address, self.second.address)
 
     @property
     def address_url(self) -> str:
-        """A URL that names `address` alone."""
+        """Return a URL that names only `address`."""
         return self.first.url_at(self.address.address)
 
     async def start(self, *, synchronous: bool) -> None:
@@ -118,12 +119,12 @@ class Pair:
         await eventually(streaming, "the standby streams", POSTGRES_SECONDS_MAX)
 
     async def set_synchronous(self, primary: Node, *, synchronous: bool) -> None:
-        """Change whether the commits of `primary` wait for its standby, which has to stream."""
+        """Set whether the commits of `primary` wait for its standby, which must be streaming."""
         primary.configure(**({"synchronous_standby_names": STANDBY} if synchronous else {}))
         await self.streams(primary, synchronous=synchronous)
 
     async def caught_up(self, primary: Node, standby: Node) -> None:
-        """Wait until the standby has replayed all that `primary` has committed so far."""
+        """Wait until the standby has replayed everything that `primary` has committed so far."""
         end = await primary.fetchval("SELECT pg_current_wal_flush_lsn()::text")
 
         async def replayed() -> bool:

@@ -16,13 +16,13 @@ from tests.support import eventually
 
 __all__ = ["PgBouncer", "program"]
 
-# Debian's place for it, which is not in everybody's PATH.
+# Debian installs it here, which is not in every user's PATH.
 SBIN = "/usr/sbin"
 END_SECONDS_MAX = 10.0
 
 
 def program() -> str:
-    """Return the path of PgBouncer, installing it where that can be done."""
+    """Return the path of PgBouncer; install it where possible."""
 
     def found() -> str | None:
         return shutil.which("pgbouncer") or shutil.which("pgbouncer", path=SBIN)
@@ -32,7 +32,7 @@ def program() -> str:
 
 
 class PgBouncer:
-    """One PgBouncer. `settings` are those of its section [pgbouncer]."""
+    """One PgBouncer. `settings` go into its section [pgbouncer]."""
 
     def __init__(self, folder: Path, database_url: str, **settings: object) -> None:
         folder.mkdir()
@@ -43,7 +43,7 @@ class PgBouncer:
         self._server = f"host={where['host']} port={where.get('port', 5432)}"
         self._folder = folder
         self._port = free_port()
-        # PgBouncer does not run as root, and Postgres' socket is for its owner alone.
+        # PgBouncer does not run as root, and only its owner can use Postgres' socket.
         owner = Path(where["host"]).stat()
         self._account = OsAccount(owner.st_uid, owner.st_gid)
         self._log = folder / "log"
@@ -56,12 +56,12 @@ class PgBouncer:
         return self._log.read_text()
 
     def url(self, query: str = "", database: str | None = None) -> str:
-        """Return the URL of the database by way of the pooler."""
+        """Return the URL of the database through the pooler."""
         place = f"127.0.0.1:{self._port}/{self._database if database is None else database}"
         return f"postgresql://{self._user}:{self._password}@{place}?sslmode=disable{query}"
 
     async def start(self) -> None:
-        """Start it, and wait until it takes connections."""
+        """Start it, and wait until it accepts connections."""
         argv = [program(), str(self._folder / "pgbouncer.ini")]
         with self._log.open("ab") as log:
             self._process = spawn(argv, self._account, log, signal.SIGKILL, {})
@@ -69,7 +69,7 @@ class PgBouncer:
 
     def stop(self) -> None:
         if self._process is not None:
-            # At once, whoever is connected.
+            # Immediately, even with clients connected.
             self._process.send_signal(signal.SIGTERM)
             self._process.wait(END_SECONDS_MAX)
 

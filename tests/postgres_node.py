@@ -1,8 +1,9 @@
-"""One Postgres cluster of the embedded binaries, for tests that break and restore databases.
+"""One Postgres cluster with the embedded binaries, for tests that break and restore databases.
 
-A test drives each step itself and waits on what Postgres reports: nothing here fails over by
-itself. Nodes listen on loopback with SCRAM, also when the tests run as root. Call `Node.start` on
-the main thread: Linux ends a postmaster together with the thread that started it.
+A test drives each step itself and waits until Postgres reports its effect: nothing here fails
+over automatically. Nodes listen on loopback with SCRAM, also when the tests run as root. Call
+`Node.start` on the main thread: Linux ends a postmaster together with the thread that started
+it.
 """
 
 import asyncio
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 HOST: Final = "127.0.0.1"
-# What `synchronous_standby_names` of a primary names.
+# The name in a primary's `synchronous_standby_names`.
 STANDBY: Final = "standby"
 # initdb, pg_basebackup and a start with crash recovery take one or two seconds on an idle machine.
 POSTGRES_SECONDS_MAX: Final = 60.0
@@ -49,10 +50,10 @@ CONNECT_SECONDS_MAX: Final = 5.0
 _SETTINGS: Final = {
     "max_connections": "150",
     "shared_buffers": "32MB",
-    # What was written outlasts a killed process. No test crashes the machine, and with it on,
-    # start, backup and restore take several times as long.
+    # Written data survives a killed process. No test crashes the machine, and with fsync on, start,
+    # backup and restore take several times as long.
     "fsync": "off",
-    # Its commits would flush other transactions' WAL at a moment that no test chooses.
+    # Its commits would flush other transactions' WAL at times that the test does not control.
     "autovacuum": "off",
     # The default of 5 s only makes tests slow.
     "wal_retrieve_retry_interval": "100ms",
@@ -71,7 +72,7 @@ class Template:
         self.data: Final = folder / "template"
         self.account: Final = choose_account(self.data)
         self.programs: Final = reachable_programs(folder, self.account)
-        # Those of the package, which this user can run although `account` may be unable to.
+        # The package's programs, which this user can run although `account` may be unable to.
         self.own_account: Final = OsAccount(os.geteuid(), os.getegid())
         self.own_programs: Final = reachable_programs(folder, self.own_account)
         self.password: Final = secrets.token_hex(16)
@@ -118,7 +119,7 @@ async def make_template(folder: Path) -> Template:
 
 
 class Node:
-    """One Postgres cluster and its postmaster. It keeps its port and its log over all restarts."""
+    """One Postgres cluster and its postmaster. It keeps its port and its log across restarts."""
 
     def __init__(
         self, name: str, template: Template, folder: Path, database: str = "latchkey"
@@ -138,7 +139,7 @@ class Node:
 
     @property
     def url(self) -> str:
-        """The database as the service's role reaches it, on this node alone."""
+        """Return the database's URL for the service's role, on this node only."""
         return self.url_at(self.address)
 
     def url_at(self, *addresses: str, role: str = "latchkey") -> str:
@@ -161,7 +162,7 @@ class Node:
     async def copy_from(self, source: Path) -> None:
         """Replace this stopped node's data by a copy of a stopped cluster or of a backup."""
         assert not self.running
-        # In a thread: links carry bytes meanwhile.
+        # In a thread, because links carry bytes meanwhile.
         await asyncio.to_thread(self._copy_from, source)
 
     def _copy_from(self, source: Path) -> None:
@@ -170,7 +171,7 @@ class Node:
         self._give_away()
 
     async def move_from(self, source: Path) -> None:
-        """Replace this stopped node's data by a backup that nobody needs afterwards."""
+        """Replace this stopped node's data by a backup that is not needed afterwards."""
         assert not self.running
         await asyncio.to_thread(self._move_from, source)
 
@@ -180,14 +181,15 @@ class Node:
         self._give_away()
 
     def _give_away(self) -> None:
-        """Give the data to the account that Postgres runs as."""
+        """Change the owner of the data to the account that Postgres runs as."""
         account = self._template.account
         for path in (self.data, *self.data.rglob("*")):
             os.chown(path, account.uid, account.gid)
         self.data.chmod(0o700)
 
     async def start(self) -> None:
-        """Start the postmaster and wait until it accepts connections, after recovery if need be."""
+        """Start the postmaster and wait until it accepts connections, after crash recovery if
+        necessary."""
         assert not self.running
         argv = [
             *(f"{self._template.programs}/postgres", "-D", str(self.data), "-p", str(self.port)),
@@ -214,7 +216,7 @@ class Node:
     async def kill(self) -> None:
         """SIGKILL the postmaster, and then the processes that it leaves behind.
 
-        What only their shared memory held is lost, as in a crash of the machine.
+        Data that was only in their shared memory is lost, as in a crash of the machine.
         """
         assert self._process is not None
         children = psutil.Process(self._process.pid).children(recursive=True)
@@ -228,7 +230,8 @@ class Node:
             f"the processes of {self.name} are gone",
             POSTGRES_SECONDS_MAX,
         )
-        # Nothing holds the data any more, and another process may own that pid at the next start.
+        # No process holds the data any more, and another process may have that pid at the next
+        # start.
         (self.data / "postmaster.pid").unlink(missing_ok=True)
 
     async def _ended(self) -> None:
@@ -240,7 +243,7 @@ class Node:
         self._process = None
 
     def configure(self, **settings: str) -> None:
-        """Put these settings on top of the template's, in place of those of the last call."""
+        """Apply these settings on top of the template's, instead of those of the last call."""
         path = self.data / "postgresql.auto.conf"
         quoted = ((name, value.replace("'", "''")) for name, value in settings.items())
         path.write_text("".join(f"{name} = '{value}'\n" for name, value in quoted))
@@ -259,7 +262,8 @@ class Node:
 
     @contextlib.asynccontextmanager
     async def session(self) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
-        """A superuser's connection to the database, under a name that is not the service's."""
+        """Open a superuser's connection to the database, under an application name other than the
+        service's."""
         connection = await asyncpg.connect(
             self.url_at(self.address, role="postgres"),
             database=self._database,
@@ -322,7 +326,7 @@ class Node:
         await eventually(self._answers, f"{self.name} accepts connections", POSTGRES_SECONDS_MAX)
 
     async def promote(self) -> None:
-        """Promote a standby and wait until it accepts writes. Fences nobody."""
+        """Promote a standby and wait until it accepts writes. Fences no other node."""
         await self.fetchval("SELECT pg_promote(wait => false)")
         await eventually(self._is_primary, f"{self.name} is promoted", POSTGRES_SECONDS_MAX)
 
@@ -343,21 +347,21 @@ class Node:
         )
 
     async def flush(self) -> None:
-        """Make all durable that was committed so far, also without synchronous_commit."""
+        """Make everything durable that was committed so far, also without synchronous_commit."""
         await self.execute("SELECT pg_logical_emit_message(true, 'test', '')")
 
     async def restore(self, backup: Path, *, new_timeline: bool, **recovery: str) -> None:
         """Stop, replace the data by a base backup, and start on the same address.
 
-        With `new_timeline` as archive recovery does it, else as after a plain copy: the timeline
-        stays the same then, so that nothing but the content shows that history was set back.
-        `recovery` are settings of the archive recovery; without them, there is no archive.
+        With `new_timeline` as archive recovery does it, otherwise as after a plain copy: the
+        timeline then stays the same, so that only the content shows the restore. `recovery` are
+        settings of the archive recovery; without them, there is no archive.
         """
-        # Its data goes, so it need not write a checkpoint.
+        # Its data is replaced, so it need not write a checkpoint.
         await self.stop("immediate")
         await self.copy_from(backup)
         if new_timeline:
-            # Without an archive, the backup brings all the WAL that it needs.
+            # Without an archive, the backup contains all the WAL that it needs.
             self.configure(**({"restore_command": "exit 1"} | recovery))
             self._signal_file("recovery.signal")
         else:
@@ -366,7 +370,7 @@ class Node:
         await eventually(self._is_primary, f"{self.name} is restored", POSTGRES_SECONDS_MAX)
 
     def follow(self, port: int) -> None:
-        """Make this stopped node a standby of the primary that is reached at `port`."""
+        """Make this stopped node a standby of the primary at `port`."""
         self.configure(
             primary_conninfo=f"host={HOST} port={port} user=postgres sslmode=disable"
             f" gssencmode=disable password={self._template.password} application_name={STANDBY}"
@@ -381,7 +385,7 @@ class Node:
 
 @contextlib.asynccontextmanager
 async def lone_node(folder: Path, template: Template) -> AsyncIterator[Node]:
-    """Run a node without a standby below `folder`, and end it whatever happens."""
+    """Run a node without a standby below `folder`, and end it in any case."""
     node = Node("lone", template, new_folder(folder, "lone-"))
     try:
         await node.make()

@@ -1,4 +1,5 @@
-"""What tests that break things share: bounded waits, a Postgres to break, Latchkey as a process."""
+"""Shared by tests that break things: bounded waits, a breakable Postgres, and Latchkey as a
+process."""
 
 import asyncio
 import contextlib
@@ -26,27 +27,28 @@ from latchkey_service.coherence.snapshot import Snapshot
 from latchkey_service.coherence.verifier_state import ReadBegan
 from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
 
-# Far above what anything here takes; only a failing test waits it out.
+# Far longer than any step here takes; only a failing test waits this long.
 WAIT_SECONDS = 20.0
 POLL_SECONDS = 0.02
-# As nice(2) has it.
+# As in nice(2).
 FAVOUR = -10
-# Service is back within this of Postgres' return: the promise, and what a busy machine adds.
+# The service works again within this time after Postgres' return: the guarantee, plus a margin for
+# a busy machine.
 RESUME_SECONDS = 2.0 + 0.7
-# A channel of its own for each test, which connects again at once: what is measured is the server.
+# A separate channel for each test, which reconnects at once, because the tests measure the server.
 CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 50),
-    # Despite its name this is how long an attempt to connect may take.
+    # Despite its name this limits how long a connection attempt may take.
     ("grpc.min_reconnect_backoff_ms", round(WAIT_SECONDS * 1000)),
     ("grpc.max_reconnect_backoff_ms", 100),
 )
 
 
 async def eventually(check: Callable[[], Any], what: str, within: float = WAIT_SECONDS) -> Any:
-    """Try `check` until it answers with something true, and return that.
+    """Call `check` until it returns a true value, and return that.
 
-    An assertion that fails in it and a call that fails in it count as "not yet".
+    A failed assertion and a failed call in it count as "not yet".
     """
     give_up = time.monotonic() + within
     while True:
@@ -67,7 +69,7 @@ class BelievedReads(LeasedReads):
     """Believes every read: for tests of one database, without a verifier that holds a lease."""
 
     def __init__(self) -> None:
-        """Need nothing."""
+        """Needs nothing."""
 
     async def begin(self, deadline: float) -> ReadBegan:
         """Return at once."""
@@ -78,13 +80,13 @@ class BelievedReads(LeasedReads):
 
 
 def audit_context(method: str = "Create") -> AuditContext:
-    """What a change below the servicer is written down with."""
+    """The audit context for a change that bypasses the servicer."""
     return AuditContext("", f"/latchkey.v1.TokenService/{method}", "unix:", "request", "", "")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call ended for its caller."""
+    """The outcome of a call for its caller."""
 
     code: grpc.StatusCode
     seconds: float
@@ -101,7 +103,7 @@ class Outcome:
 
 
 async def outcome(call: Awaitable[Any]) -> Outcome:
-    """Wait for a call and tell how it ended."""
+    """Wait for a call and return its outcome."""
     start = time.monotonic()
     try:
         response = await call
@@ -113,15 +115,16 @@ async def outcome(call: Awaitable[Any]) -> Outcome:
 
 
 def told_alone(timeout: float | None) -> dict[str, Any]:
-    """Tell the server of a deadline that this side does not watch: what is looked at is whether the
-    server answers by then, and not whether a busy caller hears of it in time."""
+    """Send the server a deadline that this side does not enforce, because the test checks whether
+    the server answers by then, and not whether a busy caller notices in time."""
     if timeout is None:
         return {}
     return {"metadata": (("grpc-timeout", f"{round(timeout * 1000)}m"),)}
 
 
 async def is_serving(channel: grpc.aio.Channel) -> bool:
-    """Tell what the health service says. Raises AioRpcError where it does not answer."""
+    """Return whether the health service reports SERVING. Raises AioRpcError if it does not
+    answer."""
     stub: Any = health_pb2_grpc.HealthStub(channel)
     answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=2)
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
@@ -129,7 +132,7 @@ async def is_serving(channel: grpc.aio.Channel) -> bool:
 
 @contextlib.asynccontextmanager
 async def session(url: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
-    """A connection of the test's own, under a name that is not the service's."""
+    """Open a connection for the test, under an application name other than the service's."""
     connection = await asyncpg.connect(
         url, timeout=WAIT_SECONDS, server_settings={"application_name": "test"}
     )
@@ -140,14 +143,14 @@ async def session(url: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]
 
 
 async def drop_database(url: str, name: str) -> None:
-    """Drop a database by way of another one, whoever is connected to it."""
+    """Drop a database through a connection to another one, even if clients are connected to it."""
 
     async def drop() -> bool:
         async with session(url) as connection:
             try:
                 await connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
             except asyncpg.InsufficientPrivilegeError:
-                # Autovacuum is there, which only a superuser may end. It ends by itself.
+                # Only a superuser may end autovacuum, which ends by itself.
                 return False
         return True
 
@@ -155,7 +158,7 @@ async def drop_database(url: str, name: str) -> None:
 
 
 async def backends(url: str) -> list[Any]:
-    """What the service's connections to this database do."""
+    """Return the activity of the service's connections to this database."""
     async with session(url) as connection:
         return list(
             await connection.fetch(
@@ -168,8 +171,8 @@ async def backends(url: str) -> list[Any]:
 class BreakablePostgres:
     """An embedded Postgres that a test may stop, kill, freeze, and bring back.
 
-    What takes time leaves the event loop free, where the server under test runs; but for `start`,
-    which has to be on the main thread.
+    Slow operations do not block the event loop, in which the server under test runs. The exception
+    is `start`, which must run on the main thread.
     """
 
     def __init__(self, data_dir: Path) -> None:
@@ -194,7 +197,7 @@ class BreakablePostgres:
         await eventually(lambda: self._postgres.poll() is not None, "the postmaster is dead")
 
     async def crash(self) -> None:
-        """SIGKILL all of it at once, as a machine does that loses power: nobody writes a thing."""
+        """SIGKILL all of its processes at once, as in a power failure: none writes anything."""
         await self.freeze()
         for process in self._frozen:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -203,7 +206,7 @@ class BreakablePostgres:
         await eventually(lambda: self._postgres.poll() is not None, "the postmaster is dead")
 
     async def freeze(self) -> None:
-        """SIGSTOP the postmaster, so that it makes no more children, and then the children."""
+        """SIGSTOP the postmaster, so that it starts no more children, and then the children."""
         assert self._postgres.pid is not None
         postmaster = psutil.Process(self._postgres.pid)
         postmaster.suspend()
@@ -214,14 +217,14 @@ class BreakablePostgres:
                 self._frozen.append(child)
 
     def configure(self, lines: str) -> None:
-        """Put these settings on top of those that it has, in place of what was put there before."""
+        """Apply these settings on top of the existing ones, instead of those of the last call."""
         (path,) = self._data_dir.rglob("postgresql.auto.conf")
         path.write_text(f"{lines}\n")
         assert self._postgres.pid is not None
         os.kill(self._postgres.pid, signal.SIGHUP)
 
     def thaw(self) -> None:
-        """SIGCONT whatever was frozen."""
+        """SIGCONT all frozen processes."""
         for process in reversed(self._frozen):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
@@ -229,7 +232,7 @@ class BreakablePostgres:
 
     @contextlib.asynccontextmanager
     async def broken_by(self, fault: str) -> AsyncIterator[Callable[[], None]]:
-        """Break it; the function that is yielded brings it back, and so does the end."""
+        """Break it; the yielded function restores it, and so does the end of the block."""
         try:
             await {"stopped": self.stop, "killed": self.kill, "frozen": self.freeze}[fault]()
             yield self.bring_back
@@ -246,12 +249,12 @@ class BreakablePostgres:
 
 
 class Service:
-    """`python -m latchkey_service` as a process of its own, with its settings in the environment.
+    """`python -m latchkey_service` as a separate process, with its settings in the environment.
 
-    Always ended with all that it started, also when a test fails.
+    It always ends with everything that it started, also when a test fails.
     """
 
-    # Another one in a subclass is of the tests.
+    # A subclass that replaces it belongs to the tests.
     module = "latchkey_service"
 
     def __init__(self, folder: Path, **settings: object) -> None:
@@ -268,9 +271,9 @@ class Service:
                 stdout=out,
                 stderr=err,
                 env=environment,
-                # Not the checkout, where a developer's .env may lie.
+                # Not the checkout, which may contain a developer's .env.
                 cwd=folder,
-                # What a terminal has: Ctrl-C goes to the group.
+                # As in a terminal, where Ctrl-C goes to the process group.
                 process_group=0,
             )
         self._family: set[psutil.Process] = set()
@@ -293,7 +296,7 @@ class Service:
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        """Its log lines that are whole, in order."""
+        """Return its complete log lines, in order."""
         lines = []
         for line in self.err.splitlines():
             with contextlib.suppress(ValueError):
@@ -302,18 +305,18 @@ class Service:
 
     @property
     def worker_pids(self) -> list[int]:
-        """Of all workers that have come up, in order."""
+        """Return the pids of all workers that have come up, in order."""
         return [line["pid"] for line in self.log if line["event"] == "worker ready"]
 
     def postmaster(self) -> psutil.Process:
-        """Its embedded Postgres."""
+        """Return its embedded Postgres."""
         for process in psutil.Process(self.pid).children():
             if process.cmdline()[0].endswith("/postgres"):
                 return process
         raise AssertionError("no embedded Postgres")
 
     async def welcome(self) -> str:
-        """Wait until it says that it serves; return the address that it names."""
+        """Wait until it prints that it serves; return the address that it prints."""
 
         def said() -> str | None:
             match = re.search(
@@ -333,25 +336,25 @@ class Service:
         return address
 
     def family(self) -> set[psutil.Process]:
-        """The process and all that it has started and that was ever seen."""
+        """Return the process and everything that it has started and that was ever seen."""
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.pid)
             self._family |= {process, *process.children(recursive=True)}
         return self._family
 
     def favour(self) -> None:
-        """Have it run before other programs, where the system allows that: whether it answers in
-        time is no question of what else a machine is busy with."""
+        """Raise its priority where the system allows that, because the load of the machine must not
+        decide whether it answers in time."""
         for process in self.family():
             with contextlib.suppress(psutil.NoSuchProcess, PermissionError):
                 for thread in process.threads():
                     # One may have ended since.
                     with contextlib.suppress(ProcessLookupError):
-                        # Linux keeps it for each thread.
+                        # Linux has a priority for each thread.
                         os.setpriority(os.PRIO_PROCESS, thread.id, FAVOUR)
 
     def alive(self) -> list[psutil.Process]:
-        """Who of the family still runs."""
+        """Return the processes of the family that still run."""
         alive = []
         for process in self._family:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -366,7 +369,7 @@ class Service:
         return await self.ended()
 
     def ended_with(self) -> int | None:
-        """Its exit code, or None while it runs."""
+        """Return its exit code, or None while it runs."""
         return self._process.poll()
 
     async def ended(self) -> int:

@@ -42,7 +42,8 @@ ROOT = Path(__file__).parents[1]
 SERVICE = str(ROOT / "service/latchkey_service") + "/"
 CORE = str(ROOT / "proto") + "/"
 PIPELINE = "rpc/interceptor.py"
-# A renewal comes once a second and takes as long as a call. It does not meet this many in a row.
+# A renewal happens once a second and takes as long as a call. It does not coincide with this many
+# calls in a row.
 REPEATS = 10
 # Far more than a call takes on a busy machine.
 CALL_SECONDS = 20.0
@@ -53,9 +54,9 @@ _numbers = itertools.count(1)
 class Trip(NamedTuple):
     """The files of one kind of call, in the order of first use.
 
-    `call` has those that run in the call's own task, and the transport's. `beside` has those that
-    run only in other tasks, for the call. `sometimes` has the files that only some of the traced
-    calls met, by coincidence or not.
+    `call` has the files that run in the call's own task, and the transport's. `beside` has those
+    that run for the call only in other tasks. `sometimes` has the files that only some of the
+    traced calls used, by coincidence or not.
     """
 
     call: list[str]

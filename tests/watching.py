@@ -16,12 +16,13 @@ __all__ = ["WatchClient", "watching"]
 
 Metadata = tuple[tuple[str, str], ...]
 
-# How a client library says where it runs.
+# Where a client library says that it runs.
 CLIENT: Metadata = (("latchkey-client", "web-1 pid 77"),)
 
 
 class WatchClient:
-    """One stream. Received events are kept in order in `events`, whether asked for or not."""
+    """One stream. `events` has the received events in order, whether or not the test waited for
+    them."""
 
     def __init__(self, stub: Any, metadata: Metadata = ()) -> None:
         self.call = stub.Watch(metadata=metadata)
@@ -29,14 +30,14 @@ class WatchClient:
         self.applied = NOWHERE
 
     async def say(self, applied: Position | None = None, **fields: Any) -> None:
-        """Send a request; without `applied`, what was applied so far."""
+        """Send a request; by default with the position that was applied so far."""
         position = self.applied if applied is None else applied
         await self.call.write(
             pb.WatchRequest(applied_revision=position.revision, mark=position.mark, **fields)
         )
 
     async def ask(self) -> None:
-        """Ask for a grant."""
+        """Request a grant."""
         self.number += 1
         await self.say(number=self.number)
 
@@ -52,7 +53,7 @@ class WatchClient:
         return event
 
     async def granted(self) -> pb.Grant:
-        """Ask, confirm what comes before the grant, and return it."""
+        """Request a grant, confirm the events before it, and return it."""
         await self.ask()
         while not isinstance(event := await self.hear(), pb.Grant):
             await self.say()
@@ -61,7 +62,7 @@ class WatchClient:
         return event
 
     async def refusal(self) -> grpc.StatusCode:
-        """Return the status that the server ends the stream with."""
+        """Return the status with which the server ends the stream."""
         async with asyncio.timeout(WAIT_SECONDS):
             with contextlib.suppress(grpc.aio.AioRpcError):
                 while await self.call.read() is not grpc.aio.EOF:
@@ -71,13 +72,14 @@ class WatchClient:
 
 @contextlib.asynccontextmanager
 async def watching(address: str) -> AsyncIterator[WatchClient]:
-    """Watch a server, on a connection of its own. Lets go at the end, if it still can."""
+    """Watch a server over a new connection. Releases the lease at the end, if it still can."""
     async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         client = WatchClient(pb_grpc.TokenServiceStub(channel), CLIENT)
         yield client
         if client.call.cancelled():
             return
-        # The server may end the stream at any moment: at once, if the test has let go already.
+        # The server may end the stream at any moment: at once, if the test has already released the
+        # lease.
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             await client.say(released=True)
             await client.call.done_writing()

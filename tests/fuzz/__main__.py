@@ -1,8 +1,8 @@
-"""`make fuzz`: attacks whatever reads what others send, and tells what did not keep its promise.
+"""`make fuzz`: attacks all code that reads untrusted input, and reports broken guarantees.
 
-Each target is attacked in turn, for its share of the time: first with the corpus of the repository
-and the working one below build/fuzz, then with changes of those that lead to new ways through the
-code. A finding is written to a file, with the command that replays it.
+Each target is attacked in turn for an equal share of the time: first with the repository's corpus
+and the working corpus below build/fuzz, then with mutations of inputs that reached new code paths.
+Each finding is written to a file and reported with the command that replays it.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main() -> int:
     try:
         import atheris  # noqa: F401 - whether it is there
     except ImportError:
-        _say("make fuzz needs atheris, which there is for CPython 3.11-3.13 on Linux, x86-64.")
+        _say("make fuzz needs atheris, which is available for CPython 3.11-3.13 on Linux, x86-64.")
         return 2
     if options.replay is not None:
         return _replay(options.replay)
@@ -79,10 +79,10 @@ def _say(line: str) -> None:
 
 
 def _replay(path: Path) -> int:
-    """Attack with the input of a finding again."""
+    """Replay the input of a finding."""
     name = next((part for part in path.parts[::-1] if part in TARGETS | BROKEN), None)
     if name is None:
-        _say(f"{path}: no folder in its path is named as a target, so which one is it of?")
+        _say(f"{path}: no folder in its path has a target's name; please name the target")
         return 2
     with surroundings((TARGETS | BROKEN)[name].needs) as variables:
         code, output = campaign.replay(name, path, variables)
@@ -113,12 +113,12 @@ def _options() -> argparse.Namespace:
         "--seed",
         type=int,
         default=random.randrange(1, 2**31),  # noqa: S311 - any will do
-        help="of the changes; those that run in one thread then do the same again (default: any)",
+        help="seed of the mutations; makes single-threaded targets repeatable (default: random)",
     )
     parser.add_argument(
         "--keep",
         action="store_true",
-        help="afterwards, make the repository's corpus of the fewest inputs that go all ways known",
+        help="afterwards, reduce the corpus to the fewest inputs that reach all known paths",
     )
     parser.add_argument("--replay", type=Path, metavar="FILE", help="attack with one input only")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""A target that is broken, to show that what is broken is found. Not among the others."""
+"""A broken target, to show that the fuzzer finds bugs. It is not in the table of targets."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ from tests.fuzz.target import Target
 
 
 class Broken(Target):
-    """Has a parser that fails at some bytes within its input."""
+    """A parser that fails at certain bytes in its input."""
 
     length_max = 16
 

@@ -1,4 +1,4 @@
-"""One run of one target: the process that fuzzes, its corpus, and what became of it."""
+"""One run of one target: the fuzzing process, its corpus, and its result."""
 
 import json
 import os
@@ -18,27 +18,27 @@ __all__ = ["CORPUS", "Result", "keep", "replay", "run"]
 
 ROOT = Path(__file__).parents[2]
 CORPUS = Path(__file__).parent / "corpus"
-# An input that takes as long has met an endless loop, on whatever machine.
+# An input that takes this long has met an endless loop, on any machine.
 INPUT_SECONDS_MAX = 25
-# For the start, the corpus, and an input that hangs; then the process is ended.
+# Time for the start, the corpus, and an input that hangs; after this the process is ended.
 EXTRA_SECONDS = 90.0
 MEMORY_MB_MAX = 2_048
-# Of a target, in the repository. Those named `found-…` stay in any case.
+# Size of a target's corpus in the repository. Inputs named `found-…` are always kept.
 KEPT_MAX = 40
 KEPT_BYTES_MAX = 16_384
-# Until then caches fill, and libFuzzer's own tables with them.
+# Warm-up, in which caches and libFuzzer's own tables fill.
 WARM_UP = 0.4
 
 
 @dataclass(slots=True)
 class Result:
-    """What a run came to. Memory and open files are those of the processes under attack."""
+    """The result of a run. Memory and open files are those of the processes under attack."""
 
     target: str
     inputs: int = 0
     seconds: float = 0.0
     new: int = 0
-    """Inputs found that go ways which the corpus did not."""
+    """New inputs that reach paths which the corpus does not."""
     rss_start: float = 0.0
     """MB, in the middle of the run's first part after its warm-up."""
     rss_end: float = 0.0
@@ -62,7 +62,8 @@ def run(
     *,
     seed: int | None = None,
 ) -> Result:
-    """Fuzz a target for so long, with its working corpus, log and findings in `folder`."""
+    """Fuzz a target for this many seconds, with its working corpus, log and findings in
+    `folder`."""
     corpus, findings = folder / "corpus", folder / "findings"
     seeds = folder / "seeds"
     for path in (corpus, findings, seeds):
@@ -94,14 +95,14 @@ def run(
 
 
 def replay(target: str, path: Path, variables: Mapping[str, str]) -> tuple[int, str]:
-    """Attack with one input; return the exit code, 0 for nothing found, and what was said."""
+    """Attack with one input; return the exit code (0 for nothing found) and the output."""
     return _engine(target, ["-runs=1", str(path)], variables, EXTRA_SECONDS)
 
 
 def keep(target: str, folder: Path, variables: Mapping[str, str], kept: Path) -> tuple[int, int]:
-    """Make `kept` of the fewest inputs that go all the ways known, also those in `folder`.
+    """Reduce `kept` to the fewest inputs that reach all known paths, including those from `folder`.
 
-    Returns how many there were and are.
+    Returns the numbers of inputs before and after.
     """
     merged = folder / "merged"
     shutil.rmtree(merged, ignore_errors=True)
@@ -126,7 +127,7 @@ def keep(target: str, folder: Path, variables: Mapping[str, str], kept: Path) ->
 
 
 def _kept(target: str) -> Path:
-    """Return the folder with a target's corpus in the repository; transports share theirs."""
+    """Return the folder of a target's corpus in the repository; the transports share one."""
     return CORPUS / (TARGETS | BROKEN)[target].module
 
 
@@ -162,7 +163,7 @@ def _measure(result: Result, samples: Path) -> None:
         return
     result.seconds = lines[-1]["time"] - lines[0]["time"]
     warm = lines[int(len(lines) * WARM_UP) :]
-    # Medians of some samples, as one may be taken in the middle of a burst.
+    # Medians of some samples, because a single sample may fall into a burst.
     few = max(1, len(warm) // 4)
     first, last = warm[:few], warm[-few:]
     result.rss_start, result.rss_end = (

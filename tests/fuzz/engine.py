@@ -1,8 +1,8 @@
-"""The process that fuzzes: one target under atheris, which is libFuzzer with Python's coverage.
+"""The fuzzing process: one target under atheris, which is libFuzzer with Python's coverage.
 
 Started by `campaign.py` as `python -m tests.fuzz.engine TARGET`, with libFuzzer's own arguments
-after it. libFuzzer ends the process without any of Python's endings: all that is to be cleaned up
-belongs to the parent, and what is to be known is written as it comes.
+after it. libFuzzer ends the process without Python's clean-up: therefore the parent owns everything
+that needs clean-up, and all output is written at once.
 """
 
 import json
@@ -15,11 +15,11 @@ from typing import Any
 
 import atheris
 
-# What is instrumented, so that new paths through it are what the fuzzer looks for. tomllib, because
-# it reads the policy.
+# Instrumented modules, in which the fuzzer looks for new paths. tomllib, because it reads the
+# policy.
 PACKAGES = ["latchkey", "latchkey_cli", "latchkey_coherence", "latchkey_service", "tomllib"]
 SAMPLE_SECONDS = 0.5
-# How many of the inputs that the target's own mutator knows to change are changed as mere bytes.
+# Share of the inputs mutated as plain bytes, although the target's own mutator could change them.
 AS_BYTES = 0.25
 
 
@@ -30,7 +30,7 @@ def main() -> None:
         from tests.fuzz.target import load
     with atheris.instrument_imports(include=PACKAGES):
         target = load(name)
-    # libFuzzer starts itself again to merge, by these words and a shell.
+    # To merge, libFuzzer starts itself again with these words through a shell.
     program = f"{sys.executable} -m tests.fuzz.engine {name}"
     _write_seeds(target)
     options: dict[str, Any] = {}
@@ -59,7 +59,7 @@ def _mutator(target: Any) -> Any:
 
 
 def _counted(target: Any) -> Any:
-    """Return `target.one` that writes down, twice a second, how far it is and at what cost."""
+    """Return `target.one` with a wrapper that records, twice a second, its progress and cost."""
     path = os.environ.get("FUZZ_SAMPLES")
     if path is None:
         return target.one

@@ -1,4 +1,4 @@
-"""HTTP/2 frames that nobody should send: made, changed, and expanded. RFC 9113 §6, RFC 7541."""
+"""Invalid and hostile HTTP/2 frames: generated, mutated, and expanded. RFC 9113 §6, RFC 7541."""
 
 import gzip
 import random
@@ -16,8 +16,8 @@ DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE = range(6)
 PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(6, 10)
 END_STREAM = ACK = 0x1
 END_HEADERS, PADDED, PRIORITISED = 0x4, 0x8, 0x20
-# Ours, and never sent: repeats the frames before it. How many of them (1 byte), how often (2), and
-# by how much their streams' numbers grow each time (1).
+# Our own frame type, which is never sent: it repeats the frames before it. Payload: the number of
+# frames (1 byte), the repetitions (2), and the increment of their stream numbers (1).
 REPEAT = 0xF0
 EXPANDED_BYTES_MAX = 1 << 20
 _HEADER = struct.Struct(">BHBBI")
@@ -34,7 +34,7 @@ PATHS = (
     "/latchkey.v1.TokenService/Nope",
     "/", "", "*", "//", "/latchkey.v1.TokenService/Verify/", "/\xff", "/" + "x" * 2_000,
     "http://h/a",
-    # Last, since inputs of the corpus have their paths' numbers.
+    # Last, because inputs of the corpus contain the numbers of these paths.
     "/latchkey.v1.MaintenanceService/InvalidateAll",
 )  # fmt: skip
 ODD_HEADERS = (
@@ -89,7 +89,8 @@ ODD_HEADERS = (
 
 
 class Frame(NamedTuple):
-    """A frame as it goes over the wire. `length` None: that of the payload, as it should be."""
+    """A frame as sent over the wire. With `length` None, the header has the payload's real
+    length."""
 
     kind: int
     flags: int
@@ -106,7 +107,7 @@ class Frame(NamedTuple):
 
 
 def split(body: bytes) -> list[Frame]:
-    """Return the frames of an input; the last one may say that it is longer than it is."""
+    """Return the frames of an input; the last one may claim to be longer than it is."""
     frames = []
     while len(body) >= 9:
         high, low, kind, flags, stream = _HEADER.unpack_from(body)
@@ -119,7 +120,7 @@ def split(body: bytes) -> list[Frame]:
 
 
 def expand(frames: list[Frame]) -> Iterator[bytes]:
-    """Yield what is sent for the frames of an input, a megabyte at most."""
+    """Yield the bytes to send for the frames of an input, at most a megabyte."""
     sent = 0
     for place, frame in enumerate(frames):
         if frame.kind != REPEAT:
@@ -140,7 +141,7 @@ def expand(frames: list[Frame]) -> Iterator[bytes]:
 
 
 def received(buffer: bytes) -> tuple[list[Frame], bytes]:
-    """Return the whole frames of what was received, and the rest."""
+    """Return the complete frames of the received bytes, and the rest."""
     frames = []
     while len(buffer) >= 9:
         high, low, kind, flags, stream = _HEADER.unpack_from(buffer)
@@ -153,7 +154,7 @@ def received(buffer: bytes) -> tuple[list[Frame], bytes]:
 
 
 def good() -> list[list[Frame]]:
-    """Return sequences of frames that are all as they should be, or a known attack each."""
+    """Return sequences of frames, each either valid or a known attack."""
     settings = Frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 2**20))
     ack = Frame(SETTINGS, ACK, 0, b"")
     call = [Frame(HEADERS, END_HEADERS, 1, headers()), Frame(DATA, END_STREAM, 1, message(b""))]
@@ -185,7 +186,7 @@ def good() -> list[list[Frame]]:
         # Windows: overflowing, and closed while answers wait (CVE-2019-9517).
         [settings, Frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 2**31 - 1)), many(1, 3)],
         [Frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 0)), *call, many(2, 100)],
-        # Streams that are opened, and left.
+        # Streams that are opened and abandoned.
         [settings, open_call, many(1, 500)],
         [settings, Frame(HEADERS, END_HEADERS, 1, block), Frame(DATA, 0, 1, message(b"")[:3])],
         [settings, Frame(DATA, 0, 1, bytes(100), 10_000)],
@@ -195,7 +196,7 @@ def good() -> list[list[Frame]]:
 def headers(
     *odd: tuple[str, str], path: str = VERIFY, authority: str = "localhost", huffman: bool = False
 ) -> bytes:
-    """Return a header block of a call."""
+    """Return the header block of a call."""
     fields = [
         (":method", "POST"),
         (":scheme", "http"),
@@ -215,7 +216,7 @@ def message(data: bytes, compressed: int = 0) -> bytes:
 
 
 def change(frames: list[Frame], chance: random.Random) -> list[Frame]:
-    """Return frames with one to three things changed."""
+    """Return frames with one to three mutations."""
     frames = list(frames)
     for _ in range(chance.randint(1, 3)):
         place = chance.randint(0, len(frames))
@@ -293,7 +294,7 @@ def _made(chance: random.Random) -> list[Frame]:
 
 
 def _call(stream: int, chance: random.Random) -> list[Frame]:
-    """Return a call, of any method, with odd headers, messages and endings."""
+    """Return a call of any method, with unusual headers, messages and endings."""
     odd = chance.sample(ODD_HEADERS, chance.randrange(3))
     block = headers(*odd, path=chance.choice(PATHS), huffman=chance.random() < 0.5)
     data = chance.choice(
@@ -309,7 +310,7 @@ def _call(stream: int, chance: random.Random) -> list[Frame]:
     bodies = (
         message(data),
         message(data, 1),
-        # Small, on purpose: `native` unpacks whatever it is sent (SECURITY.md).
+        # Deliberately small: `native` decompresses every message that it receives (SECURITY.md).
         message(gzip.compress(data), 1),
         message(data, 2),
         message(data) * 2,
@@ -324,12 +325,12 @@ def _call(stream: int, chance: random.Random) -> list[Frame]:
 
 
 def _block(chance: random.Random) -> bytes:
-    """Return a header block that is damaged, or does damage, in HPACK's terms."""
+    """Return a header block that is damaged or harmful in terms of HPACK."""
     return chance.choice(
         (
             chance.randbytes(chance.randrange(40)),
             headers()[: chance.randrange(30)],
-            # Size updates, far indices, lengths without an end, and a bomb of references.
+            # Size updates, out-of-range indices, unterminated lengths, and a bomb of references.
             b"\x3f\xe1\xff\xff\xff\x0f" + headers(),
             b"\xff\xff\xff\xff\xff\xff\xff\xff\x7f",
             b"\x40\x7f\xff\xff\xff\xff\x0f",

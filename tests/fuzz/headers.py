@@ -1,7 +1,7 @@
 """The headers `authorization` and x-forwarded-client-cert, with a real authenticator.
 
-An input's lines are headers, in order: each a letter for the key, then the value, as latin-1 (which
-any bytes are), or as bytes, as transports hand on what is not text.
+Each line of an input is a header, in order: a letter for the key, then the value, as latin-1 (which
+accepts any bytes), or as bytes, as transports pass on values that are not text.
 """
 
 import base64
@@ -34,7 +34,7 @@ roles = ["verifier"]
 certificates = ["spiffe://example.org/till"]
 roles = ["manager"]
 """
-# With both of shop's names. Its expiry does not matter to the authenticator.
+# With both of shop's names. The authenticator ignores its expiry.
 CERTIFICATE = ssl.DER_cert_to_PEM_cert(
     base64.b64decode(
         "MIIBfTCCASKgAwIBAgIUeCzGH1k4xdj9jcJ7zNjCt9leaHowCgYIKoZIzj0EAwIwQDEXMBUGA1UE"
@@ -58,7 +58,7 @@ PIECES = (
 
 
 class Headers(Target):
-    """Metadata of one call, at the authenticator of a listener that believes a proxy."""
+    """Metadata of one call, at the authenticator of a listener that trusts a proxy."""
 
     length_max = 2_048
     mutates = True
@@ -105,7 +105,7 @@ class Headers(Target):
             else:
                 metadata.append((key, line[1:].decode("latin-1")))
         self._parts(metadata)
-        # A new authenticator: its cache of headers must not depend on earlier inputs.
+        # A new authenticator, because its cache of headers must not depend on earlier inputs.
         authenticator = Authenticator(
             self._active_policy, proxy=PROXY, metadata_of=lambda context: context
         )
@@ -116,17 +116,17 @@ class Headers(Target):
                 outcomes.append(authenticator.authorize(VERIFY, call).name)
             except Denied as error:
                 if CREDENTIAL in str(error):
-                    raise Finding("an error tells a credential") from None
+                    raise Finding("an error contains a credential") from None
                 outcomes.append(error.reason)
         if outcomes[0] != outcomes[1]:
-            raise Finding(f"asked again, it is answered {outcomes[1]} and not {outcomes[0]}")
+            raise Finding(f"the second answer differs: {outcomes[1]} and not {outcomes[0]}")
         if outcomes[0] == "shop" and not _is_shop(metadata):
-            raise Finding("let in as shop, which nothing in the call says")
+            raise Finding("accepted as shop, without its credential or name in the call")
         if outcomes[0] == "till":
-            raise Finding("let in to a method that the caller's role does not have")
+            raise Finding("allowed to call a method that the caller's role does not include")
 
     def _parts(self, metadata: list[tuple[str, Any]]) -> None:
-        """Attack the parsers alone, where the authenticator does not let an input get to."""
+        """Attack the parsers directly, where the authenticator would reject an input first."""
         for key, value in metadata:
             if key == "authorization":
                 with contextlib.suppress(Denied):
@@ -136,11 +136,12 @@ class Headers(Target):
                     forwarded.parse(value)
                 except forwarded.ForwardedError as error:
                     if error.args:
-                        raise Finding("ForwardedError carries something") from None
+                        raise Finding("ForwardedError carries data") from None
 
 
 def _is_shop(metadata: list[tuple[str, Any]]) -> bool:
-    """Tell whether a call can be shop's at all: by its credential, or by name through the proxy."""
+    """Return whether a call can be shop's at all: by its credential, or by name through the
+    proxy."""
     values = [(key, value) for key, value in metadata if isinstance(value, str)]
     if any(key == "authorization" and value[7:] == CREDENTIAL for key, value in values):
         return True
@@ -151,7 +152,7 @@ def _is_shop(metadata: list[tuple[str, Any]]) -> bool:
     if any(name.lower() in headers[0].replace('"', "").lower() for name in names):
         return True
     _, begin, pem = unquote(headers[0]).partition("-----BEGIN CERTIFICATE-----")
-    # As it is read: without all that is not base64.
+    # As it is parsed: without the characters that are not base64.
     return begin != "" and b"shop" in base64.b64decode(pem.partition("-----END")[0]).lower()
 
 

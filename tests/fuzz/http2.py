@@ -1,8 +1,8 @@
-"""The listener: garbage, floods, rapid resets and half-open connections, and TLS around them.
+"""The listener: garbage, floods, rapid resets and half-open connections, with and without TLS.
 
-The server is a process of its own, so that its memory and files are its alone. Nothing in it is
-instrumented, as most of it is Rust or C; what guides the fuzzer is what it answers. An input is a
-byte for how the connection is used and ended, then frames.
+The server is a separate process, so that its memory and files can be measured alone. Nothing in it
+is instrumented, because most of it is Rust or C; its answers guide the fuzzer. An input is one byte
+for the use and end of the connection, then frames.
 """
 
 import collections
@@ -30,14 +30,14 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from tests.fuzz import frames
 from tests.fuzz.target import Finding, Target
 
-# How the byte says that the connection is used: bits of it.
+# Bits of the byte that says how the connection is used.
 NO_PREFACE, RAW, IN_PIECES, ENDING = 0x80, 0x40, 0x20, 0x03
 PING_LAST, HALF_CLOSED, RESET, LEFT_OPEN = range(4)
 LAST_PING = frames.Frame(frames.PING, 0, 0, b"lastping").encoded()
 # The name of an exception, or of a file.
 INSIDE = re.compile(r"Traceback|\w(Error|Exception)\b|\.py\b")
 CONNECT_SECONDS_MAX = 10.0
-# The server may not read on, as it should when it is flooded. Then the rest is not sent.
+# A flooded server may rightly stop reading. Then the rest is not sent.
 SEND_SECONDS_MAX = 0.2
 ANSWER_SECONDS_MAX = 0.02
 CALL_SECONDS_MAX = 15.0
@@ -45,19 +45,19 @@ OPEN_MAX = 64
 LOOK_EVERY = 100
 SETTLE_SECONDS_MAX = 10.0
 IDLE_SECONDS = 0.08
-# Above what it has when nobody is connected but the other client: connections that are just ending.
+# Above the number when only the other client is connected: connections that are just ending.
 FILES_SLACK = 12
 LANDMARKS = 4_096
-# gRPC says INTERNAL of what is wrong with HTTP/2 or a message's frame: a flag for compression
-# without the header, a length past the end (grpc/doc/statuscodes.md). Not a word of ours.
+# gRPC returns INTERNAL for errors in HTTP/2 or in a message's frame, such as a compression flag
+# without the header or a length past the end (grpc/doc/statuscodes.md). Our code is not involved.
 UNKNOWN, INTERNAL = "2", "13"
-# What grpcio answers UNKNOWN before it has asked anybody, and nothing of ours can keep it from: a
+# Requests that grpcio answers with UNKNOWN before it calls our code, which cannot prevent this: a
 # method other than POST, and a path that is not UTF-8.
 OF_GRPCIO = ("Bad method header", "Unexpected <class 'UnicodeDecodeError'>: 'utf-8' codec")
 
 
 class Http2(Target):
-    """Connections to one address, and a client beside them that wants to be served."""
+    """Connections to one address, and a well-behaved second client that must be served."""
 
     length_max = 16_384
     mutates = True
@@ -109,7 +109,7 @@ class Http2(Target):
         try:
             connection = self._connect(raw=bool(how & RAW))
         except ssl.SSLError:
-            # It has not come to a handshake in time, or was refused one.
+            # Its handshake did not complete in time or was rejected.
             connection = None
         if connection is not None:
             self._attack(connection, how, body)
@@ -121,7 +121,7 @@ class Http2(Target):
         return [self._process]
 
     def settle(self) -> None:
-        """Leave, and wait until the server has noticed. Raises Finding when it does not."""
+        """Disconnect, and wait until the server has noticed. Raises Finding if it does not."""
         while self._open:
             self._open.popleft().close()
         give_up = time.monotonic() + SETTLE_SECONDS_MAX
@@ -129,12 +129,14 @@ class Http2(Target):
             if time.monotonic() > give_up:
                 raise Finding(f"the server has {files} files open, after {self._files} at first")
             time.sleep(0.01)
-        # What is queued still takes memory, and is no leak: it is done with first, in so much time.
+        # Queued work still takes memory, which is not a leak; the server gets this long to finish
+        # it.
         while self._is_busy() and time.monotonic() < give_up:
             pass
 
     def _is_busy(self) -> bool:
-        """Watch it for a moment; tell whether it took more of a core than its timers do."""
+        """Observe the server for a moment; return whether it used more of a core than its timers
+        do."""
         before = sum(self._process.cpu_times()[:2])
         time.sleep(IDLE_SECONDS)
         return sum(self._process.cpu_times()[:2]) - before > IDLE_SECONDS / 4
@@ -142,8 +144,8 @@ class Http2(Target):
     def _connect(self, *, raw: bool) -> socket.socket:
         plain = socket.socket()
         plain.settimeout(CONNECT_SECONDS_MAX)
-        # From many addresses, or the ports of one would run out: each waits a minute to be used
-        # again.
+        # From many addresses, because the ports of one would run out: each stays in TIME_WAIT for a
+        # minute.
         plain.bind((f"127.0.{self._inputs >> 8 & 0x7F}.{self._inputs & 0xFF or 1}", 0))
         plain.connect(self._address)
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -168,10 +170,10 @@ class Http2(Target):
             if ending == PING_LAST:
                 connection.sendall(LAST_PING)
             elif ending == HALF_CLOSED:
-                # Of TLS too: what is below it, as when a host is gone.
+                # Of TLS too: the socket below it is closed, as when a host disappears.
                 connection.shutdown(socket.SHUT_WR)
         except OSError:
-            # It has ended the connection, or reads no more: either is right.
+            # The server has closed the connection or stopped reading: either is right.
             pass
         if ending == LEFT_OPEN:
             self._open.append(connection)
@@ -188,7 +190,7 @@ class Http2(Target):
             connection.close()
 
     def _read(self, connection: socket.socket) -> None:
-        """Read what is answered, until the last ping is, or the connection ends, or enough."""
+        """Read answers until the last ping is answered, the connection ends, or enough was read."""
         connection.settimeout(ANSWER_SECONDS_MAX)
         decoder = hpack.Decoder()
         buffer = b""
@@ -208,7 +210,7 @@ class Http2(Target):
     def _judge(self, frame: frames.Frame, decoder: hpack.Decoder) -> None:
         told = struct.pack(">BB", frame.kind, frame.flags)
         if frame.kind >= frames.TYPES:
-            # Not HTTP/2 at all: an alert of TLS, or an answer in HTTP/1.
+            # Not HTTP/2: a TLS alert, or an answer in HTTP/1.
             return
         if frame.kind in (frames.RST_STREAM, frames.GOAWAY):
             told += frame.payload[:8]
@@ -222,12 +224,12 @@ class Http2(Target):
                 if code == UNKNOWN or (code == INTERNAL and "Latchkey" in said):
                     raise Finding(f"grpc-status {code}: {said}")
                 if INSIDE.search(said):
-                    raise Finding(f"the inside is told: {said}")
+                    raise Finding(f"internals are exposed: {said}")
             told += f"{fields.get(':status')} {code} {said[:12]}".encode()
         self._landmarks[zlib.crc32(told) % LANDMARKS]()
 
     def _look(self) -> None:
-        """See that others are served."""
+        """Check that other clients are served."""
         if not self._process.is_running():
             raise Finding("the server's process has ended")
         try:
@@ -236,7 +238,7 @@ class Http2(Target):
         except grpc.RpcError as error:
             raise Finding(f"others are not served: {error}") from None
         if health.status != health_pb2.HealthCheckResponse.SERVING:
-            raise Finding("the server does not serve any more")
+            raise Finding("the server has stopped serving")
         if answer.verdict != pb.VERDICT_VALID:
             raise Finding("a live token is refused")
 
@@ -248,9 +250,9 @@ def _secure(folder: Path, name: str) -> grpc.Channel:
 
 
 def _landmarks() -> list[Callable[[], None]]:
-    """Return functions that do nothing, each of them a place in the code that libFuzzer counts.
+    """Return functions that do nothing, each a place in the code that libFuzzer counts.
 
-    To call one for each kind of answer makes it look for new kinds of answers.
+    Calling one for each kind of answer makes libFuzzer look for new kinds of answers.
     """
 
     def landmark() -> None:

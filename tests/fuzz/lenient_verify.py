@@ -1,4 +1,4 @@
-"""`lenient_parsing.py`: Verify and BatchVerify whose secrets are not text."""
+"""`lenient_parsing.py`: Verify and BatchVerify with secrets that are not text."""
 
 import random
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ PIECES = (
 
 
 class LenientVerify(Target):
-    """The first byte says of which method it is the message."""
+    """The first byte selects the method of the message."""
 
     length_max = 512
     mutates = True
@@ -50,16 +50,16 @@ class LenientVerify(Target):
         lenient = parse_non_utf8(path, body)
         if lenient is None:
             if strict is not None:
-                raise Finding("what is a message is refused")
+                raise Finding("a valid message is rejected")
             return
         if not isinstance(lenient, kind):
             raise Finding(f"it is a {type(lenient).__name__}")
         kind.FromString(lenient.SerializeToString())
         if strict is not None:
-            # Unknown fields are of no use to either.
+            # Neither parser uses unknown fields.
             strict.DiscardUnknownFields()
             if strict != lenient:
-                raise Finding("what is text is read as something else")
+                raise Finding("a valid text is read as a different one")
 
 
 TARGET = LenientVerify

@@ -1,8 +1,8 @@
-"""Every method's message, through the real server: real listener, real Postgres.
+"""Every method's message, sent to a real server with a real listener and Postgres.
 
-The server runs in this process, so that new ways through it guide the fuzzer, and its event loop
-only while an input is answered. An input is a byte for the method and its message; for a stream of
-them, each with a byte for its length before it.
+The server runs in this process, so that new paths through it guide the fuzzer. Its event loop runs
+only while an input is answered. An input is one byte for the method and its message; for a stream,
+several messages, each after one byte for its length.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ from tests.fuzz.target import Finding, Target
 TOKENS = "/latchkey.v1.TokenService/"
 HEALTH = "/grpc.health.v1.Health/"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
-# What stands for the token that was created last, of the same length as its own.
+# Placeholder for the ID of the newest token, of the same length.
 FRESH_ID, FRESH_SECRET = "tok_" + "9" * 26, "fuzz_" + "9" * 57
 SECRETS = {name: minted.secret.reveal() for name, minted in (("live", LIVE), ("deleted", DELETED))}
 MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
@@ -56,23 +56,24 @@ WORDS = (
     "latchkey/v1/token_service.proto", "google.protobuf.Timestamp",
 )  # fmt: skip
 CALL_SECONDS_MAX = 15.0
-# Answers to what is wrong with a request. Anything else is wrong with the server.
+# Statuses for an invalid request. Any other status is a fault of the server.
 REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.ALREADY_EXISTS,
 }
-# May pass, as when a lease has just run out; for the same input again and again it may not.
+# Allowed now and then, for example when a lease has just expired, but not every time for the same
+# input.
 PASSING = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
 TRIES = 4
-# So many inputs after each other, then a look whether others are still served.
+# Number of inputs between two checks that other clients are still served.
 LOOK_EVERY = 200
 TASKS_MAX = 200
 _TRACES = re.compile(rb"Traceback|site-packages|asyncpg|\.py\b|Error: |SELECT |INSERT ")
 
 
 class Method(NamedTuple):
-    """A method, its messages, and which of the two sides sends a stream of them."""
+    """A method, its messages, and which side sends a stream of them."""
 
     path: str
     request: Any
@@ -113,19 +114,19 @@ METHODS = (
         requests=True,
         responses=True,
     ),
-    # Last, since inputs of the corpus have their methods' numbers.
+    # Last, because inputs of the corpus contain the numbers of these methods.
     Method(
         "/latchkey.v1.MaintenanceService/InvalidateAll",
         maintenance_pb.InvalidateAllRequest,
         maintenance_pb.InvalidateAllResponse,
     ),
 )
-# They end by themselves only when the server does.
+# These end only when the server does.
 ENDLESS = {f"{TOKENS}Watch", f"{HEALTH}Watch"}
 
 
 class Answer(NamedTuple):
-    """How a call ended: status, and what came with it."""
+    """The outcome of a call: status, and its metadata."""
 
     code: grpc.StatusCode
     message: str
@@ -134,14 +135,14 @@ class Answer(NamedTuple):
 
 
 class Messages(Target):
-    """A server with one transport, and two clients: one attacks, one wants to be served."""
+    """A server with one transport, and two clients: one attacks, one must be served."""
 
     length_max = 8_192
     mutates = True
 
     def __init__(self, transport: str) -> None:
         logs.configure("json", "error")
-        # Channels, whose types have no calls with mere bytes.
+        # Channels, whose type annotations do not cover calls with raw bytes.
         self._channel: Any = None
         self._other: Any = None
         self._loop = uvloop.new_event_loop()
@@ -241,7 +242,7 @@ class Messages(Target):
         parts = _parts(method, data[1:])
         place = chance.randrange(len(parts)) if parts else 0
         if method.requests and chance.random() < 0.3:
-            # Streams: one more, one less, or in another order.
+            # Streams: one message more, one less, or another order.
             parts[place:place] = parts[place : place + 1] or [b""]
             if chance.random() < 0.5:
                 chance.shuffle(parts)
@@ -253,7 +254,7 @@ class Messages(Target):
         protobuf.change(message, WORDS, chance)
         changed = message.SerializeToString()
         if chance.random() < 0.1:
-            # Whole, but for a byte.
+            # The whole input, except for one byte.
             at = chance.randint(0, len(changed))
             changed = changed[:at] + chance.randbytes(1) + changed[at + 1 :]
         parts[place : place + 1] = [changed]
@@ -268,7 +269,7 @@ class Messages(Target):
             for placeholder, value in zip((FRESH_ID, FRESH_SECRET), self._fresh, strict=True):
                 parts = [part.replace(placeholder.encode(), value.encode()) for part in parts]
         if method.path == f"{TOKENS}Delete" and LIVE_ID.encode() in parts[0]:
-            # The other client needs it.
+            # The other client needs this token.
             return
         self._run(self._attack(method, parts))
         self._inputs += 1
@@ -285,10 +286,10 @@ class Messages(Target):
             listen="127.0.0.1:0",
             transport=transport,
             secret_prefix="fuzz",
-            # Deletes wait for the leases of Watches that end without a word.
+            # Deletes wait for the leases of Watches that end without a release.
             lease_seconds=0.4,
         )
-        # It is up as long as this process is, which libFuzzer ends.
+        # It runs as long as this process, which libFuzzer ends.
         self._server = running(settings, Keyring([PEPPER]))
         server: Server = await self._server.__aenter__()
         options = (
@@ -312,16 +313,16 @@ class Messages(Target):
         )
 
     async def _look(self) -> None:
-        """See that others are served, and that nothing is left of the calls that ended."""
+        """Check that other clients are served, and that ended calls leave nothing behind."""
         if not await self._is_serving():
-            raise Finding("the server does not serve any more")
+            raise Finding("the server has stopped serving")
         request = pb.VerifyRequest(secret=SECRETS["live"], required_scope=pb.SCOPE_READ)
         call = self._other.unary_unary(f"{TOKENS}Verify")
         answer = await call(request.SerializeToString(), timeout=CALL_SECONDS_MAX)
         if pb.VerifyResponse.FromString(answer).verdict != pb.VERDICT_VALID:
             raise Finding("a live token is refused")
         if (tasks := len(asyncio.all_tasks())) > TASKS_MAX:
-            # Those of calls that were cancelled may take a moment.
+            # Tasks of cancelled calls may take a moment.
             await asyncio.sleep(0.5)
             if (tasks := len(asyncio.all_tasks())) > TASKS_MAX:
                 raise Finding(f"{tasks} tasks run")
@@ -349,7 +350,8 @@ class Messages(Target):
                 await self._stream(method, parts, responses)
         except grpc.aio.AioRpcError as error:
             if error.details() == "Internal error from Core" and method.requests:
-                # grpcio's client says so of itself: it wrote when the server had ended the stream.
+                # grpcio's client reports this itself: it wrote after the server had ended the
+                # stream.
                 return Answer(grpc.StatusCode.OK, "", [], responses)
             metadata = [*(error.initial_metadata() or ()), *(error.trailing_metadata() or ())]
             return Answer(error.code(), error.details() or "", metadata, responses)
@@ -377,7 +379,7 @@ class Messages(Target):
             call.cancel()
 
     def _follow(self, method: Method, parts: list[bytes], answer: Answer) -> None:
-        """Check what was answered against what is known of the tokens."""
+        """Check an answer against the known tokens."""
         if method.requests:
             return
         try:
@@ -421,7 +423,7 @@ class Messages(Target):
 
 
 def _judge(method: Method, parts: list[bytes], answer: Answer) -> None:
-    """Check what is so of every answer. Raises Finding."""
+    """Check what must hold for every answer. Raises Finding."""
     code = answer.code
     if code not in REFUSALS | PASSING | {grpc.StatusCode.OK}:
         raise Finding(f"{method.path}: {code.name}: {answer.message}")
@@ -430,17 +432,17 @@ def _judge(method: Method, parts: list[bytes], answer: Answer) -> None:
         for key, value in answer.metadata
     )
     for secret in SECRETS.values():
-        # A part of one is no secret, and a name like any other; but a status has nobody's names.
-        # Reflection's answers repeat the question; that is their protocol.
+        # A part of a secret is not a secret, and may be a name like any other; but a status must
+        # not contain names. Reflection's answers repeat the question, as its protocol requires.
         answers = [] if method.path == REFLECTION else answer.responses
         if secret[5:48].encode() in said or any(secret.encode() in text for text in answers):
-            raise Finding(f"{method.path}: the answer has a canary in it")
+            raise Finding(f"{method.path}: the answer contains a canary")
     for digest in (LIVE.digest.value, DELETED.digest.value):
         for form in (digest, digest.hex().encode(), base64.b64encode(digest)[:42]):
             if form in said:
-                raise Finding(f"{method.path}: the status has a digest in it")
+                raise Finding(f"{method.path}: the status contains a digest")
     if (trace := _TRACES.search(said)) and not any(trace[0] in part for part in parts):
-        raise Finding(f"{method.path}: the status tells of the inside: {said!r}")
+        raise Finding(f"{method.path}: the status exposes internals: {said!r}")
     if code is grpc.StatusCode.OK:
         for response in answer.responses:
             method.response.FromString(response)
@@ -450,7 +452,7 @@ def _judge(method: Method, parts: list[bytes], answer: Answer) -> None:
         raise Finding(f"{method.path}: {code.name} without details: {answer.message}")
     status = status_pb2.Status.FromString(packed[0])
     if (status.code, status.message) != (code.value[0], answer.message):
-        raise Finding(f"{method.path}: the details are of another status")
+        raise Finding(f"{method.path}: the details belong to another status")
     kinds = {detail.TypeName() for detail in status.details}
     wanted = {error_details_pb2.ErrorInfo, error_details_pb2.RequestInfo}
     if code is grpc.StatusCode.INVALID_ARGUMENT:
@@ -462,7 +464,7 @@ def _judge(method: Method, parts: list[bytes], answer: Answer) -> None:
 
 
 def _number(name: str) -> int:
-    """Return a method's number, by the end of its path."""
+    """Return a method's number, given the end of its path."""
     (number,) = (
         n for n, method in enumerate(METHODS) if method.path.endswith((f"/{name}", f".{name}"))
     )
@@ -470,7 +472,7 @@ def _number(name: str) -> int:
 
 
 def _parts(method: Method, body: bytes) -> list[bytes]:
-    """Return the messages of an input: one, or for a stream any number."""
+    """Return the messages of an input: one, or any number for a stream."""
     if not method.requests:
         return [body]
     parts = []

@@ -1,7 +1,7 @@
-"""Page tokens: of an account's tokens (`management.py`) and of the audit log (`audit_service.py`).
+"""Page tokens of an account's tokens (`management.py`) and of the audit log (`audit_service.py`).
 
-An input is a token as it comes, or what the service would have sealed, by its first byte: damage
-alone would never get past the seal.
+The first byte of an input says whether it is a token as received, or the content for the service to
+seal: damage alone would never get past the seal.
 """
 
 import base64
@@ -95,7 +95,7 @@ class PageTokens(Target):
                 management.decode_page_token(other, token)
             except InvalidArgument:
                 continue
-            raise Finding("a page token is good for another account")
+            raise Finding("a page token is valid for another account")
 
     def _audit(self, wanted: Filter, token: str) -> None:
         try:
@@ -110,13 +110,13 @@ class PageTokens(Target):
                 audit_service._cursor(other, token)
             except InvalidArgument:
                 continue
-            raise Finding("a page token is good for other filters")
+            raise Finding("a page token is valid for other filters")
 
 
 def _text(sealed: bytes | None, plain: bytes) -> str:
     if sealed is not None:
         return base64.urlsafe_b64encode(sealed).decode().rstrip("=")
-    # As protobuf would have it, who lets no other bytes through.
+    # In the form that protobuf produces; the parser rejects all other bytes.
     return plain.decode("utf-8", "replace")
 
 

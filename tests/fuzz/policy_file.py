@@ -1,4 +1,4 @@
-"""The policy file: any text is a Policy, or a PolicyError that names the line, and soon."""
+"""The policy file: every text yields a Policy, or a PolicyError that names the line, quickly."""
 
 import random
 import re
@@ -10,7 +10,8 @@ from latchkey_service.access.policy import Policy, PolicyError, parse
 
 from tests.fuzz.target import Finding, Target
 
-# Of CPU, so that a busy machine is no finding. Some hundred times what the longest input takes.
+# CPU time, so that a busy machine causes no finding. About a hundred times the time of the longest
+# input.
 CPU_SECONDS_MAX = 2.0
 _DIGEST = "sha256:" + "5a" * 32
 GOOD = f"""\
@@ -42,9 +43,9 @@ _LINE = re.compile(r"line ([1-9]\d*): ")
 
 
 class PolicyFile(Target):
-    """An input is a file's text."""
+    """An input is the text of a file."""
 
-    # Enough for each of the pieces; and the time goes with the square of a key's length.
+    # Enough for each of the pieces; parsing time grows with the square of a key's length.
     length_max = 4_608
     mutates = True
 
@@ -81,7 +82,7 @@ class PolicyFile(Target):
         try:
             text = data.decode()
         except UnicodeDecodeError:
-            # `read_text` refuses it before it is parsed.
+            # `read_text` rejects it before it is parsed.
             return
         start = time.thread_time()
         try:
@@ -97,10 +98,10 @@ class PolicyFile(Target):
 
 
 def _sound(policy: Policy, text: str) -> None:
-    """Check that nobody is let in whom the file does not name."""
+    """Check that only callers in the file are accepted."""
     document = tomllib.loads(text)
     if not policy.callers <= set(document.get("callers", {})):
-        raise Finding("a caller comes from nowhere")
+        raise Finding("a caller is not in the file")
     for key, caller in policy.certificates.items():
         names = document["callers"][caller.name]["certificates"]
         if key not in names and key not in [name.lower() for name in names]:

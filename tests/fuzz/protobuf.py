@@ -1,4 +1,5 @@
-"""Changes messages by their fields: what mere bytes would hardly do to one and leave it one."""
+"""Mutates messages by field, in ways that byte mutations would rarely reach while keeping them
+decodable."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -18,13 +19,13 @@ ODD_TEXT = (
     "a" * 63, "a" * 64, "a" * 65, "a" * 256,
     "é" * 64, "😀" * 300,
 )  # fmt: skip
-# Of labels, one more than is taken.
+# One label more than the limit.
 REPEATED = 17
 _SIGNED_32 = {FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_ENUM}
 
 
 def change(message: Message, words: Sequence[str], chance: random.Random) -> None:
-    """Change one to three things of a message. `words` are texts that mean something in it."""
+    """Mutate one to three parts of a message. `words` are texts with a meaning in it."""
     for _ in range(chance.randint(1, 3)):
         _change_one(message, words, chance)
 
@@ -34,7 +35,7 @@ def _change_one(message: Message, words: Sequence[str], chance: random.Random) -
     if not fields:
         return
     field: Any = chance.choice(fields)
-    # So that most keep most of what made them valid.
+    # So that most messages stay mostly valid.
     if chance.random() < 0.15:
         message.ClearField(field.name)
         return
@@ -91,7 +92,7 @@ def _text(words: Sequence[str], chance: random.Random) -> str:
 
 
 def _spliced(old: str, new: str, chance: random.Random) -> str:
-    """Return the new text, in place of the old one or put together with it."""
+    """Return the new text, instead of the old one or combined with it."""
     place = chance.randint(0, len(old))
     ways: list[Callable[[], str]] = [
         lambda: new,

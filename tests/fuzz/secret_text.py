@@ -1,4 +1,5 @@
-"""Secrets as text: the service's parser, the client's check, and what must not hold a secret."""
+"""Secrets as text: the service's parser, the client's check, and outputs that must not contain a
+secret."""
 
 import hmac
 import random
@@ -11,21 +12,21 @@ from latchkey_service import secret_format
 
 from tests.fuzz.target import Finding, Target
 
-# Not the usual one: scanners of secrets are to stay quiet about the corpus.
+# Not the usual prefix, so that secret scanners ignore the corpus.
 PREFIXES = ("fuzz", "kk", "abcdefghij", "zz")
 ODD = ("\n", "\0", " ", "_", "-", "é", "٣", "\U0001d7ce", "\ud800", "a", "A", "0", "kk_", "x" * 57)
 PEPPERS = [secret_format.Pepper(bytes([n]) * 32) for n in (1, 2)]
 
 
 class SecretText(Target):
-    """An input is text, of UTF-8 and lone surrogates."""
+    """An input is text: UTF-8 and lone surrogates."""
 
     length_max = 400
     mutates = True
 
     def __init__(self) -> None:
         self._keyring = secret_format.Keyring(PEPPERS)
-        # A secret is minted by either pepper, or by none of ours.
+        # A secret is minted with either pepper, or with an unknown one.
         self._minters = [
             secret_format.Keyring([pepper])
             for pepper in (*PEPPERS, secret_format.Pepper(b"\3" * 32))
@@ -52,7 +53,7 @@ class SecretText(Target):
             case 4:
                 text = text[:place] + chance.choice(secret_format.ALPHABET) + text[place + 1 :]
             case 5 if len(text) > 6:
-                # Right in its checksum, whatever comes before it.
+                # With a valid checksum, whatever comes before it.
                 text = text[:-6] + secret_format.checksum(
                     text[:-6].encode("utf-8", "replace").decode()
                 )
@@ -67,22 +68,22 @@ class SecretText(Target):
             digest = self._keyring.digest_of(text)
         except secret_format.Malformed as error:
             if error.args:
-                raise Finding("Malformed carries something") from None
+                raise Finding("Malformed carries data") from None
             outcome: object = secret_format.Malformed
         else:
             outcome = digest
         if outcome != expected:
             raise Finding(f"digest_of: {outcome!r}, expected {expected!r}")
         if _shape.is_well_formed(text) != (expected is not secret_format.Malformed):
-            raise Finding("the client and the service disagree on what is well formed")
+            raise Finding("the client and the service disagree on whether it is well formed")
         held = _held(text)
         if secret_format.holds_secret(text) != bool(held):
             raise Finding(f"holds_secret: {not held}, but there are {held}")
         for redact in (_shape.redact, cli_secrets.redact):
             redacted = redact(text)
             for secret in held:
-                # Its random part tells as much, whatever the prefix. Where a text has that without
-                # any prefix, there is nothing to know it by.
+                # The random part alone is just as sensitive, whatever the prefix. Without any
+                # prefix, it cannot be recognised in a text.
                 random_part = secret[-57:]
                 bare = text.count(random_part) - sum(s.endswith(random_part) for s in held)
                 if redacted.count(random_part) > bare:
@@ -103,7 +104,7 @@ def _text(data: bytes) -> str:
 
 
 def _expected(text: str) -> object:
-    """Return what the design says of a text, worked out the long way."""
+    """Return the outcome that the design specifies for a text, computed step by step."""
     if not _well_formed(text):
         return secret_format.Malformed
     tag = 0
@@ -130,7 +131,7 @@ def _well_formed(text: str) -> bool:
 
 
 def _held(text: str) -> list[str]:
-    """Return every secret that a text has in it, wherever it begins."""
+    """Return every secret in a text, wherever it begins."""
     return [
         text[place - length : place + 58]
         for place, character in enumerate(text)

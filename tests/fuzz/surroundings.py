@@ -1,6 +1,6 @@
-"""What a target needs around it: nothing, a Postgres with known tokens, or Latchkey as a process.
+"""The environment of a target: nothing, a Postgres with known tokens, or Latchkey as a process.
 
-It belongs to the parent of the process that fuzzes, which libFuzzer ends without any clean-up.
+The parent owns it, because libFuzzer ends the fuzzing process without any clean-up.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ __all__ = ["ACCOUNT", "DELETED", "LIVE", "PEPPER", "surroundings"]
 
 ACCOUNT = "acme"
 PEPPER = Pepper(b"fuzz" * 8)
-# The same in each run, so that an input which names them does what it did. Not with the usual
-# prefix: they lie in the corpus, and scanners of secrets are to stay quiet.
+# The same in each run, so that an input that contains them behaves the same. Not with the usual
+# prefix: the corpus contains them, and secret scanners must ignore it.
 _chance = random.Random(1)  # noqa: S311 - repeatable
 LIVE, DELETED = (Keyring([PEPPER]).mint("fuzz", _chance.randbytes) for _ in range(2))
 LIVE_ID, DELETED_ID = "tok_" + "0" * 25 + "1", "tok_" + "0" * 25 + "2"
@@ -34,11 +34,12 @@ LIVE_ID, DELETED_ID = "tok_" + "0" * 25 + "1", "tok_" + "0" * 25 + "2"
 
 @contextlib.contextmanager
 def surroundings(needs: str) -> Iterator[dict[str, str]]:
-    """Provide what a target needs; yield what tells it of that, by environment variables."""
+    """Start the environment that a target needs; yield the environment variables that describe
+    it."""
     if needs == "nothing":
         yield {}
         return
-    # Postgres' own account has to get in.
+    # Postgres' own account needs access.
     folder = Path(tempfile.mkdtemp(prefix="latchkey-fuzz-", dir="/tmp"))
     folder.chmod(0o755)
     try:
@@ -52,7 +53,7 @@ def surroundings(needs: str) -> Iterator[dict[str, str]]:
 def _postgres(folder: Path) -> Iterator[dict[str, str]]:
     postgres = BreakablePostgres(folder / "data")
     url = postgres.start()
-    # Nothing here is to outlast the machine.
+    # No data needs to survive a crash of the machine.
     postgres.configure("fsync = off\nsynchronous_commit = off")
     try:
         asyncio.run(_plant(url))
@@ -62,7 +63,7 @@ def _postgres(folder: Path) -> Iterator[dict[str, str]]:
 
 
 async def _plant(url: str) -> None:
-    """Make a live token and a deleted one."""
+    """Create a live token and a deleted one."""
     await migrate(url, bundled())
     store = await TokenStore.open(url)
     try:
@@ -104,7 +105,7 @@ def _service(folder: Path, needs: str) -> Iterator[dict[str, str]]:
         variables["FUZZ_ADDRESS"] = target if needs == "tls" else address
         (pid,) = service.worker_pids
         yield variables | {"FUZZ_PID": str(pid)}
-        # What the service has to say of itself is for who looks into a finding.
+        # The service's output, for the analysis of a finding.
         Path("build/fuzz").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / "service" / "err", f"build/fuzz/service-{needs}.log")
     finally:

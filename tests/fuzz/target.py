@@ -1,4 +1,4 @@
-"""What a target of the fuzzer is, and the table of them all."""
+"""The interface of the fuzzer's targets, and the table of all targets."""
 
 import os
 import random
@@ -14,40 +14,40 @@ __all__ = ["TARGETS", "Finding", "Target", "load"]
 
 
 class Finding(AssertionError):
-    """What was promised does not hold. Any other exception that leaves a target is one, too."""
+    """A guarantee does not hold. Any other exception from a target is a finding, too."""
 
 
 class Target(ABC):
-    """One thing to attack. Made once in a process; `one` is then called for each input."""
+    """One thing to attack. Created once per process; `one` is then called for each input."""
 
     length_max = 4_096
     """Longest input, bytes."""
     mutates = False
-    """Whether `mutate` knows more of the inputs than libFuzzer."""
+    """Whether `mutate` knows the inputs' structure better than libFuzzer."""
 
     @abstractmethod
     def seeds(self) -> Iterable[bytes]:
-        """Return good inputs to begin from."""
+        """Return valid inputs to start from."""
 
     @abstractmethod
     def one(self, data: bytes) -> None:
-        """Attack with one input. Raises what was found. The same input has the same effect."""
+        """Attack with one input. Raises any finding. The same input has the same effect."""
 
     def mutate(self, data: bytes, length_max: int, chance: random.Random) -> bytes:
-        """Return a changed input, no longer than told."""
+        """Return a mutated input of at most the given length."""
         raise NotImplementedError
 
     def processes(self) -> list[psutil.Process]:
-        """Return those whose memory and files must not grow."""
+        """Return the processes whose memory and files must not grow."""
         return [psutil.Process(os.getpid())]
 
     def settle(self) -> None:  # noqa: B027 - most have nothing to wait for
-        """Wait until what is left of the last inputs is gone; then the processes are looked at."""
+        """Wait until the effects of the last inputs are gone; then the processes are measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a target is, what it needs to run (`surroundings.py`), and what it attacks."""
+    """A target's module, the environment that it needs (`surroundings.py`), and what it attacks."""
 
     module: str
     needs: str
@@ -69,12 +69,12 @@ TARGETS = {
     "http2-grpcio": Entry("http2", "grpcio", "frames, floods and rapid resets", (False,)),
     "http2-tls": Entry("http2", "tls", "TLS records, and frames within", (True,)),
 }
-# Not among the others: there to show that what is broken is found.
+# Excluded from the table: it only shows that the fuzzer finds bugs.
 BROKEN = {"broken": Entry("broken", "nothing", "raises at some bytes", ())}
 
 
 def load(name: str) -> Target:
-    """Import and make a target."""
+    """Import and create a target."""
     entry = (TARGETS | BROKEN)[name]
     target: Target = import_module(f"tests.fuzz.{entry.module}").TARGET(*entry.arguments)
     return target

@@ -1,6 +1,6 @@
-"""A short run of each target of `make fuzz`, and that it finds what is there to be found.
+"""A short run of each target of `make fuzz`, and a proof that the fuzzer finds bugs.
 
-Each runs as a process of its own, which libFuzzer ends by itself: the one way to have it stop.
+Each run is a separate process, because libFuzzer ends its process.
 """
 
 import importlib.util
@@ -19,12 +19,12 @@ from tests.fuzz.target import TARGETS
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("atheris") is None,
-    reason="atheris is there for CPython 3.11-3.13 on Linux, x86-64, only",
+    reason="atheris is available only for CPython 3.11-3.13 on Linux, x86-64",
 )
 SECONDS = 5
 SEED = 20_261_124
-# What each takes at least, the corpus among it: a hundredth of what it does on an idle machine, and
-# less than it does with others on both cores.
+# Minimum number of inputs for each target, the corpus included: a hundredth of the number on an
+# idle machine, and fewer than with both cores busy.
 INPUTS_MIN = {
     "secrets": 500,
     "page-tokens": 1_000,
@@ -37,15 +37,15 @@ INPUTS_MIN = {
     "http2-grpcio": 20,
     "http2-tls": 20,
 }
-# After the warm-up, of the process under attack. libFuzzer keeps what it finds in memory, some
-# megabytes; and a server's allocator keeps what the largest burst took, which may come at any time:
-# with grpcio, where a connection may have any number of streams, that is much.
+# Memory growth after the warm-up, of the process under attack. libFuzzer keeps its new inputs in
+# memory, some megabytes. A server's allocator keeps the memory of the largest burst, which may come
+# at any time; with grpcio, where a connection may have any number of streams, that is much.
 GROWTH_MB_MAX = {"nothing": 24, "postgres": 64, "native": 64, "grpcio": 512, "tls": 512}
 
 
 @pytest.fixture
 def folder() -> Path:
-    """A folder below build, where the findings of a run that failed stay."""
+    """A folder below build, where the findings of a failed run are kept."""
     path = ROOT / "build" / "fuzz-test"
     path.mkdir(parents=True, exist_ok=True)
     return path
@@ -53,7 +53,7 @@ def folder() -> Path:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_nothing_is_found(name: str, folder: Path) -> None:
-    """Some seconds of made-up input break no promise of a target's, and cost it no memory."""
+    """A few seconds of generated input break no guarantee of a target and leak no memory."""
     shutil.rmtree(folder / name, ignore_errors=True)
     with surroundings(TARGETS[name].needs) as variables:
         result = campaign.run(name, SECONDS, folder / name, variables, seed=SEED)
@@ -64,9 +64,9 @@ def test_nothing_is_found(name: str, folder: Path) -> None:
     assert growth <= GROWTH_MB_MAX[TARGETS[name].needs], f"{growth:.0f} MB more"
 
 
-def test_what_is_broken_is_found(tmp_path: Path) -> None:
-    """A parser that fails at two bytes in a row is found; the run fails and leaves the input, which
-    fails again by the command that the run has told."""
+def test_a_seeded_bug_is_found(tmp_path: Path) -> None:
+    """The fuzzer finds a parser that fails at two consecutive bytes. The run fails and keeps the
+    input, which fails again with the printed command."""
     told = fuzz("--only", "broken", "--minutes", "0.5", "--seed", "1", "--folder", tmp_path)
     assert told.returncode == 1, told.stdout
     (finding,) = (tmp_path / "broken" / "findings").iterdir()
@@ -82,7 +82,8 @@ def test_what_is_broken_is_found(tmp_path: Path) -> None:
 
 
 def test_a_corpus_is_kept_small(tmp_path: Path) -> None:
-    """What is kept goes the same ways in as few inputs as will do, and findings of old stay."""
+    """The kept corpus reaches the same paths with as few inputs as possible, and earlier findings
+    are kept."""
     kept = tmp_path / "kept"
     kept.mkdir()
     old = kept / "found-once"
@@ -96,8 +97,8 @@ def test_a_corpus_is_kept_small(tmp_path: Path) -> None:
     assert old.exists()
 
 
-def test_each_corpus_is_small_and_of_a_target() -> None:
-    """The repository has no more than it needs to begin from."""
+def test_each_corpus_is_small_and_has_a_target() -> None:
+    """The repository has only the inputs that a run needs to start from."""
     modules = {entry.module for entry in TARGETS.values()}
     for corpus in campaign.CORPUS.iterdir():
         assert corpus.name in modules

@@ -264,8 +264,9 @@ async def test_connections(serve: Serve, name: str) -> None:
             assert (await call(channel, ECHO, wait_for_ready=True)).ok
 
 
-async def test_the_guard_harms_nobody_else(serve: Serve) -> None:
-    """Open and close sockets as a database pool does, and check that they are intact."""
+async def test_the_guard_affects_no_other_socket(serve: Serve) -> None:
+    """While connections open, close and are cut, the guard never cuts another socket of the
+    process, although the kernel reuses the numbers of closed sockets at once."""
     stop = False
 
     def others() -> int:

@@ -1,4 +1,5 @@
-"""The documents say what is so: settings, the secret's pattern, links, and which blocks are run."""
+"""The documents are true: settings, the secret's pattern, links, and the test of each code
+block."""
 
 import os
 import re
@@ -28,7 +29,7 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
 )
 OFFLINE = "--quiet --disable-pip-version-check --no-index --no-build-isolation"
-# Each has its test below, in integration/test_readme_grpcurl.py or in console/test_running.py.
+# Each has a test below, in integration/test_readme_grpcurl.py or in console/test_running.py.
 MARKS = {
     "cli",
     "config",
@@ -61,7 +62,7 @@ def test_settings_table() -> None:
 
 @pytest.mark.skipif(os.uname().sysname != "Linux", reason="the document names Linux's directories")
 def test_data_directories(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The document names the directories that data is kept in."""
+    """The document names the directories that hold data."""
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
@@ -72,7 +73,7 @@ def test_data_directories(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_scanner_pattern() -> None:
-    """The scanners' pattern finds a secret in a text, whole, and nothing longer or shorter."""
+    """The scanners' pattern finds a secret in a text: all of it, and nothing longer or shorter."""
     match = re.search(r"<!-- test: regex -->\n```\n(.+)\n```", SETTINGS)
     assert match is not None
     pattern = re.compile(match[1])
@@ -96,13 +97,13 @@ def test_every_block_is_run() -> None:
 
 
 def test_readme_is_short() -> None:
-    """The README stays a page that people read; details go to docs/."""
+    """The README stays short enough to read; details go to docs/."""
     assert len(README.splitlines()) <= README_LINES_MAX
 
 
 def test_policy() -> None:
-    """The policy in the documentation is one, and says what the text around it does; the table of
-    roles has what the service has."""
+    """The documented policy is valid and matches the text around it; the table of roles matches the
+    service."""
     text = (ROOT / "docs/callers.md").read_text("utf-8")
     match = re.search(r"<!-- test: policy -->\n```toml\n(.+?)```", text, re.DOTALL)
     assert match is not None
@@ -120,8 +121,8 @@ def test_policy() -> None:
 
 
 def test_new_caller(tmp_path: Path) -> None:
-    """The README's way to a first caller makes a credential file and a policy, which are good. No
-    other user may read them, git leaves them alone, and done again it changes nothing."""
+    """The README's commands for a first caller create a valid credential file and policy. No other
+    user may read them, git ignores them, and a second run changes nothing."""
     blocks = re.findall(r"<!-- test: policy -->\n```bash\n(.+?)```", README, re.DOTALL)
     command = blocks[0].replace(".venv/bin/latchkey", f"{sys.executable} -m latchkey_cli")
     subprocess.run(["bash", "-ec", command], cwd=tmp_path, check=True, timeout=60)
@@ -141,9 +142,10 @@ def test_new_caller(tmp_path: Path) -> None:
 
 
 def test_wheel(tmp_path: Path) -> None:
-    """The documented wheel has the client library, which needs nothing but gRPC without extras."""
+    """The documented wheel contains the client library, which without extras depends only on
+    gRPC."""
     (command,) = re.findall(r"<!-- test: wheel -->\n```bash\n(.+?)```", LIBRARY, re.DOTALL)
-    # With the build tool that is here: a test must not depend on an index.
+    # With the installed build tool, because a test must not depend on an index.
     command = command.replace(".venv/bin/pip wheel", f"{sys.executable} -m pip wheel {OFFLINE}")
     command = command.replace("--wheel-dir dist", f"--wheel-dir {tmp_path}")
     subprocess.run(["bash", "-ec", command], cwd=ROOT, check=True, timeout=60)
@@ -156,9 +158,9 @@ def test_wheel(tmp_path: Path) -> None:
     assert sorted(needed) == ["googleapis-common-protos", "grpcio", "grpcio-status", "protobuf"]
 
 
-def test_nobody_is_sent_to_an_index() -> None:
-    """No document and no message has Latchkey installed by its name: on the public index that is
-    somebody else's."""
+def test_nothing_installs_by_index_name() -> None:
+    """No document and no message installs Latchkey by its name, which belongs to another project on
+    the public index."""
     files = [
         path
         for folder in (".", "docs", "clients", "service", "proto")
@@ -173,7 +175,7 @@ def test_nobody_is_sent_to_an_index() -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links(name: str) -> None:
-    """What a document links to in the repository is there, headings included."""
+    """Every link of a document into the repository leads to an existing file and heading."""
     path = ROOT / name
     for target, heading in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", path.read_text("utf-8")):
         if target.startswith("https://"):
@@ -185,7 +187,7 @@ def test_links(name: str) -> None:
 
 
 def anchors(text: str) -> set[str]:
-    """Return what the headings of a document are linked by."""
+    """Return the link names of a document's headings."""
     headings = re.findall(
         r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE
     )
@@ -201,7 +203,7 @@ def test_make_targets() -> None:
 
 
 def test_layout() -> None:
-    """The directories and modules that CONTRIBUTING names are there."""
+    """The directories and modules that CONTRIBUTING names exist."""
     contributing = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     rows = re.findall(r"^\| `([\w/]+/)` \| (.+) \|$", contributing, re.MULTILINE)
     assert len(rows) > 10
@@ -209,7 +211,7 @@ def test_layout() -> None:
         assert (ROOT / folder).is_dir(), folder
         for module in re.findall(r"`([\w/]+\.py)`", text):
             assert (ROOT / folder / module).is_file(), (folder, module)
-    # Upper-case names stand for the reader's own.
+    # Upper-case names are placeholders.
     for path in re.findall(r"`((?:proto|service|clients|tests|docs)/[a-z0-9_./-]+)`", contributing):
         assert (ROOT / path).exists(), path
 
@@ -228,8 +230,8 @@ def test_rooms_are_described() -> None:
 
 
 def test_changelog() -> None:
-    """The changelog begins with what is not released; each version below has a date. The one in
-    pyproject.toml is among them, or is what is to be released. Each has one list of a kind."""
+    """The changelog begins with the unreleased version; each version below has a date. The version
+    in pyproject.toml is one of them, or is the next one. Each version has one list of a kind."""
     project = (ROOT / "pyproject.toml").read_text("utf-8")
     match = re.search(r'^version = "(.+)"$', project, re.MULTILINE)
     assert match is not None

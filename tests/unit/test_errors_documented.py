@@ -1,4 +1,4 @@
-"""What the contract and docs/errors.md say of errors is what service and client library answer."""
+"""The errors in the contract and in docs/errors.md are those of the service and client library."""
 
 import ast
 import inspect
@@ -25,7 +25,7 @@ CLASSES: dict[str, type[LatchkeyError]] = {
 
 
 def table(text: str) -> list[tuple[str, str]]:
-    """Return code and reason of each row. One without a code has that of the row before."""
+    """Return the code and reason of each row. A row without a code has that of the row before."""
     rows, code = [], ""
     for line in re.findall(r"^\| ?.*`.*\|$", text, re.MULTILINE):
         first, reason, when, to_do = (cell.strip() for cell in line.strip("|").split(" | "))
@@ -43,14 +43,14 @@ def code_of(error: type[LatchkeyError]) -> str:
 
 
 def by_class() -> Iterator[tuple[str, str]]:
-    """Code and reason of the classes that have a reason of their own, or inherit one."""
+    """Code and reason of the classes that define a reason or inherit one."""
     for error in errors._CODES:
         if not issubclass(error, errors.Denied):
             yield code_of(error), error.reason
 
 
 def where_made() -> Iterator[tuple[str, str]]:
-    """Code and reason of the errors that are given one where they are made."""
+    """Code and reason of the errors that receive one where they are raised."""
     for path in (ROOT / "service/latchkey_service").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
@@ -67,20 +67,20 @@ def where_made() -> Iterator[tuple[str, str]]:
             reason = given.get("reason")
             if reason is None:
                 continue
-            # Else it could be any, and nobody would see that it is not in the document.
+            # Otherwise it could be any, and its absence from the document would go unnoticed.
             assert isinstance(reason, ast.Constant), (path, node.lineno)
             yield code_of(error), str(reason.value)
 
 
 def test_reasons_of_the_service() -> None:
-    """The table has each reason that the service gives, with its code, once, and no other."""
+    """The table lists each reason of the service once, with its code, and no others."""
     rows = table(SERVICE)
     assert len(rows) == len(set(rows))
     assert set(rows) == {*by_class(), *where_made()}
 
 
 def test_reasons_of_the_library() -> None:
-    """So does that of the client library and its guard."""
+    """The same holds for the client library and its guard."""
     given = {(code.name, reason) for code, _, reason in guard._REFUSALS.values()}
     given |= {(grpc.StatusCode.UNAVAILABLE.name, reason) for _, reason, _ in _status._NO_CONNECTION}
     rows = table(LIBRARY)
@@ -90,7 +90,8 @@ def test_reasons_of_the_library() -> None:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("proto/latchkey/v1/*.proto")), ids=str)
 def test_contract(path: Path) -> None:
-    """Each service says which errors all of its methods share, and where the reasons are."""
+    """Each service's comment says which errors all of its methods share, and where the reasons are
+    listed."""
     comment = re.search(r"((?://.*\n)+)service (\w+) ", path.read_text("utf-8"))
     assert comment is not None
     methods = [name for name in METHODS if name.startswith(f"/latchkey.v1.{comment[2]}/")]

@@ -1,7 +1,7 @@
-"""The boundaries that docs/architecture.md draws hold, and so do the signs on the rooms.
+"""The boundaries in docs/architecture.md hold, and the rooms' docstrings are true.
 
-The imports are checked by import-linter (`[tool.importlinter]` in pyproject.toml), which `make
-check` runs. Where SQL may stand is checked here.
+import-linter checks the imports (`[tool.importlinter]` in pyproject.toml) in `make check`. This
+module checks which modules may contain SQL.
 """
 
 import ast
@@ -136,7 +136,7 @@ def imported_rooms(room: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("room", sorted(path.parent for path in SERVICE.glob("*/__init__.py")))
-def test_signs(room: Path) -> None:
+def test_docstrings_of_rooms(room: Path) -> None:
     """A room's docstring says what it owns, lists the rooms that it imports, and names a module to
     begin with."""
     text = ast.get_docstring(ast.parse((room / "__init__.py").read_text("utf-8"))) or ""
@@ -203,15 +203,16 @@ def test_each_contract_has_a_violation() -> None:
 
 
 def test_sql() -> None:
-    """SQL stands in stores, tables, migrations and the modules listed here, which all contain some;
-    clients contain none."""
+    """SQL is only in stores, tables, migrations and the modules listed here, which all contain
+    some; clients contain none."""
     assert modules_with_sql(SERVICE) == set(SQL_ELSEWHERE)
     for name in ("clients", "proto"):
         assert modules_with_sql(ROOT / name) == set(), name
 
 
 def test_sql_is_found(tmp_path: Path) -> None:
-    """A statement in any other module is found, in an f-string too; a docstring is no statement."""
+    """A statement in any other module is found, in an f-string too; SQL in a docstring is not a
+    statement."""
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens/verdict.py").write_text('QUERY = f"SELECT {1} FROM token"\n')
     (tmp_path / "tokens/other.py").write_text('"""Runs the SELECT of the store."""\n')
