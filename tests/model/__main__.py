@@ -1,4 +1,4 @@
-"""Print what exploring finds, or the steps by which a broken rule comes to harm."""
+"""Prints the results of the exploration, or the steps by which a broken rule violates a promise."""
 
 import sys
 
@@ -8,9 +8,9 @@ from tests.model.server import LEMMA
 
 
 def main(wanted: list[str]) -> None:
-    """Print a line for each model, or the traces of those with a word of `wanted` in their name.
+    """Print a line for each model, or the traces of those whose name contains a word of `wanted`.
 
-    Exits with the steps if a model breaks a promise in spite of its rules.
+    Exits with the steps if a model breaks a promise although it keeps its rules.
     """
     for kept in (*KEPT, *LONG):
         if not wanted:

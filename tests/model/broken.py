@@ -1,4 +1,4 @@
-"""The models with their rules, and the same with one rule broken at a time."""
+"""The models with all rules, and the same models with one rule broken at a time."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ KEPT = (
     *rule_12.KEPT,
 )
 
-# Too long for every run of the tests: `python -m tests.model` explores these as well.
+# Too slow for every test run: `python -m tests.model` explores these as well.
 LONG = (
     Kept("one server, clocks drifting", watch.one_server(clocks=watch.DRIFTING), 80_000),
     Kept("one server, two requests at a time", watch.one_server(requests_max=2), 90_000),
@@ -126,7 +126,7 @@ HEALTHY = (
         "one server",
         watch.one_server(),
         10_000,
-        # Not where the server is down and its row still there, or a dead client's sub-lease runs.
+        # Except where the server is down and its row remains, or a dead client's sub-lease runs.
         lambda s: (
             s.delete != watch.BEFORE
             and (s.delete == watch.ANSWERED or s.servers[0].phase >= watch.EMPTY)
@@ -147,16 +147,17 @@ def _one_server(name: str, steps: int, *, requests_max: int = 1) -> Broken:
 
 
 def _drifting(name: str, steps: int, **clocks: Any) -> Broken:
-    # Without its margin, a countdown is as long as it says on a right clock.
+    # Without its margin, a countdown takes the time that it names on an accurate clock.
     return Broken(name, watch.one_server(clocks=replace(watch.DRIFTING, **clocks)), steps)
 
 
 BROKEN = (
-    # A sequence numbers in the order of asking: a reader's head passes what has yet to commit.
+    # A sequence assigns numbers in the order of requests: a reader's head passes revisions that
+    # have not committed yet.
     _server("1 revision from a sequence", 14, other_changes=1),
     _server("2 reads before it registers", 13),
     _server("3 registration gives a lease", 18),
-    # Its server's empty memory does not save a client that comes with a full one.
+    # An empty memory in its server does not protect a client that arrives with a full one.
     _one_server("3 registration gives a lease", 17),
     _server("3 clock read after the log", 17),
     _server("3 head read after the entries", 18),
@@ -172,12 +173,13 @@ BROKEN = (
     _server("4 UNKNOWN is remembered", 10),
     _server("4 UNKNOWN is shared", 9),
     _one_server("4 client has no fill rule", 12),
-    # A server that is slow to answer has applied more by then.
+    # A server that answers slowly has applied more by then.
     _one_server("4 verdict carries the revision at which it left", 12),
     _one_server("4 client shares with anyone", 12),
-    # The client has applied the deletion before it asks a server that has not. That may say VALID,
-    # late. Who begins after Delete's answer finds a look-up sent after the last invalidation, and
-    # must not share it: what counts is what it found, not when it was sent.
+    # The client has applied the deletion before it calls a server that has not. That server may
+    # answer VALID, late. A verify that begins after Delete's answer finds a look-up that was sent
+    # after the last invalidation, and must not share it: what counts is the revision that it read,
+    # not the time when it was sent.
     Broken(
         "4 client shares by when it was sent",
         watch.two_servers("4 client shares by when it was sent"),
@@ -220,12 +222,12 @@ BROKEN = (
     *rule_12.BROKEN,
 )
 
-# Broken, and nothing comes of it: what they show is which other rule stands behind.
+# Broken without effect, which shows that another rule gives the same protection.
 HARMLESS = (
-    # Rule 11's other half, noticing, is enough. (Pruning less is what keeps memories from being
-    # emptied for nothing.)
+    # Rule 11's other half, noticing, is enough. (Keeping the log longer only avoids needless
+    # emptying of memories.)
     _server("11 unacknowledged pruned", 0),
-    # Within one process that reads from where it reads the log, a look-up sent after the deletion
-    # was applied cannot find VALID. It is in a client that this goes wrong.
+    # Within one process that reads tokens where it reads the log, a look-up sent after the deletion
+    # was applied cannot find VALID. In a client it can.
     _server("4 shares by when it was sent", 0),
 )

@@ -1,4 +1,5 @@
-"""What is explored: a model with all its rules, one that is healthy, and one with a broken rule."""
+"""The kinds of exploration: a model with all its rules, a healthy one, and one with a broken
+rule."""
 
 from __future__ import annotations
 
@@ -17,9 +18,10 @@ class Kept:
 
     name: str
     model: Model
-    # One that shrinks to little has lost an action or a state it should have; see `seen` as well.
+    # A model that shrinks a lot has lost an action or a state that it should have; see `seen` as
+    # well.
     states_at_least: int
-    # What must be reachable, or the promises would be kept by nothing ever happening.
+    # States that must be reachable, because a model in which nothing happens keeps every promise.
     seen: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     # Actions that this configuration never takes.
     untaken: frozenset[str] = frozenset()
@@ -27,12 +29,12 @@ class Kept:
 
 @dataclass(frozen=True)
 class Healthy:
-    """A model, and what of it is healthy."""
+    """A model, and the condition under which it is healthy."""
 
     name: str
     model: Model
     states_at_least: int
-    # Whether Delete has committed, and all is well enough for it to end before any time passes.
+    # Whether Delete has committed, and everything is well enough for it to end before time passes.
     where: Callable[[Any], bool]
     actions: Sequence[Action]
 
@@ -43,7 +45,7 @@ class Broken:
 
     name: str
     model: Model
-    steps: int  # of the shortest way to a violation; 0 where there is none
+    steps: int  # of the shortest way to a violation; 0 if there is none
 
     @property
     def rule(self) -> int:

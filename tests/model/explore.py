@@ -1,11 +1,12 @@
-"""Breadth-first exploration: every state a model can reach, or the shortest way to a violation.
+"""Breadth-first exploration: every state that a model can reach, or the shortest way to a
+violation.
 
 A model is a first state and a list of actions. A state is a NamedTuple of small integers (and of
 such tuples). An action is a generator function: given a state, it yields each state that it can
-lead to, and none where it cannot be taken. Where a promise is broken it yields a `Violation`
-instead. The first line of an action's docstring is what a trace prints for it.
+lead to, and nothing if it cannot be taken. If it breaks a promise, it yields a `Violation` instead.
+A trace prints the first line of the action's docstring.
 
-Nothing here knows of leases or tokens.
+This module knows nothing of leases or tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["Action", "Exploration", "Model", "Violation", "always_can", "explore"]
 
-# Far above any configuration here: a change that makes one explode is to fail, not to fill memory.
+# Far above any configuration here: a change that makes one explode must fail, and not fill memory.
 STATES_MAX = 1_500_000
 # How a trace names the members of a field that holds several of the same kind.
 EACH = {"servers": ("server A", "server B"), "databases": ("old primary", "new primary")}
@@ -32,7 +33,7 @@ class Violation(NamedTuple):
     promise: str
 
 
-State = Any  # a NamedTuple of the model's own
+State = Any  # a NamedTuple of the model
 Action = Callable[[State, Any], Iterator[State]]
 
 
@@ -49,7 +50,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Exploration:
-    """What was found. `parents` maps every state reached to the one it was first reached from."""
+    """The result of an exploration. `parents` maps every state reached to the one from which it was
+    reached first."""
 
     parents: dict[State, State | None]
     taken: Counter[str]
@@ -65,18 +67,19 @@ class Exploration:
 
 
 def explore(model: Model, but: Collection[str] = ()) -> Exploration:
-    """Take every action in every state until nothing new turns up or a promise is broken.
+    """Take every action in every state until no new state appears or a promise is broken.
 
-    Promises in `but` may be broken. Breadth first, so that the trace is a shortest one, and `steps`
-    its length; without a violation, `steps` is how far it went.
-    Raises RuntimeError beyond STATES_MAX states.
+    Promises in `but` may be broken. Breadth first, so that the trace is a shortest one and `steps`
+    its length; without a violation, `steps` is the depth reached. Raises RuntimeError beyond
+    STATES_MAX states.
     """
     began = time.process_time()
     parents: dict[State, State | None] = {model.first: None}
     taken: Counter[str] = Counter()
     layer, steps, known = [model.first], 0, 1
     named = [(action, action.__name__) for action in model.actions]
-    # Trees of tuples have no cycles for the collector to find, and it would take half the time.
+    # Trees of tuples have no cycles for the collector to find, and the collector would take half
+    # the time.
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -93,7 +96,8 @@ def explore(model: Model, but: Collection[str] = ()) -> Exploration:
                                 seconds = time.process_time() - began
                                 return Exploration(parents, taken, steps, seconds, trace, after)
                             continue
-                        # Looked for and put in at once: hashing is much of the work.
+                        # Looked up and inserted in one operation, because hashing is much of the
+                        # work.
                         parents.setdefault(after, state)
                         if len(parents) > known:
                             known += 1
@@ -139,7 +143,7 @@ def _trace(
     action: Action,
     violation: Violation,
 ) -> str:
-    """Write down how `last` is reached, what each step changes, and how the promise is broken."""
+    """Return the steps to `last`, the changes of each step, and how the promise is broken."""
     path: list[State] = [last]
     while (parent := parents[path[-1]]) is not None:
         path.append(parent)
@@ -158,7 +162,7 @@ def _sentence(action: Action) -> str:
 
 
 def _changes(names: Mapping[str, Mapping[Any, str]], before: Any, after: Any) -> Iterator[str]:
-    """Name the fields that differ, going into tuples of the same kind."""
+    """Name the fields that differ; tuples of the same kind are compared field by field."""
     for field, old, new in zip(before._fields, before, after, strict=True):
         if old == new:
             continue

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from tests.model.explore import Action, Model, Violation
 
 OLD, NEW = 0, 1
-# The standby: follows the old primary; has lost touch with it; is the primary.
+# The standby: follows the old primary, is disconnected, or is the primary.
 FOLLOWING, CUT_OFF, PROMOTED = range(3)
 NO_ROW = -1
 BEFORE, ANSWERED = -1, -2  # Delete; in between, the ticks still to wait
@@ -53,9 +53,9 @@ class Lookup(NamedTuple):
     """A read on its way: sent, and then read and not yet back."""
 
     read: str | None = None  # the log in the snapshot that showed the token
-    began: int = 0  # the revision applied when it was sent
+    began: int = 0  # Delete had answered before the verify that sent it began
     late: bool = False  # Delete had answered before the verify that sent it began
-    joined: bool = False  # a verify that began after Delete's answer shares it
+    joined: bool = False  # The complete state at one instant.
 
 
 class State(NamedTuple):
@@ -70,12 +70,12 @@ class State(NamedTuple):
     lease: int = 0
     lookup: Lookup | None = None
     renewal: int = IDLE  # only where a renewal is two statements: what is left of its lease
-    log_read: bool = False  # as well
+    log_read: bool = False  # likewise
 
 
 @dataclass(frozen=True)
 class World:
-    """What a run is given."""
+    """The parameters of a run."""
 
     broken: frozenset[str]
     ticks: int
@@ -101,7 +101,7 @@ def standby_is_cut_off(s: State, _: World) -> Iterator[State]:
 
 
 def standby_catches_up(s: State, _: World) -> Iterator[State]:
-    """The standby receives all that the old primary shows, which is durable from now on."""
+    """The standby receives everything that the old primary shows, which is durable from now on."""
     if s.standby == CUT_OFF:
         yield s._replace(standby=FOLLOWING, databases=(s.databases[OLD], s.databases[OLD]))
 
@@ -109,9 +109,9 @@ def standby_catches_up(s: State, _: World) -> Iterator[State]:
 def standby_is_promoted(s: State, w: World) -> Iterator[State]:
     """The standby becomes the primary, with what it has received. The old primary stays up.
 
-    A backup that is restored is a standby that has received less. The loss of a deletion is no
-    fault of the rules; the next deletion counts. A backup may lack rows too, so nobody may restore
-    it before the leases of the old primary have ended.
+    A restored backup is a standby that has received less. The rules do not cover the loss of a
+    deletion; the next deletion counts. A backup may lack rows too, so it must not be restored
+    before the leases of the old primary have ended.
     """
     early = "12 restored before the old leases have ended" in w.broken
     if s.standby == PROMOTED or (w.backup and s.lease and not early):
@@ -167,7 +167,7 @@ def answers_by_waiting(s: State, _: World) -> Iterator[State]:
 
 
 def removes_row(s: State, _: World) -> Iterator[State]:
-    """Someone who has watched the row for T without a renewal removes it (rule 9)."""
+    """A watcher that has seen the row for T without a renewal removes it (rule 9)."""
     for x, database in enumerate(s.databases):
         if database.row != NO_ROW and database.quiet == 0 and writable(s, x):
             yield written(s, x, row=NO_ROW)
@@ -211,7 +211,7 @@ def renews(s: State, w: World) -> Iterator[State]:
 
 
 def reads_log(s: State, w: World) -> Iterator[State]:
-    """A wake-up has the process read the log alone, which gives no lease (rules 10, 12)."""
+    """After a wake-up the process reads the log alone, which gives no lease (rules 10, 12)."""
     if s.applied is UNREGISTERED:
         return
     for x, database in enumerate(s.databases):
@@ -222,7 +222,7 @@ def reads_log(s: State, w: World) -> Iterator[State]:
 
 
 def dies(s: State, _: World) -> Iterator[State]:
-    """The process dies. Its rows go at once, so that Delete answers all the sooner."""
+    """The process dies. Its rows are removed at once, which lets Delete answer sooner."""
     old, new = s.databases
     databases = (Database(old.log), Database(new.log))
     yield State(s.standby, databases, s.delete)
@@ -284,7 +284,7 @@ def reads_token(s: State, _: World) -> Iterator[State]:
     if s.lookup is None or s.lookup.read is not None:
         return
     for database in s.databases:
-        # Anything else than VALID may come late, for all anyone cares.
+        # Answers other than VALID may come late.
         if not deletion(database.log):
             yield s._replace(lookup=s.lookup._replace(read=database.log))
 
@@ -340,12 +340,12 @@ def time_passes(s: State, _: World) -> Iterator[State]:
 
 
 def writable(s: State, x: int) -> bool:
-    """Tell whether database `x` accepts writes; a deposed primary does, and only shows them."""
+    """Return whether database `x` accepts writes; a deposed primary does, and only shows them."""
     return x == OLD or s.standby == PROMOTED
 
 
 def durable(s: State, x: int, w: World) -> bool:
-    """Tell whether database `x` reports a commit as durable."""
+    """Return whether database `x` reports a commit as durable."""
     if x == NEW or s.standby == PROMOTED:
         return x == NEW and s.standby == PROMOTED
     return w.backup or s.standby == FOLLOWING
@@ -362,7 +362,7 @@ def written(s: State, x: int, **changes: Any) -> State:
 
 
 def deletion(log: str) -> bool:
-    """Tell whether a log, or a part of one, names the token."""
+    """Return whether a log, or a part of one, names the token."""
     return "O" in log or "N" in log
 
 
@@ -373,7 +373,7 @@ def position_of_deletion(s: State) -> str:
 
 
 def knows(log: str, applied: str, w: World) -> bool:
-    """Tell whether a history contains the position applied so far (rule 12)."""
+    """Return whether a history contains the position applied so far (rule 12)."""
     if "12 bare numbers" in w.broken:
         return len(log) >= len(applied)
     return log.startswith(applied)
@@ -387,7 +387,8 @@ def caught_up(s: State, x: int) -> State:
 
 
 def lost(s: State, w: World) -> State:
-    """Return `s` with row or history lost: empty memory, no lease, to be registered (rule 12)."""
+    """Return `s` with row or history lost: empty memory, no lease, registration required (rule
+    12)."""
     lease = s.lease if "12 lost history keeps its lease" in w.broken else 0
     return s._replace(applied=UNREGISTERED, memory=False, lease=lease)
 
@@ -414,10 +415,10 @@ ACTIONS: tuple[Action, ...] = (
     time_passes,
 )
 
-# Taken only where the rules are broken.
+# Taken only where rules are broken.
 AGAINST_THE_RULES = (reads_clock, reads_log_to_renew, updates_row)
 
-# What everyone does when all is well, for Delete to be answered by acknowledgement.
+# The actions of all participants in normal operation, for Delete to be answered by acknowledgement.
 HEALTHY = (registers, renews, answers_by_acknowledgement)
 
 NAMES: Mapping[str, Mapping[Any, str]] = {

@@ -41,7 +41,7 @@ class Read(NamedTuple):
 
 
 class State(NamedTuple):
-    """Everything there is, at one instant."""
+    """The complete state at one instant."""
 
     standby: int = FOLLOWING
     logs: tuple[str, str] = ("", "")
@@ -60,7 +60,7 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class World:
-    """What a run is given."""
+    """The parameters of a run."""
 
     broken: frozenset[str]
     ticks: int
@@ -119,7 +119,7 @@ def renews(s: State, w: World) -> Iterator[State]:
         if not s.logs[x].startswith(s.applied):
             yield lost(s)
         elif durable(s, x):
-            # Nothing that the log names is about the token.
+            # The log names no change of the token.
             kept = timeline(s, x) == s.timeline or "12 memory kept on another timeline" in w.broken
             yield s._replace(
                 applied=s.logs[x],
@@ -131,7 +131,7 @@ def renews(s: State, w: World) -> Iterator[State]:
 
 
 def loses_row(s: State, _: World) -> Iterator[State]:
-    """The process finds its row gone, and has to register."""
+    """The process finds its row missing, and must register."""
     if s.applied is not UNREGISTERED:
         yield lost(s)
 
@@ -204,7 +204,7 @@ def takes_verdict(s: State, w: World) -> Iterator[State | Violation]:
 
 
 def answers_not_found(s: State, w: World) -> Iterator[State | Violation]:
-    """The management call answers NOT_FOUND where the read is believed, under a lease (rule 12)."""
+    """The management call returns NOT_FOUND if the read is believed, under a lease (rule 12)."""
     if s.call.at < 0:
         return
     unchecked = "12 NOT_FOUND without a lease" in w.broken
@@ -241,7 +241,7 @@ def writable(s: State) -> tuple[int, ...]:
 
 
 def durable(s: State, x: int) -> bool:
-    """Tell whether what database `x` commits survives."""
+    """Return whether a commit on database `x` survives."""
     return s.standby == PROMOTED if x == NEW else s.standby == FOLLOWING
 
 
@@ -263,12 +263,12 @@ def lost(s: State) -> State:
 
 
 def is_ghost(s: State) -> bool:
-    """Tell whether the lease stands on the new primary, which does not have the token."""
+    """Return whether the lease stands on the new primary, which does not have the token."""
     return s.leased_by == NEW and not s.has_token[NEW]
 
 
 def believed(s: State, read: Read, w: World) -> bool:
-    """Tell whether what was read is on the history and timeline that the process knows."""
+    """Return whether a read is on the history and timeline that the process knows."""
     if s.applied is UNREGISTERED:
         return False
     if read is s.call and "12 NOT_FOUND without a position" in w.broken:

@@ -1,14 +1,14 @@
 """A client that moves between two servers whose histories may differ, and one Delete.
 
-Rules 4, 6, 7 and 12. It is after a failover: the old primary is deposed, still up, and shows a
-change `o` that no other database has. The new primary commits. Each server reads the log wherever
-it is led, and renews with the new primary. The client keeps a stream to one server or to both,
-verifies through either, and holds VALID under a sub-lease. Messages wait for any time in both
-directions; a stream may break at any time and lose what is on it.
+Rules 4, 6, 7 and 12. The model begins after a failover: the old primary is deposed, still running,
+and shows a change `o` that no other database has. The new primary commits. Each server may read the
+log of either primary, and renews with the new one. The client keeps a stream to one server or to
+both, verifies through either, and holds VALID under a sub-lease. Messages may be delayed for any
+time in both directions; a stream may break at any time and lose its messages.
 
-Positions are strings, as in histories.py: the beginning of a log. What goes on between a server and
-a database is shown there. Here a server may say VALID whenever its lease is live and it has not
-applied the deletion.
+Positions are strings, as in histories.py: the beginning of a log. histories.py models the exchange
+between a server and a database. Here a server may answer VALID whenever its lease is live and it
+has not applied the deletion.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ def model(
 
 
 def ended(action: Action) -> Action:
-    """Return `action` without what comes after Delete's answer once nobody holds VALID.
+    """Return `action` without the states that follow Delete's answer once no memory holds VALID.
 
     A server whose lease is live has applied the deletion by then (histories.py; answers_valid looks
-    for one that has not). So nothing brings VALID back.
+    for one that has not). So VALID cannot return.
     """
 
     @functools.wraps(action)
@@ -126,9 +126,9 @@ def answers_by_waiting(s: State, _: World) -> Iterator[State]:
 
 
 def removes_row(s: State, _: World) -> Iterator[State]:
-    """Someone who has watched a row for T without a renewal removes it (rule 9).
+    """A watcher that has seen a row for T without a renewal removes it (rule 9).
 
-    That may be as soon as no lease rests on it any more.
+    That may be as soon as no lease rests on the row.
     """
     for i, server in enumerate(s.servers):
         if server.row != NO_ROW and not server.lease and not server.sub_lease:
@@ -169,7 +169,7 @@ def renews(s: State, w: World) -> Iterator[State]:
 
 
 def reads_log(s: State, w: World) -> Iterator[State]:
-    """A server reads the log alone, of either primary, which gives no lease (rules 10, 12)."""
+    """A server reads the log alone, from either primary, which gives no lease (rules 10, 12)."""
     for i, server in enumerate(s.servers):
         if server.applied is UNREGISTERED:
             continue
@@ -185,7 +185,8 @@ def reads_log(s: State, w: World) -> Iterator[State]:
 
 
 def hears(s: State, w: World) -> Iterator[State]:
-    """A server hears what the client says: only its own history is confirmed (rules 7, 12)."""
+    """A server receives the client's message: it confirms only the server's own history (rules 7,
+    12)."""
     for i, server in enumerate(s.servers):
         stream = server.stream
         if stream is None or not stream.out or server.applied is UNREGISTERED:
@@ -194,12 +195,13 @@ def hears(s: State, w: World) -> Iterator[State]:
         heard = stream._replace(out=tuple(rest), wanted=stream.wanted or asks)
         sent, confirmed = heard.sent, server.confirmed
         if sent is UNHEARD:
-            # Of another history, fresh, or ahead of a server that lags: a Reset comes next.
+            # Of another history, fresh, or ahead of a lagging server: a Reset comes next.
             known = said is not FRESH and server.applied.startswith(said)
             sent = said if known else VOID
             confirmed = said if known else confirmed
         else:
-            # A position that was never sent here confirms nothing, and takes back what was.
+            # A position that was never sent here confirms nothing, and withdraws earlier
+            # confirmations.
             confirmed = said if said is not FRESH and sent.startswith(said) else None
         if said is not FRESH and "12 a client's number is believed without its mark" in w.broken:
             number = min(len(said), len(server.applied if sent in {UNHEARD, VOID} else sent))
@@ -256,7 +258,7 @@ def grants(s: State, w: World) -> Iterator[State | Violation]:
 
 
 def connects(s: State, w: World) -> Iterator[State]:
-    """The client opens a stream, says what it has applied, and asks for a lease (rule 6)."""
+    """The client opens a stream, sends its applied position, and asks for a lease (rule 6)."""
     if sum(server.stream is not None for server in s.servers) >= w.streams_max:
         return
     for i, server in enumerate(s.servers):
@@ -281,7 +283,7 @@ def says(s: State, _: World) -> Iterator[State]:
 
 
 def receives(s: State, w: World) -> Iterator[State]:
-    """The client takes the next message: it applies what it says, or its lease runs on (rule 6)."""
+    """The client takes the next message: it applies it, or its lease is extended (rule 6)."""
     for i, server in enumerate(s.servers):
         stream = server.stream
         if stream is None or not stream.inbox:
@@ -297,7 +299,8 @@ def receives(s: State, w: World) -> Iterator[State]:
             continue
         client = s.client
         before = client.applied or ""
-        # What another stream has said already does no harm, and does not set it back.
+        # A message that another stream has already delivered does no harm, and does not set the
+        # client back.
         ahead = before.startswith(message.position)
         yield with_server(s, i, stream=stream)._replace(
             client=client._replace(
@@ -308,7 +311,7 @@ def receives(s: State, w: World) -> Iterator[State]:
 
 
 def receives_grant(s: State, i: int, grant: Message) -> Iterator[State]:
-    """The lease runs from before the request was sent, and the other stream is let go (rule 6)."""
+    """The lease runs from before the request was sent, and the other stream is closed (rule 6)."""
     stream = s.servers[i].stream
     assert stream is not None
     if stream.asked == UNASKED:
@@ -323,7 +326,7 @@ def receives_grant(s: State, i: int, grant: Message) -> Iterator[State]:
     for j, other in enumerate(s.servers):
         if j != i and other.stream is not None:
             s = with_server(s, j, stream=None)
-            # That server hears that its grants are over.
+            # That server learns that its grants are over.
             yield with_server(s, j, sub_lease=0, confirmed=None, debt=NO_DEBT)
     yield s
 
@@ -344,7 +347,7 @@ def reset(s: State, i: int, position: str, w: World) -> State:
 
 
 def stream_breaks(s: State, _: World) -> Iterator[State]:
-    """A stream breaks: what was on it is lost, what was granted stays granted."""
+    """A stream breaks: its messages are lost, and its grants remain."""
     for i, server in enumerate(s.servers):
         if server.stream is not None:
             yield with_server(s, i, stream=None)
@@ -380,7 +383,8 @@ def answers_valid(s: State, _: World) -> Iterator[State]:
 
 
 def takes_answer(s: State, w: World) -> Iterator[State | Violation]:
-    """VALID comes back: to its call, and to memory and others if its position is known (rule 4)."""
+    """VALID comes back: to its call, and, if its position is known, to the memory and other calls
+    (rule 4)."""
     client, lookup = s.client, s.client.lookup
     if lookup is None or lookup.read is None:
         return
@@ -403,14 +407,15 @@ def verifies_at_once(s: State, w: World) -> Iterator[State | Violation]:
 
 
 def joins_lookup(s: State, _: World) -> Iterator[State]:
-    """A verify that begins after Delete's answer, under a live lease, shares the other (rule 4)."""
+    """A verify that begins after Delete's answer, under a live lease, shares an earlier one (rule
+    4)."""
     lookup = s.client.lookup
     if lookup and not lookup.joined and not lookup.late and s.delete == ANSWERED and s.client.lease:
         yield s._replace(client=s.client._replace(lookup=lookup._replace(joined=True)))
 
 
 def loses_lookup(s: State, _: World) -> Iterator[State]:
-    """The verify is lost, or refused, or answered DELETED."""
+    """The verify is lost, refused, or answered DELETED."""
     if s.client.lookup is not None:
         yield s._replace(client=s.client._replace(lookup=None))
 

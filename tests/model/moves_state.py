@@ -1,4 +1,4 @@
-"""What moves.py explores: servers, a client, its streams, and the states to begin from."""
+"""The state of moves.py: servers, a client, its streams, and the initial states."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 OLD_LOG = "o"
-# A row: gone; has not acknowledged the deletion; has.
+# A row: missing; has not acknowledged the deletion; has acknowledged it.
 NO_ROW, BEHIND, ACKNOWLEDGED = range(3)
 BEFORE, ANSWERED = -1, -2  # Delete; in between, the ticks still to wait
 UNREGISTERED = FRESH = None
-# What a server has sent on a stream: nothing, since it has not heard the client's position; or
-# what no longer counts, so that a Reset comes next.
+# What a server has sent on a stream: nothing, because it has not received the client's position; or
+# something that no longer counts, so that a Reset comes next.
 UNHEARD, VOID = None, "?"
 UNASKED = -1
 NO_DEBT = -1
@@ -23,14 +23,14 @@ BOUND = "a client that acknowledges nothing holds a server's acknowledgement bac
 
 
 class Say(NamedTuple):
-    """What the client sends on a stream."""
+    """A message from the client on a stream."""
 
     applied: str | None
     asks: bool  # for a grant
 
 
 class Message(NamedTuple):
-    """What a server sends on a stream."""
+    """A message from a server on a stream."""
 
     kind: str
     position: str
@@ -39,14 +39,14 @@ class Message(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """The client's stream to a server; the last three are what the client knows of it."""
+    """The client's stream to a server; the client alone knows the last three fields."""
 
     out: tuple[Say, ...] = ()  # on its way to the server
     inbox: tuple[Message, ...] = ()  # on its way to the client
     sent: str | None = UNHEARD
     wanted: bool = False  # the server owes a grant
     asked: int = UNASKED  # age of the request that the client has no grant for yet
-    owes: bool = False  # the client has applied something that it has not said yet
+    owes: bool = False  # the client has applied something that it has not confirmed yet
 
 
 class Server(NamedTuple):
@@ -56,9 +56,9 @@ class Server(NamedTuple):
     lease: int = 0
     stands: str = ""  # the end of the log in the renewal that gave the lease
     row: int = BEHIND
-    sub_lease: int = 0  # what is left of the client's, as far as this server knows
+    sub_lease: int = 0  # the rest of the client's, as far as this server knows
     confirmed: str | None = None  # what the client has confirmed
-    debt: int = NO_DEBT  # ticks within which the client has to confirm, or run out
+    debt: int = NO_DEBT  # ticks within which the client must confirm, or its lease ends
     stream: Stream | None = None
 
 
@@ -80,7 +80,7 @@ class Client(NamedTuple):
 
 
 class State(NamedTuple):
-    """Everything there is, at one instant."""
+    """The complete state at one instant."""
 
     log: str  # of the new primary
     delete: int
@@ -90,14 +90,14 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class World:
-    """What a run is given."""
+    """The parameters of a run."""
 
     broken: frozenset[str]
     ticks: int
     streams_max: int
     others: str  # changes of another token on the new primary
     slow_answers: bool
-    bounded: bool  # whether debts are followed
+    bounded: bool  # whether debts are modelled
     renew: tuple[int, ...]  # servers that reach the new primary; the others only read the old one
     old: tuple[int, ...]  # servers that may read the old primary
 
@@ -124,7 +124,7 @@ def unasked(stream: Stream) -> Stream:
 
 
 def may_say_valid(server: Server) -> bool:
-    """Tell whether a server may answer VALID to a verify that begins now (rule 5)."""
+    """Return whether a server may answer VALID to a verify that begins now (rule 5)."""
     return server.lease > 0 and server.applied is not None and "N" not in server.applied
 
 
@@ -154,7 +154,8 @@ def indebted(server: Server, w: World) -> Server:
 
 
 def settled(before: Server, after: Server, w: World) -> Server:
-    """Return `after`, which has heard the client, with less of a debt if it was acknowledged."""
+    """Return `after`, which has received the client's message, with less debt if that confirmed
+    something."""
     if after.confirmed == after.applied:
         return after._replace(debt=NO_DEBT)
     return (
@@ -163,8 +164,8 @@ def settled(before: Server, after: Server, w: World) -> Server:
 
 
 INBOX_MAX = 2
-# The client watches A, which has renewed since the deletion. B is left behind with the old primary,
-# and one of two ticks of its last lease remains, as of Delete's wait.
+# The client watches A, which has renewed since the deletion. B still reads the old primary; one of
+# two ticks remains of its last lease, as of Delete's wait.
 SCATTERED = State(
     log="N",
     delete=1,
@@ -174,7 +175,7 @@ SCATTERED = State(
     ),
     client=Client("N", lease=2),
 )
-# The same, where another change has followed, and A's invalidation is under way.
+# The same, but another change has followed, and A's invalidation is on its way.
 OVERTAKEN = SCATTERED._replace(
     log="Nn",
     servers=(
@@ -190,7 +191,7 @@ OVERTAKEN = SCATTERED._replace(
         SCATTERED.servers[1],
     ),
 )
-# A client of B has come back. A's database has passed its position by another way.
+# A client of B has returned. The history of A's database has passed its position on another path.
 RETURNING = State(
     log="N",
     delete=1,

@@ -10,7 +10,7 @@ from tests.model.histories import NEW, OLD
 
 __all__ = ["BROKEN", "HEALTHY", "KEPT", "LONG"]
 
-# A reaches the new primary. B is left behind with the old one.
+# A reaches the new primary. B still reads the old one.
 APART: dict[str, Any] = {
     "first": moves_state.SCATTERED,
     "ticks": 2,
@@ -121,7 +121,7 @@ KEPT = (
         "moves, returning",
         moves.model(**RETURNING),
         16_000,
-        # Nothing brings VALID back once the client has heard of the other history.
+        # VALID cannot return once the client has learned of the other history.
         untaken=frozenset({"answers_from_memory", "deletes", "verifies_at_once"}),
     ),
     Kept(
@@ -190,7 +190,7 @@ BROKEN = (
     _management("12 a log read adopts a timeline and keeps the lease", 8),
     _management("12 a standby is believed", 6),
     _management("12 memory kept on another timeline", 9),
-    # What the server applied and has not sent yet is in the log that its lease stands on.
+    # The log that the lease stands on contains what the server has applied and not sent yet.
     _moves("6 granted when what was sent is confirmed, and more is applied", 14, ONE),
     _moves("7 granted while an acknowledgement is owed", 7, ONE | {"bounded": True}),
     _moves("12 a client's number is believed without its mark", 17, ONE),
@@ -202,6 +202,6 @@ BROKEN = (
     _moves("12 a grant asked for before a Reset counts", 12, APART),
     _moves("12 a client keeps a verdict of an unknown position", 4, APART),
     _moves("12 a client keeps a verdict of any later number", 4, APART),
-    # The invalidation says what changed since a position that the client has left.
+    # The invalidation lists the changes since a position that the client has left.
     _moves("12 other streams go on", 13, OVERTAKEN),
 )

@@ -1,13 +1,13 @@
 """One server process, its row, its memory and its look-ups, against one Delete.
 
 Rules 1 to 5 and 8 to 11. The token under test is created and may be deleted, and there may be one
-change of another token, before that or after. The process may stop for any time between any two
-steps (time passes without it), die and come back, and lose its row; a look-up may be answered after
-any time, or never. Its clients are left out: see watch.py.
+change of another token, before or after that. The process may pause for any time between any two
+steps (time passes meanwhile), die and restart, and lose its row; a look-up may be answered after
+any time, or never. watch.py models its clients.
 
-Time goes in ticks, and a state holds no times, only countdowns: what is left of a lease, of a wait.
-No clock is ever compared with another, so nothing else of time can matter. T is TICKS ticks, and
-between two ticks events come in every order.
+Time passes in ticks, and a state holds no times, only countdowns: the rest of a lease or of a wait.
+Clocks are never compared with each other, so nothing else about time can matter. T is TICKS ticks,
+and between two ticks events come in every order.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ BEFORE, ANSWERED = -1, -2
 # The process.
 DOWN, REGISTERING, UP = range(3)
 IDLE = -1
-# What a look-up found, and what the memory holds of the token.
+# The result of a look-up, and the token's entry in the memory.
 NOTHING, VALID, DELETED, UNKNOWN = range(4)
-# How late a verify began: who may no longer hear VALID.
+# How late a verify began, which decides whether it may still return VALID.
 EARLY, APPLIED_HERE, AFTER_DELETE = range(3)
 
 GUARANTEE = "Delete had answered before this verify began, and it answers VALID"
@@ -39,17 +39,17 @@ CREATED = "Create had answered before this verify began, and it answers UNKNOWN"
 
 
 class Lookup(NamedTuple):
-    """A read on its way: sent, and from `found` on, read and not yet back."""
+    """A read on its way: sent, and from `found` on, read and not yet returned."""
 
     found: int = NOTHING
     revision: int = 0  # of the snapshot that the row was read in
     caller: int = EARLY  # how late the verify that sent it began
     joined: int = EARLY  # how late the verifies that share it began, at the latest
-    began: int = 0  # what was applied when it was sent; kept only where rule 4 is misread
+    began: int = 0  # the revision applied when it was sent; kept only where rule 4 is misread
 
 
 class State(NamedTuple):
-    """Everything there is, at one instant."""
+    """The complete state at one instant."""
 
     # The database.
     created: bool = False
@@ -57,15 +57,15 @@ class State(NamedTuple):
     deleted: int = 0  # the deletion's revision; 0 before it
     log_start: int = 0  # the log holds the revisions (log_start, head]
     row: int = NO_ROW  # acknowledged_revision
-    watch: int = NOT_WATCHED  # ticks until someone has seen `renewal` unchanged for T
-    # Whoever deletes.
+    watch: int = NOT_WATCHED  # ticks until a watcher has seen `renewal` unchanged for T
+    # The deleter.
     delete: int = BEFORE
     drawn: int = 0  # only where rule 1 is broken: a revision drawn, and not yet committed
     # The process.
     phase: int = DOWN
     applied: int = 0  # while registering: the head that the registration has read
-    # The memory knows the tokens that (history, applied] name. What was named before the look-up on
-    # its way was sent, it has no need to know.
+    # The memory knows the tokens that (history, applied] name. It does not need the names from
+    # before the current look-up was sent.
     history: int = 0
     memory: int = NOTHING
     lease: int = 0  # ticks left
@@ -77,7 +77,7 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class World:
-    """What a run is given."""
+    """The parameters of a run."""
 
     broken: frozenset[str] = frozenset()
     other_changes: int = 1
@@ -117,7 +117,7 @@ def deletes(s: State, w: World) -> Iterator[State]:
     """Delete commits, and begins to wait (rules 1 and 8).
 
     The counter's row is locked until the commit, so that drawing a revision and committing it are
-    one step to everyone else.
+    one step for all others.
     """
     if not s.created or s.deleted:
         return
@@ -147,31 +147,33 @@ def answers_by_waiting(s: State, _: World) -> Iterator[State]:
 
 
 def tries_delete_again(s: State, w: World) -> Iterator[State]:
-    """Delete is called again, its caller or server having given up: it waits from now (rule 8)."""
+    """Delete is called again, because its caller or server gave up: it waits from now (rule 8)."""
     if s.deleted and s.delete >= 0:
         retried = ANSWERED if "8 a retry answers at once" in w.broken else w.wait
         yield s._replace(delete=retried)
 
 
 def watches_row(s: State, _: World) -> Iterator[State]:
-    """Someone sees the row's `renewal`, and begins to watch it (rule 9)."""
+    """A watcher reads the row's `renewal`, and begins to watch it (rule 9)."""
     if s.row != NO_ROW and s.watch == NOT_WATCHED:
         yield s._replace(watch=TICKS)
 
 
 def removes_row(s: State, w: World) -> Iterator[State]:
-    """Someone who has watched `renewal` for T removes the row, if it still is that value (rule 9).
+    """A watcher that has seen `renewal` unchanged for T removes the row, if the value still is the
+    same (rule 9).
 
-    Whoever saw another value since does not get here: a renewal ends the watch.
+    A watcher that has seen another value since does not get here: a renewal ends the watch.
     """
     if s.watch == 0 or (s.watch > 0 and "9 row not watched for T" in w.broken):
         yield s._replace(row=NO_ROW, watch=NOT_WATCHED)
 
 
 def prunes_log(s: State, w: World) -> Iterator[State]:
-    """What every row has acknowledged is pruned from the log (rule 11).
+    """Entries that every row has acknowledged are pruned from the log (rule 11).
 
-    At once, instead of after 10 T: so that is a comfort, and not what it rests on.
+    This happens at once, instead of after 10 T, because the guarantee does not rest on that
+    delay.
     """
     to = s.head if s.row == NO_ROW or "11 unacknowledged pruned" in w.broken else s.row
     if to > s.log_start:
@@ -188,10 +190,11 @@ def begins_to_register(s: State, _: World) -> Iterator[State]:
 
 
 def registers(s: State, w: World) -> Iterator[State]:
-    """The registration commits: the row is there, the memory empty, and no lease yet (rule 2).
+    """The registration commits: the row exists, the memory is empty, and there is no lease yet
+    (rule 2).
 
-    `head` may have moved on since it was read. So a lease takes a renewal, which reads the log when
-    the row is there for Delete to see.
+    `head` may have changed since it was read. So a lease requires a renewal, which reads the log
+    when Delete can see the row.
     """
     if s.phase == REGISTERING:
         kept = w.broken & {"2 reads before it registers", "3 memory kept when the row is gone"}
@@ -212,8 +215,8 @@ def reads_clock(s: State, w: World) -> Iterator[State]:
 def reads_log(s: State, w: World) -> Iterator[State]:
     """The renewal reads the log up to head and applies it (rule 3).
 
-    Reading and applying are one step. If the deletion is in what was read, applying it later is
-    like reading it later; if not, applying it changes nothing for the token, whenever.
+    Reading and applying are one step. If the log contains the deletion, applying it later equals
+    reading it later; if not, applying it at any time changes nothing for the token.
     """
     begun = s.renewal != IDLE or "3 clock read after the log" in w.broken
     if s.phase != UP or s.log_read == 2 or not begun:
@@ -229,7 +232,8 @@ def reads_log(s: State, w: World) -> Iterator[State]:
 
 
 def applied(s: State, w: World) -> State:
-    """Return `s` with the log applied up to head: drop what it names, or all where it is pruned."""
+    """Return `s` with the log applied up to head: drop the tokens that it names, or all if it is
+    pruned."""
     memory, history = s.memory, s.history if s.lookup else s.head
     if s.log_start > s.applied and "11 pruning not noticed" not in w.broken:
         memory, history = NOTHING, s.head
@@ -241,9 +245,9 @@ def applied(s: State, w: World) -> State:
 def updates_row(s: State, w: World) -> Iterator[State]:
     """The renewal updates the row, and its lease runs from t0; or there is no row (rule 3).
 
-    The statement and its answer are one step: a process that knows of its new lease later does no
-    more meanwhile than one that knows at once; and that there is no row, it learns when it takes
-    this step. The answer may be lost.
+    The statement and its answer are one step: a process that learns of its new lease later does no
+    more meanwhile than one that learns at once, and it learns of a missing row when it takes this
+    step. The answer may be lost.
     """
     if s.renewal == IDLE or s.log_read != 2:
         return
@@ -264,13 +268,13 @@ def updates_row(s: State, w: World) -> Iterator[State]:
 
 
 def hears_notification(s: State, w: World) -> Iterator[State]:
-    """A notification arrives, and is taken for the truth (against rule 10)."""
+    """A notification arrives, and is treated as a renewal (against rule 10)."""
     if s.phase == UP and s.row != NO_ROW and "10 a notification extends the lease" in w.broken:
         yield s._replace(lease=TICKS)
 
 
 def trims_history(s: State, _: World) -> Iterator[State]:
-    """The memory forgets what revisions named, to stay small (rule 4)."""
+    """The memory discards the names of older revisions, to stay small (rule 4)."""
     if s.phase == UP and s.history < s.applied:
         yield s._replace(history=s.applied)
 
@@ -278,8 +282,8 @@ def trims_history(s: State, _: World) -> Iterator[State]:
 def dies(s: State, _: World) -> Iterator[State]:
     """The process dies.
 
-    Its row stays, and keeps Delete waiting until it is removed. Taking it away at once lets Delete
-    answer sooner, and so hides nothing: nobody answers from the memory of a dead process. (Its
+    Its row stays, and keeps Delete waiting until it is removed. An immediate removal only lets
+    Delete answer sooner, and so hides nothing: a dead process does not answer from memory. (Its
     clients might: see watch.py.)
     """
     if s.phase != DOWN:
@@ -303,7 +307,7 @@ def lateness(s: State) -> int:
 
 
 def promised(late: int) -> Iterator[Violation]:
-    """Yield what is broken if a verify that began so late answers VALID."""
+    """Yield the promises that are broken if a verify that began so late answers VALID."""
     if late != EARLY:
         yield Violation(GUARANTEE if late == AFTER_DELETE else LEMMA)
 
@@ -311,7 +315,7 @@ def promised(late: int) -> Iterator[Violation]:
 def finds_lease_live(s: State, w: World) -> Iterator[State]:
     """A verify begins after Delete's answer, reads the clock, and finds the lease live (rule 5).
 
-    Its look into the memory may come later.
+    It may look into the memory later.
     """
     late = s.delete == ANSWERED or "5 clock read before the call" in w.broken
     live = s.lease or "5 memory without a lease" in w.broken
@@ -366,7 +370,7 @@ def reads_row(s: State, w: World) -> Iterator[State]:
         if s.created and not s.deleted:
             yield s._replace(lookup=found._replace(found=VALID, revision=s.head))
         else:
-            # It may come late, then, for all anyone cares.
+            # An answer may come late if it is not VALID.
             what = DELETED if s.created else UNKNOWN
             yield s._replace(lookup=Lookup(what, s.head))
     elif "4 revision read after the row" in w.broken and found.revision < s.head:
@@ -387,7 +391,8 @@ def joins_lookup(s: State, w: World) -> Iterator[State | Violation]:
 
 
 def takes_answer(s: State, w: World) -> Iterator[State | Violation]:
-    """The look-up comes back: to its own call, to others and the memory as admitted (rule 4)."""
+    """The look-up returns: to its own call, and where admitted to other calls and the memory (rule
+    4)."""
     found = s.lookup
     if found is None or found.found == NOTHING:
         return
@@ -398,14 +403,15 @@ def takes_answer(s: State, w: World) -> Iterator[State | Violation]:
         if admitted or shared:
             yield from promised(found.joined)
     memory = s.memory
-    # Not VALID may be remembered like VALID. UNKNOWN may not, since no revision would ever end it.
+    # Verdicts other than VALID may be cached too. UNKNOWN may not, because no revision would ever
+    # end it.
     if admitted and (found.found != UNKNOWN or "4 UNKNOWN is remembered" in w.broken):
         memory = found.found
     yield s._replace(lookup=None, memory=memory, history=s.applied)
 
 
 def admits(s: State, w: World, revision: int) -> bool:
-    """Tell whether what was read at `revision` still holds at what has been applied (rule 4)."""
+    """Return whether a verdict read at `revision` still holds at the applied revision (rule 4)."""
     if "4 no fill rule" in w.broken:
         return True
     if s.phase != UP:
@@ -413,7 +419,7 @@ def admits(s: State, w: World, revision: int) -> bool:
     if revision >= s.applied:
         return True
     knows = s.history <= revision or "4 trimmed history names nothing" in w.broken
-    # What was trimmed is not known to name anything, which is not to know that it names nothing.
+    # It is unknown what the trimmed part names, so it may name the token.
     named = max(revision, s.history) < s.deleted <= s.applied
     return knows and not named
 
@@ -431,7 +437,8 @@ def time_passes(s: State, _: World) -> Iterator[State]:
     """A tick passes."""
     renewal, log_read = s.renewal - (s.renewal > 0), s.log_read
     if renewal == 0:
-        # It can give no lease any more. All else that it could do, the next one can as well.
+        # It can give no lease any more. The next renewal can do everything else that this one
+        # could.
         renewal, log_read = IDLE, 0
     yield s._replace(
         watch=s.watch - (s.watch > 0),
@@ -470,7 +477,7 @@ ACTIONS = (
     time_passes,
 )
 
-# Taken only where the rules are broken.
+# Taken only where rules are broken.
 AGAINST_THE_RULES = (
     begins_to_delete,
     hears_notification,
@@ -478,7 +485,7 @@ AGAINST_THE_RULES = (
     finds_lease_live_then,
 )
 
-# What everyone does when all is well, for Delete to be answered by acknowledgement.
+# The actions of all participants in normal operation, for Delete to be answered by acknowledgement.
 HEALTHY = (
     begins_to_register,
     registers,

@@ -1,4 +1,4 @@
-"""The explorer finds all states, the shortest way to a violation, and states without a way out."""
+"""The explorer finds all states, the shortest way to a violation, and dead ends."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -44,7 +44,7 @@ def jugs(forbidden: int = 9) -> Model:
 
 
 def test_all_states() -> None:
-    """Every state is found, once, and every action counted."""
+    """Every state is found once, and every action is counted."""
     found = explore(jugs())
     # One of the two is always empty or full: 2 × 6 + 2 × 4 − 4 corners.
     assert found.states == 16
@@ -54,7 +54,8 @@ def test_all_states() -> None:
 
 
 def test_shortest_way() -> None:
-    """The trace is a shortest one: four litres take six steps. It says what each step changes."""
+    """The trace is a shortest one (four litres take six steps) and shows the changes of each
+    step."""
     found = explore(jugs(forbidden=4))
     assert found.violation == Violation(SPILT)
     assert found.steps == 6
@@ -66,19 +67,19 @@ def test_shortest_way() -> None:
 
 
 def test_other_promises() -> None:
-    """A promise that may be broken does not end the exploration."""
+    """A violation of an excepted promise does not end the exploration."""
     assert explore(jugs(forbidden=4), but=[SPILT]).violation is None
 
 
 def test_always_can() -> None:
-    """States from which there is no way to the goal are told from those that have one."""
+    """States without a way to the goal are distinguished from those that have one."""
     states = list(explore(jugs()).parents)
     assert always_can(states, (empties,), 9, lambda s: s == Jugs(0, 0)) is None
     assert always_can(states, (fills,), 9, lambda s: s == Jugs(0, 0)) not in {None, Jugs(0, 0)}
 
 
 def test_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that grows beyond all bounds fails, and does not fill the memory."""
+    """A model that grows without bound fails, and does not fill the memory."""
     monkeypatch.setattr(explorer, "STATES_MAX", 10)
     with pytest.raises(RuntimeError, match="more than 10 states"):
         explore(jugs())

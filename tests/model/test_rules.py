@@ -1,6 +1,6 @@
-"""The rules keep their promises in every order of events, and none of them can be done without.
+"""The rules keep their promises in every order of events, and each rule is necessary.
 
-What the rules are, and how to see the orders for oneself: see the package's docstring.
+The package's docstring lists the rules and shows how to print the orders of events.
 """
 
 import pytest
@@ -15,10 +15,10 @@ RULES = range(1, 13)
 
 @pytest.mark.parametrize("kept", KEPT, ids=lambda kept: kept.name)
 def test_kept(kept: Kept) -> None:
-    """With the rules, no verify that begins after Delete's answer says VALID, in any order.
+    """With all rules, no verify that begins after Delete's answer returns VALID, in any order.
 
-    It would be so, too, if nothing ever happened: so every action is taken somewhere, what is to be
-    seen is seen, and there are as many states as ever.
+    This would also hold if nothing ever happened. Therefore every action must be taken in some
+    state, the expected states must be reached, and the number of states must not shrink.
     """
     found = explore(kept.model)
     assert found.violation is None, found.trace
@@ -31,7 +31,8 @@ def test_kept(kept: Kept) -> None:
 
 @pytest.mark.parametrize("healthy", HEALTHY, ids=lambda healthy: healthy.name)
 def test_healthy(healthy: Healthy) -> None:
-    """With healthy verifiers Delete ends by acknowledgement, whatever went before, at any time."""
+    """With healthy verifiers Delete ends by acknowledgement, at any time and whatever happened
+    before."""
     states = [state for state in explore(healthy.model).parents if healthy.where(state)]
     assert len(states) >= healthy.states_at_least
     stuck = always_can(states, healthy.actions, healthy.model.world, lambda s: s.delete == ANSWERED)
@@ -40,8 +41,8 @@ def test_healthy(healthy: Healthy) -> None:
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)
 def test_broken(broken: Broken) -> None:
-    """With a rule broken, a violation is found, and the shortest way to it is as long as ever."""
-    # The lemma is the model's own: a broken rule is to be caught by what users are promised.
+    """With a rule broken, a violation is found, and the shortest way to it has its known length."""
+    # The lemma is internal to the model: a broken rule must show in what users are promised.
     found = explore(broken.model, but=[LEMMA])
     assert found.violation is not None, "nothing comes of it"
     assert found.steps == broken.steps, found.trace
@@ -49,7 +50,7 @@ def test_broken(broken: Broken) -> None:
 
 @pytest.mark.parametrize("harmless", HARMLESS, ids=lambda harmless: harmless.name)
 def test_harmless(harmless: Broken) -> None:
-    """What stands behind these rules is enough by itself, in this configuration."""
+    """The other rules that give the same protection are sufficient in this configuration."""
     found = explore(harmless.model)
     assert found.violation is None, found.trace
 

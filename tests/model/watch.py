@@ -27,14 +27,18 @@ from tests.model.explore import Model, Violation
 
 # Delete. In between, the number is what is left of the wait.
 BEFORE, ANSWERED = -1, -2
-# A server. EMPTY is up, but registered after the deletion: it has nothing VALID to answer with.
+# A server. EMPTY is up, but registered after the deletion, so it has no VALID to answer with.
 DOWN, REGISTERING, EMPTY, UP, DRAINING = range(5)
 NO_ROW = -1
 # The client.
 NOWHERE = -1
-FRESH = -1  # has applied nothing, and so has nothing in its memory
+FRESH = -1  # has applied nothing, so its memory is empty
 # On the stream to the client, where a positive number is a grant of that duration.
-TELL_0, TELL_1, GOODBYE = 0, -1, -2  # "all up to 0 (1) is told: forget what changed", and the end
+TELL_0, TELL_1, GOODBYE = (
+    0,
+    -1,
+    -2,
+)  # "everything up to 0 (1) is sent: drop what changed", and the end
 
 GUARANTEE = "Delete had answered before this verify began, and it answers VALID"
 
@@ -44,15 +48,15 @@ class Server(NamedTuple):
 
     phase: int = UP
     applied: int = 0  # while registering: the head that the registration has read
-    lease: int = 0  # what is left of it
+    lease: int = 0  # the rest of it
     row: int = 0  # acknowledged_revision
     quiet: int = 0  # ticks until the row has gone unrenewed for T, as others see it
-    sub_lease: int = 0  # what is left of the client's sub-lease, as this server has it on record
-    heard: bool = False  # that client has said that it has applied the deletion
+    sub_lease: int = 0  # the rest of the client's sub-lease, according to this server's record
+    heard: bool = False  # that client has confirmed that it has applied the deletion
 
 
 class Request(NamedTuple):
-    """What a client sends on its stream: it asks for a lease, and acknowledges."""
+    """A client's message on its stream: it asks for a lease, and acknowledges."""
 
     age: int  # since before it was sent, on the client's clock
     applied: int
@@ -73,15 +77,15 @@ class Client(NamedTuple):
 
     applied: int = FRESH
     memory: bool = False  # holds VALID
-    lease: int = 0  # what is left of the longest sub-lease
+    lease: int = 0  # the rest of the longest sub-lease
     stream: int = NOWHERE  # the server that it watches
-    requests: tuple[Request, ...] = ()  # those that it has no grant for yet, oldest first
-    inbox: tuple[int, ...] = ()  # what is on its way, in order
+    requests: tuple[Request, ...] = ()  # those without a grant so far, oldest first
+    inbox: tuple[int, ...] = ()  # messages on their way, in order
     lookup: Lookup | None = None
 
 
 class State(NamedTuple):
-    """Everything there is, at one instant."""
+    """The complete state at one instant."""
 
     delete: int
     servers: tuple[Server, ...]
@@ -90,16 +94,16 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Clocks:
-    """How long things last, and by how much each clock moves in one tick of true time.
+    """The length of each period, and how far each clock moves in one tick of true time.
 
-    A countdown is in units of its owner's clock. Without drift a unit is a tick. With drift, a
-    right clock moves by 4 in a tick, a slow one by 2 and a fast one by 6: ρ is a half, which is
-    five hundred times more than is assumed, so that three ticks are enough to see it. A server's
-    clock goes slow or fast as it likes, tick by tick. The client's is slow, which makes the most of
-    its lease; that of Delete is fast, which makes the least of its wait.
+    A countdown is in units of its owner's clock. Without drift a unit is a tick. With drift, an
+    accurate clock moves by 4 in a tick, a slow one by 2 and a fast one by 6: ρ is a half, five
+    hundred times the assumed value, so that three ticks are enough to show an effect. A server's
+    clock may be slow or fast in each tick. The client's is slow, which prolongs its lease the most;
+    Delete's is fast, which shortens its wait the most.
     """
 
-    ticks: int = 2  # T in true time: how long a row is watched at the least
+    ticks: int = 2  # T in true time: the minimum for which a row is watched
     lease: int = 2  # T(1−ρ)
     wait: int = 2  # T(1+ρ)
     server: tuple[int, ...] = (1,)
@@ -107,11 +111,11 @@ class Clocks:
     delete: int = 1
     counted_percent: int = 100  # of a grant, by the client: 1−ρ
     recorded_percent: int = 100  # of a grant, by the server: 1+2ρ
-    shortest: int = 1  # grant that is tried, beside the longest
+    shortest: int = 1  # the shortest grant that is tried, beside the longest
 
 
 STEADY = Clocks()
-# T is 12 units: three ticks of a right clock.
+# T is 12 units: three ticks of an accurate clock.
 DRIFTING = Clocks(
     ticks=3,
     lease=6,
@@ -127,7 +131,7 @@ DRIFTING = Clocks(
 
 @dataclass(frozen=True)
 class World:
-    """What a run is given."""
+    """The parameters of a run."""
 
     broken: frozenset[str]
     clocks: Clocks
@@ -164,7 +168,7 @@ def answers_by_waiting(s: State, _: World) -> Iterator[State]:
 def begins_to_register(s: State, w: World) -> Iterator[State]:
     """A server process starts and begins to register: its transaction has read `head` (rule 2).
 
-    Not beside another that is well: that is two_servers.
+    Not while another server is healthy: two_servers models that.
     """
     if any(server.phase in {EMPTY, UP} for server in s.servers):
         return
@@ -185,16 +189,17 @@ def registers(s: State, w: World) -> Iterator[State]:
 
 
 def renews(s: State, w: World) -> Iterator[State]:
-    """A server renews: reads the clock and the log, tells its client, updates its row (rules 3, 7).
+    """A server renews: reads the clock and the log, informs its client, updates its row (rules 3,
+    7).
 
-    Without a row, it ends its streams and registers anew.
+    Without a row, it ends its streams and registers again.
     """
     for i, server in enumerate(s.servers):
         if server.phase < EMPTY:
             continue
         if server.row == NO_ROW:
             if "3 clients of a lost row told nothing" in w.broken:
-                # Registers anew and goes on with the streams that it has.
+                # Registers again and continues with its streams.
                 yield with_server(s, i, row=head(s), applied=head(s), quiet=w.clocks.ticks)
             elif server.phase != DRAINING:
                 yield with_server(ended(s, i), i, phase=DOWN, applied=0, lease=0)
@@ -206,10 +211,10 @@ def renews(s: State, w: World) -> Iterator[State]:
         if server.phase == EMPTY:
             changes["phase"] = UP
         if server.phase == DRAINING:
-            changes["lease"] = 0  # it has no use for one
+            changes["lease"] = 0  # it does not need one
         if head(s) and may_acknowledge(told, i, w):
-            # What it has acknowledged stays so, and with only one deletion, the record has no more
-            # use but for a shutdown.
+            # Its acknowledgement stands, and with only one deletion, the record is needed only for
+            # a shutdown.
             changes |= {"row": 1, "heard": False}
             if not w.may_shut_down:
                 changes["sub_lease"] = 0
@@ -217,7 +222,8 @@ def renews(s: State, w: World) -> Iterator[State]:
 
 
 def may_acknowledge(s: State, i: int, w: World) -> bool:
-    """Tell whether all of server i's clients have acknowledged or run out (rule 7)."""
+    """Return whether each of server i's clients has acknowledged or its sub-lease has expired (rule
+    7)."""
     return (
         s.servers[i].heard
         or s.servers[i].sub_lease == 0
@@ -226,9 +232,9 @@ def may_acknowledge(s: State, i: int, w: World) -> bool:
 
 
 def grants(s: State, w: World) -> Iterator[State]:
-    """A server answers a request with a grant, after telling what the client lacks (rule 6).
+    """A server answers a request with a grant, after sending what the client lacks (rule 6).
 
-    The grant is on record before it goes out. It may be shorter than the server's own lease.
+    The grant is recorded before it is sent. It may be shorter than the server's own lease.
     """
     client, i = s.client, s.client.stream
     answered = sum(message > 0 for message in client.inbox)
@@ -238,7 +244,7 @@ def grants(s: State, w: World) -> Iterator[State]:
     if server.phase not in {EMPTY, UP} or server.lease == 0:
         return
     told = client.inbox
-    # From then on it is told whatever is applied, as it is applied: see renews.
+    # From then on it receives each change when it is applied: see renews.
     lacks = first and (said < server.applied or said == FRESH) and TELL_1 not in told
     if lacks and not (said == 0 and "6 client that comes back told nothing" in w.broken):
         told = (*told, -server.applied)
@@ -260,7 +266,7 @@ def grants(s: State, w: World) -> Iterator[State]:
 
 
 def removes_row(s: State, w: World) -> Iterator[State]:
-    """Someone who has watched a row for T without a renewal removes it (rule 9)."""
+    """A watcher that has seen a row for T without a renewal removes it (rule 9)."""
     for i, server in enumerate(s.servers):
         if i in w.may_end and server.row != NO_ROW and server.quiet == 0:
             yield with_server(s, i, row=NO_ROW)
@@ -276,7 +282,7 @@ def dies(s: State, w: World) -> Iterator[State]:
 
 
 def shuts_down(s: State, w: World) -> Iterator[State]:
-    """A server begins a clean shutdown: it answers and grants no more, and says goodbye."""
+    """A server begins a clean shutdown: it stops answering and granting, and says goodbye."""
     for i, server in enumerate(s.servers):
         if i in w.may_end and server.phase in {EMPTY, UP}:
             told = s
@@ -310,12 +316,12 @@ def answers_valid(s: State, _: World) -> Iterator[State]:
 
 
 def connects(s: State, _: World) -> Iterator[State]:
-    """The client opens a stream, says what it has applied, and asks for a lease (rule 6)."""
+    """The client opens a stream, sends its applied position, and asks for a lease (rule 6)."""
     if s.client.stream == NOWHERE:
         for i, server in enumerate(s.servers):
             if server.phase in {EMPTY, UP}:
                 applied = s.client.applied
-                # Who has applied all that there is lacks nothing.
+                # A client that has applied everything lacks nothing.
                 request = Request(0, applied, first=applied != 1)
                 yield with_client(s, stream=i, requests=(request,))
 
@@ -331,7 +337,7 @@ def asks(s: State, w: World) -> Iterator[State]:
 
 
 def stream_breaks(s: State, w: World) -> Iterator[State]:
-    """The stream breaks: what was on it is lost, what was granted stays granted."""
+    """The stream breaks: its messages are lost, and its grants remain."""
     if s.client.stream != NOWHERE:
         if "7 a broken stream ends the record" in w.broken:
             s = with_server(s, s.client.stream, sub_lease=0)
@@ -339,7 +345,7 @@ def stream_breaks(s: State, w: World) -> Iterator[State]:
 
 
 def receives(s: State, w: World) -> Iterator[State]:
-    """The client takes the next message: it applies what it is told, or its lease runs on (rule 6).
+    """The client takes the next message: it applies it, or its lease is extended (rule 6).
 
     A grant's lease counts from before its request was sent.
     """
@@ -357,13 +363,13 @@ def receives(s: State, w: World) -> Iterator[State]:
         lease = max(client.lease, message * w.clocks.counted_percent // 100 - age)
         yield with_client(left, lease=lease, requests=client.requests[1:])
     elif message == GOODBYE:
-        # It lets go of its lease and says so. What it holds may stay: no lease, no answer. That the
-        # server hears of it at once only lets it go, and Delete answer, the sooner.
+        # It releases its lease and says so. Its memory may keep its content: without a lease it
+        # does not answer. That the server hears of it at once only lets Delete answer sooner.
         left = with_client(left, lease=0, stream=NOWHERE, requests=(), inbox=())
         yield with_server(left, client.stream, sub_lease=0)
     else:
         told = -message
-        # The first that a fresh client is told is where it begins.
+        # The first message to a fresh client is its starting position.
         memory = client.memory and told == 0 and client.applied != FRESH
         lookup = client.lookup
         if lookup is not None and told == 1 and "4 client shares by when it was sent" in w.broken:
@@ -402,7 +408,8 @@ def verifies_at_once(s: State, w: World) -> Iterator[State | Violation]:
 
 
 def joins_lookup(s: State, w: World) -> Iterator[State]:
-    """A verify that begins after Delete's answer, under a live lease, shares the other (rule 4)."""
+    """A verify that begins after Delete's answer, under a live lease, shares an earlier one (rule
+    4)."""
     lookup = s.client.lookup
     if lookup is None or lookup.joined or s.delete != ANSWERED:
         return
@@ -412,14 +419,16 @@ def joins_lookup(s: State, w: World) -> Iterator[State]:
 
 
 def takes_answer(s: State, w: World) -> Iterator[State | Violation]:
-    """VALID comes back: to its own call, to others and the memory as admitted (rule 4)."""
+    """VALID comes back: to its own call, and where admitted to other calls and the memory (rule
+    4)."""
     client, lookup = s.client, s.client.lookup
     if lookup is None or not lookup.valid:
         return
-    # It was read at revision 0, and 1 names the token. Fresh, the client knows of no revision.
+    # It was read at revision 0, and 1 names the token. A fresh client knows of no revision.
     admitted = client.applied == 0 or "4 client has no fill rule" in w.broken
     if "4 verdict carries the revision at which it left" in w.broken:
-        # The server, slow to answer, has applied more by then, and says that instead.
+        # The server, which answers slowly, has applied more by then, and returns that revision
+        # instead.
         admitted = any(server.applied >= client.applied >= 0 for server in s.servers)
     shared = w.broken & {"4 client shares with anyone", "4 client shares by when it was sent"}
     if lookup.late or (lookup.joined and (admitted or shared)):
@@ -428,7 +437,7 @@ def takes_answer(s: State, w: World) -> Iterator[State | Violation]:
 
 
 def loses_lookup(s: State, _: World) -> Iterator[State]:
-    """The verify is lost, or refused, or answered DELETED."""
+    """The verify is lost, refused, or answered DELETED."""
     if s.client.lookup is not None:
         yield with_client(s, lookup=None)
 
@@ -445,7 +454,8 @@ def time_passes(s: State, w: World) -> Iterator[State]:
                 lease=max(server.lease - moves, 0),
                 quiet=max(server.quiet - 1, 0),
                 sub_lease=max(server.sub_lease - moves, 0),
-                # No sub-lease, no record; with the next request the client says it again.
+                # Without a sub-lease there is no record; with the next request the client confirms
+                # again.
                 heard=server.heard and server.sub_lease > moves,
             )
             for server in s.servers
@@ -455,7 +465,7 @@ def time_passes(s: State, w: World) -> Iterator[State]:
             servers,
             client._replace(
                 lease=max(client.lease - clocks.client, 0),
-                # Older than any grant is as old as need be.
+                # Ages beyond the longest grant make no difference.
                 requests=tuple(
                     request._replace(age=min(request.age + clocks.client, clocks.lease))
                     for request in client.requests
@@ -484,7 +494,7 @@ def with_client(s: State, **changes: Any) -> State:
 
 
 def ended(s: State, i: int) -> State:
-    """Return `s` with the client's stream to server i ended, if it is there."""
+    """Return `s` with the client's stream to server i ended, if it has one."""
     if s.client.stream != i:
         return s
     return with_client(s, stream=NOWHERE, requests=(), inbox=())
@@ -516,7 +526,7 @@ VERIFY = (
     loses_lookup,
     joins_lookup,
 )
-# What everyone does when all is well, for Delete to be answered by acknowledgement.
+# The actions of all participants in normal operation, for Delete to be answered by acknowledgement.
 HEALTHY = (renews, grants, connects, asks, receives, answers_by_acknowledgement)
 LIVES = (removes_row, begins_to_register, registers, dies)
 
@@ -536,9 +546,9 @@ def two_servers(*broken: str, clocks: Clocks = STEADY, requests_max: int = 1) ->
 
 
 def succession(*broken: str, clocks: Clocks = STEADY, requests_max: int = 1) -> Model:
-    """Return the model of a server that dies or shuts down, and one that takes its clients.
+    """Return the model of a server that dies or shuts down, and one that takes over its clients.
 
-    Slow answers are left to the others.
+    The other models cover slow answers.
     """
     world = World(frozenset(broken), clocks, requests_max, (1,), (0,), may_shut_down=True)
     verify = (verifies_at_once, answers_from_memory)

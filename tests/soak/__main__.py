@@ -1,9 +1,9 @@
-"""`make soak`: looks for what grows in a service that is used in every way for half an hour.
+"""`make soak`: looks for resource growth in a service that is used in every way for half an hour.
 
 The service as it ships works under a mixed load in which clients come and go, streams break, calls
 are cancelled and policies change. Every answer is checked. Memory, descriptors, threads, tasks,
-connections and rows are looked at every few seconds, and one that goes on rising fails the run, as
-does a wrong answer, or an error that nothing explains.
+connections and rows are sampled every few seconds. The run fails if one of them keeps growing, if
+an answer is wrong, or if an error has no explanation.
 """
 
 import argparse
@@ -20,22 +20,23 @@ from tests.soak import report
 from tests.soak.run import run
 
 RESULT = Path("build/soak.json")
-# Where the logs of a soak that failed stay.
+# Where the logs of a failed soak are kept.
 KEPT = Path("build/soak")
 
 
 def main() -> int:
-    """Run, print, and return the exit code: 1 for growth, a wrong answer, or a strange error."""
+    """Run, print, and return the exit code: 1 for growth, a wrong answer, or an unexplained
+    error."""
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=30.0, help="how long, 30 unless said")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the rates, 1 unless said")
+    parser.add_argument("--minutes", type=float, default=30.0, help="duration, default 30")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for the rates, default 1")
     options = parser.parse_args()
-    # Everything is ended in order, also where the shell had Ctrl-C ignored.
+    # End everything in order, even where the shell ignores Ctrl-C.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    # The library tells of each stream that breaks, which here they do on purpose.
+    # The library logs each broken stream, and this load breaks streams on purpose.
     logging.getLogger("latchkey").setLevel(logging.ERROR)
-    # Postgres' own account has to get in.
+    # Postgres' own account needs access.
     scratch = Path(tempfile.mkdtemp(prefix="latchkey-soak-", dir="/tmp"))
     scratch.chmod(0o755)
     failed = True
@@ -44,7 +45,7 @@ def main() -> int:
         _say("\n".join(report.table(found)))
         RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text(json.dumps(report.document(found), indent=2) + "\n")
-        _say(f"\nAll of it is in {RESULT}.")
+        _say(f"\nThe full result is in {RESULT}.")
         complaints = report.complaints(found)
         for complaint in complaints:
             _say(f"FAILED: {complaint}")

@@ -1,7 +1,7 @@
-"""`python -m tests.soak.client`: a service that verifies with the client library, for a while.
+"""`python -m tests.soak.client`: a service that verifies with the client library for a while.
 
-It ends in order when its standard input does, or is killed. What it is told by the board holds for
-its own memory as well: a token whose Delete has been confirmed is refused from then on.
+It ends in order when its standard input closes, or is killed. The board's notices bind its own
+cache as well: it must refuse a token whose Delete has been confirmed.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ from tests.board import Reader
 from tests.children import end_with_parent
 
 PAUSE_SECONDS = 0.1
-# Of a verify: what is looked for is growth, and a busy machine is no fault.
+# Time-out of a verify: the soak looks for growth, and a busy machine is not a fault.
 TIMEOUT_SECONDS = 10.0
-# Of those that live on, how many are verified in a turn; of others, how many are kept in mind.
+# How many permanent tokens are verified per round, and how many of the others are remembered.
 LIVE_EACH = 5
 KNOWN_MAX = 20
 
@@ -43,7 +43,7 @@ async def _run(options: dict[str, Any], live: list[str]) -> None:
                 elif number in going:
                     gone.append(going.pop(number))
             await _verify(verifier, random.sample(live, LIVE_EACH), "VALID", True)
-            # So that they are remembered. Whether they have been deleted by now, nobody can say.
+            # So that they are cached. It is unknown whether they have been deleted by now.
             await _verify(verifier, list(going.values())[-KNOWN_MAX:], "either", None)
             await _verify(verifier, list(gone), "refused", False)
             with contextlib.suppress(TimeoutError):
@@ -61,7 +61,7 @@ async def _verify(
             _complain(f"unexpected: {type(error).__name__}: {error}")
             continue
         if expected is not None and answer.allowed is not expected:
-            _complain(f"wrong: {answer.verdict.name} for a token to be {word}")
+            _complain(f"wrong: {answer.verdict.name} for a token that must be {word}")
 
 
 def _complain(text: str) -> None:

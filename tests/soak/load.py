@@ -1,5 +1,4 @@
-"""What is done to the service meanwhile: a bit of everything, at fixed rates, and every answer
-checked."""
+"""The load on the service: calls of every kind, at fixed rates, with every answer checked."""
 
 import asyncio
 import collections
@@ -41,27 +40,28 @@ from tests.watching import WatchClient
 
 __all__ = ["Load", "Place", "Tally", "loading"]
 
-# Tokens that live on, and the accounts of those that come and go: a List stays of one length.
+# Permanent tokens, and the number of accounts of the temporary ones, which keeps Lists at one
+# length.
 LIVE = 200
 LIVE_ACCOUNT = "resident"
 ACCOUNTS = 50
-# Long-lived channels, each with a connection of its own: so many that both workers get some.
+# Permanent channels, each with a separate connection: enough that both workers get some.
 CHANNELS = 8
 CALL_SECONDS = 10.0
-# Anything that was begun ends within this, or is an error.
+# Every operation ends within this time, or it is an error.
 ACT_SECONDS_MAX = 40.0
-# Of one kind under way at once. More are left out, and counted.
+# Concurrent operations of one kind. Operations beyond that are skipped and counted.
 UNDER_WAY_MAX = 100
-# Between a Create and its Delete: verifiers have it in mind by then.
+# Between a Create and its Delete: verifiers have cached the token by then.
 LIFE_SECONDS = 0.5
 CLIENTS = 2
-# Who comes and goes in the policy.
+# The caller that is added to the policy and removed from it.
 GUEST = "acmes-operator"
 POLICY_SECONDS_MAX = 5.0
 REFUSED = frozenset({pb.VERDICT_DELETED, pb.VERDICT_UNKNOWN})
 
-# Connections of its own for each channel, and for an attempt, despite its name, the time that a
-# call has: a machine that is busy for a moment is no fault.
+# A separate connection for each channel. A connection attempt (which the option limits, despite its
+# name) may take as long as a call, because a briefly busy machine is not a fault.
 _CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.min_reconnect_backoff_ms", int(CALL_SECONDS * 1000)),
@@ -71,12 +71,12 @@ Metadata = tuple[tuple[str, str], ...]
 
 
 class WrongAnswer(Exception):
-    """An answer that must not be."""
+    """An answer that must not occur."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the service is, and what belongs to it."""
+    """The service's address and files."""
 
     address: str
     tls_address: str
@@ -88,7 +88,7 @@ class Place:
 
 @dataclass
 class Tally:
-    """What became of what was begun, by kind, and what should not have been."""
+    """The outcomes of operations, by kind, and the unexpected ones."""
 
     done: collections.Counter[str] = field(default_factory=collections.Counter)
     left_out: collections.Counter[str] = field(default_factory=collections.Counter)
@@ -101,7 +101,7 @@ def bearer(name: str) -> Metadata:
 
 
 class Load:
-    """All kinds of callers. Made by `loading`, which also ends what they started."""
+    """Callers of all kinds. Created by `loading`, which also ends everything that they started."""
 
     def __init__(self, place: Place, scale: float) -> None:
         self.tally = Tally()
@@ -115,18 +115,18 @@ class Load:
         self._board = Board(place.folder / "board")
         self._clients: list[Child] = []
         self._underway: set[asyncio.Task[None]] = set()
-        # A handshake is what is to be tried, not how fast a key is made.
+        # The test covers the handshake, and not how fast a key is generated.
         self._credentials = {
             name: channel_credentials(spiffe_identity(uri(name))) for name in CALLERS
         }
         self._guest_is_in = True
-        # Whoever changes the policy sees it in force before the next one does.
+        # Each change of the policy is in force before the next one is made.
         self._policy_changes = asyncio.Lock()
 
     @property
     def kinds(self) -> dict[str, tuple[float, Callable[[], Awaitable[None]]]]:
-        """How often a second each is begun, on the whole. Together they keep 700 calls a second
-        coming, a third of two cores: a service that is never at rest, and never late."""
+        """The rate of each kind, per second on average. Together they cause 700 calls a second, a
+        third of two cores: the service is never idle and never late."""
         return {
             "verify live": (24.0, self._verify_live),
             "verify missing": (30.0, self._verify_missing),
@@ -151,7 +151,7 @@ class Load:
         }
 
     async def prepare(self) -> None:
-        """Make the tokens that live on."""
+        """Create the permanent tokens."""
         for _ in range(CHANNELS):
             channel = grpc.aio.insecure_channel(self._place.address, options=_CHANNEL_OPTIONS)
             self._channels.append(channel)
@@ -161,20 +161,21 @@ class Load:
         (self._place.folder / "live").write_text("\n".join(self._live))
 
     async def run(self) -> None:
-        """Begin each kind at its rate, at random moments. Ends when cancelled."""
+        """Start operations of each kind at its rate, at random moments. Ends when cancelled."""
         async with asyncio.TaskGroup() as group:
             for kind, (rate, act) in self.kinds.items():
                 group.create_task(self._keep_at(kind, rate * self._scale, act))
 
     async def ask_anyone(self) -> None:
-        """Ask a question over a new connection: workers that share an address get it by chance."""
+        """Make a call over a new connection, which reaches a random one of the workers that share
+        an address."""
         async with self._fresh_channel() as channel:
             await self._verify(pb_grpc.TokenServiceStub(channel), "")
 
     async def wait(self) -> None:
-        """Wait for what is under way, and end the client processes in order."""
+        """Wait for operations in progress, and end the client processes in order."""
         if self._underway:
-            # Each has a bound of its own.
+            # Each has its own bound.
             await asyncio.wait(set(self._underway))
         for client in self._clients:
             client.ask_to_end()
@@ -215,7 +216,7 @@ class Load:
             finally:
                 running -= 1
 
-        # The first of each soon, however rare it is.
+        # The first operation of each kind comes soon, however rare the kind is.
         pause = self._random.uniform(0.0, 1.0)
         while True:
             await asyncio.sleep(pause)
@@ -299,7 +300,7 @@ class Load:
             request.page_token = answer.next_page_token
         _is(len(seen), LIVE, "tokens in the list")
 
-    # Connections and streams that come and go.
+    # Connections and streams that open and close.
 
     async def _channel(self) -> None:
         async with self._fresh_channel() as channel:
@@ -311,14 +312,14 @@ class Load:
             )
 
     async def _broken_connection(self) -> None:
-        """A connection that ends in the middle of what it says."""
+        """A connection that ends in the middle of a message."""
         host, _, port = self._place.address.rpartition(":")
         begun = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(begun[: self._random.randint(0, len(begun))])
         await writer.drain()
         if self._random.random() < 0.5:
-            # By a reset.
+            # With a reset.
             writer.transport.abort()
         else:
             writer.close()
@@ -338,7 +339,7 @@ class Load:
                     await client.call.done_writing()
                     await client.refusal()
                 case 1:
-                    # Without a word: its grant is waited out.
+                    # Without a release: the server waits until its grant has expired.
                     await client.call.done_writing()
                 case 2:
                     client.call.cancel()
@@ -371,7 +372,7 @@ class Load:
             await asyncio.sleep(self._random.uniform(0.0, 2.0))
 
     async def _client_process(self) -> None:
-        """A process of the library goes, in order or not, and another one comes."""
+        """One library process ends, in order or not, and another one starts."""
         if len(self._clients) >= CLIENTS:
             client = self._clients.pop(0)
             try:
@@ -394,7 +395,7 @@ class Load:
         self._clients.append(Child(self._place.folder, name, argv, environment))
 
     def _heed(self, client: Child) -> None:
-        """Take in what a client that has ended says."""
+        """Record the output of a client that has ended."""
         if trouble := client.trouble():
             self.tally.unexpected[f"client process: {trouble}"] += 1
         for line in client.err.read_text("utf-8", "replace").splitlines():
@@ -428,7 +429,7 @@ class Load:
             await _ends(call, grpc.StatusCode.PERMISSION_DENIED)
 
     async def _policy(self) -> None:
-        """The guest comes or goes, and each worker has heard of it soon."""
+        """The guest is added or removed, and each worker applies that soon."""
         async with self._policy_changes:
             await self._change_policy()
 
@@ -475,7 +476,7 @@ class Load:
         )
 
     async def _reflection(self) -> None:
-        """As grpcurl asks."""
+        """The calls that grpcurl makes."""
         name = "latchkey.v1.TokenService"
         asked = reflection_pb2.ServerReflectionRequest
         async with self._fresh_channel() as channel:
@@ -504,7 +505,7 @@ class Load:
         with contextlib.suppress(grpc.aio.AioRpcError):
             await call
         code = await call.code()
-        # The last of them from whom sees before that it will be too late.
+        # The last of these is rejected by a client that foresees that its deadline will pass.
         late = (
             grpc.StatusCode.DEADLINE_EXCEEDED,
             grpc.StatusCode.UNAVAILABLE,
@@ -530,7 +531,7 @@ class Load:
         return self._random.choice(self._stubs)
 
     def _missing(self) -> str:
-        """A secret that only the database can tell to be nobody's."""
+        """Return a secret that only the database can identify as unknown."""
         return self._place.keyring.mint("lk", os.urandom).secret.reveal()
 
     async def _create(self, account: str, name: str) -> pb.CreateResponse:
@@ -548,7 +549,7 @@ class Load:
 
     @contextlib.asynccontextmanager
     async def _fresh_channel(self, name: str | None = None) -> AsyncIterator[grpc.aio.Channel]:
-        """A channel of its own, with this caller's certificate, or in plaintext."""
+        """Return a new channel, with this caller's certificate, or in plaintext."""
         if name is None:
             made = grpc.aio.insecure_channel(self._place.address, options=_CHANNEL_OPTIONS)
         else:
@@ -571,7 +572,7 @@ class Load:
 
 @contextlib.asynccontextmanager
 async def loading(place: Place, scale: float = 1.0) -> AsyncIterator[Load]:
-    """Yield a load that is prepared, and end all that it starts."""
+    """Yield a prepared load, and end everything that it starts."""
     load = Load(place, scale)
     try:
         await load.prepare()

@@ -1,4 +1,4 @@
-"""What a soak has found, for people and as JSON, and what makes it fail. Pure."""
+"""The results of a soak, as text and as JSON, and the conditions under which it fails. Pure."""
 
 import math
 from collections import Counter
@@ -11,8 +11,8 @@ from tests.soak.slope import Limit, Point, Trend, trend
 
 __all__ = ["LIMITS", "WARM_UP_SHARE", "Found", "complaints", "document", "judge", "table"]
 
-# Left out at the beginning: pools, arenas and statistics fill up, and the names of
-# the last ten thousand deletions, which take ten minutes to come, are remembered.
+# Ignored at the start: pools, arenas and statistics fill up, and so does the record of the last ten
+# thousand deletions, which takes ten minutes to fill.
 WARM_UP_SHARE = 0.4
 
 # What a series may rise by in the time that is judged (a quarter of an hour and more). A leak does
@@ -44,18 +44,19 @@ LIMITS: Mapping[str, Limit] = {
     "per cent dead": Limit(10, 0.50),
     "bytes to a row": Limit(50, 0.10),
 }
-# Told, not judged. Resident memory counts what is shared; what is kept on purpose (tokens that were
-# deleted, for 90 days, and the audit log, for 365) grows with what was done.
+# Reported, but not judged. Resident memory includes shared pages; data that is kept on purpose
+# (deleted tokens for 90 days, the audit log for 365) grows with the load.
 TOLD = frozenset({"resident bytes", "kept rows", "kept bytes"})
 UNITS = {"bytes": 1e6, "database bytes": 1e6, "resident bytes": 1e6, "kept bytes": 1e6}
 SHOWN = 20
-# Of what was to be begun, how much may be left out: the machine was too busy to tell anything.
+# The share of planned operations that may be skipped; above it the machine was too busy for a
+# result.
 LEFT_OUT_SHARE = 0.1
 
 
 @dataclass
 class Found:
-    """All that a soak has come to."""
+    """All results of a soak."""
 
     seconds: float
     trends: dict[Name, Trend]
@@ -64,15 +65,15 @@ class Found:
     wrong: Counter[str]
     unexpected: Counter[str]
     stayed: list[str]
-    """What was there at rest before and is more at rest afterwards."""
+    """Counts that are higher at rest afterwards than they were at rest before."""
     cores: float
-    """How much CPU the service and its Postgres took, in cores."""
+    """CPU use of the service and its Postgres, in cores."""
     load_cores: float
     troubles: list[str] = field(default_factory=list)
 
 
 def judge(series: Mapping[Name, Sequence[Point]], seconds: float) -> dict[Name, Trend]:
-    """Return what becomes of each series, without its warm-up."""
+    """Return the trend of each series, without its warm-up."""
     since = WARM_UP_SHARE * seconds
     told = Limit(math.inf, 0.0)
     return {
@@ -82,7 +83,7 @@ def judge(series: Mapping[Name, Sequence[Point]], seconds: float) -> dict[Name, 
 
 
 def complaints(found: Found) -> list[str]:
-    """Return why a soak has failed; nothing if it has not."""
+    """Return the reasons why a soak has failed; empty if it has not."""
     lines = [
         f"{name.whose}: {name.what} grows by {_number(name, trend.slope.per_second * 3600)} an hour"
         for name, trend in found.trends.items()
@@ -99,7 +100,7 @@ def complaints(found: Found) -> list[str]:
 
 
 def table(found: Found) -> list[str]:
-    """Return what there is to see, for people."""
+    """Return the results as a readable table."""
     lines = [
         f"{found.seconds / 60:.1f} minutes, of which {1 - WARM_UP_SHARE:.0%} are judged",
         f"CPU, cores: service and Postgres {found.cores:.2f}, callers {found.load_cores:.2f}",
@@ -129,7 +130,7 @@ def table(found: Found) -> list[str]:
 
 
 def document(found: Found) -> dict[str, Any]:
-    """Return the same, as JSON."""
+    """Return the same as JSON."""
     return {
         "seconds": found.seconds,
         "warm_up_share": WARM_UP_SHARE,

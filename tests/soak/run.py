@@ -1,4 +1,4 @@
-"""A soak: the service comes up, rests, is put under load, rests again, ends, and is judged."""
+"""A soak: start the service, rest, apply load, rest again, end, and judge the samples."""
 
 import asyncio
 import contextlib
@@ -21,13 +21,13 @@ __all__ = ["run"]
 
 SAMPLE_SECONDS = 5.0
 SAMPLES_MIN = 40
-# Up, at rest twice, and down.
+# Time for the start, two rests, and the end.
 OVERTIME_SECONDS = 240.0
-# What a client that was killed leaves is gone within three leases; a connection of a channel that
-# was closed at once.
+# The server forgets a killed client within three leases, and the connection of a closed channel at
+# once.
 REST_SECONDS_MAX = 30.0
-# Of what a worker has at rest, how much more there may be after the load: connections to the
-# database, which stay for five minutes, and what serves them.
+# How much more a worker may have at rest after the load than before: connections to the database,
+# which stay open for five minutes, and the objects that serve them.
 STAYS = {"file descriptors": 20, "tasks": 8, "watch streams": 0}
 WORKERS = 2
 
@@ -41,7 +41,8 @@ async def run(
     say: Callable[[str], None] = lambda _: None,
     leaks: Sequence[str] = (),
 ) -> report.Found:
-    """Run a soak in an empty folder that Postgres' own account can enter. Ends all it starts.
+    """Run a soak in an empty folder that Postgres' own account can enter. Ends everything it
+    starts.
 
     `leaks` are planted in the workers.
     """
@@ -55,7 +56,7 @@ async def run(
         "data_dir": folder / "data",
         "workers": WORKERS,
         "grace_seconds": 5,
-        # Soon full: what is bounded is to be at its bound.
+        # Fills up soon, because a bounded cache must have reached its bound.
         "cache_entries": 1_000,
         "soak_summary_seconds": every,
         "log_format": "json",
@@ -114,7 +115,7 @@ async def _soak(
     troubles = _strange(running, workers)
     if (code := await running.end()) != 0:
         troubles.append(f"the service ended with {code}")
-    # Whoever is ended by its parent is a zombie for a moment.
+    # A process that its parent has ended is briefly a zombie.
     with contextlib.suppress(AssertionError):
         await eventually(lambda: not running.alive(), "all processes have ended")
     troubles += [f"{process} was left behind" for process in running.alive()]
@@ -144,15 +145,15 @@ Rest = dict[tuple[int, str], int]
 async def _at_rest(
     running: Service, workers: list[int], load: Load, before: Rest, within: float
 ) -> Rest:
-    """Return what each worker has when nothing goes on: after the load as soon as it is down to
-    what was there before, at the latest `within` seconds."""
+    """Return the counts of each worker at rest. After the load, wait until they are down to the
+    earlier counts, for at most `within` seconds."""
     give_up = time.monotonic() + within
     while True:
         told = len([line for line in running.log if line["event"] == "counts"])
         rest: Rest = {}
 
         async def tell(told: int = told, rest: Rest = rest) -> bool:
-            # A worker tells only when it has something to tell.
+            # A worker reports only if it has something to report.
             await load.ask_anyone()
             lines = [line for line in running.log if line["event"] == "counts"][told:]
             for line in lines:
@@ -176,12 +177,12 @@ def _stayed(before: Rest, after: Rest) -> list[str]:
     ]
 
 
-# What grpcio's server says, as an error, when a client has left while it was being answered.
+# grpcio's server logs this as an error when a client disconnects while it is being answered.
 LEFT = "ExecuteBatchError raised in core by servicer method"
 
 
 def _strange(running: Service, workers: list[int]) -> list[str]:
-    """Return what in the service's log nothing in a soak explains."""
+    """Return the entries of the service's log that nothing in a soak explains."""
     found: list[str] = []
     if running.worker_pids != workers:
         found.append(f"workers died: {workers} became {running.worker_pids}")

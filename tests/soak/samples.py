@@ -1,4 +1,5 @@
-"""What a service is looked at for: memory, descriptors, threads, tasks, connections, rows."""
+"""The resources of a service that are sampled: memory, descriptors, threads, tasks, connections,
+rows."""
 
 import asyncio
 import contextlib
@@ -20,13 +21,13 @@ from tests.support import Service, session
 __all__ = ["Name", "Samples"]
 
 TABLES = ("token", "secret", "deletion", "invalidation", "verifier", "audit")
-# So many dead rows of a small table are no matter.
+# A small table may have this many dead rows.
 FEW_ROWS = 1_000
 
 
 @dataclass(frozen=True, order=True)
 class Name:
-    """Whose, and what of it."""
+    """A process or table, and the resource."""
 
     whose: str
     what: str
@@ -34,12 +35,12 @@ class Name:
 
 
 class Samples:
-    """Series of samples of a service that runs. `series` has what was seen so far."""
+    """Series of samples of a running service. `series` has all samples so far."""
 
     def __init__(self, service: Service, database_url: str) -> None:
         self.series: dict[Name, list[Point]] = defaultdict(list)
         self.cpu_seconds = 0.0
-        """Of the service and its Postgres, since they began."""
+        """Of the service and its Postgres, since their start."""
         self._service = service
         self._database_url = database_url
         self._began = time.monotonic()
@@ -50,7 +51,7 @@ class Samples:
         }
 
     async def run(self, seconds: float) -> None:
-        """Take samples every so many seconds. Ends when cancelled."""
+        """Take samples at this interval of seconds. Ends when cancelled."""
         with contextlib.closing(_Log(self._service.err_path)) as self._log:
             async with session(self._database_url) as connection:
                 while True:
@@ -73,8 +74,8 @@ class Samples:
 
     def _process(self, whose: str, process: psutil.Process) -> float:
         memory = process.memory_full_info()
-        # What is its own alone: what it shares with others, its libraries, comes and goes as the
-        # others do.
+        # Only private memory: memory shared with other processes, such as libraries, varies with
+        # them.
         self._add(whose, "memory of its own", "bytes", memory.uss)
         self._add(whose, "resident memory", "resident bytes", memory.rss)
         self._add(whose, "file descriptors", "descriptors", process.num_fds())
@@ -88,8 +89,8 @@ class Samples:
         for process in (self._postmaster, *children):
             with contextlib.suppress(psutil.NoSuchProcess):
                 memory = process.memory_info()
-                # Without its buffers, which fill up as there is more data, as they should: a page
-                # of them that one process alone has used so far counts in its USS.
+                # Without its shared buffers, which rightly fill up as data grows: a page of them
+                # that only one process has used so far counts in its USS.
                 own += memory.rss - memory.shared
                 cpu += _cpu(process)
         self._add(whose, "memory of its own", "database bytes", own)
@@ -99,7 +100,7 @@ class Samples:
         return cpu
 
     def _told(self, line: dict[str, Any]) -> None:
-        """Take in a worker's own summary."""
+        """Record a worker's own summary."""
         whose = self._workers.get(line["pid"])
         if whose is None:
             return
@@ -116,7 +117,7 @@ class Samples:
         self._add(whose, "connections", "connections", connections)
         rows = await connection.fetchval("SELECT count(*) FROM verifier")
         self._add(whose, "rows of verifier", "rows", rows)
-        # How many there are follows the rate of the last ten minutes' deletions.
+        # Their number follows the rate of deletions in the last ten minutes.
         rows = await connection.fetchval("SELECT count(*) FROM invalidation")
         self._add(whose, "rows of invalidation", "kept rows", rows)
         overdue = await connection.fetchval(
@@ -145,7 +146,7 @@ class Samples:
 
 
 class _Log:
-    """Reads on in a log of JSON lines."""
+    """Reads new lines of a JSON log."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb")

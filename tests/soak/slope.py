@@ -1,4 +1,4 @@
-"""Does a series grow? A robust slope, how certain it is, and a verdict. Pure."""
+"""Does a series grow? A robust slope, its confidence range, and a verdict. Pure."""
 
 import itertools
 import math
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 __all__ = ["Limit", "Slope", "Trend", "blocks", "theil_sen", "trend"]
 
-# Samples that follow each other are alike, and the confidence range assumes that they are not: so
-# it is the medians of blocks that are looked at. A block is long enough for a collection of
-# garbage, or some connections that come and go, to be over within it.
+# Consecutive samples are correlated, but the confidence range assumes independence. Therefore the
+# medians of blocks are used. A block is long enough for a garbage collection, or a few short
+# connections, to end within it.
 BLOCKS = 24
-# With fewer no range at this confidence excludes anything.
+# With fewer blocks, a range at this confidence excludes nothing.
 BLOCKS_MIN = 8
-# Of the normal distribution: 99 in 100, since some forty series are judged in each run.
+# Quantile of the normal distribution for 99 in 100, because each run judges about forty series.
 Z = 2.576
 
 Point = tuple[float, float]
@@ -23,16 +23,16 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Limit:
-    """What a series may rise within the time that is judged: the larger of the two."""
+    """How much a series may rise within the judged time: the larger of the two."""
 
     absolute: float
     share: float
-    """Of its own median."""
+    """As a share of the series' median."""
 
 
 @dataclass(frozen=True)
 class Slope:
-    """Per second, with the range that it is in with 99 per cent confidence."""
+    """Slope per second, with its 99 per cent confidence range."""
 
     per_second: float
     low: float
@@ -41,7 +41,7 @@ class Slope:
 
 @dataclass(frozen=True)
 class Trend:
-    """What becomes of a series. `slope` None: it is too short to tell."""
+    """The trend of a series. `slope` is None if the series is too short."""
 
     median: float
     seconds: float
@@ -49,14 +49,14 @@ class Trend:
     slope: Slope | None
     grows: bool
     blocks: Sequence[Point] = ()
-    """Medians of what was judged, to see by."""
+    """Medians of the judged samples, for display."""
 
 
 def trend(points: Sequence[Point], limit: Limit) -> Trend:
-    """Judge a series from which the warm-up is left out already.
+    """Judge a series whose warm-up was already removed.
 
-    It grows if it is certain to have risen by more than `limit` allows, and went on to in the
-    second half: what fills up to its bound rises as well, but less and less.
+    It grows if it has certainly risen by more than `limit` allows, and continued to rise in the
+    second half: something that fills up to its bound rises as well, but less and less.
     """
     if not points:
         return Trend(math.nan, 0.0, limit.absolute, None, grows=False)
@@ -86,8 +86,8 @@ def blocks(points: Sequence[Point], count: int) -> list[Point]:
 
 
 def theil_sen(points: Sequence[Point]) -> Slope:
-    """Return the median of the slopes between all pairs of points, which a quarter of outliers
-    does not move, with its range by Kendall's statistic (Sen 1968). At least two points."""
+    """Return the median of the slopes between all pairs of points, which a quarter of outliers does
+    not move, with its range by Kendall's statistic (Sen 1968). Needs at least two points."""
     slopes = sorted(
         (later - earlier) / (to - since)
         for number, (since, earlier) in enumerate(points)

@@ -1,4 +1,4 @@
-"""What grows is told from what is only restless, and by how much."""
+"""Growth is distinguished from noise, and measured."""
 
 import math
 import random
@@ -18,19 +18,19 @@ def series(function, every: float = 5.0, seconds: float = SECONDS):
 
 
 def test_slope_of_a_line() -> None:
-    """A line's slope is what it is, whatever its offset, and the range is that one number."""
+    """The slope of a line is exact, whatever its offset, and its range has zero width."""
     slope = theil_sen([(t, 3.0 * t + 7.0) for t in range(20)])
     assert (slope.per_second, slope.low, slope.high) == pytest.approx((3.0, 3.0, 3.0))
 
 
-def test_slope_heeds_no_outliers() -> None:
-    """A fifth of the points far off changes next to nothing."""
+def test_slope_ignores_outliers() -> None:
+    """Outliers in a fifth of the points change the slope very little."""
     points = [(float(t), 2.0 * t + (1e6 if t % 5 == 0 else 0.0)) for t in range(50)]
     assert theil_sen(points).per_second == pytest.approx(2.0, rel=0.2)
 
 
-def test_range_is_right_as_often_as_it_says() -> None:
-    """Of series of pure noise, about one in a hundred has a range without the true slope in it."""
+def test_range_has_the_stated_confidence() -> None:
+    """For pure noise, about one range in a hundred does not contain the true slope."""
     randomness = random.Random(7)  # noqa: S311 - repeatable
     missed = 0
     for _ in range(400):
@@ -40,7 +40,7 @@ def test_range_is_right_as_often_as_it_says() -> None:
 
 
 def test_blocks_are_medians_in_order() -> None:
-    """A block has its median time and value; few points are blocks of their own."""
+    """A block has its median time and value; if there are few points, each is a block."""
     points = [(float(t), float(t % 3)) for t in range(9)]
     assert blocks(points, 3) == [(1.0, 1.0), (4.0, 1.0), (7.0, 1.0)]
     assert blocks(points[:2], 3) == points[:2]
@@ -49,7 +49,7 @@ def test_blocks_are_medians_in_order() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_noise_is_flat(seed: int) -> None:
-    """Noise with a memory, as that of an allocator, is no growth: one per cent up and down."""
+    """Correlated noise, as from an allocator, is not growth: one per cent up and down."""
     randomness = random.Random(seed)  # noqa: S311 - repeatable
     drift = 0.0
 
@@ -63,7 +63,7 @@ def test_noise_is_flat(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_leak_is_found_in_the_noise(seed: int) -> None:
-    """64 bytes left by 75 calls a second are found in a quarter of an hour."""
+    """A leak of 64 bytes in each of 75 calls a second is found in a quarter of an hour."""
     randomness = random.Random(seed)  # noqa: S311 - repeatable
 
     def leaking(at: float) -> float:
@@ -76,26 +76,26 @@ def test_leak_is_found_in_the_noise(seed: int) -> None:
 
 
 def test_steps_are_growth() -> None:
-    """What leaks by whole arenas grows too."""
+    """A leak in steps of whole arenas is growth too."""
     assert trend(series(lambda at: 90 * MEGABYTE + at // 60 * MEGABYTE), LIMIT).grows
 
 
-def test_a_step_is_none() -> None:
-    """What rises once and stays is no growth: a peak of load leaves its arenas behind."""
+def test_a_single_step_is_not_growth() -> None:
+    """A series that rises once and stays is not growth: a peak of load leaves its arenas behind."""
     step = series(lambda at: (90 + 10 * (at > SECONDS / 3)) * MEGABYTE)
     assert not trend(step, LIMIT).grows
 
 
-def test_filling_up_is_none() -> None:
-    """What fills up to its bound is no growth, though it rose by more than the limit."""
+def test_initial_fill_is_not_a_leak() -> None:
+    """A series that fills up to its bound is not growth, even if it rose by more than the limit."""
     filling = series(lambda at: (90 + 20 * (1 - math.exp(-at / 100))) * MEGABYTE)
     assert not trend(filling, LIMIT).grows
 
 
 @pytest.mark.parametrize("unit", ["descriptors", "tasks", "threads"])
-def test_few_that_stay_are_found(unit: str) -> None:
-    """Eighteen descriptors, tasks or threads that stay, of the ten thousand that come in a quarter
-    of an hour, are found among those that come and go."""
+def test_rare_leaks_are_found(unit: str) -> None:
+    """Eighteen leaked descriptors, tasks or threads, of the ten thousand that open in a quarter of
+    an hour, are found among those that open and close."""
     randomness = random.Random(1)  # noqa: S311 - repeatable
     limit = LIMITS[unit]
     flat = series(lambda _: 60 + randomness.randint(-12, 12))
@@ -105,12 +105,12 @@ def test_few_that_stay_are_found(unit: str) -> None:
 
 
 def test_falling_is_flat() -> None:
-    """What shrinks does not grow."""
+    """A falling series does not grow."""
     assert not trend(series(lambda at: 90 * MEGABYTE - 1e4 * at), LIMIT).grows
 
 
 def test_too_short_to_tell() -> None:
-    """A handful of samples has no slope, and neither have none."""
+    """A handful of samples, or none, has no slope."""
     few = series(lambda at: at * MEGABYTE)[: BLOCKS_MIN - 1]
     assert trend(few, LIMIT).slope is None
     assert not trend(few, LIMIT).grows

@@ -1,4 +1,5 @@
-"""A short soak runs, answers right and ends clean; a leak that is planted in the workers shows."""
+"""A short soak runs, gets right answers and ends cleanly; a leak planted in the workers is
+found."""
 
 import os
 import shutil
@@ -25,14 +26,14 @@ pytestmark = [
 ]
 
 SECONDS = 5.0
-# Few, so that a busy machine keeps up: it is looked at what happens, not at how much.
+# Few, so that a busy machine keeps up: the test checks behaviour, not load.
 SCALE = 0.5
 KINDS = 20
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Postgres' own account can enter it."""
+    """A folder that Postgres' own account can enter."""
     path = Path(tempfile.mkdtemp(prefix="latchkey-soak-", dir="/tmp"))
     path.chmod(0o755)
     yield path
@@ -40,13 +41,14 @@ def folder() -> Iterator[Path]:
 
 
 async def test_short_soak(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Callers of each kind are answered right; at rest nothing of them is left; all ends clean."""
-    # So that there is a slope also where a busy machine has left time for few samples. How sure it
-    # is does not matter here.
+    """Callers of each kind get right answers, nothing of them is left at rest, and everything ends
+    cleanly."""
+    # So that there is a slope even if a busy machine takes few samples. Its confidence does not
+    # matter here.
     monkeypatch.setattr(slope, "BLOCKS_MIN", 4)
     found = await run(folder, SECONDS, scale=SCALE)
     print(*report.table(found), sep="\n")  # noqa: T201 - pytest shows it with a failure
-    # So short a time tells nothing of growth: what fills up grows.
+    # Such a short run shows nothing about growth, because caches are still filling.
     assert (found.wrong, found.unexpected, found.troubles, found.stayed) == ({}, {}, [], [])
     assert {"create to delete", "client process", "policy changes", "watch breaks"} <= set(
         found.done
@@ -57,8 +59,8 @@ async def test_short_soak(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 async def test_planted_leaks_are_found(folder: Path) -> None:
-    """Workers that leave memory, descriptors and tasks behind with each Create fail the soak,
-    for each of these reasons."""
+    """Workers that leak memory, descriptors and tasks in each Create fail the soak for each of
+    these reasons."""
     found = await run(folder, SECONDS, rest_seconds=0.0, leaks=list(LEAKS))
     print(*report.table(found), sep="\n")  # noqa: T201 - pytest shows it with a failure
     growing = {
@@ -73,8 +75,8 @@ async def test_planted_leaks_are_found(folder: Path) -> None:
     assert found.wrong == {}
 
 
-def test_what_fails_a_soak() -> None:
-    """Growth, a wrong answer, an error, what stayed and a run that was starved each fail it."""
+def test_reasons_for_failure() -> None:
+    """Growth, a wrong answer, an error, a leftover resource and a starved run each fail a soak."""
     trend = Trend(90e6, 900.0, 2e6, Slope(1e4, 9e3, 11e3), grows=True)
     tally = Tally()
 
@@ -112,7 +114,7 @@ def test_what_fails_a_soak() -> None:
 
 
 def test_no_setting_of_the_product() -> None:
-    """The variable that plants a leak is read by nothing that ships."""
+    """No shipping code reads the variable that plants a leak."""
     for folder in ("service", "clients", "proto"):
         for path in Path(ROOT, folder).rglob("*.py"):
             assert LEAK_VARIABLE not in path.read_text("utf-8"), path

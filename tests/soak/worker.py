@@ -1,5 +1,5 @@
-"""`python -m tests.soak.worker`: the service as it ships, but that its workers tell more of
-themselves, and that a leak may be planted in them, to see it found."""
+"""`python -m tests.soak.worker`: the service as it ships, with extra reports from its workers, and
+optionally a planted leak that the soak must find."""
 
 import asyncio
 import gc
@@ -19,7 +19,7 @@ from tests.children import end_with_parent
 LEAK_VARIABLE = "LATCHKEY_SOAK_LEAK"
 SUMMARY_VARIABLE = "LATCHKEY_SOAK_SUMMARY_SECONDS"
 MODULE = "tests.soak.worker"
-# Plenty: they have to show within seconds, among connections that come and go.
+# Large, because the leaks must show within seconds, among connections that open and close.
 LEAKED_BYTES = 1_000_000
 LEAKED_EACH = 10
 LEAKS: dict[str, Callable[[], object]] = {
@@ -32,7 +32,7 @@ _leaked: list[Any] = []
 
 
 def _supervise() -> int:
-    # Politely: it has workers to stop.
+    # Gracefully, because it has workers to stop.
     end_with_parent(signal.SIGTERM)
     spawn = asyncio.create_subprocess_exec
 
@@ -50,8 +50,9 @@ def _work() -> int:
     take = Counts.take
 
     def take_more(counts: Counts) -> dict[str, int]:
-        # What is kept: what only waits for the collector, which comes by every few minutes, would
-        # hide it. Not in the product: where much is remembered, both would hold up a verify.
+        # Collect garbage first, because objects that only wait for the collector, which runs every
+        # few minutes, would hide growth. The product does not do this: with a large cache, both
+        # would delay a verify.
         gc.collect()
         return take(counts) | {"objects": len(gc.get_objects())}
 
@@ -62,7 +63,7 @@ def _work() -> int:
 
 
 def _plant(leaks: Sequence[str]) -> None:
-    """Have each Create leave something behind."""
+    """Make each Create leak something."""
     create = Tokens.create
 
     async def leaking(self: Tokens, *arguments: Any) -> Any:
