@@ -87,7 +87,7 @@ class Child:
         return self._process.returncode
 
     def clean_up(self) -> None:
-        """End it and its children whatever they do."""
+        """End it and its children in any case."""
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in (*self.handle.children(recursive=True), self.handle):
                 with contextlib.suppress(psutil.NoSuchProcess):

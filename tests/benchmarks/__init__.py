@@ -1,7 +1,7 @@
-"""Measures; `__main__` is `make bench`."""
+"""Benchmarks; `__main__` is `make bench`."""
 
 import os
 
-# Before grpcio is loaded, which reads it then: processes are started here while connections are
-# open, none is a copy of this one that goes on with them, and it would warn of each.
+# Set before grpcio is loaded, which reads it then. The benchmarks start processes while connections
+# are open; none of them is a fork that uses those connections, but grpcio would warn about each.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"

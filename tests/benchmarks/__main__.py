@@ -1,10 +1,10 @@
-"""`make bench`: how fast Latchkey is, beside how fast its stack can be, in one run.
+"""`make bench`: the speed of Latchkey, compared with the limit of its stack, in one run.
 
-All servers stay up throughout, each pinned to the same core and idle but for its own slice, and
-the load, which is this process, to another. In each round every row runs for a short slice, in an
-order of its own, those to be compared one right after the other: what else the machine does then
-falls on all alike, and ratios within a round hold where absolute figures do not. Needs Linux, for
-pinning and for CPU by process.
+All servers stay up throughout. They are pinned to the same core, and each is idle except during its
+own slices; the load, which is this process, is pinned to another core. In each round every row runs
+for a short slice, in a random order, with rows that are compared one right after the other.
+Interference on the machine therefore affects all of them alike, and ratios within a round are valid
+where absolute figures are not. Needs Linux, for pinning and for CPU time per process.
 """
 
 import argparse
@@ -35,19 +35,20 @@ from tests.benchmarks.seed import Seeded, seed
 FULL, QUICK = Sizes(100_000, 10_000, 1_000_000), Sizes(10_000, 1_000, 50_000)
 ROUNDS, SECONDS = 9, 1.2
 QUICK_ROUNDS, QUICK_SECONDS = 2, 0.4
-# Of each slice, not measured: until the server's caches and the connection's buffers have settled.
+# Unmeasured start of each slice, until the server's caches and the connection's buffers have
+# settled.
 WARM_UP_SECONDS = 0.2
-# The run is promised to end in ten minutes; no round is begun that might not.
+# The run must end within ten minutes; no round begins that might not fit.
 RUN_SECONDS_MAX = 570.0
 OUTPUT = Path("build/bench.json")
 
 
 def main() -> int:
-    """Measure, print, write. Returns 1 if an answer was wrong, or a server broke down: speed is no
-    test, that is."""
+    """Measure, print, write. Returns 1 if an answer was wrong or a server broke down: a slow result
+    does not fail the run, a wrong one does."""
     options = _options()
     began, load_before = time.monotonic(), os.getloadavg()[0]
-    # Either way every process is ended in order.
+    # Every process is ended in order in both cases.
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     cores = processes.cores(options.postgres_core)
@@ -78,7 +79,7 @@ def main() -> int:
         overloads = overload.cases(all_rows, options.only)
         give_up = began + RUN_SECONDS_MAX - (overload.SECONDS_MAX if overloads else 0.0)
         results, failures = _measure(chosen, servers, seeded, postmaster, options, give_up)
-        # Last, for its floods leave tokens behind in the database that the rows are measured on.
+        # Last, because its floods leave tokens in the database on which the rows are measured.
         until = time.monotonic() + overload.SECONDS_MAX
         overloaded = overload.measure(dataclasses.replace(bench, give_up=until), overloads)
         broken = [line for result in overloaded for line in result.errors]
@@ -100,7 +101,7 @@ def main() -> int:
         "slice_seconds": options.seconds,
         "run_seconds": round(time.monotonic() - began),
         "postgres_core": options.postgres_core,
-        # What the neighbours did: about 0 on a machine of one's own.
+        # CPU time taken by neighbours: about 0 on a dedicated machine.
         "load_average_before": round(load_before, 2),
         "tokens": {"usual": sizes.usual, "small": sizes.small, "large": sizes.large},
     }
@@ -133,7 +134,7 @@ def _measure(
     options: argparse.Namespace,
     give_up: float,
 ) -> tuple[dict[report.Key, list[report.Measured]], dict[report.Key, int]]:
-    """Run the rounds; return each row's slices, and how many of its answers were wrong."""
+    """Run the rounds; return each row's slices and its number of wrong answers."""
     results: dict[report.Key, list[report.Measured]] = defaultdict(list)
     failures: dict[report.Key, int] = defaultdict(int)
     order = random.Random(1)  # noqa: S311 - for order, not for secrets
@@ -145,7 +146,8 @@ def _measure(
             break
         for name in TRANSPORTS:
             if any(row.server == name for row in chosen):
-                # They know them, but for a verifier that was held up and has begun anew.
+                # The servers know these tokens, except for a verifier that was delayed and has
+                # started over.
                 remember(servers[name].address, seeded["usual"].secrets[:WARM_SECRETS])
         for row in _shuffled(chosen, order):
             server = servers[row.server]
@@ -184,7 +186,7 @@ def _measure(
 
 
 def _shuffled(chosen: Sequence[Row], order: random.Random) -> list[Row]:
-    """Return the rows in a new order that keeps those of a group together."""
+    """Return the rows in a new order that keeps the rows of a group together."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in order.sample(chosen, len(chosen)):
         groups[row.group].append(row)
@@ -211,7 +213,8 @@ def _servers(
     pepper_file: Path,
     core: int,
 ) -> dict[str, processes.Server]:
-    """Start all servers: the two ceilings, the service on both transports, and by sizes."""
+    """Start all servers: the two ceilings, the service on both transports, and one for each
+    size."""
 
     def serve(
         name: str, database: str, transport: str, **more: str
@@ -227,7 +230,7 @@ def _servers(
     for transport in TRANSPORTS:
         name = f"ceiling-{transport}"
         servers[name] = stack.enter_context(processes.ceiling(scratch, transport, core))
-    # As they are by default, and without a memory.
+    # With default settings, and without a cache.
     for name in TRANSPORTS:
         servers[name] = stack.enter_context(serve(name, "usual", name))
     for database, name in READING.items():
@@ -238,7 +241,7 @@ def _servers(
 def _check(
     servers: Mapping[str, processes.Server], seeded: Mapping[str, Seeded], keyring: Keyring
 ) -> list[str]:
-    """Ask every server a set of questions with a real client; return what it got wrong."""
+    """Send every server a set of calls with a real client; return the wrong answers."""
     wrong = []
     databases = dict.fromkeys(TRANSPORTS, "usual") | {
         name: database for database, name in READING.items()
@@ -257,7 +260,8 @@ def _check(
 
 @contextlib.contextmanager
 def _scratch() -> Iterator[Path]:
-    """Make a folder that Postgres' account can enter, which root's others are not, for this run."""
+    """Create a folder for this run that Postgres' account can enter, which is not true of root's
+    others."""
     path = Path(tempfile.mkdtemp(prefix="latchkey-bench-"))
     path.chmod(0o755)
     try:

@@ -1,4 +1,4 @@
-"""Looks at answers: a pass over a server with a real client, and at what the load kept."""
+"""Checks answers: a pass over a server with a real client, and the samples that the load kept."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -25,12 +25,12 @@ __all__ = [
 CALL_SECONDS_MAX = 10.0
 OTHER_ACCOUNT = "bench-answers"
 PAGE = 50
-# The most that BatchVerify takes.
+# The maximum for BatchVerify.
 REMEMBER_AT_ONCE = 1_000
 
 
 def check_ceiling(address: str) -> list[str]:
-    """Return what is wrong with a constant server's answers: nothing, if all is well."""
+    """Return the errors in a constant server's answers; empty if they are right."""
     with grpc.insecure_channel(address) as channel:
         answer = pb_grpc.TokenServiceStub(channel).Verify(
             pb.VerifyRequest(secret="x"), timeout=CALL_SECONDS_MAX
@@ -40,7 +40,7 @@ def check_ceiling(address: str) -> list[str]:
 
 
 def check_service(address: str, seeded: Seeded, keyring: Keyring) -> list[str]:
-    """Return what is wrong with a service's answers: each verdict, a batch, two pages, Create."""
+    """Return the errors in a service's answers: each verdict, a batch, two pages, Create."""
     with grpc.insecure_channel(address) as channel:
         stub = pb_grpc.TokenServiceStub(channel)
         return [*_wrong_verdicts(stub, seeded, keyring), *_wrong_pages(stub, seeded)]
@@ -49,7 +49,7 @@ def check_service(address: str, seeded: Seeded, keyring: Keyring) -> list[str]:
 def _wrong_verdicts(
     stub: pb_grpc.TokenServiceStub, seeded: Seeded, keyring: Keyring
 ) -> Iterable[str]:
-    # So that the pass can be run again on the same database.
+    # So that the pass can be repeated on the same database.
     number = int.from_bytes(os.urandom(6))
 
     def create(name: str, **fields: Any) -> pb.CreateResponse:
@@ -106,7 +106,7 @@ def _wrong_pages(stub: pb_grpc.TokenServiceStub, seeded: Seeded) -> Iterable[str
 
 
 def remember(address: str, secrets: Sequence[tuple[str, str]]) -> None:
-    """Have a server read these secrets, pairs with token ids, into its memory if they are not.
+    """Make a server cache these secrets, pairs with token IDs, unless it has.
 
     Raises RuntimeError if it does not answer each with its token.
     """
@@ -123,19 +123,19 @@ def remember(address: str, secrets: Sequence[tuple[str, str]]) -> None:
 
 
 class Verified:
-    """Tells right answers to Verify and BatchVerify of seeded secrets from wrong ones."""
+    """Distinguishes right from wrong answers to Verify and BatchVerify of seeded secrets."""
 
     def __init__(self, seeded: Seeded) -> None:
         self._ids = dict(seeded.secrets)
 
     def single(self, request: bytes, answer: bytes) -> bool:
-        """Tell whether it is the verdict VALID, of the token that was asked for."""
+        """Return whether the verdict is VALID, for the requested token."""
         return self._right(
             pb.VerifyRequest.FromString(request), pb.VerifyResponse.FromString(answer)
         )
 
     def batch(self, request: bytes, answer: bytes) -> bool:
-        """Tell whether all answers are right, and in order."""
+        """Return whether all answers are right, and in order."""
         questions = pb.BatchVerifyRequest.FromString(request).requests
         answers = pb.BatchVerifyResponse.FromString(answer).responses
         return len(questions) == len(answers) and all(map(self._right, questions, answers))
@@ -145,11 +145,11 @@ class Verified:
 
 
 def right_create(request: bytes, answer: bytes) -> bool:
-    """Tell whether the token is the one that was asked for, with a secret."""
+    """Return whether the token is the requested one, with a secret."""
     asked, created = pb.CreateRequest.FromString(request), pb.CreateResponse.FromString(answer)
     return created.token.name == asked.name and len(created.secret) == 60
 
 
 def right_list(request: bytes, answer: bytes) -> bool:
-    """Tell whether it is a full page."""
+    """Return whether it is a full page."""
     return len(pb.ListResponse.FromString(answer).tokens) == PAGE

@@ -1,7 +1,7 @@
-"""A server that answers every Verify with one constant: as fast as the stack gets.
+"""A server that answers every Verify with one constant: the upper limit of the stack's speed.
 
-On the service's own transport, event loop and options, with the service's contract, but without
-anything of the service around the handler. Run as a script with the transport's name.
+It uses the service's own transport, event loop, options and contract, without any other part of the
+service around the handler. Run as a script with the transport's name.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ ANSWER = pb.VerifyResponse(
 
 
 class Constant(pb_grpc.TokenServiceServicer):
-    """Verify, and nothing else."""
+    """Verify only."""
 
     async def Verify(  # noqa: N802 - named in the .proto
         self, request: pb.VerifyRequest, context: "grpc.aio.ServicerContext[object, object]"
@@ -42,13 +42,13 @@ class Constant(pb_grpc.TokenServiceServicer):
 
 
 async def serve(transport: Transport) -> None:
-    """Serve on a free port of the loopback, print the address, end on SIGTERM."""
+    """Serve on a free loopback port, print the address, end on SIGTERM."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     options = options_of(transport, Limits())
     server: grpc.aio.Server
     if transport == "native":
-        # The library's own, not ours.
+        # The library's own option.
         server = pygrpc_native.aio.Server(options=options, io_threads=1)
     else:
         server = grpc.aio.server(options=options)

@@ -1,7 +1,7 @@
-"""What coherence gives and what it costs: answers from memory, deletions, clients that watch.
+"""The benefit and the cost of coherence: cached answers, deletions, clients that watch.
 
-A part of its own beside the table of calls, in the same run and on the same databases: most of it
-is no call to one server. What is compared is measured in turns within each round.
+A separate part besides the table of calls, in the same run and on the same databases, because most
+of it does not call a single server. Compared values are measured in turns within each round.
 """
 
 import gc
@@ -25,10 +25,10 @@ __all__ = [
     "targets",
 ]
 
-# What of the run this part may take.
+# The share of the run that this part may take.
 SECONDS_MAX = 330.0
 Part = Callable[[Bench], Iterator[Figure]]
-# By the titles that `--only` looks at.
+# By the titles that `--only` matches.
 PARTS: dict[str, Part] = {
     "verify_nowait in process": coherence_memory.in_process,
     "Verify during a flood of garbage": coherence_calls.flood,
@@ -40,17 +40,18 @@ PARTS: dict[str, Part] = {
 
 
 def chosen(only: str) -> list[str]:
-    """Return the titles of the parts that `--only` leaves."""
+    """Return the titles of the parts that `--only` selects."""
     return [title for title in PARTS if only in title]
 
 
 def measure(bench: Bench, titles: Sequence[str]) -> list[Figure]:
-    """Measure these parts one after the other; leave out what there is no time for.
+    """Measure these parts one after another; skip those for which there is no time.
 
-    Raises SystemExit when something gave a wrong answer.
+    Raises SystemExit if an answer was wrong.
     """
     figures: list[Figure] = []
-    # What the run has loaded is none of the client library's, some of which is measured here.
+    # Modules that the run has loaded do not belong to the client library, part of which is measured
+    # here.
     gc.collect()
     gc.freeze()
     for title in titles:
@@ -67,7 +68,7 @@ def measure(bench: Bench, titles: Sequence[str]) -> list[Figure]:
 
 
 def targets(figures: Sequence[Figure]) -> list[Target]:
-    """Return what of them is to be reached."""
+    """Return the figures with bounds."""
     return [target for figure in figures if (target := figure.target()) is not None]
 
 

@@ -1,4 +1,4 @@
-"""Verifies that cross the network: during a flood of garbage, and as the client's misses."""
+"""Verifies that cross the network: during a flood of garbage, and as cache misses of the client."""
 
 import asyncio
 import itertools
@@ -19,13 +19,13 @@ from tests.benchmarks.seed import Seeded
 
 __all__ = ["flood", "misses"]
 
-# A service that is busy, but not at its limit.
+# A busy service below its limit.
 MODERATE = 8
 WARM_UP_SECONDS = 0.2
-# Before and after a slice, so that it lies within the flood.
+# Before and after a slice, so that the slice lies within the flood.
 FLOOD_MARGIN_SECONDS = 0.3
 FLOOD_START_SECONDS_MAX = 20.0
-# Below this share of the rate that is named it was no such flood.
+# Below this share of the stated rate it was not such a flood.
 FLOOD_SHARE_MIN = 0.9
 _VALID = bytes((0x08, pb.VERDICT_VALID, 0x12))
 
@@ -61,7 +61,7 @@ def flood(bench: Bench) -> Iterator[Figure]:
     with processes.child(bench.scratch, "coherence_flood", arguments, core) as child:
         child.hear(FLOOD_START_SECONDS_MAX)
         for number in range(bench.rounds):
-            # In turns: the machine's moods are not always on one side.
+            # In turns, so that interference on the machine affects both sides.
             for with_flood in (False, True) if number % 2 else (True, False):
                 if not with_flood:
                     calm.append(p99())
@@ -86,8 +86,7 @@ def flood(bench: Bench) -> Iterator[Figure]:
 
 
 def misses(bench: Bench) -> Iterator[Figure]:
-    """Verify with the client library what it does not remember, from servers with and without
-    a memory."""
+    """Verify uncached secrets with the client library, on servers with and without a cache."""
     usual = bench.seeded["usual"]
     remember(bench.servers["native"].address, usual.secrets[:WARM_SECRETS])
     for kind, run in asyncio.run(_misses(bench, usual)).items():
@@ -108,9 +107,10 @@ class _Run:
 
 async def _misses(bench: Bench, usual: Seeded) -> dict[str, _Run]:
     ids = dict(usual.secrets[:WARM_SECRETS])
-    # It remembers one secret, so as to do all the work of remembering and not to have the next.
+    # It caches a single secret, so that it does all the work of caching and never has the next
+    # secret.
     remembers = Verifier(bench.servers["native"].address, memory_entries=1)
-    # A server that remembers nothing lets nobody watch.
+    # A server without a cache does not allow Watch.
     reads = Verifier(bench.servers["reading"].address, memory_entries=0)
     runs = {"remembers": _Run(), "reads": _Run()}
     async with remembers, reads:
@@ -131,7 +131,7 @@ async def _misses(bench: Bench, usual: Seeded) -> dict[str, _Run]:
 async def _slice(
     verifier: Verifier, secrets: Iterator[tuple[str, str]], seconds: float
 ) -> tuple[int, float]:
-    """Verify without a pause; return how many were, and in how many seconds."""
+    """Verify without a pause; return the number of verifies and the seconds."""
     clock = time.perf_counter
     began = clock()
     calls = 0

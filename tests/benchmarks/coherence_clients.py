@@ -1,6 +1,7 @@
-"""Clients that watch: the library's verifiers, many to a process. A script: address and number.
+"""Clients that watch: many of the library's verifiers in one process. A script: address and number.
 
-Told a line, it answers when all of them watch. Told nothing any more, it closes them and ends.
+It answers a line on standard input once all of them watch. When the input closes, it closes them
+and ends.
 """
 
 import asyncio
@@ -13,12 +14,12 @@ from latchkey import Verifier
 
 from tests.benchmarks.coherence_memory import watches
 
-# So that none waits so long for its first grant that it takes the server for dead.
+# So that none waits so long for its first grant that it considers the server dead.
 AT_ONCE = 25
 
 
 async def main(address: str, number: int) -> None:
-    """Watch until told nothing any more."""
+    """Watch until standard input closes."""
     lines = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
@@ -41,6 +42,6 @@ if __name__ == "__main__":
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     asyncio.run(main(sys.argv[1], int(sys.argv[2])))
-    # All is closed. An interpreter that takes down grpcio after so many streams may hang:
+    # Everything is closed. An interpreter that shuts down grpcio after so many streams may hang:
     # https://github.com/grpc/grpc/issues/22365
     os._exit(0)

@@ -1,7 +1,7 @@
-"""Deletions: how long until a token is dead everywhere, and what watching for them costs.
+"""Deletions: the time until a token is dead everywhere, and the cost of watching for them.
 
-For deletions workers, clients, Postgres and the caller share the same two cores, as the targets
-have it; a Delete waits for all of them.
+For deletions, workers, clients, Postgres and the caller share the same two cores, as the targets
+assume; a Delete waits for all of them.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ from tests.benchmarks.seed import ACCOUNT
 
 __all__ = ["DELETES_MAX", "deletes", "idle"]
 
-# Workers, and how many clients watch, over all of them.
+# Workers, and the number of watching clients over all of them.
 FLEETS = ((1, (1, 50, 200)), (2, (10,)), (4, (1, 50, 200)))
 QUICK_FLEETS = ((2, (10,)), (4, (50,)))
-# Of the first a server makes its connections and plans.
+# During its first deletions a server creates its connections and plans.
 WARM_UP = 10
 SAMPLES, QUICK_SAMPLES = 200, 40
 FLEET_SECONDS_MAX = 15.0
@@ -37,13 +37,13 @@ DELETES_MAX = 3_000
 WANTED: dict[tuple[int, int], tuple[float, float | None]] = {(2, 10): (15, 60), (4, 50): (80, None)}
 CALL_SECONDS_MAX = 20.0
 CLIENTS_SECONDS_MAX = 60.0
-# Clients to a process of theirs.
+# Clients per process.
 CLIENTS_MAX = 250
-# Connections that Deletes take in turn: each leads to one worker.
+# Connections that Deletes use in turn: each leads to one worker.
 CHANNELS = 4
 LEASE_SECONDS = 3.0
 FROZEN_EXTRA_SECONDS = 0.5
-# A client always holds a third of a lease or more.
+# A client always holds at least a third of a lease.
 HELD_UP_SECONDS_MIN = LEASE_SECONDS / 6
 POLL_SECONDS = 0.05
 IDLE_SETTLE_SECONDS = 2.0
@@ -51,7 +51,8 @@ IDLE_SHARE_MAX = 0.30
 
 
 def deletes(bench: Bench) -> Iterator[Figure]:
-    """Delete with so many workers and clients, one after the other, and with one that hangs."""
+    """Delete with these numbers of workers and clients, one after another, and with a client that
+    hangs."""
     ids = (token_id for _, token_id in bench.seeded["deletes"].secrets)
     with processes.spread(bench.postmaster, _both(bench)):
         for workers, fleets in QUICK_FLEETS if bench.quick else FLEETS:
@@ -64,7 +65,7 @@ def deletes(bench: Bench) -> Iterator[Figure]:
 
 
 def idle(bench: Bench) -> Iterator[Figure]:
-    """Look what clients that watch cost a worker while nothing changes."""
+    """Measure the cost of watching clients for a worker while nothing changes."""
     clients, seconds = (100, 2.0) if bench.quick else (1_000, 8.0)
     with (
         _server(bench, "small", 1, {bench.cores.server}) as server,
@@ -86,7 +87,7 @@ def idle(bench: Bench) -> Iterator[Figure]:
 
 
 def _healthy(bench: Bench, server: Server, clients: int, ids: Iterator[str]) -> Iterator[Figure]:
-    # Several to a process, and several processes.
+    # Several per process, and several processes.
     each = 1 if clients == 1 else max(5, clients // 4)
     workers = len(server.workers)
     samples = QUICK_SAMPLES if bench.quick else SAMPLES
@@ -108,7 +109,7 @@ def _healthy(bench: Bench, server: Server, clients: int, ids: Iterator[str]) -> 
 
 
 def _frozen(bench: Bench, server: Server, ids: Iterator[str]) -> Iterator[Figure]:
-    """Delete while one client does not answer, and then while one worker does not."""
+    """Delete while one client does not respond, and then while one worker does not."""
     samples = 1 if bench.quick else 3
     most = (LEASE_SECONDS + FROZEN_EXTRA_SECONDS) * 1e3
     took = []
@@ -144,7 +145,7 @@ def _longest(name: str, took: list[float], at_most: float) -> Figure:
 
 
 class _Stubs:
-    """What one connection leads to."""
+    """The stubs of one connection."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         self.tokens = pb_grpc.TokenServiceStub(channel)
@@ -157,7 +158,7 @@ class _Stubs:
 
 @contextlib.contextmanager
 def _stubs(server: Server) -> Iterator[list[_Stubs]]:
-    # Else they would share one connection.
+    # Otherwise they would share one connection.
     options = [("grpc.use_local_subchannel_pool", 1)]
     with contextlib.ExitStack() as stack:
         channels = [
@@ -168,7 +169,7 @@ def _stubs(server: Server) -> Iterator[list[_Stubs]]:
 
 
 def _delete(stubs: _Stubs, token_id: str) -> tuple[float, pb.Receipt]:
-    """Delete a token; return in how many seconds, and the receipt."""
+    """Delete a token; return the seconds and the receipt."""
     request = pb.DeleteRequest(account_id=ACCOUNT, id=token_id)
     began = time.perf_counter()
     answer = stubs.tokens.Delete(request, timeout=CALL_SECONDS_MAX)
@@ -176,13 +177,13 @@ def _delete(stubs: _Stubs, token_id: str) -> tuple[float, pb.Receipt]:
 
 
 def _other_worker(server: Server, stubs: _Stubs) -> int:
-    """Return the process of a worker that this connection does not lead to."""
+    """Return the process of a worker to which this connection does not lead."""
     answering = {v.process_id for v in stubs.verifiers() if v.answering}
     return next(pid for pid in server.workers if pid not in answering)
 
 
 def _all_hold_leases(server: Server, stubs: _Stubs) -> None:
-    """Wait until a worker that was held up is a verifier again."""
+    """Wait until a delayed worker is a verifier again."""
     give_up = time.monotonic() + CALL_SECONDS_MAX
     while True:
         alive = [v for v in stubs.verifiers() if v.lease_remaining.ToNanoseconds() > 0]
@@ -207,7 +208,7 @@ def _watching(
         ]
         _all_watch(children)
         yield children
-        # All at once: each takes its leave of the server.
+        # All at once, because each one signs off from the server.
         for child in children:
             child.dismiss()
 

@@ -1,4 +1,4 @@
-"""What the parts about coherence are given, and what they give: figures, some with a bound."""
+"""The inputs and the results of the coherence parts: figures, some with a bound."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ __all__ = ["Bench", "Figure", "percentile"]
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Where it is measured. `servers` has `native`, which remembers, and `reading`, which does
-    not, both of the database `usual`; parts that need others start them."""
+    """The environment of the measurements. `servers` has `native`, which caches, and `reading`,
+    which does not, both on the database `usual`; parts that need others start them."""
 
     scratch: Path
     pepper_file: Path
@@ -24,31 +24,31 @@ class Bench:
     postmaster: int
     seeded: Mapping[str, Seeded]
     servers: Mapping[str, Server]
-    # All secrets of the database `large`, a line each.
+    # All secrets of the database `large`, one a line.
     secrets_file: Path
     quick: bool
-    # When to begin nothing more, by time.monotonic().
+    # The time.monotonic() after which nothing new begins.
     give_up: float
 
     @property
     def rounds(self) -> int:
-        """How many rounds of slices that are compared with each other."""
+        """Return the number of rounds of slices that are compared with each other."""
         return 3 if self.quick else 9
 
     @property
     def slice_seconds(self) -> float:
-        """How long a slice is."""
+        """Return the length of a slice."""
         return 0.4 if self.quick else 1.0
 
     def settings(self, database: str, **more: object) -> dict[str, str]:
-        """Return the settings of a server of one of the databases."""
+        """Return the settings of a server on one of the databases."""
         usual = {"DATABASE_URL": self.seeded[database].url, "PEPPER_FILE": str(self.pepper_file)}
         return usual | {key: str(value) for key, value in more.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure with its range over the rounds, from so many samples in all."""
+    """One figure with its range over the rounds, and its total number of samples."""
 
     name: str
     unit: str
@@ -97,7 +97,7 @@ class Figure:
         )
 
     def target(self) -> Target | None:
-        """Return it as something to reach, if there is a bound."""
+        """Return it as a target, if there is a bound."""
         if self.at_least is None and self.at_most is None:
             return None
         name = f"{self.name}, {self.unit}"
@@ -115,5 +115,5 @@ class Figure:
 
 
 def percentile(samples: Sequence[float], share: float) -> float:
-    """Return what `share` (0 to 1) of the samples stay within."""
+    """Return the value below which `share` (0 to 1) of the samples lie."""
     return sorted(samples)[min(len(samples) - 1, int(len(samples) * share))]

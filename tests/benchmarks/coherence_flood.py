@@ -1,7 +1,7 @@
-"""A flood of made-up secrets, of the right shape and checksum: a script, run with an address.
+"""A flood of made-up secrets with the right form and checksum: a script, run with an address.
 
-Told a number of seconds, it calls Verify for so long at a bounded rate, and answers with how many
-calls were answered UNKNOWN and how many were not.
+It reads a number of seconds, calls Verify for that long at a bounded rate, and prints how many
+calls returned UNKNOWN and how many did not.
 """
 
 import itertools
@@ -19,16 +19,16 @@ from tests.benchmarks.rows import SERVICE
 __all__ = ["CALLS_PER_S"]
 
 CALLS_PER_S = 2_000
-# In bursts of so many, two milliseconds apart.
+# In bursts of this size, two milliseconds apart.
 IN_FLIGHT = 4
 SECRETS = 5_000
-# Field 1, the verdict, and nothing else.
+# Only field 1, the verdict.
 _UNKNOWN = bytes((0x08, pb.VERDICT_UNKNOWN))
 
 
 def main(address: str) -> None:
-    """Flood when told, until told nothing any more."""
-    # Of a key that the service does not have: the tag is wrong.
+    """Flood on request, until standard input closes."""
+    # With a key that the service does not have: the tag is wrong.
     keyring = Keyring([Pepper(os.urandom(32))])
     requests = [
         pb.VerifyRequest(

@@ -1,4 +1,5 @@
-"""A memory by itself: what an answer takes in the client, and an entry in the server."""
+"""A cache by itself: the time of an answer in the client, and the size of an entry in the
+server."""
 
 import asyncio
 import itertools
@@ -18,27 +19,28 @@ from tests.benchmarks.coherence_figures import Bench, Figure
 
 __all__ = ["entries", "in_process", "watches"]
 
-# Secrets that a client knows: as many as a busy service sees, and more than a core's cache holds.
+# Secrets that a client has cached: as many as a busy service sees, and more than fit into a core's
+# cache.
 KNOWN = 10_000
-# Passes over them to a slice, a fifth of a second: no longer, for the lease is renewed in between.
+# Passes per slice, a fifth of a second: no longer, because the lease is renewed in between.
 PASSES = 5
 WATCH_SECONDS_MAX = 20.0
 POLL_SECONDS = 0.02
 CALL_SECONDS_MAX = 20.0
 BATCH = 1_000
-# Batches on their way: while one is read here, the next is answered.
+# Batches in flight: while one is read here, the next is answered.
 BATCHES_IN_FLIGHT = 3
-# Of the entries, what is read before the memory is looked at for the first time.
+# The share of the entries that is read before memory is first measured.
 FIRST_SHARE = 0.02
-# Half a minute for a million on a quiet machine. On a busy one it is a smaller memory.
+# Half a minute for a million on a quiet machine. On a busy one the cache stays smaller.
 FILL_SECONDS_MAX = 75.0
 ENTRY_BYTES_MAX = 500.0
-# A verify that Postgres has part in costs it some 15 µs.
+# A verify that reaches Postgres costs it about 15 µs.
 REMEMBERED_POSTGRES_US_MAX = 3.0
 
 
 def in_process(bench: Bench) -> Iterator[Figure]:
-    """Compare `verify_nowait` with the least that it could be: a hash and a look into a dict."""
+    """Compare `verify_nowait` with its lower limit: a hash and a dict look-up."""
     yield from asyncio.run(_in_process(bench))
 
 
@@ -52,7 +54,7 @@ async def _in_process(bench: Bench) -> list[Figure]:
         for _ in range(bench.rounds * 3):
             floors.append(_floor(known, table))
             recalls.append(_recall(known, verifier))
-            # For the lease to be renewed.
+            # Time to renew the lease.
             await asyncio.sleep(POLL_SECONDS)
     ratios = [floor / recall for floor, recall in zip(floors, recalls, strict=True)]
     name = "verify_nowait, warm"
@@ -64,7 +66,7 @@ async def _in_process(bench: Bench) -> list[Figure]:
 
 
 def _floor(known: Sequence[str], table: dict[bytes, Any]) -> float:
-    """Return how many there are to a second of a core."""
+    """Return how many there are per second of a core."""
     find = table.get
     began = time.thread_time()
     for _ in range(PASSES):
@@ -87,7 +89,7 @@ def _recall(known: Sequence[str], verifier: Verifier) -> float:
 
 
 def entries(bench: Bench) -> Iterator[Figure]:
-    """Fill a worker's memory with the largest database, and see what it grows by."""
+    """Fill a worker's cache from the largest database, and measure its growth."""
     number = bench.seeded["large"].tokens
     settings = bench.settings("large", CACHE_ENTRIES=number)
     first = int(number * FIRST_SHARE)
@@ -105,7 +107,7 @@ def entries(bench: Bench) -> Iterator[Figure]:
         added = _verify(channel, itertools.takewhile(lambda _: time.monotonic() < until, secrets))
         grown = worker.memory_info().rss - before
         rate = (first + added) / (time.monotonic() - began)
-        # The first that came in would be the first to go.
+        # Otherwise the oldest entries would be evicted first.
         file.seek(0)
         meter = processes.meter(server, bench.postmaster)
         _, postgres = meter()
@@ -122,7 +124,7 @@ def entries(bench: Bench) -> Iterator[Figure]:
 
 
 def _verify(channel: grpc.Channel, secrets: Iterator[str]) -> int:
-    """Verify them in batches; return how many. Raises RuntimeError at one that is not valid."""
+    """Verify them in batches; return the number. Raises RuntimeError if one is not valid."""
     stub = pb_grpc.TokenServiceStub(channel)
     number = 0
     under_way: list[Any] = []
@@ -145,7 +147,7 @@ def _verify(channel: grpc.Channel, secrets: Iterator[str]) -> int:
 
 
 async def watches(verifier: Verifier) -> None:
-    """Wait until it may remember what it is answered."""
+    """Wait until the client may cache its answers."""
     give_up = time.monotonic() + WATCH_SECONDS_MAX
     while not (stats := verifier.stats()).watching:
         if time.monotonic() > give_up:

@@ -1,8 +1,8 @@
-"""The API Tokens page under measurement: server time and weight of its first page.
+"""The API Tokens page: server time and weight of its first page.
 
-Rows of its own, beside the table: a browser's request is no gRPC call, and nothing is compared with
-another server. One request at a time over a kept connection, as a person makes them; the service
-behind it is the one of the other rows' databases, on a core of its own.
+A separate part besides the table, because a browser's request is not a gRPC call, and no other
+server is compared. One request at a time over a kept-alive connection, as a person makes them. The
+page runs on a separate core, in front of the service that the other rows use.
 """
 
 import contextlib
@@ -38,20 +38,20 @@ _ADDRESS = re.compile(r"API Tokens: http://(\S+) ")
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What came out. Times are in ms: p50 and p99 from the request's start to the answer's end."""
+    """The result. Times are in ms: p50 and p99 from the request's start to the answer's end."""
 
     tokens: int
     requests: int
     p50_ms: float
     p99_ms: float
     cpu_ms: float
-    """Of the page's process per request, which neighbours on the machine change little."""
+    """CPU of the page's process per request, which neighbours on the machine change little."""
     weight_kb: float
     """The page with its script, style sheet and picture, as they are sent: uncompressed."""
     met: bool
 
     def lines(self) -> list[str]:
-        """Return it as lines for people."""
+        """Return it as readable lines."""
         wanted = f"(wanted: p50 ≤ {P50_MS_MAX:.0f} ms)"
         times = f"p50 {self.p50_ms:.1f} ms, p99 {self.p99_ms:.1f} ms, CPU {self.cpu_ms:.1f} ms"
         return [
@@ -89,7 +89,7 @@ def _measured(
         if number >= WARM_UP:
             took.append((time.perf_counter() - began) * 1e3)
     cpu = (sum(process.cpu_times()[:2]) - cpu) / requests * 1e3
-    # Fast and wrong is no result.
+    # A fast wrong answer is not a result.
     rows, total = page.count(b'<tr role="row" id='), b"50 of 1,000 tokens" in page
     if rows != 50 or not total:
         raise SystemExit(f"the page has {rows} rows, and {'' if total else 'not '}the right total")
@@ -120,7 +120,7 @@ def _get(connection: http.client.HTTPConnection, path: str) -> bytes:
 
 
 def _fill(target: str) -> None:
-    """Create the tokens, as different as people's are. What is there from before stays."""
+    """Create varied tokens, as real users would. Existing ones stay."""
     with grpc.insecure_channel(target) as channel:
         stub = pb_grpc.TokenServiceStub(channel)
         for number in range(TOKENS):
@@ -140,7 +140,7 @@ def _fill(target: str) -> None:
 
 @contextlib.contextmanager
 def _page(target: str, scratch: Path, core: int) -> Iterator[tuple[str, psutil.Process]]:
-    """Run the page as its users do; yield its address when it answers, and its process."""
+    """Run the page as its users do; once it answers, yield its address and its process."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
     before = os.sched_getaffinity(0)
     with (scratch / "page.out").open("w+") as out, (scratch / "page.log").open("wb") as log:

@@ -1,4 +1,4 @@
-"""What HTTP/2 needs of a client that knows what it will be answered, as bytes: for both loads."""
+"""The part of HTTP/2 that a client needs if it knows the answers, as bytes; used by both loads."""
 
 import socket
 import struct
@@ -29,7 +29,7 @@ __all__ = [
     "header_blocks",
 ]
 
-# A server that says nothing for so long is broken; the run must not wait for it.
+# A server that is silent for this long is broken; the run must not wait for it.
 SILENCE_SECONDS_MAX = 10.0
 
 # RFC 9113 §3.4, §6, §6.5.2, §7.
@@ -41,37 +41,38 @@ END_HEADERS, PADDED, PRIORITY = 0x4, 0x8, 0x20
 HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE = 1, 2, 3, 4
 CANCEL = 8
 WINDOW_DEFAULT, WINDOW_MAX = 65_535, 2**31 - 1
-# What is given back to the server's window at a time.
+# How much is returned to the server's window at a time.
 WINDOW_STEP = 1 << 28
 
-# Frame header: length (24 bits), type, flags, stream. The second one goes on with gRPC's prefix of
-# a message: not compressed, length.
+# Frame header: length (24 bits), type, flags, stream. The second one continues with gRPC's prefix
+# of a message: uncompressed, length.
 FRAME = struct.Struct(">BHBBI")
 DATA_FRAME = struct.Struct(">BHBBIBI")
 
 
 class LoadError(Exception):
-    """The server does not behave as the load needs it to; the message says how."""
+    """The server does not behave as the load requires; the message says how."""
 
 
 class Connection:
-    """A connection as far as it is the same for all loads. What calls it has is up to those."""
+    """The common part of the loads' connections. Each load adds the calls."""
 
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
         self._socket = socket.create_connection((host, int(port)), SILENCE_SECONDS_MAX)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # What the server has said, and what it gets if it does not.
+        # The server's settings, with their defaults.
         self._settings = {INITIAL_WINDOW_SIZE: WINDOW_DEFAULT}
         self._send_window = WINDOW_DEFAULT
         self._received = 0
 
     def close(self) -> None:
-        """Close it, whatever is under way."""
+        """Close it, whatever is in progress."""
         self._socket.close()
 
     def _greet(self, more: Mapping[int, int] | None = None) -> None:
-        """Send the client's settings, by number those of `more` too, and open the window wide."""
+        """Send the client's settings, including those in `more` (by number), and open the window
+        wide."""
         settings = {ENABLE_PUSH: 0, INITIAL_WINDOW_SIZE: WINDOW_MAX} | dict(more or {})
         self._socket.sendall(
             PREFACE
@@ -84,7 +85,7 @@ class Connection:
     def _control(
         self, kind: int, flags: int, stream: int, payload: bytes, out: list[bytes]
     ) -> None:
-        """Do what a frame asks for that is none of a call's; put the answer into `out`."""
+        """Handle a frame that belongs to no call; append the answer to `out`."""
         if kind == SETTINGS and not flags & ACK:
             self._settings |= dict(struct.iter_unpack(">HI", payload))
             if self._settings[INITIAL_WINDOW_SIZE] < WINDOW_DEFAULT:
@@ -101,7 +102,7 @@ class Connection:
             raise LoadError(f"the server said GOAWAY, code {int.from_bytes(payload[4:8], 'big')}")
 
     def _give_back(self, out: list[bytes]) -> None:
-        """Open the server's window again by what has come, from time to time."""
+        """Return received bytes to the server's window from time to time."""
         if self._received > WINDOW_STEP:
             out.append(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", self._received)))
             self._received = 0
@@ -116,9 +117,9 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
 def header_blocks(authority: str, path: str, timeout: str = "") -> tuple[bytes, bytes]:
     """Return the headers of a connection's first call, and those of each later one.
 
-    The first has the server remember them, as gRPC's own clients do, and later ones name them by
-    number. `timeout` is the calls' deadline as gRPC writes it, such as 250m for 250 ms. RFC 7541
-    §6.1, §6.2.1, appendix A.
+    The first call adds them to the server's table, as gRPC's own clients do, and later ones refer
+    to them by number. `timeout` is the calls' deadline in gRPC's notation, such as 250m for 250 ms.
+    RFC 7541 §6.1, §6.2.1, appendix A.
     """
 
     def text(value: str) -> bytes:

@@ -1,9 +1,9 @@
-"""The load: unary gRPC calls over one HTTP/2 connection, as many in flight as told.
+"""The load: unary gRPC calls over one HTTP/2 connection, with a fixed number in flight.
 
-A client of its own and not grpcio's, which is slower than the servers that it would measure, nor
-h2load, which sends one body over and over and takes gRPC errors for successes. Frames are written
-and read as bytes: what HTTP/2 needs of a client that knows what it will be answered, and no more.
-Answers are looked at by size and first bytes, and a sample of them is kept for a thorough look.
+A purpose-built client. grpcio's is slower than the servers to be measured, and h2load sends one
+body repeatedly and counts gRPC errors as successes. Frames are written and read as bytes, with only
+the part of HTTP/2 that a client needs if it knows the answers. Answers are checked by size and
+first bytes, and a sample is kept for a thorough check.
 """
 
 import gc
@@ -33,19 +33,20 @@ from tests.benchmarks.http2 import (
 __all__ = ["LoadError", "Slice", "run"]
 
 RECEIVE_BYTES = 1 << 18
-# Every so many answers one is kept. A prime, so as not to fall in step with a server's batches.
+# One in this many answers is kept. A prime, so as not to fall into step with a server's batches.
 SAMPLE_EVERY = 97
 SAMPLES_MAX = 500
 
 
 @dataclass(slots=True)
 class Slice:
-    """What one stretch of load measured. Times in seconds, latencies in nanoseconds, ascending."""
+    """The measurements of one stretch of load. Times in seconds, latencies in nanoseconds,
+    ascending."""
 
     seconds: float
     latencies: list[int]
     failures: int
-    # What `meter` counted from the beginning to the end of the stretch, and this process's own CPU.
+    # The counts of `meter` over the stretch, and this process's own CPU.
     metered: tuple[float, ...]
     load_cpu: float
     # Pairs of request and answer.
@@ -53,11 +54,11 @@ class Slice:
 
     @property
     def calls(self) -> int:
-        """How many calls succeeded."""
+        """Return how many calls succeeded."""
         return len(self.latencies)
 
     def percentile_us(self, share: float) -> float:
-        """Return the latency, µs, that `share` (0 to 1) of the calls stayed within."""
+        """Return the latency, µs, below which `share` (0 to 1) of the calls lie."""
         return self.latencies[min(self.calls - 1, int(self.calls * share))] / 1_000
 
 
@@ -72,14 +73,14 @@ def run(
     begins_with: bytes,
     meter: Callable[[], tuple[float, ...]] = lambda: (),
 ) -> Slice:
-    """Call `path` at `address` (HOST:PORT) without a pause and return what it took.
+    """Call `path` at `address` (HOST:PORT) without a pause and return the measurements.
 
     `requests` are serialised messages, one for each call; it must not end. An answer counts as a
     failure unless it is one whole message that begins with `begins_with`. Raises LoadError and
     OSError.
     """
     connection = _Connection(address, path)
-    # Nothing here makes cycles, and a collection would count as the server's latency.
+    # This code creates no cycles, and a collection would count as the server's latency.
     gc.disable()
     try:
         connection.open(in_flight)
@@ -90,7 +91,7 @@ def run(
 
 
 class _Connection(Connection):
-    """One HTTP/2 connection with calls of one method on it."""
+    """One HTTP/2 connection with calls of one method."""
 
     def __init__(self, address: str, path: str) -> None:
         super().__init__(address)
@@ -98,7 +99,7 @@ class _Connection(Connection):
         self._rest = b""
 
     def open(self, in_flight: int) -> None:
-        """Shake hands. Raises LoadError if the server allows fewer calls at once."""
+        """Do the handshake. Raises LoadError if the server allows fewer concurrent calls."""
         self._greet()
         got_settings = False
         while not got_settings:
@@ -119,8 +120,8 @@ class _Connection(Connection):
         begins_with: bytes,
         meter: Callable[[], tuple[float, ...]],
     ) -> Slice:
-        # One loop, with few calls and everything in local variables: a call costs some 5 µs here,
-        # while the fastest of the servers takes 40.
+        # One loop, with few calls and all state in local variables: a call costs about 5 µs here,
+        # while the fastest server takes 40.
         clock = time.perf_counter_ns
         sent: dict[int, tuple[int, bytes]] = {}
         answers: dict[int, bytes] = {}
@@ -151,7 +152,7 @@ class _Connection(Connection):
                 ended = True
                 after, load_cpu, end = meter(), time.process_time() - cpu_before, now
                 counted, failed = len(latencies), failures
-            # What is to be sent goes out at once, and all of it began at one moment.
+            # Pending requests are sent at once, and all of them start at one moment.
             now = clock()
             while not ended and len(sent) < in_flight:
                 request = next(requests) if waiting_request is None else waiting_request
@@ -201,7 +202,7 @@ class _Connection(Connection):
                     answers.pop(number, None)
                     flags = END_STREAM
                 if flags & END_STREAM:
-                    # A failed call ends without a message, by headers alone.
+                    # A failed call ends without a message, with headers only.
                     then, request = sent.pop(number)
                     answer = answers.pop(number, b"")
                     if (
@@ -215,7 +216,7 @@ class _Connection(Connection):
                         failures += 1
             self._rest = buffer[position:]
             self._give_back(out)
-        # What was answered after the end was only waited for.
+        # Answers after the end are awaited, but not counted.
         return Slice(
             (end - begin) / 1e9,
             sorted(latencies[:counted]),
@@ -226,7 +227,7 @@ class _Connection(Connection):
         )
 
     def _receive(self) -> bytes:
-        """Return what is there to be read, with what was left of the time before."""
+        """Return the bytes that can be read, after those left over from the last read."""
         try:
             chunk = self._socket.recv(RECEIVE_BYTES)
         except TimeoutError:

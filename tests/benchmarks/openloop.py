@@ -1,10 +1,10 @@
-"""The open loop: calls that arrive when they arrive, however the server fares.
+"""The open loop: calls arrive on schedule, however the server performs.
 
-A closed loop (load.py) waits for an answer before it calls again, so a server that is slow gets
-less to do, and what would have waited is never seen. Here a schedule says when each call arrives,
-and its latency counts from then. A call that finds no free stream on any connection, for the server
-allows only so many, is held back: given up at once and counted. Several kinds of traffic may run at
-once, in this one process and on this one core; whether that kept up is part of what is measured.
+A closed loop (load.py) waits for an answer before it calls again, so a slow server receives less
+work, and the calls that would have waited are never seen. Here a schedule determines when each call
+arrives, and its latency counts from then. If no connection has a free stream, because the server
+limits their number, the call is given up at once and counted as held back. Several kinds of traffic
+may run at once, in one process and on one core; the result says whether that process kept up.
 """
 
 import contextlib
@@ -24,29 +24,30 @@ from tests.benchmarks.openloop_connection import UNLIMITED, Connection, Sent, Ta
 
 __all__ = ["Outcome", "Run", "Tally", "Traffic", "run", "schedule"]
 
-# So many are sent before answers are looked at again: some 0.3 ms' work.
+# Maximum to send before answers are read again: about 0.3 ms of work.
 AT_ONCE_MAX = 64
-# How often calls are looked for whose time is over.
+# How often expired calls are looked for.
 EXPIRE_EVERY_NS = 1_000_000
-# A wait that nothing ends is looked into so often.
+# Interval at which a wait without an event is interrupted.
 WAIT_NS_MAX = 50_000_000
-# Beyond its deadline no call is waited for, but for what the generator needs to see that.
+# No call is awaited beyond its deadline plus this margin, in which the generator notices it.
 GRACE_SECONDS = 2.0
 HANDSHAKE_SECONDS_MAX = 10.0
 NICE = -15
-# The generator has kept up if it was idle at times, and sent nearly all calls about when they came.
+# The generator has kept up if it was idle at times, and sent nearly all calls soon after their
+# arrival.
 CPU_SHARE_MAX = 0.9
 LATENESS_MS_MAX = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Calls of one method, `per_second` of them, on connections of their own.
+    """Calls of one method, `per_second` of them, on separate connections.
 
-    They come evenly, or with `seed` as independent callers' do (Poisson). `requests` are
-    serialised messages and must not end. An answer is right if it is one whole message that
-    begins with `begins_with`. Each call has a deadline, `timeout_seconds` from its arrival. A
-    connection has no more calls under way than the server allows, nor than `in_flight_max`.
+    They arrive evenly, or with `seed` like those of independent callers (Poisson). `requests` are
+    serialised messages and must not end. An answer is right if it is one whole message that begins
+    with `begins_with`. Each call has a deadline, `timeout_seconds` after its arrival. A connection
+    has no more calls in flight than the server allows, and no more than `in_flight_max`.
     """
 
     path: str
@@ -61,9 +62,9 @@ class Traffic:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one traffic's calls that arrived within the stretch.
+    """The outcome of one traffic's calls that arrived within the stretch.
 
-    `goodput` is how many right answers came to a second, each in time.
+    `goodput` is the number of right answers per second, each in time.
     """
 
     seconds: float
@@ -75,32 +76,32 @@ class Outcome:
 
     @property
     def sent(self) -> int:
-        """How many were sent."""
+        """Return how many were sent."""
         return self.tally.sent
 
     def percentile_us(self, share: float) -> float:
-        """Return the latency, µs, that `share` (0 to 1) of the calls stayed within that were not
-        refused. One that came too late took at least its deadline, and no call at all no less."""
+        """Return the latency, µs, below which `share` (0 to 1) of the calls lie that were not
+        refused. A call that came too late, or was never sent, counts with at least its deadline."""
         answered = self.tally.latencies
         place = int((len(answered) + self.tally.too_late) * share)
         if place < len(answered):
             return answered[place] / 1_000
-        # All are there, but for the last when it is that which is asked for.
+        # All are present, except perhaps the last, if that one is asked for.
         if answered and not self.tally.too_late:
             return answered[-1] / 1_000
         return self.timeout_seconds * 1e6
 
     def refused_us(self, share: float) -> float:
-        """Return the same of the calls that were refused."""
+        """Return the same for the refused calls."""
         return _percentile(self.tally.refused_latencies, share) / 1_000
 
 
 @dataclass(slots=True)
 class Run:
-    """What a stretch measured: each traffic's outcome, and how the generator itself fared.
+    """The measurements of a stretch: each traffic's outcome, and the state of the generator.
 
-    `late_ms` is how long after their arrival 99 of 100 calls were sent, `cpu_share` how much of the
-    time this process was at work. `metered` is what `meter` counted meanwhile.
+    `late_ms` is the delay after arrival within which 99 of 100 calls were sent, `cpu_share` the
+    share of time in which this process worked. `metered` has the counts of `meter`.
     """
 
     outcomes: list[Outcome]
@@ -110,7 +111,7 @@ class Run:
 
     @property
     def kept_up(self) -> bool:
-        """Tell whether the figures are the server's, and not the generator's."""
+        """Return whether the figures describe the server, and not the generator."""
         return self.cpu_share <= CPU_SHARE_MAX and self.late_ms <= LATENESS_MS_MAX
 
 
@@ -122,14 +123,14 @@ def run(
     seconds: float,
     meter: Callable[[], tuple[float, ...]] = lambda: (),
 ) -> Run:
-    """Have all the traffic come to `address` (HOST:PORT) and return what became of it.
+    """Send all the traffic to `address` (HOST:PORT) and return the outcome.
 
-    Calls that arrive in the first `warm_up_seconds` are not counted. Waits for the calls that are
-    still under way at the end. Raises LoadError and OSError.
+    Calls that arrive in the first `warm_up_seconds` are not counted. Waits for the calls in flight
+    at the end. Raises LoadError and OSError.
     """
     sources = [_Source(address, traffic, warm_up_seconds, seconds) for traffic in traffics]
     gc_was_on = gc.isenabled()
-    # Nothing here makes cycles, and a collection would count as the server's latency.
+    # This code creates no cycles, and a collection would count as the server's latency.
     gc.disable()
     try:
         with _first_on_its_core():
@@ -142,8 +143,8 @@ def run(
 
 
 def schedule(per_second: float, seconds: float, seed: int | None = None) -> "array[int]":
-    """Return when calls arrive, ns from the beginning, ascending: evenly, or by `seed` at random,
-    each independent of the others (Poisson)."""
+    """Return the arrival times in ns from the start, ascending: evenly spaced, or random by `seed`
+    and independent of each other (Poisson)."""
     if seed is None:
         gap = 1e9 / per_second
         return array("q", (int(number * gap) for number in range(round(per_second * seconds))))
@@ -155,8 +156,8 @@ def schedule(per_second: float, seconds: float, seed: int | None = None) -> "arr
 
 @contextlib.contextmanager
 def _first_on_its_core() -> Iterator[None]:
-    """Go before others who share the core, Postgres say, if we may: what they take while a call
-    waits to be sent would count as the server's latency."""
+    """Raise the priority above other processes on this core, such as Postgres, if allowed: their
+    time while a call waits to be sent would count as the server's latency."""
     nice = os.getpriority(os.PRIO_PROCESS, 0)
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, NICE)
@@ -167,7 +168,7 @@ def _first_on_its_core() -> Iterator[None]:
 
 
 class _Source:
-    """One traffic: what has arrived of its schedule, and the connections that it goes out on."""
+    """One traffic: the calls that have arrived, and the connections that carry them."""
 
     def __init__(
         self, address: str, traffic: Traffic, warm_up_seconds: float, seconds: float
@@ -215,14 +216,14 @@ class _Source:
         return any(connection.has_room() for connection in self.connections)
 
     def arrive(self, start: int, now: int) -> list[Sent]:
-        """Put what is due on connections, or give it up. Returns what was put, AT_ONCE_MAX of it
-        at most: the rest is for the next time."""
+        """Put due calls on connections, or give them up. Returns those that were put, at most
+        AT_ONCE_MAX; the rest follow next time."""
         due = bisect_right(self.moments, now - start, self.arrived)
         put: list[Sent] = []
         while self.arrived < due and len(put) < AT_ONCE_MAX:
             connection = self._free()
             if connection is None:
-                # They come at the same moment as far as we can tell, so none finds room.
+                # They arrive at the same moment as far as we can tell, so none finds room.
                 self.held_back += due - max(self.arrived, min(due, self.first_counted))
                 self.arrived = due
                 break
@@ -249,7 +250,7 @@ class _Source:
 
 
 class _Loop:
-    """Sends, waits, reads, in one thread; nothing in it waits for anything but time and sockets."""
+    """Sends, waits and reads in one thread; waits only for time and sockets."""
 
     def __init__(self, sources: Sequence[_Source], meter: Callable[[], tuple[float, ...]]) -> None:
         self._sources = sources
@@ -284,8 +285,8 @@ class _Loop:
                 raise LoadError("calls are still under way long after their deadlines")
             mark = begin if before is None else end if after is None else now + WAIT_NS_MAX
             ready = self._wait(self._wait_ns(start, now, min(mark - now, WAIT_NS_MAX)) / 1e9)
-            # First who came meanwhile and then what was answered: a stream that becomes free is
-            # for those who come later.
+            # Arrivals first and then answers, because a stream that becomes free is for later
+            # arrivals.
             self._send(start, lateness)
             for connection in ready:
                 connection.read()
@@ -331,7 +332,7 @@ class _Loop:
                 connection.read()
 
     def _send(self, start: int, lateness: list[int]) -> None:
-        """Send what is due; put into `lateness` by how much, ns, it was late."""
+        """Send due calls; append to `lateness` how late each one was, in ns."""
         for source in self._sources:
             put = source.arrive(start, time.perf_counter_ns())
             for connection in source.connections:
@@ -342,15 +343,16 @@ class _Loop:
                 lateness += [now - sent[0] for sent in put if sent[1]]
 
     def _wait_ns(self, start: int, now: int, most: int) -> int:
-        """Return how long it is to the next arrival that would find room; who does not may be
-        counted later."""
+        """Return the time until the next arrival that would find room; the others may be counted
+        later."""
         for source in self._sources:
             if not source.over and source.has_room():
                 most = min(most, start + source.moments[source.arrived] - now)
         return max(0, most)
 
     def _wait(self, seconds: float) -> list[Connection]:
-        """Wait until there is something to read, or so long; return where."""
+        """Wait until there is something to read, or until the time is over; return the readable
+        connections."""
         stuck = [connection for connection in self._connections if connection.unsent]
         # Not poll, which waits for whole milliseconds.
         ready, _, _ = select.select(self._connections, stuck, [], seconds)
@@ -358,5 +360,5 @@ class _Loop:
 
 
 def _percentile(values: Sequence[int], share: float) -> float:
-    """Return what `share` of the values, ascending, stay within; 0 if there are none."""
+    """Return the value below which `share` of the ascending values lie; 0 if there are none."""
     return float(values[min(len(values) - 1, int(len(values) * share))]) if values else 0.0

@@ -1,8 +1,8 @@
-"""One stretch of the open loop against a server that runs: a script, to try things by hand.
+"""One stretch of the open loop against a running server: a script for manual experiments.
 
     python -m tests.benchmarks.openloop_by_hand 127.0.0.1:50051 Create 20000 Verify 1000
 
-Each method with its calls to a second, all at the same time, and health checks beside them.
+Each method with its calls per second, all at the same time, with health checks besides.
 """
 
 import argparse
@@ -27,7 +27,7 @@ _FIELD_1, _ONE = b"\x0a", b"\x08\x01"
 
 
 def main() -> None:
-    """Run it and print what became of the calls."""
+    """Run it and print the outcome."""
     options = _options()
     traffics = {
         "health": Traffic(
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def creates() -> Iterator[bytes]:
-    """Yield requests for tokens with names that no other has."""
+    """Yield requests for tokens with unique names."""
     run = os.urandom(6).hex()
     for number in itertools.count():
         yield pb.CreateRequest(

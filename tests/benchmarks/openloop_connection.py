@@ -1,4 +1,4 @@
-"""A connection of the open loop: calls on it, each under way until answered or out of time."""
+"""A connection of the open loop, with calls in flight until they are answered or expire."""
 
 import contextlib
 import socket
@@ -40,30 +40,31 @@ __all__ = ["UNLIMITED", "Connection", "Sent", "Tally"]
 
 UNLIMITED = 2**31
 
-# When it arrived (ns of perf_counter), whether it counts, the request.
+# Arrival time (ns of perf_counter), whether it counts, the request.
 Sent = tuple[int, bool, bytes]
 
-# Small: what is read at a time takes long to look through, and meanwhile nothing is sent.
+# Small, because parsing a large read takes long, and nothing is sent meanwhile.
 RECEIVE_BYTES = 1 << 15
-# With gRPC's prefix. Each request is sent whole, into a window of 65,535 bytes for them all.
+# Including gRPC's prefix. Each request is sent whole, into a window of 65,535 bytes for all of
+# them.
 REQUEST_BYTES_MAX = 8_192
-# A server that loses more of them is not overloaded but broken.
+# A server that loses more connections is not overloaded but broken.
 LOST_MAX = 100
 # A prime, as in load.py.
 SAMPLE_EVERY = 97
 SAMPLES_MAX = 100
-# What a stream's end by RST_STREAM means: gRPC over HTTP/2, "Errors".
+# The meaning of a stream's end with RST_STREAM: gRPC over HTTP/2, "Errors".
 _OF_RESETS = {0x7: UNAVAILABLE, CANCEL: 1, 0xB: RESOURCE_EXHAUSTED, 0xC: 7}
 _INTERNAL = 13
 
 
 @dataclass(slots=True)
 class Tally:
-    """What became of calls. Latencies in ns from their arrival.
+    """The outcomes of calls. Latencies in ns from their arrival.
 
-    All but `good` is of the calls that arrived within the stretch, whenever they were answered.
-    `good` is of the answers that came within it: in a queue that grows, calls arrive at twice the
-    rate of answers, and each may still be answered in time.
+    All fields but `good` count the calls that arrived within the stretch, whenever they were
+    answered. `good` counts the answers within the stretch: in a growing queue, calls arrive at
+    twice the rate of answers, and each may still be answered in time.
     """
 
     sent: int = 0
@@ -71,9 +72,9 @@ class Tally:
     within: bool = False
     latencies: list[int] = field(default_factory=list)
     refused_latencies: list[int] = field(default_factory=list)
-    # By status; OK ones that were right and in time are in `latencies` alone.
+    # By status; right answers in time are only in `latencies`.
     failed: Counter[int] = field(default_factory=Counter)
-    # With status OK, but not the message that it should be.
+    # Status OK with a wrong message.
     wrong: int = 0
     connections_lost: int = 0
     # Pairs of request and answer.
@@ -81,33 +82,34 @@ class Tally:
 
     @property
     def ok(self) -> int:
-        """Answered rightly and in time."""
+        """Return how many were answered rightly and in time."""
         return len(self.latencies)
 
     @property
     def refused(self) -> int:
-        """Answered RESOURCE_EXHAUSTED."""
+        """Return how many were answered RESOURCE_EXHAUSTED."""
         return self.failed[RESOURCE_EXHAUSTED]
 
     @property
     def unavailable(self) -> int:
-        """Answered UNAVAILABLE, refused unprocessed, or lost with their connection."""
+        """Return how many were answered UNAVAILABLE, refused unprocessed, or lost with their
+        connection."""
         return self.failed[UNAVAILABLE]
 
     @property
     def too_late(self) -> int:
-        """Out of time, as told by the server or as seen here."""
+        """Return how many were out of time, according to the server or the client."""
         return self.failed[DEADLINE_EXCEEDED]
 
     @property
     def other(self) -> int:
-        """All others, wrong answers too: there should be none."""
+        """Return how many had any other outcome, wrong answers included: there should be none."""
         told = self.refused + self.unavailable + self.too_late
         return self.failed.total() - told + self.wrong
 
 
 class Connection(http2.Connection):
-    """Calls of one method to one server. A connection that is lost is made anew."""
+    """Calls of one method to one server. A lost connection is replaced."""
 
     def __init__(
         self,
@@ -130,7 +132,7 @@ class Connection(http2.Connection):
 
     def _begin(self) -> None:
         self.ready = False
-        # To be sent; begun to be sent; under way, oldest first; come in pieces.
+        # To be sent; partly sent; in flight, oldest first; received in pieces.
         self.out: list[bytes] = []
         self.unsent = b""
         self.sent: dict[int, Sent] = {}
@@ -150,8 +152,8 @@ class Connection(http2.Connection):
         return self._socket.fileno()
 
     def has_room(self) -> bool:
-        """Tell whether one more call may be put: as many streams as the server allows, a window
-        that is open far enough, nothing left over from the last time."""
+        """Return whether one more call may be put: a free stream within the server's limit, enough
+        window, and no bytes left over from the last send."""
         return (
             len(self.sent) < self._limit
             and self._send_window >= REQUEST_BYTES_MAX
@@ -179,7 +181,7 @@ class Connection(http2.Connection):
         self._tally.sent += sent[1]
 
     def flush(self) -> None:
-        """Send what the socket takes."""
+        """Send as much as the socket accepts."""
         self.unsent += b"".join(self.out)
         self.out.clear()
         try:
@@ -192,7 +194,7 @@ class Connection(http2.Connection):
         self.unsent = self.unsent[done:]
 
     def expire(self, arrived_until: int) -> None:
-        """Give up the calls that arrived until then, and tell the server."""
+        """Give up the calls that arrived before that time, and cancel them at the server."""
         late = []
         for stream, sent in self.sent.items():
             if sent[0] > arrived_until:
@@ -204,7 +206,7 @@ class Connection(http2.Connection):
         self._after()
 
     def read(self) -> None:
-        """Read what there is, and note what became of calls."""
+        """Read the available bytes, and record the outcomes of calls."""
         try:
             chunk = self._socket.recv(RECEIVE_BYTES)
         except BlockingIOError:
@@ -258,7 +260,7 @@ class Connection(http2.Connection):
             self.flush()
 
     def _end(self, stream: int, status: int, now: int) -> None:
-        """Note what became of a call. One that was given up may be answered all the same."""
+        """Record the outcome of a call. A call that was given up may still be answered."""
         answer = self._answers.pop(stream, b"")
         sent = self.sent.pop(stream, None)
         if sent is None:
@@ -287,7 +289,7 @@ class Connection(http2.Connection):
 
     def _other(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         if kind == GOAWAY:
-            # Those after the last were not looked at; the others may still be answered.
+            # The server did not process calls after the last one; the others may still be answered.
             last = int.from_bytes(payload[:4], "big") & 0x7FFFFFFF
             for later in [stream for stream in self.sent if stream > last]:
                 self._end(later, UNAVAILABLE, 0)
@@ -297,7 +299,7 @@ class Connection(http2.Connection):
         if kind == SETTINGS:
             self.ready = True
             if not self._leaving:
-                # RFC 9113 §6.5.2: without a word there is no limit.
+                # RFC 9113 §6.5.2: without the setting there is no limit.
                 allowed = self._settings.get(MAX_CONCURRENT_STREAMS, UNLIMITED)
                 self._limit = min(allowed, self._in_flight_max)
 

@@ -1,9 +1,9 @@
-"""What becomes of a server that more is asked of than it can do.
+"""The behaviour of a server under more load than it can handle.
 
-An open loop (openloop.py) at a tenth, once, twice and ten times of what the server can do in the
-same round: a good one goes on to answer as many calls, about as fast, and says no to the rest.
-A part of its own beside the table of calls; slices of all loads in turns within each round, on
-servers of its own, whose memory begins empty.
+An open loop (openloop.py) at a tenth, once, twice and ten times the server's capacity in the same
+round. A good server keeps answering as many calls about as fast, and refuses the rest. A separate
+part besides the table of calls; slices of all loads in turns within each round, on dedicated
+servers whose caches start empty.
 """
 
 import contextlib
@@ -22,18 +22,18 @@ from tests.benchmarks.rows import CREATES_IN_FLIGHT, IN_FLIGHT, WARM_SECRETS, Ro
 
 __all__ = ["SECONDS_MAX", "cases", "measure"]
 
-# What of the run this part may take.
+# The share of the run that this part may take.
 SECONDS_MAX = 100.0
 ROUNDS, SECONDS = 3, 0.5
 QUICK_ROUNDS, QUICK_SECONDS = 1, 0.3
-# A slice in which the load did not keep up is taken once more, but so many in a round at most.
+# A slice in which the load did not keep up is repeated, at most this often in a round.
 AGAIN_MAX = 2
-# There are few calls in it, and p99 is of them.
+# The slice has few calls, and p99 must be computed from them.
 UNLOADED_LONGER = 2.0
-# How much the traffic that is looked at has of its own capacity, while the other one floods.
+# The load of the measured traffic, as a share of its own capacity, while the other one floods.
 MODERATE = 0.5
 FLOOD = 10.0
-# How each server differs from what it is by default.
+# Each server's settings that differ from the defaults.
 SERVERS: Mapping[str, Mapping[str, str]] = {
     "native": {"TRANSPORT": "native"},
     "grpcio": {"TRANSPORT": "grpcio"},
@@ -42,7 +42,7 @@ SERVERS: Mapping[str, Mapping[str, str]] = {
 
 
 def cases(rows: Sequence[Row], only: str) -> list[Case]:
-    """Return what `--only` leaves of the cases. `rows` are all rows of the table of calls."""
+    """Return the cases that `--only` selects. `rows` are all rows of the table of calls."""
     by_key = {row.key: row for row in rows}
     warm = by_key["Verify, warm", "native", IN_FLIGHT]
     create = by_key["Create", "native", CREATES_IN_FLIGHT]
@@ -58,10 +58,10 @@ def cases(rows: Sequence[Row], only: str) -> list[Case]:
 
 
 def measure(bench: Bench, chosen: Sequence[Case]) -> list[Result]:
-    """Measure the cases in rounds; leave out the rounds that there is no time for.
+    """Measure the cases in rounds; skip the rounds for which there is no time.
 
-    A case that a server breaks down under, or answers wrongly, is not measured any further, and
-    its result says why.
+    A case in which the server breaks down or answers wrongly is not measured any further, and its
+    result says why.
     """
     results = [Result(case) for case in chosen]
     if not chosen:
@@ -102,8 +102,7 @@ def measure(bench: Bench, chosen: Sequence[Case]) -> list[Result]:
 
 
 def _round(result: Result, slicer: Slicer, order: random.Random, again: int) -> int:
-    """Take one slice of each load of a case, in an order of their own. Return what is left of
-    `again`."""
+    """Take one slice of each load of a case, in random order. Return the rest of `again`."""
     case = result.case
     bounded = slicer.bounded(case.row)
     rates: dict[str, list[tuple[Row, float]]]

@@ -1,4 +1,4 @@
-"""What came out of overload: a table of what became of the calls, and figures with bounds."""
+"""The results of overload: a table of the calls' outcomes, and figures with bounds."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ __all__ = [
     "lines",
 ]
 
-# By name: so many times what the server does with a bounded number in flight.
+# By name: a multiple of the server's rate with a bounded number in flight.
 UNLOADED, TENFOLD = "0.1×", "10×"
 LOADS = {UNLOADED: 0.1, "1×": 1.0, "2×": 2.0, TENFOLD: 10.0}
 # Half of it, without and with the other traffic's flood.
@@ -38,34 +38,34 @@ RSS_TIMES_MAX = 1.05
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Calls of one row by itself, or at a moderate rate beside a flood of another's."""
+    """Calls of one row alone, or at a moderate rate beside a flood of another's."""
 
     row: Row
     beside: Row | None = None
 
     @property
     def name(self) -> str:
-        """What it is called in the table."""
+        """Return its name in the table."""
         flood = "" if self.beside is None else f" beside {_short_name(self.beside)}"
         return f"{self.row.name if self.beside is None else _short_name(self.row)}{flood}"
 
     @property
     def title(self) -> str:
-        """What `--only` looks at."""
+        """Return the title that `--only` matches."""
         return f"overload {self.name} {self.row.transport}"
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Slices of one case, by load, and what the server did with a bounded number of calls in
-    flight, by which the loads were chosen; calls per second."""
+    """Slices of one case by load, and the server's rate with a bounded number of calls in flight,
+    from which the loads were derived; calls per second."""
 
     bounded: float
     seen: dict[str, Seen]
 
     @property
     def peak(self) -> float:
-        """The most that it did: a moment in which the neighbours were busy is no peak."""
+        """Return its maximum rate, because a moment with busy neighbours does not show the peak."""
         return max(self.bounded, *(seen.outcome.goodput for seen in self.seen.values()))
 
 
@@ -75,12 +75,12 @@ class Result:
 
     case: Case
     rounds: list[Round] = field(default_factory=list)
-    # Why there is no more of it.
+    # Why there are no further rounds.
     errors: list[str] = field(default_factory=list)
 
 
 def figures(results: Sequence[Result]) -> list[Figure]:
-    """Return what there is to reach, and health checks' p99."""
+    """Return the figures with bounds, and the health checks' p99."""
     results = [result for result in results if result.rounds]
     found: list[Figure] = []
     for result in results:
@@ -131,7 +131,7 @@ def _health(results: Sequence[Result]) -> Iterator[Figure]:
         ]
         name = f"health checks during floods, {transport}"
         answered = [check.tally.ok / check.offered for check in checks]
-        # Of all together, and not a median: each is to be answered.
+        # Over all of them and not a median, because each must be answered.
         share = sum(c.tally.ok for c in checks) / sum(c.offered for c in checks)
         yield Figure(
             *(f"{name}, answered SERVING", "times", share, min(answered), max(answered)),

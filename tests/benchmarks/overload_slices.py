@@ -1,4 +1,4 @@
-"""One slice of overload: calls that come to a server at a rate, and what was seen of it."""
+"""One slice of overload: calls that arrive at a server at a given rate, and the measurements."""
 
 import itertools
 import math
@@ -17,27 +17,28 @@ from tests.benchmarks.rows import Row
 __all__ = ["Seen", "Slicer"]
 
 WARM_UP_SECONDS = 0.25
-# As many as the most that a client of several connections has; a service's replicas together.
+# As many as the largest client with several connections has, or all replicas of a service.
 CONNECTIONS = 4
-# Of the client library's verifies; for all calls here, so that no slice has to wait for long.
+# The time-out of the client library's verifies, here for all calls, so that no slice has to wait
+# for long.
 TIMEOUT_SECONDS = 1.0
 HEALTH_PER_S = 100.0
-# Of the calls that are bounded in flight: so many times what it did the last time.
+# Length of a bounded slice, as a multiple of the last rate.
 ENOUGH = 3.0
 # SERVING.
 _SERVING = b"\x08\x01"
-# A server has settled when in so many looks, one after the other, it and Postgres took less than
-# this share of a core.
+# A server has settled when, in this many consecutive samples, it and Postgres used less than this
+# share of a core.
 SETTLED_SHARE, LOOKS, LOOK_SECONDS = 0.25, 2, 0.03
 SETTLE_SECONDS_MAX = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What was seen of one slice. Bytes of RSS at its end, with calls still coming."""
+    """The measurements of one slice. Bytes of RSS at its end, while calls still arrive."""
 
     outcome: Outcome
-    # Other traffic that came at the same time.
+    # Other traffic at the same time.
     beside: Outcome | None
     health: Outcome
     rss: int
@@ -56,12 +57,12 @@ class Slicer:
     server: Server
     postmaster: int
     seconds: float
-    # What each row did the last time.
+    # Each row's last rate.
     _rough: dict[tuple[str, str, int], float] = field(default_factory=dict, repr=False)
 
     def bounded(self, row: Row) -> float:
-        """Return how many calls to a second the server does when it is given enough, but no more
-        at once than it likes: twice what the row has in flight. Raises as `slice` does."""
+        """Return the server's calls per second with enough load, but no more concurrent calls than
+        it handles well: twice the row's number in flight. Raises as `slice` does."""
         rough = self._rough.get(row.key) or self._closed(row, row.in_flight, 0.1, 0.2).calls / 0.2
         at_once = math.ceil(2 * row.in_flight / CONNECTIONS)
         seen = self.slice([(row, max(1.0, rough) * ENOUGH)], in_flight_max=at_once)
@@ -77,8 +78,8 @@ class Slicer:
         longer: float = 1.0,
         in_flight_max: int = UNLIMITED,
     ) -> Seen:
-        """Have calls come at so many a second, of one row or of two, with health checks beside
-        them. Raises RuntimeError at a wrong answer, LoadError and OSError."""
+        """Send calls of one row or of two at these rates per second, with health checks besides.
+        Raises RuntimeError at a wrong answer, LoadError and OSError."""
         self.settle(rates[0][0])
         traffics = [
             Traffic(
@@ -127,10 +128,10 @@ class Slicer:
         )
 
     def settle(self, row: Row) -> None:
-        """Wait until what came before is done with: a call is answered, and then little is done.
+        """Wait until earlier load is finished: a call is answered, and then the server is nearly
+        idle.
 
-        A flood leaves behind calls that were given up, and what they take is none of the next
-        slice's.
+        A flood leaves behind abandoned calls, whose cost must not count in the next slice.
         """
         self._closed(row, 1, 0.0, 0.0)
         cpu = processes.meter(self.server, self.postmaster)

@@ -1,4 +1,4 @@
-"""The processes under measurement: where they run, how they start and end, what CPU they took."""
+"""The measured processes: their cores, start and end, and CPU time."""
 
 import contextlib
 import ctypes
@@ -41,7 +41,7 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """Which core each part has."""
+    """The core of each part."""
 
     server: int
     load: int
@@ -50,19 +50,19 @@ class Cores:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that is up: where it listens, and the processes that serve."""
+    """A running server: its address, and the processes that serve."""
 
     address: str
     workers: tuple[int, ...]
 
     @property
     def pid(self) -> int:
-        """The process that serves, or the first of them."""
+        """Return the process that serves, or the first of them."""
         return self.workers[0]
 
 
 class Child:
-    """A script that is told and tells by lines, and ends when it is told nothing any more."""
+    """A script that is controlled by lines on standard input, and ends when the input closes."""
 
     def __init__(self, name: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
         self._name = name
@@ -72,7 +72,7 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Its process."""
+        """Return its process."""
         return self._process.pid
 
     def tell(self, line: str) -> None:
@@ -96,21 +96,21 @@ class Child:
         return line.decode()
 
     def freeze(self) -> None:
-        """Stop it where it is (SIGSTOP)."""
+        """Suspend it (SIGSTOP)."""
         os.kill(self.pid, signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let it go on."""
+        """Resume it (SIGCONT)."""
         os.kill(self.pid, signal.SIGCONT)
 
     def dismiss(self) -> None:
-        """Tell it nothing any more."""
+        """Close its standard input."""
         assert self._process.stdin is not None, "it is a pipe"
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
 
     def end(self) -> None:
-        """Let it end by itself, and end it if it does not."""
+        """Let it end by itself, and kill it if it does not."""
         if self._process.poll() is None:
             self.thaw()
         self.dismiss()
@@ -120,10 +120,10 @@ class Child:
 def cores(placing: str) -> Cores:
     """Choose the cores. `placing` says where Postgres runs: `load`, `server` or `auto`.
 
-    The figure asked for is what one core of Latchkey does, so the server has a core of its own,
-    and Postgres, which in production is on another machine, is not on it. With a third core it
-    has that one. With two it shares the load's, which is idle three quarters of the time; on the
-    server's it would take time from the core that is being measured.
+    The benchmark measures one core of Latchkey, so the server has a dedicated core without
+    Postgres, which in production is on another machine. If there is a third core, Postgres has it.
+    With two, it shares the load's core, which is idle three quarters of the time; on the server's
+    core it would take time from the measurement.
     """
     available = sorted(os.sched_getaffinity(0))
     if len(available) < 2:
@@ -135,7 +135,7 @@ def cores(placing: str) -> Cores:
 
 @contextlib.contextmanager
 def _on(cores: Collection[int]) -> Iterator[None]:
-    """Run the block on some cores, and for good what it starts."""
+    """Run the block on certain cores; processes that it starts stay there."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -161,8 +161,7 @@ def postgres(data_dir: Path, core: int) -> Iterator[tuple[str, int]]:
 def latchkey(
     scratch: Path, name: str, settings: Mapping[str, str], cores: Collection[int]
 ) -> Iterator[Server]:
-    """Run the service as its users do, with one worker if not told otherwise; yield it when it
-    answers."""
+    """Run the service as its users do, with one worker by default; yield it once it answers."""
     environment = {
         "LATCHKEY_LISTEN": "127.0.0.1:0",
         "LATCHKEY_DATA_DIR": str(scratch / "unused"),
@@ -210,10 +209,11 @@ def child(
 
 
 def meter(server: Server, postmaster: int) -> Callable[[], tuple[float, ...]]:
-    """Return what tells the CPU seconds used so far by the server and by all of Postgres.
+    """Return a function that reads the CPU seconds used so far by the server and by all of
+    Postgres.
 
-    Backends that came or went between two readings distort the second figure by what they took
-    to come or go; pooled connections live longer than a stretch.
+    Backends that start or end between two readings distort the second figure by their start-up or
+    shut-down; pooled connections live longer than a stretch.
     """
 
     def read() -> tuple[float, ...]:
@@ -224,9 +224,9 @@ def meter(server: Server, postmaster: int) -> Callable[[], tuple[float, ...]]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the CPU that a process has used so far; 0 if it is gone."""
-    # clock_getcpuclockid(3), whose number has this form on Linux: nanoseconds, where /proc's stat
-    # counts in hundredths of a second.
+    """Return the CPU time that a process has used so far; 0 if it is gone."""
+    # clock_getcpuclockid(3), whose number has this form on Linux: nanoseconds, whereas /proc's stat
+    # counts hundredths of a second.
     try:
         return time.clock_gettime((~pid << 3) | 2)
     except OSError:
@@ -235,7 +235,7 @@ def cpu_seconds(pid: int) -> float:
 
 @contextlib.contextmanager
 def spread(postmaster: int, cores: Collection[int]) -> Iterator[None]:
-    """Let Postgres run on these cores for the block, and then where it was."""
+    """Let Postgres run on these cores for the block, and then on its previous ones."""
     before = os.sched_getaffinity(postmaster)
     try:
         _move(postmaster, cores)
@@ -245,7 +245,7 @@ def spread(postmaster: int, cores: Collection[int]) -> Iterator[None]:
 
 
 def _move(postmaster: int, cores: Collection[int]) -> None:
-    # The postmaster first: whom it starts meanwhile is where it is.
+    # The postmaster first, because its new children inherit its cores.
     for pid in (postmaster, *_children(postmaster)):
         with contextlib.suppress(ProcessLookupError):
             os.sched_setaffinity(pid, cores)
@@ -264,7 +264,7 @@ def _started(
     environment: Mapping[str, str],
     cores: Collection[int],
 ) -> Iterator[tuple[str, int]]:
-    """Run a process that prints where it serves; yield that and its pid; end it."""
+    """Run a process that prints its address; yield the address and its pid; end it."""
     output = scratch / f"{name}.out"
     with output.open("wb") as out, (scratch / f"{name}.log").open("wb") as log, _on(cores):
         process = subprocess.Popen(
@@ -274,7 +274,7 @@ def _started(
             stderr=log,
             cwd=scratch,
             env=_environment(environment),
-            # Ctrl-C is for this process, which ends the others in order.
+            # Ctrl-C goes to this process, which ends the others in order.
             start_new_session=True,
             preexec_fn=_end_with_parent(),
         )
@@ -286,7 +286,7 @@ def _started(
 
 
 def _ended(process: "subprocess.Popen[bytes]") -> None:
-    """Wait for the end of a process that has been told, and in the end for no longer."""
+    """Wait, within a bound, for the end of a process that was asked to end."""
     try:
         process.wait(STOP_SECONDS_MAX)
     except subprocess.TimeoutExpired:
@@ -295,7 +295,8 @@ def _ended(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """Return it without what the developer's shell or a .env file sets for servers."""
+    """Return the environment without the developer's shell variables and .env settings for
+    servers."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
     return {**inherited, **settings}
 

@@ -1,4 +1,4 @@
-"""What came out: medians and ranges over the rounds, the targets, the table, the JSON."""
+"""The results: medians and ranges over the rounds, the targets, the table, the JSON."""
 
 import importlib.metadata
 import os
@@ -33,7 +33,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Something to reach: the median over the rounds, their range, and the bounds."""
+    """A target: the median over the rounds, their range, and the bounds."""
 
     name: str
     value: float
@@ -44,7 +44,7 @@ class Target:
 
     @property
     def met(self) -> bool:
-        """Tell whether the median is within the bounds."""
+        """Return whether the median is within the bounds."""
         return (self.at_least is None or self.value >= self.at_least) and (
             self.at_most is None or self.value <= self.at_most
         )
@@ -53,8 +53,8 @@ class Target:
 def targets(results: Results, sizes: Sizes) -> list[Target]:
     """Return the targets whose rows were measured.
 
-    Ratios are taken within each round, whose slices had much the same neighbours, and then the
-    median: so the machine's moods over the minutes fall out.
+    Ratios are computed within each round, whose slices had similar interference, and then the
+    median is taken: so slow variation of the machine cancels out.
     """
     warm, reading, ceiling = "Verify, warm", "Verify, reading", "constant reply"
     small, large = (f"Verify among {size:,}, reading" for size in (sizes.small, sizes.large))
@@ -165,7 +165,7 @@ def as_json(
     failures: Mapping[Key, int],
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return what goes into the file. Rows are medians, and [least, greatest] as `ranges`."""
+    """Return the content of the file. Rows are medians, with [least, greatest] as `ranges`."""
     return {
         "rows": [
             {
@@ -193,7 +193,8 @@ def as_json(
 
 
 def _machine() -> dict[str, Any]:
-    """Return what the figures depend on. Nothing that tells whose machine it is."""
+    """Return the machine's properties that affect the figures, without anything that identifies its
+    owner."""
     cpu = platform.machine()
     for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
         if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""What is measured: each row's server, calls and way to look at the answers."""
+"""The measured rows: each one's server, calls and check of the answers."""
 
 import itertools
 import random
@@ -24,22 +24,22 @@ __all__ = [
     "rows",
 ]
 
-# Tells of a request and its answer, both serialised, whether it is the right one.
+# Returns whether an answer fits its request, both serialised.
 Check = Callable[[bytes, bytes], bool]
 
 TRANSPORTS = ("native", "grpcio")
-# As of a service that verifies one of its own calls at a time, and of a busy one.
+# As in a service that verifies one of its own calls at a time, and in a busy one.
 ONE, IN_FLIGHT = 1, 64
 BATCH = 100
-# Fewer than a server's memory holds by default, so that none of them falls out.
+# Fewer than a server caches by default, so that none of them is evicted.
 WARM_SECRETS = 50_000
-# Batches that are asked in turn: 100,000 secrets in all.
+# Batches that are sent in turn: 100,000 secrets in all.
 BATCHES = 1_000
 # As many as the service has connections for.
 CREATES_IN_FLIGHT = 10
 BATCHES_IN_FLIGHT = 10
 SERVICE = "/latchkey.v1.TokenService/"
-# Servers without a memory, by the database that they read.
+# Servers without a cache, by the database that they read.
 READING = {"usual": "reading", "small": "small", "large": "large"}
 # The first bytes of right answers: field 1 VALID and field 2, or field 1 as a message.
 _VALID, _FIELD_1 = b"\x08\x01\x12", b"\x0a"
@@ -47,7 +47,7 @@ _VALID, _FIELD_1 = b"\x08\x01\x12", b"\x0a"
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How many tokens there are: for most rows, and for the two that tell whether it matters."""
+    """The number of tokens: for most rows, and for the two that show whether it matters."""
 
     usual: int
     small: int
@@ -58,7 +58,7 @@ class Sizes:
 class Row:
     """One line of the table.
 
-    `server` names the process. `requests` goes on from slice to slice. Rows of one `group` are
+    `server` names the process. `requests` continues from slice to slice. Rows of one `group` are
     compared with each other, and so are measured one right after the other.
     """
 
@@ -74,15 +74,15 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """What tells the row from the others."""
+        """Return the row's unique key."""
         return self.name, self.transport, self.in_flight
 
 
 def rows(seeded: Mapping[str, Seeded], sizes: Sizes) -> list[Row]:
     """Return all rows. `seeded` has the databases: usual, small, large.
 
-    "warm" is answered from the server's memory, as it is run by default; "reading" is by a server
-    that has none, so that each verify is a look-up in Postgres.
+    "warm" is answered from the server's cache, as by default; "reading" uses a server without a
+    cache, so that each verify is a look-up in Postgres.
     """
     usual = seeded["usual"]
     found = []
@@ -185,7 +185,8 @@ def _batches(seeded: Seeded) -> list[bytes]:
 
 
 def _creates() -> Iterator[bytes]:
-    # An account of their own: List's has the number of tokens that it is measured at.
+    # In a separate account, because List's account has exactly the number of tokens for its
+    # measurement.
     for number in itertools.count():
         yield pb.CreateRequest(
             account_id="bench-create", name=f"token {number}", scope=pb.SCOPE_READ

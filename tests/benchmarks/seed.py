@@ -1,4 +1,4 @@
-"""Databases full of tokens, made by COPY with the service's own keys."""
+"""Databases full of tokens, created by COPY with the service's own keys."""
 
 import math
 import os
@@ -16,9 +16,9 @@ from latchkey_service.tokens.token_store import PageStart
 __all__ = ["ACCOUNT", "Seeded", "seed"]
 
 ACCOUNT = "bench"
-# Rows to a COPY: what fits in memory many times over.
+# Rows per COPY: a small part of memory.
 CHUNK = 50_000
-# Of the secrets that were minted, as many are kept to ask for.
+# How many of the minted secrets are kept for the calls.
 SECRETS_MAX = 100_000
 NEWEST = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -27,7 +27,7 @@ NEWEST = datetime(2026, 1, 1, tzinfo=UTC)
 class Seeded:
     """A database with `tokens` live tokens of ACCOUNT, a second apart, READ, without expiry.
 
-    `secrets` are pairs of secret and token id in no order: all of them, or a sample.
+    `secrets` are pairs of secret and token ID in random order: all of them, or a sample.
     """
 
     url: str
@@ -43,9 +43,9 @@ class Seeded:
 async def seed(
     postgres_url: str, name: str, tokens: int, keyring: Keyring, secrets_file: Path | None = None
 ) -> Seeded:
-    """Make a database on the cluster and fill it. Takes some 30 s for a million tokens.
+    """Create a database on the cluster and fill it. Takes about 30 s for a million tokens.
 
-    `secrets_file` gets all secrets, a line each: a sample is what is kept in memory.
+    `secrets_file` receives all secrets, one a line, because memory keeps only a sample.
     """
     name = f"bench_{name}"
     connection = await asyncpg.connect(postgres_url)
@@ -69,8 +69,8 @@ async def seed(
             if secrets_file is not None:
                 with secrets_file.open("a", encoding="ascii") as file:
                     file.writelines(f"{secret}\n" for secret, _ in filled)
-        # None may run while one row is measured and another is not. Statistics do not change
-        # enough during the run to matter.
+        # No autovacuum may run while one row is measured and not while another is. Statistics do
+        # not change enough during the run to matter.
         for table in ("token", "secret", "head"):
             await connection.execute(f"ALTER TABLE {table} SET (autovacuum_enabled = false)")
         await connection.execute("VACUUM (ANALYZE)")
@@ -82,7 +82,7 @@ async def seed(
 async def _fill(
     connection: "asyncpg.Connection[asyncpg.Record]", numbers: range, total: int, keyring: Keyring
 ) -> list[tuple[str, str]]:
-    """Add the tokens of these numbers, oldest first; return each one's secret and id."""
+    """Add the tokens with these numbers, oldest first; return each one's secret and ID."""
     minted = [keyring.mint("lk", os.urandom) for _ in numbers]
     await connection.copy_records_to_table(
         "token",
@@ -115,10 +115,10 @@ async def _fill(
 
 
 def _id(number: int) -> str:
-    """Return an id of the length and order of the service's own."""
+    """Return an ID with the length and order of the service's own."""
     return f"tok_{number:026}"
 
 
 def _create_time(number: int, total: int) -> datetime:
-    # Microseconds as now() has them: whole seconds would make shorter answers.
+    # Microseconds as in now(): whole seconds would make shorter answers.
     return NEWEST - timedelta(seconds=total - number, microseconds=number * 7919 % 1_000_000)

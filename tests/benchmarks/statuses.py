@@ -1,9 +1,9 @@
-"""gRPC's status of a call from the headers that it ended with, without decoding the others.
+"""gRPC's status of a call from its final headers, without decoding the other fields.
 
-Failed calls carry a request id of their own, so no two blocks of headers are alike, and a full
-HPACK decoder takes longer for one than a server for the call. The loads ask for a table of no
-entries (RFC 7541 §4.2), which makes each block readable by itself: fields are stepped over by
-their lengths, and one is looked at.
+Each failed call carries a unique request ID, so no two header blocks are alike, and a full HPACK
+decoder takes longer for one block than a server for the call. The loads request a table without
+entries (RFC 7541 §4.2), which makes each block readable by itself: fields are skipped by their
+lengths, and only one is read.
 """
 
 __all__ = [
@@ -16,26 +16,26 @@ __all__ = [
 ]
 
 OK, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAVAILABLE = 0, 4, 8, 14
-# The blocks of calls that succeed, and of a connection's first call, are few; these are enough.
+# The blocks of successful calls, and of a connection's first call, are few; these are enough.
 KNOWN_MAX = 256
 STATIC_ENTRIES = 61
-# RFC 7541 appendix B: how a digit is written, in bits; and the name, as it stands in a block.
+# RFC 7541 appendix B: the bits of a digit; and the name, as it is encoded in a block.
 _DIGITS = ("00000", "00001", "00010", *(f"{n:06b}" for n in range(0b011001, 0b100000)))
 _NAMES = (b"grpc-status", bytes.fromhex("9acac8b21234da8f"))
 
 
 class HeaderError(Exception):
-    """A block of headers is not as it should be."""
+    """A header block is invalid."""
 
 
 class Statuses:
-    """Reads blocks. It knows those that it has seen, while they are few."""
+    """Reads header blocks. It remembers the ones that it has seen, while they are few."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, int | None] = {}
 
     def read(self, block: bytes) -> int | None:
-        """Return the status in a block of headers, None if it has none. Raises HeaderError."""
+        """Return the status in a header block, None if it has none. Raises HeaderError."""
         try:
             return self._known[block]
         except KeyError:
@@ -46,8 +46,8 @@ class Statuses:
 
 
 def _read(block: bytes) -> int | None:
-    """RFC 7541 §6. The field is never in a table: it is not among the static ones, and there are
-    no others."""
+    """Read a block, RFC 7541 §6. The field is never in a table: it is not among the static entries,
+    and there are no others."""
     position, found = 0, None
     try:
         while position < len(block):
@@ -58,7 +58,7 @@ def _read(block: bytes) -> int | None:
                 if size:
                     raise HeaderError("the server keeps a table though told not to")
                 continue
-            # Indexed; literal that would be kept; literal that is not.
+            # Indexed; literal with indexing; literal without.
             bits = 7 if first & 0x80 else 6 if first & 0x40 else 4
             index, position = _integer(block, position, bits)
             if index > STATIC_ENTRIES:
@@ -107,13 +107,13 @@ def _integer(block: bytes, position: int, bits: int) -> tuple[int, int]:
 
 
 def _huffman(digits: str) -> bytes:
-    """RFC 7541 §5.2: filled up with ones."""
+    """Encode a value, RFC 7541 §5.2, padded with ones."""
     bits = "".join(_DIGITS[int(digit)] for digit in digits)
     bits += "1" * (-len(bits) % 8)
     return int(bits, 2).to_bytes(len(bits) // 8, "big")
 
 
-# What the value may be: as it is, and by Huffman's code.
+# The possible values, plain and Huffman-coded.
 _VALUES = (
     {str(status).encode(): status for status in range(17)},
     {_huffman(str(status)): status for status in range(17)},

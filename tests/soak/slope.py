@@ -18,7 +18,7 @@ BLOCKS_MIN = 8
 Z = 2.576
 
 Point = tuple[float, float]
-"""Seconds, and what was there then."""
+"""Seconds, and the value at that time."""
 
 
 @dataclass(frozen=True)
