@@ -40,8 +40,7 @@ for name in [name for name in os.environ if name.startswith("LATCHKEY_")]:
 # As in a worker, and before any gRPC object is created.
 tls.allow_only_tls_1_3()
 
-# As hypothesis does in CI, but with all other settings the same everywhere: a busy machine is not a
-# bug.
+# hypothesis' own settings for CI, which apply everywhere here: a busy machine is not a bug.
 hypothesis.settings.register_profile(
     "latchkey", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )

@@ -114,7 +114,7 @@ async def outcome(call: Awaitable[Any]) -> Outcome:
     return Outcome(grpc.StatusCode.OK, time.monotonic() - start, response)
 
 
-def told_alone(timeout: float | None) -> dict[str, Any]:
+def server_only_deadline(timeout: float | None) -> dict[str, Any]:
     """Send the server a deadline that this side does not enforce, because the test checks whether
     the server answers by then, and not whether a busy caller notices in time."""
     if timeout is None:

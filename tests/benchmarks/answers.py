@@ -119,7 +119,7 @@ def remember(address: str, secrets: Sequence[tuple[str, str]]) -> None:
                 pb.BatchVerifyRequest(requests=requests), timeout=CALL_SECONDS_MAX
             )
             if [response.token.id for response in answer.responses] != [i for _, i in some]:
-                raise RuntimeError("BatchVerify: not the tokens that were asked for")
+                raise RuntimeError("BatchVerify: not the requested tokens")
 
 
 class Verified:

@@ -56,7 +56,7 @@ def _read(block: bytes) -> int | None:
                 # A new size of the table.
                 size, position = _integer(block, position, 5)
                 if size:
-                    raise HeaderError("the server keeps a table though told not to")
+                    raise HeaderError("the server keeps a table although the client disabled it")
                 continue
             # Indexed; literal with indexing; literal without.
             bits = 7 if first & 0x80 else 6 if first & 0x40 else 4

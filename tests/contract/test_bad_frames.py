@@ -72,7 +72,7 @@ async def test_invalid_utf8_is_not_logged(address, logs):
     written = logs.getvalue()
     assert CREDENTIAL[4:40] not in written
     if "grpc" in written:
-        assert "UnicodeDecodeError" in written, "what happened is told"
+        assert "UnicodeDecodeError" in written, "the failure is logged"
 
 
 async def test_rejected_frames_do_not_fill_the_log(tmp_path: Path, database_url: str):

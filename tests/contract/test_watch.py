@@ -196,7 +196,7 @@ async def test_a_client_that_never_confirms_delays_one_delete_by_its_lease(
     events: list[Any] = []
     hearing = asyncio.create_task(keep_hearing(client, events))
     deleting = asyncio.create_task(delete(stub, tokens[0]))
-    await eventually(lambda: events, "the client hears of the deletion")
+    await eventually(lambda: events, "the client receives the deletion")
     claims = DODGES[dodge](known)
     while not deleting.done():
         client.number += 1
@@ -240,7 +240,7 @@ async def test_status_and_log_name_the_client_a_delete_waits_for(
         async def nobody() -> bool:
             return not await waited_for()
 
-        await eventually(nobody, "the status names nobody")
+        await eventually(nobody, "the status names no client")
     (name,) = names
     # Without a policy callers have no names. `native` forwards streams over its UNIX socket, so
     # their addresses are unknown there; the description that the client sends is known.

@@ -22,8 +22,8 @@ from tests.support import (
     eventually,
     is_serving,
     outcome,
+    server_only_deadline,
     service,
-    told_alone,
 )
 
 __all__ = [
@@ -68,7 +68,7 @@ class Host:
 
     async def call(self, method: str, request: Any, seconds: float = CALL_SECONDS_MAX) -> Outcome:
         """Make one attempt at a call."""
-        return await outcome(getattr(self._stub, method)(request, **told_alone(seconds)))
+        return await outcome(getattr(self._stub, method)(request, **server_only_deadline(seconds)))
 
     async def insist(self, method: str, request: Any, seconds: float = CALL_SECONDS_MAX) -> Any:
         """Repeat a call while the service is unavailable, and return its response."""

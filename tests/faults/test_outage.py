@@ -23,9 +23,9 @@ from tests.support import (
     eventually,
     is_serving,
     outcome,
+    server_only_deadline,
     service,
     session,
-    told_alone,
 )
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ async def test_a_pile_up_during_a_freeze_is_answered_in_time(
         address = await running.welcome()
         running.favour()
         async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-            call = calling(pb_grpc.TokenServiceStub(channel), unknown, told_alone)
+            call = calling(pb_grpc.TokenServiceStub(channel), unknown, server_only_deadline)
             await eventually(lambda: all_work(call), "all calls work")
 
             async def later(begins: float, method: str, timeout: float | None) -> Outcome:  # noqa: ASYNC109 - the call's

@@ -30,8 +30,8 @@ from tests.support import (
     BreakablePostgres,
     Service,
     eventually,
+    server_only_deadline,
     service,
-    told_alone,
 )
 
 pytestmark = [
@@ -94,7 +94,7 @@ class Asker:
 
     async def __call__(self, kind: str) -> Any:
         stub: Any = next(self._stubs)
-        within = told_alone(DEADLINE_SECONDS)
+        within = server_only_deadline(DEADLINE_SECONDS)
         if kind == "remembered":
             answer = await stub.Verify(pb.VerifyRequest(secret=self.secret), **within)
             assert answer.verdict == pb.VERDICT_VALID

@@ -380,7 +380,7 @@ async def test_denials_do_not_flood() -> None:
     assert log.record(admin, "PERMISSION_DENIED", "METHOD_DENIED")
     assert all(log.record(admin, "OK", "") for _ in range(100))
     writer = asyncio.create_task(log.run())
-    await eventually(lambda: len(table.written) == SAMPLE_MAX + 102, "what has an entry is there")
+    await eventually(lambda: len(table.written) == SAMPLE_MAX + 102, "the entries are in the table")
     clock[0] = 60.0
     await eventually(lambda: len(table.written) == SAMPLE_MAX + 103, "the rest is counted")
     rest = table.written[-1]

@@ -112,12 +112,12 @@ def write(path: Path, text: str) -> None:
     other.replace(path)
 
 
-def told(service: Service, event: str) -> list[dict[str, Any]]:
+def logged(service: Service, event: str) -> list[dict[str, Any]]:
     """Return the log lines about this."""
     return [line for line in service.log if line["event"] == event]
 
 
-async def started_anew(service: Service, pid: int) -> None:
+async def kill_and_await_successor(service: Service, pid: int) -> None:
     """Kill a worker and wait for its successor."""
     before = len(service.worker_pids)
     os.kill(pid, signal.SIGKILL)
@@ -193,20 +193,26 @@ async def test_a_changed_policy_takes_effect_while_running(
         await eventually(lambda: all_answer(grpc.StatusCode.OK), "all may call")
         write(policy, WITHOUT_VERIFIER)
         os.kill(service.pid, signal.SIGHUP)
-        await eventually(lambda: all_answer(grpc.StatusCode.UNAUTHENTICATED), "nobody may call")
+        await eventually(
+            lambda: all_answer(grpc.StatusCode.UNAUTHENTICATED), "no caller is allowed"
+        )
         write(policy, policy_text())
         await eventually(lambda: all_answer(grpc.StatusCode.OK), "all may call again")
         write(policy, WITHOUT_VERIFIER)
-        await eventually(lambda: all_answer(grpc.StatusCode.UNAUTHENTICATED), "nobody may call")
+        await eventually(
+            lambda: all_answer(grpc.StatusCode.UNAUTHENTICATED), "no caller is allowed"
+        )
 
         write(policy, BROKEN)
         os.kill(service.pid, signal.SIGHUP)
 
-        await eventually(lambda: told(service, "policy rejected"), "it says what is wrong")
-        assert "line 2: callers.a.roles" in told(service, "policy rejected")[0]["error"]
+        await eventually(lambda: logged(service, "policy rejected"), "it says what is wrong")
+        assert "line 2: callers.a.roles" in logged(service, "policy rejected")[0]["error"]
         for pid in service.worker_pids[:2]:
-            await started_anew(service, pid)
-        await eventually(lambda: all_answer(grpc.StatusCode.UNAUTHENTICATED), "nobody may call")
+            await kill_and_await_successor(service, pid)
+        await eventually(
+            lambda: all_answer(grpc.StatusCode.UNAUTHENTICATED), "no caller is allowed"
+        )
         write(policy, policy_text())
         await eventually(lambda: all_answer(grpc.StatusCode.OK), "the new ones take a policy too")
     assert service.ended_with() is None
@@ -225,9 +231,9 @@ async def test_a_policy_that_changes_while_a_worker_starts(
     os.kill(service.worker_pids[0], signal.SIGKILL)
     new = await hold.one(service)
     write(policy, WITHOUT_VERIFIER)
-    await eventually(lambda: told(service, "policy in force"), "the other worker has it")
+    await eventually(lambda: logged(service, "policy in force"), "the other worker has it")
     write(policy, BROKEN)
-    await eventually(lambda: told(service, "policy rejected"), "it says what is wrong")
+    await eventually(lambda: logged(service, "policy rejected"), "it says what is wrong")
     hold.off(new)
     await eventually(lambda: new.pid in service.worker_pids, "the new worker serves")
 
@@ -260,7 +266,7 @@ async def test_a_policy_that_changes_while_a_worker_stops(run: Run, policy: Path
 
         await eventually(is_unknown, "the caller is unknown")
         assert len(service.worker_pids) == 1
-        assert not told(service, "worker exited")
+        assert not logged(service, "worker exited")
         await watcher.say(released=True)
 
 
@@ -286,7 +292,7 @@ async def test_a_restarted_worker_has_the_settings_of_the_start(
         b"\xff\n",
     ):
         (where / ".env").write_bytes(text)
-        await started_anew(service, service.worker_pids[-1])
+        await kill_and_await_successor(service, service.worker_pids[-1])
         async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
             await eventually(partial(is_serving, channel), "health is up")
             assert await verify(channel) is grpc.StatusCode.UNAUTHENTICATED
@@ -476,9 +482,9 @@ def test_policy_check_uses_the_services_policy(folder: Path) -> None:
 )
 def test_wrong_arguments_of_a_policy_command(arguments: tuple[str, ...], mistake: str) -> None:
     """A wrong argument is reported with the expected form, under the command's own name."""
-    told = policy_command(*arguments)
-    assert (told.returncode, told.stdout) == (2, "")
-    assert told.stderr.splitlines() == [
+    done = policy_command(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
         f"latchkey: policy: {mistake}",
         "usage: latchkey policy new-caller NAME",
         "       latchkey policy check [FILE]",

@@ -26,7 +26,14 @@ from latchkey_service.tokens.batched_lookup import Lookup
 from latchkey_service.tokens.verifier import ABSENT_DIGEST
 
 from tests.conftest import make_settings, serving
-from tests.support import CHANNEL_OPTIONS, WAIT_SECONDS, eventually, outcome, session, told_alone
+from tests.support import (
+    CHANNEL_OPTIONS,
+    WAIT_SECONDS,
+    eventually,
+    outcome,
+    server_only_deadline,
+    session,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -288,7 +295,7 @@ async def test_a_deadline_that_is_too_short(start: Start, database_url: str) -> 
         token = (await servers.create()).token
         request = pb.DeleteRequest(account_id="acme", id=token.id)
         # Long enough to commit, and shorter than the lease.
-        end = await outcome(servers.a.Delete(request, **told_alone(2.0)))
+        end = await outcome(servers.a.Delete(request, **server_only_deadline(2.0)))
         assert end.code is grpc.StatusCode.UNAVAILABLE
         info = error_details_pb2.ErrorInfo()
         end.details[0].Unpack(info)

@@ -314,7 +314,7 @@ def test_kill_9_of_the_postmaster(server: EmbeddedPostgres) -> None:
     assert pid is not None
     assert server.poll() is None
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: server.poll() is not None, "poll() tells of the end")
+    wait_until(lambda: server.poll() is not None, "poll() reports the end")
     assert server.poll() == -signal.SIGKILL
     assert server.start() == dsn
     assert server.pid != pid
@@ -403,7 +403,7 @@ def test_start_failure_quotes_the_log(server: EmbeddedPostgres) -> None:
     pid = server.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: server.poll() is not None, "poll() tells of the end")
+    wait_until(lambda: server.poll() is not None, "poll() reports the end")
     config = server.data_dir / "postgres" / "postgresql.conf"
     text = config.read_text()
     config.write_text(text + "\nno_such_setting = 1\n")

@@ -270,7 +270,7 @@ async def test_the_guard_affects_no_other_socket(serve: Serve) -> None:
     stop = False
 
     def others() -> int:
-        """Any of them may stay: connections that are first seen at the same time have no order."""
+        """Open and close sockets as a database pool does, and check that they are intact."""
         rounds = 0
         while not stop or rounds < 100:
             rounds += 1
@@ -295,7 +295,8 @@ async def test_the_guard_affects_no_other_socket(serve: Serve) -> None:
         for _ in range(60):
             async with contextlib.AsyncExitStack() as stack:
                 raws = [await stack.enter_async_context(listener.raw()) for _ in range(6)]
-                # Whichever: of those that are seen at one time, none came first.
+                # Any of them may stay: connections that are first seen at the same time have no
+                # order.
                 left = {asyncio.create_task(raw.closed()) for raw in raws}
                 while len(left) > 2:
                     done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)

@@ -124,7 +124,7 @@ async def test_from_nothing_to_service_and_back(
     assert "Traceback" not in service.err
     again = run(data_dir=folder / "new", transport=transport)
     address = await again.welcome()
-    await eventually(lambda: is_valid(address, created.secret), "the token is there", BACK_SECONDS)
+    await eventually(lambda: is_valid(address, created.secret), "the token exists", BACK_SECONDS)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -169,7 +169,7 @@ async def test_kill_9_of_the_supervisor(run: Run, data_dir: Path) -> None:
     again = run(data_dir=data_dir, listen=address)
     assert await again.welcome() == address
     assert service.alive() == []
-    await eventually(lambda: is_valid(address, created.secret), "the token is there", BACK_SECONDS)
+    await eventually(lambda: is_valid(address, created.secret), "the token exists", BACK_SECONDS)
 
 
 async def test_kill_9_of_a_worker(

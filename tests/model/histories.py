@@ -3,8 +3,8 @@
 Rules 3, 4, 5, 8, 9 and 12. The old primary may show commits that its standby never received: their
 wait for the standby was cancelled, or crash recovery made them visible. The standby is promoted and
 continues from what it did receive, so both databases may give one revision to different changes.
-The old primary stays up. Every statement of the process, and of whoever deletes, may reach either
-database at any time: no connection has to be followed.
+The old primary stays up. Every statement of the process and of the deleter may reach either
+database at any time, so the model need not track connections.
 
 A log is a string, with a letter for each change: `o` and `O` were made on the old primary, `n` and
 `N` on the new one, and the capitals are the deletion. No letter occurs twice in one log. So the
@@ -53,13 +53,13 @@ class Lookup(NamedTuple):
     """A read on its way: sent, and then read and not yet back."""
 
     read: str | None = None  # the log in the snapshot that showed the token
-    began: int = 0  # Delete had answered before the verify that sent it began
+    began: int = 0  # the revision applied when it was sent
     late: bool = False  # Delete had answered before the verify that sent it began
-    joined: bool = False  # The complete state at one instant.
+    joined: bool = False  # a verify that began after Delete's answer shares it
 
 
 class State(NamedTuple):
-    """Everything there is, at one instant."""
+    """The complete state at one instant."""
 
     standby: int = FOLLOWING
     databases: tuple[Database, Database] = (Database(), Database())
@@ -70,7 +70,7 @@ class State(NamedTuple):
     lease: int = 0
     lookup: Lookup | None = None
     renewal: int = IDLE  # only where a renewal is two statements: what is left of its lease
-    log_read: bool = False  # likewise
+    log_read: bool = False  # only where a renewal is two statements
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 Creating a token takes no revision, so a position alone cannot show which history has it. Two things
 can go wrong after a failover:
 
-- The new primary creates a token, and a deposed primary at the same position has never heard of it.
-  Whoever reads there must not answer NOT_FOUND.
+- The new primary creates a token, and a deposed primary at the same position does not have it. A
+  process that reads there must not answer NOT_FOUND.
 - The old primary shows a token that its standby never received: a ghost. It may be in a memory, and
   no Delete on the new primary can name it.
 
-Both are decided by the timeline that Postgres reports. The logs are strings, as in histories.py; so
+The timeline that Postgres reports decides both. The logs are strings, as in histories.py; so
 are the rules for positions.
 """
 

@@ -1,18 +1,18 @@
 """A client that watches a server under a sub-lease and verifies through any, and one Delete.
 
-Rules 4 to 9, and what becomes of clients when their server loses its row, dies, or shuts down. The
+Rules 4 to 9, and the fate of clients when their server loses its row, dies, or shuts down. The
 stream may stall for any time and break at any time, losing what was on it; the client may move to
-another server, or start anew; an answer to a verify may come after any time, or never; all may stop
-for any time.
+another server, or start again; an answer to a verify may come after any time, or never; all may
+pause for any time.
 
-What goes on inside a server is server.py's matter. Here it is kept small, and never better behaved:
+server.py models the inside of a server. Here it is simplified, and never behaves better than there:
 
 - A server says VALID to a verify that begins now only while its lease is live and it has not
   applied the deletion: LEMMA, there. Here it always may then, as if it had the token in memory.
 - A renewal is one step: the process reads its clock and the log and updates its row in the same
   instant. An earlier reading of the clock only makes the lease shorter; a later update of the row
   only keeps it from being removed for longer, and what it acknowledges, the next one does too.
-- One client stands for any number, since a server keeps a record of each by itself.
+- One client stands for any number, because a server keeps a separate record of each.
 
 There is one revision: before the deletion it is 0, and the deletion is 1.
 """
@@ -378,7 +378,7 @@ def receives(s: State, w: World) -> Iterator[State]:
         yield with_client(left, applied=applied, memory=memory, lookup=lookup)
 
 
-def starts_anew(s: State, _: World) -> Iterator[State]:
+def restarts(s: State, _: World) -> Iterator[State]:
     """The client dies, and another starts in its place."""
     yield s._replace(client=Client())
 
@@ -534,7 +534,7 @@ LIVES = (removes_row, begins_to_register, registers, dies)
 def one_server(*broken: str, clocks: Clocks = STEADY, requests_max: int = 1) -> Model:
     """Return the model of a server that may lose its row or die, and clients one after another."""
     world = World(frozenset(broken), clocks, requests_max, (0,), (0,), may_shut_down=False)
-    actions = (*DELETE, *STREAM, *VERIFY, *LIVES, starts_anew, time_passes)
+    actions = (*DELETE, *STREAM, *VERIFY, *LIVES, restarts, time_passes)
     return Model(State(BEFORE, (Server(),), Client()), actions, world, NAMES)
 
 

@@ -15,20 +15,20 @@ __all__ = ["LIMITS", "WARM_UP_SHARE", "Found", "complaints", "document", "judge"
 # thousand deletions, which takes ten minutes to fill.
 WARM_UP_SHARE = 0.4
 
-# What a series may rise by in the time that is judged (a quarter of an hour and more). A leak does
-# not end, so what counts is that it is far above noise by then. The rates of `load.py`:
+# How much a series may rise within the judged time (a quarter of an hour or more). A leak does not
+# end, so by then it must be far above the noise. With the rates of `load.py`:
 #
-# - Memory: a worker answers some 300 calls a second. One object of 64 bytes that each leaves is
-#   17 MB in a quarter of an hour, and what one Watch stream in ten takes is 12 MB. An allocator's
-#   noise is some 0.3 MB, and names of the last 10,000 deletions, which are remembered on purpose,
-#   are 2 MB, mostly from before.
-# - Descriptors, threads, tasks, streams, connections, processes: some twenty connections open a
-#   second; one in a thousand that stays makes 18. How many are open at a moment differs by a dozen,
+# - Memory: a worker answers about 300 calls a second. If each leaks an object of 64 bytes, that is
+#   17 MB in a quarter of an hour; a leak of one Watch stream in ten is 12 MB. An allocator's noise
+#   is about 0.3 MB, and the names of the last 10,000 deletions, which are kept on purpose, take
+#   2 MB, mostly from before.
+# - Descriptors, threads, tasks, streams, connections, processes: about twenty connections open a
+#   second; if one in a thousand leaks, that makes 18. The number of open ones varies by a dozen,
 #   and its median over a block by two.
-# - Objects that are kept: one that stays of each call would be 270,000.
-# - Rows that are to be gone: none, but for a moment.
-# - Dead rows, as a share of a table: autovacuum comes by each minute, where there are 50 and a
-#   fifth of the table.
+# - Live objects: one leaked object per call would make 270,000.
+# - Rows that must be deleted: none, except briefly.
+# - Dead rows, as a share of a table: autovacuum runs each minute on tables with more than 50 dead
+#   rows plus a fifth of the table.
 LIMITS: Mapping[str, Limit] = {
     "bytes": Limit(2e6, 0.02),
     "database bytes": Limit(8e6, 0.10),

@@ -161,7 +161,7 @@ async def _at_rest(
                 rest[line["pid"], "watch streams"] = line["watch.streams"]
             return set(workers) <= {pid for pid, _ in rest}
 
-        await eventually(tell, "each worker tells its counts")
+        await eventually(tell, "each worker reports its counts")
         for pid in workers:
             rest[pid, "file descriptors"] = psutil.Process(pid).num_fds()
         if not before or not _stayed(before, rest) or time.monotonic() > give_up:
