@@ -96,7 +96,7 @@ def test_a_deletion_that_is_not_confirmed_stands() -> None:
     info = error_details_pb2.ErrorInfo(reason="DELETION_NOT_CONFIRMED", domain="latchkey")
     failure = from_rpc_error("Delete", rpc_error(grpc.StatusCode.UNAVAILABLE, "x", info))
     assert failure.reason == "DELETION_NOT_CONFIRMED"
-    assert "The deletion stands" in str(failure)
+    assert "The token is deleted" in str(failure)
     assert "receipt" in str(failure)
 
 
