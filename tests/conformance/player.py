@@ -115,7 +115,7 @@ class Player:
         )
         memory = self.subscription.memory
         before = set(map(id, memory.entries.values()))
-        self.verifier._remember(secret, scope_of(step.asked_scope), answer)
+        self.verifier._store(secret, scope_of(step.asked_scope), answer)
         kept = any(id(entry) not in before for entry in memory.entries.values())
         assert kept == step.keeps, f"kept: {kept}"
 

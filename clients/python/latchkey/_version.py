@@ -1,4 +1,4 @@
-"""The library's version, as installed. Not in `__init__`: the channel's user agent needs it."""
+"""The installed version. In a module of its own because `_channel` needs it for its user agent."""
 
 from importlib.metadata import version
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from latchkey import verifier
-from latchkey._entry import remembered
+from latchkey._entry import cache_entry
 from latchkey._subscription import Event, Grant, Invalidation, Reset, Stream, Subscription
 from latchkey_coherence.memory import NOWHERE, Memory, Position
 
@@ -331,7 +331,7 @@ def remembers_positions_at_an_unknown_event(patch: Patch) -> None:
 @mutant(12, "a-verdict-that-is-too-old")
 def keeps_verdicts_for_ever(patch: Patch) -> None:
     patch.setattr(
-        verifier, "remembered", lambda answer, scope, _: remembered(answer, scope, math.inf)
+        verifier, "cache_entry", lambda answer, scope, _: cache_entry(answer, scope, math.inf)
     )
 
 

@@ -476,7 +476,7 @@ class World(RuleBasedStateMachine):
     def an_answer_arrives(self, number: int) -> None:
         if self.under_way:
             token_id, answer = self.under_way.pop(number % len(self.under_way))
-            self.verifier._remember(secret_of(token_id), None, answer)
+            self.verifier._store(secret_of(token_id), None, answer)
 
     @invariant()
     def no_dead_token_is_valid(self) -> None:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 from latchkey import Scope, Token, Verdict, Verification, _subscription
 from latchkey._convert import watch_event_in, watch_request_out
-from latchkey._entry import Remembered, remembered
+from latchkey._entry import CacheEntry, cache_entry
 from latchkey._subscription import (
     Closing,
     Grant,
@@ -26,7 +26,7 @@ LEASE = 2.0
 LESS = LEASE * 0.999  # what a client makes of it
 
 
-def entry(token_id: str) -> Remembered:
+def entry(token_id: str) -> CacheEntry:
     token = Token(
         id=token_id,
         account_id="a",
@@ -35,7 +35,7 @@ def entry(token_id: str) -> Remembered:
         create_time=datetime(2026, 1, 1, tzinfo=UTC),
     )
     answer = Verification(verdict=Verdict.VALID, token=token)
-    made = remembered(answer, None, math.inf)
+    made = cache_entry(answer, None, math.inf)
     assert made is not None
     return made
 

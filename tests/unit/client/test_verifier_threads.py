@@ -41,7 +41,7 @@ def warm(verifier: latchkey.Verifier) -> Stream:
     )
     revision, mark = at(5)
     answer = Verification(verdict=Verdict.VALID, token=token, revision=revision, mark=mark)
-    verifier._remember(SECRET, None, answer)
+    verifier._store(SECRET, None, answer)
     assert verifier.verify_nowait(SECRET) is not None
     return stream
 
@@ -129,7 +129,7 @@ def test_an_answer_at_an_unknown_position_is_given_and_not_kept(
     verifier._memory.entries.clear()
     verifier._memory._of_token.clear()
     token = entry.read.token
-    verifier._remember(
+    verifier._store(
         SECRET,
         None,
         Verification(verdict=Verdict.VALID, token=token, revision=revision, mark=mark),
