@@ -1,4 +1,4 @@
-"""What the package promises by its names."""
+"""The public names of the package."""
 
 import inspect
 import re
@@ -19,7 +19,7 @@ from latchkey_proto.v1 import (
 
 
 def test_public_names_are_pinned() -> None:
-    """No public name comes or goes without this list being changed on purpose."""
+    """Public names change only together with this list."""
     assert latchkey.__all__ == [
         "Access",
         "AccessError",
@@ -72,17 +72,17 @@ def methods() -> list[MethodDescriptor]:
 
 
 def rpc_names() -> list[str]:
-    # A stream is not a call that a client method could stand for one to one.
+    # A stream has no corresponding client method.
     return [
-        # Two services have a List.
+        # Two services have a method named List.
         m.full_name.removeprefix("latchkey.v1.") if "AuditService" in m.full_name else m.name
         for m in methods()
         if not (m.client_streaming or m.server_streaming)
     ]
 
 
-def test_no_rpc_lacks_a_client_method() -> None:
-    """Every RPC has a documented coroutine (or iterator) on Client."""
+def test_every_rpc_has_a_client_method() -> None:
+    """Client has a documented coroutine or iterator for every unary RPC."""
     assert {"BatchVerify", "GetStatus", "InvalidateAll"} <= set(rpc_names())
     for name in rpc_names():
         snake = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
@@ -93,14 +93,14 @@ def test_no_rpc_lacks_a_client_method() -> None:
         assert "timeout_seconds" in inspect.signature(method).parameters, name
 
 
-def test_no_stream_lacks_its_user() -> None:
-    """The one stream of the contract is Watch, which every verifier stays informed by."""
+def test_watch_is_the_only_stream() -> None:
+    """The contract has one stream, Watch, which every verifier uses."""
     assert [m.name for m in methods() if m.client_streaming or m.server_streaming] == ["Watch"]
     assert inspect.signature(latchkey.Verifier).parameters["memory_entries"].default > 0
 
 
 def test_sync_verifies_like_async() -> None:
-    """What one verifier takes and offers, the other one does, but for who waits how."""
+    """Both verifiers have the same arguments and methods, apart from awaiting."""
     for name in ("verify", "verify_nowait", "stats", "close"):
         signatures = [
             inspect.signature(getattr(cls, name)) for cls in (latchkey.Verifier, sync.Verifier)
@@ -109,15 +109,15 @@ def test_sync_verifies_like_async() -> None:
         assert getattr(sync.Verifier, name).__doc__
 
 
-def test_no_rpc_lacks_a_policy() -> None:
-    """Every RPC has a deadline, and only what the contract calls safe is tried again."""
+def test_every_rpc_has_a_policy() -> None:
+    """Every RPC has a deadline. Only RPCs that the contract calls safe are retried."""
     assert set(_retry.POLICIES) == set(rpc_names())
     assert {name for name, policy in _retry.POLICIES.items() if not policy.retry} == {"Create"}
     assert all(policy.timeout_seconds > 0 for policy in _retry.POLICIES.values())
 
 
 def test_enums_cover_the_contract() -> None:
-    """Every scope and verdict of the contract has its name on this side."""
+    """The library has a member for every scope and verdict of the contract."""
     pairs: Mapping[str, list[str]] = {
         "SCOPE_": [scope.name for scope in latchkey.Scope],
         "VERDICT_": [verdict.name for verdict in latchkey.Verdict],
@@ -143,6 +143,6 @@ def test_import_stays_light() -> None:
 
 
 def test_package_is_typed_and_versioned() -> None:
-    """Type checkers use the annotations, and the version is the installed one."""
+    """The package ships type annotations, and reports its installed version."""
     assert (Path(latchkey.__file__).parent / "py.typed").exists()
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", latchkey.__version__)
