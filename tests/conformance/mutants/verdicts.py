@@ -1,4 +1,4 @@
-"""Faults in what is kept, and in what is answered (rules 4 and 5)."""
+"""Faults in the stored verdicts and in the answers (rules 4 and 5)."""
 
 from __future__ import annotations
 
