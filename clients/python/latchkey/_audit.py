@@ -76,7 +76,7 @@ _OUTCOMES_OUT: Final = {outcome: number for number, outcome in _OUTCOMES.items()
 
 
 def request_out(wanted: AuditFilter, page_size: int, page_token: str) -> pb.AuditServiceListRequest:
-    """Return the request. Raises InvalidArgument."""
+    """Convert a filter to protobuf. Raises InvalidArgument for a time without a time zone."""
     request = pb.AuditServiceListRequest(
         account_id=wanted.account_id,
         token_id=wanted.token_id,

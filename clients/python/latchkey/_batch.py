@@ -136,7 +136,7 @@ def _expire(waiter: _Waiter) -> None:
 
 
 def _is_refusal(error: LatchkeyError) -> bool:
-    """Return whether batches as such are refused, for example by a proxy that lists methods."""
+    """Return whether BatchVerify itself is refused, for example by a proxy that lists methods."""
     if isinstance(error, PermissionDenied):
         return True
     return isinstance(error, UnexpectedStatus) and error.code.name == "UNIMPLEMENTED"

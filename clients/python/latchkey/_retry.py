@@ -124,7 +124,7 @@ def may_retry(rpc: str, error: LatchkeyError) -> bool:
 
 
 def checked_timeout(timeout_seconds: float | None) -> float | None:
-    """Return `timeout_seconds`. None means the default. Raises InvalidArgument if not finite."""
+    """Return `timeout_seconds`. None means the default. Raises InvalidArgument unless positive."""
     if timeout_seconds is not None and not (timeout_seconds > 0 and math.isfinite(timeout_seconds)):
         raise invalid("timeout_seconds", "must be positive and finite")
     return timeout_seconds

@@ -9,9 +9,9 @@ from typing import Final
 
 # Prefix and underscore, 43 random characters, 8 of tag, 6 of checksum.
 _SECRET: Final = re.compile(r"[a-z]{2,10}_[0-9A-Za-z]{57}")
-# For redaction. Matches anywhere in a text: longer runs, a second secret that directly follows
-# another and so has no prefix of its own, and a caller's credential, which has no tag. Redacting
-# too much is safer than too little.
+# For redaction. Matches anywhere in a text, including longer runs, secrets without a separator
+# between them, and a caller's credential, which has no tag. Redacting too much is safer than too
+# little.
 _SECRET_WITHIN: Final = re.compile(r"([a-z]{2,10})(?:_[0-9A-Za-z]{49,})+")
 _CHECKSUM_LENGTH: Final = 6
 _BASE62: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"

@@ -50,7 +50,7 @@ _ADVICE: Final[Mapping[grpc.StatusCode, str]] = {
 # If the answer is lost, the advice depends on what may have happened.
 _ADVICE_WHEN_LOST: Final[Mapping[str, str]] = {
     "Create": "The token may exist: find its name with list() and delete it before trying again.",
-    "Delete": "The token may be deleted, without confirmation: call delete() again for a receipt.",
+    "Delete": "The token may be deleted, but not confirmed: call delete() again for its receipt.",
 }
 # ErrorInfo.reason of a Delete that is stored, but whose deadline was too short for the wait.
 _NOT_CONFIRMED: Final = "DELETION_NOT_CONFIRMED"
@@ -112,7 +112,7 @@ def from_rpc_error(rpc: str, error: grpc.aio.AioRpcError) -> errors.LatchkeyErro
                 reason, advice = name, what_to_do
                 break
     if reason == _NOT_CONFIRMED:
-        advice = "The token is deleted, without confirmation: call delete() again for its receipt."
+        advice = "The token is deleted, but not confirmed: call delete() again for its receipt."
     advice = advice or _ADVICE.get(code)
     failure = _CLASSES.get(code, errors.UnexpectedStatus)(
         f"{message} {advice}" if advice else message,

@@ -1,4 +1,4 @@
-"""The installed version. In a module of its own because `_channel` needs it for its user agent."""
+"""The installed version. A separate module, because `_channel` needs it too."""
 
 from importlib.metadata import version
 

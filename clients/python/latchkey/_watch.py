@@ -83,7 +83,7 @@ class Watcher:
         self._failures = 0
         # All open streams: the one in use, its possible successor, and those that are leaving.
         self._connections: set[_Connection] = set()
-        self._farewells: set[asyncio.Task[None]] = set()
+        self._leaving: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Start watching on the running event loop. Does nothing if already watching."""
@@ -139,7 +139,7 @@ class Watcher:
             found = await self._find(current)
             if current is not None and found is not current:
                 self.reconnects += 1
-                self._part_from(current)
+                self._release(current)
             current = found
             await current.until(lambda stream: stream.closing)
             if boottime() - current.began >= SETTLED_SECONDS:
@@ -152,7 +152,7 @@ class Watcher:
         """Return a stream that grants: a new one, or `current` if it has recovered."""
         silences = 0
         while True:
-            if current is not None and current.is_fine():
+            if current is not None and current.is_usable():
                 return current
             candidate = self._connect()
             await candidate.until(lambda stream: stream.granted or stream.closing)
@@ -161,13 +161,13 @@ class Watcher:
                 return candidate
             if candidate.stream.closing:
                 # Its server is stopping, or another stream has moved the cache meanwhile.
-                self._part_from(candidate)
+                self._release(candidate)
                 await self._pause()
                 continue
             silences = 0 if candidate.ended else silences + 1
             self._report(candidate.failure_text())
             if silences >= SILENCES_MAX:
-                # Either something buffers the streams, which lasts. Or the server has no lease of
+                # Either something keeps buffering the streams. Or the server has no lease of
                 # its own because its database is away, and it grants as soon as it has. Opening
                 # more streams helps in neither case, but listening catches the first grant.
                 patience = _spread(UNSUPPORTED_RETRY_SECONDS)
@@ -180,11 +180,11 @@ class Watcher:
             else:
                 await self._pause()
 
-    def _part_from(self, connection: "_Connection") -> None:
+    def _release(self, connection: "_Connection") -> None:
         """Release the leases of a stream and end it."""
-        farewell = asyncio.create_task(connection.leave(), name="latchkey watch farewell")
-        self._farewells.add(farewell)
-        farewell.add_done_callback(self._farewells.discard)
+        leaving = asyncio.create_task(connection.leave(), name="latchkey watch release")
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
 
     async def _pause(self) -> None:
         seconds = min(RETRY_MAX_SECONDS, RETRY_FIRST_SECONDS * 2.0**self._failures)
@@ -230,14 +230,14 @@ class _Connection:
         self._owns_channel = owns_channel
         # Both signal that the stream may have changed: the first to `until`, the second to
         # `_write`.
-        self._news = asyncio.Event()
-        self._work = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._wake_writer = asyncio.Event()
         self.task = asyncio.create_task(self._run(), name="latchkey watch stream")
 
     async def until(
         self, reached: Callable[[Stream], bool], patience_seconds: float | None = None
     ) -> bool:
-        """Wait for a state that `reached` accepts. Return False if it ends or is late first.
+        """Wait for a state that `reached` accepts. Return False if the stream ends or is late.
 
         `patience_seconds` replaces the stream's own limit for being late.
         """
@@ -246,13 +246,13 @@ class _Connection:
             late_at = self.stream.late_at if give_up is None else give_up
             if late_at is not None and boottime() >= late_at:
                 break
-            self._news.clear()
+            self._changed.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_seconds_to(late_at)):
-                    await self._news.wait()
+                    await self._changed.wait()
         return reached(self.stream)
 
-    def is_fine(self) -> bool:
+    def is_usable(self) -> bool:
         """Return whether the stream is open and not late."""
         return not (self.ended or self.stream.closing or self._is_late())
 
@@ -270,7 +270,7 @@ class _Connection:
 
     async def leave(self) -> None:
         """Send the release, give the server a moment to read it, and end the call."""
-        self._work.set()
+        self._wake_writer.set()
         await asyncio.wait([self.task], timeout=RELEASE_SECONDS)
         self.task.cancel()
         await asyncio.wait([self.task])
@@ -283,7 +283,7 @@ class _Connection:
             self._failure = await self._exchange()
         finally:
             self.ended = True
-            self._news.set()
+            self._changed.set()
             if self._owns_channel:
                 await self._channel.close()
 
@@ -293,12 +293,12 @@ class _Connection:
         writer: asyncio.Task[None] | None = None
         try:
             stub: TokenServiceAsyncStub = TokenServiceStub(self._channel)
-            call = stub.Watch(metadata=(*self._metadata, _where_this_is()))
+            call = stub.Watch(metadata=(*self._metadata, _client_metadata()))
             writer = asyncio.create_task(self._write(call), name="latchkey watch sender")
             while (message := await call.read()) is not grpc.aio.EOF:
                 self.stream.receive(_convert.watch_event_in(message), boottime())
-                self._work.set()
-                self._news.set()
+                self._wake_writer.set()
+                self._changed.set()
             return None
         except InternalError as error:
             return error
@@ -325,11 +325,11 @@ class _Connection:
         # The reader also gets the error of a broken stream, and returns it.
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while True:
-                self._work.clear()
+                self._wake_writer.clear()
                 # Read the clock first: a lease counts from before its request was sent.
                 request = self.stream.take(boottime())
                 if request is not None:
-                    self._news.set()
+                    self._changed.set()
                     await call.write(_convert.watch_request_out(request))
                     if request.released:
                         await call.done_writing()
@@ -337,10 +337,10 @@ class _Connection:
                     continue
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_seconds_to(self.stream.due())):
-                        await self._work.wait()
+                        await self._wake_writer.wait()
 
 
-def _where_this_is() -> tuple[str, str]:
+def _client_metadata() -> tuple[str, str]:
     """Return the metadata that helps operators find this process if a Delete waits for it."""
     host = socket.gethostname().encode("ascii", "replace").decode()
     return "latchkey-client", f"{host[:64]} pid {os.getpid()}"

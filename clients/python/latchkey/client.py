@@ -193,8 +193,8 @@ class Client:
         the token waits for that.
 
         Safe to repeat: deleting a deleted token returns the same receipt. After Unavailable or
-        DeadlineExceeded the token may be deleted, without confirmation. With the reason
-        DELETION_NOT_CONFIRMED it certainly is. Raises NotFound if the account never had the token.
+        DeadlineExceeded the deletion may be stored but is not confirmed. With the reason
+        DELETION_NOT_CONFIRMED it is stored. Raises NotFound if the account never had the token.
         """
         request = _convert.build(
             lambda: pb.DeleteRequest(account_id=account_id, id=token_id, no_wait=no_wait)

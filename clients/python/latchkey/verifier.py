@@ -48,7 +48,7 @@ class Verifier:
 
     The first verify, or `async with`, starts watching for deletions. The watch uses a separate
     connection to the client's target. A Client with its own `channel` shares that channel, and then
-    the watch cannot move to another server process when one stops. close() leaves a Client open
+    the watch cannot move to another server process when one stops. close() does not close a Client
     that was passed in.
     """
 

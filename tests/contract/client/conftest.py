@@ -253,7 +253,7 @@ async def silent_target() -> AsyncIterator[str]:
 
 
 @pytest.fixture
-def patient_farewells(monkeypatch: pytest.MonkeyPatch) -> None:
+def patient_releases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give a busy server enough time to receive the release of a lease."""
     monkeypatch.setattr("latchkey._watch.RELEASE_SECONDS", WAIT_SECONDS)
 

@@ -242,7 +242,7 @@ async def test_cancellation_passes_through(client: latchkey.Client, fake: FakeLa
 async def test_closing_ends_calls_with_an_error(
     fake: FakeLatchkey, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A task that waits for a call of a closed client gets an exception at once, and no cancel."""
+    """A task that waits for a call of a closed client gets an error at once, not a cancellation."""
     caplog.set_level(logging.DEBUG, "latchkey")
     fake.on("Get", fake.hangs())
     client = latchkey.Client(fake.target)

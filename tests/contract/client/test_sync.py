@@ -34,7 +34,7 @@ async def quiet_loop() -> Any:
     loop.set_exception_handler(None)
 
 
-@pytest.mark.usefixtures("patient_farewells")
+@pytest.mark.usefixtures("patient_releases")
 async def test_threads_share_one_cache(
     watched: FakeLatchkey, watch: FakeWatch, secret: str
 ) -> None:
@@ -114,7 +114,7 @@ async def test_an_unreferenced_verifier_ends(watched: FakeLatchkey, secret: str)
 
 
 @pytest.mark.parametrize(
-    ("callback", "error", "told"),
+    ("callback", "error", "reported"),
     [
         ("PollerCompletionQueue._handle_events()", BlockingIOError(), False),
         ("PollerCompletionQueue._handle_events()", RuntimeError("Event loop is closed"), False),
@@ -123,17 +123,17 @@ async def test_an_unreferenced_verifier_ends(watched: FakeLatchkey, secret: str)
     ],
 )
 async def test_only_harmless_errors_are_hidden(
-    monkeypatch: pytest.MonkeyPatch, callback: str, error: Exception, told: bool
+    monkeypatch: pytest.MonkeyPatch, callback: str, error: Exception, reported: bool
 ) -> None:
     """Events of gRPC for the event loop of a closed verifier are ignored. Every other error on an
     event loop is reported."""
-    heard: list[object] = []
+    errors: list[object] = []
     loop = asyncio.get_running_loop()
-    monkeypatch.setattr(loop, "default_exception_handler", heard.append)
+    monkeypatch.setattr(loop, "default_exception_handler", errors.append)
     loop.call_exception_handler(
         {"message": f"Exception in callback {callback}", "exception": error}
     )
-    assert bool(heard) is told
+    assert bool(errors) is reported
 
 
 def test_an_unused_verifier_has_no_thread(dead_target: str) -> None:

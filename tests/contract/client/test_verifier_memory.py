@@ -27,7 +27,7 @@ VALID = pb.VERDICT_VALID
 
 @pytest.fixture
 async def verifier(watched: FakeLatchkey) -> AsyncIterator[latchkey.Verifier]:
-    """Verify with a scripted Latchkey that supports Watch and says VALID until told otherwise."""
+    """Verify with a scripted Latchkey that supports Watch and says VALID by default."""
     watched.on("Verify", watched.verdict(VALID))
     async with latchkey.Verifier(watched.target, timeout_seconds=WAIT_SECONDS) as connected:
         await watching(connected)
@@ -278,7 +278,7 @@ async def test_a_silent_stream_is_kept_after_several_attempts(
             await eventually(lambda: last.requests, "a request")  # noqa: B023 - called at once
             newest = max(verifier._watcher._connections, key=lambda one: one.began)
             newest.stream.late_at = boottime()
-            newest._news.set()
+            newest._changed.set()
         await eventually(lambda: all(s.gone for s in watch.streams if s is not last), "they go")
         await asyncio.sleep(0.3)
         assert not last.gone
@@ -319,7 +319,7 @@ async def test_a_new_stream_shortens_the_lease(
     assert verifier.stats().lease_remaining_seconds <= 5.0
 
 
-@pytest.mark.usefixtures("patient_farewells")
+@pytest.mark.usefixtures("patient_releases")
 async def test_a_stopping_server_hands_over_its_clients(
     verifier: latchkey.Verifier,
     watched: FakeLatchkey,
@@ -366,7 +366,7 @@ async def test_grants_are_requested_before_the_lease_ends(
         assert len(watch.streams) == 1
 
 
-@pytest.mark.usefixtures("patient_farewells")
+@pytest.mark.usefixtures("patient_releases")
 async def test_a_silent_stream_is_replaced_while_the_lease_lasts(
     watched: FakeLatchkey, watch: FakeWatch, secret: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,7 +424,7 @@ async def test_buffered_streams_fall_back_to_calls(
         assert not verifier.stats().watching
 
 
-@pytest.mark.usefixtures("patient_farewells")
+@pytest.mark.usefixtures("patient_releases")
 async def test_closing_releases_the_lease(
     watched: FakeLatchkey, watch: FakeWatch, secret: str
 ) -> None:

@@ -25,7 +25,7 @@ OTHER_MARK = mark_of(7) ^ 1
 
 @pytest.fixture
 async def verifier(watched: FakeLatchkey) -> AsyncIterator[latchkey.Verifier]:
-    """Verify with a scripted Latchkey at revision 7 that says VALID until told otherwise."""
+    """Verify with a scripted Latchkey at revision 7 that says VALID by default."""
     watched.on("Verify", watched.verdict(VALID))
     async with latchkey.Verifier(watched.target, timeout_seconds=WAIT_SECONDS) as connected:
         await watching(connected)

@@ -54,12 +54,12 @@ STEPS = st.sampled_from([0.001, 0.01, 0.1, 0.3, 0.5, 0.999, 1.0, 2.0, 2.999, 3.1
 BIG = st.integers(0, 1_000)
 # Frequent events are listed more than once.
 WHAT = [
-    *(["time_goes_by", "renew_all", "all_is_heard"] * 4),
+    *(["time_passes", "renew_all", "all_is_delivered"] * 4),
     *(["verify", "delete"] * 3),
     *(["ask", "an_answer_arrives", "watch", "renew_one", "stream_breaks"] * 2),
-    *(["server_answers", "client_hears"] * 2),
-    *("client_speaks", "server_hears", "server_speaks"),
-    *("server_closes", "verifier_lets_go", "cut_off", "crash", "prune_the_log"),
+    *(["server_answers", "client_receives"] * 2),
+    *("client_sends", "server_receives", "server_sends"),
+    *("server_closes", "verifier_releases", "cut_off", "crash", "prune_the_log"),
     *(["fail_over", "server_reconnects"] * 2),
 ]
 
@@ -175,7 +175,7 @@ class Server:
         """Connect to the new primary, which has a copy of the row. The rules decide the rest."""
         self.database = self.world.database
 
-    def hear(self, link: Link, request: Request) -> None:
+    def receive(self, link: Link, request: Request) -> None:
         if request.released:
             link.granted_until = -math.inf
         link.asked = max(link.asked, request.number)
@@ -192,7 +192,7 @@ class Server:
         elif known and request.applied.revision < link.told.revision and link.claim is None:
             link.acknowledged = request.applied.revision
 
-    def speak(self, link: Link) -> None:
+    def send(self, link: Link) -> None:
         """Rule 6: send everything that was applied, and a grant after it was confirmed."""
         if link.told is None and link.claim is None:
             return
@@ -281,7 +281,7 @@ class World(RuleBasedStateMachine):
         # Start in a healthy state.
         self.renew_all(0)
         self.watch(0)
-        self.all_is_heard(0)
+        self.all_is_delivered(0)
 
     def teardown(self) -> None:
         if hasattr(self, "patched"):
@@ -294,16 +294,16 @@ class World(RuleBasedStateMachine):
     # Time passes.
 
     @rule(data=st.data(), number=BIG, seconds=STEPS)
-    def something_happens(self, data: st.DataObject, number: int, seconds: float) -> None:
+    def one_event(self, data: st.DataObject, number: int, seconds: float) -> None:
         # One rule instead of twenty: Hypothesis omits rules at random, but the interesting
         # sequences need most of them.
         what = data.draw(st.sampled_from(self.what))
-        if what == "time_goes_by":
-            self.time_goes_by(seconds)
+        if what == "time_passes":
+            self.time_passes(seconds)
         else:
             getattr(self, what)(number)
 
-    def time_goes_by(self, seconds: float) -> None:
+    def time_passes(self, seconds: float) -> None:
         self.true += seconds
         for clock in self.clocks:
             clock.true = self.true
@@ -367,15 +367,15 @@ class World(RuleBasedStateMachine):
         server.row.server = None
         server.start()
 
-    def server_speaks(self, number: int) -> None:
+    def server_sends(self, number: int) -> None:
         link = self.pick((link for link in self.links if link.open), number)
         if link is not None:
-            link.server.speak(link)
+            link.server.send(link)
 
     def server_closes(self, number: int) -> None:
         link = self.pick((link for link in self.links if link.open), number)
         if link is not None and not link.closing:
-            link.server.speak(link)
+            link.server.send(link)
             link.closing = True
             link.to_client.append(Closing())
 
@@ -386,23 +386,23 @@ class World(RuleBasedStateMachine):
             link = Link(self.subscription.open(self.clock()), self.servers[number % 2])
             self.links.append(link)
             link.server.links.append(link)
-            self.client_speaks_on(link)
+            self.client_sends_on(link)
 
-    def client_speaks(self, number: int) -> None:
+    def client_sends(self, number: int) -> None:
         link = self.pick((link for link in self.links if link.open), number)
         if link is not None:
-            self.client_speaks_on(link)
+            self.client_sends_on(link)
 
-    def client_speaks_on(self, link: Link) -> None:
+    def client_sends_on(self, link: Link) -> None:
         while (request := link.stream.take(self.clock())) is not None:
             link.to_server.append(request)
 
-    def server_hears(self, number: int) -> None:
+    def server_receives(self, number: int) -> None:
         link = self.pick((link for link in self.links if link.to_server), number)
         if link is not None:
-            link.server.hear(link, link.to_server.popleft())
+            link.server.receive(link, link.to_server.popleft())
 
-    def client_hears(self, number: int) -> None:
+    def client_receives(self, number: int) -> None:
         link = self.pick((link for link in self.links if link.to_client), number)
         if link is not None:
             events = [link.to_client.popleft() for _ in range(len(link.to_client))]
@@ -415,32 +415,32 @@ class World(RuleBasedStateMachine):
         """Put the server's messages in flight while the client may be paused."""
         link = self.pick((link for link in self.links if link.open), number)
         if link is not None:
-            self.client_speaks_on(link)
+            self.client_sends_on(link)
             while link.to_server:
-                link.server.hear(link, link.to_server.popleft())
-            link.server.speak(link)
+                link.server.receive(link, link.to_server.popleft())
+            link.server.send(link)
 
-    def all_is_heard(self, number: int) -> None:
+    def all_is_delivered(self, number: int) -> None:
         """Deliver all messages of one stream."""
         link = self.pick((link for link in self.links if link.open), number)
         if link is None:
             return
-        self.client_speaks_on(link)
+        self.client_sends_on(link)
         while link.to_server:
-            link.server.hear(link, link.to_server.popleft())
-        link.server.speak(link)
+            link.server.receive(link, link.to_server.popleft())
+        link.server.send(link)
         while link.to_client:
             link.stream.receive(link.to_client.popleft(), self.clock())
-        self.client_speaks_on(link)
+        self.client_sends_on(link)
         while link.to_server:
-            link.server.hear(link, link.to_server.popleft())
+            link.server.receive(link, link.to_server.popleft())
 
     def stream_breaks(self, number: int) -> None:
         link = self.pick((link for link in self.links if link.open), number)
         if link is not None:
             self.lose(link)
 
-    def verifier_lets_go(self, _number: int) -> None:
+    def verifier_releases(self, _number: int) -> None:
         self.subscription.release()
 
     def lose(self, link: Link) -> None:
@@ -574,10 +574,13 @@ def test_no_dead_token_is_valid() -> None:
 
 # Each mutant with the rules that its sequence needs, so that it is found quickly.
 MUTANTS: list[tuple[type[Subscription] | type[Memory[Any]], str]] = [
-    (OpensStreamsThatCountFromReceipt, "time renew_all server_answers client_hears verify delete"),
-    (AppliesTooLate, "renew_all all_is_heard verify delete"),
-    (ReleasesAndAnswersOn, "renew_all all_is_heard verify delete verifier_lets_go"),
-    (AdmitsAnything, "renew_all all_is_heard ask an_answer_arrives delete"),
+    (
+        OpensStreamsThatCountFromReceipt,
+        "time renew_all server_answers client_receives verify delete",
+    ),
+    (AppliesTooLate, "renew_all all_is_delivered verify delete"),
+    (ReleasesAndAnswersOn, "renew_all all_is_delivered verify delete verifier_releases"),
+    (AdmitsAnything, "renew_all all_is_delivered ask an_answer_arrives delete"),
     (HasNoEnd, "time renew_all stream_breaks verify delete"),
 ]
 
@@ -586,7 +589,7 @@ MUTANTS: list[tuple[type[Subscription] | type[Memory[Any]], str]] = [
 def test_every_broken_rule_is_detected(mutant: type[Any], story: str) -> None:
     """The machine finds a dead token accepted by a client that breaks one rule."""
     attribute = "memory_class" if issubclass(mutant, Memory) else "subscription_class"
-    what = story.replace("time", "time_goes_by").split()
+    what = story.replace("time", "time_passes").split()
     broken = type("BrokenWorld", (World,), {attribute: mutant, "what": what})
     with pytest.raises(AssertionError, match="is dead but was accepted"):
         run(broken, 20_000, 50)
@@ -595,22 +598,22 @@ def test_every_broken_rule_is_detected(mutant: type[Any], story: str) -> None:
 def two_leases(world: World) -> None:
     """A client moves from a server with a long lease to one with a short lease, which then ends."""
     first = world.links[0]
-    world.time_goes_by(2.0)
+    world.time_passes(2.0)
     world.renew_one(0)
-    world.all_is_heard(0)  # the first server grants until 5.0
+    world.all_is_delivered(0)  # the first server grants until 5.0
     world.watch(1)
-    world.all_is_heard(1)  # the second server grants until 3.0
-    world.all_is_heard(0)  # the first server receives the release
+    world.all_is_delivered(1)  # the second server grants until 3.0
+    world.all_is_delivered(0)  # the first server receives the release
     assert first.granted_until == -math.inf
     world.verify(0)
-    world.time_goes_by(1.5)
+    world.time_passes(1.5)
 
 
 def two_histories(world: World) -> None:
     """A client with a lease from one server receives an answer from another, which lags."""
     world.delete(0)
     world.renew_one(0)
-    world.all_is_heard(0)
+    world.all_is_delivered(0)
     world.renew_one(0)  # the first server and its client confirm the deletion
     world.watch(1)
     # The second server has not applied the deletion. It has lost its own history, so it resets its

@@ -63,7 +63,7 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """An outcome. `token` is set only if the outcome is ALLOWED."""
+    """An outcome. `token` is set exactly if the outcome is ALLOWED."""
 
     outcome: Outcome
     token: Token | None = None
