@@ -59,7 +59,7 @@ def cache_entry(answer: Verification, scope: Scope | None, keep_until: float) ->
     if token.scope is Scope.READ:
         write = _answer(Verdict.INSUFFICIENT_SCOPE, token, answer)
     if (write if scope is Scope.WRITE else read).verdict is not answer.verdict:
-        # The service disagrees with this table about scopes. It is right, so ask it each time.
+        # This function and the service disagree about scopes. Ask the service each time.
         return None
     return CacheEntry(token.id, read, write, _posix(token.expire_time), keep_until)
 

@@ -237,7 +237,7 @@ async def test_without_latchkey_calls_are_refused(
     kind: str,
     fault: str,
 ) -> None:
-    """If Latchkey is down, hung, failing or invalid: UNAVAILABLE, and no handler runs."""
+    """Whatever fault Latchkey has, the status is UNAVAILABLE and no handler runs."""
     caplog.set_level(logging.DEBUG)
     answers = {
         "status": fake.fails(grpc.StatusCode.UNAVAILABLE, secret),
