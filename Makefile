@@ -24,7 +24,7 @@ test: $(VENV)/.dev  ## Run the tests
 	@exec $(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
 check: $(VENV)/.dev  ## Lint, types, stubs, security
-	@PATH="$(CURDIR)/$(BIN):$$PATH" exec bash tests/check.sh
+	@exec $(PY) -m tests.checks
 
 bench: $(VENV)/.dev  ## Measure: interleaved rounds, a table and build/bench.json
 	@exec $(PY) -m tests.benchmarks $(ARGS)
