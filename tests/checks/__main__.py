@@ -28,14 +28,6 @@ STEPS = [
     ("buf format", partial(command, "buf", "format", "--diff", "--exit-code", cwd=PROTO)),
     ("buf breaking", partial(contract.breaking, ROOT)),
     ("stubs", partial(command, sys.executable, "proto/generate.py", "--check")),
-    (
-        "bandit",
-        partial(
-            command,
-            *("bandit", "--quiet", "--recursive", "--configfile", "pyproject.toml"),
-            *("proto/latchkey_coherence", "service", "clients"),
-        ),
-    ),
     ("locks", partial(locks.check, ROOT)),
     ("pip-audit", partial(audit.check, ROOT)),
 ]

@@ -572,7 +572,7 @@ def test_no_dead_token_is_valid() -> None:
 
 
 # With each what its story takes, so that it is found soon.
-MUTANTS: list[tuple[type[Subscription] | type[Memory[Any]], str]] = [
+MUTANTS: list[tuple[type[Subscription | Memory[Any]], str]] = [
     (OpensStreamsThatCountFromReceipt, "time renew_all server_answers client_hears verify delete"),
     (AppliesTooLate, "renew_all all_is_heard verify delete"),
     (ReleasesAndAnswersOn, "renew_all all_is_heard verify delete verifier_lets_go"),
