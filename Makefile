@@ -24,7 +24,7 @@ test: $(VENV)/.dev  ## Run all tests, or some (ARGS="-k delete")
 	@exec $(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
 
 check: $(VENV)/.dev  ## Check style, types, contract, stubs, lock files and known vulnerabilities
-	@exec $(PY) -m tests.checks
+	@exec $(PY) -m tests.checks $(ARGS)
 
 bench: $(VENV)/.dev  ## Measure speed; print a table and write build/bench.json (ARGS=--quick)
 	@exec $(PY) -m tests.benchmarks $(ARGS)
