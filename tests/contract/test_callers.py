@@ -568,10 +568,10 @@ async def test_a_right_that_is_taken_away(
             await stream.write(pb.WatchRequest(number=1))
             assert await stream.read() is not grpc.aio.EOF
             with pytest.raises(PolicyError):
-                await here.server.take_policy("[callers.verifier]\nroles = [")
+                await here.server.replace_policy("[callers.verifier]\nroles = [")
             await unary(channel, TOKENS + "Verify", question, metadata)
             others = [name for name in CALLERS if name != "verifier"]
-            await here.server.take_policy(policy_text(others))
+            await here.server.replace_policy(policy_text(others))
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await unary(channel, TOKENS + "Verify", question, metadata)
             assert caught.value.code() is UNAUTHENTICATED
@@ -585,4 +585,4 @@ async def test_a_right_that_is_taken_away(
                 assert await ended()
             assert caught.value.code() is UNAUTHENTICATED
     finally:
-        await here.server.take_policy(policy_text())
+        await here.server.replace_policy(policy_text())

@@ -68,7 +68,7 @@ async def test_streams_that_nobody_reads_hold_up_nothing(
                 await asyncio.sleep(0.01)
             async with asyncio.timeout(5):
                 await asyncio.to_thread(str)
-                await server.take_policy(policy_text(["operator"]))
+                await server.replace_policy(policy_text(["operator"]))
             began = time.monotonic()
         # It would wait for as long as the client likes.
         assert time.monotonic() - began < 10

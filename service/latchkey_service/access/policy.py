@@ -27,7 +27,7 @@ from typing import Any, Final
 from latchkey_service.access.credentials import DIGEST
 from latchkey_service.access.methods import METHODS, ROLES
 from latchkey_service.access.rates import RateLimits
-from latchkey_service.secret_format import without_secrets
+from latchkey_service.secret_format import redact_secrets
 
 __all__ = [
     "ANONYMOUS",
@@ -63,7 +63,7 @@ class PolicyError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(without_secrets(message))
+        super().__init__(redact_secrets(message))
 
 
 @dataclass(frozen=True, slots=True)

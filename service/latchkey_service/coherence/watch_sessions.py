@@ -331,7 +331,7 @@ class WatchSessions:
             raise Unavailable("The server is stopping; try another one.")
         if len(self._streams) >= WATCH_SESSIONS_MAX:
             raise Overloaded("Too many clients watch this server; try another one.")
-        age = self._stream_seconds * random.uniform(MOVE_FROM, MOVE_TO)  # noqa: S311 - a spread
+        age = self._stream_seconds * random.uniform(MOVE_FROM, MOVE_TO)  # noqa: S311 - jitter
         stream = _Stream(WatchSession(self._state, client), self._clock(), age)
         self._streams.add(stream)
         # Reading runs in a separate task, so that reading and sending do not block each other.

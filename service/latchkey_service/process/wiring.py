@@ -164,7 +164,7 @@ class Server:
         """Set whether the health service reports SERVING."""
         self._health.set_serving(serving=serving)
 
-    async def take_policy(self, text: str) -> None:
+    async def replace_policy(self, text: str) -> None:
         """Replace the policy. If this raises PolicyError, the old one stays in force."""
         if self._active_policy is None:
             raise PolicyError("this worker was started without a policy; restart the service")
