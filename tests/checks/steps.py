@@ -1,6 +1,7 @@
 """Runs the steps of `make check` and prints one line for each."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -53,7 +54,8 @@ def command(*words: str, cwd: Path = ROOT, seconds: float = STEP_SECONDS) -> Out
     """Run a program of the development environment; exit code 0 is ok."""
     programs = Path(sys.executable).parent
     try:
-        done = subprocess.run(
+        # In its own process group, so that a time-out stops its children too.
+        process = subprocess.Popen(
             words,
             cwd=cwd,
             env=os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}"},
@@ -61,16 +63,22 @@ def command(*words: str, cwd: Path = ROOT, seconds: float = STEP_SECONDS) -> Out
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            check=False,
-            timeout=seconds,
+            process_group=0,
         )
     except FileNotFoundError:
         return failed(f"{words[0]} is not installed")
-    except subprocess.TimeoutExpired:
-        return failed(f"{words[0]} did not finish within {seconds:g} s")
-    if done.returncode == 0:
+    with process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return failed(f"{words[0]} did not finish within {seconds:g} s")
+        finally:
+            # Also after Ctrl-C, which reaches only the group of the terminal.
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode == 0:
         return ok()
-    return failed(done.stdout.strip() or f"{words[0]} ended with exit code {done.returncode}")
+    return failed(output.strip() or f"{words[0]} ended with exit code {process.returncode}")
 
 
 def run(steps: Sequence[tuple[str, Callable[[], Outcome]]]) -> int:
