@@ -247,7 +247,7 @@ async def test_a_client_that_is_cut_off_is_waited_out_too(address, client, stub,
     asked = time.monotonic()
     lease = seconds_of(await client.granted())
     client.call.cancel()
-    await eventually(lambda: client.call.done(), "the stream has ended")
+    await eventually(client.call.done, "the stream has ended")
     token = (await create()).token
     start = time.monotonic()
     await delete(stub, token)

@@ -356,7 +356,7 @@ class WatchSessions:
             self._streams.discard(stream)
             self._lease_released.set()
 
-    def on_news(self, changed: bool) -> None:
+    def on_news(self, changed: bool) -> None:  # noqa: FBT001 - called back
         """Send all clients what is new, issue grants that wait for a lease, and ask old streams to
         move.
 

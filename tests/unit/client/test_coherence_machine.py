@@ -573,7 +573,7 @@ def test_no_dead_token_is_valid() -> None:
 
 
 # Each mutant with the rules that its sequence needs, so that it is found quickly.
-MUTANTS: list[tuple[type[Subscription] | type[Memory[Any]], str]] = [
+MUTANTS: list[tuple[type[Subscription | Memory[Any]], str]] = [
     (
         OpensStreamsThatCountFromReceipt,
         "time renew_all server_answers client_receives verify delete",

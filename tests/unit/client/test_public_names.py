@@ -1,6 +1,8 @@
 """The public names of the package."""
 
+import importlib
 import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -8,14 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import latchkey
-from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from latchkey import _retry, guards, sync
-from latchkey_proto.v1 import (
-    audit_service_pb2,
-    maintenance_service_pb2,
-    status_service_pb2,
-    token_service_pb2,
-)
+from latchkey_proto import v1
+from latchkey_proto.v1 import token_service_pb2
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_public_names_are_pinned() -> None:
@@ -61,14 +61,18 @@ def test_public_names_are_pinned() -> None:
     assert sync.__all__ == ["Verifier"]
 
 
+def services() -> list[ServiceDescriptor]:
+    """Return every service of the contract, from the generated modules."""
+    modules = [
+        importlib.import_module(f"{v1.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(v1.__path__)
+        if module.name.endswith("_pb2")
+    ]
+    return [s for module in modules for s in module.DESCRIPTOR.services_by_name.values()]
+
+
 def methods() -> list[MethodDescriptor]:
-    services = (
-        token_service_pb2.DESCRIPTOR.services_by_name["TokenService"],
-        status_service_pb2.DESCRIPTOR.services_by_name["StatusService"],
-        audit_service_pb2.DESCRIPTOR.services_by_name["AuditService"],
-        maintenance_service_pb2.DESCRIPTOR.services_by_name["MaintenanceService"],
-    )
-    return [method for service in services for method in service.methods]
+    return [method for service in services() for method in service.methods]
 
 
 def rpc_names() -> list[str]:
@@ -79,6 +83,17 @@ def rpc_names() -> list[str]:
         for m in methods()
         if not (m.client_streaming or m.server_streaming)
     ]
+
+
+def test_services_are_those_of_the_contract() -> None:
+    """The tests below see every service that a .proto file declares."""
+    declared = [
+        name
+        for path in ROOT.glob("proto/latchkey/**/*.proto")
+        for name in re.findall(r"^service (\w+)", path.read_text("utf-8"), re.MULTILINE)
+    ]
+    assert sorted(declared) == sorted(service.name for service in services())
+    assert "TokenService" in declared
 
 
 def test_every_rpc_has_a_client_method() -> None:
