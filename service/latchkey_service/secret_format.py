@@ -33,8 +33,8 @@ __all__ = [
     "Secret",
     "base62",
     "checksum",
-    "holds_secret",
-    "without_secrets",
+    "contains_secret",
+    "redact_secrets",
 ]
 
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -158,7 +158,7 @@ class Keyring:
         return None
 
 
-def holds_secret(text: str) -> bool:
+def contains_secret(text: str) -> bool:
     """Return whether `text` contains the secret of a token or a caller's credential.
 
     Recognises them by shape and checksum, whatever characters surround them.
@@ -170,7 +170,7 @@ def holds_secret(text: str) -> bool:
     )
 
 
-def without_secrets(text: str) -> str:
+def redact_secrets(text: str) -> str:
     """Return `text` with everything that looks like a secret reduced to its prefix."""
     return _SECRET_PART.sub(r"\1…", text)
 

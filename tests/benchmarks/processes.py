@@ -199,7 +199,7 @@ def child(
             cwd=Path(__file__).parents[2],
             env=_environment({}),
             start_new_session=True,
-            preexec_fn=_end_with_parent(),
+            preexec_fn=_end_with_parent(),  # noqa: PLW1509 - only makes a system call
         )
     running = Child(module, process, log)
     try:
@@ -276,7 +276,7 @@ def _started(
             env=_environment(environment),
             # Ctrl-C goes to this process, which ends the others in order.
             start_new_session=True,
-            preexec_fn=_end_with_parent(),
+            preexec_fn=_end_with_parent(),  # noqa: PLW1509 - only makes a system call
         )
     try:
         yield _wait_for_address(process, output, name), process.pid

@@ -1,6 +1,6 @@
-"""The form of the conformance cases, from which `proto/conformance/schema.json` is generated.
+"""The format of the conformance cases. `proto/conformance/schema.json` is generated from it.
 
-python -m tests.conformance.cases   writes the schema again after a change here
+`python -m tests.conformance.cases` writes the schema. Run it after a change here.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Number = Annotated[
     str,
     Field(
         pattern=r"^[a-z][a-z0-9]*$",
-        description="Stands for the number of a request. The first `sends` that has it defines it; "
-        "it must be above 0 and above the numbers sent before on its stream.",
+        description="Stands for the number of a request. The first `sends` that uses it defines "
+        "it. The number must be above 0 and above all earlier numbers on its stream.",
     ),
 ]
 StreamName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*$")]
@@ -66,8 +66,8 @@ class Grant(_Form):
 
     kind: Literal["grant"]
     position: PositionText
-    number: Number | None = Field(description="The request that it answers. null: number 0.")
-    offset: int = Field(0, description="Added to the number, for a grant that nobody asked for.")
+    number: Number | None = Field(description="The request that the grant answers. null: number 0.")
+    offset: int = Field(0, description="Added to the number, to make an unrequested grant.")
     seconds: float
 
 
@@ -85,7 +85,7 @@ class Closing(_Form):
 
 
 class Unknown(_Form):
-    """A WatchResponse whose `event` this version of the contract does not have."""
+    """A WatchResponse whose `event` is not part of this version of the contract."""
 
     kind: Literal["unknown"]
 
@@ -94,22 +94,22 @@ Event = Annotated[Invalidation | Grant | Reset | Closing | Unknown, Field(discri
 
 
 class Expect(_Form):
-    """What must be so after a step. Absent: not checked."""
+    """What must hold after a step. Absent: not checked."""
 
     lease_ends: Seconds | None = Field(
-        None, description="When answers from memory end, to a microsecond. null: there is no lease."
+        None, description="When answers from memory end, to a microsecond. null: no lease."
     )
     applied: PositionText | None = None
     remembers: list[TokenId] | None = Field(
         None, description="The tokens with a verdict in memory, in any order."
     )
     leave: list[StreamName] | None = Field(
-        None, description="The streams that the client must replace by another one."
+        None, description="The streams that the client must replace."
     )
     give_up_at: dict[StreamName, Seconds | None] | None = Field(
         None,
-        description="When a client that has received nothing more on the stream looks for another "
-        "one. null: it has no reason to.",
+        description="When the client looks for another stream, if it receives nothing more on this "
+        "one. null: it does not.",
     )
 
 
@@ -117,8 +117,8 @@ class _Step(_Form):
     at: Seconds
     sends: list[Send] = Field(
         [],
-        description="All that the client sends in this step, in order on each stream. A client may "
-        "send one message that confirms and asks as two, the confirmation first.",
+        description="Everything that the client sends in this step, in order on each stream. A "
+        "client may split a message that confirms and asks in two, with the confirmation first.",
     )
     expect: Expect = Expect()
 
@@ -158,7 +158,7 @@ class Answer(_Step):
 
 
 class Verify(_Step):
-    """Somebody presents the token's secret to the client."""
+    """A holder presents the token's secret to the client."""
 
     do: Literal["verify"]
     token_id: TokenId
@@ -167,13 +167,13 @@ class Verify(_Step):
 
 
 class Wait(_Step):
-    """Time goes by until `at`."""
+    """Time passes until `at`."""
 
     do: Literal["wait"]
 
 
 class Release(_Step):
-    """The client is about to stop: it answers from memory no more, for good, and says so."""
+    """The client is about to stop. It stops answering from memory for good, and says so."""
 
     do: Literal["release"]
 
@@ -184,15 +184,15 @@ Step = Annotated[
 
 
 class Case(_Form):
-    """One story. It begins with an empty memory that has heard of no history."""
+    """One scenario. It begins with an empty memory and no known history."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
     rules: list[Annotated[int, Field(ge=1, le=12)]] = Field(
-        min_length=1, description="The rules of docs/protocol.md that it is about."
+        min_length=1, description="The rules of docs/protocol.md that the case is about."
     )
     level: Literal["must", "should"] = Field(
         description="must: a client that fails may call a deleted token VALID, or make Deletes "
-        "wait. should: a client that fails answers from memory less often than it could."
+        "wait. should: a client that fails is safe, but answers from memory less often.",
     )
     story: str
     memory_entries: int = Field(100, ge=0, description="How many verdicts the client may keep.")
@@ -208,13 +208,13 @@ class Group(_Form):
 
 
 def position_of(text: str) -> Position:
-    """Return the position that `text` stands for."""
+    """Parse a position."""
     revision, mark = text.split(":")
     return Position(int(revision), int(mark))
 
 
 def load() -> dict[str, Case]:
-    """Return all cases by name. Raises ValueError for a file that the form does not allow."""
+    """Return all cases by name. Raises ValueError for a file that breaks the format."""
     found: dict[str, Case] = {}
     for path in sorted((DIRECTORY / "cases").glob("*.json")):
         for case in Group.model_validate_json(path.read_bytes(), strict=True).cases:
@@ -235,7 +235,7 @@ def schema() -> str:
 
 
 def _plain(part: Any) -> Any:
-    """Leave out generated titles, which repeat names, and defaults, which descriptions explain."""
+    """Remove generated titles, which repeat names, and defaults, which the descriptions explain."""
     if isinstance(part, list):
         return [_plain(item) for item in part]
     if isinstance(part, dict):

@@ -1,7 +1,7 @@
 """Plays conformance cases with the Python client's core, on an explicit clock.
 
-It drives the shipping classes (`Verifier`, `Subscription`, `Stream`, `Memory`) and replaces only
-what connects them to the outside: the clock, the randomness and the event loop.
+It uses the real classes (`Verifier`, `Subscription`, `Stream`, `Memory`) and replaces only their
+connections to the outside: the clock, the randomness and the event loop.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from tests.conformance.cases import Case, position_of
 
 __all__ = ["play"]
 
-# Where floating point arithmetic may differ from language to language.
+# The difference that floating point arithmetic may cause between languages.
 TOLERANCE_SECONDS = 1e-6
-# A client that has more to say than this in one moment would go on for ever.
+# A client that sends more messages than this at one moment would never stop.
 SENDS_MAX = 10
 
 
 class Player:
-    """One client. `share` (0 to 1) pins what the client draws at random."""
+    """One client. `share` (0 to 1) replaces the client's random numbers."""
 
     def __init__(self, case: Case, share: float) -> None:
         self.now = 0.0
@@ -115,7 +115,7 @@ class Player:
         )
         memory = self.subscription.memory
         before = set(map(id, memory.entries.values()))
-        self.verifier._remember(secret, scope_of(step.asked_scope), answer)
+        self.verifier._store(secret, scope_of(step.asked_scope), answer)
         kept = any(id(entry) not in before for entry in memory.entries.values())
         assert kept == step.keeps, f"kept: {kept}"
 
@@ -128,20 +128,20 @@ class Player:
             assert request.applied == applied, f"{send.stream} confirms {request.applied}"
             assert request.released == send.released, f"released: {request.released}"
             if send.asks is None:
-                assert request.number == 0, f"{send.stream} asks for a grant"
+                assert request.number == 0, f"{send.stream} requests a grant"
             elif send.asks in self.numbers:
                 assert request.number == self.numbers[send.asks]
             else:
-                assert request.number > self.asked.get(send.stream, 0), "asks for no new grant"
+                assert request.number > self.asked.get(send.stream, 0), "requests no new grant"
                 self.numbers[send.asks] = self.asked[send.stream] = request.number
         left = {name: requests for name, requests in sent.items() if requests}
-        assert not left, f"sent as well: {left}"
+        assert not left, f"sent unexpectedly: {left}"
 
     def taken(self, stream: Stream) -> list[Request]:
         requests: list[Request] = []
         while (request := stream.take(self.now)) is not None:
             requests.append(request)
-            assert len(requests) <= SENDS_MAX, "sends without end"
+            assert len(requests) <= SENDS_MAX, "does not stop sending"
         return requests
 
     def check(self, expect: cases.Expect) -> None:
@@ -171,11 +171,11 @@ class Player:
                 and at is not None
                 and math.isclose(late_at, at, abs_tol=TOLERANCE_SECONDS, rel_tol=0)
             )
-            assert same, f"{name} is given up at {late_at}, not {at}"
+            assert same, f"{name} is late at {late_at}, not {at}"
 
 
 def play(case: Case, share: float) -> None:
-    """Play one case. Raises AssertionError where the client does not do what it says."""
+    """Play one case. Raises AssertionError if the client deviates from it."""
     player: Player | None = None
 
     def clock() -> float:

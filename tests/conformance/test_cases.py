@@ -1,4 +1,4 @@
-"""The conformance cases hold for the Python client, and find a client that breaks a rule."""
+"""The Python client passes the conformance cases, and clients that break a rule do not."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from tests.conformance.mutants import MUTANTS, Mutant
 from tests.conformance.player import play
 
 CASES = load()
-# What a client draws at random: the extremes, and a value between them.
+# Replacements for the client's random numbers: both extremes and a value between them.
 SHARES = (0.0, 0.5, 1.0)
-# The rules of docs/protocol.md that a client has a part in. The others are the server's alone.
+# The rules of docs/protocol.md that concern clients. The others concern only servers.
 CLIENT_RULES = {4, 5, 6, 7, 12}
 
 
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_client_conforms(case: Case, share: float) -> None:
-    """The Python client does what each case says, whatever it draws at random."""
+    """The Python client does what each case says, for all of its random choices."""
     play(case, share)
 
 
 def fails(case: Case) -> bool:
-    """Tell whether a case fails for one of the draws."""
+    """Return whether a case fails for one of the random choices."""
     for share in SHARES:
         try:
             play(case, share)
@@ -37,14 +37,14 @@ def fails(case: Case) -> bool:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_each_fault_is_found(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that breaks one rule fails the case that is about it."""
+def test_each_fault_is_detected(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that breaks one rule fails the case for that rule."""
     mutant.apply(monkeypatch)
     assert fails(CASES[mutant.case])
 
 
-def test_each_case_finds_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No case passes whatever the client does: each fails for one of the faults at least."""
+def test_each_case_detects_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case fails for at least one fault, so no case passes for every client."""
     found: Counter[str] = Counter()
     for mutant in MUTANTS:
         with monkeypatch.context() as patch:
@@ -54,7 +54,7 @@ def test_each_case_finds_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_rule_has_a_case_and_a_fault() -> None:
-    """Every rule that a client has a part in has cases that it must pass, and faults."""
+    """Every rule that concerns clients has cases of level `must`, and faults."""
     must = {rule for case in CASES.values() if case.level == "must" for rule in case.rules}
     assert must == CLIENT_RULES
     assert {mutant.rule for mutant in MUTANTS} == CLIENT_RULES
@@ -62,7 +62,7 @@ def test_each_rule_has_a_case_and_a_fault() -> None:
 
 
 def test_the_schema_is_current() -> None:
-    """The schema is what the cases are read by: `python -m tests.conformance.cases` writes it."""
+    """The schema file matches the models: `python -m tests.conformance.cases` writes it."""
     assert SCHEMA.read_text("utf-8") == schema()
 
 
@@ -79,7 +79,7 @@ def test_the_schema_is_current() -> None:
     ],
 )
 def test_a_file_that_breaks_the_schema_is_rejected(change) -> None:
-    """A case with a misspelled, missing or ill-formed part is an error, not a case that passes."""
+    """A case with a misspelled, missing or invalid part is rejected, and does not pass."""
     group = json.loads((DIRECTORY / "cases" / "grants.json").read_text("utf-8"))
     Group.model_validate_json(json.dumps(group), strict=True)
     change(group["cases"][0])
@@ -87,8 +87,8 @@ def test_a_file_that_breaks_the_schema_is_rejected(change) -> None:
         Group.model_validate_json(json.dumps(group), strict=True)
 
 
-def test_the_document_names_the_cases() -> None:
-    """docs/protocol.md has the rules that the cases name, and lists the files of the cases."""
+def test_the_protocol_document_matches_the_cases() -> None:
+    """docs/protocol.md contains the rules that the cases name, and lists the case files."""
     text = (DIRECTORY.parents[1] / "docs" / "protocol.md").read_text("utf-8")
     rules = {int(number) for number in re.findall(r"^### Rule (\d+)", text, re.MULTILINE)}
     assert rules == set(range(1, 13))

@@ -573,10 +573,10 @@ async def test_a_caller_removed_from_the_policy_loses_access(
             await stream.write(pb.WatchRequest(number=1))
             assert await stream.read() is not grpc.aio.EOF
             with pytest.raises(PolicyError):
-                await here.server.take_policy("[callers.verifier]\nroles = [")
+                await here.server.replace_policy("[callers.verifier]\nroles = [")
             await unary(channel, TOKENS + "Verify", question, metadata)
             others = [name for name in CALLERS if name != "verifier"]
-            await here.server.take_policy(policy_text(others))
+            await here.server.replace_policy(policy_text(others))
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await unary(channel, TOKENS + "Verify", question, metadata)
             assert caught.value.code() is UNAUTHENTICATED
@@ -590,4 +590,4 @@ async def test_a_caller_removed_from_the_policy_loses_access(
                 assert await ended()
             assert caught.value.code() is UNAUTHENTICATED
     finally:
-        await here.server.take_policy(policy_text())
+        await here.server.replace_policy(policy_text())

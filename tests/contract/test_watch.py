@@ -258,7 +258,7 @@ async def test_a_disconnected_client_is_waited_out(address, client, stub, create
     asked = time.monotonic()
     lease = seconds_of(await client.granted())
     client.call.cancel()
-    await eventually(lambda: client.call.done(), "the stream has ended")
+    await eventually(client.call.done, "the stream has ended")
     token = (await create()).token
     start = time.monotonic()
     await delete(stub, token)

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Self
 
 import asyncpg
 import latchkey
@@ -81,7 +82,7 @@ class Watched:
         }
         assert not late
 
-    async def __aenter__(self) -> "Watched":
+    async def __aenter__(self) -> Self:
         self._tasks = [asyncio.create_task(self._ask_host(host)) for host in self.hosts]
         self._tasks += [asyncio.create_task(self._ask_client(v)) for v in self.verifiers]
         return self

@@ -100,6 +100,6 @@ def _spliced(old: str, new: str, chance: random.Random) -> str:
         lambda: old[:place] + new + old[place:],
         lambda: old[:place] + old[place + 1 :],
         lambda: old * 2,
-        lambda: old.swapcase(),
+        old.swapcase,
     ]
     return chance.choice(ways)()

@@ -77,8 +77,8 @@ class SecretText(Target):
         if _shape.is_well_formed(text) != (expected is not secret_format.Malformed):
             raise Finding("the client and the service disagree on whether it is well formed")
         held = _held(text)
-        if secret_format.holds_secret(text) != bool(held):
-            raise Finding(f"holds_secret: {not held}, but there are {held}")
+        if secret_format.contains_secret(text) != bool(held):
+            raise Finding(f"contains_secret: {not held}, but there are {held}")
         for redact in (_shape.redact, cli_secrets.redact):
             redacted = redact(text)
             for secret in held:

@@ -314,7 +314,7 @@ def test_kill_9_of_the_postmaster(server: EmbeddedPostgres) -> None:
     assert pid is not None
     assert server.poll() is None
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: server.poll() is not None, "poll() reports the end")
+    wait_until(lambda: server.poll() is not None, "poll() reports the exit")
     assert server.poll() == -signal.SIGKILL
     assert server.start() == dsn
     assert server.pid != pid
@@ -355,7 +355,7 @@ def test_interrupted_creation_of_the_cluster(root_dir: Path) -> None:
     """After kill -9 in the middle of initdb, the next start begins again and removes leftovers."""
     data_dir = root_dir / "interrupted"
     with child(data_dir=str(data_dir)) as process:
-        wait_until(lambda: [*data_dir.glob("init-*/cluster/global")], "initdb is at work")
+        wait_until(lambda: [*data_dir.glob("init-*/cluster/global")], "initdb is running")
         process.kill()
         process.wait(WAIT_SECONDS)
     assert not (data_dir / "postgres").exists()
@@ -403,7 +403,7 @@ def test_start_failure_quotes_the_log(server: EmbeddedPostgres) -> None:
     pid = server.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: server.poll() is not None, "poll() reports the end")
+    wait_until(lambda: server.poll() is not None, "poll() reports the exit")
     config = server.data_dir / "postgres" / "postgresql.conf"
     text = config.read_text()
     config.write_text(text + "\nno_such_setting = 1\n")

@@ -128,8 +128,8 @@ async def test_a_unix_socket_is_left_alone(database_url: str) -> None:
 async def test_idle_connections_are_tested_before_use(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the connection whose turn it is does not answer, the pool replaces all idle ones: one
-    caller waits for one test, and nobody for a statement's time-out."""
+    """If a pooled connection does not answer its test, the pool replaces all idle ones: one caller
+    waits for that test, and no caller waits for a statement's time-out."""
     trial = 1.5
     monkeypatch.setattr(connections, "IDLE_SECONDS", 0.5)
     monkeypatch.setattr(connections, "TRIAL_TIMEOUT_SECONDS", trial)

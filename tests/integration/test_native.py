@@ -67,7 +67,7 @@ async def test_unread_streams_block_nothing(settings: Settings, tmp_path: Path) 
                 await asyncio.sleep(0.01)
             async with asyncio.timeout(5):
                 await asyncio.to_thread(str)
-                await server.take_policy(policy_text(["operator"]))
+                await server.replace_policy(policy_text(["operator"]))
             began = time.monotonic()
         # Otherwise the stop would wait for as long as the client likes.
         assert time.monotonic() - began < 10

@@ -123,8 +123,8 @@ async def test_a_pepper_file_that_others_can_read_is_rejected(run: Run, tmp_path
 async def test_a_pepper_that_live_tokens_need_is_required(
     run: Run, tmp_path: Path, store: TokenStore
 ) -> None:
-    """A file that lacks a pepper of a live token is rejected with the id and the file. Once the
-    token is deleted, the pepper may be removed."""
+    """A start with a file that lacks a pepper of a live token fails, and the error names the id and
+    the file. Once the token is deleted, the pepper may be removed."""
     created = await make(store, Keyring([OLD]))
     path = write_peppers(tmp_path / "peppers", NEW)
     service = run(pepper_file=path)

@@ -74,7 +74,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001 - the callback acts on it
         bool,
         typer.Option(
             "--version", callback=_print_version, is_eager=True, help="Print the version."

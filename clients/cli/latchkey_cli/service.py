@@ -75,4 +75,4 @@ def _become(*arguments: str) -> NoReturn:
     sys.stderr.flush()
     # -P: Python must not import a module from the current folder in place of the service's.
     command = [sys.executable, "-P", "-m", _MODULE, *arguments]
-    os.execv(sys.executable, command)  # nosec B606 # noqa: S606 - no shell needed
+    os.execv(sys.executable, command)  # noqa: S606 - no shell needed

@@ -115,7 +115,9 @@ def _failure(error: latchkey.LatchkeyError, doing: Doing, target: str) -> Failur
     )
 
 
-def _words(error: latchkey.LatchkeyError, doing: Doing, target: str) -> tuple[str, str, Exit]:
+def _words(  # noqa: PLR0911 - a table with one row for each error
+    error: latchkey.LatchkeyError, doing: Doing, target: str
+) -> tuple[str, str, Exit]:
     match error:
         case latchkey.InvalidArgument():
             wrong = [f"{v.field}: {v.description.rstrip('. ')}" for v in error.field_violations]

@@ -62,7 +62,7 @@ class _Server(uvicorn.Server):
 
     _end: float | None = None
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's
         """Request the shutdown. Interrupt only after it should long have finished.
 
         This replaces uvicorn's handler for three reasons. uvicorn raises the signals again after

@@ -99,7 +99,7 @@ def _address(output_pipe: IO[bytes] | None) -> str:
     address = match[1].decode()
     host, _, port = address.rpartition(":")
     # A wildcard address is reachable on loopback.
-    return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]") else address  # nosec B104 # noqa: S104
+    return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]") else address  # noqa: S104
 
 
 def _interrupt(*_: object) -> None:

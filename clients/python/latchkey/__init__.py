@@ -1,8 +1,8 @@
 """Python client library of Latchkey: manage API tokens, verify secrets, guard your own service.
 
-It owns the friendly face of the gRPC contract: typed values, deadlines, safe retries, exceptions.
-It does not own the contract (proto/latchkey/v1). The guards for gRPC and ASGI servers are in
-`latchkey.guards` and are imported only by those who use them.
+This package turns the gRPC contract (proto/latchkey/v1) into typed values, deadlines, safe retries
+and exceptions. The guards for gRPC and ASGI servers are in `latchkey.guards`. They are not imported
+here, so only their users need their dependencies.
 
 "Coherence rule N" means rule N of docs/protocol.md.
 """

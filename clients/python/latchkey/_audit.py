@@ -1,4 +1,4 @@
-"""The audit log as values: what `Client.audit` gives, and its way from and to protobuf."""
+"""Audit log values returned by `Client.audit_page`, and their conversion from and to protobuf."""
 
 import enum
 from dataclasses import dataclass
@@ -13,25 +13,25 @@ __all__ = ["AuditEntry", "AuditFilter", "AuditPage", "Outcome", "page_in", "requ
 
 
 class Outcome(enum.Enum):
-    """What became of a call."""
+    """The result of a call."""
 
     UNSPECIFIED = "unspecified"
-    """One that this version of the library does not know."""
+    """An outcome that this version of the library does not know."""
     OK = "ok"
     DENIED = "denied"
-    """Its caller may not make it."""
+    """The caller was not allowed to make the call."""
     FAILED = "failed"
-    """It was let in, and failed."""
+    """The call was allowed but failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
-    """A management call, or several that were denied or failed alike. None has a secret in it."""
+    """A management call, or several similar denied or failed calls. Never contains a secret."""
 
     id: str
     time: datetime
     caller: str
-    """Name in the policy; empty: not known."""
+    """The caller's name in the policy. Empty if unknown."""
     method: str
     """Full name, such as /latchkey.v1.TokenService/Create."""
     account_id: str
@@ -43,12 +43,12 @@ class AuditEntry:
     """A google.rpc.Code."""
     reason: str
     calls: int
-    """How many calls this stands for."""
+    """How many calls this entry stands for."""
 
 
 @dataclass(frozen=True, slots=True)
 class AuditPage:
-    """Entries, newest first, and the token of the next page, empty on the last."""
+    """Entries, newest first, and the token of the next page. The last page has an empty token."""
 
     entries: tuple[AuditEntry, ...]
     next_page_token: str
@@ -56,7 +56,7 @@ class AuditPage:
 
 @dataclass(frozen=True, slots=True)
 class AuditFilter:
-    """Which entries are asked for; what is left out is not asked for."""
+    """Which entries to return. A field that is not set does not restrict the result."""
 
     account_id: str = ""
     token_id: str = ""
@@ -76,7 +76,7 @@ _OUTCOMES_OUT: Final = {outcome: number for number, outcome in _OUTCOMES.items()
 
 
 def request_out(wanted: AuditFilter, page_size: int, page_token: str) -> pb.AuditServiceListRequest:
-    """Return the request. Raises InvalidArgument."""
+    """Convert a filter to protobuf. Raises InvalidArgument for a time without a time zone."""
     request = pb.AuditServiceListRequest(
         account_id=wanted.account_id,
         token_id=wanted.token_id,
@@ -95,7 +95,7 @@ def request_out(wanted: AuditFilter, page_size: int, page_token: str) -> pb.Audi
 
 
 def page_in(message: pb.AuditServiceListResponse) -> AuditPage:
-    """Return a page as received."""
+    """Convert a page from protobuf."""
     return AuditPage(
         tuple(
             AuditEntry(

@@ -1,6 +1,7 @@
-"""Misses that happen together, asked about together.
+"""Combines cache misses that happen together into one call.
 
-It owns who waits for which question. Attempts, retries and errors are the Client's.
+This module knows which verifies wait for which question. The Client handles attempts, retries and
+errors.
 """
 
 import asyncio
@@ -19,13 +20,13 @@ from latchkey.errors import (
 )
 from latchkey.models import Scope, Verification
 
-# As many answers, with the largest labels, as fit into 4 MiB, the usual limit on messages of a
-# channel that was made elsewhere. Larger ones are not faster.
+# With the largest labels, about this many answers fit into 4 MiB, which is the usual message limit
+# of a channel that the application made. Larger batches are not faster.
 BATCH_MAX: Final = 200
-# Whoever would give up this shortly before the rest of its batch waits for the rest: misses of one
-# turn of the event loop with the same timeout need no timer each.
+# A waiter whose deadline is at most this much earlier than the batch's waits for the whole batch.
+# Misses of one event loop turn with the same timeout then need no timer each.
 DEADLINE_SLACK_SECONDS: Final = 0.02
-# How long not to try again where batches are refused, and single verifies perhaps are not.
+# How long to verify one by one after batches were refused. Single verifies may still be allowed.
 REFUSED_PAUSE_SECONDS: Final = 60.0
 
 Question = tuple[str, Scope | None]
@@ -33,15 +34,15 @@ Question = tuple[str, Scope | None]
 
 @dataclass(slots=True)
 class _Waiter:
-    """A caller of `ask`."""
+    """One call of `ask` that waits for its answer."""
 
     future: "asyncio.Future[Verification | None]"
     end: float
-    """When it gives up, by the event loop's clock."""
+    """Deadline, by the event loop's clock."""
 
 
 class Batcher:
-    """Sends what is asked in one turn of the event loop as one BatchVerify."""
+    """Sends all questions of one event loop turn as one BatchVerify."""
 
     def __init__(self, client: Client) -> None:
         self.batches = 0
@@ -52,24 +53,24 @@ class Batcher:
         self._refused_until = 0.0
 
     async def ask(self, secret: str, scope: Scope | None, end: float) -> Verification | None:
-        """Return the service's answer, or None when there is nobody to share a call with.
+        """Return the service's answer, or None if the caller has to verify by itself.
 
-        `end` is when to give up, by the event loop's clock. Raises what the shared call ended
-        with, a copy for each of its callers. None leaves the call to the caller: of a lonely
-        question, who can cancel it without anybody else's harm, or after a refusal, which may have
-        taken most of the time.
+        `end` is the deadline, by the event loop's clock. None means that there is no other question
+        to share a call with, or that batches were refused, which may have taken most of the time.
+        A caller that is alone can cancel its own call without harm to others. If the shared call
+        fails, each caller gets a copy of its error.
         """
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
-            # What an event loop that has ended left behind is nobody's any more.
+            # The previous event loop has ended, and with it everyone who waited on it.
             self._loop, self._unsent, self._refused_until = loop, {}, 0.0
         if loop.time() < self._refused_until:
             return None
         if not self._unsent:
             loop.call_soon(self._send)
         waiter = _Waiter(loop.create_future(), end)
-        # Only with questions that were not sent yet: an answer that is under way was read before
-        # this verify began, perhaps before a change that it must heed (coherence rule 4).
+        # Only join questions that are not sent yet. An answer under way was read before this verify
+        # began, perhaps before a change that this verify must respect (coherence rule 4).
         self._unsent.setdefault((secret, scope), []).append(waiter)
         return await waiter.future
 
@@ -96,8 +97,8 @@ class Batcher:
             for waiter in everybody
             if waiter.end < end - DEADLINE_SLACK_SECONDS
         ]
-        # Should anything else go wrong, it is a bug, and still nobody waits for ever.
-        failure: LatchkeyError = InternalError("BatchVerify failed by a fault of the library.")
+        # Any other exception is a bug. Even then no waiter may wait for ever.
+        failure: LatchkeyError = InternalError("BatchVerify failed because of a library bug.")
         try:
             answers = await self._client.batch_verify(
                 batch, timeout_seconds=max(end - loop.time(), 0.001)
@@ -110,7 +111,7 @@ class Batcher:
                 self._refused_until = loop.time() + REFUSED_PAUSE_SECONDS
                 _answer(everybody, None)
         except asyncio.CancelledError:
-            # The event loop is ending, and everybody on it.
+            # The event loop is shutting down and cancels all of its tasks.
             for waiter in everybody:
                 waiter.future.cancel()
             raise
@@ -119,13 +120,13 @@ class Batcher:
                 timer.cancel()
             for waiter in everybody:
                 if not waiter.future.done():
-                    # A copy: raised in several tasks, one would collect all their tracebacks.
+                    # A copy each: one exception raised in several tasks collects every traceback.
                     waiter.future.set_exception(copy.copy(failure))
 
 
 def _answer(waiters: list[_Waiter], answer: Verification | None) -> None:
     for waiter in waiters:
-        if not waiter.future.done():  # it may have been cancelled, or its time was up
+        if not waiter.future.done():  # cancelled or expired
             waiter.future.set_result(answer)
 
 
@@ -135,7 +136,7 @@ def _expire(waiter: _Waiter) -> None:
 
 
 def _is_refusal(error: LatchkeyError) -> bool:
-    """Tell whether it is batches that are refused, such as by a proxy that lists methods."""
+    """Return whether BatchVerify itself is refused, for example by a proxy that lists methods."""
     if isinstance(error, PermissionDenied):
         return True
     return isinstance(error, UnexpectedStatus) and error.code.name == "UNIMPLEMENTED"

@@ -1,6 +1,6 @@
-"""PEM files: their blocks, and when a certificate is valid, which `ssl` does not tell.
+"""Extracts PEM blocks and reads a certificate's validity period, which `ssl` does not report.
 
-As much of DER (X.690) as leads to it, and no more. Nothing is verified here.
+It parses only as much DER (X.690) as that needs, and verifies nothing.
 """
 
 import codecs
@@ -16,9 +16,9 @@ _SEQUENCE, _VERSION, _UTC_TIME, _GENERALIZED_TIME = 0x30, 0xA0, 0x17, 0x18
 
 
 def blocks(data: bytes) -> bytes:
-    """Return the PEM blocks of a file without what stands around them, in whatever encoding.
+    """Return a file's PEM blocks without the text around them, in any encoding.
 
-    RFC 7468 §2: such text may be there, and means nothing.
+    RFC 7468 §2 allows such text and gives it no meaning.
     """
     lines = []
     inside = False
@@ -31,21 +31,21 @@ def blocks(data: bytes) -> bytes:
 
 
 def validity(pem: bytes) -> tuple[datetime.datetime, datetime.datetime]:
-    """Return from when to when the first certificate of a PEM file is valid (RFC 5280 §4.1.2.5).
+    """Return the start and end of the first certificate's validity (RFC 5280 §4.1.2.5).
 
-    Raises ValueError for what is none.
+    Raises ValueError if the file contains no readable certificate.
     """
     text = pem.decode("ascii", "replace")
     begin, end = text.find(_PEM_BEGINS), text.find(_PEM_ENDS)
     if not 0 <= begin < end:
-        raise ValueError("there is no certificate")
+        raise ValueError("no certificate found")
     der = ssl.PEM_cert_to_DER_cert(text[begin : end + len(_PEM_ENDS)])
     certificate = _content(der, 0, _SEQUENCE)
     fields = _content(certificate, 0, _SEQUENCE)
     position = 0
     if fields[:1] == bytes([_VERSION]):
         position = _next(fields, position)
-    # Past the serial number, the signature's algorithm and the issuer.
+    # Skip the serial number, the signature algorithm and the issuer.
     for _ in range(3):
         position = _next(fields, position)
     times = _content(fields, position, _SEQUENCE)
@@ -56,11 +56,10 @@ def _time(data: bytes, position: int) -> datetime.datetime:
     kind = data[position] if position < len(data) else -1
     form = {_UTC_TIME: "%y%m%d%H%M%SZ", _GENERALIZED_TIME: "%Y%m%d%H%M%SZ"}.get(kind)
     if form is None:
-        raise ValueError("there is no time")
+        raise ValueError("expected a time")
     start, end = _bounds(data, position)
     text = data[start:end].decode("ascii", "replace")
-    # Two digits of a year stand for 1950 to 2049 (RFC 5280 §4.1.2.5.1); Python takes them for
-    # 1969 to 2068.
+    # A two-digit year means 1950 to 2049 (RFC 5280 §4.1.2.5.1). Python reads it as 1969 to 2068.
     moment = datetime.datetime.strptime(text, form).replace(tzinfo=datetime.UTC)
     if kind == _UTC_TIME and moment.year >= 2050:
         moment = moment.replace(year=moment.year - 100)
@@ -69,7 +68,7 @@ def _time(data: bytes, position: int) -> datetime.datetime:
 
 def _content(data: bytes, position: int, tag: int) -> bytes:
     if data[position : position + 1] != bytes([tag]):
-        raise ValueError("something else is there")
+        raise ValueError("unexpected DER tag")
     start, end = _bounds(data, position)
     return data[start:end]
 
@@ -79,14 +78,14 @@ def _next(data: bytes, position: int) -> int:
 
 
 def _bounds(data: bytes, position: int) -> tuple[int, int]:
-    """Return where the content of the value at a position begins and ends."""
+    """Return the start and end of the content of the DER value at `position`."""
     if position + 2 > len(data):
-        raise ValueError("it is cut off")
+        raise ValueError("truncated DER value")
     start, length = position + 2, data[position + 1]
     if length & 0x80:
         size = length & 0x7F
         length = int.from_bytes(data[start : start + size])
         start += size
     if start + length > len(data):
-        raise ValueError("it is cut off")
+        raise ValueError("truncated DER value")
     return start, start + length

@@ -1,4 +1,4 @@
-"""The gRPC channel as the library wants it. Every number has its reason here."""
+"""Opens gRPC channels with the library's settings, and states the reason for each number."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,20 +8,20 @@ import grpc
 
 from latchkey._version import __version__
 
-# How soon a server that came back is tried again: gRPC's default backs off up to two minutes.
+# How soon to reconnect to a server that is back. gRPC's default backs off up to two minutes.
 RECONNECT_BACKOFF_FIRST_MS: Final = 100
 RECONNECT_BACKOFF_MAX_MS: Final = 1_000
-# The time that one connection attempt gets, despite its name; the default of 20 s is what a
-# connect into a black hole costs before the next address is tried.
+# Despite its name, this option limits one connection attempt. With the default of 20 s, a connect
+# that gets no reply delays the next address for that long.
 CONNECT_TIMEOUT_MS: Final = 2_000
-# When a name's addresses may be asked for again after a failure; the default is 30 s.
+# How soon to resolve a name again after a failure. The default is 30 s.
 RESOLVE_AGAIN_MS: Final = 1_000
-# gRPC servers answer pings that come under 5 minutes apart with GOAWAY, unless told otherwise. The
-# time-out below is what matters: once keepalive is on, Linux drops a connection whose data stays
-# unacknowledged for that long (TCP_USER_TIMEOUT), so calls leave a dead path within 5 s.
+# By default gRPC servers answer pings less than 5 minutes apart with GOAWAY. The time-out below is
+# what matters: once keepalive is on, Linux drops a connection whose data stays unacknowledged for
+# that long (TCP_USER_TIMEOUT). Calls therefore leave a dead path within 5 s.
 KEEPALIVE_TIME_MS: Final = 330_000
 KEEPALIVE_TIMEOUT_MS: Final = 5_000
-# 1,000 answers with 16 labels of 318 characters of 4 bytes each are 21 MB; gRPC's limit is 4 MB.
+# 1,000 answers with 16 labels of 318 four-byte characters take 21 MB. gRPC's default limit is 4 MB.
 RECEIVE_MAX_BYTES: Final = 32 * 1024 * 1024
 
 _SERVICE_CONFIG: Final = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
@@ -29,11 +29,12 @@ _SERVICE_CONFIG: Final = json.dumps({"loadBalancingConfig": [{"round_robin": {}}
 _OPTIONS: Final[Mapping[str, str | int]] = {
     "grpc.primary_user_agent": f"latchkey-python/{__version__}",
     "grpc.service_config": _SERVICE_CONFIG,
-    # Or a TXT record of the target's name could set retries that are not safe.
+    # Otherwise a TXT record of the target's name could configure unsafe retries.
     "grpc.service_config_disable_resolution": 1,
-    # http_proxy is set for the web. Secrets do not take a way that nobody chose for them.
+    # http_proxy is meant for web traffic. Secrets must not take a route that nobody chose for them.
     "grpc.enable_http_proxy": 0,
-    # Two clients share no connection and so no backoff, and closing one is felt by the server.
+    # Clients must not share a connection: they would share its backoff, and the server could not
+    # see that one of them has closed.
     "grpc.use_local_subchannel_pool": 1,
     "grpc.initial_reconnect_backoff_ms": RECONNECT_BACKOFF_FIRST_MS,
     "grpc.max_reconnect_backoff_ms": RECONNECT_BACKOFF_MAX_MS,
@@ -46,7 +47,7 @@ _OPTIONS: Final[Mapping[str, str | int]] = {
 
 
 def options(overrides: Sequence[tuple[str, Any]] = ()) -> list[tuple[str, Any]]:
-    """Return the channel arguments, with `overrides` in place of those of the same name."""
+    """Return the channel arguments. `overrides` replace arguments of the same name."""
     return list({**_OPTIONS, **dict(overrides)}.items())
 
 
@@ -55,11 +56,11 @@ def open_channel(
     credentials: grpc.ChannelCredentials | None,
     overrides: Sequence[tuple[str, Any]] = (),
 ) -> grpc.aio.Channel:
-    """Return a channel to `target` for the running event loop. It connects with the first call."""
+    """Return a channel to `target` for the running event loop. It connects on the first call."""
     if credentials is None:
         if "," in target:
-            # A list of addresses, all of which gRPC would send as the host's name. A name has no
-            # comma (RFC 3986 §3.2.2), and there are servers that refuse one that does.
+            # For a list of addresses, gRPC would send the whole list as the host name. A host name
+            # contains no comma (RFC 3986 §3.2.2), and some servers reject one that does.
             overrides = (("grpc.default_authority", "latchkey"), *overrides)
         return grpc.aio.insecure_channel(target, options=options(overrides))
     return grpc.aio.secure_channel(target, credentials, options=options(overrides))

@@ -1,7 +1,7 @@
-"""Between protobuf messages and the library's values: the only module that reads and builds them.
+"""Converts between protobuf messages and the library's values. No other module reads messages.
 
-What the server sends is not trusted to make sense: an answer that breaks the contract is an
-InternalError, and an enum value of a newer server is UNSPECIFIED, which allows nothing.
+Messages from the server are not trusted. A message that breaks the contract raises InternalError.
+An enum value that this version does not know becomes UNSPECIFIED, which allows nothing.
 """
 
 from collections.abc import Callable, Mapping
@@ -55,9 +55,9 @@ _NOTIFICATIONS: Final[Mapping[int, Notifications]] = {
 
 
 def build(make: Callable[[], M]) -> M:
-    """Return the request that `make` makes. Raises InvalidArgument for values that do not fit.
+    """Return the request that `make` builds. Raises InvalidArgument for values that do not fit.
 
-    The cause is left out: a UnicodeEncodeError carries the whole text that it stumbled over.
+    The error hides its cause, because a UnicodeEncodeError carries the whole text.
     """
     try:
         return make()
@@ -65,20 +65,20 @@ def build(make: Callable[[], M]) -> M:
         raise
     except (ValueError, OverflowError):
         failure = InvalidArgument(
-            "A value cannot be sent: a text is not Unicode, or a number or time is out of range."
+            "A value cannot be sent: invalid Unicode text, or a number or time out of range."
         )
     raise failure
 
 
 def secret_out(secret: str | Secret) -> str:
-    """Return the text to ask about. Raises TypeError for anything but text.
+    """Return the secret's text. Raises TypeError for anything but text.
 
-    A text that UTF-8 cannot carry is nobody's secret: asked about as "", it is MALFORMED like any
-    other garbage, where protobuf would raise an exception that contains it.
+    Text that UTF-8 cannot encode is not a secret. It is replaced by "", which is MALFORMED.
+    Otherwise protobuf would raise an exception that contains the text.
     """
     text = secret.reveal() if isinstance(secret, Secret) else secret
     if not isinstance(text, str):
-        raise TypeError(f"a secret is a str or a Secret, not {type(text).__name__}")
+        raise TypeError(f"a secret must be a str or a Secret, not {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -87,37 +87,38 @@ def secret_out(secret: str | Secret) -> str:
 
 
 def scope_out(scope: Scope | None, field: str) -> pb.Scope.ValueType:
-    """Return the level to ask for; None asks for none. Raises InvalidArgument for no real level.
+    """Return the scope for the request. Raises InvalidArgument unless it is READ, WRITE or None.
 
-    UNSPECIFIED would reach the server as "no scope is required": it has to be said as None.
+    None requires no scope. UNSPECIFIED would mean the same to the server, so it is rejected: a
+    caller that wants no scope has to say None.
     """
     if scope is None:
         return pb.SCOPE_UNSPECIFIED
     if not isinstance(scope, Scope):
-        raise TypeError(f"{field} is a Scope, not {type(scope).__name__}")
+        raise TypeError(f"{field} must be a Scope, not {type(scope).__name__}")
     if scope not in _SCOPES_OUT:
-        raise invalid(field, "has to be Scope.READ or Scope.WRITE")
+        raise invalid(field, "must be Scope.READ or Scope.WRITE")
     return _SCOPES_OUT[scope]
 
 
 def time_out(time: datetime, field: str) -> Timestamp:
-    """Return a moment. Raises InvalidArgument when it does not say which one."""
+    """Convert a time to protobuf. Raises InvalidArgument if it has no time zone."""
     if time.tzinfo is None:
-        raise invalid(field, "has no time zone; use datetime.now(UTC) and its like")
+        raise invalid(field, "has no time zone; use for example datetime.now(UTC)")
     message = Timestamp()
     message.FromDatetime(time)
     return message
 
 
 def duration_out(duration: timedelta) -> Duration:
-    """Return a duration."""
+    """Convert a duration to protobuf."""
     message = Duration()
     message.FromTimedelta(duration)
     return message
 
 
 def token_in(message: pb.Token) -> Token:
-    """Return a token as received."""
+    """Convert a token from protobuf."""
     return Token(
         id=message.id,
         account_id=message.account_id,
@@ -134,7 +135,7 @@ def token_in(message: pb.Token) -> Token:
 
 
 def page_in(message: pb.ListResponse) -> Page:
-    """Return a page as received."""
+    """Convert a page from protobuf."""
     return Page(
         tokens=tuple(token_in(token) for token in message.tokens),
         next_page_token=message.next_page_token,
@@ -142,7 +143,7 @@ def page_in(message: pb.ListResponse) -> Page:
 
 
 def receipt_in(message: pb.Receipt) -> Receipt:
-    """Return a receipt as received."""
+    """Convert a receipt from protobuf."""
     return Receipt(
         commit_time=time_in(message.commit_time),
         effective_time=(
@@ -158,17 +159,17 @@ def receipt_in(message: pb.Receipt) -> Receipt:
 
 
 def verification_in(message: pb.VerifyResponse) -> Verification:
-    """Return an answer as received. Raises InternalError for VALID without a token."""
+    """Convert an answer from protobuf. Raises InternalError for VALID without a token."""
     verdict = _VERDICTS.get(message.verdict, Verdict.UNSPECIFIED)
     token = token_in(message.token) if message.HasField("token") else None
     if verdict is Verdict.VALID and token is None:
-        # The contract sets the token whenever there is one: nobody is allowed in without a name.
-        raise InternalError("The service called a secret valid without saying whose it is.")
+        # The contract sets the token for every known secret. Nobody gets in anonymously.
+        raise InternalError("The service answered VALID without a token.")
     return Verification(verdict=verdict, token=token, revision=message.revision, mark=message.mark)
 
 
 def watch_request_out(request: Request) -> pb.WatchRequest:
-    """Return what a client says on its Watch stream."""
+    """Convert a client's Watch request to protobuf."""
     return pb.WatchRequest(
         applied_revision=request.applied.revision,
         mark=request.applied.mark,
@@ -178,12 +179,12 @@ def watch_request_out(request: Request) -> pb.WatchRequest:
 
 
 def watch_event_in(message: object) -> Event | None:
-    """Return what the server says on a Watch stream. None: nothing that this version knows.
+    """Convert a server's Watch message. Return None for a message that this version does not know.
 
-    Raises InternalError for what grpc could not parse, in whose place it gives None.
+    Raises InternalError for a message that grpc could not parse, for which grpc returns None.
     """
     if not isinstance(message, pb.WatchResponse):
-        raise InternalError("Watch failed: a message of the service could not be read.")
+        raise InternalError("Watch failed: a message from the service could not be parsed.")
     match message.WhichOneof("event"):
         case "invalidation":
             invalidation = message.invalidation
@@ -205,7 +206,7 @@ def _position_in(message: pb.Invalidation | pb.Grant | pb.Reset) -> Position:
 
 
 def status_in(message: status_pb.GetStatusResponse) -> Status:
-    """Return the state of the service as received."""
+    """Convert the state of the service from protobuf."""
     return Status(
         head_revision=message.head_revision,
         head_mark=message.head_mark,
@@ -240,12 +241,12 @@ def _duration_in(message: Duration) -> timedelta:
     try:
         return message.ToTimedelta()
     except (ValueError, OverflowError) as error:
-        raise InternalError("The service sent a duration that does not exist.") from error
+        raise InternalError("The service sent an invalid duration.") from error
 
 
 def time_in(message: Timestamp) -> datetime:
-    """Return a moment as received. Raises InternalError."""
+    """Convert a time from protobuf. Raises InternalError if it is out of range."""
     try:
         return message.ToDatetime(tzinfo=UTC)
     except (ValueError, OverflowError) as error:
-        raise InternalError("The service sent a time that does not exist.") from error
+        raise InternalError("The service sent an invalid time.") from error

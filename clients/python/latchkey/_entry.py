@@ -1,7 +1,7 @@
-"""What a verifier remembers of one secret: every answer that it may have to give, made in advance.
+"""Builds the cache entry of one secret: all answers that it may need, made in advance.
 
-It owns which answers are worth remembering, and what they say about another scope than the one
-that was asked about.
+This module decides which answers are worth caching. It also derives the answer for the scope that
+the service was not asked about.
 """
 
 from datetime import datetime
@@ -11,13 +11,13 @@ from latchkey_coherence.memory import Entry
 
 from latchkey.models import Scope, Token, Verdict, Verification
 
-# Not UNKNOWN and MALFORMED: they name no token, so nothing would ever tell that they have changed.
+# Not UNKNOWN and MALFORMED. They name no token, so no invalidation would ever end such an entry.
 _FINAL: Final = (Verdict.DELETED, Verdict.EXPIRED)
 _LIVE: Final = (Verdict.VALID, Verdict.INSUFFICIENT_SCOPE)
 
 
-class Remembered(Entry):
-    """The answers for one secret. A verify that finds it makes nothing and converts nothing."""
+class CacheEntry(Entry):
+    """The answers for one secret. They are ready to return, so that a verify builds nothing."""
 
     __slots__ = ("expires_at", "read", "write")
 
@@ -31,25 +31,27 @@ class Remembered(Entry):
     ) -> None:
         super().__init__(token_id, keep_until)
         self.read = read
-        """Answers those who need READ, or no scope: each token has at least that."""
+        """The answer if READ or no scope is required. Every token has at least READ."""
         self.write = write
-        """Answers those who need WRITE."""
+        """The answer if WRITE is required."""
         self.expires_at = expires_at
-        """From when on, in POSIX seconds, it answers nobody and the service is asked instead: what
-        has expired is for one clock to say. None: never."""
+        """POSIX seconds from which the service is asked again. None: never.
+
+        Only one clock, the service's, decides whether a token has expired.
+        """
 
 
-def remembered(answer: Verification, scope: Scope | None, keep_until: float) -> Remembered | None:
-    """Return what to remember of the service's `answer` about `scope`; None: nothing.
+def cache_entry(answer: Verification, scope: Scope | None, keep_until: float) -> CacheEntry | None:
+    """Return the entry for the service's `answer` about `scope`, or None if it is not cacheable.
 
-    `keep_until` is when to ask again, in seconds of `boottime`.
+    The entry is valid until `keep_until`, in seconds of `boottime`.
     """
     token = answer.token
     if token is None:
         return None
     if answer.verdict in _FINAL:
-        # As it is: once EXPIRED was said, this machine's clock cannot make it VALID again.
-        return Remembered(token.id, answer, answer, None, keep_until)
+        # Without an expiry: after EXPIRED, this machine's clock must not make it VALID again.
+        return CacheEntry(token.id, answer, answer, None, keep_until)
     if answer.verdict not in _LIVE or token.scope is Scope.UNSPECIFIED:
         return None
     read = _answer(Verdict.VALID, token, answer)
@@ -57,9 +59,9 @@ def remembered(answer: Verification, scope: Scope | None, keep_until: float) -> 
     if token.scope is Scope.READ:
         write = _answer(Verdict.INSUFFICIENT_SCOPE, token, answer)
     if (write if scope is Scope.WRITE else read).verdict is not answer.verdict:
-        # The service and this table disagree about scopes: it will be right, and asked each time.
+        # This function and the service disagree about scopes. Ask the service each time.
         return None
-    return Remembered(token.id, read, write, _posix(token.expire_time), keep_until)
+    return CacheEntry(token.id, read, write, _posix(token.expire_time), keep_until)
 
 
 def _answer(verdict: Verdict, token: Token, like: Verification) -> Verification:

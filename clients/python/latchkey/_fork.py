@@ -1,6 +1,6 @@
-"""What has to happen in a child process that `os.fork` has made.
+"""Notifies objects in a child process that `os.fork` has created.
 
-A fork copies the memory, and the lease on it, while no one acknowledges deletions for the copy.
+A fork copies the cache and its lease, but nobody acknowledges deletions for the copy.
 """
 
 import os
@@ -9,10 +9,10 @@ from typing import Final, Protocol
 
 
 class Forked(Protocol):
-    """What a fork concerns."""
+    """An object that must know about a fork."""
 
     def forked(self) -> None:
-        """Take note, in the child, before anything else runs there."""
+        """React to the fork. Runs in the child before any other code there."""
         ...
 
 
@@ -20,7 +20,7 @@ _forked: Final["weakref.WeakSet[Forked]"] = weakref.WeakSet()
 
 
 def watch(concerned: Forked) -> None:
-    """Call `concerned.forked` in every child that is forked from this process."""
+    """Call `concerned.forked` in every child that this process forks."""
     _forked.add(concerned)
 
 
@@ -29,5 +29,5 @@ def _in_child() -> None:
         concerned.forked()
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+if hasattr(os, "register_at_fork"):  # Windows has no fork
     os.register_at_fork(after_in_child=_in_child)

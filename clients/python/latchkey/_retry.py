@@ -1,13 +1,17 @@
-"""Which calls are tried again, when, and within what time.
+"""Decides which calls are retried, when, and within what time.
 
-Done here and not by gRPC's own retryPolicy, for three reasons. The contract gives the minimal
-delay as google.rpc.RetryInfo, and gRPC heeds only `grpc-retry-pushback-ms`. gRPC starts the next
-attempt even when the delay outlasts the deadline, so the caller waits for nothing and then learns
-"deadline exceeded" in place of the cause. And a policy in the service config is not there when a
-channel is passed in. What gRPC does by itself stays on: a transparent retry, of any method, when
-the transport knows that the server never saw the call (gRFC A6).
+The library does this itself, instead of gRPC's retryPolicy, for three reasons:
 
-Pure but for `run`, which gets clock, sleep and randomness passed in.
+- The contract sends the minimum delay as google.rpc.RetryInfo. gRPC reads only
+  `grpc-retry-pushback-ms`.
+- gRPC starts another attempt even if the delay outlasts the deadline. The caller would wait for
+  nothing, and then get "deadline exceeded" instead of the cause.
+- A channel that the application made does not have the library's service config.
+
+gRPC's transparent retry stays on. It repeats any method if the transport knows that the server
+never saw the call (gRFC A6).
+
+This module is pure, except for `run`, which receives clock, sleep and randomness as arguments.
 """
 
 import asyncio
@@ -28,47 +32,47 @@ _log = logging.getLogger("latchkey")
 
 T = TypeVar("T")
 
-# A verify stands in the way of every request that is served: better no answer than a late one.
+# Every request to your service waits for a verify. No answer is better than a late one.
 VERIFY_TIMEOUT_SECONDS: Final = 1.0
-# A thousand verifies cost one look-up, but up to 21 MB of answer (`_channel`).
+# A thousand verifies cost one look-up, but up to 21 MB of answers (see `_channel`).
 BATCH_VERIFY_TIMEOUT_SECONDS: Final = 2.0
-# One or two transactions; a database that fails over is back within seconds.
+# One or two transactions. A database that fails over is back within seconds.
 MANAGEMENT_TIMEOUT_SECONDS: Final = 5.0
-# Delete may have to wait out the lease of a verifier that does not answer (coherence rule 8), which
-# is 3 s long by default and 5 s at most, and half a second more. The default must be longer than
-# that, by far: an unconfirmed deletion is what nobody wants to read.
+# Delete may have to outwait the lease of a verifier that does not answer (coherence rule 8). That
+# lease lasts 3 s by default and at most 5 s, and the wait adds half a second. The default must be
+# far longer, because an unconfirmed deletion is the worst result for a user.
 DELETE_TIMEOUT_SECONDS: Final = 10.0
 
-# gRFC A6's own limit; more attempts than that are load, not luck.
+# gRFC A6's own limit. More attempts add load but rarely succeed.
 ATTEMPTS_MAX: Final = 5
-# The first retry after about a server's scheduling hiccup; all four delays sum up to at most
-# 0.75 s, which leaves the last attempt some of Verify's second.
+# The first retry outlasts a scheduling delay of the server. All four delays add up to at most
+# 0.75 s, which leaves part of Verify's second for the last attempt.
 BACKOFF_FIRST_SECONDS: Final = 0.05
 BACKOFF_FACTOR: Final = 2.0
 BACKOFF_MAX_SECONDS: Final = 1.0
 
-# Retry throttling as in gRFC A6: an outage must not be met with five times the load.
+# Retry throttling as in gRFC A6. Without it, an outage would multiply the load by five.
 BUDGET_TOKENS_MAX: Final = 20.0
 BUDGET_TOKENS_PER_SUCCESS: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How a method is called."""
+    """The deadline of a method, and whether it may be retried."""
 
     timeout_seconds: float
-    """Default deadline of the whole call, attempts and delays included."""
+    """Default deadline of the whole call, including attempts and delays."""
     retry: bool
-    """Whether the contract makes a repeated call harmless when nobody knows what became of it."""
+    """Whether the contract makes it harmless to repeat a call whose result is unknown."""
 
 
 POLICIES: Final[Mapping[str, Policy]] = {
-    # Not idempotent: when the answer is lost, a second attempt finds the name taken, or makes a
-    # second token whose twin's secret nobody knows.
+    # Not idempotent. If the answer is lost, a second attempt fails because the name is taken, or
+    # creates a second token while nobody knows the first one's secret.
     "Create": Policy(MANAGEMENT_TIMEOUT_SECONDS, retry=False),
     "Get": Policy(MANAGEMENT_TIMEOUT_SECONDS, retry=True),
     "List": Policy(MANAGEMENT_TIMEOUT_SECONDS, retry=True),
-    # A repeated deletion answers with the first one's receipt.
+    # Repeating a deletion returns the receipt of the first one.
     "Delete": Policy(DELETE_TIMEOUT_SECONDS, retry=True),
     "Verify": Policy(VERIFY_TIMEOUT_SECONDS, retry=True),
     "BatchVerify": Policy(BATCH_VERIFY_TIMEOUT_SECONDS, retry=True),
@@ -79,7 +83,7 @@ POLICIES: Final[Mapping[str, Policy]] = {
 
 
 class Budget:
-    """How much retrying is left. Retries stop while more than half of it is used up (gRFC A6)."""
+    """The retry budget. Retries stop while more than half of it is used up (gRFC A6)."""
 
     __slots__ = ("_tokens",)
 
@@ -87,20 +91,20 @@ class Budget:
         self._tokens = BUDGET_TOKENS_MAX
 
     def succeeded(self) -> None:
-        """Count a call that was answered."""
+        """Record a call that was answered."""
         self._tokens = min(BUDGET_TOKENS_MAX, self._tokens + BUDGET_TOKENS_PER_SUCCESS)
 
     def failed(self) -> bool:
-        """Count an attempt that is worth another one. Return whether another one is affordable."""
+        """Record a failed attempt that may be retried. Return whether the budget allows a retry."""
         self._tokens = max(0.0, self._tokens - 1.0)
         return self._tokens > BUDGET_TOKENS_MAX / 2
 
 
 def delay_seconds(failures: int, retry_after: timedelta | None, randomness: float) -> float:
-    """Return how long to wait after `failures` (≥ 1) attempts failed. `randomness` is in [0, 1).
+    """Return the delay after `failures` (≥ 1) failed attempts. `randomness` is in [0, 1).
 
     Half of the backoff is jitter, so that clients that failed together do not return together.
-    A delay that the server asks for is a minimum, and jitter of up to half of it comes on top.
+    A delay that the server requests is a minimum. Jitter of up to half of it is added.
     """
     ceiling = min(BACKOFF_MAX_SECONDS, BACKOFF_FIRST_SECONDS * BACKOFF_FACTOR ** (failures - 1))
     least = max(retry_after.total_seconds() if retry_after else 0.0, ceiling / 2)
@@ -108,21 +112,21 @@ def delay_seconds(failures: int, retry_after: timedelta | None, randomness: floa
 
 
 def may_retry(rpc: str, error: LatchkeyError) -> bool:
-    """Tell whether the contract makes another attempt harmless, and worth it, after this failure.
+    """Return whether another attempt is harmless and useful after this failure.
 
-    What is refused for load was not begun, so that any method may be tried again. The server says
-    when. Without that it is something else that time does not mend, such as a message's size.
+    A call refused because of load never started, so every method may retry it. The server then
+    sends a delay. Without a delay, waiting does not help. For example, the message is too large.
     """
     if isinstance(error, ResourceExhausted):
         return error.retry_after is not None
-    # Not so a deadline, which is the call's own and has passed, or a client that is closed.
+    # Exclude an exceeded deadline, which applies to the whole call, and a closed client.
     return error.code is grpc.StatusCode.UNAVAILABLE and POLICIES[rpc].retry
 
 
 def checked_timeout(timeout_seconds: float | None) -> float | None:
-    """Return `timeout_seconds`; None is "the default". Raises InvalidArgument: every wait ends."""
+    """Return `timeout_seconds`. None means the default. Raises InvalidArgument unless positive."""
     if timeout_seconds is not None and not (timeout_seconds > 0 and math.isfinite(timeout_seconds)):
-        raise invalid("timeout_seconds", "has to be more than 0 and not endless")
+        raise invalid("timeout_seconds", "must be positive and finite")
     return timeout_seconds
 
 
@@ -136,10 +140,10 @@ async def run(
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     randomness: Callable[[], float] = random.random,
 ) -> T:
-    """Call `attempt(seconds left)` until it answers, or trying again is not allowed or no use.
+    """Call `attempt(seconds left)` until it succeeds or `may_retry` rejects another attempt.
 
-    Raises what the last attempt raised: at once, not at the deadline, when the next attempt could
-    only start after it. What is tried again `may_retry` says: any other failure is an answer.
+    Raises the error of the last attempt. If the next attempt could only start after the deadline,
+    it raises at once.
     """
     end = monotonic() + timeout_seconds
     left = timeout_seconds
@@ -157,10 +161,10 @@ async def run(
             delay = delay_seconds(failures, error.retry_after, randomness())
             if monotonic() + delay >= end:
                 raise
-            _log.debug("%s: attempt %d failed, next one in %.3f s", rpc, failures, delay)
+            _log.debug("%s: attempt %d failed, retry in %.3f s", rpc, failures, delay)
         else:
             budget.succeeded()
             return answer
-        # Outside the handler, so that a later failure does not drag this one along as its context.
+        # Sleep outside the handler, or a later error would carry this one as its context.
         await sleep(delay)
         left = max(0.0, end - monotonic())

@@ -1,6 +1,6 @@
-"""gRPC statuses and their rich details, translated into the exceptions of `errors`.
+"""Translates gRPC statuses and their rich details into the exceptions of `errors`.
 
-It owns the translation alone; whether a call is tried again is decided in `_retry`.
+`_retry` decides whether a call is repeated.
 """
 
 import re
@@ -16,8 +16,8 @@ from google.rpc import error_details_pb2, status_pb2
 from latchkey import errors
 from latchkey._shape import redact
 
-# The key that grpcio-status uses. Its own from_call() raises on details that do not fit the status,
-# and damaged details must not hide the error that they came with.
+# The key that grpcio-status uses. Its from_call() raises if the details do not match the status.
+# Damaged details must not hide the error that they came with.
 _DETAILS_KEY: Final = "grpc-status-details-bin"
 
 _CLASSES: Final[Mapping[grpc.StatusCode, type[errors.LatchkeyError]]] = {
@@ -36,30 +36,30 @@ _CLASSES: Final[Mapping[grpc.StatusCode, type[errors.LatchkeyError]]] = {
 }
 
 _ADVICE: Final[Mapping[grpc.StatusCode, str]] = {
-    grpc.StatusCode.ALREADY_EXISTS: "Choose another name, or delete the token that has it.",
+    grpc.StatusCode.ALREADY_EXISTS: "Choose another name, or delete the token that uses it.",
     grpc.StatusCode.DEADLINE_EXCEEDED: "Try again, or allow more time with timeout_seconds.",
-    grpc.StatusCode.INTERNAL: "Report it to whoever runs Latchkey.",
+    grpc.StatusCode.INTERNAL: "Report it to the operator of Latchkey.",
     grpc.StatusCode.NOT_FOUND: "Check the account and the token's id.",
-    grpc.StatusCode.PERMISSION_DENIED: "Ask whoever runs Latchkey for access.",
-    grpc.StatusCode.RESOURCE_EXHAUSTED: "Try again later, with less at once.",
-    grpc.StatusCode.UNAUTHENTICATED: "Check the credentials of this caller.",
+    grpc.StatusCode.PERMISSION_DENIED: "Ask the operator of Latchkey for access.",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "Try again later, and ask for less at once.",
+    grpc.StatusCode.UNAUTHENTICATED: "Check this caller's credential.",
     grpc.StatusCode.UNAVAILABLE: "Try again later; check the target if it never answers.",
-    grpc.StatusCode.UNIMPLEMENTED: "Check that the target is Latchkey, and not an older version.",
+    grpc.StatusCode.UNIMPLEMENTED: "Check that the target is Latchkey, in a recent version.",
 }
 
-# Where the answer is lost, the advice depends on what may have happened.
+# If the answer is lost, the advice depends on what may have happened.
 _ADVICE_WHEN_LOST: Final[Mapping[str, str]] = {
     "Create": "The token may exist: find its name with list() and delete it before trying again.",
-    "Delete": "The deletion may stand but is not confirmed: call delete() again for its receipt.",
+    "Delete": "The token may be deleted, but not confirmed: call delete() again for its receipt.",
 }
-# ErrorInfo.reason of a Delete that stands, but whose deadline was too short for the wait.
+# ErrorInfo.reason of a Delete that is stored, but whose deadline was too short for the wait.
 _NOT_CONFIRMED: Final = "DELETION_NOT_CONFIRMED"
-# What gRPC says when it comes to no connection, the reason that we give it, and what to do.
+# Messages of gRPC for failed connections, each with the reason and the advice that we give for it.
 _NO_CONNECTION: Final = (
     (
         re.compile(r"CERTIFICATE_VERIFY_FAILED"),
         "TLS_HANDSHAKE_FAILED",
-        "The service's certificate is of none of the trusted CAs: check tls_ca (LATCHKEY_TLS_CA).",
+        "The service's certificate is not from a trusted CA: check tls_ca (LATCHKEY_TLS_CA).",
     ),
     (
         re.compile(r"Peer name .* is not in peer certificate"),
@@ -69,7 +69,7 @@ _NO_CONNECTION: Final = (
     (
         re.compile(r"WRONG_VERSION_NUMBER"),
         "TLS_HANDSHAKE_FAILED",
-        "The service does not speak TLS there: check the target, or leave TLS out.",
+        "The target does not speak TLS: check the target, or connect without TLS.",
     ),
     (
         re.compile(r"[Hh]andshake failed"),
@@ -82,7 +82,7 @@ _NO_CONNECTION: Final = (
             r".*(Socket closed|Connection reset by peer)"
         ),
         "CONNECTION_CLOSED",
-        "It closed the connection at once, and may want TLS, or another client certificate.",
+        "The target closed the connection at once. It may require TLS or a client certificate.",
     ),
 )
 _LOST: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -91,8 +91,8 @@ _LOST: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 def from_rpc_error(rpc: str, error: grpc.aio.AioRpcError) -> errors.LatchkeyError:
     """Return the exception for a failed call of the method `rpc` ("Get"). Never raises.
 
-    Raise it outside the `except` block: the original carries the server's texts as they came, and
-    a traceback would print it. Here they are scrubbed of whatever looks like a secret.
+    Raise it outside the `except` block. A traceback would otherwise print the original error, which
+    carries the server's texts unredacted. Here they are redacted.
     """
     code = error.code()
     details = _details(error)
@@ -106,13 +106,13 @@ def from_rpc_error(rpc: str, error: grpc.aio.AioRpcError) -> errors.LatchkeyErro
     message += f", request {request_id})." if request_id else ")."
     advice = _ADVICE_WHEN_LOST.get(rpc) if code in _LOST else None
     if code is grpc.StatusCode.UNAVAILABLE and reason is None:
-        # No answer at all. A call that never got a connection has done nothing.
+        # No answer at all. A call without a connection has done nothing.
         for found, name, what_to_do in _NO_CONNECTION:
             if found.search(text):
                 reason, advice = name, what_to_do
                 break
     if reason == _NOT_CONFIRMED:
-        advice = "The deletion stands but is not confirmed: call delete() again for its receipt."
+        advice = "The token is deleted, but not confirmed: call delete() again for its receipt."
     advice = advice or _ADVICE.get(code)
     failure = _CLASSES.get(code, errors.UnexpectedStatus)(
         f"{message} {advice}" if advice else message,
@@ -131,8 +131,8 @@ def from_rpc_error(rpc: str, error: grpc.aio.AioRpcError) -> errors.LatchkeyErro
 
 
 def _details(error: grpc.aio.AioRpcError) -> list[AnyMessage]:
-    """Return the rich details that came with `error`; none when they are missing or damaged."""
-    # In a list of its own: what a server sends as metadata may be of any kind.
+    """Return the rich details of `error`, or an empty list if they are missing or damaged."""
+    # Copied into an untyped list, since a server may send metadata of any type.
     pairs: list[tuple[Any, Any]] = list(error.trailing_metadata() or ())
     for key, value in pairs:
         if key != _DETAILS_KEY or not isinstance(value, bytes):
@@ -141,7 +141,7 @@ def _details(error: grpc.aio.AioRpcError) -> list[AnyMessage]:
             status = status_pb2.Status.FromString(value)
         except DecodeError:
             return []
-        # Details of another status say nothing about this one.
+        # Ignore details of another status.
         return list(status.details) if status.code == error.code().value[0] else []
     return []
 
@@ -150,7 +150,7 @@ M = TypeVar("M", bound=Message)
 
 
 def _first(details: list[AnyMessage], kind: type[M]) -> M | None:
-    """Return the first detail of `kind` that can be read."""
+    """Return the first readable detail of type `kind`."""
     for detail in details:
         message = kind()
         try:

@@ -1,9 +1,13 @@
-"""What the Watch streams of one memory add up to: its lease. Pure; the clock is passed in.
+"""Combines the Watch streams of one cache into a lease. Pure; the clock is passed in.
 
-It owns the client's part of the coherence rules 6, 7 and 12: apply, then acknowledge, then extend;
-count a lease from before its request was sent; one stream's grants at a time; start over when the
-history is another one. It talks to nobody:
-`_watch` carries between it and the service. All times are seconds of
+This module is the client's part of coherence rules 6, 7 and 12:
+
+- Apply a change, then acknowledge it, then extend the lease.
+- Count a lease from before its request was sent.
+- Use the grants of one stream at a time.
+- Start over if the server follows another history.
+
+It does no I/O. `_watch` connects it to the service. All times are seconds of
 `latchkey_coherence.lease.boottime`.
 """
 
@@ -15,40 +19,40 @@ from typing import Final
 from latchkey_coherence.lease import client_lease_end
 from latchkey_coherence.memory import NOWHERE, Memory, Position
 
-from latchkey._entry import Remembered
+from latchkey._entry import CacheEntry
 
-# When to ask for the next grant: with this share of the lease left, at random so that a thousand
-# clients of one server do not march in step. Later would spare the server messages, and leave too
-# little time to find another stream, when this one has fallen silent, before the lease is over.
+# The share of the lease that is left when the next grant is requested. It is random, so that a
+# thousand clients of one server do not ask in step. A smaller share would save messages, but leave
+# too little time to find another stream if this one has fallen silent.
 ASK_SHARE_MIN: Final = 0.35
 ASK_SHARE_MAX: Final = 0.5
-# A server that grants next to nothing is not to be asked without a pause.
+# The minimum time between requests, for a server that grants very short leases.
 ASK_GAP_SECONDS: Final = 0.1
-# How long a new stream may take to its first grant: connection, and a server that has to renew
-# its own lease. A proxy that holds up streams never brings it.
+# How long a new stream may take until its first grant. That includes the connection and a server
+# that has to renew its own lease. A proxy that buffers streams never delivers the grant.
 FIRST_GRANT_SECONDS: Final = 2.0
-# With what share of the rest of the lease unused a grant that was asked for is late: the other part
-# is for finding another stream.
+# A requested grant is late when only this share of the remaining lease is left. That share is
+# reserved for finding another stream.
 LATE_SHARE: Final = 0.5
-# What any further grant may take at the least, however little of the lease is left.
+# The minimum time to wait for a further grant, even if the lease is about to end.
 NEXT_GRANT_SECONDS_MIN: Final = 0.2
-# Nobody grants that long; it bounds what a confused server can do.
+# Longer than any real grant. Bounds the damage that a faulty server can do.
 LEASE_SECONDS_MAX: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the client says: what it has applied, and what it asks for."""
+    """A message from the client: its applied position, and perhaps a request for a grant."""
 
     applied: Position
     number: int = 0
-    """Asks for the grant of this number. 0: for none."""
+    """The number of the requested grant. 0: no grant requested."""
     released: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Invalidation:
-    """Names tokens to forget."""
+    """Names tokens to evict."""
 
     position: Position
     token_ids: tuple[str, ...]
@@ -56,7 +60,7 @@ class Invalidation:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Permits to answer from memory for `seconds` from the request of that number on."""
+    """Permits cached answers for `seconds`, counted from the request with that number."""
 
     position: Position
     number: int
@@ -65,67 +69,67 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """Everything has to be forgotten, and the lease ends."""
+    """Empties the cache and ends the lease."""
 
     position: Position
 
 
 @dataclass(frozen=True, slots=True)
 class Closing:
-    """The stream grants no more: the server is about to stop, or wants its client to move."""
+    """Ends the stream's grants: the server is about to stop, or wants the client to move."""
 
 
 Event = Invalidation | Grant | Reset | Closing
 
 
 class Lease:
-    """Until when answers may come from memory."""
+    """The time until which cached answers may be given."""
 
-    # An object of its own for the sake of who reads it on every verify.
+    # A separate small object, because every verify reads it.
     __slots__ = ("__weakref__", "end")
 
     def __init__(self) -> None:
         self.end = -math.inf
 
     def drop(self) -> None:
-        """Answer no more from memory, until another grant comes."""
+        """Stop giving cached answers until the next grant."""
         self.end = -math.inf
 
 
 class Subscription:
-    """A memory, the lease on it, and the one stream whose grants count."""
+    """A cache, its lease, and the one stream whose grants count."""
 
-    def __init__(self, memory: Memory[Remembered], randomness: Callable[[], float]) -> None:
+    def __init__(self, memory: Memory[CacheEntry], randomness: Callable[[], float]) -> None:
         self.memory = memory
         self.lease = Lease()
         self.invalidations = 0
         self.resets = 0
         self._randomness = randomness
         self._granting: Stream | None = None
-        # Rises when the memory starts over, since what other streams know of it is then wrong, and
-        # when all grants are given up.
+        # Increases when the cache starts over or all grants are released. What the servers of
+        # other streams know about the cache is then wrong.
         self._epoch = 0
 
     def open(self, now: float) -> "Stream":
-        """Return a new stream, which has its first request to send."""
+        """Return a new stream. Its first request is due."""
         return Stream(self, now)
 
     def release(self) -> None:
-        """Answer no more under any grant, and let every stream that was asked for one say so."""
+        """Drop the lease, and have every stream that requested a grant release it."""
         self.lease.drop()
-        # A stream may have asked for its first grant. That must not revive the lease.
+        # A stream may have requested its first grant. That grant must not revive the lease.
         self._epoch += 1
         if self._granting is not None:
             self._granting.retire()
             self._granting = None
 
-    # The rest is for Stream.
+    # The other methods are for Stream only.
 
     def apply(self, position: Position, token_ids: Iterable[str]) -> bool:
-        """Forget `token_ids`, and have applied all up to `position`.
+        """Evict `token_ids` and advance to `position`.
 
-        False: the memory knows that revision by another mark. Its history is not the server's, and
-        it has to start over.
+        Returns False if the cache knows that revision by another mark. The server then follows
+        another history, and the cache has to start over.
         """
         if not self.memory.agrees(position):
             return False
@@ -133,75 +137,75 @@ class Subscription:
         return True
 
     def start_over(self, position: Position) -> None:
-        """Forget everything and begin at `position`, without a lease (coherence rule 12).
+        """Empty the cache and begin at `position`, without a lease (coherence rule 12).
 
-        A lease permits to answer on the history that it was granted on, and this may be another
-        one. So the other streams' grants count no longer.
+        A lease only permits answers from the history that it was granted for, and this may be
+        another history. The grants of the other streams therefore no longer count.
         """
         self._epoch += 1
         self.lease.drop()
         self.memory.reset(position)
 
     def extend(self, stream: "Stream", end: float) -> None:
-        """Answer under `stream`'s grant until `end`, and under no other one's."""
+        """Use `stream`'s grant until `end`, and no other stream's."""
         if self._granting is not stream:
             if self._granting is not None:
                 self._granting.retire()
             self._granting = stream
-        # Not the later one of two streams' ends: the one that is left stops waiting for us.
+        # Not the later of two streams' ends: the server of the old stream stops waiting for us.
         self.lease.end = end
 
     def granted_by(self, stream: "Stream") -> bool:
-        """Tell whether the lease, if there is one, is `stream`'s."""
+        """Return whether the current lease, if any, comes from `stream`."""
         return self._granting is stream
 
     @property
     def epoch(self) -> int:
-        """Return what a stream's grant has to be of."""
+        """Return the current epoch. Grants of streams from an earlier epoch do not count."""
         return self._epoch
 
     def ask_share(self) -> float:
-        """Return with how much of a lease left to ask for the next one."""
+        """Return the share of a lease that is left when the next one is requested."""
         return ASK_SHARE_MIN + (ASK_SHARE_MAX - ASK_SHARE_MIN) * self._randomness()
 
 
 class Stream:
-    """One Watch stream as its client sees it.
+    """One Watch stream from its client's point of view.
 
-    Whoever drives it sends what `take` returns, at once, when `due` has come; hands what was
-    received to `receive`, in order; and opens another one when `closing`, or when `late_at` has
-    passed.
+    The driver has three duties. It sends what `take` returns, without delay, once `due` has passed.
+    It passes each received message to `receive`, in order. It opens another stream after `closing`
+    or `late_at`.
     """
 
     def __init__(self, subscription: Subscription, now: float) -> None:
         self.granted = False
-        """Whether a grant of it was ever of use."""
+        """Whether the stream has ever extended the lease."""
         self.closing = False
-        """Whether its server is about to stop."""
+        """Whether the stream has to be replaced, for example because its server is stopping."""
         self.late_at: float | None = now + FIRST_GRANT_SECONDS
-        """When it is to be given up, unless a grant comes before."""
+        """When to give up waiting for the requested grant."""
         self._subscription = subscription
         self._epoch = subscription.epoch
         self._number = 0
-        self._asked_at: float | None = None  # when the request of that number was made
+        self._asked_at: float | None = None  # when the open request was made
         self._ask_at: float | None = now
         self._end = -math.inf
-        # Where the memory was when this stream last moved it, or was opened. Its server sends what
-        # comes after that.
+        # The cache's position when this stream opened or last moved it. The server sends the
+        # changes after that position.
         self._left_at = NOWHERE
         self._owes_ack = False
         self._owes_release = False
         self._retired = False
 
     def due(self) -> float | None:
-        """Return when `take` has something to send. None: not before something was received."""
+        """Return when `take` has something to send. None: not before a message arrives."""
         self._notice_other_history()
         if self._owes_ack or self._owes_release:
             return -math.inf
         return self._ask_at
 
     def take(self, now: float) -> Request | None:
-        """Return what is to be sent at `now`, which was read just before. None: nothing."""
+        """Return the request to send, or None. `now` must have been read just before."""
         self._notice_other_history()
         applied = self._subscription.memory.position
         if self._retired:
@@ -223,10 +227,10 @@ class Stream:
         return Request(applied, number=self._number)
 
     def receive(self, event: Event | None, now: float) -> None:
-        """Take in what the server sent. None stands for something that is not known here."""
+        """Handle a message from the server. None stands for a message of an unknown type."""
         self._notice_other_history()
         if self._retired:
-            return  # another stream says it all
+            return  # another stream has taken over
         subscription = self._subscription
         match event:
             case Invalidation():
@@ -241,34 +245,34 @@ class Stream:
                 self.closing = True
                 self._asked_at = self._ask_at = self.late_at = None
             case None:
-                # A newer server's: to forget is safe, whatever it meant.
+                # From a newer server. Emptying the cache is safe, whatever the message means.
                 subscription.memory.reset(subscription.memory.position)
                 subscription.resets += 1
 
     def retire(self) -> None:
-        """Count no more grants of this stream, and tell its server that they are not needed."""
+        """Ignore further grants of this stream, and release them at its server."""
         if self._retired:
             return
         self._retired = True
-        # Also for a grant that is still on its way.
+        # Also release a grant that is still on its way.
         self._owes_release = self._number > 0
         self._owes_ack = False
         self._asked_at = self._ask_at = self.late_at = None
 
     def _receive_invalidation(self, event: Invalidation, now: float) -> None:
-        """Apply an invalidation, unless its server may follow another history than the memory.
+        """Apply an invalidation, unless its server may follow another history than the cache.
 
-        Two streams can be open, to servers on different histories. Each server names what changed
-        since this stream last moved the memory. If the other stream has moved it since, then
-        nothing says that this server knows of that change: its position must not become the
-        memory's, or answers read there would be believed (coherence rule 12).
+        Two streams can be open to servers on different histories. Each server names the changes
+        since this stream last moved the cache. If the other stream has moved the cache since then,
+        this server may not know of that change. Its position must then not become the cache's, or
+        answers read at that position would be believed (coherence rule 12).
         """
         subscription, memory = self._subscription, self._subscription.memory
         position = event.position
         subscription.invalidations += 1
         apart = memory.position != self._left_at and not memory.knows(position)
         if apart and position.revision > memory.position.revision:
-            # To forget does no harm, whatever history names them.
+            # Evicting is safe, whichever history names the tokens.
             memory.apply(memory.position, event.token_ids)
             if subscription.granted_by(self):
                 self._reset(position, now)
@@ -278,14 +282,14 @@ class Stream:
         elif not subscription.apply(position, event.token_ids):
             self._reset(NOWHERE, now)
         elif memory.position == position or memory.knows(position):
-            # A server without marks has no position that is known.
+            # Servers without marks have no known position.
             self._left_at = position
         self._owes_ack = True
 
     def _reset(self, position: Position, now: float) -> None:
-        """Have the memory start over at `position`, and go on without this stream's grants.
+        """Empty the cache and set it to `position`. Earlier grants of this stream no longer count.
 
-        An open request stays open: the server answers it after the Reset, for the new history.
+        An open request stays open. The server answers it after the Reset, for the new history.
         """
         self._subscription.start_over(position)
         self._left_at = position
@@ -295,28 +299,28 @@ class Stream:
             self._ask_at = now
 
     def _notice_other_history(self) -> None:
-        """Leave the stream if another one has made the memory start over, or after `release`.
+        """Leave the stream if another one has reset the cache, or after `release`.
 
-        Its server believes the memory to be where it was, and so would not name all that it has to
-        drop. A new stream finds out where it is.
+        This stream's server assumes the cache's old position, so it might not name all tokens to
+        evict. A new stream reports the current position.
         """
         if self._epoch != self._subscription.epoch and not self._retired:
             self._leave()
 
     def _leave(self) -> None:
-        """Give the stream up, and have whoever drives it open another one."""
+        """Retire the stream, and have its driver open another one."""
         self.retire()
         self.closing = True
 
     def _receive_grant(self, grant: Grant, now: float) -> None:
         if self._asked_at is None or grant.number != self._number:
-            return  # of no request that is still open
+            return  # answers no open request
         if not self._subscription.memory.knows(grant.position):
-            return  # of another history, or of one that was never explained
+            return  # a different history, or a position that no message has explained
         asked_at, self._asked_at = self._asked_at, None
         end = client_lease_end(asked_at, min(grant.seconds, LEASE_SECONDS_MAX))
         if end > now:
-            # It only grows: the server heeds each of its grants to the end.
+            # The lease never shrinks: the server honours each grant until it ends.
             self._end = max(self._end, end)
             self._subscription.extend(self, self._end)
             self.granted = True

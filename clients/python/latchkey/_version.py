@@ -1,4 +1,4 @@
-"""The library's version, as installed. Not in `__init__`: the channel's user agent needs it."""
+"""The installed version. A separate module, because `_channel` needs it too."""
 
 from importlib.metadata import version
 

@@ -1,8 +1,8 @@
-"""Keeps a verifier's lease alive over Watch streams, and finds another server when one goes.
+"""Keeps a verifier's lease alive over Watch streams, and moves to another server if one fails.
 
-It owns connections, tasks and waiting times; what is said on a stream and what follows from it is
-decided in `_subscription`. However it fails, verifies go on: under the last grant until that is
-over, and then by asking the service about each.
+This module handles connections, tasks and waiting times. `_subscription` handles the protocol.
+Verifies continue through every failure: from the cache until the last grant ends, and then by
+asking the service each time.
 """
 
 import asyncio
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("latchkey")
 
-# A server that stops hands its clients to its neighbours, and a first attempt may still reach the
-# one that stops: the leases that are left last for a few of these.
+# A stopping server sends its clients to its neighbours, but a first attempt may reach it again. The
+# remaining lease lasts for a few attempts.
 RETRY_FIRST_SECONDS: Final = 0.05
-# A service that is back is noticed this soon. A refused connection costs next to nothing.
+# How soon a service that is back is noticed. A refused connection costs next to nothing.
 RETRY_MAX_SECONDS: Final = 5.0
-# When the service has no Watch, has it switched off, or refuses it to this caller: that takes a
-# new release or setting to change, and should not take a restart of all its clients as well. When
-# streams stay silent time after time, the last of them is listened to for so long.
+# Used if the service does not have Watch, has switched it off, or denies it to this caller. Such a
+# refusal lasts until a new release or setting, after which clients should not need a restart. Also
+# used to keep listening to the last of several silent streams.
 UNSUPPORTED_RETRY_SECONDS: Final = 60.0
 SILENCES_MAX: Final = 3
-# Of a stream that lasted this long the next failure counts as a first one again.
+# After a stream that lasted this long, the retry delay starts from its minimum again.
 SETTLED_SECONDS: Final = 10.0
-# How long to wait for the server to hear that its grants are needed no more. If it does not, the
-# next Delete waits for them to run out.
+# How long to wait until the server has read the release. If it has not, the next Delete waits for
+# the grants to end.
 RELEASE_SECONDS: Final = 0.5
 
 _UNSUPPORTED: Final = (
@@ -55,12 +55,12 @@ _UNSUPPORTED: Final = (
     grpc.StatusCode.UNAUTHENTICATED,
 )
 
-# What grpc.aio says, as INTERNAL, of a stream that its server ended while this side was writing.
-# The server's own words are lost; the next attempt, which may be luckier, has them.
+# grpc.aio's INTERNAL error for a stream that the server ended while the client was writing. The
+# server's own message is lost, but the next attempt may receive it.
 _OVERTAKEN: Final = "Internal error from Core"
 
 OpenChannel = Callable[[], tuple[grpc.aio.Channel, bool]]
-"""Returns a channel for one stream, and whether it is to be closed with it."""
+"""Returns a channel for one stream, and whether to close it after that stream."""
 
 
 class Watcher:
@@ -73,7 +73,7 @@ class Watcher:
         metadata: Callable[[], Metadata] = lambda: (),
     ) -> None:
         self.fallback_reason: str | None = None
-        """Why the last attempt to watch came to nothing. None: it did not, or there was none."""
+        """Why the last attempt to watch failed. None: it succeeded, or there was none."""
         self.reconnects = 0
         self._open_channel = open_channel
         self._metadata = metadata
@@ -81,31 +81,31 @@ class Watcher:
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         self._failures = 0
-        # Of all streams: the one in use, one that may replace it, and those that take their leave.
+        # All open streams: the one in use, its possible successor, and those that are leaving.
         self._connections: set[_Connection] = set()
-        self._farewells: set[asyncio.Task[None]] = set()
+        self._leaving: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
-        """Begin to watch, on the running event loop. Does nothing if it does already."""
+        """Start watching on the running event loop. Does nothing if already watching."""
         if self._closed or not (self._task is None or self._task.done()):
             return
         self._task = asyncio.create_task(self._run(), name="latchkey watch")
 
     def forked(self) -> None:
-        """Answer no more from memory, for good, if there was a lease that may have been copied.
+        """Stop giving cached answers for good, if a fork may have copied a lease.
 
-        Touches neither streams nor tasks, which are the parent's.
+        Does not touch streams and tasks, which belong to the parent.
         """
         if self._task is not None:
-            self._end("The process was forked. Make a verifier in each child.")
+            self._end("The process was forked. Create a verifier in each child process.")
 
     async def close(self) -> None:
-        """Answer no more from memory, tell the server so, and end. Takes a bounded time."""
+        """Stop giving cached answers, release the grants, and stop. Takes a bounded time."""
         self._end("The verifier is closed.")
         task = self._task
         if task is None or task.get_loop() is not asyncio.get_running_loop():
             return
-        # First, so that no stream is opened any more.
+        # Cancel this task first, so that it opens no further stream.
         task.cancel()
         await asyncio.wait([task])
         await asyncio.gather(*(connection.leave() for connection in set(self._connections)))
@@ -114,14 +114,14 @@ class Watcher:
         try:
             await self._watch()
         except asyncio.CancelledError:
-            # By close(), which says goodbye; or by the end of the event loop, which cancels all.
+            # Cancelled by close(), which releases the grants, or by the end of the event loop.
             self._subscription.release()
             raise
         except LatchkeyError as error:
-            self._give_up(str(error))  # the client, whose target this uses, is closed
-        except Exception:  # noqa: BLE001 - it is logged, and verifies go on without the memory
-            self._give_up("Watching failed by a fault of the library; see the log.")
-            _log.exception("watching failed, so each verify asks the service from now on")
+            self._give_up(str(error))  # the client is closed
+        except Exception:  # noqa: BLE001 - logged, and verifies continue without the cache
+            self._give_up("Watching failed because of a library bug. See the log.")
+            _log.exception("watch failed; from now on each verify asks the service")
 
     def _end(self, reason: str) -> None:
         self._closed = True
@@ -139,40 +139,40 @@ class Watcher:
             found = await self._find(current)
             if current is not None and found is not current:
                 self.reconnects += 1
-                self._part_from(current)
+                self._release(current)
             current = found
             await current.until(lambda stream: stream.closing)
             if boottime() - current.began >= SETTLED_SECONDS:
                 self._failures = 0
-            # From a server that stops to another at once: its last grant may have to last.
+            # Move from a stopping server without a pause, because only its last grant is left.
             if self._failures or not current.stream.closing:
                 await self._pause()
 
     async def _find(self, current: "_Connection | None") -> "_Connection":
-        """Return a stream that grants: a new one, or `current` if that was only held up."""
+        """Return a stream that grants: a new one, or `current` if it has recovered."""
         silences = 0
         while True:
-            if current is not None and current.is_fine():
+            if current is not None and current.is_usable():
                 return current
             candidate = self._connect()
             await candidate.until(lambda stream: stream.granted or stream.closing)
             if candidate.stream.granted:
-                self._tell(None)
+                self._report(None)
                 return candidate
             if candidate.stream.closing:
-                # Its server stops, or another stream has moved the memory meanwhile.
-                self._part_from(candidate)
+                # Its server is stopping, or another stream has moved the cache meanwhile.
+                self._release(candidate)
                 await self._pause()
                 continue
             silences = 0 if candidate.ended else silences + 1
-            self._tell(candidate.failure_text())
+            self._report(candidate.failure_text())
             if silences >= SILENCES_MAX:
-                # Held up on the way, which lasts; or its server has no lease of its own, since its
-                # database is away, and grants as soon as it has. To open one after the other is no
-                # use in either case, and not to listen would lose the moment.
+                # Either something keeps buffering the streams. Or the server has no lease of
+                # its own because its database is away, and it grants as soon as it has. Opening
+                # more streams helps in neither case, but listening catches the first grant.
                 patience = _spread(UNSUPPORTED_RETRY_SECONDS)
                 if await candidate.until(lambda stream: stream.granted, patience):
-                    self._tell(None)
+                    self._report(None)
                     return candidate
             candidate.task.cancel()
             if candidate.is_unsupported():
@@ -180,11 +180,11 @@ class Watcher:
             else:
                 await self._pause()
 
-    def _part_from(self, connection: "_Connection") -> None:
-        """Let go of a stream's leases, and end it."""
-        farewell = asyncio.create_task(connection.leave(), name="latchkey watch farewell")
-        self._farewells.add(farewell)
-        farewell.add_done_callback(self._farewells.discard)
+    def _release(self, connection: "_Connection") -> None:
+        """Release the leases of a stream and end it."""
+        leaving = asyncio.create_task(connection.leave(), name="latchkey watch release")
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
 
     async def _pause(self) -> None:
         seconds = min(RETRY_MAX_SECONDS, RETRY_FIRST_SECONDS * 2.0**self._failures)
@@ -199,15 +199,15 @@ class Watcher:
         connection.task.add_done_callback(lambda _: self._connections.discard(connection))
         return connection
 
-    def _tell(self, reason: str | None) -> None:
-        """Keep `reason`, and log what changes."""
+    def _report(self, reason: str | None) -> None:
+        """Store `reason`, and log it if it has changed."""
         changed, self.fallback_reason = reason != self.fallback_reason, reason
         if not changed:
             return
         if reason is None:
-            _log.info("watching: verifies are answered from memory")
+            _log.info("watching; verifies are answered from the cache")
         elif boottime() >= self._subscription.lease.end:
-            _log.warning("not watching, so each verify asks the service: %s", reason)
+            _log.warning("not watching; each verify asks the service: %s", reason)
 
 
 class _Connection:
@@ -228,48 +228,49 @@ class _Connection:
         self._channel = channel
         self._metadata = metadata
         self._owns_channel = owns_channel
-        # The stream may have changed: for who waits for that, and for who sends.
-        self._news = asyncio.Event()
-        self._work = asyncio.Event()
+        # Both signal that the stream may have changed: the first to `until`, the second to
+        # `_write`.
+        self._changed = asyncio.Event()
+        self._wake_writer = asyncio.Event()
         self.task = asyncio.create_task(self._run(), name="latchkey watch stream")
 
     async def until(
         self, reached: Callable[[Stream], bool], patience_seconds: float | None = None
     ) -> bool:
-        """Wait until the stream has `reached` a state, has ended, or is late; tell whether it has.
+        """Wait for a state that `reached` accepts. Return False if the stream ends or is late.
 
-        With `patience_seconds` it counts as late when these are over, and not before.
+        `patience_seconds` replaces the stream's own limit for being late.
         """
         give_up = None if patience_seconds is None else boottime() + patience_seconds
         while not (self.ended or reached(self.stream)):
             late_at = self.stream.late_at if give_up is None else give_up
             if late_at is not None and boottime() >= late_at:
                 break
-            self._news.clear()
+            self._changed.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_seconds_to(late_at)):
-                    await self._news.wait()
+                    await self._changed.wait()
         return reached(self.stream)
 
-    def is_fine(self) -> bool:
-        """Tell whether it grants."""
+    def is_usable(self) -> bool:
+        """Return whether the stream is open and not late."""
         return not (self.ended or self.stream.closing or self._is_late())
 
     def is_unsupported(self) -> bool:
-        """Tell whether trying again soon is no use."""
+        """Return whether a prompt retry would be useless."""
         return self._failure is not None and self._failure.code in _UNSUPPORTED
 
     def failure_text(self) -> str:
-        """Return why it was of no use."""
+        """Return why the stream did not grant."""
         if self._failure is not None:
             return str(self._failure)
         if self.ended:
             return "Watch failed: the service ended the stream without a grant."
-        return "Watch failed: no grant came in time. Something on the way may hold streams up."
+        return "Watch failed: no grant arrived in time. A proxy may be buffering streams."
 
     async def leave(self) -> None:
-        """Send what is owed, give the server a moment to hear it, and end the call."""
-        self._work.set()
+        """Send the release, give the server a moment to read it, and end the call."""
+        self._wake_writer.set()
         await asyncio.wait([self.task], timeout=RELEASE_SECONDS)
         self.task.cancel()
         await asyncio.wait([self.task])
@@ -282,22 +283,22 @@ class _Connection:
             self._failure = await self._exchange()
         finally:
             self.ended = True
-            self._news.set()
+            self._changed.set()
             if self._owns_channel:
                 await self._channel.close()
 
     async def _exchange(self) -> LatchkeyError | None:
-        """Talk until the stream ends; return why, or None if that was in order."""
+        """Exchange messages until the stream ends. Return the error, or None for a normal end."""
         call: WatchCall | None = None
         writer: asyncio.Task[None] | None = None
         try:
             stub: TokenServiceAsyncStub = TokenServiceStub(self._channel)
-            call = stub.Watch(metadata=(*self._metadata, _where_this_is()))
+            call = stub.Watch(metadata=(*self._metadata, _client_metadata()))
             writer = asyncio.create_task(self._write(call), name="latchkey watch sender")
             while (message := await call.read()) is not grpc.aio.EOF:
                 self.stream.receive(_convert.watch_event_in(message), boottime())
-                self._work.set()
-                self._news.set()
+                self._wake_writer.set()
+                self._changed.set()
             return None
         except InternalError as error:
             return error
@@ -311,7 +312,7 @@ class _Connection:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            # Nobody cancelled this task: whoever owns the channel has closed it.
+            # Nobody cancelled this task: the owner of the channel has closed it.
             return Unavailable("Watch failed: the channel was closed.")
         finally:
             if call is not None:
@@ -321,14 +322,14 @@ class _Connection:
                 await asyncio.wait([writer])
 
     async def _write(self, call: "WatchCall") -> None:
-        # The reader learns, and tells, why a stream broke.
+        # The reader also gets the error of a broken stream, and returns it.
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while True:
-                self._work.clear()
-                # The clock first: a lease counts from before its request was sent.
+                self._wake_writer.clear()
+                # Read the clock first: a lease counts from before its request was sent.
                 request = self.stream.take(boottime())
                 if request is not None:
-                    self._news.set()
+                    self._changed.set()
                     await call.write(_convert.watch_request_out(request))
                     if request.released:
                         await call.done_writing()
@@ -336,11 +337,11 @@ class _Connection:
                     continue
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_seconds_to(self.stream.due())):
-                        await self._work.wait()
+                        await self._wake_writer.wait()
 
 
-def _where_this_is() -> tuple[str, str]:
-    """Return what lets operators find this process, should a Delete wait for it."""
+def _client_metadata() -> tuple[str, str]:
+    """Return the metadata that helps operators find this process if a Delete waits for it."""
     host = socket.gethostname().encode("ascii", "replace").decode()
     return "latchkey-client", f"{host[:64]} pid {os.getpid()}"
 
@@ -350,5 +351,5 @@ def _seconds_to(moment: float | None) -> float | None:
 
 
 def _spread(seconds: float) -> float:
-    # So that who failed together does not come back together.
+    # Clients that failed together must not return together.
     return seconds * random.uniform(0.5, 1.0)  # noqa: S311 - no secret

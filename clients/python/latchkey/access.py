@@ -1,11 +1,10 @@
-"""How a client says who it is, and how it knows the service: TLS files and a bearer credential.
+"""TLS files and bearer credential of a client.
 
     client = Client("tokens.example.org:443", access=Access(tls_ca="ca.pem", credential_file="c"))
 
-Without `access` a client takes these from the environment: LATCHKEY_TLS_CA,
-LATCHKEY_TLS_CERTIFICATE and LATCHKEY_TLS_KEY are files, LATCHKEY_CREDENTIAL is a credential and
-LATCHKEY_CREDENTIAL_FILE a file with one. It owns what can be wrong
-with them, and says so before a connection is made.
+Without `access`, a client reads environment variables. LATCHKEY_TLS_CA, LATCHKEY_TLS_CERTIFICATE
+and LATCHKEY_TLS_KEY name files. LATCHKEY_CREDENTIAL is a credential, and LATCHKEY_CREDENTIAL_FILE
+names a file that contains one. Everything is checked before a connection is made.
 """
 
 import datetime
@@ -28,14 +27,14 @@ __all__ = ["SYSTEM", "Access"]
 
 PREFIX: Final = "LATCHKEY_"
 SYSTEM: Final = "system"
-"""As `tls_ca`: the CAs that gRPC trusts by itself."""
+"""A value of `tls_ca`: trust the CAs that gRPC trusts by default."""
 
 Metadata = tuple[tuple[str, str], ...]
 
 _CREDENTIAL: Final = re.compile(r"lkc_[0-9A-Za-z]{49}")
 _CHECKSUM_LENGTH: Final = 6
 _SIZE_MAX: Final = 4 * 1024 * 1024
-# A credential file is looked at again after this, so that a new one is used without a restart.
+# How often a credential file is checked, so that a new credential is used without a restart.
 _LOOK_AGAIN_SECONDS: Final = 1.0
 _LOCAL: Final = re.compile(
     r"(unix:|unix-abstract:|vsock:|(dns:(//[^/]*/)?|ipv4:|ipv6:)?"
@@ -44,13 +43,13 @@ _LOCAL: Final = re.compile(
 
 
 class Access:
-    """TLS and a credential, checked. Every argument is optional; none: plaintext, and anonymous.
+    """TLS files and a credential, checked. Without arguments: plaintext, without a credential.
 
-    TLS is used when one of its files is given. `tls_ca` has the CAs of the service's certificate;
-    "system", and TLS without it: those that gRPC trusts by itself. `tls_certificate` and `tls_key`
-    are this client's own. `credential_file` is read again when it changes.
+    Any TLS argument switches TLS on. `tls_ca` names the CAs that may have signed the service's
+    certificate. If it is "system" or missing, gRPC's default CAs are trusted. `tls_certificate` and
+    `tls_key` are the client's own. `credential_file` is read again when it changes.
 
-    Raises AccessError, which names what is wrong and what to do.
+    Raises AccessError, which says what is wrong and what to do.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class Access:
         credential_file: str | os.PathLike[str] | None = None,
     ) -> None:
         if credential is not None and credential_file is not None:
-            raise AccessError("credential and credential_file exclude each other: give one of them")
+            raise AccessError("credential and credential_file exclude each other: give only one")
         self._tls = _Tls.read(tls_ca, tls_certificate, tls_key)
         self._metadata: Metadata = ()
         self._file = None if credential_file is None else Path(credential_file)
@@ -86,10 +85,10 @@ class Access:
         tls_key: str | os.PathLike[str] | None = None,
         credential_file: str | os.PathLike[str] | None = None,
     ) -> Self:
-        """Return what the environment says, arguments first. What is empty there is not given.
+        """Return the access that arguments and environment describe. Arguments take precedence.
 
-        There it is LATCHKEY_TLS_CA that asks for TLS: where a service is set up, the other two are
-        the service's own.
+        An empty variable counts as missing. In the environment only LATCHKEY_TLS_CA switches TLS
+        on: on a machine that runs the service, the other two may be the service's own.
         """
 
         def given(name: str) -> str | None:
@@ -115,11 +114,11 @@ class Access:
 
     @property
     def channel_credentials(self) -> grpc.ChannelCredentials | None:
-        """What a channel is made with; None: plaintext."""
+        """The credentials for a channel. None: plaintext."""
         return self._tls
 
     def check_target(self, target: str) -> None:
-        """Raise AccessError where the credential would cross a network unencrypted."""
+        """Raise AccessError if the credential would cross a network unencrypted."""
         if self._metadata and self._tls is None and not _LOCAL.match(target):
             raise AccessError(
                 f"The credential would go to {target} unencrypted: give tls_ca ({PREFIX}TLS_CA) to "
@@ -127,7 +126,7 @@ class Access:
             )
 
     def metadata(self) -> Metadata:
-        """Return what is sent with each call. Looks at a credential file once a second."""
+        """Return the metadata for each call. Checks a credential file at most once a second."""
         if self._file is not None and time.monotonic() - self._looked > _LOOK_AGAIN_SECONDS:
             self._looked = time.monotonic()
             if (seen := _signature(self._file)) != self._seen:
@@ -135,14 +134,14 @@ class Access:
                 try:
                     self._metadata = _read_credential(self._file)
                 except AccessError:
-                    # Half written, or being replaced: what it was is better than nothing, and if
-                    # it is of no use any more the service says so.
+                    # The file may be half written or being replaced, so keep the old credential.
+                    # If that is no longer valid, the service says so.
                     self._seen = None
         return self._metadata
 
 
 class _Tls:
-    """Makes channel credentials of files."""
+    """Makes channel credentials from files."""
 
     @staticmethod
     def read(
@@ -150,7 +149,7 @@ class _Tls:
         certificate: str | os.PathLike[str] | None,
         key: str | os.PathLike[str] | None,
     ) -> grpc.ChannelCredentials | None:
-        """Return the credentials; None: no file is given. Raises AccessError."""
+        """Return the credentials, or None if no file is given. Raises AccessError."""
         if ca is None and certificate is None and key is None:
             return None
         if (certificate is None) != (key is None):
@@ -161,13 +160,13 @@ class _Tls:
             )
         authorities = own = own_key = None
         if ca is not None and str(ca) != SYSTEM:
-            # gRPC is given what was checked.
+            # Pass gRPC the very bytes that were checked.
             authorities = blocks(_pem("tls_ca", Path(ca), "CERTIFICATE"))
             try:
                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
                 context.load_verify_locations(cadata=authorities.decode("ascii"))
             except (ssl.SSLError, TypeError, ValueError):
-                raise AccessError(f"tls_ca: {ca} has no certificate that can be read") from None
+                raise AccessError(f"tls_ca: {ca} contains no readable certificate") from None
         if certificate is not None and key is not None:
             own = _pem("tls_certificate", Path(certificate), "CERTIFICATE")
             own_key = _pem("tls_key", Path(key), "PRIVATE KEY")
@@ -179,11 +178,11 @@ class _Tls:
 
 def _check_pair(certificate: Path, key: Path) -> None:
     try:
-        # A password is refused, instead of asked for on the terminal.
+        # Reject an encrypted key. `ssl` would otherwise ask for its password on the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key, _no_password)
     except ssl.SSLError as error:
         if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
-            raise AccessError(f"tls_key: {key} is not the key of {certificate}") from None
+            raise AccessError(f"tls_key: {key} does not belong to {certificate}") from None
         raise AccessError(
             f"tls_certificate, tls_key: {certificate} and {key} are not a certificate and its key"
         ) from None
@@ -209,14 +208,14 @@ def _check_validity(path: Path, pem: bytes) -> None:
 
 
 def _pem(name: str, path: Path, kind: str) -> bytes:
-    """Read a file that has at least one PEM block of a kind."""
+    """Read a file that must contain at least one PEM block of a kind."""
     data = _read(name, path)
     blocks = re.findall(rb"-----BEGIN ([A-Z0-9 ]+)-----", data)
     if not blocks:
         raise AccessError(f"{name}: {path} is not a PEM file")
     if not any(block.decode().endswith(kind) for block in blocks):
         found = blocks[0].decode().lower()
-        raise AccessError(f"{name}: {path} has no {kind.lower()}, but a {found}")
+        raise AccessError(f"{name}: {path} contains no {kind.lower()}, but a {found}")
     return data
 
 
@@ -227,7 +226,7 @@ def _read(name: str, path: Path) -> bytes:
     except OSError as error:
         raise AccessError(f"{name}: {path}: {error.strerror}") from None
     if len(data) > _SIZE_MAX:
-        raise AccessError(f"{name}: {path} is too long to be what it should")
+        raise AccessError(f"{name}: {path} is too large")
     return data
 
 
@@ -237,13 +236,13 @@ def _read_credential(path: Path) -> Metadata:
 
 
 def _bearer(text: str, name: str) -> Metadata:
-    """Return a credential as it is sent. Raises AccessError, which does not show it."""
+    """Return the metadata for a credential. Raises AccessError, which never shows it."""
     if not text:
         raise AccessError(f"{name}: is empty")
     end = -_CHECKSUM_LENGTH
     if not _CREDENTIAL.fullmatch(text) or checksum(text[:end]) != text[end:]:
         raise AccessError(
-            f"{name}: is not a credential, or has a typo: it begins with lkc_ and has 53 "
+            f"{name}: is not a credential, or is mistyped: it begins with lkc_ and has 53 "
             "characters, as 'latchkey policy new-caller' prints it"
         )
     return (("authorization", f"Bearer {text}"),)
@@ -258,6 +257,4 @@ def _signature(path: Path) -> object:
 
 
 def _no_password() -> str:
-    raise OSError(
-        0, "is encrypted: give a key without a password, in a file that only you can read"
-    )
+    raise OSError(0, "is encrypted: use a key without a password, in a file that only you can read")

@@ -1,7 +1,7 @@
-"""`Client`: one method for each RPC of `latchkey.v1`, but for Watch, which is the Verifier's.
+"""`Client`: one method for each RPC of `latchkey.v1`, except Watch, which `Verifier` uses.
 
-It owns the channel, and deadlines and retries by `_retry`. It remembers nothing about tokens:
-answers from memory are the Verifier's affair.
+This module manages the channel, and applies the deadlines and retries of `_retry`. It does not
+cache tokens or verdicts; the Verifier does.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from latchkey.models import CreatedToken, Page, Receipt, Scope, Status, Token, V
 from latchkey.secret import Secret
 
 if TYPE_CHECKING:
-    # Exists in the stubs' types only; at run time one class serves both kinds of channel.
+    # These classes exist only in the stubs' types. At run time one class serves both channel types.
     from latchkey_proto.v1.audit_service_pb2_grpc import AuditServiceAsyncStub
     from latchkey_proto.v1.maintenance_service_pb2_grpc import MaintenanceServiceAsyncStub
     from latchkey_proto.v1.status_service_pb2_grpc import StatusServiceAsyncStub
@@ -41,17 +41,17 @@ ResponseT = TypeVar("ResponseT", bound=Message)
 
 
 class Client:
-    """A connection to Latchkey, for one event loop. Safe to share between its tasks.
+    """A connection to Latchkey, for one event loop. All tasks of that loop may share it.
 
-    `target` is what gRPC takes: "host:port", "dns:///name:port", "unix:/path". `access` says how
-    to use TLS and who calls; without it the environment does (`latchkey.access`), and if that says
-    nothing the connection is plaintext. `credentials` are gRPC's own, in place of TLS by `access`.
-    `timeout_seconds` replaces the default deadline of
-    every method; each call can say its own. `options` are gRPC channel arguments that replace or
-    join the library's. With `channel`, that one is used as it is, and stays open on close().
+    `target` is a gRPC target: "host:port", "dns:///name:port" or "unix:/path". `access` sets TLS
+    and the caller's credential. Without it, the environment does (see `latchkey.access`); if that
+    is empty too, the connection is plaintext. `credentials` are gRPC channel credentials, in place
+    of TLS from `access`. `timeout_seconds` replaces the default deadline of every method, and each
+    call can set its own. `options` are gRPC channel arguments, added to the library's or replacing
+    them. A `channel` is used as it is, and close() leaves it open.
 
-    It connects with the first call, so it may be made before the event loop runs. Every method
-    raises an error of the tree in `latchkey.errors`.
+    The client connects on the first call, so it can be created before the event loop runs. Every
+    method raises the errors of `latchkey.errors`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Client:
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
         if access is None:
-            # Who brings a channel, or gRPC's credentials, has chosen already.
+            # A channel, or gRPC credentials, already determine how to connect.
             own = channel is not None or credentials is not None
             access = Access() if own else Access.from_environment()
         elif credentials is not None and access.channel_credentials is not None:
@@ -99,16 +99,16 @@ class Client:
         labels: Mapping[str, str] | None = None,
         timeout_seconds: float | None = None,
     ) -> CreatedToken:
-        """Create a token and return it with its secret, which is never shown again.
+        """Create a token. Return it with its secret, which is never shown again.
 
-        `expire_time` (with a time zone) and `ttl` exclude each other; with neither, it never
-        expires. When the answer is lost (Unavailable) the token may exist, and it is not tried
-        again by itself. Raises AlreadyExists when a live token of the account has the name.
+        Give `expire_time` (with a time zone) or `ttl`, or neither for a token that never expires.
+        The call is not retried if the answer is lost (Unavailable), since the token may exist.
+        Raises AlreadyExists if a live token of the account has the name.
         """
         if expire_time is not None and ttl is not None:
-            raise invalid("ttl", "excludes expire_time; give one of them")
-        if not isinstance(scope, Scope):  # None would ask for no scope
-            raise TypeError(f"scope is a Scope, not {type(scope).__name__}")
+            raise invalid("ttl", "excludes expire_time; give only one")
+        if not isinstance(scope, Scope):  # None would request a token without a scope
+            raise TypeError(f"scope must be a Scope, not {type(scope).__name__}")
 
         def request() -> pb.CreateRequest:
             return pb.CreateRequest(
@@ -130,7 +130,7 @@ class Client:
     async def get(
         self, account_id: str, token_id: str, *, timeout_seconds: float | None = None
     ) -> Token:
-        """Return a live token. Raises NotFound when the account has no such token."""
+        """Return a live token. Raises NotFound if the account has no such token."""
         request = _convert.build(lambda: pb.GetRequest(account_id=account_id, id=token_id))
         answer = await self._call("Get", self._rpcs().Get, request, timeout_seconds)
         return _convert.token_in(answer.token)
@@ -145,7 +145,7 @@ class Client:
     ) -> Page:
         """Return one page of the account's live tokens, newest first.
 
-        `page_size` 0 leaves it to the service (50); it gives at most 500.
+        With `page_size` 0 the service chooses the size (50). The maximum is 500.
         """
         request = _convert.build(
             lambda: pb.ListRequest(
@@ -160,7 +160,7 @@ class Client:
     ) -> AsyncIterator[Token]:
         """Iterate over all of the account's live tokens, newest first.
 
-        A page is fetched when the one before is used up; `timeout_seconds` is for each of them.
+        Fetches the next page when the previous one is used up. `timeout_seconds` is per page.
         """
         position = ""
         while True:
@@ -175,7 +175,7 @@ class Client:
             if not page.next_page_token:
                 return
             if page.next_page_token == position:
-                raise InternalError("The service keeps answering with the same page of tokens.")
+                raise InternalError("The service returned the same page of tokens again.")
             position = page.next_page_token
 
     async def delete(
@@ -186,16 +186,15 @@ class Client:
         no_wait: bool = False,
         timeout_seconds: float | None = None,
     ) -> Receipt:
-        """Delete a token for good. Once this returns, no verify that starts calls it valid.
+        """Delete a token for good. After this returns, no verify that starts calls it valid.
 
-        With `no_wait` it returns as soon as the deletion is stored, for bulk work: then verifies
-        may call it valid until the receipt has an effective_time, which a later delete() of the
-        token waits for.
+        With `no_wait`, for bulk work, it returns as soon as the deletion is stored. Verifies may
+        then still call the token valid until a receipt has an effective_time. A later delete() of
+        the token waits for that.
 
-        Safe to repeat: a deleted token's deletion answers with the same receipt. After
-        Unavailable or DeadlineExceeded the deletion may stand, but is not confirmed; it does stand
-        if the reason is DELETION_NOT_CONFIRMED. Raises NotFound when the account never had the
-        token.
+        Safe to repeat: deleting a deleted token returns the same receipt. After Unavailable or
+        DeadlineExceeded the deletion may be stored but is not confirmed. With the reason
+        DELETION_NOT_CONFIRMED it is stored. Raises NotFound if the account never had the token.
         """
         request = _convert.build(
             lambda: pb.DeleteRequest(account_id=account_id, id=token_id, no_wait=no_wait)
@@ -210,10 +209,11 @@ class Client:
         *,
         timeout_seconds: float | None = None,
     ) -> Verification:
-        """Ask whether `secret` may do what needs `required_scope`; None needs none.
+        """Ask whether `secret` is valid for `required_scope`. None requires no scope.
 
-        Whatever was presented, the answer is a verdict. Any exception means: no safe answer, so
-        not allowed. `Verifier.verify` asks the same and spares the service what it can.
+        The answer is a verdict, whatever was presented. An exception means that there is no safe
+        answer, so reject the holder. `Verifier.verify` asks the same, but answers from its cache
+        when it can.
         """
         request = _verify_request(secret, required_scope)
         answer = await self._call("Verify", self._rpcs().Verify, request, timeout_seconds)
@@ -225,7 +225,7 @@ class Client:
         *,
         timeout_seconds: float | None = None,
     ) -> tuple[Verification, ...]:
-        """Ask about 1-1,000 pairs of secret and required scope at the cost of one look-up.
+        """Verify 1 to 1,000 pairs of secret and required scope at the cost of one look-up.
 
         The answers come in the order of the questions.
         """
@@ -234,15 +234,15 @@ class Client:
         )
         answer = await self._call("BatchVerify", self._rpcs().BatchVerify, request, timeout_seconds)
         if len(answer.responses) != len(request.requests):
-            # Answers that cannot be matched to questions answer none of them.
+            # If answers cannot be matched to questions, none of them can be used.
             raise InternalError("The service did not answer every question of a batch.")
         return tuple(_convert.verification_in(response) for response in answer.responses)
 
     async def invalidate_all(self, *, timeout_seconds: float | None = None) -> Receipt:
-        """Empty the memory of every server process and every client library. Changes no token.
+        """Empty the cache of every server process and every client library. Changes no token.
 
-        For emergencies, and after the database was restored. Returns when no verifier answers from
-        what it remembered before. Safe to retry.
+        For emergencies, and after a restored backup. Returns when no verifier answers from what it
+        had cached before. Safe to repeat.
         """
         if self._maintenance_stub is None:
             self._maintenance_stub = MaintenanceServiceStub(self._connected())
@@ -252,7 +252,7 @@ class Client:
         return _convert.receipt_in(answer.receipt)
 
     async def status(self, *, timeout_seconds: float | None = None) -> Status:
-        """Return the state of all server processes, as the database has it."""
+        """Return the state of all server processes, as stored in the database."""
         method = self._rpcs_of_status().GetStatus
         request = status_pb.GetStatusRequest()
         answer = await self._call("GetStatus", method, request, timeout_seconds)
@@ -260,15 +260,15 @@ class Client:
 
     async def audit_page(
         self,
-        wanted: AuditFilter = AuditFilter(),  # noqa: B008 - it does not change
+        wanted: AuditFilter = AuditFilter(),  # noqa: B008 - immutable
         *,
         page_size: int = 0,
         page_token: str = "",
         timeout_seconds: float | None = None,
     ) -> AuditPage:
-        """Return one page of who has managed tokens, or tried to, newest first.
+        """Return one page of management calls, allowed and denied, newest first.
 
-        `page_size` 0 leaves it to the service (50); it gives at most 500.
+        With `page_size` 0 the service chooses the size (50). The maximum is 500.
         """
         request = _convert.build(lambda: _audit.request_out(wanted, page_size, page_token))
         if self._audit_stub is None:
@@ -279,13 +279,14 @@ class Client:
         return _audit.page_in(answer)
 
     def metadata(self) -> Metadata:
-        """Return what is sent with each call. For the library's own use."""
+        """Return the metadata for each call. For the library's own use."""
         return self._access.metadata()
 
     def open_channel(self) -> tuple[grpc.aio.Channel, bool]:
-        """Return a channel to the same place, and whether it is new and the caller's to close.
+        """Return a channel to the same target, and whether the caller has to close it.
 
-        For the library's own use. Not new is only the `channel` that the client was made with.
+        The caller has to close a new channel, but not one that was passed to `Client(channel=…)`.
+        For the library's own use.
         """
         if self._closed:
             raise _closed_error()
@@ -323,11 +324,11 @@ class Client:
         return self._status_stub
 
     def _connected(self) -> grpc.aio.Channel:
-        """Return the channel. Raises Unavailable when the client is closed."""
+        """Return the channel. Raises Unavailable if the client is closed."""
         if self._closed:
             raise _closed_error()
         if self._channel is None:
-            # Not in __init__: a channel belongs to the loop that runs when it is made.
+            # Not in __init__: a channel belongs to the event loop that runs when it is created.
             self._channel = open_channel(self._target, self._credentials, self._options)
         return self._channel
 
@@ -338,7 +339,7 @@ class Client:
         request: RequestT,
         timeout_seconds: float | None,
     ) -> ResponseT:
-        """Call `method` with deadline and retries, and translate what goes wrong."""
+        """Call `method` with deadline and retries, and translate its errors."""
         timeout = _retry.checked_timeout(timeout_seconds)
         if timeout is None:
             timeout = self._timeout_seconds
@@ -361,8 +362,8 @@ class Client:
         failure: LatchkeyError
         try:
             answer = await method(request, timeout=left_seconds, metadata=self._access.metadata())
-            # grpc answers None, and logs, when it could not parse what came.
-            failure = InternalError(f"{rpc} failed: the service's answer could not be read.")
+            # grpc returns None, and logs, if it cannot parse a message.
+            failure = InternalError(f"{rpc} failed: the service's answer could not be parsed.")
         except grpc.aio.AioRpcError as error:
             failure = from_rpc_error(rpc, error)
         except grpc.aio.UsageError:
@@ -371,10 +372,10 @@ class Client:
             task = asyncio.current_task()
             if not self._closed or task is None or task.cancelling():
                 raise
-            # Closing the channel cancels its calls, but nobody cancelled this task.
+            # Closing the channel cancels its calls, although nobody cancelled this task.
             failure = _closed_error()
         if answer is None:
-            # Raised out here so that no traceback prints the original (`from_rpc_error`).
+            # Raised outside the handler, so that no traceback prints the original error.
             raise failure
         return answer
 
@@ -387,5 +388,5 @@ def _verify_request(secret: str | Secret, required_scope: Scope | None) -> pb.Ve
 
 
 def _closed_error() -> Unavailable:
-    # With a code of its own, for it is no use to try again.
-    return Unavailable("The client is closed. Make a new one.", code=grpc.StatusCode.CANCELLED)
+    # CANCELLED instead of UNAVAILABLE, because a retry is useless.
+    return Unavailable("The client is closed. Create a new one.", code=grpc.StatusCode.CANCELLED)

@@ -1,21 +1,21 @@
-"""Everything that the library raises on purpose.
+"""All exceptions that the library raises on purpose.
 
     LatchkeyError
     ├── InvalidArgument (also a ValueError)   the request is wrong; see field_violations
     ├── NotFound                              the account has no such token
     ├── AlreadyExists                         a live token of the account has the name
-    ├── PermissionDenied                      this caller may not do that
+    ├── PermissionDenied                      the policy does not allow this call
     ├── Unauthenticated                       Latchkey does not know this caller
-    │   └── AccessError (also a ValueError)   what this client presents is of no use; see Access
-    ├── ResourceExhausted                     too much at once; see retry_after
+    │   └── AccessError (also a ValueError)   the client's TLS files or credential cannot be used
+    ├── ResourceExhausted                     too much load or too large; see retry_after
     ├── Unavailable                           no answer now; see retry_after
     │   └── DeadlineExceeded                  no answer in time
-    ├── InternalError                         a fault of the service, or an answer without sense
+    ├── InternalError                         a fault of the service, or an invalid answer
     └── UnexpectedStatus                      any other gRPC status; see code
 
-DeadlineExceeded is an Unavailable because whoever asks "may this secret do this?" must treat both
-alike: there is no safe answer, so the answer is no. A verdict is never an exception, and
-`asyncio.CancelledError` passes through untouched.
+DeadlineExceeded is an Unavailable, because for a verify both mean the same: there is no safe
+answer, so the answer is no. A verdict is never an exception. `asyncio.CancelledError` passes
+through unchanged.
 """
 
 from collections.abc import Sequence
@@ -35,9 +35,9 @@ class FieldViolation:
 
 
 class LatchkeyError(Exception):
-    """Base of all exceptions of this library. `str()` says what happened and what to do.
+    """Base class of the library's exceptions. `str()` says what happened and what to do.
 
-    No text in it contains a secret.
+    Its texts never contain a secret.
     """
 
     default_code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
@@ -45,11 +45,11 @@ class LatchkeyError(Exception):
     code: grpc.StatusCode
     """The gRPC status."""
     reason: str | None
-    """ErrorInfo.reason, UPPER_SNAKE and stable: for programs to tell cases apart."""
+    """ErrorInfo.reason: stable, in UPPER_SNAKE case, so that programs can distinguish causes."""
     request_id: str | None
-    """What to quote to whoever runs the service."""
+    """Identifies the call. Quote it to the operator of the service."""
     retry_after: timedelta | None
-    """How long the service asks to be left alone before another attempt."""
+    """The minimum delay that the service requests before another attempt."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class LatchkeyError(Exception):
 
 
 class InvalidArgument(LatchkeyError, ValueError):
-    """The request is wrong, and will be however often it is sent."""
+    """The request is wrong. Sending it again does not help."""
 
     default_code = grpc.StatusCode.INVALID_ARGUMENT
 
@@ -76,26 +76,26 @@ class InvalidArgument(LatchkeyError, ValueError):
 
 
 def invalid(field: str, description: str) -> InvalidArgument:
-    """Return the error for a request that is not even sent. For the library's own use."""
+    """Return the error for a request that is not sent. For the library's own use."""
     error = InvalidArgument(f"{field}: {description}.")
     error.field_violations = (FieldViolation(field, description),)
     return error
 
 
 class NotFound(LatchkeyError):
-    """The account has no such token; or it is another account's, which is not told apart."""
+    """The account has no such token. Tokens of other accounts give the same error."""
 
     default_code = grpc.StatusCode.NOT_FOUND
 
 
 class AlreadyExists(LatchkeyError):
-    """A live token of the account has this name; letter case is ignored."""
+    """A live token of the account has this name. Names are compared without regard to case."""
 
     default_code = grpc.StatusCode.ALREADY_EXISTS
 
 
 class PermissionDenied(LatchkeyError):
-    """Latchkey knows this caller and refuses the call."""
+    """Latchkey knows this caller but refuses the call."""
 
     default_code = grpc.StatusCode.PERMISSION_DENIED
 
@@ -107,29 +107,29 @@ class Unauthenticated(LatchkeyError):
 
 
 class AccessError(Unauthenticated, ValueError):
-    """What this client is to be known by, or to know the service by, is of no use: see Access."""
+    """The client's TLS files or credential cannot be used; see `latchkey.access.Access`."""
 
 
 class ResourceExhausted(LatchkeyError):
-    """The service refuses more work for now, or the message is too large."""
+    """The service refuses more work for now, or a message is too large."""
 
     default_code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class Unavailable(LatchkeyError):
-    """There is no answer now. For a verify: not allowed."""
+    """There is no answer now. For a verify this means no."""
 
     default_code = grpc.StatusCode.UNAVAILABLE
 
 
 class DeadlineExceeded(Unavailable):
-    """There was no answer in time. What was asked for may or may not have happened."""
+    """There was no answer in time. The call may or may not have taken effect."""
 
     default_code = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def late(rpc: str) -> DeadlineExceeded:
-    """Return the error for time that was up while nothing had come. For the library's own use."""
+    """Return the error for a deadline that passed without an answer. For the library's own use."""
     return DeadlineExceeded(
         f"{rpc} failed: no answer in time. Try again, or allow more time with timeout_seconds."
     )

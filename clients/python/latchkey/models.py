@@ -1,4 +1,4 @@
-"""The values that the library takes and gives: plain, immutable, without protobuf.
+"""The values that the library accepts and returns: plain, immutable, without protobuf.
 
 All datetimes are timezone-aware, in UTC.
 """
@@ -18,22 +18,22 @@ class Scope(enum.Enum):
     READ = "read"
     WRITE = "write"
     UNSPECIFIED = "unspecified"
-    """A level that this version of the library does not know. Seen on a token, never asked for."""
+    """A level that this version of the library does not know. Appears on tokens only."""
 
 
 @enum.unique
 class Verdict(enum.Enum):
-    """Answer to "may this secret do this?". Anything but `VALID` means no."""
+    """The answer to a verify. Every verdict except `VALID` means no."""
 
     VALID = "valid"
     MALFORMED = "malformed"
-    """Not a secret of Latchkey: wrong shape or checksum."""
+    """Not a Latchkey secret: wrong format or checksum."""
     UNKNOWN = "unknown"
-    """The right shape, but no token has this secret."""
+    """The format is right, but no token has this secret."""
     DELETED = "deleted"
     EXPIRED = "expired"
     INSUFFICIENT_SCOPE = "insufficient_scope"
-    """A live token that does not include the required scope."""
+    """The token is live but does not include the required scope."""
     UNSPECIFIED = "unspecified"
     """An answer that this version of the library does not know."""
 
@@ -50,10 +50,10 @@ class Token:
     expire_time: datetime | None = None
     """When the token stops being valid. None: never."""
     last_used_time: datetime | None = None
-    """When a verify last accepted the token, roughly. None: not recorded."""
+    """Approximately when a verify last accepted the token. None: not recorded."""
     hint: str = ""
-    """The secret's prefix and last four characters, for people to recognise it."""
-    # A dict has no hash; two tokens that differ in labels alone may share theirs.
+    """The secret's prefix and last four characters, so that people recognise the token."""
+    # A dict is not hashable. Tokens that differ only in labels may share a hash.
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
@@ -67,137 +67,136 @@ class CreatedToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """Some of an account's live tokens, newest first."""
+    """A page of an account's live tokens, newest first."""
 
     tokens: tuple[Token, ...]
     next_page_token: str
-    """Opaque; asks for the page after this one. Empty: this is the last page."""
+    """Opaque; requests the next page. Empty on the last page."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """Proof of a deletion, the same on every retry once it is confirmed."""
+    """Proof of a deletion. Once confirmed, every retry returns the same receipt."""
 
     commit_time: datetime
     effective_time: datetime | None
-    """From when on the token was dead everywhere. None: not confirmed yet (`no_wait`)."""
+    """When the token became dead everywhere. None: not confirmed yet (`no_wait`)."""
     revision: int
     verifiers_acknowledged: int
-    """How many server processes confirmed that they dropped the token."""
+    """How many server processes confirmed that they evicted the token."""
     verifiers_outwaited: int
-    """How many did not confirm and were waited out until they could no longer say VALID."""
+    """How many server processes did not confirm, so that the Delete outwaited their leases."""
     mark: int = 0
-    """Tells apart revisions of the same number, which a failover or a restore can cause."""
+    """Distinguishes equal revisions of different histories, after a failover or a restore."""
     clients_acknowledged: int = 0
-    """How many client libraries confirmed that they dropped the token."""
+    """How many client libraries confirmed that they evicted the token."""
     clients_outwaited: int = 0
-    """How many client libraries were waited out until their leases had ended."""
+    """How many client libraries did not confirm, so that the Delete outwaited their leases."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """Answer to a verify. Ask `allowed`; `verdict` says why not."""
+    """The answer to a verify. Check `allowed`; `verdict` gives the cause."""
 
     verdict: Verdict
     token: Token | None = None
-    """The token that the secret belongs to, whatever the verdict. None: it belongs to none."""
+    """The token that the secret belongs to, for every verdict. None: the secret is not known."""
     revision: int = 0
-    """The revision that the answer was read at. 0 when nothing had to be read."""
+    """The revision at which the answer was read. 0 if nothing was read."""
     mark: int = 0
-    """The mark of `revision`. Both together name a place in one history of the database."""
+    """The mark of `revision`. Together they are a position in one history of the database."""
 
     @property
     def allowed(self) -> bool:
-        """Whether the holder may do what was asked about."""
+        """Whether the secret is valid for the required scope."""
         return self.verdict is Verdict.VALID
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifierStats:
-    """How a `Verifier` of this process is doing. Counters begin with the verifier and only rise."""
+    """The state of one `Verifier`. Counters start with the verifier and only increase."""
 
     watching: bool
-    """Whether it may answer from memory now: it holds a lease."""
+    """Whether it holds a lease, and so may answer from its cache."""
     fallback_reason: str | None
-    """Why it asks the service about each secret instead. None: it need not, or was not used yet."""
+    """Why it asks the service each time. None: it does not, or it has not been used yet."""
     lease_remaining_seconds: float
-    """How long it may answer from memory if nothing more is heard of the service. 0: not at all."""
+    """How long it may answer from its cache without a further grant. 0: it may not."""
     applied_revision: int
-    """It remembers nothing that a change up to this revision has ended. 0: it has heard of none."""
+    """Every change up to this revision is applied to the cache. 0: no revision received yet."""
     entries: int
-    """Secrets that it remembers the answer for."""
+    """Secrets whose answers are cached."""
     hits: int
-    """Verifies that were answered from memory; a few less when many threads share the verifier."""
+    """Verifies answered from the cache. Slightly too low if many threads share the verifier."""
     misses: int
-    """Verifies that the service was asked about."""
+    """Verifies that the service had to answer."""
     batches: int
-    """Calls that asked about several of them at once."""
+    """Calls that combined several such verifies."""
     invalidations: int
-    """Messages that named tokens to forget."""
+    """Messages that named tokens to evict."""
     resets: int
-    """Times that everything had to be forgotten."""
+    """How often the whole cache was emptied."""
     reconnects: int
-    """Times that watching began anew after the first: the stream broke, fell silent, or its
-    server stopped."""
+    """How often a new stream replaced one that broke, fell silent, or whose server stopped."""
 
 
 @enum.unique
 class Notifications(enum.Enum):
-    """Whether a server process hears of deletions as they happen, or up to a second later."""
+    """Whether a server process learns of deletions at once, or up to a second later."""
 
     UNSPECIFIED = "unspecified"
     """Not known yet."""
     ARRIVE = "arrive"
     SILENT = "silent"
-    """They are accepted and do not arrive: a pooler swallows them, or a connection was lost."""
+    """The subscription succeeds, but notifications are lost in a pooler or a dead connection."""
     OFF = "off"
     """Switched off, or not supported by the database."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifierStatus:
-    """A server process that may answer verifies. Deletes wait for each of them."""
+    """A server process that may answer verifies. Deletes wait for every such process."""
 
     id: str
-    """Opaque; another one each time that the process starts."""
+    """Opaque; changes with each start of the process."""
     host: str
     process_id: int
     version: str
     start_time: datetime
     acknowledged_revision: int
-    """Up to here it and all clients attached to it have confirmed to answer with no dead token."""
+    """The revision up to which the process and all of its clients have applied every change."""
     lag: int
-    """How many revisions that is behind the newest."""
+    """How many revisions `acked_revision` is behind the newest."""
     lease_duration: timedelta
     lease_remaining: timedelta
-    """How long its lease lasts if it is not renewed, by the database's clock. 0: it has run out,
-    as it does when the process hangs or is cut off from the database."""
+    """The rest of its lease, by the database's clock. 0: the lease has ended, for example because
+    the process hangs or is cut off from the database."""
     clients: int
-    """How many clients answered from memory under its lease when it last renewed that."""
+    """How many clients held a grant when the process last renewed its lease."""
     notifications: Notifications
     answering: bool
-    """Whether this process gave the answer."""
+    """Whether this process answered the status call."""
     waiting_for: tuple[str, ...] = ()
-    """Clients that have kept a deletion waiting for over half a second, by caller and address."""
+    """Clients that delayed a deletion by more than half a second, by caller and address."""
     pepper_ids: tuple[str, ...] = ()
-    """Ids of the peppers that it reads, the newest first. Empty: its release reports none."""
+    """Ids of its peppers, newest first. Empty: its release does not report them."""
     database_host: str = ""
-    """The host of the database URL that it last renewed its lease on. Empty: not renewed yet."""
+    """The database host that last renewed its lease. Empty: not renewed yet."""
     system_identifier: str = ""
     """Postgres' system_identifier of that server. Empty: the engine does not report it."""
     timeline: str = ""
-    """The timeline of that server, another one after each promotion. Empty: not reported."""
+    """The timeline of that server, which changes with each promotion. Empty: not reported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """The state of all server processes, as the database has it."""
+    """The state of all server processes, as stored in the database."""
 
     head_revision: int
-    """The newest revision: how many times tokens have been made invalid."""
+    """The newest revision."""
     verifiers: tuple[VerifierStatus, ...]
     """The oldest first."""
     head_mark: int = 0
     """The mark of `head_revision`."""
     warnings: tuple[str, ...] = ()
-    """Faults that a person should repair: texts that name the fault and its remedy."""
+    """Faults that a person should repair. Each text names the fault and its remedy."""

@@ -1,7 +1,7 @@
 """`Secret`: a bearer string that cannot be printed by mistake.
 
-It owns redaction by type. It is deliberately no subclass of str: joining, encoding or serialising
-a str never asks it how it wants to be shown.
+The type redacts itself. It is not a subclass of str, because joining, encoding or serialising a str
+would bypass that.
 """
 
 import hmac
@@ -11,10 +11,10 @@ from latchkey._shape import placeholder
 
 
 class Secret:
-    """A bearer secret. `reveal()` is the only way to its text.
+    """A bearer secret. Only `reveal()` returns its text.
 
-    Two are equal when their texts are, compared in constant time. It is immutable, has no hash
-    (a set or dict would compare in variable time) and refuses to be pickled.
+    Secrets are equal if their texts are, compared in constant time. A Secret is immutable and
+    cannot be pickled. It is not hashable, because a set or dict would compare in variable time.
     """
 
     __slots__ = ("__text",)
@@ -22,12 +22,12 @@ class Secret:
 
     def __init__(self, text: str) -> None:
         if not isinstance(text, str):
-            # Without the value: the message of a TypeError ends up in logs.
-            raise TypeError(f"a secret is made from a str, not from {type(text).__name__}")
+            # Omit the value: the message of a TypeError ends up in logs.
+            raise TypeError(f"a secret must be a str, not {type(text).__name__}")
         object.__setattr__(self, "_Secret__text", text)
 
     def reveal(self) -> str:
-        """Return the secret itself. Hand it to its holder; do not log or store it."""
+        """Return the text of the secret. Give it only to its holder; do not log or store it."""
         return self.__text
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class Secret:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Secret):
             return NotImplemented
-        # surrogatepass: any str can be held, and must be comparable.
+        # surrogatepass: a Secret can hold any str, so every str must be comparable.
         return hmac.compare_digest(
             self.__text.encode("utf-8", "surrogatepass"),
             other.__text.encode("utf-8", "surrogatepass"),
@@ -60,8 +60,8 @@ class Secret:
         return self
 
     def __deepcopy__(self, memo: object) -> Self:
-        # Not through pickling, as copy would: dataclasses.asdict() copies its values.
+        # dataclasses.asdict() copies its values. The default copy would use pickling.
         return self
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise TypeError("a Secret is not pickled: pass reveal() on purpose, to where it may go")
+        raise TypeError("a Secret cannot be pickled; pass reveal() explicitly instead")

@@ -3,8 +3,8 @@
     verifier = latchkey.sync.Verifier("127.0.0.1:50051")
     answer = verifier.verify(secret, latchkey.Scope.WRITE)
 
-It owns a thread with an event loop, on which the `latchkey.Verifier` that it stands for watches
-and asks. What the memory can tell is answered in the calling thread.
+It runs a thread with an event loop. There a `latchkey.Verifier` watches for changes and asks the
+service. Cached answers are returned directly in the calling thread.
 """
 
 import asyncio
@@ -30,25 +30,25 @@ from latchkey.secret import Secret
 
 __all__ = ["Verifier"]
 
-# A verify ends by its own deadline. This is for a thread that does not get its turn in time.
+# Added to a verify's own deadline, for a calling thread that is scheduled late.
 MARGIN_SECONDS: Final = 1.0
-# Half a second for saying goodbye, and what a busy machine adds.
+# Half a second for releasing the grants, and a margin for a busy machine.
 CLOSE_SECONDS: Final = 3.0
-# As long as a thread may take to begin, on a machine that is all but standing still. Not how long a
-# verify waits for it: that is the verify's own time. After this, the next one tries another thread.
+# How long a thread may take to start on an overloaded machine. Afterwards the next verify starts
+# another thread. A verify waits for a start only within its own deadline.
 START_SECONDS: Final = 10.0
 
 
 class Verifier:
-    """Verifies secrets from any number of threads; see `latchkey.Verifier` for what it remembers.
+    """Verifies secrets from any number of threads. See `latchkey.Verifier` for its cache.
 
-    `target`, `access`, `credentials` and `options` are as Client takes them. Its thread begins
-    with the first verify that needs the service. Until then it may be copied by a fork, as
-    gunicorn does: each worker then has a thread of its own. After that gRPC, and so the verifier,
-    cannot be used in a forked child: verifies raise Unavailable there, and none is answered from
-    memory.
+    `target`, `access`, `credentials` and `options` are those of Client. The verifier's thread
+    starts with the first verify that needs the service. Before that the process may fork, as
+    gunicorn does, and each worker then starts its own thread. After that gRPC, and so the verifier,
+    cannot be used in a forked child: verifies there raise Unavailable, and none is answered from
+    the cache.
 
-    It ends with close(), with the process, or when nothing refers to it any more.
+    The thread ends with close(), with the process, or when the verifier is garbage-collected.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Verifier:
         credentials: grpc.ChannelCredentials | None = None,
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
-        # Neither connects, nor takes to an event loop, before the first verify.
+        # Neither object connects or binds to an event loop before the first verify.
         self._client = Client(target, access=access, credentials=credentials, options=options)
         self._verifier = _async.Verifier(
             self._client,
@@ -84,11 +84,11 @@ class Verifier:
         *,
         timeout_seconds: float | None = None,
     ) -> Verification:
-        """Answer whether `secret` may do what needs `scope`, as `latchkey.Verifier.verify` does.
+        """Answer whether `secret` is valid for `scope`, as `latchkey.Verifier.verify` does.
 
-        When the service has to be asked it blocks the calling thread, at most for
-        `timeout_seconds` or the verifier's own bound, whichever is less, and one second more if
-        the machine is too busy.
+        Blocks the calling thread if the service has to be asked: at most for `timeout_seconds` or
+        the verifier's own bound, whichever is shorter. On an overloaded machine it may take one
+        second more.
         """
         answer = self._verifier.verify_nowait(secret, scope)
         if answer is not None:
@@ -103,17 +103,17 @@ class Verifier:
     def verify_nowait(
         self, secret: str | Secret, scope: Scope | None = None
     ) -> Verification | None:
-        """Answer at once, as `latchkey.Verifier.verify_nowait` does; None: it cannot."""
+        """Answer at once, as `latchkey.Verifier.verify_nowait` does, or return None."""
         return self._verifier.verify_nowait(secret, scope)
 
     def stats(self) -> VerifierStats:
-        """Return how it is doing: whether it answers from memory, why not, and how much."""
+        """Return the verifier's state: whether it answers from its cache, why not, and counters."""
         return self._verifier.stats()
 
     def close(self) -> None:
-        """Stop to watch and close the connection. Verifies under way fail. Safe to repeat.
+        """Stop watching and close the connection. Verifies under way fail. Safe to repeat.
 
-        Blocks for a bounded time, mostly milliseconds.
+        Blocks for a bounded time, usually milliseconds.
         """
         with self._lock:
             self._closed = True
@@ -122,8 +122,8 @@ class Verifier:
             engine.stop()
 
     def forked(self) -> None:
-        """Take note that this process is a forked child. For the library's own use."""
-        # Another thread may have held the lock, and is not here to give it back.
+        """Mark this process as a forked child. For the library's own use."""
+        # Another thread of the parent may have held the lock. It does not exist here to release it.
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -138,9 +138,9 @@ class Verifier:
         self.close()
 
     def _started(self) -> "_Engine":
-        """Return the thread that asks the service, which may not be there yet.
+        """Return the engine, whose thread may still be starting.
 
-        Raises Unavailable when there can be none.
+        Raises Unavailable if no engine can run.
         """
         with self._lock:
             if self._closed:
@@ -150,10 +150,10 @@ class Verifier:
             engine = self._engine = _Engine(self._verifier, self._client)
             if self._finalizer is not None:
                 self._finalizer.detach()
-            # Also at the end of the process, and before the thread is lost with it. The
-            # engine must not refer to this object, or it would never end.
+            # Stop the engine also at the end of the process, before its thread is killed. The
+            # engine must not refer to this object, or it would never be collected.
             self._finalizer = weakref.finalize(self, engine.stop)
-        # Without the lock: nobody who has less time, or wants to close, waits for a thread here.
+        # Without the lock, so that a slow start delays no shorter verify and no close().
         engine.start()
         return engine
 
@@ -161,12 +161,12 @@ class Verifier:
 class _Engine:
     """A thread with an event loop, and the verifier that lives on it.
 
-    Its thread either comes to run, or is given up before that: then it touches nothing that the
-    next one uses.
+    The thread either starts in time or is given up. A thread that was given up touches nothing that
+    the next engine uses.
     """
 
-    # Which process first used gRPC. In a child that was forked from it after that, gRPC aborts the
-    # process or takes its parent's events, even when everything had been closed before.
+    # The process that first used gRPC. In a child forked later, gRPC aborts the process or receives
+    # its parent's events, even if everything was closed before the fork.
     first_pid: int | None = None
 
     def __init__(self, verifier: _async.Verifier, client: Client) -> None:
@@ -175,12 +175,12 @@ class _Engine:
             raise _forked_error()
         self._verifier = verifier
         self._client = client
-        # Reentrant: garbage collection may call stop(), as a finalizer, in a thread that has it.
+        # Reentrant: a garbage collection may run stop() in a thread that holds the lock.
         self._lock = threading.RLock()
         self._running = self._has_run = False
         self._given_up = False
         self._failure: Exception | None = None
-        # It runs, or is given up.
+        # Set when the thread runs or is given up.
         self._settled = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event
@@ -188,10 +188,10 @@ class _Engine:
         self._late_at = time.monotonic() + START_SECONDS
 
     def start(self) -> None:
-        """Start the thread. What goes wrong, verify() raises.
+        """Start the thread. verify() raises its errors.
 
-        Python waits here until the thread has run for the first time, however long the operating
-        system takes: the one wait that is not bounded by the caller's time.
+        Python waits here until the thread has run for the first time, which depends on the
+        operating system. This is the only wait without a bound.
         """
         try:
             self._thread.start()
@@ -199,17 +199,17 @@ class _Engine:
             self._fail(error)
 
     def is_lost(self) -> bool:
-        """Tell whether it takes another one, because this one failed; too late is a failure."""
+        """Return whether another engine is needed, because this one failed or started too late."""
         if self._pid != os.getpid():
-            return True  # a forked child has only what is written down of it
+            return True  # threads do not survive a fork
         if not self._settled.is_set() and time.monotonic() >= self._late_at:
-            self._fail(TimeoutError(f"it did not begin within {START_SECONDS:g} s"))
+            self._fail(TimeoutError(f"no start within {START_SECONDS:g} s"))
         return self._failure is not None
 
     def verify(self, secret: str | Secret, scope: Scope | None, end: float) -> Verification:
-        """Verify on the event loop, and wait for that in the calling thread.
+        """Verify on the event loop, and wait for the answer in the calling thread.
 
-        `end` is when to give up, by the monotonic clock.
+        `end` is the deadline, by the monotonic clock.
         """
         if not self._settled.wait(end - time.monotonic()):
             raise DeadlineExceeded(
@@ -218,13 +218,13 @@ class _Engine:
             )
         if self._failure is not None:
             raise Unavailable(
-                f"The verifier's thread cannot start: {self._failure}. Try again; "
-                "if that does not help, allow the process more threads and open files."
+                f"The verifier's thread cannot start: {self._failure}. Try again. "
+                "If that does not help, allow the process more threads and open files."
             ) from self._failure
         timeout = end - time.monotonic()
         if timeout <= 0:
             raise late("Verify")
-        # With the lock, so that nothing is left to an event loop that runs no more.
+        # With the lock, so that no call is handed to an event loop that has stopped.
         with self._lock:
             if not self._running or self._loop is None:
                 raise _closed_error()
@@ -243,10 +243,10 @@ class _Engine:
         raise failure
 
     def stop(self) -> None:
-        """Let the thread close what is open and end; wait for it, within bounds.
+        """Close everything and end the thread. Waits for it, within bounds.
 
-        A thread that does not run yet has nothing open. It ends as soon as it comes to that, and
-        is not waited for.
+        A thread that has not started has nothing to close. It ends as soon as it starts, and this
+        method does not wait for it.
         """
         if self._pid != os.getpid():
             return
@@ -257,12 +257,12 @@ class _Engine:
             if running and self._loop is not None:
                 self._loop.call_soon_threadsafe(self._stopping.set)
         self._settled.set()
-        # Whoever comes second waits as well: the end of the process must not come before.
+        # A second caller waits too, because the process must not end before the thread.
         if self._has_run and self._thread is not threading.current_thread():
             self._thread.join(CLOSE_SECONDS)
 
     def _fail(self, error: Exception) -> None:
-        """Give up, unless it runs or somebody else did, and tell those who wait why."""
+        """Give up, unless the thread runs or was already given up. Waiting verifies get `error`."""
         with self._lock:
             if self._running or self._given_up:
                 return
@@ -272,8 +272,8 @@ class _Engine:
 
     def _run(self) -> None:
         try:
-            # An event loop takes open files, of which there may be no more. asyncio.run would then
-            # leave behind, with a warning, the coroutine that it was called with.
+            # A new event loop needs file descriptors, which may be used up. asyncio.run would
+            # then leave its coroutine behind, with a warning.
             with asyncio.Runner() as runner:
                 runner.run(self._serve())
         except Exception as error:
@@ -293,34 +293,34 @@ class _Engine:
         await self._stopping.wait()
         await self._verifier.close()
         await self._client.close()
-        # Verifies under way have failed by now, and their threads are to hear it from themselves.
+        # Verifies under way have failed by now. Let their threads receive the error.
         others = asyncio.all_tasks() - {asyncio.current_task()}
         if others:
             await asyncio.wait(others, timeout=1.0)
 
 
 def ignore_idle_poller(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Handle an event loop's exceptions as usual, but for two that mean nothing."""
+    """Handle an event loop's exceptions as usual, except for two harmless ones of gRPC."""
     if "PollerCompletionQueue" in str(context.get("message")):
         error = context.get("exception")
-        # With several event loops in a process, gRPC wakes all of them for each event, and those
-        # that come too late log this error: https://github.com/grpc/grpc/issues/25364
+        # If a process has several event loops, gRPC wakes all of them for each event. Those that
+        # come too late log this error: https://github.com/grpc/grpc/issues/25364
         if isinstance(error, BlockingIOError):
             return
-        # The one that comes first passes the event on, here to one that has ended since, as that of
-        # a verifier that was closed. Nobody waits for it any more.
+        # The first loop passes the event on, here to a loop that has ended, such as that of a
+        # closed verifier. Nobody waits for the event.
         if isinstance(error, RuntimeError) and str(error) == "Event loop is closed":
             return
     loop.default_exception_handler(context)
 
 
 def _closed_error() -> Unavailable:
-    return Unavailable("The verifier is closed. Make a new one.", code=grpc.StatusCode.CANCELLED)
+    return Unavailable("The verifier is closed. Create a new one.", code=grpc.StatusCode.CANCELLED)
 
 
 def _forked_error() -> Unavailable:
     return Unavailable(
         "The process was forked after gRPC was first used, and its child cannot use it. "
-        "Verify for the first time after forking, or start workers by other means.",
+        "Fork before the first verify, or start workers without forking.",
         code=grpc.StatusCode.FAILED_PRECONDITION,
     )

@@ -1,8 +1,7 @@
-"""`Verifier`: "may this secret do this?", asked on every request that a service handles.
+"""`Verifier`: answers whether a secret is valid, for every request that a service handles.
 
-It owns what can be told without the service: that something is no secret at all, and what the
-memory holds while there is a lease on it. The lease is kept alive by `_watch`; what it cannot tell
-is asked through `_batch`.
+It answers from its cache while it holds a lease, and detects malformed secrets without a call.
+`_watch` keeps the lease alive. `_batch` asks the service about everything else.
 """
 
 import asyncio
@@ -17,7 +16,7 @@ from latchkey_coherence.memory import Memory, Position
 
 from latchkey import _convert, _fork
 from latchkey._batch import Batcher
-from latchkey._entry import Remembered, remembered
+from latchkey._entry import CacheEntry, cache_entry
 from latchkey._retry import VERIFY_TIMEOUT_SECONDS, checked_timeout
 from latchkey._shape import is_well_formed
 from latchkey._subscription import Subscription
@@ -27,30 +26,30 @@ from latchkey.errors import invalid, late
 from latchkey.models import Scope, Verdict, Verification, VerifierStats
 from latchkey.secret import Secret
 
-# About 130 MB when all of them are in use, which few services see.
+# About 130 MB if all entries are in use, which is rare.
 MEMORY_ENTRIES: Final = 100_000
-# Whatever goes wrong in a way that the protocol does not cover ends by itself after this.
+# Bounds the effect of any fault that the protocol does not cover.
 MEMORY_SECONDS: Final = 300.0
 
 _MALFORMED: Final = Verification(verdict=Verdict.MALFORMED)
-# By identity: in 3.11 an Enum's hash and equality are Python code.
+# Compared by identity: in Python 3.11, hash and equality of an Enum run Python code.
 _READ: Final = Scope.READ
 _WRITE: Final = Scope.WRITE
 _wall_clock = time.time
 
 
 class Verifier:
-    """Verifies secrets with the service behind `client`, a Client or a target as Client takes it.
+    """Verifies secrets with the service behind `client`, which is a Client or a target for one.
 
-    It remembers the answers for the `memory_entries` secrets used last and gives them again in
-    microseconds, for as long as the service grants it a lease; a deletion drops its token from
-    the memory before Delete returns. 0 switches that off. It asks again about each of them after
-    `memory_seconds` at most. `timeout_seconds` bounds each verify.
+    It caches the answers for the `memory_entries` most recently used secrets. A cached answer takes
+    microseconds. The cache is used while the service grants a lease. A deleted token is evicted
+    before its Delete returns. An answer is cached for at most `memory_seconds`. `memory_entries=0`
+    switches the cache off. `timeout_seconds` bounds each verify.
 
-    It begins to watch for deletions with the first verify, or with `async with`, on a connection
-    of its own to where the client connects. A Client that was made with a `channel` lends it for
-    that: then watching cannot move on to another server process when one stops. A Client that is
-    passed in stays open on close().
+    The first verify, or `async with`, starts watching for deletions. The watch uses a separate
+    connection to the client's target. A Client with its own `channel` shares that channel, and then
+    the watch cannot move to another server process when one stops. close() does not close a Client
+    that was passed in.
     """
 
     def __init__(
@@ -65,21 +64,21 @@ class Verifier:
         if not memory_seconds > 0:
             raise invalid("memory_seconds", "must be positive")
         if memory_entries < 0:
-            raise invalid("memory_entries", "has to be 0 or more")
+            raise invalid("memory_entries", "must be 0 or more")
         self._owns_client = isinstance(client, str)
         self._client = Client(client) if isinstance(client, str) else client
         self._timeout_seconds = timeout_seconds
-        self._memory: Memory[Remembered] = Memory(memory_entries)
+        self._memory: Memory[CacheEntry] = Memory(memory_entries)
         self._subscription = Subscription(self._memory, random.random)
         self._watcher = Watcher(
             self._client.open_channel, self._subscription, self._client.metadata
         )
         self._batcher = Batcher(self._client)
-        self._remembers = memory_entries > 0
+        self._caches = memory_entries > 0
         self._memory_seconds = memory_seconds
         self._hits = 0
         self._misses = 0
-        # What verify_nowait needs, without a way to go.
+        # Direct references for verify_nowait, to save attribute look-ups.
         self._lease = self._subscription.lease
         self._find = self._memory.entries.get
         _fork.watch(self)
@@ -87,22 +86,23 @@ class Verifier:
     def verify_nowait(
         self, secret: str | Secret, scope: Scope | None = None
     ) -> Verification | None:
-        """Answer at once, from memory or because `secret` is none; None: the service has to say.
+        """Answer at once if the answer is cached or `secret` is malformed. Otherwise return None.
 
-        As good an answer as `verify` gives. Never blocks and waits for nothing; may be called
-        from any thread. Raises InvalidArgument or TypeError for a `scope` that is none.
+        The answer is as good as that of `verify`. This method never blocks, and any thread may call
+        it. Raises InvalidArgument or TypeError if `scope` is not a valid scope.
         """
-        # Safe beside a thread that applies an invalidation and then extends the lease, by the
-        # order of these three. The lease's end comes first: if it is that of a grant which came
-        # after the invalidation, then the entry, looked for later, is gone; if it is an older
-        # grant's, then that was still good when the clock was read, after this call began, and no
-        # Delete that the entry should have heeded had returned before (coherence rules 5 and 6).
+        # Another thread may meanwhile apply an invalidation and then extend the lease. The order of
+        # the next three reads makes that safe: lease end, entry, clock. If the lease end belongs to
+        # a grant after the invalidation, the entry is already evicted when it is read. If it
+        # belongs to an earlier grant, the clock shows that this grant was still good after this
+        # call began. No Delete that invalidates the entry had then returned (coherence rules 5 and
+        # 6).
         lease_end = self._lease.end
         if type(secret) is not str:
             secret = _convert.secret_out(secret)
         try:
             entry = self._find(sha256(secret.encode()).digest())
-        except UnicodeEncodeError:  # what UTF-8 cannot carry is nobody's secret
+        except UnicodeEncodeError:  # not a secret, since UTF-8 cannot encode it
             entry, secret = None, ""
         if entry is not None and (now := boottime()) < lease_end and now < entry.keep_until:
             if scope is None or scope is _READ:
@@ -117,7 +117,7 @@ class Verifier:
                 self._hits += 1
                 return answer
             return None
-        _convert.scope_out(scope, "scope")  # a wrong question is wrong for every secret
+        _convert.scope_out(scope, "scope")  # a wrong scope is an error for every secret
         return None if is_well_formed(secret) else _MALFORMED
 
     async def verify(
@@ -127,14 +127,14 @@ class Verifier:
         *,
         timeout_seconds: float | None = None,
     ) -> Verification:
-        """Answer whether `secret` may do what needs `scope`; None needs none.
+        """Answer whether `secret` is valid for `scope`. None requires no scope.
 
-        From memory if it can, else the service is asked, once for all verifies that begin in the
-        same turn of the event loop. `timeout_seconds` can only shorten the verifier's own bound.
-        Never fails because of what was presented. Raises an error of `latchkey.errors`, mostly
-        Unavailable, when there is no safe answer: then the holder is not allowed.
+        Answers from the cache if possible. Otherwise it asks the service, in one call for all
+        verifies that start in the same turn of the event loop. `timeout_seconds` can only shorten
+        the verifier's own bound. Malformed input never raises; it is MALFORMED. Raises an error of
+        `latchkey.errors`, usually Unavailable, if there is no safe answer: then reject the holder.
 
-        What is returned may be given to others as well: do not change it.
+        Several callers may get the same object, so do not change it.
         """
         answer = self.verify_nowait(secret, scope)
         if answer is not None:
@@ -144,7 +144,7 @@ class Verifier:
         if timeout_seconds is not None:
             timeout = min(timeout, timeout_seconds)
         checked_timeout(timeout)
-        if self._remembers:
+        if self._caches:
             self._watcher.start()
         self._misses += 1
         loop = asyncio.get_running_loop()
@@ -155,28 +155,28 @@ class Verifier:
             if left <= 0:
                 raise late("Verify")
             answer = await self._client.verify(text, scope, timeout_seconds=left)
-        self._remember(text, scope, answer)
+        self._store(text, scope, answer)
         return answer
 
-    def _remember(self, secret: str, scope: Scope | None, answer: Verification) -> None:
+    def _store(self, secret: str, scope: Scope | None, answer: Verification) -> None:
         now = boottime()
         if now >= self._lease.end:
-            return  # nobody promises to tell what changes
-        # Half of the time to all of it, so that answers that came together, as after a start, are
-        # not asked for again together.
+            return  # without a lease, nobody reports changes
+        # Spread over half of the time, so that answers that came together, for example after a
+        # start, do not expire together.
         keep_until = now + self._memory_seconds * random.uniform(0.5, 1.0)  # noqa: S311 - a spread
-        entry = remembered(answer, scope, keep_until)
+        entry = cache_entry(answer, scope, keep_until)
         if entry is not None:
             position = Position(answer.revision, answer.mark)
             self._memory.admit(sha256(secret.encode()).digest(), entry, position)
 
     def stats(self) -> VerifierStats:
-        """Return how it is doing: whether it answers from memory, why not, and how much."""
+        """Return the verifier's state: whether it answers from its cache, why not, and counters."""
         left = max(0.0, self._lease.end - boottime())
         watcher, subscription = self._watcher, self._subscription
         reason: str | None = None
-        if not self._remembers:
-            reason = "The memory is switched off (memory_entries=0)."
+        if not self._caches:
+            reason = "The cache is off (memory_entries=0)."
         elif left == 0.0:
             reason = watcher.fallback_reason
         return VerifierStats(
@@ -194,24 +194,25 @@ class Verifier:
         )
 
     async def close(self) -> None:
-        """Stop to watch, and close the connection if it is the verifier's own. Safe to repeat.
+        """Stop watching, and close the connection if the verifier created it. Safe to repeat.
 
-        The service is told that nothing is answered from memory any more, for half a second at
-        most: Deletes then need not wait for it.
+        Releases the grants, so that Deletes need not wait for this verifier. That takes at most
+        half a second.
         """
         await self._watcher.close()
         if self._owns_client:
             await self._client.close()
 
     def forked(self) -> None:
-        """Answer no more from memory: this process is a child that only has a copy of it.
+        """Stop giving cached answers, because this process is a forked child.
 
-        For the library's own use. The parent acknowledges deletions for its own memory alone.
+        The parent acknowledges deletions only for its own cache, not for this copy. For the
+        library's own use.
         """
         self._watcher.forked()
 
     async def __aenter__(self) -> Self:
-        if self._remembers:
+        if self._caches:
             self._watcher.start()
         return self
 

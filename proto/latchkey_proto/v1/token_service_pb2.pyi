@@ -780,10 +780,10 @@ class Grant(_message.Message):
     """The mark of `revision`."""
     @_builtins.property
     def lease_duration(self) -> _duration_pb2.Duration:
-        """How long the client may answer from its cache, measured on its own clock
-        from before it sent the request with this number. The client subtracts a
-        thousandth, because clocks run at different rates. Its clock must not stop
-        while the machine sleeps.
+        """How long the client may answer from its cache. The time starts before the
+        client sent the request with this number, and is measured on the client's
+        own clock. The client subtracts a thousandth, because clocks run at
+        different rates. Its clock must not stop while the machine sleeps.
         """
 
     def __init__(

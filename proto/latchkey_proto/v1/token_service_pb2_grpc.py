@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class TokenServiceStub(object):
-    """Manages the API tokens of accounts, and verifies for internal services that a
-    presented secret may do what its holder asks.
+    """Manages the API tokens of accounts, and verifies presented secrets for
+    internal services.
 
     Reports every failure as a status with google.rpc.ErrorInfo (domain
     "latchkey"). INVALID_ARGUMENT includes google.rpc.BadRequest. UNAVAILABLE and
@@ -85,8 +85,8 @@ class TokenServiceStub(object):
 
 
 class TokenServiceServicer(object):
-    """Manages the API tokens of accounts, and verifies for internal services that a
-    presented secret may do what its holder asks.
+    """Manages the API tokens of accounts, and verifies presented secrets for
+    internal services.
 
     Reports every failure as a status with google.rpc.ErrorInfo (domain
     "latchkey"). INVALID_ARGUMENT includes google.rpc.BadRequest. UNAVAILABLE and
@@ -238,8 +238,8 @@ def add_TokenServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TokenService(object):
-    """Manages the API tokens of accounts, and verifies for internal services that a
-    presented secret may do what its holder asks.
+    """Manages the API tokens of accounts, and verifies presented secrets for
+    internal services.
 
     Reports every failure as a status with google.rpc.ErrorInfo (domain
     "latchkey"). INVALID_ARGUMENT includes google.rpc.BadRequest. UNAVAILABLE and

@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TokenServiceStub:
-    """Manages the API tokens of accounts, and verifies for internal services that a
-    presented secret may do what its holder asks.
+    """Manages the API tokens of accounts, and verifies presented secrets for
+    internal services.
 
     Reports every failure as a status with google.rpc.ErrorInfo (domain
     "latchkey"). INVALID_ARGUMENT includes google.rpc.BadRequest. UNAVAILABLE and
@@ -112,8 +112,8 @@ class TokenServiceStub:
 
 @_typing.type_check_only
 class TokenServiceAsyncStub(TokenServiceStub):
-    """Manages the API tokens of accounts, and verifies for internal services that a
-    presented secret may do what its holder asks.
+    """Manages the API tokens of accounts, and verifies presented secrets for
+    internal services.
 
     Reports every failure as a status with google.rpc.ErrorInfo (domain
     "latchkey"). INVALID_ARGUMENT includes google.rpc.BadRequest. UNAVAILABLE and
@@ -193,8 +193,8 @@ class TokenServiceAsyncStub(TokenServiceStub):
     """
 
 class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Manages the API tokens of accounts, and verifies for internal services that a
-    presented secret may do what its holder asks.
+    """Manages the API tokens of accounts, and verifies presented secrets for
+    internal services.
 
     Reports every failure as a status with google.rpc.ErrorInfo (domain
     "latchkey"). INVALID_ARGUMENT includes google.rpc.BadRequest. UNAVAILABLE and

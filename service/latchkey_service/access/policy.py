@@ -27,7 +27,7 @@ from typing import Any, Final
 from latchkey_service.access.credentials import DIGEST
 from latchkey_service.access.methods import METHODS, ROLES
 from latchkey_service.access.rates import RateLimits
-from latchkey_service.secret_format import without_secrets
+from latchkey_service.secret_format import redact_secrets
 
 __all__ = [
     "ANONYMOUS",
@@ -63,7 +63,7 @@ class PolicyError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(without_secrets(message))
+        super().__init__(redact_secrets(message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +285,9 @@ class _Reader:
         lines = _lines(self._text)
         candidates = [number for number, line in enumerate(lines) if named.search(line)]
         after = bisect_left(
-            candidates, True, key=lambda number: _has("\n".join(lines[:number]), where)
+            candidates,
+            True,  # noqa: FBT003 - the value that is searched for
+            key=lambda number: _has("\n".join(lines[:number]), where),
         )
         return candidates[after - 1] + 1 if after else 1
 
@@ -311,7 +313,7 @@ def _line_of(error: type[Exception], text: str) -> int:
             return type(raised) is error
         return False
 
-    return bisect_left(range(1, len(lines)), True, key=raises) + 1
+    return bisect_left(range(1, len(lines)), True, key=raises) + 1  # noqa: FBT003 - searched for
 
 
 def _has(text: str, where: tuple[str, ...]) -> bool:

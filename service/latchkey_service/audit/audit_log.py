@@ -21,7 +21,7 @@ import grpc
 
 from latchkey_service.audit.audit_table import AuditTable, NewEntry
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.secret_format import holds_secret
+from latchkey_service.secret_format import contains_secret
 from latchkey_service.settings.logs import logger
 
 __all__ = ["AuditContext", "AuditLog", "call_audit_context"]
@@ -62,7 +62,7 @@ class AuditContext:
         token_id: str,
     ) -> "AuditContext":
         """Build the context; drop ids from the caller that do not have the expected form."""
-        if not _ACCOUNT_ID.fullmatch(account_id) or holds_secret(account_id):
+        if not _ACCOUNT_ID.fullmatch(account_id) or contains_secret(account_id):
             account_id = ""
         if not _TOKEN_ID.fullmatch(token_id):
             token_id = ""

@@ -104,7 +104,7 @@ class AuditTable:
                  WHERE {" AND ".join(conditions) or "true"}
                  ORDER BY a.time DESC, a.id DESC
                  LIMIT ${len(arguments) + 1}
-                """,  # nosec B608 # noqa: S608 - constants and numbers only
+                """,  # noqa: S608 - constants and numbers only
                 *arguments,
                 limit,
             )

@@ -26,7 +26,7 @@ from latchkey_service.errors import (
     StoreUnavailable,
     Unavailable,
 )
-from latchkey_service.postgres.circuit_breaker import spread
+from latchkey_service.postgres.circuit_breaker import jittered
 from latchkey_service.settings.logs import logger
 
 if TYPE_CHECKING:
@@ -391,4 +391,4 @@ def _fail(waiting: "asyncio.Future[None] | None", error: Exception) -> None:
 
 
 def _pause_after_failure() -> float:
-    return spread(RETRY_SECONDS, random.random())  # noqa: S311 - a spread
+    return jittered(RETRY_SECONDS, random.random())  # noqa: S311 - jitter

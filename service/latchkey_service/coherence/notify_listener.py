@@ -15,7 +15,7 @@ import asyncpg
 
 from latchkey_service.coherence.verifier_table import CHANNEL
 from latchkey_service.errors import StoreUnavailable, StoreUnsupported
-from latchkey_service.postgres.circuit_breaker import spread
+from latchkey_service.postgres.circuit_breaker import jittered
 from latchkey_service.postgres.connections import translate_errors
 from latchkey_service.settings.logs import logger
 
@@ -88,7 +88,7 @@ class NotifyListener:
             except Exception as error:  # noqa: BLE001 - logged, and tried again
                 self._log.warning("listening failed", error=type(error).__name__)
                 self._becomes(Notifications.SILENT)
-            await asyncio.sleep(spread(RETRY_SECONDS, random.random()))  # noqa: S311 - a spread
+            await asyncio.sleep(jittered(RETRY_SECONDS, random.random()))  # noqa: S311 - jitter
 
     async def _listen(self) -> None:
         """Listen and send probes until the connection fails or a probe does not arrive."""

@@ -18,7 +18,7 @@ import asyncpg
 
 from latchkey_service.coherence.verifier_state import Server
 from latchkey_service.errors import NotReplicated, StoreUnavailable
-from latchkey_service.postgres.circuit_breaker import spread
+from latchkey_service.postgres.circuit_breaker import jittered
 from latchkey_service.postgres.connections import Connector
 from latchkey_service.settings.logs import logger
 
@@ -128,7 +128,7 @@ class Primary:
     async def run(self) -> None:
         """Check the other hosts of the list at intervals. Ends when cancelled."""
         while True:
-            await asyncio.sleep(spread(OTHERS_SECONDS, random.random()))  # noqa: S311 - a spread
+            await asyncio.sleep(jittered(OTHERS_SECONDS, random.random()))  # noqa: S311 - jitter
             await self.look_at_others()
 
     async def look_at_others(self) -> None:

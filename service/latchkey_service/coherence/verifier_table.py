@@ -71,7 +71,7 @@ _STATE = f"""
     state AS MATERIALIZED (
         SELECT h.revision, h.mark, server_identifier() AS identifier,
                server_timeline() AS timeline, {POSITION_KNOWN} AS known
-          FROM head h)"""  # nosec B608 # noqa: S608 - constants only
+          FROM head h)"""  # noqa: S608 - constants only
 # That state, and the log after the position. At least one row.
 _STATE_AND_LOG = """s.known, s.identifier, s.timeline, s.revision, s.mark,
                i.revision, i.mark, i.token_id
@@ -82,7 +82,7 @@ _STATE_AND_LOG = """s.known, s.identifier, s.timeline, s.revision, s.mark,
 
 _READ_LOG = f"""
           WITH {_STATE}
-        SELECT {_STATE_AND_LOG}"""  # nosec B608
+        SELECT {_STATE_AND_LOG}"""
 
 # A single statement, hence a single server and snapshot (rule 3). Behind a pooler, two statements
 # could reach two servers, and the lease would rest on a log that was read elsewhere.
@@ -98,7 +98,7 @@ _RENEW = f"""
           FROM state s
          WHERE s.known AND v.id = $4 AND v.incarnation = $5 AND {DURABLE}
         RETURNING v.id)
-        SELECT EXISTS (SELECT FROM renewed), {_STATE_AND_LOG}"""  # nosec B608 # noqa: S608 - constants only
+        SELECT EXISTS (SELECT FROM renewed), {_STATE_AND_LOG}"""  # noqa: S608 - constants only
 
 
 class Rows(NamedTuple):
@@ -241,7 +241,7 @@ class OwnRow:
                  WHERE verifier.incarnation < excluded.incarnation
                 RETURNING acknowledged_revision, server_identifier(), server_timeline(),
                           (SELECT revision FROM head), (SELECT mark FROM head)
-                """,  # nosec B608 # noqa: S608 - constants only
+                """,  # noqa: S608 - constants only
                 identity.id,
                 incarnation,
                 identity.lease_seconds,

@@ -331,7 +331,7 @@ class WatchSessions:
             raise Unavailable("The server is stopping; try another one.")
         if len(self._streams) >= WATCH_SESSIONS_MAX:
             raise Overloaded("Too many clients watch this server; try another one.")
-        age = self._stream_seconds * random.uniform(MOVE_FROM, MOVE_TO)  # noqa: S311 - a spread
+        age = self._stream_seconds * random.uniform(MOVE_FROM, MOVE_TO)  # noqa: S311 - jitter
         stream = _Stream(WatchSession(self._state, client), self._clock(), age)
         self._streams.add(stream)
         # Reading runs in a separate task, so that reading and sending do not block each other.
@@ -356,7 +356,7 @@ class WatchSessions:
             self._streams.discard(stream)
             self._lease_released.set()
 
-    def on_news(self, changed: bool) -> None:
+    def on_news(self, changed: bool) -> None:  # noqa: FBT001 - called back
         """Send all clients what is new, issue grants that wait for a lease, and ask old streams to
         move.
 

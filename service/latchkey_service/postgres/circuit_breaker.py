@@ -8,7 +8,7 @@ import enum
 import math
 from collections.abc import Callable
 
-__all__ = ["Attempt", "CircuitBreaker", "spread"]
+__all__ = ["Attempt", "CircuitBreaker", "jittered"]
 
 # Pause between failed attempts while the database is unreachable. Callers that need a connection
 # in the meantime fail at once instead of piling up, and service resumes this soon after Postgres.
@@ -19,7 +19,7 @@ RECONNECT_SECONDS = 0.25
 ATTEMPTS_MAX = 21
 
 
-def spread(seconds: float, randomness: float) -> float:
+def jittered(seconds: float, randomness: float) -> float:
     """Return a random pause between half of `seconds` and all of it. `randomness` is in [0, 1).
 
     Without jitter, workers and hosts that lost the database together would also retry together.
@@ -92,7 +92,7 @@ class CircuitBreaker:
         self._end(attempt)
         if attempt is Attempt.PROBE:
             self._state = _State.OPEN
-            self._not_before = self._clock() + spread(RECONNECT_SECONDS, self._randomness())
+            self._not_before = self._clock() + jittered(RECONNECT_SECONDS, self._randomness())
         elif self._state is _State.CLOSED:
             # Ordinary attempts began before the first failure, and one event may have ended all of
             # them. So their failures never open the breaker; only a probe's does.

@@ -416,7 +416,7 @@ def retry_on_conflict(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitabl
             except StoreConflict:
                 # Random, so that the same transactions do not collide again.
                 longest = min(CONFLICT_DELAY_SECONDS * 2**attempt, CONFLICT_DELAY_SECONDS_MAX)
-                await asyncio.sleep(random.uniform(0, longest))  # noqa: S311 - a spread
+                await asyncio.sleep(random.uniform(0, longest))  # noqa: S311 - jitter
         return await method(*args, **kwargs)
 
     return attempt_repeatedly

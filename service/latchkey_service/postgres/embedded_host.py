@@ -185,7 +185,7 @@ def socket_dir_path(data_dir: Path) -> Path:
         outside = Path(runtime_dir, name)
         if outside.parent.is_dir() and _socket_path_fits(outside) and "," not in runtime_dir:
             return outside
-    return Path("/tmp", name)  # nosec B108 # noqa: S108 - make_socket_dir verifies its owner
+    return Path("/tmp", name)  # noqa: S108 - make_socket_dir verifies its owner
 
 
 def _socket_path_fits(directory: Path) -> bool:
@@ -246,7 +246,7 @@ def spawn(
         stderr=log,
         umask=0o077,
         start_new_session=True,
-        preexec_fn=_tie_to_parent(death_signal),
+        preexec_fn=_tie_to_parent(death_signal),  # noqa: PLW1509 - only makes a system call
         **_as(account, extra),
     )
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import asyncpg
 
-from latchkey_service.postgres.circuit_breaker import spread
+from latchkey_service.postgres.circuit_breaker import jittered
 from latchkey_service.postgres.connections import translate_errors
 from latchkey_service.postgres.hosts import CONNECT_ERRORS, Hosts, is_permanent
 from latchkey_service.postgres.preflight import (
@@ -129,7 +129,7 @@ async def _connect(hosts: Hosts) -> "asyncpg.Connection[asyncpg.Record]":
                     seconds_max=START_TIMEOUT_SECONDS,
                     error=f"{type(error).__name__}: {error}",
                 )
-            await asyncio.sleep(spread(RETRY_SECONDS, random.random()))  # noqa: S311 - a spread
+            await asyncio.sleep(jittered(RETRY_SECONDS, random.random()))  # noqa: S311 - jitter
     version = connection.get_server_version().major
     if version < SERVER_VERSION_MIN:
         connection.terminate()

@@ -83,7 +83,7 @@ async def prepare(
     keep_alive(connection)
     calls = "".join(f", set_config('{name}', '{value}', false)" for name, value in settings.items())
     standby = await connection.fetchval(
-        f"SELECT pg_catalog.pg_is_in_recovery(){calls}",  # nosec B608 - constants only
+        f"SELECT pg_catalog.pg_is_in_recovery(){calls}",
         timeout=timeout,
     )
     if standby:

@@ -17,7 +17,7 @@ __all__ = ["main", "target"]
 # The server answers from memory: if it takes longer, it is unhealthy.
 TIMEOUT_SECONDS: Final = 2.0
 # If the server listens on all addresses, use the loopback address.
-_LOCAL: Final = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # nosec B104 # noqa: S104 - not bound
+_LOCAL: Final = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - not bound
 _OPTIONS: Final = (
     # A proxy in the environment is for outgoing calls; this one is local.
     ("grpc.enable_http_proxy", 0),

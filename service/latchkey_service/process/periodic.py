@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from latchkey_service.audit.audit_table import AuditTable
 from latchkey_service.coherence.verifier_table import VerifierTable
 from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
-from latchkey_service.postgres.circuit_breaker import spread
+from latchkey_service.postgres.circuit_breaker import jittered
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.settings.logs import logger
 from latchkey_service.tokens import fleet
@@ -82,7 +82,7 @@ async def follow_verifier(
             (log.info if answers else log.warning)("health", serving=answers)
             serving = answers
         pause = PROBE_SECONDS if serving else PROBE_SECONDS_WHILE_DOWN
-        await asyncio.sleep(spread(pause, random.random()))  # noqa: S311 - a spread
+        await asyncio.sleep(jittered(pause, random.random()))  # noqa: S311 - jitter
 
 
 async def follow_peppers(table: VerifierTable, own_id: str) -> None:
@@ -95,7 +95,7 @@ async def follow_peppers(table: VerifierTable, own_id: str) -> None:
     reports, registered = fleet.Reports(), False
     while True:
         pause = PEPPER_CHECK_SECONDS if registered else PEPPER_CHECK_SECONDS_AT_START
-        await asyncio.sleep(spread(pause, random.random()))  # noqa: S311 - a spread
+        await asyncio.sleep(jittered(pause, random.random()))  # noqa: S311 - jitter
         try:
             verifiers = (await table.status()).verifiers
         except StoreUnavailable:
@@ -176,7 +176,7 @@ async def _repeat(seconds: float, work: Callable[[], Awaitable[None]], event: st
     """Repeat `work` forever, about every `seconds`. Logs failures as `event` and continues."""
     while True:
         # At a different time in each worker, so that they do not get in each other's way.
-        await asyncio.sleep(spread(seconds, random.random()))  # noqa: S311 - a spread
+        await asyncio.sleep(jittered(seconds, random.random()))  # noqa: S311 - jitter
         try:
             await work()
         except Exception as error:  # noqa: BLE001 - logged and repeated

@@ -160,11 +160,11 @@ class Server:
         for server in self._servers:
             await server.start()
 
-    def set_serving(self, serving: bool) -> None:
+    def set_serving(self, serving: bool) -> None:  # noqa: FBT001 - called back
         """Set whether the health service reports SERVING."""
         self._health.set_serving(serving=serving)
 
-    async def take_policy(self, text: str) -> None:
+    async def replace_policy(self, text: str) -> None:
         """Replace the policy. If this raises PolicyError, the old one stays in force."""
         if self._active_policy is None:
             raise PolicyError("this worker was started without a policy; restart the service")
@@ -262,7 +262,7 @@ async def running(
     listener = NotifyListener(
         identity.id,
         connector.connect,
-        lambda payload: table.notify(payload),
+        lambda payload: table.notify(payload),  # noqa: PLW0108 - `table` is created below
         renewer.wake,
         settings.lease_seconds / 3,
         # LISTEN does not work through a pooler in transaction mode.

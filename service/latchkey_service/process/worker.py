@@ -93,7 +93,7 @@ class _Policies:
     async def put_in_force(self, server: Server) -> None:
         """Activate policies that have arrived meanwhile, and every later one."""
         while self._in_force != self._text and (text := self.latest()) is not None:
-            await server.take_policy(text)
+            await server.replace_policy(text)
         # There is no await in between, so the server receives every later policy at once. Before
         # this point, `take` only stores them, or an older policy could replace a newer one.
         self._server = server
@@ -104,7 +104,7 @@ class _Policies:
         while (line := await self._handed.readline()).endswith(b"\n"):
             self._text = text = _policy(line)
             if self._server is not None:
-                await self._server.take_policy(text)
+                await self._server.replace_policy(text)
 
 
 def _policy(line: bytes) -> Any:

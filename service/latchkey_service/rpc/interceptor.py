@@ -54,7 +54,9 @@ class Calls:
         reporter: CallReporter,
         verify_log_share: float,
         monotonic: Callable[[], float],
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        self._sleep = sleep
         self._counts = counts
         self._audit = audit
         self._verify_log_share = verify_log_share
@@ -261,7 +263,7 @@ class Calls:
                 wait = caller.rates.charge(rule.role, 1, self._monotonic())
                 if not wait:
                     break
-                await asyncio.sleep(wait)
+                await self._sleep(wait)
             yield request
 
     def _charge(self, path: str, rule: Rule, caller: Caller, request: Any) -> None:

@@ -26,7 +26,7 @@ from latchkey_service.errors import (
     StoreUnavailable,
     Unavailable,
 )
-from latchkey_service.postgres.circuit_breaker import spread
+from latchkey_service.postgres.circuit_breaker import jittered
 from latchkey_service.postgres.connections import answers, retry_on_conflict, translate_errors
 from latchkey_service.tokens.queue_limit import STUCK_SECONDS, QueueLimit
 from latchkey_service.tokens.token_store import FIND_BY_DIGEST, record_of, snapshot_of
@@ -56,7 +56,7 @@ EXPIRY_CHECK_SECONDS = 0.02
 
 
 class Found(NamedTuple):
-    """A token's record, or None, and the snapshot that contained it."""
+    """The record of a token, or None, and the snapshot of the read."""
 
     record: TokenRecord | None
     snapshot: Snapshot
@@ -194,7 +194,10 @@ class Lookup:
         yield from self._waiting
 
     def _expire_waiters(self) -> None:
-        """Fail the waiters past their deadline. Shared, as a timer each costs a verify 8 µs."""
+        """Fail the waiters past their deadline.
+
+        One timer serves all of them, because a timer each would cost a verify 8 µs.
+        """
         now = self._monotonic()
         pending = False
         for waiter in self._outstanding():
@@ -269,9 +272,9 @@ class _LookupConnection:
             # One plan fits every array; planning each query would double its cost.
             self._connection = connection = await self._connect()
         except Exception:
-            self._connect_after = self._monotonic() + spread(
+            self._connect_after = self._monotonic() + jittered(
                 RECONNECT_SECONDS,
-                random.random(),  # noqa: S311 - a spread
+                random.random(),  # noqa: S311 - jitter
             )
             raise
         return connection

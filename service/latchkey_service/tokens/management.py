@@ -26,7 +26,7 @@ from latchkey_service.errors import (
     NotConfirmed,
     NotFound,
 )
-from latchkey_service.secret_format import Keyring, Secret, holds_secret
+from latchkey_service.secret_format import Keyring, Secret, contains_secret
 from latchkey_service.tokens.token_store import Deletion, PageStart, TokenStore
 from latchkey_service.tokens.verdict import Scope, TokenRecord
 
@@ -127,7 +127,7 @@ class Tokens:
             ("name", [name]),
             ("labels", labels),
         ):
-            if any(holds_secret(text[:SCANNED_LENGTH_MAX]) for text in texts):
+            if any(contains_secret(text[:SCANNED_LENGTH_MAX]) for text in texts):
                 violations.append(FieldViolation(field, "must not contain a secret"))
         if new.scope not in (Scope.READ, Scope.WRITE):
             violations.append(FieldViolation("scope", "must be SCOPE_READ or SCOPE_WRITE"))

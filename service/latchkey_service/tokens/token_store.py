@@ -54,7 +54,7 @@ FIND_BY_DIGEST = f"""
 SELECT h.revision, h.mark, h.timeline, s.digest, {_COLUMNS}
   FROM {_SNAPSHOT}
   LEFT JOIN (secret s JOIN token t ON t.id = s.token_id) ON s.digest = ANY($1::bytea[])
-"""  # nosec B608 # noqa: S608 - constants only
+"""  # noqa: S608 - constants only
 
 # The peppers, oldest first, each with whether live tokens and registered verifiers use it.
 _KNOWN_PEPPERS = """
@@ -176,7 +176,7 @@ class TokenStore:
                 known AS (INSERT INTO pepper (id) VALUES ($11) ON CONFLICT DO NOTHING)
                 INSERT INTO secret (digest, pepper_id, token_id)
                 SELECT $10, $11, id FROM token WHERE {DURABLE}
-                """,  # nosec B608 # noqa: S608 - constants only
+                """,  # noqa: S608 - constants only
                     record.id,
                     record.account_id,
                     record.name,
@@ -207,7 +207,7 @@ class TokenStore:
                   FROM {_SNAPSHOT}
                   LEFT JOIN token t
                     ON t.account_id = $1 AND t.id = $2 AND t.delete_time IS NULL
-                """,  # nosec B608 # noqa: S608 - constants only
+                """,  # noqa: S608 - constants only
                 account_id,
                 token_id,
             )
@@ -238,7 +238,7 @@ class TokenStore:
                         ORDER BY t.create_time DESC, t.id DESC
                         LIMIT $2) page ON true
                  ORDER BY page.create_time DESC, page.id DESC
-                """,  # nosec B608 # noqa: S608 - constants only
+                """,  # noqa: S608 - constants only
                 *arguments,
             )
         return [record_of(row) for row in rows if row[3] is not None], snapshot_of(rows[0])
@@ -284,7 +284,7 @@ class TokenStore:
                     INSERT INTO deletion AS d (token_id, revision, mark, commit_time)
                     SELECT id, revision, mark, moment FROM stamped
                     RETURNING {_RECEIPT}
-                    """,  # nosec B608 # noqa: S608 - constants only
+                    """,  # noqa: S608 - constants only
                     account_id,
                     token_id,
                     audit_context.caller,
@@ -310,7 +310,7 @@ class TokenStore:
                   FROM {_SNAPSHOT}
                   LEFT JOIN (token t JOIN deletion d ON d.token_id = t.id)
                     ON t.account_id = $1 AND t.id = $2
-                """,  # nosec B608 # noqa: S608 - constants only
+                """,  # noqa: S608 - constants only
                 account_id,
                 token_id,
             )
@@ -344,7 +344,7 @@ class TokenStore:
                                THEN $7 ELSE d.clients_outwaited END
                      WHERE d.token_id = $1 AND d.revision = $4 AND d.mark = $5 AND {DURABLE}
                     RETURNING {_RECEIPT}
-                    """,  # nosec B608 # noqa: S608 - constants only
+                    """,  # noqa: S608 - constants only
                     token_id,
                     acknowledgements.acknowledged,
                     acknowledgements.outwaited,
@@ -383,7 +383,7 @@ class TokenStore:
                                            request_id)
                         SELECT moment, '', '', $1, $2, $3, $4 FROM stamped)
                     SELECT revision, mark, moment FROM stamped
-                    """,  # nosec B608 # noqa: S608 - constants only
+                    """,  # noqa: S608 - constants only
                     audit_context.caller,
                     audit_context.method,
                     audit_context.peer,

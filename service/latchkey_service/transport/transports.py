@@ -84,7 +84,7 @@ def make_transport(name: Transport, limits: Limits, reject: "Reject") -> grpc.ai
     options = options_of(name, limits)
     if name == "native":
         # Imported here, so that grpcio works without the library.
-        from latchkey_service.transport import native
+        from latchkey_service.transport import native  # noqa: PLC0415
 
         return native.Server(options, reject)
     return grpc.aio.server(options=options)

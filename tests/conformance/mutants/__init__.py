@@ -1,4 +1,4 @@
-"""Faults in a client's core, each of which breaks one rule, and the cases that find them."""
+"""Faults in the client's core. Each breaks one rule and must be found by the cases."""
 
 from tests.conformance.mutants import confirmations, grants, positions, verdicts
 from tests.conformance.mutants.base import MUTANTS, Mutant

@@ -1,4 +1,4 @@
-"""How a fault is written, and the list of all of them."""
+"""The form of a fault, and the list of all faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Patch = pytest.MonkeyPatch
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault, the rule that it breaks, and a case that has to find it."""
+    """A fault, the rule that it breaks, and a case that must find it."""
 
     rule: int
     case: str
@@ -32,7 +32,7 @@ MUTANTS: list[Mutant] = []
 
 
 def mutant(rule: int, case: str) -> Callable[[Callable[[Patch], None]], Callable[[Patch], None]]:
-    """Enter a fault into `MUTANTS`."""
+    """Register a fault in `MUTANTS`."""
 
     def enter(apply: Callable[[Patch], None]) -> Callable[[Patch], None]:
         MUTANTS.append(Mutant(rule, case, apply))
@@ -53,7 +53,7 @@ def on_receive(patch: Patch, before: Callable[[Stream, Event | None, float], boo
 
 
 def on_grant(patch: Patch, change: Callable[[Stream, Grant, float], Grant]) -> None:
-    """Let a stream receive what `change` makes of a grant."""
+    """Let a stream receive the grant that `change` returns."""
     receive_grant = Stream._receive_grant
 
     def mutated(self: Stream, grant: Grant, now: float) -> None:
@@ -63,7 +63,7 @@ def on_grant(patch: Patch, change: Callable[[Stream, Grant, float], Grant]) -> N
 
 
 def on_admit(patch: Patch, change: Callable[[Memory[Any], Any, Position], Position]) -> None:
-    """Let a memory take a verdict for one that was read at the position that `change` returns."""
+    """Let a memory admit a verdict as if it was read at the position that `change` returns."""
     admit = Memory.admit
 
     def mutated(self: Memory[Any], key: bytes, entry: Any, position: Position) -> bool:

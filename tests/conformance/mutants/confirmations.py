@@ -1,4 +1,4 @@
-"""Faults in what is confirmed and released (rule 7)."""
+"""Faults in confirmations and releases (rule 7)."""
 
 from __future__ import annotations
 

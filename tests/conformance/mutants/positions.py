@@ -1,4 +1,4 @@
-"""Faults that mix up histories (rule 12)."""
+"""Faults that confuse histories (rule 12)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from latchkey import verifier
-from latchkey._entry import remembered
+from latchkey._entry import cache_entry
 from latchkey._subscription import Event, Grant, Invalidation, Reset, Stream, Subscription
 from latchkey_coherence.memory import NOWHERE, Memory, Position
 
@@ -56,7 +56,7 @@ def keeps_marks_in_floating_point(patch: Patch) -> None:
 
 
 def believe_the_mark_zero(patch: Patch) -> None:
-    """Let positions with the mark 0 count as known where they are stored."""
+    """Treat stored positions with the mark 0 as known."""
     patch.setattr(
         Memory,
         "knows",
@@ -127,7 +127,7 @@ def keeps_the_memory_at_a_reset(patch: Patch) -> None:
 
 
 @mutant(12, "a-verdict-from-before-a-reset")
-def remembers_old_positions_at_a_reset(patch: Patch) -> None:
+def keeps_old_positions_at_a_reset(patch: Patch) -> None:
     reset = Memory.reset
 
     def mutated(self: Memory[Any], position: Position) -> None:
@@ -200,7 +200,7 @@ def follows_two_streams_at_once(patch: Patch) -> None:
 
 
 @mutant(12, "a-second-stream-that-skips-ahead")
-def forgets_nothing_for_a_stream_that_skips_ahead(patch: Patch) -> None:
+def evicts_nothing_for_a_stream_that_skips_ahead(patch: Patch) -> None:
     receive = Stream._receive_invalidation
 
     def mutated(self: Stream, event: Invalidation, now: float) -> None:
@@ -318,7 +318,7 @@ def ignores_an_unknown_event(patch: Patch) -> None:
 
 
 @mutant(12, "a-verdict-under-way-at-an-unknown-event")
-def remembers_positions_at_an_unknown_event(patch: Patch) -> None:
+def keeps_positions_at_an_unknown_event(patch: Patch) -> None:
     def before(stream: Stream, event: Event | None, _: float) -> bool:
         if event is None:
             stream._subscription.memory.entries.clear()
@@ -331,7 +331,7 @@ def remembers_positions_at_an_unknown_event(patch: Patch) -> None:
 @mutant(12, "a-verdict-that-is-too-old")
 def keeps_verdicts_for_ever(patch: Patch) -> None:
     patch.setattr(
-        verifier, "remembered", lambda answer, scope, _: remembered(answer, scope, math.inf)
+        verifier, "cache_entry", lambda answer, scope, _: cache_entry(answer, scope, math.inf)
     )
 
 

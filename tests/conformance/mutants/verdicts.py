@@ -1,4 +1,4 @@
-"""Faults in what is kept, and in what is answered (rules 4 and 5)."""
+"""Faults in the stored verdicts and in the answers (rules 4 and 5)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from latchkey import Scope, Verdict, Verification, verifier
-from latchkey._entry import Remembered, remembered
+from latchkey._entry import CacheEntry, cache_entry
 from latchkey._subscription import Subscription
 from latchkey_coherence.memory import Memory, Position
 
@@ -24,40 +24,40 @@ def keeps_a_verdict_named_since(patch: Patch) -> None:
 
 @mutant(4, "an-unknown-secret")
 def keeps_unknown(patch: Patch) -> None:
-    def mutated(answer: Verification, scope: Scope | None, keep_until: float) -> Remembered | None:
+    def mutated(answer: Verification, scope: Scope | None, keep_until: float) -> CacheEntry | None:
         if answer.verdict is Verdict.UNKNOWN:
-            return Remembered("", answer, answer, None, keep_until)
-        return remembered(answer, scope, keep_until)
+            return CacheEntry("", answer, answer, None, keep_until)
+        return cache_entry(answer, scope, keep_until)
 
-    patch.setattr(verifier, "remembered", mutated)
+    patch.setattr(verifier, "cache_entry", mutated)
 
 
 @mutant(4, "a-token-with-a-narrow-scope")
 def answers_every_scope_alike(patch: Patch) -> None:
-    def mutated(answer: Verification, scope: Scope | None, keep_until: float) -> Remembered | None:
-        entry = remembered(answer, scope, keep_until)
+    def mutated(answer: Verification, scope: Scope | None, keep_until: float) -> CacheEntry | None:
+        entry = cache_entry(answer, scope, keep_until)
         if entry is not None:
             entry.write = entry.read
         return entry
 
-    patch.setattr(verifier, "remembered", mutated)
+    patch.setattr(verifier, "cache_entry", mutated)
 
 
 @mutant(4, "final-verdicts")
 def keeps_no_final_verdict(patch: Patch) -> None:
-    def mutated(answer: Verification, scope: Scope | None, keep_until: float) -> Remembered | None:
+    def mutated(answer: Verification, scope: Scope | None, keep_until: float) -> CacheEntry | None:
         final = answer.verdict in (Verdict.DELETED, Verdict.EXPIRED)
-        return None if final else remembered(answer, scope, keep_until)
+        return None if final else cache_entry(answer, scope, keep_until)
 
-    patch.setattr(verifier, "remembered", mutated)
+    patch.setattr(verifier, "cache_entry", mutated)
 
 
 @mutant(4, "an-insufficient-scope")
 def keeps_valid_alone(patch: Patch) -> None:
-    def mutated(answer: Verification, scope: Scope | None, keep_until: float) -> Remembered | None:
-        return remembered(answer, scope, keep_until) if answer.allowed else None
+    def mutated(answer: Verification, scope: Scope | None, keep_until: float) -> CacheEntry | None:
+        return cache_entry(answer, scope, keep_until) if answer.allowed else None
 
-    patch.setattr(verifier, "remembered", mutated)
+    patch.setattr(verifier, "cache_entry", mutated)
 
 
 @mutant(4, "a-memory-of-no-size")
@@ -79,7 +79,7 @@ def answers_after_the_lease(patch: Patch) -> None:
 
 @mutant(5, "a-verdict-without-a-lease")
 def keeps_without_a_lease(patch: Patch) -> None:
-    keep = verifier.Verifier._remember
+    keep = verifier.Verifier._store
 
     def mutated(
         self: verifier.Verifier, secret: str, scope: Scope | None, answer: Verification
@@ -88,4 +88,4 @@ def keeps_without_a_lease(patch: Patch) -> None:
         keep(self, secret, scope, answer)
         self._lease.end = end
 
-    patch.setattr(verifier.Verifier, "_remember", mutated)
+    patch.setattr(verifier.Verifier, "_store", mutated)

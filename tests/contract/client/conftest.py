@@ -1,4 +1,4 @@
-"""A scripted Latchkey behind real gRPC: statuses, delays, nonsense and silence on demand."""
+"""A scripted Latchkey behind real gRPC, with errors, delays, invalid answers and silence."""
 
 import asyncio
 import socket
@@ -23,13 +23,13 @@ from tests.support import WAIT_SECONDS
 
 Answer = Callable[[Any, Any], Awaitable[Message]]
 
-# With a right checksum, so that it passes the offline check.
+# With a valid checksum, so that it passes the offline check.
 SECRET = "lk" + "_0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmno" + "0jDM4R"
 
 
 @dataclass
 class Call:
-    """One call as the server saw it."""
+    """One call as received by the server."""
 
     rpc: str
     request: Any
@@ -40,7 +40,7 @@ class Call:
 
 @dataclass
 class FakeLatchkey:
-    """Answers each RPC by its script; the last entry of a script stays."""
+    """Answers each RPC with the next entry of its script. The last entry repeats."""
 
     target: str = ""
     calls: list[Call] = field(default_factory=list)
@@ -48,7 +48,7 @@ class FakeLatchkey:
     called: asyncio.Event = field(default_factory=asyncio.Event)
     server: grpc.aio.Server | None = None
     watch: FakeWatch | None = None
-    """None: Watch is not implemented, as in an old server."""
+    """None: Watch is not implemented, as on an old server."""
 
     def on(self, rpc: str, *answers: Answer) -> None:
         self.scripts[rpc] = list(answers)
@@ -72,7 +72,7 @@ class FakeLatchkey:
         return await answer(request, context)
 
     async def start(self, address: str) -> None:
-        # Without SO_REUSEPORT: a second server must not silently share the port.
+        # Without SO_REUSEPORT, so that a second server cannot silently share the port.
         self.server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         service = pb.DESCRIPTOR.services_by_name["TokenService"]
         handlers: dict[str, Any] = {
@@ -119,7 +119,7 @@ class FakeLatchkey:
             await self.server.stop(None)
             self.server = None
 
-    # Answers, here so that tests need to import nothing.
+    # Answers as methods, so that tests need no further imports.
 
     @staticmethod
     def says(message: Message) -> Answer:
@@ -152,14 +152,14 @@ class FakeLatchkey:
 
     def verdict(self, verdict: int, *, token: bool = True) -> Answer:
         message = pb.VerifyResponse(revision=7, mark=mark_of(7))
-        # Through the wire's own type: any number can come from a newer server.
+        # Bypass the enum's type, since a newer server may send any number.
         message.verdict = verdict  # type: ignore[assignment]
         if token:
             message.token.CopyFrom(self.token())
         return self.says(message)
 
     def judge(self, verdict: int) -> None:
-        """Answer every question, alone or with others, with `verdict` for the token t1."""
+        """Answer every verify, single or in a batch, with `verdict` for the token t1."""
         message = pb.VerifyResponse(revision=7, mark=mark_of(7), token=self.token())
         message.verdict = verdict  # type: ignore[assignment]  # as above
 
@@ -185,13 +185,13 @@ class FakeLatchkey:
 
 @pytest.fixture
 def secret() -> str:
-    """Return a secret that only the service can judge."""
+    """Return a well-formed secret, which only the service can judge."""
     return SECRET
 
 
 @pytest.fixture
 async def fake() -> AsyncIterator[FakeLatchkey]:
-    """Serve a scripted Latchkey on a loopback port of its own."""
+    """Serve a scripted Latchkey on its own loopback port."""
     server = FakeLatchkey()
     await server.start("127.0.0.1:0")
     yield server
@@ -200,13 +200,13 @@ async def fake() -> AsyncIterator[FakeLatchkey]:
 
 @pytest.fixture
 def watch() -> FakeWatch:
-    """What the scripted Latchkey of `watched` does with Watch streams."""
+    """The script for the Watch streams of `watched`."""
     return FakeWatch()
 
 
 @pytest.fixture
 async def watched(watch: FakeWatch) -> AsyncIterator[FakeLatchkey]:
-    """Serve a scripted Latchkey that knows Watch."""
+    """Serve a scripted Latchkey that supports Watch."""
     server = FakeLatchkey(watch=watch)
     await server.start("127.0.0.1:0")
     yield server
@@ -216,22 +216,22 @@ async def watched(watch: FakeWatch) -> AsyncIterator[FakeLatchkey]:
 
 @pytest.fixture
 async def client(fake: FakeLatchkey) -> AsyncIterator[latchkey.Client]:
-    """Connect to the scripted Latchkey, with time for a busy machine."""
+    """Connect to the scripted Latchkey, with timeouts for a busy machine."""
     async with latchkey.Client(fake.target, timeout_seconds=WAIT_SECONDS) as connected:
         yield connected
 
 
 @pytest.fixture
 async def verifier(fake: FakeLatchkey) -> AsyncIterator[latchkey.Verifier]:
-    """Verify with the scripted Latchkey, with time for a busy machine."""
+    """Verify with the scripted Latchkey, with timeouts for a busy machine."""
     async with latchkey.Verifier(fake.target, timeout_seconds=WAIT_SECONDS) as connected:
         yield connected
 
 
 @pytest.fixture
 async def dead_target() -> AsyncIterator[str]:
-    """Return an address that refuses connections for as long as the test runs."""
-    # Bound but not listening: nobody else gets the port in the meantime.
+    """Return an address that refuses connections while the test runs."""
+    # Bound but not listening, so that no other process takes the port.
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield f"127.0.0.1:{held.getsockname()[1]}"
@@ -239,7 +239,7 @@ async def dead_target() -> AsyncIterator[str]:
 
 @pytest.fixture
 async def silent_target() -> AsyncIterator[str]:
-    """Return an address that accepts connections and never says a word."""
+    """Return an address that accepts connections and never answers."""
 
     async def ignore(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while await reader.read(65536):
@@ -253,12 +253,12 @@ async def silent_target() -> AsyncIterator[str]:
 
 
 @pytest.fixture
-def patient_farewells(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a busy server have the time to hear that a lease is released."""
+def patient_releases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a busy server enough time to receive the release of a lease."""
     monkeypatch.setattr("latchkey._watch.RELEASE_SECONDS", WAIT_SECONDS)
 
 
 @pytest.fixture
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the delays between attempts; their number stays."""
+    """Shorten the delays between attempts, but not their number."""
     monkeypatch.setattr("latchkey._retry.BACKOFF_FIRST_SECONDS", 0.001)

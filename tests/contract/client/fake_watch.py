@@ -1,4 +1,4 @@
-"""The server's end of Watch, scripted: it grants, or does not, and says what a test wants said."""
+"""A scripted server end of Watch: it grants, or does not, and sends what the test wants."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ MARK_FACTOR = 0x9E37_79B9_7F4A_7C15
 
 
 def mark_of(revision: int) -> int:
-    """Return the mark of a revision of the scripted history. It never is 0."""
+    """Return the mark of a revision of the scripted history, which is never 0."""
     return (revision + 1) * MARK_FACTOR % 2**64 or 1
 
 
 @dataclass
 class FakeStream:
-    """One Watch stream as the server sees it."""
+    """One Watch stream as seen by the server."""
 
     context: Any
     peer: str
     requests: list[pb.WatchRequest] = field(default_factory=list)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
-    """The test ends the stream with it."""
+    """The status with which the test ends the stream."""
     gone: bool = False
-    """The client has ended it, or the test has."""
+    """Whether the stream has ended, by the client or by the test."""
     status: grpc.StatusCode = grpc.StatusCode.OK
     silent: bool = False
-    """Grants nothing more."""
+    """Whether to withhold further grants."""
 
     @property
     def acknowledged(self) -> int:
@@ -46,7 +46,7 @@ class FakeStream:
     def asked(self) -> int:
         return max((request.number for request in self.requests), default=0)
 
-    # Each takes another mark than that of the scripted history where a test wants one.
+    # Tests may pass a `mark` that differs from the scripted history's.
 
     async def grant(
         self, number: int, revision: int, seconds: float, mark: int | None = None
@@ -77,13 +77,13 @@ class FakeStream:
 
 @dataclass
 class FakeWatch:
-    """Keeps the streams, the oldest first, and grants what is asked for."""
+    """Stores the streams, oldest first, and answers requests for grants."""
 
     revision: int = 7
     lease_seconds: float = 30.0
     granting: bool = True
     refuse: grpc.StatusCode | None = None
-    """Ends new streams at once with this status."""
+    """A status with which new streams end at once."""
     streams: list[FakeStream] = field(default_factory=list)
 
     async def serve(self, _requests: Any, context: Any) -> None:
@@ -108,7 +108,7 @@ class FakeWatch:
         while (request := await stream.context.read()) is not grpc.aio.EOF:
             stream.requests.append(request)
             if len(stream.requests) == 1 and not request.applied_revision:
-                # As the service does it: an empty memory begins where the server stands.
+                # As in the service: an empty cache starts at the server's position.
                 await stream.reset(self.revision)
             if request.number and self.granting and not stream.silent:
                 await stream.grant(request.number, self.revision, self.lease_seconds)
@@ -118,7 +118,7 @@ class FakeWatch:
             stream.end()
 
     async def opened(self, number: int) -> FakeStream:
-        """Wait for the stream of this number, from 1, and return it."""
+        """Wait for the stream with this number, counted from 1, and return it."""
         await eventually(lambda: len(self.streams) >= number, f"{number} streams")
         return self.streams[number - 1]
 

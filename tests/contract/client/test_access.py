@@ -1,4 +1,4 @@
-"""The client library against a service that asks who calls: TLS, credentials, and clear errors."""
+"""The client library with a service that requires TLS and credentials."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ from tests.support import WAIT_SECONDS, eventually
 
 @dataclass(frozen=True)
 class Guarded:
-    """A service with a policy: where it is plaintext, and where it wants a client certificate."""
+    """A service with a policy: the address for plaintext and the one that wants certificates."""
 
     plaintext: str
     encrypted: str
     folder: Path
 
     def access(self, who: Identity | str | None = None) -> Access:
-        """TLS, with a certificate."""
+        """Return an Access with TLS, and with a certificate if `who` is an identity."""
         ca = self.folder / "clients.pem"
         if who is None:
             return Access(tls_ca=ca)
@@ -62,9 +62,9 @@ async def guarded(
 
 
 @pytest.mark.parametrize("how", ["certificate", "credential"])
-async def test_all_of_the_library(guarded: Guarded, how: str) -> None:
-    """Managing, verifying from memory under a Watch, and the audit log work for who may, by a
-    certificate or a credential."""
+async def test_access_works_for_the_whole_library(guarded: Guarded, how: str) -> None:
+    """An authorized client can manage tokens, verify from its cache and read the audit log, by
+    certificate or by credential."""
 
     def client(name: str) -> Client:
         if how == "certificate":
@@ -76,11 +76,11 @@ async def test_all_of_the_library(guarded: Guarded, how: str) -> None:
         async with Verifier(asking, timeout_seconds=WAIT_SECONDS) as verifier:
             await eventually(lambda: verifier.stats().watching, "it watches")
 
-            async def remembered() -> bool:
+            async def answers_from_cache() -> bool:
                 await verifier.verify(created.secret)
                 return verifier.verify_nowait(created.secret) is not None
 
-            await eventually(remembered, "it answers from memory")
+            await eventually(answers_from_cache, "it answers from the cache")
             await manager.delete("acme", created.token.id)
             assert (await verifier.verify(created.secret)).verdict is Verdict.DELETED
         with pytest.raises(latchkey.PermissionDenied) as caught:
@@ -93,7 +93,7 @@ async def test_all_of_the_library(guarded: Guarded, how: str) -> None:
             page = await operator.audit_page(wanted)
             return any(entry.outcome is Outcome.DENIED for entry in page.entries)
 
-        await eventually(denied, "the denial is there")
+        await eventually(denied, "the denial is in the audit log")
         first = await operator.audit_page(wanted, page_size=1)
         rest = await operator.audit_page(wanted, page_token=first.next_page_token)
         entries = [*first.entries, *rest.entries]
@@ -106,8 +106,8 @@ async def test_all_of_the_library(guarded: Guarded, how: str) -> None:
         assert (await operator.status()).verifiers
 
 
-async def test_a_limited_verifier_asks_each_time(guarded: Guarded) -> None:
-    """A verifier of one account gets no lease, says why, and verifies by asking."""
+async def test_an_account_limited_verifier_asks_each_time(guarded: Guarded) -> None:
+    """A verifier limited to one account gets no lease. It reports why and asks the service."""
     access = Access(credential=credential("acmes-verifier"))
     async with (
         Client(guarded.plaintext, access=Access(credential=credential("manager"))) as manager,
@@ -118,7 +118,7 @@ async def test_a_limited_verifier_asks_each_time(guarded: Guarded) -> None:
         other = await manager.create("globex", "another's", Scope.READ)
         assert (await verifier.verify(created.secret)).verdict is Verdict.VALID
         assert (await verifier.verify(other.secret)).verdict is Verdict.UNKNOWN
-        await eventually(lambda: verifier.stats().fallback_reason, "it says why")
+        await eventually(lambda: verifier.stats().fallback_reason, "it reports why")
         assert "limited to accounts" in str(verifier.stats().fallback_reason)
         assert verifier.verify_nowait(created.secret) is None
 
@@ -130,9 +130,9 @@ async def failure(target: str, access: Access) -> latchkey.LatchkeyError:
     return caught.value
 
 
-async def test_what_can_go_wrong_on_the_way(guarded: Guarded, scratch: Path) -> None:
-    """A service that is not trusted, that does not speak TLS, or that does not take the client's
-    certificate is told apart from one that is away, with what to check."""
+async def test_connection_errors_name_their_cause(guarded: Guarded, scratch: Path) -> None:
+    """The error distinguishes an untrusted service, one without TLS, and one that rejects the
+    client's certificate from one that is away, and says what to check."""
     foreign = scratch / "foreign.pem"
     foreign.write_bytes(stranger("localhost").certificate)
     wrong_ca = await failure(guarded.encrypted, Access(tls_ca=foreign))

@@ -1,4 +1,4 @@
-"""The client library's Client against real gRPC: what is sent, and what comes back."""
+"""The Client over real gRPC: the requests that it sends and the values that it returns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CREATED = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 async def test_create_returns_token_and_redacted_secret(
     client: latchkey.Client, fake: FakeLatchkey, secret: str
 ) -> None:
-    """Create sends what was asked for and returns plain values, the secret unprintable."""
+    """Create sends its arguments and returns plain values. The secret cannot be printed."""
     fake.on(
         "Create", fake.says(pb.CreateResponse(token=fake.token(labels={"a": "b"}), secret=secret))
     )
@@ -58,8 +58,8 @@ async def test_create_returns_token_and_redacted_secret(
     assert call.metadata["user-agent"].startswith(f"latchkey-python/{latchkey.__version__}")
 
 
-async def test_times_travel_as_moments(client: latchkey.Client, fake: FakeLatchkey) -> None:
-    """An expire_time of any zone arrives as its moment, and comes back in UTC."""
+async def test_times_are_converted_to_utc(client: latchkey.Client, fake: FakeLatchkey) -> None:
+    """An expire_time of any time zone arrives as the same moment, and returns in UTC."""
     moment = datetime(2030, 6, 1, 12, 0, 0, 250, tzinfo=timezone(timedelta(hours=5, minutes=30)))
     token = fake.token()
     token.expire_time.FromDatetime(moment)
@@ -85,10 +85,10 @@ async def test_times_travel_as_moments(client: latchkey.Client, fake: FakeLatchk
         {"timeout_seconds": 0},
     ],
 )
-async def test_what_cannot_be_sent_is_an_invalid_argument(
+async def test_unrepresentable_values_are_an_invalid_argument(
     client: latchkey.Client, fake: FakeLatchkey, arguments: dict[str, Any]
 ) -> None:
-    """Values that no request can carry raise the same error as values that the service refuses."""
+    """Values that no request can carry raise the same error as values that the service rejects."""
     values: dict[str, Any] = {"account_id": "acme", "name": "ci", "scope": Scope.READ, **arguments}
     fake.on("Create", fake.fails(grpc.StatusCode.INVALID_ARGUMENT))
     with pytest.raises(latchkey.InvalidArgument):
@@ -96,21 +96,21 @@ async def test_what_cannot_be_sent_is_an_invalid_argument(
 
 
 @pytest.mark.parametrize("scope", [None, "read", 1])
-async def test_create_needs_a_real_scope(client: latchkey.Client, scope: Any) -> None:
-    """Nothing that is no Scope is taken for one."""
+async def test_create_requires_a_scope(client: latchkey.Client, scope: Any) -> None:
+    """Anything that is not a Scope is rejected."""
     with pytest.raises(TypeError):
         await client.create("acme", "ci", scope)
 
 
 async def test_get(client: latchkey.Client, fake: FakeLatchkey) -> None:
-    """Get asks for one token of one account."""
+    """Get requests one token of one account."""
     fake.on("Get", fake.says(pb.GetResponse(token=fake.token("t9"))))
     assert (await client.get("acme", "t9")).id == "t9"
     assert fake.calls[0].request == pb.GetRequest(account_id="acme", id="t9")
 
 
-async def test_list_goes_through_all_pages(client: latchkey.Client, fake: FakeLatchkey) -> None:
-    """The iterator yields every token in order and asks for each page once."""
+async def test_list_reads_all_pages(client: latchkey.Client, fake: FakeLatchkey) -> None:
+    """The iterator yields every token in order and requests each page once."""
     fake.on(
         "List",
         fake.says(pb.ListResponse(tokens=[fake.token("3"), fake.token("2")], next_page_token="p2")),
@@ -122,10 +122,8 @@ async def test_list_goes_through_all_pages(client: latchkey.Client, fake: FakeLa
     assert {call.request.page_size for call in fake.calls} == {2}
 
 
-async def test_list_stops_when_pages_do_not_move(
-    client: latchkey.Client, fake: FakeLatchkey
-) -> None:
-    """A service that keeps answering with the same page does not hold its caller for ever."""
+async def test_list_stops_at_a_repeated_page(client: latchkey.Client, fake: FakeLatchkey) -> None:
+    """A service that returns the same page again does not block its caller for ever."""
     fake.on("List", fake.says(pb.ListResponse(tokens=[fake.token()], next_page_token="same")))
     with pytest.raises(latchkey.InternalError):
         _ = [token async for token in client.list("acme")]
@@ -133,7 +131,7 @@ async def test_list_stops_when_pages_do_not_move(
 
 
 async def test_list_page(client: latchkey.Client, fake: FakeLatchkey) -> None:
-    """One page comes with the token for the next."""
+    """A page is returned with the token for the next one."""
     fake.on("List", fake.says(pb.ListResponse(tokens=[fake.token()], next_page_token="n")))
     page = await client.list_page("acme", page_size=1, page_token="p")
     assert ([token.id for token in page.tokens], page.next_page_token) == (["t1"], "n")
@@ -142,7 +140,7 @@ async def test_list_page(client: latchkey.Client, fake: FakeLatchkey) -> None:
 
 
 async def test_delete_returns_the_receipt(client: latchkey.Client, fake: FakeLatchkey) -> None:
-    """The receipt arrives whole."""
+    """Every field of the receipt is converted."""
     receipt = pb.Receipt(
         revision=2**40,
         verifiers_acknowledged=3,
@@ -168,7 +166,7 @@ async def test_delete_returns_the_receipt(client: latchkey.Client, fake: FakeLat
 
 
 async def test_delete_without_waiting(client: latchkey.Client, fake: FakeLatchkey) -> None:
-    """A deletion that is not confirmed yet has no effective_time."""
+    """An unconfirmed deletion has no effective_time."""
     receipt = pb.Receipt(revision=5)
     receipt.commit_time.FromDatetime(CREATED)
     fake.on("Delete", fake.says(pb.DeleteResponse(receipt=receipt)))
@@ -177,10 +175,8 @@ async def test_delete_without_waiting(client: latchkey.Client, fake: FakeLatchke
     assert fake.calls[0].request == pb.DeleteRequest(account_id="acme", id="t1", no_wait=True)
 
 
-async def test_delete_comes_back_for_its_receipt(
-    client: latchkey.Client, fake: FakeLatchkey
-) -> None:
-    """Where the service could not confirm in time but the caller has some left, it asks again."""
+async def test_delete_retries_for_its_receipt(client: latchkey.Client, fake: FakeLatchkey) -> None:
+    """If the service could not confirm in time and the deadline allows it, Delete is retried."""
     receipt = pb.Receipt(revision=5)
     receipt.effective_time.FromDatetime(CREATED)
     reason = error_details_pb2.ErrorInfo(reason="DELETION_NOT_CONFIRMED", domain="latchkey")
@@ -194,7 +190,7 @@ async def test_delete_comes_back_for_its_receipt(
 
 
 async def test_status(client: latchkey.Client, fake: FakeLatchkey) -> None:
-    """The state of the service arrives whole; what a newer server adds is UNSPECIFIED."""
+    """Every field of the status is converted. Values of a newer server become UNSPECIFIED."""
     message = status_pb.GetStatusResponse(head_revision=9, head_mark=2**63)
     verifier = message.verifiers.add(
         id="v1",
@@ -252,7 +248,7 @@ async def test_status(client: latchkey.Client, fake: FakeLatchkey) -> None:
 async def test_verify_translates_every_verdict(
     client: latchkey.Client, fake: FakeLatchkey, secret: str, verdict: Verdict, wrap: Any
 ) -> None:
-    """Each verdict arrives as itself, and only VALID is allowed."""
+    """Each verdict is converted, and only VALID is allowed."""
     fake.on("Verify", fake.verdict(pb.Verdict.Value(f"VERDICT_{verdict.name}")))
     answer = await client.verify(wrap(secret), Scope.READ)
     assert answer.verdict is verdict
@@ -265,13 +261,13 @@ async def test_verify_translates_every_verdict(
 async def test_unknown_numbers_allow_nothing(
     client: latchkey.Client, fake: FakeLatchkey, secret: str, number: int
 ) -> None:
-    """A verdict or scope of a newer server is UNSPECIFIED, and UNSPECIFIED is not allowed."""
+    """An unknown verdict or scope becomes UNSPECIFIED, which is not allowed."""
     fake.on("Verify", fake.verdict(number))
     answer = await client.verify(secret)
     assert (answer.verdict, answer.allowed) == (Verdict.UNSPECIFIED, False)
     assert fake.calls[0].request.required_scope == pb.SCOPE_UNSPECIFIED
     token = fake.token()
-    token.scope = number  # type: ignore[assignment]  # any number can come
+    token.scope = number  # type: ignore[assignment]  # a newer server may send any number
     fake.on("Get", fake.says(pb.GetResponse(token=token)))
     assert (await client.get("acme", "t1")).scope is Scope.UNSPECIFIED
 
@@ -279,33 +275,33 @@ async def test_unknown_numbers_allow_nothing(
 async def test_valid_without_a_token_is_an_internal_error(
     client: latchkey.Client, fake: FakeLatchkey, secret: str
 ) -> None:
-    """An answer that breaks the contract allows nobody."""
+    """An answer that breaks the contract raises."""
     fake.on("Verify", fake.verdict(pb.VERDICT_VALID, token=False))
     with pytest.raises(latchkey.InternalError):
         await client.verify(secret)
 
 
-async def test_unspecified_scope_is_not_asked_for(client: latchkey.Client, secret: str) -> None:
-    """A scope that this library does not know is never mistaken for "none required"."""
+async def test_unspecified_scope_is_rejected(client: latchkey.Client, secret: str) -> None:
+    """A scope that this library does not know never becomes "no scope required"."""
     with pytest.raises(latchkey.InvalidArgument):
         await client.verify(secret, Scope.UNSPECIFIED)
 
 
 async def test_verify_takes_any_text(client: latchkey.Client, fake: FakeLatchkey) -> None:
-    """Text that UTF-8 cannot carry is asked about as no secret; it breaks nothing."""
+    """Text that UTF-8 cannot encode is MALFORMED and raises nothing."""
     fake.on("Verify", fake.verdict(pb.VERDICT_MALFORMED, token=False))
     for text in ("", "\ud800", "\x00", "🗝" * 1000):
         assert (await client.verify(text)).verdict is Verdict.MALFORMED
     assert [call.request.secret for call in fake.calls][:2] == ["", ""]
     with pytest.raises(TypeError) as caught:
-        await client.verify(b"hunter2")  # type: ignore[arg-type]  # the point of the test
+        await client.verify(b"hunter2")  # type: ignore[arg-type]  # tests a wrong type
     assert "hunter2" not in str(caught.value)
 
 
 async def test_batch_verify_keeps_the_order(
     client: latchkey.Client, fake: FakeLatchkey, secret: str
 ) -> None:
-    """Answers come in the order of the questions."""
+    """Answers are returned in the order of the questions."""
     fake.on(
         "BatchVerify",
         fake.says(
@@ -328,7 +324,7 @@ async def test_batch_verify_keeps_the_order(
 
 
 async def test_the_largest_batch_fits(client: latchkey.Client, fake: FakeLatchkey) -> None:
-    """1,000 answers with as many and as large labels as the contract allows are received."""
+    """1,000 answers with the largest labels that the contract allows are received."""
     labels = {f"{n:063}".replace("0", "🗝"): "🗝" * 255 for n in range(1, 17)}
     answer = pb.VerifyResponse(verdict=pb.VERDICT_VALID, token=fake.token(labels=labels))
     fake.on("BatchVerify", fake.says(pb.BatchVerifyResponse(responses=[answer] * 1000)))
@@ -341,7 +337,7 @@ async def test_the_largest_batch_fits(client: latchkey.Client, fake: FakeLatchke
 async def test_impossible_times_are_an_internal_error(
     client: latchkey.Client, fake: FakeLatchkey
 ) -> None:
-    """A timestamp out of range is the service's fault and says so."""
+    """A timestamp out of range raises an error that blames the service."""
     token = fake.token()
     token.create_time.seconds = 2**62
     fake.on("Get", fake.says(pb.GetResponse(token=token)))
@@ -349,8 +345,8 @@ async def test_impossible_times_are_an_internal_error(
         await client.get("acme", "t1")
 
 
-async def test_unix_sockets_and_given_channels(fake: FakeLatchkey, tmp_path: Path) -> None:
-    """A unix: target works; a channel that was passed in is used and stays open."""
+async def test_unix_sockets_and_own_channels(fake: FakeLatchkey, tmp_path: Path) -> None:
+    """A unix: target works. A channel that was passed in is used and stays open."""
     await fake.stop()
     await fake.start(f"unix:{tmp_path}/s")
     fake.on("Get", fake.says(pb.GetResponse(token=fake.token())))
@@ -362,14 +358,14 @@ async def test_unix_sockets_and_given_channels(fake: FakeLatchkey, tmp_path: Pat
                 assert (await client.get("acme", "t1")).id == "t1"
 
 
-def test_clients_are_made_before_the_loop_runs() -> None:
-    """A client or verifier at module level, with no event loop in sight, is fine."""
+def test_clients_can_be_created_before_the_loop_runs() -> None:
+    """A client or verifier can be created at module level, without an event loop."""
     latchkey.Client("127.0.0.1:1")
     latchkey.Verifier("127.0.0.1:1")
 
 
 async def test_channel_options_can_be_replaced(fake: FakeLatchkey) -> None:
-    """An option that is passed in takes the place of the library's."""
+    """An option that is passed in replaces the library's."""
     fake.on("Get", fake.says(pb.GetResponse(token=fake.token())))
     options = [("grpc.primary_user_agent", "mine/1")]
     async with latchkey.Client(fake.target, options=options) as client:

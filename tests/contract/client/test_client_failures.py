@@ -1,4 +1,4 @@
-"""The client library when things go wrong: deadlines, retries, closing, and what is never said."""
+"""The client library during failures: deadlines, retries, closing, and secrecy."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ every_rpc = pytest.mark.parametrize("rpc", METHODS)
 async def test_every_call_has_a_deadline(
     fake: FakeLatchkey, rpc: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The method's default, the client's, or the call's own deadline reaches the server."""
+    """The server sees the deadline of the method, of the client, or of the call."""
     fake.on(rpc, fake.says(ANSWERS[rpc]))
     policy = _retry.POLICIES[rpc]
     assert 0 < policy.timeout_seconds <= 10
-    # A verify's default is a second, which a busy machine may take.
+    # Verify's default is one second, which a busy machine may exceed.
     default = policy.timeout_seconds + 10
     policies = {rpc: dataclasses.replace(policy, timeout_seconds=default)}
     monkeypatch.setattr(_retry, "POLICIES", policies)
@@ -74,30 +74,30 @@ async def test_every_call_has_a_deadline(
         await METHODS[rpc](client, timeout_seconds=77.0)
     for call, expected in zip(fake.calls, (default, 77.0, 33.0, 77.0), strict=True):
         assert call.seconds_left is not None
-        # Room for a busy machine, and still none to mistake one deadline for another.
+        # Tolerates a busy machine, but still distinguishes the deadlines.
         assert max(0.0, expected - 3) < call.seconds_left <= expected + 0.1
 
 
 @every_rpc
-async def test_a_server_that_hangs_ends_with_the_deadline(
+async def test_a_hung_server_ends_with_the_deadline(
     client: latchkey.Client, fake: FakeLatchkey, rpc: str
 ) -> None:
-    """Silence ends in DeadlineExceeded, after one attempt and about the time allowed."""
+    """Silence raises DeadlineExceeded after one attempt and about the allowed time."""
     fake.on(rpc, fake.hangs())
     started = time.monotonic()
     with pytest.raises(latchkey.DeadlineExceeded) as caught:
         await METHODS[rpc](client, timeout_seconds=0.1)
     assert time.monotonic() - started < 2
-    assert fake.count(rpc) <= 1  # 0 when the machine is too busy to connect in time
+    assert fake.count(rpc) <= 1  # 0 if the machine is too busy to connect in time
     assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 @every_rpc
 @pytest.mark.usefixtures("quick_retries")
-async def test_only_safe_methods_are_tried_again(
+async def test_only_safe_methods_are_retried(
     client: latchkey.Client, fake: FakeLatchkey, rpc: str
 ) -> None:
-    """UNAVAILABLE costs a safe method five attempts, and Create exactly one."""
+    """After UNAVAILABLE a safe method makes five attempts, and Create exactly one."""
     fake.on(rpc, fake.fails(UNAVAILABLE))
     with pytest.raises(latchkey.Unavailable):
         await METHODS[rpc](client)
@@ -112,7 +112,7 @@ async def test_only_safe_methods_are_tried_again(
 async def test_other_failures_are_final(
     client: latchkey.Client, fake: FakeLatchkey, rpc: str, code: grpc.StatusCode
 ) -> None:
-    """No status but UNAVAILABLE is tried again, unless the server says when."""
+    """Only UNAVAILABLE is retried, or a status with a requested delay."""
     fake.on(rpc, fake.fails(code))
     with pytest.raises(latchkey.LatchkeyError) as caught:
         await METHODS[rpc](client)
@@ -121,10 +121,10 @@ async def test_other_failures_are_final(
 
 
 @every_rpc
-async def test_what_is_refused_for_load_is_tried_again(
+async def test_rejections_because_of_load_are_retried(
     client: latchkey.Client, fake: FakeLatchkey, rpc: str
 ) -> None:
-    """A refusal that says when goes unnoticed, with every method: nothing was begun."""
+    """If the rejection states a delay, every method is retried, because no work began."""
     wait = error_details_pb2.RetryInfo(retry_delay=Duration(nanos=50_000_000))
     refusal = fake.fails(grpc.StatusCode.RESOURCE_EXHAUSTED, "too much", wait)
     fake.on(rpc, refusal, fake.says(ANSWERS[rpc]))
@@ -133,23 +133,21 @@ async def test_what_is_refused_for_load_is_tried_again(
     assert second.at - first.at >= 0.05
 
 
-async def test_a_passing_failure_goes_unnoticed(
-    client: latchkey.Client, fake: FakeLatchkey
-) -> None:
-    """A call outlives a failure that the service asks to be retried, and not before it asks."""
+async def test_a_transient_failure_is_hidden(client: latchkey.Client, fake: FakeLatchkey) -> None:
+    """A failure is retried if the service requests it, and not before the requested delay."""
     wait = error_details_pb2.RetryInfo(retry_delay=Duration(nanos=300_000_000))
     fake.on("Get", fake.fails(UNAVAILABLE, "busy", wait), fake.says(ANSWERS["Get"]))
-    # A longer deadline is told in whole seconds.
+    # gRPC sends longer deadlines in whole seconds.
     await client.get("acme", "t1", timeout_seconds=5)
     first, second = fake.calls
     assert second.at - first.at >= 0.3
     assert first.seconds_left is not None
     assert second.seconds_left is not None
-    assert second.seconds_left < first.seconds_left - 0.05  # one deadline for both
+    assert second.seconds_left < first.seconds_left - 0.05  # both share one deadline
 
 
 async def test_no_waiting_past_the_deadline(client: latchkey.Client, fake: FakeLatchkey) -> None:
-    """When the service asks for more time than is left, its own words are raised, at once."""
+    """If the requested delay outlasts the deadline, the service's error is raised at once."""
     wait = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=60))
     fake.on("Get", fake.fails(UNAVAILABLE, "database is away", wait))
     started = time.monotonic()
@@ -161,8 +159,8 @@ async def test_no_waiting_past_the_deadline(client: latchkey.Client, fake: FakeL
     assert fake.count("Get") == 1
 
 
-async def test_nobody_listening(dead_target: str) -> None:
-    """A refused connection is Unavailable, long before the deadline."""
+async def test_a_refused_connection_is_unavailable(dead_target: str) -> None:
+    """It raises Unavailable long before the deadline."""
     async with latchkey.Client(dead_target) as client:
         started = time.monotonic()
         with pytest.raises(latchkey.Unavailable) as caught:
@@ -171,17 +169,17 @@ async def test_nobody_listening(dead_target: str) -> None:
     assert type(caught.value) is latchkey.Unavailable
 
 
-async def test_nobody_answering(silent_target: str) -> None:
-    """A peer that accepts the connection and says nothing costs no more than the deadline."""
+async def test_a_silent_peer_ends_with_the_deadline(silent_target: str) -> None:
+    """A peer that accepts the connection and never answers costs at most the deadline."""
     async with latchkey.Client(silent_target) as client:
         with pytest.raises(latchkey.Unavailable):
             await client.get("acme", "t1", timeout_seconds=0.2)
 
 
-async def test_service_back_after_a_restart(fake: FakeLatchkey, tmp_path: Path) -> None:
-    """The same client finds a service that was away, without waiting out a long backoff."""
+async def test_a_restarted_service_is_found(fake: FakeLatchkey, tmp_path: Path) -> None:
+    """The same client reconnects to a restarted service without a long backoff."""
     fake.on("Get", fake.says(ANSWERS["Get"]))
-    # A socket of its own: a port could be somebody else's when it is needed again.
+    # A UNIX socket, because another process could take the port in between.
     address = f"unix:{tmp_path}/s"
     await fake.stop()
     await fake.start(address)
@@ -200,8 +198,8 @@ async def test_service_back_after_a_restart(fake: FakeLatchkey, tmp_path: Path) 
                 assert time.monotonic() < end
 
 
-async def test_an_answer_that_cannot_be_read(caplog: pytest.LogCaptureFixture) -> None:
-    """Bytes that are no message end in InternalError, not in an empty answer."""
+async def test_an_unreadable_answer_is_an_internal_error(caplog: pytest.LogCaptureFixture) -> None:
+    """Bytes that are not a message raise InternalError instead of an empty answer."""
 
     async def garbage(_request: bytes, _context: Any) -> bytes:
         return b"\xff\xff\xff"
@@ -223,11 +221,11 @@ async def test_an_answer_that_cannot_be_read(caplog: pytest.LogCaptureFixture) -
         await server.stop(None)
     assert caught.value.code is grpc.StatusCode.UNIMPLEMENTED
     assert "Check that the target is Latchkey" in str(caught.value)
-    assert caplog.records  # grpc's own
+    assert caplog.records  # written by grpc
 
 
 async def test_cancellation_passes_through(client: latchkey.Client, fake: FakeLatchkey) -> None:
-    """A cancelled task is cancelled, also in the middle of a call or of a delay."""
+    """Cancelling a task cancels its call, or the delay between two attempts."""
     for answer in (
         fake.hangs(),
         fake.fails(UNAVAILABLE, "x", error_details_pb2.RetryInfo(retry_delay=Duration(seconds=20))),
@@ -241,10 +239,10 @@ async def test_cancellation_passes_through(client: latchkey.Client, fake: FakeLa
             await task
 
 
-async def test_closing_ends_calls_with_an_error_and_not_with_a_cancellation(
+async def test_closing_ends_calls_with_an_error(
     fake: FakeLatchkey, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whoever waits for a call of a client that is closed gets an exception, and at once."""
+    """A task that waits for a call of a closed client gets an error at once, not a cancellation."""
     caplog.set_level(logging.DEBUG, "latchkey")
     fake.on("Get", fake.hangs())
     client = latchkey.Client(fake.target)
@@ -256,27 +254,27 @@ async def test_closing_ends_calls_with_an_error_and_not_with_a_cancellation(
         await task
     with pytest.raises(latchkey.Unavailable, match="closed"):
         await client.get("acme", "t1")
-    assert "next one in" not in caplog.text
+    assert "retry in" not in caplog.text
 
 
-async def test_a_given_channel_that_was_closed(
+async def test_an_own_channel_that_was_closed(
     fake: FakeLatchkey, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A channel that its owner closed is Unavailable like a closed client, and not waited for."""
+    """A channel that its owner closed raises Unavailable at once, like a closed client."""
     caplog.set_level(logging.DEBUG, "latchkey")
     channel = grpc.aio.insecure_channel(fake.target)
     client = latchkey.Client(channel=channel)
     await channel.close()
     with pytest.raises(latchkey.Unavailable, match="closed"):
         await client.get("acme", "t1")
-    assert "next one in" not in caplog.text
+    assert "retry in" not in caplog.text
 
 
 @pytest.mark.usefixtures("quick_retries")
-async def test_a_secret_is_never_said(
+async def test_a_secret_is_never_logged(
     fake: FakeLatchkey, secret: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """However a verify fails, even by a server that echoes, no log or traceback has the secret."""
+    """After any failure, even of a server that echoes, no log or traceback has the secret."""
     caplog.set_level(logging.DEBUG)
     violation = error_details_pb2.BadRequest.FieldViolation(field="secret", description=secret)
     shown = ""
@@ -292,7 +290,7 @@ async def test_a_secret_is_never_said(
             None,
         ):
             fake.on("Verify", answer or fake.hangs())
-            # Only silence takes all the time that there is.
+            # Only the hung server uses the whole timeout.
             seconds = WAIT_SECONDS if answer else 0.5
             with pytest.raises(latchkey.LatchkeyError) as caught:
                 await verifier.verify(secret, Scope.READ, timeout_seconds=seconds)
@@ -300,7 +298,7 @@ async def test_a_secret_is_never_said(
             shown += repr(caught.value) + repr(vars(caught.value))
     assert fake.count("Verify") >= 3
     assert "Verify" in caplog.text
-    # The random part, wherever it may be cut.
+    # Search for the random part, in case the text was cut.
     for piece in (secret, secret[3:30], secret[20:46]):
         assert piece not in shown
         assert piece not in caplog.text

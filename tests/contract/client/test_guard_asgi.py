@@ -1,4 +1,4 @@
-"""The ASGI guard asking a scripted Latchkey over real gRPC."""
+"""The ASGI guard with a scripted Latchkey over real gRPC."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ async def ask(verifier: latchkey.Verifier, method: str, secret: str) -> httpx.Re
         return await client.request(method, "/", headers={"authorization": f"Bearer {secret}"})
 
 
-async def test_a_valid_token_gets_in(
+async def test_a_valid_token_is_accepted(
     verifier: latchkey.Verifier, fake: FakeLatchkey, secret: str
 ) -> None:
-    """The question that reaches Latchkey is the request's secret, and READ or WRITE by method."""
+    """Latchkey receives the request's secret, and READ or WRITE depending on the method."""
     fake.on("Verify", fake.verdict(pb.VERDICT_VALID))
     assert (await ask(verifier, "GET", secret)).text == "t1"
     assert (await ask(verifier, "POST", secret)).text == "t1"
@@ -50,10 +50,10 @@ async def test_a_valid_token_gets_in(
 @pytest.mark.parametrize(
     ("number", "status"), [(0, 401), (2, 401), (3, 401), (4, 401), (5, 401), (6, 403), (99, 401)]
 )
-async def test_no_verdict_but_valid_gets_in(
+async def test_only_valid_is_accepted(
     verifier: latchkey.Verifier, fake: FakeLatchkey, secret: str, number: int, status: int
 ) -> None:
-    """Every other verdict, known or of the future, is a refusal."""
+    """Every other verdict, known or unknown, is refused."""
     fake.on("Verify", fake.verdict(number))
     assert (await ask(verifier, "GET", secret)).status_code == status
     assert reached == []
@@ -61,7 +61,7 @@ async def test_no_verdict_but_valid_gets_in(
 
 @pytest.mark.usefixtures("quick_retries")
 @pytest.mark.parametrize("fault", ["status", "internal", "hang", "dead", "silent", "closed"])
-async def test_without_latchkey_nobody_gets_in(
+async def test_without_latchkey_requests_are_refused(
     fake: FakeLatchkey,
     dead_target: str,
     silent_target: str,
@@ -69,7 +69,7 @@ async def test_without_latchkey_nobody_gets_in(
     caplog: pytest.LogCaptureFixture,
     fault: str,
 ) -> None:
-    """Latchkey down, hung or failing: 503, the application is not reached, nothing is said."""
+    """If Latchkey is down, hung or failing, the answer is 503 and the application is not called."""
     caplog.set_level(logging.DEBUG)
     answers = {
         "status": fake.fails(grpc.StatusCode.RESOURCE_EXHAUSTED, secret),

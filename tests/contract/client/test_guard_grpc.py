@@ -1,4 +1,4 @@
-"""The gRPC guard around a real grpc.aio service, asking a scripted Latchkey over real gRPC."""
+"""The gRPC guard around a real grpc.aio service, with a scripted Latchkey over real gRPC."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def who(request: object = b"") -> bytes:
 
 
 class Demo:
-    """A service of every kind of handler that grpc.aio knows. Each answers with who()."""
+    """A service with every kind of handler that grpc.aio supports. Each answers with who()."""
 
     def __init__(self) -> None:
         self.reached: list[str] = []
@@ -117,7 +117,7 @@ async def service(demo: Demo, guard: GuardInterceptor) -> AsyncIterator[grpc.aio
             yield channel
     finally:
         await server.stop(None)
-        # Not on the loop, which a thread may need to finish its call.
+        # Not on the event loop, which a thread may need to finish its call.
         await asyncio.to_thread(threads.shutdown)
 
 
@@ -126,18 +126,18 @@ async def ask(
     kind: str,
     *authorization: str,
     send: bool = True,
-    timeout: float | None = 10.0,  # noqa: ASYNC109 - gRPC's own, sent to the server
+    timeout: float | None = 10.0,  # noqa: ASYNC109 - gRPC's own timeout, sent to the server
 ) -> list[bytes]:
     """Call a method of Demo with these authorization values and return its answers.
 
-    Without `send`, request streams stay silent: gRPC's Python client reports INTERNAL for a stream
-    that is refused, by whatever server, while it is writing.
+    Without `send`, request streams stay silent. gRPC's Python client reports INTERNAL if a server
+    refuses a stream while the client is writing.
     """
     options: Any = {
         "metadata": tuple(("authorization", value) for value in authorization),
         "timeout": timeout,
     }
-    untyped: Any = channel  # the stubs cannot tell the type of raw bytes
+    untyped: Any = channel  # the stubs have no type for raw bytes
     method, short = f"/demo.Demo/{kind}", kind.removeprefix("sync_")[:2]
     requests = iter([b"hi"]) if send else None
     if short == "uu":
@@ -172,10 +172,10 @@ def detail(error: grpc.aio.AioRpcError, kind: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_valid_token_gets_in(
+async def test_a_valid_token_is_accepted(
     verifier: latchkey.Verifier, fake: FakeLatchkey, secret: str, kind: str
 ) -> None:
-    """Every kind of handler runs as it would without the guard, and knows the token."""
+    """Every kind of handler runs as without the guard, and sees the token."""
     fake.on("Verify", fake.verdict(pb.VERDICT_VALID))
     demo = Demo()
     async with service(demo, GuardInterceptor(verifier, Scope.READ)) as channel:
@@ -188,10 +188,10 @@ async def test_a_valid_token_gets_in(
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "uu_nonexistent", "ss_nonexistent"])
-async def test_nobody_else_gets_in(
+async def test_calls_without_a_valid_token_are_refused(
     verifier: latchkey.Verifier, fake: FakeLatchkey, secret: str, kind: str
 ) -> None:
-    """Without a valid token no handler runs, nothing is parsed, and no method is told to exist."""
+    """No handler runs, nothing is parsed, and the caller cannot learn which methods exist."""
     demo = Demo()
     async with service(demo, GuardInterceptor(verifier, Scope.READ)) as channel:
         error = await refused(channel, kind)
@@ -213,10 +213,10 @@ async def test_nobody_else_gets_in(
 
 
 @pytest.mark.parametrize("number", [0, 2, 3, 4, 5, 99, -1])
-async def test_no_verdict_but_valid_gets_in(
+async def test_only_valid_is_accepted(
     verifier: latchkey.Verifier, fake: FakeLatchkey, secret: str, number: int
 ) -> None:
-    """Deleted, expired, unknown, UNSPECIFIED or a number of the future: the same refusal."""
+    """Deleted, expired, unknown, UNSPECIFIED and future verdicts get the same refusal."""
     fake.on("Verify", fake.verdict(number))
     demo = Demo()
     async with service(demo, GuardInterceptor(verifier, None)) as channel:
@@ -228,7 +228,7 @@ async def test_no_verdict_but_valid_gets_in(
 @pytest.mark.usefixtures("quick_retries")
 @pytest.mark.parametrize("kind", ["uu", "ss", "sync_uu", "sync_us", "uu_nonexistent"])
 @pytest.mark.parametrize("fault", ["status", "internal", "hang", "dead", "silent", "no token"])
-async def test_without_latchkey_nobody_gets_in(
+async def test_without_latchkey_calls_are_refused(
     fake: FakeLatchkey,
     dead_target: str,
     silent_target: str,
@@ -237,7 +237,7 @@ async def test_without_latchkey_nobody_gets_in(
     kind: str,
     fault: str,
 ) -> None:
-    """Latchkey down, hung, failing or talking nonsense: UNAVAILABLE, and no handler runs."""
+    """Whatever fault Latchkey has, the status is UNAVAILABLE and no handler runs."""
     caplog.set_level(logging.DEBUG)
     answers = {
         "status": fake.fails(grpc.StatusCode.UNAVAILABLE, secret),
@@ -259,10 +259,10 @@ async def test_without_latchkey_nobody_gets_in(
     assert secret not in caplog.text + str(error)
 
 
-async def test_the_wait_that_latchkey_asks_for_is_passed_on(
+async def test_the_requested_delay_is_passed_on(
     verifier: latchkey.Verifier, fake: FakeLatchkey, secret: str
 ) -> None:
-    """RetryInfo reaches the guarded service's caller."""
+    """RetryInfo reaches the caller of the guarded service."""
     wait = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=30))
     fake.on("Verify", fake.fails(grpc.StatusCode.UNAVAILABLE, "busy", wait))
     async with service(Demo(), GuardInterceptor(verifier, Scope.READ)) as channel:
@@ -270,10 +270,10 @@ async def test_the_wait_that_latchkey_asks_for_is_passed_on(
     assert detail(error, error_details_pb2.RetryInfo) == wait
 
 
-async def test_unknown_methods_are_unimplemented_for_those_who_may_ask(
+async def test_unknown_methods_are_unimplemented_for_valid_callers(
     verifier: latchkey.Verifier, fake: FakeLatchkey, secret: str
 ) -> None:
-    """A valid caller learns that a method does not exist, of whatever kind it took it for."""
+    """A valid caller learns that a method does not exist, whatever kind of call it makes."""
     fake.on("Verify", fake.verdict(pb.VERDICT_VALID))
     async with service(Demo(), GuardInterceptor(verifier, Scope.READ)) as channel:
         for kind in ("uu_no", "us_no", "su_no", "ss_no"):
@@ -284,7 +284,7 @@ async def test_unknown_methods_are_unimplemented_for_those_who_may_ask(
 async def test_scopes_by_method_and_public_methods(
     verifier: latchkey.Verifier, fake: FakeLatchkey, secret: str
 ) -> None:
-    """Single methods can need another scope, or none at all, by their exact names."""
+    """Single methods, by their exact names, can require another scope or none."""
     fake.on("Verify", fake.verdict(pb.VERDICT_VALID))
     guard = GuardInterceptor(
         verifier,
@@ -305,7 +305,7 @@ async def test_scopes_by_method_and_public_methods(
 async def test_exactly_one_authorization(
     verifier: latchkey.Verifier, fake: FakeLatchkey, secret: str
 ) -> None:
-    """Two values are refused even if both are right; the scheme's letter case does not matter."""
+    """Two values are refused even if both are valid. The scheme's letter case does not matter."""
     fake.on("Verify", fake.verdict(pb.VERDICT_VALID))
     demo = Demo()
     async with service(demo, GuardInterceptor(verifier, Scope.READ)) as channel:
@@ -322,7 +322,7 @@ async def test_exactly_one_authorization(
 async def test_the_callers_deadline_bounds_the_verify(
     fake: FakeLatchkey, secret: str, kind: str
 ) -> None:
-    """Latchkey is given no more time than the call has left, and no more than the verifier's."""
+    """Latchkey gets at most the call's remaining time, and at most the verifier's bound."""
     fake.on("Verify", fake.verdict(pb.VERDICT_VALID))
     async with (
         latchkey.Verifier(fake.target, timeout_seconds=20) as verifier,
@@ -340,7 +340,7 @@ async def test_the_callers_deadline_bounds_the_verify(
 
 
 class OddDetails:
-    """Call details as a transport less strict than gRPC's own could hand them over."""
+    """Call details from a transport that is less strict than gRPC's."""
 
     method = "/demo.Demo/uu"
 
@@ -349,7 +349,7 @@ class OddDetails:
 
 
 class OddContext:
-    """A context whose abort does not even raise."""
+    """A context whose abort() does not raise."""
 
     def __init__(self) -> None:
         self.codes: list[grpc.StatusCode] = []
@@ -368,7 +368,7 @@ class OddContext:
 async def test_odd_header_values_are_refused(
     verifier: latchkey.Verifier, value: str | bytes
 ) -> None:
-    """Bytes and text that no header may hold are refused, and a weak abort() lets nobody in."""
+    """Invalid bytes and text are refused, even if abort() returns."""
     demo = Demo()
 
     async def continuation(_details: object) -> Any:
@@ -382,11 +382,11 @@ async def test_odd_header_values_are_refused(
     assert demo.reached == []
 
 
-async def test_options_are_checked_when_the_guard_is_made(verifier: latchkey.Verifier) -> None:
-    """Mistakes that would open or break the guard show at start-up."""
+async def test_options_are_checked_at_construction(verifier: latchkey.Verifier) -> None:
+    """Mistakes that would open or break the guard are reported at start-up."""
     with pytest.raises(TypeError):
         GuardInterceptor(verifier, Scope.READ, public="/demo.Demo/uu")
     with pytest.raises(ValueError, match="UNSPECIFIED"):
         GuardInterceptor(verifier, Scope.UNSPECIFIED)
     with pytest.raises(TypeError):
-        GuardInterceptor(verifier, Scope.READ, scopes={"/x": "read"})  # type: ignore[dict-item]  # the point
+        GuardInterceptor(verifier, Scope.READ, scopes={"/x": "read"})  # type: ignore[dict-item]

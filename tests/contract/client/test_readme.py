@@ -33,7 +33,7 @@ MANAGE, VERIFY, SYNC, GRPC, ASGI = re.findall(r"```python\n(.*?)```", README.rea
     ],
 )
 async def test_examples_run(fake: FakeLatchkey, secret: str, example: str, said: str) -> None:
-    """Each program runs as printed, but for addresses, and says what it should."""
+    """Each example runs as printed, except for addresses, and prints the expected output."""
     fake.on("Create", fake.says(pb.CreateResponse(token=fake.token(), secret=secret)))
     fake.on("List", fake.says(pb.ListResponse(tokens=[fake.token()])))
     receipt = pb.Receipt(effective_time=Timestamp())
@@ -54,7 +54,7 @@ async def test_examples_run(fake: FakeLatchkey, secret: str, example: str, said:
 
 
 async def test_grpc_example_ends_with_ctrl_c(fake: FakeLatchkey) -> None:
-    """The gRPC program ends with the first Ctrl-C, within the grace that it gives its calls."""
+    """The gRPC example ends on the first Ctrl-C, within the grace period for its calls."""
     program = (
         GRPC.replace("127.0.0.1:50051", fake.target)
         .replace("127.0.0.1:8080", "127.0.0.1:0")
@@ -80,10 +80,10 @@ async def test_grpc_example_ends_with_ctrl_c(fake: FakeLatchkey) -> None:
 
 
 async def test_asgi_example_guards(fake: FakeLatchkey, secret: str) -> None:
-    """The application lets in who has a token, and anybody to its health check."""
+    """The application requires a token, except for its health check."""
     fake.on("Verify", fake.verdict(pb.VERDICT_VALID))
     names: dict[str, Any] = {}
-    # With time for a busy machine.
+    # A timeout for a busy machine.
     arguments = f'"{fake.target}", timeout_seconds={WAIT_SECONDS}'
     exec(ASGI.replace('"127.0.0.1:50051"', arguments), names)  # noqa: S102 - our own README
     transport = httpx.ASGITransport(names["app"])

@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 async def quiet_loop() -> Any:
-    """Spare the tests' own event loop what gRPC does to it when a thread has another one."""
+    """Hide errors that gRPC causes on the test's event loop if a thread has another one."""
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(sync.ignore_idle_poller)
     yield
     loop.set_exception_handler(None)
 
 
-@pytest.mark.usefixtures("patient_farewells")
-async def test_threads_share_one_memory(
+@pytest.mark.usefixtures("patient_releases")
+async def test_threads_share_one_cache(
     watched: FakeLatchkey, watch: FakeWatch, secret: str
 ) -> None:
-    """Many threads at once get the service's answer, then the memory's, then heed a deletion."""
+    """Threads get the service's answer, then the cached one, and then see the deletion."""
     watched.judge(pb.VERDICT_VALID)
     verifier = sync.Verifier(watched.target, timeout_seconds=WAIT_SECONDS)
     with ThreadPoolExecutor(16) as threads:
@@ -74,8 +74,8 @@ async def test_threads_share_one_memory(
 
 
 async def test_waits_are_bounded(fake: FakeLatchkey, secret: str) -> None:
-    """A thread waits no longer than it said, and one that is not answered when the verifier is
-    closed hears that at once."""
+    """A thread waits no longer than its timeout. If the verifier is closed, waiting threads get an
+    error at once."""
     fake.on("Verify", fake.hangs())
     verifier = sync.Verifier(fake.target, timeout_seconds=30)
     with pytest.raises(latchkey.DeadlineExceeded):
@@ -94,13 +94,13 @@ async def test_waits_are_bounded(fake: FakeLatchkey, secret: str) -> None:
 
 
 def verifiers_threads(others: set[threading.Thread]) -> list[threading.Thread]:
-    """Return the threads of verifiers but for `others`, which tests before may have left."""
+    """Return the threads of verifiers, without `others`, which earlier tests may have left."""
     threads = set(threading.enumerate()) - others
     return [thread for thread in threads if thread.name == "latchkey verifier"]
 
 
-async def test_a_forgotten_verifier_ends(watched: FakeLatchkey, secret: str) -> None:
-    """When nothing refers to it any more, its thread and its stream end."""
+async def test_an_unreferenced_verifier_ends(watched: FakeLatchkey, secret: str) -> None:
+    """When the verifier is garbage-collected, its thread and its stream end."""
     watched.judge(pb.VERDICT_VALID)
 
     others = set(threading.enumerate())
@@ -114,7 +114,7 @@ async def test_a_forgotten_verifier_ends(watched: FakeLatchkey, secret: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("callback", "error", "told"),
+    ("callback", "error", "reported"),
     [
         ("PollerCompletionQueue._handle_events()", BlockingIOError(), False),
         ("PollerCompletionQueue._handle_events()", RuntimeError("Event loop is closed"), False),
@@ -122,22 +122,22 @@ async def test_a_forgotten_verifier_ends(watched: FakeLatchkey, secret: str) -> 
         ("something_else()", RuntimeError("Event loop is closed"), True),
     ],
 )
-async def test_only_what_means_nothing_is_not_told(
-    monkeypatch: pytest.MonkeyPatch, callback: str, error: Exception, told: bool
+async def test_only_harmless_errors_are_hidden(
+    monkeypatch: pytest.MonkeyPatch, callback: str, error: Exception, reported: bool
 ) -> None:
-    """Events that gRPC has for an event loop that was closed, with its verifier, are nobody's
-    concern; whatever else goes wrong on an event loop is told."""
-    heard: list[object] = []
+    """Events of gRPC for the event loop of a closed verifier are ignored. Every other error on an
+    event loop is reported."""
+    errors: list[object] = []
     loop = asyncio.get_running_loop()
-    monkeypatch.setattr(loop, "default_exception_handler", heard.append)
+    monkeypatch.setattr(loop, "default_exception_handler", errors.append)
     loop.call_exception_handler(
         {"message": f"Exception in callback {callback}", "exception": error}
     )
-    assert bool(heard) is told
+    assert bool(errors) is reported
 
 
-def test_before_its_first_use_there_is_no_thread(dead_target: str) -> None:
-    """Making one costs no thread and no connection, nor does what needs no service."""
+def test_an_unused_verifier_has_no_thread(dead_target: str) -> None:
+    """Creating a verifier starts no thread and no connection. Malformed secrets need neither."""
     others = set(threading.enumerate())
     with sync.Verifier(dead_target) as verifier:
         assert verifier.verify("hunter2").verdict is Verdict.MALFORMED
@@ -146,15 +146,15 @@ def test_before_its_first_use_there_is_no_thread(dead_target: str) -> None:
 
 
 class Gate:
-    """Stands where the verifiers' threads make their event loops, and can hold them up there."""
+    """Replaces the creation of event loops in the verifiers' threads, and can delay it."""
 
     def __init__(self, new_event_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
         self.holds = False
-        """Whether threads that come now have to wait for `let_go`."""
+        """Whether arriving threads have to wait for `let_go`."""
         self.fails = False
-        """Whether those that come now, and do not wait, find too many files open."""
+        """Whether arriving threads that need not wait fail with too many open files."""
         self.threads: list[threading.Thread] = []
-        """Those that came, the oldest first."""
+        """The threads that arrived, oldest first."""
         self._let_go = threading.Event()
         self._new_event_loop = new_event_loop
 
@@ -176,7 +176,7 @@ class Gate:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """Stand between the verifiers' threads and their event loops."""
+    """Control the creation of the verifiers' event loops."""
     gate = Gate(asyncio.events.new_event_loop)
     monkeypatch.setattr(asyncio.events, "new_event_loop", gate)
     yield gate
@@ -186,7 +186,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 async def verify_in_threads(
     verifier: sync.Verifier, secret: str, timeout_seconds: float
 ) -> list[Any]:
-    """Verify in eight threads at once and return what came of it, exceptions too."""
+    """Verify in eight threads at once and return the results, exceptions included."""
     calls = (
         asyncio.to_thread(verifier.verify, secret, timeout_seconds=timeout_seconds)
         for _ in range(8)
@@ -194,11 +194,11 @@ async def verify_in_threads(
     return await asyncio.gather(*calls, return_exceptions=True)
 
 
-async def test_a_late_thread_takes_no_verify_more_than_its_own_time(
+async def test_a_late_thread_delays_no_verify_beyond_its_timeout(
     watched: FakeLatchkey, watch: FakeWatch, secret: str, gate: Gate
 ) -> None:
-    """Who has little time gives up in time, however long others wait; who has much is answered
-    when the thread has come. It is one thread for all of them."""
+    """A verify with a short timeout fails in time. One with a long timeout is answered when the
+    thread has started. All verifies share that thread."""
     watched.judge(pb.VERDICT_VALID)
     gate.holds = True
     verifier = sync.Verifier(watched.target, timeout_seconds=60)
@@ -218,8 +218,7 @@ async def test_a_late_thread_takes_no_verify_more_than_its_own_time(
 async def test_closing_does_not_wait_for_a_late_thread(
     watched: FakeLatchkey, watch: FakeWatch, secret: str, gate: Gate
 ) -> None:
-    """Who waits for the thread hears at once that the verifier is closed, and when the thread
-    comes after all, it ends."""
+    """Verifies that wait for the thread fail at once. If the thread starts later, it ends."""
     gate.holds = True
     verifier = sync.Verifier(watched.target, timeout_seconds=60)
     waiting = asyncio.create_task(asyncio.to_thread(verifier.verify, secret))
@@ -232,11 +231,11 @@ async def test_closing_does_not_wait_for_a_late_thread(
     assert watch.streams == []
 
 
-async def test_whoever_closes_waits_for_the_end(
+async def test_every_close_waits_for_the_end(
     watched: FakeLatchkey, secret: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also who comes second, as the end of the process does after a Ctrl-C in the first close: the
-    thread would be killed before it has given its lease back."""
+    """A second close waits too, such as that of the process after a Ctrl-C during the first one.
+    Otherwise the thread would be killed before it has released its lease."""
     watched.judge(pb.VERDICT_VALID)
     verifier = sync.Verifier(watched.target, timeout_seconds=WAIT_SECONDS)
     assert (await asyncio.to_thread(verifier.verify, secret)).allowed
@@ -264,15 +263,15 @@ async def test_whoever_closes_waits_for_the_end(
     assert not engine._thread.is_alive()
 
 
-async def test_a_thread_that_does_not_come_is_replaced(
+async def test_a_thread_that_does_not_start_is_replaced(
     watched: FakeLatchkey,
     watch: FakeWatch,
     secret: str,
     gate: Gate,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """After START_SECONDS the next verify tries another one, and the first, should it come, ends
-    and leaves the second one alone."""
+    """After START_SECONDS the next verify starts another thread. If the first one starts later, it
+    ends and does not disturb the second."""
     watched.judge(pb.VERDICT_VALID)
     monkeypatch.setattr(sync, "START_SECONDS", 0.0)
     gate.holds = True
@@ -281,7 +280,7 @@ async def test_a_thread_that_does_not_come_is_replaced(
     await eventually(lambda: gate.threads, "the first thread")
     gate.holds = False
     assert (await asyncio.to_thread(verifier.verify, secret)).allowed
-    with pytest.raises(latchkey.Unavailable, match=r"did not begin within 0 s\. Try again"):
+    with pytest.raises(latchkey.Unavailable, match=r"no start within 0 s\. Try again"):
         await waiting
     gate.let_go()
     await eventually(lambda: not gate.threads[0].is_alive(), "the end of the first thread")
@@ -294,14 +293,14 @@ async def test_a_thread_that_does_not_come_is_replaced(
 async def test_without_an_event_loop_verifies_fail_at_once(
     watched: FakeLatchkey, secret: str, gate: Gate
 ) -> None:
-    """Every thread hears why, long before its time is up; and when the cause is gone, so is the
-    failure."""
+    """Every verify fails with the cause, long before its timeout. After the cause is gone, verifies
+    work again."""
     watched.judge(pb.VERDICT_VALID)
     gate.fails = True
     verifier = sync.Verifier(watched.target, timeout_seconds=60)
     for error in await verify_in_threads(verifier, secret, 60):
         assert type(error) is latchkey.Unavailable
-        assert "Too many open files. Try again; if that does not help, allow" in str(error)
+        assert "Too many open files. Try again. If that does not help, allow" in str(error)
         assert isinstance(error.__cause__, OSError)
     gate.fails = False
     for answer in await verify_in_threads(verifier, secret, 60):
@@ -312,7 +311,7 @@ async def test_without_an_event_loop_verifies_fail_at_once(
 async def test_without_a_thread_verifies_fail_at_once(
     watched: FakeLatchkey, secret: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As without an event loop."""
+    """A thread that cannot start has the same effect as a missing event loop."""
     watched.judge(pb.VERDICT_VALID)
     start = threading.Thread.start
 
@@ -326,7 +325,7 @@ async def test_without_a_thread_verifies_fail_at_once(
         patch.setattr(threading.Thread, "start", refuse)
         for error in await verify_in_threads(verifier, secret, 60):
             assert type(error) is latchkey.Unavailable
-            assert "can't start new thread. Try again; if that does not help" in str(error)
+            assert "can't start new thread. Try again. If that does not help" in str(error)
     assert (await asyncio.to_thread(verifier.verify, secret)).allowed
     await asyncio.to_thread(verifier.close)
 
@@ -334,7 +333,7 @@ async def test_without_a_thread_verifies_fail_at_once(
 async def test_verifiers_that_failed_to_start_leave_nothing_behind(
     dead_target: str, secret: str, gate: Gate
 ) -> None:
-    """Failures may go on for long: what they took is given back."""
+    """Repeated failures release all of their resources."""
     gate.fails = True
     verifier = sync.Verifier(dead_target, timeout_seconds=WAIT_SECONDS)
     for _ in range(20):
@@ -347,7 +346,7 @@ async def test_verifiers_that_failed_to_start_leave_nothing_behind(
         gc.collect()
         return sum(thread() is not None for thread in threads)
 
-    # The last one is kept, for what it has to say.
+    # The last engine is kept, because it has the error.
     await eventually(lambda: left() <= 1, "the end of the others")
 
 
@@ -355,7 +354,7 @@ PROGRAM = """
 import os, sys, time
 import latchkey
 from latchkey import _watch, sync
-# As long as a busy server may take to hear of a release.
+# A busy server may take this long to receive a release.
 _watch.RELEASE_SECONDS = sync.CLOSE_SECONDS = 20
 target, secret = sys.argv[1:]
 
@@ -384,7 +383,7 @@ verifier = sync.Verifier(target, timeout_seconds=10)
 
 @pytest.fixture
 async def run(watched: FakeLatchkey, secret: str) -> Any:
-    """Run a program with a verifier and return what it printed; it ends by itself, quietly."""
+    """Run a program with a verifier and return its output. It must end quietly."""
     watched.judge(pb.VERDICT_VALID)
 
     async def run(program: str) -> list[str]:
@@ -392,7 +391,7 @@ async def run(watched: FakeLatchkey, secret: str) -> Any:
             *(sys.executable, "-W", "error", "-c", PROGRAM + program, watched.target, secret),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            # What gRPC's core has to say about forks is its own.
+            # Ignore what gRPC's core prints about forks.
             env={**os.environ, "GRPC_VERBOSITY": "NONE"},
         )
         try:
@@ -408,13 +407,13 @@ async def run(watched: FakeLatchkey, secret: str) -> Any:
 
 
 async def test_the_process_ends_without_close(run: Any, watch: FakeWatch) -> None:
-    """A program that forgets to close ends at once and without a word; no Delete waits for it."""
+    """A program that never closes its verifier ends quietly, at once. No Delete waits for it."""
     assert await run("warm(verifier); print(verifier.stats().watching)") == ["True"]
     await eventually(lambda: watch.streams[0].released, "the release")
 
 
-async def test_made_before_the_fork_and_used_after_it(run: Any) -> None:
-    """As gunicorn does it: each worker has its own thread, stream and memory."""
+async def test_fork_before_the_first_verify(run: Any) -> None:
+    """As with gunicorn, each worker has its own thread, stream and cache."""
     program = """
 def work():
     warm(verifier)
@@ -428,11 +427,11 @@ work()
 
 
 async def test_without_open_files(run: Any) -> None:
-    """A process that has as many files open as it may is told so; once it has fewer, it verifies,
-    and so do its children, since gRPC was not used before."""
+    """The error names the limit on open files. With fewer open files the process and its
+    children can verify, since gRPC was not used before."""
     program = """
 import gc, resource
-# CPython complains when it collects the event loop that was made by half.
+# CPython complains when it collects the incomplete event loop.
 sys.unraisablehook = lambda _: None
 _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
@@ -463,9 +462,9 @@ work()
     assert answers == ["Verdict.VALID"] * 2
 
 
-async def test_a_child_never_answers_from_its_parents_memory(run: Any) -> None:
-    """A child forked from a warm process is refused, whatever verifier it uses; the parent goes
-    on."""
+async def test_a_child_never_answers_from_its_parents_cache(run: Any) -> None:
+    """A child of a process that has verified gets errors from every verifier. The parent
+    continues."""
     program = """
 warm(verifier)
 
@@ -495,8 +494,8 @@ print("warm")
     assert lines[6:] == ["warm"]
 
 
-async def test_a_child_of_an_async_verifier_does_not_answer_either(run: Any) -> None:
-    """The copy of an async verifier's memory is nobody's to answer from."""
+async def test_a_child_never_answers_from_an_async_verifiers_cache(run: Any) -> None:
+    """The copy of an async verifier's cache gives no answers."""
     program = """
 import asyncio
 
@@ -521,7 +520,7 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("ending", ["", "raise SystemExit(0)", "asyncio.current_task().cancel()"])
 async def test_an_event_loop_that_ends_without_close(run: Any, ending: str) -> None:
-    """An async verifier that is not closed ends with its event loop, without a word."""
+    """An async verifier that is not closed ends quietly with its event loop."""
     program = f"""
 import asyncio, contextlib
 

@@ -1,4 +1,4 @@
-"""The client library's Verifier against real gRPC."""
+"""The Verifier over real gRPC."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 async def test_a_live_secret_is_allowed(
     verifier: latchkey.Verifier, fake: FakeLatchkey, secret: str
 ) -> None:
-    """A well-formed secret is the service's to judge, with the scope that was asked about."""
+    """The service judges a well-formed secret, for the requested scope."""
     fake.on("Verify", fake.verdict(pb.VERDICT_VALID))
     for presented in (secret, Secret(secret)):
         answer = await verifier.verify(presented, Scope.WRITE)
@@ -29,10 +29,10 @@ async def test_a_live_secret_is_allowed(
     assert fake.calls[0].request == pb.VerifyRequest(secret=secret, required_scope=pb.SCOPE_WRITE)
 
 
-async def test_what_is_no_secret_costs_no_call(
+async def test_a_malformed_secret_costs_no_call(
     verifier: latchkey.Verifier, fake: FakeLatchkey, secret: str
 ) -> None:
-    """Garbage and typos are MALFORMED without a word to the service."""
+    """Garbage and typos are MALFORMED without a call to the service."""
     for presented in ("", "hunter2", "\ud800", secret + "\n", secret[:-1] + "!", secret.swapcase()):
         answer = await verifier.verify(presented)
         assert answer == latchkey.Verification(verdict=Verdict.MALFORMED)
@@ -41,10 +41,10 @@ async def test_what_is_no_secret_costs_no_call(
 
 
 @pytest.mark.parametrize("number", [0, 2, 3, 4, 5, 6, 99])
-async def test_nothing_but_valid_is_allowed(
+async def test_only_valid_is_allowed(
     verifier: latchkey.Verifier, fake: FakeLatchkey, secret: str, number: int
 ) -> None:
-    """No other number in the answer, known or not, allows anything."""
+    """No other verdict in the answer, known or not, allows anything."""
     fake.on("Verify", fake.verdict(number))
     assert not (await verifier.verify(secret)).allowed
 
@@ -52,7 +52,7 @@ async def test_nothing_but_valid_is_allowed(
 async def test_no_safe_answer_is_an_exception(
     dead_target: str, silent_target: str, secret: str
 ) -> None:
-    """When the service cannot be reached or says nothing, there is no answer to misread."""
+    """If the service cannot be reached or does not answer, verify raises."""
     for target in (dead_target, silent_target):
         async with latchkey.Verifier(target, timeout_seconds=0.3) as verifier:
             with pytest.raises(latchkey.Unavailable):
@@ -60,7 +60,7 @@ async def test_no_safe_answer_is_an_exception(
 
 
 async def test_a_call_can_only_shorten_the_deadline(fake: FakeLatchkey, secret: str) -> None:
-    """The verifier's bound holds however long its caller would wait."""
+    """The verifier's bound applies even if the call allows more time."""
     fake.on("Verify", fake.verdict(pb.VERDICT_VALID))
     assert VERIFY_TIMEOUT_SECONDS == 1
     async with latchkey.Verifier(fake.target, timeout_seconds=15) as verifier:
@@ -73,8 +73,8 @@ async def test_a_call_can_only_shorten_the_deadline(fake: FakeLatchkey, secret: 
     assert second <= 10.1
 
 
-async def test_a_given_client_stays_open(fake: FakeLatchkey, secret: str) -> None:
-    """Closing a verifier leaves a client alone that somebody else made."""
+async def test_a_client_that_was_passed_in_stays_open(fake: FakeLatchkey, secret: str) -> None:
+    """Closing a verifier does not close a client that was passed in."""
     fake.on("Verify", fake.verdict(pb.VERDICT_VALID))
     async with latchkey.Client(fake.target, timeout_seconds=WAIT_SECONDS) as client:
         async with latchkey.Verifier(client, timeout_seconds=WAIT_SECONDS) as verifier:
@@ -85,15 +85,15 @@ async def test_a_given_client_stays_open(fake: FakeLatchkey, secret: str) -> Non
 
 
 @pytest.mark.parametrize("scope", [Scope.UNSPECIFIED, "read", 1])
-async def test_a_wrong_question_is_wrong_for_every_secret(
+async def test_an_invalid_scope_is_an_error_for_every_secret(
     verifier: latchkey.Verifier, scope: Any
 ) -> None:
-    """A scope that is none is refused also where the secret alone would settle the answer."""
+    """It is an error even if the secret alone would determine the answer."""
     with pytest.raises((latchkey.InvalidArgument, TypeError)):
         await verifier.verify("hunter2", scope)
 
 
-def test_endless_bounds_are_refused() -> None:
-    """A verifier without a bound cannot be made."""
+def test_bounds_are_finite() -> None:
+    """A verifier without a bound cannot be created."""
     with pytest.raises(latchkey.InvalidArgument):
         latchkey.Verifier(timeout_seconds=float("inf"))

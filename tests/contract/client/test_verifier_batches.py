@@ -1,4 +1,4 @@
-"""The client library's Verifier asking about several secrets at once, over real gRPC."""
+"""The Verifier with several secrets in one call, over real gRPC."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def secrets(number: int) -> list[str]:
-    """Return different secrets that only the service can judge."""
+    """Return distinct well-formed secrets, which only the service can judge."""
     bodies = ["lk" + "_" + f"{n:051d}" for n in range(number)]
     return [body + checksum(body) for body in bodies]
 
 
 def by_secret(request: pb.VerifyRequest) -> pb.VerifyResponse:
-    """Return VALID for a token whose id is the secret's number, or the scope's shortcoming."""
+    """Return VALID, or INSUFFICIENT_SCOPE, for a token whose id is the secret's number."""
     number = int(request.secret[3:54])
     token = pb.Token(id=f"t{number}", account_id="acme", name="n", scope=pb.SCOPE_READ)
     enough = request.required_scope != pb.SCOPE_WRITE
@@ -45,7 +45,7 @@ async def judge(request: pb.VerifyRequest, _context: Any) -> pb.VerifyResponse:
 
 @pytest.fixture(autouse=True)
 def scripts(fake: FakeLatchkey) -> None:
-    """Answer by the secret."""
+    """Make each answer depend on the secret."""
     fake.on("Verify", judge)
     fake.on("BatchVerify", judge_all)
 
@@ -53,7 +53,7 @@ def scripts(fake: FakeLatchkey) -> None:
 async def test_misses_that_happen_together_are_one_call(
     verifier: latchkey.Verifier, fake: FakeLatchkey
 ) -> None:
-    """Each gets the answer to its own question; the same question is asked once."""
+    """Each verify gets its own answer. The same question is sent once."""
     questions = [(s, scope) for s in secrets(5) for scope in (None, Scope.READ, Scope.WRITE)]
     answers = await asyncio.gather(*(verifier.verify(*q) for q in (*questions, *questions)))
     assert [(call.rpc, len(call.request.requests)) for call in fake.calls] == [("BatchVerify", 15)]
@@ -65,10 +65,10 @@ async def test_misses_that_happen_together_are_one_call(
     assert (stats.batches, stats.misses) == (1, 30)
 
 
-async def test_a_lonely_miss_is_a_plain_verify(
+async def test_a_single_miss_is_a_plain_verify(
     verifier: latchkey.Verifier, fake: FakeLatchkey
 ) -> None:
-    """One after the other, each is a call of its own."""
+    """Misses one after the other are separate Verify calls."""
     for secret in secrets(3):
         assert (await verifier.verify(secret)).allowed
     assert [call.rpc for call in fake.calls] == ["Verify"] * 3
@@ -76,7 +76,7 @@ async def test_a_lonely_miss_is_a_plain_verify(
 
 
 async def test_batches_have_a_size(verifier: latchkey.Verifier, fake: FakeLatchkey) -> None:
-    """However many misses there are, no call asks about more than fits into its answer."""
+    """No call contains more questions than fit into its answer."""
     many = secrets(2 * _batch.BATCH_MAX + 1)
     answers = await asyncio.gather(*(verifier.verify(secret) for secret in many))
     assert all(answer.allowed for answer in answers)
@@ -87,7 +87,7 @@ async def test_batches_have_a_size(verifier: latchkey.Verifier, fake: FakeLatchk
 async def test_no_miss_joins_a_call_that_was_sent(
     verifier: latchkey.Verifier, fake: FakeLatchkey
 ) -> None:
-    """A verify that starts after a call was sent gets an answer that was read after it started."""
+    """The answer to a verify is read after the verify has started."""
     first, second = secrets(2)
     reads: list[asyncio.Event] = []
 
@@ -109,10 +109,10 @@ async def test_no_miss_joins_a_call_that_was_sent(
     await asyncio.gather(*early)
 
 
-async def test_each_caller_has_its_own_time(
+async def test_each_caller_has_its_own_timeout(
     verifier: latchkey.Verifier, fake: FakeLatchkey
 ) -> None:
-    """Who gives up early, or is cancelled, does neither for the others of its batch."""
+    """A caller that gives up or is cancelled does not affect the others of its batch."""
     answered = asyncio.Event()
 
     async def slow(request: pb.BatchVerifyRequest, context: Any) -> pb.BatchVerifyResponse:
@@ -139,10 +139,10 @@ async def test_each_caller_has_its_own_time(
     assert fake.count("BatchVerify") == 1
 
 
-async def test_the_batch_has_the_longest_time_of_its_callers(
+async def test_a_batch_has_the_longest_timeout_of_its_callers(
     verifier: latchkey.Verifier, fake: FakeLatchkey
 ) -> None:
-    """A call's deadline is that of its most patient caller, and no more."""
+    """The call's deadline is exactly that of its most patient caller."""
     one, other = secrets(2)
     await asyncio.gather(
         verifier.verify(one, timeout_seconds=10), verifier.verify(other, timeout_seconds=15)
@@ -153,14 +153,14 @@ async def test_the_batch_has_the_longest_time_of_its_callers(
 
 
 @pytest.mark.usefixtures("quick_retries")
-async def test_all_callers_of_a_batch_hear_of_its_failure(
+async def test_all_callers_of_a_batch_get_its_error(
     verifier: latchkey.Verifier, fake: FakeLatchkey
 ) -> None:
-    """Each gets an exception of its own, with all that the service said and without a secret."""
+    """Each gets its own exception, with all details of the service and without a secret."""
     both = secrets(2)
     fake.on("BatchVerify", fake.fails(grpc.StatusCode.UNAVAILABLE, f"no {both[0]}"))
     errors = await asyncio.gather(*(verifier.verify(s) for s in both), return_exceptions=True)
-    assert fake.count("BatchVerify") > 1  # tried again
+    assert fake.count("BatchVerify") > 1  # it was retried
     one, other = errors
     assert isinstance(one, latchkey.Unavailable)
     assert isinstance(other, latchkey.Unavailable)
@@ -170,10 +170,10 @@ async def test_all_callers_of_a_batch_hear_of_its_failure(
 
 
 @pytest.mark.parametrize("status", ["UNIMPLEMENTED", "PERMISSION_DENIED"])
-async def test_where_batches_are_refused_each_is_asked_alone(
+async def test_refused_batches_are_replaced_by_single_verifies(
     verifier: latchkey.Verifier, fake: FakeLatchkey, status: str
 ) -> None:
-    """A proxy that lets only Verify through is found out once, and costs no verify."""
+    """If a proxy only allows Verify, that is detected once, and no verify fails."""
     fake.on("BatchVerify", fake.fails(grpc.StatusCode[status]))
     for _ in range(2):
         answers = await asyncio.gather(*(verifier.verify(secret) for secret in secrets(3)))
@@ -182,7 +182,7 @@ async def test_where_batches_are_refused_each_is_asked_alone(
 
 
 async def test_a_slow_refusal_costs_time_of_the_verify(fake: FakeLatchkey) -> None:
-    """Whoever is asked about alone after a refusal has what the refusal left of its time."""
+    """The single verify after a refused batch gets the time that is left."""
     taken = 0.5
 
     async def refuse(request: pb.BatchVerifyRequest, context: Any) -> pb.BatchVerifyResponse:
@@ -196,14 +196,14 @@ async def test_a_slow_refusal_costs_time_of_the_verify(fake: FakeLatchkey) -> No
     assert all(answer.allowed for answer in answers)
     alone = [call.seconds_left for call in fake.calls if call.rpc == "Verify"]
     assert len(alone) == 3
-    # Rounded up on the way, to less than a tenth of a second.
+    # The deadline is rounded up in transit, by less than a tenth of a second.
     assert all(left is not None and left < 5 - taken + 0.1 for left in alone)
 
 
-async def test_a_refusal_that_takes_all_the_time_is_late(
+async def test_a_refusal_that_uses_up_the_time_is_a_timeout(
     fake: FakeLatchkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When a refusal leaves no time to ask, nobody is asked, and each hears that it was late."""
+    """If no time is left after the refusal, no call is made and every verify fails."""
     loop = asyncio.get_running_loop()
     clock = loop.time
     async with (
@@ -227,7 +227,7 @@ async def test_a_refusal_that_takes_all_the_time_is_late(
 
 
 async def test_closing_ends_a_batch(fake: FakeLatchkey) -> None:
-    """Verifies under way when the verifier is closed fail, all of them, and at once."""
+    """All verifies under way fail at once when the verifier is closed."""
     fake.on("BatchVerify", fake.hangs())
     verifier = latchkey.Verifier(fake.target, timeout_seconds=30)
     tasks = [asyncio.create_task(verifier.verify(secret)) for secret in secrets(3)]

@@ -1,4 +1,4 @@
-"""The client library's Verifier answering from memory, against a scripted Watch over real gRPC."""
+"""The Verifier's cache with a scripted Watch over real gRPC."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VALID = pb.VERDICT_VALID
 
 @pytest.fixture
 async def verifier(watched: FakeLatchkey) -> AsyncIterator[latchkey.Verifier]:
-    """Verify with a scripted Latchkey that knows Watch, and says VALID until it says otherwise."""
+    """Verify with a scripted Latchkey that supports Watch and says VALID by default."""
     watched.on("Verify", watched.verdict(VALID))
     async with latchkey.Verifier(watched.target, timeout_seconds=WAIT_SECONDS) as connected:
         await watching(connected)
@@ -37,7 +37,7 @@ async def verifier(watched: FakeLatchkey) -> AsyncIterator[latchkey.Verifier]:
 async def test_a_warm_verify_costs_no_call(
     verifier: latchkey.Verifier, watched: FakeLatchkey, secret: str
 ) -> None:
-    """What the service said once is said again from memory, for every scope."""
+    """A cached answer is returned for every scope, without a call."""
     assert verifier.verify_nowait(secret) is None
     first = await verifier.verify(secret, Scope.READ)
     assert await verifier.verify(latchkey.Secret(secret)) is first
@@ -53,8 +53,8 @@ async def test_a_warm_verify_costs_no_call(
     assert 20 < stats.lease_remaining_seconds <= 30
 
 
-async def test_what_is_no_secret_is_answered_without_a_lease(secret: str) -> None:
-    """Shape and checksum need no service; everything else does, and nowait says so."""
+async def test_malformed_secrets_are_answered_without_a_lease(secret: str) -> None:
+    """Format and checksum need no service. For everything else verify_nowait returns None."""
     verifier = latchkey.Verifier("127.0.0.1:1")
     for presented in ("", "hunter2", "\ud800", secret[:-1] + "!"):
         answer = verifier.verify_nowait(presented)
@@ -65,10 +65,10 @@ async def test_what_is_no_secret_is_answered_without_a_lease(secret: str) -> Non
 
 
 @pytest.mark.parametrize("scope", [Scope.UNSPECIFIED, "read", 1])
-async def test_a_wrong_scope_is_wrong_for_what_is_remembered(
+async def test_an_invalid_scope_is_an_error_for_cached_answers(
     verifier: latchkey.Verifier, secret: str, scope: Any
 ) -> None:
-    """A scope that is none raises, whatever the memory holds."""
+    """An invalid scope raises, whatever the cache holds."""
     await verifier.verify(secret)
     for presented in (secret, "hunter2"):
         with pytest.raises((latchkey.InvalidArgument, TypeError)):
@@ -78,10 +78,10 @@ async def test_a_wrong_scope_is_wrong_for_what_is_remembered(
 
 
 @pytest.mark.parametrize("verdict", ["UNKNOWN", "MALFORMED", "UNSPECIFIED"])
-async def test_answers_without_a_token_are_forgotten(
+async def test_answers_without_a_token_are_not_cached(
     verifier: latchkey.Verifier, watched: FakeLatchkey, secret: str, verdict: str
 ) -> None:
-    """A secret that was unknown a moment ago may have been created since."""
+    """An unknown secret may belong to a token that was created since."""
     watched.on("Verify", watched.verdict(pb.Verdict.Value(f"VERDICT_{verdict}"), token=False))
     for _ in range(2):
         assert (await verifier.verify(secret)).verdict is Verdict[verdict]
@@ -91,14 +91,14 @@ async def test_answers_without_a_token_are_forgotten(
 
 @pytest.mark.parametrize("verdict", ["DELETED", "EXPIRED"])
 @pytest.mark.parametrize("expires", [None, -3600, 3600])
-async def test_the_end_of_a_token_is_remembered_as_such(
+async def test_the_end_of_a_token_is_cached(
     verifier: latchkey.Verifier,
     watched: FakeLatchkey,
     secret: str,
     verdict: str,
     expires: int | None,
 ) -> None:
-    """DELETED and EXPIRED stay that for every scope, whatever this machine's clock says."""
+    """DELETED and EXPIRED stay so for every scope, whatever this machine's clock says."""
     response = pb.VerifyResponse(
         verdict=pb.Verdict.Value(f"VERDICT_{verdict}"), revision=7, mark=mark_of(7)
     )
@@ -119,7 +119,7 @@ async def test_expiry_is_judged_at_each_answer(
     secret: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is remembered of a token says nothing from its expire_time on: the service does."""
+    """After a token's expire_time its cached answer is not used, and the service is asked."""
     expires = datetime.now(UTC) + timedelta(hours=1)
     token = watched.token()
     token.expire_time.FromDatetime(expires)
@@ -136,19 +136,19 @@ async def test_expiry_is_judged_at_each_answer(
     monkeypatch.setattr("latchkey.verifier._wall_clock", expires.timestamp)
     assert verifier.verify_nowait(secret) is None
     assert (await verifier.verify(secret)).verdict is Verdict.EXPIRED
-    monkeypatch.undo()  # set back, the clock of this machine makes it valid no more
+    monkeypatch.undo()  # a clock that is set back does not make the token valid again
     assert (await verifier.verify(secret)).verdict is Verdict.EXPIRED
     assert watched.count("Verify") == 2
 
 
-async def test_an_answer_that_contradicts_itself_is_not_remembered(
+async def test_a_contradictory_answer_is_not_cached(
     verifier: latchkey.Verifier, watched: FakeLatchkey, secret: str
 ) -> None:
-    """When the service's verdict is not what the token's scope says, it is asked each time."""
+    """If the verdict does not match the token's scope, the service is asked each time."""
     watched.on("Verify", watched.verdict(pb.VERDICT_INSUFFICIENT_SCOPE))
     assert not (await verifier.verify(secret, Scope.READ)).allowed
     token = watched.token()
-    token.scope = 99  # type: ignore[assignment]  # of a newer server
+    token.scope = 99  # type: ignore[assignment]  # from a newer server
     watched.on(
         "Verify",
         watched.says(pb.VerifyResponse(verdict=VALID, token=token, revision=7, mark=mark_of(7))),
@@ -157,10 +157,10 @@ async def test_an_answer_that_contradicts_itself_is_not_remembered(
     assert verifier.stats().entries == 0
 
 
-async def test_what_is_dropped_is_dropped_before_it_is_acknowledged(
+async def test_a_token_is_evicted_before_the_acknowledgement(
     verifier: latchkey.Verifier, watched: FakeLatchkey, watch: FakeWatch, secret: str
 ) -> None:
-    """When the service has the acknowledgement, no verify calls the token valid any more."""
+    """Once the service has the acknowledgement, no verify calls the token valid any more."""
     await verifier.verify(secret)
     watched.on("Verify", watched.verdict(pb.VERDICT_DELETED))
     stream = watch.streams[0]
@@ -171,15 +171,15 @@ async def test_what_is_dropped_is_dropped_before_it_is_acknowledged(
     await eventually(lambda: stream.acknowledged == 9, "an acknowledgement")
     assert verifier.verify_nowait(secret) is None
     assert (await verifier.verify(secret)).verdict is Verdict.DELETED
-    # That was read at revision 7, before the deletion as far as anybody can tell.
+    # That answer was read at revision 7, so perhaps before the deletion.
     assert verifier.verify_nowait(secret) is None
     assert verifier.stats().invalidations == 2
 
 
-async def test_a_reset_empties_the_memory(
+async def test_a_reset_empties_the_cache(
     verifier: latchkey.Verifier, watch: FakeWatch, secret: str
 ) -> None:
-    """What the server cannot vouch for is gone, and so are answers that are still under way."""
+    """Cached entries are evicted, and answers under way are not stored."""
     await verifier.verify(secret)
     watch.revision = 20
     await watch.streams[0].reset(20)
@@ -187,7 +187,7 @@ async def test_a_reset_empties_the_memory(
     assert verifier.verify_nowait(secret) is None
     assert (await verifier.verify(secret)).allowed
     assert verifier.verify_nowait(secret) is None  # read at revision 7
-    # The first one came when watching began.
+    # The first reset came when watching began.
     assert verifier.stats().resets == 2
 
 
@@ -198,7 +198,7 @@ async def test_without_a_lease_the_service_is_asked(
     secret: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """When the lease is over, the memory says nothing and takes nothing in."""
+    """After the lease has ended, no cached answer is given and none is stored."""
     await verifier.verify(secret)
     ends = verifier._lease.end
     monkeypatch.setattr("latchkey.verifier.boottime", lambda: ends - 0.01)
@@ -212,10 +212,10 @@ async def test_without_a_lease_the_service_is_asked(
 
 
 @pytest.mark.parametrize("memory_entries", [0, 10])
-async def test_an_old_server_is_asked_about_each(
+async def test_an_old_server_is_asked_each_time(
     fake: FakeLatchkey, secret: str, memory_entries: int
 ) -> None:
-    """Without Watch, or without a memory, verifies are plain calls, and stats() says why."""
+    """Without Watch, or with the cache off, verifies are plain calls, and stats() says why."""
     fake.on("Verify", fake.verdict(VALID))
     reason = "UNIMPLEMENTED" if memory_entries else "memory_entries"
     async with latchkey.Verifier(
@@ -230,14 +230,14 @@ async def test_an_old_server_is_asked_about_each(
 
 
 @pytest.mark.parametrize("status", ["FAILED_PRECONDITION", "PERMISSION_DENIED", "UNAVAILABLE"])
-async def test_watch_is_tried_again(
+async def test_watch_is_retried(
     watched: FakeLatchkey,
     watch: FakeWatch,
     secret: str,
     status: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A server that refuses to be watched is asked again, in its own time, and then watched."""
+    """A server that refuses Watch is asked again after a while, and then watched."""
     monkeypatch.setattr(_watch, "UNSUPPORTED_RETRY_SECONDS", 0.1)
     watch.refuse = grpc.StatusCode[status]
     watched.on("Verify", watched.verdict(VALID))
@@ -251,8 +251,8 @@ async def test_watch_is_tried_again(
         assert verifier.stats().fallback_reason is None
 
 
-async def test_refusals_are_not_asked_for_often(watched: FakeLatchkey, watch: FakeWatch) -> None:
-    """A server without Watch gets a try a minute from each client, one that is away more."""
+async def test_refusals_are_retried_rarely(watched: FakeLatchkey, watch: FakeWatch) -> None:
+    """A client tries a server without Watch once a minute, and a server that is away more often."""
     assert _watch.UNSUPPORTED_RETRY_SECONDS >= 30
     assert _watch.RETRY_MAX_SECONDS >= 1
     watch.refuse = grpc.StatusCode.UNIMPLEMENTED
@@ -264,21 +264,21 @@ async def test_refusals_are_not_asked_for_often(watched: FakeLatchkey, watch: Fa
         assert len(watch.streams) == tries
 
 
-async def test_a_server_without_a_lease_is_listened_to(
+async def test_a_silent_stream_is_kept_after_several_attempts(
     watched: FakeLatchkey, watch: FakeWatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Streams that stay silent one after the other, as in an outage of the database, end in one
-    that is kept; its grant, whenever it comes, brings the memory back at once."""
-    # They are late when the test says so: each is to get here before.
+    """If several streams stay silent, as during a database outage, the client keeps the last one.
+    Its grant, whenever it arrives, makes cached answers possible at once."""
+    # The test decides when they are late, so that each stream arrives here before that.
     monkeypatch.setattr(_subscription, "FIRST_GRANT_SECONDS", 1_000.0)
     watch.granting = False
     async with latchkey.Verifier(watched.target, timeout_seconds=WAIT_SECONDS) as verifier:
         for number in range(1, _watch.SILENCES_MAX + 1):
             last = await watch.opened(number)
-            await eventually(lambda: last.requests, "it asks")  # noqa: B023 - called at once
+            await eventually(lambda: last.requests, "a request")  # noqa: B023 - called at once
             newest = max(verifier._watcher._connections, key=lambda one: one.began)
             newest.stream.late_at = boottime()
-            newest._news.set()
+            newest._changed.set()
         await eventually(lambda: all(s.gone for s in watch.streams if s is not last), "they go")
         await asyncio.sleep(0.3)
         assert not last.gone
@@ -289,10 +289,10 @@ async def test_a_server_without_a_lease_is_listened_to(
         assert len(watch.streams) == _watch.SILENCES_MAX
 
 
-async def test_a_broken_stream_is_replaced_and_the_memory_kept(
+async def test_a_broken_stream_is_replaced_and_the_cache_kept(
     verifier: latchkey.Verifier, watched: FakeLatchkey, watch: FakeWatch, secret: str
 ) -> None:
-    """Answers go on under the last grant; the new stream begins where the old one ended."""
+    """The last grant stays valid. The new stream starts at the old one's position."""
     await verifier.verify(secret)
     await watch.streams[0].invalidate(9, "another")
     await eventually(lambda: watch.streams[0].acknowledged == 9, "an acknowledgement")
@@ -304,7 +304,7 @@ async def test_a_broken_stream_is_replaced_and_the_memory_kept(
     await eventually(lambda: verifier.stats().reconnects == 1, "the new stream in use")
     first_request = second.requests[0]
     assert (first_request.applied_revision, first_request.number) == (9, 1)
-    assert second.peer != watch.streams[0].peer  # a connection of its own, each time
+    assert second.peer != watch.streams[0].peer  # each stream has its own connection
     assert verifier.verify_nowait(secret) is not None
     assert watched.count("Verify") == 1
 
@@ -312,30 +312,30 @@ async def test_a_broken_stream_is_replaced_and_the_memory_kept(
 async def test_a_new_stream_shortens_the_lease(
     verifier: latchkey.Verifier, watch: FakeWatch
 ) -> None:
-    """The server that is left does not wait for us: what it had granted is over."""
+    """The previous server no longer waits for the client, so its grant has ended."""
     watch.lease_seconds = 5.0
     watch.streams[0].end(grpc.StatusCode.UNAVAILABLE)
     await eventually(lambda: verifier.stats().reconnects == 1, "the new stream in use")
     assert verifier.stats().lease_remaining_seconds <= 5.0
 
 
-@pytest.mark.usefixtures("patient_farewells")
-async def test_a_server_that_stops_hands_its_clients_on(
+@pytest.mark.usefixtures("patient_releases")
+async def test_a_stopping_server_hands_over_its_clients(
     verifier: latchkey.Verifier,
     watched: FakeLatchkey,
     watch: FakeWatch,
     secret: str,
 ) -> None:
-    """The memory answers throughout; the old server hears that it is released, after the new one
-    has granted, and not before."""
+    """Cached answers continue throughout. The old server receives the release only after
+    the new one has granted."""
     await verifier.verify(secret)
     first = watch.streams[0]
-    watch.refuse = grpc.StatusCode.UNAVAILABLE  # new connections still reach the one that stops
+    watch.refuse = grpc.StatusCode.UNAVAILABLE  # new connections still reach the stopping server
     await first.closing()
     await watch.opened(3)
     assert verifier.verify_nowait(secret) is not None
     assert not first.released
-    # It is still what Deletes wait for.
+    # Deletes still wait for its lease.
     await first.invalidate(9, "another")
     await eventually(lambda: first.acknowledged == 9, "an acknowledgement")
     watch.refuse, watch.revision = None, 9
@@ -347,11 +347,11 @@ async def test_a_server_that_stops_hands_its_clients_on(
     assert watched.count("Verify") == 1
 
 
-async def test_grants_are_asked_for_before_the_lease_ends(
+async def test_grants_are_requested_before_the_lease_ends(
     watched: FakeLatchkey, watch: FakeWatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In quiet times there is one stream, a lease without a gap, and few messages."""
-    # Soon, with most of it left, so that a busy machine does not matter.
+    """Without changes there is one stream, a lease without gaps, and few messages."""
+    # Ask early, with most of the lease left, so that a busy machine does not matter.
     monkeypatch.setattr(_subscription, "ASK_SHARE_MIN", 0.997)
     monkeypatch.setattr(_subscription, "ASK_SHARE_MAX", 0.997)
     async with latchkey.Verifier(watched.target, timeout_seconds=WAIT_SECONDS) as verifier:
@@ -360,18 +360,18 @@ async def test_grants_are_asked_for_before_the_lease_ends(
         while stream.asked < 5:
             assert verifier.stats().lease_remaining_seconds > 10
             await asyncio.sleep(0.005)
-        # One message confirms the first position. It asks for nothing.
+        # One message confirms the first position without requesting a grant.
         numbers = [request.number for request in stream.requests]
         assert sorted(numbers) == [0, 1, 2, 3, 4, 5]
         assert len(watch.streams) == 1
 
 
-@pytest.mark.usefixtures("patient_farewells")
-async def test_a_silent_stream_is_left_for_another_while_the_lease_lasts(
+@pytest.mark.usefixtures("patient_releases")
+async def test_a_silent_stream_is_replaced_while_the_lease_lasts(
     watched: FakeLatchkey, watch: FakeWatch, secret: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A black-holed stream is noticed by the grant that does not come, and costs no verify."""
-    # As above, and with little patience.
+    """A missing grant reveals a black-holed stream, and no verify needs a call because of it."""
+    # As above, and with a short wait for a late grant.
     monkeypatch.setattr(_subscription, "ASK_SHARE_MIN", 0.997)
     monkeypatch.setattr(_subscription, "ASK_SHARE_MAX", 0.997)
     monkeypatch.setattr(_subscription, "LATE_SHARE", 0.99)
@@ -394,45 +394,45 @@ async def test_a_silent_stream_is_left_for_another_while_the_lease_lasts(
 async def test_a_late_grant_on_the_old_stream_does_not_count(
     verifier: latchkey.Verifier, watch: FakeWatch
 ) -> None:
-    """After a switch, one stream's grants extend the lease: the new one's."""
+    """After a switch, only the new stream's grants extend the lease."""
     first = watch.streams[0]
     watch.lease_seconds = 5.0
     first.end(grpc.StatusCode.UNAVAILABLE)
     await eventually(lambda: verifier.stats().reconnects == 1, "the new stream in use")
     second = watch.streams[1]
-    await second.grant(99, 7, 50.0)  # of a number that was never asked for
+    await second.grant(99, 7, 50.0)  # a number that was never requested
     await second.invalidate(8, "x")
     await eventually(lambda: second.acknowledged == 8, "both arrived")
     assert verifier.stats().lease_remaining_seconds <= 5.0
 
 
-async def test_a_blocked_stream_falls_back(
+async def test_buffered_streams_fall_back_to_calls(
     watched: FakeLatchkey, watch: FakeWatch, secret: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where streams are held up, verifies are plain calls, and tries become rare."""
+    """If a proxy buffers streams, verifies are plain calls, and new attempts become rare."""
     monkeypatch.setattr(_subscription, "FIRST_GRANT_SECONDS", 0.1)
     monkeypatch.setattr(_watch, "RETRY_FIRST_SECONDS", 0.01)
     watch.granting = False
     watched.on("Verify", watched.verdict(VALID))
     async with latchkey.Verifier(watched.target, timeout_seconds=WAIT_SECONDS) as verifier:
         await eventually(lambda: verifier.stats().fallback_reason, "a reason")
-        assert "hold streams up" in (verifier.stats().fallback_reason or "")
+        assert "buffering streams" in (verifier.stats().fallback_reason or "")
         assert (await verifier.verify(secret)).allowed
-        # Time for a dozen of tries; on a busy machine the first ones may not get here.
+        # Time for a dozen attempts. On a busy machine the first ones may not arrive.
         await asyncio.sleep(1.2)
         assert len(watch.streams) <= _watch.SILENCES_MAX
         assert not verifier.stats().watching
 
 
-@pytest.mark.usefixtures("patient_farewells")
+@pytest.mark.usefixtures("patient_releases")
 async def test_closing_releases_the_lease(
     watched: FakeLatchkey, watch: FakeWatch, secret: str
 ) -> None:
-    """A verifier that is closed answers no more from memory, and no Delete has to wait for it."""
+    """A closed verifier gives no cached answers, and no Delete has to wait for it."""
     watched.on("Verify", watched.verdict(VALID))
     client = latchkey.Client(watched.target)
     verifier = latchkey.Verifier(client, timeout_seconds=WAIT_SECONDS)
-    await verifier.verify(secret)  # watching begins with the first verify
+    await verifier.verify(secret)  # the first verify starts watching
     await watching(verifier)
     await verifier.verify(secret)
     assert verifier.verify_nowait(secret) is not None
@@ -441,14 +441,14 @@ async def test_closing_releases_the_lease(
     assert watch.streams[0].released
     assert verifier.verify_nowait(secret) is None
     assert "closed" in (verifier.stats().fallback_reason or "")
-    # The client is not the verifier's: it still asks, and does not watch again.
+    # The client was passed in, so the verifier can still ask, but does not watch again.
     assert (await verifier.verify(secret)).allowed
     assert len(watch.streams) == 1
     await client.close()
 
 
-async def test_closing_is_quick_when_nobody_listens(secret: str) -> None:
-    """Close waits half a second for a server that is gone, and no longer."""
+async def test_closing_is_quick_without_a_server(secret: str) -> None:
+    """close() waits at most half a second for a server that is gone."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         held.listen()
@@ -461,10 +461,10 @@ async def test_closing_is_quick_when_nobody_listens(secret: str) -> None:
         assert boottime() - started < 2
 
 
-async def test_a_lent_channel_is_watched_on(
+async def test_an_own_channel_is_used_for_watching(
     watched: FakeLatchkey, watch: FakeWatch, secret: str
 ) -> None:
-    """A client made with a channel watches there, and the channel's owner is who closes it."""
+    """A client with its own channel watches on that channel, and its owner closes it."""
     watched.on("Verify", watched.verdict(VALID))
     async with grpc.aio.insecure_channel(watched.target) as channel:
         client = latchkey.Client(channel=channel)
@@ -481,8 +481,8 @@ async def test_a_lent_channel_is_watched_on(
     await eventually(lambda: watch.streams[1].gone, "the end of the stream")
 
 
-async def test_a_closed_client_is_not_watched_for(watched: FakeLatchkey, watch: FakeWatch) -> None:
-    """When the client that lends its target is closed, no stream is opened any more."""
+async def test_a_closed_client_opens_no_streams(watched: FakeLatchkey, watch: FakeWatch) -> None:
+    """After the client is closed, its verifier opens no further stream."""
     client = latchkey.Client(watched.target)
     async with latchkey.Verifier(client) as verifier:
         await watching(verifier)
@@ -493,17 +493,17 @@ async def test_a_closed_client_is_not_watched_for(watched: FakeLatchkey, watch: 
         assert len(watch.streams) == 1
 
 
-async def test_what_a_newer_server_says_is_no_reason_to_trust_the_memory(
+async def test_an_unknown_event_empties_the_cache(
     verifier: latchkey.Verifier, watch: FakeWatch, secret: str
 ) -> None:
-    """An event that this version does not know empties the memory; watching goes on."""
+    """An event that this version does not know empties the cache. Watching continues."""
     await verifier.verify(secret)
     await watch.streams[0].context.write(pb.WatchResponse.FromString(b"\x7a\x00"))  # field 15
-    await eventually(lambda: verifier.verify_nowait(secret) is None, "an empty memory")
+    await eventually(lambda: verifier.verify_nowait(secret) is None, "an empty cache")
     assert verifier.stats().watching
 
 
-def test_the_memory_has_a_size() -> None:
-    """A negative bound is refused."""
+def test_the_cache_size_is_not_negative() -> None:
+    """A negative size is rejected."""
     with pytest.raises(latchkey.InvalidArgument):
         latchkey.Verifier(memory_entries=-1)

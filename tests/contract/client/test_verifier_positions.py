@@ -1,4 +1,4 @@
-"""The client library's Verifier when histories differ, against a scripted Watch over real gRPC."""
+"""The Verifier when histories differ, with a scripted Watch over real gRPC."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from tests.contract.client.conftest import FakeLatchkey
 
 VALID = pb.VERDICT_VALID
-# A revision of another history: the number is the same, the mark is not.
+# A position in another history: the same revision with another mark.
 OTHER_MARK = mark_of(7) ^ 1
 
 
 @pytest.fixture
 async def verifier(watched: FakeLatchkey) -> AsyncIterator[latchkey.Verifier]:
-    """Verify with a scripted Latchkey at revision 7 that says VALID until it says otherwise."""
+    """Verify with a scripted Latchkey at revision 7 that says VALID by default."""
     watched.on("Verify", watched.verdict(VALID))
     async with latchkey.Verifier(watched.target, timeout_seconds=WAIT_SECONDS) as connected:
         await watching(connected)
@@ -37,7 +37,7 @@ def position_of(request: pb.WatchRequest) -> tuple[int, int]:
 
 
 async def confirmed(stream: FakeStream, revision: int, mark: int) -> None:
-    """Wait until the client's last word is that it has applied this position."""
+    """Wait until the client's latest message confirms this position."""
     await eventually(
         lambda: position_of(stream.requests[-1]) == (revision, mark), f"position {revision}"
     )
@@ -46,7 +46,7 @@ async def confirmed(stream: FakeStream, revision: int, mark: int) -> None:
 async def test_an_empty_client_knows_no_position(
     verifier: latchkey.Verifier, watch: FakeWatch
 ) -> None:
-    """It begins with revision 0 and mark 0, and confirms the position that it is reset to."""
+    """It starts with revision 0 and mark 0, and confirms the position that it is reset to."""
     (stream,) = watch.streams
     await confirmed(stream, 7, mark_of(7))
     first, *later = stream.requests
@@ -80,7 +80,7 @@ async def test_a_grant_for_another_history_is_ignored(
 async def test_a_server_without_marks_permits_nothing(
     watched: FakeLatchkey, watch: FakeWatch, secret: str
 ) -> None:
-    """The client cannot tell histories apart there, so it asks the service about each secret."""
+    """The client cannot distinguish histories there, so it asks the service about each secret."""
     watch.granting = False
     message = pb.VerifyResponse(verdict=VALID, token=watched.token(), revision=8)
     watched.on("Verify", watched.says(message))
@@ -102,7 +102,7 @@ async def test_a_server_without_marks_permits_nothing(
 async def test_a_known_revision_with_another_mark_ends_everything(
     verifier: latchkey.Verifier, watch: FakeWatch, secret: str
 ) -> None:
-    """The server follows another history: the client drops its verdicts and its lease at once, and
+    """The server follows another history. The client drops its entries and its lease at once, and
     reports that it knows no position."""
     await verifier.verify(secret)
     watch.granting = False
@@ -111,7 +111,7 @@ async def test_a_known_revision_with_another_mark_ends_everything(
     await confirmed(stream, 0, 0)
     stats = verifier.stats()
     assert (stats.watching, stats.entries, stats.applied_revision) == (False, 0, 0)
-    # The server answers with a reset to its own history, and may grant on that again.
+    # The server answers with a reset to its own history, and may then grant again.
     await stream.reset(7, OTHER_MARK)
     await confirmed(stream, 7, OTHER_MARK)
     await stream.grant(stream.asked, 7, 30.0, mark_of(7))
@@ -122,8 +122,8 @@ async def test_a_known_revision_with_another_mark_ends_everything(
 async def test_a_reset_may_lead_back(
     verifier: latchkey.Verifier, watched: FakeLatchkey, watch: FakeWatch, secret: str
 ) -> None:
-    """After a failover the head may be lower: the client forgets all, loses its lease, and confirms
-    the lower revision. It keeps no verdict of the history that it left."""
+    """After a failover the head may be lower. The client empties its cache, loses its lease, and
+    confirms the lower revision. It keeps no answer from the history that it left."""
     await verifier.verify(secret)
     watch.granting = False
     (stream,) = watch.streams
@@ -134,7 +134,7 @@ async def test_a_reset_may_lead_back(
     await stream.grant(stream.asked, 3, 30.0)
     await watching(verifier)
     assert (await verifier.verify(secret)).allowed
-    # That was read at revision 7 of the old history.
+    # That answer was read at revision 7 of the old history.
     assert verifier.stats().entries == 0
     response = pb.VerifyResponse(verdict=VALID, token=watched.token(), revision=3, mark=mark_of(3))
     watched.on("Verify", watched.says(response))
@@ -156,7 +156,7 @@ async def test_a_reset_may_lead_back(
     ],
     ids=["level", "known", "named since", "other", "mixed", "no mark", "ahead", "nothing read"],
 )
-async def test_a_verdict_is_kept_if_its_position_is_known(
+async def test_an_answer_is_cached_if_its_position_is_known(
     verifier: latchkey.Verifier,
     watched: FakeLatchkey,
     watch: FakeWatch,
@@ -165,8 +165,8 @@ async def test_a_verdict_is_kept_if_its_position_is_known(
     mark: int,
     kept: bool,
 ) -> None:
-    """The client remembers a verdict only if its position lies on the client's own history, and if
-    no later revision there names the token."""
+    """The client only caches an answer if its position is in the client's own history and no later
+    revision there names the token."""
     (stream,) = watch.streams
     await stream.invalidate(8, "t1")
     await stream.invalidate(9, "another")
@@ -181,8 +181,8 @@ async def test_a_verdict_is_kept_if_its_position_is_known(
 async def test_a_reset_on_a_new_stream_ends_the_old_one(
     verifier: latchkey.Verifier, watch: FakeWatch, secret: str
 ) -> None:
-    """The old stream's server believes the client to be where it was, and would not name all that
-    the client has to drop: its invalidations and grants count no longer."""
+    """The old stream's server assumes the client's old position, so it might not name all tokens to
+    evict. Its invalidations and grants no longer count."""
     await verifier.verify(secret)
     first = watch.streams[0]
     watch.granting = False
@@ -190,9 +190,9 @@ async def test_a_reset_on_a_new_stream_ends_the_old_one(
     second = await watch.opened(2)
     await second.reset(7, OTHER_MARK)
     await confirmed(second, 7, OTHER_MARK)
-    # A grant for the position that the client has by now, of the server that does not know that.
+    # A grant for the client's current position, from the server that does not know that position.
     await first.grant(first.asked, 7, 30.0, OTHER_MARK)
-    # Having heard something, the client also notices that it has left: it holds no lease there.
+    # On its next message the client also notices that it has left, and holds no lease there.
     await eventually(lambda: first.released, "the first stream is released")
     assert not verifier.stats().watching
     await second.grant(second.asked, 7, 20.0, OTHER_MARK)
@@ -200,10 +200,10 @@ async def test_a_reset_on_a_new_stream_ends_the_old_one(
     assert verifier.stats().lease_remaining_seconds <= 20.0
 
 
-async def test_what_is_remembered_is_asked_for_again(
+async def test_cached_answers_are_read_again(
     watched: FakeLatchkey, secret: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under the best of leases, a verdict is read again after `memory_seconds` at most."""
+    """Even with an unbroken lease, an answer is read again after at most `memory_seconds`."""
     watched.on("Verify", watched.verdict(VALID), watched.verdict(pb.VERDICT_DELETED))
     async with latchkey.Verifier(
         watched.target, timeout_seconds=WAIT_SECONDS, memory_seconds=10.0
@@ -221,16 +221,16 @@ async def test_what_is_remembered_is_asked_for_again(
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
-def test_the_age_of_the_memory_is_positive(seconds: float) -> None:
-    """A bound that would never, or always, be over is refused."""
+def test_the_cache_time_is_positive(seconds: float) -> None:
+    """A time that would never, or always, be over is rejected."""
     with pytest.raises(latchkey.InvalidArgument):
         latchkey.Verifier(memory_seconds=seconds)
 
 
-async def test_a_stream_that_breaks_keeps_its_place(
+async def test_a_broken_stream_resumes_at_its_position(
     verifier: latchkey.Verifier, watch: FakeWatch
 ) -> None:
-    """The next stream begins with the whole position, so that its server can compare the mark."""
+    """The next stream starts with the whole position, so that its server can compare the mark."""
     watch.revision = 8
     await watch.streams[0].invalidate(8, "t2")
     await confirmed(watch.streams[0], 8, mark_of(8))

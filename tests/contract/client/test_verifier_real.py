@@ -1,4 +1,4 @@
-"""The client library's memory with the real service, over both transports."""
+"""The client library's cache with the real service, over both transports."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 ROUNDS = 10
 
 
-async def test_when_delete_returns_no_verifier_lets_the_token_in(
+async def test_after_a_delete_no_verifier_accepts_the_token(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Async and sync verifiers, warm with a token, refuse it from the Delete's answer on."""
-    # On a busy machine a grant may be late, which is no reason here to look for another server.
+    """Async and sync verifiers that have cached a token refuse it once Delete has returned."""
+    # On a busy machine a grant may be late. That must not make a verifier change its server.
     monkeypatch.setattr(_subscription, "NEXT_GRANT_SECONDS_MIN", WAIT_SECONDS)
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(latchkey.Client(address))
@@ -45,9 +45,9 @@ async def test_when_delete_returns_no_verifier_lets_the_token_in(
             await watching(verifier)
         for number in range(ROUNDS):
             created = await _token(client, f"token {number}")
-            # Whatever changes meanwhile, elsewhere too, may keep an answer from being remembered.
-            remembered = partial(_all_remember, verifiers, created.secret)
-            for answer in await eventually(remembered, "all remember the token"):
+            # Any concurrent change, also by other tests, may keep an answer from being cached.
+            cached = partial(_all_cached, verifiers, created.secret)
+            for answer in await eventually(cached, "all caches to have the token"):
                 assert answer.allowed
             receipt = await client.delete("acme", created.token.id)
             for verifier in verifiers:
@@ -58,15 +58,15 @@ async def test_when_delete_returns_no_verifier_lets_the_token_in(
             assert receipt.mark
             answer = await verifiers[0].verify(created.secret)
             assert answer.verdict is Verdict.DELETED
-        # What was said of a dead token may be said again.
-        remembered = partial(_all_remember, verifiers, created.secret)
-        for answer in await eventually(remembered, "all remember that it is deleted"):
+        # The answer about a dead token may be cached.
+        cached = partial(_all_cached, verifiers, created.secret)
+        for answer in await eventually(cached, "all caches to know the deletion"):
             assert answer.verdict is Verdict.DELETED
         assert all(verifier.stats().reconnects == 0 for verifier in verifiers)
 
 
 async def test_no_wait_is_confirmed_later(address: str) -> None:
-    """A deletion that nobody waited for has no effective_time until one does."""
+    """An unconfirmed deletion gets its effective_time when a later Delete waits for it."""
     async with latchkey.Client(address) as client:
         created = await _token(client, "bulk")
         early = await client.delete("acme", created.token.id, no_wait=True)
@@ -79,10 +79,10 @@ async def test_no_wait_is_confirmed_later(address: str) -> None:
         assert [verifier.process_id for verifier in status.verifiers] == [os.getpid()]
 
 
-async def _all_remember(
+async def _all_cached(
     verifiers: list[Any], secret: latchkey.Secret
 ) -> list[latchkey.Verification] | None:
-    """Ask with each, the last of which is a threaded one, and return what they remember then."""
+    """Verify with each verifier, the last of which is threaded, and return the cached answers."""
     *others, threaded = verifiers
     await asyncio.gather(*(verifier.verify(secret) for verifier in others))
     await asyncio.to_thread(threaded.verify, secret)
@@ -99,7 +99,7 @@ async def _token(client: latchkey.Client, name: str) -> latchkey.CreatedToken:
 async def test_a_clean_stop_of_a_worker_costs_no_verify(
     tmp_path: Path, database_url: str, pepper_file: Path, transport: str
 ) -> None:
-    """Clients of a worker that stops move to its neighbour: no verify fails, and none is stale."""
+    """Clients of a stopping worker move to its neighbour. No verify fails, and none is stale."""
     settings = {"database_url": database_url, "pepper_file": pepper_file, "workers": 2}
     async with AsyncExitStack() as stack:
         running = stack.enter_context(
@@ -133,7 +133,7 @@ async def test_a_clean_stop_of_a_worker_costs_no_verify(
             await asyncio.sleep(0.002)
         await eventually(
             lambda: sum(verifier.stats().reconnects for verifier in verifiers) >= before[stopping],
-            "its clients have moved",
+            "its clients to move",
         )
         await asyncio.gather(*(verifier.verify(created.secret) for verifier in verifiers))
         receipt = await client.delete("acme", created.token.id)

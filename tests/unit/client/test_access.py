@@ -1,4 +1,4 @@
-"""What a client is told of TLS and credentials: each way to be wrong is told at once."""
+"""Access checks TLS files and credentials, and reports every mistake before it connects."""
 
 import datetime
 import os
@@ -29,7 +29,7 @@ CREDENTIAL = credential("shop")
 
 @pytest.fixture
 def files(tmp_path):
-    """Files, good and bad, by name."""
+    """Good and bad files, by name."""
     mine, other = dns_identity("shop.internal"), stranger("other.internal")
     key = serialization.load_pem_private_key(mine.key, None)
     encrypted = key.private_bytes(
@@ -60,8 +60,8 @@ def files(tmp_path):
     return {name: tmp_path / name for name in (*contents, "missing")}
 
 
-def test_what_is_right(files):
-    """TLS, a certificate of one's own, a credential: each alone, and all of them."""
+def test_valid_access(files):
+    """Accepts TLS, a client certificate and a credential, each alone and all together."""
     assert Access().channel_credentials is None
     assert Access().metadata() == ()
     for given_ in (
@@ -89,9 +89,9 @@ def test_what_is_right(files):
         ({"tls_ca": "missing"}, "tls_ca: .*: No such file"),
         ({"tls_ca": "nonsense"}, "tls_ca: .* is not a PEM file"),
         ({"tls_ca": "empty"}, "tls_ca: .* is not a PEM file"),
-        ({"tls_ca": "key"}, "tls_ca: .* has no certificate, but a "),
-        ({"tls_ca": "broken"}, "tls_ca: .* has no certificate that can be read"),
-        ({"tls_ca": "damaged"}, "tls_ca: .* has no certificate that can be read"),
+        ({"tls_ca": "key"}, "tls_ca: .* contains no certificate, but a "),
+        ({"tls_ca": "broken"}, "tls_ca: .* contains no readable certificate"),
+        ({"tls_ca": "damaged"}, "tls_ca: .* contains no readable certificate"),
         (
             {"tls_certificate": "certificate"},
             "belong together: give tls_key, too .*LATCHKEY_TLS_KEY",
@@ -102,19 +102,19 @@ def test_what_is_right(files):
             {"tls_certificate": "certificate", "tls_key": "certificate"},
             "tls_key: .* no private key",
         ),
-        ({"tls_certificate": "key", "tls_key": "key"}, "tls_certificate: .* has no certificate"),
-        ({"tls_certificate": "certificate", "tls_key": "other key"}, "is not the key of"),
+        ({"tls_certificate": "key", "tls_key": "key"}, "tls_certificate: .* no certificate"),
+        ({"tls_certificate": "certificate", "tls_key": "other key"}, "does not belong to"),
         ({"tls_certificate": "certificate", "tls_key": "encrypted key"}, "is encrypted"),
         ({"tls_certificate": "broken", "tls_key": "key"}, "not a certificate and its key"),
         ({"tls_certificate": "expired", "tls_key": "expired key"}, "expired on 20"),
         ({"credential_file": "missing"}, "credential_file: .*: No such file"),
         ({"credential_file": "empty"}, "credential_file: .* is empty"),
-        ({"credential_file": "typo"}, "is not a credential, or has a typo"),
+        ({"credential_file": "typo"}, "is not a credential, or is mistyped"),
         ({"credential_file": "key"}, "is not a credential"),
     ],
 )
-def test_what_is_wrong_with_a_file(files, given_, said):
-    """It is named, with the reason, and what it should be."""
+def test_invalid_files_are_rejected(files, given_, said):
+    """The error names the argument, the cause and the remedy."""
     with pytest.raises(AccessError, match=said) as caught:
         Access(**{name: files[file] for name, file in given_.items()})
     assert CREDENTIAL[:-1] not in str(caught.value)
@@ -125,8 +125,8 @@ def test_what_is_wrong_with_a_file(files, given_, said):
     ["", " ", CREDENTIAL[:-1], CREDENTIAL + "0", "lk_" + "0" * 57],
     ids=["empty", "blank", "short", "long", "secret"],
 )
-def test_what_is_wrong_with_a_credential(text):
-    """It is told without being shown; and one from a file and one that is given exclude each
+def test_invalid_credentials_are_rejected(text):
+    """The error does not show the credential. `credential` and `credential_file` exclude each
     other."""
     with pytest.raises(AccessError) as caught:
         Access(credential=text)
@@ -135,8 +135,8 @@ def test_what_is_wrong_with_a_credential(text):
         Access(credential=CREDENTIAL, credential_file="anything")
 
 
-def test_a_certificate_of_the_future(tmp_path, monkeypatch, files):
-    """A certificate that is not valid yet is told, with where to look."""
+def test_certificate_not_valid_yet_is_rejected(tmp_path, monkeypatch, files):
+    """The error suggests checking the machine's clock."""
 
     class Clock(datetime.datetime):
         @classmethod
@@ -170,8 +170,8 @@ def test_a_certificate_of_the_future(tmp_path, monkeypatch, files):
         ("xds:///localhost", False),
     ],
 )
-async def test_a_credential_in_the_clear(files, target, local):
-    """It is sent over plaintext only where nobody can listen: within this machine."""
+async def test_credential_is_not_sent_in_the_clear(files, target, local):
+    """Without TLS, a credential is only sent to a target on this machine."""
     access = Access(credential=CREDENTIAL)
     if local:
         await Client(target, access=access).close()
@@ -181,9 +181,9 @@ async def test_a_credential_in_the_clear(files, target, local):
     await Client(target, access=Access(credential=CREDENTIAL, tls_ca=files["ca"])).close()
 
 
-async def test_the_environment(monkeypatch, files):
-    """Without `access` it is what the environment says, and who gives gRPC's own credentials or a
-    channel is not asked; what is wrong there is told at once."""
+async def test_access_from_the_environment(monkeypatch, files):
+    """Without `access`, the environment applies and its mistakes are reported at once. A client
+    with its own channel, or with gRPC credentials, ignores the environment."""
     names = {
         "TLS_CA": "ca",
         "TLS_CERTIFICATE": "certificate",
@@ -197,13 +197,13 @@ async def test_the_environment(monkeypatch, files):
     await client.close()
     assert Access.from_environment().channel_credentials is not None
     assert Access.from_environment({"LATCHKEY_TLS_CA": ""}).channel_credentials is None
-    # A service's own, where somebody asks it from beside it.
+    # The service's own certificate, on a machine that runs both service and client.
     services = {"LATCHKEY_TLS_CERTIFICATE": "/gone", "LATCHKEY_TLS_KEY": "/gone"}
     assert Access.from_environment(services).channel_credentials is None
     other = Access.from_environment(credential_file=files["credential"], tls_ca=module.SYSTEM)
     assert other.channel_credentials is not None
     monkeypatch.setenv("LATCHKEY_TLS_KEY", str(files["other key"]))
-    with pytest.raises(AccessError, match="is not the key of"):
+    with pytest.raises(AccessError, match="does not belong to"):
         Client("latchkey.internal:1")
     access = Access(tls_ca=files["ca"])
     with pytest.raises(AccessError, match="exclude"):
@@ -211,8 +211,8 @@ async def test_the_environment(monkeypatch, files):
     await Client("x:1", credentials=access.channel_credentials).close()
 
 
-def test_a_credential_that_changes(monkeypatch, files):
-    """A new one in the file is sent from then on, and one that cannot be read changes nothing."""
+def test_credential_file_is_read_again(monkeypatch, files):
+    """A new credential in the file is used for later calls. An unreadable one changes nothing."""
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     access = Access(credential_file=files["credential"])
@@ -232,18 +232,18 @@ def test_a_credential_that_changes(monkeypatch, files):
 
 
 @given(st.binary(max_size=300))
-def test_any_bytes_are_a_certificate_or_none(data):
-    """Whatever is read as a certificate ends in its times, or in a ValueError."""
+def test_any_bytes_parse_or_raise_value_error(data):
+    """Parsing any bytes as a certificate returns its validity or raises ValueError."""
     import base64
 
     pem = b"-----BEGIN CERTIFICATE-----\n" + base64.b64encode(data) + b"\n-----END CERTIFICATE-----"
     for text in (data, pem):
-        with pytest.raises(ValueError):  # noqa: PT011 - whatever it says
+        with pytest.raises(ValueError):  # noqa: PT011 - any message will do
             validity(text)
 
 
-def test_times_of_certificates():
-    """They are those that another reader finds, of a CA's too."""
+def test_certificate_validity_matches_another_parser():
+    """The validity equals that of an independent parser, also for a CA certificate."""
     for pem in (ca_pem(), made([x509.DNSName("a")]).certificate, authority().cert_pem.bytes()):
         certificate = x509.load_pem_x509_certificate(pem)
         assert validity(pem) == (

@@ -1,4 +1,4 @@
-"""The arguments that the library gives its channels."""
+"""The channel arguments of the library."""
 
 import json
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from latchkey._channel import options
 
 
-def test_a_service_that_came_back_is_tried_within_two_seconds() -> None:
-    """Neither backing off nor a connect into a black hole nor stale addresses take longer."""
+def test_a_returning_service_is_retried_within_two_seconds() -> None:
+    """Neither backoff, nor a connect without a reply, nor stale addresses take longer."""
     arguments: dict[str, Any] = dict(options())
     for name in (
         "grpc.initial_reconnect_backoff_ms",
@@ -18,13 +18,13 @@ def test_a_service_that_came_back_is_tried_within_two_seconds() -> None:
         assert 0 < arguments[name] <= 2_000
 
 
-def test_keepalive_is_not_what_servers_punish() -> None:
-    """Pings are more than the 5 minutes apart that a gRPC server tolerates by default."""
+def test_keepalive_pings_are_tolerated_by_servers() -> None:
+    """Pings are more than 5 minutes apart, which gRPC servers tolerate by default."""
     assert dict(options())["grpc.keepalive_time_ms"] > 300_000
 
 
-def test_nothing_from_outside_configures_the_channel() -> None:
-    """No DNS record sets retries, no environment variable a proxy; calls go to all addresses."""
+def test_environment_and_dns_do_not_configure_the_channel() -> None:
+    """DNS records set no retries, environment variables set no proxy. Calls go to all addresses."""
     arguments: dict[str, Any] = dict(options())
     assert arguments["grpc.service_config_disable_resolution"] == 1
     assert arguments["grpc.enable_http_proxy"] == 0
@@ -32,8 +32,8 @@ def test_nothing_from_outside_configures_the_channel() -> None:
     assert config == {"loadBalancingConfig": [{"round_robin": {}}]}
 
 
-def test_overrides_take_the_place_of_defaults() -> None:
-    """An override replaces its namesake, and a new argument joins the others."""
+def test_overrides_replace_defaults() -> None:
+    """An override replaces the argument of the same name. A new argument is added."""
     changed = options([("grpc.keepalive_time_ms", 1), ("grpc.x", "y")])
     names = [name for name, _ in changed]
     assert len(names) == len(set(names)) == len(options()) + 1

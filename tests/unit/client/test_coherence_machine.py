@@ -1,11 +1,12 @@
-"""The client's memory, lease and subscription in a world where all goes wrong but the rules.
+"""Tests the client's cache, lease and subscription while everything around them fails.
 
-Two servers follow the coherence rules 3, 5 to 9 and 12 to the letter; messages are late, doubled,
-lost with their stream, and in any order across streams; clocks start anywhere and run at different
-rates; a client may pause at any point. The second server may stay with a deposed primary, which has
-commits that no other database has. What must hold: a verify that starts after a Delete's
-answer is not answered VALID from memory. And the machine must find it out when the client breaks
-a rule.
+Two servers follow coherence rules 3, 5 to 9 and 12 exactly. Messages are late, doubled, lost with
+their stream, and reordered across streams. Clocks start anywhere and run at different rates. A
+client may pause at any point. The second server may stay with a deposed primary, which has commits
+that no other database has.
+
+The invariant: a verify that starts after a Delete has returned is not answered VALID from the
+cache. The machine must also detect every client that breaks a rule.
 """
 
 from __future__ import annotations
@@ -47,18 +48,18 @@ from latchkey_coherence.memory import NOWHERE, Memory, Position
 from tests.positions import at
 
 LEASE_SECONDS = 3.0
-# Two clocks may differ by a thousandth: each by half of it from the true one.
+# Two clocks may drift apart by a thousandth, half of it on each side of the true rate.
 RATES = st.sampled_from([1 - DRIFT_MAX / 2.01, 1.0, 1 + DRIFT_MAX / 2.01])
 STEPS = st.sampled_from([0.001, 0.01, 0.1, 0.3, 0.5, 0.999, 1.0, 2.0, 2.999, 3.1])
 BIG = st.integers(0, 1_000)
-# What happens more often stands here more often.
+# Frequent events are listed more than once.
 WHAT = [
-    *(["time_goes_by", "renew_all", "all_is_heard"] * 4),
+    *(["time_passes", "renew_all", "all_is_delivered"] * 4),
     *(["verify", "delete"] * 3),
     *(["ask", "an_answer_arrives", "watch", "renew_one", "stream_breaks"] * 2),
-    *(["server_answers", "client_hears"] * 2),
-    *("client_speaks", "server_hears", "server_speaks"),
-    *("server_closes", "verifier_lets_go", "cut_off", "crash", "prune_the_log"),
+    *(["server_answers", "client_receives"] * 2),
+    *("client_sends", "server_receives", "server_sends"),
+    *("server_closes", "verifier_releases", "cut_off", "crash", "prune_the_log"),
     *(["fail_over", "server_reconnects"] * 2),
 ]
 
@@ -83,7 +84,7 @@ def answer_of(token_id: str, verdict: Verdict, position: Position) -> Verificati
 
 @dataclass
 class Clock:
-    """A machine's clock: starts anywhere, runs at its own rate."""
+    """A machine's clock, with its own start and rate."""
 
     offset: float = 0.0
     rate: float = 1.0
@@ -95,17 +96,17 @@ class Clock:
 
 @dataclass(eq=False)
 class Link:
-    """One Watch stream: the two ends, and what is under way between them."""
+    """One Watch stream: both ends, and the messages in flight."""
 
     stream: Stream
     server: Server
     to_server: deque[Request] = field(default_factory=deque)
     to_client: deque[Event] = field(default_factory=deque)
-    # The server's end.
+    # State of the server's end.
     told: Position | None = None
     acknowledged: int = 0
     confirmed: bool = False
-    # What the client says to have applied, as long as the server does not know that position.
+    # The position that the client claims, while the server does not know that position.
     claim: Position | None = None
     epoch: int = 0
     granted_until: float = -math.inf
@@ -116,15 +117,15 @@ class Link:
 
 @dataclass
 class Row:
-    """A server process as the database has it."""
+    """A server process as stored in the database."""
 
     acknowledged: int
-    renewed: float  # in true time: whoever waits for it to change has a perfect clock here
+    renewed: float  # in true time, because the process that outwaits it has a perfect clock here
     server: Server | None
 
 
 class Server:
-    """A server process that follows the rules. Its clock is its own."""
+    """A server process that follows the rules, with its own clock."""
 
     def __init__(self, world: World, clock: Clock) -> None:
         self.world = world
@@ -134,13 +135,13 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        """Begin as a new process: without a memory, without streams, with a row of its own."""
+        """Start as a new process: empty cache, no streams, a new row."""
         self.links: list[Link] = []
         self.epoch = 0
         self.register()
 
     def register(self) -> None:
-        """Rules 2 and 12: nothing of an earlier history counts, except how long leases run."""
+        """Rules 2 and 12: forget the earlier history, except for how long its leases run."""
         self.lease_end = -math.inf
         self.epoch += 1
         self.applied = self.database.head
@@ -156,7 +157,7 @@ class Server:
         self.row.acknowledged = min([self.applied.revision, *(link.acknowledged for link in live)])
 
     def renew(self) -> None:
-        """Rule 3: the clock, then the log and the row. A deposed primary renews nothing."""
+        """Rule 3: read the clock, then the log and the row. A deposed primary cannot renew."""
         if self.database is not self.world.database:
             self.applied = self.database.head
             return
@@ -171,15 +172,15 @@ class Server:
         self.lease_end = server_lease_end(began, LEASE_SECONDS)
 
     def reconnect(self) -> None:
-        """Find the new primary, where the row was replicated to, and the rules decide the rest."""
+        """Connect to the new primary, which has a copy of the row. The rules decide the rest."""
         self.database = self.world.database
 
-    def hear(self, link: Link, request: Request) -> None:
+    def receive(self, link: Link, request: Request) -> None:
         if request.released:
             link.granted_until = -math.inf
         link.asked = max(link.asked, request.number)
         if link.told is not None and link.epoch != self.epoch:
-            return  # it will be reset
+            return  # the server will send a Reset
         known = self.database.known_upto(request.applied, self.applied)
         if link.told is None:
             link.claim = request.applied
@@ -191,15 +192,15 @@ class Server:
         elif known and request.applied.revision < link.told.revision and link.claim is None:
             link.acknowledged = request.applied.revision
 
-    def speak(self, link: Link) -> None:
-        """Rule 6: everything that was applied, and a grant once it was confirmed."""
+    def send(self, link: Link) -> None:
+        """Rule 6: send everything that was applied, and a grant after it was confirmed."""
         if link.told is None and link.claim is None:
             return
         if link.told is None or link.epoch != self.epoch:
             link.told, link.epoch = self.applied, self.epoch
             link.confirmed = link.claim == NOWHERE
             link.acknowledged = 0
-            # Heard again as a claim only from the Reset on.
+            # After the Reset the client's claim counts again.
             link.claim = self.applied
             link.to_client.append(Reset(self.applied))
         elif link.told != self.applied:
@@ -218,7 +219,7 @@ class Server:
 
 
 class Database:
-    """A log on one server, which may be copied before it is deposed."""
+    """A log on one server. It may be copied before the server is deposed."""
 
     def __init__(self, history: int, log: list[tuple[Position, str]]) -> None:
         self.history = history
@@ -248,7 +249,7 @@ class Database:
 
 
 class World(RuleBasedStateMachine):
-    """Database, deleter, two servers, and one client: the library's own classes."""
+    """A database, its deletions, two servers, and one client with the library's own classes."""
 
     subscription_class: type[Subscription] = Subscription
     memory_class: type[Memory[Any]] = Memory
@@ -257,7 +258,7 @@ class World(RuleBasedStateMachine):
     @initialize(rates=st.tuples(RATES, RATES, RATES), head=st.integers(0, 1))
     def begin(self, rates: tuple[float, ...], head: int) -> None:
         self.true = 0.0
-        # Deletions of long ago, of tokens that are not of interest.
+        # Old deletions of tokens that the test does not use.
         self.database = Database(1, [(at(r), "old") for r in range(head + 1)])
         self.rows: list[Row] = []
         self.live = ["a", "b"]
@@ -277,10 +278,10 @@ class World(RuleBasedStateMachine):
         ):
             self.verifier = latchkey.Verifier("nowhere:1")
         self.subscription = self.verifier._subscription
-        # Everything is well at first.
+        # Start in a healthy state.
         self.renew_all(0)
         self.watch(0)
-        self.all_is_heard(0)
+        self.all_is_delivered(0)
 
     def teardown(self) -> None:
         if hasattr(self, "patched"):
@@ -290,25 +291,25 @@ class World(RuleBasedStateMachine):
         links = list(links)
         return links[number % len(links)] if links else None
 
-    # Time, which every machine spends as it likes.
+    # Time passes.
 
     @rule(data=st.data(), number=BIG, seconds=STEPS)
-    def something_happens(self, data: st.DataObject, number: int, seconds: float) -> None:
-        # One rule and not twenty: Hypothesis leaves out rules at random, while the stories that
-        # are looked for take most of them.
+    def one_event(self, data: st.DataObject, number: int, seconds: float) -> None:
+        # One rule instead of twenty: Hypothesis omits rules at random, but the interesting
+        # sequences need most of them.
         what = data.draw(st.sampled_from(self.what))
-        if what == "time_goes_by":
-            self.time_goes_by(seconds)
+        if what == "time_passes":
+            self.time_passes(seconds)
         else:
             getattr(self, what)(number)
 
-    def time_goes_by(self, seconds: float) -> None:
+    def time_passes(self, seconds: float) -> None:
         self.true += seconds
         for clock in self.clocks:
             clock.true = self.true
         self.confirm()
 
-    # The database and who deletes.
+    # The database and the caller of Delete.
 
     def delete(self, number: int) -> None:
         token_id = self.live.pop(number % len(self.live))
@@ -320,7 +321,7 @@ class World(RuleBasedStateMachine):
         self.database.pruned = self.database.head.revision
 
     def fail_over(self, number: int) -> None:
-        """Promote the standby. The old primary has a few commits that nobody confirmed."""
+        """Promote the standby. The old primary has a few commits that were never confirmed."""
         old = self.database
         self.database = Database(old.history + 1, list(old.log))
         self.database.pruned = old.pruned
@@ -331,7 +332,7 @@ class World(RuleBasedStateMachine):
         self.servers[number % 2].reconnect()
 
     def confirm(self) -> None:
-        """Rules 8 and 9: answer each Delete as early as they allow."""
+        """Rules 8 and 9: return each Delete as early as they allow."""
         for row in list(self.rows):
             gone = row.server is None or row.server.row is not row
             if gone and self.true - row.renewed > outwait_seconds(LEASE_SECONDS):
@@ -366,15 +367,15 @@ class World(RuleBasedStateMachine):
         server.row.server = None
         server.start()
 
-    def server_speaks(self, number: int) -> None:
+    def server_sends(self, number: int) -> None:
         link = self.pick((link for link in self.links if link.open), number)
         if link is not None:
-            link.server.speak(link)
+            link.server.send(link)
 
     def server_closes(self, number: int) -> None:
         link = self.pick((link for link in self.links if link.open), number)
         if link is not None and not link.closing:
-            link.server.speak(link)
+            link.server.send(link)
             link.closing = True
             link.to_client.append(Closing())
 
@@ -385,23 +386,23 @@ class World(RuleBasedStateMachine):
             link = Link(self.subscription.open(self.clock()), self.servers[number % 2])
             self.links.append(link)
             link.server.links.append(link)
-            self.client_speaks_on(link)
+            self.client_sends_on(link)
 
-    def client_speaks(self, number: int) -> None:
+    def client_sends(self, number: int) -> None:
         link = self.pick((link for link in self.links if link.open), number)
         if link is not None:
-            self.client_speaks_on(link)
+            self.client_sends_on(link)
 
-    def client_speaks_on(self, link: Link) -> None:
+    def client_sends_on(self, link: Link) -> None:
         while (request := link.stream.take(self.clock())) is not None:
             link.to_server.append(request)
 
-    def server_hears(self, number: int) -> None:
+    def server_receives(self, number: int) -> None:
         link = self.pick((link for link in self.links if link.to_server), number)
         if link is not None:
-            link.server.hear(link, link.to_server.popleft())
+            link.server.receive(link, link.to_server.popleft())
 
-    def client_hears(self, number: int) -> None:
+    def client_receives(self, number: int) -> None:
         link = self.pick((link for link in self.links if link.to_client), number)
         if link is not None:
             events = [link.to_client.popleft() for _ in range(len(link.to_client))]
@@ -411,39 +412,39 @@ class World(RuleBasedStateMachine):
                 link.to_client.extendleft(reversed(events[1:]))
 
     def server_answers(self, number: int) -> None:
-        """What the server says is under way, while the client may stand still."""
+        """Put the server's messages in flight while the client may be paused."""
         link = self.pick((link for link in self.links if link.open), number)
         if link is not None:
-            self.client_speaks_on(link)
+            self.client_sends_on(link)
             while link.to_server:
-                link.server.hear(link, link.to_server.popleft())
-            link.server.speak(link)
+                link.server.receive(link, link.to_server.popleft())
+            link.server.send(link)
 
-    def all_is_heard(self, number: int) -> None:
-        """One stream, for once, works as it should."""
+    def all_is_delivered(self, number: int) -> None:
+        """Deliver all messages of one stream."""
         link = self.pick((link for link in self.links if link.open), number)
         if link is None:
             return
-        self.client_speaks_on(link)
+        self.client_sends_on(link)
         while link.to_server:
-            link.server.hear(link, link.to_server.popleft())
-        link.server.speak(link)
+            link.server.receive(link, link.to_server.popleft())
+        link.server.send(link)
         while link.to_client:
             link.stream.receive(link.to_client.popleft(), self.clock())
-        self.client_speaks_on(link)
+        self.client_sends_on(link)
         while link.to_server:
-            link.server.hear(link, link.to_server.popleft())
+            link.server.receive(link, link.to_server.popleft())
 
     def stream_breaks(self, number: int) -> None:
         link = self.pick((link for link in self.links if link.open), number)
         if link is not None:
             self.lose(link)
 
-    def verifier_lets_go(self, _number: int) -> None:
+    def verifier_releases(self, _number: int) -> None:
         self.subscription.release()
 
     def lose(self, link: Link) -> None:
-        """Lose a stream and what is under way on it. What was granted is granted."""
+        """Lose a stream and its messages in flight. Grants that were sent remain valid."""
         link.open = False
         link.to_server.clear()
         link.to_client.clear()
@@ -451,8 +452,8 @@ class World(RuleBasedStateMachine):
     # Verifies.
 
     def ask(self, number: int) -> None:
-        """A server answers under its lease, from its memory or from the database."""
-        # Also about one that was deleted last, which a server that is behind finds VALID.
+        """A server with a lease answers a verify from its cache or from the database."""
+        # Include the most recently deleted token, which a server that lags still finds VALID.
         tokens = [*self.live, *list(self.deleted)[-1:]]
         server, token_id = self.servers[number % 2], tokens[number // 2 % len(tokens)]
         from_memory = number // 6 % 2 == 0
@@ -460,14 +461,14 @@ class World(RuleBasedStateMachine):
             position = server.applied
             if not (from_memory or server.cut_off):
                 position = server.database.head
-                # Rule 12: it reads its log first, and then knows the position that it read at.
+                # Rule 12: it reads its log first, and then knows the position of its answer.
                 server.applied = position
             deleted = server.database.deleted(token_id, position)
             verdict = Verdict.DELETED if deleted else Verdict.VALID
             self.under_way.append((token_id, answer_of(token_id, verdict, position)))
 
     def verify(self, number: int) -> None:
-        """Ask, and have the answer at once."""
+        """Verify, and receive the answer at once."""
         before = len(self.under_way)
         self.ask(number)
         if len(self.under_way) > before:
@@ -476,13 +477,13 @@ class World(RuleBasedStateMachine):
     def an_answer_arrives(self, number: int) -> None:
         if self.under_way:
             token_id, answer = self.under_way.pop(number % len(self.under_way))
-            self.verifier._remember(secret_of(token_id), None, answer)
+            self.verifier._store(secret_of(token_id), None, answer)
 
     @invariant()
     def no_dead_token_is_valid(self) -> None:
         for token_id in getattr(self, "confirmed", ()):
             answer = self.verifier.verify_nowait(secret_of(token_id))
-            assert answer is None or not answer.allowed, f"{token_id} is dead, and was let in"
+            assert answer is None or not answer.allowed, f"{token_id} is dead but was accepted"
 
 
 def run(machine: type[World], examples: int, steps: int) -> None:
@@ -495,7 +496,7 @@ def run(machine: type[World], examples: int, steps: int) -> None:
             derandomize=True,
             database=None,
             print_blob=False,
-            # What a mutant did is not read: finding it is enough.
+            # Do not report a mutant's failure in detail: only its detection matters.
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         ),
@@ -515,7 +516,7 @@ class OpensStreamsThatCountFromReceipt(Subscription):
 
 
 class AppliesTooLate(Subscription):
-    """Acknowledges, and extends its lease, before it has applied what came before."""
+    """Acknowledges and extends its lease before it has applied the changes."""
 
     later: tuple[str, ...] = ()
 
@@ -567,55 +568,58 @@ class HasNoEnd(Subscription):
 
 
 def test_no_dead_token_is_valid() -> None:
-    """In whatever order things happen, no verify that starts after a Delete's answer is VALID."""
+    """In every order of events, no verify that starts after a Delete has returned is VALID."""
     run(World, 300, 50)
 
 
-# With each what its story takes, so that it is found soon.
-MUTANTS: list[tuple[type[Subscription] | type[Memory[Any]], str]] = [
-    (OpensStreamsThatCountFromReceipt, "time renew_all server_answers client_hears verify delete"),
-    (AppliesTooLate, "renew_all all_is_heard verify delete"),
-    (ReleasesAndAnswersOn, "renew_all all_is_heard verify delete verifier_lets_go"),
-    (AdmitsAnything, "renew_all all_is_heard ask an_answer_arrives delete"),
+# Each mutant with the rules that its sequence needs, so that it is found quickly.
+MUTANTS: list[tuple[type[Subscription | Memory[Any]], str]] = [
+    (
+        OpensStreamsThatCountFromReceipt,
+        "time renew_all server_answers client_receives verify delete",
+    ),
+    (AppliesTooLate, "renew_all all_is_delivered verify delete"),
+    (ReleasesAndAnswersOn, "renew_all all_is_delivered verify delete verifier_releases"),
+    (AdmitsAnything, "renew_all all_is_delivered ask an_answer_arrives delete"),
     (HasNoEnd, "time renew_all stream_breaks verify delete"),
 ]
 
 
 @pytest.mark.parametrize(("mutant", "story"), MUTANTS)
-def test_each_broken_rule_is_found(mutant: type[Any], story: str) -> None:
-    """The machine finds a dead token let in by a client that breaks one rule."""
+def test_every_broken_rule_is_detected(mutant: type[Any], story: str) -> None:
+    """The machine finds a dead token accepted by a client that breaks one rule."""
     attribute = "memory_class" if issubclass(mutant, Memory) else "subscription_class"
-    what = story.replace("time", "time_goes_by").split()
+    what = story.replace("time", "time_passes").split()
     broken = type("BrokenWorld", (World,), {attribute: mutant, "what": what})
-    with pytest.raises(AssertionError, match="is dead, and was let in"):
+    with pytest.raises(AssertionError, match="is dead but was accepted"):
         run(broken, 20_000, 50)
 
 
 def two_leases(world: World) -> None:
-    """A client goes from a server with a long lease to one with a short one, which then ends."""
+    """A client moves from a server with a long lease to one with a short lease, which then ends."""
     first = world.links[0]
-    world.time_goes_by(2.0)
+    world.time_passes(2.0)
     world.renew_one(0)
-    world.all_is_heard(0)  # the first server has granted until 5.0
+    world.all_is_delivered(0)  # the first server grants until 5.0
     world.watch(1)
-    world.all_is_heard(1)  # the second one until 3.0
-    world.all_is_heard(0)  # the first one hears that it is released
+    world.all_is_delivered(1)  # the second server grants until 3.0
+    world.all_is_delivered(0)  # the first server receives the release
     assert first.granted_until == -math.inf
     world.verify(0)
-    world.time_goes_by(1.5)
+    world.time_passes(1.5)
 
 
 def two_histories(world: World) -> None:
-    """A client under the lease of one server goes by the word of another, which is behind."""
+    """A client with a lease from one server receives an answer from another, which lags."""
     world.delete(0)
     world.renew_one(0)
-    world.all_is_heard(0)
-    world.renew_one(0)  # the first server confirms the deletion, and so has its client
+    world.all_is_delivered(0)
+    world.renew_one(0)  # the first server and its client confirm the deletion
     world.watch(1)
-    # The second one, which has not applied it yet, has lost its own history: all begins anew
-    # where it stands. Before it can grant anything, its stream breaks.
+    # The second server has not applied the deletion. It has lost its own history, so it resets its
+    # clients to its current position. Its stream breaks before it can grant anything.
     world.links[1].stream.receive(Reset(world.servers[1].applied), world.clock())
-    world.ask(1 + 2 * 2)  # it still finds the dead token VALID
+    world.ask(1 + 2 * 2)  # the second server still finds the dead token VALID
     world.an_answer_arrives(0)
     world.stream_breaks(1)
     world.renew_one(1)
@@ -629,7 +633,7 @@ def two_histories(world: World) -> None:
 def test_long_stories(
     mutant: type[Subscription], story: Callable[[World], None], broken: bool
 ) -> None:
-    """What would take too long to come upon by chance is told step by step."""
+    """Scripted sequences that random search would take too long to find."""
     world = World()
     if broken:
         world.subscription_class = mutant
@@ -641,7 +645,7 @@ def test_long_stories(
         world.renew_all(0)
         assert world.confirmed
         if broken:
-            with pytest.raises(AssertionError, match="is dead, and was let in"):
+            with pytest.raises(AssertionError, match="is dead but was accepted"):
                 world.no_dead_token_is_valid()
         else:
             world.no_dead_token_is_valid()

@@ -1,4 +1,4 @@
-"""The ASGI guard around real applications."""
+"""The ASGI guard with real applications."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
@@ -29,7 +29,7 @@ Message = MutableMapping[str, Any]
 
 
 class Stub:
-    """A verifier whose one token is TOKEN, with READ only, unless told to fail."""
+    """A verifier that knows one token, TOKEN, with scope READ, unless it is set to fail."""
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure
@@ -77,8 +77,8 @@ async def web(verifier: Stub, **options: Any) -> AsyncIterator[httpx.AsyncClient
         yield client
 
 
-async def test_a_valid_token_gets_in_and_is_known_to_the_application() -> None:
-    """The handler, in the loop or in a thread, finds the token; afterwards it is gone again."""
+async def test_a_valid_token_is_accepted_and_visible_to_the_application() -> None:
+    """The handler sees the token, in the event loop or a thread. Afterwards it is reset."""
     async with web(Stub()) as client:
         for path in ("/", "/thread"):
             response = await client.get(path, headers=BEARER)
@@ -86,8 +86,8 @@ async def test_a_valid_token_gets_in_and_is_known_to_the_application() -> None:
     assert current_token() is None
 
 
-async def test_no_token_is_401_without_an_error_code() -> None:
-    """RFC 6750 §3.1: who presented nothing is told how, not what was wrong."""
+async def test_missing_token_is_401_without_an_error_code() -> None:
+    """RFC 6750 §3.1: a request without a token learns the scheme, but gets no error code."""
     async with web(Stub()) as client:
         for headers in ({}, {"authorization": "Basic dXNlcjpwYXNz"}):
             response = await client.get("/", headers=headers)
@@ -98,8 +98,8 @@ async def test_no_token_is_401_without_an_error_code() -> None:
             assert response.json()["status"] == 401
 
 
-async def test_a_wrong_token_is_401_invalid_token() -> None:
-    """RFC 6750 §3.1: invalid_token, and the answer does not repeat what was presented."""
+async def test_invalid_token_is_401() -> None:
+    """RFC 6750 §3.1: the error is invalid_token. The answer does not repeat the token."""
     async with web(Stub(), realm="demo") as client:
         response = await client.get("/", headers={"authorization": "Bearer wr0ng"})
     assert response.status_code == 401
@@ -107,8 +107,8 @@ async def test_a_wrong_token_is_401_invalid_token() -> None:
     assert "wr0ng" not in response.text + str(response.headers)
 
 
-async def test_a_small_scope_is_403_insufficient_scope() -> None:
-    """RFC 6750 §3.1: insufficient_scope, with the scope that would do."""
+async def test_insufficient_scope_is_403() -> None:
+    """RFC 6750 §3.1: the error is insufficient_scope, with the required scope."""
     async with web(Stub()) as client:
         response = await client.post("/", headers=BEARER)
     assert response.status_code == 403
@@ -126,7 +126,7 @@ async def test_a_small_scope_is_403_insufficient_scope() -> None:
     ],
 )
 async def test_no_safe_answer_is_503(failure: Exception, wait: str) -> None:
-    """When Latchkey cannot tell, nobody gets in, and the answer says when to come back."""
+    """If Latchkey gives no safe answer, the request is refused with a time to try again."""
     async with web(Stub(failure)) as client:
         response = await client.get("/", headers=BEARER)
     assert response.status_code == 503
@@ -135,8 +135,8 @@ async def test_no_safe_answer_is_503(failure: Exception, wait: str) -> None:
     assert "S3cr3t" not in response.text + str(response.headers)
 
 
-async def test_head_is_answered_without_a_body() -> None:
-    """A refused HEAD has the headers of a refused GET and no body."""
+async def test_refused_head_has_no_body() -> None:
+    """A refused HEAD has the headers of a refused GET, and no body."""
     get = http([])
     answers = [
         await talk(GuardMiddleware(accept, Stub()), s) for s in (get, {**get, "method": "HEAD"})
@@ -147,7 +147,7 @@ async def test_head_is_answered_without_a_body() -> None:
 
 
 async def test_public_paths_match_exactly() -> None:
-    """A public path needs no token; nothing that only resembles it is public."""
+    """A public path needs no token. A path that only resembles it does."""
     verifier = Stub()
     async with web(verifier, public={"/healthz"}) as client:
         assert (await client.get("/healthz")).text == "nobody"
@@ -165,14 +165,14 @@ async def test_public_paths_match_exactly() -> None:
 
 
 async def test_duplicate_headers_are_refused() -> None:
-    """Two authorization headers are refused, valid or not: layers may read different ones."""
+    """Two authorization headers are refused even if valid, since layers may read different ones."""
     async with web(Stub()) as client:
         pair = ("authorization", f"Bearer {SECRET}")
         assert (await client.get("/", headers=[pair, pair])).status_code == 401
 
 
-async def test_scope_can_be_fixed_or_computed() -> None:
-    """required_scope takes a Scope, None, or a function of the request."""
+async def test_required_scope_is_fixed_or_computed() -> None:
+    """required_scope is a Scope, None, or a function of the request."""
     async with web(Stub(), required_scope=Scope.READ) as client:
         assert (await client.post("/", headers=BEARER)).status_code == 200
     async with web(Stub(), required_scope=None) as client:
@@ -182,8 +182,8 @@ async def test_scope_can_be_fixed_or_computed() -> None:
 
 
 @pytest.mark.parametrize("result", ["read", Scope.UNSPECIFIED, ZeroDivisionError])
-async def test_a_broken_scope_function_lets_nobody_in(result: object) -> None:
-    """A scope function that fails or returns nonsense is the server's error, not an open door."""
+async def test_a_failing_scope_function_lets_no_request_in(result: object) -> None:
+    """If the scope function raises or returns an invalid value, the server reports an error."""
 
     def broken(_scope: object) -> Any:
         if result is ZeroDivisionError:
@@ -207,7 +207,7 @@ def http(headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
 
 
 async def talk(app: Callable[..., Awaitable[None]], scope: dict[str, Any]) -> list[Message]:
-    """Run `app` on one connection and return what it sent."""
+    """Run `app` on one connection and return the messages that it sent."""
     sent: list[Message] = []
 
     async def receive() -> Message:
@@ -238,14 +238,14 @@ async def accept(scope: MutableMapping[str, Any], receive: Any, send: Any) -> No
         b"Bearer " + b"=" * 9000,
     ],
 )
-async def test_bytes_that_are_no_text_are_refused(value: bytes) -> None:
-    """Header bytes that no encoding explains end in a 401 like any other wrong token."""
+async def test_undecodable_bytes_are_refused(value: bytes) -> None:
+    """Header bytes in an unknown encoding get a 401 like any other invalid token."""
     sent = await talk(GuardMiddleware(accept, Stub()), http([(b"Authorization", value)]))
     assert sent[0]["status"] == 401
 
 
 async def test_websocket_with_a_valid_token_is_accepted() -> None:
-    """A WebSocket handshake is judged by its header, and its application knows the token."""
+    """A WebSocket handshake is judged by its header, and its application sees the token."""
     guard = GuardMiddleware(accept, Stub(), Scope.READ)
     headers = [(b"authorization", f"Bearer {SECRET}".encode())]
     sent = await talk(guard, {"type": "websocket", "path": "/", "headers": headers})
@@ -263,7 +263,7 @@ async def test_websocket_with_a_valid_token_is_accepted() -> None:
 async def test_websocket_is_refused_before_it_is_accepted(
     verifier: Stub, headers: list[tuple[bytes, bytes]], code: int, status: int
 ) -> None:
-    """A refused handshake is closed, or answered with the status where the server can do that."""
+    """A refused handshake is closed, or answered with the status if the server supports that."""
     guard = GuardMiddleware(accept, verifier)
     scope: dict[str, Any] = {"type": "websocket", "path": "/", "headers": headers}
     assert await talk(guard, scope) == [{"type": "websocket.close", "code": code, "reason": ""}]
@@ -274,8 +274,8 @@ async def test_websocket_is_refused_before_it_is_accepted(
     assert body["body"]
 
 
-async def test_lifespan_passes_and_the_unknown_does_not() -> None:
-    """Start-up messages pass; a connection type that nobody has heard of is refused."""
+async def test_lifespan_passes_and_unknown_types_are_refused() -> None:
+    """Lifespan messages pass. An unknown connection type is refused."""
     seen = []
 
     async def app(scope: MutableMapping[str, Any], _receive: object, _send: object) -> None:
@@ -288,8 +288,8 @@ async def test_lifespan_passes_and_the_unknown_does_not() -> None:
     assert seen == ["lifespan"]
 
 
-def test_default_scopes_by_method() -> None:
-    """What reads needs READ; everything else, known or not, needs WRITE."""
+def test_default_scope_depends_on_the_method() -> None:
+    """Reading methods require READ. All others, known or not, require WRITE."""
     for method in ("GET", "HEAD", "OPTIONS"):
         assert scope_by_method({"type": "http", "method": method}) is Scope.READ
     for method in ("POST", "PUT", "PATCH", "DELETE", "TRACE", "get", "BREW"):
@@ -297,8 +297,8 @@ def test_default_scopes_by_method() -> None:
     assert scope_by_method({"type": "websocket"}) is Scope.WRITE
 
 
-def test_options_are_checked_when_the_guard_is_made() -> None:
-    """Mistakes that would open or break the guard show at start-up."""
+def test_options_are_checked_at_construction() -> None:
+    """Mistakes that would open or break the guard are reported at start-up."""
     with pytest.raises(TypeError):
         GuardMiddleware(accept, Stub(), public="/healthz")
     with pytest.raises(ValueError, match="realm"):

@@ -1,4 +1,4 @@
-"""The guards' one decision."""
+"""The decision that both guards share."""
 
 import asyncio
 import logging
@@ -22,7 +22,7 @@ TOKEN = Token(
 
 
 class Stub:
-    """A verifier that does what it is told."""
+    """A verifier that returns or raises a given object."""
 
     def __init__(self, answer: object) -> None:
         self.answer = answer
@@ -43,8 +43,8 @@ def valid() -> Stub:
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "bEaReR"])
 @pytest.mark.parametrize("spaces", [" ", "   "])
-async def test_a_valid_token_gets_in(scheme: str, spaces: str) -> None:
-    """RFC 6750's header, whatever the scheme's letter case, brings the secret to the verifier."""
+async def test_a_valid_token_is_accepted(scheme: str, spaces: str) -> None:
+    """The verifier receives the secret from RFC 6750's header, in any letter case of the scheme."""
     verifier = valid()
     decision = await decide(verifier, [scheme + spaces + SECRET], Scope.WRITE, 0.5)
     assert decision == Decision(Outcome.ALLOWED, token=TOKEN)
@@ -55,7 +55,7 @@ async def test_a_valid_token_gets_in(scheme: str, spaces: str) -> None:
     "values", [[], ["Basic dXNlcjpwYXNz"], [""], [SECRET], ["Bearerx " + SECRET]]
 )
 async def test_no_bearer_token_is_missing(values: list[str]) -> None:
-    """Without a bearer token nothing is asked, and nobody gets in."""
+    """Without a bearer token, the verifier is not asked and the request is refused."""
     verifier = valid()
     assert (await decide(verifier, values, None)).outcome is Outcome.MISSING
     assert verifier.asked == []
@@ -77,28 +77,28 @@ async def test_no_bearer_token_is_missing(values: list[str]) -> None:
         ["Bearer \u00e4\u00f6\u00fc"],
         ["Bearer \ufffd\x00"],
         ["Bearer =" + SECRET],
-        ["Bearer " + "\u212a" + SECRET],  # the Kelvin sign, a "k" to careless matching
+        ["Bearer " + "\u212a" + SECRET],  # the Kelvin sign, which matches "k" if case is ignored
     ],
 )
-async def test_a_mangled_header_is_invalid(values: list[str]) -> None:
-    """Of anything but exactly one well-formed value, no part is tried."""
+async def test_a_malformed_header_is_invalid(values: list[str]) -> None:
+    """Only exactly one well-formed value is verified, never a part of a value."""
     verifier = valid()
     assert (await decide(verifier, values, None)).outcome is Outcome.INVALID
     assert verifier.asked == []
 
 
 @given(st.lists(st.text(max_size=80) | st.text(max_size=60).map("Bearer {}".format), max_size=3))
-@settings(deadline=None)  # a busy machine is no bug
+@settings(deadline=None)  # the machine may be busy
 async def test_no_header_breaks_the_decision(values: list[str]) -> None:
-    """Any values at all come to an outcome, and an unknown secret is never let in."""
+    """Any header values lead to an outcome, and an unknown secret is never accepted."""
     stub = Stub(Verification(verdict=Verdict.UNKNOWN))
     decision = await decide(stub, values, None)
     assert decision.outcome in (Outcome.MISSING, Outcome.INVALID)
 
 
 @pytest.mark.parametrize("verdict", [v for v in Verdict if v is not Verdict.VALID])
-async def test_no_other_verdict_gets_in(verdict: Verdict) -> None:
-    """VALID alone lets in, token or not."""
+async def test_only_valid_is_accepted(verdict: Verdict) -> None:
+    """All other verdicts are refused, with or without a token."""
     decision = await decide(
         Stub(Verification(verdict=verdict, token=TOKEN)), ["Bearer " + SECRET], Scope.READ
     )
@@ -118,10 +118,8 @@ async def test_no_other_verdict_gets_in(verdict: Verdict) -> None:
         object(),
     ],
 )
-async def test_whatever_goes_wrong_nobody_gets_in(
-    answer: object, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Any exception and any nonsense from the verifier is a refusal, logged without the secret."""
+async def test_any_error_is_refused(answer: object, caplog: pytest.LogCaptureFixture) -> None:
+    """Any exception or invalid answer is refused, and logged without the secret."""
     caplog.set_level(logging.DEBUG)
     decision = await decide(Stub(answer), ["Bearer " + SECRET], Scope.READ)
     assert decision.outcome is Outcome.UNAVAILABLE
@@ -130,20 +128,20 @@ async def test_whatever_goes_wrong_nobody_gets_in(
     assert caplog.records
 
 
-async def test_valid_without_a_token_does_not_get_in() -> None:
-    """Nobody gets in without a name."""
+async def test_valid_without_a_token_is_refused() -> None:
+    """A verdict VALID without a token does not identify an account."""
     stub = Stub(Verification(verdict=Verdict.VALID))
     assert (await decide(stub, ["Bearer " + SECRET], None)).outcome is not Outcome.ALLOWED
 
 
 async def test_cancellation_passes_through() -> None:
-    """A cancelled request is not turned into an answer."""
+    """A cancelled request raises CancelledError and gets no decision."""
     with pytest.raises(asyncio.CancelledError):
         await decide(Stub(asyncio.CancelledError()), ["Bearer " + SECRET], None)
 
 
 @pytest.mark.parametrize("scope", ["read", 1, Scope.UNSPECIFIED, Verdict.VALID])
-def test_a_wrong_scope_is_refused_early(scope: Any) -> None:
-    """A guard that would ask for no scope by mistake is not built."""
+def test_an_invalid_scope_is_rejected_at_construction(scope: Any) -> None:
+    """A guard that would require no scope by mistake cannot be created."""
     with pytest.raises((TypeError, ValueError)):
         checked_scope(scope)

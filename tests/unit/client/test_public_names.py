@@ -1,6 +1,8 @@
-"""What the package promises by its names."""
+"""The public names of the package."""
 
+import importlib
 import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -8,18 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import latchkey
-from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from latchkey import _retry, guards, sync
-from latchkey_proto.v1 import (
-    audit_service_pb2,
-    maintenance_service_pb2,
-    status_service_pb2,
-    token_service_pb2,
-)
+from latchkey_proto import v1
+from latchkey_proto.v1 import token_service_pb2
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_public_names_are_pinned() -> None:
-    """No public name comes or goes without this list being changed on purpose."""
+    """Public names change only together with this list."""
     assert latchkey.__all__ == [
         "Access",
         "AccessError",
@@ -61,28 +61,43 @@ def test_public_names_are_pinned() -> None:
     assert sync.__all__ == ["Verifier"]
 
 
+def services() -> list[ServiceDescriptor]:
+    """Return every service of the contract, from the generated modules."""
+    modules = [
+        importlib.import_module(f"{v1.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(v1.__path__)
+        if module.name.endswith("_pb2")
+    ]
+    return [s for module in modules for s in module.DESCRIPTOR.services_by_name.values()]
+
+
 def methods() -> list[MethodDescriptor]:
-    services = (
-        token_service_pb2.DESCRIPTOR.services_by_name["TokenService"],
-        status_service_pb2.DESCRIPTOR.services_by_name["StatusService"],
-        audit_service_pb2.DESCRIPTOR.services_by_name["AuditService"],
-        maintenance_service_pb2.DESCRIPTOR.services_by_name["MaintenanceService"],
-    )
-    return [method for service in services for method in service.methods]
+    return [method for service in services() for method in service.methods]
 
 
 def rpc_names() -> list[str]:
-    # A stream is not a call that a client method could stand for one to one.
+    # A stream has no corresponding client method.
     return [
-        # Two services have a List.
+        # Two services have a method named List.
         m.full_name.removeprefix("latchkey.v1.") if "AuditService" in m.full_name else m.name
         for m in methods()
         if not (m.client_streaming or m.server_streaming)
     ]
 
 
-def test_no_rpc_lacks_a_client_method() -> None:
-    """Every RPC has a documented coroutine (or iterator) on Client."""
+def test_services_are_those_of_the_contract() -> None:
+    """The tests below see every service that a .proto file declares."""
+    declared = [
+        name
+        for path in ROOT.glob("proto/latchkey/**/*.proto")
+        for name in re.findall(r"^service (\w+)", path.read_text("utf-8"), re.MULTILINE)
+    ]
+    assert sorted(declared) == sorted(service.name for service in services())
+    assert "TokenService" in declared
+
+
+def test_every_rpc_has_a_client_method() -> None:
+    """Client has a documented coroutine or iterator for every unary RPC."""
     assert {"BatchVerify", "GetStatus", "InvalidateAll"} <= set(rpc_names())
     for name in rpc_names():
         snake = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
@@ -93,14 +108,14 @@ def test_no_rpc_lacks_a_client_method() -> None:
         assert "timeout_seconds" in inspect.signature(method).parameters, name
 
 
-def test_no_stream_lacks_its_user() -> None:
-    """The one stream of the contract is Watch, which every verifier stays informed by."""
+def test_watch_is_the_only_stream() -> None:
+    """The contract has one stream, Watch, which every verifier uses."""
     assert [m.name for m in methods() if m.client_streaming or m.server_streaming] == ["Watch"]
     assert inspect.signature(latchkey.Verifier).parameters["memory_entries"].default > 0
 
 
 def test_sync_verifies_like_async() -> None:
-    """What one verifier takes and offers, the other one does, but for who waits how."""
+    """Both verifiers have the same arguments and methods, apart from awaiting."""
     for name in ("verify", "verify_nowait", "stats", "close"):
         signatures = [
             inspect.signature(getattr(cls, name)) for cls in (latchkey.Verifier, sync.Verifier)
@@ -109,15 +124,15 @@ def test_sync_verifies_like_async() -> None:
         assert getattr(sync.Verifier, name).__doc__
 
 
-def test_no_rpc_lacks_a_policy() -> None:
-    """Every RPC has a deadline, and only what the contract calls safe is tried again."""
+def test_every_rpc_has_a_policy() -> None:
+    """Every RPC has a deadline. Only RPCs that the contract calls safe are retried."""
     assert set(_retry.POLICIES) == set(rpc_names())
     assert {name for name, policy in _retry.POLICIES.items() if not policy.retry} == {"Create"}
     assert all(policy.timeout_seconds > 0 for policy in _retry.POLICIES.values())
 
 
 def test_enums_cover_the_contract() -> None:
-    """Every scope and verdict of the contract has its name on this side."""
+    """The library has a member for every scope and verdict of the contract."""
     pairs: Mapping[str, list[str]] = {
         "SCOPE_": [scope.name for scope in latchkey.Scope],
         "VERDICT_": [verdict.name for verdict in latchkey.Verdict],
@@ -143,6 +158,6 @@ def test_import_stays_light() -> None:
 
 
 def test_package_is_typed_and_versioned() -> None:
-    """Type checkers use the annotations, and the version is the installed one."""
+    """The package ships type annotations, and reports its installed version."""
     assert (Path(latchkey.__file__).parent / "py.typed").exists()
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", latchkey.__version__)

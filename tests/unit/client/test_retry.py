@@ -1,4 +1,4 @@
-"""Retries as a pure function of time, randomness and what the attempts do."""
+"""Retries as a pure function of time, randomness and the results of attempts."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,13 +18,13 @@ from latchkey import (
 
 
 class World:
-    """A clock that only sleeping and attempts move."""
+    """A clock that only sleeps and attempts advance."""
 
     def __init__(self, *failures: LatchkeyError | None, attempt_seconds: float = 0.0) -> None:
         self.now = 1000.0
         self.failures = list(failures)
         self.attempt_seconds = attempt_seconds
-        self.attempts: list[tuple[float, float]] = []  # when, with how many seconds left
+        self.attempts: list[tuple[float, float]] = []  # start and remaining seconds
         self.slept: list[float] = []
 
     async def attempt(self, left_seconds: float) -> str:
@@ -60,15 +60,15 @@ class World:
 @pytest.mark.parametrize(
     "rpc", ["Get", "List", "Delete", "Verify", "BatchVerify", "GetStatus", "InvalidateAll"]
 )
-async def test_safe_calls_are_tried_again(rpc: str) -> None:
-    """A call that is safe to repeat survives a passing UNAVAILABLE."""
+async def test_safe_calls_are_retried(rpc: str) -> None:
+    """A call that is safe to repeat survives a transient UNAVAILABLE."""
     world = World(Unavailable("x"), Unavailable("x"), None)
     assert await world.run(rpc) == "answer"
     assert len(world.attempts) == 3
 
 
-async def test_create_is_never_tried_again() -> None:
-    """A Create whose answer is lost is left to the caller, who can find out what became of it."""
+async def test_create_is_never_retried() -> None:
+    """A Create whose answer is lost raises. The caller can find out whether the token exists."""
     world = World(Unavailable("x"))
     with pytest.raises(Unavailable):
         await world.run("Create")
@@ -79,8 +79,8 @@ async def test_create_is_never_tried_again() -> None:
     "failure",
     [DeadlineExceeded("x"), NotFound("x"), InvalidArgument("x"), ResourceExhausted("too large")],
 )
-async def test_an_answer_is_not_asked_for_again(failure: LatchkeyError) -> None:
-    """All else is an answer, or has used up the time; and costs none of what retries may."""
+async def test_final_errors_are_not_retried(failure: LatchkeyError) -> None:
+    """Every other error is raised at once and does not use the retry budget."""
     world, budget = World(failure), _retry.Budget()
     for _ in range(int(_retry.BUDGET_TOKENS_MAX)):
         with pytest.raises(type(failure)):
@@ -91,8 +91,8 @@ async def test_an_answer_is_not_asked_for_again(failure: LatchkeyError) -> None:
 
 
 @pytest.mark.parametrize("rpc", list(_retry.POLICIES))
-async def test_what_was_refused_for_load_is_tried_again(rpc: str) -> None:
-    """A refusal that says when is tried again then, a Create too: nothing was begun."""
+async def test_rejections_because_of_load_are_retried(rpc: str) -> None:
+    """If the rejection states a delay, every method is retried after it, since no work began."""
     refusal = ResourceExhausted("x", retry_after=timedelta(seconds=0.25))
     world = World(refusal, refusal, None)
     assert await world.run(rpc) == "answer"
@@ -100,8 +100,8 @@ async def test_what_was_refused_for_load_is_tried_again(rpc: str) -> None:
     assert min(world.slept) >= 0.25
 
 
-async def test_a_refusal_is_raised_when_there_is_no_time_for_another_attempt() -> None:
-    """A verify that may come again only after its deadline is told at once."""
+async def test_no_retry_after_the_deadline() -> None:
+    """If the requested delay outlasts the deadline, the error is raised at once."""
     world = World(ResourceExhausted("x", retry_after=timedelta(seconds=2)))
     with pytest.raises(ResourceExhausted):
         await world.run("Verify", timeout_seconds=1.0)
@@ -110,7 +110,7 @@ async def test_a_refusal_is_raised_when_there_is_no_time_for_another_attempt() -
 
 
 async def test_attempts_are_bounded() -> None:
-    """A dead service costs a call five attempts and no more, however long the deadline."""
+    """A call to a dead service makes at most five attempts, whatever its deadline."""
     world = World(Unavailable("x"))
     with pytest.raises(Unavailable):
         await world.run(timeout_seconds=1e9)
@@ -118,7 +118,7 @@ async def test_attempts_are_bounded() -> None:
 
 
 async def test_all_delays_fit_into_the_shortest_deadline() -> None:
-    """Verify's second holds every attempt of a service that refuses at once."""
+    """Verify's one second suffices for every attempt if the service rejects at once."""
     world = World(Unavailable("x"))
     with pytest.raises(Unavailable):
         await world.run("Verify", _retry.VERIFY_TIMEOUT_SECONDS, randomness=lambda: 1.0)
@@ -127,7 +127,7 @@ async def test_all_delays_fit_into_the_shortest_deadline() -> None:
 
 
 async def test_deadline_covers_attempts_and_delays() -> None:
-    """Every attempt gets what is left, and nothing is waited for that would come too late."""
+    """Every attempt gets the remaining time. No delay exceeds it."""
     world = World(Unavailable("x"), attempt_seconds=0.3)
     with pytest.raises(Unavailable):
         await world.run(timeout_seconds=1.0)
@@ -137,8 +137,8 @@ async def test_deadline_covers_attempts_and_delays() -> None:
     assert world.now <= 1001.0 + world.attempt_seconds
 
 
-async def test_the_cause_is_raised_when_waiting_is_no_use() -> None:
-    """When the service asks for more patience than the deadline has, its answer comes at once."""
+async def test_the_cause_is_raised_if_waiting_is_useless() -> None:
+    """If the service requests a delay longer than the deadline, its error is raised at once."""
     world = World(Unavailable("busy", retry_after=timedelta(seconds=10)))
     with pytest.raises(Unavailable, match="busy"):
         await world.run(timeout_seconds=1.0)
@@ -150,26 +150,26 @@ async def test_the_cause_is_raised_when_waiting_is_no_use() -> None:
     st.none() | st.floats(0, 1e6).map(lambda s: timedelta(seconds=s)),
     st.floats(0, 1, exclude_max=True),
 )
-@settings(deadline=None)  # a busy machine is no bug
+@settings(deadline=None)  # the machine may be busy
 def test_delays_honour_retry_info_and_are_bounded(
     failures: int, retry_after: timedelta | None, randomness: float
 ) -> None:
-    """A delay is never shorter than asked for, and never longer than that plus the backoff."""
+    """A delay is at least the requested one, and at most that plus the backoff."""
     delay = _retry.delay_seconds(failures, retry_after, randomness)
     asked = retry_after.total_seconds() if retry_after else 0.0
     assert delay >= asked
     assert 0.025 <= delay <= max(asked, 0.5) + _retry.BACKOFF_MAX_SECONDS / 2
 
 
-def test_delays_spread() -> None:
-    """Clients that failed together return at different times, even when told the same delay."""
+def test_delays_are_spread() -> None:
+    """Clients that failed together return at different times, even with the same RetryInfo."""
     for asked in (None, timedelta(seconds=0.25), timedelta(seconds=1)):
         soonest, latest = (_retry.delay_seconds(1, asked, r) for r in (0.0, 0.99))
         assert latest > 1.4 * soonest
 
 
-async def test_an_outage_stops_retries_and_recovery_brings_them_back() -> None:
-    """In an outage each call becomes one attempt; enough answers and retries are back."""
+async def test_retry_budget_empties_and_refills() -> None:
+    """During an outage each call makes one attempt. After enough answers, retries resume."""
     budget = _retry.Budget()
     attempts = []
     for _ in range(5):
@@ -186,8 +186,8 @@ async def test_an_outage_stops_retries_and_recovery_brings_them_back() -> None:
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])
-def test_no_endless_deadlines(seconds: float) -> None:
-    """A deadline that is none is refused before anything is sent."""
+def test_deadlines_are_finite(seconds: float) -> None:
+    """An invalid deadline is rejected before anything is sent."""
     with pytest.raises(InvalidArgument) as caught:
         _retry.checked_timeout(seconds)
     assert caught.value.field_violations[0].field == "timeout_seconds"

@@ -14,8 +14,8 @@ from latchkey._shape import redact
 TEXT = "lk" + "_" + "S3cr3t" * 9 + "abc"
 
 
-def test_no_way_of_showing_shows_it(caplog: pytest.LogCaptureFixture) -> None:
-    """repr, str, format, %, f-strings, containers, logs and tracebacks print a placeholder."""
+def test_secrets_are_never_shown(caplog: pytest.LogCaptureFixture) -> None:
+    """repr, str, format, %, f-strings, containers, logs and tracebacks show a placeholder."""
     secret = Secret(TEXT)
     logging.getLogger("test").warning("%s %r %s", secret, secret, [secret])
     try:
@@ -27,8 +27,8 @@ def test_no_way_of_showing_shows_it(caplog: pytest.LogCaptureFixture) -> None:
         repr(secret),
         str(secret),
         f"{secret} {secret!s} {secret!r} {secret:>80}",
-        "%s %r" % (secret, secret),  # noqa: UP031 - this very way is under test
-        "{}".format(secret),  # noqa: UP032 - this very way is under test
+        "%s %r" % (secret, secret),  # noqa: UP031 - tests this formatting
+        "{}".format(secret),  # noqa: UP032 - tests this formatting
         repr({"a": (secret,)}),
         repr(created),
         caplog.text,
@@ -43,34 +43,34 @@ def test_no_way_of_showing_shows_it(caplog: pytest.LogCaptureFixture) -> None:
     "text",
     ["", "hunter2", "lk", "…(redacted)x", "x y " + TEXT, TEXT + " " + TEXT, "hunter2_" + TEXT],
 )
-def test_odd_texts_are_hidden_whole(text: str) -> None:
-    """What has no secret's shape has no prefix worth showing either."""
+def test_other_texts_are_hidden_completely(text: str) -> None:
+    """A text without a secret's format shows no prefix."""
     assert str(Secret(text)) == "…(redacted)"
 
 
-def test_reveal_is_the_way_in() -> None:
-    """The text comes out on request, unchanged."""
+def test_reveal_returns_the_text() -> None:
+    """The text is returned unchanged."""
     assert Secret(TEXT).reveal() == TEXT
 
 
 def test_pickling_is_refused() -> None:
-    """A secret does not slip into caches, queues or other processes."""
-    with pytest.raises(TypeError, match="not pickled") as caught:
+    """A secret cannot reach caches, queues or other processes by pickling."""
+    with pytest.raises(TypeError, match="cannot be pickled") as caught:
         pickle.dumps(Secret(TEXT))
     assert "S3cr3t" not in str(caught.value)
     with pytest.raises(TypeError):
         json.dumps({"secret": Secret(TEXT)})
 
 
-def test_copies_are_the_secret_itself() -> None:
-    """Copying needs no pickling, so that dataclasses.asdict() works, and reveals nothing."""
+def test_copies_work_without_pickling() -> None:
+    """dataclasses.asdict() works, and copies reveal nothing."""
     secret = Secret(TEXT)
     assert copy.copy(secret) is secret
     assert copy.deepcopy([secret])[0] is secret
 
 
 def test_equality_is_by_text_and_type() -> None:
-    """Equal texts are equal secrets; a str is not a secret; no hash is offered."""
+    """Secrets with equal texts are equal. A str never equals a Secret. Secrets have no hash."""
     assert Secret(TEXT) == Secret(TEXT)
     assert Secret(TEXT) != Secret(TEXT + "x")
     assert Secret(TEXT) != TEXT
@@ -79,8 +79,8 @@ def test_equality_is_by_text_and_type() -> None:
         hash(Secret(TEXT))
 
 
-def test_it_cannot_be_changed_or_made_of_anything_else() -> None:
-    """A secret is immutable, and a wrong type is refused without showing the value."""
+def test_secrets_are_immutable_and_made_from_str() -> None:
+    """Changes are refused. A wrong type is refused without showing the value."""
     secret = Secret(TEXT)
     with pytest.raises(AttributeError):
         secret.text = "x"
@@ -90,6 +90,6 @@ def test_it_cannot_be_changed_or_made_of_anything_else() -> None:
     assert not hasattr(secret, "__dict__")
 
 
-def test_redaction_takes_longer_runs_too() -> None:
-    """A secret with more characters stuck to its end is still redacted."""
+def test_redaction_includes_longer_runs() -> None:
+    """A secret followed directly by more characters is still redacted."""
     assert redact(f"a {TEXT}xyz b") == "a lk_…(redacted) b"

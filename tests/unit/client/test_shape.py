@@ -1,4 +1,4 @@
-"""The offline check of a secret's shape."""
+"""The offline check of a secret's format."""
 
 import zlib
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from latchkey._shape import checksum, is_well_formed, redact
 
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-SECRETS = [  # computed apart from the code under test
+SECRETS = [  # computed independently of the code under test
     "lk" + "_" + "A" * 43 + "B" * 8 + "39kuGq",
     "lk" + "_0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmno" + "0jDM4R",
     "demo" + "_" + "z" * 51 + "1KS3KR",
@@ -27,9 +27,9 @@ def test_known_secrets_are_well_formed(secret: str) -> None:
 
 
 @given(bodies)
-@settings(deadline=None)  # a busy machine is no bug
+@settings(deadline=None)  # the machine may be busy
 def test_checksum_is_the_crc_in_base_62(body: str) -> None:
-    """Six digits, zero-padded, read back as the CRC-32; and body with checksum is well-formed."""
+    """The checksum has six digits, zero-padded, equal to the CRC-32. The secret is well-formed."""
     digits = checksum(body)
     assert len(digits) == 6
     value = 0
@@ -40,9 +40,9 @@ def test_checksum_is_the_crc_in_base_62(body: str) -> None:
 
 
 @given(bodies, st.integers(0, 61), st.sampled_from(BASE62))
-@settings(deadline=None)  # a busy machine is no bug
-def test_one_wrong_character_is_noticed(body: str, position: int, character: str) -> None:
-    """A typo of one character is told without asking the service."""
+@settings(deadline=None)  # the machine may be busy
+def test_one_wrong_character_is_detected(body: str, position: int, character: str) -> None:
+    """A typo in one character is detected without asking the service."""
     secret = body + checksum(body)
     position = min(position, len(secret) - 1)
     typo = secret[:position] + character + secret[position + 1 :]
@@ -50,9 +50,9 @@ def test_one_wrong_character_is_noticed(body: str, position: int, character: str
 
 
 @given(st.text())
-@settings(deadline=None)  # a busy machine is no bug
-def test_any_text_has_an_answer(text: str) -> None:
-    """No text makes the check fail, lone surrogates and newlines included."""
+@settings(deadline=None)  # the machine may be busy
+def test_any_text_can_be_checked(text: str) -> None:
+    """The check never raises, also not for lone surrogates and newlines."""
     assert not is_well_formed(text)
     assert not is_well_formed("lk" + "_" + text)
 
@@ -66,34 +66,34 @@ def test_any_text_has_an_answer(text: str) -> None:
         lambda s: s.replace("_", "-"),
         lambda s: s[:-1],
         lambda s: s + "0",
-        lambda s: s.replace("0", "\u0660"),  # a digit to str.isdigit(), not to us
+        lambda s: s.replace("0", "\u0660"),  # a digit for str.isdigit(), but not in base62
         lambda s: "l" + s[2:],
         lambda s: "lklklklklkl" + s[2:],
     ],
 )
 def test_near_misses_are_malformed(change: "object") -> None:
-    """What only resembles a secret is none."""
+    """A text that only resembles a secret is not well-formed."""
     assert callable(change)
     assert not is_well_formed(change(SECRETS[1]))
 
 
-def test_a_right_checksum_does_not_excuse_a_wrong_length() -> None:
-    """What is longer than a secret is none, though its checksum fits."""
+def test_a_valid_checksum_with_a_wrong_length_is_malformed() -> None:
+    """A longer text is not well-formed even if its checksum matches."""
     for body in (SECRETS[1], SECRETS[1] + "\n", "l" + SECRETS[1]):
         assert not is_well_formed(body + checksum(body))
     assert not is_well_formed(SECRETS[1] + "ü" * 6)
 
 
 @given(st.text(), st.sampled_from(SECRETS), st.text())
-@settings(deadline=None)  # a busy machine is no bug
+@settings(deadline=None)  # the machine may be busy
 def test_redaction_leaves_no_secret(before: str, secret: str, after: str) -> None:
-    """Wherever in a text a secret stands, its random part is gone."""
+    """The random part of a secret is redacted wherever the secret stands in a text."""
     assert secret[-40:] not in redact(before + secret + after)
 
 
 @pytest.mark.parametrize("first", SECRETS)
 @pytest.mark.parametrize("second", SECRETS)
-def test_redaction_takes_what_is_stuck_together(first: str, second: str) -> None:
-    """Of two secrets without a space between them neither is left, nor of three."""
+def test_adjacent_secrets_are_redacted(first: str, second: str) -> None:
+    """Two or three secrets without a separator are all redacted."""
     for stuck in (first + second, first + second + first):
         assert redact(f"a {stuck} b") == f"a {first.partition('_')[0]}_…(redacted) b"

@@ -1,4 +1,4 @@
-"""gRPC statuses as exceptions."""
+"""Translation of gRPC statuses into exceptions."""
 
 import pickle
 from datetime import timedelta
@@ -37,7 +37,7 @@ def rpc_error(
     "code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
 )
 def test_every_status_has_its_exception(code: grpc.StatusCode) -> None:
-    """Each failure is one class of the tree, carries its code and says what happened."""
+    """Each failure has one class of the tree, its gRPC code, and a message with the cause."""
     failure = from_rpc_error("Get", rpc_error(code, "it broke"))
     assert failure.code is code
     assert "Get failed: it broke" in str(failure)
@@ -48,7 +48,7 @@ def test_every_status_has_its_exception(code: grpc.StatusCode) -> None:
     assert type(failure) is named
 
 
-def test_details_are_carried() -> None:
+def test_details_are_translated() -> None:
     """Reason, request id, delay and field violations reach the caller."""
     failure = from_rpc_error(
         "Create",
@@ -78,32 +78,32 @@ def test_details_are_carried() -> None:
     ]
 
 
-def test_deadline_is_a_kind_of_unavailable() -> None:
-    """Who catches "no safe answer" catches a deadline too."""
+def test_deadline_exceeded_is_unavailable() -> None:
+    """Code that catches Unavailable also catches an exceeded deadline."""
     failure = from_rpc_error("Verify", rpc_error(grpc.StatusCode.DEADLINE_EXCEEDED, "late"))
     assert isinstance(failure, latchkey.Unavailable)
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED])
-def test_lost_answers_come_with_what_to_do(code: grpc.StatusCode) -> None:
-    """After a lost Create or Delete the message says how to find out what became of it."""
+def test_lost_answers_come_with_advice(code: grpc.StatusCode) -> None:
+    """After a lost Create or Delete the message says how to find out its result."""
     assert "may exist" in str(from_rpc_error("Create", rpc_error(code, "x")))
     assert "receipt" in str(from_rpc_error("Delete", rpc_error(code, "x")))
 
 
-def test_a_deletion_that_is_not_confirmed_stands() -> None:
-    """Whose deadline was too short for the wait learns that the token is deleted all the same."""
+def test_an_unconfirmed_deletion_is_reported_as_deleted() -> None:
+    """If the deadline was too short for the wait, the message says that the token is deleted."""
     info = error_details_pb2.ErrorInfo(reason="DELETION_NOT_CONFIRMED", domain="latchkey")
     failure = from_rpc_error("Delete", rpc_error(grpc.StatusCode.UNAVAILABLE, "x", info))
     assert failure.reason == "DELETION_NOT_CONFIRMED"
-    assert "The deletion stands" in str(failure)
+    assert "The token is deleted" in str(failure)
     assert "receipt" in str(failure)
 
 
 @given(st.binary() | st.text())
-@settings(deadline=None)  # a busy machine is no bug
+@settings(deadline=None)  # the machine may be busy
 def test_damaged_details_hide_nothing(raw: bytes | str) -> None:
-    """Whatever stands where details should be, the failure keeps its class and message."""
+    """With any bytes in place of the details, the error keeps its class and message."""
     failure = from_rpc_error("Get", rpc_error(grpc.StatusCode.NOT_FOUND, "gone", raw=raw))
     assert type(failure) is latchkey.NotFound
     assert "gone" in str(failure)
@@ -113,9 +113,9 @@ def test_damaged_details_hide_nothing(raw: bytes | str) -> None:
     st.sampled_from(["ErrorInfo", "RequestInfo", "RetryInfo", "BadRequest", "Nonsense"]),
     st.binary(),
 )
-@settings(deadline=None)  # a busy machine is no bug
+@settings(deadline=None)  # the machine may be busy
 def test_damaged_parts_of_details_hide_nothing(name: str, value: bytes) -> None:
-    """A detail of the right type with the wrong bytes is left out."""
+    """A detail of a known type with invalid bytes is ignored."""
     status = status_pb2.Status(code=grpc.StatusCode.UNAVAILABLE.value[0])
     status.details.add(type_url=f"type.googleapis.com/google.rpc.{name}", value=value)
     failure = from_rpc_error(
@@ -126,7 +126,7 @@ def test_damaged_parts_of_details_hide_nothing(name: str, value: bytes) -> None:
 
 
 def test_details_of_another_status_are_ignored() -> None:
-    """Details that contradict the status are not believed."""
+    """Details that contradict the status are ignored."""
     status = status_pb2.Status(code=grpc.StatusCode.NOT_FOUND.value[0])
     packed = AnyMessage()
     packed.Pack(error_details_pb2.ErrorInfo(reason="WRONG"))
@@ -136,16 +136,16 @@ def test_details_of_another_status_are_ignored() -> None:
     assert failure.reason is None
 
 
-def test_an_absurd_delay_is_no_delay() -> None:
-    """Delays that are negative or past all calendars are left out."""
+def test_an_invalid_delay_is_ignored() -> None:
+    """Delays that are negative or too large are ignored."""
     for duration in (Duration(seconds=-5), Duration(seconds=2**62)):
         info = error_details_pb2.RetryInfo(retry_delay=duration)
         failure = from_rpc_error("Get", rpc_error(grpc.StatusCode.UNAVAILABLE, "x", info))
         assert failure.retry_after is None
 
 
-def test_no_text_of_the_server_carries_a_secret_through() -> None:
-    """Even if a server echoed a secret everywhere, no exception would contain it."""
+def test_server_texts_are_redacted() -> None:
+    """Even if a server echoed a secret in every text, no exception would contain it."""
     failure = from_rpc_error(
         "Verify",
         rpc_error(
@@ -164,7 +164,7 @@ def test_no_text_of_the_server_carries_a_secret_through() -> None:
 
 
 def test_exceptions_survive_pickling() -> None:
-    """An exception reaches the parent of a worker process whole."""
+    """An exception from a worker process reaches its parent complete."""
     failure = from_rpc_error(
         "Get",
         rpc_error(

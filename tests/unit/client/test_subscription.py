@@ -1,4 +1,4 @@
-"""What Watch streams add up to, as a pure function of time and messages."""
+"""The subscription as a pure function of time and messages."""
 
 import math
 from datetime import UTC, datetime
@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 from latchkey import Scope, Token, Verdict, Verification, _subscription
 from latchkey._convert import watch_event_in, watch_request_out
-from latchkey._entry import Remembered, remembered
+from latchkey._entry import CacheEntry, cache_entry
 from latchkey._subscription import (
     Closing,
     Grant,
@@ -23,10 +23,10 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from tests.positions import at
 
 LEASE = 2.0
-LESS = LEASE * 0.999  # what a client makes of it
+LESS = LEASE * 0.999  # the client's lease, reduced for clock drift
 
 
-def entry(token_id: str) -> Remembered:
+def entry(token_id: str) -> CacheEntry:
     token = Token(
         id=token_id,
         account_id="a",
@@ -35,19 +35,19 @@ def entry(token_id: str) -> Remembered:
         create_time=datetime(2026, 1, 1, tzinfo=UTC),
     )
     answer = Verification(verdict=Verdict.VALID, token=token)
-    made = remembered(answer, None, math.inf)
+    made = cache_entry(answer, None, math.inf)
     assert made is not None
     return made
 
 
 @pytest.fixture
 def subscription() -> Subscription:
-    """A subscription of an empty memory; it asks when half of a lease is left."""
+    """A subscription with an empty cache. It requests a grant when half of a lease is left."""
     return Subscription(Memory(100), lambda: 1.0)
 
 
 def granted(subscription: Subscription, now: float, position: Position = at(5)) -> Stream:  # noqa: B008 - immutable
-    """Open a stream at `now` and let it grant at once, after a Reset where there is need of one."""
+    """Open a stream at `now` and grant at once, after a Reset if it is necessary."""
     stream = subscription.open(now)
     request = stream.take(now)
     assert request is not None
@@ -59,7 +59,7 @@ def granted(subscription: Subscription, now: float, position: Position = at(5)) 
 
 
 def reset_to(subscription: Subscription, position: Position, now: float) -> Stream:
-    """Open a stream at `now` that has its memory start over and grants nothing yet."""
+    """Open a stream at `now` that resets the cache and does not grant yet."""
     stream = subscription.open(now)
     stream.take(now)
     stream.receive(Reset(position), now)
@@ -68,7 +68,7 @@ def reset_to(subscription: Subscription, position: Position, now: float) -> Stre
 
 
 def test_a_lease_counts_from_before_its_request_was_sent(subscription: Subscription) -> None:
-    """However late a grant comes, the lease ends when it would have if it had come at once."""
+    """The lease ends at the same time, whether its grant arrives early or late."""
     stream = subscription.open(100.0)
     assert stream.take(100.1) == Request(NOWHERE, number=1)
     assert stream.take(100.2) is None
@@ -79,8 +79,8 @@ def test_a_lease_counts_from_before_its_request_was_sent(subscription: Subscript
     assert subscription.memory.position == at(5)
 
 
-def test_a_grant_that_is_over_is_none(subscription: Subscription) -> None:
-    """A grant that arrives after its end gives no lease, takes none away, and is asked for anew."""
+def test_an_expired_grant_gives_no_lease(subscription: Subscription) -> None:
+    """A grant that arrives after its end does not change the lease. Another one is requested."""
     old = granted(subscription, 100.0)
     end = subscription.lease.end
     stream = subscription.open(100.0)
@@ -94,8 +94,8 @@ def test_a_grant_that_is_over_is_none(subscription: Subscription) -> None:
     assert old.due() is not None
 
 
-def test_asks_again_while_there_is_time(subscription: Subscription) -> None:
-    """The next grant is asked for once, with half of the lease left, under the next number."""
+def test_requests_the_next_grant_in_time(subscription: Subscription) -> None:
+    """It is requested once, with half of the lease left, under the next number."""
     stream = granted(subscription, 100.0)
     due = stream.due() or 0.0
     assert due == pytest.approx(100.0 + LESS / 2)
@@ -109,8 +109,8 @@ def test_asks_again_while_there_is_time(subscription: Subscription) -> None:
     assert stream.late_at is None
 
 
-def test_clients_do_not_march_in_step() -> None:
-    """When to ask is drawn anew for each lease, and always leaves time to find another server."""
+def test_clients_do_not_ask_in_step() -> None:
+    """The time to ask is random for each lease, and leaves time to find another server."""
     draws = iter([0.0, 1.0])
     subscription = Subscription(Memory(100), lambda: next(draws))
     dues = [granted(subscription, 100.0).due() for _ in range(2)]
@@ -119,7 +119,7 @@ def test_clients_do_not_march_in_step() -> None:
 
 
 def test_within_a_stream_a_lease_only_grows(subscription: Subscription) -> None:
-    """A short grant does not shorten a long one: the server heeds both."""
+    """A short grant does not shorten a long one, since the server honours both."""
     stream = granted(subscription, 100.0)
     end = subscription.lease.end
     stream.take(101.0)
@@ -129,19 +129,19 @@ def test_within_a_stream_a_lease_only_grows(subscription: Subscription) -> None:
 
 @pytest.mark.parametrize("number", [0, 2, -1])
 def test_grants_of_other_numbers_do_not_count(subscription: Subscription, number: int) -> None:
-    """Only what was asked for can be counted from when it was asked."""
+    """A grant counts only if it answers the open request, whose time is known."""
     stream = subscription.open(100.0)
     stream.take(100.0)
     stream.receive(Grant(at(5), number, LEASE), 100.0)
     assert subscription.lease.end == -math.inf
     stream.receive(Grant(at(5), 1, LEASE), 100.0)
     end = subscription.lease.end
-    stream.receive(Grant(at(5), 1, 10 * LEASE), 100.0)  # again
+    stream.receive(Grant(at(5), 1, 10 * LEASE), 100.0)  # a repetition
     assert subscription.lease.end == end
 
 
-def test_a_confused_server_cannot_grant_for_ever(subscription: Subscription) -> None:
-    """However long a grant says it is, a minute is the most that it is taken for."""
+def test_grants_are_limited_to_a_minute(subscription: Subscription) -> None:
+    """A longer grant of a faulty server counts as one minute."""
     stream = subscription.open(100.0)
     stream.take(100.0)
     stream.receive(Grant(at(5), 1, 1e12), 100.0)
@@ -149,7 +149,7 @@ def test_a_confused_server_cannot_grant_for_ever(subscription: Subscription) -> 
 
 
 def test_invalidations_are_applied_and_then_acknowledged(subscription: Subscription) -> None:
-    """The acknowledgement says what the memory has applied, and is due at once."""
+    """The acknowledgement reports the applied position, and is due at once."""
     stream = granted(subscription, 100.0)
     memory = subscription.memory
     assert memory.admit(b"k", entry("t1"), at(5))
@@ -162,15 +162,15 @@ def test_invalidations_are_applied_and_then_acknowledged(subscription: Subscript
 
 
 def test_an_acknowledgement_and_a_request_are_one_message(subscription: Subscription) -> None:
-    """When both are due there is one message, and the clock was read for it."""
+    """If both are due, one message is sent, with the time at which the clock was read."""
     stream = granted(subscription, 100.0)
     stream.receive(Invalidation(at(6), ()), 101.5)
     assert stream.take(101.5) == Request(at(6), number=2)
     assert stream.take(101.5) is None
 
 
-def test_what_an_empty_memory_was_not_told_it_does_not_admit(subscription: Subscription) -> None:
-    """Who has begun with nothing does not know what was named before, so older answers stay out."""
+def test_an_empty_cache_rejects_older_answers(subscription: Subscription) -> None:
+    """A new cache does not know what was named before, so it does not store older answers."""
     stream = subscription.open(100.0)
     stream.take(100.0)
     stream.receive(Invalidation(at(6), ("t2",)), 100.0)
@@ -179,8 +179,8 @@ def test_what_an_empty_memory_was_not_told_it_does_not_admit(subscription: Subsc
     assert subscription.memory.admit(b"k", entry("t1"), at(6))
 
 
-def test_a_database_without_a_revision_is_remembered_too(subscription: Subscription) -> None:
-    """Before the first deletion ever there is a position as well: revision 0, with a mark."""
+def test_answers_are_cached_at_revision_zero(subscription: Subscription) -> None:
+    """Before the first deletion there is a position too: revision 0 with a mark."""
     stream = granted(subscription, 100.0, at(0))
     memory = subscription.memory
     assert memory.admit(b"k", entry("t1"), at(0))
@@ -194,13 +194,13 @@ def test_a_database_without_a_revision_is_remembered_too(subscription: Subscript
 def test_a_new_stream_replaces_the_lease_and_the_old_one_is_released(
     subscription: Subscription,
 ) -> None:
-    """From a new stream's first grant on, the old one's do not count, and its server hears that."""
+    """After a new stream's first grant, the old stream's grants do not count, and are released."""
     old = granted(subscription, 100.0)
     new = subscription.open(101.0)
     assert new.take(101.0) == Request(at(5), number=1)
     assert old.take(101.0) == Request(at(5), number=2)
     new.receive(Invalidation(at(6), ("t1",)), 101.0)
-    assert old.take(101.0) is None  # not before the first grant
+    assert old.take(101.0) is None  # before the new stream's first grant
     new.receive(Grant(at(6), 1, 0.5), 101.0)
     assert subscription.lease.end == pytest.approx(101.0 + 0.5 * 0.999)
     assert old.due() == -math.inf
@@ -219,8 +219,9 @@ def test_a_new_stream_replaces_the_lease_and_the_old_one_is_released(
     assert old.due() is None
 
 
-def test_closing_asks_no_more_and_keeps_the_lease(subscription: Subscription) -> None:
-    """A server that stops is not asked for grants; what it has granted lasts, and is still told."""
+def test_closing_stops_requests_and_keeps_the_lease(subscription: Subscription) -> None:
+    """A stopping server gets no further requests. Its grant stays valid, and its invalidations
+    are applied."""
     stream = granted(subscription, 100.0)
     end = subscription.lease.end
     stream.receive(Closing(), 100.1)
@@ -232,7 +233,7 @@ def test_closing_asks_no_more_and_keeps_the_lease(subscription: Subscription) ->
 
 
 def test_release_ends_the_lease_first(subscription: Subscription) -> None:
-    """When the server can hear that nothing is answered any more, nothing is."""
+    """The lease has ended before the release can be sent."""
     stream = granted(subscription, 100.0)
     subscription.release()
     assert subscription.lease.end == -math.inf
@@ -242,8 +243,8 @@ def test_release_ends_the_lease_first(subscription: Subscription) -> None:
 
 
 def test_a_reset_drops_entries_and_lease(subscription: Subscription) -> None:
-    """A lease was granted on a history, and this may be another one. The stream goes on: it
-    confirms the Reset, and asks for the next lease at once."""
+    """A lease belongs to one history, and this may be another. The stream continues: it confirms
+    the Reset and requests the next lease at once."""
     stream = granted(subscription, 100.0)
     subscription.memory.admit(b"k", entry("t1"), at(5))
     stream.receive(Reset(at(9)), 100.0)
@@ -256,7 +257,7 @@ def test_a_reset_drops_entries_and_lease(subscription: Subscription) -> None:
 
 
 def test_a_request_stays_open_across_a_reset(subscription: Subscription) -> None:
-    """The server answers it once the Reset is confirmed; asking again would cost a round trip."""
+    """The server answers it after the Reset is confirmed. A new request would cost a round trip."""
     stream = subscription.open(100.0)
     stream.take(100.0)
     stream.receive(Reset(at(9, 2)), 100.1)
@@ -268,8 +269,8 @@ def test_a_request_stays_open_across_a_reset(subscription: Subscription) -> None
 
 @pytest.mark.parametrize("position", [at(7), at(9, 2), at(9), at(12)])
 def test_a_reset_ends_all_other_grants(subscription: Subscription, position: Position) -> None:
-    """The other streams' servers believe the memory to be where it was, so they would not name all
-    that it has to drop. Their grants count no longer, and they are left."""
+    """The other streams' servers assume the cache's old position, so they might not name all tokens
+    to evict. Their grants no longer count, and the streams are left."""
     granting = granted(subscription, 100.0, at(9))
     other = subscription.open(100.0)
     other.take(100.0)
@@ -288,8 +289,8 @@ def test_a_reset_ends_all_other_grants(subscription: Subscription, position: Pos
 
 
 def test_an_invalidation_of_another_history_starts_over(subscription: Subscription) -> None:
-    """A revision that is known by another mark proves that the histories differ. The memory stands
-    nowhere then, and says so, until the server resets it."""
+    """A known revision with another mark proves that the histories differ. The cache then has no
+    position, and reports that, until the server resets it."""
     stream = granted(subscription, 100.0)
     subscription.memory.admit(b"k", entry("t1"), at(5))
     stream.receive(Invalidation(at(5, 2), ("t2",)), 100.1)
@@ -307,7 +308,7 @@ def test_an_invalidation_of_another_history_starts_over(subscription: Subscripti
 def test_a_grant_at_an_unknown_position_does_not_count(
     subscription: Subscription, position: Position
 ) -> None:
-    """A lease permits to answer on one history, up to a position that the memory has applied."""
+    """A lease permits answers on one history, up to a position that the cache has applied."""
     stream = reset_to(subscription, at(5), 100.0)
     stream.receive(Grant(position, 1, LEASE), 100.0)
     assert subscription.lease.end == -math.inf
@@ -316,7 +317,7 @@ def test_a_grant_at_an_unknown_position_does_not_count(
 
 
 def test_a_server_without_marks_grants_nothing(subscription: Subscription) -> None:
-    """Nothing tells its history from another one: every verify asks the service."""
+    """Its history cannot be identified, so every verify asks the service."""
     stream = subscription.open(100.0)
     stream.take(100.0)
     stream.receive(Reset(Position(5, 0)), 100.0)
@@ -327,12 +328,12 @@ def test_a_server_without_marks_grants_nothing(subscription: Subscription) -> No
     assert not subscription.memory.admit(b"k", entry("t1"), Position(6, 0))
 
 
-def test_servers_on_two_histories_do_not_mix_in_one_memory(subscription: Subscription) -> None:
-    """A client that moves hears of two servers at once, and they may follow different histories.
+def test_servers_on_two_histories_do_not_mix_in_one_cache(subscription: Subscription) -> None:
+    """A client that moves receives messages of two servers, which may follow different histories.
 
-    The first one's deletion of t1 is confirmed. The other one, which follows a deposed primary,
-    then names something else at a later revision. An answer that was read there, and says that t1
-    is VALID, must not enter a memory that answers under the first one's lease.
+    The deletion of t1 by the first server is confirmed. The second server follows a deposed primary
+    and names another token at a later revision. An answer from that server says that t1 is VALID.
+    It must not enter a cache that answers under the first server's lease.
     """
     first = granted(subscription, 100.0, at(5))
     other = subscription.open(100.0)
@@ -343,11 +344,11 @@ def test_servers_on_two_histories_do_not_mix_in_one_memory(subscription: Subscri
     assert not (admitted and subscription.lease.end > 100.2)
 
 
-def test_news_that_passes_over_another_stream_s_news_leads_to_a_new_stream(
+def test_an_invalidation_that_skips_another_streams_change_leads_to_a_new_stream(
     subscription: Subscription,
 ) -> None:
-    """Its server cannot know what the other one has named since, so it has to be asked again from
-    there. The lease of the other one goes on."""
+    """Its server cannot know what the other server has named since, so a new stream asks it from
+    that position. The other server's lease remains valid."""
     first = granted(subscription, 100.0, at(5))
     other = subscription.open(100.0)
     other.take(100.0)
@@ -355,17 +356,17 @@ def test_news_that_passes_over_another_stream_s_news_leads_to_a_new_stream(
     subscription.memory.admit(b"k", entry("t3"), at(6))
     other.receive(Invalidation(at(7), ("t3",)), 100.2)
     assert subscription.memory.position == at(6)
-    assert len(subscription.memory) == 0, "to forget does no harm"
+    assert len(subscription.memory) == 0, "evicting is safe"
     assert other.closing
     assert other.take(100.2) == Request(at(6), released=True)
     assert subscription.lease.end > 100.2
     assert not first.closing
 
 
-def test_news_that_the_granting_stream_cannot_place_starts_over(
+def test_an_unrelated_invalidation_from_the_granting_stream_starts_over(
     subscription: Subscription,
 ) -> None:
-    """Of two servers whose news cannot be told to be of one history, the one that grants counts."""
+    """If two servers may follow different histories, the one that grants decides."""
     first = granted(subscription, 100.0, at(5))
     other = subscription.open(100.0)
     other.take(100.0)
@@ -384,10 +385,10 @@ def test_news_that_the_granting_stream_cannot_place_starts_over(
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_two_servers_with_the_same_news_disturb_nobody(
+def test_two_servers_with_the_same_changes_do_not_interfere(
     subscription: Subscription, known: bool
 ) -> None:
-    """A revision that the memory has by the same mark, or that it is past, moves nothing."""
+    """A revision that the cache knows by the same mark, or has passed, changes nothing."""
     first = granted(subscription, 100.0, at(5))
     other = subscription.open(100.0)
     other.take(100.0)
@@ -404,8 +405,8 @@ def test_two_servers_with_the_same_news_disturb_nobody(
     assert subscription.lease.end > 100.3
 
 
-def test_what_is_not_known_empties_the_memory(subscription: Subscription) -> None:
-    """An event of a newer server may end anything: everything goes, and answers under way too."""
+def test_an_unknown_event_empties_the_cache(subscription: Subscription) -> None:
+    """It may invalidate anything, so entries are evicted and answers under way are not stored."""
     stream = granted(subscription, 100.0)
     subscription.memory.admit(b"k", entry("t1"), at(5))
     stream.receive(None, 100.0)
@@ -415,7 +416,7 @@ def test_what_is_not_known_empties_the_memory(subscription: Subscription) -> Non
 
 
 def test_messages_are_translated() -> None:
-    """Each field arrives where it belongs, and what cannot be read is an error."""
+    """Each field is converted, and an unreadable message is an error."""
     request = Request(Position(3, 2**64 - 1), number=2, released=True)
     assert watch_request_out(request) == pb.WatchRequest(
         applied_revision=3, mark=2**64 - 1, number=2, released=True

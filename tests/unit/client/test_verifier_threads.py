@@ -1,4 +1,4 @@
-"""`Verifier.verify_nowait` in a thread while the event loop's thread changes the memory."""
+"""`Verifier.verify_nowait` in a thread while the event loop's thread changes the cache."""
 
 import math
 from collections.abc import Callable
@@ -19,14 +19,14 @@ SECRET = BODY + checksum(BODY)
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The verifier's clock, which stands at its last element."""
+    """The verifier's clock. It shows its last element."""
     times = [100.0]
     monkeypatch.setattr("latchkey.verifier.boottime", lambda: times[-1])
     return times
 
 
 def warm(verifier: latchkey.Verifier) -> Stream:
-    """Open a stream, be granted two seconds from 100.0 on, and remember a token."""
+    """Open a stream with a grant of two seconds from 100.0 on, and cache a token."""
     stream = verifier._subscription.open(100.0)
     assert stream.take(100.0) == Request(NOWHERE, number=1)
     stream.receive(Reset(at(5)), 100.0)
@@ -41,19 +41,17 @@ def warm(verifier: latchkey.Verifier) -> Stream:
     )
     revision, mark = at(5)
     answer = Verification(verdict=Verdict.VALID, token=token, revision=revision, mark=mark)
-    verifier._remember(SECRET, None, answer)
+    verifier._store(SECRET, None, answer)
     assert verifier.verify_nowait(SECRET) is not None
     return stream
 
 
 @pytest.mark.parametrize("overtaken", ["before the look-up", "after the look-up"])
-def test_a_thread_that_is_overtaken_does_not_use_the_new_lease(
-    clock: list[float], overtaken: str
-) -> None:
-    """An entry that was found under one lease is not answered with under the next one.
+def test_an_overtaken_thread_does_not_use_the_new_lease(clock: list[float], overtaken: str) -> None:
+    """An entry that was found under one lease is not returned under the next one.
 
-    The first lease ends, so a Delete no longer waits for it and returns; then a verify starts,
-    and while it is under way the event loop applies the deletion and has the lease extended.
+    The first lease ends, so a Delete no longer waits for it and returns. Then a verify starts.
+    While it runs, the event loop applies the deletion and extends the lease.
     """
     verifier = latchkey.Verifier("nowhere:1")
     stream = warm(verifier)
@@ -73,7 +71,7 @@ def test_a_thread_that_is_overtaken_does_not_use_the_new_lease(
 
 
 def test_the_clock_is_read_last(clock: list[float]) -> None:
-    """A thread that stands still after the look-up does not answer when its lease has ended."""
+    """A thread that pauses after the look-up does not answer if its lease has ended."""
     verifier = latchkey.Verifier("nowhere:1")
     warm(verifier)
     find = verifier._find
@@ -87,8 +85,8 @@ def test_the_clock_is_read_last(clock: list[float]) -> None:
     assert verifier.verify_nowait(SECRET) is None
 
 
-def test_no_lease_to_begin_with() -> None:
-    """A verifier that has not been granted anything says nothing from memory."""
+def test_a_new_verifier_has_no_lease() -> None:
+    """Without a grant, a verifier gives no cached answer."""
     verifier = latchkey.Verifier("nowhere:1")
     assert verifier._lease.end == -math.inf
     stats = verifier.stats()
@@ -96,11 +94,11 @@ def test_no_lease_to_begin_with() -> None:
 
 
 @pytest.mark.parametrize("draw", [0.5, 1.0])
-def test_nothing_is_remembered_for_longer_than_allowed(
+def test_answers_are_cached_for_a_limited_time(
     clock: list[float], monkeypatch: pytest.MonkeyPatch, draw: float
 ) -> None:
-    """Whatever the leases say, an answer is asked for again after between half of the time and all
-    of it, and then remembered anew."""
+    """Whatever the leases, an entry expires after half to all of `memory_seconds`, and is then
+    cached again."""
     monkeypatch.setattr("latchkey.verifier.random.uniform", lambda low, high: draw)
     verifier = latchkey.Verifier("nowhere:1", memory_seconds=1.0)
     warm(verifier)
@@ -112,24 +110,24 @@ def test_nothing_is_remembered_for_longer_than_allowed(
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan")])
-def test_a_time_to_remember_is_positive(seconds: float) -> None:
-    """To remember nothing there is `memory_entries`."""
+def test_cache_time_is_positive(seconds: float) -> None:
+    """`memory_entries=0` is the way to cache nothing."""
     with pytest.raises(latchkey.InvalidArgument, match="memory_seconds"):
         latchkey.Verifier("nowhere:1", memory_seconds=seconds)
 
 
 @pytest.mark.parametrize(("revision", "mark"), [(5, at(5, 2).mark), (5, 0), (4, at(4).mark)])
-def test_an_answer_at_an_unknown_position_is_given_and_not_kept(
+def test_an_answer_at_an_unknown_position_is_not_cached(
     clock: list[float], revision: int, mark: int
 ) -> None:
-    """Nothing would be sure to drop it again."""
+    """No message would be certain to evict it."""
     verifier = latchkey.Verifier("nowhere:1")
     warm(verifier)
     (entry,) = verifier._memory.entries.values()
     verifier._memory.entries.clear()
     verifier._memory._of_token.clear()
     token = entry.read.token
-    verifier._remember(
+    verifier._store(
         SECRET,
         None,
         Verification(verdict=Verdict.VALID, token=token, revision=revision, mark=mark),

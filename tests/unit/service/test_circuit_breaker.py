@@ -12,7 +12,7 @@ from latchkey_service.postgres.circuit_breaker import (
     RECONNECT_SECONDS,
     Attempt,
     CircuitBreaker,
-    spread,
+    jittered,
 )
 from latchkey_service.postgres.connections import POOL_SIZE_MAX
 
@@ -36,16 +36,16 @@ class World:
 
 
 @given(st.floats(0, 1e3), st.floats(0, 1, exclude_max=True))
-def test_spread(seconds: float, randomness: float) -> None:
+def test_jitter(seconds: float, randomness: float) -> None:
     """A pause is between half of the given time and all of it."""
-    assert seconds / 2 <= spread(seconds, randomness) <= seconds
+    assert seconds / 2 <= jittered(seconds, randomness) <= seconds
 
 
 def test_workers_do_not_retry_in_step() -> None:
     """Of workers that lost the database together, only a few retry within any twentieth of the
     pause."""
     randomness = random.Random(1)  # noqa: S311 - repeatable
-    pauses = sorted(spread(1.0, randomness.random()) for _ in range(200))
+    pauses = sorted(jittered(1.0, randomness.random()) for _ in range(200))
     for since in pauses:
         assert sum(since <= pause < since + 0.05 for pause in pauses) < 40
 
@@ -85,7 +85,7 @@ def test_open_permits_one_probe_per_pause(randomness: float) -> None:
     world = World(randomness)
     assert world.breaker.begin() is ORDINARY
     world.breaker.fail(ORDINARY)
-    pause = spread(RECONNECT_SECONDS, randomness)
+    pause = jittered(RECONNECT_SECONDS, randomness)
     for _ in range(3):
         assert world.begins() == [PROBE]
         world.breaker.fail(PROBE)

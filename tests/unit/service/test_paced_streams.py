@@ -13,20 +13,16 @@ RATE = 5
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that advances only while a task sleeps."""
-    times = [100.0]
-    sleep = asyncio.sleep
-
-    async def slept(seconds: float) -> None:
-        times[0] += seconds
-        await sleep(0)
-
-    monkeypatch.setattr("latchkey_service.rpc.interceptor.asyncio.sleep", slept)
-    return times
+def clock() -> list[float]:
+    """A clock that moves only while a stream is delayed."""
+    return [100.0]
 
 
 def calls(clock: list[float]) -> Calls:
+    async def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        await asyncio.sleep(0)
+
     unused: object = type("Unused", (), {"rejected": None})()
     return Calls(
         unused,  # type: ignore[arg-type]  # unused
@@ -34,6 +30,7 @@ def calls(clock: list[float]) -> Calls:
         unused,  # type: ignore[arg-type]  # only `rejected`
         0.0,
         lambda: clock[0],
+        sleep,
     )
 
 

@@ -1,7 +1,8 @@
-"""Guards for your own service: who presents no valid token does not get in.
+"""Guards reject requests to your own service that carry no valid bearer token.
 
-`latchkey.guards.grpc.GuardInterceptor` is for grpc.aio servers, `latchkey.guards.asgi.
-GuardMiddleware` for ASGI applications. Neither is imported here, so each costs only its users.
+`latchkey.guards.grpc.GuardInterceptor` is for grpc.aio servers, and
+`latchkey.guards.asgi.GuardMiddleware` for ASGI applications. This package imports neither, so that
+each costs only its users.
 """
 
 from latchkey.guards._decision import current_token

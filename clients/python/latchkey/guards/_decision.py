@@ -1,7 +1,7 @@
-"""The one place where a guard decides. Both guards translate its outcome, and add none.
+"""Decides about a request. Both guards only translate the decision into their protocol.
 
-Anything unexpected is UNAVAILABLE here and a refusal there: Latchkey is a dependency that fails
-closed. Nothing here logs, returns or raises what was presented.
+Every unexpected result becomes UNAVAILABLE, which the guards reject: they fail closed. This module
+never logs, returns or raises the presented secret.
 """
 
 import enum
@@ -20,7 +20,7 @@ from latchkey.verifier import Verifier
 
 _log = logging.getLogger("latchkey.guards")
 
-# RFC 6750 §2.1: the scheme in any letter case, spaces, b64token.
+# RFC 6750 §2.1: the scheme in any letter case, spaces, and a b64token.
 _BEARER: Final = re.compile(r"(?i:bearer) +([A-Za-z0-9\-._~+/]+=*)", re.ASCII)
 _SCHEME: Final = re.compile(r"(?i:bearer)(?: .*)?", re.ASCII | re.DOTALL)
 
@@ -28,12 +28,12 @@ token_var: Final[ContextVar[Token | None]] = ContextVar("latchkey_token", defaul
 
 
 def current_token() -> Token | None:
-    """Return the token that the request under way was let in with. None: it needed none."""
+    """Return the token that the current request presented. None: the request needed none."""
     return token_var.get()
 
 
 class SupportsVerify(Protocol):
-    """What a guard asks: a `latchkey.Verifier`, or a stand-in for it in tests."""
+    """The interface that a guard needs: a `latchkey.Verifier`, or a substitute in tests."""
 
     async def verify(
         self,
@@ -43,18 +43,18 @@ class SupportsVerify(Protocol):
         *,
         timeout_seconds: float | None = None,
     ) -> Verification:
-        """Answer whether `secret` may do what needs `scope`."""
+        """Answer whether `secret` is valid for `scope`."""
         ...
 
 
 class Outcome(enum.Enum):
-    """What becomes of a request."""
+    """The result of a decision."""
 
     ALLOWED = enum.auto()
     MISSING = enum.auto()
-    """No bearer token was presented."""
+    """The request carries no bearer token."""
     INVALID = enum.auto()
-    """What was presented is no live token."""
+    """The presented value is not a live token."""
     FORBIDDEN = enum.auto()
     """The token is live, but its scope is too small."""
     UNAVAILABLE = enum.auto()
@@ -63,7 +63,7 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """An outcome. `token` is set if and only if it is ALLOWED."""
+    """An outcome. `token` is set exactly if the outcome is ALLOWED."""
 
     outcome: Outcome
     token: Token | None = None
@@ -71,13 +71,13 @@ class Decision:
 
 
 def checked_scope(scope: object) -> Scope | None:
-    """Return `scope`. Raises TypeError or ValueError when it is not READ, WRITE or None."""
+    """Return `scope`. Raises TypeError or ValueError unless it is READ, WRITE or None."""
     if scope is None:
         return None
     if not isinstance(scope, Scope):
-        raise TypeError(f"a required scope is a latchkey.Scope or None, not {scope!r}")
+        raise TypeError(f"a required scope must be a latchkey.Scope or None, not {scope!r}")
     if scope is Scope.UNSPECIFIED:
-        raise ValueError("Scope.UNSPECIFIED cannot be required; None accepts any valid token")
+        raise ValueError("Scope.UNSPECIFIED cannot be required; use None to accept any valid token")
     return scope
 
 
@@ -87,9 +87,9 @@ async def decide(
     required_scope: Scope | None,
     timeout_seconds: float | None = None,
 ) -> Decision:
-    """Decide about a request by the values of its `authorization` header, of any kind and number.
+    """Decide about a request from the values of its `authorization` headers.
 
-    Raises nothing but CancelledError.
+    There may be any number of values, with any content. Raises only CancelledError.
     """
     presented = _presented(authorization)
     if isinstance(presented, Decision):
@@ -99,22 +99,22 @@ async def decide(
             presented, required_scope, timeout_seconds=timeout_seconds
         )
         return _judge(verification)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the request does not get in
+    except Exception as error:  # noqa: BLE001 - no error may let the request in
         return _refused(error)
 
 
 def decide_nowait(
     verifier: SupportsVerify, authorization: Sequence[str], required_scope: Scope | None
 ) -> Decision | None:
-    """Decide as `decide` does, if that can be done at once; None: it cannot.
+    """Decide as `decide` does if that is possible at once. Otherwise return None.
 
-    May be called from any thread, and raises nothing.
+    Any thread may call it. Raises nothing.
     """
     presented = _presented(authorization)
     if isinstance(presented, Decision):
         return presented
     if not isinstance(verifier, Verifier):
-        return None  # of a stand-in it is not known what may be called from where
+        return None  # a substitute may not be safe to call from another thread
     try:
         verification = verifier.verify_nowait(presented, required_scope)
         return None if verification is None else _judge(verification)
@@ -123,27 +123,27 @@ def decide_nowait(
 
 
 def _presented(authorization: Sequence[str]) -> Secret | Decision:
-    """Return what the header presents, or what becomes of a request that presents nothing."""
+    """Return the presented secret, or the decision for a request without a usable one."""
     if len(authorization) == 1 and (match := _BEARER.fullmatch(authorization[0])):
         return Secret(match[1])
     if not any(_SCHEME.fullmatch(value) for value in authorization):
-        # Other schemes are not ours: to their holder we say which one is (RFC 6750 §3.1).
+        # A client that uses another scheme learns which scheme to use (RFC 6750 §3.1).
         return Decision(Outcome.MISSING)
-    # Of two values, another layer may have looked at the other one.
+    # Reject repeated headers: another layer may have evaluated the other one.
     return Decision(Outcome.INVALID)
 
 
 def _refused(error: Exception) -> Decision:
     if isinstance(error, LatchkeyError):
-        _log.warning("request refused, for there is no safe answer: %s", error)
+        _log.warning("request rejected: no safe answer: %s", error)
         return Decision(Outcome.UNAVAILABLE, retry_after=error.retry_after)
-    # The class alone: the text of a stranger's exception may hold what was presented.
-    _log.error("request refused: verify raised %s", type(error).__name__)
+    # Log only the class: the text of a foreign exception may contain the secret.
+    _log.error("request rejected: verify raised %s", type(error).__name__)
     return Decision(Outcome.UNAVAILABLE)
 
 
 def _judge(verification: Verification) -> Decision:
-    """Translate an answer; only VALID with a token lets anybody in."""
+    """Translate a verification. Only VALID with a token is ALLOWED."""
     if verification.verdict is Verdict.VALID and isinstance(verification.token, Token):
         return Decision(Outcome.ALLOWED, token=verification.token)
     if verification.verdict is Verdict.INSUFFICIENT_SCOPE:

@@ -2,7 +2,7 @@
 
     app = GuardMiddleware(app, verifier)
 
-It owns the way from a request's headers to a refusal (RFC 6750 §3); `_decision` decides.
+This module translates a decision of `_decision` into a refusal (RFC 6750 §3).
 """
 
 import json
@@ -24,23 +24,23 @@ from latchkey.models import Scope
 
 __all__ = ["GuardMiddleware", "scope_by_method"]
 
-# ASGI calls it "scope", which is another thing here.
+# ASGI calls this "scope", which means something else here.
 Connection = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Connection, Receive, Send], Awaitable[None]]
 
-# RFC 9110 §9.2.1, without TRACE, which no service has a use for.
+# RFC 9110 §9.2.1, without TRACE, which services do not use.
 _SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
-# When Latchkey does not say how long to wait.
+# The delay if Latchkey does not request one.
 RETRY_AFTER_SECONDS: Final = 1
-# RFC 6455 §7.4.1: policy violation; and 1013, try again later (IANA registry).
+# 1008: policy violation (RFC 6455 §7.4.1). 1013: try again later (IANA registry).
 _CLOSE_REFUSED: Final = 1008
 _CLOSE_UNAVAILABLE: Final = 1013
 
-# Same text for a token that expired, was deleted or never existed: it is not told which.
+# An expired, a deleted and an unknown token get the same text, so that holders cannot probe.
 _REFUSALS: Final[Mapping[Outcome, tuple[HTTPStatus, str]]] = {
     Outcome.MISSING: (
         HTTPStatus.UNAUTHORIZED,
@@ -59,23 +59,25 @@ _REFUSALS: Final[Mapping[Outcome, tuple[HTTPStatus, str]]] = {
 
 
 def scope_by_method(connection: Connection) -> Scope:
-    """Return READ for GET, HEAD and OPTIONS, and WRITE for all else, WebSockets included."""
+    """Return READ for GET, HEAD and OPTIONS. Return WRITE for everything else, also WebSockets."""
     if connection["type"] == "http" and connection["method"] in _SAFE_METHODS:
         return Scope.READ
     return Scope.WRITE
 
 
 class GuardMiddleware:
-    """Lets a request in when its bearer token is valid and its scope includes what it needs.
+    """Lets a request in if its bearer token is valid for the required scope.
 
-    `required_scope` is a Scope for all requests, None for "any valid token", or a function of the
-    ASGI connection scope that returns one of these. Paths in `public` need no token, exactly as
-    they are spelled. All else is refused: 401 or 403 with WWW-Authenticate, 503 with Retry-After
-    when Latchkey gives no safe answer; a WebSocket is refused before it is accepted. An exception
-    from a `required_scope` function lets nobody in and is the server's to report.
+    `required_scope` is a Scope for all requests, None to accept any valid token, or a function of
+    the ASGI connection scope that returns one of these. If that function raises, the request is not
+    served, and the server reports the exception. Requests whose path is exactly in `public` need no
+    token.
+
+    Other requests are refused with 401 or 403 and WWW-Authenticate. If Latchkey gives no safe
+    answer, they are refused with 503 and Retry-After. A WebSocket is refused before it is accepted.
 
     The application finds the token with `latchkey.guards.current_token()` and as
-    `scope["latchkey.token"]`. CORS preflights carry no token: put CORS middleware around this.
+    `scope["latchkey.token"]`. CORS preflights carry no token, so wrap this in CORS middleware.
     """
 
     def __init__(
@@ -88,9 +90,9 @@ class GuardMiddleware:
         realm: str = "latchkey",
     ) -> None:
         if isinstance(public, str):
-            raise TypeError("public is a collection of paths, not one of them")
+            raise TypeError("public must be a collection of paths, not a single path")
         if re.fullmatch(r"[ !#-\[\]-~]+", realm) is None:
-            raise ValueError("realm has to be printable ASCII without quotes and backslashes")
+            raise ValueError("realm must be printable ASCII without quotes and backslashes")
         self._app = app
         self._verifier = verifier
         self._required_scope = (
@@ -106,8 +108,8 @@ class GuardMiddleware:
             await self._app(scope, receive, send)
             return
         if kind not in ("http", "websocket"):
-            # Something newer than this guard, which cannot know how to refuse it.
-            raise ValueError(f"the guard lets no connection of type {kind!r} through")
+            # A newer connection type, which this guard does not know how to refuse.
+            raise ValueError(f"the guard does not support connections of type {kind!r}")
         if scope["path"] in self._public:
             await self._app(scope, receive, send)
             return
@@ -156,7 +158,7 @@ class GuardMiddleware:
         await send({"type": f"{prefix}.body", "body": b"" if head else body})
 
     def _headers(self, decision: Decision, required: Scope | None) -> list[tuple[bytes, bytes]]:
-        """Return the headers that tell a refused caller what would help (RFC 6750 §3)."""
+        """Return the headers that tell a refused client what to do (RFC 6750 §3)."""
         if decision.outcome is Outcome.UNAVAILABLE:
             asked = decision.retry_after.total_seconds() if decision.retry_after else 0.0
             wait = max(RETRY_AFTER_SECONDS, math.ceil(asked))
@@ -168,7 +170,7 @@ class GuardMiddleware:
             challenge += ', error="insufficient_scope"'
             if required is not None:
                 challenge += f', scope="{required.value}"'
-        # MISSING has no error code: nothing was wrong with what was not there (§3.1).
+        # MISSING has no error code, because the request contained nothing wrong (§3.1).
         return [(b"www-authenticate", challenge.encode("ascii"))]
 
     async def _refuse_websocket(
@@ -181,13 +183,13 @@ class GuardMiddleware:
     ) -> None:
         message = await receive()
         if message["type"] != "websocket.connect":
-            return  # gone before it was answered
+            return  # the client has disconnected
         if "websocket.http.response" in (scope.get("extensions") or {}):
             await self._refuse_http(
                 decision, required, scope, send, prefix="websocket.http.response"
             )
             return
-        # Before acceptance servers answer the handshake with 403, whatever the code.
+        # Before acceptance, servers answer the handshake with 403 for every code.
         unavailable = decision.outcome is Outcome.UNAVAILABLE
         code = _CLOSE_UNAVAILABLE if unavailable else _CLOSE_REFUSED
         await send({"type": "websocket.close", "code": code, "reason": ""})

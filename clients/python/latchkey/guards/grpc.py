@@ -2,8 +2,8 @@
 
     server = grpc.aio.server(interceptors=[GuardInterceptor(verifier, Scope.READ)])
 
-It owns the way from a call's metadata to a refusal; `_decision` decides. A call is judged once,
-when it starts: a stream that outlives its token goes on.
+This module translates a decision of `_decision` into a refusal. It judges a call once, when the
+call starts. A stream may continue after its token has died.
 """
 
 import asyncio
@@ -41,12 +41,12 @@ from latchkey.models import Scope
 
 __all__ = ["GuardInterceptor"]
 
-# How long a handler's thread waits for the event loop to bring a decision. Only a loop that hangs
-# gets near it: the verify itself has a far shorter deadline.
+# How long a handler's thread waits for the event loop's decision. Only an event loop that hangs
+# takes that long, because the verify has a far shorter deadline.
 THREAD_WAIT_SECONDS: Final = 30.0
 
-# Status, text and ErrorInfo.reason. The same text for a token that expired, was deleted or never
-# existed: its presenter is not told which.
+# Status, text and ErrorInfo.reason. An expired, a deleted and an unknown token get the same text,
+# so that holders cannot probe.
 _REFUSALS: Final[Mapping[Outcome, tuple[grpc.StatusCode, str, str]]] = {
     Outcome.MISSING: (
         grpc.StatusCode.UNAUTHENTICATED,
@@ -70,22 +70,22 @@ _REFUSALS: Final[Mapping[Outcome, tuple[grpc.StatusCode, str, str]]] = {
     ),
 }
 
-# Handlers, messages and contexts are the service's own, of any type.
-# In quotes: at run time this class takes no parameters.
+# Handlers, messages and contexts belong to the guarded service and have any type.
+# Quoted, because the class has no type parameters at run time.
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class GuardInterceptor(grpc.aio.ServerInterceptor):
-    """Lets a call in when its bearer token is valid and its scope includes what the call needs.
+    """Lets a call in if its bearer token is valid for the scope that the method requires.
 
-    `required_scope` is for every method, `scopes` for single ones by full name
-    ("/pkg.Service/Method"); None accepts any valid token. The methods in `public` need no token,
-    exactly as they are spelled. Everything else, methods that do not exist included, is refused:
-    UNAUTHENTICATED, PERMISSION_DENIED, or UNAVAILABLE when Latchkey gives no safe answer.
+    `required_scope` applies to every method, `scopes` to single methods by their full name
+    ("/pkg.Service/Method"). None accepts any valid token. Methods whose name is exactly in `public`
+    need no token. All other calls, also those of methods that do not exist, are refused with
+    UNAUTHENTICATED or PERMISSION_DENIED, or with UNAVAILABLE if Latchkey gives no safe answer.
 
-    A handler finds the token with `latchkey.guards.current_token()`. The call's deadline bounds
-    the verify. No request is parsed before its caller is let in. Put it before interceptors whose
-    own work should wait for that, and note that all of them look up the handler first.
+    A handler finds the token with `latchkey.guards.current_token()`. The call's deadline bounds the
+    verify. No request is parsed before its caller is let in. Place the guard before interceptors
+    that should only work for valid callers. All interceptors look up the handler first.
     """
 
     def __init__(
@@ -97,25 +97,25 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         public: Collection[str] = (),
     ) -> None:
         if isinstance(public, str):
-            raise TypeError("public is a collection of method names, not one of them")
+            raise TypeError("public must be a collection of method names, not a single name")
         self._verifier = verifier
         self._required_scope = checked_scope(required_scope)
         self._scopes = {name: checked_scope(scope) for name, scope in (scopes or {}).items()}
         self._public = frozenset(public)
 
-    # The types of grpc-stubs are generic in messages, which an interceptor knows nothing about.
+    # grpc-stubs' types are generic in message types, which an interceptor does not know.
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """Return the method's handler, wrapped so that it runs for valid tokens only."""
+        """Return the method's handler, wrapped so that it runs only for valid tokens."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         if method in self._public:
             return handler
         authorization = [
-            # Bytes come with keys that end in "-bin" only; who knows, with every transport.
+            # Values should be bytes only for keys that end in "-bin". Do not rely on the transport.
             value if isinstance(value, str) else value.decode("latin-1")
             for key, value in handler_call_details.invocation_metadata
             if key.lower() == "authorization"
@@ -130,7 +130,7 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
 
 @dataclass(frozen=True, slots=True)
 class _Judge:
-    """Decides about one call."""
+    """Decides about one call with one required scope."""
 
     verifier: SupportsVerify
     authorization: Sequence[str]
@@ -144,10 +144,10 @@ class _Judge:
 
 
 def _guarded(handler: Handler, judge: _Judge) -> Handler:
-    """Return `handler` behind `judge`; the same kind of handler, sync or async as it was."""
+    """Return `handler` behind `judge`: the same kind of handler, sync or async as before."""
     deserializer, parse = None, handler.request_deserializer or _as_is
     if handler.request_streaming:
-        # A stream is parsed when it is read, and the handler may read it through its context.
+        # A stream is parsed as it is read, and the handler may read it through its context.
         deserializer, parse = handler.request_deserializer, _as_is
     serializer = handler.response_serializer
     if handler.response_streaming:
@@ -170,9 +170,9 @@ def _guarded(handler: Handler, judge: _Judge) -> Handler:
     return guarded
 
 
-# In each of the wrappers the service's code runs in the branch for ALLOWED and nowhere else, so
-# that nothing runs even if abort() were to return. grpc.aio makes a task for each call: what is
-# set in the task's context is seen by all of this call's code, generators too, and by no other's.
+# In each wrapper the service's code runs only in the branch for ALLOWED. Even if abort() returned,
+# nothing would run. grpc.aio creates a task for each call. All code of the call, including
+# generators, sees what is set in that task's context, and no other call does.
 
 
 def _unary(behaviour: Any, parse: Callable[[Any], Any], judge: _Judge) -> Any:
@@ -192,7 +192,7 @@ def _unary(behaviour: Any, parse: Callable[[Any], Any], judge: _Judge) -> Any:
     def run_in_thread(request: Any, context: Any) -> Any:
         decision = _judge_from_thread(judge, context, loop)
         if decision.outcome is Outcome.ALLOWED:
-            # Threads are used again by other calls: a context of its own, and not the thread's.
+            # Other calls reuse this thread, so run in a separate context instead of the thread's.
             own = contextvars.copy_context()
             own.run(token_var.set, decision.token)
             return own.run(behaviour, parse(request), context)
@@ -217,7 +217,7 @@ def _streaming(behaviour: Any, parse: Callable[[Any], Any], judge: _Judge) -> An
         return generate
 
     if inspect.iscoroutinefunction(behaviour):
-        # Reads and writes through its context, and returns nothing.
+        # Such a handler reads and writes through its context, and returns nothing.
         return _unary(behaviour, parse, judge)
 
     loop = asyncio.get_running_loop()
@@ -238,7 +238,7 @@ def _streaming(behaviour: Any, parse: Callable[[Any], Any], judge: _Judge) -> An
 
 
 def _unimplemented(judge: _Judge) -> Any:
-    """Return a handler of no method. Which methods exist is told to valid callers only."""
+    """Return the handler for an unknown method. Only valid callers learn that it is unknown."""
 
     async def run(_requests: Any, context: Any) -> None:
         decision = await judge(_remaining(context))
@@ -250,7 +250,7 @@ def _unimplemented(judge: _Judge) -> Any:
 
 
 def _judge_from_thread(judge: _Judge, context: Any, loop: asyncio.AbstractEventLoop) -> Decision:
-    """Judge in the thread that a sync handler runs in: at once, or by waiting for the loop."""
+    """Judge a call in a sync handler's thread: at once, or by waiting for the event loop."""
     decision = judge.nowait()
     if decision is not None:
         return decision
@@ -267,16 +267,16 @@ def _judge_from_thread(judge: _Judge, context: Any, loop: asyncio.AbstractEventL
 
 
 def _remaining(context: Any) -> float | None:
-    """Return the seconds that the call has left; None when its caller set no deadline."""
+    """Return the seconds until the call's deadline, or None if it has none."""
     remaining: float | None = context.time_remaining()
-    # A deadline that has just passed is still no endless one.
+    # A deadline that has just passed must not become "no deadline".
     return None if remaining is None else max(remaining, 0.001)
 
 
 def _refusal(
     decision: Decision,
 ) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]:
-    """Return the arguments of abort(): status, text, and rich details as trailing metadata."""
+    """Return the arguments for abort(): status, text, and rich details as trailing metadata."""
     code, text, reason = _REFUSALS[decision.outcome]
     details = [error_details_pb2.ErrorInfo(reason=reason, domain="latchkey")]
     if decision.retry_after is not None:
@@ -288,7 +288,7 @@ def _refusal(
         packed = AnyMessage()
         packed.Pack(detail)
         status.details.append(packed)
-    # abort() and not abort_with_status(): contexts of sync handlers have no such method.
+    # Not abort_with_status(), which the contexts of sync handlers do not have.
     return code, text, (("grpc-status-details-bin", status.SerializeToString()),)
 
 

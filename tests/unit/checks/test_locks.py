@@ -1,0 +1,130 @@
+"""What the check of the lock files accepts and rejects."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.checks import locks
+from tests.checks.steps import ROOT, State, ok
+
+PROJECT = """
+[project]
+dependencies = ["Base_Lib>=1"]
+[project.optional-dependencies]
+cli = ["shell-lib>=2"]
+service = ["server-lib==3.1"]
+[dependency-groups]
+dev = ["linter<5; sys_platform == 'linux'"]
+"""
+HASH = " \\\n    --hash=sha256:00\n"
+PINS = {
+    "run.txt": ["base-lib==1.4", "shell-lib==2.0", "server-lib==3.1", "builder==1.0"],
+    "service.txt": ["base-lib==1.4", "shell-lib==2.0", "server-lib==3.1"],
+    "dev.txt": [
+        *("base-lib==1.4", "shell-lib==2.0", "server-lib==3.1", "builder==1.0"),
+        "linter==4.9 ; sys_platform == 'linux'",
+    ],
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A project whose lock files are right."""
+    (tmp_path / "pyproject.toml").write_text(PROJECT)
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements/build.in").write_text("# comment\nbuilder\n\n")
+    for name, pins in PINS.items():
+        (tmp_path / "requirements" / name).write_text("".join(pin + HASH for pin in pins))
+    return tmp_path
+
+
+def replace(root: Path, name: str, before: str, after: str) -> None:
+    path = root / "requirements" / name
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+
+
+def test_right_lock_files_pass(root: Path) -> None:
+    """Names match whatever their spelling, and the project's own lock files pass."""
+    assert locks.check(root) == ok()
+    assert locks.check(ROOT) == ok()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "--index-url https://index.example/simple",
+        "--extra-index-url index.example",
+        "-i index.example",
+        "-f wheels",
+        "  --find-links wheels",
+        "--trusted-host index.example",
+        "other @ file:///wheels/other.whl",
+        "# from http://index.example",
+    ],
+)
+def test_address_is_rejected(root: Path, address: str) -> None:
+    """A lock file that names an index, a host or a file fails, with the line."""
+    path = root / "requirements/run.txt"
+    path.write_text(path.read_text() + address + "\n")
+    found = list(locks.complaints(root))
+    assert any(text.startswith("requirements/run.txt:9: names an address") for text in found), found
+
+
+def test_missing_hash_is_rejected(root: Path) -> None:
+    """An entry without a hash fails, even if the entries around it have one."""
+    replace(root, "run.txt", f"shell-lib==2.0{HASH}", "shell-lib==2.0\n")
+    assert list(locks.complaints(root)) == ["requirements/run.txt: shell-lib==2.0 has no hash"]
+
+
+def test_unpinned_entry_is_rejected(root: Path) -> None:
+    """An entry that allows several versions fails."""
+    replace(root, "dev.txt", "builder==1.0", "builder>=1.0")
+    assert "requirements/dev.txt: builder>=1.0 is not pinned with ==" in locks.complaints(root)
+
+
+@pytest.mark.parametrize(
+    ("name", "pin", "package"),
+    [
+        ("run.txt", "base-lib==1.4", "Base_Lib"),
+        ("run.txt", "builder==1.0", "builder"),
+        ("service.txt", "server-lib==3.1", "server-lib"),
+        ("dev.txt", "linter==4.9 ; sys_platform == 'linux'", "linter"),
+    ],
+)
+def test_missing_package_is_rejected(root: Path, name: str, pin: str, package: str) -> None:
+    """Each lock file contains everything that it is made from."""
+    replace(root, name, pin + HASH, "")
+    assert list(locks.complaints(root)) == [f"requirements/{name}: lacks {package}; run make lock"]
+
+
+def test_missing_file_is_rejected(root: Path) -> None:
+    """A lock file that does not exist lacks all its packages."""
+    (root / "requirements/service.txt").unlink()
+    assert len(list(locks.complaints(root))) == len(PINS["service.txt"])
+
+
+def test_wrong_version_is_rejected(root: Path) -> None:
+    """A pinned version that pyproject.toml does not allow fails."""
+    replace(root, "dev.txt", "linter==4.9", "linter==5.0")
+    assert list(locks.complaints(root)) == [
+        "requirements/dev.txt: linter 5.0 is not linter<5; sys_platform == 'linux'; run make lock"
+    ]
+
+
+def test_different_versions_are_rejected(root: Path) -> None:
+    """Tests and the container use the versions that run.txt pins."""
+    replace(root, "service.txt", "base-lib==1.4", "base-lib==1.5")
+    assert list(locks.complaints(root)) == [
+        "requirements/service.txt: base-lib 1.5, but 1.4 in run.txt"
+    ]
+
+
+def test_outcome_lists_the_complaints(root: Path) -> None:
+    """The step fails with one line for each complaint."""
+    replace(root, "dev.txt", "linter==4.9", "linter==5.0")
+    replace(root, "service.txt", "base-lib==1.4", "base-lib==1.5")
+    outcome = locks.check(root)
+    assert outcome.state is State.FAILED
+    assert len(outcome.text.splitlines()) == 2
