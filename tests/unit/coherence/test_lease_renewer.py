@@ -13,8 +13,8 @@ from latchkey_service.coherence.lease_renewer import LeaseRenewer
 from latchkey_service.coherence.verifier_state import Log, VerifierState
 from latchkey_service.coherence.verifier_table import Identity, Registration
 from latchkey_service.errors import StoreUnavailable
-from structlog.testing import capture_logs
 
+from tests.lines import Lines
 from tests.positions import at
 from tests.support import eventually
 from tests.unit.coherence.scene import PRIMARY, log
@@ -77,26 +77,27 @@ async def test_another_history_is_logged_and_is_no_renewal(
     monkeypatch.setattr(lease_renewer, "OwnRow", lambda *_: database)
     state: VerifierState[Any] = VerifierState(Memory(10), ClientLeases(), 3.0)
     primary: Any = Primary()
-    with capture_logs() as logged:
-        renewer = LeaseRenewer(state, Identity("ver_own", "host", 1, "0", 3.0), primary, boottime)
-        running = asyncio.create_task(renewer.run())
+    renewer = LeaseRenewer(state, Identity("ver_own", "host", 1, "0", 3.0), primary, boottime)
+    logged: Any = Lines()
+    renewer._log = logged
+    running = asyncio.create_task(renewer.run())
 
-        def events() -> list[str]:
-            return [line["event"] for line in logged]
+    def events() -> list[str]:
+        return [line["event"] for line in logged]
 
-        await eventually(renewer.has_lease, "there is a lease")
-        database.failures, database.head = 1, at(5, history=2)
-        database.answers.clear()
-        # Due at once, which a renewal is only every third of a lease otherwise.
-        renewer._next_renewal = 0.0
-        renewer._news = False
-        renewer.wake_to_acknowledge()
-        await eventually(lambda: "starting over" in events()[-1], "the loss is logged")
-        assert events().count("the lease is renewed again") == 0
-        assert logged[-1]["address"] == HOST
-        assert logged[-1]["timeline"] == PRIMARY.timeline
-        database.answers.set()
-        await eventually(renewer.has_lease, "there is a lease again")
-        await eventually(lambda: "the lease is renewed again" in events(), "it is logged")
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+    await eventually(renewer.has_lease, "there is a lease")
+    database.failures, database.head = 1, at(5, history=2)
+    database.answers.clear()
+    # Due at once, which a renewal is only every third of a lease otherwise.
+    renewer._next_renewal = 0.0
+    renewer._news = False
+    renewer.wake_to_acknowledge()
+    await eventually(lambda: "starting over" in events()[-1], "the loss is logged")
+    assert events().count("the lease is renewed again") == 0
+    assert logged[-1]["address"] == HOST
+    assert logged[-1]["timeline"] == PRIMARY.timeline
+    database.answers.set()
+    await eventually(renewer.has_lease, "there is a lease again")
+    await eventually(lambda: "the lease is renewed again" in events(), "it is logged")
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)

@@ -1,17 +1,18 @@
 """How the primary is tracked: its log lines, its warnings in `status`, and diagnoses."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import asyncpg
 import pytest
-import structlog
 from latchkey_service.coherence import primary as primary_module
 from latchkey_service.coherence.primary import STANDBY_MISSING, Primary
 from latchkey_service.coherence.verifier_state import Server
 from latchkey_service.errors import NotReplicated, StoreUnavailable
 
+from tests.lines import Lines
 from tests.support import eventually
 
 FIRST, SECOND = "h1:1", "h2:2"
@@ -84,6 +85,12 @@ class World:
     def connection(self, host: str) -> FakeConnection:
         return FakeConnection(host, self.connector.waiting)
 
+    @contextlib.contextmanager
+    def logged(self) -> Iterator[Lines]:
+        """Collect what the Primary logs meanwhile."""
+        lines = self.primary._log = Lines()
+        yield lines
+
     async def diagnosed(self) -> None:
         await eventually(lambda: self.primary._diagnosis is None, "the diagnosis has ended")
 
@@ -105,7 +112,7 @@ async def test_each_change_of_the_server_is_logged(world: World) -> None:
     assert primary.host == ""
     steps = [(FIRST, OLD), (FIRST, OLD), (SECOND, NEW), (SECOND, NEW), (SECOND, OLD)]
     moves = []
-    with structlog.testing.capture_logs() as log:
+    with world.logged() as log:
         for host, server in steps:
             primary.renewed(world.connection(host), server)
             assert primary.host == host
@@ -148,7 +155,7 @@ async def test_one_failure_that_passes_leaves_no_host(world: World) -> None:
 async def test_a_commit_that_was_not_replicated_is_reported(world: World) -> None:
     """A renewal whose wait for the standby was cancelled shows that the standby is missing. The log
     says so once; `status` says so until a renewal succeeds."""
-    with structlog.testing.capture_logs() as log:
+    with world.logged() as log:
         for _ in range(3):
             world.primary.failed(world.connection(FIRST), NotReplicated("not replicated"))
         assert world.primary.warnings() == [STANDBY_MISSING]
@@ -199,7 +206,7 @@ async def test_another_primary_is_reported_once_and_until_it_is_gone(world: Worl
     await primary.look_at_others()
     assert primary.warnings() == []
     primary.renewed(world.connection(SECOND), NEW)
-    with structlog.testing.capture_logs() as log:
+    with world.logged() as log:
         for _ in range(2):
             await primary.look_at_others()
             (warning,) = primary.warnings()
