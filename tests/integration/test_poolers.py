@@ -161,7 +161,7 @@ async def test_session_mode_has_all_settings(pgbouncer: Start, ignored: str) -> 
     connector = Connector(pooler.url())
     for connection, wanted in (
         (await connector.connect(), SETTINGS),
-        (await connector.connect_for_lookups(), {**SETTINGS, **GENERIC_PLAN}),
+        (await connector.connect_with_generic_plans(), {**SETTINGS, **GENERIC_PLAN}),
     ):
         for name, value in wanted.items():
             found = await connection.fetchval("SELECT current_setting($1)", name)

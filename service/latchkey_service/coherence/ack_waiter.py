@@ -26,7 +26,7 @@ __all__ = ["AckWaiter"]
 
 # Between polls of the rows. A healthy verifier acknowledges within a few milliseconds, while
 # waiting out a lease takes seconds. Each poll costs every verifier a little.
-POLL_SECONDS_MIN = 0.002
+POLL_SECONDS_MIN = 0.0015
 POLL_SECONDS_MAX = 0.05
 POLL_FACTOR = 1.3
 

@@ -65,7 +65,7 @@ class Primary:
 
     async def connect(self) -> "Connection":
         """Return a connection for the lease renewer. Raises StoreUnavailable."""
-        return await self._connector.connect()
+        return await self._connector.connect_with_generic_plans()
 
     @property
     def host(self) -> str:

@@ -140,7 +140,7 @@ class Connector:
         with translate_errors():
             return await self.attempt()
 
-    async def connect_for_lookups(self) -> "asyncpg.Connection[asyncpg.Record]":
+    async def connect_with_generic_plans(self) -> "asyncpg.Connection[asyncpg.Record]":
         """Return a new connection that plans each statement once, for all arguments."""
         with translate_errors():
             return await self.attempt(GENERIC_PLAN)

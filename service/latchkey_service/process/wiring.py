@@ -241,7 +241,7 @@ async def running(
         settings.lease_seconds,
     )
     pool = await Pool.open(connector)
-    lookup = Lookup(connector.connect_for_lookups, boottime)
+    lookup = Lookup(connector.connect_with_generic_plans, boottime)
 
     def reconnect() -> None:
         """Make the other connections follow the lease to another server."""
@@ -274,7 +274,7 @@ async def running(
     table = VerifierTable(pool)
     ack_waiter = AckWaiter(
         table,
-        connector.connect,
+        connector.connect_with_generic_plans,
         renewer.wake,
         boottime,
         lambda: verifier_state.rows_complete_at,
