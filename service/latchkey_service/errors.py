@@ -14,6 +14,7 @@
     └── Unavailable           a dependency is unreachable or too slow; retryable
         ├── NotConfirmed      a deletion stands, but verifiers have yet to confirm it
         └── StoreUnavailable  Postgres
+            ├── CacheStartedOver a read was under way meanwhile
             ├── NotReplicated a failover may undo the committed change
             ├── StoreConflict the transaction kept conflicting with others
             └── StoreUnsupported  the database engine lacks a feature
@@ -176,6 +177,10 @@ class StoreUnavailable(Unavailable):
     reason = "DATABASE_UNAVAILABLE"
 
 
+class CacheStartedOver(StoreUnavailable):
+    """The cache started over while a read was under way, so the read proves nothing. Read again."""
+
+
 class NotReplicated(StoreUnavailable):
     """Postgres committed the change, but a failover may undo it."""
 
@@ -200,6 +205,7 @@ _CODES: Mapping[type[LatchkeyError], grpc.StatusCode] = MappingProxyType(
         Unavailable: grpc.StatusCode.UNAVAILABLE,
         NotConfirmed: grpc.StatusCode.UNAVAILABLE,
         StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
+        CacheStartedOver: grpc.StatusCode.UNAVAILABLE,
         NotReplicated: grpc.StatusCode.UNAVAILABLE,
         StoreUnsupported: grpc.StatusCode.UNAVAILABLE,
         StoreConflict: grpc.StatusCode.UNAVAILABLE,

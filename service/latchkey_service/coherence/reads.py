@@ -13,7 +13,7 @@ from typing import Any
 from latchkey_service.coherence.lease_renewer import LeaseRenewer
 from latchkey_service.coherence.snapshot import Snapshot
 from latchkey_service.coherence.verifier_state import ReadBegan, Standing, VerifierState
-from latchkey_service.errors import CHANGING_OVER, StoreUnavailable
+from latchkey_service.errors import CHANGING_OVER, CacheStartedOver, StoreUnavailable
 
 __all__ = ["LeasedReads"]
 
@@ -48,8 +48,8 @@ class LeasedReads:
         """Return if the read may be believed.
 
         If the snapshot is ahead of the log, waits for the log to be read. Raises StoreUnavailable
-        if the read came from another history or server, Overloaded if too many calls wait, and
-        Unavailable at `deadline`.
+        if the read came from another history or server, CacheStartedOver if the cache started over
+        meanwhile, Overloaded if too many calls wait, and Unavailable at `deadline`.
         """
         state = self._state
         standing = state.standing(snapshot, began)
@@ -58,8 +58,9 @@ class LeasedReads:
         ):
             standing = state.standing(snapshot, began)
         if standing is not Standing.BELIEVED:
-            if began.epoch == state.epoch:
-                self._disconnect()
-                # Either side may be the one that lags. The lease finds out at its next renewal.
-                self._renewer.wake()
+            if began.epoch != state.epoch:
+                raise CacheStartedOver(CHANGING_OVER)
+            self._disconnect()
+            # Either side may be the one that lags. The lease finds out at its next renewal.
+            self._renewer.wake()
             raise StoreUnavailable(CHANGING_OVER)

@@ -11,6 +11,7 @@ A secret with a wrong checksum or tag needs neither a query nor a lease. Unknown
 cached, so a verify recognises a new token at once.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -20,6 +21,7 @@ from latchkey_coherence.memory import NOWHERE, Position
 
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.verifier_state import VerifierState
+from latchkey_service.errors import CacheStartedOver
 from latchkey_service.secret_format import SECRET_LENGTH_MAX, Keyring, Malformed
 from latchkey_service.tokens.batched_lookup import Found, Lookup
 from latchkey_service.tokens.verdict import CachedToken, TokenRecord, Verdict, decide
@@ -41,6 +43,8 @@ class Answer(NamedTuple):
 # A presented secret and the number of the required scope.
 Question = tuple[str, int]
 
+# The cache rarely starts over, and hardly ever twice within one round trip.
+READS_MAX = 3
 # No secret has this digest: HMAC-SHA-256 returns all zeros with a probability of 2**-256.
 ABSENT_DIGEST = bytes(32)
 
@@ -100,9 +104,7 @@ class Verifier:
         digest = self._parse(presented)
         if isinstance(digest, Answer):
             return digest
-        began = await self._reads.begin(deadline)
-        found = await self._lookup.find(digest, deadline)
-        await self._reads.accept(found.snapshot, began, deadline)
+        (found,) = await self._find((digest,), deadline)
         # Reads the time after the wait, because expiry is judged at the time of the answer.
         return self._judge(presented, found, required_scope, self._unix_time())
 
@@ -115,10 +117,7 @@ class Verifier:
         digests = [digest for digest in parsed if isinstance(digest, bytes)]
         if not digests:
             return [answer for answer in parsed if isinstance(answer, Answer)]
-        began = await self._reads.begin(deadline)
-        found = await self._lookup.find_all(digests, deadline)
-        await self._reads.accept(found[0].snapshot, began, deadline)
-        founds = iter(found)
+        founds = iter(await self._find(digests, deadline))
         now = self._unix_time()
         return [
             digest
@@ -132,9 +131,24 @@ class Verifier:
 
         For the health service.
         """
+        await self._find((ABSENT_DIGEST,), deadline)
+
+    async def _find(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
+        """Look up 1 to 1,000 digests, under the lease, and return what may be believed, in order.
+
+        Reads again if the cache starts over meanwhile, as an `InvalidateAll` or a new timeline has
+        it do: then the read proves nothing, and the next one does.
+        """
+        for _ in range(READS_MAX - 1):
+            with contextlib.suppress(CacheStartedOver):
+                return await self._find_once(digests, deadline)
+        return await self._find_once(digests, deadline)
+
+    async def _find_once(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
         began = await self._reads.begin(deadline)
-        found = await self._lookup.find(ABSENT_DIGEST, deadline)
-        await self._reads.accept(found.snapshot, began, deadline)
+        found = await self._lookup.find_all(digests, deadline)
+        await self._reads.accept(found[0].snapshot, began, deadline)
+        return found
 
     def _judge(self, presented: str, found: Found, required_scope: int, now: float) -> Answer:
         """Decide on a token that was read, and cache it if the fill rule allows."""

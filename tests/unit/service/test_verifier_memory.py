@@ -1,6 +1,7 @@
 """What the server's verifier caches, for how long, and which reads it answers with."""
 
 import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,11 +10,11 @@ from latchkey_coherence.memory import Memory, Position
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.snapshot import Snapshot
 from latchkey_service.coherence.verifier_state import VerifierState
-from latchkey_service.errors import StoreUnavailable
+from latchkey_service.errors import CacheStartedOver, StoreUnavailable
 from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens.batched_lookup import Found
 from latchkey_service.tokens.verdict import CachedToken, Scope, TokenRecord, Verdict
-from latchkey_service.tokens.verifier import Verifier
+from latchkey_service.tokens.verifier import READS_MAX, Verifier
 
 from tests.positions import at
 from tests.unit.coherence.scene import PRIMARY, Scene
@@ -34,9 +35,9 @@ class Database:
         self.reads = 0
         self.disconnected = 0
 
-    async def find(self, digest: bytes, deadline: float) -> Found:
+    async def find_all(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
         self.reads += 1
-        return Found(self.record, self.snapshot)
+        return [Found(self.record, self.snapshot) for _ in digests]
 
 
 class FakeRenewer:
@@ -181,31 +182,43 @@ async def test_a_read_overtaken_by_an_invalidation_is_answered_but_not_cached() 
     """The verify began before the invalidation was applied, so it may answer. The cache must not
     store the token, because nothing would remove it again."""
     bench = Bench()
-    find = bench.database.find
+    find_all = bench.database.find_all
 
-    async def overtaken(digest: bytes, deadline: float) -> Found:
-        found = await find(digest, deadline)
+    async def overtaken(digests: Sequence[bytes], deadline: float) -> list[Found]:
+        found = await find_all(digests, deadline)
         bench.scene.apply((at(6), "t1"))
         return found
 
-    bench.database.find = overtaken  # type: ignore[method-assign]  # at the worst moment
+    bench.database.find_all = overtaken  # type: ignore[method-assign]  # at the worst moment
     assert await bench.verify() is Verdict.VALID
     assert len(bench.memory) == 0
 
 
 async def test_a_lease_lost_during_the_read_permits_no_answer() -> None:
-    """The read was sent under a lease on a history that no longer exists."""
+    """A read that was sent under a lease on a history that no longer exists is sent again, a
+    bounded number of times. It disconnects nobody: the connection is not at fault."""
     bench = Bench()
-    find = bench.database.find
+    find_all = bench.database.find_all
+    losses = 1
 
-    async def overtaken(digest: bytes, deadline: float) -> Found:
-        found = await find(digest, deadline)
+    async def overtaken(digests: Sequence[bytes], deadline: float) -> list[Found]:
+        nonlocal losses
+        found = await find_all(digests, deadline)
+        losses -= 1
+        if losses < 0:
+            return found
         bench.state.lose()
         bench.state.register(at(5), 5, PRIMARY, 0.0)
         bench.scene.renew()
         return found
 
-    bench.database.find = overtaken  # type: ignore[method-assign]  # at the worst moment
-    with pytest.raises(StoreUnavailable):
+    bench.database.find_all = overtaken  # type: ignore[method-assign]  # at the worst moment
+    assert await bench.verify() is Verdict.VALID
+    assert bench.database.reads == 2
+    losses = 1_000
+    bench.memory.reset(bench.memory.position)
+    with pytest.raises(CacheStartedOver):
         await bench.verify()
+    assert bench.database.reads == 2 + READS_MAX
     assert len(bench.memory) == 0
+    assert bench.database.disconnected == 0
