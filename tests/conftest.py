@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import grpc
@@ -18,17 +17,25 @@ import hypothesis
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service.access.policy_file import read_text
 from latchkey_service.postgres import connections
 from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
 from latchkey_service.postgres.migrate import bundled, migrate
-from latchkey_service.process.wiring import Server, running
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens import pepper_file as pepper_files
 from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.transport import tls
 
-from tests.support import WAIT_SECONDS, drop_database
+from tests.helpers.databases import drop_database
+from tests.helpers.servers import (
+    TEMPLATE,
+    TRANSPORTS,
+    Create,
+    execute,
+    make_settings,
+    serving,
+    with_database,
+)
+from tests.helpers.waiting import WAIT_SECONDS
 
 if TYPE_CHECKING:
     from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
@@ -53,8 +60,6 @@ OWN_TIMEOUTS = {name: getattr(connections, name) for name in TIMEOUTS}
 for name in TIMEOUTS:
     setattr(connections, name, WAIT_SECONDS)
 
-TRANSPORTS = ("native", "grpcio")
-TEMPLATE = "latchkey_template"
 FAULTS = Path(__file__).parent / "faults"
 _numbers = itertools.count(1)
 
@@ -97,7 +102,7 @@ def postgres_url(scratch: Path) -> Iterator[str]:
 @pytest.fixture(scope="session")
 async def template_url(postgres_url: str) -> str:
     """A migrated database from which fresh ones are cloned: faster than migrating each."""
-    await _execute(postgres_url, f"CREATE DATABASE {TEMPLATE}")
+    await execute(postgres_url, f"CREATE DATABASE {TEMPLATE}")
     url = with_database(postgres_url, TEMPLATE)
     await migrate(url, bundled())
     return url
@@ -107,7 +112,7 @@ async def template_url(postgres_url: str) -> str:
 async def database_url(postgres_url: str, template_url: str) -> AsyncIterator[str]:
     """A fresh, migrated database."""
     name = f"test_{next(_numbers)}"
-    await _execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    await execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
     yield with_database(postgres_url, name)
     await drop_database(postgres_url, name)
 
@@ -132,39 +137,6 @@ def pepper_file(scratch: Path) -> Path:
 def transport(request: pytest.FixtureRequest) -> str:
     """Each transport in turn."""
     return str(request.param)
-
-
-def make_settings(database_url: str, pepper_file: Path, transport: str) -> Settings:
-    """Settings of a server in this process, on any free port."""
-    return Settings(
-        database_url=database_url,
-        pepper_file=pepper_file,
-        data_dir=pepper_file.parent / "unused",
-        listen="127.0.0.1:0",
-        transport=transport,
-        grace_seconds=1.0,
-    )
-
-
-@contextlib.asynccontextmanager
-async def serving(settings: Settings) -> AsyncIterator[str]:
-    """Run a server in this process and yield its address."""
-    async with serving_as(settings) as server:
-        yield server.address
-
-
-@contextlib.asynccontextmanager
-async def serving_as(settings: Settings) -> AsyncIterator[Server]:
-    """Run a server in this process, in place of a supervisor and its worker."""
-    assert settings.database_url is not None
-    store = await TokenStore.open(settings.database_url.get_secret_value())
-    keyring = pepper_files.load_or_create(settings.pepper_path, create=False)
-    for pepper in keyring.peppers:
-        await store.register_pepper(pepper.id)
-    await store.close()
-    policy = None if settings.policy is None else read_text(settings.policy)
-    async with running(settings, keyring, lambda: policy) as server:
-        yield server
 
 
 @pytest.fixture
@@ -195,7 +167,7 @@ async def shared_servers(
             key = (transport, lease_seconds)
             if key not in started:
                 name = f"shared_{transport}_{len(started)}"
-                await _execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+                await execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
                 url = with_database(postgres_url, name)
                 connection = await asyncpg.connect(url)
                 stack.push_async_callback(connection.close)
@@ -238,9 +210,6 @@ def stub(channel: grpc.aio.Channel) -> TokenServiceAsyncStub:
     return pb_grpc.TokenServiceStub(channel)
 
 
-Create = Callable[..., Awaitable[pb.CreateResponse]]
-
-
 @pytest.fixture
 def create(stub: TokenServiceAsyncStub) -> Create:
     """Create a token through the running server, with defaults for the fields that do not matter to
@@ -255,16 +224,3 @@ def create(stub: TokenServiceAsyncStub) -> Create:
         return await stub.Create(pb.CreateRequest(**request), timeout=5)
 
     return create
-
-
-def with_database(url: str, name: str) -> str:
-    """Return `url` with another database."""
-    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
-
-
-async def _execute(url: str, statement: str) -> None:
-    connection = await asyncpg.connect(url)
-    try:
-        await connection.execute(statement)
-    finally:
-        await connection.close()

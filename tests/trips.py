@@ -29,7 +29,8 @@ from latchkey_service.postgres.migrate import bundled, migrate
 from latchkey_service.settings import logs
 from latchkey_service.tokens import pepper_file
 
-from tests.conftest import make_settings, serving
+from tests.helpers.repository import ROOT
+from tests.helpers.servers import make_settings, serving
 
 if TYPE_CHECKING:
     from types import CodeType, FrameType
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Trip", "trace_all"]
 
-ROOT = Path(__file__).parents[1]
 SERVICE = str(ROOT / "service/latchkey_service") + "/"
 CORE = str(ROOT / "proto") + "/"
 PIPELINE = "rpc/interceptor.py"

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
 
+from tests.helpers.repository import ROOT
+
 __all__ = [
     "Child",
     "Cores",
@@ -196,7 +198,7 @@ def child(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=file,
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
             env=_environment({}),
             start_new_session=True,
             preexec_fn=_end_with_parent(),  # noqa: PLW1509 - only makes a system call

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from tests.helpers.repository import ROOT
+
 __all__ = ["ROOT", "Outcome", "State", "command", "failed", "ok", "run", "skipped"]
 
-ROOT = Path(__file__).parents[2]
 # mypy without a cache needs about a minute on a loaded machine. A step that takes this long hangs.
 STEP_SECONDS = 600.0
 # Column at which the outcomes begin.

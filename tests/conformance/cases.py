@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from latchkey_coherence.memory import Position
 from pydantic import BaseModel, ConfigDict, Field
 
+from tests.helpers.repository import ROOT
+
 __all__ = ["Case", "Group", "load", "position_of", "schema"]
 
-DIRECTORY: Final = Path(__file__).parents[2] / "proto" / "conformance"
+DIRECTORY: Final = ROOT / "proto" / "conformance"
 SCHEMA: Final = DIRECTORY / "schema.json"
 _LEFT_OUT: Final = ("default", "title")
 

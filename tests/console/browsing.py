@@ -22,9 +22,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from tests.console import tools
+from tests.helpers.repository import ROOT
 
 T = TypeVar("T")
-SCREENS = tools.ROOT / "build/screens"
+SCREENS = ROOT / "build/screens"
 WAIT_SECONDS = 10.0
 POLL_SECONDS = 0.02
 PHONE, DESK = 360, 1440

@@ -13,11 +13,11 @@ import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
-from tests.conftest import TEMPLATE, _execute, with_database
 from tests.console import browsing, tools
 from tests.console.processes import Console, console, run, sql
 from tests.console.relay import Relay
-from tests.support import service
+from tests.helpers.servers import TEMPLATE, execute, with_database
+from tests.helpers.service_process import service
 
 if TYPE_CHECKING:
     from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceStub
@@ -80,7 +80,7 @@ class World:
 @pytest.fixture(scope="session")
 async def page_database(postgres_url: str, template_url: str) -> str:
     """A database that all console tests share; each test uses its own accounts."""
-    await _execute(postgres_url, f"CREATE DATABASE console TEMPLATE {TEMPLATE}")
+    await execute(postgres_url, f"CREATE DATABASE console TEMPLATE {TEMPLATE}")
     return with_database(postgres_url, "console")
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import asyncpg
 
-from tests.support import WAIT_SECONDS, eventually
+from tests.helpers.waiting import WAIT_SECONDS, eventually
 
 T = TypeVar("T")
 # The process would inherit signals that the tests ignore, for example under nohup.

@@ -17,8 +17,8 @@ from tests.console import tools
 from tests.console.browsing import Browser
 from tests.console.conftest import World
 from tests.console.processes import Console, console
-from tests.ports import free_port
-from tests.support import WAIT_SECONDS
+from tests.helpers.free_ports import free_port
+from tests.helpers.waiting import WAIT_SECONDS
 
 pytestmark = pytest.mark.xdist_group("browser")
 

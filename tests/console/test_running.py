@@ -22,9 +22,9 @@ from latchkey_cli import console as command
 from latchkey_console import running as page
 
 from tests.console.processes import Console, console, run
-from tests.support import WAIT_SECONDS, eventually
+from tests.helpers.repository import ROOT
+from tests.helpers.waiting import WAIT_SECONDS, eventually
 
-ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^<!-- test: ([a-z ]+) -->\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 README = (ROOT / "README.md").read_text("utf-8")
 SETTINGS = (ROOT / "docs/settings.md").read_text("utf-8")

@@ -25,7 +25,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from tests.console.asgi import form, send, visitor
-from tests.integration.test_readme_grpcurl import grpcurl  # noqa: F401 - a fixture
+from tests.integration.docs.test_readme_grpcurl import grpcurl  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.xdist_group("readme")
 

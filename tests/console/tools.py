@@ -9,9 +9,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.packages import TOOLS, alone, installed_by_apt, missing, run
+from tests.helpers.programs import TOOLS, alone, installed_by_apt, missing, run
 
-ROOT = Path(__file__).parents[2]
 NPM_SECONDS = 120.0
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

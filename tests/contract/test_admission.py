@@ -17,10 +17,12 @@ from latchkey_service.access.methods import MANAGER, OPERATOR
 from latchkey_service.postgres import connections, sessions
 from latchkey_service.rpc import admission, deadlines, interceptor
 
-from tests.callers import credential, policy_text
-from tests.conftest import serving
-from tests.contract.rich_status import refusal
-from tests.support import backends, eventually, is_serving, outcome, session
+from tests.helpers.callers import credential, policy_text
+from tests.helpers.calls import is_serving, outcome
+from tests.helpers.databases import backends, session
+from tests.helpers.rich_status import refusal
+from tests.helpers.servers import serving
+from tests.helpers.waiting import eventually
 
 if TYPE_CHECKING:
     from latchkey_service.settings.settings import Settings

@@ -10,7 +10,8 @@ from latchkey_service.access.credentials import mint
 from latchkey_service.settings import logs as service_logs
 
 from tests.fuzz import frames
-from tests.support import WAIT_SECONDS, service
+from tests.helpers.service_process import service
+from tests.helpers.waiting import WAIT_SECONDS
 
 # The stray byte at the end makes it invalid UTF-8.
 CREDENTIAL = mint(lambda size: bytes(range(size))).reveal()

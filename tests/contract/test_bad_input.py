@@ -10,7 +10,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.tokens.management import encode_page_token
 from latchkey_service.tokens.token_store import PageStart
 
-from tests.contract.rich_status import refusal
+from tests.helpers.rich_status import refusal
 
 SERVICE = "/latchkey.v1.TokenService/"
 MIB = 1024 * 1024

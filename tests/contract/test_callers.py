@@ -8,7 +8,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import grpc
 import pytest
 from cryptography import x509
@@ -23,7 +22,7 @@ from latchkey_service.access.policy import PolicyError
 from latchkey_service.process.wiring import Server
 from latchkey_service.settings.settings import Settings
 
-from tests.callers import (
+from tests.helpers.callers import (
     ACCOUNT,
     CALLERS,
     OTHER_ACCOUNT,
@@ -39,8 +38,8 @@ from tests.callers import (
     uri,
     write_server_files,
 )
-from tests.conftest import TEMPLATE, serving_as, with_database
-from tests.support import session
+from tests.helpers.databases import session
+from tests.helpers.servers import fresh_database, serving_as
 
 TOKENS = "/latchkey.v1.TokenService/"
 STATUS = "/latchkey.v1.StatusService/GetStatus"
@@ -146,14 +145,6 @@ async def listeners(
                 assert target is not None
                 found[name] = Listener(name, target, server, url, secrets, ids)
         yield found
-
-
-async def fresh_database(postgres_url: str) -> str:
-    name = f"callers_{next(_names)}"
-    connection = await asyncpg.connect(postgres_url)
-    await connection.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
-    await connection.close()
-    return with_database(postgres_url, name)
 
 
 async def tokens_of(address: str, proxy: str | None) -> tuple[dict[str, str], dict[str, str]]:

@@ -11,7 +11,7 @@ import pytest
 from google.protobuf import duration_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-from tests.contract.rich_status import refusal
+from tests.helpers.rich_status import refusal
 
 
 async def verify(stub, secret, scope=pb.SCOPE_READ):

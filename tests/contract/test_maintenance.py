@@ -16,11 +16,13 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.settings.settings import Settings
 
-from tests.callers import credential, policy_text
-from tests.conftest import serving
-from tests.contract.rich_status import refusal
-from tests.support import CHANNEL_OPTIONS, WAIT_SECONDS, eventually, session
-from tests.watching import watching
+from tests.helpers.callers import credential, policy_text
+from tests.helpers.calls import CHANNEL_OPTIONS
+from tests.helpers.databases import session
+from tests.helpers.rich_status import refusal
+from tests.helpers.servers import serving
+from tests.helpers.waiting import WAIT_SECONDS, eventually
+from tests.helpers.watch_client import watching
 
 # Longer than a busy machine delays any step here: no lease ends in the middle of a test.
 LONG_LEASE_SECONDS = 5.0

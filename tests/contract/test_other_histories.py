@@ -13,10 +13,12 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from structlog.testing import capture_logs
 
-from tests.conftest import serving
-from tests.histories import advance, head_of
-from tests.support import CHANNEL_OPTIONS, eventually, outcome, session
-from tests.watching import WatchClient, watching
+from tests.helpers.calls import CHANNEL_OPTIONS, outcome
+from tests.helpers.database_history import advance, head_of
+from tests.helpers.databases import session
+from tests.helpers.servers import serving
+from tests.helpers.waiting import eventually
+from tests.helpers.watch_client import WatchClient, watching
 
 if TYPE_CHECKING:
     from latchkey_service.settings.settings import Settings

@@ -7,9 +7,10 @@ import pytest
 import structlog
 from latchkey_service.postgres.migrate import bundled, migrate
 
-from tests.conftest import TEMPLATE, with_database
-from tests.postgres_node import Template, make_template
-from tests.support import BreakablePostgres, session
+from tests.helpers.breakable_postgres import BreakablePostgres
+from tests.helpers.databases import session
+from tests.helpers.postgres_node import Template, make_template
+from tests.helpers.servers import TEMPLATE, with_database
 
 
 @pytest.fixture(scope="session")

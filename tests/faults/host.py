@@ -13,18 +13,11 @@ import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
-from tests.pair import Link
-from tests.postgres_node import Node
-from tests.support import (
-    CHANNEL_OPTIONS,
-    Outcome,
-    Service,
-    eventually,
-    is_serving,
-    outcome,
-    server_only_deadline,
-    service,
-)
+from tests.helpers.calls import CHANNEL_OPTIONS, Outcome, is_serving, outcome, server_only_deadline
+from tests.helpers.postgres_node import Node
+from tests.helpers.replicated_pair import Link
+from tests.helpers.service_process import Service, service
+from tests.helpers.waiting import eventually
 
 __all__ = [
     "ACCOUNT",

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tests.support import Outcome, outcome
+from tests.helpers.calls import Outcome, outcome
 
 __all__ = ["Call", "OpenLoop"]
 

@@ -25,7 +25,7 @@ from tests.faults.host import (
     client_remembers,
     two_hosts,
 )
-from tests.postgres_node import (
+from tests.helpers.postgres_node import (
     HOST,
     POSTGRES_SECONDS_MAX,
     Node,
@@ -33,7 +33,7 @@ from tests.postgres_node import (
     lone_node,
     new_folder,
 )
-from tests.support import WAIT_SECONDS, eventually
+from tests.helpers.waiting import WAIT_SECONDS, eventually
 
 pytestmark = pytest.mark.xdist_group("faults")
 

@@ -22,22 +22,16 @@ from latchkey_service.rpc.interceptor import CONCURRENCY_LIMITS
 from latchkey_service.tokens import pepper_file
 from latchkey_service.tokens.token_store import TokenStore
 
-from tests.support import (
-    CHANNEL_OPTIONS,
-    BreakablePostgres,
-    Outcome,
-    backends,
-    eventually,
-    is_serving,
-    outcome,
-    session,
-)
+from tests.helpers.breakable_postgres import BreakablePostgres
+from tests.helpers.calls import CHANNEL_OPTIONS, Outcome, is_serving, outcome
+from tests.helpers.databases import backends, session
+from tests.helpers.waiting import eventually
 
 if TYPE_CHECKING:
     from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
     from latchkey_service.settings.settings import Settings
 
-    from tests.conftest import Create
+    from tests.helpers.servers import Create
 
 pytestmark = [
     pytest.mark.xdist_group("faults"),

@@ -17,9 +17,12 @@ from latchkey_service.tokens.verdict import Scope, TokenRecord
 from structlog.testing import capture_logs
 
 from tests.faults.test_replication import cut_short, standby_missing
-from tests.histories import NO_CLIENTS, head_of
-from tests.pgbouncer import PgBouncer
-from tests.support import BreakablePostgres, audit_context, eventually, session
+from tests.helpers.breakable_postgres import BreakablePostgres
+from tests.helpers.database_history import NO_CLIENTS, head_of
+from tests.helpers.databases import session
+from tests.helpers.domain import audit_context
+from tests.helpers.pgbouncer import PgBouncer
+from tests.helpers.waiting import eventually
 
 pytestmark = pytest.mark.xdist_group("faults")
 

@@ -28,9 +28,9 @@ from tests.faults.host import (
     host,
     two_hosts,
 )
-from tests.pair import Pair, pair
-from tests.postgres_node import Node, Template
-from tests.support import POLL_SECONDS, eventually
+from tests.helpers.postgres_node import Node, Template
+from tests.helpers.replicated_pair import Pair, pair
+from tests.helpers.waiting import POLL_SECONDS, eventually
 
 pytestmark = pytest.mark.xdist_group("faults")
 

@@ -6,7 +6,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.support import CHANNEL_OPTIONS, BreakablePostgres, eventually, is_serving, outcome
+from tests.helpers.breakable_postgres import BreakablePostgres
+from tests.helpers.calls import CHANNEL_OPTIONS, is_serving, outcome
+from tests.helpers.waiting import eventually
 
 pytestmark = [
     pytest.mark.xdist_group("faults"),

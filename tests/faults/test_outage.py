@@ -14,24 +14,16 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.postgres.connections import POOL_SIZE_MAX
 from latchkey_service.tokens import pepper_file as pepper_files
 
-from tests.support import (
-    CHANNEL_OPTIONS,
-    RESUME_SECONDS,
-    BreakablePostgres,
-    Outcome,
-    backends,
-    eventually,
-    is_serving,
-    outcome,
-    server_only_deadline,
-    service,
-    session,
-)
+from tests.helpers.breakable_postgres import BreakablePostgres
+from tests.helpers.calls import CHANNEL_OPTIONS, Outcome, is_serving, outcome, server_only_deadline
+from tests.helpers.databases import backends, session
+from tests.helpers.service_process import service
+from tests.helpers.waiting import RESUME_SECONDS, eventually
 
 if TYPE_CHECKING:
     from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
 
-    from tests.conftest import Create
+    from tests.helpers.servers import Create
 
 pytestmark = [
     # The tests take turns to break one Postgres.

@@ -8,9 +8,9 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from tests.pair import Pair, pair
-from tests.postgres_node import Node, Template
-from tests.support import eventually
+from tests.helpers.postgres_node import Node, Template
+from tests.helpers.replicated_pair import Pair, pair
+from tests.helpers.waiting import eventually
 
 # These tests and each other's Postgres share two cores.
 pytestmark = pytest.mark.xdist_group("faults")

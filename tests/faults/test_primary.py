@@ -17,9 +17,9 @@ import pytest
 from latchkey_service.coherence.primary import OTHERS_SECONDS, STANDBY_MISSING
 
 from tests.faults.host import RECOVERY_SECONDS_MAX, Host, host
-from tests.pair import Pair, pair
-from tests.postgres_node import Node, Template
-from tests.support import eventually
+from tests.helpers.postgres_node import Node, Template
+from tests.helpers.replicated_pair import Pair, pair
+from tests.helpers.waiting import eventually
 
 pytestmark = pytest.mark.xdist_group("faults")
 

@@ -24,15 +24,10 @@ from latchkey_service.postgres.connections import POOL_SIZE_MAX
 from latchkey_service.tokens import pepper_file as pepper_files
 
 from tests.faults.open_loop import OpenLoop
-from tests.support import (
-    CHANNEL_OPTIONS,
-    RESUME_SECONDS,
-    BreakablePostgres,
-    Service,
-    eventually,
-    server_only_deadline,
-    service,
-)
+from tests.helpers.breakable_postgres import BreakablePostgres
+from tests.helpers.calls import CHANNEL_OPTIONS, server_only_deadline
+from tests.helpers.service_process import Service, service
+from tests.helpers.waiting import RESUME_SECONDS, eventually
 
 pytestmark = [
     # The tests take turns to break one Postgres.

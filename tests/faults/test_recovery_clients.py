@@ -15,14 +15,10 @@ import pytest
 from latchkey._watch import UNSUPPORTED_RETRY_SECONDS
 
 from tests.faults.open_loop import OpenLoop
-from tests.support import (
-    RESUME_SECONDS,
-    BreakablePostgres,
-    Service,
-    eventually,
-    outcome,
-    service,
-)
+from tests.helpers.breakable_postgres import BreakablePostgres
+from tests.helpers.calls import outcome
+from tests.helpers.service_process import Service, service
+from tests.helpers.waiting import RESUME_SECONDS, eventually
 
 pytestmark = [
     # The tests take turns to break one Postgres.

@@ -14,8 +14,11 @@ from latchkey_service.secret_format import Digest
 from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.verdict import Scope, TokenRecord
 
-from tests.histories import NO_CLIENTS
-from tests.support import BreakablePostgres, audit_context, eventually, session
+from tests.helpers.breakable_postgres import BreakablePostgres
+from tests.helpers.database_history import NO_CLIENTS
+from tests.helpers.databases import session
+from tests.helpers.domain import audit_context
+from tests.helpers.waiting import eventually
 
 pytestmark = pytest.mark.xdist_group("faults")
 

@@ -19,8 +19,8 @@ from tests.faults.host import (
     host,
     two_hosts,
 )
-from tests.postgres_node import Node, Template, lone_node
-from tests.support import eventually
+from tests.helpers.postgres_node import Node, Template, lone_node
+from tests.helpers.waiting import eventually
 
 pytestmark = pytest.mark.xdist_group("faults")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.fuzz import campaign
 from tests.fuzz.surroundings import surroundings
 from tests.fuzz.target import BROKEN, TARGETS
+from tests.helpers.repository import ROOT
 
 FOLDER = Path("build/fuzz")
 MINUTES = 10.0
@@ -45,7 +46,7 @@ def main() -> int:
             if options.keep and result.ok:
                 kept = campaign.CORPUS / (TARGETS | BROKEN)[name].module
                 before, after = campaign.keep(name, folder, variables, kept)
-                _say(f"    kept in {kept.relative_to(campaign.ROOT)}: {after} (were {before})")
+                _say(f"    kept in {kept.relative_to(ROOT)}: {after} (were {before})")
         failed |= not result.ok
         inputs += result.inputs
     _say(f"{inputs} inputs, {'findings: see above' if failed else 'nothing found'}")

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz.target import BROKEN, TARGETS
+from tests.helpers.repository import ROOT
 
 __all__ = ["CORPUS", "Result", "keep", "replay", "run"]
 
-ROOT = Path(__file__).parents[2]
 CORPUS = Path(__file__).parent / "corpus"
 # An input that takes this long has met an endless loop, on any machine.
 INPUT_SECONDS_MAX = 25

@@ -17,9 +17,11 @@ from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.verdict import Scope, TokenRecord
 
-from tests import callers
-from tests.ports import free_port
-from tests.support import BreakablePostgres, Service, audit_context
+from tests.helpers import callers
+from tests.helpers.breakable_postgres import BreakablePostgres
+from tests.helpers.domain import audit_context
+from tests.helpers.free_ports import free_port
+from tests.helpers.service_process import Service
 
 __all__ = ["ACCOUNT", "DELETED", "LIVE", "PEPPER", "surroundings"]
 

@@ -15,8 +15,8 @@ import pytest
 from tests.fuzz import campaign
 from tests.fuzz.surroundings import surroundings
 from tests.fuzz.target import TARGETS
+from tests.helpers.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("atheris") is None,
     reason="atheris is available only for CPython 3.11-3.13 on Linux, x86-64",

@@ -20,6 +20,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.helpers.breakable_postgres import BreakablePostgres
+from tests.helpers.databases import session
+from tests.helpers.postgres_node import make_template
+from tests.helpers.replicated_pair import pair
 from tests.history import report
 from tests.history.broken import VARIABLE, rule_to_break
 from tests.history.checker import Findings
@@ -33,9 +37,6 @@ from tests.history.patroni import missing, patroni
 from tests.history.patroni_run import NODES, PATRONI_SIZE, run_patroni
 from tests.history.run import SHORT, Size, run
 from tests.history.scenarios import SCENARIOS, play, staged
-from tests.pair import pair
-from tests.postgres_node import make_template
-from tests.support import BreakablePostgres, session
 
 # Where the histories, logs and faults of a failed run are kept.
 KEPT = Path("build/history")

@@ -11,12 +11,12 @@ from typing import Literal
 
 import latchkey
 
+from tests.helpers.postgres_node import Node
+from tests.helpers.replicated_pair import Pair
+from tests.helpers.waiting import eventually
 from tests.history.checker import Restore
 from tests.history.nodes import NodesCluster
 from tests.history.records import now
-from tests.pair import Pair
-from tests.postgres_node import Node
-from tests.support import eventually
 
 __all__ = ["Changeover", "Visible"]
 

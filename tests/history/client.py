@@ -18,8 +18,8 @@ from typing import Any
 
 import latchkey
 
-from tests.board import Reader
-from tests.children import end_with_parent
+from tests.helpers.child_processes import end_with_parent
+from tests.helpers.token_feed import Reader
 from tests.history.broken import break_rule, rule_to_break
 from tests.history.processes import tell_if_strange
 from tests.history.records import Kind, Outcome, Recorder, now

@@ -13,7 +13,7 @@ from latchkey_service.postgres.migrate import bundled, migrate
 from latchkey_service.tokens import pepper_file
 from latchkey_service.tokens.token_store import TokenStore
 
-from tests.children import Child
+from tests.helpers.child_processes import Child
 from tests.history.broken import VARIABLE
 from tests.history.processes import Host, LoneHost, SupervisedHost
 from tests.history.proxy import Proxy

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import BreakablePostgres
+from tests.helpers.breakable_postgres import BreakablePostgres
 
 
 @pytest.fixture(scope="session")

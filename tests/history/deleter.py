@@ -15,8 +15,8 @@ from typing import Any
 
 import latchkey
 
-from tests.board import Board
-from tests.children import end_with_parent
+from tests.helpers.child_processes import end_with_parent
+from tests.helpers.token_feed import Board
 from tests.history.processes import tell_if_strange
 from tests.history.records import Kind, Outcome, Recorder, now
 

@@ -14,13 +14,13 @@ from typing import Literal
 
 import latchkey
 
+from tests.helpers.replicated_pair import Pair
+from tests.helpers.waiting import eventually
 from tests.history.changeover import Changeover, Visible
 from tests.history.faults import Happened
 from tests.history.nodes import NodesCluster
 from tests.history.outages import Window
 from tests.history.records import now
-from tests.pair import Pair
-from tests.support import eventually
 
 __all__ = ["EPISODES", "Episode", "Failovers", "deck"]
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from pathlib import Path
 
+from tests.helpers.replicated_pair import Pair
 from tests.history.checker import Findings, check
 from tests.history.episodes import Failovers
 from tests.history.failover_scenarios import EVERY, MISSED, failover_staged, perform
@@ -21,7 +22,6 @@ from tests.history.run import (
     strange,
     work,
 )
-from tests.pair import Pair
 
 __all__ = ["FAILOVER_SHORT", "FAILOVER_SIZE", "direct_failovers", "run_failovers"]
 

@@ -13,14 +13,14 @@ from typing import TypeVar
 
 import latchkey
 
+from tests.helpers.replicated_pair import Pair
+from tests.helpers.waiting import eventually
 from tests.history.changeover import Changeover
 from tests.history.checker import Findings, check
 from tests.history.cluster import LOOKUP
 from tests.history.nodes import NodesCluster, nodes_cluster
 from tests.history.records import now
 from tests.history.scenarios import OTHER, SUSPECT, WAIT_SECONDS, Stage, Subject
-from tests.pair import Pair
-from tests.support import eventually
 
 __all__ = ["EVERY", "MISSED", "FailoverScenario", "FailoverStage", "failover_staged", "perform"]
 

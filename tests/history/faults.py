@@ -12,11 +12,12 @@ from typing import NamedTuple
 import asyncpg
 import psutil
 
+from tests.helpers.breakable_postgres import BreakablePostgres
+from tests.helpers.databases import session
 from tests.history.cluster import LISTEN, LOOKUP, RENEWAL, WATCH, Cluster
 from tests.history.processes import Host
 from tests.history.proxy import Action, Connection, Direction, Fault, Proxy
 from tests.history.records import now
-from tests.support import BreakablePostgres, session
 
 __all__ = ["KINDS", "Happened", "Injector", "Planned", "plan"]
 

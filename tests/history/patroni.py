@@ -30,9 +30,9 @@ from latchkey_service.postgres.embedded_host import (
     spawn,
 )
 
+from tests.helpers.free_ports import free_port
+from tests.helpers.waiting import eventually
 from tests.history.proxy import Fault, Proxy
-from tests.ports import free_port
-from tests.support import eventually
 
 __all__ = [
     "HEALTHY_SECONDS_MAX",

@@ -11,8 +11,8 @@ from pathlib import Path
 import latchkey
 import psutil
 
-from tests.children import Child
-from tests.support import eventually
+from tests.helpers.child_processes import Child
+from tests.helpers.waiting import eventually
 
 __all__ = ["Host", "LoneHost", "SupervisedHost", "tell_if_strange"]
 

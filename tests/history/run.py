@@ -9,12 +9,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from tests.helpers.breakable_postgres import BreakablePostgres
+from tests.helpers.waiting import eventually
 from tests.history.checker import Findings, check
 from tests.history.cluster import Cluster, cluster
 from tests.history.faults import Happened, Injector, Planned, plan
 from tests.history.outages import Outage
 from tests.history.records import now
-from tests.support import BreakablePostgres, eventually
 
 __all__ = [
     "SHORT",

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import latchkey
 
-from tests.board import Board
+from tests.helpers.databases import session
+from tests.helpers.token_feed import Board
+from tests.helpers.waiting import eventually
 from tests.history.checker import Findings, check
 from tests.history.cluster import LOOKUP, WATCH, Client, Cluster, cluster
 from tests.history.proxy import Connection, Direction, Fault
 from tests.history.records import Kind, Outcome, Record, Recorder, now, read
-from tests.support import eventually, session
 
 __all__ = [
     "OTHER",

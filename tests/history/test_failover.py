@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.postgres_node import Template, make_template
+from tests.helpers.replicated_pair import pair
 from tests.history.checker import Findings
 from tests.history.failover_scenarios import (
     MISSED,
@@ -18,8 +20,6 @@ from tests.history.failover_scenarios import (
     perform,
 )
 from tests.history.report import violations
-from tests.pair import pair
-from tests.postgres_node import Template, make_template
 
 # The builds and each other's Postgres and processes share two cores.
 pytestmark = pytest.mark.xdist_group("failover")

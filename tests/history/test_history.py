@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.children import ROOT
-from tests.conftest import with_database
+from tests.helpers.breakable_postgres import BreakablePostgres
+from tests.helpers.child_processes import ROOT
+from tests.helpers.databases import drop_database, session
+from tests.helpers.servers import with_database
 from tests.history import report
 from tests.history.broken import RULES, VARIABLE
 from tests.history.checker import Findings
 from tests.history.failover_scenarios import MISSED
 from tests.history.run import SHORT, run
 from tests.history.scenarios import SCENARIOS, play, staged
-from tests.support import BreakablePostgres, drop_database, session
 
 pytestmark = [
     pytest.mark.xdist_group("history"),

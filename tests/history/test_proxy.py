@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from tests.helpers.waiting import eventually
 from tests.history.proxy import Action, Direction, Fault, Proxy
-from tests.support import eventually
 
 
 @contextlib.asynccontextmanager

@@ -8,7 +8,7 @@ import sys
 
 from latchkey_service.__main__ import main
 
-from tests.children import end_with_parent
+from tests.helpers.child_processes import end_with_parent
 from tests.history.broken import VARIABLE, break_rule, rule_to_break
 
 if __name__ == "__main__":

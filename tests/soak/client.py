@@ -15,8 +15,8 @@ from typing import Any
 
 import latchkey
 
-from tests.board import Reader
-from tests.children import end_with_parent
+from tests.helpers.child_processes import end_with_parent
+from tests.helpers.token_feed import Reader
 
 PAUSE_SECONDS = 0.1
 # Time-out of a verify: the soak looks for growth, and a busy machine is not a fault.

@@ -24,8 +24,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.secret_format import Keyring
 
-from tests.board import Board
-from tests.callers import (
+from tests.helpers.callers import (
     CALLERS,
     ca_pem,
     channel_credentials,
@@ -34,9 +33,10 @@ from tests.callers import (
     spiffe_identity,
     uri,
 )
-from tests.children import Child
-from tests.support import eventually
-from tests.watching import WatchClient
+from tests.helpers.child_processes import Child
+from tests.helpers.token_feed import Board
+from tests.helpers.waiting import eventually
+from tests.helpers.watch_client import WatchClient
 
 __all__ = ["Load", "Place", "Tally", "loading"]
 

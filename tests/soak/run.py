@@ -11,11 +11,12 @@ import psutil
 from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
 from latchkey_service.tokens import pepper_file
 
-from tests.callers import policy_text, write_server_files
+from tests.helpers.callers import policy_text, write_server_files
+from tests.helpers.service_process import Service
+from tests.helpers.waiting import POLL_SECONDS, eventually
 from tests.soak import report
 from tests.soak.load import Load, Place, loading
 from tests.soak.samples import Samples
-from tests.support import POLL_SECONDS, Service, eventually
 
 __all__ = ["run"]
 

@@ -15,8 +15,9 @@ import asyncpg
 import psutil
 from latchkey_service.process.periodic import KEPT_SECONDS_MIN, PRUNE_SECONDS
 
+from tests.helpers.databases import session
+from tests.helpers.service_process import Service
 from tests.soak.slope import Point
-from tests.support import Service, session
 
 __all__ = ["Name", "Samples"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.children import ROOT
+from tests.helpers.child_processes import ROOT
 from tests.soak import report, slope
 from tests.soak.load import Tally
 from tests.soak.run import run

@@ -14,7 +14,7 @@ from latchkey_service.process import periodic
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.tokens.management import Tokens
 
-from tests.children import end_with_parent
+from tests.helpers.child_processes import end_with_parent
 
 LEAK_VARIABLE = "LATCHKEY_SOAK_LEAK"
 SUMMARY_VARIABLE = "LATCHKEY_SOAK_SUMMARY_SECONDS"

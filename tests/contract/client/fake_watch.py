@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-from tests.support import eventually
+from tests.helpers.waiting import eventually
 
 MARK_FACTOR = 0x9E37_79B9_7F4A_7C15
 

@@ -9,7 +9,7 @@ import pytest
 from latchkey import Access, AuditFilter, Client, Outcome, Scope, Verdict, Verifier
 from latchkey_service.settings.settings import Settings
 
-from tests.callers import (
+from tests.helpers.callers import (
     Identity,
     credential,
     policy_text,
@@ -18,9 +18,8 @@ from tests.callers import (
     uri,
     write_server_files,
 )
-from tests.conftest import make_settings, serving_as
-from tests.contract.test_callers import fresh_database
-from tests.support import WAIT_SECONDS, eventually
+from tests.helpers.servers import fresh_database, make_settings, serving_as
+from tests.helpers.waiting import WAIT_SECONDS, eventually
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-from tests.support import WAIT_SECONDS
+from tests.helpers.waiting import WAIT_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -6,7 +6,6 @@ import asyncio
 import re
 import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -14,12 +13,13 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-from tests.support import WAIT_SECONDS
+from tests.helpers.repository import ROOT
+from tests.helpers.waiting import WAIT_SECONDS
 
 if TYPE_CHECKING:
     from tests.contract.client.conftest import FakeLatchkey
 
-README = Path(__file__).parents[3] / "clients" / "python" / "README.md"
+README = ROOT / "clients" / "python" / "README.md"
 MANAGE, VERIFY, SYNC, GRPC, ASGI = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 

@@ -19,7 +19,7 @@ from latchkey import Scope, Verdict, sync
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from tests.contract.client.fake_watch import FakeWatch, watching
-from tests.support import WAIT_SECONDS, eventually
+from tests.helpers.waiting import WAIT_SECONDS, eventually
 
 if TYPE_CHECKING:
     from tests.contract.client.conftest import FakeLatchkey

@@ -10,7 +10,7 @@ from latchkey import Scope, Secret, Verdict
 from latchkey._retry import VERIFY_TIMEOUT_SECONDS
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-from tests.support import WAIT_SECONDS
+from tests.helpers.waiting import WAIT_SECONDS
 
 if TYPE_CHECKING:
     from tests.contract.client.conftest import FakeLatchkey

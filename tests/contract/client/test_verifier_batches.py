@@ -14,7 +14,7 @@ from latchkey._shape import checksum
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from tests.contract.client.fake_watch import mark_of
-from tests.support import eventually
+from tests.helpers.waiting import eventually
 
 if TYPE_CHECKING:
     from tests.contract.client.conftest import FakeLatchkey

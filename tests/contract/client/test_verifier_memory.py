@@ -15,7 +15,7 @@ from latchkey_coherence.lease import boottime
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from tests.contract.client.fake_watch import FakeWatch, mark_of, watching
-from tests.support import WAIT_SECONDS, eventually
+from tests.helpers.waiting import WAIT_SECONDS, eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

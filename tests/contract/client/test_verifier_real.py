@@ -15,7 +15,8 @@ import pytest
 from latchkey import Scope, Verdict, _subscription, sync
 
 from tests.contract.client.fake_watch import watching
-from tests.support import WAIT_SECONDS, eventually, service
+from tests.helpers.service_process import service
+from tests.helpers.waiting import WAIT_SECONDS, eventually
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from tests.checks.steps import Outcome, State, command, failed, ok, run, skipped
-from tests.support import eventually
+from tests.helpers.waiting import eventually
 
 # Far more than the programs below need, and short enough for a failure to be noticed.
 SECONDS = 30.0

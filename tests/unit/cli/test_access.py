@@ -7,7 +7,7 @@ import pytest
 from latchkey import Access
 from latchkey_cli import access
 
-from tests.callers import ca_pem, credential, dns_identity
+from tests.helpers.callers import ca_pem, credential, dns_identity
 
 
 @pytest.fixture

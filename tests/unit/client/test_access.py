@@ -14,7 +14,7 @@ from latchkey import access as module
 from latchkey._certificate import validity
 from latchkey.secret import Secret
 
-from tests.callers import (
+from tests.helpers.callers import (
     authority,
     ca_pem,
     credential,

@@ -45,7 +45,7 @@ from latchkey._subscription import (
 from latchkey_coherence.lease import DRIFT_MAX, outwait_seconds, server_lease_end
 from latchkey_coherence.memory import NOWHERE, Memory, Position
 
-from tests.positions import at
+from tests.helpers.positions import at
 
 LEASE_SECONDS = 3.0
 # Two clocks may drift apart by a thousandth, half of it on each side of the true rate.

@@ -15,7 +15,7 @@ from latchkey import _retry, guards, sync
 from latchkey_proto import v1
 from latchkey_proto.v1 import token_service_pb2
 
-ROOT = Path(__file__).parents[3]
+from tests.helpers.repository import ROOT
 
 
 def test_public_names_are_pinned() -> None:

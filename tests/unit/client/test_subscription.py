@@ -20,7 +20,7 @@ from latchkey.errors import InternalError
 from latchkey_coherence.memory import NOWHERE, Memory, Position
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-from tests.positions import at
+from tests.helpers.positions import at
 
 LEASE = 2.0
 LESS = LEASE * 0.999  # the client's lease, reduced for clock drift

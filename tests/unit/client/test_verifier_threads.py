@@ -11,7 +11,7 @@ from latchkey._shape import checksum
 from latchkey._subscription import Grant, Invalidation, Request, Reset, Stream
 from latchkey_coherence.memory import NOWHERE
 
-from tests.positions import at
+from tests.helpers.positions import at
 
 BODY = "lk" + "_" + "0" * 51
 SECRET = BODY + checksum(BODY)

@@ -9,7 +9,7 @@ from latchkey_service.coherence.client_leases import ClientLeases
 from latchkey_service.coherence.verifier_state import Change, Log, Server, VerifierState
 from latchkey_service.coherence.watch_sessions import Event, Request, WatchSessions
 
-from tests.positions import at
+from tests.helpers.positions import at
 
 __all__ = ["LEASE_SECONDS", "PRIMARY", "Scene", "log", "request"]
 

@@ -12,7 +12,7 @@ from latchkey_service.coherence.ack_rules import (
     VerifierRow,
 )
 
-from tests.positions import at
+from tests.helpers.positions import at
 
 LEASE = 3.0
 OUTWAIT = outwait_seconds(LEASE) + OUTWAIT_MARGIN_SECONDS

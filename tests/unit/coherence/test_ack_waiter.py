@@ -12,8 +12,8 @@ from latchkey_service.coherence.ack_rules import Acknowledgements, VerifierRow
 from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.coherence.verifier_table import Rows
 
-from tests.positions import at
-from tests.support import eventually
+from tests.helpers.positions import at
+from tests.helpers.waiting import eventually
 
 OWN = "ver_own"
 

@@ -9,7 +9,7 @@ from latchkey_coherence.memory import Entry, Memory
 from latchkey_service.coherence.client_leases import ClientLease, ClientLeases
 from latchkey_service.coherence.verifier_state import Change, Log, Server, VerifierState
 
-from tests.positions import at
+from tests.helpers.positions import at
 
 
 class AgainstAPlainList(RuleBasedStateMachine):

@@ -14,9 +14,9 @@ from latchkey_service.coherence.verifier_state import Log, VerifierState
 from latchkey_service.coherence.verifier_table import Identity, Registration
 from latchkey_service.errors import StoreUnavailable
 
-from tests.lines import Lines
-from tests.positions import at
-from tests.support import eventually
+from tests.helpers.captured_log import Lines
+from tests.helpers.positions import at
+from tests.helpers.waiting import eventually
 from tests.unit.coherence.scene import PRIMARY, log
 
 HOST = "h1:1"

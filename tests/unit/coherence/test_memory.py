@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from latchkey_coherence import memory as memory_module
 from latchkey_coherence.memory import NOWHERE, Entry, Memory, Position
 
-from tests.positions import at
+from tests.helpers.positions import at
 
 TOKENS = [f"tok_{n}" for n in range(6)]
 KEYS_OF_TOKEN = 2

@@ -16,7 +16,7 @@ from latchkey_service.coherence.verifier_state import (
     Standing,
 )
 
-from tests.positions import at
+from tests.helpers.positions import at
 from tests.unit.coherence.scene import LEASE_SECONDS, PRIMARY, Scene, log
 
 PROMOTED = Server(PRIMARY.identifier, "00000002")

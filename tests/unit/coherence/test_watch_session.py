@@ -19,7 +19,7 @@ from latchkey_service.coherence.watch_sessions import (
     WatchSession,
 )
 
-from tests.positions import at
+from tests.helpers.positions import at
 from tests.unit.coherence.scene import LEASE_SECONDS, Scene, log, request
 
 

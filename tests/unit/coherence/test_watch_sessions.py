@@ -9,8 +9,8 @@ from latchkey_service.coherence import watch_sessions
 from latchkey_service.coherence.watch_sessions import Event, Reset
 from latchkey_service.errors import Overloaded, Unavailable, WatcherSilent
 
-from tests.positions import at
-from tests.support import eventually
+from tests.helpers.positions import at
+from tests.helpers.waiting import eventually
 from tests.unit.coherence.scene import LEASE_SECONDS, Scene, request
 
 

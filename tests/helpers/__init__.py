@@ -1,0 +1,1 @@
+"""What tests of several kinds share. Each module is named for what it does."""

@@ -1,0 +1,27 @@
+"""Stand-ins for parts of the service's domain, for tests of one part."""
+
+from latchkey_service.audit.audit_log import AuditContext
+from latchkey_service.coherence.reads import LeasedReads
+from latchkey_service.coherence.snapshot import Snapshot
+from latchkey_service.coherence.verifier_state import ReadBegan
+
+__all__ = ["BelievedReads", "audit_context"]
+
+
+class BelievedReads(LeasedReads):
+    """Believes every read: for tests of one database, without a verifier that holds a lease."""
+
+    def __init__(self) -> None:
+        """Needs nothing."""
+
+    async def begin(self, deadline: float) -> ReadBegan:
+        """Return at once."""
+        return ReadBegan(0, 0)
+
+    async def accept(self, snapshot: Snapshot, began: ReadBegan, deadline: float) -> None:
+        """Return at once."""
+
+
+def audit_context(method: str = "Create") -> AuditContext:
+    """The audit context for a change that bypasses the servicer."""
+    return AuditContext("", f"/latchkey.v1.TokenService/{method}", "unix:", "request", "", "")

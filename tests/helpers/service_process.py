@@ -1,0 +1,173 @@
+"""Latchkey as a process, started as users start it."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.helpers.repository import ROOT
+from tests.helpers.waiting import WAIT_SECONDS, eventually
+
+__all__ = ["FAVOUR", "Service", "service"]
+
+# As in nice(2).
+FAVOUR = -10
+
+
+class Service:
+    """`python -m latchkey_service` as a separate process, with its settings in the environment.
+
+    It always ends with everything that it started, also when a test fails.
+    """
+
+    # A subclass that replaces it belongs to the tests.
+    module = "latchkey_service"
+
+    def __init__(self, folder: Path, **settings: object) -> None:
+        folder.mkdir(exist_ok=True)
+        self._out, self._err = folder / "out", folder / "err"
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
+        environment |= {f"LATCHKEY_{k.upper()}": str(v) for k, v in settings.items()}
+        if self.module.startswith("tests."):
+            environment["PYTHONPATH"] = str(ROOT)
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", self.module],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env=environment,
+                # Not the checkout, which may contain a developer's .env.
+                cwd=folder,
+                # As in a terminal, where Ctrl-C goes to the process group.
+                process_group=0,
+            )
+        self._family: set[psutil.Process] = set()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def err_path(self) -> Path:
+        return self._err
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text()
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """Return its complete log lines, in order."""
+        lines = []
+        for line in self.err.splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+        return lines
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Return the pids of all workers that have come up, in order."""
+        return [line["pid"] for line in self.log if line["event"] == "worker ready"]
+
+    def postmaster(self) -> psutil.Process:
+        """Return its embedded Postgres."""
+        for process in psutil.Process(self.pid).children():
+            if process.cmdline()[0].endswith("/postgres"):
+                return process
+        raise AssertionError("no embedded Postgres")
+
+    async def welcome(self) -> str:
+        """Wait until it prints that it serves; return the address that it prints."""
+
+        def said() -> str | None:
+            match = re.search(
+                r"^Latchkey serves on (\S+) \(.*Press Ctrl-C to stop", self.out, re.MULTILINE
+            )
+            if match is None:
+                assert self._process.poll() is None, f"it ended: {self.err}"
+                return None
+            return match[1]
+
+        try:
+            address: str = await eventually(said, "the welcome line")
+        except AssertionError:
+            print(self.err, file=sys.stderr)  # noqa: T201 - pytest shows it with the failure
+            raise
+        self.family()
+        return address
+
+    def family(self) -> set[psutil.Process]:
+        """Return the process and everything that it has started and that was ever seen."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.pid)
+            self._family |= {process, *process.children(recursive=True)}
+        return self._family
+
+    def favour(self) -> None:
+        """Raise its priority where the system allows that, because the load of the machine must not
+        decide whether it answers in time."""
+        for process in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess, PermissionError):
+                for thread in process.threads():
+                    # One may have ended since.
+                    with contextlib.suppress(ProcessLookupError):
+                        # Linux has a priority for each thread.
+                        os.setpriority(os.PRIO_PROCESS, thread.id, FAVOUR)
+
+    def alive(self) -> list[psutil.Process]:
+        """Return the processes of the family that still run."""
+        alive = []
+        for process in self._family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    alive.append(process)
+        return alive
+
+    async def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal, wait for the end, and return the exit code."""
+        self.family()
+        os.kill(self.pid, number)
+        return await self.ended()
+
+    def ended_with(self) -> int | None:
+        """Return its exit code, or None while it runs."""
+        return self._process.poll()
+
+    async def ended(self) -> int:
+        """Wait for the end, and return the exit code."""
+        await eventually(lambda: self._process.poll() is not None, "the end of the service")
+        return self._process.returncode
+
+    def clean_up(self) -> None:
+        self.family()
+        if self._process.poll() is None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(WAIT_SECONDS)
+        for process in self.alive():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait(WAIT_SECONDS)
+
+
+@contextlib.contextmanager
+def service(folder: Path, **settings: object) -> Iterator[Service]:
+    """Run Latchkey as a process."""
+    running = Service(folder, **settings)
+    try:
+        yield running
+    finally:
+        running.clean_up()

@@ -1,0 +1,494 @@
+"""Policy, certificates and listeners of `python -m latchkey_service` as a process."""
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+import trustme
+from cryptography import x509
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+from latchkey_service.access import policy as policies
+from latchkey_service.access.credentials import digest_of
+
+from tests.helpers.callers import (
+    CALLERS,
+    Identity,
+    authority,
+    ca_pem,
+    channel_credentials,
+    credential,
+    dns_identity,
+    made,
+    policy_text,
+    spiffe_identity,
+    uri,
+    write_server_files,
+)
+from tests.helpers.calls import CHANNEL_OPTIONS, is_serving, outcome
+from tests.helpers.free_ports import free_port
+from tests.helpers.held_workers import Hold
+from tests.helpers.repository import ROOT
+from tests.helpers.service_process import Service
+from tests.helpers.waiting import eventually
+from tests.helpers.watch_client import WatchClient
+
+Run = Callable[..., Service]
+WITHOUT_VERIFIER = policy_text([name for name in CALLERS if name != "verifier"])
+BROKEN = '[callers.a]\nroles = ["wizard"]\n'
+UNKNOWN_SECRET = pb.VerifyRequest(secret="nothing")
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def run(folder: Path, database_url: str) -> Iterator[Run]:
+    """Start services on a database; the fixture stops them."""
+    started: list[Service] = []
+
+    def run(**settings: object) -> Service:
+        given: dict[str, object] = {
+            "listen": "127.0.0.1:0",
+            "database_url": database_url,
+            "data_dir": folder / "data",
+            "grace_seconds": 0.5,
+            "log_format": "json",
+        }
+        started.append(Service(folder / f"service {len(started)}", **(given | settings)))
+        return started[-1]
+
+    yield run
+    for service in started:
+        service.clean_up()
+
+
+@pytest.fixture
+def policy(folder: Path) -> Path:
+    path = folder / "policy.toml"
+    path.write_text(policy_text())
+    return path
+
+
+def encrypted(
+    target: str, name: str = "verifier"
+) -> contextlib.AbstractAsyncContextManager[grpc.aio.Channel]:
+    return secured(target, spiffe_identity(uri(name)))
+
+
+@contextlib.asynccontextmanager
+async def secured(target: str, identity: Identity) -> AsyncIterator[grpc.aio.Channel]:
+    credentials = channel_credentials(identity)
+    async with grpc.aio.secure_channel(target, credentials, options=CHANNEL_OPTIONS) as channel:
+        await eventually(lambda: is_serving(channel), "health is up")
+        yield channel
+
+
+async def verify(channel: grpc.aio.Channel, name: str | None = None) -> grpc.StatusCode:
+    metadata = (("authorization", f"Bearer {credential(name)}"),) if name else ()
+    stub = pb_grpc.TokenServiceStub(channel)
+    return (await outcome(stub.Verify(UNKNOWN_SECRET, timeout=2, metadata=metadata))).code
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file atomically, with a rename."""
+    other = path.with_suffix(".new")
+    other.write_text(text)
+    other.replace(path)
+
+
+def logged(service: Service, event: str) -> list[dict[str, Any]]:
+    """Return the log lines about this."""
+    return [line for line in service.log if line["event"] == event]
+
+
+async def kill_and_await_successor(service: Service, pid: int) -> None:
+    """Kill a worker and wait for its successor."""
+    before = len(service.worker_pids)
+    os.kill(pid, signal.SIGKILL)
+    await eventually(lambda: len(service.worker_pids) > before, "a new worker")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"listen": "0.0.0.0:0"}, "LATCHKEY_POLICY"),
+        ({"policy": "nowhere.toml"}, "LATCHKEY_POLICY: nowhere.toml: cannot be read"),
+        ({"policy": "broken.toml"}, "LATCHKEY_POLICY: broken.toml: line 2: callers.a.roles: "),
+        (
+            {"tls_listen": "localhost:0", "tls_certificate": "a", "tls_key": "a"},
+            "LATCHKEY_TLS_CERTIFICATE: a: No such file",
+        ),
+        (
+            {"tls_listen": "localhost:0", "tls_certificate": "broken.toml", "tls_key": "a"},
+            "LATCHKEY_TLS_CERTIFICATE: broken.toml is not a PEM file",
+        ),
+        (
+            {"tls_listen": "localhost:0", "tls_certificate": "server.pem", "tls_key": "other.key"},
+            "LATCHKEY_TLS_KEY: other.key is not the key of LATCHKEY_TLS_CERTIFICATE",
+        ),
+        (
+            {
+                "tls_listen": "localhost:0",
+                "tls_certificate": "server.pem",
+                "tls_key": "server.key",
+                "tls_client_ca": "server.key",
+            },
+            "LATCHKEY_TLS_CLIENT_CA: server.key contains no PEM certificates",
+        ),
+    ],
+)
+async def test_configuration_mistakes_stop_the_start(
+    run: Run, folder: Path, settings: dict[str, object], named: str
+) -> None:
+    """A mistake in the configuration is reported at once, with the setting and the remedy."""
+    where = folder / "service 0"
+    where.mkdir()
+    (where / "broken.toml").write_text('[callers.a]\nroles = ["wizard"]\n')
+    write_server_files(where)
+    (where / "other.key").write_bytes(dns_identity("other.internal").key)
+    service = run(**settings)
+    assert await service.ended() in (1, 2)
+    assert named in service.err
+    assert "Traceback" not in service.err
+
+
+async def test_a_changed_policy_takes_effect_while_running(
+    run: Run, folder: Path, policy: Path
+) -> None:
+    """All workers apply a changed policy automatically and on SIGHUP. An invalid one is reported
+    with its line and changes nothing. A restarted worker uses the same policy as the others, and
+    not the one that was in force when the worker or the service first started."""
+    service = run(policy=policy, workers=2)
+    address = await service.welcome()
+    assert '-H "authorization: Bearer $CREDENTIAL"' in service.out
+    async with contextlib.AsyncExitStack() as stack:
+        # Enough connections to reach both workers almost certainly.
+        channels = [
+            await stack.enter_async_context(
+                grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            )
+            for _ in range(8)
+        ]
+
+        async def all_answer(code: grpc.StatusCode) -> bool:
+            codes = [await verify(channel, "verifier") for channel in channels]
+            return set(codes) == {code}
+
+        await eventually(lambda: all_answer(grpc.StatusCode.OK), "all may call")
+        write(policy, WITHOUT_VERIFIER)
+        os.kill(service.pid, signal.SIGHUP)
+        await eventually(
+            lambda: all_answer(grpc.StatusCode.UNAUTHENTICATED), "no caller is allowed"
+        )
+        write(policy, policy_text())
+        await eventually(lambda: all_answer(grpc.StatusCode.OK), "all may call again")
+        write(policy, WITHOUT_VERIFIER)
+        await eventually(
+            lambda: all_answer(grpc.StatusCode.UNAUTHENTICATED), "no caller is allowed"
+        )
+
+        write(policy, BROKEN)
+        os.kill(service.pid, signal.SIGHUP)
+
+        await eventually(lambda: logged(service, "policy rejected"), "it says what is wrong")
+        assert "line 2: callers.a.roles" in logged(service, "policy rejected")[0]["error"]
+        for pid in service.worker_pids[:2]:
+            await kill_and_await_successor(service, pid)
+        await eventually(
+            lambda: all_answer(grpc.StatusCode.UNAUTHENTICATED), "no caller is allowed"
+        )
+        write(policy, policy_text())
+        await eventually(lambda: all_answer(grpc.StatusCode.OK), "the new ones take a policy too")
+    assert service.ended_with() is None
+    assert credential("verifier") not in service.err + service.out
+
+
+async def test_a_policy_that_changes_while_a_worker_starts(
+    run: Run, folder: Path, policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A permission that is removed after a worker was started and before it serves is removed in
+    that worker too, even if the file is invalid by then."""
+    hold = Hold(folder, monkeypatch)
+    service = run(policy=policy, workers=2)
+    address = await service.welcome()
+    hold.on()
+    os.kill(service.worker_pids[0], signal.SIGKILL)
+    new = await hold.one(service)
+    write(policy, WITHOUT_VERIFIER)
+    await eventually(lambda: logged(service, "policy in force"), "the other worker has it")
+    write(policy, BROKEN)
+    await eventually(lambda: logged(service, "policy rejected"), "it says what is wrong")
+    hold.off(new)
+    await eventually(lambda: new.pid in service.worker_pids, "the new worker serves")
+
+    async def answer() -> grpc.StatusCode:
+        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+            return await verify(channel, "verifier")
+
+    # Enough connections to reach both workers almost certainly.
+    codes = await asyncio.gather(*(answer() for _ in range(16)))
+    assert set(codes) == {grpc.StatusCode.UNAUTHENTICATED}
+
+
+async def test_a_policy_that_changes_while_a_worker_stops(run: Run, policy: Path) -> None:
+    """A permission that is removed while a worker stops is removed in that worker too, for as long
+    as it answers calls."""
+    service = run(policy=policy, lease_seconds=5, grace_seconds=10)
+    address = await service.welcome()
+    bearer = (("authorization", f"Bearer {credential('verifier')}"),)
+    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        assert await verify(channel, "manager") is grpc.StatusCode.PERMISSION_DENIED
+        # The worker stays as long as a client has a lease.
+        watcher = WatchClient(pb_grpc.TokenServiceStub(channel), bearer)
+        await watcher.granted()
+        os.kill(service.worker_pids[0], signal.SIGTERM)
+        await eventually(lambda: is_not_serving(channel), "it stops")
+        write(policy, policy_text([name for name in CALLERS if name != "manager"]))
+
+        async def is_unknown() -> bool:
+            return await verify(channel, "manager") is grpc.StatusCode.UNAUTHENTICATED
+
+        await eventually(is_unknown, "the caller is unknown")
+        assert len(service.worker_pids) == 1
+        assert not logged(service, "worker exited")
+        await watcher.say(released=True)
+
+
+async def is_not_serving(channel: grpc.aio.Channel) -> bool:
+    return not await is_serving(channel)
+
+
+async def test_a_restarted_worker_has_the_settings_of_the_start(
+    run: Run, folder: Path, database_url: str, policy: Path
+) -> None:
+    """The service reads `.env` only when it starts. A restarted worker neither loses its policy nor
+    changes its address because of a later `.env`. No secret is on a command line or in the log."""
+    where, port = folder / "service 0", free_port()
+    where.mkdir()
+    (where / ".env").write_text(f"LATCHKEY_POLICY={policy}\nLATCHKEY_SECRET_PREFIX=mine\n")
+    later = {"TLS_LISTEN": f"localhost:{port}"} | {
+        name.upper(): path for name, path in write_server_files(folder).items()
+    }
+    service = run()
+    address = await service.welcome()
+    for text in (
+        "".join(f"LATCHKEY_{name}={value}\n" for name, value in later.items()).encode(),
+        b"\xff\n",
+    ):
+        (where / ".env").write_bytes(text)
+        await kill_and_await_successor(service, service.worker_pids[-1])
+        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+            await eventually(partial(is_serving, channel), "health is up")
+            assert await verify(channel) is grpc.StatusCode.UNAUTHENTICATED
+            assert await verify(channel, "verifier") is grpc.StatusCode.OK
+            name = f"token {len(service.worker_pids)}"
+            request = pb.CreateRequest(account_id="acme", name=name, scope=pb.SCOPE_READ)
+            metadata = (("authorization", f"Bearer {credential('manager')}"),)
+            create = pb_grpc.TokenServiceStub(channel).Create
+            created = await create(request, timeout=5, metadata=metadata)
+            assert created.secret.startswith("mine_")
+        worker = psutil.Process(service.worker_pids[-1])
+        assert port not in {c.laddr.port for c in worker.net_connections("tcp") if c.laddr}
+        assert database_url not in " ".join(worker.cmdline())
+    assert database_url not in service.err + service.out
+
+
+async def test_tls(run: Run, folder: Path, policy: Path) -> None:
+    """Several workers serve TLS 1.3 only on one address, beside the plaintext one. New connections
+    use changed files, and old connections stay open. Files that do not match are rejected until
+    they do. Text around certificates is ignored, also in the CA bundle, which the test replaces."""
+    files = write_server_files(folder)
+    comment = "# Főtanúsítvány\n".encode()
+    for name in files:
+        files[name].write_bytes(comment + files[name].read_bytes())
+    port = free_port()
+    target = f"localhost:{port}"
+    service = run(policy=policy, tls_listen=target, workers=2, **files)
+    address = await service.welcome()
+    assert f"With TLS it serves on {target}." in service.out
+    async with encrypted(target) as first:
+        assert await verify(first) is grpc.StatusCode.OK
+        async with grpc.aio.insecure_channel(address) as plaintext:
+            assert await verify(plaintext) is grpc.StatusCode.UNAUTHENTICATED
+            assert await verify(plaintext, "verifier") is grpc.StatusCode.OK
+        assert await handshake(port, ssl.TLSVersion.TLSv1_3) is not None
+        assert await handshake(port, ssl.TLSVersion.TLSv1_2) is None
+
+        before = await handshake(port, ssl.TLSVersion.TLSv1_3)
+        leaf = authority().issue_cert("localhost", "127.0.0.1")
+        chain = b"".join(pem.bytes() for pem in leaf.cert_chain_pems)
+        files["tls_certificate"].write_bytes(chain)
+        # The key still belongs to the old certificate.
+        assert await handshake(port, ssl.TLSVersion.TLSv1_3) == before
+        files["tls_key"].write_bytes(leaf.private_key_pem.bytes())
+        own = ssl.PEM_cert_to_DER_cert(leaf.cert_chain_pems[0].bytes().decode())
+
+        async def renewed() -> bool:
+            found = [await handshake(port, ssl.TLSVersion.TLSv1_3) for _ in range(4)]
+            return set(found) == {own}
+
+        await eventually(renewed, "the new certificate is used")
+        assert await verify(first) is grpc.StatusCode.OK
+        async with encrypted(target, "manager") as second:
+            assert await verify(second) is grpc.StatusCode.PERMISSION_DENIED
+
+        other = trustme.CA()
+        bundle = comment + ca_pem() + comment + other.cert_pem.bytes()
+        files["tls_client_ca"].write_bytes(bundle)
+        joined = made([x509.DNSName("verifier.internal")], signed_by=other)
+        for _ in range(4):
+            async with secured(target, joined) as third:
+                assert await verify(third) is grpc.StatusCode.OK
+    assert [line for line in service.log if line["event"] == "certificates rejected"]
+    assert await service.end() == 0
+
+
+async def handshake(port: int, version: ssl.TLSVersion) -> bytes | None:
+    """Do a handshake with one TLS version; return the server's certificate, or None if the
+    handshake fails."""
+    context = ssl.create_default_context(cadata=ca_pem().decode())
+    context.minimum_version = context.maximum_version = version
+    context.set_alpn_protocols(["h2"])
+    client = authority().issue_cert("verifier.internal")
+    client.configure_cert(context)
+    try:
+        _, writer = await asyncio.open_connection("localhost", port, ssl=context)
+    except (ssl.SSLError, ConnectionError):
+        return None
+    found = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.close()
+    with contextlib.suppress(ssl.SSLError, ConnectionError):
+        await writer.wait_closed()
+    assert isinstance(found, bytes)
+    return found
+
+
+async def test_the_readmes_first_caller(run: Run, folder: Path) -> None:
+    """The README's commands create a caller and show the effect of the policy: that caller may
+    call, and no other."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    make, ask = re.findall(r"<!-- test: policy -->\n```bash\n(.+?)```", readme, re.DOTALL)
+
+    async def shell(command: str, **environment: str) -> tuple[int | None, str]:
+        process = await asyncio.create_subprocess_exec(
+            "bash",
+            "-c",
+            command.replace(".venv/bin/latchkey", f"{sys.executable} -m latchkey_cli"),
+            cwd=folder,
+            env=os.environ | environment,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        async with asyncio.timeout(60):
+            said, _ = await process.communicate()
+        return process.returncode, said.decode()
+
+    assert await shell(make) == (0, "")
+    anyone, service = run(), run(policy=folder / "policy.toml")
+    _, said = await shell(ask, LATCHKEY_TARGET=await anyone.welcome())
+    assert re.findall(r"exit code \d|CALLER_\w+|MALFORMED", said) == ["MALFORMED", "exit code 5"], (
+        said
+    )
+    _, said = await shell(ask, LATCHKEY_TARGET=await service.welcome())
+    assert re.findall(r"exit code \d|CALLER_\w+|MALFORMED", said) == [
+        "CALLER_ANONYMOUS",
+        "exit code 7",
+        "MALFORMED",
+        "exit code 5",
+    ], said
+
+
+def policy_command(
+    *arguments: str, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "latchkey_service", "policy", *arguments],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_a_new_callers_credential(folder: Path) -> None:
+    """`policy new-caller` prints only a credential on standard output, and separately the policy
+    entry for it, which is valid as printed. `policy check` reports mistakes."""
+    made = policy_command("new-caller", "shop")
+    assert made.returncode == 0
+    text = made.stdout.removesuffix("\n")
+    assert text.startswith("lkc_")
+    assert text not in made.stderr
+    assert f"sha256:{digest_of(text).hex()}" in made.stderr
+    path = folder / "policy.toml"
+    path.write_text(made.stderr[made.stderr.index("[callers.shop]") :])
+    checked = policy_command("check", LATCHKEY_POLICY=str(path))
+    assert (checked.returncode, checked.stdout) == (0, f"{path} is valid: 1 callers\n")
+    path.write_text("[callers.shop]\nrole = []")
+    checked = policy_command("check", str(path))
+    assert checked.returncode == 1
+    assert f"{path}: line 2: callers.shop.role: " in checked.stderr
+    for names in (("a b",), (), ("a", "b")):
+        failed = policy_command("new-caller", *names)
+        assert (failed.returncode, failed.stdout) == (2, "")
+        # An error message does not reach a policy file to which the output is appended.
+        assert not policies.parse(failed.stderr).callers
+
+
+def test_policy_check_uses_the_services_policy(folder: Path) -> None:
+    """`policy check` without a file uses LATCHKEY_POLICY as the service does, also from `.env`. It
+    reports a missing LATCHKEY_POLICY and other invalid settings."""
+    (folder / "good.toml").write_text('[callers.shop]\ncertificates = ["shop.internal"]\n')
+    (folder / ".env").write_text("LATCHKEY_POLICY=good.toml\n")
+    checked = policy_command("check", cwd=folder)
+    assert (checked.returncode, checked.stdout) == (0, "good.toml is valid: 1 callers\n"), checked
+    checked = policy_command("check", cwd=folder, LATCHKEY_POLICY="other.toml")
+    assert (checked.returncode, "other.toml: cannot be read" in checked.stderr) == (1, True)
+    # Inconsistent settings do not matter here; unparseable ones do.
+    checked = policy_command("check", cwd=folder, LATCHKEY_LISTEN="0.0.0.0:1")
+    assert checked.returncode == 0
+    checked = policy_command("check", cwd=folder, LATCHKEY_WORKERS="0")
+    assert (checked.returncode, "LATCHKEY_WORKERS: " in checked.stderr) == (2, True)
+    (folder / ".env").unlink()
+    checked = policy_command("check", cwd=folder)
+    assert checked.returncode == 2
+    assert checked.stderr == "latchkey: name a file, or set LATCHKEY_POLICY\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mistake"),
+    [
+        ((), "expected new-caller or check"),
+        (("make-tea",), "the first argument must be new-caller or check"),
+        (("check", "a", "b"), "check takes one file"),
+    ],
+)
+def test_wrong_arguments_of_a_policy_command(arguments: tuple[str, ...], mistake: str) -> None:
+    """A wrong argument is reported with the expected form, under the command's own name."""
+    done = policy_command(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        f"latchkey: policy: {mistake}",
+        "usage: latchkey policy new-caller NAME",
+        "       latchkey policy check [FILE]",
+    ]
