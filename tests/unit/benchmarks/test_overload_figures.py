@@ -5,18 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from tests.benchmarks.openloop import Outcome, Tally
+from tests.benchmarks.connection import DEADLINE_EXCEEDED, Outcome
 from tests.benchmarks.overload_figures import (
     ALONE,
     FLOODED,
     LOADS,
-    UNLOADED,
     Case,
     Result,
     Round,
-    document,
     figures,
-    lines,
 )
 from tests.benchmarks.overload_slices import Seen
 from tests.benchmarks.rows import Row
@@ -36,9 +33,10 @@ CREATE = replace(VERIFY, name="Create", path="/Create")
 
 
 def outcome(goodput: float, p99_ms: float = 1.0, too_late: int = 0) -> Outcome:
-    tally = Tally(sent=100 + too_late, latencies=[int(p99_ms * MS)] * 100)
-    tally.failed[4] = too_late
-    return Outcome(1.0, 100 + too_late, 0, goodput, 1.0, tally)
+    calls = 100 + too_late
+    found = Outcome(1.0, 1.0, calls, sent=calls, latencies=[int(p99_ms * MS)] * 100)
+    found.good, found.failed[DEADLINE_EXCEEDED] = int(goodput), too_late
+    return found
 
 
 def seen(goodput: float, p99_ms: float = 1.0, too_late: int = 0, rss: int = 100) -> Seen:
@@ -90,14 +88,6 @@ def test_each_failing_is_seen(at_10, what):
     assert missed(alone({"10×": at_10})) == [f"Verify, warm, native at 10×, {what}, times"]
 
 
-def test_peak_is_the_most_that_was_seen():
-    """When the slice that should give it was disturbed, no load passes for as good as the best."""
-    disturbed = Round(0.5 * PEAK, {load: seen(PEAK) for load in LOADS} | {"2×": seen(0.8 * PEAK)})
-    assert missed(Result(Case(VERIFY), [disturbed])) == [
-        "Verify, warm, native at 2×, goodput by the peak, times"
-    ]
-
-
 def test_memory_is_compared_from_the_first_round_to_the_last():
     """What the server has grown by from one 10× to the last one."""
     grown = alone({"10×": seen(PEAK, rss=100)}, {}, {"10×": seen(PEAK, rss=106)})
@@ -109,7 +99,7 @@ def test_memory_is_compared_from_the_first_round_to_the_last():
 def test_health_check_without_an_answer_is_seen():
     """All of them are to be answered, and one that is not misses."""
     dead = outcome(99.0)
-    dead.tally.latencies.pop()
+    dead.latencies.pop()
     flooded = replace(seen(PEAK), health=dead)
     assert missed(alone({"10×": flooded}, {})) == [
         "health checks during floods, native, answered SERVING, times"
@@ -124,13 +114,3 @@ def test_flood_of_another_is_compared_with_none():
         assert (
             met(result)["Verify beside Create, native at 10×, goodput by alone, times"] is reached
         )
-
-
-def test_table_has_a_line_for_each_load():
-    """In the order of the loads, and those that were not measured are left out."""
-    result = alone({}, {})
-    table = list(lines([result, Result(Case(CREATE))]))
-    assert [line.split()[3] for line in table[1:5]] == list(LOADS)
-    assert list(lines([Result(Case(CREATE))])) == []
-    assert len(document([result])) == 2 * len(LOADS)
-    assert next(iter(LOADS)) == UNLOADED
