@@ -173,44 +173,6 @@ def test_a_mark_of_zero_is_never_known(position: Position) -> None:
     assert memory.named_since(position) is None
 
 
-def test_an_applied_mark_of_zero_is_not_known() -> None:
-    """A server that sends no marks cannot make an older cache believe a read without a mark."""
-    memory: Memory[Entry] = Memory(1)
-    memory.reset(at(5))
-    memory.apply(Position(6, 0), [])
-    assert not memory.knows(Position(6, 0))
-    assert not memory.admit(b"k", entry_of("t"), Position(6, 0))
-
-
-def test_a_reset_forgets_the_former_history() -> None:
-    """After a reset, reads and claims of the former history no longer count, even at revisions that
-    the new history has not reached."""
-    memory: Memory[Entry] = Memory(5)
-    memory.reset(at(10))
-    memory.apply(at(11), ["t"])
-    assert memory.admit(b"k", entry_of("u"), at(11))
-    memory.reset(at(9, 2))
-    assert len(memory) == 0
-    assert memory.position == at(9, 2)
-    for revision in (9, 10, 11):
-        assert not memory.knows(at(revision))
-        assert not memory.admit(b"k", entry_of("u"), at(revision))
-    assert memory.admit(b"k", entry_of("t"), at(9, 2)), "the former history's names are gone, too"
-
-
-def test_a_late_older_position_does_not_move_the_cache() -> None:
-    """Applying an earlier revision again drops the tokens that it names and does not move the
-    position."""
-    memory: Memory[Entry] = Memory(5)
-    memory.reset(at(10))
-    memory.apply(at(12), [])
-    assert memory.admit(b"k", entry_of("t"), at(12))
-    memory.apply(at(11), ["t"])
-    assert memory.position == at(12)
-    assert len(memory) == 0
-    assert not memory.knows(at(11))
-
-
 def test_marks_are_pruned_with_their_names(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -228,20 +228,38 @@ def test_without_a_live_lease_news_comes_before_the_grant(scene: Scene) -> None:
     assert grant.position == at(11)
 
 
-def test_a_client_that_never_confirms_delays_deletes_by_one_lease(scene: Scene) -> None:
+@pytest.mark.parametrize(
+    "claims",
+    [
+        [at(10)],
+        [at(8), at(10), at(9), at(8)],
+        [NOWHERE],
+        [at(10, 2)],
+        [Position(10, 0)],
+        [at(19)],
+    ],
+    ids=["the last", "earlier ones", "nothing", "another mark", "without a mark", "the future"],
+)
+def test_a_client_that_never_confirms_delays_deletes_by_one_lease(claims: list[Position]) -> None:
     """A client that asks for grants and never confirms delays a Delete until the lease ends that it
-    held when it was sent the invalidation. The next Delete does not wait for it."""
+    held when it was sent the invalidation, whatever it claims instead. It receives no grant, and
+    the next Delete does not wait for it."""
+    scene = Scene(at(8))
+    scene.apply((at(9), "x"), (at(10), "y"))
+    scene.renew()
     session = leased(scene)
     ends = session.lease.ends
     scene.apply((at(11), "a"))
+    assert session.take(scene.now) == [Invalidation(at(11), ["a"])]
     number = 1
     while scene.now < ends + 2 * LEASE_SECONDS:
         number += 1
-        session.receive(request(at(10), number), scene.now)
-        session.take(scene.now)
+        session.receive(request(claims[number % len(claims)], number), scene.now)
+        assert not grants(session.take(scene.now))
         assert session.lease.ends <= ends
         scene.now += 0.5
         scene.renew()
+        scene.apply()
     assert scene.state.acknowledged == 11
     scene.apply((at(12), "b"))
     assert scene.state.acknowledgeable(scene.now) == 12
