@@ -253,21 +253,6 @@ async def test_service_errors_have_their_exit_codes(run: Run, address: str, crea
         assert result.err.count("\n") == 1
 
 
-async def test_wrong_usage_exits_2_with_one_line(run: Run) -> None:
-    """Usage errors are reported before any call, and as JSON with --json."""
-    deleted, huge, as_json = await asyncio.gather(
-        run("delete", "x"),
-        run("verify", stdin="x" * 70_000),
-        run("create", "x", "--json"),
-    )
-    for result, words in ((deleted, "--yes"), (huge, "64 KiB")):
-        assert (result.code, result.out) == (2, "")
-        assert result.err.startswith("latchkey: ")
-        assert result.err.count("\n") == 1
-        assert words in result.err
-    assert (as_json.code, as_json.error["exit_code"], as_json.error["code"]) == (2, 2, "USAGE")
-
-
 async def test_no_answer_exits_6_promptly(run: Run, scripted: tuple[str, Scripted]) -> None:
     """Without a server, the tool says so within seconds and describes the possible effects: a
     Create without a connection changed nothing, but an earlier attempt of a Delete may have."""
@@ -291,36 +276,6 @@ async def test_no_answer_exits_6_promptly(run: Run, scripted: tuple[str, Scripte
     assert "('latchkey serve'); the token may be deleted" in deleted.error["to_do"]
     assert "('latchkey serve'); treat the secret as invalid" in verified.err
     assert GARBAGE not in verified.err
-
-
-async def test_secrets_in_arguments_are_refused(run: Run) -> None:
-    """A secret in any argument is refused and not printed."""
-    results = await asyncio.gather(
-        run("verify", GARBAGE),
-        run("verify", "--json", "--", "anything"),
-    )
-    for result in results:
-        assert (result.code, result.out) == (2, "")
-        assert GARBAGE not in result.err
-        assert "anything" not in result.err
-        assert "standard input" in result.err
-
-
-async def test_refused_callers_exit_7_and_see_no_secret(
-    run: Run, scripted: tuple[str, Scripted]
-) -> None:
-    """Refused callers get exit code 7. Errors never print a secret from the service's text."""
-    target, service = scripted
-    for status in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
-        service.status = status
-        result = await run("get", "x", "--json", target=target)
-        assert (result.code, result.error["code"]) == (7, status.name)
-        assert GARBAGE not in result.err
-    service.status = grpc.StatusCode.UNIMPLEMENTED
-    result = await run("get", "x", target=target)
-    assert result.code == 1
-    assert GARBAGE not in result.err
-    assert "\x1b" not in result.err
 
 
 async def test_lists_are_complete_and_escaped(run: Run, scripted: tuple[str, Scripted]) -> None:
@@ -550,12 +505,3 @@ def test_needed_libraries_match_the_extra() -> None:
     libraries = set(service._NEEDED) - {service._MODULE}
     installed_by = packages_distributions()
     assert {name for library in libraries for name in installed_by[library]} == extra
-
-
-async def test_help_lists_the_exit_codes(run: Run) -> None:
-    """`latchkey --help` lists the commands and every exit code."""
-    shown, nothing = await asyncio.gather(run("--help"), run())
-    assert shown.code == 0
-    assert "141" in shown.out
-    assert "5  verify: any verdict except VALID" in shown.out
-    assert nothing.code == 2

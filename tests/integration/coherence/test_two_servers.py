@@ -297,31 +297,6 @@ async def test_no_wait(start: Start, database_url: str) -> None:
         assert confirmed.commit_time == unconfirmed.commit_time
 
 
-async def test_many_deletes_at_once(start: Start) -> None:
-    """Each deletion gets a distinct revision, in the order of commit times, and all are
-    confirmed."""
-    async with start() as servers:
-        tokens = [(await servers.create()).token for _ in range(40)]
-        receipts = await asyncio.gather(
-            *(delete((servers.a, servers.b)[n % 2], token) for n, token in enumerate(tokens))
-        )
-        receipts.sort(key=lambda receipt: receipt.revision)
-        assert [r.revision for r in receipts] == list(range(1, 41))
-        times = [r.commit_time.ToNanoseconds() for r in receipts]
-        assert times == sorted(times)
-        assert all(r.verifiers_acknowledged == 2 for r in receipts)
-
-
-async def test_two_deletes_of_one_token(start: Start) -> None:
-    """Two Deletes of one token are one deletion with one receipt."""
-    async with start() as servers:
-        for _ in range(5):
-            token = (await servers.create()).token
-            both = (delete(servers.a, token), delete(servers.b, token)) * 3
-            receipts = await asyncio.gather(*both)
-            assert all(receipt == receipts[0] for receipt in receipts)
-
-
 async def test_serializable(start: Start, database_url: str, postgres_url: str) -> None:
     """Everything works where every transaction is SERIALIZABLE and conflicts end in 40001."""
     name = database_url.partition("?")[0].rpartition("/")[2]
