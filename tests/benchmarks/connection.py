@@ -18,6 +18,31 @@ import hpack
 from hpack.huffman import HuffmanEncoder
 from hpack.huffman_constants import REQUEST_CODES, REQUEST_CODES_LENGTH
 
+from tests.helpers.raw_http2 import (
+    ACK,
+    CANCEL,
+    CONTINUATION,
+    DATA,
+    ENABLE_PUSH,
+    END_HEADERS,
+    END_STREAM,
+    GOAWAY,
+    HEADER_TABLE_SIZE,
+    HEADERS,
+    INITIAL_WINDOW_SIZE,
+    MAX_CONCURRENT_STREAMS,
+    PADDED,
+    PING,
+    PREFACE,
+    PRIORITISED,
+    RST_STREAM,
+    SETTINGS,
+    WINDOW_DEFAULT,
+    WINDOW_MAX,
+    WINDOW_UPDATE,
+    Frame,
+)
+
 __all__ = ["UNLIMITED", "Call", "Connection", "LoadError", "Outcome"]
 
 UNLIMITED = 2**31
@@ -33,19 +58,12 @@ LOST_MAX = 100
 SAMPLE_EVERY = 97
 SAMPLES_MAX = 500
 
-# RFC 9113 §3.4, §4.1, §6. The second struct continues with gRPC's prefix of a message.
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
-CONTINUATION = 9
-ACK = END_STREAM = 0x1
-END_HEADERS, PADDED, PRIORITY = 0x4, 0x8, 0x20
-HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE = 1, 2, 3, 4
-WINDOW_DEFAULT, WINDOW_MAX, WINDOW_STEP = 65_535, 2**31 - 1, 1 << 28
+WINDOW_STEP = 1 << 28
+# A frame's header, and the same followed by gRPC's prefix of a message.
 FRAME, DATA_FRAME = struct.Struct(">BHBBI"), struct.Struct(">BHBBIBI")
 
 OK, UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE = 0, 2, 4, 8, 13, 14
 # The meaning of a stream's end with RST_STREAM: gRPC over HTTP/2, "Errors".
-CANCEL = 8
 _OF_RESETS = {0x7: UNAVAILABLE, CANCEL: 1, 0xB: RESOURCE_EXHAUSTED, 0xC: 7}
 
 # Arrival time (ns of perf_counter), whether it counts, the request. In a closed loop (None), the
@@ -183,7 +201,7 @@ class Connection:
         self._limit = 0
         self._send_window = WINDOW_DEFAULT
         self._received = 0
-        headers = frame(HEADERS, END_HEADERS, 0, self._block)
+        headers = Frame(HEADERS, END_HEADERS, 0, self._block).encoded()
         self._headers_start, self._headers_end = headers[:5], headers[9:]
         settings = {ENABLE_PUSH: 0, INITIAL_WINDOW_SIZE: WINDOW_MAX}
         if self._open_loop:
@@ -191,8 +209,9 @@ class Connection:
             # table without entries makes each block readable by itself (see `_status`).
             settings[HEADER_TABLE_SIZE] = 0
         payload = b"".join(struct.pack(">HI", *pair) for pair in settings.items())
-        update = frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", WINDOW_MAX - WINDOW_DEFAULT))
-        self._socket.sendall(PREFACE + frame(SETTINGS, 0, 0, payload) + update)
+        more = struct.pack(">I", WINDOW_MAX - WINDOW_DEFAULT)
+        update = Frame(WINDOW_UPDATE, 0, 0, more).encoded()
+        self._socket.sendall(PREFACE + Frame(SETTINGS, 0, 0, payload).encoded() + update)
         self._socket.setblocking(False)
 
     def close(self) -> None:
@@ -221,7 +240,7 @@ class Connection:
         self._stream += 2
         stream = self._stream
         if stream == 1:
-            self.out.append(frame(HEADERS, END_HEADERS, 1, self._first_block))
+            self.out.append(Frame(HEADERS, END_HEADERS, 1, self._first_block).encoded())
         else:
             self.out += (self._headers_start, stream.to_bytes(4, "big"), self._headers_end)
         self.out.append(
@@ -256,7 +275,7 @@ class Connection:
             late.append(stream)
         for stream in late:
             self._end(stream, DEADLINE_EXCEEDED, 0)
-            self.out.append(frame(RST_STREAM, 0, stream, CANCEL.to_bytes(4, "big")))
+            self.out.append(Frame(RST_STREAM, 0, stream, CANCEL.to_bytes(4, "big")).encoded())
         self.flush()
 
     def read(self) -> None:
@@ -288,7 +307,7 @@ class Connection:
                 answer = buffer[start:position]
                 answers[stream] = answers[stream] + answer if stream in answers else answer
             elif kind == HEADERS:
-                if flags & (PADDED | PRIORITY) or not flags & END_HEADERS:
+                if flags & (PADDED | PRIORITISED) or not flags & END_HEADERS:
                     raise LoadError("the server's headers are larger or other than is usual")
                 if flags & END_STREAM:
                     # A closed loop expects right answers, and does not say why one is wrong.
@@ -304,7 +323,7 @@ class Connection:
                 self._control(kind, flags, stream, buffer[start:position])
         self._rest = buffer[position:]
         if self._received > WINDOW_STEP:
-            self.out.append(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", self._received)))
+            self.out.append(Frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", self._received)).encoded())
             self._received = 0
         self.flush()
 
@@ -351,9 +370,9 @@ class Connection:
                 if self._limit < self._in_flight_max and not self._open_loop:
                     raise LoadError(f"the server allows {allowed} calls at once, which is too few")
             self.ready = True
-            self.out.append(frame(SETTINGS, ACK, 0, b""))
+            self.out.append(Frame(SETTINGS, ACK, 0, b"").encoded())
         elif kind == PING and not flags & ACK:
-            self.out.append(frame(PING, ACK, 0, payload))
+            self.out.append(Frame(PING, ACK, 0, payload).encoded())
         elif kind == WINDOW_UPDATE and stream == 0:
             self._send_window += int.from_bytes(payload, "big")
         elif kind == CONTINUATION:
@@ -370,12 +389,6 @@ class Connection:
             self._socket.shutdown(socket.SHUT_RDWR)
         self.close()
         self._begin()
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """Return a frame."""
-    size = len(payload)
-    return FRAME.pack(size >> 16, size & 0xFFFF, kind, flags, stream) + payload
 
 
 def _texts(text: str) -> Iterable[bytes]:

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from tests.benchmarks import load
-from tests.benchmarks.connection import MAX_CONCURRENT_STREAMS, SETTINGS, frame
 from tests.benchmarks.load import Traffic
 from tests.benchmarks.rows import SERVICE
+from tests.helpers.raw_http2 import MAX_CONCURRENT_STREAMS, SETTINGS, Frame
 
 # Few calls, and a longer time-out than a busy machine needs: all of them are answered.
 PER_S, SECONDS, PATIENCE_SECONDS = 40.0, 0.5, 10.0
@@ -84,7 +84,7 @@ def test_silent_server_does_not_slow_the_schedule():
     """Calls arrive on schedule at a server that stops answering: those that find no free stream are
     held back, the others are too late, and the percentiles say so."""
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
-        settings = frame(SETTINGS, 0, 0, struct.pack(">HI", MAX_CONCURRENT_STREAMS, 2))
+        settings = Frame(SETTINGS, 0, 0, struct.pack(">HI", MAX_CONCURRENT_STREAMS, 2)).encoded()
         port = listener.getsockname()[1]
         silent = traffic("Verify", None, per_second=1_000.0, timeout_seconds=0.1)
         running = pool.submit(

@@ -368,7 +368,7 @@ async def test_ping_flood_native(serve: Serve) -> None:
     ):
         await raw.open()
         await other.open()
-        flood = http2.frame(http2.PING, 0, 0, b"12345678") * 1_000
+        flood = http2.Frame(http2.PING, 0, 0, b"12345678").encoded() * 1_000
         with contextlib.suppress(OSError):
             async with asyncio.timeout(WAIT_SECONDS):
                 while True:
