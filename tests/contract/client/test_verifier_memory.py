@@ -229,19 +229,6 @@ async def test_watch_is_retried(
         assert verifier.stats().fallback_reason is None
 
 
-async def test_refusals_are_retried_rarely(watched: FakeLatchkey, watch: FakeWatch) -> None:
-    """A client tries a server without Watch once a minute, and a server that is away more often."""
-    assert _watch.UNSUPPORTED_RETRY_SECONDS >= 30
-    assert _watch.RETRY_MAX_SECONDS >= 1
-    watch.refuse = grpc.StatusCode.UNIMPLEMENTED
-    async with latchkey.Verifier(watched.target, timeout_seconds=WAIT_SECONDS) as verifier:
-        reason = "UNIMPLEMENTED"
-        await eventually(lambda: reason in (verifier.stats().fallback_reason or ""), reason)
-        tries = len(watch.streams)
-        await asyncio.sleep(0.3)
-        assert len(watch.streams) == tries
-
-
 async def test_a_silent_stream_is_kept_after_several_attempts(
     watched: FakeLatchkey, watch: FakeWatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -444,9 +431,3 @@ async def test_a_closed_client_opens_no_streams(watched: FakeLatchkey, watch: Fa
         await eventually(lambda: verifier.stats().fallback_reason, "a reason")
         assert "closed" in (verifier.stats().fallback_reason or "")
         assert len(watch.streams) == 1
-
-
-def test_the_cache_size_is_not_negative() -> None:
-    """A negative size is rejected."""
-    with pytest.raises(latchkey.InvalidArgument):
-        latchkey.Verifier(memory_entries=-1)

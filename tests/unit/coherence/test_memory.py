@@ -143,23 +143,6 @@ def test_named_since_needs_a_known_position() -> None:
     assert memory.named_since(at(13, history=2)) is None, "another history"
 
 
-def test_a_position_is_known_only_with_its_mark() -> None:
-    """The cache neither knows nor agrees with a position of another history. A revision that it
-    never saw may be on its history, but is not known."""
-    memory: Memory[Entry] = Memory(1)
-    memory.reset(at(10))
-    memory.apply(at(12), [])
-    for position in (at(10), at(12)):
-        assert memory.knows(position)
-        assert memory.agrees(position)
-    for position in (at(10, 2), at(12, 2), Position(12, 0)):
-        assert not memory.knows(position)
-        assert not memory.agrees(position)
-    for position in (at(9), at(11), at(13), at(11, 2)):
-        assert not memory.knows(position)
-        assert memory.agrees(position)
-
-
 @pytest.mark.parametrize("position", [NOWHERE, Position(7, 0)])
 def test_a_mark_of_zero_is_never_known(position: Position) -> None:
     """A cache at the position NOWHERE admits nothing, whatever position a read claims."""
