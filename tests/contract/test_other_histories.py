@@ -13,7 +13,7 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from structlog.testing import capture_logs
 
 from tests.helpers.calls import CHANNEL_OPTIONS, outcome
-from tests.helpers.database_history import advance, head_of
+from tests.helpers.database_history import head_of
 from tests.helpers.databases import session
 from tests.helpers.servers import serving
 from tests.helpers.waiting import eventually
@@ -66,15 +66,6 @@ async def verdict(stub: Any, secret: str) -> int:
             answer: int = end.response.verdict
             return answer
         assert end.code is grpc.StatusCode.UNAVAILABLE
-
-
-async def bury_elsewhere(database_url: str, token_id: str) -> Position:
-    """Delete a token as another primary would: under the next revision and with a different
-    mark."""
-    position = await advance(database_url, token_id)
-    async with session(database_url) as connection:
-        await connection.execute("UPDATE token SET delete_time = now() WHERE id = $1", token_id)
-    return position
 
 
 async def undo(database_url: str, token_id: str, head: Position, mark: int) -> None:

@@ -127,13 +127,6 @@ async def test_a_refused_connection_is_unavailable(dead_target: str) -> None:
     assert type(caught.value) is latchkey.Unavailable
 
 
-async def test_a_silent_peer_ends_with_the_deadline(silent_target: str) -> None:
-    """A peer that accepts the connection and never answers costs at most the deadline."""
-    async with latchkey.Client(silent_target) as client:
-        with pytest.raises(latchkey.Unavailable):
-            await client.get("acme", "t1", timeout_seconds=0.2)
-
-
 async def test_a_restarted_service_is_found(fake: FakeLatchkey, tmp_path: Path) -> None:
     """The same client reconnects to a restarted service without a long backoff."""
     fake.on("Get", fake.says(ANSWERS["Get"]))

@@ -343,67 +343,6 @@ async def test_unconfirmed_deletions_are_reported_as_such(
     assert "run this command again for the receipt" in unconfirmed.err
 
 
-async def test_status_shows_each_verifier(
-    run: Run, address: str, scripted: tuple[str, Scripted]
-) -> None:
-    """The table has a row for each server process, and JSON has all its details. A line names the
-    database server on which the process renews its lease."""
-    table, script, old = await asyncio.gather(
-        run("status", target=address),
-        run("status", "--json", target=address),
-        run("status", target=scripted[0]),
-    )
-    assert (table.code, script.code) == (0, 0)
-    head, *lines = table.out.splitlines()
-    assert head == f"Head revision {script.json['head_revision']}, 1 verifier"
-    assert sum(line.startswith("Host ") for line in lines) == 1
-    (verifier,) = script.json["verifiers"]
-    assert sum(f" {os.getpid()} " in line for line in lines) == 1
-    assert (verifier["process_id"], verifier["answering"]) == (os.getpid(), True)
-    assert verifier["lease_duration"].endswith("s")
-    assert float(verifier["lease_remaining"][:-1]) > 0
-    assert verifier["waiting_for"] == []
-    assert int(script.json["head_mark"]) > 0
-    assert re.fullmatch(r"[0-9A-F]{8}", verifier["timeline"])
-    server = f"timeline {verifier['timeline']}, system identifier {verifier['system_identifier']}"
-    host = verifier["database_host"]
-    shown = f"Database {host} ({server})" if host else f"Database {server}"
-    assert " ".join(lines).endswith(shown)
-    assert script.json["warnings"] == []
-    assert verifier["lag"] == script.json["head_revision"] - verifier["acknowledged_revision"]
-    assert (old.code, old.out) == (1, "")
-    assert "UNIMPLEMENTED" in old.err
-
-
-async def test_invalidate_all_reports_its_receipt(run: Run, address: str) -> None:
-    """With --yes, the command asks nothing and prints who confirmed, or the receipt as JSON. It
-    changes no token. Without a terminal and without --yes, it does nothing."""
-    created = await run("create", "x", "--scope", "read", "--json", target=address)
-    people = await run("invalidate-all", "--yes", target=address)
-    assert (people.code, people.err) == (0, "")
-    lines = [" ".join(line.split()) for line in people.out.splitlines()]
-    assert lines[0] == "Cleared the cache of every verifier"
-    assert lines[1].startswith("Committed 20")
-    script = await run("invalidate-all", "-y", "--json", target=address)
-    assert script.code == 0
-    assert lines[2] == f"Revision {script.json['revision'] - 1}"
-    assert "1 server" in lines[3]
-    assert (script.json["verifiers_acknowledged"], script.json["verifiers_outwaited"]) == (1, 0)
-    assert script.json["effective_time"] >= script.json["commit_time"]
-    asked, as_json = await asyncio.gather(
-        run("invalidate-all", target=address), run("invalidate-all", "--json", target=address)
-    )
-    assert (asked.code, asked.out) == (2, "")
-    assert "--yes" in asked.err
-    assert (as_json.code, as_json.error["exit_code"]) == (2, 2)
-    status, verified = await asyncio.gather(
-        run("status", "--json", target=address),
-        run("verify", target=address, stdin=created.json["secret"]),
-    )
-    assert status.json["head_revision"] == script.json["revision"]
-    assert verified.code == 0
-
-
 async def test_invalidate_all_reports_what_went_wrong(
     run: Run, address: str, scripted: tuple[str, Scripted]
 ) -> None:

@@ -83,17 +83,6 @@ def test_main_is_compared_with_the_commit_before(root: Path) -> None:
     assert contract.breaking(root).state is State.FAILED
 
 
-def test_published_branch_comes_first(root: Path, tmp_path: Path) -> None:
-    """A clone compares with the main branch of its origin, not with its own."""
-    published = commit(root, PROTO)
-    clone = tmp_path / "clone"
-    git(root, "clone", "--quiet", str(root), str(clone))
-    commit(clone, BROKEN)
-    commit(clone, BROKEN)
-    assert contract.base_commit(clone) == published
-    assert contract.breaking(clone).state is State.FAILED
-
-
 def test_shallow_clone_is_skipped(root: Path, tmp_path: Path) -> None:
     """A clone of one commit has nothing to compare with."""
     commit(root, PROTO)
