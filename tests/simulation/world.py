@@ -6,6 +6,9 @@ with their stream. Processes pause, die, or stop in good order. The database fai
 fork, sessions stay with the deposed primary, and a pooler sends each statement to any server. It is
 restored from a backup.
 
+This shows that the shipped classes of both sides keep the promise together, in orders that nobody
+thought of.
+
 `World.step` takes one step of a kind by name. `stale` must stay empty: it collects each VALID of a
 verify that began after a Delete of its token had answered.
 """

@@ -105,12 +105,6 @@ def run(tmp_path: Path) -> Run:
 class Scripted(pb_grpc.TokenServiceServicer):
     """A Latchkey with answers that a healthy one rarely gives."""
 
-    status: grpc.StatusCode = grpc.StatusCode.PERMISSION_DENIED
-
-    async def Get(self, request: pb.GetRequest, context: Any) -> pb.GetResponse:  # noqa: N802
-        await context.abort(self.status, f"no: {GARBAGE} \x1b[2J")
-        raise AssertionError("abort raises")
-
     async def Create(self, request: pb.CreateRequest, context: Any) -> pb.CreateResponse:  # noqa: N802
         await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
         raise AssertionError("abort raises")

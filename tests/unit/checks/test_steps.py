@@ -13,16 +13,6 @@ from tests.helpers.waiting import eventually
 SECONDS = 30.0
 
 
-def test_failure_shows_details_and_does_not_stop_the_rest(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """A failed step prints its details, later steps run, and the run fails."""
-    assert run([("first", lambda: failed("one\ntwo")), ("second", ok)]) == 1
-    printed = capsys.readouterr()
-    assert printed.out == f"{'first':<20} FAILED\n    one\n    two\n{'second':<20} ok\n"
-    assert printed.err == "failed: first\n"
-
-
 def test_broken_step_fails(capsys: pytest.CaptureFixture[str]) -> None:
     """A step that raises counts as failed, and later steps run."""
 

@@ -1,4 +1,8 @@
-"""What the cache may hold: never more than its bound, never what an invalidation has ended."""
+"""What the cache may hold: never more than its bound, never what an invalidation has ended.
+
+These tests are about the cache that server and client share. `tests/conformance` plays what a
+client keeps in it.
+"""
 
 import pytest
 from hypothesis import given, settings

@@ -1,6 +1,7 @@
 """The decisions for one stream: what is sent, what a confirmation proves, when a lease is granted.
 
-Pure, with the clock passed in.
+Pure, with the clock passed in. `proto/conformance` has cases for clients only, so these tests are
+the cases for servers.
 """
 
 import pytest
