@@ -154,29 +154,31 @@ def _measure(
             try:
                 measured = load.run(
                     server.address,
-                    row.path,
-                    row.requests,
-                    in_flight=row.in_flight,
+                    [
+                        load.Traffic(
+                            row.path, row.requests, row.begins_with, in_flight_max=row.in_flight
+                        )
+                    ],
                     warm_up_seconds=WARM_UP_SECONDS,
                     seconds=options.seconds,
-                    begins_with=row.begins_with,
                     meter=processes.meter(server, postmaster),
                 )
             except (load.LoadError, OSError) as error:
                 raise SystemExit(f"{_title(row)}: {error}") from error
-            if not measured.calls:
+            outcome = measured.outcomes[0]
+            if not outcome.ok:
                 raise SystemExit(f"{_title(row)}: no call succeeded")
-            failures[row.key] += measured.failures
-            failures[row.key] += sum(not row.is_right(*sample) for sample in measured.samples)
+            failures[row.key] += outcome.failures
+            failures[row.key] += sum(not row.is_right(*sample) for sample in outcome.samples)
             server_cpu, postgres_cpu = measured.metered
             results[row.key].append(
                 report.Measured(
-                    measured.calls / measured.seconds,
-                    measured.percentile_us(0.50),
-                    measured.percentile_us(0.99),
+                    outcome.goodput,
+                    outcome.percentile_us(0.50),
+                    outcome.percentile_us(0.99),
                     *(
-                        cpu / measured.calls * 1e6
-                        for cpu in (server_cpu, postgres_cpu, measured.load_cpu)
+                        cpu / outcome.ok * 1e6
+                        for cpu in (server_cpu, postgres_cpu, measured.cpu_seconds)
                     ),
                 )
             )

@@ -2,18 +2,20 @@
 
 import asyncio
 import itertools
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from latchkey import Scope, Verdict, Verifier
 from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_service.secret_format import Keyring, Pepper
 
-from tests.benchmarks import load, processes
+from tests.benchmarks import load
 from tests.benchmarks.answers import remember
 from tests.benchmarks.coherence_figures import Bench, Figure
-from tests.benchmarks.coherence_flood import CALLS_PER_S
 from tests.benchmarks.coherence_memory import watches
+from tests.benchmarks.load import Traffic
 from tests.benchmarks.rows import IN_FLIGHT, SERVICE, WARM_SECRETS
 from tests.benchmarks.seed import Seeded
 
@@ -22,16 +24,17 @@ __all__ = ["flood", "misses"]
 # A busy service below its limit.
 MODERATE = 8
 WARM_UP_SECONDS = 0.2
-# Before and after a slice, so that the slice lies within the flood.
-FLOOD_MARGIN_SECONDS = 0.3
-FLOOD_START_SECONDS_MAX = 20.0
+CALLS_PER_S = 2_000
+MADE_UP_SECRETS = 5_000
 # Below this share of the stated rate it was not such a flood.
 FLOOD_SHARE_MIN = 0.9
 _VALID = bytes((0x08, pb.VERDICT_VALID, 0x12))
+# Only field 1, the verdict.
+_UNKNOWN = bytes((0x08, pb.VERDICT_UNKNOWN))
 
 
 def flood(bench: Bench) -> Iterator[Figure]:
-    """Compare valid traffic's p99 with and without a flood from a second process."""
+    """Compare valid traffic's p99 with and without a flood."""
     server, usual = bench.servers["native"], bench.seeded["usual"]
     remember(server.address, usual.secrets[:WARM_SECRETS])
     requests = itertools.cycle(
@@ -41,38 +44,34 @@ def flood(bench: Bench) -> Iterator[Figure]:
         ]
     )
 
-    def p99() -> float:
-        measured = load.run(
+    made_up = itertools.cycle(_made_up())
+
+    def p99(*beside: Traffic) -> float:
+        valid = Traffic(SERVICE + "Verify", requests, _VALID, in_flight_max=MODERATE)
+        run = load.run(
             server.address,
-            SERVICE + "Verify",
-            requests,
-            in_flight=MODERATE,
+            [valid, *beside],
             warm_up_seconds=WARM_UP_SECONDS,
             seconds=bench.slice_seconds,
-            begins_with=_VALID,
         )
-        if measured.failures:
-            raise RuntimeError(f"{measured.failures} valid secrets were refused")
-        return measured.percentile_us(0.99)
+        verifies, *floods = run.outcomes
+        if verifies.failures:
+            raise RuntimeError(f"{verifies.failures} valid secrets were refused")
+        for outcome in floods:
+            if outcome.failures:
+                raise RuntimeError(f"{outcome.failures} made-up secrets were not answered UNKNOWN")
+            rates.append(outcome.goodput)
+        return verifies.percentile_us(0.99)
 
-    calm, flooded, rates = [], [], []
-    lasts = WARM_UP_SECONDS + bench.slice_seconds + 2 * FLOOD_MARGIN_SECONDS
-    arguments, core = [server.address], {bench.cores.load}
-    with processes.child(bench.scratch, "coherence_flood", arguments, core) as child:
-        child.hear(FLOOD_START_SECONDS_MAX)
-        for number in range(bench.rounds):
-            # In turns, so that interference on the machine affects both sides.
-            for with_flood in (False, True) if number % 2 else (True, False):
-                if not with_flood:
-                    calm.append(p99())
-                    continue
-                child.tell(str(lasts))
-                time.sleep(FLOOD_MARGIN_SECONDS)
-                flooded.append(p99())
-                sent, failures = map(int, child.hear(FLOOD_START_SECONDS_MAX).split())
-                rates.append(sent / lasts)
-                if failures:
-                    raise RuntimeError(f"{failures} made-up secrets were not answered UNKNOWN")
+    calm, flooded = [], []
+    rates: list[float] = []
+    for number in range(bench.rounds):
+        # In turns, so that interference on the machine affects both sides.
+        for with_flood in (False, True) if number % 2 else (True, False):
+            if with_flood:
+                flooded.append(p99(Traffic(SERVICE + "Verify", made_up, _UNKNOWN, CALLS_PER_S)))
+            else:
+                calm.append(p99())
     flood_name = f"{CALLS_PER_S:,} made-up secrets/s"
     rate = Figure.median("Flood of made-up secrets, all UNKNOWN", "calls/s", rates)
     if rate.value < FLOOD_SHARE_MIN * CALLS_PER_S:
@@ -83,6 +82,17 @@ def flood(bench: Bench) -> Iterator[Figure]:
     yield Figure.median(f"{name}, p99", "µs", calm)
     yield Figure.median(f"{name}, p99 beside {flood_name}", "µs", flooded)
     yield Figure.median(f"{name}, p99 beside {flood_name} by without", "times", ratios, at_most=1.5)
+
+
+def _made_up() -> list[bytes]:
+    """Return requests with the right form and checksum. Their tag is wrong, because the service
+    does not have the key."""
+    keyring = Keyring([Pepper(os.urandom(32))])
+    secrets = (keyring.mint("lk", os.urandom).secret.reveal() for _ in range(MADE_UP_SECRETS))
+    return [
+        pb.VerifyRequest(secret=secret, required_scope=pb.SCOPE_READ).SerializeToString()
+        for secret in secrets
+    ]
 
 
 def misses(bench: Bench) -> Iterator[Figure]:

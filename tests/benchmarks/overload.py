@@ -1,6 +1,6 @@
 """The behaviour of a server under more load than it can handle.
 
-An open loop (openloop.py) at a tenth, once, twice and ten times the server's capacity in the same
+An open loop (load.py) at a tenth, once, twice and ten times the server's capacity in the same
 round. A good server keeps answering as many calls about as fast, and refuses the rest. A separate
 part besides the table of calls; slices of all loads in turns within each round, on dedicated
 servers whose caches start empty.
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from tests.benchmarks import processes
 from tests.benchmarks.answers import remember
 from tests.benchmarks.coherence_figures import Bench
-from tests.benchmarks.http2 import LoadError
+from tests.benchmarks.load import LoadError
 from tests.benchmarks.overload_figures import ALONE, FLOODED, LOADS, UNLOADED, Case, Result, Round
 from tests.benchmarks.overload_slices import Seen, Slicer
 from tests.benchmarks.rows import CREATES_IN_FLIGHT, IN_FLIGHT, WARM_SECRETS, Row

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.benchmarks.coherence_figures import Figure
-from tests.benchmarks.openloop import Outcome
+from tests.benchmarks.load import Outcome
 from tests.benchmarks.overload_slices import TIMEOUT_SECONDS, Seen
 from tests.benchmarks.rows import Row
 
@@ -130,9 +130,9 @@ def _health(results: Sequence[Result]) -> Iterator[Figure]:
             if load in r.seen
         ]
         name = f"health checks during floods, {transport}"
-        answered = [check.tally.ok / check.offered for check in checks]
+        answered = [check.ok / check.offered for check in checks]
         # Over all of them and not a median, because each must be answered.
-        share = sum(c.tally.ok for c in checks) / sum(c.offered for c in checks)
+        share = sum(c.ok for c in checks) / sum(c.offered for c in checks)
         yield Figure(
             *(f"{name}, answered SERVING", "times", share, min(answered), max(answered)),
             sum(check.offered for check in checks),
@@ -181,8 +181,8 @@ def _cells(result: Result, load: str) -> Iterator[str]:
     yield per_s(lambda outcome: outcome.offered)
     yield per_s(lambda outcome: outcome.sent)
     yield per_s(lambda outcome: outcome.held_back)
-    yield per_s(lambda outcome: outcome.tally.refused + outcome.tally.unavailable)
-    yield per_s(lambda outcome: outcome.tally.too_late)
+    yield per_s(lambda outcome: outcome.refused + outcome.unavailable)
+    yield per_s(lambda outcome: outcome.too_late)
     yield f"{middle(lambda seen: seen.outcome.goodput):,.0f}"
     share = statistics.median(r.seen[load].outcome.goodput / r.peak for r in result.rounds)
     yield f"{share:.2f}"
@@ -225,18 +225,17 @@ def document(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def _counts(outcome: Outcome) -> dict[str, Any]:
-    tally = outcome.tally
     return {
         "seconds": outcome.seconds,
         "offered": outcome.offered,
         "held_back": outcome.held_back,
         "sent": outcome.sent,
-        "ok": tally.ok,
-        "refused": tally.refused,
-        "unavailable": tally.unavailable,
-        "too_late": tally.too_late,
-        "other": tally.other,
-        "connections_lost": tally.connections_lost,
+        "ok": outcome.ok,
+        "refused": outcome.refused,
+        "unavailable": outcome.unavailable,
+        "too_late": outcome.too_late,
+        "other": outcome.other,
+        "connections_lost": outcome.connections_lost,
         "goodput_per_s": round(outcome.goodput, 1),
         "p50_us": round(_p50(outcome)),
         "p99_us": round(_p99(outcome)),

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from tests.benchmarks import load, openloop, processes
-from tests.benchmarks.openloop import Outcome, Traffic
-from tests.benchmarks.openloop_connection import UNLIMITED
+from tests.benchmarks import load, processes
+from tests.benchmarks.load import UNLIMITED, Outcome, Traffic
 from tests.benchmarks.processes import Server
 from tests.benchmarks.rows import Row
 
@@ -31,6 +30,8 @@ _SERVING = b"\x08\x01"
 # share of a core.
 SETTLED_SHARE, LOOKS, LOOK_SECONDS = 0.25, 2, 0.03
 SETTLE_SECONDS_MAX = 10.0
+# Long enough to begin a call. The run waits until it is answered.
+ONE_CALL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Slicer:
     def bounded(self, row: Row) -> float:
         """Return the server's calls per second with enough load, but no more concurrent calls than
         it handles well: twice the row's number in flight. Raises as `slice` does."""
-        rough = self._rough.get(row.key) or self._closed(row, row.in_flight, 0.1, 0.2).calls / 0.2
+        rough = self._rough.get(row.key) or self._closed(row, row.in_flight, 0.1, 0.2).goodput
         at_once = math.ceil(2 * row.in_flight / CONNECTIONS)
         seen = self.slice([(row, max(1.0, rough) * ENOUGH)], in_flight_max=at_once)
         if not (found := seen.outcome.goodput):
@@ -103,7 +104,7 @@ class Slicer:
             resident.append(worker.memory_info().rss)
             return time.monotonic(), *cpu()
 
-        done = openloop.run(
+        done = load.run(
             self.server.address,
             [*traffics, health],
             warm_up_seconds=WARM_UP_SECONDS,
@@ -111,9 +112,9 @@ class Slicer:
             meter=meter,
         )
         for (row, _), outcome in zip(rates, done.outcomes, strict=False):
-            wrong = sum(not row.is_right(*sample) for sample in outcome.tally.samples)
-            if wrong or outcome.tally.wrong:
-                raise RuntimeError(f"{row.name}: {outcome.tally.wrong + wrong} wrong answers")
+            wrong = outcome.wrong + sum(not row.is_right(*sample) for sample in outcome.samples)
+            if wrong:
+                raise RuntimeError(f"{row.name}: {wrong} wrong answers")
         took, server_cpu, postgres_cpu = done.metered
         return Seen(
             outcome=done.outcomes[0],
@@ -122,7 +123,7 @@ class Slicer:
             rss=resident[-1],
             server_cpu=server_cpu / took,
             postgres_cpu=postgres_cpu / took,
-            load_cpu=done.cpu_share,
+            load_cpu=done.cpu_seconds / done.seconds,
             late_ms=done.late_ms,
             kept_up=done.kept_up,
         )
@@ -133,7 +134,7 @@ class Slicer:
 
         A flood leaves behind abandoned calls, whose cost must not count in the next slice.
         """
-        self._closed(row, 1, 0.0, 0.0)
+        self._closed(row, 1, 0.0, ONE_CALL_SECONDS)
         cpu = processes.meter(self.server, self.postmaster)
         give_up = time.monotonic() + SETTLE_SECONDS_MAX
         idle = 0
@@ -145,15 +146,7 @@ class Slicer:
             is_idle = sum(cpu()) - before < SETTLED_SHARE * (time.monotonic() - began)
             idle = idle + 1 if is_idle else 0
 
-    def _closed(
-        self, row: Row, in_flight: int, warm_up_seconds: float, seconds: float
-    ) -> load.Slice:
-        return load.run(
-            self.server.address,
-            row.path,
-            row.requests,
-            in_flight=in_flight,
-            warm_up_seconds=warm_up_seconds,
-            seconds=seconds,
-            begins_with=row.begins_with,
-        )
+    def _closed(self, row: Row, in_flight: int, warm_up: float, seconds: float) -> Outcome:
+        traffic = Traffic(row.path, row.requests, row.begins_with, in_flight_max=in_flight)
+        done = load.run(self.server.address, [traffic], warm_up_seconds=warm_up, seconds=seconds)
+        return done.outcomes[0]

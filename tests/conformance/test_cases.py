@@ -1,4 +1,7 @@
-"""The Python client passes the conformance cases, and clients that break a rule do not."""
+"""The Python client passes the conformance cases, and clients that break a rule do not.
+
+This is the only place that states what a client does with each message.
+"""
 
 from __future__ import annotations
 

@@ -54,13 +54,8 @@ def latchkey(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("", "no way to identify visitors"),
         ("--account acme --listen 0.0.0.0:0", "loopback only"),
-        ("--account acme --oidc-issuer https://id.example.com", "exclude each other"),
-        ("--account-header X-User", "addresses that may send the header"),
         ("--oidc-issuer https://x --oidc-client-id a --oidc-client-secret-file /no", "cannot read"),
-        ("--account acme --public-url https://[", "scheme and host"),
-        ("--oidc-issuer https://[ --oidc-client-id a", "give the issuer URL"),
         (
             "--account-header X --trusted-proxy ::1 --public-url https://x --listen a..b:80",
             "cannot listen on",

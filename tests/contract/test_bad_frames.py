@@ -1,6 +1,5 @@
 """Hand-made HTTP/2 frames that no client library sends, and what the log says about them."""
 
-import asyncio
 import io
 import logging
 from pathlib import Path
@@ -9,9 +8,10 @@ import pytest
 from latchkey_service.access.credentials import mint
 from latchkey_service.settings import logs as service_logs
 
-from tests.fuzz import frames
+from tests.fuzz.frames import VERIFY
+from tests.helpers import raw_http2 as http2
+from tests.helpers.raw_http2 import Frame, connected
 from tests.helpers.service_process import service
-from tests.helpers.waiting import WAIT_SECONDS
 
 # The stray byte at the end makes it invalid UTF-8.
 CREDENTIAL = mint(lambda size: bytes(range(size))).reveal()
@@ -33,36 +33,20 @@ def logs():
     root.setLevel(level)
 
 
-async def send(address: str, *sent: frames.Frame) -> list[frames.Frame]:
+async def send(address: str, *sent: Frame) -> list[Frame]:
     """Send frames on a new connection; return all frames up to the end of a stream or of the
     connection."""
-    host, _, port = address.rpartition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(frames.PREFACE + b"".join(f.encoded() for f in sent))
-    answers: list[frames.Frame] = []
-    rest = b""
-    try:
-        async with asyncio.timeout(WAIT_SECONDS):
-            while not any(map(is_end, answers)) and (chunk := await reader.read(65_536)):
-                more, rest = frames.received(rest + chunk)
-                answers += more
-        return answers
-    finally:
-        writer.close()
+    async with connected(address) as connection:
+        return await connection.exchange(*sent)
 
 
-def is_end(frame: frames.Frame) -> bool:
-    ended = frame.kind == frames.HEADERS and frame.flags & frames.END_STREAM
-    return bool(ended) or frame.kind in (frames.RST_STREAM, frames.GOAWAY)
-
-
-def call(path: str = frames.VERIFY, **headers: str) -> tuple[frames.Frame, ...]:
+def call(path: str = VERIFY, **headers: str) -> tuple[Frame, ...]:
     """Return the frames of a call."""
-    block = frames.headers(*headers.items(), path=path)
+    block = http2.headers(path, *headers.items())
     return (
-        frames.Frame(frames.SETTINGS, 0, 0, b""),
-        frames.Frame(frames.HEADERS, frames.END_HEADERS, 1, block),
-        frames.Frame(frames.DATA, frames.END_STREAM, 1, frames.message(b"")),
+        Frame(http2.SETTINGS, 0, 0, b""),
+        Frame(http2.HEADERS, http2.END_HEADERS, 1, block),
+        Frame(http2.DATA, http2.END_STREAM, 1, http2.message(b"")),
     )
 
 
@@ -87,7 +71,7 @@ async def test_rejected_frames_do_not_fill_the_log(tmp_path: Path, database_url:
         log_format="json",
     ) as running:
         address = await running.welcome()
-        goaway = frames.Frame(frames.GOAWAY, 0, 0, b"\0\0\0\0\0\0\0\x08nonsense")
+        goaway = Frame(http2.GOAWAY, 0, 0, b"\0\0\0\0\0\0\0\x08nonsense")
         settings, *others = call()
         # The server reads the frames of a connection in order: once it answers the call, it has
         # read all frames before it.

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -118,29 +117,6 @@ async def test_each_call_clears_the_caches_again(settings: Settings, database_ur
         assert await verdict(address, secret) == pb.VERDICT_VALID
         assert (await invalidate_all(address)).revision == 2
         assert await verdict(address, secret) == pb.VERDICT_UNKNOWN
-
-
-async def test_a_client_that_never_confirms_delays_it_once_by_a_lease(settings: Settings) -> None:
-    """The call returns when the client's lease has expired, and counts the client as waited out.
-    The next call does not wait for the client again, although its stream is still open."""
-    async with (
-        serving(with_lease(settings, LEASE_SECONDS)) as address,
-        watching(address) as client,
-    ):
-        asked = time.monotonic()
-        grant = await client.granted()
-        lease = grant.lease_duration.ToTimedelta().total_seconds()
-        start = time.monotonic()
-        receipt = await invalidate_all(address)
-        assert time.monotonic() - asked >= lease
-        assert time.monotonic() - start < CALL_SECONDS_MAX
-        assert (receipt.verifiers_acknowledged, receipt.verifiers_outwaited) == (1, 0)
-        assert (receipt.clients_acknowledged, receipt.clients_outwaited) == (0, 1)
-        event = await client.hear()
-        assert isinstance(event, pb.Reset)
-        assert event.revision == receipt.revision
-        again = await invalidate_all(address)
-        assert (again.clients_acknowledged, again.clients_outwaited) == (0, 0)
 
 
 async def test_a_client_is_reset_and_confirms(settings: Settings) -> None:

@@ -2,7 +2,6 @@
 restore."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +13,17 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from structlog.testing import capture_logs
 
 from tests.helpers.calls import CHANNEL_OPTIONS, outcome
-from tests.helpers.database_history import advance, head_of
+from tests.helpers.database_history import head_of
 from tests.helpers.databases import session
 from tests.helpers.servers import serving
 from tests.helpers.waiting import eventually
-from tests.helpers.watch_client import WatchClient, watching
+from tests.helpers.watch_client import WatchClient
 
 if TYPE_CHECKING:
     from latchkey_service.settings.settings import Settings
 
 # A server notices at its next renewal, which comes after a third of the lease.
 LEASE_SECONDS = 1.5
-CACHE_SECONDS = 1.0
 DEAD = pb.VERDICT_DELETED
 
 
@@ -70,15 +68,6 @@ async def verdict(stub: Any, secret: str) -> int:
         assert end.code is grpc.StatusCode.UNAVAILABLE
 
 
-async def bury_elsewhere(database_url: str, token_id: str) -> Position:
-    """Delete a token as another primary would: under the next revision and with a different
-    mark."""
-    position = await advance(database_url, token_id)
-    async with session(database_url) as connection:
-        await connection.execute("UPDATE token SET delete_time = now() WHERE id = $1", token_id)
-    return position
-
-
 async def undo(database_url: str, token_id: str, head: Position, mark: int) -> None:
     """Undo the newest deletion, as if it had never reached this primary."""
     async with session(database_url) as connection, connection.transaction():
@@ -86,39 +75,6 @@ async def undo(database_url: str, token_id: str, head: Position, mark: int) -> N
         await connection.execute("DELETE FROM deletion WHERE token_id = $1", token_id)
         await connection.execute("UPDATE token SET delete_time = NULL WHERE id = $1", token_id)
         await connection.execute("UPDATE head SET revision = $1, mark = $2", head.revision, mark)
-
-
-async def test_a_revision_of_two_histories_is_not_confused(
-    database_url: str, stub: Any, create: Any
-) -> None:
-    """A server has applied revision 1. Another history, without that deletion, gives revision 1 to
-    another token. The server notices, and its verdict is right for both tokens."""
-    lost, dead = await create(), await create()
-    async with session(database_url) as connection:
-        mark = await connection.fetchval("SELECT mark FROM head")
-    start = await head_of(database_url)
-    receipt = await delete(stub, lost.token)
-    for created, expected in ((lost, DEAD), (dead, pb.VERDICT_VALID)):
-        assert await verdict(stub, created.secret) == expected
-    await undo(database_url, lost.token.id, start, mark)
-    other = await bury_elsewhere(database_url, dead.token.id)
-    assert other.revision == receipt.revision
-    assert other.mark != receipt.mark
-
-    async def noticed() -> bool:
-        return await verdict(stub, dead.secret) == DEAD
-
-    await eventually(noticed, "the server follows the other history", within=2 * LEASE_SECONDS)
-    # And never VALID again, from the cache or from a read.
-    for _ in range(3):
-        assert await verdict(stub, dead.secret) == DEAD
-    # No record of the lost deletion remains: the server reports what its database says.
-    assert await verdict(stub, lost.secret) == pb.VERDICT_VALID
-    # The server confirms the next Delete, on the history that it follows now.
-    again = await delete(stub, lost.token)
-    assert again.revision == other.revision + 1
-    assert (again.verifiers_acknowledged, again.verifiers_outwaited) == (1, 0)
-    assert await verdict(stub, lost.secret) == DEAD
 
 
 @pytest.mark.parametrize("how", ["deleted rows", "rewritten marks", "lower head"])
@@ -198,33 +154,6 @@ async def test_without_a_lease_nothing_is_denied(database_url: str, stub: Any, c
     assert (await outcome(calls[3]())).code is grpc.StatusCode.NOT_FOUND
 
 
-class TestCacheSeconds:
-    """LATCHKEY_CACHE_SECONDS limits the damage of any change that the protocol does not cover."""
-
-    @pytest.fixture
-    def settings(self, settings: "Settings") -> "Settings":
-        return settings.model_copy(update={"cache_seconds": CACHE_SECONDS})
-
-    async def test_a_verdict_is_read_again(self, database_url: str, stub: Any, create: Any) -> None:
-        """A token that is deleted directly in the database, without a log entry, is dead after that
-        time."""
-        created = await create()
-        assert await verdict(stub, created.secret) == pb.VERDICT_VALID
-        async with session(database_url) as connection:
-            await connection.execute("UPDATE token SET delete_time = now()")
-        began = time.monotonic()
-
-        async def dead() -> bool:
-            return await verdict(stub, created.secret) == DEAD
-
-        # From the cache at first, unless the machine is very busy, in which case the cached entry
-        # may have expired.
-        await eventually(dead, "the verdict is read again")
-        late = time.monotonic() - began
-        assert await verdict(stub, created.secret) == DEAD
-        assert late < CACHE_SECONDS + 2.0
-
-
 async def test_an_old_deletion_gets_its_receipt_after_its_log_entry_is_gone(
     database_url: str, stub: Any, create: Any
 ) -> None:
@@ -245,22 +174,3 @@ async def test_an_old_deletion_gets_its_receipt_after_its_log_entry_is_gone(
     assert receipt.HasField("effective_time")
     assert Position(receipt.revision, receipt.mark) == Position(early.revision, early.mark)
     assert receipt.verifiers_acknowledged == 1
-
-
-async def test_a_client_that_moves_between_histories_starts_over(
-    settings: "Settings", database_url: str, channel: grpc.aio.Channel, stub: Any, create: Any
-) -> None:
-    """A client connects with the position of a history that is gone. The server resets it and names
-    no tokens, because it cannot know which ones the client has missed."""
-    start = await head_of(database_url)
-    lost = await create()
-    async with session(database_url) as connection:
-        mark = await connection.fetchval("SELECT mark FROM head")
-    receipt = await delete(stub, lost.token)
-    await undo(database_url, lost.token.id, start, mark)
-    other = await bury_elsewhere(database_url, (await create()).token.id)
-    async with serving(settings) as address, watching(address) as client:
-        await client.say(applied=Position(receipt.revision, receipt.mark), number=1)
-        reset = await client.hear()
-        assert isinstance(reset, pb.Reset)
-        assert client.applied == other

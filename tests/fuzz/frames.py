@@ -4,23 +4,35 @@ import gzip
 import random
 import struct
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
-import hpack
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-__all__ = ["PREFACE", "Frame", "change", "expand", "good", "received", "split"]
+from tests.helpers.raw_http2 import (
+    ACK,
+    CONTINUATION,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    GOAWAY,
+    HEAD,
+    HEADERS,
+    PING,
+    PRIORITY,
+    PUSH_PROMISE,
+    RST_STREAM,
+    SETTINGS,
+    WINDOW_UPDATE,
+    Frame,
+    headers,
+    message,
+)
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE = range(6)
-PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(6, 10)
-END_STREAM = ACK = 0x1
-END_HEADERS, PADDED, PRIORITISED = 0x4, 0x8, 0x20
+__all__ = ["change", "expand", "good", "split"]
+
 # Our own frame type, which is never sent: it repeats the frames before it. Payload: the number of
 # frames (1 byte), the repetitions (2), and the increment of their stream numbers (1).
 REPEAT = 0xF0
 EXPANDED_BYTES_MAX = 1 << 20
-_HEADER = struct.Struct(">BHBBI")
 _SETTINGS = ((1, 0), (1, 2**32 - 1), (2, 1), (3, 0), (4, 0), (4, 2**31), (4, 1), (5, 16_383),
 (5, 2**24),
              (6, 0), (6, 2**31), (8, 1), (0xFFFF, 7))  # fmt: skip
@@ -88,29 +100,11 @@ ODD_HEADERS = (
 )
 
 
-class Frame(NamedTuple):
-    """A frame as sent over the wire. With `length` None, the header has the payload's real
-    length."""
-
-    kind: int
-    flags: int
-    stream: int
-    payload: bytes
-    length: int | None = None
-
-    def encoded(self) -> bytes:
-        length = len(self.payload) if self.length is None else self.length
-        head = _HEADER.pack(
-            length >> 16 & 0xFF, length & 0xFFFF, self.kind, self.flags, self.stream
-        )
-        return head + self.payload
-
-
 def split(body: bytes) -> list[Frame]:
     """Return the frames of an input; the last one may claim to be longer than it is."""
     frames = []
     while len(body) >= 9:
-        high, low, kind, flags, stream = _HEADER.unpack_from(body)
+        high, low, kind, flags, stream = HEAD.unpack_from(body)
         length = high << 16 | low
         payload, body = body[9 : 9 + length], body[9 + length :]
         frames.append(
@@ -140,26 +134,16 @@ def expand(frames: list[Frame]) -> Iterator[bytes]:
             yield burst
 
 
-def received(buffer: bytes) -> tuple[list[Frame], bytes]:
-    """Return the complete frames of the received bytes, and the rest."""
-    frames = []
-    while len(buffer) >= 9:
-        high, low, kind, flags, stream = _HEADER.unpack_from(buffer)
-        end = 9 + (high << 16 | low)
-        if len(buffer) < end:
-            break
-        frames.append(Frame(kind, flags, stream, buffer[9:end]))
-        buffer = buffer[end:]
-    return frames, buffer
-
-
 def good() -> list[list[Frame]]:
     """Return sequences of frames, each either valid or a known attack."""
     settings = Frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 2**20))
     ack = Frame(SETTINGS, ACK, 0, b"")
-    call = [Frame(HEADERS, END_HEADERS, 1, headers()), Frame(DATA, END_STREAM, 1, message(b""))]
+    call = [
+        Frame(HEADERS, END_HEADERS, 1, headers(VERIFY)),
+        Frame(DATA, END_STREAM, 1, message(b"")),
+    ]
     open_call, reset = call[0], Frame(RST_STREAM, 0, 1, struct.pack(">I", 8))
-    block = headers()
+    block = headers(VERIFY)
 
     def many(back: int, count: int, step: int = 2) -> Frame:
         return Frame(REPEAT, 0, 0, struct.pack(">BHB", back, count, step))
@@ -191,28 +175,6 @@ def good() -> list[list[Frame]]:
         [settings, Frame(HEADERS, END_HEADERS, 1, block), Frame(DATA, 0, 1, message(b"")[:3])],
         [settings, Frame(DATA, 0, 1, bytes(100), 10_000)],
     ]
-
-
-def headers(
-    *odd: tuple[str, str], path: str = VERIFY, authority: str = "localhost", huffman: bool = False
-) -> bytes:
-    """Return the header block of a call."""
-    fields = [
-        (":method", "POST"),
-        (":scheme", "http"),
-        (":path", path),
-        (":authority", authority),
-        ("content-type", "application/grpc"),
-        ("te", "trailers"),
-        *odd,
-    ]
-    encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in fields]
-    return bytes(hpack.Encoder().encode(encoded, huffman=huffman))
-
-
-def message(data: bytes, compressed: int = 0) -> bytes:
-    """Return a message with gRPC's prefix."""
-    return struct.pack(">BI", compressed, len(data)) + data
 
 
 def change(frames: list[Frame], chance: random.Random) -> list[Frame]:
@@ -274,7 +236,7 @@ def _made(chance: random.Random) -> list[Frame]:
         ],
         lambda: [Frame(GOAWAY, 0, 0, struct.pack(">II", stream, chance.randrange(15)) + b"bye")],
         lambda: [Frame(PRIORITY, 0, stream, struct.pack(">IB", stream, 3))],
-        lambda: [Frame(PUSH_PROMISE, END_HEADERS, stream, struct.pack(">I", 2) + headers())],
+        lambda: [Frame(PUSH_PROMISE, END_HEADERS, stream, struct.pack(">I", 2) + headers(VERIFY))],
         lambda: [Frame(chance.randrange(10, 256), 0, stream, chance.randbytes(5))],
         lambda: [
             Frame(
@@ -296,7 +258,7 @@ def _made(chance: random.Random) -> list[Frame]:
 def _call(stream: int, chance: random.Random) -> list[Frame]:
     """Return a call of any method, with unusual headers, messages and endings."""
     odd = chance.sample(ODD_HEADERS, chance.randrange(3))
-    block = headers(*odd, path=chance.choice(PATHS), huffman=chance.random() < 0.5)
+    block = headers(chance.choice(PATHS), *odd, huffman=chance.random() < 0.5)
     data = chance.choice(
         (
             b"",
@@ -329,14 +291,14 @@ def _block(chance: random.Random) -> bytes:
     return chance.choice(
         (
             chance.randbytes(chance.randrange(40)),
-            headers()[: chance.randrange(30)],
+            headers(VERIFY)[: chance.randrange(30)],
             # Size updates, out-of-range indices, unterminated lengths, and a bomb of references.
-            b"\x3f\xe1\xff\xff\xff\x0f" + headers(),
+            b"\x3f\xe1\xff\xff\xff\x0f" + headers(VERIFY),
             b"\xff\xff\xff\xff\xff\xff\xff\xff\x7f",
             b"\x40\x7f\xff\xff\xff\xff\x0f",
             b"\x40\x01a\x7f\xa1\x1e" + b"v" * 4_000 + b"\xbe" * 2_000,
-            headers(*chance.sample(ODD_HEADERS, 6)),
-            headers(*[(f"x-{n}", "y" * 20) for n in range(300)]),
+            headers(VERIFY, *chance.sample(ODD_HEADERS, 6)),
+            headers(VERIFY, *[(f"x-{n}", "y" * 20) for n in range(300)]),
         )
     )
 
@@ -344,6 +306,3 @@ def _block(chance: random.Random) -> bytes:
 def _settings(chance: random.Random) -> bytes:
     packed = b"".join(struct.pack(">HI", *chance.choice(_SETTINGS)) for _ in range(3))
     return packed[: chance.choice((6, 12, 18, 5))]
-
-
-TYPES = CONTINUATION + 1

@@ -29,11 +29,12 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
 from tests.fuzz import frames
 from tests.fuzz.target import Finding, Target
+from tests.helpers import raw_http2
 
 # Bits of the byte that says how the connection is used.
 NO_PREFACE, RAW, IN_PIECES, ENDING = 0x80, 0x40, 0x20, 0x03
 PING_LAST, HALF_CLOSED, RESET, LEFT_OPEN = range(4)
-LAST_PING = frames.Frame(frames.PING, 0, 0, b"lastping").encoded()
+LAST_PING = raw_http2.Frame(raw_http2.PING, 0, 0, b"lastping").encoded()
 # The name of an exception, or of a file.
 INSIDE = re.compile(r"Traceback|\w(Error|Exception)\b|\.py\b")
 CONNECT_SECONDS_MAX = 10.0
@@ -158,7 +159,7 @@ class Http2(Target):
         connection.settimeout(SEND_SECONDS_MAX)
         try:
             if not how & NO_PREFACE:
-                connection.sendall(frames.PREFACE)
+                connection.sendall(raw_http2.PREFACE)
             sequence = [body] if how & NO_PREFACE else list(frames.expand(frames.split(body)))
             if how & IN_PIECES:
                 for piece in sequence[:20]:
@@ -202,19 +203,19 @@ class Http2(Target):
                 return
             if not chunk:
                 return
-            answers, buffer = frames.received(buffer + chunk)
+            answers, buffer = raw_http2.received(buffer + chunk)
             for frame in answers:
-                pinged |= frame.kind == frames.PING and frame.payload == b"lastping"
+                pinged |= frame.kind == raw_http2.PING and frame.payload == b"lastping"
                 self._judge(frame, decoder)
 
-    def _judge(self, frame: frames.Frame, decoder: hpack.Decoder) -> None:
+    def _judge(self, frame: raw_http2.Frame, decoder: hpack.Decoder) -> None:
         told = struct.pack(">BB", frame.kind, frame.flags)
-        if frame.kind >= frames.TYPES:
+        if frame.kind > raw_http2.CONTINUATION:
             # Not HTTP/2: a TLS alert, or an answer in HTTP/1.
             return
-        if frame.kind in (frames.RST_STREAM, frames.GOAWAY):
+        if frame.kind in (raw_http2.RST_STREAM, raw_http2.GOAWAY):
             told += frame.payload[:8]
-        elif frame.kind == frames.HEADERS:
+        elif frame.kind == raw_http2.HEADERS:
             fields = {
                 name.decode("latin-1"): value.decode("latin-1")
                 for name, value, *_ in decoder.decode(frame.payload, raw=True)

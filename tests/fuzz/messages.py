@@ -37,12 +37,10 @@ from latchkey_service.tokens.management import encode_page_token
 from latchkey_service.tokens.token_store import PageStart
 
 from tests.fuzz import protobuf
+from tests.fuzz.methods import ENDLESS, HEALTH, METHODS, REFLECTION, TOKENS, Method
 from tests.fuzz.surroundings import ACCOUNT, DELETED, DELETED_ID, LIVE, LIVE_ID, PEPPER
 from tests.fuzz.target import Finding, Target
 
-TOKENS = "/latchkey.v1.TokenService/"
-HEALTH = "/grpc.health.v1.Health/"
-REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 # Placeholder for the ID of the newest token, of the same length.
 FRESH_ID, FRESH_SECRET = "tok_" + "9" * 26, "fuzz_" + "9" * 57
 SECRETS = {name: minted.secret.reveal() for name, minted in (("live", LIVE), ("deleted", DELETED))}
@@ -70,59 +68,6 @@ TRIES = 4
 LOOK_EVERY = 200
 TASKS_MAX = 200
 _TRACES = re.compile(rb"Traceback|site-packages|asyncpg|\.py\b|Error: |SELECT |INSERT ")
-
-
-class Method(NamedTuple):
-    """A method, its messages, and which side sends a stream of them."""
-
-    path: str
-    request: Any
-    response: Any
-    requests: bool = False
-    responses: bool = False
-
-
-METHODS = (
-    Method(f"{TOKENS}Verify", pb.VerifyRequest, pb.VerifyResponse),
-    Method(f"{TOKENS}BatchVerify", pb.BatchVerifyRequest, pb.BatchVerifyResponse),
-    Method(f"{TOKENS}Create", pb.CreateRequest, pb.CreateResponse),
-    Method(f"{TOKENS}Get", pb.GetRequest, pb.GetResponse),
-    Method(f"{TOKENS}List", pb.ListRequest, pb.ListResponse),
-    Method(f"{TOKENS}Delete", pb.DeleteRequest, pb.DeleteResponse),
-    Method(f"{TOKENS}Watch", pb.WatchRequest, pb.WatchResponse, requests=True, responses=True),
-    Method(
-        "/latchkey.v1.StatusService/GetStatus",
-        status_pb.GetStatusRequest,
-        status_pb.GetStatusResponse,
-    ),
-    Method(
-        "/latchkey.v1.AuditService/List",
-        audit_pb.AuditServiceListRequest,
-        audit_pb.AuditServiceListResponse,
-    ),
-    Method(f"{HEALTH}Check", health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse),
-    Method(
-        f"{HEALTH}Watch",
-        health_pb2.HealthCheckRequest,
-        health_pb2.HealthCheckResponse,
-        responses=True,
-    ),
-    Method(
-        REFLECTION,
-        reflection_pb2.ServerReflectionRequest,
-        reflection_pb2.ServerReflectionResponse,
-        requests=True,
-        responses=True,
-    ),
-    # Last, because inputs of the corpus contain the numbers of these methods.
-    Method(
-        "/latchkey.v1.MaintenanceService/InvalidateAll",
-        maintenance_pb.InvalidateAllRequest,
-        maintenance_pb.InvalidateAllResponse,
-    ),
-)
-# These end only when the server does.
-ENDLESS = {f"{TOKENS}Watch", f"{HEALTH}Watch"}
 
 
 class Answer(NamedTuple):

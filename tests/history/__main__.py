@@ -6,6 +6,8 @@ returned VALID although it began after the token's Delete had returned. It also 
 too little to prove anything. The scenarios of `scenarios.py` run first: each exposes the absence of
 one coherence rule.
 
+This is the only check of the whole product, with its processes, sockets and clocks.
+
 With `--failover` the run uses a pair of Postgres servers with synchronous replication, and the
 faults are failovers. With `--patroni` Patroni runs the servers.
 """

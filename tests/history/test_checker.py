@@ -1,15 +1,13 @@
 """The checker on hand-made histories, and the conditions under which a run fails."""
 
 import random
-from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from tests.history import report
 from tests.history.checker import Findings, Restore, check
-from tests.history.episodes import EPISODES, deck
-from tests.history.faults import KINDS, Happened, plan
+from tests.history.faults import KINDS, Happened
 from tests.history.records import Kind, Outcome, Record, Recorder, read
 from tests.history.run import Outcome as RunOutcome
 from tests.history.run import Size
@@ -114,22 +112,6 @@ def test_early_refusal() -> None:
     assert judge(early, verify(1, 3, 4), confirmed).refused_early == 1
 
 
-def test_counts() -> None:
-    """Hits and misses come from a verifier's last record, and are summed over verifiers."""
-    findings = check(
-        {
-            "client-00.0": lambda: [
-                Record(Kind.COUNTS, Outcome.DONE, 0, 5, 2),
-                Record(Kind.COUNTS, Outcome.DONE, 1, 1, 1),
-                Record(Kind.COUNTS, Outcome.DONE, 0, 9, 3),
-            ]
-        }
-    )
-    assert findings.from_memory == {"client-00.0/0": 9, "client-00.0/1": 1}
-    assert findings.from_service == 4
-    assert findings.operations == 0
-
-
 def test_records_survive_a_kill(tmp_path: Path) -> None:
     """Flushed records are read back unchanged; an incomplete record at the end is ignored."""
     recorder = Recorder(tmp_path / "records")
@@ -178,26 +160,6 @@ def test_a_run_fails_for_one_lost_token() -> None:
     assert "token 1 NOT_FOUND for client (GET)" in complaint
     refused = judge(verify(1, 1, 2, Outcome.REFUSED), delete(1, 10, 20))
     assert report.violations(refused) == ["1 refusals of tokens that nobody had deleted yet"]
-
-
-def test_deck() -> None:
-    """A seed determines one order of failovers, in which each occurs before any repeats."""
-    count = len(EPISODES) + 2
-    first = list(islice(deck(1), 2 * count))
-    assert first == list(islice(deck(1), 2 * count))
-    assert len(set(first[:count])) == len(set(first[count:])) == count
-    assert first != list(islice(deck(2), 2 * count))
-
-
-def test_plan() -> None:
-    """A seed determines one plan, which ends in time and contains each kind of fault in a
-    minute."""
-    planned = plan(7, 50.0, 1.0)
-    assert planned == plan(7, 50.0, 1.0)
-    assert planned != plan(8, 50.0, 1.0)
-    assert {fault.kind for fault in planned} == set(KINDS)
-    assert all(0 < fault.at < fault.at + fault.seconds <= 50 for fault in planned)
-    assert [fault.at for fault in planned] == sorted(fault.at for fault in planned)
 
 
 def create(token: int, began: int, ended: int, outcome: Outcome = Outcome.DONE) -> Record:

@@ -4,7 +4,7 @@ import sys
 
 from tests.model.broken import BROKEN, HARMLESS, KEPT, LONG
 from tests.model.explore import Exploration, explore
-from tests.model.server import LEMMA
+from tests.model.server_state import LEMMA
 
 
 def main(wanted: list[str]) -> None:

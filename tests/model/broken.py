@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tests.model import rule_12, server, watch
+from tests.model import rule_12, server, server_state, watch, watch_state
 from tests.model.cases import Broken, Healthy, Kept
 
 __all__ = ["BROKEN", "HARMLESS", "HEALTHY", "KEPT", "LONG"]
@@ -18,32 +18,38 @@ KEPT = (
         125_000,
         {
             "Delete has answered; the process, cut off, still holds VALID, its lease run out": (
-                lambda s: s.delete == server.ANSWERED and s.memory == server.VALID and not s.lease
+                lambda s: (
+                    s.delete == server_state.ANSWERED
+                    and s.memory == server_state.VALID
+                    and not s.lease
+                )
             ),
             "the same, with its row removed": (
                 lambda s: (
-                    s.delete == server.ANSWERED
-                    and s.memory == server.VALID
-                    and s.row == server.NO_ROW
+                    s.delete == server_state.ANSWERED
+                    and s.memory == server_state.VALID
+                    and s.row == server_state.NO_ROW
                 )
             ),
             "Delete answered while the process was registering with an older head": (
                 lambda s: (
-                    s.delete == server.ANSWERED and s.phase == server.UP and s.applied < s.deleted
+                    s.delete == server_state.ANSWERED
+                    and s.phase == server_state.UP
+                    and s.applied < s.deleted
                 )
             ),
             "a VALID read before the deletion is still on its way after Delete has answered": (
                 lambda s: (
-                    s.delete == server.ANSWERED
+                    s.delete == server_state.ANSWERED
                     and s.lookup is not None
-                    and s.lookup.found == server.VALID
+                    and s.lookup.found == server_state.VALID
                     and s.applied >= s.deleted
                 )
             ),
             "that token's deletion has been trimmed from the memory's history": (
                 lambda s: s.history >= s.deleted > 0 and s.lookup is not None and s.lease
             ),
-            "DELETED is remembered": lambda s: s.memory == server.DELETED and s.lease,
+            "DELETED is remembered": lambda s: s.memory == server_state.DELETED and s.lease,
         },
     ),
     Kept(
@@ -52,14 +58,16 @@ KEPT = (
         12_000,
         {
             "Delete has answered; the client, cut off, still holds VALID, its lease run out": (
-                lambda s: s.delete == watch.ANSWERED and s.client.memory
+                lambda s: s.delete == watch_state.ANSWERED and s.client.memory
             ),
             "a server is dead, and a client's sub-lease of it lives": (
-                lambda s: s.servers[0].phase == watch.DOWN and s.client.lease and s.client.memory
+                lambda s: (
+                    s.servers[0].phase == watch_state.DOWN and s.client.lease and s.client.memory
+                )
             ),
             "Delete has answered, and a grant and a VALID from before are still on their way": (
                 lambda s: (
-                    s.delete == watch.ANSWERED
+                    s.delete == watch_state.ANSWERED
                     and s.client.lookup is not None
                     and s.client.lookup.valid
                     and any(message > 0 for message in s.client.inbox)
@@ -72,7 +80,7 @@ KEPT = (
 
 # Too slow for every test run: `python -m tests.model` explores these as well.
 LONG = (
-    Kept("one server, clocks drifting", watch.one_server(clocks=watch.DRIFTING), 80_000),
+    Kept("one server, clocks drifting", watch.one_server(clocks=watch_state.DRIFTING), 80_000),
     Kept("one server, two requests at a time", watch.one_server(requests_max=2), 90_000),
     Kept(
         "two servers",
@@ -101,16 +109,16 @@ LONG = (
                 lambda s: (
                     s.client.stream == 1
                     and s.client.lease
-                    and s.servers[0].phase == watch.DOWN
+                    and s.servers[0].phase == watch_state.DOWN
                     and s.servers[0].row == 0
                 )
             ),
             "a server that has removed its own row has had a client that still holds VALID": (
                 lambda s: (
                     s.client.memory
-                    and s.servers[0].phase == watch.DOWN
-                    and s.servers[0].row == watch.NO_ROW
-                    and s.delete == watch.ANSWERED
+                    and s.servers[0].phase == watch_state.DOWN
+                    and s.servers[0].row == watch_state.NO_ROW
+                    and s.delete == watch_state.ANSWERED
                 )
             ),
         },
@@ -128,9 +136,9 @@ HEALTHY = (
         10_000,
         # Except where the server is down and its row remains, or a dead client's sub-lease runs.
         lambda s: (
-            s.delete != watch.BEFORE
-            and (s.delete == watch.ANSWERED or s.servers[0].phase >= watch.EMPTY)
-            and not (s.client.applied == watch.FRESH and s.servers[0].sub_lease)
+            s.delete != watch_state.BEFORE
+            and (s.delete == watch_state.ANSWERED or s.servers[0].phase >= watch_state.EMPTY)
+            and not (s.client.applied == watch_state.FRESH and s.servers[0].sub_lease)
         ),
         watch.HEALTHY,
     ),
@@ -148,7 +156,7 @@ def _one_server(name: str, steps: int, *, requests_max: int = 1) -> Broken:
 
 def _drifting(name: str, steps: int, **clocks: Any) -> Broken:
     # Without its margin, a countdown takes the time that it names on an accurate clock.
-    return Broken(name, watch.one_server(clocks=replace(watch.DRIFTING, **clocks)), steps)
+    return Broken(name, watch.one_server(clocks=replace(watch_state.DRIFTING, **clocks)), steps)
 
 
 BROKEN = (

@@ -13,7 +13,6 @@ has not applied the deletion.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 from tests.model.explore import Action, Model, Violation
@@ -23,7 +22,6 @@ from tests.model.moves_state import (
     BEFORE,
     BEHIND,
     BOUND,
-    END,
     FRESH,
     GRANT,
     GUARANTEE,
@@ -46,6 +44,7 @@ from tests.model.moves_state import (
     State,
     Stream,
     World,
+    ended,
     indebted,
     lost,
     may_say_valid,
@@ -72,33 +71,6 @@ def model(
     actions = (*ACTIONS, *(SLOW_ANSWERS if slow_answers else (verifies_at_once,)))
     first = first or State("", BEFORE, (Server(lease=ticks),) * servers, Client())
     return Model(first, tuple(ended(action) for action in actions), world, NAMES)
-
-
-def ended(action: Action) -> Action:
-    """Return `action` without the states that follow Delete's answer once no memory holds VALID.
-
-    A server whose lease is live has applied the deletion by then (histories.py; answers_valid looks
-    for one that has not). So VALID cannot return.
-    """
-
-    @functools.wraps(action)
-    def until_the_end(s: State, w: World) -> Iterator[State]:
-        for after in action(s, w):
-            if (
-                after.__class__ is State
-                and after.delete == ANSWERED
-                and not after.client.memory
-                and after.client.lookup is None
-                and not any(may_say_valid(server) for server in after.servers)
-            ):
-                yield END
-            else:
-                yield after
-
-    return until_the_end
-
-
-# ---- The new primary ----
 
 
 def deletes(s: State, w: World) -> Iterator[State]:

@@ -8,7 +8,7 @@ import pytest
 from tests.model.broken import BROKEN, HARMLESS, HEALTHY, KEPT
 from tests.model.cases import Broken, Healthy, Kept
 from tests.model.explore import always_can, explore
-from tests.model.server import ANSWERED, LEMMA
+from tests.model.server_state import ANSWERED, LEMMA
 
 RULES = range(1, 13)
 

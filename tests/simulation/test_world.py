@@ -162,7 +162,7 @@ def renew_on_any_history(
 
 # The owner, the attribute and its replacement. All replacements of an entry apply together. Rules
 # that break by chance only after dozens of steps have explicit tests in tests/unit/coherence and
-# tests/unit/client.
+# tests/conformance.
 MUTANTS: dict[str, list[tuple[Any, str, Any]]] = {
     "3: the lease lasts too long": [
         (verifier_state, "server_lease_end", lambda began, seconds: began + 6.0)

@@ -4,8 +4,10 @@ Several server processes and clients. Time passes at any moment, clocks start an
 different rates. Answers of the database arrive late or never. Messages on streams wait, or are lost
 with their stream. Processes pause, die, or stop in good order. The database fails over: histories
 fork, sessions stay with the deposed primary, and a pooler sends each statement to any server. It is
-restored from a backup. One step here is what the service's loops do between two awaits
-(`lease_renewer.py`, `watch_sessions.py`, `verifier.py`).
+restored from a backup.
+
+This shows that the shipped classes of both sides keep the promise together, in orders that nobody
+thought of.
 
 `World.step` takes one step of a kind by name. `stale` must stay empty: it collects each VALID of a
 verify that began after a Delete of its token had answered.
@@ -13,285 +15,23 @@ verify that began after a Delete of its token had answered.
 
 import itertools
 import math
-from collections import deque
 from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from latchkey import _subscription as client_side
-from latchkey._subscription import Subscription
-from latchkey_coherence.lease import DRIFT_MAX
-from latchkey_coherence.memory import Entry, Memory, Position
-from latchkey_service.coherence import watch_sessions
+from latchkey_coherence.memory import Memory, Position
 from latchkey_service.coherence.ack_rules import (
     Acknowledgements,
-    DeadVerifierDetector,
     PendingDeletion,
 )
-from latchkey_service.coherence.client_leases import ClientLeases
-from latchkey_service.coherence.snapshot import Snapshot
-from latchkey_service.coherence.verifier_state import Log, ReadBegan, Standing, VerifierState
-from latchkey_service.coherence.watch_sessions import WatchSession
 
 from tests.simulation.database import LEASE_SECONDS, Database
+from tests.simulation.processes import Client, Clock, Server, Stream
 
 __all__ = ["KINDS", "World"]
 
 SERVERS, CLIENTS, TOKENS = 2, 2, 2
-ENTRIES_MAX = 8
-# Two rates differ by a thousandth at most: each by half of it from the true rate.
-RATES = (1 - DRIFT_MAX / 2.01, 1.0, 1 + DRIFT_MAX / 2.01)
 STEPS_SECONDS = (0.001, 0.01, 0.1, 0.3, 0.5, 1.0, 2.0, 2.99, 3.1)
-
-
-class Known(Entry):
-    """A cached token: whether it was live when it was read."""
-
-    __slots__ = ("live",)
-
-    def __init__(self, token_id: str, *, live: bool) -> None:
-        super().__init__(token_id, math.inf)
-        self.live = live
-
-
-class Clock:
-    """A process's own clock. `world.now` is the true time."""
-
-    def __init__(self, world: "World") -> None:
-        self._world = world
-        self._rate = world.random.choice(RATES)
-        self._offset = world.random.choice((0.0, 1e6, -1e6))
-
-    def __call__(self) -> float:
-        return self._offset + self._rate * self._world.now
-
-
-class Server:
-    """A server process: the steps of its lease renewer, and verifies."""
-
-    def __init__(self, world: "World", name: str) -> None:
-        self.world, self.name = world, name
-        self.clock = Clock(world)
-        self.state: VerifierState[Known] = VerifierState(
-            world.server_memory(ENTRIES_MAX), ClientLeases(), LEASE_SECONDS
-        )
-        self.detector = DeadVerifierDetector()
-        self.incarnation = 0
-        self.alive, self.stopping = True, False
-        # The databases that its sessions lead to: the renewer's session, and that of look-ups.
-        self.renewal_database = self.lookup_database = world.current
-        # What the database has answered and the process has not received: one answer at a time.
-        self.reply: Callable[[], None] | None = None
-        self.streams: list[Stream] = []
-
-    def reconnect(self) -> None:
-        """Open new sessions. They may lead to a deposed primary."""
-        self.renewal_database, self.lookup_database = self.world.reached(), self.world.reached()
-
-    def renew_once(self, *, news: bool = False) -> None:
-        """Send the next statement of the renewer: register, read the log, or renew."""
-        state = self.state
-        if self.reply is not None:
-            return
-        database = self.renewal_database = self.world.session(self.renewal_database)
-        if not state.registered:
-            self.incarnation += 1
-            clear = state.client_leases.floor(self.clock()) is None
-            registration = database.register(self.name, self.incarnation, acknowledge=clear)
-            if registration is None:
-                self.renewal_database = self.world.reached()
-            else:
-                self.reply = lambda: state.register(*registration, self.clock())
-            return
-        began = self.clock()
-        if news:
-            log = database.read_log(state.memory.position)
-            # As in the service, only a renewal may move the lease to another server.
-            if not log.known or log.server == state.server:
-                self.reply = lambda: self._apply(log, began)
-                return
-        acknowledged = state.acknowledgeable(began)
-        renewal = database.renew(self.name, self.incarnation, state.memory.position, acknowledged)
-        if renewal is None:
-            self.renewal_database = self.world.reached()
-        else:
-            self.reply = lambda: self._renewed(*renewal, began, acknowledged)
-
-    def _apply(self, log: Log, began: float) -> None:
-        self.state.apply(log, began)
-        if not log.known:
-            self.world.count("lost its history")
-
-    def _renewed(self, renewed: bool, log: Log, began: float, acknowledged: int) -> None:
-        self._apply(log, began)
-        if renewed:
-            self.state.renew(began, acknowledged)
-        elif log.known:
-            self.state.lose()
-
-    def receive_reply(self) -> None:
-        """Receive the database's answer."""
-        reply, self.reply = self.reply, None
-        if reply is not None:
-            reply()
-
-    def acknowledge(self) -> None:
-        """Acknowledge before the renewal is due, if a client has confirmed."""
-        state = self.state
-        now = self.clock()
-        if state.registered and state.acknowledgeable(now) > state.acknowledged:
-            self.renew_once()
-
-    def remove_dead_verifiers(self) -> None:
-        """Remove the rows of dead processes."""
-        asked = self.clock()
-        rows = list(self.renewal_database.rows.values())
-        self.world.maybe_wait()
-        for dead in self.detector.dead(rows, asked, self.clock()):
-            self.world.maybe_wait()
-            self.renewal_database.remove_dead(dead)
-
-    def verify(self, token_id: str, answer: Callable[[bool, Position], None]) -> None:
-        """Answer from the cache, or send a read and answer when it arrives."""
-        state = self.state
-        known = state.memory.entries.get(token_id.encode())
-        if self.clock() >= state.lease_ends:
-            return
-        if known is not None:
-            answer(known.live, state.memory.position)
-            return
-        began = state.begin_read()
-        database = self.lookup_database = self.world.session(self.lookup_database)
-        live, snapshot = token_id not in database.deleted, database.snapshot()
-
-        def arrive() -> None:
-            self._arrived(Known(token_id, live=live), snapshot, began, answer)
-
-        self.world.send(arrive)
-
-    def _arrived(
-        self,
-        known: Known,
-        snapshot: Snapshot,
-        began: ReadBegan,
-        answer: Callable[[bool, Position], None],
-        *,
-        again: bool = True,
-    ) -> None:
-        if not self.alive:
-            return
-        standing = self.state.standing(snapshot, began)
-        if standing is Standing.AHEAD and again:
-            # The read waits for the log, which is read on the renewer's session.
-            self.world.count("ahead")
-            self.world.under_way.append(
-                lambda: self._arrived(known, snapshot, began, answer, again=False)
-            )
-        elif standing is Standing.BELIEVED:
-            self.state.memory.admit(known.token_id.encode(), known, snapshot.position)
-            answer(known.live, snapshot.position)
-        else:
-            self.world.count("refused")
-            self.lookup_database = self.world.reached()
-
-    def stop(self) -> None:
-        """Stop in good order: ask clients to move, and leave once no client holds a lease."""
-        self.stopping = True
-        for stream in self.streams:
-            stream.session.close()
-        if self.state.client_leases.floor(self.clock()) is None:
-            self.state.lose()
-            self.renewal_database.remove(self.name)
-            self.die()
-
-    def die(self) -> None:
-        self.alive = False
-        for stream in list(self.streams):
-            stream.cut()
-
-
-class Stream:
-    """A Watch: a session, a client's stream, and the messages between them."""
-
-    def __init__(self, client: "Client", server: Server) -> None:
-        self.client, self.server = client, server
-        self.session = WatchSession(server.state)
-        self.end = client.subscription.open(client.clock())
-        self.up: deque[Any] = deque()
-        self.down: deque[Any] = deque()
-        # True while messages are held up on the way. Another step may end that.
-        self.stuck = False
-        server.streams.append(self)
-        client.streams.append(self)
-        if server.stopping:
-            self.cut()
-
-    def cut(self) -> None:
-        for streams in (self.server.streams, self.client.streams):
-            if self in streams:
-                streams.remove(self)
-
-    def client_sends(self) -> None:
-        if (request := self.end.take(self.client.clock())) is not None:
-            self.up.append(request)
-
-    def server_receives(self) -> None:
-        if self.up:
-            said = self.up.popleft()
-            request = watch_sessions.Request(said.applied, said.number, said.released)
-            self.session.receive(request, self.server.clock())
-
-    def server_sends(self) -> None:
-        self.down.extend(self.session.take(self.server.clock()))
-
-    def client_receives(self) -> None:
-        if self.down:
-            self.end.receive(_to_client(self.down.popleft()), self.client.clock())
-
-
-def _to_client(event: watch_sessions.Event) -> client_side.Event:
-    match event:
-        case watch_sessions.Invalidation():
-            return client_side.Invalidation(event.position, tuple(event.token_ids))
-        case watch_sessions.Grant():
-            return client_side.Grant(event.position, event.number, event.lease_seconds)
-        case watch_sessions.Reset():
-            return client_side.Reset(event.position)
-        case watch_sessions.Closing():
-            return client_side.Closing()
-
-
-class Client:
-    """A client library: its cache under the grants of its streams."""
-
-    def __init__(self, world: "World") -> None:
-        self.world = world
-        self.clock = Clock(world)
-        memory: Any = world.client_memory(ENTRIES_MAX)
-        self.memory: Memory[Known] = memory
-        self.subscription = Subscription(memory, world.random.random)
-        self.streams: list[Stream] = []
-
-    def verify(self, token_id: str) -> None:
-        """Answer from the cache, or ask a server, which need not be the one that the client
-        watches."""
-        started = self.world.steps
-        key = token_id.encode()
-        known = self.memory.entries.get(key)
-        if known is not None and self.clock() < self.subscription.lease.end:
-            self.world.count("from a client's cache")
-            self.world.answered(token_id, started, valid=known.live)
-            return
-
-        def arrive(live: bool, position: Position) -> None:
-            def deliver() -> None:
-                if self.clock() < self.subscription.lease.end:
-                    self.memory.admit(key, Known(token_id, live=live), position)
-                self.world.answered(token_id, started, valid=live)
-
-            self.world.send(deliver)
-
-        self.world.pick(self.world.servers).verify(token_id, arrive)
 
 
 class World:

@@ -104,35 +104,6 @@ async def test_only_safe_methods_are_retried(
     assert fake.count(rpc) == (1 if rpc == "Create" else _retry.ATTEMPTS_MAX)
 
 
-@every_rpc
-@pytest.mark.parametrize(
-    "code",
-    [code for code in grpc.StatusCode if code not in (grpc.StatusCode.OK, UNAVAILABLE)],
-)
-async def test_other_failures_are_final(
-    client: latchkey.Client, fake: FakeLatchkey, rpc: str, code: grpc.StatusCode
-) -> None:
-    """Only UNAVAILABLE is retried, or a status with a requested delay."""
-    fake.on(rpc, fake.fails(code))
-    with pytest.raises(latchkey.LatchkeyError) as caught:
-        await METHODS[rpc](client)
-    assert caught.value.code is code
-    assert fake.count(rpc) == 1
-
-
-@every_rpc
-async def test_rejections_because_of_load_are_retried(
-    client: latchkey.Client, fake: FakeLatchkey, rpc: str
-) -> None:
-    """If the rejection states a delay, every method is retried, because no work began."""
-    wait = error_details_pb2.RetryInfo(retry_delay=Duration(nanos=50_000_000))
-    refusal = fake.fails(grpc.StatusCode.RESOURCE_EXHAUSTED, "too much", wait)
-    fake.on(rpc, refusal, fake.says(ANSWERS[rpc]))
-    await METHODS[rpc](client)
-    first, second = fake.calls
-    assert second.at - first.at >= 0.05
-
-
 async def test_a_transient_failure_is_hidden(client: latchkey.Client, fake: FakeLatchkey) -> None:
     """A failure is retried if the service requests it, and not before the requested delay."""
     wait = error_details_pb2.RetryInfo(retry_delay=Duration(nanos=300_000_000))
@@ -146,19 +117,6 @@ async def test_a_transient_failure_is_hidden(client: latchkey.Client, fake: Fake
     assert second.seconds_left < first.seconds_left - 0.05  # both share one deadline
 
 
-async def test_no_waiting_past_the_deadline(client: latchkey.Client, fake: FakeLatchkey) -> None:
-    """If the requested delay outlasts the deadline, the service's error is raised at once."""
-    wait = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=60))
-    fake.on("Get", fake.fails(UNAVAILABLE, "database is away", wait))
-    started = time.monotonic()
-    with pytest.raises(latchkey.Unavailable, match="database is away") as caught:
-        await client.get("acme", "t1", timeout_seconds=30)
-    assert time.monotonic() - started < 5
-    assert caught.value.retry_after is not None
-    assert caught.value.retry_after.total_seconds() == 60
-    assert fake.count("Get") == 1
-
-
 async def test_a_refused_connection_is_unavailable(dead_target: str) -> None:
     """It raises Unavailable long before the deadline."""
     async with latchkey.Client(dead_target) as client:
@@ -167,13 +125,6 @@ async def test_a_refused_connection_is_unavailable(dead_target: str) -> None:
             await client.get("acme", "t1", timeout_seconds=60)
         assert time.monotonic() - started < 30
     assert type(caught.value) is latchkey.Unavailable
-
-
-async def test_a_silent_peer_ends_with_the_deadline(silent_target: str) -> None:
-    """A peer that accepts the connection and never answers costs at most the deadline."""
-    async with latchkey.Client(silent_target) as client:
-        with pytest.raises(latchkey.Unavailable):
-            await client.get("acme", "t1", timeout_seconds=0.2)
 
 
 async def test_a_restarted_service_is_found(fake: FakeLatchkey, tmp_path: Path) -> None:

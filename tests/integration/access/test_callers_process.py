@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import ssl
-import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -22,8 +21,6 @@ import trustme
 from cryptography import x509
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service.access import policy as policies
-from latchkey_service.access.credentials import digest_of
 
 from tests.helpers.callers import (
     CALLERS,
@@ -415,80 +412,3 @@ async def test_the_readmes_first_caller(run: Run, folder: Path) -> None:
         "MALFORMED",
         "exit code 5",
     ], said
-
-
-def policy_command(
-    *arguments: str, cwd: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "latchkey_service", "policy", *arguments],
-        cwd=cwd,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-
-
-def test_a_new_callers_credential(folder: Path) -> None:
-    """`policy new-caller` prints only a credential on standard output, and separately the policy
-    entry for it, which is valid as printed. `policy check` reports mistakes."""
-    made = policy_command("new-caller", "shop")
-    assert made.returncode == 0
-    text = made.stdout.removesuffix("\n")
-    assert text.startswith("lkc_")
-    assert text not in made.stderr
-    assert f"sha256:{digest_of(text).hex()}" in made.stderr
-    path = folder / "policy.toml"
-    path.write_text(made.stderr[made.stderr.index("[callers.shop]") :])
-    checked = policy_command("check", LATCHKEY_POLICY=str(path))
-    assert (checked.returncode, checked.stdout) == (0, f"{path} is valid: 1 callers\n")
-    path.write_text("[callers.shop]\nrole = []")
-    checked = policy_command("check", str(path))
-    assert checked.returncode == 1
-    assert f"{path}: line 2: callers.shop.role: " in checked.stderr
-    for names in (("a b",), (), ("a", "b")):
-        failed = policy_command("new-caller", *names)
-        assert (failed.returncode, failed.stdout) == (2, "")
-        # An error message does not reach a policy file to which the output is appended.
-        assert not policies.parse(failed.stderr).callers
-
-
-def test_policy_check_uses_the_services_policy(folder: Path) -> None:
-    """`policy check` without a file uses LATCHKEY_POLICY as the service does, also from `.env`. It
-    reports a missing LATCHKEY_POLICY and other invalid settings."""
-    (folder / "good.toml").write_text('[callers.shop]\ncertificates = ["shop.internal"]\n')
-    (folder / ".env").write_text("LATCHKEY_POLICY=good.toml\n")
-    checked = policy_command("check", cwd=folder)
-    assert (checked.returncode, checked.stdout) == (0, "good.toml is valid: 1 callers\n"), checked
-    checked = policy_command("check", cwd=folder, LATCHKEY_POLICY="other.toml")
-    assert (checked.returncode, "other.toml: cannot be read" in checked.stderr) == (1, True)
-    # Inconsistent settings do not matter here; unparseable ones do.
-    checked = policy_command("check", cwd=folder, LATCHKEY_LISTEN="0.0.0.0:1")
-    assert checked.returncode == 0
-    checked = policy_command("check", cwd=folder, LATCHKEY_WORKERS="0")
-    assert (checked.returncode, "LATCHKEY_WORKERS: " in checked.stderr) == (2, True)
-    (folder / ".env").unlink()
-    checked = policy_command("check", cwd=folder)
-    assert checked.returncode == 2
-    assert checked.stderr == "latchkey: name a file, or set LATCHKEY_POLICY\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "mistake"),
-    [
-        ((), "expected new-caller or check"),
-        (("make-tea",), "the first argument must be new-caller or check"),
-        (("check", "a", "b"), "check takes one file"),
-    ],
-)
-def test_wrong_arguments_of_a_policy_command(arguments: tuple[str, ...], mistake: str) -> None:
-    """A wrong argument is reported with the expected form, under the command's own name."""
-    done = policy_command(*arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines() == [
-        f"latchkey: policy: {mistake}",
-        "usage: latchkey policy new-caller NAME",
-        "       latchkey policy check [FILE]",
-    ]

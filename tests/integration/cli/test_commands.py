@@ -105,12 +105,6 @@ def run(tmp_path: Path) -> Run:
 class Scripted(pb_grpc.TokenServiceServicer):
     """A Latchkey with answers that a healthy one rarely gives."""
 
-    status: grpc.StatusCode = grpc.StatusCode.PERMISSION_DENIED
-
-    async def Get(self, request: pb.GetRequest, context: Any) -> pb.GetResponse:  # noqa: N802
-        await context.abort(self.status, f"no: {GARBAGE} \x1b[2J")
-        raise AssertionError("abort raises")
-
     async def Create(self, request: pb.CreateRequest, context: Any) -> pb.CreateResponse:  # noqa: N802
         await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
         raise AssertionError("abort raises")
@@ -253,21 +247,6 @@ async def test_service_errors_have_their_exit_codes(run: Run, address: str, crea
         assert result.err.count("\n") == 1
 
 
-async def test_wrong_usage_exits_2_with_one_line(run: Run) -> None:
-    """Usage errors are reported before any call, and as JSON with --json."""
-    deleted, huge, as_json = await asyncio.gather(
-        run("delete", "x"),
-        run("verify", stdin="x" * 70_000),
-        run("create", "x", "--json"),
-    )
-    for result, words in ((deleted, "--yes"), (huge, "64 KiB")):
-        assert (result.code, result.out) == (2, "")
-        assert result.err.startswith("latchkey: ")
-        assert result.err.count("\n") == 1
-        assert words in result.err
-    assert (as_json.code, as_json.error["exit_code"], as_json.error["code"]) == (2, 2, "USAGE")
-
-
 async def test_no_answer_exits_6_promptly(run: Run, scripted: tuple[str, Scripted]) -> None:
     """Without a server, the tool says so within seconds and describes the possible effects: a
     Create without a connection changed nothing, but an earlier attempt of a Delete may have."""
@@ -291,36 +270,6 @@ async def test_no_answer_exits_6_promptly(run: Run, scripted: tuple[str, Scripte
     assert "('latchkey serve'); the token may be deleted" in deleted.error["to_do"]
     assert "('latchkey serve'); treat the secret as invalid" in verified.err
     assert GARBAGE not in verified.err
-
-
-async def test_secrets_in_arguments_are_refused(run: Run) -> None:
-    """A secret in any argument is refused and not printed."""
-    results = await asyncio.gather(
-        run("verify", GARBAGE),
-        run("verify", "--json", "--", "anything"),
-    )
-    for result in results:
-        assert (result.code, result.out) == (2, "")
-        assert GARBAGE not in result.err
-        assert "anything" not in result.err
-        assert "standard input" in result.err
-
-
-async def test_refused_callers_exit_7_and_see_no_secret(
-    run: Run, scripted: tuple[str, Scripted]
-) -> None:
-    """Refused callers get exit code 7. Errors never print a secret from the service's text."""
-    target, service = scripted
-    for status in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
-        service.status = status
-        result = await run("get", "x", "--json", target=target)
-        assert (result.code, result.error["code"]) == (7, status.name)
-        assert GARBAGE not in result.err
-    service.status = grpc.StatusCode.UNIMPLEMENTED
-    result = await run("get", "x", target=target)
-    assert result.code == 1
-    assert GARBAGE not in result.err
-    assert "\x1b" not in result.err
 
 
 async def test_lists_are_complete_and_escaped(run: Run, scripted: tuple[str, Scripted]) -> None:
@@ -386,67 +335,6 @@ async def test_unconfirmed_deletions_are_reported_as_such(
     assert unconfirmed.code == 6
     assert "the token is deleted, but" in unconfirmed.err
     assert "run this command again for the receipt" in unconfirmed.err
-
-
-async def test_status_shows_each_verifier(
-    run: Run, address: str, scripted: tuple[str, Scripted]
-) -> None:
-    """The table has a row for each server process, and JSON has all its details. A line names the
-    database server on which the process renews its lease."""
-    table, script, old = await asyncio.gather(
-        run("status", target=address),
-        run("status", "--json", target=address),
-        run("status", target=scripted[0]),
-    )
-    assert (table.code, script.code) == (0, 0)
-    head, *lines = table.out.splitlines()
-    assert head == f"Head revision {script.json['head_revision']}, 1 verifier"
-    assert sum(line.startswith("Host ") for line in lines) == 1
-    (verifier,) = script.json["verifiers"]
-    assert sum(f" {os.getpid()} " in line for line in lines) == 1
-    assert (verifier["process_id"], verifier["answering"]) == (os.getpid(), True)
-    assert verifier["lease_duration"].endswith("s")
-    assert float(verifier["lease_remaining"][:-1]) > 0
-    assert verifier["waiting_for"] == []
-    assert int(script.json["head_mark"]) > 0
-    assert re.fullmatch(r"[0-9A-F]{8}", verifier["timeline"])
-    server = f"timeline {verifier['timeline']}, system identifier {verifier['system_identifier']}"
-    host = verifier["database_host"]
-    shown = f"Database {host} ({server})" if host else f"Database {server}"
-    assert " ".join(lines).endswith(shown)
-    assert script.json["warnings"] == []
-    assert verifier["lag"] == script.json["head_revision"] - verifier["acknowledged_revision"]
-    assert (old.code, old.out) == (1, "")
-    assert "UNIMPLEMENTED" in old.err
-
-
-async def test_invalidate_all_reports_its_receipt(run: Run, address: str) -> None:
-    """With --yes, the command asks nothing and prints who confirmed, or the receipt as JSON. It
-    changes no token. Without a terminal and without --yes, it does nothing."""
-    created = await run("create", "x", "--scope", "read", "--json", target=address)
-    people = await run("invalidate-all", "--yes", target=address)
-    assert (people.code, people.err) == (0, "")
-    lines = [" ".join(line.split()) for line in people.out.splitlines()]
-    assert lines[0] == "Cleared the cache of every verifier"
-    assert lines[1].startswith("Committed 20")
-    script = await run("invalidate-all", "-y", "--json", target=address)
-    assert script.code == 0
-    assert lines[2] == f"Revision {script.json['revision'] - 1}"
-    assert "1 server" in lines[3]
-    assert (script.json["verifiers_acknowledged"], script.json["verifiers_outwaited"]) == (1, 0)
-    assert script.json["effective_time"] >= script.json["commit_time"]
-    asked, as_json = await asyncio.gather(
-        run("invalidate-all", target=address), run("invalidate-all", "--json", target=address)
-    )
-    assert (asked.code, asked.out) == (2, "")
-    assert "--yes" in asked.err
-    assert (as_json.code, as_json.error["exit_code"]) == (2, 2)
-    status, verified = await asyncio.gather(
-        run("status", "--json", target=address),
-        run("verify", target=address, stdin=created.json["secret"]),
-    )
-    assert status.json["head_revision"] == script.json["revision"]
-    assert verified.code == 0
 
 
 async def test_invalidate_all_reports_what_went_wrong(
@@ -550,12 +438,3 @@ def test_needed_libraries_match_the_extra() -> None:
     libraries = set(service._NEEDED) - {service._MODULE}
     installed_by = packages_distributions()
     assert {name for library in libraries for name in installed_by[library]} == extra
-
-
-async def test_help_lists_the_exit_codes(run: Run) -> None:
-    """`latchkey --help` lists the commands and every exit code."""
-    shown, nothing = await asyncio.gather(run("--help"), run())
-    assert shown.code == 0
-    assert "141" in shown.out
-    assert "5  verify: any verdict except VALID" in shown.out
-    assert nothing.code == 2

@@ -1,4 +1,8 @@
-"""Two servers on one database: a deleted token is dead on both when Delete returns."""
+"""Two servers on one database: a deleted token is dead on both when Delete returns.
+
+Here the parts that are proved one by one elsewhere work together, on a real Postgres without
+faults. `tests/history` and `tests/faults` add the faults.
+"""
 
 import asyncio
 import contextlib
@@ -194,31 +198,6 @@ async def test_what_the_cache_keeps(
         assert await reads(created.secret, 3) == 1
 
 
-async def test_a_late_read_is_not_cached(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A verify that reads the token before its deletion and gets the result afterwards may return
-    VALID, because it started first. No later verify does (the fill rule)."""
-    held, let_go = asyncio.Event(), asyncio.Event()
-    find_all = Lookup.find_all
-
-    async def late(self: Lookup, digests: Any, deadline: float) -> Any:
-        found = await find_all(self, digests, deadline)
-        if ABSENT_DIGEST not in digests and not held.is_set():
-            held.set()
-            await let_go.wait()
-        return found
-
-    async with start() as servers:
-        created = await servers.create()
-        monkeypatch.setattr(Lookup, "find_all", late)
-        question = pb.VerifyRequest(secret=created.secret)
-        early = asyncio.ensure_future(servers.a.Verify(question, timeout=5))
-        await asyncio.wait_for(held.wait(), WAIT_SECONDS)
-        await delete(servers.b, created.token)
-        let_go.set()
-        assert (await early).verdict == pb.VERDICT_VALID
-        assert await servers.verdicts(created.secret) == ["DELETED"] * 4
-
-
 async def test_without_a_lease_nothing_is_answered(start: Start, database_url: str) -> None:
     """A server that cannot renew its lease stops answering when the lease expires, although it
     could answer from its cache and read the database. It answers again once it can renew."""
@@ -315,60 +294,6 @@ async def test_no_wait(start: Start, database_url: str) -> None:
         assert confirmed.HasField("effective_time")
         assert confirmed.revision == unconfirmed.revision
         assert confirmed.commit_time == unconfirmed.commit_time
-
-
-async def test_a_deletion_is_confirmed_after_its_log_entry_was_pruned(
-    start: Start, database_url: str
-) -> None:
-    """A deletion for which no caller waited can be confirmed at any later time, even when the log
-    no longer holds its position."""
-    async with start() as servers:
-        token, other = (await servers.create()).token, (await servers.create()).token
-        unconfirmed = await delete(servers.a, token, no_wait=True)
-        later = await delete(servers.a, other)
-        pool = await Pool.open(Connector(database_url))
-        try:
-            table = VerifierTable(pool)
-
-            async def pruned() -> bool:
-                await table.prune_log(0.0, 1_000)
-                async with session(database_url) as connection:
-                    left = await connection.fetchval(
-                        "SELECT count(*) FROM invalidation WHERE revision <= $1", later.revision
-                    )
-                return left == 0
-
-            await eventually(pruned, "the log is pruned")
-        finally:
-            await pool.close()
-        confirmed = await delete(servers.b, token)
-        assert confirmed.HasField("effective_time")
-        assert confirmed.revision == unconfirmed.revision
-
-
-async def test_many_deletes_at_once(start: Start) -> None:
-    """Each deletion gets a distinct revision, in the order of commit times, and all are
-    confirmed."""
-    async with start() as servers:
-        tokens = [(await servers.create()).token for _ in range(40)]
-        receipts = await asyncio.gather(
-            *(delete((servers.a, servers.b)[n % 2], token) for n, token in enumerate(tokens))
-        )
-        receipts.sort(key=lambda receipt: receipt.revision)
-        assert [r.revision for r in receipts] == list(range(1, 41))
-        times = [r.commit_time.ToNanoseconds() for r in receipts]
-        assert times == sorted(times)
-        assert all(r.verifiers_acknowledged == 2 for r in receipts)
-
-
-async def test_two_deletes_of_one_token(start: Start) -> None:
-    """Two Deletes of one token are one deletion with one receipt."""
-    async with start() as servers:
-        for _ in range(5):
-            token = (await servers.create()).token
-            both = (delete(servers.a, token), delete(servers.b, token)) * 3
-            receipts = await asyncio.gather(*both)
-            assert all(receipt == receipts[0] for receipt in receipts)
 
 
 async def test_serializable(start: Start, database_url: str, postgres_url: str) -> None:

@@ -11,10 +11,8 @@ from urllib.parse import parse_qsl, urlsplit
 import asyncpg
 import pytest
 from latchkey_service.errors import NotReplicated, StoreUnavailable
-from latchkey_service.postgres import connections, sessions
-from latchkey_service.postgres.circuit_breaker import ATTEMPTS_MAX, RECONNECT_SECONDS
+from latchkey_service.postgres import sessions
 from latchkey_service.postgres.connections import (
-    POOL_SIZE_MAX,
     Connector,
     Pool,
     require_durable_commit,
@@ -174,54 +172,6 @@ def test_each_host_of_a_url() -> None:
         assert each_host(url) == [url]
 
 
-@pytest.mark.usefixtures("own_timeouts")
-async def test_impatient_callers_start_few_attempts(silent: tuple[Silent, str]) -> None:
-    """Hundreds of callers that each wait a tenth of a second start no more attempts than a process
-    has connections until the first one fails, and then one probe at a time."""
-    frozen, url = silent
-    connector = Connector(url)
-    pool = await Pool.open(connector)
-
-    async def hurried() -> None:
-        with contextlib.suppress(StoreUnavailable, TimeoutError):
-            async with asyncio.timeout(0.1), pool.session():
-                raise AssertionError("the silent server answered")
-
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    timeout = connections.CONNECT_TIMEOUT_SECONDS
-    seconds = 2.5 * timeout
-    calls: set[asyncio.Task[None]] = set()
-    while loop.time() < began + seconds:
-        calls.add(asyncio.create_task(hurried()))
-        await asyncio.sleep(0.01)
-    await asyncio.gather(*calls)
-    longest = loop.time() - began
-    assert len(calls) > 2 * ATTEMPTS_MAX
-    single = 1 + longest / (timeout + RECONNECT_SECONDS / 2)
-    assert frozen.taken <= ATTEMPTS_MAX + single
-    await eventually(lambda: frozen.open == 0, "no connection is left")
-    await pool.close()
-
-
-async def test_an_open_breaker_fails_at_once() -> None:
-    """After a failure and a failed probe, every call fails without an attempt, with the original
-    cause."""
-    connector = Connector("postgresql://nobody:nothing@127.0.0.1:1/none", lambda: 100.0)
-    for _ in range(2):
-        with pytest.raises(StoreUnavailable) as first:
-            await connector.connect()
-    pool = await Pool.open(connector)
-    with pytest.raises(StoreUnavailable) as second:
-        await connector.connect()
-    assert isinstance(first.value.__cause__, OSError)
-    assert second.value.__cause__ is first.value.__cause__
-    with pytest.raises(StoreUnavailable):
-        async with pool.session():
-            pass
-    await pool.close()
-
-
 async def test_a_cancelled_caller_leaves_no_connection(database_url: str) -> None:
     """A caller that is cancelled at any point of an attempt leaves no connection open, and others
     can connect."""
@@ -246,15 +196,6 @@ async def test_a_cancelled_caller_leaves_no_connection(database_url: str) -> Non
     kept.append(await connector.connect())
     for connection in kept:
         await connection.close()
-
-
-async def test_the_whole_pool_connects_at_once(database_url: str) -> None:
-    """The limit on attempts delays nobody while the database is up."""
-    pool = await Pool.open(Connector(database_url))
-    async with contextlib.AsyncExitStack() as stack:
-        entering = (stack.enter_async_context(pool.session()) for _ in range(POOL_SIZE_MAX))
-        assert len(await asyncio.gather(*entering)) == POOL_SIZE_MAX
-    await pool.close()
 
 
 async def test_a_brief_failure_affects_no_later_caller(database_url: str) -> None:

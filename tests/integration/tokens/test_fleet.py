@@ -131,19 +131,6 @@ async def test_a_second_host_generates_no_key(run: Run, tmp_path: Path) -> None:
     assert list(status.warnings) == []
 
 
-async def test_a_generated_file_of_another_database_is_rejected(run: Run, tmp_path: Path) -> None:
-    """A host whose file was generated for another database fails to start, too."""
-    await run("a").welcome()
-    theirs = pepper_file.load(tmp_path / "a" / "peppers").peppers[0].id
-    path = write_peppers(tmp_path / "b" / "peppers", OLD)
-    second = run("b")
-    assert await second.ended() == 1
-    assert f"expects the peppers {theirs}, and {path} has only others: {OLD.id}" in second.err
-    assert OLD.key.hex() not in second.err
-    # If the setting names the file, the host uses it and reports the mismatch.
-    await run("b", pepper_file=path).welcome()
-
-
 async def test_new_hosts_that_start_at_once(run: Run, tmp_path: Path) -> None:
     """If several new hosts start at once on an empty database, one generates a key. The others fail
     to start and leave no file."""
@@ -308,14 +295,6 @@ async def test_an_ordinary_restart_does_not_wait(database_url: str, tmp_path: Pa
     async with session(database_url) as connection, connection.transaction():
         await connection.execute("SELECT pg_advisory_xact_lock($1)", token_store._PEPPER_LOCK)
         assert await enrolled(database_url, tmp_path / "peppers") == pepper_id
-
-
-async def test_a_lone_host_replaces_a_lost_file(database_url: str, tmp_path: Path) -> None:
-    """With the embedded database, a lost file is replaced unless live tokens need it."""
-    first = await enrolled(database_url, tmp_path / "peppers", shared=False)
-    (tmp_path / "peppers").unlink()
-    second = await enrolled(database_url, tmp_path / "peppers", shared=False)
-    assert await known_ids(database_url) == [first, second]
 
 
 def files_in(folder: Path) -> list[Path]:

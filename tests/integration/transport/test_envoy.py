@@ -16,7 +16,8 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.settings.settings import Settings
 from latchkey_service.transport.transports import MESSAGE_BYTES_MAX, STREAMS_MAX
 
-from tests.fuzz import frames
+from tests.fuzz.frames import VERIFY
+from tests.helpers import raw_http2 as http2
 from tests.helpers.callers import (
     PROXY,
     Identity,
@@ -32,6 +33,7 @@ from tests.helpers.callers import (
 )
 from tests.helpers.calls import CHANNEL_OPTIONS, is_serving, outcome
 from tests.helpers.free_ports import free_port
+from tests.helpers.raw_http2 import Frame, connected
 from tests.helpers.repository import ROOT
 from tests.helpers.servers import serving_as
 from tests.helpers.waiting import WAIT_SECONDS, eventually
@@ -339,25 +341,25 @@ async def test_limits_of_connections(envoy: tuple[str, str]) -> None:
         assert (await late).code is OK
 
 
-def one_call(block: bytes) -> list[frames.Frame]:
+def one_call(block: bytes) -> list[Frame]:
     """A call with these headers, in as many frames as they need."""
     parts = [block[at : at + 16_000] for at in range(0, len(block), 16_000)]
-    kinds = [frames.HEADERS, *[frames.CONTINUATION] * (len(parts) - 1)]
-    flags = [*[0] * (len(parts) - 1), frames.END_HEADERS]
+    kinds = [http2.HEADERS, *[http2.CONTINUATION] * (len(parts) - 1)]
+    flags = [*[0] * (len(parts) - 1), http2.END_HEADERS]
     return [
-        *(frames.Frame(k, f, 1, part) for k, f, part in zip(kinds, flags, parts, strict=True)),
-        frames.Frame(frames.DATA, frames.END_STREAM, 1, frames.message(b"")),
+        *(Frame(k, f, 1, part) for k, f, part in zip(kinds, flags, parts, strict=True)),
+        Frame(http2.DATA, http2.END_STREAM, 1, http2.message(b"")),
     ]
 
 
-def taken_back(count: int) -> list[frames.Frame]:
+def taken_back(count: int) -> list[Frame]:
     """Many calls that are cancelled at once, and one that is not."""
-    block = frames.headers()
+    block = http2.headers(VERIFY)
     sent = []
     for stream in range(1, 2 * count, 2):
         sent += [
-            frames.Frame(frames.HEADERS, frames.END_HEADERS, stream, block),
-            frames.Frame(frames.RST_STREAM, 0, stream, b"\0\0\0\x08"),
+            Frame(http2.HEADERS, http2.END_HEADERS, stream, block),
+            Frame(http2.RST_STREAM, 0, stream, b"\0\0\0\x08"),
         ]
     return [*sent, *(frame._replace(stream=2 * count + 1) for frame in one_call(block))]
 
@@ -365,20 +367,22 @@ def taken_back(count: int) -> list[frames.Frame]:
 @pytest.mark.parametrize(
     "call",
     [
-        one_call(frames.headers(path=f"{frames.VERIFY}\xff")),
-        one_call(frames.headers(path=f"{frames.VERIFY}?\xff")),
-        one_call(frames.headers(authority="\xff")),
-        one_call(frames.headers(("x-request-id", "\xff"), ("authorization", "Bearer \xff"))),
-        one_call(frames.headers(("content-length", "99"))),
-        one_call(frames.headers(("grpc-timeout", "x"), ("grpc-encoding", "x"), ("x-bin", "\xff"))),
-        one_call(frames.headers(("x-long", "x" * 55_000))),
-        one_call(frames.headers(*[(f"x-{number}", "x" * 700) for number in range(70)])),
+        one_call(http2.headers(f"{VERIFY}\xff")),
+        one_call(http2.headers(f"{VERIFY}?\xff")),
+        one_call(http2.headers(VERIFY, authority="\xff")),
+        one_call(http2.headers(VERIFY, ("x-request-id", "\xff"), ("authorization", "Bearer \xff"))),
+        one_call(http2.headers(VERIFY, ("content-length", "99"))),
+        one_call(
+            http2.headers(VERIFY, ("grpc-timeout", "x"), ("grpc-encoding", "x"), ("x-bin", "\xff"))
+        ),
+        one_call(http2.headers(VERIFY, ("x-long", "x" * 55_000))),
+        one_call(http2.headers(VERIFY, *[(f"x-{number}", "x" * 700) for number in range(70)])),
         taken_back(200),
     ],
     ids=["path", "query", "authority", "text", "length", "grpc", "long", "many", "taken back"],
 )
 async def test_one_callers_frames_end_no_other_stream(
-    envoy: tuple[str, str], call: list[frames.Frame], tmp_path: Path
+    envoy: tuple[str, str], call: list[Frame], tmp_path: Path
 ) -> None:
     """Latchkey closes connections that receive such frames, and no other caller's calls end."""
     target, _ = envoy
@@ -392,19 +396,8 @@ async def test_one_callers_frames_end_no_other_stream(
         await stream.write(pb.WatchRequest(number=1))
         reset: Any = await stream.read()
         assert reset is not grpc.aio.EOF
-        reader, writer = await asyncio.open_connection(*target.split(":"), ssl=context)
-        call = [frames.Frame(frames.SETTINGS, 0, 0, b""), *call]
-        writer.write(frames.PREFACE + b"".join(frame.encoded() for frame in call))
-        ended, rest = False, b""
-        async with asyncio.timeout(WAIT_SECONDS):
-            while not ended and (chunk := await reader.read(65_536)):
-                answers, rest = frames.received(rest + chunk)
-                ended = any(
-                    frame.kind in (frames.RST_STREAM, frames.GOAWAY)
-                    or (frame.kind == frames.HEADERS and frame.flags & frames.END_STREAM)
-                    for frame in answers
-                )
-        writer.close()
+        async with connected(target, tls=context) as connection:
+            await connection.exchange(Frame(http2.SETTINGS, 0, 0), *call)
         await stream.write(pb.WatchRequest(number=2, **position_of(reset)))
         answer: Any
         async with asyncio.timeout(WAIT_SECONDS):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.checks.__main__ import STEPS, chosen
+from tests.checks.__main__ import chosen
 from tests.checks.steps import ROOT
 
 HOOKS = ROOT / ".pre-commit-config.yaml"
@@ -55,12 +55,6 @@ def test_hook_uses_installed_tools(hook: dict[str, Any]) -> None:
         assert arguments[2:]
         assert [name for name, _ in chosen(arguments[2:])] == arguments[2:]
         assert hook["pass_filenames"] is False
-
-
-def test_steps_by_name() -> None:
-    """Without arguments all steps run; with names, only those."""
-    assert chosen([]) == STEPS
-    assert [name for name, _ in chosen(["locks", "buf lint"])] == ["buf lint", "locks"]
 
 
 def test_unknown_step_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,32 +75,12 @@ def test_branch_is_compared_with_main(root: Path) -> None:
     assert 'Previously present field "2"' in outcome.text
 
 
-def test_uncommitted_change_is_compared(root: Path) -> None:
-    """The files of the work tree count, committed or not."""
-    commit(root, PROTO)
-    git(root, "switch", "--quiet", "--create", "topic")
-    commit(root, PROTO)
-    write(root, BROKEN)
-    assert contract.breaking(root).state is State.FAILED
-
-
 def test_main_is_compared_with_the_commit_before(root: Path) -> None:
     """A breaking commit on main fails on main, where CI checks it out."""
     first = commit(root, PROTO)
     commit(root, BROKEN)
     assert contract.base_commit(root) == first
     assert contract.breaking(root).state is State.FAILED
-
-
-def test_published_branch_comes_first(root: Path, tmp_path: Path) -> None:
-    """A clone compares with the main branch of its origin, not with its own."""
-    published = commit(root, PROTO)
-    clone = tmp_path / "clone"
-    git(root, "clone", "--quiet", str(root), str(clone))
-    commit(clone, BROKEN)
-    commit(clone, BROKEN)
-    assert contract.base_commit(clone) == published
-    assert contract.breaking(clone).state is State.FAILED
 
 
 def test_shallow_clone_is_skipped(root: Path, tmp_path: Path) -> None:
@@ -112,19 +92,3 @@ def test_shallow_clone_is_skipped(root: Path, tmp_path: Path) -> None:
     outcome = contract.breaking(clone)
     assert outcome.state is State.SKIPPED
     assert "no earlier commit" in outcome.text
-
-
-def test_no_repository_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unpacked source archive has nothing to compare with."""
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    folder = tmp_path / "unpacked"
-    folder.mkdir()
-    assert contract.breaking(folder).state is State.SKIPPED
-
-
-def test_no_git_is_skipped(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without git there is nothing to compare with."""
-    commit(root, PROTO)
-    commit(root, BROKEN)
-    monkeypatch.setenv("PATH", "")
-    assert contract.breaking(root).state is State.SKIPPED

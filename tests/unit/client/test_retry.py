@@ -7,12 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latchkey import (
+    AlreadyExists,
     DeadlineExceeded,
+    InternalError,
     InvalidArgument,
     LatchkeyError,
     NotFound,
+    PermissionDenied,
     ResourceExhausted,
+    Unauthenticated,
     Unavailable,
+    UnexpectedStatus,
     _retry,
 )
 
@@ -77,7 +82,11 @@ async def test_create_is_never_retried() -> None:
 
 @pytest.mark.parametrize(
     "failure",
-    [DeadlineExceeded("x"), NotFound("x"), InvalidArgument("x"), ResourceExhausted("too large")],
+    [
+        *(DeadlineExceeded("x"), NotFound("x"), InvalidArgument("x"), AlreadyExists("x")),
+        *(PermissionDenied("x"), Unauthenticated("x"), InternalError("x"), UnexpectedStatus("x")),
+        ResourceExhausted("too large"),
+    ],
 )
 async def test_final_errors_are_not_retried(failure: LatchkeyError) -> None:
     """Every other error is raised at once and does not use the retry budget."""

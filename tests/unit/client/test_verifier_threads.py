@@ -114,22 +114,3 @@ def test_cache_time_is_positive(seconds: float) -> None:
     """`memory_entries=0` is the way to cache nothing."""
     with pytest.raises(latchkey.InvalidArgument, match="memory_seconds"):
         latchkey.Verifier("nowhere:1", memory_seconds=seconds)
-
-
-@pytest.mark.parametrize(("revision", "mark"), [(5, at(5, 2).mark), (5, 0), (4, at(4).mark)])
-def test_an_answer_at_an_unknown_position_is_not_cached(
-    clock: list[float], revision: int, mark: int
-) -> None:
-    """No message would be certain to evict it."""
-    verifier = latchkey.Verifier("nowhere:1")
-    warm(verifier)
-    (entry,) = verifier._memory.entries.values()
-    verifier._memory.entries.clear()
-    verifier._memory._of_token.clear()
-    token = entry.read.token
-    verifier._store(
-        SECRET,
-        None,
-        Verification(verdict=Verdict.VALID, token=token, revision=revision, mark=mark),
-    )
-    assert verifier.verify_nowait(SECRET) is None

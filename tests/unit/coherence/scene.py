@@ -1,17 +1,32 @@
 """A server process with a lease, as the pure classes see it, with the clock passed in."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from latchkey_coherence.memory import Memory, Position
 from latchkey_service.coherence.client_leases import ClientLeases
 from latchkey_service.coherence.verifier_state import Change, Log, Server, VerifierState
-from latchkey_service.coherence.watch_sessions import Event, Request, WatchSessions
+from latchkey_service.coherence.watch_sessions import (
+    Event,
+    Grant,
+    Request,
+    WatchSession,
+    WatchSessions,
+)
 
 from tests.helpers.positions import at
 
-__all__ = ["LEASE_SECONDS", "PRIMARY", "Scene", "log", "request"]
+__all__ = [
+    "LEASE_SECONDS",
+    "PRIMARY",
+    "Scene",
+    "confirmed",
+    "grants",
+    "leased",
+    "log",
+    "request",
+]
 
 LEASE_SECONDS = 3.0
 PRIMARY = Server("7000", "00000001")
@@ -70,3 +85,26 @@ class Scene:
 
     def serve(self) -> "asyncio.Task[None]":
         return asyncio.create_task(self.sessions.serve(self.requests(), self.send, "a client"))
+
+
+def grants(events: Sequence[object]) -> list[Grant]:
+    return [event for event in events if isinstance(event, Grant)]
+
+
+def confirmed(scene: Scene) -> WatchSession:
+    """Return a session whose client is at the process's position and has no lease."""
+    session = WatchSession(scene.state, "a client")
+    position = scene.state.memory.position
+    session.receive(request(position), scene.now)
+    assert session.take(scene.now) == []
+    return session
+
+
+def leased(scene: Scene) -> WatchSession:
+    """Return a session whose client has confirmed everything and has a lease."""
+    session = confirmed(scene)
+    session.receive(request(scene.state.memory.position, 1), scene.now)
+    (grant,) = session.take(scene.now)
+    assert isinstance(grant, Grant)
+    assert session.lease.ends == scene.state.lease_ends
+    return session

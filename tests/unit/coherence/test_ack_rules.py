@@ -22,19 +22,6 @@ def row(name: str = "a", acknowledged: int = 0, renewal: int = 1, lease: float =
     return VerifierRow(name, 1, renewal, acknowledged, lease)
 
 
-def test_every_row_has_acknowledged():
-    """A deletion is acknowledged as soon as every row has acknowledged its revision or a later
-    one."""
-    wait = PendingDeletion(at(5), 100.0)
-    assert wait.evaluate([row("a", 5), row("b", 4)], 100.0) is None
-    assert wait.evaluate([row("a", 5), row("b", 7)], 100.1) == Acknowledgements(2, 0)
-
-
-def test_without_verifiers_there_is_no_wait():
-    """Without verifiers there is nothing to wait for."""
-    assert PendingDeletion(at(5), 100.0).evaluate([], 100.0) == Acknowledgements(0, 0)
-
-
 @given(st.floats(0.3, 5.0), st.floats(0.3, 5.0))
 def test_the_longest_lease_is_waited_out(short, long):
     """The longest lease of the verifiers that are behind counts, from the commit on."""

@@ -119,14 +119,6 @@ def test_number_of_named_clients_is_limited() -> None:
     assert leases.behind(200, 102.0, 3) == []
 
 
-def test_a_confirmation_without_a_lease_does_not_count() -> None:
-    """What a client confirmed before its lease says nothing about what it holds under the lease."""
-    leases, client = ClientLeases(), ClientLease()
-    leases.confirm(client, 9)
-    leases.grant(client, 5, 101.0)
-    assert leases.floor(100.0) == 5
-
-
 def verifier(applied: int) -> VerifierState[Entry]:
     """Return a process that has applied a revision."""
     state: VerifierState[Entry] = VerifierState(Memory(10), ClientLeases(), 3.0)

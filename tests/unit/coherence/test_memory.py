@@ -1,4 +1,8 @@
-"""What the cache may hold: never more than its bound, never what an invalidation has ended."""
+"""What the cache may hold: never more than its bound, never what an invalidation has ended.
+
+These tests are about the cache that server and client share. `tests/conformance` plays what a
+client keeps in it.
+"""
 
 import pytest
 from hypothesis import given, settings
@@ -143,23 +147,6 @@ def test_named_since_needs_a_known_position() -> None:
     assert memory.named_since(at(13, history=2)) is None, "another history"
 
 
-def test_a_position_is_known_only_with_its_mark() -> None:
-    """The cache neither knows nor agrees with a position of another history. A revision that it
-    never saw may be on its history, but is not known."""
-    memory: Memory[Entry] = Memory(1)
-    memory.reset(at(10))
-    memory.apply(at(12), [])
-    for position in (at(10), at(12)):
-        assert memory.knows(position)
-        assert memory.agrees(position)
-    for position in (at(10, 2), at(12, 2), Position(12, 0)):
-        assert not memory.knows(position)
-        assert not memory.agrees(position)
-    for position in (at(9), at(11), at(13), at(11, 2)):
-        assert not memory.knows(position)
-        assert memory.agrees(position)
-
-
 @pytest.mark.parametrize("position", [NOWHERE, Position(7, 0)])
 def test_a_mark_of_zero_is_never_known(position: Position) -> None:
     """A cache at the position NOWHERE admits nothing, whatever position a read claims."""
@@ -171,44 +158,6 @@ def test_a_mark_of_zero_is_never_known(position: Position) -> None:
     assert not memory.admit(b"k", entry_of("t"), position)
     assert not memory.admit(b"k", entry_of("t"), NOWHERE)
     assert memory.named_since(position) is None
-
-
-def test_an_applied_mark_of_zero_is_not_known() -> None:
-    """A server that sends no marks cannot make an older cache believe a read without a mark."""
-    memory: Memory[Entry] = Memory(1)
-    memory.reset(at(5))
-    memory.apply(Position(6, 0), [])
-    assert not memory.knows(Position(6, 0))
-    assert not memory.admit(b"k", entry_of("t"), Position(6, 0))
-
-
-def test_a_reset_forgets_the_former_history() -> None:
-    """After a reset, reads and claims of the former history no longer count, even at revisions that
-    the new history has not reached."""
-    memory: Memory[Entry] = Memory(5)
-    memory.reset(at(10))
-    memory.apply(at(11), ["t"])
-    assert memory.admit(b"k", entry_of("u"), at(11))
-    memory.reset(at(9, 2))
-    assert len(memory) == 0
-    assert memory.position == at(9, 2)
-    for revision in (9, 10, 11):
-        assert not memory.knows(at(revision))
-        assert not memory.admit(b"k", entry_of("u"), at(revision))
-    assert memory.admit(b"k", entry_of("t"), at(9, 2)), "the former history's names are gone, too"
-
-
-def test_a_late_older_position_does_not_move_the_cache() -> None:
-    """Applying an earlier revision again drops the tokens that it names and does not move the
-    position."""
-    memory: Memory[Entry] = Memory(5)
-    memory.reset(at(10))
-    memory.apply(at(12), [])
-    assert memory.admit(b"k", entry_of("t"), at(12))
-    memory.apply(at(11), ["t"])
-    assert memory.position == at(12)
-    assert len(memory) == 0
-    assert not memory.knows(at(11))
 
 
 def test_marks_are_pruned_with_their_names(

@@ -1,4 +1,8 @@
-"""A process as a verifier: which reads it believes, what it applies, what it acknowledges."""
+"""A process as a verifier: which reads it believes, what it applies, what it acknowledges.
+
+These tests state the server's side of rule 12, which random schedules of `tests/simulation` reach
+too rarely.
+"""
 
 import math
 

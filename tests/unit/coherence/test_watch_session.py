@@ -1,18 +1,14 @@
 """The decisions for one stream: what is sent, what a confirmation proves, when a lease is granted.
 
-Pure, with the clock passed in.
+Pure, with the clock passed in. `proto/conformance` has cases for clients only, so these tests are
+the cases for servers.
 """
-
-import math
-from collections.abc import Sequence
 
 import pytest
 from latchkey_coherence.lease import outwait_seconds
 from latchkey_coherence.memory import NOWHERE, Position
 from latchkey_service.coherence.ack_rules import OUTWAIT_MARGIN_SECONDS
-from latchkey_service.coherence.verifier_state import Server
 from latchkey_service.coherence.watch_sessions import (
-    Closing,
     Grant,
     Invalidation,
     Reset,
@@ -20,36 +16,13 @@ from latchkey_service.coherence.watch_sessions import (
 )
 
 from tests.helpers.positions import at
-from tests.unit.coherence.scene import LEASE_SECONDS, Scene, log, request
+from tests.unit.coherence.scene import LEASE_SECONDS, Scene, confirmed, grants, leased, log, request
 
 
 @pytest.fixture
 def scene() -> Scene:
     """A process that has applied revision 10."""
     return Scene(at(10))
-
-
-def grants(events: Sequence[object]) -> list[Grant]:
-    return [event for event in events if isinstance(event, Grant)]
-
-
-def confirmed(scene: Scene) -> WatchSession:
-    """Return a session whose client is at the process's position and has no lease."""
-    session = WatchSession(scene.state, "a client")
-    position = scene.state.memory.position
-    session.receive(request(position), scene.now)
-    assert session.take(scene.now) == []
-    return session
-
-
-def leased(scene: Scene) -> WatchSession:
-    """Return a session whose client has confirmed everything and has a lease."""
-    session = confirmed(scene)
-    session.receive(request(scene.state.memory.position, 1), scene.now)
-    (grant,) = session.take(scene.now)
-    assert isinstance(grant, Grant)
-    assert session.lease.ends == scene.state.lease_ends
-    return session
 
 
 # The client's position.
@@ -228,20 +201,38 @@ def test_without_a_live_lease_news_comes_before_the_grant(scene: Scene) -> None:
     assert grant.position == at(11)
 
 
-def test_a_client_that_never_confirms_delays_deletes_by_one_lease(scene: Scene) -> None:
+@pytest.mark.parametrize(
+    "claims",
+    [
+        [at(10)],
+        [at(8), at(10), at(9), at(8)],
+        [NOWHERE],
+        [at(10, 2)],
+        [Position(10, 0)],
+        [at(19)],
+    ],
+    ids=["the last", "earlier ones", "nothing", "another mark", "without a mark", "the future"],
+)
+def test_a_client_that_never_confirms_delays_deletes_by_one_lease(claims: list[Position]) -> None:
     """A client that asks for grants and never confirms delays a Delete until the lease ends that it
-    held when it was sent the invalidation. The next Delete does not wait for it."""
+    held when it was sent the invalidation, whatever it claims instead. It receives no grant, and
+    the next Delete does not wait for it."""
+    scene = Scene(at(8))
+    scene.apply((at(9), "x"), (at(10), "y"))
+    scene.renew()
     session = leased(scene)
     ends = session.lease.ends
     scene.apply((at(11), "a"))
+    assert session.take(scene.now) == [Invalidation(at(11), ["a"])]
     number = 1
     while scene.now < ends + 2 * LEASE_SECONDS:
         number += 1
-        session.receive(request(at(10), number), scene.now)
-        session.take(scene.now)
+        session.receive(request(claims[number % len(claims)], number), scene.now)
+        assert not grants(session.take(scene.now))
         assert session.lease.ends <= ends
         scene.now += 0.5
         scene.renew()
+        scene.apply()
     assert scene.state.acknowledged == 11
     scene.apply((at(12), "b"))
     assert scene.state.acknowledgeable(scene.now) == 12
@@ -294,151 +285,3 @@ def test_a_flood_of_deletes_does_not_starve_a_healthy_client(scene: Scene) -> No
         lapses += session.lease.ends <= scene.now
     assert lapses == 0
     assert sent_at.revision > revision - 10
-
-
-# What a confirmation proves.
-
-
-def test_messages_sent_before_the_reset_arrived_confirm_nothing(scene: Scene) -> None:
-    """A client of another history claims a revision that this history also reaches."""
-    session = leased(scene)
-    scene.state.lose()
-    scene.state.register(at(8, 2), 0, Server("7000", "00000002"), scene.now)
-    scene.renew()
-    assert scene.state.acknowledgeable(scene.now) == 0, "its lease is live"
-    # These messages cross the Reset.
-    session.receive(request(at(10), 2), scene.now)
-    assert session.take(scene.now) == [Reset(at(8, 2))]
-    scene.apply((at(9, 2), "t"))
-    for said in (at(10), at(8), at(9, 2), Position(8, 0)):
-        session.receive(request(said, 3), scene.now)
-        assert not grants(session.take(scene.now))
-        assert scene.state.acknowledgeable(scene.now) == 0
-    session.receive(request(at(8, 2)), scene.now)
-    assert scene.state.acknowledgeable(scene.now) == 8
-
-
-def test_a_client_that_falls_back_is_sent_the_news_again(scene: Scene) -> None:
-    """Another server has reset the client to an earlier position of the same history. It is granted
-    a lease after it has confirmed what it is sent again: a client that claimed less and less would
-    hold up every Delete."""
-    session = confirmed(scene)
-    scene.apply((at(11), "a"))
-    assert session.take(scene.now) == [Invalidation(at(11), ["a"])]
-    session.receive(request(at(11)), scene.now)
-    session.receive(request(at(10), 1), scene.now)
-    assert session.take(scene.now) == [Invalidation(at(11), ["a"])]
-    session.receive(request(at(10), 2), scene.now)
-    assert session.take(scene.now) == []
-    session.receive(request(at(11)), scene.now)
-    (grant,) = session.take(scene.now)
-    assert isinstance(grant, Grant)
-
-
-@pytest.mark.parametrize("times", [1, 2, 3])
-def test_repeating_an_older_claim_yields_no_grant(scene: Scene, times: int) -> None:
-    """A Delete that the client has fallen behind may have returned. So the client receives it
-    before any grant, however often it repeats its claim before the server sends anything."""
-    session = confirmed(scene)
-    scene.apply((at(11), "a"), (at(12), "b"))
-    session.take(scene.now)
-    session.receive(request(at(12)), scene.now)
-    for number in range(times):
-        session.receive(request(at(10), number + 1), scene.now)
-    (news,) = session.take(scene.now)
-    assert isinstance(news, Invalidation)
-    assert sorted(news.token_ids) == ["a", "b"]
-    session.receive(request(at(12)), scene.now)
-    (grant,) = session.take(scene.now)
-    assert isinstance(grant, Grant)
-
-
-def test_a_client_that_falls_back_and_catches_up_elsewhere_is_granted(scene: Scene) -> None:
-    """The client receives the rest on another stream, before this one has sent it again."""
-    session = confirmed(scene)
-    scene.apply((at(11), "a"))
-    session.take(scene.now)
-    session.receive(request(at(11)), scene.now)
-    session.receive(request(at(10), 1), scene.now)
-    session.receive(request(at(11), 2), scene.now)
-    (grant,) = session.take(scene.now)
-    assert isinstance(grant, Grant)
-    assert (grant.position, grant.number) == (at(11), 2)
-
-
-def test_a_client_with_a_lease_that_falls_back_counts_as_behind(scene: Scene) -> None:
-    """What a client confirmed before it was reset no longer counts while it answers under its
-    lease."""
-    session = leased(scene)
-    scene.apply((at(11), "a"))
-    session.take(scene.now)
-    session.receive(request(at(11)), scene.now)
-    assert scene.state.acknowledgeable(scene.now) == 11
-    session.receive(request(at(10)), scene.now)
-    assert scene.state.acknowledgeable(scene.now) == 10
-    assert session.take(scene.now) == [Invalidation(at(11), ["a"])]
-
-
-def test_news_from_another_stream_is_not_sent_again(scene: Scene) -> None:
-    """A client that has received a revision on another stream says so, and is at that position."""
-    session = confirmed(scene)
-    scene.apply((at(11), "a"), (at(12), "b"))
-    session.receive(request(at(11), 1), scene.now)
-    assert session.take(scene.now)[0] == Invalidation(at(12), ["b"])
-
-
-@pytest.mark.parametrize("timeline", [True, False], ids=["another timeline", "registered again"])
-def test_every_stream_is_reset_when_the_cache_starts_over(scene: Scene, timeline: bool) -> None:
-    """The reset comes even if the position is the same, because changes that are not in the log may
-    be lost (rule 12)."""
-    session = leased(scene)
-    if timeline:
-        assert scene.state.apply(log(at(10), server=Server("7000", "00000002")), scene.now)
-    else:
-        scene.state.lose()
-        assert session.take(scene.now) == []
-        scene.state.register(at(10), 0, Server("7000", "00000001"), scene.now)
-    scene.renew()
-    assert session.take(scene.now) == [Reset(at(10))]
-    assert scene.state.acknowledgeable(scene.now) == 0
-    session.receive(request(at(10)), scene.now)
-    assert scene.state.acknowledgeable(scene.now) == 10
-
-
-def test_a_client_that_missed_forgotten_changes_is_reset(scene: Scene) -> None:
-    """A client with a lease counts as behind until it confirms the Reset or its lease ends."""
-    session = leased(scene)
-    memory = scene.state.memory
-    memory._marks.pop(10)
-    scene.apply((at(11), "a"))
-    assert session.take(scene.now) == [Reset(at(11))]
-    assert scene.state.acknowledgeable(scene.now) == 0
-    session.receive(request(at(11)), scene.now)
-    assert scene.state.acknowledgeable(scene.now) == 11
-
-
-# The end of a stream.
-
-
-def test_a_client_that_released_delays_nothing(scene: Scene) -> None:
-    """A client stops counting as soon as it says that it has released its lease."""
-    session = leased(scene)
-    scene.apply((at(11), "a"))
-    assert scene.state.acknowledgeable(scene.now) == 10
-    session.receive(request(at(10), released=True), scene.now)
-    assert scene.state.acknowledgeable(scene.now) == 11
-    assert session.lease.ends == -math.inf
-
-
-def test_a_closing_stream_grants_nothing_and_still_sends_news(scene: Scene) -> None:
-    """The client goes on answering under its last lease, so it still has to receive
-    invalidations."""
-    session = leased(scene)
-    session.close()
-    session.receive(request(at(10), 2), scene.now)
-    scene.apply((at(11), "a"))
-    assert session.take(scene.now) == [Closing(), Invalidation(at(11), ["a"])]
-    assert session.take(scene.now) == []
-    session.receive(request(at(11), 3), scene.now)
-    scene.apply((at(12), "b"))
-    assert session.take(scene.now) == [Invalidation(at(12), ["b"])]

@@ -48,6 +48,19 @@ async def test_a_silent_client_is_dropped() -> None:
         await stream
 
 
+async def test_a_silent_client_that_owes_a_confirmation_is_dropped() -> None:
+    """The server has answered what the client asked, so it is the client that keeps the other
+    waiting."""
+    scene = Scene()
+    stream = scene.serve()
+    await scene.said.put(request(at(0, 2), 1))
+    assert await scene.sent.get() == Reset(at(0))
+    scene.now += watch_sessions.SILENT_LEASES * LEASE_SECONDS + 0.1
+    scene.sessions.on_news(False)
+    with pytest.raises(WatcherSilent):
+        await stream
+
+
 async def test_number_of_streams_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream above the maximum is refused, and the others are not affected."""
     monkeypatch.setattr(watch_sessions, "WATCH_SESSIONS_MAX", 1)

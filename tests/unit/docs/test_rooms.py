@@ -1,7 +1,7 @@
 """The boundaries in docs/architecture.md hold, and the rooms' docstrings are true.
 
 import-linter checks the imports (`[tool.importlinter]` in pyproject.toml) in `make check`. This
-module checks which modules may contain SQL.
+module checks which modules may contain SQL, and that no module is too long.
 """
 
 import ast
@@ -55,6 +55,10 @@ VIOLATIONS = [
     ("protobuf", "service/latchkey_service/coherence/reads.py", "import google.protobuf"),
     ("protobuf", "clients/cli/latchkey_cli/main.py", "import latchkey_proto.v1"),
 ]
+
+# A module that is longer holds more than one subject.
+LINES_MAX = 450
+LONGER = {"tests/soak/load.py": "one class with a method for each kind of operation"}
 
 # Modules that may contain SQL, apart from `*_store.py`, `*_table.py` and `migrate.py`.
 SQL_ELSEWHERE = {
@@ -201,6 +205,17 @@ def test_each_contract_can_fail(copy: Path, contract: str, name: str, line: str)
 def test_each_contract_has_a_violation() -> None:
     """A new contract comes with an example of what it forbids."""
     assert {contract for contract, _, _ in VIOLATIONS} == contracts()
+
+
+def test_modules_are_short() -> None:
+    """No module of the packages or of the tests is longer than the limit, except those listed."""
+    longer = set()
+    for name in (*SOURCES, "tests"):
+        if name != "proto/latchkey_proto":  # generated
+            for path in (ROOT / name).rglob("*.py"):
+                if len(path.read_text("utf-8").splitlines()) > LINES_MAX:
+                    longer.add(str(path.relative_to(ROOT)))
+    assert longer == set(LONGER)
 
 
 def test_sql() -> None:
