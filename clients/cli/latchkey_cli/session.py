@@ -145,7 +145,7 @@ def _words(  # noqa: PLR0911 - a table with one row for each error
             return f"{target} is not trusted, or does not speak TLS", to_do, Exit.UNAVAILABLE
         case latchkey.Unavailable() if error.reason == "CONNECTION_CLOSED":
             to_do = "check --tls-ca, --tls-certificate and --tls-key: the server may require TLS "
-            to_do += f"or another client certificate{_after(doing, error)}"
+            to_do += f"or another client certificate, or yours has expired{_after(doing, error)}"
             return f"{target} closed the connection", to_do, Exit.UNAVAILABLE
         case latchkey.Unavailable() if error.reason:
             # Latchkey itself answered: it runs, and something behind it does not.
