@@ -84,8 +84,8 @@ _NO_CONNECTION: Final = (
         "CONNECTION_CLOSED",
         # With TLS 1.3, a client does not learn why the service rejects its certificate.
         (
-            "The target closed the connection at once. It may require TLS or a client certificate, or "
-            "the client certificate may have expired."
+            "The target closed the connection at once. It may require TLS or a client certificate, "
+            "or the client certificate may have expired."
         ),
     ),
 )
