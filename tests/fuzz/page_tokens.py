@@ -12,8 +12,9 @@ from datetime import UTC, datetime
 
 from latchkey_service.audit.audit_table import Cursor, Filter
 from latchkey_service.errors import InvalidArgument
+from latchkey_service.identifiers import TOKEN_ID
 from latchkey_service.rpc import audit_service
-from latchkey_service.tokens import management, page_tokens
+from latchkey_service.tokens import page_tokens
 
 from tests.fuzz.target import Finding, Target
 
@@ -27,7 +28,7 @@ FILTERS = (
 )
 # The lists, and the ids in them.
 KINDS = (
-    (ACCOUNTS, management._ID),
+    (ACCOUNTS, TOKEN_ID),
     (tuple(map(repr, FILTERS)), audit_service._ID),
 )
 MOMENTS = (0, 1, -1, 10**15, -62135596800000000, 253402300799999999, 2**63 - 1, -(2**63))

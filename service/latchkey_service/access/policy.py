@@ -26,6 +26,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from latchkey_service.access.credentials import DIGEST
 from latchkey_service.access.methods import METHODS, ROLES
 from latchkey_service.access.rates import RateLimits
+from latchkey_service.identifiers import ACCOUNT_ID
 from latchkey_service.secret_format import redact_secrets
 
 __all__ = [
@@ -45,7 +46,7 @@ _DNS: Final = re.compile(
     r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_]([a-z0-9_-]{0,62}))*"
 )
 _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
-_ACCOUNT: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}\*?")
+_ACCOUNT: Final = re.compile(ACCOUNT_ID.pattern + r"\*?")
 # Default limit of a caller's streams in a process: half of `watch_sessions.WATCH_SESSIONS_MAX`.
 WATCHES_MAX: Final = 5_000
 # A higher rate would not limit anything, and a lower one would never allow a call.

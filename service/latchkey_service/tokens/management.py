@@ -22,6 +22,7 @@ from latchkey_service.errors import (
     NotConfirmed,
     NotFound,
 )
+from latchkey_service.identifiers import ACCOUNT_ID, TOKEN_ID
 from latchkey_service.secret_format import Keyring, Secret, contains_secret
 from latchkey_service.tokens import page_tokens
 from latchkey_service.tokens.token_store import Deletion, PageStart, TokenStore
@@ -43,8 +44,6 @@ _END_OF_TIME = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 SCANNED_LENGTH_MAX = 1_000
 # Receipts written at once. Each takes a connection of the pool (`connections.POOL_SIZE_MAX`).
 CONFIRMING_MAX = 4
-_ID = re.compile(r"tok_[0-9a-z]{26}")
-_ACCOUNT_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 # A label key that an error message may repeat.
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9._/-]{1,32}")
 # Crockford's base 32, in ASCII order, so that ids sort like the numbers that they encode.
@@ -168,7 +167,7 @@ class Tokens:
         _check(*violations)
         after = None
         if page_token:
-            after = PageStart(*page_tokens.decode(account_id, page_token, _ID))
+            after = PageStart(*page_tokens.decode(account_id, page_token, TOKEN_ID))
         size = min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
         # One token more than requested shows whether there is a next page.
         began = await self._reads.begin(deadline)
@@ -289,7 +288,7 @@ def _check(*violations: FieldViolation) -> None:
 def _account_violations(account_id: str) -> list[FieldViolation]:
     if not account_id:
         return [FieldViolation("account_id", "is required")]
-    if not _ACCOUNT_ID.fullmatch(account_id):
+    if not ACCOUNT_ID.fullmatch(account_id):
         return [FieldViolation("account_id", "must be 1-64 characters of A-Za-z0-9._:-")]
     return []
 
