@@ -13,7 +13,6 @@ import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
-from types import TracebackType
 from typing import Any, Final, Self
 
 import grpc
@@ -122,12 +121,7 @@ class Verifier:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _started(self) -> "_Engine":
