@@ -8,7 +8,7 @@ import grpc
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.secret_format import Keyring, Pepper
-from latchkey_service.tokens.management import encode_page_token
+from latchkey_service.tokens import page_tokens
 
 from tests.benchmarks.seed import ACCOUNT, Seeded
 
@@ -96,7 +96,7 @@ def _wrong_pages(stub: pb_grpc.TokenServiceStub, seeded: Seeded) -> Iterable[str
         request = pb.ListRequest(account_id=ACCOUNT, page_size=PAGE)
         if page > 1:
             position = seeded.position(PAGE * (page - 1))
-            request.page_token = encode_page_token(ACCOUNT, position)
+            request.page_token = page_tokens.encode(ACCOUNT, position.create_time, position.id)
         answer = stub.List(request, timeout=CALL_SECONDS_MAX)
         expected = [seeded.position(PAGE * (page - 1) + n).id for n in range(1, PAGE + 1)]
         if [token.id for token in answer.tokens] != expected:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_service.tokens.management import encode_page_token
+from latchkey_service.tokens import page_tokens
 
 from tests.benchmarks.answers import PAGE, Verified, right_create, right_list
 from tests.benchmarks.seed import ACCOUNT, Seeded
@@ -196,6 +196,7 @@ def _creates() -> Iterator[bytes]:
 def _list(seeded: Seeded, page: int) -> Row:
     request = pb.ListRequest(account_id=ACCOUNT, page_size=PAGE)
     if page > 1:
-        request.page_token = encode_page_token(ACCOUNT, seeded.position(PAGE * (page - 1)))
+        position = seeded.position(PAGE * (page - 1))
+        request.page_token = page_tokens.encode(ACCOUNT, position.create_time, position.id)
     requests = itertools.repeat(request.SerializeToString())
     return _row("list", f"List of {PAGE}, page {page:,}", ONE, "List", requests, right_list)

@@ -9,7 +9,7 @@ import pytest
 from latchkey_service.coherence.ack_rules import Acknowledgements
 from latchkey_service.coherence.verifier_table import Identity, OwnRow
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.postgres.connections import DURABLE, connect
+from latchkey_service.postgres.connections import DURABLE, Connector
 from latchkey_service.postgres.migrate import bundled, migrate
 from latchkey_service.secret_format import Digest
 from latchkey_service.tokens.token_store import Deletion, TokenStore
@@ -72,7 +72,7 @@ async def test_important_commits_are_on_disk(database_url: str, store: TokenStor
     and invalidate are all on disk when they return. Others are not, which shows that the
     measurement works."""
     await store.register_pepper("p")
-    connection = await connect(database_url)
+    connection = await Connector(database_url).connect()
     row = OwnRow(connection, Identity("ver_a", "x", 1, "0", 3.0))
 
     async def renew() -> None:

@@ -9,7 +9,7 @@ import pytest
 from latchkey_service.coherence.ack_rules import NO_ACKNOWLEDGEMENTS, Acknowledgements
 from latchkey_service.coherence.verifier_table import Identity, OwnRow
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.postgres.connections import connect
+from latchkey_service.postgres.connections import Connector
 from latchkey_service.secret_format import Digest
 from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.verdict import Scope, TokenRecord
@@ -66,7 +66,7 @@ async def test_a_renewal_that_no_standby_has_extends_no_lease(
     postgres: BreakablePostgres, database_url: str
 ) -> None:
     """A failover may undo such a renewal, so it extends no lease."""
-    connection = await connect(database_url)
+    connection = await Connector(database_url).connect()
     row = OwnRow(connection, Identity("ver_a", "x", 1, "0", 3.0))
     position = (await row.register(1, acknowledge=True)).position
     async with standby_missing(postgres, database_url):

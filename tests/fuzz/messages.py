@@ -26,15 +26,13 @@ from latchkey_proto.v1 import audit_service_pb2 as audit_pb
 from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_service.audit.audit_table import Cursor, Filter
+from latchkey_service.audit.audit_table import Filter
 from latchkey_service.process.wiring import Server, running
-from latchkey_service.rpc.audit_service import _page_token
 from latchkey_service.rpc.lenient_parsing import parse_non_utf8
 from latchkey_service.secret_format import Keyring
 from latchkey_service.settings import logs
 from latchkey_service.settings.settings import Settings
-from latchkey_service.tokens.management import encode_page_token
-from latchkey_service.tokens.token_store import PageStart
+from latchkey_service.tokens import page_tokens
 
 from tests.fuzz import protobuf
 from tests.fuzz.methods import ENDLESS, HEALTH, METHODS, REFLECTION, TOKENS, Method
@@ -48,8 +46,8 @@ MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
 WORDS = (
     ACCOUNT, "globex:eu", *SECRETS.values(), FRESH_SECRET, LIVE_ID, DELETED_ID, FRESH_ID,
     LIVE.digest.value.hex(), base64.b64encode(LIVE.digest.value).decode(), "token 0",
-    encode_page_token(ACCOUNT, PageStart(MOMENT, LIVE_ID)),
-    _page_token(Filter("", "", "", "", 0, None, None), Cursor(MOMENT, 3)),
+    page_tokens.encode(ACCOUNT, MOMENT, LIVE_ID),
+    page_tokens.encode(repr(Filter("", "", "", "", 0, None, None)), MOMENT, "3"),
     "Create", f"{TOKENS}List", "latchkey.v1.TokenService", "grpc.health.v1.Health",
     "latchkey/v1/token_service.proto", "google.protobuf.Timestamp",
 )  # fmt: skip
@@ -136,7 +134,7 @@ class Messages(Target):
                 "TokenService/List",
                 pb.ListRequest(
                     account_id=ACCOUNT,
-                    page_token=encode_page_token(ACCOUNT, PageStart(MOMENT, LIVE_ID)),
+                    page_token=page_tokens.encode(ACCOUNT, MOMENT, LIVE_ID),
                 ),
             ),
             ("Delete", pb.DeleteRequest(account_id=ACCOUNT, id=FRESH_ID)),

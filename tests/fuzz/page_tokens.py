@@ -1,4 +1,4 @@
-"""Page tokens of an account's tokens (`management.py`) and of the audit log (`audit_service.py`).
+"""Page tokens of an account's tokens and of the audit log.
 
 The first byte of an input says whether it is a token as received, or the content for the service to
 seal: damage alone would never get past the seal.
@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 
 from latchkey_service.audit.audit_table import Cursor, Filter
 from latchkey_service.errors import InvalidArgument
+from latchkey_service.identifiers import TOKEN_ID
 from latchkey_service.rpc import audit_service
-from latchkey_service.tokens import management
-from latchkey_service.tokens.token_store import PageStart
+from latchkey_service.tokens import page_tokens
 
 from tests.fuzz.target import Finding, Target
 
@@ -25,6 +25,11 @@ FILTERS = (
     Filter(
         "é", "'", "\\", "", 1, datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC)
     ),
+)
+# The lists, and the ids in them.
+KINDS = (
+    (ACCOUNTS, TOKEN_ID),
+    (tuple(map(repr, FILTERS)), audit_service._ID),
 )
 MOMENTS = (0, 1, -1, 10**15, -62135596800000000, 253402300799999999, 2**63 - 1, -(2**63))
 PLAIN, SEALED = 0, 1
@@ -39,13 +44,13 @@ class PageTokens(Target):
     def seeds(self) -> Iterable[bytes]:
         moment = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC)
         for who in range(3):
-            position = PageStart(moment, "tok_" + "0123456789abcdefghjkmnpqrs")
-            of_tokens = management.encode_page_token(ACCOUNTS[who], position)
-            of_audit = audit_service._page_token(FILTERS[who], Cursor(moment, 7))
+            token_id = "tok_" + "0123456789abcdefghjkmnpqrs"
+            of_tokens = page_tokens.encode(ACCOUNTS[who], moment, token_id)
+            of_audit = page_tokens.encode(repr(FILTERS[who]), moment, "7")
             yield bytes([0, PLAIN, who]) + of_tokens.encode()
             yield bytes([1, PLAIN, who]) + of_audit.encode()
-            yield bytes([0, SEALED, who]) + struct.pack(">q", MOMENTS[who]) + position.id.encode()
-            yield bytes([1, SEALED, who]) + struct.pack(">qq", MOMENTS[who], 7)
+            yield bytes([0, SEALED, who]) + struct.pack(">q", MOMENTS[who]) + token_id.encode()
+            yield bytes([1, SEALED, who]) + struct.pack(">q", MOMENTS[who]) + b"7"
 
     def mutate(self, data: bytes, length_max: int, chance: random.Random) -> bytes:
         head, body = bytearray(data[:3].ljust(3, b"\0")), bytearray(data[3:])
@@ -58,7 +63,14 @@ class PageTokens(Target):
                 body[:8] = struct.pack(">Q", moment % 2**64)
             case 2 if head[1] % 2 == SEALED:
                 body[8:] = chance.choice(
-                    (b"tok_" + b"0" * 26, b"tok_" + b"z" * 26, b"tok_", b"\xff" * 8, b"\0" * 8)
+                    (
+                        b"tok_" + b"0" * 26,
+                        b"tok_" + b"z" * 26,
+                        b"tok_",
+                        b"\xff" * 8,
+                        b"9" * 18,
+                        b"07",
+                    )
                 )
             case 3:
                 body[place:place] = chance.choice((b"=", b"+", b"/", b"-", b"_", b"A", b"\xc3\xa9"))
@@ -73,44 +85,24 @@ class PageTokens(Target):
             byte % n for byte, n in zip(data[:3].ljust(3, b"\0"), (2, 2, 3), strict=True)
         )
         body = data[3:]
-        if kind == 0:
-            account = ACCOUNTS[who]
-            token = _text(management._seal(account, body) + body if sealed else None, body)
-            self._tokens(account, token)
-        else:
-            wanted = FILTERS[who]
-            token = _text(audit_service._seal(wanted, body) + body if sealed else None, body)
-            self._audit(wanted, token)
-
-    def _tokens(self, account: str, token: str) -> None:
+        lists, ids = KINDS[kind]
+        token = _text(page_tokens._seal(lists[who], body) + body if sealed else None, body)
         try:
-            position = management.decode_page_token(account, token)
+            position = page_tokens.decode(lists[who], token, ids)
         except InvalidArgument as error:
             _clear(error)
             return
-        if management.encode_page_token(account, position) != token:
+        if page_tokens.encode(lists[who], *position) != token:
             raise Finding("another page token stands for the same position")
-        for other in set(ACCOUNTS) - {account}:
+        if kind == 1:
+            # As the audit service reads it.
+            Cursor(position[0], int(position[1]))
+        for other in set(lists) - {lists[who]}:
             try:
-                management.decode_page_token(other, token)
+                page_tokens.decode(other, token, ids)
             except InvalidArgument:
                 continue
-            raise Finding("a page token is valid for another account")
-
-    def _audit(self, wanted: Filter, token: str) -> None:
-        try:
-            place = audit_service._cursor(wanted, token)
-        except InvalidArgument as error:
-            _clear(error)
-            return
-        if audit_service._page_token(wanted, place) != token:
-            raise Finding("another page token stands for the same place")
-        for other in set(FILTERS) - {wanted}:
-            try:
-                audit_service._cursor(other, token)
-            except InvalidArgument:
-                continue
-            raise Finding("a page token is valid for other filters")
+            raise Finding("a page token is valid for another account or other filters")
 
 
 def _text(sealed: bytes | None, plain: bytes) -> str:

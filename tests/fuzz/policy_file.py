@@ -1,4 +1,4 @@
-"""The policy file: every text yields a Policy, or a PolicyError that names the line, quickly."""
+"""The policy file: every text yields a Policy, or a PolicyError that names the place, quickly."""
 
 import random
 import re
@@ -39,7 +39,7 @@ PIECES = (
     "\\u0000",
     "[" * 40, "[" * 500, "{a=" * 400, "a." * 60, "a." * 300, "'" * 3, "\\", "\0",
 )  # fmt: skip
-_LINE = re.compile(r"line ([1-9]\d*): ")
+_PLACE = re.compile(r"is not TOML: |(?!:)[^\n]+: ")
 
 
 class PolicyFile(Target):
@@ -88,9 +88,8 @@ class PolicyFile(Target):
         try:
             policy = parse(text)
         except PolicyError as error:
-            line = _LINE.match(str(error))
-            if line is None or int(line[1]) > text.count("\n") + 1:
-                raise Finding(f"the error has no line of the file: {error}") from None
+            if not _PLACE.match(str(error)):
+                raise Finding(f"the error does not name a place in the file: {error}") from None
         else:
             _sound(policy, text)
         if (seconds := time.thread_time() - start) > CPU_SECONDS_MAX:

@@ -6,7 +6,7 @@ option takes a credential itself, because everyone on the machine can read a pro
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,46 +26,29 @@ __all__ = [
     "hand_on",
 ]
 
-_PANEL: Final = "Access"
+
+def _option(name: str, text: str) -> Any:
+    return typer.Option(
+        name, metavar="FILE", show_default=False, rich_help_panel="Access", help=text
+    )
+
 
 CaOption = Annotated[
     Path | None,
-    typer.Option(
-        "--tls-ca",
-        metavar="FILE",
-        show_default=False,
-        rich_help_panel=_PANEL,
-        help="Use TLS and trust these CAs, or 'system' for the system's. LATCHKEY_TLS_CA",
+    _option(
+        "--tls-ca", "Use TLS and trust these CAs, or 'system' for the system's. LATCHKEY_TLS_CA"
     ),
 ]
 CertificateOption = Annotated[
     Path | None,
-    typer.Option(
-        "--tls-certificate",
-        metavar="FILE",
-        show_default=False,
-        rich_help_panel=_PANEL,
-        help="Your client certificate. LATCHKEY_TLS_CERTIFICATE",
-    ),
+    _option("--tls-certificate", "Your client certificate. LATCHKEY_TLS_CERTIFICATE"),
 ]
-KeyOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--tls-key",
-        metavar="FILE",
-        show_default=False,
-        rich_help_panel=_PANEL,
-        help="Its private key. LATCHKEY_TLS_KEY",
-    ),
-]
+KeyOption = Annotated[Path | None, _option("--tls-key", "Its private key. LATCHKEY_TLS_KEY")]
 CredentialFileOption = Annotated[
     Path | None,
-    typer.Option(
+    _option(
         "--credential-file",
-        metavar="FILE",
-        show_default=False,
-        rich_help_panel=_PANEL,
-        help="Your credential. LATCHKEY_CREDENTIAL_FILE, or LATCHKEY_CREDENTIAL itself",
+        "Your credential. LATCHKEY_CREDENTIAL_FILE, or LATCHKEY_CREDENTIAL itself",
     ),
 ]
 

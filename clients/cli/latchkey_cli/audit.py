@@ -3,14 +3,14 @@
 import enum
 import sys
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from latchkey_cli import output
+from latchkey_cli import documents, output
 from latchkey_cli.options import JsonOption, TargetOption, TimeoutOption
 from latchkey_cli.text import visible
 from latchkey_cli.times import local, parse_expiry
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     # Types only: shell completion must not wait for gRPC to load.
     from latchkey import AuditEntry
 
-__all__ = ["audit", "document"]
+__all__ = ["audit"]
 
 LIMIT: Final = 50
 # The service's maximum, for the fewest round trips.
@@ -148,7 +148,8 @@ def audit(
             if as_json:
                 for entry in entries:
                     lead = "[\n" if not printed else ",\n"
-                    output.write(sys.stdout, lead + output.to_json(document(entry), indent=None))
+                    line = output.to_json(documents.document(entry), indent=None)
+                    output.write(sys.stdout, lead + line)
                     printed += 1
             else:
                 _print(entries, first=not printed)
@@ -161,25 +162,6 @@ def audit(
         output.write(sys.stdout, "\n]\n" if printed else "[]\n")
     elif not printed:
         output.write(sys.stderr, "No entries match.\n")
-
-
-def document(entry: "AuditEntry") -> dict[str, Any]:
-    """Return an entry for JSON output. Every key is always present."""
-    time = entry.time.astimezone(UTC).isoformat(timespec="microseconds")
-    return {
-        "id": entry.id,
-        "time": time.replace("+00:00", "Z"),
-        "caller": entry.caller,
-        "method": entry.method,
-        "account_id": entry.account_id,
-        "token_id": entry.token_id,
-        "peer": entry.peer,
-        "request_id": entry.request_id,
-        "outcome": f"OUTCOME_{entry.outcome.name}",
-        "code": entry.code,
-        "reason": entry.reason,
-        "calls": entry.calls,
-    }
 
 
 def _print(entries: "tuple[AuditEntry, ...]", *, first: bool) -> None:

@@ -48,6 +48,6 @@ def invalidate_all(
     with Session(target, timeout) as session:
         receipt = session.run(session.client.invalidate_all(), doing)
     if as_json:
-        output.write(sys.stdout, output.to_json(documents.receipt(receipt)) + "\n")
+        output.write(sys.stdout, output.to_json(documents.document(receipt)) + "\n")
     else:
         tables.print_invalidation(output.console(sys.stdout), receipt)

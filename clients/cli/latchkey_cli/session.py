@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 # Set before grpc loads: its core would write log lines to standard error.
@@ -85,12 +84,7 @@ class Session:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self._runner.run(self.client.close())
         finally:
@@ -145,7 +139,7 @@ def _words(  # noqa: PLR0911 - a table with one row for each error
             return f"{target} is not trusted, or does not speak TLS", to_do, Exit.UNAVAILABLE
         case latchkey.Unavailable() if error.reason == "CONNECTION_CLOSED":
             to_do = "check --tls-ca, --tls-certificate and --tls-key: the server may require TLS "
-            to_do += f"or another client certificate{_after(doing, error)}"
+            to_do += f"or another client certificate, or yours has expired{_after(doing, error)}"
             return f"{target} closed the connection", to_do, Exit.UNAVAILABLE
         case latchkey.Unavailable() if error.reason:
             # Latchkey itself answered: it runs, and something behind it does not.

@@ -25,6 +25,6 @@ def status(
     with Session(target, timeout) as session:
         answer = session.run(session.client.status(), Doing("get the status"))
     if as_json:
-        output.write(sys.stdout, output.to_json(documents.status(answer)) + "\n")
+        output.write(sys.stdout, output.to_json(documents.document(answer)) + "\n")
     else:
         tables.print_status(output.console(sys.stdout), answer)

@@ -95,12 +95,18 @@ class TokenTable:
         return [*cells, token_id] if self._wide else cells
 
 
-def describe_token(output: Console, token: "Token") -> None:
-    """Print everything known about one token."""
-    now = datetime.now(UTC)
+def _grid() -> Table:
+    """Return a grid of names and values."""
     grid = Table.grid(padding=(0, _GAP, 0, 0))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
+    return grid
+
+
+def describe_token(output: Console, token: "Token") -> None:
+    """Print everything known about one token."""
+    now = datetime.now(UTC)
+    grid = _grid()
     grid.add_row("Name", Text(visible(token.name), style="bold"))
     grid.add_row("ID", Text(visible(token.id), style="cyan"))
     grid.add_row("Account", Text(visible(token.account_id)))
@@ -129,24 +135,20 @@ def short_token(token: "Token") -> str:
 def print_invalidation(output: Console, receipt: "Receipt") -> None:
     """Print the proof that no verifier still answers from its old cache."""
     output.print(Text("Cleared the cache of every verifier", style="bold green"))
-    grid = Table.grid(padding=(0, _GAP, 0, 0))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    grid.add_row("Committed", Text(local(receipt.commit_time, seconds=True)))
-    grid.add_row("Revision", Text(str(receipt.revision)))
-    grid.add_row("Confirmed", Text(_confirmation(receipt)))
-    output.print(grid)
+    _print_receipt(output, receipt, "Confirmed", _confirmation(receipt))
 
 
 def print_receipt(output: Console, token_id: str, receipt: "Receipt") -> None:
     """Print the proof of a deletion."""
     output.print(Text.assemble(("Deleted", "bold green"), " ", (visible(token_id), "cyan")))
-    grid = Table.grid(padding=(0, _GAP, 0, 0))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
+    _print_receipt(output, receipt, "Effective", _effect(receipt))
+
+
+def _print_receipt(output: Console, receipt: "Receipt", name: str, text: str) -> None:
+    grid = _grid()
     grid.add_row("Committed", Text(local(receipt.commit_time, seconds=True)))
     grid.add_row("Revision", Text(str(receipt.revision)))
-    grid.add_row("Effective", Text(_effect(receipt)))
+    grid.add_row(name, Text(text))
     output.print(grid)
 
 

@@ -146,7 +146,7 @@ def list_tokens(
             if as_json:
                 for number, token in enumerate(tokens, start=printed):
                     start = ",\n" if number else "[\n"
-                    line = output.to_json(documents.token(token), indent=None)
+                    line = output.to_json(documents.document(token), indent=None)
                     output.write(sys.stdout, start + line)
             else:
                 table.print_page(tokens)
@@ -176,7 +176,7 @@ def get(
         doing = Doing(f"get token '{token_id}' of account '{account}'")
         token = session.run(session.client.get(account, token_id), doing)
     if as_json:
-        output.write(sys.stdout, output.to_json(documents.token(token)) + "\n")
+        output.write(sys.stdout, output.to_json(documents.document(token)) + "\n")
     else:
         tables.describe_token(output.console(sys.stdout), token)
 
@@ -240,7 +240,7 @@ def delete(
                 declined = True
                 output.write(sys.stderr, f"Kept {visible(token_id)}.\n")
                 continue
-            results.append({"id": token_id, "receipt": documents.receipt(receipt)})
+            results.append({"id": token_id, "receipt": documents.document(receipt)})
             if not as_json:
                 tables.print_receipt(output.console(sys.stdout), token_id, receipt)
     if as_json:

@@ -55,7 +55,7 @@ def verify(
         call = session.client.verify(secret, required_scope)
         answer = session.run(call, Doing("verify", "treat the secret as invalid and try again"))
     if as_json:
-        output.write(sys.stdout, output.to_json(documents.verification(answer)) + "\n")
+        output.write(sys.stdout, output.to_json(documents.document(answer)) + "\n")
     else:
         tables.print_verification(output.console(sys.stdout), answer, scope)
     if not answer.allowed:

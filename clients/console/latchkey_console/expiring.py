@@ -1,4 +1,8 @@
-"""A store that bounds the lifetime and the number of its values. Pure: it takes a clock."""
+"""A store that bounds the lifetime and the number of its values. Pure: it takes a clock.
+
+Not `cachetools.TTLCache`: a full one evicts the value that was not read for longest, which may be
+newer than others. Here the oldest goes, whatever was read.
+"""
 
 from collections.abc import Callable
 from typing import Generic, TypeVar

@@ -13,7 +13,15 @@ from starlette.requests import Request
 
 from latchkey_console.settings import ProxySettings, is_account_id
 
-__all__ = ["FixedAccount", "Identity", "NotSignedIn", "ProxyHeader", "Refused", "Viewer"]
+__all__ = [
+    "FixedAccount",
+    "Identity",
+    "NotSignedIn",
+    "ProxyHeader",
+    "Refused",
+    "Viewer",
+    "invalid_account_id",
+]
 
 # Headers that proxies add to the requests they forward.
 _FORWARDED: Final = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
@@ -39,6 +47,16 @@ class Refused(Exception):
         self.status = status
         self.title = title
         self.text = text
+
+
+def invalid_account_id(mistake: str) -> Refused:
+    """Return the error for a visitor whose account id is not valid."""
+    return Refused(
+        403,
+        "Invalid account ID",
+        f"{mistake} An account ID consists of 1-64 characters from A-Za-z0-9._:-, so it cannot be "
+        "an email address. Ask your administrator to fix this.",
+    )
 
 
 class Identity(Protocol):
@@ -97,13 +115,7 @@ class ProxyHeader:
             )
         # With two values, one may come from the caller, and we cannot know which.
         if len(values) > 1 or not is_account_id(values[0]):
-            raise Refused(
-                403,
-                "Invalid account ID",
-                "The sign-in proxy did not send a single valid account ID. An account ID consists "
-                "of 1-64 characters from A-Za-z0-9._:-, so it cannot be an email address. Ask your "
-                "administrator to fix this.",
-            )
+            raise invalid_account_id("The sign-in proxy did not send a single valid account ID.")
         return Viewer(values[0])
 
     def _is_trusted(self, host: str) -> bool:

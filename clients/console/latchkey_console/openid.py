@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from latchkey_console.expiring import Expiring
-from latchkey_console.identity import NotSignedIn, Refused, Viewer
+from latchkey_console.identity import NotSignedIn, Refused, Viewer, invalid_account_id
 from latchkey_console.protection import new_session, session_id
 from latchkey_console.settings import OpenIdSettings, is_account_id
 
@@ -115,13 +115,9 @@ class OpenId:
             _log.warning(
                 "sign-in refused: claim %s is not a valid account id", self._settings.claim
             )
-            raise Refused(
-                403,
-                "Invalid account ID",
-                "You are signed in, but the provider's claim "
-                f"“{self._settings.claim}” is not a valid account ID. An account ID consists of "
-                "1-64 characters from A-Za-z0-9._:-, so it cannot be an email address. Ask your "
-                "administrator to fix this.",
+            raise invalid_account_id(
+                f"You are signed in, but the provider's claim “{self._settings.claim}” is not a "
+                "valid account ID."
             )
         id_token = tokens.get("id_token", "")
         sign_in = _SignIn(account_id, id_token if len(id_token) <= ID_TOKEN_LENGTH_MAX else None)

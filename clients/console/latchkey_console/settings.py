@@ -16,6 +16,7 @@ LISTEN: Final = "127.0.0.1:50080"
 TARGET: Final = "127.0.0.1:50051"
 CLAIM: Final = "sub"
 
+# As the contract defines it (`account_id` in token_service.proto).
 _ACCOUNT_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _HOST_NAME: Final = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?")
 _HEADER_NAME: Final = re.compile(r"[A-Za-z0-9-]{1,64}")

@@ -82,7 +82,11 @@ _NO_CONNECTION: Final = (
             r".*(Socket closed|Connection reset by peer)"
         ),
         "CONNECTION_CLOSED",
-        "The target closed the connection at once. It may require TLS or a client certificate.",
+        # With TLS 1.3, a client does not learn why the service rejects its certificate.
+        (
+            "The target closed the connection at once. It may require TLS or a client certificate, "
+            "or the client certificate may have expired."
+        ),
     ),
 )
 _LOST: Final = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)

@@ -7,7 +7,6 @@ and LATCHKEY_TLS_KEY name files. LATCHKEY_CREDENTIAL is a credential, and LATCHK
 names a file that contains one. Everything is checked before a connection is made.
 """
 
-import datetime
 import os
 import re
 import ssl
@@ -18,7 +17,6 @@ from typing import Final, Self
 
 import grpc
 
-from latchkey._certificate import blocks, validity
 from latchkey._shape import checksum
 from latchkey.errors import AccessError
 from latchkey.secret import Secret
@@ -33,6 +31,8 @@ Metadata = tuple[tuple[str, str], ...]
 
 _CREDENTIAL: Final = re.compile(r"lkc_[0-9A-Za-z]{49}")
 _CHECKSUM_LENGTH: Final = 6
+# PEM blocks without the text around them, which has no meaning (RFC 7468 §2) and any encoding.
+_BLOCKS: Final = re.compile(rb"-----BEGIN .*?-----END [^\n]*-----", re.DOTALL)
 _SIZE_MAX: Final = 4 * 1024 * 1024
 # How often a credential file is checked, so that a new credential is used without a restart.
 _LOOK_AGAIN_SECONDS: Final = 1.0
@@ -161,7 +161,7 @@ class _Tls:
         authorities = own = own_key = None
         if ca is not None and str(ca) != SYSTEM:
             # Pass gRPC the very bytes that were checked.
-            authorities = blocks(_pem("tls_ca", Path(ca), "CERTIFICATE"))
+            authorities = b"\n".join(_BLOCKS.findall(_pem("tls_ca", Path(ca), "CERTIFICATE")))
             try:
                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
                 context.load_verify_locations(cadata=authorities.decode("ascii"))
@@ -171,7 +171,6 @@ class _Tls:
             own = _pem("tls_certificate", Path(certificate), "CERTIFICATE")
             own_key = _pem("tls_key", Path(key), "PRIVATE KEY")
             _check_pair(Path(certificate), Path(key))
-            _check_validity(Path(certificate), own)
         made: grpc.ChannelCredentials = grpc.ssl_channel_credentials(authorities, own_key, own)
         return made
 
@@ -188,23 +187,6 @@ def _check_pair(certificate: Path, key: Path) -> None:
         ) from None
     except OSError as error:
         raise AccessError(f"tls_key: {key}: {error.strerror}") from None
-
-
-def _check_validity(path: Path, pem: bytes) -> None:
-    try:
-        begins, ends = validity(pem)
-    except ValueError:
-        raise AccessError(f"tls_certificate: {path} is not a certificate") from None
-    now = datetime.datetime.now(datetime.UTC)
-    if now > ends:
-        raise AccessError(
-            f"tls_certificate: {path} expired on {ends:%Y-%m-%d at %H:%M} UTC: renew it"
-        )
-    if now < begins:
-        raise AccessError(
-            f"tls_certificate: {path} is not valid before {begins:%Y-%m-%d %H:%M} UTC: check this "
-            "machine's clock"
-        )
 
 
 def _pem(name: str, path: Path, kind: str) -> bytes:

@@ -7,7 +7,6 @@ cache tokens or verdicts; the Verifier does.
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
@@ -30,10 +29,7 @@ from latchkey.models import CreatedToken, Page, Receipt, Scope, Status, Token, V
 from latchkey.secret import Secret
 
 if TYPE_CHECKING:
-    # These classes exist only in the stubs' types. At run time one class serves both channel types.
-    from latchkey_proto.v1.audit_service_pb2_grpc import AuditServiceAsyncStub
-    from latchkey_proto.v1.maintenance_service_pb2_grpc import MaintenanceServiceAsyncStub
-    from latchkey_proto.v1.status_service_pb2_grpc import StatusServiceAsyncStub
+    # This class exists only in the stubs' types. At run time one class serves both channel types.
     from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
 
 RequestT = TypeVar("RequestT", bound=Message)
@@ -82,9 +78,6 @@ class Client:
         self._channel = channel
         self._owns_channel = channel is None
         self._stub: TokenServiceAsyncStub | None = None
-        self._status_stub: StatusServiceAsyncStub | None = None
-        self._maintenance_stub: MaintenanceServiceAsyncStub | None = None
-        self._audit_stub: AuditServiceAsyncStub | None = None
         self._budget = _retry.Budget()
         self._closed = False
 
@@ -244,16 +237,14 @@ class Client:
         For emergencies, and after a restored backup. Returns when no verifier answers from what it
         had cached before. Safe to repeat.
         """
-        if self._maintenance_stub is None:
-            self._maintenance_stub = MaintenanceServiceStub(self._connected())
-        method = self._maintenance_stub.InvalidateAll
+        method = MaintenanceServiceStub(self._connected()).InvalidateAll
         request = maintenance_pb.InvalidateAllRequest()
         answer = await self._call("InvalidateAll", method, request, timeout_seconds)
         return _convert.receipt_in(answer.receipt)
 
     async def status(self, *, timeout_seconds: float | None = None) -> Status:
         """Return the state of all server processes, as stored in the database."""
-        method = self._rpcs_of_status().GetStatus
+        method = StatusServiceStub(self._connected()).GetStatus
         request = status_pb.GetStatusRequest()
         answer = await self._call("GetStatus", method, request, timeout_seconds)
         return _convert.status_in(answer)
@@ -271,11 +262,8 @@ class Client:
         With `page_size` 0 the service chooses the size (50). The maximum is 500.
         """
         request = _convert.build(lambda: _audit.request_out(wanted, page_size, page_token))
-        if self._audit_stub is None:
-            self._audit_stub = AuditServiceStub(self._connected())
-        answer = await self._call(
-            "AuditService.List", self._audit_stub.List, request, timeout_seconds
-        )
+        method = AuditServiceStub(self._connected()).List
+        answer = await self._call("AuditService.List", method, request, timeout_seconds)
         return _audit.page_in(answer)
 
     def metadata(self) -> Metadata:
@@ -298,30 +286,20 @@ class Client:
         """Close the connection. Calls under way fail with Unavailable. Safe to repeat."""
         self._closed = True
         channel, self._channel = self._channel, None
-        self._stub = self._status_stub = self._audit_stub = self._maintenance_stub = None
+        self._stub = None
         if channel is not None and self._owns_channel:
             await channel.close()
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     def _rpcs(self) -> "TokenServiceAsyncStub":
         if self._stub is None:
             self._stub = TokenServiceStub(self._connected())
         return self._stub
-
-    def _rpcs_of_status(self) -> "StatusServiceAsyncStub":
-        if self._status_stub is None:
-            self._status_stub = StatusServiceStub(self._connected())
-        return self._status_stub
 
     def _connected(self) -> grpc.aio.Channel:
         """Return the channel. Raises Unavailable if the client is closed."""

@@ -10,11 +10,9 @@ service. Cached answers are returned directly in the calling thread.
 import asyncio
 import os
 import threading
-import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
-from types import TracebackType
 from typing import Any, Final, Self
 
 import grpc
@@ -24,7 +22,7 @@ from latchkey import verifier as _async
 from latchkey._retry import VERIFY_TIMEOUT_SECONDS, checked_timeout
 from latchkey.access import Access
 from latchkey.client import Client
-from latchkey.errors import DeadlineExceeded, Unavailable, late
+from latchkey.errors import Unavailable, late
 from latchkey.models import Scope, Verification, VerifierStats
 from latchkey.secret import Secret
 
@@ -34,9 +32,6 @@ __all__ = ["Verifier"]
 MARGIN_SECONDS: Final = 1.0
 # Half a second for releasing the grants, and a margin for a busy machine.
 CLOSE_SECONDS: Final = 3.0
-# How long a thread may take to start on an overloaded machine. Afterwards the next verify starts
-# another thread. A verify waits for a start only within its own deadline.
-START_SECONDS: Final = 10.0
 
 
 class Verifier:
@@ -73,7 +68,6 @@ class Verifier:
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
         self._engine: _Engine | None = None
-        self._finalizer: weakref.finalize[[], Verifier] | None = None
         self._closed = False
         _fork.watch(self)
 
@@ -97,8 +91,7 @@ class Verifier:
         timeout = self._timeout_seconds
         if timeout_seconds is not None:
             timeout = min(timeout, timeout_seconds)
-        end = time.monotonic() + timeout
-        return self._started().verify(secret, scope, end)
+        return self._started().verify(secret, scope, timeout)
 
     def verify_nowait(
         self, secret: str | Secret, scope: Scope | None = None
@@ -117,9 +110,8 @@ class Verifier:
         """
         with self._lock:
             self._closed = True
-            engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.stop()
+        if self._engine is not None:
+            self._engine.stop()
 
     def forked(self) -> None:
         """Mark this process as a forked child. For the library's own use."""
@@ -129,40 +121,37 @@ class Verifier:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _started(self) -> "_Engine":
-        """Return the engine, whose thread may still be starting.
-
-        Raises Unavailable if no engine can run.
-        """
+        """Return the engine, started. Raises Unavailable."""
+        if _Engine.first_pid not in (None, os.getpid()):
+            raise Unavailable(
+                "The process was forked after gRPC was first used, and its child cannot use it. "
+                "Fork before the first verify, or start workers without forking.",
+                code=grpc.StatusCode.FAILED_PRECONDITION,
+            )
         with self._lock:
             if self._closed:
                 raise _closed_error()
-            if self._engine is not None and not self._engine.is_lost():
-                return self._engine
-            engine = self._engine = _Engine(self._verifier, self._client)
-            if self._finalizer is not None:
-                self._finalizer.detach()
-            # Stop the engine also at the end of the process, before its thread is killed. The
-            # engine must not refer to this object, or it would never be collected.
-            self._finalizer = weakref.finalize(self, engine.stop)
-        # Without the lock, so that a slow start delays no shorter verify and no close().
-        engine.start()
-        return engine
+            if self._engine is None:
+                try:
+                    self._engine = _Engine(self._verifier, self._client)
+                except (OSError, RuntimeError) as error:
+                    raise Unavailable(
+                        f"The verifier's thread cannot start: {error}. Try again. If that does not "
+                        "help, allow the process more threads and open files."
+                    ) from error
+                # Stop the engine also at the end of the process, before its thread is killed.
+                weakref.finalize(self, self._engine.stop)
+            return self._engine
 
 
 class _Engine:
-    """A thread with an event loop, and the verifier that lives on it.
+    """A thread with an event loop, and the async verifier that lives on it.
 
-    The thread either starts in time or is given up. A thread that was given up touches nothing that
-    the next engine uses.
+    It has no reference to the `Verifier` of this module, which would never be garbage-collected.
     """
 
     # The process that first used gRPC. In a child forked later, gRPC aborts the process or receives
@@ -170,65 +159,30 @@ class _Engine:
     first_pid: int | None = None
 
     def __init__(self, verifier: _async.Verifier, client: Client) -> None:
-        self._pid = os.getpid()
-        if _Engine.first_pid not in (None, self._pid):
-            raise _forked_error()
+        """Start. Raises OSError without file descriptors, and RuntimeError without a thread."""
         self._verifier = verifier
         self._client = client
         # Reentrant: a garbage collection may run stop() in a thread that holds the lock.
         self._lock = threading.RLock()
-        self._running = self._has_run = False
-        self._given_up = False
-        self._failure: Exception | None = None
-        # Set when the thread runs or is given up.
-        self._settled = threading.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopping: asyncio.Event
+        self._stopped = False
+        self._stopping = asyncio.Event()
+        # In the calling thread, which then gets the error. A verify handed to the event loop before
+        # the thread runs it waits for that, within its time-out.
+        self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="latchkey verifier", daemon=True)
-        self._late_at = time.monotonic() + START_SECONDS
-
-    def start(self) -> None:
-        """Start the thread. verify() raises its errors.
-
-        Python waits here until the thread has run for the first time, which depends on the
-        operating system. This is the only wait without a bound.
-        """
         try:
             self._thread.start()
-        except RuntimeError as error:
-            self._fail(error)
+        except RuntimeError:
+            self._loop.close()
+            raise
+        _Engine.first_pid = self._pid = os.getpid()
 
-    def is_lost(self) -> bool:
-        """Return whether another engine is needed, because this one failed or started too late."""
-        if self._pid != os.getpid():
-            return True  # threads do not survive a fork
-        if not self._settled.is_set() and time.monotonic() >= self._late_at:
-            self._fail(TimeoutError(f"no start within {START_SECONDS:g} s"))
-        return self._failure is not None
-
-    def verify(self, secret: str | Secret, scope: Scope | None, end: float) -> Verification:
-        """Verify on the event loop, and wait for the answer in the calling thread.
-
-        `end` is the deadline, by the monotonic clock.
-        """
-        if not self._settled.wait(end - time.monotonic()):
-            raise DeadlineExceeded(
-                "Verify failed: the verifier's thread did not start in time. "
-                "Try again, or allow more time with timeout_seconds."
-            )
-        if self._failure is not None:
-            raise Unavailable(
-                f"The verifier's thread cannot start: {self._failure}. Try again. "
-                "If that does not help, allow the process more threads and open files."
-            ) from self._failure
-        timeout = end - time.monotonic()
-        if timeout <= 0:
-            raise late("Verify")
+    def verify(self, secret: str | Secret, scope: Scope | None, timeout: float) -> Verification:
+        """Verify on the event loop, and wait for the answer in the calling thread."""
         # With the lock, so that no call is handed to an event loop that has stopped.
         with self._lock:
-            if not self._running or self._loop is None:
+            if self._stopped:
                 raise _closed_error()
-            _Engine.first_pid = self._pid
             future = asyncio.run_coroutine_threadsafe(
                 self._verifier.verify(secret, scope, timeout_seconds=timeout), self._loop
             )
@@ -245,51 +199,24 @@ class _Engine:
     def stop(self) -> None:
         """Close everything and end the thread. Waits for it, within bounds.
 
-        A thread that has not started has nothing to close. It ends as soon as it starts, and this
-        method does not wait for it.
+        A second caller waits too, because the process must not end before the thread.
         """
         if self._pid != os.getpid():
-            return
+            return  # threads do not survive a fork
         with self._lock:
-            self._given_up = True
-            running, self._running = self._running, False
-            self._has_run = self._has_run or running
-            if running and self._loop is not None:
+            if not self._stopped:
+                self._stopped = True
                 self._loop.call_soon_threadsafe(self._stopping.set)
-        self._settled.set()
-        # A second caller waits too, because the process must not end before the thread.
-        if self._has_run and self._thread is not threading.current_thread():
+        # A garbage collection may run this in the thread itself.
+        if self._thread is not threading.current_thread():
             self._thread.join(CLOSE_SECONDS)
 
-    def _fail(self, error: Exception) -> None:
-        """Give up, unless the thread runs or was already given up. Waiting verifies get `error`."""
-        with self._lock:
-            if self._running or self._given_up:
-                return
-            self._given_up = True
-            self._failure = error
-        self._settled.set()
-
     def _run(self) -> None:
-        try:
-            # A new event loop needs file descriptors, which may be used up. asyncio.run would
-            # then leave its coroutine behind, with a warning.
-            with asyncio.Runner() as runner:
-                runner.run(self._serve())
-        except Exception as error:
-            if self._loop is not None:
-                raise
-            self._fail(error)
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._serve())
 
     async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
         self._loop.set_exception_handler(ignore_idle_poller)
-        self._stopping = asyncio.Event()
-        with self._lock:
-            self._running = not self._given_up
-        if not self._running:
-            return
-        self._settled.set()
         await self._stopping.wait()
         await self._verifier.close()
         await self._client.close()
@@ -316,11 +243,3 @@ def ignore_idle_poller(loop: asyncio.AbstractEventLoop, context: dict[str, Any])
 
 def _closed_error() -> Unavailable:
     return Unavailable("The verifier is closed. Create a new one.", code=grpc.StatusCode.CANCELLED)
-
-
-def _forked_error() -> Unavailable:
-    return Unavailable(
-        "The process was forked after gRPC was first used, and its child cannot use it. "
-        "Fork before the first verify, or start workers without forking.",
-        code=grpc.StatusCode.FAILED_PRECONDITION,
-    )

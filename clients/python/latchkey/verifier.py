@@ -8,7 +8,6 @@ import asyncio
 import random
 import time
 from hashlib import sha256
-from types import TracebackType
 from typing import Final, Self
 
 from latchkey_coherence.lease import boottime
@@ -219,10 +218,5 @@ class Verifier:
             self._watcher.start()
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()

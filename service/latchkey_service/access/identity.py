@@ -20,7 +20,7 @@ _SCHEME_LENGTH: Final = len(_SCHEME)
 
 def by_credential(policy: Policy, credential: str) -> Caller:
     """Return the caller that owns this credential. Raises Unauthenticated."""
-    caller = policy.by_credential(digest_of(credential))
+    caller = policy.credentials.get(digest_of(credential))
     if caller is None:
         raise Unauthenticated("Unknown or revoked credential.", "CREDENTIAL_UNKNOWN")
     return caller

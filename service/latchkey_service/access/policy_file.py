@@ -1,6 +1,6 @@
 """Reloads the policy file after SIGHUP or a change, once the file has stopped changing.
 
-If the new file is invalid, the reason and line are logged and the last valid policy stays active.
+If the new file is invalid, the mistakes are logged and the last valid policy stays active.
 One process watches the file for all workers (`supervisor.py`).
 """
 

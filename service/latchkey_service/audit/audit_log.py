@@ -11,7 +11,6 @@ failures of a kind have their own entries; one entry counts all others.
 
 import asyncio
 import contextvars
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,6 +20,7 @@ import grpc
 
 from latchkey_service.audit.audit_table import AuditTable, NewEntry
 from latchkey_service.errors import StoreUnavailable
+from latchkey_service.identifiers import ACCOUNT_ID, TOKEN_ID
 from latchkey_service.secret_format import contains_secret
 from latchkey_service.settings.logs import logger
 
@@ -34,8 +34,6 @@ BATCH_MAX: Final = 1_000
 SAMPLE_SECONDS: Final = 60.0
 SAMPLE_MAX: Final = 10
 CLOSE_SECONDS: Final = 1.0
-_ACCOUNT_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-_TOKEN_ID: Final = re.compile(r"tok_[0-9a-z]{26}")
 _PEER_LENGTH_MAX: Final = 200
 
 
@@ -62,9 +60,9 @@ class AuditContext:
         token_id: str,
     ) -> "AuditContext":
         """Build the context; drop ids from the caller that do not have the expected form."""
-        if not _ACCOUNT_ID.fullmatch(account_id) or contains_secret(account_id):
+        if not ACCOUNT_ID.fullmatch(account_id) or contains_secret(account_id):
             account_id = ""
-        if not _TOKEN_ID.fullmatch(token_id):
+        if not TOKEN_ID.fullmatch(token_id):
             token_id = ""
         return cls(caller, method, peer[:_PEER_LENGTH_MAX], request_id, account_id, token_id)
 

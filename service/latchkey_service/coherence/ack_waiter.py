@@ -14,7 +14,7 @@ from latchkey_coherence.memory import Position
 from latchkey_service.coherence.ack_rules import Acknowledgements, PendingDeletion
 from latchkey_service.coherence.verifier_table import Rows, VerifierTable, read_rows
 from latchkey_service.errors import NotConfirmed, StoreUnsupported
-from latchkey_service.postgres.connections import answers
+from latchkey_service.postgres.connections import DedicatedConnection
 from latchkey_service.settings.logs import logger
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ class AckWaiter:
         self._own_id = own_id
         # Polls have a dedicated connection. Deletes that wait for them, and Deletes that wait to
         # begin, may occupy the whole pool.
-        self._connect = connect
-        self._connection: Connection | None = None
+        self._connection = DedicatedConnection(connect)
         self._failing = False
         # Wakes this process's own lease renewer, which needs no notification.
         self._wake = wake
@@ -108,7 +107,7 @@ class AckWaiter:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._drop_connection()
+        self._connection.drop()
 
     async def _announce(self) -> None:
         """Send notifications until there is no newer revision."""
@@ -143,7 +142,7 @@ class AckWaiter:
                     if wait.position not in rows.known:
                         # The connection leads to another history, such as a deposed primary's. What
                         # verifiers have acknowledged there is not this deletion (rule 12).
-                        self._drop_connection()
+                        self._connection.drop()
                         continue
                     acknowledgements = wait.evaluate(rows.verifiers, now)
                     if acknowledgements is not None and not future.done():
@@ -157,20 +156,12 @@ class AckWaiter:
         """Return the rows, or None if they cannot be read. All Deletes then wait on, until their
         deadlines at most."""
         try:
-            if self._connection is None or not await answers(self._connection):
-                self._drop_connection()
-                self._connection = await self._connect()
-            rows = await read_rows(self._connection, positions)
+            rows = await read_rows(await self._connection.get(), positions)
         except Exception as error:  # noqa: BLE001 - logged once
-            self._drop_connection()
+            self._connection.drop()
             if not self._failing:
                 self._log.warning("deletions cannot be confirmed", error=type(error).__name__)
             self._failing = True
             return None
         self._failing = False
         return rows
-
-    def _drop_connection(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.terminate()

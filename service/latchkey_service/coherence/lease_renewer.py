@@ -27,6 +27,7 @@ from latchkey_service.errors import (
     Unavailable,
 )
 from latchkey_service.postgres.circuit_breaker import jittered
+from latchkey_service.postgres.connections import DedicatedConnection
 from latchkey_service.settings.logs import logger
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class LeaseRenewer:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._log = logger()
-        self._connection: Connection | None = None
+        self._connection = DedicatedConnection(primary.connect)
         self._incarnation = 0
         self._detector = DeadVerifierDetector()
         self._woken = asyncio.Event()
@@ -182,13 +183,13 @@ class LeaseRenewer:
         _fail(self._read, stopping)
         # The task may have been cancelled in the middle of a statement, which leaves its connection
         # unusable.
-        self._drop_connection()
+        self._connection.drop()
         if remove and self._incarnation:
             with contextlib.suppress(StoreUnavailable, TimeoutError):
                 async with asyncio.timeout(REMOVE_SECONDS):
-                    row = OwnRow(await self._connected(), self._identity)
+                    row = OwnRow(await self._connection.get(), self._identity)
                     await row.remove(self._incarnation)
-            self._drop_connection()
+            self._connection.drop()
 
     async def _renew_once(self) -> None:
         """Read the log if there may be news, and renew if it is time."""
@@ -196,7 +197,7 @@ class LeaseRenewer:
         due = self._clock() >= self._next_renewal
         if not (self._news or due or self._acknowledgeable() > state.acknowledged):
             return
-        row = OwnRow(await self._connected(), self._identity)
+        row = OwnRow(await self._connection.get(), self._identity)
         if not state.registered:
             await self._register(row)
             due = True
@@ -251,8 +252,8 @@ class LeaseRenewer:
         if renewed:
             self._row_lost = False
             state.renew(began, acknowledgeable)
-            if self._connection is not None:
-                self._primary.renewed(self._connection, state.server)
+            if self._connection.current is not None:
+                self._primary.renewed(self._connection.current, state.server)
             self._succeed()
             # Also for clients whose grants wait for this lease.
             self._applied(changed=changed)
@@ -266,7 +267,7 @@ class LeaseRenewer:
     def _report(self, acknowledgeable: int) -> Report:
         now = self._clock()
         client_leases = self.state.client_leases
-        connection = self._connection
+        connection = self._connection.current
         seconds, waiting_for = self.state.waiting_for(now)
         if seconds < WAITED_SECONDS:
             waiting_for = []
@@ -292,7 +293,7 @@ class LeaseRenewer:
         """Register again: at once the first time, after a pause from then on. The cache is empty by
         now."""
         if not log.known:
-            connection = self._connection
+            connection = self._connection.current
             self._log.warning(
                 "the database follows another history: starting over",
                 verifier=self._identity.id,
@@ -350,8 +351,8 @@ class LeaseRenewer:
     def _fail(self, error: Exception) -> None:
         """Drop the connection: its state, and whether the last statement was carried out, are
         unknown."""
-        self._primary.failed(self._connection, error)
-        self._drop_connection()
+        self._primary.failed(self._connection.current, error)
+        self._connection.drop()
         if not isinstance(error, StoreUnavailable):
             self._log.exception("lease renewal failed", error=type(error).__name__)
         elif not self._failing:
@@ -371,16 +372,6 @@ class LeaseRenewer:
             renewed.set_result(None)
         else:
             _fail(renewed, error)
-
-    def _drop_connection(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.terminate()
-
-    async def _connected(self) -> "Connection":
-        if self._connection is None or self._connection.is_closed():
-            self._connection = await self._primary.connect()
-        return self._connection
 
 
 def _fail(waiting: "asyncio.Future[None] | None", error: Exception) -> None:

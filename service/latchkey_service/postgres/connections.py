@@ -33,9 +33,8 @@ from latchkey_service.postgres.sessions import GENERIC_PLAN, SETTINGS, Pooler, d
 __all__ = [
     "DURABLE",
     "Connector",
+    "DedicatedConnection",
     "Pool",
-    "answers",
-    "connect",
     "require_durable_commit",
     "retry_on_conflict",
     "translate_errors",
@@ -109,7 +108,8 @@ class _Connection(asyncpg.Connection):
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
-    _Session = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
+    Connection = asyncpg.Connection[asyncpg.Record]
+    _Session = Connection | PoolConnectionProxy[asyncpg.Record]
 
 
 class Connector:
@@ -132,7 +132,7 @@ class Connector:
         self._failure: BaseException | None = None
         self._attempts: dict[asyncio.Task[Any], Attempt] = {}
 
-    async def connect(self) -> "asyncpg.Connection[asyncpg.Record]":
+    async def connect(self) -> "Connection":
         """Return a new connection, which the caller closes.
 
         Raises StoreUnavailable, without an attempt if the latest attempts have just failed.
@@ -140,14 +140,12 @@ class Connector:
         with translate_errors():
             return await self.attempt()
 
-    async def connect_with_generic_plans(self) -> "asyncpg.Connection[asyncpg.Record]":
+    async def connect_with_generic_plans(self) -> "Connection":
         """Return a new connection that plans each statement once, for all arguments."""
         with translate_errors():
             return await self.attempt(GENERIC_PLAN)
 
-    async def attempt(
-        self, settings: Mapping[str, str] = _NO_SETTINGS
-    ) -> "asyncpg.Connection[asyncpg.Record]":
+    async def attempt(self, settings: Mapping[str, str] = _NO_SETTINGS) -> "Connection":
         """Do the same, but raise the driver's errors, as the pool expects. Adds `settings`."""
         while (kind := self._breaker.begin()) is None:
             probes = [task for task, kind in self._attempts.items() if kind is Attempt.PROBE]
@@ -176,19 +174,19 @@ class Connector:
         """Return the hosts of the URL, each with its port if the URL names one."""
         return self._hosts.names()
 
-    def host_of(self, connection: "asyncpg.Connection[asyncpg.Record]") -> str:
+    def host_of(self, connection: "Connection") -> str:
         """Return the host of the URL that a connection leads to."""
         return self._hosts.name_of(connection)
 
-    def prove(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+    def prove(self, connection: "Connection") -> None:
         """Try the host of `connection` first from now on: a commit there was durable."""
         self._hosts.prove(connection)
 
-    def leave(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+    def leave(self, connection: "Connection") -> None:
         """Try the host of `connection` last from now on: commits there fail."""
         self._hosts.leave(connection)
 
-    async def connect_to(self, host: str) -> "asyncpg.Connection[asyncpg.Record]":
+    async def connect_to(self, host: str) -> "Connection":
         """Return a new connection to one host of the URL, which must be a primary.
 
         The bound on attempts does not cover it: the caller makes one at a time. Raises
@@ -247,7 +245,7 @@ class Pool:
         )
         return pool
 
-    async def _connect(self, *_: object, **__: object) -> "asyncpg.Connection[asyncpg.Record]":
+    async def _connect(self, *_: object, **__: object) -> "Connection":
         generation = self._generation
         connection = await self._connector.attempt()
         # Not isinstance: for asyncpg, every connection is an instance of this class.
@@ -313,11 +311,28 @@ class Pool:
         return generation == self._generation and used_at > self._doubted_until
 
 
-async def connect(
-    database_url: str, pooler: Pooler = "none"
-) -> "asyncpg.Connection[asyncpg.Record]":
-    """Return one new connection, without a `Connector` to reuse. Raises StoreUnavailable."""
-    return await Connector(database_url, pooler=pooler).connect()
+class DedicatedConnection:
+    """A connection outside the pool, made at its first use and again after a failure."""
+
+    def __init__(self, connect: "Callable[[], Awaitable[Connection]]") -> None:
+        self._connect = connect
+        # The connection as it is, without a test.
+        self.current: Connection | None = None
+
+    async def get(self) -> "Connection":
+        """Return a connection that answers. Raises StoreUnavailable."""
+        if (kept := self.current) is not None:
+            if await answers(kept):
+                return kept
+            self.drop()
+        self.current = connection = await self._connect()
+        return connection
+
+    def drop(self) -> None:
+        """Close the connection at once: its server may be frozen, or its state unknown."""
+        connection, self.current = self.current, None
+        if connection is not None:
+            connection.terminate()
 
 
 async def answers(connection: "_Session") -> bool:

@@ -1,11 +1,6 @@
 """AuditService: protobuf → table → protobuf."""
 
-import base64
-import binascii
-import hashlib
 import re
-import struct
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
 import grpc
@@ -16,16 +11,15 @@ from latchkey_service.access.methods import METHODS
 from latchkey_service.audit.audit_table import DENIED_CODES, AuditTable, Cursor, Entry, Filter
 from latchkey_service.errors import FieldViolation, InvalidArgument
 from latchkey_service.rpc.token_service import to_datetime
+from latchkey_service.tokens import page_tokens
 
 __all__ = ["AuditService"]
 
 PAGE_SIZE_DEFAULT: Final = 50
 PAGE_SIZE_MAX: Final = 500
 FILTER_LENGTH_MAX: Final = 128
-_PAGE_TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{32}")
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND: Final = timedelta(microseconds=1)
-_SEAL_BYTES: Final = 8
+# Positive, and within Postgres' bigint.
+_ID: Final = re.compile(r"[1-9][0-9]{0,17}")
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
@@ -41,7 +35,10 @@ class AuditService(pb_grpc.AuditServiceServicer):
         self, request: pb.AuditServiceListRequest, context: "Context"
     ) -> pb.AuditServiceListResponse:
         wanted = _filter(request)
-        after = _cursor(wanted, request.page_token) if request.page_token else None
+        after = None
+        if request.page_token:
+            time, entry_id = page_tokens.decode(repr(wanted), request.page_token, _ID)
+            after = Cursor(time, int(entry_id))
         size = min(request.page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
         # One more entry than requested shows whether there is a next page.
         entries = await self._table.list(wanted, after, size + 1)
@@ -50,7 +47,7 @@ class AuditService(pb_grpc.AuditServiceServicer):
             _put_entry(entry, response.entries.add())
         if len(entries) > size:
             last = entries[size - 1]
-            response.next_page_token = _page_token(wanted, Cursor(last.time, last.id))
+            response.next_page_token = page_tokens.encode(repr(wanted), last.time, str(last.id))
         return response
 
 
@@ -87,40 +84,6 @@ def _filter(request: pb.AuditServiceListRequest) -> Filter:
         start,
         end,
     )
-
-
-def _page_token(wanted: Filter, cursor: Cursor) -> str:
-    """Return an opaque page token for a position in the results of these filters."""
-    payload = struct.pack(">qq", (cursor.time - _EPOCH) // _MICROSECOND, cursor.id)
-    return base64.urlsafe_b64encode(_seal(wanted, payload) + payload).decode()
-
-
-def _cursor(wanted: Filter, page_token: str) -> Cursor:
-    """Return the position that a page token encodes.
-
-    Raises InvalidArgument if it is damaged or belongs to other filters. A page token grants no
-    access: every query applies the filters.
-    """
-    damaged = FieldViolation(
-        "page_token", "is damaged or belongs to other filters: start from the first page"
-    )
-    if not _PAGE_TOKEN.fullmatch(page_token):
-        raise InvalidArgument(damaged)
-    try:
-        raw = base64.urlsafe_b64decode(page_token)
-        seal, payload = raw[:_SEAL_BYTES], raw[_SEAL_BYTES:]
-        if seal != _seal(wanted, payload):
-            raise InvalidArgument(damaged)
-        microseconds, entry_id = struct.unpack(">qq", payload)
-        return Cursor(_EPOCH + microseconds * _MICROSECOND, entry_id)
-    except (binascii.Error, struct.error, OverflowError):
-        raise InvalidArgument(damaged) from None
-
-
-def _seal(wanted: Filter, payload: bytes) -> bytes:
-    """Bind a page token to its filters and detect damage. It need not be a signature."""
-    bound = repr(wanted).encode() + b"\0" + payload
-    return hashlib.blake2s(bound, digest_size=_SEAL_BYTES, person=b"lk.audit").digest()
 
 
 def _put_entry(entry: Entry, message: pb.AuditEntry) -> None:

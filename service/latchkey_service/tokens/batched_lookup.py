@@ -13,7 +13,6 @@ made batches smaller and each call more expensive (60 instead of 51 µs of CPU).
 """
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,8 +25,11 @@ from latchkey_service.errors import (
     StoreUnavailable,
     Unavailable,
 )
-from latchkey_service.postgres.circuit_breaker import jittered
-from latchkey_service.postgres.connections import answers, retry_on_conflict, translate_errors
+from latchkey_service.postgres.connections import (
+    DedicatedConnection,
+    retry_on_conflict,
+    translate_errors,
+)
 from latchkey_service.tokens.queue_limit import STUCK_SECONDS, QueueLimit
 from latchkey_service.tokens.token_store import FIND_BY_DIGEST, record_of, snapshot_of
 from latchkey_service.tokens.verdict import TokenRecord
@@ -46,9 +48,6 @@ WAITING_MAX = 10_000
 # Calls in progress that keep Postgres busy, and how many more may wait while that lasts.
 BUSY = 96
 STANDING = 32
-# Pause between attempts to connect. Look-ups fail at once in the meantime instead of piling up, and
-# service resumes this soon after Postgres.
-RECONNECT_SECONDS = 0.25
 # Weight of the newest sample in the moving average of query time.
 SMOOTHING = 0.2
 # Longest delay between a deadline and its error: well within `deadlines.ANSWER_SECONDS`.
@@ -88,7 +87,7 @@ class Lookup:
         self._monotonic = monotonic
         # Kept: get_running_loop() asks the kernel for the process id each time (Python 3.11).
         self._loop = asyncio.get_running_loop()
-        self._lookup_connection = _LookupConnection(connect, monotonic)
+        self._lookup_connection = _LookupConnection(connect)
         self._waiting: list[_Waiter] = []
         self._waiting_digests = 0
         self._queue_limit = QueueLimit(STANDING, WAITING_MAX)
@@ -210,15 +209,11 @@ class Lookup:
 
 
 class _LookupConnection:
-    """One connection, made at the first query and again after a failure."""
+    """One connection, and the batch that is being looked up on it."""
 
-    def __init__(
-        self, connect: "Callable[[], Awaitable[Connection]]", monotonic: Callable[[], float]
-    ) -> None:
-        self._connect = connect
-        self._monotonic = monotonic
-        self._connection: Connection | None = None
-        self._connect_after = 0.0
+    def __init__(self, connect: "Callable[[], Awaitable[Connection]]") -> None:
+        # One plan fits every array; planning each query would double its cost.
+        self._connection = DedicatedConnection(connect)
         self.batch: list[_Waiter] = []
 
     async def answer(self, batch: list[_Waiter]) -> bool:
@@ -231,10 +226,10 @@ class _LookupConnection:
             if wanted := [
                 d for waiter in batch if not waiter.future.done() for d in waiter.digests
             ]:
-                _deliver(await _find(await self._connected(), wanted), batch)
+                _deliver(await _find(await self._connection.get(), wanted), batch)
         except Exception as failure:  # noqa: BLE001 - every waiter raises it
             error: Exception = failure
-            connection = self._connection
+            connection = self._connection.current
             if not isinstance(failure, LatchkeyError) and (
                 connection is None or connection.is_closed()
             ):
@@ -256,28 +251,8 @@ class _LookupConnection:
                 waiter.fail(StoreUnavailable("The server is stopping."))
 
     def drop(self) -> None:
-        """Close the connection without waiting for a server that may not respond."""
-        connection, self._connection = self._connection, None
-        if connection is not None and not connection.is_closed():
-            connection.terminate()
-
-    async def _connected(self) -> "Connection":
-        if (kept := self._connection) is not None:
-            if await answers(kept):
-                return kept
-            self.drop()
-        if self._monotonic() < self._connect_after:
-            raise StoreUnavailable(NO_ANSWER)
-        try:
-            # One plan fits every array; planning each query would double its cost.
-            self._connection = connection = await self._connect()
-        except Exception:
-            self._connect_after = self._monotonic() + jittered(
-                RECONNECT_SECONDS,
-                random.random(),  # noqa: S311 - jitter
-            )
-            raise
-        return connection
+        """Close the connection. A batch under way gets an error."""
+        self._connection.drop()
 
 
 @retry_on_conflict

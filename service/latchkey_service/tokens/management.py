@@ -1,15 +1,11 @@
 """Creates, gets, lists and deletes tokens.
 
-Owns the rules of the contract: validation, ids, page tokens and the wait of a Delete. It contains
+Owns the rules of the contract: validation, ids and the wait of a Delete. It contains
 neither protobuf (`rpc/token_service.py`) nor SQL (`token_store.py`).
 """
 
 import asyncio
-import base64
-import binascii
-import hashlib
 import re
-import struct
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,11 +22,13 @@ from latchkey_service.errors import (
     NotConfirmed,
     NotFound,
 )
+from latchkey_service.identifiers import ACCOUNT_ID, TOKEN_ID
 from latchkey_service.secret_format import Keyring, Secret, contains_secret
+from latchkey_service.tokens import page_tokens
 from latchkey_service.tokens.token_store import Deletion, PageStart, TokenStore
 from latchkey_service.tokens.verdict import Scope, TokenRecord
 
-__all__ = ["Created", "NewToken", "Page", "Tokens", "decode_page_token", "encode_page_token"]
+__all__ = ["Created", "NewToken", "Page", "Tokens"]
 
 PAGE_SIZE_DEFAULT = 50
 PAGE_SIZE_MAX = 500
@@ -46,15 +44,11 @@ _END_OF_TIME = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
 SCANNED_LENGTH_MAX = 1_000
 # Receipts written at once. Each takes a connection of the pool (`connections.POOL_SIZE_MAX`).
 CONFIRMING_MAX = 4
-PAGE_TOKEN_LENGTH_MAX = 200
-_ID = re.compile(r"tok_[0-9a-z]{26}")
-_ACCOUNT_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 # A label key that an error message may repeat.
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9._/-]{1,32}")
 # Crockford's base 32, in ASCII order, so that ids sort like the numbers that they encode.
 _BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +165,9 @@ class Tokens:
         if page_size < 0:
             violations.append(FieldViolation("page_size", "must not be negative"))
         _check(*violations)
-        after = decode_page_token(account_id, page_token) if page_token else None
+        after = None
+        if page_token:
+            after = PageStart(*page_tokens.decode(account_id, page_token, TOKEN_ID))
         size = min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
         # One token more than requested shows whether there is a next page.
         began = await self._reads.begin(deadline)
@@ -180,8 +176,7 @@ class Tokens:
         if len(records) <= size:
             return Page(records, "")
         last = records[size - 1]
-        start = PageStart(last.create_time, last.id)
-        return Page(records[:size], encode_page_token(account_id, start))
+        return Page(records[:size], page_tokens.encode(account_id, last.create_time, last.id))
 
     async def delete(
         self,
@@ -255,51 +250,6 @@ class Tokens:
         return Deletion(position, commit_time, max(commit_time, self._now()), *acknowledgements)
 
 
-def encode_page_token(account_id: str, start: PageStart) -> str:
-    """Return the opaque page token for a position in an account's list."""
-    payload = struct.pack(">q", (start.create_time - _EPOCH) // _MICROSECOND)
-    payload += start.id.encode()
-    return base64.urlsafe_b64encode(_seal(account_id, payload) + payload).decode().rstrip("=")
-
-
-def decode_page_token(account_id: str, page_token: str) -> PageStart:
-    """Return the position in the list that a page token encodes.
-
-    Raises InvalidArgument if the page token is damaged or belongs to another account. A page token
-    grants no rights: every query names the account, so a forged one only reveals the caller's own
-    tokens.
-    """
-    damaged = FieldViolation(
-        "page_token", "is damaged or belongs to another account; start with the first page"
-    )
-    if len(page_token) > PAGE_TOKEN_LENGTH_MAX:
-        raise InvalidArgument(damaged)
-    try:
-        # validate=True, because b64decode otherwise drops unknown characters.
-        padded = page_token + "=" * (-len(page_token) % 4)
-        raw = base64.b64decode(padded.encode("ascii"), altchars=b"-_", validate=True)
-        seal, payload = raw[:_SEAL_BYTES], raw[_SEAL_BYTES:]
-        if seal != _seal(account_id, payload):
-            raise InvalidArgument(damaged)
-        (microseconds,) = struct.unpack(">q", payload[:8])
-        # Some last characters of base64 have several spellings; accept only ours.
-        start = PageStart(_EPOCH + microseconds * _MICROSECOND, payload[8:].decode("ascii"))
-        if not _ID.fullmatch(start.id) or encode_page_token(account_id, start) != page_token:
-            raise InvalidArgument(damaged)
-    except (binascii.Error, UnicodeError, struct.error, OverflowError):
-        raise InvalidArgument(damaged) from None
-    return start
-
-
-_SEAL_BYTES = 8
-
-
-def _seal(account_id: str, payload: bytes) -> bytes:
-    """Bind a page token to its account and detect damage. It need not be a signature."""
-    bound = account_id.encode() + b"\0" + payload
-    return hashlib.blake2s(bound, digest_size=_SEAL_BYTES, person=b"lk.page").digest()
-
-
 def _new_id(now: datetime, random_bytes: Callable[[int], bytes]) -> str:
     """Return a new id: 48 bits of milliseconds and 80 random bits, like UUIDv7 and ULID."""
     milliseconds = (now - _EPOCH) // timedelta(milliseconds=1)
@@ -338,7 +288,7 @@ def _check(*violations: FieldViolation) -> None:
 def _account_violations(account_id: str) -> list[FieldViolation]:
     if not account_id:
         return [FieldViolation("account_id", "is required")]
-    if not _ACCOUNT_ID.fullmatch(account_id):
+    if not ACCOUNT_ID.fullmatch(account_id):
         return [FieldViolation("account_id", "must be 1-64 characters of A-Za-z0-9._:-")]
     return []
 

@@ -143,11 +143,12 @@ async def test_connection_errors_name_their_cause(guarded: Guarded, scratch: Pat
     for access in (
         guarded.access(None),
         guarded.access(stranger("manager.internal")),
+        guarded.access(spiffe_identity(uri("manager"), expired=True)),
         Access(),
     ):
         refused = await failure(guarded.encrypted, access)
         assert refused.reason == "CONNECTION_CLOSED", access
-        assert "client certificate" in str(refused)
+        assert "the client certificate may have expired" in str(refused)
     unknown = await failure(guarded.plaintext, Access(credential=credential("nobody")))
     assert isinstance(unknown, latchkey.Unauthenticated)
     assert unknown.reason == "CREDENTIAL_UNKNOWN"

@@ -7,8 +7,7 @@ import errno
 import gc
 import os
 import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -144,42 +143,24 @@ def test_an_unused_verifier_has_no_thread(dead_target: str) -> None:
         assert not verifiers_threads(others)
 
 
-class Gate:
-    """Replaces the creation of event loops in the verifiers' threads, and can delay it."""
-
-    def __init__(self, new_event_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
-        self.holds = False
-        """Whether arriving threads have to wait for `let_go`."""
-        self.fails = False
-        """Whether arriving threads that need not wait fail with too many open files."""
-        self.threads: list[threading.Thread] = []
-        """The threads that arrived, oldest first."""
-        self._let_go = threading.Event()
-        self._new_event_loop = new_event_loop
-
-    def let_go(self) -> None:
-        self.holds = False
-        self._let_go.set()
-
-    def __call__(self) -> asyncio.AbstractEventLoop:
-        thread = threading.current_thread()
-        if thread.name == "latchkey verifier":
-            holds, fails = self.holds, self.fails
-            self.threads.append(thread)
-            if holds:
-                self._let_go.wait(WAIT_SECONDS)
-            elif fails:
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        return self._new_event_loop()
-
-
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    """Control the creation of the verifiers' event loops."""
-    gate = Gate(asyncio.events.new_event_loop)
-    monkeypatch.setattr(asyncio.events, "new_event_loop", gate)
-    yield gate
-    gate.let_go()
+def let_go(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Make the verifiers' threads late: they wait for this event."""
+    let_go = threading.Event()
+    run = sync._Engine._run
+
+    def run_late(engine: sync._Engine) -> None:
+        let_go.wait(WAIT_SECONDS)
+        run(engine)
+
+    monkeypatch.setattr(sync._Engine, "_run", run_late)
+    yield let_go
+    let_go.set()
+
+
+def fail() -> asyncio.AbstractEventLoop:
+    """Fail as the creation of an event loop without file descriptors."""
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 async def verify_in_threads(
@@ -194,39 +175,49 @@ async def verify_in_threads(
 
 
 async def test_a_late_thread_delays_no_verify_beyond_its_timeout(
-    watched: FakeLatchkey, watch: FakeWatch, secret: str, gate: Gate
+    watched: FakeLatchkey,
+    watch: FakeWatch,
+    secret: str,
+    let_go: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A verify with a short timeout fails in time. One with a long timeout is answered when the
-    thread has started. All verifies share that thread."""
+    thread runs. All verifies share that thread."""
     watched.judge(pb.VERDICT_VALID)
-    gate.holds = True
+    monkeypatch.setattr(sync, "MARGIN_SECONDS", 0)
+    others = set(threading.enumerate())
     verifier = sync.Verifier(watched.target, timeout_seconds=60)
     patient = asyncio.create_task(asyncio.to_thread(verifier.verify, secret))
-    await eventually(lambda: gate.threads, "the thread")
     for error in await verify_in_threads(verifier, secret, 0.05):
         assert isinstance(error, latchkey.DeadlineExceeded)
-        assert "did not start in time. Try again" in str(error)
     assert not patient.done()
-    gate.let_go()
+    let_go.set()
     assert (await patient).allowed
     await watching(verifier)
-    assert (len(gate.threads), len(watch.streams)) == (1, 1)
+    assert (len(verifiers_threads(others)), len(watch.streams)) == (1, 1)
     await asyncio.to_thread(verifier.close)
 
 
-async def test_closing_does_not_wait_for_a_late_thread(
-    watched: FakeLatchkey, watch: FakeWatch, secret: str, gate: Gate
+async def test_closing_waits_only_a_bounded_time_for_a_late_thread(
+    watch: FakeWatch,
+    watched: FakeLatchkey,
+    secret: str,
+    let_go: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Verifies that wait for the thread fail at once. If the thread starts later, it ends."""
-    gate.holds = True
+    """A thread that runs only after the close ends, and so do the verifies that waited for it."""
+    monkeypatch.setattr(sync, "CLOSE_SECONDS", 0.05)
+    others = set(threading.enumerate())
     verifier = sync.Verifier(watched.target, timeout_seconds=60)
     waiting = asyncio.create_task(asyncio.to_thread(verifier.verify, secret))
-    await eventually(lambda: gate.threads, "the thread")
+    await eventually(lambda: verifiers_threads(others), "the thread")
     await asyncio.to_thread(verifier.close)
     with pytest.raises(latchkey.Unavailable, match="closed"):
+        verifier.verify(secret)
+    let_go.set()
+    with pytest.raises(latchkey.Unavailable, match="closed"):
         await waiting
-    gate.let_go()
-    await eventually(lambda: not gate.threads[0].is_alive(), "the end of the thread")
+    await eventually(lambda: not verifiers_threads(others), "the end of the thread")
     assert watch.streams == []
 
 
@@ -262,46 +253,21 @@ async def test_every_close_waits_for_the_end(
     assert not engine._thread.is_alive()
 
 
-async def test_a_thread_that_does_not_start_is_replaced(
-    watched: FakeLatchkey,
-    watch: FakeWatch,
-    secret: str,
-    gate: Gate,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """After START_SECONDS the next verify starts another thread. If the first one starts later, it
-    ends and does not disturb the second."""
-    watched.judge(pb.VERDICT_VALID)
-    monkeypatch.setattr(sync, "START_SECONDS", 0.0)
-    gate.holds = True
-    verifier = sync.Verifier(watched.target, timeout_seconds=60)
-    waiting = asyncio.create_task(asyncio.to_thread(verifier.verify, secret))
-    await eventually(lambda: gate.threads, "the first thread")
-    gate.holds = False
-    assert (await asyncio.to_thread(verifier.verify, secret)).allowed
-    with pytest.raises(latchkey.Unavailable, match=r"no start within 0 s\. Try again"):
-        await waiting
-    gate.let_go()
-    await eventually(lambda: not gate.threads[0].is_alive(), "the end of the first thread")
-    await watching(verifier)
-    assert (await asyncio.to_thread(verifier.verify, secret)).allowed
-    assert (len(gate.threads), len(watch.streams)) == (2, 1)
-    await asyncio.to_thread(verifier.close)
-
-
 async def test_without_an_event_loop_verifies_fail_at_once(
-    watched: FakeLatchkey, secret: str, gate: Gate
+    watched: FakeLatchkey, secret: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every verify fails with the cause, long before its timeout. After the cause is gone, verifies
     work again."""
     watched.judge(pb.VERDICT_VALID)
-    gate.fails = True
+    others = set(threading.enumerate())
     verifier = sync.Verifier(watched.target, timeout_seconds=60)
-    for error in await verify_in_threads(verifier, secret, 60):
-        assert type(error) is latchkey.Unavailable
-        assert "Too many open files. Try again. If that does not help, allow" in str(error)
-        assert isinstance(error.__cause__, OSError)
-    gate.fails = False
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "new_event_loop", fail)
+        for error in await verify_in_threads(verifier, secret, 60):
+            assert type(error) is latchkey.Unavailable
+            assert "Too many open files. Try again. If that does not help, allow" in str(error)
+            assert isinstance(error.__cause__, OSError)
+    assert not verifiers_threads(others)
     for answer in await verify_in_threads(verifier, secret, 60):
         assert answer.allowed
     await asyncio.to_thread(verifier.close)
@@ -327,23 +293,3 @@ async def test_without_a_thread_verifies_fail_at_once(
             assert "can't start new thread. Try again. If that does not help" in str(error)
     assert (await asyncio.to_thread(verifier.verify, secret)).allowed
     await asyncio.to_thread(verifier.close)
-
-
-async def test_verifiers_that_failed_to_start_leave_nothing_behind(
-    dead_target: str, secret: str, gate: Gate
-) -> None:
-    """Repeated failures release all of their resources."""
-    gate.fails = True
-    verifier = sync.Verifier(dead_target, timeout_seconds=WAIT_SECONDS)
-    for _ in range(20):
-        with pytest.raises(latchkey.Unavailable, match="Too many open files"):
-            await asyncio.to_thread(verifier.verify, secret)
-    threads = [weakref.ref(thread) for thread in gate.threads]
-    gate.threads.clear()
-
-    def left() -> int:
-        gc.collect()
-        return sum(thread() is not None for thread in threads)
-
-    # The last engine is kept, because it has the error.
-    await eventually(lambda: left() <= 1, "the end of the others")

@@ -50,7 +50,7 @@ def test_a_new_callers_credential(folder: Path) -> None:
     path.write_text("[callers.shop]\nrole = []")
     checked = policy_command("check", str(path))
     assert checked.returncode == 1
-    assert f"{path}: line 2: callers.shop.role: " in checked.stderr
+    assert f"{path}: callers.shop.role: " in checked.stderr
     for names in (("a b",), (), ("a", "b")):
         failed = policy_command("new-caller", *names)
         assert (failed.returncode, failed.stdout) == (2, "")

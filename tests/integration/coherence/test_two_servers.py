@@ -21,7 +21,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.coherence.notify_listener import Notifications, NotifyListener
 from latchkey_service.coherence.verifier_table import Identity, OwnRow, VerifierTable
-from latchkey_service.postgres.connections import Connector, Pool, connect
+from latchkey_service.postgres.connections import Connector, Pool
 from latchkey_service.rpc import admission
 from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens import pepper_file as pepper_files
@@ -221,7 +221,7 @@ async def test_without_a_lease_nothing_is_answered(start: Start, database_url: s
 async def test_a_dead_server_is_waited_out_and_removed(start: Start, database_url: str) -> None:
     """The row of a killed process delays Deletes by one lease, once, and is then removed."""
     async with start(lease_seconds=MEDIUM_LEASE_SECONDS) as servers:
-        connection = await connect(database_url)
+        connection = await Connector(database_url).connect()
         created = await servers.create()
         # Right before the Delete, because the servers remove the row as soon as they know that the
         # process is dead.
@@ -257,7 +257,7 @@ async def test_a_deadline_that_is_too_short(start: Start, database_url: str) -> 
     """The caller learns that the token is deleted and the deletion not confirmed. Each retry
     returns the receipt."""
     async with start() as servers:
-        connection = await connect(database_url)
+        connection = await Connector(database_url).connect()
         slow = Identity("ver_slow", "elsewhere", 1, "0", 5.0)
         row = OwnRow(connection, slow)
         await row.register(1, acknowledge=True)
@@ -281,7 +281,7 @@ async def test_no_wait(start: Start, database_url: str) -> None:
     later Delete confirms the same deletion."""
     async with start() as servers:
         token = (await servers.create()).token
-        connection = await connect(database_url)
+        connection = await Connector(database_url).connect()
         row = OwnRow(connection, Identity("ver_slow", "x", 1, "0", 5.0))
         await row.register(1, acknowledge=True)
         began = time.monotonic()

@@ -6,7 +6,7 @@ import pytest
 from latchkey_coherence.memory import NOWHERE, Position
 from latchkey_service.coherence.verifier_table import Identity, OwnRow, VerifierTable, read_rows
 from latchkey_service.errors import StoreUnavailable
-from latchkey_service.postgres.connections import Connector, Pool, connect
+from latchkey_service.postgres.connections import Connector, Pool
 
 from tests.helpers.database_history import NO_CLIENTS, advance, head_of, named
 from tests.helpers.databases import session
@@ -15,7 +15,7 @@ from tests.helpers.databases import session
 @pytest.fixture
 async def row(database_url: str) -> AsyncIterator[OwnRow]:
     """The row of a process, not registered yet."""
-    connection = await connect(database_url)
+    connection = await Connector(database_url).connect()
     yield OwnRow(connection, Identity("ver_a", "x", 1, "0", 3.0))
     connection.terminate()
 
@@ -146,7 +146,7 @@ async def test_rows_say_which_positions_the_history_holds(row: OwnRow, database_
     first = await advance(database_url, "tok_1")
     head = await advance(database_url, "tok_2")
     wrong = Position(head.revision, head.mark ^ 1)
-    connection = await connect(database_url)
+    connection = await Connector(database_url).connect()
     rows = await read_rows(connection, [first, wrong, head])
     assert rows.known == {first, head}
     assert [verifier.id for verifier in rows.verifiers] == ["ver_a"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from latchkey_service.postgres.connections import connect
+from latchkey_service.postgres.connections import Connector
 from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens import pepper_file
 from latchkey_service.tokens.batched_lookup import Lookup
@@ -75,7 +75,7 @@ async def verdict(database_url: str, keyring: Keyring, created: Created) -> Verd
     digest = keyring.digest_of(created.secret.reveal())
     if digest is None:
         return Verdict.UNKNOWN
-    lookup = Lookup(lambda: connect(database_url), asyncio.get_running_loop().time)
+    lookup = Lookup(lambda: Connector(database_url).connect(), asyncio.get_running_loop().time)
     try:
         record = (await lookup.find(digest, asyncio.get_running_loop().time() + 5)).record
     finally:

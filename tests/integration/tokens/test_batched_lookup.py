@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from latchkey_service.errors import Overloaded, StoreUnavailable, Unavailable
-from latchkey_service.postgres.connections import connect
+from latchkey_service.postgres.connections import Connector
 from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens import batched_lookup
 from latchkey_service.tokens.batched_lookup import Lookup
@@ -43,7 +43,7 @@ class Counted:
 @pytest.fixture
 async def counted(database_url):
     """The connection that the look-up uses."""
-    connection = Counted(await connect(database_url))
+    connection = Counted(await Connector(database_url).connect())
     yield connection
     connection.terminate()
 

@@ -101,7 +101,7 @@ async def test_invalid_file(followed: Followed) -> None:
     with capture_logs() as log:
         await followed.look(5)
         assert [line["event"] for line in log] == ["policy rejected"]
-        assert "line 2: callers.shop.roles" in log[0]["error"]
+        assert "callers.shop.roles: " in log[0]["error"]
         followed.file.reload()
         await followed.look(5)
         assert len(log) == 2

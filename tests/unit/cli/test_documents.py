@@ -190,21 +190,21 @@ def status_lines(status: Status, width: int) -> list[str]:
 
 def test_documents_have_the_fields_of_the_proto() -> None:
     """JSON contains every field of the message under the proto's name; absent fields are null."""
-    token = documents.token(TOKEN)
+    token = documents.document(TOKEN)
     assert set(token) == fields("Token")
-    assert set(documents.receipt(receipt(0, 0))) == fields("Receipt")
-    status = documents.status(STATUS)
+    assert set(documents.document(receipt(0, 0))) == fields("Receipt")
+    status = documents.document(STATUS)
     assert set(status) == fields("GetStatusResponse", status_pb)
     assert set(status["verifiers"][0]) == fields("VerifierStatus", status_pb)
     assert status["verifiers"][0]["lease_remaining"] == "0.000000s"
-    assert documents.status(WAITING)["verifiers"][0]["waiting_for"][1] == "b"
+    assert documents.document(WAITING)["verifiers"][0]["waiting_for"][1] == "b"
     # Strings, because a reader with floating-point numbers would round them.
     assert status["head_mark"] == "9223372036854775809"
-    assert documents.receipt(receipt(0, 0))["mark"] == "18446744073709551615"
-    (server,) = documents.status(replace(STATUS, verifiers=(ON_FIRST,)))["verifiers"]
+    assert documents.document(receipt(0, 0))["mark"] == "18446744073709551615"
+    (server,) = documents.document(replace(STATUS, verifiers=(ON_FIRST,)))["verifiers"]
     assert (server["database_host"], server["timeline"]) == ("db1.example:5432", "00000001")
     assert server["system_identifier"] == "7713595303237486605"
-    assert set(documents.verification(Verification(verdict=Verdict.UNKNOWN))) == fields(
+    assert set(documents.document(Verification(verdict=Verdict.UNKNOWN))) == fields(
         "VerifyResponse"
     )
     created = documents.created(CreatedToken(token=TOKEN, secret=Secret("s")))
@@ -214,7 +214,7 @@ def test_documents_have_the_fields_of_the_proto() -> None:
     assert token["create_time"] == "2026-03-01T12:00:00.000000Z"
     assert token["expire_time"] is None
     for verdict in Verdict:
-        document = documents.verification(Verification(verdict=verdict, token=TOKEN))
+        document = documents.document(Verification(verdict=verdict, token=TOKEN))
         assert document["verdict"] in set(pb.Verdict.keys())
 
 

@@ -1,26 +1,17 @@
 """Access checks TLS files and credentials, and reports every mistake before it connects."""
 
-import datetime
-import os
 import time
 
 import pytest
-from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from hypothesis import given
-from hypothesis import strategies as st
 from latchkey import Access, AccessError, Client
 from latchkey import access as module
-from latchkey._certificate import validity
 from latchkey.secret import Secret
 
 from tests.helpers.callers import (
-    authority,
     ca_pem,
     credential,
     dns_identity,
-    made,
-    spiffe_identity,
     stranger,
 )
 
@@ -43,8 +34,6 @@ def files(tmp_path):
         "key": mine.key,
         "other key": other.key,
         "encrypted key": encrypted,
-        "expired": spiffe_identity("spiffe://a/b", expired=True).certificate,
-        "expired key": spiffe_identity("spiffe://a/b", expired=True).key,
         "nonsense": b"\x00\x01nonsense",
         "empty": b"",
         "commented": "# Főtanúsítvány\n".encode() + ca_pem() + b"\xff\n" + ca_pem(),
@@ -53,8 +42,6 @@ def files(tmp_path):
         "credential": CREDENTIAL.encode() + b"\n",
         "typo": CREDENTIAL[:-1].encode() + b"!\n",
     }
-    expired = spiffe_identity("spiffe://a/b", expired=True)
-    contents["expired"], contents["expired key"] = expired.certificate, expired.key
     for name, data in contents.items():
         (tmp_path / name).write_bytes(data)
     return {name: tmp_path / name for name in (*contents, "missing")}
@@ -106,7 +93,6 @@ def test_valid_access(files):
         ({"tls_certificate": "certificate", "tls_key": "other key"}, "does not belong to"),
         ({"tls_certificate": "certificate", "tls_key": "encrypted key"}, "is encrypted"),
         ({"tls_certificate": "broken", "tls_key": "key"}, "not a certificate and its key"),
-        ({"tls_certificate": "expired", "tls_key": "expired key"}, "expired on 20"),
         ({"credential_file": "missing"}, "credential_file: .*: No such file"),
         ({"credential_file": "empty"}, "credential_file: .* is empty"),
         ({"credential_file": "typo"}, "is not a credential, or is mistyped"),
@@ -133,19 +119,6 @@ def test_invalid_credentials_are_rejected(text):
     assert not text.strip() or text not in str(caught.value)
     with pytest.raises(AccessError, match="exclude"):
         Access(credential=CREDENTIAL, credential_file="anything")
-
-
-def test_certificate_not_valid_yet_is_rejected(tmp_path, monkeypatch, files):
-    """The error suggests checking the machine's clock."""
-
-    class Clock(datetime.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return datetime.datetime(1999, 1, 1, tzinfo=tz)
-
-    monkeypatch.setattr(datetime, "datetime", Clock)
-    with pytest.raises(AccessError, match=r"not valid before .*clock"):
-        Access(tls_certificate=files["certificate"], tls_key=files["key"])
 
 
 @pytest.mark.parametrize(
@@ -229,25 +202,3 @@ def test_credential_file_is_read_again(monkeypatch, files):
     assert sent() == f"Bearer {CREDENTIAL}"
     files["credential"].write_text(credential("another") + "\n")
     assert sent() == f"Bearer {credential('another')}"
-
-
-@given(st.binary(max_size=300))
-def test_any_bytes_parse_or_raise_value_error(data):
-    """Parsing any bytes as a certificate returns its validity or raises ValueError."""
-    import base64
-
-    pem = b"-----BEGIN CERTIFICATE-----\n" + base64.b64encode(data) + b"\n-----END CERTIFICATE-----"
-    for text in (data, pem):
-        with pytest.raises(ValueError):  # noqa: PT011 - any message will do
-            validity(text)
-
-
-def test_certificate_validity_matches_another_parser():
-    """The validity equals that of an independent parser, also for a CA certificate."""
-    for pem in (ca_pem(), made([x509.DNSName("a")]).certificate, authority().cert_pem.bytes()):
-        certificate = x509.load_pem_x509_certificate(pem)
-        assert validity(pem) == (
-            certificate.not_valid_before_utc,
-            certificate.not_valid_after_utc,
-        )
-    assert os.environ.get("LATCHKEY_CREDENTIAL") is None

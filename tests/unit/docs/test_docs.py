@@ -129,7 +129,7 @@ def test_new_caller(tmp_path: Path) -> None:
     subprocess.run(["bash", "-ec", command], cwd=tmp_path, check=True, timeout=60)
     made = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert made.keys() == {"shop.credential", "policy.toml"}
-    caller = parse(made["policy.toml"]).by_credential(digest_of(made["shop.credential"].strip()))
+    caller = parse(made["policy.toml"]).credentials.get(digest_of(made["shop.credential"].strip()))
     assert caller is not None
     assert caller.name == "shop"
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}

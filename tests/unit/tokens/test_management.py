@@ -1,9 +1,7 @@
-"""Page tokens and the validation of Create."""
+"""The validation of Create."""
 
-import base64
 import itertools
 import math
-import string
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -15,55 +13,12 @@ from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens.management import (
     NewToken,
     Tokens,
-    decode_page_token,
-    encode_page_token,
 )
-from latchkey_service.tokens.token_store import PageStart
 
 from tests.helpers.domain import audit_context
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-accounts = st.text(string.ascii_letters + string.digits + "._:-", min_size=1, max_size=64)
-moments = st.datetimes(datetime(2000, 1, 1), datetime(2200, 1, 1), timezones=st.just(UTC))
-ids = st.from_regex(r"tok_[0-9a-z]{26}", fullmatch=True)
 SECRET = Keyring([Pepper(b"other")]).mint("lk", lambda size: bytes(range(size))).secret.reveal()
-positions = st.builds(PageStart, moments, ids)
-
-
-@given(accounts, positions)
-def test_page_token_round_trip(account, position):
-    """Decoding a page token returns the position that was encoded."""
-    assert decode_page_token(account, encode_page_token(account, position)) == position
-
-
-@given(accounts, accounts, positions)
-def test_page_token_is_bound_to_its_account(account, other, position):
-    """A page token of another account is rejected, however similar the account ids."""
-    if account != other:
-        with pytest.raises(InvalidArgument, match="page_token"):
-            decode_page_token(other, encode_page_token(account, position))
-
-
-@given(accounts, positions, st.data())
-def test_damaged_page_token_is_rejected(account, position, data):
-    """A changed, shortened or lengthened page token raises InvalidArgument."""
-    token = encode_page_token(account, position)
-    place = data.draw(st.integers(0, len(token) - 1))
-    character = data.draw(st.characters(codec="utf-8"))
-    changed = token[:place] + character + token[place + 1 :]
-    for damaged in (changed, token[:place], token + character):
-        if damaged != token:
-            with pytest.raises(InvalidArgument, match="page_token"):
-                decode_page_token(account, damaged)
-
-
-@given(accounts, st.text(max_size=300) | st.binary(max_size=200))
-def test_made_up_page_token_is_rejected(account, made_up):
-    """For any text, base64 or not, the decoder raises no exception but InvalidArgument."""
-    if isinstance(made_up, bytes):
-        made_up = base64.urlsafe_b64encode(made_up).decode().rstrip("=")
-    with pytest.raises(InvalidArgument, match="page_token"):
-        decode_page_token(account, made_up)
 
 
 class Recorder:
