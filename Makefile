@@ -56,12 +56,15 @@ $(VENV)/.python:
 	  echo "Could not create a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	touch $@
 
-# The lock files contain hashes, so pip installs exactly the reviewed files. The project itself is
+# The lock files contain hashes, so pip installs exactly the reviewed files. The distributions are
 # installed without build isolation, because an isolated build would ignore the lock file.
-$(VENV)/.run: $(VENV)/.python requirements/run.txt pyproject.toml
+DISTRIBUTIONS := proto clients/python clients/cli service
+PROJECTS := $(addsuffix /pyproject.toml,$(DISTRIBUTIONS))
+
+$(VENV)/.run: $(VENV)/.python requirements/run.txt pyproject.toml hatch_build.py $(PROJECTS)
 	@echo "Installing Latchkey's dependencies (once)"
 	$(PY) -m pip install -q --disable-pip-version-check --require-hashes -r requirements/run.txt
-	$(PY) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation $(DISTRIBUTIONS:%=-e ./%)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run requirements/dev.txt
@@ -69,10 +72,12 @@ $(VENV)/.dev: $(VENV)/.run requirements/dev.txt
 	$(PY) -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	touch $@
 
-LOCK = $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 \
+# Not uv.lock, because it names the index and the address of every file.
+LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --python $(PY) --no-build-isolation \
   --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate \
-  --constraint requirements/pins.in
+  --no-emit-package latchkey-proto --no-emit-package latchkey-client --constraint requirements/pins.in
 lock: $(VENV)/.dev  ## Resolve the dependencies again (ARGS=--upgrade to upgrade them)
-	@$(LOCK) --all-extras requirements/build.in -o requirements/run.txt $(ARGS)
-	@$(LOCK) --extra service --extra cli --constraint requirements/run.txt -o requirements/service.txt $(ARGS)
-	@$(LOCK) --all-extras requirements/build.in --group dev --constraint requirements/run.txt -o requirements/dev.txt $(ARGS)
+	@$(LOCK) $(PROJECTS) --all-extras requirements/build.in -o requirements/run.txt $(ARGS)
+	@$(LOCK) $(PROJECTS) --constraint requirements/run.txt -o requirements/service.txt $(ARGS)
+	@$(LOCK) $(PROJECTS) --all-extras requirements/build.in --group pyproject.toml:dev \
+	  --constraint requirements/run.txt -o requirements/dev.txt $(ARGS)

