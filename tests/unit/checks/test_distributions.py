@@ -4,6 +4,7 @@ import ast
 import itertools
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,14 @@ def modules_of(name: str) -> set[str]:
             module = file.with_name(file.name.partition(".")[0])
             found |= {".".join(part.parts) for part in (module, *module.parents)}
     return found
+
+
+@pytest.mark.parametrize("folder", sorted(itertools.chain(*FOLDERS.values())))
+def test_development_environment_uses_the_repository(folder: str) -> None:
+    """In .venv, each package is the one in the repository, so that tests see every change."""
+    spec = find_spec(Path(folder).name)
+    assert spec is not None
+    assert spec.submodule_search_locations == [str(ROOT / folder)]
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=lambda found: found.name)
