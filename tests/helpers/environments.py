@@ -111,7 +111,7 @@ def _link(distribution: metadata.Distribution, site: Path) -> None:
         if ".." not in file.parts:
             target = site / file
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(Path(distribution.locate_file(file)))
+            target.symlink_to(str(distribution.locate_file(file)))
 
 
 def _uv(*arguments: str) -> str:
