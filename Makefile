@@ -20,8 +20,9 @@ run: $(VENV)/.run  ## Start the service with an embedded Postgres
 console: $(VENV)/.run  ## Start the service and the console (ARGS=ACCOUNT)
 	@exec $(PY) -P -m latchkey_console.together $(ARGS)
 
-test: $(VENV)/.dev  ## Run all tests, or some (ARGS="-k delete")
-	@exec $(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
+# Some tests alone do not reach the floor, so only all of them measure coverage.
+test: $(VENV)/.dev  ## Run all tests and measure their coverage, or run some (ARGS="-k delete")
+	@exec $(BIN)/pytest -n 2 --dist loadgroup $(or $(ARGS),--cov)
 
 check: $(VENV)/.dev  ## Check style, types, contract, stubs, lock files and known vulnerabilities
 	@exec $(PY) -m tests.checks $(ARGS)
@@ -47,7 +48,7 @@ format: $(VENV)/.dev  ## Format the code and apply safe fixes
 	@$(BIN)/ruff format -q .
 
 clean:  ## Remove .venv, build output and caches; keep the data directory
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.*
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
@@ -56,12 +57,15 @@ $(VENV)/.python:
 	  echo "Could not create a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	touch $@
 
-# The lock files contain hashes, so pip installs exactly the reviewed files. The project itself is
+# The lock files contain hashes, so pip installs exactly the reviewed files. The distributions are
 # installed without build isolation, because an isolated build would ignore the lock file.
-$(VENV)/.run: $(VENV)/.python requirements/run.txt pyproject.toml
+DISTRIBUTIONS := proto clients/python clients/cli service
+PROJECTS := $(addsuffix /pyproject.toml,$(DISTRIBUTIONS))
+
+$(VENV)/.run: $(VENV)/.python requirements/run.txt pyproject.toml hatch_build.py $(PROJECTS)
 	@echo "Installing Latchkey's dependencies (once)"
 	$(PY) -m pip install -q --disable-pip-version-check --require-hashes -r requirements/run.txt
-	$(PY) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation $(DISTRIBUTIONS:%=-e ./%)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run requirements/dev.txt
@@ -69,10 +73,12 @@ $(VENV)/.dev: $(VENV)/.run requirements/dev.txt
 	$(PY) -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	touch $@
 
-LOCK = $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 \
+# Not uv.lock, because it names the index and the address of every file.
+LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --python $(PY) --no-build-isolation \
   --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate \
-  --constraint requirements/pins.in
+  --no-emit-package latchkey-proto --no-emit-package latchkey-client --constraint requirements/pins.in
 lock: $(VENV)/.dev  ## Resolve the dependencies again (ARGS=--upgrade to upgrade them)
-	@$(LOCK) --all-extras requirements/build.in -o requirements/run.txt $(ARGS)
-	@$(LOCK) --extra service --extra cli --constraint requirements/run.txt -o requirements/service.txt $(ARGS)
-	@$(LOCK) --all-extras requirements/build.in --group dev --constraint requirements/run.txt -o requirements/dev.txt $(ARGS)
+	@$(LOCK) $(PROJECTS) --all-extras requirements/build.in -o requirements/run.txt $(ARGS)
+	@$(LOCK) $(PROJECTS) --constraint requirements/run.txt -o requirements/service.txt $(ARGS)
+	@$(LOCK) $(PROJECTS) --all-extras requirements/build.in --group pyproject.toml:dev \
+	  --constraint requirements/run.txt -o requirements/dev.txt $(ARGS)

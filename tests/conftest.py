@@ -27,6 +27,7 @@ from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.transport import tls
 
 from tests.helpers.databases import drop_database
+from tests.helpers.measured import pytest_runtest_protocol  # noqa: F401 - pytest calls the hook
 from tests.helpers.servers import (
     TEMPLATE,
     TRANSPORTS,

@@ -19,6 +19,9 @@ usage: python -m latchkey_service [serve | config [--json] | policy ...]
 def main(arguments: list[str]) -> int:
     """Run the command and return the exit code: 2 for an invalid setting or argument."""
     command = arguments[0] if arguments else "serve"
+    if command in ("-h", "--help"):
+        print(USAGE, end="")  # noqa: T201
+        return 0
     if command == "policy":
         from latchkey_service.access import command as policy_command
 

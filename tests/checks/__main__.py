@@ -9,10 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from tests.checks import audit, contract, locks
+from tests.checks import audit, contract, locks, schemas
 from tests.checks.steps import ROOT, Outcome, command, run
 
 PACKAGES = (
+    "hatch_build.py",
     "proto/latchkey_coherence",
     "service/latchkey_service",
     "clients/python/latchkey",
@@ -32,6 +33,7 @@ STEPS = [
     ("buf breaking", partial(contract.breaking, ROOT)),
     ("stubs", partial(command, sys.executable, "proto/generate.py", "--check")),
     ("locks", partial(locks.check, ROOT)),
+    ("schemas", partial(schemas.check, ROOT)),
     ("pip-audit", partial(audit.check, ROOT)),
 ]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.checks.distributions import distributions
 from tests.checks.steps import Outcome, failed, ok
 
 __all__ = ["check", "complaints"]
@@ -20,7 +21,7 @@ ADDRESS = re.compile(
 
 
 def check(root: Path) -> Outcome:
-    """Check the lock files below `root` against its pyproject.toml."""
+    """Check the lock files below `root` against what its distributions declare."""
     found = list(complaints(root))
     return failed("\n".join(found)) if found else ok()
 
@@ -55,20 +56,27 @@ def entry_faults(name: str, text: str) -> Iterator[str]:
 
 
 def wanted(root: Path) -> Mapping[str, Sequence[str]]:
-    """Return the requirements that each lock file must meet, from pyproject.toml and build.in."""
-    project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
-    extras = project["project"]["optional-dependencies"]
-    runtime = project["project"]["dependencies"]
+    """Return the requirements that each lock file must meet, as the project declares them."""
+    members = distributions(root)
+    ours = {canonicalize_name(member.name) for member in members}
+    runtime = [
+        text
+        for member in members
+        for text in member.dependencies
+        # Installed from this repository, so not locked.
+        if canonicalize_name(Requirement(text).name) not in ours
+    ]
+    extras = [text for member in members for extra in member.extras.values() for text in extra]
     build = [
         line
         for line in (root / "requirements/build.in").read_text("utf-8").splitlines()
         if line.strip() and not line.startswith("#")
     ]
-    everything = [*runtime, *(line for extra in extras.values() for line in extra), *build]
+    groups = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["dependency-groups"]
     return {
-        "run.txt": everything,
-        "service.txt": [*runtime, *extras["service"], *extras["cli"]],
-        "dev.txt": [*everything, *project["dependency-groups"]["dev"]],
+        "run.txt": [*runtime, *extras, *build],
+        "service.txt": runtime,
+        "dev.txt": [*runtime, *extras, *build, *groups["dev"]],
     }
 
 

@@ -19,8 +19,10 @@ import httpx
 import pytest
 import uvicorn
 from latchkey_cli import console as command
+from latchkey_console import extra
 from latchkey_console import running as page
 
+from tests.checks.distributions import distributions
 from tests.console.processes import Console, console, run
 from tests.helpers.repository import ROOT
 from tests.helpers.waiting import WAIT_SECONDS, eventually
@@ -81,25 +83,11 @@ def test_settings_from_the_environment() -> None:
     assert "loopback only" in done.stderr
 
 
-def test_missing_libraries_are_reported_with_the_extra(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Without the optional libraries, the command says how to install them."""
-    from latchkey_cli.main import main
-
-    monkeypatch.setattr(command, "_NEEDED", ("latchkey_cli", "no_such_library"))
-    monkeypatch.setattr(sys, "argv", ["latchkey", "console", "--account", "acme"])
-    assert main() == 1
-    assert "from a clone of Latchkey with: pip install '.[cli,console]'" in capsys.readouterr().err
-
-
 def test_needed_libraries_match_the_extra() -> None:
     """The command checks for exactly the libraries that the extra installs."""
-    project = (ROOT / "pyproject.toml").read_text("utf-8")
-    match = re.search(r"^console = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)
-    assert match is not None
-    extra = set(re.findall(r'"([a-z0-9]+)', match[1]))
-    assert extra == set(command._NEEDED) - {"latchkey_console"}
+    (cli,) = (member for member in distributions(ROOT) if member.name == "latchkey-cli")
+    names = {re.split("[<>=]", text)[0] for text in cli.extras["console"]}
+    assert names == set(extra.LIBRARIES)
 
 
 def test_taken_address_is_reported(tmp_path: Path) -> None:

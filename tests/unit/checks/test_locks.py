@@ -7,19 +7,32 @@ import pytest
 from tests.checks import locks
 from tests.checks.steps import ROOT, ok
 
-PROJECT = """
-[project]
-dependencies = ["Base_Lib>=1"]
-[project.optional-dependencies]
-cli = ["shell-lib>=2"]
-service = ["server-lib==3.1"]
+ROOT_PROJECT = """
+[tool.latchkey]
+version = "1.2"
+[tool.uv.workspace]
+members = ["core", "server"]
 [dependency-groups]
 dev = ["linter<5; sys_platform == 'linux'"]
+"""
+CORE = """
+[project]
+name = "our-core"
+[tool.hatch.metadata.hooks.custom]
+dependencies = ["Base_Lib>=1"]
+"""
+SERVER = """
+[project]
+name = "our-server"
+[project.optional-dependencies]
+shell = ["shell-lib>=2"]
+[tool.hatch.metadata.hooks.custom]
+dependencies = ["Our_Core=={version}", "server-lib==3.1"]
 """
 HASH = " \\\n    --hash=sha256:00\n"
 PINS = {
     "run.txt": ["base-lib==1.4", "shell-lib==2.0", "server-lib==3.1", "builder==1.0"],
-    "service.txt": ["base-lib==1.4", "shell-lib==2.0", "server-lib==3.1"],
+    "service.txt": ["base-lib==1.4", "server-lib==3.1"],
     "dev.txt": [
         *("base-lib==1.4", "shell-lib==2.0", "server-lib==3.1", "builder==1.0"),
         "linter==4.9 ; sys_platform == 'linux'",
@@ -30,7 +43,9 @@ PINS = {
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A project whose lock files are right."""
-    (tmp_path / "pyproject.toml").write_text(PROJECT)
+    for folder, text in (("", ROOT_PROJECT), ("core", CORE), ("server", SERVER)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "pyproject.toml").write_text(text)
     (tmp_path / "requirements").mkdir()
     (tmp_path / "requirements/build.in").write_text("# comment\nbuilder\n\n")
     for name, pins in PINS.items():
@@ -46,7 +61,8 @@ def replace(root: Path, name: str, before: str, after: str) -> None:
 
 
 def test_right_lock_files_pass(root: Path) -> None:
-    """Names match whatever their spelling, and the project's own lock files pass."""
+    """Names match whatever their spelling, the distributions themselves are not locked, and the
+    project's own lock files pass."""
     assert locks.check(root) == ok()
     assert locks.check(ROOT) == ok()
 

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import zipfile
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -16,8 +15,11 @@ from latchkey_service.access.policy import parse
 from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.settings.data_dir import default_data_dir
 from latchkey_service.settings.settings import Settings
+from packaging.requirements import Requirement
 from pydantic_core import PydanticUndefined
 
+from tests.checks.distributions import distributions, version
+from tests.helpers.environments import declared_by
 from tests.helpers.repository import ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -143,25 +145,24 @@ def test_new_caller(tmp_path: Path) -> None:
 
 
 def test_wheel(tmp_path: Path) -> None:
-    """The documented wheel contains the client library, which without extras depends only on
-    gRPC."""
+    """The documented wheels contain the client library and the stubs, which depend only on gRPC."""
     (command,) = re.findall(r"<!-- test: wheel -->\n```bash\n(.+?)```", LIBRARY, re.DOTALL)
     # With the installed build tool, because a test must not depend on an index.
     command = command.replace(".venv/bin/pip wheel", f"{sys.executable} -m pip wheel {OFFLINE}")
     command = command.replace("--wheel-dir dist", f"--wheel-dir {tmp_path}")
     subprocess.run(["bash", "-ec", command], cwd=ROOT, check=True, timeout=60)
-    (wheel,) = tmp_path.iterdir()
-    with zipfile.ZipFile(wheel) as archive:
-        assert {"latchkey/__init__.py", "latchkey/py.typed"} <= set(archive.namelist())
-        (path,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        metadata = archive.read(path).decode()
-    needed = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE)
-    assert sorted(needed) == ["googleapis-common-protos", "grpcio", "grpcio-status", "protobuf"]
+    wheels = sorted(tmp_path.iterdir())
+    assert [wheel.name.partition("-")[0] for wheel in wheels] == [
+        "latchkey_client",
+        "latchkey_proto",
+    ]
+    needed = {Requirement(text).name for wheel in wheels for text in declared_by(wheel)}
+    assert needed == {"latchkey-proto", "googleapis-common-protos", "grpcio", "protobuf"}
 
 
 def test_nothing_installs_by_index_name() -> None:
-    """No document and no message installs Latchkey by its name, which belongs to another project on
-    the public index."""
+    """No document and no message installs Latchkey or one of its distributions by name. On the
+    public index, one name belongs to another project, and anyone may register the others."""
     files = [
         path
         for folder in (".", "docs", "clients", "service", "proto")
@@ -169,8 +170,14 @@ def test_nothing_installs_by_index_name() -> None:
         for path in (ROOT / folder).glob(f"*.{ending}" if folder == "." else f"**/*.{ending}")
     ]
     assert len(files) > 100
+    names = "|".join(["latchkey", *(member.name for member in distributions(ROOT))])
+    by_name = re.compile(
+        rf"install(?:[ \t]+\S+)*?[ \t]+['\"]?(?:{names})(?:[\[=<>~!]\S*)?['\"]?(?=[\s`).,;]|$)"
+    )
+    for command in ("latchkey", "-q x 'latchkey-cli[console]'", "latchkey-service==1", "latchkey."):
+        assert by_name.search(f"pip install {command}")
     for path in files:
-        found = re.search(r"install\s+['\"]?latchkey(?![\w/.-])", path.read_text("utf-8"))
+        found = by_name.search(path.read_text("utf-8"))
         assert found is None, (path, found)
 
 
@@ -233,16 +240,14 @@ def test_rooms_are_described() -> None:
 def test_changelog() -> None:
     """The changelog begins with the unreleased version; each version below has a date. The version
     in pyproject.toml is one of them, or is the next one. Each version has one list of a kind."""
-    project = (ROOT / "pyproject.toml").read_text("utf-8")
-    match = re.search(r'^version = "(.+)"$', project, re.MULTILINE)
-    assert match is not None
+    next_version = version(ROOT)
     changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
     first, *sections = re.split(r"^## ", changelog, flags=re.MULTILINE)[1:]
     assert first.startswith("[Unreleased]\n")
     versions = [re.match(r"\[(.+)\] - \d{4}-\d\d-\d\d\n", section) for section in sections]
     assert all(versions)
-    assert match[1] in [version[1] for version in versions if version] or (
-        f"\nNothing is released yet; this will be {match[1]}.\n" in first
+    assert next_version in [found[1] for found in versions if found] or (
+        f"\nNothing is released yet; this will be {next_version}.\n" in first
     )
     for section in (first, *sections):
         kinds = re.findall(r"^### (.+)$", section, re.MULTILINE)
