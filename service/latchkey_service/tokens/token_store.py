@@ -193,7 +193,6 @@ class TokenStore:
                     audit_context.peer,
                     audit_context.request_id,
                 )
-        audit_context.token_id, audit_context.recorded = record.id, True
 
     @retry_on_conflict
     async def get_token(
@@ -292,10 +291,7 @@ class TokenStore:
                     audit_context.peer,
                     audit_context.request_id,
                 )
-        if row is None:
-            return None
-        audit_context.recorded = True
-        return _deletion_of(row)
+        return None if row is None else _deletion_of(row)
 
     @retry_on_conflict
     async def get_deletion(
@@ -392,7 +388,6 @@ class TokenStore:
                 )
         if row is None:
             raise RuntimeError("the table `head` is empty")
-        audit_context.recorded = True
         return Position(row[0], mark_in(row[1])), row[2]
 
     @retry_on_conflict

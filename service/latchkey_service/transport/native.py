@@ -26,12 +26,18 @@ import grpc
 import pygrpc_native.aio
 from pygrpc_native import EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL
 
-from latchkey_service.access.methods import MANAGER, METHODS, OPEN, OPERATOR, VERIFIER
+from latchkey_service.access.methods import (
+    BATCH_VERIFY,
+    MANAGER,
+    METHODS,
+    OPEN,
+    OPERATOR,
+    VERIFIER,
+)
 from latchkey_service.errors import StatusParts
-from latchkey_service.rpc.lenient_parsing import BATCH_VERIFY
 from latchkey_service.tokens.queue_limit import QueueLimit
 
-__all__ = ["Reject", "Server"]
+__all__ = ["Reject", "Server", "metadata_of"]
 
 # Calls started per turn: some 0.2 ms for each queue. A batch may contain a thousand verifies. Turns
 # have a cost, so more verifies start per turn while no other call arrives that would have to wait.
@@ -306,6 +312,19 @@ class Server(pygrpc_native.aio.Server):
             asyncio.get_running_loop().call_later(delay_seconds, fail)
         else:
             fail()
+
+
+def metadata_of(context: Any) -> Any:
+    """Return the metadata of a call as key-value pairs, or None.
+
+    Reads a private attribute. The public method converts all pairs to named tuples first, which
+    would cost a Verify more than the rest of its authorization. Streams reach grpcio's part of the
+    library, whose contexts lack that attribute.
+    """
+    try:
+        return context._call.metadata  # noqa: SLF001 - see above; the version is pinned
+    except AttributeError:
+        return context.invocation_metadata()
 
 
 def _seconds_left(event: Event) -> float | None:
