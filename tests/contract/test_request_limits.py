@@ -26,15 +26,17 @@ UNARY = sorted(set(METHODS) - {*WATCHES, REFLECTION})
 GARBAGE = b"\xff"
 
 
-async def refused(channel: grpc.aio.Channel, path: str, data: bytes, **options: Any) -> str:
+async def refused(channel: grpc.aio.Channel, path: str, data: bytes) -> str:
     """Send bytes to any method and return the reason of its refusal."""
-    call: Any
     if path in UNARY:
-        call = channel.unary_unary(path)(data, timeout=10, **options)
+        method: Any = channel.unary_unary(path)
+        call = method(data, timeout=10)
     elif path == WATCHES[1]:
-        call = channel.unary_stream(path)(data, timeout=10, **options).read()
+        method = channel.unary_stream(path)
+        call = method(data, timeout=10).read()
     else:
-        call = channel.stream_stream(path)(iter([data]), timeout=10, **options).read()
+        method = channel.stream_stream(path)
+        call = method(iter([data]), timeout=10).read()
     error = await refusal(call)
     assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, [""]), path
     return error.reason
@@ -47,8 +49,11 @@ async def test_each_method_has_a_limit(channel: grpc.aio.Channel) -> None:
         assert await refused(channel, path, GARBAGE * rule.bytes_max) == "REQUEST_NOT_PARSED"
         data = GARBAGE * (rule.bytes_max + 1)
         if path == VERIFY:
-            call: Any = channel.unary_unary(path)(data, timeout=10)
-            assert pb.VerifyResponse.FromString(await call).verdict == pb.VERDICT_MALFORMED
+            call: Any = channel.unary_unary(path)
+            assert (
+                pb.VerifyResponse.FromString(await call(data, timeout=10)).verdict
+                == pb.VERDICT_MALFORMED
+            )
         else:
             assert await refused(channel, path, data) == "REQUEST_TOO_LARGE", path
 
@@ -88,12 +93,12 @@ async def test_callers_are_authorized_before_anything_is_parsed(
             if rule.role is None or path == WATCHES[0]:
                 continue
             for data in (GARBAGE, GARBAGE * (rule.bytes_max + 1)):
-                call: Any = channel.unary_unary(path)(data, timeout=10)
-                assert (await refusal(call)).reason == "CALLER_ANONYMOUS", path
+                call: Any = channel.unary_unary(path)
+                assert (await refusal(call(data, timeout=10))).reason == "CALLER_ANONYMOUS", path
                 other = "verifier" if rule.role != "verifier" else "operator"
                 metadata = (("authorization", f"Bearer {credential(other)}"),)
-                call = channel.unary_unary(path)(data, metadata=metadata, timeout=10)
-                assert (await refusal(call)).reason == "METHOD_DENIED", path
+                refused_call = call(data, metadata=metadata, timeout=10)
+                assert (await refusal(refused_call)).reason == "METHOD_DENIED", path
         # Nothing is written: a refusal may overtake what the client writes.
         stream: Any = channel.stream_stream(WATCHES[0])
         assert (await refusal(stream(timeout=10).read())).reason == "CALLER_ANONYMOUS"
