@@ -113,7 +113,7 @@ async def test_batch_above_the_limit_is_refused() -> None:
     """A BatchVerify has room for 1,000 secrets with an address and permissions. A larger one is
     refused before it is parsed."""
     calls, verifier = path_with({})
-    question = pb.VerifyRequest(secret="x" * 1_000)
+    question = pb.VerifyRequest(secret="x" * 68, required_scope=pb.SCOPE_READ)
     full = pb.BatchVerifyRequest(requests=[question] * 1_000).SerializeToString()
     answer = await calls._batch_verify(full, Context(), ANONYMOUS)
     assert len(pb.BatchVerifyResponse.FromString(answer).responses) == 1_000
