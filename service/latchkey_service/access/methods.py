@@ -42,7 +42,7 @@ class AccountSource(enum.Enum):
 REQUEST_BYTES_MAX: Final = 8 * 1024
 # A secret (68 characters at most), an address, and 64 permissions of 250 bytes.
 VERIFY_BYTES_MAX: Final = 16 * 1024
-# 1,000 questions of 262 bytes: a secret, an address, and some permissions each. The worst that fits,
+# 1,000 questions of 262 bytes: a secret, an address and some permissions each. The worst that fits,
 # 131,072 empty questions, takes 7 ms to parse.
 BATCH_VERIFY_BYTES_MAX: Final = 256 * 1024
 # 16 labels of 318 characters and a name of 64, each of up to 4 bytes, take 21 KiB. The worst that
