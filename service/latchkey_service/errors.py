@@ -12,7 +12,7 @@
     ├── Overloaded            a limit was reached; retryable
     │   └── RateLimited       the caller's own rate limit
     ├── WatchRefused          this server grants no leases
-    ├── WatcherSilent         the client of a Watch sent nothing for too long
+    ├── WatchTimedOut         the client of a Watch sent nothing for too long
     └── Unavailable           a dependency is unreachable or too slow; retryable
         ├── NotConfirmed      a deletion stands, but verifiers have yet to confirm it
         └── StoreUnavailable  Postgres
@@ -52,7 +52,7 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "WatchRefused",
-    "WatcherSilent",
+    "WatchTimedOut",
     "code_of",
     "reason_of",
     "status_of",
@@ -188,7 +188,7 @@ class WatchRefused(LatchkeyError):
     reason = "WATCH_REFUSED"
 
 
-class WatcherSilent(LatchkeyError):
+class WatchTimedOut(LatchkeyError):
     """The client of a Watch sent neither a request nor a confirmation for too long."""
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED

@@ -23,7 +23,7 @@ from typing import Any
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from latchkey_coherence.lease import boottime
-from latchkey_coherence.memory import Memory
+from latchkey_coherence.verdict_cache import VerdictCache
 from latchkey_proto.v1 import audit_service_pb2 as audit_pb
 from latchkey_proto.v1 import audit_service_pb2_grpc as audit_pb_grpc
 from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
@@ -240,7 +240,7 @@ async def running(
     cache, notify = settings.cache == "on", settings.notify == "on"
     identity = _identity(settings, keyring)
     verifier_state: VerifierState[CachedToken] = VerifierState(
-        Memory(settings.cache_entries if cache else 0),
+        VerdictCache(settings.cache_entries if cache else 0),
         ClientLeases(),
         settings.lease_seconds,
     )
@@ -327,7 +327,7 @@ async def running(
 
     def gauges() -> Mapping[str, int]:
         return {
-            "memory.entries": len(verifier_state.memory),
+            "cache.entries": len(verifier_state.cache),
             "watch.streams": len(watch_sessions),
             "tasks": len(asyncio.all_tasks()),
         }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf import duration_pb2, timestamp_pb2
-from latchkey_coherence.memory import Position
+from latchkey_coherence.verdict_cache import Position
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 

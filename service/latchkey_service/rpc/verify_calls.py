@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from google.protobuf import timestamp_pb2
-from latchkey_coherence.memory import NOWHERE, Position
+from latchkey_coherence.verdict_cache import NOWHERE, Position
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from latchkey_service.access.authenticator import Authenticator

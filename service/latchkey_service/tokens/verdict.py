@@ -10,7 +10,7 @@ from sys import intern
 from types import MappingProxyType
 from typing import NamedTuple
 
-from latchkey_coherence.memory import Entry
+from latchkey_coherence.verdict_cache import Entry
 
 __all__ = ["CachedToken", "Scope", "TokenRecord", "Verdict", "decide"]
 

@@ -1,6 +1,6 @@
 """Answers "may this secret do this?" from the cache, or else by parsing, looking up and deciding.
 
-Owns the path of a verify. It does not own the cache's rules (`latchkey_coherence.memory`), the
+Owns the path of a verify. It does not own the cache's rules (`latchkey_coherence`), the
 lease (`coherence`) or the look-up (`batched_lookup.py`).
 
 It answers only while this process holds its lease, whether from the cache or from a read (coherence
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from hashlib import sha256
 from typing import Final, NamedTuple
 
-from latchkey_coherence.memory import NOWHERE, Position
+from latchkey_coherence.verdict_cache import NOWHERE, Position
 
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.verifier_state import VerifierState
@@ -79,8 +79,8 @@ class Verifier:
         self._lookup = lookup
         self._reads = reads
         self._verifier_state = verifier_state
-        self._memory = verifier_state.memory
-        self._entries = verifier_state.memory.entries
+        self._cache = verifier_state.cache
+        self._entries = verifier_state.cache.entries
         self._encode = encode
         self._clock = clock
         self._unix_time = unix_time
@@ -102,7 +102,7 @@ class Verifier:
             decide(record, required_scope, self._unix_time()),
             record.token,
             record.account_id,
-            self._memory.position,
+            self._cache.position,
         )
 
     async def verify(
@@ -188,8 +188,8 @@ class Verifier:
             keep_until=self._clock() + self._cache_seconds * (0.5 + 0.5 * self._randomness()),
         )
         position = found.snapshot.position
-        if self._memory.entries_max:
-            self._memory.admit(sha256(presented.encode()).digest(), record, position)
+        if self._cache.entries_max:
+            self._cache.store(sha256(presented.encode()).digest(), record, position)
         verdict = decide(record, required_scope, now)
         return Answer(verdict, record.token, record.account_id, position)
 

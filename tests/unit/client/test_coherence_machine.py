@@ -43,7 +43,7 @@ from latchkey._subscription import (
     Subscription,
 )
 from latchkey_coherence.lease import DRIFT_MAX, outwait_seconds, server_lease_end
-from latchkey_coherence.memory import NOWHERE, Memory, Position
+from latchkey_coherence.verdict_cache import NOWHERE, Position, VerdictCache
 
 from tests.helpers.positions import at
 
@@ -252,7 +252,7 @@ class World(RuleBasedStateMachine):
     """A database, its deletions, two servers, and one client with the library's own classes."""
 
     subscription_class: type[Subscription] = Subscription
-    memory_class: type[Memory[Any]] = Memory
+    cache_class: type[VerdictCache[Any]] = VerdictCache
     what: Sequence[str] = WHAT
 
     @initialize(rates=st.tuples(RATES, RATES, RATES), head=st.integers(0, 1))
@@ -273,7 +273,7 @@ class World(RuleBasedStateMachine):
         self.patched = mock.patch("latchkey.verifier.boottime", self.clock)
         self.patched.start()
         with (
-            mock.patch("latchkey.verifier.Memory", self.memory_class),
+            mock.patch("latchkey.verifier.VerdictCache", self.cache_class),
             mock.patch("latchkey.verifier.Subscription", self.subscription_class),
         ):
             self.verifier = latchkey.Verifier("nowhere:1")
@@ -539,7 +539,7 @@ class ReleasesAndAnswersOn(Subscription):
 
 class TrustsAnyGrantAfterAReset(Subscription):
     def start_over(self, position: Position) -> None:
-        self.memory.reset(position)
+        self.cache.reset(position)
 
 
 class KeepsTheLeaseAcrossAReset(Subscription):
@@ -549,7 +549,7 @@ class KeepsTheLeaseAcrossAReset(Subscription):
         self.lease.end = end
 
 
-class ComparesBareRevisions(Memory[Any]):
+class ComparesBareRevisions(VerdictCache[Any]):
     def knows(self, position: Position) -> bool:
         return position.revision in self._marks
 
@@ -557,9 +557,9 @@ class ComparesBareRevisions(Memory[Any]):
         return True
 
 
-class AdmitsAnything(Memory[Any]):
-    def admit(self, key: bytes, entry: Any, position: Position) -> bool:
-        return super().admit(key, entry, self.position)
+class AdmitsAnything(VerdictCache[Any]):
+    def store(self, key: bytes, entry: Any, position: Position) -> bool:
+        return super().store(key, entry, self.position)
 
 
 class HasNoEnd(Subscription):
@@ -573,7 +573,7 @@ def test_no_dead_token_is_valid() -> None:
 
 
 # Each mutant with the rules that its sequence needs, so that it is found quickly.
-MUTANTS: list[tuple[type[Subscription | Memory[Any]], str]] = [
+MUTANTS: list[tuple[type[Subscription | VerdictCache[Any]], str]] = [
     (
         OpensStreamsThatCountFromReceipt,
         "time renew_all server_answers client_receives verify delete",
@@ -588,7 +588,7 @@ MUTANTS: list[tuple[type[Subscription | Memory[Any]], str]] = [
 @pytest.mark.parametrize(("mutant", "story"), MUTANTS)
 def test_every_broken_rule_is_detected(mutant: type[Any], story: str) -> None:
     """The machine finds a dead token accepted by a client that breaks one rule."""
-    attribute = "memory_class" if issubclass(mutant, Memory) else "subscription_class"
+    attribute = "cache_class" if issubclass(mutant, VerdictCache) else "subscription_class"
     what = story.replace("time", "time_passes").split()
     broken = type("BrokenWorld", (World,), {attribute: mutant, "what": what})
     with pytest.raises(AssertionError, match="is dead but was accepted"):

@@ -17,7 +17,7 @@ from latchkey._subscription import (
     Subscription,
 )
 from latchkey.errors import InternalError
-from latchkey_coherence.memory import NOWHERE, Memory, Position
+from latchkey_coherence.verdict_cache import NOWHERE, Position, VerdictCache
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from tests.helpers.positions import at
@@ -43,7 +43,7 @@ def entry(token_id: str) -> CacheEntry:
 @pytest.fixture
 def subscription() -> Subscription:
     """A subscription with an empty cache. It requests a grant when half of a lease is left."""
-    return Subscription(Memory(100), lambda: 1.0)
+    return Subscription(VerdictCache(100), lambda: 1.0)
 
 
 def granted(subscription: Subscription, now: float, position: Position = at(5)) -> Stream:  # noqa: B008 - immutable
@@ -76,7 +76,7 @@ def test_a_lease_counts_from_before_its_request_was_sent(subscription: Subscript
     assert stream.take(100.9) == Request(at(5))
     stream.receive(Grant(at(5), 1, LEASE), 101.0)
     assert subscription.lease.end == pytest.approx(100.1 + LESS)
-    assert subscription.memory.position == at(5)
+    assert subscription.cache.position == at(5)
 
 
 def test_an_expired_grant_gives_no_lease(subscription: Subscription) -> None:
@@ -112,7 +112,7 @@ def test_requests_the_next_grant_in_time(subscription: Subscription) -> None:
 def test_clients_do_not_ask_in_step() -> None:
     """The time to ask is random for each lease, and leaves time to find another server."""
     draws = iter([0.0, 1.0])
-    subscription = Subscription(Memory(100), lambda: next(draws))
+    subscription = Subscription(VerdictCache(100), lambda: next(draws))
     dues = [granted(subscription, 100.0).due() for _ in range(2)]
     shares = [(100.0 + LESS - (due or 0)) / LESS for due in dues]
     assert shares == pytest.approx([_subscription.ASK_SHARE_MIN, _subscription.ASK_SHARE_MAX])
@@ -151,14 +151,14 @@ def test_grants_are_limited_to_a_minute(subscription: Subscription) -> None:
 def test_invalidations_are_applied_and_then_acknowledged(subscription: Subscription) -> None:
     """The acknowledgement reports the applied position, and is due at once."""
     stream = granted(subscription, 100.0)
-    memory = subscription.memory
-    assert memory.admit(b"k", entry("t1"), at(5))
+    cache = subscription.cache
+    assert cache.store(b"k", entry("t1"), at(5))
     stream.receive(Invalidation(at(6), ("t1", "t2")), 100.1)
-    assert memory.entries == {}
+    assert cache.entries == {}
     assert stream.due() == -math.inf
     assert stream.take(100.1) == Request(at(6))
     assert stream.take(100.1) is None
-    assert not memory.admit(b"k", entry("t1"), at(5))
+    assert not cache.store(b"k", entry("t1"), at(5))
 
 
 def test_an_acknowledgement_and_a_request_are_one_message(subscription: Subscription) -> None:
@@ -175,20 +175,20 @@ def test_an_empty_cache_rejects_older_answers(subscription: Subscription) -> Non
     stream.take(100.0)
     stream.receive(Invalidation(at(6), ("t2",)), 100.0)
     stream.receive(Grant(at(6), 1, LEASE), 100.0)
-    assert not subscription.memory.admit(b"k", entry("t1"), at(5))
-    assert subscription.memory.admit(b"k", entry("t1"), at(6))
+    assert not subscription.cache.store(b"k", entry("t1"), at(5))
+    assert subscription.cache.store(b"k", entry("t1"), at(6))
 
 
 def test_answers_are_cached_at_revision_zero(subscription: Subscription) -> None:
     """Before the first deletion there is a position too: revision 0 with a mark."""
     stream = granted(subscription, 100.0, at(0))
-    memory = subscription.memory
-    assert memory.admit(b"k", entry("t1"), at(0))
+    cache = subscription.cache
+    assert cache.store(b"k", entry("t1"), at(0))
     stream.take(101.5)
     stream.receive(Grant(at(0), 2, LEASE), 101.5)
-    assert len(memory) == 1
+    assert len(cache) == 1
     assert subscription.open(102.0).take(102.0) == Request(at(0), number=1)
-    assert len(memory) == 1
+    assert len(cache) == 1
 
 
 def test_a_new_stream_replaces_the_lease_and_the_old_one_is_released(
@@ -215,7 +215,7 @@ def test_a_new_stream_replaces_the_lease_and_the_old_one_is_released(
     ):
         old.receive(event, 101.0)
     assert subscription.lease.end == pytest.approx(101.0 + 0.5 * 0.999)
-    assert subscription.memory.position == at(6)
+    assert subscription.cache.position == at(6)
     assert old.due() is None
 
 
@@ -246,12 +246,12 @@ def test_a_reset_drops_entries_and_lease(subscription: Subscription) -> None:
     """A lease belongs to one history, and this may be another. The stream continues: it confirms
     the Reset and requests the next lease at once."""
     stream = granted(subscription, 100.0)
-    subscription.memory.admit(b"k", entry("t1"), at(5))
+    subscription.cache.store(b"k", entry("t1"), at(5))
     stream.receive(Reset(at(9)), 100.0)
-    assert subscription.memory.entries == {}
+    assert subscription.cache.entries == {}
     assert subscription.lease.end == -math.inf
     assert stream.take(100.0) == Request(at(9), number=2)
-    assert not subscription.memory.admit(b"k", entry("t1"), at(8))
+    assert not subscription.cache.store(b"k", entry("t1"), at(8))
     stream.receive(Grant(at(9), 2, LEASE), 100.1)
     assert subscription.lease.end == pytest.approx(100.0 + LESS)
 
@@ -275,7 +275,7 @@ def test_a_reset_ends_all_other_grants(subscription: Subscription, position: Pos
     other = subscription.open(100.0)
     other.take(100.0)
     resetting = reset_to(subscription, position, 100.0)
-    assert subscription.memory.position == position
+    assert subscription.cache.position == position
     assert subscription.lease.end == -math.inf
     for stream, number in ((granting, 2), (other, 1)):
         stream.receive(Grant(position, number, LEASE), 101.5)
@@ -283,7 +283,7 @@ def test_a_reset_ends_all_other_grants(subscription: Subscription, position: Pos
         assert stream.closing
         assert stream.take(101.5) == Request(position, released=True)
     assert subscription.lease.end == -math.inf
-    assert subscription.memory.position == position
+    assert subscription.cache.position == position
     resetting.receive(Grant(position, 1, LEASE), 101.5)
     assert subscription.lease.end > 101.5
 
@@ -292,9 +292,9 @@ def test_an_invalidation_of_another_history_starts_over(subscription: Subscripti
     """A known revision with another mark proves that the histories differ. The cache then has no
     position, and reports that, until the server resets it."""
     stream = granted(subscription, 100.0)
-    subscription.memory.admit(b"k", entry("t1"), at(5))
+    subscription.cache.store(b"k", entry("t1"), at(5))
     stream.receive(Invalidation(at(5, 2), ("t2",)), 100.1)
-    assert len(subscription.memory) == 0
+    assert len(subscription.cache) == 0
     assert subscription.lease.end == -math.inf
     assert stream.take(100.1) == Request(NOWHERE, number=2)
     stream.receive(Grant(at(5, 2), 2, LEASE), 100.2)
@@ -325,7 +325,7 @@ def test_a_server_without_marks_grants_nothing(subscription: Subscription) -> No
     stream.receive(Invalidation(Position(6, 0), ()), 100.0)
     stream.receive(Grant(Position(6, 0), 1, LEASE), 100.0)
     assert subscription.lease.end == -math.inf
-    assert not subscription.memory.admit(b"k", entry("t1"), Position(6, 0))
+    assert not subscription.cache.store(b"k", entry("t1"), Position(6, 0))
 
 
 def test_servers_on_two_histories_do_not_mix_in_one_cache(subscription: Subscription) -> None:
@@ -340,7 +340,7 @@ def test_servers_on_two_histories_do_not_mix_in_one_cache(subscription: Subscrip
     assert other.take(100.0) == Request(at(5), number=1)
     first.receive(Invalidation(at(7), ("t1",)), 100.1)
     other.receive(Invalidation(at(8, 2), ("t2",)), 100.2)
-    admitted = subscription.memory.admit(b"k", entry("t1"), at(8, 2))
+    admitted = subscription.cache.store(b"k", entry("t1"), at(8, 2))
     assert not (admitted and subscription.lease.end > 100.2)
 
 
@@ -353,10 +353,10 @@ def test_an_invalidation_that_skips_another_streams_change_leads_to_a_new_stream
     other = subscription.open(100.0)
     other.take(100.0)
     first.receive(Invalidation(at(6), ("t1",)), 100.1)
-    subscription.memory.admit(b"k", entry("t3"), at(6))
+    subscription.cache.store(b"k", entry("t3"), at(6))
     other.receive(Invalidation(at(7), ("t3",)), 100.2)
-    assert subscription.memory.position == at(6)
-    assert len(subscription.memory) == 0, "evicting is safe"
+    assert subscription.cache.position == at(6)
+    assert len(subscription.cache) == 0, "evicting is safe"
     assert other.closing
     assert other.take(100.2) == Request(at(6), released=True)
     assert subscription.lease.end > 100.2
@@ -371,12 +371,12 @@ def test_an_unrelated_invalidation_from_the_granting_stream_starts_over(
     other = subscription.open(100.0)
     other.take(100.0)
     other.receive(Invalidation(at(6, 2), ("t1",)), 100.1)
-    assert subscription.memory.position == at(6, 2)
-    subscription.memory.admit(b"k", entry("t3"), at(6, 2))
+    assert subscription.cache.position == at(6, 2)
+    subscription.cache.store(b"k", entry("t3"), at(6, 2))
     first.receive(Invalidation(at(7), ("t2",)), 100.2)
-    assert subscription.memory.position == at(7)
-    assert len(subscription.memory) == 0
-    assert not subscription.memory.knows(at(6, 2))
+    assert subscription.cache.position == at(7)
+    assert len(subscription.cache) == 0
+    assert not subscription.cache.knows(at(6, 2))
     assert subscription.lease.end == -math.inf
     assert first.take(100.2) == Request(at(7), number=2)
     assert other.take(100.2) == Request(at(7), released=True)
@@ -396,10 +396,10 @@ def test_two_servers_with_the_same_changes_do_not_interfere(
     if known:
         other.receive(Invalidation(at(7), ("t1", "t2")), 100.2)
         other.receive(Invalidation(at(8), ("t3",)), 100.3)
-        assert subscription.memory.position == at(8)
+        assert subscription.cache.position == at(8)
     else:
         other.receive(Invalidation(at(6), ("t1",)), 100.2)
-        assert subscription.memory.position == at(7)
+        assert subscription.cache.position == at(7)
     assert not first.closing
     assert not other.closing
     assert subscription.lease.end > 100.3
@@ -408,11 +408,11 @@ def test_two_servers_with_the_same_changes_do_not_interfere(
 def test_an_unknown_event_empties_the_cache(subscription: Subscription) -> None:
     """It may invalidate anything, so entries are evicted and answers under way are not stored."""
     stream = granted(subscription, 100.0)
-    subscription.memory.admit(b"k", entry("t1"), at(5))
+    subscription.cache.store(b"k", entry("t1"), at(5))
     stream.receive(None, 100.0)
-    assert subscription.memory.entries == {}
-    assert subscription.memory.position == at(5)
-    assert not subscription.memory.admit(b"k", entry("t1"), at(4))
+    assert subscription.cache.entries == {}
+    assert subscription.cache.position == at(5)
+    assert not subscription.cache.store(b"k", entry("t1"), at(4))
 
 
 def test_messages_are_translated() -> None:

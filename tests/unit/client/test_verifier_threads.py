@@ -9,7 +9,7 @@ import pytest
 from latchkey import Scope, Token, Verdict, Verification
 from latchkey._shape import checksum
 from latchkey._subscription import Grant, Invalidation, Request, Reset, Stream
-from latchkey_coherence.memory import NOWHERE
+from latchkey_coherence.verdict_cache import NOWHERE
 
 from tests.helpers.positions import at
 
@@ -123,9 +123,9 @@ def test_an_answer_at_an_unknown_position_is_not_cached(
     """No message would be certain to evict it."""
     verifier = latchkey.Verifier("nowhere:1")
     warm(verifier)
-    (entry,) = verifier._memory.entries.values()
-    verifier._memory.entries.clear()
-    verifier._memory._of_token.clear()
+    (entry,) = verifier._cache.entries.values()
+    verifier._cache.entries.clear()
+    verifier._cache._of_token.clear()
     token = entry.read.token
     verifier._store(
         SECRET,

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from latchkey_coherence.memory import Memory, Position
+from latchkey_coherence.verdict_cache import Position, VerdictCache
 from latchkey_service.coherence.client_leases import ClientLeases
 from latchkey_service.coherence.verifier_state import Change, Log, Server, VerifierState
 from latchkey_service.coherence.watch_sessions import Event, Request, WatchSessions
@@ -33,7 +33,9 @@ class Scene:
 
     def __init__(self, position: Position = at(0)) -> None:  # noqa: B008 - immutable
         self.now = 100.0
-        self.state: VerifierState[Any] = VerifierState(Memory(10), ClientLeases(), LEASE_SECONDS)
+        self.state: VerifierState[Any] = VerifierState(
+            VerdictCache(10), ClientLeases(), LEASE_SECONDS
+        )
         self.state.register(position, position.revision, PRIMARY, self.now)
         self.renew()
         self.log_reads = 0
@@ -57,7 +59,7 @@ class Scene:
 
     def apply(self, *changes: tuple[Position, str]) -> None:
         """Apply a log that is read now, without renewing."""
-        head = changes[-1][0] if changes else self.state.memory.position
+        head = changes[-1][0] if changes else self.state.cache.position
         self.state.apply(log(head, *changes, server=self.state.server), self.now)
 
     async def requests(self) -> AsyncIterator[Request]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from latchkey_coherence.lease import boottime
-from latchkey_coherence.memory import Memory, Position
+from latchkey_coherence.verdict_cache import Position, VerdictCache
 from latchkey_service.coherence import lease_renewer
 from latchkey_service.coherence.client_leases import ClientLeases
 from latchkey_service.coherence.lease_renewer import LeaseRenewer
@@ -75,7 +75,7 @@ async def test_another_history_is_logged_and_is_no_renewal(
     of that history. It says that the lease is renewed again only once it is."""
     database = Database()
     monkeypatch.setattr(lease_renewer, "OwnRow", lambda *_: database)
-    state: VerifierState[Any] = VerifierState(Memory(10), ClientLeases(), 3.0)
+    state: VerifierState[Any] = VerifierState(VerdictCache(10), ClientLeases(), 3.0)
     primary: Any = Primary()
     renewer = LeaseRenewer(state, Identity("ver_own", "host", 1, "0", 3.0), primary, boottime)
     logged: Any = Lines()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 from latchkey_coherence.lease import outwait_seconds
-from latchkey_coherence.memory import NOWHERE, Position
+from latchkey_coherence.verdict_cache import NOWHERE, Position
 from latchkey_service.coherence.ack_rules import OUTWAIT_MARGIN_SECONDS
 from latchkey_service.coherence.verifier_state import Server
 from latchkey_service.coherence.watch_sessions import (
@@ -36,7 +36,7 @@ def grants(events: Sequence[object]) -> list[Grant]:
 def confirmed(scene: Scene) -> WatchSession:
     """Return a session whose client is at the process's position and has no lease."""
     session = WatchSession(scene.state, "a client")
-    position = scene.state.memory.position
+    position = scene.state.cache.position
     session.receive(request(position), scene.now)
     assert session.take(scene.now) == []
     return session
@@ -45,7 +45,7 @@ def confirmed(scene: Scene) -> WatchSession:
 def leased(scene: Scene) -> WatchSession:
     """Return a session whose client has confirmed everything and has a lease."""
     session = confirmed(scene)
-    session.receive(request(scene.state.memory.position, 1), scene.now)
+    session.receive(request(scene.state.cache.position, 1), scene.now)
     (grant,) = session.take(scene.now)
     assert isinstance(grant, Grant)
     assert session.lease.ends == scene.state.lease_ends
@@ -408,8 +408,8 @@ def test_every_stream_is_reset_when_the_cache_starts_over(scene: Scene, timeline
 def test_a_client_that_missed_forgotten_changes_is_reset(scene: Scene) -> None:
     """A client with a lease counts as behind until it confirms the Reset or its lease ends."""
     session = leased(scene)
-    memory = scene.state.memory
-    memory._marks.pop(10)
+    cache = scene.state.cache
+    cache._marks.pop(10)
     scene.apply((at(11), "a"))
     assert session.take(scene.now) == [Reset(at(11))]
     assert scene.state.acknowledgeable(scene.now) == 0

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from latchkey_coherence.memory import NOWHERE, Position
+from latchkey_coherence.verdict_cache import NOWHERE, Position
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.access.methods import BATCH_VERIFY, METHODS, VERIFY
 from latchkey_service.access.policy import ANONYMOUS, Accounts, Caller
