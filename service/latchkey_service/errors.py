@@ -3,7 +3,8 @@
     LatchkeyError
     ├── InvalidArgument       the request is invalid; lists the fields and reasons
     │   ├── RequestNotParsed  it is not a message of the method's type
-    │   └── RequestTooLarge   it has more bytes than the method accepts
+    │   ├── RequestTooLarge   it has more bytes than the method accepts
+    │   └── TimeoutMalformed  its deadline is not in gRPC's format
     ├── NotFound              the account has no such token
     ├── AlreadyExists         the name is taken
     ├── Denied                the caller may not make this call
@@ -33,6 +34,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 __all__ = [
+    "REQUEST_ID_METADATA",
     "AlreadyExists",
     "Denied",
     "FieldViolation",
@@ -49,6 +51,7 @@ __all__ = [
     "StoreConflict",
     "StoreUnavailable",
     "StoreUnsupported",
+    "TimeoutMalformed",
     "Unauthenticated",
     "Unavailable",
     "WatchRefused",
@@ -59,6 +62,8 @@ __all__ = [
 ]
 
 DOMAIN = "latchkey"
+# Metadata with the id under which the service logs the call. Callers may send their own.
+REQUEST_ID_METADATA = "x-request-id"
 INTERNAL_MESSAGE = "Internal error. The server log has the cause under this request id."
 # Long enough not to prolong an outage, and short enough that calls resume soon after Postgres.
 RETRY_DELAY_SECONDS = 0.25
@@ -117,6 +122,15 @@ class RequestTooLarge(InvalidArgument):
                 "", f"the request has {size_bytes:,} bytes, and at most {bytes_max:,} fit"
             )
         )
+
+
+class TimeoutMalformed(InvalidArgument):
+    """The call's deadline is not in gRPC's format."""
+
+    reason = "TIMEOUT_MALFORMED"
+
+    def __init__(self) -> None:
+        super().__init__(FieldViolation("", "the header grpc-timeout is malformed"))
 
 
 class NotFound(LatchkeyError):
@@ -240,7 +254,7 @@ class StatusParts:
     code: grpc.StatusCode
     message: str
     reason: str
-    trailing_metadata: tuple[tuple[str, bytes], ...] = field(repr=False)
+    trailing_metadata: tuple[tuple[str, str | bytes], ...] = field(repr=False)
 
 
 def code_of(error: BaseException) -> grpc.StatusCode:
@@ -299,5 +313,8 @@ def status_of(error: BaseException, request_id: str, randomness: float = 0.0) ->
         code,
         message,
         error.reason,
-        (("grpc-status-details-bin", status.SerializeToString()),),
+        (
+            (REQUEST_ID_METADATA, request_id),
+            ("grpc-status-details-bin", status.SerializeToString()),
+        ),
     )

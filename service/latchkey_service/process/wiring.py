@@ -129,14 +129,17 @@ class Server:
         self._parsing = ThreadPoolExecutor(1, "policy")
         transport = exposure.transport_of(settings)
         plaintext = make_transport(transport, limits, reporter.rejected)
+        metadata_of = metadata_reader(transport)
         self._servers = [plaintext]
         authenticator = None
         if active_policy is not None:
             authenticator = Authenticator(
-                active_policy, proxy=settings.trusted_proxy, metadata_of=metadata_reader(transport)
+                active_policy, proxy=settings.trusted_proxy, metadata_of=metadata_of
             )
         reflected = exposure.reflects(settings, settings.listen)
-        _register(services, Registrar(plaintext, paths, authenticator), reflected=reflected)
+        _register(
+            services, Registrar(plaintext, paths, authenticator, metadata_of), reflected=reflected
+        )
         self.address = _with_port(settings.listen, plaintext.add_insecure_port(settings.listen))
         self.tls_address: str | None = None
         if settings.tls_listen is not None:
@@ -147,7 +150,11 @@ class Server:
                 None if active_policy is None else Authenticator(active_policy, tls=True)
             )
             reflected = exposure.reflects(settings, settings.tls_listen)
-            _register(services, Registrar(encrypted, paths, authenticator), reflected=reflected)
+            _register(
+                services,
+                Registrar(encrypted, paths, authenticator, metadata_reader("grpcio")),
+                reflected=reflected,
+            )
             assert settings.tls_certificate is not None, "checked in exposure.py"  # noqa: S101 - for the type checker
             assert settings.tls_key is not None, "checked in exposure.py"  # noqa: S101 - for the type checker
             certificates = Certificates(

@@ -4,15 +4,17 @@ Thousands of calls may fail alike in a second. So only some of them are logged a
 rejections are paced.
 """
 
+import itertools
 import random
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Final
 
 import structlog
 
 from latchkey_service.access.policy import ANONYMOUS, Caller
 from latchkey_service.audit.audit_log import AuditContext, AuditLog
 from latchkey_service.errors import (
+    REQUEST_ID_METADATA,
     TOO_LATE,
     Denied,
     LatchkeyError,
@@ -29,10 +31,10 @@ from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.settings.logs import logger
 
-__all__ = ["CallReporter", "end_with", "request_id_of"]
+__all__ = ["CallReporter", "Metadata", "end_with", "request_id_of"]
 
-REQUEST_ID_METADATA = "x-request-id"
 REQUEST_ID_LENGTH_MAX = 64
+Metadata = Iterable[tuple[str, str | bytes]] | None
 # Delay of an answer to a caller above its rate limit, which keeps it from retrying at once.
 LIMITED_SECONDS_MAX = 0.25
 
@@ -80,7 +82,9 @@ class CallReporter:
                 logged = self._audit.record(written, code.name, reason)
         elif expected:
             logged = self._audit.should_log(name, path, reason)
-        request_id = request_id_of(context) if written is None else written.request_id
+        request_id = (
+            request_id_of(context.invocation_metadata()) if written is None else written.request_id
+        )
         if logged or not expected:
             self.log(
                 path,
@@ -130,7 +134,7 @@ class CallReporter:
         self._counts.calls[path.rpartition("/")[2], reason] += 1
         written = change or entry
         if written is None:
-            request_id = request_id_of(context)
+            request_id = request_id_of(context.invocation_metadata())
             logged = self._audit.should_log(caller.name, path, reason)
         else:
             request_id = written.request_id
@@ -168,14 +172,18 @@ class CallReporter:
         write = self._log.error if "exc_info" in fields else self._log.info
         write("call", **fields)
 
-    def rejected(self, path: str, seconds: float | None) -> tuple[StatusParts, float]:
+    def rejected(
+        self, path: str, seconds: float | None, error: LatchkeyError | None = None
+    ) -> tuple[StatusParts, float]:
         """Count a call that is rejected before it starts, and before its caller is known.
 
         Returns what `failed` returns. `seconds` is how long the caller waits; None means no limit.
+        Without an `error`, the call is rejected because too many others wait.
         """
-        error = Overloaded("Too many calls are waiting to start; try again shortly.")
+        if error is None:
+            error = Overloaded("Too many calls are waiting to start; try again shortly.")
         self._counts.calls[path.rpartition("/")[2], code_of(error).name] += 1
-        request_id = _random_id()
+        request_id = request_id_of(None)
         if self._audit.should_log("", path, error.reason):
             self._log.info(
                 "call",
@@ -201,9 +209,9 @@ def end_with(context: CallContext, status: StatusParts) -> bytes:
     return b""
 
 
-def request_id_of(context: CallContext) -> str:
-    """Return the caller's request id if it is well-formed, else a new random one."""
-    for key, value in context.invocation_metadata() or ():
+def request_id_of(metadata: Metadata) -> str:
+    """Return the caller's request id if `metadata` has a well-formed one, else a new id."""
+    for key, value in metadata or ():
         if (
             key == REQUEST_ID_METADATA
             and isinstance(value, str)
@@ -212,12 +220,13 @@ def request_id_of(context: CallContext) -> str:
             and value.isascii()
         ):
             return value
-    return _random_id()
+    return _prefix + str(next(_numbers))
 
 
-def _random_id() -> str:
-    # A correlation id, not a secret, so a system call is unnecessary.
-    return f"{random.getrandbits(64):016x}"
+# New ids are for correlation, not secret. A random number for the process, and a counter: a random
+# number for each call would take three times as long, and each Verify has an id.
+_prefix: Final = f"{random.getrandbits(48):012x}-"
+_numbers: Final = itertools.count(1)
 
 
 def _without_values(error: Exception) -> Any:

@@ -6,13 +6,14 @@ Verify (call details, metadata, a chain of coroutines) than the Verify itself.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
 
 from latchkey_service.access.authenticator import Authenticator
 from latchkey_service.access.methods import BATCH_VERIFY, VERIFY, rule_of
+from latchkey_service.rpc.call_report import Metadata
 from latchkey_service.rpc.managed_calls import ManagedCalls
 from latchkey_service.rpc.streams import Streams
 from latchkey_service.rpc.verify_calls import VerifyCalls
@@ -35,11 +36,13 @@ class Paths:
         path: str,
         handler: "grpc.RpcMethodHandler[Any, Any]",
         authenticator: Authenticator | None,
+        metadata_of: Callable[[Any], Metadata],
     ) -> Any:
         """Return the handler to register for `path` in place of `handler`, of generated code.
 
-        `authenticator` authorizes the calls of the listener; None if there is no policy. Raises
-        LookupError for a method without a rule.
+        `authenticator` authorizes the calls of the listener; None if there is no policy.
+        `metadata_of` returns the metadata of a call's context. Raises LookupError for a method
+        without a rule.
         """
         if rule_of(path).role is None:
             authenticator = None
@@ -47,7 +50,9 @@ class Paths:
         if parse is None:
             raise ValueError(f"{path} has no parser")
         if path in (VERIFY, BATCH_VERIFY):
-            return grpc.unary_unary_rpc_method_handler(self._verifies.handler(path, authenticator))
+            return grpc.unary_unary_rpc_method_handler(
+                self._verifies.handler(path, authenticator, metadata_of)
+            )
         if handler.request_streaming:
             streaming: Any = handler.stream_stream
             if inspect.isasyncgenfunction(streaming):
@@ -77,11 +82,16 @@ class Registrar:
     """
 
     def __init__(
-        self, server: grpc.aio.Server, paths: Paths, authenticator: Authenticator | None
+        self,
+        server: grpc.aio.Server,
+        paths: Paths,
+        authenticator: Authenticator | None,
+        metadata_of: Callable[[Any], Metadata],
     ) -> None:
         self._server = server
         self._paths = paths
         self._authenticator = authenticator
+        self._metadata_of = metadata_of
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
         """Do nothing, because generated code then registers the same handlers by name."""
@@ -89,7 +99,9 @@ class Registrar:
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
         """Wrap and register the handlers of a service, keyed by method name."""
         wrapped = {
-            name: self._paths.wrap(f"/{service}/{name}", handler, self._authenticator)
+            name: self._paths.wrap(
+                f"/{service}/{name}", handler, self._authenticator, self._metadata_of
+            )
             for name, handler in handlers.items()
         }
         by_path = {f"/{service}/{name}": handler for name, handler in wrapped.items()}

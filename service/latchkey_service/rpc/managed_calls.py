@@ -20,7 +20,7 @@ from latchkey_service.access.authenticator import Authenticator, check_account
 from latchkey_service.access.methods import MANAGER, OPERATOR, Rule, rule_of
 from latchkey_service.access.policy import ANONYMOUS
 from latchkey_service.audit.audit_log import AuditContext, AuditLog
-from latchkey_service.errors import RequestNotParsed, RequestTooLarge
+from latchkey_service.errors import REQUEST_ID_METADATA, RequestNotParsed, RequestTooLarge
 from latchkey_service.rpc.admission import ConcurrencyLimiter, Slot
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.call_report import CallReporter, end_with, request_id_of
@@ -178,6 +178,7 @@ class ManagedCalls:
                 elif not quiet:
                     request_id = audit_context.request_id
                     self._reporter.log(path, context, start, "OK", None, request_id)
+                context.set_trailing_metadata(((REQUEST_ID_METADATA, audit_context.request_id),))
                 return answer
             if delay_seconds:
                 await asyncio.sleep(delay_seconds)
@@ -209,7 +210,7 @@ def _audit_context(path: str, context: CallContext, request: Any, caller: str) -
         caller,
         path,
         context.peer(),
-        request_id_of(context),
+        request_id_of(context.invocation_metadata()),
         getattr(request, "account_id", ""),
         getattr(request, "id", ""),
     )

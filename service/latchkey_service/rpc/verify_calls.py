@@ -23,13 +23,14 @@ from latchkey_service.access.authenticator import Authenticator
 from latchkey_service.access.methods import BATCH_VERIFY, METHODS, VERIFIER, VERIFY
 from latchkey_service.access.policy import ANONYMOUS, Caller
 from latchkey_service.errors import (
+    REQUEST_ID_METADATA,
     FieldViolation,
     InvalidArgument,
     RequestNotParsed,
     RequestTooLarge,
 )
 from latchkey_service.rpc.call_context import CallContext
-from latchkey_service.rpc.call_report import CallReporter, end_with, request_id_of
+from latchkey_service.rpc.call_report import CallReporter, Metadata, end_with, request_id_of
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.rpc.lenient_parsing import BATCH_MAX, parse_non_utf8
 from latchkey_service.tokens.verdict import TokenRecord, Verdict
@@ -69,17 +70,18 @@ class VerifyCalls:
         self._position = NOWHERE
         self._position_fields = b""
 
-    def handler(self, path: str, authenticator: Authenticator | None) -> Handler:
+    def handler(
+        self,
+        path: str,
+        authenticator: Authenticator | None,
+        metadata_of: Callable[[Any], Metadata],
+    ) -> Handler:
         """Return the handler of Verify or BatchVerify for a listener.
 
         `authenticator` authorizes the calls of the listener; None if there is no policy.
+        `metadata_of` returns the metadata of a call's context.
         """
-        behaviour = self._verify if path == VERIFY else self._batch_verify
-        return self._wrap(path, behaviour, authenticator)
-
-    def _wrap(
-        self, path: str, behaviour: _Behaviour, authenticator: Authenticator | None
-    ) -> Handler:
+        behaviour: _Behaviour = self._verify if path == VERIFY else self._batch_verify
         succeeded = (path.rpartition("/")[2], "OK")
         calls = self._counts.calls
         monotonic, share = self._monotonic, self._log_share
@@ -100,9 +102,10 @@ class VerifyCalls:
                 status, delay_seconds = self._reporter.failed(path, context, start, error, caller)
             else:
                 calls[succeeded] += 1
+                request_id = request_id_of(metadata_of(context))
                 if share and random.random() < share:  # noqa: S311 - a sample
-                    request_id = request_id_of(context)
                     self._reporter.log(path, context, start, "OK", None, request_id)
+                context.set_trailing_metadata(((REQUEST_ID_METADATA, request_id),))
                 return answer
             if delay_seconds:
                 await asyncio.sleep(delay_seconds)
