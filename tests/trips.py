@@ -41,7 +41,7 @@ __all__ = ["Trip", "trace_all"]
 
 SERVICE = str(ROOT / "service/latchkey_service") + "/"
 CORE = str(ROOT / "proto") + "/"
-PIPELINE = "rpc/interceptor.py"
+PATHS = {"rpc/verify_calls.py", "rpc/managed_calls.py"}
 # A renewal happens once a second and takes as long as a call. It does not coincide with this many
 # calls in a row.
 REPEATS = 10
@@ -100,7 +100,7 @@ async def trip(prepare: Callable[[], Awaitable[Callable[[], Awaitable[object]]]]
         send = await prepare()
         with recording() as seen:
             await send()
-        own = {task for task, name in seen if name == PIPELINE}
+        own = {task for task, name in seen if name in PATHS}
         calls.append([n for task, n in seen if task in own or n.startswith("transport/")])
         both.append({name for _, name in seen})
         order = list(dict.fromkeys(name for _, name in seen))

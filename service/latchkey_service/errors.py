@@ -1,7 +1,10 @@
-"""The exceptions of the service, and the one table that maps them to gRPC statuses.
+"""The exceptions of the service, each with its gRPC code, and their conversion to a gRPC status.
 
     LatchkeyError
     ├── InvalidArgument       the request is invalid; lists the fields and reasons
+    │   ├── RequestNotParsed  it is not a message of the method's type
+    │   ├── RequestTooLarge   it has more bytes than the method accepts
+    │   └── TimeoutMalformed  its deadline is not in gRPC's format
     ├── NotFound              the account has no such token
     ├── AlreadyExists         the name is taken
     ├── Denied                the caller may not make this call
@@ -10,7 +13,7 @@
     ├── Overloaded            a limit was reached; retryable
     │   └── RateLimited       the caller's own rate limit
     ├── WatchRefused          this server grants no leases
-    ├── WatcherSilent         the client of a Watch sent nothing for too long
+    ├── WatchTimedOut         the client of a Watch sent nothing for too long
     └── Unavailable           a dependency is unreachable or too slow; retryable
         ├── NotConfirmed      a deletion stands, but verifiers have yet to confirm it
         └── StoreUnavailable  Postgres
@@ -23,15 +26,15 @@ The expected outcomes of a verify are values (`verdict.py`), never exceptions. C
 messages, so a message never contains a secret, a digest, SQL or an address.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from typing import ClassVar
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 __all__ = [
+    "REQUEST_ID_METADATA",
     "AlreadyExists",
     "Denied",
     "FieldViolation",
@@ -42,20 +45,25 @@ __all__ = [
     "Overloaded",
     "PermissionDenied",
     "RateLimited",
+    "RequestNotParsed",
+    "RequestTooLarge",
     "StatusParts",
     "StoreConflict",
     "StoreUnavailable",
     "StoreUnsupported",
+    "TimeoutMalformed",
     "Unauthenticated",
     "Unavailable",
     "WatchRefused",
-    "WatcherSilent",
+    "WatchTimedOut",
     "code_of",
     "reason_of",
     "status_of",
 ]
 
 DOMAIN = "latchkey"
+# Metadata with the id under which the service logs the call. Callers may send their own.
+REQUEST_ID_METADATA = "x-request-id"
 INTERNAL_MESSAGE = "Internal error. The server log has the cause under this request id."
 # Long enough not to prolong an outage, and short enough that calls resume soon after Postgres.
 RETRY_DELAY_SECONDS = 0.25
@@ -75,6 +83,7 @@ class FieldViolation:
 class LatchkeyError(Exception):
     """Base of all our exceptions. `reason` is a stable, machine-readable name."""
 
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
     reason = "INTERNAL"
     retry_seconds = RETRY_DELAY_SECONDS
     """Delay before a retry, for retryable errors."""
@@ -83,6 +92,7 @@ class LatchkeyError(Exception):
 class InvalidArgument(LatchkeyError):
     """The request is invalid in any state of the service; a retry cannot help."""
 
+    code = grpc.StatusCode.INVALID_ARGUMENT
     reason = "INVALID_ARGUMENT"
 
     def __init__(self, *violations: FieldViolation, reason: str | None = None) -> None:
@@ -92,9 +102,41 @@ class InvalidArgument(LatchkeyError):
         super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
 
 
+class RequestNotParsed(InvalidArgument):
+    """The request is not a message of the method's type."""
+
+    reason = "REQUEST_NOT_PARSED"
+
+    def __init__(self) -> None:
+        super().__init__(FieldViolation("", "the request is not a message of this method's type"))
+
+
+class RequestTooLarge(InvalidArgument):
+    """The request has more bytes than its method accepts. It was not parsed."""
+
+    reason = "REQUEST_TOO_LARGE"
+
+    def __init__(self, size_bytes: int, bytes_max: int) -> None:
+        super().__init__(
+            FieldViolation(
+                "", f"the request has {size_bytes:,} bytes, and at most {bytes_max:,} fit"
+            )
+        )
+
+
+class TimeoutMalformed(InvalidArgument):
+    """The call's deadline is not in gRPC's format."""
+
+    reason = "TIMEOUT_MALFORMED"
+
+    def __init__(self) -> None:
+        super().__init__(FieldViolation("", "the header grpc-timeout is malformed"))
+
+
 class NotFound(LatchkeyError):
     """The account has no such token. Another account's token gives the same error, on purpose."""
 
+    code = grpc.StatusCode.NOT_FOUND
     reason = "TOKEN_NOT_FOUND"
 
     def __init__(self, message: str, reason: str | None = None) -> None:
@@ -106,6 +148,7 @@ class NotFound(LatchkeyError):
 class AlreadyExists(LatchkeyError):
     """The account already has a live token with this name."""
 
+    code = grpc.StatusCode.ALREADY_EXISTS
     reason = "TOKEN_NAME_TAKEN"
 
 
@@ -121,14 +164,19 @@ class Denied(LatchkeyError):
 class Unauthenticated(Denied):
     """The call presents no identity, or one that the policy does not know."""
 
+    code = grpc.StatusCode.UNAUTHENTICATED
+
 
 class PermissionDenied(Denied):
     """The policy does not grant the caller this right."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
 
 
 class Overloaded(LatchkeyError):
     """A limit on calls in progress was reached. Nothing was done."""
 
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "OVERLOADED"
 
     def __init__(self, message: str, reason: str | None = None) -> None:
@@ -150,18 +198,21 @@ class RateLimited(Overloaded):
 class WatchRefused(LatchkeyError):
     """This server grants no leases, because it is configured not to cache."""
 
+    code = grpc.StatusCode.FAILED_PRECONDITION
     reason = "WATCH_REFUSED"
 
 
-class WatcherSilent(LatchkeyError):
+class WatchTimedOut(LatchkeyError):
     """The client of a Watch sent neither a request nor a confirmation for too long."""
 
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
     reason = "WATCHER_SILENT"
 
 
 class Unavailable(LatchkeyError):
     """No safe answer is possible now. Fail closed: the client must deny access."""
 
+    code = grpc.StatusCode.UNAVAILABLE
     reason = "UNAVAILABLE"
 
 
@@ -193,27 +244,6 @@ class StoreConflict(StoreUnavailable):
     """The transaction kept conflicting with others. It was rolled back."""
 
 
-_CODES: Mapping[type[LatchkeyError], grpc.StatusCode] = MappingProxyType(
-    {
-        InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
-        NotFound: grpc.StatusCode.NOT_FOUND,
-        AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
-        Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
-        PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
-        Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
-        RateLimited: grpc.StatusCode.RESOURCE_EXHAUSTED,
-        Unavailable: grpc.StatusCode.UNAVAILABLE,
-        NotConfirmed: grpc.StatusCode.UNAVAILABLE,
-        StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
-        CacheStartedOver: grpc.StatusCode.UNAVAILABLE,
-        NotReplicated: grpc.StatusCode.UNAVAILABLE,
-        StoreUnsupported: grpc.StatusCode.UNAVAILABLE,
-        StoreConflict: grpc.StatusCode.UNAVAILABLE,
-        WatchRefused: grpc.StatusCode.FAILED_PRECONDITION,
-        WatcherSilent: grpc.StatusCode.DEADLINE_EXCEEDED,
-        LatchkeyError: grpc.StatusCode.INTERNAL,
-    }
-)
 _RETRYABLE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED})
 
 
@@ -224,12 +254,12 @@ class StatusParts:
     code: grpc.StatusCode
     message: str
     reason: str
-    trailing_metadata: tuple[tuple[str, bytes], ...] = field(repr=False)
+    trailing_metadata: tuple[tuple[str, str | bytes], ...] = field(repr=False)
 
 
 def code_of(error: BaseException) -> grpc.StatusCode:
     """Return the gRPC status code of `error`."""
-    return _CODES[type(error)] if isinstance(error, LatchkeyError) else grpc.StatusCode.INTERNAL
+    return error.code if isinstance(error, LatchkeyError) else LatchkeyError.code
 
 
 def reason_of(error: BaseException) -> str:
@@ -247,7 +277,7 @@ def status_of(error: BaseException, request_id: str, randomness: float = 0.0) ->
     """
     if not isinstance(error, LatchkeyError):
         error = LatchkeyError(INTERNAL_MESSAGE)
-    code = _CODES[type(error)]
+    code = error.code
     details: list[
         error_details_pb2.ErrorInfo
         | error_details_pb2.RequestInfo
@@ -283,5 +313,8 @@ def status_of(error: BaseException, request_id: str, randomness: float = 0.0) ->
         code,
         message,
         error.reason,
-        (("grpc-status-details-bin", status.SerializeToString()),),
+        (
+            (REQUEST_ID_METADATA, request_id),
+            ("grpc-status-details-bin", status.SerializeToString()),
+        ),
     )

@@ -22,6 +22,7 @@ from hashlib import sha256
 from typing import NoReturn
 
 __all__ = [
+    "CREDENTIAL_LENGTH",
     "CREDENTIAL_PREFIX",
     "CREDENTIAL_SHAPE",
     "SECRET_LENGTH_MAX",
@@ -52,6 +53,7 @@ _is_shaped = _SHAPE.fullmatch
 # Callers' credentials (`access/credentials.py`) have no tag.
 CREDENTIAL_PREFIX = "lkc"
 CREDENTIAL_SHAPE = rf"{CREDENTIAL_PREFIX}_[0-9A-Za-z]{{{BODY_DIGITS + CHECKSUM_DIGITS}}}"
+CREDENTIAL_LENGTH = len(CREDENTIAL_PREFIX) + 1 + BODY_DIGITS + CHECKSUM_DIGITS
 # Finds overlapping matches too: "alk_…" contains "lk_…".
 _SHAPES_WITHIN = [re.compile(rf"(?=({shape}))") for shape in (_SHAPE.pattern, CREDENTIAL_SHAPE)]
 # Matches a secret or the beginning of one, to redact it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Final, Literal
 
-from latchkey_coherence.memory import Position
+from latchkey_coherence.verdict_cache import Position
 from pydantic import BaseModel, ConfigDict, Field
 
 from tests.helpers.repository import ROOT

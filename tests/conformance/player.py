@@ -1,6 +1,6 @@
 """Plays conformance cases with the Python client's core, on an explicit clock.
 
-It uses the real classes (`Verifier`, `Subscription`, `Stream`, `Memory`) and replaces only their
+It uses the real classes (`Verifier`, `Subscription`, `Stream`, `VerdictCache`). It replaces their
 connections to the outside: the clock, the randomness and the event loop.
 """
 
@@ -113,10 +113,10 @@ class Player:
             revision=position.revision,
             mark=position.mark,
         )
-        memory = self.subscription.memory
-        before = set(map(id, memory.entries.values()))
+        cache = self.subscription.cache
+        before = set(map(id, cache.entries.values()))
         self.verifier._store(secret, scope_of(step.asked_scope), answer)
-        kept = any(id(entry) not in before for entry in memory.entries.values())
+        kept = any(id(entry) not in before for entry in cache.entries.values())
         assert kept == step.keeps, f"kept: {kept}"
 
     def check_sends(self, expected: list[cases.Send]) -> None:
@@ -146,7 +146,7 @@ class Player:
 
     def check(self, expect: cases.Expect) -> None:
         checked = expect.model_fields_set
-        memory = self.subscription.memory
+        cache = self.subscription.cache
         if "lease_ends" in checked:
             end = self.subscription.lease.end
             if expect.lease_ends is None:
@@ -157,9 +157,9 @@ class Player:
                 )
         if expect.applied is not None:
             applied = position_of(expect.applied)
-            assert memory.position == applied, f"has applied {memory.position}"
+            assert cache.position == applied, f"has applied {cache.position}"
         if expect.remembers is not None:
-            held = sorted({entry.token_id for entry in memory.entries.values()})
+            held = sorted({entry.token_id for entry in cache.entries.values()})
             assert held == sorted(expect.remembers), f"remembers {held}"
         if expect.leave is not None:
             leave = sorted(name for name, stream in self.streams.items() if stream.closing)

@@ -15,7 +15,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.access.methods import MANAGER, OPERATOR
 from latchkey_service.postgres import connections, sessions
-from latchkey_service.rpc import admission, deadlines, interceptor
+from latchkey_service.rpc import admission, managed_calls
 
 from tests.helpers.callers import credential, policy_text
 from tests.helpers.calls import is_serving, outcome
@@ -44,9 +44,9 @@ async def test_calls_that_wait_for_the_database_are_bounded(
     monkeypatch.setitem(sessions.SETTINGS, "lock_timeout", "60s")
     monkeypatch.setattr(connections, "STATEMENT_TIMEOUT_SECONDS", 60.0)
     monkeypatch.setattr(admission, "QUEUE_SECONDS_MAX", 60.0)
-    monkeypatch.setattr(deadlines, "CALL_SECONDS_MAX", 60.0)
+    monkeypatch.setattr(managed_calls, "CALL_SECONDS_MAX", 60.0)
     # One call in progress, and one in all.
-    monkeypatch.setattr(interceptor, "CONCURRENCY_LIMITS", {MANAGER: (1, 1), OPERATOR: (1, 1)})
+    monkeypatch.setattr(managed_calls, "CONCURRENCY_LIMITS", {MANAGER: (1, 1), OPERATOR: (1, 1)})
     assert settings.database_url is not None
     url = settings.database_url.get_secret_value()
     async with serving(settings) as address, grpc.aio.insecure_channel(address) as channel:

@@ -18,7 +18,7 @@ from latchkey_service.access.methods import MANAGER
 from latchkey_service.postgres.connections import POOL_SIZE_MAX
 from latchkey_service.process import wiring
 from latchkey_service.process.wiring import running
-from latchkey_service.rpc.interceptor import CONCURRENCY_LIMITS
+from latchkey_service.rpc.managed_calls import CONCURRENCY_LIMITS
 from latchkey_service.tokens import pepper_file
 from latchkey_service.tokens.token_store import TokenStore
 

@@ -14,8 +14,7 @@ from urllib.parse import quote, unquote
 
 from latchkey_service.access import forwarded, policy
 from latchkey_service.access.authenticator import ActivePolicy, Authenticator
-from latchkey_service.access.credentials import digest_of, mint, policy_digest
-from latchkey_service.access.identity import bearer
+from latchkey_service.access.credentials import bearer, digest_of, mint, policy_digest
 from latchkey_service.errors import Denied
 from latchkey_service.secret_format import Secret
 

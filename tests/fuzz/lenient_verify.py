@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 from google.protobuf.message import DecodeError
 from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_service.rpc.lenient_parsing import BATCH_VERIFY, VERIFY, parse_non_utf8
+from latchkey_service.access.methods import BATCH_VERIFY, VERIFY
+from latchkey_service.rpc.lenient_parsing import parse_non_utf8
 
 from tests.fuzz.target import Finding, Target
 

@@ -1,6 +1,6 @@
 """The history of a real database: its head and its log, advanced as a Delete does it."""
 
-from latchkey_coherence.memory import Position
+from latchkey_coherence.verdict_cache import Position
 from latchkey_service.coherence.snapshot import mark_in
 from latchkey_service.coherence.verifier_state import Log
 from latchkey_service.coherence.verifier_table import Report

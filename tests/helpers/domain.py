@@ -4,8 +4,9 @@ from latchkey_service.audit.audit_log import AuditContext
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.snapshot import Snapshot
 from latchkey_service.coherence.verifier_state import ReadBegan
+from latchkey_service.tokens.batched_lookup import Found, Lookup
 
-__all__ = ["BelievedReads", "audit_context"]
+__all__ = ["BelievedReads", "audit_context", "find"]
 
 
 class BelievedReads(LeasedReads):
@@ -25,3 +26,9 @@ class BelievedReads(LeasedReads):
 def audit_context(method: str = "Create") -> AuditContext:
     """The audit context for a change that bypasses the servicer."""
     return AuditContext("", f"/latchkey.v1.TokenService/{method}", "unix:", "request", "", "")
+
+
+async def find(lookup: Lookup, digest: bytes, deadline: float) -> Found:
+    """Look up one token. `deadline` is on the look-up's clock."""
+    (found,) = await lookup.find_all((digest,), deadline)
+    return found

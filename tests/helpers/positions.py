@@ -1,6 +1,6 @@
 """Positions in made-up histories."""
 
-from latchkey_coherence.memory import Position
+from latchkey_coherence.verdict_cache import Position
 
 __all__ = ["at"]
 

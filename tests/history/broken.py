@@ -61,14 +61,14 @@ def _renewal_without_the_log() -> None:
 
 def _fill_without_the_rule() -> None:
     """Rule 4: every read is cached, however old."""
-    from latchkey_coherence.memory import Memory
+    from latchkey_coherence.verdict_cache import VerdictCache
 
-    admit = Memory.admit
+    store = VerdictCache.store
 
-    def always(self: Memory[Any], key: bytes, entry: Any, _position: object) -> bool:
-        return admit(self, key, entry, self.position)
+    def always(self: VerdictCache[Any], key: bytes, entry: Any, _position: object) -> bool:
+        return store(self, key, entry, self.position)
 
-    _replace(Memory, "admit", always)
+    _replace(VerdictCache, "store", always)
 
 
 def _use_without_a_lease() -> None:
@@ -93,7 +93,7 @@ def _acknowledgement_before_the_clients() -> None:
     from latchkey_service.coherence.verifier_state import VerifierState
 
     def own(self: VerifierState[Any], _now: float) -> int:
-        return self.memory.position.revision
+        return self.cache.position.revision
 
     _replace(VerifierState, "acknowledgeable", own)
 
@@ -131,15 +131,15 @@ def _positions_without_marks() -> None:
 
     The database compares bare revisions as well, and a change of its timeline goes unnoticed.
     """
-    from latchkey_coherence.memory import Memory, Position
+    from latchkey_coherence.verdict_cache import Position, VerdictCache
     from latchkey_service.coherence import verifier_table
     from latchkey_service.coherence.snapshot import POSITION_KNOWN, Snapshot
     from latchkey_service.coherence.verifier_state import ReadBegan, Server, Standing, VerifierState
 
-    def knows(self: Memory[Any], position: Position) -> bool:
+    def knows(self: VerdictCache[Any], position: Position) -> bool:
         return position.revision <= self.position.revision
 
-    def always(_self: Memory[Any], _position: Position) -> bool:
+    def always(_self: VerdictCache[Any], _position: Position) -> bool:
         return True
 
     def standing(self: VerifierState[Any], snapshot: Snapshot, began: ReadBegan) -> Standing:
@@ -149,8 +149,8 @@ def _positions_without_marks() -> None:
     def unknown(_identifier: object, _timeline: object) -> Server:
         return Server(None, None)
 
-    _replace(Memory, "knows", knows)
-    _replace(Memory, "agrees", always)
+    _replace(VerdictCache, "knows", knows)
+    _replace(VerdictCache, "agrees", always)
     _replace(VerifierState, "standing", standing)
     _replace(verifier_table, "Server", unknown)
     for name in ("_RENEW", "_READ_LOG"):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from random import Random
 from typing import TypeVar
 
-from latchkey_coherence.memory import Position
+from latchkey_coherence.verdict_cache import Position
 from latchkey_service.coherence.ack_rules import VerifierRow
 from latchkey_service.coherence.snapshot import Snapshot
 from latchkey_service.coherence.verifier_state import Change, Log, Server

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from latchkey import _subscription as client_side
 from latchkey._subscription import Subscription
 from latchkey_coherence.lease import DRIFT_MAX
-from latchkey_coherence.memory import Entry, Memory, Position
+from latchkey_coherence.verdict_cache import Entry, Position, VerdictCache
 from latchkey_service.coherence import watch_sessions
 from latchkey_service.coherence.ack_rules import (
     DeadVerifierDetector,
@@ -65,7 +65,7 @@ class Server:
         self.world, self.name = world, name
         self.clock = Clock(world)
         self.state: VerifierState[Known] = VerifierState(
-            world.server_memory(ENTRIES_MAX), ClientLeases(), LEASE_SECONDS
+            world.server_cache(ENTRIES_MAX), ClientLeases(), LEASE_SECONDS
         )
         self.detector = DeadVerifierDetector()
         self.incarnation = 0
@@ -97,13 +97,13 @@ class Server:
             return
         began = self.clock()
         if news:
-            log = database.read_log(state.memory.position)
+            log = database.read_log(state.cache.position)
             # As in the service, only a renewal may move the lease to another server.
             if not log.known or log.server == state.server:
                 self.reply = lambda: self._apply(log, began)
                 return
         acknowledged = state.acknowledgeable(began)
-        renewal = database.renew(self.name, self.incarnation, state.memory.position, acknowledged)
+        renewal = database.renew(self.name, self.incarnation, state.cache.position, acknowledged)
         if renewal is None:
             self.renewal_database = self.world.reached()
         else:
@@ -146,11 +146,11 @@ class Server:
     def verify(self, token_id: str, answer: Callable[[bool, Position], None]) -> None:
         """Answer from the cache, or send a read and answer when it arrives."""
         state = self.state
-        known = state.memory.entries.get(token_id.encode())
+        known = state.cache.entries.get(token_id.encode())
         if self.clock() >= state.lease_ends:
             return
         if known is not None:
-            answer(known.live, state.memory.position)
+            answer(known.live, state.cache.position)
             return
         began = state.begin_read()
         database = self.lookup_database = self.world.session(self.lookup_database)
@@ -180,7 +180,7 @@ class Server:
                 lambda: self._arrived(known, snapshot, began, answer, again=False)
             )
         elif standing is Standing.BELIEVED:
-            self.state.memory.admit(known.token_id.encode(), known, snapshot.position)
+            self.state.cache.store(known.token_id.encode(), known, snapshot.position)
             answer(known.live, snapshot.position)
         else:
             self.world.count("refused")
@@ -259,9 +259,9 @@ class Client:
     def __init__(self, world: "World") -> None:
         self.world = world
         self.clock = Clock(world)
-        memory: Any = world.client_memory(ENTRIES_MAX)
-        self.memory: Memory[Known] = memory
-        self.subscription = Subscription(memory, world.random.random)
+        cache: Any = world.client_cache(ENTRIES_MAX)
+        self.cache: VerdictCache[Known] = cache
+        self.subscription = Subscription(cache, world.random.random)
         self.streams: list[Stream] = []
 
     def verify(self, token_id: str) -> None:
@@ -269,7 +269,7 @@ class Client:
         watches."""
         started = self.world.steps
         key = token_id.encode()
-        known = self.memory.entries.get(key)
+        known = self.cache.entries.get(key)
         if known is not None and self.clock() < self.subscription.lease.end:
             self.world.count("from a client's cache")
             self.world.answered(token_id, started, valid=known.live)
@@ -278,7 +278,7 @@ class Client:
         def arrive(live: bool, position: Position) -> None:
             def deliver() -> None:
                 if self.clock() < self.subscription.lease.end:
-                    self.memory.admit(key, Known(token_id, live=live), position)
+                    self.cache.store(key, Known(token_id, live=live), position)
                 self.world.answered(token_id, started, valid=live)
 
             self.world.send(deliver)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from latchkey_coherence.memory import Memory, Position
+from latchkey_coherence.verdict_cache import Position, VerdictCache
 from latchkey_service.coherence import ack_rules, verifier_state
 from latchkey_service.coherence.ack_rules import (
     Acknowledgements,
@@ -87,12 +87,12 @@ AnyOrder.TestCase.settings = settings(
 test_in_any_order = AnyOrder.TestCase
 
 
-def admit_any_read(self: Memory[Any], key: bytes, entry: Any, position: Position) -> bool:
+def store_any_read(self: VerdictCache[Any], key: bytes, entry: Any, position: Position) -> bool:
     """Rule 4 broken: no fill rule."""
-    return admit(self, key, entry, self.position)
+    return store(self, key, entry, self.position)
 
 
-admit = Memory.admit
+store = VerdictCache.store
 take = WatchSession.take
 
 
@@ -100,8 +100,8 @@ def keep_the_cache(
     self: Any, position: Position, acknowledged: int, server: Any, now: float
 ) -> None:
     """Rule 3 broken: a lost row does not empty the cache when the process registers again."""
-    self.memory._marks[position.revision] = position.mark
-    self.memory.position = position
+    self.cache._marks[position.revision] = position.mark
+    self.cache.position = position
     self.acknowledged, self.registered, self.server = acknowledged, True, server
 
 
@@ -120,7 +120,7 @@ def grant_longer(self: WatchSession, now: float) -> list[Any]:
     ]
 
 
-class Markless(Memory[Any]):
+class Markless(VerdictCache[Any]):
     """Rule 12 broken: a cache that compares bare revisions."""
 
     def knows(self, position: Position) -> bool:
@@ -137,7 +137,7 @@ def knows_by_revision(self: Database, position: Position) -> bool:
 
 def believe_recent_revisions(self: VerifierState[Any], snapshot: Any, began: Any) -> Standing:
     """Rule 12 broken: a look-up is believed by its bare revision."""
-    if snapshot.position.revision > self.memory.position.revision:
+    if snapshot.position.revision > self.cache.position.revision:
         return Standing.AHEAD
     fresh = snapshot.position.revision >= began.applied and began.epoch == self.epoch
     return Standing.BELIEVED if fresh else Standing.REFUSED
@@ -173,10 +173,10 @@ MUTANTS: dict[str, list[tuple[Any, str, Any]]] = {
     ],
     "3: the log is not applied": [(VerifierState, "apply", lambda self, log, began: False)],
     "3: renewed on any history": [(Database, "renew", renew_on_any_history)],
-    "4: no fill rule": [(Memory, "admit", admit_any_read)],
+    "4: no fill rule": [(VerdictCache, "store", store_any_read)],
     "6: grants outlast the lease": [(WatchSession, "take", grant_longer)],
     "7: clients are not waited for": [
-        (VerifierState, "acknowledgeable", lambda self, now: self.memory.position.revision)
+        (VerifierState, "acknowledgeable", lambda self, now: self.cache.position.revision)
     ],
     "8: no wait": [(PendingDeletion, "evaluate", lambda self, rows, now: Acknowledgements(0, 0))],
     "8: too short a wait": [(ack_rules, "outwait_seconds", lambda seconds: 0.5)],
@@ -184,7 +184,7 @@ MUTANTS: dict[str, list[tuple[Any, str, Any]]] = {
         (DeadVerifierDetector, "dead", lambda self, rows, asked, now: list(rows))
     ],
     "12: no marks in the database": [(Database, "knows", knows_by_revision)],
-    "12: no marks in the server's cache": [(World, "server_memory", Markless)],
+    "12: no marks in the server's cache": [(World, "server_cache", Markless)],
     "12: look-ups are believed by revision": [
         (VerifierState, "standing", believe_recent_revisions)
     ],

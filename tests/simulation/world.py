@@ -19,7 +19,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from latchkey_coherence.memory import Memory, Position
+from latchkey_coherence.verdict_cache import Position, VerdictCache
 from latchkey_service.coherence.ack_rules import (
     Acknowledgements,
     PendingDeletion,
@@ -40,8 +40,8 @@ class World:
     Without `timelines` the engine does not report them, so only marks tell histories apart.
     """
 
-    server_memory: type[Memory[Any]] = Memory
-    client_memory: type[Memory[Any]] = Memory
+    server_cache: type[VerdictCache[Any]] = VerdictCache
+    client_cache: type[VerdictCache[Any]] = VerdictCache
 
     def __init__(self, random: Random, *, timelines: bool | None = None) -> None:
         self.random = random

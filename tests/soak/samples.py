@@ -107,7 +107,7 @@ class Samples:
             return
         self._add(whose, "tasks", "tasks", line["tasks"])
         self._add(whose, "watch streams", "streams", line["watch.streams"])
-        self._add(whose, "remembered", "entries", line["memory.entries"])
+        self._add(whose, "remembered", "entries", line["cache.entries"])
         self._add(whose, "objects", "objects", line["objects"])
 
     async def _database(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:

@@ -7,7 +7,7 @@ the service was not asked about.
 from datetime import datetime
 from typing import Final
 
-from latchkey_coherence.memory import Entry
+from latchkey_coherence.verdict_cache import Entry
 
 from latchkey.models import Scope, Token, Verdict, Verification
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from latchkey_coherence.lease import client_lease_end
-from latchkey_coherence.memory import NOWHERE, Memory, Position
+from latchkey_coherence.verdict_cache import NOWHERE, Position, VerdictCache
 
 from latchkey._entry import CacheEntry
 
@@ -99,8 +99,8 @@ class Lease:
 class Subscription:
     """A cache, its lease, and the one stream whose grants count."""
 
-    def __init__(self, memory: Memory[CacheEntry], randomness: Callable[[], float]) -> None:
-        self.memory = memory
+    def __init__(self, cache: VerdictCache[CacheEntry], randomness: Callable[[], float]) -> None:
+        self.cache = cache
         self.lease = Lease()
         self.invalidations = 0
         self.resets = 0
@@ -131,9 +131,9 @@ class Subscription:
         Returns False if the cache knows that revision by another mark. The server then follows
         another history, and the cache has to start over.
         """
-        if not self.memory.agrees(position):
+        if not self.cache.agrees(position):
             return False
-        self.memory.apply(position, token_ids)
+        self.cache.apply(position, token_ids)
         return True
 
     def start_over(self, position: Position) -> None:
@@ -144,7 +144,7 @@ class Subscription:
         """
         self._epoch += 1
         self.lease.drop()
-        self.memory.reset(position)
+        self.cache.reset(position)
 
     def extend(self, stream: "Stream", end: float) -> None:
         """Use `stream`'s grant until `end`, and no other stream's."""
@@ -207,7 +207,7 @@ class Stream:
     def take(self, now: float) -> Request | None:
         """Return the request to send, or None. `now` must have been read just before."""
         self._notice_other_history()
-        applied = self._subscription.memory.position
+        applied = self._subscription.cache.position
         if self._retired:
             owed, self._owes_release = self._owes_release, False
             return Request(applied, released=True) if owed else None
@@ -246,7 +246,7 @@ class Stream:
                 self._asked_at = self._ask_at = self.late_at = None
             case None:
                 # From a newer server. Emptying the cache is safe, whatever the message means.
-                subscription.memory.reset(subscription.memory.position)
+                subscription.cache.reset(subscription.cache.position)
                 subscription.resets += 1
 
     def retire(self) -> None:
@@ -267,13 +267,13 @@ class Stream:
         this server may not know of that change. Its position must then not become the cache's, or
         answers read at that position would be believed (coherence rule 12).
         """
-        subscription, memory = self._subscription, self._subscription.memory
+        subscription, cache = self._subscription, self._subscription.cache
         position = event.position
         subscription.invalidations += 1
-        apart = memory.position != self._left_at and not memory.knows(position)
-        if apart and position.revision > memory.position.revision:
+        apart = cache.position != self._left_at and not cache.knows(position)
+        if apart and position.revision > cache.position.revision:
             # Evicting is safe, whichever history names the tokens.
-            memory.apply(memory.position, event.token_ids)
+            cache.apply(cache.position, event.token_ids)
             if subscription.granted_by(self):
                 self._reset(position, now)
             else:
@@ -281,7 +281,7 @@ class Stream:
                 return
         elif not subscription.apply(position, event.token_ids):
             self._reset(NOWHERE, now)
-        elif memory.position == position or memory.knows(position):
+        elif cache.position == position or cache.knows(position):
             # Servers without marks have no known position.
             self._left_at = position
         self._owes_ack = True
@@ -315,7 +315,7 @@ class Stream:
     def _receive_grant(self, grant: Grant, now: float) -> None:
         if self._asked_at is None or grant.number != self._number:
             return  # answers no open request
-        if not self._subscription.memory.knows(grant.position):
+        if not self._subscription.cache.knows(grant.position):
             return  # a different history, or a position that no message has explained
         asked_at, self._asked_at = self._asked_at, None
         end = client_lease_end(asked_at, min(grant.seconds, LEASE_SECONDS_MAX))

@@ -11,7 +11,7 @@ from hashlib import sha256
 from typing import Final, Self
 
 from latchkey_coherence.lease import boottime
-from latchkey_coherence.memory import Memory, Position
+from latchkey_coherence.verdict_cache import Position, VerdictCache
 
 from latchkey import _convert, _fork
 from latchkey._batch import Batcher
@@ -67,8 +67,8 @@ class Verifier:
         self._owns_client = isinstance(client, str)
         self._client = Client(client) if isinstance(client, str) else client
         self._timeout_seconds = timeout_seconds
-        self._memory: Memory[CacheEntry] = Memory(memory_entries)
-        self._subscription = Subscription(self._memory, random.random)
+        self._cache: VerdictCache[CacheEntry] = VerdictCache(memory_entries)
+        self._subscription = Subscription(self._cache, random.random)
         self._watcher = Watcher(
             self._client.open_channel, self._subscription, self._client.metadata
         )
@@ -79,7 +79,7 @@ class Verifier:
         self._misses = 0
         # Direct references for verify_nowait, to save attribute look-ups.
         self._lease = self._subscription.lease
-        self._find = self._memory.entries.get
+        self._find = self._cache.entries.get
         _fork.watch(self)
 
     def verify_nowait(
@@ -170,7 +170,7 @@ class Verifier:
         entry = cache_entry(answer, scope, keep_until)
         if entry is not None:
             position = Position(answer.revision, answer.mark)
-            self._memory.admit(sha256(secret.encode()).digest(), entry, position)
+            self._cache.store(sha256(secret.encode()).digest(), entry, position)
 
     def stats(self) -> VerifierStats:
         """Return the verifier's state: whether it answers from its cache, why not, and counters."""
@@ -185,8 +185,8 @@ class Verifier:
             watching=left > 0.0,
             fallback_reason=reason,
             lease_remaining_seconds=left,
-            applied_revision=self._memory.position.revision,
-            entries=len(self._memory),
+            applied_revision=self._cache.position.revision,
+            entries=len(self._cache),
             hits=self._hits,
             misses=self._misses,
             batches=self._batcher.batches,

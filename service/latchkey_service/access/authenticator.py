@@ -1,8 +1,10 @@
 """The active policy, and the authenticator of each listener, which authorizes every call.
 
 Cost for a Verify: with a policy, one pass over the call's metadata, one hash and two look-ups, plus
-one clock reading for a certificate. Without a policy there is no authenticator and no cost
-(`interceptor.py`).
+one clock reading for a certificate. Without a policy there is no authenticator and no cost.
+
+No message has been parsed yet when `authorize` runs: the paths of calls (`rpc`) pass only the
+metadata.
 """
 
 import math
@@ -10,16 +12,15 @@ import time
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
-from latchkey_proto.v1 import token_service_pb2 as pb
-
 from latchkey_service.access import forwarded
 from latchkey_service.access.certificate import CertificateError, read_certificate
-from latchkey_service.access.identity import bearer, by_certificate, by_credential, conflict
+from latchkey_service.access.credentials import bearer, digest_of
+from latchkey_service.access.identity import by_certificate, conflict
 from latchkey_service.access.methods import OPERATOR, AccountSource, rule_of
 from latchkey_service.access.policy import Caller, Policy
 from latchkey_service.errors import PermissionDenied, Unauthenticated, WatchRefused
 
-__all__ = ["ActivePolicy", "Authenticator", "check_account", "restrict_to_accounts"]
+__all__ = ["ActivePolicy", "Authenticator", "HasMetadata", "check_account"]
 
 AUTHORIZATION: Final = "authorization"
 # Total of the certificates and headers in the cache; enough for thousands of clients.
@@ -127,7 +128,9 @@ class Authenticator:
                 header = value
         caller = None
         if authorization is not None:
-            caller = by_credential(policy, bearer(authorization))
+            caller = policy.by_credential(digest_of(bearer(authorization)))
+            if caller is None:
+                raise Unauthenticated("Unknown or revoked credential.", "CREDENTIAL_UNKNOWN")
         by_tls = None
         if self._tls:
             # Only the certificate itself contains the complete names (`certificate.py`).
@@ -210,35 +213,6 @@ def check_account(path: str, caller: Caller, request: Any) -> None:
         # The same error as from a server that grants no leases: the client library then calls
         # Verify each time.
         raise WatchRefused("Callers limited to accounts cannot hold leases.")
-
-
-def restrict_to_accounts(path: str, caller: Caller, answer: bytes) -> bytes:
-    """Return a verify's encoded answer, restricted to the accounts that `caller` may act for.
-
-    A token of another account becomes UNKNOWN, like a secret that was never issued.
-    """
-    accounts = caller.accounts
-    if accounts is None or rule_of(path).account is not AccountSource.ANSWER:
-        return answer
-    response: Any
-    if path.endswith("/BatchVerify"):
-        response = pb.BatchVerifyResponse.FromString(answer)
-        verifications = list(response.responses)
-    else:
-        response = pb.VerifyResponse.FromString(answer)
-        verifications = [response]
-    for verification in verifications:
-        if verification.HasField("token"):
-            if accounts.allow(verification.token.account_id):
-                continue
-            verification.verdict = pb.VERDICT_UNKNOWN
-        # Drop the position: most secrets that were never issued need no read and have no position.
-        # So a position would reveal another account's token, even after it was purged.
-        verdict = verification.verdict
-        verification.Clear()
-        verification.verdict = verdict
-    encoded: bytes = response.SerializeToString()
-    return encoded
 
 
 def _identify_certificate(policy: Policy, pem: bytes) -> _Identity:

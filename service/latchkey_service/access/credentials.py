@@ -1,4 +1,6 @@
-"""Bearer credentials of callers: `lkc_`, 43 base62 digits (256 random bits), a 6-digit checksum.
+"""Bearer credentials of callers: their format, their digests, and how a call presents them.
+
+A credential is `lkc_`, 43 base62 digits (256 random bits) and a 6-digit checksum.
 
 The checksum is the CRC-32 of everything before it. As in token secrets, it serves secret scanners.
 A policy stores the SHA-256 of the credential. A plain hash of 256 random bits reveals nothing
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Final
 
+from latchkey_service.errors import Unauthenticated
 from latchkey_service.secret_format import (
     BODY_DIGITS,
     CREDENTIAL_PREFIX,
@@ -20,11 +23,13 @@ from latchkey_service.secret_format import (
     checksum,
 )
 
-__all__ = ["DIGEST", "digest_of", "is_credential", "mint", "policy_digest"]
+__all__ = ["DIGEST", "bearer", "digest_of", "mint", "policy_digest"]
 
 _ALGORITHM: Final = "sha256:"
 DIGEST: Final = re.compile(_ALGORITHM + r"([0-9a-f]{64})")
 _SHAPE: Final = re.compile(CREDENTIAL_SHAPE)
+_SCHEME: Final = "bearer "
+_SCHEME_LENGTH: Final = len(_SCHEME)
 
 
 def mint(random_bytes: Callable[[int], bytes]) -> Secret:
@@ -33,9 +38,21 @@ def mint(random_bytes: Callable[[int], bytes]) -> Secret:
     return Secret(body + checksum(body))
 
 
-def is_credential(presented: str) -> bool:
-    """Return whether `presented` has the shape of a credential. Ignores the checksum."""
-    return _SHAPE.fullmatch(presented) is not None
+def bearer(authorization: str | bytes) -> str:
+    """Return the credential in the value of `authorization` (RFC 6750 §2.1).
+
+    Raises Unauthenticated for any other value: a call with a malformed credential does not count as
+    anonymous. Only text in the shape of our own credentials is accepted, whatever its checksum.
+    Otherwise, a policy with the digest of a guessable text would admit anyone who guesses it.
+    """
+    if isinstance(authorization, str) and authorization[:_SCHEME_LENGTH].lower() == _SCHEME:
+        credential = authorization[_SCHEME_LENGTH:]
+        if _SHAPE.fullmatch(credential):
+            return credential
+    raise Unauthenticated(
+        "The metadata 'authorization' does not contain a bearer credential of a caller.",
+        "CREDENTIAL_MALFORMED",
+    )
 
 
 def digest_of(presented: str) -> bytes:

@@ -1,46 +1,18 @@
-"""Maps the certificate and bearer credential of a call to a caller of the policy. Pure.
+"""Maps the names in a client certificate to a caller of the policy. Pure.
 
-A call may present both. Each must be known, and both must belong to the same caller: one valid
-identity does not make up for an invalid one.
+A call may present a bearer credential as well (`credentials.py`). Each must be known, and both must
+belong to the same caller: one valid identity does not make up for an invalid one.
 """
 
 from collections.abc import Iterable
 from typing import Final
 
-from latchkey_service.access.credentials import digest_of, is_credential
 from latchkey_service.access.policy import Caller, Policy
 from latchkey_service.errors import Unauthenticated
 
-__all__ = ["bearer", "by_certificate", "by_credential"]
+__all__ = ["by_certificate", "conflict"]
 
 _SPIFFE: Final = "spiffe://"
-_SCHEME: Final = "bearer "
-_SCHEME_LENGTH: Final = len(_SCHEME)
-
-
-def by_credential(policy: Policy, credential: str) -> Caller:
-    """Return the caller that owns this credential. Raises Unauthenticated."""
-    caller = policy.credentials.get(digest_of(credential))
-    if caller is None:
-        raise Unauthenticated("Unknown or revoked credential.", "CREDENTIAL_UNKNOWN")
-    return caller
-
-
-def bearer(authorization: str | bytes) -> str:
-    """Return the credential in the value of `authorization` (RFC 6750 §2.1).
-
-    Raises Unauthenticated for any other value: a call with a malformed credential does not count as
-    anonymous. Only text in the shape of our own credentials is accepted. Otherwise, a policy with
-    the digest of a guessable text would admit anyone who guesses it.
-    """
-    if isinstance(authorization, str) and authorization[:_SCHEME_LENGTH].lower() == _SCHEME:
-        credential = authorization[_SCHEME_LENGTH:]
-        if is_credential(credential):
-            return credential
-    raise Unauthenticated(
-        "The metadata 'authorization' does not contain a bearer credential of a caller.",
-        "CREDENTIAL_MALFORMED",
-    )
 
 
 def by_certificate(policy: Policy, uris: Iterable[str], dns: Iterable[str]) -> Caller:

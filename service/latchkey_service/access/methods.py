@@ -1,4 +1,7 @@
-"""The table of all methods and the roles that may call them. No other method is served."""
+"""The table of all methods: who may call them, and how large a request may be.
+
+No other method is served.
+"""
 
 import enum
 from collections.abc import Mapping
@@ -6,6 +9,7 @@ from types import MappingProxyType
 from typing import Final, NamedTuple
 
 __all__ = [
+    "BATCH_VERIFY",
     "MANAGER",
     "METHODS",
     "OPEN",
@@ -13,6 +17,7 @@ __all__ = [
     "REFLECTION",
     "ROLES",
     "VERIFIER",
+    "VERIFY",
     "AccountSource",
     "Rule",
     "rule_of",
@@ -32,13 +37,29 @@ class AccountSource(enum.Enum):
     """The method concerns all accounts at once."""
 
 
+# Size limits of encoded requests. Parsing takes a time in proportion to the size, and so does the
+# memory of the parsed request, by a factor of 10 and more. Most requests have a few short fields.
+REQUEST_BYTES_MAX: Final = 8 * 1024
+# A secret (68 characters at most), an address, and 64 permissions of 250 bytes.
+VERIFY_BYTES_MAX: Final = 16 * 1024
+# 1,000 questions of 262 bytes: a secret, an address and some permissions each. The worst that fits,
+# 131,072 empty questions, takes 7 ms to parse.
+BATCH_VERIFY_BYTES_MAX: Final = 256 * 1024
+# 16 labels of 318 characters and a name of 64, each of up to 4 bytes, take 21 KiB. The worst that
+# fits, 4,000 labels, takes 0.3 ms to parse.
+CREATE_BYTES_MAX: Final = 32 * 1024
+
+
 class Rule(NamedTuple):
-    """How to authorize and audit a method. If `role` is None, everyone may call it."""
+    """How to authorize, bound and audit a method. If `role` is None, everyone may call it."""
 
     role: str | None
     account: AccountSource = AccountSource.NONE
     audited: bool = False
     """Whether each call is written to the audit table."""
+    bytes_max: int = REQUEST_BYTES_MAX
+    """The size limit of a request, or of each message of a stream. It is checked after the caller
+    is authorized, and before the request is parsed."""
 
 
 VERIFIER: Final = "verifier"
@@ -48,12 +69,16 @@ ROLES: Final = (VERIFIER, MANAGER, OPERATOR)
 OPEN: Final = Rule(None)
 
 _TOKENS: Final = "/latchkey.v1.TokenService/"
+VERIFY: Final = _TOKENS + "Verify"
+BATCH_VERIFY: Final = _TOKENS + "BatchVerify"
 METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
     {
-        _TOKENS + "Verify": Rule(VERIFIER, AccountSource.ANSWER),
-        _TOKENS + "BatchVerify": Rule(VERIFIER, AccountSource.ANSWER),
+        VERIFY: Rule(VERIFIER, AccountSource.ANSWER, bytes_max=VERIFY_BYTES_MAX),
+        BATCH_VERIFY: Rule(VERIFIER, AccountSource.ANSWER, bytes_max=BATCH_VERIFY_BYTES_MAX),
         _TOKENS + "Watch": Rule(VERIFIER, AccountSource.ALL),
-        _TOKENS + "Create": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        _TOKENS + "Create": Rule(
+            MANAGER, AccountSource.REQUEST, audited=True, bytes_max=CREATE_BYTES_MAX
+        ),
         _TOKENS + "Get": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "List": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "Delete": Rule(MANAGER, AccountSource.REQUEST, audited=True),

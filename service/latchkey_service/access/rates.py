@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from latchkey_service.errors import RateLimited
+
 __all__ = ["RateLimits"]
 
 # An idle caller may use up one second's calls at once.
@@ -36,3 +38,9 @@ class RateLimits:
             return wait
         self._paid_until[role] = paid_until + count / rate
         return 0.0
+
+    def spend(self, role: str, count: int, now: float) -> None:
+        """Charge `count` calls or questions. Raises RateLimited if over the limit."""
+        wait = self.charge(role, count, now)
+        if wait:
+            raise RateLimited("The caller has exceeded its rate limit.", wait)

@@ -10,7 +10,6 @@ failures of a kind have their own entries; one entry counts all others.
 """
 
 import asyncio
-import contextvars
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,10 +20,10 @@ import grpc
 from latchkey_service.audit.audit_table import AuditTable, NewEntry
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.identifiers import ACCOUNT_ID, TOKEN_ID
-from latchkey_service.secret_format import contains_secret
+from latchkey_service.secret_format import CREDENTIAL_LENGTH, contains_secret
 from latchkey_service.settings.logs import logger
 
-__all__ = ["AuditContext", "AuditLog", "call_audit_context"]
+__all__ = ["AuditContext", "AuditLog"]
 
 FLUSH_SECONDS: Final = 0.2
 # Limit of unwritten entries: a thousand calls a second for ten seconds without a database. Further
@@ -37,9 +36,9 @@ CLOSE_SECONDS: Final = 1.0
 _PEER_LENGTH_MAX: Final = 200
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class AuditContext:
-    """Who makes a call, from where, and for what. `recorded`: the change has written its entry."""
+    """Who makes a call, from where, and for what."""
 
     caller: str
     method: str
@@ -47,7 +46,6 @@ class AuditContext:
     request_id: str
     account_id: str
     token_id: str
-    recorded: bool = False
 
     @classmethod
     def of(
@@ -60,7 +58,10 @@ class AuditContext:
         token_id: str,
     ) -> "AuditContext":
         """Build the context; drop ids from the caller that do not have the expected form."""
-        if not ACCOUNT_ID.fullmatch(account_id) or contains_secret(account_id):
+        if not ACCOUNT_ID.fullmatch(account_id) or (
+            # A credential is shorter than the secret of any token.
+            len(account_id) >= CREDENTIAL_LENGTH and contains_secret(account_id)
+        ):
             account_id = ""
         if not TOKEN_ID.fullmatch(token_id):
             token_id = ""
@@ -70,13 +71,6 @@ class AuditContext:
         """Return the fields for the log, except method and peer."""
         fields = {"caller": self.caller, "account_id": self.account_id, "token_id": self.token_id}
         return {name: value for name, value in fields.items() if value}
-
-
-# Of the current call. Set where a request enters the service; `token_service.py` reads it and
-# passes it on.
-call_audit_context: contextvars.ContextVar[AuditContext] = contextvars.ContextVar(
-    "call_audit_context"
-)
 
 
 class _Kind(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from latchkey_coherence.lease import outwait_seconds
-from latchkey_coherence.memory import Position
+from latchkey_coherence.verdict_cache import Position
 
 __all__ = [
     "NO_ACKNOWLEDGEMENTS",

@@ -9,7 +9,7 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from latchkey_coherence.memory import Position
+from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.coherence.ack_rules import Acknowledgements, PendingDeletion
 from latchkey_service.coherence.verifier_table import Rows, VerifierTable, read_rows

@@ -142,7 +142,7 @@ class LeaseRenewer:
             if self._read is None:
                 self._read = self._loop.create_future()
             await self._wait(self._read, deadline)
-            if self.state.memory.position.revision >= revision:
+            if self.state.cache.position.revision >= revision:
                 return True
         return False
 
@@ -206,7 +206,7 @@ class LeaseRenewer:
             # read.
             self._news = False
             began = self._clock()
-            log = await row.read_log(state.memory.position)
+            log = await row.read_log(state.cache.position)
             if log.known and log.server != state.server:
                 # Applying this log would let reads of that server be believed under a lease that
                 # stands on another one. Only a renewal can move the lease there.
@@ -244,7 +244,7 @@ class LeaseRenewer:
         self._news = False
         renewed, log = await row.renew(
             self._incarnation,
-            state.memory.position,
+            state.cache.position,
             acknowledgeable,
             self._report(acknowledgeable),
         )

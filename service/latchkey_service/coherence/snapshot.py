@@ -6,7 +6,7 @@ the wire.
 
 from typing import NamedTuple
 
-from latchkey_coherence.memory import Position
+from latchkey_coherence.verdict_cache import Position
 
 __all__ = ["POSITION_KNOWN", "Snapshot", "mark_in", "mark_out"]
 

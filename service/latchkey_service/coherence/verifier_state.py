@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from latchkey_coherence.lease import LEASE_SECONDS_MAX, outwait_seconds, server_lease_end
-from latchkey_coherence.memory import NOWHERE, Entry, Memory, Position
+from latchkey_coherence.verdict_cache import NOWHERE, Entry, Position, VerdictCache
 
 from latchkey_service.coherence.ack_rules import OUTWAIT_MARGIN_SECONDS
 from latchkey_service.coherence.client_leases import ClientLeases
@@ -82,21 +82,21 @@ class VerifierState(Generic[E]):
     __slots__ = (
         "_behind_since",
         "acknowledged",
+        "cache",
         "client_leases",
         "epoch",
         "lease_ends",
         "lease_seconds",
         "log_read_began",
-        "memory",
         "registered",
         "rows_complete_at",
         "server",
     )
 
     def __init__(
-        self, memory: Memory[E], client_leases: ClientLeases, lease_seconds: float
+        self, cache: VerdictCache[E], client_leases: ClientLeases, lease_seconds: float
     ) -> None:
-        self.memory = memory
+        self.cache = cache
         self.client_leases = client_leases
         self.lease_seconds = lease_seconds
         self.lease_ends = -math.inf
@@ -129,7 +129,7 @@ class VerifierState(Generic[E]):
         self.registered = True
 
     def apply(self, log: Log, began: float) -> bool:
-        """Apply a log that was read after `memory.position`. Return whether anything changed.
+        """Apply a log that was read after `cache.position`. Return whether anything changed.
 
         `began` is the clock before the read. Only a log that came with a renewal may be of another
         server, because the lease moves there with it.
@@ -152,14 +152,14 @@ class VerifierState(Generic[E]):
             if EVERY_TOKEN in change.token_ids:
                 self._start_over(change.position)
             else:
-                self.memory.apply(change.position, change.token_ids)
+                self.cache.apply(change.position, change.token_ids)
         if log.changes:
             self._behind_since = min(self._behind_since, began)
         return bool(log.changes)
 
     def begin_read(self) -> ReadBegan:
         """Return what `standing` needs to know about the moment before a read is sent."""
-        return ReadBegan(self.memory.position.revision, self.epoch)
+        return ReadBegan(self.cache.position.revision, self.epoch)
 
     def standing(self, snapshot: Snapshot, began: ReadBegan) -> Standing:
         """Return whether a read with this snapshot may be believed.
@@ -172,16 +172,16 @@ class VerifierState(Generic[E]):
         if snapshot.timeline != self.server.timeline or began.epoch != self.epoch:
             return Standing.REFUSED
         position = snapshot.position
-        if position.revision > self.memory.position.revision:
+        if position.revision > self.cache.position.revision:
             return Standing.AHEAD
-        if position.revision < began.applied or not self.memory.knows(position):
+        if position.revision < began.applied or not self.cache.knows(position):
             return Standing.REFUSED
         return Standing.BELIEVED
 
     def acknowledgeable(self, now: float) -> int:
         """Return the revision that this process and every client under its lease have applied (rule
         7)."""
-        applied = self.memory.position.revision
+        applied = self.cache.position.revision
         floor = self.client_leases.floor(now, self._behind_since, applied)
         if floor is None or floor >= applied:
             self._behind_since = math.inf
@@ -193,13 +193,13 @@ class VerifierState(Generic[E]):
     def sweep(self, now: float) -> None:
         """Remove client leases that have ended. `acknowledgeable` removes only those that it has
         to."""
-        self.client_leases.sweep(now, self._behind_since, self.memory.position.revision)
+        self.client_leases.sweep(now, self._behind_since, self.cache.position.revision)
 
     def waiting_for(self, now: float) -> tuple[float, list[str]]:
         """Return for how many seconds a revision has waited for clients, and for which clients."""
         if self._behind_since == math.inf:
             return 0.0, []
-        applied = self.memory.position.revision
+        applied = self.cache.position.revision
         return now - self._behind_since, self.client_leases.behind(applied, now, WAITED_FOR_MAX)
 
     def renew(self, began: float, acknowledged: int) -> None:
@@ -234,6 +234,6 @@ class VerifierState(Generic[E]):
         self.rows_complete_at = now + longest + OUTWAIT_MARGIN_SECONDS
 
     def _start_over(self, position: Position) -> None:
-        self.memory.reset(position)
+        self.cache.reset(position)
         self.client_leases.unconfirm()
         self.epoch += 1

@@ -12,7 +12,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from latchkey_coherence.memory import HISTORY_MAX, Position
+from latchkey_coherence.verdict_cache import HISTORY_MAX, Position
 
 from latchkey_service.coherence.ack_rules import VerifierRow
 from latchkey_service.coherence.snapshot import POSITION_KNOWN, mark_in, mark_out

@@ -15,11 +15,11 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple
 
-from latchkey_coherence.memory import NOWHERE, Position
+from latchkey_coherence.verdict_cache import NOWHERE, Position
 
 from latchkey_service.coherence.client_leases import ClientLease
 from latchkey_service.coherence.verifier_state import VerifierState
-from latchkey_service.errors import Overloaded, Unavailable, WatcherSilent, WatchRefused
+from latchkey_service.errors import Overloaded, Unavailable, WatchRefused, WatchTimedOut
 
 __all__ = [
     "Closing",
@@ -160,7 +160,7 @@ class WatchSession:
                 # An old client, which does not know marks. Its first message may not have shown
                 # that.
                 self._confirmed = False
-        elif state.memory.knows(claim):
+        elif state.cache.knows(claim):
             # The mark proves that the client is on this history, so its claim can be trusted.
             self._confirm(claim)
         else:
@@ -187,7 +187,7 @@ class WatchSession:
             events.append(Closing())
         if self._sent is None or not state.registered:
             return events
-        if self._sent == state.memory.position:
+        if self._sent == state.cache.position:
             self._covered_until = state.lease_ends
         if self._wanted and self._confirmed and not self.closing and now < state.lease_ends:
             if self.lease.ends <= now:
@@ -226,13 +226,13 @@ class WatchSession:
         if self._sent is not None and self._epoch != state.epoch:
             self._reset(events)
         elif claim is not None:
-            if state.memory.knows(claim):
+            if state.cache.knows(claim):
                 if self._sent is None:
                     self._sent, self._epoch = claim, state.epoch
                 self._confirm(claim)
             elif not (
                 claim.mark
-                and claim.revision > state.memory.position.revision
+                and claim.revision > state.cache.position.revision
                 and state.log_read_began <= self._claimed_at
             ):
                 # A client that is ahead may have received news before this process, which reads its
@@ -243,22 +243,22 @@ class WatchSession:
                 self._confirmed = first and claim == NOWHERE
 
     def _invalidate(self, events: list[Event]) -> None:
-        memory = self._state.memory
-        if self._sent is None or self._sent == memory.position:
+        cache = self._state.cache
+        if self._sent is None or self._sent == cache.position:
             return
-        named = memory.named_since(self._sent)
+        named = cache.named_since(self._sent)
         if named is None:
             self._reset(events)
             return
-        self._sent, self._confirmed = memory.position, False
+        self._sent, self._confirmed = cache.position, False
         self._covered_until = self._state.lease_ends
-        events.append(Invalidation(memory.position, named))
+        events.append(Invalidation(cache.position, named))
 
     def _reset(self, events: list[Event]) -> None:
         state = self._state
         # Its confirmations no longer count. The end of its lease still does.
         state.client_leases.confirm(self.lease, 0)
-        self._sent, self._confirmed = state.memory.position, False
+        self._sent, self._confirmed = state.cache.position, False
         self._covered_until = state.lease_ends
         self._epoch, self._claim, self._resetting = state.epoch, None, True
         self._last_confirmed, self._fell_back = 0, False
@@ -322,7 +322,7 @@ class WatchSessions:
         """Serve one stream until its client leaves. `client` is a name for people.
 
         Raises WatchRefused if leases are switched off, Overloaded if there are too many streams,
-        Unavailable if the server is stopping or the stream is old, and WatcherSilent if the client
+        Unavailable if the server is stopping or the stream is old, and WatchTimedOut if the client
         sends nothing for too long.
         """
         if not self._enabled:
@@ -346,7 +346,7 @@ class WatchSessions:
                 stream.sending_since = math.inf
                 await stream.changed.wait()
                 if stream.silent:
-                    raise WatcherSilent("The client has been silent for too long.")
+                    raise WatchTimedOut("The client has been silent for too long.")
                 if stream.must_end:
                     raise Unavailable("The stream is old, or the server is stopping; open another.")
             if reader.done():

@@ -49,8 +49,8 @@ CONNECT_TIMEOUT_SECONDS = 1.0
 IDLE_SECONDS = 5.0
 # Far above a round trip, and short enough to leave the caller time for a new connection.
 TRIAL_TIMEOUT_SECONDS = 0.5
-# One connection for each call in progress (`interceptor.CONCURRENCY_LIMITS`), one for each receipt
-# being written (`management.CONFIRMING_MAX`), and two for background work.
+# One connection for each call in progress (`managed_calls.CONCURRENCY_LIMITS`), one for each
+# receipt being written (`management.CONFIRMING_MAX`), and two for background work.
 POOL_SIZE_MAX = 16
 # Attempts at a transaction that conflicts with others. The longest random pause between attempts
 # starts at the first delay and doubles up to the second. That takes about half a second in total,

@@ -20,11 +20,10 @@ from functools import partial
 from importlib import metadata
 from typing import Any
 
-import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from latchkey_coherence.lease import boottime
-from latchkey_coherence.memory import Memory
+from latchkey_coherence.verdict_cache import VerdictCache
 from latchkey_proto.v1 import audit_service_pb2 as audit_pb
 from latchkey_proto.v1 import audit_service_pb2_grpc as audit_pb_grpc
 from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
@@ -61,11 +60,14 @@ from latchkey_service.process.periodic import (
 from latchkey_service.rpc.audit_service import AuditService
 from latchkey_service.rpc.call_report import CallReporter
 from latchkey_service.rpc.counters import Counts
+from latchkey_service.rpc.handlers import Paths, Registrar
 from latchkey_service.rpc.health_service import Health
-from latchkey_service.rpc.interceptor import Calls
 from latchkey_service.rpc.maintenance_service import MaintenanceService
+from latchkey_service.rpc.managed_calls import ManagedCalls
 from latchkey_service.rpc.status_service import StatusService
-from latchkey_service.rpc.token_service import TokenService, encode_token
+from latchkey_service.rpc.streams import Streams
+from latchkey_service.rpc.token_service import TokenService
+from latchkey_service.rpc.verify_calls import VerifyCalls, encode_token
 from latchkey_service.secret_format import Keyring
 from latchkey_service.settings import exposure
 from latchkey_service.settings.logs import logger
@@ -77,7 +79,7 @@ from latchkey_service.tokens.verdict import CachedToken
 from latchkey_service.tokens.verifier import Verifier
 from latchkey_service.transport.connection_guard import ConnectionGuard
 from latchkey_service.transport.tls import Certificates
-from latchkey_service.transport.transports import Limits, limits_of, make_transport, metadata_of
+from latchkey_service.transport.transports import Limits, limits_of, make_transport, metadata_reader
 
 __all__ = ["Server", "ended", "running"]
 
@@ -112,7 +114,8 @@ class Server:
     def __init__(
         self,
         settings: Settings,
-        calls: Calls,
+        paths: Paths,
+        reporter: CallReporter,
         services: Services,
         watch_sessions: WatchSessions,
         active_policy: ActivePolicy | None,
@@ -124,7 +127,9 @@ class Server:
         # A separate thread. The event loop's own threads may be busy, for example with DNS
         # look-ups, and the removal of a right must not wait for those.
         self._parsing = ThreadPoolExecutor(1, "policy")
-        plaintext = make_transport(exposure.transport_of(settings), limits, calls.rejected)
+        transport = exposure.transport_of(settings)
+        plaintext = make_transport(transport, limits, reporter.rejected)
+        metadata_of = metadata_reader(transport)
         self._servers = [plaintext]
         authenticator = None
         if active_policy is not None:
@@ -132,18 +137,24 @@ class Server:
                 active_policy, proxy=settings.trusted_proxy, metadata_of=metadata_of
             )
         reflected = exposure.reflects(settings, settings.listen)
-        _register(services, _Registrar(plaintext, calls, authenticator), reflected=reflected)
+        _register(
+            services, Registrar(plaintext, paths, authenticator, metadata_of), reflected=reflected
+        )
         self.address = _with_port(settings.listen, plaintext.add_insecure_port(settings.listen))
         self.tls_address: str | None = None
         if settings.tls_listen is not None:
             # Always grpcio: `native` has no TLS.
-            encrypted = make_transport("grpcio", limits, calls.rejected)
+            encrypted = make_transport("grpcio", limits, reporter.rejected)
             self._servers.append(encrypted)
             authenticator = (
                 None if active_policy is None else Authenticator(active_policy, tls=True)
             )
             reflected = exposure.reflects(settings, settings.tls_listen)
-            _register(services, _Registrar(encrypted, calls, authenticator), reflected=reflected)
+            _register(
+                services,
+                Registrar(encrypted, paths, authenticator, metadata_reader("grpcio")),
+                reflected=reflected,
+            )
             assert settings.tls_certificate is not None, "checked in exposure.py"  # noqa: S101 - for the type checker
             assert settings.tls_key is not None, "checked in exposure.py"  # noqa: S101 - for the type checker
             certificates = Certificates(
@@ -236,7 +247,7 @@ async def running(
     cache, notify = settings.cache == "on", settings.notify == "on"
     identity = _identity(settings, keyring)
     verifier_state: VerifierState[CachedToken] = VerifierState(
-        Memory(settings.cache_entries if cache else 0),
+        VerdictCache(settings.cache_entries if cache else 0),
         ClientLeases(),
         settings.lease_seconds,
     )
@@ -305,21 +316,25 @@ async def running(
     audit_table = AuditTable(pool)
     audit = AuditLog(audit_table, time.monotonic, _now)
     reporter = CallReporter(counts, audit, time.monotonic)
-    calls = Calls(counts, audit, reporter, settings.log_verify_share, time.monotonic)
+    paths = Paths(
+        VerifyCalls(verifier, reporter, counts, settings.log_verify_share, time.monotonic),
+        ManagedCalls(counts, audit, reporter, time.monotonic, boottime),
+        Streams(reporter, time.monotonic),
+    )
     if active_policy is not None:
-        active_policy.on_change(calls.recheck)
+        active_policy.on_change(paths.recheck)
     services = Services(
-        TokenService(tokens, verifier, watch_sessions, counts, boottime),
+        TokenService(tokens, watch_sessions),  # type: ignore[abstract]  # VerifyCalls has the rest
         StatusService(table, identity.id, primary.warnings),
         AuditService(audit_table),
-        MaintenanceService(tokens, boottime),
+        MaintenanceService(tokens),
         Health(("", *SERVICES)),
     )
-    server = Server(settings, calls, services, watch_sessions, active_policy, limits)
+    server = Server(settings, paths, reporter, services, watch_sessions, active_policy, limits)
 
     def gauges() -> Mapping[str, int]:
         return {
-            "memory.entries": len(verifier_state.memory),
+            "cache.entries": len(verifier_state.cache),
             "watch.streams": len(watch_sessions),
             "tasks": len(asyncio.all_tasks()),
         }
@@ -395,47 +410,6 @@ def _identity(settings: Settings, keyring: Keyring) -> Identity:
         lease_seconds=settings.lease_seconds,
         pepper_ids=tuple(pepper.id for pepper in keyring.peppers),
     )
-
-
-class _Registrar:
-    """Acts as the server while servicers register, and wraps each handler (`interceptor.py`).
-
-    Registers the wrapped handlers with the transport in both ways. `native` itself serves handlers
-    registered by name, except request streams, which it would give to a no-op of grpcio. grpcio's
-    asyncio server, and the grpcio part of `native`, only look handlers up by path.
-    """
-
-    def __init__(
-        self, server: grpc.aio.Server, calls: Calls, authenticator: Authenticator | None
-    ) -> None:
-        self._server = server
-        self._calls = calls
-        self._authenticator = authenticator
-
-    def add_generic_rpc_handlers(self, handlers: Any) -> None:
-        """Do nothing, because generated code then registers the same handlers by name."""
-
-    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
-        """Wrap and register the handlers of a service, keyed by method name."""
-        wrapped = {
-            name: self._calls.wrap(f"/{service}/{name}", handler, self._authenticator)
-            for name, handler in handlers.items()
-        }
-        by_path = {f"/{service}/{name}": handler for name, handler in wrapped.items()}
-        unary = {n: handler for n, handler in wrapped.items() if not handler.request_streaming}
-        self._server.add_generic_rpc_handlers((_ByPath(by_path),))
-        self._server.add_registered_method_handlers(service, unary)
-
-
-class _ByPath(grpc.GenericRpcHandler):
-    """Finds handlers by exact path; `native` treats handlers keyed by service as registered."""
-
-    def __init__(self, handlers: Mapping[str, Any]) -> None:
-        self._handlers = handlers
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        """Return the handler of the call's method, or None."""
-        return self._handlers.get(handler_call_details.method)
 
 
 def _now() -> datetime:

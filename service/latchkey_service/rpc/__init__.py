@@ -1,8 +1,9 @@
-"""Calls: what every call goes through, and the servicers that turn protobuf into domain calls.
+"""Calls: the paths that they take, and the servicers that turn protobuf into domain calls.
 
 Owns admission, deadlines, error statuses and reports of calls. Besides this room, only access uses
 protobuf; pyproject.toml lists the exceptions.
 
 Imports: access, tokens, coherence, audit, settings.
-Begin with `token_service.py`, which describes one Verify from socket to answer.
+Begin with `handlers.py`, which puts each method on its path: `verify_calls.py` has the whole of a
+Verify, `managed_calls.py` and `streams.py` wrap the servicers.
 """

@@ -21,7 +21,6 @@ callers that retry at once from taking the time that answers need.
 """
 
 import asyncio
-import contextvars
 from collections import OrderedDict
 from collections.abc import Callable
 from types import TracebackType
@@ -43,7 +42,6 @@ __all__ = [
     "ConcurrencyLimiter",
     "RejectionPacer",
     "Slot",
-    "release_slot",
     "wait_seconds",
 ]
 
@@ -186,7 +184,6 @@ class Slot:
     async def __aenter__(self) -> Self:
         self._since = await self._limiter.acquire(self._seconds)
         self._holds = True
-        _current_slot.set(self)
         return self
 
     async def __aexit__(
@@ -206,17 +203,6 @@ class Slot:
         if self._holds:
             self._holds = False
             self._limiter.release(self._since, error)
-
-
-# The slot of the current call.
-_current_slot: contextvars.ContextVar[Slot] = contextvars.ContextVar("slot")
-
-
-def release_slot() -> None:
-    """Release the slot of the current call, if it has one, because it now waits for others."""
-    slot = _current_slot.get(None)
-    if slot is not None:
-        slot.release()
 
 
 class RejectionPacer:

@@ -4,15 +4,17 @@ Thousands of calls may fail alike in a second. So only some of them are logged a
 rejections are paced.
 """
 
+import itertools
 import random
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Final
 
 import structlog
 
 from latchkey_service.access.policy import ANONYMOUS, Caller
 from latchkey_service.audit.audit_log import AuditContext, AuditLog
 from latchkey_service.errors import (
+    REQUEST_ID_METADATA,
     TOO_LATE,
     Denied,
     LatchkeyError,
@@ -25,14 +27,14 @@ from latchkey_service.errors import (
     status_of,
 )
 from latchkey_service.rpc.admission import RejectionPacer
+from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.counters import Counts
-from latchkey_service.rpc.deadlines import budget_seconds
 from latchkey_service.settings.logs import logger
 
-__all__ = ["CallReporter", "request_id_of"]
+__all__ = ["CallReporter", "Metadata", "end_with", "request_id_of"]
 
-REQUEST_ID_METADATA = "x-request-id"
 REQUEST_ID_LENGTH_MAX = 64
+Metadata = Iterable[tuple[str, str | bytes]] | None
 # Delay of an answer to a caller above its rate limit, which keeps it from retrying at once.
 LIMITED_SECONDS_MAX = 0.25
 
@@ -50,38 +52,39 @@ class CallReporter:
     def failed(
         self,
         path: str,
-        context: Any,
+        context: CallContext,
         start: float,
         error: Exception,
         caller: Caller = ANONYMOUS,
-        audit_context: AuditContext | None = None,
-        make_context: Callable[[str], AuditContext] | None = None,
+        entry: Callable[[str], AuditContext] | None = None,
+        change: AuditContext | None = None,
     ) -> tuple[StatusParts, float]:
         """Count, log and audit a failed call. Return its status and the delay before sending it.
 
-        The entry of an audited call uses `audit_context`. If the call failed before it had one,
-        `make_context` builds it from the caller's name.
+        `entry` describes an audited call for its entry; its argument is the caller's name. `change`
+        describes a change that stands, whose entry was written in the same transaction.
         """
         if isinstance(error, TimeoutError):
             error = Unavailable(TOO_LATE)
         name = error.caller if isinstance(error, Denied) else caller.name
         code, reason = code_of(error), reason_of(error)
         expected = isinstance(error, LatchkeyError)
-        written: AuditContext | None = None
+        written = change
         # Thousands of calls may fail alike in a second; only some are logged and audited.
         logged = True
-        if audit_context is not None and audit_context.recorded:
-            # The entry was written in the same transaction as the change, which stands.
-            written = audit_context
-        elif make_context is not None:
+        if change is not None:
+            pass
+        elif entry is not None:
             logged = self._audit.should_record(name, path, code.name, reason)
             if logged or not expected:
-                written = audit_context or make_context(name)
+                written = entry(name)
             if logged and written is not None:
                 logged = self._audit.record(written, code.name, reason)
         elif expected:
             logged = self._audit.should_log(name, path, reason)
-        request_id = request_id_of(context) if written is None else written.request_id
+        request_id = (
+            request_id_of(context.invocation_metadata()) if written is None else written.request_id
+        )
         if logged or not expected:
             self.log(
                 path,
@@ -99,40 +102,50 @@ class CallReporter:
         status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries
         return status, self._delay_seconds(error, context)
 
-    def _delay_seconds(self, error: Exception, context: Any) -> float:
+    def _delay_seconds(self, error: Exception, context: CallContext) -> float:
         if isinstance(error, RateLimited):
-            # Each delay belongs to one caller and holds up no other.
-            return min(error.retry_seconds, LIMITED_SECONDS_MAX, budget_seconds(context) / 2)
+            # Each delay belongs to one caller and holds up no other. It leaves the caller time to
+            # receive the answer.
+            remaining = context.time_remaining()
+            longest = LIMITED_SECONDS_MAX if remaining is None else remaining / 2
+            return min(error.retry_seconds, LIMITED_SECONDS_MAX, longest)
         if isinstance(error, Overloaded):
-            return self._pacer.delay_seconds(self._monotonic(), budget_seconds(context))
+            return self._pacer.delay_seconds(self._monotonic(), context.time_remaining())
         return 0.0
 
-    def ended(
+    def succeeded(
+        self, path: str, context: CallContext, start: float, audit_context: AuditContext
+    ) -> None:
+        """Log an audited call that succeeded."""
+        request_id = audit_context.request_id
+        self.log(path, context, start, "OK", None, request_id, audit_context=audit_context)
+
+    def cancelled(
         self,
         path: str,
-        context: Any,
+        context: CallContext,
         start: float,
-        reason: str,
         caller: Caller,
-        audit_context: AuditContext | None,
+        entry: AuditContext | None = None,
+        change: AuditContext | None = None,
     ) -> None:
-        """Count, log and audit a call that ended without our answer: CANCELLED or ABORTED."""
+        """Count, log and audit a call that was cancelled. `entry` and `change` as for `failed`."""
+        reason = "CANCELLED"
         self._counts.calls[path.rpartition("/")[2], reason] += 1
-        if audit_context is None:
-            logged, request_id = (
-                self._audit.should_log(caller.name, path, reason),
-                request_id_of(context),
-            )
+        written = change or entry
+        if written is None:
+            request_id = request_id_of(context.invocation_metadata())
+            logged = self._audit.should_log(caller.name, path, reason)
         else:
-            request_id = audit_context.request_id
-            logged = audit_context.recorded or self._audit.record(audit_context, reason, reason)
+            request_id = written.request_id
+            logged = change is not None or self._audit.record(written, reason, reason)
         if logged:
-            self.log(path, context, start, reason, reason, request_id, audit_context=audit_context)
+            self.log(path, context, start, reason, reason, request_id, audit_context=written)
 
     def log(
         self,
         path: str,
-        context: Any,
+        context: CallContext,
         start: float,
         code: str,
         reason: str | None,
@@ -159,14 +172,18 @@ class CallReporter:
         write = self._log.error if "exc_info" in fields else self._log.info
         write("call", **fields)
 
-    def rejected(self, path: str, seconds: float | None) -> tuple[StatusParts, float]:
+    def rejected(
+        self, path: str, seconds: float | None, error: LatchkeyError | None = None
+    ) -> tuple[StatusParts, float]:
         """Count a call that is rejected before it starts, and before its caller is known.
 
         Returns what `failed` returns. `seconds` is how long the caller waits; None means no limit.
+        Without an `error`, the call is rejected because too many others wait.
         """
-        error = Overloaded("Too many calls are waiting to start; try again shortly.")
+        if error is None:
+            error = Overloaded("Too many calls are waiting to start; try again shortly.")
         self._counts.calls[path.rpartition("/")[2], code_of(error).name] += 1
-        request_id = _random_id()
+        request_id = request_id_of(None)
         if self._audit.should_log("", path, error.reason):
             self._log.info(
                 "call",
@@ -180,9 +197,21 @@ class CallReporter:
         return status, delay_seconds
 
 
-def request_id_of(context: Any) -> str:
-    """Return the caller's request id if it is well-formed, else a new random one."""
-    for key, value in context.invocation_metadata() or ():
+def end_with(context: CallContext, status: StatusParts) -> bytes:
+    """Set the status of a refused call, and return what its handler returns.
+
+    Not `abort`: grpcio keeps the exception that it raises until a full garbage collection. The
+    exception's traceback has every frame of the call, and a frame may hold a large request.
+    """
+    context.set_code(status.code)
+    context.set_details(status.message)
+    context.set_trailing_metadata(status.trailing_metadata)
+    return b""
+
+
+def request_id_of(metadata: Metadata) -> str:
+    """Return the caller's request id if `metadata` has a well-formed one, else a new id."""
+    for key, value in metadata or ():
         if (
             key == REQUEST_ID_METADATA
             and isinstance(value, str)
@@ -191,12 +220,13 @@ def request_id_of(context: Any) -> str:
             and value.isascii()
         ):
             return value
-    return _random_id()
+    return _prefix + str(next(_numbers))
 
 
-def _random_id() -> str:
-    # A correlation id, not a secret, so a system call is unnecessary.
-    return f"{random.getrandbits(64):016x}"
+# New ids are for correlation, not secret. A random number for the process, and a counter: a random
+# number for each call would take three times as long, and each Verify has an id.
+_prefix: Final = f"{random.getrandbits(48):012x}-"
+_numbers: Final = itertools.count(1)
 
 
 def _without_values(error: Exception) -> Any:

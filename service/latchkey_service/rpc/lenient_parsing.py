@@ -11,10 +11,10 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-__all__ = ["BATCH_MAX", "BATCH_VERIFY", "VERIFY", "parse_non_utf8"]
+from latchkey_service.access.methods import BATCH_VERIFY, VERIFY
 
-VERIFY = "/latchkey.v1.TokenService/Verify"
-BATCH_VERIFY = "/latchkey.v1.TokenService/BatchVerify"
+__all__ = ["BATCH_MAX", "parse_non_utf8"]
+
 # Questions in a BatchVerify.
 BATCH_MAX = 1_000
 
@@ -37,12 +37,18 @@ def parse_non_utf8(path: str, data: bytes) -> Any | None:
 
 
 def _as_text(request: Any) -> pb.VerifyRequest:
-    """Convert the secret to text. An invalid one becomes empty, which is MALFORMED as well."""
+    """Convert the secret to text. An invalid one becomes empty, which is MALFORMED as well.
+
+    Keeps all other fields. If one were lost, a requirement of the caller would be ignored.
+    """
     try:
         secret = request.secret.decode()
     except UnicodeDecodeError:
         secret = ""
-    return pb.VerifyRequest(secret=secret, required_scope=request.required_scope)
+    request.ClearField("secret")
+    text = pb.VerifyRequest.FromString(request.SerializeToString())
+    text.secret = secret
+    return text
 
 
 def _messages() -> tuple[Any, Any]:

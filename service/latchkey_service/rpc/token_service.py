@@ -1,26 +1,21 @@
 """The servicer of TokenService: converts protobuf to arguments, makes one call, converts back.
 
-Owns the encoding of answers. It does not own the rules of the contract (`tokens/`), or limits,
-logging and error statuses (`interceptor.py`).
-
-The path of a Verify: the transport (`transport/`) passes the message to `interceptor.py`, which
-limits, counts and logs the call and translates its errors. `Verify` below calls
-`tokens/verifier.py`, which answers from the cache or asks `tokens/batched_lookup.py`, and
-`verdict.decide` gives the verdict.
+Owns neither the rules of the contract (`tokens/`), nor limits, logging and error statuses
+(`managed_calls.py`, `streams.py`). Verify and BatchVerify are not here: `verify_calls.py` has the
+whole of them.
 """
 
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf import duration_pb2, timestamp_pb2
-from latchkey_coherence.memory import NOWHERE, Position
+from latchkey_coherence.verdict_cache import Position
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
-from latchkey_service.audit.audit_log import call_audit_context
 from latchkey_service.coherence.watch_sessions import (
     Event,
     Grant,
@@ -30,16 +25,13 @@ from latchkey_service.coherence.watch_sessions import (
     WatchSessions,
 )
 from latchkey_service.errors import FieldViolation, InvalidArgument
-from latchkey_service.rpc.admission import release_slot
-from latchkey_service.rpc.counters import Counts
-from latchkey_service.rpc.deadlines import budget_seconds, confirmation_seconds
-from latchkey_service.rpc.lenient_parsing import BATCH_MAX
+from latchkey_service.rpc.managed_calls import current_call
+from latchkey_service.rpc.streams import current_caller
+from latchkey_service.rpc.verify_calls import put_token
 from latchkey_service.tokens.management import NewToken, Tokens
 from latchkey_service.tokens.token_store import Deletion
-from latchkey_service.tokens.verdict import TokenRecord, Verdict
-from latchkey_service.tokens.verifier import Answer, Verifier
 
-__all__ = ["TokenService", "encode_token", "put_receipt", "to_datetime"]
+__all__ = ["TokenService", "put_receipt", "to_datetime"]
 
 # Metadata in which a client library names its host and process. No decision depends on it.
 CLIENT_METADATA = "latchkey-client"
@@ -50,57 +42,16 @@ _TIMESTAMP_SECONDS = range(-62135596800, 253402300800)
 # Range of google/protobuf/duration.proto: about 10,000 years.
 _DURATION_SECONDS_MAX = 315_576_000_000
 
-# Encoded fields: number and wire type, then the value.
-_VERDICT_FIELDS = {verdict: bytes((0x08, verdict)) for verdict in Verdict}
-_REVISION_TAG, _MARK_TAG, _RESPONSES_TAG = b"\x18", b"\x21", b"\x0a"
-
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
 
 
 class TokenService(pb_grpc.TokenServiceServicer):
-    """Serves latchkey.v1.TokenService. The .proto documents the methods."""
+    """Serves latchkey.v1.TokenService, except Verify and BatchVerify. The .proto documents it."""
 
-    def __init__(
-        self,
-        tokens: Tokens,
-        verifier: Verifier,
-        watch_sessions: WatchSessions,
-        counts: Counts,
-        clock: Callable[[], float],
-    ) -> None:
+    def __init__(self, tokens: Tokens, watch_sessions: WatchSessions) -> None:
         self._tokens = tokens
-        self._verifier = verifier
         self._watch_sessions = watch_sessions
-        self._counts = counts
-        self._clock = clock
-        self._position = NOWHERE
-        self._position_fields = b""
-
-    async def Verify(self, request: pb.VerifyRequest, context: "Context") -> bytes:  # type: ignore[override]  # encoded, see Calls
-        answer = self._verifier.verify_cached(request.secret, request.required_scope)
-        if answer is None:
-            deadline = self._clock() + budget_seconds(context)
-            answer = await self._verifier.verify(request.secret, request.required_scope, deadline)
-        self._counts.verdicts[answer.verdict] += 1
-        return self._encoded(answer)
-
-    async def BatchVerify(self, request: pb.BatchVerifyRequest, context: "Context") -> bytes:  # type: ignore[override]  # encoded, see Calls
-        if not 1 <= len(request.requests) <= BATCH_MAX:
-            raise InvalidArgument(
-                FieldViolation(
-                    "requests", f"must have 1-{BATCH_MAX} entries, not {len(request.requests)}"
-                )
-            )
-        questions = [(r.secret, r.required_scope) for r in request.requests]
-        deadline = self._clock() + budget_seconds(context)
-        answers = await self._verifier.verify_batch(questions, deadline)
-        encoded: list[bytes] = []
-        for answer in answers:
-            self._counts.verdicts[answer.verdict] += 1
-            response = self._encoded(answer)
-            encoded += (_RESPONSES_TAG, _varint(len(response)), response)
-        return b"".join(encoded)
 
     async def Watch(  # type: ignore[override]  # writes to the context, which lets us end the stream
         self, request_iterator: AsyncIterator[pb.WatchRequest], context: "Context"
@@ -125,63 +76,48 @@ class TokenService(pb_grpc.TokenServiceServicer):
             request.scope,
             to_datetime("expire_time", request.expire_time) if expiry == "expire_time" else None,
             _timedelta("ttl", request.ttl) if expiry == "ttl" else None,
-            dict(request.labels),
+            # Not copied: there may be too many of them.
+            request.labels,
         )
-        created = await self._tokens.create(new, call_audit_context.get(), self._deadline(context))
+        call = current_call.get()
+        created = await self._tokens.create(new, call.audit_context, call.deadline)
+        call.committed(created.record.id)
         response = pb.CreateResponse(secret=created.secret.reveal())
-        _put_token(created.record, response.token)
+        put_token(created.record, response.token)
         return response
 
     async def Get(self, request: pb.GetRequest, context: "Context") -> pb.GetResponse:
-        record = await self._tokens.get(request.account_id, request.id, self._deadline(context))
+        deadline = current_call.get().deadline
+        record = await self._tokens.get(request.account_id, request.id, deadline)
         response = pb.GetResponse()
-        _put_token(record, response.token)
+        put_token(record, response.token)
         return response
 
     async def List(self, request: pb.ListRequest, context: "Context") -> pb.ListResponse:
+        deadline = current_call.get().deadline
         page = await self._tokens.list(
-            request.account_id, request.page_size, request.page_token, self._deadline(context)
+            request.account_id, request.page_size, request.page_token, deadline
         )
         response = pb.ListResponse(next_page_token=page.next_page_token)
         for record in page.records:
-            _put_token(record, response.tokens.add())
+            put_token(record, response.tokens.add())
         return response
 
     async def Delete(self, request: pb.DeleteRequest, context: "Context") -> pb.DeleteResponse:
-        wait_until = self._clock() + confirmation_seconds(context)
+        call = current_call.get()
         deletion = await self._tokens.delete(
             request.account_id,
             request.id,
-            None if request.no_wait else wait_until,
-            call_audit_context.get(),
-            self._deadline(context),
+            None if request.no_wait else call.confirm_by,
+            call.audit_context,
+            call.deadline,
+            on_commit=call.committed,
             # Waiting for verifiers uses nothing that other calls need.
-            on_wait=release_slot,
+            on_wait=call.release_slot,
         )
         response = pb.DeleteResponse()
         put_receipt(deletion, response.receipt)
         return response
-
-    def _encoded(self, answer: Answer) -> bytes:
-        """Return a VerifyResponse built from encoded parts, which takes a tenth of the time.
-
-        The position stays the same from call to call until a token is deleted.
-        """
-        position = answer.position
-        if position != self._position:
-            self._position = position
-            self._position_fields = _position_fields(position)
-        return _VERDICT_FIELDS[answer.verdict] + answer.token + self._position_fields
-
-    def _deadline(self, context: "Context") -> float:
-        return self._clock() + budget_seconds(context)
-
-
-def encode_token(record: TokenRecord) -> bytes:
-    """Return the encoded token field of a VerifyResponse, with tag and length."""
-    response = pb.VerifyResponse()
-    _put_token(record, response.token)
-    return response.SerializeToString()
 
 
 def _client_of(context: "Context") -> str:
@@ -190,29 +126,12 @@ def _client_of(context: "Context") -> str:
     The label (`latchkey-client`: host and process) helps if the address is that of a proxy, or if
     the transport does not know the address, as with streams of `native`.
     """
-    call = call_audit_context.get()
-    name = f"{call.caller} at {call.peer}" if call.caller else call.peer
+    caller, peer = current_caller.get(), context.peer()
+    name = f"{caller.name} at {peer}" if caller.name else peer
     for key, value in context.invocation_metadata() or ():
         if key == CLIENT_METADATA and isinstance(value, str) and _CLIENT.fullmatch(value):
             return f"{name} ({value})"
     return name
-
-
-def _position_fields(position: Position) -> bytes:
-    """Return the encoded fields `revision` and `mark` of a VerifyResponse. Omits zeros."""
-    revision = _REVISION_TAG + _varint(position.revision) if position.revision else b""
-    mark = _MARK_TAG + position.mark.to_bytes(8, "little") if position.mark else b""
-    return revision + mark
-
-
-def _varint(number: int) -> bytes:
-    """Return the varint encoding of a number that is not negative, seven bits at a time."""
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
 
 
 def _watch_response(event: Event) -> pb.WatchResponse:
@@ -234,39 +153,16 @@ def _watch_response(event: Event) -> pb.WatchResponse:
     return response
 
 
-def _put_token(record: TokenRecord, token: pb.Token) -> None:
-    """Fill `token` in place. Building a message and copying it takes three times as long."""
-    token.id = record.id
-    token.account_id = record.account_id
-    token.name = record.name
-    token.scope = pb.Scope.ValueType(record.scope)
-    token.hint = record.hint
-    _put_time(record.create_time, token.create_time)
-    if record.expire_time is not None:
-        _put_time(record.expire_time, token.expire_time)
-    if record.last_used_time is not None:
-        _put_time(record.last_used_time, token.last_used_time)
-    if record.labels:
-        token.labels.update(record.labels)
-
-
 def put_receipt(deletion: Deletion, receipt: pb.Receipt) -> None:
     """Fill `receipt`."""
-    _put_time(deletion.commit_time, receipt.commit_time)
+    receipt.commit_time.FromDatetime(deletion.commit_time)
     if deletion.effective_time is not None:
-        _put_time(deletion.effective_time, receipt.effective_time)
+        receipt.effective_time.FromDatetime(deletion.effective_time)
     receipt.revision, receipt.mark = deletion.position
     receipt.verifiers_acknowledged = deletion.verifiers_acknowledged
     receipt.verifiers_outwaited = deletion.verifiers_outwaited
     receipt.clients_acknowledged = deletion.clients_acknowledged
     receipt.clients_outwaited = deletion.clients_outwaited
-
-
-def _put_time(moment: datetime, timestamp: timestamp_pb2.Timestamp) -> None:
-    # Not FromDatetime, which takes four times as long: Verify does this for each timestamp.
-    since = moment - _EPOCH
-    timestamp.seconds = since.days * 86_400 + since.seconds
-    timestamp.nanos = since.microseconds * 1_000
 
 
 def to_datetime(field: str, timestamp: timestamp_pb2.Timestamp) -> datetime:

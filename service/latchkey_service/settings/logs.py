@@ -6,8 +6,11 @@ anything that a caller presented, so a secret in a wrong field cannot end up in 
 """
 
 import logging
+import math
 import re
 import sys
+import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import structlog
@@ -15,6 +18,8 @@ import structlog
 __all__ = ["Format", "configure", "format_of", "logger"]
 
 GRPCIO = "grpc._cython.cygrpc"
+# Pause between two log lines about metadata that is not text.
+SAMPLE_SECONDS = 60.0
 
 Format = Literal["json", "console"]
 
@@ -55,7 +60,8 @@ def configure(format_: Format, level: str) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
-    logging.getLogger(GRPCIO).addFilter(_without_values)
+    grpcio = logging.getLogger(GRPCIO)
+    grpcio.filters[:] = [_InvalidText(time.monotonic), _without_values]
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
@@ -69,6 +75,35 @@ def configure(format_: Format, level: str) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+class _InvalidText(logging.Filter):
+    """Logs metadata that is not UTF-8 as one line without a traceback, and not each time.
+
+    grpcio logs such a header of any peer as an error, before the caller is known. The next line
+    after the pause has the number of those that were not logged.
+    """
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        super().__init__()
+        self._monotonic = monotonic
+        self._due = -math.inf
+        self._skipped = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether to log the record."""
+        if not (record.exc_info and isinstance(record.exc_info[1], UnicodeDecodeError)):
+            return True
+        now = self._monotonic()
+        if now < self._due:
+            self._skipped += 1
+            return False
+        self._due = now + SAMPLE_SECONDS
+        record.exc_info = None
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+        record.skipped = self._skipped
+        self._skipped = 0
+        return True
 
 
 def _without_values(record: logging.LogRecord) -> bool:

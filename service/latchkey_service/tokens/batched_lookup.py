@@ -50,7 +50,7 @@ BUSY = 96
 STANDING = 32
 # Weight of the newest sample in the moving average of query time.
 SMOOTHING = 0.2
-# Longest delay between a deadline and its error: well within `deadlines.ANSWER_SECONDS`.
+# Longest delay between a deadline and its error. Calls reserve more than that for their answer.
 EXPIRY_CHECK_SECONDS = 0.02
 
 
@@ -98,15 +98,11 @@ class Lookup:
         self._worker: asyncio.Task[None] | None = None
         self._expiry_timer: asyncio.TimerHandle | None = None
 
-    async def find(self, digest: bytes, deadline: float) -> Found:
-        """Return the token with this digest.
+    async def find_all(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
+        """Return the tokens with these 1 to 1,000 digests, in order, from one snapshot.
 
         Raises StoreUnavailable, Overloaded, and Unavailable at `deadline` (monotonic seconds).
         """
-        return (await self._enqueue((digest,), deadline))[0]
-
-    async def find_all(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
-        """Return the tokens with these 1 to 1,000 digests, in order, from one snapshot."""
         return await self._enqueue(digests, deadline)
 
     def reconnect(self) -> None:
@@ -131,11 +127,9 @@ class Lookup:
         if self._closed:
             raise StoreUnavailable("The server is stopping.")
         now = self._monotonic()
-        if self._worker is None:
-            self._queue_limit.empty(now)
         more = len(self._waiting) + len(self._lookup_connection.batch) - BUSY
         if self._waiting_digests + len(digests) > WAITING_MAX or (
-            more > 0 and self._queue_limit.rejects(more, now)
+            more > 0 and self._is_too_long(more, now)
         ):
             if self._query_began is not None and now - self._query_began > STUCK_SECONDS:
                 raise StoreUnavailable(NO_ANSWER)
@@ -152,6 +146,13 @@ class Lookup:
         if self._expiry_timer is None:
             self._expiry_timer = self._loop.call_later(EXPIRY_CHECK_SECONDS, self._expire_waiters)
         return future
+
+    def _is_too_long(self, more: int, now: float) -> bool:
+        """Return whether the queue, with `more` calls than keep Postgres busy, is too long."""
+        if self._query_began is None:
+            # No query is in progress, so the queue was empty until this tick.
+            self._queue_limit.empty(now)
+        return self._queue_limit.rejects(more, now)
 
     async def _run_queries(self) -> None:
         """Run queries until the queue is empty."""

@@ -114,8 +114,8 @@ class Tokens:
             *_name_violations(name),
             *_label_violations(new.labels),
         ]
-        # The service stores and shows all of these as they are.
-        labels = (*new.labels.keys(), *new.labels.values())
+        # The service stores and shows all of these as they are. Too many labels are not searched.
+        labels = (*new.labels.keys(), *new.labels.values()) if len(new.labels) <= LABELS_MAX else ()
         for field, texts in (
             ("account_id", [new.account_id]),
             ("name", [name]),
@@ -186,19 +186,22 @@ class Tokens:
         audit_context: AuditContext,
         deadline: float,
         *,
+        on_commit: Callable[[], None] = lambda: None,
         on_wait: Callable[[], None] = lambda: None,
     ) -> Deletion:
         """Delete a token permanently and return the receipt. Idempotent.
 
         Returns when no verifier can still answer VALID (coherence rule 8), or at once if
-        `wait_until` is None. Calls `on_wait` when the deletion is committed and only the wait and
-        the receipt remain. Raises NotFound. Raises NotConfirmed at `wait_until` (seconds on the
-        process's clock): the deletion stands, and deleting the token again returns the receipt.
+        `wait_until` is None. Calls `on_commit` when this call has committed the deletion, with its
+        audit entry, and `on_wait` when only the wait and the receipt remain. Raises NotFound.
+        Raises NotConfirmed at `wait_until` (seconds on the process's clock): the deletion stands,
+        and deleting the token again returns the receipt.
         """
         _check(*_account_violations(account_id), *_id_violations(token_id))
         began = await self._reads.begin(deadline)
         deletion = await self._store.delete_token(account_id, token_id, audit_context)
         if deletion is not None:
+            on_commit()
             position = deletion.position
         else:
             # A deposed primary must not report that a leaked token never existed.
@@ -229,16 +232,18 @@ class Tokens:
         audit_context: AuditContext,
         deadline: float,
         *,
+        on_commit: Callable[[], None] = lambda: None,
         on_wait: Callable[[], None] = lambda: None,
     ) -> Deletion:
         """Clear the cache of every verifier and return a receipt. Changes no token.
 
         Returns when every verifier has cleared its cache or can no longer answer from it. Calls
-        `on_wait` when only that wait remains. Raises NotConfirmed at `wait_until` (seconds on the
-        process's clock).
+        `on_commit` when the change is committed, and `on_wait` when only that wait remains. Raises
+        NotConfirmed at `wait_until` (seconds on the process's clock).
         """
         await self._reads.begin(deadline)
         position, commit_time = await self._store.invalidate_all(audit_context)
+        on_commit()
         self._ack_waiter.announce(position.revision)
         on_wait()
         try:

@@ -12,7 +12,7 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from latchkey_coherence.memory import Position
+from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
 from latchkey_service.coherence.ack_rules import Acknowledgements
@@ -193,7 +193,6 @@ class TokenStore:
                     audit_context.peer,
                     audit_context.request_id,
                 )
-        audit_context.token_id, audit_context.recorded = record.id, True
 
     @retry_on_conflict
     async def get_token(
@@ -292,10 +291,7 @@ class TokenStore:
                     audit_context.peer,
                     audit_context.request_id,
                 )
-        if row is None:
-            return None
-        audit_context.recorded = True
-        return _deletion_of(row)
+        return None if row is None else _deletion_of(row)
 
     @retry_on_conflict
     async def get_deletion(
@@ -392,7 +388,6 @@ class TokenStore:
                 )
         if row is None:
             raise RuntimeError("the table `head` is empty")
-        audit_context.recorded = True
         return Position(row[0], mark_in(row[1])), row[2]
 
     @retry_on_conflict

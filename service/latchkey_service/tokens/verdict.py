@@ -6,10 +6,11 @@ Does not find the token (`batched_lookup.py`) or check the lease (`verifier.py`)
 import enum
 from collections.abc import Mapping
 from datetime import datetime
+from sys import intern
 from types import MappingProxyType
 from typing import NamedTuple
 
-from latchkey_coherence.memory import Entry
+from latchkey_coherence.verdict_cache import Entry
 
 __all__ = ["CachedToken", "Scope", "TokenRecord", "Verdict", "decide"]
 
@@ -55,11 +56,12 @@ class TokenRecord(NamedTuple):
 class CachedToken(Entry):
     """The part of a token that the cache keeps. A cache may hold a million of them."""
 
-    __slots__ = ("deleted", "expires", "scope", "token")
+    __slots__ = ("account_id", "deleted", "expires", "scope", "token")
 
     def __init__(
         self,
         token_id: str,
+        account_id: str,
         scope: int,
         expires: float,
         token: bytes,
@@ -68,6 +70,8 @@ class CachedToken(Entry):
         keep_until: float,
     ) -> None:
         super().__init__(token_id, keep_until)
+        # An account has many tokens: interned, their entries share one string.
+        self.account_id = intern(account_id)
         self.scope = scope
         self.expires = expires
         """Expiry in seconds of Unix time; infinite if the token never expires."""

@@ -1,6 +1,6 @@
 """Answers "may this secret do this?" from the cache, or else by parsing, looking up and deciding.
 
-Owns the path of a verify. It does not own the cache's rules (`latchkey_coherence.memory`), the
+Owns the path of a verify. It does not own the cache's rules (`latchkey_coherence`), the
 lease (`coherence`) or the look-up (`batched_lookup.py`).
 
 It answers only while this process holds its lease, whether from the cache or from a read (coherence
@@ -15,9 +15,9 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from hashlib import sha256
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from latchkey_coherence.memory import NOWHERE, Position
+from latchkey_coherence.verdict_cache import NOWHERE, Position
 
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.verifier_state import VerifierState
@@ -26,7 +26,7 @@ from latchkey_service.secret_format import SECRET_LENGTH_MAX, Keyring, Malformed
 from latchkey_service.tokens.batched_lookup import Found, Lookup
 from latchkey_service.tokens.verdict import CachedToken, TokenRecord, Verdict, decide
 
-__all__ = ["Answer", "Question", "Verifier"]
+__all__ = ["MALFORMED", "UNKNOWN", "Answer", "Question", "Verifier"]
 
 
 class Answer(NamedTuple):
@@ -37,19 +37,26 @@ class Answer(NamedTuple):
 
     verdict: Verdict
     token: bytes = b""
+    account_id: str = ""
+    """The token's account; empty without a token."""
     position: Position = NOWHERE
 
 
 # A presented secret and the number of the required scope.
 Question = tuple[str, int]
 
+# A verify gives up after this share of its caller's time, so that the caller receives our reason
+# and not its own timeout: when Postgres hangs, hundreds of calls reach theirs at once.
+PATIENCE = 0.9
+# Limit for callers with more time, or without a deadline: no healthy look-up takes as long.
+SECONDS_MAX = 10.0
 # The cache rarely starts over, and hardly ever twice within one round trip.
 READS_MAX = 3
 # No secret has this digest: HMAC-SHA-256 returns all zeros with a probability of 2**-256.
 ABSENT_DIGEST = bytes(32)
 
-_MALFORMED = Answer(Verdict.MALFORMED)
-_UNKNOWN = Answer(Verdict.UNKNOWN)
+MALFORMED: Final = Answer(Verdict.MALFORMED)
+UNKNOWN: Final = Answer(Verdict.UNKNOWN)
 
 
 class Verifier:
@@ -72,8 +79,8 @@ class Verifier:
         self._lookup = lookup
         self._reads = reads
         self._verifier_state = verifier_state
-        self._memory = verifier_state.memory
-        self._entries = verifier_state.memory.entries
+        self._cache = verifier_state.cache
+        self._entries = verifier_state.cache.entries
         self._encode = encode
         self._clock = clock
         self._unix_time = unix_time
@@ -92,23 +99,31 @@ class Verifier:
         record.used = True
         # No applied invalidation names it, or it would not be in the cache.
         return Answer(
-            decide(record, required_scope, self._unix_time()), record.token, self._memory.position
+            decide(record, required_scope, self._unix_time()),
+            record.token,
+            record.account_id,
+            self._cache.position,
         )
 
-    async def verify(self, presented: str, required_scope: int, deadline: float) -> Answer:
+    async def verify(
+        self, presented: str, required_scope: int, seconds_left: float | None
+    ) -> Answer:
         """Return the answer to one question that `verify_cached` cannot answer.
 
-        At most one round trip, shared with other calls. Raises StoreUnavailable and Overloaded, and
-        Unavailable at `deadline` (seconds on the process's clock).
+        At most one round trip, shared with other calls. `seconds_left` is how long its caller
+        waits; None means no limit. Raises StoreUnavailable and Overloaded, and Unavailable shortly
+        before the caller stops waiting.
         """
         digest = self._parse(presented)
         if isinstance(digest, Answer):
             return digest
-        (found,) = await self._find((digest,), deadline)
+        (found,) = await self._find((digest,), self._deadline(seconds_left))
         # Reads the time after the wait, because expiry is judged at the time of the answer.
         return self._judge(presented, found, required_scope, self._unix_time())
 
-    async def verify_batch(self, questions: Sequence[Question], deadline: float) -> list[Answer]:
+    async def verify_batch(
+        self, questions: Sequence[Question], seconds_left: float | None
+    ) -> list[Answer]:
         """Return the answers to up to 1,000 questions, in order, with one look-up."""
         parsed = [
             self.verify_cached(presented, required_scope) or self._parse(presented)
@@ -117,7 +132,7 @@ class Verifier:
         digests = [digest for digest in parsed if isinstance(digest, bytes)]
         if not digests:
             return [answer for answer in parsed if isinstance(answer, Answer)]
-        founds = iter(await self._find(digests, deadline))
+        founds = iter(await self._find(digests, self._deadline(seconds_left)))
         now = self._unix_time()
         return [
             digest
@@ -132,6 +147,12 @@ class Verifier:
         For the health service.
         """
         await self._find((ABSENT_DIGEST,), deadline)
+
+    def _deadline(self, seconds_left: float | None) -> float:
+        """Return when a verify that began now gives up."""
+        if seconds_left is None:
+            return self._clock() + SECONDS_MAX
+        return self._clock() + min(SECONDS_MAX, PATIENCE * seconds_left)
 
     async def _find(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
         """Look up 1 to 1,000 digests, under the lease, and return what may be believed, in order.
@@ -154,9 +175,10 @@ class Verifier:
         """Decide on a token that was read, and cache it if the fill rule allows."""
         read = found.record
         if read is None:
-            return Answer(Verdict.UNKNOWN, b"", found.snapshot.position)
+            return Answer(Verdict.UNKNOWN, position=found.snapshot.position)
         record = CachedToken(
             read.id,
+            read.account_id,
             int(read.scope),
             math.inf if read.expire_time is None else read.expire_time.timestamp(),
             self._encode(read),
@@ -166,14 +188,15 @@ class Verifier:
             keep_until=self._clock() + self._cache_seconds * (0.5 + 0.5 * self._randomness()),
         )
         position = found.snapshot.position
-        if self._memory.entries_max:
-            self._memory.admit(sha256(presented.encode()).digest(), record, position)
-        return Answer(decide(record, required_scope, now), record.token, position)
+        if self._cache.entries_max:
+            self._cache.store(sha256(presented.encode()).digest(), record, position)
+        verdict = decide(record, required_scope, now)
+        return Answer(verdict, record.token, record.account_id, position)
 
     def _parse(self, presented: str) -> bytes | Answer:
         """Return the digest to look up, or the answer if no look-up is needed."""
         try:
             digest = self._keyring.digest_of(presented)
         except Malformed:
-            return _MALFORMED
-        return _UNKNOWN if digest is None else digest
+            return MALFORMED
+        return UNKNOWN if digest is None else digest

@@ -26,12 +26,18 @@ import grpc
 import pygrpc_native.aio
 from pygrpc_native import EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL
 
-from latchkey_service.access.methods import MANAGER, METHODS, OPEN, OPERATOR, VERIFIER
-from latchkey_service.errors import StatusParts
-from latchkey_service.rpc.lenient_parsing import BATCH_VERIFY
+from latchkey_service.access.methods import (
+    BATCH_VERIFY,
+    MANAGER,
+    METHODS,
+    OPEN,
+    OPERATOR,
+    VERIFIER,
+)
+from latchkey_service.errors import LatchkeyError, StatusParts, TimeoutMalformed
 from latchkey_service.tokens.queue_limit import QueueLimit
 
-__all__ = ["Reject", "Server"]
+__all__ = ["Reject", "Server", "metadata_of"]
 
 # Calls started per turn: some 0.2 ms for each queue. A batch may contain a thousand verifies. Turns
 # have a cost, so more verifies start per turn while no other call arrives that would have to wait.
@@ -64,10 +70,13 @@ Event = Sequence[Any]
 class Reject(Protocol):
     """Returns the status for a rejected call, and the delay before sending it.
 
-    `seconds` is how long its caller waits; None means no limit.
+    `seconds` is how long its caller waits; None means no limit. Without an `error`, the call is
+    rejected because too many others wait.
     """
 
-    def __call__(self, path: str, seconds: float | None) -> tuple[StatusParts, float]:
+    def __call__(
+        self, path: str, seconds: float | None, error: LatchkeyError | None = None
+    ) -> tuple[StatusParts, float]:
         """Count a rejection."""
         ...
 
@@ -117,6 +126,9 @@ class Server(pygrpc_native.aio.Server):
         # One thread for HTTP/2, not two: they share one core with Python, and switching between
         # them used a fifth of it. To use more cores, run more workers.
         super().__init__(options=options, io_threads=1)
+        # The library serves a call with a malformed deadline as if it had none. With this setting,
+        # each event carries the header beside the parsed deadline.
+        self._front_args["client_key_metadata"] = "grpc-timeout"
         self._reject_call = reject
         self._monotonic = monotonic
         self._verifies = _Queue(VERIFIES_IN_TURN)
@@ -175,6 +187,9 @@ class Server(pygrpc_native.aio.Server):
                 continue
             if self._cancelled and call_id in self._cancelled:
                 del self._cancelled[call_id]
+                continue
+            if _has_malformed_timeout(event):
+                self._reject_event(event, TimeoutMalformed())
                 continue
             queue = self._queue_of[method_id]
             if queue is not None and queue is not self._verifies:
@@ -265,6 +280,8 @@ class Server(pygrpc_native.aio.Server):
         for event in events:
             if event[0] == EVENT_CANCEL or queue_of[event[2]] is not verifies:
                 return False
+            if _has_malformed_timeout(event):
+                return False
             if cancelled and event[1] in cancelled:
                 return False
         return True
@@ -289,9 +306,9 @@ class Server(pygrpc_native.aio.Server):
             pause_seconds = min(2 * pause_seconds, ROOM_SECONDS_MAX)
         return sent != STREAM_CLOSED
 
-    def _reject_event(self, event: Event) -> None:
+    def _reject_event(self, event: Event, error: LatchkeyError | None = None) -> None:
         call_id, path, seconds = event[1], self._table[event[2]][0], _seconds_left(event)
-        status, delay_seconds = self._reject_call(path, seconds)
+        status, delay_seconds = self._reject_call(path, seconds, error)
 
         def fail() -> None:
             assert self._front is not None, "it has started"  # noqa: S101 - for the type checker
@@ -306,6 +323,25 @@ class Server(pygrpc_native.aio.Server):
             asyncio.get_running_loop().call_later(delay_seconds, fail)
         else:
             fail()
+
+
+def metadata_of(context: Any) -> Any:
+    """Return the metadata of a call as key-value pairs, or None.
+
+    Reads a private attribute. The public method converts all pairs to named tuples first, which
+    would cost a Verify more than the rest of its authorization. Streams reach grpcio's part of the
+    library, whose contexts lack that attribute.
+    """
+    try:
+        return context._call.metadata  # noqa: SLF001 - see above; the version is pinned
+    except AttributeError:
+        return context.invocation_metadata()
+
+
+def _has_malformed_timeout(event: Event) -> bool:
+    """Return whether the call has a header `grpc-timeout`, but no deadline."""
+    # Without the header, this field has the peer's address, which is text.
+    return event[4].__class__ is bytes and event[5][2] is None
 
 
 def _seconds_left(event: Event) -> float | None:

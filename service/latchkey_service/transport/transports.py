@@ -5,7 +5,9 @@ docs/limits.md lists each limit, the component that enforces it, and what client
 """
 
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -20,7 +22,7 @@ __all__ = [
     "Limits",
     "limits_of",
     "make_transport",
-    "metadata_of",
+    "metadata_reader",
     "options_of",
 ]
 
@@ -129,16 +131,13 @@ def options_of(name: Transport, limits: Limits) -> list[tuple[str, int]]:
     return list(options.items())
 
 
-def metadata_of(context: Any) -> Any:
-    """Return the metadata of a call as key-value pairs, or None.
+def metadata_reader(name: Transport) -> Callable[[Any], Any]:
+    """Return the function that returns the metadata of a call as key-value pairs, or None."""
+    if name == "native":
+        from latchkey_service.transport import native  # noqa: PLC0415
 
-    Reads a private attribute where `native` serves the call. Its public method converts all pairs
-    to named tuples first, which would cost a Verify more than the rest of its authorization.
-    """
-    try:
-        return context._call.metadata  # noqa: SLF001 - see above; the version is pinned
-    except AttributeError:
-        return context.invocation_metadata()
+        return native.metadata_of
+    return methodcaller("invocation_metadata")
 
 
 def _ms(seconds: float) -> int:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from latchkey._subscription import Event, Grant, Stream
-from latchkey_coherence.memory import Memory, Position
+from latchkey_coherence.verdict_cache import Position, VerdictCache
 
-__all__ = ["MUTANTS", "Mutant", "Patch", "mutant", "on_admit", "on_grant", "on_receive"]
+__all__ = ["MUTANTS", "Mutant", "Patch", "mutant", "on_grant", "on_receive", "on_store"]
 
 Patch = pytest.MonkeyPatch
 
@@ -62,11 +62,11 @@ def on_grant(patch: Patch, change: Callable[[Stream, Grant, float], Grant]) -> N
     patch.setattr(Stream, "_receive_grant", mutated)
 
 
-def on_admit(patch: Patch, change: Callable[[Memory[Any], Any, Position], Position]) -> None:
-    """Let a memory admit a verdict as if it was read at the position that `change` returns."""
-    admit = Memory.admit
+def on_store(patch: Patch, change: Callable[[VerdictCache[Any], Any, Position], Position]) -> None:
+    """Let a cache store a verdict as if it was read at the position that `change` returns."""
+    store = VerdictCache.store
 
-    def mutated(self: Memory[Any], key: bytes, entry: Any, position: Position) -> bool:
-        return admit(self, key, entry, change(self, entry, position))
+    def mutated(self: VerdictCache[Any], key: bytes, entry: Any, position: Position) -> bool:
+        return store(self, key, entry, change(self, entry, position))
 
-    patch.setattr(Memory, "admit", mutated)
+    patch.setattr(VerdictCache, "store", mutated)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from latchkey._subscription import Event, Invalidation, Stream, Subscription
-from latchkey_coherence.memory import Memory, Position
+from latchkey_coherence.verdict_cache import Position, VerdictCache
 
 from tests.conformance.mutants.base import Patch, mutant, on_receive
 
@@ -65,13 +65,13 @@ def confirms_under_a_lease_alone(patch: Patch) -> None:
 
 @mutant(7, "an-invalidation-that-was-applied-before")
 def goes_back_to_an_earlier_revision(patch: Patch) -> None:
-    apply = Memory.apply
+    apply = VerdictCache.apply
 
-    def mutated(self: Memory[Any], position: Position, token_ids: Iterable[str]) -> None:
+    def mutated(self: VerdictCache[Any], position: Position, token_ids: Iterable[str]) -> None:
         apply(self, position, token_ids)
         self.position = position
 
-    patch.setattr(Memory, "apply", mutated)
+    patch.setattr(VerdictCache, "apply", mutated)
 
 
 @mutant(7, "a-release")

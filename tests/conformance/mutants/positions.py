@@ -10,37 +10,37 @@ from typing import Any
 from latchkey import verifier
 from latchkey._entry import cache_entry
 from latchkey._subscription import Event, Grant, Invalidation, Reset, Stream, Subscription
-from latchkey_coherence.memory import NOWHERE, Memory, Position
+from latchkey_coherence.verdict_cache import NOWHERE, Position, VerdictCache
 
-from tests.conformance.mutants.base import Patch, mutant, on_admit, on_grant, on_receive
+from tests.conformance.mutants.base import Patch, mutant, on_grant, on_receive, on_store
 
 
 @mutant(12, "a-grant-with-another-mark")
 def ignores_marks(patch: Patch) -> None:
-    patch.setattr(Memory, "knows", lambda self, position: position.revision in self._marks)
-    patch.setattr(Memory, "agrees", lambda _self, _position: True)
+    patch.setattr(VerdictCache, "knows", lambda self, position: position.revision in self._marks)
+    patch.setattr(VerdictCache, "agrees", lambda _self, _position: True)
 
 
 @mutant(12, "a-grant-for-an-unknown-revision")
 def accepts_a_grant_of_any_position(patch: Patch) -> None:
     on_grant(
         patch,
-        lambda stream, grant, _: replace(grant, position=stream._subscription.memory.position),
+        lambda stream, grant, _: replace(grant, position=stream._subscription.cache.position),
     )
 
 
 @mutant(12, "a-grant-before-a-position")
 def begins_with_a_known_position(patch: Patch) -> None:
-    knows = Memory.knows
+    knows = VerdictCache.knows
     patch.setattr(
-        Memory, "knows", lambda self, position: position == NOWHERE or knows(self, position)
+        VerdictCache, "knows", lambda self, position: position == NOWHERE or knows(self, position)
     )
 
 
 @mutant(12, "a-grant-at-an-earlier-known-position")
 def accepts_grants_at_its_own_position_alone(patch: Patch) -> None:
     def change(stream: Stream, grant: Grant, _: float) -> Grant:
-        exact = grant.position == stream._subscription.memory.position
+        exact = grant.position == stream._subscription.cache.position
         return grant if exact else replace(grant, number=-1)
 
     on_grant(patch, change)
@@ -48,17 +48,17 @@ def accepts_grants_at_its_own_position_alone(patch: Patch) -> None:
 
 @mutant(12, "marks-have-64-bits")
 def keeps_marks_in_floating_point(patch: Patch) -> None:
-    def knows(self: Memory[Any], position: Position) -> bool:
+    def knows(self: VerdictCache[Any], position: Position) -> bool:
         mark = self._marks.get(position.revision)
         return mark is not None and float(mark) == float(position.mark)
 
-    patch.setattr(Memory, "knows", knows)
+    patch.setattr(VerdictCache, "knows", knows)
 
 
 def believe_the_mark_zero(patch: Patch) -> None:
     """Treat stored positions with the mark 0 as known."""
     patch.setattr(
-        Memory,
+        VerdictCache,
         "knows",
         lambda self, position: self._marks.get(position.revision) == position.mark,
     )
@@ -67,36 +67,36 @@ def believe_the_mark_zero(patch: Patch) -> None:
 @mutant(12, "an-invalidation-without-a-mark")
 def knows_revisions_without_marks(patch: Patch) -> None:
     believe_the_mark_zero(patch)
-    apply = Memory.apply
+    apply = VerdictCache.apply
 
-    def mutated(self: Memory[Any], position: Position, token_ids: Iterable[str]) -> None:
+    def mutated(self: VerdictCache[Any], position: Position, token_ids: Iterable[str]) -> None:
         apply(self, position, token_ids)
         self._marks.setdefault(position.revision, position.mark)
 
-    patch.setattr(Memory, "apply", mutated)
+    patch.setattr(VerdictCache, "apply", mutated)
 
 
 @mutant(12, "a-reset-without-a-mark")
 def knows_resets_without_marks(patch: Patch) -> None:
     believe_the_mark_zero(patch)
-    reset = Memory.reset
+    reset = VerdictCache.reset
 
-    def mutated(self: Memory[Any], position: Position) -> None:
+    def mutated(self: VerdictCache[Any], position: Position) -> None:
         reset(self, position)
         self._marks[position.revision] = position.mark
 
-    patch.setattr(Memory, "reset", mutated)
+    patch.setattr(VerdictCache, "reset", mutated)
 
 
 @mutant(12, "a-conflict-of-marks")
 def ignores_a_conflict(patch: Patch) -> None:
-    patch.setattr(Memory, "agrees", lambda _self, _position: True)
+    patch.setattr(VerdictCache, "agrees", lambda _self, _position: True)
 
 
 @mutant(12, "a-conflict-at-an-earlier-revision")
 def looks_for_conflicts_at_its_own_position_alone(patch: Patch) -> None:
     patch.setattr(
-        Memory,
+        VerdictCache,
         "agrees",
         lambda self, position: (
             position.revision != self.position.revision or position == self.position
@@ -118,30 +118,30 @@ def keeps_the_lease_at_a_reset(patch: Patch) -> None:
 
 @mutant(12, "a-reset-empties-the-memory")
 def keeps_the_memory_at_a_reset(patch: Patch) -> None:
-    def mutated(self: Memory[Any], position: Position) -> None:
+    def mutated(self: VerdictCache[Any], position: Position) -> None:
         self._named.clear()
         self._marks = {position.revision: position.mark} if position.mark else {}
         self.position = position
 
-    patch.setattr(Memory, "reset", mutated)
+    patch.setattr(VerdictCache, "reset", mutated)
 
 
 @mutant(12, "a-verdict-from-before-a-reset")
 def keeps_old_positions_at_a_reset(patch: Patch) -> None:
-    reset = Memory.reset
+    reset = VerdictCache.reset
 
-    def mutated(self: Memory[Any], position: Position) -> None:
+    def mutated(self: VerdictCache[Any], position: Position) -> None:
         marks = dict(self._marks)
         reset(self, position)
         self._marks = {**marks, **self._marks}
 
-    patch.setattr(Memory, "reset", mutated)
+    patch.setattr(VerdictCache, "reset", mutated)
 
 
 @mutant(12, "a-reset-to-a-lower-revision")
 def never_goes_back(patch: Patch) -> None:
     def before(stream: Stream, event: Event | None, _: float) -> bool:
-        applied = stream._subscription.memory.position.revision
+        applied = stream._subscription.cache.position.revision
         return not (isinstance(event, Reset) and event.position.revision < applied)
 
     on_receive(patch, before)
@@ -150,7 +150,7 @@ def never_goes_back(patch: Patch) -> None:
 @mutant(12, "a-reset-to-the-same-revision")
 def takes_a_reset_to_its_own_revision_for_a_repetition(patch: Patch) -> None:
     def before(stream: Stream, event: Event | None, _: float) -> bool:
-        applied = stream._subscription.memory.position.revision
+        applied = stream._subscription.cache.position.revision
         return not (isinstance(event, Reset) and event.position.revision == applied)
 
     on_receive(patch, before)
@@ -193,7 +193,7 @@ def asks_a_closing_stream(patch: Patch) -> None:
 @mutant(12, "a-second-stream-that-skips-ahead")
 def follows_two_streams_at_once(patch: Patch) -> None:
     def before(stream: Stream, _event: Event | None, _now: float) -> bool:
-        stream._left_at = stream._subscription.memory.position
+        stream._left_at = stream._subscription.cache.position
         return True
 
     on_receive(patch, before)
@@ -204,9 +204,9 @@ def evicts_nothing_for_a_stream_that_skips_ahead(patch: Patch) -> None:
     receive = Stream._receive_invalidation
 
     def mutated(self: Stream, event: Invalidation, now: float) -> None:
-        memory = self._subscription.memory
-        apart = memory.position != self._left_at and not memory.knows(event.position)
-        if apart and event.position.revision > memory.position.revision:
+        cache = self._subscription.cache
+        apart = cache.position != self._left_at and not cache.knows(event.position)
+        if apart and event.position.revision > cache.position.revision:
             event = replace(event, token_ids=())
         receive(self, event, now)
 
@@ -237,15 +237,15 @@ def takes_every_second_stream_for_another_history(patch: Patch) -> None:
 
 @mutant(12, "a-grant-from-before-a-reset")
 def lets_old_grants_last_after_a_reset(patch: Patch) -> None:
-    knows = Memory.knows
+    knows = VerdictCache.knows
     known: set[Position] = set()
 
-    def mutated(self: Memory[Any], position: Position) -> bool:
+    def mutated(self: VerdictCache[Any], position: Position) -> bool:
         if knows(self, position):
             known.add(position)
         return position in known
 
-    patch.setattr(Memory, "knows", mutated)
+    patch.setattr(VerdictCache, "knows", mutated)
 
 
 @mutant(12, "grants-of-other-streams-after-a-reset")
@@ -258,57 +258,57 @@ def keeps_other_streams_after_a_reset(patch: Patch) -> None:
 
 @mutant(12, "a-verdict-of-a-higher-revision")
 def keeps_a_verdict_of_a_higher_revision(patch: Patch) -> None:
-    on_admit(
+    on_store(
         patch,
-        lambda memory, _entry, position: (
-            memory.position if position.revision > memory.position.revision else position
+        lambda cache, _entry, position: (
+            cache.position if position.revision > cache.position.revision else position
         ),
     )
 
 
 @mutant(12, "a-verdict-with-another-mark")
 def keeps_a_verdict_with_another_mark(patch: Patch) -> None:
-    on_admit(
+    on_store(
         patch,
-        lambda memory, _entry, position: Position(
-            position.revision, memory._marks.get(position.revision, 0)
+        lambda cache, _entry, position: Position(
+            position.revision, cache._marks.get(position.revision, 0)
         ),
     )
 
 
 @mutant(12, "a-verdict-without-a-mark")
 def keeps_a_verdict_without_a_mark(patch: Patch) -> None:
-    on_admit(
+    on_store(
         patch,
-        lambda memory, _entry, position: position if position.mark else memory.position,
+        lambda cache, _entry, position: position if position.mark else cache.position,
     )
 
 
 @mutant(12, "a-verdict-of-a-revision-before-the-first-known")
 def keeps_a_verdict_from_before_its_time(patch: Patch) -> None:
-    on_admit(
+    on_store(
         patch,
-        lambda memory, _entry, position: (
-            memory.position if position.revision < min(memory._marks, default=0) else position
+        lambda cache, _entry, position: (
+            cache.position if position.revision < min(cache._marks, default=0) else position
         ),
     )
 
 
 @mutant(12, "several-revisions-in-one-event")
 def keeps_a_verdict_of_a_skipped_revision(patch: Patch) -> None:
-    def change(memory: Memory[Any], _entry: Any, position: Position) -> Position:
-        between = min(memory._marks, default=0) < position.revision < memory.position.revision
-        skipped = between and position.revision not in memory._marks
-        return memory.position if skipped else position
+    def change(cache: VerdictCache[Any], _entry: Any, position: Position) -> Position:
+        between = min(cache._marks, default=0) < position.revision < cache.position.revision
+        skipped = between and position.revision not in cache._marks
+        return cache.position if skipped else position
 
-    on_admit(patch, change)
+    on_store(patch, change)
 
 
 @mutant(12, "several-revisions-in-one-event")
 def keeps_verdicts_at_its_own_position_alone(patch: Patch) -> None:
-    on_admit(
+    on_store(
         patch,
-        lambda memory, _entry, position: position if position == memory.position else NOWHERE,
+        lambda cache, _entry, position: position if position == cache.position else NOWHERE,
     )
 
 
@@ -321,8 +321,8 @@ def ignores_an_unknown_event(patch: Patch) -> None:
 def keeps_positions_at_an_unknown_event(patch: Patch) -> None:
     def before(stream: Stream, event: Event | None, _: float) -> bool:
         if event is None:
-            stream._subscription.memory.entries.clear()
-            stream._subscription.memory._of_token.clear()
+            stream._subscription.cache.entries.clear()
+            stream._subscription.cache._of_token.clear()
         return event is not None
 
     on_receive(patch, before)
@@ -340,7 +340,7 @@ def begins_again_with_each_stream(patch: Patch) -> None:
     open_stream = Subscription.open
 
     def mutated(self: Subscription, now: float) -> Stream:
-        self.memory.reset(NOWHERE)
+        self.cache.reset(NOWHERE)
         return open_stream(self, now)
 
     patch.setattr(Subscription, "open", mutated)

@@ -8,18 +8,18 @@ from typing import Any
 from latchkey import Scope, Verdict, Verification, verifier
 from latchkey._entry import CacheEntry, cache_entry
 from latchkey._subscription import Subscription
-from latchkey_coherence.memory import Memory, Position
+from latchkey_coherence.verdict_cache import Position, VerdictCache
 
-from tests.conformance.mutants.base import Patch, mutant, on_admit
+from tests.conformance.mutants.base import Patch, mutant, on_store
 
 
 @mutant(4, "a-verdict-named-since")
 def keeps_a_verdict_named_since(patch: Patch) -> None:
-    def change(memory: Memory[Any], entry: Any, position: Position) -> Position:
-        memory._named.pop(entry.token_id, None)
+    def change(cache: VerdictCache[Any], entry: Any, position: Position) -> Position:
+        cache._named.pop(entry.token_id, None)
         return position
 
-    on_admit(patch, change)
+    on_store(patch, change)
 
 
 @mutant(4, "an-unknown-secret")
@@ -62,11 +62,11 @@ def keeps_valid_alone(patch: Patch) -> None:
 
 @mutant(4, "a-memory-of-no-size")
 def keeps_in_a_memory_of_no_size(patch: Patch) -> None:
-    def change(memory: Memory[Any], entry: Any, position: Position) -> Position:
-        memory.entries_max = max(1, memory.entries_max)
+    def change(cache: VerdictCache[Any], entry: Any, position: Position) -> Position:
+        cache.entries_max = max(1, cache.entries_max)
         return position
 
-    on_admit(patch, change)
+    on_store(patch, change)
 
 
 @mutant(5, "a-lease-ends-on-time")

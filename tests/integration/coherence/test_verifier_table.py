@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 
 import pytest
-from latchkey_coherence.memory import NOWHERE, Position
+from latchkey_coherence.verdict_cache import NOWHERE, Position
 from latchkey_service.coherence.verifier_table import Identity, OwnRow, VerifierTable, read_rows
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.connections import Connector, Pool

@@ -1,5 +1,6 @@
 """The container files, as far as they can be checked without a container engine."""
 
+import re
 from pathlib import Path
 from typing import Any
 

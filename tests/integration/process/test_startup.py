@@ -20,7 +20,7 @@ from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.verdict import Scope, Verdict
 
 from tests.helpers.databases import session
-from tests.helpers.domain import BelievedReads, audit_context
+from tests.helpers.domain import BelievedReads, audit_context, find
 from tests.helpers.service_process import Service
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 
@@ -77,7 +77,7 @@ async def verdict(database_url: str, keyring: Keyring, created: Created) -> Verd
         return Verdict.UNKNOWN
     lookup = Lookup(lambda: Connector(database_url).connect(), asyncio.get_running_loop().time)
     try:
-        record = (await lookup.find(digest, asyncio.get_running_loop().time() + 5)).record
+        record = (await find(lookup, digest, asyncio.get_running_loop().time() + 5)).record
     finally:
         await lookup.close()
     if record is None:

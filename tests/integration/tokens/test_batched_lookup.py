@@ -15,7 +15,7 @@ from latchkey_service.tokens.batched_lookup import Lookup
 from latchkey_service.tokens.management import NewToken, Tokens
 from latchkey_service.tokens.queue_limit import CALM_SECONDS, STANDING_SECONDS, QueueLimit
 
-from tests.helpers.domain import BelievedReads, audit_context
+from tests.helpers.domain import BelievedReads, audit_context, find
 
 KEYRING = Keyring([Pepper(b"p" * 32)])
 
@@ -94,9 +94,9 @@ def soon(seconds=5.0):
 async def test_lookups_of_one_tick_share_a_query(lookup, counted, digests):
     """A hundred simultaneous look-ups cost one query, and each gets its own answer."""
     wanted = [digests[n % 10] for n in range(100)]
-    found = await asyncio.gather(*(lookup.find(digest, soon()) for digest in wanted))
+    found = await asyncio.gather(*(find(lookup, digest, soon()) for digest in wanted))
     assert counted.queries == [100]
-    assert [f.record.name for f in found] == [f"token {n % 10}" for n in range(100)]
+    assert [f.record and f.record.name for f in found] == [f"token {n % 10}" for n in range(100)]
 
 
 async def test_a_thousand_cost_one_query(lookup, counted, digests):
@@ -112,9 +112,9 @@ async def test_a_thousand_cost_one_query(lookup, counted, digests):
 async def test_a_lookup_during_a_query_waits_for_the_next(lookup, counted, digests):
     """A look-up never joins a query that was sent before it began (coherence rule 4)."""
     counted.gate.clear()
-    first = asyncio.create_task(lookup.find(digests[0], soon()))
+    first = asyncio.create_task(find(lookup, digests[0], soon()))
     await counted.asked.wait()
-    others = [asyncio.create_task(lookup.find(digest, soon())) for digest in digests]
+    others = [asyncio.create_task(find(lookup, digest, soon())) for digest in digests]
     await asyncio.sleep(0)
     assert counted.queries == [1]
     counted.gate.set()
@@ -125,13 +125,13 @@ async def test_a_lookup_during_a_query_waits_for_the_next(lookup, counted, diges
 async def test_a_cancelled_caller_does_not_affect_others(lookup, counted, digests):
     """If one of the look-ups that share a query is cancelled, the others are answered."""
     counted.gate.clear()
-    tasks = [asyncio.create_task(lookup.find(digest, soon())) for digest in digests]
+    tasks = [asyncio.create_task(find(lookup, digest, soon())) for digest in digests]
     await counted.asked.wait()
     tasks[0].cancel()
     counted.gate.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(results[0], asyncio.CancelledError)
-    names = [r.record.name for r in results[1:] if not isinstance(r, BaseException)]
+    names = [r.record and r.record.name for r in results[1:] if not isinstance(r, BaseException)]
     assert names == [f"token {n}" for n in range(1, 10)]
 
 
@@ -141,10 +141,10 @@ async def test_a_deadline_ends_one_wait_and_not_the_others(lookup, counted, dige
     now = 1_000.0
     monkeypatch.setattr(lookup, "_monotonic", lambda: now)
     counted.gate.clear()
-    asked = asyncio.create_task(lookup.find(digests[0], now + 1.0))
+    asked = asyncio.create_task(find(lookup, digests[0], now + 1.0))
     await counted.asked.wait()
-    queued = asyncio.create_task(lookup.find(digests[1], now + 1.0))
-    patient = asyncio.create_task(lookup.find(digests[2], now + 5.0))
+    queued = asyncio.create_task(find(lookup, digests[1], now + 1.0))
+    patient = asyncio.create_task(find(lookup, digests[2], now + 5.0))
     # Let both enter the queue.
     await asyncio.sleep(0)
     now += 1.0
@@ -153,7 +153,9 @@ async def test_a_deadline_ends_one_wait_and_not_the_others(lookup, counted, dige
             await late
     assert not patient.done()
     counted.gate.set()
-    assert (await patient).record.name == "token 2"
+    record = (await patient).record
+    assert record is not None
+    assert record.name == "token 2"
     assert counted.queries == [1, 1], "expired look-ups are not queried"
 
 
@@ -161,13 +163,13 @@ async def test_a_closed_lookup_fails_all_callers(lookup, counted, digests):
     """When a look-up closes, waiting and later callers get StoreUnavailable, and nothing
     reconnects."""
     counted.gate.clear()
-    waiting = [asyncio.create_task(lookup.find(digest, soon())) for digest in digests]
+    waiting = [asyncio.create_task(find(lookup, digest, soon())) for digest in digests]
     await counted.asked.wait()
     await lookup.close()
     for result in await asyncio.gather(*waiting, return_exceptions=True):
         assert isinstance(result, StoreUnavailable)
     with pytest.raises(StoreUnavailable):
-        await lookup.find(digests[0], soon())
+        await find(lookup, digests[0], soon())
     assert counted.is_closed()
     assert counted.queries == [10]
 
@@ -176,12 +178,12 @@ async def test_the_queue_is_bounded(lookup, counted, digests, monkeypatch):
     """A look-up beyond the bound is rejected at once."""
     monkeypatch.setattr(batched_lookup, "WAITING_MAX", 5)
     counted.gate.clear()
-    waiting = [asyncio.create_task(lookup.find(d, soon())) for d in digests[:5]]
+    waiting = [asyncio.create_task(find(lookup, d, soon())) for d in digests[:5]]
     await counted.asked.wait()
-    more = [asyncio.create_task(lookup.find(d, soon())) for d in digests[:5]]
+    more = [asyncio.create_task(find(lookup, d, soon())) for d in digests[:5]]
     await asyncio.sleep(0)
     with pytest.raises(Overloaded):
-        await lookup.find(digests[0], soon())
+        await find(lookup, digests[0], soon())
     counted.gate.set()
     await asyncio.gather(*waiting, *more)
 
@@ -194,7 +196,7 @@ async def test_an_unexpected_error_reaches_every_waiter(lookup, counted, digests
 
     monkeypatch.setattr(counted, "fetch", fail)
     results = await asyncio.gather(
-        *(lookup.find(digest, soon()) for digest in digests), return_exceptions=True
+        *(find(lookup, digest, soon()) for digest in digests), return_exceptions=True
     )
     assert {type(result) for result in results} == {ZeroDivisionError}
 
@@ -209,7 +211,7 @@ async def test_a_standing_queue_is_limited(lookup, counted, digests, monkeypatch
     monkeypatch.setattr(lookup, "_queue_limit", QueueLimit(batched_lookup.STANDING, 100))
 
     async def come(count: int) -> tuple[list[asyncio.Task[Any]], int]:
-        tasks = [asyncio.create_task(lookup.find(digests[0], now + 60.0)) for _ in range(count)]
+        tasks = [asyncio.create_task(find(lookup, digests[0], now + 60.0)) for _ in range(count)]
         await asyncio.sleep(0)
         refused = [task for task in tasks if task.done()]
         for task in refused:
@@ -253,5 +255,5 @@ async def test_a_connection_that_ends_during_a_query_is_an_outage() -> None:
 
     finder = Lookup(connect, time.monotonic)
     with pytest.raises(StoreUnavailable):
-        await finder.find(bytes(32), time.monotonic() + 5)
+        await find(finder, bytes(32), time.monotonic() + 5)
     await finder.close()

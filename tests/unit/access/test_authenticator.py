@@ -6,10 +6,9 @@ from urllib.parse import quote
 
 import pytest
 from cryptography import x509
-from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.access import authenticator as authenticator_module
-from latchkey_service.access.authenticator import ActivePolicy, Authenticator, restrict_to_accounts
-from latchkey_service.access.policy import Accounts, Caller, parse
+from latchkey_service.access.authenticator import ActivePolicy, Authenticator
+from latchkey_service.access.policy import parse
 from latchkey_service.errors import Denied
 
 from tests.helpers.callers import (
@@ -170,35 +169,3 @@ def test_cache_is_bounded(monkeypatch):
     finally:
         tracemalloc.stop()
     assert held < 2 * bound
-
-
-def verification(verdict, account_id=None):
-    """Return an answer with a position, and with a token if `account_id` is given."""
-    answer = pb.VerifyResponse(verdict=verdict, revision=7, mark=2**64 - 1)
-    if account_id is not None:
-        answer.token.id, answer.token.account_id = "t1", account_id
-    return answer
-
-
-@pytest.mark.parametrize("verdict", [pb.VERDICT_VALID, pb.VERDICT_DELETED, pb.VERDICT_EXPIRED])
-@pytest.mark.parametrize("batch", [False, True])
-def test_foreign_token_looks_like_an_unissued_secret(verdict, batch):
-    """A caller limited to accounts gets neither revision nor mark for another account's token, nor
-    for one that was purged."""
-    caller = Caller("a", frozenset(), accounts=Accounts(frozenset({"acme"}), ()))
-    own = verification(verdict, "acme")
-    foreign = verification(verdict, "globex")
-    purged = verification(pb.VERDICT_UNKNOWN)
-    unknown = pb.VerifyResponse(verdict=pb.VERDICT_UNKNOWN)
-    malformed = pb.VerifyResponse(verdict=pb.VERDICT_MALFORMED)
-    answers = [own, foreign, purged, unknown, malformed]
-    expected = [own, unknown, unknown, unknown, malformed]
-    if batch:
-        encoded = pb.BatchVerifyResponse(responses=answers).SerializeToString()
-        answer = restrict_to_accounts("/latchkey.v1.TokenService/BatchVerify", caller, encoded)
-        assert list(pb.BatchVerifyResponse.FromString(answer).responses) == expected
-    else:
-        for one, another in zip(answers, expected, strict=True):
-            path = "/latchkey.v1.TokenService/Verify"
-            answer = restrict_to_accounts(path, caller, one.SerializeToString())
-            assert pb.VerifyResponse.FromString(answer) == another

@@ -14,7 +14,7 @@ from latchkey._subscription import (
     Subscription,
 )
 from latchkey.errors import InternalError
-from latchkey_coherence.memory import Memory, Position
+from latchkey_coherence.verdict_cache import Position, VerdictCache
 from latchkey_proto.v1 import token_service_pb2 as pb
 
 from tests.helpers.positions import at
@@ -26,7 +26,7 @@ LESS = LEASE * 0.999  # the client's lease, reduced for clock drift
 @pytest.fixture
 def subscription() -> Subscription:
     """A subscription with an empty cache. It requests a grant when half of a lease is left."""
-    return Subscription(Memory(100), lambda: 1.0)
+    return Subscription(VerdictCache(100), lambda: 1.0)
 
 
 def granted(subscription: Subscription, now: float, position: Position = at(5)) -> Stream:  # noqa: B008 - immutable
@@ -44,7 +44,7 @@ def granted(subscription: Subscription, now: float, position: Position = at(5)) 
 def test_clients_do_not_ask_in_step() -> None:
     """The time to ask is random for each lease, and leaves time to find another server."""
     draws = iter([0.0, 1.0])
-    subscription = Subscription(Memory(100), lambda: next(draws))
+    subscription = Subscription(VerdictCache(100), lambda: next(draws))
     dues = [granted(subscription, 100.0).due() for _ in range(2)]
     shares = [(100.0 + LESS - (due or 0)) / LESS for due in dues]
     assert shares == pytest.approx([_subscription.ASK_SHARE_MIN, _subscription.ASK_SHARE_MAX])
@@ -53,7 +53,7 @@ def test_clients_do_not_ask_in_step() -> None:
 def test_answers_are_cached_at_revision_zero(subscription: Subscription) -> None:
     """Before the first deletion there is a position too: revision 0 with a mark."""
     granted(subscription, 100.0, at(0))
-    assert subscription.memory.knows(at(0))
+    assert subscription.cache.knows(at(0))
     assert subscription.lease.end > 100.0
     assert subscription.open(101.0).take(101.0) == Request(at(0), number=1)
 

@@ -9,7 +9,7 @@ import pytest
 from latchkey import Scope, Token, Verdict, Verification
 from latchkey._shape import checksum
 from latchkey._subscription import Grant, Invalidation, Request, Reset, Stream
-from latchkey_coherence.memory import NOWHERE
+from latchkey_coherence.verdict_cache import NOWHERE
 
 from tests.helpers.positions import at
 

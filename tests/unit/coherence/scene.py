@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from latchkey_coherence.memory import Memory, Position
+from latchkey_coherence.verdict_cache import Position, VerdictCache
 from latchkey_service.coherence.client_leases import ClientLeases
 from latchkey_service.coherence.verifier_state import Change, Log, Server, VerifierState
 from latchkey_service.coherence.watch_sessions import (
@@ -48,7 +48,9 @@ class Scene:
 
     def __init__(self, position: Position = at(0)) -> None:  # noqa: B008 - immutable
         self.now = 100.0
-        self.state: VerifierState[Any] = VerifierState(Memory(10), ClientLeases(), LEASE_SECONDS)
+        self.state: VerifierState[Any] = VerifierState(
+            VerdictCache(10), ClientLeases(), LEASE_SECONDS
+        )
         self.state.register(position, position.revision, PRIMARY, self.now)
         self.renew()
         self.log_reads = 0
@@ -72,7 +74,7 @@ class Scene:
 
     def apply(self, *changes: tuple[Position, str]) -> None:
         """Apply a log that is read now, without renewing."""
-        head = changes[-1][0] if changes else self.state.memory.position
+        head = changes[-1][0] if changes else self.state.cache.position
         self.state.apply(log(head, *changes, server=self.state.server), self.now)
 
     async def requests(self) -> AsyncIterator[Request]:
@@ -94,7 +96,7 @@ def grants(events: Sequence[object]) -> list[Grant]:
 def confirmed(scene: Scene) -> WatchSession:
     """Return a session whose client is at the process's position and has no lease."""
     session = WatchSession(scene.state, "a client")
-    position = scene.state.memory.position
+    position = scene.state.cache.position
     session.receive(request(position), scene.now)
     assert session.take(scene.now) == []
     return session
@@ -103,7 +105,7 @@ def confirmed(scene: Scene) -> WatchSession:
 def leased(scene: Scene) -> WatchSession:
     """Return a session whose client has confirmed everything and has a lease."""
     session = confirmed(scene)
-    session.receive(request(scene.state.memory.position, 1), scene.now)
+    session.receive(request(scene.state.cache.position, 1), scene.now)
     (grant,) = session.take(scene.now)
     assert isinstance(grant, Grant)
     assert session.lease.ends == scene.state.lease_ends

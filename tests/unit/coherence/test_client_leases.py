@@ -5,7 +5,7 @@ import math
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from latchkey_coherence.memory import Entry, Memory
+from latchkey_coherence.verdict_cache import Entry, VerdictCache
 from latchkey_service.coherence.client_leases import ClientLease, ClientLeases
 from latchkey_service.coherence.verifier_state import Change, Log, Server, VerifierState
 
@@ -121,7 +121,7 @@ def test_number_of_named_clients_is_limited() -> None:
 
 def verifier(applied: int) -> VerifierState[Entry]:
     """Return a process that has applied a revision."""
-    state: VerifierState[Entry] = VerifierState(Memory(10), ClientLeases(), 3.0)
+    state: VerifierState[Entry] = VerifierState(VerdictCache(10), ClientLeases(), 3.0)
     server = Server("1", "00000001")
     state.register(at(applied), applied, server, 0.0)
     return state

@@ -8,7 +8,7 @@ import math
 
 import pytest
 from latchkey_coherence.lease import LEASE_SECONDS_MAX
-from latchkey_coherence.memory import NOWHERE, Entry, Position
+from latchkey_coherence.verdict_cache import NOWHERE, Entry, Position
 from latchkey_service.coherence.client_leases import ClientLease
 from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
 from latchkey_service.coherence.verifier_state import (
@@ -34,7 +34,7 @@ def scene() -> Scene:
     scene = Scene(at(10))
     scene.apply((at(11), "a"), (at(13), "b"))
     scene.renew()
-    assert scene.state.memory.admit(b"k", Entry("t", math.inf), at(13))
+    assert scene.state.cache.store(b"k", Entry("t", math.inf), at(13))
     return scene
 
 
@@ -112,7 +112,7 @@ def test_a_read_sent_before_the_cache_started_over_is_refused(scene: Scene, how:
     else:
         state.apply(Log(True, PRIMARY, at(14), (Change(at(14), (EVERY_TOKEN,)),)), scene.now)
     scene.renew()
-    position = state.memory.position
+    position = state.cache.position
     assert state.standing(snapshot(position, server.timeline), began) is Standing.REFUSED
     again = state.begin_read()
     assert state.standing(snapshot(position, server.timeline), again) is Standing.BELIEVED
@@ -129,8 +129,8 @@ def test_an_unknown_position_drops_everything(scene: Scene) -> None:
     assert state.apply(Log(False, PRIMARY, at(20, 2), ()), scene.now)
     assert not state.registered
     assert state.lease_ends == -math.inf
-    assert state.memory.position == NOWHERE
-    assert len(state.memory) == 0
+    assert state.cache.position == NOWHERE
+    assert len(state.cache) == 0
     assert state.epoch > epoch
 
 
@@ -143,8 +143,8 @@ def test_another_server_empties_the_cache(scene: Scene, server: Server) -> None:
     assert state.apply(log(at(14), (at(14), "c"), server=server), scene.now)
     assert state.registered
     assert state.server == server
-    assert len(state.memory) == 0
-    assert state.memory.position == at(14)
+    assert len(state.cache) == 0
+    assert state.cache.position == at(14)
     assert state.epoch > epoch
     assert not state.apply(log(at(14), server=server), scene.now)
 
@@ -154,8 +154,8 @@ def test_an_incomplete_log_empties_the_cache(scene: Scene) -> None:
     state = scene.state
     head, changes = at(90_000), (Change(at(14), ("c",)),)
     assert state.apply(Log(True, PRIMARY, head, changes, complete=False), scene.now)
-    assert len(state.memory) == 0
-    assert state.memory.position == head
+    assert len(state.cache) == 0
+    assert state.cache.position == head
 
 
 def test_a_change_of_every_token_empties_the_cache(scene: Scene) -> None:
@@ -163,9 +163,9 @@ def test_a_change_of_every_token_empties_the_cache(scene: Scene) -> None:
     state = scene.state
     changes = (Change(at(14), (EVERY_TOKEN,)), Change(at(15), ("c",)))
     assert state.apply(Log(True, PRIMARY, at(15), changes), scene.now)
-    assert len(state.memory) == 0
-    assert state.memory.position == at(15)
-    assert state.memory.named_since(at(14)) == ["c"]
+    assert len(state.cache) == 0
+    assert state.cache.position == at(15)
+    assert state.cache.named_since(at(14)) == ["c"]
 
 
 def test_only_an_applied_read_updates_its_time(scene: Scene) -> None:

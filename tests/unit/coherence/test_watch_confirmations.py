@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from latchkey_coherence.memory import Position
+from latchkey_coherence.verdict_cache import Position
 from latchkey_service.coherence.verifier_state import Server
 from latchkey_service.coherence.watch_sessions import (
     Closing,
@@ -131,8 +131,8 @@ def test_every_stream_is_reset_when_the_cache_starts_over(scene: Scene, timeline
 def test_a_client_that_missed_forgotten_changes_is_reset(scene: Scene) -> None:
     """A client with a lease counts as behind until it confirms the Reset or its lease ends."""
     session = leased(scene)
-    memory = scene.state.memory
-    memory._marks.pop(10)
+    cache = scene.state.cache
+    cache._marks.pop(10)
     scene.apply((at(11), "a"))
     assert session.take(scene.now) == [Reset(at(11))]
     assert scene.state.acknowledgeable(scene.now) == 0

@@ -6,7 +6,7 @@ the cases for servers.
 
 import pytest
 from latchkey_coherence.lease import outwait_seconds
-from latchkey_coherence.memory import NOWHERE, Position
+from latchkey_coherence.verdict_cache import NOWHERE, Position
 from latchkey_service.coherence.ack_rules import OUTWAIT_MARGIN_SECONDS
 from latchkey_service.coherence.watch_sessions import (
     Grant,

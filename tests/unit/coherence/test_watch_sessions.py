@@ -4,10 +4,10 @@ import asyncio
 import itertools
 
 import pytest
-from latchkey_coherence.memory import NOWHERE
+from latchkey_coherence.verdict_cache import NOWHERE
 from latchkey_service.coherence import watch_sessions
 from latchkey_service.coherence.watch_sessions import Event, Reset
-from latchkey_service.errors import Overloaded, Unavailable, WatcherSilent
+from latchkey_service.errors import Overloaded, Unavailable, WatchTimedOut
 
 from tests.helpers.positions import at
 from tests.helpers.waiting import eventually
@@ -44,7 +44,7 @@ async def test_a_silent_client_is_dropped() -> None:
     await asyncio.sleep(0)
     scene.now += watch_sessions.SILENT_LEASES * LEASE_SECONDS + 0.1
     scene.sessions.on_news(False)
-    with pytest.raises(WatcherSilent):
+    with pytest.raises(WatchTimedOut):
         await stream
 
 
@@ -57,7 +57,7 @@ async def test_a_silent_client_that_owes_a_confirmation_is_dropped() -> None:
     assert await scene.sent.get() == Reset(at(0))
     scene.now += watch_sessions.SILENT_LEASES * LEASE_SECONDS + 0.1
     scene.sessions.on_news(False)
-    with pytest.raises(WatcherSilent):
+    with pytest.raises(WatchTimedOut):
         await stream
 
 
@@ -106,7 +106,7 @@ async def test_a_client_that_waits_for_a_grant_is_not_silent() -> None:
     assert isinstance(await scene.sent.get(), watch_sessions.Grant)
     scene.now += watch_sessions.SILENT_LEASES * LEASE_SECONDS + 0.1
     scene.sessions.on_news(False)
-    with pytest.raises(WatcherSilent):
+    with pytest.raises(WatchTimedOut):
         await stream
 
 

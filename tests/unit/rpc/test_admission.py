@@ -11,7 +11,6 @@ from latchkey_service.rpc import admission
 from latchkey_service.rpc.admission import (
     ConcurrencyLimiter,
     RejectionPacer,
-    release_slot,
     wait_seconds,
 )
 from latchkey_service.tokens import queue_limit
@@ -216,9 +215,9 @@ async def test_released_slot_frees_capacity_but_call_still_counts() -> None:
     ends = asyncio.Event()
 
     async def waiting() -> None:
-        async with limiter.slot(PATIENT):
-            release_slot()
-            release_slot()
+        async with limiter.slot(PATIENT) as slot:
+            slot.release()
+            slot.release()
             await ends.wait()
 
     task = asyncio.create_task(waiting())
@@ -233,11 +232,6 @@ async def test_released_slot_frees_capacity_but_call_still_counts() -> None:
     assert work.started == [0]
     await work.end_all()
     assert work.started == [0, 1]
-
-
-async def test_release_outside_of_calls_does_nothing() -> None:
-    """Releasing a slot outside of any call has no effect."""
-    release_slot()
 
 
 async def test_cancelled_call_passes_its_slot_on() -> None:
@@ -271,7 +265,7 @@ async def test_no_slot_is_lost_or_shared(seed: int) -> None:
 
     async def call() -> None:
         nonlocal at_work
-        async with limiter.slot(PATIENT):
+        async with limiter.slot(PATIENT) as slot:
             at_work += 1
             assert at_work <= count
             try:
@@ -280,7 +274,7 @@ async def test_no_slot_is_lost_or_shared(seed: int) -> None:
             finally:
                 at_work -= 1
             if chosen.random() < 0.3:
-                release_slot()
+                slot.release()
                 await asyncio.sleep(0)
             if chosen.random() < 0.2:
                 raise LookupError

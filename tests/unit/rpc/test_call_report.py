@@ -26,13 +26,28 @@ Lines = list[Any]
 
 
 class Context:
-    """The part of a call's context that a report needs."""
+    """A call without metadata or a deadline."""
 
     def invocation_metadata(self) -> None:
         return None
 
+    def auth_context(self) -> None:
+        return None
+
     def peer(self) -> str:
         return "ipv4:127.0.0.1:1"
+
+    def time_remaining(self) -> None:
+        return None
+
+    def set_code(self, code: object) -> None:
+        raise NotImplementedError
+
+    def set_details(self, details: str) -> None:
+        raise NotImplementedError
+
+    def set_trailing_metadata(self, trailing_metadata: object) -> None:
+        raise NotImplementedError
 
 
 @pytest.fixture
@@ -82,33 +97,31 @@ def test_committed_change_keeps_its_entry(lines: Lines) -> None:
             return True
 
     reporter = CallReporter(Counts(), NoLog(), lambda: 0.0)  # type: ignore[arg-type]  # a partial fake
-    audit_context = AuditContext("shop", DELETE, "", "id", "acme", "", recorded=True)
+    audit_context = AuditContext("shop", DELETE, "", "id", "acme", "")
     reporter.failed(
         DELETE,
         Context(),
         0.0,
         StoreUnavailable("x"),
         ANONYMOUS,
-        audit_context,
         lambda _: audit_context,
+        audit_context,
     )
-    reporter.ended(DELETE, Context(), 0.0, "CANCELLED", ANONYMOUS, audit_context)
+    reporter.cancelled(DELETE, Context(), 0.0, ANONYMOUS, audit_context, audit_context)
     assert not noted
     assert [(line["code"], line["account_id"]) for line in lines] == [
         ("UNAVAILABLE", "acme"),
         ("CANCELLED", "acme"),
     ]
-    audit_context.recorded = False
     reporter.failed(
         DELETE,
         Context(),
         0.0,
         StoreUnavailable("x"),
         ANONYMOUS,
-        audit_context,
         lambda _: audit_context,
     )
-    reporter.ended(DELETE, Context(), 0.0, "CANCELLED", ANONYMOUS, audit_context)
+    reporter.cancelled(DELETE, Context(), 0.0, ANONYMOUS, audit_context)
     assert noted == ["should_record", "record", "record"]
 
 

@@ -10,6 +10,7 @@ NOW = 1_800_000_000.0
 records = st.none() | st.builds(
     CachedToken,
     token_id=st.just("tok_1"),
+    account_id=st.just("acme"),
     scope=st.sampled_from([Scope.READ, Scope.WRITE]),
     expires=st.just(math.inf) | st.integers(-2, 2).map(lambda us: NOW + us / 1e6),
     token=st.just(b""),

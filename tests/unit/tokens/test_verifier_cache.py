@@ -1,12 +1,11 @@
 """What the server's verifier caches, for how long, and which reads it answers with."""
 
-import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from latchkey_coherence.memory import Memory, Position
+from latchkey_coherence.verdict_cache import Position, VerdictCache
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.snapshot import Snapshot
 from latchkey_service.coherence.verifier_state import VerifierState
@@ -20,7 +19,6 @@ from tests.helpers.positions import at
 from tests.unit.coherence.scene import PRIMARY, Scene
 
 CACHE_SECONDS = 2.0
-DEADLINE = math.inf
 KEYRING = Keyring([Pepper(b"p" * 32)])
 SECRET = KEYRING.mint("lk", lambda size: bytes(range(size))).secret.reveal()
 TOKEN = TokenRecord("t1", "acme", "ci", Scope.READ, datetime(2026, 1, 1, tzinfo=UTC), None, "hint")
@@ -51,7 +49,7 @@ class FakeRenewer:
     async def read_log_to(self, revision: int, deadline: float) -> bool:
         if self.brings:
             self.scene.apply(*self.brings)
-        return self.scene.state.memory.position.revision >= revision
+        return self.scene.state.cache.position.revision >= revision
 
     def wake(self) -> None:
         self.woken += 1
@@ -65,7 +63,7 @@ class Bench:
         self.database = Database()
         self.scene = self.renewer.scene
         self.state: VerifierState[CachedToken] = self.scene.state
-        self.memory: Memory[CachedToken] = self.state.memory
+        self.cache: VerdictCache[CachedToken] = self.state.cache
 
         def disconnect() -> None:
             self.database.disconnected += 1
@@ -89,7 +87,7 @@ class Bench:
         )
 
     async def verify(self) -> Verdict:
-        return (await self.verifier.verify(SECRET, int(Scope.READ), DEADLINE)).verdict
+        return (await self.verifier.verify(SECRET, int(Scope.READ), None)).verdict
 
     def verify_cached(self) -> Any:
         return self.verifier.verify_cached(SECRET, int(Scope.READ))
@@ -109,7 +107,7 @@ async def test_nothing_is_cached_for_longer_than_allowed(draw: float, seconds: f
     assert bench.verify_cached() is None
     assert await bench.verify() is Verdict.VALID
     assert bench.verify_cached().verdict is Verdict.VALID
-    assert len(bench.memory) == 1
+    assert len(bench.cache) == 1
 
 
 async def test_the_cache_does_not_answer_without_a_lease() -> None:
@@ -147,7 +145,7 @@ async def test_a_read_from_elsewhere_is_refused(position: Position, timeline: st
     bench.database.snapshot = Snapshot(position, timeline)
     with pytest.raises(StoreUnavailable):
         await bench.verify()
-    assert len(bench.memory) == 0
+    assert len(bench.cache) == 0
     assert bench.database.disconnected == 1
     assert bench.renewer.woken == 1
 
@@ -175,7 +173,7 @@ async def test_a_read_that_is_ahead_waits_for_the_log(history: int) -> None:
     else:
         with pytest.raises(StoreUnavailable):
             await bench.verify()
-        assert len(bench.memory) == 0
+        assert len(bench.cache) == 0
 
 
 async def test_a_read_overtaken_by_an_invalidation_is_answered_but_not_cached() -> None:
@@ -191,7 +189,7 @@ async def test_a_read_overtaken_by_an_invalidation_is_answered_but_not_cached() 
 
     bench.database.find_all = overtaken  # type: ignore[method-assign]  # at the worst moment
     assert await bench.verify() is Verdict.VALID
-    assert len(bench.memory) == 0
+    assert len(bench.cache) == 0
 
 
 async def test_a_lease_lost_during_the_read_permits_no_answer() -> None:
@@ -216,9 +214,9 @@ async def test_a_lease_lost_during_the_read_permits_no_answer() -> None:
     assert await bench.verify() is Verdict.VALID
     assert bench.database.reads == 2
     losses = 1_000
-    bench.memory.reset(bench.memory.position)
+    bench.cache.reset(bench.cache.position)
     with pytest.raises(CacheStartedOver):
         await bench.verify()
     assert bench.database.reads == 2 + READS_MAX
-    assert len(bench.memory) == 0
+    assert len(bench.cache) == 0
     assert bench.database.disconnected == 0

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pygrpc_native.aio
 import pytest
-from latchkey_service.errors import Overloaded, StatusParts, status_of
+from latchkey_service.errors import LatchkeyError, Overloaded, StatusParts, status_of
 from latchkey_service.tokens import queue_limit
 from latchkey_service.transport import native
 from pygrpc_native import EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL, STREAM_SENT
@@ -34,7 +34,7 @@ class Front:
         return batch
 
     def fail(self, call_id: int, code: int, _message: str, trailing_metadata: Any) -> None:
-        assert [key for key, _ in trailing_metadata] == ["grpc-status-details-bin"]
+        assert [key for key, _ in trailing_metadata] == ["x-request-id", "grpc-status-details-bin"]
         self.failed.append((call_id, code))
 
 
@@ -54,10 +54,12 @@ class Server(native.Server):
         self.cancelled: list[int] = []
         self.rejected: list[str] = []
 
-    def reject_all(self, path: str, seconds: float | None) -> tuple[StatusParts, float]:
+    def reject_all(
+        self, path: str, seconds: float | None, error: LatchkeyError | None = None
+    ) -> tuple[StatusParts, float]:
         assert seconds is None
         self.rejected.append(path)
-        return status_of(Overloaded("busy"), "id"), self.delay_seconds
+        return status_of(error or Overloaded("busy"), "id"), self.delay_seconds
 
     def come(self, path: str, ids: Sequence[int]) -> None:
         """Let calls arrive."""

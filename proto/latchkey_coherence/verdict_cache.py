@@ -1,14 +1,14 @@
 """A bounded cache of what was read about tokens, without anything that an invalidation has ended.
 
 Owns the entries, the applied position and the recent invalidations. Leases and messages belong to
-the users of a Memory: `VerifierState` in the service, `Subscription` in the client library.
+the users of a VerdictCache: `VerifierState` in the service, `Subscription` in the client library.
 """
 
 from collections import deque
 from collections.abc import Iterable
 from typing import Final, Generic, NamedTuple, TypeVar
 
-__all__ = ["HISTORY_MAX", "NOWHERE", "Entry", "Memory", "Position"]
+__all__ = ["HISTORY_MAX", "NOWHERE", "Entry", "Position", "VerdictCache"]
 
 # Known revisions, and token ids of recent invalidations. A read takes milliseconds, and a client
 # that was cut off reconnects within seconds; deletions come at a thousand a second at most.
@@ -52,7 +52,7 @@ class Entry:
 E = TypeVar("E", bound=Entry)
 
 
-class Memory(Generic[E]):
+class VerdictCache(Generic[E]):
     """Entries by key, the position up to which invalidations were applied, and recent
     invalidations.
 
@@ -96,7 +96,7 @@ class Memory(Generic[E]):
         """
         return self._marks.get(position.revision, position.mark) == position.mark
 
-    def admit(self, key: bytes, entry: E, position: Position) -> bool:
+    def store(self, key: bytes, entry: E, position: Position) -> bool:
         """Store what was read in a snapshot at `position` if that is safe. Return whether it was.
 
         The fill rule (rules 4 and 12): the position must be known, and nothing that was applied
@@ -143,7 +143,7 @@ class Memory(Generic[E]):
                 self._marks[position.revision] = position.mark
             self.position = position
         while len(self._named) > HISTORY_MAX:
-            self._forget_before(self._named.pop(next(iter(self._named))))
+            self._drop_known_before(self._named.pop(next(iter(self._named))))
         while len(self._marks) > HISTORY_MAX:
             del self._marks[next(iter(self._marks))]
 
@@ -168,7 +168,7 @@ class Memory(Generic[E]):
             found.append(token_id)
         return found
 
-    def _forget_before(self, revision: int) -> None:
+    def _drop_known_before(self, revision: int) -> None:
         """Forget the revisions before `revision`: tokens that were named since may be missing."""
         for known in tuple(self._marks):
             if known >= revision:

@@ -1,0 +1,121 @@
+"""Registers the methods of the servicers, each on its path: verifies, managed calls, streams.
+
+All handlers take encoded requests, and unary ones return encoded answers. So no message is parsed
+before its caller is authorized. A real interceptor would run after parsing, and cost more per
+Verify (call details, metadata, a chain of coroutines) than the Verify itself.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grpc
+
+from latchkey_service.access.authenticator import Authenticator
+from latchkey_service.access.methods import BATCH_VERIFY, VERIFY, rule_of
+from latchkey_service.rpc.call_report import Metadata
+from latchkey_service.rpc.managed_calls import ManagedCalls
+from latchkey_service.rpc.streams import Streams
+from latchkey_service.rpc.verify_calls import VerifyCalls
+
+__all__ = ["Paths", "Registrar"]
+
+
+class Paths:
+    """The three paths of calls. One instance per worker process."""
+
+    def __init__(self, verifies: VerifyCalls, managed: ManagedCalls, streams: Streams) -> None:
+        self._verifies = verifies
+        self._managed = managed
+        self._streams = streams
+        self.recheck = streams.recheck
+        """Ends the streams that a new policy no longer allows."""
+
+    def wrap(
+        self,
+        path: str,
+        handler: "grpc.RpcMethodHandler[Any, Any]",
+        authenticator: Authenticator | None,
+        metadata_of: Callable[[Any], Metadata],
+    ) -> Any:
+        """Return the handler to register for `path` in place of `handler`, of generated code.
+
+        `authenticator` authorizes the calls of the listener; None if there is no policy.
+        `metadata_of` returns the metadata of a call's context. Raises LookupError for a method
+        without a rule.
+        """
+        if rule_of(path).role is None:
+            authenticator = None
+        parse = handler.request_deserializer
+        if parse is None:
+            raise ValueError(f"{path} has no parser")
+        if path in (VERIFY, BATCH_VERIFY):
+            return grpc.unary_unary_rpc_method_handler(
+                self._verifies.handler(path, authenticator, metadata_of)
+            )
+        if handler.request_streaming:
+            streaming: Any = handler.stream_stream
+            if inspect.isasyncgenfunction(streaming):
+                wrapped = self._streams.open_stream(path, streaming, parse)
+            else:
+                wrapped = self._streams.duplex(path, streaming, parse, authenticator)
+            return grpc.stream_stream_rpc_method_handler(
+                wrapped, response_serializer=handler.response_serializer
+            )
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                self._streams.open_stream(path, handler.unary_stream, parse),
+                response_serializer=handler.response_serializer,
+            )
+        behaviour: Any = handler.unary_unary
+        return grpc.unary_unary_rpc_method_handler(
+            self._managed.handler(path, behaviour, parse, authenticator)
+        )
+
+
+class Registrar:
+    """Acts as the server of a listener while servicers register, and wraps each handler.
+
+    Registers the wrapped handlers with the transport in both ways. `native` itself serves handlers
+    registered by name, except request streams, which it would give to a no-op of grpcio. grpcio's
+    asyncio server, and the grpcio part of `native`, only look handlers up by path.
+    """
+
+    def __init__(
+        self,
+        server: grpc.aio.Server,
+        paths: Paths,
+        authenticator: Authenticator | None,
+        metadata_of: Callable[[Any], Metadata],
+    ) -> None:
+        self._server = server
+        self._paths = paths
+        self._authenticator = authenticator
+        self._metadata_of = metadata_of
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        """Do nothing, because generated code then registers the same handlers by name."""
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        """Wrap and register the handlers of a service, keyed by method name."""
+        wrapped = {
+            name: self._paths.wrap(
+                f"/{service}/{name}", handler, self._authenticator, self._metadata_of
+            )
+            for name, handler in handlers.items()
+        }
+        by_path = {f"/{service}/{name}": handler for name, handler in wrapped.items()}
+        unary = {n: handler for n, handler in wrapped.items() if not handler.request_streaming}
+        self._server.add_generic_rpc_handlers((_ByPath(by_path),))
+        self._server.add_registered_method_handlers(service, unary)
+
+
+class _ByPath(grpc.GenericRpcHandler):
+    """Finds handlers by exact path; `native` treats handlers keyed by service as registered."""
+
+    def __init__(self, handlers: Mapping[str, Any]) -> None:
+        self._handlers = handlers
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        """Return the handler of the call's method, or None."""
+        return self._handlers.get(handler_call_details.method)

@@ -1,0 +1,236 @@
+"""The path of managed calls: every unary method except Verify and BatchVerify.
+
+`ManagedCalls.handler` wraps the method of a servicer. It authorizes the caller, checks the size of
+the request, parses it, checks the account, waits for a slot (`admission.py`), runs the servicer
+under a deadline, and reports the call (`call_report.py`): status, counters, log line, audit entry.
+
+Nothing of the request is looked at before the caller is authorized. A call that is refused ends
+with a status that is set, not with an exception: grpcio keeps the exception of `abort`, and with it
+every frame of the call, until a full garbage collection.
+"""
+
+import asyncio
+import contextvars
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final, Protocol
+
+from latchkey_service.access.authenticator import Authenticator, check_account
+from latchkey_service.access.methods import MANAGER, OPERATOR, Rule, rule_of
+from latchkey_service.access.policy import ANONYMOUS
+from latchkey_service.audit.audit_log import AuditContext, AuditLog
+from latchkey_service.errors import REQUEST_ID_METADATA, RequestNotParsed, RequestTooLarge
+from latchkey_service.rpc.admission import ConcurrencyLimiter, Slot
+from latchkey_service.rpc.call_context import CallContext
+from latchkey_service.rpc.call_report import CallReporter, end_with, request_id_of
+from latchkey_service.rpc.counters import Counts
+
+__all__ = ["ManagedCall", "ManagedCalls", "current_call"]
+
+# By role and process: calls that use the database at once, and calls in total. The total includes
+# queued calls and Deletes that wait for confirmations. Each slot has a connection in the pool.
+CONCURRENCY_LIMITS: Mapping[str, tuple[int, int]] = {MANAGER: (8, 1_000), OPERATOR: (2, 100)}
+# Limit for callers with a longer deadline, or none: longer than any healthy call takes.
+CALL_SECONDS_MAX = 10.0
+# Reserve before the caller's deadline, so that it receives our reason and not its own timeout. When
+# Postgres hangs, hundreds of calls reach theirs at once; answering takes tens of milliseconds. It
+# is at most a tenth of the time, or short deadlines would leave no time for the work.
+ANSWER_SECONDS: Final = 0.1
+# Share of that time for which a Delete may wait for confirmations, so that its caller learns that
+# the deletion stands, rather than only that time ran out.
+CONFIRMATION_SHARE: Final = 0.9
+# Machines poll this service: only failures are logged.
+HEALTH: Final = "/grpc.health.v1.Health/"
+
+Handler = Callable[[bytes, CallContext], Awaitable[bytes]]
+
+
+class _Response(Protocol):
+    def SerializeToString(self) -> bytes: ...  # noqa: N802 - protobuf's name
+
+
+class ManagedCall:
+    """A call in progress. Its servicer finds it in `current_call`.
+
+    `deadline` and `confirm_by` are seconds on the process's clock: when the call gives up, and when
+    it gives up waiting for confirmations.
+    """
+
+    __slots__ = ("_slot", "audit_context", "change", "confirm_by", "deadline")
+
+    def __init__(
+        self, audit_context: AuditContext, now: float, seconds: float, slot: Slot | None
+    ) -> None:
+        self.audit_context = audit_context
+        self.deadline = now + seconds
+        self.confirm_by = now + seconds * CONFIRMATION_SHARE
+        self.change: AuditContext | None = None
+        """Describes the change that the call has committed, and its audit entry with it."""
+        self._slot = slot
+
+    def committed(self, token_id: str = "") -> None:
+        """Record that the change stands, with its audit entry. `token_id`: of a new token."""
+        self.change = (
+            replace(self.audit_context, token_id=token_id) if token_id else self.audit_context
+        )
+
+    def release_slot(self) -> None:
+        """Release the call's slot, if it has one, because the call now waits for others."""
+        if self._slot is not None:
+            self._slot.release()
+
+
+current_call: contextvars.ContextVar[ManagedCall] = contextvars.ContextVar("current_call")
+
+
+class ManagedCalls:
+    """Wraps handlers. One instance per worker process.
+
+    `monotonic` measures durations; `clock` is the clock of deadlines.
+    """
+
+    def __init__(
+        self,
+        counts: Counts,
+        audit: AuditLog,
+        reporter: CallReporter,
+        monotonic: Callable[[], float],
+        clock: Callable[[], float],
+    ) -> None:
+        self._counts = counts
+        self._audit = audit
+        self._reporter = reporter
+        self._monotonic = monotonic
+        self._clock = clock
+        self._limiters = {
+            role: ConcurrencyLimiter(*size, monotonic) for role, size in CONCURRENCY_LIMITS.items()
+        }
+
+    def handler(
+        self,
+        path: str,
+        behaviour: Callable[[Any, Any], Awaitable[_Response]],
+        parse: Callable[[bytes], Any],
+        authenticator: Authenticator | None,
+    ) -> Handler:
+        """Return the handler of a method for a listener.
+
+        `behaviour` is the servicer's method, and `parse` decodes its request. `authenticator`
+        authorizes the calls of the listener; None if there is no policy.
+        """
+        rule = rule_of(path)
+        limiter = self._limiters.get(rule.role or "")
+        succeeded = (path.rpartition("/")[2], "OK")
+        quiet = path.startswith(HEALTH)
+        authorize = None if authenticator is None else authenticator.authorize
+
+        async def call(data: bytes, context: CallContext) -> bytes:
+            start = self._monotonic()
+            caller = ANONYMOUS
+            current: ManagedCall | None = None
+            try:
+                if authorize is not None:
+                    caller = authorize(path, context)
+                if limiter is not None:
+                    limiter.check()
+                if caller.rates is not None and rule.role is not None:
+                    caller.rates.spend(rule.role, 1, start)
+                request = _parsed(rule, parse, data)
+                if caller.accounts is not None:
+                    check_account(path, caller, request)
+                seconds = _budget_seconds(context)
+                slot = None if limiter is None else limiter.slot(seconds)
+                audit_context = _audit_context(path, context, request, caller.name)
+                current = ManagedCall(audit_context, self._clock(), seconds, slot)
+                current_call.set(current)
+                async with asyncio.timeout(seconds):
+                    if slot is None:
+                        response = await behaviour(request, context)
+                    else:
+                        async with slot:
+                            response = await behaviour(request, context)
+                answer = response.SerializeToString()
+            except asyncio.CancelledError:
+                # The caller left, its deadline passed, or the server's grace period ended.
+                change = None if current is None else current.change
+                entry = current.audit_context if rule.audited and current is not None else None
+                self._reporter.cancelled(path, context, start, caller, entry, change)
+                raise
+            except Exception as error:  # noqa: BLE001 - the last place before the transport
+                status, delay_seconds = self._reporter.failed(
+                    path,
+                    context,
+                    start,
+                    error,
+                    caller,
+                    partial(_refused_context, rule, parse, data, path, context)
+                    if rule.audited
+                    else None,
+                    None if current is None else current.change,
+                )
+            else:
+                self._counts.calls[succeeded] += 1
+                if rule.audited:
+                    if current.change is None:
+                        self._audit.record(audit_context, "OK", "")
+                    self._reporter.succeeded(path, context, start, current.change or audit_context)
+                elif not quiet:
+                    request_id = audit_context.request_id
+                    self._reporter.log(path, context, start, "OK", None, request_id)
+                context.set_trailing_metadata(((REQUEST_ID_METADATA, audit_context.request_id),))
+                return answer
+            if delay_seconds:
+                await asyncio.sleep(delay_seconds)
+            return end_with(context, status)
+
+        return call
+
+
+def _budget_seconds(context: CallContext) -> float:
+    """Return the seconds available for computing the answer."""
+    remaining = context.time_remaining()
+    if remaining is None:
+        return CALL_SECONDS_MAX
+    return min(CALL_SECONDS_MAX, remaining - min(ANSWER_SECONDS, remaining / 10))
+
+
+def _parsed(rule: Rule, parse: Callable[[bytes], Any], data: bytes) -> Any:
+    """Return the request. Raises RequestTooLarge and RequestNotParsed."""
+    if len(data) > rule.bytes_max:
+        raise RequestTooLarge(len(data), rule.bytes_max)
+    try:
+        return parse(data)
+    except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser
+        raise RequestNotParsed from None
+
+
+def _audit_context(path: str, context: CallContext, request: Any, caller: str) -> AuditContext:
+    return AuditContext.of(
+        caller,
+        path,
+        context.peer(),
+        request_id_of(context.invocation_metadata()),
+        getattr(request, "account_id", ""),
+        getattr(request, "id", ""),
+    )
+
+
+def _refused_context(
+    rule: Rule,
+    parse: Callable[[bytes], Any],
+    data: bytes,
+    path: str,
+    context: CallContext,
+    caller: str,
+) -> AuditContext:
+    """Return the context of a refused call, for its audit entry.
+
+    Only a few refused calls a minute get an entry, so only those are parsed before their caller is
+    authorized.
+    """
+    try:
+        request = _parsed(rule, parse, data)
+    except (RequestNotParsed, RequestTooLarge):
+        request = None
+    return _audit_context(path, context, request, caller)

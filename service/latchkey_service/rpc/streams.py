@@ -1,0 +1,195 @@
+"""The path of streams: Watch, health's Watch and reflection.
+
+Messages of a stream are parsed one by one, each after its size was checked, and none before the
+caller is authorized. A policy change ends the streams that it no longer allows.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import grpc
+
+from latchkey_service.access.authenticator import Authenticator, check_account
+from latchkey_service.access.methods import Rule, rule_of
+from latchkey_service.access.policy import ANONYMOUS, Caller
+from latchkey_service.errors import LatchkeyError, Overloaded, RequestNotParsed, RequestTooLarge
+from latchkey_service.rpc.call_context import CallContext
+from latchkey_service.rpc.call_report import CallReporter, end_with
+
+__all__ = ["Streams", "current_caller"]
+
+# The caller of the current stream.
+current_caller: contextvars.ContextVar[Caller] = contextvars.ContextVar("current_caller")
+
+Parse = Callable[[bytes], Any]
+
+
+class Streams:
+    """Wraps handlers. One instance per worker process."""
+
+    def __init__(
+        self,
+        reporter: CallReporter,
+        monotonic: Callable[[], float],
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._reporter = reporter
+        self._monotonic = monotonic
+        self._sleep = sleep
+        self._streams: set[_Stream] = set()
+        self._streams_of: Counter[str] = Counter()
+
+    def open_stream(self, path: str, behaviour: Any, parse: Parse) -> Any:
+        """Wrap a stream that everyone may open (health's Watch, reflection).
+
+        Both are async generators. They carry no secrets and last as long as their callers like, so
+        they are not limited, and logged only when they fail.
+        """
+        rule = rule_of(path)
+        if rule.role is not None:
+            raise ValueError(f"{path}: a stream that needs authorization must use `duplex`")
+
+        async def call(data: Any, context: CallContext) -> AsyncIterator[Any]:
+            start = self._monotonic()
+            try:
+                if isinstance(data, bytes):
+                    request = _parsed(rule, parse, data)
+                else:
+                    request = _each_parsed(rule, parse, data)
+                async for response in behaviour(request, context):
+                    yield response
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the last place before the transport
+                status, _ = self._reporter.failed(path, context, start, error)
+                end_with(context, status)
+
+        return call
+
+    def duplex(
+        self,
+        path: str,
+        behaviour: Callable[[Any, Any], Awaitable[None]],
+        parse: Parse,
+        authenticator: Authenticator | None,
+    ) -> Any:
+        """Wrap a stream (Watch) that reads and writes freely and ends when it returns.
+
+        Like `open_stream`, but not an async generator: an abandoned generator is cleaned up some
+        time later, and this stream counts against a limit.
+        """
+        rule = rule_of(path)
+
+        async def call(messages: AsyncIterator[bytes], context: CallContext) -> None:
+            start = self._monotonic()
+            caller = ANONYMOUS
+            try:
+                if authenticator is not None:
+                    caller = authenticator.authorize(path, context)
+                    check_account(path, caller, None)
+                    if caller.rates is not None and rule.role is not None:
+                        caller.rates.spend(rule.role, 1, start)
+                current_caller.set(caller)
+                requests = _each_parsed(rule, parse, messages)
+                if authenticator is None:
+                    await behaviour(requests, context)
+                    return
+                with self._tracked(_Stream(authenticator, path, context), caller):
+                    await behaviour(self._paced(rule, caller, requests), context)
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the last place before the transport
+                status, delay_seconds = self._reporter.failed(path, context, start, error, caller)
+            else:
+                return
+            await asyncio.sleep(delay_seconds)
+            end_with(context, status)
+
+        return call
+
+    def recheck(self) -> None:
+        """End the streams that the new policy no longer allows."""
+        for stream in tuple(self._streams):
+            if stream.denied is not None:
+                # Already ending.
+                continue
+            try:
+                caller = stream.authenticator.authorize(stream.path, stream.context)
+                check_account(stream.path, caller, None)
+            except LatchkeyError as error:
+                stream.denied = error
+                stream.task.cancel()
+
+    async def _paced(
+        self, rule: Rule, caller: Caller, requests: AsyncIterator[Any]
+    ) -> AsyncIterator[Any]:
+        """Yield a stream's messages no faster than the caller's rate.
+
+        Messages above the rate are read later, so flow control slows the client down. The stream
+        stays open: a Delete may be waiting for its confirmations.
+        """
+        async for request in requests:
+            while caller.rates is not None and rule.role is not None:
+                wait = caller.rates.charge(rule.role, 1, self._monotonic())
+                if not wait:
+                    break
+                await self._sleep(wait)
+            yield request
+
+    @contextlib.contextmanager
+    def _tracked(self, stream: "_Stream", caller: Caller) -> Iterator[None]:
+        """Track a stream, so that it ends when a policy change revokes the caller's right to it.
+
+        Raises Overloaded if the caller has as many streams as it may.
+        """
+        if self._streams_of[caller.name] >= caller.watches_max:
+            raise Overloaded("The caller has reached its limit of streams.", "WATCHES_LIMITED")
+        self._streams_of[caller.name] += 1
+        self._streams.add(stream)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if stream.denied is None:
+                raise
+            stream.task.uncancel()
+            raise stream.denied from None
+        finally:
+            self._streams.discard(stream)
+            self._streams_of[caller.name] -= 1
+            # Policies add and remove names.
+            if not self._streams_of[caller.name]:
+                del self._streams_of[caller.name]
+
+
+class _Stream:
+    """An authorized stream and the task that serves it."""
+
+    def __init__(self, authenticator: Authenticator, path: str, context: CallContext) -> None:
+        self.authenticator = authenticator
+        self.path = path
+        self.context = context
+        self.denied: LatchkeyError | None = None
+        task = asyncio.current_task()
+        assert task is not None, "a stream is served in a task"  # noqa: S101 - for the type checker
+        self.task = task
+
+
+def _parsed(rule: Rule, parse: Parse, data: bytes) -> Any:
+    """Return the message of a stream. Raises RequestTooLarge and RequestNotParsed."""
+    if len(data) > rule.bytes_max:
+        raise RequestTooLarge(len(data), rule.bytes_max)
+    try:
+        return parse(data)
+    except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser
+        raise RequestNotParsed from None
+
+
+async def _each_parsed(
+    rule: Rule, parse: Parse, messages: AsyncIterator[bytes]
+) -> AsyncIterator[Any]:
+    async for data in messages:
+        yield _parsed(rule, parse, data)

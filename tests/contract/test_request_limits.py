@@ -1,0 +1,113 @@
+"""Size limits of requests, checked after the caller is authorized and before parsing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_service.access.methods import METHODS, VERIFY
+
+from tests.helpers.callers import credential, policy_text
+from tests.helpers.labels import create_with_labels
+from tests.helpers.rich_status import refusal
+from tests.helpers.servers import serving
+
+if TYPE_CHECKING:
+    from latchkey_service.settings.settings import Settings
+
+TOKENS = "/latchkey.v1.TokenService/"
+WATCHES = (TOKENS + "Watch", "/grpc.health.v1.Health/Watch")
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+UNARY = sorted(set(METHODS) - {*WATCHES, REFLECTION})
+# What any protobuf parser rejects.
+GARBAGE = b"\xff"
+
+
+async def refused(channel: grpc.aio.Channel, path: str, data: bytes) -> str:
+    """Send bytes to any method and return the reason of its refusal."""
+    if path in UNARY:
+        method: Any = channel.unary_unary(path)
+        call = method(data, timeout=10)
+    elif path == WATCHES[1]:
+        method = channel.unary_stream(path)
+        call = method(data, timeout=10).read()
+    else:
+        method = channel.stream_stream(path)
+        call = method(iter([data]), timeout=10).read()
+    error = await refusal(call)
+    assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, [""]), path
+    return error.reason
+
+
+async def test_each_method_has_a_limit(channel: grpc.aio.Channel) -> None:
+    """A request of one byte more than the limit is refused with the size and the limit, and one
+    within the limit is parsed. Every method and every message of a stream has such a limit."""
+    for path, rule in METHODS.items():
+        assert await refused(channel, path, GARBAGE * rule.bytes_max) == "REQUEST_NOT_PARSED"
+        data = GARBAGE * (rule.bytes_max + 1)
+        if path == VERIFY:
+            call: Any = channel.unary_unary(path)
+            assert (
+                pb.VerifyResponse.FromString(await call(data, timeout=10)).verdict
+                == pb.VERDICT_MALFORMED
+            )
+        else:
+            assert await refused(channel, path, data) == "REQUEST_TOO_LARGE", path
+
+
+async def test_largest_legal_requests_fit(create: Any, stub: Any) -> None:
+    """A Create with the longest name and labels in any script succeeds, and so does a BatchVerify
+    of 1,000 secrets."""
+    labels = {f"{n:02}" + "𐍈" * 61: "𐍈" * 255 for n in range(16)}
+    created = await create(name="𐍈" * 64, account_id="a" * 64, labels=labels)
+    question = pb.VerifyRequest(secret=created.secret, required_scope=pb.SCOPE_READ)
+    # The answers repeat the labels, which makes them larger than gRPC's default limit allows.
+    short = await create()
+    batch = pb.BatchVerifyRequest(
+        requests=[pb.VerifyRequest(secret=short.secret, required_scope=pb.SCOPE_READ)] * 1_000
+    )
+    assert (await stub.Verify(question)).verdict == pb.VERDICT_VALID
+    answers = (await stub.BatchVerify(batch, timeout=10)).responses
+    assert [answer.verdict for answer in answers] == [pb.VERDICT_VALID] * 1_000
+
+
+async def test_many_labels_are_refused_unread(channel: grpc.aio.Channel) -> None:
+    """A Create with 590,000 labels is refused for its size."""
+    data = create_with_labels(590_000)
+    assert await refused(channel, TOKENS + "Create", data) == "REQUEST_TOO_LARGE"
+
+
+async def test_callers_are_authorized_before_anything_is_parsed(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """An anonymous caller, and one without the role, learn nothing about their request: neither its
+    size nor whether it parses. Health checks and reflection are open to everyone."""
+    policy = tmp_path / "policy.toml"
+    policy.write_text(policy_text())
+    settings = settings.model_copy(update={"policy": policy})
+    async with serving(settings) as address, grpc.aio.insecure_channel(address) as channel:
+        for path, rule in METHODS.items():
+            if rule.role is None or path == WATCHES[0]:
+                continue
+            for data in (GARBAGE, GARBAGE * (rule.bytes_max + 1)):
+                call: Any = channel.unary_unary(path)
+                assert (await refusal(call(data, timeout=10))).reason == "CALLER_ANONYMOUS", path
+                other = "verifier" if rule.role != "verifier" else "operator"
+                metadata = (("authorization", f"Bearer {credential(other)}"),)
+                refused_call = call(data, metadata=metadata, timeout=10)
+                assert (await refusal(refused_call)).reason == "METHOD_DENIED", path
+        # Nothing is written: a refusal may overtake what the client writes.
+        stream: Any = channel.stream_stream(WATCHES[0])
+        assert (await refusal(stream(timeout=10).read())).reason == "CALLER_ANONYMOUS"
+
+
+@pytest.mark.parametrize("path", [*WATCHES, REFLECTION])
+async def test_streams_refuse_large_messages(channel: grpc.aio.Channel, path: str) -> None:
+    """A 4 MiB message of a stream, such as a health check of a service with a long name, is refused
+    before it is parsed."""
+    assert await refused(channel, path, b"\x0a\x80\x80\x80\x02" + bytes(4 << 20)) == (
+        "REQUEST_TOO_LARGE"
+    )
