@@ -19,7 +19,7 @@ async def is_answered(address: str, method: str, *headers: tuple[str, str]) -> b
     """Make a call with more headers, and return whether the answer has a message."""
     async with asyncio.timeout(WAIT_SECONDS), http2.connected(address) as connection:
         await connection.open()
-        stream = connection.begin(http2.header_block(TOKENS + method, *headers))
+        stream = connection.begin(http2.headers(TOKENS + method, *headers))
         data = http2.message(REQUESTS[method].SerializeToString())
         connection.send(http2.DATA, http2.END_STREAM, stream, data)
         async for frame in connection.frames():

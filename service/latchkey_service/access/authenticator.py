@@ -128,7 +128,7 @@ class Authenticator:
                 header = value
         caller = None
         if authorization is not None:
-            caller = policy.by_credential(digest_of(bearer(authorization)))
+            caller = policy.credentials.get(digest_of(bearer(authorization)))
             if caller is None:
                 raise Unauthenticated("Unknown or revoked credential.", "CREDENTIAL_UNKNOWN")
         by_tls = None

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import grpc
 import psutil
+from latchkey_service.errors import LatchkeyError
 from latchkey_service.transport.connection_guard import ConnectionGuard
 from latchkey_service.transport.transports import (
     Limits,
@@ -112,7 +113,9 @@ class Listener:
 Serve = Callable[..., contextlib.AbstractAsyncContextManager[Listener]]
 
 
-def nobody_is_refused(path: str, seconds: float | None) -> NoReturn:
+def nobody_is_refused(
+    path: str, seconds: float | None, error: LatchkeyError | None = None
+) -> NoReturn:
     raise AssertionError(f"{path} was refused")
 
 
