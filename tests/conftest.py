@@ -23,7 +23,6 @@ from latchkey_service.postgres.migrate import bundled, migrate
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens import pepper_file as pepper_files
 from latchkey_service.tokens.token_store import TokenStore
-from latchkey_service.transport import tls
 
 from tests.helpers.databases import drop_database
 from tests.helpers.servers import (
@@ -43,9 +42,6 @@ if TYPE_CHECKING:
 # Variables from the developer's shell must not reach the tests.
 for name in [name for name in os.environ if name.startswith("LATCHKEY_")]:
     del os.environ[name]
-
-# As in a worker, and before any gRPC object is created.
-tls.allow_only_tls_1_3()
 
 # hypothesis' own settings for CI, which apply everywhere here: a busy machine is not a bug.
 hypothesis.settings.register_profile(

@@ -46,7 +46,8 @@ class Access:
     """TLS files and a credential, checked. Without arguments: plaintext, without a credential.
 
     Any TLS argument switches TLS on. `tls_ca` names the CAs that may have signed the service's
-    certificate. If it is "system" or missing, gRPC's default CAs are trusted. `tls_certificate` and
+    certificate. If it is "system" or missing, gRPC's default CAs are trusted. The service accepts
+    only TLS 1.3. gRPC has no option by which a client could insist on it. `tls_certificate` and
     `tls_key` are the client's own. `credential_file` is read again when it changes.
 
     Raises AccessError, which says what is wrong and what to do.

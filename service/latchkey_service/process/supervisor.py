@@ -273,7 +273,8 @@ class _Supervisor:
     async def _spawn(self, folder: str | None) -> asyncio.subprocess.Process:
         """Start a worker with `folder` as its directory for temporary files."""
         # Clients can send thousands of frames for which grpcio's core logs a line each.
-        environment = {"GRPC_VERBOSITY": "ERROR", **os.environ}
+        # Our own TLS version comes last: nothing in our environment may allow an older one.
+        environment = {"GRPC_VERBOSITY": "ERROR", **os.environ, **tls.ENVIRONMENT}
         if folder is not None:
             environment["TMPDIR"] = folder
         process = await asyncio.create_subprocess_exec(

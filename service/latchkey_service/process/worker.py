@@ -69,7 +69,8 @@ async def _run() -> int:
     logs.configure(logs.format_of(settings.log_format), settings.log_level)
     keyring = pepper_file.parse((await handed.readline()).decode("ascii", "replace"))
     policy = _policy(await handed.readline())
-    tls.allow_only_tls_1_3()
+    if settings.tls_listen is not None:
+        tls.check_only_tls_1_3()
     _warn_of_files(settings)
     return await _serve(settings, keyring, policy, handed)
 

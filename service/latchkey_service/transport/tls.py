@@ -18,26 +18,31 @@ import grpc
 
 from latchkey_service.settings.logs import logger
 
-__all__ = ["Certificates", "TlsError", "allow_only_tls_1_3"]
+__all__ = ["ENVIRONMENT", "Certificates", "TlsError", "check_only_tls_1_3"]
 
 # For a certificate chain, key or CA file. A system's whole CA bundle is smaller.
 SIZE_MAX: Final = 4 * 1024 * 1024
 # Delay before rejected files are read again although they are unchanged: the cause may have been a
 # lack of file descriptors. Not at each handshake: anyone can start one, and a rejection is logged.
 RETRY_SECONDS: Final = 60.0
+# The variables that make gRPC reject TLS 1.2. gRPC reads them once, when Python imports it, so they
+# must be in the environment of a process before it starts.
+# grpcio (1.75) has no setting for the TLS version. Its cipher setting affects only TLS 1.2, and the
+# only cipher named here requires a pre-shared key, which nobody has.
+ENVIRONMENT: Final = {"GRPC_SSL_CIPHER_SUITES": "ECDHE-PSK-AES128-CBC-SHA"}
 
 
 class TlsError(Exception):
     """A TLS file is invalid. The message names the setting and the reason."""
 
 
-def allow_only_tls_1_3() -> None:
-    """Make gRPC in this process reject TLS 1.2. Must run before any gRPC object exists.
-
-    grpcio (1.75) has no setting for the TLS version. Its cipher setting affects only TLS 1.2, and
-    the only cipher named here requires a pre-shared key, which nobody has.
-    """
-    os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-AES128-CBC-SHA"
+def check_only_tls_1_3() -> None:
+    """Raise TlsError unless this process was started with ENVIRONMENT."""
+    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
+        raise TlsError(
+            "LATCHKEY_TLS_LISTEN: this worker would accept TLS 1.2, because its environment lacks "
+            f"{' and '.join(ENVIRONMENT)}"
+        )
 
 
 class Certificates:

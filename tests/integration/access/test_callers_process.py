@@ -44,7 +44,7 @@ from tests.helpers.free_ports import free_port
 from tests.helpers.held_workers import Hold
 from tests.helpers.repository import ROOT
 from tests.helpers.service_process import Service
-from tests.helpers.waiting import eventually
+from tests.helpers.waiting import WAIT_SECONDS, eventually
 from tests.helpers.watch_client import WatchClient
 
 Run = Callable[..., Service]
@@ -333,6 +333,10 @@ async def test_tls(run: Run, folder: Path, policy: Path) -> None:
         assert await handshake(port, ssl.TLSVersion.TLSv1_3) is not None
         assert await handshake(port, ssl.TLSVersion.TLSv1_2) is None
 
+        if shutil.which("openssl"):
+            assert await openssl_version(port, "-tls1_3") == "TLSv1.3"
+            assert await openssl_version(port, "-tls1_2") is None
+
         before = await handshake(port, ssl.TLSVersion.TLSv1_3)
         leaf = authority().issue_cert("localhost", "127.0.0.1")
         chain = b"".join(pem.bytes() for pem in leaf.cert_chain_pems)
@@ -380,6 +384,20 @@ async def handshake(port: int, version: ssl.TLSVersion) -> bytes | None:
         await writer.wait_closed()
     assert isinstance(found, bytes)
     return found
+
+
+async def openssl_version(port: int, option: str) -> str | None:
+    """Do a handshake with the program `openssl`; return the version that it reports, or None."""
+    process = await asyncio.create_subprocess_exec(
+        *("openssl", "s_client", option, "-brief", "-connect", f"localhost:{port}"),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    async with asyncio.timeout(WAIT_SECONDS):
+        said, _ = await process.communicate()
+    match = re.search(rb"^Protocol version: (\S+)", said, re.MULTILINE)
+    return None if match is None else match[1].decode()
 
 
 async def test_the_readmes_first_caller(run: Run, folder: Path) -> None:
