@@ -22,8 +22,8 @@ import uvloop
 
 from latchkey_service.access.policy import PolicyError
 from latchkey_service.access.policy_file import SIZE_MAX
-from latchkey_service.process.memory_limit import guard_memory, memory_max_bytes
 from latchkey_service.process.wiring import Server, ended, running
+from latchkey_service.process.worker_watch import beat
 from latchkey_service.secret_format import Keyring
 from latchkey_service.settings import logs
 from latchkey_service.settings.settings import READY, Settings, from_json
@@ -158,8 +158,8 @@ async def _serve(
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, stop.set)
     # Until the very end: calls continue during the shutdown.
-    guarding = asyncio.create_task(guard_memory(memory_max_bytes(settings)))
-    guarding.add_done_callback(partial(ended, fail))
+    beating = asyncio.create_task(beat(), name="beat")
+    beating.add_done_callback(partial(ended, fail))
     # Until the very end too: a revoked right must not last for calls that continue. And from now
     # on, or the worker would first serve with a policy that changed while it started.
     policies = _Policies(handed, policy)
@@ -179,5 +179,5 @@ async def _serve(
             logs.logger().warning("supervisor is gone, stopping")
             await server.stop(ORPHAN_GRACE_SECONDS)
     taking.cancel()
-    guarding.cancel()
+    beating.cancel()
     return 1 if failed else 0
