@@ -10,6 +10,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
+from latchkey import Secret
+
 __all__ = ["OpenIdSettings", "ProxySettings", "Settings", "SettingsError", "is_account_id", "make"]
 
 LISTEN: Final = "127.0.0.1:50080"
@@ -42,7 +44,7 @@ class OpenIdSettings:
 
     issuer: str
     client_id: str
-    client_secret: str | None
+    client_secret: Secret | None
     claim: str
 
 
@@ -256,7 +258,7 @@ def _openid(issuer: str, client_id: str | None, secret: str | None, claim: str) 
         raise SettingsError("--oidc-client-id: give this page's client ID at the provider")
     if not claim:
         raise SettingsError(f"--oidc-claim: give the claim that holds the account, such as {CLAIM}")
-    return OpenIdSettings(issuer, client_id, secret or None, claim)
+    return OpenIdSettings(issuer, client_id, Secret(secret) if secret else None, claim)
 
 
 def _is_loopback(host: str) -> bool:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 from dotenv import dotenv_values
 from latchkey_coherence.lease import LEASE_SECONDS_MAX
@@ -204,6 +204,10 @@ class Settings(BaseSettings):
     log_verify_share: float = Field(
         0.0, ge=0, le=1, description="share of successful verifies to log, 0 to 1"
     )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse to be pickled: the database's password would be in the result, unmasked."""
+        raise TypeError("settings cannot be pickled; use to_json for the pipe to a worker")
 
     @property
     def pepper_path(self) -> Path:
