@@ -37,7 +37,13 @@ from latchkey_service.process.worker_process import (
 )
 from latchkey_service.process.worker_watch import WorkerWatch, memory_max_bytes
 from latchkey_service.settings import logs
-from latchkey_service.settings.settings import PREFIX, READY, Settings, to_json
+from latchkey_service.settings.settings import (
+    PREFIX,
+    READY,
+    Settings,
+    file_warnings,
+    to_json,
+)
 from latchkey_service.tokens import pepper_file
 from latchkey_service.tokens.pepper_enrolment import enrol
 from latchkey_service.tokens.pepper_file import PepperFileError
@@ -71,6 +77,8 @@ def run(settings: Settings) -> int:
     try:
         # Before Postgres starts, so that mistakes are reported at once.
         policy = _check_files(settings)
+        for text in file_warnings(settings):
+            logs.logger().warning("a file is not well protected", what_to_do=text)
         if settings.database_url is None:
             postgres = EmbeddedPostgres(settings.data_dir)
             # On the main thread, before any other thread exists: see embedded_cluster.py.

@@ -16,10 +16,18 @@ from latchkey_coherence.lease import LEASE_SECONDS_MAX
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from latchkey_service.settings import exposure
+from latchkey_service.settings import exposure, file_access
 from latchkey_service.settings.data_dir import default_data_dir
 
-__all__ = ["ConfigError", "Settings", "describe", "from_json", "load", "to_json"]
+__all__ = [
+    "ConfigError",
+    "Settings",
+    "describe",
+    "file_warnings",
+    "from_json",
+    "load",
+    "to_json",
+]
 
 PREFIX = "LATCHKEY_"
 ENV_FILE = ".env"
@@ -237,6 +245,7 @@ def load(*, together: bool = True) -> Settings:
 
     With `together`, also rejects settings that contradict each other.
     """
+    _check_env_file()
     try:
         settings = Settings()
     except ValidationError as error:
@@ -246,6 +255,31 @@ def load(*, together: bool = True) -> Settings:
     if together:
         _check_together(settings)
     return settings
+
+
+def _check_env_file() -> None:
+    """Raise ConfigError if somebody else may decide on our settings."""
+    path = Path(ENV_FILE).absolute()
+    try:
+        problem = file_access.refusal(path, path.stat(), file_access.ENVIRONMENT)
+    except OSError:
+        # There is no such file, or pydantic reports that it cannot be read.
+        return
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def file_warnings(settings: Settings) -> list[str]:
+    """Return what is wrong with the owner or mode of files that may be used nevertheless."""
+    files = [
+        (Path(ENV_FILE).absolute(), file_access.ENVIRONMENT),
+        (settings.policy, file_access.POLICY),
+        (settings.tls_key, file_access.TLS_KEY),
+        (settings.tls_certificate, file_access.CERTIFICATE),
+        (settings.tls_client_ca, file_access.CERTIFICATE),
+    ]
+    found = [None if path is None else file_access.warning(path, rule) for path, rule in files]
+    return [text for text in found if text is not None]
 
 
 def to_json(settings: Settings) -> str:

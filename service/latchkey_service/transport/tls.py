@@ -16,6 +16,7 @@ from typing import Final
 
 import grpc
 
+from latchkey_service.settings.file_access import CERTIFICATE, TLS_KEY, Rule, refusal
 from latchkey_service.settings.logs import logger
 
 __all__ = ["ENVIRONMENT", "Certificates", "TlsError", "check_only_tls_1_3"]
@@ -77,7 +78,7 @@ class Certificates:
     def read(self) -> grpc.ServerCertificateConfiguration:
         """Read and check the files. Raises TlsError."""
         certificate = _pem("LATCHKEY_TLS_CERTIFICATE", self._certificate)
-        key = _pem("LATCHKEY_TLS_KEY", self._key)
+        key = _pem("LATCHKEY_TLS_KEY", self._key, TLS_KEY)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             # Reject an encrypted key instead of prompting for its password on the terminal.
@@ -148,16 +149,21 @@ class Certificates:
             except OSError as error:
                 found.append(error.errno)
             else:
-                found.append(status and (status.st_ino, status.st_mtime_ns, status.st_size))
+                # The change time as well: owner and mode count.
+                times = status and (status.st_mtime_ns, status.st_ctime_ns)
+                found.append(status and (status.st_ino, times, status.st_size))
         return tuple(found)
 
 
-def _pem(name: str, path: Path) -> bytes:
+def _pem(name: str, path: Path, rule: Rule = CERTIFICATE) -> bytes:
     try:
         with path.open("rb") as file:
+            problem = refusal(path, os.fstat(file.fileno()), rule)
             data = file.read(SIZE_MAX + 1)
     except OSError as error:
         raise TlsError(f"{name}: {path}: {error.strerror}") from None
+    if problem is not None:
+        raise TlsError(f"{name}: {problem}")
     if b"-----BEGIN " not in data or len(data) > SIZE_MAX:
         raise TlsError(f"{name}: {path} is not a PEM file")
     return data
