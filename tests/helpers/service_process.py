@@ -32,6 +32,8 @@ class Service:
 
     # A subclass that replaces it belongs to the tests.
     module = "latchkey_service"
+    # A program that prepares the process, and then becomes it.
+    prefix: tuple[str, ...] = ()
 
     def __init__(self, folder: Path, **settings: object) -> None:
         folder.mkdir(exist_ok=True)
@@ -43,7 +45,7 @@ class Service:
             environment["PYTHONPATH"] = str(ROOT)
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", self.module],
+                [*self.prefix, sys.executable, "-m", self.module],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

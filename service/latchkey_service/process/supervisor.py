@@ -28,6 +28,7 @@ from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.embedded_cluster import EmbeddedError, EmbeddedPostgres
 from latchkey_service.postgres.migrate import MigrationError, bundled, migrate
 from latchkey_service.process.port_reservation import AddressError, reserved
+from latchkey_service.process.privileges import account_of_workers, forbid_dumps
 from latchkey_service.process.worker_process import (
     NotStarted,
     policy_line,
@@ -75,6 +76,7 @@ def run(settings: Settings) -> int:
     logs.configure(logs.format_of(settings.log_format), settings.log_level)
     postgres: EmbeddedPostgres | None = None
     try:
+        forbid_dumps(settings)
         # Before Postgres starts, so that mistakes are reported at once.
         policy = _check_files(settings)
         for text in file_warnings(settings):
@@ -157,6 +159,7 @@ class _Supervisor:
         self._policy_file: PolicyFile | None = None
         if settings.policy is not None and policy is not None:
             self._policy_file = PolicyFile(settings.policy, policy, self._send_policy)
+        self._account = account_of_workers(settings)
         self._watch = WorkerWatch(memory_max_bytes(settings))
         self._restarts = Counter[object]()
         # Includes workers that are starting or stopping: they may answer calls.
@@ -292,7 +295,7 @@ class _Supervisor:
         """Start a worker with `folder` as its directory for temporary files."""
         read, write = os.pipe()
         try:
-            process = await spawn(folder, write)
+            process = await spawn(folder, write, self._account)
         except BaseException:
             os.close(read)
             raise

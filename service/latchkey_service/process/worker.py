@@ -22,6 +22,7 @@ import uvloop
 
 from latchkey_service.access.policy import PolicyError
 from latchkey_service.access.policy_file import SIZE_MAX
+from latchkey_service.process.privileges import forbid_dumps, give_up_root
 from latchkey_service.process.wiring import Server, ended, running
 from latchkey_service.process.worker_watch import beat
 from latchkey_service.secret_format import Keyring
@@ -66,6 +67,8 @@ async def _run() -> int:
         lambda: asyncio.StreamReaderProtocol(handed), sys.stdin
     )
     settings = from_json(await handed.readline())
+    # Before the keys arrive.
+    forbid_dumps(settings)
     logs.configure(logs.format_of(settings.log_format), settings.log_level)
     keyring = pepper_file.parse((await handed.readline()).decode("ascii", "replace"))
     policy = _policy(await handed.readline())
@@ -167,6 +170,9 @@ async def _serve(
     taking.add_done_callback(partial(ended, fail))
     async with running(settings, keyring, policies.latest, fail) as server:
         await policies.put_in_force(server)
+        give_up_root()
+        # Linux allows dumps again when a process changes its user.
+        forbid_dumps(settings)
         # Exclude the objects that exist now from collection. Reference counts free what calls leave
         # behind, so the collector may also run less often.
         gc.collect()

@@ -13,6 +13,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+from latchkey_service.postgres.embedded_host import OsAccount
+from latchkey_service.process.privileges import ACCOUNT_VARIABLE, home_of
 from latchkey_service.process.worker_watch import HEARTBEAT_VARIABLE
 from latchkey_service.settings.exposure import transport_of
 from latchkey_service.settings.settings import Settings
@@ -26,10 +28,13 @@ class NotStarted(Exception):
     also have killed the previous one."""
 
 
-async def spawn(folder: str | None, heartbeats: int) -> asyncio.subprocess.Process:
+async def spawn(
+    folder: str | None, heartbeats: int, account: OsAccount | None
+) -> asyncio.subprocess.Process:
     """Start a worker with `folder` as its directory for temporary files.
 
-    The worker writes heartbeats to the file `heartbeats`. Raises OSError, RuntimeError or
+    The worker writes heartbeats to the file `heartbeats`. Once it listens, it becomes `account`, if
+    there is one. Raises OSError, RuntimeError or
     MemoryError if there is no process, pipe, file, memory or thread for it.
     """
     # Clients can send thousands of frames for which grpcio's core logs a line each.
@@ -38,6 +43,11 @@ async def spawn(folder: str | None, heartbeats: int) -> asyncio.subprocess.Proce
         environment["TMPDIR"] = folder
     # Our own TLS version comes last: nothing in our environment may allow an older one.
     environment |= {HEARTBEAT_VARIABLE: str(heartbeats), **tls.ENVIRONMENT}
+    environment.pop(ACCOUNT_VARIABLE, None)
+    if account is not None:
+        environment[ACCOUNT_VARIABLE] = f"{account.uid}:{account.gid}"
+        # From the start, so that the database's driver finds the same files before and after.
+        environment["HOME"] = home_of(account)
     return await asyncio.create_subprocess_exec(
         sys.executable,
         # Without the current directory on the path, or a stray asyncpg.py would be imported.

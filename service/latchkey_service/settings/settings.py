@@ -203,6 +203,16 @@ class Settings(BaseSettings):
     grace_seconds: float = Field(
         10.0, ge=0, le=3_600, description="how long calls in progress may take during shutdown"
     )
+    drop_root: Literal["on", "off"] = Field(
+        "on",
+        description="on or off: started as root, workers become the owner of DATA_DIR or of the "
+        "embedded Postgres, or latchkey, postgres or nobody",
+    )
+    core_dumps: Literal["off", "on"] = Field(
+        "off",
+        description="off or on; on: core dumps and debuggers of the same user, which see keys and "
+        "secrets",
+    )
     log_format: Literal["json", "console", "auto"] = Field(
         "auto", description="json or console; auto: console on a terminal"
     )

@@ -288,7 +288,8 @@ async def test_a_restarted_worker_has_the_settings_of_the_start(
     later = {"TLS_LISTEN": f"localhost:{port}"} | {
         name.upper(): path for name, path in write_server_files(folder).items()
     }
-    service = run()
+    # Without root, only with dumps may we look at its sockets.
+    service = run(core_dumps="on")
     address = await service.welcome()
     for text in (
         "".join(f"LATCHKEY_{name}={value}\n" for name, value in later.items()).encode(),

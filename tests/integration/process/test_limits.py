@@ -184,6 +184,8 @@ async def test_a_flood_that_uses_all_files(
         transport=transport,
         log_format="json",
         connections_max=most,
+        # Without root, only then may we look at its files.
+        core_dumps="on",
     ) as running:
         address = await running.welcome()
         (pid,) = running.worker_pids
