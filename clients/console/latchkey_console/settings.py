@@ -72,6 +72,17 @@ class Settings:
         return frozenset(hosts)
 
     @property
+    def cookie_name(self) -> str:
+        """The name of the session's cookie, which is different for each port.
+
+        Browsers send cookies to all ports of a host (RFC 6265 §8.5). Two consoles on one host would
+        otherwise end each other's sessions.
+        """
+        port = urlsplit(self.public_url).port or (443 if self.https else 80)
+        # The prefix stops other hosts of the domain from setting this cookie (RFC 6265bis §4.1.3).
+        return f"__Host-latchkey-{port}" if self.https else f"latchkey-console-{port}"
+
+    @property
     def https(self) -> bool:
         """Whether browsers connect over TLS, so that cookies can require it."""
         return self.public_url.startswith("https:")

@@ -153,3 +153,18 @@ def test_the_clients_secret_stays_hidden() -> None:
         assert "canary" not in repr(shown)
     with pytest.raises(TypeError, match="cannot be pickled"):
         pickle.dumps(settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"account": "a"}, "latchkey-console-50080"),
+        ({"account": "a", "listen": "127.0.0.1:50081"}, "latchkey-console-50081"),
+        ({**PROXY, **PUBLIC}, "__Host-latchkey-443"),
+        ({**PROXY, "public_url": "https://tokens.example.com:8443"}, "__Host-latchkey-8443"),
+    ],
+)
+def test_cookies_of_each_port(options: dict[str, Any], name: str) -> None:
+    """Consoles on several ports of a host have different cookies, because browsers send each
+    cookie to all ports."""
+    assert make(**options).cookie_name == name
