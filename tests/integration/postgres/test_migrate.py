@@ -197,6 +197,11 @@ async def test_a_lost_connection_rolls_back(empty_url: str) -> None:
             await connection.execute("TABLE slow")
 
 
+async def name_keys(connection: "asyncpg.Connection[asyncpg.Record]") -> dict[str, str]:
+    rows = await connection.fetch("SELECT id, name_key FROM token")
+    return {row["id"]: row["name_key"] for row in rows}
+
+
 async def test_names_that_look_the_same(empty_url: str) -> None:
     """The keys of existing names get the form that new names have. If two live tokens then have the
     same, the older one gets it, and both stay. Deleted tokens and ASCII names keep theirs."""
@@ -223,10 +228,10 @@ async def test_names_that_look_the_same(empty_url: str) -> None:
             await connection.execute(insert, f"tok_{number}", account, name, old, number)
         await connection.execute(insert, "gone", "e", "x\u200b", "x\u200b", 0)
         await connection.execute("UPDATE token SET delete_time = now() WHERE id = 'gone'")
-        before = dict(await connection.fetch("SELECT id, name_key FROM token"))
+        before = await name_keys(connection)
     assert [m.name for m in await migrate(empty_url, migrations)] == ["names"]
     async with session(empty_url) as connection:
-        after = dict(await connection.fetch("SELECT id, name_key FROM token"))
+        after = await name_keys(connection)
     for number, (_, name, new) in enumerate(rows):
         expected = name_key(name) if new else before[f"tok_{number}"]
         assert after[f"tok_{number}"] == expected, name

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -160,7 +161,7 @@ async def test_workers_give_up_root(
         )
         for channel in channels:
             async with channel:
-                await eventually(lambda channel=channel: is_serving(channel), "it serves")
+                await eventually(partial(is_serving, channel), "it serves")
                 stub = pb_grpc.TokenServiceStub(channel)
                 watcher = WatchClient(stub)
                 await watcher.granted()

@@ -7,6 +7,7 @@ import os
 import pickle
 import pydoc
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,13 +96,13 @@ def test_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str, sou
     monkeypatch.delenv("LATCHKEY_CREDENTIAL")
     if source == "environment":
         monkeypatch.setenv("LATCHKEY_CREDENTIAL", given)
-    make = {
+    makers: dict[str, Callable[[], latchkey.Access]] = {
         "argument": partial(latchkey.Access, credential=given),
         "environment": latchkey.Access.from_environment,
         "file": partial(latchkey.Access, credential_file=path),
-    }[source]
+    }
     with pytest.raises(latchkey.AccessError) as caught:
-        make()
+        makers[source]()
     frames = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
     # Without the frame of this test, which knows it.
     del frames.stack[0]
