@@ -24,7 +24,6 @@ from latchkey_service.postgres.migrate import bundled, migrate
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens import pepper_file as pepper_files
 from latchkey_service.tokens.token_store import TokenStore
-from latchkey_service.transport import tls
 
 from tests.helpers.databases import drop_database
 from tests.helpers.measured import pytest_runtest_protocol  # noqa: F401 - pytest calls the hook
@@ -49,9 +48,6 @@ for name in [name for name in os.environ if name.startswith("LATCHKEY_")]:
 # A shell that starts the tests in the background makes them ignore SIGINT, and every program that a
 # test starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# As in a worker, and before any gRPC object is created.
-tls.allow_only_tls_1_3()
 
 # hypothesis' own settings for CI, which apply everywhere here: a busy machine is not a bug.
 hypothesis.settings.register_profile(

@@ -106,7 +106,8 @@ def test_sign_in_and_out(
     browser.find("#secret")
     browser.click("#stored")
     cookies = browser.cdp("Network.getAllCookies")["cookies"]
-    session = next(c for c in cookies if c["name"] == "latchkey_console")
+    cookie_name = f"latchkey-console-{httpx.URL(url).port}"
+    session = next(c for c in cookies if c["name"] == cookie_name)
     assert (session["httpOnly"], session["sameSite"]) == (True, "Lax")
 
     browser.click(".who button")
@@ -120,7 +121,7 @@ def test_sign_in_and_out(
     browser.screen("signed-out")
     browser.accessible(axe, "the signed-out page")
     # A copy of the cookie is now worthless.
-    with httpx.Client(cookies={"latchkey_console": session["value"]}) as thief:
+    with httpx.Client(cookies={cookie_name: session["value"]}) as thief:
         answer = thief.get(f"{url}/")
         assert (answer.status_code, answer.headers["location"]) == (303, "/sign-in")
     browser.driver.back()

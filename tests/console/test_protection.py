@@ -301,20 +301,20 @@ async def test_session_cookie(address: str) -> None:
     """The session cookie is signed, HttpOnly and SameSite, and over https also Secure."""
     async with visitor(address, account="acme") as browser:
         cookie = (await browser.get("/new")).headers["set-cookie"].lower()
-        assert cookie.startswith("latchkey_console=")
+        assert cookie.startswith("latchkey-console-50080=")
         assert "httponly" in cookie
         assert "samesite=lax" in cookie
         assert "secure" not in cookie
         # A forged cookie starts a new session, in which the old form is invalid.
         data = await form(browser)
         browser.cookies.clear()
-        browser.cookies.set("latchkey_console", "e30=.forged.forged")
+        browser.cookies.set("latchkey-console-50080", "e30=.forged.forged")
         assert (await send(browser, "/tokens", data)).status_code == 403
     public: dict[str, Any] = {"public_url": "https://tokens.example.com", **PROXY}
     async with visitor(address, **public) as browser:
         headers = {"host": "tokens.example.com", "x-forwarded-user": "acme"}
         cookie = (await browser.get("/new", headers=headers)).headers["set-cookie"].lower()
-        assert cookie.startswith("__host-latchkey=")
+        assert cookie.startswith("__host-latchkey-443=")
         assert "; secure" in cookie
         assert "path=/;" in cookie
         assert "domain" not in cookie

@@ -133,16 +133,33 @@ async def test_expiry_is_judged_at_each_answer(stub, create):
 
 
 async def test_name_is_unique_among_live_tokens(stub, create):
-    """A name in use is rejected in any case (upper or lower). A deleted token's name and another
-    account's name are free."""
+    """A name in use is rejected in any case (upper or lower), with characters that leave no mark,
+    and in compatible forms. A deleted token's name and another account's name are free."""
     created = await create(name="Deploy")
-    for name in ("Deploy", "dEPLOY", " deploy "):
+    for name in (
+        "Deploy",
+        "dEPLOY",
+        " deploy ",
+        "de\u200bploy",
+        "deploy\U000e0041",
+        "ｄｅｐｌｏｙ",
+    ):
         request = pb.CreateRequest(account_id="acme", name=name, scope=pb.SCOPE_READ)
         error = await refusal(stub.Create(request))
         assert (error.code, error.reason) == (grpc.StatusCode.ALREADY_EXISTS, "TOKEN_NAME_TAKEN")
     await create(account_id="other", name="deploy")
     await stub.Delete(pb.DeleteRequest(account_id="acme", id=created.token.id))
     await create(name="deploy")
+
+
+@pytest.mark.parametrize(
+    "name", ["\u200b", "\U000e0041\U000e0042", "\u3164", "\u2800", "\ufe0f \u00ad", "\u0301"]
+)
+async def test_a_name_is_visible(stub, name):
+    """A name without a character that leaves a mark is rejected."""
+    request = pb.CreateRequest(account_id="acme", name=name, scope=pb.SCOPE_READ)
+    error = await refusal(stub.Create(request))
+    assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["name"])
 
 
 async def test_racing_creates_of_one_name_make_one_token(stub):

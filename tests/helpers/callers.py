@@ -155,4 +155,5 @@ def write_server_files(folder: Path) -> dict[str, Path]:
     }
     for path, data in files.values():
         path.write_bytes(data)
+    files["tls_key"][0].chmod(0o600)
     return {name: path for name, (path, _) in files.items()}

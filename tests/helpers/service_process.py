@@ -18,6 +18,8 @@ from tests.helpers.waiting import WAIT_SECONDS, eventually
 
 __all__ = ["FAVOUR", "Service", "service"]
 
+# Variables that configure Latchkey or its gRPC library.
+OWN_VARIABLES = ("LATCHKEY_", "GRPC_")
 # As in nice(2).
 FAVOUR = -10
 
@@ -30,17 +32,20 @@ class Service:
 
     # A subclass that replaces it belongs to the tests.
     module = "latchkey_service"
+    # A program that prepares the process, and then becomes it.
+    prefix: tuple[str, ...] = ()
 
     def __init__(self, folder: Path, **settings: object) -> None:
         folder.mkdir(exist_ok=True)
         self._out, self._err = folder / "out", folder / "err"
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
+        # A user's environment: nothing that this process or its libraries have set for themselves.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(OWN_VARIABLES)}
         environment |= {f"LATCHKEY_{k.upper()}": str(v) for k, v in settings.items()}
         if self.module.startswith("tests."):
             environment["PYTHONPATH"] = str(ROOT)
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", self.module],
+                [*self.prefix, sys.executable, "-m", self.module],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

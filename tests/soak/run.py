@@ -61,6 +61,8 @@ async def run(
         "cache_entries": 1_000,
         "soak_summary_seconds": every,
         "log_format": "json",
+        # Without root, only then may we look at its memory and files.
+        "core_dumps": "on",
         **write_server_files(folder),
     }
     if leaks:

@@ -138,3 +138,15 @@ def test_keyring_needs_a_pepper():
     """A keyring without a key is rejected, because it would store plain hashes."""
     with pytest.raises(ValueError, match="pepper"):
         Keyring([])
+
+
+@given(entropies, entropies)
+def test_what_a_dump_confirms(entropy, other):
+    """As SECURITY.md says: with a complete secret, its row is found in a dump without the pepper.
+    Without its tag, no row matches better than another one."""
+    digests = [mint(each).digest.value for each in (entropy, other)]
+    found = mint(entropy).secret.reveal()
+    tag = sum(ALPHABET.index(c) * 62**i for i, c in enumerate(reversed(found[46:54])))
+    assert int.from_bytes(digests[0][:8]) % 62**8 == tag
+    guessed = Keyring([Pepper(b"guess" * 6 + b"ed")])
+    assert mint(entropy, keyring=guessed).digest.value not in digests

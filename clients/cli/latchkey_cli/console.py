@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 import typer
 from latchkey_console import extra
 
-from latchkey_cli import access
+from latchkey_cli import access, grpc_core
 from latchkey_cli.failures import Exit, Failure
 from latchkey_cli.options import TargetOption
 
@@ -104,9 +104,8 @@ def console(
             Exit.UNEXPECTED,
             code="CONSOLE_NOT_INSTALLED",
         )
-    # Set before grpc loads: its core would write log lines to standard error.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
+    # Before the following lines, which load gRPC.
+    os.environ.update(grpc_core.ENVIRONMENT)
     access.hand_on(target)
     from latchkey_console import running, settings
 

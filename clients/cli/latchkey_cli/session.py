@@ -11,12 +11,13 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeVar
 
-# Set before grpc loads: its core would write log lines to standard error.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+from latchkey_cli import access, grpc_core
+
+# Before the next import, which loads gRPC.
+os.environ.update(grpc_core.ENVIRONMENT)
 
 import latchkey
 
-from latchkey_cli import access
 from latchkey_cli.failures import Exit, Failure
 
 __all__ = ["Doing", "Session"]

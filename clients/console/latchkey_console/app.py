@@ -26,7 +26,7 @@ from latchkey_console.protection import BadForm, Protection, Seals, read_form, s
 from latchkey_console.rendering import Renderer, is_part
 from latchkey_console.settings import Settings
 
-__all__ = ["make_app"]
+__all__ = ["HEALTH", "make_app"]
 
 _log = logging.getLogger("latchkey.console")
 
@@ -89,9 +89,7 @@ def make_app(
             Middleware(
                 SessionMiddleware,
                 secret_key=key,
-                # The prefix stops other hosts of the domain from setting this cookie (RFC 6265bis
-                # §4.1.3).
-                session_cookie="__Host-latchkey" if secure else "latchkey_console",
+                session_cookie=settings.cookie_name,
                 max_age=int(SIGN_IN_SECONDS),
                 # Not strict: the provider's redirect to this page comes from another site.
                 same_site="lax",

@@ -54,7 +54,7 @@ class OpenId:
         self._provider: Any = OAuth().register(
             "provider",
             client_id=settings.client_id,
-            client_secret=settings.client_secret,
+            client_secret=settings.client_secret and settings.client_secret.reveal(),
             server_metadata_url=f"{settings.issuer.rstrip('/')}/.well-known/openid-configuration",
             client_kwargs={
                 "scope": "openid" if settings.claim == "sub" else "openid profile email",

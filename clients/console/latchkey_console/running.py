@@ -12,13 +12,12 @@ from typing import Final
 
 import uvicorn
 
-from latchkey_console.app import make_app
+from latchkey_console.app import HEALTH, make_app
+from latchkey_console.connections import Protocol, RequestLimit
 from latchkey_console.settings import Settings, SettingsError
 
 __all__ = ["run", "stopping_signals"]
 
-# Concurrent requests, each of which may wait for Latchkey. Further requests get 503.
-REQUESTS_MAX: Final = 500
 # A Delete that waits for a silent verifier takes several seconds.
 GRACE_SECONDS: Final = 10
 MARGIN_SECONDS: Final = 2
@@ -33,8 +32,9 @@ def run(settings: Settings) -> None:
         _log_to_stderr()
         # One process, because it keeps forms and new secrets in memory.
         config = uvicorn.Config(
-            make_app(settings),
+            RequestLimit(make_app(settings), frozenset({HEALTH})),
             workers=1,
+            http=Protocol,
             # Keep the peer's real address: `identity` trusts it and ignores forwarding headers.
             proxy_headers=False,
             server_header=False,
@@ -42,7 +42,8 @@ def run(settings: Settings) -> None:
             access_log=False,
             log_config=None,
             ws="none",
-            limit_concurrency=REQUESTS_MAX,
+            # It would count connections as requests. `RequestLimit` counts requests.
+            limit_concurrency=None,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=GRACE_SECONDS,
         )

@@ -10,6 +10,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
+from latchkey import Secret
+
 __all__ = ["OpenIdSettings", "ProxySettings", "Settings", "SettingsError", "is_account_id", "make"]
 
 LISTEN: Final = "127.0.0.1:50080"
@@ -43,7 +45,7 @@ class OpenIdSettings:
 
     issuer: str
     client_id: str
-    client_secret: str | None
+    client_secret: Secret | None
     claim: str
 
 
@@ -69,6 +71,17 @@ class Settings:
             port = "" if parts.port is None else f":{parts.port}"
             hosts |= {f"{name}{port}" for name in ("127.0.0.1", "localhost", "[::1]")}
         return frozenset(hosts)
+
+    @property
+    def cookie_name(self) -> str:
+        """The name of the session's cookie, which is different for each port.
+
+        Browsers send cookies to all ports of a host (RFC 6265 §8.5). Two consoles on one host would
+        otherwise end each other's sessions.
+        """
+        port = urlsplit(self.public_url).port or (443 if self.https else 80)
+        # The prefix stops other hosts of the domain from setting this cookie (RFC 6265bis §4.1.3).
+        return f"__Host-latchkey-{port}" if self.https else f"latchkey-console-{port}"
 
     @property
     def https(self) -> bool:
@@ -257,7 +270,7 @@ def _openid(issuer: str, client_id: str | None, secret: str | None, claim: str) 
         raise SettingsError("--oidc-client-id: give this page's client ID at the provider")
     if not claim:
         raise SettingsError(f"--oidc-claim: give the claim that holds the account, such as {CLAIM}")
-    return OpenIdSettings(issuer, client_id, secret or None, claim)
+    return OpenIdSettings(issuer, client_id, Secret(secret) if secret else None, claim)
 
 
 def _is_loopback(host: str) -> bool:

@@ -46,7 +46,8 @@ class Access:
     """TLS files and a credential, checked. Without arguments: plaintext, without a credential.
 
     Any TLS argument switches TLS on. `tls_ca` names the CAs that may have signed the service's
-    certificate. If it is "system" or missing, gRPC's default CAs are trusted. `tls_certificate` and
+    certificate. If it is "system" or missing, gRPC's default CAs are trusted. The service accepts
+    only TLS 1.3. gRPC has no option by which a client could insist on it. `tls_certificate` and
     `tls_key` are the client's own. `credential_file` is read again when it changes.
 
     Raises AccessError, which says what is wrong and what to do.
@@ -63,22 +64,26 @@ class Access:
     ) -> None:
         if credential is not None and credential_file is not None:
             raise AccessError("credential and credential_file exclude each other: give only one")
+        # Error reporters collect the local variables of a traceback, so none holds a credential.
+        if isinstance(credential, str):
+            credential = Secret(credential)
+        # First, because error reporters also call repr().
+        self._tls: grpc.ChannelCredentials | None = None
+        self._credential: Secret | None = None
         self._tls = _Tls.read(tls_ca, tls_certificate, tls_key)
-        self._metadata: Metadata = ()
         self._file = None if credential_file is None else Path(credential_file)
         self._looked = time.monotonic()
         self._seen: object = None
         if credential is not None:
-            text = credential.reveal() if isinstance(credential, Secret) else credential
-            self._metadata = _bearer(text, "credential")
+            self._credential = _checked(credential, "credential")
         elif self._file is not None:
             self._seen = _signature(self._file)
-            self._metadata = _read_credential(self._file)
+            self._credential = _read_credential(self._file)
 
     @classmethod
     def from_environment(
         cls,
-        environment: Mapping[str, str] = os.environ,
+        environment: Mapping[str, str] | None = None,
         *,
         tls_ca: str | os.PathLike[str] | None = None,
         tls_certificate: str | os.PathLike[str] | None = None,
@@ -87,19 +92,24 @@ class Access:
     ) -> Self:
         """Return the access that arguments and environment describe. Arguments take precedence.
 
-        An empty variable counts as missing. In the environment only LATCHKEY_TLS_CA switches TLS
-        on: on a machine that runs the service, the other two may be the service's own.
+        `environment` is that of the process by default. An empty variable counts as missing. In the
+        environment only LATCHKEY_TLS_CA switches TLS on: on a machine that runs the service, the
+        other two may be the service's own.
         """
 
         def given(name: str) -> str | None:
-            return environment.get(PREFIX + name) or None
+            # The default is no argument's value: help() would print all variables.
+            variables = os.environ if environment is None else environment
+            return variables.get(PREFIX + name) or None
 
         tls_ca = tls_ca or given("TLS_CA")
         if tls_ca is not None and tls_certificate is None and tls_key is None:
             tls_certificate, tls_key = given("TLS_CERTIFICATE"), given("TLS_KEY")
         credential = None
         if credential_file is None:
-            credential, credential_file = given("CREDENTIAL"), given("CREDENTIAL_FILE")
+            if given("CREDENTIAL") is not None:
+                credential = Secret(given("CREDENTIAL") or "")
+            credential_file = given("CREDENTIAL_FILE")
         return cls(
             tls_ca=tls_ca,
             tls_certificate=tls_certificate,
@@ -109,7 +119,7 @@ class Access:
         )
 
     def __repr__(self) -> str:
-        who = "with a credential" if self._metadata else "without a credential"
+        who = "with a credential" if self._credential is not None else "without a credential"
         return f"Access({'TLS' if self._tls else 'plaintext'}, {who})"
 
     @property
@@ -119,7 +129,7 @@ class Access:
 
     def check_target(self, target: str) -> None:
         """Raise AccessError if the credential would cross a network unencrypted."""
-        if self._metadata and self._tls is None and not _LOCAL.match(target):
+        if self._credential is not None and self._tls is None and not _LOCAL.match(target):
             raise AccessError(
                 f"The credential would go to {target} unencrypted: give tls_ca ({PREFIX}TLS_CA) to "
                 "use TLS"
@@ -132,12 +142,14 @@ class Access:
             if (seen := _signature(self._file)) != self._seen:
                 self._seen = seen
                 try:
-                    self._metadata = _read_credential(self._file)
+                    self._credential = _read_credential(self._file)
                 except AccessError:
                     # The file may be half written or being replaced, so keep the old credential.
                     # If that is no longer valid, the service says so.
                     self._seen = None
-        return self._metadata
+        if self._credential is None:
+            return ()
+        return (("authorization", f"Bearer {self._credential.reveal()}"),)
 
 
 class _Tls:
@@ -158,7 +170,7 @@ class _Tls:
                 f"tls_certificate and tls_key belong together: give {missing}, too "
                 f"({PREFIX}{missing.upper()})"
             )
-        authorities = own = own_key = None
+        authorities = own = None
         if ca is not None and str(ca) != SYSTEM:
             # Pass gRPC the very bytes that were checked.
             authorities = b"\n".join(_BLOCKS.findall(_pem("tls_ca", Path(ca), "CERTIFICATE")))
@@ -169,9 +181,12 @@ class _Tls:
                 raise AccessError(f"tls_ca: {ca} contains no readable certificate") from None
         if certificate is not None and key is not None:
             own = _pem("tls_certificate", Path(certificate), "CERTIFICATE")
-            own_key = _pem("tls_key", Path(key), "PRIVATE KEY")
+            _pem("tls_key", Path(key), "PRIVATE KEY")
             _check_pair(Path(certificate), Path(key))
-        made: grpc.ChannelCredentials = grpc.ssl_channel_credentials(authorities, own_key, own)
+        # The key is read last, and no variable holds it.
+        made: grpc.ChannelCredentials = grpc.ssl_channel_credentials(
+            authorities, None if key is None else _pem("tls_key", Path(key), "PRIVATE KEY"), own
+        )
         return made
 
 
@@ -192,13 +207,14 @@ def _check_pair(certificate: Path, key: Path) -> None:
 def _pem(name: str, path: Path, kind: str) -> bytes:
     """Read a file that must contain at least one PEM block of a kind."""
     data = _read(name, path)
-    blocks = re.findall(rb"-----BEGIN ([A-Z0-9 ]+)-----", data)
-    if not blocks:
+    kinds = [block.decode() for block in re.findall(rb"-----BEGIN ([A-Z0-9 ]+)-----", data)]
+    if any(found.endswith(kind) for found in kinds):
+        return data
+    # It may be a key in the place of a certificate. See Access.__init__.
+    del data
+    if not kinds:
         raise AccessError(f"{name}: {path} is not a PEM file")
-    if not any(block.decode().endswith(kind) for block in blocks):
-        found = blocks[0].decode().lower()
-        raise AccessError(f"{name}: {path} contains no {kind.lower()}, but a {found}")
-    return data
+    raise AccessError(f"{name}: {path} contains no {kind.lower()}, but a {kinds[0].lower()}")
 
 
 def _read(name: str, path: Path) -> bytes:
@@ -212,22 +228,26 @@ def _read(name: str, path: Path) -> bytes:
     return data
 
 
-def _read_credential(path: Path) -> Metadata:
-    text = _read("credential_file", path).decode("utf-8", "replace").strip()
-    return _bearer(text, f"credential_file: {path}")
+def _read_credential(path: Path) -> Secret:
+    text = Secret(_read("credential_file", path).decode("utf-8", "replace").strip())
+    return _checked(text, f"credential_file: {path}")
 
 
-def _bearer(text: str, name: str) -> Metadata:
-    """Return the metadata for a credential. Raises AccessError, which never shows it."""
-    if not text:
+def _checked(credential: Secret, name: str) -> Secret:
+    """Return a well-formed credential. Raises AccessError, which never shows it."""
+    if not credential.reveal():
         raise AccessError(f"{name}: is empty")
-    end = -_CHECKSUM_LENGTH
-    if not _CREDENTIAL.fullmatch(text) or checksum(text[:end]) != text[end:]:
+    if not _is_credential(credential):
         raise AccessError(
             f"{name}: is not a credential, or is mistyped: it begins with lkc_ and has 53 "
             "characters, as 'latchkey policy new-caller' prints it"
         )
-    return (("authorization", f"Bearer {text}"),)
+    return credential
+
+
+def _is_credential(credential: Secret) -> bool:
+    text, end = credential.reveal(), -_CHECKSUM_LENGTH
+    return _CREDENTIAL.fullmatch(text) is not None and checksum(text[:end]) == text[end:]
 
 
 def _signature(path: Path) -> object:

@@ -5,10 +5,12 @@ One process watches the file for all workers (`supervisor.py`).
 """
 
 import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from latchkey_service.access.policy import PolicyError, parse
+from latchkey_service.settings.file_access import POLICY, refusal
 from latchkey_service.settings.logs import logger
 
 __all__ = ["SIZE_MAX", "PolicyFile", "read_text"]
@@ -23,9 +25,12 @@ def read_text(path: Path) -> str:
     """Return the file's text. Raises PolicyError."""
     try:
         with path.open("rb") as file:
+            problem = refusal(path, os.fstat(file.fileno()), POLICY)
             data = file.read(SIZE_MAX + 1)
     except OSError as error:
         raise PolicyError(f"cannot be read: {error.strerror}") from None
+    if problem is not None:
+        raise PolicyError(f"is not safe: {problem}")
     if len(data) > SIZE_MAX:
         raise PolicyError(f"is larger than {SIZE_MAX} bytes")
     try:

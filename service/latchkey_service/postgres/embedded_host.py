@@ -33,6 +33,7 @@ __all__ = [
     "require_reach",
     "socket_dir_path",
     "spawn",
+    "why_unreadable",
 ]
 
 PORT: Final = "5432"  # Part of the socket's name; nothing listens on TCP.
@@ -117,6 +118,12 @@ def require_reach(directory: Path, account: OsAccount) -> None:
                 f"PostgreSQL refuses to run as root, and the account for it, uid {account.uid}, "
                 f"cannot enter {ancestor} ({reason}); set LATCHKEY_DATA_DIR=/var/lib/latchkey"
             )
+
+
+def why_unreadable(files: Sequence[Path], account: OsAccount) -> str | None:
+    """Return None if `account` can read all the files, else the reason or the first it cannot."""
+    test = 'for file; do test -r "$file" || { echo "$file" >&2; exit 1; }; done'
+    return _probe(["/bin/sh", "-c", test, "sh", *map(str, files)], account)
 
 
 def reachable_programs(data_dir: Path, account: OsAccount) -> Path:

@@ -13,12 +13,10 @@ latest policy to each worker that starts.
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
-import subprocess
 import sys
-import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,9 +28,23 @@ from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.embedded_cluster import EmbeddedError, EmbeddedPostgres
 from latchkey_service.postgres.migrate import MigrationError, bundled, migrate
 from latchkey_service.process.port_reservation import AddressError, reserved
+from latchkey_service.process.privileges import account_of_workers, forbid_dumps
+from latchkey_service.process.worker_process import (
+    NotStarted,
+    policy_line,
+    send,
+    spawn,
+    temporary_folder,
+)
+from latchkey_service.process.worker_watch import WorkerWatch, memory_max_bytes
 from latchkey_service.settings import logs
-from latchkey_service.settings.exposure import transport_of
-from latchkey_service.settings.settings import PREFIX, READY, Settings, to_json
+from latchkey_service.settings.settings import (
+    PREFIX,
+    READY,
+    Settings,
+    file_warnings,
+    to_json,
+)
 from latchkey_service.tokens import pepper_file
 from latchkey_service.tokens.pepper_enrolment import enrol
 from latchkey_service.tokens.pepper_file import PepperFileError
@@ -59,18 +71,16 @@ class StartError(Exception):
     """The service cannot start. The message says why and what to do."""
 
 
-class _NotStarted(Exception):
-    """A worker could not be started. Usually transient, for example when memory is short, which may
-    also have killed the previous one."""
-
-
 def run(settings: Settings) -> int:
     """Run the service until SIGINT or SIGTERM. Returns the exit code."""
     logs.configure(logs.format_of(settings.log_format), settings.log_level)
     postgres: EmbeddedPostgres | None = None
     try:
+        forbid_dumps(settings)
         # Before Postgres starts, so that mistakes are reported at once.
         policy = _check_files(settings)
+        for text in file_warnings(settings):
+            logs.logger().warning("a file is not well protected", what_to_do=text)
         if settings.database_url is None:
             postgres = EmbeddedPostgres(settings.data_dir)
             # On the main thread, before any other thread exists: see embedded_cluster.py.
@@ -149,6 +159,9 @@ class _Supervisor:
         self._policy_file: PolicyFile | None = None
         if settings.policy is not None and policy is not None:
             self._policy_file = PolicyFile(settings.policy, policy, self._send_policy)
+        self._account = account_of_workers(settings)
+        self._watch = WorkerWatch(memory_max_bytes(settings))
+        self._restarts = Counter[object]()
         # Includes workers that are starting or stopping: they may answer calls.
         self._processes: set[asyncio.subprocess.Process] = set()
         self._stop = asyncio.Event()
@@ -178,6 +191,7 @@ class _Supervisor:
         ready = [asyncio.Event() for _ in range(self._settings.workers)]
         workers = [asyncio.create_task(self._keep(number, up)) for number, up in enumerate(ready)]
         keeper = asyncio.create_task(self._keep_postgres())
+        self._watch.start()
         try:
             all_up = asyncio.create_task(_all_set(ready))
             # None of these ends before the stop, except by an error.
@@ -190,6 +204,7 @@ class _Supervisor:
             self._stop.set()
             results = await asyncio.gather(*workers, return_exceptions=True)
         finally:
+            self._watch.stop()
             keeper.cancel()
             kept = await asyncio.gather(keeper, return_exceptions=True)
         for result in [*results, *kept]:
@@ -220,7 +235,7 @@ class _Supervisor:
     def _send_policy(self, text: str) -> None:
         """Send a valid policy to all workers. Each logs when it is in force."""
         for process in self._processes:
-            if _send(process, _policy_line(text)) > BACKLOG_MAX_BYTES:
+            if send(process, policy_line(text)) > BACKLOG_MAX_BYTES:
                 self._log.error("killing a worker that reads no policies", pid=process.pid)
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
@@ -233,31 +248,34 @@ class _Supervisor:
             started = loop.time()
             end: dict[str, object]
             try:
-                end = {"exit_code": await self._run_worker(number, ready)}
-            except _NotStarted as error:
+                end = await self._run_worker(number, ready)
+            except NotStarted as error:
                 # The other workers continue.
-                end = {"not_started": str(error)}
+                end = {"reason": "not started", "error": str(error)}
                 if not ready.is_set():
                     raise StartError(f"worker {number} cannot be started: {error}") from error
             if self._stop.is_set():
                 return
             if loop.time() - started > HEALTHY_SECONDS:
                 delay = RESTART_SECONDS_MIN
+            self._restarts[end["reason"]] += 1
+            end["restarts_for_this_reason"] = self._restarts[end["reason"]]
             self._log.error("worker exited", worker=number, restart_seconds=delay, **end)
             await self._unless_stopped(asyncio.create_task(asyncio.sleep(delay)))
             delay = min(delay * 2, RESTART_SECONDS_MAX)
 
-    async def _run_worker(self, number: int, ready: asyncio.Event) -> int | None:
-        """Run a worker until it exits or we stop. Return its exit code.
+    async def _run_worker(self, number: int, ready: asyncio.Event) -> dict[str, object]:
+        """Run a worker until it exits or we stop. Return how it ended, for the log.
 
-        Raises _NotStarted if no process can be started, and StartError if the first one fails.
+        Raises NotStarted if no process can be started, and StartError if the first one fails.
         """
-        with _temporary_directory(self._settings) as folder:
+        with temporary_folder(self._settings) as folder:
             try:
                 process = await self._spawn(folder)
             except (OSError, RuntimeError, MemoryError) as error:
                 # No process, pipe, file or memory, or no thread to wait for it (Python 3.11).
-                raise _NotStarted(str(error) or type(error).__name__) from error
+                raise NotStarted(str(error) or type(error).__name__) from error
+            reason = "exited"
             try:
                 if await self._becomes_ready(process):
                     ready.set()
@@ -265,38 +283,33 @@ class _Supervisor:
                     await self._unless_stopped(asyncio.create_task(process.wait()))
                 elif not ready.is_set() and not self._stop.is_set():
                     raise StartError(f"worker {number} failed to start; see its log above")
+                else:
+                    reason = "not ready"
             finally:
                 await self._end(process)
                 self._processes.discard(process)
-            return process.returncode
+                killed = self._watch.remove(process)
+            return {"reason": killed or reason, "exit_code": process.returncode}
 
     async def _spawn(self, folder: str | None) -> asyncio.subprocess.Process:
         """Start a worker with `folder` as its directory for temporary files."""
-        # Clients can send thousands of frames for which grpcio's core logs a line each.
-        environment = {"GRPC_VERBOSITY": "ERROR", **os.environ}
-        if folder is not None:
-            environment["TMPDIR"] = folder
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            # Without the current directory on the path, or a stray asyncpg.py would be imported.
-            "-P",
-            "-m",
-            "latchkey_service",
-            "worker",
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            # Ctrl-C must reach only the supervisor, which stops the workers in order.
-            start_new_session=True,
-        )
+        read, write = os.pipe()
+        try:
+            process = await spawn(folder, write, self._account)
+        except BaseException:
+            os.close(read)
+            raise
+        finally:
+            os.close(write)
+        self._watch.add(process, read)
         # Send the peppers that were checked. By now, the file may have others, and a worker that
         # lacked one would treat live tokens as UNKNOWN.
         policy = None if self._policy_file is None else self._policy_file.text
-        _send(
+        send(
             process,
             to_json(self._worker_settings).encode("ascii"),
             self._peppers,
-            _policy_line(policy),
+            policy_line(policy),
         )
         # No await since then, so this worker receives every later policy as well.
         self._processes.add(process)
@@ -390,34 +403,6 @@ def _check_files(settings: Settings) -> str | None:
         except tls.TlsError as error:
             raise StartError(str(error)) from None
     return policy
-
-
-@contextlib.contextmanager
-def _temporary_directory(settings: Settings) -> Iterator[str | None]:
-    """Create a directory for a worker's temporary files, such as the socket of `native`.
-
-    Deletes it afterwards, even if the worker was killed. Raises _NotStarted.
-    """
-    if transport_of(settings) != "native":
-        yield None
-        return
-    try:
-        folder = tempfile.TemporaryDirectory(prefix="lk-", ignore_cleanup_errors=True)
-    except OSError as error:
-        raise _NotStarted(str(error)) from error
-    with folder as path:
-        yield path
-
-
-def _send(process: asyncio.subprocess.Process, *lines: bytes) -> int:
-    """Write lines to a worker without waiting. Return how many bytes it has not read yet."""
-    assert process.stdin is not None, "it is a pipe"  # noqa: S101 - for the type checker
-    process.stdin.writelines(lines)
-    return process.stdin.transport.get_write_buffer_size()
-
-
-def _policy_line(text: str | None) -> bytes:
-    return json.dumps(text, ensure_ascii=False).encode() + b"\n"
 
 
 async def _all_set(events: list[asyncio.Event]) -> None:

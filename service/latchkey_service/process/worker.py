@@ -22,8 +22,9 @@ import uvloop
 
 from latchkey_service.access.policy import PolicyError
 from latchkey_service.access.policy_file import SIZE_MAX
-from latchkey_service.process.memory_limit import guard_memory, memory_max_bytes
+from latchkey_service.process.privileges import forbid_dumps, give_up_root
 from latchkey_service.process.wiring import Server, ended, running
+from latchkey_service.process.worker_watch import beat
 from latchkey_service.secret_format import Keyring
 from latchkey_service.settings import logs
 from latchkey_service.settings.settings import READY, Settings, from_json
@@ -66,10 +67,13 @@ async def _run() -> int:
         lambda: asyncio.StreamReaderProtocol(handed), sys.stdin
     )
     settings = from_json(await handed.readline())
+    # Before the keys arrive.
+    forbid_dumps(settings)
     logs.configure(logs.format_of(settings.log_format), settings.log_level)
     keyring = pepper_file.parse((await handed.readline()).decode("ascii", "replace"))
     policy = _policy(await handed.readline())
-    tls.allow_only_tls_1_3()
+    if settings.tls_listen is not None:
+        tls.check_only_tls_1_3()
     _warn_of_files(settings)
     return await _serve(settings, keyring, policy, handed)
 
@@ -157,8 +161,8 @@ async def _serve(
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, stop.set)
     # Until the very end: calls continue during the shutdown.
-    guarding = asyncio.create_task(guard_memory(memory_max_bytes(settings)))
-    guarding.add_done_callback(partial(ended, fail))
+    beating = asyncio.create_task(beat(), name="beat")
+    beating.add_done_callback(partial(ended, fail))
     # Until the very end too: a revoked right must not last for calls that continue. And from now
     # on, or the worker would first serve with a policy that changed while it started.
     policies = _Policies(handed, policy)
@@ -166,6 +170,9 @@ async def _serve(
     taking.add_done_callback(partial(ended, fail))
     async with running(settings, keyring, policies.latest, fail) as server:
         await policies.put_in_force(server)
+        give_up_root()
+        # Linux allows dumps again when a process changes its user.
+        forbid_dumps(settings)
         # Exclude the objects that exist now from collection. Reference counts free what calls leave
         # behind, so the collector may also run less often.
         gc.collect()
@@ -178,5 +185,5 @@ async def _serve(
             logs.logger().warning("supervisor is gone, stopping")
             await server.stop(ORPHAN_GRACE_SECONDS)
     taking.cancel()
-    guarding.cancel()
+    beating.cancel()
     return 1 if failed else 0

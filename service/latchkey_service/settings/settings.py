@@ -9,17 +9,25 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 from dotenv import dotenv_values
 from latchkey_coherence.lease import LEASE_SECONDS_MAX
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from latchkey_service.settings import exposure
+from latchkey_service.settings import exposure, file_access
 from latchkey_service.settings.data_dir import default_data_dir
 
-__all__ = ["ConfigError", "Settings", "describe", "from_json", "load", "to_json"]
+__all__ = [
+    "ConfigError",
+    "Settings",
+    "describe",
+    "file_warnings",
+    "from_json",
+    "load",
+    "to_json",
+]
 
 PREFIX = "LATCHKEY_"
 ENV_FILE = ".env"
@@ -195,6 +203,16 @@ class Settings(BaseSettings):
     grace_seconds: float = Field(
         10.0, ge=0, le=3_600, description="how long calls in progress may take during shutdown"
     )
+    drop_root: Literal["on", "off"] = Field(
+        "on",
+        description="on or off: started as root, workers become the owner of DATA_DIR or of the "
+        "embedded Postgres, or latchkey, postgres or nobody",
+    )
+    core_dumps: Literal["off", "on"] = Field(
+        "off",
+        description="off or on; on: core dumps and debuggers of the same user, which see keys and "
+        "secrets",
+    )
     log_format: Literal["json", "console", "auto"] = Field(
         "auto", description="json or console; auto: console on a terminal"
     )
@@ -204,6 +222,10 @@ class Settings(BaseSettings):
     log_verify_share: float = Field(
         0.0, ge=0, le=1, description="share of successful verifies to log, 0 to 1"
     )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse to be pickled: the database's password would be in the result, unmasked."""
+        raise TypeError("settings cannot be pickled; use to_json for the pipe to a worker")
 
     @property
     def pepper_path(self) -> Path:
@@ -233,6 +255,7 @@ def load(*, together: bool = True) -> Settings:
 
     With `together`, also rejects settings that contradict each other.
     """
+    _check_env_file()
     try:
         settings = Settings()
     except ValidationError as error:
@@ -242,6 +265,31 @@ def load(*, together: bool = True) -> Settings:
     if together:
         _check_together(settings)
     return settings
+
+
+def _check_env_file() -> None:
+    """Raise ConfigError if somebody else may decide on our settings."""
+    path = Path(ENV_FILE).absolute()
+    try:
+        problem = file_access.refusal(path, path.stat(), file_access.ENVIRONMENT)
+    except OSError:
+        # There is no such file, or pydantic reports that it cannot be read.
+        return
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def file_warnings(settings: Settings) -> list[str]:
+    """Return what is wrong with the owner or mode of files that may be used nevertheless."""
+    files = [
+        (Path(ENV_FILE).absolute(), file_access.ENVIRONMENT),
+        (settings.policy, file_access.POLICY),
+        (settings.tls_key, file_access.TLS_KEY),
+        (settings.tls_certificate, file_access.CERTIFICATE),
+        (settings.tls_client_ca, file_access.CERTIFICATE),
+    ]
+    found = [None if path is None else file_access.warning(path, rule) for path, rule in files]
+    return [text for text in found if text is not None]
 
 
 def to_json(settings: Settings) -> str:

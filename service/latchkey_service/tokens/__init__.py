@@ -2,6 +2,6 @@
 
 Owns the rules of the contract, but neither protobuf (`rpc`) nor leases (`coherence`).
 
-Imports: coherence, audit, postgres.
+Imports: coherence, audit, postgres, settings.
 Begin with `verifier.py` for Verify and with `management.py` for all other methods.
 """

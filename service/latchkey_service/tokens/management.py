@@ -25,6 +25,7 @@ from latchkey_service.errors import (
 from latchkey_service.identifiers import ACCOUNT_ID, TOKEN_ID
 from latchkey_service.secret_format import Keyring, Secret, contains_secret
 from latchkey_service.tokens import page_tokens
+from latchkey_service.tokens.names import is_visible, name_key
 from latchkey_service.tokens.token_store import Deletion, PageStart, TokenStore
 from latchkey_service.tokens.verdict import Scope, TokenRecord
 
@@ -141,7 +142,7 @@ class Tokens:
             dict(new.labels),
         )
         try:
-            await self._store.insert_token(record, _name_key(name), minted.digest, audit_context)
+            await self._store.insert_token(record, name_key(name), minted.digest, audit_context)
         except AlreadyExists:
             # A deposed primary may still have a token of this name that is deleted by now.
             _, snapshot = await self._store.get_token(new.account_id, record.id)
@@ -262,11 +263,6 @@ def _new_id(now: datetime, random_bytes: Callable[[int], bytes]) -> str:
     return "tok_" + "".join(_BASE32[number >> shift & 31] for shift in range(125, -1, -5))
 
 
-def _name_key(name: str) -> str:
-    """Return the key for comparing names: case-folded, with one spelling of each letter."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
 def _expiry(new: NewToken, now: datetime, violations: list[FieldViolation]) -> datetime | None:
     """Return the expiry of the new token, None for never. Adds to `violations` if invalid."""
     if new.ttl is None:
@@ -313,6 +309,8 @@ def _name_violations(name: str) -> list[FieldViolation]:
         return [FieldViolation("name", f"must have at most {NAME_LENGTH_MAX} characters")]
     if _has_control_characters(name):
         return [FieldViolation("name", "must not contain control characters")]
+    if not is_visible(name):
+        return [FieldViolation("name", "must contain a visible character")]
     return []
 
 

@@ -11,6 +11,7 @@ import secrets
 from pathlib import Path
 
 from latchkey_service.secret_format import Keyring, Pepper
+from latchkey_service.settings.file_access import PEPPERS, refusal
 
 __all__ = [
     "Draft",
@@ -132,10 +133,8 @@ def load(path: Path) -> Keyring:
         raise PepperFileMissing(path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise PepperFileError(f"cannot read the pepper file {path}: {error}") from None
-    # A file mounted by an orchestrator belongs to root and is readable by our group (0440).
-    open_to_others = 0o077 if status.st_uid == os.geteuid() else 0o037
-    if status.st_mode & open_to_others:
-        raise PepperFileError(f"other users can read the pepper file {path}; run chmod 600 on it")
+    if (problem := refusal(path, status, PEPPERS)) is not None:
+        raise PepperFileError(f"the pepper file is not safe: {problem}")
     keys = []
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()

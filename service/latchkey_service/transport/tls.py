@@ -16,28 +16,34 @@ from typing import Final
 
 import grpc
 
+from latchkey_service.settings.file_access import CERTIFICATE, TLS_KEY, Rule, refusal
 from latchkey_service.settings.logs import logger
 
-__all__ = ["Certificates", "TlsError", "allow_only_tls_1_3"]
+__all__ = ["ENVIRONMENT", "Certificates", "TlsError", "check_only_tls_1_3"]
 
 # For a certificate chain, key or CA file. A system's whole CA bundle is smaller.
 SIZE_MAX: Final = 4 * 1024 * 1024
 # Delay before rejected files are read again although they are unchanged: the cause may have been a
 # lack of file descriptors. Not at each handshake: anyone can start one, and a rejection is logged.
 RETRY_SECONDS: Final = 60.0
+# The variables that make gRPC reject TLS 1.2. gRPC reads them once, when Python imports it, so they
+# must be in the environment of a process before it starts.
+# grpcio (1.75) has no setting for the TLS version. Its cipher setting affects only TLS 1.2, and the
+# only cipher named here requires a pre-shared key, which nobody has.
+ENVIRONMENT: Final = {"GRPC_SSL_CIPHER_SUITES": "ECDHE-PSK-AES128-CBC-SHA"}
 
 
 class TlsError(Exception):
     """A TLS file is invalid. The message names the setting and the reason."""
 
 
-def allow_only_tls_1_3() -> None:
-    """Make gRPC in this process reject TLS 1.2. Must run before any gRPC object exists.
-
-    grpcio (1.75) has no setting for the TLS version. Its cipher setting affects only TLS 1.2, and
-    the only cipher named here requires a pre-shared key, which nobody has.
-    """
-    os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-AES128-CBC-SHA"
+def check_only_tls_1_3() -> None:
+    """Raise TlsError unless this process was started with ENVIRONMENT."""
+    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
+        raise TlsError(
+            "LATCHKEY_TLS_LISTEN: this worker would accept TLS 1.2, because its environment lacks "
+            f"{' and '.join(ENVIRONMENT)}"
+        )
 
 
 class Certificates:
@@ -72,7 +78,7 @@ class Certificates:
     def read(self) -> grpc.ServerCertificateConfiguration:
         """Read and check the files. Raises TlsError."""
         certificate = _pem("LATCHKEY_TLS_CERTIFICATE", self._certificate)
-        key = _pem("LATCHKEY_TLS_KEY", self._key)
+        key = _pem("LATCHKEY_TLS_KEY", self._key, TLS_KEY)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             # Reject an encrypted key instead of prompting for its password on the terminal.
@@ -143,16 +149,21 @@ class Certificates:
             except OSError as error:
                 found.append(error.errno)
             else:
-                found.append(status and (status.st_ino, status.st_mtime_ns, status.st_size))
+                # The change time as well: owner and mode count.
+                times = status and (status.st_mtime_ns, status.st_ctime_ns)
+                found.append(status and (status.st_ino, times, status.st_size))
         return tuple(found)
 
 
-def _pem(name: str, path: Path) -> bytes:
+def _pem(name: str, path: Path, rule: Rule = CERTIFICATE) -> bytes:
     try:
         with path.open("rb") as file:
+            problem = refusal(path, os.fstat(file.fileno()), rule)
             data = file.read(SIZE_MAX + 1)
     except OSError as error:
         raise TlsError(f"{name}: {path}: {error.strerror}") from None
+    if problem is not None:
+        raise TlsError(f"{name}: {problem}")
     if b"-----BEGIN " not in data or len(data) > SIZE_MAX:
         raise TlsError(f"{name}: {path} is not a PEM file")
     return data

@@ -1,7 +1,8 @@
 """The two transports and their limits on connections: the only seam between them.
 
 docs/limits.md lists each limit, the component that enforces it, and what clients see.
-`connection_guard.py` and `memory_limit.py` enforce the limits for which `native` has no option.
+`connection_guard.py` and `process/worker_watch.py` enforce the limits for which `native` has no
+option.
 """
 
 import resource

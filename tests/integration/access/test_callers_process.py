@@ -41,7 +41,7 @@ from tests.helpers.free_ports import free_port
 from tests.helpers.held_workers import Hold
 from tests.helpers.repository import ROOT
 from tests.helpers.service_process import Service
-from tests.helpers.waiting import eventually
+from tests.helpers.waiting import WAIT_SECONDS, eventually
 from tests.helpers.watch_client import WatchClient
 
 Run = Callable[..., Service]
@@ -285,7 +285,8 @@ async def test_a_restarted_worker_has_the_settings_of_the_start(
     later = {"TLS_LISTEN": f"localhost:{port}"} | {
         name.upper(): path for name, path in write_server_files(folder).items()
     }
-    service = run()
+    # Without root, only with dumps may we look at its sockets.
+    service = run(core_dumps="on")
     address = await service.welcome()
     for text in (
         "".join(f"LATCHKEY_{name}={value}\n" for name, value in later.items()).encode(),
@@ -329,6 +330,10 @@ async def test_tls(run: Run, folder: Path, policy: Path) -> None:
             assert await verify(plaintext, "verifier") is grpc.StatusCode.OK
         assert await handshake(port, ssl.TLSVersion.TLSv1_3) is not None
         assert await handshake(port, ssl.TLSVersion.TLSv1_2) is None
+
+        if shutil.which("openssl"):
+            assert await openssl_version(port, "-tls1_3") == "TLSv1.3"
+            assert await openssl_version(port, "-tls1_2") is None
 
         before = await handshake(port, ssl.TLSVersion.TLSv1_3)
         leaf = authority().issue_cert("localhost", "127.0.0.1")
@@ -377,6 +382,20 @@ async def handshake(port: int, version: ssl.TLSVersion) -> bytes | None:
         await writer.wait_closed()
     assert isinstance(found, bytes)
     return found
+
+
+async def openssl_version(port: int, option: str) -> str | None:
+    """Do a handshake with the program `openssl`; return the version that it reports, or None."""
+    process = await asyncio.create_subprocess_exec(
+        *("openssl", "s_client", option, "-brief", "-connect", f"localhost:{port}"),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    async with asyncio.timeout(WAIT_SECONDS):
+        said, _ = await process.communicate()
+    match = re.search(rb"^Protocol version: (\S+)", said, re.MULTILINE)
+    return None if match is None else match[1].decode()
 
 
 async def test_the_readmes_first_caller(run: Run, folder: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import ssl
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -105,6 +106,28 @@ async def test_ways_to_identify_the_caller(tool: Tool) -> None:
     )
     for code, _, err in results:
         assert code == 0, err
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_tls_1_3_only(tool: Tool, version: ssl.TLSVersion) -> None:
+    """The tool completes no handshake with a server that offers only TLS 1.2."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    files = write_server_files(tool.folder)
+    context.load_cert_chain(files["tls_certificate"], files["tls_key"])
+    context.minimum_version = context.maximum_version = version
+    context.set_alpn_protocols(["h2"])
+    handshakes = []
+
+    async def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        handshakes.append(writer.get_extra_info("ssl_object").version())
+        writer.close()
+
+    async with await asyncio.start_server(accept, "127.0.0.1", 0, ssl=context) as server:
+        port = server.sockets[0].getsockname()[1]
+        arguments = ("--tls-ca", "clients.pem", "list", "--timeout", "2")
+        code, _, err = await tool.run(*arguments, LATCHKEY_TARGET=f"localhost:{port}")
+    assert code == 6, err
+    assert set(handshakes) == ({"TLSv1.3"} if version is ssl.TLSVersion.TLSv1_3 else set())
 
 
 async def test_access_errors_say_what_to_do(tool: Tool) -> None:

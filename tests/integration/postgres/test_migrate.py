@@ -4,6 +4,7 @@ servers, and every wait is bounded."""
 import asyncio
 import itertools
 import time
+import unicodedata
 from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -14,6 +15,7 @@ from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres import migrate as migrate_module
 from latchkey_service.postgres.embedded_cluster import EmbeddedPostgres
 from latchkey_service.postgres.migrate import Migration, MigrationError, bundled, migrate
+from latchkey_service.tokens.names import name_key
 from structlog.testing import capture_logs
 
 from tests.helpers.databases import drop_database, session
@@ -193,3 +195,44 @@ async def test_a_lost_connection_rolls_back(empty_url: str) -> None:
     with pytest.raises(asyncpg.UndefinedTableError):
         async with session(empty_url) as connection:
             await connection.execute("TABLE slow")
+
+
+async def name_keys(connection: "asyncpg.Connection[asyncpg.Record]") -> dict[str, str]:
+    rows = await connection.fetch("SELECT id, name_key FROM token")
+    return {row["id"]: row["name_key"] for row in rows}
+
+
+async def test_names_that_look_the_same(empty_url: str) -> None:
+    """The keys of existing names get the form that new names have. If two live tokens then have the
+    same, the older one gets it, and both stay. Deleted tokens and ASCII names keep theirs."""
+    migrations = bundled()
+    earlier = [m for m in migrations if m.name != "names"]
+    await migrate(empty_url, earlier)
+    # Account, name, and whether it gets the new key.
+    rows = [
+        ("a", "de\u200bploy", False),
+        ("a", "deploy", True),
+        ("b", "de\u200bploy", True),
+        ("b", "dep\u200bloy", False),
+        ("c", "ｆull", True),
+        ("c", "𝐃\U000e0041 \u00a0x", True),
+        ("c", "\u200b", False),
+        ("c", "İstanbul ﬁ Ⅷ ß", True),
+        ("d", "漢字", True),
+    ]
+    insert = """INSERT INTO token (id, account_id, name, name_key, scope, create_time, hint)
+                VALUES ($1, $2, $3, $4, 1, now() + $5 * interval '1 second', '')"""
+    async with session(empty_url) as connection:
+        for number, (account, name, _) in enumerate(rows):
+            old = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+            await connection.execute(insert, f"tok_{number}", account, name, old, number)
+        await connection.execute(insert, "gone", "e", "x\u200b", "x\u200b", 0)
+        await connection.execute("UPDATE token SET delete_time = now() WHERE id = 'gone'")
+        before = await name_keys(connection)
+    assert [m.name for m in await migrate(empty_url, migrations)] == ["names"]
+    async with session(empty_url) as connection:
+        after = await name_keys(connection)
+    for number, (_, name, new) in enumerate(rows):
+        expected = name_key(name) if new else before[f"tok_{number}"]
+        assert after[f"tok_{number}"] == expected, name
+    assert after["gone"] == before["gone"]

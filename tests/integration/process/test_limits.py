@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import resource
+import signal
 import socket
 import statistics
 import zlib
@@ -17,7 +18,7 @@ from latchkey import Client, Scope, Verdict, Verifier
 from latchkey.access import Access
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_service.process import memory_limit, worker
+from latchkey_service.process import worker
 from latchkey_service.settings.settings import Settings
 from latchkey_service.transport.transports import FILES_PER_CONNECTION
 
@@ -149,7 +150,9 @@ async def test_a_worker_that_uses_too_much_memory(
             got = await raw.closed()
             assert not any(frame.kind == http2.HEADERS for frame in got)
         (line,) = await eventually(
-            lambda: [one for one in running.log if one["event"] == "worker exits: too much memory"],
+            lambda: [
+                one for one in running.log if one["event"] == "worker killed: too much memory"
+            ],
             f"it says so, after {got}",
         )
         # Before the message is fully decompressed, however late memory was measured.
@@ -157,7 +160,7 @@ async def test_a_worker_that_uses_too_much_memory(
         died = await eventually(
             lambda: [one for one in running.log if one["event"] == "worker exited"], "it died"
         )
-        assert died[0]["exit_code"] == memory_limit.EXIT_CODE
+        assert (died[0]["reason"], died[0]["exit_code"]) == ("too much memory", -signal.SIGKILL)
         await eventually(lambda: len(running.worker_pids) == 2, "another one is up")
         async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
             await eventually(lambda: is_serving(channel), "it serves")
@@ -181,6 +184,8 @@ async def test_a_flood_that_uses_all_files(
         transport=transport,
         log_format="json",
         connections_max=most,
+        # Without root, only then may we look at its files.
+        core_dumps="on",
     ) as running:
         address = await running.welcome()
         (pid,) = running.worker_pids

@@ -320,7 +320,13 @@ async def test_unix_socket(run: Run, database_url: str, folder: Path, transport:
 async def test_a_given_database_is_used(run: Run, database_url: str, folder: Path) -> None:
     """With LATCHKEY_DATABASE_URL the service uses that database and neither creates nor starts an
     embedded one. Port 0 becomes one port for all workers."""
-    service = run(database_url=database_url, data_dir=folder / "data", workers=2)
+    service = run(
+        database_url=database_url,
+        data_dir=folder / "data",
+        workers=2,
+        # Without root, only then may we look at their sockets.
+        core_dumps="on",
+    )
     address = await service.welcome()
     assert "your Postgres" in service.out
     assert not address.endswith(":0")

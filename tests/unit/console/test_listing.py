@@ -75,7 +75,12 @@ def test_names_compare_as_in_the_service() -> None:
     """A name is found by the service's comparison, not by the looser search."""
     tokens = (token("x\u00b2"), token("Straße"), token("Köln"))
     inventory = Inventory(tokens, complete=True, now=NOW, use_recorded=False)
-    for name, found in (("KO\u0308LN ", tokens[2]), ("STRASSE", tokens[1]), ("x2", None)):
+    for name, found in (
+        ("KO\u0308LN ", tokens[2]),
+        ("STRASSE", tokens[1]),
+        ("x2", tokens[0]),
+        ("x3", None),
+    ):
         assert inventory.named(name) == found
 
 

@@ -1,8 +1,11 @@
 """The console's settings: which ones are refused, and which host names they allow."""
 
+import dataclasses
+import pickle
 from typing import Any
 
 import pytest
+from latchkey import Secret
 from latchkey_console.settings import SettingsError, make
 
 PROXY: dict[str, Any] = {"account_header": "X-User", "trusted_proxies": ("127.0.0.1",)}
@@ -138,3 +141,30 @@ def test_public_client_has_no_secret() -> None:
     settings = make(**OPENID, oidc_client_secret="")
     assert settings.openid is not None
     assert settings.openid.client_secret is None
+
+
+def test_the_clients_secret_stays_hidden() -> None:
+    """Nothing that prints, inspects, copies or pickles settings shows the secret at the
+    provider."""
+    settings = make(**OPENID, oidc_client_secret="canary")
+    assert settings.openid is not None
+    assert settings.openid.client_secret == Secret("canary")
+    for shown in (settings, dataclasses.asdict(settings), dataclasses.replace(settings, port=1)):
+        assert "canary" not in repr(shown)
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"account": "a"}, "latchkey-console-50080"),
+        ({"account": "a", "listen": "127.0.0.1:50081"}, "latchkey-console-50081"),
+        ({**PROXY, **PUBLIC}, "__Host-latchkey-443"),
+        ({**PROXY, "public_url": "https://tokens.example.com:8443"}, "__Host-latchkey-8443"),
+    ],
+)
+def test_cookies_of_each_port(options: dict[str, Any], name: str) -> None:
+    """Consoles on several ports of a host have different cookies, because browsers send each
+    cookie to all ports."""
+    assert make(**options).cookie_name == name

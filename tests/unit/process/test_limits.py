@@ -5,8 +5,8 @@ import socket
 from typing import Any
 
 import pytest
-from latchkey_service.process import memory_limit
-from latchkey_service.process.memory_limit import MIB, memory_max_bytes
+from latchkey_service.process import worker_watch
+from latchkey_service.process.worker_watch import MIB, memory_max_bytes
 from latchkey_service.settings.exposure import transport_of
 from latchkey_service.settings.settings import Settings
 from latchkey_service.transport import connection_guard, transports
@@ -66,7 +66,7 @@ def test_files_per_connection() -> None:
 def test_memory() -> None:
     """The limit grows with the settings. It can be set explicitly; 0 means no limit."""
     plain = memory_max_bytes(settings())
-    assert plain > memory_limit.BASE_MIB * MIB
+    assert plain > worker_watch.BASE_MIB * MIB
     # Cache entries take some 500 bytes each, and a Watch some 60 kB.
     assert memory_max_bytes(settings(cache_entries=10_100_000)) - plain > 10_000_000 * 500
     assert memory_max_bytes(settings(connections_max=110_000)) - plain > 100_000 * 60_000

@@ -1,5 +1,9 @@
 """Settings: validation, misspelled names, and passwords that never appear in output."""
 
+import copy
+import inspect
+import pickle
+import pydoc
 import re
 
 import pytest
@@ -162,3 +166,27 @@ def test_missing_settings(line):
     """An incomplete line of settings is an error."""
     with pytest.raises(ConfigError, match="received no settings"):
         from_json(line)
+
+
+def test_the_databases_password_stays_hidden(monkeypatch):
+    """Nothing that prints, inspects, copies or pickles settings shows the database's password."""
+    monkeypatch.setenv("LATCHKEY_DATABASE_URL", "postgresql://u:canary@h/db")
+    settings = Settings(_env_file=None)
+    assert settings.database_url is not None
+    assert "canary" in settings.database_url.get_secret_value()
+    shown = [
+        repr(settings),
+        str(settings),
+        repr(vars(settings)),
+        repr(settings.model_dump()),
+        settings.model_dump_json(),
+        repr(copy.deepcopy(settings)),
+        repr(settings.model_copy(update={"workers": 2})),
+        pydoc.render_doc(Settings),
+        str(inspect.signature(Settings)),
+        repr(describe(settings)),
+    ]
+    for text in shown:
+        assert "canary" not in text
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(settings)

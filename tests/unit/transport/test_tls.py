@@ -135,3 +135,14 @@ def test_exception_while_reading(files, fetch, monkeypatch, error):
     assert fetched() is not None
     now[0] += 10 * tls.RETRY_SECONDS
     assert fetched() is None
+
+
+def test_a_worker_that_would_accept_tls_1_2_does_not_start(monkeypatch):
+    """A worker without our variables refuses to serve TLS."""
+    (name,) = tls.ENVIRONMENT
+    for value in ("", "ECDHE-ECDSA-AES128-GCM-SHA256"):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(TlsError, match=name):
+            tls.check_only_tls_1_3()
+    monkeypatch.setenv(name, tls.ENVIRONMENT[name])
+    tls.check_only_tls_1_3()

@@ -1,0 +1,93 @@
+"""Starts the process of a worker, and writes to it.
+
+Owns its environment and its folder for temporary files. `supervisor.py` decides when a worker
+starts and ends.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+from latchkey_service.postgres.embedded_host import OsAccount
+from latchkey_service.process.privileges import ACCOUNT_VARIABLE, home_of
+from latchkey_service.process.worker_watch import HEARTBEAT_VARIABLE
+from latchkey_service.settings.exposure import transport_of
+from latchkey_service.settings.settings import Settings
+from latchkey_service.transport import tls
+
+__all__ = ["NotStarted", "policy_line", "send", "spawn", "temporary_folder"]
+
+
+class NotStarted(Exception):
+    """A worker could not be started. Usually transient, for example when memory is short, which may
+    also have killed the previous one."""
+
+
+async def spawn(
+    folder: str | None, heartbeats: int, account: OsAccount | None
+) -> asyncio.subprocess.Process:
+    """Start a worker with `folder` as its directory for temporary files.
+
+    The worker writes heartbeats to the file `heartbeats`. Once it listens, it becomes `account`, if
+    there is one. Raises OSError, RuntimeError or
+    MemoryError if there is no process, pipe, file, memory or thread for it.
+    """
+    # Clients can send thousands of frames for which grpcio's core logs a line each.
+    environment = {"GRPC_VERBOSITY": "ERROR", **os.environ}
+    if folder is not None:
+        environment["TMPDIR"] = folder
+    # Our own TLS version comes last: nothing in our environment may allow an older one.
+    environment |= {HEARTBEAT_VARIABLE: str(heartbeats), **tls.ENVIRONMENT}
+    environment.pop(ACCOUNT_VARIABLE, None)
+    if account is not None:
+        environment[ACCOUNT_VARIABLE] = f"{account.uid}:{account.gid}"
+        # From the start, so that the database's driver finds the same files before and after.
+        environment["HOME"] = home_of(account)
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        # Without the current directory on the path, or a stray asyncpg.py would be imported.
+        "-P",
+        "-m",
+        "latchkey_service",
+        "worker",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=(heartbeats,),
+        env=environment,
+        # Ctrl-C must reach only the supervisor, which stops the workers in order.
+        start_new_session=True,
+    )
+
+
+@contextlib.contextmanager
+def temporary_folder(settings: Settings) -> Iterator[str | None]:
+    """Create a directory for a worker's temporary files, such as the socket of `native`.
+
+    Deletes it afterwards, even if the worker was killed. Raises NotStarted.
+    """
+    if transport_of(settings) != "native":
+        yield None
+        return
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="lk-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise NotStarted(str(error)) from error
+    with folder as path:
+        yield path
+
+
+def send(process: asyncio.subprocess.Process, *lines: bytes) -> int:
+    """Write lines to a worker without waiting. Return how many bytes it has not read yet."""
+    assert process.stdin is not None, "it is a pipe"  # noqa: S101 - for the type checker
+    process.stdin.writelines(lines)
+    return process.stdin.transport.get_write_buffer_size()
+
+
+def policy_line(text: str | None) -> bytes:
+    """Return the line that sends a policy to a worker; None: there is no policy."""
+    return json.dumps(text, ensure_ascii=False).encode() + b"\n"
