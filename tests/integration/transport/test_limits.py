@@ -110,7 +110,7 @@ class Listener:
 Serve = Callable[..., contextlib.AbstractAsyncContextManager[Listener]]
 
 
-def nobody_is_refused(path: str, seconds: float | None) -> NoReturn:
+def nobody_is_refused(path: str, seconds: float | None, error: object = None) -> NoReturn:
     raise AssertionError(f"{path} was refused")
 
 
