@@ -7,7 +7,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.transport import tls
 
 from tests.helpers.databases import drop_database
+from tests.helpers.programs import INSTALLS
 from tests.helpers.servers import (
     TEMPLATE,
     TRANSPORTS,
@@ -35,6 +36,7 @@ from tests.helpers.servers import (
     serving,
     with_database,
 )
+from tests.helpers.stacks import task_stacks
 from tests.helpers.waiting import WAIT_SECONDS
 
 if TYPE_CHECKING:
@@ -61,7 +63,27 @@ for name in TIMEOUTS:
     setattr(connections, name, WAIT_SECONDS)
 
 FAULTS = Path(__file__).parent / "faults"
+# Fixtures that install a program where it is missing.
+INSTALLING = {"axe", "grpcurl", "one_browser", "pgbouncer", "signed"}
 _numbers = itertools.count(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and not INSTALLING.isdisjoint(item.fixturenames):
+            item.add_marker(INSTALLS)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add the stacks of all tasks to the report of a test that exceeded its time limit."""
+    report = yield
+    # pytest-timeout prints the stacks of threads, and raises no exception of its own type.
+    if call.excinfo is not None and "from pytest-timeout" in str(call.excinfo.value):
+        report.sections.append(("tasks when the time was up", task_stacks()))
+    return report
 
 
 @pytest.fixture
