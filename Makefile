@@ -20,8 +20,9 @@ run: $(VENV)/.run  ## Start the service with an embedded Postgres
 console: $(VENV)/.run  ## Start the service and the console (ARGS=ACCOUNT)
 	@exec $(PY) -P -m latchkey_console.together $(ARGS)
 
+# Most tests wait for other processes and for leases, so four at once keep two cores busy.
 test: $(VENV)/.dev  ## Run all tests, or some (ARGS="-k delete")
-	@exec $(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
+	@exec $(BIN)/pytest -n 4 --dist loadgroup $(ARGS)
 
 check: $(VENV)/.dev  ## Check style, types, contract, stubs, lock files and known vulnerabilities
 	@exec $(PY) -m tests.checks $(ARGS)

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 for name in [name for name in os.environ if name.startswith("LATCHKEY_")]:
     del os.environ[name]
 
+# The tests start hundreds of Python processes. Each would compile all modules of the service again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # As in a worker, and before any gRPC object is created.
 tls.allow_only_tls_1_3()
 
@@ -62,16 +65,29 @@ OWN_TIMEOUTS = {name: getattr(connections, name) for name in TIMEOUTS}
 for name in TIMEOUTS:
     setattr(connections, name, WAIT_SECONDS)
 
-FAULTS = Path(__file__).parent / "faults"
+TESTS = Path(__file__).parent
+FAULTS = TESTS / "faults"
+# What starts first: groups, which one worker runs, and folders, those that take longest before the
+# others. A worker must not have a long one left when the others have finished.
+FIRST = (
+    "faults", "browser", "history", "failover", "soak", "fuzz", "integration", "contract", "console",
+)  # fmt: skip
 # Fixtures that install a program where it is missing.
 INSTALLING = {"axe", "grpcurl", "one_browser", "pgbouncer", "signed"}
 _numbers = itertools.count(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_turn)
     for item in items:
         if isinstance(item, pytest.Function) and not INSTALLING.isdisjoint(item.fixturenames):
             item.add_marker(INSTALLS)
+
+
+def _turn(item: pytest.Item) -> int:
+    group = item.get_closest_marker("xdist_group")
+    name = group.args[0] if group else item.path.relative_to(TESTS).parts[0]
+    return FIRST.index(name) if name in FIRST else len(FIRST)
 
 
 @pytest.hookimpl(wrapper=True)

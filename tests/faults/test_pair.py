@@ -12,9 +12,6 @@ from tests.helpers.postgres_node import Node, Template
 from tests.helpers.replicated_pair import Pair, pair
 from tests.helpers.waiting import eventually
 
-# These tests and each other's Postgres share two cores.
-pytestmark = pytest.mark.xdist_group("faults")
-
 
 @pytest.fixture
 async def nodes(scratch: Path, pair_template: Template) -> AsyncIterator[Pair]:
