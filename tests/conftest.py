@@ -27,6 +27,7 @@ from latchkey_service.transport import tls
 
 from tests.helpers.databases import drop_database
 from tests.helpers.programs import INSTALLS
+from tests.helpers.scratch import SCRATCH
 from tests.helpers.servers import (
     TEMPLATE,
     TRANSPORTS,
@@ -69,9 +70,8 @@ TESTS = Path(__file__).parent
 FAULTS = TESTS / "faults"
 # What starts first: groups, which one worker runs, and folders, those that take longest before the
 # others. A worker must not have a long one left when the others have finished.
-FIRST = (
-    "faults", "browser", "history", "failover", "soak", "fuzz", "integration", "contract", "console",
-)  # fmt: skip
+GROUPS_FIRST = ("faults", "browser", "history", "failover", "soak")
+FIRST = (*GROUPS_FIRST, "fuzz", "integration", "contract", "console")
 # Fixtures that install a program where it is missing.
 INSTALLING = {"axe", "grpcurl", "one_browser", "pgbouncer", "signed"}
 _numbers = itertools.count(1)
@@ -122,7 +122,7 @@ def timeouts(request: pytest.FixtureRequest) -> None:
 def scratch() -> Iterator[Path]:
     """A folder that Postgres' own account can enter; pytest's is closed to it if root runs the
     tests."""
-    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir="/tmp"))
+    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir=SCRATCH))
     path.chmod(0o755)
     yield path
     shutil.rmtree(path, ignore_errors=True)

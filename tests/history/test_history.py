@@ -14,6 +14,7 @@ import pytest
 from tests.helpers.breakable_postgres import BreakablePostgres
 from tests.helpers.child_processes import ROOT
 from tests.helpers.databases import drop_database, session
+from tests.helpers.scratch import SCRATCH
 from tests.helpers.servers import with_database
 from tests.history import report
 from tests.history.broken import RULES, VARIABLE
@@ -37,7 +38,7 @@ async def test_short_run(postgres: BreakablePostgres, postgres_url: str) -> None
     """No verify accepts a token after its Delete under any injected fault, and the run sees
     enough."""
     async with _databases(postgres_url, "run") as (url,):
-        with tempfile.TemporaryDirectory(prefix="latchkey-history-", dir="/tmp") as folder:
+        with tempfile.TemporaryDirectory(prefix="latchkey-history-", dir=SCRATCH) as folder:
             outcome = await run(Path(folder), url, postgres, SHORT)
     print(*report.table(outcome), sep="\n")  # noqa: T201 - pytest shows it with a failure
     assert report.complaints(outcome) == []
@@ -51,7 +52,7 @@ async def test_each_rule_is_missed(postgres_url: str) -> None:
     """
     builds = [KEPT, *SCENARIOS]
     async with _databases(postgres_url, *builds) as urls:
-        with tempfile.TemporaryDirectory(prefix="latchkey-history-", dir="/tmp") as name:
+        with tempfile.TemporaryDirectory(prefix="latchkey-history-", dir=SCRATCH) as name:
             folders = [Path(name, build) for build in builds]
             for folder in folders:
                 folder.mkdir()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.child_processes import ROOT
+from tests.helpers.scratch import SCRATCH
 from tests.soak import report
 from tests.soak.load import Tally
 from tests.soak.run import run
@@ -34,7 +35,7 @@ KINDS = 20
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A folder that Postgres' own account can enter."""
-    path = Path(tempfile.mkdtemp(prefix="latchkey-soak-", dir="/tmp"))
+    path = Path(tempfile.mkdtemp(prefix="latchkey-soak-", dir=SCRATCH))
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)

@@ -29,6 +29,8 @@ from latchkey_service.postgres.embedded_cluster import (
 )
 from latchkey_service.settings.data_dir import default_data_dir
 
+from tests.helpers.scratch import SCRATCH
+
 pytestmark = [
     # The tests share one cluster and take turns to stop it.
     pytest.mark.xdist_group("embedded"),
@@ -78,7 +80,7 @@ server.stop()
 @pytest.fixture(scope="module")
 def root_dir() -> Iterator[Path]:
     # pytest's tmp_path is 0700, closed to the account that root gives PostgreSQL.
-    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir="/tmp"))
+    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir=SCRATCH))
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)
