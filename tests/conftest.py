@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from pathlib import Path
@@ -49,6 +50,10 @@ for name in [name for name in os.environ if name.startswith("LATCHKEY_")]:
 
 # The tests start hundreds of Python processes. Each would compile all modules of the service again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# A shell that starts the tests in the background makes them ignore SIGINT, and every program that a
+# test starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # As in a worker, and before any gRPC object is created.
 tls.allow_only_tls_1_3()
