@@ -34,6 +34,8 @@ from tests.integration.postgres.embedded_process import (
     wait_until,
 )
 
+from tests.helpers.scratch import SCRATCH
+
 pytestmark = [
     # The tests share one cluster and take turns to stop it.
     pytest.mark.xdist_group("embedded"),
@@ -45,7 +47,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def root_dir() -> Iterator[Path]:
     # pytest's tmp_path is 0700, closed to the account that root gives PostgreSQL.
-    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir="/tmp"))
+    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir=SCRATCH))
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)
