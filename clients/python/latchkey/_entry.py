@@ -19,7 +19,7 @@ _LIVE: Final = (Verdict.VALID, Verdict.INSUFFICIENT_SCOPE)
 class CacheEntry(Entry):
     """The answers for one secret. They are ready to return, so that a verify builds nothing."""
 
-    __slots__ = ("expires_at", "read", "write")
+    __slots__ = ("expires_at", "idle", "last_use", "read", "reported", "uses", "write")
 
     def __init__(
         self,
@@ -39,6 +39,14 @@ class CacheEntry(Entry):
 
         Only one clock, the service's, decides whether a token has expired.
         """
+        self.uses = 0
+        """How often the entry has answered VALID. Only increases, so that any thread may count."""
+        self.last_use = 0.0
+        """When it last did. In seconds of `boottime`."""
+        self.idle = True
+        """Whether `UseLog` has no note of uses that are not reported yet."""
+        self.reported = 0
+        """How many of `uses` are reported. For UseLog only."""
 
 
 def cache_entry(answer: Verification, scope: Scope | None, keep_until: float) -> CacheEntry | None:

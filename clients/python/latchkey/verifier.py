@@ -26,7 +26,7 @@ from latchkey.errors import invalid, late
 from latchkey.models import Scope, Verdict, Verification, VerifierStats
 from latchkey.secret import Secret
 
-# About 130 MB if all entries are in use, which is rare.
+# About 140 MB if all entries are in use, which is rare.
 MEMORY_ENTRIES: Final = 100_000
 # Bounds the effect of any fault that the protocol does not cover.
 MEMORY_SECONDS: Final = 300.0
@@ -35,6 +35,7 @@ _MALFORMED: Final = Verification(verdict=Verdict.MALFORMED)
 # Compared by identity: in Python 3.11, hash and equality of an Enum run Python code.
 _READ: Final = Scope.READ
 _WRITE: Final = Scope.WRITE
+_VALID: Final = Verdict.VALID
 _wall_clock = time.time
 
 
@@ -44,7 +45,8 @@ class Verifier:
     It caches the answers for the `memory_entries` most recently used secrets. A cached answer takes
     microseconds. The cache is used while the service grants a lease. A deleted token is evicted
     before its Delete returns. An answer is cached for at most `memory_seconds`. `memory_entries=0`
-    switches the cache off. `timeout_seconds` bounds each verify.
+    switches the cache off. `timeout_seconds` bounds each verify. While it watches, it reports how
+    often and when it answered from its cache, so that the service knows when each token was used.
 
     The first verify, or `async with`, starts watching for deletions. The watch uses a separate
     connection to the client's target. A Client with its own `channel` shares that channel, and then
@@ -81,6 +83,7 @@ class Verifier:
         # Direct references for verify_nowait, to save attribute look-ups.
         self._lease = self._subscription.lease
         self._find = self._memory.entries.get
+        self._begin_use = self._subscription.uses.begin
         _fork.watch(self)
 
     def verify_nowait(
@@ -105,7 +108,7 @@ class Verifier:
         except UnicodeEncodeError:  # not a secret, since UTF-8 cannot encode it
             entry, secret = None, ""
         # Not min(), whose call costs as much as a tenth of the rest.
-        if entry is not None and boottime() < (
+        if entry is not None and (now := boottime()) < (
             lease_end if lease_end < entry.keep_until else entry.keep_until  # noqa: FURB136
         ):
             if scope is None or scope is _READ:
@@ -118,6 +121,13 @@ class Verifier:
             if entry.expires_at is None or _wall_clock() < entry.expires_at:
                 entry.used = True
                 self._hits += 1
+                if answer.verdict is _VALID:
+                    # Counted before `idle` is read: see UseLog.begin. CPython does not switch
+                    # threads inside this addition.
+                    entry.uses += 1
+                    entry.last_use = now
+                    if entry.idle:
+                        self._begin_use(entry, secret, now)
                 return answer
             return None
         _convert.scope_out(scope, "scope")  # a wrong scope is an error for every secret
@@ -199,8 +209,8 @@ class Verifier:
     async def close(self) -> None:
         """Stop watching, and close the connection if the verifier created it. Safe to repeat.
 
-        Releases the grants, so that Deletes need not wait for this verifier. That takes at most
-        half a second.
+        Reports the uses that the service does not know yet, and releases the grants, so that
+        Deletes need not wait for this verifier. That takes at most half a second.
         """
         await self._watcher.close()
         if self._owns_client:

@@ -55,6 +55,7 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
         _TOKENS + "Watch": Rule(VERIFIER, AccountSource.ALL),
         _TOKENS + "Create": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "Get": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        _TOKENS + "GetUsage": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "List": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "Delete": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         "/latchkey.v1.StatusService/GetStatus": Rule(OPERATOR),

@@ -15,6 +15,7 @@ Callers that the policy does not list may call nothing. The policy contains no s
 of credentials.
 """
 
+import contextvars
 import re
 import tomllib
 from bisect import bisect_left
@@ -36,6 +37,7 @@ __all__ = [
     "Caller",
     "Policy",
     "PolicyError",
+    "current_caller",
     "is_name",
     "parse",
 ]
@@ -91,6 +93,11 @@ class Caller:
 
 # Without a policy, every call runs as this caller.
 ANONYMOUS: Final = Caller("", frozenset(METHODS))
+
+# Of the current verify. Set by the pipeline, so that the servicer can count the use.
+current_caller: contextvars.ContextVar[Caller] = contextvars.ContextVar(
+    "current_caller", default=ANONYMOUS
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import grpc
 
 from latchkey_service.access.authenticator import Authenticator, check_account, restrict_to_accounts
 from latchkey_service.access.methods import MANAGER, OPERATOR, REFLECTION, Rule, rule_of
-from latchkey_service.access.policy import ANONYMOUS, Caller
+from latchkey_service.access.policy import ANONYMOUS, Caller, current_caller
 from latchkey_service.audit.audit_log import AuditContext, AuditLog, call_audit_context
 from latchkey_service.errors import LatchkeyError, Overloaded, RateLimited, StatusParts
 from latchkey_service.rpc.admission import ConcurrencyLimiter
@@ -144,6 +144,7 @@ class Calls:
             try:
                 if authorize is not None:
                     caller = authorize(path, context)
+                    current_caller.set(caller)
                 if limiter is not None:
                     limiter.check()
                 if caller.rates is not None:

@@ -20,15 +20,19 @@ from latchkey_coherence.memory import NOWHERE, Position
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
+from latchkey_service.access.policy import current_caller
 from latchkey_service.audit.audit_log import call_audit_context
-from latchkey_service.coherence.watch_sessions import (
+from latchkey_service.coherence.use_reports import USES_IN_REPORT_MAX
+from latchkey_service.coherence.watch_events import (
     Event,
     Grant,
     Invalidation,
+    ReportedUse,
+    ReportReceived,
     Request,
     Reset,
-    WatchSessions,
 )
+from latchkey_service.coherence.watch_sessions import WatchSessions
 from latchkey_service.errors import FieldViolation, InvalidArgument
 from latchkey_service.rpc.admission import release_slot
 from latchkey_service.rpc.counters import Counts
@@ -36,6 +40,7 @@ from latchkey_service.rpc.deadlines import budget_seconds, confirmation_seconds
 from latchkey_service.rpc.lenient_parsing import BATCH_MAX
 from latchkey_service.tokens.management import NewToken, Tokens
 from latchkey_service.tokens.token_store import Deletion
+from latchkey_service.tokens.usage_writer import UsageWriter
 from latchkey_service.tokens.verdict import TokenRecord, Verdict
 from latchkey_service.tokens.verifier import Answer, Verifier
 
@@ -67,13 +72,18 @@ class TokenService(pb_grpc.TokenServiceServicer):
         verifier: Verifier,
         watch_sessions: WatchSessions,
         counts: Counts,
+        usage: UsageWriter,
         clock: Callable[[], float],
+        unix_time: Callable[[], float],
     ) -> None:
         self._tokens = tokens
         self._verifier = verifier
         self._watch_sessions = watch_sessions
         self._counts = counts
         self._clock = clock
+        self._uses = usage.pending
+        self._usage_table = usage.table
+        self._unix_time = unix_time
         self._position = NOWHERE
         self._position_fields = b""
 
@@ -82,7 +92,10 @@ class TokenService(pb_grpc.TokenServiceServicer):
         if answer is None:
             deadline = self._clock() + budget_seconds(context)
             answer = await self._verifier.verify(request.secret, request.required_scope, deadline)
-        self._counts.verdicts[answer.verdict] += 1
+        verdict = answer.verdict
+        self._counts.verdicts[verdict] += 1
+        if verdict is Verdict.VALID:
+            self._count_use(answer, request.secret)
         return self._encoded(answer)
 
     async def BatchVerify(self, request: pb.BatchVerifyRequest, context: "Context") -> bytes:  # type: ignore[override]  # encoded, see Calls
@@ -96,8 +109,10 @@ class TokenService(pb_grpc.TokenServiceServicer):
         deadline = self._clock() + budget_seconds(context)
         answers = await self._verifier.verify_batch(questions, deadline)
         encoded: list[bytes] = []
-        for answer in answers:
+        for answer, (secret, _) in zip(answers, questions, strict=True):
             self._counts.verdicts[answer.verdict] += 1
+            if answer.verdict is Verdict.VALID:
+                self._count_use(answer, secret)
             response = self._encoded(answer)
             encoded += (_RESPONSES_TAG, _varint(len(response)), response)
         return b"".join(encoded)
@@ -110,12 +125,16 @@ class TokenService(pb_grpc.TokenServiceServicer):
                 # Revisions are never negative. A negative one would count as acknowledged by this
                 # process, which other code does not expect.
                 applied = Position(max(0, request.applied_revision), request.mark)
-                yield Request(applied, request.number, request.released)
+                # Without a report, its number is 0.
+                report = request.use_report
+                uses = _reported_uses(report) if report.number else ()
+                yield Request(applied, request.number, request.released, report.number, uses)
 
         async def send(event: Event) -> None:
             await context.write(_watch_response(event))
 
-        await self._watch_sessions.serve(requests(), send, _client_of(context))
+        caller = call_audit_context.get().caller
+        await self._watch_sessions.serve(requests(), send, _client_of(context), caller)
 
     async def Create(self, request: pb.CreateRequest, context: "Context") -> pb.CreateResponse:
         expiry = request.WhichOneof("expiry")
@@ -136,6 +155,21 @@ class TokenService(pb_grpc.TokenServiceServicer):
         record = await self._tokens.get(request.account_id, request.id, self._deadline(context))
         response = pb.GetResponse()
         _put_token(record, response.token)
+        return response
+
+    async def GetUsage(
+        self, request: pb.GetUsageRequest, context: "Context"
+    ) -> pb.GetUsageResponse:
+        token = await self._tokens.get(request.account_id, request.id, self._deadline(context))
+        today = datetime.fromtimestamp(self._unix_time(), UTC).date()
+        response = pb.GetUsageResponse()
+        for usage in await self._usage_table.by_caller(token.id, today):
+            message = response.callers.add(caller=usage.caller)
+            _put_time(usage.first_time, message.first_used_time)
+            _put_time(usage.last_time, message.last_used_time)
+            for day, count in usage.days:
+                start = message.days.add(count=count).start_time
+                start.seconds = (day.toordinal() - _EPOCH.toordinal()) * 86_400
         return response
 
     async def List(self, request: pb.ListRequest, context: "Context") -> pb.ListResponse:
@@ -161,6 +195,17 @@ class TokenService(pb_grpc.TokenServiceServicer):
         response = pb.DeleteResponse()
         put_receipt(deletion, response.receipt)
         return response
+
+    def _count_use(self, answer: Answer, presented: str) -> None:
+        """Count a verify that was answered VALID as a use of the token by the current caller."""
+        caller = current_caller.get()
+        if caller.accounts is not None:
+            # The pipeline turns the answer about another account's token into UNKNOWN.
+            token = pb.VerifyResponse.FromString(answer.token).token
+            if not caller.accounts.allow(token.account_id):
+                return
+        assert answer.record is not None, "a valid secret has a token"  # noqa: S101 - for the type checker
+        self._uses.count(answer.record, presented, caller.name, self._unix_time())
 
     def _encoded(self, answer: Answer) -> bytes:
         """Return a VerifyResponse built from encoded parts, which takes a tenth of the time.
@@ -215,6 +260,23 @@ def _varint(number: int) -> bytes:
     return bytes(out)
 
 
+def _reported_uses(report: pb.UseReport) -> list[ReportedUse]:
+    return [
+        ReportedUse(
+            use.token_id,
+            use.hint,
+            use.count,
+            _seconds(use.first_use_age),
+            _seconds(use.last_use_age),
+        )
+        for use in report.uses[:USES_IN_REPORT_MAX]
+    ]
+
+
+def _seconds(duration: duration_pb2.Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9
+
+
 def _watch_response(event: Event) -> pb.WatchResponse:
     response = pb.WatchResponse()
     if isinstance(event, Invalidation):
@@ -229,6 +291,8 @@ def _watch_response(event: Event) -> pb.WatchResponse:
         response.grant.lease_duration.nanos = int(rest * 1e9)
     elif isinstance(event, Reset):
         response.reset.revision, response.reset.mark = event.position
+    elif isinstance(event, ReportReceived):
+        response.use_report_received.number = event.report
     else:
         response.closing.SetInParent()
     return response
@@ -246,6 +310,7 @@ def _put_token(record: TokenRecord, token: pb.Token) -> None:
         _put_time(record.expire_time, token.expire_time)
     if record.last_used_time is not None:
         _put_time(record.last_used_time, token.last_used_time)
+        token.last_used_by = record.last_used_by
     if record.labels:
         token.labels.update(record.labels)
 

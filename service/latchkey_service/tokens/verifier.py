@@ -38,6 +38,7 @@ class Answer(NamedTuple):
     verdict: Verdict
     token: bytes = b""
     position: Position = NOWHERE
+    record: CachedToken | None = None
 
 
 # A presented secret and the number of the required scope.
@@ -92,7 +93,10 @@ class Verifier:
         record.used = True
         # No applied invalidation names it, or it would not be in the cache.
         return Answer(
-            decide(record, required_scope, self._unix_time()), record.token, self._memory.position
+            decide(record, required_scope, self._unix_time()),
+            record.token,
+            self._memory.position,
+            record,
         )
 
     async def verify(self, presented: str, required_scope: int, deadline: float) -> Answer:
@@ -168,7 +172,7 @@ class Verifier:
         position = found.snapshot.position
         if self._memory.entries_max:
             self._memory.admit(sha256(presented.encode()).digest(), record, position)
-        return Answer(decide(record, required_scope, now), record.token, position)
+        return Answer(decide(record, required_scope, now), record.token, position, record)
 
     def _parse(self, presented: str) -> bytes | Answer:
         """Return the digest to look up, or the answer if no look-up is needed."""
