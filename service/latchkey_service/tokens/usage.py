@@ -52,7 +52,7 @@ _Key = tuple[str, str, str]
 class _Pending:
     """The uses of one secret by one caller since they were last taken."""
 
-    __slots__ = ("caller", "count", "first", "last", "record")
+    __slots__ = ("_record", "caller", "count", "first", "last")
 
     def __init__(self, caller: str, first: float) -> None:
         self.caller = caller
