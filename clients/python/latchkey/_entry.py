@@ -33,14 +33,14 @@ class CacheEntry(Entry):
         self.read = read
         """The answer if READ or no scope is required. Every token has at least READ."""
         self.write = write
-        """The answer if WRITE is required."""
+        """The answer if WRITE is required. The same object as `read` if the answer is the same."""
         self.expires_at = expires_at
         """POSIX seconds from which the service is asked again. None: never.
 
         Only one clock, the service's, decides whether a token has expired.
         """
         self.uses = 0
-        """How often the entry has answered VALID. Only increases, so that any thread may count."""
+        """How often it has answered `read`, also as `write`. Only grows; any thread may count."""
         self.last_use = 0.0
         """When it last did. In seconds of `boottime`."""
         self.idle = True

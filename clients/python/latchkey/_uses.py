@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from latchkey._entry import CacheEntry
+from latchkey.models import Verdict
 
 # Between two reports. Together with the time until the server has written them, a use is visible
 # within the documented 15 s.
@@ -78,6 +79,17 @@ class UseLog:
         self._sent: dict[int, dict[_Key, _Span]] = {}
         self._number = 0
         self._report_at = -math.inf
+        # The uses of entries that are not on the list any more.
+        self._counted = 0
+
+    def total(self) -> int:
+        """Return how often entries were used so far, whatever they answered.
+
+        Slightly wrong while other threads use entries.
+        """
+        # Copied at once, because other threads may add to it, and each entry once.
+        used = {id(entry): entry for entry, _, _ in tuple(self._used)}
+        return self._counted + sum(entry.uses - entry.reported for entry in used.values())
 
     def begin(self, entry: CacheEntry, secret: str, now: float) -> None:
         """Note that an entry was used for the first time since the last report.
@@ -153,7 +165,8 @@ class UseLog:
             entry.idle = True
             uses = entry.uses
             count, entry.reported = uses - entry.reported, uses
-            if count:
+            self._counted += count
+            if count and entry.read.verdict is Verdict.VALID:
                 yield (entry.token_id, hint), first, max(first, entry.last_use), count
 
     def _wait(self, now: float) -> None:

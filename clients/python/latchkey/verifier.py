@@ -35,7 +35,6 @@ _MALFORMED: Final = Verification(verdict=Verdict.MALFORMED)
 # Compared by identity: in Python 3.11, hash and equality of an Enum run Python code.
 _READ: Final = Scope.READ
 _WRITE: Final = Scope.WRITE
-_VALID: Final = Verdict.VALID
 _wall_clock = time.time
 
 
@@ -78,7 +77,8 @@ class Verifier:
         self._batcher = Batcher(self._client)
         self._caches = memory_entries > 0
         self._memory_seconds = memory_seconds
-        self._hits = 0
+        # Cached answers INSUFFICIENT_SCOPE. The others are counted by their entries.
+        self._insufficient_hits = 0
         self._misses = 0
         # Direct references for verify_nowait, to save attribute look-ups.
         self._lease = self._subscription.lease
@@ -115,23 +115,34 @@ class Verifier:
                 answer = entry.read
             elif scope is _WRITE:
                 answer = entry.write
+                if answer is not entry.read:
+                    return self._insufficient(entry)
             else:
                 _convert.scope_out(scope, "scope")
                 return None
             if entry.expires_at is None or _wall_clock() < entry.expires_at:
                 entry.used = True
-                self._hits += 1
-                if answer.verdict is _VALID:
-                    # Counted before `idle` is read: see UseLog.begin. CPython does not switch
-                    # threads inside this addition.
-                    entry.uses += 1
-                    entry.last_use = now
-                    if entry.idle:
-                        self._begin_use(entry, secret, now)
+                # Counted before `idle` is read: see UseLog.begin. CPython does not switch threads
+                # inside this addition. UseLog knows whether the answer is VALID.
+                entry.uses += 1
+                entry.last_use = now
+                if entry.idle:
+                    self._begin_use(entry, secret, now)
                 return answer
             return None
         _convert.scope_out(scope, "scope")  # a wrong scope is an error for every secret
         return None if is_well_formed(secret) else _MALFORMED
+
+    def _insufficient(self, entry: CacheEntry) -> Verification | None:
+        """Return the cached answer of a token whose scope is too small, unless it may have expired.
+
+        Separate, so that the count of uses need not look at the verdict.
+        """
+        if entry.expires_at is not None and _wall_clock() >= entry.expires_at:
+            return None
+        entry.used = True
+        self._insufficient_hits += 1
+        return entry.write
 
     async def verify(
         self,
@@ -198,7 +209,7 @@ class Verifier:
             lease_remaining_seconds=left,
             applied_revision=self._memory.position.revision,
             entries=len(self._memory),
-            hits=self._hits,
+            hits=self._insufficient_hits + subscription.uses.total(),
             misses=self._misses,
             batches=self._batcher.batches,
             invalidations=subscription.invalidations,
