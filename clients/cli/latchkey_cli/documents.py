@@ -30,6 +30,7 @@ def token(token: "Token") -> dict[str, Any]:
         "create_time": _time(token.create_time),
         "expire_time": _time(token.expire_time),
         "last_used_time": _time(token.last_used_time),
+        "last_used_by": token.last_used_by,
         "hint": token.hint,
         "labels": dict(sorted(token.labels.items())),
     }

@@ -40,13 +40,18 @@ class CacheEntry(Entry):
         Only one clock, the service's, decides whether a token has expired.
         """
         self.uses = 0
-        """How often it has answered `read`, also as `write`. Only grows; any thread may count."""
+        """How often it has answered VALID or, if it is final, at all. Any thread may count."""
         self.last_use = 0.0
         """When it last did. In seconds of `boottime`."""
         self.idle = True
         """Whether `UseLog` has no note of uses that are not reported yet."""
         self.reported = 0
         """How many of `uses` are reported. For UseLog only."""
+
+    @property
+    def final(self) -> bool:
+        """Whether every answer is that the token has ended."""
+        return self.read.verdict in _FINAL
 
 
 def cache_entry(answer: Verification, scope: Scope | None, keep_until: float) -> CacheEntry | None:

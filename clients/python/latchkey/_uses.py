@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from latchkey._entry import CacheEntry
-from latchkey.models import Verdict
 
 # Between two reports. Together with the time until the server has written them, a use is visible
 # within the documented 15 s.
@@ -166,7 +165,7 @@ class UseLog:
             uses = entry.uses
             count, entry.reported = uses - entry.reported, uses
             self._counted += count
-            if count and entry.read.verdict is Verdict.VALID:
+            if count and not entry.final:
                 yield (entry.token_id, hint), first, max(first, entry.last_use), count
 
     def _wait(self, now: float) -> None:

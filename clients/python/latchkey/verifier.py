@@ -77,8 +77,8 @@ class Verifier:
         self._batcher = Batcher(self._client)
         self._caches = memory_entries > 0
         self._memory_seconds = memory_seconds
-        # Cached answers INSUFFICIENT_SCOPE. The others are counted by their entries.
-        self._insufficient_hits = 0
+        # Cached answers that are not VALID, except those of final entries. Entries count the rest.
+        self._denied_hits = 0
         self._misses = 0
         # Direct references for verify_nowait, to save attribute look-ups.
         self._lease = self._subscription.lease
@@ -116,14 +116,14 @@ class Verifier:
             elif scope is _WRITE:
                 answer = entry.write
                 if answer is not entry.read:
-                    return self._insufficient(entry)
+                    return self._other_answer(entry, answer, secret, now)
             else:
                 _convert.scope_out(scope, "scope")
                 return None
             if entry.expires_at is None or _wall_clock() < entry.expires_at:
                 entry.used = True
                 # Counted before `idle` is read: see UseLog.begin. CPython does not switch threads
-                # inside this addition. UseLog knows whether the answer is VALID.
+                # inside this addition. If the entry is not final, the answer is VALID.
                 entry.uses += 1
                 entry.last_use = now
                 if entry.idle:
@@ -133,16 +133,24 @@ class Verifier:
         _convert.scope_out(scope, "scope")  # a wrong scope is an error for every secret
         return None if is_well_formed(secret) else _MALFORMED
 
-    def _insufficient(self, entry: CacheEntry) -> Verification | None:
-        """Return the cached answer of a token whose scope is too small, unless it may have expired.
+    def _other_answer(
+        self, entry: CacheEntry, answer: Verification, secret: str, now: float
+    ) -> Verification | None:
+        """Return a cached answer other than `entry.read`, unless the token may have expired.
 
-        Separate, so that the count of uses need not look at the verdict.
+        Separate, so that the common path need not look at the verdict to count a use.
         """
         if entry.expires_at is not None and _wall_clock() >= entry.expires_at:
             return None
         entry.used = True
-        self._insufficient_hits += 1
-        return entry.write
+        if answer.verdict is Verdict.VALID:
+            entry.uses += 1
+            entry.last_use = now
+            if entry.idle:
+                self._begin_use(entry, secret, now)
+        else:
+            self._denied_hits += 1
+        return answer
 
     async def verify(
         self,
@@ -209,7 +217,7 @@ class Verifier:
             lease_remaining_seconds=left,
             applied_revision=self._memory.position.revision,
             entries=len(self._memory),
-            hits=self._insufficient_hits + subscription.uses.total(),
+            hits=self._denied_hits + subscription.uses.total(),
             misses=self._misses,
             batches=self._batcher.batches,
             invalidations=subscription.invalidations,

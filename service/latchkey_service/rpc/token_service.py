@@ -115,10 +115,10 @@ class TokenService(pb_grpc.TokenServiceServicer):
         deadline = self._clock() + budget_seconds(context)
         answers = await self._verifier.verify_batch(questions, deadline)
         encoded: list[bytes] = []
-        for answer, (secret, _) in zip(answers, questions, strict=True):
+        for question, answer in zip(questions, answers, strict=True):
             self._counts.verdicts[answer.verdict] += 1
             if answer.verdict is _VALID:
-                self._count_use(answer, secret, caller)
+                self._count_use(answer, question[0], caller)
             response = self._encoded(answer)
             encoded += (_RESPONSES_TAG, _varint(len(response)), response)
         return b"".join(encoded)
