@@ -49,7 +49,7 @@ class Use(NamedTuple):
 _Key = tuple[str, str, str]
 
 
-class _Pending:
+class Pending:
     """The uses of one secret by one caller since they were last taken."""
 
     __slots__ = ("_record", "caller", "count", "first", "last")
@@ -83,7 +83,7 @@ class PendingUses:
         self._entries_max = entries_max
         self._early_at = max(1, int(entries_max * EARLY_SHARE))
         self._reported_max = max(1, int(entries_max * REPORTED_SHARE))
-        self._pending: dict[_Key, _Pending] = {}
+        self._pending: dict[_Key, Pending] = {}
         # Entries that began with a report, by caller.
         self._reported: dict[str, int] = {}
 
@@ -93,16 +93,15 @@ class PendingUses:
     def count(self, record: CachedToken, presented: str, caller: str, now: float) -> None:
         """Count a verify of `presented`, whose token is `record`, that was answered VALID.
 
-        The record points at its entry, so that a further use costs two assignments.
+        Has `record.use` point at the entry until the entry is taken. While it does, and the caller
+        is the same, the servicer may count on the entry itself, which costs two assignments.
         """
-        pending = record.use
-        if pending is None or pending.caller != caller:
-            key = (record.token_id, hint_of(presented), caller)
-            pending = self._pending.get(key) or self._add(key, now)
-            if pending is None:
-                self.dropped += 1
-                return
-            pending.point_from(record)
+        key = (record.token_id, hint_of(presented), caller)
+        pending = self._pending.get(key) or self._add(key, now)
+        if pending is None:
+            self.dropped += 1
+            return
+        pending.point_from(record)
         pending.count += 1
         pending.last = now
 
@@ -149,11 +148,11 @@ class PendingUses:
         dropped, self.dropped = self.dropped, 0
         return dropped
 
-    def _add(self, key: _Key, now: float) -> _Pending | None:
+    def _add(self, key: _Key, now: float) -> Pending | None:
         """Return a new entry, or None if there is no room."""
         if len(self._pending) >= self._entries_max:
             return None
-        pending = self._pending[key] = _Pending(key[2], now)
+        pending = self._pending[key] = Pending(key[2], now)
         if len(self._pending) == self._early_at:
             self.on_filling()
         return pending

@@ -23,8 +23,9 @@ PAGE = (ROOT / "docs/architecture.md").read_text("utf-8")
 CEILINGS = {
     "warm Verify": (6, 0),
     "warm Verify with a policy": (11, 0),
-    "cold Verify": (13, 3),
-    "cold Verify with a policy": (18, 3),
+    # The last file counts the use.
+    "cold Verify": (14, 3),
+    "cold Verify with a policy": (19, 3),
     "Delete": (18, 9),
     "Delete with a policy": (23, 9),
 }
