@@ -86,8 +86,7 @@ def test_no_use_is_lost_or_counted_twice() -> None:
             older[index], records[index] = records[index], cached(f"t{index}")
         caller = randomness.choice(["shop", "web"])
         if randomness.random() < 0.3:
-            use = reported(token_id=f"t{index}", uses=3)
-            uses.report(caller, [use], float(step))
+            uses.report(caller, [reported(token_id=f"t{index}", uses=3)], float(step))
             expected[f"t{index}", caller] += 3
         else:
             record = randomness.choice((records, older))[index]
