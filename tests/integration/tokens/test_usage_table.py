@@ -182,6 +182,19 @@ async def test_concurrent_servers_neither_deadlock_nor_lose_counts(
         assert usage.days == [(CREATED.date(), 30)]
 
 
+@pytest.mark.usefixtures("tokens")
+async def test_writing_uses_takes_no_lock_on_the_token(
+    table: UsageTable, database_url: str
+) -> None:
+    """Uses are written while another transaction has locked the token's row, as a Delete does. A
+    foreign key, or a read that locks, would wait here, and a Delete would wait for it."""
+    async with session(database_url) as other, other.transaction():
+        await other.execute("SELECT FROM token FOR UPDATE")
+        async with asyncio.timeout(WAIT_SECONDS / 2):
+            await table.record("a", 1, [used(1.0)])
+        assert len(await table.by_caller("t1", TODAY)) == 1
+
+
 async def test_a_delete_never_waits_for_uses(
     database_url: str, pepper_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
