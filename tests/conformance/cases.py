@@ -94,6 +94,14 @@ class Unknown(_Form):
 Event = Annotated[Invalidation | Grant | Reset | Closing | Unknown, Field(discriminator="kind")]
 
 
+class Reported(_Form):
+    """The uses of one token in all reports so far."""
+
+    count: int = Field(description="The sum of all counts.")
+    first: Seconds = Field(description="The time of the first use: `at` less its age.")
+    last: Seconds = Field(description="The time of the last use.")
+
+
 class Expect(_Form):
     """What must hold after a step. Absent: not checked."""
 
@@ -112,6 +120,11 @@ class Expect(_Form):
         description="When the client looks for another stream, if it receives nothing more on this "
         "one. null: it does not.",
     )
+    reported: dict[TokenId, Reported] | None = Field(
+        None,
+        description="All uses that the client has reported, to a millisecond. A client may split "
+        "them into any number of reports.",
+    )
 
 
 class _Step(_Form):
@@ -119,7 +132,8 @@ class _Step(_Form):
     sends: list[Send] = Field(
         [],
         description="Everything that the client sends in this step, in order on each stream. A "
-        "client may split a message that confirms and asks in two, with the confirmation first.",
+        "client may split a message that confirms and asks in two, with the confirmation first. "
+        "Messages with a report of uses are not listed.",
     )
     expect: Expect = Expect()
 
@@ -143,6 +157,14 @@ class Break(_Step):
     """A stream's connection is lost. The client neither sends nor receives anything on it."""
 
     do: Literal["break"]
+    stream: StreamName
+
+
+class Mute(_Step):
+    """From now on, the server confirms no report of uses on this stream. Otherwise it confirms each
+    report at once."""
+
+    do: Literal["mute"]
     stream: StreamName
 
 
@@ -180,7 +202,7 @@ class Release(_Step):
 
 
 Step = Annotated[
-    Open | Receive | Break | Answer | Verify | Wait | Release, Field(discriminator="do")
+    Open | Receive | Break | Mute | Answer | Verify | Wait | Release, Field(discriminator="do")
 ]
 
 
@@ -191,9 +213,10 @@ class Case(_Form):
     rules: list[Annotated[int, Field(ge=1, le=12)]] = Field(
         min_length=1, description="The rules of docs/protocol.md that the case is about."
     )
-    level: Literal["must", "should"] = Field(
+    level: Literal["must", "should", "reporting"] = Field(
         description="must: a client that fails may call a deleted token VALID, or make Deletes "
-        "wait. should: a client that fails is safe, but answers from memory less often.",
+        "wait. should: a client that fails is safe, but answers from memory less often. reporting: "
+        "for clients that report uses.",
     )
     story: str
     memory_entries: int = Field(100, ge=0, description="How many verdicts the client may keep.")

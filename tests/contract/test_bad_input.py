@@ -15,6 +15,7 @@ MIB = 1024 * 1024
 GOOD = {
     "Create": pb.CreateRequest(account_id="acme", name="ok", scope=pb.SCOPE_READ),
     "Get": pb.GetRequest(account_id="acme", id="tok_never"),
+    "GetUsage": pb.GetUsageRequest(account_id="acme", id="tok_never"),
     "List": pb.ListRequest(account_id="acme"),
     "Delete": pb.DeleteRequest(account_id="acme", id="tok_never"),
     "Verify": pb.VerifyRequest(secret="lk_nonsense", required_scope=pb.SCOPE_READ),
@@ -43,7 +44,9 @@ ALLOWED = {
     ("Create", "name", "another script's digits"),
 }
 NOT_FOUND = {
-    (method, "id", kind) for method in ("Get", "Delete") for kind in ("another script's digits",)
+    (method, "id", kind)
+    for method in ("Get", "GetUsage", "Delete")
+    for kind in ("another script's digits",)
 }
 
 
@@ -116,6 +119,7 @@ async def test_missing_fields(channel):
     required = {
         "Create": ["account_id", "name", "scope"],
         "Get": ["account_id", "id"],
+        "GetUsage": ["account_id", "id"],
         "List": ["account_id"],
         "Delete": ["account_id", "id"],
         "BatchVerify": ["requests"],

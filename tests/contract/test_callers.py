@@ -54,7 +54,7 @@ HEALTH = "/grpc.health.v1.Health/Check"
 # Repeats the service's table on purpose, because these tests check that table.
 MAY = {
     "verifier": {TOKENS + "Verify", TOKENS + "BatchVerify", TOKENS + "Watch"},
-    "manager": {TOKENS + name for name in ("Create", "Get", "List", "Delete")},
+    "manager": {TOKENS + name for name in ("Create", "Get", "GetUsage", "List", "Delete")},
     "operator": {STATUS, AUDIT, INVALIDATE_ALL},
 }
 OURS = sorted(set().union(*MAY.values()))
@@ -105,6 +105,9 @@ async def call(
             account_id=account, name=f"n{next(_names)}", scope=pb.SCOPE_READ
         ),
         TOKENS + "Get": lambda: pb.GetRequest(account_id=account, id=listener.ids[account]),
+        TOKENS + "GetUsage": lambda: pb.GetUsageRequest(
+            account_id=account, id=listener.ids[account]
+        ),
         TOKENS + "List": lambda: pb.ListRequest(account_id=account),
         TOKENS + "Delete": lambda: pb.DeleteRequest(
             account_id=account, id=listener.ids[f"{account} doomed"], no_wait=True

@@ -74,6 +74,8 @@ async def test_the_secret_never_leaks(logs, channel, stub, create, database_url,
         yield "Get", pb.GetRequest(account_id=value, id=value)
         yield "Get", pb.GetRequest(account_id="acme", id=value)
         yield "Get", pb.GetRequest(account_id="acme", id=created.token.id)
+        yield "GetUsage", pb.GetUsageRequest(account_id=value, id=value)
+        yield "GetUsage", pb.GetUsageRequest(account_id="acme", id=created.token.id)
         yield "List", pb.ListRequest(account_id=value)
         yield "List", pb.ListRequest(account_id="acme", page_token=value)
         yield "List", pb.ListRequest(account_id="acme")
@@ -97,7 +99,7 @@ async def test_the_secret_never_leaks(logs, channel, stub, create, database_url,
 
     for method, message in messages(secret):
         await attempt(method, message.SerializeToString(), metadata=(("x-request-id", secret),))
-    for method in ("Create", "Get", "List", "Delete", "Verify", "BatchVerify"):
+    for method in ("Create", "Get", "GetUsage", "List", "Delete", "Verify", "BatchVerify"):
         await attempt(method, b"\xff" + secret.encode())
         await attempt(method, b"\x0a\x3f\xff" + secret.encode())
 

@@ -19,7 +19,7 @@ _LIVE: Final = (Verdict.VALID, Verdict.INSUFFICIENT_SCOPE)
 class CacheEntry(Entry):
     """The answers for one secret. They are ready to return, so that a verify builds nothing."""
 
-    __slots__ = ("expires_at", "read", "write")
+    __slots__ = ("expires_at", "idle", "last_use", "read", "reported", "uses", "write")
 
     def __init__(
         self,
@@ -33,12 +33,25 @@ class CacheEntry(Entry):
         self.read = read
         """The answer if READ or no scope is required. Every token has at least READ."""
         self.write = write
-        """The answer if WRITE is required."""
+        """The answer if WRITE is required. The same object as `read` if the answer is the same."""
         self.expires_at = expires_at
         """POSIX seconds from which the service is asked again. None: never.
 
         Only one clock, the service's, decides whether a token has expired.
         """
+        self.uses = 0
+        """How often it has answered VALID or, if it is final, at all. Any thread may count."""
+        self.last_use = 0.0
+        """When it last did. In seconds of `boottime`."""
+        self.idle = True
+        """Whether `UseLog` has no note of uses that are not reported yet."""
+        self.reported = 0
+        """How many of `uses` are reported. For UseLog only."""
+
+    @property
+    def final(self) -> bool:
+        """Whether every answer is that the token has ended."""
+        return self.read.verdict in _FINAL
 
 
 def cache_entry(answer: Verification, scope: Scope | None, keep_until: float) -> CacheEntry | None:

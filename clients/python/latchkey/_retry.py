@@ -71,6 +71,7 @@ POLICIES: Final[Mapping[str, Policy]] = {
     # creates a second token while nobody knows the first one's secret.
     "Create": Policy(MANAGEMENT_TIMEOUT_SECONDS, retry=False),
     "Get": Policy(MANAGEMENT_TIMEOUT_SECONDS, retry=True),
+    "GetUsage": Policy(MANAGEMENT_TIMEOUT_SECONDS, retry=True),
     "List": Policy(MANAGEMENT_TIMEOUT_SECONDS, retry=True),
     # Repeating a deletion returns the receipt of the first one.
     "Delete": Policy(DELETE_TIMEOUT_SECONDS, retry=True),

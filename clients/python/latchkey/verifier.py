@@ -25,7 +25,7 @@ from latchkey.errors import invalid, late
 from latchkey.models import Scope, Verdict, Verification, VerifierStats
 from latchkey.secret import Secret
 
-# About 130 MB if all entries are in use, which is rare.
+# About 140 MB if all entries are in use, which is rare.
 MEMORY_ENTRIES: Final = 100_000
 # Bounds the effect of any fault that the protocol does not cover.
 MEMORY_SECONDS: Final = 300.0
@@ -43,7 +43,8 @@ class Verifier:
     It caches the answers for the `memory_entries` most recently used secrets. A cached answer takes
     microseconds. The cache is used while the service grants a lease. A deleted token is evicted
     before its Delete returns. An answer is cached for at most `memory_seconds`. `memory_entries=0`
-    switches the cache off. `timeout_seconds` bounds each verify.
+    switches the cache off. `timeout_seconds` bounds each verify. While it watches, it reports how
+    often and when it answered from its cache, so that the service knows when each token was used.
 
     The first verify, or `async with`, starts watching for deletions. The watch uses a separate
     connection to the client's target. A Client with its own `channel` shares that channel, and then
@@ -75,11 +76,13 @@ class Verifier:
         self._batcher = Batcher(self._client)
         self._caches = memory_entries > 0
         self._memory_seconds = memory_seconds
-        self._hits = 0
+        # Cached answers that are not VALID, except those of final entries. Entries count the rest.
+        self._denied_hits = 0
         self._misses = 0
         # Direct references for verify_nowait, to save attribute look-ups.
         self._lease = self._subscription.lease
         self._find = self._cache.entries.get
+        self._begin_use = self._subscription.uses.begin
         _fork.watch(self)
 
     def verify_nowait(
@@ -104,23 +107,49 @@ class Verifier:
         except UnicodeEncodeError:  # not a secret, since UTF-8 cannot encode it
             entry, secret = None, ""
         # Not min(), whose call costs as much as a tenth of the rest.
-        if entry is not None and boottime() < (
+        if entry is not None and (now := boottime()) < (
             lease_end if lease_end < entry.keep_until else entry.keep_until  # noqa: FURB136
         ):
             if scope is None or scope is _READ:
                 answer = entry.read
             elif scope is _WRITE:
                 answer = entry.write
+                if answer is not entry.read:
+                    return self._other_answer(entry, answer, secret, now)
             else:
                 _convert.scope_out(scope, "scope")
                 return None
             if entry.expires_at is None or _wall_clock() < entry.expires_at:
                 entry.used = True
-                self._hits += 1
+                # Counted before `idle` is read: see UseLog.begin. CPython does not switch threads
+                # inside this addition. If the entry is not final, the answer is VALID.
+                entry.uses += 1
+                entry.last_use = now
+                if entry.idle:
+                    self._begin_use(entry, secret, now)
                 return answer
             return None
         _convert.scope_out(scope, "scope")  # a wrong scope is an error for every secret
         return None if is_well_formed(secret) else _MALFORMED
+
+    def _other_answer(
+        self, entry: CacheEntry, answer: Verification, secret: str, now: float
+    ) -> Verification | None:
+        """Return a cached answer other than `entry.read`, unless the token may have expired.
+
+        Separate, so that the common path need not look at the verdict to count a use.
+        """
+        if entry.expires_at is not None and _wall_clock() >= entry.expires_at:
+            return None
+        entry.used = True
+        if answer.verdict is Verdict.VALID:
+            entry.uses += 1
+            entry.last_use = now
+            if entry.idle:
+                self._begin_use(entry, secret, now)
+        else:
+            self._denied_hits += 1
+        return answer
 
     async def verify(
         self,
@@ -187,7 +216,7 @@ class Verifier:
             lease_remaining_seconds=left,
             applied_revision=self._cache.position.revision,
             entries=len(self._cache),
-            hits=self._hits,
+            hits=self._denied_hits + subscription.uses.total(),
             misses=self._misses,
             batches=self._batcher.batches,
             invalidations=subscription.invalidations,
@@ -198,8 +227,8 @@ class Verifier:
     async def close(self) -> None:
         """Stop watching, and close the connection if the verifier created it. Safe to repeat.
 
-        Releases the grants, so that Deletes need not wait for this verifier. That takes at most
-        half a second.
+        Reports the uses that the service does not know yet, and releases the grants, so that
+        Deletes need not wait for this verifier. That takes at most half a second.
         """
         await self._watcher.close()
         if self._owns_client:

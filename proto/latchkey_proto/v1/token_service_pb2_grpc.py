@@ -67,6 +67,11 @@ class TokenServiceStub(object):
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.DeleteRequest.SerializeToString,
                 response_deserializer=latchkey_dot_v1_dot_token__service__pb2.DeleteResponse.FromString,
                 _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/latchkey.v1.TokenService/GetUsage',
+                request_serializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageResponse.FromString,
+                _registered_method=True)
         self.Verify = channel.unary_unary(
                 '/latchkey.v1.TokenService/Verify',
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.VerifyRequest.SerializeToString,
@@ -149,9 +154,22 @@ class TokenServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetUsage(self, request, context):
+        """Returns who has used a live token, and how often. Counts the verifies that
+        servers and reporting client libraries answered VALID; other verdicts are
+        not uses. With healthy servers, a use is included at most 15 seconds after
+        it happened. The uses of the last 15 seconds before a crash may be missing.
+        Has no side effects and is safe to retry.
+        Errors: INVALID_ARGUMENT; NOT_FOUND as for Get; UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Verify(self, request, context):
         """Verifies a presented secret. Returns a verdict, not an error, for any
-        string. Has no side effects and is safe to retry.
+        string. Records the use of the token if the verdict is VALID, and has no
+        other side effect. Safe to retry.
         Errors: UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible;
         treat both as "not allowed".
         """
@@ -160,8 +178,8 @@ class TokenServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def BatchVerify(self, request, context):
-        """Verifies up to 1,000 secrets with one look-up. Has no side effects and is
-        safe to retry. The response contains each token with its labels, up to
+        """Verifies up to 1,000 secrets with one look-up, as Verify does. Safe to
+        retry. The response contains each token with its labels, up to
         21 MB. A client with gRPC's default message limit of 4 MiB must raise the
         limit or send at most 200 requests at a time.
         Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
@@ -182,6 +200,10 @@ class TokenServiceServicer(object):
         client must do; docs/protocol.md describes the whole protocol and its
         conformance cases. A client that disconnects or falls silent delays Deletes
         until its last grant has expired, and has no other effect.
+
+        The client may also report the uses that it answered from its cache, so that
+        last_used_time and GetUsage include them. A client that reports none loses
+        nothing else.
         Errors: UNAVAILABLE if this server is stopping or cannot grant leases: try
         another server; FAILED_PRECONDITION if its cache is turned off, or if the
         policy limits the caller to certain accounts; RESOURCE_EXHAUSTED if it has
@@ -213,6 +235,11 @@ def add_TokenServiceServicer_to_server(servicer, server):
                     servicer.Delete,
                     request_deserializer=latchkey_dot_v1_dot_token__service__pb2.DeleteRequest.FromString,
                     response_serializer=latchkey_dot_v1_dot_token__service__pb2.DeleteResponse.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageRequest.FromString,
+                    response_serializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageResponse.SerializeToString,
             ),
             'Verify': grpc.unary_unary_rpc_method_handler(
                     servicer.Verify,
@@ -351,6 +378,33 @@ class TokenService(object):
             '/latchkey.v1.TokenService/Delete',
             latchkey_dot_v1_dot_token__service__pb2.DeleteRequest.SerializeToString,
             latchkey_dot_v1_dot_token__service__pb2.DeleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/latchkey.v1.TokenService/GetUsage',
+            latchkey_dot_v1_dot_token__service__pb2.GetUsageRequest.SerializeToString,
+            latchkey_dot_v1_dot_token__service__pb2.GetUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -79,15 +79,24 @@ class TokenServiceStub:
     reason DELETION_NOT_CONFIRMED, the deletion stands, but the deadline was
     too short for the wait: retry to get the receipt.
     """
+    GetUsage: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.GetUsageRequest, _token_service_pb2.GetUsageResponse]
+    """Returns who has used a live token, and how often. Counts the verifies that
+    servers and reporting client libraries answered VALID; other verdicts are
+    not uses. With healthy servers, a use is included at most 15 seconds after
+    it happened. The uses of the last 15 seconds before a crash may be missing.
+    Has no side effects and is safe to retry.
+    Errors: INVALID_ARGUMENT; NOT_FOUND as for Get; UNAVAILABLE.
+    """
     Verify: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.VerifyRequest, _token_service_pb2.VerifyResponse]
     """Verifies a presented secret. Returns a verdict, not an error, for any
-    string. Has no side effects and is safe to retry.
+    string. Records the use of the token if the verdict is VALID, and has no
+    other side effect. Safe to retry.
     Errors: UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible;
     treat both as "not allowed".
     """
     BatchVerify: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.BatchVerifyRequest, _token_service_pb2.BatchVerifyResponse]
-    """Verifies up to 1,000 secrets with one look-up. Has no side effects and is
-    safe to retry. The response contains each token with its labels, up to
+    """Verifies up to 1,000 secrets with one look-up, as Verify does. Safe to
+    retry. The response contains each token with its labels, up to
     21 MB. A client with gRPC's default message limit of 4 MiB must raise the
     limit or send at most 200 requests at a time.
     Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
@@ -104,6 +113,10 @@ class TokenServiceStub:
     client must do; docs/protocol.md describes the whole protocol and its
     conformance cases. A client that disconnects or falls silent delays Deletes
     until its last grant has expired, and has no other effect.
+
+    The client may also report the uses that it answered from its cache, so that
+    last_used_time and GetUsage include them. A client that reports none loses
+    nothing else.
     Errors: UNAVAILABLE if this server is stopping or cannot grant leases: try
     another server; FAILED_PRECONDITION if its cache is turned off, or if the
     policy limits the caller to certain accounts; RESOURCE_EXHAUSTED if it has
@@ -161,15 +174,24 @@ class TokenServiceAsyncStub(TokenServiceStub):
     reason DELETION_NOT_CONFIRMED, the deletion stands, but the deadline was
     too short for the wait: retry to get the receipt.
     """
+    GetUsage: _aio.UnaryUnaryMultiCallable[_token_service_pb2.GetUsageRequest, _token_service_pb2.GetUsageResponse]  # type: ignore[assignment]
+    """Returns who has used a live token, and how often. Counts the verifies that
+    servers and reporting client libraries answered VALID; other verdicts are
+    not uses. With healthy servers, a use is included at most 15 seconds after
+    it happened. The uses of the last 15 seconds before a crash may be missing.
+    Has no side effects and is safe to retry.
+    Errors: INVALID_ARGUMENT; NOT_FOUND as for Get; UNAVAILABLE.
+    """
     Verify: _aio.UnaryUnaryMultiCallable[_token_service_pb2.VerifyRequest, _token_service_pb2.VerifyResponse]  # type: ignore[assignment]
     """Verifies a presented secret. Returns a verdict, not an error, for any
-    string. Has no side effects and is safe to retry.
+    string. Records the use of the token if the verdict is VALID, and has no
+    other side effect. Safe to retry.
     Errors: UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible;
     treat both as "not allowed".
     """
     BatchVerify: _aio.UnaryUnaryMultiCallable[_token_service_pb2.BatchVerifyRequest, _token_service_pb2.BatchVerifyResponse]  # type: ignore[assignment]
-    """Verifies up to 1,000 secrets with one look-up. Has no side effects and is
-    safe to retry. The response contains each token with its labels, up to
+    """Verifies up to 1,000 secrets with one look-up, as Verify does. Safe to
+    retry. The response contains each token with its labels, up to
     21 MB. A client with gRPC's default message limit of 4 MiB must raise the
     limit or send at most 200 requests at a time.
     Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
@@ -186,6 +208,10 @@ class TokenServiceAsyncStub(TokenServiceStub):
     client must do; docs/protocol.md describes the whole protocol and its
     conformance cases. A client that disconnects or falls silent delays Deletes
     until its last grant has expired, and has no other effect.
+
+    The client may also report the uses that it answered from its cache, so that
+    last_used_time and GetUsage include them. A client that reports none loses
+    nothing else.
     Errors: UNAVAILABLE if this server is stopping or cannot grant leases: try
     another server; FAILED_PRECONDITION if its cache is turned off, or if the
     policy limits the caller to certain accounts; RESOURCE_EXHAUSTED if it has
@@ -266,13 +292,28 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def GetUsage(
+        self,
+        request: _token_service_pb2.GetUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_service_pb2.GetUsageResponse, _abc.Awaitable[_token_service_pb2.GetUsageResponse]]:
+        """Returns who has used a live token, and how often. Counts the verifies that
+        servers and reporting client libraries answered VALID; other verdicts are
+        not uses. With healthy servers, a use is included at most 15 seconds after
+        it happened. The uses of the last 15 seconds before a crash may be missing.
+        Has no side effects and is safe to retry.
+        Errors: INVALID_ARGUMENT; NOT_FOUND as for Get; UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
     def Verify(
         self,
         request: _token_service_pb2.VerifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.VerifyResponse, _abc.Awaitable[_token_service_pb2.VerifyResponse]]:
         """Verifies a presented secret. Returns a verdict, not an error, for any
-        string. Has no side effects and is safe to retry.
+        string. Records the use of the token if the verdict is VALID, and has no
+        other side effect. Safe to retry.
         Errors: UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible;
         treat both as "not allowed".
         """
@@ -283,8 +324,8 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _token_service_pb2.BatchVerifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.BatchVerifyResponse, _abc.Awaitable[_token_service_pb2.BatchVerifyResponse]]:
-        """Verifies up to 1,000 secrets with one look-up. Has no side effects and is
-        safe to retry. The response contains each token with its labels, up to
+        """Verifies up to 1,000 secrets with one look-up, as Verify does. Safe to
+        retry. The response contains each token with its labels, up to
         21 MB. A client with gRPC's default message limit of 4 MiB must raise the
         limit or send at most 200 requests at a time.
         Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
@@ -307,6 +348,10 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         client must do; docs/protocol.md describes the whole protocol and its
         conformance cases. A client that disconnects or falls silent delays Deletes
         until its last grant has expired, and has no other effect.
+
+        The client may also report the uses that it answered from its cache, so that
+        last_used_time and GetUsage include them. A client that reports none loses
+        nothing else.
         Errors: UNAVAILABLE if this server is stopping or cannot grant leases: try
         another server; FAILED_PRECONDITION if its cache is turned off, or if the
         policy limits the caller to certain accounts; RESOURCE_EXHAUSTED if it has

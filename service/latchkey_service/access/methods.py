@@ -48,6 +48,9 @@ BATCH_VERIFY_BYTES_MAX: Final = 256 * 1024
 # 16 labels of 318 characters and a name of 64, each of up to 4 bytes, take 21 KiB. The worst that
 # fits, 4,000 labels, takes 0.3 ms to parse.
 CREATE_BYTES_MAX: Final = 32 * 1024
+# A report of 1,000 uses takes up to 90 KB: a token's id, a hint, a count and two ages each. The
+# worst that fits, 65,000 empty uses, takes 8 ms to parse.
+WATCH_BYTES_MAX: Final = 128 * 1024
 
 
 class Rule(NamedTuple):
@@ -75,11 +78,12 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
     {
         VERIFY: Rule(VERIFIER, AccountSource.ANSWER, bytes_max=VERIFY_BYTES_MAX),
         BATCH_VERIFY: Rule(VERIFIER, AccountSource.ANSWER, bytes_max=BATCH_VERIFY_BYTES_MAX),
-        _TOKENS + "Watch": Rule(VERIFIER, AccountSource.ALL),
+        _TOKENS + "Watch": Rule(VERIFIER, AccountSource.ALL, bytes_max=WATCH_BYTES_MAX),
         _TOKENS + "Create": Rule(
             MANAGER, AccountSource.REQUEST, audited=True, bytes_max=CREATE_BYTES_MAX
         ),
         _TOKENS + "Get": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        _TOKENS + "GetUsage": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "List": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "Delete": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         "/latchkey.v1.StatusService/GetStatus": Rule(OPERATOR),

@@ -17,6 +17,7 @@ from latchkey_service.rpc.counters import Counts
 from latchkey_service.settings.logs import logger
 from latchkey_service.tokens import fleet
 from latchkey_service.tokens.token_store import TokenStore
+from latchkey_service.tokens.usage_table import UsageTable
 
 __all__ = [
     "follow_peppers",
@@ -26,6 +27,7 @@ __all__ = [
     "prune_log",
     "purge",
     "purge_audit",
+    "purge_usage",
 ]
 
 # Health reports a failure of Postgres within this time plus PROBE_TIMEOUT_SECONDS, and a recovery
@@ -156,6 +158,19 @@ async def purge_audit(table: AuditTable, retention: timedelta, now: Callable[[],
             logger().info("audit entries removed", entries=total)
 
     await _repeat(PURGE_SECONDS, purge_all, "removal of audit entries failed")
+
+
+async def purge_usage(table: UsageTable, now: Callable[[], datetime]) -> None:
+    """Remove old daily counts of uses once an hour. Runs until cancelled."""
+
+    async def purge_all() -> None:
+        total = 0
+        while gone := await table.purge(now().date(), PURGE_BATCH):
+            total += gone
+        if total:
+            logger().info("daily counts of uses removed", days=total)
+
+    await _repeat(PURGE_SECONDS, purge_all, "removal of daily counts of uses failed")
 
 
 async def prune_log(table: VerifierTable, lease_seconds: float) -> None:

@@ -56,6 +56,7 @@ from latchkey_service.process.periodic import (
     prune_log,
     purge,
     purge_audit,
+    purge_usage,
 )
 from latchkey_service.rpc.audit_service import AuditService
 from latchkey_service.rpc.call_report import CallReporter
@@ -75,6 +76,8 @@ from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.batched_lookup import Lookup
 from latchkey_service.tokens.management import Tokens
 from latchkey_service.tokens.token_store import TokenStore
+from latchkey_service.tokens.usage_table import UsageTable
+from latchkey_service.tokens.usage_writer import UsageWriter
 from latchkey_service.tokens.verdict import CachedToken
 from latchkey_service.tokens.verifier import Verifier
 from latchkey_service.transport.connection_guard import ConnectionGuard
@@ -262,6 +265,7 @@ async def running(
     primary = Primary(connector, reconnect)
     renewer = LeaseRenewer(verifier_state, identity, primary, boottime)
     limits = limits_of(settings)
+    usage = UsageWriter(UsageTable(pool), identity.id, time.time)
     watch_sessions = WatchSessions(
         verifier_state,
         boottime,
@@ -269,6 +273,7 @@ async def running(
         renewer.wake,
         enabled=cache,
         stream_seconds=limits.connection_age or math.inf,
+        on_uses=usage.report,
     )
     listener = NotifyListener(
         identity.id,
@@ -317,14 +322,24 @@ async def running(
     audit = AuditLog(audit_table, time.monotonic, _now)
     reporter = CallReporter(counts, audit, time.monotonic)
     paths = Paths(
-        VerifyCalls(verifier, reporter, counts, settings.log_verify_share, time.monotonic),
+        VerifyCalls(
+            verifier,
+            reporter,
+            counts,
+            usage.pending,
+            settings.log_verify_share,
+            time.monotonic,
+            time.time,
+        ),
         ManagedCalls(counts, audit, reporter, time.monotonic, boottime),
         Streams(reporter, time.monotonic),
     )
     if active_policy is not None:
         active_policy.on_change(paths.recheck)
     services = Services(
-        TokenService(tokens, watch_sessions),  # type: ignore[abstract]  # VerifyCalls has the rest
+        TokenService(  # type: ignore[abstract]  # VerifyCalls has the rest
+            tokens, watch_sessions, usage.table, time.time
+        ),
         StatusService(table, identity.id, primary.warnings),
         AuditService(audit_table),
         MaintenanceService(tokens),
@@ -336,6 +351,7 @@ async def running(
         return {
             "cache.entries": len(verifier_state.cache),
             "watch.streams": len(watch_sessions),
+            "uses.pending": len(usage.pending),
             "tasks": len(asyncio.all_tasks()),
         }
 
@@ -349,18 +365,17 @@ async def running(
     if active_policy is not None and (latest := policy_text()) is not None and latest != text:
         active_policy.replace(policies.parse(latest))
     await server.start()
-    retention = timedelta(days=settings.tombstone_retention_days)
-    audit_retention = timedelta(days=settings.audit_retention_days)
-    # These too, because calls during the stop are audited.
-    lasts = [renewing, listening, begin(audit.run()), begin(server.guard.run())]
+    # These too, because calls during the stop are audited, and use tokens.
+    lasts = [begin(audit.run()), begin(usage.run()), begin(server.guard.run())]
     background = [
         follow_verifier(verifier.check, boottime, server.set_serving),
         log_counts_regularly(counts, gauges),
         follow_peppers(table, identity.id),
         primary.run(),
-        purge(store, retention, _now),
+        purge(store, timedelta(days=settings.tombstone_retention_days), _now),
         prune_log(table, settings.lease_seconds),
-        purge_audit(audit_table, audit_retention, _now),
+        purge_audit(audit_table, timedelta(days=settings.audit_retention_days), _now),
+        purge_usage(usage.table, _now),
     ]
     tasks = [begin(work) for work in background]
     try:
@@ -369,10 +384,9 @@ async def running(
         await _end(*tasks)
         drained = await server.stop(settings.grace_seconds)
         # Only after the last answer: Deletes must wait for this process as long as it answers.
-        await _end(*lasts)
-        await audit.close()
+        await _end(renewing, listening, *lasts)
+        await asyncio.gather(audit.close(), usage.close(), renewer.stop(remove=drained))
         await asyncio.gather(
-            renewer.stop(remove=drained),
             ack_waiter.close(),
             primary.close(),
             lookup.close(),

@@ -6,7 +6,7 @@ whole of them.
 """
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -16,20 +16,24 @@ from latchkey_coherence.verdict_cache import Position
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
-from latchkey_service.coherence.watch_sessions import (
+from latchkey_service.coherence.use_reports import USES_IN_REPORT_MAX
+from latchkey_service.coherence.watch_events import (
     Event,
     Grant,
     Invalidation,
+    ReportedUse,
+    ReportReceived,
     Request,
     Reset,
-    WatchSessions,
 )
+from latchkey_service.coherence.watch_sessions import WatchSessions
 from latchkey_service.errors import FieldViolation, InvalidArgument
 from latchkey_service.rpc.managed_calls import current_call
 from latchkey_service.rpc.streams import current_caller
 from latchkey_service.rpc.verify_calls import put_token
 from latchkey_service.tokens.management import NewToken, Tokens
-from latchkey_service.tokens.token_store import Deletion
+from latchkey_service.tokens.receipt_table import Deletion
+from latchkey_service.tokens.usage_table import UsageTable
 
 __all__ = ["TokenService", "put_receipt", "to_datetime"]
 
@@ -49,9 +53,17 @@ if TYPE_CHECKING:
 class TokenService(pb_grpc.TokenServiceServicer):
     """Serves latchkey.v1.TokenService, except Verify and BatchVerify. The .proto documents it."""
 
-    def __init__(self, tokens: Tokens, watch_sessions: WatchSessions) -> None:
+    def __init__(
+        self,
+        tokens: Tokens,
+        watch_sessions: WatchSessions,
+        usage_table: UsageTable,
+        unix_time: Callable[[], float],
+    ) -> None:
         self._tokens = tokens
         self._watch_sessions = watch_sessions
+        self._usage_table = usage_table
+        self._unix_time = unix_time
 
     async def Watch(  # type: ignore[override]  # writes to the context, which lets us end the stream
         self, request_iterator: AsyncIterator[pb.WatchRequest], context: "Context"
@@ -61,12 +73,16 @@ class TokenService(pb_grpc.TokenServiceServicer):
                 # Revisions are never negative. A negative one would count as acknowledged by this
                 # process, which other code does not expect.
                 applied = Position(max(0, request.applied_revision), request.mark)
-                yield Request(applied, request.number, request.released)
+                # Without a report, its number is 0.
+                report = request.use_report
+                uses = _reported_uses(report) if report.number else ()
+                yield Request(applied, request.number, request.released, report.number, uses)
 
         async def send(event: Event) -> None:
             await context.write(_watch_response(event))
 
-        await self._watch_sessions.serve(requests(), send, _client_of(context))
+        caller = current_caller.get().name
+        await self._watch_sessions.serve(requests(), send, _client_of(context), caller)
 
     async def Create(self, request: pb.CreateRequest, context: "Context") -> pb.CreateResponse:
         expiry = request.WhichOneof("expiry")
@@ -91,6 +107,22 @@ class TokenService(pb_grpc.TokenServiceServicer):
         record = await self._tokens.get(request.account_id, request.id, deadline)
         response = pb.GetResponse()
         put_token(record, response.token)
+        return response
+
+    async def GetUsage(
+        self, request: pb.GetUsageRequest, context: "Context"
+    ) -> pb.GetUsageResponse:
+        deadline = current_call.get().deadline
+        token = await self._tokens.get(request.account_id, request.id, deadline)
+        today = datetime.fromtimestamp(self._unix_time(), UTC).date()
+        response = pb.GetUsageResponse()
+        for usage in await self._usage_table.by_caller(token.id, today):
+            message = response.callers.add(caller=usage.caller)
+            message.first_used_time.FromDatetime(usage.first_time)
+            message.last_used_time.FromDatetime(usage.last_time)
+            for day, count in usage.days:
+                start = message.days.add(count=count).start_time
+                start.seconds = (day.toordinal() - _EPOCH.toordinal()) * 86_400
         return response
 
     async def List(self, request: pb.ListRequest, context: "Context") -> pb.ListResponse:
@@ -134,6 +166,23 @@ def _client_of(context: "Context") -> str:
     return name
 
 
+def _reported_uses(report: pb.UseReport) -> list[ReportedUse]:
+    return [
+        ReportedUse(
+            use.token_id,
+            use.hint,
+            use.count,
+            _seconds(use.first_use_age),
+            _seconds(use.last_use_age),
+        )
+        for use in report.uses[:USES_IN_REPORT_MAX]
+    ]
+
+
+def _seconds(duration: duration_pb2.Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9
+
+
 def _watch_response(event: Event) -> pb.WatchResponse:
     response = pb.WatchResponse()
     if isinstance(event, Invalidation):
@@ -148,6 +197,8 @@ def _watch_response(event: Event) -> pb.WatchResponse:
         response.grant.lease_duration.nanos = int(rest * 1e9)
     elif isinstance(event, Reset):
         response.reset.revision, response.reset.mark = event.position
+    elif isinstance(event, ReportReceived):
+        response.use_report_received.number = event.report
     else:
         response.closing.SetInParent()
     return response

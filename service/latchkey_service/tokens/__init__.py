@@ -1,5 +1,7 @@
 """Tokens: creates, lists, deletes and verifies them, with their secrets, peppers and SQL.
 
+Also counts the uses of tokens (`usage`) and writes them (`usage_writer`, `usage_table`).
+
 Owns the rules of the contract, but neither protobuf (`rpc`) nor leases (`coherence`).
 
 Imports: coherence, audit, postgres, settings.

@@ -26,7 +26,8 @@ from latchkey_service.identifiers import ACCOUNT_ID, TOKEN_ID
 from latchkey_service.secret_format import Keyring, Secret, contains_secret
 from latchkey_service.tokens import page_tokens
 from latchkey_service.tokens.names import is_visible, name_key
-from latchkey_service.tokens.token_store import Deletion, PageStart, TokenStore
+from latchkey_service.tokens.receipt_table import Deletion
+from latchkey_service.tokens.token_store import PageStart, TokenStore
 from latchkey_service.tokens.verdict import Scope, TokenRecord
 
 __all__ = ["Created", "NewToken", "Page", "Tokens"]

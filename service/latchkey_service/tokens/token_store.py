@@ -29,21 +29,22 @@ from latchkey_service.postgres.connections import (
 from latchkey_service.postgres.sessions import Pooler
 from latchkey_service.secret_format import Digest
 from latchkey_service.tokens.fleet import KnownPepper
+from latchkey_service.tokens.receipt_table import RECEIPT, RECEIPT_COUNT, Deletion
 from latchkey_service.tokens.verdict import Scope, TokenRecord
 
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["FIND_BY_DIGEST", "Deletion", "PageStart", "TokenStore", "record_of", "snapshot_of"]
+__all__ = ["FIND_BY_DIGEST", "PageStart", "TokenStore", "record_of", "snapshot_of"]
 
 _COLUMNS = """t.id, t.account_id, t.name, t.scope, t.create_time, t.expire_time,
        t.last_used_time, t.delete_time, t.hint, t.labels"""
 _COLUMN_COUNT = 10
-_RECEIPT = """d.revision, d.mark, d.commit_time, d.effective_time, d.verifiers_acknowledged,
-       d.verifiers_outwaited, d.clients_acknowledged, d.clients_outwaited"""
-_RECEIPT_COUNT = 8
 _SCOPES = tuple(Scope)
 _NO_LABELS: Mapping[str, str] = MappingProxyType({})
+# The last use of the token `t`, from whichever of its secrets and callers it came.
+_LAST_USE = """LATERAL (SELECT last_time, caller FROM token_usage
+                  WHERE token_id = t.id ORDER BY last_time DESC LIMIT 1)"""
 
 # The position and the timeline of a read, computed once per statement. It comes first in the join,
 # so the statement returns at least one row, with the snapshot, even if nothing matches.
@@ -77,19 +78,6 @@ class PageStart:
 
     create_time: datetime
     id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Deletion:
-    """The receipt of a deletion. `effective_time` is None until the deletion is confirmed."""
-
-    position: Position
-    commit_time: datetime
-    effective_time: datetime | None
-    verifiers_acknowledged: int
-    verifiers_outwaited: int
-    clients_acknowledged: int
-    clients_outwaited: int
 
 
 class TokenStore:
@@ -202,16 +190,17 @@ class TokenStore:
         async with self._pool.session() as session:
             rows = await session.fetch(
                 f"""
-                SELECT h.revision, h.mark, h.timeline, {_COLUMNS}
+                SELECT h.revision, h.mark, h.timeline, u.last_time, u.caller, {_COLUMNS}
                   FROM {_SNAPSHOT}
                   LEFT JOIN token t
                     ON t.account_id = $1 AND t.id = $2 AND t.delete_time IS NULL
+                  LEFT JOIN {_LAST_USE} u ON true
                 """,  # noqa: S608 - constants only
                 account_id,
                 token_id,
             )
         row = rows[0]
-        return (None if row[3] is None else record_of(row)), snapshot_of(row)
+        return (None if row[5] is None else _used_record_of(row)), snapshot_of(row)
 
     @retry_on_conflict
     async def list_tokens(
@@ -228,19 +217,21 @@ class TokenStore:
         async with self._pool.session() as session:
             rows = await session.fetch(
                 f"""
-                SELECT h.revision, h.mark, h.timeline, page.*
+                SELECT h.revision, h.mark, h.timeline, u.last_time, u.caller, t.*
                   FROM {_SNAPSHOT}
                   LEFT JOIN (
                        SELECT {_COLUMNS}
                          FROM token t
                         WHERE t.account_id = $1 AND t.delete_time IS NULL {start}
                         ORDER BY t.create_time DESC, t.id DESC
-                        LIMIT $2) page ON true
-                 ORDER BY page.create_time DESC, page.id DESC
+                        LIMIT $2) t ON true
+                  LEFT JOIN {_LAST_USE} u ON true
+                 ORDER BY t.create_time DESC, t.id DESC
                 """,  # noqa: S608 - constants only
                 *arguments,
             )
-        return [record_of(row) for row in rows if row[3] is not None], snapshot_of(rows[0])
+        records = [_used_record_of(row) for row in rows if row[5] is not None]
+        return records, snapshot_of(rows[0])
 
     @retry_on_conflict
     async def delete_token(
@@ -282,7 +273,7 @@ class TokenStore:
                         SELECT moment, $1, id, $3, $4, $5, $6 FROM stamped)
                     INSERT INTO deletion AS d (token_id, revision, mark, commit_time)
                     SELECT id, revision, mark, moment FROM stamped
-                    RETURNING {_RECEIPT}
+                    RETURNING {RECEIPT}
                     """,  # noqa: S608 - constants only
                     account_id,
                     token_id,
@@ -302,7 +293,7 @@ class TokenStore:
             rows = await session.fetch(
                 f"""
                 SELECT h.revision, h.mark, h.timeline,
-                       {_RECEIPT}
+                       {RECEIPT}
                   FROM {_SNAPSHOT}
                   LEFT JOIN (token t JOIN deletion d ON d.token_id = t.id)
                     ON t.account_id = $1 AND t.id = $2
@@ -339,7 +330,7 @@ class TokenStore:
                            clients_outwaited = CASE WHEN d.effective_time IS NULL
                                THEN $7 ELSE d.clients_outwaited END
                      WHERE d.token_id = $1 AND d.revision = $4 AND d.mark = $5 AND {DURABLE}
-                    RETURNING {_RECEIPT}
+                    RETURNING {RECEIPT}
                     """,  # noqa: S608 - constants only
                     token_id,
                     acknowledgements.acknowledged,
@@ -392,16 +383,22 @@ class TokenStore:
 
     @retry_on_conflict
     async def purge_tombstones(self, before: datetime, limit: int) -> int:
-        """Remove up to `limit` tombstones of tokens deleted before a time; return how many."""
+        """Remove up to `limit` tombstones of tokens deleted before a time; return how many.
+
+        Removes the uses of these tokens with them.
+        """
         async with self._pool.session() as session:
             status = await session.execute(
                 """
-                DELETE FROM token
-                 WHERE id IN (SELECT id FROM token
-                               WHERE delete_time < $1
-                               ORDER BY delete_time
-                               LIMIT $2
-                                 FOR UPDATE SKIP LOCKED)
+                WITH gone AS MATERIALIZED (
+                    SELECT id FROM token
+                     WHERE delete_time < $1
+                     ORDER BY delete_time
+                     LIMIT $2
+                       FOR UPDATE SKIP LOCKED),
+                days AS (DELETE FROM token_usage_day WHERE token_id IN (SELECT id FROM gone)),
+                uses AS (DELETE FROM token_usage WHERE token_id IN (SELECT id FROM gone))
+                DELETE FROM token WHERE id IN (SELECT id FROM gone)
                 """,
                 before,
                 limit,
@@ -415,9 +412,14 @@ def snapshot_of(row: "asyncpg.Record") -> Snapshot:
 
 
 def _deletion_of(row: "asyncpg.Record") -> Deletion:
-    """Return the receipt in the last columns of a row, those of `_RECEIPT`."""
-    revision, mark, *rest = row[-_RECEIPT_COUNT:]
+    """Return the receipt in the last columns of a row, those of `RECEIPT`."""
+    revision, mark, *rest = row[-RECEIPT_COUNT:]
     return Deletion(Position(revision, mark_in(mark)), *rest)
+
+
+def _used_record_of(row: "asyncpg.Record") -> TokenRecord:
+    """Return the token of a row of Get or List, with its last use."""
+    return record_of(row)._replace(last_used_time=row[3], last_used_by=row[4] or "")
 
 
 def record_of(row: "asyncpg.Record") -> TokenRecord:

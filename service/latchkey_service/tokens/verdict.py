@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from sys import intern
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from latchkey_coherence.verdict_cache import Entry
 
@@ -51,12 +51,13 @@ class TokenRecord(NamedTuple):
     labels: Mapping[str, str] = MappingProxyType({})
     last_used_time: datetime | None = None
     delete_time: datetime | None = None
+    last_used_by: str = ""
 
 
 class CachedToken(Entry):
     """The part of a token that the cache keeps. A cache may hold a million of them."""
 
-    __slots__ = ("account_id", "deleted", "expires", "scope", "token")
+    __slots__ = ("account_id", "deleted", "expires", "scope", "token", "use")
 
     def __init__(
         self,
@@ -78,6 +79,8 @@ class CachedToken(Entry):
         self.token = token
         """The encoded token, as part of a VerifyResponse."""
         self.deleted = deleted
+        self.use: Any = None
+        """The entry of `usage.PendingUses` that counts the token's uses, if there is one."""
 
 
 def decide(record: CachedToken | None, required_scope: int, now: float) -> Verdict:

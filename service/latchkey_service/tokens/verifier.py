@@ -40,6 +40,7 @@ class Answer(NamedTuple):
     account_id: str = ""
     """The token's account; empty without a token."""
     position: Position = NOWHERE
+    record: CachedToken | None = None
 
 
 # A presented secret and the number of the required scope.
@@ -103,6 +104,7 @@ class Verifier:
             record.token,
             record.account_id,
             self._cache.position,
+            record,
         )
 
     async def verify(
@@ -191,7 +193,7 @@ class Verifier:
         if self._cache.entries_max:
             self._cache.store(sha256(presented.encode()).digest(), record, position)
         verdict = decide(record, required_scope, now)
-        return Answer(verdict, record.token, record.account_id, position)
+        return Answer(verdict, record.token, record.account_id, position, record)
 
     def _parse(self, presented: str) -> bytes | Answer:
         """Return the digest to look up, or the answer if no look-up is needed."""

@@ -43,7 +43,9 @@ def test_policy_contents():
     audit = "/latchkey.v1.AuditService/List"
     assert shop.methods == {tokens + "Verify", tokens + "BatchVerify", tokens + "Watch", audit}
     admin = policy.certificates["admin.internal"]
-    assert admin.methods == {tokens + name for name in ("Create", "Get", "List", "Delete")}
+    assert admin.methods == {
+        tokens + name for name in ("Create", "Get", "GetUsage", "List", "Delete")
+    }
     assert policy.callers == {"shop", "admin"}
     assert admin.accounts is None
     assert shop.accounts is not None

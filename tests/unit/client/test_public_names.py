@@ -27,6 +27,7 @@ def test_public_names_are_pinned() -> None:
         "AuditEntry",
         "AuditFilter",
         "AuditPage",
+        "CallerUsage",
         "Client",
         "CreatedToken",
         "DeadlineExceeded",
