@@ -49,7 +49,14 @@ HEALTH = "/grpc.health.v1.Health/Check"
 # Repeats the service's table on purpose, because these tests check that table.
 MAY = {
     "verifier": {TOKENS + "Verify", TOKENS + "BatchVerify", TOKENS + "Watch"},
-    "manager": {TOKENS + name for name in ("Create", "Get", "List", "Delete")},
+    "manager": {
+        TOKENS + name
+        for name in (
+            *("Create", "Get", "List", "Delete", "DeleteAll"),
+            *("Update", "Disable", "Enable", "Rotate", "RetireSecrets"),
+        )
+    },
+    "revoker": {TOKENS + "RevokeSecret"},
     "operator": {STATUS, AUDIT, INVALIDATE_ALL},
 }
 OURS = sorted(set().union(*MAY.values()))

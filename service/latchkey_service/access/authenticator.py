@@ -15,7 +15,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.access import forwarded
 from latchkey_service.access.certificate import CertificateError, read_certificate
 from latchkey_service.access.identity import bearer, by_certificate, by_credential, conflict
-from latchkey_service.access.methods import OPERATOR, AccountSource, rule_of
+from latchkey_service.access.methods import VERIFIER, AccountSource, rule_of
 from latchkey_service.access.policy import Caller, Policy
 from latchkey_service.errors import PermissionDenied, Unauthenticated, WatchRefused
 
@@ -200,7 +200,7 @@ def check_account(path: str, caller: Caller, request: Any) -> None:
             "ACCOUNT_DENIED",
             caller.name,
         )
-    if rule.account is AccountSource.ALL and rule.role == OPERATOR:
+    if rule.account is AccountSource.ALL and rule.role != VERIFIER:
         raise PermissionDenied(
             "The call affects all accounts, and the policy limits this caller to some.",
             "ACCOUNT_DENIED",

@@ -11,6 +11,7 @@ __all__ = [
     "OPEN",
     "OPERATOR",
     "REFLECTION",
+    "REVOKER",
     "ROLES",
     "VERIFIER",
     "AccountSource",
@@ -44,7 +45,8 @@ class Rule(NamedTuple):
 VERIFIER: Final = "verifier"
 MANAGER: Final = "manager"
 OPERATOR: Final = "operator"
-ROLES: Final = (VERIFIER, MANAGER, OPERATOR)
+REVOKER: Final = "revoker"
+ROLES: Final = (VERIFIER, MANAGER, OPERATOR, REVOKER)
 OPEN: Final = Rule(None)
 
 _TOKENS: Final = "/latchkey.v1.TokenService/"
@@ -57,6 +59,14 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
         _TOKENS + "Get": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "List": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "Delete": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        _TOKENS + "Update": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        _TOKENS + "Disable": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        _TOKENS + "Enable": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        _TOKENS + "Rotate": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        _TOKENS + "RetireSecrets": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        _TOKENS + "DeleteAll": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        # The secrets may belong to any account.
+        _TOKENS + "RevokeSecret": Rule(REVOKER, AccountSource.ALL, audited=True),
         "/latchkey.v1.StatusService/GetStatus": Rule(OPERATOR),
         "/latchkey.v1.MaintenanceService/InvalidateAll": Rule(
             OPERATOR, AccountSource.ALL, audited=True

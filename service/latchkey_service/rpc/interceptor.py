@@ -15,7 +15,14 @@ from typing import Any
 import grpc
 
 from latchkey_service.access.authenticator import Authenticator, check_account, restrict_to_accounts
-from latchkey_service.access.methods import MANAGER, OPERATOR, REFLECTION, Rule, rule_of
+from latchkey_service.access.methods import (
+    MANAGER,
+    OPERATOR,
+    REFLECTION,
+    REVOKER,
+    Rule,
+    rule_of,
+)
 from latchkey_service.access.policy import ANONYMOUS, Caller
 from latchkey_service.audit.audit_log import AuditContext, AuditLog, call_audit_context
 from latchkey_service.errors import LatchkeyError, Overloaded, RateLimited, StatusParts
@@ -35,7 +42,7 @@ __all__ = ["Calls"]
 
 # By role and process: calls that use the database at once, and calls in total. The total includes
 # queued calls and Deletes that wait for confirmations. Each slot has a connection in the pool.
-CONCURRENCY_LIMITS = {MANAGER: (8, 1_000), OPERATOR: (2, 100)}
+CONCURRENCY_LIMITS = {MANAGER: (8, 1_000), OPERATOR: (2, 100), REVOKER: (2, 100)}
 # Counted; successful calls are logged only as a sample.
 VERIFIES = frozenset({VERIFY, BATCH_VERIFY})
 # Machines poll these services: only failures are logged.

@@ -26,7 +26,14 @@ import grpc
 import pygrpc_native.aio
 from pygrpc_native import EVENT_CANCEL, STREAM_CLOSED, STREAM_FULL
 
-from latchkey_service.access.methods import MANAGER, METHODS, OPEN, OPERATOR, VERIFIER
+from latchkey_service.access.methods import (
+    MANAGER,
+    METHODS,
+    OPEN,
+    OPERATOR,
+    REVOKER,
+    VERIFIER,
+)
 from latchkey_service.errors import StatusParts
 from latchkey_service.rpc.lenient_parsing import BATCH_VERIFY
 from latchkey_service.tokens.queue_limit import QueueLimit
@@ -125,6 +132,7 @@ class Server(pygrpc_native.aio.Server):
             VERIFIER: self._verifies,
             MANAGER: _Queue(OTHERS_IN_TURN),
             OPERATOR: _Queue(OTHERS_IN_TURN),
+            REVOKER: _Queue(OTHERS_IN_TURN),
         }
         self._queues = (self._batches, *self._by_role.values())
         # A cancellation may overtake its call: the library's thread and this one both fetch.
