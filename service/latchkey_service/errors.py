@@ -3,7 +3,8 @@
     LatchkeyError
     ├── InvalidArgument       the request is invalid; lists the fields and reasons
     ├── NotFound              the account has no such token
-    ├── AlreadyExists         the name is taken
+    ├── AlreadyExists         the name is taken, or the request's id was used for another request
+    ├── FailedPrecondition    the state of the token or of the service forbids the change
     ├── Denied                the caller may not make this call
     │   ├── Unauthenticated   the caller is unknown
     │   └── PermissionDenied  the caller is known but lacks the right
@@ -13,6 +14,7 @@
     ├── WatcherSilent         the client of a Watch sent nothing for too long
     └── Unavailable           a dependency is unreachable or too slow; retryable
         ├── NotConfirmed      a deletion stands, but verifiers have yet to confirm it
+        │   └── ChangeNotConfirmed  the same for another change of a token
         └── StoreUnavailable  Postgres
             ├── CacheStartedOver a read was under way meanwhile
             ├── NotReplicated a failover may undo the committed change
@@ -33,7 +35,9 @@ from google.rpc import error_details_pb2, status_pb2
 
 __all__ = [
     "AlreadyExists",
+    "ChangeNotConfirmed",
     "Denied",
+    "FailedPrecondition",
     "FieldViolation",
     "InvalidArgument",
     "LatchkeyError",
@@ -104,9 +108,24 @@ class NotFound(LatchkeyError):
 
 
 class AlreadyExists(LatchkeyError):
-    """The account already has a live token with this name."""
+    """The account already has a live token with this name, or has used the request's id."""
 
     reason = "TOKEN_NAME_TAKEN"
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        if reason is not None:
+            self.reason = reason
+        super().__init__(message)
+
+
+class FailedPrecondition(LatchkeyError):
+    """The state of the token or of the service forbids the change. Nothing was done."""
+
+    reason = "FAILED_PRECONDITION"
+
+    def __init__(self, message: str, reason: str) -> None:
+        self.reason = reason
+        super().__init__(message)
 
 
 class Denied(LatchkeyError):
@@ -171,6 +190,12 @@ class NotConfirmed(Unavailable):
     reason = "DELETION_NOT_CONFIRMED"
 
 
+class ChangeNotConfirmed(NotConfirmed):
+    """The change stands, but the deadline came before the last verifier's confirmation."""
+
+    reason = "CHANGE_NOT_CONFIRMED"
+
+
 class StoreUnavailable(Unavailable):
     """Postgres is unreachable, restarting, or too slow."""
 
@@ -198,12 +223,14 @@ _CODES: Mapping[type[LatchkeyError], grpc.StatusCode] = MappingProxyType(
         InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
         NotFound: grpc.StatusCode.NOT_FOUND,
         AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+        FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
         Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
         PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
         Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
         RateLimited: grpc.StatusCode.RESOURCE_EXHAUSTED,
         Unavailable: grpc.StatusCode.UNAVAILABLE,
         NotConfirmed: grpc.StatusCode.UNAVAILABLE,
+        ChangeNotConfirmed: grpc.StatusCode.UNAVAILABLE,
         StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
         CacheStartedOver: grpc.StatusCode.UNAVAILABLE,
         NotReplicated: grpc.StatusCode.UNAVAILABLE,

@@ -57,6 +57,7 @@ from latchkey_service.process.periodic import (
     prune_log,
     purge,
     purge_audit,
+    purge_lifecycle,
 )
 from latchkey_service.rpc.audit_service import AuditService
 from latchkey_service.rpc.call_report import CallReporter
@@ -70,8 +71,9 @@ from latchkey_service.secret_format import Keyring
 from latchkey_service.settings import exposure
 from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
+from latchkey_service.tokens.assembly import build_management
 from latchkey_service.tokens.batched_lookup import Lookup
-from latchkey_service.tokens.management import Tokens
+from latchkey_service.tokens.seal_guard import seal_rows
 from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.verdict import CachedToken
 from latchkey_service.tokens.verifier import Verifier
@@ -281,6 +283,14 @@ async def running(
         identity.id,
         notify=notify,
     )
+    management = build_management(
+        pool,
+        keyring,
+        ack_waiter,
+        LeasedReads(renewer, verifier_state, boottime, pool.reconnect),
+        settings.secret_prefix,
+        _now,
+    )
     verifier = Verifier(
         keyring,
         lookup,
@@ -291,15 +301,8 @@ async def running(
         time.time,
         cache_seconds=settings.cache_seconds,
         randomness=random.random,
-    )
-    tokens = Tokens(
-        store,
-        keyring,
-        ack_waiter,
-        LeasedReads(renewer, verifier_state, boottime, pool.reconnect),
-        settings.secret_prefix,
-        _now,
-        os.urandom,
+        guard=management.guard,
+        on_first_use=management.first_use.seen,
     )
     counts = Counts()
     audit_table = AuditTable(pool)
@@ -309,10 +312,10 @@ async def running(
     if active_policy is not None:
         active_policy.on_change(calls.recheck)
     services = Services(
-        TokenService(tokens, verifier, watch_sessions, counts, boottime),
+        TokenService(management, verifier, watch_sessions, counts, boottime),
         StatusService(table, identity.id, primary.warnings),
         AuditService(audit_table),
-        MaintenanceService(tokens, boottime),
+        MaintenanceService(management.tokens, boottime),
         Health(("", *SERVICES)),
     )
     server = Server(settings, calls, services, watch_sessions, active_policy, limits)
@@ -322,6 +325,7 @@ async def running(
             "memory.entries": len(verifier_state.memory),
             "watch.streams": len(watch_sessions),
             "tasks": len(asyncio.all_tasks()),
+            "seals.rejected": management.guard.rejected,
         }
 
     def begin(work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
@@ -344,6 +348,8 @@ async def running(
         follow_peppers(table, identity.id),
         primary.run(),
         purge(store, retention, _now),
+        purge_lifecycle(management.upkeep_store, retention, _now),
+        seal_rows(management.guard, management.upkeep_store),
         prune_log(table, settings.lease_seconds),
         purge_audit(audit_table, audit_retention, _now),
     ]
@@ -359,6 +365,7 @@ async def running(
         await asyncio.gather(
             renewer.stop(remove=drained),
             ack_waiter.close(),
+            management.first_use.close(),
             primary.close(),
             lookup.close(),
             store.close(),

@@ -42,7 +42,12 @@ def _as_text(request: Any) -> pb.VerifyRequest:
         secret = request.secret.decode()
     except UnicodeDecodeError:
         secret = ""
-    return pb.VerifyRequest(secret=secret, required_scope=request.required_scope)
+    return pb.VerifyRequest(
+        secret=secret,
+        required_scope=request.required_scope,
+        client_address=request.client_address,
+        required_permissions=request.required_permissions,
+    )
 
 
 def _messages() -> tuple[Any, Any]:

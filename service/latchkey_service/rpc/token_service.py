@@ -11,11 +11,9 @@ limits, counts and logs the call and translates its errors. `Verify` below calls
 
 import re
 from collections.abc import AsyncIterator, Callable
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import grpc
-from google.protobuf import duration_pb2, timestamp_pb2
 from latchkey_coherence.memory import NOWHERE, Position
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
@@ -34,22 +32,21 @@ from latchkey_service.rpc.admission import release_slot
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.rpc.deadlines import budget_seconds, confirmation_seconds
 from latchkey_service.rpc.lenient_parsing import BATCH_MAX
-from latchkey_service.tokens.management import NewToken, Tokens
-from latchkey_service.tokens.token_store import Deletion
+from latchkey_service.rpc.lifecycle_service import LifecycleMethods, call_of
+from latchkey_service.rpc.messages import put_receipt, put_token, to_datetime, to_timedelta
+from latchkey_service.tokens.assembly import Management
+from latchkey_service.tokens.management import NewToken
 from latchkey_service.tokens.verdict import TokenRecord, Verdict
-from latchkey_service.tokens.verifier import Answer, Verifier
+from latchkey_service.tokens.verifier import Answer, Question, Verifier
 
 __all__ = ["TokenService", "encode_token", "put_receipt", "to_datetime"]
 
 # Metadata in which a client library names its host and process. No decision depends on it.
 CLIENT_METADATA = "latchkey-client"
 _CLIENT = re.compile(r"[ -~]{1,100}")
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-# Range of google/protobuf/timestamp.proto: years 1 to 9999.
-_TIMESTAMP_SECONDS = range(-62135596800, 253402300800)
-# Range of google/protobuf/duration.proto: about 10,000 years.
-_DURATION_SECONDS_MAX = 315_576_000_000
 
+# Permissions that a verify may require: as many as a token can have.
+REQUIRED_MAX = 64
 # Encoded fields: number and wire type, then the value.
 _VERDICT_FIELDS = {verdict: bytes((0x08, verdict)) for verdict in Verdict}
 _REVISION_TAG, _MARK_TAG, _RESPONSES_TAG = b"\x18", b"\x21", b"\x0a"
@@ -58,18 +55,20 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
 
 
-class TokenService(pb_grpc.TokenServiceServicer):
+class TokenService(LifecycleMethods, pb_grpc.TokenServiceServicer):
     """Serves latchkey.v1.TokenService. The .proto documents the methods."""
 
     def __init__(
         self,
-        tokens: Tokens,
+        management: Management,
         verifier: Verifier,
         watch_sessions: WatchSessions,
         counts: Counts,
         clock: Callable[[], float],
     ) -> None:
-        self._tokens = tokens
+        self._tokens = management.tokens
+        self._lifecycle = management.lifecycle
+        self._bulk = management.bulk
         self._verifier = verifier
         self._watch_sessions = watch_sessions
         self._counts = counts
@@ -78,10 +77,18 @@ class TokenService(pb_grpc.TokenServiceServicer):
         self._position_fields = b""
 
     async def Verify(self, request: pb.VerifyRequest, context: "Context") -> bytes:  # type: ignore[override]  # encoded, see Calls
-        answer = self._verifier.verify_cached(request.secret, request.required_scope)
+        if len(request.required_permissions) > REQUIRED_MAX:
+            raise _too_many_required("required_permissions")
+        question = Question(
+            request.secret,
+            request.required_scope,
+            request.client_address,
+            request.required_permissions,
+        )
+        answer = self._verifier.verify_cached(*question)
         if answer is None:
             deadline = self._clock() + budget_seconds(context)
-            answer = await self._verifier.verify(request.secret, request.required_scope, deadline)
+            answer = await self._verifier.verify(question, deadline)
         self._counts.verdicts[answer.verdict] += 1
         return self._encoded(answer)
 
@@ -92,7 +99,13 @@ class TokenService(pb_grpc.TokenServiceServicer):
                     "requests", f"must have 1-{BATCH_MAX} entries, not {len(request.requests)}"
                 )
             )
-        questions = [(r.secret, r.required_scope) for r in request.requests]
+        for number, one in enumerate(request.requests):
+            if len(one.required_permissions) > REQUIRED_MAX:
+                raise _too_many_required(f"requests[{number}].required_permissions")
+        questions = [
+            Question(r.secret, r.required_scope, r.client_address, r.required_permissions)
+            for r in request.requests
+        ]
         deadline = self._clock() + budget_seconds(context)
         answers = await self._verifier.verify_batch(questions, deadline)
         encoded: list[bytes] = []
@@ -124,18 +137,24 @@ class TokenService(pb_grpc.TokenServiceServicer):
             request.name,
             request.scope,
             to_datetime("expire_time", request.expire_time) if expiry == "expire_time" else None,
-            _timedelta("ttl", request.ttl) if expiry == "ttl" else None,
+            to_timedelta("ttl", request.ttl) if expiry == "ttl" else None,
             dict(request.labels),
+            request.description,
+            request.allowed_networks,
+            request.permissions,
+            request.request_id,
         )
-        created = await self._tokens.create(new, call_audit_context.get(), self._deadline(context))
+        created = await self._lifecycle.create(new, call_of(self._clock(), context))
         response = pb.CreateResponse(secret=created.secret.reveal())
-        _put_token(created.record, response.token)
+        put_token(created.record, response.token)
+        if created.receipt is not None:
+            put_receipt(created.receipt, response.receipt)
         return response
 
     async def Get(self, request: pb.GetRequest, context: "Context") -> pb.GetResponse:
         record = await self._tokens.get(request.account_id, request.id, self._deadline(context))
         response = pb.GetResponse()
-        _put_token(record, response.token)
+        put_token(record, response.token)
         return response
 
     async def List(self, request: pb.ListRequest, context: "Context") -> pb.ListResponse:
@@ -144,7 +163,7 @@ class TokenService(pb_grpc.TokenServiceServicer):
         )
         response = pb.ListResponse(next_page_token=page.next_page_token)
         for record in page.records:
-            _put_token(record, response.tokens.add())
+            put_token(record, response.tokens.add())
         return response
 
     async def Delete(self, request: pb.DeleteRequest, context: "Context") -> pb.DeleteResponse:
@@ -180,8 +199,12 @@ class TokenService(pb_grpc.TokenServiceServicer):
 def encode_token(record: TokenRecord) -> bytes:
     """Return the encoded token field of a VerifyResponse, with tag and length."""
     response = pb.VerifyResponse()
-    _put_token(record, response.token)
+    put_token(record, response.token)
     return response.SerializeToString()
+
+
+def _too_many_required(field: str) -> InvalidArgument:
+    return InvalidArgument(FieldViolation(field, f"must have at most {REQUIRED_MAX} permissions"))
 
 
 def _client_of(context: "Context") -> str:
@@ -232,56 +255,3 @@ def _watch_response(event: Event) -> pb.WatchResponse:
     else:
         response.closing.SetInParent()
     return response
-
-
-def _put_token(record: TokenRecord, token: pb.Token) -> None:
-    """Fill `token` in place. Building a message and copying it takes three times as long."""
-    token.id = record.id
-    token.account_id = record.account_id
-    token.name = record.name
-    token.scope = pb.Scope.ValueType(record.scope)
-    token.hint = record.hint
-    _put_time(record.create_time, token.create_time)
-    if record.expire_time is not None:
-        _put_time(record.expire_time, token.expire_time)
-    if record.last_used_time is not None:
-        _put_time(record.last_used_time, token.last_used_time)
-    if record.labels:
-        token.labels.update(record.labels)
-
-
-def put_receipt(deletion: Deletion, receipt: pb.Receipt) -> None:
-    """Fill `receipt`."""
-    _put_time(deletion.commit_time, receipt.commit_time)
-    if deletion.effective_time is not None:
-        _put_time(deletion.effective_time, receipt.effective_time)
-    receipt.revision, receipt.mark = deletion.position
-    receipt.verifiers_acknowledged = deletion.verifiers_acknowledged
-    receipt.verifiers_outwaited = deletion.verifiers_outwaited
-    receipt.clients_acknowledged = deletion.clients_acknowledged
-    receipt.clients_outwaited = deletion.clients_outwaited
-
-
-def _put_time(moment: datetime, timestamp: timestamp_pb2.Timestamp) -> None:
-    # Not FromDatetime, which takes four times as long: Verify does this for each timestamp.
-    since = moment - _EPOCH
-    timestamp.seconds = since.days * 86_400 + since.seconds
-    timestamp.nanos = since.microseconds * 1_000
-
-
-def to_datetime(field: str, timestamp: timestamp_pb2.Timestamp) -> datetime:
-    """Return the time, truncated to microseconds. Raises InvalidArgument if out of range."""
-    if timestamp.seconds not in _TIMESTAMP_SECONDS or not 0 <= timestamp.nanos < 1_000_000_000:
-        raise InvalidArgument(FieldViolation(field, "must be a time in the years 1 to 9999"))
-    return _EPOCH + timedelta(seconds=timestamp.seconds, microseconds=timestamp.nanos // 1_000)
-
-
-def _timedelta(field: str, duration: duration_pb2.Duration) -> timedelta:
-    """Return the duration, truncated to microseconds. Raises InvalidArgument if invalid."""
-    if (
-        abs(duration.seconds) > _DURATION_SECONDS_MAX
-        or abs(duration.nanos) >= 1_000_000_000
-        or duration.seconds * duration.nanos < 0
-    ):
-        raise InvalidArgument(FieldViolation(field, "is not a valid duration"))
-    return timedelta(seconds=duration.seconds, microseconds=duration.nanos // 1_000)

@@ -12,19 +12,27 @@ cached, so a verify recognises a new token at once.
 """
 
 import contextlib
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from hashlib import sha256
 from typing import NamedTuple
 
 from latchkey_coherence.memory import NOWHERE, Position
+from latchkey_coherence.verdict import Networks
 
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.errors import CacheStartedOver
 from latchkey_service.secret_format import SECRET_LENGTH_MAX, Keyring, Malformed
 from latchkey_service.tokens.batched_lookup import Found, Lookup
-from latchkey_service.tokens.verdict import CachedToken, TokenRecord, Verdict, decide
+from latchkey_service.tokens.seal_guard import SealGuard
+from latchkey_service.tokens.verdict import (
+    CachedToken,
+    SecretRecord,
+    TokenRecord,
+    Verdict,
+    decide,
+    ends_at,
+)
 
 __all__ = ["Answer", "Question", "Verifier"]
 
@@ -40,8 +48,15 @@ class Answer(NamedTuple):
     position: Position = NOWHERE
 
 
-# A presented secret and the number of the required scope.
-Question = tuple[str, int]
+class Question(NamedTuple):
+    """A presented secret, and what its holder wants to do."""
+
+    presented: str
+    required_scope: int
+    """The number of the scope."""
+    client_address: str = ""
+    required_permissions: Collection[str] = ()
+
 
 # The cache rarely starts over, and hardly ever twice within one round trip.
 READS_MAX = 3
@@ -67,7 +82,12 @@ class Verifier:
         *,
         cache_seconds: float,
         randomness: Callable[[], float],
+        guard: SealGuard,
+        on_first_use: Callable[[TokenRecord, SecretRecord], None] = lambda _token, _secret: None,
     ) -> None:
+        self._guard = guard
+        # Called with a secret whose look-up ends older ones.
+        self._on_first_use = on_first_use
         self._keyring = keyring
         self._lookup = lookup
         self._reads = reads
@@ -80,7 +100,13 @@ class Verifier:
         self._cache_seconds = cache_seconds
         self._randomness = randomness
 
-    def verify_cached(self, presented: str, required_scope: int) -> Answer | None:
+    def verify_cached(
+        self,
+        presented: str,
+        required_scope: int,
+        client_address: str = "",
+        required_permissions: Collection[str] = (),
+    ) -> Answer | None:
         """Return the answer to one question from the cache, or None."""
         if len(presented) > SECRET_LENGTH_MAX:
             return None
@@ -92,27 +118,29 @@ class Verifier:
         record.used = True
         # No applied invalidation names it, or it would not be in the cache.
         return Answer(
-            decide(record, required_scope, self._unix_time()), record.token, self._memory.position
+            decide(record, required_scope, self._unix_time(), client_address, required_permissions),
+            record.token,
+            self._memory.position,
         )
 
-    async def verify(self, presented: str, required_scope: int, deadline: float) -> Answer:
+    async def verify(self, question: Question, deadline: float) -> Answer:
         """Return the answer to one question that `verify_cached` cannot answer.
 
         At most one round trip, shared with other calls. Raises StoreUnavailable and Overloaded, and
         Unavailable at `deadline` (seconds on the process's clock).
         """
-        digest = self._parse(presented)
+        digest = self._parse(question.presented)
         if isinstance(digest, Answer):
             return digest
         (found,) = await self._find((digest,), deadline)
         # Reads the time after the wait, because expiry is judged at the time of the answer.
-        return self._judge(presented, found, required_scope, self._unix_time())
+        return self._judge(question, found, self._unix_time())
 
     async def verify_batch(self, questions: Sequence[Question], deadline: float) -> list[Answer]:
         """Return the answers to up to 1,000 questions, in order, with one look-up."""
         parsed = [
-            self.verify_cached(presented, required_scope) or self._parse(presented)
-            for presented, required_scope in questions
+            self.verify_cached(*question) or self._parse(question.presented)
+            for question in questions
         ]
         digests = [digest for digest in parsed if isinstance(digest, bytes)]
         if not digests:
@@ -120,10 +148,8 @@ class Verifier:
         founds = iter(await self._find(digests, deadline))
         now = self._unix_time()
         return [
-            digest
-            if isinstance(digest, Answer)
-            else self._judge(presented, next(founds), required_scope, now)
-            for digest, (presented, required_scope) in zip(parsed, questions, strict=True)
+            digest if isinstance(digest, Answer) else self._judge(question, next(founds), now)
+            for digest, question in zip(parsed, questions, strict=True)
         ]
 
     async def check(self, deadline: float) -> None:
@@ -150,25 +176,50 @@ class Verifier:
         await self._reads.accept(found[0].snapshot, began, deadline)
         return found
 
-    def _judge(self, presented: str, found: Found, required_scope: int, now: float) -> Answer:
-        """Decide on a token that was read, and cache it if the fill rule allows."""
-        read = found.record
-        if read is None:
-            return Answer(Verdict.UNKNOWN, b"", found.snapshot.position)
+    def _judge(self, question: Question, found: Found, now: float) -> Answer:
+        """Decide on a token that was read, and cache it if the fill rule allows.
+
+        A row that is not genuine is UNKNOWN and not cached. What has ended needs no seal, because
+        it is refused anyway.
+        """
+        read, secret, position = found.record, found.secret, found.snapshot.position
+        if read is None or secret is None:
+            return Answer(Verdict.UNKNOWN, b"", position)
+        ended = read.delete_time is not None or secret.retire_time is not None
+        if not ended:
+            if not self._guard.trusts(read, secret):
+                return Answer(Verdict.UNKNOWN, b"", position)
+            if secret.older:
+                self._on_first_use(read, secret)
+        expires = ends_at(read, secret)
+        if secret.expire_time is not None and secret.expire_time.timestamp() == expires:
+            read = read._replace(expire_time=secret.expire_time)
         record = CachedToken(
             read.id,
             int(read.scope),
-            math.inf if read.expire_time is None else read.expire_time.timestamp(),
+            expires,
             self._encode(read),
             deleted=read.delete_time is not None,
+            disabled=read.disable_time is not None,
+            # What has ended is not sealed, so its networks may be damaged.
+            networks=Networks(read.allowed_networks)
+            if read.allowed_networks and not ended
+            else None,
+            permissions=frozenset(read.permissions) if read.permissions else None,
             # Random, from half of the time to all of it, so that tokens read together, for example
             # after a start, do not expire together.
             keep_until=self._clock() + self._cache_seconds * (0.5 + 0.5 * self._randomness()),
         )
-        position = found.snapshot.position
         if self._memory.entries_max:
-            self._memory.admit(sha256(presented.encode()).digest(), record, position)
-        return Answer(decide(record, required_scope, now), record.token, position)
+            self._memory.admit(sha256(question.presented.encode()).digest(), record, position)
+        verdict = decide(
+            record,
+            question.required_scope,
+            now,
+            question.client_address,
+            question.required_permissions,
+        )
+        return Answer(verdict, record.token, position)
 
     def _parse(self, presented: str) -> bytes | Answer:
         """Return the digest to look up, or the answer if no look-up is needed."""
