@@ -112,8 +112,10 @@ class BulkStore:
                          ORDER BY t.id
                            FOR UPDATE OF t),
                     next AS (
+                        -- Counts, because EXISTS would take this lock after the first row, and lock
+                        -- the others under it: a deadlock with each Delete of one of them.
                         UPDATE head h SET revision = h.revision + 1, mark = DEFAULT
-                         WHERE EXISTS (SELECT FROM live)
+                         WHERE (SELECT count(*) FROM live) > 0
                         RETURNING h.revision, h.mark),
                     stamped AS MATERIALIZED (
                         SELECT revision, mark, clock_timestamp() AS moment FROM next),
@@ -225,8 +227,10 @@ class BulkStore:
                          LIMIT $2
                            FOR UPDATE),
                     next AS (
+                        -- Counts, because EXISTS would take this lock after the first row, and lock
+                        -- the others under it: a deadlock with each Delete of one of them.
                         UPDATE head h SET revision = h.revision + 1, mark = DEFAULT
-                         WHERE EXISTS (SELECT FROM live)
+                         WHERE (SELECT count(*) FROM live) > 0
                         RETURNING h.revision, h.mark),
                     stamped AS MATERIALIZED (
                         SELECT revision, mark, clock_timestamp() AS moment FROM next),

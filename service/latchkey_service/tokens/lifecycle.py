@@ -7,18 +7,15 @@ change that narrows waits as Delete does. Contains neither protobuf nor SQL.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
-from typing import NamedTuple
 
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.errors import (
     AlreadyExists,
     FailedPrecondition,
     FieldViolation,
-    NotFound,
-    StoreConflict,
 )
 from latchkey_service.secret_format import Keyring
 from latchkey_service.tokens.changes import (
@@ -27,21 +24,19 @@ from latchkey_service.tokens.changes import (
     decides_alike,
     narrows,
     require_new_rules,
-    secrets_after,
     updated,
     values_violations,
 )
 from latchkey_service.tokens.confirmation import Call, Confirmations
 from latchkey_service.tokens.lifecycle_store import (
     Change,
-    Changed,
     LifecycleStore,
     TokenState,
 )
 from latchkey_service.tokens.management import Created, NewToken, Tokens
 from latchkey_service.tokens.receipt_table import Deletion
-from latchkey_service.tokens.seal import Sealer
 from latchkey_service.tokens.seal_guard import SealGuard
+from latchkey_service.tokens.token_changer import ATTEMPTS_MAX, Done, TokenChanger, conflict
 from latchkey_service.tokens.token_store import Request
 from latchkey_service.tokens.validation import (
     account_violations,
@@ -63,11 +58,10 @@ __all__ = [
 SECRETS_MAX = 5
 """Secrets of a token that work at the same time."""
 GRACE_MAX = timedelta(days=365)
+# More labels, networks or permissions than any valid request has.
+LISTED_MAX = 100
 # A retry of a request with an id counts as one for this long.
 REQUEST_AGE_MAX = timedelta(days=1)
-# Attempts at a change whose token others change at the same time. Each loser's rival has won, so
-# this many other changes of one token have to come in between.
-ATTEMPTS_MAX = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +75,7 @@ class Rotation:
     request_id: str
 
 
-class Lifecycle:
+class Lifecycle(TokenChanger):
     """Changes tokens under this process's lease.
 
     Every method raises InvalidArgument, NotFound, FailedPrecondition, Overloaded, Unavailable and
@@ -100,16 +94,10 @@ class Lifecycle:
         now: Callable[[], datetime],
         random_bytes: Callable[[int], bytes],
     ) -> None:
-        self._store = store
+        super().__init__(
+            store, keyring, guard, confirmations, reads, secret_prefix, now, random_bytes
+        )
         self._tokens = tokens
-        self._keyring = keyring
-        self._sealer: Sealer = guard.sealer
-        self._guard = guard
-        self._confirmations = confirmations
-        self._reads = reads
-        self._secret_prefix = secret_prefix
-        self._now = now
-        self._random_bytes = random_bytes
 
     async def create(self, new: NewToken, call: Call) -> Created:
         """Create a token. With a request id, a retry replaces the secret of the first attempt.
@@ -117,7 +105,7 @@ class Lifecycle:
         Raises AlreadyExists if the name is taken, or if the id was used for another request.
         """
         violations: list[FieldViolation] = []
-        request = self._request(new.request_id, "Create", _body(new), violations)
+        request = self._request(new, "Create", violations)
         check(*violations)
         if new.allowed_networks or new.permissions:
             require_new_rules(old_verifiers=await self._store.has_old_verifiers())
@@ -140,7 +128,7 @@ class Lifecycle:
         earlier = await self._earlier(new.account_id, request, call)
         if earlier is None:
             # Its token was purged, or a day has passed, since the insertion.
-            raise StoreConflict("The request id has just become free; try again.")
+            raise conflict()
         return await self._replace_secret(new.account_id, earlier, request, call)
 
     async def update(
@@ -218,12 +206,8 @@ class Lifecycle:
         violations = [*account_violations(rotation.account_id), *id_violations(rotation.token_id)]
         if rotation.grace is not None and not timedelta(0) <= rotation.grace <= GRACE_MAX:
             violations.append(FieldViolation("grace", f"must be 0 to {GRACE_MAX.days} days"))
-        request = self._request(rotation.request_id, "Rotate", _body(rotation), violations)
+        request = self._request(rotation, "Rotate", violations)
         check(*violations)
-        if request is not None:
-            earlier = await self._earlier(rotation.account_id, request, call)
-            if earlier is not None:
-                return await self._replace_secret(rotation.account_id, earlier, request, call)
         grace = rotation.grace
         if grace is None and not rotation.retire_on_first_use:
             grace = timedelta(0)
@@ -252,17 +236,16 @@ class Lifecycle:
                 state, kept, retired, request, retire_on_first_use=rotation.retire_on_first_use
             )
 
-        try:
-            done = await self._change(rotation.account_id, rotation.token_id, change, call)
-        except StoreConflict:
-            # A concurrent call with the same request id may be what came in between.
-            if request is None:
-                raise
-            earlier = await self._earlier(rotation.account_id, request, call)
-            if earlier is None:
-                raise
-            return await self._replace_secret(rotation.account_id, earlier, request, call)
-        return await self._minted(done, call)
+        for _ in range(ATTEMPTS_MAX):
+            # Each time: a concurrent call with the same id may be what came in between.
+            if request is not None and (
+                earlier := await self._earlier(rotation.account_id, request, call)
+            ):
+                return await self._replace_secret(rotation.account_id, earlier, request, call)
+            done = await self._attempt(rotation.account_id, rotation.token_id, change, call)
+            if done is not None:
+                return await self._minted(done, call)
+        raise conflict()
 
     async def retire_secrets(
         self, account_id: str, token_id: str, call: Call
@@ -296,61 +279,31 @@ class Lifecycle:
             require_new_rules(old_verifiers=state.old_verifiers)
             lost = [s.record for s in state.secrets if s.request_id == request.id]
             kept = [s.record for s in state.secrets if s.request_id != request.id]
-            return self._minting(
+            made = self._minting(
                 state,
                 kept,
                 [secret.digest for secret in lost],
                 request,
                 retire_on_first_use=any(secret.retire_on_first_use for secret in lost),
             )
+            return replace(made, repeats=True)
 
         return await self._minted(await self._change(account_id, token_id, change, call), call)
 
-    async def _minted(self, done: "_Done", call: Call) -> Created:
+    async def _minted(self, done: "Done", call: Call) -> Created:
         assert done.change is not None, "a secret was made"  # noqa: S101 - for the type checker
         assert done.change.text is not None, "a secret was made"  # noqa: S101 - for the type checker
         return Created(done.record, done.change.text, await self._receipt(done, call))
 
-    async def _change(
-        self,
-        account_id: str,
-        token_id: str,
-        change: Callable[[TokenState], Change | None],
-        call: Call,
-    ) -> "_Done":
-        """Make a change. `change` computes it from the present state, or returns None.
-
-        None: there is nothing to do. What is returned then has the position of the read that shows
-        it, which covers all earlier changes.
-        """
-        for _ in range(ATTEMPTS_MAX):
-            began = await self._reads.begin(call.deadline)
-            state, snapshot = await self._store.read_state(account_id, token_id)
-            await self._reads.accept(snapshot, began, call.deadline)
-            if state is None:
-                raise NotFound("The account has no live token with this id.")
-            wanted = change(state)
-            if wanted is None:
-                return _Done(
-                    state, None, Changed(snapshot.position, self._now(), None), state.record
-                )
-            changed = await self._store.change(wanted, call.audit_context)
-            if changed is not None and changed.record is not None:
-                secrets = secrets_after(state, wanted, changed.moment)
-                return _Done(state, wanted, changed, changed.record._replace(secrets=secrets))
-        raise StoreConflict("Others keep changing this token; try again shortly.")
-
-    async def _receipt(self, done: "_Done", call: Call) -> Deletion:
-        changed = done.changed
-        return await self._confirmations.receipt(changed.position, changed.moment, call)
-
     def _request(
-        self, request_id: str, method: str, body: bytes, violations: list[FieldViolation]
+        self, fields: NewToken | Rotation, method: str, violations: list[FieldViolation]
     ) -> Request | None:
         """Return the request, or None without an id. Adds to `violations`."""
-        number = request_id_in(request_id, violations)
+        request_id = request_id_in(fields.request_id, violations)
+        if request_id is None:
+            return None
         now = self._now()
-        return None if number is None else Request(number, method, body, now, now - REQUEST_AGE_MAX)
+        return Request(request_id, method, _body(fields), now, now - REQUEST_AGE_MAX)
 
     async def _earlier(self, account_id: str, request: Request, call: Call) -> str | None:
         """Return the id of the token that an earlier attempt of a request concerned, or None.
@@ -368,81 +321,14 @@ class Lifecycle:
             )
         return stored.token_id
 
-    def _keeping_secrets(
-        self, state: TokenState, record: TokenRecord, key: str | None = None
-    ) -> Change:
-        """Return the change to `record`, with new seals for all secrets."""
-        return Change(
-            record,
-            key,
-            state.version,
-            self._resealed(state, record, [secret.record for secret in state.secrets]),
-        )
-
-    def _retiring(self, state: TokenState, ordinal: int) -> Change | None:
-        """Return the change that ends the secrets older than that with `ordinal`."""
-        older = [s.record.digest for s in state.secrets if s.ordinal < ordinal]
-        if not older:
-            return None
-        require_new_rules(old_verifiers=state.old_verifiers)
-        return Change(state.record, None, state.version, (), older)
-
-    def _minting(
-        self,
-        state: TokenState,
-        kept: Sequence[SecretRecord],
-        retired: Sequence[bytes],
-        request: Request | None,
-        *,
-        retire_on_first_use: bool,
-    ) -> Change:
-        """Return the change that makes a new secret and ends those in `retired`."""
-        minted = self._keyring.mint(self._secret_prefix, self._random_bytes)
-        digest, record = minted.digest, state.record
-        secret = SecretRecord(digest.value, digest.pepper_id, None, None, retire_on_first_use, None)
-        return Change(
-            record,
-            None,
-            state.version,
-            self._resealed(state, record, kept),
-            retired,
-            secret._replace(seal=self._sealer.seal(record, secret)),
-            minted.hint,
-            self._now(),
-            state.newest_ordinal + 1,
-            request,
-            minted.secret,
-        )
-
-    def _resealed(
-        self, state: TokenState, record: TokenRecord, secrets: Sequence[SecretRecord]
-    ) -> list[SecretRecord]:
-        """Return the secrets with seals for `record`.
-
-        Raises FailedPrecondition if a present seal is wrong: a new one would make genuine what
-        somebody else has written into the row.
-        """
-        if not all(self._guard.trusts(state.record, stored.record) for stored in state.secrets):
-            raise FailedPrecondition(
-                "The token's row was changed outside of Latchkey, or this server lacks its pepper. "
-                "Delete the token and create another one.",
-                "TOKEN_SEAL_INVALID",
-            )
-        return [secret._replace(seal=self._sealer.seal(record, secret)) for secret in secrets]
-
-
-class _Done(NamedTuple):
-    """A change that was made, or was not necessary."""
-
-    before: TokenState
-    change: Change | None
-    changed: Changed
-    record: TokenRecord
-    """The token afterwards."""
-
 
 def _body(request: NewToken | Rotation) -> bytes:
     """Return a hash of a request's fields except its id."""
+    if isinstance(request, NewToken) and (
+        max(map(len, (request.labels, request.allowed_networks, request.permissions))) > LISTED_MAX
+    ):
+        # Too many to be valid, and too many to copy. The request is refused later.
+        return b""
     fields = asdict(request) | {"request_id": None}
     text = json.dumps(fields, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -88,6 +88,8 @@ class Change:
     ordinal: int = 0
     """Of the new secret."""
     request: Request | None = None
+    repeats: bool = False
+    """Whether this replaces the secret of an earlier attempt of the request."""
     text: Secret | None = None
     """The new secret itself, which is stored nowhere."""
 
@@ -159,9 +161,9 @@ class LifecycleStore:
     async def change(self, change: Change, audit_context: AuditContext) -> Changed | None:
         """Make a change under the next revision; return None if the token has changed meanwhile.
 
-        Also returns None if the request's id has been used meanwhile. Raises AlreadyExists if the
-        account has another live token with the new name. Locks the token's row, then that of
-        `head`, as Delete does.
+        Also returns None if the request's id has been used, unless the change repeats it. Raises
+        AlreadyExists if the account has another live token with the new name. Locks the token's
+        row, then that of `head`, as Delete does.
         """
         record, minted, request = change.record, change.minted, change.request
         async with self._pool.session() as session:
@@ -176,8 +178,7 @@ class LifecycleStore:
                            SET method = excluded.method, body = excluded.body,
                                token_id = excluded.token_id, create_time = excluded.create_time
                          WHERE r.create_time < $30
-                            -- A retry replaces the secret of the first attempt.
-                            OR (r.method = $27 AND r.body = $28 AND r.token_id = $2)
+                            OR ($34 AND r.method = $27 AND r.body = $28 AND r.token_id = $2)
                         RETURNING 1),
                     live AS (
                         SELECT t.id
@@ -265,6 +266,7 @@ class LifecycleStore:
                     audit_context.method,
                     audit_context.peer,
                     audit_context.request_id,
+                    change.repeats,
                 )
         if row is None:
             return None

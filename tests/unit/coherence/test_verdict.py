@@ -46,8 +46,8 @@ records = st.builds(
     st.lists(st.sampled_from(PERMISSIONS), max_size=3),
 )
 def test_precedence(record, required_scope, address, required):
-    """DELETED, DISABLED, EXPIRED, ADDRESS_NOT_ALLOWED, INSUFFICIENT_SCOPE, INSUFFICIENT_PERMISSIONS,
-    VALID: the first that applies."""
+    """DELETED, DISABLED, EXPIRED, ADDRESS_NOT_ALLOWED, INSUFFICIENT_SCOPE,
+    INSUFFICIENT_PERMISSIONS, VALID: the first that applies."""
     granted = record.permissions or frozenset()
     applies = [
         (Verdict.DELETED, record.deleted),
