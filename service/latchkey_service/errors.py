@@ -121,10 +121,11 @@ class AlreadyExists(LatchkeyError):
 class FailedPrecondition(LatchkeyError):
     """The state of the token or of the service forbids the change. Nothing was done."""
 
-    reason = "FAILED_PRECONDITION"
+    reason = "FLEET_UPGRADING"
 
-    def __init__(self, message: str, reason: str) -> None:
-        self.reason = reason
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        if reason is not None:
+            self.reason = reason
         super().__init__(message)
 
 

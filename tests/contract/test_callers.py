@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 from cryptography import x509
-from google.protobuf import descriptor_pool, message_factory
+from google.protobuf import descriptor_pool, field_mask_pb2, message_factory
 from grpc_health.v1 import health_pb2
 from latchkey_proto.v1 import audit_service_pb2 as audit_pb
 from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
@@ -162,6 +162,9 @@ async def tokens_of(address: str, proxy: str | None) -> tuple[dict[str, str], di
             request = pb.CreateRequest(account_id=account, name="seed", scope=pb.SCOPE_READ)
             created = await unary(channel, TOKENS + "Create", request, bearer("manager"))
             secrets[account], ids[account] = created.secret, created.token.id
+            spare = pb.CreateRequest(account_id=account, name="spare", scope=pb.SCOPE_READ)
+            created = await unary(channel, TOKENS + "Create", spare, bearer("manager"))
+            ids[f"{account} spare"] = created.token.id
     return secrets, ids
 
 
@@ -236,6 +239,24 @@ async def call(
         TOKENS + "Delete": lambda: pb.DeleteRequest(
             account_id=account, id=listener.ids[f"{account} doomed"], no_wait=True
         ),
+        TOKENS + "Update": lambda: pb.UpdateRequest(
+            account_id=account,
+            id=listener.ids[account],
+            token=pb.Token(description="x"),
+            update_mask=field_mask_pb2.FieldMask(paths=["description"]),
+        ),
+        TOKENS + "Disable": lambda: pb.DisableRequest(
+            account_id=account, id=listener.ids[f"{account} doomed"], no_wait=True
+        ),
+        TOKENS + "Enable": lambda: pb.EnableRequest(account_id=account, id=listener.ids[account]),
+        TOKENS + "Rotate": lambda: pb.RotateRequest(
+            account_id=account, id=listener.ids[f"{account} spare"], no_wait=True
+        ),
+        TOKENS + "RetireSecrets": lambda: pb.RetireSecretsRequest(
+            account_id=account, id=listener.ids[f"{account} spare"], no_wait=True
+        ),
+        TOKENS + "DeleteAll": lambda: pb.DeleteAllRequest(account_id=account, dry_run=True),
+        TOKENS + "RevokeSecret": lambda: pb.RevokeSecretRequest(secrets=["nonsense"]),
         STATUS: status_pb.GetStatusRequest,
         INVALIDATE_ALL: maintenance_pb.InvalidateAllRequest,
         AUDIT: lambda: audit_pb.AuditServiceListRequest(account_id=account),
@@ -286,8 +307,8 @@ def expected(name: str, account: str = ACCOUNT) -> dict[str, grpc.StatusCode]:
     role, accounts = CALLERS[name]
     found = {path: OK if path in MAY[role] else DENIED for path in OURS}
     if accounts is not None:
-        # Affects all accounts.
-        found[INVALIDATE_ALL] = DENIED
+        # They affect all accounts.
+        found[INVALIDATE_ALL] = found[TOKENS + "RevokeSecret"] = DENIED
         if role == "verifier":
             found[TOKENS + "Watch"] = WATCH_REFUSED
         elif account != ACCOUNT:

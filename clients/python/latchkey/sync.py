@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import CancelledError
 from types import TracebackType
 from typing import Any, Final, Self
@@ -24,7 +24,7 @@ from latchkey import verifier as _async
 from latchkey._retry import VERIFY_TIMEOUT_SECONDS, checked_timeout
 from latchkey.access import Access
 from latchkey.client import Client
-from latchkey.errors import DeadlineExceeded, Unavailable, late
+from latchkey.errors import DeadlineExceeded, Unavailable, invalid, late
 from latchkey.models import Scope, Verification, VerifierStats
 from latchkey.secret import Secret
 
@@ -82,6 +82,8 @@ class Verifier:
         secret: str | Secret,
         scope: Scope | None = None,
         *,
+        client_address: str = "",
+        permissions: Collection[str] = (),
         timeout_seconds: float | None = None,
     ) -> Verification:
         """Answer whether `secret` is valid for `scope`, as `latchkey.Verifier.verify` does.
@@ -90,7 +92,11 @@ class Verifier:
         the verifier's own bound, whichever is shorter. On an overloaded machine it may take one
         second more.
         """
-        answer = self._verifier.verify_nowait(secret, scope)
+        if isinstance(permissions, str):
+            raise invalid("permissions", "must be a collection of texts, not one text")
+        answer = self._verifier.verify_nowait(
+            secret, scope, client_address=client_address, permissions=permissions
+        )
         if answer is not None:
             return answer
         checked_timeout(timeout_seconds)
@@ -98,13 +104,20 @@ class Verifier:
         if timeout_seconds is not None:
             timeout = min(timeout, timeout_seconds)
         end = time.monotonic() + timeout
-        return self._started().verify(secret, scope, end)
+        return self._started().verify(secret, scope, client_address, permissions, end)
 
     def verify_nowait(
-        self, secret: str | Secret, scope: Scope | None = None
+        self,
+        secret: str | Secret,
+        scope: Scope | None = None,
+        *,
+        client_address: str = "",
+        permissions: Collection[str] = (),
     ) -> Verification | None:
         """Answer at once, as `latchkey.Verifier.verify_nowait` does, or return None."""
-        return self._verifier.verify_nowait(secret, scope)
+        return self._verifier.verify_nowait(
+            secret, scope, client_address=client_address, permissions=permissions
+        )
 
     def stats(self) -> VerifierStats:
         """Return the verifier's state: whether it answers from its cache, why not, and counters."""
@@ -206,7 +219,14 @@ class _Engine:
             self._fail(TimeoutError(f"no start within {START_SECONDS:g} s"))
         return self._failure is not None
 
-    def verify(self, secret: str | Secret, scope: Scope | None, end: float) -> Verification:
+    def verify(
+        self,
+        secret: str | Secret,
+        scope: Scope | None,
+        client_address: str,
+        permissions: Collection[str],
+        end: float,
+    ) -> Verification:
         """Verify on the event loop, and wait for the answer in the calling thread.
 
         `end` is the deadline, by the monotonic clock.
@@ -230,7 +250,14 @@ class _Engine:
                 raise _closed_error()
             _Engine.first_pid = self._pid
             future = asyncio.run_coroutine_threadsafe(
-                self._verifier.verify(secret, scope, timeout_seconds=timeout), self._loop
+                self._verifier.verify(
+                    secret,
+                    scope,
+                    client_address=client_address,
+                    permissions=permissions,
+                    timeout_seconds=timeout,
+                ),
+                self._loop,
             )
         try:
             return future.result(timeout + MARGIN_SECONDS)

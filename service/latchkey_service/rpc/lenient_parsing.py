@@ -1,8 +1,9 @@
-"""Parses verifies whose secret is not UTF-8, so that they get a verdict instead of an error.
+"""Parses verifies whose texts are not UTF-8, so that they get a verdict instead of an error.
 
 A proto3 string must be UTF-8; otherwise the message does not parse. But no presented secret may
 make Verify fail, and one bad secret must not fail the other 999 of a batch. So such a message is
-parsed again with `secret` as bytes.
+parsed again with all texts as bytes. A text that is not UTF-8 becomes empty, which no token
+accepts: it is no secret, in no network, and not a permission.
 """
 
 from typing import Any
@@ -11,10 +12,12 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-__all__ = ["BATCH_MAX", "BATCH_VERIFY", "VERIFY", "parse_non_utf8"]
+__all__ = ["BATCH_MAX", "BATCH_VERIFY", "REQUIRED_MAX", "VERIFY", "parse_non_utf8"]
 
 VERIFY = "/latchkey.v1.TokenService/Verify"
 BATCH_VERIFY = "/latchkey.v1.TokenService/BatchVerify"
+# Permissions that a verify may require: as many as a token can have.
+REQUIRED_MAX = 64
 # Questions in a BatchVerify.
 BATCH_MAX = 1_000
 
@@ -37,21 +40,24 @@ def parse_non_utf8(path: str, data: bytes) -> Any | None:
 
 
 def _as_text(request: Any) -> pb.VerifyRequest:
-    """Convert the secret to text. An invalid one becomes empty, which is MALFORMED as well."""
-    try:
-        secret = request.secret.decode()
-    except UnicodeDecodeError:
-        secret = ""
     return pb.VerifyRequest(
-        secret=secret,
+        secret=_decoded(request.secret),
         required_scope=request.required_scope,
-        client_address=request.client_address,
-        required_permissions=request.required_permissions,
+        client_address=_decoded(request.client_address),
+        # One more than allowed is refused.
+        required_permissions=map(_decoded, request.required_permissions[: REQUIRED_MAX + 1]),
     )
 
 
+def _decoded(text: bytes) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return ""
+
+
 def _messages() -> tuple[Any, Any]:
-    """Build both request types with `secret` as bytes; their wire format is the same.
+    """Build both request types with texts as bytes; their wire format is the same.
 
     They derive from the contract's own descriptors, so they cannot diverge from it.
     """
@@ -60,7 +66,8 @@ def _messages() -> tuple[Any, Any]:
     file.name = "latchkey/lenient.proto"
     for message in file.message_type:
         for field in message.field:
-            if message.name == "VerifyRequest" and field.name == "secret":
+            text = field.type == descriptor_pb2.FieldDescriptorProto.TYPE_STRING
+            if message.name == "VerifyRequest" and text:
                 field.type = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
     # A separate pool: the default one already has these names, and reflection exposes it.
     pool = descriptor_pool.DescriptorPool()

@@ -31,7 +31,7 @@ from latchkey_service.errors import FieldViolation, InvalidArgument
 from latchkey_service.rpc.admission import release_slot
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.rpc.deadlines import budget_seconds, confirmation_seconds
-from latchkey_service.rpc.lenient_parsing import BATCH_MAX
+from latchkey_service.rpc.lenient_parsing import BATCH_MAX, REQUIRED_MAX
 from latchkey_service.rpc.lifecycle_service import LifecycleMethods, call_of
 from latchkey_service.rpc.messages import put_receipt, put_token, to_datetime, to_timedelta
 from latchkey_service.tokens.assembly import Management
@@ -45,8 +45,6 @@ __all__ = ["TokenService", "encode_token", "put_receipt", "to_datetime"]
 CLIENT_METADATA = "latchkey-client"
 _CLIENT = re.compile(r"[ -~]{1,100}")
 
-# Permissions that a verify may require: as many as a token can have.
-REQUIRED_MAX = 64
 # Encoded fields: number and wire type, then the value.
 _VERDICT_FIELDS = {verdict: bytes((0x08, verdict)) for verdict in Verdict}
 _REVISION_TAG, _MARK_TAG, _RESPONSES_TAG = b"\x18", b"\x21", b"\x0a"

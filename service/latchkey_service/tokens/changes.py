@@ -150,8 +150,7 @@ def require_new_rules(*, old_verifiers: bool) -> None:
     if old_verifiers:
         raise FailedPrecondition(
             "A server of an earlier release is still running and would not respect this change. "
-            "Upgrade all servers first.",
-            "FLEET_UPGRADING",
+            "Upgrade all servers first."
         )
 
 

@@ -24,18 +24,22 @@ def keeps_a_verdict_named_since(patch: Patch) -> None:
 
 @mutant(4, "an-unknown-secret")
 def keeps_unknown(patch: Patch) -> None:
-    def mutated(answer: Verification, scope: Scope | None, keep_until: float) -> CacheEntry | None:
+    def mutated(
+        answer: Verification, scope: Scope | None, keep_until: float, *question: Any
+    ) -> CacheEntry | None:
         if answer.verdict is Verdict.UNKNOWN:
             return CacheEntry("", answer, answer, None, keep_until)
-        return cache_entry(answer, scope, keep_until)
+        return cache_entry(answer, scope, keep_until, *question)
 
     patch.setattr(verifier, "cache_entry", mutated)
 
 
 @mutant(4, "a-token-with-a-narrow-scope")
 def answers_every_scope_alike(patch: Patch) -> None:
-    def mutated(answer: Verification, scope: Scope | None, keep_until: float) -> CacheEntry | None:
-        entry = cache_entry(answer, scope, keep_until)
+    def mutated(
+        answer: Verification, scope: Scope | None, keep_until: float, *question: Any
+    ) -> CacheEntry | None:
+        entry = cache_entry(answer, scope, keep_until, *question)
         if entry is not None:
             entry.write = entry.read
         return entry
@@ -45,17 +49,21 @@ def answers_every_scope_alike(patch: Patch) -> None:
 
 @mutant(4, "final-verdicts")
 def keeps_no_final_verdict(patch: Patch) -> None:
-    def mutated(answer: Verification, scope: Scope | None, keep_until: float) -> CacheEntry | None:
+    def mutated(
+        answer: Verification, scope: Scope | None, keep_until: float, *question: Any
+    ) -> CacheEntry | None:
         final = answer.verdict in (Verdict.DELETED, Verdict.EXPIRED)
-        return None if final else cache_entry(answer, scope, keep_until)
+        return None if final else cache_entry(answer, scope, keep_until, *question)
 
     patch.setattr(verifier, "cache_entry", mutated)
 
 
 @mutant(4, "an-insufficient-scope")
 def keeps_valid_alone(patch: Patch) -> None:
-    def mutated(answer: Verification, scope: Scope | None, keep_until: float) -> CacheEntry | None:
-        return cache_entry(answer, scope, keep_until) if answer.allowed else None
+    def mutated(
+        answer: Verification, scope: Scope | None, keep_until: float, *question: Any
+    ) -> CacheEntry | None:
+        return cache_entry(answer, scope, keep_until, *question) if answer.allowed else None
 
     patch.setattr(verifier, "cache_entry", mutated)
 
@@ -82,10 +90,14 @@ def keeps_without_a_lease(patch: Patch) -> None:
     keep = verifier.Verifier._store
 
     def mutated(
-        self: verifier.Verifier, secret: str, scope: Scope | None, answer: Verification
+        self: verifier.Verifier,
+        secret: str,
+        scope: Scope | None,
+        answer: Verification,
+        *question: Any,
     ) -> None:
         end, self._lease.end = self._lease.end, math.inf
-        keep(self, secret, scope, answer)
+        keep(self, secret, scope, answer, *question)
         self._lease.end = end
 
     patch.setattr(verifier.Verifier, "_store", mutated)

@@ -43,7 +43,13 @@ def test_policy_contents():
     audit = "/latchkey.v1.AuditService/List"
     assert shop.methods == {tokens + "Verify", tokens + "BatchVerify", tokens + "Watch", audit}
     admin = policy.certificates["admin.internal"]
-    assert admin.methods == {tokens + name for name in ("Create", "Get", "List", "Delete")}
+    assert admin.methods == {
+        tokens + name
+        for name in (
+            *("Create", "Get", "List", "Delete", "DeleteAll"),
+            *("Update", "Disable", "Enable", "Rotate", "RetireSecrets"),
+        )
+    }
     assert policy.callers == {"shop", "admin"}
     assert admin.accounts is None
     assert shop.accounts is not None
@@ -109,7 +115,7 @@ def test_empty_policy_allows_nothing():
         ("callers = 1", 1, "tables"),
         ("[callers]\na = 1", 2, "[callers.a]"),
         ("\n[roles.verifier]\nmethods = []", 2, "built in"),
-        ('[roles.x]\nmethods = ["/latchkey.v1.TokenService/Rotate"]', 2, "unknown method"),
+        ('[roles.x]\nmethods = ["/latchkey.v1.TokenService/Rename"]', 2, "unknown method"),
         ('[roles.x]\nmethods = ["/latchkey.v1.TokenService/*"]', 2, "unknown method"),
         # Texts for which tomllib raises Python's own errors.
         pytest.param("[callers.a]\nroles = [\n" + "[" * 1_000, 3, "nested too deeply", id="nested"),
@@ -160,7 +166,7 @@ def test_unlisted_method_is_not_served():
     """Adding a method requires a rule for who may call it. Only methods of public gRPC protocols
     are open to everyone."""
     with pytest.raises(LookupError, match=r"access/methods\.py"):
-        rule_of("/latchkey.v1.TokenService/Rotate")
+        rule_of("/latchkey.v1.TokenService/Rename")
     for path, rule in METHODS.items():
         assert (rule == OPEN) == path.startswith("/grpc."), path
 
