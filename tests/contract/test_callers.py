@@ -246,7 +246,7 @@ async def call(
             update_mask=field_mask_pb2.FieldMask(paths=["description"]),
         ),
         TOKENS + "Disable": lambda: pb.DisableRequest(
-            account_id=account, id=listener.ids[f"{account} doomed"], no_wait=True
+            account_id=account, id=listener.ids[f"{account} spare"], no_wait=True
         ),
         TOKENS + "Enable": lambda: pb.EnableRequest(account_id=account, id=listener.ids[account]),
         TOKENS + "Rotate": lambda: pb.RotateRequest(

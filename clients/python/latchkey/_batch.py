@@ -20,8 +20,8 @@ from latchkey.errors import (
 )
 from latchkey.models import Scope, Verification
 
-# With the largest labels, networks and permissions, about this many answers fit into 4 MiB, the usual
-# message limit of a channel that the application made. Larger batches are not faster.
+# With the largest labels, networks and permissions, about this many answers fit into 4 MiB, which
+# is the usual message limit of a channel that the application made. Larger batches are not faster.
 BATCH_MAX: Final = 150
 # A waiter whose deadline is at most this much earlier than the batch's waits for the whole batch.
 # Misses of one event loop turn with the same timeout then need no timer each.
