@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -43,6 +44,10 @@ if TYPE_CHECKING:
 # Variables from the developer's shell must not reach the tests.
 for name in [name for name in os.environ if name.startswith("LATCHKEY_")]:
     del os.environ[name]
+
+# A shell that starts the tests in the background makes them ignore SIGINT, and every program that a
+# test starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # As in a worker, and before any gRPC object is created.
 tls.allow_only_tls_1_3()
