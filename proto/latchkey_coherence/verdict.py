@@ -43,6 +43,10 @@ class Verdict(enum.IntEnum):
     INSUFFICIENT_PERMISSIONS = 9
 
 
+# In Python 3.11, reading a member from its class takes as long as the rest of a decision.
+_VALID: Final = Verdict.VALID
+
+
 class Networks:
     """The networks from which a token may be used, parsed once."""
 
@@ -155,6 +159,9 @@ def decide(
         return Verdict.DISABLED
     if rules.expires <= now:
         return Verdict.EXPIRED
+    if rules.networks is None and not required_permissions:
+        # Most verifies end here: a second call would cost as much as this decision.
+        return _VALID if 0 <= required_scope <= rules.scope else Verdict.INSUFFICIENT_SCOPE
     return decide_live(rules, required_scope, client_address, required_permissions)
 
 

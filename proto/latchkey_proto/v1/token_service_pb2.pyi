@@ -1295,7 +1295,7 @@ class DeleteAllResponse(_message.Message):
     RECEIPT_FIELD_NUMBER: _builtins.int
     MORE_FIELD_NUMBER: _builtins.int
     count: _builtins.int
-    """Number of tokens that this call deleted, up to 10,000. With dry_run: number
+    """Number of tokens that this call deleted, up to 1,000. With dry_run: number
     of tokens that match.
     """
     more: _builtins.bool

@@ -301,7 +301,7 @@ class TokenServiceServicer(object):
 
     def DeleteAll(self, request, context):
         """Deletes all live tokens of an account, or those that match a filter,
-        permanently and under one revision. Deletes up to 10,000 tokens in one call,
+        permanently and under one revision. Deletes up to 1,000 tokens in one call,
         the oldest first. Safe to retry: a repetition deletes what is left, and its
         receipt also covers the deletions before it.
         Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.

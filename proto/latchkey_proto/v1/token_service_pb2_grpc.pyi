@@ -156,7 +156,7 @@ class TokenServiceStub:
     """
     DeleteAll: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.DeleteAllRequest, _token_service_pb2.DeleteAllResponse]
     """Deletes all live tokens of an account, or those that match a filter,
-    permanently and under one revision. Deletes up to 10,000 tokens in one call,
+    permanently and under one revision. Deletes up to 1,000 tokens in one call,
     the oldest first. Safe to retry: a repetition deletes what is left, and its
     receipt also covers the deletions before it.
     Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.
@@ -322,7 +322,7 @@ class TokenServiceAsyncStub(TokenServiceStub):
     """
     DeleteAll: _aio.UnaryUnaryMultiCallable[_token_service_pb2.DeleteAllRequest, _token_service_pb2.DeleteAllResponse]  # type: ignore[assignment]
     """Deletes all live tokens of an account, or those that match a filter,
-    permanently and under one revision. Deletes up to 10,000 tokens in one call,
+    permanently and under one revision. Deletes up to 1,000 tokens in one call,
     the oldest first. Safe to retry: a repetition deletes what is left, and its
     receipt also covers the deletions before it.
     Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.
@@ -551,7 +551,7 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.DeleteAllResponse, _abc.Awaitable[_token_service_pb2.DeleteAllResponse]]:
         """Deletes all live tokens of an account, or those that match a filter,
-        permanently and under one revision. Deletes up to 10,000 tokens in one call,
+        permanently and under one revision. Deletes up to 1,000 tokens in one call,
         the oldest first. Safe to retry: a repetition deletes what is left, and its
         receipt also covers the deletions before it.
         Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.

@@ -75,16 +75,16 @@ class TokenService(LifecycleMethods, pb_grpc.TokenServiceServicer):
         self._position_fields = b""
 
     async def Verify(self, request: pb.VerifyRequest, context: "Context") -> bytes:  # type: ignore[override]  # encoded, see Calls
-        if len(request.required_permissions) > REQUIRED_MAX:
+        required = request.required_permissions
+        if len(required) > REQUIRED_MAX:
             raise _too_many_required("required_permissions")
-        question = Question(
-            request.secret,
-            request.required_scope,
-            request.client_address,
-            request.required_permissions,
+        answer = self._verifier.verify_cached(
+            request.secret, request.required_scope, request.client_address, required
         )
-        answer = self._verifier.verify_cached(*question)
         if answer is None:
+            question = Question(
+                request.secret, request.required_scope, request.client_address, required
+            )
             deadline = self._clock() + budget_seconds(context)
             answer = await self._verifier.verify(question, deadline)
         self._counts.verdicts[answer.verdict] += 1
