@@ -73,7 +73,7 @@ from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.assembly import build_management
 from latchkey_service.tokens.batched_lookup import Lookup
-from latchkey_service.tokens.seal_guard import seal_rows
+from latchkey_service.tokens.sealing import seal_rows
 from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.verdict import CachedToken
 from latchkey_service.tokens.verifier import Verifier

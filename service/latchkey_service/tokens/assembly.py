@@ -18,7 +18,7 @@ from latchkey_service.tokens.first_use import FirstUse
 from latchkey_service.tokens.lifecycle import Lifecycle
 from latchkey_service.tokens.lifecycle_store import LifecycleStore
 from latchkey_service.tokens.management import Tokens
-from latchkey_service.tokens.seal_guard import SealGuard
+from latchkey_service.tokens.seal import SealGuard
 from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.upkeep_store import UpkeepStore
 

@@ -35,7 +35,7 @@ from latchkey_service.tokens.lifecycle_store import (
 )
 from latchkey_service.tokens.management import Created, NewToken, Tokens
 from latchkey_service.tokens.receipt_table import Deletion
-from latchkey_service.tokens.seal_guard import SealGuard
+from latchkey_service.tokens.seal import SealGuard
 from latchkey_service.tokens.token_changer import ATTEMPTS_MAX, Done, TokenChanger, conflict
 from latchkey_service.tokens.token_store import Request
 from latchkey_service.tokens.validation import (

@@ -14,8 +14,7 @@ from latchkey_service.tokens.changes import require_new_rules, secrets_after
 from latchkey_service.tokens.confirmation import Call, Confirmations
 from latchkey_service.tokens.lifecycle_store import Change, Changed, LifecycleStore, TokenState
 from latchkey_service.tokens.receipt_table import Deletion
-from latchkey_service.tokens.seal import Sealer
-from latchkey_service.tokens.seal_guard import SealGuard
+from latchkey_service.tokens.seal import Sealer, SealGuard
 from latchkey_service.tokens.token_store import Request
 from latchkey_service.tokens.verdict import SecretRecord, TokenRecord
 

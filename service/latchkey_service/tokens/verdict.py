@@ -5,7 +5,6 @@ the token (`batched_lookup.py`) or check the lease (`verifier.py`).
 """
 
 import enum
-import math
 from collections.abc import Mapping
 from datetime import datetime
 from types import MappingProxyType
@@ -22,7 +21,6 @@ __all__ = [
     "TokenSecret",
     "Verdict",
     "decide",
-    "ends_at",
 ]
 
 
@@ -115,13 +113,3 @@ class CachedToken(Entry):
         self.disabled = disabled
         self.networks = networks
         self.permissions = permissions
-
-
-def ends_at(token: TokenRecord, secret: SecretRecord) -> float:
-    """Return when the secret stops working: seconds of Unix time, or plus or minus infinity."""
-    if secret.retire_time is not None:
-        return -math.inf
-    return min(
-        math.inf if moment is None else moment.timestamp()
-        for moment in (token.expire_time, secret.expire_time)
-    )

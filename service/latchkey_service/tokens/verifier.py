@@ -12,6 +12,7 @@ cached, so a verify recognises a new token at once.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Sequence
 from hashlib import sha256
 from typing import NamedTuple
@@ -24,14 +25,13 @@ from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.errors import CacheStartedOver
 from latchkey_service.secret_format import SECRET_LENGTH_MAX, Keyring, Malformed
 from latchkey_service.tokens.batched_lookup import Found, Lookup
-from latchkey_service.tokens.seal_guard import SealGuard
+from latchkey_service.tokens.seal import SealGuard
 from latchkey_service.tokens.verdict import (
     CachedToken,
     SecretRecord,
     TokenRecord,
     Verdict,
     decide,
-    ends_at,
 )
 
 __all__ = ["Answer", "Question", "Verifier"]
@@ -191,7 +191,7 @@ class Verifier:
                 return Answer(Verdict.UNKNOWN, b"", position)
             if secret.older:
                 self._on_first_use(read, secret)
-        expires = ends_at(read, secret)
+        expires = _ends_at(read, secret)
         if secret.expire_time is not None and secret.expire_time.timestamp() == expires:
             read = read._replace(expire_time=secret.expire_time)
         record = CachedToken(
@@ -228,3 +228,13 @@ class Verifier:
         except Malformed:
             return _MALFORMED
         return _UNKNOWN if digest is None else digest
+
+
+def _ends_at(token: TokenRecord, secret: SecretRecord) -> float:
+    """Return when the secret stops working: seconds of Unix time, or plus or minus infinity."""
+    if secret.retire_time is not None:
+        return -math.inf
+    return min(
+        math.inf if moment is None else moment.timestamp()
+        for moment in (token.expire_time, secret.expire_time)
+    )

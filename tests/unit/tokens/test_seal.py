@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.secret_format import Keyring, Pepper
-from latchkey_service.tokens.seal import Sealer
-from latchkey_service.tokens.seal_guard import SealGuard
+from latchkey_service.tokens.seal import Sealer, SealGuard
 from latchkey_service.tokens.verdict import Scope, SecretRecord, TokenRecord
 
 OLD, NEW = Pepper(b"o" * 32), Pepper(b"n" * 32)

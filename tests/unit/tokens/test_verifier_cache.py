@@ -13,8 +13,7 @@ from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.errors import CacheStartedOver, StoreUnavailable
 from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens.batched_lookup import Found
-from latchkey_service.tokens.seal import Sealer
-from latchkey_service.tokens.seal_guard import SealGuard
+from latchkey_service.tokens.seal import Sealer, SealGuard
 from latchkey_service.tokens.verdict import CachedToken, Scope, SecretRecord, TokenRecord, Verdict
 from latchkey_service.tokens.verifier import READS_MAX, Question, Verifier
 
