@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
-from latchkey import Scope, Verdict, Verification, verifier
+from latchkey import Scope, Verdict, Verification, _entry, verifier
 from latchkey._entry import CacheEntry, cache_entry
 from latchkey._subscription import Subscription
+from latchkey_coherence import verdict
 from latchkey_coherence.memory import Memory, Position
 
 from tests.conformance.mutants.base import Patch, mutant, on_admit
@@ -64,6 +66,54 @@ def keeps_valid_alone(patch: Patch) -> None:
         answer: Verification, scope: Scope | None, keep_until: float, *question: Any
     ) -> CacheEntry | None:
         return cache_entry(answer, scope, keep_until, *question) if answer.allowed else None
+
+    patch.setattr(verifier, "cache_entry", mutated)
+
+
+@mutant(4, "a-token-limited-to-networks")
+def ignores_networks(patch: Patch) -> None:
+    def mutated(
+        answer: Verification, scope: Scope | None, keep_until: float, *question: Any
+    ) -> CacheEntry | None:
+        entry = cache_entry(answer, scope, keep_until, *question)
+        if entry is not None:
+            entry.networks = None
+            entry.read = entry.write = answer
+        return entry
+
+    patch.setattr(verifier, "cache_entry", mutated)
+
+
+@mutant(4, "required-permissions")
+def ignores_permissions(patch: Patch) -> None:
+    patch.setattr(verdict, "includes", lambda granted, required: True)
+
+
+@mutant(4, "a-disabled-token")
+def judges_a_disabled_token_by_its_scope(patch: Patch) -> None:
+    def mutated(
+        answer: Verification, scope: Scope | None, keep_until: float, *question: Any
+    ) -> CacheEntry | None:
+        if answer.verdict is Verdict.DISABLED:
+            answer = replace(answer, verdict=Verdict.VALID)
+            scope, question = Scope.READ, ("10.1.2.3", ())
+        return cache_entry(answer, scope, keep_until, *question)
+
+    patch.setattr(verifier, "cache_entry", mutated)
+
+
+@mutant(4, "a-verdict-that-the-client-does-not-know")
+def keeps_what_it_does_not_know(patch: Patch) -> None:
+    patch.setattr(_entry, "_FINAL", (*_entry._FINAL, Verdict.UNSPECIFIED))
+
+
+@mutant(4, "an-answer-that-the-client-would-not-give")
+def trusts_its_own_rules(patch: Patch) -> None:
+    def mutated(
+        answer: Verification, scope: Scope | None, keep_until: float, *question: Any
+    ) -> CacheEntry | None:
+        assert answer.token is not None
+        return CacheEntry(answer.token.id, answer, answer, None, keep_until)
 
     patch.setattr(verifier, "cache_entry", mutated)
 

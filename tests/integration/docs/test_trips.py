@@ -20,8 +20,8 @@ pytestmark = pytest.mark.xdist_group("trips")
 PAGE = (ROOT / "docs/architecture.md").read_text("utf-8")
 # Maximum number of files that a call may pass in its own task, and outside it. Lower these when a
 # trip gets shorter; raise them only with a reason.
-# A cold Verify checks the row's seal, decides with the client library's code, and encodes a token as
-# the other methods do.
+# A cold Verify checks the row's seal, decides with the client library's code, and encodes a token
+# as the other methods do.
 CEILINGS = {
     "warm Verify": (6, 0),
     "warm Verify with a policy": (11, 0),
