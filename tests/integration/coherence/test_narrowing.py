@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import latchkey
 import pytest
-from google.protobuf import field_mask_pb2, timestamp_pb2
+from google.protobuf import duration_pb2, field_mask_pb2, timestamp_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.settings.settings import Settings
@@ -258,8 +258,8 @@ async def test_changes_on_two_servers_at_once(fleet: Fleet) -> None:
     results = await asyncio.gather(
         a.Update(update(token_id, "scope", scope=pb.SCOPE_WRITE), timeout=9),
         b.Update(update(token_id, "permissions", permissions=[PERMISSION]), timeout=9),
-        a.Rotate(pb.RotateRequest(**named, grace={"seconds": 60}), timeout=9),
-        b.Rotate(pb.RotateRequest(**named, grace={"seconds": 60}), timeout=9),
+        a.Rotate(pb.RotateRequest(**named, grace=duration_pb2.Duration(seconds=60)), timeout=9),
+        b.Rotate(pb.RotateRequest(**named, grace=duration_pb2.Duration(seconds=60)), timeout=9),
         b.RetireSecrets(pb.RetireSecretsRequest(**named), timeout=9),
     )
     token = (await a.Get(pb.GetRequest(**named), timeout=5)).token

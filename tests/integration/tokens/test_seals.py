@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
-from google.protobuf import field_mask_pb2
+from google.protobuf import duration_pb2, field_mask_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.settings.settings import Settings
@@ -200,7 +200,9 @@ async def test_rows_of_an_earlier_release_are_sealed(settings: Settings, databas
             assert await verdict(stub, created.secret) == "VALID"
         # Hints of the earlier release's secrets are those of the token.
         await stub.Rotate(
-            pb.RotateRequest(account_id="acme", id=old[0].token.id, grace={"seconds": 60}),
+            pb.RotateRequest(
+                account_id="acme", id=old[0].token.id, grace=duration_pb2.Duration(seconds=60)
+            ),
             timeout=9,
         )
         got = await stub.Get(pb.GetRequest(account_id="acme", id=old[0].token.id), timeout=5)

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from google.protobuf import field_mask_pb2
+from google.protobuf import duration_pb2, field_mask_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.postgres.connections import Connector, Pool
@@ -114,7 +114,9 @@ async def test_each_change_has_one_entry(stub: Any, database_url: str) -> None:
     await stub.Update(pb.UpdateRequest(**named, token=token, update_mask=mask), timeout=9)
     await stub.Disable(pb.DisableRequest(**named), timeout=9)
     await stub.Enable(pb.EnableRequest(**named), timeout=9)
-    rotated = await stub.Rotate(pb.RotateRequest(**named, grace={"seconds": 60}), timeout=9)
+    rotated = await stub.Rotate(
+        pb.RotateRequest(**named, grace=duration_pb2.Duration(seconds=60)), timeout=9
+    )
     await stub.RetireSecrets(pb.RetireSecretsRequest(**named), timeout=9)
     secrets = [rotated.secret, two.secret, rotated.secret, "nonsense"]
     await stub.RevokeSecret(pb.RevokeSecretRequest(secrets=secrets), timeout=9)
