@@ -202,8 +202,8 @@ async def test_a_pile_up_during_a_freeze_is_answered_in_time(
     unknown: str,
     tmp_path: Path,
 ) -> None:
-    """With 200 verifies and 100 management calls at once during a freeze, each is refused within its
-    deadline, with the time to retry, and they leave no excess connections behind."""
+    """With 200 verifies and 100 management calls at once during a freeze, each is refused within
+    its deadline, with the time to retry, and they leave no excess connections behind."""
     settings: dict[str, Any] = {
         "listen": "127.0.0.1:0",
         "database_url": database_url,
