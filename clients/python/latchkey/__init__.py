@@ -27,6 +27,7 @@ from latchkey.errors import (
     UnexpectedStatus,
 )
 from latchkey.models import (
+    CallerUsage,
     CreatedToken,
     Notifications,
     Page,
@@ -49,6 +50,7 @@ __all__ = [
     "AuditEntry",
     "AuditFilter",
     "AuditPage",
+    "CallerUsage",
     "Client",
     "CreatedToken",
     "DeadlineExceeded",

@@ -6,7 +6,7 @@ All datetimes are timezone-aware, in UTC.
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 
 from latchkey.secret import Secret
 
@@ -34,6 +34,11 @@ class Verdict(enum.Enum):
     EXPIRED = "expired"
     INSUFFICIENT_SCOPE = "insufficient_scope"
     """The token is live but does not include the required scope."""
+    DISABLED = "disabled"
+    ADDRESS_NOT_ALLOWED = "address_not_allowed"
+    """The token is limited to networks, and the client's address is unknown or in none of them."""
+    INSUFFICIENT_PERMISSIONS = "insufficient_permissions"
+    """The token is live but lacks a required permission."""
     UNSPECIFIED = "unspecified"
     """An answer that this version of the library does not know."""
 
@@ -50,11 +55,32 @@ class Token:
     expire_time: datetime | None = None
     """When the token stops being valid. None: never."""
     last_used_time: datetime | None = None
-    """Approximately when a verify last accepted the token. None: not recorded."""
+    """When a verify last called the token valid, at most 15 seconds behind. Set by get and list."""
+    last_used_by: str = ""
+    """The name of the caller whose verify that was. Empty: not recorded, or no policy."""
     hint: str = ""
     """The secret's prefix and last four characters, so that people recognise the token."""
     # A dict is not hashable. Tokens that differ only in labels may share a hash.
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    disable_time: datetime | None = None
+    """When the token was disabled. None: it is not disabled."""
+    allowed_networks: tuple[str, ...] = ()
+    """The networks from which it may be used, in CIDR notation. Empty: any address."""
+    permissions: tuple[str, ...] = ()
+    """What it may do, within its scope: `resource:action`. Empty: it has no permissions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallerUsage:
+    """The uses of a token by one caller."""
+
+    caller: str
+    """The caller's name in the policy. Empty: no policy."""
+    first_used_time: datetime
+    last_used_time: datetime
+    # A dict is not hashable.
+    days: Mapping[date, int] = field(default_factory=dict, hash=False)
+    """The number of uses on each day in UTC, newest first. The last 90 days."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
