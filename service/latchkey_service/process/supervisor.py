@@ -18,6 +18,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from importlib import metadata
 from typing import Any
 
 from pydantic import SecretStr
@@ -27,6 +28,7 @@ from latchkey_service.access.policy_file import SIZE_MAX, PolicyFile, read_text
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.embedded_cluster import EmbeddedError, EmbeddedPostgres
 from latchkey_service.postgres.migrate import MigrationError, bundled, migrate
+from latchkey_service.process.metrics_server import WorkerReports, serve_metrics
 from latchkey_service.process.port_reservation import AddressError, reserved
 from latchkey_service.process.privileges import account_of_workers, forbid_dumps
 from latchkey_service.process.worker_process import (
@@ -162,6 +164,9 @@ class _Supervisor:
         self._account = account_of_workers(settings)
         self._watch = WorkerWatch(memory_max_bytes(settings))
         self._restarts = Counter[object]()
+        self._reports = WorkerReports(
+            settings.workers, metadata.version("latchkey-service"), self._restarts
+        )
         # Includes workers that are starting or stopping: they may answer calls.
         self._processes: set[asyncio.subprocess.Process] = set()
         self._stop = asyncio.Event()
@@ -179,9 +184,13 @@ class _Supervisor:
         following = [] if policy_file is None else [asyncio.create_task(policy_file.follow())]
         prepare = asyncio.create_task(self._prepare())
         try:
-            if not await self._unless_stopped(prepare):
-                return 0
-            return await self._serve(following)
+            # From now on too: one sees that the service waits for its database.
+            with serve_metrics(self._settings.metrics_listen, self._reports) as address:
+                if address is not None:
+                    self._log.info("metrics served", address=address)
+                if not await self._unless_stopped(prepare):
+                    return 0
+                return await self._serve(following)
         finally:
             for task in following:
                 task.cancel()
@@ -276,10 +285,12 @@ class _Supervisor:
                 # No process, pipe, file or memory, or no thread to wait for it (Python 3.11).
                 raise NotStarted(str(error) or type(error).__name__) from error
             reason = "exited"
+            reports: asyncio.Task[None] | None = None
             try:
                 if await self._becomes_ready(process):
                     ready.set()
                     self._log.info("worker ready", worker=number, pid=process.pid)
+                    reports = asyncio.create_task(self._reports.follow(number, process))
                     await self._unless_stopped(asyncio.create_task(process.wait()))
                 elif not ready.is_set() and not self._stop.is_set():
                     raise StartError(f"worker {number} failed to start; see its log above")
@@ -287,6 +298,8 @@ class _Supervisor:
                     reason = "not ready"
             finally:
                 await self._end(process)
+                if reports is not None:
+                    await asyncio.gather(reports, return_exceptions=True)
                 self._processes.discard(process)
                 killed = self._watch.remove(process)
             return {"reason": killed or reason, "exit_code": process.returncode}

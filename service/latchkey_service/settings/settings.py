@@ -124,6 +124,9 @@ class Settings(BaseSettings):
         description="gRPC reflection: on, off or auto; auto: on loopback addresses and UNIX "
         "sockets, but not behind a proxy",
     )
+    metrics_listen: Annotated[str, AfterValidator(_listen)] | None = Field(
+        None, description="address of the metrics for Prometheus, for everyone: HOST:PORT"
+    )
     database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = Field(
         None,
         description="Postgres 15 or later; with several hosts, the primary is used; unset: an "

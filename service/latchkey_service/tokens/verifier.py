@@ -86,6 +86,10 @@ class Verifier:
         self._unix_time = unix_time
         self._cache_seconds = cache_seconds
         self._randomness = randomness
+        self.answered_by_read = 0
+        """The questions that a read of the database answered."""
+        self.answered_by_form = 0
+        """The questions that the form of the secret answered: no secret of ours looks like that."""
 
     def verify_cached(self, presented: str, required_scope: int) -> Answer | None:
         """Return the answer to one question from the cache, or None."""
@@ -116,8 +120,10 @@ class Verifier:
         """
         digest = self._parse(presented)
         if isinstance(digest, Answer):
+            self.answered_by_form += 1
             return digest
         (found,) = await self._find((digest,), self._deadline(seconds_left))
+        self.answered_by_read += 1
         # Reads the time after the wait, because expiry is judged at the time of the answer.
         return self._judge(presented, found, required_scope, self._unix_time())
 
@@ -130,9 +136,13 @@ class Verifier:
             for presented, required_scope in questions
         ]
         digests = [digest for digest in parsed if isinstance(digest, bytes)]
+        by_form = sum(answer is MALFORMED or answer is UNKNOWN for answer in parsed)
         if not digests:
+            self.answered_by_form += by_form
             return [answer for answer in parsed if isinstance(answer, Answer)]
         founds = iter(await self._find(digests, self._deadline(seconds_left)))
+        self.answered_by_form += by_form
+        self.answered_by_read += len(digests)
         now = self._unix_time()
         return [
             digest
