@@ -115,6 +115,9 @@ FAMILIES: Final[Mapping[str, Family]] = {
         "gauge", (), "time until the server's certificate expires; negative: expired"
     ),
     "latchkey_event_loop_tasks": Family("gauge", (), "tasks of the event loop"),
+    "latchkey_log_lines_dropped": Family(
+        "counter", (), "log lines that were dropped because nobody read them"
+    ),
     "process_cpu_seconds": Family("counter", (), "processor time"),
     "process_resident_memory_bytes": Family("gauge", (), "resident memory"),
     "process_virtual_memory_bytes": Family("gauge", (), "virtual memory"),

@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
@@ -75,7 +74,8 @@ class StartError(Exception):
 
 def run(settings: Settings) -> int:
     """Run the service until SIGINT or SIGTERM. Returns the exit code."""
-    logs.configure(logs.format_of(settings.log_format), settings.log_level)
+    format_ = logs.format_of(settings.log_format)
+    logs.configure(format_, settings.log_level)
     postgres: EmbeddedPostgres | None = None
     try:
         forbid_dumps(settings)
@@ -90,6 +90,7 @@ def run(settings: Settings) -> int:
                 database_url = postgres.start()
         else:
             database_url = settings.database_url.get_secret_value()
+        logs.start()
         with (
             reserved(settings.listen) as listen,
             reserved(settings.tls_listen, "TLS_LISTEN") as tls_listen,
@@ -104,7 +105,7 @@ def run(settings: Settings) -> int:
         StartError,
         StoreUnavailable,
     ) as error:
-        print(f"latchkey: cannot start: {error}", file=sys.stderr)  # noqa: T201 - for the user
+        logs.fail("cannot start", str(error), format_)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -115,6 +116,7 @@ def run(settings: Settings) -> int:
             signal.signal(number, signal.SIG_IGN)
         if postgres is not None:
             postgres.stop()
+        logs.flush()
 
 
 async def _run_then_block_signals(supervisor: "_Supervisor") -> int:
@@ -207,7 +209,7 @@ class _Supervisor:
             parts = [*workers, *following]
             await asyncio.wait({all_up, *parts}, return_when=asyncio.FIRST_COMPLETED)
             if all_up.done():
-                self._print_welcome()
+                self._report_serving()
                 await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             all_up.cancel()
             self._stop.set()
@@ -380,8 +382,15 @@ class _Supervisor:
             return True
         return False
 
-    def _print_welcome(self) -> None:
+    def _report_serving(self) -> None:
+        """Log the addresses, and print them for people, with an example.
+
+        Not with LOG_FORMAT=json: containers merge stdout and stderr, and the text is not JSON.
+        """
         settings = self._settings
+        self._log.info("serving", address=self._listen, tls_address=self._tls_listen)
+        if settings.log_format == "json":
+            return
         database = "your Postgres" if self._postgres is None else f"data in {settings.data_dir}"
         plural = "" if settings.workers == 1 else "s"
         address = self._listen
@@ -389,12 +398,11 @@ class _Supervisor:
             address = "-unix " + address.removeprefix("unix:")
         encrypted = f"With TLS it serves on {self._tls_listen}.\n" if self._tls_listen else ""
         who = "" if self._policy_file is None else """-H "authorization: Bearer $CREDENTIAL" """
-        print(  # noqa: T201 - output of a command
+        logs.say(
             f"\nLatchkey serves on {self._listen} ({settings.workers} worker{plural}, {database})."
             f" Press Ctrl-C to stop.\n{encrypted}\nTry it:\n"
             f"""  grpcurl -plaintext {who}-d '{{"account_id": "acme", "name": "first", """
-            f""""scope": "SCOPE_READ"}}' \\\n    {address} latchkey.v1.TokenService/Create\n""",
-            flush=True,
+            f""""scope": "SCOPE_READ"}}' \\\n    {address} latchkey.v1.TokenService/Create\n\n"""
         )
 
 

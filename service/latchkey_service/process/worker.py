@@ -62,6 +62,8 @@ def main() -> int:
         # The worker cannot start without its keys, policy and addresses.
         logs.logger().error("worker cannot start", error=str(error))
         return 1
+    finally:
+        logs.flush()
 
 
 async def _run() -> int:
@@ -73,6 +75,7 @@ async def _run() -> int:
     # Before the keys arrive.
     forbid_dumps(settings)
     logs.configure(logs.format_of(settings.log_format), settings.log_level)
+    logs.start()
     keyring = pepper_file.parse((await handed.readline()).decode("ascii", "replace"))
     policy = _policy(await handed.readline())
     if settings.tls_listen is not None:

@@ -22,6 +22,7 @@ from latchkey_service.postgres.connections import POOL_SIZE_MAX, Connector, Pool
 from latchkey_service.process.metric_families import FAMILIES, Families
 from latchkey_service.rpc.counters import UNARY, Counts
 from latchkey_service.rpc.managed_calls import ManagedCalls
+from latchkey_service.settings import logs
 from latchkey_service.tokens.batched_lookup import Lookup
 from latchkey_service.tokens.verdict import Verdict
 from latchkey_service.tokens.verifier import Verifier
@@ -154,6 +155,7 @@ class WorkerMetrics:
 
 def process_metrics(found: Families) -> None:
     """Add the metrics that every process of the service has."""
+    found.add("latchkey_log_lines_dropped", logs.lines_dropped())
     for metric in ProcessCollector(registry=None).collect():
         if metric.name in FAMILIES:
             for sample in metric.samples:

@@ -5,6 +5,7 @@ rejections are paced.
 """
 
 import itertools
+import logging
 import random
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -21,6 +22,7 @@ from latchkey_service.errors import (
     Overloaded,
     RateLimited,
     StatusParts,
+    StoreUnavailable,
     Unavailable,
     code_of,
     reason_of,
@@ -31,7 +33,7 @@ from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.counters import UNARY, Counts
 from latchkey_service.settings.logs import logger
 
-__all__ = ["CallReporter", "Metadata", "end_with", "request_id_of"]
+__all__ = ["CallReporter", "Metadata", "end_with", "level_of", "request_id_of"]
 
 REQUEST_ID_LENGTH_MAX = 64
 Metadata = Iterable[tuple[str, str | bytes]] | None
@@ -189,8 +191,8 @@ class CallReporter:
             fields["exc_info"] = _without_values(error)
         elif error is not None:
             fields["cause"] = type(error.__cause__).__name__
-        write = self._log.error if "exc_info" in fields else self._log.info
-        write("call", **fields)
+        level = logging.ERROR if "exc_info" in fields else level_of(code, reason)
+        self._log.log(level, "call", **fields)
 
     def rejected(
         self, path: str, seconds: float | None, error: LatchkeyError | None = None
@@ -208,16 +210,31 @@ class CallReporter:
         self._counts.failures[error.reason] += 1
         request_id = request_id_of(None)
         if self._audit.should_log("", path, error.reason):
-            self._log.info(
+            code = code_of(error).name
+            self._log.log(
+                level_of(code, error.reason),
                 "call",
                 request_id=request_id,
                 method=path,
-                code=code_of(error).name,
+                code=code,
                 reason=error.reason,
             )
         delay_seconds = self._pacer.delay_seconds(self._monotonic(), seconds)
         status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries
         return status, delay_seconds
+
+
+def level_of(code: str, reason: str | None) -> int:
+    """Return the level of the log line of a call that ended with this status.
+
+    An alert on errors must fire when the service fails its callers, and callers must not be able to
+    cause it. So refusals and short deadlines are warnings, and callers' mistakes ordinary.
+    """
+    if code in ("INTERNAL", "UNKNOWN") or reason == StoreUnavailable.reason:
+        return logging.ERROR
+    if code in ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED"):
+        return logging.WARNING
+    return logging.INFO
 
 
 def end_with(context: CallContext, status: StatusParts) -> bytes:

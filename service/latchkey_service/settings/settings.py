@@ -217,7 +217,9 @@ class Settings(BaseSettings):
         "secrets",
     )
     log_format: Literal["json", "console", "auto"] = Field(
-        "auto", description="json or console; auto: console on a terminal"
+        "auto",
+        description="json, without the text for people on stdout; console; or auto: console on a "
+        "terminal, else json",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="debug, info, warning or error"

@@ -74,7 +74,7 @@ def run(folder: Path) -> Iterator[Run]:
     started: list[Service] = []
 
     def run(**settings: object) -> Service:
-        settings = {"listen": "127.0.0.1:0", "grace_seconds": 1, "log_format": "json"} | settings
+        settings = {"listen": "127.0.0.1:0", "grace_seconds": 1} | settings
         started.append(Service(folder / f"service {len(started)}", **settings))
         return started[-1]
 
