@@ -84,6 +84,9 @@ def run(settings: Settings) -> int:
         for text in file_warnings(settings):
             logs.logger().warning("a file is not well protected", what_to_do=text)
         if settings.database_url is None:
+            # Variables of libpq in the shell are about other databases, but the driver reads them.
+            for name in [name for name in os.environ if name.startswith("PG")]:
+                del os.environ[name]
             postgres = EmbeddedPostgres(settings.data_dir)
             # On the main thread, before any other thread exists: see embedded_cluster.py.
             with _sigterm_interrupts():
@@ -229,7 +232,9 @@ class _Supervisor:
 
     async def _prepare(self) -> None:
         """Migrate the schema and enrol the peppers. Raises the errors that `run` reports."""
-        for migration in await migrate(self._database_url, bundled(), self._settings.pooler):
+        for migration in await migrate(
+            self._database_url, bundled(), self._settings.pooler, self._settings.workers
+        ):
             self._log.info("migrated", version=migration.version, name=migration.name)
         store = await TokenStore.open(self._database_url, self._settings.pooler)
         try:
