@@ -117,7 +117,13 @@ FilterLabelOption = Annotated[
 ]
 StateOption = Annotated[
     StateName | None,
-    typer.Option("--state", case_sensitive=False, show_default=False, help="Tokens in this state."),
+    typer.Option(
+        "--state",
+        case_sensitive=False,
+        metavar="STATE",
+        show_default=False,
+        help="Tokens that are active, disabled or expired.",
+    ),
 ]
 ExpiresBeforeOption = Annotated[
     datetime | None,

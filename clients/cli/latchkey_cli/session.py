@@ -30,12 +30,13 @@ _AGAIN: Final = "try again"
 class Doing:
     """The words for one call: its purpose ("get token X") and what to do if its answer is lost.
 
-    `unconfirmed` describes a change that is committed but not yet
+    `changes` is False for a call that changes nothing. `unconfirmed` describes a change that is committed but not yet
     confirmed by every verifier.
     """
 
     what: str
     if_lost: str = _AGAIN
+    changes: bool = True
     unconfirmed: str = "the token is deleted, but not every verifier confirmed that in time"
     if_unconfirmed: str = "run this command again for the receipt"
 
@@ -154,7 +155,7 @@ def _after(doing: Doing, error: latchkey.LatchkeyError) -> str:
     """Return what to do once the connection works. The caller puts it after its own advice."""
     if doing.if_lost == _AGAIN:
         return f", then {_AGAIN}"
-    if isinstance(error, latchkey.Unavailable) and error.unsent:
+    if doing.changes and isinstance(error, latchkey.Unavailable) and error.unsent:
         return f", then {_AGAIN}: nothing was changed"
     return f"; {doing.if_lost}"
 

@@ -73,7 +73,8 @@ def verify(
             client_address=client_address,
             required_permissions=permission or (),
         )
-        answer = session.run(call, Doing("verify", "treat the secret as invalid and try again"))
+        doing = Doing("verify", "treat the secret as invalid and try again", changes=False)
+        answer = session.run(call, doing)
     if as_json:
         output.write(sys.stdout, output.to_json(documents.document(answer)) + "\n")
     else:
