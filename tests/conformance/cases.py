@@ -37,7 +37,17 @@ Number = Annotated[
 ]
 StreamName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*$")]
 Seconds = Annotated[float, Field(description="Seconds on the clock that leases are counted on.")]
-Verdict = Literal["VALID", "INSUFFICIENT_SCOPE", "DELETED", "EXPIRED", "UNKNOWN"]
+Verdict = Literal[
+    "VALID",
+    "ADDRESS_NOT_ALLOWED",
+    "INSUFFICIENT_SCOPE",
+    "INSUFFICIENT_PERMISSIONS",
+    "DELETED",
+    "DISABLED",
+    "EXPIRED",
+    "UNKNOWN",
+    "UNSPECIFIED",
+]
 Scope = Literal["READ", "WRITE"]
 
 
@@ -168,24 +178,33 @@ class Mute(_Step):
     stream: StreamName
 
 
-class Answer(_Step):
-    """The service's answer to a Verify arrives: a verdict about a token."""
+class _Question(_Step):
+    """What the holder wants to do."""
+
+    asked_scope: Scope | None = None
+    client_address: str = Field("", description="The holder's address. Empty: not known.")
+    permissions: list[str] = Field([], description="The permissions that are required.")
+
+
+class Answer(_Question):
+    """The service's answer to a Verify arrives: a verdict about a token. UNSPECIFIED stands for a
+    verdict that the client does not know."""
 
     do: Literal["answer"]
     token_id: TokenId = Field(description="The token. For UNKNOWN, stands for the secret.")
     verdict: Verdict
-    asked_scope: Scope | None = None
     token_scope: Scope = "READ"
+    token_networks: list[str] = Field([], description="The token's allowed_networks.")
+    token_permissions: list[str] = Field([], description="The token's permissions.")
     position: PositionText
     keeps: bool = Field(description="Whether the client may keep the verdict, and this one does.")
 
 
-class Verify(_Step):
+class Verify(_Question):
     """A holder presents the token's secret to the client."""
 
     do: Literal["verify"]
     token_id: TokenId
-    asked_scope: Scope | None = None
     from_memory: Verdict | None = Field(description="null: the client has to ask the service.")
 
 

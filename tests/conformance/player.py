@@ -76,7 +76,10 @@ class Player:
                 self.answer(step)
             case cases.Verify():
                 answer = self.verifier.verify_nowait(
-                    secret_of(step.token_id), scope_of(step.asked_scope)
+                    secret_of(step.token_id),
+                    scope_of(step.asked_scope),
+                    client_address=step.client_address,
+                    permissions=step.permissions,
                 )
                 found = None if answer is None else answer.verdict.name
                 assert found == step.from_memory, f"answered {found}, not {step.from_memory}"
@@ -113,6 +116,8 @@ class Player:
                 name="n",
                 scope=Scope[step.token_scope],
                 create_time=datetime(2026, 1, 1, tzinfo=UTC),
+                allowed_networks=tuple(step.token_networks),
+                permissions=tuple(step.token_permissions),
             )
         answer = Verification(
             verdict=Verdict[step.verdict],
@@ -122,7 +127,9 @@ class Player:
         )
         cache = self.subscription.cache
         before = set(map(id, cache.entries.values()))
-        self.verifier._store(secret, scope_of(step.asked_scope), answer)
+        self.verifier._store(
+            secret, scope_of(step.asked_scope), answer, step.client_address, step.permissions
+        )
         kept = any(id(entry) not in before for entry in cache.entries.values())
         assert kept == step.keeps, f"kept: {kept}"
 

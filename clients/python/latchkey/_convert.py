@@ -55,6 +55,9 @@ _VERDICTS: Final[Mapping[int, Verdict]] = {
     pb.VERDICT_DELETED: Verdict.DELETED,
     pb.VERDICT_EXPIRED: Verdict.EXPIRED,
     pb.VERDICT_INSUFFICIENT_SCOPE: Verdict.INSUFFICIENT_SCOPE,
+    pb.VERDICT_DISABLED: Verdict.DISABLED,
+    pb.VERDICT_ADDRESS_NOT_ALLOWED: Verdict.ADDRESS_NOT_ALLOWED,
+    pb.VERDICT_INSUFFICIENT_PERMISSIONS: Verdict.INSUFFICIENT_PERMISSIONS,
 }
 
 _NOTIFICATIONS: Final[Mapping[int, Notifications]] = {
@@ -142,6 +145,9 @@ def token_in(message: pb.Token) -> Token:
         last_used_by=message.last_used_by,
         hint=message.hint,
         labels=dict(message.labels),
+        disable_time=time_in(message.disable_time) if message.HasField("disable_time") else None,
+        allowed_networks=tuple(message.allowed_networks),
+        permissions=tuple(message.permissions),
     )
 
 

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 # Every request to your service waits for a verify. No answer is better than a late one.
 VERIFY_TIMEOUT_SECONDS: Final = 1.0
-# A thousand verifies cost one look-up, but up to 21 MB of answers (see `_channel`).
+# A thousand verifies cost one look-up, but up to 27 MB of answers (see `_channel`).
 BATCH_VERIFY_TIMEOUT_SECONDS: Final = 2.0
 # One or two transactions. A database that fails over is back within seconds.
 MANAGEMENT_TIMEOUT_SECONDS: Final = 5.0

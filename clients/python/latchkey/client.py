@@ -5,7 +5,7 @@ cache tokens or verdicts; the Verifier does.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -220,30 +220,39 @@ class Client:
         secret: str | Secret,
         required_scope: Scope | None = None,
         *,
+        client_address: str = "",
+        required_permissions: Collection[str] = (),
         timeout_seconds: float | None = None,
     ) -> Verification:
         """Ask whether `secret` is valid for `required_scope`. None requires no scope.
+
+        `client_address` is the IP address of the holder's client. Tokens that are limited to
+        networks need it. `required_permissions` are of the form `resource:action`.
 
         The answer is a verdict, whatever was presented. An exception means that there is no safe
         answer, so reject the holder. `Verifier.verify` asks the same, but answers from its cache
         when it can.
         """
-        request = _verify_request(secret, required_scope)
+        request = _verify_request(secret, required_scope, client_address, required_permissions)
         answer = await self._call("Verify", self._rpcs().Verify, request, timeout_seconds)
         return _convert.verification_in(answer)
 
     async def batch_verify(
         self,
-        requests: Iterable[tuple[str | Secret, Scope | None]],
+        requests: Iterable[
+            tuple[str | Secret, Scope | None]
+            | tuple[str | Secret, Scope | None, str, Collection[str]]
+        ],
         *,
         timeout_seconds: float | None = None,
     ) -> tuple[Verification, ...]:
         """Verify 1 to 1,000 pairs of secret and required scope at the cost of one look-up.
 
-        The answers come in the order of the questions.
+        A pair may be followed by the client's address and the required permissions. The answers
+        come in the order of the questions.
         """
         request = pb.BatchVerifyRequest(
-            requests=[_verify_request(secret, scope) for secret, scope in requests]
+            requests=[_verify_request(*question) for question in requests]
         )
         answer = await self._call("BatchVerify", self._rpcs().BatchVerify, request, timeout_seconds)
         if len(answer.responses) != len(request.requests):
@@ -378,10 +387,19 @@ class Client:
         return answer
 
 
-def _verify_request(secret: str | Secret, required_scope: Scope | None) -> pb.VerifyRequest:
-    return pb.VerifyRequest(
-        secret=_convert.secret_out(secret),
-        required_scope=_convert.scope_out(required_scope, "required_scope"),
+def _verify_request(
+    secret: str | Secret,
+    required_scope: Scope | None,
+    client_address: str = "",
+    required_permissions: Collection[str] = (),
+) -> pb.VerifyRequest:
+    return _convert.build(
+        lambda: pb.VerifyRequest(
+            secret=_convert.secret_out(secret),
+            required_scope=_convert.scope_out(required_scope, "required_scope"),
+            client_address=client_address,
+            required_permissions=required_permissions,
+        )
     )
 
 

@@ -34,6 +34,11 @@ class Verdict(enum.Enum):
     EXPIRED = "expired"
     INSUFFICIENT_SCOPE = "insufficient_scope"
     """The token is live but does not include the required scope."""
+    DISABLED = "disabled"
+    ADDRESS_NOT_ALLOWED = "address_not_allowed"
+    """The token is limited to networks, and the client's address is unknown or in none of them."""
+    INSUFFICIENT_PERMISSIONS = "insufficient_permissions"
+    """The token is live but lacks a required permission."""
     UNSPECIFIED = "unspecified"
     """An answer that this version of the library does not know."""
 
@@ -57,6 +62,12 @@ class Token:
     """The secret's prefix and last four characters, so that people recognise the token."""
     # A dict is not hashable. Tokens that differ only in labels may share a hash.
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    disable_time: datetime | None = None
+    """When the token was disabled. None: it is not disabled."""
+    allowed_networks: tuple[str, ...] = ()
+    """The networks from which it may be used, in CIDR notation. Empty: any address."""
+    permissions: tuple[str, ...] = ()
+    """What it may do, within its scope: `resource:action`. Empty: it has no permissions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ It answers from its cache while it holds a lease, and detects malformed secrets 
 import asyncio
 import random
 import time
+from collections.abc import Collection
 from hashlib import sha256
 from typing import Final, Self
 
@@ -86,7 +87,12 @@ class Verifier:
         _fork.watch(self)
 
     def verify_nowait(
-        self, secret: str | Secret, scope: Scope | None = None
+        self,
+        secret: str | Secret,
+        scope: Scope | None = None,
+        *,
+        client_address: str = "",
+        permissions: Collection[str] = (),
     ) -> Verification | None:
         """Answer at once if the answer is cached or `secret` is malformed. Otherwise return None.
 
@@ -114,15 +120,19 @@ class Verifier:
                 answer = entry.read
             elif scope is _WRITE:
                 answer = entry.write
-                if answer is not entry.read:
-                    return self._other_answer(entry, answer, secret, now)
             else:
                 _convert.scope_out(scope, "scope")
                 return None
+            if entry.networks is not None or permissions:
+                answer = entry.answer(scope, client_address, permissions)
+                return self._other_answer(entry, answer, secret, now)
+            if answer is not entry.read:
+                return self._other_answer(entry, answer, secret, now)
             if entry.expires_at is None or _wall_clock() < entry.expires_at:
                 entry.used = True
                 # Counted before `idle` is read: see UseLog.begin. CPython does not switch threads
-                # inside this addition. If the entry is not final, the answer is VALID.
+                # inside this addition. If the entry is not final, the answer is VALID, because a
+                # token with networks does not get here.
                 entry.uses += 1
                 entry.last_use = now
                 if entry.idle:
@@ -135,7 +145,7 @@ class Verifier:
     def _other_answer(
         self, entry: CacheEntry, answer: Verification, secret: str, now: float
     ) -> Verification | None:
-        """Return a cached answer other than `entry.read`, unless the token may have expired.
+        """Return a cached answer that may not be VALID, unless the token may have expired.
 
         Separate, so that the common path need not look at the verdict to count a use.
         """
@@ -156,9 +166,14 @@ class Verifier:
         secret: str | Secret,
         scope: Scope | None = None,
         *,
+        client_address: str = "",
+        permissions: Collection[str] = (),
         timeout_seconds: float | None = None,
     ) -> Verification:
         """Answer whether `secret` is valid for `scope`. None requires no scope.
+
+        `client_address` is the IP address of the holder's client. Tokens that are limited to
+        networks need it. The token has to have all `permissions`, of the form `resource:action`.
 
         Answers from the cache if possible. Otherwise it asks the service, in one call for all
         verifies that start in the same turn of the event loop. `timeout_seconds` can only shorten
@@ -167,9 +182,14 @@ class Verifier:
 
         Several callers may get the same object, so do not change it.
         """
-        answer = self.verify_nowait(secret, scope)
+        if isinstance(permissions, str):
+            raise invalid("permissions", "must be a collection of texts, not one text")
+        answer = self.verify_nowait(
+            secret, scope, client_address=client_address, permissions=permissions
+        )
         if answer is not None:
             return answer
+        required = tuple(permissions)
         text = _convert.secret_out(secret)
         timeout = self._timeout_seconds
         if timeout_seconds is not None:
@@ -180,23 +200,36 @@ class Verifier:
         self._misses += 1
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout
-        answer = await self._batcher.ask(text, scope, end)
+        answer = await self._batcher.ask((text, scope, client_address, required), end)
         if answer is None:
             left = end - loop.time()
             if left <= 0:
                 raise late("Verify")
-            answer = await self._client.verify(text, scope, timeout_seconds=left)
-        self._store(text, scope, answer)
+            answer = await self._client.verify(
+                text,
+                scope,
+                client_address=client_address,
+                required_permissions=required,
+                timeout_seconds=left,
+            )
+        self._store(text, scope, answer, client_address, required)
         return answer
 
-    def _store(self, secret: str, scope: Scope | None, answer: Verification) -> None:
+    def _store(
+        self,
+        secret: str,
+        scope: Scope | None,
+        answer: Verification,
+        client_address: str = "",
+        permissions: Collection[str] = (),
+    ) -> None:
         now = boottime()
         if now >= self._lease.end:
             return  # without a lease, nobody reports changes
         # Spread over half of the time, so that answers that came together, for example after a
         # start, do not expire together.
         keep_until = now + self._memory_seconds * random.uniform(0.5, 1.0)  # noqa: S311 - a spread
-        entry = cache_entry(answer, scope, keep_until)
+        entry = cache_entry(answer, scope, keep_until, client_address, permissions)
         if entry is not None:
             position = Position(answer.revision, answer.mark)
             self._cache.store(sha256(secret.encode()).digest(), entry, position)

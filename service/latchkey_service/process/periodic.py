@@ -16,7 +16,9 @@ from latchkey_service.postgres.circuit_breaker import jittered
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.settings.logs import logger
 from latchkey_service.tokens import fleet
+from latchkey_service.tokens.lifecycle import REQUEST_AGE_MAX
 from latchkey_service.tokens.token_store import TokenStore
+from latchkey_service.tokens.upkeep_store import UpkeepStore
 from latchkey_service.tokens.usage_table import UsageTable
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "prune_log",
     "purge",
     "purge_audit",
+    "purge_lifecycle",
     "purge_usage",
 ]
 
@@ -145,6 +148,23 @@ async def purge(store: TokenStore, retention: timedelta, now: Callable[[], datet
             logger().info("tombstones removed", tokens=total)
 
     await _repeat(PURGE_SECONDS, purge_all, "removal of tombstones failed")
+
+
+async def purge_lifecycle(
+    store: UpkeepStore, retention: timedelta, now: Callable[[], datetime]
+) -> None:
+    """Remove what ended long ago once an hour: tokens, secrets, ids of requests."""
+
+    async def purge_all() -> None:
+        total = 0
+        while gone := await store.purge_ended(now() - retention, PURGE_BATCH):
+            total += gone
+        while await store.purge_requests(now() - REQUEST_AGE_MAX, PURGE_BATCH):
+            pass
+        if total:
+            logger().info("expired tokens and ended secrets removed", rows=total)
+
+    await _repeat(PURGE_SECONDS, purge_all, "removal of expired tokens failed")
 
 
 async def purge_audit(table: AuditTable, retention: timedelta, now: Callable[[], datetime]) -> None:

@@ -1,8 +1,8 @@
 """The servicer of TokenService: converts protobuf to arguments, makes one call, converts back.
 
 Owns neither the rules of the contract (`tokens/`), nor limits, logging and error statuses
-(`managed_calls.py`, `streams.py`). Verify and BatchVerify are not here: `verify_calls.py` has the
-whole of them.
+(`managed_calls.py`, `streams.py`). The changes of existing tokens are in `lifecycle_service.py`.
+Verify and BatchVerify are not here: `verify_calls.py` has the whole of them.
 """
 
 import re
@@ -28,14 +28,16 @@ from latchkey_service.coherence.watch_events import (
 )
 from latchkey_service.coherence.watch_sessions import WatchSessions
 from latchkey_service.errors import FieldViolation, InvalidArgument
-from latchkey_service.rpc.managed_calls import current_call
+from latchkey_service.rpc.managed_calls import ManagedCall, current_call
 from latchkey_service.rpc.streams import current_caller
 from latchkey_service.rpc.verify_calls import put_token
-from latchkey_service.tokens.management import NewToken, Tokens
+from latchkey_service.tokens.assembly import Management
+from latchkey_service.tokens.confirmation import Call
+from latchkey_service.tokens.management import NewToken
 from latchkey_service.tokens.receipt_table import Deletion
 from latchkey_service.tokens.usage_table import UsageTable
 
-__all__ = ["TokenService", "put_receipt", "to_datetime"]
+__all__ = ["TokenService", "call_of", "put_receipt", "to_datetime", "to_timedelta"]
 
 # Metadata in which a client library names its host and process. No decision depends on it.
 CLIENT_METADATA = "latchkey-client"
@@ -51,16 +53,18 @@ if TYPE_CHECKING:
 
 
 class TokenService(pb_grpc.TokenServiceServicer):
-    """Serves latchkey.v1.TokenService, except Verify and BatchVerify. The .proto documents it."""
+    """Serves a part of latchkey.v1.TokenService. The .proto documents the methods."""
 
     def __init__(
         self,
-        tokens: Tokens,
+        management: Management,
         watch_sessions: WatchSessions,
         usage_table: UsageTable,
         unix_time: Callable[[], float],
     ) -> None:
-        self._tokens = tokens
+        self._tokens = management.tokens
+        self._lifecycle = management.lifecycle
+        self._bulk = management.bulk
         self._watch_sessions = watch_sessions
         self._usage_table = usage_table
         self._unix_time = unix_time
@@ -91,15 +95,18 @@ class TokenService(pb_grpc.TokenServiceServicer):
             request.name,
             request.scope,
             to_datetime("expire_time", request.expire_time) if expiry == "expire_time" else None,
-            _timedelta("ttl", request.ttl) if expiry == "ttl" else None,
-            # Not copied: there may be too many of them.
-            request.labels,
+            to_timedelta("ttl", request.ttl) if expiry == "ttl" else None,
+            dict(request.labels),
+            request.description,
+            request.allowed_networks,
+            request.permissions,
+            request.request_id,
         )
-        call = current_call.get()
-        created = await self._tokens.create(new, call.audit_context, call.deadline)
-        call.committed(created.record.id)
+        created = await self._lifecycle.create(new, call_of(current_call.get()))
         response = pb.CreateResponse(secret=created.secret.reveal())
         put_token(created.record, response.token)
+        if created.receipt is not None:
+            put_receipt(created.receipt, response.receipt)
         return response
 
     async def Get(self, request: pb.GetRequest, context: "Context") -> pb.GetResponse:
@@ -150,6 +157,18 @@ class TokenService(pb_grpc.TokenServiceServicer):
         response = pb.DeleteResponse()
         put_receipt(deletion, response.receipt)
         return response
+
+
+def call_of(call: ManagedCall, *, wait: bool = True) -> Call:
+    """Return a managed call as the domain knows it. `wait`: whether to wait for verifiers."""
+    return Call(
+        call.audit_context,
+        call.deadline,
+        call.confirm_by if wait else None,
+        call.committed,
+        # Waiting for verifiers uses nothing that other calls need.
+        call.release_slot,
+    )
 
 
 def _client_of(context: "Context") -> str:
@@ -223,7 +242,7 @@ def to_datetime(field: str, timestamp: timestamp_pb2.Timestamp) -> datetime:
     return _EPOCH + timedelta(seconds=timestamp.seconds, microseconds=timestamp.nanos // 1_000)
 
 
-def _timedelta(field: str, duration: duration_pb2.Duration) -> timedelta:
+def to_timedelta(field: str, duration: duration_pb2.Duration) -> timedelta:
     """Return the duration, truncated to microseconds. Raises InvalidArgument if invalid."""
     if (
         abs(duration.seconds) > _DURATION_SECONDS_MAX

@@ -33,10 +33,10 @@ from latchkey_service.errors import (
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.call_report import NEW_IDS, CallReporter, Metadata, checked_id, end_with
 from latchkey_service.rpc.counters import Counts
-from latchkey_service.rpc.lenient_parsing import BATCH_MAX, parse_non_utf8
+from latchkey_service.rpc.lenient_parsing import BATCH_MAX, REQUIRED_MAX, parse_non_utf8
 from latchkey_service.tokens.usage import PendingUses
 from latchkey_service.tokens.verdict import TokenRecord, Verdict
-from latchkey_service.tokens.verifier import MALFORMED, UNKNOWN, Answer, Verifier
+from latchkey_service.tokens.verifier import MALFORMED, UNKNOWN, Answer, Question, Verifier
 
 __all__ = ["VerifyCalls", "encode_token", "put_token"]
 
@@ -135,11 +135,14 @@ class VerifyCalls:
                 request = pb.VerifyRequest.FromString(data)
             except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser
                 request = _lenient(VERIFY, data)
-            secret, required_scope = request.secret, request.required_scope
-            cached = self._verifier.verify_cached(secret, required_scope)
+            secret, required = request.secret, request.required_permissions
+            if len(required) > REQUIRED_MAX:
+                raise _too_many_required("required_permissions")
+            scope, address = request.required_scope, request.client_address
+            cached = self._verifier.verify_cached(secret, scope, address, required)
             if cached is None:
-                seconds_left = context.time_remaining()
-                answer = await self._verifier.verify(secret, required_scope, seconds_left)
+                question = Question(secret, scope, address, required)
+                answer = await self._verifier.verify(question, context.time_remaining())
             else:
                 answer = cached
         return self._completed(answer, secret, caller)
@@ -157,11 +160,17 @@ class VerifyCalls:
             raise InvalidArgument(
                 FieldViolation("requests", f"must have 1-{BATCH_MAX} entries, not {len(requests)}")
             )
-        questions = [(r.secret, r.required_scope) for r in requests]
+        for number, one in enumerate(requests):
+            if len(one.required_permissions) > REQUIRED_MAX:
+                raise _too_many_required(f"requests[{number}].required_permissions")
+        questions = [
+            Question(r.secret, r.required_scope, r.client_address, r.required_permissions)
+            for r in requests
+        ]
         answers = await self._verifier.verify_batch(questions, context.time_remaining())
         encoded: list[bytes] = []
         for question, answer in zip(questions, answers, strict=True):
-            response = self._completed(answer, question[0], caller)
+            response = self._completed(answer, question.presented, caller)
             encoded += (_RESPONSES_TAG, _varint(len(response)), response)
         return b"".join(encoded)
 
@@ -205,6 +214,10 @@ def _parsed_batch(data: bytes) -> Sequence[pb.VerifyRequest]:
     except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser
         batch = _lenient(BATCH_VERIFY, data)
     return batch.requests
+
+
+def _too_many_required(field: str) -> InvalidArgument:
+    return InvalidArgument(FieldViolation(field, f"must have at most {REQUIRED_MAX} permissions"))
 
 
 def _lenient(path: str, data: bytes) -> Any:
@@ -251,6 +264,21 @@ def put_token(record: TokenRecord, token: pb.Token) -> None:
         token.last_used_by = record.last_used_by
     if record.labels:
         token.labels.update(record.labels)
+    if record.disable_time is not None:
+        _put_time(record.disable_time, token.disable_time)
+    if record.allowed_networks:
+        token.allowed_networks.extend(record.allowed_networks)
+    if record.permissions:
+        token.permissions.extend(record.permissions)
+    if record.description:
+        token.description = record.description
+    for secret in record.secrets:
+        shown = token.secrets.add(hint=secret.hint, retire_on_first_use=secret.retire_on_first_use)
+        _put_time(secret.create_time, shown.create_time)
+        if secret.expire_time is not None:
+            _put_time(secret.expire_time, shown.expire_time)
+        if secret.last_used_time is not None:
+            _put_time(secret.last_used_time, shown.last_used_time)
 
 
 def _put_time(moment: datetime, timestamp: timestamp_pb2.Timestamp) -> None:

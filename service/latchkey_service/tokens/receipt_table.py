@@ -1,4 +1,4 @@
-"""The receipts of deletions, and the columns that store them."""
+"""The receipts of changes that narrow tokens, and the columns that store those of deletions."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,7 +14,10 @@ RECEIPT_COUNT = 8
 
 @dataclass(frozen=True, slots=True)
 class Deletion:
-    """The receipt of a deletion. `effective_time` is None until the deletion is confirmed."""
+    """The receipt of a deletion, or of another change that narrows tokens.
+
+    `effective_time` is None until the change is confirmed.
+    """
 
     position: Position
     commit_time: datetime

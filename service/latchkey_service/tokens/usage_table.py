@@ -41,7 +41,9 @@ fresh AS (
 used AS MATERIALIZED (
     SELECT t.id AS token_id,
            -- A client may report any hint, and each makes a row. So only known ones are kept.
-           CASE WHEN u.hint = t.hint THEN u.hint ELSE '' END AS hint,
+           CASE WHEN u.hint = t.hint
+                  OR EXISTS (SELECT FROM secret s WHERE s.token_id = t.id AND s.hint = u.hint)
+                THEN u.hint ELSE '' END AS hint,
            u.caller,
            greatest(u.first_time, t.create_time) AS first_time,
            greatest(u.last_time, t.create_time) AS last_time,

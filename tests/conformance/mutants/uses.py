@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from latchkey import Scope, Verification
 from latchkey._entry import CacheEntry
 from latchkey._subscription import Stream
@@ -29,9 +31,16 @@ def counts_every_answer(patch: Patch) -> None:
 def counts_what_the_service_answered(patch: Patch) -> None:
     store = Verifier._store
 
-    def mutated(self: Verifier, secret: str, scope: Scope | None, answer: Verification) -> None:
-        store(self, secret, scope, answer)
-        self.verify_nowait(secret, scope)
+    def mutated(
+        self: Verifier,
+        secret: str,
+        scope: Scope | None,
+        answer: Verification,
+        client_address: str = "",
+        permissions: Collection[str] = (),
+    ) -> None:
+        store(self, secret, scope, answer, client_address, permissions)
+        self.verify_nowait(secret, scope, client_address=client_address, permissions=permissions)
 
     patch.setattr(Verifier, "_store", mutated)
 

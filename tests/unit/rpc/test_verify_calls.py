@@ -1,7 +1,7 @@
 """The short path of verifies, with the verifier replaced: limits, rates, and restricted answers."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,7 +29,9 @@ class Verifier:
         self.answers = answers
         self.asked: list[str] = []
 
-    def verify_cached(self, presented: str, _required_scope: int) -> Answer:
+    def verify_cached(
+        self, presented: str, _scope: int, _address: str = "", _permissions: Collection[str] = ()
+    ) -> Answer:
         self.asked.append(presented)
         return self.answers.get(presented, MALFORMED)
 
