@@ -30,8 +30,8 @@ _AGAIN: Final = "try again"
 class Doing:
     """The words for one call: its purpose ("get token X") and what to do if its answer is lost.
 
-    `changes` is False for a call that changes nothing. `unconfirmed` describes a change that is committed but not yet
-    confirmed by every verifier.
+    `changes` is False for a call that changes nothing. `unconfirmed` describes a change that is
+    committed but not yet confirmed by every verifier.
     """
 
     what: str

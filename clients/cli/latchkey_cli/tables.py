@@ -171,6 +171,8 @@ def _secret(secret: "TokenSecret", now: datetime) -> Text:
     if secret.expire_time is not None:
         works = "works until" if secret.expire_time > now else "ended"
         text += f", {works} {local(secret.expire_time)} ({relative(secret.expire_time, now)})"
+    if secret.last_used_time is not None:
+        text += f", last used {relative(secret.last_used_time, now)}"
     if secret.retire_on_first_use:
         text += ", its first use ends the older ones"
     return Text(text)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
-from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
 
 from tests.helpers.tool import Run
+
+if TYPE_CHECKING:
+    from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
 
 Create = Callable[..., Awaitable[pb.CreateResponse]]
 # With a valid checksum.
