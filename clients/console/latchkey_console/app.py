@@ -19,12 +19,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from latchkey_console.failures import Trouble
+from latchkey_console.frame import Frame
 from latchkey_console.identity import FixedAccount, Identity, NotSignedIn, ProxyHeader, Refused
+from latchkey_console.lifecycle import Lifecycle
 from latchkey_console.openid import SIGN_IN_SECONDS, OpenId
 from latchkey_console.pages import Pages
 from latchkey_console.protection import BadForm, Protection, Seals, read_form, session_id
 from latchkey_console.rendering import Renderer, is_part
 from latchkey_console.settings import Settings
+from latchkey_console.showing import Displays
 
 __all__ = ["HEALTH", "make_app"]
 
@@ -32,7 +35,9 @@ _log = logging.getLogger("latchkey.console")
 
 HEALTH: Final = "/healthz"
 # Pages to which a sign-in may return. They only display things.
-_RETURNS: Final = frozenset({"/", "/new", "/delete"})
+_RETURNS: Final = frozenset(
+    {"/", "/new", "/delete", "/token", "/replace", "/edit", "/disable", "/retire"}
+)
 _RETURN_LENGTH_MAX: Final = 512
 
 
@@ -59,7 +64,10 @@ def make_app(
     else:
         raise ValueError("the settings do not say how to identify visitors")
     seals = Seals(key)
-    pages = Pages(client, identity, seals, renderer, now, monotonic)
+    frame = Frame(client, identity, seals, renderer, now, monotonic)
+    displays = Displays(monotonic)
+    pages = Pages(frame, displays)
+    lifecycle = Lifecycle(frame, displays)
     errors = _Errors(renderer, openid)
 
     @contextlib.asynccontextmanager
@@ -78,6 +86,7 @@ def make_app(
         Route("/delete", pages.delete, methods=["POST"]),
         Route("/static/{version}/{name}", renderer.static),
         Route(HEALTH, _health),
+        *lifecycle.routes(),
     ]
     if openid is not None:
         routes += _SignIn(openid, seals, renderer).routes()

@@ -31,7 +31,8 @@ def is_refusal(error: latchkey.LatchkeyError) -> bool:
         | latchkey.NotFound
         | latchkey.PermissionDenied
         | latchkey.Unauthenticated
-        | latchkey.ResourceExhausted,
+        | latchkey.ResourceExhausted
+        | latchkey.FailedPrecondition,
     )
 
 
@@ -71,6 +72,18 @@ def _words(error: latchkey.LatchkeyError) -> tuple[int, str, str]:
                 502,
                 "This page could not authenticate to Latchkey",
                 "Latchkey rejected the page's credentials. Ask your administrator to fix them.",
+            )
+        case latchkey.FailedPrecondition(reason="TOO_MANY_SECRETS"):
+            return (
+                409,
+                "This token already has as many secrets as Latchkey allows",
+                "End its old secrets first.",
+            )
+        case latchkey.FailedPrecondition(reason="FLEET_UPGRADING"):
+            return (
+                503,
+                "Latchkey is being upgraded",
+                "Not all of its servers know this change yet. Try again in a few minutes.",
             )
         case latchkey.InvalidArgument():
             return 400, "Invalid request", "Latchkey did not accept this request."

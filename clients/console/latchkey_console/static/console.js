@@ -118,15 +118,17 @@
     if (element.id) return `#${CSS.escape(element.id)}`;
     if (element.dataset.review) return `[data-review="${CSS.escape(element.dataset.review)}"]`;
     const row = element.closest("tr[id]");
-    return row ? `#${CSS.escape(row.id)} button` : "main";
+    const act = element.dataset.act ?? "token";
+    return row ? `#${CSS.escape(row.id)} [data-act=${act}]` : "main";
   }
 
-  // Moves the focus to the row that took a deleted row's place. No scrolling is needed: the receipt
+  // Moves the focus back to what opened the dialog, or to the row that took a deleted row's place. No scrolling is needed: the receipt
   // is visible at any scroll position, and screen readers announce it.
   function focusNear() {
     const rows = opener ? [opener.id, opener.next, opener.previous] : [];
     const row = rows.map((id) => id && byId(id)).find(Boolean);
-    const target = row && (one("button", row) || row);
+    const act = opener?.act && row && one(`[data-act=${opener.act}]`, row);
+    const target = row && (act || one("[data-act]", row) || row);
     (target || byId("generate") || byId("main")).focus({ preventScroll: true });
   }
 
@@ -142,9 +144,10 @@
       const text = await answer.text();
       if (!answer.ok) {
         const message = one("#message", parsed(text));
-        return message ? showMessage(message) : lost("Try again.");
+        return failed(link, message && one("h2", message).textContent);
       }
-      all("#message").forEach((old) => old.remove());
+      byId("more-failed")?.remove();
+      link.textContent = "Show more";
       const came = all("tr", parsed(`<table><tbody>${text}</tbody></table>`));
       const added = came.filter((row) => !byId(row.id));
       added.forEach(times);
@@ -163,10 +166,22 @@
       }
       say(count.textContent);
     } catch {
-      lost("Try again.");
+      failed(link);
     } finally {
       link.removeAttribute("aria-busy");
     }
+  }
+
+  // Says beside the button that loading rows failed. The focus and the rows stay where they are, and
+  // the same button tries again.
+  function failed(link, why) {
+    const note = byId("more-failed") ?? document.createElement("p");
+    note.id = "more-failed";
+    note.className = "error";
+    note.setAttribute("role", "alert");
+    note.textContent = `${why ?? "This page's server did not answer"}.`;
+    link.before(note);
+    link.textContent = "Try again";
   }
 
   const parsed = (text) => new DOMParser().parseFromString(text, "text/html");
@@ -191,8 +206,11 @@
 
   // Remembers how to find the element that opened the dialog after the list is replaced.
   function remember(element) {
+    // A dialog that leads to another one keeps the element that opened the first.
+    if (element.closest("dialog") && opener) return;
     const row = element.closest("tr");
     opener = {
+      act: element.dataset.act,
       id: row ? row.id : element.id,
       next: row?.nextElementSibling?.id,
       previous: row?.previousElementSibling?.id,
@@ -216,6 +234,8 @@
     all("[inert]").forEach((element) => element.removeAttribute("inert"));
     const form = one("form[action='/tokens']:has(#name)", dialog);
     if (form) prepare(form, Boolean(before));
+    const date = one("#date", dialog);
+    if (date) date.min = today();
     dialog.showModal();
     (one("[aria-invalid]", dialog) || one(".note.bad", dialog) || one("[autofocus]", dialog))?.focus();
     dialog.addEventListener("cancel", (event) => {
@@ -235,10 +255,6 @@
   }
 
   function prepare(form, again) {
-    const tomorrow = new Date(Date.now() + 86_400_000);
-    const two = (number) => String(number).padStart(2, "0");
-    form.elements.date.min =
-      `${tomorrow.getFullYear()}-${two(tomorrow.getMonth() + 1)}-${two(tomorrow.getDate())}`;
     if (!draft || again) return;
     for (const [name, value] of Object.entries(draft)) form.elements[name].value = value;
   }
@@ -292,10 +308,10 @@
     form.setAttribute("aria-busy", "true");
     // This change makes any list request in progress obsolete.
     supersede();
-    const { date, date_start: start } = form.elements;
-    if (start && date?.value) {
+    const { date, date_end: end } = form.elements;
+    if (end && date?.value) {
       const [year, month, day] = date.value.split("-").map(Number);
-      start.value = new Date(year, month - 1, day).toISOString();
+      end.value = new Date(year, month - 1, day, 23, 59, 59).toISOString();
     }
     try {
       const body = new URLSearchParams(new FormData(form, submitter));
@@ -312,11 +328,18 @@
 
   // ---- small things ----
 
+  // Returns the viewer's date, as date fields write it.
+  function today() {
+    const now = new Date();
+    const two = (number) => String(number).padStart(2, "0");
+    return `${now.getFullYear()}-${two(now.getMonth() + 1)}-${two(now.getDate())}`;
+  }
+
   function say(text) {
     (one("dialog .live") || byId("live")).textContent = text;
   }
 
-  const day = new Intl.DateTimeFormat(undefined, { dateStyle: "medium" });
+  const minute = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
   const exact = new Intl.DateTimeFormat(undefined, {
     year: "numeric",
     month: "long",
@@ -332,7 +355,7 @@
       const at = new Date(time.dateTime);
       if (Number.isNaN(at.getTime())) continue;
       time.title = exact.format(at);
-      time.textContent = "full" in time.dataset ? time.title : day.format(at);
+      time.textContent = "full" in time.dataset ? time.title : minute.format(at);
     }
   }
 
@@ -406,7 +429,7 @@
       event.preventDefault();
       remember(submitter);
       const query = new URLSearchParams(new FormData(form, submitter));
-      load(`/delete?${query}`);
+      load(`${new URL(submitter.formAction).pathname}?${query}`);
     }
   });
 
