@@ -4,9 +4,9 @@ Messages from the server are not trusted. A message that breaks the contract rai
 An enum value that this version does not know becomes UNSPECIFIED, which allows nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -24,6 +24,7 @@ from latchkey.models import (
     Scope,
     Status,
     Token,
+    TokenSecret,
     Verdict,
     Verification,
     VerifierStatus,
@@ -32,6 +33,17 @@ from latchkey.secret import Secret
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
+
+_WithReceipt: TypeAlias = (
+    pb.CreateResponse
+    | pb.DeleteAllResponse
+    | pb.DisableResponse
+    | pb.EnableResponse
+    | pb.RetireSecretsResponse
+    | pb.RevokeSecretResponse
+    | pb.RotateResponse
+    | pb.UpdateResponse
+)
 
 _SCOPES: Final[Mapping[int, Scope]] = {pb.SCOPE_READ: Scope.READ, pb.SCOPE_WRITE: Scope.WRITE}
 _SCOPES_OUT: Final[Mapping[Scope, pb.Scope.ValueType]] = {
@@ -45,6 +57,9 @@ _VERDICTS: Final[Mapping[int, Verdict]] = {
     pb.VERDICT_DELETED: Verdict.DELETED,
     pb.VERDICT_EXPIRED: Verdict.EXPIRED,
     pb.VERDICT_INSUFFICIENT_SCOPE: Verdict.INSUFFICIENT_SCOPE,
+    pb.VERDICT_DISABLED: Verdict.DISABLED,
+    pb.VERDICT_ADDRESS_NOT_ALLOWED: Verdict.ADDRESS_NOT_ALLOWED,
+    pb.VERDICT_INSUFFICIENT_PERMISSIONS: Verdict.INSUFFICIENT_PERMISSIONS,
 }
 
 _NOTIFICATIONS: Final[Mapping[int, Notifications]] = {
@@ -101,6 +116,13 @@ def scope_out(scope: Scope | None, field: str) -> pb.Scope.ValueType:
     return _SCOPES_OUT[scope]
 
 
+def several(values: Iterable[T], field: str) -> Iterable[T]:
+    """Return `values`. Raises InvalidArgument for one text, which is an iterable of texts too."""
+    if isinstance(values, str):
+        raise invalid(field, "must be a collection of texts, not one text")
+    return values
+
+
 def time_out(time: datetime, field: str) -> Timestamp:
     """Convert a time to protobuf. Raises InvalidArgument if it has no time zone."""
     if time.tzinfo is None:
@@ -131,6 +153,20 @@ def token_in(message: pb.Token) -> Token:
         ),
         hint=message.hint,
         labels=dict(message.labels),
+        disable_time=time_in(message.disable_time) if message.HasField("disable_time") else None,
+        allowed_networks=tuple(message.allowed_networks),
+        permissions=tuple(message.permissions),
+        description=message.description,
+        secrets=tuple(_token_secret_in(secret) for secret in message.secrets),
+    )
+
+
+def _token_secret_in(message: pb.TokenSecret) -> TokenSecret:
+    return TokenSecret(
+        hint=message.hint,
+        create_time=time_in(message.create_time),
+        expire_time=time_in(message.expire_time) if message.HasField("expire_time") else None,
+        retire_on_first_use=message.retire_on_first_use,
     )
 
 
@@ -156,6 +192,11 @@ def receipt_in(message: pb.Receipt) -> Receipt:
         clients_acknowledged=message.clients_acknowledged,
         clients_outwaited=message.clients_outwaited,
     )
+
+
+def receipt_of(answer: _WithReceipt) -> Receipt | None:
+    """Return the receipt of an answer that need not have one."""
+    return receipt_in(answer.receipt) if answer.HasField("receipt") else None
 
 
 def verification_in(message: pb.VerifyResponse) -> Verification:
