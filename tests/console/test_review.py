@@ -52,14 +52,13 @@ def test_each_finding_is_counted_explained_and_filtered(
     for kind, name, why in (
         ("never-expires", "forever", "A leaked copy works until someone notices"),
         ("expires-soon", "expires soon", "Expires within 14 days"),
-        ("expired", "expired", "Already rejected everywhere"),
-        ("old", "aged", "over 180 days ago"),
+        ("expired", "expired", "Already refused everywhere"),
+        ("old", "aged", "over 180 days old"),
         ("write", "writes", "Anyone who holds it can change things"),
     ):
         assert why in browser.text(f"[data-review={kind}]")
         browser.click(f"[data-review={kind}]")
         browser.until(partial(is_shown, browser, [name]), name)
-        assert why in browser.text(".why")
         assert f"review={kind}" in browser.driver.current_url
         assert browser.find(f"[data-review={kind}]").get_attribute("aria-current") == "true"
         if script:

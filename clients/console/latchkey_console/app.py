@@ -44,11 +44,15 @@ _RETURN_LENGTH_MAX: Final = 512
 def make_app(
     settings: Settings,
     *,
+    client: latchkey.Client | None = None,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
     monotonic: Callable[[], float] = time.monotonic,
 ) -> ASGIApp:
-    """Return the console as an ASGI application. Run its lifespan, which closes the client."""
-    client = latchkey.Client(settings.target)
+    """Return the console as an ASGI application. Run its lifespan, which closes the client.
+
+    `client` replaces the client for the settings' target.
+    """
+    client = client or latchkey.Client(settings.target)
     # A new key at each start ends the sessions and forms of the previous process, whose memory is
     # gone as well.
     key = secrets.token_urlsafe(32)

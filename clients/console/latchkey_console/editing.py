@@ -21,6 +21,7 @@ NETWORKS_MAX: Final = 32
 _KEEP: Final = "keep"
 _EDIT_EXPIRIES: Final = (_KEEP, *EXPIRY_DAYS, "never", "date")
 _REPLACE_EXPIRIES: Final = (_KEEP, *EXPIRY_DAYS)
+_NAMES: Final = ("name", "scope", "description", "networks")
 # Tokens that end within this time get a later expiry together with a new secret, by default.
 _SOON: Final = timedelta(days=14)
 _HIDDEN: Final = frozenset({"Cc", "Cs"})
@@ -55,25 +56,31 @@ class EditForm:
     @classmethod
     def of(cls, token: Token) -> "EditForm":
         """Return the form with the token's values."""
-        values = {
-            "name": token.name,
-            "scope": token.scope.value,
-            "description": token.description,
-            "networks": "\n".join(token.allowed_networks),
-        }
-        return cls(**values, before=values)
+        return cls._with(
+            {
+                "name": token.name,
+                "scope": token.scope.value,
+                "description": token.description,
+                "networks": "\n".join(token.allowed_networks),
+            }
+        )
 
     @classmethod
     def read(cls, fields: Mapping[str, str]) -> "EditForm":
         """Return the submitted form unchanged, so that it can be shown again as typed."""
-        names = ("name", "scope", "description", "networks")
-        return cls(
-            **{name: fields.get(name, "") for name in names},
-            before={name: fields.get(f"was_{name}", "") for name in names},
+        form = cls._with({name: fields.get(f"was_{name}", "") for name in _NAMES})
+        return replace(
+            form,
+            **{name: fields.get(name, "") for name in _NAMES},
             expiry=fields.get("expiry", ""),
             date=fields.get("date", ""),
             date_end=fields.get("date_end", ""),
         )
+
+    @classmethod
+    def _with(cls, before: Mapping[str, str]) -> "EditForm":
+        name, scope, description, networks = (before[name] for name in _NAMES)
+        return cls(name, scope, description, networks, before)
 
     def with_errors(self, errors: Mapping[str, str]) -> "EditForm":
         """Return the form with these errors."""

@@ -128,10 +128,12 @@ def _urgency(token: Token) -> tuple[float, float]:
 def findings_of(token: Token, now: datetime, *, use_recorded: bool) -> list[Kind]:
     """Return the kinds of findings about one token.
 
-    An expired token is harmless, so it has no other finding.
+    An expired or disabled token is harmless, so it has no other finding.
     """
     if token.expire_time is not None and token.expire_time <= now:
         return [Kind.EXPIRED]
+    if token.disable_time is not None:
+        return []
     found = []
     if token.expire_time is None:
         found.append(Kind.NEVER_EXPIRES)

@@ -331,8 +331,7 @@
   // Returns the viewer's date, as date fields write it.
   function today() {
     const now = new Date();
-    const two = (number) => String(number).padStart(2, "0");
-    return `${now.getFullYear()}-${two(now.getMonth() + 1)}-${two(now.getDate())}`;
+    return new Date(now - now.getTimezoneOffset() * 60_000).toISOString().slice(0, 10);
   }
 
   function say(text) {
@@ -340,15 +339,7 @@
   }
 
   const minute = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
-  const exact = new Intl.DateTimeFormat(undefined, {
-    year: "numeric",
-    month: "long",
-    day: "numeric",
-    hour: "2-digit",
-    minute: "2-digit",
-    second: "2-digit",
-    timeZoneName: "short",
-  });
+  const exact = new Intl.DateTimeFormat(undefined, { dateStyle: "long", timeStyle: "long" });
 
   function times(from) {
     for (const time of all("time", from)) {
@@ -370,7 +361,7 @@
     } catch {
       // Without permission or TLS, fall back to the old method, which copies the selection.
       if (!document.execCommand("copy")) {
-        say("Not copied. The token is selected: press Ctrl+C or Command+C.");
+        say("Not copied. The text is selected: press Ctrl+C or Command+C.");
         button.textContent = "Press Ctrl+C";
         return;
       }
@@ -429,7 +420,7 @@
       event.preventDefault();
       remember(submitter);
       const query = new URLSearchParams(new FormData(form, submitter));
-      load(`${new URL(submitter.formAction).pathname}?${query}`);
+      load(`${submitter.getAttribute("formaction") ?? form.getAttribute("action")}?${query}`);
     }
   });
 
