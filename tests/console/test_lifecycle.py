@@ -245,7 +245,7 @@ def test_disable_and_enable(browser: Browser, world: World, script: bool) -> Non
     browser.open()
     browser.click(act(created, "token"))
     browser.click("#disable")
-    assert "Disable paused?" in browser.text("dialog")
+    assert "Disable paused?" in browser.text("dialog:has(#confirm)")
     browser.focused("dialog [data-close]")
     if script:
         browser.screen("disable")
@@ -307,9 +307,7 @@ def test_lifecycle_by_keyboard_alone(browser: Browser, world: World, width: int)
     browser.js("document.querySelector(arguments[0]).focus()", act(created, "token"))
     press(browser, act(created, "retire"))
     browser.focused("dialog [data-close]")
-    browser.press(Keys.SHIFT + Keys.TAB + Keys.NULL)
-    browser.focused("#confirm")
-    browser.press(Keys.ENTER)
+    press(browser, "#confirm")
     browser.find("#notice")
     assert len(world.tokens()["keyed"].secrets) == 1
     for way, dialog, button in (("token", "#edit", "#save"), ("token", "#disable", "#confirm")):
@@ -320,7 +318,7 @@ def test_lifecycle_by_keyboard_alone(browser: Browser, world: World, width: int)
         browser.find(button)
         if button == "#save":
             browser.focused("#name")
-            browser.press(*" again")
+            browser.press(Keys.END, *" again")
         browser.js("document.querySelector('dialog .close, dialog [data-close]').focus()")
         press(browser, button)
         browser.gone("dialog")

@@ -162,7 +162,7 @@ ENDS: Final[Mapping[str, End]] = {
     ),
     "use": End(
         "When the new one is first used",
-        "For a program that runs only once. Other copies of it fail from then on.",
+        "For a program with a single copy. Any other copy fails from then on.",
         on_first_use=True,
     ),
     "now": End(
