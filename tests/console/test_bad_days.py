@@ -51,8 +51,7 @@ def test_list_explains_each_error(
 
 @pytest.mark.answers(503)
 def test_unreachable_while_loading_more_rows(browser: Browser, world: World) -> None:
-    """If loading more rows fails, the page says so at the button, which keeps the focus and retries.
-    """
+    """If loading more rows fails, the button says so, keeps the focus, and retries."""
     for number in range(60):
         world.create(f"token {number}")
     browser.open()

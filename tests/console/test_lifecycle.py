@@ -337,7 +337,7 @@ def test_lifecycle_by_keyboard_alone(browser: Browser, world: World, width: int)
 
 
 def test_dialogs_are_accessible(browser: Browser, world: World, axe: str) -> None:
-    """axe finds nothing wrong with the list or a dialog, at both widths and in both schemes."""
+    """Axe finds nothing wrong with the list or a dialog, at both widths and in both schemes."""
     created = world.create(
         "full",
         labels={"team": "payments"},
@@ -368,7 +368,9 @@ def test_forced_colours_keep_what_colours_say(browser: Browser, world: World) ->
     created = world.create("contrast", scope=pb.SCOPE_WRITE, ttl={"seconds": 9 * DAY})
     features = [{"name": "forced-colors", "value": "active"}]
     browser.cdp("Emulation.setEmulatedMedia", features=features)
-    style = "const s = getComputedStyle(document.querySelector(arguments[0])); return s[arguments[1]]"
+    style = (
+        "const s = getComputedStyle(document.querySelector(arguments[0])); return s[arguments[1]]"
+    )
     try:
         browser.open("/?review=write")
         assert browser.js(style, ".card[aria-current]", "outlineStyle") == "solid"

@@ -157,9 +157,7 @@ class End:
 ENDS: Final[Mapping[str, End]] = {
     "day": End("In 1 day", "Time to give the new secret to the program.", timedelta(days=1)),
     "hour": End("In 1 hour", "For a program that you can update right now.", timedelta(hours=1)),
-    "week": End(
-        "In 7 days", "For a program that somebody else has to update.", timedelta(days=7)
-    ),
+    "week": End("In 7 days", "For a program that somebody else has to update.", timedelta(days=7)),
     "use": End(
         "When the new one is first used",
         "For a program with a single copy. Any other copy fails from then on.",

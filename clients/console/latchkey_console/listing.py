@@ -179,9 +179,7 @@ async def _is_use_recorded(client: Client, tokens: Sequence[Token]) -> bool:
     if not tokens or any(token.last_used_time is not None for token in tokens):
         return bool(tokens)
     try:
-        await client.get_usage(
-            tokens[0].account_id, tokens[0].id, timeout_seconds=CALL_SECONDS
-        )
+        await client.get_usage(tokens[0].account_id, tokens[0].id, timeout_seconds=CALL_SECONDS)
     except NotFound:
         return True  # deleted meanwhile
     except LatchkeyError:

@@ -21,7 +21,6 @@ from latchkey_console.failures import Trouble, is_refusal, trouble
 from latchkey_console.forms import NewToken, TokenForm
 from latchkey_console.frame import Frame, Notice, Visit, read_fields, rows_context, unchanged
 from latchkey_console.identity import NotSignedIn
-from latchkey_console.rendering import is_part
 from latchkey_console.showing import Displays
 
 __all__ = ["Pages"]

@@ -45,7 +45,6 @@ class Kind(enum.Enum):
         """Why it matters and what to do about it."""
         return _WORDS[self][1]
 
-
     @property
     def remedy(self) -> tuple[str, str]:
         """The page that mends it, and the words of the link, which the token's name follows."""
@@ -59,8 +58,7 @@ _WORDS: Final = {
     ),
     Kind.EXPIRES_SOON: (
         "Expiring soon",
-        f"Expires within {SOON.days} days. Replace it with a later expiry before its program stops "
-        "working.",
+        f"Expires within {SOON.days} days. Replace it and set a later expiry in time.",
     ),
     Kind.NEVER_EXPIRES: (
         "No expiry",

@@ -117,7 +117,7 @@ async def console(
     """Run the console for the account acme at NOW, and yield an HTTP client that keeps cookies."""
     app = make_app(
         settings.make(target="127.0.0.1:1", account="acme"),
-        client=cast(latchkey.Client, client),
+        client=cast("latchkey.Client", client),
         now=lambda: NOW,
         monotonic=monotonic,
     )
@@ -139,13 +139,9 @@ async def dialog(browser: httpx.AsyncClient, path: str) -> str:
     return answer.text
 
 
-async def submit(
-    browser: httpx.AsyncClient, path: str, shown: str, **typed: str
-) -> httpx.Response:
+async def submit(browser: httpx.AsyncClient, path: str, shown: str, **typed: str) -> httpx.Response:
     """Submit a dialog's form with its hidden fields, and follow its redirect."""
     hidden = re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)">', shown)
     fields = {name: html.unescape(value) for name, value in hidden}
     headers = {"origin": ORIGIN, "x-latchkey-part": "1"}
-    return await browser.post(
-        path, data=fields | typed, headers=headers, follow_redirects=True
-    )
+    return await browser.post(path, data=fields | typed, headers=headers, follow_redirects=True)

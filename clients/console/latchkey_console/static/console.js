@@ -73,11 +73,8 @@
     section.className = "note bad";
     section.setAttribute("role", "alert");
     section.tabIndex = -1;
-    const title = document.createElement("h2");
-    title.textContent = "This page's server did not answer";
-    const text = document.createElement("p");
-    text.textContent = what;
-    section.append(title, text);
+    section.innerHTML = "<h2>This page's server did not answer</h2><p></p>";
+    section.lastChild.textContent = what;
     showMessage(section);
   }
 
@@ -118,8 +115,7 @@
     if (element.id) return `#${CSS.escape(element.id)}`;
     if (element.dataset.review) return `[data-review="${CSS.escape(element.dataset.review)}"]`;
     const row = element.closest("tr[id]");
-    const act = element.dataset.act ?? "token";
-    return row ? `#${CSS.escape(row.id)} [data-act=${act}]` : "main";
+    return row ? `#${CSS.escape(row.id)} [data-act=${element.dataset.act ?? "token"}]` : "main";
   }
 
   // Moves the focus back to what opened the dialog, or to the row that took a deleted row's place. No scrolling is needed: the receipt
@@ -346,7 +342,9 @@
       const at = new Date(time.dateTime);
       if (Number.isNaN(at.getTime())) continue;
       time.title = exact.format(at);
-      time.textContent = "full" in time.dataset ? time.title : minute.format(at);
+      const text = "full" in time.dataset ? time.title : minute.format(at);
+      // Keeps "8:45 PM" on one line.
+      time.textContent = text.replace(/(\d)\s(?=\D+$)/, "$1\u00a0");
     }
   }
 
