@@ -7,7 +7,7 @@ from typing import Final
 
 from latchkey_console.times import span
 
-__all__ = ["NEVER", "Expiry", "local", "parse_expiry", "relative"]
+__all__ = ["NEVER", "Expiry", "local", "parse_duration", "parse_expiry", "relative"]
 
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _DURATION: Final = re.compile(r"([0-9]{1,9})([smhdw])")
@@ -39,8 +39,8 @@ def parse_expiry(text: str) -> Expiry:
     if text.lower() == "never":
         return NEVER
     try:
-        if match := _DURATION.fullmatch(text):
-            ttl = timedelta(seconds=int(match[1]) * _SECONDS[match[2]])
+        if _DURATION.fullmatch(text):
+            ttl = parse_duration(text)
             if not ttl:
                 raise ValueError("a duration must be longer than 0")
             return Expiry(ttl=ttl)
@@ -55,6 +55,14 @@ def parse_expiry(text: str) -> Expiry:
         "give a duration (90m, 12h, 30d), a date (2030-01-31), a time with a zone "
         "(2030-01-31T18:00:00Z) or never"
     )
+
+
+def parse_duration(text: str) -> timedelta:
+    """Parse a duration such as 90m, 12h or 7d. Raises ValueError or OverflowError."""
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise ValueError("give a duration (90m, 12h, 30d)")
+    return timedelta(seconds=int(match[1]) * _SECONDS[match[2]])
 
 
 def local(moment: datetime, *, seconds: bool = False) -> str:

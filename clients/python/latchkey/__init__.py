@@ -28,6 +28,7 @@ from latchkey.errors import (
     UnexpectedStatus,
 )
 from latchkey.models import (
+    CallerUsage,
     Change,
     CreatedToken,
     Deletions,
@@ -59,6 +60,7 @@ __all__ = [
     "AuditEntry",
     "AuditFilter",
     "AuditPage",
+    "CallerUsage",
     "Change",
     "Client",
     "CreatedToken",

@@ -15,9 +15,19 @@ from latchkey_coherence.verdict_cache import Position
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-from latchkey._subscription import Closing, Event, Grant, Invalidation, Request, Reset
+from latchkey._subscription import (
+    Closing,
+    Event,
+    Grant,
+    Invalidation,
+    Request,
+    Reset,
+    UsesReceived,
+)
+from latchkey._uses import UseReport
 from latchkey.errors import InternalError, InvalidArgument, invalid
 from latchkey.models import (
+    CallerUsage,
     Notifications,
     Page,
     Receipt,
@@ -151,6 +161,7 @@ def token_in(message: pb.Token) -> Token:
         last_used_time=(
             time_in(message.last_used_time) if message.HasField("last_used_time") else None
         ),
+        last_used_by=message.last_used_by,
         hint=message.hint,
         labels=dict(message.labels),
         disable_time=time_in(message.disable_time) if message.HasField("disable_time") else None,
@@ -166,7 +177,23 @@ def _token_secret_in(message: pb.TokenSecret) -> TokenSecret:
         hint=message.hint,
         create_time=time_in(message.create_time),
         expire_time=time_in(message.expire_time) if message.HasField("expire_time") else None,
+        last_used_time=(
+            time_in(message.last_used_time) if message.HasField("last_used_time") else None
+        ),
         retire_on_first_use=message.retire_on_first_use,
+    )
+
+
+def usage_in(message: pb.GetUsageResponse) -> tuple[CallerUsage, ...]:
+    """Convert the uses of a token from protobuf."""
+    return tuple(
+        CallerUsage(
+            caller=usage.caller,
+            first_used_time=time_in(usage.first_used_time),
+            last_used_time=time_in(usage.last_used_time),
+            days={time_in(day.start_time).date(): day.count for day in usage.days},
+        )
+        for usage in message.callers
     )
 
 
@@ -216,7 +243,29 @@ def watch_request_out(request: Request) -> pb.WatchRequest:
         mark=request.applied.mark,
         number=request.number,
         released=request.released,
+        use_report=None if request.report is None else _use_report_out(request.report),
     )
+
+
+def _use_report_out(report: UseReport) -> pb.UseReport:
+    return pb.UseReport(
+        number=report.number,
+        uses=[
+            pb.TokenUse(
+                token_id=use.token_id,
+                hint=use.hint,
+                count=use.count,
+                first_use_age=_seconds_out(use.first_age),
+                last_use_age=_seconds_out(use.last_age),
+            )
+            for use in report.uses
+        ],
+    )
+
+
+def _seconds_out(seconds: float) -> Duration:
+    whole, rest = divmod(seconds, 1)
+    return Duration(seconds=int(whole), nanos=int(rest * 1e9))
 
 
 def watch_event_in(message: object) -> Event | None:
@@ -238,6 +287,8 @@ def watch_event_in(message: object) -> Event | None:
             return Reset(_position_in(message.reset))
         case "closing":
             return Closing()
+        case "use_report_received":
+            return UsesReceived(message.use_report_received.number)
         case _:
             return None
 

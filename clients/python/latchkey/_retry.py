@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 # Every request to your service waits for a verify. No answer is better than a late one.
 VERIFY_TIMEOUT_SECONDS: Final = 1.0
-# A thousand verifies cost one look-up, but up to 21 MB of answers (see `_channel`).
+# A thousand verifies cost one look-up, but up to 27 MB of answers (see `_channel`).
 BATCH_VERIFY_TIMEOUT_SECONDS: Final = 2.0
 # One or two transactions. A database that fails over is back within seconds.
 MANAGEMENT_TIMEOUT_SECONDS: Final = 5.0
@@ -62,7 +62,7 @@ BUDGET_TOKENS_PER_SUCCESS: Final = 0.1
 TIMEOUTS_SECONDS: Final[Mapping[str, float]] = {
     # A repeated Create or Rotate ends the secret that nobody received, and waits for that.
     **dict.fromkeys(("Create", "Rotate"), CHANGE_TIMEOUT_SECONDS),
-    **dict.fromkeys(("Get", "List", "Enable"), MANAGEMENT_TIMEOUT_SECONDS),
+    **dict.fromkeys(("Get", "GetUsage", "List", "Enable"), MANAGEMENT_TIMEOUT_SECONDS),
     **dict.fromkeys(("Delete", "DeleteAll", "Disable", "Update"), CHANGE_TIMEOUT_SECONDS),
     **dict.fromkeys(("InvalidateAll", "RetireSecrets", "RevokeSecret"), CHANGE_TIMEOUT_SECONDS),
     "Verify": VERIFY_TIMEOUT_SECONDS,

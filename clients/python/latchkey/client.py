@@ -19,7 +19,16 @@ from latchkey import _audit, _convert
 from latchkey._audit import AuditFilter, AuditPage
 from latchkey._lifecycle import LifecycleCalls
 from latchkey.errors import InternalError, invalid
-from latchkey.models import CreatedToken, Page, Receipt, Scope, Status, Token, Verification
+from latchkey.models import (
+    CallerUsage,
+    CreatedToken,
+    Page,
+    Receipt,
+    Scope,
+    Status,
+    Token,
+    Verification,
+)
 from latchkey.secret import Secret
 
 
@@ -101,6 +110,17 @@ class Client(LifecycleCalls):
         request = _convert.build(lambda: pb.GetRequest(account_id=account_id, id=token_id))
         answer = await self._call("Get", self._rpcs().Get, request, timeout_seconds)
         return _convert.token_in(answer.token)
+
+    async def get_usage(
+        self, account_id: str, token_id: str, *, timeout_seconds: float | None = None
+    ) -> tuple[CallerUsage, ...]:
+        """Return who used a live token, the most recent caller first. Raises NotFound.
+
+        Includes all uses that are more than 15 seconds old, if all servers are healthy.
+        """
+        request = _convert.build(lambda: pb.GetUsageRequest(account_id=account_id, id=token_id))
+        answer = await self._call("GetUsage", self._rpcs().GetUsage, request, timeout_seconds)
+        return _convert.usage_in(answer)
 
     async def list_page(
         self,

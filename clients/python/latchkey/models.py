@@ -6,7 +6,7 @@ All datetimes are timezone-aware, in UTC.
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from typing import Final
 
 from latchkey.secret import Secret
@@ -53,6 +53,8 @@ class TokenSecret:
     create_time: datetime
     expire_time: datetime | None = None
     """When it stops or stopped working, apart from the token's expiry. None: with the token."""
+    last_used_time: datetime | None = None
+    """When a verify last called it valid, at most 15 seconds behind. None: not recorded."""
     retire_on_first_use: bool = False
     """Whether the first use of this secret ends the older ones."""
 
@@ -69,7 +71,9 @@ class Token:
     expire_time: datetime | None = None
     """When the token stops being valid. None: never."""
     last_used_time: datetime | None = None
-    """Approximately when a verify last accepted the token. None: not recorded."""
+    """When a verify last called the token valid, at most 15 seconds behind. Set by get and list."""
+    last_used_by: str = ""
+    """The name of the caller whose verify that was. Empty: not recorded, or no policy."""
     hint: str = ""
     """The newest secret's prefix and last four characters, so that people recognise the token."""
     # A dict is not hashable. Tokens that differ only in labels may share a hash.
@@ -85,6 +89,19 @@ class Token:
     secrets: tuple[TokenSecret, ...] = ()
     """Those that still work, and the newest one in any case, newest first. Empty in a
     verification."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallerUsage:
+    """The uses of a token by one caller."""
+
+    caller: str
+    """The caller's name in the policy. Empty: no policy."""
+    first_used_time: datetime
+    last_used_time: datetime
+    # A dict is not hashable.
+    days: Mapping[date, int] = field(default_factory=dict, hash=False)
+    """The number of uses on each day in UTC, newest first. The last 90 days."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -223,6 +223,7 @@ class Token(_message.Message):
     DISABLE_TIME_FIELD_NUMBER: _builtins.int
     ALLOWED_NETWORKS_FIELD_NUMBER: _builtins.int
     PERMISSIONS_FIELD_NUMBER: _builtins.int
+    LAST_USED_BY_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Opaque identifier, at most 64 characters, ordered by creation."""
     account_id: _builtins.str
@@ -239,6 +240,11 @@ class Token(_message.Message):
     """
     description: _builtins.str
     """Text given by the owner: 0-256 characters. Absent in VerifyResponse."""
+    last_used_by: _builtins.str
+    """Name of the caller whose verify set last_used_time, as in the policy. Empty:
+    no use recorded, or no policy. Absent in
+    VerifyResponse.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the token was created."""
@@ -251,8 +257,9 @@ class Token(_message.Message):
 
     @_builtins.property
     def last_used_time(self) -> _timestamp_pb2.Timestamp:
-        """Approximate time at which a verify last accepted the token. Absent: not
-        recorded.
+        """When a verify last answered VALID for the token, on a server or in a client
+        library that reports uses. With healthy servers, at most 15 seconds behind.
+        Absent: no use recorded. Absent in VerifyResponse.
         """
 
     @_builtins.property
@@ -302,10 +309,11 @@ class Token(_message.Message):
         disable_time: _timestamp_pb2.Timestamp | None = ...,
         allowed_networks: _abc.Iterable[_builtins.str] | None = ...,
         permissions: _abc.Iterable[_builtins.str] | None = ...,
+        last_used_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "disable_time", b"disable_time", "expire_time", b"expire_time", "last_used_time", b"last_used_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "allowed_networks", b"allowed_networks", "create_time", b"create_time", "description", b"description", "disable_time", b"disable_time", "expire_time", b"expire_time", "hint", b"hint", "id", b"id", "labels", b"labels", "last_used_time", b"last_used_time", "name", b"name", "permissions", b"permissions", "scope", b"scope", "secrets", b"secrets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "allowed_networks", b"allowed_networks", "create_time", b"create_time", "description", b"description", "disable_time", b"disable_time", "expire_time", b"expire_time", "hint", b"hint", "id", b"id", "labels", b"labels", "last_used_by", b"last_used_by", "last_used_time", b"last_used_time", "name", b"name", "permissions", b"permissions", "scope", b"scope", "secrets", b"secrets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -320,6 +328,7 @@ class TokenSecret(_message.Message):
     HINT_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    LAST_USED_TIME_FIELD_NUMBER: _builtins.int
     RETIRE_ON_FIRST_USE_FIELD_NUMBER: _builtins.int
     hint: _builtins.str
     """Prefix and last four characters, so that people recognise it."""
@@ -335,17 +344,25 @@ class TokenSecret(_message.Message):
         expire_time. Absent: it works as long as the token.
         """
 
+    @_builtins.property
+    def last_used_time(self) -> _timestamp_pb2.Timestamp:
+        """When a verify last answered VALID for this secret, as far as it is known which
+        of the token's secrets was used. At most 15 seconds behind, with healthy
+        servers. Absent: no use recorded.
+        """
+
     def __init__(
         self,
         *,
         hint: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        last_used_time: _timestamp_pb2.Timestamp | None = ...,
         retire_on_first_use: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "last_used_time", b"last_used_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "hint", b"hint", "retire_on_first_use", b"retire_on_first_use"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "hint", b"hint", "last_used_time", b"last_used_time", "retire_on_first_use", b"retire_on_first_use"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1329,6 +1346,127 @@ class DeleteAllResponse(_message.Message):
 Global___DeleteAllResponse: _TypeAlias = DeleteAllResponse  # noqa: Y015
 
 @_typing.final
+class GetUsageRequest(_message.Message):
+    """Request of TokenService.GetUsage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    account_id: _builtins.str
+    """Owner of the token. Required."""
+    id: _builtins.str
+    """Identifier of the token. Required."""
+    def __init__(
+        self,
+        *,
+        account_id: _builtins.str = ...,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetUsageRequest: _TypeAlias = GetUsageRequest  # noqa: Y015
+
+@_typing.final
+class GetUsageResponse(_message.Message):
+    """Response of TokenService.GetUsage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def callers(self) -> _containers.RepeatedCompositeFieldContainer[Global___CallerUsage]:
+        """The callers that used the token, the most recent one first. At most 100."""
+
+    def __init__(
+        self,
+        *,
+        callers: _abc.Iterable[Global___CallerUsage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["callers", b"callers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetUsageResponse: _TypeAlias = GetUsageResponse  # noqa: Y015
+
+@_typing.final
+class CallerUsage(_message.Message):
+    """The uses of a token by one caller."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLER_FIELD_NUMBER: _builtins.int
+    FIRST_USED_TIME_FIELD_NUMBER: _builtins.int
+    LAST_USED_TIME_FIELD_NUMBER: _builtins.int
+    DAYS_FIELD_NUMBER: _builtins.int
+    caller: _builtins.str
+    """Name of the caller in the policy. Empty: no policy."""
+    @_builtins.property
+    def first_used_time(self) -> _timestamp_pb2.Timestamp:
+        """When the caller first used the token."""
+
+    @_builtins.property
+    def last_used_time(self) -> _timestamp_pb2.Timestamp:
+        """When the caller last used the token."""
+
+    @_builtins.property
+    def days(self) -> _containers.RepeatedCompositeFieldContainer[Global___DayUsage]:
+        """The days with uses, the newest first. At most 90: older days are removed."""
+
+    def __init__(
+        self,
+        *,
+        caller: _builtins.str = ...,
+        first_used_time: _timestamp_pb2.Timestamp | None = ...,
+        last_used_time: _timestamp_pb2.Timestamp | None = ...,
+        days: _abc.Iterable[Global___DayUsage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_used_time", b"first_used_time", "last_used_time", b"last_used_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "days", b"days", "first_used_time", b"first_used_time", "last_used_time", b"last_used_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CallerUsage: _TypeAlias = CallerUsage  # noqa: Y015
+
+@_typing.final
+class DayUsage(_message.Message):
+    """The uses of a token by one caller on one day."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_TIME_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """How often verifies answered VALID. Never too high because of a repeated
+    report. Too low if a client's connection or a server failed before it handed
+    its counts on. Uses within seconds of midnight may count for the other day.
+    """
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """The start of the day, in UTC."""
+
+    def __init__(
+        self,
+        *,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "start_time", b"start_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DayUsage: _TypeAlias = DayUsage  # noqa: Y015
+
+@_typing.final
 class VerifyRequest(_message.Message):
     """Request of TokenService.Verify."""
 
@@ -1475,6 +1613,7 @@ class WatchRequest(_message.Message):
     NUMBER_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
     MARK_FIELD_NUMBER: _builtins.int
+    USE_REPORT_FIELD_NUMBER: _builtins.int
     applied_revision: _builtins.int
     """The latest revision that the client has applied: its cache has no verdict
     that an invalidation up to this revision changed. 0 in the first message of
@@ -1496,6 +1635,12 @@ class WatchRequest(_message.Message):
     client that sends no marks receives no grant, or only one if it begins with
     revision 0.
     """
+    @_builtins.property
+    def use_report(self) -> Global___UseReport:
+        """Uses that the client answered from its cache since its previous report.
+        Optional.
+        """
+
     def __init__(
         self,
         *,
@@ -1503,14 +1648,101 @@ class WatchRequest(_message.Message):
         number: _builtins.int = ...,
         released: _builtins.bool = ...,
         mark: _builtins.int = ...,
+        use_report: Global___UseReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["use_report", b"use_report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_revision", b"applied_revision", "mark", b"mark", "number", b"number", "released", b"released"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_revision", b"applied_revision", "mark", b"mark", "number", b"number", "released", b"released", "use_report", b"use_report"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
+
+@_typing.final
+class UseReport(_message.Message):
+    """Hands uses on to the server, which records them under the name of the stream's
+    caller. Once the server answers UseReportReceived, it is responsible for them.
+    The client sends the next report only after that, except right before
+    `released`.
+
+    If the stream ends first, the client cannot know whether the server received
+    the report. It sends the uses again, on another stream, with counts of 0. So
+    times are never lost, and no use counts twice.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Increases on a stream. 1 or more."""
+    @_builtins.property
+    def uses(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenUse]:
+        """1-1,000 uses. The server ignores the rest."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        uses: _abc.Iterable[Global___TokenUse] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "uses", b"uses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UseReport: _TypeAlias = UseReport  # noqa: Y015
+
+@_typing.final
+class TokenUse(_message.Message):
+    """The uses of one secret by one client, since its previous report. Only answers
+    with VERDICT_VALID are uses.
+
+    Ages, not times, so that the clocks of client and server need not agree. The
+    server limits ages to 90 days, and times to those between the creation and the
+    deletion of the token. It ignores tokens that do not exist.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    HINT_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    FIRST_USE_AGE_FIELD_NUMBER: _builtins.int
+    LAST_USE_AGE_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.str
+    """Identifier of the token."""
+    hint: _builtins.str
+    """The hint of the secret that was used: its prefix, "_…" and its last four
+    characters. Distinguishes the secrets of one token.
+    """
+    count: _builtins.int
+    """The number of uses. 0: the count may have arrived with an earlier report."""
+    @_builtins.property
+    def first_use_age(self) -> _duration_pb2.Duration:
+        """How long ago the first use was when the client sent the report."""
+
+    @_builtins.property
+    def last_use_age(self) -> _duration_pb2.Duration:
+        """How long ago the last use was. At most first_use_age."""
+
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.str = ...,
+        hint: _builtins.str = ...,
+        count: _builtins.int = ...,
+        first_use_age: _duration_pb2.Duration | None = ...,
+        last_use_age: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_use_age", b"first_use_age", "last_use_age", b"last_use_age"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "first_use_age", b"first_use_age", "hint", b"hint", "last_use_age", b"last_use_age", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenUse: _TypeAlias = TokenUse  # noqa: Y015
 
 @_typing.final
 class WatchResponse(_message.Message):
@@ -1522,6 +1754,7 @@ class WatchResponse(_message.Message):
     GRANT_FIELD_NUMBER: _builtins.int
     RESET_FIELD_NUMBER: _builtins.int
     CLOSING_FIELD_NUMBER: _builtins.int
+    USE_REPORT_RECEIVED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def invalidation(self) -> Global___Invalidation:
         """Names tokens whose cached verdicts are no longer correct."""
@@ -1538,6 +1771,10 @@ class WatchResponse(_message.Message):
     def closing(self) -> Global___Closing:
         """Requires the client to move to another Watch."""
 
+    @_builtins.property
+    def use_report_received(self) -> Global___UseReportReceived:
+        """Confirms a report of uses. Sent only to clients that report."""
+
     def __init__(
         self,
         *,
@@ -1545,16 +1782,41 @@ class WatchResponse(_message.Message):
         grant: Global___Grant | None = ...,
         reset: Global___Reset | None = ...,
         closing: Global___Closing | None = ...,
+        use_report_received: Global___UseReportReceived | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "event", b"event", "grant", b"grant", "invalidation", b"invalidation", "reset", b"reset"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "event", b"event", "grant", b"grant", "invalidation", b"invalidation", "reset", b"reset", "use_report_received", b"use_report_received"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "event", b"event", "grant", b"grant", "invalidation", b"invalidation", "reset", b"reset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "event", b"event", "grant", b"grant", "invalidation", b"invalidation", "reset", b"reset", "use_report_received", b"use_report_received"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["invalidation", "grant", "reset", "closing"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["invalidation", "grant", "reset", "closing", "use_report_received"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
+
+@_typing.final
+class UseReportReceived(_message.Message):
+    """Confirms that the server is responsible for the uses in a report. It comes late
+    if the client reports more than a server can take.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """The number of the report. Confirms every earlier one too."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UseReportReceived: _TypeAlias = UseReportReceived  # noqa: Y015
 
 @_typing.final
 class Invalidation(_message.Message):

@@ -118,6 +118,11 @@ class TokenServiceStub(object):
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.DeleteAllRequest.SerializeToString,
                 response_deserializer=latchkey_dot_v1_dot_token__service__pb2.DeleteAllResponse.FromString,
                 _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/latchkey.v1.TokenService/GetUsage',
+                request_serializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageResponse.FromString,
+                _registered_method=True)
         self.Verify = channel.unary_unary(
                 '/latchkey.v1.TokenService/Verify',
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.VerifyRequest.SerializeToString,
@@ -310,10 +315,23 @@ class TokenServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetUsage(self, request, context):
+        """Returns who has used a live token, and how often. Counts the verifies that
+        servers and reporting client libraries answered VALID; other verdicts are
+        not uses. With healthy servers, a use is included at most 15 seconds after
+        it happened. The uses of the last 15 seconds before a crash may be missing.
+        Has no side effects and is safe to retry.
+        Errors: INVALID_ARGUMENT; NOT_FOUND as for Get; UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Verify(self, request, context):
         """Verifies a presented secret. Returns a verdict, not an error, for any
-        string. Safe to retry. Has one side effect: the first verify of a secret that
-        Rotate made with `retire_on_first_use` ends the older secrets.
+        string. Safe to retry. Has two side effects: records the use of the token if
+        the verdict is VALID, and the first verify of a secret that Rotate made with
+        `retire_on_first_use` ends the older secrets.
         Errors: INVALID_ARGUMENT if more than 64 permissions are required;
         UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible; treat all
         of them as "not allowed".
@@ -345,6 +363,10 @@ class TokenServiceServicer(object):
         client must do; docs/protocol.md describes the whole protocol and its
         conformance cases. A client that disconnects or falls silent delays Deletes
         until its last grant has expired, and has no other effect.
+
+        The client may also report the uses that it answered from its cache, so that
+        last_used_time and GetUsage include them. A client that reports none loses
+        nothing else.
         Errors: UNAVAILABLE if this server is stopping or cannot grant leases: try
         another server; FAILED_PRECONDITION if its cache is turned off, or if the
         policy limits the caller to certain accounts; RESOURCE_EXHAUSTED if it has
@@ -411,6 +433,11 @@ def add_TokenServiceServicer_to_server(servicer, server):
                     servicer.DeleteAll,
                     request_deserializer=latchkey_dot_v1_dot_token__service__pb2.DeleteAllRequest.FromString,
                     response_serializer=latchkey_dot_v1_dot_token__service__pb2.DeleteAllResponse.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageRequest.FromString,
+                    response_serializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageResponse.SerializeToString,
             ),
             'Verify': grpc.unary_unary_rpc_method_handler(
                     servicer.Verify,
@@ -754,6 +781,33 @@ class TokenService(object):
             '/latchkey.v1.TokenService/DeleteAll',
             latchkey_dot_v1_dot_token__service__pb2.DeleteAllRequest.SerializeToString,
             latchkey_dot_v1_dot_token__service__pb2.DeleteAllResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/latchkey.v1.TokenService/GetUsage',
+            latchkey_dot_v1_dot_token__service__pb2.GetUsageRequest.SerializeToString,
+            latchkey_dot_v1_dot_token__service__pb2.GetUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -161,10 +161,19 @@ class TokenServiceStub:
     receipt also covers the deletions before it.
     Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.
     """
+    GetUsage: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.GetUsageRequest, _token_service_pb2.GetUsageResponse]
+    """Returns who has used a live token, and how often. Counts the verifies that
+    servers and reporting client libraries answered VALID; other verdicts are
+    not uses. With healthy servers, a use is included at most 15 seconds after
+    it happened. The uses of the last 15 seconds before a crash may be missing.
+    Has no side effects and is safe to retry.
+    Errors: INVALID_ARGUMENT; NOT_FOUND as for Get; UNAVAILABLE.
+    """
     Verify: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.VerifyRequest, _token_service_pb2.VerifyResponse]
     """Verifies a presented secret. Returns a verdict, not an error, for any
-    string. Safe to retry. Has one side effect: the first verify of a secret that
-    Rotate made with `retire_on_first_use` ends the older secrets.
+    string. Safe to retry. Has two side effects: records the use of the token if
+    the verdict is VALID, and the first verify of a secret that Rotate made with
+    `retire_on_first_use` ends the older secrets.
     Errors: INVALID_ARGUMENT if more than 64 permissions are required;
     UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible; treat all
     of them as "not allowed".
@@ -188,6 +197,10 @@ class TokenServiceStub:
     client must do; docs/protocol.md describes the whole protocol and its
     conformance cases. A client that disconnects or falls silent delays Deletes
     until its last grant has expired, and has no other effect.
+
+    The client may also report the uses that it answered from its cache, so that
+    last_used_time and GetUsage include them. A client that reports none loses
+    nothing else.
     Errors: UNAVAILABLE if this server is stopping or cannot grant leases: try
     another server; FAILED_PRECONDITION if its cache is turned off, or if the
     policy limits the caller to certain accounts; RESOURCE_EXHAUSTED if it has
@@ -327,10 +340,19 @@ class TokenServiceAsyncStub(TokenServiceStub):
     receipt also covers the deletions before it.
     Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.
     """
+    GetUsage: _aio.UnaryUnaryMultiCallable[_token_service_pb2.GetUsageRequest, _token_service_pb2.GetUsageResponse]  # type: ignore[assignment]
+    """Returns who has used a live token, and how often. Counts the verifies that
+    servers and reporting client libraries answered VALID; other verdicts are
+    not uses. With healthy servers, a use is included at most 15 seconds after
+    it happened. The uses of the last 15 seconds before a crash may be missing.
+    Has no side effects and is safe to retry.
+    Errors: INVALID_ARGUMENT; NOT_FOUND as for Get; UNAVAILABLE.
+    """
     Verify: _aio.UnaryUnaryMultiCallable[_token_service_pb2.VerifyRequest, _token_service_pb2.VerifyResponse]  # type: ignore[assignment]
     """Verifies a presented secret. Returns a verdict, not an error, for any
-    string. Safe to retry. Has one side effect: the first verify of a secret that
-    Rotate made with `retire_on_first_use` ends the older secrets.
+    string. Safe to retry. Has two side effects: records the use of the token if
+    the verdict is VALID, and the first verify of a secret that Rotate made with
+    `retire_on_first_use` ends the older secrets.
     Errors: INVALID_ARGUMENT if more than 64 permissions are required;
     UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible; treat all
     of them as "not allowed".
@@ -354,6 +376,10 @@ class TokenServiceAsyncStub(TokenServiceStub):
     client must do; docs/protocol.md describes the whole protocol and its
     conformance cases. A client that disconnects or falls silent delays Deletes
     until its last grant has expired, and has no other effect.
+
+    The client may also report the uses that it answered from its cache, so that
+    last_used_time and GetUsage include them. A client that reports none loses
+    nothing else.
     Errors: UNAVAILABLE if this server is stopping or cannot grant leases: try
     another server; FAILED_PRECONDITION if its cache is turned off, or if the
     policy limits the caller to certain accounts; RESOURCE_EXHAUSTED if it has
@@ -558,14 +584,29 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def GetUsage(
+        self,
+        request: _token_service_pb2.GetUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_service_pb2.GetUsageResponse, _abc.Awaitable[_token_service_pb2.GetUsageResponse]]:
+        """Returns who has used a live token, and how often. Counts the verifies that
+        servers and reporting client libraries answered VALID; other verdicts are
+        not uses. With healthy servers, a use is included at most 15 seconds after
+        it happened. The uses of the last 15 seconds before a crash may be missing.
+        Has no side effects and is safe to retry.
+        Errors: INVALID_ARGUMENT; NOT_FOUND as for Get; UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
     def Verify(
         self,
         request: _token_service_pb2.VerifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.VerifyResponse, _abc.Awaitable[_token_service_pb2.VerifyResponse]]:
         """Verifies a presented secret. Returns a verdict, not an error, for any
-        string. Safe to retry. Has one side effect: the first verify of a secret that
-        Rotate made with `retire_on_first_use` ends the older secrets.
+        string. Safe to retry. Has two side effects: records the use of the token if
+        the verdict is VALID, and the first verify of a secret that Rotate made with
+        `retire_on_first_use` ends the older secrets.
         Errors: INVALID_ARGUMENT if more than 64 permissions are required;
         UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible; treat all
         of them as "not allowed".
@@ -601,6 +642,10 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         client must do; docs/protocol.md describes the whole protocol and its
         conformance cases. A client that disconnects or falls silent delays Deletes
         until its last grant has expired, and has no other effect.
+
+        The client may also report the uses that it answered from its cache, so that
+        last_used_time and GetUsage include them. A client that reports none loses
+        nothing else.
         Errors: UNAVAILABLE if this server is stopping or cannot grant leases: try
         another server; FAILED_PRECONDITION if its cache is turned off, or if the
         policy limits the caller to certain accounts; RESOURCE_EXHAUSTED if it has

@@ -16,7 +16,7 @@ from latchkey_service.access import forwarded
 from latchkey_service.access.certificate import CertificateError, read_certificate
 from latchkey_service.access.credentials import bearer, digest_of
 from latchkey_service.access.identity import by_certificate, conflict
-from latchkey_service.access.methods import OPERATOR, AccountSource, rule_of
+from latchkey_service.access.methods import VERIFIER, AccountSource, rule_of
 from latchkey_service.access.policy import Caller, Policy
 from latchkey_service.errors import PermissionDenied, Unauthenticated, WatchRefused
 
@@ -203,7 +203,7 @@ def check_account(path: str, caller: Caller, request: Any) -> None:
             "ACCOUNT_DENIED",
             caller.name,
         )
-    if rule.account is AccountSource.ALL and rule.role == OPERATOR:
+    if rule.account is AccountSource.ALL and rule.role != VERIFIER:
         raise PermissionDenied(
             "The call affects all accounts, and the policy limits this caller to some.",
             "ACCOUNT_DENIED",

@@ -173,7 +173,8 @@ class Settings(BaseSettings):
         90,
         ge=1,
         le=36_500,
-        description="how many days a deleted token is DELETED instead of UNKNOWN",
+        description="how many days a deleted or expired token, or an ended secret, keeps its "
+        "verdict instead of UNKNOWN",
     )
     audit_retention_days: int = Field(
         365, ge=1, le=36_500, description="how long audit entries are kept"

@@ -31,8 +31,13 @@ from latchkey_service.postgres.connections import (
     translate_errors,
 )
 from latchkey_service.tokens.queue_limit import STUCK_SECONDS, QueueLimit
-from latchkey_service.tokens.token_store import FIND_BY_DIGEST, record_of, snapshot_of
-from latchkey_service.tokens.verdict import TokenRecord
+from latchkey_service.tokens.token_table import (
+    FIND_BY_DIGEST,
+    record_of,
+    secret_of,
+    snapshot_of,
+)
+from latchkey_service.tokens.verdict import SecretRecord, TokenRecord
 
 if TYPE_CHECKING:
     import asyncpg
@@ -55,9 +60,10 @@ EXPIRY_CHECK_SECONDS = 0.02
 
 
 class Found(NamedTuple):
-    """The record of a token, or None, and the snapshot of the read."""
+    """A token and the secret that was looked up, or None twice, and the snapshot of the read."""
 
     record: TokenRecord | None
+    secret: SecretRecord | None
     snapshot: Snapshot
 
 
@@ -265,9 +271,13 @@ async def _find(connection: "Connection", digests: list[bytes]) -> "list[asyncpg
 def _deliver(rows: "Sequence[asyncpg.Record]", batch: list[_Waiter]) -> None:
     """Give each waiter of a batch its results from the rows."""
     snapshot = snapshot_of(rows[0])
-    # Columns: the snapshot, the digest (NULL if nothing was found), then the token.
-    by_digest = {row[3]: Found(record_of(row), snapshot) for row in rows if row[3] is not None}
-    nothing = Found(None, snapshot)
+    # Columns: the snapshot, the secret (its digest is NULL if nothing was found), then the token.
+    by_digest = {
+        row[3]: Found(record_of(row), secret_of(row), snapshot)
+        for row in rows
+        if row[3] is not None
+    }
+    nothing = Found(None, None, snapshot)
     for waiter in batch:
         if not waiter.future.done():
             waiter.future.set_result([by_digest.get(d, nothing) for d in waiter.digests])

@@ -34,6 +34,7 @@ UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 METHODS: dict[str, Callable[..., Awaitable[object]]] = {
     "Create": lambda c, **kw: c.create("acme", "ci", Scope.READ, **kw),
     "Get": lambda c, **kw: c.get("acme", "t1", **kw),
+    "GetUsage": lambda c, **kw: c.get_usage("acme", "t1", **kw),
     "List": lambda c, **kw: c.list_page("acme", **kw),
     "Delete": lambda c, **kw: c.delete("acme", "t1", **kw),
     "Update": lambda c, **kw: c.update("acme", "t1", name="x", **kw),
@@ -51,6 +52,7 @@ METHODS: dict[str, Callable[..., Awaitable[object]]] = {
 ANSWERS: dict[str, Message] = {
     "Create": pb.CreateResponse(),
     "Get": pb.GetResponse(),
+    "GetUsage": pb.GetUsageResponse(),
     "List": pb.ListResponse(),
     "Delete": pb.DeleteResponse(),
     "Update": pb.UpdateResponse(),

@@ -28,10 +28,11 @@ async def test_tokens_have_all_fields_of_the_contract(
     """Each field of a token and of its secrets is converted."""
     secrets = [
         pb.TokenSecret(hint="lk_…new1", create_time=STAMP, retire_on_first_use=True),
-        pb.TokenSecret(hint="lk_…old1", create_time=STAMP, expire_time=STAMP),
+        pb.TokenSecret(hint="lk_…old1", create_time=STAMP, expire_time=STAMP, last_used_time=STAMP),
     ]
     message = fake.token(
         secrets=secrets,
+        last_used_by="shop",
         description="For the nightly export.\nAsk Ann.",
         disable_time=STAMP,
         allowed_networks=["192.0.2.0/24", "2001:db8::/32"],
@@ -41,8 +42,11 @@ async def test_tokens_have_all_fields_of_the_contract(
     token = await client.get("acme", "t1")
     assert token.secrets == (
         latchkey.TokenSecret(hint="lk_…new1", create_time=TIME, retire_on_first_use=True),
-        latchkey.TokenSecret(hint="lk_…old1", create_time=TIME, expire_time=TIME),
+        latchkey.TokenSecret(
+            hint="lk_…old1", create_time=TIME, expire_time=TIME, last_used_time=TIME
+        ),
     )
+    assert token.last_used_by == "shop"
     assert token.description == "For the nightly export.\nAsk Ann."
     assert token.disable_time == TIME
     assert token.allowed_networks == ("192.0.2.0/24", "2001:db8::/32")

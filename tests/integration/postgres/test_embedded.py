@@ -21,6 +21,7 @@ from latchkey_service.postgres.embedded_cluster import (
     EmbeddedPostgres,
 )
 
+from tests.helpers.scratch import SCRATCH
 from tests.integration.postgres.embedded_process import (
     IS_ROOT,
     WAIT_SECONDS,
@@ -33,8 +34,6 @@ from tests.integration.postgres.embedded_process import (
     socket_dir,
     wait_until,
 )
-
-from tests.helpers.scratch import SCRATCH
 
 pytestmark = [
     # The tests share one cluster and take turns to stop it.

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import latchkey
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.descriptor_pb2 import MethodOptions
 from latchkey import _retry, guards, sync
 from latchkey_proto import v1
 from latchkey_proto.v1 import token_service_pb2
@@ -28,6 +27,7 @@ def test_public_names_are_pinned() -> None:
         "AuditEntry",
         "AuditFilter",
         "AuditPage",
+        "CallerUsage",
         "Change",
         "Client",
         "CreatedToken",
@@ -145,14 +145,22 @@ def test_every_rpc_has_a_policy() -> None:
     assert all(seconds > 0 for seconds in _retry.TIMEOUTS_SECONDS.values())
 
 
-def test_every_rpc_of_tokens_is_safe_to_retry() -> None:
-    """All RPCs are retried, so each is idempotent by the contract or has a request id."""
-    for method in token_service_pb2.DESCRIPTOR.services_by_name["TokenService"].methods:
-        if method.client_streaming:
-            continue
-        level = method.GetOptions().idempotency_level
-        safe = level != MethodOptions.IDEMPOTENCY_UNKNOWN
-        assert safe or "request_id" in method.input_type.fields_by_name, method.full_name
+def test_every_rpc_is_safe_to_retry() -> None:
+    """All RPCs are retried, and the contract says of each that this is safe."""
+    described = {
+        name: " ".join(comment.replace("//", "").split())
+        for path in ROOT.glob("proto/latchkey/**/*.proto")
+        for comment, name in re.findall(
+            r"((?:^  //.*\n)+)^  rpc (\w+)\((?!stream)", path.read_text("utf-8"), re.MULTILINE
+        )
+    }
+    assert {name.rpartition(".")[2] for name in rpc_names()} == set(described)
+    safe = re.compile(
+        r"safe to re(try|peat)|retry( within a day)? is safe|idempotent\.|idempotent:",
+        re.IGNORECASE,
+    )
+    for name, comment in described.items():
+        assert safe.search(comment), name
 
 
 def test_enums_cover_the_contract() -> None:
