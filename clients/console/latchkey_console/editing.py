@@ -71,7 +71,10 @@ class EditForm:
         form = cls._with({name: fields.get(f"was_{name}", "") for name in _NAMES})
         return replace(
             form,
-            **{name: fields.get(name, "") for name in _NAMES},
+            name=fields.get("name", ""),
+            scope=fields.get("scope", ""),
+            description=fields.get("description", ""),
+            networks=fields.get("networks", ""),
             expiry=fields.get("expiry", ""),
             date=fields.get("date", ""),
             date_end=fields.get("date_end", ""),
