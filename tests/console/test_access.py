@@ -114,13 +114,13 @@ def test_axe_finds_nothing_serious_in_error_states(
     browser: Browser, world: World, axe: str
 ) -> None:
     """Axe finds nothing serious for invalid input, lost answers, outages and unknown pages."""
-    from tests.console.test_bad_days import UNAVAILABLE
+    from tests.console.test_bad_days import ATTEMPTS_MAX, UNAVAILABLE
 
     browser.open("/new")
     browser.click("#add")
     browser.find("#error-name")
     browser.accessible(axe, "mistakes")
-    with world.relay.failing("Create", code=UNAVAILABLE, reaches=True, times=1):
+    with world.relay.failing("Create", code=UNAVAILABLE, reaches=True, times=ATTEMPTS_MAX):
         browser.type("#name", "lost")
         browser.click("#add")
         browser.find("[name=replace]")
