@@ -100,6 +100,9 @@ async def test_filters(stub, create):
         ({"state": 9}, ["filter.state"]),
         ({"name_contains": "x" * 65}, ["filter.name_contains"]),
         ({"name_contains": "a\x00"}, ["filter.name_contains"]),
+        # Every name contains these once invisible characters are ignored.
+        ({"name_contains": " "}, ["filter.name_contains"]),
+        ({"name_contains": "\u200b"}, ["filter.name_contains"]),
         ({"label": {str(n): "" for n in range(17)}}, ["filter.label"]),
         ({"label": {"a\x00": ""}}, ["filter.label"]),
     ],
@@ -110,6 +113,21 @@ async def test_bad_filter(stub, create, selected, wrong):
     error = await refusal(stub.DeleteAll(delete_all(**selected)))
     assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, wrong)
     assert await verdict(stub, created.secret) == "VALID"
+
+
+async def test_filter_by_the_name_of_an_expired_token(stub, create):
+    """A token whose name was taken over is still found by its name, and by nothing else."""
+    ttl = duration_pb2.Duration(nanos=100_000_000)
+    expired = await create(name="deploy", ttl=ttl)
+    await becomes("EXPIRED", stub, expired.secret)
+    live = await create(name="deploy")
+
+    async def matching(name_contains: str) -> set[str]:
+        answer = await stub.DeleteAll(delete_all(dry_run=True, name_contains=name_contains))
+        return {token.id for token in answer.tokens}
+
+    assert await matching("PLOY") == {expired.token.id, live.token.id}
+    assert await matching("tok_") == await matching(expired.token.id[4:]) == set()
 
 
 async def test_delete_all_against_create_and_delete(stub, create):

@@ -11,6 +11,7 @@ import grpc
 import latchkey
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 from latchkey import Scope, Verdict, _uses
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
@@ -287,6 +288,67 @@ async def test_reports_are_corrected(
     ):
         got = (await stub.Get(pb.GetRequest(account_id=ACCOUNT, id=token.id), timeout=5)).token
         assert earliest <= got.last_used_time.ToDatetime(UTC) <= latest
+
+
+async def test_each_secret_has_its_last_use(
+    address: str, stub: TokenServiceAsyncStub, create: Create
+) -> None:
+    """After a rotation, each secret of a token has its last use, from servers and from clients. The
+    token has the latest of them, and its uses on all secrets add up."""
+    created = await create()
+    named: dict[str, Any] = {"account_id": ACCOUNT, "id": created.token.id}
+    grace = Duration(seconds=3600)
+    rotated = await stub.Rotate(pb.RotateRequest(**named, grace=grace), timeout=8)
+    hints = [rotated.token.hint, created.token.hint]
+    assert [secret.hint for secret in rotated.token.secrets] == hints
+    assert not any(secret.HasField("last_used_time") for secret in rotated.token.secrets)
+
+    async def shown(expected: set[str]) -> pb.Token:
+        async def all_shown() -> pb.Token | None:
+            token = (await stub.Get(pb.GetRequest(**named), timeout=5)).token
+            used = {s.hint for s in token.secrets if s.HasField("last_used_time")}
+            return token if used == expected else None
+
+        token: pb.Token = await eventually(all_shown, f"uses of {expected}")
+        return token
+
+    # The older secret, which the token itself no longer shows.
+    await stub.Verify(pb.VerifyRequest(secret=created.secret), timeout=5)
+    token = await shown({created.token.hint})
+    assert token.last_used_time == token.secrets[1].last_used_time
+    async with watching(address) as client:
+        await client.granted()
+        await client.say(use_report=report(1, use(rotated.token, last=0.0)))
+    token = await shown(set(hints))
+    newest, oldest = token.secrets
+    assert oldest.last_used_time.ToNanoseconds() < newest.last_used_time.ToNanoseconds()
+    assert token.last_used_time == newest.last_used_time
+    await used(stub, created.token, {"": 2})
+    # A change keeps what is known of the uses.
+    disabled = await stub.Disable(pb.DisableRequest(**named), timeout=8)
+    assert disabled.token.last_used_time == token.last_used_time
+    assert [s.last_used_time for s in disabled.token.secrets] == [
+        newest.last_used_time,
+        oldest.last_used_time,
+    ]
+
+
+async def test_tokens_without_a_recent_use_are_selected(
+    stub: TokenServiceAsyncStub, create: Create
+) -> None:
+    """DeleteAll with `unused_since` spares tokens that were used since."""
+    busy, idle = await create(), await create()
+    await stub.Verify(pb.VerifyRequest(secret=idle.secret), timeout=5)
+    await used(stub, idle.token, {"": 1})
+    since = Timestamp()
+    since.GetCurrentTime()
+    await stub.Verify(pb.VerifyRequest(secret=busy.secret), timeout=5)
+    await used(stub, busy.token, {"": 1})
+    request = pb.DeleteAllRequest(
+        account_id=ACCOUNT, filter=pb.TokenFilter(unused_since=since), dry_run=True
+    )
+    answer = await stub.DeleteAll(request, timeout=8)
+    assert [token.id for token in answer.tokens] == [idle.token.id]
 
 
 async def test_a_client_that_does_not_report_is_served_as_before(

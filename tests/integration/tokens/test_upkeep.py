@@ -46,7 +46,7 @@ async def verdict(stub: Any, secret: str) -> str:
 
 async def test_what_ended_long_ago_is_removed(stub: Any, database_url: str) -> None:
     """Expired tokens and ended secrets go after the retention. Tokens that live keep their newest
-    secret, even if it has ended."""
+    secret, even if it has ended. The uses of a token go with it."""
     expired, kept, revoked = [await create(stub, name) for name in ("expired", "kept", "revoked")]
     named: dict[str, Any] = {"account_id": "acme", "id": kept.token.id}
     rotated = await stub.Rotate(pb.RotateRequest(**named), timeout=9)
@@ -62,10 +62,20 @@ async def test_what_ended_long_ago_is_removed(stub: Any, database_url: str) -> N
                 expired.token.id,
             )
             await connection.execute(
+                "INSERT INTO token_usage SELECT id, hint, '', create_time, create_time FROM token"
+            )
+            await connection.execute(
+                "INSERT INTO token_usage_day SELECT id, '', '2026-01-01', 1 FROM token"
+            )
+            await connection.execute(
                 "UPDATE secret SET retire_time = retire_time - interval '2 days'"
             )
         assert await store.purge_ended(now - timedelta(days=1), 10) == 2
         assert await store.purge_ended(now - timedelta(days=1), 10) == 0
+        async with session(database_url) as connection:
+            for table in ("token_usage", "token_usage_day"):
+                rows = await connection.fetch(f"SELECT token_id FROM {table}")  # noqa: S608 - ours
+                assert {row[0] for row in rows} == {kept.token.id, revoked.token.id}
     finally:
         await pool.close()
     assert await verdict(stub, expired.secret) == "UNKNOWN"

@@ -4,6 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import Any
 
 import latchkey
 import pytest
@@ -197,14 +198,15 @@ def watching(verifier: latchkey.Verifier, now: float) -> Stream:
     return stream
 
 
-def store(verifier: latchkey.Verifier, verdict: Verdict = Verdict.VALID) -> None:
-    """Cache the service's answer about a token with the scope READ."""
+def store(verifier: latchkey.Verifier, verdict: Verdict = Verdict.VALID, **fields: Any) -> None:
+    """Cache the service's answer about a token with the scope READ, unless `fields` has others."""
+    values: dict[str, Any] = {"scope": Scope.READ} | fields
     token = Token(
         id="t1",
         account_id="a",
         name="n",
-        scope=Scope.READ,
         create_time=datetime(2026, 1, 1, tzinfo=UTC),
+        **values,
     )
     answer = Verification(verdict=verdict, token=token, revision=5, mark=at(5).mark)
     verifier._store(SECRET, None, answer)
@@ -232,6 +234,46 @@ def test_only_valid_answers_from_the_cache_are_reported(clock: list[float]) -> N
     stream = watching(other, 100.0)
     store(other, Verdict.DELETED)
     assert other.verify_nowait(SECRET) is not None
+    assert stream.take(100.0) is None
+
+
+def test_answers_about_networks_and_permissions(clock: list[float]) -> None:
+    """Of the answers that depend on the client's address or on permissions, only VALID is a use,
+    for each scope. DISABLED is not a use, whatever is asked."""
+    verifier = latchkey.Verifier("nowhere:1")
+    stream = watching(verifier, 100.0)
+    store(
+        verifier,
+        Verdict.ADDRESS_NOT_ALLOWED,
+        scope=Scope.WRITE,
+        allowed_networks=("192.0.2.0/24",),
+        permissions=("orders:read",),
+    )
+    inside, outside = "192.0.2.1", "198.51.100.1"
+    uses = 0
+    for scope in (None, Scope.READ, Scope.WRITE):
+        for address, permissions, verdict in (
+            ("", (), Verdict.ADDRESS_NOT_ALLOWED),
+            (outside, (), Verdict.ADDRESS_NOT_ALLOWED),
+            (inside, ("orders:write",), Verdict.INSUFFICIENT_PERMISSIONS),
+            (inside, ("orders:read",), Verdict.VALID),
+            (inside, (), Verdict.VALID),
+        ):
+            answer = verifier.verify_nowait(
+                SECRET, scope, client_address=address, permissions=permissions
+            )
+            assert answer is not None
+            assert answer.verdict is verdict
+            uses += verdict is Verdict.VALID
+    assert uses_in(getattr(stream.take(100.0), "report", None)) == {"t1": (uses, 0.0, 0.0)}
+    assert verifier.stats().hits == 15
+    other = latchkey.Verifier("nowhere:1")
+    stream = watching(other, 100.0)
+    store(other, Verdict.DISABLED)
+    for permissions in ((), ("orders:read",)):
+        answer = other.verify_nowait(SECRET, permissions=permissions)
+        assert answer is not None
+        assert answer.verdict is Verdict.DISABLED
     assert stream.take(100.0) is None
 
 
