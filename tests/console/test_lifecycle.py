@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from latchkey_proto.v1 import token_service_pb2 as pb
 from selenium.webdriver.common.keys import Keys
 
@@ -230,7 +231,7 @@ def test_edit_keeps_what_others_changed(browser: Browser, world: World) -> None:
         account_id=world.account,
         id=created.token.id,
         token=pb.Token(scope=pb.SCOPE_READ),
-        update_mask={"paths": ["scope"]},
+        update_mask=FieldMask(paths=["scope"]),
     )
     world.stub.Update(request, timeout=10)
     browser.click("#save")

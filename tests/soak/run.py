@@ -65,7 +65,6 @@ async def run(
         # Fills up soon, because a bounded cache must have reached its bound.
         "cache_entries": 1_000,
         "soak_summary_seconds": every,
-        "log_format": "json",
         # Without root, only then may we look at its memory and files.
         "core_dumps": "on",
         **write_server_files(folder),

@@ -48,11 +48,14 @@ class ActivePolicy:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+        self.since_unix_seconds = time.time()
+        """When the policy was put in force."""
         self._watchers: list[Callable[[], None]] = []
 
     def replace(self, policy: Policy) -> None:
         """Activate another policy and notify observers, which end streams it no longer allows."""
         self.policy = policy
+        self.since_unix_seconds = time.time()
         for changed in self._watchers:
             changed()
 

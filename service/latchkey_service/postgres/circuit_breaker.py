@@ -62,6 +62,11 @@ class CircuitBreaker:
         self._not_before = -math.inf
 
     @property
+    def state(self) -> str:
+        """The state's name: closed, half_open or open."""
+        return self._state.name.lower()
+
+    @property
     def half_open(self) -> bool:
         """Whether an attempt failed and it is not known yet if the database is unreachable."""
         return self._state is _State.HALF_OPEN

@@ -107,6 +107,10 @@ class Verifier:
         self._unix_time = unix_time
         self._cache_seconds = cache_seconds
         self._randomness = randomness
+        self.answered_by_read = 0
+        """The questions that a read of the database answered."""
+        self.answered_by_form = 0
+        """The questions that the form of the secret answered: no secret of ours looks like that."""
 
     def verify_cached(
         self,
@@ -142,8 +146,10 @@ class Verifier:
         """
         digest = self._parse(question.presented)
         if isinstance(digest, Answer):
+            self.answered_by_form += 1
             return digest
         (found,) = await self._find((digest,), self._deadline(seconds_left))
+        self.answered_by_read += 1
         # Reads the time after the wait, because expiry is judged at the time of the answer.
         return self._judge(question, found, self._unix_time())
 
@@ -156,9 +162,13 @@ class Verifier:
             for question in questions
         ]
         digests = [digest for digest in parsed if isinstance(digest, bytes)]
+        by_form = sum(answer is MALFORMED or answer is UNKNOWN for answer in parsed)
         if not digests:
+            self.answered_by_form += by_form
             return [answer for answer in parsed if isinstance(answer, Answer)]
         founds = iter(await self._find(digests, self._deadline(seconds_left)))
+        self.answered_by_form += by_form
+        self.answered_by_read += len(digests)
         now = self._unix_time()
         return [
             digest if isinstance(digest, Answer) else self._judge(question, next(founds), now)
