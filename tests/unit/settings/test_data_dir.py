@@ -1,10 +1,10 @@
 """Where data is kept by default."""
 
+import os
 from pathlib import Path
 
 import platformdirs
 import pytest
-from latchkey_service.settings import data_dir
 from latchkey_service.settings.settings import load
 
 
@@ -14,6 +14,6 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> str:
         raise RuntimeError("could not determine the home directory")
 
-    monkeypatch.setattr(data_dir.os, "geteuid", lambda: 12_345)
+    monkeypatch.setattr(os, "geteuid", lambda: 12_345)
     monkeypatch.setattr(platformdirs, "user_data_dir", fail)
     assert load().data_dir == Path("/var/lib/latchkey")
