@@ -196,8 +196,8 @@ class Case(_Form):
         "wait. should: a client that fails is safe, but answers from memory less often.",
     )
     story: str
-    memory_entries: int = Field(100, ge=0, description="How many verdicts the client may keep.")
-    memory_seconds: float = Field(300.0, gt=0, description="How long it may keep one.")
+    cache_entries: int = Field(100, ge=0, description="How many verdicts the client may keep.")
+    cache_seconds: float = Field(300.0, gt=0, description="How long it may keep one.")
     steps: list[Step] = Field(min_length=1)
 
 

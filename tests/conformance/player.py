@@ -38,7 +38,7 @@ class Player:
         self.numbers: dict[str, int] = {}
         self.asked: dict[str, int] = {}
         self.verifier = latchkey.Verifier(
-            "nowhere:1", memory_entries=case.memory_entries, memory_seconds=case.memory_seconds
+            "nowhere:1", cache_entries=case.cache_entries, cache_seconds=case.cache_seconds
         )
         self.subscription: Subscription = self.verifier._subscription
         self.subscription._randomness = lambda: share

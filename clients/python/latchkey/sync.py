@@ -51,8 +51,8 @@ class Verifier:
         target: str = "127.0.0.1:50051",
         *,
         timeout_seconds: float = VERIFY_TIMEOUT_SECONDS,
-        memory_entries: int = _async.MEMORY_ENTRIES,
-        memory_seconds: float = _async.MEMORY_SECONDS,
+        cache_entries: int = _async.CACHE_ENTRIES,
+        cache_seconds: float = _async.CACHE_SECONDS,
         access: Access | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         options: Sequence[tuple[str, Any]] = (),
@@ -62,8 +62,8 @@ class Verifier:
         self._verifier = _async.Verifier(
             self._client,
             timeout_seconds=timeout_seconds,
-            memory_entries=memory_entries,
-            memory_seconds=memory_seconds,
+            cache_entries=cache_entries,
+            cache_seconds=cache_seconds,
         )
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
