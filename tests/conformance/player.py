@@ -1,4 +1,4 @@
-"""Plays conformance cases with the Python client's core, on an explicit clock.
+"""Runs conformance cases against the Python client's core, with an explicit clock.
 
 It uses the real classes (`Verifier`, `Subscription`, `Stream`, `VerdictCache`). It replaces their
 connections to the outside: the clock, the randomness and the event loop.

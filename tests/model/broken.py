@@ -178,7 +178,7 @@ BROKEN = (
     _server("4 no fill rule", 15),
     _server("4 revision read after the row", 16),
     _server("4 trimmed entries count as unnamed", 16),
-    _server("4 look-ups shared without a check", 15),
+    _server("4 shared without a check", 15),
     _server("4 UNKNOWN is cached", 10),
     _server("4 UNKNOWN is shared", 9),
     _one_server("4 client has no fill rule", 12),
@@ -238,5 +238,5 @@ HARMLESS = (
     _server("11 unacknowledged entries pruned", 0),
     # Within one process that reads tokens where it reads the log, a look-up sent after the deletion
     # was applied cannot find VALID. Within a client it can.
-    _server("4 look-ups shared by the time of sending", 0),
+    _server("4 shared by the time of sending", 0),
 )

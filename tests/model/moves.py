@@ -167,8 +167,7 @@ def hears(s: State, w: World) -> Iterator[State]:
         heard = stream._replace(out=tuple(rest), wanted=stream.wanted or asks)
         sent, confirmed = heard.sent, server.confirmed
         if sent is UNHEARD:
-            # The client follows another history, is new, or is ahead of a lagging server: a Reset
-            # comes next.
+            # On another history, new, or ahead of a lagging server: a Reset comes next.
             known = said is not FRESH and server.applied.startswith(said)
             sent = said if known else VOID
             confirmed = said if known else confirmed
@@ -313,11 +312,7 @@ def reset(s: State, i: int, position: str, w: World) -> State:
     s = with_server(s, i, stream=stream if counts else unasked(stream))
     for j, other in enumerate(s.servers):
         if j != i and other.stream is not None:
-            rest = (
-                unasked(other.stream)
-                if "12 other streams continue after a Reset" in w.broken
-                else None
-            )
+            rest = unasked(other.stream) if "12 other streams continue" in w.broken else None
             s = with_server(s, j, stream=other.stream if counts else rest)
     return s
 
@@ -359,9 +354,7 @@ def answers_valid(s: State, _: World) -> Iterator[State]:
 
 
 def takes_answer(s: State, w: World) -> Iterator[State | Violation]:
-    """VALID returns: to its call, and if its position is known, to the cache and other calls (rule
-    4).
-    """
+    """VALID returns to its call, and if its position is known, to cache and others (rule 4)."""
     client, lookup = s.client, s.client.lookup
     if lookup is None or lookup.read is None:
         return

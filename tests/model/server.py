@@ -308,7 +308,7 @@ def sends_lookup(s: State, w: World) -> Iterator[State]:
     """A verify under a live lease finds nothing in the cache, and sends a look-up (rule 5)."""
     early = "2 reads before it registers" in w.broken and s.phase != UP
     if s.lookup is None and ((s.phase == UP and s.lease) or early):
-        began = s.applied if "4 look-ups shared by the time of sending" in w.broken else 0
+        began = s.applied if "4 shared by the time of sending" in w.broken else 0
         yield s._replace(lookup=Lookup(caller=lateness(s), began=began), history=s.applied)
 
 
@@ -336,10 +336,7 @@ def joins_lookup(s: State, w: World) -> Iterator[State | Violation]:
     if found.found == UNKNOWN and s.created and "4 UNKNOWN is shared" in w.broken:
         yield Violation(CREATED)
     if late > found.joined and found.found in {NOTHING, VALID}:
-        if (
-            "4 look-ups shared by the time of sending" in w.broken
-            and found.began < s.deleted <= s.applied
-        ):
+        if "4 shared by the time of sending" in w.broken and found.began < s.deleted <= s.applied:
             return
         yield s._replace(lookup=found._replace(joined=late))
 
@@ -350,10 +347,7 @@ def takes_answer(s: State, w: World) -> Iterator[State | Violation]:
     if found is None or found.found == NOTHING:
         return
     admitted = admits(s, w, found.revision)
-    shared = w.broken & {
-        "4 look-ups shared without a check",
-        "4 look-ups shared by the time of sending",
-    }
+    shared = w.broken & {"4 shared without a check", "4 shared by the time of sending"}
     if found.found == VALID:
         yield from promised(found.caller)
         if admitted or shared:

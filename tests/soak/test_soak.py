@@ -41,10 +41,11 @@ def folder() -> Iterator[Path]:
 
 
 async def test_short_soak(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Callers of each kind get right answers, nothing of them is left at rest, and everything ends
-    cleanly."""
-    # So that there is a slope even if a busy machine takes few samples. Its confidence does not
-    # matter here.
+    """Callers of each kind get right answers, leave no resources behind, and everything ends
+    cleanly.
+    """
+    # A busy machine takes few samples, and there must be a slope. Its confidence does not matter
+    # here.
     monkeypatch.setattr(slope, "BLOCKS_MIN", 4)
     found = await run(folder, SECONDS, scale=SCALE)
     print(*report.table(found), sep="\n")  # noqa: T201 - pytest shows it with a failure
@@ -114,7 +115,7 @@ def test_reasons_for_failure() -> None:
 
 
 def test_no_setting_of_the_product() -> None:
-    """No shipping code reads the variable that plants a leak."""
+    """No shipped code reads the variable that plants a leak."""
     for folder in ("service", "clients", "proto"):
         for path in Path(ROOT, folder).rglob("*.py"):
             assert LEAK_VARIABLE not in path.read_text("utf-8"), path
