@@ -128,7 +128,7 @@ def mismatches(members: Sequence[Member]) -> list[Mismatch]:
 
 
 class News(NamedTuple):
-    """What has changed since the last look."""
+    """The changes since the last check."""
 
     found: list[Mismatch]
     """Mismatches to warn of."""
