@@ -204,7 +204,7 @@ class Client:
     ) -> Verification:
         """Ask whether `secret` is valid for `required_scope`. None requires no scope.
 
-        The answer is a verdict, whatever was presented. An exception means that there is no safe
+        The answer is a verdict for any presented string. An exception means that there is no safe
         answer, so reject the holder. `Verifier.verify` asks the same, but answers from its cache
         when it can.
         """
@@ -234,8 +234,8 @@ class Client:
     async def invalidate_all(self, *, timeout_seconds: float | None = None) -> Receipt:
         """Empty the cache of every server process and every client library. Changes no token.
 
-        For emergencies, and after a restored backup. Returns when no verifier answers from what it
-        had cached before. Safe to repeat.
+        For emergencies, and after a restored backup. Returns when no verifier can still use an
+        answer that it cached before the call. Safe to repeat.
         """
         method = MaintenanceServiceStub(self._connected()).InvalidateAll
         request = maintenance_pb.InvalidateAllRequest()
@@ -283,7 +283,7 @@ class Client:
         return open_channel(self._target, self._credentials, self._options), True
 
     async def close(self) -> None:
-        """Close the connection. Calls under way fail with Unavailable. Safe to repeat."""
+        """Close the connection. Calls in progress fail with Unavailable. Safe to repeat."""
         self._closed = True
         channel, self._channel = self._channel, None
         self._stub = None

@@ -104,7 +104,7 @@ class Verifier:
         return self._verifier.stats()
 
     def close(self) -> None:
-        """Stop watching and close the connection. Verifies under way fail. Safe to repeat.
+        """Stop watching and close the connection. Verifies in progress fail. Safe to repeat.
 
         Blocks for a bounded time, usually milliseconds.
         """
@@ -115,7 +115,8 @@ class Verifier:
 
     def forked(self) -> None:
         """Mark this process as a forked child. For the library's own use."""
-        # Another thread of the parent may have held the lock. It does not exist here to release it.
+        # Another thread of the parent may have held the lock. That thread does not exist in this
+        # process, so it cannot release the lock.
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -220,7 +221,7 @@ class _Engine:
         await self._stopping.wait()
         await self._verifier.close()
         await self._client.close()
-        # Verifies under way have failed by now. Let their threads receive the error.
+        # Verifies in progress have failed by now. Let their threads receive the error.
         others = asyncio.all_tasks() - {asyncio.current_task()}
         if others:
             await asyncio.wait(others, timeout=1.0)

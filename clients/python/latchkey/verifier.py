@@ -87,13 +87,13 @@ class Verifier:
     ) -> Verification | None:
         """Answer at once if the answer is cached or `secret` is malformed. Otherwise return None.
 
-        The answer is as good as that of `verify`. This method never blocks, and any thread may call
+        The guarantee is that of `verify`. This method never blocks, and any thread may call
         it. Raises InvalidArgument or TypeError if `scope` is not a valid scope.
         """
         # Another thread may meanwhile apply an invalidation and then extend the lease. The order of
         # the next three reads makes that safe: lease end, entry, clock. If the lease end belongs to
         # a grant after the invalidation, the entry is already evicted when it is read. If it
-        # belongs to an earlier grant, the clock shows that this grant was still good after this
+        # belongs to an earlier grant, the clock shows that this grant was still in force after this
         # call began. No Delete that invalidates the entry had then returned (coherence rules 5 and
         # 6).
         lease_end = self._lease.end
@@ -163,7 +163,7 @@ class Verifier:
     def _store(self, secret: str, scope: Scope | None, answer: Verification) -> None:
         now = boottime()
         if now >= self._lease.end:
-            return  # without a lease, nobody reports changes
+            return  # without a lease, the service does not report changes
         # Spread over half of the time, so that answers that came together, for example after a
         # start, do not expire together.
         keep_until = now + self._cache_seconds * random.uniform(0.5, 1.0)  # noqa: S311 - a spread

@@ -42,7 +42,7 @@
     const dialog = one("dialog", page);
     if (dialog) return open(dialog);
     const main = one("main", page);
-    // Some other server answered, so let the browser load the page and show what it gets.
+    // Another server answered, so let the browser load the page and show the answer.
     if (!main) return location.assign("/");
     dismiss();
     return replaceMain(main, focus);
@@ -189,7 +189,7 @@
   let draft = null;
   const dialogOpen = () => one("dialog");
 
-  // Remembers how to find the element that opened the dialog after the list is replaced.
+  // Stores a selector for the element that opened the dialog, because the list may be replaced.
   function remember(element) {
     const row = element.closest("tr");
     opener = {
@@ -290,7 +290,7 @@
   async function send(form, submitter) {
     if (form.getAttribute("aria-busy")) return;
     form.setAttribute("aria-busy", "true");
-    // This change makes any list request in progress obsolete.
+    // This change makes a list request in progress obsolete.
     supersede();
     const { date, date_start: start } = form.elements;
     if (start && date?.value) {
