@@ -48,7 +48,7 @@ def main() -> int:
     does not fail the run, a wrong one does."""
     options = _options()
     began, load_before = time.monotonic(), os.getloadavg()[0]
-    # Every process is ended in order in both cases.
+    # In both cases, all processes are shut down.
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     cores = processes.cores(options.postgres_core)

@@ -100,7 +100,7 @@ class Outcome:
     connections_lost: int = 0
     # Pairs of request and answer.
     samples: list[tuple[bytes, bytes]] = field(default_factory=list, repr=False)
-    # Whether the stretch is under way.
+    # Whether the stretch is in progress.
     within: bool = False
 
     @property
@@ -140,8 +140,9 @@ class Outcome:
         return self.failures - self.refused - self.unavailable - self.too_late
 
     def percentile_us(self, share: float) -> float:
-        """Return the latency, µs, below which `share` (0 to 1) of the calls lie that were not
-        refused. A call that came too late, or was never sent, counts with at least its deadline."""
+        """Return the latency in µs below which `share` (0 to 1) of the accepted calls lie. A
+        call that came too late, or was never sent, counts with at least its deadline.
+        """
         place = int((self.ok + self.too_late) * share)
         if place < self.ok:
             return self.latencies[place] / 1_000

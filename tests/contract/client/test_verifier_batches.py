@@ -227,7 +227,7 @@ async def test_a_refusal_that_uses_up_the_time_is_a_timeout(
 
 
 async def test_closing_ends_a_batch(fake: FakeLatchkey) -> None:
-    """All verifies under way fail at once when the verifier is closed."""
+    """All verifies in progress fail at once when the verifier is closed."""
     fake.on("BatchVerify", fake.hangs())
     verifier = latchkey.Verifier(fake.target, timeout_seconds=30)
     tasks = [asyncio.create_task(verifier.verify(secret)) for secret in secrets(3)]

@@ -201,7 +201,8 @@ async def test_a_diagnosis_ends_although_the_host_is_silent(world: World) -> Non
 
 async def test_another_primary_is_reported_once_and_until_it_is_gone(world: World) -> None:
     """Another host that accepts writes is named in the log when it appears and in status as long as
-    it does, with the host that the lease stands on. A host that does not answer is no primary."""
+    it does, with the host that the lease stands on. A host that does not answer does not count as a
+    primary."""
     primary, connector = world.primary, world.connector
     await primary.look_at_others()
     assert primary.warnings() == []
@@ -241,7 +242,7 @@ async def test_a_lease_that_moves_no_longer_warns_of_its_own_host(world: World) 
 
 async def test_a_host_that_refuses_the_role_is_no_primary(world: World) -> None:
     """Its error is one that the driver's translation leaves as it is, such as a missing right to
-    connect. The worker goes on: it ends when one of its parts fails."""
+    connect. The worker continues: it would end if one of its tasks failed."""
     world.primary.renewed(world.connection(FIRST), OLD)
     world.connector.refusals[SECOND] = asyncpg.InsufficientPrivilegeError("no right to connect")
     await world.primary.look_at_others()

@@ -185,7 +185,9 @@ async def test_unreachable_deadline_is_rejected_at_once() -> None:
 
 
 async def test_hanging_database_is_not_reported_as_overload() -> None:
-    """If no call has finished for a while, callers learn that the database does not respond."""
+    """If no call has finished for a while, callers get an error that the database does not
+    respond.
+    """
     clock = Clock()
     limiter = ConcurrencyLimiter(1, 1_000, clock)
     work = Work(limiter)
