@@ -22,7 +22,7 @@ from tests.conformance.cases import Case, position_of
 
 __all__ = ["play"]
 
-# The difference that floating point arithmetic may cause between languages.
+# Tolerance for differences in floating-point arithmetic between languages.
 TOLERANCE_SECONDS = 1e-6
 # A client that sends more messages than this at one moment would never stop.
 SENDS_MAX = 10
