@@ -163,7 +163,7 @@ class Primary:
         except (StoreUnavailable, TimeoutError):
             return False
         except Exception as error:  # noqa: BLE001 - it rejects this role, or is not for Latchkey
-            self._log.warning("host not asked", host=host, error=type(error).__name__)
+            self._log.warning("host check failed", host=host, error=type(error).__name__)
             return False
         return True
 
