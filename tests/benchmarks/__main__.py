@@ -262,8 +262,9 @@ def _check(
 
 @contextlib.contextmanager
 def _scratch() -> Iterator[Path]:
-    """Create a folder for this run that Postgres' account can enter, which is not true of root's
-    others."""
+    """Create a folder for this run that Postgres' account can enter, unlike root's other
+    folders.
+    """
     path = Path(tempfile.mkdtemp(prefix="latchkey-bench-"))
     path.chmod(0o755)
     try:

@@ -146,7 +146,7 @@ class Outcome:
         place = int((self.ok + self.too_late) * share)
         if place < self.ok:
             return self.latencies[place] / 1_000
-        # All are present, except perhaps the last, if that one is asked for.
+        # All are present, except perhaps the last, if it is requested.
         if self.ok and not self.too_late:
             return self.latencies[-1] / 1_000
         return self.timeout_seconds * 1e6
@@ -223,7 +223,7 @@ class Connection:
         return self._socket.fileno()
 
     def has_room(self) -> bool:
-        """Return whether one more call may be put: a free stream within the server's limit, enough
+        """Return whether one more call may be sent: a free stream within the server's limit, enough
         window, and no bytes left over from the last send."""
         return (
             len(self.sent) < self._limit

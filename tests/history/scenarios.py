@@ -85,8 +85,9 @@ class Stage:
         return outcome
 
     async def delete(self, through: latchkey.Client, subject: "Subject") -> None:
-        """Delete until that is confirmed, or until the service reports that the token does not
-        exist."""
+        """Delete, and repeat that until it is confirmed, or until the service reports that the
+        token does not exist.
+        """
         outcome = Outcome.CONFIRMED
         began = now()
         try:

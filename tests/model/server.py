@@ -184,8 +184,9 @@ def reads_log(s: State, w: World) -> Iterator[State]:
 
 
 def applied(s: State, w: World) -> State:
-    """Return `s` with the log applied up to head: drop the tokens that it names, or all if it is
-    pruned."""
+    """Return `s` with the log applied up to head: drop the named tokens, or all if entries are
+    missing.
+    """
     cache, history = s.cache, s.history if s.lookup else s.head
     if s.log_start > s.applied and "11 pruning not detected" not in w.broken:
         cache, history = NOTHING, s.head

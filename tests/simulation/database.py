@@ -32,7 +32,9 @@ class Database:
         self.deleted: set[str] = set()
         self.rows: dict[str, VerifierRow] = {}
         self.replicated: Database | None = None
-        """The standby's content while replication is stalled. None: it has everything."""
+        """The standby's content while replication is stalled. None if the standby has the same
+        content.
+        """
         self.deposed = False
 
     def copy(self, timeline: str | None) -> "Database":

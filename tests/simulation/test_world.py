@@ -57,7 +57,7 @@ def test_no_stale_answer_under_any_schedule() -> None:
         "from a client's cache",
         "confirmed",
         "outwaited",
-        "stopped in good order",
+        "shut down",
     ):
         assert counts[what] > SEEDS / 2, counts
 
@@ -176,7 +176,7 @@ MUTANTS: dict[str, list[tuple[Any, str, Any]]] = {
     "3: renewed on any history": [(Database, "renew", renew_on_any_history)],
     "4: no fill rule": [(VerdictCache, "store", store_any_read)],
     "6: grants outlast the lease": [(WatchSession, "take", grant_longer)],
-    "7: clients are not waited for": [
+    "7: acknowledgement without the clients": [
         (VerifierState, "acknowledgeable", lambda self, now: self.cache.position.revision)
     ],
     "8: no wait": [(PendingDeletion, "evaluate", lambda self, rows, now: Acknowledgements(0, 0))],

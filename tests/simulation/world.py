@@ -318,7 +318,7 @@ class World:
         number = self.random.randrange(len(self.servers))
         self.servers[number].stop()
         if not self.servers[number].alive:
-            self.count("stopped in good order")
+            self.count("shut down")
             self.servers[number] = Server(self, next(self.names))
 
     def reads_arrive(self) -> None:

@@ -125,8 +125,9 @@ async def test_each_change_of_the_server_is_logged(world: World) -> None:
 
 
 async def test_a_failure_leaves_the_host(world: World) -> None:
-    """A renewal that hangs, or is not replicated, leaves the connection's host. A failure to
-    connect leaves none, because the connector has asked them all."""
+    """A renewal that hangs, or is not replicated, leaves the connection's host. After a failure
+    to connect, the process leaves no host, because the connector has tried all of them.
+    """
     hung = StoreUnavailable("no answer")
     hung.__cause__ = TimeoutError()
     world.primary.failed(world.connection(FIRST), hung)
@@ -139,8 +140,9 @@ async def test_a_failure_leaves_the_host(world: World) -> None:
 
 
 async def test_one_failure_that_passes_leaves_no_host(world: World) -> None:
-    """A lock that was held for long costs no lease: the host is left at the second failure in a row
-    only, since the next host may be a deposed primary."""
+    """After a failure because of a lock, the process stays on its host, because the next host
+    may be a deposed primary. It moves only after a second failure in a row.
+    """
     locked = StoreUnavailable("no answer")
     locked.__cause__ = asyncpg.LockNotAvailableError()
     world.primary.failed(world.connection(FIRST), locked)

@@ -33,8 +33,9 @@ def silence(vitals: Vitals, looks: int, seconds: float = LOOK_SECONDS) -> Reason
 
 
 def test_a_silent_worker_hangs() -> None:
-    """A worker that has written before and then stays silent is killed, not before its lease has
-    ended, and soon afterwards. Each heartbeat starts the time again."""
+    """A worker that falls silent is killed soon after its lease has ended, and not earlier. Each
+    heartbeat starts the time again.
+    """
     assert SILENCE_SECONDS_MAX > LEASE_SECONDS_MAX + BEAT_SECONDS
     vitals = Vitals(MAX)
     looks = int(SILENCE_SECONDS_MAX / LOOK_SECONDS)
