@@ -20,9 +20,10 @@ run: $(VENV)/.run  ## Start the service with an embedded Postgres
 console: $(VENV)/.run  ## Start the service and the console (ARGS=ACCOUNT)
 	@exec $(PY) -P -m latchkey_console.together $(ARGS)
 
-# A part of the tests does not reach the floor, so coverage is measured only when all of them run.
+# Most tests wait for other processes and for leases, so four at once keep two cores busy. A part of
+# the tests does not reach the floor, so coverage is measured only when all of them run.
 test: $(VENV)/.dev  ## Run all tests and measure their coverage, or run some (ARGS="-k delete")
-	@exec $(BIN)/pytest -n 2 --dist loadgroup $(or $(ARGS),--cov)
+	@exec $(BIN)/pytest -n 4 --dist loadgroup $(or $(ARGS),--cov)
 
 check: $(VENV)/.dev  ## Check style, types, contract, stubs, lock files and known vulnerabilities
 	@exec $(PY) -m tests.checks $(ARGS)

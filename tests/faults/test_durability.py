@@ -22,6 +22,7 @@ from tests.helpers.database_history import NO_CLIENTS, head_of
 from tests.helpers.databases import session
 from tests.helpers.domain import audit_context
 from tests.helpers.pgbouncer import PgBouncer
+from tests.helpers.programs import INSTALLS
 from tests.helpers.waiting import eventually
 
 pytestmark = pytest.mark.xdist_group("faults")
@@ -116,6 +117,7 @@ async def confirm(store: TokenStore) -> Deletion:
     return await store.confirm_deletion("tok_1", deletion.position, Acknowledgements(1, 0))
 
 
+@INSTALLS
 async def test_a_pooler_does_not_hide_a_cancelled_wait(
     postgres: BreakablePostgres, scratch: Path, database_url: str
 ) -> None:

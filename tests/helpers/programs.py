@@ -16,11 +16,13 @@ import pytest
 
 from tests.helpers.repository import ROOT
 
-__all__ = ["TOOLS", "alone", "installed_by_apt", "missing", "run"]
+__all__ = ["INSTALLS", "TOOLS", "alone", "installed_by_apt", "missing", "run"]
 
 TOOLS = ROOT / ".tools"
 # A slow apt mirror; some 100 MB.
 APT_SECONDS = 420.0
+INSTALLS = pytest.mark.timeout(600)
+"""Marks tests that may install a program first, and wait for another process that installs."""
 
 
 def missing(reason: str) -> NoReturn:

@@ -31,7 +31,7 @@ from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.settings.logs import logger
 
-__all__ = ["CallReporter", "Metadata", "end_with", "request_id_of"]
+__all__ = ["NEW_IDS", "CallReporter", "Metadata", "checked_id", "end_with", "request_id_of"]
 
 REQUEST_ID_LENGTH_MAX = 64
 Metadata = Iterable[tuple[str, str | bytes]] | None
@@ -209,24 +209,27 @@ def end_with(context: CallContext, status: StatusParts) -> bytes:
     return b""
 
 
+# For correlation, not secret. A random number for the process, and a counter: a random number for
+# each call would take three times as long, and each Verify has an id.
+NEW_IDS: Final = map(f"{random.getrandbits(48):012x}-".__add__, map(str, itertools.count(1)))
+
+
 def request_id_of(metadata: Metadata) -> str:
     """Return the caller's request id if `metadata` has a well-formed one, else a new id."""
-    for key, value in metadata or ():
-        if (
-            key == REQUEST_ID_METADATA
-            and isinstance(value, str)
-            and 0 < len(value) <= REQUEST_ID_LENGTH_MAX
-            and value.replace("-", "").isalnum()
-            and value.isascii()
-        ):
-            return value
-    return _prefix + str(next(_numbers))
+    given = dict(metadata or ()).get(REQUEST_ID_METADATA)
+    return next(NEW_IDS) if given is None else checked_id(given)
 
 
-# New ids are for correlation, not secret. A random number for the process, and a counter: a random
-# number for each call would take three times as long, and each Verify has an id.
-_prefix: Final = f"{random.getrandbits(48):012x}-"
-_numbers: Final = itertools.count(1)
+def checked_id(given: str | bytes) -> str:
+    """Return the caller's request id if it is well-formed, else a new id."""
+    if (
+        isinstance(given, str)
+        and 0 < len(given) <= REQUEST_ID_LENGTH_MAX
+        and given.replace("-", "").isalnum()
+        and given.isascii()
+    ):
+        return given
+    return next(NEW_IDS)
 
 
 def _without_values(error: Exception) -> Any:

@@ -39,13 +39,14 @@ def parse_non_utf8(path: str, data: bytes) -> Any | None:
 def _as_text(request: Any) -> pb.VerifyRequest:
     """Convert the secret to text. An invalid one becomes empty, which is MALFORMED as well.
 
-    Keeps all other fields. If one were lost, a requirement of the caller would be ignored.
+    Keeps all other known fields. If one were lost, a requirement of the caller would be ignored.
     """
     try:
         secret = request.secret.decode()
     except UnicodeDecodeError:
         secret = ""
     request.ClearField("secret")
+    request.DiscardUnknownFields()
     text = pb.VerifyRequest.FromString(request.SerializeToString())
     text.secret = secret
     return text

@@ -26,6 +26,7 @@ from latchkey_service.settings.settings import Settings
 from tests.helpers.calls import CHANNEL_OPTIONS, is_serving, outcome
 from tests.helpers.free_ports import free_port
 from tests.helpers.held_workers import Hold
+from tests.helpers.scratch import SCRATCH
 from tests.helpers.service_process import Service
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 
@@ -54,7 +55,7 @@ def made_data_dir(scratch: Path) -> Path:
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A folder that Postgres' own account can enter."""
-    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir="/tmp"))
+    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir=SCRATCH))
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)
