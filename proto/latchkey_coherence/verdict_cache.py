@@ -60,12 +60,23 @@ class VerdictCache(Generic[E]):
     may change the cache. Other threads may read it at the same time.
     """
 
-    __slots__ = ("_marks", "_named", "_of_token", "_order", "entries", "entries_max", "position")
+    __slots__ = (
+        "_marks",
+        "_named",
+        "_of_token",
+        "_order",
+        "entries",
+        "entries_max",
+        "evictions",
+        "position",
+    )
 
     def __init__(self, entries_max: int) -> None:
         self.entries_max = entries_max
         """The maximum number of entries."""
         self.entries: dict[bytes, E] = {}
+        self.evictions = 0
+        """The entries that made room for others. Only increases."""
         self.position = NOWHERE
         """Nothing in `entries` was invalidated by a revision up to this one."""
         # The known revisions, oldest first, with their marks. The last one is `position`.
@@ -82,15 +93,18 @@ class VerdictCache(Generic[E]):
         return len(self.entries)
 
     def knows(self, position: Position) -> bool:
-        """Return whether `position` is certain to be on the history of this cache. False also means
-        "not known": the revision is too old, or was skipped because several were applied as one, or
-        the sender does not know marks.
+        """Return whether `position` is certain to be on the history of this cache.
+
+        False also means "not known": the revision is too old, or was skipped because several were
+        applied as one, or the sender does not know marks.
         """
         return position.mark != 0 and self._marks.get(position.revision) == position.mark
 
     def agrees(self, position: Position) -> bool:
-        """Return whether `position` may be on the history of this cache. False means that the
-        revision is known with another mark, which proves that the histories differ.
+        """Return whether `position` may be on the history of this cache.
+
+        False means that the revision is known with another mark, which proves that the histories
+        differ.
         """
         return self._marks.get(position.revision, position.mark) == position.mark
 
@@ -199,6 +213,7 @@ class VerdictCache(Generic[E]):
             examined += 1
             if not entry.used or examined == EXAMINED_MAX:
                 self._remove(key)
+                self.evictions += 1
                 return
             entry.used = False
             self._order.append(key)

@@ -12,7 +12,8 @@ from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.connections import DURABLE, Connector
 from latchkey_service.postgres.migrate import bundled, migrate
 from latchkey_service.secret_format import Digest
-from latchkey_service.tokens.token_store import Deletion, TokenStore
+from latchkey_service.tokens.receipt_table import Deletion
+from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.verdict import Scope, TokenRecord
 from structlog.testing import capture_logs
 

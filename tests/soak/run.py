@@ -65,7 +65,6 @@ async def run(
         # Small, so that the cache soon reaches its bound.
         "cache_entries": 1_000,
         "soak_summary_seconds": every,
-        "log_format": "json",
         # Without this, only root may read its memory and files.
         "core_dumps": "on",
         **write_server_files(folder),

@@ -6,7 +6,6 @@ prompt between calls, outside the loop, because a running loop would swallow the
 
 import asyncio
 import os
-import re
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeVar
@@ -25,26 +24,19 @@ __all__ = ["Doing", "Session"]
 T = TypeVar("T")
 
 _AGAIN: Final = "try again"
-# gRPC's messages for a call that found no connection and was therefore never sent. With any other
-# message, the call may have been sent.
-_UNCONNECTED: Final = re.compile(
-    r"^\w+ failed: (failed to connect to all addresses|connections to all backends failing"
-    r"|DNS resolution failed)"
-)
 
 
 @dataclass(frozen=True, slots=True)
 class Doing:
     """The words for one call: its purpose ("get token X") and what to do if its answer is lost.
 
-    `once` means that the client library never retries the call after a connection failure, so the
-    error describes the only attempt. `unconfirmed` describes a change that is committed but not yet
-    confirmed by every verifier.
+    `changes` is False for a call that changes nothing. `unconfirmed` describes a change that is
+    committed but not yet confirmed by every verifier.
     """
 
     what: str
     if_lost: str = _AGAIN
-    once: bool = False
+    changes: bool = True
     unconfirmed: str = "the token is deleted, but not every verifier confirmed that in time"
     if_unconfirmed: str = "run this command again for the receipt"
 
@@ -123,13 +115,15 @@ def _words(  # noqa: PLR0911 - a table with one row for each error
         case latchkey.AlreadyExists():
             to_do = "choose another name, or delete that token first"
             return "a live token of the account already has that name", to_do, Exit.ALREADY_EXISTS
+        case latchkey.FailedPrecondition():
+            return _precondition(error)
         case latchkey.PermissionDenied():
             to_do = "ask the Latchkey operator to grant access in its policy"
             return f"permission denied ({error.reason})", to_do, Exit.DENIED
         case latchkey.Unauthenticated():
             to_do = "identify yourself; 'latchkey --help' lists the access options"
             return f"Latchkey does not know this caller ({error.reason})", to_do, Exit.DENIED
-        case latchkey.Unavailable(reason="DELETION_NOT_CONFIRMED"):
+        case latchkey.Unavailable(reason="DELETION_NOT_CONFIRMED" | "CHANGE_NOT_CONFIRMED"):
             to_do = f"{doing.if_unconfirmed}; --timeout allows more time"
             return doing.unconfirmed, to_do, Exit.UNAVAILABLE
         case latchkey.DeadlineExceeded():
@@ -161,6 +155,24 @@ def _after(doing: Doing, error: latchkey.LatchkeyError) -> str:
     """Return what to do once the connection works. The caller puts it after its own advice."""
     if doing.if_lost == _AGAIN:
         return f", then {_AGAIN}"
-    if doing.once and _UNCONNECTED.search(str(error)):
+    if doing.changes and isinstance(error, latchkey.Unavailable) and error.unsent:
         return f", then {_AGAIN}: nothing was changed"
     return f"; {doing.if_lost}"
+
+
+def _precondition(error: latchkey.LatchkeyError) -> tuple[str, str, Exit]:
+    """Return the words for a call that the state of the token or of the service does not allow."""
+    match error.reason:
+        case "TOO_MANY_SECRETS":
+            what = "the token would have more than 5 secrets that work"
+            to_do = "end the older ones with 'latchkey retire-secrets ID', or give less grace"
+            return what, to_do, Exit.UNEXPECTED
+        case "FLEET_UPGRADING":
+            what = "a server of an earlier release still runs, and would not respect the change"
+            return what, "try again when all servers are upgraded", Exit.UNAVAILABLE
+        case "TOKEN_SEAL_INVALID":
+            what = "the token was changed in the database, without Latchkey"
+            to_do = "report it to the Latchkey operator; delete the token and create another"
+            return what, to_do, Exit.UNEXPECTED
+        case _:
+            return str(error).rstrip(". "), "ask the Latchkey operator", Exit.UNEXPECTED

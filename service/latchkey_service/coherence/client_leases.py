@@ -87,8 +87,9 @@ class ClientLeases:
         return None
 
     def sweep(self, now: float, behind_since: float = math.inf, applied: float = math.inf) -> None:
-        """Remove all leases that have ended, and count those that were outwaited. `floor` removes
-        only the leases that affect its result.
+        """Remove all leases that have ended, and count those that were outwaited.
+
+        `floor` removes only the leases that affect its result.
         """
         for held in tuple(self._at.values()):
             for lease in [lease for lease in held if lease.ends <= now]:
@@ -113,6 +114,15 @@ class ClientLeases:
             if len(found) >= limit:
                 break
         return sorted(found[:limit])
+
+    def count_behind(self, revision: int, now: float) -> int:
+        """Return how many clients with a lease have not confirmed `revision`."""
+        return sum(
+            lease.ends > now
+            for acknowledged, held in self._at.items()
+            if acknowledged < revision
+            for lease in held
+        )
 
     def latest_end(self, now: float) -> float:
         """Return when the last lease will have ended, or `now` if there is no lease."""

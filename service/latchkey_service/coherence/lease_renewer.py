@@ -79,6 +79,9 @@ class LeaseRenewer:
         self._failing = False
         self._row_lost = False
         self._waiting_for: list[str] = []
+        self.renewals = self.failures = self.registrations = 0
+        """How often the lease was renewed, how often that failed, and how often this process has
+        registered, which empties the cache. These only increase."""
         # Verifies that wait for the lease share this future.
         self._renewed: asyncio.Future[None] | None = None
         # Reads that wait until the log is applied up to their snapshot share this future.
@@ -132,10 +135,11 @@ class LeaseRenewer:
             await self._wait(self._renewed, deadline)
 
     async def read_log_to(self, revision: int, deadline: float) -> bool:
-        """Read the log, and return whether it reaches `revision` (rule 12). If it does not, the
-        revision belongs to another history. If it does, the revision may still belong to another
-        history. Raises StoreUnavailable if the log cannot be read, Overloaded if too many calls
-        wait, and Unavailable at `deadline`, seconds on the process's clock.
+        """Read the log, and return whether it reaches `revision` (rule 12).
+
+        If it does not, the revision belongs to another history. If it does, the revision may still
+        belong to another history. Raises StoreUnavailable if the log cannot be read, Overloaded if
+        too many calls wait, and Unavailable at `deadline`, seconds on the process's clock.
         """
         for _ in range(READS_OF_LOG_MAX):
             if self._clock() < self._retry_at:
@@ -228,6 +232,7 @@ class LeaseRenewer:
 
     async def _register(self, row: OwnRow) -> None:
         self._incarnation += 1
+        self.registrations += 1
         # A client that may still answer from its cache has confirmed nothing on this history.
         clear = self.state.client_leases.floor(self._clock()) is None
         registration = await row.register(self._incarnation, acknowledge=clear)
@@ -252,6 +257,7 @@ class LeaseRenewer:
         if renewed:
             self._row_lost = False
             state.renew(began, acknowledgeable)
+            self.renewals += 1
             if self._connection.current is not None:
                 self._primary.renewed(self._connection.current, state.server)
             self._succeed()
@@ -355,6 +361,7 @@ class LeaseRenewer:
         """Drop the connection, because its state and the effect of the last statement are
         unknown.
         """
+        self.failures += 1
         self._primary.failed(self._connection.current, error)
         self._connection.drop()
         if not isinstance(error, StoreUnavailable):

@@ -1,5 +1,7 @@
-"""Tracks which server is the primary, and the warnings about servers. Also owns the diagnosis of a
-server that fails. Opening and choosing connections belongs to `postgres.connections`.
+"""Tracks which server is the primary, and the warnings about servers.
+
+Also owns the diagnosis of a server that fails. Opening and choosing connections belongs to
+`postgres.connections`.
 
 The primary is the host on which the lease is renewed, because a renewal counts only if it is
 durable, and a deposed primary cannot make one durable. If renewals fail on a host, the next host in
@@ -45,7 +47,9 @@ SELECT EXISTS (SELECT FROM pg_stat_activity
 
 class Primary:
     """Opens connections for the lease renewer, and tracks the primary by the renewer's successes
-    and failures. Use it on one event loop only.
+    and failures.
+
+    Use it on one event loop only.
     """
 
     def __init__(self, connector: Connector, on_change: Callable[[], None]) -> None:
@@ -63,6 +67,21 @@ class Primary:
     async def connect(self) -> "Connection":
         """Return a connection for the lease renewer. Raises StoreUnavailable."""
         return await self._connector.connect_with_generic_plans()
+
+    @property
+    def server(self) -> tuple[str, Server] | None:
+        """The host that the lease was last renewed on, and its server; None before the first."""
+        return self._server
+
+    @property
+    def standby_missing(self) -> bool:
+        """Whether commits hang because the synchronous standby is missing."""
+        return self._standby_missing
+
+    @property
+    def other_primaries(self) -> int:
+        """How many other hosts of the list say that they are the primary."""
+        return sum(host != self.host for host in self._others)
 
     @property
     def host(self) -> str:

@@ -69,7 +69,6 @@ def run(folder: Path, database_url: str) -> Iterator[Run]:
             "database_url": database_url,
             "data_dir": folder / "data",
             "grace_seconds": 0.5,
-            "log_format": "json",
         }
         started.append(Service(folder / f"service {len(started)}", **(given | settings)))
         return started[-1]

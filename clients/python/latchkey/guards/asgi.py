@@ -12,10 +12,12 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMap
 from http import HTTPStatus
 from typing import Any, Final
 
+from latchkey.guards._address import TrustedProxies
 from latchkey.guards._decision import (
     Decision,
     Outcome,
     SupportsVerify,
+    checked_permissions,
     checked_scope,
     decide,
     token_var,
@@ -51,6 +53,14 @@ _REFUSALS: Final[Mapping[Outcome, tuple[HTTPStatus, str]]] = {
         HTTPStatus.FORBIDDEN,
         "The bearer token's scope does not include this request.",
     ),
+    Outcome.UNPERMITTED: (
+        HTTPStatus.FORBIDDEN,
+        "The bearer token lacks a permission that this request requires.",
+    ),
+    Outcome.WRONG_ADDRESS: (
+        HTTPStatus.FORBIDDEN,
+        "The bearer token may not be used from this address.",
+    ),
     Outcome.UNAVAILABLE: (
         HTTPStatus.SERVICE_UNAVAILABLE,
         "The bearer token cannot be verified now. Try again later.",
@@ -66,12 +76,17 @@ def scope_by_method(connection: Connection) -> Scope:
 
 
 class GuardMiddleware:
-    """Lets a request in if its bearer token is valid for the required scope.
+    """Lets a request in if its bearer token is valid for the required scope and permissions.
 
     `required_scope` is a Scope for all requests, None to accept any valid token, or a function of
-    the ASGI connection scope that returns one of these. If that function raises, the request is not
-    served, and the server reports the exception. Requests whose path is exactly in `public` need no
-    token.
+    the ASGI connection scope that returns one of these. `required_permissions` are of the form
+    `resource:action`, for all requests, or a function that returns them. If a function raises, the
+    request is not served, and the server reports the exception. Requests whose path is exactly in
+    `public` need no token.
+
+    Tokens may be limited to networks. The client's address is that of the connection. Behind
+    proxies, name their networks as `trusted_proxies`; the address is then the last one in
+    X-Forwarded-For that is not a trusted proxy.
 
     Other requests are refused with 401 or 403 and WWW-Authenticate. If Latchkey gives no safe
     answer, they are refused with 503 and Retry-After. A WebSocket is refused before it is accepted.
@@ -86,6 +101,8 @@ class GuardMiddleware:
         verifier: SupportsVerify,
         required_scope: Scope | Callable[[Connection], Scope | None] | None = scope_by_method,
         *,
+        required_permissions: Collection[str] | Callable[[Connection], Collection[str]] = (),
+        trusted_proxies: Collection[str] = (),
         public: Collection[str] = (),
         realm: str = "latchkey",
     ) -> None:
@@ -98,6 +115,12 @@ class GuardMiddleware:
         self._required_scope = (
             required_scope if callable(required_scope) else checked_scope(required_scope)
         )
+        self._required_permissions = (
+            required_permissions
+            if callable(required_permissions)
+            else checked_permissions(required_permissions)
+        )
+        self._proxies = TrustedProxies(trusted_proxies)
         self._public = frozenset(public)
         self._realm = realm
 
@@ -117,27 +140,36 @@ class GuardMiddleware:
         required = self._required_scope
         if callable(required):
             required = checked_scope(required(scope))
-        authorization = [
-            value.decode("latin-1")
-            for name, value in scope["headers"]
-            if name.lower() == b"authorization"
-        ]
-        decision = await decide(self._verifier, authorization, required)
+        permissions = self._required_permissions
+        if callable(permissions):
+            permissions = checked_permissions(permissions(scope))
+        # Absent on a UNIX socket, or if the server does not know it.
+        peer, _ = scope.get("client") or ("", None)
+        decision = await decide(
+            self._verifier,
+            _values(scope, b"authorization"),
+            required,
+            client_address=self._proxies.client_address(peer, _values(scope, b"x-forwarded-for")),
+            permissions=permissions,
+        )
         if decision.outcome is Outcome.ALLOWED:
             reset = token_var.set(decision.token)
             try:
                 await self._app({**scope, "latchkey.token": decision.token}, receive, send)
             finally:
                 token_var.reset(reset)
-        elif kind == "http":
-            await self._refuse_http(decision, required, scope, send)
+            return
+        scopes = [] if required is None else [required.value]
+        wanted = " ".join([*scopes, *permissions])
+        if kind == "http":
+            await self._refuse_http(decision, wanted, scope, send)
         else:
-            await self._refuse_websocket(decision, required, scope, receive, send)
+            await self._refuse_websocket(decision, wanted, scope, receive, send)
 
     async def _refuse_http(
         self,
         decision: Decision,
-        required: Scope | None,
+        wanted: str,
         scope: Connection,
         send: Send,
         *,
@@ -151,14 +183,17 @@ class GuardMiddleware:
             (b"content-type", b"application/problem+json"),
             (b"content-length", str(len(body)).encode()),
             (b"cache-control", b"no-store"),
-            *self._headers(decision, required),
+            *self._headers(decision, wanted),
         ]
         await send({"type": f"{prefix}.start", "status": status.value, "headers": headers})
         head = scope.get("method") == "HEAD"
         await send({"type": f"{prefix}.body", "body": b"" if head else body})
 
-    def _headers(self, decision: Decision, required: Scope | None) -> list[tuple[bytes, bytes]]:
-        """Return the headers that tell a refused client what to do (RFC 6750 §3)."""
+    def _headers(self, decision: Decision, wanted: str) -> list[tuple[bytes, bytes]]:
+        """Return the headers that tell a refused client what to do (RFC 6750 §3).
+
+        `wanted` are the scope and the permissions that the request requires.
+        """
         if decision.outcome is Outcome.UNAVAILABLE:
             asked = decision.retry_after.total_seconds() if decision.retry_after else 0.0
             wait = max(RETRY_AFTER_SECONDS, math.ceil(asked))
@@ -166,17 +201,18 @@ class GuardMiddleware:
         challenge = f'Bearer realm="{self._realm}"'
         if decision.outcome is Outcome.INVALID:
             challenge += ', error="invalid_token"'
-        elif decision.outcome is Outcome.FORBIDDEN:
+        elif decision.outcome in (Outcome.FORBIDDEN, Outcome.UNPERMITTED):
             challenge += ', error="insufficient_scope"'
-            if required is not None:
-                challenge += f', scope="{required.value}"'
-        # MISSING has no error code, because the request contained nothing wrong (§3.1).
+            if wanted:
+                challenge += f', scope="{wanted}"'
+        # MISSING has no error code, because the request contained nothing wrong (§3.1). For a wrong
+        # address, RFC 6750 has none.
         return [(b"www-authenticate", challenge.encode("ascii"))]
 
     async def _refuse_websocket(
         self,
         decision: Decision,
-        required: Scope | None,
+        wanted: str,
         scope: Connection,
         receive: Receive,
         send: Send,
@@ -185,11 +221,14 @@ class GuardMiddleware:
         if message["type"] != "websocket.connect":
             return  # the client has disconnected
         if "websocket.http.response" in (scope.get("extensions") or {}):
-            await self._refuse_http(
-                decision, required, scope, send, prefix="websocket.http.response"
-            )
+            await self._refuse_http(decision, wanted, scope, send, prefix="websocket.http.response")
             return
         # Before acceptance, servers answer the handshake with 403 for every code.
         unavailable = decision.outcome is Outcome.UNAVAILABLE
         code = _CLOSE_UNAVAILABLE if unavailable else _CLOSE_REFUSED
         await send({"type": "websocket.close", "code": code, "reason": ""})
+
+
+def _values(scope: Connection, name: bytes) -> list[str]:
+    """Return the values of a header, in their order."""
+    return [value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name]

@@ -28,10 +28,12 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
+from latchkey.guards._address import TrustedProxies, grpc_peer_address
 from latchkey.guards._decision import (
     Decision,
     Outcome,
     SupportsVerify,
+    checked_permissions,
     checked_scope,
     decide,
     decide_nowait,
@@ -63,6 +65,16 @@ _REFUSALS: Final[Mapping[Outcome, tuple[grpc.StatusCode, str, str]]] = {
         "The bearer token's scope does not include this call.",
         "TOKEN_SCOPE_INSUFFICIENT",
     ),
+    Outcome.UNPERMITTED: (
+        grpc.StatusCode.PERMISSION_DENIED,
+        "The bearer token lacks a permission that this call requires.",
+        "TOKEN_PERMISSIONS_INSUFFICIENT",
+    ),
+    Outcome.WRONG_ADDRESS: (
+        grpc.StatusCode.PERMISSION_DENIED,
+        "The bearer token may not be used from this address.",
+        "TOKEN_ADDRESS_NOT_ALLOWED",
+    ),
     Outcome.UNAVAILABLE: (
         grpc.StatusCode.UNAVAILABLE,
         "The bearer token cannot be verified now. Try again later.",
@@ -76,12 +88,18 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class GuardInterceptor(grpc.aio.ServerInterceptor):
-    """Lets a call in if its bearer token is valid for the scope that the method requires.
+    """Lets a call in if its bearer token is valid for what the method requires.
 
     `required_scope` applies to every method, `scopes` to single methods by their full name
-    ("/pkg.Service/Method"). None accepts any valid token. Methods whose name is exactly in `public`
-    need no token. All other calls, also those of methods that do not exist, are refused with
-    UNAUTHENTICATED or PERMISSION_DENIED, or with UNAVAILABLE if Latchkey gives no safe answer.
+    ("/pkg.Service/Method"). None accepts any valid token. In the same way, `required_permissions`
+    and `permissions` require permissions of the form `resource:action`. Methods whose name is
+    exactly in `public` need no token. All other calls, also those of methods that do not exist, are
+    refused with UNAUTHENTICATED or PERMISSION_DENIED, or with UNAVAILABLE if Latchkey gives no safe
+    answer.
+
+    Tokens may be limited to networks. The client's address is that of the connection. Behind
+    proxies, name their networks as `trusted_proxies`; the address is then the last one in
+    x-forwarded-for that is not a trusted proxy.
 
     A handler finds the token with `latchkey.guards.current_token()`. The call's deadline bounds the
     verify. No request is parsed before its caller is let in. Place the guard before interceptors
@@ -94,6 +112,9 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         required_scope: Scope | None,
         *,
         scopes: Mapping[str, Scope | None] | None = None,
+        required_permissions: Collection[str] = (),
+        permissions: Mapping[str, Collection[str]] | None = None,
+        trusted_proxies: Collection[str] = (),
         public: Collection[str] = (),
     ) -> None:
         if isinstance(public, str):
@@ -101,6 +122,11 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         self._verifier = verifier
         self._required_scope = checked_scope(required_scope)
         self._scopes = {name: checked_scope(scope) for name, scope in (scopes or {}).items()}
+        self._required_permissions = checked_permissions(required_permissions)
+        self._permissions = {
+            name: checked_permissions(required) for name, required in (permissions or {}).items()
+        }
+        self._proxies = TrustedProxies(trusted_proxies)
         self._public = frozenset(public)
 
     # grpc-stubs' types are generic in message types, which an interceptor does not know.
@@ -114,15 +140,15 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if method in self._public:
             return handler
-        authorization = [
-            # Values should be bytes only for keys that end in "-bin". Do not rely on the transport.
-            value if isinstance(value, str) else value.decode("latin-1")
-            for key, value in handler_call_details.invocation_metadata
-            if key.lower() == "authorization"
-        ]
-        required_scope = self._scopes.get(method, self._required_scope)
-
-        judge = _Judge(self._verifier, authorization, required_scope)
+        metadata = handler_call_details.invocation_metadata
+        judge = _Judge(
+            self._verifier,
+            _values(metadata, "authorization"),
+            self._scopes.get(method, self._required_scope),
+            self._permissions.get(method, self._required_permissions),
+            self._proxies,
+            _values(metadata, "x-forwarded-for"),
+        )
         if handler is None:
             return grpc.stream_stream_rpc_method_handler(_unimplemented(judge))
         return _guarded(handler, judge)
@@ -130,17 +156,47 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
 
 @dataclass(frozen=True, slots=True)
 class _Judge:
-    """Decides about one call with one required scope."""
+    """Decides about one call."""
 
     verifier: SupportsVerify
     authorization: Sequence[str]
     required_scope: Scope | None
+    permissions: Collection[str]
+    proxies: TrustedProxies
+    forwarded_for: Sequence[str]
 
-    async def __call__(self, timeout_seconds: float | None) -> Decision:
-        return await decide(self.verifier, self.authorization, self.required_scope, timeout_seconds)
+    async def __call__(self, context: Any) -> Decision:
+        return await decide(
+            self.verifier,
+            self.authorization,
+            self.required_scope,
+            _remaining(context),
+            client_address=self._client_address(context),
+            permissions=self.permissions,
+        )
 
-    def nowait(self) -> Decision | None:
-        return decide_nowait(self.verifier, self.authorization, self.required_scope)
+    def nowait(self, context: Any) -> Decision | None:
+        return decide_nowait(
+            self.verifier,
+            self.authorization,
+            self.required_scope,
+            client_address=self._client_address(context),
+            permissions=self.permissions,
+        )
+
+    def _client_address(self, context: Any) -> str:
+        peer = grpc_peer_address(context.peer())
+        return self.proxies.client_address(peer, self.forwarded_for)
+
+
+def _values(metadata: Any, name: str) -> list[str]:
+    """Return the values of a key of the metadata, in their order."""
+    return [
+        # Values should be bytes only for keys that end in "-bin". Do not rely on the transport.
+        value if isinstance(value, str) else value.decode("latin-1")
+        for key, value in metadata
+        if key.lower() == name
+    ]
 
 
 def _guarded(handler: Handler, judge: _Judge) -> Handler:
@@ -179,7 +235,7 @@ def _unary(behaviour: Any, parse: Callable[[Any], Any], judge: _Judge) -> Any:
     if inspect.iscoroutinefunction(behaviour):
 
         async def run(request: Any, context: Any) -> Any:
-            decision = await judge(_remaining(context))
+            decision = await judge(context)
             if decision.outcome is Outcome.ALLOWED:
                 token_var.set(decision.token)
                 return await behaviour(parse(request), context)
@@ -205,7 +261,7 @@ def _streaming(behaviour: Any, parse: Callable[[Any], Any], judge: _Judge) -> An
     if inspect.isasyncgenfunction(behaviour):
 
         async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
-            decision = await judge(_remaining(context))
+            decision = await judge(context)
             if decision.outcome is Outcome.ALLOWED:
                 token_var.set(decision.token)
                 async with aclosing(behaviour(parse(request), context)) as responses:
@@ -241,7 +297,7 @@ def _unimplemented(judge: _Judge) -> Any:
     """Return the handler for an unknown method. Only valid callers learn that it is unknown."""
 
     async def run(_requests: Any, context: Any) -> None:
-        decision = await judge(_remaining(context))
+        decision = await judge(context)
         if decision.outcome is Outcome.ALLOWED:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         await context.abort(*_refusal(decision))
@@ -251,12 +307,12 @@ def _unimplemented(judge: _Judge) -> Any:
 
 def _judge_from_thread(judge: _Judge, context: Any, loop: asyncio.AbstractEventLoop) -> Decision:
     """Judge a call in a sync handler's thread: at once, or by waiting for the event loop."""
-    decision = judge.nowait()
+    decision = judge.nowait(context)
     if decision is not None:
         return decision
 
     async def on_loop() -> Decision:
-        return await judge(_remaining(context))
+        return await judge(context)
 
     future = asyncio.run_coroutine_threadsafe(on_loop(), loop)
     try:
