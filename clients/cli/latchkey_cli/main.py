@@ -11,6 +11,7 @@ from latchkey_cli import (
     console,
     maintenance,
     output,
+    proto,
     secrets,
     service,
     status,
@@ -60,6 +61,7 @@ app.command("audit", cls=Command)(audit.audit)
 app.command("console", cls=Command)(console.console)
 app.command("serve", cls=Command)(service.serve)
 app.command("policy", cls=Command)(service.policy)
+app.command("proto", cls=Command)(proto.proto)
 app.command("config", cls=Command)(service.config)
 
 

@@ -115,7 +115,11 @@ def _words(  # noqa: PLR0911 - a table with one row for each error
 ) -> tuple[str, str, Exit]:
     match error:
         case latchkey.InvalidArgument():
-            wrong = [f"{v.field}: {v.description.rstrip('. ')}" for v in error.field_violations]
+            # A violation without a field concerns the whole request.
+            wrong = [
+                f"{v.field}: {v.description}".removeprefix(": ").rstrip(". ")
+                for v in error.field_violations
+            ]
             return "; ".join(wrong) or str(error), "correct this and try again", Exit.USAGE
         case latchkey.NotFound():
             to_do = "check --account and the ID; 'latchkey list -a ACCOUNT' lists the tokens"

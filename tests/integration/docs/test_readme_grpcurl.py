@@ -4,12 +4,10 @@ The tests replace only what they cannot share: the port, and the path of the vir
 """
 
 import asyncio
-import fcntl
 import importlib.util
 import os
 import queue
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +23,7 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from latchkey import Client, Scope
 
+from tests.helpers.programs import GRPCURL, installed_by_go
 from tests.helpers.repository import ROOT
 
 pytestmark = pytest.mark.xdist_group("readme")
@@ -33,12 +32,10 @@ README = (ROOT / "README.md").read_text("utf-8")
 SETTINGS = (ROOT / "docs/settings.md").read_text("utf-8")
 BLOCK = re.compile(r"^<!-- test: ([a-z ]+) -->\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ADDRESS = "127.0.0.1:50051"
-GRPCURL = "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3"
 WELCOME = re.compile(r"Latchkey serves on (\S+) ")
 START_SECONDS = 60.0  # Creating a database on a slow disk; usually the start takes two seconds.
 STOP_SECONDS = 20.0
 COMMAND_SECONDS = 60.0
-INSTALL_SECONDS = 300.0
 
 
 def blocks(mark: str) -> list[str]:
@@ -120,41 +117,8 @@ def clean_environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def grpcurl() -> Path:
-    """The real grpcurl: an installed one, otherwise one installed by the README's command."""
-    go = shutil.which("go")
-    places = [Path.home() / "go/bin/grpcurl", ROOT / ".tools/bin/grpcurl"]
-    if go is not None:
-        gopath = subprocess.run(
-            [go, "env", "GOPATH"], capture_output=True, text=True, check=False, timeout=30
-        ).stdout.strip()
-        if gopath:
-            places.insert(0, Path(gopath) / "bin/grpcurl")
-    if (on_path := shutil.which("grpcurl")) is not None:
-        return Path(on_path)
-    for place in places:
-        if os.access(place, os.X_OK):
-            return place
-    if go is None:
-        pytest.skip("neither grpcurl nor a Go toolchain to install it with is here")
-    target = ROOT / ".tools/bin"
-    target.mkdir(parents=True, exist_ok=True)
-    # One of several test processes installs it, and the others wait.
-    with (target.parent / "grpcurl.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (target / "grpcurl").exists():
-            (command,) = blocks("grpcurl install")
-            done = subprocess.run(
-                ["bash", "-c", command],
-                env=os.environ | {"GOBIN": str(target)},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=INSTALL_SECONDS,
-            )
-            if done.returncode != 0:
-                pytest.skip(f"grpcurl could not be installed: {done.stderr.strip()[-300:]}")
-    return target / "grpcurl"
+    """The real grpcurl, installed by the README's command if it is missing."""
+    return installed_by_go("grpcurl", GRPCURL)
 
 
 def bash(script: str, address: str, path: Path | None = None) -> str:
