@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 
-.PHONY: help run console test check bench history fuzz soak proto lock clean format
+.PHONY: help run console demo test check bench history fuzz soak proto lock clean format
 
 help:  ## Show these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,6 +19,9 @@ run: $(VENV)/.run  ## Start the service with an embedded Postgres
 
 console: $(VENV)/.run  ## Start the service and the console (ARGS=ACCOUNT)
 	@exec $(PY) -P -m latchkey_console.together $(ARGS)
+
+demo: $(VENV)/.run  ## Delete a token while two services use it, and show when each refuses it
+	@exec $(PY) examples/demo.py
 
 # Some tests alone do not reach the floor, so only all of them measure coverage.
 test: $(VENV)/.dev  ## Run all tests and measure their coverage, or run some (ARGS="-k delete")

@@ -104,15 +104,13 @@ def _fail(response: _Response, code: grpc.StatusCode, message: str) -> None:
 def _described_files() -> Mapping[str, _File]:
     """Return all files by name: the contract, error details, health and reflection."""
     shipped = resources.files("latchkey_proto").joinpath("latchkey.binpb").read_bytes()
-    found = list(descriptor_pb2.FileDescriptorSet.FromString(shipped).file)
-    for module in (health_pb2, reflection_pb2):
-        file = _File.FromString(module.DESCRIPTOR.serialized_pb)
-        found.append(file)
+    found: list[_File] = list(descriptor_pb2.FileDescriptorSet.FromString(shipped).file)
+    health = _File.FromString(health_pb2.DESCRIPTOR.serialized_pb)
+    alpha = _File.FromString(reflection_pb2.DESCRIPTOR.serialized_pb)
     # grpcio-reflection has no v1. It has the same messages in another package.
     v1 = _File()
-    text_format.Parse(str(found[-1]).replace("v1alpha", "v1"), v1)
-    found.append(v1)
-    return {file.name: file for file in found}
+    text_format.Parse(str(alpha).replace("v1alpha", "v1"), v1)
+    return {file.name: file for file in [*found, health, alpha, v1]}
 
 
 def _symbols(file: _File) -> Iterable[str]:
@@ -121,21 +119,22 @@ def _symbols(file: _File) -> Iterable[str]:
     for message in file.message_type:
         for name, nested in _walk(file.package, message):
             yield name
-            yield from (f"{name}.{part.name}" for part in (*nested.field, *nested.oneof_decl))
-            for enum in nested.enum_type:
-                yield from (f"{name}.{part}" for part in (enum.name, *_values(enum)))
-                yield from (f"{name}.{enum.name}.{part}" for part in _values(enum))
-    for enum in file.enum_type:
-        # protobuf's name of a value has the enum's parent, and people write the enum.
-        yield from (prefix + part for part in (enum.name, *_values(enum)))
-        yield from (f"{prefix}{enum.name}.{part}" for part in _values(enum))
+            yield from (f"{name}.{field.name}" for field in nested.field)
+            yield from (f"{name}.{oneof.name}" for oneof in nested.oneof_decl)
+            yield from _of_enums(f"{name}.", nested.enum_type)
+    yield from _of_enums(prefix, file.enum_type)
     for service in file.service:
         yield prefix + service.name
         yield from (f"{prefix}{service.name}.{method.name}" for method in service.method)
 
 
-def _values(enum: descriptor_pb2.EnumDescriptorProto) -> Iterable[str]:
-    return (value.name for value in enum.value)
+def _of_enums(prefix: str, enums: Iterable[descriptor_pb2.EnumDescriptorProto]) -> Iterable[str]:
+    for enum in enums:
+        yield prefix + enum.name
+        for value in enum.value:
+            # protobuf's own name has the parent of the enum; people write the enum.
+            yield prefix + value.name
+            yield f"{prefix}{enum.name}.{value.name}"
 
 
 def _walk(

@@ -5,21 +5,19 @@
 This module translates a decision of `_decision` into a refusal (RFC 6750 §3).
 """
 
-import json
-import math
-import re
-from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
-from http import HTTPStatus
+from collections.abc import Awaitable, Callable, Collection, MutableMapping, Sequence
 from typing import Any, Final
 
 from latchkey.guards._decision import (
     Decision,
     Outcome,
     SupportsVerify,
+    check_verifier,
     checked_scope,
     decide,
     token_var,
 )
+from latchkey.guards._http import HttpRequest, HttpRules, scope_of_method
 from latchkey.models import Scope
 
 __all__ = ["GuardMiddleware", "scope_by_method"]
@@ -31,38 +29,28 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Connection, Receive, Send], Awaitable[None]]
 
-# RFC 9110 §9.2.1, without TRACE, which services do not use.
-_SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
-
-# The delay if Latchkey does not request one.
-RETRY_AFTER_SECONDS: Final = 1
 # 1008: policy violation (RFC 6455 §7.4.1). 1013: try again later (IANA registry).
 _CLOSE_REFUSED: Final = 1008
 _CLOSE_UNAVAILABLE: Final = 1013
 
-# An expired, a deleted and an unknown token get the same text, so that holders cannot probe.
-_REFUSALS: Final[Mapping[Outcome, tuple[HTTPStatus, str]]] = {
-    Outcome.MISSING: (
-        HTTPStatus.UNAUTHORIZED,
-        "No bearer token: send the header 'Authorization: Bearer <token>'.",
-    ),
-    Outcome.INVALID: (HTTPStatus.UNAUTHORIZED, "The bearer token is not valid."),
-    Outcome.FORBIDDEN: (
-        HTTPStatus.FORBIDDEN,
-        "The bearer token's scope does not include this request.",
-    ),
-    Outcome.UNAVAILABLE: (
-        HTTPStatus.SERVICE_UNAVAILABLE,
-        "The bearer token cannot be verified now. Try again later.",
-    ),
-}
-
 
 def scope_by_method(connection: Connection) -> Scope:
     """Return READ for GET, HEAD and OPTIONS. Return WRITE for everything else, also WebSockets."""
-    if connection["type"] == "http" and connection["method"] in _SAFE_METHODS:
-        return Scope.READ
-    return Scope.WRITE
+    return scope_of_method(connection["method"]) if connection["type"] == "http" else Scope.WRITE
+
+
+def http_request(connection: Connection) -> HttpRequest:
+    """Return the parts of an ASGI connection that a guard needs."""
+
+    def header(name: str) -> Sequence[str]:
+        wanted = name.encode("ascii")
+        return [
+            value.decode("latin-1") for key, value in connection["headers"] if key.lower() == wanted
+        ]
+
+    target: bytes = connection.get("raw_path") or b""
+    method = connection["method"] if connection["type"] == "http" else ""
+    return HttpRequest(method, connection["path"], target.decode("latin-1"), header)
 
 
 class GuardMiddleware:
@@ -70,14 +58,18 @@ class GuardMiddleware:
 
     `required_scope` is a Scope for all requests, None to accept any valid token, or a function of
     the ASGI connection scope that returns one of these. If that function raises, the request is not
-    served, and the server reports the exception. Requests whose path is exactly in `public` need no
-    token.
+    served, and the server reports the exception.
+
+    These requests need no token: those whose path is exactly in `public`; those at or below a path
+    in `public_prefixes`, compared by whole segments; and CORS preflights, unless `preflights` is
+    False. `api_key_header` names a header, such as "x-api-key", in which clients may send the token
+    instead. `realm` names your service in the challenge.
 
     Other requests are refused with 401 or 403 and WWW-Authenticate. If Latchkey gives no safe
     answer, they are refused with 503 and Retry-After. A WebSocket is refused before it is accepted.
 
     The application finds the token with `latchkey.guards.current_token()` and as
-    `scope["latchkey.token"]`. CORS preflights carry no token, so wrap this in CORS middleware.
+    `scope["latchkey.token"]`. To let browsers read refusals too, put CORS middleware around it.
     """
 
     def __init__(
@@ -87,19 +79,24 @@ class GuardMiddleware:
         required_scope: Scope | Callable[[Connection], Scope | None] | None = scope_by_method,
         *,
         public: Collection[str] = (),
+        public_prefixes: Collection[str] = (),
+        preflights: bool = True,
         realm: str = "latchkey",
+        api_key_header: str | None = None,
     ) -> None:
-        if isinstance(public, str):
-            raise TypeError("public must be a collection of paths, not a single path")
-        if re.fullmatch(r"[ !#-\[\]-~]+", realm) is None:
-            raise ValueError("realm must be printable ASCII without quotes and backslashes")
+        check_verifier(verifier, for_threads=False)
+        self._rules = HttpRules(
+            public=public,
+            public_prefixes=public_prefixes,
+            preflights=preflights,
+            realm=realm,
+            api_key_header=api_key_header,
+        )
         self._app = app
         self._verifier = verifier
         self._required_scope = (
             required_scope if callable(required_scope) else checked_scope(required_scope)
         )
-        self._public = frozenset(public)
-        self._realm = realm
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -110,19 +107,20 @@ class GuardMiddleware:
         if kind not in ("http", "websocket"):
             # A newer connection type, which this guard does not know how to refuse.
             raise ValueError(f"the guard does not support connections of type {kind!r}")
-        if scope["path"] in self._public:
+        request = http_request(scope)
+        if self._rules.exempts(request):
             await self._app(scope, receive, send)
             return
 
         required = self._required_scope
         if callable(required):
             required = checked_scope(required(scope))
-        authorization = [
-            value.decode("latin-1")
-            for name, value in scope["headers"]
-            if name.lower() == b"authorization"
-        ]
-        decision = await decide(self._verifier, authorization, required)
+        decision = await decide(
+            self._verifier,
+            self._rules.authorization(request),
+            required,
+            api_keys=self._rules.api_keys(request),
+        )
         if decision.outcome is Outcome.ALLOWED:
             reset = token_var.set(decision.token)
             try:
@@ -143,35 +141,11 @@ class GuardMiddleware:
         *,
         prefix: str = "http.response",
     ) -> None:
-        status, detail = _REFUSALS[decision.outcome]
-        # RFC 9457
-        problem = {"title": status.phrase, "status": status.value, "detail": detail}
-        body = json.dumps(problem).encode()
-        headers = [
-            (b"content-type", b"application/problem+json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"cache-control", b"no-store"),
-            *self._headers(decision, required),
-        ]
-        await send({"type": f"{prefix}.start", "status": status.value, "headers": headers})
+        refusal = self._rules.refusal(decision, required)
+        headers = [(name.encode(), value.encode("ascii")) for name, value in refusal.all_headers]
+        await send({"type": f"{prefix}.start", "status": refusal.status.value, "headers": headers})
         head = scope.get("method") == "HEAD"
-        await send({"type": f"{prefix}.body", "body": b"" if head else body})
-
-    def _headers(self, decision: Decision, required: Scope | None) -> list[tuple[bytes, bytes]]:
-        """Return the headers that tell a refused client what to do (RFC 6750 §3)."""
-        if decision.outcome is Outcome.UNAVAILABLE:
-            asked = decision.retry_after.total_seconds() if decision.retry_after else 0.0
-            wait = max(RETRY_AFTER_SECONDS, math.ceil(asked))
-            return [(b"retry-after", str(wait).encode())]
-        challenge = f'Bearer realm="{self._realm}"'
-        if decision.outcome is Outcome.INVALID:
-            challenge += ', error="invalid_token"'
-        elif decision.outcome is Outcome.FORBIDDEN:
-            challenge += ', error="insufficient_scope"'
-            if required is not None:
-                challenge += f', scope="{required.value}"'
-        # MISSING has no error code, because the request contained nothing wrong (§3.1).
-        return [(b"www-authenticate", challenge.encode("ascii"))]
+        await send({"type": f"{prefix}.body", "body": b"" if head else refusal.body})
 
     async def _refuse_websocket(
         self,

@@ -16,7 +16,6 @@ from collections.abc import (
     Collection,
     Iterator,
     Mapping,
-    Sequence,
 )
 from concurrent.futures import CancelledError as FutureCancelledError
 from contextlib import aclosing
@@ -24,19 +23,17 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 import grpc
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.duration_pb2 import Duration
-from google.rpc import error_details_pb2, status_pb2
 
 from latchkey.guards._decision import (
     Decision,
     Outcome,
     SupportsVerify,
-    checked_scope,
+    check_verifier,
     decide,
     decide_nowait,
     token_var,
 )
+from latchkey.guards._grpc import CallRules, Presented, refusal, remaining
 from latchkey.models import Scope
 
 __all__ = ["GuardInterceptor"]
@@ -44,31 +41,6 @@ __all__ = ["GuardInterceptor"]
 # How long a handler's thread waits for the event loop's decision. Only an event loop that hangs
 # takes that long, because the verify has a far shorter deadline.
 THREAD_WAIT_SECONDS: Final = 30.0
-
-# Status, text and ErrorInfo.reason. An expired, a deleted and an unknown token get the same text,
-# so that holders cannot probe.
-_REFUSALS: Final[Mapping[Outcome, tuple[grpc.StatusCode, str, str]]] = {
-    Outcome.MISSING: (
-        grpc.StatusCode.UNAUTHENTICATED,
-        "No bearer token: send the metadata 'authorization: Bearer <token>'.",
-        "TOKEN_MISSING",
-    ),
-    Outcome.INVALID: (
-        grpc.StatusCode.UNAUTHENTICATED,
-        "The bearer token is not valid.",
-        "TOKEN_INVALID",
-    ),
-    Outcome.FORBIDDEN: (
-        grpc.StatusCode.PERMISSION_DENIED,
-        "The bearer token's scope does not include this call.",
-        "TOKEN_SCOPE_INSUFFICIENT",
-    ),
-    Outcome.UNAVAILABLE: (
-        grpc.StatusCode.UNAVAILABLE,
-        "The bearer token cannot be verified now. Try again later.",
-        "VERIFIER_UNAVAILABLE",
-    ),
-}
 
 # Handlers, messages and contexts belong to the guarded service and have any type.
 # Quoted, because the class has no type parameters at run time.
@@ -80,7 +52,10 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
 
     `required_scope` applies to every method, `scopes` to single methods by their full name
     ("/pkg.Service/Method"). None accepts any valid token. Methods whose name is exactly in `public`
-    need no token. All other calls, also those of methods that do not exist, are refused with
+    need no token, nor do the methods of the services in `public_services`, such as
+    "grpc.health.v1.Health".
+    `api_key_header` names a metadata key, such as "x-api-key", in which callers may send the token
+    instead. All other calls, also those of methods that do not exist, are refused with
     UNAUTHENTICATED or PERMISSION_DENIED, or with UNAVAILABLE if Latchkey gives no safe answer.
 
     A handler finds the token with `latchkey.guards.current_token()`. The call's deadline bounds the
@@ -95,13 +70,18 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         *,
         scopes: Mapping[str, Scope | None] | None = None,
         public: Collection[str] = (),
+        public_services: Collection[str] = (),
+        api_key_header: str | None = None,
     ) -> None:
-        if isinstance(public, str):
-            raise TypeError("public must be a collection of method names, not a single name")
+        check_verifier(verifier, for_threads=False)
         self._verifier = verifier
-        self._required_scope = checked_scope(required_scope)
-        self._scopes = {name: checked_scope(scope) for name, scope in (scopes or {}).items()}
-        self._public = frozenset(public)
+        self._rules = CallRules(
+            required_scope,
+            scopes=scopes or {},
+            public=public,
+            public_services=public_services,
+            api_key_header=api_key_header,
+        )
 
     # grpc-stubs' types are generic in message types, which an interceptor does not know.
     async def intercept_service(
@@ -112,17 +92,10 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         """Return the method's handler, wrapped so that it runs only for valid tokens."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if method in self._public:
+        if self._rules.exempts(method):
             return handler
-        authorization = [
-            # Values should be bytes only for keys that end in "-bin". Do not rely on the transport.
-            value if isinstance(value, str) else value.decode("latin-1")
-            for key, value in handler_call_details.invocation_metadata
-            if key.lower() == "authorization"
-        ]
-        required_scope = self._scopes.get(method, self._required_scope)
-
-        judge = _Judge(self._verifier, authorization, required_scope)
+        presented = self._rules.presented(handler_call_details.invocation_metadata)
+        judge = _Judge(self._verifier, presented, self._rules.scope_of(method))
         if handler is None:
             return grpc.stream_stream_rpc_method_handler(_unimplemented(judge))
         return _guarded(handler, judge)
@@ -133,14 +106,25 @@ class _Judge:
     """Decides about one call with one required scope."""
 
     verifier: SupportsVerify
-    authorization: Sequence[str]
+    presented: Presented
     required_scope: Scope | None
 
     async def __call__(self, timeout_seconds: float | None) -> Decision:
-        return await decide(self.verifier, self.authorization, self.required_scope, timeout_seconds)
+        return await decide(
+            self.verifier,
+            self.presented.authorization,
+            self.required_scope,
+            timeout_seconds,
+            api_keys=self.presented.api_keys,
+        )
 
     def nowait(self) -> Decision | None:
-        return decide_nowait(self.verifier, self.authorization, self.required_scope)
+        return decide_nowait(
+            self.verifier,
+            self.presented.authorization,
+            self.required_scope,
+            api_keys=self.presented.api_keys,
+        )
 
 
 def _guarded(handler: Handler, judge: _Judge) -> Handler:
@@ -179,11 +163,11 @@ def _unary(behaviour: Any, parse: Callable[[Any], Any], judge: _Judge) -> Any:
     if inspect.iscoroutinefunction(behaviour):
 
         async def run(request: Any, context: Any) -> Any:
-            decision = await judge(_remaining(context))
+            decision = await judge(remaining(context))
             if decision.outcome is Outcome.ALLOWED:
                 token_var.set(decision.token)
                 return await behaviour(parse(request), context)
-            return await context.abort(*_refusal(decision))
+            return await context.abort(*refusal(decision))
 
         return run
 
@@ -196,7 +180,7 @@ def _unary(behaviour: Any, parse: Callable[[Any], Any], judge: _Judge) -> Any:
             own = contextvars.copy_context()
             own.run(token_var.set, decision.token)
             return own.run(behaviour, parse(request), context)
-        return context.abort(*_refusal(decision))
+        return context.abort(*refusal(decision))
 
     return run_in_thread
 
@@ -205,14 +189,14 @@ def _streaming(behaviour: Any, parse: Callable[[Any], Any], judge: _Judge) -> An
     if inspect.isasyncgenfunction(behaviour):
 
         async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
-            decision = await judge(_remaining(context))
+            decision = await judge(remaining(context))
             if decision.outcome is Outcome.ALLOWED:
                 token_var.set(decision.token)
                 async with aclosing(behaviour(parse(request), context)) as responses:
                     async for response in responses:
                         yield response
             else:
-                await context.abort(*_refusal(decision))
+                await context.abort(*refusal(decision))
 
         return generate
 
@@ -232,7 +216,7 @@ def _streaming(behaviour: Any, parse: Callable[[Any], Any], judge: _Judge) -> An
             while (response := own.run(next, responses, end)) is not end:
                 yield response
         else:
-            context.abort(*_refusal(decision))
+            context.abort(*refusal(decision))
 
     return generate_in_thread
 
@@ -241,10 +225,10 @@ def _unimplemented(judge: _Judge) -> Any:
     """Return the handler for an unknown method. Only valid callers learn that it is unknown."""
 
     async def run(_requests: Any, context: Any) -> None:
-        decision = await judge(_remaining(context))
+        decision = await judge(remaining(context))
         if decision.outcome is Outcome.ALLOWED:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
-        await context.abort(*_refusal(decision))
+        await context.abort(*refusal(decision))
 
     return run
 
@@ -256,7 +240,7 @@ def _judge_from_thread(judge: _Judge, context: Any, loop: asyncio.AbstractEventL
         return decision
 
     async def on_loop() -> Decision:
-        return await judge(_remaining(context))
+        return await judge(remaining(context))
 
     future = asyncio.run_coroutine_threadsafe(on_loop(), loop)
     try:
@@ -264,32 +248,6 @@ def _judge_from_thread(judge: _Judge, context: Any, loop: asyncio.AbstractEventL
     except (TimeoutError, FutureCancelledError):
         future.cancel()
         return Decision(Outcome.UNAVAILABLE)
-
-
-def _remaining(context: Any) -> float | None:
-    """Return the seconds until the call's deadline, or None if it has none."""
-    remaining: float | None = context.time_remaining()
-    # A deadline that has just passed must not become "no deadline".
-    return None if remaining is None else max(remaining, 0.001)
-
-
-def _refusal(
-    decision: Decision,
-) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]:
-    """Return the arguments for abort(): status, text, and rich details as trailing metadata."""
-    code, text, reason = _REFUSALS[decision.outcome]
-    details = [error_details_pb2.ErrorInfo(reason=reason, domain="latchkey")]
-    if decision.retry_after is not None:
-        delay = Duration()
-        delay.FromTimedelta(decision.retry_after)
-        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    status = status_pb2.Status(code=code.value[0], message=text)
-    for detail in details:
-        packed = AnyMessage()
-        packed.Pack(detail)
-        status.details.append(packed)
-    # Not abort_with_status(), which the contexts of sync handlers do not have.
-    return code, text, (("grpc-status-details-bin", status.SerializeToString()),)
 
 
 def _as_is(message: Any) -> Any:
