@@ -11,7 +11,8 @@ usage: python -m latchkey_service [serve | config [--json] | policy ...]
 
   serve                    run the service (the default)
   config                   print the settings in force, passwords redacted
-  policy new-caller NAME   print a new credential and its section for the policy file
+  policy new-caller NAME   print a new credential and its section for the policy file, or
+                           append the section with --output FILE; --role and --account
   policy check [FILE]      validate a policy file, by default LATCHKEY_POLICY
 """
 

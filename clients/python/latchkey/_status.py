@@ -52,6 +52,20 @@ _ADVICE_WHEN_LOST: Final[Mapping[str, str]] = {
     "Create": "The token may exist: find its name with list() and delete it before trying again.",
     "Delete": "The token may be deleted, but not confirmed: call delete() again for its receipt.",
 }
+# More precise than the advice for the code.
+_ADVICE_FOR_REASON: Final[Mapping[str, str]] = {
+    "ACCOUNT_DENIED": (
+        "Use an account of this caller, or ask the operator to add this one to the caller's "
+        "`accounts` in the policy."
+    ),
+    "IDENTITY_CONFLICT": "Present only the certificate or only the credential of one caller.",
+    "METHOD_DENIED": "Ask the operator to give this caller that role in the policy.",
+}
+# gRPC's messages for a call that found no connection and was therefore never sent.
+_UNSENT: Final = re.compile(
+    r"^(failed to connect to all addresses|connections to all backends failing"
+    r"|DNS resolution failed)"
+)
 # ErrorInfo.reason of a Delete that is stored, but whose deadline was too short for the wait.
 _NOT_CONFIRMED: Final = "DELETION_NOT_CONFIRMED"
 # Messages of gRPC for failed connections, each with the reason and the advice that we give for it.
@@ -109,8 +123,13 @@ def from_rpc_error(rpc: str, error: grpc.aio.AioRpcError) -> errors.LatchkeyErro
     message = f"{rpc} failed: {text} ({code.name}"
     message += f", request {request_id})." if request_id else ")."
     advice = _ADVICE_WHEN_LOST.get(rpc) if code in _LOST else None
+    if reason is not None:
+        advice = _ADVICE_FOR_REASON.get(reason, advice)
     if code is grpc.StatusCode.UNAVAILABLE and reason is None:
-        # No answer at all. A call without a connection has done nothing.
+        # No answer at all. A call without a connection has done nothing. Only a Create is certain
+        # to have had no other attempt: the library does not retry it.
+        if rpc == "Create" and _UNSENT.search(text):
+            advice = "Nothing was created. Check the target, and that Latchkey runs there."
         for found, name, what_to_do in _NO_CONNECTION:
             if found.search(text):
                 reason, advice = name, what_to_do

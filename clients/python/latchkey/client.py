@@ -21,7 +21,7 @@ from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceStub
 
 from latchkey import _audit, _convert, _retry
 from latchkey._audit import AuditFilter, AuditPage
-from latchkey._channel import open_channel
+from latchkey._channel import check_target, open_channel
 from latchkey._status import from_rpc_error
 from latchkey.access import Access, Metadata
 from latchkey.errors import AccessError, InternalError, LatchkeyError, Unavailable, invalid
@@ -70,6 +70,7 @@ class Client:
             credentials = access.channel_credentials
             if channel is None:
                 access.check_target(target)
+        check_target(target)
         self._access = access
         self._target = target
         self._timeout_seconds = _retry.checked_timeout(timeout_seconds)
@@ -187,7 +188,8 @@ class Client:
 
         Safe to repeat: deleting a deleted token returns the same receipt. After Unavailable or
         DeadlineExceeded the deletion may be stored but is not confirmed. With the reason
-        DELETION_NOT_CONFIRMED it is stored. Raises NotFound if the account never had the token.
+        DELETION_NOT_CONFIRMED it is stored. Raises NotFound if the account never had the token,
+        or the record of its deletion has been purged.
         """
         request = _convert.build(
             lambda: pb.DeleteRequest(account_id=account_id, id=token_id, no_wait=no_wait)

@@ -6,7 +6,7 @@ __all__ = ["not_installed"]
 def not_installed(guard: str, framework: str) -> ImportError:
     """Return the error: one sentence that says what to install."""
     return ImportError(
-        f"latchkey.guards.{guard} needs {framework}, which is not installed; "
-        f"install it, or Latchkey's client library with its extra: latchkey-client[{guard}]",
+        f"latchkey.guards.{guard} needs {framework}, which is not installed: "
+        f"pip install {framework}",
         name=framework,
     )
