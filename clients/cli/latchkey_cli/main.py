@@ -62,6 +62,7 @@ app.command("audit", cls=Command)(audit.audit)
 app.command("console", cls=Command)(console.console)
 app.command("serve", cls=Command)(service.serve)
 app.command("policy", cls=Command)(service.policy)
+app.command("dev-ca", cls=Command)(service.dev_ca)
 app.command("proto", cls=Command)(proto.proto)
 app.command("config", cls=Command)(service.config)
 

@@ -1,4 +1,4 @@
-"""The commands that run the service itself: `serve`, `config` and `policy`.
+"""The commands that run the service itself: `serve`, `config`, `policy` and `dev-ca`.
 
 The service is another distribution, and this module never imports it. It replaces this process with
 the service, so that signals and exit codes are the service's.
@@ -15,7 +15,7 @@ import typer
 from latchkey_cli.failures import Exit, Failure
 from latchkey_cli.options import JsonOption
 
-__all__ = ["config", "policy", "serve"]
+__all__ = ["config", "dev_ca", "policy", "serve"]
 
 _MODULE = "latchkey_service"
 
@@ -89,6 +89,32 @@ def policy(
             code="USAGE",
         )
     _become("policy", action, *([what] if what is not None else []), *options)
+
+
+def dev_ca(
+    path: Annotated[
+        Path, typer.Option("--output", metavar="FOLDER", help="Where to write the files.")
+    ] = Path("dev-ca"),
+    hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--host",
+            metavar="NAME",
+            show_default="localhost, 127.0.0.1, ::1",
+            help="Name or address of the service; may be repeated.",
+        ),
+    ] = None,
+    caller: Annotated[
+        str, typer.Option("--caller", metavar="NAME", help="Caller with the client certificate.")
+    ] = "me",
+) -> None:
+    """Write a CA and certificates for trying TLS, not for production.
+
+    It prints how the service, its policy file and a caller use them. It never
+    replaces a file. The CA's key is not kept.
+    """
+    options = [f"--host={host}" for host in hosts or []]
+    _become("dev-ca", f"--output={path}", f"--caller={caller}", *options)
 
 
 def _become(*arguments: str) -> NoReturn:

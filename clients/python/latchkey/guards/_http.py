@@ -98,7 +98,8 @@ class Refusal:
             "status": self.status.value,
             "detail": self.detail,
         }
-        return json.dumps(problem).encode()
+        # People who call with curl see the next prompt on a line of its own.
+        return json.dumps(problem).encode() + b"\n"
 
     @property
     def all_headers(self) -> tuple[tuple[str, str], ...]:
