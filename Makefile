@@ -23,9 +23,10 @@ console: $(VENV)/.run  ## Start the service and the console (ARGS=ACCOUNT)
 demo: $(VENV)/.run  ## Delete a token while two services use it, and show when each refuses it
 	@exec $(PY) examples/demo.py
 
+# Most tests wait for other processes and for leases, so four at once keep two cores busy.
 # Some tests alone do not reach the floor, so only all of them measure coverage.
 test: $(VENV)/.dev  ## Run all tests and measure their coverage, or run some (ARGS="-k delete")
-	@exec $(BIN)/pytest -n 2 --dist loadgroup $(or $(ARGS),--cov)
+	@exec $(BIN)/pytest -n 4 --dist loadgroup $(or $(ARGS),--cov)
 
 check: $(VENV)/.dev  ## Check style, types, contract, stubs, lock files and known vulnerabilities
 	@exec $(PY) -m tests.checks $(ARGS)

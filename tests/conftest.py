@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ from latchkey_service.tokens.token_store import TokenStore
 
 from tests.helpers.databases import drop_database
 from tests.helpers.measured import pytest_runtest_protocol  # noqa: F401 - pytest calls the hook
+from tests.helpers.programs import INSTALLS
+from tests.helpers.scratch import SCRATCH
 from tests.helpers.servers import (
     TEMPLATE,
     TRANSPORTS,
@@ -36,6 +38,7 @@ from tests.helpers.servers import (
     serving,
     with_database,
 )
+from tests.helpers.stacks import task_stacks
 from tests.helpers.waiting import WAIT_SECONDS
 
 if TYPE_CHECKING:
@@ -44,6 +47,9 @@ if TYPE_CHECKING:
 # Variables from the developer's shell must not reach the tests.
 for name in [name for name in os.environ if name.startswith("LATCHKEY_")]:
     del os.environ[name]
+
+# The tests start hundreds of Python processes. Each would compile all modules of the service again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # A shell that starts the tests in the background makes them ignore SIGINT, and every program that a
 # test starts would inherit that.
@@ -62,8 +68,40 @@ OWN_TIMEOUTS = {name: getattr(connections, name) for name in TIMEOUTS}
 for name in TIMEOUTS:
     setattr(connections, name, WAIT_SECONDS)
 
-FAULTS = Path(__file__).parent / "faults"
+TESTS = Path(__file__).parent
+FAULTS = TESTS / "faults"
+# What starts first: groups, which one worker runs, and folders, those that take longest before the
+# others. A worker must not have a long one left when the others have finished.
+GROUPS_FIRST = ("faults", "browser", "history", "failover", "soak")
+FIRST = (*GROUPS_FIRST, "fuzz", "integration", "contract", "console")
+# Fixtures that install a program where it is missing.
+INSTALLING = {"axe", "grpcurl", "one_browser", "pgbouncer", "signed"}
 _numbers = itertools.count(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_turn)
+    for item in items:
+        if isinstance(item, pytest.Function) and not INSTALLING.isdisjoint(item.fixturenames):
+            item.add_marker(INSTALLS)
+
+
+def _turn(item: pytest.Item) -> int:
+    group = item.get_closest_marker("xdist_group")
+    name = group.args[0] if group else item.path.relative_to(TESTS).parts[0]
+    return FIRST.index(name) if name in FIRST else len(FIRST)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add the stacks of all tasks to the report of a test that exceeded its time limit."""
+    report = yield
+    # pytest-timeout prints the stacks of threads, and raises no exception of its own type.
+    if call.excinfo is not None and "from pytest-timeout" in str(call.excinfo.value):
+        report.sections.append(("tasks when the time was up", task_stacks()))
+    return report
 
 
 @pytest.fixture
@@ -86,7 +124,7 @@ def timeouts(request: pytest.FixtureRequest) -> None:
 def scratch() -> Iterator[Path]:
     """A folder that Postgres' own account can enter; pytest's is closed to it if root runs the
     tests."""
-    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir="/tmp"))
+    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir=SCRATCH))
     path.chmod(0o755)
     yield path
     shutil.rmtree(path, ignore_errors=True)

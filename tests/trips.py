@@ -30,6 +30,7 @@ from latchkey_service.settings import logs
 from latchkey_service.tokens import pepper_file
 
 from tests.helpers.repository import ROOT
+from tests.helpers.scratch import SCRATCH
 from tests.helpers.servers import make_settings, serving
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ async def trace_all(folder: Path, url: str) -> dict[str, Trip]:
 def main() -> None:
     """Print the trips."""
     logs.configure("console", "warning")
-    with tempfile.TemporaryDirectory(prefix="latchkey-trips-", dir="/tmp") as name:
+    with tempfile.TemporaryDirectory(prefix="latchkey-trips-", dir=SCRATCH) as name:
         folder = Path(name)
         # The embedded Postgres runs under another account if this is root.
         folder.chmod(0o755)

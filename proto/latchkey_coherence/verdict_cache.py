@@ -60,12 +60,23 @@ class VerdictCache(Generic[E]):
     change a Memory; other threads may read it meanwhile.
     """
 
-    __slots__ = ("_marks", "_named", "_of_token", "_order", "entries", "entries_max", "position")
+    __slots__ = (
+        "_marks",
+        "_named",
+        "_of_token",
+        "_order",
+        "entries",
+        "entries_max",
+        "evictions",
+        "position",
+    )
 
     def __init__(self, entries_max: int) -> None:
         self.entries_max = entries_max
         """The maximum number of entries."""
         self.entries: dict[bytes, E] = {}
+        self.evictions = 0
+        """The entries that made room for others. Only increases."""
         self.position = NOWHERE
         """Nothing in `entries` was invalidated by a revision up to this one."""
         # The known revisions, oldest first, with their marks. The last one is `position`.
@@ -198,6 +209,7 @@ class VerdictCache(Generic[E]):
             examined += 1
             if not entry.used or examined == EXAMINED_MAX:
                 self._remove(key)
+                self.evictions += 1
                 return
             entry.used = False
             self._order.append(key)

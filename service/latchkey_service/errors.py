@@ -6,7 +6,8 @@
     │   ├── RequestTooLarge   it has more bytes than the method accepts
     │   └── TimeoutMalformed  its deadline is not in gRPC's format
     ├── NotFound              the account has no such token
-    ├── AlreadyExists         the name is taken
+    ├── AlreadyExists         the name is taken, or the request's id was used for another request
+    ├── FailedPrecondition    the state of the token or of the service forbids the change
     ├── Denied                the caller may not make this call
     │   ├── Unauthenticated   the caller is unknown
     │   └── PermissionDenied  the caller is known but lacks the right
@@ -16,6 +17,7 @@
     ├── WatchTimedOut         the client of a Watch sent nothing for too long
     └── Unavailable           a dependency is unreachable or too slow; retryable
         ├── NotConfirmed      a deletion stands, but verifiers have yet to confirm it
+        │   └── ChangeNotConfirmed  the same for another change of a token
         └── StoreUnavailable  Postgres
             ├── CacheStartedOver a read was under way meanwhile
             ├── NotReplicated a failover may undo the committed change
@@ -36,7 +38,9 @@ from google.rpc import error_details_pb2, status_pb2
 __all__ = [
     "REQUEST_ID_METADATA",
     "AlreadyExists",
+    "ChangeNotConfirmed",
     "Denied",
+    "FailedPrecondition",
     "FieldViolation",
     "InvalidArgument",
     "LatchkeyError",
@@ -151,10 +155,27 @@ class NotFound(LatchkeyError):
 
 
 class AlreadyExists(LatchkeyError):
-    """The account already has a live token with this name."""
+    """The account already has a live token with this name, or has used the request's id."""
 
     code = grpc.StatusCode.ALREADY_EXISTS
     reason = "TOKEN_NAME_TAKEN"
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        if reason is not None:
+            self.reason = reason
+        super().__init__(message)
+
+
+class FailedPrecondition(LatchkeyError):
+    """The state of the token or of the service forbids the change. Nothing was done."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "FLEET_UPGRADING"
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        if reason is not None:
+            self.reason = reason
+        super().__init__(message)
 
 
 class Denied(LatchkeyError):
@@ -225,6 +246,12 @@ class NotConfirmed(Unavailable):
     """The deletion stands, but the deadline came before the last verifier's confirmation."""
 
     reason = "DELETION_NOT_CONFIRMED"
+
+
+class ChangeNotConfirmed(NotConfirmed):
+    """The change stands, but the deadline came before the last verifier's confirmation."""
+
+    reason = "CHANGE_NOT_CONFIRMED"
 
 
 class StoreUnavailable(Unavailable):

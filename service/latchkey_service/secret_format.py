@@ -35,6 +35,7 @@ __all__ = [
     "base62",
     "checksum",
     "contains_secret",
+    "hint_of",
     "redact_secrets",
 ]
 
@@ -133,8 +134,7 @@ class Keyring:
         digest = hmac.digest(pepper.key, body.encode(), "sha256")
         tagged = body + base62(_tag(digest), TAG_DIGITS)
         text = tagged + checksum(tagged)
-        hint = f"{prefix}_…{text[-HINT_CHARACTERS:]}"
-        return Minted(Secret(text), Digest(digest, pepper.id), hint)
+        return Minted(Secret(text), Digest(digest, pepper.id), hint_of(text))
 
     def digest_of(self, presented: str) -> bytes | None:
         """Return the digest (32 bytes) of a presented secret, or None if its tag is wrong.
@@ -158,6 +158,11 @@ class Keyring:
             if hmac.compare_digest(_tag(digest).to_bytes(8), tag):
                 return digest
         return None
+
+
+def hint_of(secret: str) -> str:
+    """Return the prefix and the last four characters of a secret, so that people recognise it."""
+    return f"{secret[: secret.find('_')]}_…{secret[-HINT_CHARACTERS:]}"
 
 
 def contains_secret(text: str) -> bool:

@@ -37,7 +37,17 @@ Number = Annotated[
 ]
 StreamName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*$")]
 Seconds = Annotated[float, Field(description="Seconds on the clock that leases are counted on.")]
-Verdict = Literal["VALID", "INSUFFICIENT_SCOPE", "DELETED", "EXPIRED", "UNKNOWN"]
+Verdict = Literal[
+    "VALID",
+    "ADDRESS_NOT_ALLOWED",
+    "INSUFFICIENT_SCOPE",
+    "INSUFFICIENT_PERMISSIONS",
+    "DELETED",
+    "DISABLED",
+    "EXPIRED",
+    "UNKNOWN",
+    "UNSPECIFIED",
+]
 Scope = Literal["READ", "WRITE"]
 
 
@@ -94,6 +104,14 @@ class Unknown(_Form):
 Event = Annotated[Invalidation | Grant | Reset | Closing | Unknown, Field(discriminator="kind")]
 
 
+class Reported(_Form):
+    """The uses of one token in all reports so far."""
+
+    count: int = Field(description="The sum of all counts.")
+    first: Seconds = Field(description="The time of the first use: `at` less its age.")
+    last: Seconds = Field(description="The time of the last use.")
+
+
 class Expect(_Form):
     """What must hold after a step. Absent: not checked."""
 
@@ -112,6 +130,11 @@ class Expect(_Form):
         description="When the client looks for another stream, if it receives nothing more on this "
         "one. null: it does not.",
     )
+    reported: dict[TokenId, Reported] | None = Field(
+        None,
+        description="All uses that the client has reported, to a millisecond. A client may split "
+        "them into any number of reports.",
+    )
 
 
 class _Step(_Form):
@@ -119,7 +142,8 @@ class _Step(_Form):
     sends: list[Send] = Field(
         [],
         description="Everything that the client sends in this step, in order on each stream. A "
-        "client may split a message that confirms and asks in two, with the confirmation first.",
+        "client may split a message that confirms and asks in two, with the confirmation first. "
+        "Messages with a report of uses are not listed.",
     )
     expect: Expect = Expect()
 
@@ -146,24 +170,41 @@ class Break(_Step):
     stream: StreamName
 
 
-class Answer(_Step):
-    """The service's answer to a Verify arrives: a verdict about a token."""
+class Mute(_Step):
+    """From now on, the server confirms no report of uses on this stream. Otherwise it confirms each
+    report at once."""
+
+    do: Literal["mute"]
+    stream: StreamName
+
+
+class _Question(_Step):
+    """What the holder wants to do."""
+
+    asked_scope: Scope | None = None
+    client_address: str = Field("", description="The holder's address. Empty: not known.")
+    permissions: list[str] = Field([], description="The permissions that are required.")
+
+
+class Answer(_Question):
+    """The service's answer to a Verify arrives: a verdict about a token. UNSPECIFIED stands for a
+    verdict that the client does not know."""
 
     do: Literal["answer"]
     token_id: TokenId = Field(description="The token. For UNKNOWN, stands for the secret.")
     verdict: Verdict
-    asked_scope: Scope | None = None
     token_scope: Scope = "READ"
+    token_networks: list[str] = Field([], description="The token's allowed_networks.")
+    token_permissions: list[str] = Field([], description="The token's permissions.")
     position: PositionText
     keeps: bool = Field(description="Whether the client may keep the verdict, and this one does.")
 
 
-class Verify(_Step):
+class Verify(_Question):
     """A holder presents the token's secret to the client."""
 
     do: Literal["verify"]
     token_id: TokenId
-    asked_scope: Scope | None = None
     from_memory: Verdict | None = Field(description="null: the client has to ask the service.")
 
 
@@ -180,7 +221,7 @@ class Release(_Step):
 
 
 Step = Annotated[
-    Open | Receive | Break | Answer | Verify | Wait | Release, Field(discriminator="do")
+    Open | Receive | Break | Mute | Answer | Verify | Wait | Release, Field(discriminator="do")
 ]
 
 
@@ -191,9 +232,10 @@ class Case(_Form):
     rules: list[Annotated[int, Field(ge=1, le=12)]] = Field(
         min_length=1, description="The rules of docs/protocol.md that the case is about."
     )
-    level: Literal["must", "should"] = Field(
+    level: Literal["must", "should", "reporting"] = Field(
         description="must: a client that fails may call a deleted token VALID, or make Deletes "
-        "wait. should: a client that fails is safe, but answers from memory less often.",
+        "wait. should: a client that fails is safe, but answers from memory less often. reporting: "
+        "for clients that report uses.",
     )
     story: str
     memory_entries: int = Field(100, ge=0, description="How many verdicts the client may keep.")

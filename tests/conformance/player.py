@@ -13,9 +13,11 @@ from functools import partial
 from unittest import mock
 
 import latchkey
+import pytest
 from latchkey import Scope, Verdict, Verification, _subscription, verifier
 from latchkey._shape import checksum
-from latchkey._subscription import Event, Request, Stream, Subscription
+from latchkey._subscription import Event, Request, Stream, Subscription, UsesReceived
+from latchkey._uses import UseReport
 
 from tests.conformance import cases
 from tests.conformance.cases import Case, position_of
@@ -37,6 +39,9 @@ class Player:
         self.streams: dict[str, Stream] = {}
         self.numbers: dict[str, int] = {}
         self.asked: dict[str, int] = {}
+        # Count, first and last use by token.
+        self.reported: dict[str, tuple[int, float, float]] = {}
+        self.muted: set[Stream] = set()
         self.verifier = latchkey.Verifier(
             "nowhere:1", memory_entries=case.memory_entries, memory_seconds=case.memory_seconds
         )
@@ -64,12 +69,17 @@ class Player:
             case cases.Receive():
                 self.streams[step.stream].receive(self.event_of(step.event), self.now)
             case cases.Break():
-                del self.streams[step.stream]
+                self.streams.pop(step.stream).ended(cleanly=False, now=self.now)
+            case cases.Mute():
+                self.muted.add(self.streams[step.stream])
             case cases.Answer():
                 self.answer(step)
             case cases.Verify():
                 answer = self.verifier.verify_nowait(
-                    secret_of(step.token_id), scope_of(step.asked_scope)
+                    secret_of(step.token_id),
+                    scope_of(step.asked_scope),
+                    client_address=step.client_address,
+                    permissions=step.permissions,
                 )
                 found = None if answer is None else answer.verdict.name
                 assert found == step.from_memory, f"answered {found}, not {step.from_memory}"
@@ -106,6 +116,8 @@ class Player:
                 name="n",
                 scope=Scope[step.token_scope],
                 create_time=datetime(2026, 1, 1, tzinfo=UTC),
+                allowed_networks=tuple(step.token_networks),
+                permissions=tuple(step.token_permissions),
             )
         answer = Verification(
             verdict=Verdict[step.verdict],
@@ -115,7 +127,9 @@ class Player:
         )
         cache = self.subscription.cache
         before = set(map(id, cache.entries.values()))
-        self.verifier._store(secret, scope_of(step.asked_scope), answer)
+        self.verifier._store(
+            secret, scope_of(step.asked_scope), answer, step.client_address, step.permissions
+        )
         kept = any(id(entry) not in before for entry in cache.entries.values())
         assert kept == step.keeps, f"kept: {kept}"
 
@@ -140,9 +154,26 @@ class Player:
     def taken(self, stream: Stream) -> list[Request]:
         requests: list[Request] = []
         while (request := stream.take(self.now)) is not None:
-            requests.append(request)
+            if request.report is None:
+                requests.append(request)
+            else:
+                assert not any(earlier.released for earlier in requests), "reports after a release"
+                self.receive_report(stream, request.report)
             assert len(requests) <= SENDS_MAX, "does not stop sending"
         return requests
+
+    def receive_report(self, stream: Stream, report: UseReport) -> None:
+        """Add a report to what the client has reported, and confirm it."""
+        for use in report.uses:
+            first, last = self.now - use.first_age, self.now - use.last_age
+            count, *times = self.reported.get(use.token_id, (0, first, last))
+            self.reported[use.token_id] = (
+                count + use.count,
+                min(first, *times),
+                max(last, *times),
+            )
+        if stream not in self.muted:
+            stream.receive(UsesReceived(report.number), self.now)
 
     def check(self, expect: cases.Expect) -> None:
         checked = expect.model_fields_set
@@ -164,6 +195,12 @@ class Player:
         if expect.leave is not None:
             leave = sorted(name for name, stream in self.streams.items() if stream.closing)
             assert leave == sorted(expect.leave), f"leaves {leave}"
+        if expect.reported is not None:
+            assert self.reported.keys() == expect.reported.keys(), f"reported {self.reported}"
+            for token_id, uses in expect.reported.items():
+                found = self.reported[token_id]
+                assert found[0] == uses.count, f"reported {found[0]} uses"
+                assert found[1:] == pytest.approx((uses.first, uses.last), abs=1e-3, rel=0)
         for name, at in (expect.give_up_at or {}).items():
             late_at = self.streams[name].late_at
             same = late_at == at or (

@@ -64,7 +64,7 @@ def test_full_journey_by_keyboard_alone(browser: Browser, world: World, width: i
     assert token.scope == pb.SCOPE_WRITE
     # The list has been replaced in the meantime.
     browser.find(f"#{token.id}")
-    browser.tab_to(f"#{token.id} button")
+    browser.tab_to(f"#{token.id} [data-act=delete]")
     browser.press(Keys.ENTER)
     browser.focused("dialog [data-close]")
     browser.driver.switch_to.active_element.send_keys(Keys.SHIFT, Keys.TAB)
@@ -72,7 +72,7 @@ def test_full_journey_by_keyboard_alone(browser: Browser, world: World, width: i
     browser.press(Keys.ENTER)
     browser.find("#notice")
     assert texts(browser.all("#rows th bdi")) == ["existing"]
-    browser.focused("#rows button")
+    browser.focused("#rows [data-act=delete]")
 
 
 def test_axe_finds_nothing_serious(browser: Browser, world: World, axe: str) -> None:
@@ -97,7 +97,7 @@ def test_axe_finds_nothing_serious(browser: Browser, world: World, axe: str) -> 
     browser.accessible(axe, "the secret")
     browser.click("#stored")
     browser.gone("dialog")
-    browser.click("#rows tr button")
+    browser.click("#rows [data-act=delete]")
     browser.find("#confirm")
     browser.accessible(axe, "the question")
     browser.click("#confirm")
@@ -147,7 +147,7 @@ def test_dialogs_are_modal_and_changes_are_announced(browser: Browser, world: Wo
     browser.press(Keys.ESCAPE)
     browser.gone("dialog")
     buttons = [button.accessible_name for button in browser.all("#rows button")]
-    assert buttons[0] == "Delete deploy pipeline"
+    assert buttons[:2] == ["Replace the secret of deploy pipeline", "Delete deploy pipeline"]
     assert len(set(buttons)) == len(buttons)
     browser.type("#q", "importer")
     live = "return document.getElementById('live').textContent"

@@ -4,6 +4,7 @@ import threading
 
 import grpc
 import pytest
+from selenium.webdriver.common.keys import Keys
 
 from tests.console.browsing import Browser, texts
 from tests.console.conftest import World
@@ -50,18 +51,20 @@ def test_list_explains_each_error(
 
 @pytest.mark.answers(503)
 def test_unreachable_while_loading_more_rows(browser: Browser, world: World) -> None:
-    """If loading more rows fails, the page says so, keeps the rows, and a retry works."""
+    """If loading more rows fails, the button says so, keeps the focus, and retries."""
     for number in range(60):
         world.create(f"token {number}")
     browser.open()
     with world.relay.failing("List", code=UNAVAILABLE):
         browser.click("#more")
-        assert "Latchkey cannot be reached" in browser.text("#message")
-        assert browser.has_focus("#message")
+        assert browser.text("#more-failed") == "Latchkey cannot be reached."
+        assert browser.text("#more") == "Try again"
+        browser.focused("#more")
+        browser.screen("unreachable-more")
     assert len(browser.all("#rows tr")) == 50
-    browser.click("#more")
+    browser.find("#more").send_keys(Keys.ENTER)
     browser.until(lambda: len(browser.all("#rows tr")) == 60, "all rows")
-    browser.gone("#message")
+    browser.gone("#more-failed")
     assert browser.text("#count") == "60 of 60 tokens"
 
 
@@ -181,7 +184,7 @@ def test_unconfirmed_deletion(browser: Browser, world: World, script: bool, axe:
     created = world.create("doomed")
     world.create("stays")
     browser.open()
-    browser.click(f"#{created.token.id} button")
+    browser.click(f"#{created.token.id} [data-act=delete]")
     browser.find("#confirm")
     with world.relay.failing("Delete", code=UNAVAILABLE, reaches=True):
         browser.click("#confirm")
@@ -201,7 +204,7 @@ def test_unreachable_while_deleting_changes_nothing(
     """If Latchkey is unreachable before the Delete, the page says so and deletes nothing."""
     created = world.create("survives")
     browser.open()
-    browser.click(f"#{created.token.id} button")
+    browser.click(f"#{created.token.id} [data-act=delete]")
     browser.find("#confirm")
     with world.relay.failing(*ALL, code=UNAVAILABLE):
         browser.click("#confirm")

@@ -136,6 +136,9 @@ async def tokens_of(address: str, proxy: str | None) -> tuple[dict[str, str], di
             request = pb.CreateRequest(account_id=account, name="seed", scope=pb.SCOPE_READ)
             created = await unary(channel, TOKENS + "Create", request, bearer("manager"))
             secrets[account], ids[account] = created.secret, created.token.id
+            spare = pb.CreateRequest(account_id=account, name="spare", scope=pb.SCOPE_READ)
+            created = await unary(channel, TOKENS + "Create", spare, bearer("manager"))
+            ids[f"{account} spare"] = created.token.id
     return secrets, ids
 
 

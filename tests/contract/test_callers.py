@@ -2,7 +2,7 @@
 not."""
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.access.methods import METHODS
 from latchkey_service.access.policy import PolicyError
 
+from tests.contract.allowed_requests import AUDIT, INVALIDATE_ALL, STATUS, allowed_request
 from tests.contract.listeners import (
     LISTENERS,
     TOKENS,
@@ -47,14 +48,18 @@ from tests.helpers.callers import (
 )
 from tests.helpers.databases import session
 
-STATUS = "/latchkey.v1.StatusService/GetStatus"
-AUDIT = "/latchkey.v1.AuditService/List"
-INVALIDATE_ALL = "/latchkey.v1.MaintenanceService/InvalidateAll"
 HEALTH = "/grpc.health.v1.Health/Check"
 # Repeats the service's table on purpose, because these tests check that table.
 MAY = {
     "verifier": {TOKENS + "Verify", TOKENS + "BatchVerify", TOKENS + "Watch"},
-    "manager": {TOKENS + name for name in ("Create", "Get", "List", "Delete")},
+    "manager": {
+        TOKENS + name
+        for name in (
+            *("Create", "Get", "GetUsage", "List", "Delete", "DeleteAll"),
+            *("Update", "Disable", "Enable", "Rotate", "RetireSecrets"),
+        )
+    },
+    "revoker": {TOKENS + "RevokeSecret"},
     "operator": {STATUS, AUDIT, INVALIDATE_ALL},
 }
 OURS = sorted(set().union(*MAY.values()))
@@ -96,28 +101,11 @@ async def call(
     listener: Listener, channel: grpc.aio.Channel, path: str, metadata: Metadata, account: str
 ) -> grpc.StatusCode:
     """Make a call that succeeds for every allowed caller; return its status."""
-    requests: dict[str, Callable[[], Any]] = {
-        TOKENS + "Verify": lambda: pb.VerifyRequest(secret=listener.secrets[account]),
-        TOKENS + "BatchVerify": lambda: pb.BatchVerifyRequest(
-            requests=[pb.VerifyRequest(secret=listener.secrets[account])]
-        ),
-        TOKENS + "Create": lambda: pb.CreateRequest(
-            account_id=account, name=f"n{next(_names)}", scope=pb.SCOPE_READ
-        ),
-        TOKENS + "Get": lambda: pb.GetRequest(account_id=account, id=listener.ids[account]),
-        TOKENS + "List": lambda: pb.ListRequest(account_id=account),
-        TOKENS + "Delete": lambda: pb.DeleteRequest(
-            account_id=account, id=listener.ids[f"{account} doomed"], no_wait=True
-        ),
-        STATUS: status_pb.GetStatusRequest,
-        INVALIDATE_ALL: maintenance_pb.InvalidateAllRequest,
-        AUDIT: lambda: audit_pb.AuditServiceListRequest(account_id=account),
-    }
     try:
         if path == TOKENS + "Watch":
             await watch(channel, metadata)
         else:
-            await unary(channel, path, requests[path](), metadata)
+            await unary(channel, path, allowed_request(listener, path, account), metadata)
     except grpc.aio.AioRpcError as error:
         return error.code()
     return OK
@@ -159,8 +147,8 @@ def expected(name: str, account: str = ACCOUNT) -> dict[str, grpc.StatusCode]:
     role, accounts = CALLERS[name]
     found = {path: OK if path in MAY[role] else DENIED for path in OURS}
     if accounts is not None:
-        # Affects all accounts.
-        found[INVALIDATE_ALL] = DENIED
+        # They affect all accounts.
+        found[INVALIDATE_ALL] = found[TOKENS + "RevokeSecret"] = DENIED
         if role == "verifier":
             found[TOKENS + "Watch"] = WATCH_REFUSED
         elif account != ACCOUNT:

@@ -2,10 +2,12 @@
 
 import io
 import logging
+from typing import Any
 
 import asyncpg
 import grpc
 import pytest
+from google.protobuf import field_mask_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.settings import logs as service_logs
 from latchkey_service.tokens.verifier import Verifier
@@ -74,6 +76,8 @@ async def test_the_secret_never_leaks(logs, channel, stub, create, database_url,
         yield "Get", pb.GetRequest(account_id=value, id=value)
         yield "Get", pb.GetRequest(account_id="acme", id=value)
         yield "Get", pb.GetRequest(account_id="acme", id=created.token.id)
+        yield "GetUsage", pb.GetUsageRequest(account_id=value, id=value)
+        yield "GetUsage", pb.GetUsageRequest(account_id="acme", id=created.token.id)
         yield "List", pb.ListRequest(account_id=value)
         yield "List", pb.ListRequest(account_id="acme", page_token=value)
         yield "List", pb.ListRequest(account_id="acme")
@@ -94,15 +98,57 @@ async def test_the_secret_never_leaks(logs, channel, stub, create, database_url,
         yield "Verify", pb.VerifyRequest(secret=value[:-1] + ("0" if value[-1] != "0" else "1"))
         yield "Delete", pb.DeleteRequest(account_id=value, id=value)
         yield "Delete", pb.DeleteRequest(account_id="acme", id=value)
+        fields: dict[str, Any] = {"account_id": "acme", "name": "n", "scope": pb.SCOPE_READ}
+        for more in (
+            {"description": value},
+            {"allowed_networks": [value]},
+            {"permissions": [value]},
+            {"request_id": value},
+        ):
+            yield "Create", pb.CreateRequest(**fields, **more)
+        for paths, token in (
+            ([value], {}),
+            (["name"], {"name": value}),
+            (["description"], {"description": value}),
+            (["labels"], {"labels": {value: value}}),
+            (["allowed_networks"], {"allowed_networks": [value]}),
+            (["permissions"], {"permissions": [value]}),
+        ):
+            mask = field_mask_pb2.FieldMask(paths=paths)
+            for token_id in (value, created.token.id):
+                yield (
+                    "Update",
+                    pb.UpdateRequest(
+                        account_id="acme",
+                        id=token_id,
+                        token=pb.Token(**token),
+                        update_mask=mask,
+                    ),
+                )
+        for name in ("Disable", "Enable", "Rotate", "RetireSecrets"):
+            request_type = getattr(pb, name + "Request")
+            yield name, request_type(account_id=value, id=value)
+            yield name, request_type(account_id="acme", id=value)
+        selected = pb.TokenFilter(name_contains=value, label={value: value})
+        yield "DeleteAll", pb.DeleteAllRequest(account_id=value)
+        yield "DeleteAll", pb.DeleteAllRequest(account_id="acme", filter=selected)
+        required = pb.VerifyRequest(
+            secret=value, client_address=value, required_permissions=[value]
+        )
+        yield "Verify", required
+        yield "RevokeSecret", pb.RevokeSecretRequest(secrets=[value, value + "x"])
 
     for method, message in messages(secret):
         await attempt(method, message.SerializeToString(), metadata=(("x-request-id", secret),))
-    for method in ("Create", "Get", "List", "Delete", "Verify", "BatchVerify"):
+    for method in (
+        *("Create", "Get", "GetUsage", "List", "Delete", "DeleteAll", "Verify", "BatchVerify"),
+        *("Update", "Disable", "Enable", "Rotate", "RetireSecrets", "RevokeSecret"),
+    ):
         await attempt(method, b"\xff" + secret.encode())
         await attempt(method, b"\x0a\x3f\xff" + secret.encode())
 
     # An unexpected failure whose message quotes the secret, and one whose cause quotes it.
-    def fail(self, presented, required_scope):
+    def fail(self, presented, *question):
         try:
             raise KeyError(secret)
         except KeyError as cause:

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from google.protobuf import duration_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.access.methods import METHODS, VERIFY
+from latchkey_service.coherence.use_reports import USES_IN_REPORT_MAX
 
 from tests.helpers.callers import credential, policy_text
 from tests.helpers.labels import create_with_labels
 from tests.helpers.rich_status import refusal
 from tests.helpers.servers import serving
+from tests.helpers.watch_client import watching
 
 if TYPE_CHECKING:
     from latchkey_service.settings.settings import Settings
@@ -77,6 +80,26 @@ async def test_largest_legal_requests_fit(create: Any, stub: Any) -> None:
     assert (await stub.Verify(question)).verdict == pb.VERDICT_VALID
     answers = (await stub.BatchVerify(batch, timeout=10)).responses
     assert [answer.verdict for answer in answers] == [pb.VERDICT_VALID] * 1_000
+
+
+async def test_largest_report_of_uses_fits(address: str) -> None:
+    """A Watch accepts a report with as many uses as a client may send at once, each of the largest
+    size."""
+    age = duration_pb2.Duration(seconds=90 * 86_400, nanos=999_999_999)
+    use = pb.TokenUse(
+        token_id="tok_" + "z" * 26,
+        hint="p" * 10 + "_…abcd",
+        count=2**62,
+        first_use_age=age,
+        last_use_age=age,
+    )
+    report = pb.UseReport(number=2**62, uses=[use] * USES_IN_REPORT_MAX)
+    async with watching(address) as client:
+        await client.granted()
+        await client.say(number=2**62, use_report=report)
+        while not isinstance(event := await client.hear(), pb.UseReportReceived):
+            await client.say()
+        assert event.number == report.number
 
 
 async def test_many_labels_are_refused_unread(channel: grpc.aio.Channel) -> None:

@@ -12,7 +12,8 @@ from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.connections import DURABLE, Connector
 from latchkey_service.postgres.migrate import bundled, migrate
 from latchkey_service.secret_format import Digest
-from latchkey_service.tokens.token_store import Deletion, TokenStore
+from latchkey_service.tokens.receipt_table import Deletion
+from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.verdict import Scope, TokenRecord
 from structlog.testing import capture_logs
 
@@ -22,6 +23,7 @@ from tests.helpers.database_history import NO_CLIENTS, head_of
 from tests.helpers.databases import session
 from tests.helpers.domain import audit_context
 from tests.helpers.pgbouncer import PgBouncer
+from tests.helpers.programs import INSTALLS
 from tests.helpers.waiting import eventually
 
 pytestmark = pytest.mark.xdist_group("faults")
@@ -116,6 +118,7 @@ async def confirm(store: TokenStore) -> Deletion:
     return await store.confirm_deletion("tok_1", deletion.position, Acknowledgements(1, 0))
 
 
+@INSTALLS
 async def test_a_pooler_does_not_hide_a_cancelled_wait(
     postgres: BreakablePostgres, scratch: Path, database_url: str
 ) -> None:

@@ -22,8 +22,6 @@ from tests.faults.host import (
 from tests.helpers.postgres_node import Node, Template, lone_node
 from tests.helpers.waiting import eventually
 
-pytestmark = pytest.mark.xdist_group("faults")
-
 # Short enough to wait for.
 CACHE_SECONDS = 3.0
 # Archive recovery begins a new timeline. A plain copy of the files continues the old one.

@@ -21,6 +21,7 @@ from tests.helpers import callers
 from tests.helpers.breakable_postgres import BreakablePostgres
 from tests.helpers.domain import audit_context
 from tests.helpers.free_ports import free_port
+from tests.helpers.scratch import SCRATCH
 from tests.helpers.service_process import Service
 
 __all__ = ["ACCOUNT", "DELETED", "LIVE", "PEPPER", "surroundings"]
@@ -42,7 +43,7 @@ def surroundings(needs: str) -> Iterator[dict[str, str]]:
         yield {}
         return
     # Postgres' own account needs access.
-    folder = Path(tempfile.mkdtemp(prefix="latchkey-fuzz-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="latchkey-fuzz-", dir=SCRATCH))
     folder.chmod(0o755)
     try:
         with _postgres(folder) if needs == "postgres" else _service(folder, needs) as variables:

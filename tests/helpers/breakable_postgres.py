@@ -38,10 +38,12 @@ class BreakablePostgres:
         await asyncio.to_thread(self._postgres.stop)
 
     async def kill(self) -> None:
-        """SIGKILL the postmaster; its children notice by themselves."""
+        """SIGKILL the postmaster, and wait until its children have noticed and ended."""
         assert self._postgres.pid is not None
+        children = psutil.Process(self._postgres.pid).children(recursive=True)
         os.kill(self._postgres.pid, signal.SIGKILL)
         await eventually(lambda: self._postgres.poll() is not None, "the postmaster is dead")
+        await eventually(lambda: not psutil.wait_procs(children, 0)[1], "its children have ended")
 
     async def crash(self) -> None:
         """SIGKILL all of its processes at once, as in a power failure: none writes anything."""

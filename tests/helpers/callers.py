@@ -22,9 +22,11 @@ CALLERS: dict[str, tuple[str, list[str] | None]] = {
     "verifier": ("verifier", None),
     "manager": ("manager", None),
     "operator": ("operator", None),
+    "revoker": ("revoker", None),
     "acmes-verifier": ("verifier", [ACCOUNT]),
     "acmes-manager": ("manager", ["ac*"]),
     "acmes-operator": ("operator", [ACCOUNT]),
+    "acmes-revoker": ("revoker", [ACCOUNT]),
 }
 
 

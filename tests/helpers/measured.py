@@ -14,7 +14,8 @@ import pytest
 __all__ = ["MEASURED", "pytest_runtest_protocol"]
 
 MEASURED = {"console", "contract", "integration", "unit"}
-# Set by coverage.py. A Python process that inherits it measures itself.
+# Set by coverage.py. A Python process that inherits it measures itself. The tests of the command
+# line start theirs without it: measuring hundreds of short processes takes too long.
 FOR_CHILDREN = "COVERAGE_PROCESS_CONFIG"
 
 

@@ -19,6 +19,7 @@ from tests.helpers.repository import ROOT
 
 __all__ = [
     "GRPCURL",
+    "INSTALLS",
     "TOOLS",
     "alone",
     "found",
@@ -34,6 +35,8 @@ APT_SECONDS = 420.0
 # A build on a slow machine.
 GO_SECONDS = 300.0
 GRPCURL = "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3"
+INSTALLS = pytest.mark.timeout(600)
+"""Marks tests that may install a program first, and wait for another process that installs."""
 
 
 def missing(reason: str) -> NoReturn:

@@ -38,7 +38,6 @@ class Host:
         self._settings = {
             "data_dir": str(folder / "unused"),
             "grace_seconds": "2",
-            "log_format": "json",
             "workers": str(workers),
             **settings,
         }

@@ -78,7 +78,7 @@ class Stage:
         """Verify through one server, once, without a time limit."""
         outcome = Outcome.FAILED
         began = now()
-        with contextlib.suppress(latchkey.Unavailable):
+        with contextlib.suppress(latchkey.Unavailable, latchkey.ResourceExhausted):
             answer = await through.verify(subject.secret, timeout_seconds=4.0)
             outcome = Outcome.VALID if answer.allowed else Outcome.REFUSED
         self._recorder.add(Kind.DIRECT, outcome, subject.number, began, now())
@@ -330,7 +330,7 @@ async def play(stage: Stage, scenario: Scenario) -> Findings:
     played again. Raises Unavailable if that happens every time.
     """
     for _ in range(ATTEMPTS_MAX - 1):
-        with contextlib.suppress(latchkey.Unavailable):
+        with contextlib.suppress(latchkey.Unavailable, latchkey.ResourceExhausted):
             await _played(stage, scenario)
             return stage.findings()
     await _played(stage, scenario)

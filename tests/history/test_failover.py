@@ -10,6 +10,7 @@ import pytest
 
 from tests.helpers.postgres_node import Template, make_template
 from tests.helpers.replicated_pair import pair
+from tests.helpers.scratch import SCRATCH
 from tests.history.checker import Findings
 from tests.history.failover_scenarios import (
     MISSED,
@@ -33,7 +34,7 @@ MISS_ATTEMPTS_MAX = 4
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A folder that Postgres' own account can enter."""
-    with tempfile.TemporaryDirectory(prefix="latchkey-history-", dir="/tmp") as name:
+    with tempfile.TemporaryDirectory(prefix="latchkey-history-", dir=SCRATCH) as name:
         path = Path(name)
         path.chmod(0o755)
         yield path

@@ -12,7 +12,7 @@ from latchkey import _subscription as client_side
 from latchkey._subscription import Subscription
 from latchkey_coherence.lease import DRIFT_MAX
 from latchkey_coherence.verdict_cache import Entry, Position, VerdictCache
-from latchkey_service.coherence import watch_sessions
+from latchkey_service.coherence import watch_events, watch_sessions
 from latchkey_service.coherence.ack_rules import (
     DeadVerifierDetector,
 )
@@ -251,6 +251,8 @@ def _to_client(event: watch_sessions.Event) -> client_side.Event:
             return client_side.Reset(event.position)
         case watch_sessions.Closing():
             return client_side.Closing()
+        case watch_events.ReportReceived():
+            return client_side.UsesReceived(event.report)
 
 
 class Client:

@@ -17,12 +17,17 @@ from tests.helpers.waiting import POLL_SECONDS, eventually
 from tests.soak import report
 from tests.soak.load import Load, Place, loading
 from tests.soak.samples import Samples
+from tests.soak.slope import BLOCKS_MIN
 
 __all__ = ["run"]
 
 SAMPLE_SECONDS = 5.0
 SAMPLES_MIN = 40
-# Time for the start, two rests, and the end.
+# A busy machine takes fewer samples in the same time. Too few show no trend, so the load goes on
+# until so many can be judged, but not much longer than the run may take.
+JUDGED_MIN = 2 * BLOCKS_MIN
+LONGER_SECONDS_MAX = 60.0
+# Time for the start, a longer load, two rests, and the end.
 OVERTIME_SECONDS = 240.0
 # The server forgets a killed client within three leases, and the connection of a closed channel at
 # once.
@@ -60,7 +65,6 @@ async def run(
         # Fills up soon, because a bounded cache must have reached its bound.
         "cache_entries": 1_000,
         "soak_summary_seconds": every,
-        "log_format": "json",
         # Without root, only then may we look at its memory and files.
         "core_dumps": "on",
         **write_server_files(folder),
@@ -106,6 +110,10 @@ async def _soak(
         loads = asyncio.create_task(load.run())
         try:
             await _unless_one_ends(seconds, sampling, loads)
+            while not _enough(samples, lasted := time.monotonic() - began):
+                if lasted > seconds + LONGER_SECONDS_MAX:
+                    break
+                await _unless_one_ends(every, sampling, loads)
         finally:
             for task in (loads, sampling):
                 task.cancel()
@@ -134,6 +142,12 @@ async def _soak(
         load_cores,
         troubles,
     )
+
+
+def _enough(samples: Samples, seconds: float) -> bool:
+    """Return whether a load of so many seconds has been sampled often enough to be judged."""
+    since = report.WARM_UP_SHARE * seconds
+    return sum(at >= since for at in samples.taken) >= JUDGED_MIN
 
 
 async def _unless_one_ends(seconds: float, *tasks: "asyncio.Task[None]") -> None:

@@ -40,6 +40,8 @@ class Samples:
 
     def __init__(self, service: Service, database_url: str) -> None:
         self.series: dict[Name, list[Point]] = defaultdict(list)
+        self.taken: list[float] = []
+        """When each sample was complete, in seconds as in `series`."""
         self.cpu_seconds = 0.0
         """Of the service and its Postgres, since their start."""
         self._service = service
@@ -57,6 +59,7 @@ class Samples:
             async with session(self._database_url) as connection:
                 while True:
                     await self._take(connection)
+                    self.taken.append(time.monotonic() - self._began)
                     await asyncio.sleep(seconds)
 
     async def _take(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:

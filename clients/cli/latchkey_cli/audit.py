@@ -2,7 +2,7 @@
 
 import enum
 import sys
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -12,8 +12,9 @@ from rich.text import Text
 
 from latchkey_cli import documents, output
 from latchkey_cli.options import JsonOption, TargetOption, TimeoutOption
+from latchkey_cli.restrictions import PAST, past
 from latchkey_cli.text import visible
-from latchkey_cli.times import local, parse_expiry
+from latchkey_cli.times import local
 
 if TYPE_CHECKING:
     # Types only: shell completion must not wait for gRPC to load.
@@ -49,21 +50,14 @@ class MethodName(enum.StrEnum):
     GET = "get"
     LIST = "list"
     DELETE = "delete"
-
-
-def _past(text: str) -> datetime:
-    wrong = "give a duration (30m, 12h, 7d), a date, or a time with its zone (2030-01-31T18:00:00Z)"
-    try:
-        said = parse_expiry(text)
-        moment = datetime.now(UTC) - said.ttl if said.ttl is not None else said.expire_time
-    except (ValueError, OverflowError):
-        moment = None
-    if moment is None:
-        raise typer.BadParameter(wrong)
-    return moment
-
-
-_WHEN: Final = "30m, 12h or 7d (ago), a date, or 2030-01-31T18:00:00Z."
+    UPDATE = "update"
+    DISABLE = "disable"
+    ENABLE = "enable"
+    ROTATE = "rotate"
+    RETIRE_SECRETS = "retire-secrets"
+    REVOKE_SECRET = "revoke-secret"  # noqa: S105 - the name of a method
+    DELETE_ALL = "delete-all"
+    GET_USAGE = "get-usage"
 
 
 def audit(
@@ -93,17 +87,17 @@ def audit(
         datetime | None,
         typer.Option(
             "--since",
-            parser=_past,
+            parser=past,
             metavar="WHEN",
             show_default=False,
-            help=f"From this time on: {_WHEN}",
+            help=f"From this time on: {PAST}",
         ),
     ] = None,
     until: Annotated[
         datetime | None,
         typer.Option(
             "--until",
-            parser=_past,
+            parser=past,
             metavar="WHEN",
             show_default=False,
             help="Before this time.",
@@ -116,7 +110,7 @@ def audit(
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show who created, read and deleted tokens, and who was denied.
+    """Show who created, read, changed and deleted tokens, and who was denied.
 
     Entries are listed newest first. With --json, the output is one array. If
     the closing bracket is missing, the list is incomplete and the exit code
@@ -131,7 +125,7 @@ def audit(
         account_id=account,
         token_id=token or "",
         caller=caller,
-        method="" if method is None else method.value.capitalize(),
+        method="" if method is None else method.value.title().replace("-", ""),
         outcome=None if outcome is None else Outcome[outcome.name],
         start_time=since,
         end_time=until,

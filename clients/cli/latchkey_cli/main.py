@@ -8,6 +8,8 @@ import typer
 from latchkey_cli import (
     access,
     audit,
+    bulk,
+    changes,
     console,
     maintenance,
     output,
@@ -17,6 +19,7 @@ from latchkey_cli import (
     service,
     status,
     tokens,
+    usage,
     verify,
 )
 from latchkey_cli.failures import ClosedPipe, Exit, Failure
@@ -32,7 +35,7 @@ Exit codes:
   0  success; for verify: VALID
   1  unexpected error, or you answered no to a prompt
   2  invalid usage or argument
-  3  token not found
+  3  token not found; for revoke: a line is not a secret of a token
   4  name already taken
   5  verify: any verdict except VALID
   6  no answer, or no answer in time
@@ -55,6 +58,14 @@ app.command("create", cls=Command)(tokens.create)
 app.command("list", cls=Command)(tokens.list_tokens)
 app.command("get", cls=Command)(tokens.get)
 app.command("delete", cls=Command)(tokens.delete)
+app.command("update", cls=Command)(changes.update)
+app.command("disable", cls=Command)(changes.disable)
+app.command("enable", cls=Command)(changes.enable)
+app.command("rotate", cls=Command)(changes.rotate)
+app.command("retire-secrets", cls=Command)(changes.retire_secrets)
+app.command("usage", cls=Command)(usage.usage)
+app.command("revoke", cls=Command, context_settings={"allow_extra_args": True})(bulk.revoke)
+app.command("delete-all", cls=Command)(bulk.delete_all)
 app.command("verify", cls=Command, context_settings={"allow_extra_args": True})(verify.verify)
 app.command("status", cls=Command)(status.status)
 app.command("invalidate-all", cls=Command)(maintenance.invalidate_all)

@@ -1,19 +1,18 @@
 """The command `invalidate-all`."""
 
 import sys
-from typing import Annotated
 
 import typer
 
 from latchkey_cli import documents, output, tables
-from latchkey_cli.failures import Exit, Failure
-from latchkey_cli.options import JsonOption, TargetOption, TimeoutOption
+from latchkey_cli.failures import Exit
+from latchkey_cli.options import JsonOption, TargetOption, TimeoutOption, YesOption
 
 __all__ = ["invalidate_all"]
 
 
 def invalidate_all(
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+    yes: YesOption = False,
     target: TargetOption = "127.0.0.1:50051",
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
@@ -28,13 +27,7 @@ def invalidate_all(
     is required.
     """
     if not yes:
-        if not (output.is_terminal(sys.stdin) and output.is_terminal(sys.stderr)):
-            raise Failure(
-                "no terminal to ask for confirmation",
-                "pass --yes to continue",
-                Exit.USAGE,
-                code="USAGE",
-            )
+        output.require_terminal("pass --yes to continue")
         if not output.confirmed("Clear the cache of every verifier? [y/N] "):
             raise typer.Exit(Exit.UNEXPECTED)
     from latchkey_cli.session import Doing, Session

@@ -13,9 +13,12 @@ __all__ = [
     "ExpiresOption",
     "JsonOption",
     "LabelOption",
+    "NewExpiresOption",
+    "NoWaitOption",
     "ScopeName",
     "TargetOption",
     "TimeoutOption",
+    "YesOption",
     "labels_of",
 ]
 
@@ -91,18 +94,26 @@ TimeoutOption = Annotated[
         metavar="SECONDS",
         callback=_timeout,
         show_default=False,
-        help="Time limit for one call. Default: 5, or 10 for delete.",
+        help="Time limit for one call. Default: 10 for changes, otherwise 5.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
+NoWaitOption = Annotated[
+    bool,
+    typer.Option("--no-wait", help="Do not wait until verifiers everywhere know the change."),
+]
+_EXPIRES_HELP: Final = "90m, 12h, 30d, a date (at 0:00 local time), 2030-01-31T18:00:00Z, or never."
 ExpiresOption = Annotated[
     Expiry | None,
     typer.Option(
-        "--expires",
-        parser=_expires,
-        metavar="WHEN",
-        show_default="never",
-        help="90m, 12h, 30d, a date (at 0:00 local time), 2030-01-31T18:00:00Z, or never.",
+        "--expires", parser=_expires, metavar="WHEN", show_default="never", help=_EXPIRES_HELP
+    ),
+]
+NewExpiresOption = Annotated[
+    Expiry | None,
+    typer.Option(
+        "--expires", parser=_expires, metavar="WHEN", show_default=False, help=_EXPIRES_HELP
     ),
 ]
 LabelOption = Annotated[

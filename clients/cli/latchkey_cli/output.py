@@ -19,6 +19,7 @@ __all__ = [
     "is_terminal",
     "prepare",
     "report",
+    "require_terminal",
     "silence",
     "to_json",
     "write",
@@ -80,6 +81,12 @@ def confirmed(question: str) -> bool:
     if not answer.endswith("\n"):
         write(sys.stderr, "\n")
     return answer.strip().lower() in ("y", "yes")
+
+
+def require_terminal(to_do: str) -> None:
+    """Raise Failure unless a question can be asked. `to_do` names the option to pass instead."""
+    if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
+        raise Failure("no terminal to ask for confirmation", to_do, Exit.USAGE, code="USAGE")
 
 
 def to_json(document: Any, *, indent: int | None = 2) -> str:

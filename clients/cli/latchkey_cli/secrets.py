@@ -7,13 +7,22 @@ secret is valid.
 import getpass
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
-__all__ = ["INPUT_BYTES_MAX", "SecretInputError", "find_secret", "read_secret", "redact"]
+__all__ = [
+    "INPUT_BYTES_MAX",
+    "SecretInputError",
+    "find_secret",
+    "read_lines",
+    "read_secret",
+    "redact",
+]
 
 # A secret has 60 characters. Longer input is some other file, so we stop reading here.
 INPUT_BYTES_MAX: Final = 64 * 1024
+# A secret with the longest prefix has 68 characters. The start of a longer line is not one either.
+_LINE_BYTES_MAX: Final = 100
 # The prefix and 43 random characters. The last 14 characters of a secret, a tag and a checksum, are
 # not required: a copy without them still counts as leaked. The group repeats because in two secrets
 # without a separator, the second prefix reads like the end of the first secret.
@@ -60,3 +69,21 @@ def read_secret() -> str:
         data = data[:-2] if data.endswith(b"\r\n") else data[:-1]
     # Input that is not UTF-8 is never a valid secret, and its replacement characters keep it so.
     return data.decode("utf-8", "replace")
+
+
+def read_lines() -> Iterator[tuple[int, str]]:
+    """Yield each secret of standard input with the number of its line, or ask for one at a prompt.
+
+    Drops white space around a secret, and empty lines. A line that is too long to be a secret is
+    cut. Raises SecretInputError, and KeyboardInterrupt from the prompt.
+    """
+    if sys.stdin is None or sys.stdin.isatty():
+        yield 1, read_secret()
+        return
+    number, start = 1, True
+    while line := sys.stdin.buffer.readline(_LINE_BYTES_MAX):
+        if start and (text := line.strip()):
+            # Input that is not UTF-8 is never a secret, and its replacement characters keep it so.
+            yield number, text.decode("utf-8", "replace")
+        start = line.endswith(b"\n")
+        number += start

@@ -27,26 +27,19 @@ T = TypeVar("T")
 _AGAIN: Final = "try again"
 # A TLS handshake with one address that accepts connections.
 PROBE_SECONDS: Final = 2.0
-# gRPC's messages for a call that found no connection and was therefore never sent. With any other
-# message, the call may have been sent.
-_UNCONNECTED: Final = re.compile(
-    r"^\w+ failed: (failed to connect to all addresses|connections to all backends failing"
-    r"|DNS resolution failed)"
-)
 
 
 @dataclass(frozen=True, slots=True)
 class Doing:
     """The words for one call: its purpose ("get token X") and what to do if its answer is lost.
 
-    `once` means that the client library never retries the call after a connection failure, so the
-    error describes the only attempt. `unconfirmed` describes a change that is committed but not yet
-    confirmed by every verifier.
+    `changes` is False for a call that changes nothing. `unconfirmed` describes a change that is
+    committed but not yet confirmed by every verifier.
     """
 
     what: str
     if_lost: str = _AGAIN
-    once: bool = False
+    changes: bool = True
     unconfirmed: str = "the token is deleted, but not every verifier confirmed that in time"
     if_unconfirmed: str = "run this command again for the receipt"
 
@@ -95,8 +88,9 @@ class Session:
         A name such as localhost often has two addresses. gRPC reports the error of the one that it
         tried last. If nothing listens on that one, the error hides a fault of TLS on the other.
         """
-        refused = isinstance(error, latchkey.Unavailable) and "Connection refused" in str(error)
-        if not refused or error.reason is not None:
+        if not isinstance(error, latchkey.Unavailable) or error.reason is not None:
+            return error
+        if "Connection refused" not in str(error):
             return error
         for address in reachability.listening(self._target):
             host, _, _ = self._target.removeprefix("dns:///").rpartition(":")
@@ -114,7 +108,7 @@ class Session:
                 self._runner.run(_probe(single))
             except latchkey.Unavailable as found:
                 if found.reason in ("TLS_HANDSHAKE_FAILED", "CONNECTION_CLOSED"):
-                    found.unsent = True  # type: ignore[attr-defined]  # for `_after`
+                    found.unsent = error.unsent
                     return found
             except latchkey.LatchkeyError:
                 pass
@@ -170,9 +164,11 @@ def _words(  # noqa: PLR0911 - a table with one row for each error
         case latchkey.AlreadyExists():
             to_do = "choose another name, or delete that token first"
             return "a live token of the account already has that name", to_do, Exit.ALREADY_EXISTS
+        case latchkey.FailedPrecondition():
+            return _precondition(error)
         case latchkey.PermissionDenied() | latchkey.Unauthenticated():
             return *_denied(error), Exit.DENIED
-        case latchkey.Unavailable(reason="DELETION_NOT_CONFIRMED"):
+        case latchkey.Unavailable(reason="DELETION_NOT_CONFIRMED" | "CHANGE_NOT_CONFIRMED"):
             to_do = f"{doing.if_unconfirmed}; --timeout allows more time"
             return doing.unconfirmed, to_do, Exit.UNAVAILABLE
         case latchkey.DeadlineExceeded():
@@ -231,7 +227,24 @@ def _after(doing: Doing, error: latchkey.LatchkeyError) -> str:
     """Return what to do once the connection works. The caller puts it after its own advice."""
     if doing.if_lost == _AGAIN:
         return f", then {_AGAIN}"
-    unsent = getattr(error, "unsent", False) or _UNCONNECTED.search(str(error))
-    if doing.once and unsent:
+    if doing.changes and isinstance(error, latchkey.Unavailable) and error.unsent:
         return f", then {_AGAIN}: nothing was changed"
     return f"; {doing.if_lost}"
+
+
+def _precondition(error: latchkey.LatchkeyError) -> tuple[str, str, Exit]:
+    """Return the words for a call that the state of the token or of the service does not allow."""
+    match error.reason:
+        case "TOO_MANY_SECRETS":
+            what = "the token would have more than 5 secrets that work"
+            to_do = "end the older ones with 'latchkey retire-secrets ID', or give less grace"
+            return what, to_do, Exit.UNEXPECTED
+        case "FLEET_UPGRADING":
+            what = "a server of an earlier release still runs, and would not respect the change"
+            return what, "try again when all servers are upgraded", Exit.UNAVAILABLE
+        case "TOKEN_SEAL_INVALID":
+            what = "the token was changed in the database, without Latchkey"
+            to_do = "report it to the Latchkey operator; delete the token and create another"
+            return what, to_do, Exit.UNEXPECTED
+        case _:
+            return str(error).rstrip(". "), "ask the Latchkey operator", Exit.UNEXPECTED

@@ -18,11 +18,24 @@ from latchkey_cli.times import local, relative
 
 if TYPE_CHECKING:
     # Types only: shell completion must not wait for gRPC to load.
-    from latchkey import Receipt, Status, Token, Verification, VerifierStatus
+    from latchkey import (
+        Change,
+        Receipt,
+        Status,
+        Token,
+        TokenSecret,
+        Verification,
+        VerifierStatus,
+    )
 
 __all__ = [
     "TokenTable",
+    "counted",
     "describe_token",
+    "print_change",
+    "print_deletions",
+    "print_effect",
+    "print_invalidation",
     "print_receipt",
     "print_status",
     "print_verification",
@@ -31,6 +44,7 @@ __all__ = [
 
 # At this width or wider, a row takes one line. Below it, the same cells take two lines.
 _WIDE: Final = 110
+_WIDE_TOKENS: Final = 140
 _GAP: Final = 2
 
 _VERDICTS: Final = {
@@ -38,8 +52,11 @@ _VERDICTS: Final = {
     "MALFORMED": "this is not a Latchkey secret: wrong format or checksum, perhaps a typo",
     "UNKNOWN": "no token has this secret",
     "DELETED": "the token was deleted",
-    "EXPIRED": "the token has expired",
+    "DISABLED": "the token is disabled",
+    "EXPIRED": "the token has expired, or the secret was replaced or revoked",
+    "ADDRESS_NOT_ALLOWED": "the token may not be used from this address; see --client-address",
     "INSUFFICIENT_SCOPE": "the token is live but does not include the scope {asked}",
+    "INSUFFICIENT_PERMISSIONS": "the token is live but lacks one of the permissions {permissions}",
 }
 
 
@@ -48,10 +65,11 @@ class TokenTable:
 
     def __init__(self, output: Console) -> None:
         self._output = output
-        self._wide = output.width >= _WIDE
-        self._names = ["Name", "Scope", "Created", "Expires", "Hint", "ID"]
+        self._wide = output.width >= _WIDE_TOKENS
+        self._names = ["Name", "Scope", "Created", "Expires", "Hint", "Last used", "ID"]
         if not self._wide:
             self._names[0] += "\n" + self._names.pop()
+            self._names[4] += "\n" + self._names.pop()
         self._widths = [max(map(cell_len, name.split("\n"))) for name in self._names]
         self._first = True
 
@@ -87,12 +105,16 @@ class TokenTable:
         token_id = Text(visible(token.id), style="cyan")
         cells = [
             name if self._wide else Text("\n").join([name, token_id]),
-            _scope(token),
+            _scope(token) if token.disable_time is None else _disabled(token, separator),
             Text(local(token.create_time).replace(" ", separator, 1)),
             expires,
-            Text(visible(token.hint), style="dim"),
         ]
-        return [*cells, token_id] if self._wide else cells
+        hint = Text(visible(token.hint), style="dim")
+        if not self._wide:
+            used = "-" if token.last_used_time is None else local(token.last_used_time)
+            return [*cells, Text("\n").join([hint, Text(used.partition(" ")[0])])]
+        used = "-" if token.last_used_time is None else relative(token.last_used_time, now)
+        return [*cells, hint, Text(used), token_id]
 
 
 def _grid() -> Table:
@@ -110,7 +132,19 @@ def describe_token(output: Console, token: "Token") -> None:
     grid.add_row("Name", Text(visible(token.name), style="bold"))
     grid.add_row("ID", Text(visible(token.id), style="cyan"))
     grid.add_row("Account", Text(visible(token.account_id)))
+    if token.description:
+        # It may have several lines.
+        lines = (visible(line) for line in token.description.split("\n"))
+        grid.add_row("Description", Text("\n".join(lines)))
     grid.add_row("Scope", _scope(token))
+    if token.permissions:
+        grid.add_row("Permissions", Text("\n".join(map(visible, token.permissions))))
+    if token.allowed_networks:
+        grid.add_row("Networks", Text("\n".join(map(visible, token.allowed_networks))))
+    if token.disable_time is not None:
+        disabled = local(token.disable_time, seconds=True)
+        when = f"{disabled} ({relative(token.disable_time, now)})"
+        grid.add_row("Disabled", Text(when, style="red"))
     grid.add_row("Created", Text(local(token.create_time, seconds=True)))
     expires = Text("never")
     if token.expire_time is not None:
@@ -118,12 +152,30 @@ def describe_token(output: Console, token: "Token") -> None:
     grid.add_row("Expires", expires)
     if token.last_used_time is not None:
         used = local(token.last_used_time, seconds=True)
-        grid.add_row("Last used", Text(f"{used} ({relative(token.last_used_time, now)})"))
-    grid.add_row("Hint", Text(visible(token.hint)))
+        by = f" by {visible(token.last_used_by)}" if token.last_used_by else ""
+        grid.add_row("Last used", Text(f"{used} ({relative(token.last_used_time, now)}{by})"))
+    if len(token.secrets) > 1:
+        secrets = (_secret(secret, now) for secret in token.secrets)
+        grid.add_row("Secrets", Text("\n").join(secrets))
+    else:
+        grid.add_row("Hint", Text(visible(token.hint)))
     if token.labels:
         labels = (f"{visible(key)}={visible(value)}" for key, value in sorted(token.labels.items()))
         grid.add_row("Labels", Text("\n".join(labels)))
     output.print(grid)
+
+
+def _secret(secret: "TokenSecret", now: datetime) -> Text:
+    """Return one of several secrets in one line."""
+    text = f"{visible(secret.hint)}, created {local(secret.create_time)}"
+    if secret.expire_time is not None:
+        works = "works until" if secret.expire_time > now else "ended"
+        text += f", {works} {local(secret.expire_time)} ({relative(secret.expire_time, now)})"
+    if secret.last_used_time is not None:
+        text += f", last used {relative(secret.last_used_time, now)}"
+    if secret.retire_on_first_use:
+        text += ", its first use ends the older ones"
+    return Text(text)
 
 
 def short_token(token: "Token") -> str:
@@ -144,6 +196,28 @@ def print_receipt(output: Console, token_id: str, receipt: "Receipt") -> None:
     _print_receipt(output, receipt, "Effective", _effect(receipt))
 
 
+def print_deletions(output: Console, count: int, receipt: "Receipt | None") -> None:
+    """Print the proof that many tokens are dead."""
+    output.print(Text.assemble(("Deleted", "bold green"), f" {counted(count, 'token')}"))
+    if receipt is not None:
+        _print_receipt(output, receipt, "Effective", _effect(receipt))
+
+
+def print_change(output: Console, done: str, change: "Change", *, no_wait: bool) -> None:
+    """Print that a token was changed and, if that took something away, the proof."""
+    token = change.token
+    output.print(Text.assemble((done, "bold green"), " ", (visible(token.id), "cyan")))
+    if change.receipt is not None:
+        print_effect(output, change.receipt)
+    elif not no_wait:
+        output.print(Text("Took nothing away; verifiers follow within seconds", style="dim"))
+
+
+def print_effect(output: Console, receipt: "Receipt") -> None:
+    """Print the proof that a change is in effect everywhere."""
+    _print_receipt(output, receipt, "Effective", _effect(receipt, "in effect"))
+
+
 def _print_receipt(output: Console, receipt: "Receipt", name: str, text: str) -> None:
     grid = _grid()
     grid.add_row("Committed", Text(local(receipt.commit_time, seconds=True)))
@@ -152,12 +226,19 @@ def _print_receipt(output: Console, receipt: "Receipt", name: str, text: str) ->
     output.print(grid)
 
 
-def print_verification(output: Console, answer: "Verification", asked_scope: str | None) -> None:
+def print_verification(
+    output: Console,
+    answer: "Verification",
+    asked_scope: str | None,
+    asked_permissions: Sequence[str] = (),
+) -> None:
     """Print a verdict and its token."""
     name = answer.verdict.name
     meaning = _VERDICTS.get(name, "this version of latchkey does not know the verdict: not allowed")
     meaning = meaning.format(
-        scope=f" that includes the scope {asked_scope}" if asked_scope else "", asked=asked_scope
+        scope=f" that includes the scope {asked_scope}" if asked_scope else "",
+        asked=asked_scope,
+        permissions=", ".join(map(visible, asked_permissions)),
     )
     style = "bold green" if answer.allowed else "bold red"
     output.print(Text.assemble((name, style), f": {meaning}"))
@@ -252,12 +333,12 @@ def _verifier(verifier: "VerifierStatus") -> list[Text]:
     ]
 
 
-def _effect(receipt: "Receipt") -> str:
+def _effect(receipt: "Receipt", state: str = "dead") -> str:
     if receipt.effective_time is None:
         return "not yet confirmed everywhere: run this again without --no-wait to confirm"
     if not receipt.verifiers_acknowledged + receipt.verifiers_outwaited:
-        return f"dead everywhere since {local(receipt.effective_time, seconds=True)}"
-    return f"dead everywhere {_confirmation(receipt)}"
+        return f"{state} everywhere since {local(receipt.effective_time, seconds=True)}"
+    return f"{state} everywhere {_confirmation(receipt)}"
 
 
 def _confirmation(receipt: "Receipt") -> str:
@@ -274,10 +355,11 @@ def _confirmation(receipt: "Receipt") -> str:
 
 
 def _servers_and_clients(servers: int, clients: int) -> str:
-    return f"{_counted(servers, 'server')} and {_counted(clients, 'client')}"
+    return f"{counted(servers, 'server')} and {counted(clients, 'client')}"
 
 
-def _counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """Return for example "1 token" or "2 tokens"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
@@ -285,6 +367,10 @@ def _scope(token: "Token") -> Text:
     # Tokens that can change things must stand out.
     style = "yellow" if token.scope.name == "WRITE" else ""
     return Text(token.scope.name.lower(), style=style)
+
+
+def _disabled(token: "Token", separator: str) -> Text:
+    return Text.assemble(_scope(token), separator, ("disabled", "red"))
 
 
 def _expiry(text: str, moment: datetime, now: datetime, separator: str) -> Text:

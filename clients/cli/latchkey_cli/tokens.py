@@ -6,22 +6,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latchkey_cli import documents, output, tables
-from latchkey_cli.failures import ClosedPipe, Exit, Failure, worst
+from latchkey_cli.failures import Exit, Failure, worst
+from latchkey_cli.handover import hand_over
 from latchkey_cli.options import (
     AccountOption,
     ExpiresOption,
     JsonOption,
     LabelOption,
+    NoWaitOption,
     ScopeName,
     TargetOption,
     TimeoutOption,
+    YesOption,
     labels_of,
 )
+from latchkey_cli.restrictions import DescriptionOption, NetworkOption, PermissionOption
 from latchkey_cli.text import visible
 from latchkey_cli.times import NEVER
 
 if TYPE_CHECKING:
-    from latchkey import CreatedToken, Receipt
+    from latchkey import Receipt
 
     from latchkey_cli.session import Session
 
@@ -47,6 +51,9 @@ def create(
     ],
     expires: ExpiresOption = None,
     label: LabelOption = None,
+    description: DescriptionOption = None,
+    network: NetworkOption = None,
+    permission: PermissionOption = None,
     target: TargetOption = TARGET,
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
@@ -78,37 +85,17 @@ def create(
             expire_time=expiry.expire_time,
             ttl=expiry.ttl,
             labels=labels,
+            description=description or "",
+            allowed_networks=network or (),
+            permissions=permission or (),
         )
-        created = session.run(call, Doing(f"create token '{name}'", if_lost, once=True))
-    try:
-        _hand_over(created, as_json=as_json)
-    except (OSError, ClosedPipe) as error:
-        reason = error.strerror if isinstance(error, OSError) else "the reader closed the pipe"
-        raise Failure(
-            f"token {created.token.id} was created, but its secret could not be written: {reason}",
-            f"delete it ('latchkey delete {created.token.id} -a {account}') and create another",
-            Exit.UNEXPECTED,
-            code="SECRET_NOT_WRITTEN",
-        ) from None
-
-
-def _hand_over(created: "CreatedToken", *, as_json: bool) -> None:
-    if as_json:
-        output.write(sys.stdout, output.to_json(documents.created(created)) + "\n")
-        return
-    secret = created.secret.reveal()
-    if output.is_terminal(sys.stdout):
-        tables.describe_token(output.console(sys.stdout), created.token)
-        # No frame and no wrapping, so that people can copy it.
-        output.write(sys.stdout, f"\n{visible(secret)}\n\n")
-    else:
-        # Written first, so that no failure in between can lose the secret.
-        output.write(sys.stdout, f"{secret}\n")
-        tables.describe_token(output.console(sys.stderr), created.token)
-    output.write(
-        sys.stderr,
-        "The secret is shown only once: store it now. "
-        "If you lose it, delete the token and create another.\n",
+        created = session.run(call, Doing(f"create token '{name}'", if_lost))
+    deletion = f"'latchkey delete {created.token.id} -a {account}'"
+    hand_over(
+        created,
+        as_json=as_json,
+        lost="delete the token and create another",
+        if_not_written=f"delete it ({deletion}) and create another",
     )
 
 
@@ -184,11 +171,8 @@ def get(
 def delete(
     token_ids: Annotated[list[str], typer.Argument(metavar="ID", help="IDs of the tokens.")],
     account: AccountOption,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
-    no_wait: Annotated[
-        bool,
-        typer.Option("--no-wait", help="Do not wait until verifiers everywhere reject the tokens."),
-    ] = False,
+    yes: YesOption = False,
+    no_wait: NoWaitOption = False,
     target: TargetOption = TARGET,
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
@@ -213,13 +197,8 @@ def delete(
             Exit.USAGE,
             code="USAGE",
         )
-    if not yes and not (output.is_terminal(sys.stdin) and output.is_terminal(sys.stderr)):
-        raise Failure(
-            "no terminal to ask for confirmation",
-            "pass --yes to delete",
-            Exit.USAGE,
-            code="USAGE",
-        )
+    if not yes:
+        output.require_terminal("pass --yes to delete")
     from latchkey_cli.session import Session
 
     codes: list[Exit] = []

@@ -27,6 +27,21 @@ def verify(
             help="Scope that the token must include. Default: none.",
         ),
     ] = None,
+    client_address: Annotated[
+        str,
+        typer.Option(
+            "--client-address", metavar="IP", help="Address from which the secret is presented."
+        ),
+    ] = "",
+    permission: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--permission",
+            metavar="RESOURCE:ACTION",
+            show_default=False,
+            help="Permission that the token must have; may be repeated.",
+        ),
+    ] = None,
     target: TargetOption = "127.0.0.1:50051",
     timeout: TimeoutOption = None,
     as_json: JsonOption = False,
@@ -39,7 +54,7 @@ def verify(
     """
     # main.py lets extra arguments through: the parser's error message would quote them.
     if context.args:
-        raise refusal("an argument after 'verify'")
+        raise refusal("an argument after 'verify'", "verify")
     try:
         secret = secrets.read_secret()
     except secrets.SecretInputError as error:
@@ -52,23 +67,29 @@ def verify(
 
     with Session(target, timeout or TIMEOUT_SECONDS) as session:
         required_scope = None if scope is None else Scope[scope.name]
-        call = session.client.verify(secret, required_scope)
-        answer = session.run(call, Doing("verify", "treat the secret as invalid and try again"))
+        call = session.client.verify(
+            secret,
+            required_scope,
+            client_address=client_address,
+            required_permissions=permission or (),
+        )
+        doing = Doing("verify", "treat the secret as invalid and try again", changes=False)
+        answer = session.run(call, doing)
     if as_json:
         output.write(sys.stdout, output.to_json(documents.document(answer)) + "\n")
     else:
-        tables.print_verification(output.console(sys.stdout), answer, scope)
+        tables.print_verification(output.console(sys.stdout), answer, scope, permission or ())
     if not answer.allowed:
         raise typer.Exit(Exit.NOT_VALID)
 
 
-def refusal(where: str) -> Failure:
+def refusal(where: str, command: str = "verify") -> Failure:
     """Return the failure for a secret on the command line. It does not quote the secret."""
     return Failure(
         f"refused {where}: secrets on the command line are visible in process lists and in the "
         "shell history",
-        "pass it on standard input ('latchkey verify < FILE') or at the prompt; if it was a real "
-        "secret, replace the token",
+        f"pass it on standard input ('latchkey {command} < FILE') or at the prompt; if it was a "
+        "real secret, rotate the token",
         Exit.USAGE,
         code="USAGE",
     )

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from typing import Final
 
-__all__ = ["folded", "name_key", "visible"]
+__all__ = ["folded", "name_key", "visible", "visible_lines"]
 
 # These two invisible characters join emoji and the letters of many scripts.
 _JOINERS: Final = frozenset({"\u200c", "\u200d"})
@@ -26,6 +26,11 @@ def visible(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(map(_visible_character, text))
+
+
+def visible_lines(text: str) -> str:
+    """Write out the same characters, except for line breaks."""
+    return "\n".join(map(visible, text.split("\n")))
 
 
 def folded(text: str) -> str:

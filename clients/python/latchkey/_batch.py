@@ -20,16 +20,17 @@ from latchkey.errors import (
 )
 from latchkey.models import Scope, Verification
 
-# With the largest labels, about this many answers fit into 4 MiB, which is the usual message limit
-# of a channel that the application made. Larger batches are not faster.
-BATCH_MAX: Final = 200
+# With the largest labels, networks and permissions, about this many answers fit into 4 MiB, which
+# is the usual message limit of a channel that the application made. Larger batches are not faster.
+BATCH_MAX: Final = 150
 # A waiter whose deadline is at most this much earlier than the batch's waits for the whole batch.
 # Misses of one event loop turn with the same timeout then need no timer each.
 DEADLINE_SLACK_SECONDS: Final = 0.02
 # How long to verify one by one after batches were refused. Single verifies may still be allowed.
 REFUSED_PAUSE_SECONDS: Final = 60.0
 
-Question = tuple[str, Scope | None]
+Question = tuple[str, Scope | None, str, tuple[str, ...]]
+"""A secret, the required scope, the client's address, and the required permissions."""
 
 
 @dataclass(slots=True)
@@ -52,7 +53,7 @@ class Batcher:
         self._under_way: set[asyncio.Task[None]] = set()
         self._refused_until = 0.0
 
-    async def ask(self, secret: str, scope: Scope | None, end: float) -> Verification | None:
+    async def ask(self, question: Question, end: float) -> Verification | None:
         """Return the service's answer, or None if the caller has to verify by itself.
 
         `end` is the deadline, by the event loop's clock. None means that there is no other question
@@ -71,7 +72,7 @@ class Batcher:
         waiter = _Waiter(loop.create_future(), end)
         # Only join questions that are not sent yet. An answer under way was read before this verify
         # began, perhaps before a change that this verify must respect (coherence rule 4).
-        self._unsent.setdefault((secret, scope), []).append(waiter)
+        self._unsent.setdefault(question, []).append(waiter)
         return await waiter.future
 
     def _send(self) -> None:

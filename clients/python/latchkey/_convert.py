@@ -4,9 +4,9 @@ Messages from the server are not trusted. A message that breaks the contract rai
 An enum value that this version does not know becomes UNSPECIFIED, which allows nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -15,15 +15,26 @@ from latchkey_coherence.verdict_cache import Position
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-from latchkey._subscription import Closing, Event, Grant, Invalidation, Request, Reset
+from latchkey._subscription import (
+    Closing,
+    Event,
+    Grant,
+    Invalidation,
+    Request,
+    Reset,
+    UsesReceived,
+)
+from latchkey._uses import UseReport
 from latchkey.errors import InternalError, InvalidArgument, invalid
 from latchkey.models import (
+    CallerUsage,
     Notifications,
     Page,
     Receipt,
     Scope,
     Status,
     Token,
+    TokenSecret,
     Verdict,
     Verification,
     VerifierStatus,
@@ -32,6 +43,17 @@ from latchkey.secret import Secret
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
+
+_WithReceipt: TypeAlias = (
+    pb.CreateResponse
+    | pb.DeleteAllResponse
+    | pb.DisableResponse
+    | pb.EnableResponse
+    | pb.RetireSecretsResponse
+    | pb.RevokeSecretResponse
+    | pb.RotateResponse
+    | pb.UpdateResponse
+)
 
 _SCOPES: Final[Mapping[int, Scope]] = {pb.SCOPE_READ: Scope.READ, pb.SCOPE_WRITE: Scope.WRITE}
 _SCOPES_OUT: Final[Mapping[Scope, pb.Scope.ValueType]] = {
@@ -45,6 +67,9 @@ _VERDICTS: Final[Mapping[int, Verdict]] = {
     pb.VERDICT_DELETED: Verdict.DELETED,
     pb.VERDICT_EXPIRED: Verdict.EXPIRED,
     pb.VERDICT_INSUFFICIENT_SCOPE: Verdict.INSUFFICIENT_SCOPE,
+    pb.VERDICT_DISABLED: Verdict.DISABLED,
+    pb.VERDICT_ADDRESS_NOT_ALLOWED: Verdict.ADDRESS_NOT_ALLOWED,
+    pb.VERDICT_INSUFFICIENT_PERMISSIONS: Verdict.INSUFFICIENT_PERMISSIONS,
 }
 
 _NOTIFICATIONS: Final[Mapping[int, Notifications]] = {
@@ -101,6 +126,13 @@ def scope_out(scope: Scope | None, field: str) -> pb.Scope.ValueType:
     return _SCOPES_OUT[scope]
 
 
+def several(values: Iterable[T], field: str) -> Iterable[T]:
+    """Return `values`. Raises InvalidArgument for one text, which is an iterable of texts too."""
+    if isinstance(values, str):
+        raise invalid(field, "must be a collection of texts, not one text")
+    return values
+
+
 def time_out(time: datetime, field: str) -> Timestamp:
     """Convert a time to protobuf. Raises InvalidArgument if it has no time zone."""
     if time.tzinfo is None:
@@ -129,8 +161,39 @@ def token_in(message: pb.Token) -> Token:
         last_used_time=(
             time_in(message.last_used_time) if message.HasField("last_used_time") else None
         ),
+        last_used_by=message.last_used_by,
         hint=message.hint,
         labels=dict(message.labels),
+        disable_time=time_in(message.disable_time) if message.HasField("disable_time") else None,
+        allowed_networks=tuple(message.allowed_networks),
+        permissions=tuple(message.permissions),
+        description=message.description,
+        secrets=tuple(_token_secret_in(secret) for secret in message.secrets),
+    )
+
+
+def _token_secret_in(message: pb.TokenSecret) -> TokenSecret:
+    return TokenSecret(
+        hint=message.hint,
+        create_time=time_in(message.create_time),
+        expire_time=time_in(message.expire_time) if message.HasField("expire_time") else None,
+        last_used_time=(
+            time_in(message.last_used_time) if message.HasField("last_used_time") else None
+        ),
+        retire_on_first_use=message.retire_on_first_use,
+    )
+
+
+def usage_in(message: pb.GetUsageResponse) -> tuple[CallerUsage, ...]:
+    """Convert the uses of a token from protobuf."""
+    return tuple(
+        CallerUsage(
+            caller=usage.caller,
+            first_used_time=time_in(usage.first_used_time),
+            last_used_time=time_in(usage.last_used_time),
+            days={time_in(day.start_time).date(): day.count for day in usage.days},
+        )
+        for usage in message.callers
     )
 
 
@@ -158,6 +221,11 @@ def receipt_in(message: pb.Receipt) -> Receipt:
     )
 
 
+def receipt_of(answer: _WithReceipt) -> Receipt | None:
+    """Return the receipt of an answer that need not have one."""
+    return receipt_in(answer.receipt) if answer.HasField("receipt") else None
+
+
 def verification_in(message: pb.VerifyResponse) -> Verification:
     """Convert an answer from protobuf. Raises InternalError for VALID without a token."""
     verdict = _VERDICTS.get(message.verdict, Verdict.UNSPECIFIED)
@@ -175,7 +243,29 @@ def watch_request_out(request: Request) -> pb.WatchRequest:
         mark=request.applied.mark,
         number=request.number,
         released=request.released,
+        use_report=None if request.report is None else _use_report_out(request.report),
     )
+
+
+def _use_report_out(report: UseReport) -> pb.UseReport:
+    return pb.UseReport(
+        number=report.number,
+        uses=[
+            pb.TokenUse(
+                token_id=use.token_id,
+                hint=use.hint,
+                count=use.count,
+                first_use_age=_seconds_out(use.first_age),
+                last_use_age=_seconds_out(use.last_age),
+            )
+            for use in report.uses
+        ],
+    )
+
+
+def _seconds_out(seconds: float) -> Duration:
+    whole, rest = divmod(seconds, 1)
+    return Duration(seconds=int(whole), nanos=int(rest * 1e9))
 
 
 def watch_event_in(message: object) -> Event | None:
@@ -197,6 +287,8 @@ def watch_event_in(message: object) -> Event | None:
             return Reset(_position_in(message.reset))
         case "closing":
             return Closing()
+        case "use_report_received":
+            return UsesReceived(message.use_report_received.number)
         case _:
             return None
 

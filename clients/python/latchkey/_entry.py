@@ -1,25 +1,56 @@
-"""Builds the cache entry of one secret: all answers that it may need, made in advance.
+"""Builds the cache entry of one secret: all answers that it may need.
 
-This module decides which answers are worth caching. It also derives the answer for the scope that
-the service was not asked about.
+This module decides which answers are worth caching. It also derives the answers to questions that
+the service was not asked, with the code by which the service decides.
 """
 
+from collections.abc import Collection, Mapping
 from datetime import datetime
+from types import MappingProxyType
 from typing import Final
 
+from latchkey_coherence import verdict as rules
+from latchkey_coherence.verdict import Networks, decide_live
 from latchkey_coherence.verdict_cache import Entry
 
-from latchkey.models import Scope, Token, Verdict, Verification
+from latchkey.models import Scope, Verdict, Verification
 
 # Not UNKNOWN and MALFORMED. They name no token, so no invalidation would ever end such an entry.
-_FINAL: Final = (Verdict.DELETED, Verdict.EXPIRED)
-_LIVE: Final = (Verdict.VALID, Verdict.INSUFFICIENT_SCOPE)
+# Every change that could revive one of these tokens names it in an invalidation.
+_FINAL: Final = (Verdict.DELETED, Verdict.DISABLED, Verdict.EXPIRED)
+_LIVE: Final[Mapping[rules.Verdict, Verdict]] = MappingProxyType(
+    {
+        rules.Verdict.VALID: Verdict.VALID,
+        rules.Verdict.INSUFFICIENT_SCOPE: Verdict.INSUFFICIENT_SCOPE,
+        rules.Verdict.ADDRESS_NOT_ALLOWED: Verdict.ADDRESS_NOT_ALLOWED,
+        rules.Verdict.INSUFFICIENT_PERMISSIONS: Verdict.INSUFFICIENT_PERMISSIONS,
+    }
+)
+# Levels, as the contract numbers them. None: no scope is required.
+_LEVELS: Final[Mapping[Scope | None, int]] = MappingProxyType(
+    {None: 0, Scope.READ: 1, Scope.WRITE: 2}
+)
 
 
 class CacheEntry(Entry):
-    """The answers for one secret. They are ready to return, so that a verify builds nothing."""
+    """The answers for one secret. Most are ready to return, so that a verify builds nothing."""
 
-    __slots__ = ("expires_at", "read", "write")
+    __slots__ = (
+        "deleted",
+        "disabled",
+        "expires",
+        "expires_at",
+        "idle",
+        "last_use",
+        "live",
+        "networks",
+        "permissions",
+        "read",
+        "reported",
+        "scope",
+        "uses",
+        "write",
+    )
 
     def __init__(
         self,
@@ -33,16 +64,51 @@ class CacheEntry(Entry):
         self.read = read
         """The answer if READ or no scope is required. Every token has at least READ."""
         self.write = write
-        """The answer if WRITE is required."""
+        """The answer if WRITE is required. The same object as `read` if the answer is the same."""
         self.expires_at = expires_at
         """POSIX seconds from which the service is asked again. None: never.
 
         Only one clock, the service's, decides whether a token has expired.
         """
+        self.uses = 0
+        """How often it has answered VALID or, if it is final, at all. Any thread may count."""
+        self.last_use = 0.0
+        """When it last did. In seconds of `boottime`."""
+        self.idle = True
+        """Whether `UseLog` has no note of uses that are not reported yet."""
+        self.reported = 0
+        """How many of `uses` are reported. For UseLog only."""
+        self.live = False
+        """Whether the answer depends on the question. If not, `read` answers every question."""
+        self.deleted = self.disabled = False
+        self.expires = float("inf")
+        self.scope = 0
+        self.networks: Networks | None = None
+        self.permissions: frozenset[str] | None = None
+
+    @property
+    def final(self) -> bool:
+        """Whether every answer is that the token has ended."""
+        return self.read.verdict in _FINAL
+
+    def answer(
+        self, scope: Scope | None, client_address: str, permissions: Collection[str]
+    ) -> Verification:
+        """Return the answer to any question. `expires_at` is for the caller to check."""
+        if not self.live:
+            return self.read
+        verdict = _LIVE[decide_live(self, _LEVELS[scope], client_address, permissions)]
+        return _answer(verdict, self.read)
 
 
-def cache_entry(answer: Verification, scope: Scope | None, keep_until: float) -> CacheEntry | None:
-    """Return the entry for the service's `answer` about `scope`, or None if it is not cacheable.
+def cache_entry(
+    answer: Verification,
+    scope: Scope | None,
+    keep_until: float,
+    client_address: str = "",
+    permissions: Collection[str] = (),
+) -> CacheEntry | None:
+    """Return the entry for the service's `answer` to a question, or None if it is not cacheable.
 
     The entry is valid until `keep_until`, in seconds of `boottime`.
     """
@@ -52,22 +118,33 @@ def cache_entry(answer: Verification, scope: Scope | None, keep_until: float) ->
     if answer.verdict in _FINAL:
         # Without an expiry: after EXPIRED, this machine's clock must not make it VALID again.
         return CacheEntry(token.id, answer, answer, None, keep_until)
-    if answer.verdict not in _LIVE or token.scope is Scope.UNSPECIFIED:
+    level = _LEVELS.get(token.scope)
+    if answer.verdict not in _LIVE.values() or not level:
         return None
-    read = _answer(Verdict.VALID, token, answer)
-    write = read
-    if token.scope is Scope.READ:
-        write = _answer(Verdict.INSUFFICIENT_SCOPE, token, answer)
-    if (write if scope is Scope.WRITE else read).verdict is not answer.verdict:
-        # This function and the service disagree about scopes. Ask the service each time.
+    entry = CacheEntry(token.id, answer, answer, _posix(token.expire_time), keep_until)
+    entry.live = True
+    entry.scope = level
+    try:
+        entry.networks = Networks(token.allowed_networks) if token.allowed_networks else None
+    except ValueError:
+        # A notation that this version does not know. Ask the service each time.
         return None
-    return CacheEntry(token.id, read, write, _posix(token.expire_time), keep_until)
+    entry.permissions = frozenset(token.permissions) if token.permissions else None
+    if entry.answer(scope, client_address, permissions).verdict is not answer.verdict:
+        # This version and the service disagree about the rules. Ask the service each time.
+        return None
+    entry.read, entry.write = (
+        entry.answer(required, "", ()) for required in (Scope.READ, Scope.WRITE)
+    )
+    if entry.write.verdict is entry.read.verdict:
+        entry.write = entry.read
+    return entry
 
 
-def _answer(verdict: Verdict, token: Token, like: Verification) -> Verification:
+def _answer(verdict: Verdict, like: Verification) -> Verification:
     if verdict is like.verdict:
         return like
-    return Verification(verdict=verdict, token=token, revision=like.revision, mark=like.mark)
+    return Verification(verdict=verdict, token=like.token, revision=like.revision, mark=like.mark)
 
 
 def _posix(time: datetime | None) -> float | None:

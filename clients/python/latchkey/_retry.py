@@ -20,7 +20,6 @@ import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final, TypeVar
 
@@ -34,14 +33,15 @@ T = TypeVar("T")
 
 # Every request to your service waits for a verify. No answer is better than a late one.
 VERIFY_TIMEOUT_SECONDS: Final = 1.0
-# A thousand verifies cost one look-up, but up to 21 MB of answers (see `_channel`).
+# A thousand verifies cost one look-up, but up to 27 MB of answers (see `_channel`).
 BATCH_VERIFY_TIMEOUT_SECONDS: Final = 2.0
 # One or two transactions. A database that fails over is back within seconds.
 MANAGEMENT_TIMEOUT_SECONDS: Final = 5.0
-# Delete may have to outwait the lease of a verifier that does not answer (coherence rule 8). That
-# lease lasts 3 s by default and at most 5 s, and the wait adds half a second. The default must be
-# far longer, because an unconfirmed deletion is the worst result for a user.
-DELETE_TIMEOUT_SECONDS: Final = 10.0
+# A change that narrows a token, such as Delete, may have to outwait the lease of a verifier that
+# does not answer (coherence rule 8). That lease lasts 3 s by default and at most 5 s, and the wait
+# adds half a second. The default must be far longer, because an unconfirmed change is the worst
+# result for a user.
+CHANGE_TIMEOUT_SECONDS: Final = 10.0
 
 # gRFC A6's own limit. More attempts add load but rarely succeed.
 ATTEMPTS_MAX: Final = 5
@@ -56,29 +56,18 @@ BUDGET_TOKENS_MAX: Final = 20.0
 BUDGET_TOKENS_PER_SUCCESS: Final = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """The deadline of a method, and whether it may be retried."""
-
-    timeout_seconds: float
-    """Default deadline of the whole call, including attempts and delays."""
-    retry: bool
-    """Whether the contract makes it harmless to repeat a call whose result is unknown."""
-
-
-POLICIES: Final[Mapping[str, Policy]] = {
-    # Not idempotent. If the answer is lost, a second attempt fails because the name is taken, or
-    # creates a second token while nobody knows the first one's secret.
-    "Create": Policy(MANAGEMENT_TIMEOUT_SECONDS, retry=False),
-    "Get": Policy(MANAGEMENT_TIMEOUT_SECONDS, retry=True),
-    "List": Policy(MANAGEMENT_TIMEOUT_SECONDS, retry=True),
-    # Repeating a deletion returns the receipt of the first one.
-    "Delete": Policy(DELETE_TIMEOUT_SECONDS, retry=True),
-    "Verify": Policy(VERIFY_TIMEOUT_SECONDS, retry=True),
-    "BatchVerify": Policy(BATCH_VERIFY_TIMEOUT_SECONDS, retry=True),
-    "InvalidateAll": Policy(DELETE_TIMEOUT_SECONDS, retry=True),
-    "GetStatus": Policy(MANAGEMENT_TIMEOUT_SECONDS, retry=True),
-    "AuditService.List": Policy(MANAGEMENT_TIMEOUT_SECONDS, retry=True),
+# The default deadline of the whole call, including attempts and delays. Every method may be
+# retried: repeating it is harmless by the contract, also after an answer was lost. Create and
+# Rotate are repeated under one request_id, which the client sets.
+TIMEOUTS_SECONDS: Final[Mapping[str, float]] = {
+    # A repeated Create or Rotate ends the secret that nobody received, and waits for that.
+    **dict.fromkeys(("Create", "Rotate"), CHANGE_TIMEOUT_SECONDS),
+    **dict.fromkeys(("Get", "GetUsage", "List", "Enable"), MANAGEMENT_TIMEOUT_SECONDS),
+    **dict.fromkeys(("Delete", "DeleteAll", "Disable", "Update"), CHANGE_TIMEOUT_SECONDS),
+    **dict.fromkeys(("InvalidateAll", "RetireSecrets", "RevokeSecret"), CHANGE_TIMEOUT_SECONDS),
+    "Verify": VERIFY_TIMEOUT_SECONDS,
+    "BatchVerify": BATCH_VERIFY_TIMEOUT_SECONDS,
+    **dict.fromkeys(("GetStatus", "AuditService.List"), MANAGEMENT_TIMEOUT_SECONDS),
 }
 
 
@@ -111,16 +100,16 @@ def delay_seconds(failures: int, retry_after: timedelta | None, randomness: floa
     return least + min(least, BACKOFF_MAX_SECONDS) / 2 * randomness
 
 
-def may_retry(rpc: str, error: LatchkeyError) -> bool:
-    """Return whether another attempt is harmless and useful after this failure.
+def may_retry(error: LatchkeyError) -> bool:
+    """Return whether another attempt is useful after this failure. It is always harmless.
 
-    A call refused because of load never started, so every method may retry it. The server then
-    sends a delay. Without a delay, waiting does not help. For example, the message is too large.
+    With a call refused because of load, the server sends a delay. Without a delay, waiting does not
+    help. For example, the message is too large.
     """
     if isinstance(error, ResourceExhausted):
         return error.retry_after is not None
     # Exclude an exceeded deadline, which applies to the whole call, and a closed client.
-    return error.code is grpc.StatusCode.UNAVAILABLE and POLICIES[rpc].retry
+    return error.code is grpc.StatusCode.UNAVAILABLE
 
 
 def checked_timeout(timeout_seconds: float | None) -> float | None:
@@ -128,6 +117,18 @@ def checked_timeout(timeout_seconds: float | None) -> float | None:
     if timeout_seconds is not None and not (timeout_seconds > 0 and math.isfinite(timeout_seconds)):
         raise invalid("timeout_seconds", "must be positive and finite")
     return timeout_seconds
+
+
+def _next_delay(
+    error: LatchkeyError, failures: int, budget: Budget, randomness: Callable[[], float]
+) -> float | None:
+    """Return the delay before the next attempt, or None if there is none."""
+    if not may_retry(error):
+        return None
+    affordable = budget.failed()
+    if failures + 1 >= ATTEMPTS_MAX or not affordable:
+        return None
+    return delay_seconds(failures + 1, error.retry_after, randomness())
 
 
 async def run(
@@ -142,9 +143,11 @@ async def run(
 ) -> T:
     """Call `attempt(seconds left)` until it succeeds or `may_retry` rejects another attempt.
 
-    Raises the error of the last attempt. If the next attempt could only start after the deadline,
-    it raises at once.
+    Raises the error of the last attempt that may have reached the service, or else of the last one.
+    If the next attempt could only start after the deadline, it raises at once.
     """
+    # The error of the last attempt that may have taken effect.
+    sent: Unavailable | None = None
     end = monotonic() + timeout_seconds
     left = timeout_seconds
     failures = 0
@@ -152,14 +155,13 @@ async def run(
         try:
             answer = await attempt(left)
         except (Unavailable, ResourceExhausted) as error:
-            if not may_retry(rpc, error):
-                raise
+            if isinstance(error, Unavailable) and not error.unsent:
+                sent = error
+            delay = _next_delay(error, failures, budget, randomness)
             failures += 1
-            affordable = budget.failed()
-            if failures >= ATTEMPTS_MAX or not affordable:
-                raise
-            delay = delay_seconds(failures, error.retry_after, randomness())
-            if monotonic() + delay >= end:
+            if delay is None or monotonic() + delay >= end:
+                if sent is not None:
+                    raise sent from None
                 raise
             _log.debug("%s: attempt %d failed, retry in %.3f s", rpc, failures, delay)
         else:

@@ -25,6 +25,7 @@ _CLASSES: Final[Mapping[grpc.StatusCode, type[errors.LatchkeyError]]] = {
     for cls in (
         errors.AlreadyExists,
         errors.DeadlineExceeded,
+        errors.FailedPrecondition,
         errors.InternalError,
         errors.InvalidArgument,
         errors.NotFound,
@@ -51,23 +52,37 @@ _ADVICE: Final[Mapping[grpc.StatusCode, str]] = {
 _ADVICE_WHEN_LOST: Final[Mapping[str, str]] = {
     "Create": "The token may exist: find its name with list() and delete it before trying again.",
     "Delete": "The token may be deleted, but not confirmed: call delete() again for its receipt.",
+    "DeleteAll": "Tokens may be deleted, but not confirmed: call delete_all() again.",
+    "Disable": "The token may be disabled, but not confirmed: call disable() again.",
+    "RetireSecrets": "The secrets may be dead, but not confirmed: call retire_secrets() again.",
+    "RevokeSecret": "The secrets may be dead, but not confirmed: call revoke_secrets() again.",
+    "Rotate": "The old secrets may be dead: call rotate() again for a new one.",
+    "Update": "The token may be changed, but not confirmed: call update() again.",
+}
+# ErrorInfo.reason of a change that is stored, but whose deadline was too short for the wait.
+_NOT_CONFIRMED: Final = {
+    "DELETION_NOT_CONFIRMED": (
+        "The token is deleted, but not confirmed: call delete() again for its receipt."
+    ),
+    "CHANGE_NOT_CONFIRMED": "The change is stored, but not confirmed: repeat the call.",
 }
 # More precise than the advice for the code.
-_ADVICE_FOR_REASON: Final[Mapping[str, str]] = {
+_ADVICE_BY_REASON: Final = {
     "ACCOUNT_DENIED": (
         "Use an account of this caller, or ask the operator to add this one to the caller's "
         "`accounts` in the policy."
     ),
     "IDENTITY_CONFLICT": "Present only the certificate or only the credential of one caller.",
     "METHOD_DENIED": "Ask the operator to give this caller that role in the policy.",
+    "FLEET_UPGRADING": "Try again when all servers run the same release.",
+    "TOKEN_SEAL_INVALID": "Its row was changed by someone else: delete it and create another one.",
+    "TOO_MANY_SECRETS": "End the older ones with retire_secrets(), or rotate with less grace.",
 }
-# gRPC's messages for a call that found no connection and was therefore never sent.
+# Messages of gRPC for a call that found no connection and was therefore never sent. With any other
+# message, the call may have been sent.
 _UNSENT: Final = re.compile(
-    r"^(failed to connect to all addresses|connections to all backends failing"
-    r"|DNS resolution failed)"
+    r"failed to connect to all addresses|connections to all backends failing|DNS resolution failed"
 )
-# ErrorInfo.reason of a Delete that is stored, but whose deadline was too short for the wait.
-_NOT_CONFIRMED: Final = "DELETION_NOT_CONFIRMED"
 # Messages of gRPC for failed connections, each with the reason and the advice that we give for it.
 _NO_CONNECTION: Final = (
     (
@@ -123,19 +138,18 @@ def from_rpc_error(rpc: str, error: grpc.aio.AioRpcError) -> errors.LatchkeyErro
     message = f"{rpc} failed: {text} ({code.name}"
     message += f", request {request_id})." if request_id else ")."
     advice = _ADVICE_WHEN_LOST.get(rpc) if code in _LOST else None
-    if reason is not None:
-        advice = _ADVICE_FOR_REASON.get(reason, advice)
+    unsent = False
     if code is grpc.StatusCode.UNAVAILABLE and reason is None:
-        # No answer at all. A call without a connection has done nothing. Only a Create is certain
-        # to have had no other attempt: the library does not retry it.
-        if rpc == "Create" and _UNSENT.search(text):
-            advice = "Nothing was created. Check the target, and that Latchkey runs there."
+        # No answer at all. A call without a connection has done nothing.
+        unsent = _UNSENT.match(text) is not None
+        if unsent:
+            advice = None
         for found, name, what_to_do in _NO_CONNECTION:
             if found.search(text):
                 reason, advice = name, what_to_do
                 break
-    if reason == _NOT_CONFIRMED:
-        advice = "The token is deleted, but not confirmed: call delete() again for its receipt."
+    if reason is not None:
+        advice = _NOT_CONFIRMED.get(reason) or _ADVICE_BY_REASON.get(reason) or advice
     advice = advice or _ADVICE.get(code)
     failure = _CLASSES.get(code, errors.UnexpectedStatus)(
         f"{message} {advice}" if advice else message,
@@ -144,6 +158,8 @@ def from_rpc_error(rpc: str, error: grpc.aio.AioRpcError) -> errors.LatchkeyErro
         request_id=request_id,
         retry_after=_retry_after(_first(details, error_details_pb2.RetryInfo)),
     )
+    if isinstance(failure, errors.Unavailable):
+        failure.unsent = unsent
     if isinstance(failure, errors.InvalidArgument):
         bad = _first(details, error_details_pb2.BadRequest)
         failure.field_violations = tuple(

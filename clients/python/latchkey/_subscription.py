@@ -20,6 +20,7 @@ from latchkey_coherence.lease import client_lease_end
 from latchkey_coherence.verdict_cache import NOWHERE, Position, VerdictCache
 
 from latchkey._entry import CacheEntry
+from latchkey._uses import UseLog, UseReport
 
 # The share of the lease that is left when the next grant is requested. It is random, so that a
 # thousand clients of one server do not ask in step. A smaller share would save messages, but leave
@@ -48,6 +49,8 @@ class Request:
     number: int = 0
     """The number of the requested grant. 0: no grant requested."""
     released: bool = False
+    report: UseReport | None = None
+    """Uses of cached answers. A request with a report asks for nothing and releases nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,14 @@ class Closing:
     """Ends the stream's grants: the server is about to stop, or wants the client to move."""
 
 
-Event = Invalidation | Grant | Reset | Closing
+@dataclass(frozen=True, slots=True)
+class UsesReceived:
+    """Confirms the reports of uses up to this number."""
+
+    number: int
+
+
+Event = Invalidation | Grant | Reset | Closing | UsesReceived
 
 
 class Lease:
@@ -102,6 +112,7 @@ class Subscription:
     def __init__(self, cache: VerdictCache[CacheEntry], randomness: Callable[[], float]) -> None:
         self.cache = cache
         self.lease = Lease()
+        self.uses = UseLog(self._draw)
         self.invalidations = 0
         self.resets = 0
         self._randomness = randomness
@@ -120,7 +131,7 @@ class Subscription:
         # A stream may have requested its first grant. That grant must not revive the lease.
         self._epoch += 1
         if self._granting is not None:
-            self._granting.retire()
+            self._granting.hand_on()
             self._granting = None
 
     # The other methods are for Stream only.
@@ -166,7 +177,10 @@ class Subscription:
 
     def ask_share(self) -> float:
         """Return the share of a lease that is left when the next one is requested."""
-        return ASK_SHARE_MIN + (ASK_SHARE_MAX - ASK_SHARE_MIN) * self._randomness()
+        return ASK_SHARE_MIN + (ASK_SHARE_MAX - ASK_SHARE_MIN) * self._draw()
+
+    def _draw(self) -> float:
+        return self._randomness()
 
 
 class Stream:
@@ -196,24 +210,32 @@ class Stream:
         self._owes_ack = False
         self._owes_release = False
         self._retired = False
+        # Reports that were sent on this stream, by the number of the last one.
+        self._reported = 0
+        # Whether the stream reports the remaining uses before its release, and since when.
+        self._hands_on = False
+        self._handing_since: float | None = None
 
     def due(self) -> float | None:
         """Return when `take` has something to send. None: not before a message arrives."""
         self._notice_other_history()
         if self._owes_ack or self._owes_release:
             return -math.inf
-        return self._ask_at
+        report_at = self._subscription.uses.due() if self._may_report() else None
+        if self._ask_at is None or report_at is None:
+            return report_at if self._ask_at is None else self._ask_at
+        return min(self._ask_at, report_at)
 
     def take(self, now: float) -> Request | None:
         """Return the request to send, or None. `now` must have been read just before."""
         self._notice_other_history()
         applied = self._subscription.cache.position
         if self._retired:
-            owed, self._owes_release = self._owes_release, False
-            return Request(applied, released=True) if owed else None
+            return self._take_last(applied, now)
         asks = self._ask_at is not None and now >= self._ask_at
         if not asks and not self._owes_ack:
-            return None
+            report = self._subscription.uses.take(now) if self._may_report() else None
+            return self._reports(applied, report)
         self._owes_ack = False
         if not asks:
             return Request(applied)
@@ -229,9 +251,13 @@ class Stream:
     def receive(self, event: Event | None, now: float) -> None:
         """Handle a message from the server. None stands for a message of an unknown type."""
         self._notice_other_history()
+        subscription = self._subscription
+        if isinstance(event, UsesReceived):
+            if self._reported:
+                subscription.uses.confirm(min(event.number, self._reported), now)
+            return
         if self._retired:
             return  # another stream has taken over
-        subscription = self._subscription
         match event:
             case Invalidation():
                 self._receive_invalidation(event, now)
@@ -249,6 +275,23 @@ class Stream:
                 subscription.cache.reset(subscription.cache.position)
                 subscription.resets += 1
 
+    def ended(self, *, cleanly: bool, now: float) -> None:
+        """Handle the end of the stream. `cleanly`: the server has read everything.
+
+        A server that ends a stream with OK has read `released`, which is the last message.
+        """
+        if self._reported:
+            if cleanly and self._retired and not self._owes_release:
+                self._subscription.uses.confirm(self._reported, now)
+            else:
+                self._subscription.uses.lose()
+            self._reported = 0
+
+    def hand_on(self) -> None:
+        """Retire the stream, and report the remaining uses before the release."""
+        self._hands_on = True
+        self.retire()
+
     def retire(self) -> None:
         """Ignore further grants of this stream, and release them at its server."""
         if self._retired:
@@ -258,6 +301,29 @@ class Stream:
         self._owes_release = self._number > 0
         self._owes_ack = False
         self._asked_at = self._ask_at = self.late_at = None
+
+    def _may_report(self) -> bool:
+        """Return whether the stream may report uses: its server is the one that grants."""
+        return self._subscription.granted_by(self) and not self._retired
+
+    def _reports(self, applied: Position, report: UseReport | None) -> Request | None:
+        if report is None:
+            return None
+        self._reported = report.number
+        return Request(applied, report=report)
+
+    def _take_last(self, applied: Position, now: float) -> Request | None:
+        """Return the next request of a retired stream: at most the remaining uses and a release."""
+        if not self._owes_release:
+            return None
+        if self._hands_on:
+            if self._handing_since is None:
+                self._handing_since = now
+            report = self._subscription.uses.take_last(now, self._handing_since)
+            if report is not None:
+                return self._reports(applied, report)
+        self._owes_release = False
+        return Request(applied, released=True)
 
     def _receive_invalidation(self, event: Invalidation, now: float) -> None:
         """Apply an invalidation, unless its server may follow another history than the cache.

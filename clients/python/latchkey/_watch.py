@@ -281,7 +281,9 @@ class _Connection:
     async def _run(self) -> None:
         try:
             self._failure = await self._exchange()
+            self.stream.ended(cleanly=self._failure is None, now=boottime())
         finally:
+            self.stream.ended(cleanly=False, now=boottime())
             self.ended = True
             self._changed.set()
             if self._owns_channel:

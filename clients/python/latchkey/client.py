@@ -1,42 +1,38 @@
 """`Client`: one method for each RPC of `latchkey.v1`, except Watch, which `Verifier` uses.
 
-This module manages the channel, and applies the deadlines and retries of `_retry`. It does not
-cache tokens or verdicts; the Verifier does.
+`_connection` makes the calls, and `_lifecycle` has the methods that change existing tokens. None of
+them caches tokens or verdicts; the Verifier does.
 """
 
-import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from uuid import UUID, uuid4
 
-import grpc
-from google.protobuf.message import Message
 from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1.audit_service_pb2_grpc import AuditServiceStub
 from latchkey_proto.v1.maintenance_service_pb2_grpc import MaintenanceServiceStub
 from latchkey_proto.v1.status_service_pb2_grpc import StatusServiceStub
-from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceStub
 
-from latchkey import _audit, _convert, _retry
+from latchkey import _audit, _convert
 from latchkey._audit import AuditFilter, AuditPage
-from latchkey._channel import check_target, open_channel
-from latchkey._status import from_rpc_error
-from latchkey.access import Access, Metadata
-from latchkey.errors import AccessError, InternalError, LatchkeyError, Unavailable, invalid
-from latchkey.models import CreatedToken, Page, Receipt, Scope, Status, Token, Verification
+from latchkey._lifecycle import LifecycleCalls
+from latchkey.errors import InternalError, invalid
+from latchkey.models import (
+    CallerUsage,
+    CreatedToken,
+    Page,
+    Receipt,
+    Scope,
+    Status,
+    Token,
+    Verification,
+)
 from latchkey.secret import Secret
 
-if TYPE_CHECKING:
-    # This class exists only in the stubs' types. At run time one class serves both channel types.
-    from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceAsyncStub
 
-RequestT = TypeVar("RequestT", bound=Message)
-ResponseT = TypeVar("ResponseT", bound=Message)
-
-
-class Client:
+class Client(LifecycleCalls):
     """A connection to Latchkey, for one event loop. All tasks of that loop may share it.
 
     `target` is a gRPC target: "host:port", "dns:///name:port" or "unix:/path". `access` sets TLS
@@ -50,38 +46,6 @@ class Client:
     method raises the errors of `latchkey.errors`.
     """
 
-    def __init__(
-        self,
-        target: str = "127.0.0.1:50051",
-        *,
-        timeout_seconds: float | None = None,
-        access: Access | None = None,
-        credentials: grpc.ChannelCredentials | None = None,
-        channel: grpc.aio.Channel | None = None,
-        options: Sequence[tuple[str, Any]] = (),
-    ) -> None:
-        if access is None:
-            # A channel, or gRPC credentials, already determine how to connect.
-            own = channel is not None or credentials is not None
-            access = Access() if own else Access.from_environment()
-        elif credentials is not None and access.channel_credentials is not None:
-            raise AccessError("credentials and access with TLS exclude each other")
-        if credentials is None:
-            credentials = access.channel_credentials
-            if channel is None:
-                access.check_target(target)
-        check_target(target)
-        self._access = access
-        self._target = target
-        self._timeout_seconds = _retry.checked_timeout(timeout_seconds)
-        self._credentials = credentials
-        self._options = tuple(options)
-        self._channel = channel
-        self._owns_channel = channel is None
-        self._stub: TokenServiceAsyncStub | None = None
-        self._budget = _retry.Budget()
-        self._closed = False
-
     async def create(
         self,
         account_id: str,
@@ -91,13 +55,23 @@ class Client:
         expire_time: datetime | None = None,
         ttl: timedelta | None = None,
         labels: Mapping[str, str] | None = None,
+        description: str = "",
+        allowed_networks: Iterable[str] = (),
+        permissions: Iterable[str] = (),
+        request_id: UUID | None = None,
         timeout_seconds: float | None = None,
     ) -> CreatedToken:
         """Create a token. Return it with its secret, which is never shown again.
 
         Give `expire_time` (with a time zone) or `ttl`, or neither for a token that never expires.
-        The call is not retried if the answer is lost (Unavailable), since the token may exist.
-        Raises AlreadyExists if a live token of the account has the name.
+        `allowed_networks` are networks in CIDR notation, or single addresses, from which the token
+        may be used. `permissions` are of the form `resource:action`, or `resource:*`.
+
+        If an answer is lost, the library sends the same `request_id` again. The service then
+        returns the same token with another secret, and the lost one no longer works. If the call
+        raises Unavailable, the token may exist nevertheless, unless the error says `unsent`. To
+        try again, pass a `request_id` of your own, the same each time, within a day. By default,
+        each call has a new one. Raises AlreadyExists if a live token of the account has the name.
         """
         if expire_time is not None and ttl is not None:
             raise invalid("ttl", "excludes expire_time; give only one")
@@ -114,12 +88,20 @@ class Client:
                 ),
                 ttl=None if ttl is None else _convert.duration_out(ttl),
                 labels=labels,
+                description=description,
+                allowed_networks=_convert.several(allowed_networks, "allowed_networks"),
+                permissions=_convert.several(permissions, "permissions"),
+                request_id=str(request_id or uuid4()),
             )
 
         answer = await self._call(
             "Create", self._rpcs().Create, _convert.build(request), timeout_seconds
         )
-        return CreatedToken(token=_convert.token_in(answer.token), secret=Secret(answer.secret))
+        return CreatedToken(
+            token=_convert.token_in(answer.token),
+            secret=Secret(answer.secret),
+            receipt=_convert.receipt_of(answer),
+        )
 
     async def get(
         self, account_id: str, token_id: str, *, timeout_seconds: float | None = None
@@ -128,6 +110,17 @@ class Client:
         request = _convert.build(lambda: pb.GetRequest(account_id=account_id, id=token_id))
         answer = await self._call("Get", self._rpcs().Get, request, timeout_seconds)
         return _convert.token_in(answer.token)
+
+    async def get_usage(
+        self, account_id: str, token_id: str, *, timeout_seconds: float | None = None
+    ) -> tuple[CallerUsage, ...]:
+        """Return who used a live token, the most recent caller first. Raises NotFound.
+
+        Includes all uses that are more than 15 seconds old, if all servers are healthy.
+        """
+        request = _convert.build(lambda: pb.GetUsageRequest(account_id=account_id, id=token_id))
+        answer = await self._call("GetUsage", self._rpcs().GetUsage, request, timeout_seconds)
+        return _convert.usage_in(answer)
 
     async def list_page(
         self,
@@ -202,30 +195,39 @@ class Client:
         secret: str | Secret,
         required_scope: Scope | None = None,
         *,
+        client_address: str = "",
+        required_permissions: Collection[str] = (),
         timeout_seconds: float | None = None,
     ) -> Verification:
         """Ask whether `secret` is valid for `required_scope`. None requires no scope.
+
+        `client_address` is the IP address of the holder's client. Tokens that are limited to
+        networks need it. `required_permissions` are of the form `resource:action`.
 
         The answer is a verdict, whatever was presented. An exception means that there is no safe
         answer, so reject the holder. `Verifier.verify` asks the same, but answers from its cache
         when it can.
         """
-        request = _verify_request(secret, required_scope)
+        request = _verify_request(secret, required_scope, client_address, required_permissions)
         answer = await self._call("Verify", self._rpcs().Verify, request, timeout_seconds)
         return _convert.verification_in(answer)
 
     async def batch_verify(
         self,
-        requests: Iterable[tuple[str | Secret, Scope | None]],
+        requests: Iterable[
+            tuple[str | Secret, Scope | None]
+            | tuple[str | Secret, Scope | None, str, Collection[str]]
+        ],
         *,
         timeout_seconds: float | None = None,
     ) -> tuple[Verification, ...]:
         """Verify 1 to 1,000 pairs of secret and required scope at the cost of one look-up.
 
-        The answers come in the order of the questions.
+        A pair may be followed by the client's address and the required permissions. The answers
+        come in the order of the questions.
         """
         request = pb.BatchVerifyRequest(
-            requests=[_verify_request(secret, scope) for secret, scope in requests]
+            requests=[_verify_request(*question) for question in requests]
         )
         answer = await self._call("BatchVerify", self._rpcs().BatchVerify, request, timeout_seconds)
         if len(answer.responses) != len(request.requests):
@@ -268,105 +270,18 @@ class Client:
         answer = await self._call("AuditService.List", method, request, timeout_seconds)
         return _audit.page_in(answer)
 
-    def metadata(self) -> Metadata:
-        """Return the metadata for each call. For the library's own use."""
-        return self._access.metadata()
 
-    def open_channel(self) -> tuple[grpc.aio.Channel, bool]:
-        """Return a channel to the same target, and whether the caller has to close it.
-
-        The caller has to close a new channel, but not one that was passed to `Client(channel=…)`.
-        For the library's own use.
-        """
-        if self._closed:
-            raise _closed_error()
-        if not self._owns_channel and self._channel is not None:
-            return self._channel, False
-        return open_channel(self._target, self._credentials, self._options), True
-
-    async def close(self) -> None:
-        """Close the connection. Calls under way fail with Unavailable. Safe to repeat."""
-        self._closed = True
-        channel, self._channel = self._channel, None
-        self._stub = None
-        if channel is not None and self._owns_channel:
-            await channel.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    def _rpcs(self) -> "TokenServiceAsyncStub":
-        if self._stub is None:
-            self._stub = TokenServiceStub(self._connected())
-        return self._stub
-
-    def _connected(self) -> grpc.aio.Channel:
-        """Return the channel. Raises Unavailable if the client is closed."""
-        if self._closed:
-            raise _closed_error()
-        if self._channel is None:
-            # Not in __init__: a channel belongs to the event loop that runs when it is created.
-            self._channel = open_channel(self._target, self._credentials, self._options)
-        return self._channel
-
-    async def _call(
-        self,
-        rpc: str,
-        method: grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT],
-        request: RequestT,
-        timeout_seconds: float | None,
-    ) -> ResponseT:
-        """Call `method` with deadline and retries, and translate its errors."""
-        timeout = _retry.checked_timeout(timeout_seconds)
-        if timeout is None:
-            timeout = self._timeout_seconds
-        if timeout is None:
-            timeout = _retry.POLICIES[rpc].timeout_seconds
-
-        async def attempt(left_seconds: float) -> ResponseT:
-            return await self._attempt(rpc, method, request, left_seconds)
-
-        return await _retry.run(rpc, attempt, timeout_seconds=timeout, budget=self._budget)
-
-    async def _attempt(
-        self,
-        rpc: str,
-        method: grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT],
-        request: RequestT,
-        left_seconds: float,
-    ) -> ResponseT:
-        answer: ResponseT | None = None
-        failure: LatchkeyError
-        try:
-            answer = await method(request, timeout=left_seconds, metadata=self._access.metadata())
-            # grpc returns None, and logs, if it cannot parse a message.
-            failure = InternalError(f"{rpc} failed: the service's answer could not be parsed.")
-        except grpc.aio.AioRpcError as error:
-            failure = from_rpc_error(rpc, error)
-        except grpc.aio.UsageError:
-            failure = _closed_error()
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if not self._closed or task is None or task.cancelling():
-                raise
-            # Closing the channel cancels its calls, although nobody cancelled this task.
-            failure = _closed_error()
-        if answer is None:
-            # Raised outside the handler, so that no traceback prints the original error.
-            raise failure
-        return answer
-
-
-def _verify_request(secret: str | Secret, required_scope: Scope | None) -> pb.VerifyRequest:
-    return pb.VerifyRequest(
-        secret=_convert.secret_out(secret),
-        required_scope=_convert.scope_out(required_scope, "required_scope"),
+def _verify_request(
+    secret: str | Secret,
+    required_scope: Scope | None,
+    client_address: str = "",
+    required_permissions: Collection[str] = (),
+) -> pb.VerifyRequest:
+    return _convert.build(
+        lambda: pb.VerifyRequest(
+            secret=_convert.secret_out(secret),
+            required_scope=_convert.scope_out(required_scope, "required_scope"),
+            client_address=client_address,
+            required_permissions=required_permissions,
+        )
     )
-
-
-def _closed_error() -> Unavailable:
-    # CANCELLED instead of UNAVAILABLE, because a retry is useless.
-    return Unavailable("The client is closed. Create a new one.", code=grpc.StatusCode.CANCELLED)

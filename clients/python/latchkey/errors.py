@@ -4,6 +4,7 @@
     ├── InvalidArgument (also a ValueError)   the request is wrong; see field_violations
     ├── NotFound                              the account has no such token
     ├── AlreadyExists                         a live token of the account has the name
+    ├── FailedPrecondition                    the token or the service does not allow it now
     ├── PermissionDenied                      the policy does not allow this call
     ├── Unauthenticated                       Latchkey does not know this caller
     │   └── AccessError (also a ValueError)   the client's TLS files or credential cannot be used
@@ -89,9 +90,18 @@ class NotFound(LatchkeyError):
 
 
 class AlreadyExists(LatchkeyError):
-    """A live token of the account has this name. Names are compared without regard to case."""
+    """A live token of the account has this name. Names are compared without regard to case.
+
+    With the reason REQUEST_ID_REUSED, the `request_id` belongs to another request.
+    """
 
     default_code = grpc.StatusCode.ALREADY_EXISTS
+
+
+class FailedPrecondition(LatchkeyError):
+    """The state of the token or of the service does not allow the call; see `reason`."""
+
+    default_code = grpc.StatusCode.FAILED_PRECONDITION
 
 
 class PermissionDenied(LatchkeyError):
@@ -120,6 +130,9 @@ class Unavailable(LatchkeyError):
     """There is no answer now. For a verify this means no."""
 
     default_code = grpc.StatusCode.UNAVAILABLE
+
+    unsent: bool = False
+    """Whether no attempt of the call reached the service, so that it changed nothing."""
 
 
 class DeadlineExceeded(Unavailable):

@@ -6,7 +6,8 @@ All datetimes are timezone-aware, in UTC.
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
+from typing import Final
 
 from latchkey.secret import Secret
 
@@ -34,8 +35,28 @@ class Verdict(enum.Enum):
     EXPIRED = "expired"
     INSUFFICIENT_SCOPE = "insufficient_scope"
     """The token is live but does not include the required scope."""
+    DISABLED = "disabled"
+    ADDRESS_NOT_ALLOWED = "address_not_allowed"
+    """The token is limited to networks, and the client's address is unknown or in none of them."""
+    INSUFFICIENT_PERMISSIONS = "insufficient_permissions"
+    """The token is live but lacks a required permission."""
     UNSPECIFIED = "unspecified"
     """An answer that this version of the library does not know."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSecret:
+    """A secret of a token, without the secret itself."""
+
+    hint: str
+    """Prefix and last four characters, so that people recognise it."""
+    create_time: datetime
+    expire_time: datetime | None = None
+    """When it stops or stopped working, apart from the token's expiry. None: with the token."""
+    last_used_time: datetime | None = None
+    """When a verify last called it valid, at most 15 seconds behind. None: not recorded."""
+    retire_on_first_use: bool = False
+    """Whether the first use of this secret ends the older ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +71,37 @@ class Token:
     expire_time: datetime | None = None
     """When the token stops being valid. None: never."""
     last_used_time: datetime | None = None
-    """Approximately when a verify last accepted the token. None: not recorded."""
+    """When a verify last called the token valid, at most 15 seconds behind. Set by get and list."""
+    last_used_by: str = ""
+    """The name of the caller whose verify that was. Empty: not recorded, or no policy."""
     hint: str = ""
-    """The secret's prefix and last four characters, so that people recognise the token."""
+    """The newest secret's prefix and last four characters, so that people recognise the token."""
     # A dict is not hashable. Tokens that differ only in labels may share a hash.
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    disable_time: datetime | None = None
+    """When the token was disabled. None: it is not disabled."""
+    allowed_networks: tuple[str, ...] = ()
+    """The networks from which it may be used, in CIDR notation. Empty: any address."""
+    permissions: tuple[str, ...] = ()
+    """What it may do, within its scope: `resource:action`. Empty: it has no permissions."""
+    description: str = ""
+    """Text given by the owner. Empty in a verification."""
+    secrets: tuple[TokenSecret, ...] = ()
+    """Those that still work, and the newest one in any case, newest first. Empty in a
+    verification."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallerUsage:
+    """The uses of a token by one caller."""
+
+    caller: str
+    """The caller's name in the policy. Empty: no policy."""
+    first_used_time: datetime
+    last_used_time: datetime
+    # A dict is not hashable.
+    days: Mapping[date, int] = field(default_factory=dict, hash=False)
+    """The number of uses on each day in UTC, newest first. The last 90 days."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +110,111 @@ class CreatedToken:
 
     token: Token
     secret: Secret
+    receipt: "Receipt | None" = None
+    """Proof that the secret of an earlier attempt no longer works. None: the first one succeeded.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RotatedToken:
+    """A token and its new secret, which is never shown again."""
+
+    token: Token
+    secret: Secret
+    receipt: "Receipt | None" = None
+    """Proof that the end of the older secrets, now or after the grace, is known everywhere."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A token after a change."""
+
+    token: Token
+    receipt: "Receipt | None" = None
+    """Proof that the change is in effect everywhere. None: it took nothing away."""
+
+
+class Unchanged(enum.Enum):
+    """The type of `UNCHANGED`."""
+
+    UNCHANGED = "unchanged"
+
+
+UNCHANGED: Final = Unchanged.UNCHANGED
+"""Stands for a field that `Client.update` does not change. None would clear it."""
+
+
+@enum.unique
+class SecretOutcome(enum.Enum):
+    """What `Client.revoke_secrets` did with a secret."""
+
+    ENDED = "ended"
+    """This call ended it."""
+    ENDED_BEFORE = "ended_before"
+    """It belongs to a token, but did not work any more."""
+    UNKNOWN = "unknown"
+    """The format is right, but no token has this secret."""
+    MALFORMED = "malformed"
+    """Not a Latchkey secret: wrong format or checksum."""
+    UNSPECIFIED = "unspecified"
+    """An outcome that this version of the library does not know."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revocation:
+    """What `Client.revoke_secrets` did."""
+
+    outcomes: tuple[SecretOutcome, ...]
+    """One for each secret, in the same order."""
+    receipt: "Receipt | None" = None
+    """Proof that the secrets that belong to tokens are dead everywhere, apart from those whose
+    grace ended by the clock. None: no secret belongs to a token."""
+
+
+@enum.unique
+class TokenState(enum.Enum):
+    """State of a token that is not deleted."""
+
+    ACTIVE = "active"
+    """Neither disabled nor expired."""
+    DISABLED = "disabled"
+    """Disabled, whether expired or not."""
+    EXPIRED = "expired"
+    """Expired, but not disabled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenFilter:
+    """Selects live tokens that match every given field. Without fields, it selects all."""
+
+    scope: Scope | None = None
+    """Tokens with exactly this scope."""
+    name_contains: str = ""
+    """Tokens whose name contains this text, ignoring letter case."""
+    # A dict is not hashable.
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Tokens that have all of these labels, with these values."""
+    state: TokenState | None = None
+    expires_before: datetime | None = None
+    """Tokens that expire, or have expired, before this time."""
+    unused_since: datetime | None = None
+    """Tokens that were created before this time and have no recorded use since."""
+    can_write: bool | None = None
+    """True: active tokens with WRITE. False: all others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deletions:
+    """What `Client.delete_all` deleted or, with `dry_run`, would delete."""
+
+    count: int
+    """How many tokens this call deleted. With `dry_run`: how many match."""
+    tokens: tuple[Token, ...] = ()
+    """With `dry_run`: the first 500 of them, the oldest first."""
+    receipt: "Receipt | None" = None
+    """Proof of these and of earlier deletions of the account. None with `dry_run`."""
+    more: bool = False
+    """Whether more tokens match than this call deleted. If so, call it again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,22 +228,25 @@ class Page:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """Proof of a deletion. Once confirmed, every retry returns the same receipt."""
+    """Proof that a change that takes something away, such as a deletion, is in effect.
+
+    Every retry of a confirmed Delete returns the same receipt.
+    """
 
     commit_time: datetime
     effective_time: datetime | None
-    """When the token became dead everywhere. None: not confirmed yet (`no_wait`)."""
+    """When the change was in effect everywhere. None: not confirmed yet (`no_wait`)."""
     revision: int
     verifiers_acknowledged: int
-    """How many server processes confirmed that they evicted the token."""
+    """How many server processes confirmed that they evicted the tokens."""
     verifiers_outwaited: int
-    """How many server processes did not confirm, so that the Delete outwaited their leases."""
+    """How many server processes did not confirm, so that the call outwaited their leases."""
     mark: int = 0
     """Distinguishes equal revisions of different histories, after a failover or a restore."""
     clients_acknowledged: int = 0
-    """How many client libraries confirmed that they evicted the token."""
+    """How many client libraries confirmed that they evicted the tokens."""
     clients_outwaited: int = 0
-    """How many client libraries did not confirm, so that the Delete outwaited their leases."""
+    """How many client libraries did not confirm, so that the call outwaited their leases."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import asyncio
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import CancelledError
 from typing import Any, Final, Self
 
@@ -22,7 +22,7 @@ from latchkey import verifier as _async
 from latchkey._retry import VERIFY_TIMEOUT_SECONDS, checked_timeout
 from latchkey.access import Access
 from latchkey.client import Client
-from latchkey.errors import Unavailable, late
+from latchkey.errors import Unavailable, invalid, late
 from latchkey.models import Scope, Verification, VerifierStats
 from latchkey.secret import Secret
 
@@ -76,6 +76,8 @@ class Verifier:
         secret: str | Secret,
         scope: Scope | None = None,
         *,
+        client_address: str = "",
+        permissions: Collection[str] = (),
         timeout_seconds: float | None = None,
     ) -> Verification:
         """Answer whether `secret` is valid for `scope`, as `latchkey.Verifier.verify` does.
@@ -84,20 +86,31 @@ class Verifier:
         the verifier's own bound, whichever is shorter. On an overloaded machine it may take one
         second more.
         """
-        answer = self._verifier.verify_nowait(secret, scope)
+        if isinstance(permissions, str):
+            raise invalid("permissions", "must be a collection of texts, not one text")
+        answer = self._verifier.verify_nowait(
+            secret, scope, client_address=client_address, permissions=permissions
+        )
         if answer is not None:
             return answer
         checked_timeout(timeout_seconds)
         timeout = self._timeout_seconds
         if timeout_seconds is not None:
             timeout = min(timeout, timeout_seconds)
-        return self._started().verify(secret, scope, timeout)
+        return self._started().verify(secret, scope, client_address, permissions, timeout)
 
     def verify_nowait(
-        self, secret: str | Secret, scope: Scope | None = None
+        self,
+        secret: str | Secret,
+        scope: Scope | None = None,
+        *,
+        client_address: str = "",
+        permissions: Collection[str] = (),
     ) -> Verification | None:
         """Answer at once, as `latchkey.Verifier.verify_nowait` does, or return None."""
-        return self._verifier.verify_nowait(secret, scope)
+        return self._verifier.verify_nowait(
+            secret, scope, client_address=client_address, permissions=permissions
+        )
 
     def stats(self) -> VerifierStats:
         """Return the verifier's state: whether it answers from its cache, why not, and counters."""
@@ -177,14 +190,28 @@ class _Engine:
             raise
         _Engine.first_pid = self._pid = os.getpid()
 
-    def verify(self, secret: str | Secret, scope: Scope | None, timeout: float) -> Verification:
+    def verify(
+        self,
+        secret: str | Secret,
+        scope: Scope | None,
+        client_address: str,
+        permissions: Collection[str],
+        timeout: float,
+    ) -> Verification:
         """Verify on the event loop, and wait for the answer in the calling thread."""
         # With the lock, so that no call is handed to an event loop that has stopped.
         with self._lock:
             if self._stopped:
                 raise _closed_error()
             future = asyncio.run_coroutine_threadsafe(
-                self._verifier.verify(secret, scope, timeout_seconds=timeout), self._loop
+                self._verifier.verify(
+                    secret,
+                    scope,
+                    client_address=client_address,
+                    permissions=permissions,
+                    timeout_seconds=timeout,
+                ),
+                self._loop,
             )
         try:
             return future.result(timeout + MARGIN_SECONDS)

@@ -7,7 +7,7 @@ It answers from its cache while it holds a lease, and detects malformed secrets 
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from hashlib import sha256
 from typing import Any, Final, Self
 
@@ -28,7 +28,7 @@ from latchkey.errors import AccessError, invalid, late
 from latchkey.models import Scope, Verdict, Verification, VerifierStats
 from latchkey.secret import Secret
 
-# About 130 MB if all entries are in use, which is rare.
+# About 140 MB if all entries are in use, which is rare.
 MEMORY_ENTRIES: Final = 100_000
 # Bounds the effect of any fault that the protocol does not cover.
 MEMORY_SECONDS: Final = 300.0
@@ -48,7 +48,8 @@ class Verifier:
     It caches the answers for the `memory_entries` most recently used secrets. A cached answer takes
     microseconds. The cache is used while the service grants a lease. A deleted token is evicted
     before its Delete returns. An answer is cached for at most `memory_seconds`. `memory_entries=0`
-    switches the cache off. `timeout_seconds` bounds each verify.
+    switches the cache off. `timeout_seconds` bounds each verify. While it watches, it reports how
+    often and when it answered from its cache, so that the service knows when each token was used.
 
     The first verify, or `async with`, starts watching for deletions. The watch uses a separate
     connection to the client's target. A Client with its own `channel` shares that channel, and then
@@ -89,15 +90,22 @@ class Verifier:
         self._batcher = Batcher(self._client)
         self._caches = memory_entries > 0
         self._memory_seconds = memory_seconds
-        self._hits = 0
+        # Cached answers that are not VALID, except those of final entries. Entries count the rest.
+        self._denied_hits = 0
         self._misses = 0
         # Direct references for verify_nowait, to save attribute look-ups.
         self._lease = self._subscription.lease
         self._find = self._cache.entries.get
+        self._begin_use = self._subscription.uses.begin
         _fork.watch(self)
 
     def verify_nowait(
-        self, secret: str | Secret, scope: Scope | None = None
+        self,
+        secret: str | Secret,
+        scope: Scope | None = None,
+        *,
+        client_address: str = "",
+        permissions: Collection[str] = (),
     ) -> Verification | None:
         """Answer at once if the answer is cached or `secret` is malformed. Otherwise return None.
 
@@ -118,7 +126,7 @@ class Verifier:
         except UnicodeEncodeError:  # not a secret, since UTF-8 cannot encode it
             entry, secret = None, ""
         # Not min(), whose call costs as much as a tenth of the rest.
-        if entry is not None and boottime() < (
+        if entry is not None and (now := boottime()) < (
             lease_end if lease_end < entry.keep_until else entry.keep_until  # noqa: FURB136
         ):
             if scope is None or scope is _READ:
@@ -128,22 +136,57 @@ class Verifier:
             else:
                 _convert.scope_out(scope, "scope")
                 return None
+            if entry.networks is not None or permissions:
+                answer = entry.answer(scope, client_address, permissions)
+                return self._other_answer(entry, answer, secret, now)
+            if answer is not entry.read:
+                return self._other_answer(entry, answer, secret, now)
             if entry.expires_at is None or _wall_clock() < entry.expires_at:
                 entry.used = True
-                self._hits += 1
+                # Counted before `idle` is read: see UseLog.begin. CPython does not switch threads
+                # inside this addition. If the entry is not final, the answer is VALID, because a
+                # token with networks does not get here.
+                entry.uses += 1
+                entry.last_use = now
+                if entry.idle:
+                    self._begin_use(entry, secret, now)
                 return answer
             return None
         _convert.scope_out(scope, "scope")  # a wrong scope is an error for every secret
         return None if is_well_formed(secret) else _MALFORMED
+
+    def _other_answer(
+        self, entry: CacheEntry, answer: Verification, secret: str, now: float
+    ) -> Verification | None:
+        """Return a cached answer that may not be VALID, unless the token may have expired.
+
+        Separate, so that the common path need not look at the verdict to count a use.
+        """
+        if entry.expires_at is not None and _wall_clock() >= entry.expires_at:
+            return None
+        entry.used = True
+        if answer.verdict is Verdict.VALID:
+            entry.uses += 1
+            entry.last_use = now
+            if entry.idle:
+                self._begin_use(entry, secret, now)
+        else:
+            self._denied_hits += 1
+        return answer
 
     async def verify(
         self,
         secret: str | Secret,
         scope: Scope | None = None,
         *,
+        client_address: str = "",
+        permissions: Collection[str] = (),
         timeout_seconds: float | None = None,
     ) -> Verification:
         """Answer whether `secret` is valid for `scope`. None requires no scope.
+
+        `client_address` is the IP address of the holder's client. Tokens that are limited to
+        networks need it. The token has to have all `permissions`, of the form `resource:action`.
 
         Answers from the cache if possible. Otherwise it asks the service, in one call for all
         verifies that start in the same turn of the event loop. `timeout_seconds` can only shorten
@@ -152,9 +195,14 @@ class Verifier:
 
         Several callers may get the same object, so do not change it.
         """
-        answer = self.verify_nowait(secret, scope)
+        if isinstance(permissions, str):
+            raise invalid("permissions", "must be a collection of texts, not one text")
+        answer = self.verify_nowait(
+            secret, scope, client_address=client_address, permissions=permissions
+        )
         if answer is not None:
             return answer
+        required = tuple(permissions)
         text = _convert.secret_out(secret)
         timeout = self._timeout_seconds
         if timeout_seconds is not None:
@@ -165,23 +213,36 @@ class Verifier:
         self._misses += 1
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout
-        answer = await self._batcher.ask(text, scope, end)
+        answer = await self._batcher.ask((text, scope, client_address, required), end)
         if answer is None:
             left = end - loop.time()
             if left <= 0:
                 raise late("Verify")
-            answer = await self._client.verify(text, scope, timeout_seconds=left)
-        self._store(text, scope, answer)
+            answer = await self._client.verify(
+                text,
+                scope,
+                client_address=client_address,
+                required_permissions=required,
+                timeout_seconds=left,
+            )
+        self._store(text, scope, answer, client_address, required)
         return answer
 
-    def _store(self, secret: str, scope: Scope | None, answer: Verification) -> None:
+    def _store(
+        self,
+        secret: str,
+        scope: Scope | None,
+        answer: Verification,
+        client_address: str = "",
+        permissions: Collection[str] = (),
+    ) -> None:
         now = boottime()
         if now >= self._lease.end:
             return  # without a lease, nobody reports changes
         # Spread over half of the time, so that answers that came together, for example after a
         # start, do not expire together.
         keep_until = now + self._memory_seconds * random.uniform(0.5, 1.0)  # noqa: S311 - a spread
-        entry = cache_entry(answer, scope, keep_until)
+        entry = cache_entry(answer, scope, keep_until, client_address, permissions)
         if entry is not None:
             position = Position(answer.revision, answer.mark)
             self._cache.store(sha256(secret.encode()).digest(), entry, position)
@@ -201,7 +262,7 @@ class Verifier:
             lease_remaining_seconds=left,
             applied_revision=self._cache.position.revision,
             entries=len(self._cache),
-            hits=self._hits,
+            hits=self._denied_hits + subscription.uses.total(),
             misses=self._misses,
             batches=self._batcher.batches,
             invalidations=subscription.invalidations,
@@ -212,8 +273,8 @@ class Verifier:
     async def close(self) -> None:
         """Stop watching, and close the connection if the verifier created it. Safe to repeat.
 
-        Releases the grants, so that Deletes need not wait for this verifier. That takes at most
-        half a second.
+        Reports the uses that the service does not know yet, and releases the grants, so that
+        Deletes need not wait for this verifier. That takes at most half a second.
         """
         await self._watcher.close()
         if self._owns_client:

@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -54,7 +55,9 @@ class _VerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verdict.Value
     VERDICT_UNSPECIFIED: _Verdict.ValueType  # 0
     """Never sent."""
     VERDICT_VALID: _Verdict.ValueType  # 1
-    """The secret belongs to a live token that includes the required scope."""
+    """The secret belongs to a live token that includes the required scope and
+    permissions, and that permits the client's address.
+    """
     VERDICT_MALFORMED: _Verdict.ValueType  # 2
     """The string is not a secret of this service: wrong shape or checksum."""
     VERDICT_UNKNOWN: _Verdict.ValueType  # 3
@@ -62,20 +65,36 @@ class _VerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verdict.Value
     VERDICT_DELETED: _Verdict.ValueType  # 4
     """The token was deleted."""
     VERDICT_EXPIRED: _Verdict.ValueType  # 5
-    """The token's expire_time has passed."""
+    """The token's expire_time has passed, or the secret has ended: its grace after
+    a Rotate has passed, or it was retired or revoked.
+    """
     VERDICT_INSUFFICIENT_SCOPE: _Verdict.ValueType  # 6
     """The token is live but does not include the required scope."""
+    VERDICT_DISABLED: _Verdict.ValueType  # 7
+    """The token is disabled."""
+    VERDICT_ADDRESS_NOT_ALLOWED: _Verdict.ValueType  # 8
+    """The token is limited to networks, and the request has no client_address, or
+    one that is in none of them, or one that is not an IP address.
+    """
+    VERDICT_INSUFFICIENT_PERMISSIONS: _Verdict.ValueType  # 9
+    """The token is live but lacks a required permission. A token without
+    permissions lacks all of them.
+    """
 
 class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper):
     """Answer to "may this secret do this?". If several verdicts apply, the first of
-    MALFORMED, UNKNOWN, DELETED, EXPIRED, INSUFFICIENT_SCOPE and VALID is given.
-    Every verdict except VERDICT_VALID means "not allowed".
+    MALFORMED, UNKNOWN, DELETED, DISABLED, EXPIRED, ADDRESS_NOT_ALLOWED,
+    INSUFFICIENT_SCOPE, INSUFFICIENT_PERMISSIONS and VALID is given. Every verdict
+    except VERDICT_VALID means "not allowed", including one that the client does
+    not know.
     """
 
 VERDICT_UNSPECIFIED: Verdict.ValueType  # 0
 """Never sent."""
 VERDICT_VALID: Verdict.ValueType  # 1
-"""The secret belongs to a live token that includes the required scope."""
+"""The secret belongs to a live token that includes the required scope and
+permissions, and that permits the client's address.
+"""
 VERDICT_MALFORMED: Verdict.ValueType  # 2
 """The string is not a secret of this service: wrong shape or checksum."""
 VERDICT_UNKNOWN: Verdict.ValueType  # 3
@@ -83,10 +102,86 @@ VERDICT_UNKNOWN: Verdict.ValueType  # 3
 VERDICT_DELETED: Verdict.ValueType  # 4
 """The token was deleted."""
 VERDICT_EXPIRED: Verdict.ValueType  # 5
-"""The token's expire_time has passed."""
+"""The token's expire_time has passed, or the secret has ended: its grace after
+a Rotate has passed, or it was retired or revoked.
+"""
 VERDICT_INSUFFICIENT_SCOPE: Verdict.ValueType  # 6
 """The token is live but does not include the required scope."""
+VERDICT_DISABLED: Verdict.ValueType  # 7
+"""The token is disabled."""
+VERDICT_ADDRESS_NOT_ALLOWED: Verdict.ValueType  # 8
+"""The token is limited to networks, and the request has no client_address, or
+one that is in none of them, or one that is not an IP address.
+"""
+VERDICT_INSUFFICIENT_PERMISSIONS: Verdict.ValueType  # 9
+"""The token is live but lacks a required permission. A token without
+permissions lacks all of them.
+"""
 Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
+
+class _TokenState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TokenStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TokenState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TOKEN_STATE_UNSPECIFIED: _TokenState.ValueType  # 0
+    """Any state."""
+    TOKEN_STATE_ACTIVE: _TokenState.ValueType  # 1
+    """Neither disabled nor expired."""
+    TOKEN_STATE_DISABLED: _TokenState.ValueType  # 2
+    """Disabled, whether expired or not."""
+    TOKEN_STATE_EXPIRED: _TokenState.ValueType  # 3
+    """Expired, but not disabled."""
+
+class TokenState(_TokenState, metaclass=_TokenStateEnumTypeWrapper):
+    """State of a token that is not deleted."""
+
+TOKEN_STATE_UNSPECIFIED: TokenState.ValueType  # 0
+"""Any state."""
+TOKEN_STATE_ACTIVE: TokenState.ValueType  # 1
+"""Neither disabled nor expired."""
+TOKEN_STATE_DISABLED: TokenState.ValueType  # 2
+"""Disabled, whether expired or not."""
+TOKEN_STATE_EXPIRED: TokenState.ValueType  # 3
+"""Expired, but not disabled."""
+Global___TokenState: _TypeAlias = TokenState  # noqa: Y015
+
+class _SecretOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SecretOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SecretOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SECRET_OUTCOME_UNSPECIFIED: _SecretOutcome.ValueType  # 0
+    """Never sent."""
+    SECRET_OUTCOME_ENDED: _SecretOutcome.ValueType  # 1
+    """This call ended the secret."""
+    SECRET_OUTCOME_ENDED_BEFORE: _SecretOutcome.ValueType  # 2
+    """The secret belongs to a token, but did not work any more: it or its token had
+    ended before this call.
+    """
+    SECRET_OUTCOME_UNKNOWN: _SecretOutcome.ValueType  # 3
+    """The string has the right shape, but no token has this secret."""
+    SECRET_OUTCOME_MALFORMED: _SecretOutcome.ValueType  # 4
+    """The string is not a secret of this service: wrong shape or checksum."""
+
+class SecretOutcome(_SecretOutcome, metaclass=_SecretOutcomeEnumTypeWrapper):
+    """What RevokeSecret did with a secret."""
+
+SECRET_OUTCOME_UNSPECIFIED: SecretOutcome.ValueType  # 0
+"""Never sent."""
+SECRET_OUTCOME_ENDED: SecretOutcome.ValueType  # 1
+"""This call ended the secret."""
+SECRET_OUTCOME_ENDED_BEFORE: SecretOutcome.ValueType  # 2
+"""The secret belongs to a token, but did not work any more: it or its token had
+ended before this call.
+"""
+SECRET_OUTCOME_UNKNOWN: SecretOutcome.ValueType  # 3
+"""The string has the right shape, but no token has this secret."""
+SECRET_OUTCOME_MALFORMED: SecretOutcome.ValueType  # 4
+"""The string is not a secret of this service: wrong shape or checksum."""
+Global___SecretOutcome: _TypeAlias = SecretOutcome  # noqa: Y015
 
 @_typing.final
 class Token(_message.Message):
@@ -123,6 +218,12 @@ class Token(_message.Message):
     LAST_USED_TIME_FIELD_NUMBER: _builtins.int
     HINT_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    SECRETS_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    DISABLE_TIME_FIELD_NUMBER: _builtins.int
+    ALLOWED_NETWORKS_FIELD_NUMBER: _builtins.int
+    PERMISSIONS_FIELD_NUMBER: _builtins.int
+    LAST_USED_BY_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Opaque identifier, at most 64 characters, ordered by creation."""
     account_id: _builtins.str
@@ -134,25 +235,61 @@ class Token(_message.Message):
     scope: Global___Scope.ValueType
     """Access level. Never SCOPE_UNSPECIFIED."""
     hint: _builtins.str
-    """Prefix and last four characters of the secret, so that people recognise it."""
+    """Prefix and last four characters of the newest secret, so that people
+    recognise it.
+    """
+    description: _builtins.str
+    """Text given by the owner: 0-256 characters. Absent in VerifyResponse."""
+    last_used_by: _builtins.str
+    """Name of the caller whose verify set last_used_time, as in the policy. Empty:
+    no use recorded, or no policy. Absent in
+    VerifyResponse.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the token was created."""
 
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """When the token expires. Absent: never."""
+        """When the token expires. Absent: never. In VerifyResponse: when the presented
+        secret stops working, which is earlier after a Rotate with a grace.
+        """
 
     @_builtins.property
     def last_used_time(self) -> _timestamp_pb2.Timestamp:
-        """Approximate time at which a verify last accepted the token. Absent: not
-        recorded.
+        """When a verify last answered VALID for the token, on a server or in a client
+        library that reports uses. With healthy servers, at most 15 seconds behind.
+        Absent: no use recorded. Absent in VerifyResponse.
         """
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Up to 16 pairs given by the owner: keys of 1-63, values of 0-255
         characters.
+        """
+
+    @_builtins.property
+    def secrets(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenSecret]:
+        """The token's secrets, the newest first. Contains those that still work, and
+        the newest one in any case. Absent in VerifyResponse.
+        """
+
+    @_builtins.property
+    def disable_time(self) -> _timestamp_pb2.Timestamp:
+        """When the token was disabled. Absent: it is not disabled."""
+
+    @_builtins.property
+    def allowed_networks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Networks from which the token may be used: up to 32 in CIDR notation, IPv4
+        or IPv6, in canonical form. Empty: any address. An IPv4 address in an IPv6
+        notation (::ffff:192.0.2.1) counts as IPv4, so no IPv6 network contains it.
+        """
+
+    @_builtins.property
+    def permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the token may do, within its scope: up to 64 of the form
+        `resource:action`. `resource:*` includes every action on the resource. Empty:
+        the token has no permissions, and only verifies that require none accept it.
         """
 
     def __init__(
@@ -167,18 +304,73 @@ class Token(_message.Message):
         last_used_time: _timestamp_pb2.Timestamp | None = ...,
         hint: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        secrets: _abc.Iterable[Global___TokenSecret] | None = ...,
+        description: _builtins.str = ...,
+        disable_time: _timestamp_pb2.Timestamp | None = ...,
+        allowed_networks: _abc.Iterable[_builtins.str] | None = ...,
+        permissions: _abc.Iterable[_builtins.str] | None = ...,
+        last_used_by: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "last_used_time", b"last_used_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "disable_time", b"disable_time", "expire_time", b"expire_time", "last_used_time", b"last_used_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "create_time", b"create_time", "expire_time", b"expire_time", "hint", b"hint", "id", b"id", "labels", b"labels", "last_used_time", b"last_used_time", "name", b"name", "scope", b"scope"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "allowed_networks", b"allowed_networks", "create_time", b"create_time", "description", b"description", "disable_time", b"disable_time", "expire_time", b"expire_time", "hint", b"hint", "id", b"id", "labels", b"labels", "last_used_by", b"last_used_by", "last_used_time", b"last_used_time", "name", b"name", "permissions", b"permissions", "scope", b"scope", "secrets", b"secrets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Token: _TypeAlias = Token  # noqa: Y015
 
 @_typing.final
+class TokenSecret(_message.Message):
+    """A secret of a token, without the secret itself."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HINT_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    LAST_USED_TIME_FIELD_NUMBER: _builtins.int
+    RETIRE_ON_FIRST_USE_FIELD_NUMBER: _builtins.int
+    hint: _builtins.str
+    """Prefix and last four characters, so that people recognise it."""
+    retire_on_first_use: _builtins.bool
+    """Whether the first use of this secret ends the older ones."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When the secret was created."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When the secret stops or stopped working, apart from the token's own
+        expire_time. Absent: it works as long as the token.
+        """
+
+    @_builtins.property
+    def last_used_time(self) -> _timestamp_pb2.Timestamp:
+        """When a verify last answered VALID for this secret, as far as it is known which
+        of the token's secrets was used. At most 15 seconds behind, with healthy
+        servers. Absent: no use recorded.
+        """
+
+    def __init__(
+        self,
+        *,
+        hint: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        last_used_time: _timestamp_pb2.Timestamp | None = ...,
+        retire_on_first_use: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "last_used_time", b"last_used_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "hint", b"hint", "last_used_time", b"last_used_time", "retire_on_first_use", b"retire_on_first_use"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenSecret: _TypeAlias = TokenSecret  # noqa: Y015
+
+@_typing.final
 class Receipt(_message.Message):
-    """Proof of a deletion."""
+    """Proof that a change that narrows tokens, such as a deletion, is in effect."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -191,16 +383,16 @@ class Receipt(_message.Message):
     CLIENTS_ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     CLIENTS_OUTWAITED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """Position of the deletion in the order of all invalidations."""
+    """Position of the change in the order of all changes."""
     verifiers_acknowledged: _builtins.int
     """Number of server processes that confirmed that they dropped the token."""
     verifiers_outwaited: _builtins.int
-    """Number of server processes that did not confirm. The Delete waited until
-    they could no longer answer from their cache, or they stopped before.
+    """Number of server processes that did not confirm. The call waited until they
+    could no longer answer from their cache, or they stopped before.
     """
     mark: _builtins.int
     """The mark of `revision`. Revision and mark together are a position. It
-    identifies the deletion even if the database's histories before and after a
+    identifies the change even if the database's histories before and after a
     failover or a restore both used the same revision.
     """
     clients_acknowledged: _builtins.int
@@ -208,17 +400,17 @@ class Receipt(_message.Message):
     those server processes, that confirmed that they dropped the token.
     """
     clients_outwaited: _builtins.int
-    """Number of client libraries that did not confirm. The Delete waited until
-    their leases had expired.
+    """Number of client libraries that did not confirm. The call waited until their
+    leases had expired.
     """
     @_builtins.property
     def commit_time(self) -> _timestamp_pb2.Timestamp:
-        """When the deletion was committed."""
+        """When the change was committed."""
 
     @_builtins.property
     def effective_time(self) -> _timestamp_pb2.Timestamp:
-        """When the deletion was in effect everywhere. Never before commit_time.
-        Absent: not confirmed yet, which only a Delete with no_wait returns.
+        """When the change was in effect everywhere. Never before commit_time. Absent:
+        not confirmed yet, which only a call with no_wait returns.
         """
 
     def __init__(
@@ -240,6 +432,84 @@ class Receipt(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
+
+@_typing.final
+class TokenFilter(_message.Message):
+    """Selects live tokens of an account. A token has to match every field that is
+    set. A filter without fields matches every token.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SCOPE_FIELD_NUMBER: _builtins.int
+    NAME_CONTAINS_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    EXPIRES_BEFORE_FIELD_NUMBER: _builtins.int
+    UNUSED_SINCE_FIELD_NUMBER: _builtins.int
+    CAN_WRITE_FIELD_NUMBER: _builtins.int
+    scope: Global___Scope.ValueType
+    """Tokens with exactly this scope."""
+    name_contains: _builtins.str
+    """Tokens whose name contains this text, ignoring letter case: 0-64 characters."""
+    state: Global___TokenState.ValueType
+    """Tokens in this state."""
+    can_write: _builtins.bool
+    """true: tokens that can write now, which are active and have SCOPE_WRITE.
+    false: all others.
+    """
+    @_builtins.property
+    def label(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Tokens that have all of these labels, with these values: up to 16."""
+
+    @_builtins.property
+    def expires_before(self) -> _timestamp_pb2.Timestamp:
+        """Tokens that expire, or have expired, before this time."""
+
+    @_builtins.property
+    def unused_since(self) -> _timestamp_pb2.Timestamp:
+        """Tokens that were created before this time and have no recorded use since."""
+
+    def __init__(
+        self,
+        *,
+        scope: Global___Scope.ValueType = ...,
+        name_contains: _builtins.str = ...,
+        label: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        state: Global___TokenState.ValueType = ...,
+        expires_before: _timestamp_pb2.Timestamp | None = ...,
+        unused_since: _timestamp_pb2.Timestamp | None = ...,
+        can_write: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "can_write", b"can_write", "expires_before", b"expires_before", "unused_since", b"unused_since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_can_write", b"_can_write", "can_write", b"can_write", "expires_before", b"expires_before", "label", b"label", "name_contains", b"name_contains", "scope", b"scope", "state", b"state", "unused_since", b"unused_since"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__can_write: _TypeAlias = _typing.Literal["can_write"]  # noqa: Y015
+    _WhichOneofArgType__can_write: _TypeAlias = _typing.Literal["_can_write", b"_can_write"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__can_write) -> _WhichOneofReturnType__can_write | None: ...
+
+Global___TokenFilter: _TypeAlias = TokenFilter  # noqa: Y015
 
 @_typing.final
 class CreateRequest(_message.Message):
@@ -273,6 +543,10 @@ class CreateRequest(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     TTL_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    ALLOWED_NETWORKS_FIELD_NUMBER: _builtins.int
+    PERMISSIONS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     account_id: _builtins.str
     """Owner of the new token. Required; 1-64 characters of A-Za-z0-9._:-"""
     name: _builtins.str
@@ -282,6 +556,15 @@ class CreateRequest(_message.Message):
     """
     scope: Global___Scope.ValueType
     """Access level. Required, so that no token gets more rights than intended."""
+    description: _builtins.str
+    """Text about the token: 0-256 characters without control characters other than
+    line breaks.
+    """
+    request_id: _builtins.str
+    """A UUID that identifies this request (AIP-155), so that a retry within a day
+    is safe. Empty: the call is not idempotent. Unique for each account; Create
+    and Rotate share the ids.
+    """
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """A time in the future, before the year 10000."""
@@ -296,6 +579,19 @@ class CreateRequest(_message.Message):
         characters.
         """
 
+    @_builtins.property
+    def allowed_networks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Networks from which the token may be used: up to 32 in CIDR notation. A
+        single address stands for a network of one address. Empty: any address.
+        """
+
+    @_builtins.property
+    def permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the token may do, within its scope: up to 64 of the form
+        `resource:action`, each part 1-31 characters of a-z, 0-9, `_`, `-` and `.`,
+        the action alternatively `*`.
+        """
+
     def __init__(
         self,
         *,
@@ -305,10 +601,14 @@ class CreateRequest(_message.Message):
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         ttl: _duration_pb2.Duration | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        description: _builtins.str = ...,
+        allowed_networks: _abc.Iterable[_builtins.str] | None = ...,
+        permissions: _abc.Iterable[_builtins.str] | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "expiry", b"expiry", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "expire_time", b"expire_time", "expiry", b"expiry", "labels", b"labels", "name", b"name", "scope", b"scope", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "allowed_networks", b"allowed_networks", "description", b"description", "expire_time", b"expire_time", "expiry", b"expiry", "labels", b"labels", "name", b"name", "permissions", b"permissions", "request_id", b"request_id", "scope", b"scope", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_expiry: _TypeAlias = _typing.Literal["expire_time", "ttl"]  # noqa: Y015
     _WhichOneofArgType_expiry: _TypeAlias = _typing.Literal["expiry", b"expiry"]  # noqa: Y015
@@ -324,6 +624,7 @@ class CreateResponse(_message.Message):
 
     TOKEN_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
     secret: _builtins.str
     """The bearer secret. No other response contains it; the service stores only
     a keyed hash of it.
@@ -332,15 +633,22 @@ class CreateResponse(_message.Message):
     def token(self) -> Global___Token:
         """The token as stored."""
 
+    @_builtins.property
+    def receipt(self) -> Global___Receipt:
+        """Proof that the secret that the first call made no longer works. Present only
+        if this call repeats a `request_id`.
+        """
+
     def __init__(
         self,
         *,
         token: Global___Token | None = ...,
         secret: _builtins.str = ...,
+        receipt: Global___Receipt | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["secret", b"secret", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "secret", b"secret", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -514,6 +822,651 @@ class DeleteResponse(_message.Message):
 Global___DeleteResponse: _TypeAlias = DeleteResponse  # noqa: Y015
 
 @_typing.final
+class UpdateRequest(_message.Message):
+    """Request of TokenService.Update."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    NO_WAIT_FIELD_NUMBER: _builtins.int
+    account_id: _builtins.str
+    """Owner of the token. Required."""
+    id: _builtins.str
+    """Identifier of the token. Required."""
+    no_wait: _builtins.bool
+    """Makes Update return once the change is committed, without waiting for
+    verifiers to confirm it.
+    """
+    @_builtins.property
+    def token(self) -> Global___Token:
+        """The new values, under the rules of CreateRequest. Fields that `update_mask`
+        does not list are ignored.
+        """
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """The fields to set, from `name`, `scope`, `expire_time`, `labels`,
+        `description`, `allowed_networks` and `permissions`. Required. A listed field
+        that is absent in `token` is cleared: an absent expire_time means that the
+        token never expires. Maps and lists are replaced as a whole.
+        """
+
+    def __init__(
+        self,
+        *,
+        account_id: _builtins.str = ...,
+        id: _builtins.str = ...,
+        token: Global___Token | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+        no_wait: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["token", b"token", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "id", b"id", "no_wait", b"no_wait", "token", b"token", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateRequest: _TypeAlias = UpdateRequest  # noqa: Y015
+
+@_typing.final
+class UpdateResponse(_message.Message):
+    """Response of TokenService.Update."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def token(self) -> Global___Token:
+        """The token after the change."""
+
+    @_builtins.property
+    def receipt(self) -> Global___Receipt:
+        """Proof that the change is in effect everywhere. Absent: the change widened the
+        token, or concerned only name, labels and description.
+        """
+
+    def __init__(
+        self,
+        *,
+        token: Global___Token | None = ...,
+        receipt: Global___Receipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateResponse: _TypeAlias = UpdateResponse  # noqa: Y015
+
+@_typing.final
+class DisableRequest(_message.Message):
+    """Request of TokenService.Disable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    NO_WAIT_FIELD_NUMBER: _builtins.int
+    account_id: _builtins.str
+    """Owner of the token. Required."""
+    id: _builtins.str
+    """Identifier of the token. Required."""
+    no_wait: _builtins.bool
+    """Makes Disable return once the change is committed, without waiting for
+    verifiers to confirm it.
+    """
+    def __init__(
+        self,
+        *,
+        account_id: _builtins.str = ...,
+        id: _builtins.str = ...,
+        no_wait: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "id", b"id", "no_wait", b"no_wait"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DisableRequest: _TypeAlias = DisableRequest  # noqa: Y015
+
+@_typing.final
+class DisableResponse(_message.Message):
+    """Response of TokenService.Disable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def token(self) -> Global___Token:
+        """The token, with its disable_time."""
+
+    @_builtins.property
+    def receipt(self) -> Global___Receipt:
+        """Proof that the token is refused everywhere."""
+
+    def __init__(
+        self,
+        *,
+        token: Global___Token | None = ...,
+        receipt: Global___Receipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DisableResponse: _TypeAlias = DisableResponse  # noqa: Y015
+
+@_typing.final
+class EnableRequest(_message.Message):
+    """Request of TokenService.Enable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    account_id: _builtins.str
+    """Owner of the token. Required."""
+    id: _builtins.str
+    """Identifier of the token. Required."""
+    def __init__(
+        self,
+        *,
+        account_id: _builtins.str = ...,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EnableRequest: _TypeAlias = EnableRequest  # noqa: Y015
+
+@_typing.final
+class EnableResponse(_message.Message):
+    """Response of TokenService.Enable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def token(self) -> Global___Token:
+        """The token, without a disable_time."""
+
+    @_builtins.property
+    def receipt(self) -> Global___Receipt:
+        """Absent: Enable never narrows."""
+
+    def __init__(
+        self,
+        *,
+        token: Global___Token | None = ...,
+        receipt: Global___Receipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EnableResponse: _TypeAlias = EnableResponse  # noqa: Y015
+
+@_typing.final
+class RotateRequest(_message.Message):
+    """Request of TokenService.Rotate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    GRACE_FIELD_NUMBER: _builtins.int
+    RETIRE_ON_FIRST_USE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NO_WAIT_FIELD_NUMBER: _builtins.int
+    account_id: _builtins.str
+    """Owner of the token. Required."""
+    id: _builtins.str
+    """Identifier of the token. Required."""
+    retire_on_first_use: _builtins.bool
+    """Ends the older secrets when a server first looks up the new one, which the
+    first verify of it anywhere causes. That verify does not wait. The older
+    secrets are dead everywhere once every verifier has confirmed or can no
+    longer answer from its cache: usually within milliseconds, and at most the
+    longest lease of all servers and half a second later. If that server fails
+    meanwhile, the next look-up repeats it, at most LATCHKEY_CACHE_SECONDS after
+    the first on each server that serves the new secret. With `grace`, whichever
+    comes first ends them.
+    """
+    request_id: _builtins.str
+    """A UUID that identifies this request (AIP-155), so that a retry within a day
+    is safe. Empty: the call is not idempotent.
+    """
+    no_wait: _builtins.bool
+    """Makes Rotate return once the change is committed, without waiting for
+    verifiers to confirm it.
+    """
+    @_builtins.property
+    def grace(self) -> _duration_pb2.Duration:
+        """How long the older secrets still work: 0 to 365 days from now. Absent: until
+        the first use of the new secret if `retire_on_first_use` is set, otherwise
+        they are dead when the call returns. Never extends the life of a secret.
+        """
+
+    def __init__(
+        self,
+        *,
+        account_id: _builtins.str = ...,
+        id: _builtins.str = ...,
+        grace: _duration_pb2.Duration | None = ...,
+        retire_on_first_use: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
+        no_wait: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "grace", b"grace", "id", b"id", "no_wait", b"no_wait", "request_id", b"request_id", "retire_on_first_use", b"retire_on_first_use"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateRequest: _TypeAlias = RotateRequest  # noqa: Y015
+
+@_typing.final
+class RotateResponse(_message.Message):
+    """Response of TokenService.Rotate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    secret: _builtins.str
+    """The new bearer secret. No other response contains it."""
+    @_builtins.property
+    def token(self) -> Global___Token:
+        """The token, with its secrets."""
+
+    @_builtins.property
+    def receipt(self) -> Global___Receipt:
+        """Proof that the end of the older secrets, now or after `grace`, is known
+        everywhere.
+        """
+
+    def __init__(
+        self,
+        *,
+        token: Global___Token | None = ...,
+        secret: _builtins.str = ...,
+        receipt: Global___Receipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "secret", b"secret", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateResponse: _TypeAlias = RotateResponse  # noqa: Y015
+
+@_typing.final
+class RetireSecretsRequest(_message.Message):
+    """Request of TokenService.RetireSecrets."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    NO_WAIT_FIELD_NUMBER: _builtins.int
+    account_id: _builtins.str
+    """Owner of the token. Required."""
+    id: _builtins.str
+    """Identifier of the token. Required."""
+    no_wait: _builtins.bool
+    """Makes RetireSecrets return once the change is committed, without waiting for
+    verifiers to confirm it.
+    """
+    def __init__(
+        self,
+        *,
+        account_id: _builtins.str = ...,
+        id: _builtins.str = ...,
+        no_wait: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "id", b"id", "no_wait", b"no_wait"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetireSecretsRequest: _TypeAlias = RetireSecretsRequest  # noqa: Y015
+
+@_typing.final
+class RetireSecretsResponse(_message.Message):
+    """Response of TokenService.RetireSecrets."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def token(self) -> Global___Token:
+        """The token, with its secrets."""
+
+    @_builtins.property
+    def receipt(self) -> Global___Receipt:
+        """Proof that the older secrets are dead everywhere."""
+
+    def __init__(
+        self,
+        *,
+        token: Global___Token | None = ...,
+        receipt: Global___Receipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetireSecretsResponse: _TypeAlias = RetireSecretsResponse  # noqa: Y015
+
+@_typing.final
+class RevokeSecretRequest(_message.Message):
+    """Request of TokenService.RevokeSecret."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECRETS_FIELD_NUMBER: _builtins.int
+    NO_WAIT_FIELD_NUMBER: _builtins.int
+    no_wait: _builtins.bool
+    """Makes RevokeSecret return once the change is committed, without waiting for
+    verifiers to confirm it.
+    """
+    @_builtins.property
+    def secrets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """1-1,000 secrets, as they were found. Any strings are allowed."""
+
+    def __init__(
+        self,
+        *,
+        secrets: _abc.Iterable[_builtins.str] | None = ...,
+        no_wait: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["no_wait", b"no_wait", "secrets", b"secrets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeSecretRequest: _TypeAlias = RevokeSecretRequest  # noqa: Y015
+
+@_typing.final
+class RevokeSecretResult(_message.Message):
+    """What RevokeSecret did with one secret. It reveals neither account nor name."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    outcome: Global___SecretOutcome.ValueType
+    """What happened."""
+    def __init__(
+        self,
+        *,
+        outcome: Global___SecretOutcome.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeSecretResult: _TypeAlias = RevokeSecretResult  # noqa: Y015
+
+@_typing.final
+class RevokeSecretResponse(_message.Message):
+    """Response of TokenService.RevokeSecret."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___RevokeSecretResult]:
+        """One result for each secret, in the same order."""
+
+    @_builtins.property
+    def receipt(self) -> Global___Receipt:
+        """Proof that the secrets with the outcome ENDED or ENDED_BEFORE are dead
+        everywhere, apart from those whose grace ended by the clock. Absent: no
+        secret belongs to a token.
+        """
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___RevokeSecretResult] | None = ...,
+        receipt: Global___Receipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeSecretResponse: _TypeAlias = RevokeSecretResponse  # noqa: Y015
+
+@_typing.final
+class DeleteAllRequest(_message.Message):
+    """Request of TokenService.DeleteAll."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    NO_WAIT_FIELD_NUMBER: _builtins.int
+    account_id: _builtins.str
+    """Owner of the tokens. Required."""
+    dry_run: _builtins.bool
+    """Deletes nothing, and returns what the call would delete."""
+    no_wait: _builtins.bool
+    """Makes DeleteAll return once the deletions are committed, without waiting for
+    verifiers to confirm them.
+    """
+    @_builtins.property
+    def filter(self) -> Global___TokenFilter:
+        """The tokens to delete. Absent: all live tokens of the account."""
+
+    def __init__(
+        self,
+        *,
+        account_id: _builtins.str = ...,
+        filter: Global___TokenFilter | None = ...,
+        dry_run: _builtins.bool = ...,
+        no_wait: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "dry_run", b"dry_run", "filter", b"filter", "no_wait", b"no_wait"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAllRequest: _TypeAlias = DeleteAllRequest  # noqa: Y015
+
+@_typing.final
+class DeleteAllResponse(_message.Message):
+    """Response of TokenService.DeleteAll."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """Number of tokens that this call deleted, up to 1,000. With dry_run: number
+    of tokens that match.
+    """
+    more: _builtins.bool
+    """Whether more tokens match than this call deleted. If so, call again."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
+        """With dry_run: the tokens that would be deleted first, up to 500, the oldest
+        first. Otherwise empty.
+        """
+
+    @_builtins.property
+    def receipt(self) -> Global___Receipt:
+        """Proof of the deletions. Also covers earlier deletions of the account. Absent
+        with dry_run.
+        """
+
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+        tokens: _abc.Iterable[Global___Token] | None = ...,
+        receipt: Global___Receipt | None = ...,
+        more: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "more", b"more", "receipt", b"receipt", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAllResponse: _TypeAlias = DeleteAllResponse  # noqa: Y015
+
+@_typing.final
+class GetUsageRequest(_message.Message):
+    """Request of TokenService.GetUsage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    account_id: _builtins.str
+    """Owner of the token. Required."""
+    id: _builtins.str
+    """Identifier of the token. Required."""
+    def __init__(
+        self,
+        *,
+        account_id: _builtins.str = ...,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetUsageRequest: _TypeAlias = GetUsageRequest  # noqa: Y015
+
+@_typing.final
+class GetUsageResponse(_message.Message):
+    """Response of TokenService.GetUsage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def callers(self) -> _containers.RepeatedCompositeFieldContainer[Global___CallerUsage]:
+        """The callers that used the token, the most recent one first. At most 100."""
+
+    def __init__(
+        self,
+        *,
+        callers: _abc.Iterable[Global___CallerUsage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["callers", b"callers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetUsageResponse: _TypeAlias = GetUsageResponse  # noqa: Y015
+
+@_typing.final
+class CallerUsage(_message.Message):
+    """The uses of a token by one caller."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLER_FIELD_NUMBER: _builtins.int
+    FIRST_USED_TIME_FIELD_NUMBER: _builtins.int
+    LAST_USED_TIME_FIELD_NUMBER: _builtins.int
+    DAYS_FIELD_NUMBER: _builtins.int
+    caller: _builtins.str
+    """Name of the caller in the policy. Empty: no policy."""
+    @_builtins.property
+    def first_used_time(self) -> _timestamp_pb2.Timestamp:
+        """When the caller first used the token."""
+
+    @_builtins.property
+    def last_used_time(self) -> _timestamp_pb2.Timestamp:
+        """When the caller last used the token."""
+
+    @_builtins.property
+    def days(self) -> _containers.RepeatedCompositeFieldContainer[Global___DayUsage]:
+        """The days with uses, the newest first. At most 90: older days are removed."""
+
+    def __init__(
+        self,
+        *,
+        caller: _builtins.str = ...,
+        first_used_time: _timestamp_pb2.Timestamp | None = ...,
+        last_used_time: _timestamp_pb2.Timestamp | None = ...,
+        days: _abc.Iterable[Global___DayUsage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_used_time", b"first_used_time", "last_used_time", b"last_used_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "days", b"days", "first_used_time", b"first_used_time", "last_used_time", b"last_used_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CallerUsage: _TypeAlias = CallerUsage  # noqa: Y015
+
+@_typing.final
+class DayUsage(_message.Message):
+    """The uses of a token by one caller on one day."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_TIME_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """How often verifies answered VALID. Never too high because of a repeated
+    report. Too low if a client's connection or a server failed before it handed
+    its counts on. Uses within seconds of midnight may count for the other day.
+    """
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """The start of the day, in UTC."""
+
+    def __init__(
+        self,
+        *,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "start_time", b"start_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DayUsage: _TypeAlias = DayUsage  # noqa: Y015
+
+@_typing.final
 class VerifyRequest(_message.Message):
     """Request of TokenService.Verify."""
 
@@ -521,6 +1474,8 @@ class VerifyRequest(_message.Message):
 
     SECRET_FIELD_NUMBER: _builtins.int
     REQUIRED_SCOPE_FIELD_NUMBER: _builtins.int
+    CLIENT_ADDRESS_FIELD_NUMBER: _builtins.int
+    REQUIRED_PERMISSIONS_FIELD_NUMBER: _builtins.int
     secret: _builtins.str
     """The string that the holder presented, unchanged. Any string is allowed;
     only a live secret gets VALID.
@@ -529,15 +1484,29 @@ class VerifyRequest(_message.Message):
     """The scope that the holder's request requires. SCOPE_UNSPECIFIED requires no
     scope. No token's scope includes a value that this server does not know.
     """
+    client_address: _builtins.str
+    """The IP address of the holder's client, in text form, as the service that asks
+    knows it. Required for a token with allowed_networks, and not used otherwise.
+    A text that is not an IP address, or that has a zone, is in no network.
+    """
+    @_builtins.property
+    def required_permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The permissions that the holder's request requires, all of them: 0-64. Empty:
+        requires none. No token has a permission that is not of the form
+        `resource:action`. `resource:*` is only included in itself.
+        """
+
     def __init__(
         self,
         *,
         secret: _builtins.str = ...,
         required_scope: Global___Scope.ValueType = ...,
+        client_address: _builtins.str = ...,
+        required_permissions: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["required_scope", b"required_scope", "secret", b"secret"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_address", b"client_address", "required_permissions", b"required_permissions", "required_scope", b"required_scope", "secret", b"secret"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -566,7 +1535,8 @@ class VerifyResponse(_message.Message):
     @_builtins.property
     def token(self) -> Global___Token:
         """The token that the secret belongs to. Set whenever there is one, with any
-        verdict.
+        verdict. Its expire_time is that of the secret, if that is earlier; `secrets`
+        and `description` are absent.
         """
 
     def __init__(
@@ -643,6 +1613,7 @@ class WatchRequest(_message.Message):
     NUMBER_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
     MARK_FIELD_NUMBER: _builtins.int
+    USE_REPORT_FIELD_NUMBER: _builtins.int
     applied_revision: _builtins.int
     """The latest revision that the client has applied: its cache has no verdict
     that an invalidation up to this revision changed. 0 in the first message of
@@ -664,6 +1635,12 @@ class WatchRequest(_message.Message):
     client that sends no marks receives no grant, or only one if it begins with
     revision 0.
     """
+    @_builtins.property
+    def use_report(self) -> Global___UseReport:
+        """Uses that the client answered from its cache since its previous report.
+        Optional.
+        """
+
     def __init__(
         self,
         *,
@@ -671,14 +1648,101 @@ class WatchRequest(_message.Message):
         number: _builtins.int = ...,
         released: _builtins.bool = ...,
         mark: _builtins.int = ...,
+        use_report: Global___UseReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["use_report", b"use_report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_revision", b"applied_revision", "mark", b"mark", "number", b"number", "released", b"released"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_revision", b"applied_revision", "mark", b"mark", "number", b"number", "released", b"released", "use_report", b"use_report"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
+
+@_typing.final
+class UseReport(_message.Message):
+    """Hands uses on to the server, which records them under the name of the stream's
+    caller. Once the server answers UseReportReceived, it is responsible for them.
+    The client sends the next report only after that, except right before
+    `released`.
+
+    If the stream ends first, the client cannot know whether the server received
+    the report. It sends the uses again, on another stream, with counts of 0. So
+    times are never lost, and no use counts twice.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Increases on a stream. 1 or more."""
+    @_builtins.property
+    def uses(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenUse]:
+        """1-1,000 uses. The server ignores the rest."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        uses: _abc.Iterable[Global___TokenUse] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "uses", b"uses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UseReport: _TypeAlias = UseReport  # noqa: Y015
+
+@_typing.final
+class TokenUse(_message.Message):
+    """The uses of one secret by one client, since its previous report. Only answers
+    with VERDICT_VALID are uses.
+
+    Ages, not times, so that the clocks of client and server need not agree. The
+    server limits ages to 90 days, and times to those between the creation and the
+    deletion of the token. It ignores tokens that do not exist.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    HINT_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    FIRST_USE_AGE_FIELD_NUMBER: _builtins.int
+    LAST_USE_AGE_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.str
+    """Identifier of the token."""
+    hint: _builtins.str
+    """The hint of the secret that was used: its prefix, "_…" and its last four
+    characters. Distinguishes the secrets of one token.
+    """
+    count: _builtins.int
+    """The number of uses. 0: the count may have arrived with an earlier report."""
+    @_builtins.property
+    def first_use_age(self) -> _duration_pb2.Duration:
+        """How long ago the first use was when the client sent the report."""
+
+    @_builtins.property
+    def last_use_age(self) -> _duration_pb2.Duration:
+        """How long ago the last use was. At most first_use_age."""
+
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.str = ...,
+        hint: _builtins.str = ...,
+        count: _builtins.int = ...,
+        first_use_age: _duration_pb2.Duration | None = ...,
+        last_use_age: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_use_age", b"first_use_age", "last_use_age", b"last_use_age"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "first_use_age", b"first_use_age", "hint", b"hint", "last_use_age", b"last_use_age", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenUse: _TypeAlias = TokenUse  # noqa: Y015
 
 @_typing.final
 class WatchResponse(_message.Message):
@@ -690,6 +1754,7 @@ class WatchResponse(_message.Message):
     GRANT_FIELD_NUMBER: _builtins.int
     RESET_FIELD_NUMBER: _builtins.int
     CLOSING_FIELD_NUMBER: _builtins.int
+    USE_REPORT_RECEIVED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def invalidation(self) -> Global___Invalidation:
         """Names tokens whose cached verdicts are no longer correct."""
@@ -706,6 +1771,10 @@ class WatchResponse(_message.Message):
     def closing(self) -> Global___Closing:
         """Requires the client to move to another Watch."""
 
+    @_builtins.property
+    def use_report_received(self) -> Global___UseReportReceived:
+        """Confirms a report of uses. Sent only to clients that report."""
+
     def __init__(
         self,
         *,
@@ -713,16 +1782,41 @@ class WatchResponse(_message.Message):
         grant: Global___Grant | None = ...,
         reset: Global___Reset | None = ...,
         closing: Global___Closing | None = ...,
+        use_report_received: Global___UseReportReceived | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "event", b"event", "grant", b"grant", "invalidation", b"invalidation", "reset", b"reset"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "event", b"event", "grant", b"grant", "invalidation", b"invalidation", "reset", b"reset", "use_report_received", b"use_report_received"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "event", b"event", "grant", b"grant", "invalidation", b"invalidation", "reset", b"reset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "event", b"event", "grant", b"grant", "invalidation", b"invalidation", "reset", b"reset", "use_report_received", b"use_report_received"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["invalidation", "grant", "reset", "closing"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["invalidation", "grant", "reset", "closing", "use_report_received"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
+
+@_typing.final
+class UseReportReceived(_message.Message):
+    """Confirms that the server is responsible for the uses in a report. It comes late
+    if the client reports more than a server can take.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """The number of the report. Confirms every earlier one too."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UseReportReceived: _TypeAlias = UseReportReceived  # noqa: Y015
 
 @_typing.final
 class Invalidation(_message.Message):

@@ -32,7 +32,23 @@ class TokenServiceStub(object):
     Reports every failure as a status with google.rpc.ErrorInfo (domain
     "latchkey"). INVALID_ARGUMENT includes google.rpc.BadRequest. UNAVAILABLE and
     RESOURCE_EXHAUSTED include google.rpc.RetryInfo. No status, log line or
-    message other than CreateResponse ever contains a secret.
+    message other than CreateResponse and RotateResponse ever contains a secret.
+
+    A change narrows a token if it can turn VALID into another verdict. Delete,
+    Disable, Rotate, RetireSecrets, RevokeSecret, DeleteAll and every Update that
+    takes something away narrow. When such a call returns OK with a Receipt that
+    has an effective_time, no verify that starts anywhere answers under the old
+    state: the call waits as described at Delete. With the reason
+    CHANGE_NOT_CONFIRMED, the change stands, but the deadline was too short for
+    the wait: repeat the call. With `no_wait`, the call returns once the change is
+    committed, and its receipt has no effective_time. A change that widens a token
+    returns at once, without a receipt. Verifiers apply it as soon as they read
+    it: usually within milliseconds, without notifications within a third of a
+    lease, and a verifier that is cut off once its lease has ended.
+
+    While a server of a release without these methods still runs on the same
+    database, the changes that it would not respect fail with FAILED_PRECONDITION
+    and the reason FLEET_UPGRADING.
 
     Besides the errors listed for each method, any method may return
     UNAUTHENTICATED or PERMISSION_DENIED if a policy restricts callers,
@@ -67,6 +83,46 @@ class TokenServiceStub(object):
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.DeleteRequest.SerializeToString,
                 response_deserializer=latchkey_dot_v1_dot_token__service__pb2.DeleteResponse.FromString,
                 _registered_method=True)
+        self.Update = channel.unary_unary(
+                '/latchkey.v1.TokenService/Update',
+                request_serializer=latchkey_dot_v1_dot_token__service__pb2.UpdateRequest.SerializeToString,
+                response_deserializer=latchkey_dot_v1_dot_token__service__pb2.UpdateResponse.FromString,
+                _registered_method=True)
+        self.Disable = channel.unary_unary(
+                '/latchkey.v1.TokenService/Disable',
+                request_serializer=latchkey_dot_v1_dot_token__service__pb2.DisableRequest.SerializeToString,
+                response_deserializer=latchkey_dot_v1_dot_token__service__pb2.DisableResponse.FromString,
+                _registered_method=True)
+        self.Enable = channel.unary_unary(
+                '/latchkey.v1.TokenService/Enable',
+                request_serializer=latchkey_dot_v1_dot_token__service__pb2.EnableRequest.SerializeToString,
+                response_deserializer=latchkey_dot_v1_dot_token__service__pb2.EnableResponse.FromString,
+                _registered_method=True)
+        self.Rotate = channel.unary_unary(
+                '/latchkey.v1.TokenService/Rotate',
+                request_serializer=latchkey_dot_v1_dot_token__service__pb2.RotateRequest.SerializeToString,
+                response_deserializer=latchkey_dot_v1_dot_token__service__pb2.RotateResponse.FromString,
+                _registered_method=True)
+        self.RetireSecrets = channel.unary_unary(
+                '/latchkey.v1.TokenService/RetireSecrets',
+                request_serializer=latchkey_dot_v1_dot_token__service__pb2.RetireSecretsRequest.SerializeToString,
+                response_deserializer=latchkey_dot_v1_dot_token__service__pb2.RetireSecretsResponse.FromString,
+                _registered_method=True)
+        self.RevokeSecret = channel.unary_unary(
+                '/latchkey.v1.TokenService/RevokeSecret',
+                request_serializer=latchkey_dot_v1_dot_token__service__pb2.RevokeSecretRequest.SerializeToString,
+                response_deserializer=latchkey_dot_v1_dot_token__service__pb2.RevokeSecretResponse.FromString,
+                _registered_method=True)
+        self.DeleteAll = channel.unary_unary(
+                '/latchkey.v1.TokenService/DeleteAll',
+                request_serializer=latchkey_dot_v1_dot_token__service__pb2.DeleteAllRequest.SerializeToString,
+                response_deserializer=latchkey_dot_v1_dot_token__service__pb2.DeleteAllResponse.FromString,
+                _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/latchkey.v1.TokenService/GetUsage',
+                request_serializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageResponse.FromString,
+                _registered_method=True)
         self.Verify = channel.unary_unary(
                 '/latchkey.v1.TokenService/Verify',
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.VerifyRequest.SerializeToString,
@@ -91,7 +147,23 @@ class TokenServiceServicer(object):
     Reports every failure as a status with google.rpc.ErrorInfo (domain
     "latchkey"). INVALID_ARGUMENT includes google.rpc.BadRequest. UNAVAILABLE and
     RESOURCE_EXHAUSTED include google.rpc.RetryInfo. No status, log line or
-    message other than CreateResponse ever contains a secret.
+    message other than CreateResponse and RotateResponse ever contains a secret.
+
+    A change narrows a token if it can turn VALID into another verdict. Delete,
+    Disable, Rotate, RetireSecrets, RevokeSecret, DeleteAll and every Update that
+    takes something away narrow. When such a call returns OK with a Receipt that
+    has an effective_time, no verify that starts anywhere answers under the old
+    state: the call waits as described at Delete. With the reason
+    CHANGE_NOT_CONFIRMED, the change stands, but the deadline was too short for
+    the wait: repeat the call. With `no_wait`, the call returns once the change is
+    committed, and its receipt has no effective_time. A change that widens a token
+    returns at once, without a receipt. Verifiers apply it as soon as they read
+    it: usually within milliseconds, without notifications within a third of a
+    lease, and a verifier that is cut off once its lease has ended.
+
+    While a server of a release without these methods still runs on the same
+    database, the changes that it would not respect fail with FAILED_PRECONDITION
+    and the reason FLEET_UPGRADING.
 
     Besides the errors listed for each method, any method may return
     UNAUTHENTICATED or PERMISSION_DENIED if a policy restricts callers,
@@ -103,10 +175,16 @@ class TokenServiceServicer(object):
     def Create(self, request, context):
         """Creates a token and returns its secret, which no other call returns.
 
-        Not idempotent: if the response is lost, the token may exist. Find it by
-        name with List, and Delete it before creating it again.
-        Errors: INVALID_ARGUMENT; ALREADY_EXISTS if a live token of the account has
-        the same name, ignoring letter case; UNAVAILABLE.
+        With a `request_id`, a retry within a day is safe: it returns the same token
+        with a new secret, and the secret that nobody received no longer works.
+        Without one, the call is not idempotent: if the response is lost, the token
+        may exist. Find it by name with List, and Delete it before creating it
+        again.
+        Errors: INVALID_ARGUMENT; ALREADY_EXISTS with the reason TOKEN_NAME_TAKEN if
+        a live token of the account has the same name, ignoring letter case, or with
+        the reason REQUEST_ID_REUSED if the `request_id` was used for another
+        request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
+        UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -149,21 +227,124 @@ class TokenServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Update(self, request, context):
+        """Changes the fields of a token that `update_mask` lists (AIP-134). Narrows the
+        token if it lowers the scope, moves the expiry to an earlier time, removes a
+        permission, or permits fewer networks; otherwise it widens the token or
+        changes nothing that verifies depend on. An Update that does both narrows.
+        Idempotent: an Update that sets scope, expire_time, allowed_networks or
+        permissions to the values that they have returns a receipt for a later
+        position, once earlier changes are in effect everywhere.
+        Errors: INVALID_ARGUMENT, also for an unknown path; NOT_FOUND if the account
+        has no live token with this id; ALREADY_EXISTS if another live token has the
+        new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or may
+        not stand: retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Disable(self, request, context):
+        """Refuses all secrets of a token with the verdict DISABLED until Enable.
+        Narrows. Idempotent: disabling a disabled token keeps its disable_time and
+        returns a receipt for a later position, once the change is in effect
+        everywhere.
+        Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no live token with
+        this id; FAILED_PRECONDITION; UNAVAILABLE: retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Enable(self, request, context):
+        """Ends a Disable. Widens, so it returns at once and verifiers follow shortly
+        after. Idempotent.
+        Errors: those of Disable.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rotate(self, request, context):
+        """Gives a token a new secret, which no other call returns, and ends the older
+        ones: when `grace` has passed, on the first use of the new secret if
+        `retire_on_first_use` is set, or at once if neither is set. Narrows.
+
+        With a `request_id`, a retry within a day is safe: it returns another new
+        secret in place of the one that nobody received. Without one, each call
+        makes a further secret.
+        Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no live token with
+        this id; ALREADY_EXISTS with the reason REQUEST_ID_REUSED;
+        FAILED_PRECONDITION with the reason TOO_MANY_SECRETS if more than 5 secrets
+        would work; UNAVAILABLE, after which the rotation may or may not stand.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetireSecrets(self, request, context):
+        """Ends all secrets of a token except the newest. Narrows. Idempotent: if there
+        is nothing to end, it returns a receipt for a later position, once earlier
+        changes are in effect everywhere.
+        Errors: those of Disable.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeSecret(self, request, context):
+        """Ends up to 1,000 secrets by possession, for responders and scanners that find
+        leaked secrets. Ends only these secrets: the token and its other secrets
+        stay, and the owner can Rotate it. The verdict on an ended secret is
+        EXPIRED. Narrows, under one revision for all. Idempotent.
+        Errors: INVALID_ARGUMENT if there are no secrets or too many; UNAVAILABLE:
+        retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAll(self, request, context):
+        """Deletes all live tokens of an account, or those that match a filter,
+        permanently and under one revision. Deletes up to 1,000 tokens in one call,
+        the oldest first. Safe to retry: a repetition deletes what is left, and its
+        receipt also covers the deletions before it.
+        Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUsage(self, request, context):
+        """Returns who has used a live token, and how often. Counts the verifies that
+        servers and reporting client libraries answered VALID; other verdicts are
+        not uses. With healthy servers, a use is included at most 15 seconds after
+        it happened. The uses of the last 15 seconds before a crash may be missing.
+        Has no side effects and is safe to retry.
+        Errors: INVALID_ARGUMENT; NOT_FOUND as for Get; UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Verify(self, request, context):
         """Verifies a presented secret. Returns a verdict, not an error, for any
-        string. Has no side effects and is safe to retry.
-        Errors: UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible;
-        treat both as "not allowed".
+        string. Safe to retry. Has two side effects: records the use of the token if
+        the verdict is VALID, and the first verify of a secret that Rotate made with
+        `retire_on_first_use` ends the older secrets.
+        Errors: INVALID_ARGUMENT if more than 64 permissions are required;
+        UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible; treat all
+        of them as "not allowed".
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def BatchVerify(self, request, context):
-        """Verifies up to 1,000 secrets with one look-up. Has no side effects and is
-        safe to retry. The response contains each token with its labels, up to
-        21 MB. A client with gRPC's default message limit of 4 MiB must raise the
-        limit or send at most 200 requests at a time.
+        """Verifies up to 1,000 secrets with one look-up. Safe to retry, as Verify is.
+        The response contains each token with its labels, networks and permissions,
+        up to 27 MB. A client with gRPC's default message limit of 4 MiB must raise
+        the limit or send at most 150 requests at a time.
         Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
         those of Verify.
         """
@@ -182,6 +363,10 @@ class TokenServiceServicer(object):
         client must do; docs/protocol.md describes the whole protocol and its
         conformance cases. A client that disconnects or falls silent delays Deletes
         until its last grant has expired, and has no other effect.
+
+        The client may also report the uses that it answered from its cache, so that
+        last_used_time and GetUsage include them. A client that reports none loses
+        nothing else.
         Errors: UNAVAILABLE if this server is stopping or cannot grant leases: try
         another server; FAILED_PRECONDITION if its cache is turned off, or if the
         policy limits the caller to certain accounts; RESOURCE_EXHAUSTED if it has
@@ -214,6 +399,46 @@ def add_TokenServiceServicer_to_server(servicer, server):
                     request_deserializer=latchkey_dot_v1_dot_token__service__pb2.DeleteRequest.FromString,
                     response_serializer=latchkey_dot_v1_dot_token__service__pb2.DeleteResponse.SerializeToString,
             ),
+            'Update': grpc.unary_unary_rpc_method_handler(
+                    servicer.Update,
+                    request_deserializer=latchkey_dot_v1_dot_token__service__pb2.UpdateRequest.FromString,
+                    response_serializer=latchkey_dot_v1_dot_token__service__pb2.UpdateResponse.SerializeToString,
+            ),
+            'Disable': grpc.unary_unary_rpc_method_handler(
+                    servicer.Disable,
+                    request_deserializer=latchkey_dot_v1_dot_token__service__pb2.DisableRequest.FromString,
+                    response_serializer=latchkey_dot_v1_dot_token__service__pb2.DisableResponse.SerializeToString,
+            ),
+            'Enable': grpc.unary_unary_rpc_method_handler(
+                    servicer.Enable,
+                    request_deserializer=latchkey_dot_v1_dot_token__service__pb2.EnableRequest.FromString,
+                    response_serializer=latchkey_dot_v1_dot_token__service__pb2.EnableResponse.SerializeToString,
+            ),
+            'Rotate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rotate,
+                    request_deserializer=latchkey_dot_v1_dot_token__service__pb2.RotateRequest.FromString,
+                    response_serializer=latchkey_dot_v1_dot_token__service__pb2.RotateResponse.SerializeToString,
+            ),
+            'RetireSecrets': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetireSecrets,
+                    request_deserializer=latchkey_dot_v1_dot_token__service__pb2.RetireSecretsRequest.FromString,
+                    response_serializer=latchkey_dot_v1_dot_token__service__pb2.RetireSecretsResponse.SerializeToString,
+            ),
+            'RevokeSecret': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeSecret,
+                    request_deserializer=latchkey_dot_v1_dot_token__service__pb2.RevokeSecretRequest.FromString,
+                    response_serializer=latchkey_dot_v1_dot_token__service__pb2.RevokeSecretResponse.SerializeToString,
+            ),
+            'DeleteAll': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAll,
+                    request_deserializer=latchkey_dot_v1_dot_token__service__pb2.DeleteAllRequest.FromString,
+                    response_serializer=latchkey_dot_v1_dot_token__service__pb2.DeleteAllResponse.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageRequest.FromString,
+                    response_serializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageResponse.SerializeToString,
+            ),
             'Verify': grpc.unary_unary_rpc_method_handler(
                     servicer.Verify,
                     request_deserializer=latchkey_dot_v1_dot_token__service__pb2.VerifyRequest.FromString,
@@ -244,7 +469,23 @@ class TokenService(object):
     Reports every failure as a status with google.rpc.ErrorInfo (domain
     "latchkey"). INVALID_ARGUMENT includes google.rpc.BadRequest. UNAVAILABLE and
     RESOURCE_EXHAUSTED include google.rpc.RetryInfo. No status, log line or
-    message other than CreateResponse ever contains a secret.
+    message other than CreateResponse and RotateResponse ever contains a secret.
+
+    A change narrows a token if it can turn VALID into another verdict. Delete,
+    Disable, Rotate, RetireSecrets, RevokeSecret, DeleteAll and every Update that
+    takes something away narrow. When such a call returns OK with a Receipt that
+    has an effective_time, no verify that starts anywhere answers under the old
+    state: the call waits as described at Delete. With the reason
+    CHANGE_NOT_CONFIRMED, the change stands, but the deadline was too short for
+    the wait: repeat the call. With `no_wait`, the call returns once the change is
+    committed, and its receipt has no effective_time. A change that widens a token
+    returns at once, without a receipt. Verifiers apply it as soon as they read
+    it: usually within milliseconds, without notifications within a third of a
+    lease, and a verifier that is cut off once its lease has ended.
+
+    While a server of a release without these methods still runs on the same
+    database, the changes that it would not respect fail with FAILED_PRECONDITION
+    and the reason FLEET_UPGRADING.
 
     Besides the errors listed for each method, any method may return
     UNAUTHENTICATED or PERMISSION_DENIED if a policy restricts callers,
@@ -351,6 +592,222 @@ class TokenService(object):
             '/latchkey.v1.TokenService/Delete',
             latchkey_dot_v1_dot_token__service__pb2.DeleteRequest.SerializeToString,
             latchkey_dot_v1_dot_token__service__pb2.DeleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Update(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/latchkey.v1.TokenService/Update',
+            latchkey_dot_v1_dot_token__service__pb2.UpdateRequest.SerializeToString,
+            latchkey_dot_v1_dot_token__service__pb2.UpdateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Disable(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/latchkey.v1.TokenService/Disable',
+            latchkey_dot_v1_dot_token__service__pb2.DisableRequest.SerializeToString,
+            latchkey_dot_v1_dot_token__service__pb2.DisableResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Enable(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/latchkey.v1.TokenService/Enable',
+            latchkey_dot_v1_dot_token__service__pb2.EnableRequest.SerializeToString,
+            latchkey_dot_v1_dot_token__service__pb2.EnableResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rotate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/latchkey.v1.TokenService/Rotate',
+            latchkey_dot_v1_dot_token__service__pb2.RotateRequest.SerializeToString,
+            latchkey_dot_v1_dot_token__service__pb2.RotateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetireSecrets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/latchkey.v1.TokenService/RetireSecrets',
+            latchkey_dot_v1_dot_token__service__pb2.RetireSecretsRequest.SerializeToString,
+            latchkey_dot_v1_dot_token__service__pb2.RetireSecretsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeSecret(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/latchkey.v1.TokenService/RevokeSecret',
+            latchkey_dot_v1_dot_token__service__pb2.RevokeSecretRequest.SerializeToString,
+            latchkey_dot_v1_dot_token__service__pb2.RevokeSecretResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAll(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/latchkey.v1.TokenService/DeleteAll',
+            latchkey_dot_v1_dot_token__service__pb2.DeleteAllRequest.SerializeToString,
+            latchkey_dot_v1_dot_token__service__pb2.DeleteAllResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/latchkey.v1.TokenService/GetUsage',
+            latchkey_dot_v1_dot_token__service__pb2.GetUsageRequest.SerializeToString,
+            latchkey_dot_v1_dot_token__service__pb2.GetUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

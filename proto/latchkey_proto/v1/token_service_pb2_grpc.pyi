@@ -33,7 +33,23 @@ class TokenServiceStub:
     Reports every failure as a status with google.rpc.ErrorInfo (domain
     "latchkey"). INVALID_ARGUMENT includes google.rpc.BadRequest. UNAVAILABLE and
     RESOURCE_EXHAUSTED include google.rpc.RetryInfo. No status, log line or
-    message other than CreateResponse ever contains a secret.
+    message other than CreateResponse and RotateResponse ever contains a secret.
+
+    A change narrows a token if it can turn VALID into another verdict. Delete,
+    Disable, Rotate, RetireSecrets, RevokeSecret, DeleteAll and every Update that
+    takes something away narrow. When such a call returns OK with a Receipt that
+    has an effective_time, no verify that starts anywhere answers under the old
+    state: the call waits as described at Delete. With the reason
+    CHANGE_NOT_CONFIRMED, the change stands, but the deadline was too short for
+    the wait: repeat the call. With `no_wait`, the call returns once the change is
+    committed, and its receipt has no effective_time. A change that widens a token
+    returns at once, without a receipt. Verifiers apply it as soon as they read
+    it: usually within milliseconds, without notifications within a third of a
+    lease, and a verifier that is cut off once its lease has ended.
+
+    While a server of a release without these methods still runs on the same
+    database, the changes that it would not respect fail with FAILED_PRECONDITION
+    and the reason FLEET_UPGRADING.
 
     Besides the errors listed for each method, any method may return
     UNAUTHENTICATED or PERMISSION_DENIED if a policy restricts callers,
@@ -49,10 +65,16 @@ class TokenServiceStub:
     Create: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.CreateRequest, _token_service_pb2.CreateResponse]
     """Creates a token and returns its secret, which no other call returns.
 
-    Not idempotent: if the response is lost, the token may exist. Find it by
-    name with List, and Delete it before creating it again.
-    Errors: INVALID_ARGUMENT; ALREADY_EXISTS if a live token of the account has
-    the same name, ignoring letter case; UNAVAILABLE.
+    With a `request_id`, a retry within a day is safe: it returns the same token
+    with a new secret, and the secret that nobody received no longer works.
+    Without one, the call is not idempotent: if the response is lost, the token
+    may exist. Find it by name with List, and Delete it before creating it
+    again.
+    Errors: INVALID_ARGUMENT; ALREADY_EXISTS with the reason TOKEN_NAME_TAKEN if
+    a live token of the account has the same name, ignoring letter case, or with
+    the reason REQUEST_ID_REUSED if the `request_id` was used for another
+    request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
+    UNAVAILABLE.
     """
     Get: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.GetRequest, _token_service_pb2.GetResponse]
     """Returns one live token. Has no side effects and is safe to retry.
@@ -79,17 +101,88 @@ class TokenServiceStub:
     reason DELETION_NOT_CONFIRMED, the deletion stands, but the deadline was
     too short for the wait: retry to get the receipt.
     """
+    Update: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.UpdateRequest, _token_service_pb2.UpdateResponse]
+    """Changes the fields of a token that `update_mask` lists (AIP-134). Narrows the
+    token if it lowers the scope, moves the expiry to an earlier time, removes a
+    permission, or permits fewer networks; otherwise it widens the token or
+    changes nothing that verifies depend on. An Update that does both narrows.
+    Idempotent: an Update that sets scope, expire_time, allowed_networks or
+    permissions to the values that they have returns a receipt for a later
+    position, once earlier changes are in effect everywhere.
+    Errors: INVALID_ARGUMENT, also for an unknown path; NOT_FOUND if the account
+    has no live token with this id; ALREADY_EXISTS if another live token has the
+    new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or may
+    not stand: retry.
+    """
+    Disable: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.DisableRequest, _token_service_pb2.DisableResponse]
+    """Refuses all secrets of a token with the verdict DISABLED until Enable.
+    Narrows. Idempotent: disabling a disabled token keeps its disable_time and
+    returns a receipt for a later position, once the change is in effect
+    everywhere.
+    Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no live token with
+    this id; FAILED_PRECONDITION; UNAVAILABLE: retry.
+    """
+    Enable: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.EnableRequest, _token_service_pb2.EnableResponse]
+    """Ends a Disable. Widens, so it returns at once and verifiers follow shortly
+    after. Idempotent.
+    Errors: those of Disable.
+    """
+    Rotate: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.RotateRequest, _token_service_pb2.RotateResponse]
+    """Gives a token a new secret, which no other call returns, and ends the older
+    ones: when `grace` has passed, on the first use of the new secret if
+    `retire_on_first_use` is set, or at once if neither is set. Narrows.
+
+    With a `request_id`, a retry within a day is safe: it returns another new
+    secret in place of the one that nobody received. Without one, each call
+    makes a further secret.
+    Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no live token with
+    this id; ALREADY_EXISTS with the reason REQUEST_ID_REUSED;
+    FAILED_PRECONDITION with the reason TOO_MANY_SECRETS if more than 5 secrets
+    would work; UNAVAILABLE, after which the rotation may or may not stand.
+    """
+    RetireSecrets: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.RetireSecretsRequest, _token_service_pb2.RetireSecretsResponse]
+    """Ends all secrets of a token except the newest. Narrows. Idempotent: if there
+    is nothing to end, it returns a receipt for a later position, once earlier
+    changes are in effect everywhere.
+    Errors: those of Disable.
+    """
+    RevokeSecret: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.RevokeSecretRequest, _token_service_pb2.RevokeSecretResponse]
+    """Ends up to 1,000 secrets by possession, for responders and scanners that find
+    leaked secrets. Ends only these secrets: the token and its other secrets
+    stay, and the owner can Rotate it. The verdict on an ended secret is
+    EXPIRED. Narrows, under one revision for all. Idempotent.
+    Errors: INVALID_ARGUMENT if there are no secrets or too many; UNAVAILABLE:
+    retry.
+    """
+    DeleteAll: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.DeleteAllRequest, _token_service_pb2.DeleteAllResponse]
+    """Deletes all live tokens of an account, or those that match a filter,
+    permanently and under one revision. Deletes up to 1,000 tokens in one call,
+    the oldest first. Safe to retry: a repetition deletes what is left, and its
+    receipt also covers the deletions before it.
+    Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.
+    """
+    GetUsage: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.GetUsageRequest, _token_service_pb2.GetUsageResponse]
+    """Returns who has used a live token, and how often. Counts the verifies that
+    servers and reporting client libraries answered VALID; other verdicts are
+    not uses. With healthy servers, a use is included at most 15 seconds after
+    it happened. The uses of the last 15 seconds before a crash may be missing.
+    Has no side effects and is safe to retry.
+    Errors: INVALID_ARGUMENT; NOT_FOUND as for Get; UNAVAILABLE.
+    """
     Verify: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.VerifyRequest, _token_service_pb2.VerifyResponse]
     """Verifies a presented secret. Returns a verdict, not an error, for any
-    string. Has no side effects and is safe to retry.
-    Errors: UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible;
-    treat both as "not allowed".
+    string. Safe to retry. Has two side effects: records the use of the token if
+    the verdict is VALID, and the first verify of a secret that Rotate made with
+    `retire_on_first_use` ends the older secrets.
+    Errors: INVALID_ARGUMENT if more than 64 permissions are required;
+    UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible; treat all
+    of them as "not allowed".
     """
     BatchVerify: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.BatchVerifyRequest, _token_service_pb2.BatchVerifyResponse]
-    """Verifies up to 1,000 secrets with one look-up. Has no side effects and is
-    safe to retry. The response contains each token with its labels, up to
-    21 MB. A client with gRPC's default message limit of 4 MiB must raise the
-    limit or send at most 200 requests at a time.
+    """Verifies up to 1,000 secrets with one look-up. Safe to retry, as Verify is.
+    The response contains each token with its labels, networks and permissions,
+    up to 27 MB. A client with gRPC's default message limit of 4 MiB must raise
+    the limit or send at most 150 requests at a time.
     Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
     those of Verify.
     """
@@ -104,6 +197,10 @@ class TokenServiceStub:
     client must do; docs/protocol.md describes the whole protocol and its
     conformance cases. A client that disconnects or falls silent delays Deletes
     until its last grant has expired, and has no other effect.
+
+    The client may also report the uses that it answered from its cache, so that
+    last_used_time and GetUsage include them. A client that reports none loses
+    nothing else.
     Errors: UNAVAILABLE if this server is stopping or cannot grant leases: try
     another server; FAILED_PRECONDITION if its cache is turned off, or if the
     policy limits the caller to certain accounts; RESOURCE_EXHAUSTED if it has
@@ -118,7 +215,23 @@ class TokenServiceAsyncStub(TokenServiceStub):
     Reports every failure as a status with google.rpc.ErrorInfo (domain
     "latchkey"). INVALID_ARGUMENT includes google.rpc.BadRequest. UNAVAILABLE and
     RESOURCE_EXHAUSTED include google.rpc.RetryInfo. No status, log line or
-    message other than CreateResponse ever contains a secret.
+    message other than CreateResponse and RotateResponse ever contains a secret.
+
+    A change narrows a token if it can turn VALID into another verdict. Delete,
+    Disable, Rotate, RetireSecrets, RevokeSecret, DeleteAll and every Update that
+    takes something away narrow. When such a call returns OK with a Receipt that
+    has an effective_time, no verify that starts anywhere answers under the old
+    state: the call waits as described at Delete. With the reason
+    CHANGE_NOT_CONFIRMED, the change stands, but the deadline was too short for
+    the wait: repeat the call. With `no_wait`, the call returns once the change is
+    committed, and its receipt has no effective_time. A change that widens a token
+    returns at once, without a receipt. Verifiers apply it as soon as they read
+    it: usually within milliseconds, without notifications within a third of a
+    lease, and a verifier that is cut off once its lease has ended.
+
+    While a server of a release without these methods still runs on the same
+    database, the changes that it would not respect fail with FAILED_PRECONDITION
+    and the reason FLEET_UPGRADING.
 
     Besides the errors listed for each method, any method may return
     UNAUTHENTICATED or PERMISSION_DENIED if a policy restricts callers,
@@ -131,10 +244,16 @@ class TokenServiceAsyncStub(TokenServiceStub):
     Create: _aio.UnaryUnaryMultiCallable[_token_service_pb2.CreateRequest, _token_service_pb2.CreateResponse]  # type: ignore[assignment]
     """Creates a token and returns its secret, which no other call returns.
 
-    Not idempotent: if the response is lost, the token may exist. Find it by
-    name with List, and Delete it before creating it again.
-    Errors: INVALID_ARGUMENT; ALREADY_EXISTS if a live token of the account has
-    the same name, ignoring letter case; UNAVAILABLE.
+    With a `request_id`, a retry within a day is safe: it returns the same token
+    with a new secret, and the secret that nobody received no longer works.
+    Without one, the call is not idempotent: if the response is lost, the token
+    may exist. Find it by name with List, and Delete it before creating it
+    again.
+    Errors: INVALID_ARGUMENT; ALREADY_EXISTS with the reason TOKEN_NAME_TAKEN if
+    a live token of the account has the same name, ignoring letter case, or with
+    the reason REQUEST_ID_REUSED if the `request_id` was used for another
+    request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
+    UNAVAILABLE.
     """
     Get: _aio.UnaryUnaryMultiCallable[_token_service_pb2.GetRequest, _token_service_pb2.GetResponse]  # type: ignore[assignment]
     """Returns one live token. Has no side effects and is safe to retry.
@@ -161,17 +280,88 @@ class TokenServiceAsyncStub(TokenServiceStub):
     reason DELETION_NOT_CONFIRMED, the deletion stands, but the deadline was
     too short for the wait: retry to get the receipt.
     """
+    Update: _aio.UnaryUnaryMultiCallable[_token_service_pb2.UpdateRequest, _token_service_pb2.UpdateResponse]  # type: ignore[assignment]
+    """Changes the fields of a token that `update_mask` lists (AIP-134). Narrows the
+    token if it lowers the scope, moves the expiry to an earlier time, removes a
+    permission, or permits fewer networks; otherwise it widens the token or
+    changes nothing that verifies depend on. An Update that does both narrows.
+    Idempotent: an Update that sets scope, expire_time, allowed_networks or
+    permissions to the values that they have returns a receipt for a later
+    position, once earlier changes are in effect everywhere.
+    Errors: INVALID_ARGUMENT, also for an unknown path; NOT_FOUND if the account
+    has no live token with this id; ALREADY_EXISTS if another live token has the
+    new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or may
+    not stand: retry.
+    """
+    Disable: _aio.UnaryUnaryMultiCallable[_token_service_pb2.DisableRequest, _token_service_pb2.DisableResponse]  # type: ignore[assignment]
+    """Refuses all secrets of a token with the verdict DISABLED until Enable.
+    Narrows. Idempotent: disabling a disabled token keeps its disable_time and
+    returns a receipt for a later position, once the change is in effect
+    everywhere.
+    Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no live token with
+    this id; FAILED_PRECONDITION; UNAVAILABLE: retry.
+    """
+    Enable: _aio.UnaryUnaryMultiCallable[_token_service_pb2.EnableRequest, _token_service_pb2.EnableResponse]  # type: ignore[assignment]
+    """Ends a Disable. Widens, so it returns at once and verifiers follow shortly
+    after. Idempotent.
+    Errors: those of Disable.
+    """
+    Rotate: _aio.UnaryUnaryMultiCallable[_token_service_pb2.RotateRequest, _token_service_pb2.RotateResponse]  # type: ignore[assignment]
+    """Gives a token a new secret, which no other call returns, and ends the older
+    ones: when `grace` has passed, on the first use of the new secret if
+    `retire_on_first_use` is set, or at once if neither is set. Narrows.
+
+    With a `request_id`, a retry within a day is safe: it returns another new
+    secret in place of the one that nobody received. Without one, each call
+    makes a further secret.
+    Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no live token with
+    this id; ALREADY_EXISTS with the reason REQUEST_ID_REUSED;
+    FAILED_PRECONDITION with the reason TOO_MANY_SECRETS if more than 5 secrets
+    would work; UNAVAILABLE, after which the rotation may or may not stand.
+    """
+    RetireSecrets: _aio.UnaryUnaryMultiCallable[_token_service_pb2.RetireSecretsRequest, _token_service_pb2.RetireSecretsResponse]  # type: ignore[assignment]
+    """Ends all secrets of a token except the newest. Narrows. Idempotent: if there
+    is nothing to end, it returns a receipt for a later position, once earlier
+    changes are in effect everywhere.
+    Errors: those of Disable.
+    """
+    RevokeSecret: _aio.UnaryUnaryMultiCallable[_token_service_pb2.RevokeSecretRequest, _token_service_pb2.RevokeSecretResponse]  # type: ignore[assignment]
+    """Ends up to 1,000 secrets by possession, for responders and scanners that find
+    leaked secrets. Ends only these secrets: the token and its other secrets
+    stay, and the owner can Rotate it. The verdict on an ended secret is
+    EXPIRED. Narrows, under one revision for all. Idempotent.
+    Errors: INVALID_ARGUMENT if there are no secrets or too many; UNAVAILABLE:
+    retry.
+    """
+    DeleteAll: _aio.UnaryUnaryMultiCallable[_token_service_pb2.DeleteAllRequest, _token_service_pb2.DeleteAllResponse]  # type: ignore[assignment]
+    """Deletes all live tokens of an account, or those that match a filter,
+    permanently and under one revision. Deletes up to 1,000 tokens in one call,
+    the oldest first. Safe to retry: a repetition deletes what is left, and its
+    receipt also covers the deletions before it.
+    Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.
+    """
+    GetUsage: _aio.UnaryUnaryMultiCallable[_token_service_pb2.GetUsageRequest, _token_service_pb2.GetUsageResponse]  # type: ignore[assignment]
+    """Returns who has used a live token, and how often. Counts the verifies that
+    servers and reporting client libraries answered VALID; other verdicts are
+    not uses. With healthy servers, a use is included at most 15 seconds after
+    it happened. The uses of the last 15 seconds before a crash may be missing.
+    Has no side effects and is safe to retry.
+    Errors: INVALID_ARGUMENT; NOT_FOUND as for Get; UNAVAILABLE.
+    """
     Verify: _aio.UnaryUnaryMultiCallable[_token_service_pb2.VerifyRequest, _token_service_pb2.VerifyResponse]  # type: ignore[assignment]
     """Verifies a presented secret. Returns a verdict, not an error, for any
-    string. Has no side effects and is safe to retry.
-    Errors: UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible;
-    treat both as "not allowed".
+    string. Safe to retry. Has two side effects: records the use of the token if
+    the verdict is VALID, and the first verify of a secret that Rotate made with
+    `retire_on_first_use` ends the older secrets.
+    Errors: INVALID_ARGUMENT if more than 64 permissions are required;
+    UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible; treat all
+    of them as "not allowed".
     """
     BatchVerify: _aio.UnaryUnaryMultiCallable[_token_service_pb2.BatchVerifyRequest, _token_service_pb2.BatchVerifyResponse]  # type: ignore[assignment]
-    """Verifies up to 1,000 secrets with one look-up. Has no side effects and is
-    safe to retry. The response contains each token with its labels, up to
-    21 MB. A client with gRPC's default message limit of 4 MiB must raise the
-    limit or send at most 200 requests at a time.
+    """Verifies up to 1,000 secrets with one look-up. Safe to retry, as Verify is.
+    The response contains each token with its labels, networks and permissions,
+    up to 27 MB. A client with gRPC's default message limit of 4 MiB must raise
+    the limit or send at most 150 requests at a time.
     Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
     those of Verify.
     """
@@ -186,6 +376,10 @@ class TokenServiceAsyncStub(TokenServiceStub):
     client must do; docs/protocol.md describes the whole protocol and its
     conformance cases. A client that disconnects or falls silent delays Deletes
     until its last grant has expired, and has no other effect.
+
+    The client may also report the uses that it answered from its cache, so that
+    last_used_time and GetUsage include them. A client that reports none loses
+    nothing else.
     Errors: UNAVAILABLE if this server is stopping or cannot grant leases: try
     another server; FAILED_PRECONDITION if its cache is turned off, or if the
     policy limits the caller to certain accounts; RESOURCE_EXHAUSTED if it has
@@ -199,7 +393,23 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
     Reports every failure as a status with google.rpc.ErrorInfo (domain
     "latchkey"). INVALID_ARGUMENT includes google.rpc.BadRequest. UNAVAILABLE and
     RESOURCE_EXHAUSTED include google.rpc.RetryInfo. No status, log line or
-    message other than CreateResponse ever contains a secret.
+    message other than CreateResponse and RotateResponse ever contains a secret.
+
+    A change narrows a token if it can turn VALID into another verdict. Delete,
+    Disable, Rotate, RetireSecrets, RevokeSecret, DeleteAll and every Update that
+    takes something away narrow. When such a call returns OK with a Receipt that
+    has an effective_time, no verify that starts anywhere answers under the old
+    state: the call waits as described at Delete. With the reason
+    CHANGE_NOT_CONFIRMED, the change stands, but the deadline was too short for
+    the wait: repeat the call. With `no_wait`, the call returns once the change is
+    committed, and its receipt has no effective_time. A change that widens a token
+    returns at once, without a receipt. Verifiers apply it as soon as they read
+    it: usually within milliseconds, without notifications within a third of a
+    lease, and a verifier that is cut off once its lease has ended.
+
+    While a server of a release without these methods still runs on the same
+    database, the changes that it would not respect fail with FAILED_PRECONDITION
+    and the reason FLEET_UPGRADING.
 
     Besides the errors listed for each method, any method may return
     UNAUTHENTICATED or PERMISSION_DENIED if a policy restricts callers,
@@ -216,10 +426,16 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_token_service_pb2.CreateResponse, _abc.Awaitable[_token_service_pb2.CreateResponse]]:
         """Creates a token and returns its secret, which no other call returns.
 
-        Not idempotent: if the response is lost, the token may exist. Find it by
-        name with List, and Delete it before creating it again.
-        Errors: INVALID_ARGUMENT; ALREADY_EXISTS if a live token of the account has
-        the same name, ignoring letter case; UNAVAILABLE.
+        With a `request_id`, a retry within a day is safe: it returns the same token
+        with a new secret, and the secret that nobody received no longer works.
+        Without one, the call is not idempotent: if the response is lost, the token
+        may exist. Find it by name with List, and Delete it before creating it
+        again.
+        Errors: INVALID_ARGUMENT; ALREADY_EXISTS with the reason TOKEN_NAME_TAKEN if
+        a live token of the account has the same name, ignoring letter case, or with
+        the reason REQUEST_ID_REUSED if the `request_id` was used for another
+        request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
+        UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod
@@ -266,15 +482,134 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def Update(
+        self,
+        request: _token_service_pb2.UpdateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_service_pb2.UpdateResponse, _abc.Awaitable[_token_service_pb2.UpdateResponse]]:
+        """Changes the fields of a token that `update_mask` lists (AIP-134). Narrows the
+        token if it lowers the scope, moves the expiry to an earlier time, removes a
+        permission, or permits fewer networks; otherwise it widens the token or
+        changes nothing that verifies depend on. An Update that does both narrows.
+        Idempotent: an Update that sets scope, expire_time, allowed_networks or
+        permissions to the values that they have returns a receipt for a later
+        position, once earlier changes are in effect everywhere.
+        Errors: INVALID_ARGUMENT, also for an unknown path; NOT_FOUND if the account
+        has no live token with this id; ALREADY_EXISTS if another live token has the
+        new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or may
+        not stand: retry.
+        """
+
+    @_abc_1.abstractmethod
+    def Disable(
+        self,
+        request: _token_service_pb2.DisableRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_service_pb2.DisableResponse, _abc.Awaitable[_token_service_pb2.DisableResponse]]:
+        """Refuses all secrets of a token with the verdict DISABLED until Enable.
+        Narrows. Idempotent: disabling a disabled token keeps its disable_time and
+        returns a receipt for a later position, once the change is in effect
+        everywhere.
+        Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no live token with
+        this id; FAILED_PRECONDITION; UNAVAILABLE: retry.
+        """
+
+    @_abc_1.abstractmethod
+    def Enable(
+        self,
+        request: _token_service_pb2.EnableRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_service_pb2.EnableResponse, _abc.Awaitable[_token_service_pb2.EnableResponse]]:
+        """Ends a Disable. Widens, so it returns at once and verifiers follow shortly
+        after. Idempotent.
+        Errors: those of Disable.
+        """
+
+    @_abc_1.abstractmethod
+    def Rotate(
+        self,
+        request: _token_service_pb2.RotateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_service_pb2.RotateResponse, _abc.Awaitable[_token_service_pb2.RotateResponse]]:
+        """Gives a token a new secret, which no other call returns, and ends the older
+        ones: when `grace` has passed, on the first use of the new secret if
+        `retire_on_first_use` is set, or at once if neither is set. Narrows.
+
+        With a `request_id`, a retry within a day is safe: it returns another new
+        secret in place of the one that nobody received. Without one, each call
+        makes a further secret.
+        Errors: INVALID_ARGUMENT; NOT_FOUND if the account has no live token with
+        this id; ALREADY_EXISTS with the reason REQUEST_ID_REUSED;
+        FAILED_PRECONDITION with the reason TOO_MANY_SECRETS if more than 5 secrets
+        would work; UNAVAILABLE, after which the rotation may or may not stand.
+        """
+
+    @_abc_1.abstractmethod
+    def RetireSecrets(
+        self,
+        request: _token_service_pb2.RetireSecretsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_service_pb2.RetireSecretsResponse, _abc.Awaitable[_token_service_pb2.RetireSecretsResponse]]:
+        """Ends all secrets of a token except the newest. Narrows. Idempotent: if there
+        is nothing to end, it returns a receipt for a later position, once earlier
+        changes are in effect everywhere.
+        Errors: those of Disable.
+        """
+
+    @_abc_1.abstractmethod
+    def RevokeSecret(
+        self,
+        request: _token_service_pb2.RevokeSecretRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_service_pb2.RevokeSecretResponse, _abc.Awaitable[_token_service_pb2.RevokeSecretResponse]]:
+        """Ends up to 1,000 secrets by possession, for responders and scanners that find
+        leaked secrets. Ends only these secrets: the token and its other secrets
+        stay, and the owner can Rotate it. The verdict on an ended secret is
+        EXPIRED. Narrows, under one revision for all. Idempotent.
+        Errors: INVALID_ARGUMENT if there are no secrets or too many; UNAVAILABLE:
+        retry.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteAll(
+        self,
+        request: _token_service_pb2.DeleteAllRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_service_pb2.DeleteAllResponse, _abc.Awaitable[_token_service_pb2.DeleteAllResponse]]:
+        """Deletes all live tokens of an account, or those that match a filter,
+        permanently and under one revision. Deletes up to 1,000 tokens in one call,
+        the oldest first. Safe to retry: a repetition deletes what is left, and its
+        receipt also covers the deletions before it.
+        Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.
+        """
+
+    @_abc_1.abstractmethod
+    def GetUsage(
+        self,
+        request: _token_service_pb2.GetUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_service_pb2.GetUsageResponse, _abc.Awaitable[_token_service_pb2.GetUsageResponse]]:
+        """Returns who has used a live token, and how often. Counts the verifies that
+        servers and reporting client libraries answered VALID; other verdicts are
+        not uses. With healthy servers, a use is included at most 15 seconds after
+        it happened. The uses of the last 15 seconds before a crash may be missing.
+        Has no side effects and is safe to retry.
+        Errors: INVALID_ARGUMENT; NOT_FOUND as for Get; UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
     def Verify(
         self,
         request: _token_service_pb2.VerifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.VerifyResponse, _abc.Awaitable[_token_service_pb2.VerifyResponse]]:
         """Verifies a presented secret. Returns a verdict, not an error, for any
-        string. Has no side effects and is safe to retry.
-        Errors: UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible;
-        treat both as "not allowed".
+        string. Safe to retry. Has two side effects: records the use of the token if
+        the verdict is VALID, and the first verify of a secret that Rotate made with
+        `retire_on_first_use` ends the older secrets.
+        Errors: INVALID_ARGUMENT if more than 64 permissions are required;
+        UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible; treat all
+        of them as "not allowed".
         """
 
     @_abc_1.abstractmethod
@@ -283,10 +618,10 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _token_service_pb2.BatchVerifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.BatchVerifyResponse, _abc.Awaitable[_token_service_pb2.BatchVerifyResponse]]:
-        """Verifies up to 1,000 secrets with one look-up. Has no side effects and is
-        safe to retry. The response contains each token with its labels, up to
-        21 MB. A client with gRPC's default message limit of 4 MiB must raise the
-        limit or send at most 200 requests at a time.
+        """Verifies up to 1,000 secrets with one look-up. Safe to retry, as Verify is.
+        The response contains each token with its labels, networks and permissions,
+        up to 27 MB. A client with gRPC's default message limit of 4 MiB must raise
+        the limit or send at most 150 requests at a time.
         Errors: INVALID_ARGUMENT if there are no requests or too many; otherwise
         those of Verify.
         """
@@ -307,6 +642,10 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         client must do; docs/protocol.md describes the whole protocol and its
         conformance cases. A client that disconnects or falls silent delays Deletes
         until its last grant has expired, and has no other effect.
+
+        The client may also report the uses that it answered from its cache, so that
+        last_used_time and GetUsage include them. A client that reports none loses
+        nothing else.
         Errors: UNAVAILABLE if this server is stopping or cannot grant leases: try
         another server; FAILED_PRECONDITION if its cache is turned off, or if the
         policy limits the caller to certain accounts; RESOURCE_EXHAUSTED if it has

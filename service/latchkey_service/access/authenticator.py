@@ -16,7 +16,7 @@ from latchkey_service.access import forwarded
 from latchkey_service.access.certificate import CertificateError, read_certificate
 from latchkey_service.access.credentials import bearer, digest_of
 from latchkey_service.access.identity import by_certificate, conflict
-from latchkey_service.access.methods import OPERATOR, AccountSource, rule_of
+from latchkey_service.access.methods import VERIFIER, AccountSource, rule_of
 from latchkey_service.access.policy import Caller, Policy
 from latchkey_service.errors import PermissionDenied, Unauthenticated, WatchRefused
 
@@ -48,11 +48,14 @@ class ActivePolicy:
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
+        self.since_unix_seconds = time.time()
+        """When the policy was put in force."""
         self._watchers: list[Callable[[], None]] = []
 
     def replace(self, policy: Policy) -> None:
         """Activate another policy and notify observers, which end streams it no longer allows."""
         self.policy = policy
+        self.since_unix_seconds = time.time()
         for changed in self._watchers:
             changed()
 
@@ -204,7 +207,7 @@ def check_account(path: str, caller: Caller, request: Any) -> None:
             "ACCOUNT_DENIED",
             caller.name,
         )
-    if rule.account is AccountSource.ALL and rule.role == OPERATOR:
+    if rule.account is AccountSource.ALL and rule.role != VERIFIER:
         raise PermissionDenied(
             "The call affects all accounts, and the policy limits this caller to some.",
             "ACCOUNT_DENIED",

@@ -15,6 +15,7 @@ __all__ = [
     "OPEN",
     "OPERATOR",
     "REFLECTION",
+    "REVOKER",
     "ROLES",
     "VERIFIER",
     "VERIFY",
@@ -45,9 +46,16 @@ VERIFY_BYTES_MAX: Final = 16 * 1024
 # 1,000 questions of 262 bytes: a secret, an address and some permissions each. The worst that fits,
 # 131,072 empty questions, takes 7 ms to parse.
 BATCH_VERIFY_BYTES_MAX: Final = 256 * 1024
-# 16 labels of 318 characters and a name of 64, each of up to 4 bytes, take 21 KiB. The worst that
-# fits, 4,000 labels, takes 0.3 ms to parse.
-CREATE_BYTES_MAX: Final = 32 * 1024
+# The fields of a token: 16 labels of 318 characters, a name of 64 and a description of 256, each of
+# up to 4 bytes, 32 networks and 64 permissions take 28 KiB. A filter has labels and a name. The
+# worst that fits, 4,000 labels, takes 0.3 ms to parse.
+TOKEN_BYTES_MAX: Final = 32 * 1024
+# 1,000 secrets of 68 characters take 70 KB. The worst that fits, 65,000 empty ones, takes some
+# milliseconds to parse.
+REVOKE_SECRET_BYTES_MAX: Final = 128 * 1024
+# A report of 1,000 uses takes up to 90 KB: a token's id, a hint, a count and two ages each. The
+# worst that fits, 65,000 empty uses, takes 8 ms to parse.
+WATCH_BYTES_MAX: Final = 128 * 1024
 
 
 class Rule(NamedTuple):
@@ -65,7 +73,8 @@ class Rule(NamedTuple):
 VERIFIER: Final = "verifier"
 MANAGER: Final = "manager"
 OPERATOR: Final = "operator"
-ROLES: Final = (VERIFIER, MANAGER, OPERATOR)
+REVOKER: Final = "revoker"
+ROLES: Final = (VERIFIER, MANAGER, OPERATOR, REVOKER)
 OPEN: Final = Rule(None)
 
 _TOKENS: Final = "/latchkey.v1.TokenService/"
@@ -75,13 +84,28 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
     {
         VERIFY: Rule(VERIFIER, AccountSource.ANSWER, bytes_max=VERIFY_BYTES_MAX),
         BATCH_VERIFY: Rule(VERIFIER, AccountSource.ANSWER, bytes_max=BATCH_VERIFY_BYTES_MAX),
-        _TOKENS + "Watch": Rule(VERIFIER, AccountSource.ALL),
+        _TOKENS + "Watch": Rule(VERIFIER, AccountSource.ALL, bytes_max=WATCH_BYTES_MAX),
         _TOKENS + "Create": Rule(
-            MANAGER, AccountSource.REQUEST, audited=True, bytes_max=CREATE_BYTES_MAX
+            MANAGER, AccountSource.REQUEST, audited=True, bytes_max=TOKEN_BYTES_MAX
         ),
         _TOKENS + "Get": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        _TOKENS + "GetUsage": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "List": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "Delete": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        _TOKENS + "Update": Rule(
+            MANAGER, AccountSource.REQUEST, audited=True, bytes_max=TOKEN_BYTES_MAX
+        ),
+        _TOKENS + "Disable": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        _TOKENS + "Enable": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        _TOKENS + "Rotate": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        _TOKENS + "RetireSecrets": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        _TOKENS + "DeleteAll": Rule(
+            MANAGER, AccountSource.REQUEST, audited=True, bytes_max=TOKEN_BYTES_MAX
+        ),
+        # The secrets may belong to any account.
+        _TOKENS + "RevokeSecret": Rule(
+            REVOKER, AccountSource.ALL, audited=True, bytes_max=REVOKE_SECRET_BYTES_MAX
+        ),
         "/latchkey.v1.StatusService/GetStatus": Rule(OPERATOR),
         "/latchkey.v1.MaintenanceService/InvalidateAll": Rule(
             OPERATOR, AccountSource.ALL, audited=True

@@ -11,7 +11,8 @@ Pure, with the clock passed in:
 
 Around them:
 - `lease_renewer` registers, renews the lease and reads the log; `notify_listener` wakes it.
-- `watch_sessions` serves clients; each session is pure.
+- `watch_sessions` serves clients; each session is pure. `watch_events` has the messages, and
+  `use_reports` limits the reports of uses.
 - `ack_waiter` lets Deletes wait.
 - `reads` decides which reads of the database may be believed.
 - `primary` follows the primary server.

@@ -14,6 +14,7 @@ from latchkey_coherence.verdict_cache import Position
 from latchkey_service.coherence.ack_rules import Acknowledgements, PendingDeletion
 from latchkey_service.coherence.verifier_table import Rows, VerifierTable, read_rows
 from latchkey_service.errors import NotConfirmed, StoreUnsupported
+from latchkey_service.histogram import Histogram
 from latchkey_service.postgres.connections import DedicatedConnection
 from latchkey_service.settings.logs import logger
 
@@ -22,13 +23,16 @@ if TYPE_CHECKING:
 
     Connection = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["AckWaiter"]
+__all__ = ["ACKNOWLEDGED", "OUTWAITED", "UNCONFIRMED", "AckWaiter"]
 
 # Between polls of the rows. A healthy verifier acknowledges within a few milliseconds, while
 # waiting out a lease takes seconds. Each poll costs every verifier a little.
 POLL_SECONDS_MIN = 0.0015
 POLL_SECONDS_MAX = 0.05
 POLL_FACTOR = 1.3
+# The buckets of the metric: from a few milliseconds to the longest lease and the longest call.
+WAIT_BOUNDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+ACKNOWLEDGED, OUTWAITED, UNCONFIRMED = "acknowledged", "outwaited", "unconfirmed"
 
 
 class AckWaiter:
@@ -64,7 +68,15 @@ class AckWaiter:
         self._poll_seconds = POLL_SECONDS_MIN
         self._announcer: asyncio.Task[None] | None = None
         self._unannounced = 0
+        self.seconds = {
+            result: Histogram(WAIT_BOUNDS) for result in (ACKNOWLEDGED, OUTWAITED, UNCONFIRMED)
+        }
+        """How long Deletes waited, by result: everyone acknowledged, the lease of a silent verifier
+        or client had to expire, or the caller's time ran out."""
         self._log = logger()
+
+    def __len__(self) -> int:
+        return len(self._waits)
 
     def announce(self, revision: int) -> None:
         """Notify all verifiers of a new revision. Does not block: they find it without this, only
@@ -84,7 +96,8 @@ class AckWaiter:
         Raises NotConfirmed at `deadline`, seconds on the process's clock.
         """
         future: asyncio.Future[Acknowledgements] = asyncio.get_running_loop().create_future()
-        self._waits[future] = PendingDeletion(position, self._clock())
+        began = self._clock()
+        self._waits[future] = PendingDeletion(position, began)
         # A new deletion is likely to be acknowledged sooner than those that are waiting already.
         self._poll_seconds = POLL_SECONDS_MIN
         if self._poller is None:
@@ -92,8 +105,12 @@ class AckWaiter:
         try:
             left = deadline - self._clock()
             async with asyncio.timeout(left if math.isfinite(left) else None):
-                return await future
+                acknowledgements = await future
+            expired = acknowledgements.outwaited or acknowledgements.clients_outwaited
+            self.seconds[OUTWAITED if expired else ACKNOWLEDGED].observe(self._clock() - began)
+            return acknowledgements
         except TimeoutError:
+            self.seconds[UNCONFIRMED].observe(self._clock() - began)
             raise NotConfirmed(
                 "The token is deleted, but not all verifiers have confirmed it yet: "
                 "delete it again for the receipt."

@@ -114,6 +114,15 @@ class ClientLeases:
                 break
         return sorted(found[:limit])
 
+    def count_behind(self, revision: int, now: float) -> int:
+        """Return how many clients with a lease have not confirmed `revision`."""
+        return sum(
+            lease.ends > now
+            for acknowledged, held in self._at.items()
+            if acknowledged < revision
+            for lease in held
+        )
+
     def latest_end(self, now: float) -> float:
         """Return when the last lease will have ended, or `now` if there is no lease."""
         return max((lease.ends for held in self._at.values() for lease in held), default=now)

@@ -79,6 +79,9 @@ class LeaseRenewer:
         self._failing = False
         self._row_lost = False
         self._waiting_for: list[str] = []
+        self.renewals = self.failures = self.registrations = 0
+        """How often the lease was renewed, how often that failed, and how often this process has
+        registered, which empties the cache. These only increase."""
         # Verifies that wait for the lease share this future.
         self._renewed: asyncio.Future[None] | None = None
         # Reads that wait until the log is applied up to their snapshot share this future.
@@ -228,6 +231,7 @@ class LeaseRenewer:
 
     async def _register(self, row: OwnRow) -> None:
         self._incarnation += 1
+        self.registrations += 1
         # A client that may still answer from its cache has confirmed nothing on this history.
         clear = self.state.client_leases.floor(self._clock()) is None
         registration = await row.register(self._incarnation, acknowledge=clear)
@@ -254,6 +258,7 @@ class LeaseRenewer:
         if renewed:
             self._row_lost = False
             state.renew(began, acknowledgeable)
+            self.renewals += 1
             if self._connection.current is not None:
                 self._primary.renewed(self._connection.current, state.server)
             self._succeed()
@@ -353,6 +358,7 @@ class LeaseRenewer:
     def _fail(self, error: Exception) -> None:
         """Drop the connection: its state, and whether the last statement was carried out, are
         unknown."""
+        self.failures += 1
         self._primary.failed(self._connection.current, error)
         self._connection.drop()
         if not isinstance(error, StoreUnavailable):

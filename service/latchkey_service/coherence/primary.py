@@ -68,6 +68,21 @@ class Primary:
         return await self._connector.connect_with_generic_plans()
 
     @property
+    def server(self) -> tuple[str, Server] | None:
+        """The host that the lease was last renewed on, and its server; None before the first."""
+        return self._server
+
+    @property
+    def standby_missing(self) -> bool:
+        """Whether commits hang because the synchronous standby is missing."""
+        return self._standby_missing
+
+    @property
+    def other_primaries(self) -> int:
+        """How many other hosts of the list say that they are the primary."""
+        return sum(host != self.host for host in self._others)
+
+    @property
     def host(self) -> str:
         """The host that the lease was last renewed on, or empty before the first renewal."""
         return "" if self._server is None else self._server[0]

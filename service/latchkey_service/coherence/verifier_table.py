@@ -138,6 +138,11 @@ def _log(rows: "Sequence[asyncpg.Record | tuple[Any, ...]]") -> Log:
     )
 
 
+# The rules by which this release judges tokens, in `verifier.rules`. Releases that report 0 know
+# only scope, expiry and deletion.
+RULES = 1
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """What a process reports about itself in its row. `id` is new each time the process starts."""
@@ -231,8 +236,8 @@ class OwnRow:
             row = await self._connection.fetchrow(
                 f"""
                 INSERT INTO verifier (id, incarnation, acknowledged_revision, lease_seconds, host,
-                                      process_id, version, pepper_ids)
-                SELECT $1, $2, CASE WHEN $7 THEN h.revision ELSE 0 END, $3, $4, $5, $6, $8
+                                      process_id, version, pepper_ids, rules)
+                SELECT $1, $2, CASE WHEN $7 THEN h.revision ELSE 0 END, $3, $4, $5, $6, $8, $9
                   FROM head h
                  WHERE {DURABLE}
                 ON CONFLICT (id) DO UPDATE
@@ -250,6 +255,7 @@ class OwnRow:
                 identity.version,
                 acknowledge,
                 list(identity.pepper_ids),
+                RULES,
             )
         if row is None:
             raise StoreUnavailable("Another attempt to register came in between; try again.")

@@ -4,21 +4,32 @@ Each stream has a `WatchSession`, which is pure: it knows what the client has sa
 to send next. Nothing is queued for a client. Its news is read from the cache's history at the
 moment of sending, so that a slow client costs no more memory than a fast one.
 
-Owns the sessions, and knows events instead of protobuf. `rpc/token_service.py` converts them. The
-leases of clients are kept in `client_leases`.
+Owns the sessions. The leases of clients are kept in `client_leases`. Uses that clients report are
+passed on.
 """
 
 import asyncio
 import contextlib
 import math
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
 
 from latchkey_coherence.verdict_cache import NOWHERE, Position
 
 from latchkey_service.coherence.client_leases import ClientLease
+from latchkey_service.coherence.use_reports import UseReports
 from latchkey_service.coherence.verifier_state import VerifierState
+from latchkey_service.coherence.watch_events import (
+    Closing,
+    Event,
+    Grant,
+    Invalidation,
+    ReportedUse,
+    ReportReceived,
+    Request,
+    Reset,
+)
 from latchkey_service.errors import Overloaded, Unavailable, WatchRefused, WatchTimedOut
 
 __all__ = [
@@ -40,42 +51,6 @@ SILENT_LEASES = 3
 # A client is asked to move to a new stream at this share of the connection's maximum age, before
 # the connection is closed. The share is random, so that not all clients move at once.
 MOVE_FROM, MOVE_TO = 0.75, 0.85
-
-
-class Request(NamedTuple):
-    """A message from a client."""
-
-    applied: Position
-    number: int
-    released: bool
-
-
-class Invalidation(NamedTuple):
-    """The changes since the last message to this client."""
-
-    position: Position
-    token_ids: list[str]
-
-
-class Grant(NamedTuple):
-    """A lease for the client, in answer to the request with this number."""
-
-    position: Position
-    number: int
-    lease_seconds: float
-
-
-class Reset(NamedTuple):
-    """The client has to start over at this position."""
-
-    position: Position
-
-
-class Closing(NamedTuple):
-    """The client has to move to a new stream: the server will stop soon, or the stream is old."""
-
-
-Event = Invalidation | Grant | Reset | Closing
 
 
 class WatchSession:
@@ -117,6 +92,7 @@ class WatchSession:
         self.closing = False
         """Whether the client was asked to move. It gets no further grant."""
         self._closing_sent = False
+        self.use_reports = UseReports()
 
     @property
     def wants_grant(self) -> bool:
@@ -180,6 +156,8 @@ class WatchSession:
         """
         state = self._state
         events: list[Event] = []
+        if report := self.use_reports.confirm(now):
+            events.append(ReportReceived(report))
         if state.registered:
             self._settle(events)
         if self.closing and not self._closing_sent:
@@ -297,6 +275,7 @@ class WatchSessions:
         *,
         enabled: bool,
         stream_seconds: float = math.inf,
+        on_uses: Callable[[str, Sequence[ReportedUse]], None] = lambda _caller, _uses: None,
     ) -> None:
         self._state = state
         self._clock = clock
@@ -304,6 +283,8 @@ class WatchSessions:
         self._on_confirmed = on_confirmed
         # Called when a client may be ahead of this process.
         self._read_log = read_log
+        # Called with the uses that a client reports, and the name of its caller.
+        self._on_uses = on_uses
         self._enabled = enabled
         self._stream_seconds = stream_seconds
         self._streams: set[_Stream] = set()
@@ -318,8 +299,11 @@ class WatchSessions:
         requests: AsyncIterator[Request],
         send: Callable[[Event], Awaitable[None]],
         client: str = "",
+        caller: str = "",
     ) -> None:
         """Serve one stream until its client leaves. `client` is a name for people.
+
+        Records the uses that the client reports as those of `caller`.
 
         Raises WatchRefused if leases are switched off, Overloaded if there are too many streams,
         Unavailable if the server is stopping or the stream is old, and WatchTimedOut if the client
@@ -335,7 +319,7 @@ class WatchSessions:
         stream = _Stream(WatchSession(self._state, client), self._clock(), age)
         self._streams.add(stream)
         # Reading runs in a separate task, so that reading and sending do not block each other.
-        reader = asyncio.create_task(self._read(requests, stream), name="watch reader")
+        reader = asyncio.create_task(self._read(requests, stream, caller), name="watch reader")
         reader.add_done_callback(lambda _: stream.changed.set())
         try:
             while not (reader.done() or stream.session.released):
@@ -388,7 +372,12 @@ class WatchSessions:
             elif stream.session.last_heard < lost and not stream.session.closing:
                 stream.silent = True
                 stream.changed.set()
-            elif changed or stream.session.undecided or stream.session.outdated:
+            elif (
+                changed
+                or stream.session.undecided
+                or stream.session.outdated
+                or stream.session.use_reports.unconfirmed
+            ):
                 stream.changed.set()
 
     async def drain(self, seconds: float) -> bool:
@@ -414,10 +403,16 @@ class WatchSessions:
             stream.changed.set()
         return client_leases.floor(self._clock()) is None
 
-    async def _read(self, requests: AsyncIterator[Request], stream: "_Stream") -> None:
+    async def _read(self, requests: AsyncIterator[Request], stream: "_Stream", caller: str) -> None:
         async for request in requests:
             before = stream.session.lease.confirmed
-            stream.session.receive(request, self._clock())
+            now = self._clock()
+            # First, because `released` ends the stream.
+            if request.report and stream.session.use_reports.accept(
+                request.report, len(request.uses), now
+            ):
+                self._on_uses(caller, request.uses)
+            stream.session.receive(request, now)
             if stream.session.released:
                 self._lease_released.set()
             if stream.session.lease.confirmed != before or stream.session.released:

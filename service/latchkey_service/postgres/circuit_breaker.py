@@ -16,7 +16,7 @@ RECONNECT_SECONDS = 0.25
 # Attempts that one process has in progress at once: as many as it ever has connections. A frozen
 # database never answers an attempt, and the attempts of callers that gave up stay in its accept
 # queue. When it thaws, it has to serve all of them.
-ATTEMPTS_MAX = 21
+ATTEMPTS_MAX = 23
 
 
 def jittered(seconds: float, randomness: float) -> float:
@@ -60,6 +60,11 @@ class CircuitBreaker:
         self._probing = False
         self._state = _State.CLOSED
         self._not_before = -math.inf
+
+    @property
+    def state(self) -> str:
+        """The state's name: closed, half_open or open."""
+        return self._state.name.lower()
 
     @property
     def half_open(self) -> bool:

@@ -51,7 +51,7 @@ IDLE_SECONDS = 5.0
 TRIAL_TIMEOUT_SECONDS = 0.5
 # One connection for each call in progress (`managed_calls.CONCURRENCY_LIMITS`), one for each
 # receipt being written (`management.CONFIRMING_MAX`), and two for background work.
-POOL_SIZE_MAX = 16
+POOL_SIZE_MAX = 18
 # Attempts at a transaction that conflicts with others. The longest random pause between attempts
 # starts at the first delay and doubles up to the second. That takes about half a second in total,
 # enough for hundreds of transactions.
@@ -128,7 +128,7 @@ class Connector:
     ) -> None:
         self._pooler: Pooler = pooler
         self._hosts = Hosts(database_url)
-        self._breaker = CircuitBreaker(monotonic, randomness)
+        self.breaker = CircuitBreaker(monotonic, randomness)
         self._failure: BaseException | None = None
         self._attempts: dict[asyncio.Task[Any], Attempt] = {}
 
@@ -147,9 +147,9 @@ class Connector:
 
     async def attempt(self, settings: Mapping[str, str] = _NO_SETTINGS) -> "Connection":
         """Do the same, but raise the driver's errors, as the pool expects. Adds `settings`."""
-        while (kind := self._breaker.begin()) is None:
+        while (kind := self.breaker.begin()) is None:
             probes = [task for task, kind in self._attempts.items() if kind is Attempt.PROBE]
-            if not (self._breaker.half_open and probes):
+            if not (self.breaker.half_open and probes):
                 raise StoreUnavailable(NO_ANSWER) from self._failure
             # Takes at most one connect time-out per host.
             await asyncio.wait(probes)
@@ -216,10 +216,10 @@ class Connector:
         kind = self._attempts.pop(task)
         if task.cancelled() or task.exception() is not None:
             self._failure = None if task.cancelled() else task.exception()
-            self._breaker.fail(kind)
+            self.breaker.fail(kind)
         else:
             self._failure = None
-            self._breaker.succeed(kind)
+            self.breaker.succeed(kind)
 
 
 class Pool:
@@ -252,6 +252,11 @@ class Pool:
         if hasattr(connection, "generation"):
             connection.generation = generation
         return connection
+
+    def usage(self) -> tuple[int, int]:
+        """Return how many connections are in use, and how many are open and idle."""
+        idle = self._pool.get_idle_size()
+        return self._pool.get_size() - idle, idle
 
     async def close(self) -> None:
         """Close all connections, after a bounded wait for those in use."""

@@ -26,6 +26,7 @@ __all__ = [
     "EmbeddedError",
     "OsAccount",
     "choose_account",
+    "default_account",
     "is_postmaster",
     "make_data_dir",
     "make_socket_dir",
@@ -81,6 +82,11 @@ def choose_account(cluster: Path) -> OsAccount:
                 f"change the owner: chown -R postgres {cluster}"
             )
         return OsAccount(status.st_uid, status.st_gid)
+    return default_account()
+
+
+def default_account() -> OsAccount:
+    """Return the account that root uses instead of itself. Raises EmbeddedError."""
     for name in _ACCOUNT_NAMES:
         with contextlib.suppress(KeyError):
             entry = pwd.getpwnam(name)

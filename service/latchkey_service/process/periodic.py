@@ -16,7 +16,10 @@ from latchkey_service.postgres.circuit_breaker import jittered
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.settings.logs import logger
 from latchkey_service.tokens import fleet
+from latchkey_service.tokens.lifecycle import REQUEST_AGE_MAX
 from latchkey_service.tokens.token_store import TokenStore
+from latchkey_service.tokens.upkeep_store import UpkeepStore
+from latchkey_service.tokens.usage_table import UsageTable
 
 __all__ = [
     "follow_peppers",
@@ -26,6 +29,8 @@ __all__ = [
     "prune_log",
     "purge",
     "purge_audit",
+    "purge_lifecycle",
+    "purge_usage",
 ]
 
 # Health reports a failure of Postgres within this time plus PROBE_TIMEOUT_SECONDS, and a recovery
@@ -145,6 +150,23 @@ async def purge(store: TokenStore, retention: timedelta, now: Callable[[], datet
     await _repeat(PURGE_SECONDS, purge_all, "removal of tombstones failed")
 
 
+async def purge_lifecycle(
+    store: UpkeepStore, retention: timedelta, now: Callable[[], datetime]
+) -> None:
+    """Remove what ended long ago once an hour: tokens, secrets, ids of requests."""
+
+    async def purge_all() -> None:
+        total = 0
+        while gone := await store.purge_ended(now() - retention, PURGE_BATCH):
+            total += gone
+        while await store.purge_requests(now() - REQUEST_AGE_MAX, PURGE_BATCH):
+            pass
+        if total:
+            logger().info("expired tokens and ended secrets removed", rows=total)
+
+    await _repeat(PURGE_SECONDS, purge_all, "removal of expired tokens failed")
+
+
 async def purge_audit(table: AuditTable, retention: timedelta, now: Callable[[], datetime]) -> None:
     """Remove old audit entries once an hour. Runs until cancelled."""
 
@@ -156,6 +178,19 @@ async def purge_audit(table: AuditTable, retention: timedelta, now: Callable[[],
             logger().info("audit entries removed", entries=total)
 
     await _repeat(PURGE_SECONDS, purge_all, "removal of audit entries failed")
+
+
+async def purge_usage(table: UsageTable, now: Callable[[], datetime]) -> None:
+    """Remove old daily counts of uses once an hour. Runs until cancelled."""
+
+    async def purge_all() -> None:
+        total = 0
+        while gone := await table.purge(now().date(), PURGE_BATCH):
+            total += gone
+        if total:
+            logger().info("daily counts of uses removed", days=total)
+
+    await _repeat(PURGE_SECONDS, purge_all, "removal of daily counts of uses failed")
 
 
 async def prune_log(table: VerifierTable, lease_seconds: float) -> None:

@@ -24,6 +24,7 @@ from latchkey_service.postgres.embedded_host import (
     EmbeddedError,
     OsAccount,
     choose_account,
+    default_account,
     why_unreadable,
 )
 from latchkey_service.settings.logs import logger
@@ -58,9 +59,8 @@ def account_of_workers(settings: Settings) -> OsAccount | None:
         return None
     try:
         owned = settings.data_dir if settings.database_url else settings.data_dir / "postgres"
-        # An owner other than root, else the first of some names that exists.
         is_roots = settings.database_url is not None and _belongs_to_root(owned)
-        account = choose_account(owned / "none" if is_roots else owned)
+        account = default_account() if is_roots else choose_account(owned)
     except EmbeddedError as error:
         _stays_root(str(error))
         return None

@@ -55,12 +55,16 @@ from latchkey_service.process.periodic import (
     prune_log,
     purge,
     purge_audit,
+    purge_lifecycle,
+    purge_usage,
 )
+from latchkey_service.process.worker_metrics import WorkerMetrics
 from latchkey_service.rpc.audit_service import AuditService
 from latchkey_service.rpc.call_report import CallReporter
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.rpc.handlers import Paths, Registrar
 from latchkey_service.rpc.health_service import Health
+from latchkey_service.rpc.lifecycle_service import FullTokenService
 from latchkey_service.rpc.maintenance_service import MaintenanceService
 from latchkey_service.rpc.managed_calls import ManagedCalls
 from latchkey_service.rpc.reflection_service import (
@@ -70,15 +74,17 @@ from latchkey_service.rpc.reflection_service import (
 )
 from latchkey_service.rpc.status_service import StatusService
 from latchkey_service.rpc.streams import Streams
-from latchkey_service.rpc.token_service import TokenService
 from latchkey_service.rpc.verify_calls import VerifyCalls, encode_token
 from latchkey_service.secret_format import Keyring
 from latchkey_service.settings import exposure
 from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
+from latchkey_service.tokens.assembly import build_management
 from latchkey_service.tokens.batched_lookup import Lookup
-from latchkey_service.tokens.management import Tokens
+from latchkey_service.tokens.sealing import seal_rows
 from latchkey_service.tokens.token_store import TokenStore
+from latchkey_service.tokens.usage_table import UsageTable
+from latchkey_service.tokens.usage_writer import UsageWriter
 from latchkey_service.tokens.verdict import CachedToken
 from latchkey_service.tokens.verifier import Verifier
 from latchkey_service.transport.connection_guard import ConnectionGuard
@@ -101,7 +107,7 @@ DRAIN_SECONDS = 0.1
 class Services:
     """The servicers, the same ones on every listener."""
 
-    tokens: TokenService
+    tokens: FullTokenService
     status: StatusService
     audit: AuditService
     maintenance: MaintenanceService
@@ -141,6 +147,7 @@ class Server:
                 active_policy, proxy=settings.trusted_proxy, metadata_of=metadata_of
             )
         reflected = exposure.reflects(settings, settings.listen)
+        self.certificates: Certificates | None = None
         _register(
             services, Registrar(plaintext, paths, authenticator, metadata_of), reflected=reflected
         )
@@ -161,14 +168,16 @@ class Server:
             )
             assert settings.tls_certificate is not None, "checked in exposure.py"  # noqa: S101 - for the type checker
             assert settings.tls_key is not None, "checked in exposure.py"  # noqa: S101 - for the type checker
-            certificates = Certificates(
+            self.certificates = Certificates(
                 settings.tls_certificate, settings.tls_key, settings.tls_client_ca
             )
-            port = encrypted.add_secure_port(settings.tls_listen, certificates.credentials())
+            port = encrypted.add_secure_port(settings.tls_listen, self.certificates.credentials())
             self.tls_address = _with_port(settings.tls_listen, port)
 
         addresses = [address for address in (self.address, self.tls_address) if address is not None]
         self.guard = ConnectionGuard(addresses, limits)
+        self.metrics: WorkerMetrics
+        """Set by `running`."""
 
     async def start(self) -> None:
         """Start serving. Health reports NOT_SERVING until `set_serving` changes it."""
@@ -263,6 +272,7 @@ async def running(
     primary = Primary(connector, reconnect)
     renewer = LeaseRenewer(verifier_state, identity, primary, boottime)
     limits = limits_of(settings)
+    usage = UsageWriter(UsageTable(pool), identity.id, time.time)
     watch_sessions = WatchSessions(
         verifier_state,
         boottime,
@@ -270,6 +280,7 @@ async def running(
         renewer.wake,
         enabled=cache,
         stream_seconds=limits.connection_age or math.inf,
+        on_uses=usage.report,
     )
     listener = NotifyListener(
         identity.id,
@@ -293,6 +304,14 @@ async def running(
         identity.id,
         notify=notify,
     )
+    management = build_management(
+        pool,
+        keyring,
+        ack_waiter,
+        LeasedReads(renewer, verifier_state, boottime, pool.reconnect),
+        settings.secret_prefix,
+        _now,
+    )
     verifier = Verifier(
         keyring,
         lookup,
@@ -303,41 +322,66 @@ async def running(
         time.time,
         cache_seconds=settings.cache_seconds,
         randomness=random.random,
-    )
-    tokens = Tokens(
-        store,
-        keyring,
-        ack_waiter,
-        LeasedReads(renewer, verifier_state, boottime, pool.reconnect),
-        settings.secret_prefix,
-        _now,
-        os.urandom,
+        guard=management.guard,
+        on_first_use=management.first_use.seen,
     )
     counts = Counts()
     audit_table = AuditTable(pool)
     audit = AuditLog(audit_table, time.monotonic, _now)
     reporter = CallReporter(counts, audit, time.monotonic)
+    managed = ManagedCalls(counts, audit, reporter, time.monotonic, boottime)
     paths = Paths(
-        VerifyCalls(verifier, reporter, counts, settings.log_verify_share, time.monotonic),
-        ManagedCalls(counts, audit, reporter, time.monotonic, boottime),
+        VerifyCalls(
+            verifier,
+            reporter,
+            counts,
+            usage.pending,
+            settings.log_verify_share,
+            time.monotonic,
+            time.time,
+        ),
+        managed,
         Streams(reporter, time.monotonic),
     )
     if active_policy is not None:
         active_policy.on_change(paths.recheck)
     services = Services(
-        TokenService(tokens, watch_sessions),  # type: ignore[abstract]  # VerifyCalls has the rest
+        FullTokenService(  # type: ignore[abstract]  # VerifyCalls has the rest
+            management, watch_sessions, usage.table, time.time
+        ),
         StatusService(table, identity.id, primary.warnings),
         AuditService(audit_table),
-        MaintenanceService(tokens),
+        MaintenanceService(management.tokens),
         Health(("", *SERVICES)),
     )
     server = Server(settings, paths, reporter, services, watch_sessions, active_policy, limits)
+
+    server.metrics = WorkerMetrics(
+        clock=boottime,
+        counts=counts,
+        verifier=verifier,
+        renewer=renewer,
+        listener=listener,
+        ack_waiter=ack_waiter,
+        watch_sessions=watch_sessions,
+        lookup=lookup,
+        pool=pool,
+        connector=connector,
+        primary=primary,
+        managed=managed,
+        audit=audit,
+        guard=server.guard,
+        active_policy=active_policy,
+        certificates=server.certificates,
+    )
 
     def gauges() -> Mapping[str, int]:
         return {
             "cache.entries": len(verifier_state.cache),
             "watch.streams": len(watch_sessions),
+            "uses.pending": len(usage.pending),
             "tasks": len(asyncio.all_tasks()),
+            "seals.rejected": management.guard.rejected,
         }
 
     def begin(work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
@@ -350,18 +394,20 @@ async def running(
     if active_policy is not None and (latest := policy_text()) is not None and latest != text:
         active_policy.replace(policies.parse(latest))
     await server.start()
+    # These too, because calls during the stop are audited, and use tokens.
+    lasts = [begin(audit.run()), begin(usage.run()), begin(server.guard.run())]
     retention = timedelta(days=settings.tombstone_retention_days)
-    audit_retention = timedelta(days=settings.audit_retention_days)
-    # These too, because calls during the stop are audited.
-    lasts = [renewing, listening, begin(audit.run()), begin(server.guard.run())]
     background = [
         follow_verifier(verifier.check, boottime, server.set_serving),
         log_counts_regularly(counts, gauges),
         follow_peppers(table, identity.id),
         primary.run(),
         purge(store, retention, _now),
+        purge_lifecycle(management.upkeep_store, retention, _now),
+        seal_rows(management.guard, management.upkeep_store),
         prune_log(table, settings.lease_seconds),
-        purge_audit(audit_table, audit_retention, _now),
+        purge_audit(audit_table, timedelta(days=settings.audit_retention_days), _now),
+        purge_usage(usage.table, _now),
     ]
     tasks = [begin(work) for work in background]
     try:
@@ -370,11 +416,11 @@ async def running(
         await _end(*tasks)
         drained = await server.stop(settings.grace_seconds)
         # Only after the last answer: Deletes must wait for this process as long as it answers.
-        await _end(*lasts)
-        await audit.close()
+        await _end(renewing, listening, *lasts)
+        await asyncio.gather(audit.close(), usage.close(), renewer.stop(remove=drained))
         await asyncio.gather(
-            renewer.stop(remove=drained),
             ack_waiter.close(),
+            management.first_use.close(),
             primary.close(),
             lookup.close(),
             store.close(),

@@ -86,6 +86,16 @@ class ConcurrencyLimiter:
         self._failing = False
         self._call_seconds = 0.0
 
+    @property
+    def used(self) -> int:
+        """How many calls hold a slot."""
+        return self._count - self._free
+
+    @property
+    def queued(self) -> int:
+        """How many calls wait for a slot."""
+        return len(self._queue)
+
     def check(self) -> None:
         """Reject a call for which there is no room, before any work is done for it.
 

@@ -1,8 +1,9 @@
-"""Parses verifies whose secret is not UTF-8, so that they get a verdict instead of an error.
+"""Parses verifies whose texts are not UTF-8, so that they get a verdict instead of an error.
 
 A proto3 string must be UTF-8; otherwise the message does not parse. But no presented secret may
 make Verify fail, and one bad secret must not fail the other 999 of a batch. So such a message is
-parsed again with `secret` as bytes.
+parsed again with all texts as bytes. A text that is not UTF-8 becomes empty, which no token
+accepts: it is no secret, in no network, and not a permission.
 """
 
 from typing import Any
@@ -13,10 +14,17 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 
 from latchkey_service.access.methods import BATCH_VERIFY, VERIFY
 
-__all__ = ["BATCH_MAX", "parse_non_utf8"]
+__all__ = ["BATCH_MAX", "REQUIRED_MAX", "parse_non_utf8"]
 
+# Permissions that a verify may require: as many as a token can have.
+REQUIRED_MAX = 64
 # Questions in a BatchVerify.
 BATCH_MAX = 1_000
+_TEXTS = tuple(
+    field.name
+    for field in pb.VerifyRequest.DESCRIPTOR.fields
+    if field.type == descriptor_pb2.FieldDescriptorProto.TYPE_STRING
+)
 
 
 def parse_non_utf8(path: str, data: bytes) -> Any | None:
@@ -37,22 +45,35 @@ def parse_non_utf8(path: str, data: bytes) -> Any | None:
 
 
 def _as_text(request: Any) -> pb.VerifyRequest:
-    """Convert the secret to text. An invalid one becomes empty, which is MALFORMED as well.
+    """Convert the texts. One that is not UTF-8 becomes empty.
 
-    Keeps all other fields. If one were lost, a requirement of the caller would be ignored.
+    Keeps all other known fields. If one were lost, a requirement of the caller would be ignored.
     """
+    texts: dict[str, Any] = {}
+    for name in _TEXTS:
+        value = getattr(request, name)
+        texts[name] = (
+            _decoded(value)
+            if isinstance(value, bytes)
+            # One permission more than allowed is refused.
+            else [_decoded(text) for text in value[: REQUIRED_MAX + 1]]
+        )
+        request.ClearField(name)
+    request.DiscardUnknownFields()
+    converted = pb.VerifyRequest.FromString(request.SerializeToString())
+    converted.MergeFrom(pb.VerifyRequest(**texts))
+    return converted
+
+
+def _decoded(text: bytes) -> str:
     try:
-        secret = request.secret.decode()
+        return text.decode()
     except UnicodeDecodeError:
-        secret = ""
-    request.ClearField("secret")
-    text = pb.VerifyRequest.FromString(request.SerializeToString())
-    text.secret = secret
-    return text
+        return ""
 
 
 def _messages() -> tuple[Any, Any]:
-    """Build both request types with `secret` as bytes; their wire format is the same.
+    """Build both request types with texts as bytes; their wire format is the same.
 
     They derive from the contract's own descriptors, so they cannot diverge from it.
     """
@@ -61,7 +82,8 @@ def _messages() -> tuple[Any, Any]:
     file.name = "latchkey/lenient.proto"
     for message in file.message_type:
         for field in message.field:
-            if message.name == "VerifyRequest" and field.name == "secret":
+            text = field.type == descriptor_pb2.FieldDescriptorProto.TYPE_STRING
+            if message.name == "VerifyRequest" and text:
                 field.type = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
     # A separate pool: the default one already has these names, and reflection exposes it.
     pool = descriptor_pool.DescriptorPool()

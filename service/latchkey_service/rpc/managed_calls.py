@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from latchkey_service.access.authenticator import Authenticator, check_account
-from latchkey_service.access.methods import MANAGER, OPERATOR, Rule, rule_of
+from latchkey_service.access.methods import MANAGER, OPERATOR, REVOKER, Rule, rule_of
 from latchkey_service.access.policy import ANONYMOUS
 from latchkey_service.audit.audit_log import AuditContext, AuditLog
 from latchkey_service.errors import REQUEST_ID_METADATA, RequestNotParsed, RequestTooLarge
@@ -30,7 +30,11 @@ __all__ = ["ManagedCall", "ManagedCalls", "current_call"]
 
 # By role and process: calls that use the database at once, and calls in total. The total includes
 # queued calls and Deletes that wait for confirmations. Each slot has a connection in the pool.
-CONCURRENCY_LIMITS: Mapping[str, tuple[int, int]] = {MANAGER: (8, 1_000), OPERATOR: (2, 100)}
+CONCURRENCY_LIMITS: Mapping[str, tuple[int, int]] = {
+    MANAGER: (8, 1_000),
+    OPERATOR: (2, 100),
+    REVOKER: (2, 100),
+}
 # Limit for callers with a longer deadline, or none: longer than any healthy call takes.
 CALL_SECONDS_MAX = 10.0
 # Reserve before the caller's deadline, so that it receives our reason and not its own timeout. When
@@ -103,7 +107,7 @@ class ManagedCalls:
         self._reporter = reporter
         self._monotonic = monotonic
         self._clock = clock
-        self._limiters = {
+        self.limiters = {
             role: ConcurrencyLimiter(*size, monotonic) for role, size in CONCURRENCY_LIMITS.items()
         }
 
@@ -120,13 +124,14 @@ class ManagedCalls:
         authorizes the calls of the listener; None if there is no policy.
         """
         rule = rule_of(path)
-        limiter = self._limiters.get(rule.role or "")
-        succeeded = (path.rpartition("/")[2], "OK")
+        limiter = self.limiters.get(rule.role or "")
+        counts = self._counts.method(path)
         quiet = path.startswith(HEALTH)
         authorize = None if authenticator is None else authenticator.authorize
 
         async def call(data: bytes, context: CallContext) -> bytes:
             start = self._monotonic()
+            counts.started += 1
             caller = ANONYMOUS
             current: ManagedCall | None = None
             try:
@@ -170,7 +175,8 @@ class ManagedCalls:
                     None if current is None else current.change,
                 )
             else:
-                self._counts.calls[succeeded] += 1
+                counts.ok += 1
+                counts.seconds.observe(self._monotonic() - start, audit_context.request_id)
                 if rule.audited:
                     if current.change is None:
                         self._audit.record(audit_context, "OK", "")

@@ -1,12 +1,12 @@
 """The servicer of TokenService: converts protobuf to arguments, makes one call, converts back.
 
 Owns neither the rules of the contract (`tokens/`), nor limits, logging and error statuses
-(`managed_calls.py`, `streams.py`). Verify and BatchVerify are not here: `verify_calls.py` has the
-whole of them.
+(`managed_calls.py`, `streams.py`). The changes of existing tokens are in `lifecycle_service.py`.
+Verify and BatchVerify are not here: `verify_calls.py` has the whole of them.
 """
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -16,22 +16,28 @@ from latchkey_coherence.verdict_cache import Position
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
-from latchkey_service.coherence.watch_sessions import (
+from latchkey_service.coherence.use_reports import USES_IN_REPORT_MAX
+from latchkey_service.coherence.watch_events import (
     Event,
     Grant,
     Invalidation,
+    ReportedUse,
+    ReportReceived,
     Request,
     Reset,
-    WatchSessions,
 )
+from latchkey_service.coherence.watch_sessions import WatchSessions
 from latchkey_service.errors import FieldViolation, InvalidArgument
-from latchkey_service.rpc.managed_calls import current_call
+from latchkey_service.rpc.managed_calls import ManagedCall, current_call
 from latchkey_service.rpc.streams import current_caller
 from latchkey_service.rpc.verify_calls import put_token
-from latchkey_service.tokens.management import NewToken, Tokens
-from latchkey_service.tokens.token_store import Deletion
+from latchkey_service.tokens.assembly import Management
+from latchkey_service.tokens.confirmation import Call
+from latchkey_service.tokens.management import NewToken
+from latchkey_service.tokens.receipt_table import Deletion
+from latchkey_service.tokens.usage_table import UsageTable
 
-__all__ = ["TokenService", "put_receipt", "to_datetime"]
+__all__ = ["TokenService", "call_of", "put_receipt", "to_datetime", "to_timedelta"]
 
 # Metadata in which a client library names its host and process. No decision depends on it.
 CLIENT_METADATA = "latchkey-client"
@@ -47,11 +53,21 @@ if TYPE_CHECKING:
 
 
 class TokenService(pb_grpc.TokenServiceServicer):
-    """Serves latchkey.v1.TokenService, except Verify and BatchVerify. The .proto documents it."""
+    """Serves a part of latchkey.v1.TokenService. The .proto documents the methods."""
 
-    def __init__(self, tokens: Tokens, watch_sessions: WatchSessions) -> None:
-        self._tokens = tokens
+    def __init__(
+        self,
+        management: Management,
+        watch_sessions: WatchSessions,
+        usage_table: UsageTable,
+        unix_time: Callable[[], float],
+    ) -> None:
+        self._tokens = management.tokens
+        self._lifecycle = management.lifecycle
+        self._bulk = management.bulk
         self._watch_sessions = watch_sessions
+        self._usage_table = usage_table
+        self._unix_time = unix_time
 
     async def Watch(  # type: ignore[override]  # writes to the context, which lets us end the stream
         self, request_iterator: AsyncIterator[pb.WatchRequest], context: "Context"
@@ -61,12 +77,16 @@ class TokenService(pb_grpc.TokenServiceServicer):
                 # Revisions are never negative. A negative one would count as acknowledged by this
                 # process, which other code does not expect.
                 applied = Position(max(0, request.applied_revision), request.mark)
-                yield Request(applied, request.number, request.released)
+                # Without a report, its number is 0.
+                report = request.use_report
+                uses = _reported_uses(report) if report.number else ()
+                yield Request(applied, request.number, request.released, report.number, uses)
 
         async def send(event: Event) -> None:
             await context.write(_watch_response(event))
 
-        await self._watch_sessions.serve(requests(), send, _client_of(context))
+        caller = current_caller.get().name
+        await self._watch_sessions.serve(requests(), send, _client_of(context), caller)
 
     async def Create(self, request: pb.CreateRequest, context: "Context") -> pb.CreateResponse:
         expiry = request.WhichOneof("expiry")
@@ -75,15 +95,18 @@ class TokenService(pb_grpc.TokenServiceServicer):
             request.name,
             request.scope,
             to_datetime("expire_time", request.expire_time) if expiry == "expire_time" else None,
-            _timedelta("ttl", request.ttl) if expiry == "ttl" else None,
-            # Not copied: there may be too many of them.
-            request.labels,
+            to_timedelta("ttl", request.ttl) if expiry == "ttl" else None,
+            dict(request.labels),
+            request.description,
+            request.allowed_networks,
+            request.permissions,
+            request.request_id,
         )
-        call = current_call.get()
-        created = await self._tokens.create(new, call.audit_context, call.deadline)
-        call.committed(created.record.id)
+        created = await self._lifecycle.create(new, call_of(current_call.get()))
         response = pb.CreateResponse(secret=created.secret.reveal())
         put_token(created.record, response.token)
+        if created.receipt is not None:
+            put_receipt(created.receipt, response.receipt)
         return response
 
     async def Get(self, request: pb.GetRequest, context: "Context") -> pb.GetResponse:
@@ -91,6 +114,22 @@ class TokenService(pb_grpc.TokenServiceServicer):
         record = await self._tokens.get(request.account_id, request.id, deadline)
         response = pb.GetResponse()
         put_token(record, response.token)
+        return response
+
+    async def GetUsage(
+        self, request: pb.GetUsageRequest, context: "Context"
+    ) -> pb.GetUsageResponse:
+        deadline = current_call.get().deadline
+        token = await self._tokens.get(request.account_id, request.id, deadline)
+        today = datetime.fromtimestamp(self._unix_time(), UTC).date()
+        response = pb.GetUsageResponse()
+        for usage in await self._usage_table.by_caller(token.id, today):
+            message = response.callers.add(caller=usage.caller)
+            message.first_used_time.FromDatetime(usage.first_time)
+            message.last_used_time.FromDatetime(usage.last_time)
+            for day, count in usage.days:
+                start = message.days.add(count=count).start_time
+                start.seconds = (day.toordinal() - _EPOCH.toordinal()) * 86_400
         return response
 
     async def List(self, request: pb.ListRequest, context: "Context") -> pb.ListResponse:
@@ -120,6 +159,18 @@ class TokenService(pb_grpc.TokenServiceServicer):
         return response
 
 
+def call_of(call: ManagedCall, *, wait: bool = True) -> Call:
+    """Return a managed call as the domain knows it. `wait`: whether to wait for verifiers."""
+    return Call(
+        call.audit_context,
+        call.deadline,
+        call.confirm_by if wait else None,
+        call.committed,
+        # Waiting for verifiers uses nothing that other calls need.
+        call.release_slot,
+    )
+
+
 def _client_of(context: "Context") -> str:
     """Return a name for the client of a stream, for people: caller, address, and its own label.
 
@@ -132,6 +183,23 @@ def _client_of(context: "Context") -> str:
         if key == CLIENT_METADATA and isinstance(value, str) and _CLIENT.fullmatch(value):
             return f"{name} ({value})"
     return name
+
+
+def _reported_uses(report: pb.UseReport) -> list[ReportedUse]:
+    return [
+        ReportedUse(
+            use.token_id,
+            use.hint,
+            use.count,
+            _seconds(use.first_use_age),
+            _seconds(use.last_use_age),
+        )
+        for use in report.uses[:USES_IN_REPORT_MAX]
+    ]
+
+
+def _seconds(duration: duration_pb2.Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9
 
 
 def _watch_response(event: Event) -> pb.WatchResponse:
@@ -148,6 +216,8 @@ def _watch_response(event: Event) -> pb.WatchResponse:
         response.grant.lease_duration.nanos = int(rest * 1e9)
     elif isinstance(event, Reset):
         response.reset.revision, response.reset.mark = event.position
+    elif isinstance(event, ReportReceived):
+        response.use_report_received.number = event.report
     else:
         response.closing.SetInParent()
     return response
@@ -172,7 +242,7 @@ def to_datetime(field: str, timestamp: timestamp_pb2.Timestamp) -> datetime:
     return _EPOCH + timedelta(seconds=timestamp.seconds, microseconds=timestamp.nanos // 1_000)
 
 
-def _timedelta(field: str, duration: duration_pb2.Duration) -> timedelta:
+def to_timedelta(field: str, duration: duration_pb2.Duration) -> timedelta:
     """Return the duration, truncated to microseconds. Raises InvalidArgument if invalid."""
     if (
         abs(duration.seconds) > _DURATION_SECONDS_MAX

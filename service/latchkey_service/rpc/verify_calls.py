@@ -6,7 +6,8 @@ so each step must be worth its microseconds: there is no slot, no timer and no c
 most bytes of an answer come from the cache unchanged. All other unary methods take the path in
 `managed_calls.py`.
 
-Owns the encoding of tokens in answers. It does not own the verdict (`tokens/`).
+Owns the encoding of tokens in answers, and which answers count as uses. It does not own the verdict
+or the counts of uses (`tokens/`).
 """
 
 import asyncio
@@ -30,17 +31,20 @@ from latchkey_service.errors import (
     RequestTooLarge,
 )
 from latchkey_service.rpc.call_context import CallContext
-from latchkey_service.rpc.call_report import CallReporter, Metadata, end_with, request_id_of
+from latchkey_service.rpc.call_report import NEW_IDS, CallReporter, Metadata, checked_id, end_with
 from latchkey_service.rpc.counters import Counts
-from latchkey_service.rpc.lenient_parsing import BATCH_MAX, parse_non_utf8
+from latchkey_service.rpc.lenient_parsing import BATCH_MAX, REQUIRED_MAX, parse_non_utf8
+from latchkey_service.tokens.usage import PendingUses
 from latchkey_service.tokens.verdict import TokenRecord, Verdict
-from latchkey_service.tokens.verifier import MALFORMED, UNKNOWN, Answer, Verifier
+from latchkey_service.tokens.verifier import MALFORMED, UNKNOWN, Answer, Question, Verifier
 
 __all__ = ["VerifyCalls", "encode_token", "put_token"]
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _VERIFY_BYTES_MAX: Final = METHODS[VERIFY].bytes_max
 _BATCH_VERIFY_BYTES_MAX: Final = METHODS[BATCH_VERIFY].bytes_max
+# In Python 3.11, each access to a member of an Enum runs Python code.
+_VALID: Final = Verdict.VALID
 
 # Encoded fields: number and wire type, then the value.
 _VERDICT_FIELDS: Final = {verdict: bytes((0x08, verdict)) for verdict in Verdict}
@@ -59,14 +63,18 @@ class VerifyCalls:
         verifier: Verifier,
         reporter: CallReporter,
         counts: Counts,
+        uses: PendingUses,
         log_share: float,
         monotonic: Callable[[], float],
+        unix_time: Callable[[], float],
     ) -> None:
         self._verifier = verifier
         self._reporter = reporter
         self._counts = counts
+        self._count_first = uses.count
         self._log_share = log_share
         self._monotonic = monotonic
+        self._unix_time = unix_time
         self._position = NOWHERE
         self._position_fields = b""
 
@@ -82,13 +90,14 @@ class VerifyCalls:
         `metadata_of` returns the metadata of a call's context.
         """
         behaviour: _Behaviour = self._verify if path == VERIFY else self._batch_verify
-        succeeded = (path.rpartition("/")[2], "OK")
-        calls = self._counts.calls
+        counts = self._counts.method(path)
+        observe = counts.seconds.observe
         monotonic, share = self._monotonic, self._log_share
         authorize = None if authenticator is None else authenticator.authorize
 
         async def call(data: bytes, context: CallContext) -> bytes:
             start = monotonic()
+            counts.started += 1
             caller = ANONYMOUS
             try:
                 if authorize is not None:
@@ -101,8 +110,12 @@ class VerifyCalls:
             except Exception as error:  # noqa: BLE001 - the last place before the transport
                 status, delay_seconds = self._reporter.failed(path, context, start, error, caller)
             else:
-                calls[succeeded] += 1
-                request_id = request_id_of(metadata_of(context))
+                counts.ok += 1
+                observe(monotonic() - start)
+                # As `request_id_of`, but most callers send no id, and this saves them a call.
+                metadata = metadata_of(context)
+                given = dict(metadata).get(REQUEST_ID_METADATA) if metadata else None
+                request_id = next(NEW_IDS) if given is None else checked_id(given)
                 if share and random.random() < share:  # noqa: S311 - a sample
                     self._reporter.log(path, context, start, "OK", None, request_id)
                 context.set_trailing_metadata(((REQUEST_ID_METADATA, request_id),))
@@ -118,21 +131,24 @@ class VerifyCalls:
         if len(data) > _VERIFY_BYTES_MAX:
             # The contract promises a verdict for every secret, however long. No secret, address and
             # permissions within their limits need as many bytes.
-            answer = MALFORMED
+            secret, answer = "", MALFORMED
+            self._counts.oversized += 1
         else:
             try:
                 request = pb.VerifyRequest.FromString(data)
             except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser
                 request = _lenient(VERIFY, data)
-            secret, required_scope = request.secret, request.required_scope
-            cached = self._verifier.verify_cached(secret, required_scope)
+            secret, required = request.secret, request.required_permissions
+            if len(required) > REQUIRED_MAX:
+                raise _too_many_required("required_permissions")
+            scope, address = request.required_scope, request.client_address
+            cached = self._verifier.verify_cached(secret, scope, address, required)
             if cached is None:
-                seconds_left = context.time_remaining()
-                answer = await self._verifier.verify(secret, required_scope, seconds_left)
+                question = Question(secret, scope, address, required)
+                answer = await self._verifier.verify(question, context.time_remaining())
             else:
                 answer = cached
-        self._counts.verdicts[answer.verdict] += 1
-        return self._encoded(answer if caller.accounts is None else _restricted(answer, caller))
+        return self._completed(answer, secret, caller)
 
     async def _batch_verify(self, data: bytes, context: CallContext, caller: Caller) -> bytes:
         try:
@@ -147,14 +163,17 @@ class VerifyCalls:
             raise InvalidArgument(
                 FieldViolation("requests", f"must have 1-{BATCH_MAX} entries, not {len(requests)}")
             )
-        questions = [(r.secret, r.required_scope) for r in requests]
+        for number, one in enumerate(requests):
+            if len(one.required_permissions) > REQUIRED_MAX:
+                raise _too_many_required(f"requests[{number}].required_permissions")
+        questions = [
+            Question(r.secret, r.required_scope, r.client_address, r.required_permissions)
+            for r in requests
+        ]
         answers = await self._verifier.verify_batch(questions, context.time_remaining())
         encoded: list[bytes] = []
-        for answer in answers:
-            self._counts.verdicts[answer.verdict] += 1
-            response = self._encoded(
-                answer if caller.accounts is None else _restricted(answer, caller)
-            )
+        for question, answer in zip(questions, answers, strict=True):
+            response = self._completed(answer, question.presented, caller)
             encoded += (_RESPONSES_TAG, _varint(len(response)), response)
         return b"".join(encoded)
 
@@ -163,11 +182,25 @@ class VerifyCalls:
         if caller.rates is not None:
             caller.rates.spend(VERIFIER, count, self._monotonic())
 
-    def _encoded(self, answer: Answer) -> bytes:
-        """Return a VerifyResponse built from encoded parts, which takes a tenth of the time.
+    def _completed(self, answer: Answer, presented: str, caller: Caller) -> bytes:
+        """Count the answer, and return the encoded VerifyResponse that `caller` gets.
 
-        The position stays the same from call to call until a token is deleted.
+        Building it from encoded parts takes a tenth of the time. The position stays the same from
+        call to call until a token is deleted.
         """
+        self._counts.verdicts[answer.verdict] += 1
+        if caller.accounts is not None:
+            answer = _restricted(answer, caller)
+        record = answer.record
+        if answer.verdict is _VALID and record is not None:
+            now = self._unix_time()
+            use = record.use
+            # Here and not in PendingUses, so that a warm Verify makes no further call.
+            if use is not None and use.caller == caller.name:
+                use.count += 1
+                use.last = now
+            else:
+                self._count_first(record, presented, caller.name, now)
         position = answer.position
         if position != self._position:
             self._position = position
@@ -184,6 +217,10 @@ def _parsed_batch(data: bytes) -> Sequence[pb.VerifyRequest]:
     except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser
         batch = _lenient(BATCH_VERIFY, data)
     return batch.requests
+
+
+def _too_many_required(field: str) -> InvalidArgument:
+    return InvalidArgument(FieldViolation(field, f"must have at most {REQUIRED_MAX} permissions"))
 
 
 def _lenient(path: str, data: bytes) -> Any:
@@ -227,8 +264,24 @@ def put_token(record: TokenRecord, token: pb.Token) -> None:
         _put_time(record.expire_time, token.expire_time)
     if record.last_used_time is not None:
         _put_time(record.last_used_time, token.last_used_time)
+        token.last_used_by = record.last_used_by
     if record.labels:
         token.labels.update(record.labels)
+    if record.disable_time is not None:
+        _put_time(record.disable_time, token.disable_time)
+    if record.allowed_networks:
+        token.allowed_networks.extend(record.allowed_networks)
+    if record.permissions:
+        token.permissions.extend(record.permissions)
+    if record.description:
+        token.description = record.description
+    for secret in record.secrets:
+        shown = token.secrets.add(hint=secret.hint, retire_on_first_use=secret.retire_on_first_use)
+        _put_time(secret.create_time, shown.create_time)
+        if secret.expire_time is not None:
+            _put_time(secret.expire_time, shown.expire_time)
+        if secret.last_used_time is not None:
+            _put_time(secret.last_used_time, shown.last_used_time)
 
 
 def _put_time(moment: datetime, timestamp: timestamp_pb2.Timestamp) -> None:

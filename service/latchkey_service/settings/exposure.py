@@ -85,12 +85,24 @@ def problems(settings: "Settings") -> list[str]:
                 f"{PREFIX}TRUSTED_PROXY: requires {PREFIX}LISTEN on a UNIX socket or a loopback "
                 "address"
             )
+    found += _metrics_problems(settings)
     if settings.workers > 1 and settings.listen.startswith("unix:"):
         found.append(
             f"{PREFIX}WORKERS: several processes cannot share a UNIX socket; "
             "listen on HOST:PORT, or set it to 1"
         )
     return found
+
+
+def _metrics_problems(settings: "Settings") -> list[str]:
+    listen = settings.metrics_listen
+    if listen is None:
+        return []
+    if listen.startswith("unix:"):
+        return [f"{PREFIX}METRICS_LISTEN: must be HOST:PORT; Prometheus reads no UNIX socket"]
+    if listen in (settings.listen, settings.tls_listen) and not listen.endswith(":0"):
+        return [f"{PREFIX}METRICS_LISTEN: is the same address as that of the calls"]
+    return []
 
 
 def _tls_problems(settings: "Settings") -> list[str]:

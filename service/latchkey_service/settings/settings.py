@@ -16,7 +16,7 @@ from latchkey_coherence.lease import LEASE_SECONDS_MAX
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from latchkey_service.settings import exposure, file_access
+from latchkey_service.settings import database_url, exposure, file_access
 from latchkey_service.settings.data_dir import default_data_dir
 
 __all__ = [
@@ -57,16 +57,12 @@ def _listen(value: str) -> str:
     return value
 
 
-# Not urllib's urlsplit: some versions reject several hosts where one of them is [IPv6].
-_DATABASE_URL = re.compile(r"(postgres(?:ql)?://)(?:([^/?#]*)@)?([^/?#@]*)(/[^?#@]*)?(\?[^#@]*)?")
-
-
 def _database_url(value: SecretStr) -> SecretStr:
     url = value.get_secret_value()
     if url.partition("://")[0] not in ("postgresql", "postgres"):
         raise ValueError("must be postgresql://USER:PASSWORD@HOST:PORT/DATABASE")
     # An unescaped character that ends the password early would expose the rest of it in messages.
-    match = _DATABASE_URL.fullmatch(url)
+    match = database_url.DATABASE_URL.fullmatch(url)
     ports = re.findall(r":([^:\],]*)(?:,|$)", match[3]) if match else []
     if match is None or set("@[]") & set(match[2] or "") or not all(map(str.isdigit, ports)):
         raise ValueError(
@@ -77,6 +73,8 @@ def _database_url(value: SecretStr) -> SecretStr:
         raise ValueError("a host is missing next to a comma")
     if re.search(r"[?&]host=[^&]*(,|%2C)", match[5] or "", re.IGNORECASE):
         raise ValueError("put several hosts before the database name: HOST:PORT,HOST:PORT")
+    if (problem := database_url.problem(url)) is not None:
+        raise ValueError(problem)
     return value
 
 
@@ -123,6 +121,9 @@ class Settings(BaseSettings):
         "auto",
         description="gRPC reflection: on, off or auto; auto: on loopback addresses and UNIX "
         "sockets, but not behind a proxy",
+    )
+    metrics_listen: Annotated[str, AfterValidator(_listen)] | None = Field(
+        None, description="address of the metrics for Prometheus, for everyone: HOST:PORT"
     )
     database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = Field(
         None,
@@ -173,7 +174,8 @@ class Settings(BaseSettings):
         90,
         ge=1,
         le=36_500,
-        description="how many days a deleted token is DELETED instead of UNKNOWN",
+        description="how many days a deleted or expired token, or an ended secret, keeps its "
+        "verdict instead of UNKNOWN",
     )
     audit_retention_days: int = Field(
         365, ge=1, le=36_500, description="how long audit entries are kept"
@@ -214,7 +216,9 @@ class Settings(BaseSettings):
         "secrets",
     )
     log_format: Literal["json", "console", "auto"] = Field(
-        "auto", description="json or console; auto: console on a terminal"
+        "auto",
+        description="json, without the text for people on stdout; console; or auto: console on a "
+        "terminal, else json",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="debug, info, warning or error"
@@ -367,7 +371,7 @@ def describe(settings: Settings) -> list[tuple[str, str, str, str]]:
 
 def _redacted(url: str) -> str:
     """Return a database URL without its password, wherever it is."""
-    match = _DATABASE_URL.fullmatch(url)
+    match = database_url.DATABASE_URL.fullmatch(url)
     if match is None:
         return "***"
     scheme, user, hosts, path, query = (part or "" for part in match.groups())

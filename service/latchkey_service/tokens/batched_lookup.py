@@ -25,14 +25,20 @@ from latchkey_service.errors import (
     StoreUnavailable,
     Unavailable,
 )
+from latchkey_service.histogram import Histogram
 from latchkey_service.postgres.connections import (
     DedicatedConnection,
     retry_on_conflict,
     translate_errors,
 )
 from latchkey_service.tokens.queue_limit import STUCK_SECONDS, QueueLimit
-from latchkey_service.tokens.token_store import FIND_BY_DIGEST, record_of, snapshot_of
-from latchkey_service.tokens.verdict import TokenRecord
+from latchkey_service.tokens.token_table import (
+    FIND_BY_DIGEST,
+    record_of,
+    secret_of,
+    snapshot_of,
+)
+from latchkey_service.tokens.verdict import SecretRecord, TokenRecord
 
 if TYPE_CHECKING:
     import asyncpg
@@ -50,14 +56,19 @@ BUSY = 96
 STANDING = 32
 # Weight of the newest sample in the moving average of query time.
 SMOOTHING = 0.2
+# The buckets of the metrics: digests per query, and seconds from about one round trip on a fast
+# network to the time-out of a statement.
+BATCH_BOUNDS = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000)
+SECONDS_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2)
 # Longest delay between a deadline and its error. Calls reserve more than that for their answer.
 EXPIRY_CHECK_SECONDS = 0.02
 
 
 class Found(NamedTuple):
-    """The record of a token, or None, and the snapshot of the read."""
+    """A token and the secret that was looked up, or None twice, and the snapshot of the read."""
 
     record: TokenRecord | None
+    secret: SecretRecord | None
     snapshot: Snapshot
 
 
@@ -94,6 +105,12 @@ class Lookup:
         # Start of the query in progress, and the moving average of query time.
         self._query_began: float | None = None
         self._query_seconds = 0.0
+        self.batch_sizes = Histogram(BATCH_BOUNDS)
+        """Digests per query."""
+        self.seconds = Histogram(SECONDS_BOUNDS)
+        """The time of each query that Postgres answered."""
+        self.failures = 0
+        """Queries that failed."""
         self._closed = False
         self._worker: asyncio.Task[None] | None = None
         self._expiry_timer: asyncio.TimerHandle | None = None
@@ -104,6 +121,11 @@ class Lookup:
         Raises StoreUnavailable, Overloaded, and Unavailable at `deadline` (monotonic seconds).
         """
         return await self._enqueue(digests, deadline)
+
+    @property
+    def waiting(self) -> int:
+        """How many digests wait for a query."""
+        return self._waiting_digests
 
     def reconnect(self) -> None:
         """Close the connection, which leads to the wrong server. Waiting callers get an error."""
@@ -162,8 +184,12 @@ class Lookup:
                 self._query_began = self._monotonic()
                 if len(batch) < BUSY:
                     self._queue_limit.empty(self._query_began)
-                if await self._lookup_connection.answer(batch):
+                self.batch_sizes.observe(sum(len(waiter.digests) for waiter in batch))
+                if not await self._lookup_connection.answer(batch):
+                    self.failures += 1
+                else:
                     took = self._monotonic() - self._query_began
+                    self.seconds.observe(took)
                     self._query_seconds += SMOOTHING * (took - self._query_seconds)
         finally:
             self._query_began = None
@@ -265,9 +291,13 @@ async def _find(connection: "Connection", digests: list[bytes]) -> "list[asyncpg
 def _deliver(rows: "Sequence[asyncpg.Record]", batch: list[_Waiter]) -> None:
     """Give each waiter of a batch its results from the rows."""
     snapshot = snapshot_of(rows[0])
-    # Columns: the snapshot, the digest (NULL if nothing was found), then the token.
-    by_digest = {row[3]: Found(record_of(row), snapshot) for row in rows if row[3] is not None}
-    nothing = Found(None, snapshot)
+    # Columns: the snapshot, the secret (its digest is NULL if nothing was found), then the token.
+    by_digest = {
+        row[3]: Found(record_of(row), secret_of(row), snapshot)
+        for row in rows
+        if row[3] is not None
+    }
+    nothing = Found(None, None, snapshot)
     for waiter in batch:
         if not waiter.future.done():
             waiter.future.set_result([by_digest.get(d, nothing) for d in waiter.digests])

@@ -1,13 +1,12 @@
 """Creates, gets, lists and deletes tokens.
 
-Owns the rules of the contract: validation, ids and the wait of a Delete. It contains
-neither protobuf (`rpc/token_service.py`) nor SQL (`token_store.py`).
+Owns the rules of the contract: ids and the wait of a Delete. It contains neither protobuf
+(`rpc/token_service.py`), nor SQL (`token_store.py`), nor the later changes of a token
+(`lifecycle.py`).
 """
 
 import asyncio
-import re
-import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -18,35 +17,38 @@ from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.errors import (
     AlreadyExists,
     FieldViolation,
-    InvalidArgument,
     NotConfirmed,
     NotFound,
 )
-from latchkey_service.identifiers import ACCOUNT_ID, TOKEN_ID
-from latchkey_service.secret_format import Keyring, Secret, contains_secret
+from latchkey_service.identifiers import TOKEN_ID
+from latchkey_service.secret_format import Keyring, Secret
 from latchkey_service.tokens import page_tokens
-from latchkey_service.tokens.names import is_visible, name_key
-from latchkey_service.tokens.token_store import Deletion, PageStart, TokenStore
-from latchkey_service.tokens.verdict import Scope, TokenRecord
+from latchkey_service.tokens.names import name_key
+from latchkey_service.tokens.receipt_table import Deletion
+from latchkey_service.tokens.seal import Sealer
+from latchkey_service.tokens.token_store import PageStart, Request, TokenStore
+from latchkey_service.tokens.validation import (
+    LABELS_MAX,
+    account_violations,
+    check,
+    description_violations,
+    expire_time_violations,
+    id_violations,
+    label_violations,
+    name_violations,
+    networks_in,
+    permissions_in,
+    secret_violations,
+    ttl_violations,
+)
+from latchkey_service.tokens.verdict import Scope, SecretRecord, TokenRecord, TokenSecret
 
 __all__ = ["Created", "NewToken", "Page", "Tokens"]
 
 PAGE_SIZE_DEFAULT = 50
 PAGE_SIZE_MAX = 500
-NAME_LENGTH_MAX = 64
-LABELS_MAX = 16
-LABEL_KEY_LENGTH_MAX = 63
-LABEL_VALUE_LENGTH_MAX = 255
-ID_LENGTH_MAX = 64
-# The last whole second that a Timestamp can hold. asyncpg converts the last microsecond of datetime
-# to infinity.
-_END_OF_TIME = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)
-# Longer texts are rejected for their length.
-SCANNED_LENGTH_MAX = 1_000
 # Receipts written at once. Each takes a connection of the pool (`connections.POOL_SIZE_MAX`).
 CONFIRMING_MAX = 4
-# A label key that an error message may repeat.
-_PLAIN_KEY = re.compile(r"[A-Za-z0-9._/-]{1,32}")
 # Crockford's base 32, in ASCII order, so that ids sort like the numbers that they encode.
 _BASE32 = "0123456789abcdefghjkmnpqrstvwxyz"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -62,14 +64,20 @@ class NewToken:
     expire_time: datetime | None
     ttl: timedelta | None
     labels: Mapping[str, str]
+    description: str = ""
+    allowed_networks: Sequence[str] = ()
+    permissions: Sequence[str] = ()
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Created:
-    """A new token and its secret, which is stored nowhere."""
+    """A new token, or a new secret of a token. The secret is stored nowhere."""
 
     record: TokenRecord
     secret: Secret
+    receipt: Deletion | None = None
+    """Of a call that ended other secrets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,7 @@ class Tokens:
     ) -> None:
         self._store = store
         self._keyring = keyring
+        self._sealer = Sealer(keyring.peppers)
         self._ack_waiter = ack_waiter
         self._reads = reads
         self._confirming = asyncio.Semaphore(CONFIRMING_MAX)
@@ -108,27 +117,50 @@ class Tokens:
 
     async def create(self, new: NewToken, audit_context: AuditContext, deadline: float) -> Created:
         """Create a token. Not idempotent. Raises AlreadyExists."""
+        created = await self.create_once(new, None, audit_context, deadline)
+        assert created is not None, "there is no request id"  # noqa: S101 - for the type checker
+        return created
+
+    async def create_once(
+        self, new: NewToken, request: Request | None, audit_context: AuditContext, deadline: float
+    ) -> Created | None:
+        """Create a token; return None if the account has used the request's id.
+
+        Raises AlreadyExists.
+        """
         now = self._now()
         name = new.name.strip()
         violations = [
-            *_account_violations(new.account_id),
-            *_name_violations(name),
-            *_label_violations(new.labels),
+            *account_violations(new.account_id),
+            *name_violations(name),
+            *label_violations(new.labels),
+            *description_violations(new.description),
+            # The service stores and shows all of these as they are.
+            *secret_violations(
+                [
+                    ("account_id", new.account_id),
+                    ("name", name),
+                    *(
+                        ("labels", text)
+                        for pair in new.labels.items()
+                        if len(new.labels) <= LABELS_MAX
+                        for text in pair
+                    ),
+                    ("description", new.description),
+                ]
+            ),
         ]
-        # The service stores and shows all of these as they are. Too many labels are not searched.
-        labels = (*new.labels.keys(), *new.labels.values()) if len(new.labels) <= LABELS_MAX else ()
-        for field, texts in (
-            ("account_id", [new.account_id]),
-            ("name", [name]),
-            ("labels", labels),
-        ):
-            if any(contains_secret(text[:SCANNED_LENGTH_MAX]) for text in texts):
-                violations.append(FieldViolation(field, "must not contain a secret"))
         if new.scope not in (Scope.READ, Scope.WRITE):
             violations.append(FieldViolation("scope", "must be SCOPE_READ or SCOPE_WRITE"))
-        expire_time = _expiry(new, now, violations)
-        if violations:
-            raise InvalidArgument(*violations)
+        violations += expire_time_violations(new.expire_time, now)
+        expire_time = new.expire_time
+        if new.ttl is not None:
+            bad = ttl_violations(new.ttl, now)
+            violations += bad
+            expire_time = None if bad else now + new.ttl
+        networks = networks_in(new.allowed_networks, violations)
+        permissions = permissions_in(new.permissions, violations)
+        check(*violations)
         began = await self._reads.begin(deadline)
         minted = self._keyring.mint(self._secret_prefix, self._random_bytes)
         record = TokenRecord(
@@ -140,19 +172,32 @@ class Tokens:
             expire_time,
             minted.hint,
             dict(new.labels),
+            allowed_networks=networks,
+            permissions=permissions,
+            description=new.description,
+            secrets=(TokenSecret(minted.hint, now, None),),
         )
+        digest = minted.digest
+        secret = SecretRecord(digest.value, digest.pepper_id, None, None, False, None)  # noqa: FBT003 - by position
         try:
-            await self._store.insert_token(record, name_key(name), minted.digest, audit_context)
+            inserted = await self._store.insert_token(
+                record,
+                name_key(name),
+                digest,
+                audit_context,
+                self._sealer.seal(record, secret),
+                request,
+            )
         except AlreadyExists:
             # A deposed primary may still have a token of this name that is deleted by now.
             _, snapshot = await self._store.get_token(new.account_id, record.id)
             await self._reads.accept(snapshot, began, deadline)
             raise
-        return Created(record, minted.secret)
+        return Created(record, minted.secret) if inserted else None
 
     async def get(self, account_id: str, token_id: str, deadline: float) -> TokenRecord:
         """Return a live token. Raises NotFound."""
-        _check(*_account_violations(account_id), *_id_violations(token_id))
+        check(*account_violations(account_id), *id_violations(token_id))
         began = await self._reads.begin(deadline)
         record, snapshot = await self._store.get_token(account_id, token_id)
         await self._reads.accept(snapshot, began, deadline)
@@ -162,10 +207,10 @@ class Tokens:
 
     async def list(self, account_id: str, page_size: int, page_token: str, deadline: float) -> Page:
         """Return a page of live tokens, newest first (AIP-158)."""
-        violations = _account_violations(account_id)
+        violations = account_violations(account_id)
         if page_size < 0:
             violations.append(FieldViolation("page_size", "must not be negative"))
-        _check(*violations)
+        check(*violations)
         after = None
         if page_token:
             after = PageStart(*page_tokens.decode(account_id, page_token, TOKEN_ID))
@@ -198,7 +243,7 @@ class Tokens:
         Raises NotConfirmed at `wait_until` (seconds on the process's clock): the deletion stands,
         and deleting the token again returns the receipt.
         """
-        _check(*_account_violations(account_id), *_id_violations(token_id))
+        check(*account_violations(account_id), *id_violations(token_id))
         began = await self._reads.begin(deadline)
         deletion = await self._store.delete_token(account_id, token_id, audit_context)
         if deletion is not None:
@@ -264,84 +309,3 @@ def _new_id(now: datetime, random_bytes: Callable[[int], bytes]) -> str:
     milliseconds = (now - _EPOCH) // timedelta(milliseconds=1)
     number = (milliseconds << 80) | int.from_bytes(random_bytes(10))
     return "tok_" + "".join(_BASE32[number >> shift & 31] for shift in range(125, -1, -5))
-
-
-def _expiry(new: NewToken, now: datetime, violations: list[FieldViolation]) -> datetime | None:
-    """Return the expiry of the new token, None for never. Adds to `violations` if invalid."""
-    if new.ttl is None:
-        if new.expire_time is not None and not now < new.expire_time <= _END_OF_TIME:
-            violations.append(
-                FieldViolation("expire_time", "must be in the future and before the year 10000")
-            )
-        return new.expire_time
-    # Checked before the addition, which raises OverflowError outside the calendar.
-    if new.ttl <= timedelta(0):
-        violations.append(FieldViolation("ttl", "must be greater than zero"))
-    elif new.ttl > _END_OF_TIME - now:
-        violations.append(FieldViolation("ttl", "must end before the year 10000"))
-    else:
-        return now + new.ttl
-    return None
-
-
-def _check(*violations: FieldViolation) -> None:
-    if violations:
-        raise InvalidArgument(*violations)
-
-
-def _account_violations(account_id: str) -> list[FieldViolation]:
-    if not account_id:
-        return [FieldViolation("account_id", "is required")]
-    if not ACCOUNT_ID.fullmatch(account_id):
-        return [FieldViolation("account_id", "must be 1-64 characters of A-Za-z0-9._:-")]
-    return []
-
-
-def _id_violations(token_id: str) -> list[FieldViolation]:
-    if not token_id:
-        return [FieldViolation("id", "is required")]
-    if len(token_id) > ID_LENGTH_MAX or _has_control_characters(token_id):
-        return [FieldViolation("id", "is not a valid token id")]
-    return []
-
-
-def _name_violations(name: str) -> list[FieldViolation]:
-    if not name:
-        return [FieldViolation("name", "is required")]
-    if len(name) > NAME_LENGTH_MAX:
-        return [FieldViolation("name", f"must have at most {NAME_LENGTH_MAX} characters")]
-    if _has_control_characters(name):
-        return [FieldViolation("name", "must not contain control characters")]
-    if not is_visible(name):
-        return [FieldViolation("name", "must contain a visible character")]
-    return []
-
-
-def _label_violations(labels: Mapping[str, str]) -> list[FieldViolation]:
-    violations = []
-    if len(labels) > LABELS_MAX:
-        violations.append(FieldViolation("labels", f"must have at most {LABELS_MAX} pairs"))
-        return violations
-    for key, value in labels.items():
-        # The error goes into headers, so it repeats the key only if that is short and plain. Other
-        # keys could contain anything, even a secret.
-        field = f'labels["{key}"]' if _PLAIN_KEY.fullmatch(key) else "labels"
-        # Lengths first: searching 4 MiB for control characters would block the event loop.
-        if not 1 <= len(key) <= LABEL_KEY_LENGTH_MAX:
-            problem = f"its key must have 1-{LABEL_KEY_LENGTH_MAX} characters"
-        elif len(value) > LABEL_VALUE_LENGTH_MAX:
-            problem = f"must have at most {LABEL_VALUE_LENGTH_MAX} characters"
-        elif _has_control_characters(key) or _has_control_characters(value):
-            problem = "must not contain control characters"
-        else:
-            continue
-        violations.append(FieldViolation(field, problem))
-    return violations
-
-
-def _has_control_characters(text: str) -> bool:
-    """Return whether `text` has control characters, lone surrogates or line separators."""
-    return any(unicodedata.category(character) in _CONTROL for character in text)
-
-
-_CONTROL = frozenset({"Cc", "Cs", "Zl", "Zp"})

@@ -1,16 +1,16 @@
 """The SQL of tokens, secrets, peppers and deletions: one method per statement.
 
-`TokenStore` serves management calls from a pool. `batched_lookup.py` uses `FIND_BY_DIGEST` and
-`record_of` on a connection of Verify. Does not own the SQL of verifiers
+`TokenStore` serves management calls from a pool. The columns are in `token_table.py`, and changes
+of existing tokens other than Delete in `lifecycle_store.py`. Does not own the SQL of verifiers
 (`coherence/verifier_table.py`) or the reading of audit entries (`audit/audit_table.py`).
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from types import MappingProxyType
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 from latchkey_coherence.verdict_cache import Position
 
@@ -29,32 +29,20 @@ from latchkey_service.postgres.connections import (
 from latchkey_service.postgres.sessions import Pooler
 from latchkey_service.secret_format import Digest
 from latchkey_service.tokens.fleet import KnownPepper
-from latchkey_service.tokens.verdict import Scope, TokenRecord
+from latchkey_service.tokens.receipt_table import RECEIPT, RECEIPT_COUNT, Deletion
+from latchkey_service.tokens.token_table import (
+    COLUMNS,
+    DETAILS,
+    SNAPSHOT,
+    detailed_record_of,
+    snapshot_of,
+)
+from latchkey_service.tokens.verdict import TokenRecord
 
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["FIND_BY_DIGEST", "Deletion", "PageStart", "TokenStore", "record_of", "snapshot_of"]
-
-_COLUMNS = """t.id, t.account_id, t.name, t.scope, t.create_time, t.expire_time,
-       t.last_used_time, t.delete_time, t.hint, t.labels"""
-_COLUMN_COUNT = 10
-_RECEIPT = """d.revision, d.mark, d.commit_time, d.effective_time, d.verifiers_acknowledged,
-       d.verifiers_outwaited, d.clients_acknowledged, d.clients_outwaited"""
-_RECEIPT_COUNT = 8
-_SCOPES = tuple(Scope)
-_NO_LABELS: Mapping[str, str] = MappingProxyType({})
-
-# The position and the timeline of a read, computed once per statement. It comes first in the join,
-# so the statement returns at least one row, with the snapshot, even if nothing matches.
-_SNAPSHOT = """(SELECT revision, mark, server_timeline() AS timeline FROM head OFFSET 0) h"""
-
-# The tokens with up to 1,000 digests, and the snapshot of the read.
-FIND_BY_DIGEST = f"""
-SELECT h.revision, h.mark, h.timeline, s.digest, {_COLUMNS}
-  FROM {_SNAPSHOT}
-  LEFT JOIN (secret s JOIN token t ON t.id = s.token_id) ON s.digest = ANY($1::bytea[])
-"""  # noqa: S608 - constants only
+__all__ = ["PageStart", "Request", "TokenStore", "deletion_of"]
 
 # The peppers, oldest first, each with whether live tokens and registered verifiers use it.
 _KNOWN_PEPPERS = """
@@ -80,16 +68,17 @@ class PageStart:
 
 
 @dataclass(frozen=True, slots=True)
-class Deletion:
-    """The receipt of a deletion. `effective_time` is None until the deletion is confirmed."""
+class Request:
+    """A request with an id that makes its retry safe."""
 
-    position: Position
-    commit_time: datetime
-    effective_time: datetime | None
-    verifiers_acknowledged: int
-    verifiers_outwaited: int
-    clients_acknowledged: int
-    clients_outwaited: int
+    id: UUID
+    method: str
+    body: bytes
+    """A hash of its fields."""
+    asked: datetime
+    """When it arrived."""
+    reusable_before: datetime
+    """Requests that arrived before this time do not count any more."""
 
 
 class TokenStore:
@@ -154,28 +143,48 @@ class TokenStore:
 
     @retry_on_conflict
     async def insert_token(
-        self, record: TokenRecord, name_key: str, digest: Digest, audit_context: AuditContext
-    ) -> None:
-        """Insert a token, its secret and its audit entry in one statement.
+        self,
+        record: TokenRecord,
+        name_key: str,
+        digest: Digest,
+        audit_context: AuditContext,
+        seal: bytes | None = None,
+        request: Request | None = None,
+    ) -> bool:
+        """Insert a token, its secret, the request's id and the audit entry in one statement.
 
-        Raises AlreadyExists if the account already has a live token with this name.
+        Returns False, and changes nothing, if the account has used the request's id. Raises
+        AlreadyExists if the account already has a live token with this name.
         """
         async with self._pool.session() as session:
             with require_durable_commit(session):
-                await session.execute(
+                status = await session.execute(
                     f"""
-                WITH token AS (
+                WITH asked AS (
+                    -- Waits for a concurrent statement with this id, and then finds its row.
+                    INSERT INTO request AS r (account_id, request_id, method, body, token_id,
+                                              create_time)
+                    SELECT $2, $21, $22, $23, $1, $24 WHERE $21::uuid IS NOT NULL
+                    ON CONFLICT (account_id, request_id) DO UPDATE
+                       SET method = excluded.method, body = excluded.body,
+                           token_id = excluded.token_id, create_time = excluded.create_time
+                     WHERE r.create_time < $25
+                    RETURNING 1),
+                token AS (
                     INSERT INTO token (id, account_id, name, name_key, scope, create_time,
-                                       expire_time, hint, labels)
-                    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+                                       expire_time, hint, labels, description, allowed_networks,
+                                       permissions)
+                    SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $16, $17, $18
+                     WHERE $21::uuid IS NULL OR EXISTS (SELECT FROM asked)
                     RETURNING id, account_id),
                 audited AS (
                     INSERT INTO audit (account_id, token_id, caller, method, peer, request_id)
                     SELECT account_id, id, $12, $13, $14, $15 FROM token),
                 -- A database restored while this process runs may lack the process's pepper.
                 known AS (INSERT INTO pepper (id) VALUES ($11) ON CONFLICT DO NOTHING)
-                INSERT INTO secret (digest, pepper_id, token_id)
-                SELECT $10, $11, id FROM token WHERE {DURABLE}
+                INSERT INTO secret (digest, pepper_id, token_id, hint, create_time, request_id,
+                                    seal)
+                SELECT $10, $11, id, $8, $6, $19, $20 FROM token WHERE {DURABLE}
                 """,  # noqa: S608 - constants only
                     record.id,
                     record.account_id,
@@ -192,7 +201,18 @@ class TokenStore:
                     audit_context.method,
                     audit_context.peer,
                     audit_context.request_id,
+                    record.description,
+                    list(record.allowed_networks),
+                    list(record.permissions),
+                    None if request is None else request.id,
+                    seal,
+                    None if request is None else request.id,
+                    "" if request is None else request.method,
+                    b"" if request is None else request.body,
+                    None if request is None else request.asked,
+                    None if request is None else request.reusable_before,
                 )
+        return status != "INSERT 0 0"
 
     @retry_on_conflict
     async def get_token(
@@ -202,8 +222,8 @@ class TokenStore:
         async with self._pool.session() as session:
             rows = await session.fetch(
                 f"""
-                SELECT h.revision, h.mark, h.timeline, {_COLUMNS}
-                  FROM {_SNAPSHOT}
+                SELECT h.revision, h.mark, h.timeline, {COLUMNS}, {DETAILS}
+                  FROM {SNAPSHOT}
                   LEFT JOIN token t
                     ON t.account_id = $1 AND t.id = $2 AND t.delete_time IS NULL
                 """,  # noqa: S608 - constants only
@@ -211,7 +231,7 @@ class TokenStore:
                 token_id,
             )
         row = rows[0]
-        return (None if row[3] is None else record_of(row)), snapshot_of(row)
+        return (None if row[3] is None else detailed_record_of(row)), snapshot_of(row)
 
     @retry_on_conflict
     async def list_tokens(
@@ -229,9 +249,9 @@ class TokenStore:
             rows = await session.fetch(
                 f"""
                 SELECT h.revision, h.mark, h.timeline, page.*
-                  FROM {_SNAPSHOT}
+                  FROM {SNAPSHOT}
                   LEFT JOIN (
-                       SELECT {_COLUMNS}
+                       SELECT {COLUMNS}, {DETAILS}
                          FROM token t
                         WHERE t.account_id = $1 AND t.delete_time IS NULL {start}
                         ORDER BY t.create_time DESC, t.id DESC
@@ -240,7 +260,7 @@ class TokenStore:
                 """,  # noqa: S608 - constants only
                 *arguments,
             )
-        return [record_of(row) for row in rows if row[3] is not None], snapshot_of(rows[0])
+        return [detailed_record_of(row) for row in rows if row[3] is not None], snapshot_of(rows[0])
 
     @retry_on_conflict
     async def delete_token(
@@ -273,6 +293,9 @@ class TokenStore:
                         SELECT revision, mark, id, clock_timestamp() AS moment FROM next),
                     tombstone AS (
                         UPDATE token t SET delete_time = s.moment FROM stamped s WHERE t.id = s.id),
+                    -- Removing the tombstone's delete_time does not revive the token.
+                    unsealed AS (
+                        UPDATE secret x SET seal = '' FROM stamped s WHERE x.token_id = s.id),
                     logged AS (
                         INSERT INTO invalidation (revision, mark, token_id)
                         SELECT revision, mark, id FROM stamped),
@@ -282,7 +305,7 @@ class TokenStore:
                         SELECT moment, $1, id, $3, $4, $5, $6 FROM stamped)
                     INSERT INTO deletion AS d (token_id, revision, mark, commit_time)
                     SELECT id, revision, mark, moment FROM stamped
-                    RETURNING {_RECEIPT}
+                    RETURNING {RECEIPT}
                     """,  # noqa: S608 - constants only
                     account_id,
                     token_id,
@@ -291,7 +314,7 @@ class TokenStore:
                     audit_context.peer,
                     audit_context.request_id,
                 )
-        return None if row is None else _deletion_of(row)
+        return None if row is None else deletion_of(row)
 
     @retry_on_conflict
     async def get_deletion(
@@ -302,8 +325,8 @@ class TokenStore:
             rows = await session.fetch(
                 f"""
                 SELECT h.revision, h.mark, h.timeline,
-                       {_RECEIPT}
-                  FROM {_SNAPSHOT}
+                       {RECEIPT}
+                  FROM {SNAPSHOT}
                   LEFT JOIN (token t JOIN deletion d ON d.token_id = t.id)
                     ON t.account_id = $1 AND t.id = $2
                 """,  # noqa: S608 - constants only
@@ -311,7 +334,7 @@ class TokenStore:
                 token_id,
             )
         row = rows[0]
-        return (None if row[3] is None else _deletion_of(row)), snapshot_of(row)
+        return (None if row[3] is None else deletion_of(row)), snapshot_of(row)
 
     @retry_on_conflict
     async def confirm_deletion(
@@ -339,7 +362,7 @@ class TokenStore:
                            clients_outwaited = CASE WHEN d.effective_time IS NULL
                                THEN $7 ELSE d.clients_outwaited END
                      WHERE d.token_id = $1 AND d.revision = $4 AND d.mark = $5 AND {DURABLE}
-                    RETURNING {_RECEIPT}
+                    RETURNING {RECEIPT}
                     """,  # noqa: S608 - constants only
                     token_id,
                     acknowledgements.acknowledged,
@@ -353,7 +376,7 @@ class TokenStore:
             # The database failed over, or the tombstone was removed in the meantime: 90 days after
             # the deletion, unless the configured retention is very short.
             raise StoreUnavailable("The receipt is missing; delete the token again.")
-        return _deletion_of(row)
+        return deletion_of(row)
 
     @retry_on_conflict
     async def invalidate_all(self, audit_context: AuditContext) -> tuple[Position, datetime]:
@@ -392,16 +415,22 @@ class TokenStore:
 
     @retry_on_conflict
     async def purge_tombstones(self, before: datetime, limit: int) -> int:
-        """Remove up to `limit` tombstones of tokens deleted before a time; return how many."""
+        """Remove up to `limit` tombstones of tokens deleted before a time; return how many.
+
+        Removes the uses of these tokens with them.
+        """
         async with self._pool.session() as session:
             status = await session.execute(
                 """
-                DELETE FROM token
-                 WHERE id IN (SELECT id FROM token
-                               WHERE delete_time < $1
-                               ORDER BY delete_time
-                               LIMIT $2
-                                 FOR UPDATE SKIP LOCKED)
+                WITH gone AS MATERIALIZED (
+                    SELECT id FROM token
+                     WHERE delete_time < $1
+                     ORDER BY delete_time
+                     LIMIT $2
+                       FOR UPDATE SKIP LOCKED),
+                days AS (DELETE FROM token_usage_day WHERE token_id IN (SELECT id FROM gone)),
+                uses AS (DELETE FROM token_usage WHERE token_id IN (SELECT id FROM gone))
+                DELETE FROM token WHERE id IN (SELECT id FROM gone)
                 """,
                 before,
                 limit,
@@ -409,31 +438,7 @@ class TokenStore:
         return int(status.removeprefix("DELETE "))
 
 
-def snapshot_of(row: "asyncpg.Record") -> Snapshot:
-    """Return the snapshot in the first columns of a row: revision, mark, timeline."""
-    return Snapshot(Position(row[0], mark_in(row[1])), row[2])
-
-
-def _deletion_of(row: "asyncpg.Record") -> Deletion:
-    """Return the receipt in the last columns of a row, those of `_RECEIPT`."""
-    revision, mark, *rest = row[-_RECEIPT_COUNT:]
+def deletion_of(row: "asyncpg.Record") -> Deletion:
+    """Return the receipt in the last columns of a row, those of `RECEIPT`."""
+    revision, mark, *rest = row[-RECEIPT_COUNT:]
     return Deletion(Position(revision, mark_in(mark)), *rest)
-
-
-def record_of(row: "asyncpg.Record") -> TokenRecord:
-    """Return the token in the last columns of a row, those of `_COLUMNS`."""
-    # By position, not by name, because every Verify that looks up does this.
-    columns = row[-_COLUMN_COUNT:]
-    token_id, account_id, name, scope, created, expires, last_used, deleted, hint, labels = columns
-    return TokenRecord(
-        token_id,
-        account_id,
-        name,
-        _SCOPES[scope],
-        created,
-        expires,
-        hint,
-        _NO_LABELS if labels == "{}" else json.loads(labels),
-        last_used,
-        deleted,
-    )

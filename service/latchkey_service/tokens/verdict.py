@@ -1,6 +1,7 @@
-"""Decides whether a token may do what a caller asks. Pure; owns the types of tokens and verdicts.
+"""The types of tokens, secrets and verdicts.
 
-Does not find the token (`batched_lookup.py`) or check the lease (`verifier.py`).
+The decision itself is shared with the client library (`latchkey_coherence.verdict`). Does not find
+the token (`batched_lookup.py`) or check the lease (`verifier.py`).
 """
 
 import enum
@@ -8,11 +9,20 @@ from collections.abc import Mapping
 from datetime import datetime
 from sys import intern
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from latchkey_coherence.verdict import Networks, Verdict, decide
 from latchkey_coherence.verdict_cache import Entry
 
-__all__ = ["CachedToken", "Scope", "TokenRecord", "Verdict", "decide"]
+__all__ = [
+    "CachedToken",
+    "Scope",
+    "SecretRecord",
+    "TokenRecord",
+    "TokenSecret",
+    "Verdict",
+    "decide",
+]
 
 
 class Scope(enum.IntEnum):
@@ -23,15 +33,15 @@ class Scope(enum.IntEnum):
     WRITE = 2
 
 
-class Verdict(enum.IntEnum):
-    """Answer to "may this secret do this?", numbered as in the contract."""
+class TokenSecret(NamedTuple):
+    """A secret of a token, as its owner sees it."""
 
-    VALID = 1
-    MALFORMED = 2
-    UNKNOWN = 3
-    DELETED = 4
-    EXPIRED = 5
-    INSUFFICIENT_SCOPE = 6
+    hint: str
+    create_time: datetime
+    expire_time: datetime | None
+    """When it stops or stopped working. None: it works as long as the token."""
+    retire_on_first_use: bool = False
+    last_used_time: datetime | None = None
 
 
 class TokenRecord(NamedTuple):
@@ -51,12 +61,46 @@ class TokenRecord(NamedTuple):
     labels: Mapping[str, str] = MappingProxyType({})
     last_used_time: datetime | None = None
     delete_time: datetime | None = None
+    disable_time: datetime | None = None
+    allowed_networks: tuple[str, ...] = ()
+    permissions: tuple[str, ...] = ()
+    description: str = ""
+    secrets: tuple[TokenSecret, ...] = ()
+    """Newest first."""
+    last_used_by: str = ""
+    """This and the two before are empty in look-ups of Verify, as is `last_used_time`."""
+
+
+class SecretRecord(NamedTuple):
+    """A secret as stored."""
+
+    digest: bytes
+    pepper_id: str
+    expire_time: datetime | None
+    """End of the grace after a rotation."""
+    retire_time: datetime | None
+    """Set: it has ended, whatever any clock says."""
+    retire_on_first_use: bool
+    seal: bytes | None
+    """None: not sealed yet. Empty: it or its token has ended."""
+    older: bool = False
+    """Whether the token has older secrets that are not retired. Only in look-ups of Verify."""
 
 
 class CachedToken(Entry):
-    """The part of a token that the cache keeps. A cache may hold a million of them."""
+    """The part of a token and secret that the cache keeps. A cache may hold a million of them."""
 
-    __slots__ = ("account_id", "deleted", "expires", "scope", "token")
+    __slots__ = (
+        "account_id",
+        "deleted",
+        "disabled",
+        "expires",
+        "networks",
+        "permissions",
+        "scope",
+        "token",
+        "use",
+    )
 
     def __init__(
         self,
@@ -67,6 +111,9 @@ class CachedToken(Entry):
         token: bytes,
         *,
         deleted: bool,
+        disabled: bool = False,
+        networks: Networks | None = None,
+        permissions: frozenset[str] | None = None,
         keep_until: float,
     ) -> None:
         super().__init__(token_id, keep_until)
@@ -74,25 +121,13 @@ class CachedToken(Entry):
         self.account_id = intern(account_id)
         self.scope = scope
         self.expires = expires
-        """Expiry in seconds of Unix time; infinite if the token never expires."""
+        """When the secret stops working, in seconds of Unix time. Infinite: never; minus infinite:
+        it was retired."""
         self.token = token
         """The encoded token, as part of a VerifyResponse."""
         self.deleted = deleted
-
-
-def decide(record: CachedToken | None, required_scope: int, now: float) -> Verdict:
-    """Return the verdict at the time `now` on a well-formed secret whose token is `record`.
-
-    `required_scope` is a number of the contract's enum. No token includes a number that this
-    release does not know, so a newer caller is rejected and never admitted by mistake.
-    """
-    if record is None:
-        return Verdict.UNKNOWN
-    if record.deleted:
-        return Verdict.DELETED
-    if record.expires <= now:
-        return Verdict.EXPIRED
-    # Levels are ordered, and each includes all lower ones. Negative numbers are not levels.
-    if not 0 <= required_scope <= record.scope:
-        return Verdict.INSUFFICIENT_SCOPE
-    return Verdict.VALID
+        self.disabled = disabled
+        self.networks = networks
+        self.permissions = permissions
+        self.use: Any = None
+        """The entry of `usage.PendingUses` that counts the secret's uses, if there is one."""

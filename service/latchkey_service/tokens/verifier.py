@@ -13,10 +13,11 @@ cached, so a verify recognises a new token at once.
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from hashlib import sha256
 from typing import Final, NamedTuple
 
+from latchkey_coherence.verdict import Networks
 from latchkey_coherence.verdict_cache import NOWHERE, Position
 
 from latchkey_service.coherence.reads import LeasedReads
@@ -24,7 +25,14 @@ from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.errors import CacheStartedOver
 from latchkey_service.secret_format import SECRET_LENGTH_MAX, Keyring, Malformed
 from latchkey_service.tokens.batched_lookup import Found, Lookup
-from latchkey_service.tokens.verdict import CachedToken, TokenRecord, Verdict, decide
+from latchkey_service.tokens.seal import SealGuard
+from latchkey_service.tokens.verdict import (
+    CachedToken,
+    SecretRecord,
+    TokenRecord,
+    Verdict,
+    decide,
+)
 
 __all__ = ["MALFORMED", "UNKNOWN", "Answer", "Question", "Verifier"]
 
@@ -40,10 +48,18 @@ class Answer(NamedTuple):
     account_id: str = ""
     """The token's account; empty without a token."""
     position: Position = NOWHERE
+    record: CachedToken | None = None
 
 
-# A presented secret and the number of the required scope.
-Question = tuple[str, int]
+class Question(NamedTuple):
+    """A presented secret, and what its holder wants to do."""
+
+    presented: str
+    required_scope: int
+    """The number of the scope."""
+    client_address: str = ""
+    required_permissions: Collection[str] = ()
+
 
 # A verify gives up after this share of its caller's time, so that the caller receives our reason
 # and not its own timeout: when Postgres hangs, hundreds of calls reach theirs at once.
@@ -74,7 +90,12 @@ class Verifier:
         *,
         cache_seconds: float,
         randomness: Callable[[], float],
+        guard: SealGuard,
+        on_first_use: Callable[[TokenRecord, SecretRecord], None] = lambda _token, _secret: None,
     ) -> None:
+        self._guard = guard
+        # Called with a secret whose look-up ends older ones.
+        self._on_first_use = on_first_use
         self._keyring = keyring
         self._lookup = lookup
         self._reads = reads
@@ -86,8 +107,18 @@ class Verifier:
         self._unix_time = unix_time
         self._cache_seconds = cache_seconds
         self._randomness = randomness
+        self.answered_by_read = 0
+        """The questions that a read of the database answered."""
+        self.answered_by_form = 0
+        """The questions that the form of the secret answered: no secret of ours looks like that."""
 
-    def verify_cached(self, presented: str, required_scope: int) -> Answer | None:
+    def verify_cached(
+        self,
+        presented: str,
+        required_scope: int,
+        client_address: str = "",
+        required_permissions: Collection[str] = (),
+    ) -> Answer | None:
         """Return the answer to one question from the cache, or None."""
         if len(presented) > SECRET_LENGTH_MAX:
             return None
@@ -99,46 +130,49 @@ class Verifier:
         record.used = True
         # No applied invalidation names it, or it would not be in the cache.
         return Answer(
-            decide(record, required_scope, self._unix_time()),
+            decide(record, required_scope, self._unix_time(), client_address, required_permissions),
             record.token,
             record.account_id,
             self._cache.position,
+            record,
         )
 
-    async def verify(
-        self, presented: str, required_scope: int, seconds_left: float | None
-    ) -> Answer:
+    async def verify(self, question: Question, seconds_left: float | None) -> Answer:
         """Return the answer to one question that `verify_cached` cannot answer.
 
         At most one round trip, shared with other calls. `seconds_left` is how long its caller
         waits; None means no limit. Raises StoreUnavailable and Overloaded, and Unavailable shortly
         before the caller stops waiting.
         """
-        digest = self._parse(presented)
+        digest = self._parse(question.presented)
         if isinstance(digest, Answer):
+            self.answered_by_form += 1
             return digest
         (found,) = await self._find((digest,), self._deadline(seconds_left))
+        self.answered_by_read += 1
         # Reads the time after the wait, because expiry is judged at the time of the answer.
-        return self._judge(presented, found, required_scope, self._unix_time())
+        return self._judge(question, found, self._unix_time())
 
     async def verify_batch(
         self, questions: Sequence[Question], seconds_left: float | None
     ) -> list[Answer]:
         """Return the answers to up to 1,000 questions, in order, with one look-up."""
         parsed = [
-            self.verify_cached(presented, required_scope) or self._parse(presented)
-            for presented, required_scope in questions
+            self.verify_cached(*question) or self._parse(question.presented)
+            for question in questions
         ]
         digests = [digest for digest in parsed if isinstance(digest, bytes)]
+        by_form = sum(answer is MALFORMED or answer is UNKNOWN for answer in parsed)
         if not digests:
+            self.answered_by_form += by_form
             return [answer for answer in parsed if isinstance(answer, Answer)]
         founds = iter(await self._find(digests, self._deadline(seconds_left)))
+        self.answered_by_form += by_form
+        self.answered_by_read += len(digests)
         now = self._unix_time()
         return [
-            digest
-            if isinstance(digest, Answer)
-            else self._judge(presented, next(founds), required_scope, now)
-            for digest, (presented, required_scope) in zip(parsed, questions, strict=True)
+            digest if isinstance(digest, Answer) else self._judge(question, next(founds), now)
+            for digest, question in zip(parsed, questions, strict=True)
         ]
 
     async def check(self, deadline: float) -> None:
@@ -171,27 +205,51 @@ class Verifier:
         await self._reads.accept(found[0].snapshot, began, deadline)
         return found
 
-    def _judge(self, presented: str, found: Found, required_scope: int, now: float) -> Answer:
-        """Decide on a token that was read, and cache it if the fill rule allows."""
-        read = found.record
-        if read is None:
-            return Answer(Verdict.UNKNOWN, position=found.snapshot.position)
+    def _judge(self, question: Question, found: Found, now: float) -> Answer:
+        """Decide on a token that was read, and cache it if the fill rule allows.
+
+        A row that is not genuine is UNKNOWN and not cached. What has ended needs no seal, because
+        it is refused anyway.
+        """
+        read, secret, position = found.record, found.secret, found.snapshot.position
+        if read is None or secret is None:
+            return Answer(Verdict.UNKNOWN, position=position)
+        ended = read.delete_time is not None or secret.retire_time is not None
+        if not ended:
+            if not self._guard.trusts(read, secret):
+                return Answer(Verdict.UNKNOWN, position=position)
+            if secret.older:
+                self._on_first_use(read, secret)
+        expires = _ends_at(read, secret)
+        if secret.expire_time is not None and secret.expire_time.timestamp() == expires:
+            read = read._replace(expire_time=secret.expire_time)
         record = CachedToken(
             read.id,
             read.account_id,
             int(read.scope),
-            math.inf if read.expire_time is None else read.expire_time.timestamp(),
+            expires,
             self._encode(read),
             deleted=read.delete_time is not None,
+            disabled=read.disable_time is not None,
+            # What has ended is not sealed, so its networks may be damaged.
+            networks=Networks(read.allowed_networks)
+            if read.allowed_networks and not ended
+            else None,
+            permissions=frozenset(read.permissions) if read.permissions else None,
             # Random, from half of the time to all of it, so that tokens read together, for example
             # after a start, do not expire together.
             keep_until=self._clock() + self._cache_seconds * (0.5 + 0.5 * self._randomness()),
         )
-        position = found.snapshot.position
         if self._cache.entries_max:
-            self._cache.store(sha256(presented.encode()).digest(), record, position)
-        verdict = decide(record, required_scope, now)
-        return Answer(verdict, record.token, record.account_id, position)
+            self._cache.store(sha256(question.presented.encode()).digest(), record, position)
+        verdict = decide(
+            record,
+            question.required_scope,
+            now,
+            question.client_address,
+            question.required_permissions,
+        )
+        return Answer(verdict, record.token, record.account_id, position, record)
 
     def _parse(self, presented: str) -> bytes | Answer:
         """Return the digest to look up, or the answer if no look-up is needed."""
@@ -200,3 +258,13 @@ class Verifier:
         except Malformed:
             return MALFORMED
         return UNKNOWN if digest is None else digest
+
+
+def _ends_at(token: TokenRecord, secret: SecretRecord) -> float:
+    """Return when the secret stops working: seconds of Unix time, or plus or minus infinity."""
+    if secret.retire_time is not None:
+        return -math.inf
+    return min(
+        math.inf if moment is None else moment.timestamp()
+        for moment in (token.expire_time, secret.expire_time)
+    )

@@ -32,6 +32,7 @@ from latchkey_service.access.methods import (
     METHODS,
     OPEN,
     OPERATOR,
+    REVOKER,
     VERIFIER,
 )
 from latchkey_service.errors import LatchkeyError, StatusParts, TimeoutMalformed
@@ -137,6 +138,7 @@ class Server(pygrpc_native.aio.Server):
             VERIFIER: self._verifies,
             MANAGER: _Queue(OTHERS_IN_TURN),
             OPERATOR: _Queue(OTHERS_IN_TURN),
+            REVOKER: _Queue(OTHERS_IN_TURN),
         }
         self._queues = (self._batches, *self._by_role.values())
         # A cancellation may overtake its call: the library's thread and this one both fetch.

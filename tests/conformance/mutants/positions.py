@@ -331,7 +331,7 @@ def keeps_positions_at_an_unknown_event(patch: Patch) -> None:
 @mutant(12, "a-verdict-that-is-too-old")
 def keeps_verdicts_for_ever(patch: Patch) -> None:
     patch.setattr(
-        verifier, "cache_entry", lambda answer, scope, _: cache_entry(answer, scope, math.inf)
+        verifier, "cache_entry", lambda answer, scope, *_: cache_entry(answer, scope, math.inf)
     )
 
 

@@ -53,6 +53,7 @@ async def test_create_returns_token_and_redacted_secret(
         scope=pb.SCOPE_READ,
         ttl=call.request.ttl,
         labels={"a": "b"},
+        request_id=call.request.request_id,
     )
     assert call.request.ttl.ToTimedelta() == timedelta(days=1, microseconds=5)
     assert call.metadata["user-agent"].startswith(f"latchkey-python/{latchkey.__version__}")

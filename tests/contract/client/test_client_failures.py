@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import time
 import traceback
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -34,8 +34,16 @@ UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 METHODS: dict[str, Callable[..., Awaitable[object]]] = {
     "Create": lambda c, **kw: c.create("acme", "ci", Scope.READ, **kw),
     "Get": lambda c, **kw: c.get("acme", "t1", **kw),
+    "GetUsage": lambda c, **kw: c.get_usage("acme", "t1", **kw),
     "List": lambda c, **kw: c.list_page("acme", **kw),
     "Delete": lambda c, **kw: c.delete("acme", "t1", **kw),
+    "Update": lambda c, **kw: c.update("acme", "t1", name="x", **kw),
+    "Disable": lambda c, **kw: c.disable("acme", "t1", **kw),
+    "Enable": lambda c, **kw: c.enable("acme", "t1", **kw),
+    "Rotate": lambda c, **kw: c.rotate("acme", "t1", **kw),
+    "RetireSecrets": lambda c, **kw: c.retire_secrets("acme", "t1", **kw),
+    "RevokeSecret": lambda c, **kw: c.revoke_secrets(["x"], **kw),
+    "DeleteAll": lambda c, **kw: c.delete_all("acme", **kw),
     "Verify": lambda c, **kw: c.verify("x", **kw),
     "BatchVerify": lambda c, **kw: c.batch_verify([("x", None)], **kw),
     "GetStatus": lambda c, **kw: c.status(**kw),
@@ -44,8 +52,16 @@ METHODS: dict[str, Callable[..., Awaitable[object]]] = {
 ANSWERS: dict[str, Message] = {
     "Create": pb.CreateResponse(),
     "Get": pb.GetResponse(),
+    "GetUsage": pb.GetUsageResponse(),
     "List": pb.ListResponse(),
     "Delete": pb.DeleteResponse(),
+    "Update": pb.UpdateResponse(),
+    "Disable": pb.DisableResponse(),
+    "Enable": pb.EnableResponse(),
+    "Rotate": pb.RotateResponse(),
+    "RetireSecrets": pb.RetireSecretsResponse(),
+    "RevokeSecret": pb.RevokeSecretResponse(results=[pb.RevokeSecretResult()]),
+    "DeleteAll": pb.DeleteAllResponse(),
     "Verify": pb.VerifyResponse(verdict=pb.VERDICT_UNKNOWN),
     "BatchVerify": pb.BatchVerifyResponse(responses=[pb.VerifyResponse()]),
     "GetStatus": status_pb.GetStatusResponse(),
@@ -60,12 +76,10 @@ async def test_every_call_has_a_deadline(
 ) -> None:
     """The server sees the deadline of the method, of the client, or of the call."""
     fake.on(rpc, fake.says(ANSWERS[rpc]))
-    policy = _retry.POLICIES[rpc]
-    assert 0 < policy.timeout_seconds <= 10
+    assert 0 < _retry.TIMEOUTS_SECONDS[rpc] <= 10
     # Verify's default is one second, which a busy machine may exceed.
-    default = policy.timeout_seconds + 10
-    policies = {rpc: dataclasses.replace(policy, timeout_seconds=default)}
-    monkeypatch.setattr(_retry, "POLICIES", policies)
+    default = _retry.TIMEOUTS_SECONDS[rpc] + 10
+    monkeypatch.setattr(_retry, "TIMEOUTS_SECONDS", {rpc: default})
     async with latchkey.Client(fake.target) as client:
         await METHODS[rpc](client)
         await METHODS[rpc](client, timeout_seconds=77.0)
@@ -94,14 +108,34 @@ async def test_a_hung_server_ends_with_the_deadline(
 
 @every_rpc
 @pytest.mark.usefixtures("quick_retries")
-async def test_only_safe_methods_are_retried(
+async def test_every_method_is_retried(
     client: latchkey.Client, fake: FakeLatchkey, rpc: str
 ) -> None:
-    """After UNAVAILABLE a safe method makes five attempts, and Create exactly one."""
+    """After UNAVAILABLE each method makes five attempts with the same request."""
     fake.on(rpc, fake.fails(UNAVAILABLE))
-    with pytest.raises(latchkey.Unavailable):
+    with pytest.raises(latchkey.Unavailable) as caught:
         await METHODS[rpc](client)
-    assert fake.count(rpc) == (1 if rpc == "Create" else _retry.ATTEMPTS_MAX)
+    assert fake.count(rpc) == _retry.ATTEMPTS_MAX
+    assert all(call.request == fake.calls[0].request for call in fake.calls)
+    assert not caught.value.unsent
+
+
+@pytest.mark.parametrize("rpc", ["Create", "Rotate"])
+@pytest.mark.usefixtures("quick_retries")
+async def test_each_call_has_one_request_id(
+    client: latchkey.Client, fake: FakeLatchkey, rpc: str
+) -> None:
+    """All attempts of a call carry the same UUID, and each call another one. A caller that wants to
+    try again later can give its own."""
+    fake.on(rpc, fake.fails(UNAVAILABLE), fake.says(ANSWERS[rpc]))
+    own = uuid.uuid4()
+    await METHODS[rpc](client)
+    await METHODS[rpc](client)
+    await METHODS[rpc](client, request_id=own)
+    first, retry, second, third = [call.request.request_id for call in fake.calls]
+    assert first == retry != second
+    assert str(uuid.UUID(first)) == first
+    assert third == str(own)
 
 
 async def test_a_transient_failure_is_hidden(client: latchkey.Client, fake: FakeLatchkey) -> None:
@@ -125,6 +159,7 @@ async def test_a_refused_connection_is_unavailable(dead_target: str) -> None:
             await client.get("acme", "t1", timeout_seconds=60)
         assert time.monotonic() - started < 30
     assert type(caught.value) is latchkey.Unavailable
+    assert caught.value.unsent
 
 
 async def test_a_restarted_service_is_found(fake: FakeLatchkey, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from latchkey.guards._grpc import CallRules
 from latchkey.guards.grpc_sync import GuardInterceptor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 SECRET = "lk" + "_" + "S3cr3t" * 9 + "abc"
 BEARER = (("authorization", f"Bearer  {SECRET} "),)
@@ -37,15 +37,26 @@ class Stub:
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure
         self.asked: list[float | None] = []
+        self.addresses: list[str] = []
 
     def verify(
-        self, secret: Secret, scope: Scope | None, /, *, timeout_seconds: float | None = None
+        self,
+        secret: Secret,
+        scope: Scope | None,
+        /,
+        *,
+        client_address: str = "",
+        permissions: Collection[str] = (),
+        timeout_seconds: float | None = None,
     ) -> Verification:
         self.asked.append(timeout_seconds)
+        self.addresses.append(client_address)
         if self.failure is not None:
             raise self.failure
         if secret.reveal() != SECRET:
             return Verification(verdict=Verdict.UNKNOWN)
+        if permissions:
+            return Verification(verdict=Verdict.INSUFFICIENT_PERMISSIONS, token=TOKEN)
         if scope is Scope.WRITE:
             return Verification(verdict=Verdict.INSUFFICIENT_SCOPE, token=TOKEN)
         return Verification(verdict=Verdict.VALID, token=TOKEN)
@@ -207,7 +218,8 @@ def test_the_deadline_bounds_the_verify() -> None:
         call(channel, "uu", BEARER, None)
     with_deadline, without = verifier.asked
     assert with_deadline is not None
-    assert 0 < with_deadline <= 10
+    # Clocks of client and server are compared, and a busy machine rounds.
+    assert 0 < with_deadline < 11
     assert without is None
 
 
@@ -273,3 +285,19 @@ def test_mistakes_are_reported_at_construction() -> None:
     wrong = Async()
     with pytest.raises(TypeError, match=r"latchkey\.sync\.Verifier"):
         GuardInterceptor(wrong, None)
+
+
+def test_permissions_and_addresses() -> None:
+    """A method may require permissions. The verifier gets the client's address: that of the
+    connection, or the one that a trusted proxy names."""
+    with serving(Stub(), permissions={"/demo.Demo/uu": {"orders:read"}}) as (channel, _):
+        assert refused(channel, "uu", BEARER)[:2] == (
+            grpc.StatusCode.PERMISSION_DENIED,
+            "TOKEN_PERMISSIONS_INSUFFICIENT",
+        )
+    forwarded = (*BEARER, ("x-forwarded-for", "192.0.2.1"))
+    for proxies, expected in (((), "127.0.0.1"), (("127.0.0.1",), "192.0.2.1")):
+        verifier = Stub()
+        with serving(verifier, trusted_proxies=proxies) as (channel, _):
+            call(channel, "uu", forwarded)
+        assert verifier.addresses == [expected]

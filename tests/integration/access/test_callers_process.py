@@ -40,6 +40,7 @@ from tests.helpers.calls import CHANNEL_OPTIONS, is_serving, outcome
 from tests.helpers.free_ports import free_port
 from tests.helpers.held_workers import Hold
 from tests.helpers.repository import ROOT
+from tests.helpers.scratch import SCRATCH
 from tests.helpers.service_process import Service
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 from tests.helpers.watch_client import WatchClient
@@ -52,7 +53,7 @@ UNKNOWN_SECRET = pb.VerifyRequest(secret="nothing")
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir="/tmp"))
+    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir=SCRATCH))
     yield path
     shutil.rmtree(path)
 
@@ -68,7 +69,6 @@ def run(folder: Path, database_url: str) -> Iterator[Run]:
             "database_url": database_url,
             "data_dir": folder / "data",
             "grace_seconds": 0.5,
-            "log_format": "json",
         }
         started.append(Service(folder / f"service {len(started)}", **(given | settings)))
         return started[-1]

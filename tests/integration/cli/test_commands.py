@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,84 +17,11 @@ from google.rpc import error_details_pb2, status_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
+from tests.helpers.tool import NOWHERE, Run
 from tests.helpers.watch_client import watching
 
-# A process starts in about half a second; a busy machine may take longer.
-TIMEOUT_SECONDS = 20
-# Nothing listens on this reserved port (RFC 6335 §6).
-NOWHERE = "127.0.0.1:1"
-GARBAGE = "lk" + "_" + "x" * 57
-
-
-@dataclass(frozen=True)
-class Result:
-    """The result of one run of the tool."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-    @property
-    def error(self) -> Any:
-        return json.loads(self.err)["error"]
-
-
-Run = Callable[..., Awaitable[Result]]
 Create = Callable[..., Awaitable[pb.CreateResponse]]
-
-
-@pytest.fixture
-def transport() -> str:
-    """The tool cannot tell the transports apart, so one is enough here."""
-    return "native"
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """Run the tool in an empty folder without a .env file. Kill it at the timeout."""
-
-    async def run(
-        *arguments: str,
-        target: str = NOWHERE,
-        stdin: str | bytes = b"",
-        stdout: int = asyncio.subprocess.PIPE,
-        command: tuple[str, ...] = (sys.executable, "-m", "latchkey_cli"),
-        **environment: str,
-    ) -> Result:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            *arguments,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=stdout,
-            stderr=asyncio.subprocess.PIPE,
-            cwd=tmp_path,
-            env={
-                "PATH": os.defpath,
-                "HOME": str(tmp_path),
-                "LANG": "C.UTF-8",
-                "TZ": "UTC",
-                "LATCHKEY_TARGET": target,
-                "LATCHKEY_ACCOUNT": "acme",
-                **environment,
-            },
-        )
-        try:
-            async with asyncio.timeout(TIMEOUT_SECONDS):
-                data = stdin.encode() if isinstance(stdin, str) else stdin
-                out, err = await process.communicate(data)
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        assert process.returncode is not None
-        assert b"Traceback" not in err
-        return Result(process.returncode, (out or b"").decode(), err.decode())
-
-    return run
+GARBAGE = "lk" + "_" + "x" * 57
 
 
 class Scripted(pb_grpc.TokenServiceServicer):
@@ -244,8 +170,8 @@ async def test_service_errors_have_their_exit_codes(run: Run, address: str, crea
 
 
 async def test_no_answer_exits_6_promptly(run: Run, scripted: tuple[str, Scripted]) -> None:
-    """Without a server, the tool says so within seconds and describes the possible effects: a
-    Create without a connection changed nothing, but an earlier attempt of a Delete may have."""
+    """Without a server, the tool says so within seconds and describes the possible effects: a call
+    without a connection changed nothing, but one whose answer was lost may have."""
     loop = asyncio.get_running_loop()
     start = loop.time()
     listed, refused, lost, deleted, verified = await asyncio.gather(
@@ -263,7 +189,7 @@ async def test_no_answer_exits_6_promptly(run: Run, scripted: tuple[str, Scripte
     assert "('latchkey serve'); the token may exist: look for 'x' in" in lost.err
     assert "'latchkey list -a acme'" in lost.err
     assert deleted.error["code"] == "UNAVAILABLE"
-    assert "('latchkey serve'); the token may be deleted" in deleted.error["to_do"]
+    assert "('latchkey serve'), then try again: nothing was changed" in deleted.error["to_do"]
     assert "('latchkey serve'); treat the secret as invalid" in verified.err
     assert GARBAGE not in verified.err
 
@@ -278,7 +204,7 @@ async def test_lists_are_complete_and_escaped(run: Run, scripted: tuple[str, Scr
         run("list", "--json", "-a", "broken", target=target),
     )
     lines = table.out.splitlines()
-    assert lines[0].split() == ["Name", "Scope", "Created", "Expires", "Hint", "ID"]
+    assert lines[0].split() == ["Name", "Scope", "Created", "Expires", "Hint", "Last", "used", "ID"]
     assert len(lines) == 7
     assert r"[red]\x1b[31m2-1" in lines[6]
     assert "2023-11-14 22:13 UTC" in lines[6]
@@ -382,8 +308,8 @@ async def test_completion_works(run: Run) -> None:
         assert script.code == 0
         assert variable in script.out
     words = await run(**{variable: "complete_bash", "COMP_WORDS": "latchkey ", "COMP_CWORD": "1"})
-    commands = "create list get delete verify status invalidate-all audit console serve"
-    commands += " policy config"
+    commands = "create list get delete update disable enable rotate retire-secrets usage revoke"
+    commands += " delete-all verify status invalidate-all audit console serve policy config"
     assert words.out.split() == commands.split()
     in_bash = """
         source /dev/stdin

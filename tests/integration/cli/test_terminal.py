@@ -77,12 +77,6 @@ Create = Callable[..., Awaitable[pb.CreateResponse]]
 
 
 @pytest.fixture
-def transport() -> str:
-    """The tool cannot tell the transports apart, so one is enough here."""
-    return "native"
-
-
-@pytest.fixture
 async def start(address: str, tmp_path: Path) -> AsyncIterator[Open]:
     """Start the tool on a terminal."""
     terminals: list[Terminal] = []

@@ -21,6 +21,7 @@ from latchkey_service.postgres.embedded_cluster import (
     EmbeddedPostgres,
 )
 
+from tests.helpers.scratch import SCRATCH
 from tests.integration.postgres.embedded_process import (
     IS_ROOT,
     WAIT_SECONDS,
@@ -45,7 +46,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def root_dir() -> Iterator[Path]:
     # pytest's tmp_path is 0700, closed to the account that root gives PostgreSQL.
-    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir="/tmp"))
+    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir=SCRATCH))
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)

@@ -204,7 +204,8 @@ async def name_keys(connection: "asyncpg.Connection[asyncpg.Record]") -> dict[st
 
 async def test_names_that_look_the_same(empty_url: str) -> None:
     """The keys of existing names get the form that new names have. If two live tokens then have the
-    same, the older one gets it, and both stay. Deleted tokens and ASCII names keep theirs."""
+    same, the older one gets it, and both stay. Deleted tokens and ASCII names keep theirs. The key
+    of an expired token whose name was taken over keeps its prefix."""
     migrations = bundled()
     earlier = [m for m in migrations if m.name != "names"]
     await migrate(empty_url, earlier)
@@ -227,6 +228,8 @@ async def test_names_that_look_the_same(empty_url: str) -> None:
             old = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
             await connection.execute(insert, f"tok_{number}", account, name, old, number)
         await connection.execute(insert, "gone", "e", "x\u200b", "x\u200b", 0)
+        freed = "\x01tok_freed\x01"
+        await connection.execute(insert, "tok_freed", "f", "y\u200b", freed + "y\u200b", 0)
         await connection.execute("UPDATE token SET delete_time = now() WHERE id = 'gone'")
         before = await name_keys(connection)
     assert [m.name for m in await migrate(empty_url, migrations)] == ["names"]
@@ -236,3 +239,33 @@ async def test_names_that_look_the_same(empty_url: str) -> None:
         expected = name_key(name) if new else before[f"tok_{number}"]
         assert after[f"tok_{number}"] == expected, name
     assert after["gone"] == before["gone"]
+    assert after["tok_freed"] == freed + "y"
+
+
+async def test_a_database_with_tokens_is_migrated(empty_url: str) -> None:
+    """A database of an earlier release, with tokens and secrets, gets all newer tables and columns,
+    in order, and keeps its rows."""
+    migrations = bundled()
+    await migrate(empty_url, [m for m in migrations if m.version <= 5])
+    async with session(empty_url) as connection:
+        await connection.execute(
+            """
+            INSERT INTO pepper (id) VALUES ('p');
+            INSERT INTO token (id, account_id, name, name_key, scope, create_time, hint)
+            VALUES ('tok_1', 'a', 'N', 'n', 1, now(), 'lk_…abcd');
+            INSERT INTO secret (digest, pepper_id, token_id)
+            VALUES (decode(repeat('00', 32), 'hex'), 'p', 'tok_1');
+            """
+        )
+    newer = await migrate(empty_url, migrations)
+    assert [m.name for m in newer] == ["lifecycle", "usage", "names"]
+    async with session(empty_url) as connection:
+        row = await connection.fetchrow(
+            """
+            SELECT t.name, t.name_key, t.version, t.permissions, s.ordinal, s.hint, s.seal,
+                   (SELECT count(*) FROM token_usage)
+              FROM token t JOIN secret s ON s.token_id = t.id
+            """
+        )
+    assert row is not None
+    assert tuple(row) == ("N", "n", 0, [], 0, "", None, 0)

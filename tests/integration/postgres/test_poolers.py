@@ -27,6 +27,7 @@ from latchkey_service.postgres.sessions import GENERIC_PLAN, SETTINGS
 from tests.helpers.calls import CHANNEL_OPTIONS
 from tests.helpers.databases import drop_database, session
 from tests.helpers.pgbouncer import PgBouncer
+from tests.helpers.programs import INSTALLS
 from tests.helpers.servers import with_database
 from tests.helpers.service_process import Service
 from tests.helpers.waiting import eventually
@@ -403,6 +404,7 @@ async def test_a_pooler_that_changes_its_mode_is_an_outage(pgbouncer: Start) -> 
     await pool.close()
 
 
+@INSTALLS
 async def test_a_standby_behind_a_pooler_is_not_used(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

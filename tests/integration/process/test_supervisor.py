@@ -26,6 +26,7 @@ from latchkey_service.settings.settings import Settings
 from tests.helpers.calls import CHANNEL_OPTIONS, is_serving, outcome
 from tests.helpers.free_ports import free_port
 from tests.helpers.held_workers import Hold
+from tests.helpers.scratch import SCRATCH
 from tests.helpers.service_process import Service
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 
@@ -54,7 +55,7 @@ def made_data_dir(scratch: Path) -> Path:
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A folder that Postgres' own account can enter."""
-    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir="/tmp"))
+    path = Path(tempfile.mkdtemp(prefix="latchkey-test-", dir=SCRATCH))
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)
@@ -74,7 +75,7 @@ def run(folder: Path) -> Iterator[Run]:
     started: list[Service] = []
 
     def run(**settings: object) -> Service:
-        settings = {"listen": "127.0.0.1:0", "grace_seconds": 1, "log_format": "json"} | settings
+        settings = {"listen": "127.0.0.1:0", "grace_seconds": 1} | settings
         started.append(Service(folder / f"service {len(started)}", **settings))
         return started[-1]
 
@@ -104,6 +105,27 @@ async def verdict(address: str, secret: str) -> Any:
 
 async def is_valid(address: str, secret: str) -> bool:
     return bool(await verdict(address, secret) == pb.VERDICT_VALID)
+
+
+async def test_libpq_variables_do_not_reach_the_embedded_postgres(
+    run: Run, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Variables in the shell that are about another database have no effect on the embedded one."""
+    for name, value in {
+        "PGHOST": "nowhere.invalid",
+        "PGPORT": "1",
+        "PGUSER": "somebody",
+        "PGDATABASE": "other",
+        "PGSSLMODE": "verify-full",
+        "PGSSLROOTCERT": "/nowhere.pem",
+        "PGSERVICE": "nothing",
+        "PGTARGETSESSIONATTRS": "standby",
+        "PGGSSLIB": "nothing",
+    }.items():
+        monkeypatch.setenv(name, value)
+    service = run(data_dir=data_dir)
+    await service.welcome()
+    assert await service.end() == 0
 
 
 @pytest.mark.parametrize(

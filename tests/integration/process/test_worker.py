@@ -68,7 +68,7 @@ POLICY = '[callers.shop]\nroles = ["verifier"]\n'
     [
         ({"policy": "policy.toml"}, None, "a worker needs both"),
         ({}, POLICY, "a worker needs both"),
-        ({"policy": "policy.toml"}, "[callers", "line 1: "),
+        ({"policy": "policy.toml"}, "[callers", "TOML"),
         ({"policy": "policy.toml"}, ..., "received no policy"),
         (
             {"trusted_proxy": "spiffe://example.org/proxy"},

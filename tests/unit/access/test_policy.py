@@ -43,7 +43,13 @@ def test_policy_contents():
     audit = "/latchkey.v1.AuditService/List"
     assert shop.methods == {tokens + "Verify", tokens + "BatchVerify", tokens + "Watch", audit}
     admin = policy.certificates["admin.internal"]
-    assert admin.methods == {tokens + name for name in ("Create", "Get", "List", "Delete")}
+    assert admin.methods == {
+        tokens + name
+        for name in (
+            *("Create", "Get", "GetUsage", "List", "Delete", "DeleteAll"),
+            *("Update", "Disable", "Enable", "Rotate", "RetireSecrets"),
+        )
+    }
     assert policy.callers == {"shop", "admin"}
     assert admin.accounts is None
     assert shop.accounts is not None
@@ -127,7 +133,7 @@ SHOP = "[callers.shop]\n"
         (SHOP + "watches = false", "callers.shop.watches", "valid integer"),
         (SHOP + 'watches = "many"', "callers.shop.watches", "valid integer"),
         ("[roles.verifier]\nmethods = []", "roles.verifier", "built in"),
-        ('[roles.x]\nmethods = ["/v1/Rotate"]', "roles.x.methods.0", "unknown method"),
+        ('[roles.x]\nmethods = ["/v1/Rename"]', "roles.x.methods.0", "unknown method"),
         (
             '[roles.x]\nmethods = ["/latchkey.v1.TokenService/*"]',
             "roles.x.methods.0",
@@ -179,7 +185,7 @@ def test_unlisted_method_is_not_served():
     """Adding a method requires a rule for who may call it. Only methods of public gRPC protocols
     are open to everyone."""
     with pytest.raises(LookupError, match=r"access/methods\.py"):
-        rule_of("/latchkey.v1.TokenService/Rotate")
+        rule_of("/latchkey.v1.TokenService/Rename")
     for path, rule in METHODS.items():
         assert (rule == OPEN) == path.startswith("/grpc."), path
 

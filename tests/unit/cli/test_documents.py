@@ -1,17 +1,24 @@
+import re
+from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 from io import StringIO
 from typing import Any
 
 import pytest
 from latchkey import (
+    CallerUsage,
+    Change,
     CreatedToken,
     Notifications,
     Receipt,
+    RotatedToken,
     Scope,
     Secret,
+    SecretOutcome,
     Status,
     Token,
+    TokenSecret,
     Verdict,
     Verification,
     VerifierStatus,
@@ -30,6 +37,25 @@ TOKEN = Token(
     create_time=TIME.astimezone(timezone(timedelta(hours=2))),
     hint="lk_…abcd",
     labels={"b": "2", "a": "1"},
+)
+
+
+LATER = datetime(2100, 1, 1, tzinfo=UTC)
+RICH = replace(
+    TOKEN,
+    name="deploy",
+    description="For the nightly export.\nAsk \x1b[2JAnn.",
+    disable_time=TIME,
+    last_used_time=TIME,
+    last_used_by="shop",
+    allowed_networks=("192.0.2.0/24", "2001:db8::/32"),
+    permissions=("orders:*", "users:read"),
+    secrets=(
+        TokenSecret(hint="lk_…new1", create_time=TIME, retire_on_first_use=True),
+        TokenSecret(
+            hint="lk_…old1", create_time=TIME, expire_time=datetime(2100, 1, 1, tzinfo=UTC)
+        ),
+    ),
 )
 
 
@@ -191,6 +217,7 @@ def status_lines(status: Status, width: int) -> list[str]:
 def test_documents_have_the_fields_of_the_proto() -> None:
     """JSON contains every field of the message under the proto's name; absent fields are null."""
     token = documents.document(TOKEN)
+    # The client library does not have these yet.
     assert set(token) == fields("Token")
     assert set(documents.document(receipt(0, 0))) == fields("Receipt")
     status = documents.document(STATUS)
@@ -207,9 +234,19 @@ def test_documents_have_the_fields_of_the_proto() -> None:
     assert set(documents.document(Verification(verdict=Verdict.UNKNOWN))) == fields(
         "VerifyResponse"
     )
-    created = documents.created(CreatedToken(token=TOKEN, secret=Secret("s")))
+    created = documents.with_secret(CreatedToken(token=TOKEN, secret=Secret("s")))
     assert set(created) == fields("CreateResponse")
     assert created["secret"] == "s"
+    rotated = documents.with_secret(
+        RotatedToken(token=TOKEN, secret=Secret("s"), receipt=receipt(1, 0))
+    )
+    assert set(rotated) == fields("RotateResponse")
+    assert rotated["receipt"]["revision"] == 7
+    assert set(documents.document(Change(token=TOKEN))) == fields("UpdateResponse")
+    (secret, _) = documents.document(RICH)["secrets"]
+    assert set(secret) == fields("TokenSecret")
+    for outcome in SecretOutcome:
+        assert documents.document(outcome) in set(pb.SecretOutcome.keys())
     assert token["scope"] in set(pb.Scope.keys())
     assert token["create_time"] == "2026-03-01T12:00:00.000000Z"
     assert token["expire_time"] is None
@@ -288,3 +325,97 @@ def test_receipt_of_invalidate_all() -> None:
     assert "Revision 7 Confirmed after 12 ms: 3 servers and 40 clients confirmed, 1" in shown
     assert shown.endswith("1 outwaited (0 servers and 1 client)")
     assert max(map(len, console.file.getvalue().splitlines())) <= 80
+
+
+def printed(show: Callable[[Console], None], width: int = 90) -> str:
+    console = Console(file=StringIO(), width=width, markup=False, highlight=False, emoji=False)
+    show(console)
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+def test_a_token_shows_all_that_restricts_it() -> None:
+    """Description, permissions, networks, secrets, state and last use are shown. No terminal obeys
+    the description, and its lines stay lines."""
+    text = printed(lambda console: tables.describe_token(console, RICH))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "Description For the nightly export." in lines
+    assert r"Ask \x1b[2JAnn." in lines
+    assert "Permissions orders:*" in lines
+    assert "users:read" in lines
+    assert "Networks 192.0.2.0/24" in lines
+    assert any(line.startswith("Disabled 2026-03-01") for line in lines)
+    assert any(line.startswith("Last used 2026") and line.endswith(" by shop)") for line in lines)
+    flat = " ".join(lines)
+    assert "Secrets lk_…new1, created 2026-03-01" in flat
+    assert "its first use ends the older ones" in flat
+    assert "lk_…old1" in flat
+    assert "works until 2100-01-01" in flat
+    assert re.search(r"\), last used \d+ \w+ ago", flat)
+    ended = replace(RICH.secrets[1], expire_time=TIME)
+    text = printed(
+        lambda console: tables.describe_token(
+            console, replace(RICH, secrets=(RICH.secrets[0], ended))
+        )
+    )
+    assert ", ended 2026-03-01" in " ".join(text.split())
+
+
+def test_a_list_shows_state_and_last_use() -> None:
+    """At any width, a list shows which tokens are disabled and when each was last used."""
+    for width in (80, 150):
+        text = shown(width, RICH, replace(TOKEN, name="x"))
+        assert max(map(len, text.splitlines())) <= width
+        assert "disabled" in text
+        assert "Last used" in text
+        assert ("2026-03-01" if width == 80 else "ago") in text
+        assert " -" in text
+
+
+def test_a_change_says_whether_it_took_something_away() -> None:
+    """With a receipt, it says since when the change is in effect. Without one, verifiers follow."""
+    narrowed = printed(
+        lambda console: tables.print_change(
+            console, "Updated", Change(token=TOKEN, receipt=receipt(1, 0)), no_wait=False
+        )
+    )
+    assert "Updated tok_1" in narrowed
+    assert "in effect everywhere after 12 ms" in narrowed
+    widened = printed(
+        lambda console: tables.print_change(console, "Enabled", Change(token=TOKEN), no_wait=False)
+    )
+    assert "Took nothing away" in widened
+    many = printed(lambda console: tables.print_deletions(console, 2, receipt(1, 0)))
+    assert "Deleted 2 tokens" in many
+    assert "dead everywhere after 12 ms" in many
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        (Verdict.DISABLED, "the token is disabled"),
+        (Verdict.ADDRESS_NOT_ALLOWED, "--client-address"),
+        (Verdict.INSUFFICIENT_PERMISSIONS, r"permissions a:b, \x1b"),
+        (Verdict.UNSPECIFIED, "does not know the verdict"),
+    ],
+)
+def test_verdicts_are_explained(verdict: Verdict, words: str) -> None:
+    """Each verdict comes with its meaning, and with the permissions that were required."""
+    answer = Verification(verdict=verdict, token=TOKEN)
+    text = printed(
+        lambda console: tables.print_verification(console, answer, None, ["a:b", "\x1b"]), 120
+    )
+    assert words in text
+
+
+def test_usage_has_the_fields_of_the_proto() -> None:
+    """The uses of a caller have the proto's names. Days are an object from date to count."""
+    usage = CallerUsage(
+        caller="shop",
+        first_used_time=TIME,
+        last_used_time=TIME,
+        days={date(2026, 3, 2): 5, date(2026, 3, 1): 7},
+    )
+    document = documents.document(usage)
+    assert set(document) == fields("CallerUsage")
+    assert list(document["days"].items()) == [("2026-03-02", 5), ("2026-03-01", 7)]

@@ -12,12 +12,11 @@ from latchkey_cli.session import Doing, Session
 
 SECRET = "lk" + "_0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmno" + "0jDM4R"
 
-REFUSED = "UNKNOWN: ipv4:127.0.0.1:1: connect: Connection refused (111)"
-
 EXIT_CODES = {
     latchkey.AccessError: 7,
     latchkey.AlreadyExists: 4,
     latchkey.DeadlineExceeded: 6,
+    latchkey.FailedPrecondition: 1,
     latchkey.InternalError: 1,
     latchkey.InvalidArgument: 2,
     latchkey.LatchkeyError: 1,
@@ -62,35 +61,44 @@ def test_lost_answers_say_what_may_have_happened() -> None:
         assert "the token may be deleted" in failure_of(error, doing).line()
 
 
+@pytest.mark.parametrize("reason", [None, "CONNECTION_CLOSED"])
+@pytest.mark.parametrize("unsent", [True, False])
+def test_unsent_calls_are_known_to_change_nothing(reason: str | None, unsent: bool) -> None:
+    """If the library knows that no attempt was sent, the error says that nothing was changed."""
+    error = latchkey.Unavailable("Create failed: x (UNAVAILABLE).", reason=reason)
+    error.unsent = unsent
+    failure = failure_of(error, Doing("create", "the token may exist"))
+    certain, doubt = ", then try again: nothing was changed", "; the token may exist"
+    assert failure.to_do.endswith(certain if unsent else doubt)
+
+
 @pytest.mark.parametrize(
-    ("text", "reason", "known"),
+    ("reason", "what", "to_do", "exit_code"),
     [
-        # The messages of gRPC's two load balancers and its resolver.
-        (f"failed to connect to all addresses; last error: {REFUSED}", None, True),
-        (f"connections to all backends failing; last error: {REFUSED}", None, True),
-        ("DNS resolution failed for nowhere.invalid:1: Domain name not found", None, True),
-        (
-            "connections to all backends failing; last error: UNKNOWN: Socket closed",
-            "CONNECTION_CLOSED",
-            True,
-        ),
-        ("Socket closed", None, False),
-        ("recvmsg:Connection reset by peer", None, False),
-        ("upstream: failed to connect to all addresses", None, False),
-        ("some future message", None, False),
+        ("TOO_MANY_SECRETS", "more than 5 secrets", "latchkey retire-secrets", 1),
+        ("FLEET_UPGRADING", "earlier release", "when all servers are upgraded", 6),
+        ("TOKEN_SEAL_INVALID", "changed in the database", "create another", 1),
+        ("SOMETHING_NEW", "It failed", "operator", 1),
     ],
 )
-def test_unsent_calls_are_known_to_change_nothing(
-    text: str, reason: str | None, known: bool
+def test_changes_that_the_state_does_not_allow(
+    reason: str, what: str, to_do: str, exit_code: int
 ) -> None:
-    """It is certain that nothing was changed only if gRPC reports that there was no connection and
-    the call had one attempt: after several, the error describes only the last."""
-    error = latchkey.Unavailable(f"Create failed: {text} (UNAVAILABLE).", reason=reason)
-    once = failure_of(error, Doing("create", "the token may exist", once=True))
-    several = failure_of(error, Doing("create", "the token may exist"))
-    certain, doubt = ", then try again: nothing was changed", "; the token may exist"
-    assert once.to_do.endswith(certain if known else doubt)
-    assert several.to_do.endswith(doubt)
+    """The error says in plain words why the change is not possible now, and what to do."""
+    error = latchkey.FailedPrecondition("It failed.", reason=reason)
+    failure = failure_of(error, Doing("rotate token 'x'"))
+    assert failure.exit_code == exit_code
+    assert what in failure.what
+    assert to_do in failure.to_do
+
+
+def test_an_unconfirmed_change_is_reported_as_stored() -> None:
+    """If the deadline was too short for the wait, the error says that the change is stored."""
+    error = latchkey.Unavailable("Late.", reason="CHANGE_NOT_CONFIRMED")
+    doing = Doing("update", "the change may be stored", unconfirmed="the change is stored")
+    failure = failure_of(error, doing)
+    assert failure.exit_code == 6
+    assert "the change is stored" in failure.what
 
 
 @pytest.mark.parametrize(

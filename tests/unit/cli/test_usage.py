@@ -29,6 +29,20 @@ def account(monkeypatch: pytest.MonkeyPatch) -> None:
         ("get", "'ID'"),
         ("delete --yes true", "take no value"),
         ("delete --yes False x", "take no value"),
+        ("update", "'ID'"),
+        ("update x", "nothing to change"),
+        ("update x --label a=1 --no-labels", "exclude each other"),
+        ("update x --network 10.0.0.0/8 --any-network", "exclude each other"),
+        ("update x --permission a:b --no-permissions", "exclude each other"),
+        ("update x --scope admin", "'admin' is not one of 'read', 'write'"),
+        ("update x --expires soon", "30d"),
+        ("rotate x --grace soon", "90m"),
+        ("rotate x --grace 999999999w", "90m"),
+        ("delete-all --unused-since never --yes", "a duration"),
+        ("delete-all --expires-before soon --yes", "a duration"),
+        ("delete-all --label team --yes", "KEY=VALUE"),
+        ("delete-all --state live --yes", "'live' is not one of"),
+        ("delete-all --can-write maybe --yes", "'maybe' is not one of 'yes', 'no'"),
         ("lits", "'list'"),
         ("config --nonsense", "--nonsense"),
         ("list -account acme", "two; write --account"),
@@ -66,6 +80,8 @@ def test_wrong_usage_prints_one_helpful_line(
         f"create x --scope read --label secret={GARBAGE}",
         f"get x --account={GARBAGE}",
         f"delete x {GARBAGE} --yes",
+        f"revoke {GARBAGE}",
+        f"update x --name {GARBAGE}",
         GARBAGE,
     ],
 )
@@ -80,7 +96,10 @@ def test_secrets_are_refused_in_any_argument(
     assert "looks like a secret" in shown.err
 
 
-COMMANDS = "create list get delete verify status audit console serve policy config"
+COMMANDS = (
+    "create list get delete update disable enable rotate retire-secrets usage revoke delete-all "
+    "verify status audit console serve policy config"
+)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS.split()])
@@ -95,3 +114,28 @@ def test_help_fits_80_columns_and_shows_plain_flags(
     assert "Show this message and exit." in shown
     assert "…" not in shown
     assert "bool" not in shown
+
+
+@pytest.mark.parametrize(
+    "line", ["rotate x", "rotate x --grace 0s", "retire-secrets x", "delete-all"]
+)
+def test_without_a_terminal_what_cannot_be_undone_needs_yes(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A script has to say that secrets or tokens may end at once."""
+    monkeypatch.setattr(sys, "argv", ["latchkey", *line.split()])
+    assert main() == 2
+    shown = capsys.readouterr()
+    assert "no terminal to ask for confirmation" in shown.err
+    assert "--yes" in shown.err
+
+
+def test_revoke_takes_no_arguments(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An argument may be a secret whose form is not recognised. It is refused and not printed."""
+    monkeypatch.setattr(sys, "argv", ["latchkey", "revoke", "s3cr3t"])
+    assert main() == 2
+    shown = capsys.readouterr()
+    assert "s3cr3t" not in shown.out + shown.err
+    assert "latchkey revoke < FILE" in shown.err

@@ -5,7 +5,7 @@ Every service has `/` for all methods. Those behind a guard of a whole applicati
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -59,16 +59,27 @@ class SyncStub:
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure
         self.calls = 0
+        self.addresses: list[str] = []
 
     def verify(
-        self, secret: Secret, scope: Scope | None, /, *, timeout_seconds: float | None = None
+        self,
+        secret: Secret,
+        scope: Scope | None,
+        /,
+        *,
+        client_address: str = "",
+        permissions: Collection[str] = (),
+        timeout_seconds: float | None = None,
     ) -> Verification:
         del timeout_seconds
+        self.addresses.append(client_address)
         self.calls += 1
         if self.failure is not None:
             raise self.failure
         if secret.reveal() != SECRET:
             return Verification(verdict=Verdict.UNKNOWN)
+        if permissions:
+            return Verification(verdict=Verdict.INSUFFICIENT_PERMISSIONS, token=TOKEN)
         if scope is Scope.WRITE:
             return Verification(verdict=Verdict.INSUFFICIENT_SCOPE, token=TOKEN)
         return Verification(verdict=Verdict.VALID, token=TOKEN)
@@ -81,9 +92,22 @@ class Stub:
         self._inner = inner
 
     async def verify(
-        self, secret: Secret, scope: Scope | None, /, *, timeout_seconds: float | None = None
+        self,
+        secret: Secret,
+        scope: Scope | None,
+        /,
+        *,
+        client_address: str = "",
+        permissions: Collection[str] = (),
+        timeout_seconds: float | None = None,
     ) -> Verification:
-        return self._inner.verify(secret, scope, timeout_seconds=timeout_seconds)
+        return self._inner.verify(
+            secret,
+            scope,
+            client_address=client_address,
+            permissions=permissions,
+            timeout_seconds=timeout_seconds,
+        )
 
 
 def name() -> str:

@@ -1,6 +1,6 @@
 """The ASGI guard with real applications."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, MutableMapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -25,6 +25,9 @@ TOKEN = Token(
     create_time=datetime(2026, 1, 1, tzinfo=UTC),
 )
 BEARER = {"authorization": f"Bearer {SECRET}"}
+TOKEN_PERMISSIONS = {"orders:read"}
+# From which TOKEN may not be used.
+ELSEWHERE = "203.0.113.9"
 Message = MutableMapping[str, Any]
 
 
@@ -34,18 +37,31 @@ class Stub:
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure
         self.calls = 0
+        self.addresses: list[str] = []
 
     async def verify(
-        self, secret: Secret, scope: Scope | None, /, *, timeout_seconds: float | None = None
+        self,
+        secret: Secret,
+        scope: Scope | None,
+        /,
+        *,
+        client_address: str = "",
+        permissions: Collection[str] = (),
+        timeout_seconds: float | None = None,
     ) -> Verification:
         del timeout_seconds
         self.calls += 1
+        self.addresses.append(client_address)
         if self.failure is not None:
             raise self.failure
         if secret.reveal() != SECRET:
             return Verification(verdict=Verdict.UNKNOWN)
         if scope is Scope.WRITE:
             return Verification(verdict=Verdict.INSUFFICIENT_SCOPE, token=TOKEN)
+        if not TOKEN_PERMISSIONS.issuperset(permissions):
+            return Verification(verdict=Verdict.INSUFFICIENT_PERMISSIONS, token=TOKEN)
+        if client_address == ELSEWHERE:
+            return Verification(verdict=Verdict.ADDRESS_NOT_ALLOWED, token=TOKEN)
         return Verification(verdict=Verdict.VALID, token=TOKEN)
 
 
@@ -68,11 +84,13 @@ ROUTES = [
 
 
 @asynccontextmanager
-async def web(verifier: Stub, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+async def web(
+    verifier: Stub, peer: str = "127.0.0.1", **options: Any
+) -> AsyncIterator[httpx.AsyncClient]:
     app = Starlette(
         routes=ROUTES, middleware=[Middleware(GuardMiddleware, verifier=verifier, **options)]
     )
-    transport = httpx.ASGITransport(app)
+    transport = httpx.ASGITransport(app, client=(peer, 5))
     async with httpx.AsyncClient(transport=transport, base_url="http://demo") as client:
         yield client
 
@@ -307,3 +325,71 @@ def test_options_are_checked_at_construction() -> None:
         GuardMiddleware(accept, Stub(), Scope.UNSPECIFIED)
     with pytest.raises(TypeError):
         GuardMiddleware(accept, Stub(), "read")  # type: ignore[arg-type]  # the point of the test
+
+
+async def test_required_permissions() -> None:
+    """A token that lacks a required permission gets 403, and the challenge names all that the
+    request requires. A function may require others for each request."""
+    async with web(Stub(), required_permissions=["orders:read"]) as client:
+        assert (await client.get("/", headers=BEARER)).status_code == 200
+    async with web(Stub(), required_permissions=["orders:read", "orders:cancel"]) as client:
+        refused = await client.get("/", headers=BEARER)
+        assert refused.status_code == 403
+        assert "lacks a permission" in refused.json()["detail"]
+        assert refused.headers["www-authenticate"] == (
+            'Bearer realm="latchkey", error="insufficient_scope", '
+            'scope="read orders:read orders:cancel"'
+        )
+    by_path = {"/": ["orders:read"], "/thread": ["orders:cancel"]}
+    async with web(
+        Stub(), required_permissions=lambda connection: by_path[connection["path"]]
+    ) as client:
+        assert (await client.get("/", headers=BEARER)).status_code == 200
+        assert (await client.get("/thread", headers=BEARER)).status_code == 403
+    for wrong in ("orders:read", ["orders"]):
+        with pytest.raises((TypeError, ValueError)):
+            GuardMiddleware(whoami, Stub(), required_permissions=wrong)  # type: ignore[arg-type]
+
+
+async def test_a_token_from_a_wrong_address_gets_403() -> None:
+    """The address of the connection counts, and no header of an untrusted peer changes it."""
+    stub = Stub()
+    async with web(stub, peer=ELSEWHERE) as client:
+        refused = await client.get("/", headers={**BEARER, "x-forwarded-for": "192.0.2.1"})
+        assert refused.status_code == 403
+        assert "from this address" in refused.json()["detail"]
+        assert refused.headers["www-authenticate"] == 'Bearer realm="latchkey"'
+    assert stub.addresses == [ELSEWHERE]
+
+
+async def test_addresses_come_from_trusted_proxies() -> None:
+    """Behind a trusted proxy, the client's address is the last one that the proxy appended."""
+    stub = Stub()
+    async with web(stub, peer="10.1.2.3", trusted_proxies=["10.0.0.0/8"]) as client:
+        headers = [*BEARER.items(), ("x-forwarded-for", "192.0.2.1"), ("X-Forwarded-For", "::1")]
+        assert (await client.get("/", headers=headers)).status_code == 200
+        assert (await client.get("/", headers=BEARER)).status_code == 200
+    assert stub.addresses == ["::1", ""]
+    with pytest.raises(TypeError):
+        GuardMiddleware(whoami, Stub(), trusted_proxies="10.0.0.0/8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("client", [None, ["192.0.2.7", 80]])
+async def test_a_peer_without_an_address(client: list[Any] | None) -> None:
+    """On a UNIX socket, the server reports no peer. The address is then not known."""
+    stub = Stub()
+    served: list[Any] = []
+
+    async def application(scope: Any, _receive: Any, _send: Any) -> None:
+        served.append(scope["latchkey.token"])
+
+    guard = GuardMiddleware(application, stub)
+    headers = [(b"authorization", BEARER["authorization"].encode())]
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": headers, "client": client}
+
+    async def never(*_: object) -> Any:
+        raise AssertionError("nothing is received or sent")
+
+    await guard(scope, never, never)
+    assert served == [TOKEN]
+    assert stub.addresses == ["192.0.2.7" if client else ""]

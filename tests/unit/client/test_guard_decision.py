@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
@@ -9,7 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latchkey import Scope, Secret, Token, Unavailable, Verdict, Verification
-from latchkey.guards._decision import Decision, Outcome, checked_scope, decide
+from latchkey.guards._decision import (
+    Decision,
+    Outcome,
+    checked_permissions,
+    checked_scope,
+    decide,
+)
 
 SECRET = "lk" + "_" + "S3cr3t" * 9 + "abc"
 TOKEN = Token(
@@ -27,11 +34,20 @@ class Stub:
     def __init__(self, answer: object) -> None:
         self.answer = answer
         self.asked: list[tuple[str, Scope | None, float | None]] = []
+        self.restrictions: list[tuple[str, tuple[str, ...]]] = []
 
     async def verify(
-        self, secret: Secret, scope: Scope | None, /, *, timeout_seconds: float | None = None
+        self,
+        secret: Secret,
+        scope: Scope | None,
+        /,
+        *,
+        client_address: str = "",
+        permissions: Collection[str] = (),
+        timeout_seconds: float | None = None,
     ) -> Verification:
         self.asked.append((secret.reveal(), scope, timeout_seconds))
+        self.restrictions.append((client_address, tuple(permissions)))
         if isinstance(self.answer, BaseException):
             raise self.answer
         return cast("Verification", self.answer)
@@ -104,8 +120,26 @@ async def test_only_valid_is_accepted(verdict: Verdict) -> None:
     decision = await decide(
         Stub(Verification(verdict=verdict, token=TOKEN)), ["Bearer " + SECRET], Scope.READ
     )
-    insufficient = verdict is Verdict.INSUFFICIENT_SCOPE
-    assert decision == Decision(Outcome.FORBIDDEN if insufficient else Outcome.INVALID)
+    live = {
+        Verdict.INSUFFICIENT_SCOPE: Outcome.FORBIDDEN,
+        Verdict.INSUFFICIENT_PERMISSIONS: Outcome.UNPERMITTED,
+        Verdict.ADDRESS_NOT_ALLOWED: Outcome.WRONG_ADDRESS,
+    }
+    assert decision == Decision(live.get(verdict, Outcome.INVALID))
+
+
+async def test_address_and_permissions_reach_the_verifier() -> None:
+    """The verifier decides about the client's address and the required permissions."""
+    verifier = valid()
+    await decide(
+        verifier,
+        ["Bearer " + SECRET],
+        None,
+        client_address="192.0.2.1",
+        permissions=("orders:read",),
+    )
+    await decide(verifier, ["Bearer " + SECRET], None)
+    assert verifier.restrictions == [("192.0.2.1", ("orders:read",)), ("", ())]
 
 
 @pytest.mark.parametrize(
@@ -147,3 +181,23 @@ def test_an_invalid_scope_is_rejected_at_construction(scope: Any) -> None:
     """A guard that would require no scope by mistake cannot be created."""
     with pytest.raises((TypeError, ValueError)):
         checked_scope(scope)
+
+
+@pytest.mark.parametrize(
+    "permissions",
+    [
+        "orders:read",
+        ["orders"],
+        ["orders:"],
+        ["Orders:read"],
+        ["orders:read\n"],
+        ["*:read"],
+        [b"orders:read"],
+        ["a:b"] * 65,
+    ],
+)
+def test_an_invalid_permission_is_rejected_at_construction(permissions: Any) -> None:
+    """A guard that would refuse every request because of a typing error cannot be created."""
+    with pytest.raises((TypeError, ValueError)):
+        checked_permissions(permissions)
+    assert checked_permissions({"orders:*"}) == ("orders:*",)

@@ -351,3 +351,25 @@ async def test_a_refused_head_has_no_body(kind: str) -> None:
     assert not head.content
     assert get.headers["content-type"] == "application/problem+json"
     assert {**get.headers} == {**head.headers}
+
+
+@every_guard
+async def test_the_verifier_gets_the_clients_address(kind: Kind) -> None:
+    """It is that of the connection, or the one that a trusted proxy names."""
+    headers = {**BEARER, "x-forwarded-for": "198.51.100.1, 192.0.2.1"}
+    for proxies, expected in (((), "127.0.0.1"), (("127.0.0.1",), "192.0.2.1")):
+        stub = SyncStub()
+        async with kind.serve(stub, trusted_proxies=proxies) as client:
+            assert (await client.get("/", headers=headers)).status_code == 200
+        assert set(stub.addresses) == {expected}
+
+
+@whole_guards
+async def test_permissions_can_be_required(kind: Kind) -> None:
+    """A token without a required permission gets 403, and the challenge names what is required."""
+    async with kind.serve(SyncStub(), required_permissions={"orders:read"}) as client:
+        answer = await client.get("/", headers=BEARER)
+    assert answer.status_code == 403
+    assert answer.headers["www-authenticate"] == (
+        'Bearer realm="latchkey", error="insufficient_scope", scope="read orders:read"'
+    )

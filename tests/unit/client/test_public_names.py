@@ -28,9 +28,13 @@ def test_public_names_are_pinned() -> None:
         "AuditEntry",
         "AuditFilter",
         "AuditPage",
+        "CallerUsage",
+        "Change",
         "Client",
         "CreatedToken",
         "DeadlineExceeded",
+        "Deletions",
+        "FailedPrecondition",
         "FieldViolation",
         "InternalError",
         "InvalidArgument",
@@ -42,12 +46,19 @@ def test_public_names_are_pinned() -> None:
         "PermissionDenied",
         "Receipt",
         "ResourceExhausted",
+        "Revocation",
+        "RotatedToken",
         "Scope",
         "Secret",
+        "SecretOutcome",
         "Status",
         "Token",
+        "TokenFilter",
+        "TokenSecret",
+        "TokenState",
         "Unauthenticated",
         "Unavailable",
+        "Unchanged",
         "UnexpectedStatus",
         "Verdict",
         "Verification",
@@ -102,7 +113,11 @@ def test_every_rpc_has_a_client_method() -> None:
     assert {"BatchVerify", "GetStatus", "InvalidateAll"} <= set(rpc_names())
     for name in rpc_names():
         snake = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
-        ours = {"get_status": "status", "audit_service._list": "audit_page"}.get(snake, snake)
+        ours = {
+            "get_status": "status",
+            "audit_service._list": "audit_page",
+            "revoke_secret": "revoke_secrets",
+        }.get(snake, snake)
         method = getattr(latchkey.Client, ours)
         assert inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method), name
         assert method.__doc__, name
@@ -126,10 +141,27 @@ def test_sync_verifies_like_async() -> None:
 
 
 def test_every_rpc_has_a_policy() -> None:
-    """Every RPC has a deadline. Only RPCs that the contract calls safe are retried."""
-    assert set(_retry.POLICIES) == set(rpc_names())
-    assert {name for name, policy in _retry.POLICIES.items() if not policy.retry} == {"Create"}
-    assert all(policy.timeout_seconds > 0 for policy in _retry.POLICIES.values())
+    """Every RPC has a deadline."""
+    assert set(_retry.TIMEOUTS_SECONDS) == set(rpc_names())
+    assert all(seconds > 0 for seconds in _retry.TIMEOUTS_SECONDS.values())
+
+
+def test_every_rpc_is_safe_to_retry() -> None:
+    """All RPCs are retried, and the contract says of each that this is safe."""
+    described = {
+        name: " ".join(comment.replace("//", "").split())
+        for path in ROOT.glob("proto/latchkey/**/*.proto")
+        for comment, name in re.findall(
+            r"((?:^  //.*\n)+)^  rpc (\w+)\((?!stream)", path.read_text("utf-8"), re.MULTILINE
+        )
+    }
+    assert {name.rpartition(".")[2] for name in rpc_names()} == set(described)
+    safe = re.compile(
+        r"safe to re(try|peat)|retry( within a day)? is safe|idempotent\.|idempotent:",
+        re.IGNORECASE,
+    )
+    for name, comment in described.items():
+        assert safe.search(comment), name
 
 
 def test_enums_cover_the_contract() -> None:

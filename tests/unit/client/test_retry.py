@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from latchkey import (
     AlreadyExists,
     DeadlineExceeded,
+    FailedPrecondition,
     InternalError,
     InvalidArgument,
     LatchkeyError,
@@ -62,22 +63,40 @@ class World:
         )
 
 
-@pytest.mark.parametrize(
-    "rpc", ["Get", "List", "Delete", "Verify", "BatchVerify", "GetStatus", "InvalidateAll"]
-)
-async def test_safe_calls_are_retried(rpc: str) -> None:
-    """A call that is safe to repeat survives a transient UNAVAILABLE."""
+@pytest.mark.parametrize("rpc", list(_retry.TIMEOUTS_SECONDS))
+async def test_lost_answers_are_retried(rpc: str) -> None:
+    """Every call is safe to repeat and survives a transient UNAVAILABLE."""
     world = World(Unavailable("x"), Unavailable("x"), None)
     assert await world.run(rpc) == "answer"
     assert len(world.attempts) == 3
 
 
-async def test_create_is_never_retried() -> None:
-    """A Create whose answer is lost raises. The caller can find out whether the token exists."""
-    world = World(Unavailable("x"))
-    with pytest.raises(Unavailable):
+def unsent() -> Unavailable:
+    error = Unavailable("no connection")
+    error.unsent = True
+    return error
+
+
+async def test_an_attempt_that_was_sent_is_not_hidden_by_a_later_one() -> None:
+    """If an early attempt may have taken effect, the raised error does not claim that nothing was
+    changed, however the later attempts fail."""
+    lost, refused = Unavailable("lost"), ResourceExhausted("full")
+    for last in (unsent(), refused):
+        world = World(unsent(), lost, last)
+        with pytest.raises(Unavailable) as caught:
+            await world.run("Create")
+        assert caught.value is lost
+        assert not caught.value.unsent
+        assert caught.value.__context__ is None or caught.value.__suppress_context__
+
+
+async def test_a_call_that_was_never_sent_says_so() -> None:
+    """If no attempt found a connection, the raised error says that nothing was changed."""
+    world = World(unsent())
+    with pytest.raises(Unavailable) as caught:
         await world.run("Create")
-    assert len(world.attempts) == 1
+    assert caught.value.unsent
+    assert len(world.attempts) == _retry.ATTEMPTS_MAX
 
 
 @pytest.mark.parametrize(
@@ -85,7 +104,7 @@ async def test_create_is_never_retried() -> None:
     [
         *(DeadlineExceeded("x"), NotFound("x"), InvalidArgument("x"), AlreadyExists("x")),
         *(PermissionDenied("x"), Unauthenticated("x"), InternalError("x"), UnexpectedStatus("x")),
-        ResourceExhausted("too large"),
+        *(FailedPrecondition("x"), ResourceExhausted("too large")),
     ],
 )
 async def test_final_errors_are_not_retried(failure: LatchkeyError) -> None:
@@ -99,7 +118,7 @@ async def test_final_errors_are_not_retried(failure: LatchkeyError) -> None:
     assert await world.run(budget=budget) == "answer"
 
 
-@pytest.mark.parametrize("rpc", list(_retry.POLICIES))
+@pytest.mark.parametrize("rpc", list(_retry.TIMEOUTS_SECONDS))
 async def test_rejections_because_of_load_are_retried(rpc: str) -> None:
     """If the rejection states a delay, every method is retried after it, since no work began."""
     refusal = ResourceExhausted("x", retry_after=timedelta(seconds=0.25))

@@ -86,23 +86,74 @@ def test_deadline_exceeded_is_unavailable() -> None:
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED])
 def test_lost_answers_come_with_advice(code: grpc.StatusCode) -> None:
-    """After a lost Create or Delete the message says how to find out its result."""
+    """After a lost change the message says what may have happened and what to do."""
     assert "may exist" in str(from_rpc_error("Create", rpc_error(code, "x")))
     assert "receipt" in str(from_rpc_error("Delete", rpc_error(code, "x")))
+    for rpc in ("DeleteAll", "Disable", "RetireSecrets", "RevokeSecret", "Rotate", "Update"):
+        message = str(from_rpc_error(rpc, rpc_error(code, "x")))
+        assert " may be " in message, rpc
+        assert " again" in message, rpc
+
+
+@pytest.mark.parametrize(
+    ("text", "unsent"),
+    [
+        # The messages of gRPC's two load balancers and its resolver.
+        ("failed to connect to all addresses; last error: Connection refused", True),
+        ("connections to all backends failing; last error: Connection refused", True),
+        ("DNS resolution failed for nowhere.invalid:1: Domain name not found", True),
+        ("connections to all backends failing; last error: UNKNOWN: Socket closed", True),
+        ("Socket closed", False),
+        ("recvmsg:Connection reset by peer", False),
+        ("upstream: failed to connect to all addresses", False),
+        ("some future message", False),
+    ],
+)
+def test_unsent_calls_are_known_to_change_nothing(text: str, unsent: bool) -> None:
+    """It is certain that nothing was changed only if gRPC reports that there was no connection.
+    The message then does not say that the token may exist."""
+    failure = from_rpc_error("Create", rpc_error(grpc.StatusCode.UNAVAILABLE, text))
+    assert isinstance(failure, latchkey.Unavailable)
+    assert failure.unsent is unsent
+    assert ("may exist" in str(failure)) is not unsent
+
+
+def test_an_answer_of_the_service_is_not_unsent() -> None:
+    """A text like gRPC's does not make an answer of the service look like a failed connection."""
+    info = error_details_pb2.ErrorInfo(reason="DATABASE_UNAVAILABLE", domain="latchkey")
+    text = "failed to connect to all addresses"
+    failure = from_rpc_error("Create", rpc_error(grpc.StatusCode.UNAVAILABLE, text, info))
+    assert isinstance(failure, latchkey.Unavailable)
+    assert not failure.unsent
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "words"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, "CHANGE_NOT_CONFIRMED", "The change is stored"),
+        (grpc.StatusCode.FAILED_PRECONDITION, "TOO_MANY_SECRETS", "retire_secrets()"),
+        (grpc.StatusCode.FAILED_PRECONDITION, "FLEET_UPGRADING", "the same release"),
+        (grpc.StatusCode.FAILED_PRECONDITION, "TOKEN_SEAL_INVALID", "delete it"),
+    ],
+)
+def test_reasons_come_with_advice(code: grpc.StatusCode, reason: str, words: str) -> None:
+    """The message of a change that failed says what to do about the reason."""
+    info = error_details_pb2.ErrorInfo(reason=reason, domain="latchkey")
+    failure = from_rpc_error("Rotate", rpc_error(code, "x", info))
+    assert failure.reason == reason
+    assert words in str(failure)
 
 
 def test_a_create_that_found_no_connection_created_nothing() -> None:
     """GRPC reports that there was no connection, so the message does not speak of a token that may
-    exist. A Delete may have had an earlier attempt."""
+    exist."""
     for text in (
         "failed to connect to all addresses; last error: UNKNOWN: Connection refused",
         "connections to all backends failing; last error: UNKNOWN: Connection refused",
         "DNS resolution failed for nowhere.invalid:1: Domain name not found",
     ):
         error = rpc_error(grpc.StatusCode.UNAVAILABLE, text)
-        assert "Nothing was created" in str(from_rpc_error("Create", error))
         assert "may exist" not in str(from_rpc_error("Create", error))
-        assert "may be deleted" in str(from_rpc_error("Delete", error))
 
 
 @pytest.mark.parametrize(

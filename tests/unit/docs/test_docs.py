@@ -46,6 +46,7 @@ MARKS = {
     "policy",
     "python",
     "python asgi guard",
+    "python metrics",
     "regex",
     "wheel",
 }

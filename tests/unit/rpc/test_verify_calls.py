@@ -1,7 +1,7 @@
 """The short path of verifies, with the verifier replaced: limits, rates, and restricted answers."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,6 +14,7 @@ from latchkey_service.access.rates import RateLimits
 from latchkey_service.errors import InvalidArgument, RateLimited, RequestTooLarge
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.rpc.verify_calls import VerifyCalls, encode_token
+from latchkey_service.tokens.usage import PendingUses
 from latchkey_service.tokens.verdict import Scope, TokenRecord, Verdict
 from latchkey_service.tokens.verifier import MALFORMED, UNKNOWN, Answer, Question
 
@@ -28,7 +29,9 @@ class Verifier:
         self.answers = answers
         self.asked: list[str] = []
 
-    def verify_cached(self, presented: str, _required_scope: int) -> Answer:
+    def verify_cached(
+        self, presented: str, _scope: int, _address: str = "", _permissions: Collection[str] = ()
+    ) -> Answer:
         self.asked.append(presented)
         return self.answers.get(presented, MALFORMED)
 
@@ -44,7 +47,8 @@ class Context:
 def path_with(answers: dict[str, Answer]) -> tuple[Any, Verifier]:
     verifier = Verifier(answers)
     unused: Any = None
-    calls = VerifyCalls(verifier, unused, Counts(), 0.0, time.monotonic)  # type: ignore[arg-type]  # a stand-in
+    uses = PendingUses(lambda: None)
+    calls = VerifyCalls(verifier, unused, Counts(), uses, 0.0, time.monotonic, time.time)  # type: ignore[arg-type]  # a stand-in
     return calls, verifier
 
 
@@ -137,4 +141,4 @@ async def test_refused_batches_count_towards_the_rate(data: bytes) -> None:
 def test_answers_without_a_position_omit_it() -> None:
     """An answer that needed no read has no revision and no mark."""
     calls, _ = path_with({})
-    assert calls._encoded(Answer(Verdict.UNKNOWN, position=NOWHERE)) == b"\x08\x03"
+    assert calls._completed(Answer(Verdict.UNKNOWN, position=NOWHERE), "", ANONYMOUS) == b"\x08\x03"

@@ -27,8 +27,9 @@ class Recorder:
     def __init__(self):
         self.inserted = []
 
-    async def insert_token(self, record, name_key, digest, audit_context):
+    async def insert_token(self, record, name_key, digest, audit_context, seal, request):
         self.inserted.append((record, name_key, digest))
+        return True
 
 
 class Reads:

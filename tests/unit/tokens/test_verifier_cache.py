@@ -12,8 +12,9 @@ from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.errors import CacheStartedOver, StoreUnavailable
 from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens.batched_lookup import Found
-from latchkey_service.tokens.verdict import CachedToken, Scope, TokenRecord, Verdict
-from latchkey_service.tokens.verifier import READS_MAX, Verifier
+from latchkey_service.tokens.seal import Sealer, SealGuard
+from latchkey_service.tokens.verdict import CachedToken, Scope, SecretRecord, TokenRecord, Verdict
+from latchkey_service.tokens.verifier import READS_MAX, Question, Verifier
 
 from tests.helpers.positions import at
 from tests.unit.coherence.scene import PRIMARY, Scene
@@ -35,7 +36,16 @@ class Database:
 
     async def find_all(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
         self.reads += 1
-        return [Found(self.record, self.snapshot) for _ in digests]
+        return [
+            Found(self.record, self.record and secret_of(self.record, digest), self.snapshot)
+            for digest in digests
+        ]
+
+
+def secret_of(token: TokenRecord, digest: bytes) -> SecretRecord:
+    """The only secret of `token`, with the right seal."""
+    secret = SecretRecord(digest, KEYRING.peppers[0].id, None, None, False, None)
+    return secret._replace(seal=Sealer(KEYRING.peppers).seal(token, secret))
 
 
 class FakeRenewer:
@@ -84,10 +94,11 @@ class Bench:
             lambda: 0.0,
             cache_seconds=CACHE_SECONDS,
             randomness=lambda: draw,
+            guard=SealGuard(KEYRING, lambda: self.scene.now),
         )
 
     async def verify(self) -> Verdict:
-        return (await self.verifier.verify(SECRET, int(Scope.READ), None)).verdict
+        return (await self.verifier.verify(Question(SECRET, int(Scope.READ)), None)).verdict
 
     def verify_cached(self) -> Any:
         return self.verifier.verify_cached(SECRET, int(Scope.READ))

@@ -8,7 +8,7 @@ import enum
 import inspect
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +26,11 @@ _log = logging.getLogger("latchkey.guards")
 _BEARER: Final = re.compile(r"(?i:bearer) +([A-Za-z0-9\-._~+/]+=*)[ \t]*", re.ASCII)
 _API_KEY: Final = re.compile(r"[ \t]*([A-Za-z0-9\-._~+/]+=*)[ \t]*", re.ASCII)
 _SCHEME: Final = re.compile(r"(?i:bearer)(?: .*)?", re.ASCII | re.DOTALL)
+
+# As the service checks them.
+_PERMISSION: Final = re.compile(r"[a-z0-9_.-]{1,31}:([a-z0-9_.-]{1,31}|\*)", re.ASCII)
+# The contract's limit for one verify.
+PERMISSIONS_MAX: Final = 64
 
 token_var: Final[ContextVar[Token | None]] = ContextVar("latchkey_token", default=None)
 
@@ -58,9 +63,11 @@ class SupportsVerify(Protocol):
         scope: Scope | None,
         /,
         *,
+        client_address: str = "",
+        permissions: Collection[str] = (),
         timeout_seconds: float | None = None,
     ) -> Verification:
-        """Answer whether `secret` is valid for `scope`."""
+        """Answer whether `secret` is valid for `scope` and has `permissions`."""
         ...
 
 
@@ -73,9 +80,11 @@ class SupportsVerifySync(Protocol):
         scope: Scope | None,
         /,
         *,
+        client_address: str = "",
+        permissions: Collection[str] = (),
         timeout_seconds: float | None = None,
     ) -> Verification:
-        """Answer whether `secret` is valid for `scope`."""
+        """Answer whether `secret` is valid for `scope` and has `permissions`."""
         ...
 
 
@@ -89,8 +98,20 @@ class Outcome(enum.Enum):
     """The presented value is not a live token."""
     FORBIDDEN = enum.auto()
     """The token is live, but its scope is too small."""
+    UNPERMITTED = enum.auto()
+    """The token is live, but lacks a required permission."""
+    WRONG_ADDRESS = enum.auto()
+    """The token is live, but may not be used from the client's address."""
     UNAVAILABLE = enum.auto()
     """There is no safe answer."""
+
+
+# The verdicts on a live token. All others are INVALID, so that holders cannot probe.
+_REFUSED: Final = {
+    Verdict.INSUFFICIENT_SCOPE: Outcome.FORBIDDEN,
+    Verdict.INSUFFICIENT_PERMISSIONS: Outcome.UNPERMITTED,
+    Verdict.ADDRESS_NOT_ALLOWED: Outcome.WRONG_ADDRESS,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +134,21 @@ def checked_scope(scope: object) -> Scope | None:
     return scope
 
 
+def checked_permissions(permissions: Collection[str]) -> tuple[str, ...]:
+    """Return `permissions`. Raises TypeError or ValueError unless each is `resource:action`.
+
+    No token has a permission of another form, so a typing error would refuse every request.
+    """
+    if isinstance(permissions, str):
+        raise TypeError("required permissions must be a collection of texts, not a single text")
+    for permission in permissions:
+        if _PERMISSION.fullmatch(permission) is None:
+            raise ValueError(f"a required permission must be resource:action, not {permission!r}")
+    if len(permissions) > PERMISSIONS_MAX:
+        raise ValueError(f"at most {PERMISSIONS_MAX} permissions can be required")
+    return tuple(permissions)
+
+
 def check_verifier(verifier: object, *, for_threads: bool) -> None:
     """Raise TypeError if `verifier` is of the kind that the guard cannot use."""
     verify = getattr(verifier, "verify", None)
@@ -133,18 +169,25 @@ async def decide(
     timeout_seconds: float | None = None,
     *,
     api_keys: Sequence[str] = (),
+    client_address: str = "",
+    permissions: Collection[str] = (),
 ) -> Decision:
     """Decide about a request from the values of its `authorization` headers.
 
     `api_keys` has the values of the header for API keys, if the guard accepts one. There may be any
-    number of values, with any content. Raises only CancelledError.
+    number of values, with any content. `client_address` is that of `_address.TrustedProxies`, "" if
+    it is not known. The token has to have all `permissions`. Raises only CancelledError.
     """
     presented = _presented(authorization, api_keys)
     if isinstance(presented, Decision):
         return presented
     try:
         verification = await verifier.verify(
-            presented, required_scope, timeout_seconds=timeout_seconds
+            presented,
+            required_scope,
+            client_address=client_address,
+            permissions=permissions,
+            timeout_seconds=timeout_seconds,
         )
         return _judge(verification)
     except Exception as error:  # noqa: BLE001 - no error may let the request in
@@ -158,13 +201,21 @@ def decide_blocking(
     timeout_seconds: float | None = None,
     *,
     api_keys: Sequence[str] = (),
+    client_address: str = "",
+    permissions: Collection[str] = (),
 ) -> Decision:
     """Decide as `decide` does, in a thread. Raises nothing."""
     presented = _presented(authorization, api_keys)
     if isinstance(presented, Decision):
         return presented
     try:
-        verification = verifier.verify(presented, required_scope, timeout_seconds=timeout_seconds)
+        verification = verifier.verify(
+            presented,
+            required_scope,
+            client_address=client_address,
+            permissions=permissions,
+            timeout_seconds=timeout_seconds,
+        )
         return _judge(verification)
     except Exception as error:  # noqa: BLE001 - as above
         return _refused(error)
@@ -176,6 +227,8 @@ def decide_nowait(
     required_scope: Scope | None,
     *,
     api_keys: Sequence[str] = (),
+    client_address: str = "",
+    permissions: Collection[str] = (),
 ) -> Decision | None:
     """Decide as `decide` does if that is possible at once. Otherwise return None.
 
@@ -187,7 +240,9 @@ def decide_nowait(
     if not isinstance(verifier, Verifier):
         return None  # a substitute may not be safe to call from another thread
     try:
-        verification = verifier.verify_nowait(presented, required_scope)
+        verification = verifier.verify_nowait(
+            presented, required_scope, client_address=client_address, permissions=permissions
+        )
         return None if verification is None else _judge(verification)
     except Exception as error:  # noqa: BLE001 - as above
         return _refused(error)
@@ -222,6 +277,4 @@ def _judge(verification: Verification) -> Decision:
     """Translate a verification. Only VALID with a token is ALLOWED."""
     if verification.verdict is Verdict.VALID and isinstance(verification.token, Token):
         return Decision(Outcome.ALLOWED, token=verification.token)
-    if verification.verdict is Verdict.INSUFFICIENT_SCOPE:
-        return Decision(Outcome.FORBIDDEN)
-    return Decision(Outcome.INVALID)
+    return Decision(_REFUSED.get(verification.verdict, Outcome.INVALID))

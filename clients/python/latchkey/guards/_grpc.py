@@ -8,7 +8,8 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
-from latchkey.guards._decision import Decision, Outcome, checked_scope
+from latchkey.guards._address import TrustedProxies, grpc_peer_address
+from latchkey.guards._decision import Decision, Outcome, checked_permissions, checked_scope
 from latchkey.guards._http import checked_api_key_header, checked_names
 from latchkey.models import Scope
 
@@ -32,6 +33,16 @@ _REFUSALS: Final[Mapping[Outcome, tuple[grpc.StatusCode, str, str]]] = {
         "The bearer token's scope does not include this call.",
         "TOKEN_SCOPE_INSUFFICIENT",
     ),
+    Outcome.UNPERMITTED: (
+        grpc.StatusCode.PERMISSION_DENIED,
+        "The bearer token lacks a permission that this call requires.",
+        "TOKEN_PERMISSIONS_INSUFFICIENT",
+    ),
+    Outcome.WRONG_ADDRESS: (
+        grpc.StatusCode.PERMISSION_DENIED,
+        "The bearer token may not be used from this address.",
+        "TOKEN_ADDRESS_NOT_ALLOWED",
+    ),
     Outcome.UNAVAILABLE: (
         grpc.StatusCode.UNAVAILABLE,
         "The bearer token cannot be verified now. Try again later.",
@@ -39,16 +50,18 @@ _REFUSALS: Final[Mapping[Outcome, tuple[grpc.StatusCode, str, str]]] = {
     ),
 }
 
-
 # Longer than any verifier waits, so a call with a later deadline needs no other bound.
 DEADLINE_SECONDS_MAX: Final = 3_600.0
 
 
 class Presented(NamedTuple):
-    """What a call presents: the values of its metadata."""
+    """What a call presents in its metadata, and what its method requires."""
 
     authorization: Sequence[str]
     api_keys: Sequence[str]
+    forwarded_for: Sequence[str]
+    required_scope: Scope | None
+    permissions: Collection[str]
 
 
 class CallRules:
@@ -59,12 +72,20 @@ class CallRules:
         required_scope: Scope | None,
         *,
         scopes: Mapping[str, Scope | None],
+        required_permissions: Collection[str] = (),
+        permissions: Mapping[str, Collection[str]] | None = None,
+        trusted_proxies: Collection[str] = (),
         public: Collection[str],
         public_services: Collection[str],
         api_key_header: str | None,
     ) -> None:
         self._required_scope = checked_scope(required_scope)
         self._scopes = {name: checked_scope(scope) for name, scope in scopes.items()}
+        self._required_permissions = checked_permissions(required_permissions)
+        self._permissions = {
+            name: checked_permissions(required) for name, required in (permissions or {}).items()
+        }
+        self._proxies = TrustedProxies(trusted_proxies)
         self._public = checked_names(public, "public")
         self._services = checked_names(public_services, "public_services")
         if wrong := sorted(name for name in self._services if "/" in name or not name):
@@ -80,13 +101,14 @@ class CallRules:
         plain = first == "" and separator == "/" and name != "" and "/" not in name
         return plain and service in self._services
 
-    def scope_of(self, method: str) -> Scope | None:
-        """Return the scope that a method requires."""
-        return self._scopes.get(method, self._required_scope)
+    def client_address(self, presented: Presented, context: Any) -> str:
+        """Return the client's address, or "" if it is not known."""
+        peer = grpc_peer_address(context.peer())
+        return self._proxies.client_address(peer, presented.forwarded_for)
 
-    def presented(self, metadata: Any) -> Presented:
-        """Return what a call presents in its metadata."""
-        found: dict[str, list[str]] = {"authorization": []}
+    def presented(self, method: str, metadata: Any) -> Presented:
+        """Return what a call of `method` presents, and what the method requires."""
+        found: dict[str, list[str]] = {"authorization": [], "x-forwarded-for": []}
         if self._api_key_header is not None:
             found[self._api_key_header] = []
         for key, value in metadata or ():
@@ -95,7 +117,13 @@ class CallRules:
                 # transport.
                 values.append(value if isinstance(value, str) else value.decode("latin-1"))
         keys = () if self._api_key_header is None else found[self._api_key_header]
-        return Presented(found["authorization"], keys)
+        return Presented(
+            found["authorization"],
+            keys,
+            found["x-forwarded-for"],
+            self._scopes.get(method, self._required_scope),
+            self._permissions.get(method, self._required_permissions),
+        )
 
 
 def remaining(context: Any) -> float | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
+from latchkey.guards._address import TrustedProxies
 from latchkey.guards._decision import Decision, Outcome
 from latchkey.models import Scope
 
@@ -55,6 +56,14 @@ _REFUSALS: Final[Mapping[Outcome, tuple[HTTPStatus, str]]] = {
         HTTPStatus.FORBIDDEN,
         "The bearer token's scope does not include this request.",
     ),
+    Outcome.UNPERMITTED: (
+        HTTPStatus.FORBIDDEN,
+        "The bearer token lacks a permission that this request requires.",
+    ),
+    Outcome.WRONG_ADDRESS: (
+        HTTPStatus.FORBIDDEN,
+        "The bearer token may not be used from this address.",
+    ),
     Outcome.UNAVAILABLE: (
         HTTPStatus.SERVICE_UNAVAILABLE,
         "The bearer token cannot be verified now. Try again later.",
@@ -79,6 +88,8 @@ class HttpRequest:
     path: str
     target: str
     header: Callable[[str], Sequence[str]]
+    peer: str = ""
+    """The address at the other end of the connection, or "" if it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +134,9 @@ class HttpRules:
         preflights: bool = True,
         realm: str = "latchkey",
         api_key_header: str | None = None,
+        trusted_proxies: Collection[str] = (),
     ) -> None:
+        self._proxies = TrustedProxies(trusted_proxies)
         self._public = checked_names(public, "public")
         self._prefixes = checked_prefixes(public_prefixes)
         self._preflights = preflights
@@ -148,7 +161,13 @@ class HttpRules:
         """Return the values of the header for API keys, if this guard accepts one."""
         return () if self.api_key_header is None else request.header(self.api_key_header)
 
-    def refusal(self, decision: Decision, required: Scope | None) -> Refusal:
+    def client_address(self, request: HttpRequest) -> str:
+        """Return the client's address, or "" if it is not known."""
+        return self._proxies.client_address(request.peer, request.header("x-forwarded-for"))
+
+    def refusal(
+        self, decision: Decision, required: Scope | None, permissions: Collection[str] = ()
+    ) -> Refusal:
         """Return the answer to a request that `decision` does not let in (RFC 6750 §3)."""
         status, detail = _REFUSALS[decision.outcome]
         if decision.outcome is Outcome.MISSING and self.api_key_header is not None:
@@ -156,19 +175,25 @@ class HttpRules:
         if decision.outcome is Outcome.UNAVAILABLE:
             headers = (("retry-after", str(retry_after_seconds(decision))),)
         else:
-            headers = (("www-authenticate", self.challenge(decision.outcome, required)),)
+            headers = (
+                ("www-authenticate", self.challenge(decision.outcome, required, permissions)),
+            )
         return Refusal(status, detail, headers)
 
-    def challenge(self, outcome: Outcome, required: Scope | None) -> str:
+    def challenge(
+        self, outcome: Outcome, required: Scope | None, permissions: Collection[str] = ()
+    ) -> str:
         """Return the value of WWW-Authenticate."""
         challenge = f'Bearer realm="{self._realm}"'
         if outcome is Outcome.INVALID:
             challenge += ', error="invalid_token"'
-        elif outcome is Outcome.FORBIDDEN:
+        elif outcome in (Outcome.FORBIDDEN, Outcome.UNPERMITTED):
             challenge += ', error="insufficient_scope"'
-            if required is not None:
-                challenge += f', scope="{required.value}"'
-        # MISSING has no error code, because the request contained nothing wrong (§3.1).
+            scope = [] if required is None else [required.value]
+            if wanted := " ".join([*scope, *permissions]):
+                challenge += f', scope="{wanted}"'
+        # MISSING has no error code, because the request contained nothing wrong (§3.1). For a wrong
+        # address, RFC 6750 has none.
         return challenge
 
     def lets_preflight_pass(self, request: HttpRequest) -> bool:

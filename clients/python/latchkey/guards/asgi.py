@@ -13,11 +13,12 @@ from latchkey.guards._decision import (
     Outcome,
     SupportsVerify,
     check_verifier,
+    checked_permissions,
     checked_scope,
     decide,
     token_var,
 )
-from latchkey.guards._http import HttpRequest, HttpRules, scope_of_method
+from latchkey.guards._http import HttpRequest, HttpRules, Refusal, scope_of_method
 from latchkey.models import Scope
 
 __all__ = ["GuardMiddleware", "scope_by_method"]
@@ -50,15 +51,22 @@ def http_request(connection: Connection) -> HttpRequest:
 
     target: bytes = connection.get("raw_path") or b""
     method = connection["method"] if connection["type"] == "http" else ""
-    return HttpRequest(method, connection["path"], target.decode("latin-1"), header)
+    # Absent on a UNIX socket, or if the server does not know it.
+    peer, _ = connection.get("client") or ("", None)
+    return HttpRequest(method, connection["path"], target.decode("latin-1"), header, peer)
 
 
 class GuardMiddleware:
-    """Lets a request in if its bearer token is valid for the required scope.
+    """Lets a request in if its bearer token is valid for the required scope and permissions.
 
     `required_scope` is a Scope for all requests, None to accept any valid token, or a function of
-    the ASGI connection scope that returns one of these. If that function raises, the request is not
-    served, and the server reports the exception.
+    the ASGI connection scope that returns one of these. `required_permissions` are of the form
+    `resource:action`, for all requests, or a function that returns them. If a function raises, the
+    request is not served, and the server reports the exception.
+
+    Tokens may be limited to networks. The client's address is that of the connection. Behind
+    proxies, name their networks as `trusted_proxies`; the address is then the last one in
+    X-Forwarded-For that is not a trusted proxy.
 
     These requests need no token: those whose path is exactly in `public`; those at or below a path
     in `public_prefixes`, compared by whole segments; and CORS preflights, unless `preflights` is
@@ -78,6 +86,8 @@ class GuardMiddleware:
         verifier: SupportsVerify,
         required_scope: Scope | Callable[[Connection], Scope | None] | None = scope_by_method,
         *,
+        required_permissions: Collection[str] | Callable[[Connection], Collection[str]] = (),
+        trusted_proxies: Collection[str] = (),
         public: Collection[str] = (),
         public_prefixes: Collection[str] = (),
         preflights: bool = True,
@@ -91,11 +101,17 @@ class GuardMiddleware:
             preflights=preflights,
             realm=realm,
             api_key_header=api_key_header,
+            trusted_proxies=trusted_proxies,
         )
         self._app = app
         self._verifier = verifier
         self._required_scope = (
             required_scope if callable(required_scope) else checked_scope(required_scope)
+        )
+        self._required_permissions = (
+            required_permissions
+            if callable(required_permissions)
+            else checked_permissions(required_permissions)
         )
 
     async def __call__(self, scope: Connection, receive: Receive, send: Send) -> None:
@@ -115,11 +131,16 @@ class GuardMiddleware:
         required = self._required_scope
         if callable(required):
             required = checked_scope(required(scope))
+        permissions = self._required_permissions
+        if callable(permissions):
+            permissions = checked_permissions(permissions(scope))
         decision = await decide(
             self._verifier,
             self._rules.authorization(request),
             required,
             api_keys=self._rules.api_keys(request),
+            client_address=self._rules.client_address(request),
+            permissions=permissions,
         )
         if decision.outcome is Outcome.ALLOWED:
             reset = token_var.set(decision.token)
@@ -128,42 +149,32 @@ class GuardMiddleware:
             finally:
                 token_var.reset(reset)
         elif kind == "http":
-            await self._refuse_http(decision, required, scope, send)
+            refusal = self._rules.refusal(decision, required, permissions)
+            await _refuse_http(refusal, scope, send)
         else:
-            await self._refuse_websocket(decision, required, scope, receive, send)
+            refusal = self._rules.refusal(decision, required, permissions)
+            await _refuse_websocket(refusal, decision, scope, receive, send)
 
-    async def _refuse_http(
-        self,
-        decision: Decision,
-        required: Scope | None,
-        scope: Connection,
-        send: Send,
-        *,
-        prefix: str = "http.response",
-    ) -> None:
-        refusal = self._rules.refusal(decision, required)
-        headers = [(name.encode(), value.encode("ascii")) for name, value in refusal.all_headers]
-        await send({"type": f"{prefix}.start", "status": refusal.status.value, "headers": headers})
-        head = scope.get("method") == "HEAD"
-        await send({"type": f"{prefix}.body", "body": b"" if head else refusal.body})
 
-    async def _refuse_websocket(
-        self,
-        decision: Decision,
-        required: Scope | None,
-        scope: Connection,
-        receive: Receive,
-        send: Send,
-    ) -> None:
-        message = await receive()
-        if message["type"] != "websocket.connect":
-            return  # the client has disconnected
-        if "websocket.http.response" in (scope.get("extensions") or {}):
-            await self._refuse_http(
-                decision, required, scope, send, prefix="websocket.http.response"
-            )
-            return
-        # Before acceptance, servers answer the handshake with 403 for every code.
-        unavailable = decision.outcome is Outcome.UNAVAILABLE
-        code = _CLOSE_UNAVAILABLE if unavailable else _CLOSE_REFUSED
-        await send({"type": "websocket.close", "code": code, "reason": ""})
+async def _refuse_http(
+    refusal: Refusal, scope: Connection, send: Send, *, prefix: str = "http.response"
+) -> None:
+    headers = [(name.encode(), value.encode("ascii")) for name, value in refusal.all_headers]
+    await send({"type": f"{prefix}.start", "status": refusal.status.value, "headers": headers})
+    head = scope.get("method") == "HEAD"
+    await send({"type": f"{prefix}.body", "body": b"" if head else refusal.body})
+
+
+async def _refuse_websocket(
+    refusal: Refusal, decision: Decision, scope: Connection, receive: Receive, send: Send
+) -> None:
+    message = await receive()
+    if message["type"] != "websocket.connect":
+        return  # the client has disconnected
+    if "websocket.http.response" in (scope.get("extensions") or {}):
+        await _refuse_http(refusal, scope, send, prefix="websocket.http.response")
+        return
+    # Before acceptance, servers answer the handshake with 403 for every code.
+    unavailable = decision.outcome is Outcome.UNAVAILABLE
+    code = _CLOSE_UNAVAILABLE if unavailable else _CLOSE_REFUSED
+    await send({"type": "websocket.close", "code": code, "reason": ""})

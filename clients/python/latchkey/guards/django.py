@@ -10,7 +10,7 @@ request, so it needs a `latchkey.sync.Verifier`.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final, TypeVar, cast
 
 from latchkey.guards._missing import not_installed
@@ -32,6 +32,7 @@ from latchkey.guards._decision import (
     Outcome,
     SupportsVerifySync,
     check_verifier,
+    checked_permissions,
     checked_scope,
     decide_blocking,
     token_var,
@@ -41,6 +42,7 @@ from latchkey.models import Scope
 __all__ = ["GuardMiddleware", "require"]
 
 View = TypeVar("View", bound=Callable[..., Any])
+_Required = tuple[Scope | None, tuple[str, ...]]
 GetResponse = Callable[[HttpRequest], HttpResponseBase]
 
 # Not standard. gunicorn sets the first; uWSGI, werkzeug and mod_wsgi the second.
@@ -51,6 +53,7 @@ _OPTIONS: Final = {
     "PREFLIGHTS": "preflights",
     "REALM": "realm",
     "API_KEY_HEADER": "api_key_header",
+    "TRUSTED_PROXIES": "trusted_proxies",
 }
 _BY_METHOD: Final = "by method"
 
@@ -63,7 +66,7 @@ class Guard:
             raise ImproperlyConfigured(
                 "the setting LATCHKEY must be a dict with VERIFIER, a latchkey.sync.Verifier"
             )
-        known = {"VERIFIER", "REQUIRED_SCOPE", *_OPTIONS}
+        known = {"VERIFIER", "REQUIRED_SCOPE", "REQUIRED_PERMISSIONS", *_OPTIONS}
         if unknown := sorted(str(name) for name in options if name not in known):
             raise ImproperlyConfigured(
                 f"the setting LATCHKEY has no option {unknown[0]}; "
@@ -74,6 +77,7 @@ class Guard:
             self.verifier: SupportsVerifySync = options["VERIFIER"]
             required = options.get("REQUIRED_SCOPE", _BY_METHOD)
             self._required = required if required == _BY_METHOD else checked_scope(required)
+            self.permissions = checked_permissions(options.get("REQUIRED_PERMISSIONS", ()))
             self.rules = _http.HttpRules(
                 **{name: options[key] for key, name in _OPTIONS.items() if key in options}
             )
@@ -86,7 +90,9 @@ class Guard:
             return _http.scope_of_method(request.method or "")
         return cast("Scope | None", self._required)
 
-    def decide(self, request: HttpRequest, required: Scope | None) -> Decision:
+    def decide(
+        self, request: HttpRequest, required: Scope | None, permissions: Collection[str] = ()
+    ) -> Decision:
         """Decide about a request. Raises nothing."""
         parts = http_request(request)
         return decide_blocking(
@@ -94,11 +100,15 @@ class Guard:
             self.rules.authorization(parts),
             required,
             api_keys=self.rules.api_keys(parts),
+            client_address=self.rules.client_address(parts),
+            permissions=permissions,
         )
 
-    def refusal(self, decision: Decision, required: Scope | None) -> HttpResponse:
+    def refusal(
+        self, decision: Decision, required: Scope | None, permissions: Collection[str] = ()
+    ) -> HttpResponse:
         """Return the answer to a request that is not let in."""
-        refusal = self.rules.refusal(decision, required)
+        refusal = self.rules.refusal(decision, required, permissions)
         return HttpResponse(
             refusal.body, status=refusal.status.value, headers=dict(refusal.all_headers)
         )
@@ -124,6 +134,8 @@ class GuardMiddleware:
     - VERIFIER: a `latchkey.sync.Verifier`.
     - REQUIRED_SCOPE: a Scope for all requests, or None to accept any valid token. By default GET,
       HEAD and OPTIONS need READ, and all other methods WRITE.
+    - REQUIRED_PERMISSIONS: permissions of the form `resource:action` for all requests.
+    - TRUSTED_PROXIES: as `trusted_proxies` of `latchkey.guards.asgi.GuardMiddleware`.
     - PUBLIC: paths that need no token. PUBLIC_PREFIXES: paths that need none, with all below them,
       compared by whole segments. Paths are those of `request.path_info`.
     - PREFLIGHTS: False to require a token of CORS preflights too. By default other middleware may
@@ -153,9 +165,9 @@ class GuardMiddleware:
         if guard.rules.exempts(parts):
             return self._get_response(request)
         required = guard.required_scope(request)
-        decision = guard.decide(request, required)
+        decision = guard.decide(request, required, guard.permissions)
         if decision.outcome is not Outcome.ALLOWED:
-            return guard.refusal(decision, required)
+            return guard.refusal(decision, required, guard.permissions)
         request.latchkey_token = decision.token  # type: ignore[attr-defined]  # ours
         reset = token_var.set(decision.token)
         try:
@@ -175,14 +187,16 @@ class GuardMiddleware:
         return None
 
 
-def require(scope: Scope | None) -> Callable[[View], View]:
+def require(scope: Scope | None, permissions: Collection[str] = ()) -> Callable[[View], View]:
     """Guard a view: it needs a token with `scope`, or any valid token for None.
+
+    The token also has to have all `permissions`, of the form `resource:action`.
 
     Uses the setting LATCHKEY (see `GuardMiddleware`), except that no path is public. The middleware
     is not needed. For a class, use `@method_decorator(require(scope), name="dispatch")`. The view
     is exempt from CSRF protection, since browsers send no bearer token by themselves.
     """
-    required = checked_scope(scope)
+    required = (checked_scope(scope), checked_permissions(permissions))
 
     def decorate(view: View) -> View:
         guarded = (
@@ -196,21 +210,23 @@ def require(scope: Scope | None) -> Callable[[View], View]:
     return decorate
 
 
-def _judge(request: HttpRequest, required: Scope | None) -> Decision | HttpResponse:
+def _judge(
+    request: HttpRequest, required: Scope | None, permissions: tuple[str, ...]
+) -> Decision | HttpResponse:
     guard = configured()
     if guard.rules.lets_preflight_pass(http_request(request)):
         return HttpResponse(status=204)
-    decision = guard.decide(request, required)
+    decision = guard.decide(request, required, permissions)
     if decision.outcome is not Outcome.ALLOWED:
-        return guard.refusal(decision, required)
+        return guard.refusal(decision, required, permissions)
     request.latchkey_token = decision.token  # type: ignore[attr-defined]  # ours
     return decision
 
 
-def _guarded(view: Callable[..., Any], required: Scope | None) -> Any:
+def _guarded(view: Callable[..., Any], required: _Required) -> Any:
     @functools.wraps(view)
     def guarded(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
-        judged = _judge(request, required)
+        judged = _judge(request, *required)
         if not isinstance(judged, Decision):
             return judged
         reset = token_var.set(judged.token)
@@ -222,12 +238,12 @@ def _guarded(view: Callable[..., Any], required: Scope | None) -> Any:
     return guarded
 
 
-def _guarded_async(view: Callable[..., Any], required: Scope | None) -> Any:
+def _guarded_async(view: Callable[..., Any], required: _Required) -> Any:
     judge = sync_to_async(_judge, thread_sensitive=False)
 
     @functools.wraps(view)
     async def guarded(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
-        judged = await judge(request, required)
+        judged = await judge(request, *required)
         if not isinstance(judged, Decision):
             return judged
         reset = token_var.set(judged.token)
@@ -251,4 +267,6 @@ def http_request(request: HttpRequest) -> _http.HttpRequest:
     if not target:
         # Under ASGI.
         target = (getattr(request, "scope", {}).get("raw_path") or b"").decode("latin-1")
-    return _http.HttpRequest(request.method or "", request.path_info, target, header)
+    # "" on a UNIX socket.
+    peer = str(request.META.get("REMOTE_ADDR") or "")
+    return _http.HttpRequest(request.method or "", request.path_info, target, header, peer)

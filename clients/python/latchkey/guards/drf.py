@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
     raise not_installed("drf", "djangorestframework") from None
 
 from latchkey.guards import _http
-from latchkey.guards._decision import Decision, Outcome, checked_scope
+from latchkey.guards._decision import Decision, Outcome, checked_permissions, checked_scope
 from latchkey.guards.django import configured
 from latchkey.models import Scope, Token
 
@@ -100,7 +100,8 @@ class HasScope(BasePermission):
     """Requires a token whose scope includes the request.
 
     By default GET, HEAD and OPTIONS need READ, and all other methods WRITE. A view may set
-    `required_scope` to a Scope, or to None to accept any valid token.
+    `required_scope` to a Scope, or to None to accept any valid token, and `required_permissions` to
+    permissions of the form `resource:action`.
     """
 
     def has_permission(self, request: Request, view: APIView) -> bool:
@@ -110,22 +111,28 @@ class HasScope(BasePermission):
         by_method = _http.scope_of_method(request.method or "")
         required: Scope | None = checked_scope(getattr(view, "required_scope", by_method))
         # The verifier judges again, from its cache: scopes are compared in one place only.
-        decision = configured().decide(cast("HttpRequest", request), required)
-        _allowed(request, decision, required)
+        permissions = checked_permissions(getattr(view, "required_permissions", ()))
+        decision = configured().decide(cast("HttpRequest", request), required, permissions)
+        _allowed(request, decision, required, permissions)
         return True
 
 
-def _allowed(request: Request, decision: Decision, required: Scope | None) -> Token:
+def _allowed(
+    request: Request,
+    decision: Decision,
+    required: Scope | None,
+    permissions: tuple[str, ...] = (),
+) -> Token:
     """Return the token of an allowed request. Raises the exception for any other."""
     if decision.outcome is Outcome.ALLOWED and decision.token is not None:
         return decision.token
     rules = configured().rules
     if decision.outcome is Outcome.UNAVAILABLE:
         raise VerifierUnavailable(_http.retry_after_seconds(decision))
-    detail = rules.refusal(decision, required).detail
-    challenge = rules.challenge(decision.outcome, required)
+    detail = rules.refusal(decision, required, permissions).detail
+    challenge = rules.challenge(decision.outcome, required, permissions)
     setattr(request, _CHALLENGE, challenge)
-    if decision.outcome is Outcome.FORBIDDEN:
+    if decision.outcome in (Outcome.FORBIDDEN, Outcome.UNPERMITTED, Outcome.WRONG_ADDRESS):
         refused = exceptions.PermissionDenied(detail)
         # The framework sends it as WWW-Authenticate.
         refused.auth_header = challenge  # type: ignore[attr-defined]  # not in the stubs

@@ -9,7 +9,7 @@ This module translates a decision of `_decision` into HTTPException. To guard a 
 use `latchkey.guards.asgi`; both may be combined.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any
 
 from latchkey.guards._missing import not_installed
@@ -29,6 +29,7 @@ from latchkey.guards._decision import (
     Outcome,
     SupportsVerify,
     check_verifier,
+    checked_permissions,
     checked_scope,
     decide,
     token_var,
@@ -56,7 +57,8 @@ class Guard:
     Other requests are refused with HTTPException: 401 or 403 with WWW-Authenticate, or 503 with
     Retry-After if Latchkey gives no safe answer. `realm` names your service in the challenge.
     `api_key_header` names a header, such as "x-api-key", in which clients may send the token
-    instead. `scheme_name` is the name of the security scheme in the documentation.
+    instead. `trusted_proxies` is that of `latchkey.guards.asgi`. `scheme_name` is the name of the
+    security scheme in the documentation.
     """
 
     def __init__(
@@ -66,10 +68,13 @@ class Guard:
         realm: str = "latchkey",
         api_key_header: str | None = None,
         scheme_name: str = "Latchkey",
+        trusted_proxies: Collection[str] = (),
     ) -> None:
         check_verifier(verifier, for_threads=False)
         self._verifier = verifier
-        self._rules = HttpRules(realm=realm, api_key_header=api_key_header)
+        self._rules = HttpRules(
+            realm=realm, api_key_header=api_key_header, trusted_proxies=trusted_proxies
+        )
         bearer = HTTPBearer(description="An API token.", bearerFormat="Latchkey token")
         self._schemes = [_Scheme(bearer, scheme_name)]
         if self._rules.api_key_header is not None:
@@ -77,23 +82,26 @@ class Guard:
             where: dict[str, Any] = {"in": APIKeyIn.header, "name": api_key_header}
             key = APIKey(**where, description="An API token.")
             self._schemes.append(_Scheme(key, f"{scheme_name} key"))
-        self._made: dict[Scope | None, Dependency] = {}
+        self._made: dict[tuple[Scope | None, tuple[str, ...]], Dependency] = {}
 
-    def __call__(self, scope: Scope | None) -> Dependency:
-        """Return the dependency that requires a token with `scope`, or any token for None."""
-        required = checked_scope(scope)
+    def __call__(self, scope: Scope | None, permissions: Collection[str] = ()) -> Dependency:
+        """Return the dependency that requires a token with `scope`, or any token for None.
+
+        The token also has to have all `permissions`, of the form `resource:action`.
+        """
+        required = (checked_scope(scope), checked_permissions(permissions))
         if required not in self._made:
-            self._made[required] = self._make(required)
+            self._made[required] = self._make(*required)
         return self._made[required]
 
-    def _make(self, required: Scope | None) -> Dependency:
-        scopes = [] if required is None else [required.value]
+    def _make(self, required: Scope | None, permissions: tuple[str, ...]) -> Dependency:
+        scopes = [*([] if required is None else [required.value]), *permissions]
         bearer = Security(self._schemes[0], scopes=scopes)
 
         async def require(
             connection: HTTPConnection, _bearer: None = bearer
         ) -> AsyncIterator[Token]:
-            token = await self._judge(connection, required)
+            token = await self._judge(connection, required, permissions)
             token_var.set(token)
             try:
                 yield token
@@ -114,7 +122,9 @@ class Guard:
 
         return require_either
 
-    async def _judge(self, connection: HTTPConnection, required: Scope | None) -> Token:
+    async def _judge(
+        self, connection: HTTPConnection, required: Scope | None, permissions: tuple[str, ...]
+    ) -> Token:
         """Return the token of a request. Raises HTTPException, or WebSocketException."""
         request = http_request(connection.scope)
         decision = await decide(
@@ -122,13 +132,15 @@ class Guard:
             self._rules.authorization(request),
             required,
             api_keys=self._rules.api_keys(request),
+            client_address=self._rules.client_address(request),
+            permissions=permissions,
         )
         if decision.outcome is Outcome.ALLOWED and decision.token is not None:
             return decision.token
         if connection.scope["type"] == "websocket":
             unavailable = decision.outcome is Outcome.UNAVAILABLE
             raise WebSocketException(_CLOSE_UNAVAILABLE if unavailable else _CLOSE_REFUSED)
-        refusal = self._rules.refusal(decision, required)
+        refusal = self._rules.refusal(decision, required, permissions)
         raise HTTPException(
             refusal.status.value,
             refusal.detail,

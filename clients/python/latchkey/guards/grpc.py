@@ -55,8 +55,13 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
     need no token, nor do the methods of the services in `public_services`, such as
     "grpc.health.v1.Health".
     `api_key_header` names a metadata key, such as "x-api-key", in which callers may send the token
-    instead. All other calls, also those of methods that do not exist, are refused with
-    UNAUTHENTICATED or PERMISSION_DENIED, or with UNAVAILABLE if Latchkey gives no safe answer.
+    instead. In the same way as scopes, `required_permissions` and `permissions` require permissions
+    of the form `resource:action`. Tokens may be limited to networks. The client's address is that
+    of the connection. Behind proxies, name their networks as `trusted_proxies`; the address is then
+    the last one in x-forwarded-for that is not a trusted proxy.
+
+    All other calls, also those of methods that do not exist, are refused with UNAUTHENTICATED
+    or PERMISSION_DENIED, or with UNAVAILABLE if Latchkey gives no safe answer.
 
     A handler finds the token with `latchkey.guards.current_token()`. The call's deadline bounds the
     verify. No request is parsed before its caller is let in. Place the guard before interceptors
@@ -69,6 +74,9 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         required_scope: Scope | None,
         *,
         scopes: Mapping[str, Scope | None] | None = None,
+        required_permissions: Collection[str] = (),
+        permissions: Mapping[str, Collection[str]] | None = None,
+        trusted_proxies: Collection[str] = (),
         public: Collection[str] = (),
         public_services: Collection[str] = (),
         api_key_header: str | None = None,
@@ -78,6 +86,9 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         self._rules = CallRules(
             required_scope,
             scopes=scopes or {},
+            required_permissions=required_permissions,
+            permissions=permissions,
+            trusted_proxies=trusted_proxies,
             public=public,
             public_services=public_services,
             api_key_header=api_key_header,
@@ -94,8 +105,8 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if self._rules.exempts(method):
             return handler
-        presented = self._rules.presented(handler_call_details.invocation_metadata)
-        judge = _Judge(self._verifier, presented, self._rules.scope_of(method))
+        presented = self._rules.presented(method, handler_call_details.invocation_metadata)
+        judge = _Judge(self._verifier, self._rules, presented)
         if handler is None:
             return grpc.stream_stream_rpc_method_handler(_unimplemented(judge))
         return _guarded(handler, judge)
@@ -103,27 +114,31 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
 
 @dataclass(frozen=True, slots=True)
 class _Judge:
-    """Decides about one call with one required scope."""
+    """Decides about one call."""
 
     verifier: SupportsVerify
+    rules: CallRules
     presented: Presented
-    required_scope: Scope | None
 
-    async def __call__(self, timeout_seconds: float | None) -> Decision:
+    async def __call__(self, context: Any) -> Decision:
         return await decide(
             self.verifier,
             self.presented.authorization,
-            self.required_scope,
-            timeout_seconds,
+            self.presented.required_scope,
+            remaining(context),
             api_keys=self.presented.api_keys,
+            client_address=self.rules.client_address(self.presented, context),
+            permissions=self.presented.permissions,
         )
 
-    def nowait(self) -> Decision | None:
+    def nowait(self, context: Any) -> Decision | None:
         return decide_nowait(
             self.verifier,
             self.presented.authorization,
-            self.required_scope,
+            self.presented.required_scope,
             api_keys=self.presented.api_keys,
+            client_address=self.rules.client_address(self.presented, context),
+            permissions=self.presented.permissions,
         )
 
 
@@ -163,7 +178,7 @@ def _unary(behaviour: Any, parse: Callable[[Any], Any], judge: _Judge) -> Any:
     if inspect.iscoroutinefunction(behaviour):
 
         async def run(request: Any, context: Any) -> Any:
-            decision = await judge(remaining(context))
+            decision = await judge(context)
             if decision.outcome is Outcome.ALLOWED:
                 token_var.set(decision.token)
                 return await behaviour(parse(request), context)
@@ -189,7 +204,7 @@ def _streaming(behaviour: Any, parse: Callable[[Any], Any], judge: _Judge) -> An
     if inspect.isasyncgenfunction(behaviour):
 
         async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
-            decision = await judge(remaining(context))
+            decision = await judge(context)
             if decision.outcome is Outcome.ALLOWED:
                 token_var.set(decision.token)
                 async with aclosing(behaviour(parse(request), context)) as responses:
@@ -225,7 +240,7 @@ def _unimplemented(judge: _Judge) -> Any:
     """Return the handler for an unknown method. Only valid callers learn that it is unknown."""
 
     async def run(_requests: Any, context: Any) -> None:
-        decision = await judge(remaining(context))
+        decision = await judge(context)
         if decision.outcome is Outcome.ALLOWED:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         await context.abort(*refusal(decision))
@@ -235,12 +250,12 @@ def _unimplemented(judge: _Judge) -> Any:
 
 def _judge_from_thread(judge: _Judge, context: Any, loop: asyncio.AbstractEventLoop) -> Decision:
     """Judge a call in a sync handler's thread: at once, or by waiting for the event loop."""
-    decision = judge.nowait()
+    decision = judge.nowait(context)
     if decision is not None:
         return decision
 
     async def on_loop() -> Decision:
-        return await judge(remaining(context))
+        return await judge(context)
 
     future = asyncio.run_coroutine_threadsafe(on_loop(), loop)
     try:

@@ -44,6 +44,9 @@ class GuardInterceptor(grpc.ServerInterceptor):
         required_scope: Scope | None,
         *,
         scopes: Mapping[str, Scope | None] | None = None,
+        required_permissions: Collection[str] = (),
+        permissions: Mapping[str, Collection[str]] | None = None,
+        trusted_proxies: Collection[str] = (),
         public: Collection[str] = (),
         public_services: Collection[str] = (),
         api_key_header: str | None = None,
@@ -53,6 +56,9 @@ class GuardInterceptor(grpc.ServerInterceptor):
         self._rules = CallRules(
             required_scope,
             scopes=scopes or {},
+            required_permissions=required_permissions,
+            permissions=permissions,
+            trusted_proxies=trusted_proxies,
             public=public,
             public_services=public_services,
             api_key_header=api_key_header,
@@ -69,16 +75,17 @@ class GuardInterceptor(grpc.ServerInterceptor):
         method = handler_call_details.method
         if self._rules.exempts(method):
             return handler
-        presented = self._rules.presented(handler_call_details.invocation_metadata)
-        required = self._rules.scope_of(method)
+        presented = self._rules.presented(method, handler_call_details.invocation_metadata)
 
         def judge(context: Any) -> Decision:
             return decide_blocking(
                 self._verifier,
                 presented.authorization,
-                required,
+                presented.required_scope,
                 remaining(context),
                 api_keys=presented.api_keys,
+                client_address=self._rules.client_address(presented, context),
+                permissions=presented.permissions,
             )
 
         if handler is None:

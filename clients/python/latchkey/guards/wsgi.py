@@ -14,6 +14,7 @@ from latchkey.guards._decision import (
     Outcome,
     SupportsVerifySync,
     check_verifier,
+    checked_permissions,
     checked_scope,
     decide_blocking,
     token_var,
@@ -36,11 +37,13 @@ def scope_by_method(environ: "WSGIEnvironment") -> Scope:
 
 
 class GuardMiddleware:
-    """Lets a request in if its bearer token is valid for the required scope.
+    """Lets a request in if its bearer token is valid for the required scope and permissions.
 
     `required_scope` is a Scope for all requests, None to accept any valid token, or a function of
-    the WSGI environment that returns one of these. If that function raises, the request is not
-    served, and the server reports the exception.
+    the WSGI environment that returns one of these. `required_permissions` are of the form
+    `resource:action`, for all requests, or a function that returns them. If a function raises, the
+    request is not served, and the server reports the exception. `trusted_proxies` is that of
+    `latchkey.guards.asgi.GuardMiddleware`.
 
     These requests need no token: those whose path is exactly in `public`; those at or below a path
     in `public_prefixes`, compared by whole segments; and CORS preflights, unless `preflights` is
@@ -63,6 +66,10 @@ class GuardMiddleware:
             "Scope | Callable[[WSGIEnvironment], Scope | None] | None"
         ) = scope_by_method,
         *,
+        required_permissions: (
+            "Collection[str] | Callable[[WSGIEnvironment], Collection[str]]"
+        ) = (),
+        trusted_proxies: Collection[str] = (),
         public: Collection[str] = (),
         public_prefixes: Collection[str] = (),
         preflights: bool = True,
@@ -76,11 +83,17 @@ class GuardMiddleware:
             preflights=preflights,
             realm=realm,
             api_key_header=api_key_header,
+            trusted_proxies=trusted_proxies,
         )
         self._app = app
         self._verifier = verifier
         self._required_scope = (
             required_scope if callable(required_scope) else checked_scope(required_scope)
+        )
+        self._required_permissions = (
+            required_permissions
+            if callable(required_permissions)
+            else checked_permissions(required_permissions)
         )
 
     def __call__(
@@ -95,11 +108,16 @@ class GuardMiddleware:
         required = self._required_scope
         if callable(required):
             required = checked_scope(required(environ))
+        permissions = self._required_permissions
+        if callable(permissions):
+            permissions = checked_permissions(permissions(environ))
         decision = decide_blocking(
             self._verifier,
             self._rules.authorization(request),
             required,
             api_keys=self._rules.api_keys(request),
+            client_address=self._rules.client_address(request),
+            permissions=permissions,
         )
         if decision.outcome is Outcome.ALLOWED:
             environ["latchkey.token"] = decision.token
@@ -107,7 +125,7 @@ class GuardMiddleware:
             context = contextvars.copy_context()
             context.run(token_var.set, decision.token)
             return _InContext(context, context.run(self._app, environ, start_response))
-        refusal = self._rules.refusal(decision, required)
+        refusal = self._rules.refusal(decision, required, permissions)
         status = f"{refusal.status.value} {refusal.status.phrase}"
         start_response(status, list(refusal.all_headers))
         return [] if request.method == "HEAD" else [refusal.body]
@@ -147,4 +165,6 @@ def http_request(environ: "WSGIEnvironment") -> HttpRequest:
     # PEP 3333: the bytes of the path, as Latin-1. What is not UTF-8 matches no public path.
     path = environ.get("PATH_INFO", "").encode("latin-1").decode("utf-8", "surrogateescape")
     target = next((environ[name] for name in _TARGETS if name in environ), "")
-    return HttpRequest(environ["REQUEST_METHOD"], path or "/", target, header)
+    # "" on a UNIX socket.
+    peer = environ.get("REMOTE_ADDR") or ""
+    return HttpRequest(environ["REQUEST_METHOD"], path or "/", target, header, peer)

@@ -1,0 +1,181 @@
+"""Options that restrict tokens, and those that select tokens by a filter."""
+
+import enum
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from latchkey_cli.options import ScopeName, labels_of
+from latchkey_cli.times import parse_expiry
+
+if TYPE_CHECKING:
+    # Types only: shell completion must not wait for gRPC to load.
+    from latchkey import TokenFilter
+
+__all__ = [
+    "PAST",
+    "CanWriteOption",
+    "DescriptionOption",
+    "ExpiresBeforeOption",
+    "FilterLabelOption",
+    "FilterScopeOption",
+    "NameContainsOption",
+    "NetworkOption",
+    "PermissionOption",
+    "StateName",
+    "StateOption",
+    "UnusedSinceOption",
+    "YesNo",
+    "past",
+    "token_filter",
+]
+
+PAST: Final = "30m, 12h or 7d (ago), a date, or 2030-01-31T18:00:00Z."
+
+
+class StateName(enum.StrEnum):
+    """A state as a user types it."""
+
+    ACTIVE = "active"
+    DISABLED = "disabled"
+    EXPIRED = "expired"
+
+
+class YesNo(enum.StrEnum):
+    """A truth value as a user types it."""
+
+    YES = "yes"
+    NO = "no"
+
+
+def past(text: str) -> datetime:
+    """Parse a moment that is usually in the past. Raises typer.BadParameter."""
+    return _moment(text, -1)
+
+
+def _future(text: str) -> datetime:
+    return _moment(text, 1)
+
+
+def _moment(text: str, direction: int) -> datetime:
+    """Parse a moment. A duration counts from now: 1 for later, -1 for earlier."""
+    wrong = "give a duration (30m, 12h, 7d), a date, or a time with its zone (2030-01-31T18:00:00Z)"
+    try:
+        said = parse_expiry(text)
+        moment = said.expire_time
+        if said.ttl is not None:
+            moment = datetime.now(UTC) + direction * said.ttl
+    except (ValueError, OverflowError):
+        moment = None
+    if moment is None:
+        raise typer.BadParameter(wrong)
+    return moment
+
+
+DescriptionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--description", metavar="TEXT", show_default=False, help="What the token is for."
+    ),
+]
+NetworkOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--network",
+        metavar="CIDR",
+        show_default=False,
+        help="Network from which the token may be used; may be repeated.",
+    ),
+]
+PermissionOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--permission",
+        metavar="RESOURCE:ACTION",
+        show_default=False,
+        help="What the token may do, such as orders:read or orders:*; may be repeated.",
+    ),
+]
+FilterScopeOption = Annotated[
+    ScopeName | None,
+    typer.Option(
+        "--scope", case_sensitive=False, show_default=False, help="Tokens with exactly this scope."
+    ),
+]
+NameContainsOption = Annotated[
+    str, typer.Option("--name-contains", metavar="TEXT", help="Tokens with this text in the name.")
+]
+FilterLabelOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--label",
+        metavar="KEY=VALUE",
+        show_default=False,
+        help="Tokens with this label; may be repeated.",
+    ),
+]
+StateOption = Annotated[
+    StateName | None,
+    typer.Option(
+        "--state",
+        case_sensitive=False,
+        metavar="STATE",
+        show_default=False,
+        help="Tokens that are active, disabled or expired.",
+    ),
+]
+ExpiresBeforeOption = Annotated[
+    datetime | None,
+    typer.Option(
+        "--expires-before",
+        parser=_future,
+        metavar="WHEN",
+        show_default=False,
+        help="Tokens that expire before: 30d (from now), a date, or a time.",
+    ),
+]
+UnusedSinceOption = Annotated[
+    datetime | None,
+    typer.Option(
+        "--unused-since",
+        parser=past,
+        metavar="WHEN",
+        show_default=False,
+        help="Tokens without a use since: 90d (ago), a date, or a time.",
+    ),
+]
+CanWriteOption = Annotated[
+    YesNo | None,
+    typer.Option(
+        "--can-write",
+        case_sensitive=False,
+        show_default=False,
+        help="Yes: active tokens with the scope write. No: all others.",
+    ),
+]
+
+
+def token_filter(
+    scope: ScopeName | None,
+    name_contains: str,
+    label: list[str] | None,
+    state: StateName | None,
+    expires_before: datetime | None,
+    unused_since: datetime | None,
+    can_write: YesNo | None,
+) -> "TokenFilter":
+    """Return the filter for these options. Raises typer.BadParameter."""
+    labels = labels_of(label or [])
+    # Imported here: shell completion must not wait for gRPC to load.
+    from latchkey import Scope, TokenFilter, TokenState
+
+    return TokenFilter(
+        scope=None if scope is None else Scope[scope.name],
+        name_contains=name_contains,
+        labels=labels,
+        state=None if state is None else TokenState[state.name],
+        expires_before=expires_before,
+        unused_since=unused_since,
+        can_write=None if can_write is None else can_write is YesNo.YES,
+    )

@@ -1,0 +1,58 @@
+"""Builds the objects that manage tokens in one worker, for `process/wiring.py`."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from latchkey_coherence.lease import boottime
+
+from latchkey_service.coherence.ack_waiter import AckWaiter
+from latchkey_service.coherence.reads import LeasedReads
+from latchkey_service.postgres.connections import Pool
+from latchkey_service.secret_format import Keyring
+from latchkey_service.tokens.bulk import Bulk
+from latchkey_service.tokens.bulk_store import BulkStore
+from latchkey_service.tokens.confirmation import Confirmations
+from latchkey_service.tokens.first_use import FirstUse
+from latchkey_service.tokens.lifecycle import Lifecycle
+from latchkey_service.tokens.lifecycle_store import LifecycleStore
+from latchkey_service.tokens.management import Tokens
+from latchkey_service.tokens.seal import SealGuard
+from latchkey_service.tokens.token_store import TokenStore
+from latchkey_service.tokens.upkeep_store import UpkeepStore
+
+__all__ = ["Management", "build_management"]
+
+
+@dataclass(frozen=True, slots=True)
+class Management:
+    """The objects that manage tokens in one worker."""
+
+    tokens: Tokens
+    lifecycle: Lifecycle
+    bulk: Bulk
+    guard: SealGuard
+    first_use: FirstUse
+    upkeep_store: UpkeepStore
+
+
+def build_management(
+    pool: Pool,
+    keyring: Keyring,
+    ack_waiter: AckWaiter,
+    reads: LeasedReads,
+    secret_prefix: str,
+    now: Callable[[], datetime],
+) -> Management:
+    """Return the management of tokens on `pool`."""
+    guard = SealGuard(keyring, boottime)
+    confirmations = Confirmations(ack_waiter, now)
+    tokens = Tokens(TokenStore(pool), keyring, ack_waiter, reads, secret_prefix, now, os.urandom)
+    store = LifecycleStore(pool)
+    lifecycle = Lifecycle(
+        store, tokens, keyring, guard, confirmations, reads, secret_prefix, now, os.urandom
+    )
+    bulk = Bulk(BulkStore(pool), store, keyring, confirmations, reads, now)
+    first_use = FirstUse(lifecycle.retire_older, boottime)
+    return Management(tokens, lifecycle, bulk, guard, first_use, UpkeepStore(pool))

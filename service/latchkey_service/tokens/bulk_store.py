@@ -1,0 +1,322 @@
+"""The SQL of changes to many tokens at once: RevokeSecret and DeleteAll.
+
+All changes of a call take one revision, and are named in the log and audited in the statement that
+makes them, as in `lifecycle_store.py`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from latchkey_coherence.verdict_cache import Position
+
+from latchkey_service.audit.audit_log import AuditContext
+from latchkey_service.coherence.ack_rules import Acknowledgements
+from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
+from latchkey_service.errors import StoreUnavailable
+from latchkey_service.postgres.connections import (
+    DURABLE,
+    Pool,
+    require_durable_commit,
+    retry_on_conflict,
+)
+from latchkey_service.tokens.lifecycle_store import Changed
+from latchkey_service.tokens.receipt_table import RECEIPT, Deletion
+from latchkey_service.tokens.token_store import deletion_of
+from latchkey_service.tokens.token_table import (
+    COLUMNS,
+    DETAILS,
+    SNAPSHOT,
+    detailed_record_of,
+    snapshot_of,
+)
+from latchkey_service.tokens.verdict import TokenRecord
+
+__all__ = ["BulkStore", "Filter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Selects live tokens of an account. None and empty: not restricted."""
+
+    scope: int = 0
+    name_contains: str = ""
+    """Case-folded, as name keys are."""
+    labels: Mapping[str, str] | None = None
+    state: int = 0
+    """Numbered as in the contract's TokenState."""
+    expires_before: datetime | None = None
+    unused_since: datetime | None = None
+    can_write: bool | None = None
+
+    def condition(self, first: int, now: datetime) -> tuple[str, list[object]]:
+        """Return the SQL condition on `t`, and its arguments, numbered from `first`."""
+        parts: list[str] = []
+        arguments: list[object] = [now]
+        expired = f"coalesce(t.expire_time <= ${first}::timestamptz, false)"
+        active = f"t.disable_time IS NULL AND NOT {expired}"
+
+        def add(condition: str, argument: object) -> None:
+            arguments.append(argument)
+            parts.append(condition.format(f"${first + len(arguments) - 1}"))
+
+        if self.scope:
+            add("t.scope = {}::smallint", self.scope)
+        if self.name_contains:
+            # Without the prefix of a key whose name another token has taken over.
+            add(
+                r"position({}::text IN regexp_replace(t.name_key, '^\x01[^\x01]*\x01', '')) > 0",
+                self.name_contains,
+            )
+        if self.labels:
+            add("t.labels @> {}::jsonb", json.dumps(dict(self.labels)))
+        if self.expires_before is not None:
+            add("t.expire_time < {}::timestamptz", self.expires_before)
+        if self.unused_since is not None:
+            add(
+                "t.create_time < {0}::timestamptz AND NOT EXISTS (SELECT FROM token_usage u"
+                " WHERE u.token_id = t.id AND u.last_time >= {0}::timestamptz)",
+                self.unused_since,
+            )
+        parts += {1: [active], 2: ["t.disable_time IS NOT NULL"]}.get(self.state, [])
+        if self.state == 3:
+            parts.append(f"t.disable_time IS NULL AND {expired}")
+        if self.can_write is not None:
+            writes = f"t.scope = 2 AND {active}"
+            parts.append(f"({writes})" if self.can_write else f"NOT ({writes})")
+        # Names the parameter in any case: Postgres must know its type.
+        return " AND ".join([f"${first}::timestamptz IS NOT NULL", *parts]), arguments
+
+
+class BulkStore:
+    """Changes many tokens. Every method raises StoreUnavailable if Postgres is too slow."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    @retry_on_conflict
+    async def revoke_secrets(
+        self, digests: Sequence[bytes], now: datetime, audit_context: AuditContext
+    ) -> tuple[Changed | None, dict[bytes, bool], bool]:
+        """End the secrets with these digests under one revision.
+
+        Returns the change, or None if there was none to make. Also returns, for each digest that
+        the database has, whether this call ended a secret that worked, and whether there is an
+        audit entry. Locks the rows of the tokens in the order of their ids, then that of `head`.
+        """
+        async with self._pool.session() as session:
+            with require_durable_commit(session):
+                rows = await session.fetch(
+                    f"""
+                    WITH live AS MATERIALIZED (
+                        SELECT s.digest, t.id, t.account_id
+                          FROM token t JOIN secret s ON s.token_id = t.id
+                         WHERE s.digest = ANY($1::bytea[]) AND s.retire_time IS NULL
+                           AND t.delete_time IS NULL AND {DURABLE}
+                         ORDER BY t.id
+                           FOR UPDATE OF t),
+                    next AS (
+                        -- Counts, because EXISTS would take this lock after the first row, and lock
+                        -- the others under it: a deadlock with each Delete of one of them.
+                        UPDATE head h SET revision = h.revision + 1, mark = DEFAULT
+                         WHERE (SELECT count(*) FROM live) > 0
+                        RETURNING h.revision, h.mark),
+                    stamped AS MATERIALIZED (
+                        SELECT revision, mark, clock_timestamp() AS moment FROM next),
+                    ended AS (
+                        UPDATE secret x SET retire_time = s.moment, seal = ''
+                          FROM stamped s, live l
+                         WHERE x.digest = l.digest AND x.retire_time IS NULL
+                        RETURNING x.digest, l.id, l.account_id,
+                                  coalesce(x.expire_time > $2, true) AS working),
+                    changed AS (
+                        UPDATE token t SET version = t.version + 1
+                         WHERE t.id IN (SELECT id FROM ended)),
+                    logged AS (
+                        INSERT INTO invalidation (revision, mark, token_id)
+                        SELECT DISTINCT s.revision, s.mark, l.id FROM stamped s, live l),
+                    audited AS (
+                        INSERT INTO audit (time, account_id, token_id, caller, method, peer,
+                                           request_id)
+                        SELECT DISTINCT s.moment, e.account_id, e.id, $3, $4, $5, $6
+                          FROM stamped s, ended e)
+                    SELECT s.revision, s.mark, s.moment, k.digest, coalesce(e.working, false),
+                           e.digest IS NOT NULL
+                      FROM secret k
+                      LEFT JOIN ended e ON e.digest = k.digest
+                      LEFT JOIN stamped s ON true
+                     WHERE k.digest = ANY($1::bytea[])
+                    """,  # noqa: S608 - constants only
+                    list(digests),
+                    now,
+                    audit_context.caller,
+                    audit_context.method,
+                    audit_context.peer,
+                    audit_context.request_id,
+                )
+        ended = {row[3]: row[4] for row in rows}
+        audited = any(row[5] for row in rows)
+        if not rows or rows[0][0] is None:
+            return None, ended, audited
+        changed = Changed(Position(rows[0][0], mark_in(rows[0][1])), rows[0][2], None)
+        return changed, ended, audited
+
+    @retry_on_conflict
+    async def find_secrets(self, digests: Sequence[bytes]) -> tuple[set[bytes], Snapshot]:
+        """Return which of these digests the database has, and the snapshot of the read."""
+        async with self._pool.session() as session:
+            rows = await session.fetch(
+                f"""
+                SELECT h.revision, h.mark, h.timeline, s.digest
+                  FROM {SNAPSHOT}
+                  LEFT JOIN secret s ON s.digest = ANY($1::bytea[])
+                """,  # noqa: S608 - constants only
+                list(digests),
+            )
+        return {row[3] for row in rows if row[3] is not None}, snapshot_of(rows[0])
+
+    @retry_on_conflict
+    async def count_matching(
+        self, account_id: str, selected: Filter, now: datetime, limit: int
+    ) -> tuple[int, list[TokenRecord], Snapshot]:
+        """Return how many live tokens match, the oldest `limit` of them, and the snapshot."""
+        condition, arguments = selected.condition(3, now)
+        async with self._pool.session() as session:
+            rows = await session.fetch(
+                f"""
+                SELECT h.revision, h.mark, h.timeline,
+                       (SELECT count(*) FROM token t
+                         WHERE t.account_id = $1 AND t.delete_time IS NULL AND {condition}),
+                       page.*
+                  FROM {SNAPSHOT}
+                  LEFT JOIN (
+                       SELECT {COLUMNS}, {DETAILS}
+                         FROM token t
+                        WHERE t.account_id = $1 AND t.delete_time IS NULL AND {condition}
+                        ORDER BY t.create_time, t.id
+                        LIMIT $2) page ON true
+                 ORDER BY page.create_time, page.id
+                """,  # noqa: S608 - constants, and conditions without values
+                account_id,
+                limit,
+                *arguments,
+            )
+        found = [detailed_record_of(row) for row in rows if row[4] is not None]
+        return rows[0][3], found, snapshot_of(rows[0])
+
+    @retry_on_conflict
+    async def delete_matching(
+        self,
+        account_id: str,
+        selected: Filter,
+        now: datetime,
+        limit: int,
+        audit_context: AuditContext,
+    ) -> tuple[Changed | None, list[str]]:
+        """Turn the oldest `limit` live tokens that match into tombstones under one revision.
+
+        Returns the change, or None if no token matches, and the ids. Each token gets its own
+        receipt and audit entry.
+        """
+        condition, arguments = selected.condition(7, now)
+        async with self._pool.session() as session:
+            with require_durable_commit(session):
+                rows = await session.fetch(
+                    f"""
+                    WITH live AS MATERIALIZED (
+                        SELECT t.id
+                          FROM token t
+                         WHERE t.account_id = $1 AND t.delete_time IS NULL AND {condition}
+                           AND {DURABLE}
+                         ORDER BY t.create_time, t.id
+                         LIMIT $2
+                           FOR UPDATE),
+                    next AS (
+                        -- Counts, because EXISTS would take this lock after the first row, and lock
+                        -- the others under it: a deadlock with each Delete of one of them.
+                        UPDATE head h SET revision = h.revision + 1, mark = DEFAULT
+                         WHERE (SELECT count(*) FROM live) > 0
+                        RETURNING h.revision, h.mark),
+                    stamped AS MATERIALIZED (
+                        SELECT revision, mark, clock_timestamp() AS moment FROM next),
+                    tombstone AS (
+                        UPDATE token t SET delete_time = s.moment
+                          FROM stamped s, live l WHERE t.id = l.id),
+                    unsealed AS (
+                        UPDATE secret x SET seal = ''
+                          FROM stamped s, live l WHERE x.token_id = l.id),
+                    logged AS (
+                        INSERT INTO invalidation (revision, mark, token_id)
+                        SELECT s.revision, s.mark, l.id FROM stamped s, live l),
+                    audited AS (
+                        INSERT INTO audit (time, account_id, token_id, caller, method, peer,
+                                           request_id)
+                        SELECT s.moment, $1, l.id, $3, $4, $5, $6 FROM stamped s, live l),
+                    recorded AS (
+                        INSERT INTO deletion (token_id, revision, mark, commit_time)
+                        SELECT l.id, s.revision, s.mark, s.moment FROM stamped s, live l)
+                    SELECT s.revision, s.mark, s.moment, l.id FROM stamped s, live l
+                    """,  # noqa: S608 - constants, and conditions without values
+                    account_id,
+                    limit,
+                    audit_context.caller,
+                    audit_context.method,
+                    audit_context.peer,
+                    audit_context.request_id,
+                    *arguments,
+                )
+        if not rows:
+            return None, []
+        changed = Changed(Position(rows[0][0], mark_in(rows[0][1])), rows[0][2], None)
+        return changed, [row[3] for row in rows]
+
+    @retry_on_conflict
+    async def confirm_deletions(
+        self, token_ids: Sequence[str], position: Position, acknowledgements: Acknowledgements
+    ) -> Deletion:
+        """Complete the receipts of tokens that one change has deleted, and return one of them.
+
+        A repeated Delete of one of them may have completed its receipt before. Raises
+        StoreUnavailable if the database has no deletion at `position`, because it follows another
+        history (coherence rule 12).
+        """
+        async with self._pool.session() as session:
+            with require_durable_commit(session):
+                rows = await session.fetch(
+                    f"""
+                    UPDATE deletion d
+                       SET effective_time = coalesce(
+                               d.effective_time, greatest(d.commit_time, statement_timestamp())),
+                           verifiers_acknowledged = CASE WHEN d.effective_time IS NULL
+                               THEN $2 ELSE d.verifiers_acknowledged END,
+                           verifiers_outwaited = CASE WHEN d.effective_time IS NULL
+                               THEN $3 ELSE d.verifiers_outwaited END,
+                           clients_acknowledged = CASE WHEN d.effective_time IS NULL
+                               THEN $6 ELSE d.clients_acknowledged END,
+                           clients_outwaited = CASE WHEN d.effective_time IS NULL
+                               THEN $7 ELSE d.clients_outwaited END
+                     WHERE d.token_id = ANY($1::text[]) AND d.revision = $4 AND d.mark = $5
+                       AND {DURABLE}
+                    RETURNING {RECEIPT}
+                    """,  # noqa: S608 - constants only
+                    list(token_ids),
+                    acknowledgements.acknowledged,
+                    acknowledgements.outwaited,
+                    position.revision,
+                    mark_out(position.mark),
+                    acknowledgements.clients_acknowledged,
+                    acknowledgements.clients_outwaited,
+                )
+        if not rows:
+            raise StoreUnavailable("The receipt is missing; call again.")
+        return deletion_of(rows[0])
+
+    @retry_on_conflict
+    async def position(self) -> Snapshot:
+        """Return the snapshot of a read that finds everything committed so far."""
+        async with self._pool.session() as session:
+            rows = await session.fetch(
+                f"SELECT h.revision, h.mark, h.timeline FROM {SNAPSHOT}"  # noqa: S608 - constant
+            )
+        return snapshot_of(rows[0])

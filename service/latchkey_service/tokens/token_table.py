@@ -1,0 +1,118 @@
+"""The columns of tokens and secrets that statements read, and their conversion to records."""
+
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from latchkey_coherence.verdict_cache import Position
+
+from latchkey_service.coherence.snapshot import Snapshot, mark_in
+from latchkey_service.tokens.verdict import Scope, SecretRecord, TokenRecord, TokenSecret
+
+if TYPE_CHECKING:
+    import asyncpg
+
+__all__ = [
+    "COLUMNS",
+    "DETAILS",
+    "FIND_BY_DIGEST",
+    "SNAPSHOT",
+    "detailed_record_of",
+    "record_of",
+    "secret_of",
+    "snapshot_of",
+]
+
+# What every reader of a token needs, in the order of TokenRecord.
+COLUMNS = """t.id, t.account_id, t.name, t.scope, t.create_time, t.expire_time, t.hint, t.labels,
+       t.last_used_time, t.delete_time, t.disable_time, t.allowed_networks, t.permissions"""
+_COLUMN_COUNT = 13
+# What owners see besides: the secrets that work and the newest one, newest first, each with its
+# last use, and the token's last use, from whichever of its secrets and callers it came.
+DETAILS = """t.description,
+       (SELECT array_agg(ROW(s.hint, s.create_time, s.expire_time, s.retire_on_first_use,
+                             (SELECT max(u.last_time) FROM token_usage u
+                               WHERE u.token_id = t.id AND u.hint = s.hint))
+                         ORDER BY s.ordinal DESC)
+          FROM (SELECT coalesce(nullif(x.hint, ''), t.hint) AS hint,
+                       coalesce(x.create_time, t.create_time) AS create_time,
+                       least(x.expire_time, x.retire_time) AS expire_time,
+                       x.retire_on_first_use, x.ordinal,
+                       max(x.ordinal) OVER () AS newest
+                  FROM secret x
+                 WHERE x.token_id = t.id) s
+         WHERE s.ordinal = s.newest OR s.expire_time IS NULL
+            OR s.expire_time > statement_timestamp()) AS secrets,
+       (SELECT ROW(u.last_time, u.caller) FROM token_usage u
+         WHERE u.token_id = t.id ORDER BY u.last_time DESC LIMIT 1) AS last_use"""
+_DETAIL_COUNT = 3
+_SCOPES = tuple(Scope)
+_NO_LABELS: Mapping[str, str] = MappingProxyType({})
+
+# The position and the timeline of a read, computed once per statement. It comes first in the join,
+# so the statement returns at least one row, with the snapshot, even if nothing matches.
+SNAPSHOT = """(SELECT revision, mark, server_timeline() AS timeline FROM head OFFSET 0) h"""
+
+# The tokens with up to 1,000 digests, and the snapshot of the read.
+FIND_BY_DIGEST = f"""
+SELECT h.revision, h.mark, h.timeline,
+       s.digest, s.pepper_id, s.expire_time, s.retire_time, s.retire_on_first_use, s.seal,
+       s.retire_on_first_use AND EXISTS (
+           SELECT FROM secret o
+            WHERE o.token_id = s.token_id AND o.ordinal < s.ordinal AND o.retire_time IS NULL),
+       {COLUMNS}
+  FROM {SNAPSHOT}
+  LEFT JOIN (secret s JOIN token t ON t.id = s.token_id) ON s.digest = ANY($1::bytea[])
+"""  # noqa: S608 - constants only
+_SECRET = slice(3, 10)
+
+
+def snapshot_of(row: "asyncpg.Record") -> Snapshot:
+    """Return the snapshot in the first columns of a row: revision, mark, timeline."""
+    return Snapshot(Position(row[0], mark_in(row[1])), row[2])
+
+
+def secret_of(row: "asyncpg.Record") -> SecretRecord:
+    """Return the secret in a row of `FIND_BY_DIGEST`."""
+    return SecretRecord(*row[_SECRET])
+
+
+def record_of(row: "asyncpg.Record | tuple[Any, ...]") -> TokenRecord:
+    """Return the token in the last columns of a row, those of `COLUMNS`."""
+    # By position, not by name, because every Verify that looks up does this.
+    return _record(row[-_COLUMN_COUNT:])
+
+
+def detailed_record_of(row: "asyncpg.Record") -> TokenRecord:
+    """Return the token in the last columns of a row, those of `COLUMNS` and `DETAILS`."""
+    columns = row[-_COLUMN_COUNT - _DETAIL_COUNT :]
+    description, secrets, last_use = columns[_COLUMN_COUNT:]
+    last_used_time, last_used_by = last_use or (None, "")
+    return _record(columns[:_COLUMN_COUNT])._replace(
+        description=description,
+        secrets=tuple(TokenSecret(*secret) for secret in secrets or ()),
+        last_used_time=last_used_time,
+        last_used_by=last_used_by,
+    )
+
+
+def _record(columns: tuple[Any, ...]) -> TokenRecord:
+    token_id, account, name, scope, created, expires, hint, labels, used, deleted, *rest = columns
+    disabled, networks, permissions = rest
+    return TokenRecord(
+        token_id,
+        account,
+        name,
+        _SCOPES[scope],
+        created,
+        expires,
+        hint,
+        _NO_LABELS if labels == "{}" else json.loads(labels),
+        used,
+        deleted,
+        disabled,
+        # Empty for most tokens: no copy.
+        tuple(networks) if networks else (),
+        tuple(permissions) if permissions else (),
+    )

@@ -1,0 +1,335 @@
+"""The whole life of tokens, in random order, against a plain reference model."""
+
+import asyncio
+import uuid
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import field_mask_pb2
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from latchkey_proto.v1 import token_service_pb2 as pb
+from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
+
+from tests.helpers.waiting import eventually
+
+EXAMPLES = 25
+# Far longer than the steps of an example take.
+EXAMPLE_SECONDS = 120.0
+# Long enough for rotations of a token that are then retired, revoked or deleted.
+STEPS_MIN = 15
+STEPS_MAX = 30
+ACCOUNTS = ("acme", "globex")
+NAMES = ("a", "b", "c")
+PERMISSIONS = ("orders:read", "orders:write", "orders:*")
+NETWORKS = ("10.0.0.0/8", "192.0.2.0/24")
+ADDRESSES = ("", "10.1.2.3", "192.0.2.1")
+
+
+class WrongAcceptError(Exception):
+    """The service accepts what the model refuses. `eventually` does not wait for it."""
+
+
+@dataclass
+class Model:
+    """A token as the reference model knows it: what the contract says, and nothing else."""
+
+    account: str
+    id: str
+    name: str
+    scope: int
+    permissions: tuple[str, ...] = ()
+    networks: tuple[str, ...] = ()
+    disabled: bool = False
+    deleted: bool = False
+    # Newest first, each with whether it works.
+    secrets: list[tuple[str, bool]] = field(default_factory=list)
+
+    def verdict(self, secret: str, scope: int, address: str, required: tuple[str, ...]) -> str:
+        allowed = {"10.1.2.3": "10.0.0.0/8", "192.0.2.1": "192.0.2.0/24"}
+        if self.deleted:
+            return "DELETED"
+        if self.disabled:
+            return "DISABLED"
+        if not dict(self.secrets)[secret]:
+            return "EXPIRED"
+        if self.networks and allowed.get(address) not in self.networks:
+            return "ADDRESS_NOT_ALLOWED"
+        if scope > self.scope:
+            return "INSUFFICIENT_SCOPE"
+        if not all(p in self.permissions or "orders:*" in self.permissions for p in required):
+            return "INSUFFICIENT_PERMISSIONS"
+        return "VALID"
+
+
+class Life:
+    """Does each step on the service and on the model."""
+
+    def __init__(self, stub: Any) -> None:
+        self.stub = stub
+        self.tokens: list[Model] = []
+        # Accounts of this example, which no other one uses.
+        self.suffix = uuid.uuid4().hex[:12]
+
+    def live(self, account: str) -> list[Model]:
+        return [t for t in self.tokens if t.account == account and not t.deleted]
+
+    def named(self, token: Model) -> dict[str, Any]:
+        return {"account_id": self.account(token.account), "id": token.id}
+
+    def account(self, name: str) -> str:
+        return f"{name}-{self.suffix}"
+
+    async def code(self, call: Any) -> Any:
+        """Return the response, or the status code."""
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            return error.code()
+
+    async def create(self, account: str, name: str, scope: int, lost: int) -> None:
+        """Create with a request id, whose answer is lost `lost` times."""
+        request = pb.CreateRequest(
+            account_id=self.account(account),
+            name=name,
+            scope=pb.Scope.ValueType(scope),
+            request_id=str(uuid.uuid4()),
+        )
+        answers = [await self.code(self.stub.Create(request, timeout=9)) for _ in range(1 + lost)]
+        if any(token.name == name for token in self.live(account)):
+            assert set(answers) == {grpc.StatusCode.ALREADY_EXISTS}
+            return
+        assert len({answer.token.id for answer in answers}) == 1
+        token = Model(account, answers[0].token.id, name, scope)
+        # Only the last answer was received.
+        token.secrets = [(a.secret, a is answers[-1]) for a in reversed(answers)]
+        self.tokens.append(token)
+
+    async def rotate(self, token: Model, grace: bool, lost: int) -> None:
+        request = pb.RotateRequest(**self.named(token), request_id=str(uuid.uuid4()))
+        if grace:
+            request.grace.seconds = 3600
+        working = sum(works for _, works in token.secrets)
+        answers = [await self.code(self.stub.Rotate(request, timeout=9)) for _ in range(1 + lost)]
+        if token.deleted:
+            assert set(answers) == {grpc.StatusCode.NOT_FOUND}
+        elif grace and working >= 5:
+            assert set(answers) == {grpc.StatusCode.FAILED_PRECONDITION}
+        else:
+            older = [(secret, works and grace) for secret, works in token.secrets]
+            token.secrets = [(a.secret, a is answers[-1]) for a in reversed(answers)] + older
+
+    async def update(self, token: Model, path: str, value: Any) -> None:
+        attribute = {"allowed_networks": "networks"}.get(path, path)
+        request = pb.UpdateRequest(
+            **self.named(token),
+            token=pb.Token(**{path: value}),
+            update_mask=field_mask_pb2.FieldMask(paths=[path]),
+        )
+        answer = await self.code(self.stub.Update(request, timeout=9))
+        others = [t for t in self.live(token.account) if t is not token]
+        if token.deleted:
+            assert answer is grpc.StatusCode.NOT_FOUND
+        elif path == "name" and any(other.name == value for other in others):
+            assert answer is grpc.StatusCode.ALREADY_EXISTS
+        else:
+            assert isinstance(answer, pb.UpdateResponse)
+            setattr(token, attribute, value)
+
+    async def switch(self, token: Model, on: bool) -> None:
+        call = self.stub.Enable if on else self.stub.Disable
+        request = (pb.EnableRequest if on else pb.DisableRequest)(**self.named(token))
+        answer = await self.code(call(request, timeout=9))
+        if token.deleted:
+            assert answer is grpc.StatusCode.NOT_FOUND
+        else:
+            assert answer.token.HasField("disable_time") is not on
+            token.disabled = not on
+
+    async def retire(self, token: Model) -> None:
+        request = pb.RetireSecretsRequest(**self.named(token))
+        answer = await self.code(self.stub.RetireSecrets(request, timeout=9))
+        if token.deleted:
+            assert answer is grpc.StatusCode.NOT_FOUND
+        else:
+            # Not the newest one that works: the newest.
+            token.secrets = [
+                (secret, works and number == 0)
+                for number, (secret, works) in enumerate(token.secrets)
+            ]
+
+    async def revoke(self, token: Model, number: int) -> None:
+        number %= len(token.secrets)
+        secret, works = token.secrets[number]
+        request = pb.RevokeSecretRequest(secrets=[secret])
+        (result,) = (await self.stub.RevokeSecret(request, timeout=9)).results
+        ended = result.outcome == pb.SECRET_OUTCOME_ENDED
+        assert ended == (works and not token.deleted)
+        if not token.deleted:
+            token.secrets[number] = (secret, False)
+
+    async def delete(self, token: Model) -> None:
+        await self.stub.Delete(pb.DeleteRequest(**self.named(token)), timeout=9)
+        token.deleted = True
+
+    async def delete_all(self, account: str, writers: bool) -> None:
+        request = pb.DeleteAllRequest(account_id=self.account(account))
+        if writers:
+            request.filter.scope = pb.SCOPE_WRITE
+        chosen = [t for t in self.live(account) if not writers or t.scope == pb.SCOPE_WRITE]
+        answer = await self.stub.DeleteAll(request, timeout=9)
+        assert answer.count == len(chosen)
+        for token in chosen:
+            token.deleted = True
+
+    async def check(self) -> None:
+        """Compare verdicts and listings with the model.
+
+        A token that should be refused is refused at once. Changes that widen may take a moment.
+        """
+        await eventually(self.verdicts_agree, "the verdicts of the model")
+        await self.check_lists()
+
+    async def verdicts_agree(self) -> bool:
+        agree = True
+        questions = [
+            (token, secret, scope, address, required)
+            for token in self.tokens
+            for secret, _ in token.secrets
+            for scope, address, required in (
+                (0, "", ()),
+                (pb.SCOPE_WRITE, "10.1.2.3", ("orders:read",)),
+                (pb.SCOPE_READ, "192.0.2.1", ("orders:write",)),
+            )
+        ]
+        if questions:
+            batch = pb.BatchVerifyRequest(
+                requests=[
+                    pb.VerifyRequest(
+                        secret=secret,
+                        required_scope=pb.Scope.ValueType(scope),
+                        client_address=address,
+                        required_permissions=required,
+                    )
+                    for _, secret, scope, address, required in questions
+                ]
+            )
+            answers = (await self.stub.BatchVerify(batch, timeout=9)).responses
+            for (token, secret, scope, address, required), answer in zip(
+                questions, answers, strict=True
+            ):
+                found = pb.Verdict.Name(answer.verdict).removeprefix("VERDICT_")
+                expected = token.verdict(secret, scope, address, required)
+                if found == "VALID" != expected:
+                    raise WrongAcceptError(expected, replace(token, secrets=[]))
+                assert answer.token.id == token.id
+                agree = agree and found == expected
+        return agree
+
+    async def check_lists(self) -> None:
+        for account in ACCOUNTS:
+            request = pb.ListRequest(account_id=self.account(account), page_size=500)
+            listed = (await self.stub.List(request, timeout=9)).tokens
+            assert [
+                (t.id, t.name, t.scope, tuple(t.permissions), tuple(t.allowed_networks))
+                for t in reversed(listed)
+            ] == [(t.id, t.name, t.scope, t.permissions, t.networks) for t in self.live(account)]
+            for shown, token in zip(reversed(listed), self.live(account), strict=True):
+                hints = [
+                    f"lk_…{secret[-4:]}"
+                    for number, (secret, works) in enumerate(token.secrets)
+                    if works or number == 0
+                ]
+                assert [secret.hint for secret in shown.secrets] == hints
+
+
+# Few tokens, so that much happens to each.
+numbers = st.integers(0, 5)
+steps = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("create"),
+            st.sampled_from(ACCOUNTS),
+            st.sampled_from(NAMES),
+            st.sampled_from([1, 2]),
+            st.integers(0, 2),
+        ),
+        # Often, because most of what follows depends on it.
+        *[
+            st.tuples(
+                st.just("rotate"),
+                numbers,
+                st.sampled_from([True, True, False]),
+                st.sampled_from([0, 0, 1]),
+            )
+        ]
+        * 3,
+        st.tuples(
+            st.just("update"),
+            numbers,
+            st.one_of(
+                st.tuples(st.just("name"), st.sampled_from(NAMES)),
+                st.tuples(st.just("scope"), st.sampled_from([1, 2])),
+                st.tuples(
+                    st.just("permissions"),
+                    st.lists(st.sampled_from(PERMISSIONS), max_size=2, unique=True).map(tuple),
+                ),
+                st.tuples(
+                    st.just("allowed_networks"),
+                    st.lists(st.sampled_from(NETWORKS), max_size=2, unique=True).map(tuple),
+                ),
+            ),
+        ),
+        st.tuples(st.just("switch"), numbers, st.booleans()),
+        *[st.tuples(st.just("retire"), numbers)] * 2,
+        st.tuples(st.just("revoke"), numbers, st.integers(0, 5)),
+        st.tuples(st.just("delete"), numbers),
+        st.tuples(st.just("delete_all"), st.sampled_from(ACCOUNTS), st.booleans()),
+    ),
+    min_size=STEPS_MIN,
+    max_size=STEPS_MAX,
+)
+
+
+async def live(stub: Any, chosen: list[tuple[Any, ...]]) -> None:
+    life = Life(stub)
+    for account in ACCOUNTS:
+        await life.create(account, NAMES[0], pb.SCOPE_WRITE, 0)
+    for name, *arguments in chosen:
+        if name in ("create", "delete_all"):
+            await getattr(life, name)(*arguments)
+        elif life.tokens:
+            alive = [token for token in life.tokens if not token.deleted]
+            # The last number stands for tokens that may be deleted, too.
+            pool = alive if alive and arguments[0] < 5 else life.tokens
+            token = pool[arguments[0] % len(pool)]
+            rest = arguments[1] if name == "update" else arguments[1:]
+            await getattr(life, name)(token, *rest)
+        await life.check()
+
+
+# The event loop in the other thread uses `random` while hypothesis draws.
+@pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
+async def test_the_life_of_tokens(address: str) -> None:
+    """Whatever happens to tokens, in any order and with lost answers, verdicts and listings are
+    those of the model after each step."""
+    # hypothesis is synchronous: it runs in a thread, and each example on this event loop.
+    loop = asyncio.get_running_loop()
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = pb_grpc.TokenServiceStub(channel)
+
+        @settings(
+            max_examples=EXAMPLES,
+            suppress_health_check=list(HealthCheck),
+            database=None,
+            # Shrinking a failure would take minutes.
+            phases=(Phase.generate,),
+        )
+        @given(steps)
+        def run(chosen: list[tuple[Any, ...]]) -> None:
+            done = asyncio.run_coroutine_threadsafe(live(stub, chosen), loop)
+            done.result(EXAMPLE_SECONDS)
+
+        await asyncio.to_thread(run)
