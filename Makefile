@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 
-.PHONY: help run console test check bench history fuzz soak proto lock clean format
+.PHONY: help run console demo test check bench history fuzz soak proto lock clean format
 
 help:  ## Show these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,6 +19,9 @@ run: $(VENV)/.run  ## Start the service with an embedded Postgres
 
 console: $(VENV)/.run  ## Start the service and the console (ARGS=ACCOUNT)
 	@exec $(PY) -P -m latchkey_console.together $(ARGS)
+
+demo: $(VENV)/.run  ## Delete a token while two services use it, and show when each refuses it
+	@exec $(PY) examples/demo.py
 
 # Most tests wait for other processes and for leases, so four at once keep two cores busy. A part of
 # the tests does not reach the floor, so coverage is measured only when all of them run.
@@ -79,7 +82,7 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --python 
   --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate \
   --no-emit-package latchkey-proto --no-emit-package latchkey-client --constraint requirements/pins.in
 lock: $(VENV)/.dev  ## Resolve the dependencies again (ARGS=--upgrade to upgrade them)
-	@$(LOCK) $(PROJECTS) --all-extras requirements/build.in -o requirements/run.txt $(ARGS)
+	@$(LOCK) $(PROJECTS) --extra embedded --extra console requirements/build.in -o requirements/run.txt $(ARGS)
 	@$(LOCK) $(PROJECTS) --constraint requirements/run.txt -o requirements/service.txt $(ARGS)
 	@$(LOCK) $(PROJECTS) --all-extras requirements/build.in --group pyproject.toml:dev \
 	  --constraint requirements/run.txt -o requirements/dev.txt $(ARGS)

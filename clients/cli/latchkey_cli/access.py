@@ -1,4 +1,4 @@
-"""Access options, given before the command: the caller's credentials and the CAs to trust.
+"""Access options, given before or after the command: the caller's credentials and the CAs to trust.
 
 They override the environment variables that every Latchkey client reads (`latchkey.access`). No
 option takes a credential itself, because everyone on the machine can read a process's arguments.

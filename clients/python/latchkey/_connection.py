@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceStub
 
 from latchkey import _retry
-from latchkey._channel import open_channel
+from latchkey._channel import check_target, open_channel
 from latchkey._status import from_rpc_error
 from latchkey.access import Access, Metadata
 from latchkey.errors import AccessError, InternalError, LatchkeyError, Unavailable
@@ -49,6 +49,7 @@ class Connection:
             credentials = access.channel_credentials
             if channel is None:
                 access.check_target(target)
+        check_target(target)
         self._access = access
         self._target = target
         self._timeout_seconds = _retry.checked_timeout(timeout_seconds)

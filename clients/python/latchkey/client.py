@@ -181,7 +181,8 @@ class Client(LifecycleCalls):
 
         Safe to repeat: deleting a deleted token returns the same receipt. After Unavailable or
         DeadlineExceeded the deletion may be stored but is not confirmed. With the reason
-        DELETION_NOT_CONFIRMED it is stored. Raises NotFound if the account never had the token.
+        DELETION_NOT_CONFIRMED it is stored. Raises NotFound if the account never had the token,
+        or the record of its deletion has been purged.
         """
         request = _convert.build(
             lambda: pb.DeleteRequest(account_id=account_id, id=token_id, no_wait=no_wait)

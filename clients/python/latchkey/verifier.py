@@ -7,10 +7,11 @@ It answers from its cache while it holds a lease, and detects malformed secrets 
 import asyncio
 import random
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from hashlib import sha256
-from typing import Final, Self
+from typing import Any, Final, Self
 
+import grpc
 from latchkey_coherence.lease import boottime
 from latchkey_coherence.verdict_cache import Position, VerdictCache
 
@@ -21,8 +22,9 @@ from latchkey._retry import VERIFY_TIMEOUT_SECONDS, checked_timeout
 from latchkey._shape import is_well_formed
 from latchkey._subscription import Subscription
 from latchkey._watch import Watcher
+from latchkey.access import Access
 from latchkey.client import Client
-from latchkey.errors import invalid, late
+from latchkey.errors import AccessError, invalid, late
 from latchkey.models import Scope, Verdict, Verification, VerifierStats
 from latchkey.secret import Secret
 
@@ -40,6 +42,8 @@ _wall_clock = time.time
 
 class Verifier:
     """Verifies secrets with the service behind `client`, which is a Client or a target for one.
+
+    For a target, `access`, `credentials` and `options` are those of Client.
 
     It caches the answers for the `cache_entries` most recently used secrets. A cached answer takes
     microseconds. The cache is used while the service grants a lease. A deleted token is evicted
@@ -60,6 +64,9 @@ class Verifier:
         timeout_seconds: float = VERIFY_TIMEOUT_SECONDS,
         cache_entries: int = CACHE_ENTRIES,
         cache_seconds: float = CACHE_SECONDS,
+        access: Access | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        options: Sequence[tuple[str, Any]] = (),
     ) -> None:
         checked_timeout(timeout_seconds)
         if not cache_seconds > 0:
@@ -67,7 +74,13 @@ class Verifier:
         if cache_entries < 0:
             raise invalid("cache_entries", "must be 0 or more")
         self._owns_client = isinstance(client, str)
-        self._client = Client(client) if isinstance(client, str) else client
+        if isinstance(client, str):
+            client = Client(client, access=access, credentials=credentials, options=options)
+        elif access is not None or credentials is not None or options:
+            raise AccessError(
+                "access, credentials and options belong to the Client that is passed in"
+            )
+        self._client = client
         self._timeout_seconds = timeout_seconds
         self._cache: VerdictCache[CacheEntry] = VerdictCache(cache_entries)
         self._subscription = Subscription(self._cache, random.random)

@@ -110,7 +110,8 @@ class Authenticator:
         caller = self.identify(context)
         if path not in caller.methods:
             raise PermissionDenied(
-                "The policy does not allow this caller to call this method.",
+                "The policy does not allow this caller to call this method, which the role "
+                f"{rule_of(path).role} includes.",
                 "METHOD_DENIED",
                 caller.name,
             )

@@ -114,6 +114,7 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
         "/grpc.health.v1.Health/Check": OPEN,
         "/grpc.health.v1.Health/Watch": OPEN,
         # Served only with LATCHKEY_REFLECTION.
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": OPEN,
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": OPEN,
     }
 )

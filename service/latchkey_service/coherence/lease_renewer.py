@@ -237,7 +237,9 @@ class LeaseRenewer:
         clear = self.state.client_leases.floor(self._clock()) is None
         registration = await row.register(self._incarnation, acknowledge=clear)
         self.state.register(*registration, self._clock())
-        self._log.info("registered", verifier=self._identity.id, incarnation=self._incarnation)
+        # The first one is part of each start. A later one means that row or history was lost.
+        log = self._log.debug if self._incarnation == 1 else self._log.info
+        log("registered", verifier=self._identity.id, incarnation=self._incarnation)
 
     async def _renew(self, row: OwnRow, acknowledgeable: int) -> None:
         """Acknowledge, renew, and apply the log that the same statement read."""

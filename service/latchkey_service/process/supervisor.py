@@ -26,6 +26,7 @@ from latchkey_service.access.policy_file import SIZE_MAX, PolicyFile, read_text
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.embedded_cluster import EmbeddedError, EmbeddedPostgres
 from latchkey_service.postgres.migrate import MigrationError, bundled, migrate
+from latchkey_service.process.greeting import welcome
 from latchkey_service.process.metrics_server import WorkerReports, serve_metrics
 from latchkey_service.process.port_reservation import AddressError, reserved
 from latchkey_service.process.privileges import account_of_workers, forbid_dumps
@@ -385,7 +386,7 @@ class _Supervisor:
         return False
 
     def _report_serving(self) -> None:
-        """Log the addresses, and print them for people, with an example.
+        """Log the addresses, and print them for people, with examples.
 
         Not with LOG_FORMAT=json: containers merge stdout and stderr, and the text is not JSON.
         """
@@ -394,18 +395,7 @@ class _Supervisor:
         if settings.log_format == "json":
             return
         database = "your Postgres" if self._postgres is None else f"data in {settings.data_dir}"
-        plural = "" if settings.workers == 1 else "s"
-        address = self._listen
-        if address.startswith("unix:"):
-            address = "-unix " + address.removeprefix("unix:")
-        encrypted = f"With TLS it serves on {self._tls_listen}.\n" if self._tls_listen else ""
-        who = "" if self._policy_file is None else """-H "authorization: Bearer $CREDENTIAL" """
-        logs.say(
-            f"\nLatchkey serves on {self._listen} ({settings.workers} worker{plural}, {database})."
-            f" Press Ctrl-C to stop.\n{encrypted}\nTry it:\n"
-            f"""  grpcurl -plaintext {who}-d '{{"account_id": "acme", "name": "first", """
-            f""""scope": "SCOPE_READ"}}' \\\n    {address} latchkey.v1.TokenService/Create\n\n"""
-        )
+        logs.say(welcome(settings, self._listen, self._tls_listen, database) + "\n")
 
 
 def _check_files(settings: Settings) -> str | None:

@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from latchkey_coherence.lease import boottime
 from latchkey_coherence.verdict_cache import VerdictCache
 from latchkey_proto.v1 import audit_service_pb2 as audit_pb
@@ -68,6 +67,11 @@ from latchkey_service.rpc.health_service import Health
 from latchkey_service.rpc.lifecycle_service import FullTokenService
 from latchkey_service.rpc.maintenance_service import MaintenanceService
 from latchkey_service.rpc.managed_calls import ManagedCalls
+from latchkey_service.rpc.reflection_service import (
+    REFLECTION_SERVICES,
+    Reflection,
+    register_reflection,
+)
 from latchkey_service.rpc.status_service import StatusService
 from latchkey_service.rpc.streams import Streams
 from latchkey_service.rpc.verify_calls import VerifyCalls, encode_token
@@ -219,11 +223,8 @@ def _register(services: Services, registrar: Any, *, reflected: bool) -> None:
     maintenance_pb_grpc.add_MaintenanceServiceServicer_to_server(services.maintenance, registrar)
     health_pb2_grpc.add_HealthServicer_to_server(services.health, registrar)
     if reflected:
-        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        # Not enable_server_reflection, which chooses its servicer by the class of the server.
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]  # has no stubs
-            reflection.aio.ReflectionServicer(service_names=names), registrar
-        )
+        names = (*SERVICES, health.SERVICE_NAME, *REFLECTION_SERVICES)
+        register_reflection(Reflection(names), registrar)
 
 
 def _with_port(listen: str, port: int) -> str:

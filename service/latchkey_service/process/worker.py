@@ -145,7 +145,8 @@ def _warn_of_files(settings: Settings) -> None:
     limits = limits_of(settings)
     if limits.connections_max < settings.connections_max:
         asked = "connections_max" in settings.model_fields_set
-        (logs.logger().warning if asked else logs.logger().info)(
+        # Nobody who has not set the number needs to know that it is smaller here.
+        (logs.logger().warning if asked else logs.logger().debug)(
             "fewer connections: the limit on open files is low",
             connections_max=limits.connections_max,
             open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],

@@ -15,7 +15,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from latchkey import Scope
-from latchkey.guards import current_token
+from latchkey.guards import current_token_or_none
 from latchkey.guards.grpc import GuardInterceptor
 from latchkey_proto.v1 import token_service_pb2 as pb
 
@@ -27,7 +27,7 @@ UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
 
 
 def who(request: object = b"") -> bytes:
-    token = current_token()
+    token = current_token_or_none()
     return f"{token.id if token else 'nobody'}:{request!r}".encode()
 
 

@@ -418,7 +418,8 @@ async def test_the_readmes_first_caller(run: Run, folder: Path) -> None:
             said, _ = await process.communicate()
         return process.returncode, said.decode()
 
-    assert await shell(make) == (0, "")
+    code, said = await shell(make)
+    assert (code, "policy.toml now has the caller shop" in said) == (0, True), said
     anyone, service = run(), run(policy=folder / "policy.toml")
     _, said = await shell(ask, LATCHKEY_TARGET=await anyone.welcome())
     assert re.findall(r"exit code \d|CALLER_\w+|MALFORMED", said) == ["MALFORMED", "exit code 5"], (

@@ -45,6 +45,13 @@ def account(monkeypatch: pytest.MonkeyPatch) -> None:
         ("delete-all --can-write maybe --yes", "'maybe' is not one of 'yes', 'no'"),
         ("lits", "'list'"),
         ("config --nonsense", "--nonsense"),
+        ("list -account acme", "two; write --account"),
+        ("create x --scope read -label=a=b", "two; write --label"),
+        ("get -tok_x", "put '--' before an argument that begins with a dash"),
+        ("list --tls-ca", "'--tls-ca' requires an argument"),
+        ("list --target", "'--target' requires an argument"),
+        ("list --target=127.0.0.1:1,127.0.0.1:2", "such as ipv4:10.0.0.1:50051"),
+        ("policy check --role manager", "belong to 'policy new-caller'"),
     ],
 )
 def test_wrong_usage_prints_one_helpful_line(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import latchkey
+import pytest
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from latchkey import _retry, guards, sync
 from latchkey_proto import v1
@@ -68,7 +69,7 @@ def test_public_names_are_pinned() -> None:
     ]
     assert latchkey.__all__ == sorted(latchkey.__all__)
     assert all(hasattr(latchkey, name) for name in latchkey.__all__)
-    assert guards.__all__ == ["current_token"]
+    assert guards.__all__ == ["current_token", "current_token_or_none"]
     assert sync.__all__ == ["Client", "Verifier"]
 
 
@@ -205,3 +206,27 @@ def test_package_is_typed_and_versioned() -> None:
     """The package ships type annotations, and reports its installed version."""
     assert (Path(latchkey.__file__).parent / "py.typed").exists()
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", latchkey.__version__)
+
+
+@pytest.mark.parametrize(
+    ("guard", "framework"),
+    [("fastapi", "fastapi"), ("django", "django"), ("drf", "rest_framework"), ("drf", "django")],
+)
+def test_a_guard_without_its_framework_says_what_to_install(guard: str, framework: str) -> None:
+    """The import of a guard whose framework is missing fails with one clear sentence, and the other
+    guards need no framework."""
+    program = f"""
+import sys
+sys.modules[{framework!r}] = None
+import latchkey.guards.asgi, latchkey.guards.wsgi
+import latchkey.guards.grpc, latchkey.guards.grpc_sync
+try:
+    import latchkey.guards.{guard}
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.stderr == ""
+    assert re.search(r"which is not installed: pip install \w+\n$", done.stdout)
