@@ -136,7 +136,7 @@ class Browser:
             return True
 
         self.until(click, f"a click on {selector}")
-        # The driver may still address the old page until it learns of the new one.
+        # The driver may still address the old page until it detects the new one.
         for page in left:
             self.until(partial(_is_gone, page), f"the page that {selector} leads to")
 
@@ -194,13 +194,16 @@ class Browser:
 
     def screen(self, name: str) -> None:
         """Save screenshots to build/screens, in both colour schemes and both widths."""
-        SCREENS.mkdir(parents=True, exist_ok=True)
         for width in (PHONE, DESK):
             for dark in (False, True):
                 self.look(width, dark=dark)
-                path = SCREENS / f"{name}-{width}-{'dark' if dark else 'light'}.png"
-                assert self.driver.save_screenshot(str(path))
+                self.picture(f"{name}-{width}-{'dark' if dark else 'light'}")
         self.look(DESK)
+
+    def picture(self, name: str) -> None:
+        """Save one screenshot to build/screens, as the window is."""
+        SCREENS.mkdir(parents=True, exist_ok=True)
+        assert self.driver.save_screenshot(str(SCREENS / f"{name}.png"))
 
     def console_errors(self) -> list[str]:
         """Return the browser's error messages since the last call."""

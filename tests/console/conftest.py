@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceStub
 
 _numbers = itertools.count(1)
+DAY_SECONDS = 86_400
 
 
 @dataclass
@@ -45,18 +47,40 @@ class World:
             "name": name,
             "scope": pb.SCOPE_READ,
         } | fields
+        if expires_days is not None and expires_days > 0:
+            request["ttl"] = {"seconds": int(expires_days * DAY_SECONDS)}
         created = self.stub.Create(pb.CreateRequest(**request), timeout=10)
-        if days_old is not None or expires_days is not None:
+        if days_old is not None:
+            age = timedelta(days=days_old)
             self.sql(
-                "UPDATE token SET"
-                " create_time = now() - coalesce($2::float8, 0) * interval '1 day',"
-                " expire_time = coalesce(now() + $3::float8 * interval '1 day', expire_time)"
-                " WHERE id = $1",
-                created.token.id,
-                days_old,
-                expires_days,
+                "UPDATE token SET create_time = now() - $2::interval WHERE id = $1",
+                *(created.token.id, age),
+            )
+            self.sql(
+                "UPDATE secret SET create_time = now() - $2::interval WHERE token_id = $1",
+                *(created.token.id, age),
+            )
+        if expires_days is not None and expires_days <= 0:
+            # No call creates an expired token. Only lists may show this one: its row is not sealed.
+            self.sql(
+                "UPDATE token SET expire_time = now() + $2::interval WHERE id = $1",
+                *(created.token.id, timedelta(days=expires_days)),
             )
         return created
+
+    def used(self, created: Any, caller: str, count: int, age: timedelta) -> None:
+        """Record uses of a token by a caller, the last of them this long ago."""
+        last = datetime.now(UTC) - age
+        token = created.token
+        self.sql(
+            "INSERT INTO token_usage (token_id, hint, caller, first_time, last_time)"
+            " VALUES ($1, $2, $3, $4, $4)",
+            *(token.id, token.hint, caller, last),
+        )
+        self.sql(
+            "INSERT INTO token_usage_day (token_id, caller, day, count) VALUES ($1, $2, $3, $4)",
+            *(token.id, caller, last.date(), count),
+        )
 
     def tokens(self) -> dict[str, Any]:
         """Return the service's tokens of the account, by name."""

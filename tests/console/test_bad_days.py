@@ -4,7 +4,7 @@ import threading
 
 import grpc
 import pytest
-from latchkey import _retry
+from selenium.webdriver.common.keys import Keys
 
 from tests.console.browsing import Browser, texts
 from tests.console.conftest import World
@@ -13,8 +13,6 @@ from tests.console.test_create import add, shown_secret
 pytestmark = pytest.mark.xdist_group("browser")
 
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
-# The client library repeats a Create under its request id. All attempts have to fail.
-ATTEMPTS_MAX = _retry.ATTEMPTS_MAX
 ALL = ("List", "Get", "Create", "Delete")
 
 
@@ -53,18 +51,20 @@ def test_list_explains_each_error(
 
 @pytest.mark.answers(503)
 def test_unreachable_while_loading_more_rows(browser: Browser, world: World) -> None:
-    """If loading more rows fails, the page says so, keeps the rows, and a retry works."""
+    """If loading more rows fails, the button says so, keeps the focus, and retries."""
     for number in range(60):
         world.create(f"token {number}")
     browser.open()
     with world.relay.failing("List", code=UNAVAILABLE):
         browser.click("#more")
-        assert "Latchkey cannot be reached" in browser.text("#message")
-        assert browser.has_focus("#message")
+        assert browser.text("#more-failed") == "Latchkey cannot be reached."
+        assert browser.text("#more") == "Try again"
+        browser.focused("#more")
+        browser.screen("unreachable-more")
     assert len(browser.all("#rows tr")) == 50
-    browser.click("#more")
+    browser.find("#more").send_keys(Keys.ENTER)
     browser.until(lambda: len(browser.all("#rows tr")) == 60, "all rows")
-    browser.gone("#message")
+    browser.gone("#more-failed")
     assert browser.text("#count") == "60 of 60 tokens"
 
 
@@ -106,7 +106,7 @@ def test_lost_answer_is_found_and_replaced(browser: Browser, world: World, scrip
     """A token whose Create answer was lost is found by name and replaced by a working one."""
     world.create("existing")
     browser.open("/new")
-    with world.relay.failing("Create", code=UNAVAILABLE, reaches=True, times=ATTEMPTS_MAX):
+    with world.relay.failing("Create", code=UNAVAILABLE, reaches=True):
         add(browser, "lost")
         said_in_heading(browser, "The token exists, but its secret is lost")
     said = browser.text("dialog")
@@ -127,7 +127,7 @@ def test_lost_answer_is_found_and_replaced(browser: Browser, world: World, scrip
 def test_lost_answer_without_a_token(browser: Browser, world: World, script: bool) -> None:
     """If no token with the name exists, the page says so, and a retry creates one."""
     browser.open("/new")
-    with world.relay.failing("Create", code=UNAVAILABLE, times=ATTEMPTS_MAX):
+    with world.relay.failing("Create", code=UNAVAILABLE):
         add(browser, "never arrived")
         said_in_heading(browser, "The token was not created")
     browser.click("dialog .primary")
@@ -142,7 +142,7 @@ def test_lost_answer_while_the_outcome_is_unknown(
     """While the outcome is unknown, the page says so; a retry first looks for the token."""
     browser.open("/new")
     with (
-        world.relay.failing("Create", code=UNAVAILABLE, reaches=True, times=ATTEMPTS_MAX),
+        world.relay.failing("Create", code=UNAVAILABLE, reaches=True),
         # The first List is answered; the List after Create is not.
         world.relay.failing("List", code=UNAVAILABLE, spares=1),
     ):
@@ -184,7 +184,7 @@ def test_unconfirmed_deletion(browser: Browser, world: World, script: bool, axe:
     created = world.create("doomed")
     world.create("stays")
     browser.open()
-    browser.click(f"#{created.token.id} button")
+    browser.click(f"#{created.token.id} [data-act=delete]")
     browser.find("#confirm")
     with world.relay.failing("Delete", code=UNAVAILABLE, reaches=True):
         browser.click("#confirm")
@@ -204,7 +204,7 @@ def test_unreachable_while_deleting_changes_nothing(
     """If Latchkey is unreachable before the Delete, the page says so and deletes nothing."""
     created = world.create("survives")
     browser.open()
-    browser.click(f"#{created.token.id} button")
+    browser.click(f"#{created.token.id} [data-act=delete]")
     browser.find("#confirm")
     with world.relay.failing(*ALL, code=UNAVAILABLE):
         browser.click("#confirm")

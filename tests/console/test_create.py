@@ -125,7 +125,7 @@ def test_late_list_keeps_the_focus(browser: Browser, world: World) -> None:
     stays where it was."""
     old = world.create("existing").token.id
     browser.open()
-    for where in ("#generate", "#access", f"#{old} button"):
+    for where in ("#generate", "#access", f"#{old} [data-act=delete]"):
         browser.click("#generate")
         come = threading.Event()
         with world.relay.failing("List", release=come, spares=1):
@@ -231,7 +231,7 @@ def test_secret_as_name_is_rejected(browser: Browser, world: World) -> None:
 def test_expiry_date_uses_the_viewers_time_zone(
     browser: Browser, world: World, script: bool
 ) -> None:
-    """A date means the start of that day: in the viewer's zone, or in UTC without JavaScript."""
+    """A token lasts until the date ends: in the viewer's zone, or in UTC without JavaScript."""
     browser.open("/new")
     browser.click("label:has([value=date])")
     browser.js("document.getElementById('date').value = '2031-07-01'")
@@ -239,7 +239,7 @@ def test_expiry_date_uses_the_viewers_time_zone(
     shown_secret(browser)
     expires = world.tokens()["dated"].expire_time.ToDatetime(UTC)
     summer_time = timedelta(hours=2) if script else timedelta()
-    assert expires == datetime(2031, 7, 1, tzinfo=UTC) - summer_time
+    assert expires == datetime(2031, 7, 1, 23, 59, 59, tzinfo=UTC) - summer_time
 
 
 def test_double_click_creates_one_token(browser: Browser, world: World, script: bool) -> None:

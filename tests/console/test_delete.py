@@ -14,7 +14,7 @@ pytestmark = pytest.mark.xdist_group("browser")
 
 def row(token_id: str) -> str:
     """Return the CSS selector of a token's Delete button."""
-    return f"#{token_id} button"
+    return f"#{token_id} [data-act=delete]"
 
 
 def test_delete_asks_revokes_and_shows_the_receipt(

@@ -95,16 +95,19 @@ class Service:
         raise AssertionError("no embedded Postgres")
 
     async def welcome(self) -> str:
-        """Wait until it prints that it serves; return the address that it prints."""
+        """Wait until it prints or logs that it serves; return the address."""
 
         def said() -> str | None:
             match = re.search(
                 r"^Latchkey serves on (\S+) \(.*Press Ctrl-C to stop", self.out, re.MULTILINE
             )
-            if match is None:
-                assert self._process.poll() is None, f"it ended: {self.err}"
-                return None
-            return match[1]
+            if match is not None:
+                return match[1]
+            for line in self.log:
+                if line["event"] == "serving":
+                    return str(line["address"])
+            assert self._process.poll() is None, f"it ended: {self.err}"
+            return None
 
         try:
             address: str = await eventually(said, "the welcome line")

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Final
 
-__all__ = ["NEVER", "Expiry", "ago", "local", "parse_duration", "parse_expiry", "relative"]
+from latchkey_console.times import span
+
+__all__ = ["NEVER", "Expiry", "local", "parse_duration", "parse_expiry", "relative"]
 
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _DURATION: Final = re.compile(r"([0-9]{1,9})([smhdw])")
@@ -14,14 +16,6 @@ _DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _RFC3339: Final = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?"
     r"([Zz]|[+-][0-9]{2}:[0-9]{2})"
-)
-# The largest unit with a count of at least two is precise enough for planning.
-_UNITS: Final = (
-    ("year", 365 * 86_400),
-    ("day", 86_400),
-    ("hour", 3_600),
-    ("minute", 60),
-    ("second", 1),
 )
 
 
@@ -84,14 +78,5 @@ def local(moment: datetime, *, seconds: bool = False) -> str:
 def relative(moment: datetime, now: datetime) -> str:
     """Return "in 29 days" or "3 hours ago"."""
     difference = moment - now
-    words = ago(abs(difference))
+    words = span(abs(difference))
     return f"{words} ago" if difference < timedelta() else f"in {words}"
-
-
-def ago(duration: timedelta) -> str:
-    """Return for example "29 days": rounded, in the largest unit with a count of at least two."""
-    total = duration.total_seconds()
-    for name, seconds in _UNITS:
-        if total >= 2 * seconds:
-            return f"{round(total / seconds)} {name}s"
-    return "a moment"

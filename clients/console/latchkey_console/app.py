@@ -19,12 +19,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from latchkey_console.failures import Trouble
+from latchkey_console.frame import Frame
 from latchkey_console.identity import FixedAccount, Identity, NotSignedIn, ProxyHeader, Refused
+from latchkey_console.lifecycle import Lifecycle
 from latchkey_console.openid import SIGN_IN_SECONDS, OpenId
 from latchkey_console.pages import Pages
 from latchkey_console.protection import BadForm, Protection, Seals, read_form, session_id
 from latchkey_console.rendering import Renderer, is_part
 from latchkey_console.settings import Settings
+from latchkey_console.showing import Displays
 
 __all__ = ["HEALTH", "make_app"]
 
@@ -32,20 +35,26 @@ _log = logging.getLogger("latchkey.console")
 
 HEALTH: Final = "/healthz"
 # Pages to which a sign-in may return. They only display things.
-_RETURNS: Final = frozenset({"/", "/new", "/delete"})
+_RETURNS: Final = frozenset(
+    {"/", "/new", "/delete", "/token", "/replace", "/edit", "/disable", "/retire"}
+)
 _RETURN_LENGTH_MAX: Final = 512
 
 
 def make_app(
     settings: Settings,
     *,
+    client: latchkey.Client | None = None,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
     monotonic: Callable[[], float] = time.monotonic,
 ) -> ASGIApp:
-    """Return the console as an ASGI application. Run its lifespan, which closes the client."""
-    client = latchkey.Client(settings.target)
-    # A new key at each start ends the sessions and forms of the previous process, whose memory is
-    # gone as well.
+    """Return the console as an ASGI application. Run its lifespan, which closes the client.
+
+    `client` replaces the client for the settings' target.
+    """
+    client = client or latchkey.Client(settings.target)
+    # A new key at each start ends the sessions and forms of the previous process, whose data is
+    # lost anyway.
     key = secrets.token_urlsafe(32)
     renderer = Renderer()
     openid: OpenId | None = None
@@ -59,7 +68,10 @@ def make_app(
     else:
         raise ValueError("the settings do not say how to identify visitors")
     seals = Seals(key)
-    pages = Pages(client, identity, seals, renderer, now, monotonic)
+    frame = Frame(client, identity, seals, renderer, now, monotonic)
+    displays = Displays(monotonic)
+    pages = Pages(frame, displays)
+    lifecycle = Lifecycle(frame, displays)
     errors = _Errors(renderer, openid)
 
     @contextlib.asynccontextmanager
@@ -78,6 +90,7 @@ def make_app(
         Route("/delete", pages.delete, methods=["POST"]),
         Route("/static/{version}/{name}", renderer.static),
         Route(HEALTH, _health),
+        *lifecycle.routes(),
     ]
     if openid is not None:
         routes += _SignIn(openid, seals, renderer).routes()
@@ -146,7 +159,7 @@ class _SignIn:
         return RedirectResponse(wanted if isinstance(wanted, str) else "/", 303)
 
     async def sign_out(self, request: Request) -> Response:
-        """Sign out here, then at the provider."""
+        """End the session here, then at the provider."""
         try:
             fields = await read_form(request)
         except BadForm:

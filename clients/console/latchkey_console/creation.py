@@ -1,4 +1,4 @@
-"""Creates one token per form and displays its secret once.
+"""Creates one token per form.
 
 A form carries a mark (`protection.Seals`). Submitting a form again, by a double click, the back
 button or a reload, returns the first outcome. This module keeps outcomes in bounded memory, for
@@ -8,26 +8,24 @@ token because its name is taken.
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from latchkey import AlreadyExists, Client, CreatedToken, LatchkeyError, Secret, Token
+from latchkey import AlreadyExists, Client, LatchkeyError, Token
 
 from latchkey_console import listing
 from latchkey_console.expiring import Expiring
 from latchkey_console.failures import is_refusal
 from latchkey_console.forms import NewToken
 from latchkey_console.protection import FORM_SECONDS
+from latchkey_console.showing import Displays
 
-__all__ = ["Creations", "Different", "Lost", "Made", "NotMade", "Outcome", "Shown"]
+__all__ = ["Creations", "Different", "Lost", "Made", "NotMade", "Outcome"]
 
 _log = logging.getLogger("latchkey.console")
 
-# The redirect to the secret takes milliseconds. An uncollected secret is erased.
-SECRET_SECONDS: Final = 120.0
 # Enough for thousands of people at once. An entry takes a few hundred bytes.
 ATTEMPTS_MAX: Final = 20_000
 
@@ -57,8 +55,8 @@ class NotMade:
 class Lost:
     """Create was sent, but its answer never arrived.
 
-    `found` is the token that it created, whose secret nobody knows. If `error` is set, the check
-    for such a token failed.
+    `found` is the token that it created, whose secret is lost. If `error` is set, the check for
+    such a token failed.
     """
 
     found: Token | None
@@ -66,14 +64,6 @@ class Lost:
 
 
 Outcome = Made | NotMade | Lost
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """A token created here. `secret` is None from the second display on."""
-
-    token: Token
-    secret: Secret | None
 
 
 @dataclass(slots=True)
@@ -87,27 +77,21 @@ class _Attempt:
         return self.task.done() and (self.task.cancelled() or self.task.exception() is not None)
 
 
-@dataclass(slots=True)
-class _Display:
-    owner: str
-    token: Token
-    secret: Secret | None
-
-    def forget(self) -> None:
-        self.secret = None
-
-
 class Creations:
     """Creates tokens for forms. Safe to share between the requests of one event loop."""
 
     def __init__(
-        self, client: Client, now: Callable[[], datetime], monotonic: Callable[[], float]
+        self,
+        client: Client,
+        displays: Displays,
+        now: Callable[[], datetime],
+        monotonic: Callable[[], float],
     ) -> None:
         self._client = client
+        self._displays = displays
         self._now = now
         # Twice FORM_SECONDS: an attempt may start just before its form expires.
         self._attempts: Expiring[_Attempt] = Expiring(2 * FORM_SECONDS, ATTEMPTS_MAX, monotonic)
-        self._displays: Expiring[_Display] = Expiring(FORM_SECONDS, ATTEMPTS_MAX, monotonic)
 
     async def create(
         self, mark: str, owner: str, account_id: str, new: NewToken, *, replace: bool
@@ -135,21 +119,12 @@ class Creations:
         self._attempts.put(mark, _Attempt(new, task))
         return await asyncio.shield(task)
 
-    def show(self, place: str, owner: str) -> Shown | None:
-        """Return the token and, the first time, its secret. Return None unless `owner` matches."""
-        display = self._displays.get(place)
-        if display is None or display.owner != owner:
-            return None
-        shown = Shown(display.token, display.secret)
-        display.forget()
-        return shown
-
     async def _attempt(
         self, owner: str, account_id: str, new: NewToken, lost: Lost | None, *, replace: bool
     ) -> Outcome:
         try:
             # Checked first, so that a token of this name found afterwards must be ours. The check
-            # also shows whether Latchkey is available while there is nothing to lose yet.
+            # also shows whether Latchkey is available, before a token can be lost.
             inventory = await listing.fetch(self._client, account_id, self._now())
         except LatchkeyError as error:
             return NotMade(error) if lost is None else Lost(None, error)
@@ -173,18 +148,11 @@ class Creations:
                 return NotMade(error)
             _log.warning("create got no answer (%s); looking for the token", error.code.name)
         else:
-            return Made(self._display(owner, created))
+            token = created.token
+            _log.info("created: account %s, token %s", token.account_id, token.id)
+            return Made(self._displays.put(owner, token, created.secret))
         try:
             inventory = await listing.fetch(self._client, account_id, self._now())
         except LatchkeyError as error:
             return Lost(None, error)
         return Lost(inventory.named(new.name), None)
-
-    def _display(self, owner: str, created: CreatedToken) -> str:
-        """Keep the secret for its single display and return its place."""
-        _log.info("created: account %s, token %s", created.token.account_id, created.token.id)
-        place = secrets.token_urlsafe(16)
-        display = _Display(owner, created.token, created.secret)
-        self._displays.put(place, display)
-        asyncio.get_running_loop().call_later(SECRET_SECONDS, display.forget)
-        return place

@@ -1,11 +1,29 @@
 """Turns the client library's errors into the page's words: what happened and what to do. Pure."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import latchkey
 
 __all__ = ["Trouble", "is_refusal", "trouble"]
+
+
+_Words = tuple[int, str, str]
+# Why the state of a token or of the service does not allow a change.
+_NOT_NOW: Final[Mapping[str | None, _Words]] = {
+    "TOO_MANY_SECRETS": (
+        409,
+        "This token already has as many secrets as Latchkey allows",
+        "End its old secrets first.",
+    ),
+    "FLEET_UPGRADING": (
+        503,
+        "Latchkey is being upgraded",
+        "Not all of its servers know this change yet. Try again in a few minutes.",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +49,8 @@ def is_refusal(error: latchkey.LatchkeyError) -> bool:
         | latchkey.NotFound
         | latchkey.PermissionDenied
         | latchkey.Unauthenticated
-        | latchkey.ResourceExhausted,
+        | latchkey.ResourceExhausted
+        | latchkey.FailedPrecondition,
     )
 
 
@@ -48,7 +67,7 @@ def trouble(error: latchkey.LatchkeyError) -> Trouble:
     )
 
 
-def _words(error: latchkey.LatchkeyError) -> tuple[int, str, str]:
+def _words(error: latchkey.LatchkeyError) -> _Words:
     match error:
         case latchkey.DeadlineExceeded():
             return (
@@ -72,6 +91,8 @@ def _words(error: latchkey.LatchkeyError) -> tuple[int, str, str]:
                 "This page could not authenticate to Latchkey",
                 "Latchkey rejected the page's credentials. Ask your administrator to fix them.",
             )
+        case latchkey.FailedPrecondition(reason=reason) if reason in _NOT_NOW:
+            return _NOT_NOW[reason]
         case latchkey.InvalidArgument():
             return 400, "Invalid request", "Latchkey did not accept this request."
         case _:

@@ -14,7 +14,17 @@ from urllib.parse import parse_qsl
 
 from latchkey import FieldViolation, Scope
 
-__all__ = ["BODY_BYTES_MAX", "NAME_LENGTH_MAX", "NewToken", "TokenForm", "parse_body"]
+__all__ = [
+    "BODY_BYTES_MAX",
+    "EXPIRY_DAYS",
+    "NAME_LENGTH_MAX",
+    "SCOPES",
+    "NewToken",
+    "TokenForm",
+    "last_second",
+    "name_mistake",
+    "parse_body",
+]
 
 NAME_LENGTH_MAX: Final = 64
 # A name of 64 four-byte characters takes 768 bytes percent-encoded. The rest leaves room for the
@@ -23,9 +33,9 @@ BODY_BYTES_MAX: Final = 16_384
 _FIELDS_MAX: Final = 32
 EXPIRY_DAYS: Final[Mapping[str, int]] = {"30": 30, "90": 90, "365": 365}
 _EXPIRIES: Final = (*EXPIRY_DAYS, "never", "date")
-_SCOPES: Final[Mapping[str, Scope]] = {"read": Scope.READ, "write": Scope.WRITE}
+SCOPES: Final[Mapping[str, Scope]] = {"read": Scope.READ, "write": Scope.WRITE}
 _DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
-# No zone is further from UTC, so no local day starts further from the start of the UTC day.
+# No zone is further from UTC, so no local day ends further from the end of the UTC day.
 _ZONE_MAX: Final = timedelta(hours=14)
 _CONTROL: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 # For each field of the service: the form field that shows its mistakes, and its name there.
@@ -55,8 +65,8 @@ class TokenForm:
     scope: str = "read"
     expiry: str = "90"
     date: str = ""
-    date_start: str = ""
-    """The start of the chosen date in the viewer's time zone, set by the script. Default: UTC."""
+    date_end: str = ""
+    """The end of the chosen date in the viewer's time zone, set by the script. Default: UTC."""
     errors: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -67,35 +77,28 @@ class TokenForm:
             scope=fields.get("scope", ""),
             expiry=fields.get("expiry", ""),
             date=fields.get("date", ""),
-            date_start=fields.get("date_start", ""),
+            date_end=fields.get("date_end", ""),
         )
 
     def with_errors(self, errors: Mapping[str, str]) -> "TokenForm":
         """Return the form with these errors."""
-        return TokenForm(self.name, self.scope, self.expiry, self.date, self.date_start, errors)
+        return TokenForm(self.name, self.scope, self.expiry, self.date, self.date_end, errors)
 
     def checked(self, now: datetime) -> "NewToken | TokenForm":
         """Return the token to create, or the form with its errors."""
         errors = {}
         name = self.name.strip()
-        if not name:
-            errors["name"] = "Enter a name, so you can tell later what uses this token."
-        elif len(name) > NAME_LENGTH_MAX:
-            errors["name"] = f"This name has {len(name)} characters. Use at most {NAME_LENGTH_MAX}."
-        elif any(unicodedata.category(character) in _CONTROL for character in name):
-            errors["name"] = "The name contains a line break or control character. Remove it."
-        scope = _SCOPES.get(self.scope)
+        if mistake := name_mistake(name):
+            errors["name"] = mistake
+        scope = SCOPES.get(self.scope)
         if scope is None:
             errors["scope"] = "Choose what the token may do."
         expire_time, ttl = None, None
         if self.expiry == "date":
             try:
-                expire_time = self._first_moment()
+                expire_time = last_second(self.date, self.date_end, now)
             except ValueError as error:
                 errors["expiry"] = str(error)
-            else:
-                if expire_time <= now:
-                    errors["expiry"] = "This date has already begun. Choose a later one."
         elif self.expiry not in _EXPIRIES:
             errors["expiry"] = "Choose when the token expires."
         elif self.expiry != "never":
@@ -113,27 +116,42 @@ class TokenForm:
             errors.setdefault(place, f"{subject} {violation.description.rstrip('. ')}.")
         return self.with_errors(errors or {"": "Latchkey did not accept this."})
 
-    def _first_moment(self) -> datetime:
-        """Return when the chosen date begins. Raises ValueError with a text for the page.
 
-        As on the command line, a token expires when its date begins: in doubt, sooner.
-        """
-        if not self.date:
-            raise ValueError("Choose a date.")
-        try:
-            if not _DATE.fullmatch(self.date):
-                raise ValueError(self.date)
-            chosen = datetime.combine(date.fromisoformat(self.date), time(), UTC)
-        except ValueError:
-            raise ValueError("This is not a valid date. Use the format 2027-01-31.") from None
-        try:
-            start = datetime.fromisoformat(self.date_start)
-        except ValueError:
-            return chosen
-        # The script may choose the time zone but not a different day.
-        if start.tzinfo is None or abs(start - chosen) > _ZONE_MAX:
-            return chosen
-        return start
+def name_mistake(name: str) -> str | None:
+    """Return what is wrong with a name, in words for its field, or None."""
+    if not name:
+        return "Enter a name, so you can tell later what uses this token."
+    if len(name) > NAME_LENGTH_MAX:
+        return f"This name has {len(name)} characters. Use at most {NAME_LENGTH_MAX}."
+    if any(unicodedata.category(character) in _CONTROL for character in name):
+        return "The name contains a line break or control character. Remove it."
+    return None
+
+
+def last_second(day: str, end: str, now: datetime) -> datetime:
+    """Return the last second of the chosen date. Raises ValueError with a text for the page.
+
+    The last second, not the first of the next day, because lists show it with the chosen date.
+    `end` is that moment in the viewer's time zone, as the script found it. Without it: UTC.
+    """
+    if not day:
+        raise ValueError("Choose a date.")
+    try:
+        if not _DATE.fullmatch(day):
+            raise ValueError(day)
+        chosen = datetime.combine(date.fromisoformat(day), time(23, 59, 59), UTC)
+    except ValueError:
+        raise ValueError("This is not a valid date. Use the format 2027-01-31.") from None
+    try:
+        local = datetime.fromisoformat(end)
+    except ValueError:
+        local = chosen
+    # The script may choose the time zone but not a different day.
+    if local.tzinfo is not None and abs(local - chosen) <= _ZONE_MAX:
+        chosen = local
+    if chosen <= now:
+        raise ValueError("This day has already ended. Choose a later one.")
+    return chosen
 
 
 def parse_body(body: bytes) -> dict[str, str]:

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Final
 from urllib.parse import urlencode
 
-from latchkey import Client, Scope, Token
+from latchkey import Client, LatchkeyError, NotFound, Scope, Token
 
 from latchkey_console import review
 from latchkey_console.text import folded, name_key
@@ -79,6 +79,10 @@ class Filter:
         """The query string including its question mark, or an empty string."""
         return f"?{urlencode(self.fields)}" if self.fields else ""
 
+    def query_of(self, token_id: str) -> str:
+        """Return the query string of a page about one token."""
+        return f"?{urlencode({'id': token_id, **self.fields})}"
+
     def with_kind(self, kind: review.Kind | None) -> "Filter":
         """Return the filter for another kind of finding, from the first row."""
         return replace(self, kind=kind, rows=ROWS_STEP)
@@ -93,9 +97,10 @@ class Filter:
             return False
         if self.kind is not None and self.kind not in kinds:
             return False
-        # Also search the hint: someone who found a secret looks for its last characters.
+        # Also search the hints: someone who found a secret looks for its last characters.
         wanted = folded(self.text)
-        return not wanted or wanted in folded(token.name) or wanted in folded(token.hint)
+        hints = (token.hint, *(secret.hint for secret in token.secrets))
+        return any(wanted in folded(text) for text in (token.name, *hints))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +146,8 @@ async def fetch(client: Client, account_id: str, now: datetime) -> Inventory:
             break
         position = page.next_page_token
         if len(tokens) >= TOKENS_MAX:
-            return _inventory(tokens[:TOKENS_MAX], complete=False, now=now)
-    return _inventory(tokens, complete=True, now=now)
+            return await _inventory(client, tokens[:TOKENS_MAX], complete=False, now=now)
+    return await _inventory(client, tokens, complete=True, now=now)
 
 
 def rows_after(tokens: Sequence[Token], token_id: str, count: int) -> Sequence[Token]:
@@ -159,5 +164,25 @@ def rows_after(tokens: Sequence[Token], token_id: str, count: int) -> Sequence[T
     return older[:count]
 
 
-def _inventory(tokens: list[Token], *, complete: bool, now: datetime) -> Inventory:
-    return Inventory(tuple(tokens), complete, now, review.is_use_recorded(tokens))
+async def _inventory(
+    client: Client, tokens: list[Token], *, complete: bool, now: datetime
+) -> Inventory:
+    recorded = await _is_use_recorded(client, tokens)
+    return Inventory(tuple(tokens), complete, now, recorded)
+
+
+async def _is_use_recorded(client: Client, tokens: Sequence[Token]) -> bool:
+    """Return whether Latchkey records use, so that a token without a last use was never used.
+
+    An older server does not, and a policy may forbid the question. In doubt, the page does not
+    suggest to delete a token because it was never used.
+    """
+    if not tokens or any(token.last_used_time is not None for token in tokens):
+        return bool(tokens)
+    try:
+        await client.get_usage(tokens[0].account_id, tokens[0].id, timeout_seconds=CALL_SECONDS)
+    except NotFound:
+        return True  # deleted meanwhile
+    except LatchkeyError:
+        return False
+    return True

@@ -17,7 +17,7 @@ from latchkey_console import times
 from latchkey_console.failures import Trouble
 from latchkey_console.identity import Viewer
 from latchkey_console.review import Kind
-from latchkey_console.text import visible
+from latchkey_console.text import visible, visible_lines
 
 __all__ = ["PART_HEADER", "Renderer", "is_part"]
 
@@ -45,10 +45,11 @@ class Renderer:
         )
         self._templates.filters |= {
             "ago": times.ago,
-            "day": times.day,
             "exact": times.exact,
             "iso": times.iso,
+            "minute": times.minute,
             "visible": visible,
+            "visible_lines": visible_lines,
         }
         self._templates.globals |= {"static": f"/static/{self._version}", "Kind": Kind}
 

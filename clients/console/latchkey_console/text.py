@@ -4,7 +4,7 @@ import re
 import unicodedata
 from typing import Final
 
-__all__ = ["folded", "name_key", "visible"]
+__all__ = ["folded", "name_key", "visible", "visible_lines"]
 
 # These two invisible characters join emoji and the letters of many scripts.
 _JOINERS: Final = frozenset({"\u200c", "\u200d"})
@@ -22,10 +22,15 @@ _IGNORABLE: Final = re.compile(
 
 
 def visible(text: str) -> str:
-    """Write out the characters that a reader cannot see or that mislead, as in ‹U+202E›."""
+    """Replace invisible and misleading characters with their code points, as in ‹U+202E›."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(map(_visible_character, text))
+
+
+def visible_lines(text: str) -> str:
+    """Write out the same characters, except for line breaks."""
+    return "\n".join(map(visible, text.split("\n")))
 
 
 def folded(text: str) -> str:

@@ -1,21 +1,21 @@
 """Times in words, in UTC. In browsers with JavaScript, the script converts them to local time.
 
-Pure: the caller passes `now`.
+The command line shares `span`, so that both round alike. Pure: the caller passes `now`.
 """
 
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-__all__ = ["ago", "day", "exact", "iso", "span"]
+__all__ = ["ago", "exact", "iso", "minute", "span"]
 
-# Unit, its seconds, and the smallest count to use it for. A month has 30 days here. That is precise
-# enough from 4 months on; below, the page counts days, for tokens of the common 90 days.
+# The largest unit with a count of at least two is precise enough for planning. There are no months,
+# so a token for 365 days expires "in 365 days".
 _UNITS: Final = (
-    ("year", 365 * 86_400, 2),
-    ("month", 30 * 86_400, 4),
-    ("day", 86_400, 2),
-    ("hour", 3_600, 2),
-    ("minute", 60, 2),
+    ("year", 365 * 86_400),
+    ("day", 86_400),
+    ("hour", 3_600),
+    ("minute", 60),
+    ("second", 1),
 )
 
 
@@ -24,15 +24,14 @@ def iso(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def day(moment: datetime) -> str:
-    """Return "3 Nov 2026", in UTC."""
-    moment = moment.astimezone(UTC)
-    return f"{moment.day} {moment:%b} {moment.year}"
+def minute(moment: datetime) -> str:
+    """Return "3 Nov 2026, 14:05 UTC"."""
+    return f"{_day(moment)}, {moment.astimezone(UTC):%H:%M} UTC"
 
 
 def exact(moment: datetime) -> str:
     """Return "3 Nov 2026, 14:05:22 UTC"."""
-    return f"{day(moment)}, {moment.astimezone(UTC):%H:%M:%S} UTC"
+    return f"{_day(moment)}, {moment.astimezone(UTC):%H:%M:%S} UTC"
 
 
 def ago(moment: datetime, now: datetime) -> str:
@@ -45,9 +44,17 @@ def ago(moment: datetime, now: datetime) -> str:
 
 
 def span(duration: timedelta) -> str:
-    """Return for example "29 days": rounded down, in the largest unit with a sufficient count."""
+    """Return for example "29 days": rounded, in the largest unit with a count of at least two.
+
+    Rounded to the nearest count, so that a token for 90 days expires "in 90 days" a minute later.
+    """
     total = duration.total_seconds()
-    for name, seconds, least in _UNITS:
-        if total >= least * seconds:
-            return f"{int(total // seconds)} {name}s"
-    return "a minute"
+    for name, seconds in _UNITS:
+        if total >= 2 * seconds:
+            return f"{round(total / seconds)} {name}s"
+    return "a moment"
+
+
+def _day(moment: datetime) -> str:
+    moment = moment.astimezone(UTC)
+    return f"{moment.day} {moment:%b} {moment.year}"

@@ -5,8 +5,8 @@ Calls that change nothing, reads and failures, are recorded here and written in 
 after: no caller waits for that. If a process is killed, its log still has the calls that it had not
 written.
 
-Failures are sampled, or a denied caller could fill the table. In each minute, the first few
-failures of a kind have their own entries; one entry counts all others.
+Failures are sampled, because otherwise a denied caller could fill the table. In each minute, the
+first few failures of a kind have their own entries; one entry counts all others.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ _PEER_LENGTH_MAX: Final = 200
 
 @dataclass(frozen=True, slots=True)
 class AuditContext:
-    """Who makes a call, from where, and for what."""
+    """The caller of a call, its address, and the account and token that the call concerns."""
 
     caller: str
     method: str
@@ -108,7 +108,15 @@ class AuditLog:
         # For methods without entries, where only log lines are sampled.
         self._logged: dict[_Kind, _Sample] = {}
         self._failing = False
+        self.written = self.lost = self.aggregated = 0
+        """Entries of calls without a change: written, and lost; and calls that share an entry with
+        others like them. These only increase."""
         self._log = logger()
+
+    @property
+    def waiting(self) -> int:
+        """How many entries wait to be written."""
+        return len(self._waiting)
 
     def should_record(self, caller: str, method: str, code: str, reason: str) -> bool:
         """Return whether to record a call that changed nothing; if not, it is counted here."""
@@ -117,6 +125,7 @@ class AuditLog:
             return True
         sample.calls += 1
         sample.without_entry += 1
+        self.aggregated += 1
         return False
 
     def record(self, audit_context: AuditContext, code: str, reason: str) -> bool:
@@ -127,6 +136,7 @@ class AuditLog:
         sample.calls += 1
         if not has_room:
             sample.without_entry += 1
+            self.aggregated += 1
             return False
         self._waiting.append(
             NewEntry(
@@ -172,6 +182,7 @@ class AuditLog:
         except TimeoutError:
             pass
         if self._waiting:
+            self.lost += len(self._waiting)
             without_entry = sum(sample.without_entry for sample in self._samples.values())
             self._log.error(
                 "audit entries not written", entries=len(self._waiting), calls_without=without_entry
@@ -240,6 +251,9 @@ class AuditLog:
             return False
         except Exception as error:  # noqa: BLE001 - one bad batch must not hold up the others
             self._log.error("audit entries lost", entries=len(batch), error=type(error).__name__)
+            self.lost += len(batch)
+        else:
+            self.written += len(batch)
         self._failing = False
         del self._waiting[: len(batch)]
         return True

@@ -41,10 +41,10 @@ __all__ = [
 ]
 
 # Our statements take about a millisecond. After two seconds without an answer, the database is
-# frozen or gone, and an error serves the caller better than a longer wait.
+# frozen or unreachable, and an error helps the caller more than a longer wait.
 STATEMENT_TIMEOUT_SECONDS = 2.0
 CONNECT_TIMEOUT_SECONDS = 1.0
-# A connection that was idle for longer is tested before use: if a firewall has forgotten it, a
+# A connection that was idle for longer is tested before use: if a firewall has dropped it, a
 # statement would wait for its whole time-out. The test costs one round trip.
 IDLE_SECONDS = 5.0
 # Far above a round trip, and short enough to leave the caller time for a new connection.
@@ -128,7 +128,7 @@ class Connector:
     ) -> None:
         self._pooler: Pooler = pooler
         self._hosts = Hosts(database_url)
-        self._breaker = CircuitBreaker(monotonic, randomness)
+        self.breaker = CircuitBreaker(monotonic, randomness)
         self._failure: BaseException | None = None
         self._attempts: dict[asyncio.Task[Any], Attempt] = {}
 
@@ -147,9 +147,9 @@ class Connector:
 
     async def attempt(self, settings: Mapping[str, str] = _NO_SETTINGS) -> "Connection":
         """Do the same, but raise the driver's errors, as the pool expects. Adds `settings`."""
-        while (kind := self._breaker.begin()) is None:
+        while (kind := self.breaker.begin()) is None:
             probes = [task for task, kind in self._attempts.items() if kind is Attempt.PROBE]
-            if not (self._breaker.half_open and probes):
+            if not (self.breaker.half_open and probes):
                 raise StoreUnavailable(NO_ANSWER) from self._failure
             # Takes at most one connect time-out per host.
             await asyncio.wait(probes)
@@ -216,10 +216,10 @@ class Connector:
         kind = self._attempts.pop(task)
         if task.cancelled() or task.exception() is not None:
             self._failure = None if task.cancelled() else task.exception()
-            self._breaker.fail(kind)
+            self.breaker.fail(kind)
         else:
             self._failure = None
-            self._breaker.succeed(kind)
+            self.breaker.succeed(kind)
 
 
 class Pool:
@@ -252,6 +252,11 @@ class Pool:
         if hasattr(connection, "generation"):
             connection.generation = generation
         return connection
+
+    def usage(self) -> tuple[int, int]:
+        """Return how many connections are in use, and how many are open and idle."""
+        idle = self._pool.get_idle_size()
+        return self._pool.get_size() - idle, idle
 
     async def close(self) -> None:
         """Close all connections, after a bounded wait for those in use."""

@@ -5,6 +5,7 @@ Owns the order in which hosts are tried. It does not limit or repeat attempts (`
 
 import asyncio
 import re
+import ssl
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -14,6 +15,7 @@ import asyncpg
 from asyncpg.connect_utils import SessionAttribute
 
 from latchkey_service.postgres import sessions
+from latchkey_service.settings import database_url
 
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
@@ -26,7 +28,7 @@ TIMEOUT_SECONDS: Final = 5.0
 SETTINGS_SECONDS_MIN: Final = 0.1
 
 _HOSTS: Final = re.compile(r"(\w+://(?:[^/?#]*@)?)([^/?#@]*)(.*)", re.DOTALL)
-# Errors of a host that is not the primary, or not yet. Another host may be.
+# Errors of a host that is not, or not yet, the primary. Another host may be the primary.
 CONNECT_ERRORS: Final = (
     OSError,  # TimeoutError included
     asyncpg.PostgresError,
@@ -50,19 +52,23 @@ def is_permanent(error: BaseException) -> bool:
     if isinstance(error, asyncpg.ProtocolViolationError):
         message = str(error)
         return bool(_LASTING.search(message)) or not _PASSING.search(message)
+    if type(error) is ConnectionError:
+        # The driver's only way to say that the server has no TLS.
+        return "rejected SSL upgrade" in str(error)
     return isinstance(
         error,
-        asyncpg.InvalidAuthorizationSpecificationError  # includes a wrong password
+        ssl.SSLCertVerificationError  # the name or the CA
+        | asyncpg.InvalidAuthorizationSpecificationError  # includes a wrong password
         | asyncpg.InvalidCatalogNameError
         | asyncpg.ClientConfigurationError,  # the URL
     )
 
 
-def each_host(database_url: str) -> list[str]:
-    """Return one URL for each host of `database_url`, in the same order."""
-    match = _HOSTS.fullmatch(database_url)
+def each_host(url: str) -> list[str]:
+    """Return one URL for each host of `url`, in the same order."""
+    match = _HOSTS.fullmatch(url)
     if match is None:
-        return [database_url]
+        return [url]
     before, hosts, after = match.groups()
     return [before + host + after for host in hosts.split(",")]
 
@@ -75,8 +81,10 @@ class Hosts:
     would keep asyncpg from reaching the others.
     """
 
-    def __init__(self, database_url: str) -> None:
-        self._urls = each_host(database_url)
+    def __init__(self, url: str) -> None:
+        self._urls = each_host(database_url.for_driver(url))
+        context = database_url.tls_context(url)
+        self._tls: dict[str, Any] = {} if context is None else {"ssl": context}
         # The host of the latest durable commit. Only such a commit proves that a host is the
         # primary: after a failover, the deposed primary may still claim to be.
         self._proved: str | None = None
@@ -139,9 +147,15 @@ class Hosts:
         loop = asyncio.get_running_loop()
         end = loop.time() + options.get("timeout", TIMEOUT_SECONDS)
         # Overrides the URL and the environment: `prepare` rejects standbys.
-        connection: Connection = await asyncpg.connect(
-            url, target_session_attrs=SessionAttribute.any, **options
-        )
+        try:
+            connection: Connection = await asyncpg.connect(
+                url, target_session_attrs=SessionAttribute.any, **self._tls, **options
+            )
+        except KeyError as error:
+            # From `getpass.getuser`, in a container whose user is only a number.
+            raise asyncpg.ClientConfigurationError(
+                "the URL names no user, and the user of this process has no name"
+            ) from error
         try:
             left = max(end - loop.time(), SETTINGS_SECONDS_MIN)
             await sessions.prepare(connection, settings, left)

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import random
 import re
+import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from importlib import resources
@@ -22,13 +23,16 @@ from latchkey_service.postgres.circuit_breaker import jittered
 from latchkey_service.postgres.connections import translate_errors
 from latchkey_service.postgres.hosts import CONNECT_ERRORS, Hosts, is_permanent
 from latchkey_service.postgres.preflight import (
-    PoolerError,
+    DatabaseError,
+    check_capacity,
+    check_database,
     check_pooler,
     needs_transactions,
     warn_of_lost_writes,
     warn_of_unbounded_role,
 )
 from latchkey_service.postgres.sessions import Pooler, driver_options
+from latchkey_service.settings import database_url
 from latchkey_service.settings.logs import logger
 
 if TYPE_CHECKING:
@@ -41,13 +45,22 @@ ADVISORY_LOCK = 0x6C61746368  # "latch"
 # Longest wait for another server's migration. Also the longest wait for a table lock: while this
 # migration waits for one, every later query on that table queues behind it.
 LOCK_TIMEOUT_SECONDS = 30
-# A schema change on a large table takes a while. After this long, a person should look.
+# A schema change on a large table takes a while. After this long, a person should investigate.
 STATEMENT_TIMEOUT_SECONDS = 600.0
 CONNECT_TIMEOUT_SECONDS = 5.0
 # Time for a database that starts together with the service (compose, a reboot).
 START_TIMEOUT_SECONDS = 30.0
 RETRY_SECONDS = 0.5
 SERVER_VERSION_MIN = 15
+
+
+_JOURNAL = """
+CREATE TABLE IF NOT EXISTS schema_migration (
+    version    integer PRIMARY KEY,
+    name       text NOT NULL,
+    checksum   text NOT NULL,
+    apply_time timestamptz NOT NULL DEFAULT clock_timestamp())
+"""
 
 
 class MigrationError(Exception):
@@ -80,26 +93,34 @@ def bundled() -> "list[Migration]":
 
 
 async def migrate(
-    database_url: str, migrations: "Sequence[Migration]", pooler: Pooler = "none"
+    url: str, migrations: "Sequence[Migration]", pooler: Pooler = "none", workers: int = 1
 ) -> "list[Migration]":
     """Apply the missing migrations and return them. Raises MigrationError and StoreUnavailable.
 
-    First checks that the service can work with the database through `pooler`.
+    First checks that the service can work with the database through `pooler`, and has enough
+    connections for `workers`.
     """
-    hosts = Hosts(database_url)
+    if problems := database_url.file_problems(url):
+        raise MigrationError("; ".join(problems))
+    for text in database_url.warnings(url):
+        logger().warning("the database URL promises more than it holds", what_to_do=text)
+    try:
+        hosts = Hosts(url)
+    except (OSError, ValueError) as error:
+        raise MigrationError(f"the TLS files of the database are invalid: {error}") from None
     connection = await _connect(hosts)
     try:
         with translate_errors():
             try:
                 with needs_transactions():
-                    await _check(connection, hosts, pooler)
+                    await _check(connection, hosts, pooler, workers)
                     return await _apply(connection, migrations)
             except asyncpg.LockNotAvailableError as error:
                 raise MigrationError(
                     f"could not get a lock within {LOCK_TIMEOUT_SECONDS} s: another migration or a "
                     "long transaction is still running; try again when it has ended"
                 ) from error
-    except PoolerError as error:
+    except DatabaseError as error:
         raise MigrationError(str(error)) from error
     except asyncpg.PostgresError as error:
         raise MigrationError(f"a migration failed and was rolled back: {error}") from error
@@ -157,15 +178,24 @@ def _refusal(error: Exception) -> str:
             ". If PgBouncer refuses a startup parameter, remove it from LATCHKEY_DATABASE_URL or "
             "add it to ignore_startup_parameters in pgbouncer.ini"
         )
+    elif isinstance(error, ssl.SSLCertVerificationError):
+        message += (
+            ". The server's certificate must contain the name in LATCHKEY_DATABASE_URL, and "
+            "sslrootcert must contain its CA"
+        )
+    elif isinstance(error, ConnectionError):
+        message += ". Turn on TLS in Postgres, or set sslmode=disable on a trusted network"
     return message
 
 
 async def _check(
-    connection: "asyncpg.Connection[asyncpg.Record]", hosts: Hosts, pooler: Pooler
+    connection: "asyncpg.Connection[asyncpg.Record]", hosts: Hosts, pooler: Pooler, workers: int
 ) -> None:
-    """Raise PoolerError if the service cannot work through the pooler; log unsafe settings."""
+    """Raise DatabaseError if the service cannot work with the database; log unsafe settings."""
+    await check_database(connection)
     if pooler == "none":
         await check_pooler(connection, lambda: _attempt(hosts))
+        await check_capacity(connection, workers)
     else:
         await warn_of_unbounded_role(connection)
     await warn_of_lost_writes(connection)
@@ -175,15 +205,10 @@ async def _apply(
     connection: "asyncpg.Connection[asyncpg.Record]", migrations: "Sequence[Migration]"
 ) -> "list[Migration]":
     async with _locked(connection):
-        await connection.execute(
-            """
-            CREATE TABLE IF NOT EXISTS schema_migration (
-                version    integer PRIMARY KEY,
-                name       text NOT NULL,
-                checksum   text NOT NULL,
-                apply_time timestamptz NOT NULL DEFAULT clock_timestamp())
-            """
-        )
+        # Not IF NOT EXISTS alone, which requires the right to create tables even where it exists.
+        exists = await connection.fetchval("SELECT to_regclass('schema_migration') IS NOT NULL")
+        if not exists:
+            await connection.execute(_JOURNAL)
     done: list[Migration] = []
     while True:
         async with _locked(connection):
@@ -206,8 +231,8 @@ async def _locked(connection: "asyncpg.Connection[asyncpg.Record]") -> AsyncIter
 
     Lock and time-outs end with the transaction. Behind a pooler in transaction mode, session state
     would stay on a server connection that others use. The isolation level is READ COMMITTED,
-    whatever the role's default: reads after the wait for the lock must see the commits made
-    meanwhile.
+    whatever the role's default, because reads after the wait for the lock must see the commits made
+    during the wait.
     """
     async with connection.transaction(isolation="read_committed"):
         await connection.execute(

@@ -19,13 +19,18 @@ if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
 
 __all__ = [
+    "DatabaseError",
     "PoolerError",
+    "check_capacity",
+    "check_database",
     "check_pooler",
     "needs_transactions",
     "warn_of_lost_writes",
     "warn_of_unbounded_role",
 ]
 
+# Of each worker: for the lease, for notifications, and for look-ups.
+IDLE_CONNECTIONS: Final = 3
 # In each round the pooler chooses a server connection three times. To go unnoticed, a pooler in
 # transaction mode would have to choose like one in session mode every time.
 ROUNDS: Final = 5
@@ -54,8 +59,16 @@ _UNSAFE: Final = {
 }
 
 
-class PoolerError(Exception):
-    """The service cannot work through this pooler. The message says what to do."""
+class DatabaseError(Exception):
+    """The service cannot work with this database. The message says what to do.
+
+    DatabaseError
+    └── PoolerError
+    """
+
+
+class PoolerError(DatabaseError):
+    """The service cannot work through this pooler."""
 
 
 async def check_pooler(
@@ -130,6 +143,85 @@ async def warn_of_lost_writes(connection: "Connection") -> None:
     )
     for row in rows:
         logger().warning(_UNSAFE[row["name"]])
+
+
+async def check_database(connection: "Connection") -> None:
+    """Raise DatabaseError if Latchkey cannot work in this database."""
+    row = await connection.fetchrow(
+        """
+        SELECT current_setting('server_encoding') AS encoding,
+               quote_ident(current_database()) AS database,
+               quote_ident(current_user) AS role,
+               current_setting('default_transaction_read_only') = 'on' AS read_only,
+               current_schema() AS schema,
+               to_regclass('schema_migration') IS NOT NULL AS migrated,
+               has_schema_privilege(current_schema(), 'CREATE') AS may_create
+        """
+    )
+    assert row is not None, "a SELECT without FROM has one row"  # noqa: S101 - for the type checker
+    if row["encoding"] != "UTF8":
+        raise DatabaseError(
+            f"the database {row['database']} has the encoding {row['encoding']}, and names of "
+            "tokens need UTF8; create another one: createdb --encoding=UTF8 --template=template0 "
+            "latchkey"
+        )
+    if row["read_only"]:
+        raise DatabaseError(
+            f"the role {row['role']} may only read, because default_transaction_read_only is on; "
+            f"ALTER ROLE {row['role']} SET default_transaction_read_only = off, or use another role"
+        )
+    if row["schema"] is None:
+        raise DatabaseError(
+            f"no schema of the role's search_path exists, or the role {row['role']} may not use "
+            "it; create the schema, or change search_path"
+        )
+    if not row["migrated"] and not row["may_create"]:
+        schema = f'"{row["schema"]}"'
+        raise DatabaseError(
+            f"the role {row['role']} may not create tables in the schema {schema}; "
+            f"GRANT CREATE ON SCHEMA {schema} TO {row['role']}, or make the role the owner of the "
+            "database"
+        )
+
+
+async def check_capacity(connection: "Connection", workers: int) -> None:
+    """Raise DatabaseError if Postgres allows fewer connections than the workers hold when idle.
+
+    Logs a warning if it allows fewer than they may open. Only for a direct connection: a pooler
+    shares connections between its clients.
+    """
+    if await _server_process(connection) != connection.get_server_pid():
+        return
+    row = await connection.fetchrow(
+        """
+        SELECT current_setting('max_connections')::int
+               - current_setting('superuser_reserved_connections')::int
+               - coalesce(current_setting('reserved_connections', true)::int, 0) AS all_roles,
+               (SELECT CASE WHEN rolconnlimit >= 0 THEN rolconnlimit END
+                  FROM pg_catalog.pg_roles WHERE rolname = current_user) AS role,
+               (SELECT CASE WHEN datconnlimit >= 0 THEN datconnlimit END
+                  FROM pg_catalog.pg_database WHERE datname = current_database()) AS database
+        """
+    )
+    assert row is not None, "a SELECT without FROM has one row"  # noqa: S101 - for the type checker
+    limits = {
+        "max_connections": row["all_roles"],
+        "the role's CONNECTION LIMIT": row["role"],
+        "the database's CONNECTION LIMIT": row["database"],
+    }
+    name, limit = min(
+        ((name, limit) for name, limit in limits.items() if limit is not None),
+        key=lambda pair: pair[1],
+    )
+    idle, most = workers * IDLE_CONNECTIONS, workers * ATTEMPTS_MAX
+    sentence = (
+        f"Postgres allows {limit} connections, and {workers} workers hold {idle} when idle and "
+        f"open up to {most}; raise {name}, or lower LATCHKEY_WORKERS"
+    )
+    if limit < idle:
+        raise DatabaseError(sentence)
+    if limit < most:
+        logger().warning("few connections to Postgres", what_to_do=sentence)
 
 
 async def _server_process(connection: "Connection") -> int:

@@ -1,13 +1,13 @@
-"""Starts Postgres, the schema and the workers in order, keeps them running, stops them in order.
+"""Starts Postgres, migrates the schema, starts the workers, keeps all running, and stops them.
 
-The supervisor serves no calls, so little can make it fail. Workers are separate processes from the
+The supervisor serves no calls, so it has few ways to fail. Workers are separate processes from the
 start, never forks: gRPC does not survive a fork.
 
 A worker gets everything from the supervisor, and reads neither the environment nor `.env` nor the
 policy file. If each worker watched the policy file itself, one worker could see a short-lived
-policy that another worker, or one just starting, misses. If an invalid file followed, the workers
-would use different policies for good, and some would grant rights that had been revoked. So only
-the supervisor reads the file. It sends the same policies in the same order to all workers, and the
+policy that another worker, or one just starting, misses. If the file then became invalid, the
+workers would keep different policies, and some would still grant revoked rights. So only the
+supervisor reads the file. It sends the same policies in the same order to all workers, and the
 latest policy to each worker that starts.
 """
 
@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +26,7 @@ from latchkey_service.access.policy_file import SIZE_MAX, PolicyFile, read_text
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.embedded_cluster import EmbeddedError, EmbeddedPostgres
 from latchkey_service.postgres.migrate import MigrationError, bundled, migrate
+from latchkey_service.process.metrics_server import WorkerReports, serve_metrics
 from latchkey_service.process.port_reservation import AddressError, reserved
 from latchkey_service.process.privileges import account_of_workers, forbid_dumps
 from latchkey_service.process.worker_process import (
@@ -37,6 +37,7 @@ from latchkey_service.process.worker_process import (
     temporary_folder,
 )
 from latchkey_service.process.worker_watch import WorkerWatch, memory_max_bytes
+from latchkey_service.release import release
 from latchkey_service.settings import logs
 from latchkey_service.settings.settings import (
     PREFIX,
@@ -73,7 +74,8 @@ class StartError(Exception):
 
 def run(settings: Settings) -> int:
     """Run the service until SIGINT or SIGTERM. Returns the exit code."""
-    logs.configure(logs.format_of(settings.log_format), settings.log_level)
+    format_ = logs.format_of(settings.log_format)
+    logs.configure(format_, settings.log_level)
     postgres: EmbeddedPostgres | None = None
     try:
         forbid_dumps(settings)
@@ -82,12 +84,16 @@ def run(settings: Settings) -> int:
         for text in file_warnings(settings):
             logs.logger().warning("a file is not well protected", what_to_do=text)
         if settings.database_url is None:
+            # Variables of libpq in the shell are about other databases, but the driver reads them.
+            for name in [name for name in os.environ if name.startswith("PG")]:
+                del os.environ[name]
             postgres = EmbeddedPostgres(settings.data_dir)
             # On the main thread, before any other thread exists: see embedded_cluster.py.
             with _sigterm_interrupts():
                 database_url = postgres.start()
         else:
             database_url = settings.database_url.get_secret_value()
+        logs.start()
         with (
             reserved(settings.listen) as listen,
             reserved(settings.tls_listen, "TLS_LISTEN") as tls_listen,
@@ -102,17 +108,17 @@ def run(settings: Settings) -> int:
         StartError,
         StoreUnavailable,
     ) as error:
-        print(f"latchkey: cannot start: {error}", file=sys.stderr)  # noqa: T201 - for the user
+        logs.fail("cannot start", str(error), format_)
         return 1
     except KeyboardInterrupt:
         return 130
     finally:
-        # Ignored for good, because nothing follows: a second Ctrl-C must not cut the database's
-        # shutdown short.
+        # Ignored until the end, because a second Ctrl-C must not cut the database's shutdown short.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         if postgres is not None:
             postgres.stop()
+        logs.flush()
 
 
 async def _run_then_block_signals(supervisor: "_Supervisor") -> int:
@@ -141,8 +147,8 @@ class _Supervisor:
     ) -> None:
         self._settings = settings
         self._database_url = database_url
-        # A snapshot from the start. Later changes to `.env` count from the next start on: nobody
-        # has checked them, and all workers need the same settings.
+        # A snapshot from the start. Later changes to `.env` apply from the next start on, because
+        # they are unchecked, and all workers need the same settings.
         self._worker_settings = settings.model_copy(
             update={
                 "database_url": SecretStr(database_url),
@@ -162,6 +168,7 @@ class _Supervisor:
         self._account = account_of_workers(settings)
         self._watch = WorkerWatch(memory_max_bytes(settings))
         self._restarts = Counter[object]()
+        self._reports = WorkerReports(settings.workers, release(), self._restarts)
         # Includes workers that are starting or stopping: they may answer calls.
         self._processes: set[asyncio.subprocess.Process] = set()
         self._stop = asyncio.Event()
@@ -179,9 +186,13 @@ class _Supervisor:
         following = [] if policy_file is None else [asyncio.create_task(policy_file.follow())]
         prepare = asyncio.create_task(self._prepare())
         try:
-            if not await self._unless_stopped(prepare):
-                return 0
-            return await self._serve(following)
+            # From now on too: one sees that the service waits for its database.
+            with serve_metrics(self._settings.metrics_listen, self._reports) as address:
+                if address is not None:
+                    self._log.info("metrics served", address=address)
+                if not await self._unless_stopped(prepare):
+                    return 0
+                return await self._serve(following)
         finally:
             for task in following:
                 task.cancel()
@@ -198,7 +209,7 @@ class _Supervisor:
             parts = [*workers, *following]
             await asyncio.wait({all_up, *parts}, return_when=asyncio.FIRST_COMPLETED)
             if all_up.done():
-                self._print_welcome()
+                self._report_serving()
                 await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             all_up.cancel()
             self._stop.set()
@@ -218,7 +229,9 @@ class _Supervisor:
 
     async def _prepare(self) -> None:
         """Migrate the schema and enrol the peppers. Raises the errors that `run` reports."""
-        for migration in await migrate(self._database_url, bundled(), self._settings.pooler):
+        for migration in await migrate(
+            self._database_url, bundled(), self._settings.pooler, self._settings.workers
+        ):
             self._log.info("migrated", version=migration.version, name=migration.name)
         store = await TokenStore.open(self._database_url, self._settings.pooler)
         try:
@@ -276,10 +289,12 @@ class _Supervisor:
                 # No process, pipe, file or memory, or no thread to wait for it (Python 3.11).
                 raise NotStarted(str(error) or type(error).__name__) from error
             reason = "exited"
+            reports: asyncio.Task[None] | None = None
             try:
                 if await self._becomes_ready(process):
                     ready.set()
                     self._log.info("worker ready", worker=number, pid=process.pid)
+                    reports = asyncio.create_task(self._reports.follow(number, process))
                     await self._unless_stopped(asyncio.create_task(process.wait()))
                 elif not ready.is_set() and not self._stop.is_set():
                     raise StartError(f"worker {number} failed to start; see its log above")
@@ -287,6 +302,8 @@ class _Supervisor:
                     reason = "not ready"
             finally:
                 await self._end(process)
+                if reports is not None:
+                    await asyncio.gather(reports, return_exceptions=True)
                 self._processes.discard(process)
                 killed = self._watch.remove(process)
             return {"reason": killed or reason, "exit_code": process.returncode}
@@ -367,8 +384,15 @@ class _Supervisor:
             return True
         return False
 
-    def _print_welcome(self) -> None:
+    def _report_serving(self) -> None:
+        """Log the addresses, and print them for people, with an example.
+
+        Not with LOG_FORMAT=json: containers merge stdout and stderr, and the text is not JSON.
+        """
         settings = self._settings
+        self._log.info("serving", address=self._listen, tls_address=self._tls_listen)
+        if settings.log_format == "json":
+            return
         database = "your Postgres" if self._postgres is None else f"data in {settings.data_dir}"
         plural = "" if settings.workers == 1 else "s"
         address = self._listen
@@ -376,12 +400,11 @@ class _Supervisor:
             address = "-unix " + address.removeprefix("unix:")
         encrypted = f"With TLS it serves on {self._tls_listen}.\n" if self._tls_listen else ""
         who = "" if self._policy_file is None else """-H "authorization: Bearer $CREDENTIAL" """
-        print(  # noqa: T201 - output of a command
+        logs.say(
             f"\nLatchkey serves on {self._listen} ({settings.workers} worker{plural}, {database})."
             f" Press Ctrl-C to stop.\n{encrypted}\nTry it:\n"
             f"""  grpcurl -plaintext {who}-d '{{"account_id": "acme", "name": "first", """
-            f""""scope": "SCOPE_READ"}}' \\\n    {address} latchkey.v1.TokenService/Create\n""",
-            flush=True,
+            f""""scope": "SCOPE_READ"}}' \\\n    {address} latchkey.v1.TokenService/Create\n\n"""
         )
 
 

@@ -1,6 +1,6 @@
 """Builds one worker from its parts, runs it and stops it.
 
-Owns the order of start and stop. It owns no behaviour of the parts, and no processes
+Owns the order of start and stop, but not the behaviour of the parts or the processes
 (`supervisor.py`, `worker.py`).
 """
 
@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 from grpc_health.v1 import health, health_pb2_grpc
@@ -59,6 +58,8 @@ from latchkey_service.process.periodic import (
     purge_lifecycle,
     purge_usage,
 )
+from latchkey_service.process.worker_metrics import WorkerMetrics
+from latchkey_service.release import release
 from latchkey_service.rpc.audit_service import AuditService
 from latchkey_service.rpc.call_report import CallReporter
 from latchkey_service.rpc.counters import Counts
@@ -142,6 +143,7 @@ class Server:
                 active_policy, proxy=settings.trusted_proxy, metadata_of=metadata_of
             )
         reflected = exposure.reflects(settings, settings.listen)
+        self.certificates: Certificates | None = None
         _register(
             services, Registrar(plaintext, paths, authenticator, metadata_of), reflected=reflected
         )
@@ -162,14 +164,16 @@ class Server:
             )
             assert settings.tls_certificate is not None, "checked in exposure.py"  # noqa: S101 - for the type checker
             assert settings.tls_key is not None, "checked in exposure.py"  # noqa: S101 - for the type checker
-            certificates = Certificates(
+            self.certificates = Certificates(
                 settings.tls_certificate, settings.tls_key, settings.tls_client_ca
             )
-            port = encrypted.add_secure_port(settings.tls_listen, certificates.credentials())
+            port = encrypted.add_secure_port(settings.tls_listen, self.certificates.credentials())
             self.tls_address = _with_port(settings.tls_listen, port)
 
         addresses = [address for address in (self.address, self.tls_address) if address is not None]
         self.guard = ConnectionGuard(addresses, limits)
+        self.metrics: WorkerMetrics
+        """Set by `running`."""
 
     async def start(self) -> None:
         """Start serving. Health reports NOT_SERVING until `set_serving` changes it."""
@@ -238,14 +242,14 @@ async def running(
 
     `policy_text` returns the latest valid text of the policy file, or None without a policy. The
     server reads it again just before it listens, so it starts with the newest policy. Calls
-    `on_failure` if a background task fails, which none should: the worker is then incomplete.
-    Raises PolicyError and TlsError.
+    `on_failure` if a background task fails, because the worker is then incomplete. Raises
+    PolicyError and TlsError.
     """
     if settings.database_url is None:
         raise ValueError("a worker needs a database URL")
     text = policy_text()
     if (text is None) != (settings.policy is None):
-        # Whichever is right, continuing without a policy would admit everybody.
+        # In either case, continuing without a policy could admit everybody.
         raise PolicyError("a worker needs both the setting and the text of the policy, or neither")
     active_policy = None if text is None else ActivePolicy(policies.parse(text))
     connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
@@ -324,6 +328,7 @@ async def running(
     audit_table = AuditTable(pool)
     audit = AuditLog(audit_table, time.monotonic, _now)
     reporter = CallReporter(counts, audit, time.monotonic)
+    managed = ManagedCalls(counts, audit, reporter, time.monotonic, boottime)
     paths = Paths(
         VerifyCalls(
             verifier,
@@ -334,7 +339,7 @@ async def running(
             time.monotonic,
             time.time,
         ),
-        ManagedCalls(counts, audit, reporter, time.monotonic, boottime),
+        managed,
         Streams(reporter, time.monotonic),
     )
     if active_policy is not None:
@@ -349,6 +354,25 @@ async def running(
         Health(("", *SERVICES)),
     )
     server = Server(settings, paths, reporter, services, watch_sessions, active_policy, limits)
+
+    server.metrics = WorkerMetrics(
+        clock=boottime,
+        counts=counts,
+        verifier=verifier,
+        renewer=renewer,
+        listener=listener,
+        ack_waiter=ack_waiter,
+        watch_sessions=watch_sessions,
+        lookup=lookup,
+        pool=pool,
+        connector=connector,
+        primary=primary,
+        managed=managed,
+        audit=audit,
+        guard=server.guard,
+        active_policy=active_policy,
+        certificates=server.certificates,
+    )
 
     def gauges() -> Mapping[str, int]:
         return {
@@ -428,7 +452,7 @@ def _identity(settings: Settings, keyring: Keyring) -> Identity:
         id="ver_" + secrets.token_hex(10),
         host=socket.gethostname(),
         process_id=os.getpid(),
-        version=metadata.version("latchkey-service"),
+        version=release(),
         lease_seconds=settings.lease_seconds,
         pepper_ids=tuple(pepper.id for pepper in keyring.peppers),
     )

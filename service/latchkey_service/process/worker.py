@@ -1,7 +1,7 @@
 """One server process under the supervisor.
 
 The settings, peppers and policy arrive on stdin, one line each. So a restarted worker gets those
-that the supervisor has checked, whatever happened to the files and to `.env` since. Each further
+that the supervisor has checked, even if the files or `.env` have changed since then. Each further
 line is a new policy to activate.
 
 The worker stops on SIGTERM, or at the end of stdin, which the supervisor keeps open. So a worker
@@ -12,9 +12,12 @@ import asyncio
 import contextlib
 import gc
 import json
+import os
 import resource
 import signal
+import stat
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,6 +25,7 @@ import uvloop
 
 from latchkey_service.access.policy import PolicyError
 from latchkey_service.access.policy_file import SIZE_MAX
+from latchkey_service.process.metrics_server import COLLECT, answer_line
 from latchkey_service.process.privileges import forbid_dumps, give_up_root
 from latchkey_service.process.wiring import Server, ended, running
 from latchkey_service.process.worker_watch import beat
@@ -59,6 +63,8 @@ def main() -> int:
         # The worker cannot start without its keys, policy and addresses.
         logs.logger().error("worker cannot start", error=str(error))
         return 1
+    finally:
+        logs.flush()
 
 
 async def _run() -> int:
@@ -70,6 +76,7 @@ async def _run() -> int:
     # Before the keys arrive.
     forbid_dumps(settings)
     logs.configure(logs.format_of(settings.log_format), settings.log_level)
+    logs.start()
     keyring = pepper_file.parse((await handed.readline()).decode("ascii", "replace"))
     policy = _policy(await handed.readline())
     if settings.tls_listen is not None:
@@ -79,13 +86,17 @@ async def _run() -> int:
 
 
 class _Policies:
-    """The policies received from the supervisor. Only the newest is put in force.
+    """The policies received from the supervisor. Only the newest is activated.
 
     Event loop only.
     """
 
-    def __init__(self, handed: asyncio.StreamReader, text: str | None) -> None:
+    def __init__(
+        self, handed: asyncio.StreamReader, text: str | None, collect: Callable[[], None]
+    ) -> None:
         self._handed = handed
+        # Called when the supervisor asks for the metrics.
+        self._collect = collect
         self._text = self._in_force = text
         self._server: Server | None = None
 
@@ -103,9 +114,12 @@ class _Policies:
         self._server = server
 
     async def take(self) -> None:
-        """Receive policies until the supervisor is gone. Raises PolicyError."""
+        """Receive policies and other requests until the supervisor is gone. Raises PolicyError."""
         # A line without its newline is incomplete, and the rest will never arrive.
         while (line := await self._handed.readline()).endswith(b"\n"):
+            if line == COLLECT:
+                self._collect()
+                continue
             self._text = text = _policy(line)
             if self._server is not None:
                 await self._server.replace_policy(text)
@@ -144,6 +158,12 @@ async def _serve(
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     orphaned = failed = False
+    answers: asyncio.WriteTransport | None = None
+
+    def send_metrics() -> None:
+        """Send the metrics to the supervisor, unless it has not read those before."""
+        if answers is not None and not answers.get_write_buffer_size():
+            answers.write(answer_line(server.metrics.collect()))
 
     def fail() -> None:
         """Exit, so that the supervisor starts a new worker."""
@@ -160,12 +180,13 @@ async def _serve(
 
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, stop.set)
-    # Until the very end: calls continue during the shutdown.
+    # Runs until the end, because calls continue during the shutdown.
     beating = asyncio.create_task(beat(), name="beat")
     beating.add_done_callback(partial(ended, fail))
-    # Until the very end too: a revoked right must not last for calls that continue. And from now
-    # on, or the worker would first serve with a policy that changed while it started.
-    policies = _Policies(handed, policy)
+    # Also runs until the end, because a revoked right must not remain for calls that continue. It
+    # starts now, because otherwise the worker would first serve with a policy that changed while it
+    # started.
+    policies = _Policies(handed, policy, send_metrics)
     taking = asyncio.create_task(take_policies(), name="take_policies")
     taking.add_done_callback(partial(ended, fail))
     async with running(settings, keyring, policies.latest, fail) as server:
@@ -180,10 +201,17 @@ async def _serve(
         gc.set_threshold(*GC_THRESHOLDS)
         sys.stdout.buffer.write(READY)
         sys.stdout.buffer.flush()
+        if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
+            # Writes without blocking: the supervisor may stand still. On a copy, because the
+            # transport closes its file. Without a supervisor, nobody asks for the metrics.
+            copy = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+            answers, _ = await loop.connect_write_pipe(asyncio.Protocol, copy)
         await stop.wait()
         if orphaned:
             logs.logger().warning("supervisor is gone, stopping")
             await server.stop(ORPHAN_GRACE_SECONDS)
+    if answers is not None:
+        answers.close()
     taking.cancel()
     beating.cancel()
     return 1 if failed else 0

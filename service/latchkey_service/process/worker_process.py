@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Final
 
 from latchkey_service.postgres.embedded_host import OsAccount
 from latchkey_service.process.privileges import ACCOUNT_VARIABLE, home_of
@@ -21,6 +22,10 @@ from latchkey_service.settings.settings import Settings
 from latchkey_service.transport import tls
 
 __all__ = ["NotStarted", "policy_line", "send", "spawn", "temporary_folder"]
+
+
+# Of a worker's metrics; those of all methods take some 200 kB.
+ANSWER_BYTES_MAX: Final = 4 * 1024 * 1024
 
 
 class NotStarted(Exception):
@@ -57,6 +62,7 @@ async def spawn(
         "worker",
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        limit=ANSWER_BYTES_MAX,
         pass_fds=(heartbeats,),
         env=environment,
         # Ctrl-C must reach only the supervisor, which stops the workers in order.

@@ -5,6 +5,7 @@ rejections are paced.
 """
 
 import itertools
+import logging
 import random
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -21,6 +22,7 @@ from latchkey_service.errors import (
     Overloaded,
     RateLimited,
     StatusParts,
+    StoreUnavailable,
     Unavailable,
     code_of,
     reason_of,
@@ -28,10 +30,18 @@ from latchkey_service.errors import (
 )
 from latchkey_service.rpc.admission import RejectionPacer
 from latchkey_service.rpc.call_context import CallContext
-from latchkey_service.rpc.counters import Counts
+from latchkey_service.rpc.counters import UNARY, Counts
 from latchkey_service.settings.logs import logger
 
-__all__ = ["NEW_IDS", "CallReporter", "Metadata", "checked_id", "end_with", "request_id_of"]
+__all__ = [
+    "NEW_IDS",
+    "CallReporter",
+    "Metadata",
+    "checked_id",
+    "end_with",
+    "level_of",
+    "request_id_of",
+]
 
 REQUEST_ID_LENGTH_MAX = 64
 Metadata = Iterable[tuple[str, str | bytes]] | None
@@ -93,14 +103,34 @@ class CallReporter:
                 code.name,
                 reason,
                 request_id,
-                # The cause is for the operator. The reason explains an error of our own, and
+                # The cause is for the operator. For our own errors, the reason is enough, and
                 # callers' mistakes are too frequent to log with a traceback.
                 None if expected and error.__cause__ is None else error,
                 written,
             )
-        self._counts.calls[path.rpartition("/")[2], code.name] += 1
+        self._count(path, code.name, reason, self._monotonic() - start, request_id)
         status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries
         return status, self._delay_seconds(error, context)
+
+    def started(self, path: str) -> None:
+        """Count a call that starts. Each must be reported again when it ends."""
+        self._counts.method(path).started += 1
+
+    def ended_stream(self, path: str, code: str) -> None:
+        """Count a stream that ended without an error, or was cancelled."""
+        counts = self._counts.method(path)
+        if code == "OK":
+            counts.ok += 1
+        else:
+            counts.codes[code] += 1
+
+    def _count(self, path: str, code: str, reason: str, seconds: float, request_id: str) -> None:
+        """Count a call that failed."""
+        counts = self._counts.method(path)
+        counts.codes[code] += 1
+        self._counts.failures[reason] += 1
+        if counts.kind == UNARY:
+            counts.seconds.observe(seconds, request_id)
 
     def _delay_seconds(self, error: Exception, context: CallContext) -> float:
         if isinstance(error, RateLimited):
@@ -131,7 +161,6 @@ class CallReporter:
     ) -> None:
         """Count, log and audit a call that was cancelled. `entry` and `change` as for `failed`."""
         reason = "CANCELLED"
-        self._counts.calls[path.rpartition("/")[2], reason] += 1
         written = change or entry
         if written is None:
             request_id = request_id_of(context.invocation_metadata())
@@ -139,6 +168,7 @@ class CallReporter:
         else:
             request_id = written.request_id
             logged = change is not None or self._audit.record(written, reason, reason)
+        self._count(path, reason, reason, self._monotonic() - start, request_id)
         if logged:
             self.log(path, context, start, reason, reason, request_id, audit_context=written)
 
@@ -169,8 +199,8 @@ class CallReporter:
             fields["exc_info"] = _without_values(error)
         elif error is not None:
             fields["cause"] = type(error.__cause__).__name__
-        write = self._log.error if "exc_info" in fields else self._log.info
-        write("call", **fields)
+        level = logging.ERROR if "exc_info" in fields else level_of(code, reason)
+        self._log.log(level, "call", **fields)
 
     def rejected(
         self, path: str, seconds: float | None, error: LatchkeyError | None = None
@@ -182,19 +212,37 @@ class CallReporter:
         """
         if error is None:
             error = Overloaded("Too many calls are waiting to start; try again shortly.")
-        self._counts.calls[path.rpartition("/")[2], code_of(error).name] += 1
+        counts = self._counts.method(path)
+        counts.started += 1
+        counts.codes[code_of(error).name] += 1
+        self._counts.failures[error.reason] += 1
         request_id = request_id_of(None)
         if self._audit.should_log("", path, error.reason):
-            self._log.info(
+            code = code_of(error).name
+            self._log.log(
+                level_of(code, error.reason),
                 "call",
                 request_id=request_id,
                 method=path,
-                code=code_of(error).name,
+                code=code,
                 reason=error.reason,
             )
         delay_seconds = self._pacer.delay_seconds(self._monotonic(), seconds)
         status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries
         return status, delay_seconds
+
+
+def level_of(code: str, reason: str | None) -> int:
+    """Return the level of the log line of a call that ended with this status.
+
+    An alert on errors must fire when the service fails its callers, and callers must not be able to
+    cause it. So refusals and short deadlines are warnings, and callers' mistakes ordinary.
+    """
+    if code in ("INTERNAL", "UNKNOWN") or reason == StoreUnavailable.reason:
+        return logging.ERROR
+    if code in ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED"):
+        return logging.WARNING
+    return logging.INFO
 
 
 def end_with(context: CallContext, status: StatusParts) -> bytes:

@@ -4,9 +4,9 @@
 the request, parses it, checks the account, waits for a slot (`admission.py`), runs the servicer
 under a deadline, and reports the call (`call_report.py`): status, counters, log line, audit entry.
 
-Nothing of the request is looked at before the caller is authorized. A call that is refused ends
-with a status that is set, not with an exception: grpcio keeps the exception of `abort`, and with it
-every frame of the call, until a full garbage collection.
+No part of the request is read before the caller is authorized. A rejected call ends with a
+status, not with an exception: grpcio keeps the exception of `abort`, and with it every frame of the
+call, until a full garbage collection.
 """
 
 import asyncio
@@ -107,7 +107,7 @@ class ManagedCalls:
         self._reporter = reporter
         self._monotonic = monotonic
         self._clock = clock
-        self._limiters = {
+        self.limiters = {
             role: ConcurrencyLimiter(*size, monotonic) for role, size in CONCURRENCY_LIMITS.items()
         }
 
@@ -124,13 +124,14 @@ class ManagedCalls:
         authorizes the calls of the listener; None if there is no policy.
         """
         rule = rule_of(path)
-        limiter = self._limiters.get(rule.role or "")
-        succeeded = (path.rpartition("/")[2], "OK")
+        limiter = self.limiters.get(rule.role or "")
+        counts = self._counts.method(path)
         quiet = path.startswith(HEALTH)
         authorize = None if authenticator is None else authenticator.authorize
 
         async def call(data: bytes, context: CallContext) -> bytes:
             start = self._monotonic()
+            counts.started += 1
             caller = ANONYMOUS
             current: ManagedCall | None = None
             try:
@@ -174,7 +175,8 @@ class ManagedCalls:
                     None if current is None else current.change,
                 )
             else:
-                self._counts.calls[succeeded] += 1
+                counts.ok += 1
+                counts.seconds.observe(self._monotonic() - start, audit_context.request_id)
                 if rule.audited:
                     if current.change is None:
                         self._audit.record(audit_context, "OK", "")

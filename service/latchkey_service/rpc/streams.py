@@ -46,8 +46,8 @@ class Streams:
     def open_stream(self, path: str, behaviour: Any, parse: Parse) -> Any:
         """Wrap a stream that everyone may open (health's Watch, reflection).
 
-        Both are async generators. They carry no secrets and last as long as their callers like, so
-        they are not limited, and logged only when they fail.
+        Both are async generators. They carry no secrets and may last for any time, so they are not
+        limited, and are logged only if they fail.
         """
         rule = rule_of(path)
         if rule.role is not None:
@@ -55,6 +55,8 @@ class Streams:
 
         async def call(data: Any, context: CallContext) -> AsyncIterator[Any]:
             start = self._monotonic()
+            self._reporter.started(path)
+            code = "CANCELLED"
             try:
                 if isinstance(data, bytes):
                     request = _parsed(rule, parse, data)
@@ -62,11 +64,19 @@ class Streams:
                     request = _each_parsed(rule, parse, data)
                 async for response in behaviour(request, context):
                     yield response
+                code = "OK"
             except grpc.aio.AbortError:
+                # The servicers abort streams only when the server stops.
+                code = "UNAVAILABLE"
                 raise
             except Exception as error:  # noqa: BLE001 - the last place before the transport
+                code = ""
                 status, _ = self._reporter.failed(path, context, start, error)
                 end_with(context, status)
+            finally:
+                # Also if the client left, which closes this generator.
+                if code:
+                    self._reporter.ended_stream(path, code)
 
         return call
 
@@ -86,6 +96,8 @@ class Streams:
 
         async def call(messages: AsyncIterator[bytes], context: CallContext) -> None:
             start = self._monotonic()
+            self._reporter.started(path)
+            code = "CANCELLED"
             caller = ANONYMOUS
             try:
                 if authenticator is not None:
@@ -97,15 +109,22 @@ class Streams:
                 requests = _each_parsed(rule, parse, messages)
                 if authenticator is None:
                     await behaviour(requests, context)
-                    return
-                with self._tracked(_Stream(authenticator, path, context), caller):
-                    await behaviour(self._paced(rule, caller, requests), context)
+                else:
+                    with self._tracked(_Stream(authenticator, path, context), caller):
+                        await behaviour(self._paced(rule, caller, requests), context)
+                code = "OK"
             except grpc.aio.AbortError:
+                # The servicers abort streams only when the server stops.
+                code = "UNAVAILABLE"
                 raise
             except Exception as error:  # noqa: BLE001 - the last place before the transport
+                code = ""
                 status, delay_seconds = self._reporter.failed(path, context, start, error, caller)
             else:
                 return
+            finally:
+                if code:
+                    self._reporter.ended_stream(path, code)
             await asyncio.sleep(delay_seconds)
             end_with(context, status)
 

@@ -90,13 +90,14 @@ class VerifyCalls:
         `metadata_of` returns the metadata of a call's context.
         """
         behaviour: _Behaviour = self._verify if path == VERIFY else self._batch_verify
-        succeeded = (path.rpartition("/")[2], "OK")
-        calls = self._counts.calls
+        counts = self._counts.method(path)
+        observe = counts.seconds.observe
         monotonic, share = self._monotonic, self._log_share
         authorize = None if authenticator is None else authenticator.authorize
 
         async def call(data: bytes, context: CallContext) -> bytes:
             start = monotonic()
+            counts.started += 1
             caller = ANONYMOUS
             try:
                 if authorize is not None:
@@ -109,7 +110,8 @@ class VerifyCalls:
             except Exception as error:  # noqa: BLE001 - the last place before the transport
                 status, delay_seconds = self._reporter.failed(path, context, start, error, caller)
             else:
-                calls[succeeded] += 1
+                counts.ok += 1
+                observe(monotonic() - start)
                 # As `request_id_of`, but most callers send no id, and this saves them a call.
                 metadata = metadata_of(context)
                 given = dict(metadata).get(REQUEST_ID_METADATA) if metadata else None
@@ -130,6 +132,7 @@ class VerifyCalls:
             # The contract promises a verdict for every secret, however long. No secret, address and
             # permissions within their limits need as many bytes.
             secret, answer = "", MALFORMED
+            self._counts.oversized += 1
         else:
             try:
                 request = pb.VerifyRequest.FromString(data)

@@ -3,6 +3,9 @@
 Management calls and failed calls get a line each. Successful verifies are only counted, because a
 line costs more than the call; a sample of them is logged on request. No line has a field for
 anything that a caller presented, so a secret in a wrong field cannot end up in the log.
+
+Lines go to stderr, and only log lines do: in the JSON format, each line of stderr is JSON. What a
+person reads goes to stdout. Neither can stop the service (`stream_writer.py`).
 """
 
 import logging
@@ -15,8 +18,21 @@ from typing import Any, Literal
 
 import structlog
 
-__all__ = ["Format", "configure", "format_of", "logger"]
+from latchkey_service.settings.stream_writer import StreamWriter
 
+__all__ = [
+    "Format",
+    "configure",
+    "fail",
+    "flush",
+    "format_of",
+    "lines_dropped",
+    "logger",
+    "say",
+    "start",
+]
+
+STDOUT, STDERR = 1, 2
 GRPCIO = "grpc._cython.cygrpc"
 # Pause between two log lines about metadata that is not text.
 SAMPLE_SECONDS = 60.0
@@ -36,8 +52,42 @@ def format_of(setting: Literal["json", "console", "auto"]) -> Format:
     return "console" if sys.stderr.isatty() else "json"
 
 
+def start() -> None:
+    """Start to write log lines. Until then they wait, because this starts a thread."""
+    _stderr.on_dropped = _report_dropped
+    _stderr.start()
+
+
+def say(text: str) -> None:
+    """Print a text for people on stdout. Neither a full disk nor a reader that hangs matters."""
+    _stdout.put(text.encode(errors="replace"))
+    _stdout.start()
+
+
+def fail(event: str, reason: str, format_: Format) -> None:
+    """Report why the process ends: as a log line, or as a sentence for a person at a terminal."""
+    if format_ == "json":
+        logger().critical(event, reason=reason)
+    else:
+        _stderr.put(f"latchkey: {event}: {reason}\n".encode(errors="replace"))
+
+
+def flush() -> None:
+    """Write what has not been written yet, for a bounded time: the process is about to end."""
+    _stdout.stop()
+    _stderr.stop()
+
+
+def lines_dropped() -> int:
+    """Return how many log lines of this process were dropped."""
+    return _stderr.dropped
+
+
 def configure(format_: Format, level: str) -> None:
-    """Send all log lines of the process, including those of libraries, to stderr."""
+    """Send all log lines of the process, including those of libraries, to stderr.
+
+    They are written once `start` or `flush` is called.
+    """
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -53,7 +103,7 @@ def configure(format_: Format, level: str) -> None:
             colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
         )
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -75,6 +125,27 @@ def configure(format_: Format, level: str) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+_stdout = StreamWriter(STDOUT)
+_stderr = StreamWriter(STDERR)
+
+
+def _report_dropped(lines: int) -> None:
+    logger().warning("log lines dropped", lines=lines)
+
+
+class _Handler(logging.Handler):
+    """Queues formatted lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a line. What cannot be formatted is lost, and counted."""
+        try:
+            line = self.format(record)
+        except Exception:  # noqa: BLE001 - a log line must not fail its caller
+            _stderr.dropped += 1
+        else:
+            _stderr.put(f"{line}\n".encode(errors="replace"))
 
 
 class _InvalidText(logging.Filter):

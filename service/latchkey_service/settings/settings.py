@@ -16,7 +16,7 @@ from latchkey_coherence.lease import LEASE_SECONDS_MAX
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from latchkey_service.settings import exposure, file_access
+from latchkey_service.settings import database_url, exposure, file_access
 from latchkey_service.settings.data_dir import default_data_dir
 
 __all__ = [
@@ -57,16 +57,12 @@ def _listen(value: str) -> str:
     return value
 
 
-# Not urllib's urlsplit: some versions reject several hosts where one of them is [IPv6].
-_DATABASE_URL = re.compile(r"(postgres(?:ql)?://)(?:([^/?#]*)@)?([^/?#@]*)(/[^?#@]*)?(\?[^#@]*)?")
-
-
 def _database_url(value: SecretStr) -> SecretStr:
     url = value.get_secret_value()
     if url.partition("://")[0] not in ("postgresql", "postgres"):
         raise ValueError("must be postgresql://USER:PASSWORD@HOST:PORT/DATABASE")
     # An unescaped character that ends the password early would expose the rest of it in messages.
-    match = _DATABASE_URL.fullmatch(url)
+    match = database_url.DATABASE_URL.fullmatch(url)
     ports = re.findall(r":([^:\],]*)(?:,|$)", match[3]) if match else []
     if match is None or set("@[]") & set(match[2] or "") or not all(map(str.isdigit, ports)):
         raise ValueError(
@@ -77,6 +73,8 @@ def _database_url(value: SecretStr) -> SecretStr:
         raise ValueError("a host is missing next to a comma")
     if re.search(r"[?&]host=[^&]*(,|%2C)", match[5] or "", re.IGNORECASE):
         raise ValueError("put several hosts before the database name: HOST:PORT,HOST:PORT")
+    if (problem := database_url.problem(url)) is not None:
+        raise ValueError(problem)
     return value
 
 
@@ -123,6 +121,9 @@ class Settings(BaseSettings):
         "auto",
         description="gRPC reflection: on, off or auto; auto: on loopback addresses and UNIX "
         "sockets, but not behind a proxy",
+    )
+    metrics_listen: Annotated[str, AfterValidator(_listen)] | None = Field(
+        None, description="address of the metrics for Prometheus, for everyone: HOST:PORT"
     )
     database_url: Annotated[SecretStr, AfterValidator(_database_url)] | None = Field(
         None,
@@ -183,7 +184,7 @@ class Settings(BaseSettings):
         3.0,
         ge=0.3,
         le=LEASE_SECONDS_MAX,
-        description="how long verifies may be answered from memory without contact to Postgres, "
+        description="how long verifies may be answered from the cache without contact to Postgres, "
         "and how long a Delete may wait for an unresponsive verifier",
     )
     cache: Literal["on", "off"] = Field(
@@ -215,7 +216,9 @@ class Settings(BaseSettings):
         "secrets",
     )
     log_format: Literal["json", "console", "auto"] = Field(
-        "auto", description="json or console; auto: console on a terminal"
+        "auto",
+        description="json, without the text for people on stdout; console; or auto: console on a "
+        "terminal, else json",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="debug, info, warning or error"
@@ -269,7 +272,7 @@ def load(*, together: bool = True) -> Settings:
 
 
 def _check_env_file() -> None:
-    """Raise ConfigError if somebody else may decide on our settings."""
+    """Raise ConfigError if another user can change our settings."""
     path = Path(ENV_FILE).absolute()
     try:
         problem = file_access.refusal(path, path.stat(), file_access.ENVIRONMENT)
@@ -324,9 +327,8 @@ def _config_error(error: ValidationError) -> ConfigError:
 
 
 def _misspelled(names: Iterable[str]) -> list[str]:
-    """Describe each misspelled setting. Otherwise nobody would notice that a policy is ignored.
-
-    Other names with the prefix belong to others: the command line, the console, the deployment.
+    """Describe each misspelled setting. Otherwise a policy could be ignored without notice. Other
+    names with the prefix may belong to the command line, the console or the deployment.
     """
     settings = [name.upper() for name in Settings.model_fields]
     found = []
@@ -368,7 +370,7 @@ def describe(settings: Settings) -> list[tuple[str, str, str, str]]:
 
 def _redacted(url: str) -> str:
     """Return a database URL without its password, wherever it is."""
-    match = _DATABASE_URL.fullmatch(url)
+    match = database_url.DATABASE_URL.fullmatch(url)
     if match is None:
         return "***"
     scheme, user, hosts, path, query = (part or "" for part in match.groups())

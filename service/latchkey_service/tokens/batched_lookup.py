@@ -25,6 +25,7 @@ from latchkey_service.errors import (
     StoreUnavailable,
     Unavailable,
 )
+from latchkey_service.histogram import Histogram
 from latchkey_service.postgres.connections import (
     DedicatedConnection,
     retry_on_conflict,
@@ -55,6 +56,10 @@ BUSY = 96
 STANDING = 32
 # Weight of the newest sample in the moving average of query time.
 SMOOTHING = 0.2
+# The buckets of the metrics: digests per query, and seconds from about one round trip on a fast
+# network to the time-out of a statement.
+BATCH_BOUNDS = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1_000)
+SECONDS_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2)
 # Longest delay between a deadline and its error. Calls reserve more than that for their answer.
 EXPIRY_CHECK_SECONDS = 0.02
 
@@ -100,6 +105,12 @@ class Lookup:
         # Start of the query in progress, and the moving average of query time.
         self._query_began: float | None = None
         self._query_seconds = 0.0
+        self.batch_sizes = Histogram(BATCH_BOUNDS)
+        """Digests per query."""
+        self.seconds = Histogram(SECONDS_BOUNDS)
+        """The time of each query that Postgres answered."""
+        self.failures = 0
+        """Queries that failed."""
         self._closed = False
         self._worker: asyncio.Task[None] | None = None
         self._expiry_timer: asyncio.TimerHandle | None = None
@@ -110,6 +121,11 @@ class Lookup:
         Raises StoreUnavailable, Overloaded, and Unavailable at `deadline` (monotonic seconds).
         """
         return await self._enqueue(digests, deadline)
+
+    @property
+    def waiting(self) -> int:
+        """How many digests wait for a query."""
+        return self._waiting_digests
 
     def reconnect(self) -> None:
         """Close the connection, which leads to the wrong server. Waiting callers get an error."""
@@ -168,8 +184,12 @@ class Lookup:
                 self._query_began = self._monotonic()
                 if len(batch) < BUSY:
                     self._queue_limit.empty(self._query_began)
-                if await self._lookup_connection.answer(batch):
+                self.batch_sizes.observe(sum(len(waiter.digests) for waiter in batch))
+                if not await self._lookup_connection.answer(batch):
+                    self.failures += 1
+                else:
                     took = self._monotonic() - self._query_began
+                    self.seconds.observe(took)
                     self._query_seconds += SMOOTHING * (took - self._query_seconds)
         finally:
             self._query_began = None

@@ -4,8 +4,8 @@ Owns the path of a verify. It does not own the cache's rules (`latchkey_coherenc
 lease (`coherence`) or the look-up (`batched_lookup.py`).
 
 It answers only while this process holds its lease, whether from the cache or from a read (coherence
-rule 5). One reading of the clock after the verify began is enough: if the process holds its lease
-then, no Delete that returned before has waited that lease out.
+rule 5). One reading of the clock after the verify began is enough: if the process then holds its
+lease, no earlier Delete has returned without this process's acknowledgement.
 
 A secret with a wrong checksum or tag needs neither a query nor a lease. Unknown secrets are never
 cached, so a verify recognises a new token at once.
@@ -107,6 +107,10 @@ class Verifier:
         self._unix_time = unix_time
         self._cache_seconds = cache_seconds
         self._randomness = randomness
+        self.answered_by_read = 0
+        """The questions that a read of the database answered."""
+        self.answered_by_form = 0
+        """The questions that the form of the secret answered: no secret of ours looks like that."""
 
     def verify_cached(
         self,
@@ -142,8 +146,10 @@ class Verifier:
         """
         digest = self._parse(question.presented)
         if isinstance(digest, Answer):
+            self.answered_by_form += 1
             return digest
         (found,) = await self._find((digest,), self._deadline(seconds_left))
+        self.answered_by_read += 1
         # Reads the time after the wait, because expiry is judged at the time of the answer.
         return self._judge(question, found, self._unix_time())
 
@@ -156,9 +162,13 @@ class Verifier:
             for question in questions
         ]
         digests = [digest for digest in parsed if isinstance(digest, bytes)]
+        by_form = sum(answer is MALFORMED or answer is UNKNOWN for answer in parsed)
         if not digests:
+            self.answered_by_form += by_form
             return [answer for answer in parsed if isinstance(answer, Answer)]
         founds = iter(await self._find(digests, self._deadline(seconds_left)))
+        self.answered_by_form += by_form
+        self.answered_by_read += len(digests)
         now = self._unix_time()
         return [
             digest if isinstance(digest, Answer) else self._judge(question, next(founds), now)
@@ -179,10 +189,10 @@ class Verifier:
         return self._clock() + min(SECONDS_MAX, PATIENCE * seconds_left)
 
     async def _find(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
-        """Look up 1 to 1,000 digests, under the lease, and return what may be believed, in order.
+        """Look up 1 to 1,000 digests, under the lease, and return the accepted records, in order.
 
-        Reads again if the cache starts over meanwhile, as an `InvalidateAll` or a new timeline has
-        it do: then the read proves nothing, and the next one does.
+        If the cache starts over during the read, because of an `InvalidateAll` or a new timeline,
+        the read is not acceptable, and is repeated.
         """
         for _ in range(READS_MAX - 1):
             with contextlib.suppress(CacheStartedOver):

@@ -1,7 +1,7 @@
 """Closes connections that exceed the limits or make no progress, where the transports do not.
 
 All sockets are files of this process, so this module can inspect and shut down those of any
-library. To their owner it looks as if the client had closed them. This costs calls nothing and
+library. To the library, it looks as if the client had closed them. This costs calls nothing and
 connections little: files are counted often, but inspected only when there are many, or every few
 seconds. Linux only.
 """
@@ -89,6 +89,10 @@ class ConnectionGuard:
         self._spare: list[int] = []
         self._logged_at = -LOG_SECONDS
         self._ended = Counter[str]()
+        self.ended = Counter[str]()
+        """The connections that were ended, by reason. Only increases."""
+        self.connections = 0
+        """The connections of all listeners at the last inspection."""
 
     async def run(self) -> None:
         """Enforce the limits until cancelled."""
@@ -161,6 +165,7 @@ class ConnectionGuard:
             most = max(most, len(its))
             # End the newest, as a server that rejects connections would.
             too_many.update(its[self._limits.connections_max :])
+        self.connections = len(connections)
         for inode, end in _own(files, connections):
             seen = self._sockets[inode]
             reason = "too_many" if inode in too_many else self._stuck(seen, end, now)
@@ -168,6 +173,7 @@ class ConnectionGuard:
                 # Its owner may take a moment to close it, but it no longer counts.
                 seen.listener = None
                 self._ended[reason] += 1
+                self.ended[reason] += 1
                 with contextlib.suppress(OSError):  # the client closed it first
                     end.shutdown(socket.SHUT_RDWR)
         return most

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 import grpc
+from cryptography import x509
 
 from latchkey_service.settings.file_access import CERTIFICATE, TLS_KEY, Rule, refusal
 from latchkey_service.settings.logs import logger
@@ -62,6 +63,8 @@ class Certificates:
         self._clock = clock
         # gRPC's threads call us at each handshake.
         self._lock = threading.Lock()
+        self.expiry_unix_seconds: float | None = None
+        """When the server's certificate in use expires, or one of its intermediate certificates."""
         self._seen: object = None
         self._retry_time = math.inf
 
@@ -113,6 +116,7 @@ class Certificates:
         made: grpc.ServerCertificateConfiguration = grpc.ssl_server_certificate_configuration(
             [(key, certificate)], root_certificates=authorities
         )
+        self.expiry_unix_seconds = _earliest_expiry(certificate)
         return made
 
     def _changed(self) -> grpc.ServerCertificateConfiguration | None:
@@ -182,6 +186,16 @@ def _blocks(data: bytes) -> bytes:
             lines.append(line)
         inside = inside and not line.startswith(b"-----END ")
     return b"\n".join([*lines, b""])
+
+
+def _earliest_expiry(chain: bytes) -> float | None:
+    """Return when the first certificate of a PEM chain expires, or None if that is unknown."""
+    try:
+        certificates = x509.load_pem_x509_certificates(chain)
+        return min(each.not_valid_after_utc.timestamp() for each in certificates)
+    except ValueError:
+        # OpenSSL accepts some certificates that this parser rejects.
+        return None
 
 
 def _no_password() -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import re
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import latchkey
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from latchkey_proto.v1 import token_service_pb2 as pb
+from prometheus_client import CollectorRegistry
 
 from tests.helpers.repository import ROOT
 from tests.helpers.waiting import WAIT_SECONDS
@@ -20,9 +23,8 @@ if TYPE_CHECKING:
     from tests.contract.client.conftest import FakeLatchkey
 
 README = ROOT / "clients" / "python" / "README.md"
-MANAGE, CHANGE, VERIFY, SYNC, GRPC, ASGI = re.findall(
-    r"```python\n(.*?)```", README.read_text(), re.DOTALL
-)
+EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+MANAGE, CHANGE, VERIFY, METRICS, SYNC, GRPC, ASGI = EXAMPLES
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,24 @@ async def test_examples_run(fake: FakeLatchkey, secret: str, example: str, said:
     out, err = await process.communicate()
     assert (process.returncode, err.decode()) == (0, "")
     assert out.decode().startswith(said.replace("SECRET", secret))
+
+
+async def test_metrics_example_collects(fake: FakeLatchkey, secret: str) -> None:
+    """The collector exposes the counters of a verifier, with types that Prometheus accepts."""
+    names: dict[str, Any] = {}
+    exec(METRICS, names)  # noqa: S102 - our own README
+    fake.on("Verify", fake.verdict(pb.VERDICT_VALID))
+    registry = CollectorRegistry()
+    async with latchkey.Verifier(fake.target, timeout_seconds=WAIT_SECONDS) as verifier:
+        registry.register(names["VerifierCollector"](verifier))
+        assert registry.get_sample_value("latchkey_verifier_misses_total") == 0
+        await verifier.verify(secret)
+        assert registry.get_sample_value("latchkey_verifier_misses_total") == 1
+        assert registry.get_sample_value("latchkey_verifier_entries") == 0
+        fields = {field.name for field in dataclasses.fields(latchkey.VerifierStats)}
+        gauges = {metric.name for metric in registry.collect()}
+        expected = {f"latchkey_verifier_{name}" for name in fields - {"fallback_reason"}}
+        assert gauges == expected
 
 
 async def test_grpc_example_ends_with_ctrl_c(fake: FakeLatchkey) -> None:

@@ -11,6 +11,7 @@ from latchkey_service.coherence import ack_waiter
 from latchkey_service.coherence.ack_rules import Acknowledgements, VerifierRow
 from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.coherence.verifier_table import Rows
+from latchkey_service.errors import NotConfirmed
 
 from tests.helpers.positions import at
 from tests.helpers.waiting import eventually
@@ -44,7 +45,7 @@ class Scene:
         return Rows(frozenset(positions), self.rows)
 
     async def looked(self) -> None:
-        """Wait for two more looks: the first one may be under way."""
+        """Wait for two more polls: the first one may be in progress."""
         seen = self.looks
         await eventually(lambda: self.looks >= seen + 2, "the rows were read")
 
@@ -77,3 +78,20 @@ async def test_nothing_is_confirmed_before_the_rows_are_complete(scene: Scene) -
     assert not waiting.done()
     scene.rows_complete_at = 100.0
     assert await waiting == Acknowledgements(1, 0)
+
+
+async def test_the_wait_is_measured_by_its_result(scene: Scene) -> None:
+    """A Delete counts as acknowledged, as waited out, or as unconfirmed, with its duration."""
+    seconds = scene.ack_waiter.seconds
+    scene.rows = [VerifierRow(OWN, 1, 1, 5, 3.0)]
+    await scene.ack_waiter.wait(at(5), math.inf)
+    assert sum(seconds[ack_waiter.ACKNOWLEDGED].counts) == 1
+    with pytest.raises(NotConfirmed):
+        await scene.ack_waiter.wait(at(6), 100.05)
+    assert sum(seconds[ack_waiter.UNCONFIRMED].counts) == 1
+    waiting = asyncio.create_task(scene.ack_waiter.wait(at(7), math.inf))
+    await scene.looked()
+    assert len(scene.ack_waiter) == 1
+    scene.rows = [VerifierRow(OWN, 1, 1, 7, 3.0, clients_outwaited=1)]
+    await waiting
+    assert sum(seconds[ack_waiter.OUTWAITED].counts) == 1

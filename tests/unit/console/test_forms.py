@@ -44,21 +44,29 @@ def test_expiry(expiry: str, ttl: timedelta | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("start", "expected"),
+    ("end", "expected"),
     [
-        ("", datetime(2027, 1, 31, tzinfo=UTC)),
-        ("2027-01-30T23:00:00.000Z", datetime(2027, 1, 30, 23, tzinfo=UTC)),
-        ("2027-01-31T12:00:00Z", datetime(2027, 1, 31, 12, tzinfo=UTC)),
+        ("", datetime(2027, 1, 31, 23, 59, 59, tzinfo=UTC)),
+        ("2027-01-31T22:59:59.000Z", datetime(2027, 1, 31, 22, 59, 59, tzinfo=UTC)),
+        ("2027-02-01T11:59:59Z", datetime(2027, 2, 1, 11, 59, 59, tzinfo=UTC)),
         # With another day, no zone, or no time at all, only the date counts.
-        ("2027-03-01T00:00:00Z", datetime(2027, 1, 31, tzinfo=UTC)),
-        ("2027-01-30T23:00:00", datetime(2027, 1, 31, tzinfo=UTC)),
-        ("soon", datetime(2027, 1, 31, tzinfo=UTC)),
+        ("2027-03-01T00:00:00Z", datetime(2027, 1, 31, 23, 59, 59, tzinfo=UTC)),
+        ("2027-01-30T23:00:00", datetime(2027, 1, 31, 23, 59, 59, tzinfo=UTC)),
+        ("soon", datetime(2027, 1, 31, 23, 59, 59, tzinfo=UTC)),
     ],
 )
-def test_date_starts_in_the_scripts_time_zone(start: str, expected: datetime) -> None:
-    """The script can only shift the start of the date to the viewer's zone."""
-    new = made(TokenForm(name="x", expiry="date", date="2027-01-31", date_start=start))
+def test_date_ends_in_the_scripts_time_zone(end: str, expected: datetime) -> None:
+    """The token lasts until the date ends. The script can only shift that to the viewer's zone."""
+    new = made(TokenForm(name="x", expiry="date", date="2027-01-31", date_end=end))
     assert (new.expire_time, new.ttl) == (expected, None)
+
+
+def test_date_may_be_today() -> None:
+    """A token may expire when today ends, which the viewer's zone decides."""
+    today = TokenForm(name="x", expiry="date", date="2026-06-01")
+    assert made(today).expire_time == datetime(2026, 6, 1, 23, 59, 59, tzinfo=UTC)
+    ended = TokenForm(name="x", expiry="date", date="2026-06-01", date_end="2026-06-01T09:59:59Z")
+    assert "already ended" in errors(ended)["expiry"]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +83,7 @@ def test_date_starts_in_the_scripts_time_zone(start: str, expected: datetime) ->
         (TokenForm(name="x", expiry="date"), "expiry", "Choose a date"),
         (TokenForm(name="x", expiry="date", date="31.1.2027"), "expiry", "not a valid date"),
         (TokenForm(name="x", expiry="date", date="2027-02-30"), "expiry", "not a valid date"),
-        (TokenForm(name="x", expiry="date", date="2026-06-01"), "expiry", "already begun"),
+        (TokenForm(name="x", expiry="date", date="2026-05-31"), "expiry", "already ended"),
     ],
 )
 def test_errors_appear_at_their_field(form: TokenForm, field: str, words: str) -> None:

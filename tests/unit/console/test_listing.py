@@ -5,7 +5,16 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from latchkey import Page, Scope, Token
+from latchkey import (
+    InternalError,
+    LatchkeyError,
+    NotFound,
+    Page,
+    PermissionDenied,
+    Scope,
+    Token,
+    TokenSecret,
+)
 from latchkey_console import listing
 from latchkey_console.listing import Filter, Inventory, fetch, rows_after
 from latchkey_console.review import Kind
@@ -53,6 +62,7 @@ def test_address_from_a_filter() -> None:
     assert Filter().query == ""
     assert Filter("x").with_kind(Kind.OLD).query == "?q=x&review=old"
     assert Filter("x").more().query == "?q=x&show=100"
+    assert Filter("x").query_of("tok_1") == "?id=tok_1&q=x"
 
 
 @pytest.mark.parametrize(
@@ -69,6 +79,14 @@ def test_address_from_a_filter() -> None:
 def test_search_ignores_case_and_composition(text: str, name: str, found: bool) -> None:
     """A search matches any part of a name or hint, in any case and Unicode composition."""
     assert Filter(text).matches(token(name), []) is found
+
+
+def test_search_finds_older_secrets() -> None:
+    """The last characters of a replaced secret that still works find its token."""
+    older = TokenSecret(hint="lk_…oldX", create_time=NOW)
+    newer = TokenSecret(hint="lk_…aB3x", create_time=NOW)
+    assert Filter("OLDx").matches(token("any", secrets=(newer, older)), [])
+    assert not Filter("OLDx").matches(token("any", secrets=(newer,)), [])
 
 
 def test_names_compare_as_in_the_service() -> None:
@@ -112,6 +130,9 @@ class Endless:
         self.calls = 0
         self._circles = circles
 
+    async def get_usage(self, *_: Any, **__: Any) -> tuple[()]:
+        return ()
+
     async def list_page(self, _: str, **fields: Any) -> Page:
         self.calls += 1
         page = tuple(token(f"{self.calls} {number}") for number in range(fields["page_size"]))
@@ -126,3 +147,39 @@ async def test_endless_list_is_cut_off() -> None:
     circles: Any = Endless(circles=True)
     assert (await fetch(circles, "acme", NOW)).complete
     assert circles.calls == 2
+
+
+class Recording:
+    """A service whose tokens have these last uses, and that answers GetUsage with `error`."""
+
+    def __init__(self, *used: datetime | None, error: LatchkeyError | None = None) -> None:
+        self._used = used
+        self._error = error
+
+    async def list_page(self, _: str, **__: Any) -> Page:
+        tokens = tuple(token(str(n), last_used_time=used) for n, used in enumerate(self._used))
+        return Page(tokens=tokens, next_page_token="")
+
+    async def get_usage(self, account_id: str, token_id: str, **_: Any) -> tuple[()]:
+        assert (account_id, token_id) == ("acme", "tok_0")
+        if self._error is not None:
+            raise self._error
+        return ()
+
+
+@pytest.mark.parametrize(
+    ("service", "recorded"),
+    [
+        (Recording(), False),
+        (Recording(None, NOW, error=InternalError("not asked")), True),
+        (Recording(None, None), True),
+        (Recording(None, error=NotFound("deleted meanwhile")), True),
+        (Recording(None, error=InternalError("an older server")), False),
+        (Recording(None, error=PermissionDenied("not this caller")), False),
+    ],
+)
+async def test_use_counts_as_recorded_only_if_latchkey_says_so(
+    service: Any, recorded: bool
+) -> None:
+    """If no token was used, GetUsage shows whether Latchkey records use. In doubt, it does not."""
+    assert (await fetch(service, "acme", NOW)).use_recorded is recorded

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from latchkey import Scope, Token
+from latchkey import Scope, Token, TokenSecret
 from latchkey_console.review import (
     NEVER_USED,
     OLD,
@@ -13,7 +13,6 @@ from latchkey_console.review import (
     Finding,
     Kind,
     findings_of,
-    is_use_recorded,
     review,
 )
 
@@ -34,6 +33,11 @@ def token(**fields: Any) -> Token:
     return Token(**values | fields)
 
 
+def secret(days: int) -> TokenSecret:
+    """A secret of this age."""
+    return TokenSecret(hint="lk_…aB3x", create_time=NOW - timedelta(days=days))
+
+
 @pytest.mark.parametrize(
     ("fields", "found"),
     [
@@ -46,6 +50,10 @@ def token(**fields: Any) -> Token:
         ({"expire_time": NOW - SECOND, "scope": Scope.WRITE}, [Kind.EXPIRED]),
         ({"create_time": NOW - OLD}, []),
         ({"create_time": NOW - OLD - SECOND}, [Kind.OLD]),
+        ({"create_time": NOW - OLD - SECOND, "secrets": (secret(1), secret(200))}, []),
+        ({"create_time": NOW - OLD, "secrets": (secret(181),)}, [Kind.OLD]),
+        ({"disable_time": NOW, "scope": Scope.WRITE, "expire_time": None}, []),
+        ({"disable_time": NOW, "expire_time": NOW}, [Kind.EXPIRED]),
         ({"scope": Scope.WRITE}, [Kind.WRITE]),
         ({"scope": Scope.UNSPECIFIED}, [Kind.WRITE]),
         ({"last_used_time": NOW - UNUSED}, []),
@@ -63,27 +71,36 @@ def test_never_used_only_where_use_is_recorded() -> None:
     assert findings_of(week_old, NOW, use_recorded=True) == [Kind.NEVER_USED]
     assert findings_of(week_old, NOW, use_recorded=False) == []
     assert findings_of(token(create_time=NOW - NEVER_USED), NOW, use_recorded=True) == []
-    assert is_use_recorded([week_old, token(last_used_time=NOW)])
-    assert not is_use_recorded([week_old])
 
 
 def test_review_counts_only_findings() -> None:
     """Counts cover all tokens, most urgent first. A token may count for several kinds."""
     tokens = [
-        token(expire_time=None, scope=Scope.WRITE),
-        token(expire_time=None),
-        token(expire_time=NOW),
+        both := token(id="tok_2", expire_time=None, scope=Scope.WRITE),
+        older := token(expire_time=None, create_time=NOW - timedelta(days=2)),
+        expired := token(expire_time=NOW),
         token(),
     ]
     assert review(tokens, NOW, use_recorded=False) == [
-        Finding(Kind.EXPIRED, 1),
-        Finding(Kind.NEVER_EXPIRES, 2),
-        Finding(Kind.WRITE, 1),
+        Finding(Kind.EXPIRED, 1, expired),
+        Finding(Kind.NEVER_EXPIRES, 2, older),
+        Finding(Kind.WRITE, 1, both),
     ]
 
 
+def test_the_first_of_a_finding_is_the_most_urgent() -> None:
+    """A card's link leads to the token that expires first, then to the oldest secret."""
+    late = token(expire_time=NOW + timedelta(days=9))
+    early = token(id="tok_2", expire_time=NOW + timedelta(days=2))
+    (soon,) = review([late, early], NOW, use_recorded=False)
+    assert (soon.kind, soon.first) == (Kind.EXPIRES_SOON, early)
+
+
 def test_every_kind_has_a_title_and_a_reason() -> None:
-    """Each kind has a title and a sentence with the reason."""
+    """Each kind has a title, a sentence with the reason, and a remedy."""
     for kind in Kind:
         assert kind.title
         assert kind.why.endswith(".")
+        act, label = kind.remedy
+        assert act in ("replace", "edit", "delete")
+        assert label

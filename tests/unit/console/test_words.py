@@ -5,8 +5,9 @@ from datetime import UTC, datetime, timedelta, timezone
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from latchkey_cli.times import relative
 from latchkey_console.text import folded, name_key, visible
-from latchkey_console.times import ago, day, exact, iso
+from latchkey_console.times import ago, exact, iso, minute
 from latchkey_service.tokens import names
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
@@ -18,28 +19,37 @@ NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
         (timedelta(), "just now"),
         (timedelta(seconds=-59), "just now"),
         (timedelta(seconds=59), "in a moment"),
-        (timedelta(minutes=-1), "a minute ago"),
+        (timedelta(minutes=-1), "60 seconds ago"),
+        (timedelta(minutes=-3, seconds=-20), "3 minutes ago"),
         (timedelta(minutes=119), "in 119 minutes"),
         (timedelta(hours=-2), "2 hours ago"),
         (timedelta(hours=47), "in 47 hours"),
-        (timedelta(days=90) - timedelta(seconds=1), "in 89 days"),
-        (timedelta(days=119), "in 119 days"),
-        (timedelta(days=-120), "4 months ago"),
-        (timedelta(days=729), "in 24 months"),
+        (timedelta(days=90) - timedelta(seconds=1), "in 90 days"),
+        (timedelta(days=89, hours=11), "in 89 days"),
+        (timedelta(days=-120), "120 days ago"),
+        (timedelta(days=365) - timedelta(seconds=1), "in 365 days"),
+        (timedelta(days=729), "in 729 days"),
         (timedelta(days=-730), "2 years ago"),
         (timedelta(days=365 * 7000), "in 7000 years"),
     ],
 )
 def test_ago(difference: timedelta, words: str) -> None:
-    """A difference uses the largest unit that is precise enough, rounded down."""
+    """A difference uses the largest unit with a count of two, rounded to the nearest count."""
     assert ago(NOW + difference, NOW) == words
+
+
+@given(st.timedeltas(timedelta(minutes=1), timedelta(days=4_000)))
+def test_page_and_command_line_round_alike(difference: timedelta) -> None:
+    """The page and the command line describe the same time in the same words."""
+    for moment in (NOW + difference, NOW - difference):
+        assert ago(moment, NOW) == relative(moment, NOW)
 
 
 def test_times_are_in_utc() -> None:
     """Without JavaScript, times are in UTC and say so."""
     moment = datetime(2026, 11, 4, 1, 5, 9, tzinfo=timezone(timedelta(hours=2)))
     assert iso(moment) == "2026-11-03T23:05:09Z"
-    assert day(moment) == "3 Nov 2026"
+    assert minute(moment) == "3 Nov 2026, 23:05 UTC"
     assert exact(moment) == "3 Nov 2026, 23:05:09 UTC"
 
 

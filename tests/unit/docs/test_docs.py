@@ -45,6 +45,7 @@ MARKS = {
     "python",
     "python asgi guard",
     "python grpc guard",
+    "python metrics",
     "regex",
     "wheel",
 }

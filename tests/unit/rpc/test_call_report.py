@@ -13,6 +13,7 @@ from latchkey_service.errors import (
     InvalidArgument,
     LatchkeyError,
     NotFound,
+    Overloaded,
     PermissionDenied,
     StoreUnavailable,
     WatchRefused,
@@ -130,3 +131,25 @@ def test_all_internal_errors_are_logged(lines: Lines, reporter: CallReporter) ->
     for _ in range(2 * SAMPLE_MAX):
         reporter.failed(WATCH, Context(), 0.0, RuntimeError())
     assert len(lines) == 2 * SAMPLE_MAX
+
+
+@pytest.mark.parametrize(
+    ("error", "level"),
+    [
+        (NotFound("x"), "info"),
+        (InvalidArgument(FieldViolation("", "x")), "info"),
+        (PermissionDenied("x", "METHOD_DENIED"), "warning"),
+        (Overloaded("x"), "warning"),
+        (TimeoutError(), "warning"),
+        (StoreUnavailable("x"), "error"),
+        (KeyError("x"), "error"),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_alerts_on_errors_mean_failures_of_the_service(
+    lines: Lines, reporter: CallReporter, error: Exception, level: str
+) -> None:
+    """A failed call is an error in the log if the service failed, a warning if it refused, and
+    ordinary if its caller was mistaken."""
+    reporter.failed(DELETE, Context(), 0.0, error)
+    assert [line["log_level"] for line in lines] == [level]

@@ -57,6 +57,8 @@ def test_plaintext(monkeypatch, listen, policy, insecure):
         ({"TLS_LISTEN": "0.0.0.0:2", "POLICY": "/p"}, "TLS_CERTIFICATE: is required"),
         ({**TLS, "POLICY": "/p", "TLS_KEY": ""}, "TLS_KEY: is required"),
         ({**TLS, "POLICY": "/p", "TLS_LISTEN": "unix:/x"}, "TLS_LISTEN: must be HOST:PORT"),
+        ({"METRICS_LISTEN": "unix:/x"}, "METRICS_LISTEN: must be HOST:PORT"),
+        ({"METRICS_LISTEN": "127.0.0.1:50051"}, "METRICS_LISTEN: is the same address"),
         ({**TLS, "TLS_LISTEN": "127.0.0.1:50051"}, "TLS_LISTEN: is the same address"),
         ({"TLS_KEY": "/k"}, "TLS_KEY: has no effect"),
         ({"TRUSTED_PROXY": "spiffe://a/b"}, "TRUSTED_PROXY: has no effect without LATCHKEY_POLICY"),

@@ -42,7 +42,7 @@
     const dialog = one("dialog", page);
     if (dialog) return open(dialog);
     const main = one("main", page);
-    // Some other server answered, so let the browser load the page and show what it gets.
+    // Another server answered, so let the browser load the page and show the answer.
     if (!main) return location.assign("/");
     dismiss();
     return replaceMain(main, focus);
@@ -73,11 +73,8 @@
     section.className = "note bad";
     section.setAttribute("role", "alert");
     section.tabIndex = -1;
-    const title = document.createElement("h2");
-    title.textContent = "This page's server did not answer";
-    const text = document.createElement("p");
-    text.textContent = what;
-    section.append(title, text);
+    section.innerHTML = "<h2>This page's server did not answer</h2><p></p>";
+    section.lastChild.textContent = what;
     showMessage(section);
   }
 
@@ -118,15 +115,16 @@
     if (element.id) return `#${CSS.escape(element.id)}`;
     if (element.dataset.review) return `[data-review="${CSS.escape(element.dataset.review)}"]`;
     const row = element.closest("tr[id]");
-    return row ? `#${CSS.escape(row.id)} button` : "main";
+    return row ? `#${CSS.escape(row.id)} [data-act=${element.dataset.act ?? "token"}]` : "main";
   }
 
-  // Moves the focus to the row that took a deleted row's place. No scrolling is needed: the receipt
+  // Moves the focus back to what opened the dialog, or to the row that took a deleted row's place. No scrolling is needed: the receipt
   // is visible at any scroll position, and screen readers announce it.
   function focusNear() {
     const rows = opener ? [opener.id, opener.next, opener.previous] : [];
     const row = rows.map((id) => id && byId(id)).find(Boolean);
-    const target = row && (one("button", row) || row);
+    const act = opener?.act && row && one(`[data-act=${opener.act}]`, row);
+    const target = row && (act || one("[data-act]", row) || row);
     (target || byId("generate") || byId("main")).focus({ preventScroll: true });
   }
 
@@ -142,9 +140,10 @@
       const text = await answer.text();
       if (!answer.ok) {
         const message = one("#message", parsed(text));
-        return message ? showMessage(message) : lost("Try again.");
+        return failed(link, message && one("h2", message).textContent);
       }
-      all("#message").forEach((old) => old.remove());
+      byId("more-failed")?.remove();
+      link.textContent = "Show more";
       const came = all("tr", parsed(`<table><tbody>${text}</tbody></table>`));
       const added = came.filter((row) => !byId(row.id));
       added.forEach(times);
@@ -163,10 +162,22 @@
       }
       say(count.textContent);
     } catch {
-      lost("Try again.");
+      failed(link);
     } finally {
       link.removeAttribute("aria-busy");
     }
+  }
+
+  // Says beside the button that loading rows failed. The focus and the rows stay where they are, and
+  // the same button tries again.
+  function failed(link, why) {
+    const note = byId("more-failed") ?? document.createElement("p");
+    note.id = "more-failed";
+    note.className = "error";
+    note.setAttribute("role", "alert");
+    note.textContent = `${why ?? "This page's server did not answer"}.`;
+    link.before(note);
+    link.textContent = "Try again";
   }
 
   const parsed = (text) => new DOMParser().parseFromString(text, "text/html");
@@ -189,10 +200,13 @@
   let draft = null;
   const dialogOpen = () => one("dialog");
 
-  // Remembers how to find the element that opened the dialog after the list is replaced.
+  // Stores a selector for the element that opened the dialog, because the list may be replaced.
   function remember(element) {
+    // A dialog that leads to another one keeps the element that opened the first.
+    if (element.closest("dialog") && opener) return;
     const row = element.closest("tr");
     opener = {
+      act: element.dataset.act,
       id: row ? row.id : element.id,
       next: row?.nextElementSibling?.id,
       previous: row?.previousElementSibling?.id,
@@ -216,6 +230,8 @@
     all("[inert]").forEach((element) => element.removeAttribute("inert"));
     const form = one("form[action='/tokens']:has(#name)", dialog);
     if (form) prepare(form, Boolean(before));
+    const date = one("#date", dialog);
+    if (date) date.min = today();
     dialog.showModal();
     (one("[aria-invalid]", dialog) || one(".note.bad", dialog) || one("[autofocus]", dialog))?.focus();
     dialog.addEventListener("cancel", (event) => {
@@ -235,10 +251,6 @@
   }
 
   function prepare(form, again) {
-    const tomorrow = new Date(Date.now() + 86_400_000);
-    const two = (number) => String(number).padStart(2, "0");
-    form.elements.date.min =
-      `${tomorrow.getFullYear()}-${two(tomorrow.getMonth() + 1)}-${two(tomorrow.getDate())}`;
     if (!draft || again) return;
     for (const [name, value] of Object.entries(draft)) form.elements[name].value = value;
   }
@@ -290,12 +302,12 @@
   async function send(form, submitter) {
     if (form.getAttribute("aria-busy")) return;
     form.setAttribute("aria-busy", "true");
-    // This change makes any list request in progress obsolete.
+    // This change makes a list request in progress obsolete.
     supersede();
-    const { date, date_start: start } = form.elements;
-    if (start && date?.value) {
+    const { date, date_end: end } = form.elements;
+    if (end && date?.value) {
       const [year, month, day] = date.value.split("-").map(Number);
-      start.value = new Date(year, month - 1, day).toISOString();
+      end.value = new Date(year, month - 1, day, 23, 59, 59).toISOString();
     }
     try {
       const body = new URLSearchParams(new FormData(form, submitter));
@@ -312,27 +324,27 @@
 
   // ---- small things ----
 
+  // Returns the viewer's date, as date fields write it.
+  function today() {
+    const now = new Date();
+    return new Date(now - now.getTimezoneOffset() * 60_000).toISOString().slice(0, 10);
+  }
+
   function say(text) {
     (one("dialog .live") || byId("live")).textContent = text;
   }
 
-  const day = new Intl.DateTimeFormat(undefined, { dateStyle: "medium" });
-  const exact = new Intl.DateTimeFormat(undefined, {
-    year: "numeric",
-    month: "long",
-    day: "numeric",
-    hour: "2-digit",
-    minute: "2-digit",
-    second: "2-digit",
-    timeZoneName: "short",
-  });
+  const minute = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
+  const exact = new Intl.DateTimeFormat(undefined, { dateStyle: "long", timeStyle: "long" });
 
   function times(from) {
     for (const time of all("time", from)) {
       const at = new Date(time.dateTime);
       if (Number.isNaN(at.getTime())) continue;
       time.title = exact.format(at);
-      time.textContent = "full" in time.dataset ? time.title : day.format(at);
+      const text = "full" in time.dataset ? time.title : minute.format(at);
+      // Keeps "8:45 PM" on one line.
+      time.textContent = text.replace(/(\d)\s(?=\D+$)/, "$1\u00a0");
     }
   }
 
@@ -347,7 +359,7 @@
     } catch {
       // Without permission or TLS, fall back to the old method, which copies the selection.
       if (!document.execCommand("copy")) {
-        say("Not copied. The token is selected: press Ctrl+C or Command+C.");
+        say("Not copied. The text is selected: press Ctrl+C or Command+C.");
         button.textContent = "Press Ctrl+C";
         return;
       }
@@ -406,7 +418,7 @@
       event.preventDefault();
       remember(submitter);
       const query = new URLSearchParams(new FormData(form, submitter));
-      load(`/delete?${query}`);
+      load(`${submitter.getAttribute("formaction") ?? form.getAttribute("action")}?${query}`);
     }
   });
 

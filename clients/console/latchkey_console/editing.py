@@ -1,0 +1,228 @@
+"""The forms that change a token: their input, and the mistakes in each field. Pure.
+
+The service has the final say, as for a new token (`forms`).
+"""
+
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from ipaddress import ip_network
+from typing import Any, Final
+
+from latchkey import FieldViolation, Token
+
+from latchkey_console.forms import EXPIRY_DAYS, SCOPES, last_second, name_mistake
+
+__all__ = ["ENDS", "EditForm", "End", "ReplaceForm", "Replacement"]
+
+DESCRIPTION_LENGTH_MAX: Final = 256
+NETWORKS_MAX: Final = 32
+_KEEP: Final = "keep"
+_EDIT_EXPIRIES: Final = (_KEEP, *EXPIRY_DAYS, "never", "date")
+_REPLACE_EXPIRIES: Final = (_KEEP, *EXPIRY_DAYS)
+_NAMES: Final = ("name", "scope", "description", "networks")
+# Tokens that end within this time get a later expiry together with a new secret, by default.
+_SOON: Final = timedelta(days=14)
+_HIDDEN: Final = frozenset({"Cc", "Cs"})
+# For each field of the service: the form field that shows its mistakes, and its name there.
+_SERVICE_FIELDS: Final[Mapping[str, tuple[str, str]]] = {
+    "name": ("name", "The name"),
+    "scope": ("scope", "The access scope"),
+    "expire_time": ("expiry", "The expiry"),
+    "description": ("description", "The description"),
+    "allowed_networks": ("networks", "An allowed network"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EditForm:
+    """The fields as typed, what they were when the form was shown, and the errors by field.
+
+    `before` makes a save change only what the visitor changed, even if somebody else has changed
+    other fields since.
+    """
+
+    name: str
+    scope: str
+    description: str
+    networks: str
+    before: Mapping[str, str]
+    expiry: str = _KEEP
+    date: str = ""
+    date_end: str = ""
+    errors: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, token: Token) -> "EditForm":
+        """Return the form with the token's values."""
+        return cls._with(
+            {
+                "name": token.name,
+                "scope": token.scope.value,
+                "description": token.description,
+                "networks": "\n".join(token.allowed_networks),
+            }
+        )
+
+    @classmethod
+    def read(cls, fields: Mapping[str, str]) -> "EditForm":
+        """Return the submitted form unchanged, so that it can be shown again as typed."""
+        form = cls._with({name: fields.get(f"was_{name}", "") for name in _NAMES})
+        return replace(
+            form,
+            name=fields.get("name", ""),
+            scope=fields.get("scope", ""),
+            description=fields.get("description", ""),
+            networks=fields.get("networks", ""),
+            expiry=fields.get("expiry", ""),
+            date=fields.get("date", ""),
+            date_end=fields.get("date_end", ""),
+        )
+
+    @classmethod
+    def _with(cls, before: Mapping[str, str]) -> "EditForm":
+        name, scope, description, networks = (before[name] for name in _NAMES)
+        return cls(name, scope, description, networks, before)
+
+    def with_errors(self, errors: Mapping[str, str]) -> "EditForm":
+        """Return the form with these errors."""
+        return replace(self, errors=errors)
+
+    def checked(self, now: datetime) -> "dict[str, Any] | EditForm":
+        """Return the arguments of `Client.update`, or the form with its errors.
+
+        Without any change, the arguments are empty.
+        """
+        errors, changes = {}, dict[str, Any]()
+        name = self.name.strip()
+        if mistake := name_mistake(name):
+            errors["name"] = mistake
+        elif name != self.before["name"]:
+            changes["name"] = name
+        if self.scope != self.before["scope"]:
+            if self.scope in SCOPES:
+                changes["scope"] = SCOPES[self.scope]
+            else:
+                errors["scope"] = "Choose what the token may do."
+        try:
+            changes |= self._expiry(now)
+        except ValueError as error:
+            errors["expiry"] = str(error)
+        description = _text(self.description)
+        if len(description) > DESCRIPTION_LENGTH_MAX:
+            errors["description"] = (
+                f"This description has {len(description)} characters. "
+                f"Use at most {DESCRIPTION_LENGTH_MAX}."
+            )
+        elif any(unicodedata.category(c) in _HIDDEN and c != "\n" for c in description):
+            errors["description"] = "The description contains a control character. Remove it."
+        elif description != _text(self.before["description"]):
+            changes["description"] = description
+        networks = self.networks.replace(",", " ").split()
+        if mistake := _networks_mistake(networks):
+            errors["networks"] = mistake
+        elif networks != self.before["networks"].split():
+            changes["allowed_networks"] = networks
+        return self.with_errors(errors) if errors else changes
+
+    def refused(self, violations: Iterable[FieldViolation]) -> "EditForm":
+        """Return the form with the service's violations as errors of their fields."""
+        errors: dict[str, str] = {}
+        for violation in violations:
+            path = violation.field.removeprefix("token.").partition("[")[0]
+            place, subject = _SERVICE_FIELDS.get(path, ("", violation.field))
+            errors.setdefault(place, f"{subject} {violation.description.rstrip('. ')}.")
+        return self.with_errors(errors or {"": "Latchkey did not accept this."})
+
+    def _expiry(self, now: datetime) -> dict[str, datetime | None]:
+        if self.expiry == _KEEP:
+            return {}
+        if self.expiry not in _EDIT_EXPIRIES:
+            raise ValueError("Choose when the token expires.")
+        if self.expiry == "never":
+            return {"expire_time": None}
+        if self.expiry == "date":
+            return {"expire_time": last_second(self.date, self.date_end, now)}
+        return {"expire_time": now + timedelta(days=EXPIRY_DAYS[self.expiry])}
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """When the old secret stops working after a Replace."""
+
+    title: str
+    why: str
+    grace: timedelta | None = None
+    on_first_use: bool = False
+
+
+ENDS: Final[Mapping[str, End]] = {
+    "day": End("In 1 day", "Time to give the new secret to the program.", timedelta(days=1)),
+    "hour": End("In 1 hour", "For a program that you can update right now.", timedelta(hours=1)),
+    "week": End("In 7 days", "For a program that somebody else has to update.", timedelta(days=7)),
+    "use": End(
+        "When the new one is first used",
+        "For a program with a single copy. Any other copy fails from then on.",
+        on_first_use=True,
+    ),
+    "now": End(
+        "At once",
+        "If it has leaked. Programs fail until they have the new secret.",
+        timedelta(),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A secret to replace. `expiry_days` moves the token's expiry, or is None to keep it."""
+
+    token_id: str
+    ends: str
+    expiry_days: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaceForm:
+    """The choices in the drawer for a new secret."""
+
+    ends: str = "day"
+    expiry: str = _KEEP
+
+    @classmethod
+    def of(cls, token: Token, now: datetime) -> "ReplaceForm":
+        """Return the form with the choices that suit the token."""
+        soon = token.expire_time is not None and token.expire_time - now <= _SOON
+        return cls(expiry="90" if soon else _KEEP)
+
+    @classmethod
+    def read(cls, fields: Mapping[str, str]) -> "ReplaceForm":
+        """Return the submitted form."""
+        return cls(fields.get("ends", ""), fields.get("expiry", ""))
+
+    def checked(self, token_id: str) -> Replacement | None:
+        """Return what to replace, or None if a choice is missing."""
+        if self.ends not in ENDS or self.expiry not in _REPLACE_EXPIRIES:
+            return None
+        return Replacement(token_id, self.ends, EXPIRY_DAYS.get(self.expiry))
+
+
+def _text(text: str) -> str:
+    """Return a text area's content without surrounding white space and carriage returns."""
+    return text.replace("\r\n", "\n").strip()
+
+
+def _networks_mistake(networks: list[str]) -> str | None:
+    if len(networks) > NETWORKS_MAX:
+        return f"These are {len(networks)} networks. Use at most {NETWORKS_MAX}."
+    for text in networks:
+        try:
+            wide = ip_network(text, strict=False)
+        except ValueError:
+            return f"“{text[:64]}” is not a network. Write it as 192.0.2.0/24 or 2001:db8::/32."
+        try:
+            ip_network(text)
+        except ValueError:
+            return f"“{text}” has bits beyond its prefix. Did you mean {wide}?"
+    return None

@@ -1,0 +1,222 @@
+"""What every page needs: the visit, the list around a dialog, and the notice after a change.
+
+`pages` and `lifecycle` handle the requests with it.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+import latchkey
+from starlette.requests import Request
+from starlette.responses import Response
+
+from latchkey_console import listing
+from latchkey_console.expiring import Expiring
+from latchkey_console.failures import Trouble, trouble
+from latchkey_console.identity import Identity, Refused, Viewer
+from latchkey_console.listing import Filter, Inventory
+from latchkey_console.protection import BadForm, Seals, read_form, session_id
+from latchkey_console.rendering import Renderer, is_part
+
+__all__ = ["Frame", "Notice", "Visit", "read_fields", "rows_context", "unchanged"]
+
+_log = logging.getLogger("latchkey.console")
+
+# A notice is shown right after a redirect, so nobody needs it for longer.
+NOTICE_SECONDS: Final = 120.0
+NOTICES_MAX: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """The result of a change, shown once on the next page."""
+
+    kind: str
+    """deleted, unconfirmed, gone, disabled, enabled, updated or retired"""
+    token_id: str
+    name: str
+    scope: str = ""
+    milliseconds: int = 0
+    receipt: latchkey.Receipt | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """The visitor, the session, and the part of the list that a request asks for."""
+
+    viewer: Viewer
+    session: str
+    filter: Filter
+
+    @property
+    def account_id(self) -> str:
+        """The account whose tokens the visitor sees."""
+        return self.viewer.account_id
+
+    @property
+    def owner(self) -> str:
+        """Who may see the results of this visit: this session, while it has this account."""
+        return f"{self.session} {self.account_id}"
+
+
+class Frame:
+    """Draws the list, dialogs over it, and messages. Shared by all pages."""
+
+    def __init__(
+        self,
+        client: latchkey.Client,
+        identity: Identity,
+        seals: Seals,
+        renderer: Renderer,
+        now: Callable[[], datetime],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self.client = client
+        self.seals = seals
+        self.renderer = renderer
+        self.now = now
+        self.monotonic = monotonic
+        self._identity = identity
+        self._notices: Expiring[Notice] = Expiring(NOTICE_SECONDS, NOTICES_MAX, monotonic)
+
+    def visit(self, request: Request, query: Mapping[str, str]) -> Visit:
+        """Return the visit. Raises NotSignedIn and Refused."""
+        return Visit(self._identity.viewer(request), session_id(request), Filter.read(query))
+
+    def is_ours(self, fields: Mapping[str, str], visit: Visit) -> bool:
+        """Return whether a form of this session and account sent the fields."""
+        return self.seals.is_csrf(fields.get("csrf", ""), visit.session, visit.account_id)
+
+    def mark(self, fields: Mapping[str, str], visit: Visit) -> str | None:
+        """Return the mark of one of our forms, or None if it has expired or is not ours."""
+        if not self.is_ours(fields, visit):
+            return None
+        return self.seals.form(fields.get("form", ""), visit.session, visit.account_id)
+
+    def new_mark(self, visit: Visit) -> str:
+        """Return a mark for a new form."""
+        return self.seals.new_form(visit.session, visit.account_id)
+
+    def leave(self, visit: Visit, notice: Notice) -> None:
+        """Keep a notice for the next list that the visitor sees."""
+        self._notices.put(visit.owner, notice)
+
+    async def inventory(self, visit: Visit) -> Inventory:
+        """Return the account's tokens. Raises LatchkeyError."""
+        return await listing.fetch(self.client, visit.account_id, self.now())
+
+    async def list(self, request: Request, visit: Visit, notice: Notice | None = None) -> Response:
+        """Return the list, with the notice that the previous request left."""
+        context = await self._context(visit)
+        context["notice"] = notice or self._notices.pop(visit.owner)
+        message: Trouble | None = context["trouble"]
+        return self.renderer.page(request, context, message.status if message else 200)
+
+    async def dialog(
+        self,
+        request: Request,
+        visit: Visit,
+        dialog: str,
+        values: Mapping[str, Any],
+        status: int = 200,
+    ) -> Response:
+        """Return a dialog: alone for the script, otherwise over the list."""
+        context = await self.behind(request, visit)
+        return self.renderer.page(request, {**context, **values, "dialog": dialog}, status)
+
+    async def behind(self, request: Request, visit: Visit) -> dict[str, Any]:
+        """Return the context behind a dialog. The script already has the list."""
+        return self._frame(visit) if is_part(request) else await self._context(visit)
+
+    def message(self, request: Request, visit: Visit, message: Trouble) -> Response:
+        """Return a page, or for the script a part, with one message."""
+        return self.renderer.message(message, visit.viewer, part=is_part(request))
+
+    def expired(self, request: Request, visit: Visit) -> Response:
+        """Return the message for a form of another session, which changed nothing."""
+        text = "Nothing was changed. Reload the page and try again."
+        return self.message(request, visit, Trouble(403, "This page has expired", text))
+
+    async def token(
+        self, request: Request, visit: Visit, token_id: str
+    ) -> latchkey.Token | Response:
+        """Return the token, or the response if there is none or Latchkey fails."""
+        try:
+            return await self.client.get(visit.account_id, token_id)
+        except (latchkey.NotFound, latchkey.InvalidArgument):
+            # Deleted elsewhere in the meantime, so there is nothing to do.
+            return await self.list(request, visit, Notice("gone", token_id, ""))
+        except latchkey.LatchkeyError as error:
+            return self.message(request, visit, unchanged(error))
+
+    def milliseconds_since(self, began: float) -> int:
+        """Return the time since a request arrived, at least 1 ms.
+
+        Measured on one clock from the request's arrival to Latchkey's answer. By then the change
+        was in effect everywhere.
+        """
+        return max(1, round((self.monotonic() - began) * 1_000))
+
+    def _frame(self, visit: Visit) -> dict[str, Any]:
+        """Return the context that every page needs."""
+        return {
+            "viewer": visit.viewer,
+            "csrf": self.seals.csrf(visit.session, visit.account_id),
+            "filter": visit.filter,
+            "now": self.now(),
+            "dialog": None,
+            "notice": None,
+        }
+
+    async def _context(self, visit: Visit) -> dict[str, Any]:
+        """Return the context of the list, or of the error if Latchkey does not provide one."""
+        frame = self._frame(visit)
+        try:
+            inventory = await self.inventory(visit)
+        except latchkey.LatchkeyError as error:
+            _log.warning("list failed: %s", error.code.name)
+            return {**frame, "trouble": trouble(error)}
+        matching = inventory.matching(visit.filter)
+        return {
+            **frame,
+            **rows_context(inventory, visit.filter),
+            "trouble": None,
+            "findings": inventory.findings(),
+            "total": len(inventory.tokens),
+            "complete": inventory.complete,
+            "matching": len(matching),
+            "rows": matching[: visit.filter.rows],
+        }
+
+
+def rows_context(inventory: Inventory, wanted: Filter) -> dict[str, Any]:
+    """Return the context of the table's rows."""
+    return {
+        "filter": wanted,
+        "now": inventory.now,
+        "kinds": inventory.kinds,
+        "use_recorded": inventory.use_recorded,
+    }
+
+
+async def read_fields(request: Request) -> dict[str, str]:
+    """Return the fields of a submitted form. Raises Refused."""
+    try:
+        return await read_form(request)
+    except BadForm:
+        raise Refused(400, "Invalid form", "Nothing was changed. Go back and try again.") from None
+
+
+def unchanged(error: latchkey.LatchkeyError) -> Trouble:
+    """Return the message for an error before or instead of a change."""
+    message = trouble(error)
+    return Trouble(
+        message.status,
+        message.title,
+        f"Nothing was changed. {message.text}",
+        message.request_id,
+        message.retry_seconds,
+    )
