@@ -12,7 +12,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.access.methods import MANAGER
 from latchkey_service.audit.audit_log import SAMPLE_MAX
-from latchkey_service.process.wiring import Server
+from latchkey_service.process.server import Server
 from latchkey_service.settings.settings import Settings
 
 from tests.helpers.callers import policy_text, write_server_files

@@ -27,7 +27,8 @@ from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.audit.audit_table import Filter
-from latchkey_service.process.wiring import Server, running
+from latchkey_service.process.server import Server
+from latchkey_service.process.wiring import running
 from latchkey_service.rpc.lenient_parsing import parse_non_utf8
 from latchkey_service.secret_format import Keyring
 from latchkey_service.settings import logs

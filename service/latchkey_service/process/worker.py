@@ -27,7 +27,8 @@ from latchkey_service.access.policy import PolicyError
 from latchkey_service.access.policy_file import SIZE_MAX
 from latchkey_service.process.metrics_server import COLLECT, answer_line
 from latchkey_service.process.privileges import forbid_dumps, give_up_root
-from latchkey_service.process.wiring import Server, ended, running
+from latchkey_service.process.server import Server
+from latchkey_service.process.wiring import ended, running
 from latchkey_service.process.worker_watch import beat
 from latchkey_service.secret_format import Keyring
 from latchkey_service.settings import logs

@@ -232,6 +232,7 @@ async def test_every_close_waits_for_the_end(
     engine = verifier._engine
     assert engine is not None
     closing, go_on = threading.Event(), threading.Event()
+    assert engine._verifier is not None
     close = engine._verifier.close
 
     async def close_slowly() -> None:

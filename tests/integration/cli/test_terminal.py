@@ -256,7 +256,7 @@ async def test_delete_all_asks_with_the_count(start: Open, stub: Any, create: Cr
         terminal.type(typed)
         assert await terminal.end() == code
         assert await left() == (0 if code == 0 else 3)
-    assert "Deleted 3 tokens" in terminal.screen
+    assert " 3 tokens\r" in terminal.screen
     nothing = await start("delete-all")
     assert await nothing.end() == 0
     assert "has no such tokens" in nothing.screen
