@@ -1,4 +1,4 @@
-"""Generate the Python stubs, or check that the committed ones are what the .proto files say.
+"""Generate the Python stubs, or check that the committed ones match the .proto files.
 
 The stubs live in their own package, `latchkey_proto`, so that service and client library can share
 them without depending on each other, and so that the client library can be called `latchkey`.
@@ -49,7 +49,7 @@ def generate() -> dict[Path, str]:
 
 
 def rewrite(text: str) -> str:
-    """Point imports of latchkey.* at latchkey_proto.*, and nothing else."""
+    """Change imports of latchkey.* to latchkey_proto.*, and no others."""
     text = re.sub(
         r"^from latchkey\.(\S+) import", r"from latchkey_proto.\1 import", text, flags=re.MULTILINE
     )
@@ -58,7 +58,7 @@ def rewrite(text: str) -> str:
 
 
 def main() -> int:
-    """Write or check, as asked."""
+    """Write or check the stubs, as the arguments say."""
     files = generate()
     present = {
         path.relative_to(OUT)

@@ -256,7 +256,7 @@ class StoreUnavailable(Unavailable):
 
 
 class CacheStartedOver(StoreUnavailable):
-    """The cache started over while a read was under way, so the read proves nothing. Read again."""
+    """The cache started over during a read, so the read cannot be accepted. Read again."""
 
 
 class NotReplicated(StoreUnavailable):

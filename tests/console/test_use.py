@@ -69,7 +69,7 @@ async def bash(script: str, typed: str, *paths: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 async def test_curl(address: str) -> None:
     """After the `read` line, the curl line passes the guard of an HTTP service."""
 

@@ -58,7 +58,7 @@ REFUSALS = {
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.ALREADY_EXISTS,
 }
-# Allowed now and then, for example when a lease has just expired, but not every time for the same
+# Allowed occasionally, for example when a lease has just expired, but not every time for the same
 # input.
 PASSING = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
 TRIES = 4
@@ -366,7 +366,7 @@ class Messages(Target):
 
 
 def _judge(method: Method, parts: list[bytes], answer: Answer) -> None:
-    """Check what must hold for every answer. Raises Finding."""
+    """Check the guarantees for every answer. Raises Finding."""
     code = answer.code
     if code not in REFUSALS | PASSING | {grpc.StatusCode.OK}:
         raise Finding(f"{method.path}: {code.name}: {answer.message}")

@@ -80,7 +80,7 @@ async def fresh_database(postgres_url: str) -> str:
 
 
 async def execute(url: str, statement: str) -> None:
-    """Run one statement on a connection of its own."""
+    """Run one statement on a separate connection."""
     connection = await asyncpg.connect(url)
     try:
         await connection.execute(statement)

@@ -62,7 +62,7 @@ def choose(
     tls_key: Path | None,
     credential_file: Path | None,
 ) -> None:
-    """Store the access options for `chosen` and `hand_on`."""
+    """Store the access options, for `chosen` and `hand_on`."""
     _options.update(
         tls_ca=tls_ca,
         tls_certificate=tls_certificate,

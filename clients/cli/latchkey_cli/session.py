@@ -137,7 +137,7 @@ def _words(  # noqa: PLR0911 - a table with one row for each error
             to_do += f"or another client certificate, or yours has expired{_after(doing, error)}"
             return f"{target} closed the connection", to_do, Exit.UNAVAILABLE
         case latchkey.Unavailable() if error.reason:
-            # Latchkey itself answered: it runs, and something behind it does not.
+            # Latchkey itself answered, so the problem is behind it.
             return f"{target} cannot answer now ({error.reason})", doing.if_lost, Exit.UNAVAILABLE
         case latchkey.Unavailable():
             to_do = "check --target and that Latchkey runs there ('latchkey serve')"

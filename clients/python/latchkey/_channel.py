@@ -8,13 +8,14 @@ import grpc
 
 from latchkey._version import __version__
 
-# How soon to reconnect to a server that is back. gRPC's default backs off up to two minutes.
+# Maximum delay before reconnecting to a server that is back. gRPC's default backs off up to two
+# minutes.
 RECONNECT_BACKOFF_FIRST_MS: Final = 100
 RECONNECT_BACKOFF_MAX_MS: Final = 1_000
 # Despite its name, this option limits one connection attempt. With the default of 20 s, a connect
 # that gets no reply delays the next address for that long.
 CONNECT_TIMEOUT_MS: Final = 2_000
-# How soon to resolve a name again after a failure. The default is 30 s.
+# Delay before resolving a name again after a failure. The default is 30 s.
 RESOLVE_AGAIN_MS: Final = 1_000
 # By default gRPC servers answer pings less than 5 minutes apart with GOAWAY. The time-out below is
 # what matters: once keepalive is on, Linux drops a connection whose data stays unacknowledged for

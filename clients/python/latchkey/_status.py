@@ -48,7 +48,7 @@ _ADVICE: Final[Mapping[grpc.StatusCode, str]] = {
     grpc.StatusCode.UNIMPLEMENTED: "Check that the target is Latchkey, in a recent version.",
 }
 
-# If the answer is lost, the advice depends on what may have happened.
+# If the answer is lost, the advice depends on the possible effects of the call.
 _ADVICE_WHEN_LOST: Final[Mapping[str, str]] = {
     "Create": "The token may exist: find its name with list() and delete it before trying again.",
     "Delete": "The token may be deleted, but not confirmed: call delete() again for its receipt.",

@@ -203,7 +203,7 @@ class Client(LifecycleCalls):
         `client_address` is the IP address of the holder's client. Tokens that are limited to
         networks need it. `required_permissions` are of the form `resource:action`.
 
-        The answer is a verdict, whatever was presented. An exception means that there is no safe
+        The answer is a verdict for any presented string. An exception means that there is no safe
         answer, so reject the holder. `Verifier.verify` asks the same, but answers from its cache
         when it can.
         """
@@ -237,8 +237,8 @@ class Client(LifecycleCalls):
     async def invalidate_all(self, *, timeout_seconds: float | None = None) -> Receipt:
         """Empty the cache of every server process and every client library. Changes no token.
 
-        For emergencies, and after a restored backup. Returns when no verifier answers from what it
-        had cached before. Safe to repeat.
+        For emergencies, and after a restored backup. Returns when no verifier can still use an
+        answer that it cached before the call. Safe to repeat.
         """
         method = MaintenanceServiceStub(self._connected()).InvalidateAll
         request = maintenance_pb.InvalidateAllRequest()

@@ -51,8 +51,8 @@ class Verifier:
         target: str = "127.0.0.1:50051",
         *,
         timeout_seconds: float = VERIFY_TIMEOUT_SECONDS,
-        memory_entries: int = _async.MEMORY_ENTRIES,
-        memory_seconds: float = _async.MEMORY_SECONDS,
+        cache_entries: int = _async.CACHE_ENTRIES,
+        cache_seconds: float = _async.CACHE_SECONDS,
         access: Access | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         options: Sequence[tuple[str, Any]] = (),
@@ -62,8 +62,8 @@ class Verifier:
         self._verifier = _async.Verifier(
             self._client,
             timeout_seconds=timeout_seconds,
-            memory_entries=memory_entries,
-            memory_seconds=memory_seconds,
+            cache_entries=cache_entries,
+            cache_seconds=cache_seconds,
         )
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
@@ -117,7 +117,7 @@ class Verifier:
         return self._verifier.stats()
 
     def close(self) -> None:
-        """Stop watching and close the connection. Verifies under way fail. Safe to repeat.
+        """Stop watching and close the connection. Verifies in progress fail. Safe to repeat.
 
         Blocks for a bounded time, usually milliseconds.
         """
@@ -128,7 +128,8 @@ class Verifier:
 
     def forked(self) -> None:
         """Mark this process as a forked child. For the library's own use."""
-        # Another thread of the parent may have held the lock. It does not exist here to release it.
+        # Another thread of the parent may have held the lock. That thread does not exist in this
+        # process, so it cannot release the lock.
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -247,7 +248,7 @@ class _Engine:
         await self._stopping.wait()
         await self._verifier.close()
         await self._client.close()
-        # Verifies under way have failed by now. Let their threads receive the error.
+        # Verifies in progress have failed by now. Let their threads receive the error.
         others = asyncio.all_tasks() - {asyncio.current_task()}
         if others:
             await asyncio.wait(others, timeout=1.0)

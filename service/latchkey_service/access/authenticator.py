@@ -170,8 +170,8 @@ class Authenticator:
         if found is None:
             found = self._cache[evidence] = read(policy, evidence)
             self._cache_bytes += len(evidence) + _ENTRY_BYTES
-        # TLS checks the certificate only when a session begins. It checks neither a long-lived
-        # connection nor one that resumes the session a day later (RFC 8446 §4.6.1).
+        # TLS checks the certificate only when a session begins. It does not check it again on a
+        # long-lived connection, or when the session is resumed a day later (RFC 8446 §4.6.1).
         if self._now() >= found.ends_at:
             raise Unauthenticated("The client certificate has expired.", "CERTIFICATE_EXPIRED")
         return found.caller

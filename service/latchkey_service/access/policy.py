@@ -214,7 +214,7 @@ def _own_role(name: str) -> str:
 
 
 class _Table(BaseModel):
-    # Strict: in TOML, neither true nor "5" is a number.
+    # Strict, because in TOML, neither true nor "5" is a number.
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
@@ -263,7 +263,7 @@ def _describe(error: ValidationError) -> str:
         where, message = mistake["loc"], mistake["msg"].removeprefix("Value error, ")
         kind = mistake["type"]
         if where[-1] == "[key]" and kind != "extra_forbidden":
-            # pydantic marks a mistake in a key so.
+            # pydantic marks a mistake in a key with this element.
             where = where[:-1]
         match kind:
             case "extra_forbidden":

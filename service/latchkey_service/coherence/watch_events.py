@@ -59,7 +59,7 @@ class Reset(NamedTuple):
 
 
 class Closing(NamedTuple):
-    """The client has to move to a new stream: the server will stop soon, or the stream is old."""
+    """The client must move to a new stream: the server will stop soon, or the stream is old."""
 
 
 class ReportReceived(NamedTuple):

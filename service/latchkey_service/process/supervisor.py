@@ -1,13 +1,13 @@
-"""Starts Postgres, the schema and the workers in order, keeps them running, stops them in order.
+"""Starts Postgres, migrates the schema, starts the workers, keeps all running, and stops them.
 
-The supervisor serves no calls, so little can make it fail. Workers are separate processes from the
+The supervisor serves no calls, so it has few ways to fail. Workers are separate processes from the
 start, never forks: gRPC does not survive a fork.
 
 A worker gets everything from the supervisor, and reads neither the environment nor `.env` nor the
 policy file. If each worker watched the policy file itself, one worker could see a short-lived
-policy that another worker, or one just starting, misses. If an invalid file followed, the workers
-would use different policies for good, and some would grant rights that had been revoked. So only
-the supervisor reads the file. It sends the same policies in the same order to all workers, and the
+policy that another worker, or one just starting, misses. If the file then became invalid, the
+workers would keep different policies, and some would still grant revoked rights. So only the
+supervisor reads the file. It sends the same policies in the same order to all workers, and the
 latest policy to each worker that starts.
 """
 
@@ -113,8 +113,7 @@ def run(settings: Settings) -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        # Ignored for good, because nothing follows: a second Ctrl-C must not cut the database's
-        # shutdown short.
+        # Ignored until the end, because a second Ctrl-C must not cut the database's shutdown short.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         if postgres is not None:
@@ -148,8 +147,8 @@ class _Supervisor:
     ) -> None:
         self._settings = settings
         self._database_url = database_url
-        # A snapshot from the start. Later changes to `.env` count from the next start on: nobody
-        # has checked them, and all workers need the same settings.
+        # A snapshot from the start. Later changes to `.env` apply from the next start on, because
+        # they are unchecked, and all workers need the same settings.
         self._worker_settings = settings.model_copy(
             update={
                 "database_url": SecretStr(database_url),

@@ -1,7 +1,5 @@
-"""Builds one worker from its parts, runs it and stops it.
-
-Owns the order of start and stop. It owns no behaviour of the parts, and no processes
-(`supervisor.py`, `worker.py`).
+"""Builds one worker from its parts, runs it and stops it. Owns the order of start and stop, but not
+the behaviour of the parts or the processes (`supervisor.py`, `worker.py`).
 """
 
 import asyncio
@@ -242,14 +240,14 @@ async def running(
 
     `policy_text` returns the latest valid text of the policy file, or None without a policy. The
     server reads it again just before it listens, so it starts with the newest policy. Calls
-    `on_failure` if a background task fails, which none should: the worker is then incomplete.
-    Raises PolicyError and TlsError.
+    `on_failure` if a background task fails, because the worker is then incomplete. Raises
+    PolicyError and TlsError.
     """
     if settings.database_url is None:
         raise ValueError("a worker needs a database URL")
     text = policy_text()
     if (text is None) != (settings.policy is None):
-        # Whichever is right, continuing without a policy would admit everybody.
+        # In either case, continuing without a policy could admit everybody.
         raise PolicyError("a worker needs both the setting and the text of the policy, or neither")
     active_policy = None if text is None else ActivePolicy(policies.parse(text))
     connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
@@ -393,7 +391,7 @@ async def running(
     if active_policy is not None and (latest := policy_text()) is not None and latest != text:
         active_policy.replace(policies.parse(latest))
     await server.start()
-    # These too, because calls during the stop are audited, and use tokens.
+    # These run until then too, because calls during the stop are audited, and use tokens.
     lasts = [begin(audit.run()), begin(usage.run()), begin(server.guard.run())]
     retention = timedelta(days=settings.tombstone_retention_days)
     background = [

@@ -1,7 +1,7 @@
 """One server process under the supervisor.
 
 The settings, peppers and policy arrive on stdin, one line each. So a restarted worker gets those
-that the supervisor has checked, whatever happened to the files and to `.env` since. Each further
+that the supervisor has checked, even if the files or `.env` have changed since then. Each further
 line is a new policy to activate.
 
 The worker stops on SIGTERM, or at the end of stdin, which the supervisor keeps open. So a worker
@@ -85,7 +85,7 @@ async def _run() -> int:
 
 
 class _Policies:
-    """The policies received from the supervisor. Only the newest is put in force.
+    """The policies received from the supervisor. Only the newest is activated.
 
     Event loop only.
     """
@@ -179,11 +179,12 @@ async def _serve(
 
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, stop.set)
-    # Until the very end: calls continue during the shutdown.
+    # Runs until the end, because calls continue during the shutdown.
     beating = asyncio.create_task(beat(), name="beat")
     beating.add_done_callback(partial(ended, fail))
-    # Until the very end too: a revoked right must not last for calls that continue. And from now
-    # on, or the worker would first serve with a policy that changed while it started.
+    # Also runs until the end, because a revoked right must not remain for calls that continue. It
+    # starts now, because otherwise the worker would first serve with a policy that changed while it
+    # started.
     policies = _Policies(handed, policy, send_metrics)
     taking = asyncio.create_task(take_policies(), name="take_policies")
     taking.add_done_callback(partial(ended, fail))

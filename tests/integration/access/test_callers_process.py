@@ -285,7 +285,7 @@ async def test_a_restarted_worker_has_the_settings_of_the_start(
     later = {"TLS_LISTEN": f"localhost:{port}"} | {
         name.upper(): path for name, path in write_server_files(folder).items()
     }
-    # Without root, only with dumps may we look at its sockets.
+    # Without dumps, only root may inspect its sockets.
     service = run(core_dumps="on")
     address = await service.welcome()
     for text in (

@@ -135,7 +135,7 @@ def grpcurl() -> Path:
         if os.access(place, os.X_OK):
             return place
     if go is None:
-        pytest.skip("neither grpcurl nor a Go toolchain to install it with is here")
+        pytest.skip("neither grpcurl nor a Go toolchain is installed")
     target = ROOT / ".tools/bin"
     target.mkdir(parents=True, exist_ok=True)
     # One of several test processes installs it, and the others wait.

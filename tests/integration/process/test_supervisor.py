@@ -163,8 +163,9 @@ async def test_a_stop_during_the_start(run: Run, folder: Path, number: signal.Si
 
 
 async def test_repeated_ctrl_c(run: Run, data_dir: Path) -> None:
-    """Repeated Ctrl-C does not break the orderly stop: there is no traceback, and nothing is left
-    running."""
+    """Repeated Ctrl-C does not break the clean shutdown: there is no traceback, and no process
+    is left.
+    """
     service = run(data_dir=data_dir)
     await service.welcome()
     os.kill(service.pid, signal.SIGINT)
@@ -282,7 +283,7 @@ async def test_a_second_run_on_the_data_directory(run: Run, data_dir: Path) -> N
 
 
 async def test_a_second_run_on_the_address(run: Run, database_url: str, folder: Path) -> None:
-    """It is rejected with the address and the setting, and takes no calls away."""
+    """It is rejected with the address and the setting, and receives no calls of the first run."""
     first = run(database_url=database_url, data_dir=folder / "a")
     address = await first.welcome()
     second = run(database_url=database_url, data_dir=folder / "a", listen=address)
@@ -346,7 +347,7 @@ async def test_a_given_database_is_used(run: Run, database_url: str, folder: Pat
         database_url=database_url,
         data_dir=folder / "data",
         workers=2,
-        # Without root, only then may we look at their sockets.
+        # Without this, only root may inspect their sockets.
         core_dumps="on",
     )
     address = await service.welcome()

@@ -126,7 +126,7 @@ def test_every_rpc_has_a_client_method() -> None:
 def test_watch_is_the_only_stream() -> None:
     """The contract has one stream, Watch, which every verifier uses."""
     assert [m.name for m in methods() if m.client_streaming or m.server_streaming] == ["Watch"]
-    assert inspect.signature(latchkey.Verifier).parameters["memory_entries"].default > 0
+    assert inspect.signature(latchkey.Verifier).parameters["cache_entries"].default > 0
 
 
 def test_sync_verifies_like_async() -> None:

@@ -45,7 +45,7 @@ class Scene:
         return Rows(frozenset(positions), self.rows)
 
     async def looked(self) -> None:
-        """Wait for two more looks: the first one may be under way."""
+        """Wait for two more polls: the first one may be in progress."""
         seen = self.looks
         await eventually(lambda: self.looks >= seen + 2, "the rows were read")
 
