@@ -93,15 +93,18 @@ class VerdictCache(Generic[E]):
         return len(self.entries)
 
     def knows(self, position: Position) -> bool:
-        """Return whether `position` is certain to be on the history of this cache. False also means
-        "not known": the revision is too old, or was skipped because several were applied as one, or
-        the sender does not know marks.
+        """Return whether `position` is certain to be on the history of this cache.
+
+        False also means "not known": the revision is too old, or was skipped because several were
+        applied as one, or the sender does not know marks.
         """
         return position.mark != 0 and self._marks.get(position.revision) == position.mark
 
     def agrees(self, position: Position) -> bool:
-        """Return whether `position` may be on the history of this cache. False means that the
-        revision is known with another mark, which proves that the histories differ.
+        """Return whether `position` may be on the history of this cache.
+
+        False means that the revision is known with another mark, which proves that the histories
+        differ.
         """
         return self._marks.get(position.revision, position.mark) == position.mark
 

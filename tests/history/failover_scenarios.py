@@ -236,9 +236,10 @@ async def failover_staged(
 
 
 async def perform(stage: FailoverStage, scenario: FailoverScenario) -> Findings:
-    """Play a scenario to its end, repair the pair, and return all findings so far. If a busy
-    machine cuts the scenario short, it proves nothing and is played again. Raises Unavailable if
-    that happens every time.
+    """Play a scenario to its end, repair the pair, and return all findings so far.
+
+    If a busy machine cuts the scenario short, it proves nothing and is played again. Raises
+    Unavailable if that happens every time.
     """
     for attempt in range(ATTEMPTS_MAX):
         try:

@@ -137,8 +137,9 @@ def loses_row(s: State, _: World) -> Iterator[State]:
 
 
 def reads_log(s: State, w: World) -> Iterator[State]:
-    """The process reads only the log, and ignores one of another timeline (rule 12). Only a renewal
-    adopts a timeline, together with its lease.
+    """The process reads only the log, and ignores one of another timeline (rule 12).
+
+    Only a renewal adopts a timeline, together with its lease.
     """
     for x in (OLD, NEW):
         if s.applied is UNREGISTERED:
@@ -177,9 +178,10 @@ def sends_call(s: State, w: World) -> Iterator[State]:
 
 
 def reads_token(s: State, w: World) -> Iterator[State]:
-    """A database answers: the token or not, and position and timeline of the snapshot (rule 12). A
-    standby reports no timeline, so its answers are rejected. It may show less than it has received,
-    and so lack a token whose Create has answered.
+    """A database answers: the token or not, and position and timeline of the snapshot (rule 12).
+
+    A standby reports no timeline, so its answers are rejected. It may show less than it has
+    received, and so lack a token whose Create has answered.
     """
     for x in (OLD, NEW):
         in_recovery = x not in writable(s)

@@ -114,6 +114,7 @@ def with_server(s: State, i: int, **changes: Any) -> State:
 
 def unasked(stream: Stream) -> Stream:
     """Return `stream` without its request for a grant, and without the grant that answers it.
+
     Requests have numbers, so the client ignores such a grant. The server's record of it only makes
     Delete wait.
     """

@@ -115,7 +115,9 @@ def watches_row(s: State, _: World) -> Iterator[State]:
 
 def removes_row(s: State, w: World) -> Iterator[State]:
     """A watcher that has seen `renewal` unchanged for T removes the row, if the value is still the
-    same (rule 9). If the watcher sees another value, a renewal has ended its observation.
+    same (rule 9).
+
+    If the watcher sees another value, a renewal has ended its observation.
     """
     if s.watch == 0 or (s.watch > 0 and "9 row not watched for T" in w.broken):
         yield s._replace(row=NO_ROW, watch=NOT_WATCHED)

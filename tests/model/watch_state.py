@@ -74,8 +74,9 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Clocks:
-    """The length of each period, and the advance of each clock in one tick of true time. A
-    countdown uses the units of its owner's clock. Without drift a unit is a tick. With drift, an
+    """The length of each period, and the advance of each clock in one tick of true time.
+
+    A countdown uses the units of its owner's clock. Without drift a unit is a tick. With drift, an
     accurate clock moves by 4 in a tick, a slow one by 2 and a fast one by 6: ρ is a half, five
     hundred times the assumed value, so that three ticks are enough to show an effect. A server's
     clock may be slow or fast in each tick. The client's is slow, which prolongs its lease the most;

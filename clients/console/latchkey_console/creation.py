@@ -53,8 +53,10 @@ class NotMade:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Create was sent, but its answer never arrived. `found` is the token that it created, whose
-    secret is lost. If `error` is set, the check for such a token failed.
+    """Create was sent, but its answer never arrived.
+
+    `found` is the token that it created, whose secret is lost. If `error` is set, the check for
+    such a token failed.
     """
 
     found: Token | None

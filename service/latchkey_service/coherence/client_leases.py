@@ -87,8 +87,9 @@ class ClientLeases:
         return None
 
     def sweep(self, now: float, behind_since: float = math.inf, applied: float = math.inf) -> None:
-        """Remove all leases that have ended, and count those that were outwaited. `floor` removes
-        only the leases that affect its result.
+        """Remove all leases that have ended, and count those that were outwaited.
+
+        `floor` removes only the leases that affect its result.
         """
         for held in tuple(self._at.values()):
             for lease in [lease for lease in held if lease.ends <= now]:

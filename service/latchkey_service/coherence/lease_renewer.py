@@ -135,10 +135,11 @@ class LeaseRenewer:
             await self._wait(self._renewed, deadline)
 
     async def read_log_to(self, revision: int, deadline: float) -> bool:
-        """Read the log, and return whether it reaches `revision` (rule 12). If it does not, the
-        revision belongs to another history. If it does, the revision may still belong to another
-        history. Raises StoreUnavailable if the log cannot be read, Overloaded if too many calls
-        wait, and Unavailable at `deadline`, seconds on the process's clock.
+        """Read the log, and return whether it reaches `revision` (rule 12).
+
+        If it does not, the revision belongs to another history. If it does, the revision may still
+        belong to another history. Raises StoreUnavailable if the log cannot be read, Overloaded if
+        too many calls wait, and Unavailable at `deadline`, seconds on the process's clock.
         """
         for _ in range(READS_OF_LOG_MAX):
             if self._clock() < self._retry_at:

@@ -1,5 +1,7 @@
-"""Tracks which server is the primary, and the warnings about servers. Also owns the diagnosis of a
-server that fails. Opening and choosing connections belongs to `postgres.connections`.
+"""Tracks which server is the primary, and the warnings about servers.
+
+Also owns the diagnosis of a server that fails. Opening and choosing connections belongs to
+`postgres.connections`.
 
 The primary is the host on which the lease is renewed, because a renewal counts only if it is
 durable, and a deposed primary cannot make one durable. If renewals fail on a host, the next host in
@@ -45,7 +47,9 @@ SELECT EXISTS (SELECT FROM pg_stat_activity
 
 class Primary:
     """Opens connections for the lease renewer, and tracks the primary by the renewer's successes
-    and failures. Use it on one event loop only.
+    and failures.
+
+    Use it on one event loop only.
     """
 
     def __init__(self, connector: Connector, on_change: Callable[[], None]) -> None:

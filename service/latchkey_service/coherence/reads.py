@@ -45,10 +45,11 @@ class LeasedReads:
         return self._state.begin_read()
 
     async def accept(self, snapshot: Snapshot, began: ReadBegan, deadline: float) -> None:
-        """Return if the read is acceptable. If the snapshot is ahead of the log, wait for the log
-        to be read. Raises StoreUnavailable if the read came from another history or server,
-        CacheStartedOver if the cache started over meanwhile, Overloaded if too many calls wait, and
-        Unavailable at `deadline`.
+        """Return if the read is acceptable.
+
+        If the snapshot is ahead of the log, wait for the log to be read. Raises StoreUnavailable if
+        the read came from another history or server, CacheStartedOver if the cache started over
+        meanwhile, Overloaded if too many calls wait, and Unavailable at `deadline`.
         """
         state = self._state
         standing = state.standing(snapshot, began)

@@ -162,10 +162,12 @@ class VerifierState(Generic[E]):
         return ReadBegan(self.cache.position.revision, self.epoch)
 
     def standing(self, snapshot: Snapshot, began: ReadBegan) -> Standing:
-        """Return whether a read with this snapshot is acceptable. If the snapshot is older than the
-        position applied when the read was sent, it comes from another server, such as a deposed
-        primary, because the lease's server cannot return it. A read that was sent in an earlier
-        epoch is rejected, because the lease of that epoch was on another history.
+        """Return whether a read with this snapshot is acceptable.
+
+        If the snapshot is older than the position applied when the read was sent, it comes from
+        another server, such as a deposed primary, because the lease's server cannot return it. A
+        read that was sent in an earlier epoch is rejected, because the lease of that epoch was on
+        another history.
         """
         if snapshot.timeline != self.server.timeline or began.epoch != self.epoch:
             return Standing.REFUSED
@@ -213,10 +215,11 @@ class VerifierState(Generic[E]):
         self.acknowledged = acknowledged
 
     def lose(self) -> None:
-        """Give up lease and registration, because the row or its history is lost. The process
-        answers no verify until it registers again. The lease ends at once, because its row or its
-        history may no longer exist. Clients are reset, and their confirmations no longer count, but
-        the ends of their leases still do.
+        """Give up lease and registration, because the row or its history is lost.
+
+        The process answers no verify until it registers again. The lease ends at once, because its
+        row or its history may no longer exist. Clients are reset, and their confirmations no longer
+        count, but the ends of their leases still do.
         """
         self.registered = False
         self.lease_ends = -math.inf
@@ -226,6 +229,7 @@ class VerifierState(Generic[E]):
 
     def _await_earlier_leases(self, now: float) -> None:
         """Delay the confirmation of deletions until each lease of the earlier history has ended.
+
         Verifiers may still hold such leases although this history lacks their rows: they registered
         after the restored backup was made, or on a primary whose last commits were lost.
         """

@@ -1,5 +1,7 @@
-"""Builds one worker from its parts, runs it and stops it. Owns the order of start and stop, but not
-the behaviour of the parts or the processes (`supervisor.py`, `worker.py`).
+"""Builds one worker from its parts, runs it and stops it.
+
+Owns the order of start and stop, but not the behaviour of the parts or the processes
+(`supervisor.py`, `worker.py`).
 """
 
 import asyncio

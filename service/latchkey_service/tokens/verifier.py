@@ -190,6 +190,7 @@ class Verifier:
 
     async def _find(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
         """Look up 1 to 1,000 digests, under the lease, and return the accepted records, in order.
+
         If the cache starts over during the read, because of an `InvalidateAll` or a new timeline,
         the read is not acceptable, and is repeated.
         """
