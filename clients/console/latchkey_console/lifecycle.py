@@ -83,8 +83,9 @@ class Lifecycle:
         mark = self._frame.mark(fields, visit)
         wanted = form.checked(token_id)
         if mark is None or wanted is None:
+            status = 403 if mark is None else 422
             error = _STALE if mark is None else "Choose when the old secret stops working."
-            return await self._replace_again(request, visit, token_id, form, error, 403)
+            return await self._replace_again(request, visit, token_id, form, error, status)
         outcome = await self._replacements.replace(mark, visit.owner, visit.account_id, wanted)
         match outcome:
             case Replaced():

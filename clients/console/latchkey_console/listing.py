@@ -97,9 +97,10 @@ class Filter:
             return False
         if self.kind is not None and self.kind not in kinds:
             return False
-        # Also search the hint: someone who found a secret looks for its last characters.
+        # Also search the hints: someone who found a secret looks for its last characters.
         wanted = folded(self.text)
-        return not wanted or wanted in folded(token.name) or wanted in folded(token.hint)
+        hints = (token.hint, *(secret.hint for secret in token.secrets))
+        return any(wanted in folded(text) for text in (token.name, *hints))
 
 
 @dataclass(frozen=True, slots=True)

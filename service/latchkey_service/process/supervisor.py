@@ -17,7 +17,6 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from importlib import metadata
 from typing import Any
 
 from pydantic import SecretStr
@@ -38,6 +37,7 @@ from latchkey_service.process.worker_process import (
     temporary_folder,
 )
 from latchkey_service.process.worker_watch import WorkerWatch, memory_max_bytes
+from latchkey_service.release import release
 from latchkey_service.settings import logs
 from latchkey_service.settings.settings import (
     PREFIX,
@@ -168,9 +168,7 @@ class _Supervisor:
         self._account = account_of_workers(settings)
         self._watch = WorkerWatch(memory_max_bytes(settings))
         self._restarts = Counter[object]()
-        self._reports = WorkerReports(
-            settings.workers, metadata.version("latchkey-service"), self._restarts
-        )
+        self._reports = WorkerReports(settings.workers, release(), self._restarts)
         # Includes workers that are starting or stopping: they may answer calls.
         self._processes: set[asyncio.subprocess.Process] = set()
         self._stop = asyncio.Event()

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 from grpc_health.v1 import health, health_pb2_grpc
@@ -60,6 +59,7 @@ from latchkey_service.process.periodic import (
     purge_usage,
 )
 from latchkey_service.process.worker_metrics import WorkerMetrics
+from latchkey_service.release import release
 from latchkey_service.rpc.audit_service import AuditService
 from latchkey_service.rpc.call_report import CallReporter
 from latchkey_service.rpc.counters import Counts
@@ -452,7 +452,7 @@ def _identity(settings: Settings, keyring: Keyring) -> Identity:
         id="ver_" + secrets.token_hex(10),
         host=socket.gethostname(),
         process_id=os.getpid(),
-        version=metadata.version("latchkey-service"),
+        version=release(),
         lease_seconds=settings.lease_seconds,
         pepper_ids=tuple(pepper.id for pepper in keyring.peppers),
     )

@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import signal
+import stat
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -200,15 +201,17 @@ async def _serve(
         gc.set_threshold(*GC_THRESHOLDS)
         sys.stdout.buffer.write(READY)
         sys.stdout.buffer.flush()
-        # Writes without blocking: the supervisor may stand still.
-        # On a copy, because the transport closes its file.
-        copy = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-        answers, _ = await loop.connect_write_pipe(asyncio.Protocol, copy)
+        if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
+            # Writes without blocking: the supervisor may stand still. On a copy, because the
+            # transport closes its file. Without a supervisor, nobody asks for the metrics.
+            copy = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+            answers, _ = await loop.connect_write_pipe(asyncio.Protocol, copy)
         await stop.wait()
         if orphaned:
             logs.logger().warning("supervisor is gone, stopping")
             await server.stop(ORPHAN_GRACE_SECONDS)
-    answers.close()
+    if answers is not None:
+        answers.close()
     taking.cancel()
     beating.cancel()
     return 1 if failed else 0

@@ -107,27 +107,6 @@ async def is_valid(address: str, secret: str) -> bool:
     return bool(await verdict(address, secret) == pb.VERDICT_VALID)
 
 
-async def test_libpq_variables_do_not_reach_the_embedded_postgres(
-    run: Run, data_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Variables in the shell that are about another database have no effect on the embedded one."""
-    for name, value in {
-        "PGHOST": "nowhere.invalid",
-        "PGPORT": "1",
-        "PGUSER": "somebody",
-        "PGDATABASE": "other",
-        "PGSSLMODE": "verify-full",
-        "PGSSLROOTCERT": "/nowhere.pem",
-        "PGSERVICE": "nothing",
-        "PGTARGETSESSIONATTRS": "standby",
-        "PGGSSLIB": "nothing",
-    }.items():
-        monkeypatch.setenv(name, value)
-    service = run(data_dir=data_dir)
-    await service.welcome()
-    assert await service.end() == 0
-
-
 @pytest.mark.parametrize(
     ("transport", "number"), [("native", signal.SIGINT), ("grpcio", signal.SIGTERM)]
 )

@@ -52,9 +52,7 @@ RICH = replace(
     permissions=("orders:*", "users:read"),
     secrets=(
         TokenSecret(hint="lk_…new1", create_time=TIME, retire_on_first_use=True),
-        TokenSecret(
-            hint="lk_…old1", create_time=TIME, expire_time=datetime(2100, 1, 1, tzinfo=UTC)
-        ),
+        TokenSecret(hint="lk_…old1", create_time=TIME, expire_time=LATER, last_used_time=TIME),
     ),
 )
 

@@ -69,7 +69,7 @@ def test_public_names_are_pinned() -> None:
     assert latchkey.__all__ == sorted(latchkey.__all__)
     assert all(hasattr(latchkey, name) for name in latchkey.__all__)
     assert guards.__all__ == ["current_token"]
-    assert sync.__all__ == ["Verifier"]
+    assert sync.__all__ == ["Client", "Verifier"]
 
 
 def services() -> list[ServiceDescriptor]:
@@ -137,6 +137,18 @@ def test_sync_verifies_like_async() -> None:
         ]
         assert signatures[0] == signatures[1]
         assert getattr(sync.Verifier, name).__doc__
+
+
+def test_sync_client_has_every_method() -> None:
+    """Both clients have the same methods with the same arguments, apart from awaiting."""
+    for name, method in inspect.getmembers(latchkey.Client, inspect.isfunction):
+        if name.startswith("_") or name in ("metadata", "open_channel"):
+            continue
+        blocking = getattr(sync.Client, name)
+        assert not inspect.iscoroutinefunction(blocking), name
+        ours, theirs = inspect.signature(blocking), inspect.signature(method)
+        assert ours.parameters == theirs.parameters, name
+        assert blocking.__doc__, name
 
 
 def test_every_rpc_has_a_policy() -> None:

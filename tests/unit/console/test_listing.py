@@ -13,6 +13,7 @@ from latchkey import (
     PermissionDenied,
     Scope,
     Token,
+    TokenSecret,
 )
 from latchkey_console import listing
 from latchkey_console.listing import Filter, Inventory, fetch, rows_after
@@ -78,6 +79,14 @@ def test_address_from_a_filter() -> None:
 def test_search_ignores_case_and_composition(text: str, name: str, found: bool) -> None:
     """A search matches any part of a name or hint, in any case and Unicode composition."""
     assert Filter(text).matches(token(name), []) is found
+
+
+def test_search_finds_older_secrets() -> None:
+    """The last characters of a replaced secret that still works find its token."""
+    older = TokenSecret(hint="lk_…oldX", create_time=NOW)
+    newer = TokenSecret(hint="lk_…aB3x", create_time=NOW)
+    assert Filter("OLDx").matches(token("any", secrets=(newer, older)), [])
+    assert not Filter("OLDx").matches(token("any", secrets=(newer,)), [])
 
 
 def test_names_compare_as_in_the_service() -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final, Protocol
 
+from latchkey_coherence.verdict import PERMISSION
+
 from latchkey.errors import LatchkeyError
 from latchkey.models import Scope, Token, Verdict, Verification
 from latchkey.secret import Secret
@@ -24,8 +26,6 @@ _log = logging.getLogger("latchkey.guards")
 _BEARER: Final = re.compile(r"(?i:bearer) +([A-Za-z0-9\-._~+/]+=*)", re.ASCII)
 _SCHEME: Final = re.compile(r"(?i:bearer)(?: .*)?", re.ASCII | re.DOTALL)
 
-# As the service checks them.
-_PERMISSION: Final = re.compile(r"[a-z0-9_.-]{1,31}:([a-z0-9_.-]{1,31}|\*)", re.ASCII)
 # The contract's limit for one verify.
 PERMISSIONS_MAX: Final = 64
 
@@ -108,7 +108,7 @@ def checked_permissions(permissions: Collection[str]) -> tuple[str, ...]:
     if isinstance(permissions, str):
         raise TypeError("required permissions must be a collection of texts, not a single text")
     for permission in permissions:
-        if _PERMISSION.fullmatch(permission) is None:
+        if PERMISSION.fullmatch(permission) is None:
             raise ValueError(f"a required permission must be resource:action, not {permission!r}")
     if len(permissions) > PERMISSIONS_MAX:
         raise ValueError(f"at most {PERMISSIONS_MAX} permissions can be required")
