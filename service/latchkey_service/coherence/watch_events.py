@@ -53,7 +53,7 @@ class Grant(NamedTuple):
 
 
 class Reset(NamedTuple):
-    """The client has to start over at this position."""
+    """The client must start over at this position."""
 
     position: Position
 
