@@ -122,7 +122,7 @@ async def test_deletions_and_the_lease(server: Server, stub: Any) -> None:
 
 
 async def test_watchers(server: Server, stub: Any) -> None:
-    """A client that does not confirm a deletion is counted as behind, and then as waited out."""
+    """A client that does not confirm a deletion is counted as behind, and then as outwaited."""
     created = await create(stub, "first")
     async with watching(server.address) as client:
         await client.granted()

@@ -403,7 +403,7 @@ VERIFY = (
     loses_lookup,
     joins_lookup,
 )
-# The actions of all participants in normal operation, for Delete to be answered by acknowledgement.
+# The actions of normal operation, which must be enough for Delete to end by acknowledgement.
 HEALTHY = (renews, grants, connects, asks, receives, answers_by_acknowledgement)
 LIVES = (removes_row, begins_to_register, registers, dies)
 

@@ -33,7 +33,7 @@ _leaked: list[Any] = []
 
 
 def _supervise() -> int:
-    # Gracefully, because it has workers to stop.
+    # A graceful end, because it has workers to stop.
     end_with_parent(signal.SIGTERM)
     spawn = asyncio.create_subprocess_exec
 

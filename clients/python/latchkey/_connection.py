@@ -78,7 +78,7 @@ class Connection:
         return open_channel(self._target, self._credentials, self._options), True
 
     async def close(self) -> None:
-        """Close the connection. Calls under way fail with Unavailable. Safe to repeat."""
+        """Close the connection. Calls in progress fail with Unavailable. Safe to repeat."""
         self._closed = True
         channel, self._channel = self._channel, None
         self._stub = None

@@ -50,11 +50,11 @@ BATCH_VERIFY_BYTES_MAX: Final = 256 * 1024
 # up to 4 bytes, 32 networks and 64 permissions take 28 KiB. A filter has labels and a name. The
 # slowest request within the limit, 4,000 labels, takes 0.3 ms to parse.
 TOKEN_BYTES_MAX: Final = 32 * 1024
-# 1,000 secrets of 68 characters take 70 KB. The worst that fits, 65,000 empty ones, takes some
-# milliseconds to parse.
+# 1,000 secrets of 68 characters take 70 KB. The slowest request within the limit, 65,000 empty
+# ones, takes some milliseconds to parse.
 REVOKE_SECRET_BYTES_MAX: Final = 128 * 1024
 # A report of 1,000 uses takes up to 90 KB: a token's id, a hint, a count and two ages each. The
-# worst that fits, 65,000 empty uses, takes 8 ms to parse.
+# slowest message within the limit, 65,000 empty uses, takes 8 ms to parse.
 WATCH_BYTES_MAX: Final = 128 * 1024
 
 

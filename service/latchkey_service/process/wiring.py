@@ -238,7 +238,7 @@ async def running(
     if active_policy is not None and (latest := policy_text()) is not None and latest != text:
         active_policy.replace(policies.parse(latest))
     await server.start()
-    # These too, because calls during the stop are audited, and use tokens.
+    # These run until then too, because calls during the stop are audited, and use tokens.
     lasts = [begin(audit.run()), begin(usage.run()), begin(server.guard.run())]
     retention = timedelta(days=settings.tombstone_retention_days)
     background = [

@@ -204,8 +204,8 @@ async def _serve(
         sys.stdout.buffer.write(READY)
         sys.stdout.buffer.flush()
         if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
-            # Writes without blocking: the supervisor may stand still. On a copy, because the
-            # transport closes its file. Without a supervisor, nobody asks for the metrics.
+            # Writes without blocking, because the supervisor may not be reading. On a copy, because
+            # the transport closes its file. Without a supervisor, nobody asks for the metrics.
             copy = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
             answers, _ = await loop.connect_write_pipe(asyncio.Protocol, copy)
         await stop.wait()

@@ -122,7 +122,7 @@ def test_help_fits_80_columns_and_shows_plain_flags(
 def test_without_a_terminal_what_cannot_be_undone_needs_yes(
     line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A script has to say that secrets or tokens may end at once."""
+    """A script must confirm explicitly that secrets or tokens may end at once."""
     monkeypatch.setattr(sys, "argv", ["latchkey", *line.split()])
     assert main() == 2
     shown = capsys.readouterr()

@@ -17,7 +17,7 @@ _UNIX: Final = "unix"
 
 
 class TrustedProxies:
-    """The proxies whose header X-Forwarded-For is believed.
+    """The proxies whose header X-Forwarded-For is trusted.
 
     `networks` are in CIDR notation, or single addresses. "unix" stands for peers on a UNIX socket,
     which have no address. Raises TypeError or ValueError for anything else.
