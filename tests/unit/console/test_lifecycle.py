@@ -232,7 +232,7 @@ async def test_act_explains_failures(path: str, method: str) -> None:
 
 
 async def test_slow_list_does_not_take_a_later_notice() -> None:
-    """A list that was requested before a change leaves the change's receipt to the list after it."""
+    """A list that was requested before a change leaves its receipt to the list after it."""
     client = Scripted()
     async with console(client) as browser:
         shown = await dialog(browser, "/disable?id=tok_1")
