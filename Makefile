@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 
-.PHONY: help run console test check bench history fuzz soak proto lock clean format
+.PHONY: help run console demo test check bench history fuzz soak proto lock clean format
 
 help:  ## Show these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,8 +20,11 @@ run: $(VENV)/.run  ## Start the service with an embedded Postgres
 console: $(VENV)/.run  ## Start the service and the console (ARGS=ACCOUNT)
 	@exec $(PY) -P -m latchkey_console.together $(ARGS)
 
-# Most tests wait for other processes and for leases, so four at once keep two cores busy.
-# Some tests alone do not reach the floor, so only all of them measure coverage.
+demo: $(VENV)/.run  ## Delete a token while two services use it, and show when each refuses it
+	@exec $(PY) examples/demo.py
+
+# Most tests wait for other processes and for leases, so four at once keep two cores busy. A part of
+# the tests does not reach the floor, so coverage is measured only when all of them run.
 test: $(VENV)/.dev  ## Run all tests and measure their coverage, or run some (ARGS="-k delete")
 	@exec $(BIN)/pytest -n 4 --dist loadgroup $(or $(ARGS),--cov)
 
@@ -74,12 +77,12 @@ $(VENV)/.dev: $(VENV)/.run requirements/dev.txt
 	$(PY) -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	touch $@
 
-# Not uv.lock, because it names the index and the address of every file.
+# We do not use uv.lock, because it contains the index and the address of every file.
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --python $(PY) --no-build-isolation \
   --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate \
   --no-emit-package latchkey-proto --no-emit-package latchkey-client --constraint requirements/pins.in
 lock: $(VENV)/.dev  ## Resolve the dependencies again (ARGS=--upgrade to upgrade them)
-	@$(LOCK) $(PROJECTS) --all-extras requirements/build.in -o requirements/run.txt $(ARGS)
+	@$(LOCK) $(PROJECTS) --extra embedded --extra console requirements/build.in -o requirements/run.txt $(ARGS)
 	@$(LOCK) $(PROJECTS) --constraint requirements/run.txt -o requirements/service.txt $(ARGS)
 	@$(LOCK) $(PROJECTS) --all-extras requirements/build.in --group pyproject.toml:dev \
 	  --constraint requirements/run.txt -o requirements/dev.txt $(ARGS)

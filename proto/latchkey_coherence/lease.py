@@ -14,16 +14,16 @@ __all__ = [
     "server_lease_end",
 ]
 
-# How far the rates of two machines' clocks may differ: by a thousandth. That is many times what
-# clocks under NTP differ by, and twice the rate at which NTP may slew a clock.
+# Maximum difference between the rates of two machines' clocks: a thousandth. That is many times the
+# difference under NTP, and twice the rate at which NTP may slew a clock.
 DRIFT_MAX: Final = 0.001
 
-# The longest lease that a server may be configured with. A process that does not know which servers
+# The longest lease that can be configured for a server. A process that does not know which servers
 # exist waits for this long.
 LEASE_SECONDS_MAX: Final = 5.0
 
-# Keeps running while the machine sleeps, unlike `time.monotonic` on Linux: a lease that was paused
-# during a suspend would come back to life. On macOS CLOCK_MONOTONIC keeps running too.
+# Keeps running while the machine sleeps, unlike `time.monotonic` on Linux: otherwise a lease could
+# still seem valid hours later. On macOS CLOCK_MONOTONIC keeps running too.
 boottime: Final[Callable[[], float]] = partial(
     time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 )

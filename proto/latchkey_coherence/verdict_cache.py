@@ -1,4 +1,4 @@
-"""A bounded cache of what was read about tokens, without anything that an invalidation has ended.
+"""A bounded cache of reads about tokens, without those that an invalidation has ended.
 
 Owns the entries, the applied position and the recent invalidations. Leases and messages belong to
 the users of a VerdictCache: `VerifierState` in the service, `Subscription` in the client library.
@@ -22,7 +22,7 @@ class Position(NamedTuple):
     """A place in one history of the database (rule 12).
 
     Two histories can give the same revision to different changes, for example after a failover. The
-    mark tells them apart: a random number, never 0, written by the transaction that took the
+    mark distinguishes them: a random number, never 0, written by the transaction that took the
     revision. Two holders of the same position share everything up to it.
     """
 
@@ -56,8 +56,8 @@ class VerdictCache(Generic[E]):
     """Entries by key, the position up to which invalidations were applied, and recent
     invalidations.
 
-    A reader of `entries` holds a lease and reads them after its verify began. Only one thread may
-    change a Memory; other threads may read it meanwhile.
+    A reader of `entries` must hold a lease, and read them after its verify began. Only one thread
+    may change the cache. Other threads may read it at the same time.
     """
 
     __slots__ = (
@@ -93,7 +93,7 @@ class VerdictCache(Generic[E]):
         return len(self.entries)
 
     def knows(self, position: Position) -> bool:
-        """Return whether `position` is certain to be on the history that was applied here.
+        """Return whether `position` is certain to be on the history of this cache.
 
         False also means "not known": the revision is too old, or was skipped because several were
         applied as one, or the sender does not know marks.
@@ -101,18 +101,20 @@ class VerdictCache(Generic[E]):
         return position.mark != 0 and self._marks.get(position.revision) == position.mark
 
     def agrees(self, position: Position) -> bool:
-        """Return whether `position` may be on the history that was applied here.
+        """Return whether `position` may be on the history of this cache.
 
-        False: the revision is known with another mark, which proves that the histories differ.
+        False means that the revision is known with another mark, which proves that the histories
+        differ.
         """
         return self._marks.get(position.revision, position.mark) == position.mark
 
     def store(self, key: bytes, entry: E, position: Position) -> bool:
-        """Store what was read in a snapshot at `position` if that is safe. Return whether it was.
+        """Store an entry that was read in a snapshot at `position`, if that is safe. Return whether
+        it was.
 
-        The fill rule (rules 4 and 12): the position must be known, and nothing that was applied
-        after it may have named the token. An applied invalidation is not applied again, so nothing
-        would ever remove such an entry.
+        The fill rule (rules 4 and 12): the position must be known, and no later revision may have
+        named the token. An applied invalidation is not applied again, so it would never remove such
+        an entry.
         """
         if not self.knows(position) or self._named.get(entry.token_id, 0) > position.revision:
             return False
@@ -150,7 +152,7 @@ class VerdictCache(Generic[E]):
             self._named[token_id] = revision
         if position.revision > self.position.revision:
             if position.mark:
-                # As in `reset`: a sender without marks must not be believed.
+                # As in `reset`: a position without a mark must never count as known.
                 self._marks[position.revision] = position.mark
             self.position = position
         while len(self._named) > HISTORY_MAX:
@@ -180,7 +182,9 @@ class VerdictCache(Generic[E]):
         return found
 
     def _drop_known_before(self, revision: int) -> None:
-        """Forget the revisions before `revision`: tokens that were named since may be missing."""
+        """Drop the revisions before `revision`, because the names of later ones may be
+        incomplete.
+        """
         for known in tuple(self._marks):
             if known >= revision:
                 break

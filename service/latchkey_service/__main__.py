@@ -7,11 +7,13 @@ import sys
 from latchkey_service.settings import settings as settings_module
 
 USAGE = """\
-usage: python -m latchkey_service [serve | config [--json] | policy ...]
+usage: python -m latchkey_service [serve | config [--json] | policy ... | dev-ca ...]
 
   serve                    run the service (the default)
   config                   print the settings in force, passwords redacted
-  policy new-caller NAME   print a new credential and its section for the policy file
+  policy new-caller NAME   print a new credential and its section for the policy file, or
+                           append the section with --output FILE; --role and --account
+  dev-ca [--help]          write a CA and certificates for trying TLS
   policy check [FILE]      validate a policy file, by default LATCHKEY_POLICY
 """
 
@@ -26,6 +28,10 @@ def main(arguments: list[str]) -> int:
         from latchkey_service.access import command as policy_command
 
         return policy_command.run(arguments[1:])
+    if command == "dev-ca":
+        from latchkey_service.access import dev_ca
+
+        return dev_ca.run(arguments[1:])
     # Imports are local, so that `config` need not load everything that `serve` needs.
     try:
         if arguments == ["worker"]:

@@ -103,7 +103,12 @@ class InvalidArgument(LatchkeyError):
         self.violations = violations
         if reason is not None:
             self.reason = reason
-        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
+        # A violation without a field concerns the whole request.
+        super().__init__(
+            "; ".join(
+                f"{v.field}: {v.description}" if v.field else v.description for v in violations
+            )
+        )
 
 
 class RequestNotParsed(InvalidArgument):
@@ -256,7 +261,7 @@ class StoreUnavailable(Unavailable):
 
 
 class CacheStartedOver(StoreUnavailable):
-    """The cache started over while a read was under way, so the read proves nothing. Read again."""
+    """The cache started over during a read, so the read cannot be accepted. Read again."""
 
 
 class NotReplicated(StoreUnavailable):

@@ -48,7 +48,7 @@ def main() -> int:
     does not fail the run, a wrong one does."""
     options = _options()
     began, load_before = time.monotonic(), os.getloadavg()[0]
-    # Every process is ended in order in both cases.
+    # In both cases, all processes are shut down.
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     cores = processes.cores(options.postgres_core)
@@ -262,8 +262,9 @@ def _check(
 
 @contextlib.contextmanager
 def _scratch() -> Iterator[Path]:
-    """Create a folder for this run that Postgres' account can enter, which is not true of root's
-    others."""
+    """Create a folder for this run that Postgres' account can enter, unlike root's other
+    folders.
+    """
     path = Path(tempfile.mkdtemp(prefix="latchkey-bench-"))
     path.chmod(0o755)
     try:

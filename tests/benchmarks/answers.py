@@ -49,7 +49,7 @@ def check_service(address: str, seeded: Seeded, keyring: Keyring) -> list[str]:
 def _wrong_verdicts(
     stub: pb_grpc.TokenServiceStub, seeded: Seeded, keyring: Keyring
 ) -> Iterable[str]:
-    # So that the pass can be repeated on the same database.
+    # Random, so that the pass can be repeated on the same database.
     number = int.from_bytes(os.urandom(6))
 
     def create(name: str, **fields: Any) -> pb.CreateResponse:

@@ -45,7 +45,7 @@ def chosen(only: str) -> list[str]:
 
 
 def measure(bench: Bench, titles: Sequence[str]) -> list[Figure]:
-    """Measure these parts one after another; skip those for which there is no time.
+    """Measure these parts one after another; skip parts that do not fit into the remaining time.
 
     Raises SystemExit if an answer was wrong.
     """

@@ -119,9 +119,9 @@ async def _misses(bench: Bench, usual: Seeded) -> dict[str, _Run]:
     ids = dict(usual.secrets[:WARM_SECRETS])
     # It caches a single secret, so that it does all the work of caching and never has the next
     # secret.
-    remembers = Verifier(bench.servers["native"].address, memory_entries=1)
+    remembers = Verifier(bench.servers["native"].address, cache_entries=1)
     # A server without a cache does not allow Watch.
-    reads = Verifier(bench.servers["reading"].address, memory_entries=0)
+    reads = Verifier(bench.servers["reading"].address, cache_entries=0)
     runs = {"remembers": _Run(), "reads": _Run()}
     async with remembers, reads:
         await watches(remembers)

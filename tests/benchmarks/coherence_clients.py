@@ -14,7 +14,7 @@ from latchkey import Verifier
 
 from tests.benchmarks.coherence_memory import watches
 
-# So that none waits so long for its first grant that it considers the server dead.
+# Few at a time, so that none waits so long for its first grant that it gives the server up.
 AT_ONCE = 25
 
 

@@ -134,7 +134,7 @@ def _frozen(bench: Bench, server: Server, ids: Iterator[str]) -> Iterator[Figure
             finally:
                 os.kill(other, signal.SIGCONT)
             if receipt.verifiers_outwaited != 1:
-                raise RuntimeError(f"a frozen worker was not waited out: {receipt}")
+                raise RuntimeError(f"a frozen worker was not outwaited: {receipt}")
             took.append(seconds * 1e3)
             _all_hold_leases(server, stubs[0])
     yield _longest("Delete, 2 workers, one of them frozen, longest", took, most)

@@ -84,7 +84,7 @@ def _recall(known: Sequence[str], verifier: Verifier) -> float:
             verify(secret, scope)
     took = time.thread_time() - began
     if (found := verifier.stats().hits - hits) != PASSES * len(known):
-        raise RuntimeError(f"only {found} of {PASSES * len(known)} were answered from memory")
+        raise RuntimeError(f"only {found} of {PASSES * len(known)} were answered from the cache")
     return PASSES * len(known) / took
 
 
@@ -113,8 +113,8 @@ def entries(bench: Bench) -> Iterator[Figure]:
         _, postgres = meter()
         _verify(channel, (line.rstrip() for line in itertools.islice(file, first)))
         if (meter()[1] - postgres) / first * 1e6 > REMEMBERED_POSTGRES_US_MAX:
-            raise RuntimeError("the worker has not kept what it was to remember")
-    yield Figure.median("BatchVerify of 1,000 into an empty memory", "secrets/s", [rate])
+            raise RuntimeError("the worker has not cached all entries")
+    yield Figure.median("BatchVerify of 1,000 into an empty cache", "secrets/s", [rate])
     yield Figure.median(
         f"server memory per entry, of {first + added:,}",
         "bytes",

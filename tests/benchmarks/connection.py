@@ -100,7 +100,7 @@ class Outcome:
     connections_lost: int = 0
     # Pairs of request and answer.
     samples: list[tuple[bytes, bytes]] = field(default_factory=list, repr=False)
-    # Whether the stretch is under way.
+    # Whether the stretch is in progress.
     within: bool = False
 
     @property
@@ -140,12 +140,13 @@ class Outcome:
         return self.failures - self.refused - self.unavailable - self.too_late
 
     def percentile_us(self, share: float) -> float:
-        """Return the latency, µs, below which `share` (0 to 1) of the calls lie that were not
-        refused. A call that came too late, or was never sent, counts with at least its deadline."""
+        """Return the latency in µs below which `share` (0 to 1) of the accepted calls lie. A
+        call that came too late, or was never sent, counts with at least its deadline.
+        """
         place = int((self.ok + self.too_late) * share)
         if place < self.ok:
             return self.latencies[place] / 1_000
-        # All are present, except perhaps the last, if that one is asked for.
+        # All are present, except perhaps the last, if it is requested.
         if self.ok and not self.too_late:
             return self.latencies[-1] / 1_000
         return self.timeout_seconds * 1e6
@@ -222,7 +223,7 @@ class Connection:
         return self._socket.fileno()
 
     def has_room(self) -> bool:
-        """Return whether one more call may be put: a free stream within the server's limit, enough
+        """Return whether one more call may be sent: a free stream within the server's limit, enough
         window, and no bytes left over from the last send."""
         return (
             len(self.sent) < self._limit

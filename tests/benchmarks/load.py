@@ -178,7 +178,7 @@ class _Source:
         while self._arrived < due and len(put) < AT_ONCE_MAX:
             connection = self._free()
             if connection is None:
-                # They arrive at the same moment as far as we can tell, so none finds room.
+                # Their arrival times cannot be distinguished, so all of them are rejected.
                 self._hold_back(due)
                 break
             number = self._arrived
@@ -249,7 +249,7 @@ def _run(
         if after is not None and all(source.done for source in sources):
             break
         if now > give_up:
-            raise LoadError("calls are still under way long after their deadlines")
+            raise LoadError("calls are still in progress long after their deadlines")
         for source in sources:
             source.refill()
         until = begin if before is None else end if after is None else now + WAIT_NS_MAX

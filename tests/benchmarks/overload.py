@@ -58,7 +58,7 @@ def cases(rows: Sequence[Row], only: str) -> list[Case]:
 
 
 def measure(bench: Bench, chosen: Sequence[Case]) -> list[Result]:
-    """Measure the cases in rounds; skip the rounds for which there is no time.
+    """Measure the cases in rounds; skip rounds that do not fit into the remaining time.
 
     A case in which the server breaks down or answers wrongly is not measured any further, and its
     result says why.

@@ -276,7 +276,7 @@ def _started(
             stderr=log,
             cwd=scratch,
             env=_environment(environment),
-            # Ctrl-C goes to this process, which ends the others in order.
+            # Ctrl-C must reach only this process, which shuts the others down.
             start_new_session=True,
             preexec_fn=_end_with_parent(),  # noqa: PLW1509 - only makes a system call
         )

@@ -28,7 +28,7 @@ __all__ = [
 Check = Callable[[bytes, bytes], bool]
 
 TRANSPORTS = ("native", "grpcio")
-# As in a service that verifies one of its own calls at a time, and in a busy one.
+# As in a service that verifies one call at a time, and as in a busy one.
 ONE, IN_FLIGHT = 1, 64
 BATCH = 100
 # Fewer than a server caches by default, so that none of them is evicted.

@@ -27,6 +27,7 @@ STEPS = [
     ("ruff format", partial(command, "ruff", "format", "--check", "--quiet", ".")),
     ("mypy", partial(command, "mypy", *PACKAGES)),
     ("mypy tests", partial(command, "mypy", "tests")),
+    ("mypy examples", partial(command, "mypy", "examples")),
     ("imports", partial(command, "lint-imports", "--no-cache", "--no-logo")),
     ("buf lint", partial(command, "buf", "lint", cwd=PROTO)),
     ("buf format", partial(command, "buf", "format", "--diff", "--exit-code", cwd=PROTO)),

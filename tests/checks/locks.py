@@ -66,7 +66,17 @@ def wanted(root: Path) -> Mapping[str, Sequence[str]]:
         # Installed from this repository, so not locked.
         if canonicalize_name(Requirement(text).name) not in ours
     ]
-    extras = [text for member in members for extra in member.extras.values() for text in extra]
+    # `make run` needs no framework, which only some guards of the client library do.
+    own, frameworks = (
+        [
+            text
+            for member in members
+            for extra in member.extras.values()
+            for text in extra
+            if (member.name == "latchkey-client") is of_guards
+        ]
+        for of_guards in (False, True)
+    )
     build = [
         line
         for line in (root / "requirements/build.in").read_text("utf-8").splitlines()
@@ -74,9 +84,9 @@ def wanted(root: Path) -> Mapping[str, Sequence[str]]:
     ]
     groups = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["dependency-groups"]
     return {
-        "run.txt": [*runtime, *extras, *build],
+        "run.txt": [*runtime, *own, *build],
         "service.txt": runtime,
-        "dev.txt": [*runtime, *extras, *build, *groups["dev"]],
+        "dev.txt": [*runtime, *own, *frameworks, *build, *groups["dev"]],
     }
 
 

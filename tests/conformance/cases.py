@@ -23,7 +23,7 @@ PositionText = Annotated[
     str,
     Field(
         pattern=r"^[0-9]{1,19}:[0-9]{1,20}$",
-        description="A position: revision (int64), a colon, mark (uint64). 0:0 is no history.",
+        description="A position: revision (int64), a colon, mark (uint64). 0:0 means no history.",
     ),
 ]
 TokenId = Annotated[str, Field(pattern=r"^[a-z0-9]+$", description="A token's id.")]
@@ -36,7 +36,9 @@ Number = Annotated[
     ),
 ]
 StreamName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*$")]
-Seconds = Annotated[float, Field(description="Seconds on the clock that leases are counted on.")]
+Seconds = Annotated[
+    float, Field(description="Seconds on the clock with which leases are measured.")
+]
 Verdict = Literal[
     "VALID",
     "ADDRESS_NOT_ALLOWED",
@@ -113,14 +115,14 @@ class Reported(_Form):
 
 
 class Expect(_Form):
-    """What must hold after a step. Absent: not checked."""
+    """The expected state after a step. Absent parts are not checked."""
 
     lease_ends: Seconds | None = Field(
-        None, description="When answers from memory end, to a microsecond. null: no lease."
+        None, description="When cached answers end, to a microsecond. null: no lease."
     )
     applied: PositionText | None = None
     remembers: list[TokenId] | None = Field(
-        None, description="The tokens with a verdict in memory, in any order."
+        None, description="The tokens with a verdict in the cache, in any order."
     )
     leave: list[StreamName] | None = Field(
         None, description="The streams that the client must replace."
@@ -205,7 +207,7 @@ class Verify(_Question):
 
     do: Literal["verify"]
     token_id: TokenId
-    from_memory: Verdict | None = Field(description="null: the client has to ask the service.")
+    from_memory: Verdict | None = Field(description="null: the client must ask the service.")
 
 
 class Wait(_Step):
@@ -215,7 +217,9 @@ class Wait(_Step):
 
 
 class Release(_Step):
-    """The client is about to stop. It stops answering from memory for good, and says so."""
+    """The client is about to stop. It permanently stops answering from its cache, and reports
+    that.
+    """
 
     do: Literal["release"]
 
@@ -226,20 +230,20 @@ Step = Annotated[
 
 
 class Case(_Form):
-    """One scenario. It begins with an empty memory and no known history."""
+    """One scenario. The client begins with an empty cache and no known history."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
     rules: list[Annotated[int, Field(ge=1, le=12)]] = Field(
         min_length=1, description="The rules of docs/protocol.md that the case is about."
     )
     level: Literal["must", "should", "reporting"] = Field(
-        description="must: a client that fails may call a deleted token VALID, or make Deletes "
-        "wait. should: a client that fails is safe, but answers from memory less often. reporting: "
-        "for clients that report uses.",
+        description="must: a client that fails may answer VALID for a deleted token, or make "
+        "Deletes wait. should: a client that fails is safe, but answers from its cache less often. "
+        "reporting: for clients that report uses.",
     )
     story: str
-    memory_entries: int = Field(100, ge=0, description="How many verdicts the client may keep.")
-    memory_seconds: float = Field(300.0, gt=0, description="How long it may keep one.")
+    cache_entries: int = Field(100, ge=0, description="How many verdicts the client may keep.")
+    cache_seconds: float = Field(300.0, gt=0, description="How long it may keep one.")
     steps: list[Step] = Field(min_length=1)
 
 
@@ -271,7 +275,7 @@ def schema() -> str:
     """Return the JSON Schema of a file of cases."""
     generated = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Latchkey conformance cases for clients that answer from memory",
+        "title": "Latchkey conformance cases for clients that answer from a cache",
         **_plain(Group.model_json_schema()),
     }
     return json.dumps(generated, indent=1, ensure_ascii=False) + "\n"

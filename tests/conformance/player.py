@@ -1,4 +1,4 @@
-"""Plays conformance cases with the Python client's core, on an explicit clock.
+"""Runs conformance cases against the Python client's core, with an explicit clock.
 
 It uses the real classes (`Verifier`, `Subscription`, `Stream`, `VerdictCache`). It replaces their
 connections to the outside: the clock, the randomness and the event loop.
@@ -24,7 +24,7 @@ from tests.conformance.cases import Case, position_of
 
 __all__ = ["play"]
 
-# The difference that floating point arithmetic may cause between languages.
+# Tolerance for differences in floating-point arithmetic between languages.
 TOLERANCE_SECONDS = 1e-6
 # A client that sends more messages than this at one moment would never stop.
 SENDS_MAX = 10
@@ -43,7 +43,7 @@ class Player:
         self.reported: dict[str, tuple[int, float, float]] = {}
         self.muted: set[Stream] = set()
         self.verifier = latchkey.Verifier(
-            "nowhere:1", memory_entries=case.memory_entries, memory_seconds=case.memory_seconds
+            "nowhere:1", cache_entries=case.cache_entries, cache_seconds=case.cache_seconds
         )
         self.subscription: Subscription = self.verifier._subscription
         self.subscription._randomness = lambda: share

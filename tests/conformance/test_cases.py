@@ -1,4 +1,4 @@
-"""The Python client passes the conformance cases, and clients that break a rule do not.
+"""The Python client passes the conformance cases, and clients that break a rule fail them.
 
 This is the only place that states what a client does with each message.
 """

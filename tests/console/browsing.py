@@ -136,7 +136,7 @@ class Browser:
             return True
 
         self.until(click, f"a click on {selector}")
-        # The driver may still address the old page until it learns of the new one.
+        # The driver may still address the old page until it detects the new one.
         for page in left:
             self.until(partial(_is_gone, page), f"the page that {selector} leads to")
 

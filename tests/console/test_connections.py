@@ -1,4 +1,4 @@
-"""Clients that send requests slowly, never finish them or never read keep nobody out."""
+"""Clients that send requests slowly, never finish them or never read do not block others."""
 
 import contextlib
 import socket

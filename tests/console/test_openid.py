@@ -223,7 +223,7 @@ def test_invalid_answers_sign_nobody_in(signed: tuple[Console, str, str], query:
         assert "Sign-in failed" in answer.text
         assert "guessed" not in answer.text
         assert client.get(f"{url}/").headers["location"] == "/sign-in"
-    # Another browser's state is as good as none, so nobody can be signed in as someone else.
+    # Another browser's state is rejected, so nobody can be signed in as someone else.
     with httpx.Client() as victim:
         victim.get(f"{url}/")
         answer = victim.get(f"{url}/signed-in?code=x&state={asked['state']}")

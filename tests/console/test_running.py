@@ -1,5 +1,6 @@
 """The console as a command: startup, refused settings, shutdown, and `make console`."""
 
+import asyncio
 import contextlib
 import os
 import re
@@ -311,6 +312,36 @@ def test_make_console_reports_a_failed_service() -> None:
     )
     assert done.returncode == 1
     assert done.stderr.endswith(": .venv/bin/latchkey console --account team-7\n")
+
+
+async def test_make_console_uses_a_running_service(address: str) -> None:
+    """Beside a service that runs already, `make console` starts only the console."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("LATCHKEY_")}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "latchkey_console.together", "team-7"),
+        env=clean | {"LATCHKEY_LISTEN": address, "LATCHKEY_CONSOLE_LISTEN": "127.0.0.1:0"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(WAIT_SECONDS):
+            first = (await process.stderr.readline()).decode()
+            said = ""
+            while not (match := re.search(r"API Tokens: (\S+) ", said)):
+                line = (await process.stdout.readline()).decode()
+                assert line, said
+                said += line
+            async with httpx.AsyncClient() as browser:
+                page = await browser.get(match[1])
+    finally:
+        process.send_signal(signal.SIGINT)
+        await process.communicate()
+    assert first == f"Latchkey already serves on {address}. The console uses it.\n"
+    assert "No tokens yet" in page.text
+    assert ">team-7<" in page.text
 
 
 @pytest.mark.xdist_group("readme")

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 from google.protobuf import descriptor_pool, message_factory
 from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_service.process.wiring import Server
+from latchkey_service.process.server import Server
 from latchkey_service.settings.settings import Settings
 
 from tests.helpers.callers import (

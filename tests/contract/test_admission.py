@@ -36,7 +36,7 @@ OVERTAKEN = "Internal error from Core"
 async def test_calls_that_wait_for_the_database_are_bounded(
     settings: "Settings", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While all places are taken, the next call is rejected at once with RetryInfo. Verifies,
+    """While all slots are in use, the next call is rejected at once with RetryInfo. Verifies,
     operator calls and health checks are still answered, and the call in progress completes."""
     # In this test a lock keeps the call in progress, not load, so it must not count as stuck.
     monkeypatch.setattr(admission, "STUCK_SECONDS", 1_000.0)

@@ -1,15 +1,13 @@
 """Hand-made HTTP/2 frames that no client library sends, and what the log says about them."""
 
-import io
-import logging
 from pathlib import Path
 
 import pytest
 from latchkey_service.access.credentials import mint
-from latchkey_service.settings import logs as service_logs
 
 from tests.fuzz.frames import VERIFY
 from tests.helpers import raw_http2 as http2
+from tests.helpers.captured_log import everything_logged
 from tests.helpers.raw_http2 import Frame, connected
 from tests.helpers.service_process import service
 
@@ -21,16 +19,8 @@ CREDENTIAL = mint(lambda size: bytes(range(size))).reveal()
 def logs():
     """Everything that the process logs, except debug lines from the libraries of the test
     itself."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    service_logs.configure("json", "info")
-    written = io.StringIO()
-    handler = root.handlers[0]
-    assert isinstance(handler, logging.StreamHandler)
-    handler.setStream(written)
-    yield written
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with everything_logged("json", "info") as written:
+        yield written
 
 
 async def send(address: str, *sent: Frame) -> list[Frame]:

@@ -70,8 +70,9 @@ NOT_FOUND = {
 
 
 def test_every_rpc_is_covered():
-    """This suite covers every RPC, so a new one cannot be forgotten. Watch is a stream and has its
-    own tests in test_watch.py."""
+    """This suite covers every RPC, so the tests fail for a new RPC that is missing here. Watch
+    is a stream and has its own tests in test_watch.py.
+    """
     methods = {m.name for m in pb.DESCRIPTOR.services_by_name["TokenService"].methods}
     assert set(GOOD) | {"Watch"} == methods
 

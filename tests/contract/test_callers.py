@@ -162,8 +162,9 @@ def all_are(code: grpc.StatusCode) -> dict[str, grpc.StatusCode]:
 
 
 def test_the_table_has_every_method() -> None:
-    """Each method of our services appears in this table and in the service's own table: to add a
-    method is to decide who may call it."""
+    """Each method of our services appears in this table and in the service's own table: a new
+    method requires a decision about who may call it.
+    """
     pool: Any = descriptor_pool.Default()
     defined = {
         f"/{service.full_name}/{method.name}"

@@ -1,7 +1,5 @@
 """A secret appears once, in the answer to Create, and never in logs, errors or the database."""
 
-import io
-import logging
 from typing import Any
 
 import asyncpg
@@ -9,8 +7,9 @@ import grpc
 import pytest
 from google.protobuf import field_mask_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_service.settings import logs as service_logs
 from latchkey_service.tokens.verifier import Verifier
+
+from tests.helpers.captured_log import everything_logged
 
 SERVICE = "/latchkey.v1.TokenService/"
 
@@ -18,16 +17,8 @@ SERVICE = "/latchkey.v1.TokenService/"
 @pytest.fixture(params=["json", "console"])
 def logs(request):
     """Everything that the process logs at debug level, in both formats."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    service_logs.configure(request.param, "debug")
-    written = io.StringIO()
-    handler = root.handlers[0]
-    assert isinstance(handler, logging.StreamHandler)
-    handler.setStream(written)
-    yield written
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with everything_logged(request.param, "debug") as written:
+        yield written
 
 
 @pytest.fixture

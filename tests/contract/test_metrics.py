@@ -12,7 +12,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.access.methods import MANAGER
 from latchkey_service.audit.audit_log import SAMPLE_MAX
-from latchkey_service.process.wiring import Server
+from latchkey_service.process.server import Server
 from latchkey_service.settings.settings import Settings
 
 from tests.helpers.callers import policy_text, write_server_files
@@ -122,7 +122,7 @@ async def test_deletions_and_the_lease(server: Server, stub: Any) -> None:
 
 
 async def test_watchers(server: Server, stub: Any) -> None:
-    """A client that does not confirm a deletion is counted as behind, and then as waited out."""
+    """A client that does not confirm a deletion is counted as behind, and then as outwaited."""
     created = await create(stub, "first")
     async with watching(server.address) as client:
         await client.granted()

@@ -81,7 +81,7 @@ async def undo(database_url: str, token_id: str, head: Position, mark: int) -> N
 async def test_a_rewritten_log_makes_a_server_start_over(
     database_url: str, stub: Any, create: Any, client: WatchClient, how: str
 ) -> None:
-    """A server whose position is gone from the log empties its memory and resets its clients. It
+    """A server whose position is no longer in the log empties its cache and resets its clients. It
     grants them leases again only on positions that they have confirmed since."""
     created = await create()
     deleting = asyncio.create_task(delete(stub, (await create()).token))

@@ -162,9 +162,10 @@ async def keep_hearing(client: WatchClient, events: list[Any]) -> None:
 async def test_a_client_that_never_confirms_delays_one_delete_by_its_lease(
     address, client, stub, create
 ):
-    """The Delete waits out the lease of a client that does not confirm it, once, however often the
-    client asks for grants. The client receives no grant, and the next Delete does not wait for it.
-    The receipt counts it. `tests/unit/coherence` has the other ways to dodge."""
+    """The Delete waits once for the end of an unconfirming client's lease, however often the
+    client requests grants. The client receives no grant, and the next Delete does not wait for
+    it. The receipt counts it. `tests/unit/coherence` has the other ways to dodge.
+    """
     await client.granted()
     known = client.applied
     # Measured by the client: from before its request.

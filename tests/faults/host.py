@@ -35,7 +35,7 @@ __all__ = [
 ACCOUNT = "acme"
 # A call waits for a connection and two statements, of two seconds each at most.
 CALL_SECONDS_MAX = 8.0
-# A Delete may also have to wait out a lease of 5 s, the longest.
+# A Delete may also have to wait for the end of a lease of up to 5 s.
 DELETE_SECONDS_MAX = 15.0
 # A host finds the primary, renews its lease and answers again within seconds; a busy machine adds
 # to that.
@@ -43,7 +43,7 @@ RECOVERY_SECONDS_MAX = 30.0
 # The longest lease: a host that is kept from the database for a moment still has its row after it,
 # although another host removes rows that lapse.
 LONG_LEASE_SECONDS = 5.0
-# The first answer without a lease comes from a read, later ones may come from memory.
+# The first answer without a lease comes from a read, later ones may come from the cache.
 ANSWERS_IN_A_ROW = 5
 # Statuses of a call that may be repeated.
 TRANSIENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -213,7 +213,7 @@ async def client_remembers(verifier: latchkey.Verifier, secret: str) -> None:
         answer = verifier.verify_nowait(secret)
         return answer is not None and answer.allowed
 
-    await eventually(remembered, "the client library remembers the token")
+    await eventually(remembered, "the client library caches the token")
 
 
 async def client_refuses(

@@ -114,7 +114,7 @@ async def test_impatient_callers_pile_up_no_connections(
             deletes = [delete(stub, token, 0.1) for _ in range(POOL_SIZE_MAX)]
             assert not any(end.ok for end in await asyncio.gather(*deletes))
             most = max(most, len(await backends(database_url)))
-    # Includes statements that were abandoned and have not noticed it yet: 250 ms of them.
+    # Includes abandoned statements that have not detected that yet, which takes up to 250 ms.
     assert most <= POOL_SIZE_MAX * 5
 
 

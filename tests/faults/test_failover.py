@@ -177,8 +177,8 @@ async def test_a_deposed_primary_never_says_that_a_token_does_not_exist(
 ) -> None:
     """A token was created on the new primary, which is briefly down, while the old one is running
     again, unfenced. Until the new primary is back, Get, List and Delete of that token may be
-    unavailable, but must not return NOT_FOUND or a list without it: a responder who deletes a
-    leaked token would believe that it never existed."""
+    unavailable, but must not return NOT_FOUND or a list without it: someone who deletes a leaked
+    token would conclude that it never existed."""
     async with deposed(nodes, tmp_path, pepper_file) as (running, _, live):
         get = pb.GetRequest(account_id=ACCOUNT, id=live.token.id)
         get_all = pb.ListRequest(account_id=ACCOUNT)

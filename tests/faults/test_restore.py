@@ -92,7 +92,7 @@ async def test_a_token_newer_than_the_backup_expires_from_caches_in_bounded_time
     async with (
         host(tmp_path, "host", node.url, pepper_file, cache_seconds=CACHE_SECONDS) as running,
         latchkey.Verifier(
-            running.address, timeout_seconds=5, memory_seconds=CACHE_SECONDS
+            running.address, timeout_seconds=5, cache_seconds=CACHE_SECONDS
         ) as verifier,
     ):
         kept = await running.create()

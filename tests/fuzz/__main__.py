@@ -24,7 +24,7 @@ def main() -> int:
     """Fuzz, print, and return the exit code: 1 for a finding."""
     options = _options()
     try:
-        import atheris  # noqa: F401 - whether it is there
+        import atheris  # noqa: F401 - tests whether it is installed
     except ImportError:
         _say("make fuzz needs atheris, which is available for CPython 3.11-3.13 on Linux, x86-64.")
         return 2
@@ -105,7 +105,7 @@ def _options() -> argparse.Namespace:
         "--minutes",
         type=float,
         default=MINUTES,
-        help=f"in all, shared equally (default {MINUTES:g})",
+        help=f"in total, shared equally (default {MINUTES:g})",
     )
     parser.add_argument(
         "--only", type=_names, metavar="TARGET[,TARGET]", help="these targets, instead of all"
@@ -113,7 +113,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--seed",
         type=int,
-        default=random.randrange(1, 2**31),  # noqa: S311 - any will do
+        default=random.randrange(1, 2**31),  # noqa: S311 - any seed is fine
         help="seed of the mutations; makes single-threaded targets repeatable (default: random)",
     )
     parser.add_argument(

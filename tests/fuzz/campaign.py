@@ -18,7 +18,7 @@ from tests.helpers.repository import ROOT
 __all__ = ["CORPUS", "Result", "keep", "replay", "run"]
 
 CORPUS = Path(__file__).parent / "corpus"
-# An input that takes this long has met an endless loop, on any machine.
+# An input that takes this long is in an endless loop, on any machine.
 INPUT_SECONDS_MAX = 25
 # Time for the start, the corpus, and an input that hangs; after this the process is ended.
 EXTRA_SECONDS = 90.0
@@ -38,7 +38,7 @@ class Result:
     inputs: int = 0
     seconds: float = 0.0
     new: int = 0
-    """New inputs that reach paths which the corpus does not."""
+    """New inputs that reach paths beyond those of the corpus."""
     rss_start: float = 0.0
     """MB, in the middle of the run's first part after its warm-up."""
     rss_end: float = 0.0

@@ -287,7 +287,7 @@ def _call(stream: int, chance: random.Random) -> list[Frame]:
 
 
 def _block(chance: random.Random) -> bytes:
-    """Return a header block that is damaged or harmful in terms of HPACK."""
+    """Return a header block that is damaged or harmful at the level of HPACK."""
     return chance.choice(
         (
             chance.randbytes(chance.randrange(40)),

@@ -139,8 +139,7 @@ class Headers(Target):
 
 
 def _is_shop(metadata: list[tuple[str, Any]]) -> bool:
-    """Return whether a call can be shop's at all: by its credential, or by name through the
-    proxy."""
+    """Return whether a call can be from shop: by its credential, or by name through the proxy."""
     values = [(key, value) for key, value in metadata if isinstance(value, str)]
     if any(key == "authorization" and value[7:] == CREDENTIAL for key, value in values):
         return True

@@ -136,8 +136,9 @@ class Http2(Target):
             pass
 
     def _is_busy(self) -> bool:
-        """Observe the server for a moment; return whether it used more of a core than its timers
-        do."""
+        """Observe the server for a moment; return whether it used more CPU time than its timers
+        need.
+        """
         before = sum(self._process.cpu_times()[:2])
         time.sleep(IDLE_SECONDS)
         return sum(self._process.cpu_times()[:2]) - before > IDLE_SECONDS / 4
@@ -145,8 +146,8 @@ class Http2(Target):
     def _connect(self, *, raw: bool) -> socket.socket:
         plain = socket.socket()
         plain.settimeout(CONNECT_SECONDS_MAX)
-        # From many addresses, because the ports of one would run out: each stays in TIME_WAIT for a
-        # minute.
+        # From many addresses, because one address would run out of ports: each port stays in
+        # TIME_WAIT for a minute.
         plain.bind((f"127.0.{self._inputs >> 8 & 0x7F}.{self._inputs & 0xFF or 1}", 0))
         plain.connect(self._address)
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -171,7 +172,7 @@ class Http2(Target):
             if ending == PING_LAST:
                 connection.sendall(LAST_PING)
             elif ending == HALF_CLOSED:
-                # Of TLS too: the socket below it is closed, as when a host disappears.
+                # With TLS too, the socket below it is closed, as when a host disappears.
                 connection.shutdown(socket.SHUT_WR)
         except OSError:
             # The server has closed the connection or stopped reading: either is right.
@@ -253,7 +254,7 @@ def _secure(folder: Path, name: str) -> grpc.Channel:
 def _landmarks() -> list[Callable[[], None]]:
     """Return functions that do nothing, each a place in the code that libFuzzer counts.
 
-    Calling one for each kind of answer makes libFuzzer look for new kinds of answers.
+    One is called for each kind of answer, so that libFuzzer looks for new kinds of answers.
     """
 
     def landmark() -> None:

@@ -27,7 +27,8 @@ from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.audit.audit_table import Filter
-from latchkey_service.process.wiring import Server, running
+from latchkey_service.process.server import Server
+from latchkey_service.process.wiring import running
 from latchkey_service.rpc.lenient_parsing import parse_non_utf8
 from latchkey_service.secret_format import Keyring
 from latchkey_service.settings import logs
@@ -58,7 +59,7 @@ REFUSALS = {
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.ALREADY_EXISTS,
 }
-# Allowed now and then, for example when a lease has just expired, but not every time for the same
+# Allowed occasionally, for example when a lease has just expired, but not every time for the same
 # input.
 PASSING = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
 TRIES = 4
@@ -366,7 +367,7 @@ class Messages(Target):
 
 
 def _judge(method: Method, parts: list[bytes], answer: Answer) -> None:
-    """Check what must hold for every answer. Raises Finding."""
+    """Check the guarantees for every answer. Raises Finding."""
     code = answer.code
     if code not in REFUSALS | PASSING | {grpc.StatusCode.OK}:
         raise Finding(f"{method.path}: {code.name}: {answer.message}")

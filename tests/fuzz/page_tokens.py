@@ -1,7 +1,7 @@
 """Page tokens of an account's tokens and of the audit log.
 
 The first byte of an input says whether it is a token as received, or the content for the service to
-seal: damage alone would never get past the seal.
+seal: a mutation alone would never have a valid seal.
 """
 
 import base64

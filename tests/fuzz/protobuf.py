@@ -35,7 +35,7 @@ def _change_one(message: Message, words: Sequence[str], chance: random.Random) -
     if not fields:
         return
     field: Any = chance.choice(fields)
-    # So that most messages stay mostly valid.
+    # Low, so that most messages remain mostly valid.
     if chance.random() < 0.15:
         message.ClearField(field.name)
         return

@@ -53,7 +53,7 @@ class SecretText(Target):
             case 4:
                 text = text[:place] + chance.choice(secret_format.ALPHABET) + text[place + 1 :]
             case 5 if len(text) > 6:
-                # With a valid checksum, whatever comes before it.
+                # With a valid checksum for any preceding text.
                 text = text[:-6] + secret_format.checksum(
                     text[:-6].encode("utf-8", "replace").decode()
                 )

@@ -89,7 +89,7 @@ def _service(folder: Path, needs: str) -> Iterator[dict[str, str]]:
         "data_dir": folder / "data",
         "grace_seconds": 0.5,
         "log_format": "json",
-        # Without root, only then may we look at its memory and files.
+        # Without this, only root may read its memory and files.
         "core_dumps": "on",
         "transport": "grpcio" if needs == "grpcio" else "native",
     }

@@ -39,7 +39,7 @@ INPUTS_MIN = {
 }
 # Memory growth after the warm-up, of the process under attack. libFuzzer keeps its new inputs in
 # memory, some megabytes. A server's allocator keeps the memory of the largest burst, which may come
-# at any time; with grpcio, where a connection may have any number of streams, that is much.
+# at any time; With grpcio, where a connection may have any number of streams, that is a lot.
 GROWTH_MB_MAX = {"nothing": 24, "postgres": 64, "native": 64, "grpcio": 512, "tls": 512}
 
 

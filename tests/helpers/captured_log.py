@@ -1,8 +1,15 @@
-"""Log lines of one object, without those of the servers that share the event loop."""
+"""Log lines of one object, without those of the servers that share the event loop, and everything
+that the process logs."""
 
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["Lines"]
+from latchkey_service.settings import logs
+
+__all__ = ["Lines", "everything_logged"]
 
 
 class Lines(list[dict[str, Any]]):
@@ -22,3 +29,20 @@ class Lines(list[dict[str, Any]]):
 
     def exception(self, event: str, **fields: Any) -> None:
         self._keep("error", event, fields)
+
+
+@contextlib.contextmanager
+def everything_logged(format_: logs.Format, level: str) -> Iterator[io.StringIO]:
+    """Yield what the process logs meanwhile, in this format and from this level on."""
+    root = logging.getLogger()
+    handlers, before = root.handlers[:], root.level
+    logs.configure(format_, level)
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(root.handlers[0].formatter)
+    root.handlers[:] = [handler]
+    try:
+        yield written
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(before)

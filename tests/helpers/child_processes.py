@@ -26,8 +26,7 @@ def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
 
 
 class Child:
-    """A process with its output in files. `end` ends it in order; the other methods inject
-    faults."""
+    """A process with its output in files. `end` shuts it down; the other methods inject faults."""
 
     def __init__(
         self,
@@ -50,7 +49,7 @@ class Child:
                 # A directory without a developer's .env.
                 cwd=folder,
                 env={**inherited, **environment, "PYTHONPATH": str(ROOT)},
-                # Ctrl-C goes to the run, which ends the children in order.
+                # Ctrl-C must reach only the run, which shuts the children down.
                 start_new_session=True,
             )
         # Distinguishes it from another process that reuses its pid.
@@ -98,7 +97,7 @@ class Child:
                 self._process.stdin.close()
 
     def trouble(self) -> str | None:
-        """Return how it ended, if that was neither our doing nor in order."""
+        """Return how it ended, if it neither ended cleanly nor was killed by us."""
         code = self._process.poll()
         if code is None or (self.expected_end and code in (0, -signal.SIGKILL)):
             return None

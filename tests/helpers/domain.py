@@ -10,7 +10,7 @@ __all__ = ["BelievedReads", "audit_context", "find"]
 
 
 class BelievedReads(LeasedReads):
-    """Believes every read: for tests of one database, without a verifier that holds a lease."""
+    """Accepts every read: for tests of one database, without a verifier that holds a lease."""
 
     def __init__(self) -> None:
         """Needs nothing."""

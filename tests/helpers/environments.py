@@ -20,7 +20,10 @@ from packaging.utils import canonicalize_name
 
 from tests.helpers.repository import ROOT
 
-__all__ = ["Environment", "build_wheels", "declared_by"]
+__all__ = ["BUILD", "Environment", "build_wheels", "declared_by"]
+
+# The name of the build in the wheels.
+BUILD = "test.1"
 
 # Reads and writes small files, on a machine that may be busy.
 UV_SECONDS = 60.0
@@ -120,7 +123,7 @@ def _uv(*arguments: str) -> str:
         [sys.executable, "-m", "uv", "--offline", "--no-cache", "--quiet", *arguments],
         cwd=ROOT,
         env={name: value for name, value in os.environ.items() if not name.startswith("UV_")}
-        | {"VIRTUAL_ENV": sys.prefix},
+        | {"VIRTUAL_ENV": sys.prefix, "LATCHKEY_BUILD": BUILD},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""Encoded Creates with any number of labels, without the memory that a message of them takes."""
+"""Encoded Creates with any number of labels, which use less memory than messages."""
 
 import itertools
 import string

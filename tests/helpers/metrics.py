@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 
 import httpx
-from latchkey_service.process.wiring import Server
+from latchkey_service.process.server import Server
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text

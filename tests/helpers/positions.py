@@ -1,4 +1,4 @@
-"""Positions in made-up histories."""
+"""Positions in invented histories."""
 
 from latchkey_coherence.verdict_cache import Position
 

@@ -353,8 +353,8 @@ class Node:
     async def restore(self, backup: Path, *, new_timeline: bool, **recovery: str) -> None:
         """Stop, replace the data by a base backup, and start on the same address.
 
-        With `new_timeline` as archive recovery does it, otherwise as after a plain copy: the
-        timeline then stays the same, so that only the content shows the restore. `recovery` are
+        With `new_timeline`, the timeline changes, as in an archive recovery. Otherwise it stays the
+        same, as after a plain copy, so that only the content shows the restore. `recovery` are
         settings of the archive recovery; without them, there is no archive.
         """
         # Its data is replaced, so it need not write a checkpoint.

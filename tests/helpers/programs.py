@@ -10,17 +10,31 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
 from tests.helpers.repository import ROOT
 
-__all__ = ["INSTALLS", "TOOLS", "alone", "installed_by_apt", "missing", "run"]
+__all__ = [
+    "GRPCURL",
+    "INSTALLS",
+    "TOOLS",
+    "alone",
+    "found",
+    "installed_by_apt",
+    "installed_by_go",
+    "missing",
+    "run",
+]
 
 TOOLS = ROOT / ".tools"
 # A slow apt mirror; some 100 MB.
 APT_SECONDS = 420.0
+# A build on a slow machine.
+GO_SECONDS = 300.0
+GRPCURL = "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3"
 INSTALLS = pytest.mark.timeout(600)
 """Marks tests that may install a program first, and wait for another process that installs."""
 
@@ -54,6 +68,35 @@ def installed_by_apt(present: Callable[[], bool], packages: Sequence[str]) -> No
             missing(f"apt-get cannot install {names}: {said[-500:]}")
     if not present():
         missing(f"installed, but not found: {names}")
+
+
+def found(name: str) -> Path | None:
+    """Return the path of a program from PATH, from Go's own folders or from .tools, or None."""
+    if (on_path := shutil.which(name)) is not None:
+        return Path(on_path)
+    folders = [Path.home() / "go/bin", TOOLS / "bin"]
+    if (go := shutil.which("go")) is not None:
+        code, gopath = run((go, "env", "GOPATH"), 30, dict(os.environ))
+        if code == 0 and gopath.strip():
+            folders.insert(0, Path(gopath.strip()) / "bin")
+    return next((f / name for f in folders if os.access(f / name, os.X_OK)), None)
+
+
+def installed_by_go(name: str, package: str) -> Path:
+    """Return the path of a program. If it is missing, install it with `go install`."""
+    if (program := found(name)) is not None:
+        return program
+    if shutil.which("go") is None:
+        pytest.skip(f"neither {name} nor a Go toolchain to install it with is here")
+    target = TOOLS / "bin"
+    target.mkdir(parents=True, exist_ok=True)
+    with alone(name):
+        if not (target / name).exists():
+            environment = os.environ | {"GOBIN": str(target)}
+            code, said = run(("go", "install", package), GO_SECONDS, environment)
+            if code != 0:
+                pytest.skip(f"{name} could not be installed: {said.strip()[-300:]}")
+    return target / name
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""An HTTP/2 client that does only what a test tells it, including what no client should do.
+"""An HTTP/2 client that sends exactly the frames of a test, including invalid ones.
 
 h2 and hyperframe reject most of the frames that these tests have to send, so frames are bytes here
 (RFC 9113 §4.1, §6). The header blocks are hpack's.

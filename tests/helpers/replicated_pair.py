@@ -56,7 +56,9 @@ class Link:
             await self._proxy.cut()
 
     async def stall(self) -> None:
-        """Carry no further byte either way, on old and new connections; end none."""
+        """Stop carrying bytes in either direction, on old and new connections, without ending
+        any.
+        """
         await self._stall.enter_async_context(self._proxy.fault(Fault(lambda _: True, "swallow")))
 
     async def resume(self) -> None:

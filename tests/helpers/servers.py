@@ -9,7 +9,8 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_service.access.policy_file import read_text
-from latchkey_service.process.wiring import Server, running
+from latchkey_service.process.server import Server
+from latchkey_service.process.wiring import running
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens import pepper_file as pepper_files
 from latchkey_service.tokens.token_store import TokenStore
@@ -80,7 +81,7 @@ async def fresh_database(postgres_url: str) -> str:
 
 
 async def execute(url: str, statement: str) -> None:
-    """Run one statement on a connection of its own."""
+    """Run one statement on a separate connection."""
     connection = await asyncpg.connect(url)
     try:
         await connection.execute(statement)

@@ -1,4 +1,4 @@
-"""A client of Watch that does only what a test tells it to."""
+"""A client of Watch that sends only the messages that a test requests."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ __all__ = ["WatchClient", "watching"]
 
 Metadata = tuple[tuple[str, str], ...]
 
-# Where a client library says that it runs.
+# The metadata in which a client library names its host and process.
 CLIENT: Metadata = (("latchkey-client", "web-1 pid 77"),)
 
 

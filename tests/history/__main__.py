@@ -1,10 +1,10 @@
 """`make history`: looks for a verify that accepts a deleted token under injected faults.
 
-Server processes, deleters and clients that verify continuously work on a real Postgres while a
-seeded plan injects faults. Each call is recorded with its start and end. The run fails if a verify
-returned VALID although it began after the token's Delete had returned. It also fails if it has seen
-too little to prove anything. The scenarios of `scenarios.py` run first: each exposes the absence of
-one coherence rule.
+Server processes, deleters and continuously verifying clients use a real Postgres, while a seeded
+plan injects faults. Each call is recorded with its start and end. The run fails if a verify
+returned VALID although it began after the token's Delete had returned. It also fails if it made too
+few calls or faults to be conclusive. The scenarios of `scenarios.py` run first: each exposes the
+absence of one coherence rule.
 
 This is the only check of the whole product, with its processes, sockets and clocks.
 
@@ -48,11 +48,10 @@ DATA = ("data", "unused", "peppers", "first", "second", "template", "bin-*", "ba
 
 
 def main() -> int:
-    """Run, print, and return the exit code: 1 for a late accept, or if the run has seen too
-    little."""
+    """Run, print, and return the exit code: 1 for a late accept, or if the run is inconclusive."""
     options = _options()
     rule = rule_to_break()
-    # End everything in order, even where the shell ignores Ctrl-C.
+    # Shut down cleanly, even if the shell ignores Ctrl-C.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     if options.patroni and (sentence := missing()) is not None:
@@ -113,7 +112,7 @@ async def _fail_over(options: argparse.Namespace, rule: str | None, scratch: Pat
         _say(*report.scenarios(findings, count))
     if options.only != "scenarios" and not complaints:
         (scratch / "run").mkdir()
-        # A new pair, because the hosts of a run have other peppers.
+        # A new pair, because the hosts of the run have different peppers.
         async with pair(scratch, template) as servers:
             outcome = await run_failovers(scratch / "run", servers, options.size, rule)
         _say("", *report.table(outcome))
@@ -167,7 +166,7 @@ async def _main(
 
 
 async def _direct(folder: Path, url: str, rule: str | None) -> tuple[Findings, int]:
-    """Play the scenarios: only those of a removed rule, otherwise all."""
+    """Play the scenarios: if a rule is removed, only those of that rule, otherwise all."""
     chosen = (
         list(SCENARIOS.get(rule, ()))
         if rule
@@ -193,7 +192,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--lease-seconds", type=float, help="default 1, with --patroni 3")
     parser.add_argument(
         "--hosts",
-        help="workers behind each address, 2,1 unless said: 1 is a worker alone, more have a "
+        help="workers behind each address, default 2,1: 1 is a worker alone, more have a "
         "supervisor and share the address",
     )
     servers = parser.add_mutually_exclusive_group()
@@ -218,7 +217,7 @@ def _options() -> argparse.Namespace:
     if options.patroni:
         size = PATRONI_SIZE
     if os.environ.get(VARIABLE):
-        # A supervisor starts only workers that ship.
+        # A supervisor starts only unmodified workers.
         given["hosts"] = (None,) * size.workers
     options.size = Size(**{**vars(size), **given})
     return options

@@ -1,7 +1,7 @@
-"""The shipping classes with one rule removed, to show that the tests detect its absence.
+"""The shipped classes with one rule removed, to show that the tests detect its absence.
 
 Only the modules that start the processes of this test read LATCHKEY_TEST_BREAK_RULE, and only they
-call `break_rule`: no setting of the product reaches it.
+call `break_rule`: no setting of the product calls it.
 """
 
 import os
@@ -60,7 +60,7 @@ def _renewal_without_the_log() -> None:
 
 
 def _fill_without_the_rule() -> None:
-    """Rule 4: every read is cached, however old."""
+    """Rule 4: every read is cached, even if an invalidation has followed it."""
     from latchkey_coherence.verdict_cache import VerdictCache
 
     store = VerdictCache.store
@@ -110,7 +110,7 @@ def _delete_without_a_wait() -> None:
 
 
 def _burial_of_the_living() -> None:
-    """Rule 9: rows are removed although they were just renewed."""
+    """Rule 9: rows are removed even if they were just renewed."""
     from latchkey_service.coherence.ack_rules import DeadVerifierDetector
     from latchkey_service.coherence.verifier_table import OwnRow
 
@@ -129,7 +129,7 @@ def _burial_of_the_living() -> None:
 def _positions_without_marks() -> None:
     """Rule 12: servers and clients compare positions by revision only.
 
-    The database compares bare revisions as well, and a change of its timeline goes unnoticed.
+    The database compares bare revisions as well, and a change of its timeline is ignored.
     """
     from latchkey_coherence.verdict_cache import Position, VerdictCache
     from latchkey_service.coherence import verifier_table
@@ -156,13 +156,13 @@ def _positions_without_marks() -> None:
     for name in ("_RENEW", "_READ_LOG"):
         sql = getattr(verifier_table, name)
         assert POSITION_KNOWN in sql
-        # A head that is behind still means another history, as it always did.
+        # As in the shipped code, a head that is behind means another history.
         by_number = "(h.revision >= $1 AND $2::bigint IS NOT NULL)"
         _replace(verifier_table, name, sql.replace(POSITION_KNOWN, by_number))
 
 
 def _look_ups_of_any_position() -> None:
-    """Rule 12: the result of every look-up is believed, wherever it was read."""
+    """Rule 12: the result of every look-up is accepted, whatever server it was read from."""
     from latchkey_service.coherence.verifier_state import Standing, VerifierState
 
     def always(_self: VerifierState[Any], _snapshot: object, _began: object) -> Standing:
@@ -172,8 +172,9 @@ def _look_ups_of_any_position() -> None:
 
 
 def _replace(owner: Any, name: str, by: Any) -> None:
-    """Replace an existing attribute. Without this check a renamed attribute would silently break
-    nothing."""
+    """Replace an existing attribute. Without this check, after a renaming the rule would
+    silently stay in place.
+    """
     if name not in vars(owner):
         raise AttributeError(f"{owner} has no {name} any more")
     setattr(owner, name, by)

@@ -20,12 +20,12 @@ from tests.history.records import now
 
 __all__ = ["Changeover", "Visible"]
 
-# Ways to make commits visible on the primary that no standby has confirmed.
+# Ways to make commits visible on the primary without a standby's confirmation.
 Visible = Literal["cancelled", "crashed"]
 # Time for hosts to find the restored server and wait out earlier leases.
 SETTLE_SECONDS_MAX = 60.0
-# Renewals that wait for the standby on a session that began after a given time. Such a session has
-# read, or is reading, the changes that were visible then.
+# Counts the renewals that wait for the standby on a session that began after a given time. Such a
+# session has read, or is reading, the changes that were visible then.
 _READERS = """
 SELECT count(*) FROM pg_stat_activity
  WHERE wait_event = 'SyncRep' AND query LIKE '%verifier%' AND backend_start > $1
@@ -39,7 +39,7 @@ SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity
 
 # A host accepts Deletes for the rest of its lease after replication has stopped.
 UNREPLICATED_SECONDS = 5.0
-# What a Delete commits, of a token that nobody has.
+# The statement of a Delete, for a token that does not exist.
 _UNREPLICATED_DELETE = """
 WITH next AS (
     UPDATE head SET revision = revision + 1, mark = DEFAULT RETURNING revision, mark)
@@ -65,7 +65,9 @@ class Changeover:
         return revision
 
     async def stall(self) -> None:
-        """Stop replication. From now on, commits wait for the standby and never return."""
+        """Stop replication. Stop replication: from now on, commits wait for the standby and
+        never return.
+        """
         self._is_healthy = False
         await self.pair.replication.stall()
 
@@ -87,7 +89,7 @@ class Changeover:
                 UNREPLICATED_SECONDS,
             )
         if await self.head() == before:
-            # All hosts lost their lease before a Delete of theirs took a revision.
+            # All hosts lost their leases before any of their Deletes took a revision.
             await self.primary.execute(_UNREPLICATED_DELETE)
         visible_since = await self.primary.fetchval("SELECT clock_timestamp()")
 
@@ -115,7 +117,8 @@ class Changeover:
 
     async def move_address(self, node: Node | None = None, *, cut: bool) -> None:
         """Move the address to the primary, or to another server. With `cut`, end the hosts'
-        sessions through that address with any other server."""
+        sessions through that address with other servers.
+        """
         self._cluster.address = (node or self.primary).name
         if cut:
             hosts = [name for name, way in self._cluster.ways.items() if way == "address"]
@@ -124,7 +127,7 @@ class Changeover:
 
     async def restore(self, backup: Path, taken: int, *, new_timeline: bool) -> None:
         """Replace the database by a base backup that began at `taken`. Afterwards the pair has no
-        standby. `settle` does what the manual requires after a restore."""
+        standby. `settle` does the steps that docs/backup.md requires after a restore."""
         self._is_healthy = False
         began = now()
         for node in (self.other, self.primary):
@@ -136,7 +139,7 @@ class Changeover:
         self.restores.append(Restore(taken, began, sys.maxsize))
 
     async def settle(self, host: latchkey.Client) -> None:
-        """Clear all caches, as the manual requires after a restore."""
+        """Clear all caches, as docs/backup.md requires after a restore."""
 
         async def emptied() -> bool:
             with contextlib.suppress(latchkey.Unavailable):

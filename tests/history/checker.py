@@ -1,13 +1,13 @@
 """Checks the guarantee on recorded histories: no verify that began after Delete returned is VALID.
 
-Pure: histories in, findings out. A Delete counts once it is confirmed. Before that, and for a
-verify that overlaps it, either answer is right. A refusal before any Delete began is also wrong,
-because a token is valid from its Create on. So is the answer that a token does not exist, if its
-Create returned OK and no Delete of it was sent.
+A pure function of the histories. A Delete counts once it is confirmed. Before that, and for a
+verify that overlaps it, either answer is correct. A rejection before any Delete began is also an
+error, because a token is valid from its Create on. So is the answer that a token does not exist, if
+its Create returned OK and no Delete of it was sent.
 
-A restored backup undoes everything that it does not contain. Deletes that it lacks forbid nothing
-in verifies that begin after the restore, and tokens that it lacks may be refused from then on. Such
-a token must be dead once a Delete has confirmed that, or has returned NOT_FOUND.
+A restored backup undoes everything that it does not contain. A Delete that it lacks does not forbid
+VALID after the restore, and a token that it lacks may be rejected from then on. Such a token must
+be dead once a Delete has confirmed that, or has returned NOT_FOUND.
 """
 
 from collections import Counter, defaultdict
@@ -27,11 +27,15 @@ class Restore(NamedTuple):
     """A base backup replaced the database. Times in nanoseconds of the records' clock."""
 
     taken: int
-    """The backup began. It contains every change that was answered before this."""
+    """The backup began. The backup contains every change that was answered before this time."""
     began: int
-    """The old database stopped. No call that began after this was answered from it."""
+    """The old database stopped. No call that began after this time was answered from the old
+    database.
+    """
     settled: int
-    """The operator had done what the manual requires after a restore."""
+    """By this time, the operator had done the steps that docs/backup.md requires after a
+    restore.
+    """
 
 
 class Late(NamedTuple):
@@ -66,7 +70,7 @@ class Findings:
     late_count: int = 0
     late: list[Late] = field(default_factory=list)
     refused_early: int = 0
-    """Refused verifies that had ended before the first Delete of their token began."""
+    """Rejected verifies that ended before the first Delete of their token began."""
     lost_count: int = 0
     lost: list[Lost] = field(default_factory=list)
     deletes: list[Record] = field(default_factory=list)
@@ -81,7 +85,7 @@ class Findings:
     """Verifies that the client library forwarded to the service."""
 
     def count(self, *kinds: Kind) -> int:
-        """Return how many calls of these kinds there were, including failed ones."""
+        """Return the number of calls of these kinds, including failed ones."""
         return sum(number for (kind, _), number in self.calls.items() if kind in kinds)
 
     def ended(self, kind: Kind, outcome: Outcome) -> int:
@@ -95,7 +99,7 @@ class Findings:
 
 
 class _Tokens:
-    """What the calls that create, read and delete reveal about each token."""
+    """The facts about each token that calls to create, read and delete it show."""
 
     def __init__(self, restores: Sequence[Restore]) -> None:
         self.created: dict[int, Record] = {}
@@ -106,8 +110,9 @@ class _Tokens:
         """When each token's first Delete was confirmed, or the service said that the token does
         not exist."""
         self.undone: dict[int, list[tuple[int, int | None]]] = {}
-        """For tokens with a Delete that a restore undid: all Deletes that were confirmed, each with
-        its end and the moment from which it forbids nothing any more."""
+        """For tokens with a Delete that a restore undid: all confirmed Deletes, each with its
+        end and the moment from which it no longer forbids VALID.
+        """
         self._restores = restores
         self._deletes: defaultdict[int, list[tuple[int, int | None]]] = defaultdict(list)
 
@@ -125,7 +130,7 @@ class _Tokens:
                 self._deletes[token].append((record.ended, self._undone_at(record)))
 
     def complete(self) -> None:
-        """Finish, once every history has been added."""
+        """Finish, after every history was added."""
         self.undone = {
             token: deletes
             for token, deletes in self._deletes.items()
@@ -204,7 +209,7 @@ def _look_at(who: str, history: Iterable[Record], findings: Findings, tokens: _T
         if outcome not in answered:
             continue
         dead_since = tokens.dead_since(token, began) if token in undone else deleted(token)
-        # In the same nanosecond neither came first.
+        # In the same nanosecond, neither is first.
         if dead_since is None or began <= dead_since:
             if (
                 outcome == Outcome.REFUSED
@@ -226,7 +231,7 @@ def _look_at(who: str, history: Iterable[Record], findings: Findings, tokens: _T
 
 
 def _look_for_loss(who: str, record: Record, findings: Findings, tokens: _Tokens) -> None:
-    """Judge an answer that a token does not exist."""
+    """Check an answer that a token does not exist."""
     # A Delete finds the receipt of an earlier one; a Get may overlap the Delete.
     deleted = record.kind == Kind.GET and record.ended > tokens.touched.get(
         record.token, record.ended

@@ -1,8 +1,8 @@
 """`python -m tests.history.client`: a process that verifies continuously, as services do.
 
-It uses each of its verifiers in both ways at once. A thread calls `verify_nowait`, as a threaded
-service might, so that invalidations can arrive at any point. The event loop calls `verify` where
-that had no answer, and occasionally where it had one. The process ends when its standard input
+It uses each of its verifiers in two ways at the same time. A thread calls `verify_nowait`, as a
+threaded service might, so that invalidations can arrive at any point. The event loop calls `verify`
+if that had no answer, and occasionally if it had one. The process ends when its standard input
 closes.
 """
 
@@ -24,14 +24,14 @@ from tests.history.broken import break_rule, rule_to_break
 from tests.history.processes import tell_if_strange
 from tests.history.records import Kind, Outcome, Recorder, now
 
-# Between two passes over the tokens. Twenty processes share a few cores with everything that they
+# Pause between two passes over the tokens. Twenty processes share a few cores with the system under
 # test.
 NOWAIT_PAUSE_SECONDS = 0.02
 VERIFY_PAUSE_SECONDS = 0.02
 # Tokens per pass of the thread.
 NOWAIT_TOKENS = 12
-# How long a token is verified after its Delete was confirmed: a few leases. The second is the
-# maximum if the confirmation never arrives.
+# How long a token is verified after the confirmation of its Delete: a few leases. The second value
+# is the maximum if the confirmation never arrives.
 LINGER_SECONDS = 2.5
 TOKEN_SECONDS_MAX = 20.0
 # Concurrent verifies of one verifier, and the pauses between two verifies of one token. The pauses
@@ -63,7 +63,7 @@ class _Asker:
     def __init__(self, number: int, target: str, recorder: Recorder, seed: int) -> None:
         self.tokens: dict[int, _Token] = {}
         self._number = number
-        # A list of addresses, in gRPC's own notation, is not an authority that `native` accepts.
+        # `native` does not accept gRPC's notation for a list of addresses as an authority.
         options = (("grpc.default_authority", "latchkey"),)
         self._client = latchkey.Client(target, options=options)
         self.verifier = latchkey.Verifier(self._client)
@@ -73,7 +73,7 @@ class _Asker:
 
     def hammer(self) -> None:
         """Call `verify_nowait` for some of the tokens. Runs in a separate thread."""
-        # In one step, because the event loop changes it meanwhile.
+        # Copied in one step, because the event loop may change it.
         tokens = list(self.tokens.values())
         if len(tokens) > NOWAIT_TOKENS:
             tokens = self._random.sample(tokens, NOWAIT_TOKENS)
@@ -81,7 +81,7 @@ class _Asker:
             self._recall(token)
 
     def take_in(self, number: int, secret: str | None) -> None:
-        """Verify a new token from now on, or a deleted one a little longer."""
+        """Start to verify a new token, or stop soon to verify a deleted one."""
         if secret is not None:
             self.tokens[number] = _Token(number, secret)
         elif (token := self.tokens.get(number)) is not None:

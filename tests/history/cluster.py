@@ -55,7 +55,7 @@ class Client:
 
 
 class Cluster:
-    """Hosts, clients and proxies. Made by `cluster`, which also ends them."""
+    """Hosts, clients and proxies. Created by `cluster`, which also ends them."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class Cluster:
             host = LoneHost(name, self.folder, settings, self._peppers, environment)
         else:
             host = SupervisedHost(name, self.folder, settings, workers)
-        # Registered before it is up, so that it is cleaned up in any case.
+        # Registered before it is up, so that it is cleaned up even if the start fails.
         self.hosts[name] = host
         await host.start()
 
@@ -125,7 +125,8 @@ class Cluster:
         for name in hosts:
             address, _, port = self.hosts[name].address.rpartition(":")
             ports.append(await self.network.listen((address, int(port)), client.name))
-        # gRPC's own list of addresses: calls rotate over them, and a stream stays on one.
+        # gRPC's notation for a list of addresses: calls rotate over them, and a stream stays on
+        # one.
         client.target = "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports)
         self.clients.append(client)
         self.start_client(client, rule_to_break)
@@ -164,7 +165,7 @@ class Cluster:
         return self.others[-1]
 
     async def stop_clients(self) -> None:
-        """End all clients in order, all at once."""
+        """Shut down all clients at the same time."""
         running = [client.child for client in self.clients if client.child.alive]
         for child in running:
             child.ask_to_end()
@@ -191,7 +192,7 @@ class Cluster:
         return [trouble for child in self.children() if (trouble := child.trouble())]
 
     async def close(self) -> None:
-        """End everything, in order where possible."""
+        """End all processes, with a clean shutdown if possible."""
         for child in self.children():
             with contextlib.suppress(Exception):
                 child.handle.resume()

@@ -1,5 +1,5 @@
-"""`python -m tests.history.deleter`: creates tokens, has them verified, deletes them, and verifies
-them again.
+"""`python -m tests.history.deleter`: creates tokens, announces them to the clients, deletes them,
+and verifies them again.
 
 It talks to the servers directly. Each deleter handles one token after another. The process ends
 when its standard input closes, after its last Deletes are confirmed.
@@ -23,8 +23,7 @@ from tests.history.records import Kind, Outcome, Recorder, now
 # The lifetime of a token ranges from zero, so that look-ups of it overlap its Delete, to long
 # enough for every client to cache it.
 LIFE_SECONDS_MAX = 0.8
-# For a Delete that is not confirmed: after this time the run is over, and the Delete does not
-# count.
+# After this time, the run is over, and an unconfirmed Delete does not count.
 CONFIRM_SECONDS_MAX = 30.0
 RETRY_SECONDS = 0.1
 # Verifies on a stopped server wait until it continues, because their answer matters.
@@ -36,7 +35,8 @@ TWICE_SHARE = 0.1
 NO_WAIT_SHARE = 0.1
 # How often a token is looked up on each server while it is deleted.
 OVERLAP_SHARE = 0.3
-# How often a token is read before it is deleted, as a responder does to check that it exists.
+# How often a token is read before it is deleted, as in a response to a leak, to check that it
+# exists.
 GET_SHARE = 0.3
 
 
@@ -77,7 +77,7 @@ class Deleters:
                 await self._get(account, token_id, number)
             if chance() < OVERLAP_SHARE:
                 self._ask_everyone(number, secret)
-                # The call is on its way, has arrived, or is being looked up.
+                # Lets the call be in transit, arrive, or wait for its look-up.
                 await asyncio.sleep(0.02 * chance())
             if chance() < NO_WAIT_SHARE:
                 await self._delete(account, token_id, number, no_wait=True)

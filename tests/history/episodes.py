@@ -1,6 +1,6 @@
-"""The failovers of a run: drawn from a seed and played one after another, each to its end.
+"""The failovers of a run: drawn from a seed and performed one after another, each to its end.
 
-An episode begins and ends with a healthy pair. Between episodes there are no faults for a while, so
+An episode begins and ends with a healthy pair. Between episodes, there is a time without faults, so
 that all processes cache tokens again and Deletes take their usual time.
 """
 
@@ -24,18 +24,19 @@ from tests.history.records import now
 
 __all__ = ["EPISODES", "Episode", "Failovers", "deck"]
 
-# About the length of an episode on two cores; none begins that would not end in time.
+# Approximate length of an episode on two cores. No episode begins that could not end in time.
 EPISODE_SECONDS = 8.0
 CALM_SECONDS = (1.0, 2.0)
 # How long replication is stalled before the failover, so that commits wait for it.
 STALL_SECONDS = (0.1, 0.5)
 # How long a deposed primary runs beside the new one.
 BESIDE_SECONDS = (1.0, 2.5)
-# A host that is disconnected for longer has lost its row and starts over anyway.
+# If a host is disconnected for longer, it loses its row and starts over anyway.
 HELD_SECONDS_MAX = 2.0
-# The work between a base backup and its restore.
+# The time for changes between a base backup and its restore.
 BACKUP_AGE_SECONDS = (0.5, 2.0)
-# A Delete that waited for the dead process's lease, and the first renewal on the new primary.
+# Time for a Delete that waits for the dead process's lease, and for the first renewal on the new
+# primary.
 RECOVERY_LEASES = 2.5
 
 End = Literal["killed", "stopped", "left running"]
@@ -51,7 +52,7 @@ class Episode:
     visible: Visible | None = None
     """Replication stops first, and commits become visible on the old primary alone."""
     cut: bool = True
-    """The sessions by the address end when the address moves."""
+    """Sessions through the address end when it moves."""
     returns: bool = False
     """The old primary is started again beside the new one, without fencing."""
     crashes: bool = False
@@ -103,8 +104,9 @@ class Failovers:
         ]
 
     async def run(self, seconds: float, least: int) -> None:
-        """Perform failovers one after another for this long, and on a slow machine until `least`
-        are done."""
+        """Perform failovers one after another for this long, and until at least `least` are
+        done, which takes longer on a slow machine.
+        """
         loop = asyncio.get_running_loop()
         ends = loop.time() + seconds
         for episode in deck(self._cluster.seed):
@@ -127,7 +129,7 @@ class Failovers:
         number = 0
         if episode.visible is not None:
             await changeover.stall()
-            # One worker may be starting, or waiting for something else.
+            # One worker may be starting, or waiting for another event.
             workers = sum(host.workers for host in self._cluster.hosts.values())
             await changeover.show_unreplicated(episode.visible, readers=workers - 1)
             await self._for_a_while(STALL_SECONDS)
@@ -169,15 +171,15 @@ class Failovers:
     @contextlib.asynccontextmanager
     async def _one_host_held_off(self, until: int) -> AsyncIterator[None]:
         """Disconnect one host from the database during the block, and until the new primary has
-        reused a revision that only the old one had. By number alone, the host has missed
-        nothing."""
+        reused a revision that only the old one had. The number alone suggests that the host has
+        missed nothing."""
         if not until:
             yield
             return
         host = self._random.choice(list(self._cluster.hosts))
         async with self._cluster.database.refusing(self._cluster.sessions(host)):
             yield
-            # Deletes soon take revisions again, unless all hosts are slow to find the new primary.
+            # Deletes soon take revisions again, unless all hosts find the new primary late.
             with contextlib.suppress(AssertionError):
                 await eventually(lambda: self._reached(until), "the number", HELD_SECONDS_MAX)
 

@@ -56,7 +56,7 @@ async def direct_failovers(
 async def run_failovers(
     folder: Path, pair: Pair, size: Size, rule_to_break: str | None = None
 ) -> Outcome:
-    """Run, and return the outcome. The pair is healthy before and after."""
+    """Run, and return the outcome. The pair is healthy before and after the run."""
     async with (
         asyncio.timeout(size.seconds + OVERTIME_SECONDS),
         nodes_cluster(

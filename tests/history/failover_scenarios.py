@@ -1,8 +1,8 @@
 """Directed failovers: for each gap that rule 12 closes, the sequence of events that exposes it.
 
-The stage has a pair of Postgres servers with synchronous replication. One host, the suspect, may
-lack a rule. Its URL names one address, which the scenarios move. The other host lists both servers.
-A client watches the suspect. Each scenario ends with a healthy pair again.
+The scenarios use a pair of Postgres servers with synchronous replication. One host, the suspect,
+may lack a rule. Its URL names one address, which the scenarios move. The other host lists both
+servers. A client watches the suspect. Each scenario ends with a healthy pair.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ from tests.history.scenarios import OTHER, SUSPECT, WAIT_SECONDS, Stage, Subject
 
 __all__ = ["EVERY", "MISSED", "FailoverScenario", "FailoverStage", "failover_staged", "perform"]
 
-# A host's row must outlive the failover, also on a busy machine. Without its row a host starts
-# over, whatever rules it lacks.
+# A host's row must outlive the failover, also on a busy machine. A host without its row starts
+# over, even if it lacks a rule.
 LEASE_SECONDS = 3.0
 RETRY_SECONDS = 0.1
 HOSTS = 2
@@ -44,11 +44,11 @@ class FailoverStage(Stage):
         self.changeover = Changeover(made, pair)
 
     async def create(self, *, tell: bool = False) -> Subject:
-        """Create a token, as callers do while the database changes over."""
+        """Create a token, with retries during a failover, as callers do."""
         return await _persistently(lambda: super(FailoverStage, self).create(tell=tell))
 
     async def delete(self, through: latchkey.Client, subject: Subject) -> None:
-        """Delete until that is confirmed, as callers do while the database changes over."""
+        """Delete, and repeat that until it is confirmed, as callers do during a failover."""
         await _persistently(lambda: super(FailoverStage, self).delete(through, subject))
 
     async def show_unreplicated_delete(self) -> int:
@@ -59,7 +59,7 @@ class FailoverStage(Stage):
         try:
             await self.changeover.show_unreplicated("cancelled", readers=HOSTS)
         finally:
-            # Not repeated, because the first Delete after the failover must be another one.
+            # Sent only once, because the first Delete after the failover must be another one.
             delete.cancel()
             await asyncio.gather(delete, return_exceptions=True)
         return await self.changeover.head()
@@ -72,7 +72,7 @@ class FailoverStage(Stage):
             assert head <= number, "other changes were committed as well"
             return head == number
 
-        await eventually(taken, "the number is taken again", WAIT_SECONDS)
+        await eventually(taken, "the revision is reused", WAIT_SECONDS)
 
     def findings(self) -> Findings:
         """Check the histories so far."""
@@ -128,27 +128,28 @@ async def look_up_stays(stage: FailoverStage) -> None:
     await changeover.move_address(cut=False)
     look_ups = nodes.sessions(SUSPECT, old, LOOKUP)
     await nodes.database.cut(lambda c: nodes.sessions(SUSPECT)(c) and not look_ups(c))
-    # A host that notices the change gives this session up.
+    # A host that detects the change closes this session.
     assert any(map(look_ups, nodes.database.connections)), "no look-up stayed behind"
     async with nodes.database.refusing(nodes.sessions(OTHER, old)):
         await stage.delete(stage.other, subject)
-        assert await changeover.head() == number, "the number was not taken again"
+        assert await changeover.head() == number, "the revision was not reused"
         await stage.verify_on(stage.suspect, subject)
 
 
 async def host_returns_to_the_old_primary(stage: FailoverStage) -> None:
-    """A host that holds a lease of the new primary is led back to the old one, which does not have
-    a certain Delete."""
+    """A host that holds a lease from the new primary is connected to the old one again, which
+    lacks a Delete.
+    """
     changeover, nodes = stage.changeover, stage.nodes
     subject, another = await stage.create(), await stage.create()
     old = changeover.primary
-    # Otherwise the old primary's standby would stay in sync until its promotion.
+    # Otherwise the standby would receive the old primary's changes until its promotion.
     await changeover.stall()
     await changeover.promote()
     await changeover.move_address(cut=True)
     async with nodes.database.refusing(nodes.sessions(OTHER, old.name)):
         await stage.delete(stage.other, subject)
-        # It answers, so it has a lease of the new primary.
+        # It answers, so it holds a lease from the new primary.
         await stage.remembered(stage.suspect, another)
         await changeover.move_address(old, cut=True)
         await stage.verify_for(stage.suspect, subject, LEASE_SECONDS)
@@ -157,7 +158,7 @@ async def host_returns_to_the_old_primary(stage: FailoverStage) -> None:
 
 
 async def backup_is_restored(stage: FailoverStage) -> None:
-    """A base backup sets the log back, and the next Delete reuses a lost revision."""
+    """A restored base backup reverts the log, and the next Delete reuses a lost revision."""
     changeover, database = stage.changeover, stage.nodes.database
     subject = await stage.create(tell=True)
     taken, backup = now(), stage.cluster.folder / f"backup-{now()}"
@@ -201,8 +202,8 @@ EVERY: tuple[FailoverScenario, ...] = (
     backup_is_restored,
     lost_token_is_forgotten,
 )
-# The scenario that ends in a late accept if a rule is missing. Afterwards such a build is in no
-# state for the other scenarios.
+# For each rule that can be removed, the scenario that ends in a late accept without it. Afterwards
+# such a build cannot continue with the other scenarios.
 MISSED: dict[str, FailoverScenario] = {
     "12": number_is_used_again,
     "12-look-up": host_returns_to_the_old_primary,
@@ -213,7 +214,7 @@ MISSED: dict[str, FailoverScenario] = {
 async def failover_staged(
     folder: Path, pair: Pair, rule_to_break: str | None
 ) -> AsyncIterator[FailoverStage]:
-    """Yield a stage on a pair. Its client and one of its hosts lack the rule."""
+    """Yield a stage on a pair, where the client and one of the hosts lack the rule."""
     async with nodes_cluster(
         folder,
         pair.first.url,
@@ -235,9 +236,9 @@ async def failover_staged(
 
 
 async def perform(stage: FailoverStage, scenario: FailoverScenario) -> Findings:
-    """Play a scenario to its end, mend the pair, and return all findings so far.
+    """Play a scenario to its end, repair the pair, and return all findings so far.
 
-    A scenario that is cut short on a busy machine proves nothing and is played again. Raises
+    If a busy machine cuts the scenario short, it proves nothing and is played again. Raises
     Unavailable if that happens every time.
     """
     for attempt in range(ATTEMPTS_MAX):

@@ -1,5 +1,6 @@
-"""The faults of a run: drawn from a seed beforehand, and applied to the processes that exist at the
-time."""
+"""The faults of a run: planned in advance from a seed, and applied to the processes that exist
+at the time.
+"""
 
 import asyncio
 import contextlib
@@ -21,8 +22,8 @@ from tests.history.records import now
 
 __all__ = ["KINDS", "Happened", "Injector", "Planned", "plan"]
 
-# How often each kind is in a deck, from which the plan is drawn. Faults that stop everything are
-# rare, because otherwise nothing else would be seen.
+# How often each kind occurs in the deck from which the plan is drawn. Faults that stop all calls
+# are rare, because otherwise they would hide the effects of the others.
 KINDS = {
     "worker frozen": 4,
     "worker killed": 2,
@@ -39,8 +40,8 @@ KINDS = {
     "Postgres restarted": 1,
     "Postgres killed": 1,
 }
-# Mean time between two faults, which last about as long as two leases: two or three are active at
-# any time.
+# Mean time between two faults. A fault lasts about as long as two leases, so two or three are
+# active at any time.
 EVERY_SECONDS = 0.7
 # Look-ups wait at most 2 s for the database, verifies of clients 1 s.
 LATE_SECONDS_MAX = 0.9
@@ -66,8 +67,9 @@ class Happened:
 
 
 def plan(seed: int, seconds: float, lease_seconds: float) -> list[Planned]:
-    """Return the faults of a run, in order, all over by its end. There is a quiet period in the
-    middle."""
+    """Return the faults of a run, in order. All end before the run does, and there is a quiet
+    period in the middle.
+    """
     randomness = random.Random(seed)  # noqa: S311 - repeatable
     calm = (0.42 * seconds, 0.58 * seconds) if seconds >= 20 else (seconds, seconds)
     deck: list[str] = []
@@ -149,10 +151,10 @@ class Injector:
             if await do(fault.seconds):
                 self.happened.append(Happened(fault.kind, began, now()))
         except psutil.NoSuchProcess:
-            # Killed by another fault, or its worker was just being replaced.
+            # Another fault killed it, or its worker is being replaced.
             pass
         except AssertionError as error:
-            # The affected process did not come back in time.
+            # The affected process did not recover in time.
             self.troubles.append(f"after {fault.kind}: {error}")
 
     # Faults of processes. Each function returns whether it found a target.
@@ -235,8 +237,8 @@ class Injector:
     # Faults of the network.
 
     async def _black_hole_watch(self, seconds: float) -> bool:
-        # Either every stream that the client opens meanwhile, so that a new one does not save it,
-        # or only the current ones, so that it finds another server at once.
+        # Either every stream that the client opens meanwhile, so that a new stream does not help
+        # it, or only the current ones, so that it finds another server at once.
         clients = [client.name for client in self._cluster.clients]
         chosen = set(
             self._random.sample(clients, self._random.randint(1, max(1, len(clients) // 3)))
@@ -265,7 +267,8 @@ class Injector:
         if not found:
             return False
         one = self._random.choice(found)
-        # It is unknown which of the workers behind an address a connection belongs to: one, or all.
+        # The worker behind a connection to a shared address is unknown, so the fault affects one
+        # connection or all.
         new_too = label is None or self._random.random() < 0.5
 
         def matches(connection: Connection) -> bool:
@@ -340,8 +343,8 @@ class Injector:
             return False
         self._postgres_is_busy = True
         try:
-            # Its start briefly blocks this event loop and so the proxies: the network pauses while
-            # there is no database.
+            # Its start briefly blocks this event loop and therefore the proxies, so the network
+            # pauses while the database is down.
             async with self._postgres.broken_by(fault):
                 await asyncio.sleep(min(seconds, RESTART_SECONDS))
         finally:

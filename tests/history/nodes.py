@@ -19,7 +19,7 @@ WAYS: tuple[Way, ...] = ("list", "reversed", "address")
 
 
 class NodesCluster(Cluster):
-    """Hosts that reach each server of their database over TCP and through the proxy."""
+    """Hosts that reach each server of their database through the proxy, over TCP."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""How long calls went unanswered around a fault. Pure: histories in, durations out."""
+"""Computes how long calls had no answer around a fault: a pure function of the histories."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +16,7 @@ _CHANGED = (Outcome.DONE, Outcome.CONFIRMED)
 
 
 class Window(NamedTuple):
-    """A fault and the time in which its effects count, in nanoseconds of the records' clock."""
+    """A fault, and the period in which its effects count, in nanoseconds of the records' clock."""
 
     name: str
     began: int
@@ -29,11 +29,11 @@ class Outage:
 
     name: str
     verifies: float
-    """Without an answer to any verify, of any process."""
+    """Without an answer to a verify of any process."""
     verifies_worst: float
-    """The same for the process that waited longest."""
+    """Without an answer to a verify of the process that waited longest."""
     changes: float
-    """Without an answer to any Create, or to any Delete that waits until the token is dead."""
+    """Without an answer to a Create, or to a Delete that waits until the token is dead."""
 
 
 def outages(

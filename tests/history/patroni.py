@@ -49,13 +49,13 @@ HOST: Final = "127.0.0.1"
 TTL_SECONDS: Final = 20
 # initdb and two base backups one after another, or a demotion, a rewind and a restart.
 HEALTHY_SECONDS_MAX: Final = 120.0
-# The time to live, a round of Patroni's loop, and a margin for a busy machine.
+# The time to live, one round of Patroni's loop, and a margin for a busy machine.
 SUCCESSOR_SECONDS_MAX: Final = TTL_SECONDS + 40.0
 API_SECONDS_MAX: Final = 2.0
 # The answer to a switchover comes when it is complete.
 SWITCHOVER_SECONDS_MAX: Final = 60.0
 END_SECONDS_MAX: Final = 40.0
-# In addition to what the service needs: Patroni's own and the standbys'.
+# In addition to the service's connections: those of Patroni and the standbys.
 _PROGRAMS: Final = ("pg_ctl", "pg_basebackup", "pg_rewind", "pg_controldata", "pg_isready")
 
 
@@ -96,7 +96,7 @@ class PatroniNode:
         return None
 
     def kill_postgres(self) -> None:
-        """SIGKILL the postmaster; its children end when they notice."""
+        """SIGKILL the postmaster; its children end when they detect that."""
         postmaster = self.postmaster()
         assert postmaster is not None
         postmaster.kill()
@@ -116,14 +116,14 @@ class PatroniNode:
                     self._frozen.append(child)
 
     def thaw(self) -> None:
-        """SIGCONT everything that was frozen."""
+        """SIGCONT all frozen processes."""
         for process in reversed(self._frozen):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
         self._frozen = []
 
     async def end(self) -> None:
-        """End Patroni, which stops its Postgres, and everything that is left."""
+        """End Patroni, which stops its Postgres, and then all remaining processes."""
         self.thaw()
         if self.process is not None:
             self.process.terminate()
@@ -356,7 +356,7 @@ class Patroni:
 
 @contextlib.asynccontextmanager
 async def patroni(folder: Path, nodes: int) -> AsyncIterator[Patroni]:
-    """Run a cluster in an existing folder, and end it in any case."""
+    """Run a cluster in an existing folder, and always end it."""
     made = Patroni(folder, nodes)
     try:
         await made.start()

@@ -1,4 +1,6 @@
-"""A run on servers that Patroni manages: switchovers, crashes, lost and cut-off nodes."""
+"""A run on servers that Patroni manages: switchovers, crashes, and nodes that freeze or are cut
+off.
+"""
 
 import asyncio
 import json
@@ -26,13 +28,13 @@ from tests.history.run import (
 
 __all__ = ["NODES", "PATRONI_SIZE", "run_patroni"]
 
-# The lease is the service's default, so that the times without answers match those of its users.
+# The service's default lease, so that users see the same times without answers.
 PATRONI_SIZE = Size(seconds=600.0, hosts=(2, None, None), clients=8, deleters=5, lease_seconds=3.0)
 NODES = 3
 CALM_SECONDS = (6.0, 10.0)
-# A lost node stays away until it has been replaced, and then returns unchanged.
+# A frozen node stays frozen until it has been replaced, and then continues unchanged.
 AWAY_SECONDS = 3.0
-# About the length of a fault; none begins that would not end in time.
+# Approximate length of a fault. No fault begins that could not end in time.
 FAULT_SECONDS = 45.0
 RECOVERY_LEASES = 2.0
 

@@ -1,4 +1,4 @@
-"""The hosts of a run: started, stopped, killed and ended by pid, and never left behind."""
+"""Starts, stops, kills and ends the hosts of a run by pid, and leaves none behind."""
 
 import contextlib
 import json
@@ -16,12 +16,14 @@ from tests.helpers.waiting import eventually
 
 __all__ = ["Host", "LoneHost", "SupervisedHost", "tell_if_strange"]
 
-# Twenty that start at once on two cores take a while.
+# Twenty processes that start at once on two cores need some time.
 START_SECONDS_MAX = 60.0
 
 
 def tell_if_strange(error: latchkey.LatchkeyError) -> None:
-    """Write to standard error what no outage explains; the report shows how often it occurred."""
+    """Write errors that no outage explains to standard error; the report shows how often each
+    occurred.
+    """
     if not isinstance(error, latchkey.Unavailable | latchkey.ResourceExhausted):
         print(f"strange: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
 
@@ -51,16 +53,17 @@ class Host:
         raise NotImplementedError
 
     def times_up(self) -> int:
-        """Return how many workers have come up so far."""
+        """Return how many workers have started to serve so far."""
         raise NotImplementedError
 
     async def bring_back(self, times_up: int) -> None:
-        """Wait until a worker has replaced one that was ended; start it if no supervisor does.
-        `times_up` is from before the end."""
+        """Wait until a new worker has replaced one that was ended; start it if no supervisor
+        does. `times_up` is the value from before the end.
+        """
         raise NotImplementedError
 
     async def end(self) -> None:
-        """Stop it in order."""
+        """Shut it down cleanly."""
         child = self.children[-1]
         child.terminate()
         await child.ended()
@@ -88,7 +91,7 @@ class LoneHost(Host):
         self._keeper.bind(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._keeper.getsockname()[1]}"
         self._environment = environment or {}
-        # What a supervisor sends to a worker: settings, peppers and a policy, which is absent here.
+        # A supervisor sends settings, peppers and a policy to a worker. Here the policy is absent.
         given = json.dumps(self._settings | {"listen": self.address})
         self._handed = f"{given}\n{peppers}null\n".encode()
 
@@ -102,7 +105,7 @@ class LoneHost(Host):
         assert child.alive or child.expected_end, child.trouble()
 
     def worker_processes(self) -> list[psutil.Process]:
-        # Not one that is starting, which has no handler for SIGTERM yet.
+        # Excludes a worker that is starting, because it has no handler for SIGTERM yet.
         return [c.handle for c in self.children if c.alive and c.out.read_bytes()]
 
     def times_up(self) -> int:

@@ -1,12 +1,11 @@
 """A TCP proxy on loopback that holds, delays or swallows traffic, on one connection or many.
 
-A connection is known by the `tag` of its listener and by a `label`, which the proxy finds in the
-data that the client sends: the purpose of a worker's connection to Postgres, and which of a
-client's connections carries Watch. Neither end notices a fault: to each the other one is merely
-silent.
+A connection has the `tag` of its listener and a `label`, which the proxy finds in the client's
+data: the purpose of a worker's connection to Postgres, or whether a client's connection carries
+Watch. Neither end can detect a fault: to each, the other end is merely silent.
 
-A listener may lead to one of several places, as an address does that moves between servers. Open
-connections stay where they are until they are cut.
+A listener may lead to one of several servers, like an address that moves. Open connections stay
+with their server until they are cut.
 """
 
 import asyncio
@@ -23,7 +22,7 @@ CONNECT_SECONDS_MAX = 2.0
 
 # HOST and PORT, or the path of a UNIX socket.
 Place = tuple[str, int] | str
-# A place, or a function that returns the place for a new connection; OSError rejects the
+# An address, or a function that returns the address for a new connection; an OSError rejects the
 # connection.
 Upstream = Place | Callable[[], Place]
 Action = Literal["hold", "swallow", "delay"]
@@ -47,7 +46,7 @@ class Connection:
         """Its upstream."""
         self.label: str | None = None
         self.swallowed = Direction(0)
-        """Directions in which bytes are missing. The connection is unusable from then on."""
+        """Directions in which bytes are missing, which makes the connection unusable."""
         self.task = asyncio.current_task()
         self._tail = b""
 
@@ -61,11 +60,11 @@ class Connection:
 
 
 class Fault:
-    """Affects connections until it is over.
+    """A fault that affects connections until it ends.
 
-    `hold` keeps bytes back and delivers them when it is over, as a recovering network does.
-    `swallow` drops them for good, and cuts the connection when it is over. `delay` delivers each
-    piece late, by up to `seconds_max`.
+    `hold` delays bytes until the fault ends, like a network that recovers. `swallow` drops them,
+    and cuts the connection when the fault ends. `delay` delivers each piece late, by up to
+    `seconds_max`.
     """
 
     def __init__(
@@ -129,7 +128,9 @@ class Proxy:
 
     @contextlib.asynccontextmanager
     async def refusing(self, matches: Callable[[Connection], bool]) -> AsyncIterator[None]:
-        """Cut connections and reject new ones during the block. New ones have no label yet."""
+        """Cut connections and reject new ones during the block. New connections have no label
+        yet.
+        """
         self._refusals.append(matches)
         await self.cut(matches)
         try:
@@ -152,7 +153,7 @@ class Proxy:
     ) -> None:
         self.connections.add(connection)
         writers = [writer]
-        # Cut in any case: for its two ends it is one more broken connection.
+        # Always cut: to its two ends, this is one more broken connection.
         with contextlib.suppress(OSError, TimeoutError, asyncio.CancelledError):
             try:
                 async with asyncio.timeout(CONNECT_SECONDS_MAX):
@@ -200,11 +201,11 @@ class Proxy:
 
     async def _befall(self, connection: Connection, direction: Direction, fault: Fault) -> None:
         fault.befallen += 1
-        # The end of the stream is held back like any byte, because a dead network does not report
-        # it either.
+        # The end of the stream is delayed like any byte, because a dead network does not report it
+        # either.
         if fault.action == "swallow":
             connection.swallowed |= direction
-            # Keep reading, so that the sender notices nothing.
+            # Keep reading, so that the sender does not detect the fault.
         elif fault.action == "hold":
             await fault.over.wait()
         else:

@@ -1,8 +1,8 @@
-"""The record that a process writes of each call: start, end and outcome.
+"""The record of each call that a process makes: start, end and outcome.
 
-Times are nanoseconds of CLOCK_MONOTONIC, which all processes of a machine share. The start is read
-before the call and the end after its answer, so that noise can only make two calls appear to
-overlap, in which case every answer is allowed.
+Times are nanoseconds of CLOCK_MONOTONIC, which all processes of a machine share. The clock is read
+before the call and after its answer. So a delay can only make two calls appear to overlap, and then
+every answer is allowed.
 """
 
 import enum
@@ -34,8 +34,10 @@ class Kind(enum.IntEnum):
     CREATE = 4
     DELETE = 5
     COUNTS = 6
-    """No call: how many of the verifier's answers came from memory (in place of the beginning) and
-    how many from the service (in place of the end), so far. The token's number is its own."""
+    """Not a call: the verifier's counts so far. The start field has the number of answers from
+    the cache, the end field the number of answers from the service, and the token field the
+    verifier's number.
+    """
     GET = 7
 
 
@@ -71,7 +73,7 @@ class Recorder:
     """Appends to a file. `add` may be called from any thread, `flush` from one thread at a time.
 
     If the process is killed, records that were not flushed are lost, as if the calls had not been
-    observed.
+    made.
     """
 
     def __init__(self, path: Path) -> None:

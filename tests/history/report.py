@@ -10,14 +10,14 @@ from tests.history.run import Outcome
 
 __all__ = ["complaints", "late_accepts", "scenarios", "table", "violations"]
 
-# The minimum that a run must see, per second and verifier or deleter: at most a tenth of what it
-# sees on two busy cores. A run that was starved, or whose parts did not interact, proves nothing.
+# Minimum counts of a run, per second and verifier or deleter: at most a tenth of those on two busy
+# cores. A run that was starved, or whose parts did not interact, proves nothing.
 ANSWERS_EACH = 3.0
 HITS_EACH = 1.0
 DELETES_EACH = 0.06
-# Shares of the planned faults and of their kinds: some find no target.
+# Minimum shares of the planned faults and of their kinds. Some faults find no target.
 FAULTS_SHARE = 0.5
-# The share of confirmed Deletes that an answered verify followed, and the share of verifiers that
+# Minimum shares: of confirmed Deletes that an answered verify followed, and of verifiers that
 # answered from their caches.
 CHECKED_SHARE = 0.5
 REMEMBERING_SHARE = 0.5
@@ -30,13 +30,13 @@ def complaints(outcome: Outcome) -> list[str]:
     found = violations(findings) + outcome.troubles
     least = {
         "answered verifies": (_verifies(findings), ANSWERS_EACH * size.seconds * size.verifiers),
-        "answers from memory": (_hits(findings), HITS_EACH * size.seconds * size.verifiers),
+        "answers from caches": (_hits(findings), HITS_EACH * size.seconds * size.verifiers),
         "confirmed deletes": (len(findings.deleted), DELETES_EACH * size.seconds * size.deleters),
         "deletes that verifies followed": (
             len(findings.checked),
             CHECKED_SHARE * len(findings.deleted),
         ),
-        "verifiers that answered from memory": (
+        "verifiers that answered from their caches": (
             outcome.remembering,
             REMEMBERING_SHARE * size.verifiers,
         ),
@@ -56,10 +56,10 @@ def complaints(outcome: Outcome) -> list[str]:
 
 
 def violations(findings: Findings) -> list[str]:
-    """Return the violations that no caller may ever see."""
+    """Return the violations of the guarantees."""
     found = late_accepts(findings) + lost_tokens(findings)
     if findings.refused_early:
-        found.append(f"{findings.refused_early} refusals of tokens that nobody had deleted yet")
+        found.append(f"{findings.refused_early} rejections of tokens before any Delete")
     return found
 
 
@@ -102,7 +102,7 @@ def table(outcome: Outcome) -> list[str]:
     faults = Counter(fault.kind for fault in outcome.faults)
     failed = sum(n for (_, ended), n in findings.calls.items() if ended is Ended.FAILED)
     unconfirmed = findings.ended(Kind.DELETE, Ended.FAILED)
-    remembering = f"{outcome.remembering} of {size.verifiers}"
+    caching = f"{outcome.remembering} of {size.verifiers}"
     no_wait = findings.ended(Kind.DELETE, Ended.COMMITTED)
     run = f"{size.seconds:.0f} s, seed {size.seed}, leases of {size.lease_seconds:g} s"
     who = f"{size.workers} workers ({hosts}), {size.clients} clients, {size.deleters} deleters"
@@ -111,7 +111,7 @@ def table(outcome: Outcome) -> list[str]:
     return [
         f"{run}, {who}",
         f"operations       {findings.operations:>10,}    and {failed:,} without an answer",
-        f"  from memory    {_hits(findings):>10,}    by {remembering} verifiers",
+        f"  from caches    {_hits(findings):>10,}    by {caching} verifiers",
         f"  from service   {findings.from_service:>10,}    asked by verifiers",
         f"  direct         {findings.count(Kind.DIRECT):>10,}    Verify RPCs right after Deletes",
         f"  creates        {findings.ended(Kind.CREATE, Ended.DONE):>10,}",
@@ -124,7 +124,7 @@ def table(outcome: Outcome) -> list[str]:
         _delays("  healthy", outcome.healthy),
         _delays("  near a fault", outcome.faulty),
         *(f"strange          {n:>10,}    {text}" for text, n in outcome.strange.most_common(10)),
-        f"early refusals   {findings.refused_early:>10,}",
+        f"early rejections {findings.refused_early:>10,}",
         f"late accepts     {findings.late_count:>10,}",
         f"lost tokens      {findings.lost_count:>10,}",
         *outages(outcome),

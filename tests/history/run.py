@@ -1,5 +1,6 @@
-"""A run: start everything, work undisturbed for a while, inject faults, recover, and check the
-histories."""
+"""A run: start all processes, work undisturbed for a while, inject faults, recover, and check
+the histories.
+"""
 
 import asyncio
 import json
@@ -29,10 +30,10 @@ __all__ = [
     "work",
 ]
 
-# In addition to the run's own time: processes that start and end, and faults that last.
+# In addition to the run's duration: for processes that start and end, and for long faults.
 OVERTIME_SECONDS = 120.0
-# The time until a killed worker is back and its old row has expired, after which the system counts
-# as healthy again.
+# The time until a killed worker has restarted and its old row has expired. Afterwards the system
+# counts as healthy.
 RECOVERY_LEASES = 2.5
 
 
@@ -49,7 +50,7 @@ class Size:
     lease_seconds: float = 1.0
     seed: int = 1
     faults_min: int = 3
-    """Faults, and kinds of faults, that a run must have seen."""
+    """Minimum numbers of faults and of kinds of faults."""
 
     @property
     def workers(self) -> int:
@@ -60,7 +61,7 @@ class Size:
         return self.clients * self.verifiers_per_client
 
 
-# What CI has time for: as many kinds of processes and faults, but fewer of each.
+# A run for CI: as many kinds of processes and faults, but fewer of each.
 SHORT = Size(seconds=10.0, clients=3, verifiers_per_client=2, deleters=3, lease_seconds=0.8)
 
 
@@ -135,7 +136,7 @@ def quiet_seconds(size: Size) -> float:
 
 
 async def work(made: Cluster, size: Size, hurt: Callable[[], Awaitable[object]]) -> None:
-    """Create, verify and delete while `hurt` injects faults, and end all processes in order."""
+    """Create, verify and delete while `hurt` injects faults, then shut down all processes."""
     deleters = made.start_deleters(size.deleters, _connections(made))
     begun = now()
     quiet = quiet_seconds(size)
@@ -145,7 +146,7 @@ async def work(made: Cluster, size: Size, hurt: Callable[[], Awaitable[object]])
     await asyncio.sleep(max(quiet, (recovered - now()) / 1e9))
     deleters.ask_to_end()
     await deleters.ended(60.0)
-    # Time for verifies of the last tokens.
+    # Leaves time for verifies of the last tokens.
     await asyncio.sleep(size.lease_seconds)
     await made.stop_clients()
     await asyncio.gather(*(host.end() for host in made.hosts.values()))
@@ -175,7 +176,7 @@ async def start(made: Cluster, size: Size, rule_to_break: str | None) -> None:
             rule_to_break=rule_to_break,
         )
     files = [made.records / f"{client.name}.0" for client in made.clients]
-    # Written before the first token: the counts.
+    # The counts are written before the first token.
     await eventually(
         lambda: all(file.exists() and file.stat().st_size for file in files) or made.troubles(),
         "all clients are up",
@@ -184,8 +185,8 @@ async def start(made: Cluster, size: Size, rule_to_break: str | None) -> None:
 
 
 def _connections(made: Cluster) -> dict[str, int]:
-    # Connections reach workers that share an address by chance: twice as many connections find most
-    # of them.
+    # Each connection reaches a random one of the workers that share an address: twice as many
+    # connections reach most of them.
     return {name: 1 if h.workers == 1 else 2 * h.workers for name, h in made.hosts.items()}
 
 

@@ -1,8 +1,8 @@
-"""Directed attempts: for each rule, the sequence of events that exposes its absence.
+"""Directed scenarios: for each rule, the sequence of events that exposes its absence.
 
-They use the same processes, recorder and checker as a run. The stage has one client and two workers
-without notifications, so that the gap that a rule closes stays open for a third of a lease. One of
-the workers and the client may lack a rule.
+They use the same processes, recorder and checker as a run. The stage has one client and two
+workers. Notifications are off, so that each gap stays open for a third of a lease. One of the
+workers and the client may lack a rule.
 """
 
 import asyncio
@@ -36,10 +36,10 @@ __all__ = [
 
 ACCOUNT = "acme"
 LEASE_SECONDS = 0.8
-# After a Delete, verifies continue for at least this long: as long as a missing rule leaves a gap
-# open.
+# After a Delete, verifies continue for at least this long, the time for which a missing rule leaves
+# a gap open.
 VERIFY_ON_SECONDS = 0.35
-# Far longer than any step here takes, on a machine with other work.
+# Far longer than any step here takes on a busy machine.
 WAIT_SECONDS = 60.0
 # A scenario was cut short because an answer did not come in time.
 ATTEMPTS_MAX = 5
@@ -85,8 +85,9 @@ class Stage:
         return outcome
 
     async def delete(self, through: latchkey.Client, subject: "Subject") -> None:
-        """Delete until that is confirmed, or until the service reports that the token does not
-        exist."""
+        """Delete, and repeat that until it is confirmed, or until the service reports that the
+        token does not exist.
+        """
         outcome = Outcome.CONFIRMED
         began = now()
         try:
@@ -141,7 +142,7 @@ class Stage:
         def recalled(record: Record) -> bool:
             return record.kind == Kind.NOWAIT and record.outcome == Outcome.VALID
 
-        await self._until_client(subject, recalled, "the client answers from memory")
+        await self._until_client(subject, recalled, "the client answers from its cache")
 
     async def rows(self) -> int:
         """Return how many verifiers the database has registered."""
@@ -184,8 +185,7 @@ class Subject:
 
 
 async def answer_of_look_up_comes_late(stage: Stage) -> None:
-    """A look-up reads before a Delete and is answered after it; then the server is called again
-    (4)."""
+    """A look-up reads before a Delete and returns after it; then the server is called again (4)."""
     await stage.remembered(stage.suspect, await stage.create())
     subject = await stage.create()
     late = Fault(_database(LOOKUP), "hold", Direction.DOWN)
@@ -209,7 +209,9 @@ async def answer_of_verify_comes_late(stage: Stage) -> None:
 
 
 async def worker_is_frozen(stage: Stage) -> None:
-    """A server is frozen until a Delete has waited out its lease, and is called then (5)."""
+    """A server is frozen until a Delete has waited for the end of its lease, and is then called
+    (5).
+    """
     subject = await stage.create()
     await stage.remembered(stage.suspect, subject)
     (process,) = stage.cluster.hosts[SUSPECT].worker_processes()
@@ -219,7 +221,7 @@ async def worker_is_frozen(stage: Stage) -> None:
             await stage.delete(stage.other, subject)
             for _ in range(3):
                 group.create_task(stage.verify(stage.suspect, subject))
-            # So that they are waiting when the server continues.
+            # Sent now, so that they are waiting when the server continues.
             await asyncio.sleep(0.05)
         finally:
             process.resume()
@@ -227,7 +229,7 @@ async def worker_is_frozen(stage: Stage) -> None:
 
 
 async def client_is_frozen(stage: Stage) -> None:
-    """A client is frozen until a Delete has waited out its lease (5)."""
+    """A client is frozen until a Delete has waited for the end of its lease (5)."""
     subject = await stage.create(tell=True)
     await stage.remembered_by_client(subject)
     process = stage.client.child.handle
@@ -250,7 +252,7 @@ async def client_hears_nothing(stage: Stage) -> None:
 
 
 async def row_is_removed(stage: Stage) -> None:
-    """A server is frozen until its row is removed, continues, and learns of a Delete late (3)."""
+    """A server is frozen until its row is removed, continues, and reads a Delete late (3)."""
     (process,) = stage.cluster.hosts[SUSPECT].worker_processes()
     process.suspend()
     try:
@@ -283,8 +285,7 @@ async def suspect_deletes(stage: Stage) -> None:
 
 Scenario = Callable[[Stage], Awaitable[None]]
 
-# By the rule that each exposes, and by suspect, because a late accept of the other host may be
-# caused by the first one.
+# By exposed rule, and by suspect: the suspect may cause a late accept of the other host.
 SCENARIOS: dict[str, tuple[Scenario, ...]] = {
     "3": (row_is_removed,),
     "3-log": (another_deletes,),
@@ -294,8 +295,9 @@ SCENARIOS: dict[str, tuple[Scenario, ...]] = {
     "8": (client_hears_nothing,),
     "9": (suspect_deletes,),
 }
-# Where the client is connected: to the suspect if the suspect mistreats clients, otherwise to the
-# correct host, so that every error is the client's own. The other scenarios have no client.
+# The host to which the client is connected: the suspect, if the rule concerns a server's clients;
+# otherwise the correct host, so that every error is the client's own. The other scenarios have no
+# client.
 _CLIENT_ON = {None: OTHER, "4": OTHER, "5": OTHER, "7": SUSPECT, "8": SUSPECT}
 
 
@@ -326,7 +328,7 @@ async def staged(
 async def play(stage: Stage, scenario: Scenario) -> Findings:
     """Play a scenario once, to its end, and return all findings so far.
 
-    A scenario that is cut short because a busy machine did not answer in time proves nothing and is
+    If a busy machine does not answer in time, the scenario is cut short, proves nothing, and is
     played again. Raises Unavailable if that happens every time.
     """
     for _ in range(ATTEMPTS_MAX - 1):
@@ -341,7 +343,7 @@ async def _played(stage: Stage, scenario: Scenario) -> None:
     try:
         await scenario(stage)
     except* latchkey.Unavailable as group:
-        # Perhaps raised in a task of the scenario.
+        # It may have been raised in a task of the scenario.
         raise latchkey.Unavailable("The scenario was cut short.") from group
 
 

@@ -1,4 +1,4 @@
-"""The checker on hand-made histories, and the conditions under which a run fails."""
+"""The checker on constructed histories, and the conditions under which a run fails."""
 
 import random
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_a_nanosecond_late() -> None:
 
 @pytest.mark.parametrize("outcome", [Outcome.FAILED, Outcome.COMMITTED])
 def test_unconfirmed_deletes_forbid_nothing(outcome: Outcome) -> None:
-    """A Delete that failed, or did not wait, forbids nothing; a later confirmed one does."""
+    """A Delete that failed, or did not wait, does not forbid VALID; a later confirmed one does."""
     unconfirmed = delete(1, 10, 20, outcome)
     findings = judge(unconfirmed, verify(1, 30, 31))
     assert findings.late_count == 0
@@ -104,7 +104,7 @@ def test_other_answers_and_tokens() -> None:
 
 
 def test_early_refusal() -> None:
-    """A refusal before any Delete began is found, even if that Delete failed."""
+    """A rejection before any Delete began is found, even if that Delete failed."""
     early = verify(1, 1, 2, Outcome.REFUSED)
     failed, confirmed = delete(1, 5, 8, Outcome.FAILED), delete(1, 10, 20)
     assert judge(early, failed, confirmed).refused_early == 1
@@ -126,7 +126,7 @@ def test_records_survive_a_kill(tmp_path: Path) -> None:
 
 
 def test_a_run_that_saw_nothing_fails() -> None:
-    """A run without late accepts fails if it has seen too little to prove anything."""
+    """A run without late accepts fails if it is inconclusive."""
     empty = RunOutcome(Size(), Findings(), [], [], [])
     complaints = report.complaints(empty)
     assert all(complaint.startswith("too few") for complaint in complaints)
@@ -134,8 +134,9 @@ def test_a_run_that_saw_nothing_fails() -> None:
 
 
 def test_a_run_fails_for_one_late_accept() -> None:
-    """One late accept fails a run that has seen enough, and so does a process that ended
-    unexpectedly."""
+    """One late accept fails a run that is otherwise sufficient, and so does a process that ended
+    unexpectedly.
+    """
     size = Size(seconds=10.0, clients=1, deleters=1)
     records = [delete(n, 10, 20) for n in range(10)]
     records += [verify(n % 10, 30, 31, Outcome.REFUSED) for n in range(1_000)]
@@ -154,12 +155,12 @@ def test_a_run_fails_for_one_late_accept() -> None:
 
 
 def test_a_run_fails_for_one_lost_token() -> None:
-    """A run fails if its service lost a token, or refused one too early."""
+    """A run fails if its service lost a token, or rejected one too early."""
     lost = judge(create(1, 1, 2), get(1, 10, 11))
     (complaint,) = report.violations(lost)
     assert "token 1 NOT_FOUND for client (GET)" in complaint
     refused = judge(verify(1, 1, 2, Outcome.REFUSED), delete(1, 10, 20))
-    assert report.violations(refused) == ["1 refusals of tokens that nobody had deleted yet"]
+    assert report.violations(refused) == ["1 rejections of tokens before any Delete"]
 
 
 def create(token: int, began: int, ended: int, outcome: Outcome = Outcome.DONE) -> Record:
@@ -247,8 +248,7 @@ def test_restore_loses_later_tokens() -> None:
 
 
 def test_ghosts_die_when_a_restore_is_settled() -> None:
-    """A token that the restore lost is not VALID after a Delete returned NOT_FOUND, once the
-    restore is settled."""
+    """After a settled restore, a lost token is not VALID once a Delete has returned NOT_FOUND."""
     created = create(1, 110, 120)
     while_restoring = delete(1, 220, 230, Outcome.NOT_FOUND)
     settled = delete(1, 310, 320, Outcome.NOT_FOUND)

@@ -22,7 +22,7 @@ from tests.history.failover_scenarios import (
 )
 from tests.history.report import violations
 
-# The builds and each other's Postgres and processes share two cores.
+# All builds, with their Postgres and processes, share two cores.
 pytestmark = pytest.mark.xdist_group("failover")
 
 SHORTEST = (number_is_used_again, look_up_stays)
@@ -41,13 +41,12 @@ def folder() -> Iterator[Path]:
 
 
 async def test_equal_numbers_of_two_histories(folder: Path) -> None:
-    """No host and no client mistakes a revision of the new primary for one of the old primary.
+    """Hosts and clients do not confuse the revisions of the new and the old primary.
 
     The old primary dies, or keeps serving a host's look-ups, after it showed a Delete that it never
-    replicated. The next Delete takes the same number on the new primary. A build that lacks part of
-    rule 12 is caught accepting.
-
-    One test with all builds at once, because most of it is waiting.
+    replicated. The next Delete takes the same number on the new primary. The test detects late
+    accepts of builds that lack a part of rule 12. It runs all builds at the same time, because most
+    of it is waiting.
     """
     template = await make_template(folder)
     async with asyncio.TaskGroup() as group:

@@ -28,17 +28,18 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="its processes end with their parent"),
 ]
 
-# A scenario without its rule usually shows the error at the first attempt. On a busy machine it may
-# take several: only a rule whose absence has no effect takes this many.
+# A scenario without its rule usually shows the error at the first attempt. On a busy machine,
+# several may be needed. Only a rule whose absence has no effect needs this many.
 MISS_SECONDS_MAX = 60.0
-# Each is two hosts and often a client. More at once keep each other from answering in time.
+# Each is two hosts and often a client. With more at once, answers would be late.
 BUILDS_AT_ONCE = 4
 KEPT = "kept"
 
 
 async def test_short_run(postgres: BreakablePostgres, postgres_url: str) -> None:
-    """No verify accepts a token after its Delete under any injected fault, and the run sees
-    enough."""
+    """No verify accepts a token after its Delete under any injected fault, and the run is
+    conclusive.
+    """
     async with _databases(postgres_url, "run") as (url,):
         with tempfile.TemporaryDirectory(prefix="latchkey-history-", dir=SCRATCH) as folder:
             outcome = await run(Path(folder), url, postgres, SHORT)
@@ -47,10 +48,10 @@ async def test_short_run(postgres: BreakablePostgres, postgres_url: str) -> None
 
 
 async def test_each_rule_is_missed(postgres_url: str) -> None:
-    """A build that lacks a rule is caught accepting in each scenario of that rule, and the shipping
-    build in none.
+    """A build that lacks a rule accepts a deleted token in each scenario of that rule, and the
+    shipped build in none.
 
-    One test with several builds at once, because most of it is waiting.
+    One test runs several builds at the same time, because most of it is waiting.
     """
     builds = [KEPT, *SCENARIOS]
     turns = asyncio.Semaphore(BUILDS_AT_ONCE)
@@ -78,8 +79,9 @@ async def test_each_rule_is_missed(postgres_url: str) -> None:
 
 @contextlib.asynccontextmanager
 async def _databases(postgres_url: str, *names: str) -> AsyncIterator[list[str]]:
-    """Databases that are dropped afterwards; otherwise Postgres would write them all to disk when
-    it stops."""
+    """Creates databases and drops them afterwards; otherwise Postgres would write all of them to
+    disk when it stops.
+    """
     async with session(postgres_url) as connection:
         for name in names:
             await connection.execute(f'CREATE DATABASE "{name}"')
@@ -91,7 +93,7 @@ async def _databases(postgres_url: str, *names: str) -> AsyncIterator[list[str]]
 
 
 async def _play(folder: Path, database_url: str) -> list[Findings]:
-    """Play a build's scenarios in order: once each, or until its missing rule shows.
+    """Play a build's scenarios in order: once each, or until the missing rule has an effect.
 
     Returns the findings before the first one and after each.
     """
@@ -115,7 +117,7 @@ def test_each_rule_has_a_scenario() -> None:
 
 
 def test_no_setting_of_the_product() -> None:
-    """No shipping code reads the variable that removes a rule."""
+    """No shipped code reads the variable that removes a rule."""
     for folder in ("service", "clients", "proto"):
         for path in Path(ROOT, folder).rglob("*.py"):
             assert VARIABLE not in path.read_text("utf-8"), path

@@ -1,6 +1,6 @@
-"""`python -m tests.history.worker`: a worker of the service as it ships, or with a rule removed.
+"""`python -m tests.history.worker`: a worker of the shipped service, or one with a rule removed.
 
-With the argument `supervisor`, the service as it ships, with all its workers.
+With the argument `supervisor`, the shipped service with all its workers.
 """
 
 import signal
@@ -15,7 +15,7 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["supervisor"]:
         if rule_to_break() is not None:
             raise SystemExit(f"{VARIABLE} does not reach the workers of a supervisor")
-        # Gracefully, because it has workers to stop.
+        # A graceful end, because it has workers to stop.
         end_with_parent(signal.SIGTERM)
         sys.exit(main([]))
     end_with_parent()

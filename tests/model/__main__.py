@@ -10,7 +10,7 @@ from tests.model.server_state import LEMMA
 def main(wanted: list[str]) -> None:
     """Print a line for each model, or the traces of those whose name contains a word of `wanted`.
 
-    Exits with the steps if a model breaks a promise although it keeps its rules.
+    Exits with the steps if a model that follows its rules breaks a promise.
     """
     for kept in (*KEPT, *LONG):
         if not wanted:

@@ -20,14 +20,14 @@ KEPT = (
             "Delete has answered; the process, cut off, still holds VALID, its lease run out": (
                 lambda s: (
                     s.delete == server_state.ANSWERED
-                    and s.memory == server_state.VALID
+                    and s.cache == server_state.VALID
                     and not s.lease
                 )
             ),
             "the same, with its row removed": (
                 lambda s: (
                     s.delete == server_state.ANSWERED
-                    and s.memory == server_state.VALID
+                    and s.cache == server_state.VALID
                     and s.row == server_state.NO_ROW
                 )
             ),
@@ -38,7 +38,7 @@ KEPT = (
                     and s.applied < s.deleted
                 )
             ),
-            "a VALID read before the deletion is still on its way after Delete has answered": (
+            "a VALID read before the deletion is still in transit after Delete has answered": (
                 lambda s: (
                     s.delete == server_state.ANSWERED
                     and s.lookup is not None
@@ -46,10 +46,10 @@ KEPT = (
                     and s.applied >= s.deleted
                 )
             ),
-            "that token's deletion has been trimmed from the memory's history": (
+            "that token's deletion has been trimmed from the cache's history": (
                 lambda s: s.history >= s.deleted > 0 and s.lookup is not None and s.lease
             ),
-            "DELETED is remembered": lambda s: s.memory == server_state.DELETED and s.lease,
+            "DELETED is cached": lambda s: s.cache == server_state.DELETED and s.lease,
         },
     ),
     Kept(
@@ -58,11 +58,11 @@ KEPT = (
         12_000,
         {
             "Delete has answered; the client, cut off, still holds VALID, its lease run out": (
-                lambda s: s.delete == watch_state.ANSWERED and s.client.memory
+                lambda s: s.delete == watch_state.ANSWERED and s.client.cache
             ),
-            "a server is dead, and a client's sub-lease of it lives": (
+            "a server is dead, and a client's sub-lease of it has not expired": (
                 lambda s: (
-                    s.servers[0].phase == watch_state.DOWN and s.client.lease and s.client.memory
+                    s.servers[0].phase == watch_state.DOWN and s.client.lease and s.client.cache
                 )
             ),
             "Delete has answered, and a grant and a VALID from before are still on their way": (
@@ -87,7 +87,7 @@ LONG = (
         watch.two_servers(),
         160_000,
         {
-            "the client has applied the deletion, and the other server still says VALID": (
+            "the client has applied the deletion, and the other server still answers VALID": (
                 lambda s: (
                     s.client.applied == 1
                     and s.client.lookup is not None
@@ -95,7 +95,7 @@ LONG = (
                     and any(one.applied == 0 and one.lease for one in s.servers)
                 )
             ),
-            "the client has a sub-lease on record with both": (
+            "both servers have recorded a sub-lease of the client": (
                 lambda s: all(one.sub_lease for one in s.servers)
             ),
         },
@@ -105,7 +105,7 @@ LONG = (
         watch.succession(),
         85_000,
         {
-            "the client has moved to the successor, and the dead server's row still is there": (
+            "the client has moved to the successor, and the dead server's row still exists": (
                 lambda s: (
                     s.client.stream == 1
                     and s.client.lease
@@ -113,9 +113,9 @@ LONG = (
                     and s.servers[0].row == 0
                 )
             ),
-            "a server that has removed its own row has had a client that still holds VALID": (
+            "a client of a server that has removed its own row still holds VALID": (
                 lambda s: (
-                    s.client.memory
+                    s.client.cache
                     and s.servers[0].phase == watch_state.DOWN
                     and s.servers[0].row == watch_state.NO_ROW
                     and s.delete == watch_state.ANSWERED
@@ -134,7 +134,8 @@ HEALTHY = (
         "one server",
         watch.one_server(),
         10_000,
-        # Except where the server is down and its row remains, or a dead client's sub-lease runs.
+        # Except while the server is down and its row remains, or while a dead client's sub-lease
+        # runs.
         lambda s: (
             s.delete != watch_state.BEFORE
             and (s.delete == watch_state.ANSWERED or s.servers[0].phase >= watch_state.EMPTY)
@@ -155,7 +156,7 @@ def _one_server(name: str, steps: int, *, requests_max: int = 1) -> Broken:
 
 
 def _drifting(name: str, steps: int, **clocks: Any) -> Broken:
-    # Without its margin, a countdown takes the time that it names on an accurate clock.
+    # Without its margin, a countdown lasts exactly its nominal time on an accurate clock.
     return Broken(name, watch.one_server(clocks=replace(watch_state.DRIFTING, **clocks)), steps)
 
 
@@ -165,51 +166,51 @@ BROKEN = (
     _server("1 revision from a sequence", 14, other_changes=1),
     _server("2 reads before it registers", 13),
     _server("3 registration gives a lease", 18),
-    # An empty memory in its server does not protect a client that arrives with a full one.
+    # An empty cache in its server does not protect a client that arrives with a full one.
     _one_server("3 registration gives a lease", 17),
     _server("3 clock read after the log", 17),
     _server("3 head read after the entries", 18),
     _server("3 acknowledges head unread", 15),
-    _server("3 zero rows are fine", 16),
-    _server("3 memory kept when the row is gone", 25),
-    _one_server("3 clients of a lost row told nothing", 19),
+    _server("3 a renewal without a row succeeds", 16),
+    _server("3 cache kept after the loss of the row", 25),
+    _one_server("3 clients not reset after the loss of the row", 19),
     _drifting("3 no (1−ρ) in the server's lease", 9, lease=12),
     _server("4 no fill rule", 15),
     _server("4 revision read after the row", 16),
-    _server("4 trimmed history names nothing", 16),
-    _server("4 shares with anyone", 15),
-    _server("4 UNKNOWN is remembered", 10),
+    _server("4 trimmed entries count as unnamed", 16),
+    _server("4 shared without a check", 15),
+    _server("4 UNKNOWN is cached", 10),
     _server("4 UNKNOWN is shared", 9),
     _one_server("4 client has no fill rule", 12),
-    # A server that answers slowly has applied more by then.
-    _one_server("4 verdict carries the revision at which it left", 12),
-    _one_server("4 client shares with anyone", 12),
+    # A server that answers slowly has applied more changes by the time it sends the answer.
+    _one_server("4 verdict carries the revision at its sending", 12),
+    _one_server("4 client shares without a check", 12),
     # The client has applied the deletion before it calls a server that has not. That server may
     # answer VALID, late. A verify that begins after Delete's answer finds a look-up that was sent
-    # after the last invalidation, and must not share it: what counts is the revision that it read,
-    # not the time when it was sent.
+    # after the last invalidation, and must not share it: the look-up's revision counts, not the
+    # time of sending.
     Broken(
-        "4 client shares by when it was sent",
-        watch.two_servers("4 client shares by when it was sent"),
+        "4 client shares by the time of sending",
+        watch.two_servers("4 client shares by the time of sending"),
         13,
     ),
-    _server("5 memory without a lease", 15),
+    _server("5 cache used without a lease", 15),
     _server("5 clock read before the call", 15),
-    _server("5 memory before the clock", 18),
-    _one_server("5 client without a lease", 12),
+    _server("5 cache read before the clock", 18),
+    _one_server("5 client answers without a lease", 12),
     _one_server("5 client shares without a lease", 12),
     _one_server("6 grant outlasts the server's lease", 13),
-    _one_server("6 counted from the receipt", 13),
-    _one_server("6 counted from the latest request", 14, requests_max=2),
+    _one_server("6 grant counted from its receipt", 13),
+    _one_server("6 grant counted from the latest request", 14, requests_max=2),
     _one_server("6 grant overtakes an invalidation", 16),
-    _one_server("6 client that comes back told nothing", 16),
+    _one_server("6 nothing sent to a client that returns", 16),
     _drifting("6 no (1−ρ) in the client's lease", 14, counted_percent=100),
     _drifting("6 no (1+2ρ) in the server's record", 13, recorded_percent=100),
     _one_server("7 acknowledges before its clients", 12),
     _one_server("7 client acknowledges what it has not applied", 15),
-    _one_server("7 grant not on record", 12),
+    _one_server("7 grant not recorded", 12),
     _one_server("7 a broken stream ends the record", 13),
-    _one_server("7 record cut short by the next grant", 15),
+    _one_server("7 record shortened by the next grant", 15),
     _server("8 no wait", 12),
     _server("8 wait shorter than T", 13),
     _server("8 wait counted from before the commit", 15),
@@ -219,23 +220,23 @@ BROKEN = (
     _server("9 `renewal` not compared", 16),
     _one_server("9 a restart takes over the row", 14),
     Broken(
-        "9 own row removed before the clients let go",
-        watch.succession("9 own row removed before the clients let go"),
+        "9 own row removed before the clients' leases end",
+        watch.succession("9 own row removed before the clients' leases end"),
         11,
     ),
     _drifting("9 no (1+ρ) in watching a row", 9, ticks=2),
     _server("10 a notification extends the lease", 13),
-    _server("10 no notification, no reading", 17),
-    _server("11 pruning not noticed", 26),
+    _server("10 log read only after a notification", 17),
+    _server("11 pruning not detected", 26),
     *rule_12.BROKEN,
 )
 
-# Broken without effect, which shows that another rule gives the same protection.
+# Breaking these rules causes no violation, because another rule gives the same protection.
 HARMLESS = (
-    # Rule 11's other half, noticing, is enough. (Keeping the log longer only avoids needless
-    # emptying of memories.)
-    _server("11 unacknowledged pruned", 0),
+    # The other half of rule 11, detecting that entries are missing, is enough. (Keeping the log
+    # longer only avoids emptying caches without need.)
+    _server("11 unacknowledged entries pruned", 0),
     # Within one process that reads tokens where it reads the log, a look-up sent after the deletion
-    # was applied cannot find VALID. In a client it can.
-    _server("4 shares by when it was sent", 0),
+    # was applied cannot find VALID. Within a client it can.
+    _server("4 shared by the time of sending", 0),
 )

@@ -1,5 +1,6 @@
-"""The kinds of exploration: a model with all its rules, a healthy one, and one with a broken
-rule."""
+"""The kinds of exploration: a model with all rules, a healthy model, and a model with a broken
+rule.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +19,9 @@ class Kept:
 
     name: str
     model: Model
-    # A model that shrinks a lot has lost an action or a state that it should have; see `seen` as
-    # well.
+    # A model that shrinks much has lost an action or a state that it needs; see also `seen`.
     states_at_least: int
-    # States that must be reachable, because a model in which nothing happens keeps every promise.
+    # States that must be reachable: a model in which nothing happens would keep every promise.
     seen: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     # Actions that this configuration never takes.
     untaken: frozenset[str] = frozenset()
@@ -34,14 +34,15 @@ class Healthy:
     name: str
     model: Model
     states_at_least: int
-    # Whether Delete has committed, and everything is well enough for it to end before time passes.
+    # Whether Delete has committed, and all verifiers are healthy, so that it can end before time
+    # passes.
     where: Callable[[Any], bool]
     actions: Sequence[Action]
 
 
 @dataclass(frozen=True)
 class Broken:
-    """A model with a rule broken. Its name begins with the rule's number."""
+    """A model with a broken rule. Its name begins with the rule's number."""
 
     name: str
     model: Model

@@ -2,11 +2,11 @@
 violation.
 
 A model is a first state and a list of actions. A state is a NamedTuple of small integers (and of
-such tuples). An action is a generator function: given a state, it yields each state that it can
-lead to, and nothing if it cannot be taken. If it breaks a promise, it yields a `Violation` instead.
-A trace prints the first line of the action's docstring.
+such tuples). An action is a generator function: given a state, it yields each possible next state,
+or nothing if the action is impossible there. If it breaks a promise, it yields a `Violation`
+instead. A trace prints the first line of the action's docstring.
 
-This module knows nothing of leases or tokens.
+This module is independent of leases and tokens.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from typing import Any, NamedTuple
 
 __all__ = ["Action", "Exploration", "Model", "Violation", "always_can", "explore"]
 
-# Far above any configuration here: a change that makes one explode must fail, and not fill memory.
+# Far above any configuration here: if a change makes the number of states explode, the run fails
+# before it fills the memory.
 STATES_MAX = 1_500_000
-# How a trace names the members of a field that holds several of the same kind.
+# Names that a trace gives to the members of a field with several objects of one kind.
 EACH = {"servers": ("server A", "server B"), "databases": ("old primary", "new primary")}
 
 
 class Violation(NamedTuple):
-    """What an action yields when it breaks a promise."""
+    """Yielded by an action that breaks a promise."""
 
     promise: str
 
@@ -39,7 +40,7 @@ Action = Callable[[State, Any], Iterator[State]]
 
 @dataclass(frozen=True)
 class Model:
-    """What is explored. `world` holds the constants and the rules broken on purpose."""
+    """A model to explore. `world` holds the constants and the rules broken on purpose."""
 
     first: State
     actions: Sequence[Action]
@@ -50,8 +51,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Exploration:
-    """The result of an exploration. `parents` maps every state reached to the one from which it was
-    reached first."""
+    """The result of an exploration. `parents` maps every reached state to the state from which it
+    was first reached.
+    """
 
     parents: dict[State, State | None]
     taken: Counter[str]
@@ -69,17 +71,17 @@ class Exploration:
 def explore(model: Model, but: Collection[str] = ()) -> Exploration:
     """Take every action in every state until no new state appears or a promise is broken.
 
-    Promises in `but` may be broken. Breadth first, so that the trace is a shortest one and `steps`
-    its length; without a violation, `steps` is the depth reached. Raises RuntimeError beyond
-    STATES_MAX states.
+    Promises in `but` may be broken. The search is breadth-first, so the trace is a shortest one,
+    and `steps` its length. Without a violation, `steps` is the depth reached. Raises RuntimeError
+    beyond STATES_MAX states.
     """
     began = time.process_time()
     parents: dict[State, State | None] = {model.first: None}
     taken: Counter[str] = Counter()
     layer, steps, known = [model.first], 0, 1
     named = [(action, action.__name__) for action in model.actions]
-    # Trees of tuples have no cycles for the collector to find, and the collector would take half
-    # the time.
+    # Trees of tuples have no reference cycles, and the garbage collector would take half of the
+    # time.
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -1,22 +1,22 @@
 """Two databases with different histories, one server process, and one Delete.
 
 Rules 3, 4, 5, 8, 9 and 12. The old primary may show commits that its standby never received: their
-wait for the standby was cancelled, or crash recovery made them visible. The standby is promoted and
-continues from what it did receive, so both databases may give one revision to different changes.
+wait for the standby was cancelled, or crash recovery made them visible. The promoted standby
+continues from what it received, so the two databases may give one revision to different changes.
 The old primary stays up. Every statement of the process and of the deleter may reach either
 database at any time, so the model need not track connections.
 
 A log is a string, with a letter for each change: `o` and `O` were made on the old primary, `n` and
-`N` on the new one, and the capitals are the deletion. No letter occurs twice in one log. So the
-length of a log's beginning is a revision, its last letter is the mark, and a history contains a
-position where its log starts with it.
+`N` on the new one, and the capitals are the deletion. No letter occurs twice in one log. A position
+is a prefix of a log: its length is the revision, and its last letter is the mark. A history
+contains a position if its log begins with that prefix.
 
-Simplifications, each of which allows more than the service does, or loses nothing:
+Simplifications. Each allows more orders of events than the service, or is equivalent to it:
 
-- A renewal reads the clock, updates the row and applies the log in one step. A clock read earlier
-  only shortens the lease. Applying the log later resembles a renewal that comes later; what the
-  statement did to the row meanwhile is the step in which the answer is lost.
-- The memory knows every position that its history went through.
+- A renewal reads the clock, updates the row and applies the log in one step. An earlier clock
+  reading would only shorten the lease. Applying the log later is equivalent to a later renewal
+  after one whose answer was lost.
+- The cache knows every earlier position of its history.
 - An answer to the call that sent a look-up may ignore what was named since the call began.
 """
 
@@ -42,7 +42,7 @@ GUARANTEE = "Delete had answered before this verify began, and it answers VALID"
 
 
 class Database(NamedTuple):
-    """What a database shows."""
+    """What readers of a database see."""
 
     log: str = ""
     row: int = NO_ROW  # acknowledged_revision of the process
@@ -50,7 +50,7 @@ class Database(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """A read on its way: sent, and then read and not yet back."""
+    """A look-up in progress: sent, or answered and not yet received."""
 
     read: str | None = None  # the log in the snapshot that showed the token
     began: int = 0  # the revision applied when it was sent
@@ -66,10 +66,10 @@ class State(NamedTuple):
     delete: int = BEFORE
     # The process.
     applied: str | None = UNREGISTERED
-    memory: bool = False  # holds VALID
+    cache: bool = False  # holds VALID
     lease: int = 0
     lookup: Lookup | None = None
-    renewal: int = IDLE  # only where a renewal is two statements: what is left of its lease
+    renewal: int = IDLE  # only where a renewal is two statements: the rest of its lease
     log_read: bool = False  # only where a renewal is two statements
 
 
@@ -95,13 +95,13 @@ def model(
 
 
 def standby_is_cut_off(s: State, _: World) -> Iterator[State]:
-    """The standby loses touch: what the old primary commits from now on is not durable."""
+    """The standby is disconnected: later commits of the old primary are not durable."""
     if s.standby == FOLLOWING:
         yield s._replace(standby=CUT_OFF)
 
 
 def standby_catches_up(s: State, _: World) -> Iterator[State]:
-    """The standby receives everything that the old primary shows, which is durable from now on."""
+    """The standby receives everything that the old primary shows, and so makes it durable."""
     if s.standby == CUT_OFF:
         yield s._replace(standby=FOLLOWING, databases=(s.databases[OLD], s.databases[OLD]))
 
@@ -109,11 +109,11 @@ def standby_catches_up(s: State, _: World) -> Iterator[State]:
 def standby_is_promoted(s: State, w: World) -> Iterator[State]:
     """The standby becomes the primary, with what it has received. The old primary stays up.
 
-    A restored backup is a standby that has received less. The rules do not cover the loss of a
-    deletion; the next deletion counts. A backup may lack rows too, so it must not be restored
-    before the leases of the old primary have ended.
+    A restored backup is a standby that has received less. The rules do not prevent the loss of a
+    deletion. They apply to the next deletion. A backup may lack rows too, so it must not be
+    restored before the leases of the old primary have ended.
     """
-    early = "12 restored before the old leases have ended" in w.broken
+    early = "12 backup restored before the old leases ended" in w.broken
     if s.standby == PROMOTED or (w.backup and s.lease and not early):
         return
     if w.backup and not deletion(s.databases[NEW].log):
@@ -123,7 +123,7 @@ def standby_is_promoted(s: State, w: World) -> Iterator[State]:
 
 
 def changes_another(s: State, w: World) -> Iterator[State]:
-    """A change of another token commits, or is shown without being durable (rule 1)."""
+    """A change of another token commits, or is visible without being durable (rule 1)."""
     for x, letter in enumerate(OTHER):
         log = s.databases[x].log
         if letter in w.others and letter not in log and writable(s, x):
@@ -133,7 +133,7 @@ def changes_another(s: State, w: World) -> Iterator[State]:
 def deletes(s: State, w: World) -> Iterator[State]:
     """Delete commits and begins to wait; one that commits but is not durable fails (rule 8).
 
-    Called again for a token that is deleted, it commits as durably again.
+    When called again for a deleted token, it makes another durable commit.
     """
     if s.delete == ANSWERED:
         return
@@ -147,13 +147,13 @@ def deletes(s: State, w: World) -> Iterator[State]:
 
 
 def answers_by_acknowledgement(s: State, w: World) -> Iterator[State]:
-    """Delete answers: every row has acknowledged, where its own position is known (rules 8, 12)."""
+    """Delete answers: every row has acknowledged, on a history with the deletion (rules 8, 12)."""
     if s.delete < 0:
         return
     committed = position_of_deletion(s)
     for database in s.databases:
         known = database.log.startswith(committed) or (
-            "12 rows read where the deletion is not known" in w.broken
+            "12 rows read on a history without the deletion" in w.broken
             and len(database.log) >= len(committed)
         )
         if known and not 0 <= database.row < len(committed):
@@ -177,7 +177,7 @@ def removes_row(s: State, _: World) -> Iterator[State]:
 
 
 def registers(s: State, w: World) -> Iterator[State]:
-    """The process registers, with an empty memory and no lease (rule 2)."""
+    """The process registers, with an empty cache and no lease (rule 2)."""
     if s.applied is not UNREGISTERED:
         return
     for x, database in enumerate(s.databases):
@@ -189,8 +189,8 @@ def registers(s: State, w: World) -> Iterator[State]:
 def renews(s: State, w: World) -> Iterator[State]:
     """The process renews: one statement checks, acknowledges, renews, reads the log (rules 3, 12).
 
-    The row acknowledges what was applied before. The answer may be lost. Where the commit is not
-    durable, the row may show it, and the process has no renewal.
+    The row acknowledges what was applied before. The answer may be lost. If the commit is not
+    durable, the row may show it, but the process has not renewed its lease.
     """
     if s.applied is UNREGISTERED or "3 log and row in two statements" in w.broken:
         return
@@ -228,11 +228,11 @@ def dies(s: State, _: World) -> Iterator[State]:
     yield State(s.standby, databases, s.delete)
 
 
-# ---- Against the rules: a renewal of two statements ----
+# ---- Against the rules: a renewal in two statements ----
 
 
 def reads_clock(s: State, w: World) -> Iterator[State]:
-    """A renewal of two statements begins: the process reads its clock."""
+    """A renewal in two statements begins: the process reads its clock."""
     if s.applied is not UNREGISTERED and s.renewal == IDLE:
         yield s._replace(renewal=w.ticks)
 
@@ -247,7 +247,7 @@ def reads_log_to_renew(s: State, w: World) -> Iterator[State]:
 
 
 def updates_row(s: State, w: World) -> Iterator[State]:
-    """Its second statement updates the row, and checks the position applied by now."""
+    """Its second statement updates the row, and checks the position that is now applied."""
     if not s.log_read:
         return
     for x, database in enumerate(s.databases):
@@ -265,8 +265,8 @@ def updates_row(s: State, w: World) -> Iterator[State]:
 
 
 def answers_from_memory(s: State, _: World) -> Iterator[State | Violation]:
-    """A verify is answered from memory, under the lease (rule 5)."""
-    if s.memory and s.lease:
+    """A verify is answered from the cache, under the lease (rule 5)."""
+    if s.cache and s.lease:
         if s.delete == ANSWERED:
             yield Violation(GUARANTEE)
         yield s
@@ -296,26 +296,26 @@ def joins_lookup(s: State, _: World) -> Iterator[State]:
 
 
 def takes_answer(s: State, w: World) -> Iterator[State | Violation]:
-    """The look-up comes back: call and memory take it where its position is known (rules 4, 12)."""
+    """The look-up returns: call and cache accept it if its position is known (rules 4, 12)."""
     found = s.lookup
     if found is None or found.read is None or s.applied is UNREGISTERED:
         return
-    bare = w.broken & {"12 bare numbers", "12 a look-up of any later number is believed"}
+    bare = w.broken & {"12 bare numbers", "12 a look-up of any later revision is accepted"}
     position_known = s.applied.startswith(found.read)
     answers = (position_known or bool(bare)) and (
-        len(found.read) >= found.began or "4 own answer not checked" in w.broken
+        len(found.read) >= found.began or "4 a call's own answer not checked" in w.broken
     )
-    remembers = position_known and not deletion(s.applied[len(found.read) :])
-    if bare or "12 a verdict of an unknown position is kept" in w.broken:
-        remembers = remembers or not deletion(s.applied[len(found.read) :])
-    if (found.late and answers) or (found.joined and remembers):
+    caches = position_known and not deletion(s.applied[len(found.read) :])
+    if bare or "12 a verdict of an unknown position is cached" in w.broken:
+        caches = caches or not deletion(s.applied[len(found.read) :])
+    if (found.late and answers) or (found.joined and caches):
         yield Violation(GUARANTEE)
-    if answers or remembers:
-        yield s._replace(lookup=None, memory=s.memory or remembers)
+    if answers or caches:
+        yield s._replace(lookup=None, cache=s.cache or caches)
 
 
 def loses_lookup(s: State, _: World) -> Iterator[State]:
-    """The look-up is lost, or refused."""
+    """The look-up is lost, or rejected."""
     if s.lookup is not None:
         yield s._replace(lookup=None)
 
@@ -340,7 +340,9 @@ def time_passes(s: State, _: World) -> Iterator[State]:
 
 
 def writable(s: State, x: int) -> bool:
-    """Return whether database `x` accepts writes; a deposed primary does, and only shows them."""
+    """Return whether database `x` accepts writes; a deposed primary does, without making them
+    durable.
+    """
     return x == OLD or s.standby == PROMOTED
 
 
@@ -352,7 +354,7 @@ def durable(s: State, x: int, w: World) -> bool:
 
 
 def written(s: State, x: int, **changes: Any) -> State:
-    """Return `s` with a write to database `x`, which a standby that follows receives."""
+    """Return `s` with a write to database `x`, which a connected standby receives."""
     database = s.databases[x]._replace(**changes)
     if s.standby == FOLLOWING:
         return s._replace(databases=(database, database))
@@ -383,14 +385,14 @@ def caught_up(s: State, x: int) -> State:
     """Return `s` with the log of database `x` applied."""
     assert s.applied is not UNREGISTERED
     log = s.databases[x].log
-    return s._replace(applied=log, memory=s.memory and not deletion(log[len(s.applied) :]))
+    return s._replace(applied=log, cache=s.cache and not deletion(log[len(s.applied) :]))
 
 
 def lost(s: State, w: World) -> State:
-    """Return `s` with row or history lost: empty memory, no lease, registration required (rule
+    """Return `s` with row or history lost: empty cache, no lease, registration required (rule
     12)."""
-    lease = s.lease if "12 lost history keeps its lease" in w.broken else 0
-    return s._replace(applied=UNREGISTERED, memory=False, lease=lease)
+    lease = s.lease if "12 lease kept after the loss of the history" in w.broken else 0
+    return s._replace(applied=UNREGISTERED, cache=False, lease=lease)
 
 
 ACTIONS: tuple[Action, ...] = (
@@ -415,10 +417,10 @@ ACTIONS: tuple[Action, ...] = (
     time_passes,
 )
 
-# Taken only where rules are broken.
+# These actions occur only where rules are broken.
 AGAINST_THE_RULES = (reads_clock, reads_log_to_renew, updates_row)
 
-# The actions of all participants in normal operation, for Delete to be answered by acknowledgement.
+# The actions of normal operation, which must be enough for Delete to end by acknowledgement.
 HEALTHY = (registers, renews, answers_by_acknowledgement)
 
 NAMES: Mapping[str, Mapping[Any, str]] = {

@@ -1,15 +1,15 @@
 """Two databases, and a token that only one of them has. Rule 12: timelines, NOT_FOUND, ghosts.
 
-Creating a token takes no revision, so a position alone cannot show which history has it. Two things
-can go wrong after a failover:
+Creating a token takes no revision, so a position does not show which history has the token. Two
+errors are possible after a failover:
 
 - The new primary creates a token, and a deposed primary at the same position does not have it. A
   process that reads there must not answer NOT_FOUND.
-- The old primary shows a token that its standby never received: a ghost. It may be in a memory, and
-  no Delete on the new primary can name it.
+- The old primary shows a token that its standby never received: a ghost. It may be in a cache, but
+  a Delete on the new primary cannot find it.
 
-The timeline that Postgres reports decides both. The logs are strings, as in histories.py; so
-are the rules for positions.
+The timeline that Postgres reports prevents both. Logs and positions are represented as in
+histories.py.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ NOBODY = -1
 IDLE, SENT = -2, -1  # a read; then the database that has answered it
 
 NOT_FOUND = "The token was created before this call began, and the answer is NOT_FOUND"
-GHOST = "The lease stands on a history without the token, and a verify answers VALID"
+GHOST = "The lease is from a history without the token, and a verify answers VALID"
 
 
 class Read(NamedTuple):
-    """A read on its way: a look-up that finds the token, or a management call that does not."""
+    """A read in progress: a look-up that finds the token, or a management call that does not."""
 
     at: int = IDLE
     log: str = ""  # in its snapshot
@@ -53,7 +53,7 @@ class State(NamedTuple):
     timeline: int = 0
     lease: int = 0
     leased_by: int = NOBODY
-    memory: bool = False  # holds VALID
+    cache: bool = False  # holds VALID
     lookup: Read = Read()
     call: Read = Read()
 
@@ -75,7 +75,7 @@ def model(*broken: str, ticks: int = 1) -> Model:
 
 
 def standby_is_cut_off(s: State, _: World) -> Iterator[State]:
-    """The standby loses touch: what the old primary commits from now on is not durable."""
+    """The standby is disconnected: later commits of the old primary are not durable."""
     if s.standby == FOLLOWING:
         yield s._replace(standby=CUT_OFF)
 
@@ -87,14 +87,14 @@ def standby_is_promoted(s: State, w: World) -> Iterator[State]:
 
 
 def changes_another(s: State, _: World) -> Iterator[State]:
-    """A change of another token commits, or is shown without being durable (rule 1)."""
+    """A change of another token commits, or is visible without being durable (rule 1)."""
     for x in writable(s):
         if OTHER[x] not in s.logs[x]:
             yield s._replace(logs=put(s, s.logs, x, s.logs[x] + OTHER[x]))
 
 
 def creates(s: State, _: World) -> Iterator[State]:
-    """Create commits and answers; where the commit is not durable, the token shows nonetheless."""
+    """Create commits and answers; a token whose commit is not durable is visible nonetheless."""
     for x in writable(s):
         if not any(s.has_token):
             created = put(s, s.has_token, x, True)
@@ -105,28 +105,28 @@ def creates(s: State, _: World) -> Iterator[State]:
 
 
 def registers(s: State, _: World) -> Iterator[State]:
-    """The process registers, with an empty memory and no lease (rule 2)."""
+    """The process registers, with an empty cache and no lease (rule 2)."""
     for x in writable(s):
         if s.applied is UNREGISTERED and durable(s, x):
             yield s._replace(applied=s.logs[x], timeline=timeline(s, x))
 
 
 def renews(s: State, w: World) -> Iterator[State]:
-    """The process renews, and learns the timeline that its lease stands on (rules 3 and 12)."""
+    """The process renews its lease, and adopts the timeline of the database (rules 3 and 12)."""
     for x in writable(s):
         if s.applied is UNREGISTERED:
             return
         if not s.logs[x].startswith(s.applied):
             yield lost(s)
         elif durable(s, x):
-            # The log names no change of the token.
-            kept = timeline(s, x) == s.timeline or "12 memory kept on another timeline" in w.broken
+            # The log does not name the token.
+            kept = timeline(s, x) == s.timeline or "12 cache kept on another timeline" in w.broken
             yield s._replace(
                 applied=s.logs[x],
                 timeline=timeline(s, x),
                 lease=w.ticks,
                 leased_by=x,
-                memory=s.memory and kept,
+                cache=s.cache and kept,
             )
 
 
@@ -137,9 +137,9 @@ def loses_row(s: State, _: World) -> Iterator[State]:
 
 
 def reads_log(s: State, w: World) -> Iterator[State]:
-    """The process reads the log alone; one of another timeline counts for nothing (rule 12).
+    """The process reads only the log, and ignores one of another timeline (rule 12).
 
-    Only a renewal adopts a timeline, together with the lease that stands on it.
+    Only a renewal adopts a timeline, together with its lease.
     """
     for x in (OLD, NEW):
         if s.applied is UNREGISTERED:
@@ -149,15 +149,15 @@ def reads_log(s: State, w: World) -> Iterator[State]:
         elif timeline(s, x) == s.timeline:
             yield s._replace(applied=s.logs[x])
         elif "12 a log read adopts a timeline and keeps the lease" in w.broken:
-            yield s._replace(applied=s.logs[x], timeline=timeline(s, x), memory=False)
+            yield s._replace(applied=s.logs[x], timeline=timeline(s, x), cache=False)
 
 
 # ---- Its answers ----
 
 
 def answers_from_memory(s: State, _: World) -> Iterator[State | Violation]:
-    """A verify is answered from memory, under the lease (rule 5)."""
-    if s.memory and s.lease:
+    """A verify is answered from the cache, under the lease (rule 5)."""
+    if s.cache and s.lease:
         if is_ghost(s):
             yield Violation(GHOST)
         yield s
@@ -180,12 +180,12 @@ def sends_call(s: State, w: World) -> Iterator[State]:
 def reads_token(s: State, w: World) -> Iterator[State]:
     """A database answers: the token or not, and position and timeline of the snapshot (rule 12).
 
-    A standby has no timeline to report, so nobody believes it. It may show less than it has
+    A standby reports no timeline, so its answers are rejected. It may show less than it has
     received, and so lack a token whose Create has answered.
     """
     for x in (OLD, NEW):
         in_recovery = x not in writable(s)
-        if in_recovery and "12 a standby is believed" not in w.broken:
+        if in_recovery and "12 a read of a standby is accepted" not in w.broken:
             continue
         found: dict[str, Any] = {"at": x, "log": s.logs[x], "timeline": timeline(s, x)}
         if s.lookup.at == SENT and s.has_token[x]:
@@ -195,16 +195,16 @@ def reads_token(s: State, w: World) -> Iterator[State]:
 
 
 def takes_verdict(s: State, w: World) -> Iterator[State | Violation]:
-    """The look-up comes back: call and memory take it where it is believed (rules 4 and 12)."""
+    """The look-up returns: the call and the cache accept it if rules 4 and 12 allow that."""
     if s.lookup.at >= 0 and believed(s, s.lookup, w):
         # A verify that began under a lease of the old primary may still answer either way.
         if s.lookup.owed and is_ghost(s):
             yield Violation(GHOST)
-        yield s._replace(lookup=Read(), memory=True)
+        yield s._replace(lookup=Read(), cache=True)
 
 
 def answers_not_found(s: State, w: World) -> Iterator[State | Violation]:
-    """The management call returns NOT_FOUND if the read is believed, under a lease (rule 12)."""
+    """The management call returns NOT_FOUND if the read is accepted, under a lease (rule 12)."""
     if s.call.at < 0:
         return
     unchecked = "12 NOT_FOUND without a lease" in w.broken
@@ -215,7 +215,7 @@ def answers_not_found(s: State, w: World) -> Iterator[State | Violation]:
 
 
 def loses_read(s: State, _: World) -> Iterator[State]:
-    """A read is lost, or refused."""
+    """A read is lost, or rejected."""
     if s.lookup.at != IDLE:
         yield s._replace(lookup=Read())
     if s.call.at != IDLE:
@@ -246,7 +246,7 @@ def durable(s: State, x: int) -> bool:
 
 
 def put(s: State, pair: tuple[T, T], x: int, value: T) -> tuple[T, T]:
-    """Return `pair` with a write to database `x`, which a standby that follows receives."""
+    """Return `pair` with a write to database `x`, which a connected standby receives."""
     if s.standby == FOLLOWING:
         return (value, value)
     return (value, pair[NEW]) if x == OLD else (pair[OLD], value)
@@ -258,22 +258,22 @@ def timeline(s: State, x: int) -> int:
 
 
 def lost(s: State) -> State:
-    """Return `s` with row or history lost: empty memory, no lease (rule 12)."""
-    return s._replace(applied=UNREGISTERED, timeline=0, lease=0, leased_by=NOBODY, memory=False)
+    """Return `s` with row or history lost: empty cache, no lease (rule 12)."""
+    return s._replace(applied=UNREGISTERED, timeline=0, lease=0, leased_by=NOBODY, cache=False)
 
 
 def is_ghost(s: State) -> bool:
-    """Return whether the lease stands on the new primary, which does not have the token."""
+    """Return whether the lease is from the new primary, which does not have the token."""
     return s.leased_by == NEW and not s.has_token[NEW]
 
 
 def believed(s: State, read: Read, w: World) -> bool:
-    """Return whether a read is on the history and timeline that the process knows."""
+    """Return whether a read is from the history and timeline that the process follows."""
     if s.applied is UNREGISTERED:
         return False
     if read is s.call and "12 NOT_FOUND without a position" in w.broken:
         return True
-    if read.timeline != s.timeline and "12 a read of another timeline is believed" not in w.broken:
+    if read.timeline != s.timeline and "12 a read of another timeline is accepted" not in w.broken:
         return False
     return s.applied.startswith(read.log) and len(read.log) >= read.began
 

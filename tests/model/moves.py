@@ -7,7 +7,7 @@ both, verifies through either, and holds VALID under a sub-lease. Messages may b
 time in both directions; a stream may break at any time and lose its messages.
 
 Positions are strings, as in histories.py: the beginning of a log. histories.py models the exchange
-between a server and a database. Here a server may answer VALID whenever its lease is live and it
+between a server and a database. Here, a server may answer VALID whenever its lease is live and it
 has not applied the deletion.
 """
 
@@ -86,7 +86,7 @@ def changes_another(s: State, w: World) -> Iterator[State]:
 
 
 def answers_by_acknowledgement(s: State, _: World) -> Iterator[State]:
-    """Delete answers: every row that is there has acknowledged its revision (rule 8)."""
+    """Delete answers: every existing row has acknowledged its revision (rule 8)."""
     if s.delete >= 0 and not any(server.row == BEHIND for server in s.servers):
         yield s._replace(delete=ANSWERED)
 
@@ -100,7 +100,7 @@ def answers_by_waiting(s: State, _: World) -> Iterator[State]:
 def removes_row(s: State, _: World) -> Iterator[State]:
     """A watcher that has seen a row for T without a renewal removes it (rule 9).
 
-    That may be as soon as no lease rests on the row.
+    The model allows that as soon as the row's lease has ended.
     """
     for i, server in enumerate(s.servers):
         if server.row != NO_ROW and not server.lease and not server.sub_lease:
@@ -114,7 +114,7 @@ def registers(s: State, w: World) -> Iterator[State]:
     """A server registers (rule 2); it acknowledges head only if no grant runs (rule 12)."""
     for i, server in enumerate(s.servers):
         if server.applied is UNREGISTERED and i in w.renew:
-            careless = "12 registers with head while a grant runs" in w.broken
+            careless = "12 registration acknowledges head while a grant runs" in w.broken
             behind = "N" not in s.log or (server.sub_lease and not careless)
             row = BEHIND if behind else ACKNOWLEDGED
             after = server._replace(applied=s.log, row=row)
@@ -141,7 +141,7 @@ def renews(s: State, w: World) -> Iterator[State]:
 
 
 def reads_log(s: State, w: World) -> Iterator[State]:
-    """A server reads the log alone, from either primary, which gives no lease (rules 10, 12)."""
+    """A server reads only the log, from either primary, which gives no lease (rules 10, 12)."""
     for i, server in enumerate(s.servers):
         if server.applied is UNREGISTERED:
             continue
@@ -167,15 +167,15 @@ def hears(s: State, w: World) -> Iterator[State]:
         heard = stream._replace(out=tuple(rest), wanted=stream.wanted or asks)
         sent, confirmed = heard.sent, server.confirmed
         if sent is UNHEARD:
-            # Of another history, fresh, or ahead of a lagging server: a Reset comes next.
+            # On another history, new, or ahead of a lagging server: a Reset comes next.
             known = said is not FRESH and server.applied.startswith(said)
             sent = said if known else VOID
             confirmed = said if known else confirmed
         else:
-            # A position that was never sent here confirms nothing, and withdraws earlier
+            # A position that this server never sent confirms nothing, and withdraws earlier
             # confirmations.
             confirmed = said if said is not FRESH and sent.startswith(said) else None
-        if said is not FRESH and "12 a client's number is believed without its mark" in w.broken:
+        if said is not FRESH and "12 a client's revision is accepted without its mark" in w.broken:
             number = min(len(said), len(server.applied if sent in {UNHEARD, VOID} else sent))
             confirmed = server.applied[:number]
             sent = confirmed if heard.sent is UNHEARD else sent
@@ -201,7 +201,7 @@ def sends(s: State, w: World) -> Iterator[State]:
 
 
 def grants(s: State, w: World) -> Iterator[State | Violation]:
-    """A server grants a sub-lease to a client that owes nothing to the renewal (rules 6, 7)."""
+    """A server grants a sub-lease to a client that has confirmed the renewal's log (rules 6, 7)."""
     for i, server in enumerate(s.servers):
         stream = server.stream
         if stream is None or not stream.wanted or not server.lease:
@@ -209,9 +209,9 @@ def grants(s: State, w: World) -> Iterator[State | Violation]:
         if len(stream.inbox) == INBOX_MAX or stream.sent in {UNHEARD, VOID}:
             continue
         owes = server.confirmed is None or not server.confirmed.startswith(server.stands)
-        if "6 granted when what was sent is confirmed, and more is applied" in w.broken:
+        if "6 granted while applied changes are unsent" in w.broken:
             owes = server.confirmed != stream.sent
-        elif "7 granted while an acknowledgement is owed" in w.broken:
+        elif "7 granted while a confirmation is due" in w.broken:
             owes = stream.sent != server.applied
         if owes:
             continue
@@ -236,14 +236,14 @@ def connects(s: State, w: World) -> Iterator[State]:
     for i, server in enumerate(s.servers):
         if server.stream is None:
             sent: str | None = UNHEARD
-            if "12 sent before the client is heard" in w.broken:
+            if "12 events sent before the client's first message" in w.broken:
                 sent = server.applied or VOID
             first = Say(s.client.applied, asks=True)
             yield with_server(s, i, stream=Stream((first,), sent=sent, asked=0))
 
 
 def says(s: State, _: World) -> Iterator[State]:
-    """The client acknowledges what it has applied, or asks for a longer lease (rules 6, 7)."""
+    """The client confirms what it has applied, or requests a longer lease (rules 6, 7)."""
     for i, server in enumerate(s.servers):
         stream = server.stream
         if stream is None or stream.out or not (stream.owes or stream.asked == UNASKED):
@@ -255,7 +255,7 @@ def says(s: State, _: World) -> Iterator[State]:
 
 
 def receives(s: State, w: World) -> Iterator[State]:
-    """The client takes the next message: it applies it, or its lease is extended (rule 6)."""
+    """The client receives the next message: it applies it, or extends its lease (rule 6)."""
     for i, server in enumerate(s.servers):
         stream = server.stream
         if stream is None or not stream.inbox:
@@ -271,13 +271,12 @@ def receives(s: State, w: World) -> Iterator[State]:
             continue
         client = s.client
         before = client.applied or ""
-        # A message that another stream has already delivered does no harm, and does not set the
-        # client back.
+        # A message that another stream has already delivered does not move the client back.
         ahead = before.startswith(message.position)
         yield with_server(s, i, stream=stream)._replace(
             client=client._replace(
                 applied=client.applied if ahead else message.position,
-                memory=client.memory and not message.names,
+                cache=client.cache and not message.names,
             )
         )
 
@@ -298,22 +297,22 @@ def receives_grant(s: State, i: int, grant: Message) -> Iterator[State]:
     for j, other in enumerate(s.servers):
         if j != i and other.stream is not None:
             s = with_server(s, j, stream=None)
-            # That server learns that its grants are over.
+            # That server is informed that its grants are over.
             yield with_server(s, j, sub_lease=0, confirmed=None, debt=NO_DEBT)
     yield s
 
 
 def reset(s: State, i: int, position: str, w: World) -> State:
-    """A Reset empties the memory and ends lease, open requests and other streams (rule 12)."""
+    """A Reset empties the cache and ends lease, open requests and other streams (rule 12)."""
     stream = s.servers[i].stream
     assert stream is not None
-    lease = s.client.lease if "12 a Reset leaves the client its lease" in w.broken else 0
-    s = s._replace(client=s.client._replace(applied=position, memory=False, lease=lease))
-    counts = "12 a grant asked for before a Reset counts" in w.broken
+    lease = s.client.lease if "12 a Reset does not end the lease" in w.broken else 0
+    s = s._replace(client=s.client._replace(applied=position, cache=False, lease=lease))
+    counts = "12 a grant requested before a Reset counts" in w.broken
     s = with_server(s, i, stream=stream if counts else unasked(stream))
     for j, other in enumerate(s.servers):
         if j != i and other.stream is not None:
-            rest = unasked(other.stream) if "12 other streams go on" in w.broken else None
+            rest = unasked(other.stream) if "12 other streams continue" in w.broken else None
             s = with_server(s, j, stream=other.stream if counts else rest)
     return s
 
@@ -329,8 +328,8 @@ def stream_breaks(s: State, _: World) -> Iterator[State]:
 
 
 def answers_from_memory(s: State, _: World) -> Iterator[State | Violation]:
-    """A verify answers VALID from the client's memory, under its lease (rule 5)."""
-    if s.client.memory and s.client.lease:
+    """A verify answers VALID from the client's cache, under its lease (rule 5)."""
+    if s.client.cache and s.client.lease:
         if s.delete == ANSWERED:
             yield Violation(GUARANTEE)
         yield s
@@ -344,7 +343,7 @@ def sends_lookup(s: State, _: World) -> Iterator[State]:
 
 
 def answers_valid(s: State, _: World) -> Iterator[State]:
-    """A server answers VALID, which it may under a lease, at the position applied (rule 5)."""
+    """A server answers VALID under its lease, with the position applied (rule 5)."""
     lookup = s.client.lookup
     if lookup is None or lookup.read is not None:
         return
@@ -355,24 +354,23 @@ def answers_valid(s: State, _: World) -> Iterator[State]:
 
 
 def takes_answer(s: State, w: World) -> Iterator[State | Violation]:
-    """VALID comes back: to its call, and, if its position is known, to the memory and other calls
-    (rule 4)."""
+    """VALID returns to its call, and if its position is known, to cache and others (rule 4)."""
     client, lookup = s.client, s.client.lookup
     if lookup is None or lookup.read is None:
         return
     kept = client.applied is not FRESH and client.applied.startswith(lookup.read)
     kept = kept and "N" not in (client.applied or "")[len(lookup.read) :]
-    if "12 a client keeps a verdict of any later number" in w.broken:
+    if "12 a client caches a verdict of any later revision" in w.broken:
         kept = kept or len(lookup.read) >= len(client.applied or "")
-    if "12 a client keeps a verdict of an unknown position" in w.broken:
+    if "12 a client caches a verdict of an unknown position" in w.broken:
         kept = kept or not (client.applied or "").startswith(lookup.read)
     if lookup.late or (lookup.joined and kept):
         yield Violation(GUARANTEE)
-    yield s._replace(client=client._replace(lookup=None, memory=client.memory or kept))
+    yield s._replace(client=client._replace(lookup=None, cache=client.cache or kept))
 
 
 def verifies_at_once(s: State, w: World) -> Iterator[State | Violation]:
-    """A verify is sent, answered VALID and back, in no time."""
+    """A verify is sent and returns VALID, in one step."""
     for sent in sends_lookup(s, w):
         for answered in answers_valid(sent, w):
             yield from takes_answer(answered, w)
@@ -387,7 +385,7 @@ def joins_lookup(s: State, _: World) -> Iterator[State]:
 
 
 def loses_lookup(s: State, _: World) -> Iterator[State]:
-    """The verify is lost, refused, or answered DELETED."""
+    """The verify is lost, rejected, or answered DELETED."""
     if s.client.lookup is not None:
         yield s._replace(client=s.client._replace(lookup=None))
 

@@ -15,14 +15,14 @@ NO_ROW, BEHIND, ACKNOWLEDGED = range(3)
 BEFORE, ANSWERED = -1, -2  # Delete; in between, the ticks still to wait
 UNREGISTERED = FRESH = None
 # What a server has sent on a stream: nothing, because it has not received the client's position; or
-# something that no longer counts, so that a Reset comes next.
+# messages that no longer count, so that a Reset comes next.
 UNHEARD, VOID = None, "?"
 UNASKED = -1
 NO_DEBT = -1
 INVALIDATION, RESET, GRANT = "invalidation", "reset", "grant"
 
 GUARANTEE = "Delete had answered before this verify began, and it answers VALID"
-BOUND = "a client that acknowledges nothing holds a server's acknowledgement back for more than T"
+BOUND = "a client that confirms nothing delays a server's acknowledgement for more than T"
 
 
 class Say(NamedTuple):
@@ -44,8 +44,8 @@ class Message(NamedTuple):
 class Stream(NamedTuple):
     """The client's stream to a server; the client alone knows the last three fields."""
 
-    out: tuple[Say, ...] = ()  # on its way to the server
-    inbox: tuple[Message, ...] = ()  # on its way to the client
+    out: tuple[Say, ...] = ()  # in transit to the server
+    inbox: tuple[Message, ...] = ()  # in transit to the client
     sent: str | None = UNHEARD
     wanted: bool = False  # the server owes a grant
     asked: int = UNASKED  # age of the request that the client has no grant for yet
@@ -74,10 +74,10 @@ class Lookup(NamedTuple):
 
 
 class Client(NamedTuple):
-    """The client's memory and lease."""
+    """The client's cache and lease."""
 
     applied: str | None = FRESH
-    memory: bool = False  # holds VALID
+    cache: bool = False  # holds VALID
     lease: int = 0
     lookup: Lookup | None = None
 
@@ -115,8 +115,8 @@ def with_server(s: State, i: int, **changes: Any) -> State:
 def unasked(stream: Stream) -> Stream:
     """Return `stream` without its request for a grant, and without the grant that answers it.
 
-    Requests have numbers, so the client ignores such a grant. That the server records it only keeps
-    Delete waiting.
+    Requests have numbers, so the client ignores such a grant. The server's record of it only makes
+    Delete wait.
     """
     return stream._replace(
         out=tuple(said._replace(asks=False) for said in stream.out),
@@ -145,7 +145,7 @@ def lost(s: State, i: int, w: World) -> State:
 
 
 def indebted(server: Server, w: World) -> Server:
-    """Return `server`, which has applied something, with the client's debt."""
+    """Return `server` after it applied a change, with the confirmation that the client now owes."""
     if (
         w.bounded
         and server.debt == NO_DEBT
@@ -157,8 +157,9 @@ def indebted(server: Server, w: World) -> Server:
 
 
 def settled(before: Server, after: Server, w: World) -> Server:
-    """Return `after`, which has received the client's message, with less debt if that confirmed
-    something."""
+    """Return `after`, which has received the client's message, with the confirmations that the
+    client still owes.
+    """
     if after.confirmed == after.applied:
         return after._replace(debt=NO_DEBT)
     return (
@@ -194,21 +195,21 @@ OVERTAKEN = SCATTERED._replace(
         SCATTERED.servers[1],
     ),
 )
-# A client of B has returned. The history of A's database has passed its position on another path.
+# A client of B has returned. The history of A's database has another change at its position.
 RETURNING = State(
     log="N",
     delete=1,
     servers=(Server("N", 2, "N", ACKNOWLEDGED),),
-    client=Client("o", memory=True),
+    client=Client("o", cache=True),
 )
 END = State("", ANSWERED, (), Client())
 
 
 def ended(action: Action) -> Action:
-    """Return `action` without the states that follow Delete's answer once no memory holds VALID.
+    """Return `action` without the states that follow Delete's answer once no cache holds VALID.
 
     A server whose lease is live has applied the deletion by then (histories.py; answers_valid looks
-    for one that has not). So VALID cannot return.
+    for one that has not). So VALID cannot return to the cache.
     """
 
     @functools.wraps(action)
@@ -217,7 +218,7 @@ def ended(action: Action) -> Action:
             if (
                 after.__class__ is State
                 and after.delete == ANSWERED
-                and not after.client.memory
+                and not after.client.cache
                 and after.client.lookup is None
                 and not any(may_say_valid(server) for server in after.servers)
             ):

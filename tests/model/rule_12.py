@@ -1,4 +1,6 @@
-"""Positions, histories and timelines: the models of rule 12, and the same with one rule broken."""
+"""Positions, histories and timelines: the models of rule 12, and the same models with one rule
+broken.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ KEPT = (
             "both histories give one revision to different changes, and the process holds one": (
                 lambda s: s.lease and s.applied == "o" and s.databases[NEW].log == "N"
             ),
-            "each history has a deletion, with a mark of its own": (
+            "each history has a deletion, with a different mark": (
                 lambda s: "O" in s.databases[OLD].log and "N" in s.databases[NEW].log
             ),
             "Delete has answered; a look-up that stayed behind brings VALID at the same revision": (
@@ -41,10 +43,10 @@ KEPT = (
                     and s.lookup.read == "o"
                 )
             ),
-            "left behind with a deposed primary, it still answers from memory": (
+            "connected only to a deposed primary, it still answers from the cache": (
                 lambda s: (
                     s.standby == histories.PROMOTED
-                    and s.memory
+                    and s.cache
                     and s.lease
                     and "N" in s.databases[NEW].log
                 )
@@ -73,8 +75,8 @@ KEPT = (
             "a deposed primary has answered that there is no such token, and it was created": (
                 lambda s: s.call.owed and s.call.at == OLD and s.call.log == s.applied and s.lease
             ),
-            "a ghost is remembered under the old primary's lease": (
-                lambda s: s.memory and s.has_token == (True, False) and s.lease
+            "a ghost is cached under the old primary's lease": (
+                lambda s: s.cache and s.has_token == (True, False) and s.lease
             ),
         },
     ),
@@ -85,14 +87,14 @@ KEPT = (
         {
             "the client holds VALID of a history that its server has lost": (
                 lambda s: (
-                    s.client.memory
+                    s.client.cache
                     and s.client.lease
                     and s.client.applied == "o"
                     and s.log == "N"
                     and any(server.applied == "N" for server in s.servers)
                 )
             ),
-            "an acknowledgement and a Reset cross on the way": (
+            "a confirmation and a Reset cross": (
                 lambda s: any(
                     server.stream
                     and any(said.applied == "o" for said in server.stream.out)
@@ -109,9 +111,9 @@ KEPT = (
         34_000,
         {
             "the client has moved to the other history, and holds VALID under its lease": (
-                lambda s: s.client.applied == "o" and s.client.memory and s.client.lease
+                lambda s: s.client.applied == "o" and s.client.cache and s.client.lease
             ),
-            "it has come back, while both have it on record": (
+            "the client has returned, and both servers have recorded its grants": (
                 lambda s: s.client.applied == "N" and all(one.sub_lease for one in s.servers)
             ),
         },
@@ -121,7 +123,7 @@ KEPT = (
         "moves, returning",
         moves.model(**RETURNING),
         16_000,
-        # VALID cannot return once the client has learned of the other history.
+        # VALID cannot return once the client follows the other history.
         untaken=frozenset({"answers_from_memory", "deletes", "verifies_at_once"}),
     ),
     Kept(
@@ -174,34 +176,34 @@ ONE: dict[str, Any] = {"servers": 1}
 BROKEN = (
     _histories("3 renewal committed asynchronously", 9),
     _histories("3 log and row in two statements", 11),
-    _histories("4 own answer not checked", 8),
+    _histories("4 a call's own answer not checked", 8),
     _histories("5 reads without a lease", 8),
     _histories("8 a retry trusts a deletion that is not durable", 9),
     _histories("12 bare numbers", 9),
     _histories("12 acknowledged without a condition", 11),
-    _histories("12 a look-up of any later number is believed", 9),
-    _histories("12 a verdict of an unknown position is kept", 10),
-    _histories("12 lost history keeps its lease", 11),
-    _histories("12 rows read where the deletion is not known", 10),
-    _histories("12 restored before the old leases have ended", 9, backup=True),
+    _histories("12 a look-up of any later revision is accepted", 9),
+    _histories("12 a verdict of an unknown position is cached", 10),
+    _histories("12 lease kept after the loss of the history", 11),
+    _histories("12 rows read on a history without the deletion", 10),
+    _histories("12 backup restored before the old leases ended", 9, backup=True),
     _management("12 NOT_FOUND without a lease", 7),
     _management("12 NOT_FOUND without a position", 7),
-    _management("12 a read of another timeline is believed", 7),
+    _management("12 a read of another timeline is accepted", 7),
     _management("12 a log read adopts a timeline and keeps the lease", 8),
-    _management("12 a standby is believed", 6),
-    _management("12 memory kept on another timeline", 9),
-    # The log that the lease stands on contains what the server has applied and not sent yet.
-    _moves("6 granted when what was sent is confirmed, and more is applied", 14, ONE),
-    _moves("7 granted while an acknowledgement is owed", 7, ONE | {"bounded": True}),
-    _moves("12 a client's number is believed without its mark", 17, ONE),
+    _management("12 a read of a standby is accepted", 6),
+    _management("12 cache kept on another timeline", 9),
+    # The log behind the lease contains changes that the server has applied but not sent.
+    _moves("6 granted while applied changes are unsent", 14, ONE),
+    _moves("7 granted while a confirmation is due", 7, ONE | {"bounded": True}),
+    _moves("12 a client's revision is accepted without its mark", 17, ONE),
     _moves("12 confirmations of a lost history count", 16, ONE),
-    _moves("12 registers with head while a grant runs", 15, ONE),
+    _moves("12 registration acknowledges head while a grant runs", 15, ONE),
     _moves("12 clients of a lost history are not reset", 14, RETURNING),
-    _moves("12 sent before the client is heard", 12, RETURNING),
-    _moves("12 a Reset leaves the client its lease", 8, APART),
-    _moves("12 a grant asked for before a Reset counts", 12, APART),
-    _moves("12 a client keeps a verdict of an unknown position", 4, APART),
-    _moves("12 a client keeps a verdict of any later number", 4, APART),
-    # The invalidation lists the changes since a position that the client has left.
-    _moves("12 other streams go on", 13, OVERTAKEN),
+    _moves("12 events sent before the client's first message", 12, RETURNING),
+    _moves("12 a Reset does not end the lease", 8, APART),
+    _moves("12 a grant requested before a Reset counts", 12, APART),
+    _moves("12 a client caches a verdict of an unknown position", 4, APART),
+    _moves("12 a client caches a verdict of any later revision", 4, APART),
+    # The invalidation lists the changes since a position that is no longer the client's.
+    _moves("12 other streams continue", 13, OVERTAKEN),
 )

@@ -1,13 +1,13 @@
-"""One server process, its row, its memory and its look-ups, against one Delete.
+"""One server process with its row, cache and look-ups, and one Delete.
 
 Rules 1 to 5 and 8 to 11. The token under test is created and may be deleted, and there may be one
 change of another token, before or after that. The process may pause for any time between any two
 steps (time passes meanwhile), die and restart, and lose its row; a look-up may be answered after
 any time, or never. watch.py models its clients.
 
-Time passes in ticks, and a state holds no times, only countdowns: the rest of a lease or of a wait.
-Clocks are never compared with each other, so nothing else about time can matter. T is TICKS ticks,
-and between two ticks events come in every order.
+Time passes in ticks. A state contains no times, only countdowns: the rest of a lease or of a wait.
+That is enough, because the rules never compare clocks with each other. T is TICKS ticks, and
+between two ticks, events occur in every order.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def model(*broken: str, other_changes: int = 1) -> Model:
 
 
 def creates(s: State, _: World) -> Iterator[State]:
-    """Create answers: the token is there."""
+    """Create answers: the token exists."""
     if not s.created:
         yield s._replace(created=True)
 
@@ -70,8 +70,8 @@ def begins_to_delete(s: State, w: World) -> Iterator[State]:
 def deletes(s: State, w: World) -> Iterator[State]:
     """Delete commits, and begins to wait (rules 1 and 8).
 
-    The counter's row is locked until the commit, so that drawing a revision and committing it are
-    one step for all others.
+    The counter's row is locked until the commit, so for all others, taking a revision and
+    committing it are one step.
     """
     if not s.created or s.deleted:
         return
@@ -88,7 +88,7 @@ def changes_another(s: State, w: World) -> Iterator[State]:
 
 
 def answers_by_acknowledgement(s: State, w: World) -> Iterator[State]:
-    """Delete answers: every row that is there has acknowledged its revision (rule 8)."""
+    """Delete answers: every existing row has acknowledged its revision (rule 8)."""
     acknowledged = s.row == NO_ROW or s.row >= s.deleted
     if s.deleted and s.delete >= 0 and (acknowledged or "8 no wait" in w.broken):
         yield s._replace(delete=ANSWERED)
@@ -101,23 +101,23 @@ def answers_by_waiting(s: State, _: World) -> Iterator[State]:
 
 
 def tries_delete_again(s: State, w: World) -> Iterator[State]:
-    """Delete is called again, because its caller or server gave up: it waits from now (rule 8)."""
+    """Delete is called again, because its caller or server gave up: a new wait begins (rule 8)."""
     if s.deleted and s.delete >= 0:
         retried = ANSWERED if "8 a retry answers at once" in w.broken else w.wait
         yield s._replace(delete=retried)
 
 
 def watches_row(s: State, _: World) -> Iterator[State]:
-    """A watcher reads the row's `renewal`, and begins to watch it (rule 9)."""
+    """A watcher reads the row's `renewal`, and starts to observe it (rule 9)."""
     if s.row != NO_ROW and s.watch == NOT_WATCHED:
         yield s._replace(watch=TICKS)
 
 
 def removes_row(s: State, w: World) -> Iterator[State]:
-    """A watcher that has seen `renewal` unchanged for T removes the row, if the value still is the
+    """A watcher that has seen `renewal` unchanged for T removes the row, if the value is still the
     same (rule 9).
 
-    A watcher that has seen another value since does not get here: a renewal ends the watch.
+    If the watcher sees another value, a renewal has ended its observation.
     """
     if s.watch == 0 or (s.watch > 0 and "9 row not watched for T" in w.broken):
         yield s._replace(row=NO_ROW, watch=NOT_WATCHED)
@@ -126,10 +126,10 @@ def removes_row(s: State, w: World) -> Iterator[State]:
 def prunes_log(s: State, w: World) -> Iterator[State]:
     """Entries that every row has acknowledged are pruned from the log (rule 11).
 
-    This happens at once, instead of after 10 T, because the guarantee does not rest on that
+    This happens at once, instead of after 10 T, because the guarantee does not depend on that
     delay.
     """
-    to = s.head if s.row == NO_ROW or "11 unacknowledged pruned" in w.broken else s.row
+    to = s.head if s.row == NO_ROW or "11 unacknowledged entries pruned" in w.broken else s.row
     if to > s.log_start:
         yield s._replace(log_start=to)
 
@@ -144,18 +144,18 @@ def begins_to_register(s: State, _: World) -> Iterator[State]:
 
 
 def registers(s: State, w: World) -> Iterator[State]:
-    """The registration commits: the row exists, the memory is empty, and there is no lease yet
+    """The registration commits: the row exists, the cache is empty, and there is no lease yet
     (rule 2).
 
-    `head` may have changed since it was read. So a lease requires a renewal, which reads the log
-    when Delete can see the row.
+    `head` may have changed since it was read. So a lease requires a renewal, which reads the log at
+    a time when Delete can see the row.
     """
     if s.phase == REGISTERING:
-        kept = w.broken & {"2 reads before it registers", "3 memory kept when the row is gone"}
-        memory = s.memory if kept else NOTHING
+        kept = w.broken & {"2 reads before it registers", "3 cache kept after the loss of the row"}
+        cache = s.cache if kept else NOTHING
         lease = TICKS if "3 registration gives a lease" in w.broken else 0
         yield s._replace(
-            phase=UP, row=s.applied, watch=NOT_WATCHED, memory=memory, lease=lease, checked=False
+            phase=UP, row=s.applied, watch=NOT_WATCHED, cache=cache, lease=lease, checked=False
         )
 
 
@@ -169,8 +169,8 @@ def reads_clock(s: State, w: World) -> Iterator[State]:
 def reads_log(s: State, w: World) -> Iterator[State]:
     """The renewal reads the log up to head and applies it (rule 3).
 
-    Reading and applying are one step. If the log contains the deletion, applying it later equals
-    reading it later; if not, applying it at any time changes nothing for the token.
+    Reading and applying are one step. If the log contains the deletion, applying it later is
+    equivalent to reading it later. If not, applying it does not affect the token.
     """
     begun = s.renewal != IDLE or "3 clock read after the log" in w.broken
     if s.phase != UP or s.log_read == 2 or not begun:
@@ -181,38 +181,38 @@ def reads_log(s: State, w: World) -> Iterator[State]:
         yield applied(s, w)._replace(applied=s.applied, log_read=1)
     else:
         yield s._replace(applied=s.head, log_read=2)
-    if "10 no notification, no reading" in w.broken:
+    if "10 log read only after a notification" in w.broken:
         yield s._replace(log_read=2)
 
 
 def applied(s: State, w: World) -> State:
-    """Return `s` with the log applied up to head: drop the tokens that it names, or all if it is
-    pruned."""
-    memory, history = s.memory, s.history if s.lookup else s.head
-    if s.log_start > s.applied and "11 pruning not noticed" not in w.broken:
-        memory, history = NOTHING, s.head
+    """Return `s` with the log applied up to head: drop the named tokens, or all if entries are
+    missing.
+    """
+    cache, history = s.cache, s.history if s.lookup else s.head
+    if s.log_start > s.applied and "11 pruning not detected" not in w.broken:
+        cache, history = NOTHING, s.head
     elif max(s.applied, s.log_start) < s.deleted <= s.head:
-        memory = NOTHING
-    return s._replace(applied=s.head, history=history, memory=memory)
+        cache = NOTHING
+    return s._replace(applied=s.head, history=history, cache=cache)
 
 
 def updates_row(s: State, w: World) -> Iterator[State]:
     """The renewal updates the row, and its lease runs from t0; or there is no row (rule 3).
 
-    The statement and its answer are one step: a process that learns of its new lease later does no
-    more meanwhile than one that learns at once, and it learns of a missing row when it takes this
-    step. The answer may be lost.
+    The statement and its answer are one step, because a process that receives the answer later can
+    do no more in the meantime than one that receives it at once. The answer may be lost.
     """
     if s.renewal == IDLE or s.log_read != 2:
         return
     done = s._replace(renewal=IDLE, log_read=0)
     if s.row == NO_ROW:
-        if "3 zero rows are fine" in w.broken:
+        if "3 a renewal without a row succeeds" in w.broken:
             yield done._replace(lease=max(s.lease, s.renewal))
         else:
-            memory = s.memory if "3 memory kept when the row is gone" in w.broken else NOTHING
+            cache = s.cache if "3 cache kept after the loss of the row" in w.broken else NOTHING
             yield done._replace(
-                phase=DOWN, applied=0, history=0, memory=memory, lease=0, checked=False
+                phase=DOWN, applied=0, history=0, cache=cache, lease=0, checked=False
             )
         return
     row = s.head if "3 acknowledges head unread" in w.broken else s.applied
@@ -222,13 +222,13 @@ def updates_row(s: State, w: World) -> Iterator[State]:
 
 
 def hears_notification(s: State, w: World) -> Iterator[State]:
-    """A notification arrives, and is treated as a renewal (against rule 10)."""
+    """A notification arrives and counts as a renewal (against rule 10)."""
     if s.phase == UP and s.row != NO_ROW and "10 a notification extends the lease" in w.broken:
         yield s._replace(lease=TICKS)
 
 
 def trims_history(s: State, _: World) -> Iterator[State]:
-    """The memory discards the names of older revisions, to stay small (rule 4)."""
+    """The cache drops the names of older revisions, to limit its size (rule 4)."""
     if s.phase == UP and s.history < s.applied:
         yield s._replace(history=s.applied)
 
@@ -236,9 +236,9 @@ def trims_history(s: State, _: World) -> Iterator[State]:
 def dies(s: State, _: World) -> Iterator[State]:
     """The process dies.
 
-    Its row stays, and keeps Delete waiting until it is removed. An immediate removal only lets
-    Delete answer sooner, and so hides nothing: a dead process does not answer from memory. (Its
-    clients might: see watch.py.)
+    The row stays, and Delete waits until it is removed. With an immediate removal, Delete answers
+    sooner. That does not hide a violation, because a dead process does not answer from the cache.
+    (Its clients might: see watch.py.)
     """
     if s.phase != DOWN:
         yield State(
@@ -254,7 +254,7 @@ def dies(s: State, _: World) -> Iterator[State]:
 
 
 def lateness(s: State) -> int:
-    """Return how late a verify is that begins now."""
+    """Return how late a verify is if it begins now."""
     if s.delete == ANSWERED:
         return AFTER_DELETE
     return APPLIED_HERE if s.deleted and s.applied >= s.deleted and s.phase == UP else EARLY
@@ -269,49 +269,49 @@ def promised(late: int) -> Iterator[Violation]:
 def finds_lease_live(s: State, w: World) -> Iterator[State]:
     """A verify begins after Delete's answer, reads the clock, and finds the lease live (rule 5).
 
-    It may look into the memory later.
+    It may read the cache later.
     """
     late = s.delete == ANSWERED or "5 clock read before the call" in w.broken
-    live = s.lease or "5 memory without a lease" in w.broken
-    if late and live and not s.checked and "5 memory before the clock" not in w.broken:
+    live = s.lease or "5 cache used without a lease" in w.broken
+    if late and live and not s.checked and "5 cache read before the clock" not in w.broken:
         yield s._replace(checked=True)
 
 
 def answers_from_memory(s: State, w: World) -> Iterator[State | Violation]:
-    """It looks into the memory, and answers with what is there (rule 5)."""
-    if s.checked and s.delete == ANSWERED and "5 memory before the clock" not in w.broken:
-        if s.memory == VALID:
+    """It reads the cache, and returns the cached answer (rule 5)."""
+    if s.checked and s.delete == ANSWERED and "5 cache read before the clock" not in w.broken:
+        if s.cache == VALID:
             yield Violation(GUARANTEE)
         yield s._replace(checked=False)
 
 
 def takes_from_memory_first(s: State, w: World) -> Iterator[State]:
-    """A verify begins after Delete's answer, and takes VALID from the memory (against rule 5)."""
-    if "5 memory before the clock" in w.broken and s.delete == ANSWERED and s.memory == VALID:
+    """A verify begins after Delete's answer, and reads VALID from the cache (against rule 5)."""
+    if "5 cache read before the clock" in w.broken and s.delete == ANSWERED and s.cache == VALID:
         yield s._replace(checked=True)
 
 
 def finds_lease_live_then(s: State, w: World) -> Iterator[Violation]:
     """It reads the clock, and finds the lease live (against rule 5)."""
-    if "5 memory before the clock" in w.broken and s.checked and s.lease:
+    if "5 cache read before the clock" in w.broken and s.checked and s.lease:
         yield Violation(GUARANTEE)
 
 
 def answers_early_from_memory(s: State, _: World) -> Iterator[State | Violation]:
-    """A verify begins before Delete's answer, and is answered from memory (rule 5)."""
+    """A verify begins before Delete's answer, and is answered from the cache (rule 5)."""
     if s.lease == 0 or s.delete == ANSWERED:
         return
-    if s.memory == VALID:
+    if s.cache == VALID:
         yield Violation(LEMMA) if lateness(s) == APPLIED_HERE else s
-    if s.memory == UNKNOWN and s.created:
+    if s.cache == UNKNOWN and s.created:
         yield Violation(CREATED)
 
 
 def sends_lookup(s: State, w: World) -> Iterator[State]:
-    """A verify under a live lease finds nothing in memory, and sends a look-up (rule 5)."""
+    """A verify under a live lease finds nothing in the cache, and sends a look-up (rule 5)."""
     early = "2 reads before it registers" in w.broken and s.phase != UP
     if s.lookup is None and ((s.phase == UP and s.lease) or early):
-        began = s.applied if "4 shares by when it was sent" in w.broken else 0
+        began = s.applied if "4 shared by the time of sending" in w.broken else 0
         yield s._replace(lookup=Lookup(caller=lateness(s), began=began), history=s.applied)
 
 
@@ -339,29 +339,28 @@ def joins_lookup(s: State, w: World) -> Iterator[State | Violation]:
     if found.found == UNKNOWN and s.created and "4 UNKNOWN is shared" in w.broken:
         yield Violation(CREATED)
     if late > found.joined and found.found in {NOTHING, VALID}:
-        if "4 shares by when it was sent" in w.broken and found.began < s.deleted <= s.applied:
+        if "4 shared by the time of sending" in w.broken and found.began < s.deleted <= s.applied:
             return
         yield s._replace(lookup=found._replace(joined=late))
 
 
 def takes_answer(s: State, w: World) -> Iterator[State | Violation]:
-    """The look-up returns: to its own call, and where admitted to other calls and the memory (rule
-    4)."""
+    """The look-up returns to its call, and if rule 4 allows it, to other calls and the cache."""
     found = s.lookup
     if found is None or found.found == NOTHING:
         return
     admitted = admits(s, w, found.revision)
-    shared = w.broken & {"4 shares with anyone", "4 shares by when it was sent"}
+    shared = w.broken & {"4 shared without a check", "4 shared by the time of sending"}
     if found.found == VALID:
         yield from promised(found.caller)
         if admitted or shared:
             yield from promised(found.joined)
-    memory = s.memory
+    cache = s.cache
     # Verdicts other than VALID may be cached too. UNKNOWN may not, because no revision would ever
     # end it.
-    if admitted and (found.found != UNKNOWN or "4 UNKNOWN is remembered" in w.broken):
-        memory = found.found
-    yield s._replace(lookup=None, memory=memory, history=s.applied)
+    if admitted and (found.found != UNKNOWN or "4 UNKNOWN is cached" in w.broken):
+        cache = found.found
+    yield s._replace(lookup=None, cache=cache, history=s.applied)
 
 
 def admits(s: State, w: World, revision: int) -> bool:
@@ -372,8 +371,8 @@ def admits(s: State, w: World, revision: int) -> bool:
         return "2 reads before it registers" in w.broken
     if revision >= s.applied:
         return True
-    knows = s.history <= revision or "4 trimmed history names nothing" in w.broken
-    # It is unknown what the trimmed part names, so it may name the token.
+    knows = s.history <= revision or "4 trimmed entries count as unnamed" in w.broken
+    # The trimmed part may have named the token.
     named = max(revision, s.history) < s.deleted <= s.applied
     return knows and not named
 
@@ -391,7 +390,7 @@ def time_passes(s: State, _: World) -> Iterator[State]:
     """A tick passes."""
     renewal, log_read = s.renewal - (s.renewal > 0), s.log_read
     if renewal == 0:
-        # It can give no lease any more. The next renewal can do everything else that this one
+        # This renewal can no longer extend the lease. The next one can do everything else that it
         # could.
         renewal, log_read = IDLE, 0
     yield s._replace(
@@ -431,7 +430,7 @@ ACTIONS = (
     time_passes,
 )
 
-# Taken only where rules are broken.
+# These actions occur only where rules are broken.
 AGAINST_THE_RULES = (
     begins_to_delete,
     hears_notification,
@@ -439,7 +438,7 @@ AGAINST_THE_RULES = (
     finds_lease_live_then,
 )
 
-# The actions of all participants in normal operation, for Delete to be answered by acknowledgement.
+# The actions of normal operation, which must be enough for Delete to end by acknowledgement.
 HEALTHY = (
     begins_to_register,
     registers,

@@ -1,4 +1,6 @@
-"""The explorer finds dead ends, and ends. `test_rules.py` shows that it finds the shortest way."""
+"""The explorer finds dead ends, and always terminates. `test_rules.py` shows that it finds the
+shortest way.
+"""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -40,7 +42,7 @@ def test_always_can() -> None:
 
 
 def test_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that grows without bound fails, and does not fill the memory."""
+    """The exploration of a model that grows without bound fails before it fills the memory."""
     monkeypatch.setattr(explorer, "STATES_MAX", 3)
     with pytest.raises(RuntimeError, match="more than 3 states"):
         explore(jugs())

@@ -17,8 +17,8 @@ RULES = range(1, 13)
 def test_kept(kept: Kept) -> None:
     """With all rules, no verify that begins after Delete's answer returns VALID, in any order.
 
-    This would also hold if nothing ever happened. Therefore every action must be taken in some
-    state, the expected states must be reached, and the number of states must not shrink.
+    This would also hold in a model in which nothing happens. Therefore every action must occur, the
+    expected states must be reached, and the number of states must not shrink.
     """
     found = explore(kept.model)
     assert found.violation is None, found.trace
@@ -31,8 +31,7 @@ def test_kept(kept: Kept) -> None:
 
 @pytest.mark.parametrize("healthy", HEALTHY, ids=lambda healthy: healthy.name)
 def test_healthy(healthy: Healthy) -> None:
-    """With healthy verifiers Delete ends by acknowledgement, at any time and whatever happened
-    before."""
+    """With healthy verifiers, Delete ends by acknowledgement, whatever happened before."""
     states = [state for state in explore(healthy.model).parents if healthy.where(state)]
     assert len(states) >= healthy.states_at_least
     stuck = always_can(states, healthy.actions, healthy.model.world, lambda s: s.delete == ANSWERED)
@@ -41,8 +40,10 @@ def test_healthy(healthy: Healthy) -> None:
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)
 def test_broken(broken: Broken) -> None:
-    """With a rule broken, a violation is found, and the shortest way to it has its known length."""
-    # The lemma is internal to the model: a broken rule must show in what users are promised.
+    """If a rule is broken, the explorer finds a violation, and the shortest trace has the known
+    length.
+    """
+    # The lemma is internal to the model: a broken rule must violate a promise to users.
     found = explore(broken.model, but=[LEMMA])
     assert found.violation is not None, "nothing comes of it"
     assert found.steps == broken.steps, found.trace
@@ -50,11 +51,11 @@ def test_broken(broken: Broken) -> None:
 
 @pytest.mark.parametrize("harmless", HARMLESS, ids=lambda harmless: harmless.name)
 def test_harmless(harmless: Broken) -> None:
-    """The other rules that give the same protection are sufficient in this configuration."""
+    """Breaking these rules causes no violation, because other rules give the same protection."""
     found = explore(harmless.model)
     assert found.violation is None, found.trace
 
 
 def test_every_rule() -> None:
-    """Each rule is broken at least once."""
+    """Each rule has at least one model that breaks it."""
     assert {broken.rule for broken in BROKEN} == set(RULES)

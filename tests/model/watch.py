@@ -1,20 +1,22 @@
-"""A client that watches a server under a sub-lease and verifies through any, and one Delete.
+"""A client that watches one server under a sub-lease and verifies through any server, and one
+Delete.
 
-Rules 4 to 9, and the fate of clients when their server loses its row, dies, or shuts down. The
-stream may stall for any time and break at any time, losing what was on it; the client may move to
-another server, or start again; an answer to a verify may come after any time, or never; all may
+Rules 4 to 9, and the clients of a server that loses its row, dies, or shuts down. The stream may
+stall for any time, or break at any time and lose its messages. The client may move to another
+server, or restart. An answer to a verify may arrive after any time, or never. Every process may
 pause for any time.
 
-server.py models the inside of a server. Here it is simplified, and never behaves better than there:
+server.py models the inside of a server. Here servers are simplified, and may do everything that
+they may do there:
 
 - A server says VALID to a verify that begins now only while its lease is live and it has not
-  applied the deletion: LEMMA, there. Here it always may then, as if it had the token in memory.
+  applied the deletion: LEMMA, there. here it always may, as if the token were in the cache.
 - A renewal is one step: the process reads its clock and the log and updates its row in the same
-  instant. An earlier reading of the clock only makes the lease shorter; a later update of the row
-  only keeps it from being removed for longer, and what it acknowledges, the next one does too.
+  instant. An earlier clock reading would only shorten the lease. A later update would only delay
+  the removal of the row, and the next update acknowledges the same.
 - One client stands for any number, because a server keeps a separate record of each.
 
-There is one revision: before the deletion it is 0, and the deletion is 1.
+The revision is 0 before the deletion and 1 after it.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def deletes(s: State, w: World) -> Iterator[State]:
 
 
 def answers_by_acknowledgement(s: State, _: World) -> Iterator[State]:
-    """Delete answers: every row that is there has acknowledged its revision (rule 8)."""
+    """Delete answers: every existing row has acknowledged its revision (rule 8)."""
     if s.delete >= 0 and all(server.row != 0 for server in s.servers):
         yield s._replace(delete=ANSWERED)
 
@@ -78,7 +80,7 @@ def answers_by_waiting(s: State, _: World) -> Iterator[State]:
 def begins_to_register(s: State, w: World) -> Iterator[State]:
     """A server process starts and begins to register: its transaction has read `head` (rule 2).
 
-    Not while another server is healthy: two_servers models that.
+    Excluded while another server is healthy: two_servers models that.
     """
     if any(server.phase in {EMPTY, UP} for server in s.servers):
         return
@@ -89,7 +91,7 @@ def begins_to_register(s: State, w: World) -> Iterator[State]:
 
 
 def registers(s: State, w: World) -> Iterator[State]:
-    """The registration commits: the row is there, and no lease yet (rule 2)."""
+    """The registration commits: the row exists, but there is no lease yet (rule 2)."""
     for i, server in enumerate(s.servers):
         if server.phase == REGISTERING:
             lease = w.clocks.lease if "3 registration gives a lease" in w.broken else 0
@@ -99,7 +101,7 @@ def registers(s: State, w: World) -> Iterator[State]:
 
 
 def renews(s: State, w: World) -> Iterator[State]:
-    """A server renews: reads the clock and the log, informs its client, updates its row (rules 3,
+    """A server renews: it reads clock and log, informs its client, and updates its row (rules 3,
     7).
 
     Without a row, it ends its streams and registers again.
@@ -108,7 +110,7 @@ def renews(s: State, w: World) -> Iterator[State]:
         if server.phase < EMPTY:
             continue
         if server.row == NO_ROW:
-            if "3 clients of a lost row told nothing" in w.broken:
+            if "3 clients not reset after the loss of the row" in w.broken:
                 # Registers again and continues with its streams.
                 yield with_server(s, i, row=head(s), applied=head(s), quiet=w.clocks.ticks)
             elif server.phase != DRAINING:
@@ -142,7 +144,8 @@ def may_acknowledge(s: State, i: int, w: World) -> bool:
 
 
 def grants(s: State, w: World) -> Iterator[State]:
-    """A server answers a request with a grant, after sending what the client lacks (rule 6).
+    """A server answers a request with a grant, after sending the changes that the client lacks
+    (rule 6).
 
     The grant is recorded before it is sent. It may be shorter than the server's own lease.
     """
@@ -154,9 +157,9 @@ def grants(s: State, w: World) -> Iterator[State]:
     if server.phase not in {EMPTY, UP} or server.lease == 0:
         return
     told = client.inbox
-    # From then on it receives each change when it is applied: see renews.
+    # From then on, it receives each change when the server applies it: see `renews`.
     lacks = first and (said < server.applied or said == FRESH) and TELL_1 not in told
-    if lacks and not (said == 0 and "6 client that comes back told nothing" in w.broken):
+    if lacks and not (said == 0 and "6 nothing sent to a client that returns" in w.broken):
         told = (*told, -server.applied)
     longest = server.lease
     if "6 grant outlasts the server's lease" in w.broken:
@@ -166,9 +169,9 @@ def grants(s: State, w: World) -> Iterator[State]:
         if "6 grant overtakes an invalidation" in w.broken:
             inbox = (duration, *told)
         granted = with_client(s, inbox=inbox)
-        if (server.row == 0 or w.may_shut_down) and "7 grant not on record" not in w.broken:
+        if (server.row == 0 or w.may_shut_down) and "7 grant not recorded" not in w.broken:
             record = -(-duration * w.clocks.recorded_percent // 100)  # rounded up
-            if "7 record cut short by the next grant" not in w.broken:
+            if "7 record shortened by the next grant" not in w.broken:
                 record = max(record, server.sub_lease)
             heard = server.row == 0 and said == 1
             granted = with_server(granted, i, sub_lease=record, heard=heard)
@@ -192,7 +195,7 @@ def dies(s: State, w: World) -> Iterator[State]:
 
 
 def shuts_down(s: State, w: World) -> Iterator[State]:
-    """A server begins a clean shutdown: it stops answering and granting, and says goodbye."""
+    """A server begins a clean shutdown: it stops answering and granting, and sends Closing."""
     for i, server in enumerate(s.servers):
         if i in w.may_end and server.phase in {EMPTY, UP}:
             told = s
@@ -202,10 +205,10 @@ def shuts_down(s: State, w: World) -> Iterator[State]:
 
 
 def removes_own_row(s: State, w: World) -> Iterator[State]:
-    """No client has a sub-lease any more: the server removes its row, and ends (rule 9)."""
+    """No client holds a sub-lease, so the server removes its row and exits (rule 9)."""
     for i, server in enumerate(s.servers):
         if server.phase == DRAINING and (
-            server.sub_lease == 0 or "9 own row removed before the clients let go" in w.broken
+            server.sub_lease == 0 or "9 own row removed before the clients' leases end" in w.broken
         ):
             gone = with_server(
                 ended(s, i), i, phase=DOWN, applied=0, lease=0, sub_lease=0, heard=False
@@ -214,7 +217,7 @@ def removes_own_row(s: State, w: World) -> Iterator[State]:
 
 
 def answers_valid(s: State, _: World) -> Iterator[State]:
-    """A server answers the client's verify: VALID, which it may under a lease (rule 5)."""
+    """A server answers the client's verify: VALID, under its lease (rule 5)."""
     lookup = s.client.lookup
     if lookup is None or lookup.valid:
         return
@@ -231,13 +234,13 @@ def connects(s: State, _: World) -> Iterator[State]:
         for i, server in enumerate(s.servers):
             if server.phase in {EMPTY, UP}:
                 applied = s.client.applied
-                # A client that has applied everything lacks nothing.
+                # A client that has applied everything needs no messages.
                 request = Request(0, applied, first=applied != 1)
                 yield with_client(s, stream=i, requests=(request,))
 
 
 def asks(s: State, w: World) -> Iterator[State]:
-    """The client asks for a longer lease (rule 6)."""
+    """The client requests a longer lease (rule 6)."""
     client = s.client
     if client.stream != NOWHERE and len(client.requests) < w.requests_max:
         applied = client.applied
@@ -255,9 +258,9 @@ def stream_breaks(s: State, w: World) -> Iterator[State]:
 
 
 def receives(s: State, w: World) -> Iterator[State]:
-    """The client takes the next message: it applies it, or its lease is extended (rule 6).
+    """The client receives the next message: it applies it, or extends its lease (rule 6).
 
-    A grant's lease counts from before its request was sent.
+    A grant's duration starts before its request was sent.
     """
     client = s.client
     if not client.inbox:
@@ -266,26 +269,31 @@ def receives(s: State, w: World) -> Iterator[State]:
     left = s._replace(client=client._replace(inbox=tuple(rest)))
     if message > 0:
         age = client.requests[0].age
-        if "6 counted from the receipt" in w.broken:
+        if "6 grant counted from its receipt" in w.broken:
             age = 0
-        elif "6 counted from the latest request" in w.broken:
+        elif "6 grant counted from the latest request" in w.broken:
             age = client.requests[-1].age
         lease = max(client.lease, message * w.clocks.counted_percent // 100 - age)
         yield with_client(left, lease=lease, requests=client.requests[1:])
     elif message == GOODBYE:
-        # It releases its lease and says so. Its memory may keep its content: without a lease it
-        # does not answer. That the server hears of it at once only lets Delete answer sooner.
+        # It releases its lease and reports that. It need not empty its cache: without a lease it
+        # does not answer from it. The server receives the report at once, which can only make
+        # Delete answer sooner.
         left = with_client(left, lease=0, stream=NOWHERE, requests=(), inbox=())
         yield with_server(left, client.stream, sub_lease=0)
     else:
         told = -message
-        # The first message to a fresh client is its starting position.
-        memory = client.memory and told == 0 and client.applied != FRESH
+        # The first message to a new client is its starting position.
+        cache = client.cache and told == 0 and client.applied != FRESH
         lookup = client.lookup
-        if lookup is not None and told == 1 and "4 client shares by when it was sent" in w.broken:
+        if (
+            lookup is not None
+            and told == 1
+            and "4 client shares by the time of sending" in w.broken
+        ):
             lookup = lookup._replace(stale=True)
         applied = max(client.applied, told)
-        yield with_client(left, applied=applied, memory=memory, lookup=lookup)
+        yield with_client(left, applied=applied, cache=cache, lookup=lookup)
 
 
 def restarts(s: State, _: World) -> Iterator[State]:
@@ -297,8 +305,8 @@ def restarts(s: State, _: World) -> Iterator[State]:
 
 
 def answers_from_memory(s: State, w: World) -> Iterator[State | Violation]:
-    """A verify answers VALID from the client's memory, under its lease (rule 5)."""
-    if s.client.memory and (s.client.lease or "5 client without a lease" in w.broken):
+    """A verify answers VALID from the client's cache, under its lease (rule 5)."""
+    if s.client.cache and (s.client.lease or "5 client answers without a lease" in w.broken):
         if s.delete == ANSWERED:
             yield Violation(GUARANTEE)
         yield s
@@ -311,7 +319,7 @@ def sends_lookup(s: State, _: World) -> Iterator[State]:
 
 
 def verifies_at_once(s: State, w: World) -> Iterator[State | Violation]:
-    """A verify is sent, answered VALID and back, in no time: all four steps in one."""
+    """A verify is sent and returns VALID: all four steps in one."""
     for sent in sends_lookup(s, w):
         for answered in answers_valid(sent, w):
             yield from takes_answer(answered, w)
@@ -329,25 +337,26 @@ def joins_lookup(s: State, w: World) -> Iterator[State]:
 
 
 def takes_answer(s: State, w: World) -> Iterator[State | Violation]:
-    """VALID comes back: to its own call, and where admitted to other calls and the memory (rule
-    4)."""
+    """VALID returns to its own call, and if rule 4 allows it, to other calls and the cache."""
     client, lookup = s.client, s.client.lookup
     if lookup is None or not lookup.valid:
         return
-    # It was read at revision 0, and 1 names the token. A fresh client knows of no revision.
+    # It was read at revision 0, and 1 names the token. A new client knows no revision.
     admitted = client.applied == 0 or "4 client has no fill rule" in w.broken
-    if "4 verdict carries the revision at which it left" in w.broken:
-        # The server, which answers slowly, has applied more by then, and returns that revision
-        # instead.
+    if "4 verdict carries the revision at its sending" in w.broken:
+        # The slow server has applied more changes by then, and returns the later revision instead.
         admitted = any(server.applied >= client.applied >= 0 for server in s.servers)
-    shared = w.broken & {"4 client shares with anyone", "4 client shares by when it was sent"}
+    shared = w.broken & {
+        "4 client shares without a check",
+        "4 client shares by the time of sending",
+    }
     if lookup.late or (lookup.joined and (admitted or shared)):
         yield Violation(GUARANTEE)
-    yield with_client(s, lookup=None, memory=client.memory or admitted)
+    yield with_client(s, lookup=None, cache=client.cache or admitted)
 
 
 def loses_lookup(s: State, _: World) -> Iterator[State]:
-    """The verify is lost, refused, or answered DELETED."""
+    """The verify is lost, rejected, or answered DELETED."""
     if s.client.lookup is not None:
         yield with_client(s, lookup=None)
 
@@ -364,8 +373,8 @@ def time_passes(s: State, w: World) -> Iterator[State]:
                 lease=max(server.lease - moves, 0),
                 quiet=max(server.quiet - 1, 0),
                 sub_lease=max(server.sub_lease - moves, 0),
-                # Without a sub-lease there is no record; with the next request the client confirms
-                # again.
+                # Without a sub-lease there is no record. The client confirms again with its next
+                # request.
                 heard=server.heard and server.sub_lease > moves,
             )
             for server in s.servers
@@ -394,13 +403,13 @@ VERIFY = (
     loses_lookup,
     joins_lookup,
 )
-# The actions of all participants in normal operation, for Delete to be answered by acknowledgement.
+# The actions of normal operation, which must be enough for Delete to end by acknowledgement.
 HEALTHY = (renews, grants, connects, asks, receives, answers_by_acknowledgement)
 LIVES = (removes_row, begins_to_register, registers, dies)
 
 
 def one_server(*broken: str, clocks: Clocks = STEADY, requests_max: int = 1) -> Model:
-    """Return the model of a server that may lose its row or die, and clients one after another."""
+    """Return the model of a server that may lose its row or die, and of successive clients."""
     world = World(frozenset(broken), clocks, requests_max, (0,), (0,), may_shut_down=False)
     actions = (*DELETE, *STREAM, *VERIFY, *LIVES, restarts, time_passes)
     return Model(State(BEFORE, (Server(),), Client()), actions, world, NAMES)
@@ -416,7 +425,7 @@ def two_servers(*broken: str, clocks: Clocks = STEADY, requests_max: int = 1) ->
 def succession(*broken: str, clocks: Clocks = STEADY, requests_max: int = 1) -> Model:
     """Return the model of a server that dies or shuts down, and one that takes over its clients.
 
-    The other models cover slow answers.
+    Other models cover slow answers.
     """
     world = World(frozenset(broken), clocks, requests_max, (1,), (0,), may_shut_down=True)
     verify = (verifies_at_once, answers_from_memory)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-# Delete. In between, the number is what is left of the wait.
+# Delete. Positive numbers are the rest of the wait.
 BEFORE, ANSWERED = -1, -2
-# A server. EMPTY is up, but registered after the deletion, so it has no VALID to answer with.
+# A server. EMPTY is up, but registered after the deletion, so it cannot answer VALID.
 DOWN, REGISTERING, EMPTY, UP, DRAINING = range(5)
 NO_ROW = -1
 # The client.
 NOWHERE = -1
-FRESH = -1  # has applied nothing, so its memory is empty
+FRESH = -1  # has applied nothing, so its cache is empty
 # On the stream to the client, where a positive number is a grant of that duration.
 TELL_0, TELL_1, GOODBYE = (
     0,
@@ -36,7 +36,7 @@ class Server(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A client's message on its stream: it asks for a lease, and acknowledges."""
+    """A client's message on its stream: requests a lease, and confirms."""
 
     age: int  # since before it was sent, on the client's clock
     applied: int
@@ -46,21 +46,21 @@ class Request(NamedTuple):
 class Lookup(NamedTuple):
     """A verify sent to some server."""
 
-    valid: bool = False  # answered VALID, at revision 0; the answer is on its way
+    valid: bool = False  # answered VALID, at revision 0; the answer is in transit
     late: bool = False  # Delete had answered before it was sent
     joined: bool = False  # a verify that began after Delete's answer shares it
     stale: bool = False  # the deletion was applied since; kept only where rule 4 is misread
 
 
 class Client(NamedTuple):
-    """A client, its stream, and its memory."""
+    """A client, its stream, and its cache."""
 
     applied: int = FRESH
-    memory: bool = False  # holds VALID
+    cache: bool = False  # holds VALID
     lease: int = 0  # the rest of the longest sub-lease
     stream: int = NOWHERE  # the server that it watches
     requests: tuple[Request, ...] = ()  # those without a grant so far, oldest first
-    inbox: tuple[int, ...] = ()  # messages on their way, in order
+    inbox: tuple[int, ...] = ()  # messages in transit, in order
     lookup: Lookup | None = None
 
 
@@ -74,16 +74,16 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Clocks:
-    """The length of each period, and how far each clock moves in one tick of true time.
+    """The length of each period, and the advance of each clock in one tick of true time.
 
-    A countdown is in units of its owner's clock. Without drift a unit is a tick. With drift, an
+    A countdown uses the units of its owner's clock. Without drift a unit is a tick. With drift, an
     accurate clock moves by 4 in a tick, a slow one by 2 and a fast one by 6: ρ is a half, five
     hundred times the assumed value, so that three ticks are enough to show an effect. A server's
     clock may be slow or fast in each tick. The client's is slow, which prolongs its lease the most;
     Delete's is fast, which shortens its wait the most.
     """
 
-    ticks: int = 2  # T in true time: the minimum for which a row is watched
+    ticks: int = 2  # T in true time: the minimum for which a row is observed
     lease: int = 2  # T(1−ρ)
     wait: int = 2  # T(1+ρ)
     server: tuple[int, ...] = (1,)

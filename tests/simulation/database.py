@@ -1,8 +1,8 @@
 """A database whose history can fork, modelled on Postgres. Each statement is one step.
 
-A commit is durable once the standby has it. While replication is stalled no commit is answered, but
-it may become visible when its wait is cancelled or by crash recovery. A deposed database is stalled
-for good, and goes on answering reads.
+A commit is durable once the standby has it. While replication is stalled, no commit is answered,
+but a commit may become visible when its wait is cancelled, or through crash recovery. The
+replication of a deposed database stays stalled, but it continues to answer reads.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Database:
-    """The tables that matter, on one server."""
+    """The tables of one server, as far as the protocol uses them."""
 
     def __init__(self, random: Random, timeline: str | None) -> None:
         self.random = random
@@ -32,11 +32,13 @@ class Database:
         self.deleted: set[str] = set()
         self.rows: dict[str, VerifierRow] = {}
         self.replicated: Database | None = None
-        """What the standby has while replication is stalled. None: it has everything."""
+        """The standby's content while replication is stalled. None if the standby has the same
+        content.
+        """
         self.deposed = False
 
     def copy(self, timeline: str | None) -> "Database":
-        """Return what the standby has, as a separate database on another timeline."""
+        """Return the standby's content as a separate database on another timeline."""
         source = self.replicated or self
         new = Database(self.random, timeline)
         new.head, new.pruned = source.head, source.pruned
@@ -56,7 +58,7 @@ class Database:
         self.deposed = True
 
     def commit(self, change: Callable[[], T]) -> T | None:
-        """Carry out a change that has to be durable. None: the commit is not answered."""
+        """Make a change that must be durable. Return None if the commit is not answered."""
         if self.replicated is None:
             return change()
         if self.random.random() < 0.5:
@@ -129,7 +131,7 @@ class Database:
         self.commit(lambda: self.rows.pop(name, None))
 
     def prune(self) -> None:
-        """Remove what every verifier has acknowledged. The standby follows, as with any change."""
+        """Remove the log entries that every verifier has acknowledged, on the standby too."""
         bound = min((r.acknowledged_revision for r in self.rows.values()), default=2**62)
         old = [position for position, _ in self.log if position.revision <= bound]
         if old and self.replicated is None:

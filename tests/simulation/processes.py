@@ -1,6 +1,6 @@
 """The processes of the simulation. The shipped classes make their decisions.
 
-One step here is what the service's loops do between two awaits (`lease_renewer.py`,
+One step does the same as the service's loops between two awaits (`lease_renewer.py`,
 `watch_sessions.py`, `verifier.py`)."""
 
 import math
@@ -32,7 +32,8 @@ __all__ = ["Client", "Clock", "Server", "Stream"]
 ENTRIES_MAX = 8
 
 
-# Two rates differ by a thousandth at most: each by half of it from the true rate.
+# Each rate differs from the true rate by half a thousandth at most, so two rates differ by a
+# thousandth at most.
 RATES = (1 - DRIFT_MAX / 2.01, 1.0, 1 + DRIFT_MAX / 2.01)
 
 
@@ -70,9 +71,9 @@ class Server:
         self.detector = DeadVerifierDetector()
         self.incarnation = 0
         self.alive, self.stopping = True, False
-        # The databases that its sessions lead to: the renewer's session, and that of look-ups.
+        # The databases of its two sessions: the renewer's, and the one for look-ups.
         self.renewal_database = self.lookup_database = world.current
-        # What the database has answered and the process has not received: one answer at a time.
+        # The database's answer that the process has not received yet, at most one.
         self.reply: Callable[[], None] | None = None
         self.streams: list[Stream] = []
 
@@ -128,7 +129,7 @@ class Server:
             reply()
 
     def acknowledge(self) -> None:
-        """Acknowledge before the renewal is due, if a client has confirmed."""
+        """If a client has confirmed, acknowledge before the renewal is due."""
         state = self.state
         now = self.clock()
         if state.registered and state.acknowledgeable(now) > state.acknowledged:
@@ -174,7 +175,7 @@ class Server:
             return
         standing = self.state.standing(snapshot, began)
         if standing is Standing.AHEAD and again:
-            # The read waits for the log, which is read on the renewer's session.
+            # The look-up waits for the log, which the renewer's session reads.
             self.world.count("ahead")
             self.world.under_way.append(
                 lambda: self._arrived(known, snapshot, began, answer, again=False)
@@ -187,7 +188,7 @@ class Server:
             self.lookup_database = self.world.reached()
 
     def stop(self) -> None:
-        """Stop in good order: ask clients to move, and leave once no client holds a lease."""
+        """Shut down: ask clients to move, and remove the row once no client holds a lease."""
         self.stopping = True
         for stream in self.streams:
             stream.session.close()
@@ -211,7 +212,7 @@ class Stream:
         self.end = client.subscription.open(client.clock())
         self.up: deque[Any] = deque()
         self.down: deque[Any] = deque()
-        # True while messages are held up on the way. Another step may end that.
+        # True while messages are delayed, until another step delivers them.
         self.stuck = False
         server.streams.append(self)
         client.streams.append(self)

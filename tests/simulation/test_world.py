@@ -1,4 +1,4 @@
-"""No schedule of faults makes the shipped classes answer with a dead token; each rule is needed."""
+"""No schedule of faults makes the shipped classes accept a dead token, and each rule is needed."""
 
 import contextlib
 import math
@@ -27,12 +27,12 @@ from tests.simulation.world import KINDS, World
 STEPS = 250
 # Tens of thousands of seeds passed when this was written. Each run checks this many.
 SEEDS = 400
-# Each broken rule was found within the first fifty seeds.
+# For each broken rule, one of the first fifty seeds gives a stale answer.
 SEEDS_FOR_A_MUTANT = 600
 
 
 def run(seed: int, steps: int = STEPS) -> World:
-    """Run a new world to the end, or until it gives a stale answer."""
+    """Run a new world to its end, or until it gives a stale answer."""
     random = Random(seed)  # noqa: S311 - a schedule, not a secret
     world = World(random)
     for _ in range(steps):
@@ -43,8 +43,9 @@ def run(seed: int, steps: int = STEPS) -> World:
 
 
 def test_no_stale_answer_under_any_schedule() -> None:
-    """No schedule violates the promise, and the schedules contain what could: answers from caches,
-    deletions acknowledged and waited out, processes that leave."""
+    """No schedule violates the promise. The schedules include the critical events: answers from
+    caches, deletions that are acknowledged or outwaited, and processes that shut down.
+    """
     counts: Counter[str] = Counter()
     for seed in range(SEEDS):
         world = run(seed)
@@ -56,13 +57,13 @@ def test_no_stale_answer_under_any_schedule() -> None:
         "from a client's cache",
         "confirmed",
         "outwaited",
-        "stopped in good order",
+        "shut down",
     ):
         assert counts[what] > SEEDS / 2, counts
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """The same in an order that Hypothesis chooses, which shortens a failing schedule."""
+    """The same for schedules that Hypothesis chooses, and shortens if they fail."""
 
     @initialize(seed=st.integers(0, 10_000))
     def begin(self, seed: int) -> None:
@@ -106,7 +107,7 @@ def keep_the_cache(
 
 
 def lose_and_keep_the_cache(self: VerifierState[Any]) -> None:
-    """Rule 3 broken: the cache is not emptied at the moment the loss is noticed."""
+    """Rule 3 broken: the cache is not emptied at the moment the loss is detected."""
     self.registered, self.lease_ends = False, -math.inf
 
 
@@ -136,7 +137,7 @@ def knows_by_revision(self: Database, position: Position) -> bool:
 
 
 def believe_recent_revisions(self: VerifierState[Any], snapshot: Any, began: Any) -> Standing:
-    """Rule 12 broken: a look-up is believed by its bare revision."""
+    """Rule 12 broken: a look-up is accepted by its bare revision."""
     if snapshot.position.revision > self.cache.position.revision:
         return Standing.AHEAD
     fresh = snapshot.position.revision >= began.applied and began.epoch == self.epoch
@@ -160,9 +161,9 @@ def renew_on_any_history(
     return self.commit(change)
 
 
-# The owner, the attribute and its replacement. All replacements of an entry apply together. Rules
-# that break by chance only after dozens of steps have explicit tests in tests/unit/coherence and
-# tests/conformance.
+# The owner, the attribute and its replacement. All replacements of an entry apply together.
+# Violations of the other rules need dozens of specific steps, so tests/unit/coherence and
+# tests/conformance test them explicitly.
 MUTANTS: dict[str, list[tuple[Any, str, Any]]] = {
     "3: the lease lasts too long": [
         (verifier_state, "server_lease_end", lambda began, seconds: began + 6.0)
@@ -175,7 +176,7 @@ MUTANTS: dict[str, list[tuple[Any, str, Any]]] = {
     "3: renewed on any history": [(Database, "renew", renew_on_any_history)],
     "4: no fill rule": [(VerdictCache, "store", store_any_read)],
     "6: grants outlast the lease": [(WatchSession, "take", grant_longer)],
-    "7: clients are not waited for": [
+    "7: acknowledgement without the clients": [
         (VerifierState, "acknowledgeable", lambda self, now: self.cache.position.revision)
     ],
     "8: no wait": [(PendingDeletion, "evaluate", lambda self, rows, now: Acknowledgements(0, 0))],
@@ -185,7 +186,7 @@ MUTANTS: dict[str, list[tuple[Any, str, Any]]] = {
     ],
     "12: no marks in the database": [(Database, "knows", knows_by_revision)],
     "12: no marks in the server's cache": [(World, "server_cache", Markless)],
-    "12: look-ups are believed by revision": [
+    "12: look-ups are accepted by revision": [
         (VerifierState, "standing", believe_recent_revisions)
     ],
 }

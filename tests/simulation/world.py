@@ -1,13 +1,13 @@
-"""A world in which the shipped classes make all decisions, and everything else goes wrong.
+"""A simulated system in which the shipped classes make all decisions, and everything else fails.
 
-Several server processes and clients. Time passes at any moment, clocks start anywhere and run at
-different rates. Answers of the database arrive late or never. Messages on streams wait, or are lost
-with their stream. Processes pause, die, or stop in good order. The database fails over: histories
-fork, sessions stay with the deposed primary, and a pooler sends each statement to any server. It is
-restored from a backup.
+Several server processes and clients. Time passes at any moment. Clocks have arbitrary offsets and
+run at different rates. Answers of the database arrive late or never. Messages on streams wait, or
+are lost with their stream. Processes pause, die, or shut down. The database fails over:
+histories fork, sessions stay with the deposed primary, and a pooler sends each statement to any
+server. It is restored from a backup.
 
-This shows that the shipped classes of both sides keep the promise together, in orders that nobody
-thought of.
+This tests that the shipped classes of both sides together keep the promise, in unforeseen orders of
+events.
 
 `World.step` takes one step of a kind by name. `stale` must stay empty: it collects each VALID of a
 verify that began after a Delete of its token had answered.
@@ -35,9 +35,8 @@ STEPS_SECONDS = (0.001, 0.01, 0.1, 0.3, 0.5, 1.0, 2.0, 2.99, 3.1)
 
 
 class World:
-    """The whole system. Reproducible from the seed of `random` and the steps taken.
-
-    Without `timelines` the engine does not report them, so only marks tell histories apart.
+    """The whole system. Its course depends only on the seed of `random` and the steps taken.
+    Without `timelines`, the engine does not report them, so only marks distinguish histories.
     """
 
     server_cache: type[VerdictCache[Any]] = VerdictCache
@@ -49,7 +48,7 @@ class World:
             *EVERYDAY,
             *itertools.chain.from_iterable(f for f in FAULTS if random.random() < 0.4),
         ]
-        """The kinds of steps that happen in this world."""
+        """The kinds of steps that occur in this world."""
         self.now = 0.0
         self.steps = 0
         self.stale: list[str] = []
@@ -67,7 +66,7 @@ class World:
         self.token_numbers = itertools.count()
         self.tokens = [self._new_token() for _ in range(TOKENS)]
         self.under_way: list[Callable[[], None]] = []
-        # Messages that are held up for long.
+        # Messages with a long delay.
         self.stragglers: list[Callable[[], None]] = []
         self.waits: list[tuple[str, PendingDeletion, Clock]] = []
         self.confirmed: dict[str, int] = {}
@@ -78,7 +77,7 @@ class World:
         return self.databases[0]
 
     def reached(self) -> Database:
-        """Return the database that a new session leads to."""
+        """Return the database that a new session reaches."""
         return self.current if self.random.random() < 0.8 else self.pick(self.databases)
 
     def session(self, database: Database) -> Database:
@@ -104,7 +103,7 @@ class World:
             self.stale.append(f"{token_id}, by a verify begun at step {started}")
 
     def send(self, message: Callable[[], None]) -> None:
-        """Send a message. Some take long to arrive."""
+        """Send a message, sometimes with a long delay."""
         straggles = "a_straggler_arrives" in self.kinds and self.random.random() < 0.15
         (self.stragglers if straggles else self.under_way).append(message)
 
@@ -161,7 +160,7 @@ class World:
                     stream.server_sends()
 
     def clients_work(self) -> None:
-        """Let the clients receive some of their messages and send what they have to."""
+        """Let the clients receive some of their messages and send their answers."""
         for client in self.clients:
             for stream in [stream for stream in client.streams if not stream.stuck]:
                 for _ in range(self.random.randint(0, len(stream.down))):
@@ -242,7 +241,7 @@ class World:
             return
         clock = Clock(self)
         self.waits.append((token_id, PendingDeletion(position, clock()), clock))
-        # Deleted tokens are asked about for a while, then dropped.
+        # Deleted tokens are verified for a while, then dropped.
         self.tokens = [*self.tokens[-2 * TOKENS :], self._new_token()]
 
     def look_at_rows(self) -> None:
@@ -296,8 +295,8 @@ class World:
     def restore(self) -> None:
         """Restore the backup.
 
-        That takes longer than a lease. It loses deletions, which is no fault of the service. It
-        must not lose later ones.
+        That takes longer than a lease. The loss of deletions in the restore is not an error of the
+        service. Later deletions must not be lost.
         """
         self.now += 1.1 * LEASE_SECONDS
         self.databases = [self.backup.copy(self._new_timeline())]
@@ -319,7 +318,7 @@ class World:
         number = self.random.randrange(len(self.servers))
         self.servers[number].stop()
         if not self.servers[number].alive:
-            self.count("stopped in good order")
+            self.count("shut down")
             self.servers[number] = Server(self, next(self.names))
 
     def reads_arrive(self) -> None:
@@ -328,8 +327,9 @@ class World:
             self.under_way.pop(0)()
 
     def _ask_everybody(self, token_id: str) -> None:
-        """Ask every process that may still cache a token, at the moment from which it must be
-        dead."""
+        """Verify a token with every process that may still cache it, from the moment at which it
+        must be dead.
+        """
         self.steps += 1
         for client in self.clients:
             client.verify(token_id)
@@ -360,7 +360,7 @@ EVERYDAY = [
     *(["delete", "look_at_rows", "a_stream_advances", "read_arrives"] * 8),
     *(["time_passes", "renew_once", "receive_reply", "acknowledge"] * 3),
 ]
-# Each world has some of these faults. A world with all of them would rarely get far with any.
+# Each world has some of these faults. With all of them at once, few sequences would complete.
 FAULTS = (
     ["time_passes"] * 4,
     ["reply_is_lost"] * 2,

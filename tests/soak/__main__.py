@@ -1,7 +1,7 @@
 """`make soak`: looks for resource growth in a service that is used in every way for half an hour.
 
-The service as it ships works under a mixed load in which clients come and go, streams break, calls
-are cancelled and policies change. Every answer is checked. Memory, descriptors, threads, tasks,
+The shipped service runs under a mixed load: clients connect and disconnect, streams break, calls
+are cancelled, and policies change. Every answer is checked. Memory, descriptors, threads, tasks,
 connections and rows are sampled every few seconds. The run fails if one of them keeps growing, if
 an answer is wrong, or if an error has no explanation.
 """
@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0, help="duration, default 30")
     parser.add_argument("--scale", type=float, default=1.0, help="factor for the rates, default 1")
     options = parser.parse_args()
-    # End everything in order, even where the shell ignores Ctrl-C.
+    # Shut down cleanly, even if the shell ignores Ctrl-C.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     # The library logs each broken stream, and this load breaks streams on purpose.

@@ -1,7 +1,7 @@
 """`python -m tests.soak.client`: a service that verifies with the client library for a while.
 
-It ends in order when its standard input closes, or is killed. The board's notices bind its own
-cache as well: it must refuse a token whose Delete has been confirmed.
+It shuts down when its standard input closes, unless it is killed first. The notices on the board
+also apply to its own cache: it must reject a token whose Delete has been confirmed.
 """
 
 import asyncio
@@ -19,9 +19,10 @@ from tests.helpers.child_processes import end_with_parent
 from tests.helpers.token_feed import Reader
 
 PAUSE_SECONDS = 0.1
-# Time-out of a verify: the soak looks for growth, and a busy machine is not a fault.
+# Time-out of a verify. It is long, because the soak looks for growth, and a busy machine is not a
+# fault.
 TIMEOUT_SECONDS = 10.0
-# How many permanent tokens are verified per round, and how many of the others are remembered.
+# How many permanent tokens are verified per round, and how many of the others are kept.
 LIVE_EACH = 5
 KNOWN_MAX = 20
 
@@ -43,7 +44,7 @@ async def _run(options: dict[str, Any], live: list[str]) -> None:
                 elif number in going:
                     gone.append(going.pop(number))
             await _verify(verifier, random.sample(live, LIVE_EACH), "VALID", True)
-            # So that they are cached. It is unknown whether they have been deleted by now.
+            # Verified now, so that they are cached. They may have been deleted by now.
             await _verify(verifier, list(going.values())[-KNOWN_MAX:], "either", None)
             await _verify(verifier, list(gone), "refused", False)
             with contextlib.suppress(TimeoutError):

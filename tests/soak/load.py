@@ -45,7 +45,7 @@ __all__ = ["Load", "Place", "Tally", "loading"]
 LIVE = 200
 LIVE_ACCOUNT = "resident"
 ACCOUNTS = 50
-# Permanent channels, each with a separate connection: enough that both workers get some.
+# Permanent channels, each with a separate connection: enough for both workers to get some.
 CHANNELS = 8
 CALL_SECONDS = 10.0
 # Every operation ends within this time, or it is an error.
@@ -115,7 +115,7 @@ class Load:
         self._board = Board(place.folder / "board")
         self._clients: list[Child] = []
         self._underway: set[asyncio.Task[None]] = set()
-        # The test covers the handshake, and not how fast a key is generated.
+        # The test covers the handshake, and not the generation of a key.
         self._credentials = {
             name: channel_credentials(spiffe_identity(uri(name))) for name in CALLERS
         }
@@ -126,7 +126,7 @@ class Load:
     @property
     def kinds(self) -> dict[str, tuple[float, Callable[[], Awaitable[None]]]]:
         """The rate of each kind, per second on average. Together they cause 700 calls a second, a
-        third of two cores: the service is never idle and never late."""
+        third of two cores: so the service is neither idle nor overloaded."""
         return {
             "verify live": (24.0, self._verify_live),
             "verify missing": (30.0, self._verify_missing),
@@ -211,12 +211,12 @@ class Load:
                 self.tally.wrong[f"{kind}: {error}"] += 1
             except grpc.aio.AioRpcError as error:
                 self.tally.unexpected[f"{kind}: {error.code().name}: {error.details()}"] += 1
-            except Exception as error:  # noqa: BLE001 - whatever it is, it should not have been
+            except Exception as error:  # noqa: BLE001 - every exception is a finding
                 self.tally.unexpected[f"{kind}: {type(error).__name__}: {error}"] += 1
             finally:
                 running -= 1
 
-        # The first operation of each kind comes soon, however rare the kind is.
+        # The first operation of each kind starts soon, even if the kind is rare.
         pause = self._random.uniform(0.0, 1.0)
         while True:
             await asyncio.sleep(pause)
@@ -372,7 +372,7 @@ class Load:
             await asyncio.sleep(self._random.uniform(0.0, 2.0))
 
     async def _client_process(self) -> None:
-        """One library process ends, in order or not, and another one starts."""
+        """End one library process, with a shutdown or a kill, and start another one."""
         if len(self._clients) >= CLIENTS:
             client = self._clients.pop(0)
             try:
@@ -429,7 +429,7 @@ class Load:
             await _ends(call, grpc.StatusCode.PERMISSION_DENIED)
 
     async def _policy(self) -> None:
-        """The guest is added or removed, and each worker applies that soon."""
+        """Add or remove the guest, and check that each worker soon applies that."""
         async with self._policy_changes:
             await self._change_policy()
 

@@ -15,13 +15,13 @@ __all__ = ["LIMITS", "WARM_UP_SHARE", "Found", "complaints", "document", "judge"
 # thousand deletions, which takes ten minutes to fill.
 WARM_UP_SHARE = 0.4
 
-# How much a series may rise within the judged time (a quarter of an hour or more). A leak does not
-# end, so by then it must be far above the noise. With the rates of `load.py`:
+# How much a series may rise within the judged time (a quarter of an hour or more). A leak
+# continues, so by then it must be far above the noise. With the rates of `load.py`:
 #
 # - Memory: a worker answers about 300 calls a second. If each leaks an object of 64 bytes, that is
 #   17 MB in a quarter of an hour; a leak of one Watch stream in ten is 12 MB. An allocator's noise
-#   is about 0.3 MB, and the names of the last 10,000 deletions, which are kept on purpose, take
-#   2 MB, mostly from before.
+#   is about 0.3 MB, and the names of the last 10,000 deletions, which are kept on purpose, use 2
+#   MB, mostly from before that time.
 # - Descriptors, threads, tasks, streams, connections, processes: about twenty connections open a
 #   second; if one in a thousand leaks, that makes 18. The number of open ones varies by a dozen,
 #   and its median over a block by two.
@@ -49,7 +49,7 @@ LIMITS: Mapping[str, Limit] = {
 TOLD = frozenset({"resident bytes", "kept rows", "kept bytes"})
 UNITS = {"bytes": 1e6, "database bytes": 1e6, "resident bytes": 1e6, "kept bytes": 1e6}
 SHOWN = 20
-# The share of planned operations that may be skipped; above it the machine was too busy for a
+# Maximum share of planned operations that may be skipped. Above it, the machine was too busy for a
 # result.
 LEFT_OUT_SHARE = 0.1
 
@@ -65,7 +65,7 @@ class Found:
     wrong: Counter[str]
     unexpected: Counter[str]
     stayed: list[str]
-    """Counts that are higher at rest afterwards than they were at rest before."""
+    """Counts that are higher after the load than before it."""
     cores: float
     """CPU use of the service and its Postgres, in cores."""
     load_cores: float

@@ -29,11 +29,11 @@ JUDGED_MIN = 2 * BLOCKS_MIN
 LONGER_SECONDS_MAX = 60.0
 # Time for the start, a longer load, two rests, and the end.
 OVERTIME_SECONDS = 240.0
-# The server forgets a killed client within three leases, and the connection of a closed channel at
+# The server drops a killed client within three leases, and the connection of a closed channel at
 # once.
 REST_SECONDS_MAX = 30.0
-# How much more a worker may have at rest after the load than before: connections to the database,
-# which stay open for five minutes, and the objects that serve them.
+# How many more of each a worker may have after the load than before it: connections to the
+# database, which stay open for five minutes, and the objects that serve them.
 STAYS = {"file descriptors": 20, "tasks": 8, "watch streams": 0}
 WORKERS = 2
 
@@ -62,10 +62,10 @@ async def run(
         "data_dir": folder / "data",
         "workers": WORKERS,
         "grace_seconds": 5,
-        # Fills up soon, because a bounded cache must have reached its bound.
+        # Small, so that the cache soon reaches its bound.
         "cache_entries": 1_000,
         "soak_summary_seconds": every,
-        # Without root, only then may we look at its memory and files.
+        # Without this, only root may read its memory and files.
         "core_dumps": "on",
         **write_server_files(folder),
     }
@@ -162,8 +162,9 @@ Rest = dict[tuple[int, str], int]
 async def _at_rest(
     running: Service, workers: list[int], load: Load, before: Rest, within: float
 ) -> Rest:
-    """Return the counts of each worker at rest. After the load, wait until they are down to the
-    earlier counts, for at most `within` seconds."""
+    """Return the counts of each worker at rest. After the load, wait for at most `within`
+    seconds until they have fallen to the earlier counts.
+    """
     give_up = time.monotonic() + within
     while True:
         told = len([line for line in running.log if line["event"] == "counts"])
@@ -199,7 +200,7 @@ LEFT = "ExecuteBatchError raised in core by servicer method"
 
 
 def _strange(running: Service, workers: list[int]) -> list[str]:
-    """Return the entries of the service's log that nothing in a soak explains."""
+    """Return the entries of the service's log that the load does not explain."""
     found: list[str] = []
     if running.worker_pids != workers:
         found.append(f"workers died: {workers} became {running.worker_pids}")

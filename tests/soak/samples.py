@@ -28,7 +28,7 @@ FEW_ROWS = 1_000
 
 @dataclass(frozen=True, order=True)
 class Name:
-    """A process or table, and the resource."""
+    """The name of a series: a process or table, and the resource."""
 
     whose: str
     what: str
@@ -93,8 +93,8 @@ class Samples:
         for process in (self._postmaster, *children):
             with contextlib.suppress(psutil.NoSuchProcess):
                 memory = process.memory_info()
-                # Without its shared buffers, which rightly fill up as data grows: a page of them
-                # that only one process has used so far counts in its USS.
+                # Excludes the shared buffers, which fill up as data grows: a page that only one
+                # process has used so far counts in its USS.
                 own += memory.rss - memory.shared
                 cpu += _cpu(process)
         self._add(whose, "memory of its own", "database bytes", own)

@@ -1,4 +1,4 @@
-"""Does a series grow? A robust slope, its confidence range, and a verdict. Pure."""
+"""Decides whether a series grows, by a robust slope and its confidence range. Pure."""
 
 import itertools
 import math
@@ -56,7 +56,7 @@ def trend(points: Sequence[Point], limit: Limit) -> Trend:
     """Judge a series whose warm-up was already removed.
 
     It grows if it has certainly risen by more than `limit` allows, and continued to rise in the
-    second half: something that fills up to its bound rises as well, but less and less.
+    second half. A cache that fills up to its bound rises as well, but more and more slowly.
     """
     if not points:
         return Trend(math.nan, 0.0, limit.absolute, None, grows=False)

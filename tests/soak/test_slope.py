@@ -46,7 +46,7 @@ def test_leak_is_found_in_the_noise(seed: int) -> None:
 
 
 def test_a_single_step_is_not_growth() -> None:
-    """A series that rises once and stays is not growth: a peak of load leaves its arenas behind."""
+    """A single rise is not growth: after a peak of load, the allocator keeps its arenas."""
     step = series(lambda at: (90 + 10 * (at > SECONDS / 3)) * MEGABYTE)
     assert not trend(step, LIMIT).grows
 

@@ -42,8 +42,9 @@ def folder() -> Iterator[Path]:
 
 
 async def test_short_soak(folder: Path) -> None:
-    """Callers of each kind get right answers, nothing of them is left at rest, and everything ends
-    cleanly."""
+    """Callers of each kind get right answers, leave no resources behind, and everything ends
+    cleanly.
+    """
     found = await run(folder, SECONDS, scale=SCALE)
     print(*report.table(found), sep="\n")  # noqa: T201 - pytest shows it with a failure
     # Such a short run shows nothing about growth, because caches are still filling.
@@ -112,7 +113,7 @@ def test_reasons_for_failure() -> None:
 
 
 def test_no_setting_of_the_product() -> None:
-    """No shipping code reads the variable that plants a leak."""
+    """No shipped code reads the variable that plants a leak."""
     for folder in ("service", "clients", "proto"):
         for path in Path(ROOT, folder).rglob("*.py"):
             assert LEAK_VARIABLE not in path.read_text("utf-8"), path

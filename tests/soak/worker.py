@@ -1,5 +1,6 @@
-"""`python -m tests.soak.worker`: the service as it ships, with extra reports from its workers, and
-optionally a planted leak that the soak must find."""
+"""`python -m tests.soak.worker`: the shipped service, with extra reports from its workers, and
+optionally a planted leak that the soak must find.
+"""
 
 import asyncio
 import gc
@@ -23,7 +24,7 @@ MODULE = "tests.soak.worker"
 LEAKED_BYTES = 1_000_000
 LEAKED_EACH = 10
 LEAKS: dict[str, Callable[[], object]] = {
-    # Not zeros, which take no memory before they are written to.
+    # Not zeros, which use no memory until they are written to.
     "memory": lambda: b"x" * LEAKED_BYTES,
     "descriptors": lambda: [os.open(os.devnull, os.O_RDONLY) for _ in range(LEAKED_EACH)],
     "tasks": lambda: [asyncio.create_task(asyncio.Event().wait()) for _ in range(LEAKED_EACH)],
@@ -32,7 +33,7 @@ _leaked: list[Any] = []
 
 
 def _supervise() -> int:
-    # Gracefully, because it has workers to stop.
+    # A graceful end, because it has workers to stop.
     end_with_parent(signal.SIGTERM)
     spawn = asyncio.create_subprocess_exec
 

@@ -1,4 +1,4 @@
-"""Access options, given before the command: the caller's credentials and the CAs to trust.
+"""Access options, given before or after the command: the caller's credentials and the CAs to trust.
 
 They override the environment variables that every Latchkey client reads (`latchkey.access`). No
 option takes a credential itself, because everyone on the machine can read a process's arguments.
@@ -62,7 +62,7 @@ def choose(
     tls_key: Path | None,
     credential_file: Path | None,
 ) -> None:
-    """Store the access options for `chosen` and `hand_on`."""
+    """Store the access options, for `chosen` and `hand_on`."""
     _options.update(
         tls_ca=tls_ca,
         tls_certificate=tls_certificate,

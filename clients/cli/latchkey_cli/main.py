@@ -1,5 +1,6 @@
 """Assembles the commands of `latchkey` and turns every error into an exit code."""
 
+import contextlib
 import sys
 from typing import Annotated, Final
 
@@ -13,6 +14,8 @@ from latchkey_cli import (
     console,
     maintenance,
     output,
+    placing,
+    proto,
     secrets,
     service,
     status,
@@ -71,6 +74,8 @@ app.command("audit", cls=Command)(audit.audit)
 app.command("console", cls=Command)(console.console)
 app.command("serve", cls=Command)(service.serve)
 app.command("policy", cls=Command)(service.policy)
+app.command("dev-ca", cls=Command)(service.dev_ca)
+app.command("proto", cls=Command)(proto.proto)
 app.command("config", cls=Command)(service.config)
 
 
@@ -78,8 +83,14 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         # Imported here: it takes a third of the tool's startup time.
         import importlib.metadata
+        import importlib.resources
 
-        output.write(sys.stdout, f"{NAME} {importlib.metadata.version('latchkey-cli')}\n")
+        version = importlib.metadata.version("latchkey-cli")
+        # Only wheels name their build: the files of a clone may have any state.
+        with contextlib.suppress(FileNotFoundError):
+            file = importlib.resources.files("latchkey_cli").joinpath("BUILD")
+            version += f"+{file.read_text('ascii').strip()}"
+        output.write(sys.stdout, f"{NAME} {version}\n")
         raise typer.Exit
 
 
@@ -96,7 +107,7 @@ def _root(
     tls_key: access.KeyOption = None,
     credential_file: access.CredentialFileOption = None,
 ) -> None:
-    """Store the options that precede the command."""
+    """Store the options that belong to no single command. `placing` moves them here."""
     access.choose(tls_ca, tls_certificate, tls_key, credential_file)
 
 
@@ -134,8 +145,15 @@ def _run(arguments: list[str]) -> int:
     # Checked before parsing, because the parser's error messages quote the argument.
     if (position := secrets.find_secret(arguments)) is not None:
         raise verify.refusal(f"argument {position}, which looks like a secret")
+    if (meant := placing.long_option_with_one_dash(arguments, _long_options())) is not None:
+        raise Failure(
+            f"'{meant[1:]}' has one dash, and long options have two",
+            f"write {meant}; see '{NAME} --help'",
+            Exit.USAGE,
+            code="USAGE",
+        )
     try:
-        code = app(args=arguments, prog_name=NAME, standalone_mode=False)
+        code = app(args=placing.placed(arguments), prog_name=NAME, standalone_mode=False)
     except typer.TyperException as error:
         # Without arguments, the parser has already printed the help.
         if not arguments:
@@ -144,9 +162,27 @@ def _run(arguments: list[str]) -> int:
     return code if isinstance(code, int) else Exit.OK
 
 
+def _long_options() -> set[str]:
+    """Return the names of all options of all commands."""
+    group = typer.main.get_command(app)
+    commands = [group, *getattr(group, "commands", {}).values()]
+    return {
+        name
+        for command in commands
+        for parameter in command.params
+        for name in parameter.opts
+        if name.startswith("--")
+    }
+
+
 def _usage_failure(error: typer.TyperException) -> Failure:
     context = getattr(error, "ctx", None)
     command = NAME if context is None else context.command_path
     # The parser wraps its messages for a frame that we do not draw.
     what = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
-    return Failure(what, f"see '{command} --help'", Exit.USAGE, code="USAGE")
+    to_do = f"see '{command} --help'"
+    # Only errors about unknown options have this.
+    option = getattr(error, "option_name", "--")
+    if not option.startswith("--"):
+        to_do += "; put '--' before an argument that begins with a dash"
+    return Failure(what, to_do, Exit.USAGE, code="USAGE")

@@ -23,6 +23,7 @@ __all__ = [
     "silence",
     "to_json",
     "write",
+    "write_bytes",
 ]
 
 # Wider than any row: piped output never wraps, so grep finds whole rows.
@@ -56,6 +57,16 @@ def write(stream: TextIO, text: str) -> None:
     try:
         stream.write(text)
         stream.flush()
+    except BrokenPipeError:
+        raise ClosedPipe from None
+
+
+def write_bytes(stream: TextIO, content: bytes) -> None:
+    """Write and flush `content` unchanged. Raises as `write` does."""
+    try:
+        stream.flush()
+        stream.buffer.write(content)
+        stream.buffer.flush()
     except BrokenPipeError:
         raise ClosedPipe from None
 

@@ -1,4 +1,4 @@
-"""The commands that run the service itself: `serve`, `config` and `policy`.
+"""The commands that run the service itself: `serve`, `config`, `policy` and `dev-ca`.
 
 The service is another distribution, and this module never imports it. It replaces this process with
 the service, so that signals and exit codes are the service's.
@@ -7,6 +7,7 @@ the service, so that signals and exit codes are the service's.
 import importlib.util
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -14,7 +15,7 @@ import typer
 from latchkey_cli.failures import Exit, Failure
 from latchkey_cli.options import JsonOption
 
-__all__ = ["config", "policy", "serve"]
+__all__ = ["config", "dev_ca", "policy", "serve"]
 
 _MODULE = "latchkey_service"
 
@@ -41,14 +42,79 @@ def policy(
         str | None,
         typer.Argument(metavar="[NAME|FILE]", help="Caller or file.", show_default=False),
     ] = None,
+    roles: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--role",
+            metavar="ROLE",
+            show_default="verifier",
+            help="Role of the new caller; may be repeated.",
+        ),
+    ] = None,
+    accounts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--account",
+            metavar="ID",
+            show_default="all",
+            help="Account that the new caller may act for; may be repeated.",
+        ),
+    ] = None,
+    path: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            show_default="standard error",
+            help="Policy file to which the new caller is added.",
+        ),
+    ] = None,
 ) -> None:
     """Create a credential for a new caller, or check the service's policy file.
 
-    'new-caller NAME' prints a new credential once, alone on standard output, and
-    its policy file entry on standard error. 'check [FILE]' validates a policy
-    file, by default the one that LATCHKEY_POLICY names.
+    'new-caller NAME' prints a new credential once, alone on standard output. It
+    appends the caller's entry to the policy file that --output names, or prints
+    it on standard error. 'check [FILE]' validates a policy file, by default the
+    one that LATCHKEY_POLICY names.
     """
-    _become("policy", action, *([what] if what is not None else []))
+    options = [f"--role={role}" for role in roles or []]
+    options += [f"--account={account}" for account in accounts or []]
+    options += [] if path is None else [f"--output={path}"]
+    if options and action != "new-caller":
+        raise Failure(
+            f"'policy {action}' has no such options",
+            "--role, --account and --output belong to 'policy new-caller'; "
+            "see 'latchkey policy --help'",
+            Exit.USAGE,
+            code="USAGE",
+        )
+    _become("policy", action, *([what] if what is not None else []), *options)
+
+
+def dev_ca(
+    path: Annotated[
+        Path, typer.Option("--output", metavar="FOLDER", help="Where to write the files.")
+    ] = Path("dev-ca"),
+    hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--host",
+            metavar="NAME",
+            show_default="localhost, 127.0.0.1, ::1",
+            help="Name or address of the service; may be repeated.",
+        ),
+    ] = None,
+    caller: Annotated[
+        str, typer.Option("--caller", metavar="NAME", help="Caller with the client certificate.")
+    ] = "me",
+) -> None:
+    """Write a CA and certificates for trying TLS, not for production.
+
+    It prints how the service, its policy file and a caller use them. It never
+    replaces a file. The CA's key is not kept.
+    """
+    options = [f"--host={host}" for host in hosts or []]
+    _become("dev-ca", f"--output={path}", f"--caller={caller}", *options)
 
 
 def _become(*arguments: str) -> NoReturn:

@@ -6,11 +6,12 @@ prompt between calls, outside the loop, because a running loop would swallow the
 
 import asyncio
 import os
+import re
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeVar
 
-from latchkey_cli import access, grpc_core
+from latchkey_cli import access, grpc_core, reachability
 
 # Before the next import, which loads gRPC.
 os.environ.update(grpc_core.ENVIRONMENT)
@@ -24,6 +25,8 @@ __all__ = ["Doing", "Session"]
 T = TypeVar("T")
 
 _AGAIN: Final = "try again"
+# A TLS handshake with one address that accepts connections.
+PROBE_SECONDS: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,11 @@ class Session:
             self.client = latchkey.Client(target, access=chosen, timeout_seconds=timeout_seconds)
         except latchkey.AccessError as error:
             failure: Failure | None = access.of_no_use(str(error))
+        except latchkey.InvalidArgument as error:
+            what = "; ".join(v.description for v in error.field_violations)
+            failure = Failure(
+                f"--target: {what}", "see 'latchkey --help'", Exit.USAGE, code="USAGE"
+            )
         else:
             failure = None
         if failure is not None:
@@ -62,7 +70,7 @@ class Session:
         try:
             return self._runner.run(call)
         except latchkey.LatchkeyError as error:
-            failure = _failure(error, doing, self._target)
+            failure = _failure(self._explained(error), doing, self._target)
         except KeyboardInterrupt:
             to_do = "nothing was changed" if doing.if_lost == _AGAIN else doing.if_lost
             failure = Failure(
@@ -74,6 +82,38 @@ class Session:
         # Raised outside the handler, so that a traceback would not include the original error.
         raise failure
 
+    def _explained(self, error: latchkey.LatchkeyError) -> latchkey.LatchkeyError:
+        """Return `error`, or the error of the address that matters.
+
+        A name such as localhost often has two addresses. gRPC reports the error of the one that it
+        tried last. If nothing listens on that one, the error hides a fault of TLS on the other.
+        """
+        if not isinstance(error, latchkey.Unavailable) or error.reason is not None:
+            return error
+        if "Connection refused" not in str(error):
+            return error
+        for address in reachability.listening(self._target):
+            host, _, _ = self._target.removeprefix("dns:///").rpartition(":")
+            single = latchkey.Client(
+                address,
+                access=access.chosen(),
+                timeout_seconds=PROBE_SECONDS,
+                options=[
+                    ("grpc.ssl_target_name_override", host),
+                    ("grpc.default_authority", self._target.removeprefix("dns:///")),
+                ],
+            )
+            try:
+                # Changes nothing, and needs no role to show whether there is a connection.
+                self._runner.run(_probe(single))
+            except latchkey.Unavailable as found:
+                if found.reason in ("TLS_HANDSHAKE_FAILED", "CONNECTION_CLOSED"):
+                    found.unsent = error.unsent
+                    return found
+            except latchkey.LatchkeyError:
+                pass
+        return error
+
     def __enter__(self) -> Self:
         return self
 
@@ -82,6 +122,11 @@ class Session:
             self._runner.run(self.client.close())
         finally:
             self._runner.close()
+
+
+async def _probe(client: latchkey.Client) -> None:
+    async with client:
+        await client.verify("", None)
 
 
 def _failure(error: latchkey.LatchkeyError, doing: Doing, target: str) -> Failure:
@@ -107,7 +152,11 @@ def _words(  # noqa: PLR0911 - a table with one row for each error
 ) -> tuple[str, str, Exit]:
     match error:
         case latchkey.InvalidArgument():
-            wrong = [f"{v.field}: {v.description.rstrip('. ')}" for v in error.field_violations]
+            # A violation without a field concerns the whole request.
+            wrong = [
+                f"{v.field}: {v.description}".removeprefix(": ").rstrip(". ")
+                for v in error.field_violations
+            ]
             return "; ".join(wrong) or str(error), "correct this and try again", Exit.USAGE
         case latchkey.NotFound():
             to_do = "check --account and the ID; 'latchkey list -a ACCOUNT' lists the tokens"
@@ -117,12 +166,8 @@ def _words(  # noqa: PLR0911 - a table with one row for each error
             return "a live token of the account already has that name", to_do, Exit.ALREADY_EXISTS
         case latchkey.FailedPrecondition():
             return _precondition(error)
-        case latchkey.PermissionDenied():
-            to_do = "ask the Latchkey operator to grant access in its policy"
-            return f"permission denied ({error.reason})", to_do, Exit.DENIED
-        case latchkey.Unauthenticated():
-            to_do = "identify yourself; 'latchkey --help' lists the access options"
-            return f"Latchkey does not know this caller ({error.reason})", to_do, Exit.DENIED
+        case latchkey.PermissionDenied() | latchkey.Unauthenticated():
+            return *_denied(error), Exit.DENIED
         case latchkey.Unavailable(reason="DELETION_NOT_CONFIRMED" | "CHANGE_NOT_CONFIRMED"):
             to_do = f"{doing.if_unconfirmed}; --timeout allows more time"
             return doing.unconfirmed, to_do, Exit.UNAVAILABLE
@@ -137,7 +182,7 @@ def _words(  # noqa: PLR0911 - a table with one row for each error
             to_do += f"or another client certificate, or yours has expired{_after(doing, error)}"
             return f"{target} closed the connection", to_do, Exit.UNAVAILABLE
         case latchkey.Unavailable() if error.reason:
-            # Latchkey itself answered: it runs, and something behind it does not.
+            # Latchkey itself answered, so the problem is behind it.
             return f"{target} cannot answer now ({error.reason})", doing.if_lost, Exit.UNAVAILABLE
         case latchkey.Unavailable():
             to_do = "check --target and that Latchkey runs there ('latchkey serve')"
@@ -149,6 +194,33 @@ def _words(  # noqa: PLR0911 - a table with one row for each error
             # The error's text is the best description, and it ends with advice.
             to_do = f"check that '{target}' is Latchkey, and read its log"
             return str(error).rstrip(". "), to_do, Exit.UNEXPECTED
+
+
+def _denied(error: latchkey.LatchkeyError) -> tuple[str, str]:
+    """Return what was denied, and what to do about it."""
+    operator = "ask the Latchkey operator to"
+    match error.reason:
+        case "METHOD_DENIED":
+            to_do = f"{operator} give this caller that role in the policy"
+        case "ACCOUNT_DENIED":
+            to_do = f"use an account of this caller, or {operator} add this one to the caller's "
+            to_do += "'accounts' in the policy"
+        case "IDENTITY_CONFLICT":
+            to_do = "give only a certificate or only a credential, or those of one caller; "
+            to_do += "LATCHKEY_TLS_CERTIFICATE and LATCHKEY_CREDENTIAL count too"
+        case reason if isinstance(error, latchkey.PermissionDenied):
+            return f"permission denied ({reason})", f"{operator} grant access in its policy"
+        case reason:
+            to_do = "identify yourself; 'latchkey --help' lists the access options"
+            return f"Latchkey does not know this caller ({reason})", to_do
+    return f"{_said(error)} ({error.reason})", to_do
+
+
+def _said(error: latchkey.LatchkeyError) -> str:
+    """Return the service's own words, from the library's text."""
+    match = re.match(r"\w+ failed: (.*?)[. ]*\([A-Z_]+[,)]", str(error), re.DOTALL)
+    words = match[1] if match is not None else "permission denied"
+    return words[:1].lower() + words[1:]
 
 
 def _after(doing: Doing, error: latchkey.LatchkeyError) -> str:

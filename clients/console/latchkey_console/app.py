@@ -53,8 +53,8 @@ def make_app(
     `client` replaces the client for the settings' target.
     """
     client = client or latchkey.Client(settings.target)
-    # A new key at each start ends the sessions and forms of the previous process, whose memory is
-    # gone as well.
+    # A new key at each start ends the sessions and forms of the previous process, whose data is
+    # lost anyway.
     key = secrets.token_urlsafe(32)
     renderer = Renderer()
     openid: OpenId | None = None
@@ -159,7 +159,7 @@ class _SignIn:
         return RedirectResponse(wanted if isinstance(wanted, str) else "/", 303)
 
     async def sign_out(self, request: Request) -> Response:
-        """Sign out here, then at the provider."""
+        """End the session here, then at the provider."""
         try:
             fields = await read_form(request)
         except BadForm:

@@ -38,7 +38,7 @@ class Protocol(H11Protocol):
     """A connection of uvicorn that must send its requests in time.
 
     If there are too many connections, the one that has been sending its request for the longest
-    time is closed. So a newcomer is served whatever the others do.
+    time is closed. So a new client is always served.
     """
 
     receiving_until: float | None = None
@@ -66,7 +66,7 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Handle data. The time ends with the last byte of a request, not with the first ones."""
+        """Handle data. The last byte of a request ends its time, not the first one."""
         super().data_received(data)
         self._look()
 
@@ -103,7 +103,8 @@ class Protocol(H11Protocol):
 class RequestLimit:
     """Middleware that bounds the number of running requests and the time of each.
 
-    A request counts once it is complete. `open_paths` do not count: they wait for nothing.
+    A request counts once it is complete. Requests for `open_paths` do not count, because they are
+    answered at once.
     """
 
     def __init__(self, app: ASGIApp, open_paths: frozenset[str]) -> None:

@@ -55,8 +55,8 @@ class NotMade:
 class Lost:
     """Create was sent, but its answer never arrived.
 
-    `found` is the token that it created, whose secret nobody knows. If `error` is set, the check
-    for such a token failed.
+    `found` is the token that it created, whose secret is lost. If `error` is set, the check for
+    such a token failed.
     """
 
     found: Token | None
@@ -124,7 +124,7 @@ class Creations:
     ) -> Outcome:
         try:
             # Checked first, so that a token of this name found afterwards must be ours. The check
-            # also shows whether Latchkey is available while there is nothing to lose yet.
+            # also shows whether Latchkey is available, before a token can be lost.
             inventory = await listing.fetch(self._client, account_id, self._now())
         except LatchkeyError as error:
             return NotMade(error) if lost is None else Lost(None, error)

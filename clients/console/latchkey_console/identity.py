@@ -1,8 +1,8 @@
 """Identifies the visitor: the account whose tokens a request may see.
 
 The settings choose one of three ways: a fixed account on loopback, a header from a trusted sign-in
-proxy, or OpenID Connect (`openid`). No way falls back to another, and a request that does not
-identify its account beyond doubt sees nothing.
+proxy, or OpenID Connect (`openid`). There is no fallback from one way to another. A request that
+does not clearly identify its account is rejected.
 """
 
 from dataclasses import dataclass

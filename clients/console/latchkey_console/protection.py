@@ -1,4 +1,5 @@
-"""Keeps out other sites, other people and caches: sessions, form seals, hosts and headers.
+"""Protects the pages from other sites, other people and caches: sessions, form seals, hosts and
+headers.
 
 This module owns the checks that apply to every page. `identity` identifies the visitor.
 """

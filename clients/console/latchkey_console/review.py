@@ -1,7 +1,7 @@
 """Reviews an account's tokens against good practice. Pure.
 
 NIST SP 800-63B and the OWASP ASVS (5.0, §13.3) ask for credentials that expire, are rotated, have
-the least privilege, and are removed once unused. The numbers are ours.
+the least privilege, and are removed once unused. The thresholds are our own.
 """
 
 import enum
@@ -16,7 +16,7 @@ __all__ = ["Finding", "Kind", "findings_of", "review"]
 
 # Long enough to replace a token before its program fails.
 SOON: Final = timedelta(days=14)
-# Rotating twice a year is often enough to stay in practice and rare enough to really happen.
+# Twice a year is often enough to keep the rotation practised, and rare enough to be done.
 OLD: Final = timedelta(days=180)
 # A quarter, so that quarterly jobs have run at least once.
 UNUSED: Final = timedelta(days=90)

@@ -22,7 +22,7 @@ _IGNORABLE: Final = re.compile(
 
 
 def visible(text: str) -> str:
-    """Write out the characters that a reader cannot see or that mislead, as in ‹U+202E›."""
+    """Replace invisible and misleading characters with their code points, as in ‹U+202E›."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(map(_visible_character, text))

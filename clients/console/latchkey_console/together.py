@@ -2,6 +2,7 @@
 
     python -m latchkey_console.together [ACCOUNT]
 
+If Latchkey already serves, such as by `make run` in another terminal, this runs only the console.
 This module starts the service as a separate process and stops it after the console. It never
 imports the service, which is another package. It does not repeat the example calls that the service
 prints.
@@ -14,10 +15,12 @@ import re
 import select
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import IO, Final
 
 from latchkey_console import extra, settings
@@ -28,6 +31,11 @@ ACCOUNT: Final = "acme"
 # Enough to create a database on a slow disk. A typical start takes two seconds.
 START_SECONDS: Final = 90.0
 STOP_SECONDS: Final = 20.0
+# On this machine.
+CONNECT_SECONDS: Final = 1.0
+# The service's default.
+LISTEN: Final = "127.0.0.1:50051"
+WILDCARDS: Final = ("0.0.0.0", "[::]")  # noqa: S104 - recognised, not listened on
 _WELCOME: Final = re.compile(rb"Latchkey serves on (\S+) ")
 
 
@@ -51,7 +59,11 @@ def main(arguments: list[str]) -> int:
 
     account = arguments[0] if arguments else ACCOUNT
     try:
-        with _service(stopping_signals()) as address:
+        running = _running()
+        if running is not None:
+            sys.stderr.write(f"Latchkey already serves on {running}. The console uses it.\n")
+        starting = _service(stopping_signals()) if running is None else nullcontext(running)
+        with starting as address:
             chosen = settings.make(
                 listen=os.environ.get("LATCHKEY_CONSOLE_LISTEN") or settings.LISTEN,
                 account=account,
@@ -96,6 +108,20 @@ def _service(stopping: Sequence[signal.Signals]) -> Iterator[str]:
             process.wait(STOP_SECONDS)
 
 
+def _running() -> str | None:
+    """Return the address of a service that already serves where a new one would, or None."""
+    address = os.environ.get("LATCHKEY_LISTEN") or LISTEN
+    host, separator, port = address.rpartition(":")
+    if address.startswith("unix:") or not separator or not port.isdigit() or port == "0":
+        return None  # a new one says what is wrong
+    host = "127.0.0.1" if host in WILDCARDS else host
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS):
+            return f"{host}:{port}"
+    except OSError:
+        return None
+
+
 def _address(output_pipe: IO[bytes] | None) -> str:
     if output_pipe is None:
         raise _NotStarted
@@ -111,7 +137,7 @@ def _address(output_pipe: IO[bytes] | None) -> str:
     address = match[1].decode()
     host, _, port = address.rpartition(":")
     # A wildcard address is reachable on loopback.
-    return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]") else address  # noqa: S104
+    return f"127.0.0.1:{port}" if host in WILDCARDS else address
 
 
 def _interrupt(*_: object) -> None:

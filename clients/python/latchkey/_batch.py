@@ -58,7 +58,7 @@ class Batcher:
 
         `end` is the deadline, by the event loop's clock. None means that there is no other question
         to share a call with, or that batches were refused, which may have taken most of the time.
-        A caller that is alone can cancel its own call without harm to others. If the shared call
+        A caller without others can cancel its own call without affecting them. If the shared call
         fails, each caller gets a copy of its error.
         """
         loop = asyncio.get_running_loop()
@@ -70,8 +70,8 @@ class Batcher:
         if not self._unsent:
             loop.call_soon(self._send)
         waiter = _Waiter(loop.create_future(), end)
-        # Only join questions that are not sent yet. An answer under way was read before this verify
-        # began, perhaps before a change that this verify must respect (coherence rule 4).
+        # Only join questions that are not sent yet. The answer to a sent question may have been
+        # read before a change that precedes this verify (coherence rule 4).
         self._unsent.setdefault(question, []).append(waiter)
         return await waiter.future
 
@@ -98,7 +98,7 @@ class Batcher:
             for waiter in everybody
             if waiter.end < end - DEADLINE_SLACK_SECONDS
         ]
-        # Any other exception is a bug. Even then no waiter may wait for ever.
+        # Any other exception is a bug. Even then, no waiter may wait forever.
         failure: LatchkeyError = InternalError("BatchVerify failed because of a library bug.")
         try:
             answers = await self._client.batch_verify(

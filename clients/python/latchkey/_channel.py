@@ -1,20 +1,23 @@
 """Opens gRPC channels with the library's settings, and states the reason for each number."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import grpc
 
 from latchkey._version import __version__
+from latchkey.errors import invalid
 
-# How soon to reconnect to a server that is back. gRPC's default backs off up to two minutes.
+# Maximum delay before reconnecting to a server that is back. gRPC's default backs off up to two
+# minutes.
 RECONNECT_BACKOFF_FIRST_MS: Final = 100
 RECONNECT_BACKOFF_MAX_MS: Final = 1_000
 # Despite its name, this option limits one connection attempt. With the default of 20 s, a connect
 # that gets no reply delays the next address for that long.
 CONNECT_TIMEOUT_MS: Final = 2_000
-# How soon to resolve a name again after a failure. The default is 30 s.
+# Delay before resolving a name again after a failure. The default is 30 s.
 RESOLVE_AGAIN_MS: Final = 1_000
 # By default gRPC servers answer pings less than 5 minutes apart with GOAWAY. The time-out below is
 # what matters: once keepalive is on, Linux drops a connection whose data stays unacknowledged for
@@ -24,6 +27,9 @@ KEEPALIVE_TIMEOUT_MS: Final = 5_000
 # 1,000 answers with 16 labels of 318 four-byte characters, 32 networks and 64 permissions take
 # 27 MB. gRPC's default limit is 4 MB.
 RECEIVE_MAX_BYTES: Final = 32 * 1024 * 1024
+
+# The schemes of gRPC whose targets may contain a comma.
+_SCHEME: Final = re.compile(r"(?:ipv4|ipv6|unix|unix-abstract|vsock|dns|xds):")
 
 _SERVICE_CONFIG: Final = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 
@@ -50,6 +56,18 @@ _OPTIONS: Final[Mapping[str, str | int]] = {
 def options(overrides: Sequence[tuple[str, Any]] = ()) -> list[tuple[str, Any]]:
     """Return the channel arguments. `overrides` replace arguments of the same name."""
     return list({**_OPTIONS, **dict(overrides)}.items())
+
+
+def check_target(target: str) -> None:
+    """Raise InvalidArgument for a list of addresses without its scheme.
+
+    gRPC would report a misformatted domain name, with the first call.
+    """
+    if "," in target and _SCHEME.match(target) is None:
+        raise invalid(
+            "target",
+            "a list of addresses needs a scheme, such as ipv4:10.0.0.1:50051,10.0.0.2:50051",
+        )
 
 
 def open_channel(

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from latchkey_proto.v1.token_service_pb2_grpc import TokenServiceStub
 
 from latchkey import _retry
-from latchkey._channel import open_channel
+from latchkey._channel import check_target, open_channel
 from latchkey._status import from_rpc_error
 from latchkey.access import Access, Metadata
 from latchkey.errors import AccessError, InternalError, LatchkeyError, Unavailable
@@ -49,6 +49,7 @@ class Connection:
             credentials = access.channel_credentials
             if channel is None:
                 access.check_target(target)
+        check_target(target)
         self._access = access
         self._target = target
         self._timeout_seconds = _retry.checked_timeout(timeout_seconds)
@@ -77,7 +78,7 @@ class Connection:
         return open_channel(self._target, self._credentials, self._options), True
 
     async def close(self) -> None:
-        """Close the connection. Calls under way fail with Unavailable. Safe to repeat."""
+        """Close the connection. Calls in progress fail with Unavailable. Safe to repeat."""
         self._closed = True
         channel, self._channel = self._channel, None
         self._stub = None

@@ -115,7 +115,7 @@ def scope_out(scope: Scope | None, field: str) -> pb.Scope.ValueType:
     """Return the scope for the request. Raises InvalidArgument unless it is READ, WRITE or None.
 
     None requires no scope. UNSPECIFIED would mean the same to the server, so it is rejected: a
-    caller that wants no scope has to say None.
+    caller that requires no scope must pass None.
     """
     if scope is None:
         return pb.SCOPE_UNSPECIFIED
@@ -231,7 +231,8 @@ def verification_in(message: pb.VerifyResponse) -> Verification:
     verdict = _VERDICTS.get(message.verdict, Verdict.UNSPECIFIED)
     token = token_in(message.token) if message.HasField("token") else None
     if verdict is Verdict.VALID and token is None:
-        # The contract sets the token for every known secret. Nobody gets in anonymously.
+        # The contract sets the token for every known secret. A VALID answer without one would let a
+        # caller in anonymously.
         raise InternalError("The service answered VALID without a token.")
     return Verification(verdict=verdict, token=token, revision=message.revision, mark=message.mark)
 

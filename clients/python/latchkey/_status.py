@@ -48,7 +48,7 @@ _ADVICE: Final[Mapping[grpc.StatusCode, str]] = {
     grpc.StatusCode.UNIMPLEMENTED: "Check that the target is Latchkey, in a recent version.",
 }
 
-# If the answer is lost, the advice depends on what may have happened.
+# If the answer is lost, the advice depends on the possible effects of the call.
 _ADVICE_WHEN_LOST: Final[Mapping[str, str]] = {
     "Create": "The token may exist: find its name with list() and delete it before trying again.",
     "Delete": "The token may be deleted, but not confirmed: call delete() again for its receipt.",
@@ -66,8 +66,14 @@ _NOT_CONFIRMED: Final = {
     ),
     "CHANGE_NOT_CONFIRMED": "The change is stored, but not confirmed: repeat the call.",
 }
-# ErrorInfo.reason of FAILED_PRECONDITION.
+# More precise than the advice for the code.
 _ADVICE_BY_REASON: Final = {
+    "ACCOUNT_DENIED": (
+        "Use an account of this caller, or ask the operator to add this one to the caller's "
+        "`accounts` in the policy."
+    ),
+    "IDENTITY_CONFLICT": "Present only the certificate or only the credential of one caller.",
+    "METHOD_DENIED": "Ask the operator to give this caller that role in the policy.",
     "FLEET_UPGRADING": "Try again when all servers run the same release.",
     "TOKEN_SEAL_INVALID": "Its row was changed by someone else: delete it and create another one.",
     "TOO_MANY_SECRETS": "End the older ones with retire_secrets(), or rotate with less grace.",

@@ -23,8 +23,9 @@ from latchkey._entry import CacheEntry
 from latchkey._uses import UseLog, UseReport
 
 # The share of the lease that is left when the next grant is requested. It is random, so that a
-# thousand clients of one server do not ask in step. A smaller share would save messages, but leave
-# too little time to find another stream if this one has fallen silent.
+# thousand clients of one server do not send their requests at the same moments. A smaller share
+# would save messages, but leave too little time to find another stream if this one has fallen
+# silent.
 ASK_SHARE_MIN: Final = 0.35
 ASK_SHARE_MAX: Final = 0.5
 # The minimum time between requests, for a server that grants very short leases.
@@ -117,8 +118,8 @@ class Subscription:
         self.resets = 0
         self._randomness = randomness
         self._granting: Stream | None = None
-        # Increases when the cache starts over or all grants are released. What the servers of
-        # other streams know about the cache is then wrong.
+        # Increases when the cache starts over or all grants are released. The state that the
+        # servers of other streams have of the cache is then wrong.
         self._epoch = 0
 
     def open(self, now: float) -> "Stream":
@@ -217,7 +218,9 @@ class Stream:
         self._handing_since: float | None = None
 
     def due(self) -> float | None:
-        """Return when `take` has something to send. None: not before a message arrives."""
+        """Return when `take` has a message to send, or None if it has none until a message
+        arrives.
+        """
         self._notice_other_history()
         if self._owes_ack or self._owes_release:
             return -math.inf
@@ -297,7 +300,7 @@ class Stream:
         if self._retired:
             return
         self._retired = True
-        # Also release a grant that is still on its way.
+        # Also release a grant that is still in transit.
         self._owes_release = self._number > 0
         self._owes_ack = False
         self._asked_at = self._ask_at = self.late_at = None
@@ -330,8 +333,8 @@ class Stream:
 
         Two streams can be open to servers on different histories. Each server names the changes
         since this stream last moved the cache. If the other stream has moved the cache since then,
-        this server may not know of that change. Its position must then not become the cache's, or
-        answers read at that position would be believed (coherence rule 12).
+        this server may not know of that change. Its position must then not become the cache's,
+        because answers read at that position would be accepted (coherence rule 12).
         """
         subscription, cache = self._subscription, self._subscription.cache
         position = event.position
@@ -382,7 +385,7 @@ class Stream:
         if self._asked_at is None or grant.number != self._number:
             return  # answers no open request
         if not self._subscription.cache.knows(grant.position):
-            return  # a different history, or a position that no message has explained
+            return  # a different history, or an unknown position
         asked_at, self._asked_at = self._asked_at, None
         end = client_lease_end(asked_at, min(grant.seconds, LEASE_SECONDS_MAX))
         if end > now:

@@ -1,4 +1,4 @@
-"""Remembers how often cached answers were used, until the server is responsible for it.
+"""Keeps the uses of cached answers, until the server is responsible for it.
 
 Only answers that are VALID are uses. `verify_nowait` counts them on the cache entry, in any thread.
 The first use of an entry since the last report also puts the entry on a list here. `_subscription`
@@ -21,9 +21,9 @@ from latchkey._entry import CacheEntry
 # Between two reports. Together with the time until the server has written them, a use is visible
 # within the documented 15 s.
 REPORT_SECONDS_MAX: Final = 4.0
-# The time is random, so that the clients of one server do not report in step.
+# The time is random, so that the clients of a server do not all report at the same moment.
 REPORT_SHARE_MIN: Final = 0.75
-# What a server accepts in one report.
+# The most uses that a server accepts in one report.
 USES_IN_REPORT_MAX: Final = 1_000
 # Used entries that wait to be reported. Most are also in the cache; the others, at some 300 bytes
 # each, were evicted meanwhile. When the list is full, further entries are not counted.

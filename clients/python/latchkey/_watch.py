@@ -35,7 +35,7 @@ _log = logging.getLogger("latchkey")
 # A stopping server sends its clients to its neighbours, but a first attempt may reach it again. The
 # remaining lease lasts for a few attempts.
 RETRY_FIRST_SECONDS: Final = 0.05
-# How soon a service that is back is noticed. A refused connection costs next to nothing.
+# Maximum delay until a service that is back is detected. A refused connection costs almost nothing.
 RETRY_MAX_SECONDS: Final = 5.0
 # Used if the service does not have Watch, has switched it off, or denies it to this caller. Such a
 # refusal lasts until a new release or setting, after which clients should not need a restart. Also
@@ -92,7 +92,7 @@ class Watcher:
         self._task = asyncio.create_task(self._run(), name="latchkey watch")
 
     def forked(self) -> None:
-        """Stop giving cached answers for good, if a fork may have copied a lease.
+        """Permanently stop giving cached answers, because a fork may have copied a lease.
 
         Does not touch streams and tasks, which belong to the parent.
         """
@@ -167,9 +167,9 @@ class Watcher:
             silences = 0 if candidate.ended else silences + 1
             self._report(candidate.failure_text())
             if silences >= SILENCES_MAX:
-                # Either something keeps buffering the streams. Or the server has no lease of
-                # its own because its database is away, and it grants as soon as it has. Opening
-                # more streams helps in neither case, but listening catches the first grant.
+                # Either a proxy buffers the streams, or the server has no lease because its
+                # database is unreachable, and sends a grant once it has one. Opening more streams
+                # helps in neither case, but listening catches the first grant.
                 patience = _spread(UNSUPPORTED_RETRY_SECONDS)
                 if await candidate.until(lambda stream: stream.granted, patience):
                     self._report(None)
@@ -353,5 +353,5 @@ def _seconds_to(moment: float | None) -> float | None:
 
 
 def _spread(seconds: float) -> float:
-    # Clients that failed together must not return together.
+    # Clients that failed together must not reconnect together.
     return seconds * random.uniform(0.5, 1.0)  # noqa: S311 - no secret

@@ -181,7 +181,8 @@ class Client(LifecycleCalls):
 
         Safe to repeat: deleting a deleted token returns the same receipt. After Unavailable or
         DeadlineExceeded the deletion may be stored but is not confirmed. With the reason
-        DELETION_NOT_CONFIRMED it is stored. Raises NotFound if the account never had the token.
+        DELETION_NOT_CONFIRMED it is stored. Raises NotFound if the account never had the token,
+        or the record of its deletion has been purged.
         """
         request = _convert.build(
             lambda: pb.DeleteRequest(account_id=account_id, id=token_id, no_wait=no_wait)
@@ -203,7 +204,7 @@ class Client(LifecycleCalls):
         `client_address` is the IP address of the holder's client. Tokens that are limited to
         networks need it. `required_permissions` are of the form `resource:action`.
 
-        The answer is a verdict, whatever was presented. An exception means that there is no safe
+        The answer is a verdict for any presented string. An exception means that there is no safe
         answer, so reject the holder. `Verifier.verify` asks the same, but answers from its cache
         when it can.
         """
@@ -237,8 +238,8 @@ class Client(LifecycleCalls):
     async def invalidate_all(self, *, timeout_seconds: float | None = None) -> Receipt:
         """Empty the cache of every server process and every client library. Changes no token.
 
-        For emergencies, and after a restored backup. Returns when no verifier answers from what it
-        had cached before. Safe to repeat.
+        For emergencies, and after a restored backup. Returns when no verifier can still use an
+        answer that it cached before the call. Safe to repeat.
         """
         method = MaintenanceServiceStub(self._connected()).InvalidateAll
         request = maintenance_pb.InvalidateAllRequest()

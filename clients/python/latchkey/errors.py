@@ -29,7 +29,7 @@ import grpc
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """What is wrong with one field of a request."""
+    """The problem with one field of a request."""
 
     field: str
     description: str

@@ -274,7 +274,7 @@ class VerifierStats:
     watching: bool
     """Whether it holds a lease, and so may answer from its cache."""
     fallback_reason: str | None
-    """Why it asks the service each time. None: it does not, or it has not been used yet."""
+    """Why it asks the service each time; None if it does not, or has not been used yet."""
     lease_remaining_seconds: float
     """How long it may answer from its cache without a further grant. 0: it may not."""
     applied_revision: int
@@ -297,7 +297,7 @@ class VerifierStats:
 
 @enum.unique
 class Notifications(enum.Enum):
-    """Whether a server process learns of deletions at once, or up to a second later."""
+    """Whether a server process receives deletions at once, or up to a second later."""
 
     UNSPECIFIED = "unspecified"
     """Not known yet."""

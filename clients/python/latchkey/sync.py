@@ -1,34 +1,39 @@
-"""`Verifier` for threaded services: Django, Flask, anything without an event loop.
+"""`Verifier` and `Client` for programs without an event loop: Django, Flask, scripts.
 
     verifier = latchkey.sync.Verifier("127.0.0.1:50051")
     answer = verifier.verify(secret, latchkey.Scope.WRITE)
 
-It runs a thread with an event loop. There a `latchkey.Verifier` watches for changes and asks the
-service. Cached answers are returned directly in the calling thread.
+Each runs a thread with an event loop. There a `latchkey.Verifier` watches for changes and asks the
+service, or a `latchkey.Client` makes calls. Cached answers are returned directly in the calling
+thread.
 """
 
 import asyncio
+import functools
 import os
 import threading
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError
-from typing import Any, Final, Self
+from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 
 import grpc
 
 from latchkey import _fork
+from latchkey import client as _client
 from latchkey import verifier as _async
-from latchkey._retry import VERIFY_TIMEOUT_SECONDS, checked_timeout
+from latchkey._retry import TIMEOUTS_SECONDS, VERIFY_TIMEOUT_SECONDS, checked_timeout
 from latchkey.access import Access
-from latchkey.client import Client
-from latchkey.errors import Unavailable, invalid, late
-from latchkey.models import Scope, Verification, VerifierStats
+from latchkey.errors import InternalError, Unavailable, invalid, late
+from latchkey.models import Scope, Token, Verification, VerifierStats
 from latchkey.secret import Secret
 
-__all__ = ["Verifier"]
+__all__ = ["Client", "Verifier"]
 
-# Added to a verify's own deadline, for a calling thread that is scheduled late.
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Added to a call's own deadline, for a calling thread that is scheduled late.
 MARGIN_SECONDS: Final = 1.0
 # Half a second for releasing the grants, and a margin for a busy machine.
 CLOSE_SECONDS: Final = 3.0
@@ -51,19 +56,21 @@ class Verifier:
         target: str = "127.0.0.1:50051",
         *,
         timeout_seconds: float = VERIFY_TIMEOUT_SECONDS,
-        memory_entries: int = _async.MEMORY_ENTRIES,
-        memory_seconds: float = _async.MEMORY_SECONDS,
+        cache_entries: int = _async.CACHE_ENTRIES,
+        cache_seconds: float = _async.CACHE_SECONDS,
         access: Access | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
         # Neither object connects or binds to an event loop before the first verify.
-        self._client = Client(target, access=access, credentials=credentials, options=options)
+        self._client = _client.Client(
+            target, access=access, credentials=credentials, options=options
+        )
         self._verifier = _async.Verifier(
             self._client,
             timeout_seconds=timeout_seconds,
-            memory_entries=memory_entries,
-            memory_seconds=memory_seconds,
+            cache_entries=cache_entries,
+            cache_seconds=cache_seconds,
         )
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
@@ -97,7 +104,17 @@ class Verifier:
         timeout = self._timeout_seconds
         if timeout_seconds is not None:
             timeout = min(timeout, timeout_seconds)
-        return self._started().verify(secret, scope, client_address, permissions, timeout)
+        return self._started().run(
+            lambda: self._verifier.verify(
+                secret,
+                scope,
+                client_address=client_address,
+                permissions=permissions,
+                timeout_seconds=timeout,
+            ),
+            "Verify",
+            timeout,
+        )
 
     def verify_nowait(
         self,
@@ -117,10 +134,127 @@ class Verifier:
         return self._verifier.stats()
 
     def close(self) -> None:
-        """Stop watching and close the connection. Verifies under way fail. Safe to repeat.
+        """Stop watching and close the connection. Verifies in progress fail. Safe to repeat.
 
         Blocks for a bounded time, usually milliseconds.
         """
+        with self._lock:
+            self._closed = True
+        if self._engine is not None:
+            self._engine.stop()
+
+    def forked(self) -> None:
+        """Mark this process as a forked child. For the library's own use."""
+        # Another thread of the parent may have held the lock. That thread does not exist in this
+        # process, so it cannot release the lock.
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _started(self) -> "_Engine":
+        """Return the engine, started. Raises Unavailable."""
+        _check_process()
+        with self._lock:
+            if self._closed:
+                raise _closed_error("verifier")
+            if self._engine is None:
+                self._engine = _start("verifier", self._client, self._verifier)
+                # Stop the engine also at the end of the process, before its thread is killed.
+                weakref.finalize(self, self._engine.stop)
+            return self._engine
+
+
+def _blocking(
+    method: Callable[Concatenate[_client.Client, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate["Client", P], T]:
+    """Return the blocking form of a method of `latchkey.Client`."""
+    name = method.__name__.title().replace("_", "")
+
+    @functools.wraps(method)
+    def call(self: "Client", /, *arguments: P.args, **options: P.kwargs) -> T:
+        timeout: Any = options.get("timeout_seconds")
+        return self._run(lambda client: method(client, *arguments, **options), name, timeout)
+
+    return call
+
+
+class Client:
+    """A `latchkey.Client` whose methods block. Any number of threads may share it.
+
+    The arguments are those of `latchkey.Client`. The client's thread starts with the first call.
+    The process may fork before that, but not after it: calls in the child raise Unavailable. The
+    thread ends with close(), with the process, or when the client is garbage-collected.
+    """
+
+    def __init__(
+        self,
+        target: str = "127.0.0.1:50051",
+        *,
+        timeout_seconds: float | None = None,
+        access: Access | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        options: Sequence[tuple[str, Any]] = (),
+    ) -> None:
+        # It does not connect or bind to an event loop before the first call.
+        self._client = _client.Client(
+            target,
+            timeout_seconds=timeout_seconds,
+            access=access,
+            credentials=credentials,
+            options=options,
+        )
+        self._timeout_seconds = timeout_seconds
+        self._lock = threading.Lock()
+        self._engine: _Engine | None = None
+        self._closed = False
+        _fork.watch(self)
+
+    create = _blocking(_client.Client.create)
+    get = _blocking(_client.Client.get)
+    get_usage = _blocking(_client.Client.get_usage)
+    list_page = _blocking(_client.Client.list_page)
+    update = _blocking(_client.Client.update)
+    disable = _blocking(_client.Client.disable)
+    enable = _blocking(_client.Client.enable)
+    rotate = _blocking(_client.Client.rotate)
+    retire_secrets = _blocking(_client.Client.retire_secrets)
+    revoke_secrets = _blocking(_client.Client.revoke_secrets)
+    delete = _blocking(_client.Client.delete)
+    delete_all = _blocking(_client.Client.delete_all)
+    verify = _blocking(_client.Client.verify)
+    batch_verify = _blocking(_client.Client.batch_verify)
+    invalidate_all = _blocking(_client.Client.invalidate_all)
+    status = _blocking(_client.Client.status)
+    audit_page = _blocking(_client.Client.audit_page)
+
+    def list(
+        self, account_id: str, *, page_size: int = 0, timeout_seconds: float | None = None
+    ) -> Iterator[Token]:
+        """Iterate over all of the account's live tokens, newest first.
+
+        Fetches the next page when the previous one is used up. `timeout_seconds` is per page.
+        """
+        position = ""
+        while True:
+            page = self.list_page(
+                account_id,
+                page_size=page_size,
+                page_token=position,
+                timeout_seconds=timeout_seconds,
+            )
+            yield from page.tokens
+            if not page.next_page_token:
+                return
+            if page.next_page_token == position:
+                raise InternalError("The service returned the same page of tokens again.")
+            position = page.next_page_token
+
+    def close(self) -> None:
+        """Close the connection. Calls under way fail. Safe to repeat."""
         with self._lock:
             self._closed = True
         if self._engine is not None:
@@ -137,44 +271,67 @@ class Verifier:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _started(self) -> "_Engine":
-        """Return the engine, started. Raises Unavailable."""
-        if _Engine.first_pid not in (None, os.getpid()):
-            raise Unavailable(
-                "The process was forked after gRPC was first used, and its child cannot use it. "
-                "Fork before the first verify, or start workers without forking.",
-                code=grpc.StatusCode.FAILED_PRECONDITION,
-            )
+    def _run(
+        self,
+        make: Callable[[_client.Client], Coroutine[Any, Any, T]],
+        name: str,
+        timeout_seconds: float | None,
+    ) -> T:
+        timeout = checked_timeout(timeout_seconds) or self._timeout_seconds
+        if timeout is None:
+            # The call itself has the default deadline of its method, which is at most this.
+            timeout = max(TIMEOUTS_SECONDS.values())
+        _check_process()
         with self._lock:
             if self._closed:
-                raise _closed_error()
+                raise _closed_error("client")
             if self._engine is None:
-                try:
-                    self._engine = _Engine(self._verifier, self._client)
-                except (OSError, RuntimeError) as error:
-                    raise Unavailable(
-                        f"The verifier's thread cannot start: {error}. Try again. If that does not "
-                        "help, allow the process more threads and open files."
-                    ) from error
-                # Stop the engine also at the end of the process, before its thread is killed.
+                self._engine = _start("client", self._client)
                 weakref.finalize(self, self._engine.stop)
-            return self._engine
+            engine = self._engine
+        return engine.run(lambda: make(self._client), name, timeout)
+
+
+def _check_process() -> None:
+    """Raise Unavailable in a child that was forked after gRPC was first used."""
+    if _Engine.first_pid not in (None, os.getpid()):
+        raise Unavailable(
+            "The process was forked after gRPC was first used, and its child cannot use it. "
+            "Fork before the first verify, or start workers without forking.",
+            code=grpc.StatusCode.FAILED_PRECONDITION,
+        )
+
+
+def _start(
+    owner: str, client: _client.Client, verifier: _async.Verifier | None = None
+) -> "_Engine":
+    try:
+        return _Engine(owner, client, verifier)
+    except (OSError, RuntimeError) as error:
+        raise Unavailable(
+            f"The {owner}'s thread cannot start: {error}. Try again. If that does not "
+            "help, allow the process more threads and open files."
+        ) from error
 
 
 class _Engine:
-    """A thread with an event loop, and the async verifier that lives on it.
+    """A thread with an event loop, and the async client and verifier that live on it.
 
-    It has no reference to the `Verifier` of this module, which would never be garbage-collected.
+    It has no reference to its owner, the `Verifier` or `Client` of this module, which would never
+    be garbage-collected.
     """
 
     # The process that first used gRPC. In a child forked later, gRPC aborts the process or receives
     # its parent's events, even if everything was closed before the fork.
     first_pid: int | None = None
 
-    def __init__(self, verifier: _async.Verifier, client: Client) -> None:
+    def __init__(
+        self, owner: str, client: _client.Client, verifier: _async.Verifier | None
+    ) -> None:
         """Start. Raises OSError without file descriptors, and RuntimeError without a thread."""
-        self._verifier = verifier
+        self._owner = owner
         self._client = client
+        self._verifier = verifier
         # Reentrant: a garbage collection may run stop() in a thread that holds the lock.
         self._lock = threading.RLock()
         self._stopped = False
@@ -182,7 +339,7 @@ class _Engine:
         # In the calling thread, which then gets the error. A verify handed to the event loop before
         # the thread runs it waits for that, within its time-out.
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="latchkey verifier", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"latchkey {owner}", daemon=True)
         try:
             self._thread.start()
         except RuntimeError:
@@ -190,35 +347,22 @@ class _Engine:
             raise
         _Engine.first_pid = self._pid = os.getpid()
 
-    def verify(
-        self,
-        secret: str | Secret,
-        scope: Scope | None,
-        client_address: str,
-        permissions: Collection[str],
-        timeout: float,
-    ) -> Verification:
-        """Verify on the event loop, and wait for the answer in the calling thread."""
+    def run(self, make: Callable[[], Coroutine[Any, Any, T]], name: str, timeout: float) -> T:
+        """Make a call on the event loop, and wait for its result in the calling thread.
+
+        The call has to end by itself within `timeout`.
+        """
         # With the lock, so that no call is handed to an event loop that has stopped.
         with self._lock:
             if self._stopped:
-                raise _closed_error()
-            future = asyncio.run_coroutine_threadsafe(
-                self._verifier.verify(
-                    secret,
-                    scope,
-                    client_address=client_address,
-                    permissions=permissions,
-                    timeout_seconds=timeout,
-                ),
-                self._loop,
-            )
+                raise _closed_error(self._owner)
+            future = asyncio.run_coroutine_threadsafe(make(), self._loop)
         try:
             return future.result(timeout + MARGIN_SECONDS)
         except TimeoutError:
-            failure: Unavailable = late("Verify")
+            failure: Unavailable = late(name)
         except CancelledError:
-            failure = _closed_error()
+            failure = _closed_error(self._owner)
         finally:
             future.cancel()
         raise failure
@@ -245,9 +389,10 @@ class _Engine:
     async def _serve(self) -> None:
         self._loop.set_exception_handler(ignore_idle_poller)
         await self._stopping.wait()
-        await self._verifier.close()
+        if self._verifier is not None:
+            await self._verifier.close()
         await self._client.close()
-        # Verifies under way have failed by now. Let their threads receive the error.
+        # Verifies in progress have failed by now. Let their threads receive the error.
         others = asyncio.all_tasks() - {asyncio.current_task()}
         if others:
             await asyncio.wait(others, timeout=1.0)
@@ -268,5 +413,5 @@ def ignore_idle_poller(loop: asyncio.AbstractEventLoop, context: dict[str, Any])
     loop.default_exception_handler(context)
 
 
-def _closed_error() -> Unavailable:
-    return Unavailable("The verifier is closed. Create a new one.", code=grpc.StatusCode.CANCELLED)
+def _closed_error(owner: str) -> Unavailable:
+    return Unavailable(f"The {owner} is closed. Create a new one.", code=grpc.StatusCode.CANCELLED)

@@ -7,10 +7,11 @@ It answers from its cache while it holds a lease, and detects malformed secrets 
 import asyncio
 import random
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from hashlib import sha256
-from typing import Final, Self
+from typing import Any, Final, Self
 
+import grpc
 from latchkey_coherence.lease import boottime
 from latchkey_coherence.verdict_cache import Position, VerdictCache
 
@@ -21,15 +22,16 @@ from latchkey._retry import VERIFY_TIMEOUT_SECONDS, checked_timeout
 from latchkey._shape import is_well_formed
 from latchkey._subscription import Subscription
 from latchkey._watch import Watcher
+from latchkey.access import Access
 from latchkey.client import Client
-from latchkey.errors import invalid, late
+from latchkey.errors import AccessError, invalid, late
 from latchkey.models import Scope, Verdict, Verification, VerifierStats
 from latchkey.secret import Secret
 
 # About 140 MB if all entries are in use, which is rare.
-MEMORY_ENTRIES: Final = 100_000
+CACHE_ENTRIES: Final = 100_000
 # Bounds the effect of any fault that the protocol does not cover.
-MEMORY_SECONDS: Final = 300.0
+CACHE_SECONDS: Final = 300.0
 
 _MALFORMED: Final = Verification(verdict=Verdict.MALFORMED)
 # Compared by identity: in Python 3.11, hash and equality of an Enum run Python code.
@@ -41,9 +43,11 @@ _wall_clock = time.time
 class Verifier:
     """Verifies secrets with the service behind `client`, which is a Client or a target for one.
 
-    It caches the answers for the `memory_entries` most recently used secrets. A cached answer takes
+    For a target, `access`, `credentials` and `options` are those of Client.
+
+    It caches the answers for the `cache_entries` most recently used secrets. A cached answer takes
     microseconds. The cache is used while the service grants a lease. A deleted token is evicted
-    before its Delete returns. An answer is cached for at most `memory_seconds`. `memory_entries=0`
+    before its Delete returns. An answer is cached for at most `cache_seconds`. `cache_entries=0`
     switches the cache off. `timeout_seconds` bounds each verify. While it watches, it reports how
     often and when it answered from its cache, so that the service knows when each token was used.
 
@@ -58,25 +62,34 @@ class Verifier:
         client: Client | str = "127.0.0.1:50051",
         *,
         timeout_seconds: float = VERIFY_TIMEOUT_SECONDS,
-        memory_entries: int = MEMORY_ENTRIES,
-        memory_seconds: float = MEMORY_SECONDS,
+        cache_entries: int = CACHE_ENTRIES,
+        cache_seconds: float = CACHE_SECONDS,
+        access: Access | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        options: Sequence[tuple[str, Any]] = (),
     ) -> None:
         checked_timeout(timeout_seconds)
-        if not memory_seconds > 0:
-            raise invalid("memory_seconds", "must be positive")
-        if memory_entries < 0:
-            raise invalid("memory_entries", "must be 0 or more")
+        if not cache_seconds > 0:
+            raise invalid("cache_seconds", "must be positive")
+        if cache_entries < 0:
+            raise invalid("cache_entries", "must be 0 or more")
         self._owns_client = isinstance(client, str)
-        self._client = Client(client) if isinstance(client, str) else client
+        if isinstance(client, str):
+            client = Client(client, access=access, credentials=credentials, options=options)
+        elif access is not None or credentials is not None or options:
+            raise AccessError(
+                "access, credentials and options belong to the Client that is passed in"
+            )
+        self._client = client
         self._timeout_seconds = timeout_seconds
-        self._cache: VerdictCache[CacheEntry] = VerdictCache(memory_entries)
+        self._cache: VerdictCache[CacheEntry] = VerdictCache(cache_entries)
         self._subscription = Subscription(self._cache, random.random)
         self._watcher = Watcher(
             self._client.open_channel, self._subscription, self._client.metadata
         )
         self._batcher = Batcher(self._client)
-        self._caches = memory_entries > 0
-        self._memory_seconds = memory_seconds
+        self._caches = cache_entries > 0
+        self._cache_seconds = cache_seconds
         # Cached answers that are not VALID, except those of final entries. Entries count the rest.
         self._denied_hits = 0
         self._misses = 0
@@ -96,13 +109,13 @@ class Verifier:
     ) -> Verification | None:
         """Answer at once if the answer is cached or `secret` is malformed. Otherwise return None.
 
-        The answer is as good as that of `verify`. This method never blocks, and any thread may call
+        The guarantee is that of `verify`. This method never blocks, and any thread may call
         it. Raises InvalidArgument or TypeError if `scope` is not a valid scope.
         """
         # Another thread may meanwhile apply an invalidation and then extend the lease. The order of
         # the next three reads makes that safe: lease end, entry, clock. If the lease end belongs to
         # a grant after the invalidation, the entry is already evicted when it is read. If it
-        # belongs to an earlier grant, the clock shows that this grant was still good after this
+        # belongs to an earlier grant, the clock shows that this grant was still in force after this
         # call began. No Delete that invalidates the entry had then returned (coherence rules 5 and
         # 6).
         lease_end = self._lease.end
@@ -225,10 +238,10 @@ class Verifier:
     ) -> None:
         now = boottime()
         if now >= self._lease.end:
-            return  # without a lease, nobody reports changes
+            return  # without a lease, the service does not report changes
         # Spread over half of the time, so that answers that came together, for example after a
         # start, do not expire together.
-        keep_until = now + self._memory_seconds * random.uniform(0.5, 1.0)  # noqa: S311 - a spread
+        keep_until = now + self._cache_seconds * random.uniform(0.5, 1.0)  # noqa: S311 - a spread
         entry = cache_entry(answer, scope, keep_until, client_address, permissions)
         if entry is not None:
             position = Position(answer.revision, answer.mark)
@@ -240,7 +253,7 @@ class Verifier:
         watcher, subscription = self._watcher, self._subscription
         reason: str | None = None
         if not self._caches:
-            reason = "The cache is off (memory_entries=0)."
+            reason = "The cache is off (cache_entries=0)."
         elif left == 0.0:
             reason = watcher.fallback_reason
         return VerifierStats(

@@ -142,7 +142,7 @@ class VerifierStatus(_message.Message):
     process_id: _builtins.int
     """Its process id on that host."""
     version: _builtins.str
-    """Version of its release."""
+    """Version of its release, with its build after a plus sign if that is known."""
     acknowledged_revision: _builtins.int
     """The revision up to which the process and all its clients have dropped every
     invalidated token.

@@ -110,7 +110,8 @@ class Authenticator:
         caller = self.identify(context)
         if path not in caller.methods:
             raise PermissionDenied(
-                "The policy does not allow this caller to call this method.",
+                "The policy does not allow this caller to call this method, which the role "
+                f"{rule_of(path).role} includes.",
                 "METHOD_DENIED",
                 caller.name,
             )
@@ -170,8 +171,8 @@ class Authenticator:
         if found is None:
             found = self._cache[evidence] = read(policy, evidence)
             self._cache_bytes += len(evidence) + _ENTRY_BYTES
-        # TLS checks the certificate only when a session begins. It checks neither a long-lived
-        # connection nor one that resumes the session a day later (RFC 8446 §4.6.1).
+        # TLS checks the certificate only when a session begins. It does not check it again on a
+        # long-lived connection, or when the session is resumed a day later (RFC 8446 §4.6.1).
         if self._now() >= found.ends_at:
             raise Unauthenticated("The client certificate has expired.", "CERTIFICATE_EXPIRED")
         return found.caller

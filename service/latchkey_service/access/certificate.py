@@ -14,7 +14,9 @@ __all__ = ["Certificate", "CertificateError", "read_certificate"]
 
 
 class CertificateError(ValueError):
-    """Not a certificate, or it contains an invalid name. Carries no part of it."""
+    """The data is not a certificate, or contains an invalid name. The message quotes no part of
+    it.
+    """
 
 
 class Certificate(NamedTuple):

@@ -46,7 +46,8 @@ def bearer(authorization: str | bytes) -> str:
     Otherwise, a policy with the digest of a guessable text would admit anyone who guesses it.
     """
     if isinstance(authorization, str) and authorization[:_SCHEME_LENGTH].lower() == _SCHEME:
-        credential = authorization[_SCHEME_LENGTH:]
+        # As guards do: any number of spaces before the credential, and white space after it.
+        credential = authorization[_SCHEME_LENGTH:].lstrip(" ").rstrip(" \t")
         if _SHAPE.fullmatch(credential):
             return credential
     raise Unauthenticated(

@@ -6,9 +6,9 @@ of `,;=` is in double quotes, and a backslash escapes each quote in it.
 
 Envoy (1.40) writes the client's names unquoted, whatever they contain, so a name can look like
 further pairs or elements. Therefore this parser accepts only one element, and only pairs in the
-order in which Envoy writes them, where the names are last. Where Envoy also sends the certificate,
-its names count and those in the header do not. The listener decides whether to trust the header
-(`authenticator.py`).
+order in which Envoy writes them, where the names are last. If Envoy also sends the certificate,
+Latchkey uses its names and ignores those in the header. The listener decides whether to trust the
+header (`authenticator.py`).
 """
 
 import re
@@ -30,7 +30,7 @@ _PAIR: Final = re.compile(r'([A-Za-z]+)=(?:"((?:[^"\\]|\\.)*)"|([^,;="\s]*))(;|\
 
 
 class ForwardedError(ValueError):
-    """The header is malformed. Carries no part of it."""
+    """The header is malformed. The message quotes no part of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,4 +41,8 @@ def by_certificate(policy: Policy, uris: Iterable[str], dns: Iterable[str]) -> C
 
 def conflict() -> Unauthenticated:
     """Return the error for a call that identifies several callers."""
-    return Unauthenticated("The call presents more than one identity.", "IDENTITY_CONFLICT")
+    return Unauthenticated(
+        "The call presents the identities of several callers, such as a client certificate of one "
+        "and a credential of another.",
+        "IDENTITY_CONFLICT",
+    )

@@ -38,23 +38,23 @@ class AccountSource(enum.Enum):
     """The method concerns all accounts at once."""
 
 
-# Size limits of encoded requests. Parsing takes a time in proportion to the size, and so does the
-# memory of the parsed request, by a factor of 10 and more. Most requests have a few short fields.
+# Size limits of encoded requests. The parsing time is proportional to the size. So is the memory of
+# the parsed request, which is at least 10 times as large. Most requests have a few short fields.
 REQUEST_BYTES_MAX: Final = 8 * 1024
 # A secret (68 characters at most), an address, and 64 permissions of 250 bytes.
 VERIFY_BYTES_MAX: Final = 16 * 1024
-# 1,000 questions of 262 bytes: a secret, an address and some permissions each. The worst that fits,
-# 131,072 empty questions, takes 7 ms to parse.
+# 1,000 questions of 262 bytes: a secret, an address and some permissions each. The slowest request
+# within the limit, 131,072 empty questions, takes 7 ms to parse.
 BATCH_VERIFY_BYTES_MAX: Final = 256 * 1024
 # The fields of a token: 16 labels of 318 characters, a name of 64 and a description of 256, each of
 # up to 4 bytes, 32 networks and 64 permissions take 28 KiB. A filter has labels and a name. The
-# worst that fits, 4,000 labels, takes 0.3 ms to parse.
+# slowest request within the limit, 4,000 labels, takes 0.3 ms to parse.
 TOKEN_BYTES_MAX: Final = 32 * 1024
-# 1,000 secrets of 68 characters take 70 KB. The worst that fits, 65,000 empty ones, takes some
-# milliseconds to parse.
+# 1,000 secrets of 68 characters take 70 KB. The slowest request within the limit, 65,000 empty
+# ones, takes some milliseconds to parse.
 REVOKE_SECRET_BYTES_MAX: Final = 128 * 1024
 # A report of 1,000 uses takes up to 90 KB: a token's id, a hint, a count and two ages each. The
-# worst that fits, 65,000 empty uses, takes 8 ms to parse.
+# slowest message within the limit, 65,000 empty uses, takes 8 ms to parse.
 WATCH_BYTES_MAX: Final = 128 * 1024
 
 
@@ -114,6 +114,7 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
         "/grpc.health.v1.Health/Check": OPEN,
         "/grpc.health.v1.Health/Watch": OPEN,
         # Served only with LATCHKEY_REFLECTION.
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": OPEN,
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": OPEN,
     }
 )

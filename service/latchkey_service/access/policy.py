@@ -102,6 +102,9 @@ class Policy:
     """By digest (32 bytes). The time that a look-up takes may reveal part of a digest, which is no
     secret: nobody can compute a credential of 256 random bits from it."""
 
+    unidentified: tuple[str, ...] = ()
+    """Callers with neither certificate nor credential, which no call can be from."""
+
     @property
     def callers(self) -> frozenset[str]:
         """The names of all callers that have a certificate or credential."""
@@ -126,6 +129,7 @@ def parse(text: str) -> Policy:
     roles |= {name: frozenset(table.methods) for name, table in document.roles.items()}
     certificates: dict[str, Caller] = {}
     credentials: dict[bytes, Caller] = {}
+    unidentified = []
     for name, table in document.callers.items():
         where = _path(("callers", name))
         if unknown := [role for role in table.roles if role not in roles]:
@@ -138,6 +142,8 @@ def parse(text: str) -> Policy:
             None if table.rates is None else RateLimits(table.rates),
             table.watches,
         )
+        if not table.certificates and not table.credentials:
+            unidentified.append(name)
         for certificate in table.certificates:
             owner = certificates.setdefault(certificate, caller)
             if owner is not caller:
@@ -148,7 +154,7 @@ def parse(text: str) -> Policy:
             owner = credentials.setdefault(bytes.fromhex(digest), caller)
             if owner is not caller:
                 raise PolicyError(f"{where}.credentials: a digest already belongs to {owner.name}")
-    return Policy(certificates, credentials)
+    return Policy(certificates, credentials, tuple(unidentified))
 
 
 def is_name(text: str) -> bool:
@@ -214,7 +220,7 @@ def _own_role(name: str) -> str:
 
 
 class _Table(BaseModel):
-    # Strict: in TOML, neither true nor "5" is a number.
+    # Strict, because in TOML, neither true nor "5" is a number.
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
@@ -263,7 +269,7 @@ def _describe(error: ValidationError) -> str:
         where, message = mistake["loc"], mistake["msg"].removeprefix("Value error, ")
         kind = mistake["type"]
         if where[-1] == "[key]" and kind != "extra_forbidden":
-            # pydantic marks a mistake in a key so.
+            # pydantic marks a mistake in a key with this element.
             where = where[:-1]
         match kind:
             case "extra_forbidden":

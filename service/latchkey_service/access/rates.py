@@ -26,7 +26,7 @@ class RateLimits:
     def charge(self, role: str, count: int, now: float) -> float:
         """Charge `count` calls or questions. Return 0, or the seconds to wait if over the limit.
 
-        A refused call is not charged. `now` is monotonic, in seconds.
+        A rejected call is not charged. `now` is monotonic, in seconds.
         """
         rate = self.per_second.get(role)
         if rate is None:

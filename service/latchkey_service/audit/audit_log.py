@@ -5,8 +5,8 @@ Calls that change nothing, reads and failures, are recorded here and written in 
 after: no caller waits for that. If a process is killed, its log still has the calls that it had not
 written.
 
-Failures are sampled, or a denied caller could fill the table. In each minute, the first few
-failures of a kind have their own entries; one entry counts all others.
+Failures are sampled, because otherwise a denied caller could fill the table. In each minute, the
+first few failures of a kind have their own entries; one entry counts all others.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ _PEER_LENGTH_MAX: Final = 200
 
 @dataclass(frozen=True, slots=True)
 class AuditContext:
-    """Who makes a call, from where, and for what."""
+    """The caller of a call, its address, and the account and token that the call concerns."""
 
     caller: str
     method: str

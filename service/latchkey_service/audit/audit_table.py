@@ -64,7 +64,7 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """A position in the list: that of the entry with this time and id."""
+    """A position in the list: after the entry with this time and id."""
 
     time: datetime
     id: int

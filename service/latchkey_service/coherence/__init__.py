@@ -1,7 +1,7 @@
-"""The coherence protocol: when Delete returns, no verifier answers with the token any more.
+"""The coherence protocol: once Delete returns, no verifier accepts the token.
 
 Owns leases, the log of invalidations, acknowledgements, watch sessions and the verifiers' table.
-It does not own tokens: it knows them by id only.
+It does not own tokens, and knows only their ids.
 
 Pure, with the clock passed in:
 - `verifier_state`: this process as a verifier (its cache, lease and row).
@@ -14,7 +14,7 @@ Around them:
 - `watch_sessions` serves clients; each session is pure. `watch_events` has the messages, and
   `use_reports` limits the reports of uses.
 - `ack_waiter` lets Deletes wait.
-- `reads` decides which reads of the database may be believed.
+- `reads` decides which reads of the database to accept.
 - `primary` follows the primary server.
 - `verifier_table` has the SQL.
 

@@ -1,6 +1,6 @@
-"""Decides when a Delete may return and which verifiers are dead. Pure (rules 8 and 9).
-
-Owns the rules only. `ack_waiter` reads the rows and waits; `lease_renewer` removes dead verifiers.
+"""Decides when a Delete may return and which verifiers are dead. Pure functions of rows and clock
+readings. Owns only the rules (8 and 9). `ack_waiter` reads the rows and waits; `lease_renewer`
+removes dead verifiers.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ OUTWAIT_MARGIN_SECONDS = 0.05
 
 
 class VerifierRow(NamedTuple):
-    """The part of a verifier's row that other processes base decisions on."""
+    """The part of a verifier's row on which other processes base decisions."""
 
     id: str
     incarnation: int
@@ -41,7 +41,7 @@ class Acknowledgements(NamedTuple):
     acknowledged: int
     """How many verifiers have dropped the token."""
     outwaited: int
-    """How many verifiers have not acknowledged, but every lease that they could hold has expired.
+    """How many verifiers have not acknowledged, but can no longer hold a lease.
     """
     clients_acknowledged: int = 0
     """How many clients of the verifiers that acknowledged have dropped the token."""
@@ -49,7 +49,7 @@ class Acknowledgements(NamedTuple):
     """How many clients of the verifiers that acknowledged let their lease expire instead."""
 
 
-# For a receipt that is stored already and must not change.
+# For a receipt that is already stored and must not change.
 NO_ACKNOWLEDGEMENTS = Acknowledgements(0, 0)
 
 
@@ -58,11 +58,11 @@ class PendingDeletion:
 
     `committed` is a reading of this process's clock from after the commit.
 
-    Why the rule is sufficient (Gray & Cheriton): a lease that began before the commit ends within
-    its length of it, and a lease that began after the commit has read the log. A row that
-    disappears meanwhile was removed by its own process, after the leases of its clients had ended,
-    or by a process that saw its lease expire. A row that appears meanwhile belongs to a process
-    that read nothing before it committed the row.
+    Why the rule is sufficient (Gray & Cheriton): a lease that began before the commit ends within a
+    lease's length after it, and a verifier whose lease began after the commit has read the log. If
+    a row disappears during the wait, either its own process removed it after the leases of its
+    clients had ended, or another process saw its lease expire. If a row appears, its process read
+    nothing before it committed the row.
     """
 
     __slots__ = ("_clients", "_committed", "_outwaited", "_pending", "_seen", "position")
@@ -72,18 +72,18 @@ class PendingDeletion:
         self._committed = committed
         self._seen: set[str] = set()
         self._pending: set[str] = set()
-        # By verifier that acknowledged: how many of its clients had confirmed at that time.
+        # For each verifier that acknowledged: how many of its clients had confirmed at that time.
         self._clients: dict[str, int] = {}
-        # By verifier that was behind: its `clients_outwaited` when it was first seen, and when it
-        # was last seen.
+        # For each verifier that was behind: its `clients_outwaited` when it was first read, and
+        # when it was last read.
         self._outwaited: dict[str, tuple[int, int]] = {}
 
     def evaluate(self, rows: Iterable[VerifierRow], now: float) -> Acknowledgements | None:
         """Return the acknowledgements if `rows` prove that no verifier can answer with the token.
 
         Returns None otherwise. All rows were read after the commit, and `now` was read before the
-        rows. The rows come from a database whose history holds `position`: an acknowledgement of
-        another history's revision proves nothing (rule 12).
+        rows. The rows come from a database whose history holds `position`: an acknowledgement of a
+        revision of another history proves nothing (rule 12).
         """
         behind: dict[str, float] = {}
         for row in rows:
@@ -100,7 +100,7 @@ class PendingDeletion:
         longest = max(behind.values(), default=0.0)
         if behind and now < self._committed + outwait_seconds(longest) + OUTWAIT_MARGIN_SECONDS:
             return None
-        # A row that was removed before it acknowledged counts as waited out.
+        # A row that was removed before it acknowledged counts as outwaited.
         return Acknowledgements(
             len(self._seen) - len(self._pending),
             len(self._pending),

@@ -1,4 +1,4 @@
-"""Lets Deletes wait until no verifier can answer with the token (rule 8).
+"""Makes Deletes wait until no verifier can accept the token (rule 8).
 
 Owns the polling of verifiers' rows and the notification after a commit. The decision is made by
 `ack_rules`; the deletion and its receipt belong to the token store.
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ACKNOWLEDGED", "OUTWAITED", "UNCONFIRMED", "AckWaiter"]
 
-# Between polls of the rows. A healthy verifier acknowledges within a few milliseconds, while
-# waiting out a lease takes seconds. Each poll costs every verifier a little.
+# Between polls of the rows. A healthy verifier acknowledges within a few milliseconds, while a
+# lease takes seconds to expire. Each poll costs every verifier a little.
 POLL_SECONDS_MIN = 0.0015
 POLL_SECONDS_MAX = 0.05
 POLL_FACTOR = 1.3
@@ -36,7 +36,9 @@ ACKNOWLEDGED, OUTWAITED, UNCONFIRMED = "acknowledged", "outwaited", "unconfirmed
 
 
 class AckWaiter:
-    """Waits for acknowledgements. One for each process: concurrent Deletes share the polls."""
+    """Waits for acknowledgements. Each process has one waiter, so concurrent Deletes share the
+    polls.
+    """
 
     def __init__(
         self,
@@ -51,16 +53,16 @@ class AckWaiter:
     ) -> None:
         self._table = table
         # A database without this process's row may lack other rows, too: it was restored from a
-        # backup, and this process has not noticed yet.
+        # backup, and this process has not detected that yet.
         self._own_id = own_id
-        # Polls have a dedicated connection. Deletes that wait for them, and Deletes that wait to
-        # begin, may occupy the whole pool.
+        # Polls have a dedicated connection, because waiting Deletes may occupy the whole pool.
         self._connection = DedicatedConnection(connect)
         self._failing = False
-        # Wakes this process's own lease renewer, which needs no notification.
+        # Wakes this process's own lease renewer directly.
         self._wake = wake
         self._clock = clock
-        # From this time on, the rows that are read are certain to be complete.
+        # From this time on, a database that has this process's row also has those of all other
+        # verifiers.
         self._rows_complete_at = rows_complete_at
         self._notify = notify
         self._waits: dict[asyncio.Future[Acknowledgements], PendingDeletion] = {}
@@ -79,26 +81,26 @@ class AckWaiter:
         return len(self._waits)
 
     def announce(self, revision: int) -> None:
-        """Notify all verifiers of a new revision. Does not block: they find it without this, only
-        later."""
+        """Notify all verifiers of a new revision, without blocking. A verifier that misses the
+        notification reads the revision at its next renewal.
+        """
         self._wake()
         if not self._notify:
             return
-        # While one notification is being sent, the newest revision stands for all that follow.
+        # While one notification is being sent, only the newest of the following revisions is kept.
         self._unannounced = max(self._unannounced, revision)
         if self._announcer is None:
             self._announcer = asyncio.create_task(self._announce(), name="announce deletions")
 
     async def wait(self, position: Position, deadline: float) -> Acknowledgements:
-        """Wait until every verifier has acknowledged `position`, which is committed, or is waited
-        out.
+        """Wait until every verifier has acknowledged the committed `position`, or is outwaited.
 
         Raises NotConfirmed at `deadline`, seconds on the process's clock.
         """
         future: asyncio.Future[Acknowledgements] = asyncio.get_running_loop().create_future()
         began = self._clock()
         self._waits[future] = PendingDeletion(position, began)
-        # A new deletion is likely to be acknowledged sooner than those that are waiting already.
+        # A new deletion is likely to be acknowledged sooner than those that are already waiting.
         self._poll_seconds = POLL_SECONDS_MIN
         if self._poller is None:
             self._poller = asyncio.create_task(self._poll(), name="confirm deletions")
@@ -119,7 +121,7 @@ class AckWaiter:
             self._waits.pop(future, None)
 
     async def close(self) -> None:
-        """Stop. No Delete waits any more when a server is closed."""
+        """Stop. Close the waiter. No Delete may be waiting."""
         tasks = [task for task in (self._poller, self._announcer) if task is not None]
         for task in tasks:
             task.cancel()
@@ -133,7 +135,7 @@ class AckWaiter:
                 revision, self._unannounced = self._unannounced, 0
                 try:
                     await self._table.notify(revision)
-                except Exception as error:  # noqa: BLE001 - costs time, and nothing else
+                except Exception as error:  # noqa: BLE001 - a lost notification only costs time
                     if isinstance(error, StoreUnsupported):
                         self._notify, self._unannounced = False, 0
                     self._log.warning("notification failed", error=type(error).__name__)
@@ -146,8 +148,8 @@ class AckWaiter:
             while self._waits:
                 await asyncio.sleep(self._poll_seconds)
                 self._poll_seconds = min(self._poll_seconds * POLL_FACTOR, POLL_SECONDS_MAX)
-                # Only these: for a deletion that arrives while the rows are read, it is not certain
-                # that they were read after its commit.
+                # Only these: if a deletion arrives while the rows are read, they may have been read
+                # before its commit.
                 waits = list(self._waits.items())
                 now = self._clock()
                 rows = await self._look({wait.position for _, wait in waits})
@@ -157,8 +159,8 @@ class AckWaiter:
                     continue
                 for future, wait in waits:
                     if wait.position not in rows.known:
-                        # The connection leads to another history, such as a deposed primary's. What
-                        # verifiers have acknowledged there is not this deletion (rule 12).
+                        # The connection leads to another history, such as a deposed primary's.
+                        # Acknowledgements there do not refer to this deletion (rule 12).
                         self._connection.drop()
                         continue
                     acknowledgements = wait.evaluate(rows.verifiers, now)
@@ -170,8 +172,9 @@ class AckWaiter:
             self._poller = None
 
     async def _look(self, positions: set[Position]) -> Rows | None:
-        """Return the rows, or None if they cannot be read. All Deletes then wait on, until their
-        deadlines at most."""
+        """Return the rows, or None if they cannot be read. In that case, all Deletes continue to
+        wait, until their deadlines at most.
+        """
         try:
             rows = await read_rows(await self._connection.get(), positions)
         except Exception as error:  # noqa: BLE001 - logged once

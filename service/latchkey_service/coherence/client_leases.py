@@ -1,7 +1,7 @@
 """Tracks the clients that answer under this process's lease, and what they have confirmed (rule 7).
 
 Pure. Streams and messages belong to `watch_sessions`. A client lease outlives its stream, because a
-client that is cut off goes on answering under its last grant.
+client that is cut off continues to answer under its last grant.
 """
 
 import math
@@ -10,7 +10,7 @@ __all__ = ["ClientLease", "ClientLeases"]
 
 
 class ClientLease:
-    """What the client of one stream was granted, and what it has confirmed."""
+    """The grants and confirmations of one stream's client."""
 
     __slots__ = ("client", "confirmed", "ends")
 
@@ -19,7 +19,7 @@ class ClientLease:
         """The caller's name and its address, for people."""
         self.confirmed = 0
         self.ends = -math.inf
-        """The time at which it has ended for certain, on this process's clock."""
+        """The time, on this process's clock, at which it has certainly ended."""
 
 
 class ClientLeases:
@@ -34,14 +34,15 @@ class ClientLeases:
     def __init__(self) -> None:
         self._at: dict[int, set[ClientLease]] = {}
         self.pinned_until = math.inf
-        """When to call `floor` again at the latest, even if no client confirms anything before."""
+        """When to call `floor` again at the latest, even if no client confirms anything before
+        that.
+        """
         self.outwaited = 0
         """How many leases ended while a revision waited for them. Only rises."""
 
     def grant(self, lease: ClientLease, confirmed: int, ends: float) -> None:
-        """Record a grant until `ends`, before it is sent. Its client has confirmed all it was sent.
-
-        `confirmed` is the revision that it has confirmed.
+        """Record a grant until `ends`, before it is sent. Its client has confirmed everything that
+        it was sent, up to the revision `confirmed`.
         """
         self._move(lease, confirmed)
         lease.ends = max(lease.ends, ends)
@@ -61,7 +62,7 @@ class ClientLeases:
                 self._move(lease, 0)
 
     def release(self, lease: ClientLease) -> None:
-        """Remove a lease whose client has said that it no longer answers under it."""
+        """Remove a lease that its client has released."""
         self._remove(lease)
         lease.ends = -math.inf
 
@@ -70,14 +71,14 @@ class ClientLeases:
     ) -> int | None:
         """Return the revision that every client has confirmed, or None if no client has a lease.
 
-        `behind_since` is the time since which some revision, up to `applied`, has been waiting for
-        clients. A lease that ended later than that, without having confirmed it, counts as waited
-        out.
+        `behind_since` is the time since which a revision up to `applied` has been waiting for
+        clients. If a lease ends later than that, and its client has not confirmed the revision, it
+        counts as outwaited.
         """
         self.pinned_until = math.inf
         while self._at:
             lowest = min(self._at)
-            # One live lease is enough: then this is the lowest revision.
+            # With one live lease, this is the lowest revision.
             lease = next(iter(self._at[lowest]))
             if lease.ends > now:
                 self.pinned_until = lease.ends
@@ -86,9 +87,9 @@ class ClientLeases:
         return None
 
     def sweep(self, now: float, behind_since: float = math.inf, applied: float = math.inf) -> None:
-        """Remove all leases that have ended, and count those that were waited out.
+        """Remove all leases that have ended, and count those that were outwaited.
 
-        `floor` removes only those that it has to.
+        `floor` removes only the leases that affect its result.
         """
         for held in tuple(self._at.values()):
             for lease in [lease for lease in held if lease.ends <= now]:

@@ -3,9 +3,9 @@
 Owns the verifier's connection and the order of these steps. The rules are in `verifier_state`, the
 SQL in `verifier_table`, and the choice of the database server in `primary`.
 
-One task takes all steps one after the other, so that no two overlap. A lease rests on a single
-statement, which renews, acknowledges and reads the log on one server. The lease is counted from the
-clock before that statement (rule 3). Reading the log by itself only brings the cache up to date.
+One task takes all steps in sequence, so that they do not overlap. A single statement extends the
+lease: it renews, acknowledges and reads the log on one server. The lease begins at the clock
+reading before that statement (rule 3). Reading the log by itself only updates the cache.
 """
 
 import asyncio
@@ -37,21 +37,21 @@ if TYPE_CHECKING:
 
 __all__ = ["LeaseRenewer"]
 
-# Pause after a failure. Meanwhile verifies that need a lease fail at once instead of piling up, and
-# service resumes this soon after Postgres does.
+# Pause after a failure. During the pause, verifies that need a lease fail at once instead of piling
+# up. The pause is short, so that service resumes soon after Postgres does.
 RETRY_SECONDS = 0.25
 # A stop does not wait for a database that hangs: the row expires by itself.
 REMOVE_SECONDS = 1.0
-# Verifies that wait for the lease: as many as may wait for a look-up.
+# Limit of verifies that wait for the lease: the same as for a look-up.
 WAITING_MAX = 10_000
-# A healthy client confirms within milliseconds. One that takes longer is named in the log.
+# A healthy client confirms within milliseconds. The log names a client that needs longer than this.
 WAITED_SECONDS = 0.5
-# Reads of the log until one has begun after a wake-up: another one may be under way.
+# Reads of the log until one has begun after a wake-up, because an earlier one may be in progress.
 READS_OF_LOG_MAX = 2
 
 
 class LeaseRenewer:
-    """Drives a VerifierState. Belongs to the event loop that it was created on."""
+    """Runs the statements of a VerifierState, on the event loop on which it was created."""
 
     def __init__(
         self,
@@ -103,12 +103,16 @@ class LeaseRenewer:
         self._on_news, self._streams, self._notifications = on_news, streams, notifications
 
     def wake(self) -> None:
-        """Read the log now instead of at the next renewal, because it may have news (rule 10)."""
+        """Read the log now instead of at the next renewal, because it may have new entries (rule
+        10).
+        """
         self._news = True
         self._woken.set()
 
     def wake_to_acknowledge(self) -> None:
-        """Check whether there is something to acknowledge: a client has confirmed or has left."""
+        """Check whether a revision can be acknowledged, because a client has confirmed or has
+        left.
+        """
         self._woken.set()
 
     def has_lease(self) -> bool:
@@ -133,10 +137,9 @@ class LeaseRenewer:
     async def read_log_to(self, revision: int, deadline: float) -> bool:
         """Read the log, and return whether it reaches `revision` (rule 12).
 
-        False means that the log ends earlier, so that the revision belongs to another history. True
-        does not prove that it belongs to this one. Raises StoreUnavailable if the log cannot be
-        read, Overloaded if too many calls wait, and Unavailable at `deadline`, seconds on the
-        process's clock.
+        If it does not, the revision belongs to another history. If it does, the revision may still
+        belong to another history. Raises StoreUnavailable if the log cannot be read, Overloaded if
+        too many calls wait, and Unavailable at `deadline`, seconds on the process's clock.
         """
         for _ in range(READS_OF_LOG_MAX):
             if self._clock() < self._retry_at:
@@ -154,8 +157,8 @@ class LeaseRenewer:
             raise Overloaded("Too many verifies are waiting for the database; try again.")
         self._waiting += 1
         try:
-            # Shielded, because callers share the future: a caller that is cancelled must not cancel
-            # it for the others.
+            # Shielded, because callers share the future: the cancellation of one caller must not
+            # cancel it for the others.
             async with asyncio.timeout(deadline - self._clock()):
                 await asyncio.shield(shared)
         except TimeoutError:
@@ -168,17 +171,16 @@ class LeaseRenewer:
         while True:
             try:
                 await self._renew_once()
-            except Exception as error:  # noqa: BLE001 - whatever it is, the lease runs out
+            except Exception as error:  # noqa: BLE001 - whatever the error, the lease ends
                 self._fail(error)
             else:
                 self._succeed()
             await self._pause()
 
     async def stop(self, *, remove: bool) -> None:
-        """Give up the lease after `run` has ended. From now on nothing is answered.
-
-        With `remove` the row is deleted, since no client holds a lease any more. Without it,
-        Deletes wait until the row's lease has expired.
+        """Give up the lease after `run` has ended: from now on, no verify is answered. With
+        `remove`, delete the row, because no client holds a lease. Without it, Deletes wait until
+        the row's lease has expired.
         """
         self.state.lose()
         stopping = StoreUnavailable("The server is stopping.")
@@ -195,7 +197,7 @@ class LeaseRenewer:
             self._connection.drop()
 
     async def _renew_once(self) -> None:
-        """Read the log if there may be news, and renew if it is time."""
+        """Read the log if it may have new entries, and renew the lease if that is due."""
         state = self.state
         due = self._clock() >= self._next_renewal
         if not (self._news or due or self._acknowledgeable() > state.acknowledged):
@@ -205,14 +207,13 @@ class LeaseRenewer:
             await self._register(row)
             due = True
         elif self._news:
-            # Cleared before the log is read, so that news that arrives meanwhile causes another
-            # read.
+            # Cleared before the log is read, so that a wake-up during the read causes another read.
             self._news = False
             began = self._clock()
             log = await row.read_log(state.cache.position)
             if log.known and log.server != state.server:
-                # Applying this log would let reads of that server be believed under a lease that
-                # stands on another one. Only a renewal can move the lease there.
+                # If this log were applied, reads of that server would be accepted under a lease
+                # from another one. Only a renewal can move the lease to it.
                 due = True
             else:
                 changed = state.apply(log, began)
@@ -236,7 +237,9 @@ class LeaseRenewer:
         clear = self.state.client_leases.floor(self._clock()) is None
         registration = await row.register(self._incarnation, acknowledge=clear)
         self.state.register(*registration, self._clock())
-        self._log.info("registered", verifier=self._identity.id, incarnation=self._incarnation)
+        # The first one is part of each start. A later one means that row or history was lost.
+        log = self._log.debug if self._incarnation == 1 else self._log.info
+        log("registered", verifier=self._identity.id, incarnation=self._incarnation)
 
     async def _renew(self, row: OwnRow, acknowledgeable: int) -> None:
         """Acknowledge, renew, and apply the log that the same statement read."""
@@ -260,7 +263,7 @@ class LeaseRenewer:
             if self._connection.current is not None:
                 self._primary.renewed(self._connection.current, state.server)
             self._succeed()
-            # Also for clients whose grants wait for this lease.
+            # This also wakes clients whose grants wait for this lease.
             self._applied(changed=changed)
             return
         if log.known:
@@ -288,15 +291,16 @@ class LeaseRenewer:
             client_leases.outwaited,
             waiting_for,
             self._notifications(),
-            # The host that this renewal goes to, not that of the last one: the same statement
-            # writes which server it reaches.
+            # The host of this renewal, not of the last one: the statement stores the server that it
+            # reaches.
             "" if connection is None else self._primary.host_of(connection),
             self._primary.warnings(),
         )
 
     def _lost_history(self, log: Log) -> None:
-        """Register again: at once the first time, after a pause from then on. The cache is empty by
-        now."""
+        """Register again, with an empty cache: at once the first time, and after a pause from
+        then on.
+        """
         if not log.known:
             connection = self._connection.current
             self._log.warning(
@@ -308,7 +312,8 @@ class LeaseRenewer:
             )
         self._next_renewal = -math.inf
         if self._row_lost:
-            # Twice in a row: whatever removes the row would otherwise keep this loop busy.
+            # The second time in a row: without a pause, repeated removals of the row would keep
+            # this loop busy.
             self._retry_at = self._clock() + _pause_after_failure()
         self._row_lost = True
 
@@ -346,7 +351,8 @@ class LeaseRenewer:
 
     def _succeed(self) -> None:
         if not self.has_lease():
-            # A beat that found its history or its row lost has not failed, and renewed nothing.
+            # A renewal that found its history or row lost has not failed, but has not extended the
+            # lease either.
             return
         if self._failing:
             self._log.info("the lease is renewed again")
@@ -354,8 +360,9 @@ class LeaseRenewer:
         self._wake_waiters(None)
 
     def _fail(self, error: Exception) -> None:
-        """Drop the connection: its state, and whether the last statement was carried out, are
-        unknown."""
+        """Drop the connection, because its state and the effect of the last statement are
+        unknown.
+        """
         self.failures += 1
         self._primary.failed(self._connection.current, error)
         self._connection.drop()
@@ -383,7 +390,7 @@ class LeaseRenewer:
 def _fail(waiting: "asyncio.Future[None] | None", error: Exception) -> None:
     if waiting is not None and not waiting.done():
         waiting.set_exception(error)
-        # Marks the exception as retrieved. Otherwise asyncio logs it when all waiters have left.
+        # Marks the exception as retrieved. Otherwise asyncio would log it if all waiters have left.
         waiting.exception()
 
 

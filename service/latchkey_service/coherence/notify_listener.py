@@ -1,7 +1,7 @@
 """Wakes the lease renewer when a Delete notifies the verifiers (rule 10).
 
 Owns the listening connection and the check that notifications arrive. A notification is only a
-hint: without it, a Delete takes longer, by a third of a lease at most, and nothing else changes.
+hint: without it, a Delete takes up to a third of a lease longer, and nothing else changes.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Notifications", "NotifyListener"]
 
 RETRY_SECONDS = 1.0
-# The shortest time that a probe is given. A shorter one would mistake a busy machine for a broken
+# Minimum time limit of a probe. With a shorter one, a busy machine would look like a broken
 # connection.
 PROBE_TIMEOUT_SECONDS_MIN = 0.25
 
@@ -43,11 +43,10 @@ class NotifyListener:
     """Listens on a dedicated connection and calls `wake`. `state` says whether notifications
     arrive.
 
-    A connection may look alive and lead nowhere, and a pooler may accept LISTEN and deliver the
-    notifications to nobody. So the listener regularly sends itself a probe by `notify`, and learns
-    within `interval_seconds` that notifications do not arrive. The probe goes through another
-    connection, because a server session delivers what it sends itself to whichever client it serves
-    at that moment.
+    A connection may be dead without an error, and a pooler may accept LISTEN but never deliver the
+    notifications. So the listener regularly sends a probe to itself with `notify`, and detects a
+    failure within `interval_seconds`. It sends the probe over another connection: a server session
+    behind a pooler delivers its own notifications to the client that it serves at that moment.
     """
 
     def __init__(
@@ -65,11 +64,11 @@ class NotifyListener:
         self._connect = connect
         self._notify = notify
         self._wake = wake
-        # The first half of the interval is the pause before a probe; in the second half the probe
-        # has to arrive.
+        # The pause before a probe takes the first half of the interval. The probe must arrive in
+        # the second half.
         self._pause_seconds = interval_seconds / 2
         self._timeout_seconds = max(interval_seconds / 2, PROBE_TIMEOUT_SECONDS_MIN)
-        # Named after this process, to tell its probes from those of others.
+        # Contains this process's name, to distinguish its probes from those of others.
         self._probes = (f"probe {name} {number}" for number in itertools.count())
         self._expected = ""
         self._arrived = asyncio.Event()
@@ -96,7 +95,7 @@ class NotifyListener:
         try:
             with translate_errors():
                 await connection.add_listener(CHANNEL, self._receive)
-            # Notifications from before this moment were missed.
+            # Earlier notifications were missed.
             self._wake()
             while not connection.is_closed() and await self._arrives():
                 self._becomes(Notifications.ARRIVE)

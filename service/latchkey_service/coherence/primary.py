@@ -1,11 +1,11 @@
-"""Knows which server is the primary, and what an operator should know about it.
+"""Tracks which server is the primary, and the warnings about servers.
 
-Owns that knowledge, the operator's warnings and the diagnosis of a server that fails. Opening and
-choosing connections belongs to `postgres.connections`.
+Also owns the diagnosis of a server that fails. Opening and choosing connections belongs to
+`postgres.connections`.
 
-The lease decides: the host on which it is renewed is the primary, since a renewal counts only once
-it is durable, and a deposed primary cannot make one durable. If renewals fail on a host, the next
-host of the list is tried (rule 12).
+The primary is the host on which the lease is renewed, because a renewal counts only if it is
+durable, and a deposed primary cannot make one durable. If renewals fail on a host, the next host in
+the list is tried (rule 12).
 """
 
 import asyncio
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Primary"]
 
-# How often the other hosts are asked whether they claim to be the primary. A person has to act on
-# the answer, so a shorter interval would not help.
+# Interval between checks whether other hosts claim to be the primary. A person has to act on the
+# result, so a shorter interval would not help.
 OTHERS_SECONDS = 10.0
-# For each host that is asked, and for a diagnosis: as long as a connection may take, and as long
-# again for an answer.
+# Time limit for each checked host, and for a diagnosis: as long as a connection may take, and as
+# long again for an answer.
 ASK_SECONDS = 2.0
 
-# What a statement ends with that Postgres has not answered in time, by whosever bound.
+# The errors of a statement that Postgres did not answer in time, whichever side's limit ended it.
 _HANGS = (TimeoutError, asyncpg.QueryCanceledError, asyncpg.PostgresConnectionError, OSError)
 
 STANDBY_MISSING = "Reads answer, commits hang: the synchronous standby is missing."
@@ -46,14 +46,15 @@ SELECT EXISTS (SELECT FROM pg_stat_activity
 
 
 class Primary:
-    """Connects the lease renewer, and learns from its success and failure.
+    """Opens connections for the lease renewer, and tracks the primary by the renewer's successes
+    and failures.
 
-    Belongs to the event loop that it is used on.
+    Use it on one event loop only.
     """
 
     def __init__(self, connector: Connector, on_change: Callable[[], None]) -> None:
         self._connector = connector
-        # Called when the lease moves to another server: all other connections have to follow it.
+        # Called when the lease moves to another server, so that all other connections follow.
         self._on_change = on_change
         self._log = logger()
         self._server: tuple[str, Server] | None = None
@@ -92,19 +93,19 @@ class Primary:
         return self._connector.host_of(connection)
 
     def warnings(self) -> list[str]:
-        """Return one sentence for each thing that an operator should repair."""
+        """Return one sentence for each fault that an operator should repair."""
         found = [STANDBY_MISSING] if self._standby_missing else []
         found += [
             f"Another host of the list also says that it is the primary: {host}. The lease is "
             f"renewed on {self.host}. Stop the one that was deposed, or make it a standby."
             for host in self._others
-            # The lease may have moved there since the others were asked.
+            # The lease may have moved to that host since the check.
             if host != self.host
         ]
         return found
 
     def renewed(self, connection: "Connection", server: Server) -> None:
-        """Note that the lease was renewed on `connection`, which reached `server`."""
+        """Record that the lease was renewed on `connection`, which reached `server`."""
         self._connector.prove(connection)
         self._failed_on = None
         if self._standby_missing:
@@ -124,14 +125,17 @@ class Primary:
             self._on_change()
 
     def failed(self, connection: "Connection | None", error: Exception) -> None:
-        """Note that the lease could not be renewed on `connection`. None: connecting failed."""
+        """Record that the lease could not be renewed on `connection`, or that connecting failed
+        (None).
+        """
         if connection is None:
             return
         host = self._connector.host_of(connection)
         again, self._failed_on = self._failed_on == host, host
-        # A commit that is not durable, or no answer at all, may mean a deposed primary. Anything
-        # else, such as a lock that was held for long, passes as a rule. To leave for another host
-        # costs the lease where that one is deposed, and so takes a second failure.
+        # If the commit is not durable, or there is no answer, the server may be a deposed primary.
+        # Other failures, such as a lock that is held too long, are usually transient. Moving to
+        # another host loses the lease if that host is deposed, so for other failures, the process
+        # moves only after the second one.
         hangs = isinstance(error, NotReplicated) or isinstance(error.__cause__, _HANGS)
         if again or hangs:
             self._connector.leave(connection)
@@ -164,21 +168,21 @@ class Primary:
                 self._log.info("no other host of the list says that it is the primary")
 
     async def close(self) -> None:
-        """Cancel the diagnosis that is under way, if any."""
+        """Cancel the diagnosis in progress, if any."""
         if self._diagnosis is not None:
             self._diagnosis.cancel()
             await asyncio.gather(self._diagnosis, return_exceptions=True)
 
     async def _says_primary(self, host: str) -> bool:
-        """Return whether a host accepts writes. One that does not answer in time counts as a no."""
+        """Return whether a host accepts writes; False if it does not answer in time."""
         try:
             async with asyncio.timeout(ASK_SECONDS):
                 # The connector refuses a standby.
                 (await self._connector.connect_to(host)).terminate()
         except (StoreUnavailable, TimeoutError):
             return False
-        except Exception as error:  # noqa: BLE001 - it refuses this role, or is not for Latchkey
-            self._log.warning("host not asked", host=host, error=type(error).__name__)
+        except Exception as error:  # noqa: BLE001 - it rejects this role, or is not for Latchkey
+            self._log.warning("host check failed", host=host, error=type(error).__name__)
             return False
         return True
 
@@ -192,11 +196,11 @@ class Primary:
                         waiting = await connection.fetchval(_COMMITS_WAIT, timeout=ASK_SECONDS)
                     finally:
                         connection.terminate()
-                    # Commits that hang on a host that the lease has left meanwhile say nothing of
-                    # the one that it is on now.
+                    # The lease may have left this host in the meantime. Commits that hang here then
+                    # say nothing about the lease's current host.
                     if waiting and self.host in ("", host):
                         self._standby_is_missing()
-        except Exception as error:  # noqa: BLE001 - a diagnosis that fails says nothing
+        except Exception as error:  # noqa: BLE001 - a failed diagnosis is inconclusive
             self._log.warning("database diagnosis failed", error=type(error).__name__)
         finally:
             self._diagnosis = None

@@ -1,8 +1,8 @@
-"""Decides which reads of the database may be believed (rules 5 and 12).
+"""Decides which reads of the database to accept (rules 5 and 12).
 
-A session may lead to a deposed primary: it may have stayed open across a failover, or a pooler or a
-moved address may have led it there. So each read returns the position and timeline of its snapshot,
-and is believed only if that position lies on the history that this process's lease stands on.
+A session may reach a deposed primary: it may have stayed open across a failover, or a pooler or a
+moved address may have connected it to that server. So each read returns the position and timeline
+of its snapshot, and is accepted only if that position lies on the history of this process's lease.
 
 Owns the waiting for the lease and for the log. The rule itself is `VerifierState.standing`.
 """
@@ -45,10 +45,10 @@ class LeasedReads:
         return self._state.begin_read()
 
     async def accept(self, snapshot: Snapshot, began: ReadBegan, deadline: float) -> None:
-        """Return if the read may be believed.
+        """Return if the read is acceptable.
 
-        If the snapshot is ahead of the log, waits for the log to be read. Raises StoreUnavailable
-        if the read came from another history or server, CacheStartedOver if the cache started over
+        If the snapshot is ahead of the log, wait for the log to be read. Raises StoreUnavailable if
+        the read came from another history or server, CacheStartedOver if the cache started over
         meanwhile, Overloaded if too many calls wait, and Unavailable at `deadline`.
         """
         state = self._state
@@ -61,6 +61,6 @@ class LeasedReads:
             if began.epoch != state.epoch:
                 raise CacheStartedOver(CHANGING_OVER)
             self._disconnect()
-            # Either side may be the one that lags. The lease finds out at its next renewal.
+            # Either side may lag. The next renewal shows which one.
             self._renewer.wake()
             raise StoreUnavailable(CHANGING_OVER)

@@ -21,7 +21,7 @@ POSITION_KNOWN = """(
 
 
 class Snapshot(NamedTuple):
-    """The database as one statement saw it."""
+    """The state of the database that one statement saw."""
 
     position: Position
     timeline: str | None

@@ -1,8 +1,8 @@
 """The state of this process as a verifier: its cache, its lease, its row (rules 2-5, 7, 12).
 
 Pure, with the clock passed in. Owns the rules. `lease_renewer` runs the statements, and
-`client_leases` tracks the clients. A verify may be answered while `lease_ends` lies ahead, from the
-cache or from a read (rule 5).
+`client_leases` tracks the clients. A verify may be answered until `lease_ends`, from the cache or
+from a read (rule 5).
 """
 
 import enum
@@ -21,7 +21,7 @@ __all__ = ["EVERY_TOKEN", "Change", "Log", "ReadBegan", "Server", "Standing", "V
 
 E = TypeVar("E", bound=Entry)
 
-# Clients that a status or a log line names: enough to see a pattern.
+# Limit of clients that a status or a log line names: enough to see a pattern.
 WAITED_FOR_MAX = 5
 
 
@@ -56,7 +56,7 @@ class Log:
     changes: tuple[Change, ...]
     """Oldest first."""
     complete: bool = True
-    """False: more tokens were named than a reader accepts."""
+    """False if more tokens were named than a reader accepts."""
 
 
 class ReadBegan(NamedTuple):
@@ -67,7 +67,7 @@ class ReadBegan(NamedTuple):
 
 
 class Standing(enum.Enum):
-    """How the snapshot of a read relates to the history that the lease stands on (rule 12)."""
+    """How the snapshot of a read relates to the history of the lease (rule 12)."""
 
     BELIEVED = enum.auto()
     AHEAD = enum.auto()
@@ -104,13 +104,13 @@ class VerifierState(Generic[E]):
         self.acknowledged = 0
         """The revision that the process's row acknowledges."""
         self.server = Server(None, None)
-        """The server that the lease stands on."""
+        """The server of the last renewal, on which the lease is valid."""
         self.rows_complete_at = -math.inf
-        """The time from which on the verifiers' rows are certain to be complete (rule 8). Infinite
+        """The time from which the verifiers' rows are certain to be complete (rule 8). Infinite
         from the loss of a history to the next registration."""
         self.epoch = 0
-        """Rises whenever the cache starts over. Clients of an earlier epoch have to be reset."""
-        # Since when a revision has been waiting for clients. Infinite: no revision waits.
+        """Increases whenever the cache starts over. Clients of an earlier epoch must be reset."""
+        # The time since which a revision has been waiting for clients; infinite if none is.
         self._behind_since = math.inf
         self.log_read_began = -math.inf
         """When the latest read of the log that was applied began."""
@@ -131,8 +131,8 @@ class VerifierState(Generic[E]):
     def apply(self, log: Log, began: float) -> bool:
         """Apply a log that was read after `cache.position`. Return whether anything changed.
 
-        `began` is the clock before the read. Only a log that came with a renewal may be of another
-        server, because the lease moves there with it.
+        `began` is the clock before the read. Only a log from a renewal may come from another
+        server, because the renewal also moves the lease to that server.
 
         If the log belongs to another history, the process is no longer registered (`lose`). Another
         server or timeline of the same history empties the cache: changes that are not in the log,
@@ -158,15 +158,15 @@ class VerifierState(Generic[E]):
         return bool(log.changes)
 
     def begin_read(self) -> ReadBegan:
-        """Return what `standing` needs to know about the moment before a read is sent."""
+        """Return the state before a read is sent, which `standing` needs."""
         return ReadBegan(self.cache.position.revision, self.epoch)
 
     def standing(self, snapshot: Snapshot, began: ReadBegan) -> Standing:
-        """Return whether a read with this snapshot may be believed.
+        """Return whether a read with this snapshot is acceptable.
 
-        A snapshot older than what was applied when the read was sent comes from another server,
-        such as a deposed primary. The server of the lease cannot return one. A read that was sent
-        under the lease of an earlier epoch has lost its permission, because that lease stood on
+        If the snapshot is older than the position applied when the read was sent, it comes from
+        another server, such as a deposed primary, because the lease's server cannot return it. A
+        read that was sent in an earlier epoch is rejected, because the lease of that epoch was on
         another history.
         """
         if snapshot.timeline != self.server.timeline or began.epoch != self.epoch:
@@ -186,17 +186,21 @@ class VerifierState(Generic[E]):
         if floor is None or floor >= applied:
             self._behind_since = math.inf
             return applied
-        # After the cache has started over, clients are waited for although the log had no news.
+        # After the cache has started over, revisions wait for clients although the log had no new
+        # entries.
         self._behind_since = min(self._behind_since, now)
         return floor
 
     def sweep(self, now: float) -> None:
-        """Remove client leases that have ended. `acknowledgeable` removes only those that it has
-        to."""
+        """Remove client leases that have ended. `acknowledgeable` removes only the leases that
+        affect its result.
+        """
         self.client_leases.sweep(now, self._behind_since, self.cache.position.revision)
 
     def waiting_for(self, now: float) -> tuple[float, list[str]]:
-        """Return for how many seconds a revision has waited for clients, and for which clients."""
+        """Return how many seconds a revision has been waiting for clients, and for which
+        clients.
+        """
         if self._behind_since == math.inf:
             return 0.0, []
         applied = self.cache.position.revision
@@ -211,11 +215,11 @@ class VerifierState(Generic[E]):
         self.acknowledged = acknowledged
 
     def lose(self) -> None:
-        """Give up lease and registration, because the row or its history is gone.
+        """Give up lease and registration, because the row or its history is lost.
 
-        Nothing is answered until the process registers again. The lease is void at once: it was
-        granted by a row, on a history, that may no longer exist. Clients are reset, and their
-        confirmations no longer count. The end of their leases still does.
+        The process answers no verify until it registers again. The lease ends at once, because its
+        row or its history may no longer exist. Clients are reset, and their confirmations no longer
+        count, but the ends of their leases still do.
         """
         self.registered = False
         self.lease_ends = -math.inf
@@ -224,11 +228,10 @@ class VerifierState(Generic[E]):
         self._start_over(NOWHERE)
 
     def _await_earlier_leases(self, now: float) -> None:
-        """Hold back acknowledgements of deletions until each lease of the earlier history has
-        ended.
+        """Delay the confirmation of deletions until each lease of the earlier history has ended.
 
-        This history may lack the rows of verifiers that still hold one: verifiers that registered
-        after the backup that was restored, or on a primary whose last commits were lost.
+        Verifiers may still hold such leases although this history lacks their rows: they registered
+        after the restored backup was made, or on a primary whose last commits were lost.
         """
         longest = outwait_seconds(LEASE_SECONDS_MAX)
         self.rows_complete_at = now + longest + OUTWAIT_MARGIN_SECONDS

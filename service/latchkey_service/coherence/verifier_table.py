@@ -1,8 +1,8 @@
 """The SQL of verifiers and of the log.
 
-Owns the `verifier` table, and the reading and pruning of `invalidation`. Deletions write
-`invalidation`, and belong to the token store. `OwnRow` runs on the lease renewer's connection,
-`read_rows` on any connection, and everything else on the pool.
+Owns the `verifier` table, and reads and prunes `invalidation`. The token store writes
+`invalidation` when it deletes a token. `OwnRow` runs on the lease renewer's connection, `read_rows`
+on any connection, and everything else on the pool.
 """
 
 from collections.abc import Iterable, Sequence
@@ -47,8 +47,8 @@ __all__ = [
 
 # The channel for the notification after a Delete. The payload is the revision.
 CHANNEL = "latchkey_invalidation"
-# Not durable, since there is nothing to keep. A notifying commit holds a lock of the whole cluster
-# until its WAL is flushed and a standby has received it.
+# Not durable, because a notification need not survive. A notifying commit holds a lock of the whole
+# cluster until its WAL is flushed and a standby has received it.
 NOTIFY = "SELECT set_config('synchronous_commit', 'off', true), pg_notify($1, $2)"
 
 # All verifiers' rows, and which of the positions ($1, $2) this database's history holds.
@@ -84,8 +84,8 @@ _READ_LOG = f"""
           WITH {_STATE}
         SELECT {_STATE_AND_LOG}"""
 
-# A single statement, hence a single server and snapshot (rule 3). Behind a pooler, two statements
-# could reach two servers, and the lease would rest on a log that was read elsewhere.
+# A single statement uses a single server and snapshot (rule 3). Behind a pooler, two statements
+# could reach two servers, and the lease would depend on another server's log.
 _RENEW = f"""
           WITH {_STATE},
                renewed AS (
@@ -145,7 +145,7 @@ RULES = 1
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a process reports about itself in its row. `id` is new each time the process starts."""
+    """A process's description of itself in its row. `id` is new each time the process starts."""
 
     id: str
     host: str
@@ -186,12 +186,12 @@ class Status:
 
 
 class Report(NamedTuple):
-    """What a process writes into its row at each renewal, about its clients and itself."""
+    """The facts about its clients and itself that a process writes into its row at each renewal."""
 
     clients: int
     """The number of streams."""
     clients_confirmed: int
-    """Clients with a lease that have confirmed what the row acknowledges."""
+    """Number of clients with a lease that have confirmed the revision that the row acknowledges."""
     clients_outwaited: int
     """Leases of clients that ended while a revision waited for them. Only rises."""
     waiting_for: list[str]
@@ -199,13 +199,13 @@ class Report(NamedTuple):
     notifications: int
     """Numbered as in the contract's Notifications."""
     database_host: str
-    """The host of the list that the renewal goes to."""
+    """The host in the list to which the renewal is sent."""
     warnings: list[str]
-    """What an operator should repair."""
+    """Faults that an operator should repair."""
 
 
 class Registration(NamedTuple):
-    """What a process learns when it commits its row."""
+    """The result of committing a process's row."""
 
     position: Position
     """The newest position, where the empty cache begins."""
@@ -228,8 +228,8 @@ class OwnRow:
         With `acknowledge` the row acknowledges the newest revision. Without it, the row
         acknowledges nothing, because clients may still answer from their caches under an earlier
         lease. A process that commits a later revision finds the row and waits for it; an earlier
-        revision is in every later read. An attempt that was given up may still be carried out late.
-        It changes nothing, since by then the row has a later incarnation.
+        revision is in every later read. An abandoned attempt may still reach the database later. It
+        then changes nothing, because the row has a later incarnation.
         """
         identity = self._identity
         with translate_errors(), require_durable_commit(self._connection):
@@ -267,7 +267,7 @@ class OwnRow:
     async def read_log(self, applied: Position) -> Log:
         """Return the log after `applied`, and whether this database's history holds `applied`.
 
-        One round trip. A lease must not rest on this read: see `renew`.
+        One round trip. This read must not extend a lease: see `renew`.
         """
         with translate_errors():
             rows = await self._connection.fetch(
@@ -288,8 +288,9 @@ class OwnRow:
         Also returns whether the row was renewed. It is not renewed if this database's history does
         not hold `applied` (`Log.known`), or if the row no longer exists.
 
-        Committed as durably as deletions are: a deposed primary must not grant a lease by a commit
-        that will be undone. Raises StoreUnavailable if the commit is not durable.
+        The commit must be as durable as that of a deletion, so that a deposed primary cannot extend
+        a lease with a commit that will be undone. Raises StoreUnavailable if the commit is not
+        durable.
         """
         with translate_errors(), require_durable_commit(self._connection):
             rows = await self._connection.fetch(
@@ -306,7 +307,7 @@ class OwnRow:
 
     @retry_on_conflict
     async def remove(self, incarnation: int) -> None:
-        """Remove the row: neither the process nor any of its clients answers any more."""
+        """Remove the row, after the process and its clients have stopped answering."""
         with translate_errors():
             await self._connection.execute(
                 "DELETE FROM verifier WHERE id = $1 AND incarnation = $2",

@@ -53,13 +53,13 @@ class Grant(NamedTuple):
 
 
 class Reset(NamedTuple):
-    """The client has to start over at this position."""
+    """The client must start over at this position."""
 
     position: Position
 
 
 class Closing(NamedTuple):
-    """The client has to move to a new stream: the server will stop soon, or the stream is old."""
+    """The client must move to a new stream: the server will stop soon, or the stream is old."""
 
 
 class ReportReceived(NamedTuple):

@@ -1,8 +1,8 @@
 """Serves clients that answer from their caches under this process's lease (rules 6 and 7).
 
-Each stream has a `WatchSession`, which is pure: it knows what the client has said and decides what
-to send next. Nothing is queued for a client. Its news is read from the cache's history at the
-moment of sending, so that a slow client costs no more memory than a fast one.
+Each stream has a `WatchSession`, which is pure: it tracks the client's messages and decides what to
+send next. Nothing is queued for a client. Invalidations are read from the cache's history when they
+are sent, so a slow client uses no more memory than a fast one.
 
 Owns the sessions. The leases of clients are kept in `client_leases`. Uses that clients report are
 passed on.
@@ -45,8 +45,8 @@ __all__ = [
 
 # Streams to a process. Each costs about 60 kB and, when nothing changes, a message each second.
 WATCH_SESSIONS_MAX = 10_000
-# In leases. A client asks at least once in each lease. One that has been silent for this long holds
-# no lease, and is dropped.
+# In leases. A client requests a grant at least once in each lease. A client that has been silent
+# for this long holds no lease, and its stream is ended.
 SILENT_LEASES = 3
 # A client is asked to move to a new stream at this share of the connection's maximum age, before
 # the connection is closed. The share is random, so that not all clients move at once.
@@ -56,9 +56,9 @@ MOVE_FROM, MOVE_TO = 0.75, 0.85
 class WatchSession:
     """The server's side of one stream. Times are seconds on the process's clock.
 
-    A client is granted a lease only after it has confirmed exactly what it was sent. So a client
-    that stops confirming delays Deletes until its current lease ends, and never again (rule 6). A
-    healthy client confirms within a millisecond.
+    A client is granted a lease only after it has confirmed everything that it was sent. So a client
+    that stops confirming delays Deletes only until its current lease ends (rule 6). A healthy
+    client confirms within a millisecond.
     """
 
     def __init__(self, state: VerifierState[Any], client: str = "") -> None:
@@ -67,26 +67,25 @@ class WatchSession:
         self.last_heard = -math.inf
         """When the client last sent a message."""
         self.released = False
-        # The position up to which the client was sent what to drop. None: the client's own position
-        # is not known yet, so nothing may be sent.
+        # The position up to which the client was sent invalidations. None if the client's own
+        # position is not known yet; then nothing may be sent.
         self._sent: Position | None = None
         self._confirmed = False
-        # The end of the process's lease at a moment when nothing was newer than `_sent`. Anything
-        # newer was committed after that lease began, so a Delete of it waits at least until this
-        # time.
+        # The end of the process's lease when `_sent` was last the newest revision. Later revisions
+        # were committed after that lease began, so their Deletes wait at least until this time.
         self._covered_until = -math.inf
         # The last revision that the client has confirmed on this stream, in this epoch.
         self._last_confirmed = 0
         # The epoch of the verifier's state in which `_sent` was sent.
         self._epoch = state.epoch
-        # The position that the client says it has applied, until it can be judged.
+        # The client's claimed position, until it can be checked.
         self._claim: Position | None = None
         self._claimed_at = -math.inf
         # A Reset was sent, and the client has not confirmed it. Messages that the client sent
         # before it received the Reset are about another history.
         self._resetting = False
-        # The client claims less than it has confirmed before, so it is sent again what it has
-        # missed.
+        # The client claims less than it has confirmed before, so it is sent the later invalidations
+        # again.
         self._fell_back = False
         self._wanted = 0
         self.closing = False
@@ -101,7 +100,7 @@ class WatchSession:
 
     @property
     def owes_confirmation(self) -> bool:
-        """Whether the client has to confirm something before it gets a grant."""
+        """Whether the client must confirm a position before it gets a grant."""
         return self._sent is not None and not self._confirmed
 
     @property
@@ -144,7 +143,7 @@ class WatchSession:
             self._confirmed = False
 
     def close(self) -> None:
-        """Ask the client to move, and grant nothing from now on."""
+        """Ask the client to move, and send no more grants."""
         self.closing = True
 
     def take(self, now: float) -> list[Event]:
@@ -169,17 +168,17 @@ class WatchSession:
             self._covered_until = state.lease_ends
         if self._wanted and self._confirmed and not self.closing and now < state.lease_ends:
             if self.lease.ends <= now:
-                # Without a lease the client holds up no Delete, so Deletes that it has not heard of
-                # may have returned. It is sent the news before this lease begins.
+                # Deletes do not wait for a client without a lease, so Deletes that it does not know
+                # of may have returned. It is sent those invalidations before this lease begins.
                 self._invalidate(events)
-            # The end of our own lease. The client counts its lease from before it asked, so it
+            # The end of our own lease. The client's lease begins before it sent the request, so it
             # cannot last longer.
             #
-            # A client with a lease is granted the next one before it is sent what is new: otherwise
-            # it would owe a confirmation, and in a flood of Deletes would never get a grant. But a
-            # Delete returns a lease's length after its commit (rule 8), and the stream may break
-            # right after the grant. So this lease ends before any Delete that the client has not
-            # been sent can return.
+            # A client with a lease gets the next grant before it is sent new invalidations.
+            # Otherwise it would owe a confirmation, and during a flood of Deletes it would never
+            # get a grant. But a Delete returns a lease's length after its commit (rule 8), and the
+            # stream may break right after the grant. So this lease ends before any Delete can
+            # return that the client has not been sent.
             ends = min(state.lease_ends, self._covered_until)
             if ends > now and ends >= self.lease.ends:
                 # Recorded before it is sent.
@@ -190,15 +189,15 @@ class WatchSession:
                 # before it. A client without marks never confirms, and gets no other grant.
                 if self._resetting:
                     self._confirmed = False
-        # A client that wants a grant and owes a confirmation is sent nothing more until it has
-        # confirmed. Otherwise there might never be a moment at which it owes nothing.
+        # While a client requests a grant and owes a confirmation, it is sent nothing more.
+        # Otherwise it might always owe a confirmation.
         if not self._wanted or self._confirmed or self._fell_back:
             self._fell_back = False
             self._invalidate(events)
         return events
 
     def _settle(self, events: list[Event]) -> None:
-        """Find out the client's position, and reset the client if it is not on this history."""
+        """Determine the client's position, and reset the client if it is not on this history."""
         state = self._state
         claim = self._claim
         if self._sent is not None and self._epoch != state.epoch:
@@ -213,8 +212,8 @@ class WatchSession:
                 and claim.revision > state.cache.position.revision
                 and state.log_read_began <= self._claimed_at
             ):
-                # A client that is ahead may have received news before this process, which reads its
-                # log first.
+                # A client that is ahead may have received an invalidation before this process did,
+                # so the process reads its log first.
                 first = self._sent is None
                 self._reset(events)
                 # An empty cache has nothing to drop, so it owes no confirmation.
@@ -246,10 +245,10 @@ class WatchSession:
         """Record that the client has applied all up to `position`, which is on this history."""
         assert self._sent is not None, "nothing is confirmed before it was sent"  # noqa: S101 - for the type checker
         if position.revision < self._last_confirmed:
-            # The client fell back because another server has reset it. However often it repeats its
-            # claim, it has confirmed nothing until it is sent again what it has missed: a Delete of
-            # that may have returned. And a client that claimed less and less would hold up every
-            # Delete.
+            # The client fell back because another server has reset it. Its claim confirms nothing
+            # until the later invalidations have been sent again, because their Deletes may have
+            # returned. This also keeps a client that claims lower and lower positions from delaying
+            # every Delete.
             self._fell_back = True
             self._covered_until = -math.inf
             self._sent = position
@@ -341,17 +340,17 @@ class WatchSessions:
             self._lease_released.set()
 
     def on_news(self, changed: bool) -> None:  # noqa: FBT001 - called back
-        """Send all clients what is new, issue grants that wait for a lease, and ask old streams to
-        move.
+        """Send all clients the new invalidations, issue grants that wait for a lease, and ask
+        clients of old streams to move.
 
         A client that moves opens its new stream first, and then releases its lease on the old one.
-        So Deletes need not wait for it, as they would if its connection were just closed.
+        So Deletes need not wait for its lease, as they would if its connection were closed.
         """
         now = self._clock()
         lost = now - SILENT_LEASES * self._state.lease_seconds
         for stream in tuple(self._streams):
             if stream.sending_since < lost:
-                # The client does not read, so nothing can be sent to it any more.
+                # The client does not read, so nothing can be sent to it.
                 stream.task.cancel()
             elif stream.asked_to_move_at < lost:
                 # The client's lease has ended by now.
@@ -383,7 +382,7 @@ class WatchSessions:
     async def drain(self, seconds: float) -> bool:
         """Send the clients to other servers. Return whether no client holds a lease any more.
 
-        Meanwhile the server goes on as before, except that it grants nothing. Returns when every
+        Meanwhile the server continues to serve, but sends no more grants. Returns when every
         client has released its lease or the lease has expired, after at most `seconds`.
         """
         self._closing = True

@@ -15,7 +15,7 @@ __all__ = ["Attempt", "CircuitBreaker", "jittered"]
 RECONNECT_SECONDS = 0.25
 # Attempts that one process has in progress at once: as many as it ever has connections. A frozen
 # database never answers an attempt, and the attempts of callers that gave up stay in its accept
-# queue. When it thaws, it has to serve all of them.
+# queue. When it continues, it has to serve all of them.
 ATTEMPTS_MAX = 23
 
 
@@ -68,7 +68,9 @@ class CircuitBreaker:
 
     @property
     def half_open(self) -> bool:
-        """Whether an attempt failed and it is not known yet if the database is unreachable."""
+        """Whether an attempt failed, and a probe has not yet shown whether the database is
+        unreachable.
+        """
         return self._state is _State.HALF_OPEN
 
     def begin(self) -> Attempt | None:
@@ -87,7 +89,7 @@ class CircuitBreaker:
         return Attempt.PROBE
 
     def succeed(self, attempt: Attempt) -> None:
-        """Record that an attempt connected, and close the breaker."""
+        """Record that an attempt succeeded, and close the breaker."""
         self._end(attempt)
         self._state = _State.CLOSED
         self._not_before = -math.inf

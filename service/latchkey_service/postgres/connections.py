@@ -41,10 +41,10 @@ __all__ = [
 ]
 
 # Our statements take about a millisecond. After two seconds without an answer, the database is
-# frozen or gone, and an error serves the caller better than a longer wait.
+# frozen or unreachable, and an error helps the caller more than a longer wait.
 STATEMENT_TIMEOUT_SECONDS = 2.0
 CONNECT_TIMEOUT_SECONDS = 1.0
-# A connection that was idle for longer is tested before use: if a firewall has forgotten it, a
+# A connection that was idle for longer is tested before use: if a firewall has dropped it, a
 # statement would wait for its whole time-out. The test costs one round trip.
 IDLE_SECONDS = 5.0
 # Far above a round trip, and short enough to leave the caller time for a new connection.

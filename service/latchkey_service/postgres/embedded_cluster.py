@@ -273,7 +273,7 @@ class EmbeddedPostgres:
                     )
                 time.sleep(_POLL_SECONDS)
             tail = self._log_tail(log_offset)
-            # Backends of a killed postmaster take a moment to notice.
+            # Backends of a killed postmaster need a moment to detect that.
             if "pre-existing shared memory block" not in tail or time.monotonic() > deadline:
                 raise EmbeddedError(
                     f"the embedded PostgreSQL did not start (exit code {self._process.returncode});"

@@ -28,7 +28,7 @@ TIMEOUT_SECONDS: Final = 5.0
 SETTINGS_SECONDS_MIN: Final = 0.1
 
 _HOSTS: Final = re.compile(r"(\w+://(?:[^/?#]*@)?)([^/?#@]*)(.*)", re.DOTALL)
-# Errors of a host that is not the primary, or not yet. Another host may be.
+# Errors of a host that is not, or not yet, the primary. Another host may be the primary.
 CONNECT_ERRORS: Final = (
     OSError,  # TimeoutError included
     asyncpg.PostgresError,

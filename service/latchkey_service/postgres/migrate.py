@@ -45,7 +45,7 @@ ADVISORY_LOCK = 0x6C61746368  # "latch"
 # Longest wait for another server's migration. Also the longest wait for a table lock: while this
 # migration waits for one, every later query on that table queues behind it.
 LOCK_TIMEOUT_SECONDS = 30
-# A schema change on a large table takes a while. After this long, a person should look.
+# A schema change on a large table takes a while. After this long, a person should investigate.
 STATEMENT_TIMEOUT_SECONDS = 600.0
 CONNECT_TIMEOUT_SECONDS = 5.0
 # Time for a database that starts together with the service (compose, a reboot).
@@ -231,8 +231,8 @@ async def _locked(connection: "asyncpg.Connection[asyncpg.Record]") -> AsyncIter
 
     Lock and time-outs end with the transaction. Behind a pooler in transaction mode, session state
     would stay on a server connection that others use. The isolation level is READ COMMITTED,
-    whatever the role's default: reads after the wait for the lock must see the commits made
-    meanwhile.
+    whatever the role's default, because reads after the wait for the lock must see the commits made
+    during the wait.
     """
     async with connection.transaction(isolation="read_committed"):
         await connection.execute(

@@ -1,4 +1,4 @@
-"""Processes: the supervisor, its workers, and how one worker is put together.
+"""Processes: the supervisor, its workers, and the wiring of one worker.
 
 Owns what happens between `latchkey serve` and the first call, and from SIGTERM to the last one. No
 room imports it.

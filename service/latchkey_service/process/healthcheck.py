@@ -1,4 +1,4 @@
-"""Check the health of the running service: `python -m latchkey_service.healthcheck`.
+"""Check the health of the running service: `python -m latchkey_service.process.healthcheck`.
 
 For container engines and service managers. It calls the service on its plaintext address, like any
 client. `periodic.py` determines the answer.
@@ -14,7 +14,7 @@ from latchkey_service.settings import settings
 
 __all__ = ["main", "target"]
 
-# The server answers from memory: if it takes longer, it is unhealthy.
+# The server answers without the database, so one that takes longer is unhealthy.
 TIMEOUT_SECONDS: Final = 2.0
 # If the server listens on all addresses, use the loopback address.
 _LOCAL: Final = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - not bound

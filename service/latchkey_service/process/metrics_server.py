@@ -36,7 +36,7 @@ __all__ = ["COLLECT", "WorkerReports", "answer_line", "serve_metrics"]
 COLLECT: Final = b"metrics\n"
 # A worker answers within milliseconds. One that takes longer is reported as down.
 ANSWER_SECONDS: Final = 2.0
-# The supervisor's event loop may stand still while it restarts Postgres; Prometheus gives up after
+# The supervisor's event loop may be blocked while it restarts Postgres; Prometheus gives up after
 # ten seconds by default.
 SCRAPE_SECONDS: Final = 8.0
 # Longest pause between two packets of a request.

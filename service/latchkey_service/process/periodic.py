@@ -75,7 +75,7 @@ async def follow_verifier(
             await check(clock() + PROBE_TIMEOUT_SECONDS)
             answers = True
         except Overloaded:
-            # Busy, but answering other calls.
+            # Overloaded, but answering other calls.
             answers = True
         except Unavailable:
             answers = False
@@ -210,7 +210,7 @@ async def prune_log(table: VerifierTable, lease_seconds: float) -> None:
 async def _repeat(seconds: float, work: Callable[[], Awaitable[None]], event: str) -> None:
     """Repeat `work` forever, about every `seconds`. Logs failures as `event` and continues."""
     while True:
-        # At a different time in each worker, so that they do not get in each other's way.
+        # At a different time in each worker, so that they do not block each other.
         await asyncio.sleep(jittered(seconds, random.random()))  # noqa: S311 - jitter
         try:
             await work()

@@ -1,4 +1,4 @@
-"""Reserves the addresses of the service: no other program may have them or take them later.
+"""Reserves the addresses of the service, so that no other program uses them now or later.
 
 The supervisor uses it on behalf of its workers, which listen on the addresses themselves.
 """
@@ -29,7 +29,8 @@ def reserved(listen: str | None, setting: str = "LISTEN") -> Iterator[Any]:
 
     The workers share a port by SO_REUSEPORT. With that option, a second service could silently take
     a share of the calls. So the address is first tried without it. Then a socket that never listens
-    keeps the port, even while no worker has it. This also determines which port 0 becomes.
+    keeps the port, even while no worker uses it. If the port is 0, this also determines the actual
+    port.
     """
     if listen is None:
         yield None

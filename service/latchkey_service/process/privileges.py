@@ -1,10 +1,10 @@
-"""What a process of the service may do, and who may look into it.
+"""The privileges of a process of the service, and its protection from debuggers.
 
 The supervisor and the workers hold keys and secrets in memory, so they write no core dumps, and
 processes of the same user cannot read their memory (Linux).
 
-If the service was started as root, its workers give that up once they listen. The supervisor stays
-root: it starts Postgres and workers again, and serves no calls. A worker gives root up itself,
+If the service was started as root, its workers drop root once they listen. The supervisor stays
+root, so that it can restart Postgres and workers. It serves no calls. A worker drops root itself,
 because Linux lets only processes of one user share a port.
 """
 
@@ -38,11 +38,13 @@ _PR_SET_DUMPABLE: Final = 4  # linux/prctl.h
 
 
 def forbid_dumps(settings: Settings) -> None:
-    """Write no core dumps and keep debuggers of the same user out, unless the settings allow it."""
+    """Prevent core dumps, and access by debuggers of the same user, unless the settings allow
+    it.
+    """
     if settings.core_dumps == "on":
         return
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Also where the kernel passes dumps to a program, which that limit does not prevent.
+    # Also prevents dumps that the kernel passes to a program, which the limit does not.
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
@@ -50,9 +52,10 @@ def forbid_dumps(settings: Settings) -> None:
 
 
 def account_of_workers(settings: Settings) -> OsAccount | None:
-    """Return the account for the workers, or None if they keep ours. Logs why they stay root.
+    """Return the account for the workers, or None if they keep ours. If they stay root, log the
+    reason.
 
-    With the embedded Postgres, that is the account that it runs as, the only one that may connect.
+    With the embedded Postgres, that is Postgres' account, because no other may connect.
     Otherwise it is the owner of the data directory, unless that is root.
     """
     if os.geteuid() != 0 or settings.drop_root == "off":
@@ -90,7 +93,7 @@ def home_of(account: OsAccount) -> str:
 
 
 def give_up_root() -> None:
-    """In a worker that listens: become the account that the supervisor chose, for good.
+    """In a worker that listens: permanently become the account that the supervisor chose.
 
     Raises OSError if that is not possible.
     """

@@ -1,13 +1,13 @@
-"""Starts Postgres, the schema and the workers in order, keeps them running, stops them in order.
+"""Starts Postgres, migrates the schema, starts the workers, keeps all running, and stops them.
 
-The supervisor serves no calls, so little can make it fail. Workers are separate processes from the
+The supervisor serves no calls, so it has few ways to fail. Workers are separate processes from the
 start, never forks: gRPC does not survive a fork.
 
 A worker gets everything from the supervisor, and reads neither the environment nor `.env` nor the
 policy file. If each worker watched the policy file itself, one worker could see a short-lived
-policy that another worker, or one just starting, misses. If an invalid file followed, the workers
-would use different policies for good, and some would grant rights that had been revoked. So only
-the supervisor reads the file. It sends the same policies in the same order to all workers, and the
+policy that another worker, or one just starting, misses. If the file then became invalid, the
+workers would keep different policies, and some would still grant revoked rights. So only the
+supervisor reads the file. It sends the same policies in the same order to all workers, and the
 latest policy to each worker that starts.
 """
 
@@ -17,7 +17,6 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from importlib import metadata
 from typing import Any
 
 from pydantic import SecretStr
@@ -27,6 +26,7 @@ from latchkey_service.access.policy_file import SIZE_MAX, PolicyFile, read_text
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.embedded_cluster import EmbeddedError, EmbeddedPostgres
 from latchkey_service.postgres.migrate import MigrationError, bundled, migrate
+from latchkey_service.process.greeting import welcome
 from latchkey_service.process.metrics_server import WorkerReports, serve_metrics
 from latchkey_service.process.port_reservation import AddressError, reserved
 from latchkey_service.process.privileges import account_of_workers, forbid_dumps
@@ -38,6 +38,7 @@ from latchkey_service.process.worker_process import (
     temporary_folder,
 )
 from latchkey_service.process.worker_watch import WorkerWatch, memory_max_bytes
+from latchkey_service.release import release
 from latchkey_service.settings import logs
 from latchkey_service.settings.settings import (
     PREFIX,
@@ -113,8 +114,7 @@ def run(settings: Settings) -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        # Ignored for good, because nothing follows: a second Ctrl-C must not cut the database's
-        # shutdown short.
+        # Ignored until the end, because a second Ctrl-C must not cut the database's shutdown short.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         if postgres is not None:
@@ -148,8 +148,8 @@ class _Supervisor:
     ) -> None:
         self._settings = settings
         self._database_url = database_url
-        # A snapshot from the start. Later changes to `.env` count from the next start on: nobody
-        # has checked them, and all workers need the same settings.
+        # A snapshot from the start. Later changes to `.env` apply from the next start on, because
+        # they are unchecked, and all workers need the same settings.
         self._worker_settings = settings.model_copy(
             update={
                 "database_url": SecretStr(database_url),
@@ -169,9 +169,7 @@ class _Supervisor:
         self._account = account_of_workers(settings)
         self._watch = WorkerWatch(memory_max_bytes(settings))
         self._restarts = Counter[object]()
-        self._reports = WorkerReports(
-            settings.workers, metadata.version("latchkey-service"), self._restarts
-        )
+        self._reports = WorkerReports(settings.workers, release(), self._restarts)
         # Includes workers that are starting or stopping: they may answer calls.
         self._processes: set[asyncio.subprocess.Process] = set()
         self._stop = asyncio.Event()
@@ -388,7 +386,7 @@ class _Supervisor:
         return False
 
     def _report_serving(self) -> None:
-        """Log the addresses, and print them for people, with an example.
+        """Log the addresses, and print them for people, with examples.
 
         Not with LOG_FORMAT=json: containers merge stdout and stderr, and the text is not JSON.
         """
@@ -397,18 +395,7 @@ class _Supervisor:
         if settings.log_format == "json":
             return
         database = "your Postgres" if self._postgres is None else f"data in {settings.data_dir}"
-        plural = "" if settings.workers == 1 else "s"
-        address = self._listen
-        if address.startswith("unix:"):
-            address = "-unix " + address.removeprefix("unix:")
-        encrypted = f"With TLS it serves on {self._tls_listen}.\n" if self._tls_listen else ""
-        who = "" if self._policy_file is None else """-H "authorization: Bearer $CREDENTIAL" """
-        logs.say(
-            f"\nLatchkey serves on {self._listen} ({settings.workers} worker{plural}, {database})."
-            f" Press Ctrl-C to stop.\n{encrypted}\nTry it:\n"
-            f"""  grpcurl -plaintext {who}-d '{{"account_id": "acme", "name": "first", """
-            f""""scope": "SCOPE_READ"}}' \\\n    {address} latchkey.v1.TokenService/Create\n\n"""
-        )
+        logs.say(welcome(settings, self._listen, self._tls_listen, database) + "\n")
 
 
 def _check_files(settings: Settings) -> str | None:

@@ -1,6 +1,6 @@
 """Builds one worker from its parts, runs it and stops it.
 
-Owns the order of start and stop. It owns no behaviour of the parts, and no processes
+Owns the order of start and stop, but not the behaviour of the parts or the processes
 (`supervisor.py`, `worker.py`).
 """
 
@@ -13,28 +13,15 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from importlib import metadata
 from typing import Any
 
-from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from latchkey_coherence.lease import boottime
 from latchkey_coherence.verdict_cache import VerdictCache
-from latchkey_proto.v1 import audit_service_pb2 as audit_pb
-from latchkey_proto.v1 import audit_service_pb2_grpc as audit_pb_grpc
-from latchkey_proto.v1 import maintenance_service_pb2 as maintenance_pb
-from latchkey_proto.v1 import maintenance_service_pb2_grpc as maintenance_pb_grpc
-from latchkey_proto.v1 import status_service_pb2 as status_pb
-from latchkey_proto.v1 import status_service_pb2_grpc as status_pb_grpc
-from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
 from latchkey_service.access import policy as policies
-from latchkey_service.access.authenticator import ActivePolicy, Authenticator
+from latchkey_service.access.authenticator import ActivePolicy
 from latchkey_service.access.policy import PolicyError
 from latchkey_service.audit.audit_log import AuditLog
 from latchkey_service.audit.audit_table import AuditTable
@@ -59,11 +46,13 @@ from latchkey_service.process.periodic import (
     purge_lifecycle,
     purge_usage,
 )
+from latchkey_service.process.server import SERVICES, Server, Services
 from latchkey_service.process.worker_metrics import WorkerMetrics
+from latchkey_service.release import release
 from latchkey_service.rpc.audit_service import AuditService
 from latchkey_service.rpc.call_report import CallReporter
 from latchkey_service.rpc.counters import Counts
-from latchkey_service.rpc.handlers import Paths, Registrar
+from latchkey_service.rpc.handlers import Paths
 from latchkey_service.rpc.health_service import Health
 from latchkey_service.rpc.lifecycle_service import FullTokenService
 from latchkey_service.rpc.maintenance_service import MaintenanceService
@@ -72,7 +61,6 @@ from latchkey_service.rpc.status_service import StatusService
 from latchkey_service.rpc.streams import Streams
 from latchkey_service.rpc.verify_calls import VerifyCalls, encode_token
 from latchkey_service.secret_format import Keyring
-from latchkey_service.settings import exposure
 from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.assembly import build_management
@@ -83,152 +71,9 @@ from latchkey_service.tokens.usage_table import UsageTable
 from latchkey_service.tokens.usage_writer import UsageWriter
 from latchkey_service.tokens.verdict import CachedToken
 from latchkey_service.tokens.verifier import Verifier
-from latchkey_service.transport.connection_guard import ConnectionGuard
-from latchkey_service.transport.tls import Certificates
-from latchkey_service.transport.transports import Limits, limits_of, make_transport, metadata_reader
+from latchkey_service.transport.transports import limits_of
 
-__all__ = ["Server", "ended", "running"]
-
-SERVICES = (
-    pb.DESCRIPTOR.services_by_name["TokenService"].full_name,
-    status_pb.DESCRIPTOR.services_by_name["StatusService"].full_name,
-    audit_pb.DESCRIPTOR.services_by_name["AuditService"].full_name,
-    maintenance_pb.DESCRIPTOR.services_by_name["MaintenanceService"].full_name,
-)
-# Health reports NOT_SERVING this long before calls are rejected, so load balancers notice first.
-DRAIN_SECONDS = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Services:
-    """The servicers, the same ones on every listener."""
-
-    tokens: FullTokenService
-    status: StatusService
-    audit: AuditService
-    maintenance: MaintenanceService
-    health: Health
-
-
-class Server:
-    """The listeners, which serve our services.
-
-    `address` is the address of the plaintext listener, `tls_address` that of the TLS listener or
-    None.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        paths: Paths,
-        reporter: CallReporter,
-        services: Services,
-        watch_sessions: WatchSessions,
-        active_policy: ActivePolicy | None,
-        limits: Limits,
-    ) -> None:
-        self._watch_sessions = watch_sessions
-        self._health = services.health
-        self._active_policy = active_policy
-        # A separate thread. The event loop's own threads may be busy, for example with DNS
-        # look-ups, and the removal of a right must not wait for those.
-        self._parsing = ThreadPoolExecutor(1, "policy")
-        transport = exposure.transport_of(settings)
-        plaintext = make_transport(transport, limits, reporter.rejected)
-        metadata_of = metadata_reader(transport)
-        self._servers = [plaintext]
-        authenticator = None
-        if active_policy is not None:
-            authenticator = Authenticator(
-                active_policy, proxy=settings.trusted_proxy, metadata_of=metadata_of
-            )
-        reflected = exposure.reflects(settings, settings.listen)
-        self.certificates: Certificates | None = None
-        _register(
-            services, Registrar(plaintext, paths, authenticator, metadata_of), reflected=reflected
-        )
-        self.address = _with_port(settings.listen, plaintext.add_insecure_port(settings.listen))
-        self.tls_address: str | None = None
-        if settings.tls_listen is not None:
-            # Always grpcio: `native` has no TLS.
-            encrypted = make_transport("grpcio", limits, reporter.rejected)
-            self._servers.append(encrypted)
-            authenticator = (
-                None if active_policy is None else Authenticator(active_policy, tls=True)
-            )
-            reflected = exposure.reflects(settings, settings.tls_listen)
-            _register(
-                services,
-                Registrar(encrypted, paths, authenticator, metadata_reader("grpcio")),
-                reflected=reflected,
-            )
-            assert settings.tls_certificate is not None, "checked in exposure.py"  # noqa: S101 - for the type checker
-            assert settings.tls_key is not None, "checked in exposure.py"  # noqa: S101 - for the type checker
-            self.certificates = Certificates(
-                settings.tls_certificate, settings.tls_key, settings.tls_client_ca
-            )
-            port = encrypted.add_secure_port(settings.tls_listen, self.certificates.credentials())
-            self.tls_address = _with_port(settings.tls_listen, port)
-
-        addresses = [address for address in (self.address, self.tls_address) if address is not None]
-        self.guard = ConnectionGuard(addresses, limits)
-        self.metrics: WorkerMetrics
-        """Set by `running`."""
-
-    async def start(self) -> None:
-        """Start serving. Health reports NOT_SERVING until `set_serving` changes it."""
-        for server in self._servers:
-            await server.start()
-
-    def set_serving(self, serving: bool) -> None:  # noqa: FBT001 - called back
-        """Set whether the health service reports SERVING."""
-        self._health.set_serving(serving=serving)
-
-    async def replace_policy(self, text: str) -> None:
-        """Replace the policy. If this raises PolicyError, the old one stays in force."""
-        if self._active_policy is None:
-            raise PolicyError("this worker was started without a policy; restart the service")
-        loop = asyncio.get_running_loop()
-        policy = await loop.run_in_executor(self._parsing, policies.parse, text)
-        self._active_policy.replace(policy)
-        logger().info("policy in force", callers=len(policy.callers))
-
-    async def stop(self, grace_seconds: float) -> bool:
-        """Stop gracefully: report NOT_SERVING, hand clients over, then wait for calls in progress.
-
-        Cancels calls that have not finished after `grace_seconds`. Returns whether every client has
-        given up its lease from this process.
-        """
-        self._health.stop()
-        end = boottime() + grace_seconds
-        # Calls succeed in the meantime, so a client that moves loses none.
-        _, drained = await asyncio.gather(
-            asyncio.sleep(DRAIN_SECONDS), self._watch_sessions.drain(grace_seconds)
-        )
-        # Otherwise these streams would use up the whole grace period.
-        self._health.end_watches()
-        left = max(0.0, end - boottime())
-        await asyncio.gather(*(server.stop(left) for server in self._servers))
-        return drained
-
-
-def _register(services: Services, registrar: Any, *, reflected: bool) -> None:
-    pb_grpc.add_TokenServiceServicer_to_server(services.tokens, registrar)
-    status_pb_grpc.add_StatusServiceServicer_to_server(services.status, registrar)
-    audit_pb_grpc.add_AuditServiceServicer_to_server(services.audit, registrar)
-    maintenance_pb_grpc.add_MaintenanceServiceServicer_to_server(services.maintenance, registrar)
-    health_pb2_grpc.add_HealthServicer_to_server(services.health, registrar)
-    if reflected:
-        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        # Not enable_server_reflection, which chooses its servicer by the class of the server.
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]  # has no stubs
-            reflection.aio.ReflectionServicer(service_names=names), registrar
-        )
-
-
-def _with_port(listen: str, port: int) -> str:
-    """Return `listen` with the port that the system assigned."""
-    return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+__all__ = ["ended", "running"]
 
 
 @contextlib.asynccontextmanager
@@ -242,14 +87,14 @@ async def running(
 
     `policy_text` returns the latest valid text of the policy file, or None without a policy. The
     server reads it again just before it listens, so it starts with the newest policy. Calls
-    `on_failure` if a background task fails, which none should: the worker is then incomplete.
-    Raises PolicyError and TlsError.
+    `on_failure` if a background task fails, because the worker is then incomplete. Raises
+    PolicyError and TlsError.
     """
     if settings.database_url is None:
         raise ValueError("a worker needs a database URL")
     text = policy_text()
     if (text is None) != (settings.policy is None):
-        # Whichever is right, continuing without a policy would admit everybody.
+        # In either case, continuing without a policy could admit everybody.
         raise PolicyError("a worker needs both the setting and the text of the policy, or neither")
     active_policy = None if text is None else ActivePolicy(policies.parse(text))
     connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
@@ -393,7 +238,7 @@ async def running(
     if active_policy is not None and (latest := policy_text()) is not None and latest != text:
         active_policy.replace(policies.parse(latest))
     await server.start()
-    # These too, because calls during the stop are audited, and use tokens.
+    # These run until then too, because calls during the stop are audited, and use tokens.
     lasts = [begin(audit.run()), begin(usage.run()), begin(server.guard.run())]
     retention = timedelta(days=settings.tombstone_retention_days)
     background = [
@@ -452,7 +297,7 @@ def _identity(settings: Settings, keyring: Keyring) -> Identity:
         id="ver_" + secrets.token_hex(10),
         host=socket.gethostname(),
         process_id=os.getpid(),
-        version=metadata.version("latchkey-service"),
+        version=release(),
         lease_seconds=settings.lease_seconds,
         pepper_ids=tuple(pepper.id for pepper in keyring.peppers),
     )

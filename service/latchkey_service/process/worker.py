@@ -1,7 +1,7 @@
 """One server process under the supervisor.
 
 The settings, peppers and policy arrive on stdin, one line each. So a restarted worker gets those
-that the supervisor has checked, whatever happened to the files and to `.env` since. Each further
+that the supervisor has checked, even if the files or `.env` have changed since then. Each further
 line is a new policy to activate.
 
 The worker stops on SIGTERM, or at the end of stdin, which the supervisor keeps open. So a worker
@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import signal
+import stat
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +27,8 @@ from latchkey_service.access.policy import PolicyError
 from latchkey_service.access.policy_file import SIZE_MAX
 from latchkey_service.process.metrics_server import COLLECT, answer_line
 from latchkey_service.process.privileges import forbid_dumps, give_up_root
-from latchkey_service.process.wiring import Server, ended, running
+from latchkey_service.process.server import Server
+from latchkey_service.process.wiring import ended, running
 from latchkey_service.process.worker_watch import beat
 from latchkey_service.secret_format import Keyring
 from latchkey_service.settings import logs
@@ -85,7 +87,7 @@ async def _run() -> int:
 
 
 class _Policies:
-    """The policies received from the supervisor. Only the newest is put in force.
+    """The policies received from the supervisor. Only the newest is activated.
 
     Event loop only.
     """
@@ -144,7 +146,8 @@ def _warn_of_files(settings: Settings) -> None:
     limits = limits_of(settings)
     if limits.connections_max < settings.connections_max:
         asked = "connections_max" in settings.model_fields_set
-        (logs.logger().warning if asked else logs.logger().info)(
+        # Nobody who has not set the number needs to know that it is smaller here.
+        (logs.logger().warning if asked else logs.logger().debug)(
             "fewer connections: the limit on open files is low",
             connections_max=limits.connections_max,
             open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -179,11 +182,12 @@ async def _serve(
 
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, stop.set)
-    # Until the very end: calls continue during the shutdown.
+    # Runs until the end, because calls continue during the shutdown.
     beating = asyncio.create_task(beat(), name="beat")
     beating.add_done_callback(partial(ended, fail))
-    # Until the very end too: a revoked right must not last for calls that continue. And from now
-    # on, or the worker would first serve with a policy that changed while it started.
+    # Also runs until the end, because a revoked right must not remain for calls that continue. It
+    # starts now, because otherwise the worker would first serve with a policy that changed while it
+    # started.
     policies = _Policies(handed, policy, send_metrics)
     taking = asyncio.create_task(take_policies(), name="take_policies")
     taking.add_done_callback(partial(ended, fail))
@@ -199,15 +203,17 @@ async def _serve(
         gc.set_threshold(*GC_THRESHOLDS)
         sys.stdout.buffer.write(READY)
         sys.stdout.buffer.flush()
-        # Writes without blocking: the supervisor may stand still.
-        # On a copy, because the transport closes its file.
-        copy = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-        answers, _ = await loop.connect_write_pipe(asyncio.Protocol, copy)
+        if stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode):
+            # Writes without blocking, because the supervisor may not be reading. On a copy, because
+            # the transport closes its file. Without a supervisor, nobody asks for the metrics.
+            copy = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+            answers, _ = await loop.connect_write_pipe(asyncio.Protocol, copy)
         await stop.wait()
         if orphaned:
             logs.logger().warning("supervisor is gone, stopping")
             await server.stop(ORPHAN_GRACE_SECONDS)
-    answers.close()
+    if answers is not None:
+        answers.close()
     taking.cancel()
     beating.cancel()
     return 1 if failed else 0

@@ -32,8 +32,8 @@ __all__ = ["HEARTBEAT_VARIABLE", "Reason", "Vitals", "WorkerWatch", "beat", "mem
 MIB: Final = 1024 * 1024
 # Decompression fills some 500 MB a second, so detection is some 50 MB late. A check takes 10 µs.
 LOOK_SECONDS: Final = 0.1
-# A look that comes later than this was itself delayed: the machine was suspended, the container was
-# frozen, or this process got no CPU. The workers probably were delayed too, and are not to blame.
+# A check that comes later than this was itself delayed: the machine was suspended, the container
+# was frozen, or this process got no CPU. The workers were probably delayed for the same reason.
 LOOK_SECONDS_MAX: Final = 0.3
 BEAT_SECONDS: Final = 0.5
 # Longer than any stall of a worker that still works: a full garbage collection among a million
@@ -47,7 +47,7 @@ ENTRY_BYTES: Final = 1_000
 CONNECTION_BYTES: Final = 100_000
 # In a worker's environment: the number of the file to which it writes heartbeats.
 HEARTBEAT_VARIABLE: Final = "LATCHKEY_HEARTBEAT_FILE"
-# More than a worker writes between two looks. The rest would count at the next look.
+# More than a worker writes between two checks. The rest would count at the next check.
 _READ_BYTES: Final = 4096
 
 
@@ -78,8 +78,8 @@ async def beat() -> None:
     file = int(number)
     os.set_blocking(file, False)
     while True:
-        # The pipe is full if the supervisor stands still, and broken if it is gone. Neither
-        # concerns this worker, which watches its stdin.
+        # The pipe is full if the supervisor is blocked, and broken if it has exited. This worker
+        # ignores both, because it watches its stdin.
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             os.write(file, b".")
         await asyncio.sleep(BEAT_SECONDS)
@@ -96,7 +96,7 @@ class Vitals:
     def judge(self, passed_seconds: float, *, heartbeat: bool, resident: int) -> Reason | None:
         """Return why to kill the worker, or None.
 
-        `passed_seconds` is the time since the last look, `heartbeat` says whether the worker has
+        `passed_seconds` is the time since the last check, `heartbeat` says whether the worker has
         written since then, and `resident` is its memory in bytes, or 0 if unknown.
         """
         if heartbeat:
@@ -176,7 +176,7 @@ class _Watched:
 class WorkerWatch:
     """Watches the workers of a supervisor from a thread.
 
-    A thread, because the supervisor's event loop stands still while it restarts Postgres.
+    A thread, because a restart of Postgres blocks the supervisor's event loop.
     """
 
     def __init__(self, bytes_max: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -189,11 +189,11 @@ class WorkerWatch:
         self._thread = threading.Thread(target=self._run, name="worker watch", daemon=True)
 
     def start(self) -> None:
-        """Start to watch."""
+        """Start watching."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop to watch."""
+        """Stop watching."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -204,7 +204,9 @@ class WorkerWatch:
             self._workers[process] = _Watched(process, heartbeats, self._bytes_max)
 
     def remove(self, process: asyncio.subprocess.Process) -> Reason | None:
-        """Forget a worker that has ended. Return the reason if it was killed by the watch."""
+        """Stop watching a worker that has ended. Return the reason if it was killed by the
+        watch.
+        """
         with self._lock:
             watched = self._workers.pop(process, None)
             if watched is None:

@@ -1,4 +1,4 @@
-"""Calls: the paths that they take, and the servicers that turn protobuf into domain calls.
+"""Calls: their paths through the service, and the servicers that turn protobuf into domain calls.
 
 Owns admission, deadlines, error statuses and reports of calls. Besides this room, only access uses
 protobuf; pyproject.toml lists the exceptions.

@@ -7,17 +7,17 @@ the database at once, and the queue for these slots is short:
 - A burst may queue, up to `BURST` calls for each slot. A queue that has not been empty for
   `STANDING_SECONDS` is not a burst: demand exceeds capacity, and a long queue would only delay
   every call (CoDel, RFC 8289). Then only `STANDING` calls may wait for each slot, so that an
-  accepted call takes a few times as long as it does alone, whatever the load. This lasts until no
-  call has been rejected for `CALM_SECONDS`.
+  accepted call takes at most a few times as long as it does alone, under any load. This lasts until
+  no call has been rejected for `CALM_SECONDS`.
 - A call whose deadline would pass in the queue is rejected at once.
 
-Each role has its own slots, so a flood of calls in one role takes nothing from the others. Verifies
-need no slot. One that is answered from memory finishes sooner than it could be rejected, and those
-that read the database share their queries (`batched_lookup.py` bounds them). Two limits bound all
-calls: the calls per connection, and the calls that wait to start (`native.py`).
+Each role has its own slots, so a flood of calls in one role does not slow the others. Verifies
+need no slot. A cached answer costs less than a rejection, and verifies that read the database share
+their queries (`batched_lookup.py` bounds them). Two limits bound all calls: the calls per
+connection, and the calls that wait to start (`native.py`).
 
-A rejection is not free either: it costs as much as an answer from memory. `RejectionPacer` stops
-callers that retry at once from taking the time that answers need.
+A rejection costs as much as an answer from the cache. `RejectionPacer` keeps callers that retry at
+once from using the time that answers need.
 """
 
 import asyncio
@@ -81,7 +81,8 @@ class ConcurrencyLimiter:
         # In order of arrival. A future with a result means that its call now holds a slot.
         self._queue: OrderedDict[asyncio.Future[None], None] = OrderedDict()
         self._queue_limit = QueueLimit(count * STANDING, count * BURST)
-        # When a call last succeeded, or the queue formed; and whether the database failed the last.
+        # When a call last succeeded, or the queue formed; and whether the last call failed because
+        # of the database.
         self._progress_at = 0.0
         self._failing = False
         self._call_seconds = 0.0

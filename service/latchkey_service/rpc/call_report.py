@@ -103,7 +103,7 @@ class CallReporter:
                 code.name,
                 reason,
                 request_id,
-                # The cause is for the operator. The reason explains an error of our own, and
+                # The cause is for the operator. For our own errors, the reason is enough, and
                 # callers' mistakes are too frequent to log with a traceback.
                 None if expected and error.__cause__ is None else error,
                 written,

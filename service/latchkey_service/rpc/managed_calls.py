@@ -4,9 +4,9 @@
 the request, parses it, checks the account, waits for a slot (`admission.py`), runs the servicer
 under a deadline, and reports the call (`call_report.py`): status, counters, log line, audit entry.
 
-Nothing of the request is looked at before the caller is authorized. A call that is refused ends
-with a status that is set, not with an exception: grpcio keeps the exception of `abort`, and with it
-every frame of the call, until a full garbage collection.
+No part of the request is read before the caller is authorized. A rejected call ends with a
+status, not with an exception: grpcio keeps the exception of `abort`, and with it every frame of the
+call, until a full garbage collection.
 """
 
 import asyncio

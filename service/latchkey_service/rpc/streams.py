@@ -46,8 +46,8 @@ class Streams:
     def open_stream(self, path: str, behaviour: Any, parse: Parse) -> Any:
         """Wrap a stream that everyone may open (health's Watch, reflection).
 
-        Both are async generators. They carry no secrets and last as long as their callers like, so
-        they are not limited, and logged only when they fail.
+        Both are async generators. They carry no secrets and may last for any time, so they are not
+        limited, and are logged only if they fail.
         """
         rule = rule_of(path)
         if rule.role is not None:

@@ -70,7 +70,7 @@ def problem(url: str) -> str | None:
     for name, value in parameters.items():
         if name not in _ALL and "." not in name:
             advice = _ADVICE.get(
-                name, "remove it, or if it is a setting of Postgres, use ALTER ROLE ... SET"
+                name, "remove it, or if it is a setting of Postgres, set it for the role"
             )
             return f"the parameter {_shown(name)} is not supported; {advice}"
         if name == "gssencmode" and value == "require":

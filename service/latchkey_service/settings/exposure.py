@@ -34,7 +34,8 @@ def transport_of(settings: "Settings") -> Transport:
 
     By default, `native` serves only this machine. It buffers a message of any size, and even
     decompresses it, before anyone can reject it (0.5.0); only a proxy in front could prevent that.
-    So whoever reaches it can fill a worker's memory. An operator may still choose it explicitly.
+    So anyone who can reach it can fill a worker's memory. An operator may still choose it
+    explicitly.
     """
     if "transport" in settings.model_fields_set:
         return settings.transport
@@ -56,7 +57,7 @@ def problems(settings: "Settings") -> list[str]:
     found = []
     local = is_local(settings.listen)
     if settings.policy is not None and settings.insecure_listen == "anonymous":
-        # On a local address too: if the policy were ever removed, everyone could call.
+        # On a local address too: if the policy were removed, everyone could call.
         found.append(
             f"{PREFIX}INSECURE_LISTEN: anonymous cannot be combined with {PREFIX}POLICY. Unset it "
             f"and keep {PREFIX}LISTEN on 127.0.0.1; or, where the network encrypts, set "

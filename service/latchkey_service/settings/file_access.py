@@ -1,9 +1,9 @@
 """Who may read and change the files that the service depends on. Judges owner and mode.
 
-The rules for keys are those of Postgres for its own (`ssl_key_file`): a key belongs to us and only
-we can read it, or it belongs to root and its group can read it too. Kubernetes and Docker mount
-secrets the second way. Whoever may change the other files decides what the service does, so they
-too belong to us or root. Symbolic links are followed: the file counts.
+The rules for keys are those of Postgres for its own (`ssl_key_file`): either a key belongs to us
+and only we can read it, or it belongs to root and its group can read it too. Kubernetes and Docker
+mount secrets the second way. Anyone who can change the other files controls the service, so they
+must belong to us or root too. Symbolic links are followed, and the rules apply to the target.
 """
 
 import os
@@ -29,11 +29,11 @@ _ROOT: Final = 0
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What owner and mode a file may have.
+    """The owners and modes that a file may have.
 
-    `refused` and `warned` are the mode bits that a file of ours must not have, `refused_of_root`
-    and `warned_of_root` those that a file of root must not have. Without `any_owner`, a file of
-    somebody else is refused; with it, there is a warning.
+    `refused` and `warned` are the mode bits that our own files must not have; `refused_of_root` and
+    `warned_of_root` are those that root's files must not have. Without `any_owner`, a file of
+    another user is refused; with it, there is a warning.
     """
 
     refused: int
@@ -41,7 +41,7 @@ class Rule:
     warned: int = 0
     warned_of_root: int = 0
     any_owner: bool = False
-    # What `chmod` should set: for a file of ours, and of root if we are not root.
+    # The modes that `chmod` should set: for our own files, and for root's if we are not root.
     mode: str = "600"
     mode_of_root: str = "640"
 
@@ -54,7 +54,7 @@ ENVIRONMENT: Final = Rule(0o002, 0o002, warned=0o024, warned_of_root=0o024)
 # Names callers and their rights. Its digests reveal nothing. In a container, a file that is mounted
 # from the host may belong to a user of the host.
 POLICY: Final = Rule(0o002, 0o002, warned=0o024, warned_of_root=0o024, any_owner=True, mode="640")
-# Public, but nobody else may choose whom we trust.
+# Public, but no other user may choose whom we trust.
 CERTIFICATE: Final = Rule(
     0o002, 0o002, warned=0o020, warned_of_root=0o020, any_owner=True, mode="644", mode_of_root="644"
 )
@@ -73,7 +73,7 @@ def warning(path: Path, rule: Rule) -> str | None:
     try:
         status = path.stat()
     except OSError:
-        # Whoever reads the file reports this.
+        # The reader of the file reports this.
         return None
     owned_by_root = status.st_uid == _ROOT
     if not owned_by_root and status.st_uid != os.geteuid():
@@ -92,7 +92,7 @@ def _mode(path: Path, status: os.stat_result, rule: Rule, forbidden: int) -> str
     found = stat.S_IMODE(status.st_mode) & forbidden
     if not found:
         return None
-    # The larger circle of users, and the most harmful thing that it can do.
+    # The larger group of users, and the most harmful of its rights.
     circle, bits = ("other users", found & 7) if found & 7 else ("its group", found >> 3)
     what = "change" if bits & 2 else "read" if bits & 4 else "execute"
     mode = rule.mode_of_root if status.st_uid == _ROOT != os.geteuid() else rule.mode

@@ -184,7 +184,7 @@ class Settings(BaseSettings):
         3.0,
         ge=0.3,
         le=LEASE_SECONDS_MAX,
-        description="how long verifies may be answered from memory without contact to Postgres, "
+        description="how long verifies may be answered from the cache without contact to Postgres, "
         "and how long a Delete may wait for an unresponsive verifier",
     )
     cache: Literal["on", "off"] = Field(
@@ -272,7 +272,7 @@ def load(*, together: bool = True) -> Settings:
 
 
 def _check_env_file() -> None:
-    """Raise ConfigError if somebody else may decide on our settings."""
+    """Raise ConfigError if another user can change our settings."""
     path = Path(ENV_FILE).absolute()
     try:
         problem = file_access.refusal(path, path.stat(), file_access.ENVIRONMENT)
@@ -327,9 +327,8 @@ def _config_error(error: ValidationError) -> ConfigError:
 
 
 def _misspelled(names: Iterable[str]) -> list[str]:
-    """Describe each misspelled setting. Otherwise nobody would notice that a policy is ignored.
-
-    Other names with the prefix belong to others: the command line, the console, the deployment.
+    """Describe each misspelled setting. Otherwise a policy could be ignored without notice. Other
+    names with the prefix may belong to the command line, the console or the deployment.
     """
     settings = [name.upper() for name in Settings.model_fields]
     found = []

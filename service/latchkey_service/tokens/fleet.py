@@ -67,7 +67,7 @@ def refusal(
         )
     if not generated or not known or own & {pepper.id for pepper in known}:
         return None
-    # Old keys that nothing uses any more need not be in the file that is copied.
+    # The copied file need not have old keys that are no longer used.
     used = [pepper.id for pepper in known if pepper.needed or pepper.read]
     expected = ", ".join(used or [pepper.id for pepper in known])
     remedy = (
@@ -128,12 +128,12 @@ def mismatches(members: Sequence[Member]) -> list[Mismatch]:
 
 
 class News(NamedTuple):
-    """What has changed since the last look."""
+    """The changes since the last check."""
 
     found: list[Mismatch]
-    """Mismatches to warn of."""
+    """Mismatches to warn about."""
     resolved: bool
-    """Whether there were mismatches and none is left."""
+    """Whether all earlier mismatches are resolved."""
 
 
 class Reports:

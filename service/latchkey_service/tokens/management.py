@@ -257,7 +257,10 @@ class Tokens:
             # has applied this later position has applied that one too.
             position = snapshot.position
         if deletion is None:
-            raise NotFound("The account never had a token with this id.")
+            raise NotFound(
+                "The account has no token with this id, live or deleted. It never had one, or the "
+                "record of its deletion has been purged."
+            )
         if deletion.effective_time is not None:
             # Confirmed before, but that call may have failed before a standby had the receipt.
             return await self._store.confirm_deletion(

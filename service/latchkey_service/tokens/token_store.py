@@ -61,7 +61,7 @@ _PEPPER_LOCK_SECONDS = 10
 
 @dataclass(frozen=True, slots=True)
 class PageStart:
-    """A position in an account's list: that of the token with this creation time and id."""
+    """A position in an account's list: after the token with this creation time and id."""
 
     create_time: datetime
     id: str

@@ -4,8 +4,8 @@ Owns the path of a verify. It does not own the cache's rules (`latchkey_coherenc
 lease (`coherence`) or the look-up (`batched_lookup.py`).
 
 It answers only while this process holds its lease, whether from the cache or from a read (coherence
-rule 5). One reading of the clock after the verify began is enough: if the process holds its lease
-then, no Delete that returned before has waited that lease out.
+rule 5). One reading of the clock after the verify began is enough: if the process then holds its
+lease, no earlier Delete has returned without this process's acknowledgement.
 
 A secret with a wrong checksum or tag needs neither a query nor a lease. Unknown secrets are never
 cached, so a verify recognises a new token at once.
@@ -189,10 +189,10 @@ class Verifier:
         return self._clock() + min(SECONDS_MAX, PATIENCE * seconds_left)
 
     async def _find(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
-        """Look up 1 to 1,000 digests, under the lease, and return what may be believed, in order.
+        """Look up 1 to 1,000 digests, under the lease, and return the accepted records, in order.
 
-        Reads again if the cache starts over meanwhile, as an `InvalidateAll` or a new timeline has
-        it do: then the read proves nothing, and the next one does.
+        If the cache starts over during the read, because of an `InvalidateAll` or a new timeline,
+        the read is not acceptable, and is repeated.
         """
         for _ in range(READS_MAX - 1):
             with contextlib.suppress(CacheStartedOver):

@@ -1,7 +1,7 @@
 """Closes connections that exceed the limits or make no progress, where the transports do not.
 
 All sockets are files of this process, so this module can inspect and shut down those of any
-library. To their owner it looks as if the client had closed them. This costs calls nothing and
+library. To the library, it looks as if the client had closed them. This costs calls nothing and
 connections little: files are counted often, but inspected only when there are many, or every few
 seconds. Linux only.
 """

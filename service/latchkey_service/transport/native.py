@@ -143,7 +143,7 @@ class Server(pygrpc_native.aio.Server):
         self._queues = (self._batches, *self._by_role.values())
         # A cancellation may overtake its call: the library's thread and this one both fetch.
         self._cancelled: OrderedDict[int, None] = OrderedDict()
-        # By the method's number in events. None: calls start at once.
+        # By the method's number in events. None if calls start at once.
         self._queue_of: list[_Queue | None] = []
         # When the last call other than a verify arrived.
         self._others_at = -math.inf

@@ -98,8 +98,9 @@ def options_of(name: Transport, limits: Limits) -> list[tuple[str, int]]:
     options: dict[str, int] = {
         "grpc.max_receive_message_length": MESSAGE_BYTES_MAX,
         "grpc.max_concurrent_streams": STREAMS_MAX,
-        # With it, grpcio counts calls that are answered but not cleaned up yet, and rejects random
-        # calls of clients that keep to the limit: a quarter, at three times as many at once.
+        # With this option, grpcio also counts calls that are answered but not cleaned up yet. It
+        # then rejects random calls of clients that keep to the limit: a quarter of them, with three
+        # times as many calls at once.
         "grpc.http.overload_protection": 0,
         # Set both: grpcio rejects random calls with a size between the two.
         "grpc.max_metadata_size": METADATA_BYTES_MAX,

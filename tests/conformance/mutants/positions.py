@@ -116,7 +116,7 @@ def keeps_the_lease_at_a_reset(patch: Patch) -> None:
     patch.setattr(Subscription, "start_over", mutated)
 
 
-@mutant(12, "a-reset-empties-the-memory")
+@mutant(12, "a-reset-empties-the-cache")
 def keeps_the_memory_at_a_reset(patch: Patch) -> None:
     def mutated(self: VerdictCache[Any], position: Position) -> None:
         self._named.clear()

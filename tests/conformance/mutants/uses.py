@@ -13,7 +13,7 @@ from latchkey.verifier import Verifier
 from tests.conformance.mutants.base import Patch, mutant
 
 
-@mutant(6, "uses-of-answers-from-memory")
+@mutant(6, "uses-of-answers-from-the-cache")
 def counts_every_answer(patch: Patch) -> None:
     def mutated(
         self: Verifier, entry: CacheEntry, answer: Verification, secret: str, now: float
@@ -27,7 +27,7 @@ def counts_every_answer(patch: Patch) -> None:
     patch.setattr(Verifier, "_other_answer", mutated)
 
 
-@mutant(6, "uses-of-answers-from-memory")
+@mutant(6, "uses-of-answers-from-the-cache")
 def counts_what_the_service_answered(patch: Patch) -> None:
     store = Verifier._store
 

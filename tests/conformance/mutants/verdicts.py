@@ -118,7 +118,7 @@ def trusts_its_own_rules(patch: Patch) -> None:
     patch.setattr(verifier, "cache_entry", mutated)
 
 
-@mutant(4, "a-memory-of-no-size")
+@mutant(4, "a-cache-of-size-zero")
 def keeps_in_a_memory_of_no_size(patch: Patch) -> None:
     def change(cache: VerdictCache[Any], entry: Any, position: Position) -> Position:
         cache.entries_max = max(1, cache.entries_max)

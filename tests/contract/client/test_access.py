@@ -130,8 +130,9 @@ async def failure(target: str, access: Access) -> latchkey.LatchkeyError:
 
 
 async def test_connection_errors_name_their_cause(guarded: Guarded, scratch: Path) -> None:
-    """The error distinguishes an untrusted service, one without TLS, and one that rejects the
-    client's certificate from one that is away, and says what to check."""
+    """The error distinguishes an untrusted service, a service without TLS, one that rejects the
+    client's certificate, and one that is unreachable. It says what to check.
+    """
     foreign = scratch / "foreign.pem"
     foreign.write_bytes(stranger("localhost").certificate)
     wrong_ca = await failure(guarded.encrypted, Access(tls_ca=foreign))

@@ -24,13 +24,17 @@ if TYPE_CHECKING:
 
 README = ROOT / "clients" / "python" / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-MANAGE, VERIFY, METRICS, SYNC, GRPC, ASGI = EXAMPLES
+MANAGE, CHANGE, VERIFY, METRICS, SYNC, GRPC, ASGI = EXAMPLES
 
 
 @pytest.mark.parametrize(
     ("example", "said"),
     [
         (MANAGE, "lk_…(redacted)\nSECRET\nt1 ci Scope.READ\ndead everywhere since 1970-01-01"),
+        (
+            CHANGE,
+            "ci ('orders:read',)\ntook something away, everywhere since 1970-01-01",
+        ),
         (VERIFY, "False Verdict.MALFORMED None"),
         (SYNC, "False"),
         (GRPC, ""),
@@ -42,6 +46,11 @@ async def test_examples_run(fake: FakeLatchkey, secret: str, example: str, said:
     fake.on("List", fake.says(pb.ListResponse(tokens=[fake.token()])))
     receipt = pb.Receipt(effective_time=Timestamp())
     fake.on("Delete", fake.says(pb.DeleteResponse(receipt=receipt)))
+    changed = fake.token(permissions=["orders:read"])
+    fake.on("Update", fake.says(pb.UpdateResponse(token=changed, receipt=receipt)))
+    fake.on("Rotate", fake.says(pb.RotateResponse(token=changed, secret=secret, receipt=receipt)))
+    retired = pb.RetireSecretsResponse(token=changed, receipt=receipt)
+    fake.on("RetireSecrets", fake.says(retired))
     program = (
         example.replace("127.0.0.1:50051", fake.target)
         .replace("127.0.0.1:8080", "127.0.0.1:0")

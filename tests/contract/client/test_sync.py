@@ -231,15 +231,17 @@ async def test_every_close_waits_for_the_end(
     assert (await asyncio.to_thread(verifier.verify, secret)).allowed
     engine = verifier._engine
     assert engine is not None
+    watching = engine._verifier
+    assert watching is not None
     closing, go_on = threading.Event(), threading.Event()
-    close = engine._verifier.close
+    close = watching.close
 
     async def close_slowly() -> None:
         closing.set()
         await asyncio.to_thread(go_on.wait, WAIT_SECONDS)
         await close()
 
-    monkeypatch.setattr(engine._verifier, "close", close_slowly)
+    monkeypatch.setattr(watching, "close", close_slowly)
     first = threading.Thread(target=engine.stop)
     first.start()
     assert await asyncio.to_thread(closing.wait, WAIT_SECONDS)

@@ -191,7 +191,7 @@ async def test_a_slow_refusal_costs_time_of_the_verify(fake: FakeLatchkey) -> No
         raise AssertionError
 
     fake.on("BatchVerify", refuse)
-    async with latchkey.Verifier(fake.target, timeout_seconds=5, memory_entries=0) as verifier:
+    async with latchkey.Verifier(fake.target, timeout_seconds=5, cache_entries=0) as verifier:
         answers = await asyncio.gather(*(verifier.verify(secret) for secret in secrets(3)))
     assert all(answer.allowed for answer in answers)
     alone = [call.seconds_left for call in fake.calls if call.rpc == "Verify"]
@@ -208,7 +208,7 @@ async def test_a_refusal_that_uses_up_the_time_is_a_timeout(
     clock = loop.time
     async with (
         latchkey.Client(fake.target) as client,
-        latchkey.Verifier(client, timeout_seconds=5, memory_entries=0) as verifier,
+        latchkey.Verifier(client, timeout_seconds=5, cache_entries=0) as verifier,
     ):
 
         async def refuse(*_: Any, timeout_seconds: float) -> None:
@@ -227,7 +227,7 @@ async def test_a_refusal_that_uses_up_the_time_is_a_timeout(
 
 
 async def test_closing_ends_a_batch(fake: FakeLatchkey) -> None:
-    """All verifies under way fail at once when the verifier is closed."""
+    """All verifies in progress fail at once when the verifier is closed."""
     fake.on("BatchVerify", fake.hangs())
     verifier = latchkey.Verifier(fake.target, timeout_seconds=30)
     tasks = [asyncio.create_task(verifier.verify(secret)) for secret in secrets(3)]

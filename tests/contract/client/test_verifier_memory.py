@@ -189,15 +189,15 @@ async def test_without_a_lease_the_service_is_asked(
     assert len(watch.streams) == 1
 
 
-@pytest.mark.parametrize("memory_entries", [0, 10])
+@pytest.mark.parametrize("cache_entries", [0, 10])
 async def test_an_old_server_is_asked_each_time(
-    fake: FakeLatchkey, secret: str, memory_entries: int
+    fake: FakeLatchkey, secret: str, cache_entries: int
 ) -> None:
     """Without Watch, or with the cache off, verifies are plain calls, and stats() says why."""
     fake.on("Verify", fake.verdict(VALID))
-    reason = "UNIMPLEMENTED" if memory_entries else "memory_entries"
+    reason = "UNIMPLEMENTED" if cache_entries else "cache_entries"
     async with latchkey.Verifier(
-        fake.target, timeout_seconds=WAIT_SECONDS, memory_entries=memory_entries
+        fake.target, timeout_seconds=WAIT_SECONDS, cache_entries=cache_entries
     ) as verifier:
         await eventually(lambda: reason in (verifier.stats().fallback_reason or ""), reason)
         for _ in range(3):

@@ -285,7 +285,7 @@ async def test_a_restarted_worker_has_the_settings_of_the_start(
     later = {"TLS_LISTEN": f"localhost:{port}"} | {
         name.upper(): path for name, path in write_server_files(folder).items()
     }
-    # Without root, only with dumps may we look at its sockets.
+    # Without dumps, only root may inspect its sockets.
     service = run(core_dumps="on")
     address = await service.welcome()
     for text in (
@@ -418,7 +418,8 @@ async def test_the_readmes_first_caller(run: Run, folder: Path) -> None:
             said, _ = await process.communicate()
         return process.returncode, said.decode()
 
-    assert await shell(make) == (0, "")
+    code, said = await shell(make)
+    assert (code, "policy.toml now has the caller shop" in said) == (0, True), said
     anyone, service = run(), run(policy=folder / "policy.toml")
     _, said = await shell(ask, LATCHKEY_TARGET=await anyone.welcome())
     assert re.findall(r"exit code \d|CALLER_\w+|MALFORMED", said) == ["MALFORMED", "exit code 5"], (

@@ -12,6 +12,10 @@ import pytest
 from latchkey_service.access import policy as policies
 from latchkey_service.access.credentials import digest_of
 
+USAGE = (
+    "usage: latchkey policy new-caller NAME [--role ROLE ...] [--account ID ...] [--output FILE]"
+)
+
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
@@ -92,6 +96,54 @@ def test_wrong_arguments_of_a_policy_command(arguments: tuple[str, ...], mistake
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
         f"latchkey: policy: {mistake}",
-        "usage: latchkey policy new-caller NAME",
+        USAGE,
         "       latchkey policy check [FILE]",
     ]
+
+
+def test_new_callers_are_added_to_a_policy_file(folder: Path) -> None:
+    """With --output, the file gets the caller with its roles and accounts. A second caller joins
+    the first. A mistake leaves the file as it was and creates no credential."""
+    path = folder / "policy.toml"
+    output = f"--output={path}"
+    made = policy_command("new-caller", "shop", "--role=manager", "--account", "acme", output)
+    assert made.returncode == 0, made.stderr
+    assert made.stderr.startswith(f"{path} now has the caller shop")
+    made = policy_command("new-caller", "web", output)
+    assert made.returncode == 0, made.stderr
+    policy = policies.parse(path.read_text())
+    assert policy.callers == {"shop", "web"}
+    shop = next(c for c in policy.credentials.values() if c.name == "shop")
+    web = policy.credentials[digest_of(made.stdout.strip())]
+    assert shop.accounts is not None
+    assert shop.accounts.allow("acme")
+    assert not shop.accounts.allow("other")
+    assert "/latchkey.v1.TokenService/Create" in shop.methods
+    assert web.accounts is None
+    assert "/latchkey.v1.TokenService/Create" not in web.methods
+    before = path.read_bytes()
+    for arguments, words in (
+        (("web", output), "already has the caller web"),
+        (("x", "--role=nope", output), "unknown role 'nope'"),
+        (("x", "--account=a b", output), "neither an account nor a prefix"),
+        (("x", "--colour=red", output), "--colour"),
+        (("x", f"--output={folder}/none/policy.toml"), "cannot write"),
+    ):
+        failed = policy_command("new-caller", *arguments)
+        assert (failed.returncode, failed.stdout) == (2, "")
+        assert words in failed.stderr
+        assert "no credential was created" in failed.stderr
+    assert path.read_bytes() == before
+
+
+def test_check_reports_callers_that_no_call_can_be_from(folder: Path) -> None:
+    """A caller with neither credentials nor certificates is a mistake, and the file is not called
+    valid."""
+    path = folder / "policy.toml"
+    path.write_text(
+        '[callers.shop]\nroles = ["manager"]\n[callers.web]\ncertificates = ["web.internal"]\n'
+    )
+    checked = policy_command("check", str(path))
+    assert (checked.returncode, checked.stdout) == (1, "")
+    assert "the caller shop has neither credentials nor certificates" in checked.stderr
+    assert "web" not in checked.stderr

@@ -223,4 +223,20 @@ async def test_policy(tool: Tool) -> None:
     assert out.startswith("lkc_")
     assert "[callers.shop]" in err
     code, out, err = await tool.run("policy", "check", "policy.toml")
-    assert (code, out) == (0, "policy.toml is valid: 6 callers\n"), err
+    assert (code, out) == (0, "policy.toml is valid: 8 callers\n"), err
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["without TLS", "untrusted"])
+async def test_a_fault_of_tls_on_localhost_is_reported(tool: Tool, tls: bool) -> None:
+    """The name localhost has two addresses, and the service listens on one. The error is about TLS
+    and not that nothing answers, and a Create that was never sent changed nothing."""
+    port = tool.encrypted.rpartition(":")[2]
+    # Options are accepted before and after the command.
+    target = ("--target", f"localhost:{port}")
+    code, _, err = await tool.run(
+        *target, "create", "x", "--scope", "read", *(("--tls-ca", "system") if tls else ())
+    )
+    assert code == 6
+    assert ("is not trusted" if tls else "closed the connection") in err
+    assert "that Latchkey runs there" not in err
+    assert "may exist" not in err

@@ -25,7 +25,7 @@ TIME = Timestamp(seconds=1_700_000_000)
 
 
 class Scripted(pb_grpc.TokenServiceServicer):
-    """A Latchkey that has many tokens, and that can be told to fail."""
+    """A Latchkey that has many tokens, and that fails on demand."""
 
     def __init__(self) -> None:
         self.left = 0
@@ -131,7 +131,7 @@ async def test_a_failed_batch_says_where_to_go_on(run: Run, scripted: tuple[str,
 async def test_revoke_of_nothing_is_an_error(
     run: Run, scripted: tuple[str, Scripted], stdin: str
 ) -> None:
-    """An empty file is a mistake: a script must not believe that something was revoked."""
+    """An empty file is a mistake: a script must not report that it revoked something."""
     result = await run("revoke", target=scripted[0], stdin=stdin)
     assert result.code == 2
     assert "no secret on standard input" in result.err

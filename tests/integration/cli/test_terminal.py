@@ -211,3 +211,65 @@ async def test_ids_can_be_copied_at_any_width(start: Open, create: Create) -> No
             assert max(map(len, plain.splitlines())) <= columns
             words = ("deploy", "bot") if command == "list" else ("Create", "acme", "ok", "ipv4:")
             assert all(word in plain for word in words), (command, columns, plain)
+
+
+async def test_rotate_asks_before_it_ends_the_older_secrets(
+    start: Open, stub: Any, create: Create
+) -> None:
+    """The prompt names the token. Only yes rotates. With a grace there is no prompt, and the new
+    secret is shown in one line."""
+    created = await create(name="deploy bot")
+    verify = pb.VerifyRequest(secret=created.secret)
+    terminal = await start("rotate", created.token.id)
+    await terminal.until("[y/N] ")
+    assert "'deploy bot'" in " ".join(terminal.screen.split())
+    terminal.type("n\n")
+    assert await terminal.end() == 1
+    assert (await stub.Verify(verify)).verdict == pb.VERDICT_VALID
+
+    terminal = await start("rotate", created.token.id, "--grace", "1d")
+    assert await terminal.end() == 0
+    assert "[y/N]" not in terminal.screen
+    assert len(re.findall(r"^lk_[0-9A-Za-z]{57}\r$", terminal.screen, re.MULTILINE)) == 1
+    assert "shown only once" in terminal.screen
+    assert (await stub.Verify(verify)).verdict == pb.VERDICT_VALID
+
+    terminal = await start("retire-secrets", created.token.id)
+    await terminal.until("[y/N] ")
+    terminal.type("y\n")
+    assert await terminal.end() == 0
+    assert "Ended the older secrets" in terminal.screen
+    assert (await stub.Verify(verify)).verdict == pb.VERDICT_EXPIRED
+
+
+async def test_delete_all_asks_with_the_count(start: Open, stub: Any, create: Create) -> None:
+    """The prompt says how many tokens match. Only yes deletes them."""
+    for number in range(3):
+        await create(name=f"job {number}")
+
+    async def left() -> int:
+        return len((await stub.List(pb.ListRequest(account_id="acme"))).tokens)
+
+    for typed, code in (("n\n", 1), ("\x03", 130), ("y\n", 0)):
+        terminal = await start("delete-all")
+        await terminal.until("Delete 3 tokens of account 'acme' permanently? [y/N] ")
+        terminal.type(typed)
+        assert await terminal.end() == code
+        assert await left() == (0 if code == 0 else 3)
+    assert " 3 tokens\r" in terminal.screen
+    nothing = await start("delete-all")
+    assert await nothing.end() == 0
+    assert "has no such tokens" in nothing.screen
+
+
+async def test_revoke_prompts_for_a_hidden_secret(start: Open, stub: Any, create: Create) -> None:
+    """On a terminal, one secret is asked for, and it never appears on the screen."""
+    secret = (await create()).secret
+    terminal = await start("revoke")
+    await terminal.until("Secret (not shown): ")
+    terminal.type(secret + "\n")
+    assert await terminal.end() == 0
+    assert "line 1: ended" in terminal.screen
+    assert secret not in terminal.screen
+    answer = await stub.Verify(pb.VerifyRequest(secret=secret))
+    assert answer.verdict == pb.VERDICT_EXPIRED

@@ -20,7 +20,7 @@ from tests.helpers.calls import CHANNEL_OPTIONS
 from tests.helpers.servers import make_settings, serving
 from tests.helpers.waiting import eventually
 
-# Long, so that a process that stalls for a while is not waited out.
+# Long, so that a process that stalls for a while is not outwaited.
 LEASE_SECONDS = 5.0
 ADDRESS = "192.0.2.1"
 PERMISSION = "orders:write"

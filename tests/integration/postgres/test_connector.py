@@ -118,8 +118,9 @@ async def test_a_silent_host_does_not_block_the_primary(
 async def test_a_former_primary_does_not_hide_the_others(
     monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
-    """Whatever error the former primary returns, the other hosts are tried too. If none is the
-    primary, the error reported is a permanent one if there is one."""
+    """Whatever error the former primary returns, the other hosts are tried too. If no host is
+    the primary, a permanent error is reported in preference to a transient one.
+    """
     primary, asked = "h1", list[str]()
 
     async def connect(url: str, **_: object) -> object:

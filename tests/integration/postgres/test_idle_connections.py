@@ -1,4 +1,4 @@
-"""TCP connections to Postgres through a firewall that forgets idle connections."""
+"""TCP connections to Postgres through a firewall that drops idle connections."""
 
 import asyncio
 import contextlib
@@ -45,7 +45,7 @@ class Firewall:
 
     @property
     def forgotten(self) -> int:
-        """Return how many open connections it has forgotten."""
+        """Return how many open connections it has dropped."""
         now = time.monotonic()
         return sum(now - seen > self._forgets_seconds for seen in self._seen.values())
 
@@ -143,7 +143,7 @@ async def test_idle_connections_are_tested_before_use(
                 return int(await own.fetchval("SELECT 1 FROM pg_sleep(0.05)"))
 
         assert await asyncio.gather(*(ask() for _ in range(8))) == [1] * 8
-        await eventually(lambda: wall.forgotten == 8, "the firewall has forgotten all")
+        await eventually(lambda: wall.forgotten == 8, "the firewall has dropped all")
         began = time.monotonic()
         for _ in range(8):
             assert await ask() == 1
@@ -167,7 +167,7 @@ async def test_a_caller_cancelled_during_a_test_leaks_no_connection(
 
         for _ in range(3):
             assert await ask() == 1
-            await eventually(lambda: wall.forgotten >= 1, "the firewall has forgotten it")
+            await eventually(lambda: wall.forgotten >= 1, "the firewall has dropped it")
             leaving = asyncio.create_task(ask())
             drops = len(wall.dropped)
 
@@ -232,7 +232,7 @@ async def test_a_service_survives_a_firewall_that_forgets(
                 if round_ == 0:
                     await eventually(
                         lambda: wall.forgotten >= 2 and wall.known <= USED_ALWAYS,
-                        "the firewall has forgotten idle connections",
+                        "the firewall has dropped idle connections",
                     )
             assert wall.dropped
             await channel.close()

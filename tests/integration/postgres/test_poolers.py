@@ -408,7 +408,7 @@ async def test_a_pooler_that_changes_its_mode_is_an_outage(pgbouncer: Start) -> 
 async def test_a_standby_behind_a_pooler_is_not_used(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that has become a standby is not taken for a primary, although PgBouncer still
+    """A server that has become a standby is not mistaken for a primary, although PgBouncer still
     reports what the server said when PgBouncer first connected."""
     data_dir = scratch / "deposed"
     postgres = EmbeddedPostgres(data_dir)

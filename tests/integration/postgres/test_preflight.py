@@ -89,7 +89,7 @@ async def test_too_few_connections(postgres_url: str) -> None:
 
 @contextlib.asynccontextmanager
 async def tls_server(answer: bytes, context: ssl.SSLContext) -> AsyncIterator[int]:
-    """A server that answers the request for TLS as told, and yields its port."""
+    """A server that answers a request for TLS with `answer`. Yields its port."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):

@@ -1,4 +1,4 @@
-"""The service refuses keys and settings that somebody else can read or change."""
+"""The service refuses keys and settings that another user can read or change."""
 
 import os
 from collections.abc import Callable, Iterator

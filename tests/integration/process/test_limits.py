@@ -118,7 +118,7 @@ async def test_open_files_per_watch(settings: Settings, transport: str) -> None:
             assert ours() - before == 5 * FILES_PER_CONNECTION[transport]
 
 
-@pytest.mark.skipif(os.uname().sysname != "Linux", reason="memory is looked at on Linux alone")
+@pytest.mark.skipif(os.uname().sysname != "Linux", reason="memory is checked only on Linux")
 async def test_a_worker_that_uses_too_much_memory(
     database_url: str, pepper_file: Path, tmp_path: Path
 ) -> None:
@@ -168,7 +168,7 @@ async def test_a_worker_that_uses_too_much_memory(
             assert answer.verdict == pb.VERDICT_MALFORMED
 
 
-@pytest.mark.skipif(os.uname().sysname != "Linux", reason="files are looked at on Linux alone")
+@pytest.mark.skipif(os.uname().sysname != "Linux", reason="files are checked only on Linux")
 async def test_a_flood_that_uses_all_files(
     database_url: str, pepper_file: Path, tmp_path: Path, transport: str
 ) -> None:
@@ -184,7 +184,7 @@ async def test_a_flood_that_uses_all_files(
         transport=transport,
         log_format="json",
         connections_max=most,
-        # Without root, only then may we look at its files.
+        # Without this, only root may inspect its files.
         core_dumps="on",
     ) as running:
         address = await running.welcome()

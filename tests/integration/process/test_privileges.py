@@ -130,9 +130,11 @@ async def test_workers_give_up_root(
     embedded: bool,
     transport: str,
 ) -> None:
-    """Started as root, each thread of a worker is an ordinary user without rights, and nobody of
-    that user can look into it. It serves all the same: calls, Watch, new connections to Postgres,
-    TLS with a key that only root can read. A worker that is restarted shares the port."""
+    """If started as root, each thread of a worker runs as an ordinary user without rights, and
+    processes of that user cannot read its memory. It serves all the same: calls, Watch, new
+    connections to Postgres, TLS with a key that only root can read. A worker that is restarted
+    shares the port.
+    """
     files = write_server_files(folder)
     del files["tls_client_ca"]
     if not embedded:

@@ -107,27 +107,6 @@ async def is_valid(address: str, secret: str) -> bool:
     return bool(await verdict(address, secret) == pb.VERDICT_VALID)
 
 
-async def test_libpq_variables_do_not_reach_the_embedded_postgres(
-    run: Run, data_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Variables in the shell that are about another database have no effect on the embedded one."""
-    for name, value in {
-        "PGHOST": "nowhere.invalid",
-        "PGPORT": "1",
-        "PGUSER": "somebody",
-        "PGDATABASE": "other",
-        "PGSSLMODE": "verify-full",
-        "PGSSLROOTCERT": "/nowhere.pem",
-        "PGSERVICE": "nothing",
-        "PGTARGETSESSIONATTRS": "standby",
-        "PGGSSLIB": "nothing",
-    }.items():
-        monkeypatch.setenv(name, value)
-    service = run(data_dir=data_dir)
-    await service.welcome()
-    assert await service.end() == 0
-
-
 @pytest.mark.parametrize(
     ("transport", "number"), [("native", signal.SIGINT), ("grpcio", signal.SIGTERM)]
 )
@@ -163,8 +142,9 @@ async def test_a_stop_during_the_start(run: Run, folder: Path, number: signal.Si
 
 
 async def test_repeated_ctrl_c(run: Run, data_dir: Path) -> None:
-    """Repeated Ctrl-C does not break the orderly stop: there is no traceback, and nothing is left
-    running."""
+    """Repeated Ctrl-C does not break the clean shutdown: there is no traceback, and no process
+    is left.
+    """
     service = run(data_dir=data_dir)
     await service.welcome()
     os.kill(service.pid, signal.SIGINT)
@@ -282,7 +262,7 @@ async def test_a_second_run_on_the_data_directory(run: Run, data_dir: Path) -> N
 
 
 async def test_a_second_run_on_the_address(run: Run, database_url: str, folder: Path) -> None:
-    """It is rejected with the address and the setting, and takes no calls away."""
+    """It is rejected with the address and the setting, and receives no calls of the first run."""
     first = run(database_url=database_url, data_dir=folder / "a")
     address = await first.welcome()
     second = run(database_url=database_url, data_dir=folder / "a", listen=address)
@@ -346,7 +326,7 @@ async def test_a_given_database_is_used(run: Run, database_url: str, folder: Pat
         database_url=database_url,
         data_dir=folder / "data",
         workers=2,
-        # Without root, only then may we look at their sockets.
+        # Without this, only root may inspect their sockets.
         core_dumps="on",
     )
     address = await service.welcome()

@@ -19,9 +19,7 @@ from tests.helpers.calls import CHANNEL_OPTIONS, is_serving
 from tests.helpers.service_process import Service
 from tests.helpers.waiting import WAIT_SECONDS, eventually
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="memory is looked at on Linux alone"
-)
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is checked only on Linux")
 
 # Python runs this file before any other. The signal blocks the event loop of a worker, which then
 # fills its memory.
@@ -73,7 +71,7 @@ async def serves(address: str) -> None:
 
 
 async def test_a_worker_that_hangs(run: Run) -> None:
-    """A worker that stands still is replaced, and the other one continues."""
+    """A worker that hangs is replaced, and the other one continues."""
     service = run(workers=2)
     address = await service.welcome()
     first, second = service.worker_pids

@@ -55,7 +55,7 @@ def run(tmp_path: Path, database_url: str) -> Iterator[Run]:
 
     def run(name: str, **settings: object) -> Service:
         defaults = {"database_url": database_url, "data_dir": tmp_path / name}
-        defaults |= {"listen": "127.0.0.1:0", "log_format": "json"}
+        defaults |= {"listen": "127.0.0.1:0"}
         started.append(Service(tmp_path / f"service {len(started)}", **(defaults | settings)))
         return started[-1]
 

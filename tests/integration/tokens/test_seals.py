@@ -65,7 +65,7 @@ TAMPERING = {
 
 
 async def test_a_changed_row_is_unknown(settings: Settings, database_url: str) -> None:
-    """Whoever can write to the database cannot widen, move or extend a token: its secret becomes
+    """A writer to the database cannot widen, move or extend a token: its secret becomes
     UNKNOWN, and the log says so. Latchkey does not change such a token, but deletes it."""
     async with stub_of(settings) as stub:
         await eventually(lambda: all_sealed(database_url), "the proof that all rows are sealed")

@@ -1,4 +1,4 @@
-"""What becomes of tokens, secrets and request ids long after they have ended, and audit entries of
+"""The removal of tokens, secrets and request ids long after they have ended, and audit entries of
 changes."""
 
 import uuid

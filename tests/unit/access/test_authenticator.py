@@ -97,10 +97,19 @@ def test_certificates_through_a_proxy(call, expected):
         assert outcome(authenticator, call) == expected
 
 
+def test_white_space_around_a_credential_does_not_count():
+    """Any number of spaces before it, and white space after it, are not part of the credential."""
+    policy = parse(policy_text())
+    for value in ("  {}", "{} ", " {} \t"):
+        call = Call()
+        call._metadata.append(("authorization", f"Bearer {value.format(credential('verifier'))}"))
+        assert outcome(Authenticator(ActivePolicy(policy)), call) == "verifier", value
+
+
 def test_guessable_credential_is_rejected():
     """Only credentials that we minted are accepted, even if a policy has the digest of another."""
     good = credential("verifier")
-    for text in ("test", "", f"{good} ", good[:-1], good.replace("lkc_", "lkd_"), f"x{good}"):
+    for text in ("test", "", f"{good} x", good[:-1], good.replace("lkc_", "lkd_"), f"x{good}"):
         digest = sha256(text.encode()).hexdigest()
         policy = parse(f'[callers.a]\ncredentials = ["sha256:{digest}"]\nroles = ["manager"]\n')
         call = Call()

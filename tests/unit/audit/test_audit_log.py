@@ -73,7 +73,7 @@ async def test_denials_do_not_flood() -> None:
 
 async def test_entries_wait_for_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
     """While the database is down entries wait, up to a bound; entries beyond it are counted. All of
-    them are recorded in the end. An entry that the database rejects for good does not block the
+    them are recorded in the end. An entry that the database always rejects does not block the
     others."""
     monkeypatch.setattr(audit_log, "WAITING_MAX", 50)
     table, clock = Table(), [0.0]

@@ -63,7 +63,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_branch_is_compared_with_main(root: Path) -> None:
-    """On another branch, a field that main has must not go."""
+    """On another branch, a field that main has must not be removed."""
     first = commit(root, PROTO)
     git(root, "switch", "--quiet", "--create", "topic")
     commit(root, PROTO + "\nmessage More {}\n")

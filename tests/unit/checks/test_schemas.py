@@ -38,7 +38,7 @@ def test_wrong_keys_are_rejected(root: Path) -> None:
 
 
 def test_missing_file_is_rejected(root: Path) -> None:
-    """A moved file fails the check instead of being forgotten."""
+    """A moved file fails the check."""
     (root / ".github/workflows/ci.yml").unlink()
     outcome = schemas.check(root)
     assert (outcome.state, outcome.text) == (

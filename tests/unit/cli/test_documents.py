@@ -52,9 +52,7 @@ RICH = replace(
     permissions=("orders:*", "users:read"),
     secrets=(
         TokenSecret(hint="lk_…new1", create_time=TIME, retire_on_first_use=True),
-        TokenSecret(
-            hint="lk_…old1", create_time=TIME, expire_time=datetime(2100, 1, 1, tzinfo=UTC)
-        ),
+        TokenSecret(hint="lk_…old1", create_time=TIME, expire_time=LATER, last_used_time=TIME),
     ),
 )
 
@@ -294,8 +292,9 @@ def test_pages_make_one_table_that_fits() -> None:
 
 
 def test_receipts_count_who_confirmed() -> None:
-    """A receipt says since when the token is dead, how many servers and clients confirmed it, and
-    how many Latchkey had to wait out."""
+    """A receipt says since when the token has been dead, how many servers and clients confirmed
+    it, and how many were outwaited.
+    """
     for proof, words in (
         (receipt(0, 0), "dead everywhere since"),
         (replace(receipt(0, 0), effective_time=None), "not yet confirmed everywhere"),
@@ -315,8 +314,9 @@ def test_receipts_count_who_confirmed() -> None:
 
 
 def test_receipt_of_invalidate_all() -> None:
-    """The receipt says when every cache was empty, who confirmed and who was waited out, in at most
-    80 columns."""
+    """The receipt says when every cache was empty, and how many confirmed and were outwaited, in
+    at most 80 columns.
+    """
     console = Console(file=StringIO(), width=80)
     tables.print_invalidation(console, receipt(3, 0, 40, 1))
     assert isinstance(console.file, StringIO)

@@ -101,6 +101,38 @@ def test_an_unconfirmed_change_is_reported_as_stored() -> None:
     assert "the change is stored" in failure.what
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason", "said", "to_do"),
+    [
+        (
+            latchkey.PermissionDenied,
+            "METHOD_DENIED",
+            "the role manager includes",
+            "give this caller that role",
+        ),
+        (
+            latchkey.PermissionDenied,
+            "ACCOUNT_DENIED",
+            "the role manager",
+            "'accounts' in the policy",
+        ),
+        (latchkey.Unauthenticated, "IDENTITY_CONFLICT", "the role", "only a certificate or only a"),
+        (latchkey.PermissionDenied, "OTHER", "permission denied (OTHER)", "grant access"),
+        (latchkey.Unauthenticated, "CREDENTIAL_UNKNOWN", "does not know", "identify yourself"),
+    ],
+)
+def test_refused_callers_get_specific_advice(
+    kind: type[latchkey.LatchkeyError], reason: str, said: str, to_do: str
+) -> None:
+    """A refusal says in the service's words what is missing, and what to do about exactly that."""
+    text = "Get failed: The policy allows what the role manager includes (X_Y, request 1). Advice."
+    failure = failure_of(kind(text, reason=reason), Doing("get token 'x'"))
+    assert said in failure.what
+    assert reason in failure.what
+    assert to_do in failure.to_do
+    assert "Advice" not in failure.line()
+
+
 def test_errors_carry_the_request_and_every_violation() -> None:
     """The error lists each invalid field and the request id."""
     error = latchkey.InvalidArgument("No.", request_id="17")

@@ -45,6 +45,13 @@ def account(monkeypatch: pytest.MonkeyPatch) -> None:
         ("delete-all --can-write maybe --yes", "'maybe' is not one of 'yes', 'no'"),
         ("lits", "'list'"),
         ("config --nonsense", "--nonsense"),
+        ("list -account acme", "two; write --account"),
+        ("create x --scope read -label=a=b", "two; write --label"),
+        ("get -tok_x", "put '--' before an argument that begins with a dash"),
+        ("list --tls-ca", "'--tls-ca' requires an argument"),
+        ("list --target", "'--target' requires an argument"),
+        ("list --target=127.0.0.1:1,127.0.0.1:2", "such as ipv4:10.0.0.1:50051"),
+        ("policy check --role manager", "belong to 'policy new-caller'"),
     ],
 )
 def test_wrong_usage_prints_one_helpful_line(
@@ -115,7 +122,7 @@ def test_help_fits_80_columns_and_shows_plain_flags(
 def test_without_a_terminal_what_cannot_be_undone_needs_yes(
     line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A script has to say that secrets or tokens may end at once."""
+    """A script must confirm explicitly that secrets or tokens may end at once."""
     monkeypatch.setattr(sys, "argv", ["latchkey", *line.split()])
     assert main() == 2
     shown = capsys.readouterr()

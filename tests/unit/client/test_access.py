@@ -2,9 +2,10 @@
 
 import time
 
+import grpc
 import pytest
 from cryptography.hazmat.primitives import serialization
-from latchkey import Access, AccessError, Client
+from latchkey import Access, AccessError, Client, Verifier
 from latchkey import access as module
 from latchkey.secret import Secret
 
@@ -202,3 +203,21 @@ def test_credential_file_is_read_again(monkeypatch, files):
     assert sent() == f"Bearer {CREDENTIAL}"
     files["credential"].write_text(credential("another") + "\n")
     assert sent() == f"Bearer {credential('another')}"
+
+
+async def test_a_verifier_takes_what_a_client_takes():
+    """`access`, `credentials` and `options` of a Verifier reach the Client that it makes. With a
+    Client that is passed in they contradict it."""
+    access = Access(credential=CREDENTIAL)
+    verifier = Verifier("127.0.0.1:1", access=access, options=[("grpc.lb_policy_name", "x")])
+    assert verifier._client._access is access
+    assert ("grpc.lb_policy_name", "x") in verifier._client._options
+    await verifier.close()
+    async with Client("127.0.0.1:1", access=Access()) as client:
+        for more in (
+            {"access": access},
+            {"credentials": grpc.ssl_channel_credentials()},
+            {"options": [("a", 1)]},
+        ):
+            with pytest.raises(AccessError, match="Client that is passed in"):
+                Verifier(client, **more)

@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+import latchkey
+import pytest
 from latchkey._channel import options
 
 
@@ -38,3 +40,12 @@ def test_overrides_replace_defaults() -> None:
     names = [name for name, _ in changed]
     assert len(names) == len(set(names)) == len(options()) + 1
     assert ("grpc.keepalive_time_ms", 1) in changed
+
+
+@pytest.mark.parametrize("target", ["127.0.0.1:1,127.0.0.1:2", "a.example:1,b.example:1"])
+def test_a_list_of_addresses_needs_its_scheme(target: str) -> None:
+    """A list without `ipv4:` is reported when the client is made, with the form that works."""
+    with pytest.raises(latchkey.InvalidArgument, match=r"ipv4:10\.0\.0\.1:50051,10\.0\.0\.2:50051"):
+        latchkey.Client(target)
+    for good in ("ipv4:127.0.0.1:1,127.0.0.1:2", "dns:///a.example:1", "unix:/a,b"):
+        latchkey.Client(good)

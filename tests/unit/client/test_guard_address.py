@@ -24,7 +24,7 @@ PROXY = "10.0.0.1"
         ("192.168.7.1", ["198.51.100.1"], "198.51.100.1"),
         ("2001:db8::5", ["2001:db9::1"], "2001:db9::1"),
         ("::ffff:10.0.0.1", ["198.51.100.1"], "198.51.100.1"),
-        # The client sent a header of its own, and the proxy appended the true address.
+        # The client sent a forged header, and the proxy appended the true address.
         (PROXY, ["203.0.113.5, 198.51.100.1"], "198.51.100.1"),
         (PROXY, ["203.0.113.5", "198.51.100.1"], "198.51.100.1"),
         (PROXY, ["10.0.0.9, 198.51.100.1"], "198.51.100.1"),

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from latchkey import Scope, Secret, Token, Unavailable, Verdict, Verification
-from latchkey.guards import current_token
+from latchkey.guards import current_token_or_none
 from latchkey.guards.asgi import GuardMiddleware, scope_by_method
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -66,13 +66,13 @@ class Stub:
 
 
 async def whoami(request: Request) -> PlainTextResponse:
-    token = current_token()
+    token = current_token_or_none()
     assert request.scope.get("latchkey.token") == token
     return PlainTextResponse(token.name if token else "nobody")
 
 
 def whoami_in_thread(_request: Request) -> PlainTextResponse:
-    token = current_token()
+    token = current_token_or_none()
     return PlainTextResponse(token.name if token else "nobody")
 
 
@@ -101,7 +101,7 @@ async def test_a_valid_token_is_accepted_and_visible_to_the_application() -> Non
         for path in ("/", "/thread"):
             response = await client.get(path, headers=BEARER)
             assert (response.status_code, response.text) == (200, "ci")
-    assert current_token() is None
+    assert current_token_or_none() is None
 
 
 async def test_missing_token_is_401_without_an_error_code() -> None:
@@ -241,7 +241,7 @@ async def talk(app: Callable[..., Awaitable[None]], scope: dict[str, Any]) -> li
 async def accept(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
     if scope["type"] == "websocket":
         await receive()
-        token = current_token()
+        token = current_token_or_none()
         await send({"type": "websocket.accept", "subprotocol": token.name if token else None})
 
 

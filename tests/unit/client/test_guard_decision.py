@@ -58,11 +58,13 @@ def valid() -> Stub:
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "bEaReR"])
-@pytest.mark.parametrize("spaces", [" ", "   "])
-async def test_a_valid_token_is_accepted(scheme: str, spaces: str) -> None:
-    """The verifier receives the secret from RFC 6750's header, in any letter case of the scheme."""
+@pytest.mark.parametrize("spaces", [" ", "  ", "   "])
+@pytest.mark.parametrize("end", ["", " ", " \t "])
+async def test_a_valid_token_is_accepted(scheme: str, spaces: str, end: str) -> None:
+    """The verifier receives the secret from RFC 6750's header, in any letter case of the scheme,
+    without the white space around it."""
     verifier = valid()
-    decision = await decide(verifier, [scheme + spaces + SECRET], Scope.WRITE, 0.5)
+    decision = await decide(verifier, [scheme + spaces + SECRET + end], Scope.WRITE, 0.5)
     assert decision == Decision(Outcome.ALLOWED, token=TOKEN)
     assert verifier.asked == [(SECRET, Scope.WRITE, 0.5)]
 
@@ -87,7 +89,7 @@ async def test_no_bearer_token_is_missing(values: list[str]) -> None:
         ["Bearer " + SECRET, "Basic x"],
         ["Basic x", "Bearer " + SECRET],
         ["Bearer a b"],
-        ["Bearer " + SECRET + " "],
+        ["Bearer " + SECRET + " x"],
         ["Bearer " + SECRET + "\n"],
         ["Bearer " + SECRET + ", Bearer " + SECRET],
         ["Bearer \u00e4\u00f6\u00fc"],

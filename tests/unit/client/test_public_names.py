@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import latchkey
+import pytest
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from latchkey import _retry, guards, sync
 from latchkey_proto import v1
@@ -68,8 +69,8 @@ def test_public_names_are_pinned() -> None:
     ]
     assert latchkey.__all__ == sorted(latchkey.__all__)
     assert all(hasattr(latchkey, name) for name in latchkey.__all__)
-    assert guards.__all__ == ["current_token"]
-    assert sync.__all__ == ["Verifier"]
+    assert guards.__all__ == ["current_token", "current_token_or_none"]
+    assert sync.__all__ == ["Client", "Verifier"]
 
 
 def services() -> list[ServiceDescriptor]:
@@ -126,7 +127,7 @@ def test_every_rpc_has_a_client_method() -> None:
 def test_watch_is_the_only_stream() -> None:
     """The contract has one stream, Watch, which every verifier uses."""
     assert [m.name for m in methods() if m.client_streaming or m.server_streaming] == ["Watch"]
-    assert inspect.signature(latchkey.Verifier).parameters["memory_entries"].default > 0
+    assert inspect.signature(latchkey.Verifier).parameters["cache_entries"].default > 0
 
 
 def test_sync_verifies_like_async() -> None:
@@ -137,6 +138,18 @@ def test_sync_verifies_like_async() -> None:
         ]
         assert signatures[0] == signatures[1]
         assert getattr(sync.Verifier, name).__doc__
+
+
+def test_sync_client_has_every_method() -> None:
+    """Both clients have the same methods with the same arguments, apart from awaiting."""
+    for name, method in inspect.getmembers(latchkey.Client, inspect.isfunction):
+        if name.startswith("_") or name in ("metadata", "open_channel"):
+            continue
+        blocking = getattr(sync.Client, name)
+        assert not inspect.iscoroutinefunction(blocking), name
+        ours, theirs = inspect.signature(blocking), inspect.signature(method)
+        assert ours.parameters == theirs.parameters, name
+        assert blocking.__doc__, name
 
 
 def test_every_rpc_has_a_policy() -> None:
@@ -193,3 +206,27 @@ def test_package_is_typed_and_versioned() -> None:
     """The package ships type annotations, and reports its installed version."""
     assert (Path(latchkey.__file__).parent / "py.typed").exists()
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", latchkey.__version__)
+
+
+@pytest.mark.parametrize(
+    ("guard", "framework"),
+    [("fastapi", "fastapi"), ("django", "django"), ("drf", "rest_framework"), ("drf", "django")],
+)
+def test_a_guard_without_its_framework_says_what_to_install(guard: str, framework: str) -> None:
+    """The import of a guard whose framework is missing fails with one clear sentence, and the other
+    guards need no framework."""
+    program = f"""
+import sys
+sys.modules[{framework!r}] = None
+import latchkey.guards.asgi, latchkey.guards.wsgi
+import latchkey.guards.grpc, latchkey.guards.grpc_sync
+try:
+    import latchkey.guards.{guard}
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.stderr == ""
+    assert re.search(r"which is not installed: pip install \w+\n$", done.stdout)

@@ -144,6 +144,33 @@ def test_reasons_come_with_advice(code: grpc.StatusCode, reason: str, words: str
     assert words in str(failure)
 
 
+def test_a_create_that_found_no_connection_created_nothing() -> None:
+    """GRPC reports that there was no connection, so the message does not speak of a token that may
+    exist."""
+    for text in (
+        "failed to connect to all addresses; last error: UNKNOWN: Connection refused",
+        "connections to all backends failing; last error: UNKNOWN: Connection refused",
+        "DNS resolution failed for nowhere.invalid:1: Domain name not found",
+    ):
+        error = rpc_error(grpc.StatusCode.UNAVAILABLE, text)
+        assert "may exist" not in str(from_rpc_error("Create", error))
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("METHOD_DENIED", "give this caller that role"),
+        ("ACCOUNT_DENIED", "`accounts` in the policy"),
+        ("IDENTITY_CONFLICT", "only the certificate or only the credential"),
+    ],
+)
+def test_refused_callers_get_specific_advice(reason: str, words: str) -> None:
+    """The advice for a refusal depends on its reason."""
+    info = error_details_pb2.ErrorInfo(reason=reason, domain="latchkey")
+    error = rpc_error(grpc.StatusCode.PERMISSION_DENIED, "x", info)
+    assert words in str(from_rpc_error("Get", error))
+
+
 def test_an_unconfirmed_deletion_is_reported_as_deleted() -> None:
     """If the deadline was too short for the wait, the message says that the token is deleted."""
     info = error_details_pb2.ErrorInfo(reason="DELETION_NOT_CONFIRMED", domain="latchkey")

@@ -97,10 +97,10 @@ def test_a_new_verifier_has_no_lease() -> None:
 def test_answers_are_cached_for_a_limited_time(
     clock: list[float], monkeypatch: pytest.MonkeyPatch, draw: float
 ) -> None:
-    """Whatever the leases, an entry expires after half to all of `memory_seconds`, and is then
+    """Whatever the leases, an entry expires after half to all of `cache_seconds`, and is then
     cached again."""
     monkeypatch.setattr("latchkey.verifier.random.uniform", lambda low, high: draw)
-    verifier = latchkey.Verifier("nowhere:1", memory_seconds=1.0)
+    verifier = latchkey.Verifier("nowhere:1", cache_seconds=1.0)
     warm(verifier)
     clock.append(100.0 + draw - 0.001)
     assert verifier.verify_nowait(SECRET) is not None
@@ -111,6 +111,6 @@ def test_answers_are_cached_for_a_limited_time(
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan")])
 def test_cache_time_is_positive(seconds: float) -> None:
-    """`memory_entries=0` is the way to cache nothing."""
-    with pytest.raises(latchkey.InvalidArgument, match="memory_seconds"):
-        latchkey.Verifier("nowhere:1", memory_seconds=seconds)
+    """`cache_entries=0` is the way to cache nothing."""
+    with pytest.raises(latchkey.InvalidArgument, match="cache_seconds"):
+        latchkey.Verifier("nowhere:1", cache_seconds=seconds)

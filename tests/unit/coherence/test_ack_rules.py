@@ -33,7 +33,7 @@ def test_the_longest_lease_is_waited_out(short, long):
 
 
 def test_rows_that_disappear_or_appear_during_the_wait():
-    """A row that is removed before it acknowledged counts as waited out. A new row that is behind
+    """A row that is removed before it acknowledged counts as outwaited. A new row that is behind
     is waited for. A row that is removed after it acknowledged counts as acknowledged."""
     wait = PendingDeletion(at(5), 100.0)
     assert wait.evaluate([row("gone", 4), row("left", 5)], 100.0) is None
@@ -73,7 +73,7 @@ def clients(acknowledged: int, confirmed: int, outwaited: int, name: str = "a") 
 
 
 def test_receipt_counts_clients() -> None:
-    """The receipt counts clients that confirmed and clients whose leases were waited out."""
+    """The receipt counts clients that confirmed and clients whose leases were outwaited."""
     wait = PendingDeletion(at(5), 100.0)
     assert wait.evaluate([clients(4, 7, 10), clients(5, 2, 30, "b")], 100.0) is None
     assert wait.evaluate([clients(4, 7, 11), clients(6, 9, 31, "b")], 100.1) is None

@@ -45,7 +45,7 @@ class Scene:
         return Rows(frozenset(positions), self.rows)
 
     async def looked(self) -> None:
-        """Wait for two more looks: the first one may be under way."""
+        """Wait for two more polls: the first one may be in progress."""
         seen = self.looks
         await eventually(lambda: self.looks >= seen + 2, "the rows were read")
 
@@ -81,7 +81,7 @@ async def test_nothing_is_confirmed_before_the_rows_are_complete(scene: Scene) -
 
 
 async def test_the_wait_is_measured_by_its_result(scene: Scene) -> None:
-    """A Delete counts as acknowledged, as waited out, or as unconfirmed, with its duration."""
+    """A Delete counts as acknowledged, as outwaited, or as unconfirmed, with its duration."""
     seconds = scene.ack_waiter.seconds
     scene.rows = [VerifierRow(OWN, 1, 1, 5, 3.0)]
     await scene.ack_waiter.wait(at(5), math.inf)

@@ -125,8 +125,9 @@ async def test_each_change_of_the_server_is_logged(world: World) -> None:
 
 
 async def test_a_failure_leaves_the_host(world: World) -> None:
-    """A renewal that hangs, or is not replicated, leaves the connection's host. A failure to
-    connect leaves none, because the connector has asked them all."""
+    """A renewal that hangs, or is not replicated, leaves the connection's host. After a failure
+    to connect, the process leaves no host, because the connector has tried all of them.
+    """
     hung = StoreUnavailable("no answer")
     hung.__cause__ = TimeoutError()
     world.primary.failed(world.connection(FIRST), hung)
@@ -139,8 +140,9 @@ async def test_a_failure_leaves_the_host(world: World) -> None:
 
 
 async def test_one_failure_that_passes_leaves_no_host(world: World) -> None:
-    """A lock that was held for long costs no lease: the host is left at the second failure in a row
-    only, since the next host may be a deposed primary."""
+    """After a failure because of a lock, the process stays on its host, because the next host
+    may be a deposed primary. It moves only after a second failure in a row.
+    """
     locked = StoreUnavailable("no answer")
     locked.__cause__ = asyncpg.LockNotAvailableError()
     world.primary.failed(world.connection(FIRST), locked)
@@ -201,7 +203,8 @@ async def test_a_diagnosis_ends_although_the_host_is_silent(world: World) -> Non
 
 async def test_another_primary_is_reported_once_and_until_it_is_gone(world: World) -> None:
     """Another host that accepts writes is named in the log when it appears and in status as long as
-    it does, with the host that the lease stands on. A host that does not answer is no primary."""
+    it does, with the host that the lease stands on. A host that does not answer does not count as a
+    primary."""
     primary, connector = world.primary, world.connector
     await primary.look_at_others()
     assert primary.warnings() == []
@@ -241,7 +244,7 @@ async def test_a_lease_that_moves_no_longer_warns_of_its_own_host(world: World) 
 
 async def test_a_host_that_refuses_the_role_is_no_primary(world: World) -> None:
     """Its error is one that the driver's translation leaves as it is, such as a missing right to
-    connect. The worker goes on: it ends when one of its parts fails."""
+    connect. The worker continues: it would end if one of its tasks failed."""
     world.primary.renewed(world.connection(FIRST), OLD)
     world.connector.refusals[SECOND] = asyncpg.InsufficientPrivilegeError("no right to connect")
     await world.primary.look_at_others()

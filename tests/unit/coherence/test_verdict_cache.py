@@ -30,7 +30,7 @@ def key(token_id: str, number: int = 0) -> bytes:
 
 
 class AnyReadMayArriveAnyTime(RuleBasedStateMachine):
-    """A database whose tokens are read at some revision, and a cache that learns of changes late.
+    """A database whose tokens are read at some revision, and a cache that receives changes late.
 
     Each entry records the revision at which its token was read. It is stale if the cache has
     applied a later revision that named the token, because nothing would ever remove the entry.
@@ -80,7 +80,7 @@ class AnyReadMayArriveAnyTime(RuleBasedStateMachine):
         position = at(revision, self.history + elsewhere)
         entry = entry_of(token)
         self.read_at[id(entry)] = revision
-        self.keep = [*getattr(self, "keep", ()), entry]  # so that no id comes twice
+        self.keep = [*getattr(self, "keep", ()), entry]  # so that no id occurs twice
         admitted = self.cache.store(key(token, number), entry, position)
         assert admitted == (self.cache.entries.get(key(token, number)) is entry)
         named_since = token in self.log[revision : self.cache.position.revision]
@@ -163,7 +163,7 @@ def test_a_mark_of_zero_is_never_known(position: Position) -> None:
 def test_marks_are_pruned_with_their_names(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A position is forgotten once some of the tokens named after it are forgotten."""
+    """A position is dropped once some of the tokens named after it are dropped."""
     monkeypatch.setattr(verdict_cache, "HISTORY_MAX", 3)
     cache: VerdictCache[Entry] = VerdictCache(5)
     cache.reset(at(0))
@@ -217,8 +217,9 @@ def test_eviction_takes_bounded_time() -> None:
 
 @given(st.integers(1, 5))
 def test_a_cache_without_capacity_stays_empty(count: int) -> None:
-    """A cache that is switched off still knows which tokens were named, for clients and for reads
-    under way."""
+    """A cache that is switched off still knows which tokens were named, for clients and for
+    reads in progress.
+    """
     cache: VerdictCache[Entry] = VerdictCache(0)
     cache.reset(at(0))
     for n in range(count):

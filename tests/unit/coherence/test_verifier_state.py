@@ -1,4 +1,5 @@
-"""A process as a verifier: which reads it believes, what it applies, what it acknowledges.
+"""A process as a verifier: the reads that it accepts, and the changes that it applies and
+acknowledges.
 
 These tests state the server's side of rule 12, which random schedules of `tests/simulation` reach
 too rarely.
@@ -65,8 +66,9 @@ def snapshot(position: Position, timeline: str | None = PRIMARY.timeline) -> Sna
 def test_which_reads_are_believed(
     scene: Scene, position: Position, began: int, expected: Standing
 ) -> None:
-    """A read is believed if its position is known by its mark and is not older than what was
-    applied when the read was sent."""
+    """A read is accepted if its position is known by its mark and is not older than the position
+    that was applied when the read was sent.
+    """
     read = ReadBegan(began, scene.state.epoch)
     assert scene.state.standing(snapshot(position), read) is expected
 
@@ -184,7 +186,7 @@ def test_only_an_applied_read_updates_its_time(scene: Scene) -> None:
 
 
 def test_clients_of_a_lost_history_confirm_nothing_and_are_waited_for(scene: Scene) -> None:
-    """Their confirmations are forgotten. The end of their leases is not."""
+    """Their confirmations are discarded. The end of their leases is not."""
     state = scene.state
     client = ClientLease("a client")
     ends = state.lease_ends

@@ -1,4 +1,6 @@
-"""What a client's confirmation proves, and how a stream ends. Pure, with the clock passed in."""
+"""The meaning of a client's confirmation, and the end of a stream. Pure, with the clock passed
+in.
+"""
 
 import math
 
@@ -151,8 +153,9 @@ def test_a_client_that_released_delays_nothing(scene: Scene) -> None:
 
 
 def test_a_closing_stream_grants_nothing_and_still_sends_news(scene: Scene) -> None:
-    """The client goes on answering under its last lease, so it still has to receive
-    invalidations."""
+    """The client continues to answer under its last lease, so it must still receive
+    invalidations.
+    """
     session = leased(scene)
     session.close()
     session.receive(request(at(10), 2), scene.now)

@@ -214,9 +214,10 @@ def test_without_a_live_lease_news_comes_before_the_grant(scene: Scene) -> None:
     ids=["the last", "earlier ones", "nothing", "another mark", "without a mark", "the future"],
 )
 def test_a_client_that_never_confirms_delays_deletes_by_one_lease(claims: list[Position]) -> None:
-    """A client that asks for grants and never confirms delays a Delete until the lease ends that it
-    held when it was sent the invalidation, whatever it claims instead. It receives no grant, and
-    the next Delete does not wait for it."""
+    """A client that requests grants but never confirms delays a Delete only until the end of the
+    lease that it held when it was sent the invalidation, whatever position it claims. It
+    receives no grant, and the next Delete does not wait for it.
+    """
     scene = Scene(at(8))
     scene.apply((at(9), "x"), (at(10), "y"))
     scene.renew()

@@ -1,4 +1,4 @@
-"""Streams whose clients misbehave, with the clock passed in: they hold up nobody."""
+"""Streams of misbehaving clients do not delay others. The clock is passed in."""
 
 import asyncio
 import itertools

@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 from latchkey import _status
-from latchkey.guards import grpc as guard
+from latchkey.guards import _grpc as guard
 from latchkey_service import errors
 from latchkey_service.access.methods import METHODS
 from latchkey_service.errors import LatchkeyError

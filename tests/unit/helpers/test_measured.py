@@ -28,8 +28,9 @@ def test():
 
 
 def test_only_some_folders_are_measured(tmp_path: Path) -> None:
-    """A test in `unit` counts, with the processes that it starts. A test in `faults` does not, and
-    the measurement goes on after it."""
+    """A test in `unit` counts, with the processes that it starts. A test in `faults` does not,
+    and the measurement continues after it.
+    """
     files = {
         "library.py": LIBRARY,
         "pytest.ini": "[pytest]\n",

@@ -1,4 +1,4 @@
-"""Which of PgBouncer's errors waiting cannot fix."""
+"""Which of PgBouncer's errors are permanent."""
 
 import asyncpg
 import pytest

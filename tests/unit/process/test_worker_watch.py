@@ -33,8 +33,9 @@ def silence(vitals: Vitals, looks: int, seconds: float = LOOK_SECONDS) -> Reason
 
 
 def test_a_silent_worker_hangs() -> None:
-    """A worker that has written before and then stays silent is killed, not before its lease has
-    ended, and soon afterwards. Each heartbeat starts the time again."""
+    """A worker that falls silent is killed soon after its lease has ended, and not earlier. Each
+    heartbeat starts the time again.
+    """
     assert SILENCE_SECONDS_MAX > LEASE_SECONDS_MAX + BEAT_SECONDS
     vitals = Vitals(MAX)
     looks = int(SILENCE_SECONDS_MAX / LOOK_SECONDS)
@@ -59,7 +60,7 @@ def test_a_frozen_machine_is_not_a_hang() -> None:
 
 
 def test_memory() -> None:
-    """More than the limit is too much, in a worker that works, hangs or starts. 0 is no limit."""
+    """A worker above the limit is killed, whether it works, hangs or starts. 0 means no limit."""
     assert Vitals(MAX).judge(0.1, heartbeat=True, resident=MAX) is None
     for heartbeat in (True, False):
         found = Vitals(MAX).judge(0.1, heartbeat=heartbeat, resident=MAX + 1)
@@ -68,7 +69,7 @@ def test_memory() -> None:
 
 
 def has_ended(pid: int) -> bool:
-    """Wait for the end of a child, while the event loop stands still."""
+    """Wait for the end of a child while the event loop is blocked."""
     give_up = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < give_up:
         try:
@@ -80,9 +81,9 @@ def has_ended(pid: int) -> bool:
     return False
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is looked at on Linux alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is checked only on Linux")
 async def test_the_watch_works_while_the_supervisor_is_blocked() -> None:
-    """The supervisor's event loop stands still while it restarts Postgres. The watch kills a worker
+    """The supervisor's event loop is blocked while it restarts Postgres. The watch kills a worker
     meanwhile, and reports the reason afterwards. A worker that ended by itself has none."""
     watch = WorkerWatch(bytes_max=1)
     processes = []

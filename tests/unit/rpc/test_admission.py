@@ -185,7 +185,9 @@ async def test_unreachable_deadline_is_rejected_at_once() -> None:
 
 
 async def test_hanging_database_is_not_reported_as_overload() -> None:
-    """If no call has finished for a while, callers learn that the database does not respond."""
+    """If no call has finished for a while, callers get an error that the database does not
+    respond.
+    """
     clock = Clock()
     limiter = ConcurrencyLimiter(1, 1_000, clock)
     work = Work(limiter)
@@ -256,8 +258,9 @@ async def test_cancelled_call_passes_its_slot_on() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 async def test_no_slot_is_lost_or_shared(seed: int) -> None:
-    """Calls arrive, end, fail, release early and are cancelled in any order. There are never more
-    calls at work than slots, and in the end all slots are free."""
+    """Calls arrive, end, fail, release early and are cancelled in any order. There are never
+    more running calls than slots, and in the end all slots are free.
+    """
     chosen = random.Random(seed)  # noqa: S311 - for order, not for secrets
     count = chosen.randint(1, 4)
     limiter = ConcurrencyLimiter(count, 1_000, Clock())

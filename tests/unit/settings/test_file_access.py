@@ -129,5 +129,5 @@ def test_root_follows_the_rules_for_root(monkeypatch: pytest.MonkeyPatch, rule: 
 
 
 def test_a_missing_file_is_reported_elsewhere(tmp_path: Path) -> None:
-    """The one who reads a file reports that it is missing."""
+    """The reader of a file, not this check, reports that it is missing."""
     assert file_access.warning(tmp_path / "missing", POLICY) is None

@@ -166,7 +166,7 @@ def test_warnings_stay_short() -> None:
 
 
 def test_each_mismatch_is_reported_once_and_as_a_reminder() -> None:
-    """A mismatch is logged when it appears, again after an hour, and again if it comes back. Other
+    """A mismatch is logged when it appears, again after an hour, and when it reappears. Other
     processes on the same hosts do not repeat the warning; other hosts do."""
     reports, a, b = Reports(), Verifier("a", ("x",)), Verifier("b", ("y", "x"))
     assert [m.pepper_id for m in reports.news([a, b], 0).found] == ["y"]

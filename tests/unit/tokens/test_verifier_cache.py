@@ -205,7 +205,7 @@ async def test_a_read_overtaken_by_an_invalidation_is_answered_but_not_cached() 
 
 async def test_a_lease_lost_during_the_read_permits_no_answer() -> None:
     """A read that was sent under a lease on a history that no longer exists is sent again, a
-    bounded number of times. It disconnects nobody: the connection is not at fault."""
+    bounded number of times. It closes no connection, because the connection is not at fault."""
     bench = Bench()
     find_all = bench.database.find_all
     losses = 1

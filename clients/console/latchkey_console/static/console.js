@@ -42,7 +42,7 @@
     const dialog = one("dialog", page);
     if (dialog) return open(dialog);
     const main = one("main", page);
-    // Some other server answered, so let the browser load the page and show what it gets.
+    // Another server answered, so let the browser load the page and show the answer.
     if (!main) return location.assign("/");
     dismiss();
     return replaceMain(main, focus);
@@ -200,7 +200,7 @@
   let draft = null;
   const dialogOpen = () => one("dialog");
 
-  // Remembers how to find the element that opened the dialog after the list is replaced.
+  // Stores a selector for the element that opened the dialog, because the list may be replaced.
   function remember(element) {
     // A dialog that leads to another one keeps the element that opened the first.
     if (element.closest("dialog") && opener) return;
@@ -302,7 +302,7 @@
   async function send(form, submitter) {
     if (form.getAttribute("aria-busy")) return;
     form.setAttribute("aria-busy", "true");
-    // This change makes any list request in progress obsolete.
+    // This change makes a list request in progress obsolete.
     supersede();
     const { date, date_end: end } = form.elements;
     if (end && date?.value) {

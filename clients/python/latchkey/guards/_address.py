@@ -5,16 +5,11 @@ A guard passes it to the verifier, for tokens that are limited to networks.
 
 import re
 from collections.abc import Collection, Iterator, Sequence
-from ipaddress import (
-    AddressValueError,
-    IPv4Address,
-    IPv4Network,
-    IPv6Address,
-    IPv6Network,
-    ip_network,
-)
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Final
 from urllib.parse import unquote
+
+from latchkey_coherence.verdict import parse_address
 
 # Some proxies append the client's port.
 _WITH_PORT: Final = re.compile(r"([0-9.]+):[0-9]{1,5}|\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?")
@@ -22,7 +17,7 @@ _UNIX: Final = "unix"
 
 
 class TrustedProxies:
-    """The proxies whose header X-Forwarded-For is believed.
+    """The proxies whose header X-Forwarded-For is trusted.
 
     `networks` are in CIDR notation, or single addresses. "unix" stands for peers on a UNIX socket,
     which have no address. Raises TypeError or ValueError for anything else.
@@ -57,7 +52,7 @@ class TrustedProxies:
     def _trusts(self, text: str) -> bool:
         if not text:
             return self._unix
-        address = _parse(text)
+        address = parse_address(text)
         # Networks of the other version contain no address.
         return address is not None and any(address in network for network in self._networks)
 
@@ -77,18 +72,5 @@ def _from_the_right(values: Sequence[str]) -> Iterator[str]:
 
 def _address_in(entry: str) -> str:
     match = _WITH_PORT.fullmatch(entry)
-    address = _parse((match[1] or match[2]) if match else entry)
+    address = parse_address((match[1] or match[2]) if match else entry)
     return "" if address is None else str(address)
-
-
-def _parse(text: str) -> IPv4Address | IPv6Address | None:
-    # A zone is only meaningful to the host that wrote it.
-    if "%" in text:
-        return None
-    try:
-        if ":" not in text:
-            return IPv4Address(text)
-        address = IPv6Address(text)
-    except AddressValueError:
-        return None
-    return address.ipv4_mapped or address

@@ -1,10 +1,11 @@
-"""Decides about a request. Both guards only translate the decision into their protocol.
+"""Decides about a request. All guards only translate the decision into their protocol.
 
 Every unexpected result becomes UNAVAILABLE, which the guards reject: they fail closed. This module
 never logs, returns or raises the presented secret.
 """
 
 import enum
+import inspect
 import logging
 import re
 from collections.abc import Collection, Sequence
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final, Protocol
 
+from latchkey_coherence.verdict import PERMISSION
+
 from latchkey.errors import LatchkeyError
 from latchkey.models import Scope, Token, Verdict, Verification
 from latchkey.secret import Secret
@@ -20,19 +23,33 @@ from latchkey.verifier import Verifier
 
 _log = logging.getLogger("latchkey.guards")
 
-# RFC 6750 §2.1: the scheme in any letter case, spaces, and a b64token.
-_BEARER: Final = re.compile(r"(?i:bearer) +([A-Za-z0-9\-._~+/]+=*)", re.ASCII)
+# RFC 6750 §2.1: the scheme in any letter case, spaces, and a b64token. Optional white space after a
+# value is not part of it (RFC 9110 §5.5), and not every server removes it.
+_BEARER: Final = re.compile(r"(?i:bearer) +([A-Za-z0-9\-._~+/]+=*)[ \t]*", re.ASCII)
+_API_KEY: Final = re.compile(r"[ \t]*([A-Za-z0-9\-._~+/]+=*)[ \t]*", re.ASCII)
 _SCHEME: Final = re.compile(r"(?i:bearer)(?: .*)?", re.ASCII | re.DOTALL)
 
-# As the service checks them.
-_PERMISSION: Final = re.compile(r"[a-z0-9_.-]{1,31}:([a-z0-9_.-]{1,31}|\*)", re.ASCII)
 # The contract's limit for one verify.
 PERMISSIONS_MAX: Final = 64
 
 token_var: Final[ContextVar[Token | None]] = ContextVar("latchkey_token", default=None)
 
 
-def current_token() -> Token | None:
+def current_token() -> Token:
+    """Return the token that the current request presented.
+
+    Raises LookupError if it presented none: the request was exempt, or no guard has seen it.
+    """
+    token = token_var.get()
+    if token is None:
+        raise LookupError(
+            "no token: no guard has let this request in, or its path is public. "
+            "Use current_token_or_none() where that is normal"
+        )
+    return token
+
+
+def current_token_or_none() -> Token | None:
     """Return the token that the current request presented. None: the request needed none."""
     return token_var.get()
 
@@ -41,6 +58,23 @@ class SupportsVerify(Protocol):
     """The interface that a guard needs: a `latchkey.Verifier`, or a substitute in tests."""
 
     async def verify(
+        self,
+        secret: Secret,
+        scope: Scope | None,
+        /,
+        *,
+        client_address: str = "",
+        permissions: Collection[str] = (),
+        timeout_seconds: float | None = None,
+    ) -> Verification:
+        """Answer whether `secret` is valid for `scope` and has `permissions`."""
+        ...
+
+
+class SupportsVerifySync(Protocol):
+    """The same for threads: a `latchkey.sync.Verifier`, or a substitute in tests."""
+
+    def verify(
         self,
         secret: Secret,
         scope: Scope | None,
@@ -108,11 +142,24 @@ def checked_permissions(permissions: Collection[str]) -> tuple[str, ...]:
     if isinstance(permissions, str):
         raise TypeError("required permissions must be a collection of texts, not a single text")
     for permission in permissions:
-        if _PERMISSION.fullmatch(permission) is None:
+        if PERMISSION.fullmatch(permission) is None:
             raise ValueError(f"a required permission must be resource:action, not {permission!r}")
     if len(permissions) > PERMISSIONS_MAX:
         raise ValueError(f"at most {PERMISSIONS_MAX} permissions can be required")
     return tuple(permissions)
+
+
+def check_verifier(verifier: object, *, for_threads: bool) -> None:
+    """Raise TypeError if `verifier` is of the kind that the guard cannot use."""
+    verify = getattr(verifier, "verify", None)
+    if verify is None:
+        raise TypeError(f"a guard needs a verifier, not {type(verifier).__name__}")
+    if inspect.iscoroutinefunction(verify) is for_threads:
+        raise TypeError(
+            "this guard blocks its thread, so it needs a latchkey.sync.Verifier"
+            if for_threads
+            else "this guard runs on an event loop, so it needs a latchkey.Verifier"
+        )
 
 
 async def decide(
@@ -121,16 +168,17 @@ async def decide(
     required_scope: Scope | None,
     timeout_seconds: float | None = None,
     *,
+    api_keys: Sequence[str] = (),
     client_address: str = "",
     permissions: Collection[str] = (),
 ) -> Decision:
     """Decide about a request from the values of its `authorization` headers.
 
-    There may be any number of values, with any content. `client_address` is that of
-    `_address.TrustedProxies`, "" if it is not known. The token has to have all `permissions`.
-    Raises only CancelledError.
+    `api_keys` has the values of the header for API keys, if the guard accepts one. There may be any
+    number of values, with any content. `client_address` is that of `_address.TrustedProxies`, "" if
+    it is not known. The token has to have all `permissions`. Raises only CancelledError.
     """
-    presented = _presented(authorization)
+    presented = _presented(authorization, api_keys)
     if isinstance(presented, Decision):
         return presented
     try:
@@ -146,11 +194,39 @@ async def decide(
         return _refused(error)
 
 
+def decide_blocking(
+    verifier: SupportsVerifySync,
+    authorization: Sequence[str],
+    required_scope: Scope | None,
+    timeout_seconds: float | None = None,
+    *,
+    api_keys: Sequence[str] = (),
+    client_address: str = "",
+    permissions: Collection[str] = (),
+) -> Decision:
+    """Decide as `decide` does, in a thread. Raises nothing."""
+    presented = _presented(authorization, api_keys)
+    if isinstance(presented, Decision):
+        return presented
+    try:
+        verification = verifier.verify(
+            presented,
+            required_scope,
+            client_address=client_address,
+            permissions=permissions,
+            timeout_seconds=timeout_seconds,
+        )
+        return _judge(verification)
+    except Exception as error:  # noqa: BLE001 - as above
+        return _refused(error)
+
+
 def decide_nowait(
     verifier: SupportsVerify,
     authorization: Sequence[str],
     required_scope: Scope | None,
     *,
+    api_keys: Sequence[str] = (),
     client_address: str = "",
     permissions: Collection[str] = (),
 ) -> Decision | None:
@@ -158,7 +234,7 @@ def decide_nowait(
 
     Any thread may call it. Raises nothing.
     """
-    presented = _presented(authorization)
+    presented = _presented(authorization, api_keys)
     if isinstance(presented, Decision):
         return presented
     if not isinstance(verifier, Verifier):
@@ -172,15 +248,20 @@ def decide_nowait(
         return _refused(error)
 
 
-def _presented(authorization: Sequence[str]) -> Secret | Decision:
+def _presented(authorization: Sequence[str], api_keys: Sequence[str]) -> Secret | Decision:
     """Return the presented secret, or the decision for a request without a usable one."""
-    if len(authorization) == 1 and (match := _BEARER.fullmatch(authorization[0])):
-        return Secret(match[1])
-    if not any(_SCHEME.fullmatch(value) for value in authorization):
+    bearer = any(_SCHEME.fullmatch(value) for value in authorization)
+    if not bearer and not api_keys:
         # A client that uses another scheme learns which scheme to use (RFC 6750 §3.1).
         return Decision(Outcome.MISSING)
-    # Reject repeated headers: another layer may have evaluated the other one.
-    return Decision(Outcome.INVALID)
+    if bearer and not api_keys and len(authorization) == 1:
+        match = _BEARER.fullmatch(authorization[0])
+    elif not bearer and len(api_keys) == 1:
+        match = _API_KEY.fullmatch(api_keys[0])
+    else:
+        # Reject repeated headers: another layer may have evaluated the other one.
+        match = None
+    return Decision(Outcome.INVALID) if match is None else Secret(match[1])
 
 
 def _refused(error: Exception) -> Decision:

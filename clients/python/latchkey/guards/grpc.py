@@ -16,7 +16,6 @@ from collections.abc import (
     Collection,
     Iterator,
     Mapping,
-    Sequence,
 )
 from concurrent.futures import CancelledError as FutureCancelledError
 from contextlib import aclosing
@@ -24,21 +23,17 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 import grpc
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.duration_pb2 import Duration
-from google.rpc import error_details_pb2, status_pb2
 
-from latchkey.guards._address import TrustedProxies, grpc_peer_address
 from latchkey.guards._decision import (
     Decision,
     Outcome,
     SupportsVerify,
-    checked_permissions,
-    checked_scope,
+    check_verifier,
     decide,
     decide_nowait,
     token_var,
 )
+from latchkey.guards._grpc import CallRules, Presented, refusal, remaining
 from latchkey.models import Scope
 
 __all__ = ["GuardInterceptor"]
@@ -47,59 +42,26 @@ __all__ = ["GuardInterceptor"]
 # takes that long, because the verify has a far shorter deadline.
 THREAD_WAIT_SECONDS: Final = 30.0
 
-# Status, text and ErrorInfo.reason. An expired, a deleted and an unknown token get the same text,
-# so that holders cannot probe.
-_REFUSALS: Final[Mapping[Outcome, tuple[grpc.StatusCode, str, str]]] = {
-    Outcome.MISSING: (
-        grpc.StatusCode.UNAUTHENTICATED,
-        "No bearer token: send the metadata 'authorization: Bearer <token>'.",
-        "TOKEN_MISSING",
-    ),
-    Outcome.INVALID: (
-        grpc.StatusCode.UNAUTHENTICATED,
-        "The bearer token is not valid.",
-        "TOKEN_INVALID",
-    ),
-    Outcome.FORBIDDEN: (
-        grpc.StatusCode.PERMISSION_DENIED,
-        "The bearer token's scope does not include this call.",
-        "TOKEN_SCOPE_INSUFFICIENT",
-    ),
-    Outcome.UNPERMITTED: (
-        grpc.StatusCode.PERMISSION_DENIED,
-        "The bearer token lacks a permission that this call requires.",
-        "TOKEN_PERMISSIONS_INSUFFICIENT",
-    ),
-    Outcome.WRONG_ADDRESS: (
-        grpc.StatusCode.PERMISSION_DENIED,
-        "The bearer token may not be used from this address.",
-        "TOKEN_ADDRESS_NOT_ALLOWED",
-    ),
-    Outcome.UNAVAILABLE: (
-        grpc.StatusCode.UNAVAILABLE,
-        "The bearer token cannot be verified now. Try again later.",
-        "VERIFIER_UNAVAILABLE",
-    ),
-}
-
 # Handlers, messages and contexts belong to the guarded service and have any type.
 # Quoted, because the class has no type parameters at run time.
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class GuardInterceptor(grpc.aio.ServerInterceptor):
-    """Lets a call in if its bearer token is valid for what the method requires.
+    """Lets a call in if its bearer token is valid for the scope that the method requires.
 
     `required_scope` applies to every method, `scopes` to single methods by their full name
-    ("/pkg.Service/Method"). None accepts any valid token. In the same way, `required_permissions`
-    and `permissions` require permissions of the form `resource:action`. Methods whose name is
-    exactly in `public` need no token. All other calls, also those of methods that do not exist, are
-    refused with UNAUTHENTICATED or PERMISSION_DENIED, or with UNAVAILABLE if Latchkey gives no safe
-    answer.
+    ("/pkg.Service/Method"). None accepts any valid token. Methods whose name is exactly in `public`
+    need no token, nor do the methods of the services in `public_services`, such as
+    "grpc.health.v1.Health".
+    `api_key_header` names a metadata key, such as "x-api-key", in which callers may send the token
+    instead. In the same way as scopes, `required_permissions` and `permissions` require permissions
+    of the form `resource:action`. Tokens may be limited to networks. The client's address is that
+    of the connection. Behind proxies, name their networks as `trusted_proxies`; the address is then
+    the last one in x-forwarded-for that is not a trusted proxy.
 
-    Tokens may be limited to networks. The client's address is that of the connection. Behind
-    proxies, name their networks as `trusted_proxies`; the address is then the last one in
-    x-forwarded-for that is not a trusted proxy.
+    All other calls, also those of methods that do not exist, are refused with UNAUTHENTICATED
+    or PERMISSION_DENIED, or with UNAVAILABLE if Latchkey gives no safe answer.
 
     A handler finds the token with `latchkey.guards.current_token()`. The call's deadline bounds the
     verify. No request is parsed before its caller is let in. Place the guard before interceptors
@@ -116,18 +78,21 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         permissions: Mapping[str, Collection[str]] | None = None,
         trusted_proxies: Collection[str] = (),
         public: Collection[str] = (),
+        public_services: Collection[str] = (),
+        api_key_header: str | None = None,
     ) -> None:
-        if isinstance(public, str):
-            raise TypeError("public must be a collection of method names, not a single name")
+        check_verifier(verifier, for_threads=False)
         self._verifier = verifier
-        self._required_scope = checked_scope(required_scope)
-        self._scopes = {name: checked_scope(scope) for name, scope in (scopes or {}).items()}
-        self._required_permissions = checked_permissions(required_permissions)
-        self._permissions = {
-            name: checked_permissions(required) for name, required in (permissions or {}).items()
-        }
-        self._proxies = TrustedProxies(trusted_proxies)
-        self._public = frozenset(public)
+        self._rules = CallRules(
+            required_scope,
+            scopes=scopes or {},
+            required_permissions=required_permissions,
+            permissions=permissions,
+            trusted_proxies=trusted_proxies,
+            public=public,
+            public_services=public_services,
+            api_key_header=api_key_header,
+        )
 
     # grpc-stubs' types are generic in message types, which an interceptor does not know.
     async def intercept_service(
@@ -138,17 +103,10 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):
         """Return the method's handler, wrapped so that it runs only for valid tokens."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if method in self._public:
+        if self._rules.exempts(method):
             return handler
-        metadata = handler_call_details.invocation_metadata
-        judge = _Judge(
-            self._verifier,
-            _values(metadata, "authorization"),
-            self._scopes.get(method, self._required_scope),
-            self._permissions.get(method, self._required_permissions),
-            self._proxies,
-            _values(metadata, "x-forwarded-for"),
-        )
+        presented = self._rules.presented(method, handler_call_details.invocation_metadata)
+        judge = _Judge(self._verifier, self._rules, presented)
         if handler is None:
             return grpc.stream_stream_rpc_method_handler(_unimplemented(judge))
         return _guarded(handler, judge)
@@ -159,44 +117,29 @@ class _Judge:
     """Decides about one call."""
 
     verifier: SupportsVerify
-    authorization: Sequence[str]
-    required_scope: Scope | None
-    permissions: Collection[str]
-    proxies: TrustedProxies
-    forwarded_for: Sequence[str]
+    rules: CallRules
+    presented: Presented
 
     async def __call__(self, context: Any) -> Decision:
         return await decide(
             self.verifier,
-            self.authorization,
-            self.required_scope,
-            _remaining(context),
-            client_address=self._client_address(context),
-            permissions=self.permissions,
+            self.presented.authorization,
+            self.presented.required_scope,
+            remaining(context),
+            api_keys=self.presented.api_keys,
+            client_address=self.rules.client_address(self.presented, context),
+            permissions=self.presented.permissions,
         )
 
     def nowait(self, context: Any) -> Decision | None:
         return decide_nowait(
             self.verifier,
-            self.authorization,
-            self.required_scope,
-            client_address=self._client_address(context),
-            permissions=self.permissions,
+            self.presented.authorization,
+            self.presented.required_scope,
+            api_keys=self.presented.api_keys,
+            client_address=self.rules.client_address(self.presented, context),
+            permissions=self.presented.permissions,
         )
-
-    def _client_address(self, context: Any) -> str:
-        peer = grpc_peer_address(context.peer())
-        return self.proxies.client_address(peer, self.forwarded_for)
-
-
-def _values(metadata: Any, name: str) -> list[str]:
-    """Return the values of a key of the metadata, in their order."""
-    return [
-        # Values should be bytes only for keys that end in "-bin". Do not rely on the transport.
-        value if isinstance(value, str) else value.decode("latin-1")
-        for key, value in metadata
-        if key.lower() == name
-    ]
 
 
 def _guarded(handler: Handler, judge: _Judge) -> Handler:
@@ -239,7 +182,7 @@ def _unary(behaviour: Any, parse: Callable[[Any], Any], judge: _Judge) -> Any:
             if decision.outcome is Outcome.ALLOWED:
                 token_var.set(decision.token)
                 return await behaviour(parse(request), context)
-            return await context.abort(*_refusal(decision))
+            return await context.abort(*refusal(decision))
 
         return run
 
@@ -252,7 +195,7 @@ def _unary(behaviour: Any, parse: Callable[[Any], Any], judge: _Judge) -> Any:
             own = contextvars.copy_context()
             own.run(token_var.set, decision.token)
             return own.run(behaviour, parse(request), context)
-        return context.abort(*_refusal(decision))
+        return context.abort(*refusal(decision))
 
     return run_in_thread
 
@@ -268,7 +211,7 @@ def _streaming(behaviour: Any, parse: Callable[[Any], Any], judge: _Judge) -> An
                     async for response in responses:
                         yield response
             else:
-                await context.abort(*_refusal(decision))
+                await context.abort(*refusal(decision))
 
         return generate
 
@@ -288,7 +231,7 @@ def _streaming(behaviour: Any, parse: Callable[[Any], Any], judge: _Judge) -> An
             while (response := own.run(next, responses, end)) is not end:
                 yield response
         else:
-            context.abort(*_refusal(decision))
+            context.abort(*refusal(decision))
 
     return generate_in_thread
 
@@ -300,7 +243,7 @@ def _unimplemented(judge: _Judge) -> Any:
         decision = await judge(context)
         if decision.outcome is Outcome.ALLOWED:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
-        await context.abort(*_refusal(decision))
+        await context.abort(*refusal(decision))
 
     return run
 
@@ -320,32 +263,6 @@ def _judge_from_thread(judge: _Judge, context: Any, loop: asyncio.AbstractEventL
     except (TimeoutError, FutureCancelledError):
         future.cancel()
         return Decision(Outcome.UNAVAILABLE)
-
-
-def _remaining(context: Any) -> float | None:
-    """Return the seconds until the call's deadline, or None if it has none."""
-    remaining: float | None = context.time_remaining()
-    # A deadline that has just passed must not become "no deadline".
-    return None if remaining is None else max(remaining, 0.001)
-
-
-def _refusal(
-    decision: Decision,
-) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str | bytes], ...]]:
-    """Return the arguments for abort(): status, text, and rich details as trailing metadata."""
-    code, text, reason = _REFUSALS[decision.outcome]
-    details = [error_details_pb2.ErrorInfo(reason=reason, domain="latchkey")]
-    if decision.retry_after is not None:
-        delay = Duration()
-        delay.FromTimedelta(decision.retry_after)
-        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    status = status_pb2.Status(code=code.value[0], message=text)
-    for detail in details:
-        packed = AnyMessage()
-        packed.Pack(detail)
-        status.details.append(packed)
-    # Not abort_with_status(), which the contexts of sync handlers do not have.
-    return code, text, (("grpc-status-details-bin", status.SerializeToString()),)
 
 
 def _as_is(message: Any) -> Any:
