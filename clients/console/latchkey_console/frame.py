@@ -110,8 +110,11 @@ class Frame:
 
     async def list(self, request: Request, visit: Visit, notice: Notice | None = None) -> Response:
         """Return the list, with the notice that the previous request left."""
+        # Taken first: a request that waits here for the list must not take the notice of a change
+        # that comes after it. Its answer may not be shown any more.
+        notice = notice or self._notices.pop(visit.owner)
         context = await self._context(visit)
-        context["notice"] = notice or self._notices.pop(visit.owner)
+        context["notice"] = notice
         message: Trouble | None = context["trouble"]
         return self.renderer.page(request, context, message.status if message else 200)
 

@@ -1,5 +1,6 @@
 """A client whose answers a test scripts, and the console on it."""
 
+import asyncio
 import html
 import re
 from collections.abc import AsyncIterator, Callable
@@ -48,15 +49,21 @@ def secret(last: str, days: float, **fields: Any) -> latchkey.TokenSecret:
 
 @dataclass
 class Scripted:
-    """Has one token. `errors` are raised by the next calls of a method, in turn."""
+    """Has one token. `errors` are raised by the next calls of a method, in turn.
+
+    If `lists` is set, each list waits for the next of these events.
+    """
 
     token: latchkey.Token = field(default_factory=token)
     usage: tuple[latchkey.CallerUsage, ...] = ()
     errors: dict[str, list[latchkey.LatchkeyError]] = field(default_factory=dict)
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    lists: list[asyncio.Event] = field(default_factory=list)
 
     async def list_page(self, account_id: str, **_: Any) -> latchkey.Page:
         self._call("list_page")
+        if self.lists:
+            await self.lists.pop(0).wait()
         return latchkey.Page(tokens=(self.token,), next_page_token="")
 
     async def get(self, account_id: str, token_id: str) -> latchkey.Token:

@@ -7,6 +7,7 @@ from typing import Any
 import latchkey
 import pytest
 
+from tests.helpers.waiting import eventually
 from tests.unit.console.scripted import NOW, Scripted, console, dialog, secret, submit, text, token
 
 LOST = latchkey.Unavailable("the answer was lost")
@@ -228,6 +229,23 @@ async def test_act_explains_failures(path: str, method: str) -> None:
         doubt = await submit(browser, path, shown)
         assert "Not confirmed yet" in text(doubt)
         assert "Receipt" in text(await submit(browser, path, doubt.text))
+
+
+async def test_slow_list_does_not_take_a_later_notice() -> None:
+    """A list that was requested before a change leaves its receipt to the list after it."""
+    client = Scripted()
+    async with console(client) as browser:
+        shown = await dialog(browser, "/disable?id=tok_1")
+        client.lists += [first := asyncio.Event(), second := asyncio.Event()]
+        async with asyncio.timeout(10):
+            slow = asyncio.create_task(browser.get("/"))
+            await eventually(lambda: len(client.called("list_page")) == 1, "the slow list")
+            change = asyncio.create_task(submit(browser, "/disable", shown))
+            await eventually(lambda: len(client.called("list_page")) == 2, "the list after it")
+            first.set()
+            await slow
+            second.set()
+            assert "Disabled deploy job" in text(await change)
 
 
 @pytest.mark.parametrize(
