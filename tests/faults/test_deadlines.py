@@ -16,7 +16,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.access.methods import MANAGER
 from latchkey_service.postgres.connections import POOL_SIZE_MAX
-from latchkey_service.process import wiring
+from latchkey_service.process import server as server_module
 from latchkey_service.process.wiring import running
 from latchkey_service.rpc.managed_calls import CONCURRENCY_LIMITS
 from latchkey_service.tokens import pepper_file
@@ -200,7 +200,7 @@ async def worker(
 ) -> AsyncIterator[Callable[[float], Awaitable[Worker]]]:
     """Start a server with a grace period of so many seconds; it is stopped when the test ends, if
     not before."""
-    monkeypatch.setattr(wiring, "DRAIN_SECONDS", 0.3)
+    monkeypatch.setattr(server_module, "DRAIN_SECONDS", 0.3)
     store = await TokenStore.open(database_url)
     for pepper in pepper_file.load_or_create(settings.pepper_path, create=False).peppers:
         await store.register_pepper(pepper.id)
