@@ -20,6 +20,9 @@ Metadata = tuple[tuple[str, str], ...]
 # The metadata in which a client library names its host and process.
 CLIENT: Metadata = (("latchkey-client", "web-1 pid 77"),)
 
+# Between two grants that a test only holds: a fraction of the servers' lease of three seconds.
+HOLD_SECONDS = 0.3
+
 
 class WatchClient:
     """One stream. `events` has the received events in order, whether or not the test waited for
@@ -61,6 +64,14 @@ class WatchClient:
         assert event.number == self.number
         assert Position(event.revision, event.mark) == self.applied
         return event
+
+    async def hold(self) -> None:
+        """Renew the grant until the server sends anything else, which is not confirmed."""
+        while True:
+            await self.ask()
+            if not isinstance(await self.hear(), pb.Grant):
+                return
+            await asyncio.sleep(HOLD_SECONDS)
 
     async def refusal(self) -> grpc.StatusCode:
         """Return the status with which the server ends the stream."""

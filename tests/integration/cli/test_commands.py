@@ -266,7 +266,10 @@ async def test_invalidate_all_reports_what_went_wrong(
     does not confirm in time."""
     async with watching(address) as client:
         await client.granted()
+        # The command takes longer to start than one lease lasts, if the machine is busy.
+        holding = asyncio.create_task(client.hold())
         unconfirmed = await run("invalidate-all", "--yes", "--timeout", "1", target=address)
+        await holding
         await client.say(released=True)
     old, away = await asyncio.gather(
         run("invalidate-all", "--yes", target=scripted[0]),
