@@ -354,14 +354,21 @@ class Messages(Target):
         scope, verdict = request.required_scope, response.verdict
         allowed = {pb.VERDICT_MALFORMED, pb.VERDICT_UNKNOWN}
         if request.secret == SECRETS["live"]:
+            # It has the scope READ, no permissions and no networks.
             granted = scope in (pb.SCOPE_UNSPECIFIED, pb.SCOPE_READ)
-            allowed = {pb.VERDICT_VALID if granted else pb.VERDICT_INSUFFICIENT_SCOPE}
+            if not granted:
+                allowed = {pb.VERDICT_INSUFFICIENT_SCOPE}
+            elif request.required_permissions:
+                allowed = {pb.VERDICT_INSUFFICIENT_PERMISSIONS}
+            else:
+                allowed = {pb.VERDICT_VALID}
         elif request.secret == SECRETS["deleted"]:
             allowed = {pb.VERDICT_DELETED}
         elif self._fresh is not None and request.secret == self._fresh[1]:
             allowed = {pb.VERDICT_DELETED}
             if not self._fresh_deleted:
-                allowed = {pb.VERDICT_VALID, pb.VERDICT_EXPIRED, pb.VERDICT_INSUFFICIENT_SCOPE}
+                # Its networks, permissions and times are made up, and later calls change them.
+                allowed = set(pb.Verdict.values()) - {pb.VERDICT_MALFORMED, pb.VERDICT_UNKNOWN}
         if verdict not in allowed:
             raise Finding(f"the verdict is {pb.Verdict.Name(verdict)}")
 
