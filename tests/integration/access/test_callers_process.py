@@ -176,7 +176,7 @@ async def test_a_changed_policy_takes_effect_while_running(
     not the one that was in force when the worker or the service first started."""
     service = run(policy=policy, workers=2)
     address = await service.welcome()
-    assert '-H "authorization: Bearer $CREDENTIAL"' in service.out
+    assert '-H "authorization: Bearer $(cat me.credential)"' in service.out
     async with contextlib.AsyncExitStack() as stack:
         # Enough connections to reach both workers almost certainly.
         channels = [
