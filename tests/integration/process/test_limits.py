@@ -25,6 +25,7 @@ from latchkey_service.transport.transports import FILES_PER_CONNECTION
 from tests.helpers import raw_http2 as http2
 from tests.helpers.callers import ca_pem, write_server_files
 from tests.helpers.calls import CHANNEL_OPTIONS, is_serving
+from tests.helpers.captured_log import everything_logged
 from tests.helpers.raw_http2 import connected
 from tests.helpers.servers import serving_as
 from tests.helpers.service_process import service
@@ -215,17 +216,12 @@ async def test_a_flood_that_uses_all_files(
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_too_few_files_are_reported(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: bool
-) -> None:
+def test_too_few_files_are_reported(monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
     """A worker that may not open enough files for its connections reports it, as a warning if the
     number of connections was set explicitly."""
-    from latchkey_service.settings import logs
-
     monkeypatch.setattr(resource, "getrlimit", lambda _: (500, 500))
-    logs.configure("json", "info")
     given: Any = {"connections_max": 10_000} if asked else {}
-    worker._warn_of_files(Settings(**given))
-    told = capsys.readouterr().err
-    assert '"connections_max": 100' in told
-    assert ('"level": "warning"' in told) == asked
+    with everything_logged("json", "debug") as written:
+        worker._warn_of_files(Settings(**given))
+    assert '"connections_max": 100' in written.getvalue()
+    assert ('"level": "warning"' in written.getvalue()) == asked
