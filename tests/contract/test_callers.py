@@ -176,8 +176,8 @@ def test_the_table_has_every_method() -> None:
     assert {path for path in METHODS if path.startswith("/latchkey.")} == defined
     for path, rule in METHODS.items():
         assert (rule.role is None) == path.startswith("/grpc."), path
-        # Each is listed in the right place.
-        service, name = path.strip("/").split("/")
+        # Each is listed in the right place. Only the older version of reflection has stubs here.
+        service, name = path.replace("reflection.v1.", "reflection.v1alpha.").strip("/").split("/")
         assert pool.FindServiceByName(service).methods_by_name[name]
 
 
@@ -205,7 +205,7 @@ async def test_unknown_callers(listeners: dict[str, Listener], listener: str) ->
         (("authorization", "Bearer "),),
         (("authorization", f"Basic {credential('manager')}"),),
         (("authorization", credential("manager")),),
-        (("authorization", f"Bearer {credential('manager')} "),),
+        (("authorization", f"Bearer {credential('manager')} x"),),
         (*bearer("manager"), *bearer("manager")),
         (*bearer("manager"), *bearer("verifier")),
     ]
