@@ -6,7 +6,8 @@ import pytest
 from latchkey_service.access import policy_file
 from latchkey_service.access.policy import parse
 from latchkey_service.access.policy_file import PolicyFile
-from structlog.testing import capture_logs
+
+from tests.helpers.captured_log import Lines
 
 BEFORE = '[callers.old]\nroles = ["manager"]\n'
 # The part is valid too, but without `accounts` it allows all accounts.
@@ -23,6 +24,8 @@ class Followed:
         self.found: list[str] = []
         path.write_text(BEFORE)
         self.file = PolicyFile(path, BEFORE, self.found.append)
+        self.log = Lines()
+        self.file._log = self.log  # type: ignore[assignment]  # in its place
 
     async def look(self, times: int = 1) -> list[str]:
         """Check the file some times in a row; return all texts accepted so far."""
@@ -85,10 +88,9 @@ async def test_file_that_changes_while_it_is_read(
     for part in (PART, PART + "acc"):
         followed.move_in(part)
         monkeypatch.setattr(policy_file, "read_text", read_before_the_rest)
-        with capture_logs() as log:
-            assert await followed.look(2) == []
-            assert await followed.look(2) == [WHOLE]
-        assert log == []
+        assert await followed.look(2) == []
+        assert await followed.look(2) == [WHOLE]
+        assert followed.log == []
         followed.move_in(BEFORE)
         assert await followed.look(2) == [WHOLE, BEFORE]
         followed.found.clear()
@@ -98,17 +100,17 @@ async def test_invalid_file(followed: Followed) -> None:
     """An invalid file is logged once, and again on request. The last valid policy stays active,
     also if the file is missing or unreadable."""
     followed.move_in(BROKEN)
-    with capture_logs() as log:
-        await followed.look(5)
-        assert [line["event"] for line in log] == ["policy rejected"]
-        assert "callers.shop.roles: " in log[0]["error"]
-        followed.file.reload()
-        await followed.look(5)
-        assert len(log) == 2
-        followed.path.unlink()
-        await followed.look(5)
-        assert len(log) == 3
-        assert "No such file" in log[2]["error"]
+    log = followed.log
+    await followed.look(5)
+    assert [line["event"] for line in log] == ["policy rejected"]
+    assert "callers.shop.roles: " in log[0]["error"]
+    followed.file.reload()
+    await followed.look(5)
+    assert len(log) == 2
+    followed.path.unlink()
+    await followed.look(5)
+    assert len(log) == 3
+    assert "No such file" in log[2]["error"]
     assert (followed.found, followed.file.text) == ([], BEFORE)
     followed.move_in(WHOLE)
     assert await followed.look(2) == [WHOLE]
@@ -131,11 +133,9 @@ async def test_unexpected_exception(followed: Followed, monkeypatch: pytest.Monk
         raise MemoryError
 
     followed.move_in(WHOLE)
-    with monkeypatch.context() as patched, capture_logs() as lines:
+    with monkeypatch.context() as patched:
         patched.setattr(policy_file, "parse", fail)
         assert await followed.look(4) == []
-    assert [line["error"] for line in lines if "error" in line] == [
-        "cannot be parsed (MemoryError)"
-    ]
+    assert [line["error"] for line in followed.log] == ["cannot be parsed (MemoryError)"]
     followed.move_in(PART)
     assert await followed.look(2) == [PART]
