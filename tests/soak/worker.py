@@ -13,7 +13,7 @@ from typing import Any
 from latchkey_service.__main__ import main
 from latchkey_service.process import periodic
 from latchkey_service.rpc.counters import Counts
-from latchkey_service.tokens.management import Tokens
+from latchkey_service.tokens.lifecycle import Lifecycle
 
 from tests.helpers.child_processes import end_with_parent
 
@@ -65,13 +65,13 @@ def _work() -> int:
 
 def _plant(leaks: Sequence[str]) -> None:
     """Make each Create leak something."""
-    create = Tokens.create
+    create = Lifecycle.create
 
-    async def leaking(self: Tokens, *arguments: Any) -> Any:
+    async def leaking(self: Lifecycle, *arguments: Any) -> Any:
         _leaked.extend(LEAKS[leak]() for leak in leaks)
         return await create(self, *arguments)
 
-    Tokens.create = leaking  # type: ignore[assignment, method-assign]  # what this module is for
+    Lifecycle.create = leaking  # type: ignore[assignment, method-assign]  # what this module is for
 
 
 if __name__ == "__main__":
