@@ -153,3 +153,21 @@ async def test_no_wait(stub, create):
     assert not receipt.HasField("effective_time")
     request = pb.DeleteRequest(account_id="acme", id=created.token.id)
     check_receipt((await stub.Delete(request)).receipt)
+
+
+async def test_an_unknown_condition_deletes_nothing(stub, channel, create):
+    """A condition of a newer client is refused, because without it more tokens would match."""
+    await create()
+    number = pb.DeleteAllRequest.DESCRIPTOR.fields_by_name["filter"].number
+    # filter { 100: "x" }
+    raw = pb.DeleteAllRequest(account_id="acme").SerializeToString()
+    raw += bytes([number << 3 | 2, 4, 0xA2, 0x06, 1, ord("x")])
+    call = channel.unary_unary(
+        "/latchkey.v1.TokenService/DeleteAll",
+        request_serializer=lambda data: data,
+        response_deserializer=pb.DeleteAllResponse.FromString,
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call(raw, timeout=5)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert len((await stub.List(pb.ListRequest(account_id="acme"))).tokens) == 1

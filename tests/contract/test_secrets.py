@@ -102,6 +102,25 @@ async def test_at_most_five_secrets(stub, create):
     assert len((await get(stub, created.token.id)).secrets) == 1
 
 
+async def test_repeated_requests_make_at_most_five_secrets(stub, create):
+    """A repeated Rotate replaces the secret that nobody received. If that secret has been retired
+    meanwhile, the new one counts like any other."""
+    created = await create()
+    requests = [str(uuid.uuid4()) for _ in range(6)]
+    for request in requests:
+        await stub.Rotate(rotate(created.token.id, request_id=request))
+    codes = []
+    for request in requests:
+        try:
+            await stub.Rotate(rotate(created.token.id, request_id=request))
+            codes.append("OK")
+        except grpc.aio.AioRpcError as error:
+            codes.append(error.code().name)
+    assert set(codes) == {"OK", "FAILED_PRECONDITION"}
+    token = (await stub.Get(pb.GetRequest(account_id="acme", id=created.token.id))).token
+    assert len(token.secrets) <= 5
+
+
 async def test_retire_on_first_use(stub, create):
     """The old secret works until the new one is verified for the first time, and then ends."""
     created = await create()

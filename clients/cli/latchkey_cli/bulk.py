@@ -159,7 +159,7 @@ _SUMMARY: Final = {
 def delete_all(
     account: AccountOption,
     scope: FilterScopeOption = None,
-    name_contains: NameContainsOption = "",
+    name_contains: NameContainsOption = None,
     label: FilterLabelOption = None,
     state: StateOption = None,
     expires_before: ExpiresBeforeOption = None,

@@ -104,7 +104,13 @@ FilterScopeOption = Annotated[
     ),
 ]
 NameContainsOption = Annotated[
-    str, typer.Option("--name-contains", metavar="TEXT", help="Tokens with this text in the name.")
+    str | None,
+    typer.Option(
+        "--name-contains",
+        metavar="TEXT",
+        show_default=False,
+        help="Tokens with this text in the name.",
+    ),
 ]
 FilterLabelOption = Annotated[
     list[str] | None,
@@ -158,7 +164,7 @@ CanWriteOption = Annotated[
 
 def token_filter(
     scope: ScopeName | None,
-    name_contains: str,
+    name_contains: str | None,
     label: list[str] | None,
     state: StateName | None,
     expires_before: datetime | None,
@@ -167,12 +173,15 @@ def token_filter(
 ) -> "TokenFilter":
     """Return the filter for these options. Raises typer.BadParameter."""
     labels = labels_of(label or [])
+    if name_contains is not None and not name_contains.strip():
+        # Such as from an unset variable: without a text, every name would match.
+        raise typer.BadParameter("give a text", param_hint="--name-contains")
     # Imported here: shell completion must not wait for gRPC to load.
     from latchkey import Scope, TokenFilter, TokenState
 
     return TokenFilter(
         scope=None if scope is None else Scope[scope.name],
-        name_contains=name_contains,
+        name_contains=name_contains or "",
         labels=labels,
         state=None if state is None else TokenState[state.name],
         expires_before=expires_before,

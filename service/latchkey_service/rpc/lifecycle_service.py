@@ -6,8 +6,10 @@ The other methods are in `token_service.py`, except Verify and BatchVerify.
 from typing import TYPE_CHECKING
 
 import grpc
+from google.protobuf.unknown_fields import UnknownFieldSet
 from latchkey_proto.v1 import token_service_pb2 as pb
 
+from latchkey_service.errors import FieldViolation, InvalidArgument
 from latchkey_service.rpc.managed_calls import current_call
 from latchkey_service.rpc.token_service import (
     TokenService,
@@ -122,6 +124,11 @@ class FullTokenService(TokenService):
 
 
 def _filter(message: pb.TokenFilter) -> Filter:
+    # A newer client's condition, which this server would ignore: more tokens would match.
+    if len(UnknownFieldSet(message)):
+        raise InvalidArgument(
+            FieldViolation("filter", "contains a condition that this server does not know")
+        )
     expires_before = unused_since = None
     if message.HasField("expires_before"):
         expires_before = to_datetime("filter.expires_before", message.expires_before)

@@ -7,7 +7,7 @@ change that narrows waits as Delete does. Contains neither protobuf nor SQL.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 
@@ -226,12 +226,7 @@ class Lifecycle(TokenChanger):
             now = self._now()
             older = [limited(secret.record, now) for secret in state.secrets]
             kept = [s for s in older if s.expire_time is None or s.expire_time > now]
-            if len(kept) >= SECRETS_MAX:
-                raise FailedPrecondition(
-                    f"The token would have more than {SECRETS_MAX} secrets that work. Retire some "
-                    "first.",
-                    "TOO_MANY_SECRETS",
-                )
+            _require_room(kept, now)
             retired = [s.digest for s in older if s not in kept]
             return self._minting(
                 state, kept, retired, request, retire_on_first_use=rotation.retire_on_first_use
@@ -280,6 +275,8 @@ class Lifecycle(TokenChanger):
             require_new_rules(old_verifiers=state.old_verifiers)
             lost = [s.record for s in state.secrets if s.request_id == request.id]
             kept = [s.record for s in state.secrets if s.request_id != request.id]
+            # The lost secret may have been retired meanwhile, and then makes no room.
+            _require_room(kept, self._now())
             made = self._minting(
                 state,
                 kept,
@@ -333,3 +330,13 @@ def _body(request: NewToken | Rotation) -> bytes:
     fields = asdict(request) | {"request_id": None}
     text = json.dumps(fields, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def _require_room(kept: Sequence[SecretRecord], now: datetime) -> None:
+    """Raise FailedPrecondition if another secret would be one too many."""
+    working = [s for s in kept if s.expire_time is None or s.expire_time > now]
+    if len(working) >= SECRETS_MAX:
+        raise FailedPrecondition(
+            f"The token would have more than {SECRETS_MAX} secrets that work. Retire some first.",
+            "TOO_MANY_SECRETS",
+        )

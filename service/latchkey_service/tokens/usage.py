@@ -29,6 +29,8 @@ EARLY_SHARE: Final = 0.25
 REPORTED_SHARE: Final = 0.5
 # More than all threads of a client can verify in a second. Limits a made-up count.
 USES_PER_SECOND_MAX: Final = 10_000_000
+# Of one entry. Sums of many entries still fit into the database's 64-bit counts.
+COUNT_MAX: Final = 2**40
 _AGE_SECONDS_MAX: Final = DAYS_MAX * 86_400.0
 _TOKEN_ID_LENGTH_MAX: Final = 64
 # The longest prefix has 10 letters.
@@ -126,7 +128,7 @@ class PendingUses:
                 self._reported[caller] = self._reported.get(caller, 0) + 1
             pending.first = min(pending.first, now - first_age)
             pending.last = max(pending.last, now - last_age)
-            pending.count += count
+            pending.count = min(pending.count + count, COUNT_MAX)
 
     def take(self, entries_max: int) -> list[Use]:
         """Remove and return up to `entries_max` entries, sorted by token, secret and caller.

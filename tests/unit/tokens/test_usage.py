@@ -10,7 +10,13 @@ import pytest
 from latchkey_service.coherence.watch_events import ReportedUse
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.tokens import usage_writer
-from latchkey_service.tokens.usage import DAYS_MAX, USES_PER_SECOND_MAX, PendingUses, Use
+from latchkey_service.tokens.usage import (
+    COUNT_MAX,
+    DAYS_MAX,
+    USES_PER_SECOND_MAX,
+    PendingUses,
+    Use,
+)
 from latchkey_service.tokens.usage_writer import UsageWriter
 from latchkey_service.tokens.verdict import CachedToken, Scope
 
@@ -157,6 +163,15 @@ def test_reports_cannot_claim_the_impossible(
     uses = pending()
     uses.report("shop", [reported(**fields)], 1000.0)
     assert uses.take(10) == [Use("t1", HINT, "shop", *expected)]
+
+
+def test_repeated_reports_do_not_overflow() -> None:
+    """However often a client reports the largest counts, the sum fits into the database."""
+    uses = pending()
+    for _ in range(1_000):
+        uses.report("hostile", [reported(first_age_seconds=1e9, uses=2**62)] * 100, 1e9)
+    (use,) = uses.take(10)
+    assert use.uses == COUNT_MAX
 
 
 @pytest.mark.parametrize("text", ["", "x" * 65, "a\0b", "tab\t", "\n"])
