@@ -14,7 +14,8 @@ ADDRESSES_MAX: Final = 4
 def listening(target: str) -> list[str]:
     """Return those addresses of `target` that accept connections, as gRPC targets.
 
-    Returns an empty list if the target is not a name with several addresses.
+    Returns an empty list if the target has no port or too many addresses. One address is enough,
+    because the system may know fewer addresses of localhost than gRPC, which always tries both.
     """
     host, separator, port = target.removeprefix("dns:///").rpartition(":")
     if not separator or not port.isdigit() or "/" in host or "," in host:
@@ -23,7 +24,7 @@ def listening(target: str) -> list[str]:
         found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return []
-    if not 1 < len(found) <= ADDRESSES_MAX:
+    if len(found) > ADDRESSES_MAX:
         return []
     accepting = []
     for family, _, _, _, address in found:
