@@ -60,7 +60,8 @@ LEASE_SECONDS = 1.0
 # Ratio of the median call times after and before.
 SLOWER_MAX = 3
 SLACK_SECONDS = 0.2
-UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+# How a call is refused. On a slow machine, too many may wait for a slot at once.
+REFUSALS = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
 
 
 class Asker:
@@ -196,7 +197,7 @@ async def test_recovery_is_no_stampede(
     for call in loop.calls:
         told = (call.kind, call.began - broken, call.end.code, call.end.seconds)
         assert call.end.seconds < ANSWER_SECONDS_MAX, told
-        assert call.end.ok or (call.end.code is UNAVAILABLE and call.end.retry_info), told
+        assert call.end.ok or (call.end.code in REFUSALS and call.end.retry_info), told
     assert under_way <= sum(RATES.values()) * UNDER_WAY_SECONDS
     met = [at for at in knocking.times() if returning <= at <= back_at + 1.0]
     assert 0 < len(met) <= WORKERS * KNOCKS_MAX, len(met)
