@@ -135,7 +135,7 @@ def report(logs: list[Log], receipt: Receipt, asked: float, answered: float) -> 
     say(
         f"\nDelete answered after {1000 * (answered - asked):.1f} ms. Its receipt: "
         f"{receipt.verifiers_acknowledged} server and {receipt.clients_acknowledged} clients "
-        f"confirmed that they forgot the token; {receipt.verifiers_outwaited} servers and "
+        f"confirmed that they dropped the token; {receipt.verifiers_outwaited} servers and "
         f"{receipt.clients_outwaited} clients had to be waited out.\n"
     )
     late = 0

@@ -146,7 +146,7 @@ class Frame:
     async def token(
         self, request: Request, visit: Visit, token_id: str
     ) -> latchkey.Token | Response:
-        """Return the token, or the response if there is none or Latchkey fails."""
+        """Return the token. If it does not exist or Latchkey fails, return the response instead."""
         try:
             return await self.client.get(visit.account_id, token_id)
         except (latchkey.NotFound, latchkey.InvalidArgument):

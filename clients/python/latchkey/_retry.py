@@ -122,7 +122,7 @@ def checked_timeout(timeout_seconds: float | None) -> float | None:
 def _next_delay(
     error: LatchkeyError, failures: int, budget: Budget, randomness: Callable[[], float]
 ) -> float | None:
-    """Return the delay before the next attempt, or None if there is none."""
+    """Return the delay before the next attempt, or None if there must be no other attempt."""
     if not may_retry(error):
         return None
     affordable = budget.failed()
