@@ -26,6 +26,7 @@ from latchkey_service.tokens import pepper_file as pepper_files
 from latchkey_service.tokens.token_store import TokenStore
 
 from tests.helpers.databases import drop_database
+from tests.helpers.fork_server import Forked, fork_server
 from tests.helpers.measured import pytest_runtest_protocol  # noqa: F401 - pytest calls the hook
 from tests.helpers.programs import INSTALLS
 from tests.helpers.scratch import SCRATCH
@@ -39,6 +40,7 @@ from tests.helpers.servers import (
     with_database,
 )
 from tests.helpers.stacks import task_stacks
+from tests.helpers.tool import PRELOADED
 from tests.helpers.waiting import WAIT_SECONDS
 
 if TYPE_CHECKING:
@@ -128,6 +130,13 @@ def scratch() -> Iterator[Path]:
     path.chmod(0o755)
     yield path
     shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def forked(scratch: Path) -> Iterator[Forked]:
+    """Commands that run a Python module in a process that has imported it already."""
+    with fork_server(scratch, *PRELOADED) as command:
+        yield command
 
 
 @pytest.fixture(scope="session")
