@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shlex
 import shutil
 import signal
 import tempfile
@@ -137,6 +138,15 @@ def forked(scratch: Path) -> Iterator[Forked]:
     """Commands that run a Python module in a process that has imported it already."""
     with fork_server(scratch, *PRELOADED) as command:
         yield command
+
+
+@pytest.fixture(scope="session")
+def latchkey(scratch: Path, forked: Forked) -> Path:
+    """A program for shells that runs the command line tool as `forked` does."""
+    path = scratch / "latchkey"
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(forked("latchkey_cli"))} "$@"\n')
+    path.chmod(0o755)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,8 @@ from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
 from tests.helpers.waiting import eventually
 
-EXAMPLES = 25
+# Different ones in each run, and again on the other transport.
+EXAMPLES = 8
 # Far longer than the steps of an example take.
 EXAMPLE_SECONDS = 120.0
 # Long enough for rotations of a token that are then retired, revoked or deleted.
