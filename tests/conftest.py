@@ -28,7 +28,10 @@ from latchkey_service.tokens.token_store import TokenStore
 
 from tests.helpers.databases import drop_database
 from tests.helpers.fork_server import Forked, fork_server
-from tests.helpers.measured import pytest_runtest_protocol  # noqa: F401 - pytest calls the hook
+from tests.helpers.measured import (
+    data_file,
+    pytest_runtest_protocol,  # noqa: F401 - pytest calls the hook
+)
 from tests.helpers.programs import INSTALLS
 from tests.helpers.scratch import SCRATCH
 from tests.helpers.servers import (
@@ -134,9 +137,9 @@ def scratch() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def forked(scratch: Path) -> Iterator[Forked]:
+def forked(scratch: Path, pytestconfig: pytest.Config) -> Iterator[Forked]:
     """Commands that run a Python module in a process that has imported it already."""
-    with fork_server(scratch, *PRELOADED) as command:
+    with fork_server(scratch, *PRELOADED, data=data_file(pytestconfig)) as command:
         yield command
 
 

@@ -10,6 +10,7 @@ standard input ends; `fork_client.py` is its client.
 """
 
 import ast
+import atexit
 import contextlib
 import fcntl
 import gc
@@ -33,14 +34,19 @@ __all__ = ["Forked", "fork_server"]
 
 # Imports everything, on a busy machine.
 START_SECONDS_MAX = 60.0
+# The variable that names the file for coverage.
+DATA_FILE = "FORK_SERVER_DATA_FILE"
 CLIENT = Path(__file__).with_name("fork_client.py")
 
 Forked = Callable[..., tuple[str, ...]]
 
 
 @contextlib.contextmanager
-def fork_server(folder: Path, *modules: str) -> Iterator[Forked]:
-    """Run a server, and yield a function that returns the command of a run of a module."""
+def fork_server(folder: Path, *modules: str, data: str | None = None) -> Iterator[Forked]:
+    """Run a server, and yield a function that returns the command of a run of a module.
+
+    With `data`, coverage of each run is measured, in a file of that name with a suffix.
+    """
     path = folder / "fork-server"
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.helpers.fork_server", str(path), *modules],
@@ -48,7 +54,7 @@ def fork_server(folder: Path, *modules: str) -> Iterator[Forked]:
         stdout=subprocess.PIPE,
         cwd=ROOT,
         # Python chooses its encodings at its start.
-        env={**os.environ, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8"},
+        env={**os.environ, "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", DATA_FILE: data or ""},
         # Ctrl-C reaches pytest, which ends the server.
         start_new_session=True,
     )
@@ -162,12 +168,31 @@ def become(run: Run) -> list[str]:
     return arguments
 
 
+def measure(data: str) -> Any:
+    """Begin to measure the coverage of this process and of those that it forks."""
+    import coverage
+
+    measurement = coverage.Coverage(
+        data, data_suffix=True, config_file=str(ROOT / "pyproject.toml")
+    )
+    measurement.start()
+    return measurement
+
+
+def save(measurement: Any) -> None:
+    measurement.stop()
+    measurement.save()
+
+
 if __name__ == "__main__":
     for module in sys.argv[2:]:
         importlib.import_module(module)
+    measurement = measure(data) if (data := os.environ[DATA_FILE]) else None
     gc.collect()
     # Shared pages stay shared.
     gc.freeze()
     module, *rest = become(serve(sys.argv[1]))
     sys.argv = [module, *rest]
+    if measurement is not None:
+        atexit.register(save, measurement)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
