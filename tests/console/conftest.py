@@ -154,9 +154,9 @@ def world(
 
 
 @pytest.fixture(scope="session")
-def one_browser() -> Iterator[browsing.Browser]:
+def one_browser(pytestconfig: pytest.Config) -> Iterator[browsing.Browser]:
     """The browser that all tests use in turn."""
-    with browsing.browser() as running:
+    with browsing.browser(saves_screens=pytestconfig.getoption("screens")) as running:
         yield running
 
 
