@@ -116,9 +116,11 @@ class VerifyCalls:
                 counts.ok += 1
                 observe(monotonic() - start)
                 # As `request_id_of`, but most callers send no id, and this saves them a call.
-                metadata = metadata_of(context)
-                given = dict(metadata).get(REQUEST_ID_METADATA) if metadata else None
-                request_id = next(NEW_IDS) if given is None else checked_id(given)
+                request_id = ""
+                for key, value in metadata_of(context) or ():
+                    if key == REQUEST_ID_METADATA:
+                        request_id = checked_id(value)
+                request_id = request_id or next(NEW_IDS)
                 if share and random.random() < share:  # noqa: S311 - a sample
                     self._reporter.log(path, context, start, "OK", None, request_id)
                 context.set_trailing_metadata(((REQUEST_ID_METADATA, request_id),))
