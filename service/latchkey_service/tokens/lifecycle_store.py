@@ -15,7 +15,7 @@ from uuid import UUID
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
-from latchkey_service.coherence.snapshot import Snapshot, mark_in
+from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, snapshot_of
 from latchkey_service.postgres.connections import (
     DURABLE,
     Pool,
@@ -25,14 +25,7 @@ from latchkey_service.postgres.connections import (
 from latchkey_service.secret_format import Secret
 from latchkey_service.tokens.seal import TokenSeal
 from latchkey_service.tokens.token_store import Request
-from latchkey_service.tokens.token_table import (
-    COLUMNS,
-    DETAILS,
-    SNAPSHOT,
-    detailed_record_of,
-    record_of,
-    snapshot_of,
-)
+from latchkey_service.tokens.token_table import COLUMNS, DETAILS, detailed_record_of, record_of
 from latchkey_service.tokens.verdict import SecretRecord, TokenRecord, TokenSecret
 
 __all__ = [
@@ -44,6 +37,8 @@ __all__ = [
     "TokenState",
 ]
 
+NAME_FREED = "NAME_FREED"
+"""The reason in the audit entry of an expired token whose name another token has taken."""
 _OLD_RULES = "EXISTS (SELECT FROM verifier v WHERE v.rules < 1)"
 
 
@@ -318,19 +313,33 @@ class LifecycleStore:
             return bool(await session.fetchval(f"SELECT {_OLD_RULES}"))
 
     @retry_on_conflict
-    async def free_expired_name(self, account_id: str, name_key: str, now: datetime) -> bool:
-        """Take the name from a token that has expired; return whether there was one."""
+    async def free_expired_name(
+        self, account_id: str, name_key: str, now: datetime, audit_context: AuditContext
+    ) -> bool:
+        """Take the name from a token that has expired; return whether there was one.
+
+        The expired token gets an entry of the call that takes its name.
+        """
         async with self._pool.session() as session:
             status = await session.execute(
                 """
-                UPDATE token
-                   -- Unique, and still found by a search for a part of the name.
-                   SET name_key = chr(1) || id || chr(1) || name_key, version = version + 1
-                 WHERE account_id = $1 AND name_key = $2 AND delete_time IS NULL
-                   AND expire_time <= $3
+                WITH freed AS (
+                    UPDATE token
+                       -- Unique, and still found by a search for a part of the name.
+                       SET name_key = chr(1) || id || chr(1) || name_key, version = version + 1
+                     WHERE account_id = $1 AND name_key = $2 AND delete_time IS NULL
+                       AND expire_time <= $3
+                    RETURNING id)
+                INSERT INTO audit (account_id, token_id, caller, method, peer, request_id, reason)
+                SELECT $1, id, $4, $5, $6, $7, $8 FROM freed
                 """,
                 account_id,
                 name_key,
                 now,
+                audit_context.caller,
+                audit_context.method,
+                audit_context.peer,
+                audit_context.request_id,
+                NAME_FREED,
             )
-        return bool(status != "UPDATE 0")
+        return bool(status != "INSERT 0 0")

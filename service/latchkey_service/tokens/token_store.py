@@ -16,7 +16,7 @@ from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
 from latchkey_service.coherence.ack_rules import Acknowledgements
-from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
+from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, mark_out, snapshot_of
 from latchkey_service.coherence.verifier_state import EVERY_TOKEN
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.connections import (
@@ -30,13 +30,7 @@ from latchkey_service.postgres.sessions import Pooler
 from latchkey_service.secret_format import Digest
 from latchkey_service.tokens.fleet import KnownPepper
 from latchkey_service.tokens.receipt_table import RECEIPT, RECEIPT_COUNT, Deletion
-from latchkey_service.tokens.token_table import (
-    COLUMNS,
-    DETAILS,
-    SNAPSHOT,
-    detailed_record_of,
-    snapshot_of,
-)
+from latchkey_service.tokens.token_table import COLUMNS, DETAILS, detailed_record_of
 from latchkey_service.tokens.verdict import TokenRecord
 
 if TYPE_CHECKING:
