@@ -57,6 +57,7 @@ def allowed_request(listener: Listener, path: str, account: str) -> Any:
         ),
         TOKENS + "DeleteAll": lambda: pb.DeleteAllRequest(account_id=account, dry_run=True),
         TOKENS + "RevokeSecret": lambda: pb.RevokeSecretRequest(secrets=["nonsense"]),
+        TOKENS + "ReportSecret": lambda: pb.ReportSecretRequest(secrets=["nonsense"]),
         STATUS: status_pb.GetStatusRequest,
         INVALIDATE_ALL: maintenance_pb.InvalidateAllRequest,
         AUDIT: lambda: audit_pb.AuditServiceListRequest(account_id=account),

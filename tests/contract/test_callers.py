@@ -59,7 +59,7 @@ MAY = {
             *("Update", "Disable", "Enable", "Rotate", "RetireSecrets"),
         )
     },
-    "revoker": {TOKENS + "RevokeSecret"},
+    "revoker": {TOKENS + "RevokeSecret", TOKENS + "ReportSecret"},
     "operator": {STATUS, AUDIT, INVALIDATE_ALL},
 }
 OURS = sorted(set().union(*MAY.values()))
@@ -148,7 +148,8 @@ def expected(name: str, account: str = ACCOUNT) -> dict[str, grpc.StatusCode]:
     found = {path: OK if path in MAY[role] else DENIED for path in OURS}
     if accounts is not None:
         # They affect all accounts.
-        found[INVALIDATE_ALL] = found[TOKENS + "RevokeSecret"] = DENIED
+        for path in (INVALIDATE_ALL, TOKENS + "RevokeSecret", TOKENS + "ReportSecret"):
+            found[path] = DENIED
         if role == "verifier":
             found[TOKENS + "Watch"] = WATCH_REFUSED
         elif account != ACCOUNT:

@@ -181,6 +181,9 @@ def _token_secret_in(message: pb.TokenSecret) -> TokenSecret:
             time_in(message.last_used_time) if message.HasField("last_used_time") else None
         ),
         retire_on_first_use=message.retire_on_first_use,
+        leak_report_time=(
+            time_in(message.leak_report_time) if message.HasField("leak_report_time") else None
+        ),
     )
 
 

@@ -57,6 +57,8 @@ class TokenSecret:
     """When a verify last called it valid, at most 15 seconds behind. None: not recorded."""
     retire_on_first_use: bool = False
     """Whether the first use of this secret ends the older ones."""
+    leak_report_time: datetime | None = None
+    """When it was first reported as leaked. None: never."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,12 @@ class Token:
     secrets: tuple[TokenSecret, ...] = ()
     """Those that still work, and the newest one in any case, newest first. Empty in a
     verification."""
+
+    @property
+    def leak_report_time(self) -> datetime | None:
+        """When one of `secrets` was first reported as leaked. None: never."""
+        times = [secret.leak_report_time for secret in self.secrets]
+        return min((time for time in times if time is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +154,7 @@ UNCHANGED: Final = Unchanged.UNCHANGED
 
 @enum.unique
 class SecretOutcome(enum.Enum):
-    """What `Client.revoke_secrets` did with a secret."""
+    """What `Client.revoke_secrets` or `Client.report_secrets` did with a secret."""
 
     ENDED = "ended"
     """This call ended it."""
@@ -156,6 +164,8 @@ class SecretOutcome(enum.Enum):
     """The format is right, but no token has this secret."""
     MALFORMED = "malformed"
     """Not a Latchkey secret: wrong format or checksum."""
+    REPORTED = "reported"
+    """Only from `report_secrets`: it works, and is marked as leaked."""
     UNSPECIFIED = "unspecified"
     """An outcome that this version of the library does not know."""
 

@@ -165,9 +165,11 @@ class _SecretOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SecretO
     """The string has the right shape, but no token has this secret."""
     SECRET_OUTCOME_MALFORMED: _SecretOutcome.ValueType  # 4
     """The string is not a secret of this service: wrong shape or checksum."""
+    SECRET_OUTCOME_REPORTED: _SecretOutcome.ValueType  # 5
+    """Only from ReportSecret: the secret works, and is marked as leaked."""
 
 class SecretOutcome(_SecretOutcome, metaclass=_SecretOutcomeEnumTypeWrapper):
-    """What RevokeSecret did with a secret."""
+    """What RevokeSecret or ReportSecret did with a secret."""
 
 SECRET_OUTCOME_UNSPECIFIED: SecretOutcome.ValueType  # 0
 """Never sent."""
@@ -181,6 +183,8 @@ SECRET_OUTCOME_UNKNOWN: SecretOutcome.ValueType  # 3
 """The string has the right shape, but no token has this secret."""
 SECRET_OUTCOME_MALFORMED: SecretOutcome.ValueType  # 4
 """The string is not a secret of this service: wrong shape or checksum."""
+SECRET_OUTCOME_REPORTED: SecretOutcome.ValueType  # 5
+"""Only from ReportSecret: the secret works, and is marked as leaked."""
 Global___SecretOutcome: _TypeAlias = SecretOutcome  # noqa: Y015
 
 @_typing.final
@@ -330,6 +334,7 @@ class TokenSecret(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     LAST_USED_TIME_FIELD_NUMBER: _builtins.int
     RETIRE_ON_FIRST_USE_FIELD_NUMBER: _builtins.int
+    LEAK_REPORT_TIME_FIELD_NUMBER: _builtins.int
     hint: _builtins.str
     """Prefix and last four characters, so that people recognise it."""
     retire_on_first_use: _builtins.bool
@@ -351,6 +356,12 @@ class TokenSecret(_message.Message):
         servers. Absent: no use recorded.
         """
 
+    @_builtins.property
+    def leak_report_time(self) -> _timestamp_pb2.Timestamp:
+        """When the secret was first reported as leaked, by ReportSecret or
+        RevokeSecret. Absent: never.
+        """
+
     def __init__(
         self,
         *,
@@ -359,10 +370,11 @@ class TokenSecret(_message.Message):
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         last_used_time: _timestamp_pb2.Timestamp | None = ...,
         retire_on_first_use: _builtins.bool = ...,
+        leak_report_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "last_used_time", b"last_used_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "last_used_time", b"last_used_time", "leak_report_time", b"leak_report_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "hint", b"hint", "last_used_time", b"last_used_time", "retire_on_first_use", b"retire_on_first_use"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "hint", b"hint", "last_used_time", b"last_used_time", "leak_report_time", b"leak_report_time", "retire_on_first_use", b"retire_on_first_use"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1262,6 +1274,76 @@ class RevokeSecretResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RevokeSecretResponse: _TypeAlias = RevokeSecretResponse  # noqa: Y015
+
+@_typing.final
+class ReportSecretRequest(_message.Message):
+    """Request of TokenService.ReportSecret."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECRETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def secrets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """1-1,000 secrets, as they were found. Any strings are allowed."""
+
+    def __init__(
+        self,
+        *,
+        secrets: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["secrets", b"secrets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportSecretRequest: _TypeAlias = ReportSecretRequest  # noqa: Y015
+
+@_typing.final
+class ReportSecretResult(_message.Message):
+    """What ReportSecret did with one secret. It reveals neither account nor name."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    outcome: Global___SecretOutcome.ValueType
+    """What happened."""
+    def __init__(
+        self,
+        *,
+        outcome: Global___SecretOutcome.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportSecretResult: _TypeAlias = ReportSecretResult  # noqa: Y015
+
+@_typing.final
+class ReportSecretResponse(_message.Message):
+    """Response of TokenService.ReportSecret."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReportSecretResult]:
+        """One result for each secret, in the same order."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___ReportSecretResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportSecretResponse: _TypeAlias = ReportSecretResponse  # noqa: Y015
 
 @_typing.final
 class DeleteAllRequest(_message.Message):

@@ -154,6 +154,14 @@ class TokenServiceStub:
     Errors: INVALID_ARGUMENT if there are no secrets or too many; UNAVAILABLE:
     retry.
     """
+    ReportSecret: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.ReportSecretRequest, _token_service_pb2.ReportSecretResponse]
+    """Marks up to 1,000 secrets as leaked, without ending them, for scanners that
+    leave the decision to the owners. The token shows when each of its secrets
+    was first reported (TokenSecret.leak_report_time). Changes no verdict.
+    Idempotent: repeating it keeps the first time. RevokeSecret sets the same
+    mark.
+    Errors: those of RevokeSecret.
+    """
     DeleteAll: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.DeleteAllRequest, _token_service_pb2.DeleteAllResponse]
     """Deletes all live tokens of an account, or those that match a filter,
     permanently and under one revision. Deletes up to 1,000 tokens in one call,
@@ -332,6 +340,14 @@ class TokenServiceAsyncStub(TokenServiceStub):
     EXPIRED. Narrows, under one revision for all. Idempotent.
     Errors: INVALID_ARGUMENT if there are no secrets or too many; UNAVAILABLE:
     retry.
+    """
+    ReportSecret: _aio.UnaryUnaryMultiCallable[_token_service_pb2.ReportSecretRequest, _token_service_pb2.ReportSecretResponse]  # type: ignore[assignment]
+    """Marks up to 1,000 secrets as leaked, without ending them, for scanners that
+    leave the decision to the owners. The token shows when each of its secrets
+    was first reported (TokenSecret.leak_report_time). Changes no verdict.
+    Idempotent: repeating it keeps the first time. RevokeSecret sets the same
+    mark.
+    Errors: those of RevokeSecret.
     """
     DeleteAll: _aio.UnaryUnaryMultiCallable[_token_service_pb2.DeleteAllRequest, _token_service_pb2.DeleteAllResponse]  # type: ignore[assignment]
     """Deletes all live tokens of an account, or those that match a filter,
@@ -568,6 +584,20 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         EXPIRED. Narrows, under one revision for all. Idempotent.
         Errors: INVALID_ARGUMENT if there are no secrets or too many; UNAVAILABLE:
         retry.
+        """
+
+    @_abc_1.abstractmethod
+    def ReportSecret(
+        self,
+        request: _token_service_pb2.ReportSecretRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_service_pb2.ReportSecretResponse, _abc.Awaitable[_token_service_pb2.ReportSecretResponse]]:
+        """Marks up to 1,000 secrets as leaked, without ending them, for scanners that
+        leave the decision to the owners. The token shows when each of its secrets
+        was first reported (TokenSecret.leak_report_time). Changes no verdict.
+        Idempotent: repeating it keeps the first time. RevokeSecret sets the same
+        mark.
+        Errors: those of RevokeSecret.
         """
 
     @_abc_1.abstractmethod

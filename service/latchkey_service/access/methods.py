@@ -106,6 +106,9 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
         _TOKENS + "RevokeSecret": Rule(
             REVOKER, AccountSource.ALL, audited=True, bytes_max=REVOKE_SECRET_BYTES_MAX
         ),
+        _TOKENS + "ReportSecret": Rule(
+            REVOKER, AccountSource.ALL, audited=True, bytes_max=REVOKE_SECRET_BYTES_MAX
+        ),
         "/latchkey.v1.StatusService/GetStatus": Rule(OPERATOR),
         "/latchkey.v1.MaintenanceService/InvalidateAll": Rule(
             OPERATOR, AccountSource.ALL, audited=True

@@ -108,6 +108,15 @@ class FullTokenService(TokenService):
             put_receipt(receipt, response.receipt)
         return response
 
+    async def ReportSecret(
+        self, request: pb.ReportSecretRequest, context: "Context"
+    ) -> pb.ReportSecretResponse:
+        call = call_of(current_call.get(), wait=False)
+        response = pb.ReportSecretResponse()
+        for outcome in await self._bulk.report_secrets(request.secrets, call):
+            response.results.add(outcome=pb.SecretOutcome.ValueType(outcome))
+        return response
+
     async def DeleteAll(
         self, request: pb.DeleteAllRequest, context: "Context"
     ) -> pb.DeleteAllResponse:

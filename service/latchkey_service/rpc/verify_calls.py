@@ -282,6 +282,8 @@ def put_token(record: TokenRecord, token: pb.Token) -> None:
             _put_time(secret.expire_time, shown.expire_time)
         if secret.last_used_time is not None:
             _put_time(secret.last_used_time, shown.last_used_time)
+        if secret.leak_report_time is not None:
+            _put_time(secret.leak_report_time, shown.leak_report_time)
 
 
 def _put_time(moment: datetime, timestamp: timestamp_pb2.Timestamp) -> None:

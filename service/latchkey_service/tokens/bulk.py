@@ -1,4 +1,4 @@
-"""Ends many tokens or secrets at once: RevokeSecret and DeleteAll.
+"""Ends or marks many tokens or secrets at once: RevokeSecret, ReportSecret and DeleteAll.
 
 Owns the rules of these calls. Contains neither protobuf nor SQL (`bulk_store.py`).
 """
@@ -30,7 +30,7 @@ from latchkey_service.tokens.verdict import TokenRecord
 __all__ = ["DELETED_MAX", "LISTED_MAX", "REVOKED_MAX", "Bulk", "Deletions", "Outcome"]
 
 REVOKED_MAX = 1_000
-"""Secrets in a call of RevokeSecret."""
+"""Secrets in a call of RevokeSecret or ReportSecret."""
 DELETED_MAX = 1_000
 """Tokens that one call of DeleteAll deletes. Other Deletes wait meanwhile, some 0.3 s."""
 LISTED_MAX = 500
@@ -38,12 +38,13 @@ LISTED_MAX = 500
 
 
 class Outcome(enum.IntEnum):
-    """What RevokeSecret did with a secret, numbered as in the contract."""
+    """What RevokeSecret or ReportSecret did with a secret, numbered as in the contract."""
 
     ENDED = 1
     ENDED_BEFORE = 2
     UNKNOWN = 3
     MALFORMED = 4
+    REPORTED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +89,7 @@ class Bulk:
         Returns the outcomes in order, and a receipt if any secret belongs to a token. Raises
         FailedPrecondition while a server of an earlier release runs.
         """
-        if not 1 <= len(secrets) <= REVOKED_MAX:
-            check(FieldViolation("secrets", f"must have 1-{REVOKED_MAX} entries"))
-        parsed = [self._parse(secret) for secret in secrets]
-        digests = list(dict.fromkeys(digest for digest in parsed if isinstance(digest, bytes)))
+        parsed, digests = self._digests_of(secrets)
         if not digests:
             return [one for one in parsed if isinstance(one, Outcome)], None
         require_new_rules(old_verifiers=await self._lifecycle_store.has_old_verifiers())
@@ -122,6 +120,29 @@ class Bulk:
         if not ended:
             return outcomes, None
         return outcomes, await self._confirmations.receipt(position, moment, call)
+
+    async def report_secrets(self, secrets: Sequence[str], call: Call) -> list[Outcome]:
+        """Mark secrets as leaked, without ending them; return the outcomes in order. Idempotent."""
+        parsed, digests = self._digests_of(secrets)
+        found: dict[bytes, bool] = {}
+        if digests:
+            began = await self._reads.begin(call.deadline)
+            found, audited, snapshot = await self._store.report_secrets(
+                digests, self._now(), call.audit_context
+            )
+            if audited:
+                call.on_commit("")
+            await self._reads.accept(snapshot, began, call.deadline)
+        return [
+            one
+            if isinstance(one, Outcome)
+            else Outcome.UNKNOWN
+            if one not in found
+            else Outcome.REPORTED
+            if found[one]
+            else Outcome.ENDED_BEFORE
+            for one in parsed
+        ]
 
     async def delete_all(
         self, account_id: str, selected: Filter, call: Call, *, dry_run: bool
@@ -156,6 +177,13 @@ class Bulk:
         else:
             receipt = await self._store.confirm_deletions(ids, changed.position, acknowledgements)
         return Deletions(len(ids), (), receipt, more=len(ids) == DELETED_MAX)
+
+    def _digests_of(self, secrets: Sequence[str]) -> tuple[list[bytes | Outcome], list[bytes]]:
+        """Return the digest of each text, or why it has none, and the distinct digests."""
+        if not 1 <= len(secrets) <= REVOKED_MAX:
+            check(FieldViolation("secrets", f"must have 1-{REVOKED_MAX} entries"))
+        parsed = [self._parse(secret) for secret in secrets]
+        return parsed, list(dict.fromkeys(one for one in parsed if isinstance(one, bytes)))
 
     def _parse(self, secret: str) -> bytes | Outcome:
         # Longer texts are not secrets, and searching them would take time.

@@ -125,7 +125,9 @@ class BulkStore:
                     stamped AS MATERIALIZED (
                         SELECT revision, mark, clock_timestamp() AS moment FROM next),
                     ended AS (
-                        UPDATE secret x SET retire_time = s.moment, seal = ''
+                        UPDATE secret x
+                           SET retire_time = s.moment, seal = '',
+                               leak_report_time = coalesce(x.leak_report_time, s.moment)
                           FROM stamped s, live l
                          WHERE x.digest = l.digest AND x.retire_time IS NULL
                         RETURNING x.digest, l.id, l.account_id,
@@ -161,6 +163,55 @@ class BulkStore:
             return None, ended, audited
         changed = Changed(Position(rows[0][0], mark_in(rows[0][1])), rows[0][2], None)
         return changed, ended, audited
+
+    @retry_on_conflict
+    async def report_secrets(
+        self, digests: Sequence[bytes], now: datetime, audit_context: AuditContext
+    ) -> tuple[dict[bytes, bool], bool, Snapshot]:
+        """Mark the working secrets with these digests as leaked, unless they are marked already.
+
+        Returns, for each digest that the database has, whether its secret works. Also returns
+        whether there is an audit entry, and the snapshot of the read.
+        """
+        async with self._pool.session() as session:
+            with require_durable_commit(session):
+                rows = await session.fetch(
+                    f"""
+                    WITH live AS MATERIALIZED (
+                        SELECT s.digest, t.id, t.account_id
+                          FROM token t JOIN secret s ON s.token_id = t.id
+                         WHERE s.digest = ANY($1::bytea[]) AND s.retire_time IS NULL
+                           AND coalesce(s.expire_time > $2, true)
+                           AND t.delete_time IS NULL AND coalesce(t.expire_time > $2, true)
+                           AND {DURABLE}
+                         ORDER BY t.id
+                           FOR UPDATE OF t),
+                    marked AS (
+                        UPDATE secret x SET leak_report_time = clock_timestamp()
+                          FROM live l
+                         WHERE x.digest = l.digest AND x.leak_report_time IS NULL
+                           AND x.retire_time IS NULL
+                        RETURNING l.id, l.account_id),
+                    audited AS (
+                        INSERT INTO audit (time, account_id, token_id, caller, method, peer,
+                                           request_id)
+                        SELECT clock_timestamp(), account_id, id, $3, $4, $5, $6
+                          FROM (SELECT DISTINCT account_id, id FROM marked) m)
+                    SELECT h.revision, h.mark, h.timeline, k.digest, l.digest IS NOT NULL,
+                           EXISTS (SELECT FROM marked)
+                      FROM {SNAPSHOT}
+                      LEFT JOIN secret k ON k.digest = ANY($1::bytea[])
+                      LEFT JOIN live l ON l.digest = k.digest
+                    """,  # noqa: S608 - constants only
+                    list(digests),
+                    now,
+                    audit_context.caller,
+                    audit_context.method,
+                    audit_context.peer,
+                    audit_context.request_id,
+                )
+        found = {row[3]: row[4] for row in rows if row[3] is not None}
+        return found, rows[0][5], snapshot_of(rows[0])
 
     @retry_on_conflict
     async def find_secrets(self, digests: Sequence[bytes]) -> tuple[set[bytes], Snapshot]:

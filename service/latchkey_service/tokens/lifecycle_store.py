@@ -134,7 +134,8 @@ class LifecycleStore:
                                              s.ordinal, s.request_id,
                                              (SELECT max(u.last_time) FROM token_usage u
                                                WHERE u.token_id = t.id
-                                                 AND u.hint = coalesce(nullif(s.hint, ''), t.hint)))
+                                                 AND u.hint = coalesce(nullif(s.hint, ''), t.hint)),
+                                             s.leak_report_time)
                                          ORDER BY s.ordinal DESC)
                           FROM secret s WHERE s.token_id = t.id AND s.retire_time IS NULL),
                        {COLUMNS}, {DETAILS}
@@ -153,7 +154,7 @@ class LifecycleStore:
         stored = tuple(
             StoredSecret(
                 SecretRecord(*secret[:6]),
-                TokenSecret(secret[6], secret[7], secret[2], secret[4], secret[10]),
+                TokenSecret(secret[6], secret[7], secret[2], secret[4], *secret[10:12]),
                 *secret[8:10],
             )
             for secret in secrets or ()

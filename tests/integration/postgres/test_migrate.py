@@ -258,7 +258,7 @@ async def test_a_database_with_tokens_is_migrated(empty_url: str) -> None:
             """
         )
     newer = await migrate(empty_url, migrations)
-    assert [m.name for m in newer] == ["lifecycle", "usage", "names"]
+    assert [m.name for m in newer] == ["lifecycle", "usage", "names", "announcements"]
     async with session(empty_url) as connection:
         row = await connection.fetchrow(
             """

@@ -117,6 +117,7 @@ def test_every_rpc_has_a_client_method() -> None:
             "get_status": "status",
             "audit_service._list": "audit_page",
             "revoke_secret": "revoke_secrets",
+            "report_secret": "report_secrets",
         }.get(snake, snake)
         method = getattr(latchkey.Client, ours)
         assert inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method), name
