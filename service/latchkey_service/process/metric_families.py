@@ -105,6 +105,16 @@ FAMILIES: Final[Mapping[str, Family]] = {
         "audit entries of reads and failures: written, lost, aggregated (counted in another entry)",
     ),
     "latchkey_audit_waiting": Family("gauge", (), "audit entries that wait to be written"),
+    "latchkey_tokens_expiring": Family(
+        "gauge", ("within",), "tokens of the whole database that expire within 1d, 7d, 30d"
+    ),
+    "latchkey_webhook_deliveries": Family(
+        "counter", ("result",), "attempts to deliver an event: delivered, failed, abandoned"
+    ),
+    "latchkey_webhook_events": Family("gauge", (), "events that are not delivered, of all workers"),
+    "latchkey_webhook_oldest_event_seconds": Family(
+        "gauge", (), "age of the oldest event that is not delivered"
+    ),
     "latchkey_connections": Family("gauge", (), "clients' connections at the last inspection"),
     "latchkey_connections_ended": Family(
         "counter", ("reason",), "connections that were ended: too_many, silent, unread"

@@ -35,6 +35,7 @@ from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.coherence.verifier_table import Identity, VerifierTable
 from latchkey_service.coherence.watch_sessions import WatchSessions
 from latchkey_service.postgres.connections import Connector, Pool
+from latchkey_service.process.announcements import Announcements
 from latchkey_service.process.periodic import (
     follow_peppers,
     follow_verifier,
@@ -88,7 +89,7 @@ async def running(
     `policy_text` returns the latest valid text of the policy file, or None without a policy. The
     server reads it again just before it listens, so it starts with the newest policy. Calls
     `on_failure` if a background task fails, because the worker is then incomplete. Raises
-    PolicyError and TlsError.
+    PolicyError, TlsError and WebhookError.
     """
     if settings.database_url is None:
         raise ValueError("a worker needs a database URL")
@@ -106,6 +107,8 @@ async def running(
         settings.lease_seconds,
     )
     pool = await Pool.open(connector)
+    # Reads a file, so before the worker gives up root.
+    announcements = Announcements(settings, pool, _now)
     lookup = Lookup(connector.connect_with_generic_plans, boottime)
 
     def reconnect() -> None:
@@ -155,6 +158,7 @@ async def running(
         LeasedReads(renewer, verifier_state, boottime, pool.reconnect),
         settings.secret_prefix,
         _now,
+        announcements.outbox,
     )
     verifier = Verifier(
         keyring,
@@ -217,6 +221,7 @@ async def running(
         guard=server.guard,
         active_policy=active_policy,
         certificates=server.certificates,
+        announcements=announcements,
     )
 
     def gauges() -> Mapping[str, int]:
@@ -252,6 +257,7 @@ async def running(
         prune_log(table, settings.lease_seconds),
         purge_audit(audit_table, timedelta(days=settings.audit_retention_days), _now),
         purge_usage(usage.table, _now),
+        *announcements.background(),
     ]
     tasks = [begin(work) for work in background]
     try:
@@ -267,6 +273,7 @@ async def running(
             management.first_use.close(),
             primary.close(),
             lookup.close(),
+            announcements.close(),
             store.close(),
         )
         log_counts(counts, gauges)

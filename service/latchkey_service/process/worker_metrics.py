@@ -19,6 +19,7 @@ from latchkey_service.coherence.notify_listener import Notifications, NotifyList
 from latchkey_service.coherence.primary import Primary
 from latchkey_service.coherence.watch_sessions import WatchSessions
 from latchkey_service.postgres.connections import POOL_SIZE_MAX, Connector, Pool
+from latchkey_service.process.announcements import Announcements
 from latchkey_service.process.metric_families import FAMILIES, Families
 from latchkey_service.rpc.counters import UNARY, Counts
 from latchkey_service.rpc.managed_calls import ManagedCalls
@@ -54,6 +55,7 @@ class WorkerMetrics:
     guard: ConnectionGuard
     active_policy: ActivePolicy | None
     certificates: Certificates | None
+    announcements: Announcements
 
     def collect(self) -> Families:
         """Return all current values."""
@@ -66,6 +68,7 @@ class WorkerMetrics:
         found.add("latchkey_audit_entries", self.audit.lost, "lost")
         found.add("latchkey_audit_entries", self.audit.aggregated, "aggregated")
         found.add("latchkey_audit_waiting", self.audit.waiting)
+        self.announcements.add_metrics(found)
         found.add("latchkey_event_loop_tasks", len(asyncio.all_tasks()))
         process_metrics(found)
         return found

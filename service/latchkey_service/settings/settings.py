@@ -16,7 +16,7 @@ from latchkey_coherence.lease import LEASE_SECONDS_MAX
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from latchkey_service.settings import database_url, exposure, file_access
+from latchkey_service.settings import database_url, exposure, file_access, webhook
 from latchkey_service.settings.data_dir import default_data_dir
 
 __all__ = [
@@ -180,6 +180,27 @@ class Settings(BaseSettings):
     audit_retention_days: int = Field(
         365, ge=1, le=36_500, description="how long audit entries are kept"
     )
+    webhook_url: Annotated[SecretStr, AfterValidator(webhook.valid_url)] | None = Field(
+        None,
+        description="URL that receives events about tokens: https, or http on loopback; unset: "
+        "events are not recorded",
+    )
+    webhook_secret_file: Path | None = Field(
+        None,
+        description="file with the secrets that sign events, newest first: whsec_ and base64, one "
+        "per line",
+    )
+    webhook_events: Annotated[str, AfterValidator(webhook.valid_events)] = Field(
+        "all",
+        description="events to send, with commas between them: all, or some of "
+        + ", ".join(webhook.EVENTS),
+    )
+    webhook_expiring_days: Annotated[str, AfterValidator(webhook.valid_days)] = Field(
+        "7,1", description="how many days before its expiry a token is announced as expiring"
+    )
+    webhook_retry_days: int = Field(
+        3, ge=1, le=90, description="how long an event is sent again if the receiver fails"
+    )
     lease_seconds: float = Field(
         3.0,
         ge=0.3,
@@ -230,6 +251,19 @@ class Settings(BaseSettings):
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         """Refuse to be pickled: the database's password would be in the result, unmasked."""
         raise TypeError("settings cannot be pickled; use to_json for the pipe to a worker")
+
+    @property
+    def webhook_event_types(self) -> frozenset[str]:
+        """The types of events to record: none without a URL."""
+        if self.webhook_url is None:
+            return frozenset()
+        named = webhook.EVENTS if self.webhook_events == "all" else self.webhook_events.split(",")
+        return frozenset(text.strip() for text in named)
+
+    @property
+    def webhook_expiring_thresholds(self) -> list[int]:
+        """The numbers of days before an expiry."""
+        return [int(text) for text in self.webhook_expiring_days.split(",")]
 
     @property
     def pepper_path(self) -> Path:
@@ -359,7 +393,9 @@ def describe(settings: Settings) -> list[tuple[str, str, str, str]]:
         value = getattr(settings, name)
         if name == "transport":
             value = exposure.transport_of(settings)
-        if isinstance(value, SecretStr):
+        if name == "webhook_url" and isinstance(value, SecretStr):
+            text = webhook.redacted(value.get_secret_value())
+        elif isinstance(value, SecretStr):
             text = _redacted(value.get_secret_value())
         else:
             text = "" if value is None else str(value)

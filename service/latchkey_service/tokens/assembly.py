@@ -14,6 +14,7 @@ from latchkey_service.secret_format import Keyring
 from latchkey_service.tokens.bulk import Bulk
 from latchkey_service.tokens.bulk_store import BulkStore
 from latchkey_service.tokens.confirmation import Confirmations
+from latchkey_service.tokens.event_table import NO_EVENTS, Outbox
 from latchkey_service.tokens.first_use import FirstUse
 from latchkey_service.tokens.lifecycle import Lifecycle
 from latchkey_service.tokens.lifecycle_store import LifecycleStore
@@ -44,15 +45,18 @@ def build_management(
     reads: LeasedReads,
     secret_prefix: str,
     now: Callable[[], datetime],
+    outbox: Outbox = NO_EVENTS,
 ) -> Management:
     """Return the management of tokens on `pool`."""
     guard = SealGuard(keyring, boottime)
     confirmations = Confirmations(ack_waiter, now)
-    tokens = Tokens(TokenStore(pool), keyring, ack_waiter, reads, secret_prefix, now, os.urandom)
-    store = LifecycleStore(pool)
+    tokens = Tokens(
+        TokenStore(pool, outbox), keyring, ack_waiter, reads, secret_prefix, now, os.urandom
+    )
+    store = LifecycleStore(pool, outbox)
     lifecycle = Lifecycle(
         store, tokens, keyring, guard, confirmations, reads, secret_prefix, now, os.urandom
     )
-    bulk = Bulk(BulkStore(pool), store, keyring, confirmations, reads, now)
+    bulk = Bulk(BulkStore(pool, outbox), store, keyring, confirmations, reads, now)
     first_use = FirstUse(lifecycle.retire_older, boottime)
     return Management(tokens, lifecycle, bulk, guard, first_use, UpkeepStore(pool))

@@ -21,6 +21,7 @@ from latchkey_service.postgres.connections import (
     require_durable_commit,
     retry_on_conflict,
 )
+from latchkey_service.tokens.event_table import NO_EVENTS, Outbox
 from latchkey_service.tokens.lifecycle_store import Changed
 from latchkey_service.tokens.receipt_table import RECEIPT, Deletion
 from latchkey_service.tokens.token_store import deletion_of
@@ -34,6 +35,14 @@ from latchkey_service.tokens.token_table import (
 from latchkey_service.tokens.verdict import TokenRecord
 
 __all__ = ["BulkStore", "Filter"]
+
+# Rows of events, for `Outbox.insert`.
+_REVOKED = """SELECT s.moment, t.account_id, t.id, t.name, t.expire_time, $3
+                FROM stamped s, (SELECT DISTINCT id FROM ended) e JOIN token t ON t.id = e.id"""
+_LEAKED = """SELECT clock_timestamp(), t.account_id, t.id, t.name, t.expire_time, $3
+               FROM (SELECT DISTINCT id FROM marked) m JOIN token t ON t.id = m.id"""
+_DELETED = """SELECT s.moment, t.account_id, t.id, t.name, t.expire_time, $3
+                FROM stamped s, live l JOIN token t ON t.id = l.id"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +101,9 @@ class Filter:
 class BulkStore:
     """Changes many tokens. Every method raises StoreUnavailable if Postgres is too slow."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, outbox: Outbox = NO_EVENTS) -> None:
         self._pool = pool
+        self._outbox = outbox
 
     @retry_on_conflict
     async def revoke_secrets(
@@ -143,6 +153,7 @@ class BulkStore:
                                            request_id)
                         SELECT DISTINCT s.moment, e.account_id, e.id, $3, $4, $5, $6
                           FROM stamped s, ended e)
+                    {self._outbox.insert_for(audit_context.method, _REVOKED)}
                     SELECT s.revision, s.mark, s.moment, k.digest, coalesce(e.working, false),
                            e.digest IS NOT NULL
                       FROM secret k
@@ -197,6 +208,7 @@ class BulkStore:
                                            request_id)
                         SELECT clock_timestamp(), account_id, id, $3, $4, $5, $6
                           FROM (SELECT DISTINCT account_id, id FROM marked) m)
+                    {self._outbox.insert_for(audit_context.method, _LEAKED)}
                     SELECT h.revision, h.mark, h.timeline, k.digest, l.digest IS NOT NULL,
                            EXISTS (SELECT FROM marked)
                       FROM {SNAPSHOT}
@@ -307,6 +319,7 @@ class BulkStore:
                     recorded AS (
                         INSERT INTO deletion (token_id, revision, mark, commit_time)
                         SELECT l.id, s.revision, s.mark, s.moment FROM stamped s, live l)
+                    {self._outbox.insert_for(audit_context.method, _DELETED)}
                     SELECT s.revision, s.mark, s.moment, l.id FROM stamped s, live l
                     """,  # noqa: S608 - constants, and conditions without values
                     account_id,

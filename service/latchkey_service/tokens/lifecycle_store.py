@@ -23,6 +23,7 @@ from latchkey_service.postgres.connections import (
     retry_on_conflict,
 )
 from latchkey_service.secret_format import Secret
+from latchkey_service.tokens.event_table import NO_EVENTS, ROTATED, Outbox
 from latchkey_service.tokens.token_store import Request
 from latchkey_service.tokens.token_table import (
     COLUMNS,
@@ -114,8 +115,9 @@ class StoredRequest(NamedTuple):
 class LifecycleStore:
     """Changes tokens. Every method raises StoreUnavailable if Postgres is too slow."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, outbox: Outbox = NO_EVENTS) -> None:
         self._pool = pool
+        self._outbox = outbox
 
     @retry_on_conflict
     async def read_state(
@@ -171,6 +173,16 @@ class LifecycleStore:
         row, then that of `head`, as Delete does.
         """
         record, minted, request = change.record, change.minted, change.request
+        rows = (
+            "SELECT s.moment, c.account_id, c.id, c.name, c.expire_time, $25"
+            " FROM stamped s, changed c"
+        )
+        announced = (
+            # A repeated Create changes a token that exists.
+            self._outbox.insert(ROTATED, rows)
+            if change.repeats
+            else self._outbox.insert_for(audit_context.method, rows)
+        )
         async with self._pool.session() as session:
             with require_durable_commit(session):
                 row = await session.fetchrow(
@@ -236,6 +248,7 @@ class LifecycleStore:
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
                                            request_id)
                         SELECT moment, $1, id, $25, $31, $32, $33 FROM stamped)
+                    {announced}
                     SELECT s.revision, s.mark, s.moment, c.* FROM stamped s, changed c
                     """,  # noqa: S608 - constants only
                     record.account_id,
