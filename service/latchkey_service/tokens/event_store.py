@@ -224,26 +224,24 @@ class EventStore:
         return int(status.removeprefix("DELETE "))
 
     @retry_on_conflict
-    async def count_expiring(self, days: Sequence[int], now: datetime) -> dict[int, int]:
-        """Return how many live tokens expire within each number of days.
+    async def count_expiring(self, days: tuple[int, int, int], now: datetime) -> dict[int, int]:
+        """Return how many live tokens expire within each number of days, the smallest first.
 
         Counts the first EXPIRING_COUNTED_MAX tokens.
         """
-        ends = [now + timedelta(days=number) for number in days]
         async with self._pool.session() as session:
-            rows = await session.fetch(
+            (row,) = await session.fetch(
                 """
-                WITH expiring AS MATERIALIZED (
-                    SELECT expire_time FROM token
-                     WHERE delete_time IS NULL AND expire_time > $1 AND expire_time <= $2
-                     ORDER BY expire_time LIMIT $4)
-                SELECT (SELECT count(*) FROM expiring WHERE expire_time <= e.moment)
-                  FROM unnest($3::timestamptz[]) WITH ORDINALITY AS e (moment, place)
-                 ORDER BY e.place
+                SELECT count(*) FILTER (WHERE expire_time <= ($2::timestamptz[])[1]),
+                       count(*) FILTER (WHERE expire_time <= ($2::timestamptz[])[2]),
+                       count(*)
+                  FROM (SELECT expire_time FROM token
+                         WHERE delete_time IS NULL AND expire_time > $1
+                           AND expire_time <= ($2::timestamptz[])[3]
+                         ORDER BY expire_time LIMIT $3) expiring
                 """,
                 now,
-                max(ends),
-                ends,
+                [now + timedelta(days=number) for number in days],
                 EXPIRING_COUNTED_MAX,
             )
-        return dict(zip(days, (row[0] for row in rows), strict=True))
+        return dict(zip(days, row, strict=True))

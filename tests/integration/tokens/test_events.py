@@ -15,7 +15,7 @@ from google.protobuf import duration_pb2, field_mask_pb2
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 from latchkey_service.postgres.connections import Connector, Pool
-from latchkey_service.process.webhook import CONCURRENCY, Deliverer
+from latchkey_service.process.webhook import CONCURRENCY, EVENTS_MAX, Deliverer
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.event_store import EventStore, ExpiryCursor
 from latchkey_service.tokens.event_table import EVENT_TYPES, Outbox
@@ -257,7 +257,7 @@ async def test_workers_share_the_events(
     receiver: Receiver, store: EventStore, database_url: str
 ) -> None:
     """Of several workers, one delivers each event, with a bounded number of requests each."""
-    number = 3 * CONCURRENCY
+    number = 3 * EVENTS_MAX
     await insert_events(database_url, number)
     receiver.gate = asyncio.Event()
     deliverers = [Deliverer(store, receiver.url, [SECRET], 3) for _ in range(2)]
