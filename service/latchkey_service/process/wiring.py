@@ -114,7 +114,16 @@ async def running(
         lookup.reconnect()
 
     primary = Primary(connector, reconnect)
-    renewer = LeaseRenewer(verifier_state, identity, primary, boottime)
+    listener = NotifyListener(
+        identity.id,
+        primary.connect,
+        lambda payload: table.notify(payload),  # noqa: PLW0108 - `table` is created below
+        lambda: renewer.wake(),  # noqa: PLW0108 - the same
+        settings.lease_seconds / 3,
+        # LISTEN does not work through a pooler in transaction mode.
+        enabled=notify and settings.pooler == "none",
+    )
+    renewer = LeaseRenewer(verifier_state, identity, primary, listener.connect, boottime)
     limits = limits_of(settings)
     usage = UsageWriter(UsageTable(pool), identity.id, time.time)
     watch_sessions = WatchSessions(
@@ -125,15 +134,6 @@ async def running(
         enabled=cache,
         stream_seconds=limits.connection_age or math.inf,
         on_uses=usage.report,
-    )
-    listener = NotifyListener(
-        identity.id,
-        connector.connect,
-        lambda payload: table.notify(payload),  # noqa: PLW0108 - `table` is created below
-        renewer.wake,
-        settings.lease_seconds / 3,
-        # LISTEN does not work through a pooler in transaction mode.
-        enabled=notify and settings.pooler == "none",
     )
     renewer.attach(watch_sessions.on_news, watch_sessions.__len__, lambda: listener.state)
 
@@ -242,7 +242,9 @@ async def running(
     lasts = [begin(audit.run()), begin(usage.run()), begin(server.guard.run())]
     retention = timedelta(days=settings.tombstone_retention_days)
     background = [
-        follow_verifier(verifier.check, boottime, server.set_serving),
+        follow_verifier(
+            verifier.check, boottime, renewer.in_doubt, lambda: lookup.failures, server.set_serving
+        ),
         log_counts_regularly(counts, gauges),
         follow_peppers(table, identity.id),
         primary.run(),
