@@ -148,14 +148,8 @@ async def running(
         identity.id,
         notify=notify,
     )
-    management = build_management(
-        pool,
-        keyring,
-        ack_waiter,
-        LeasedReads(renewer, verifier_state, boottime, pool.reconnect),
-        settings.secret_prefix,
-        _now,
-    )
+    reads = LeasedReads(renewer, verifier_state, boottime, pool.reconnect)
+    management = build_management(pool, keyring, ack_waiter, reads, settings.secret_prefix, _now)
     verifier = Verifier(
         keyring,
         lookup,
@@ -167,7 +161,6 @@ async def running(
         cache_seconds=settings.cache_seconds,
         randomness=random.random,
         guard=management.guard,
-        on_first_use=management.first_use.seen,
     )
     counts = Counts()
     audit_table = AuditTable(pool)
@@ -180,6 +173,7 @@ async def running(
             reporter,
             counts,
             usage.pending,
+            management.first_use.seen,
             settings.log_verify_share,
             time.monotonic,
             time.time,
@@ -194,7 +188,7 @@ async def running(
             management, watch_sessions, usage.table, time.time
         ),
         StatusService(table, identity.id, primary.warnings),
-        AuditService(audit_table),
+        AuditService(audit_table, reads),
         MaintenanceService(management.tokens),
         Health(("", *SERVICES)),
     )

@@ -6,8 +6,9 @@ Verify and BatchVerify are not here: `verify_calls.py` has the whole of them.
 """
 
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import grpc
@@ -79,8 +80,14 @@ class TokenService(pb_grpc.TokenServiceServicer):
                 applied = Position(max(0, request.applied_revision), request.mark)
                 # Without a report, its number is 0.
                 report = request.use_report
-                uses = _reported_uses(report) if report.number else ()
-                yield Request(applied, request.number, request.released, report.number, uses)
+                yield Request(
+                    applied,
+                    request.number,
+                    request.released,
+                    report.number,
+                    min(len(report.uses), USES_IN_REPORT_MAX) if report.number else 0,
+                    _reported_uses(report),
+                )
 
         async def send(event: Event) -> None:
             await context.write(_watch_response(event))
@@ -185,8 +192,9 @@ def _client_of(context: "Context") -> str:
     return name
 
 
-def _reported_uses(report: pb.UseReport) -> list[ReportedUse]:
-    return [
+def _reported_uses(report: pb.UseReport) -> Iterator[ReportedUse]:
+    # Converted when they are read, so that a report that is ignored costs almost nothing.
+    return (
         ReportedUse(
             use.token_id,
             use.hint,
@@ -194,8 +202,8 @@ def _reported_uses(report: pb.UseReport) -> list[ReportedUse]:
             _seconds(use.first_use_age),
             _seconds(use.last_use_age),
         )
-        for use in report.uses[:USES_IN_REPORT_MAX]
-    ]
+        for use in islice(report.uses, USES_IN_REPORT_MAX)
+    )
 
 
 def _seconds(duration: duration_pb2.Duration) -> float:

@@ -53,6 +53,6 @@ def build_management(
     lifecycle = Lifecycle(
         store, tokens, keyring, guard, confirmations, reads, secret_prefix, now, os.urandom
     )
-    bulk = Bulk(BulkStore(pool), store, keyring, confirmations, reads, now)
+    bulk = Bulk(BulkStore(pool), store, keyring, confirmations, reads, now, tokens.confirming)
     first_use = FirstUse(lifecycle.retire_older, boottime)
     return Management(tokens, lifecycle, bulk, guard, first_use, UpkeepStore(pool))

@@ -3,6 +3,7 @@
 Owns the rules of these calls. Contains neither protobuf nor SQL (`bulk_store.py`).
 """
 
+import asyncio
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -72,6 +73,7 @@ class Bulk:
         confirmations: Confirmations,
         reads: LeasedReads,
         now: Callable[[], datetime],
+        confirming: asyncio.Semaphore,
     ) -> None:
         self._store = store
         self._lifecycle_store = lifecycle_store
@@ -79,6 +81,8 @@ class Bulk:
         self._confirmations = confirmations
         self._reads = reads
         self._now = now
+        # Shared with Delete: its receipts need the same connections.
+        self._confirming = confirming
 
     async def revoke_secrets(
         self, secrets: Sequence[str], call: Call
@@ -154,7 +158,10 @@ class Bulk:
         if acknowledgements is None:
             receipt = Deletion(changed.position, changed.moment, None, 0, 0, 0, 0)
         else:
-            receipt = await self._store.confirm_deletions(ids, changed.position, acknowledgements)
+            async with self._confirming:
+                receipt = await self._store.confirm_deletions(
+                    ids, changed.position, acknowledgements
+                )
         return Deletions(len(ids), (), receipt, more=len(ids) == DELETED_MAX)
 
     def _parse(self, secret: str) -> bytes | Outcome:

@@ -115,7 +115,7 @@ class Lifecycle(TokenChanger):
             )
         except AlreadyExists:
             freed = await self._store.free_expired_name(
-                new.account_id, name_key(new.name.strip()), self._now()
+                new.account_id, name_key(new.name.strip()), self._now(), call.audit_context
             )
             if not freed:
                 raise
@@ -160,7 +160,9 @@ class Lifecycle(TokenChanger):
         try:
             done = await self._change(account_id, token_id, change, call)
         except AlreadyExists:
-            if not await self._store.free_expired_name(account_id, names[0], self._now()):
+            if not await self._store.free_expired_name(
+                account_id, names[0], self._now(), call.audit_context
+            ):
                 raise
             done = await self._change(account_id, token_id, change, call)
         before, after = done.before.record, done.record

@@ -110,7 +110,8 @@ class Tokens:
         self._sealer = Sealer(keyring.peppers)
         self._ack_waiter = ack_waiter
         self._reads = reads
-        self._confirming = asyncio.Semaphore(CONFIRMING_MAX)
+        self.confirming = asyncio.Semaphore(CONFIRMING_MAX)
+        """Hold it while you write receipts. DeleteAll does so too."""
         self._secret_prefix = secret_prefix
         self._now = now
         self._random_bytes = random_bytes
@@ -186,6 +187,7 @@ class Tokens:
                 digest,
                 audit_context,
                 self._sealer.seal(record, secret),
+                self._sealer.seal_token(record, [digest.pepper_id]).seal,
                 request,
             )
         except AlreadyExists:
@@ -272,7 +274,7 @@ class Tokens:
         on_wait()
         acknowledgements = await self._ack_waiter.wait(position, wait_until)
         # All Deletes that waited for the same hung verifier arrive here at once.
-        async with self._confirming:
+        async with self.confirming:
             return await self._store.confirm_deletion(token_id, deletion.position, acknowledgements)
 
     async def invalidate_all(
