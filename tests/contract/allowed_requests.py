@@ -35,6 +35,7 @@ def allowed_request(listener: Listener, path: str, account: str) -> Any:
         TOKENS + "GetUsage": lambda: pb.GetUsageRequest(
             account_id=account, id=listener.ids[account]
         ),
+        TOKENS + "GetLimits": lambda: pb.GetLimitsRequest(account_id=account),
         TOKENS + "List": lambda: pb.ListRequest(account_id=account),
         TOKENS + "Delete": lambda: pb.DeleteRequest(
             account_id=account, id=listener.ids[f"{account} doomed"], no_wait=True

@@ -17,6 +17,7 @@ GOOD = {
     "Create": pb.CreateRequest(account_id="acme", name="ok", scope=pb.SCOPE_READ),
     "Get": pb.GetRequest(account_id="acme", id="tok_never"),
     "GetUsage": pb.GetUsageRequest(account_id="acme", id="tok_never"),
+    "GetLimits": pb.GetLimitsRequest(account_id="acme"),
     "List": pb.ListRequest(account_id="acme"),
     "Delete": pb.DeleteRequest(account_id="acme", id="tok_never"),
     "Update": pb.UpdateRequest(
@@ -141,6 +142,7 @@ async def test_missing_fields(channel):
         "Create": ["account_id", "name", "scope"],
         "Get": ["account_id", "id"],
         "GetUsage": ["account_id", "id"],
+        "GetLimits": ["account_id"],
         "List": ["account_id"],
         "Delete": ["account_id", "id"],
         "Update": ["account_id", "id", "update_mask"],

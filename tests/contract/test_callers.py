@@ -55,7 +55,7 @@ MAY = {
     "manager": {
         TOKENS + name
         for name in (
-            *("Create", "Get", "GetUsage", "List", "Delete", "DeleteAll"),
+            *("Create", "Get", "GetLimits", "GetUsage", "List", "Delete", "DeleteAll"),
             *("Update", "Disable", "Enable", "Rotate", "RetireSecrets"),
         )
     },

@@ -28,6 +28,7 @@ from latchkey._uses import UseReport
 from latchkey.errors import InternalError, InvalidArgument, invalid
 from latchkey.models import (
     CallerUsage,
+    Limits,
     Notifications,
     Page,
     Receipt,
@@ -194,6 +195,14 @@ def usage_in(message: pb.GetUsageResponse) -> tuple[CallerUsage, ...]:
             days={time_in(day.start_time).date(): day.count for day in usage.days},
         )
         for usage in message.callers
+    )
+
+
+def limits_in(message: pb.GetLimitsResponse) -> Limits:
+    """Convert limits from protobuf."""
+    return Limits(
+        max_ttl=_duration_in(message.max_ttl) if message.HasField("max_ttl") else None,
+        require_expiry=message.require_expiry,
     )
 
 

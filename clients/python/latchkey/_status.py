@@ -158,6 +158,8 @@ def from_rpc_error(rpc: str, error: grpc.aio.AioRpcError) -> errors.LatchkeyErro
         request_id=request_id,
         retry_after=_retry_after(_first(details, error_details_pb2.RetryInfo)),
     )
+    if info is not None and info.metadata:
+        failure.metadata = {key: redact(value) for key, value in info.metadata.items()}
     if isinstance(failure, errors.Unavailable):
         failure.unsent = unsent
     if isinstance(failure, errors.InvalidArgument):

@@ -218,6 +218,17 @@ class Deletions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Limits for the tokens of an account that a caller creates or changes."""
+
+    max_ttl: timedelta | None = None
+    """The longest time from a `create` or `update` until the expiry that it sets, and the longest
+    grace of a `rotate`. None: no limit."""
+    require_expiry: bool = False
+    """Whether each token needs an expiry. True whenever `max_ttl` is set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
     """A page of an account's live tokens, newest first."""
 

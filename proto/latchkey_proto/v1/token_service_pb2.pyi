@@ -1467,6 +1467,58 @@ class DayUsage(_message.Message):
 Global___DayUsage: _TypeAlias = DayUsage  # noqa: Y015
 
 @_typing.final
+class GetLimitsRequest(_message.Message):
+    """Request of TokenService.GetLimits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    account_id: _builtins.str
+    """Owner of the tokens. Required."""
+    def __init__(
+        self,
+        *,
+        account_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLimitsRequest: _TypeAlias = GetLimitsRequest  # noqa: Y015
+
+@_typing.final
+class GetLimitsResponse(_message.Message):
+    """Response of TokenService.GetLimits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_TTL_FIELD_NUMBER: _builtins.int
+    REQUIRE_EXPIRY_FIELD_NUMBER: _builtins.int
+    require_expiry: _builtins.bool
+    """Whether each token needs an expiry. True whenever max_ttl is present."""
+    @_builtins.property
+    def max_ttl(self) -> _duration_pb2.Duration:
+        """The longest time from a Create or Update until the expiry that it sets, and
+        the longest grace of a Rotate. Absent: no limit.
+        """
+
+    def __init__(
+        self,
+        *,
+        max_ttl: _duration_pb2.Duration | None = ...,
+        require_expiry: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["max_ttl", b"max_ttl"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_ttl", b"max_ttl", "require_expiry", b"require_expiry"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLimitsResponse: _TypeAlias = GetLimitsResponse  # noqa: Y015
+
+@_typing.final
 class VerifyRequest(_message.Message):
     """Request of TokenService.Verify."""
 

@@ -123,6 +123,11 @@ class TokenServiceStub(object):
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageRequest.SerializeToString,
                 response_deserializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageResponse.FromString,
                 _registered_method=True)
+        self.GetLimits = channel.unary_unary(
+                '/latchkey.v1.TokenService/GetLimits',
+                request_serializer=latchkey_dot_v1_dot_token__service__pb2.GetLimitsRequest.SerializeToString,
+                response_deserializer=latchkey_dot_v1_dot_token__service__pb2.GetLimitsResponse.FromString,
+                _registered_method=True)
         self.Verify = channel.unary_unary(
                 '/latchkey.v1.TokenService/Verify',
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.VerifyRequest.SerializeToString,
@@ -180,10 +185,11 @@ class TokenServiceServicer(object):
         Without one, the call is not idempotent: if the response is lost, the token
         may exist. Find it by name with List, and Delete it before creating it
         again.
-        Errors: INVALID_ARGUMENT; ALREADY_EXISTS with the reason TOKEN_NAME_TAKEN if
-        a live token of the account has the same name, ignoring letter case, or with
-        the reason REQUEST_ID_REUSED if the `request_id` was used for another
-        request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
+        Errors: INVALID_ARGUMENT, with the reason EXPIRY_REQUIRED or EXPIRY_TOO_LATE
+        if the expiry exceeds the limit that GetLimits returns; ALREADY_EXISTS with
+        the reason TOKEN_NAME_TAKEN if a live token of the account has the same name,
+        ignoring letter case, or with the reason REQUEST_ID_REUSED if the
+        `request_id` was used for another request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
         UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -235,7 +241,8 @@ class TokenServiceServicer(object):
         Idempotent: an Update that sets scope, expire_time, allowed_networks or
         permissions to the values that they have returns a receipt for a later
         position, once earlier changes are in effect everywhere.
-        Errors: INVALID_ARGUMENT, also for an unknown path; NOT_FOUND if the account
+        Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
+        EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
         has no live token with this id; ALREADY_EXISTS if another live token has the
         new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or may
         not stand: retry.
@@ -322,6 +329,16 @@ class TokenServiceServicer(object):
         it happened. The uses of the last 15 seconds before a crash may be missing.
         Has no side effects and is safe to retry.
         Errors: INVALID_ARGUMENT; NOT_FOUND as for Get; UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLimits(self, request, context):
+        """Returns the limits for the tokens of an account that this caller creates or
+        changes, so that a page or a tool can offer only what is allowed. Has no side
+        effects and is safe to retry.
+        Errors: INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -438,6 +455,11 @@ def add_TokenServiceServicer_to_server(servicer, server):
                     servicer.GetUsage,
                     request_deserializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageRequest.FromString,
                     response_serializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageResponse.SerializeToString,
+            ),
+            'GetLimits': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLimits,
+                    request_deserializer=latchkey_dot_v1_dot_token__service__pb2.GetLimitsRequest.FromString,
+                    response_serializer=latchkey_dot_v1_dot_token__service__pb2.GetLimitsResponse.SerializeToString,
             ),
             'Verify': grpc.unary_unary_rpc_method_handler(
                     servicer.Verify,
@@ -808,6 +830,33 @@ class TokenService(object):
             '/latchkey.v1.TokenService/GetUsage',
             latchkey_dot_v1_dot_token__service__pb2.GetUsageRequest.SerializeToString,
             latchkey_dot_v1_dot_token__service__pb2.GetUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLimits(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/latchkey.v1.TokenService/GetLimits',
+            latchkey_dot_v1_dot_token__service__pb2.GetLimitsRequest.SerializeToString,
+            latchkey_dot_v1_dot_token__service__pb2.GetLimitsResponse.FromString,
             options,
             channel_credentials,
             insecure,

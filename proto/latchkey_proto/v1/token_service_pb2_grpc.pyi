@@ -70,10 +70,11 @@ class TokenServiceStub:
     Without one, the call is not idempotent: if the response is lost, the token
     may exist. Find it by name with List, and Delete it before creating it
     again.
-    Errors: INVALID_ARGUMENT; ALREADY_EXISTS with the reason TOKEN_NAME_TAKEN if
-    a live token of the account has the same name, ignoring letter case, or with
-    the reason REQUEST_ID_REUSED if the `request_id` was used for another
-    request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
+    Errors: INVALID_ARGUMENT, with the reason EXPIRY_REQUIRED or EXPIRY_TOO_LATE
+    if the expiry exceeds the limit that GetLimits returns; ALREADY_EXISTS with
+    the reason TOKEN_NAME_TAKEN if a live token of the account has the same name,
+    ignoring letter case, or with the reason REQUEST_ID_REUSED if the
+    `request_id` was used for another request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
     UNAVAILABLE.
     """
     Get: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.GetRequest, _token_service_pb2.GetResponse]
@@ -109,7 +110,8 @@ class TokenServiceStub:
     Idempotent: an Update that sets scope, expire_time, allowed_networks or
     permissions to the values that they have returns a receipt for a later
     position, once earlier changes are in effect everywhere.
-    Errors: INVALID_ARGUMENT, also for an unknown path; NOT_FOUND if the account
+    Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
+    EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
     has no live token with this id; ALREADY_EXISTS if another live token has the
     new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or may
     not stand: retry.
@@ -168,6 +170,12 @@ class TokenServiceStub:
     it happened. The uses of the last 15 seconds before a crash may be missing.
     Has no side effects and is safe to retry.
     Errors: INVALID_ARGUMENT; NOT_FOUND as for Get; UNAVAILABLE.
+    """
+    GetLimits: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.GetLimitsRequest, _token_service_pb2.GetLimitsResponse]
+    """Returns the limits for the tokens of an account that this caller creates or
+    changes, so that a page or a tool can offer only what is allowed. Has no side
+    effects and is safe to retry.
+    Errors: INVALID_ARGUMENT.
     """
     Verify: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.VerifyRequest, _token_service_pb2.VerifyResponse]
     """Verifies a presented secret. Returns a verdict, not an error, for any
@@ -249,10 +257,11 @@ class TokenServiceAsyncStub(TokenServiceStub):
     Without one, the call is not idempotent: if the response is lost, the token
     may exist. Find it by name with List, and Delete it before creating it
     again.
-    Errors: INVALID_ARGUMENT; ALREADY_EXISTS with the reason TOKEN_NAME_TAKEN if
-    a live token of the account has the same name, ignoring letter case, or with
-    the reason REQUEST_ID_REUSED if the `request_id` was used for another
-    request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
+    Errors: INVALID_ARGUMENT, with the reason EXPIRY_REQUIRED or EXPIRY_TOO_LATE
+    if the expiry exceeds the limit that GetLimits returns; ALREADY_EXISTS with
+    the reason TOKEN_NAME_TAKEN if a live token of the account has the same name,
+    ignoring letter case, or with the reason REQUEST_ID_REUSED if the
+    `request_id` was used for another request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
     UNAVAILABLE.
     """
     Get: _aio.UnaryUnaryMultiCallable[_token_service_pb2.GetRequest, _token_service_pb2.GetResponse]  # type: ignore[assignment]
@@ -288,7 +297,8 @@ class TokenServiceAsyncStub(TokenServiceStub):
     Idempotent: an Update that sets scope, expire_time, allowed_networks or
     permissions to the values that they have returns a receipt for a later
     position, once earlier changes are in effect everywhere.
-    Errors: INVALID_ARGUMENT, also for an unknown path; NOT_FOUND if the account
+    Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
+    EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
     has no live token with this id; ALREADY_EXISTS if another live token has the
     new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or may
     not stand: retry.
@@ -347,6 +357,12 @@ class TokenServiceAsyncStub(TokenServiceStub):
     it happened. The uses of the last 15 seconds before a crash may be missing.
     Has no side effects and is safe to retry.
     Errors: INVALID_ARGUMENT; NOT_FOUND as for Get; UNAVAILABLE.
+    """
+    GetLimits: _aio.UnaryUnaryMultiCallable[_token_service_pb2.GetLimitsRequest, _token_service_pb2.GetLimitsResponse]  # type: ignore[assignment]
+    """Returns the limits for the tokens of an account that this caller creates or
+    changes, so that a page or a tool can offer only what is allowed. Has no side
+    effects and is safe to retry.
+    Errors: INVALID_ARGUMENT.
     """
     Verify: _aio.UnaryUnaryMultiCallable[_token_service_pb2.VerifyRequest, _token_service_pb2.VerifyResponse]  # type: ignore[assignment]
     """Verifies a presented secret. Returns a verdict, not an error, for any
@@ -431,10 +447,11 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         Without one, the call is not idempotent: if the response is lost, the token
         may exist. Find it by name with List, and Delete it before creating it
         again.
-        Errors: INVALID_ARGUMENT; ALREADY_EXISTS with the reason TOKEN_NAME_TAKEN if
-        a live token of the account has the same name, ignoring letter case, or with
-        the reason REQUEST_ID_REUSED if the `request_id` was used for another
-        request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
+        Errors: INVALID_ARGUMENT, with the reason EXPIRY_REQUIRED or EXPIRY_TOO_LATE
+        if the expiry exceeds the limit that GetLimits returns; ALREADY_EXISTS with
+        the reason TOKEN_NAME_TAKEN if a live token of the account has the same name,
+        ignoring letter case, or with the reason REQUEST_ID_REUSED if the
+        `request_id` was used for another request; NOT_FOUND if the token of this `request_id` was deleted meanwhile;
         UNAVAILABLE.
         """
 
@@ -494,7 +511,8 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         Idempotent: an Update that sets scope, expire_time, allowed_networks or
         permissions to the values that they have returns a receipt for a later
         position, once earlier changes are in effect everywhere.
-        Errors: INVALID_ARGUMENT, also for an unknown path; NOT_FOUND if the account
+        Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
+        EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
         has no live token with this id; ALREADY_EXISTS if another live token has the
         new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or may
         not stand: retry.
@@ -595,6 +613,18 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         it happened. The uses of the last 15 seconds before a crash may be missing.
         Has no side effects and is safe to retry.
         Errors: INVALID_ARGUMENT; NOT_FOUND as for Get; UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def GetLimits(
+        self,
+        request: _token_service_pb2.GetLimitsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_service_pb2.GetLimitsResponse, _abc.Awaitable[_token_service_pb2.GetLimitsResponse]]:
+        """Returns the limits for the tokens of an account that this caller creates or
+        changes, so that a page or a tool can offer only what is allowed. Has no side
+        effects and is safe to retry.
+        Errors: INVALID_ARGUMENT.
         """
 
     @_abc_1.abstractmethod

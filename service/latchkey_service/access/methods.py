@@ -90,6 +90,8 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
         ),
         _TOKENS + "Get": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "GetUsage": Rule(MANAGER, AccountSource.REQUEST, audited=True),
+        # Reads only settings and policy.
+        _TOKENS + "GetLimits": Rule(MANAGER, AccountSource.REQUEST),
         _TOKENS + "List": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "Delete": Rule(MANAGER, AccountSource.REQUEST, audited=True),
         _TOKENS + "Update": Rule(

@@ -155,6 +155,7 @@ async def running(
         LeasedReads(renewer, verifier_state, boottime, pool.reconnect),
         settings.secret_prefix,
         _now,
+        settings.lifetime,
     )
     verifier = Verifier(
         keyring,
@@ -247,7 +248,12 @@ async def running(
         follow_peppers(table, identity.id),
         primary.run(),
         purge(store, retention, _now),
-        purge_lifecycle(management.upkeep_store, retention, _now),
+        purge_lifecycle(
+            management.upkeep_store,
+            timedelta(days=settings.expired_retention_days),
+            retention,
+            _now,
+        ),
         seal_rows(management.guard, management.upkeep_store),
         prune_log(table, settings.lease_seconds),
         purge_audit(audit_table, timedelta(days=settings.audit_retention_days), _now),

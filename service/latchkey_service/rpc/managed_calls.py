@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 
 from latchkey_service.access.authenticator import Authenticator, check_account
 from latchkey_service.access.methods import MANAGER, OPERATOR, REVOKER, Rule, rule_of
-from latchkey_service.access.policy import ANONYMOUS
+from latchkey_service.access.policy import ANONYMOUS, Caller
 from latchkey_service.audit.audit_log import AuditContext, AuditLog
 from latchkey_service.errors import REQUEST_ID_METADATA, RequestNotParsed, RequestTooLarge
 from latchkey_service.rpc.admission import ConcurrencyLimiter, Slot
@@ -61,12 +61,18 @@ class ManagedCall:
     it gives up waiting for confirmations.
     """
 
-    __slots__ = ("_slot", "audit_context", "change", "confirm_by", "deadline")
+    __slots__ = ("_slot", "audit_context", "caller", "change", "confirm_by", "deadline")
 
     def __init__(
-        self, audit_context: AuditContext, now: float, seconds: float, slot: Slot | None
+        self,
+        audit_context: AuditContext,
+        now: float,
+        seconds: float,
+        slot: Slot | None,
+        caller: Caller = ANONYMOUS,
     ) -> None:
         self.audit_context = audit_context
+        self.caller = caller
         self.deadline = now + seconds
         self.confirm_by = now + seconds * CONFIRMATION_SHARE
         self.change: AuditContext | None = None
@@ -147,7 +153,7 @@ class ManagedCalls:
                 seconds = _budget_seconds(context)
                 slot = None if limiter is None else limiter.slot(seconds)
                 audit_context = _audit_context(path, context, request, caller.name)
-                current = ManagedCall(audit_context, self._clock(), seconds, slot)
+                current = ManagedCall(audit_context, self._clock(), seconds, slot, caller)
                 current_call.set(current)
                 async with asyncio.timeout(seconds):
                     if slot is None:

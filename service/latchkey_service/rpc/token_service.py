@@ -132,6 +132,16 @@ class TokenService(pb_grpc.TokenServiceServicer):
                 start.seconds = (day.toordinal() - _EPOCH.toordinal()) * 86_400
         return response
 
+    async def GetLimits(
+        self, request: pb.GetLimitsRequest, context: "Context"
+    ) -> pb.GetLimitsResponse:
+        call = call_of(current_call.get(), wait=False)
+        lifetime = self._lifecycle.lifetime(request.account_id, call)
+        response = pb.GetLimitsResponse(require_expiry=lifetime.requires_expiry)
+        if lifetime.max_ttl is not None:
+            response.max_ttl.FromTimedelta(lifetime.max_ttl)
+        return response
+
     async def List(self, request: pb.ListRequest, context: "Context") -> pb.ListResponse:
         deadline = current_call.get().deadline
         page = await self._tokens.list(
@@ -168,6 +178,7 @@ def call_of(call: ManagedCall, *, wait: bool = True) -> Call:
         call.committed,
         # Waiting for verifiers uses nothing that other calls need.
         call.release_slot,
+        call.caller.lifetimes.limit(call.audit_context.account_id),
     )
 
 

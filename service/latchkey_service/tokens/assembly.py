@@ -9,6 +9,7 @@ from latchkey_coherence.lease import boottime
 
 from latchkey_service.coherence.ack_waiter import AckWaiter
 from latchkey_service.coherence.reads import LeasedReads
+from latchkey_service.lifetime import UNLIMITED, Lifetime
 from latchkey_service.postgres.connections import Pool
 from latchkey_service.secret_format import Keyring
 from latchkey_service.tokens.bulk import Bulk
@@ -44,6 +45,7 @@ def build_management(
     reads: LeasedReads,
     secret_prefix: str,
     now: Callable[[], datetime],
+    lifetime: Lifetime = UNLIMITED,
 ) -> Management:
     """Return the management of tokens on `pool`."""
     guard = SealGuard(keyring, boottime)
@@ -51,7 +53,16 @@ def build_management(
     tokens = Tokens(TokenStore(pool), keyring, ack_waiter, reads, secret_prefix, now, os.urandom)
     store = LifecycleStore(pool)
     lifecycle = Lifecycle(
-        store, tokens, keyring, guard, confirmations, reads, secret_prefix, now, os.urandom
+        store,
+        tokens,
+        keyring,
+        guard,
+        confirmations,
+        reads,
+        secret_prefix,
+        now,
+        os.urandom,
+        lifetime,
     )
     bulk = Bulk(BulkStore(pool), store, keyring, confirmations, reads, now)
     first_use = FirstUse(lifecycle.retire_older, boottime)

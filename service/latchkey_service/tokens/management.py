@@ -21,6 +21,7 @@ from latchkey_service.errors import (
     NotFound,
 )
 from latchkey_service.identifiers import TOKEN_ID
+from latchkey_service.lifetime import UNLIMITED, Lifetime
 from latchkey_service.secret_format import Keyring, Secret
 from latchkey_service.tokens import page_tokens
 from latchkey_service.tokens.names import name_key
@@ -35,6 +36,7 @@ from latchkey_service.tokens.validation import (
     expire_time_violations,
     id_violations,
     label_violations,
+    lifetime_violations,
     name_violations,
     networks_in,
     permissions_in,
@@ -122,7 +124,12 @@ class Tokens:
         return created
 
     async def create_once(
-        self, new: NewToken, request: Request | None, audit_context: AuditContext, deadline: float
+        self,
+        new: NewToken,
+        request: Request | None,
+        audit_context: AuditContext,
+        deadline: float,
+        lifetime: Lifetime = UNLIMITED,
     ) -> Created | None:
         """Create a token; return None if the account has used the request's id.
 
@@ -152,12 +159,13 @@ class Tokens:
         ]
         if new.scope not in (Scope.READ, Scope.WRITE):
             violations.append(FieldViolation("scope", "must be SCOPE_READ or SCOPE_WRITE"))
-        violations += expire_time_violations(new.expire_time, now)
+        bad_expiry = expire_time_violations(new.expire_time, now)
         expire_time = new.expire_time
         if new.ttl is not None:
-            bad = ttl_violations(new.ttl, now)
-            violations += bad
-            expire_time = None if bad else now + new.ttl
+            bad_expiry += ttl_violations(new.ttl, now)
+            expire_time = None if bad_expiry else now + new.ttl
+        field = "expire_time" if new.ttl is None else "ttl"
+        violations += bad_expiry or lifetime_violations(field, expire_time, lifetime, now)
         networks = networks_in(new.allowed_networks, violations)
         permissions = permissions_in(new.permissions, violations)
         check(*violations)
