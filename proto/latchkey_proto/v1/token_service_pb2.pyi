@@ -227,7 +227,7 @@ class Token(_message.Message):
     id: _builtins.str
     """Opaque identifier, at most 64 characters, ordered by creation."""
     account_id: _builtins.str
-    """Owner of the token: 1-64 characters of A-Za-z0-9._:-"""
+    """Owner of the token: 1-128 characters of A-Za-z0-9._:@|+=/~-"""
     name: _builtins.str
     """Name given by the owner: 1-64 characters, unique among the account's
     live tokens when letter case is ignored.
@@ -548,7 +548,7 @@ class CreateRequest(_message.Message):
     PERMISSIONS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     account_id: _builtins.str
-    """Owner of the new token. Required; 1-64 characters of A-Za-z0-9._:-"""
+    """Owner of the new token. Required; 1-128 characters of A-Za-z0-9._:@|+=/~-"""
     name: _builtins.str
     """Name of the token. Required; 1-64 characters without control characters,
     after surrounding white space is removed. Create rejects a name, account or

@@ -264,7 +264,7 @@ async def running(
         yield server
     finally:
         await _end(*tasks)
-        drained = await server.stop(settings.grace_seconds)
+        drained = await server.stop(settings.grace_seconds, drain_seconds=settings.drain_seconds)
         # Only after the last answer: Deletes must wait for this process as long as it answers.
         await _end(renewing, listening, *lasts)
         await asyncio.gather(audit.close(), usage.close(), renewer.stop(remove=drained))

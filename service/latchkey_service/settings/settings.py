@@ -223,6 +223,12 @@ class Settings(BaseSettings):
     notify: Literal["on", "off"] = Field(
         "on", description="on or off: LISTEN and NOTIFY, which let a Delete return in milliseconds"
     )
+    drain_seconds: float = Field(
+        0.1,
+        ge=0,
+        le=3_600,
+        description="how long health reports NOT_SERVING before a stopping service refuses calls",
+    )
     grace_seconds: float = Field(
         10.0, ge=0, le=3_600, description="how long calls in progress may take during shutdown"
     )

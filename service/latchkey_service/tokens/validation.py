@@ -119,7 +119,7 @@ def account_violations(account_id: str) -> list[FieldViolation]:
     if not account_id:
         return [FieldViolation("account_id", "is required")]
     if not ACCOUNT_ID.fullmatch(account_id):
-        return [FieldViolation("account_id", "must be 1-64 characters of A-Za-z0-9._:-")]
+        return [FieldViolation("account_id", "must be 1-128 characters of A-Za-z0-9._:@|+=/~-")]
     return []
 
 
