@@ -168,7 +168,6 @@ async def running(
         cache_seconds=settings.cache_seconds,
         randomness=random.random,
         guard=management.guard,
-        on_first_use=management.first_use.seen,
     )
     counts = Counts()
     audit_table = AuditTable(pool)
@@ -181,6 +180,7 @@ async def running(
             reporter,
             counts,
             usage.pending,
+            management.first_use.seen,
             settings.log_verify_share,
             time.monotonic,
             time.time,

@@ -35,7 +35,7 @@ from latchkey_service.rpc.call_report import NEW_IDS, CallReporter, Metadata, ch
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.rpc.lenient_parsing import BATCH_MAX, REQUIRED_MAX, parse_non_utf8
 from latchkey_service.tokens.usage import PendingUses
-from latchkey_service.tokens.verdict import TokenRecord, Verdict
+from latchkey_service.tokens.verdict import CachedToken, TokenRecord, Verdict
 from latchkey_service.tokens.verifier import MALFORMED, UNKNOWN, Answer, Question, Verifier
 
 __all__ = ["VerifyCalls", "encode_token", "put_token"]
@@ -64,6 +64,7 @@ class VerifyCalls:
         reporter: CallReporter,
         counts: Counts,
         uses: PendingUses,
+        on_first_use: Callable[[CachedToken], None],
         log_share: float,
         monotonic: Callable[[], float],
         unix_time: Callable[[], float],
@@ -72,6 +73,8 @@ class VerifyCalls:
         self._reporter = reporter
         self._counts = counts
         self._count_first = uses.count
+        # Called with a record whose first use ends older secrets.
+        self._on_first_use = on_first_use
         self._log_share = log_share
         self._monotonic = monotonic
         self._unix_time = unix_time
@@ -201,6 +204,12 @@ class VerifyCalls:
                 use.last = now
             else:
                 self._count_first(record, presented, caller.name, now)
+                if record.retires_older is not None:
+                    self._on_first_use(record)
+        elif record is not None and record.retires_older is not None:
+            # A client that kept this answer could decide the next question by itself, and this
+            # server would not see the first use.
+            answer = answer._replace(position=NOWHERE)
         position = answer.position
         if position != self._position:
             self._position = position

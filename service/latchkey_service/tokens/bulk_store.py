@@ -241,7 +241,7 @@ class BulkStore:
                     stamped AS MATERIALIZED (
                         SELECT revision, mark, clock_timestamp() AS moment FROM next),
                     tombstone AS (
-                        UPDATE token t SET delete_time = s.moment
+                        UPDATE token t SET delete_time = s.moment, seal = ''
                           FROM stamped s, live l WHERE t.id = l.id),
                     unsealed AS (
                         UPDATE secret x SET seal = ''

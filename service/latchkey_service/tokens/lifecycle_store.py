@@ -23,6 +23,7 @@ from latchkey_service.postgres.connections import (
     retry_on_conflict,
 )
 from latchkey_service.secret_format import Secret
+from latchkey_service.tokens.seal import TokenSeal
 from latchkey_service.tokens.token_store import Request
 from latchkey_service.tokens.token_table import (
     COLUMNS,
@@ -66,6 +67,10 @@ class TokenState(NamedTuple):
     """Of all its secrets."""
     old_verifiers: bool
     """Whether a verifier is registered that does not know the rules of this release."""
+    seal: TokenSeal
+    """Of the token's row."""
+    newest_pepper_id: str
+    """That of its newest secret."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,8 @@ class Change:
     """None: unchanged."""
     version: int
     """Of the state that this was computed from."""
+    seal: TokenSeal | None
+    """Of the token's row. None: unchanged."""
     kept: Sequence[SecretRecord]
     """The secrets that stay, with their new seals. Secrets that are listed nowhere stay as is."""
     retired: Sequence[bytes] = ()
@@ -126,7 +133,8 @@ class LifecycleStore:
             rows = await session.fetch(
                 f"""
                 SELECT h.revision, h.mark, h.timeline, t.version, {_OLD_RULES},
-                       (SELECT max(s.ordinal) FROM secret s WHERE s.token_id = t.id),
+                       (SELECT ROW(s.ordinal, s.pepper_id) FROM secret s
+                         WHERE s.token_id = t.id ORDER BY s.ordinal DESC LIMIT 1),
                        (SELECT array_agg(ROW(s.digest, s.pepper_id, s.expire_time, s.retire_time,
                                              s.retire_on_first_use, s.seal,
                                              coalesce(nullif(s.hint, ''), t.hint),
@@ -137,7 +145,7 @@ class LifecycleStore:
                                                  AND u.hint = coalesce(nullif(s.hint, ''), t.hint)))
                                          ORDER BY s.ordinal DESC)
                           FROM secret s WHERE s.token_id = t.id AND s.retire_time IS NULL),
-                       {COLUMNS}, {DETAILS}
+                       t.seal, t.seal_pepper_id, {COLUMNS}, {DETAILS}
                   FROM {SNAPSHOT}
                   LEFT JOIN token t
                     ON t.account_id = $1 AND t.id = $2 AND t.delete_time IS NULL
@@ -147,7 +155,7 @@ class LifecycleStore:
             )
         row = rows[0]
         snapshot = snapshot_of(row)
-        version, old_verifiers, newest, secrets = row[3:7]
+        version, old_verifiers, newest, secrets, *seal = row[3:9]
         if version is None:
             return None, snapshot
         stored = tuple(
@@ -159,7 +167,11 @@ class LifecycleStore:
             for secret in secrets or ()
         )
         record = detailed_record_of(row)
-        return TokenState(record, version, stored, newest or 0, old_verifiers), snapshot
+        ordinal, pepper_id = newest or (0, "")
+        state = TokenState(
+            record, version, stored, ordinal, old_verifiers, TokenSeal(*seal), pepper_id
+        )
+        return state, snapshot
 
     @retry_on_conflict
     async def change(self, change: Change, audit_context: AuditContext) -> Changed | None:
@@ -201,7 +213,8 @@ class LifecycleStore:
                            SET name = $4, name_key = coalesce($5, t.name_key), scope = $6,
                                expire_time = $7, labels = $8, description = $9,
                                allowed_networks = $10, permissions = $11, hint = $12,
-                               version = t.version + 1,
+                               version = t.version + 1, seal = coalesce($35, t.seal),
+                               seal_pepper_id = coalesce($36, t.seal_pepper_id),
                                disable_time = CASE WHEN $13 THEN coalesce(t.disable_time, s.moment)
                                               END
                           FROM stamped s WHERE t.id = s.id
@@ -271,6 +284,7 @@ class LifecycleStore:
                     audit_context.peer,
                     audit_context.request_id,
                     change.repeats,
+                    *(change.seal or (None, None)),
                 )
         if row is None:
             return None

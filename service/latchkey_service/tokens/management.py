@@ -194,6 +194,7 @@ class Tokens:
                 digest,
                 audit_context,
                 self._sealer.seal(record, secret),
+                self._sealer.seal_token(record, [digest.pepper_id]).seal,
                 request,
             )
         except AlreadyExists:

@@ -149,6 +149,7 @@ class TokenStore:
         digest: Digest,
         audit_context: AuditContext,
         seal: bytes | None = None,
+        token_seal: bytes | None = None,
         request: Request | None = None,
     ) -> bool:
         """Insert a token, its secret, the request's id and the audit entry in one statement.
@@ -173,8 +174,8 @@ class TokenStore:
                 token AS (
                     INSERT INTO token (id, account_id, name, name_key, scope, create_time,
                                        expire_time, hint, labels, description, allowed_networks,
-                                       permissions)
-                    SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $16, $17, $18
+                                       permissions, seal, seal_pepper_id)
+                    SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $16, $17, $18, $26, $11
                      WHERE $21::uuid IS NULL OR EXISTS (SELECT FROM asked)
                     RETURNING id, account_id),
                 audited AS (
@@ -211,6 +212,7 @@ class TokenStore:
                     b"" if request is None else request.body,
                     None if request is None else request.asked,
                     None if request is None else request.reusable_before,
+                    token_seal,
                 )
         return status != "INSERT 0 0"
 
@@ -292,7 +294,8 @@ class TokenStore:
                     stamped AS MATERIALIZED (
                         SELECT revision, mark, id, clock_timestamp() AS moment FROM next),
                     tombstone AS (
-                        UPDATE token t SET delete_time = s.moment FROM stamped s WHERE t.id = s.id),
+                        UPDATE token t SET delete_time = s.moment, seal = ''
+                          FROM stamped s WHERE t.id = s.id),
                     -- Removing the tombstone's delete_time does not revive the token.
                     unsealed AS (
                         UPDATE secret x SET seal = '' FROM stamped s WHERE x.token_id = s.id),

@@ -91,11 +91,8 @@ class Verifier:
         cache_seconds: float,
         randomness: Callable[[], float],
         guard: SealGuard,
-        on_first_use: Callable[[TokenRecord, SecretRecord], None] = lambda _token, _secret: None,
     ) -> None:
         self._guard = guard
-        # Called with a secret whose look-up ends older ones.
-        self._on_first_use = on_first_use
         self._keyring = keyring
         self._lookup = lookup
         self._reads = reads
@@ -215,11 +212,8 @@ class Verifier:
         if read is None or secret is None:
             return Answer(Verdict.UNKNOWN, position=position)
         ended = read.delete_time is not None or secret.retire_time is not None
-        if not ended:
-            if not self._guard.trusts(read, secret):
-                return Answer(Verdict.UNKNOWN, position=position)
-            if secret.older:
-                self._on_first_use(read, secret)
+        if not ended and not self._guard.trusts(read, secret):
+            return Answer(Verdict.UNKNOWN, position=position)
         expires = _ends_at(read, secret)
         if secret.expire_time is not None and secret.expire_time.timestamp() == expires:
             read = read._replace(expire_time=secret.expire_time)
@@ -236,6 +230,7 @@ class Verifier:
             if read.allowed_networks and not ended
             else None,
             permissions=frozenset(read.permissions) if read.permissions else None,
+            retires_older=secret.digest if secret.older and not ended else None,
             # Random, from half of the time to all of it, so that tokens read together, for example
             # after a start, do not expire together.
             keep_until=self._clock() + self._cache_seconds * (0.5 + 0.5 * self._randomness()),
