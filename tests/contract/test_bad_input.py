@@ -32,6 +32,7 @@ GOOD = {
     "RetireSecrets": pb.RetireSecretsRequest(account_id="acme", id="tok_never"),
     "DeleteAll": pb.DeleteAllRequest(account_id="acme"),
     "RevokeSecret": pb.RevokeSecretRequest(secrets=["lk_nonsense"]),
+    "Import": pb.ImportRequest(tokens=[pb.ImportedToken(account_id="acme")]),
     "Verify": pb.VerifyRequest(secret="lk_nonsense", required_scope=pb.SCOPE_READ),
     "BatchVerify": pb.BatchVerifyRequest(requests=[pb.VerifyRequest(secret="lk_nonsense")]),
 }
@@ -152,6 +153,7 @@ async def test_missing_fields(channel):
         "RetireSecrets": ["account_id", "id"],
         "DeleteAll": ["account_id"],
         "RevokeSecret": ["secrets"],
+        "Import": ["tokens"],
         "BatchVerify": ["requests"],
     }
     for method, fields in required.items():

@@ -60,6 +60,7 @@ MAY = {
         )
     },
     "revoker": {TOKENS + "RevokeSecret"},
+    "importer": {TOKENS + "Import"},
     "operator": {STATUS, AUDIT, INVALIDATE_ALL},
 }
 OURS = sorted(set().union(*MAY.values()))

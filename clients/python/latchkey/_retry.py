@@ -64,7 +64,9 @@ TIMEOUTS_SECONDS: Final[Mapping[str, float]] = {
     **dict.fromkeys(("Create", "Rotate"), CHANGE_TIMEOUT_SECONDS),
     **dict.fromkeys(("Get", "GetLimits", "GetUsage", "List", "Enable"), MANAGEMENT_TIMEOUT_SECONDS),
     **dict.fromkeys(("Delete", "DeleteAll", "Disable", "Update"), CHANGE_TIMEOUT_SECONDS),
-    **dict.fromkeys(("InvalidateAll", "RetireSecrets", "RevokeSecret"), CHANGE_TIMEOUT_SECONDS),
+    **dict.fromkeys(
+        ("Import", "InvalidateAll", "RetireSecrets", "RevokeSecret"), CHANGE_TIMEOUT_SECONDS
+    ),
     "Verify": VERIFY_TIMEOUT_SECONDS,
     "BatchVerify": BATCH_VERIFY_TIMEOUT_SECONDS,
     **dict.fromkeys(("GetStatus", "AuditService.List"), MANAGEMENT_TIMEOUT_SECONDS),

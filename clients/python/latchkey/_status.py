@@ -54,6 +54,7 @@ _ADVICE_WHEN_LOST: Final[Mapping[str, str]] = {
     "Delete": "The token may be deleted, but not confirmed: call delete() again for its receipt.",
     "DeleteAll": "Tokens may be deleted, but not confirmed: call delete_all() again.",
     "Disable": "The token may be disabled, but not confirmed: call disable() again.",
+    "Import": "Tokens may be imported: call import_tokens() again.",
     "RetireSecrets": "The secrets may be dead, but not confirmed: call retire_secrets() again.",
     "RevokeSecret": "The secrets may be dead, but not confirmed: call revoke_secrets() again.",
     "Rotate": "The old secrets may be dead: call rotate() again for a new one.",

@@ -118,6 +118,11 @@ class TokenServiceStub(object):
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.DeleteAllRequest.SerializeToString,
                 response_deserializer=latchkey_dot_v1_dot_token__service__pb2.DeleteAllResponse.FromString,
                 _registered_method=True)
+        self.Import = channel.unary_unary(
+                '/latchkey.v1.TokenService/Import',
+                request_serializer=latchkey_dot_v1_dot_token__service__pb2.ImportRequest.SerializeToString,
+                response_deserializer=latchkey_dot_v1_dot_token__service__pb2.ImportResponse.FromString,
+                _registered_method=True)
         self.GetUsage = channel.unary_unary(
                 '/latchkey.v1.TokenService/GetUsage',
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.GetUsageRequest.SerializeToString,
@@ -322,6 +327,25 @@ class TokenServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Import(self, request, context):
+        """Creates tokens whose secrets exist already, from the SHA-256 hashes of these
+        secrets, so that a platform can move here without new secrets. Needs a caller
+        with the role importer for all accounts, because the rows may name any.
+
+        Safe to repeat: a secret that a token has already is not imported again, also
+        if that secret or its token has ended, and its row has the outcome EXISTS.
+        Each row has a result, and a wrong row does not affect the others. All new
+        tokens are committed together. Verifies accept an imported secret if its
+        prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
+        milliseconds, without notifications within a third of a lease. Rotate gives
+        an imported token a secret of this service.
+        Errors: INVALID_ARGUMENT if there are no tokens or too many;
+        FAILED_PRECONDITION; UNAVAILABLE: retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetUsage(self, request, context):
         """Returns who has used a live token, and how often. Counts the verifies that
         servers and reporting client libraries answered VALID; other verdicts are
@@ -450,6 +474,11 @@ def add_TokenServiceServicer_to_server(servicer, server):
                     servicer.DeleteAll,
                     request_deserializer=latchkey_dot_v1_dot_token__service__pb2.DeleteAllRequest.FromString,
                     response_serializer=latchkey_dot_v1_dot_token__service__pb2.DeleteAllResponse.SerializeToString,
+            ),
+            'Import': grpc.unary_unary_rpc_method_handler(
+                    servicer.Import,
+                    request_deserializer=latchkey_dot_v1_dot_token__service__pb2.ImportRequest.FromString,
+                    response_serializer=latchkey_dot_v1_dot_token__service__pb2.ImportResponse.SerializeToString,
             ),
             'GetUsage': grpc.unary_unary_rpc_method_handler(
                     servicer.GetUsage,
@@ -803,6 +832,33 @@ class TokenService(object):
             '/latchkey.v1.TokenService/DeleteAll',
             latchkey_dot_v1_dot_token__service__pb2.DeleteAllRequest.SerializeToString,
             latchkey_dot_v1_dot_token__service__pb2.DeleteAllResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Import(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/latchkey.v1.TokenService/Import',
+            latchkey_dot_v1_dot_token__service__pb2.ImportRequest.SerializeToString,
+            latchkey_dot_v1_dot_token__service__pb2.ImportResponse.FromString,
             options,
             channel_credentials,
             insecure,

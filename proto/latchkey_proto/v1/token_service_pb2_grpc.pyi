@@ -163,6 +163,21 @@ class TokenServiceStub:
     receipt also covers the deletions before it.
     Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.
     """
+    Import: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.ImportRequest, _token_service_pb2.ImportResponse]
+    """Creates tokens whose secrets exist already, from the SHA-256 hashes of these
+    secrets, so that a platform can move here without new secrets. Needs a caller
+    with the role importer for all accounts, because the rows may name any.
+
+    Safe to repeat: a secret that a token has already is not imported again, also
+    if that secret or its token has ended, and its row has the outcome EXISTS.
+    Each row has a result, and a wrong row does not affect the others. All new
+    tokens are committed together. Verifies accept an imported secret if its
+    prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
+    milliseconds, without notifications within a third of a lease. Rotate gives
+    an imported token a secret of this service.
+    Errors: INVALID_ARGUMENT if there are no tokens or too many;
+    FAILED_PRECONDITION; UNAVAILABLE: retry.
+    """
     GetUsage: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.GetUsageRequest, _token_service_pb2.GetUsageResponse]
     """Returns who has used a live token, and how often. Counts the verifies that
     servers and reporting client libraries answered VALID; other verdicts are
@@ -349,6 +364,21 @@ class TokenServiceAsyncStub(TokenServiceStub):
     the oldest first. Safe to retry: a repetition deletes what is left, and its
     receipt also covers the deletions before it.
     Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.
+    """
+    Import: _aio.UnaryUnaryMultiCallable[_token_service_pb2.ImportRequest, _token_service_pb2.ImportResponse]  # type: ignore[assignment]
+    """Creates tokens whose secrets exist already, from the SHA-256 hashes of these
+    secrets, so that a platform can move here without new secrets. Needs a caller
+    with the role importer for all accounts, because the rows may name any.
+
+    Safe to repeat: a secret that a token has already is not imported again, also
+    if that secret or its token has ended, and its row has the outcome EXISTS.
+    Each row has a result, and a wrong row does not affect the others. All new
+    tokens are committed together. Verifies accept an imported secret if its
+    prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
+    milliseconds, without notifications within a third of a lease. Rotate gives
+    an imported token a secret of this service.
+    Errors: INVALID_ARGUMENT if there are no tokens or too many;
+    FAILED_PRECONDITION; UNAVAILABLE: retry.
     """
     GetUsage: _aio.UnaryUnaryMultiCallable[_token_service_pb2.GetUsageRequest, _token_service_pb2.GetUsageResponse]  # type: ignore[assignment]
     """Returns who has used a live token, and how often. Counts the verifies that
@@ -599,6 +629,27 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         the oldest first. Safe to retry: a repetition deletes what is left, and its
         receipt also covers the deletions before it.
         Errors: INVALID_ARGUMENT; UNAVAILABLE: retry.
+        """
+
+    @_abc_1.abstractmethod
+    def Import(
+        self,
+        request: _token_service_pb2.ImportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_service_pb2.ImportResponse, _abc.Awaitable[_token_service_pb2.ImportResponse]]:
+        """Creates tokens whose secrets exist already, from the SHA-256 hashes of these
+        secrets, so that a platform can move here without new secrets. Needs a caller
+        with the role importer for all accounts, because the rows may name any.
+
+        Safe to repeat: a secret that a token has already is not imported again, also
+        if that secret or its token has ended, and its row has the outcome EXISTS.
+        Each row has a result, and a wrong row does not affect the others. All new
+        tokens are committed together. Verifies accept an imported secret if its
+        prefix is among LATCHKEY_IMPORTED_PREFIXES, on every server within
+        milliseconds, without notifications within a third of a lease. Rotate gives
+        an imported token a secret of this service.
+        Errors: INVALID_ARGUMENT if there are no tokens or too many;
+        FAILED_PRECONDITION; UNAVAILABLE: retry.
         """
 
     @_abc_1.abstractmethod

@@ -65,6 +65,8 @@ from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.assembly import build_management
 from latchkey_service.tokens.batched_lookup import Lookup
+from latchkey_service.tokens.imported import ImportedSecrets
+from latchkey_service.tokens.leased_lookup import LeasedLookup
 from latchkey_service.tokens.sealing import seal_rows
 from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.usage_table import UsageTable
@@ -97,6 +99,7 @@ async def running(
         # In either case, continuing without a policy could admit everybody.
         raise PolicyError("a worker needs both the setting and the text of the policy, or neither")
     active_policy = None if text is None else ActivePolicy(policies.parse(text))
+    keyring = Keyring(keyring.peppers, settings.accepted_prefixes)
     connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
     cache, notify = settings.cache == "on", settings.notify == "on"
     identity = _identity(settings, keyring)
@@ -107,11 +110,14 @@ async def running(
     )
     pool = await Pool.open(connector)
     lookup = Lookup(connector.connect_with_generic_plans, boottime)
+    # Connects when the first imported secret is presented.
+    imported_lookup = Lookup(connector.connect_with_generic_plans, boottime)
 
     def reconnect() -> None:
         """Make the other connections follow the lease to another server."""
         pool.reconnect()
         lookup.reconnect()
+        imported_lookup.reconnect()
 
     primary = Primary(connector, reconnect)
     renewer = LeaseRenewer(verifier_state, identity, primary, boottime)
@@ -168,6 +174,15 @@ async def running(
         cache_seconds=settings.cache_seconds,
         randomness=random.random,
         guard=management.guard,
+        imported=ImportedSecrets(
+            keyring,
+            LeasedLookup(
+                imported_lookup,
+                LeasedReads(renewer, verifier_state, boottime, imported_lookup.reconnect),
+            ),
+            verifier_state,
+            boottime,
+        ),
     )
     counts = Counts()
     audit_table = AuditTable(pool)
@@ -192,7 +207,7 @@ async def running(
         active_policy.on_change(paths.recheck)
     services = Services(
         FullTokenService(  # type: ignore[abstract]  # VerifyCalls has the rest
-            management, watch_sessions, usage.table, time.time
+            management, watch_sessions, usage.table, time.time, keyring.imported_prefixes
         ),
         StatusService(table, identity.id, primary.warnings),
         AuditService(audit_table),
@@ -273,6 +288,7 @@ async def running(
             management.first_use.close(),
             primary.close(),
             lookup.close(),
+            imported_lookup.close(),
             store.close(),
         )
         log_counts(counts, gauges)

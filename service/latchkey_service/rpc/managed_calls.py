@@ -17,7 +17,14 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from latchkey_service.access.authenticator import Authenticator, check_account
-from latchkey_service.access.methods import MANAGER, OPERATOR, REVOKER, Rule, rule_of
+from latchkey_service.access.methods import (
+    IMPORTER,
+    MANAGER,
+    OPERATOR,
+    REVOKER,
+    Rule,
+    rule_of,
+)
 from latchkey_service.access.policy import ANONYMOUS, Caller
 from latchkey_service.audit.audit_log import AuditContext, AuditLog
 from latchkey_service.errors import REQUEST_ID_METADATA, RequestNotParsed, RequestTooLarge
@@ -34,6 +41,8 @@ CONCURRENCY_LIMITS: Mapping[str, tuple[int, int]] = {
     MANAGER: (8, 1_000),
     OPERATOR: (2, 100),
     REVOKER: (2, 100),
+    # An import sends one batch after the other.
+    IMPORTER: (1, 100),
 }
 # Limit for callers with a longer deadline, or none: longer than any healthy call takes.
 CALL_SECONDS_MAX = 10.0

@@ -6,7 +6,7 @@ Verify and BatchVerify are not here: `verify_calls.py` has the whole of them.
 """
 
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -61,10 +61,13 @@ class TokenService(pb_grpc.TokenServiceServicer):
         watch_sessions: WatchSessions,
         usage_table: UsageTable,
         unix_time: Callable[[], float],
+        imported_prefixes: Sequence[str] = (),
     ) -> None:
+        self._imported_prefixes = imported_prefixes
         self._tokens = management.tokens
         self._lifecycle = management.lifecycle
         self._bulk = management.bulk
+        self._importer = management.importer
         self._watch_sessions = watch_sessions
         self._usage_table = usage_table
         self._unix_time = unix_time
@@ -83,7 +86,10 @@ class TokenService(pb_grpc.TokenServiceServicer):
                 yield Request(applied, request.number, request.released, report.number, uses)
 
         async def send(event: Event) -> None:
-            await context.write(_watch_response(event))
+            response = _watch_response(event)
+            if isinstance(event, Grant):
+                response.grant.imported_prefixes.extend(self._imported_prefixes)
+            await context.write(response)
 
         caller = current_caller.get().name
         await self._watch_sessions.serve(requests(), send, _client_of(context), caller)

@@ -16,6 +16,8 @@ from latchkey_service.tokens.bulk import Bulk
 from latchkey_service.tokens.bulk_store import BulkStore
 from latchkey_service.tokens.confirmation import Confirmations
 from latchkey_service.tokens.first_use import FirstUse
+from latchkey_service.tokens.import_store import ImportStore
+from latchkey_service.tokens.importing import Importer
 from latchkey_service.tokens.lifecycle import Lifecycle
 from latchkey_service.tokens.lifecycle_store import LifecycleStore
 from latchkey_service.tokens.management import Tokens
@@ -33,6 +35,7 @@ class Management:
     tokens: Tokens
     lifecycle: Lifecycle
     bulk: Bulk
+    importer: Importer
     guard: SealGuard
     first_use: FirstUse
     upkeep_store: UpkeepStore
@@ -65,5 +68,8 @@ def build_management(
         lifetime,
     )
     bulk = Bulk(BulkStore(pool), store, keyring, confirmations, reads, now)
+    importer = Importer(
+        ImportStore(pool), store, keyring, guard, confirmations, reads, now, os.urandom, lifetime
+    )
     first_use = FirstUse(lifecycle.retire_older, boottime)
-    return Management(tokens, lifecycle, bulk, guard, first_use, UpkeepStore(pool))
+    return Management(tokens, lifecycle, bulk, importer, guard, first_use, UpkeepStore(pool))

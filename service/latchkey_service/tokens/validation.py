@@ -17,6 +17,7 @@ from latchkey_service.identifiers import ACCOUNT_ID
 from latchkey_service.lifetime import Lifetime, in_words
 from latchkey_service.secret_format import contains_secret
 from latchkey_service.tokens.names import is_visible
+from latchkey_service.tokens.verdict import Scope
 
 __all__ = [
     "LABELS_MAX",
@@ -32,6 +33,7 @@ __all__ = [
     "lifetime_violations",
     "name_violations",
     "networks_in",
+    "new_token_violations",
     "permissions_in",
     "printable",
     "request_id_in",
@@ -196,6 +198,26 @@ def secret_violations(texts: Iterable[tuple[str, str]]) -> list[FieldViolation]:
     """Check (field, text) pairs for secrets, which would be stored and shown as they are."""
     fields = {field: None for field, text in texts if contains_secret(text[:SCANNED_LENGTH_MAX])}
     return [FieldViolation(field, "must not contain a secret") for field in fields]
+
+
+def new_token_violations(
+    account_id: str, name: str, scope: int, labels: Mapping[str, str], description: str
+) -> list[FieldViolation]:
+    """Check the fields of a new token that are plain texts, and its scope."""
+    texts = [("account_id", account_id), ("name", name)]
+    if len(labels) <= LABELS_MAX:
+        texts += [("labels", text) for pair in labels.items() for text in pair]
+    violations = [
+        *account_violations(account_id),
+        *name_violations(name),
+        *label_violations(labels),
+        *description_violations(description),
+        # The service stores and shows all of these as they are.
+        *secret_violations([*texts, ("description", description)]),
+    ]
+    if scope not in (Scope.READ, Scope.WRITE):
+        violations.append(FieldViolation("scope", "must be SCOPE_READ or SCOPE_WRITE"))
+    return violations
 
 
 def networks_in(texts: Sequence[str], violations: list[FieldViolation]) -> tuple[str, ...]:
