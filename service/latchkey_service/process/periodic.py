@@ -170,13 +170,18 @@ async def purge(store: TokenStore, retention: timedelta, now: Callable[[], datet
 
 
 async def purge_lifecycle(
-    store: UpkeepStore, retention: timedelta, now: Callable[[], datetime]
+    store: UpkeepStore,
+    expired_retention: timedelta,
+    retention: timedelta,
+    now: Callable[[], datetime],
 ) -> None:
-    """Remove what ended long ago once an hour: tokens, secrets, ids of requests."""
+    """Remove what ended long ago once an hour: expired tokens, secrets, ids of requests."""
 
     async def purge_all() -> None:
         total = 0
-        while gone := await store.purge_ended(now() - retention, PURGE_BATCH):
+        while gone := await store.purge_ended(
+            now() - expired_retention, now() - retention, PURGE_BATCH
+        ):
             total += gone
         while await store.purge_requests(now() - REQUEST_AGE_MAX, PURGE_BATCH):
             pass

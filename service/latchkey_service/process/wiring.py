@@ -65,6 +65,8 @@ from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.assembly import build_management
 from latchkey_service.tokens.batched_lookup import Lookup
+from latchkey_service.tokens.imported import ImportedSecrets
+from latchkey_service.tokens.leased_lookup import LeasedLookup
 from latchkey_service.tokens.sealing import seal_rows
 from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.usage_table import UsageTable
@@ -97,6 +99,7 @@ async def running(
         # In either case, continuing without a policy could admit everybody.
         raise PolicyError("a worker needs both the setting and the text of the policy, or neither")
     active_policy = None if text is None else ActivePolicy(policies.parse(text))
+    keyring = Keyring(keyring.peppers, settings.accepted_prefixes)
     connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
     cache, notify = settings.cache == "on", settings.notify == "on"
     identity = _identity(settings, keyring)
@@ -107,11 +110,14 @@ async def running(
     )
     pool = await Pool.open(connector)
     lookup = Lookup(connector.connect_with_generic_plans, boottime)
+    # Connects when the first imported secret is presented.
+    imported_lookup = Lookup(connector.connect_with_generic_plans, boottime)
 
     def reconnect() -> None:
         """Make the other connections follow the lease to another server."""
         pool.reconnect()
         lookup.reconnect()
+        imported_lookup.reconnect()
 
     primary = Primary(connector, reconnect)
     listener = NotifyListener(
@@ -149,7 +155,9 @@ async def running(
         notify=notify,
     )
     reads = LeasedReads(renewer, verifier_state, boottime, pool.reconnect)
-    management = build_management(pool, keyring, ack_waiter, reads, settings.secret_prefix, _now)
+    management = build_management(
+        pool, keyring, ack_waiter, reads, settings.secret_prefix, _now, settings.lifetime
+    )
     verifier = Verifier(
         keyring,
         lookup,
@@ -161,6 +169,15 @@ async def running(
         cache_seconds=settings.cache_seconds,
         randomness=random.random,
         guard=management.guard,
+        imported=ImportedSecrets(
+            keyring,
+            LeasedLookup(
+                imported_lookup,
+                LeasedReads(renewer, verifier_state, boottime, imported_lookup.reconnect),
+            ),
+            verifier_state,
+            boottime,
+        ),
     )
     counts = Counts()
     audit_table = AuditTable(pool)
@@ -185,7 +202,7 @@ async def running(
         active_policy.on_change(paths.recheck)
     services = Services(
         FullTokenService(  # type: ignore[abstract]  # VerifyCalls has the rest
-            management, watch_sessions, usage.table, time.time
+            management, watch_sessions, usage.table, time.time, keyring.imported_prefixes
         ),
         StatusService(table, identity.id, primary.warnings),
         AuditService(audit_table, reads),
@@ -243,7 +260,12 @@ async def running(
         follow_peppers(table, identity.id),
         primary.run(),
         purge(store, retention, _now),
-        purge_lifecycle(management.upkeep_store, retention, _now),
+        purge_lifecycle(
+            management.upkeep_store,
+            timedelta(days=settings.expired_retention_days),
+            retention,
+            _now,
+        ),
         seal_rows(management.guard, management.upkeep_store),
         prune_log(table, settings.lease_seconds),
         purge_audit(audit_table, timedelta(days=settings.audit_retention_days), _now),
@@ -263,6 +285,7 @@ async def running(
             management.first_use.close(),
             primary.close(),
             lookup.close(),
+            imported_lookup.close(),
             store.close(),
         )
         log_counts(counts, gauges)

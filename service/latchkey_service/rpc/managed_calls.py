@@ -17,8 +17,15 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from latchkey_service.access.authenticator import Authenticator, check_account
-from latchkey_service.access.methods import MANAGER, OPERATOR, REVOKER, Rule, rule_of
-from latchkey_service.access.policy import ANONYMOUS
+from latchkey_service.access.methods import (
+    IMPORTER,
+    MANAGER,
+    OPERATOR,
+    REVOKER,
+    Rule,
+    rule_of,
+)
+from latchkey_service.access.policy import ANONYMOUS, Caller
 from latchkey_service.audit.audit_log import AuditContext, AuditLog
 from latchkey_service.errors import REQUEST_ID_METADATA, RequestNotParsed, RequestTooLarge
 from latchkey_service.rpc.admission import ConcurrencyLimiter, Slot
@@ -34,6 +41,8 @@ CONCURRENCY_LIMITS: Mapping[str, tuple[int, int]] = {
     MANAGER: (8, 1_000),
     OPERATOR: (2, 100),
     REVOKER: (2, 100),
+    # An import sends one batch after the other.
+    IMPORTER: (1, 100),
 }
 # Limit for callers with a longer deadline, or none: longer than any healthy call takes.
 CALL_SECONDS_MAX = 10.0
@@ -61,12 +70,18 @@ class ManagedCall:
     it gives up waiting for confirmations.
     """
 
-    __slots__ = ("_slot", "audit_context", "change", "confirm_by", "deadline")
+    __slots__ = ("_slot", "audit_context", "caller", "change", "confirm_by", "deadline")
 
     def __init__(
-        self, audit_context: AuditContext, now: float, seconds: float, slot: Slot | None
+        self,
+        audit_context: AuditContext,
+        now: float,
+        seconds: float,
+        slot: Slot | None,
+        caller: Caller = ANONYMOUS,
     ) -> None:
         self.audit_context = audit_context
+        self.caller = caller
         self.deadline = now + seconds
         self.confirm_by = now + seconds * CONFIRMATION_SHARE
         self.change: AuditContext | None = None
@@ -147,7 +162,7 @@ class ManagedCalls:
                 seconds = _budget_seconds(context)
                 slot = None if limiter is None else limiter.slot(seconds)
                 audit_context = _audit_context(path, context, request, caller.name)
-                current = ManagedCall(audit_context, self._clock(), seconds, slot)
+                current = ManagedCall(audit_context, self._clock(), seconds, slot, caller)
                 current_call.set(current)
                 async with asyncio.timeout(seconds):
                     if slot is None:

@@ -6,7 +6,7 @@ Verify and BatchVerify are not here: `verify_calls.py` has the whole of them.
 """
 
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -62,10 +62,13 @@ class TokenService(pb_grpc.TokenServiceServicer):
         watch_sessions: WatchSessions,
         usage_table: UsageTable,
         unix_time: Callable[[], float],
+        imported_prefixes: Sequence[str] = (),
     ) -> None:
+        self._imported_prefixes = imported_prefixes
         self._tokens = management.tokens
         self._lifecycle = management.lifecycle
         self._bulk = management.bulk
+        self._importer = management.importer
         self._watch_sessions = watch_sessions
         self._usage_table = usage_table
         self._unix_time = unix_time
@@ -90,7 +93,10 @@ class TokenService(pb_grpc.TokenServiceServicer):
                 )
 
         async def send(event: Event) -> None:
-            await context.write(_watch_response(event))
+            response = _watch_response(event)
+            if isinstance(event, Grant):
+                response.grant.imported_prefixes.extend(self._imported_prefixes)
+            await context.write(response)
 
         caller = current_caller.get().name
         await self._watch_sessions.serve(requests(), send, _client_of(context), caller)
@@ -139,6 +145,16 @@ class TokenService(pb_grpc.TokenServiceServicer):
                 start.seconds = (day.toordinal() - _EPOCH.toordinal()) * 86_400
         return response
 
+    async def GetLimits(
+        self, request: pb.GetLimitsRequest, context: "Context"
+    ) -> pb.GetLimitsResponse:
+        call = call_of(current_call.get(), wait=False)
+        lifetime = self._lifecycle.lifetime(request.account_id, call)
+        response = pb.GetLimitsResponse(require_expiry=lifetime.requires_expiry)
+        if lifetime.max_ttl is not None:
+            response.max_ttl.FromTimedelta(lifetime.max_ttl)
+        return response
+
     async def List(self, request: pb.ListRequest, context: "Context") -> pb.ListResponse:
         deadline = current_call.get().deadline
         page = await self._tokens.list(
@@ -175,6 +191,7 @@ def call_of(call: ManagedCall, *, wait: bool = True) -> Call:
         call.committed,
         # Waiting for verifiers uses nothing that other calls need.
         call.release_slot,
+        call.caller.lifetimes.limit(call.audit_context.account_id),
     )
 
 

@@ -150,7 +150,8 @@ class VerifyCalls:
             cached = self._verifier.verify_cached(secret, scope, address, required)
             if cached is None:
                 question = Question(secret, scope, address, required)
-                answer = await self._verifier.verify(question, context.time_remaining())
+                left = context.time_remaining()
+                answer = await self._verifier.verify(question, left, caller.name)
             else:
                 answer = cached
         return self._completed(answer, secret, caller)
@@ -175,7 +176,8 @@ class VerifyCalls:
             Question(r.secret, r.required_scope, r.client_address, r.required_permissions)
             for r in requests
         ]
-        answers = await self._verifier.verify_batch(questions, context.time_remaining())
+        left = context.time_remaining()
+        answers = await self._verifier.verify_batch(questions, left, caller.name)
         encoded: list[bytes] = []
         for question, answer in zip(questions, answers, strict=True):
             response = self._completed(answer, question.presented, caller)

@@ -111,7 +111,9 @@ class Lookup:
         self._expiry_timer: asyncio.TimerHandle | None = None
 
     async def find_all(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
-        """Return the tokens with these 1 to 1,000 digests, in order, from one snapshot.
+        """Return the tokens with these digests, in order, from one snapshot.
+
+        Up to 1,000, or as many for each pepper if the secrets are imported ones.
 
         Raises StoreUnavailable, Overloaded, and Unavailable at `deadline` (monotonic seconds).
         """
