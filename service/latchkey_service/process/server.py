@@ -127,7 +127,8 @@ class Server:
             self.tls_address = _with_port(settings.tls_listen, port)
 
         addresses = [address for address in (self.address, self.tls_address) if address is not None]
-        self.guard = ConnectionGuard(addresses, limits)
+        proxied = [] if settings.trusted_proxy is None else [self.address]
+        self.guard = ConnectionGuard(addresses, limits, proxied)
         self.metrics: WorkerMetrics
         """Set by `running`."""
 
