@@ -200,7 +200,7 @@ class _Stream:
 def _parsed(rule: Rule, parse: Parse, data: bytes) -> Any:
     """Return the message of a stream. Raises RequestTooLarge and RequestNotParsed."""
     if len(data) > rule.bytes_max:
-        raise RequestTooLarge(len(data), rule.bytes_max)
+        raise RequestTooLarge(rule.bytes_max)
     try:
         return parse(data)
     except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser

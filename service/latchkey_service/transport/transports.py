@@ -17,7 +17,7 @@ from latchkey_service.settings.exposure import Transport, transport_of
 from latchkey_service.settings.settings import Settings
 
 if TYPE_CHECKING:
-    from latchkey_service.transport.native import Reject
+    from latchkey_service.transport.native import Reject, Screen
 
 __all__ = [
     "Limits",
@@ -84,19 +84,23 @@ def limits_of(settings: Settings) -> Limits:
     connections = settings.connections_max
     if files != resource.RLIM_INFINITY:
         connections = max(1, min(connections, (files - FILES_RESERVED) // listeners))
-    return Limits(
-        connections, settings.connections_per_address, settings.connection_age_seconds
-    )
+    return Limits(connections, settings.connections_per_address, settings.connection_age_seconds)
 
 
-def make_transport(name: Transport, limits: Limits, reject: "Reject") -> grpc.aio.Server:
-    """Create the server of a transport. `reject` rejects calls before they start."""
+def make_transport(
+    name: Transport, limits: Limits, reject: "Reject", screen: "Screen | None" = None
+) -> grpc.aio.Server:
+    """Create the server of a transport.
+
+    `reject` rejects calls before they start, and `screen` identifies the callers of calls that
+    wait; None if there is no policy.
+    """
     options = options_of(name, limits)
     if name == "native":
         # Imported here, so that grpcio works without the library.
         from latchkey_service.transport import native  # noqa: PLC0415
 
-        return native.Server(options, reject)
+        return native.Server(options, reject, screen=screen)
     return grpc.aio.server(options=options)
 
 

@@ -46,7 +46,7 @@ class Server(native.Server):
         self.delay_seconds = 0.0
         super().__init__([], self.reject_all, lambda: self.clock)
         self.front = self._front = Front()  # type: ignore[assignment]
-        self._queue_of = [self._queue_for(path) for path in PATHS]
+        self._set_paths(PATHS)
         self._table = [(path, None) for path in PATHS]  # type: ignore[misc]
         # As if other calls were arriving too.
         self._others_at = self.clock
@@ -55,7 +55,11 @@ class Server(native.Server):
         self.rejected: list[str] = []
 
     def reject_all(
-        self, path: str, seconds: float | None, error: LatchkeyError | None = None
+        self,
+        path: str,
+        seconds: float | None,
+        error: LatchkeyError | None = None,
+        peer: str = "",
     ) -> tuple[StatusParts, float]:
         assert seconds is None
         self.rejected.append(path)
