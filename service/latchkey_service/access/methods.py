@@ -16,6 +16,7 @@ __all__ = [
     "OPEN",
     "OPERATOR",
     "REFLECTION",
+    "REMOVALS",
     "REVOKER",
     "ROLES",
     "VERIFIER",
@@ -131,6 +132,11 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
     }
 )
 REFLECTION: Final = "/grpc.reflection."
+# The methods that only take rights away. They go before others: whoever calls one may be closing a
+# hole. `Update` and `Rotate` can do either, which only their requests show.
+REMOVALS: Final = frozenset(
+    _TOKENS + name for name in ("Delete", "DeleteAll", "Disable", "RetireSecrets", "RevokeSecret")
+)
 
 
 def rule_of(path: str) -> Rule:

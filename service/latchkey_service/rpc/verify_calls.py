@@ -224,7 +224,7 @@ class VerifyCalls:
 def _parsed_batch(data: bytes) -> Sequence[pb.VerifyRequest]:
     """Return the questions of a BatchVerify. Raises RequestTooLarge and RequestNotParsed."""
     if len(data) > _BATCH_VERIFY_BYTES_MAX:
-        raise RequestTooLarge(len(data), _BATCH_VERIFY_BYTES_MAX)
+        raise RequestTooLarge(_BATCH_VERIFY_BYTES_MAX)
     try:
         batch = pb.BatchVerifyRequest.FromString(data)
     except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser

@@ -162,6 +162,13 @@ class Settings(BaseSettings):
     connections_max: int = Field(
         10_000, ge=1, le=1_000_000, description="limit of connections to each listener of a worker"
     )
+    connections_per_address: int = Field(
+        500,
+        ge=0,
+        le=1_000_000,
+        description="limit of connections to each listener of a worker from one IP address, or "
+        "IPv6 /64 network; not behind TRUSTED_PROXY; 0: no limit",
+    )
     connection_age_seconds: float = Field(
         600.0,
         ge=0,
