@@ -139,6 +139,30 @@ async def test_retire_on_first_use(stub, create):
     assert len((await get(stub, created.token.id)).secrets) == 1
 
 
+async def test_a_refused_verify_is_not_the_first_use(stub, create):
+    """A verify of the new secret that is not answered VALID leaves the old one as it is, and does
+    not hide the first use that follows."""
+    created = await create(scope=pb.SCOPE_READ)
+    rotated = await stub.Rotate(rotate(created.token.id, retire_on_first_use=True))
+
+    def retiring() -> bool:
+        # The server runs in this process.
+        return any(task.get_name() == "retire older secrets" for task in asyncio.all_tasks())
+
+    for _ in range(3):
+        refused = pb.VerifyRequest(secret=rotated.secret, required_scope=pb.SCOPE_WRITE)
+        answer = await stub.Verify(refused)
+        assert not retiring()
+        assert answer.verdict == pb.VERDICT_INSUFFICIENT_SCOPE
+        assert answer.token.id == created.token.id
+        assert (answer.revision, answer.mark) == (0, 0)
+    assert await verdict(stub, created.secret) == "VALID"
+    assert len((await get(stub, created.token.id)).secrets) == 2
+    assert await verdict(stub, rotated.secret) == "VALID"
+    await becomes("EXPIRED", stub, created.secret)
+    assert await verdict(stub, rotated.secret) == "VALID"
+
+
 async def test_delete_ends_all_secrets(stub, create):
     """Deleting a token ends every secret of it."""
     created = await create()

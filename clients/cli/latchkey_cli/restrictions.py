@@ -1,7 +1,7 @@
 """Options that restrict tokens, and those that select tokens by a filter."""
 
 import enum
-from datetime import UTC, datetime
+from datetime import UTC, datetime, time
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -59,10 +59,11 @@ def _future(text: str) -> datetime:
 
 
 def _moment(text: str, direction: int) -> datetime:
-    """Parse a moment. A duration counts from now: 1 for later, -1 for earlier."""
+    """Parse a moment. A duration counts from now: 1 for later, -1 for earlier. A date means the
+    first moment of that day."""
     wrong = "give a duration (30m, 12h, 7d), a date, or a time with its zone (2030-01-31T18:00:00Z)"
     try:
-        said = parse_expiry(text)
+        said = parse_expiry(text, time())
         moment = said.expire_time
         if said.ttl is not None:
             moment = datetime.now(UTC) + direction * said.ttl

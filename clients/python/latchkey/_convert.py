@@ -25,9 +25,13 @@ from latchkey._subscription import (
     UsesReceived,
 )
 from latchkey._uses import UseReport
-from latchkey.errors import InternalError, InvalidArgument, invalid
+from latchkey.errors import FieldViolation, InternalError, InvalidArgument, invalid
 from latchkey.models import (
     CallerUsage,
+    ImportedToken,
+    ImportOutcome,
+    ImportResult,
+    Limits,
     Notifications,
     Page,
     Receipt,
@@ -72,6 +76,13 @@ _VERDICTS: Final[Mapping[int, Verdict]] = {
     pb.VERDICT_INSUFFICIENT_PERMISSIONS: Verdict.INSUFFICIENT_PERMISSIONS,
 }
 
+_IMPORT_OUTCOMES: Final[Mapping[int, ImportOutcome]] = {
+    pb.IMPORT_OUTCOME_IMPORTED: ImportOutcome.IMPORTED,
+    pb.IMPORT_OUTCOME_EXISTS: ImportOutcome.EXISTS,
+    pb.IMPORT_OUTCOME_OTHER_ACCOUNT: ImportOutcome.OTHER_ACCOUNT,
+    pb.IMPORT_OUTCOME_NAME_TAKEN: ImportOutcome.NAME_TAKEN,
+    pb.IMPORT_OUTCOME_INVALID: ImportOutcome.INVALID,
+}
 _NOTIFICATIONS: Final[Mapping[int, Notifications]] = {
     status_pb.NOTIFICATIONS_ARRIVE: Notifications.ARRIVE,
     status_pb.NOTIFICATIONS_SILENT: Notifications.SILENT,
@@ -200,6 +211,50 @@ def usage_in(message: pb.GetUsageResponse) -> tuple[CallerUsage, ...]:
     )
 
 
+def limits_in(message: pb.GetLimitsResponse) -> Limits:
+    """Convert limits from protobuf."""
+    return Limits(
+        max_ttl=_duration_in(message.max_ttl) if message.HasField("max_ttl") else None,
+        require_expiry=message.require_expiry,
+    )
+
+
+def imported_out(token: ImportedToken) -> pb.ImportedToken:
+    """Return a token to import as a message. Raises InvalidArgument for values that do not fit."""
+    return build(
+        lambda: pb.ImportedToken(
+            account_id=token.account_id,
+            name=token.name,
+            scope=scope_out(token.scope, "scope"),
+            expire_time=(
+                None if token.expire_time is None else time_out(token.expire_time, "expire_time")
+            ),
+            labels=token.labels,
+            description=token.description,
+            allowed_networks=several(token.allowed_networks, "allowed_networks"),
+            permissions=several(token.permissions, "permissions"),
+            secret_sha256=token.secret_sha256,
+            hint=token.hint,
+            create_time=(
+                None if token.create_time is None else time_out(token.create_time, "create_time")
+            ),
+            disabled=token.disabled,
+        )
+    )
+
+
+def import_result_in(message: pb.ImportResult) -> ImportResult:
+    """Convert what Import did with a row from protobuf."""
+    return ImportResult(
+        outcome=_IMPORT_OUTCOMES.get(message.outcome, ImportOutcome.UNSPECIFIED),
+        token_id=message.id,
+        field_violations=tuple(
+            FieldViolation(violation.field, violation.description)
+            for violation in message.field_violations
+        ),
+    )
+
+
 def page_in(message: pb.ListResponse) -> Page:
     """Convert a page from protobuf."""
     return Page(
@@ -286,7 +341,8 @@ def watch_event_in(message: object) -> Event | None:
         case "grant":
             grant = message.grant
             seconds = grant.lease_duration.seconds + grant.lease_duration.nanos / 1e9
-            return Grant(_position_in(grant), grant.number, seconds)
+            prefixes = tuple(grant.imported_prefixes)
+            return Grant(_position_in(grant), grant.number, seconds, prefixes)
         case "reset":
             return Reset(_position_in(message.reset))
         case "closing":

@@ -18,6 +18,8 @@ from latchkey.models import (
     UNCHANGED,
     Change,
     Deletions,
+    ImportedToken,
+    ImportResult,
     Revocation,
     RotatedToken,
     Scope,
@@ -238,6 +240,27 @@ class LifecycleCalls(Connection):
             timeout_seconds,
         )
         return _outcomes_in(answer, len(texts))
+
+    async def import_tokens(
+        self,
+        tokens: Iterable[ImportedToken],
+        *,
+        validate_only: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> tuple[ImportResult, ...]:
+        """Create 1 to 1,000 tokens whose secrets exist already, from the hashes of these secrets.
+
+        The results come in the order of the tokens. A secret that a token has already, or had, is
+        not imported again, so this is safe to repeat. With `validate_only`, it imports nothing.
+        Needs the role `importer` for all accounts if the service has a policy.
+        """
+        rows = [_convert.imported_out(token) for token in tokens]
+        request = pb.ImportRequest(tokens=rows, validate_only=validate_only)
+        answer = await self._call("Import", self._rpcs().Import, request, timeout_seconds)
+        if len(answer.results) != len(rows):
+            # If results cannot be matched to tokens, none of them can be used.
+            raise InternalError("The service did not answer for every token of a batch.")
+        return tuple(_convert.import_result_in(result) for result in answer.results)
 
     async def delete_all(
         self,

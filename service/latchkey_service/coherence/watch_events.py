@@ -1,6 +1,6 @@
 """The messages of a Watch stream, as values. `rpc/token_service.py` converts them to protobuf."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from latchkey_coherence.verdict_cache import Position
@@ -28,13 +28,18 @@ class ReportedUse(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A message from a client. `report` is the number of the report of `uses`, 0 without one."""
+    """A message from a client.
+
+    `report` is the number of its report, which has `use_count` uses, or 0 without a report.
+    """
 
     applied: Position
     number: int
     released: bool
     report: int = 0
-    uses: Sequence[ReportedUse] = ()
+    use_count: int = 0
+    uses: Iterable[ReportedUse] = ()
+    """Read at most once."""
 
 
 class Invalidation(NamedTuple):

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import math
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
 from latchkey_coherence.verdict_cache import NOWHERE, Position
@@ -274,7 +274,7 @@ class WatchSessions:
         *,
         enabled: bool,
         stream_seconds: float = math.inf,
-        on_uses: Callable[[str, Sequence[ReportedUse]], None] = lambda _caller, _uses: None,
+        on_uses: Callable[[str, Iterable[ReportedUse]], None] = lambda _caller, _uses: None,
     ) -> None:
         self._state = state
         self._clock = clock
@@ -408,7 +408,7 @@ class WatchSessions:
             now = self._clock()
             # First, because `released` ends the stream.
             if request.report and stream.session.use_reports.accept(
-                request.report, len(request.uses), now
+                request.report, request.use_count, now
             ):
                 self._on_uses(caller, request.uses)
             stream.session.receive(request, now)

@@ -12,9 +12,10 @@ from latchkey_service.postgres.connections import Pool
 from latchkey_service.process.metric_families import Families
 from latchkey_service.process.periodic import announce_expiring, count_expiring
 from latchkey_service.settings.settings import Settings
+from latchkey_service.settings.webhook import event_types
 from latchkey_service.settings.webhook_secrets import read_secrets
 from latchkey_service.tokens.event_store import EventStore
-from latchkey_service.tokens.event_table import EXPIRING, Outbox
+from latchkey_service.tokens.event_table import EXPIRING, NO_EVENTS, Outbox
 
 if TYPE_CHECKING:
     from latchkey_service.process.webhook import Deliverer
@@ -26,14 +27,15 @@ class Announcements:
     """The parts of one worker. Raises WebhookError if the file with the secrets is unusable."""
 
     def __init__(self, settings: Settings, pool: Pool, now: Callable[[], datetime]) -> None:
-        self.outbox = Outbox(settings.webhook_event_types)
+        self.outbox = NO_EVENTS
         self._store = EventStore(pool)
-        self._days = settings.webhook_expiring_thresholds
+        self._days = [int(text) for text in settings.webhook_expiring_days.split(",")]
         self._now = now
         self._counts = settings.metrics_listen is not None
         self._expiring: dict[int, int] = {}
         self._deliverer: Deliverer | None = None
         if settings.webhook_url is not None and settings.webhook_secret_file is not None:
+            self.outbox = Outbox(event_types(settings.webhook_events))
             from latchkey_service.process import webhook  # noqa: PLC0415 - loads the HTTP library
 
             self._deliverer = webhook.Deliverer(

@@ -24,8 +24,8 @@ from latchkey_service.tokens.event_store import Backlog, Event, EventStore
 
 __all__ = ["CONCURRENCY", "EVENTS_MAX", "Deliverer", "body_of", "delay_seconds"]
 
-# Requests of a worker at the same time. Each takes some 2 ms of the event loop, for which calls wait:
-# with 20 at once, the 95th percentile of Deletes was five times as high.
+# Requests of a worker at the same time. Each takes some 2 ms of the event loop, and calls wait for
+# that. With 20 at once, the 95th percentile of Deletes was five times as high.
 CONCURRENCY: Final = 4
 EVENTS_MAX: Final = 20
 """Events of one claim."""

@@ -66,6 +66,8 @@ from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.assembly import build_management
 from latchkey_service.tokens.batched_lookup import Lookup
+from latchkey_service.tokens.imported import ImportedSecrets
+from latchkey_service.tokens.leased_lookup import LeasedLookup
 from latchkey_service.tokens.sealing import seal_rows
 from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.usage_table import UsageTable
@@ -98,6 +100,7 @@ async def running(
         # In either case, continuing without a policy could admit everybody.
         raise PolicyError("a worker needs both the setting and the text of the policy, or neither")
     active_policy = None if text is None else ActivePolicy(policies.parse(text))
+    keyring = Keyring(keyring.peppers, settings.accepted_prefixes)
     connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
     cache, notify = settings.cache == "on", settings.notify == "on"
     identity = _identity(settings, keyring)
@@ -110,14 +113,26 @@ async def running(
     # Reads a file, so before the worker gives up root.
     announcements = Announcements(settings, pool, _now)
     lookup = Lookup(connector.connect_with_generic_plans, boottime)
+    # Connects when the first imported secret is presented.
+    imported_lookup = Lookup(connector.connect_with_generic_plans, boottime)
 
     def reconnect() -> None:
         """Make the other connections follow the lease to another server."""
         pool.reconnect()
         lookup.reconnect()
+        imported_lookup.reconnect()
 
     primary = Primary(connector, reconnect)
-    renewer = LeaseRenewer(verifier_state, identity, primary, boottime)
+    listener = NotifyListener(
+        identity.id,
+        primary.connect,
+        lambda payload: table.notify(payload),  # noqa: PLW0108 - `table` is created below
+        lambda: renewer.wake(),  # noqa: PLW0108 - the same
+        settings.lease_seconds / 3,
+        # LISTEN does not work through a pooler in transaction mode.
+        enabled=notify and settings.pooler == "none",
+    )
+    renewer = LeaseRenewer(verifier_state, identity, primary, listener.connect, boottime)
     limits = limits_of(settings)
     usage = UsageWriter(UsageTable(pool), identity.id, time.time)
     watch_sessions = WatchSessions(
@@ -129,19 +144,9 @@ async def running(
         stream_seconds=limits.connection_age or math.inf,
         on_uses=usage.report,
     )
-    listener = NotifyListener(
-        identity.id,
-        connector.connect,
-        lambda payload: table.notify(payload),  # noqa: PLW0108 - `table` is created below
-        renewer.wake,
-        settings.lease_seconds / 3,
-        # LISTEN does not work through a pooler in transaction mode.
-        enabled=notify and settings.pooler == "none",
-    )
     renewer.attach(watch_sessions.on_news, watch_sessions.__len__, lambda: listener.state)
 
-    store = TokenStore(pool)
-    table = VerifierTable(pool)
+    store, table = TokenStore(pool), VerifierTable(pool)
     ack_waiter = AckWaiter(
         table,
         connector.connect_with_generic_plans,
@@ -151,13 +156,15 @@ async def running(
         identity.id,
         notify=notify,
     )
+    reads = LeasedReads(renewer, verifier_state, boottime, pool.reconnect)
     management = build_management(
         pool,
         keyring,
         ack_waiter,
-        LeasedReads(renewer, verifier_state, boottime, pool.reconnect),
+        reads,
         settings.secret_prefix,
         _now,
+        settings.lifetime,
         announcements.outbox,
     )
     verifier = Verifier(
@@ -171,10 +178,17 @@ async def running(
         cache_seconds=settings.cache_seconds,
         randomness=random.random,
         guard=management.guard,
-        on_first_use=management.first_use.seen,
+        imported=ImportedSecrets(
+            keyring,
+            LeasedLookup(
+                imported_lookup,
+                LeasedReads(renewer, verifier_state, boottime, imported_lookup.reconnect),
+            ),
+            verifier_state,
+            boottime,
+        ),
     )
-    counts = Counts()
-    audit_table = AuditTable(pool)
+    counts, audit_table = Counts(), AuditTable(pool)
     audit = AuditLog(audit_table, time.monotonic, _now)
     reporter = CallReporter(counts, audit, time.monotonic)
     managed = ManagedCalls(counts, audit, reporter, time.monotonic, boottime)
@@ -184,6 +198,7 @@ async def running(
             reporter,
             counts,
             usage.pending,
+            management.first_use.seen,
             settings.log_verify_share,
             time.monotonic,
             time.time,
@@ -195,10 +210,10 @@ async def running(
         active_policy.on_change(paths.recheck)
     services = Services(
         FullTokenService(  # type: ignore[abstract]  # VerifyCalls has the rest
-            management, watch_sessions, usage.table, time.time
+            management, watch_sessions, usage.table, time.time, keyring.imported_prefixes
         ),
         StatusService(table, identity.id, primary.warnings),
-        AuditService(audit_table),
+        AuditService(audit_table, reads),
         MaintenanceService(management.tokens),
         Health(("", *SERVICES)),
     )
@@ -247,12 +262,19 @@ async def running(
     lasts = [begin(audit.run()), begin(usage.run()), begin(server.guard.run())]
     retention = timedelta(days=settings.tombstone_retention_days)
     background = [
-        follow_verifier(verifier.check, boottime, server.set_serving),
+        follow_verifier(
+            verifier.check, boottime, renewer.in_doubt, lambda: lookup.failures, server.set_serving
+        ),
         log_counts_regularly(counts, gauges),
         follow_peppers(table, identity.id),
         primary.run(),
         purge(store, retention, _now),
-        purge_lifecycle(management.upkeep_store, retention, _now),
+        purge_lifecycle(
+            management.upkeep_store,
+            timedelta(days=settings.expired_retention_days),
+            retention,
+            _now,
+        ),
         seal_rows(management.guard, management.upkeep_store),
         prune_log(table, settings.lease_seconds),
         purge_audit(audit_table, timedelta(days=settings.audit_retention_days), _now),
@@ -264,7 +286,7 @@ async def running(
         yield server
     finally:
         await _end(*tasks)
-        drained = await server.stop(settings.grace_seconds)
+        drained = await server.stop(settings.grace_seconds, drain_seconds=settings.drain_seconds)
         # Only after the last answer: Deletes must wait for this process as long as it answers.
         await _end(renewing, listening, *lasts)
         await asyncio.gather(audit.close(), usage.close(), renewer.stop(remove=drained))
@@ -274,6 +296,7 @@ async def running(
             primary.close(),
             lookup.close(),
             announcements.close(),
+            imported_lookup.close(),
             store.close(),
         )
         log_counts(counts, gauges)

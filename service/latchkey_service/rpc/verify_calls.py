@@ -35,7 +35,7 @@ from latchkey_service.rpc.call_report import NEW_IDS, CallReporter, Metadata, ch
 from latchkey_service.rpc.counters import Counts
 from latchkey_service.rpc.lenient_parsing import BATCH_MAX, REQUIRED_MAX, parse_non_utf8
 from latchkey_service.tokens.usage import PendingUses
-from latchkey_service.tokens.verdict import TokenRecord, Verdict
+from latchkey_service.tokens.verdict import CachedToken, TokenRecord, Verdict
 from latchkey_service.tokens.verifier import MALFORMED, UNKNOWN, Answer, Question, Verifier
 
 __all__ = ["VerifyCalls", "encode_token", "put_token"]
@@ -64,6 +64,7 @@ class VerifyCalls:
         reporter: CallReporter,
         counts: Counts,
         uses: PendingUses,
+        on_first_use: Callable[[CachedToken], None],
         log_share: float,
         monotonic: Callable[[], float],
         unix_time: Callable[[], float],
@@ -72,6 +73,8 @@ class VerifyCalls:
         self._reporter = reporter
         self._counts = counts
         self._count_first = uses.count
+        # Called with a record whose first use ends older secrets.
+        self._on_first_use = on_first_use
         self._log_share = log_share
         self._monotonic = monotonic
         self._unix_time = unix_time
@@ -113,9 +116,11 @@ class VerifyCalls:
                 counts.ok += 1
                 observe(monotonic() - start)
                 # As `request_id_of`, but most callers send no id, and this saves them a call.
-                metadata = metadata_of(context)
-                given = dict(metadata).get(REQUEST_ID_METADATA) if metadata else None
-                request_id = next(NEW_IDS) if given is None else checked_id(given)
+                request_id = ""
+                for key, value in metadata_of(context) or ():
+                    if key == REQUEST_ID_METADATA:
+                        request_id = checked_id(value)
+                request_id = request_id or next(NEW_IDS)
                 if share and random.random() < share:  # noqa: S311 - a sample
                     self._reporter.log(path, context, start, "OK", None, request_id)
                 context.set_trailing_metadata(((REQUEST_ID_METADATA, request_id),))
@@ -145,7 +150,8 @@ class VerifyCalls:
             cached = self._verifier.verify_cached(secret, scope, address, required)
             if cached is None:
                 question = Question(secret, scope, address, required)
-                answer = await self._verifier.verify(question, context.time_remaining())
+                left = context.time_remaining()
+                answer = await self._verifier.verify(question, left, caller.name)
             else:
                 answer = cached
         return self._completed(answer, secret, caller)
@@ -170,7 +176,8 @@ class VerifyCalls:
             Question(r.secret, r.required_scope, r.client_address, r.required_permissions)
             for r in requests
         ]
-        answers = await self._verifier.verify_batch(questions, context.time_remaining())
+        left = context.time_remaining()
+        answers = await self._verifier.verify_batch(questions, left, caller.name)
         encoded: list[bytes] = []
         for question, answer in zip(questions, answers, strict=True):
             response = self._completed(answer, question.presented, caller)
@@ -201,6 +208,12 @@ class VerifyCalls:
                 use.last = now
             else:
                 self._count_first(record, presented, caller.name, now)
+                if record.retires_older is not None:
+                    self._on_first_use(record)
+        elif record is not None and record.retires_older is not None:
+            # A client that kept this answer could decide the next question by itself, and this
+            # server would not see the first use.
+            answer = answer._replace(position=NOWHERE)
         position = answer.position
         if position != self._position:
             self._position = position
@@ -211,7 +224,7 @@ class VerifyCalls:
 def _parsed_batch(data: bytes) -> Sequence[pb.VerifyRequest]:
     """Return the questions of a BatchVerify. Raises RequestTooLarge and RequestNotParsed."""
     if len(data) > _BATCH_VERIFY_BYTES_MAX:
-        raise RequestTooLarge(len(data), _BATCH_VERIFY_BYTES_MAX)
+        raise RequestTooLarge(_BATCH_VERIFY_BYTES_MAX)
     try:
         batch = pb.BatchVerifyRequest.FromString(data)
     except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser

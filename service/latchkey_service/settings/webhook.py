@@ -8,7 +8,7 @@ from pydantic import SecretStr
 
 from latchkey_service.settings import exposure
 
-__all__ = ["EVENTS", "redacted", "valid_days", "valid_events", "valid_url"]
+__all__ = ["EVENTS", "event_types", "redacted", "valid_days", "valid_events", "valid_url"]
 
 # As in `tokens/event_table.py`, which is above this room.
 EVENTS: Final = (
@@ -37,6 +37,11 @@ def redacted(url: str) -> str:
     """Return a URL without its path, which may contain a token of the receiver."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc}/***"
+
+
+def event_types(events: str) -> frozenset[str]:
+    """Return the types in a valid list of events."""
+    return frozenset(EVENTS if events == "all" else (text.strip() for text in events.split(",")))
 
 
 def valid_events(value: str) -> str:

@@ -3,6 +3,7 @@
 Owns the rules of these calls. Contains neither protobuf nor SQL (`bulk_store.py`).
 """
 
+import asyncio
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from datetime import datetime
 
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.errors import FieldViolation
-from latchkey_service.secret_format import SECRET_LENGTH_MAX, Keyring, Malformed
+from latchkey_service.secret_format import IMPORTED_LENGTH_MAX, Keyring, Malformed
 from latchkey_service.tokens.bulk_store import BulkStore, Filter
 from latchkey_service.tokens.changes import require_new_rules
 from latchkey_service.tokens.confirmation import Call, Confirmations
@@ -73,6 +74,7 @@ class Bulk:
         confirmations: Confirmations,
         reads: LeasedReads,
         now: Callable[[], datetime],
+        confirming: asyncio.Semaphore,
     ) -> None:
         self._store = store
         self._lifecycle_store = lifecycle_store
@@ -80,6 +82,8 @@ class Bulk:
         self._confirmations = confirmations
         self._reads = reads
         self._now = now
+        # Shared with Delete: its receipts need the same connections.
+        self._confirming = confirming
 
     async def revoke_secrets(
         self, secrets: Sequence[str], call: Call
@@ -99,7 +103,9 @@ class Bulk:
         )
         if audited:
             call.on_commit("")
-        if changed is None or len(ended) < len(digests):
+        if changed is None or not all(
+            isinstance(one, Outcome) or any(d in ended for d in one) for one in parsed
+        ):
             # A deposed primary must not report that a leaked secret never existed, or has ended.
             known, snapshot = await self._store.find_secrets(digests)
             await self._reads.accept(snapshot, began, call.deadline)
@@ -110,11 +116,7 @@ class Bulk:
         outcomes = [
             one
             if isinstance(one, Outcome)
-            else Outcome.UNKNOWN
-            if one not in ended
-            else Outcome.ENDED
-            if ended[one]
-            else Outcome.ENDED_BEFORE
+            else _outcome([ended[d] for d in one if d in ended], Outcome.ENDED)
             for one in parsed
         ]
         if not ended:
@@ -136,11 +138,7 @@ class Bulk:
         return [
             one
             if isinstance(one, Outcome)
-            else Outcome.UNKNOWN
-            if one not in found
-            else Outcome.REPORTED
-            if found[one]
-            else Outcome.ENDED_BEFORE
+            else _outcome([found[d] for d in one if d in found], Outcome.REPORTED)
             for one in parsed
         ]
 
@@ -175,25 +173,43 @@ class Bulk:
         if acknowledgements is None:
             receipt = Deletion(changed.position, changed.moment, None, 0, 0, 0, 0)
         else:
-            receipt = await self._store.confirm_deletions(ids, changed.position, acknowledgements)
+            async with self._confirming:
+                receipt = await self._store.confirm_deletions(
+                    ids, changed.position, acknowledgements
+                )
         return Deletions(len(ids), (), receipt, more=len(ids) == DELETED_MAX)
 
-    def _digests_of(self, secrets: Sequence[str]) -> tuple[list[bytes | Outcome], list[bytes]]:
-        """Return the digest of each text, or why it has none, and the distinct digests."""
+    def _digests_of(
+        self, secrets: Sequence[str]
+    ) -> tuple[list[tuple[bytes, ...] | Outcome], list[bytes]]:
+        """Return the possible digests of each text, or why it has none, and the distinct ones."""
         if not 1 <= len(secrets) <= REVOKED_MAX:
             check(FieldViolation("secrets", f"must have 1-{REVOKED_MAX} entries"))
         parsed = [self._parse(secret) for secret in secrets]
-        return parsed, list(dict.fromkeys(one for one in parsed if isinstance(one, bytes)))
+        return parsed, list(
+            dict.fromkeys(d for one in parsed if isinstance(one, tuple) for d in one)
+        )
 
-    def _parse(self, secret: str) -> bytes | Outcome:
+    def _parse(self, secret: str) -> tuple[bytes, ...] | Outcome:
+        """Return the possible digests of a secret, or what is wrong with it."""
         # Longer texts are not secrets, and searching them would take time.
-        if len(secret) > SECRET_LENGTH_MAX:
+        if len(secret) > IMPORTED_LENGTH_MAX:
             return Outcome.MALFORMED
         try:
             digest = self._keyring.digest_of(secret)
         except Malformed:
-            return Outcome.MALFORMED
-        return Outcome.UNKNOWN if digest is None else digest
+            return self._keyring.imported_digests_of(secret) or Outcome.MALFORMED
+        return Outcome.UNKNOWN if digest is None else (digest,)
+
+
+def _outcome(working: Sequence[bool], done: Outcome) -> Outcome:
+    """Return the outcome for a secret, given for each of its digests whether it worked before.
+
+    `done` is the outcome if it worked.
+    """
+    if not working:
+        return Outcome.UNKNOWN
+    return done if any(working) else Outcome.ENDED_BEFORE
 
 
 def _filter_violations(selected: Filter) -> list[FieldViolation]:

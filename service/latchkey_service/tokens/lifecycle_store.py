@@ -15,7 +15,7 @@ from uuid import UUID
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
-from latchkey_service.coherence.snapshot import Snapshot, mark_in
+from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, snapshot_of
 from latchkey_service.postgres.connections import (
     DURABLE,
     Pool,
@@ -24,15 +24,9 @@ from latchkey_service.postgres.connections import (
 )
 from latchkey_service.secret_format import Secret
 from latchkey_service.tokens.event_table import NO_EVENTS, ROTATED, Outbox
+from latchkey_service.tokens.seal import TokenSeal
 from latchkey_service.tokens.token_store import Request
-from latchkey_service.tokens.token_table import (
-    COLUMNS,
-    DETAILS,
-    SNAPSHOT,
-    detailed_record_of,
-    record_of,
-    snapshot_of,
-)
+from latchkey_service.tokens.token_table import COLUMNS, DETAILS, detailed_record_of, record_of
 from latchkey_service.tokens.verdict import SecretRecord, TokenRecord, TokenSecret
 
 __all__ = [
@@ -44,6 +38,8 @@ __all__ = [
     "TokenState",
 ]
 
+NAME_FREED = "NAME_FREED"
+"""The reason in the audit entry of an expired token whose name another token has taken."""
 _OLD_RULES = "EXISTS (SELECT FROM verifier v WHERE v.rules < 1)"
 
 
@@ -67,6 +63,10 @@ class TokenState(NamedTuple):
     """Of all its secrets."""
     old_verifiers: bool
     """Whether a verifier is registered that does not know the rules of this release."""
+    seal: TokenSeal
+    """Of the token's row."""
+    newest_pepper_id: str
+    """That of its newest secret."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,8 @@ class Change:
     """None: unchanged."""
     version: int
     """Of the state that this was computed from."""
+    seal: TokenSeal | None
+    """Of the token's row. None: unchanged."""
     kept: Sequence[SecretRecord]
     """The secrets that stay, with their new seals. Secrets that are listed nowhere stay as is."""
     retired: Sequence[bytes] = ()
@@ -128,7 +130,8 @@ class LifecycleStore:
             rows = await session.fetch(
                 f"""
                 SELECT h.revision, h.mark, h.timeline, t.version, {_OLD_RULES},
-                       (SELECT max(s.ordinal) FROM secret s WHERE s.token_id = t.id),
+                       (SELECT ROW(s.ordinal, s.pepper_id) FROM secret s
+                         WHERE s.token_id = t.id ORDER BY s.ordinal DESC LIMIT 1),
                        (SELECT array_agg(ROW(s.digest, s.pepper_id, s.expire_time, s.retire_time,
                                              s.retire_on_first_use, s.seal,
                                              coalesce(nullif(s.hint, ''), t.hint),
@@ -140,7 +143,7 @@ class LifecycleStore:
                                              s.leak_report_time)
                                          ORDER BY s.ordinal DESC)
                           FROM secret s WHERE s.token_id = t.id AND s.retire_time IS NULL),
-                       {COLUMNS}, {DETAILS}
+                       t.seal, t.seal_pepper_id, {COLUMNS}, {DETAILS}
                   FROM {SNAPSHOT}
                   LEFT JOIN token t
                     ON t.account_id = $1 AND t.id = $2 AND t.delete_time IS NULL
@@ -150,7 +153,7 @@ class LifecycleStore:
             )
         row = rows[0]
         snapshot = snapshot_of(row)
-        version, old_verifiers, newest, secrets = row[3:7]
+        version, old_verifiers, newest, secrets, *seal = row[3:9]
         if version is None:
             return None, snapshot
         stored = tuple(
@@ -162,7 +165,11 @@ class LifecycleStore:
             for secret in secrets or ()
         )
         record = detailed_record_of(row)
-        return TokenState(record, version, stored, newest or 0, old_verifiers), snapshot
+        ordinal, pepper_id = newest or (0, "")
+        state = TokenState(
+            record, version, stored, ordinal, old_verifiers, TokenSeal(*seal), pepper_id
+        )
+        return state, snapshot
 
     @retry_on_conflict
     async def change(self, change: Change, audit_context: AuditContext) -> Changed | None:
@@ -214,7 +221,8 @@ class LifecycleStore:
                            SET name = $4, name_key = coalesce($5, t.name_key), scope = $6,
                                expire_time = $7, labels = $8, description = $9,
                                allowed_networks = $10, permissions = $11, hint = $12,
-                               version = t.version + 1,
+                               version = t.version + 1, seal = coalesce($35, t.seal),
+                               seal_pepper_id = coalesce($36, t.seal_pepper_id),
                                disable_time = CASE WHEN $13 THEN coalesce(t.disable_time, s.moment)
                                               END
                           FROM stamped s WHERE t.id = s.id
@@ -285,6 +293,7 @@ class LifecycleStore:
                     audit_context.peer,
                     audit_context.request_id,
                     change.repeats,
+                    *(change.seal or (None, None)),
                 )
         if row is None:
             return None
@@ -318,19 +327,33 @@ class LifecycleStore:
             return bool(await session.fetchval(f"SELECT {_OLD_RULES}"))
 
     @retry_on_conflict
-    async def free_expired_name(self, account_id: str, name_key: str, now: datetime) -> bool:
-        """Take the name from a token that has expired; return whether there was one."""
+    async def free_expired_name(
+        self, account_id: str, name_key: str, now: datetime, audit_context: AuditContext
+    ) -> bool:
+        """Take the name from a token that has expired; return whether there was one.
+
+        The expired token gets an entry of the call that takes its name.
+        """
         async with self._pool.session() as session:
             status = await session.execute(
                 """
-                UPDATE token
-                   -- Unique, and still found by a search for a part of the name.
-                   SET name_key = chr(1) || id || chr(1) || name_key, version = version + 1
-                 WHERE account_id = $1 AND name_key = $2 AND delete_time IS NULL
-                   AND expire_time <= $3
+                WITH freed AS (
+                    UPDATE token
+                       -- Unique, and still found by a search for a part of the name.
+                       SET name_key = chr(1) || id || chr(1) || name_key, version = version + 1
+                     WHERE account_id = $1 AND name_key = $2 AND delete_time IS NULL
+                       AND expire_time <= $3
+                    RETURNING id)
+                INSERT INTO audit (account_id, token_id, caller, method, peer, request_id, reason)
+                SELECT $1, id, $4, $5, $6, $7, $8 FROM freed
                 """,
                 account_id,
                 name_key,
                 now,
+                audit_context.caller,
+                audit_context.method,
+                audit_context.peer,
+                audit_context.request_id,
+                NAME_FREED,
             )
-        return bool(status != "UPDATE 0")
+        return bool(status != "INSERT 0 0")

@@ -98,6 +98,7 @@ class CachedToken(Entry):
         "expires",
         "networks",
         "permissions",
+        "retires_older",
         "scope",
         "token",
         "use",
@@ -115,6 +116,7 @@ class CachedToken(Entry):
         disabled: bool = False,
         networks: Networks | None = None,
         permissions: frozenset[str] | None = None,
+        retires_older: bytes | None = None,
         keep_until: float,
     ) -> None:
         super().__init__(token_id, keep_until)
@@ -130,5 +132,7 @@ class CachedToken(Entry):
         self.disabled = disabled
         self.networks = networks
         self.permissions = permissions
+        self.retires_older = retires_older
+        """The digest of the secret, if its first use ends older secrets and has not been seen."""
         self.use: Any = None
         """The entry of `usage.PendingUses` that counts the secret's uses, if there is one."""

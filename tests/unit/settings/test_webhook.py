@@ -1,18 +1,16 @@
 """The webhook's settings and the file with its secrets."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from latchkey_service.settings.settings import (
     ConfigError,
-    Settings,
     describe,
     from_json,
     load,
     to_json,
 )
-from latchkey_service.settings.webhook import EVENTS
+from latchkey_service.settings.webhook import EVENTS, event_types
 from latchkey_service.settings.webhook_secrets import WebhookError, read_secrets
 from latchkey_service.tokens.event_table import EVENT_TYPES
 
@@ -64,8 +62,6 @@ def test_valid_url(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
         load()
     monkeypatch.setenv("LATCHKEY_WEBHOOK_SECRET_FILE", "/x")
     settings = load()
-    assert settings.webhook_event_types == frozenset(EVENTS)
-    assert settings.webhook_expiring_thresholds == [7, 1]
     received = from_json(to_json(settings).encode())
     assert received.webhook_url == settings.webhook_url
 
@@ -80,11 +76,9 @@ def test_url_is_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_chosen_events() -> None:
-    """Only the listed events are recorded, and none without a URL."""
-    chosen: dict[str, Any] = {"webhook_events": "created, leaked"}
-    with_url = Settings(**chosen, webhook_url="https://example.com/")
-    assert with_url.webhook_event_types == {"created", "leaked"}
-    assert Settings(**chosen).webhook_event_types == frozenset()
+    """A list of events means its types, and "all" means every type."""
+    assert event_types("created, leaked") == {"created", "leaked"}
+    assert event_types("all") == frozenset(EVENTS)
 
 
 def test_secret_file(tmp_path: Path) -> None:
