@@ -75,8 +75,8 @@ async def test_the_receiver_works_as_printed(settings: Settings, tmp_path: Path)
                 request = pb.CreateRequest(account_id="acme", name="export", scope=pb.SCOPE_READ)
                 created = await stub.Create(request, timeout=9)
                 lines = [await process.stdout.readline()]
-                named = {"account_id": "acme", "id": created.token.id}
-                await stub.Delete(pb.DeleteRequest(**named), timeout=9)
+                delete = pb.DeleteRequest(account_id="acme", id=created.token.id)
+                await stub.Delete(delete, timeout=9)
                 lines.append(await process.stdout.readline())
     finally:
         os.killpg(process.pid, signal.SIGKILL)

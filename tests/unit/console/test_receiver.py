@@ -209,8 +209,9 @@ async def test_unsigned_reports_are_refused() -> None:
         (b" " * (receiver.BODY_BYTES_MAX + 1), 413),
         ([], 200),
     ],
+    ids=["empty", "object", "nested", "no UTF-8", "too many", "too long", "no match"],
 )
-async def test_reports_that_are_none(report: Any, status: int) -> None:
+async def test_reports_of_the_wrong_form(report: Any, status: int) -> None:
     """A body that is not an array, or is too large, is refused without a call."""
     service = Service()
     async with scanner(service) as http:
@@ -322,6 +323,8 @@ async def test_unknown_key_is_fetched_at_most_every_two_minutes() -> None:
         (200, b" " * 100_000),
         (200, document(only=ed25519.Ed25519PrivateKey.generate())),
     ],
+    # The keys are random, and all processes of a run need the same names.
+    ids=["no connection", "redirect", "error", "no JSON", "too long", "no key of the type"],
 )
 async def test_bad_fetch_keeps_the_old_keys(status: int, answer: bytes) -> None:
     """If the fetch fails after a day, the keys that are known stay, and a redirect is not
@@ -348,6 +351,17 @@ async def test_bad_fetch_keeps_the_old_keys(status: int, answer: bytes) -> None:
         document(a=ed25519.Ed25519PrivateKey.generate()),
         document(a=ec.generate_private_key(ec.SECP384R1())),
         document(**{f"k{number}": KEY for number in range(public_keys.KEYS_MAX + 1)}),
+    ],
+    ids=[
+        "empty",
+        "array",
+        "object",
+        "no key",
+        "no PEM",
+        "no array",
+        "Ed25519",
+        "P-384",
+        "too many",
     ],
 )
 def test_documents_without_usable_keys(text: bytes) -> None:
