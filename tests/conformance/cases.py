@@ -253,8 +253,8 @@ class Case(_Form):
     )
     level: Literal["must", "should", "reporting"] = Field(
         description="must: a client that fails may answer VALID for a deleted token, make Deletes "
-        "wait, or refuse a valid secret. should: a client that fails is safe, but answers from its cache less often. "
-        "reporting: for clients that report uses.",
+        "wait, or refuse a valid secret. should: a client that fails is safe, but answers from its "
+        "cache less often. reporting: for clients that report uses.",
     )
     story: str
     cache_entries: int = Field(100, ge=0, description="How many verdicts the client may keep.")
