@@ -65,9 +65,8 @@ from latchkey_service.secret_format import Keyring
 from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.assembly import build_management
-from latchkey_service.tokens.batched_lookup import Lookup
+from latchkey_service.tokens.batched_lookup import LeasedLookup, Lookup
 from latchkey_service.tokens.imported import ImportedSecrets
-from latchkey_service.tokens.leased_lookup import LeasedLookup
 from latchkey_service.tokens.sealing import seal_rows
 from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.usage_table import UsageTable

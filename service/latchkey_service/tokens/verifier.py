@@ -22,9 +22,8 @@ from latchkey_coherence.verdict_cache import NOWHERE, Position
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.secret_format import IMPORTED_LENGTH_MAX, Keyring, Malformed
-from latchkey_service.tokens.batched_lookup import Found, Lookup
+from latchkey_service.tokens.batched_lookup import Found, LeasedLookup, Lookup
 from latchkey_service.tokens.imported import Imported, ImportedSecrets
-from latchkey_service.tokens.leased_lookup import LeasedLookup
 from latchkey_service.tokens.seal import SealGuard
 from latchkey_service.tokens.verdict import (
     CachedToken,

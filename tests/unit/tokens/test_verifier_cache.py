@@ -11,9 +11,8 @@ from latchkey_service.coherence.snapshot import Snapshot
 from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.errors import CacheStartedOver, StoreUnavailable
 from latchkey_service.secret_format import Keyring, Pepper
-from latchkey_service.tokens.batched_lookup import Found
+from latchkey_service.tokens.batched_lookup import READS_MAX, Found, LeasedLookup
 from latchkey_service.tokens.imported import ImportedSecrets
-from latchkey_service.tokens.leased_lookup import READS_MAX, LeasedLookup
 from latchkey_service.tokens.seal import Sealer, SealGuard
 from latchkey_service.tokens.verdict import CachedToken, Scope, SecretRecord, TokenRecord, Verdict
 from latchkey_service.tokens.verifier import Question, Verifier
