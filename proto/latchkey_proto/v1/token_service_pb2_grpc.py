@@ -230,11 +230,12 @@ class TokenServiceServicer(object):
     def Update(self, request, context):
         """Changes the fields of a token that `update_mask` lists (AIP-134). Narrows the
         token if it lowers the scope, moves the expiry to an earlier time, removes a
-        permission, or permits fewer networks; otherwise it widens the token or
-        changes nothing that verifies depend on. An Update that does both narrows.
-        Idempotent: an Update that sets scope, expire_time, allowed_networks or
-        permissions to the values that they have returns a receipt for a later
-        position, once earlier changes are in effect everywhere.
+        permission, permits fewer networks, or sets a rate limit with a lower rate or
+        a smaller burst; otherwise it widens the token or changes nothing that
+        verifies depend on. An Update that does both narrows.
+        Idempotent: an Update that sets scope, expire_time, allowed_networks,
+        permissions or rate_limit to the values that they have returns a receipt for
+        a later position, once earlier changes are in effect everywhere.
         Errors: INVALID_ARGUMENT, also for an unknown path; NOT_FOUND if the account
         has no live token with this id; ALREADY_EXISTS if another live token has the
         new name; FAILED_PRECONDITION; UNAVAILABLE, after which the change may or may

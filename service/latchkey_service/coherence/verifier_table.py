@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHANNEL",
+    "LIFECYCLE_RULES",
     "NOTIFY",
+    "RATE_RULES",
     "Identity",
     "OwnRow",
     "Registration",
@@ -140,7 +142,9 @@ def _log(rows: "Sequence[asyncpg.Record | tuple[Any, ...]]") -> Log:
 
 # The rules by which this release judges tokens, in `verifier.rules`. Releases that report 0 know
 # only scope, expiry and deletion.
-RULES = 1
+LIFECYCLE_RULES = 1
+RATE_RULES = 2
+RULES = RATE_RULES
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from latchkey_service.rpc.counters import Counts
 from latchkey_service.settings.logs import logger
 from latchkey_service.tokens import fleet
 from latchkey_service.tokens.lifecycle import REQUEST_AGE_MAX
+from latchkey_service.tokens.rate_table import RateTable
 from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.upkeep_store import UpkeepStore
 from latchkey_service.tokens.usage_table import UsageTable
@@ -191,6 +192,16 @@ async def purge_usage(table: UsageTable, now: Callable[[], datetime]) -> None:
             logger().info("daily counts of uses removed", days=total)
 
     await _repeat(PURGE_SECONDS, purge_all, "removal of daily counts of uses failed")
+
+
+async def purge_rates(table: RateTable) -> None:
+    """Remove the rows of full buckets once an hour. Runs until cancelled."""
+
+    async def purge_all() -> None:
+        while await table.purge(PURGE_BATCH):
+            pass
+
+    await _repeat(PURGE_SECONDS, purge_all, "removal of full rate limits failed")
 
 
 async def prune_log(table: VerifierTable, lease_seconds: float) -> None:

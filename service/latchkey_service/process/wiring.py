@@ -44,6 +44,7 @@ from latchkey_service.process.periodic import (
     purge,
     purge_audit,
     purge_lifecycle,
+    purge_rates,
     purge_usage,
 )
 from latchkey_service.process.server import SERVICES, Server, Services
@@ -65,6 +66,9 @@ from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.assembly import build_management
 from latchkey_service.tokens.batched_lookup import Lookup
+from latchkey_service.tokens.rate_draws import RateDraws
+from latchkey_service.tokens.token_rates import TokenRates
+from latchkey_service.tokens.rate_table import RateTable
 from latchkey_service.tokens.sealing import seal_rows
 from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.usage_table import UsageTable
@@ -112,9 +116,16 @@ async def running(
         """Make the other connections follow the lease to another server."""
         pool.reconnect()
         lookup.reconnect()
+        rate_draws.reconnect()
 
     primary = Primary(connector, reconnect)
     renewer = LeaseRenewer(verifier_state, identity, primary, boottime)
+    rate_draws = RateDraws(
+        connector.connect_with_generic_plans,
+        lambda disconnect: LeasedReads(renewer, verifier_state, boottime, disconnect),
+        boottime,
+    )
+    rates = TokenRates(rate_draws, boottime)
     limits = limits_of(settings)
     usage = UsageWriter(UsageTable(pool), identity.id, time.time)
     watch_sessions = WatchSessions(
@@ -125,6 +136,7 @@ async def running(
         enabled=cache,
         stream_seconds=limits.connection_age or math.inf,
         on_uses=usage.report,
+        draw_calls=rates.draw_for_client,
     )
     listener = NotifyListener(
         identity.id,
@@ -167,6 +179,7 @@ async def running(
         cache_seconds=settings.cache_seconds,
         randomness=random.random,
         guard=management.guard,
+        rates=rates,
     )
     counts = Counts()
     audit_table = AuditTable(pool)
@@ -252,6 +265,7 @@ async def running(
         prune_log(table, settings.lease_seconds),
         purge_audit(audit_table, timedelta(days=settings.audit_retention_days), _now),
         purge_usage(usage.table, _now),
+        purge_rates(RateTable(pool)),
     ]
     tasks = [begin(work) for work in background]
     try:
@@ -267,6 +281,7 @@ async def running(
             management.first_use.close(),
             primary.close(),
             lookup.close(),
+            rate_draws.close(),
             store.close(),
         )
         log_counts(counts, gauges)

@@ -11,12 +11,14 @@ or the counts of uses (`tokens/`).
 """
 
 import asyncio
+import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from google.protobuf import timestamp_pb2
+from latchkey_coherence.rate import RateLimit
 from latchkey_coherence.verdict_cache import NOWHERE, Position
 from latchkey_proto.v1 import token_service_pb2 as pb
 
@@ -38,7 +40,7 @@ from latchkey_service.tokens.usage import PendingUses
 from latchkey_service.tokens.verdict import CachedToken, TokenRecord, Verdict
 from latchkey_service.tokens.verifier import MALFORMED, UNKNOWN, Answer, Question, Verifier
 
-__all__ = ["VerifyCalls", "encode_token", "put_token"]
+__all__ = ["VerifyCalls", "encode_token", "put_rate_limit", "put_token"]
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _VERIFY_BYTES_MAX: Final = METHODS[VERIFY].bytes_max
@@ -151,6 +153,8 @@ class VerifyCalls:
                 answer = await self._verifier.verify(question, context.time_remaining())
             else:
                 answer = cached
+            if answer.record is not None and answer.record.share is not None:
+                answer = _uncacheable_unless(answer, request)
         return self._completed(answer, secret, caller)
 
     async def _batch_verify(self, data: bytes, context: CallContext, caller: Caller) -> bytes:
@@ -175,8 +179,10 @@ class VerifyCalls:
         ]
         answers = await self._verifier.verify_batch(questions, context.time_remaining())
         encoded: list[bytes] = []
-        for question, answer in zip(questions, answers, strict=True):
-            response = self._completed(answer, question.presented, caller)
+        for request, question, answer in zip(requests, questions, answers, strict=True):
+            response = self._completed(
+                _uncacheable_unless(answer, request), question.presented, caller
+            )
             encoded += (_RESPONSES_TAG, _varint(len(response)), response)
         return b"".join(encoded)
 
@@ -214,7 +220,10 @@ class VerifyCalls:
         if position != self._position:
             self._position = position
             self._position_fields = _position_fields(position)
-        return _VERDICT_FIELDS[answer.verdict] + answer.token + self._position_fields
+        fields = _VERDICT_FIELDS[answer.verdict] + answer.token + self._position_fields
+        if answer.retry_seconds:
+            fields += _retry_field(answer.retry_seconds)
+        return fields
 
 
 def _parsed_batch(data: bytes) -> Sequence[pb.VerifyRequest]:
@@ -284,6 +293,8 @@ def put_token(record: TokenRecord, token: pb.Token) -> None:
         token.permissions.extend(record.permissions)
     if record.description:
         token.description = record.description
+    if record.rate_limit is not None:
+        put_rate_limit(record.rate_limit, token.rate_limit)
     for secret in record.secrets:
         shown = token.secrets.add(hint=secret.hint, retire_on_first_use=secret.retire_on_first_use)
         _put_time(secret.create_time, shown.create_time)
@@ -291,6 +302,11 @@ def put_token(record: TokenRecord, token: pb.Token) -> None:
             _put_time(secret.expire_time, shown.expire_time)
         if secret.last_used_time is not None:
             _put_time(secret.last_used_time, shown.last_used_time)
+
+
+def put_rate_limit(limit: RateLimit, message: pb.RateLimit) -> None:
+    """Fill `message`."""
+    message.count, message.period.seconds, message.burst = limit
 
 
 def _put_time(moment: datetime, timestamp: timestamp_pb2.Timestamp) -> None:
@@ -305,6 +321,29 @@ def _position_fields(position: Position) -> bytes:
     revision = _REVISION_TAG + _varint(position.revision) if position.revision else b""
     mark = _MARK_TAG + position.mark.to_bytes(8, "little") if position.mark else b""
     return revision + mark
+
+
+def _uncacheable_unless(answer: Answer, request: pb.VerifyRequest) -> Answer:
+    """Return an answer about a token with a rate limit without its position, unless the client
+    spends shares.
+
+    A client that does not know rate limits would cache the answer, and accept the token without
+    limit.
+    """
+    record = answer.record
+    if record is None or record.share is None or request.spends_shares:
+        return answer
+    return answer._replace(position=NOWHERE)
+
+
+def _retry_field(seconds: float) -> bytes:
+    """Return the encoded field `retry_after` of a VerifyResponse."""
+    message = pb.VerifyResponse()
+    # Rounded up: a client that is early is refused again.
+    microseconds = math.ceil(seconds * 1e6)
+    message.retry_after.seconds, rest = divmod(microseconds, 1_000_000)
+    message.retry_after.nanos = rest * 1_000
+    return message.SerializeToString()
 
 
 def _varint(number: int) -> bytes:

@@ -16,6 +16,7 @@ from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
 from latchkey_service.coherence.snapshot import Snapshot, mark_in
+from latchkey_service.coherence.verifier_table import LIFECYCLE_RULES
 from latchkey_service.postgres.connections import (
     DURABLE,
     Pool,
@@ -29,6 +30,7 @@ from latchkey_service.tokens.token_table import (
     DETAILS,
     SNAPSHOT,
     detailed_record_of,
+    rate_columns,
     record_of,
     snapshot_of,
 )
@@ -43,7 +45,7 @@ __all__ = [
     "TokenState",
 ]
 
-_OLD_RULES = "EXISTS (SELECT FROM verifier v WHERE v.rules < 1)"
+_OLD_RULES = f"EXISTS (SELECT FROM verifier v WHERE v.rules < {LIFECYCLE_RULES})"
 
 
 class StoredSecret(NamedTuple):
@@ -201,6 +203,7 @@ class LifecycleStore:
                            SET name = $4, name_key = coalesce($5, t.name_key), scope = $6,
                                expire_time = $7, labels = $8, description = $9,
                                allowed_networks = $10, permissions = $11, hint = $12,
+                               rate_count = $35, rate_period_seconds = $36, rate_burst = $37,
                                version = t.version + 1,
                                disable_time = CASE WHEN $13 THEN coalesce(t.disable_time, s.moment)
                                               END
@@ -271,6 +274,7 @@ class LifecycleStore:
                     audit_context.peer,
                     audit_context.request_id,
                     change.repeats,
+                    *rate_columns(record.rate_limit),
                 )
         if row is None:
             return None
@@ -298,10 +302,14 @@ class LifecycleStore:
         return (None if row[3] is None else StoredRequest(*row[3:])), snapshot_of(row)
 
     @retry_on_conflict
-    async def has_old_verifiers(self) -> bool:
-        """Return whether a verifier is registered that does not know the rules of this release."""
+    async def has_old_verifiers(self, rules: int = LIFECYCLE_RULES) -> bool:
+        """Return whether a verifier is registered that does not know these rules."""
         async with self._pool.session() as session:
-            return bool(await session.fetchval(f"SELECT {_OLD_RULES}"))
+            return bool(
+                await session.fetchval(
+                    "SELECT EXISTS (SELECT FROM verifier v WHERE v.rules < $1)", rules
+                )
+            )
 
     @retry_on_conflict
     async def free_expired_name(self, account_id: str, name_key: str, now: datetime) -> bool:

@@ -38,6 +38,7 @@ from latchkey_service.tokens.validation import (
     name_violations,
     networks_in,
     permissions_in,
+    rate_limit_in,
     secret_violations,
     ttl_violations,
 )
@@ -68,6 +69,8 @@ class NewToken:
     allowed_networks: Sequence[str] = ()
     permissions: Sequence[str] = ()
     request_id: str = ""
+    rate_limit: tuple[int, timedelta, int] | None = None
+    """Count, period and burst."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +163,7 @@ class Tokens:
             expire_time = None if bad else now + new.ttl
         networks = networks_in(new.allowed_networks, violations)
         permissions = permissions_in(new.permissions, violations)
+        rate_limit = rate_limit_in(new.rate_limit, violations)
         check(*violations)
         began = await self._reads.begin(deadline)
         minted = self._keyring.mint(self._secret_prefix, self._random_bytes)
@@ -176,6 +180,7 @@ class Tokens:
             permissions=permissions,
             description=new.description,
             secrets=(TokenSecret(minted.hint, now, None),),
+            rate_limit=rate_limit,
         )
         digest = minted.digest
         secret = SecretRecord(digest.value, digest.pepper_id, None, None, False, None)  # noqa: FBT003 - by position

@@ -53,23 +53,23 @@ class Sealer:
         if keyed is None:
             return None
         mac = keyed.copy()
+        # Absent without a limit, so that the seals of earlier releases stay right.
+        limit = () if token.rate_limit is None else (token.rate_limit,)
         # A JSON list separates its elements unambiguously.
-        mac.update(
-            json.dumps(
-                (
-                    secret.digest.hex(),
-                    token.id,
-                    token.account_id,
-                    token.scope,
-                    _microseconds(token.expire_time),
-                    token.disable_time is not None,
-                    token.allowed_networks,
-                    token.permissions,
-                    _microseconds(secret.expire_time),
-                    secret.retire_on_first_use,
-                )
-            ).encode()
+        elements = (
+            secret.digest.hex(),
+            token.id,
+            token.account_id,
+            token.scope,
+            _microseconds(token.expire_time),
+            token.disable_time is not None,
+            token.allowed_networks,
+            token.permissions,
+            _microseconds(secret.expire_time),
+            secret.retire_on_first_use,
+            *limit,
         )
+        mac.update(json.dumps(elements).encode())
         return mac.digest()
 
     def is_genuine(self, token: TokenRecord, secret: SecretRecord) -> bool:

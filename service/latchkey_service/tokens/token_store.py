@@ -35,6 +35,7 @@ from latchkey_service.tokens.token_table import (
     DETAILS,
     SNAPSHOT,
     detailed_record_of,
+    rate_columns,
     snapshot_of,
 )
 from latchkey_service.tokens.verdict import TokenRecord
@@ -173,8 +174,8 @@ class TokenStore:
                 token AS (
                     INSERT INTO token (id, account_id, name, name_key, scope, create_time,
                                        expire_time, hint, labels, description, allowed_networks,
-                                       permissions)
-                    SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $16, $17, $18
+                                       permissions, rate_count, rate_period_seconds, rate_burst)
+                    SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $16, $17, $18, $26, $27, $28
                      WHERE $21::uuid IS NULL OR EXISTS (SELECT FROM asked)
                     RETURNING id, account_id),
                 audited AS (
@@ -211,6 +212,7 @@ class TokenStore:
                     b"" if request is None else request.body,
                     None if request is None else request.asked,
                     None if request is None else request.reusable_before,
+                    *rate_columns(record.rate_limit),
                 )
         return status != "INSERT 0 0"
 

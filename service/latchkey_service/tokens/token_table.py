@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from latchkey_coherence.rate import RateLimit
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.coherence.snapshot import Snapshot, mark_in
@@ -19,6 +20,7 @@ __all__ = [
     "FIND_BY_DIGEST",
     "SNAPSHOT",
     "detailed_record_of",
+    "rate_columns",
     "record_of",
     "secret_of",
     "snapshot_of",
@@ -26,8 +28,9 @@ __all__ = [
 
 # What every reader of a token needs, in the order of TokenRecord.
 COLUMNS = """t.id, t.account_id, t.name, t.scope, t.create_time, t.expire_time, t.hint, t.labels,
-       t.last_used_time, t.delete_time, t.disable_time, t.allowed_networks, t.permissions"""
-_COLUMN_COUNT = 13
+       t.last_used_time, t.delete_time, t.disable_time, t.allowed_networks, t.permissions,
+       t.rate_count, t.rate_period_seconds, t.rate_burst"""
+_COLUMN_COUNT = 16
 # What owners see besides: the secrets that work and the newest one, newest first, each with its
 # last use, and the token's last use, from whichever of its secrets and callers it came.
 DETAILS = """t.description,
@@ -99,7 +102,7 @@ def detailed_record_of(row: "asyncpg.Record") -> TokenRecord:
 
 def _record(columns: tuple[Any, ...]) -> TokenRecord:
     token_id, account, name, scope, created, expires, hint, labels, used, deleted, *rest = columns
-    disabled, networks, permissions = rest
+    disabled, networks, permissions, *rate = rest
     return TokenRecord(
         token_id,
         account,
@@ -115,4 +118,10 @@ def _record(columns: tuple[Any, ...]) -> TokenRecord:
         # Empty for most tokens: no copy.
         tuple(networks) if networks else (),
         tuple(permissions) if permissions else (),
+        rate_limit=None if rate[0] is None else RateLimit(*rate),
     )
+
+
+def rate_columns(limit: RateLimit | None) -> tuple[int | None, int | None, int | None]:
+    """Return the values of the columns of a rate limit."""
+    return (None, None, None) if limit is None else limit
