@@ -15,6 +15,7 @@ from latchkey_coherence.verdict_cache import Position
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
+from latchkey._shares import ShareQuestion, SharesReceived, core_limit
 from latchkey._subscription import (
     Closing,
     Event,
@@ -30,6 +31,7 @@ from latchkey.models import (
     CallerUsage,
     Notifications,
     Page,
+    RateLimit,
     Receipt,
     Scope,
     Status,
@@ -70,6 +72,7 @@ _VERDICTS: Final[Mapping[int, Verdict]] = {
     pb.VERDICT_DISABLED: Verdict.DISABLED,
     pb.VERDICT_ADDRESS_NOT_ALLOWED: Verdict.ADDRESS_NOT_ALLOWED,
     pb.VERDICT_INSUFFICIENT_PERMISSIONS: Verdict.INSUFFICIENT_PERMISSIONS,
+    pb.VERDICT_RATE_LIMITED: Verdict.RATE_LIMITED,
 }
 
 _NOTIFICATIONS: Final[Mapping[int, Notifications]] = {
@@ -169,7 +172,21 @@ def token_in(message: pb.Token) -> Token:
         permissions=tuple(message.permissions),
         description=message.description,
         secrets=tuple(_token_secret_in(secret) for secret in message.secrets),
+        rate_limit=rate_limit_in(message.rate_limit) if message.HasField("rate_limit") else None,
     )
+
+
+def rate_limit_in(message: pb.RateLimit) -> RateLimit:
+    """Convert a rate limit from protobuf."""
+    return RateLimit(message.count, _duration_in(message.period), message.burst)
+
+
+def rate_limit_out(limit: RateLimit) -> pb.RateLimit:
+    """Convert a rate limit to protobuf."""
+    if not isinstance(limit, RateLimit):
+        raise TypeError(f"rate_limit must be a RateLimit, not {type(limit).__name__}")
+    period = duration_out(limit.period)
+    return pb.RateLimit(count=limit.count, period=period, burst=limit.burst)
 
 
 def _token_secret_in(message: pb.TokenSecret) -> TokenSecret:
@@ -234,7 +251,15 @@ def verification_in(message: pb.VerifyResponse) -> Verification:
         # The contract sets the token for every known secret. A VALID answer without one would let a
         # caller in anonymously.
         raise InternalError("The service answered VALID without a token.")
-    return Verification(verdict=verdict, token=token, revision=message.revision, mark=message.mark)
+    return Verification(
+        verdict=verdict,
+        token=token,
+        revision=message.revision,
+        mark=message.mark,
+        retry_after=(
+            _duration_in(message.retry_after) if message.HasField("retry_after") else None
+        ),
+    )
 
 
 def watch_request_out(request: Request) -> pb.WatchRequest:
@@ -245,6 +270,29 @@ def watch_request_out(request: Request) -> pb.WatchRequest:
         number=request.number,
         released=request.released,
         use_report=None if request.report is None else _use_report_out(request.report),
+        rate_shares_request=None if request.shares is None else _shares_out(request.shares),
+    )
+
+
+def _shares_out(question: ShareQuestion) -> pb.RateSharesRequest:
+    return pb.RateSharesRequest(
+        number=question.number,
+        wanted=[
+            pb.WantedCalls(token_id=token_id, calls=calls) for token_id, calls in question.wanted
+        ],
+    )
+
+
+def _shares_in(message: pb.RateShares) -> SharesReceived:
+    duration = message.share_duration
+    return SharesReceived(
+        message.number,
+        tuple(
+            (share.token_id, share.calls, limit)
+            for share in message.shares
+            if (limit := core_limit(rate_limit_in(share.rate_limit))) is not None
+        ),
+        duration.seconds + duration.nanos / 1e9,
     )
 
 
@@ -290,6 +338,8 @@ def watch_event_in(message: object) -> Event | None:
             return Closing()
         case "use_report_received":
             return UsesReceived(message.use_report_received.number)
+        case "rate_shares":
+            return _shares_in(message.rate_shares)
         case _:
             return None
 

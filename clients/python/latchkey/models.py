@@ -40,8 +40,22 @@ class Verdict(enum.Enum):
     """The token is limited to networks, and the client's address is unknown or in none of them."""
     INSUFFICIENT_PERMISSIONS = "insufficient_permissions"
     """The token is live but lacks a required permission."""
+    RATE_LIMITED = "rate_limited"
+    """The token's rate limit is used up. `Verification.retry_after` says when to try again."""
     UNSPECIFIED = "unspecified"
     """An answer that this version of the library does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimit:
+    """How often a token may be used: `count` times in `period` on average, `burst` times at once.
+
+    `period` is a second, a minute or an hour. A `burst` of 0 stands for `count`.
+    """
+
+    count: int
+    period: timedelta
+    burst: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +103,8 @@ class Token:
     secrets: tuple[TokenSecret, ...] = ()
     """Those that still work, and the newest one in any case, newest first. Empty in a
     verification."""
+    rate_limit: RateLimit | None = None
+    """How often it may be used. None: any number of times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,6 +276,8 @@ class Verification:
     """The revision at which the answer was read. 0 if nothing was read."""
     mark: int = 0
     """The mark of `revision`. Together they are a position in one history of the database."""
+    retry_after: timedelta | None = None
+    """With RATE_LIMITED: how long to wait before the token may be allowed again."""
 
     @property
     def allowed(self) -> bool:

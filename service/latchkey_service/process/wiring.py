@@ -67,9 +67,9 @@ from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.assembly import build_management
 from latchkey_service.tokens.batched_lookup import Lookup
 from latchkey_service.tokens.rate_draws import RateDraws
-from latchkey_service.tokens.token_rates import TokenRates
 from latchkey_service.tokens.rate_table import RateTable
 from latchkey_service.tokens.sealing import seal_rows
+from latchkey_service.tokens.token_rates import TokenRates
 from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.usage_table import UsageTable
 from latchkey_service.tokens.usage_writer import UsageWriter

@@ -16,6 +16,7 @@ from latchkey_coherence.verdict_cache import Position
 from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey_proto.v1 import token_service_pb2_grpc as pb_grpc
 
+from latchkey_service.coherence.share_questions import WANTED_MAX
 from latchkey_service.coherence.use_reports import USES_IN_REPORT_MAX
 from latchkey_service.coherence.watch_events import (
     Event,
@@ -28,7 +29,6 @@ from latchkey_service.coherence.watch_events import (
     Shares,
     WantedCalls,
 )
-from latchkey_service.coherence.share_questions import WANTED_MAX
 from latchkey_service.coherence.watch_sessions import WatchSessions
 from latchkey_service.errors import FieldViolation, InvalidArgument
 from latchkey_service.rpc.managed_calls import ManagedCall, current_call

@@ -207,9 +207,7 @@ def _deliver(batch: Sequence[_Waiter], issued: dict[str, Issued], ends: float) -
                 found.append(Drawn(one.live, None, want.needed, 0, 0.0, ends))
             else:
                 ahead = take(want.token_id, want.ahead)
-                found.append(
-                    Drawn(one.live, one.limit, accepted, ahead, one.retry_seconds, ends)
-                )
+                found.append(Drawn(one.live, one.limit, accepted, ahead, one.retry_seconds, ends))
         waiter.future.set_result(found)
 
 

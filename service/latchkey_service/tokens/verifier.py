@@ -26,8 +26,8 @@ from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.errors import CacheStartedOver
 from latchkey_service.secret_format import SECRET_LENGTH_MAX, Keyring, Malformed
 from latchkey_service.tokens.batched_lookup import Found, Lookup
-from latchkey_service.tokens.token_rates import TokenRates
 from latchkey_service.tokens.seal import SealGuard
+from latchkey_service.tokens.token_rates import TokenRates
 from latchkey_service.tokens.verdict import (
     CachedToken,
     SecretRecord,

@@ -85,7 +85,7 @@ class Buckets:
         for want in wants:
             taken = min(want.needed, self.calls)
             self.calls -= taken
-            drawn.append(Drawn(True, LIMIT, taken, 0, 0.5, self.ends))  # noqa: FBT003 - by position
+            drawn.append(Drawn(True, LIMIT, taken, 0, 0.5, self.ends))
         return drawn
 
 
