@@ -131,7 +131,6 @@ async def test_sum_stays_within_the_bound_while_verifiers_come_and_go(
         last = moment
         assert level >= 0, "more verifies were accepted in a window than the bound permits"
     used = len(accepted) / (FAST.burst + rate * (accepted[-1] - began))
-    print(f"accepted {len(accepted)}, {used:.0%} of the limit, {local} of them locally")
     assert local, "no verify was answered from a share"
     assert used > 0.5, used
 
