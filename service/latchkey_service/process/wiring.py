@@ -222,6 +222,7 @@ async def running(
         ack_waiter=ack_waiter,
         watch_sessions=watch_sessions,
         lookup=lookup,
+        rate_draws=rate_draws,
         pool=pool,
         connector=connector,
         primary=primary,

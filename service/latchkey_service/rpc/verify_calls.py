@@ -47,6 +47,7 @@ _VERIFY_BYTES_MAX: Final = METHODS[VERIFY].bytes_max
 _BATCH_VERIFY_BYTES_MAX: Final = METHODS[BATCH_VERIFY].bytes_max
 # In Python 3.11, each access to a member of an Enum runs Python code.
 _VALID: Final = Verdict.VALID
+_RATE_LIMITED: Final = Verdict.RATE_LIMITED
 
 # Encoded fields: number and wire type, then the value.
 _VERDICT_FIELDS: Final = {verdict: bytes((0x08, verdict)) for verdict in Verdict}
@@ -136,7 +137,7 @@ class VerifyCalls:
         if len(data) > _VERIFY_BYTES_MAX:
             # The contract promises a verdict for every secret, however long. No secret, address and
             # permissions within their limits need as many bytes.
-            secret, answer = "", MALFORMED
+            secret, answer, request = "", MALFORMED, None
             self._counts.oversized += 1
         else:
             try:
@@ -153,9 +154,7 @@ class VerifyCalls:
                 answer = await self._verifier.verify(question, context.time_remaining())
             else:
                 answer = cached
-            if answer.record is not None and answer.record.share is not None:
-                answer = _uncacheable_unless(answer, request)
-        return self._completed(answer, secret, caller)
+        return self._completed(answer, secret, caller, request)
 
     async def _batch_verify(self, data: bytes, context: CallContext, caller: Caller) -> bytes:
         try:
@@ -180,9 +179,7 @@ class VerifyCalls:
         answers = await self._verifier.verify_batch(questions, context.time_remaining())
         encoded: list[bytes] = []
         for request, question, answer in zip(requests, questions, answers, strict=True):
-            response = self._completed(
-                _uncacheable_unless(answer, request), question.presented, caller
-            )
+            response = self._completed(answer, question.presented, caller, request)
             encoded += (_RESPONSES_TAG, _varint(len(response)), response)
         return b"".join(encoded)
 
@@ -191,7 +188,13 @@ class VerifyCalls:
         if caller.rates is not None:
             caller.rates.spend(VERIFIER, count, self._monotonic())
 
-    def _completed(self, answer: Answer, presented: str, caller: Caller) -> bytes:
+    def _completed(
+        self,
+        answer: Answer,
+        presented: str,
+        caller: Caller,
+        request: pb.VerifyRequest | None = None,
+    ) -> bytes:
         """Count the answer, and return the encoded VerifyResponse that `caller` gets.
 
         Building it from encoded parts takes a tenth of the time. The position stays the same from
@@ -200,8 +203,8 @@ class VerifyCalls:
         self._counts.verdicts[answer.verdict] += 1
         if caller.accounts is not None:
             answer = _restricted(answer, caller)
-        record = answer.record
-        if answer.verdict is _VALID and record is not None:
+        verdict, record = answer.verdict, answer.record
+        if verdict is _VALID and record is not None:
             now = self._unix_time()
             use = record.use
             # Here and not in PendingUses, so that a warm Verify makes no further call.
@@ -217,11 +220,15 @@ class VerifyCalls:
             # server would not see the first use.
             answer = answer._replace(position=NOWHERE)
         position = answer.position
+        if record is not None and record.share is not None and not _spends_shares(request):
+            # A client that does not know rate limits would cache the answer, and accept the token
+            # without limit.
+            position = NOWHERE
         if position != self._position:
             self._position = position
             self._position_fields = _position_fields(position)
-        fields = _VERDICT_FIELDS[answer.verdict] + answer.token + self._position_fields
-        if answer.retry_seconds:
+        fields: bytes = _VERDICT_FIELDS[verdict] + answer.token + self._position_fields
+        if verdict is _RATE_LIMITED:
             fields += _retry_field(answer.retry_seconds)
         return fields
 
@@ -323,17 +330,8 @@ def _position_fields(position: Position) -> bytes:
     return revision + mark
 
 
-def _uncacheable_unless(answer: Answer, request: pb.VerifyRequest) -> Answer:
-    """Return an answer about a token with a rate limit without its position, unless the client
-    spends shares.
-
-    A client that does not know rate limits would cache the answer, and accept the token without
-    limit.
-    """
-    record = answer.record
-    if record is None or record.share is None or request.spends_shares:
-        return answer
-    return answer._replace(position=NOWHERE)
+def _spends_shares(request: pb.VerifyRequest | None) -> bool:
+    return request is not None and request.spends_shares
 
 
 def _retry_field(seconds: float) -> bytes:
