@@ -55,11 +55,12 @@ MAY = {
     "manager": {
         TOKENS + name
         for name in (
-            *("Create", "Get", "GetUsage", "List", "Delete", "DeleteAll"),
+            *("Create", "Get", "GetLimits", "GetUsage", "List", "Delete", "DeleteAll"),
             *("Update", "Disable", "Enable", "Rotate", "RetireSecrets"),
         )
     },
     "revoker": {TOKENS + "RevokeSecret"},
+    "importer": {TOKENS + "Import"},
     "operator": {STATUS, AUDIT, INVALIDATE_ALL},
 }
 OURS = sorted(set().union(*MAY.values()))

@@ -23,6 +23,7 @@ CALLERS: dict[str, tuple[str, list[str] | None]] = {
     "manager": ("manager", None),
     "operator": ("operator", None),
     "revoker": ("revoker", None),
+    "importer": ("importer", None),
     "acmes-verifier": ("verifier", [ACCOUNT]),
     "acmes-manager": ("manager", ["ac*"]),
     "acmes-operator": ("operator", [ACCOUNT]),

@@ -2,7 +2,7 @@
 
 import enum
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, time
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -63,10 +63,11 @@ def _future(text: str) -> datetime:
 
 
 def _moment(text: str, direction: int) -> datetime:
-    """Parse a moment. A duration counts from now: 1 for later, -1 for earlier."""
+    """Parse a moment. A duration counts from now: 1 for later, -1 for earlier. A date means the
+    first moment of that day."""
     wrong = "give a duration (30m, 12h, 7d), a date, or a time with its zone (2030-01-31T18:00:00Z)"
     try:
-        said = parse_expiry(text)
+        said = parse_expiry(text, time())
         moment = said.expire_time
         if said.ttl is not None:
             moment = datetime.now(UTC) + direction * said.ttl

@@ -84,8 +84,8 @@ def create(
     from latchkey_cli.session import Doing, Session
 
     if_lost = (
-        f"the token may exist: look for '{name}' in 'latchkey list -a {account}' and delete it "
-        "before you try again"
+        f"the token may exist: look for '{name}' in 'latchkey list -a {account}' and rotate it "
+        "to get a secret"
     )
     with Session(target, timeout) as session:
         call = session.client.create(
@@ -101,12 +101,12 @@ def create(
             rate_limit=rate_limit,
         )
         created = session.run(call, Doing(f"create token '{name}'", if_lost))
-    deletion = f"'latchkey delete {created.token.id} -a {account}'"
+    again = f"'latchkey rotate {created.token.id} -a {account}'"
     hand_over(
         created,
         as_json=as_json,
-        lost="delete the token and create another",
-        if_not_written=f"delete it ({deletion}) and create another",
+        lost=f"get another one with {again}",
+        if_not_written=f"get another secret with {again}",
     )
 
 

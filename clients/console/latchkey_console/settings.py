@@ -19,7 +19,7 @@ TARGET: Final = "127.0.0.1:50051"
 CLAIM: Final = "sub"
 
 # As the contract defines it (`account_id` in token_service.proto).
-_ACCOUNT_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+_ACCOUNT_ID: Final = re.compile(r"[A-Za-z0-9._:@|+=/~-]{1,128}")
 _HOST_NAME: Final = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?")
 _HEADER_NAME: Final = re.compile(r"[A-Za-z0-9-]{1,64}")
 _LISTEN: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})")
@@ -125,7 +125,7 @@ def make(
         )
     if account is not None:
         if not is_account_id(account):
-            raise SettingsError("--account: give 1-64 characters of A-Za-z0-9._:-")
+            raise SettingsError("--account: give 1-128 characters of A-Za-z0-9._:@|+=/~-")
         if not _is_loopback(host):
             raise SettingsError(
                 f"--account lets in everyone who can reach {listen}, so it works on loopback only, "

@@ -15,7 +15,12 @@ from latchkey_coherence.verdict_cache import Position
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-from latchkey._shares import ShareQuestion, SharesReceived, core_limit
+from latchkey._rate_messages import (
+    duration_in,
+    rate_limit_in,
+    shares_in,
+    shares_out,
+)
 from latchkey._subscription import (
     Closing,
     Event,
@@ -26,12 +31,15 @@ from latchkey._subscription import (
     UsesReceived,
 )
 from latchkey._uses import UseReport
-from latchkey.errors import InternalError, InvalidArgument, invalid
+from latchkey.errors import FieldViolation, InternalError, InvalidArgument, invalid
 from latchkey.models import (
     CallerUsage,
+    ImportedToken,
+    ImportOutcome,
+    ImportResult,
+    Limits,
     Notifications,
     Page,
-    RateLimit,
     Receipt,
     Scope,
     Status,
@@ -75,6 +83,13 @@ _VERDICTS: Final[Mapping[int, Verdict]] = {
     pb.VERDICT_RATE_LIMITED: Verdict.RATE_LIMITED,
 }
 
+_IMPORT_OUTCOMES: Final[Mapping[int, ImportOutcome]] = {
+    pb.IMPORT_OUTCOME_IMPORTED: ImportOutcome.IMPORTED,
+    pb.IMPORT_OUTCOME_EXISTS: ImportOutcome.EXISTS,
+    pb.IMPORT_OUTCOME_OTHER_ACCOUNT: ImportOutcome.OTHER_ACCOUNT,
+    pb.IMPORT_OUTCOME_NAME_TAKEN: ImportOutcome.NAME_TAKEN,
+    pb.IMPORT_OUTCOME_INVALID: ImportOutcome.INVALID,
+}
 _NOTIFICATIONS: Final[Mapping[int, Notifications]] = {
     status_pb.NOTIFICATIONS_ARRIVE: Notifications.ARRIVE,
     status_pb.NOTIFICATIONS_SILENT: Notifications.SILENT,
@@ -176,19 +191,6 @@ def token_in(message: pb.Token) -> Token:
     )
 
 
-def rate_limit_in(message: pb.RateLimit) -> RateLimit:
-    """Convert a rate limit from protobuf."""
-    return RateLimit(message.count, _duration_in(message.period), message.burst)
-
-
-def rate_limit_out(limit: RateLimit) -> pb.RateLimit:
-    """Convert a rate limit to protobuf."""
-    if not isinstance(limit, RateLimit):
-        raise TypeError(f"rate_limit must be a RateLimit, not {type(limit).__name__}")
-    period = duration_out(limit.period)
-    return pb.RateLimit(count=limit.count, period=period, burst=limit.burst)
-
-
 def _token_secret_in(message: pb.TokenSecret) -> TokenSecret:
     return TokenSecret(
         hint=message.hint,
@@ -211,6 +213,50 @@ def usage_in(message: pb.GetUsageResponse) -> tuple[CallerUsage, ...]:
             days={time_in(day.start_time).date(): day.count for day in usage.days},
         )
         for usage in message.callers
+    )
+
+
+def limits_in(message: pb.GetLimitsResponse) -> Limits:
+    """Convert limits from protobuf."""
+    return Limits(
+        max_ttl=duration_in(message.max_ttl) if message.HasField("max_ttl") else None,
+        require_expiry=message.require_expiry,
+    )
+
+
+def imported_out(token: ImportedToken) -> pb.ImportedToken:
+    """Return a token to import as a message. Raises InvalidArgument for values that do not fit."""
+    return build(
+        lambda: pb.ImportedToken(
+            account_id=token.account_id,
+            name=token.name,
+            scope=scope_out(token.scope, "scope"),
+            expire_time=(
+                None if token.expire_time is None else time_out(token.expire_time, "expire_time")
+            ),
+            labels=token.labels,
+            description=token.description,
+            allowed_networks=several(token.allowed_networks, "allowed_networks"),
+            permissions=several(token.permissions, "permissions"),
+            secret_sha256=token.secret_sha256,
+            hint=token.hint,
+            create_time=(
+                None if token.create_time is None else time_out(token.create_time, "create_time")
+            ),
+            disabled=token.disabled,
+        )
+    )
+
+
+def import_result_in(message: pb.ImportResult) -> ImportResult:
+    """Convert what Import did with a row from protobuf."""
+    return ImportResult(
+        outcome=_IMPORT_OUTCOMES.get(message.outcome, ImportOutcome.UNSPECIFIED),
+        token_id=message.id,
+        field_violations=tuple(
+            FieldViolation(violation.field, violation.description)
+            for violation in message.field_violations
+        ),
     )
 
 
@@ -256,9 +302,7 @@ def verification_in(message: pb.VerifyResponse) -> Verification:
         token=token,
         revision=message.revision,
         mark=message.mark,
-        retry_after=(
-            _duration_in(message.retry_after) if message.HasField("retry_after") else None
-        ),
+        retry_after=(duration_in(message.retry_after) if message.HasField("retry_after") else None),
     )
 
 
@@ -270,29 +314,7 @@ def watch_request_out(request: Request) -> pb.WatchRequest:
         number=request.number,
         released=request.released,
         use_report=None if request.report is None else _use_report_out(request.report),
-        rate_shares_request=None if request.shares is None else _shares_out(request.shares),
-    )
-
-
-def _shares_out(question: ShareQuestion) -> pb.RateSharesRequest:
-    return pb.RateSharesRequest(
-        number=question.number,
-        wanted=[
-            pb.WantedCalls(token_id=token_id, calls=calls) for token_id, calls in question.wanted
-        ],
-    )
-
-
-def _shares_in(message: pb.RateShares) -> SharesReceived:
-    duration = message.share_duration
-    return SharesReceived(
-        message.number,
-        tuple(
-            (share.token_id, share.calls, limit)
-            for share in message.shares
-            if (limit := core_limit(rate_limit_in(share.rate_limit))) is not None
-        ),
-        duration.seconds + duration.nanos / 1e9,
+        rate_shares_request=None if request.shares is None else shares_out(request.shares),
     )
 
 
@@ -331,7 +353,8 @@ def watch_event_in(message: object) -> Event | None:
         case "grant":
             grant = message.grant
             seconds = grant.lease_duration.seconds + grant.lease_duration.nanos / 1e9
-            return Grant(_position_in(grant), grant.number, seconds)
+            prefixes = tuple(grant.imported_prefixes)
+            return Grant(_position_in(grant), grant.number, seconds, prefixes)
         case "reset":
             return Reset(_position_in(message.reset))
         case "closing":
@@ -339,7 +362,7 @@ def watch_event_in(message: object) -> Event | None:
         case "use_report_received":
             return UsesReceived(message.use_report_received.number)
         case "rate_shares":
-            return _shares_in(message.rate_shares)
+            return shares_in(message.rate_shares)
         case _:
             return None
 
@@ -367,8 +390,8 @@ def _verifier_in(message: status_pb.VerifierStatus) -> VerifierStatus:
         start_time=time_in(message.start_time),
         acknowledged_revision=message.acknowledged_revision,
         lag=message.lag,
-        lease_duration=_duration_in(message.lease_duration),
-        lease_remaining=_duration_in(message.lease_remaining),
+        lease_duration=duration_in(message.lease_duration),
+        lease_remaining=duration_in(message.lease_remaining),
         clients=message.clients,
         notifications=_NOTIFICATIONS.get(message.notifications, Notifications.UNSPECIFIED),
         answering=message.answering,
@@ -378,13 +401,6 @@ def _verifier_in(message: status_pb.VerifierStatus) -> VerifierStatus:
         system_identifier=message.system_identifier,
         timeline=message.timeline,
     )
-
-
-def _duration_in(message: Duration) -> timedelta:
-    try:
-        return message.ToTimedelta()
-    except (ValueError, OverflowError) as error:
-        raise InternalError("The service sent an invalid duration.") from error
 
 
 def time_in(message: Timestamp) -> datetime:

@@ -11,14 +11,16 @@ from uuid import UUID, uuid4
 from google.protobuf.field_mask_pb2 import FieldMask
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-from latchkey import _convert
+from latchkey import _convert, _rate_messages
 from latchkey._connection import Connection
+from latchkey._rate_limit import RateLimit
 from latchkey.errors import InternalError, invalid
 from latchkey.models import (
     UNCHANGED,
     Change,
     Deletions,
-    RateLimit,
+    ImportedToken,
+    ImportResult,
     Revocation,
     RotatedToken,
     Scope,
@@ -107,7 +109,7 @@ class LifecycleCalls(Connection):
             if not isinstance(rate_limit, Unchanged):
                 paths.append("rate_limit")
                 if rate_limit is not None:
-                    token.rate_limit.CopyFrom(_convert.rate_limit_out(rate_limit))
+                    token.rate_limit.CopyFrom(_rate_messages.rate_limit_out(rate_limit))
             if not paths:
                 raise invalid("update_mask", "give at least one field to change")
             return pb.UpdateRequest(
@@ -234,6 +236,27 @@ class LifecycleCalls(Connection):
             ),
             receipt=_convert.receipt_of(answer),
         )
+
+    async def import_tokens(
+        self,
+        tokens: Iterable[ImportedToken],
+        *,
+        validate_only: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> tuple[ImportResult, ...]:
+        """Create 1 to 1,000 tokens whose secrets exist already, from the hashes of these secrets.
+
+        The results come in the order of the tokens. A secret that a token has already, or had, is
+        not imported again, so this is safe to repeat. With `validate_only`, it imports nothing.
+        Needs the role `importer` for all accounts if the service has a policy.
+        """
+        rows = [_convert.imported_out(token) for token in tokens]
+        request = pb.ImportRequest(tokens=rows, validate_only=validate_only)
+        answer = await self._call("Import", self._rpcs().Import, request, timeout_seconds)
+        if len(answer.results) != len(rows):
+            # If results cannot be matched to tokens, none of them can be used.
+            raise InternalError("The service did not answer for every token of a batch.")
+        return tuple(_convert.import_result_in(result) for result in answer.results)
 
     async def delete_all(
         self,

@@ -17,7 +17,7 @@ from typing import Final
 
 from latchkey_coherence.rate import RateLimit, Share, Shares, share_end
 
-from latchkey import models
+from latchkey import _rate_limit
 
 # Between two questions. A share ends after a second, so several questions renew it.
 ASK_SECONDS: Final = 0.25
@@ -109,7 +109,7 @@ class ShareLog:
             self._asked = None
 
 
-def core_limit(limit: models.RateLimit) -> RateLimit | None:
+def core_limit(limit: _rate_limit.RateLimit) -> RateLimit | None:
     """Return the limit as the core knows it, or None if this version cannot compute with it."""
     seconds = limit.period // timedelta(seconds=1)
     if limit.count < 1 or limit.burst < 1 or seconds < 1 or limit.period % timedelta(seconds=1):

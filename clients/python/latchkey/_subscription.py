@@ -72,6 +72,8 @@ class Grant:
     position: Position
     number: int
     seconds: float
+    imported_prefixes: tuple[str, ...] = ()
+    """The prefixes of the imported secrets that the server accepts. An empty one accepts any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,8 @@ class Subscription:
         self.invalidations = 0
         self.resets = 0
         self._randomness = randomness
+        self.imported_prefixes: tuple[str, ...] | None = None
+        """As the last grant that counted stated them. None: none has yet."""
         self._granting: Stream | None = None
         # Increases when the cache starts over or all grants are released. The state that the
         # servers of other streams have of the cache is then wrong.
@@ -410,6 +414,7 @@ class Stream:
         if not self._subscription.cache.knows(grant.position):
             return  # a different history, or an unknown position
         asked_at, self._asked_at = self._asked_at, None
+        self._subscription.imported_prefixes = grant.imported_prefixes
         end = client_lease_end(asked_at, min(grant.seconds, LEASE_SECONDS_MAX))
         if end > now:
             # The lease never shrinks: the server honours each grant until it ends.

@@ -4,12 +4,13 @@ All datetimes are timezone-aware, in UTC.
 """
 
 import enum
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from typing import Final
 
+from latchkey._rate_limit import RateLimit
+from latchkey.errors import FieldViolation
 from latchkey.secret import Secret
 
 
@@ -45,44 +46,6 @@ class Verdict(enum.Enum):
     """The token's rate limit is used up. `Verification.retry_after` says when to try again."""
     UNSPECIFIED = "unspecified"
     """An answer that this version of the library does not know."""
-
-
-_PERIODS: Final[Mapping[str, timedelta]] = {
-    "second": timedelta(seconds=1),
-    "minute": timedelta(minutes=1),
-    "hour": timedelta(hours=1),
-}
-_RATE: Final = re.compile(
-    rf"([0-9]{{1,7}})/({'|'.join(_PERIODS)})(?:,? burst ([0-9]{{1,7}}))?", re.ASCII
-)
-
-
-@dataclass(frozen=True, slots=True)
-class RateLimit:
-    """How often a token may be used: `count` times in `period` on average, `burst` times at once.
-
-    `period` is a second, a minute or an hour. A `burst` of 0 stands for `count`. As text, it is
-    "100/minute" or "100/minute, burst 20".
-    """
-
-    count: int
-    period: timedelta
-    burst: int = 0
-
-    @classmethod
-    def parse(cls, text: str) -> "RateLimit":
-        """Return the limit for a text such as "100/minute, burst 20". Raises ValueError."""
-        match = _RATE.fullmatch(text.strip())
-        if match is None:
-            raise ValueError("a rate limit has the form 100/minute, or 100/minute, burst 20")
-        count, period, burst = match.groups()
-        return cls(int(count), _PERIODS[period], int(burst or 0))
-
-    def __str__(self) -> str:
-        """Return the limit as text."""
-        names = {period: name for name, period in _PERIODS.items()}
-        text = f"{self.count}/{names.get(self.period, self.period)}"
-        return text if self.burst in (0, self.count) else f"{text}, burst {self.burst}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,6 +221,64 @@ class Deletions:
     """Proof of these and of earlier deletions of the account. None with `dry_run`."""
     more: bool = False
     """Whether more tokens match than this call deleted. If so, call it again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportedToken:
+    """A token to import, whose secret exists already. The fields are those of `Client.create`."""
+
+    account_id: str
+    name: str
+    scope: Scope
+    secret_sha256: bytes = field(repr=False)
+    """The SHA-256 hash of the whole secret: 32 bytes."""
+    hint: str = ""
+    """What people may see of the secret, such as its prefix and last four characters."""
+    create_time: datetime | None = None
+    """When the secret was created. None: now."""
+    expire_time: datetime | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    description: str = ""
+    allowed_networks: Sequence[str] = ()
+    permissions: Sequence[str] = ()
+    disabled: bool = False
+
+
+class ImportOutcome(enum.Enum):
+    """What `import_tokens` did with a token."""
+
+    IMPORTED = "imported"
+    """The token was created. With `validate_only`: it would be."""
+    EXISTS = "exists"
+    """A token of this account has this secret already, or had it. Nothing was changed."""
+    OTHER_ACCOUNT = "other_account"
+    """A token of another account has or had this secret."""
+    NAME_TAKEN = "name_taken"
+    INVALID = "invalid"
+    UNSPECIFIED = "unspecified"
+    """An outcome that this version of the library does not know."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportResult:
+    """What `import_tokens` did with one token."""
+
+    outcome: ImportOutcome
+    token_id: str = ""
+    """Set with IMPORTED and EXISTS."""
+    field_violations: tuple[FieldViolation, ...] = ()
+    """Set with INVALID."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Limits for the tokens of an account that a caller creates or changes."""
+
+    max_ttl: timedelta | None = None
+    """The longest time from a `create` or `update` until the expiry that it sets, and the longest
+    grace of a `rotate`. None: no limit."""
+    require_expiry: bool = False
+    """Whether each token needs an expiry. True whenever `max_ttl` is set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -216,6 +216,8 @@ class Client:
     create = _blocking(_client.Client.create)
     get = _blocking(_client.Client.get)
     get_usage = _blocking(_client.Client.get_usage)
+    get_limits = _blocking(_client.Client.get_limits)
+    import_tokens = _blocking(_client.Client.import_tokens)
     list_page = _blocking(_client.Client.list_page)
     update = _blocking(_client.Client.update)
     disable = _blocking(_client.Client.disable)

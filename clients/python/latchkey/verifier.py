@@ -21,7 +21,7 @@ from latchkey import _convert, _fork
 from latchkey._batch import Batcher
 from latchkey._entry import CacheEntry, cache_entry
 from latchkey._retry import VERIFY_TIMEOUT_SECONDS, checked_timeout
-from latchkey._shape import is_well_formed
+from latchkey._shape import may_be_secret
 from latchkey._subscription import Subscription
 from latchkey._watch import Watcher
 from latchkey.access import Access
@@ -155,7 +155,9 @@ class Verifier:
                 return answer
             return None
         _convert.scope_out(scope, "scope")  # a wrong scope is an error for every secret
-        return None if is_well_formed(secret) else _MALFORMED
+        # An old server sends no prefixes, and accepts no imported secrets.
+        known = may_be_secret(secret, self._subscription.imported_prefixes)
+        return None if known else _MALFORMED
 
     def _other_answer(
         self, entry: CacheEntry, answer: Verification, secret: str, now: float

@@ -59,9 +59,14 @@ class _VerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verdict.Value
     permissions, and that permits the client's address.
     """
     VERDICT_MALFORMED: _Verdict.ValueType  # 2
-    """The string is not a secret of this service: wrong shape or checksum."""
+    """The string is not a secret of this service: wrong shape or checksum, and not
+    an imported secret, because it has no accepted prefix
+    (LATCHKEY_IMPORTED_PREFIXES), or is too short or too long for one.
+    """
     VERDICT_UNKNOWN: _Verdict.ValueType  # 3
-    """The string has the right shape, but no token has this secret."""
+    """The string has the right shape, or the prefix of an imported secret, but no
+    token has this secret.
+    """
     VERDICT_DELETED: _Verdict.ValueType  # 4
     """The token was deleted."""
     VERDICT_EXPIRED: _Verdict.ValueType  # 5
@@ -100,9 +105,14 @@ VERDICT_VALID: Verdict.ValueType  # 1
 permissions, and that permits the client's address.
 """
 VERDICT_MALFORMED: Verdict.ValueType  # 2
-"""The string is not a secret of this service: wrong shape or checksum."""
+"""The string is not a secret of this service: wrong shape or checksum, and not
+an imported secret, because it has no accepted prefix
+(LATCHKEY_IMPORTED_PREFIXES), or is too short or too long for one.
+"""
 VERDICT_UNKNOWN: Verdict.ValueType  # 3
-"""The string has the right shape, but no token has this secret."""
+"""The string has the right shape, or the prefix of an imported secret, but no
+token has this secret.
+"""
 VERDICT_DELETED: Verdict.ValueType  # 4
 """The token was deleted."""
 VERDICT_EXPIRED: Verdict.ValueType  # 5
@@ -191,6 +201,46 @@ SECRET_OUTCOME_MALFORMED: SecretOutcome.ValueType  # 4
 """The string is not a secret of this service: wrong shape or checksum."""
 Global___SecretOutcome: _TypeAlias = SecretOutcome  # noqa: Y015
 
+class _ImportOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ImportOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ImportOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    IMPORT_OUTCOME_UNSPECIFIED: _ImportOutcome.ValueType  # 0
+    """Never sent."""
+    IMPORT_OUTCOME_IMPORTED: _ImportOutcome.ValueType  # 1
+    """The token was created. With validate_only: it would be."""
+    IMPORT_OUTCOME_EXISTS: _ImportOutcome.ValueType  # 2
+    """A token of this account has this secret already, or had it. Nothing was
+    changed, whatever the other fields of the row.
+    """
+    IMPORT_OUTCOME_OTHER_ACCOUNT: _ImportOutcome.ValueType  # 3
+    """A token of another account has or had this secret."""
+    IMPORT_OUTCOME_NAME_TAKEN: _ImportOutcome.ValueType  # 4
+    """Another live token of the account, or an earlier row, has this name."""
+    IMPORT_OUTCOME_INVALID: _ImportOutcome.ValueType  # 5
+    """The row violates the contract; see `field_violations`."""
+
+class ImportOutcome(_ImportOutcome, metaclass=_ImportOutcomeEnumTypeWrapper):
+    """What Import did with a row."""
+
+IMPORT_OUTCOME_UNSPECIFIED: ImportOutcome.ValueType  # 0
+"""Never sent."""
+IMPORT_OUTCOME_IMPORTED: ImportOutcome.ValueType  # 1
+"""The token was created. With validate_only: it would be."""
+IMPORT_OUTCOME_EXISTS: ImportOutcome.ValueType  # 2
+"""A token of this account has this secret already, or had it. Nothing was
+changed, whatever the other fields of the row.
+"""
+IMPORT_OUTCOME_OTHER_ACCOUNT: ImportOutcome.ValueType  # 3
+"""A token of another account has or had this secret."""
+IMPORT_OUTCOME_NAME_TAKEN: ImportOutcome.ValueType  # 4
+"""Another live token of the account, or an earlier row, has this name."""
+IMPORT_OUTCOME_INVALID: ImportOutcome.ValueType  # 5
+"""The row violates the contract; see `field_violations`."""
+Global___ImportOutcome: _TypeAlias = ImportOutcome  # noqa: Y015
+
 @_typing.final
 class RateLimit(_message.Message):
     """How often verifies answer VALID for a token: at most `count` times in `period`
@@ -275,7 +325,7 @@ class Token(_message.Message):
     id: _builtins.str
     """Opaque identifier, at most 64 characters, ordered by creation."""
     account_id: _builtins.str
-    """Owner of the token: 1-64 characters of A-Za-z0-9._:-"""
+    """Owner of the token: 1-128 characters of A-Za-z0-9._:@|+=/~-"""
     name: _builtins.str
     """Name given by the owner: 1-64 characters, unique among the account's
     live tokens when letter case is ignored.
@@ -602,7 +652,7 @@ class CreateRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     RATE_LIMIT_FIELD_NUMBER: _builtins.int
     account_id: _builtins.str
-    """Owner of the new token. Required; 1-64 characters of A-Za-z0-9._:-"""
+    """Owner of the new token. Required; 1-128 characters of A-Za-z0-9._:@|+=/~-"""
     name: _builtins.str
     """Name of the token. Required; 1-64 characters without control characters,
     after surrounding white space is removed. Create rejects a name, account or
@@ -1527,6 +1577,268 @@ class DayUsage(_message.Message):
 Global___DayUsage: _TypeAlias = DayUsage  # noqa: Y015
 
 @_typing.final
+class ImportRequest(_message.Message):
+    """Request of TokenService.Import."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    validate_only: _builtins.bool
+    """Imports nothing, and returns what the call would do."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImportedToken]:
+        """1-1,000 tokens, of any accounts."""
+
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[Global___ImportedToken] | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportRequest: _TypeAlias = ImportRequest  # noqa: Y015
+
+@_typing.final
+class ImportedToken(_message.Message):
+    """A token to import. Its fields have the rules of CreateRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    ALLOWED_NETWORKS_FIELD_NUMBER: _builtins.int
+    PERMISSIONS_FIELD_NUMBER: _builtins.int
+    SECRET_SHA256_FIELD_NUMBER: _builtins.int
+    HINT_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    DISABLED_FIELD_NUMBER: _builtins.int
+    account_id: _builtins.str
+    """Owner of the token. Required."""
+    name: _builtins.str
+    """Name of the token. Required."""
+    scope: Global___Scope.ValueType
+    """Access level. Required."""
+    description: _builtins.str
+    """Text about the token."""
+    secret_sha256: _builtins.bytes
+    """The SHA-256 hash of the whole secret, with its prefix: 32 bytes. Required.
+    Never the secret itself. The service stores only a keyed hash of it.
+    """
+    hint: _builtins.str
+    """What people may see of the secret: up to 16 characters, such as its prefix
+    and its last four. Empty: nothing is known.
+    """
+    disabled: _builtins.bool
+    """Whether the token begins disabled."""
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When the token expires: a time in the future. Absent: never."""
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Up to 16 pairs."""
+
+    @_builtins.property
+    def allowed_networks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Networks from which the token may be used. Empty: any address."""
+
+    @_builtins.property
+    def permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the token may do, within its scope."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When the secret was created. Not in the future. Absent: now."""
+
+    def __init__(
+        self,
+        *,
+        account_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        scope: Global___Scope.ValueType = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        description: _builtins.str = ...,
+        allowed_networks: _abc.Iterable[_builtins.str] | None = ...,
+        permissions: _abc.Iterable[_builtins.str] | None = ...,
+        secret_sha256: _builtins.bytes = ...,
+        hint: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        disabled: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "allowed_networks", b"allowed_networks", "create_time", b"create_time", "description", b"description", "disabled", b"disabled", "expire_time", b"expire_time", "hint", b"hint", "labels", b"labels", "name", b"name", "permissions", b"permissions", "scope", b"scope", "secret_sha256", b"secret_sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportedToken: _TypeAlias = ImportedToken  # noqa: Y015
+
+@_typing.final
+class ImportViolation(_message.Message):
+    """The problem with one field of a row."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELD_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    field: _builtins.str
+    """The field, as a path, such as `labels["team"]`."""
+    description: _builtins.str
+    """What is wrong with it."""
+    def __init__(
+        self,
+        *,
+        field: _builtins.str = ...,
+        description: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "field", b"field"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportViolation: _TypeAlias = ImportViolation  # noqa: Y015
+
+@_typing.final
+class ImportResult(_message.Message):
+    """What Import did with one row."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    FIELD_VIOLATIONS_FIELD_NUMBER: _builtins.int
+    outcome: Global___ImportOutcome.ValueType
+    """What happened."""
+    id: _builtins.str
+    """Identifier of the token. Set with IMPORTED, unless validate_only, and EXISTS."""
+    @_builtins.property
+    def field_violations(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImportViolation]:
+        """Set with INVALID."""
+
+    def __init__(
+        self,
+        *,
+        outcome: Global___ImportOutcome.ValueType = ...,
+        id: _builtins.str = ...,
+        field_violations: _abc.Iterable[Global___ImportViolation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field_violations", b"field_violations", "id", b"id", "outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportResult: _TypeAlias = ImportResult  # noqa: Y015
+
+@_typing.final
+class ImportResponse(_message.Message):
+    """Response of TokenService.Import."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImportResult]:
+        """One result for each token of the request, in the same order."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___ImportResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportResponse: _TypeAlias = ImportResponse  # noqa: Y015
+
+@_typing.final
+class GetLimitsRequest(_message.Message):
+    """Request of TokenService.GetLimits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    account_id: _builtins.str
+    """Owner of the tokens. Required."""
+    def __init__(
+        self,
+        *,
+        account_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLimitsRequest: _TypeAlias = GetLimitsRequest  # noqa: Y015
+
+@_typing.final
+class GetLimitsResponse(_message.Message):
+    """Response of TokenService.GetLimits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_TTL_FIELD_NUMBER: _builtins.int
+    REQUIRE_EXPIRY_FIELD_NUMBER: _builtins.int
+    require_expiry: _builtins.bool
+    """Whether each token needs an expiry. True whenever max_ttl is present."""
+    @_builtins.property
+    def max_ttl(self) -> _duration_pb2.Duration:
+        """The longest time from a Create or Update until the expiry that it sets, and
+        the longest grace of a Rotate. Absent: no limit.
+        """
+
+    def __init__(
+        self,
+        *,
+        max_ttl: _duration_pb2.Duration | None = ...,
+        require_expiry: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["max_ttl", b"max_ttl"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_ttl", b"max_ttl", "require_expiry", b"require_expiry"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLimitsResponse: _TypeAlias = GetLimitsResponse  # noqa: Y015
+
+@_typing.final
 class VerifyRequest(_message.Message):
     """Request of TokenService.Verify."""
 
@@ -1594,7 +1906,8 @@ class VerifyResponse(_message.Message):
     """The answer."""
     revision: _builtins.int
     """The revision of the answer: no invalidation up to this one changes the
-    answer. 0 if the verdict MALFORMED or UNKNOWN needed no read.
+    answer. 0 if the verdict MALFORMED or UNKNOWN needed no read, or if the client
+    must not cache the answer.
     """
     mark: _builtins.int
     """The mark of `revision`. A client caches the answer only if it knows this
@@ -2086,6 +2399,7 @@ class Grant(_message.Message):
     NUMBER_FIELD_NUMBER: _builtins.int
     LEASE_DURATION_FIELD_NUMBER: _builtins.int
     MARK_FIELD_NUMBER: _builtins.int
+    IMPORTED_PREFIXES_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """The server has sent every invalidation up to this revision before the
     grant. The client ignores a grant for a position that it does not know. A
@@ -2103,6 +2417,13 @@ class Grant(_message.Message):
         different rates. Its clock must not stop while the machine sleeps.
         """
 
+    @_builtins.property
+    def imported_prefixes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The prefixes of the imported secrets that this server accepts. An empty one
+        accepts any. A client must not call a secret malformed that begins with one
+        of them and has 16-128 characters of A-Za-z0-9._~+/=-
+        """
+
     def __init__(
         self,
         *,
@@ -2110,10 +2431,11 @@ class Grant(_message.Message):
         number: _builtins.int = ...,
         lease_duration: _duration_pb2.Duration | None = ...,
         mark: _builtins.int = ...,
+        imported_prefixes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease_duration", b"lease_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_duration", b"lease_duration", "mark", b"mark", "number", b"number", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["imported_prefixes", b"imported_prefixes", "lease_duration", b"lease_duration", "mark", b"mark", "number", b"number", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,6 +1,6 @@
 """The messages of a Watch stream, as values. `rpc/token_service.py` converts them to protobuf."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from latchkey_coherence.rate import RateLimit
@@ -49,15 +49,17 @@ class IssuedCalls(NamedTuple):
 class Request(NamedTuple):
     """A message from a client.
 
-    `report` is the number of the report of `uses`, and `shares_number` that of the question for
-    `wanted`; 0 without one.
+    `report` is the number of its report, which has `use_count` uses, or 0 without a report.
+    `shares_number` is that of its question for `wanted`, or 0 without a question.
     """
 
     applied: Position
     number: int
     released: bool
     report: int = 0
-    uses: Sequence[ReportedUse] = ()
+    use_count: int = 0
+    uses: Iterable[ReportedUse] = ()
+    """Read at most once."""
     shares_number: int = 0
     wanted: Sequence[WantedCalls] = ()
 

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import math
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
 from latchkey_coherence.verdict_cache import NOWHERE, Position
@@ -278,7 +278,7 @@ class WatchSessions:
         *,
         enabled: bool,
         stream_seconds: float = math.inf,
-        on_uses: Callable[[str, Sequence[ReportedUse]], None] = lambda _caller, _uses: None,
+        on_uses: Callable[[str, Iterable[ReportedUse]], None] = lambda _caller, _uses: None,
         draw_calls: DrawCalls = no_calls,
     ) -> None:
         self._state = state
@@ -415,7 +415,7 @@ class WatchSessions:
             now = self._clock()
             # First, because `released` ends the stream.
             if request.report and stream.session.use_reports.accept(
-                request.report, len(request.uses), now
+                request.report, request.use_count, now
             ):
                 self._on_uses(caller, request.uses)
             questions = stream.session.share_questions

@@ -110,7 +110,9 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "latchkey_audit_waiting": Family("gauge", (), "audit entries that wait to be written"),
     "latchkey_connections": Family("gauge", (), "clients' connections at the last inspection"),
     "latchkey_connections_ended": Family(
-        "counter", ("reason",), "connections that were ended: too_many, silent, unread"
+        "counter",
+        ("reason",),
+        "connections that were ended: too_many, address, idle, silent, unread",
     ),
     "latchkey_policy_callers": Family("gauge", (), "callers in the policy"),
     "latchkey_policy_age_seconds": Family("gauge", (), "time since the policy came into force"),

@@ -34,9 +34,10 @@ __all__ = [
     "purge_usage",
 ]
 
-# Health reports a failure of Postgres within this time plus PROBE_TIMEOUT_SECONDS, and a recovery
-# sooner.
-PROBE_SECONDS = 0.5
+# The check for health is a query. While renewals and look-ups succeed, it is rare. If one has
+# failed, or a renewal is slow, the check follows within LOOK_SECONDS.
+PROBE_SECONDS = 5.0
+LOOK_SECONDS = 0.5
 PROBE_SECONDS_WHILE_DOWN = 0.1
 PROBE_TIMEOUT_SECONDS = 1.0
 SUMMARY_SECONDS = 60.0
@@ -49,8 +50,10 @@ PRUNE_SECONDS = 60.0
 KEPT_LEASES = 10
 KEPT_SECONDS_MIN = 600.0
 # Each check reads two small tables. A host that lacks a pepper rejects valid tokens, so the warning
-# should come soon.
+# should come soon. Every process checks, so with many processes each does so less often: this many
+# rows take a check's time.
 PEPPER_CHECK_SECONDS = 10.0
+PEPPER_CHECK_ROWS = 20
 # Used until this process has registered, which it does as soon as the database answers.
 PEPPER_CHECK_SECONDS_AT_START = 0.5
 
@@ -61,12 +64,15 @@ Gauges = Callable[[], Mapping[str, int]]
 async def follow_verifier(
     check: Callable[[float], Awaitable[None]],
     clock: Callable[[], float],
+    in_doubt: Callable[[], bool],
+    failures: Callable[[], int],
     set_serving: Callable[[bool], None],
 ) -> None:
     """Report on health whether verifies that need a look-up succeed. Runs until cancelled.
 
     `check` does the same as such a verify, on the same connection: another connection may lead to
     another server and work (coherence rule 12). Its argument is its deadline, by `clock`.
+    `in_doubt` says whether renewals fail or are slow, and `failures` how many look-ups have failed.
     """
     log = logger()
     # Health starts at NOT_SERVING, before the first check.
@@ -87,8 +93,18 @@ async def follow_verifier(
             set_serving(answers)
             (log.info if answers else log.warning)("health", serving=answers)
             serving = answers
-        pause = PROBE_SECONDS if serving else PROBE_SECONDS_WHILE_DOWN
-        await asyncio.sleep(jittered(pause, random.random()))  # noqa: S311 - jitter
+        if not serving:
+            await asyncio.sleep(
+                jittered(PROBE_SECONDS_WHILE_DOWN, random.random())  # noqa: S311 - jitter
+            )
+            continue
+        failed, until = failures(), clock() + PROBE_SECONDS
+        while True:
+            # At least once: otherwise a check that succeeds while renewals fail would repeat
+            # without a pause.
+            await asyncio.sleep(jittered(LOOK_SECONDS, random.random()))  # noqa: S311 - jitter
+            if clock() >= until or in_doubt() or failures() != failed:
+                break
 
 
 async def follow_peppers(table: VerifierTable, own_id: str) -> None:
@@ -98,9 +114,11 @@ async def follow_peppers(table: VerifierTable, own_id: str) -> None:
     read the log of only one host.
     """
     loop, log = asyncio.get_running_loop(), logger()
-    reports, registered = fleet.Reports(), False
+    reports, registered, rows = fleet.Reports(), False, 0
     while True:
-        pause = PEPPER_CHECK_SECONDS if registered else PEPPER_CHECK_SECONDS_AT_START
+        pause = PEPPER_CHECK_SECONDS * max(1.0, rows / PEPPER_CHECK_ROWS)
+        if not registered:
+            pause = PEPPER_CHECK_SECONDS_AT_START
         await asyncio.sleep(jittered(pause, random.random()))  # noqa: S311 - jitter
         try:
             verifiers = (await table.status()).verifiers
@@ -110,6 +128,7 @@ async def follow_peppers(table: VerifierTable, own_id: str) -> None:
         except Exception as error:  # noqa: BLE001 - logged and repeated
             log.warning("comparison of peppers failed", error=type(error).__name__)
             continue
+        rows = len(verifiers)
         registered = registered or any(verifier.id == own_id for verifier in verifiers)
         news = reports.news(verifiers, loop.time())
         if news.resolved:
@@ -152,13 +171,18 @@ async def purge(store: TokenStore, retention: timedelta, now: Callable[[], datet
 
 
 async def purge_lifecycle(
-    store: UpkeepStore, retention: timedelta, now: Callable[[], datetime]
+    store: UpkeepStore,
+    expired_retention: timedelta,
+    retention: timedelta,
+    now: Callable[[], datetime],
 ) -> None:
-    """Remove what ended long ago once an hour: tokens, secrets, ids of requests."""
+    """Remove what ended long ago once an hour: expired tokens, secrets, ids of requests."""
 
     async def purge_all() -> None:
         total = 0
-        while gone := await store.purge_ended(now() - retention, PURGE_BATCH):
+        while gone := await store.purge_ended(
+            now() - expired_retention, now() - retention, PURGE_BATCH
+        ):
             total += gone
         while await store.purge_requests(now() - REQUEST_AGE_MAX, PURGE_BATCH):
             pass

@@ -66,6 +66,8 @@ from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.assembly import build_management
 from latchkey_service.tokens.batched_lookup import Lookup
+from latchkey_service.tokens.imported import ImportedSecrets
+from latchkey_service.tokens.leased_lookup import LeasedLookup
 from latchkey_service.tokens.rate_draws import RateDraws
 from latchkey_service.tokens.rate_table import RateTable
 from latchkey_service.tokens.sealing import seal_rows
@@ -101,6 +103,7 @@ async def running(
         # In either case, continuing without a policy could admit everybody.
         raise PolicyError("a worker needs both the setting and the text of the policy, or neither")
     active_policy = None if text is None else ActivePolicy(policies.parse(text))
+    keyring = Keyring(keyring.peppers, settings.accepted_prefixes)
     connector = Connector(settings.database_url.get_secret_value(), pooler=settings.pooler)
     cache, notify = settings.cache == "on", settings.notify == "on"
     identity = _identity(settings, keyring)
@@ -111,21 +114,33 @@ async def running(
     )
     pool = await Pool.open(connector)
     lookup = Lookup(connector.connect_with_generic_plans, boottime)
+    # Connects when the first imported secret is presented.
+    imported_lookup = Lookup(connector.connect_with_generic_plans, boottime)
 
     def reconnect() -> None:
         """Make the other connections follow the lease to another server."""
-        pool.reconnect()
-        lookup.reconnect()
-        rate_draws.reconnect()
+        for connections in (pool, lookup, imported_lookup, rates.draws):
+            connections.reconnect()
 
     primary = Primary(connector, reconnect)
-    renewer = LeaseRenewer(verifier_state, identity, primary, boottime)
-    rate_draws = RateDraws(
-        connector.connect_with_generic_plans,
-        lambda disconnect: LeasedReads(renewer, verifier_state, boottime, disconnect),
+    listener = NotifyListener(
+        identity.id,
+        primary.connect,
+        lambda payload: table.notify(payload),  # noqa: PLW0108 - `table` is created below
+        lambda: renewer.wake(),  # noqa: PLW0108 - the same
+        settings.lease_seconds / 3,
+        # LISTEN does not work through a pooler in transaction mode.
+        enabled=notify and settings.pooler == "none",
+    )
+    renewer = LeaseRenewer(verifier_state, identity, primary, listener.connect, boottime)
+    rates = TokenRates(
+        RateDraws(
+            connector.connect_with_generic_plans,
+            lambda disconnect: LeasedReads(renewer, verifier_state, boottime, disconnect),
+            boottime,
+        ),
         boottime,
     )
-    rates = TokenRates(rate_draws, boottime)
     limits = limits_of(settings)
     usage = UsageWriter(UsageTable(pool), identity.id, time.time)
     watch_sessions = WatchSessions(
@@ -137,15 +152,6 @@ async def running(
         stream_seconds=limits.connection_age or math.inf,
         on_uses=usage.report,
         draw_calls=rates.draw_for_client,
-    )
-    listener = NotifyListener(
-        identity.id,
-        connector.connect,
-        lambda payload: table.notify(payload),  # noqa: PLW0108 - `table` is created below
-        renewer.wake,
-        settings.lease_seconds / 3,
-        # LISTEN does not work through a pooler in transaction mode.
-        enabled=notify and settings.pooler == "none",
     )
     renewer.attach(watch_sessions.on_news, watch_sessions.__len__, lambda: listener.state)
 
@@ -160,13 +166,9 @@ async def running(
         identity.id,
         notify=notify,
     )
+    reads = LeasedReads(renewer, verifier_state, boottime, pool.reconnect)
     management = build_management(
-        pool,
-        keyring,
-        ack_waiter,
-        LeasedReads(renewer, verifier_state, boottime, pool.reconnect),
-        settings.secret_prefix,
-        _now,
+        pool, keyring, ack_waiter, reads, settings.secret_prefix, _now, settings.lifetime
     )
     verifier = Verifier(
         keyring,
@@ -179,6 +181,15 @@ async def running(
         cache_seconds=settings.cache_seconds,
         randomness=random.random,
         guard=management.guard,
+        imported=ImportedSecrets(
+            keyring,
+            LeasedLookup(
+                imported_lookup,
+                LeasedReads(renewer, verifier_state, boottime, imported_lookup.reconnect),
+            ),
+            verifier_state,
+            boottime,
+        ),
         rates=rates,
     )
     counts = Counts()
@@ -204,10 +215,10 @@ async def running(
         active_policy.on_change(paths.recheck)
     services = Services(
         FullTokenService(  # type: ignore[abstract]  # VerifyCalls has the rest
-            management, watch_sessions, usage.table, time.time
+            management, watch_sessions, usage.table, time.time, keyring.imported_prefixes
         ),
         StatusService(table, identity.id, primary.warnings),
-        AuditService(audit_table),
+        AuditService(audit_table, reads),
         MaintenanceService(management.tokens),
         Health(("", *SERVICES)),
     )
@@ -222,7 +233,7 @@ async def running(
         ack_waiter=ack_waiter,
         watch_sessions=watch_sessions,
         lookup=lookup,
-        rate_draws=rate_draws,
+        rate_draws=rates.draws,
         pool=pool,
         connector=connector,
         primary=primary,
@@ -256,12 +267,19 @@ async def running(
     lasts = [begin(audit.run()), begin(usage.run()), begin(server.guard.run())]
     retention = timedelta(days=settings.tombstone_retention_days)
     background = [
-        follow_verifier(verifier.check, boottime, server.set_serving),
+        follow_verifier(
+            verifier.check, boottime, renewer.in_doubt, lambda: lookup.failures, server.set_serving
+        ),
         log_counts_regularly(counts, gauges),
         follow_peppers(table, identity.id),
         primary.run(),
         purge(store, retention, _now),
-        purge_lifecycle(management.upkeep_store, retention, _now),
+        purge_lifecycle(
+            management.upkeep_store,
+            timedelta(days=settings.expired_retention_days),
+            retention,
+            _now,
+        ),
         seal_rows(management.guard, management.upkeep_store),
         prune_log(table, settings.lease_seconds),
         purge_audit(audit_table, timedelta(days=settings.audit_retention_days), _now),
@@ -273,7 +291,7 @@ async def running(
         yield server
     finally:
         await _end(*tasks)
-        drained = await server.stop(settings.grace_seconds)
+        drained = await server.stop(settings.grace_seconds, drain_seconds=settings.drain_seconds)
         # Only after the last answer: Deletes must wait for this process as long as it answers.
         await _end(renewing, listening, *lasts)
         await asyncio.gather(audit.close(), usage.close(), renewer.stop(remove=drained))
@@ -282,7 +300,8 @@ async def running(
             management.first_use.close(),
             primary.close(),
             lookup.close(),
-            rate_draws.close(),
+            imported_lookup.close(),
+            rates.draws.close(),
             store.close(),
         )
         log_counts(counts, gauges)

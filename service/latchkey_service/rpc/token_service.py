@@ -6,8 +6,9 @@ Verify and BatchVerify are not here: `verify_calls.py` has the whole of them.
 """
 
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import grpc
@@ -71,10 +72,13 @@ class TokenService(pb_grpc.TokenServiceServicer):
         watch_sessions: WatchSessions,
         usage_table: UsageTable,
         unix_time: Callable[[], float],
+        imported_prefixes: Sequence[str] = (),
     ) -> None:
+        self._imported_prefixes = imported_prefixes
         self._tokens = management.tokens
         self._lifecycle = management.lifecycle
         self._bulk = management.bulk
+        self._importer = management.importer
         self._watch_sessions = watch_sessions
         self._usage_table = usage_table
         self._unix_time = unix_time
@@ -89,21 +93,23 @@ class TokenService(pb_grpc.TokenServiceServicer):
                 applied = Position(max(0, request.applied_revision), request.mark)
                 # Without a report, its number is 0.
                 report = request.use_report
-                uses = _reported_uses(report) if report.number else ()
                 shares = request.rate_shares_request
-                wanted = _wanted(shares) if shares.number else ()
                 yield Request(
                     applied,
                     request.number,
                     request.released,
                     report.number,
-                    uses,
+                    min(len(report.uses), USES_IN_REPORT_MAX) if report.number else 0,
+                    _reported_uses(report),
                     shares.number,
-                    wanted,
+                    _wanted(shares) if shares.number else (),
                 )
 
         async def send(event: Event) -> None:
-            await context.write(_watch_response(event))
+            response = _watch_response(event)
+            if isinstance(event, Grant):
+                response.grant.imported_prefixes.extend(self._imported_prefixes)
+            await context.write(response)
 
         caller = current_caller.get().name
         await self._watch_sessions.serve(requests(), send, _client_of(context), caller)
@@ -153,6 +159,16 @@ class TokenService(pb_grpc.TokenServiceServicer):
                 start.seconds = (day.toordinal() - _EPOCH.toordinal()) * 86_400
         return response
 
+    async def GetLimits(
+        self, request: pb.GetLimitsRequest, context: "Context"
+    ) -> pb.GetLimitsResponse:
+        call = call_of(current_call.get(), wait=False)
+        lifetime = self._lifecycle.lifetime(request.account_id, call)
+        response = pb.GetLimitsResponse(require_expiry=lifetime.requires_expiry)
+        if lifetime.max_ttl is not None:
+            response.max_ttl.FromTimedelta(lifetime.max_ttl)
+        return response
+
     async def List(self, request: pb.ListRequest, context: "Context") -> pb.ListResponse:
         deadline = current_call.get().deadline
         page = await self._tokens.list(
@@ -189,6 +205,7 @@ def call_of(call: ManagedCall, *, wait: bool = True) -> Call:
         call.committed,
         # Waiting for verifiers uses nothing that other calls need.
         call.release_slot,
+        call.caller.lifetimes.limit(call.audit_context.account_id),
     )
 
 
@@ -206,8 +223,9 @@ def _client_of(context: "Context") -> str:
     return name
 
 
-def _reported_uses(report: pb.UseReport) -> list[ReportedUse]:
-    return [
+def _reported_uses(report: pb.UseReport) -> Iterator[ReportedUse]:
+    # Converted when they are read, so that a report that is ignored costs almost nothing.
+    return (
         ReportedUse(
             use.token_id,
             use.hint,
@@ -215,8 +233,8 @@ def _reported_uses(report: pb.UseReport) -> list[ReportedUse]:
             _seconds(use.first_use_age),
             _seconds(use.last_use_age),
         )
-        for use in report.uses[:USES_IN_REPORT_MAX]
-    ]
+        for use in islice(report.uses, USES_IN_REPORT_MAX)
+    )
 
 
 def _wanted(request: pb.RateSharesRequest) -> list[WantedCalls]:

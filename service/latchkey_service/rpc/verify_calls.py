@@ -119,9 +119,11 @@ class VerifyCalls:
                 counts.ok += 1
                 observe(monotonic() - start)
                 # As `request_id_of`, but most callers send no id, and this saves them a call.
-                metadata = metadata_of(context)
-                given = dict(metadata).get(REQUEST_ID_METADATA) if metadata else None
-                request_id = next(NEW_IDS) if given is None else checked_id(given)
+                request_id = ""
+                for key, value in metadata_of(context) or ():
+                    if key == REQUEST_ID_METADATA:
+                        request_id = checked_id(value)
+                request_id = request_id or next(NEW_IDS)
                 if share and random.random() < share:  # noqa: S311 - a sample
                     self._reporter.log(path, context, start, "OK", None, request_id)
                 context.set_trailing_metadata(((REQUEST_ID_METADATA, request_id),))
@@ -151,7 +153,8 @@ class VerifyCalls:
             cached = self._verifier.verify_cached(secret, scope, address, required)
             if cached is None:
                 question = Question(secret, scope, address, required)
-                answer = await self._verifier.verify(question, context.time_remaining())
+                left = context.time_remaining()
+                answer = await self._verifier.verify(question, left, caller.name)
             else:
                 answer = cached
         return self._completed(answer, secret, caller, request)
@@ -176,7 +179,8 @@ class VerifyCalls:
             Question(r.secret, r.required_scope, r.client_address, r.required_permissions)
             for r in requests
         ]
-        answers = await self._verifier.verify_batch(questions, context.time_remaining())
+        left = context.time_remaining()
+        answers = await self._verifier.verify_batch(questions, left, caller.name)
         encoded: list[bytes] = []
         for request, question, answer in zip(requests, questions, answers, strict=True):
             response = self._completed(answer, question.presented, caller, request)
@@ -236,7 +240,7 @@ class VerifyCalls:
 def _parsed_batch(data: bytes) -> Sequence[pb.VerifyRequest]:
     """Return the questions of a BatchVerify. Raises RequestTooLarge and RequestNotParsed."""
     if len(data) > _BATCH_VERIFY_BYTES_MAX:
-        raise RequestTooLarge(len(data), _BATCH_VERIFY_BYTES_MAX)
+        raise RequestTooLarge(_BATCH_VERIFY_BYTES_MAX)
     try:
         batch = pb.BatchVerifyRequest.FromString(data)
     except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser

@@ -16,6 +16,8 @@ from latchkey_coherence.lease import LEASE_SECONDS_MAX
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from latchkey_service.lifetime import Lifetime, duration_in
+from latchkey_service.secret_format import IMPORTED_PREFIX
 from latchkey_service.settings import database_url, exposure, file_access
 from latchkey_service.settings.data_dir import default_data_dir
 
@@ -75,6 +77,18 @@ def _database_url(value: SecretStr) -> SecretStr:
         raise ValueError("put several hosts before the database name: HOST:PORT,HOST:PORT")
     if (problem := database_url.problem(url)) is not None:
         raise ValueError(problem)
+    return value
+
+
+def _imported_prefixes(value: str) -> str:
+    prefixes = [prefix.strip() for prefix in value.split(",")]
+    if not all(prefix == "*" or IMPORTED_PREFIX.fullmatch(prefix) for prefix in prefixes):
+        raise ValueError("must be prefixes of 1-32 characters of A-Za-z0-9._~+/=-, or *")
+    return ",".join(prefixes)
+
+
+def _duration(value: str) -> str:
+    duration_in(value)
     return value
 
 
@@ -148,6 +162,13 @@ class Settings(BaseSettings):
     connections_max: int = Field(
         10_000, ge=1, le=1_000_000, description="limit of connections to each listener of a worker"
     )
+    connections_per_address: int = Field(
+        500,
+        ge=0,
+        le=1_000_000,
+        description="limit of connections to each listener of a worker from one IP address, or "
+        "IPv6 /64 network; not behind TRUSTED_PROXY; 0: no limit",
+    )
     connection_age_seconds: float = Field(
         600.0,
         ge=0,
@@ -170,12 +191,32 @@ class Settings(BaseSettings):
     secret_prefix: str = Field(
         "lk", pattern=r"^[a-z]{2,10}$", description="prefix of new secrets: 2-10 of a-z"
     )
+    imported_prefixes: Annotated[str, AfterValidator(_imported_prefixes)] | None = Field(
+        None,
+        description="prefixes of imported secrets, such as sk_live_,sk_test_; *: imported secrets "
+        "may have any prefix or none; unset: none are accepted",
+    )
+    max_ttl: Annotated[str, AfterValidator(_duration)] | None = Field(
+        None,
+        description="longest time from a Create or Update until the expiry that it sets, such as "
+        "90d; a policy can only shorten it; unset: no limit",
+    )
+    require_expiry: Literal["off", "on"] = Field(
+        "off", description="off or on; on: each new token needs an expiry, as with MAX_TTL"
+    )
+    expired_retention_days: int = Field(
+        30,
+        ge=1,
+        le=36_500,
+        description="how many days an expired token stays in lists and keeps its verdict; then it "
+        "is removed, and its secret is UNKNOWN",
+    )
     tombstone_retention_days: int = Field(
         90,
         ge=1,
         le=36_500,
-        description="how many days a deleted or expired token, or an ended secret, keeps its "
-        "verdict instead of UNKNOWN",
+        description="how many days a deleted token, or an ended secret, keeps its verdict instead "
+        "of UNKNOWN",
     )
     audit_retention_days: int = Field(
         365, ge=1, le=36_500, description="how long audit entries are kept"
@@ -201,6 +242,12 @@ class Settings(BaseSettings):
     )
     notify: Literal["on", "off"] = Field(
         "on", description="on or off: LISTEN and NOTIFY, which let a Delete return in milliseconds"
+    )
+    drain_seconds: float = Field(
+        0.1,
+        ge=0,
+        le=3_600,
+        description="how long health reports NOT_SERVING before a stopping service refuses calls",
     )
     grace_seconds: float = Field(
         10.0, ge=0, le=3_600, description="how long calls in progress may take during shutdown"
@@ -230,6 +277,19 @@ class Settings(BaseSettings):
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         """Refuse to be pickled: the database's password would be in the result, unmasked."""
         raise TypeError("settings cannot be pickled; use to_json for the pipe to a worker")
+
+    @property
+    def accepted_prefixes(self) -> tuple[str, ...]:
+        """The prefixes of imported secrets. An empty one accepts any."""
+        if self.imported_prefixes is None:
+            return ()
+        return tuple("" if p == "*" else p for p in self.imported_prefixes.split(","))
+
+    @property
+    def lifetime(self) -> Lifetime:
+        """The limit for all tokens."""
+        ttl = None if self.max_ttl is None else duration_in(self.max_ttl)
+        return Lifetime(ttl, self.require_expiry == "on")
 
     @property
     def pepper_path(self) -> Path:

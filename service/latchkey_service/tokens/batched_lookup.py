@@ -16,7 +16,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from latchkey_service.coherence.snapshot import Snapshot
+from latchkey_service.coherence.snapshot import Snapshot, snapshot_of
 from latchkey_service.errors import (
     NO_ANSWER,
     TOO_LATE,
@@ -32,12 +32,7 @@ from latchkey_service.postgres.connections import (
     translate_errors,
 )
 from latchkey_service.tokens.queue_limit import STUCK_SECONDS, QueueLimit
-from latchkey_service.tokens.token_table import (
-    FIND_BY_DIGEST,
-    record_of,
-    secret_of,
-    snapshot_of,
-)
+from latchkey_service.tokens.token_table import FIND_BY_DIGEST, record_of, secret_of
 from latchkey_service.tokens.verdict import SecretRecord, TokenRecord
 
 if TYPE_CHECKING:
@@ -116,7 +111,9 @@ class Lookup:
         self._expiry_timer: asyncio.TimerHandle | None = None
 
     async def find_all(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
-        """Return the tokens with these 1 to 1,000 digests, in order, from one snapshot.
+        """Return the tokens with these digests, in order, from one snapshot.
+
+        Up to 1,000, or as many for each pepper if the secrets are imported ones.
 
         Raises StoreUnavailable, Overloaded, and Unavailable at `deadline` (monotonic seconds).
         """

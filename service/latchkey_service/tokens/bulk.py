@@ -3,6 +3,7 @@
 Owns the rules of these calls. Contains neither protobuf nor SQL (`bulk_store.py`).
 """
 
+import asyncio
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from datetime import datetime
 
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.errors import FieldViolation
-from latchkey_service.secret_format import SECRET_LENGTH_MAX, Keyring, Malformed
+from latchkey_service.secret_format import IMPORTED_LENGTH_MAX, Keyring, Malformed
 from latchkey_service.tokens.bulk_store import BulkStore, Filter
 from latchkey_service.tokens.changes import require_new_rules
 from latchkey_service.tokens.confirmation import Call, Confirmations
@@ -72,6 +73,7 @@ class Bulk:
         confirmations: Confirmations,
         reads: LeasedReads,
         now: Callable[[], datetime],
+        confirming: asyncio.Semaphore,
     ) -> None:
         self._store = store
         self._lifecycle_store = lifecycle_store
@@ -79,6 +81,8 @@ class Bulk:
         self._confirmations = confirmations
         self._reads = reads
         self._now = now
+        # Shared with Delete: its receipts need the same connections.
+        self._confirming = confirming
 
     async def revoke_secrets(
         self, secrets: Sequence[str], call: Call
@@ -91,7 +95,7 @@ class Bulk:
         if not 1 <= len(secrets) <= REVOKED_MAX:
             check(FieldViolation("secrets", f"must have 1-{REVOKED_MAX} entries"))
         parsed = [self._parse(secret) for secret in secrets]
-        digests = list(dict.fromkeys(digest for digest in parsed if isinstance(digest, bytes)))
+        digests = list(dict.fromkeys(d for one in parsed if isinstance(one, tuple) for d in one))
         if not digests:
             return [one for one in parsed if isinstance(one, Outcome)], None
         require_new_rules(old_verifiers=await self._lifecycle_store.has_old_verifiers())
@@ -101,7 +105,9 @@ class Bulk:
         )
         if audited:
             call.on_commit("")
-        if changed is None or len(ended) < len(digests):
+        if changed is None or not all(
+            isinstance(one, Outcome) or any(d in ended for d in one) for one in parsed
+        ):
             # A deposed primary must not report that a leaked secret never existed, or has ended.
             known, snapshot = await self._store.find_secrets(digests)
             await self._reads.accept(snapshot, began, call.deadline)
@@ -110,13 +116,7 @@ class Bulk:
         else:
             position, moment = changed.position, changed.moment
         outcomes = [
-            one
-            if isinstance(one, Outcome)
-            else Outcome.UNKNOWN
-            if one not in ended
-            else Outcome.ENDED
-            if ended[one]
-            else Outcome.ENDED_BEFORE
+            one if isinstance(one, Outcome) else _outcome([ended[d] for d in one if d in ended])
             for one in parsed
         ]
         if not ended:
@@ -154,18 +154,29 @@ class Bulk:
         if acknowledgements is None:
             receipt = Deletion(changed.position, changed.moment, None, 0, 0, 0, 0)
         else:
-            receipt = await self._store.confirm_deletions(ids, changed.position, acknowledgements)
+            async with self._confirming:
+                receipt = await self._store.confirm_deletions(
+                    ids, changed.position, acknowledgements
+                )
         return Deletions(len(ids), (), receipt, more=len(ids) == DELETED_MAX)
 
-    def _parse(self, secret: str) -> bytes | Outcome:
+    def _parse(self, secret: str) -> tuple[bytes, ...] | Outcome:
+        """Return the possible digests of a secret, or what is wrong with it."""
         # Longer texts are not secrets, and searching them would take time.
-        if len(secret) > SECRET_LENGTH_MAX:
+        if len(secret) > IMPORTED_LENGTH_MAX:
             return Outcome.MALFORMED
         try:
             digest = self._keyring.digest_of(secret)
         except Malformed:
-            return Outcome.MALFORMED
-        return Outcome.UNKNOWN if digest is None else digest
+            return self._keyring.imported_digests_of(secret) or Outcome.MALFORMED
+        return Outcome.UNKNOWN if digest is None else (digest,)
+
+
+def _outcome(working: Sequence[bool]) -> Outcome:
+    """Return the outcome for a secret, given for each of its digests whether it worked before."""
+    if not working:
+        return Outcome.UNKNOWN
+    return Outcome.ENDED if any(working) else Outcome.ENDED_BEFORE
 
 
 def _filter_violations(selected: Filter) -> list[FieldViolation]:

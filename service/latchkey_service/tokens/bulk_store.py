@@ -13,7 +13,7 @@ from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
 from latchkey_service.coherence.ack_rules import Acknowledgements
-from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
+from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, mark_out, snapshot_of
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.connections import (
     DURABLE,
@@ -24,13 +24,7 @@ from latchkey_service.postgres.connections import (
 from latchkey_service.tokens.lifecycle_store import Changed
 from latchkey_service.tokens.receipt_table import RECEIPT, Deletion
 from latchkey_service.tokens.token_store import deletion_of
-from latchkey_service.tokens.token_table import (
-    COLUMNS,
-    DETAILS,
-    SNAPSHOT,
-    detailed_record_of,
-    snapshot_of,
-)
+from latchkey_service.tokens.token_table import COLUMNS, DETAILS, detailed_record_of
 from latchkey_service.tokens.verdict import TokenRecord
 
 __all__ = ["BulkStore", "Filter"]
@@ -241,7 +235,7 @@ class BulkStore:
                     stamped AS MATERIALIZED (
                         SELECT revision, mark, clock_timestamp() AS moment FROM next),
                     tombstone AS (
-                        UPDATE token t SET delete_time = s.moment
+                        UPDATE token t SET delete_time = s.moment, seal = ''
                           FROM stamped s, live l WHERE t.id = l.id),
                     unsealed AS (
                         UPDATE secret x SET seal = ''

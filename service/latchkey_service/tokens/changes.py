@@ -5,7 +5,7 @@ call then waits for verifiers without need, which is safe.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
@@ -14,12 +14,14 @@ from latchkey_coherence.rate import RateLimit
 from latchkey_coherence.verdict import includes
 
 from latchkey_service.errors import FailedPrecondition, FieldViolation
+from latchkey_service.lifetime import UNLIMITED, Lifetime
 from latchkey_service.tokens.lifecycle_store import Change, TokenState
 from latchkey_service.tokens.validation import (
     LABELS_MAX,
     description_violations,
     expire_time_violations,
     label_violations,
+    lifetime_violations,
     name_violations,
     networks_in,
     permissions_in,
@@ -62,7 +64,9 @@ class NewValues:
     """Count, period and burst."""
 
 
-def values_violations(new: NewValues, now: datetime) -> list[FieldViolation]:
+def values_violations(
+    new: NewValues, now: datetime, lifetime: Lifetime = UNLIMITED
+) -> list[FieldViolation]:
     """Check the paths and the fields that they list. Names the fields as in the request."""
     if not new.paths:
         return [FieldViolation("update_mask", "is required")]
@@ -76,7 +80,9 @@ def values_violations(new: NewValues, now: datetime) -> list[FieldViolation]:
     if "scope" in new.paths and new.scope not in (Scope.READ, Scope.WRITE):
         found.append(FieldViolation("scope", "must be SCOPE_READ or SCOPE_WRITE"))
     if "expire_time" in new.paths:
-        found += expire_time_violations(new.expire_time, now)
+        found += expire_time_violations(new.expire_time, now) or lifetime_violations(
+            "expire_time", new.expire_time, lifetime, now
+        )
     if "labels" in new.paths:
         found += label_violations(labels)
         if len(labels) <= LABELS_MAX:
@@ -90,7 +96,7 @@ def values_violations(new: NewValues, now: datetime) -> list[FieldViolation]:
         permissions_in(new.permissions, found)
     if "rate_limit" in new.paths:
         rate_limit_in(new.rate_limit, found)
-    return [FieldViolation(f"token.{v.field}", v.description) for v in found]
+    return [replace(v, field=f"token.{v.field}") for v in found]
 
 
 def updated(old: TokenRecord, new: NewValues) -> TokenRecord:

@@ -18,6 +18,7 @@ from latchkey_service.errors import (
     FailedPrecondition,
     FieldViolation,
 )
+from latchkey_service.lifetime import UNLIMITED, Lifetime
 from latchkey_service.secret_format import Keyring
 from latchkey_service.tokens.changes import (
     DECIDING,
@@ -43,6 +44,7 @@ from latchkey_service.tokens.token_store import Request
 from latchkey_service.tokens.validation import (
     account_violations,
     check,
+    grace_violations,
     id_violations,
     request_id_in,
 )
@@ -94,11 +96,18 @@ class Lifecycle(TokenChanger):
         secret_prefix: str,
         now: Callable[[], datetime],
         random_bytes: Callable[[int], bytes],
+        lifetime: Lifetime = UNLIMITED,
     ) -> None:
         super().__init__(
             store, keyring, guard, confirmations, reads, secret_prefix, now, random_bytes
         )
         self._tokens = tokens
+        self._lifetime = lifetime
+
+    def lifetime(self, account_id: str, call: Call) -> Lifetime:
+        """Return the limit for tokens of an account: the stricter of settings and policy."""
+        check(*account_violations(account_id))
+        return self._lifetime.stricter(call.lifetime)
 
     async def create(self, new: NewToken, call: Call) -> Created:
         """Create a token. With a request id, a retry replaces the secret of the first attempt.
@@ -111,18 +120,19 @@ class Lifecycle(TokenChanger):
         if new.allowed_networks or new.permissions:
             require_new_rules(old_verifiers=await self._store.has_old_verifiers())
         await self._require_rate_rules(new.rate_limit)
+        lifetime = self._lifetime.stricter(call.lifetime)
         try:
             created = await self._tokens.create_once(
-                new, request, call.audit_context, call.deadline
+                new, request, call.audit_context, call.deadline, lifetime
             )
         except AlreadyExists:
             freed = await self._store.free_expired_name(
-                new.account_id, name_key(new.name.strip()), self._now()
+                new.account_id, name_key(new.name.strip()), self._now(), call.audit_context
             )
             if not freed:
                 raise
             created = await self._tokens.create_once(
-                new, request, call.audit_context, call.deadline
+                new, request, call.audit_context, call.deadline, lifetime
             )
         if created is not None:
             call.on_commit(created.record.id)
@@ -144,7 +154,7 @@ class Lifecycle(TokenChanger):
         check(
             *account_violations(account_id),
             *id_violations(token_id),
-            *values_violations(new, self._now()),
+            *values_violations(new, self._now(), self._lifetime.stricter(call.lifetime)),
         )
         if "rate_limit" in new.paths:
             await self._require_rate_rules(new.rate_limit)
@@ -164,7 +174,9 @@ class Lifecycle(TokenChanger):
         try:
             done = await self._change(account_id, token_id, change, call)
         except AlreadyExists:
-            if not await self._store.free_expired_name(account_id, names[0], self._now()):
+            if not await self._store.free_expired_name(
+                account_id, names[0], self._now(), call.audit_context
+            ):
                 raise
             done = await self._change(account_id, token_id, change, call)
         before, after = done.before.record, done.record
@@ -211,6 +223,8 @@ class Lifecycle(TokenChanger):
         violations = [*account_violations(rotation.account_id), *id_violations(rotation.token_id)]
         if rotation.grace is not None and not timedelta(0) <= rotation.grace <= GRACE_MAX:
             violations.append(FieldViolation("grace", f"must be 0 to {GRACE_MAX.days} days"))
+        elif rotation.grace is not None:
+            violations += grace_violations(rotation.grace, self._lifetime.stricter(call.lifetime))
         request = self._request(rotation, "Rotate", violations)
         check(*violations)
         grace = rotation.grace

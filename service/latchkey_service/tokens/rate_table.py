@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from latchkey_coherence.rate import AHEAD_SECONDS, RateLimit
 
-from latchkey_service.coherence.snapshot import Snapshot
+from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, snapshot_of
 from latchkey_service.postgres.connections import Pool, retry_on_conflict, translate_errors
-from latchkey_service.tokens.token_table import SNAPSHOT, snapshot_of
 
 if TYPE_CHECKING:
     import asyncpg

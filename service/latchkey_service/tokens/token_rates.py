@@ -33,7 +33,7 @@ class TokenRates:
     """The shares of one process. Event loop only. Times are seconds on the process's clock."""
 
     def __init__(self, draws: RateDraws, clock: Callable[[], float]) -> None:
-        self._draws = draws
+        self.draws = draws
         self._clock = clock
         self._shares = Shares()
 
@@ -58,7 +58,7 @@ class TokenRates:
         if not needed:
             return [result or 0.0 for result in results]
         wants = [Want(share.token_id, count, share.ask(now)) for share, count in needed.items()]
-        drawn = await self._draws.draw(wants, deadline)
+        drawn = await self.draws.draw(wants, deadline)
         now = self._clock()
         accepted: dict[Share, int] = {}
         for share, want, one in zip(needed, wants, drawn, strict=True):
@@ -92,7 +92,7 @@ class TokenRates:
                 wants[token_id] = Want(token_id, 0, calls)
         if not wants:
             return IssuedCalls((), self._clock())
-        drawn = await self._draws.draw([*wants.values()], self._clock() + CLIENT_SECONDS)
+        drawn = await self.draws.draw([*wants.values()], self._clock() + CLIENT_SECONDS)
         issued = [
             (token_id, one.ahead, one.limit)
             for token_id, one in zip(wants, drawn, strict=True)

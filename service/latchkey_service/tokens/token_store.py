@@ -16,7 +16,7 @@ from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
 from latchkey_service.coherence.ack_rules import Acknowledgements
-from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
+from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, mark_out, snapshot_of
 from latchkey_service.coherence.verifier_state import EVERY_TOKEN
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.connections import (
@@ -33,10 +33,8 @@ from latchkey_service.tokens.receipt_table import RECEIPT, RECEIPT_COUNT, Deleti
 from latchkey_service.tokens.token_table import (
     COLUMNS,
     DETAILS,
-    SNAPSHOT,
     detailed_record_of,
     rate_columns,
-    snapshot_of,
 )
 from latchkey_service.tokens.verdict import TokenRecord
 
@@ -150,6 +148,7 @@ class TokenStore:
         digest: Digest,
         audit_context: AuditContext,
         seal: bytes | None = None,
+        token_seal: bytes | None = None,
         request: Request | None = None,
     ) -> bool:
         """Insert a token, its secret, the request's id and the audit entry in one statement.
@@ -174,8 +173,10 @@ class TokenStore:
                 token AS (
                     INSERT INTO token (id, account_id, name, name_key, scope, create_time,
                                        expire_time, hint, labels, description, allowed_networks,
-                                       permissions, rate_count, rate_period_seconds, rate_burst)
-                    SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $16, $17, $18, $26, $27, $28
+                                       permissions, seal, seal_pepper_id, rate_count,
+                                       rate_period_seconds, rate_burst)
+                    SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $16, $17, $18, $26, $11, $27, $28,
+                           $29
                      WHERE $21::uuid IS NULL OR EXISTS (SELECT FROM asked)
                     RETURNING id, account_id),
                 audited AS (
@@ -212,6 +213,7 @@ class TokenStore:
                     b"" if request is None else request.body,
                     None if request is None else request.asked,
                     None if request is None else request.reusable_before,
+                    token_seal,
                     *rate_columns(record.rate_limit),
                 )
         return status != "INSERT 0 0"
@@ -294,7 +296,8 @@ class TokenStore:
                     stamped AS MATERIALIZED (
                         SELECT revision, mark, id, clock_timestamp() AS moment FROM next),
                     tombstone AS (
-                        UPDATE token t SET delete_time = s.moment FROM stamped s WHERE t.id = s.id),
+                        UPDATE token t SET delete_time = s.moment, seal = ''
+                          FROM stamped s WHERE t.id = s.id),
                     -- Removing the tombstone's delete_time does not revive the token.
                     unsealed AS (
                         UPDATE secret x SET seal = '' FROM stamped s WHERE x.token_id = s.id),

@@ -11,7 +11,6 @@ A secret with a wrong checksum or tag needs neither a query nor a lease. Unknown
 cached, so a verify recognises a new token at once.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Collection, Sequence
 from hashlib import sha256
@@ -23,9 +22,10 @@ from latchkey_coherence.verdict_cache import NOWHERE, Position
 
 from latchkey_service.coherence.reads import LeasedReads
 from latchkey_service.coherence.verifier_state import VerifierState
-from latchkey_service.errors import CacheStartedOver
-from latchkey_service.secret_format import SECRET_LENGTH_MAX, Keyring, Malformed
+from latchkey_service.secret_format import IMPORTED_LENGTH_MAX, Keyring, Malformed
 from latchkey_service.tokens.batched_lookup import Found, Lookup
+from latchkey_service.tokens.imported import Imported, ImportedSecrets
+from latchkey_service.tokens.leased_lookup import LeasedLookup
 from latchkey_service.tokens.seal import SealGuard
 from latchkey_service.tokens.token_rates import TokenRates
 from latchkey_service.tokens.verdict import (
@@ -70,8 +70,6 @@ class Question(NamedTuple):
 PATIENCE = 0.9
 # Limit for callers with more time, or without a deadline: no healthy look-up takes as long.
 SECONDS_MAX = 10.0
-# The cache rarely starts over, and hardly ever twice within one round trip.
-READS_MAX = 3
 # No secret has this digest: HMAC-SHA-256 returns all zeros with a probability of 2**-256.
 ABSENT_DIGEST = bytes(32)
 
@@ -96,12 +94,13 @@ class Verifier:
         randomness: Callable[[], float],
         guard: SealGuard,
         rates: TokenRates,
+        imported: ImportedSecrets,
     ) -> None:
         self._guard = guard
         self._rates = rates
         self._keyring = keyring
-        self._lookup = lookup
-        self._reads = reads
+        self._lookup = LeasedLookup(lookup, reads)
+        self._imported = imported
         self._verifier_state = verifier_state
         self._cache = verifier_state.cache
         self._entries = verifier_state.cache.entries
@@ -123,7 +122,8 @@ class Verifier:
         required_permissions: Collection[str] = (),
     ) -> Answer | None:
         """Return the answer to one question from the cache, or None."""
-        if len(presented) > SECRET_LENGTH_MAX:
+        # The longest secrets are imported ones.
+        if len(presented) > IMPORTED_LENGTH_MAX:
             return None
         if not self._entries or (now := self._clock()) >= self._verifier_state.lease_ends:
             return None
@@ -143,19 +143,24 @@ class Verifier:
             record,
         )
 
-    async def verify(self, question: Question, seconds_left: float | None) -> Answer:
+    async def verify(
+        self, question: Question, seconds_left: float | None, caller: str = ""
+    ) -> Answer:
         """Return the answer to one question that `verify_cached` cannot answer.
 
-        At most one round trip, shared with other calls. `seconds_left` is how long its caller
-        waits; None means no limit. Raises StoreUnavailable and Overloaded, and Unavailable shortly
-        before the caller stops waiting.
+        At most one round trip, shared with other calls. `seconds_left` is how long the caller of
+        this name waits; None means no limit. Raises StoreUnavailable and Overloaded, and
+        Unavailable shortly before the caller stops waiting.
         """
-        digest = self._parse(question.presented)
-        if isinstance(digest, Answer):
+        parsed = self._parse(question.presented)
+        if isinstance(parsed, Answer):
             self.answered_by_form += 1
-            return digest
+            return parsed
         deadline = self._deadline(seconds_left)
-        (found,) = await self._find((digest,), deadline)
+        if isinstance(parsed, Imported):
+            (found,) = await self._imported.find((parsed,), caller, deadline)
+        else:
+            (found,) = await self._lookup.find((parsed,), deadline)
         self.answered_by_read += 1
         # Reads the time after the wait, because expiry is judged at the time of the answer.
         answer = self._judge(question, found, self._unix_time())
@@ -164,32 +169,39 @@ class Verifier:
         return answer
 
     async def verify_batch(
-        self, questions: Sequence[Question], seconds_left: float | None
+        self, questions: Sequence[Question], seconds_left: float | None, caller: str = ""
     ) -> list[Answer]:
-        """Return the answers to up to 1,000 questions, in order, with one look-up."""
+        """Return the answers to up to 1,000 questions, in order, with one look-up.
+
+        Imported secrets take another one.
+        """
         parsed = [
             self.verify_cached(*question) or self._parse(question.presented)
             for question in questions
         ]
         digests = [digest for digest in parsed if isinstance(digest, bytes)]
         by_form = sum(answer is MALFORMED or answer is UNKNOWN for answer in parsed)
-        if not digests:
+        imported = [one for one in parsed if isinstance(one, Imported)]
+        if not digests and not imported:
             self.answered_by_form += by_form
             return [answer for answer in parsed if isinstance(answer, Answer)]
         deadline = self._deadline(seconds_left)
-        founds = iter(await self._find(digests, deadline))
+        founds = iter(await self._lookup.find(digests, deadline) if digests else ())
+        others = iter(await self._imported.find(imported, caller, deadline) if imported else ())
         self.answered_by_form += by_form
-        self.answered_by_read += len(digests)
+        self.answered_by_read += len(digests) + len(imported)
         now = self._unix_time()
         answers = [
-            digest if isinstance(digest, Answer) else self._judge(question, next(founds), now)
-            for digest, question in zip(parsed, questions, strict=True)
+            one
+            if isinstance(one, Answer)
+            else self._judge(question, next(others if isinstance(one, Imported) else founds), now)
+            for one, question in zip(parsed, questions, strict=True)
         ]
         # Answers from the cache have spent their calls.
         limited = [
             number
-            for number, (digest, answer) in enumerate(zip(parsed, answers, strict=True))
-            if isinstance(digest, bytes) and _is_limited(answer)
+            for number, (one, answer) in enumerate(zip(parsed, answers, strict=True))
+            if not isinstance(one, Answer) and _is_limited(answer)
         ]
         if limited:
             admitted = await self._admit([(questions[n], answers[n]) for n in limited], deadline)
@@ -202,7 +214,7 @@ class Verifier:
 
         For the health service.
         """
-        await self._find((ABSENT_DIGEST,), deadline)
+        await self._lookup.find((ABSENT_DIGEST,), deadline)
 
     def _limited_from_cache(
         self, record: CachedToken, share: Share, question: Question, now: float
@@ -247,23 +259,6 @@ class Verifier:
         if seconds_left is None:
             return self._clock() + SECONDS_MAX
         return self._clock() + min(SECONDS_MAX, PATIENCE * seconds_left)
-
-    async def _find(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
-        """Look up 1 to 1,000 digests, under the lease, and return the accepted records, in order.
-
-        If the cache starts over during the read, because of an `InvalidateAll` or a new timeline,
-        the read is not acceptable, and is repeated.
-        """
-        for _ in range(READS_MAX - 1):
-            with contextlib.suppress(CacheStartedOver):
-                return await self._find_once(digests, deadline)
-        return await self._find_once(digests, deadline)
-
-    async def _find_once(self, digests: Sequence[bytes], deadline: float) -> list[Found]:
-        began = await self._reads.begin(deadline)
-        found = await self._lookup.find_all(digests, deadline)
-        await self._reads.accept(found[0].snapshot, began, deadline)
-        return found
 
     def _judge(self, question: Question, found: Found, now: float) -> Answer:
         """Decide on a token that was read, and cache it if the fill rule allows.
@@ -310,12 +305,17 @@ class Verifier:
         )
         return Answer(verdict, record.token, record.account_id, position, record)
 
-    def _parse(self, presented: str) -> bytes | Answer:
-        """Return the digest to look up, or the answer if no look-up is needed."""
+    def _parse(self, presented: str) -> bytes | Imported | Answer:
+        """Return what to look up, or the answer if no look-up is needed."""
         try:
             digest = self._keyring.digest_of(presented)
         except Malformed:
-            return MALFORMED
+            imported = self._imported.parse(presented)
+            if imported is None:
+                return MALFORMED
+            if self._imported.is_absent(imported):
+                return Answer(Verdict.UNKNOWN, position=self._cache.position)
+            return imported
         return UNKNOWN if digest is None else digest
 
 

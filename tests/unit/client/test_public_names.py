@@ -36,9 +36,13 @@ def test_public_names_are_pinned() -> None:
         "Deletions",
         "FailedPrecondition",
         "FieldViolation",
+        "ImportOutcome",
+        "ImportResult",
+        "ImportedToken",
         "InternalError",
         "InvalidArgument",
         "LatchkeyError",
+        "Limits",
         "NotFound",
         "Notifications",
         "Outcome",
@@ -118,6 +122,7 @@ def test_every_rpc_has_a_client_method() -> None:
             "get_status": "status",
             "audit_service._list": "audit_page",
             "revoke_secret": "revoke_secrets",
+            "import": "import_tokens",
         }.get(snake, snake)
         method = getattr(latchkey.Client, ours)
         assert inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method), name

@@ -128,7 +128,9 @@ def test_replacing_a_token_that_ends_soon_offers_a_later_expiry() -> None:
     ("form", "wanted"),
     [
         (ReplaceForm("now", "keep"), Replacement("tok_1", "now", None)),
-        (ReplaceForm("use", "365"), Replacement("tok_1", "use", 365)),
+        (ReplaceForm("use", "365"), Replacement("tok_1", "use", timedelta(days=365))),
+        (ReplaceForm("use", "43200s"), Replacement("tok_1", "use", timedelta(hours=12))),
+        (ReplaceForm("use", "0s"), None),
         (ReplaceForm("", "keep"), None),
         (ReplaceForm("later", "keep"), None),
         (ReplaceForm("now", "never"), None),

@@ -14,19 +14,21 @@ from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.errors import CacheStartedOver, StoreUnavailable
 from latchkey_service.secret_format import Keyring, Pepper
 from latchkey_service.tokens.batched_lookup import Found
+from latchkey_service.tokens.imported import ImportedSecrets
+from latchkey_service.tokens.leased_lookup import READS_MAX, LeasedLookup
 from latchkey_service.tokens.rate_draws import Drawn
 from latchkey_service.tokens.rate_table import Want
 from latchkey_service.tokens.seal import Sealer, SealGuard
 from latchkey_service.tokens.token_rates import TokenRates
 from latchkey_service.tokens.verdict import CachedToken, Scope, SecretRecord, TokenRecord, Verdict
-from latchkey_service.tokens.verifier import READS_MAX, Question, Verifier
+from latchkey_service.tokens.verifier import Question, Verifier
 
 from tests.helpers.positions import at
 from tests.unit.coherence.scene import PRIMARY, Scene
 
 CACHE_SECONDS = 2.0
 LIMIT = RateLimit(120, 60, 5)
-KEYRING = Keyring([Pepper(b"p" * 32)])
+KEYRING = Keyring([Pepper(b"p" * 32)], ("sk_",))
 SECRET = KEYRING.mint("lk", lambda size: bytes(range(size))).secret.reveal()
 TOKEN = TokenRecord("t1", "acme", "ci", Scope.READ, datetime(2026, 1, 1, tzinfo=UTC), None, "hint")
 
@@ -109,6 +111,12 @@ class Bench:
             lambda: self.scene.now,
             disconnect,
         )
+        self.imported = ImportedSecrets(
+            KEYRING,
+            LeasedLookup(self.database, reads),  # type: ignore[arg-type]  # all that it uses of it
+            self.state,
+            lambda: self.scene.now,
+        )
         self.verifier = Verifier(
             KEYRING,
             self.database,  # type: ignore[arg-type]  # all that a verify uses of it
@@ -121,6 +129,7 @@ class Bench:
             randomness=lambda: draw,
             guard=SealGuard(KEYRING, lambda: self.scene.now),
             rates=TokenRates(self.draws, lambda: self.scene.now),  # type: ignore[arg-type]  # all that it uses
+            imported=self.imported,
         )
 
     async def verify(self) -> Verdict:

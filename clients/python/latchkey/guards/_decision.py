@@ -16,8 +16,9 @@ from typing import Final, Protocol
 
 from latchkey_coherence.verdict import PERMISSION, includes
 
+from latchkey._rate_limit import RateLimit
 from latchkey.errors import LatchkeyError
-from latchkey.models import RateLimit, Scope, Token, Verdict, Verification
+from latchkey.models import Scope, Token, Verdict, Verification
 from latchkey.secret import Secret
 from latchkey.verifier import Verifier
 

@@ -1,7 +1,7 @@
 -- How often a token may be used, and how much of that is left.
 
 -- The previous release ignores these columns, so the service refuses limits while a verifier with
--- rules < 2 is registered. The seal of a token with a limit includes it.
+-- rules < 3 is registered. The seal of a token with a limit includes it.
 ALTER TABLE token
     ADD COLUMN rate_count          integer CHECK (rate_count BETWEEN 1 AND 1000000),
     ADD COLUMN rate_period_seconds integer CHECK (rate_period_seconds IN (1, 60, 3600)),
