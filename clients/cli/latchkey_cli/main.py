@@ -12,6 +12,7 @@ from latchkey_cli import (
     bulk,
     changes,
     console,
+    importing,
     maintenance,
     output,
     placing,
@@ -68,6 +69,7 @@ app.command("retire-secrets", cls=Command)(changes.retire_secrets)
 app.command("usage", cls=Command)(usage.usage)
 app.command("revoke", cls=Command, context_settings={"allow_extra_args": True})(bulk.revoke)
 app.command("delete-all", cls=Command)(bulk.delete_all)
+app.command("import", cls=Command)(importing.import_tokens)
 app.command("verify", cls=Command, context_settings={"allow_extra_args": True})(verify.verify)
 app.command("status", cls=Command)(status.status)
 app.command("invalidate-all", cls=Command)(maintenance.invalidate_all)

@@ -11,8 +11,9 @@ from uuid import UUID, uuid4
 from google.protobuf.field_mask_pb2 import FieldMask
 from latchkey_proto.v1 import token_service_pb2 as pb
 
-from latchkey import _convert
+from latchkey import _convert, _rate_messages
 from latchkey._connection import Connection
+from latchkey._rate_limit import RateLimit
 from latchkey.errors import InternalError, invalid
 from latchkey.models import (
     UNCHANGED,
@@ -66,14 +67,16 @@ class LifecycleCalls(Connection):
         description: str | Unchanged = UNCHANGED,
         allowed_networks: Iterable[str] | Unchanged = UNCHANGED,
         permissions: Iterable[str] | Unchanged = UNCHANGED,
+        rate_limit: RateLimit | Unchanged | None = UNCHANGED,
         no_wait: bool = False,
         timeout_seconds: float | None = None,
     ) -> Change:
         """Change the given fields of a token. Labels, networks and permissions are replaced whole.
 
         `expire_time=None` makes the token valid for ever. An empty `allowed_networks` permits any
-        address, and empty `permissions` take all permissions away. The result has a receipt if the
-        change takes something away. Raises NotFound, and AlreadyExists if the name is taken.
+        address, and empty `permissions` take all permissions away. `rate_limit=None` removes the
+        limit. The result has a receipt if the change takes something away. Raises NotFound, and
+        AlreadyExists if the name is taken.
         """
 
         def request() -> pb.UpdateRequest:
@@ -104,6 +107,10 @@ class LifecycleCalls(Connection):
             if not isinstance(permissions, Unchanged):
                 paths.append("permissions")
                 token.permissions.extend(_convert.several(permissions, "permissions"))
+            if not isinstance(rate_limit, Unchanged):
+                paths.append("rate_limit")
+                if rate_limit is not None:
+                    token.rate_limit.CopyFrom(_rate_messages.rate_limit_out(rate_limit))
             if not paths:
                 raise invalid("update_mask", "give at least one field to change")
             return pb.UpdateRequest(

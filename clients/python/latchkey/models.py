@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from typing import Final
 
+from latchkey._rate_limit import RateLimit
 from latchkey.errors import FieldViolation
 from latchkey.secret import Secret
 
@@ -41,6 +42,8 @@ class Verdict(enum.Enum):
     """The token is limited to networks, and the client's address is unknown or in none of them."""
     INSUFFICIENT_PERMISSIONS = "insufficient_permissions"
     """The token is live but lacks a required permission."""
+    RATE_LIMITED = "rate_limited"
+    """The token's rate limit is used up. `Verification.retry_after` says when to try again."""
     UNSPECIFIED = "unspecified"
     """An answer that this version of the library does not know."""
 
@@ -92,6 +95,8 @@ class Token:
     secrets: tuple[TokenSecret, ...] = ()
     """Those that still work, and the newest one in any case, newest first. Empty in a
     verification."""
+    rate_limit: RateLimit | None = None
+    """How often it may be used. None: any number of times."""
 
     @property
     def leak_report_time(self) -> datetime | None:
@@ -329,6 +334,8 @@ class Verification:
     """The revision at which the answer was read. 0 if nothing was read."""
     mark: int = 0
     """The mark of `revision`. Together they are a position in one history of the database."""
+    retry_after: timedelta | None = None
+    """With RATE_LIMITED: how long to wait before the token may be allowed again."""
 
     @property
     def allowed(self) -> bool:

@@ -246,11 +246,12 @@ class TokenServiceServicer(object):
     def Update(self, request, context):
         """Changes the fields of a token that `update_mask` lists (AIP-134). Narrows the
         token if it lowers the scope, moves the expiry to an earlier time, removes a
-        permission, or permits fewer networks; otherwise it widens the token or
-        changes nothing that verifies depend on. An Update that does both narrows.
-        Idempotent: an Update that sets scope, expire_time, allowed_networks or
-        permissions to the values that they have returns a receipt for a later
-        position, once earlier changes are in effect everywhere.
+        permission, permits fewer networks, or sets a rate limit with a lower rate or
+        a smaller burst; otherwise it widens the token or changes nothing that
+        verifies depend on. An Update that does both narrows.
+        Idempotent: an Update that sets scope, expire_time, allowed_networks,
+        permissions or rate_limit to the values that they have returns a receipt for
+        a later position, once earlier changes are in effect everywhere.
         Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
         EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
         has no live token with this id; ALREADY_EXISTS if another live token has the
@@ -387,9 +388,10 @@ class TokenServiceServicer(object):
 
     def Verify(self, request, context):
         """Verifies a presented secret. Returns a verdict, not an error, for any
-        string. Safe to retry. Has two side effects: records the use of the token if
-        the verdict is VALID, and the first verify of a secret that Rotate made with
-        `retire_on_first_use` ends the older secrets.
+        string. Safe to retry. Has three side effects: if the verdict is VALID, it
+        records the use of the token and uses up its rate_limit, and the first
+        verify of a secret that Rotate made with `retire_on_first_use` ends the older
+        secrets.
         Errors: INVALID_ARGUMENT if more than 64 permissions are required;
         UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible; treat all
         of them as "not allowed".

@@ -19,6 +19,7 @@ from latchkey_service.tokens import fleet
 from latchkey_service.tokens.event_store import EventStore
 from latchkey_service.tokens.event_table import Outbox
 from latchkey_service.tokens.lifecycle import REQUEST_AGE_MAX
+from latchkey_service.tokens.rate_table import RateTable
 from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.upkeep_store import UpkeepStore
 from latchkey_service.tokens.usage_table import UsageTable
@@ -258,6 +259,16 @@ async def count_expiring(
         found.update(await store.count_expiring(EXPIRING_DAYS, now()))
 
     await _repeat(EXPIRING_SECONDS, count, "count of expiring tokens failed", at_once=True)
+
+
+async def purge_rates(table: RateTable) -> None:
+    """Remove the rows of full buckets once an hour. Runs until cancelled."""
+
+    async def purge_all() -> None:
+        while await table.purge(PURGE_BATCH):
+            pass
+
+    await _repeat(PURGE_SECONDS, purge_all, "removal of full rate limits failed")
 
 
 async def prune_log(table: VerifierTable, lease_seconds: float) -> None:

@@ -45,6 +45,7 @@ from latchkey_service.process.periodic import (
     purge,
     purge_audit,
     purge_lifecycle,
+    purge_rates,
     purge_usage,
 )
 from latchkey_service.process.server import SERVICES, Server, Services
@@ -65,10 +66,12 @@ from latchkey_service.secret_format import Keyring
 from latchkey_service.settings.logs import logger
 from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.assembly import build_management
-from latchkey_service.tokens.batched_lookup import Lookup
+from latchkey_service.tokens.batched_lookup import LeasedLookup, Lookup
 from latchkey_service.tokens.imported import ImportedSecrets
-from latchkey_service.tokens.leased_lookup import LeasedLookup
+from latchkey_service.tokens.rate_draws import RateDraws
+from latchkey_service.tokens.rate_table import RateTable
 from latchkey_service.tokens.sealing import seal_rows
+from latchkey_service.tokens.token_rates import TokenRates
 from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.usage_table import UsageTable
 from latchkey_service.tokens.usage_writer import UsageWriter
@@ -118,9 +121,8 @@ async def running(
 
     def reconnect() -> None:
         """Make the other connections follow the lease to another server."""
-        pool.reconnect()
-        lookup.reconnect()
-        imported_lookup.reconnect()
+        for connections in (pool, lookup, imported_lookup, rates.draws):
+            connections.reconnect()
 
     primary = Primary(connector, reconnect)
     listener = NotifyListener(
@@ -133,6 +135,14 @@ async def running(
         enabled=notify and settings.pooler == "none",
     )
     renewer = LeaseRenewer(verifier_state, identity, primary, listener.connect, boottime)
+    rates = TokenRates(
+        RateDraws(
+            connector.connect_with_generic_plans,
+            lambda disconnect: LeasedReads(renewer, verifier_state, boottime, disconnect),
+            boottime,
+        ),
+        boottime,
+    )
     limits = limits_of(settings)
     usage = UsageWriter(UsageTable(pool), identity.id, time.time)
     watch_sessions = WatchSessions(
@@ -143,6 +153,7 @@ async def running(
         enabled=cache,
         stream_seconds=limits.connection_age or math.inf,
         on_uses=usage.report,
+        draw_calls=rates.draw_for_client,
     )
     renewer.attach(watch_sessions.on_news, watch_sessions.__len__, lambda: listener.state)
 
@@ -187,6 +198,7 @@ async def running(
             verifier_state,
             boottime,
         ),
+        rates=rates,
     )
     counts, audit_table = Counts(), AuditTable(pool)
     audit = AuditLog(audit_table, time.monotonic, _now)
@@ -228,6 +240,7 @@ async def running(
         ack_waiter=ack_waiter,
         watch_sessions=watch_sessions,
         lookup=lookup,
+        rate_draws=rates.draws,
         pool=pool,
         connector=connector,
         primary=primary,
@@ -280,6 +293,7 @@ async def running(
         purge_audit(audit_table, timedelta(days=settings.audit_retention_days), _now),
         purge_usage(usage.table, _now),
         *announcements.background(),
+        purge_rates(RateTable(pool)),
     ]
     tasks = [begin(work) for work in background]
     try:
@@ -297,6 +311,7 @@ async def running(
             lookup.close(),
             announcements.close(),
             imported_lookup.close(),
+            rates.draws.close(),
             store.close(),
         )
         log_counts(counts, gauges)

@@ -25,6 +25,7 @@ from latchkey_service.rpc.counters import UNARY, Counts
 from latchkey_service.rpc.managed_calls import ManagedCalls
 from latchkey_service.settings import logs
 from latchkey_service.tokens.batched_lookup import Lookup
+from latchkey_service.tokens.rate_draws import RateDraws
 from latchkey_service.tokens.verdict import Verdict
 from latchkey_service.tokens.verifier import Verifier
 from latchkey_service.transport.connection_guard import ConnectionGuard
@@ -47,6 +48,7 @@ class WorkerMetrics:
     ack_waiter: AckWaiter
     watch_sessions: WatchSessions
     lookup: Lookup
+    rate_draws: RateDraws
     pool: Pool
     connector: Connector
     primary: Primary
@@ -125,6 +127,7 @@ class WorkerMetrics:
         found.add_histogram("latchkey_lookup_seconds", self.lookup.seconds)
         found.add("latchkey_lookup_failures", self.lookup.failures)
         found.add("latchkey_lookup_waiting", self.lookup.waiting)
+        found.add("latchkey_rate_draws", self.rate_draws.statements)
         used, idle = self.pool.usage()
         found.add("latchkey_pool_connections", used, "used")
         found.add("latchkey_pool_connections", idle, "idle")

@@ -24,8 +24,7 @@ from latchkey_coherence.verdict_cache import Position
 from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.errors import Overloaded
 from latchkey_service.secret_format import Keyring
-from latchkey_service.tokens.batched_lookup import Found
-from latchkey_service.tokens.leased_lookup import LeasedLookup
+from latchkey_service.tokens.batched_lookup import Found, LeasedLookup
 from latchkey_service.tokens.verdict import CachedToken
 
 __all__ = ["Imported", "ImportedSecrets"]

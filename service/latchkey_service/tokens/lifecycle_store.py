@@ -16,6 +16,7 @@ from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
 from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, snapshot_of
+from latchkey_service.coherence.verifier_table import LIFECYCLE_RULES
 from latchkey_service.postgres.connections import (
     DURABLE,
     Pool,
@@ -26,7 +27,13 @@ from latchkey_service.secret_format import Secret
 from latchkey_service.tokens.event_table import NO_EVENTS, ROTATED, Outbox
 from latchkey_service.tokens.seal import TokenSeal
 from latchkey_service.tokens.token_store import Request
-from latchkey_service.tokens.token_table import COLUMNS, DETAILS, detailed_record_of, record_of
+from latchkey_service.tokens.token_table import (
+    COLUMNS,
+    DETAILS,
+    detailed_record_of,
+    rate_columns,
+    record_of,
+)
 from latchkey_service.tokens.verdict import SecretRecord, TokenRecord, TokenSecret
 
 __all__ = [
@@ -40,7 +47,7 @@ __all__ = [
 
 NAME_FREED = "NAME_FREED"
 """The reason in the audit entry of an expired token whose name another token has taken."""
-_OLD_RULES = "EXISTS (SELECT FROM verifier v WHERE v.rules < 1)"
+_OLD_RULES = f"EXISTS (SELECT FROM verifier v WHERE v.rules < {LIFECYCLE_RULES})"
 
 
 class StoredSecret(NamedTuple):
@@ -221,6 +228,7 @@ class LifecycleStore:
                            SET name = $4, name_key = coalesce($5, t.name_key), scope = $6,
                                expire_time = $7, labels = $8, description = $9,
                                allowed_networks = $10, permissions = $11, hint = $12,
+                               rate_count = $37, rate_period_seconds = $38, rate_burst = $39,
                                version = t.version + 1, seal = coalesce($35, t.seal),
                                seal_pepper_id = coalesce($36, t.seal_pepper_id),
                                disable_time = CASE WHEN $13 THEN coalesce(t.disable_time, s.moment)
@@ -294,6 +302,7 @@ class LifecycleStore:
                     audit_context.request_id,
                     change.repeats,
                     *(change.seal or (None, None)),
+                    *rate_columns(record.rate_limit),
                 )
         if row is None:
             return None
@@ -321,10 +330,14 @@ class LifecycleStore:
         return (None if row[3] is None else StoredRequest(*row[3:])), snapshot_of(row)
 
     @retry_on_conflict
-    async def has_old_verifiers(self) -> bool:
-        """Return whether a verifier is registered that does not know the rules of this release."""
+    async def has_old_verifiers(self, rules: int = LIFECYCLE_RULES) -> bool:
+        """Return whether a verifier is registered that does not know these rules."""
         async with self._pool.session() as session:
-            return bool(await session.fetchval(f"SELECT {_OLD_RULES}"))
+            return bool(
+                await session.fetchval(
+                    "SELECT EXISTS (SELECT FROM verifier v WHERE v.rules < $1)", rules
+                )
+            )
 
     @retry_on_conflict
     async def free_expired_name(

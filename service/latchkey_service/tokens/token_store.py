@@ -31,7 +31,12 @@ from latchkey_service.secret_format import Digest
 from latchkey_service.tokens.event_table import NO_EVENTS, Outbox
 from latchkey_service.tokens.fleet import KnownPepper
 from latchkey_service.tokens.receipt_table import RECEIPT, RECEIPT_COUNT, Deletion
-from latchkey_service.tokens.token_table import COLUMNS, DETAILS, detailed_record_of
+from latchkey_service.tokens.token_table import (
+    COLUMNS,
+    DETAILS,
+    detailed_record_of,
+    rate_columns,
+)
 from latchkey_service.tokens.verdict import TokenRecord
 
 if TYPE_CHECKING:
@@ -172,8 +177,10 @@ class TokenStore:
                 token AS (
                     INSERT INTO token (id, account_id, name, name_key, scope, create_time,
                                        expire_time, hint, labels, description, allowed_networks,
-                                       permissions, seal, seal_pepper_id)
-                    SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $16, $17, $18, $26, $11
+                                       permissions, seal, seal_pepper_id, rate_count,
+                                       rate_period_seconds, rate_burst)
+                    SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $16, $17, $18, $26, $11, $27, $28,
+                           $29
                      WHERE $21::uuid IS NULL OR EXISTS (SELECT FROM asked)
                     RETURNING id, account_id),
                 audited AS (
@@ -212,6 +219,7 @@ class TokenStore:
                     None if request is None else request.asked,
                     None if request is None else request.reusable_before,
                     token_seal,
+                    *rate_columns(record.rate_limit),
                 )
         return status != "INSERT 0 0"
 
