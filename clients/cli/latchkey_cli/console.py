@@ -43,7 +43,11 @@ def console(
     ] = None,
     account_header: Annotated[
         str | None,
-        _option("ACCOUNT_HEADER", "NAME", "Header in which a sign-in proxy sends the account."),
+        _option(
+            "ACCOUNT_HEADER",
+            "NAME",
+            "Header in which a sign-in proxy sends the account ID, such as jane@example.com.",
+        ),
     ] = None,
     trusted_proxy: Annotated[
         list[str] | None,
@@ -69,7 +73,13 @@ def console(
         ),
     ] = None,
     oidc_claim: Annotated[
-        str, _option("OIDC_CLAIM", "NAME", "Claim that holds the account ID.", default=True)
+        str,
+        _option(
+            "OIDC_CLAIM",
+            "NAME",
+            "Claim that holds the account ID: at most 128 characters of A-Za-z0-9._:@|+=/~-",
+            default=True,
+        ),
     ] = "sub",
     listen: Annotated[
         str, _option("LISTEN", "HOST:PORT", "Address on which the page listens.", default=True)

@@ -54,8 +54,8 @@ def invalid_account_id(mistake: str) -> Refused:
     return Refused(
         403,
         "Invalid account ID",
-        f"{mistake} An account ID consists of 1-64 characters from A-Za-z0-9._:-, so it cannot be "
-        "an email address. Ask your administrator to fix this.",
+        f"{mistake} An account ID consists of 1-128 characters from "
+        "A-Za-z0-9._:@|+=/~-. Ask your administrator to fix this.",
     )
 
 

@@ -36,6 +36,10 @@ STREAM_BYTES_BURST: Final = 32 * 1024 * 1024
 STREAM_BYTES_PER_SECOND: Final = 4 * 1024 * 1024
 # What a message costs besides, so that empty ones are limited too: to some 16,000 a second.
 MESSAGE_BYTES: Final = 256
+# Streams that need no identity, in a worker and from one address. Each takes some 20 kB. A prober
+# needs one.
+OPEN_STREAMS_MAX: Final = 1_000
+OPEN_STREAMS_PER_ADDRESS_MAX: Final = 100
 
 
 class Streams:
@@ -52,12 +56,14 @@ class Streams:
         self._sleep = sleep
         self._streams: set[_Stream] = set()
         self._streams_of: Counter[str] = Counter()
+        # Streams that need no identity, by address.
+        self._open_streams: Counter[str] = Counter()
 
     def open_stream(self, path: str, behaviour: Any, parse: Parse) -> Any:
         """Wrap a stream that everyone may open (health's Watch, reflection).
 
-        Both are async generators. They carry no secrets and may last for any time, so they are not
-        limited, and are logged only if they fail.
+        Both are async generators. They carry no secrets, may last for any time, and are logged only
+        if they fail. Their number is limited.
         """
         rule = rule_of(path)
         if rule.role is not None:
@@ -68,12 +74,15 @@ class Streams:
             self._reporter.started(path)
             code = "CANCELLED"
             try:
-                if isinstance(data, bytes):
-                    request = _parsed(rule, parse, data)
-                else:
-                    request = _each_parsed(rule, parse, data)
-                async for response in behaviour(request, context):
-                    yield response
+                with self._counted(context.peer()):
+                    if isinstance(data, bytes):
+                        request = _parsed(rule, parse, data)
+                    else:
+                        request = _each_parsed(rule, parse, data)
+                    # The stream may last long, and its request may be large.
+                    del data
+                    async for response in behaviour(request, context):
+                        yield response
                 code = "OK"
             except grpc.aio.AbortError:
                 # The servicers abort streams only when the server stops.
@@ -81,7 +90,8 @@ class Streams:
                 raise
             except Exception as error:  # noqa: BLE001 - the last place before the transport
                 code = ""
-                status, _ = self._reporter.failed(path, context, start, error)
+                status, delay_seconds = self._reporter.failed(path, context, start, error)
+                await self._sleep(delay_seconds)
                 end_with(context, status)
             finally:
                 # Also if the client left, which closes this generator.
@@ -183,6 +193,25 @@ class Streams:
             yield data
 
     @contextlib.contextmanager
+    def _counted(self, peer: str) -> Iterator[None]:
+        """Count a stream that needs no identity. Raises Overloaded if there are too many."""
+        # Without the port. The peers of UNIX sockets have no address, and are local.
+        address = "" if peer.startswith("unix:") else peer.rpartition(":")[0]
+        from_address = self._open_streams[address] if address else 0
+        if (
+            self._open_streams.total() >= OPEN_STREAMS_MAX
+            or from_address >= OPEN_STREAMS_PER_ADDRESS_MAX
+        ):
+            raise Overloaded("Too many streams without an identity are open.", "WATCHES_LIMITED")
+        self._open_streams[address] += 1
+        try:
+            yield
+        finally:
+            self._open_streams[address] -= 1
+            if not self._open_streams[address]:
+                del self._open_streams[address]
+
+    @contextlib.contextmanager
     def _tracked(self, stream: "_Stream", caller: Caller) -> Iterator[None]:
         """Track a stream, so that it ends when a policy change revokes the caller's right to it.
 
@@ -223,7 +252,7 @@ class _Stream:
 def _parsed(rule: Rule, parse: Parse, data: bytes) -> Any:
     """Return the message of a stream. Raises RequestTooLarge and RequestNotParsed."""
     if len(data) > rule.bytes_max:
-        raise RequestTooLarge(len(data), rule.bytes_max)
+        raise RequestTooLarge(rule.bytes_max)
     try:
         return parse(data)
     except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser

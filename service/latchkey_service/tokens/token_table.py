@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from latchkey_coherence.rate import RateLimit
+
 from latchkey_service.coherence.snapshot import SNAPSHOT
 from latchkey_service.tokens.verdict import Scope, SecretRecord, TokenRecord, TokenSecret
 
@@ -16,6 +18,7 @@ __all__ = [
     "DETAILS",
     "FIND_BY_DIGEST",
     "detailed_record_of",
+    "rate_columns",
     "record_of",
     "secret_of",
 ]
@@ -23,19 +26,21 @@ __all__ = [
 # What every reader of a token needs, in the order of TokenRecord. Not `last_used_time`: nothing has
 # ever written that column, and a later release may drop it, once no host runs one that reads it.
 COLUMNS = """t.id, t.account_id, t.name, t.scope, t.create_time, t.expire_time, t.hint, t.labels,
-       t.delete_time, t.disable_time, t.allowed_networks, t.permissions"""
-_COLUMN_COUNT = 12
+       t.delete_time, t.disable_time, t.allowed_networks, t.permissions, t.rate_count,
+       t.rate_period_seconds, t.rate_burst"""
+_COLUMN_COUNT = 15
 # What owners see besides: the secrets that work and the newest one, newest first, each with its
 # last use, and the token's last use, from whichever of its secrets and callers it came.
 DETAILS = """t.description,
        (SELECT array_agg(ROW(s.hint, s.create_time, s.expire_time, s.retire_on_first_use,
                              (SELECT max(u.last_time) FROM token_usage u
-                               WHERE u.token_id = t.id AND u.hint = s.hint))
+                               WHERE u.token_id = t.id AND u.hint = s.hint),
+                             s.leak_report_time)
                          ORDER BY s.ordinal DESC)
           FROM (SELECT coalesce(nullif(x.hint, ''), t.hint) AS hint,
                        coalesce(x.create_time, t.create_time) AS create_time,
                        least(x.expire_time, x.retire_time) AS expire_time,
-                       x.retire_on_first_use, x.ordinal,
+                       x.retire_on_first_use, x.ordinal, x.leak_report_time,
                        max(x.ordinal) OVER () AS newest
                   FROM secret x
                  WHERE x.token_id = t.id) s
@@ -87,7 +92,7 @@ def detailed_record_of(row: "asyncpg.Record") -> TokenRecord:
 
 def _record(columns: tuple[Any, ...]) -> TokenRecord:
     token_id, account, name, scope, created, expires, hint, labels, deleted, *rest = columns
-    disabled, networks, permissions = rest
+    disabled, networks, permissions, *rate = rest
     return TokenRecord(
         token_id,
         account,
@@ -103,4 +108,10 @@ def _record(columns: tuple[Any, ...]) -> TokenRecord:
         # Empty for most tokens: no copy.
         tuple(networks) if networks else (),
         tuple(permissions) if permissions else (),
+        rate_limit=None if rate[0] is None else RateLimit(*rate),
     )
+
+
+def rate_columns(limit: RateLimit | None) -> tuple[int | None, int | None, int | None]:
+    """Return the values of the columns of a rate limit."""
+    return (None, None, None) if limit is None else limit

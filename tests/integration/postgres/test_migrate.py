@@ -232,7 +232,7 @@ async def test_names_that_look_the_same(empty_url: str) -> None:
         await connection.execute(insert, "tok_freed", "f", "y\u200b", freed + "y\u200b", 0)
         await connection.execute("UPDATE token SET delete_time = now() WHERE id = 'gone'")
         before = await name_keys(connection)
-    assert [m.name for m in await migrate(empty_url, migrations)] == ["names"]
+    assert (await migrate(empty_url, migrations))[0].name == "names"
     async with session(empty_url) as connection:
         after = await name_keys(connection)
     for number, (_, name, new) in enumerate(rows):
@@ -258,7 +258,7 @@ async def test_a_database_with_tokens_is_migrated(empty_url: str) -> None:
             """
         )
     newer = await migrate(empty_url, migrations)
-    assert [m.name for m in newer] == ["lifecycle", "usage", "names", "token_seals"]
+    assert newer == [m for m in migrations if m.version > 5]
     async with session(empty_url) as connection:
         row = await connection.fetchrow(
             """

@@ -125,7 +125,7 @@ def test_nothing_secret_is_recorded() -> None:
         (secret, secret),
         # The caller's own credential, sent by mistake. It has the form of an account ID.
         (mint(os.urandom).reveal(), ""),
-        ("x" * 65, "tok_short"),
+        ("x" * 129, "tok_short"),
         ("a b", "tok_" + "A" * 26),
         ("a\n", ""),
         ("", "x" * 10_000),

@@ -36,7 +36,9 @@ class Verifier:
         self.asked.append(presented)
         return self.answers.get(presented, MALFORMED)
 
-    async def verify_batch(self, questions: Sequence[Question], _: float | None) -> list[Answer]:
+    async def verify_batch(
+        self, questions: Sequence[Question], _: float | None, _caller: str
+    ) -> list[Answer]:
         return [self.verify_cached(*question) for question in questions]
 
 

@@ -71,8 +71,8 @@ def new(**fields: Any) -> NewToken:
     ("field", "bad"),
     [
         ("account_id", {"account_id": ""}),
-        ("account_id", {"account_id": "a" * 65}),
-        ("account_id", {"account_id": "a/b"}),
+        ("account_id", {"account_id": "a" * 129}),
+        ("account_id", {"account_id": "a*"}),
         ("account_id", {"account_id": "acme\n"}),
         ("account_id", {"account_id": "ácme"}),
         ("name", {"name": ""}),
