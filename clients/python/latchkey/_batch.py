@@ -20,8 +20,8 @@ from latchkey.errors import (
 )
 from latchkey.models import Scope, Verification
 
-# With the largest labels, networks and permissions, about this many answers fit into 4 MiB, which
-# is the usual message limit of a channel that the application made. Larger batches are not faster.
+# With the largest labels, networks and permissions, this many complete answers fit into the 4 MiB
+# that a response may have. Larger batches are not faster.
 BATCH_MAX: Final = 150
 # A waiter whose deadline is at most this much earlier than the batch's waits for the whole batch.
 # Misses of one event loop turn with the same timeout then need no timer each.
@@ -57,9 +57,9 @@ class Batcher:
         """Return the service's answer, or None if the caller has to verify by itself.
 
         `end` is the deadline, by the event loop's clock. None means that there is no other question
-        to share a call with, or that batches were refused, which may have taken most of the time.
-        A caller without others can cancel its own call without affecting them. If the shared call
-        fails, each caller gets a copy of its error.
+        to share a call with, that the answer lacks details of the token, or that batches were
+        refused, which may have taken most of the time. A caller without others can cancel its own
+        call without affecting them. If the shared call fails, each caller gets a copy of its error.
         """
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
@@ -105,7 +105,8 @@ class Batcher:
                 batch, timeout_seconds=max(end - loop.time(), 0.001)
             )
             for waiters, answer in zip(batch.values(), answers, strict=True):
-                _answer(waiters, answer)
+                # The application gets the whole token, so an incomplete answer is asked for again.
+                _answer(waiters, None if answer.details_omitted else answer)
         except LatchkeyError as error:
             failure = error
             if _is_refusal(error):

@@ -234,7 +234,13 @@ def verification_in(message: pb.VerifyResponse) -> Verification:
         # The contract sets the token for every known secret. A VALID answer without one would let a
         # caller in anonymously.
         raise InternalError("The service answered VALID without a token.")
-    return Verification(verdict=verdict, token=token, revision=message.revision, mark=message.mark)
+    return Verification(
+        verdict=verdict,
+        token=token,
+        revision=message.revision,
+        mark=message.mark,
+        details_omitted=message.details_omitted,
+    )
 
 
 def watch_request_out(request: Request) -> pb.WatchRequest:

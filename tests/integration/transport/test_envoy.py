@@ -341,6 +341,16 @@ async def test_limits_of_connections(envoy: tuple[str, str]) -> None:
         assert (await late).code is OK
 
 
+def tls_of(who: str, folder: Path) -> ssl.SSLContext:
+    """Return what a caller needs for a raw connection to Envoy."""
+    identity = spiffe_identity(uri(who))
+    (folder / "caller.pem").write_bytes(identity.certificate + identity.key)
+    context = ssl.create_default_context(cadata=ca_pem().decode())
+    context.load_cert_chain(folder / "caller.pem")
+    context.set_alpn_protocols(["h2"])
+    return context
+
+
 def one_call(block: bytes) -> list[Frame]:
     """A call with these headers, in as many frames as they need."""
     parts = [block[at : at + 16_000] for at in range(0, len(block), 16_000)]
@@ -386,11 +396,7 @@ async def test_one_callers_frames_end_no_other_stream(
 ) -> None:
     """Latchkey closes connections that receive such frames, and no other caller's calls end."""
     target, _ = envoy
-    identity = spiffe_identity(uri("manager"))
-    (tmp_path / "manager.pem").write_bytes(identity.certificate + identity.key)
-    context = ssl.create_default_context(cadata=ca_pem().decode())
-    context.load_cert_chain(tmp_path / "manager.pem")
-    context.set_alpn_protocols(["h2"])
+    context = tls_of("manager", tmp_path)
     async with channel_to(target, "verifier") as channel:
         stream = pb_grpc.TokenServiceStub(channel).Watch()
         await stream.write(pb.WatchRequest(number=1))
