@@ -190,13 +190,19 @@ def _row(entry: "AuditEntry") -> list[Text]:
         outcome += f" (× {entry.calls})"
     return [
         Text(local(entry.time, seconds=True)),
-        Text(visible(entry.caller)) if entry.caller else Text("unknown", style="dim"),
+        _caller(entry),
         Text(visible(entry.method.rpartition("/")[2])),
         Text(visible(entry.account_id)),
         Text(visible(outcome), style=_STYLES.get(name, "")),
-        Text(visible(entry.peer), style="dim"),
+        Text(visible(entry.client_address or entry.peer), style="dim"),
         Text(visible(entry.token_id), style="cyan"),
     ]
+
+
+def _caller(entry: "AuditEntry") -> Text:
+    if not entry.caller:
+        return Text("unknown", style="dim")
+    return Text(visible(f"{entry.caller} for {entry.person}" if entry.person else entry.caller))
 
 
 def _two_lines(row: list[Text]) -> list[Text]:

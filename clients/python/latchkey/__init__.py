@@ -8,6 +8,7 @@ here, so only their users need their dependencies.
 """
 
 from latchkey._audit import AuditEntry, AuditFilter, AuditPage, Outcome
+from latchkey._connection import current_person
 from latchkey._version import __version__
 from latchkey.access import Access
 from latchkey.client import Client
@@ -98,4 +99,5 @@ __all__ = [
     "VerifierStats",
     "VerifierStatus",
     "__version__",
+    "current_person",
 ]

@@ -105,6 +105,11 @@ class Authenticator:
         self._cache_bytes = 0
         self._cache_policy = active_policy.policy
 
+    @property
+    def trusts_proxy(self) -> bool:
+        """Whether calls come through a trusted proxy, which reports the clients' addresses."""
+        return self._proxy is not None
+
     def authorize(self, path: str, context: HasMetadata) -> Caller:
         """Return the caller if it may call `path`. Raises Unauthenticated or PermissionDenied."""
         caller = self.identify(context)

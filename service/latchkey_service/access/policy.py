@@ -7,6 +7,7 @@
     accounts = ["acme", "team-*"]       # default: every account
     rates = { verifier = 5000 }         # default: no limit
     watches = 200                       # default: half of a process's limit
+    reports_people = true               # whether it names the person it acts for; default: no
 
     [roles.auditor]                     # in addition to verifier, manager and operator
     methods = ["/latchkey.v1.AuditService/List"]
@@ -19,6 +20,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Annotated, Final, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -86,6 +88,8 @@ class Caller:
     accounts: Accounts | None = None
     rates: RateLimits | None = field(default=None, compare=False)
     watches_max: int = WATCHES_MAX
+    reports_people: bool = False
+    """Whether the audit log records the person that the caller says it acts for."""
 
 
 # Without a policy, every call runs as this caller.
@@ -104,6 +108,8 @@ class Policy:
 
     unidentified: tuple[str, ...] = ()
     """Callers with neither certificate nor credential, which no call can be from."""
+    digest: str = ""
+    """SHA-256 of the text, in hexadecimal."""
 
     @property
     def callers(self) -> frozenset[str]:
@@ -141,6 +147,7 @@ def parse(text: str) -> Policy:
             None if table.accounts is None else _accounts(table.accounts),
             None if table.rates is None else RateLimits(table.rates),
             table.watches,
+            table.reports_people,
         )
         if not table.certificates and not table.credentials:
             unidentified.append(name)
@@ -154,7 +161,8 @@ def parse(text: str) -> Policy:
             owner = credentials.setdefault(bytes.fromhex(digest), caller)
             if owner is not caller:
                 raise PolicyError(f"{where}.credentials: a digest already belongs to {owner.name}")
-    return Policy(certificates, credentials, tuple(unidentified))
+    digest = sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return Policy(certificates, credentials, tuple(unidentified), digest)
 
 
 def is_name(text: str) -> bool:
@@ -233,6 +241,7 @@ class _Caller(_Table):
     certificates: _Unique[Annotated[str, AfterValidator(_certificate)]] = []
     credentials: _Unique[Annotated[str, AfterValidator(_digest)]] = []
     rates: dict[Annotated[str, AfterValidator(_built_in)], _Rate] | None = None
+    reports_people: bool = False
     roles: _Unique[str] = []
     watches: Annotated[int, Field(ge=0, le=WATCHES_MAX * 2)] = WATCHES_MAX
 

@@ -105,6 +105,12 @@ FAMILIES: Final[Mapping[str, Family]] = {
         "audit entries of reads and failures: written, lost, aggregated (counted in another entry)",
     ),
     "latchkey_audit_waiting": Family("gauge", (), "audit entries that wait to be written"),
+    "latchkey_audit_newest_batch": Family(
+        "gauge", (), "number of the newest sealed batch of audit entries"
+    ),
+    "latchkey_audit_regressions": Family(
+        "counter", (), "times that sealed audit entries were missing or different"
+    ),
     "latchkey_connections": Family("gauge", (), "clients' connections at the last inspection"),
     "latchkey_connections_ended": Family(
         "counter", ("reason",), "connections that were ended: too_many, silent, unread"

@@ -16,14 +16,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Protocol
 
+from latchkey_service.access import origin
 from latchkey_service.access.authenticator import Authenticator, check_account
 from latchkey_service.access.methods import MANAGER, OPERATOR, REVOKER, Rule, rule_of
-from latchkey_service.access.policy import ANONYMOUS
+from latchkey_service.access.policy import ANONYMOUS, Caller
 from latchkey_service.audit.audit_log import AuditContext, AuditLog
 from latchkey_service.errors import REQUEST_ID_METADATA, RequestNotParsed, RequestTooLarge
 from latchkey_service.rpc.admission import ConcurrencyLimiter, Slot
 from latchkey_service.rpc.call_context import CallContext
-from latchkey_service.rpc.call_report import CallReporter, end_with, request_id_of
+from latchkey_service.rpc.call_report import NEW_IDS, CallReporter, end_with, given_id
 from latchkey_service.rpc.counters import Counts
 
 __all__ = ["ManagedCall", "ManagedCalls", "current_call"]
@@ -134,6 +135,7 @@ class ManagedCalls:
             counts.started += 1
             caller = ANONYMOUS
             current: ManagedCall | None = None
+            describe = partial(_audit_context, path, context, authenticator)
             try:
                 if authorize is not None:
                     caller = authorize(path, context)
@@ -146,7 +148,7 @@ class ManagedCalls:
                     check_account(path, caller, request)
                 seconds = _budget_seconds(context)
                 slot = None if limiter is None else limiter.slot(seconds)
-                audit_context = _audit_context(path, context, request, caller.name)
+                audit_context = describe(request, caller.name, caller)
                 current = ManagedCall(audit_context, self._clock(), seconds, slot)
                 current_call.set(current)
                 async with asyncio.timeout(seconds):
@@ -169,7 +171,7 @@ class ManagedCalls:
                     start,
                     error,
                     caller,
-                    partial(_refused_context, rule, parse, data, path, context)
+                    partial(_refused_context, rule, parse, data, caller, describe)
                     if rule.audited
                     else None,
                     None if current is None else current.change,
@@ -211,14 +213,29 @@ def _parsed(rule: Rule, parse: Callable[[bytes], Any], data: bytes) -> Any:
         raise RequestNotParsed from None
 
 
-def _audit_context(path: str, context: CallContext, request: Any, caller: str) -> AuditContext:
+def _audit_context(
+    path: str,
+    context: CallContext,
+    authenticator: Authenticator | None,
+    request: Any,
+    name: str,
+    caller: Caller,
+) -> AuditContext:
+    metadata = context.invocation_metadata()
+    proxied = authenticator is not None and authenticator.trusts_proxy
+    # Without a policy, every caller is trusted alike.
+    reports_people = authenticator is None or caller.reports_people
+    call_id = next(NEW_IDS)
     return AuditContext.of(
-        caller,
+        name,
         path,
         context.peer(),
-        request_id_of(context.invocation_metadata()),
+        given_id(metadata) or call_id,
         getattr(request, "account_id", ""),
-        getattr(request, "id", ""),
+        getattr(request, "id", "") or getattr(request, "token_id", ""),
+        person=origin.person(metadata) if reports_people else "",
+        client_address=origin.client_address(metadata) if proxied else "",
+        call_id=call_id,
     )
 
 
@@ -226,9 +243,9 @@ def _refused_context(
     rule: Rule,
     parse: Callable[[bytes], Any],
     data: bytes,
-    path: str,
-    context: CallContext,
-    caller: str,
+    caller: Caller,
+    describe: Callable[[Any, str, Caller], AuditContext],
+    name: str,
 ) -> AuditContext:
     """Return the context of a refused call, for its audit entry.
 
@@ -239,4 +256,4 @@ def _refused_context(
         request = _parsed(rule, parse, data)
     except (RequestNotParsed, RequestTooLarge):
         request = None
-    return _audit_context(path, context, request, caller)
+    return describe(request, name, caller)

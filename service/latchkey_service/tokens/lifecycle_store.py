@@ -15,6 +15,7 @@ from uuid import UUID
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
+from latchkey_service.audit.audit_table import DETAIL_COLUMNS, detail_values
 from latchkey_service.coherence.snapshot import Snapshot, mark_in
 from latchkey_service.postgres.connections import (
     DURABLE,
@@ -233,8 +234,9 @@ class LifecycleStore:
                         SELECT revision, mark, id FROM stamped),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT moment, $1, id, $25, $31, $32, $33 FROM stamped)
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT moment, $1, id, $25, $31, $32, $33, {detail_values(35)}
+                          FROM stamped)
                     SELECT s.revision, s.mark, s.moment, c.* FROM stamped s, changed c
                     """,  # noqa: S608 - constants only
                     record.account_id,
@@ -271,6 +273,7 @@ class LifecycleStore:
                     audit_context.peer,
                     audit_context.request_id,
                     change.repeats,
+                    audit_context.details,
                 )
         if row is None:
             return None

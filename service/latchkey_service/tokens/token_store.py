@@ -15,6 +15,7 @@ from uuid import UUID
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
+from latchkey_service.audit.audit_table import DETAIL_COLUMNS, detail_values
 from latchkey_service.coherence.ack_rules import Acknowledgements
 from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
 from latchkey_service.coherence.verifier_state import EVERY_TOKEN
@@ -178,8 +179,9 @@ class TokenStore:
                      WHERE $21::uuid IS NULL OR EXISTS (SELECT FROM asked)
                     RETURNING id, account_id),
                 audited AS (
-                    INSERT INTO audit (account_id, token_id, caller, method, peer, request_id)
-                    SELECT account_id, id, $12, $13, $14, $15 FROM token),
+                    INSERT INTO audit (account_id, token_id, caller, method, peer, request_id,
+                                       {DETAIL_COLUMNS})
+                    SELECT account_id, id, $12, $13, $14, $15, {detail_values(26)} FROM token),
                 -- A database restored while this process runs may lack the process's pepper.
                 known AS (INSERT INTO pepper (id) VALUES ($11) ON CONFLICT DO NOTHING)
                 INSERT INTO secret (digest, pepper_id, token_id, hint, create_time, request_id,
@@ -211,6 +213,7 @@ class TokenStore:
                     b"" if request is None else request.body,
                     None if request is None else request.asked,
                     None if request is None else request.reusable_before,
+                    audit_context.details,
                 )
         return status != "INSERT 0 0"
 
@@ -301,8 +304,8 @@ class TokenStore:
                         SELECT revision, mark, id FROM stamped),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT moment, $1, id, $3, $4, $5, $6 FROM stamped)
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT moment, $1, id, $3, $4, $5, $6, {detail_values(7)} FROM stamped)
                     INSERT INTO deletion AS d (token_id, revision, mark, commit_time)
                     SELECT id, revision, mark, moment FROM stamped
                     RETURNING {RECEIPT}
@@ -313,6 +316,7 @@ class TokenStore:
                     audit_context.method,
                     audit_context.peer,
                     audit_context.request_id,
+                    audit_context.details,
                 )
         return None if row is None else deletion_of(row)
 
@@ -399,8 +403,8 @@ class TokenStore:
                         SELECT revision, mark, $5 FROM stamped),
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
-                                           request_id)
-                        SELECT moment, '', '', $1, $2, $3, $4 FROM stamped)
+                                           request_id, {DETAIL_COLUMNS})
+                        SELECT moment, '', '', $1, $2, $3, $4, {detail_values(6)} FROM stamped)
                     SELECT revision, mark, moment FROM stamped
                     """,  # noqa: S608 - constants only
                     audit_context.caller,
@@ -408,6 +412,7 @@ class TokenStore:
                     audit_context.peer,
                     audit_context.request_id,
                     EVERY_TOKEN,
+                    audit_context.details,
                 )
         if row is None:
             raise RuntimeError("the table `head` is empty")
