@@ -10,6 +10,7 @@ from latchkey_service.postgres.connections import Pool, retry_on_conflict
 __all__ = [
     "DENIED_CODES",
     "DETAIL_COLUMNS",
+    "DETAIL_VALUES",
     "ENTRY_COLUMNS",
     "POLICY_IN_FORCE",
     "AuditTable",
@@ -17,7 +18,6 @@ __all__ = [
     "Entry",
     "Filter",
     "NewEntry",
-    "detail_values",
 ]
 
 # PERMISSION_DENIED and UNAUTHENTICATED.
@@ -36,11 +36,11 @@ ENTRY_COLUMNS: Final = (
 )
 # For the statements of changes, which write their entries themselves.
 DETAIL_COLUMNS: Final = "person, client_address, call_id"
-
-
-def detail_values(number: int) -> str:
-    """Return the values of DETAIL_COLUMNS as SQL. `number`: the parameter, a list of them."""
-    return ", ".join(f"(${number}::text[])[{place}]" for place in (1, 2, 3))
+# Their values, by the number of the parameter that is a list of them.
+DETAIL_VALUES: Final = {
+    number: f"(${number}::text[])[1], (${number}::text[])[2], (${number}::text[])[3]"
+    for number in range(1, 50)
+}
 
 
 class NewEntry(NamedTuple):

@@ -12,7 +12,7 @@ from datetime import datetime
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
-from latchkey_service.audit.audit_table import DETAIL_COLUMNS, detail_values
+from latchkey_service.audit.audit_table import DETAIL_COLUMNS, DETAIL_VALUES
 from latchkey_service.coherence.ack_rules import Acknowledgements
 from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
 from latchkey_service.errors import StoreUnavailable
@@ -141,7 +141,7 @@ class BulkStore:
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
                                            request_id, {DETAIL_COLUMNS})
                         SELECT DISTINCT s.moment, e.account_id, e.id, $3, $4, $5, $6,
-                               {detail_values(7)}
+                               {DETAIL_VALUES[7]}
                           FROM stamped s, ended e)
                     SELECT s.revision, s.mark, s.moment, k.digest, coalesce(e.working, false),
                            e.digest IS NOT NULL
@@ -255,7 +255,7 @@ class BulkStore:
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
                                            request_id, {DETAIL_COLUMNS})
-                        SELECT s.moment, $1, l.id, $3, $4, $5, $6, {detail_values(7)}
+                        SELECT s.moment, $1, l.id, $3, $4, $5, $6, {DETAIL_VALUES[7]}
                           FROM stamped s, live l),
                     recorded AS (
                         INSERT INTO deletion (token_id, revision, mark, commit_time)

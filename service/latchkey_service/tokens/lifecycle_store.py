@@ -15,7 +15,7 @@ from uuid import UUID
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
-from latchkey_service.audit.audit_table import DETAIL_COLUMNS, detail_values
+from latchkey_service.audit.audit_table import DETAIL_COLUMNS, DETAIL_VALUES
 from latchkey_service.coherence.snapshot import Snapshot, mark_in
 from latchkey_service.postgres.connections import (
     DURABLE,
@@ -235,7 +235,7 @@ class LifecycleStore:
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
                                            request_id, {DETAIL_COLUMNS})
-                        SELECT moment, $1, id, $25, $31, $32, $33, {detail_values(35)}
+                        SELECT moment, $1, id, $25, $31, $32, $33, {DETAIL_VALUES[35]}
                           FROM stamped)
                     SELECT s.revision, s.mark, s.moment, c.* FROM stamped s, changed c
                     """,  # noqa: S608 - constants only

@@ -15,7 +15,7 @@ from uuid import UUID
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
-from latchkey_service.audit.audit_table import DETAIL_COLUMNS, detail_values
+from latchkey_service.audit.audit_table import DETAIL_COLUMNS, DETAIL_VALUES
 from latchkey_service.coherence.ack_rules import Acknowledgements
 from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
 from latchkey_service.coherence.verifier_state import EVERY_TOKEN
@@ -181,7 +181,7 @@ class TokenStore:
                 audited AS (
                     INSERT INTO audit (account_id, token_id, caller, method, peer, request_id,
                                        {DETAIL_COLUMNS})
-                    SELECT account_id, id, $12, $13, $14, $15, {detail_values(26)} FROM token),
+                    SELECT account_id, id, $12, $13, $14, $15, {DETAIL_VALUES[26]} FROM token),
                 -- A database restored while this process runs may lack the process's pepper.
                 known AS (INSERT INTO pepper (id) VALUES ($11) ON CONFLICT DO NOTHING)
                 INSERT INTO secret (digest, pepper_id, token_id, hint, create_time, request_id,
@@ -305,7 +305,7 @@ class TokenStore:
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
                                            request_id, {DETAIL_COLUMNS})
-                        SELECT moment, $1, id, $3, $4, $5, $6, {detail_values(7)} FROM stamped)
+                        SELECT moment, $1, id, $3, $4, $5, $6, {DETAIL_VALUES[7]} FROM stamped)
                     INSERT INTO deletion AS d (token_id, revision, mark, commit_time)
                     SELECT id, revision, mark, moment FROM stamped
                     RETURNING {RECEIPT}
@@ -404,7 +404,7 @@ class TokenStore:
                     audited AS (
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
                                            request_id, {DETAIL_COLUMNS})
-                        SELECT moment, '', '', $1, $2, $3, $4, {detail_values(6)} FROM stamped)
+                        SELECT moment, '', '', $1, $2, $3, $4, {DETAIL_VALUES[6]} FROM stamped)
                     SELECT revision, mark, moment FROM stamped
                     """,  # noqa: S608 - constants only
                     audit_context.caller,
