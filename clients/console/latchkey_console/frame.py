@@ -113,6 +113,18 @@ class Frame:
         """Return the account's tokens. Raises LatchkeyError."""
         return await listing.fetch(self.client, visit.account_id, self.now())
 
+    async def limits(self, visit: Visit) -> latchkey.Limits:
+        """Return the limits for the account's tokens, so that forms offer only what is allowed.
+
+        Without an answer, forms offer everything: the service has the final say. An older server
+        does not know the question, and a policy may forbid it.
+        """
+        try:
+            return await self.client.get_limits(visit.account_id)
+        except latchkey.LatchkeyError as error:
+            _log.info("limits are not known: %s", error.code.name)
+            return latchkey.Limits()
+
     async def list(self, request: Request, visit: Visit, notice: Notice | None = None) -> Response:
         """Return the list, with the notice that the previous request left."""
         # Taken first: a request that waits here for the list must not take the notice of a change

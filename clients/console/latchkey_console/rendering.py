@@ -48,6 +48,7 @@ class Renderer:
             "exact": times.exact,
             "iso": times.iso,
             "minute": times.minute,
+            "span": times.span,
             "visible": visible,
             "visible_lines": visible_lines,
         }

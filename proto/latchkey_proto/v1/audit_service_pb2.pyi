@@ -183,7 +183,10 @@ class AuditEntry(_message.Message):
     code: _builtins.int
     """Status of the call, a google.rpc.Code: 0 is OK, 7 is PERMISSION_DENIED."""
     reason: _builtins.str
-    """ErrorInfo.reason of the status. Empty if the call succeeded."""
+    """ErrorInfo.reason of the status. Empty if the call succeeded, except that
+    NAME_FREED says that the call has taken the name of this token, which had
+    expired.
+    """
     calls: _builtins.int
     """Number of calls that this entry represents. Calls that change something have
     one entry each. Of a caller's other calls that end in the same way in a

@@ -154,6 +154,11 @@ class AuditLog:
         self.aggregated += 1
         return False
 
+    def would_record(self, caller: str, method: str, code: str, reason: str) -> bool:
+        """Return whether `should_record` would surely return True. Counts nothing."""
+        sample = self._samples.get(_Kind(caller, method, code, reason))
+        return not self._full and (sample is None or sample.has_room)
+
     def record(self, audit_context: AuditContext, code: str, reason: str) -> bool:
         """Record a call that changed nothing. Return whether it got its own entry."""
         kind = _Kind(audit_context.caller, audit_context.method, code, reason)

@@ -51,6 +51,13 @@ class Sample(Generic[_Entry]):
         self._targets: set[object] = set()
         self.without_entry = 0
 
+    @property
+    def has_room(self) -> bool:
+        """Whether the next call gets an entry if its target is new."""
+        return self._calls < FIRST_MAX or (
+            len(self._targets) < TARGETS_MAX and self._looked < LOOKED_MAX
+        )
+
     def is_wanted(self) -> bool:
         """Return whether the next call may get an entry, so that it is worth describing.
 

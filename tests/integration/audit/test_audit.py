@@ -392,7 +392,7 @@ async def test_append_only(database_url: str) -> None:
             with pytest.raises(asyncpg.InsufficientPrivilegeError, match="append-only"):
                 await connection.execute(statement)
             await connection.execute("RESET latchkey.audit_retention")
-    assert len(await table.list(Filter(), None, 10)) == 5
+    assert len((await table.list(Filter(), None, 10))[0]) == 5
     await pool.close()
 
 

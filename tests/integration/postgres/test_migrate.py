@@ -262,10 +262,10 @@ async def test_a_database_with_tokens_is_migrated(empty_url: str) -> None:
     async with session(empty_url) as connection:
         row = await connection.fetchrow(
             """
-            SELECT t.name, t.name_key, t.version, t.permissions, s.ordinal, s.hint, s.seal,
-                   (SELECT count(*) FROM token_usage)
+            SELECT t.name, t.name_key, t.version, t.permissions, t.seal, t.seal_pepper_id,
+                   s.ordinal, s.hint, s.seal, (SELECT count(*) FROM token_usage)
               FROM token t JOIN secret s ON s.token_id = t.id
             """
         )
     assert row is not None
-    assert tuple(row) == ("N", "n", 0, [], 0, "", None, 0)
+    assert tuple(row) == ("N", "n", 0, [], None, None, 0, "", None, 0)

@@ -46,7 +46,8 @@ async def verdict(stub: Any, secret: str, **question: Any) -> str:
 async def all_sealed(url: str) -> bool:
     async with session(url) as connection:
         found = await connection.fetchval(
-            "SELECT bool_and(all_sealed IS NOT NULL) FROM pepper WHERE id <> 'other'"
+            "SELECT bool_and(all_sealed IS NOT NULL AND tokens_sealed IS NOT NULL) FROM pepper"
+            " WHERE id <> 'other'"
         )
     return bool(found)
 
@@ -179,7 +180,8 @@ async def as_an_earlier_release(url: str) -> None:
     """Bring the rows into the state in which an earlier release leaves them."""
     async with session(url) as connection:
         await connection.execute("UPDATE secret SET seal = NULL, hint = '', create_time = NULL")
-        await connection.execute("UPDATE pepper SET all_sealed = NULL")
+        await connection.execute("UPDATE token SET seal = NULL, seal_pepper_id = NULL")
+        await connection.execute("UPDATE pepper SET all_sealed = NULL, tokens_sealed = NULL")
 
 
 async def test_rows_of_an_earlier_release_are_sealed(settings: Settings, database_url: str) -> None:

@@ -27,7 +27,9 @@ class Recorder:
     def __init__(self):
         self.inserted = []
 
-    async def insert_token(self, record, name_key, digest, audit_context, seal, request):
+    async def insert_token(
+        self, record, name_key, digest, audit_context, seal, token_seal, request
+    ):
         self.inserted.append((record, name_key, digest))
         return True
 
