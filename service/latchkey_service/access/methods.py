@@ -126,7 +126,7 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
         "/latchkey.v1.MaintenanceService/InvalidateAll": Rule(
             OPERATOR, AccountSource.ALL, audited=True
         ),
-        "/latchkey.v1.AuditService/List": Rule(OPERATOR, AccountSource.REQUEST),
+        "/latchkey.v1.AuditService/List": Rule(OPERATOR, AccountSource.REQUEST, audited=True),
         "/grpc.health.v1.Health/Check": OPEN,
         "/grpc.health.v1.Health/Watch": OPEN,
         # Served only with LATCHKEY_REFLECTION.

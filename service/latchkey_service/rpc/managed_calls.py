@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol
 
 import grpc
 
+from latchkey_service.access import origin
 from latchkey_service.access.authenticator import Authenticator, check_account
 from latchkey_service.access.methods import (
     IMPORTER,
@@ -41,7 +42,7 @@ from latchkey_service.errors import (
 )
 from latchkey_service.rpc.admission import ConcurrencyLimiter, Slot
 from latchkey_service.rpc.call_context import CallContext
-from latchkey_service.rpc.call_report import CallReporter, end_with, request_id_of
+from latchkey_service.rpc.call_report import NEW_IDS, CallReporter, end_with, given_id
 from latchkey_service.rpc.counters import Counts
 
 __all__ = ["ManagedCall", "ManagedCalls", "current_call"]
@@ -162,6 +163,7 @@ class ManagedCalls:
             counts.started += 1
             caller = ANONYMOUS
             current: ManagedCall | None = None
+            describe = partial(_audit_context, path, context, authenticator)
             try:
                 if authorize is not None:
                     caller = authorize(path, context)
@@ -174,7 +176,7 @@ class ManagedCalls:
                     check_account(path, caller, request)
                 seconds = _budget_seconds(context)
                 slot = None if limiter is None else limiter.slot(seconds)
-                audit_context = _audit_context(path, context, request, caller.name)
+                audit_context = describe(request, caller.name, caller)
                 current = ManagedCall(audit_context, self._clock(), seconds, slot, caller)
                 current_call.set(current)
                 async with asyncio.timeout(seconds):
@@ -197,7 +199,7 @@ class ManagedCalls:
                     start,
                     error,
                     caller,
-                    partial(_refused_context, rule, parse, data, path, context)
+                    partial(_refused_context, rule, parse, data, caller, describe)
                     if rule.audited
                     else None,
                     None if current is None else current.change,
@@ -245,7 +247,8 @@ class ManagedCalls:
                 code = code_of(error).name
                 audited = self._audit.would_record(caller, path, code, reason_of(error))
                 data = await _first(messages) if audited else b""
-                entry = partial(_refused_context, rule, parse, data, path, context)
+                describe = partial(_audit_context, path, context, authenticator)
+                entry = partial(_refused_context, rule, parse, data, ANONYMOUS, describe)
             status, delay_seconds = self._reporter.failed(path, context, start, error, entry=entry)
             if delay_seconds:
                 await asyncio.sleep(delay_seconds)
@@ -281,14 +284,29 @@ def _parsed(rule: Rule, parse: Callable[[bytes], Any], data: bytes) -> Any:
         raise RequestNotParsed from None
 
 
-def _audit_context(path: str, context: CallContext, request: Any, caller: str) -> AuditContext:
+def _audit_context(
+    path: str,
+    context: CallContext,
+    authenticator: Authenticator | None,
+    request: Any,
+    name: str,
+    caller: Caller,
+) -> AuditContext:
+    metadata = context.invocation_metadata()
+    proxied = authenticator is not None and authenticator.trusts_proxy
+    # Without a policy, every caller is trusted alike.
+    reports_people = authenticator is None or caller.reports_people
+    call_id = next(NEW_IDS)
     return AuditContext.of(
-        caller,
+        name,
         path,
         context.peer(),
-        request_id_of(context.invocation_metadata()),
+        given_id(metadata) or call_id,
         getattr(request, "account_id", ""),
-        getattr(request, "id", ""),
+        getattr(request, "id", "") or getattr(request, "token_id", ""),
+        person=origin.person(metadata) if reports_people else "",
+        client_address=origin.client_address(metadata) if proxied else "",
+        call_id=call_id,
     )
 
 
@@ -296,9 +314,9 @@ def _refused_context(
     rule: Rule,
     parse: Callable[[bytes], Any],
     data: bytes,
-    path: str,
-    context: CallContext,
-    caller: str,
+    caller: Caller,
+    describe: Callable[[Any, str, Caller], AuditContext],
+    name: str,
 ) -> AuditContext:
     """Return the context of a refused call, for its audit entry.
 
@@ -309,4 +327,4 @@ def _refused_context(
         request = _parsed(rule, parse, data)
     except (RequestNotParsed, RequestTooLarge):
         request = None
-    return _audit_context(path, context, request, caller)
+    return describe(request, name, caller)
