@@ -1,10 +1,17 @@
 """Entry point: `python -m latchkey_service [serve|config|policy|worker]`."""
 
+import gc
 import importlib
 import json
 import os
 import sys
 from collections.abc import Callable
+
+if __name__ == "__main__":
+    # These would take a third of the start. Nothing that imports create is garbage, and structlog
+    # would load rich, if it is installed, for tracebacks in colour.
+    gc.disable()
+    sys.modules.setdefault("rich", None)  # type: ignore[arg-type]  # blocks the import
 
 from latchkey_service.settings import settings as settings_module
 
@@ -49,6 +56,7 @@ def main(arguments: list[str]) -> int:
         if arguments == ["worker"]:
             from latchkey_service.process import worker
 
+            _collect_garbage()
             return worker.main()
         settings = settings_module.load()
     except settings_module.ConfigError as error:
@@ -57,6 +65,7 @@ def main(arguments: list[str]) -> int:
     if arguments in ([], ["serve"]):
         from latchkey_service.process import supervisor
 
+        _collect_garbage()
         return supervisor.run(settings)
     if command == "config" and arguments[1:] in ([], ["--json"]):
         rows = settings_module.describe(settings)
@@ -68,6 +77,12 @@ def main(arguments: list[str]) -> int:
         return 0
     print(f"latchkey: unknown command\n{USAGE}", end="", file=sys.stderr)  # noqa: T201
     return 2
+
+
+def _collect_garbage() -> None:
+    """Collect garbage from now on, except among the modules, which stay."""
+    gc.freeze()
+    gc.enable()
 
 
 if __name__ == "__main__":
