@@ -119,6 +119,13 @@ class CallReporter:
         status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries
         return status, self._delay_seconds(error, context)
 
+    def anonymous_delay_seconds(self) -> float:
+        """Return the delay before a caller without an identity is refused, and count it.
+
+        The deadline does not matter: a flood of calls with short ones must not be faster.
+        """
+        return self._anonymous_pacer.delay_seconds(self._monotonic())
+
     def started(self, path: str) -> None:
         """Count a call that starts. Each must be reported again when it ends."""
         self._counts.method(path).started += 1
@@ -149,8 +156,7 @@ class CallReporter:
         if isinstance(error, Overloaded):
             return self._pacer.delay_seconds(self._monotonic(), context.time_remaining())
         if isinstance(error, Unauthenticated):
-            # The deadline does not matter: a flood of calls with short ones must not be faster.
-            return self._anonymous_pacer.delay_seconds(self._monotonic())
+            return self.anonymous_delay_seconds()
         return 0.0
 
     def succeeded(
@@ -248,11 +254,10 @@ class CallReporter:
                 reason=error.reason,
                 peer=peer,
             )
-        now = self._monotonic()
         if isinstance(error, Unauthenticated):
-            delay_seconds = self._anonymous_pacer.delay_seconds(now)
+            delay_seconds = self.anonymous_delay_seconds()
         else:
-            delay_seconds = self._pacer.delay_seconds(now, seconds)
+            delay_seconds = self._pacer.delay_seconds(self._monotonic(), seconds)
         status = status_of(error, request_id, random.random())  # noqa: S311 - to spread retries
         return status, delay_seconds
 

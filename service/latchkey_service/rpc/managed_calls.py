@@ -205,6 +205,21 @@ class ManagedCalls:
 
         return call
 
+    def unknown(self) -> Any:
+        """Return a handler that refuses calls of unknown methods, without reading their messages.
+
+        They are neither counted nor logged, because anyone can call any number of them.
+        """
+
+        async def refuse(_messages: Any, context: CallContext) -> None:
+            delay_seconds = self._reporter.anonymous_delay_seconds()
+            if delay_seconds:
+                await asyncio.sleep(delay_seconds)
+            context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+            context.set_details("Method not found!")
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
     def refuser(
         self, path: str, parse: Callable[[bytes], Any], authenticator: Authenticator
     ) -> Any:
