@@ -234,6 +234,10 @@ class ManagedCalls:
         async def refuse(messages: AsyncIterator[bytes], context: CallContext) -> None:
             start = self._monotonic()
             counts.started += 1
+            # First, so that a flood that arrives at once takes little time from other calls.
+            delay_seconds = self._reporter.anonymous_delay_seconds()
+            if delay_seconds:
+                await asyncio.sleep(delay_seconds)
             try:
                 caller = authenticator.authorize(path, context).name
                 # The policy has changed since.
@@ -246,9 +250,9 @@ class ManagedCalls:
                 audited = self._audit.would_record(caller, path, code, reason_of(error))
                 data = await _first(messages) if audited else b""
                 entry = partial(_refused_context, rule, parse, data, path, context)
-            status, delay_seconds = self._reporter.failed(path, context, start, error, entry=entry)
-            if delay_seconds:
-                await asyncio.sleep(delay_seconds)
+            status, _ = self._reporter.failed(
+                path, context, start, error, entry=entry, delayed=True
+            )
             end_with(context, status)
 
         return grpc.stream_stream_rpc_method_handler(refuse)
