@@ -120,7 +120,7 @@ async def _measure(
     results = {name: Result() for name in LISTENERS}
     order = random.Random(1)  # noqa: S311 - for order, not for secrets
     for _, name in itertools.product(range(rounds), LISTENERS):
-        own = functools.partial(_verifies, addresses[name], ca, name == "tls", secret, seconds)
+        own = functools.partial(_verifies, addresses[name], name == "tls", secret, seconds)
         floods = [False, True]
         order.shuffle(floods)
         for flooded in floods:
@@ -156,11 +156,11 @@ async def _create(address: str) -> str:
 
 
 async def _verifies(
-    address: str, ca: Path, encrypted: bool, secret: str, seconds: float
+    address: str, encrypted: bool, secret: str, seconds: float
 ) -> tuple[float, float]:
     """Verify on a schedule. Return the share of answers in time, and p99 of those in ms."""
     if encrypted:
-        credentials = grpc.ssl_channel_credentials(ca.read_bytes())
+        credentials = grpc.ssl_channel_credentials(ca_pem())
         made = grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
     else:
         made = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)

@@ -25,7 +25,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from latchkey_service.access.credentials import DIGEST
 from latchkey_service.access.methods import METHODS, ROLES
-from latchkey_service.access.rates import RateLimits
+from latchkey_service.access.rates import RateLimits, limits_for
 from latchkey_service.identifiers import ACCOUNT_ID
 from latchkey_service.secret_format import redact_secrets
 
@@ -139,7 +139,7 @@ def parse(text: str) -> Policy:
             name,
             frozenset().union(*(roles[role] for role in table.roles)),
             None if table.accounts is None else _accounts(table.accounts),
-            None if table.rates is None else RateLimits(table.rates),
+            limits_for(table.rates, restricted=table.accounts is not None),
             table.watches,
         )
         if not table.certificates and not table.credentials:

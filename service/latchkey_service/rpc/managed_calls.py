@@ -20,8 +20,16 @@ from typing import Any, Final, Protocol
 import grpc
 
 from latchkey_service.access.authenticator import Authenticator, check_account
-from latchkey_service.access.methods import MANAGER, OPERATOR, REVOKER, Rule, rule_of
-from latchkey_service.access.policy import ANONYMOUS
+from latchkey_service.access.methods import (
+    MANAGER,
+    OPERATOR,
+    REMOVALS,
+    REVOKER,
+    TWO_SIDED,
+    Rule,
+    rule_of,
+)
+from latchkey_service.access.policy import ANONYMOUS, Caller
 from latchkey_service.audit.audit_log import AuditContext, AuditLog
 from latchkey_service.errors import (
     REQUEST_ID_METADATA,
@@ -36,6 +44,7 @@ from latchkey_service.rpc.admission import ConcurrencyLimiter, Slot
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.call_report import CallReporter, end_with, request_id_of
 from latchkey_service.rpc.counters import Counts
+from latchkey_service.rpc.removals import may_narrow
 
 __all__ = ["ManagedCall", "ManagedCalls", "current_call"]
 
@@ -140,6 +149,7 @@ class ManagedCalls:
         limiter = self.limiters.get(rule.role or "")
         counts = self._counts.method(path)
         quiet = path.startswith(HEALTH)
+        admit = self._admission(path, rule, parse)
         authorize = None if authenticator is None else authenticator.authorize
 
         async def call(data: bytes, context: CallContext) -> bytes:
@@ -150,15 +160,13 @@ class ManagedCalls:
             try:
                 if authorize is not None:
                     caller = authorize(path, context)
-                if limiter is not None:
-                    limiter.check()
-                if caller.rates is not None and rule.role is not None:
-                    caller.rates.spend(rule.role, 1, start)
-                request = _parsed(rule, parse, data)
+                request, removal = admit(data, caller, start)
                 if caller.accounts is not None:
                     check_account(path, caller, request)
                 seconds = _budget_seconds(context)
-                slot = None if limiter is None else limiter.slot(seconds)
+                slot = None
+                if limiter is not None:
+                    slot = limiter.slot(seconds, caller.name, removal=removal)
                 audit_context = _audit_context(path, context, request, caller.name)
                 current = ManagedCall(audit_context, self._clock(), seconds, slot)
                 current_call.set(current)
@@ -204,6 +212,28 @@ class ManagedCalls:
             return end_with(context, status)
 
         return call
+
+    def _admission(
+        self, path: str, rule: Rule, parse: Callable[[bytes], Any]
+    ) -> Callable[[bytes, Caller, float], tuple[Any, bool]]:
+        """Return a function that admits a call of a caller at a time, or raises.
+
+        It returns the request, and whether it only takes rights away.
+        """
+        limiter, role = self.limiters.get(rule.role or ""), rule.role
+        removes, two_sided = path in REMOVALS, path in TWO_SIDED
+
+        def admit(data: bytes, caller: Caller, now: float) -> tuple[Any, bool]:
+            # Only the requests of two methods show what they do. They are small.
+            request = _parsed(rule, parse, data) if two_sided else None
+            removal = removes if request is None else may_narrow(path, request)
+            if limiter is not None:
+                limiter.check(caller.name, removal=removal)
+            if caller.rates is not None and role is not None:
+                caller.rates.spend(role, 1, now, removal=removal)
+            return (_parsed(rule, parse, data) if request is None else request), removal
+
+        return admit
 
     def unknown(self) -> Any:
         """Return a handler that refuses calls of unknown methods, without reading their messages.

@@ -42,8 +42,8 @@ from latchkey_service.access.methods import (
     Rule,
 )
 from latchkey_service.errors import LatchkeyError, StatusParts, TimeoutMalformed
+from latchkey_service.tokens.fair_queue import FairQueue
 from latchkey_service.tokens.queue_limit import QueueLimit
-from latchkey_service.transport.fair_queue import FairQueue
 
 __all__ = ["Reject", "Screen", "Server", "metadata_of"]
 
