@@ -75,8 +75,8 @@ async def test_callers_take_turns() -> None:
 
 
 async def test_a_full_queue_makes_room_for_others() -> None:
-    """When a caller's calls fill the queue, another caller's are accepted, up to an equal share. The
-    newest of the first are rejected."""
+    """When a caller's calls fill the queue, another caller's are accepted, up to an equal share.
+    The newest of the first are rejected."""
     scene = Scene()
     for number in range(2 + 2 * BURST):
         await scene.call(f"flood {number}", "flood")
