@@ -19,6 +19,9 @@ __all__ = [
     "REMOVALS",
     "REVOKER",
     "ROLES",
+    "ROTATE",
+    "TWO_SIDED",
+    "UPDATE",
     "VERIFIER",
     "VERIFY",
     "AccountSource",
@@ -140,6 +143,9 @@ REFLECTION: Final = "/grpc.reflection."
 REMOVALS: Final = frozenset(
     _TOKENS + name for name in ("Delete", "DeleteAll", "Disable", "RetireSecrets", "RevokeSecret")
 )
+UPDATE: Final = _TOKENS + "Update"
+ROTATE: Final = _TOKENS + "Rotate"
+TWO_SIDED: Final = frozenset((UPDATE, ROTATE))
 
 
 def rule_of(path: str) -> Rule:

@@ -43,7 +43,7 @@ from pydantic import (
 
 from latchkey_service.access.credentials import DIGEST
 from latchkey_service.access.methods import METHODS, ROLES
-from latchkey_service.access.rates import RateLimits
+from latchkey_service.access.rates import RateLimits, limits_for
 from latchkey_service.identifiers import ACCOUNT_ID
 from latchkey_service.lifetime import NO_RULES, Lifetime, LifetimeRules, duration_in
 from latchkey_service.secret_format import redact_secrets
@@ -164,7 +164,7 @@ def parse(text: str) -> Policy:
             name,
             frozenset().union(*(roles[role] for role in table.roles)),
             None if table.accounts is None else _accounts(table.accounts),
-            None if table.rates is None else RateLimits(table.rates),
+            limits_for(table.rates, restricted=table.accounts is not None),
             table.watches,
             table.reports_people,
             LifetimeRules(table.lifetime, accounts),

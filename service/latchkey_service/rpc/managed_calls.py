@@ -25,7 +25,9 @@ from latchkey_service.access.methods import (
     IMPORTER,
     MANAGER,
     OPERATOR,
+    REMOVALS,
     REVOKER,
+    TWO_SIDED,
     Rule,
     rule_of,
 )
@@ -44,6 +46,7 @@ from latchkey_service.rpc.admission import ConcurrencyLimiter, Slot
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.call_report import NEW_IDS, CallReporter, end_with, given_id
 from latchkey_service.rpc.counters import Counts
+from latchkey_service.rpc.removals import may_narrow
 
 __all__ = ["ManagedCall", "ManagedCalls", "current_call"]
 
@@ -156,6 +159,7 @@ class ManagedCalls:
         limiter = self.limiters.get(rule.role or "")
         counts = self._counts.method(path)
         quiet = path.startswith(HEALTH)
+        admit = self._admission(path, rule, parse)
         authorize = None if authenticator is None else authenticator.authorize
 
         async def call(data: bytes, context: CallContext) -> bytes:
@@ -167,15 +171,13 @@ class ManagedCalls:
             try:
                 if authorize is not None:
                     caller = authorize(path, context)
-                if limiter is not None:
-                    limiter.check()
-                if caller.rates is not None and rule.role is not None:
-                    caller.rates.spend(rule.role, 1, start)
-                request = _parsed(rule, parse, data)
+                request, removal = admit(data, caller, start)
                 if caller.accounts is not None:
                     check_account(path, caller, request)
                 seconds = _budget_seconds(context)
-                slot = None if limiter is None else limiter.slot(seconds)
+                slot = None
+                if limiter is not None:
+                    slot = limiter.slot(seconds, caller.name, removal=removal)
                 audit_context = describe(request, caller.name, caller)
                 current = ManagedCall(audit_context, self._clock(), seconds, slot, caller)
                 current_call.set(current)
@@ -222,6 +224,43 @@ class ManagedCalls:
 
         return call
 
+    def _admission(
+        self, path: str, rule: Rule, parse: Callable[[bytes], Any]
+    ) -> Callable[[bytes, Caller, float], tuple[Any, bool]]:
+        """Return a function that admits a call of a caller at a time, or raises.
+
+        It returns the request, and whether it only takes rights away.
+        """
+        limiter, role = self.limiters.get(rule.role or ""), rule.role
+        removes, two_sided = path in REMOVALS, path in TWO_SIDED
+
+        def admit(data: bytes, caller: Caller, now: float) -> tuple[Any, bool]:
+            # Only the requests of two methods show what they do. They are small.
+            request = _parsed(rule, parse, data) if two_sided else None
+            removal = removes if request is None else may_narrow(path, request)
+            if limiter is not None:
+                limiter.check(caller.name, removal=removal)
+            if caller.rates is not None and role is not None:
+                caller.rates.spend(role, 1, now, removal=removal)
+            return (_parsed(rule, parse, data) if request is None else request), removal
+
+        return admit
+
+    def unknown(self) -> Any:
+        """Return a handler that refuses calls of unknown methods, without reading their messages.
+
+        They are neither counted nor logged, because anyone can call any number of them.
+        """
+
+        async def refuse(_messages: Any, context: CallContext) -> None:
+            delay_seconds = self._reporter.anonymous_delay_seconds()
+            if delay_seconds:
+                await asyncio.sleep(delay_seconds)
+            context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+            context.set_details("Method not found!")
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
     def refuser(
         self, path: str, parse: Callable[[bytes], Any], authenticator: Authenticator
     ) -> Any:
@@ -236,6 +275,10 @@ class ManagedCalls:
         async def refuse(messages: AsyncIterator[bytes], context: CallContext) -> None:
             start = self._monotonic()
             counts.started += 1
+            # First, so that a flood that arrives at once takes little time from other calls.
+            delay_seconds = self._reporter.anonymous_delay_seconds()
+            if delay_seconds:
+                await asyncio.sleep(delay_seconds)
             try:
                 caller = authenticator.authorize(path, context).name
                 # The policy has changed since.
@@ -249,9 +292,9 @@ class ManagedCalls:
                 data = await _first(messages) if audited else b""
                 describe = partial(_audit_context, path, context, authenticator)
                 entry = partial(_refused_context, rule, parse, data, ANONYMOUS, describe)
-            status, delay_seconds = self._reporter.failed(path, context, start, error, entry=entry)
-            if delay_seconds:
-                await asyncio.sleep(delay_seconds)
+            status, _ = self._reporter.failed(
+                path, context, start, error, entry=entry, delayed=True
+            )
             end_with(context, status)
 
         return grpc.stream_stream_rpc_method_handler(refuse)
