@@ -122,6 +122,10 @@ class WorkerMetrics:
         found.add_histogram("latchkey_lookup_seconds", self.lookup.seconds)
         found.add("latchkey_lookup_failures", self.lookup.failures)
         found.add("latchkey_lookup_waiting", self.lookup.waiting)
+        imported = self.verifier.imported
+        for result in ("found", "absent", "remembered", "rejected"):
+            found.add("latchkey_imported_lookups", imported.results[result], result)
+        found.add("latchkey_imported_lookup_waiting", imported.waiting)
         used, idle = self.pool.usage()
         found.add("latchkey_pool_connections", used, "used")
         found.add("latchkey_pool_connections", idle, "idle")

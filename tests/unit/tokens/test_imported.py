@@ -45,6 +45,7 @@ async def test_repeated_absent_secret_costs_one_read() -> None:
     bench.scene.renew()
     assert await bench.ask() is Verdict.UNKNOWN
     assert bench.database.reads == 2
+    assert bench.imported.results == {"absent": 2, "remembered": 3}
 
 
 async def test_import_ends_what_was_remembered() -> None:
@@ -119,6 +120,7 @@ async def test_caller_cannot_fill_the_queue() -> None:
     await asyncio.sleep(0)
     with pytest.raises(Overloaded):
         await bench.ask("sk_" + "y" * 40, "flooding")
+    assert bench.imported.results["rejected"] == 1
     other = asyncio.create_task(bench.ask("sk_" + "z" * 40, "other"))
     await asyncio.sleep(0)
     answered.set()
