@@ -140,12 +140,8 @@ class RequestTooLarge(InvalidArgument):
 
     reason = "REQUEST_TOO_LARGE"
 
-    def __init__(self, size_bytes: int, bytes_max: int) -> None:
-        super().__init__(
-            FieldViolation(
-                "", f"the request has {size_bytes:,} bytes, and at most {bytes_max:,} fit"
-            )
-        )
+    def __init__(self, bytes_max: int) -> None:
+        super().__init__(FieldViolation("", f"the request has more than {bytes_max:,} bytes"))
 
 
 class TimeoutMalformed(InvalidArgument):

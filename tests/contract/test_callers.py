@@ -59,7 +59,7 @@ MAY = {
             *("Update", "Disable", "Enable", "Rotate", "RetireSecrets"),
         )
     },
-    "revoker": {TOKENS + "RevokeSecret"},
+    "revoker": {TOKENS + "RevokeSecret", TOKENS + "ReportSecret"},
     "importer": {TOKENS + "Import"},
     "operator": {STATUS, AUDIT, INVALIDATE_ALL},
 }
@@ -149,7 +149,10 @@ def expected(name: str, account: str = ACCOUNT) -> dict[str, grpc.StatusCode]:
     found = {path: OK if path in MAY[role] else DENIED for path in OURS}
     if accounts is not None:
         # They affect all accounts.
-        for path in (INVALIDATE_ALL, TOKENS + "RevokeSecret", TOKENS + "Import"):
+        for path in (
+            INVALIDATE_ALL,
+            *(TOKENS + m for m in ("RevokeSecret", "ReportSecret", "Import")),
+        ):
             found[path] = DENIED
         if role == "verifier":
             found[TOKENS + "Watch"] = WATCH_REFUSED

@@ -56,6 +56,7 @@ class MethodName(enum.StrEnum):
     ROTATE = "rotate"
     RETIRE_SECRETS = "retire-secrets"
     REVOKE_SECRET = "revoke-secret"  # noqa: S105 - the name of a method
+    REPORT_SECRET = "report-secret"  # noqa: S105 - the name of a method
     DELETE_ALL = "delete-all"
     GET_USAGE = "get-usage"
 

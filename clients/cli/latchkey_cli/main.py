@@ -17,6 +17,7 @@ from latchkey_cli import (
     output,
     placing,
     proto,
+    receiver,
     secrets,
     service,
     status,
@@ -74,6 +75,7 @@ app.command("status", cls=Command)(status.status)
 app.command("invalidate-all", cls=Command)(maintenance.invalidate_all)
 app.command("audit", cls=Command)(audit.audit)
 app.command("console", cls=Command)(console.console)
+app.command("receiver", cls=Command)(receiver.receiver)
 app.command("serve", cls=Command)(service.serve)
 app.command("policy", cls=Command)(service.policy)
 app.command("dev-ca", cls=Command)(service.dev_ca)

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from ipaddress import ip_network
 from typing import Any, Final
 
-from latchkey import FieldViolation, Limits, Token
+from latchkey import FieldViolation, Limits, RateLimit, Token
 
 from latchkey_console.forms import (
     SCOPES,
@@ -25,7 +25,7 @@ __all__ = ["ENDS", "EditForm", "End", "ReplaceForm", "Replacement", "ends_within
 DESCRIPTION_LENGTH_MAX: Final = 256
 NETWORKS_MAX: Final = 32
 _KEEP: Final = "keep"
-_NAMES: Final = ("name", "scope", "description", "networks")
+_NAMES: Final = ("name", "scope", "description", "networks", "rate")
 # Tokens that end within this time get a later expiry together with a new secret, by default.
 _SOON: Final = timedelta(days=14)
 _HIDDEN: Final = frozenset({"Cc", "Cs"})
@@ -36,6 +36,9 @@ _SERVICE_FIELDS: Final[Mapping[str, tuple[str, str]]] = {
     "expire_time": ("expiry", "The expiry"),
     "description": ("description", "The description"),
     "allowed_networks": ("networks", "An allowed network"),
+    "rate_limit.count": ("rate", "The number of uses"),
+    "rate_limit.period": ("rate", "The period of the rate limit"),
+    "rate_limit.burst": ("rate", "The burst of the rate limit"),
 }
 
 
@@ -51,6 +54,7 @@ class EditForm:
     scope: str
     description: str
     networks: str
+    rate: str
     before: Mapping[str, str]
     expiry: str = _KEEP
     date: str = ""
@@ -66,6 +70,7 @@ class EditForm:
                 "scope": token.scope.value,
                 "description": token.description,
                 "networks": "\n".join(token.allowed_networks),
+                "rate": "" if token.rate_limit is None else str(token.rate_limit),
             }
         )
 
@@ -79,6 +84,7 @@ class EditForm:
             scope=fields.get("scope", ""),
             description=fields.get("description", ""),
             networks=fields.get("networks", ""),
+            rate=fields.get("rate", ""),
             expiry=fields.get("expiry", ""),
             date=fields.get("date", ""),
             date_end=fields.get("date_end", ""),
@@ -86,8 +92,8 @@ class EditForm:
 
     @classmethod
     def _with(cls, before: Mapping[str, str]) -> "EditForm":
-        name, scope, description, networks = (before[name] for name in _NAMES)
-        return cls(name, scope, description, networks, before)
+        name, scope, description, networks, rate = (before[name] for name in _NAMES)
+        return cls(name, scope, description, networks, rate, before)
 
     def with_errors(self, errors: Mapping[str, str]) -> "EditForm":
         """Return the form with these errors."""
@@ -128,6 +134,13 @@ class EditForm:
             errors["networks"] = mistake
         elif networks != self.before["networks"].split():
             changes["allowed_networks"] = networks
+        try:
+            rate = RateLimit.parse(self.rate) if self.rate.strip() else None
+        except ValueError:
+            errors["rate"] = "Write it as 100/minute, or 100/minute, burst 20."
+        else:
+            if self.rate.strip() != self.before["rate"]:
+                changes["rate_limit"] = rate
         return self.with_errors(errors) if errors else changes
 
     def refused(self, violations: Iterable[FieldViolation]) -> "EditForm":

@@ -12,9 +12,10 @@ from typing import Final
 from urllib.parse import urlencode
 
 from latchkey import Client, LatchkeyError, NotFound, Scope, Token
+from latchkey_coherence.names import name_key
 
 from latchkey_console import review
-from latchkey_console.text import folded, name_key
+from latchkey_console.text import folded
 
 __all__ = ["Filter", "Inventory", "fetch", "rows_after"]
 

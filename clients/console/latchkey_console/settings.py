@@ -12,7 +12,16 @@ from urllib.parse import SplitResult, urlsplit
 
 from latchkey import Secret
 
-__all__ = ["OpenIdSettings", "ProxySettings", "Settings", "SettingsError", "is_account_id", "make"]
+__all__ = [
+    "OpenIdSettings",
+    "ProxySettings",
+    "Settings",
+    "SettingsError",
+    "https_or_loopback",
+    "is_account_id",
+    "listening_address",
+    "make",
+]
 
 LISTEN: Final = "127.0.0.1:50080"
 TARGET: Final = "127.0.0.1:50051"
@@ -103,7 +112,7 @@ def make(
     oidc_claim: str = CLAIM,
 ) -> Settings:
     """Return the settings. Raises SettingsError."""
-    host, port = _listen(listen)
+    host, port = listening_address(listen, LISTEN)
     chosen = [
         name
         for name, value in (
@@ -153,10 +162,19 @@ def is_account_id(text: str) -> bool:
     return _ACCOUNT_ID.fullmatch(text) is not None
 
 
-def _listen(value: str) -> tuple[str, int]:
+def https_or_loopback(url: str) -> bool:
+    """Return whether `url` is a URL with https, or with http on loopback."""
+    parts = _split(url)
+    if parts is None or not parts.hostname or "@" in parts.netloc:
+        return False
+    return parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname))
+
+
+def listening_address(value: str, example: str) -> tuple[str, int]:
+    """Return host and port of `--listen`. Raises SettingsError."""
     match = _LISTEN.fullmatch(value)
     if match is None or int(match[3]) > 65_535:
-        raise SettingsError(f"--listen: give HOST:PORT, such as {LISTEN}")
+        raise SettingsError(f"--listen: give HOST:PORT, such as {example}")
     return match[1] or match[2], int(match[3])
 
 

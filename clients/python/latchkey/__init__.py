@@ -8,6 +8,7 @@ here, so only their users need their dependencies.
 """
 
 from latchkey._audit import AuditEntry, AuditFilter, AuditPage, Outcome
+from latchkey._rate_limit import RateLimit
 from latchkey._version import __version__
 from latchkey.access import Access
 from latchkey.client import Client
@@ -84,6 +85,7 @@ __all__ = [
     "Outcome",
     "Page",
     "PermissionDenied",
+    "RateLimit",
     "Receipt",
     "ResourceExhausted",
     "Revocation",

@@ -15,6 +15,12 @@ from latchkey_coherence.verdict_cache import Position
 from latchkey_proto.v1 import status_service_pb2 as status_pb
 from latchkey_proto.v1 import token_service_pb2 as pb
 
+from latchkey._rate_messages import (
+    duration_in,
+    rate_limit_in,
+    shares_in,
+    shares_out,
+)
 from latchkey._subscription import (
     Closing,
     Event,
@@ -74,6 +80,7 @@ _VERDICTS: Final[Mapping[int, Verdict]] = {
     pb.VERDICT_DISABLED: Verdict.DISABLED,
     pb.VERDICT_ADDRESS_NOT_ALLOWED: Verdict.ADDRESS_NOT_ALLOWED,
     pb.VERDICT_INSUFFICIENT_PERMISSIONS: Verdict.INSUFFICIENT_PERMISSIONS,
+    pb.VERDICT_RATE_LIMITED: Verdict.RATE_LIMITED,
 }
 
 _IMPORT_OUTCOMES: Final[Mapping[int, ImportOutcome]] = {
@@ -180,6 +187,7 @@ def token_in(message: pb.Token) -> Token:
         permissions=tuple(message.permissions),
         description=message.description,
         secrets=tuple(_token_secret_in(secret) for secret in message.secrets),
+        rate_limit=rate_limit_in(message.rate_limit) if message.HasField("rate_limit") else None,
     )
 
 
@@ -192,6 +200,9 @@ def _token_secret_in(message: pb.TokenSecret) -> TokenSecret:
             time_in(message.last_used_time) if message.HasField("last_used_time") else None
         ),
         retire_on_first_use=message.retire_on_first_use,
+        leak_report_time=(
+            time_in(message.leak_report_time) if message.HasField("leak_report_time") else None
+        ),
     )
 
 
@@ -211,7 +222,7 @@ def usage_in(message: pb.GetUsageResponse) -> tuple[CallerUsage, ...]:
 def limits_in(message: pb.GetLimitsResponse) -> Limits:
     """Convert limits from protobuf."""
     return Limits(
-        max_ttl=_duration_in(message.max_ttl) if message.HasField("max_ttl") else None,
+        max_ttl=duration_in(message.max_ttl) if message.HasField("max_ttl") else None,
         require_expiry=message.require_expiry,
     )
 
@@ -289,7 +300,13 @@ def verification_in(message: pb.VerifyResponse) -> Verification:
         # The contract sets the token for every known secret. A VALID answer without one would let a
         # caller in anonymously.
         raise InternalError("The service answered VALID without a token.")
-    return Verification(verdict=verdict, token=token, revision=message.revision, mark=message.mark)
+    return Verification(
+        verdict=verdict,
+        token=token,
+        revision=message.revision,
+        mark=message.mark,
+        retry_after=(duration_in(message.retry_after) if message.HasField("retry_after") else None),
+    )
 
 
 def watch_request_out(request: Request) -> pb.WatchRequest:
@@ -300,6 +317,7 @@ def watch_request_out(request: Request) -> pb.WatchRequest:
         number=request.number,
         released=request.released,
         use_report=None if request.report is None else _use_report_out(request.report),
+        rate_shares_request=None if request.shares is None else shares_out(request.shares),
     )
 
 
@@ -346,6 +364,8 @@ def watch_event_in(message: object) -> Event | None:
             return Closing()
         case "use_report_received":
             return UsesReceived(message.use_report_received.number)
+        case "rate_shares":
+            return shares_in(message.rate_shares)
         case _:
             return None
 
@@ -373,8 +393,8 @@ def _verifier_in(message: status_pb.VerifierStatus) -> VerifierStatus:
         start_time=time_in(message.start_time),
         acknowledged_revision=message.acknowledged_revision,
         lag=message.lag,
-        lease_duration=_duration_in(message.lease_duration),
-        lease_remaining=_duration_in(message.lease_remaining),
+        lease_duration=duration_in(message.lease_duration),
+        lease_remaining=duration_in(message.lease_remaining),
         clients=message.clients,
         notifications=_NOTIFICATIONS.get(message.notifications, Notifications.UNSPECIFIED),
         answering=message.answering,
@@ -384,13 +404,6 @@ def _verifier_in(message: status_pb.VerifierStatus) -> VerifierStatus:
         system_identifier=message.system_identifier,
         timeline=message.timeline,
     )
-
-
-def _duration_in(message: Duration) -> timedelta:
-    try:
-        return message.ToTimedelta()
-    except (ValueError, OverflowError) as error:
-        raise InternalError("The service sent an invalid duration.") from error
 
 
 def time_in(message: Timestamp) -> datetime:

@@ -15,9 +15,10 @@ from latchkey_proto.v1.audit_service_pb2_grpc import AuditServiceStub
 from latchkey_proto.v1.maintenance_service_pb2_grpc import MaintenanceServiceStub
 from latchkey_proto.v1.status_service_pb2_grpc import StatusServiceStub
 
-from latchkey import _audit, _convert
+from latchkey import _audit, _convert, _rate_messages
 from latchkey._audit import AuditFilter, AuditPage
 from latchkey._lifecycle import LifecycleCalls
+from latchkey._rate_limit import RateLimit
 from latchkey.errors import InternalError, invalid
 from latchkey.models import (
     CallerUsage,
@@ -59,6 +60,7 @@ class Client(LifecycleCalls):
         description: str = "",
         allowed_networks: Iterable[str] = (),
         permissions: Iterable[str] = (),
+        rate_limit: RateLimit | None = None,
         request_id: UUID | None = None,
         timeout_seconds: float | None = None,
     ) -> CreatedToken:
@@ -66,7 +68,8 @@ class Client(LifecycleCalls):
 
         Give `expire_time` (with a time zone) or `ttl`, or neither for a token that never expires.
         `allowed_networks` are networks in CIDR notation, or single addresses, from which the token
-        may be used. `permissions` are of the form `resource:action`, or `resource:*`.
+        may be used. `permissions` are of the form `resource:action`, or `resource:*`. `rate_limit`
+        limits how often all verifiers together call the token valid.
 
         If an answer is lost, the library sends the same `request_id` again. The service then
         returns the same token with another secret, and the lost one no longer works. If the call
@@ -94,6 +97,9 @@ class Client(LifecycleCalls):
                 description=description,
                 allowed_networks=_convert.several(allowed_networks, "allowed_networks"),
                 permissions=_convert.several(permissions, "permissions"),
+                rate_limit=None
+                if rate_limit is None
+                else _rate_messages.rate_limit_out(rate_limit),
                 request_id=str(request_id or uuid4()),
             )
 
@@ -292,5 +298,6 @@ def _verify_request(
             required_scope=_convert.scope_out(required_scope, "required_scope"),
             client_address=client_address,
             required_permissions=required_permissions,
+            spends_shares=True,
         )
     )

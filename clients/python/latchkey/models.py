@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from typing import Final
 
+from latchkey._rate_limit import RateLimit
 from latchkey.errors import FieldViolation
 from latchkey.secret import Secret
 
@@ -41,6 +42,8 @@ class Verdict(enum.Enum):
     """The token is limited to networks, and the client's address is unknown or in none of them."""
     INSUFFICIENT_PERMISSIONS = "insufficient_permissions"
     """The token is live but lacks a required permission."""
+    RATE_LIMITED = "rate_limited"
+    """The token's rate limit is used up. `Verification.retry_after` says when to try again."""
     UNSPECIFIED = "unspecified"
     """An answer that this version of the library does not know."""
 
@@ -58,6 +61,8 @@ class TokenSecret:
     """When a verify last called it valid, at most 15 seconds behind. None: not recorded."""
     retire_on_first_use: bool = False
     """Whether the first use of this secret ends the older ones."""
+    leak_report_time: datetime | None = None
+    """When it was first reported as leaked. None: never."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +95,14 @@ class Token:
     secrets: tuple[TokenSecret, ...] = ()
     """Those that still work, and the newest one in any case, newest first. Empty in a
     verification."""
+    rate_limit: RateLimit | None = None
+    """How often it may be used. None: any number of times."""
+
+    @property
+    def leak_report_time(self) -> datetime | None:
+        """When one of `secrets` was first reported as leaked. None: never."""
+        times = [secret.leak_report_time for secret in self.secrets]
+        return min((time for time in times if time is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +160,7 @@ UNCHANGED: Final = Unchanged.UNCHANGED
 
 @enum.unique
 class SecretOutcome(enum.Enum):
-    """What `Client.revoke_secrets` did with a secret."""
+    """What `Client.revoke_secrets` or `Client.report_secrets` did with a secret."""
 
     ENDED = "ended"
     """This call ended it."""
@@ -157,6 +170,8 @@ class SecretOutcome(enum.Enum):
     """The format is right, but no token has this secret."""
     MALFORMED = "malformed"
     """Not a Latchkey secret: wrong format or checksum."""
+    REPORTED = "reported"
+    """Only from `report_secrets`: it works, and is marked as leaked."""
     UNSPECIFIED = "unspecified"
     """An outcome that this version of the library does not know."""
 
@@ -319,6 +334,8 @@ class Verification:
     """The revision at which the answer was read. 0 if nothing was read."""
     mark: int = 0
     """The mark of `revision`. Together they are a position in one history of the database."""
+    retry_after: timedelta | None = None
+    """With RATE_LIMITED: how long to wait before the token may be allowed again."""
 
     @property
     def allowed(self) -> bool:

@@ -177,7 +177,10 @@ class AuditEntry(_message.Message):
     code: _builtins.int
     """Status of the call, a google.rpc.Code: 0 is OK, 7 is PERMISSION_DENIED."""
     reason: _builtins.str
-    """ErrorInfo.reason of the status. Empty if the call succeeded."""
+    """ErrorInfo.reason of the status. Empty if the call succeeded, except that
+    NAME_FREED says that the call has taken the name of this token, which had
+    expired.
+    """
     calls: _builtins.int
     """Number of calls that this entry represents. Of a caller's calls that are
     denied or fail in the same way, the first ten in a minute get one entry

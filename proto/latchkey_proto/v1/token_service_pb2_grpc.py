@@ -113,6 +113,11 @@ class TokenServiceStub(object):
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.RevokeSecretRequest.SerializeToString,
                 response_deserializer=latchkey_dot_v1_dot_token__service__pb2.RevokeSecretResponse.FromString,
                 _registered_method=True)
+        self.ReportSecret = channel.unary_unary(
+                '/latchkey.v1.TokenService/ReportSecret',
+                request_serializer=latchkey_dot_v1_dot_token__service__pb2.ReportSecretRequest.SerializeToString,
+                response_deserializer=latchkey_dot_v1_dot_token__service__pb2.ReportSecretResponse.FromString,
+                _registered_method=True)
         self.DeleteAll = channel.unary_unary(
                 '/latchkey.v1.TokenService/DeleteAll',
                 request_serializer=latchkey_dot_v1_dot_token__service__pb2.DeleteAllRequest.SerializeToString,
@@ -241,11 +246,12 @@ class TokenServiceServicer(object):
     def Update(self, request, context):
         """Changes the fields of a token that `update_mask` lists (AIP-134). Narrows the
         token if it lowers the scope, moves the expiry to an earlier time, removes a
-        permission, or permits fewer networks; otherwise it widens the token or
-        changes nothing that verifies depend on. An Update that does both narrows.
-        Idempotent: an Update that sets scope, expire_time, allowed_networks or
-        permissions to the values that they have returns a receipt for a later
-        position, once earlier changes are in effect everywhere.
+        permission, permits fewer networks, or sets a rate limit with a lower rate or
+        a smaller burst; otherwise it widens the token or changes nothing that
+        verifies depend on. An Update that does both narrows.
+        Idempotent: an Update that sets scope, expire_time, allowed_networks,
+        permissions or rate_limit to the values that they have returns a receipt for
+        a later position, once earlier changes are in effect everywhere.
         Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
         EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
         has no live token with this id; ALREADY_EXISTS if another live token has the
@@ -316,6 +322,18 @@ class TokenServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportSecret(self, request, context):
+        """Marks up to 1,000 secrets as leaked, without ending them, for scanners that
+        leave the decision to the owners. The token shows when each of its secrets
+        was first reported (TokenSecret.leak_report_time). Changes no verdict.
+        Idempotent: repeating it keeps the first time. RevokeSecret sets the same
+        mark.
+        Errors: those of RevokeSecret.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteAll(self, request, context):
         """Deletes all live tokens of an account, or those that match a filter,
         permanently and under one revision. Deletes up to 1,000 tokens in one call,
@@ -370,9 +388,10 @@ class TokenServiceServicer(object):
 
     def Verify(self, request, context):
         """Verifies a presented secret. Returns a verdict, not an error, for any
-        string. Safe to retry. Has two side effects: records the use of the token if
-        the verdict is VALID, and the first verify of a secret that Rotate made with
-        `retire_on_first_use` ends the older secrets.
+        string. Safe to retry. Has three side effects: if the verdict is VALID, it
+        records the use of the token and uses up its rate_limit, and the first
+        verify of a secret that Rotate made with `retire_on_first_use` ends the older
+        secrets.
         Errors: INVALID_ARGUMENT if more than 64 permissions are required;
         UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible; treat all
         of them as "not allowed".
@@ -469,6 +488,11 @@ def add_TokenServiceServicer_to_server(servicer, server):
                     servicer.RevokeSecret,
                     request_deserializer=latchkey_dot_v1_dot_token__service__pb2.RevokeSecretRequest.FromString,
                     response_serializer=latchkey_dot_v1_dot_token__service__pb2.RevokeSecretResponse.SerializeToString,
+            ),
+            'ReportSecret': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportSecret,
+                    request_deserializer=latchkey_dot_v1_dot_token__service__pb2.ReportSecretRequest.FromString,
+                    response_serializer=latchkey_dot_v1_dot_token__service__pb2.ReportSecretResponse.SerializeToString,
             ),
             'DeleteAll': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteAll,
@@ -805,6 +829,33 @@ class TokenService(object):
             '/latchkey.v1.TokenService/RevokeSecret',
             latchkey_dot_v1_dot_token__service__pb2.RevokeSecretRequest.SerializeToString,
             latchkey_dot_v1_dot_token__service__pb2.RevokeSecretResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportSecret(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/latchkey.v1.TokenService/ReportSecret',
+            latchkey_dot_v1_dot_token__service__pb2.ReportSecretRequest.SerializeToString,
+            latchkey_dot_v1_dot_token__service__pb2.ReportSecretResponse.FromString,
             options,
             channel_credentials,
             insecure,

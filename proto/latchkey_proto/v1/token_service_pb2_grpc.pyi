@@ -105,11 +105,12 @@ class TokenServiceStub:
     Update: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.UpdateRequest, _token_service_pb2.UpdateResponse]
     """Changes the fields of a token that `update_mask` lists (AIP-134). Narrows the
     token if it lowers the scope, moves the expiry to an earlier time, removes a
-    permission, or permits fewer networks; otherwise it widens the token or
-    changes nothing that verifies depend on. An Update that does both narrows.
-    Idempotent: an Update that sets scope, expire_time, allowed_networks or
-    permissions to the values that they have returns a receipt for a later
-    position, once earlier changes are in effect everywhere.
+    permission, permits fewer networks, or sets a rate limit with a lower rate or
+    a smaller burst; otherwise it widens the token or changes nothing that
+    verifies depend on. An Update that does both narrows.
+    Idempotent: an Update that sets scope, expire_time, allowed_networks,
+    permissions or rate_limit to the values that they have returns a receipt for
+    a later position, once earlier changes are in effect everywhere.
     Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
     EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
     has no live token with this id; ALREADY_EXISTS if another live token has the
@@ -156,6 +157,14 @@ class TokenServiceStub:
     Errors: INVALID_ARGUMENT if there are no secrets or too many; UNAVAILABLE:
     retry.
     """
+    ReportSecret: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.ReportSecretRequest, _token_service_pb2.ReportSecretResponse]
+    """Marks up to 1,000 secrets as leaked, without ending them, for scanners that
+    leave the decision to the owners. The token shows when each of its secrets
+    was first reported (TokenSecret.leak_report_time). Changes no verdict.
+    Idempotent: repeating it keeps the first time. RevokeSecret sets the same
+    mark.
+    Errors: those of RevokeSecret.
+    """
     DeleteAll: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.DeleteAllRequest, _token_service_pb2.DeleteAllResponse]
     """Deletes all live tokens of an account, or those that match a filter,
     permanently and under one revision. Deletes up to 1,000 tokens in one call,
@@ -194,9 +203,10 @@ class TokenServiceStub:
     """
     Verify: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.VerifyRequest, _token_service_pb2.VerifyResponse]
     """Verifies a presented secret. Returns a verdict, not an error, for any
-    string. Safe to retry. Has two side effects: records the use of the token if
-    the verdict is VALID, and the first verify of a secret that Rotate made with
-    `retire_on_first_use` ends the older secrets.
+    string. Safe to retry. Has three side effects: if the verdict is VALID, it
+    records the use of the token and uses up its rate_limit, and the first
+    verify of a secret that Rotate made with `retire_on_first_use` ends the older
+    secrets.
     Errors: INVALID_ARGUMENT if more than 64 permissions are required;
     UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible; treat all
     of them as "not allowed".
@@ -307,11 +317,12 @@ class TokenServiceAsyncStub(TokenServiceStub):
     Update: _aio.UnaryUnaryMultiCallable[_token_service_pb2.UpdateRequest, _token_service_pb2.UpdateResponse]  # type: ignore[assignment]
     """Changes the fields of a token that `update_mask` lists (AIP-134). Narrows the
     token if it lowers the scope, moves the expiry to an earlier time, removes a
-    permission, or permits fewer networks; otherwise it widens the token or
-    changes nothing that verifies depend on. An Update that does both narrows.
-    Idempotent: an Update that sets scope, expire_time, allowed_networks or
-    permissions to the values that they have returns a receipt for a later
-    position, once earlier changes are in effect everywhere.
+    permission, permits fewer networks, or sets a rate limit with a lower rate or
+    a smaller burst; otherwise it widens the token or changes nothing that
+    verifies depend on. An Update that does both narrows.
+    Idempotent: an Update that sets scope, expire_time, allowed_networks,
+    permissions or rate_limit to the values that they have returns a receipt for
+    a later position, once earlier changes are in effect everywhere.
     Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
     EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
     has no live token with this id; ALREADY_EXISTS if another live token has the
@@ -358,6 +369,14 @@ class TokenServiceAsyncStub(TokenServiceStub):
     Errors: INVALID_ARGUMENT if there are no secrets or too many; UNAVAILABLE:
     retry.
     """
+    ReportSecret: _aio.UnaryUnaryMultiCallable[_token_service_pb2.ReportSecretRequest, _token_service_pb2.ReportSecretResponse]  # type: ignore[assignment]
+    """Marks up to 1,000 secrets as leaked, without ending them, for scanners that
+    leave the decision to the owners. The token shows when each of its secrets
+    was first reported (TokenSecret.leak_report_time). Changes no verdict.
+    Idempotent: repeating it keeps the first time. RevokeSecret sets the same
+    mark.
+    Errors: those of RevokeSecret.
+    """
     DeleteAll: _aio.UnaryUnaryMultiCallable[_token_service_pb2.DeleteAllRequest, _token_service_pb2.DeleteAllResponse]  # type: ignore[assignment]
     """Deletes all live tokens of an account, or those that match a filter,
     permanently and under one revision. Deletes up to 1,000 tokens in one call,
@@ -396,9 +415,10 @@ class TokenServiceAsyncStub(TokenServiceStub):
     """
     Verify: _aio.UnaryUnaryMultiCallable[_token_service_pb2.VerifyRequest, _token_service_pb2.VerifyResponse]  # type: ignore[assignment]
     """Verifies a presented secret. Returns a verdict, not an error, for any
-    string. Safe to retry. Has two side effects: records the use of the token if
-    the verdict is VALID, and the first verify of a secret that Rotate made with
-    `retire_on_first_use` ends the older secrets.
+    string. Safe to retry. Has three side effects: if the verdict is VALID, it
+    records the use of the token and uses up its rate_limit, and the first
+    verify of a secret that Rotate made with `retire_on_first_use` ends the older
+    secrets.
     Errors: INVALID_ARGUMENT if more than 64 permissions are required;
     UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible; treat all
     of them as "not allowed".
@@ -536,11 +556,12 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_token_service_pb2.UpdateResponse, _abc.Awaitable[_token_service_pb2.UpdateResponse]]:
         """Changes the fields of a token that `update_mask` lists (AIP-134). Narrows the
         token if it lowers the scope, moves the expiry to an earlier time, removes a
-        permission, or permits fewer networks; otherwise it widens the token or
-        changes nothing that verifies depend on. An Update that does both narrows.
-        Idempotent: an Update that sets scope, expire_time, allowed_networks or
-        permissions to the values that they have returns a receipt for a later
-        position, once earlier changes are in effect everywhere.
+        permission, permits fewer networks, or sets a rate limit with a lower rate or
+        a smaller burst; otherwise it widens the token or changes nothing that
+        verifies depend on. An Update that does both narrows.
+        Idempotent: an Update that sets scope, expire_time, allowed_networks,
+        permissions or rate_limit to the values that they have returns a receipt for
+        a later position, once earlier changes are in effect everywhere.
         Errors: INVALID_ARGUMENT, also for an unknown path, and with the reason
         EXPIRY_REQUIRED or EXPIRY_TOO_LATE as for Create; NOT_FOUND if the account
         has no live token with this id; ALREADY_EXISTS if another live token has the
@@ -619,6 +640,20 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def ReportSecret(
+        self,
+        request: _token_service_pb2.ReportSecretRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_service_pb2.ReportSecretResponse, _abc.Awaitable[_token_service_pb2.ReportSecretResponse]]:
+        """Marks up to 1,000 secrets as leaked, without ending them, for scanners that
+        leave the decision to the owners. The token shows when each of its secrets
+        was first reported (TokenSecret.leak_report_time). Changes no verdict.
+        Idempotent: repeating it keeps the first time. RevokeSecret sets the same
+        mark.
+        Errors: those of RevokeSecret.
+        """
+
+    @_abc_1.abstractmethod
     def DeleteAll(
         self,
         request: _token_service_pb2.DeleteAllRequest,
@@ -685,9 +720,10 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.VerifyResponse, _abc.Awaitable[_token_service_pb2.VerifyResponse]]:
         """Verifies a presented secret. Returns a verdict, not an error, for any
-        string. Safe to retry. Has two side effects: records the use of the token if
-        the verdict is VALID, and the first verify of a secret that Rotate made with
-        `retire_on_first_use` ends the older secrets.
+        string. Safe to retry. Has three side effects: if the verdict is VALID, it
+        records the use of the token and uses up its rate_limit, and the first
+        verify of a secret that Rotate made with `retire_on_first_use` ends the older
+        secrets.
         Errors: INVALID_ARGUMENT if more than 64 permissions are required;
         UNAVAILABLE or RESOURCE_EXHAUSTED if no safe answer is possible; treat all
         of them as "not allowed".

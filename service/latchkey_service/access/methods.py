@@ -16,6 +16,7 @@ __all__ = [
     "OPEN",
     "OPERATOR",
     "REFLECTION",
+    "REMOVALS",
     "REVOKER",
     "ROLES",
     "VERIFIER",
@@ -114,6 +115,9 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
         _TOKENS + "RevokeSecret": Rule(
             REVOKER, AccountSource.ALL, audited=True, bytes_max=REVOKE_SECRET_BYTES_MAX
         ),
+        _TOKENS + "ReportSecret": Rule(
+            REVOKER, AccountSource.ALL, audited=True, bytes_max=REVOKE_SECRET_BYTES_MAX
+        ),
         # The rows may belong to any account.
         _TOKENS + "Import": Rule(
             IMPORTER, AccountSource.ALL, audited=True, bytes_max=IMPORT_BYTES_MAX
@@ -131,6 +135,11 @@ METHODS: Final[Mapping[str, Rule]] = MappingProxyType(
     }
 )
 REFLECTION: Final = "/grpc.reflection."
+# The methods that only take rights away. They go before others: whoever calls one may be closing a
+# hole. `Update` and `Rotate` can do either, which only their requests show.
+REMOVALS: Final = frozenset(
+    _TOKENS + name for name in ("Delete", "DeleteAll", "Disable", "RetireSecrets", "RevokeSecret")
+)
 
 
 def rule_of(path: str) -> Rule:

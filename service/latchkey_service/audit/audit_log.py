@@ -128,6 +128,11 @@ class AuditLog:
         self.aggregated += 1
         return False
 
+    def would_record(self, caller: str, method: str, code: str, reason: str) -> bool:
+        """Return what `should_record` would, without counting the call."""
+        sample = self._samples.get(_Kind(caller, method, code, reason))
+        return sample is None or self._has_room(sample, code)
+
     def record(self, audit_context: AuditContext, code: str, reason: str) -> bool:
         """Record a call that changed nothing. Return whether it got its own entry."""
         kind = _Kind(audit_context.caller, audit_context.method, code, reason)

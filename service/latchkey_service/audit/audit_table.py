@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
+from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, snapshot_of
 from latchkey_service.postgres.connections import Pool, retry_on_conflict
 
 __all__ = ["DENIED_CODES", "AuditTable", "Cursor", "Entry", "Filter", "NewEntry"]
@@ -92,23 +93,29 @@ class AuditTable:
             )
 
     @retry_on_conflict
-    async def list(self, wanted: Filter, after: Cursor | None, limit: int) -> list[Entry]:
-        """Return up to `limit` entries after a position, newest first."""
+    async def list(
+        self, wanted: Filter, after: Cursor | None, limit: int
+    ) -> tuple[list[Entry], Snapshot]:
+        """Return up to `limit` entries after a position, newest first, and the read's snapshot."""
         conditions, arguments = _conditions(wanted, after)
         async with self._pool.session() as session:
             rows = await session.fetch(
                 f"""
-                SELECT a.id, a.time, a.caller, a.method, a.account_id, a.token_id, a.peer,
-                       a.request_id, a.code, a.reason, a.calls
-                  FROM audit a
-                 WHERE {" AND ".join(conditions) or "true"}
-                 ORDER BY a.time DESC, a.id DESC
-                 LIMIT ${len(arguments) + 1}
+                SELECT h.revision, h.mark, h.timeline, page.*
+                  FROM {SNAPSHOT}
+                  LEFT JOIN (
+                       SELECT a.id, a.time, a.caller, a.method, a.account_id, a.token_id, a.peer,
+                              a.request_id, a.code, a.reason, a.calls
+                         FROM audit a
+                        WHERE {" AND ".join(conditions) or "true"}
+                        ORDER BY a.time DESC, a.id DESC
+                        LIMIT ${len(arguments) + 1}) page ON true
+                 ORDER BY page.time DESC, page.id DESC
                 """,  # noqa: S608 - constants and numbers only
                 *arguments,
                 limit,
             )
-        return [Entry(*row) for row in rows]
+        return [Entry(*row[3:]) for row in rows if row[3] is not None], snapshot_of(rows[0])
 
     @retry_on_conflict
     async def purge(self, before: datetime, limit: int) -> int:

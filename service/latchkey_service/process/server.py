@@ -88,18 +88,27 @@ class Server:
         # look-ups, and the removal of a right must not wait for those.
         self._parsing = ThreadPoolExecutor(1, "policy")
         transport = exposure.transport_of(settings)
-        plaintext = make_transport(transport, limits, reporter.rejected)
         metadata_of = metadata_reader(transport)
-        self._servers = [plaintext]
-        authenticator = None
+        authenticator = screen = None
         if active_policy is not None:
             authenticator = Authenticator(
                 active_policy, proxy=settings.trusted_proxy, metadata_of=metadata_of
             )
+            screen = authenticator.screen
+        plaintext = make_transport(transport, limits, reporter.rejected, screen)
+        self._servers = [plaintext]
         reflected = exposure.reflects(settings, settings.listen)
         self.certificates: Certificates | None = None
         _register(
-            services, Registrar(plaintext, paths, authenticator, metadata_of), reflected=reflected
+            services,
+            Registrar(
+                plaintext,
+                paths,
+                authenticator,
+                metadata_of,
+                screen if transport == "grpcio" else None,
+            ),
+            reflected=reflected,
         )
         self.address = _with_port(settings.listen, plaintext.add_insecure_port(settings.listen))
         self.tls_address: str | None = None
@@ -107,13 +116,15 @@ class Server:
             # Always grpcio: `native` has no TLS.
             encrypted = make_transport("grpcio", limits, reporter.rejected)
             self._servers.append(encrypted)
-            authenticator = (
-                None if active_policy is None else Authenticator(active_policy, tls=True)
-            )
+            authenticator = screen = None
+            if active_policy is not None:
+                authenticator = Authenticator(active_policy, tls=True)
+                # With a CA, every client has a certificate, which the metadata do not show.
+                screen = authenticator.screen if settings.tls_client_ca is None else None
             reflected = exposure.reflects(settings, settings.tls_listen)
             _register(
                 services,
-                Registrar(encrypted, paths, authenticator, metadata_reader("grpcio")),
+                Registrar(encrypted, paths, authenticator, metadata_reader("grpcio"), screen),
                 reflected=reflected,
             )
             assert settings.tls_certificate is not None, "checked in exposure.py"  # noqa: S101 - for the type checker
@@ -125,7 +136,8 @@ class Server:
             self.tls_address = _with_port(settings.tls_listen, port)
 
         addresses = [address for address in (self.address, self.tls_address) if address is not None]
-        self.guard = ConnectionGuard(addresses, limits)
+        proxied = [] if settings.trusted_proxy is None else [self.address]
+        self.guard = ConnectionGuard(addresses, limits, proxied)
         self.metrics: WorkerMetrics
         """Set by `running`."""
 

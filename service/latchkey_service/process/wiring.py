@@ -35,6 +35,7 @@ from latchkey_service.coherence.verifier_state import VerifierState
 from latchkey_service.coherence.verifier_table import Identity, VerifierTable
 from latchkey_service.coherence.watch_sessions import WatchSessions
 from latchkey_service.postgres.connections import Connector, Pool
+from latchkey_service.process.announcements import Announcements
 from latchkey_service.process.periodic import (
     follow_peppers,
     follow_verifier,
@@ -44,6 +45,7 @@ from latchkey_service.process.periodic import (
     purge,
     purge_audit,
     purge_lifecycle,
+    purge_rates,
     purge_usage,
 )
 from latchkey_service.process.server import SERVICES, Server, Services
@@ -66,7 +68,10 @@ from latchkey_service.settings.settings import Settings
 from latchkey_service.tokens.assembly import build_management
 from latchkey_service.tokens.batched_lookup import LeasedLookup, Lookup
 from latchkey_service.tokens.imported import ImportedSecrets
+from latchkey_service.tokens.rate_draws import RateDraws
+from latchkey_service.tokens.rate_table import RateTable
 from latchkey_service.tokens.sealing import seal_rows
+from latchkey_service.tokens.token_rates import TokenRates
 from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.usage_table import UsageTable
 from latchkey_service.tokens.usage_writer import UsageWriter
@@ -89,7 +94,7 @@ async def running(
     `policy_text` returns the latest valid text of the policy file, or None without a policy. The
     server reads it again just before it listens, so it starts with the newest policy. Calls
     `on_failure` if a background task fails, because the worker is then incomplete. Raises
-    PolicyError and TlsError.
+    PolicyError, TlsError and WebhookError.
     """
     if settings.database_url is None:
         raise ValueError("a worker needs a database URL")
@@ -108,18 +113,36 @@ async def running(
         settings.lease_seconds,
     )
     pool = await Pool.open(connector)
+    # Reads a file, so before the worker gives up root.
+    announcements = Announcements(settings, pool, _now)
     lookup = Lookup(connector.connect_with_generic_plans, boottime)
     # Connects when the first imported secret is presented.
     imported_lookup = Lookup(connector.connect_with_generic_plans, boottime)
 
     def reconnect() -> None:
         """Make the other connections follow the lease to another server."""
-        pool.reconnect()
-        lookup.reconnect()
-        imported_lookup.reconnect()
+        for connections in (pool, lookup, imported_lookup, rates.draws):
+            connections.reconnect()
 
     primary = Primary(connector, reconnect)
-    renewer = LeaseRenewer(verifier_state, identity, primary, boottime)
+    listener = NotifyListener(
+        identity.id,
+        primary.connect,
+        lambda payload: table.notify(payload),  # noqa: PLW0108 - `table` is created below
+        lambda: renewer.wake(),  # noqa: PLW0108 - the same
+        settings.lease_seconds / 3,
+        # LISTEN does not work through a pooler in transaction mode.
+        enabled=notify and settings.pooler == "none",
+    )
+    renewer = LeaseRenewer(verifier_state, identity, primary, listener.connect, boottime)
+    rates = TokenRates(
+        RateDraws(
+            connector.connect_with_generic_plans,
+            lambda disconnect: LeasedReads(renewer, verifier_state, boottime, disconnect),
+            boottime,
+        ),
+        boottime,
+    )
     limits = limits_of(settings)
     usage = UsageWriter(UsageTable(pool), identity.id, time.time)
     watch_sessions = WatchSessions(
@@ -130,20 +153,11 @@ async def running(
         enabled=cache,
         stream_seconds=limits.connection_age or math.inf,
         on_uses=usage.report,
-    )
-    listener = NotifyListener(
-        identity.id,
-        connector.connect,
-        lambda payload: table.notify(payload),  # noqa: PLW0108 - `table` is created below
-        renewer.wake,
-        settings.lease_seconds / 3,
-        # LISTEN does not work through a pooler in transaction mode.
-        enabled=notify and settings.pooler == "none",
+        draw_calls=rates.draw_for_client,
     )
     renewer.attach(watch_sessions.on_news, watch_sessions.__len__, lambda: listener.state)
 
-    store = TokenStore(pool)
-    table = VerifierTable(pool)
+    store, table = TokenStore(pool), VerifierTable(pool)
     ack_waiter = AckWaiter(
         table,
         connector.connect_with_generic_plans,
@@ -153,14 +167,16 @@ async def running(
         identity.id,
         notify=notify,
     )
+    reads = LeasedReads(renewer, verifier_state, boottime, pool.reconnect)
     management = build_management(
         pool,
         keyring,
         ack_waiter,
-        LeasedReads(renewer, verifier_state, boottime, pool.reconnect),
+        reads,
         settings.secret_prefix,
         _now,
         settings.lifetime,
+        announcements.outbox,
     )
     verifier = Verifier(
         keyring,
@@ -182,9 +198,9 @@ async def running(
             verifier_state,
             boottime,
         ),
+        rates=rates,
     )
-    counts = Counts()
-    audit_table = AuditTable(pool)
+    counts, audit_table = Counts(), AuditTable(pool)
     audit = AuditLog(audit_table, time.monotonic, _now)
     reporter = CallReporter(counts, audit, time.monotonic)
     managed = ManagedCalls(counts, audit, reporter, time.monotonic, boottime)
@@ -209,7 +225,7 @@ async def running(
             management, watch_sessions, usage.table, time.time, keyring.imported_prefixes
         ),
         StatusService(table, identity.id, primary.warnings),
-        AuditService(audit_table),
+        AuditService(audit_table, reads),
         MaintenanceService(management.tokens),
         Health(("", *SERVICES)),
     )
@@ -224,6 +240,7 @@ async def running(
         ack_waiter=ack_waiter,
         watch_sessions=watch_sessions,
         lookup=lookup,
+        rate_draws=rates.draws,
         pool=pool,
         connector=connector,
         primary=primary,
@@ -232,6 +249,7 @@ async def running(
         guard=server.guard,
         active_policy=active_policy,
         certificates=server.certificates,
+        announcements=announcements,
     )
 
     def gauges() -> Mapping[str, int]:
@@ -257,7 +275,9 @@ async def running(
     lasts = [begin(audit.run()), begin(usage.run()), begin(server.guard.run())]
     retention = timedelta(days=settings.tombstone_retention_days)
     background = [
-        follow_verifier(verifier.check, boottime, server.set_serving),
+        follow_verifier(
+            verifier.check, boottime, renewer.in_doubt, lambda: lookup.failures, server.set_serving
+        ),
         log_counts_regularly(counts, gauges),
         follow_peppers(table, identity.id),
         primary.run(),
@@ -272,6 +292,8 @@ async def running(
         prune_log(table, settings.lease_seconds),
         purge_audit(audit_table, timedelta(days=settings.audit_retention_days), _now),
         purge_usage(usage.table, _now),
+        *announcements.background(),
+        purge_rates(RateTable(pool)),
     ]
     tasks = [begin(work) for work in background]
     try:
@@ -287,7 +309,9 @@ async def running(
             management.first_use.close(),
             primary.close(),
             lookup.close(),
+            announcements.close(),
             imported_lookup.close(),
+            rates.draws.close(),
             store.close(),
         )
         log_counts(counts, gauges)

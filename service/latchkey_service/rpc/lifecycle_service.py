@@ -16,6 +16,7 @@ from latchkey_service.rpc.token_service import (
     TokenService,
     call_of,
     put_receipt,
+    rate_limit_of,
     to_datetime,
     to_timedelta,
 )
@@ -52,6 +53,7 @@ class FullTokenService(TokenService):
             token.description,
             token.allowed_networks,
             token.permissions,
+            rate_limit_of(token),
         )
         call = call_of(current_call.get(), wait=not request.no_wait)
         record, receipt = await self._lifecycle.update(request.account_id, request.id, new, call)
@@ -132,6 +134,15 @@ class FullTokenService(TokenService):
             response.results.add(outcome=pb.SecretOutcome.ValueType(outcome))
         if receipt is not None:
             put_receipt(receipt, response.receipt)
+        return response
+
+    async def ReportSecret(
+        self, request: pb.ReportSecretRequest, context: "Context"
+    ) -> pb.ReportSecretResponse:
+        call = call_of(current_call.get(), wait=False)
+        response = pb.ReportSecretResponse()
+        for outcome in await self._bulk.report_secrets(request.secrets, call):
+            response.results.add(outcome=pb.SecretOutcome.ValueType(outcome))
         return response
 
     async def DeleteAll(

@@ -10,11 +10,14 @@ call, until a full garbage collection.
 """
 
 import asyncio
+import contextlib
 import contextvars
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Protocol
+
+import grpc
 
 from latchkey_service.access.authenticator import Authenticator, check_account
 from latchkey_service.access.methods import (
@@ -27,7 +30,15 @@ from latchkey_service.access.methods import (
 )
 from latchkey_service.access.policy import ANONYMOUS, Caller
 from latchkey_service.audit.audit_log import AuditContext, AuditLog
-from latchkey_service.errors import REQUEST_ID_METADATA, RequestNotParsed, RequestTooLarge
+from latchkey_service.errors import (
+    REQUEST_ID_METADATA,
+    LatchkeyError,
+    RequestNotParsed,
+    RequestTooLarge,
+    Unavailable,
+    code_of,
+    reason_of,
+)
 from latchkey_service.rpc.admission import ConcurrencyLimiter, Slot
 from latchkey_service.rpc.call_context import CallContext
 from latchkey_service.rpc.call_report import CallReporter, end_with, request_id_of
@@ -53,6 +64,8 @@ ANSWER_SECONDS: Final = 0.1
 # Share of that time for which a Delete may wait for confirmations, so that its caller learns that
 # the deletion stands, rather than only that time ran out.
 CONFIRMATION_SHARE: Final = 0.9
+# How long the message of a refused call may take to arrive, for the call's audit entry.
+REFUSED_MESSAGE_SECONDS: Final = 1.0
 # Machines poll this service: only failures are logged.
 HEALTH: Final = "/grpc.health.v1.Health/"
 
@@ -207,6 +220,48 @@ class ManagedCalls:
 
         return call
 
+    def refuser(
+        self, path: str, parse: Callable[[bytes], Any], authenticator: Authenticator
+    ) -> Any:
+        """Return a handler for the calls of a unary method that no known caller makes.
+
+        It refuses them without reading their messages, except those of the few calls that get an
+        audit entry, which names the account.
+        """
+        rule = rule_of(path)
+        counts = self._counts.method(path)
+
+        async def refuse(messages: AsyncIterator[bytes], context: CallContext) -> None:
+            start = self._monotonic()
+            counts.started += 1
+            try:
+                caller = authenticator.authorize(path, context).name
+                # The policy has changed since.
+                error: LatchkeyError = Unavailable("The policy has just changed; try again.")
+            except LatchkeyError as denied:
+                caller, error = getattr(denied, "caller", ""), denied
+            entry = None
+            if rule.audited:
+                code = code_of(error).name
+                audited = self._audit.would_record(caller, path, code, reason_of(error))
+                data = await _first(messages) if audited else b""
+                entry = partial(_refused_context, rule, parse, data, path, context)
+            status, delay_seconds = self._reporter.failed(path, context, start, error, entry=entry)
+            if delay_seconds:
+                await asyncio.sleep(delay_seconds)
+            end_with(context, status)
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+async def _first(messages: AsyncIterator[bytes]) -> bytes:
+    """Return the first message of a stream, or b"" if it does not come soon."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(REFUSED_MESSAGE_SECONDS):
+            async for data in messages:
+                return data
+    return b""
+
 
 def _budget_seconds(context: CallContext) -> float:
     """Return the seconds available for computing the answer."""
@@ -219,7 +274,7 @@ def _budget_seconds(context: CallContext) -> float:
 def _parsed(rule: Rule, parse: Callable[[bytes], Any], data: bytes) -> Any:
     """Return the request. Raises RequestTooLarge and RequestNotParsed."""
     if len(data) > rule.bytes_max:
-        raise RequestTooLarge(len(data), rule.bytes_max)
+        raise RequestTooLarge(rule.bytes_max)
     try:
         return parse(data)
     except Exception:  # noqa: BLE001 - the bytes may raise anything in the parser

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from latchkey_service.coherence.reads import LeasedReads
-from latchkey_service.coherence.snapshot import Snapshot
+from latchkey_service.coherence.snapshot import Snapshot, snapshot_of
 from latchkey_service.errors import (
     NO_ANSWER,
     TOO_LATE,
@@ -35,12 +35,7 @@ from latchkey_service.postgres.connections import (
     translate_errors,
 )
 from latchkey_service.tokens.queue_limit import STUCK_SECONDS, QueueLimit
-from latchkey_service.tokens.token_table import (
-    FIND_BY_DIGEST,
-    record_of,
-    secret_of,
-    snapshot_of,
-)
+from latchkey_service.tokens.token_table import FIND_BY_DIGEST, record_of, secret_of
 from latchkey_service.tokens.verdict import SecretRecord, TokenRecord
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from asyncpg import UniqueViolationError
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
-from latchkey_service.coherence.snapshot import Snapshot, mark_in
+from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, snapshot_of
 from latchkey_service.postgres.connections import (
     DURABLE,
     Pool,
@@ -20,7 +20,6 @@ from latchkey_service.postgres.connections import (
     retry_on_conflict,
 )
 from latchkey_service.tokens.seal import TokenSeal
-from latchkey_service.tokens.token_table import SNAPSHOT, snapshot_of
 from latchkey_service.tokens.verdict import SecretRecord, TokenRecord
 
 __all__ = ["ImportStore", "Inserted", "NewRow", "Present"]

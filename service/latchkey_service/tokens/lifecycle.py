@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 
 from latchkey_service.coherence.reads import LeasedReads
+from latchkey_service.coherence.verifier_table import RATE_RULES
 from latchkey_service.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -118,6 +119,7 @@ class Lifecycle(TokenChanger):
         check(*violations)
         if new.allowed_networks or new.permissions:
             require_new_rules(old_verifiers=await self._store.has_old_verifiers())
+        await self._require_rate_rules(new.rate_limit)
         lifetime = self._lifetime.stricter(call.lifetime)
         try:
             created = await self._tokens.create_once(
@@ -125,7 +127,7 @@ class Lifecycle(TokenChanger):
             )
         except AlreadyExists:
             freed = await self._store.free_expired_name(
-                new.account_id, name_key(new.name.strip()), self._now()
+                new.account_id, name_key(new.name.strip()), self._now(), call.audit_context
             )
             if not freed:
                 raise
@@ -154,6 +156,8 @@ class Lifecycle(TokenChanger):
             *id_violations(token_id),
             *values_violations(new, self._now(), self._lifetime.stricter(call.lifetime)),
         )
+        if "rate_limit" in new.paths:
+            await self._require_rate_rules(new.rate_limit)
 
         def change(state: TokenState) -> Change | None:
             record = updated(state.record, new)
@@ -170,7 +174,9 @@ class Lifecycle(TokenChanger):
         try:
             done = await self._change(account_id, token_id, change, call)
         except AlreadyExists:
-            if not await self._store.free_expired_name(account_id, names[0], self._now()):
+            if not await self._store.free_expired_name(
+                account_id, names[0], self._now(), call.audit_context
+            ):
                 raise
             done = await self._change(account_id, token_id, change, call)
         before, after = done.before.record, done.record
@@ -278,6 +284,12 @@ class Lifecycle(TokenChanger):
         done = await self._change(account_id, token_id, change, call)
         self._confirmations.announce(done.changed.position)
 
+    async def _require_rate_rules(self, asked: object) -> None:
+        """Raise FailedPrecondition if a verifier would not respect the rate limit that is asked."""
+        if asked is not None:
+            old_verifiers = await self._store.has_old_verifiers(RATE_RULES)
+            require_new_rules(old_verifiers=old_verifiers)
+
     async def _replace_secret(
         self, account_id: str, token_id: str, request: Request, call: Call
     ) -> Created:
@@ -340,6 +352,9 @@ def _body(request: NewToken | Rotation) -> bytes:
         # Too many to be valid, and too many to copy. The request is refused later.
         return b""
     fields = asdict(request) | {"request_id": None}
+    if fields.get("rate_limit") is None:
+        # A retry may reach a server of an earlier release, whose requests lack this field.
+        fields.pop("rate_limit", None)
     text = json.dumps(fields, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 

@@ -15,7 +15,8 @@ from uuid import UUID
 from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
-from latchkey_service.coherence.snapshot import Snapshot, mark_in
+from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, snapshot_of
+from latchkey_service.coherence.verifier_table import LIFECYCLE_RULES
 from latchkey_service.postgres.connections import (
     DURABLE,
     Pool,
@@ -23,15 +24,15 @@ from latchkey_service.postgres.connections import (
     retry_on_conflict,
 )
 from latchkey_service.secret_format import Secret
+from latchkey_service.tokens.event_table import NO_EVENTS, ROTATED, Outbox
 from latchkey_service.tokens.seal import TokenSeal
 from latchkey_service.tokens.token_store import Request
 from latchkey_service.tokens.token_table import (
     COLUMNS,
     DETAILS,
-    SNAPSHOT,
     detailed_record_of,
+    rate_columns,
     record_of,
-    snapshot_of,
 )
 from latchkey_service.tokens.verdict import SecretRecord, TokenRecord, TokenSecret
 
@@ -44,7 +45,9 @@ __all__ = [
     "TokenState",
 ]
 
-_OLD_RULES = "EXISTS (SELECT FROM verifier v WHERE v.rules < 1)"
+NAME_FREED = "NAME_FREED"
+"""The reason in the audit entry of an expired token whose name another token has taken."""
+_OLD_RULES = f"EXISTS (SELECT FROM verifier v WHERE v.rules < {LIFECYCLE_RULES})"
 
 
 class StoredSecret(NamedTuple):
@@ -121,8 +124,9 @@ class StoredRequest(NamedTuple):
 class LifecycleStore:
     """Changes tokens. Every method raises StoreUnavailable if Postgres is too slow."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, outbox: Outbox = NO_EVENTS) -> None:
         self._pool = pool
+        self._outbox = outbox
 
     @retry_on_conflict
     async def read_state(
@@ -142,7 +146,8 @@ class LifecycleStore:
                                              s.ordinal, s.request_id,
                                              (SELECT max(u.last_time) FROM token_usage u
                                                WHERE u.token_id = t.id
-                                                 AND u.hint = coalesce(nullif(s.hint, ''), t.hint)))
+                                                 AND u.hint = coalesce(nullif(s.hint, ''), t.hint)),
+                                             s.leak_report_time)
                                          ORDER BY s.ordinal DESC)
                           FROM secret s WHERE s.token_id = t.id AND s.retire_time IS NULL),
                        t.seal, t.seal_pepper_id, {COLUMNS}, {DETAILS}
@@ -161,7 +166,7 @@ class LifecycleStore:
         stored = tuple(
             StoredSecret(
                 SecretRecord(*secret[:6]),
-                TokenSecret(secret[6], secret[7], secret[2], secret[4], secret[10]),
+                TokenSecret(secret[6], secret[7], secret[2], secret[4], *secret[10:12]),
                 *secret[8:10],
             )
             for secret in secrets or ()
@@ -182,6 +187,16 @@ class LifecycleStore:
         row, then that of `head`, as Delete does.
         """
         record, minted, request = change.record, change.minted, change.request
+        rows = (
+            "SELECT s.moment, c.account_id, c.id, c.name, c.expire_time, $25"
+            " FROM stamped s, changed c"
+        )
+        announced = (
+            # A repeated Create changes a token that exists.
+            self._outbox.insert(ROTATED, rows)
+            if change.repeats
+            else self._outbox.insert_for(audit_context.method, rows)
+        )
         async with self._pool.session() as session:
             with require_durable_commit(session):
                 row = await session.fetchrow(
@@ -213,6 +228,7 @@ class LifecycleStore:
                            SET name = $4, name_key = coalesce($5, t.name_key), scope = $6,
                                expire_time = $7, labels = $8, description = $9,
                                allowed_networks = $10, permissions = $11, hint = $12,
+                               rate_count = $37, rate_period_seconds = $38, rate_burst = $39,
                                version = t.version + 1, seal = coalesce($35, t.seal),
                                seal_pepper_id = coalesce($36, t.seal_pepper_id),
                                disable_time = CASE WHEN $13 THEN coalesce(t.disable_time, s.moment)
@@ -248,6 +264,7 @@ class LifecycleStore:
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
                                            request_id)
                         SELECT moment, $1, id, $25, $31, $32, $33 FROM stamped)
+                    {announced}
                     SELECT s.revision, s.mark, s.moment, c.* FROM stamped s, changed c
                     """,  # noqa: S608 - constants only
                     record.account_id,
@@ -285,6 +302,7 @@ class LifecycleStore:
                     audit_context.request_id,
                     change.repeats,
                     *(change.seal or (None, None)),
+                    *rate_columns(record.rate_limit),
                 )
         if row is None:
             return None
@@ -312,25 +330,43 @@ class LifecycleStore:
         return (None if row[3] is None else StoredRequest(*row[3:])), snapshot_of(row)
 
     @retry_on_conflict
-    async def has_old_verifiers(self) -> bool:
-        """Return whether a verifier is registered that does not know the rules of this release."""
+    async def has_old_verifiers(self, rules: int = LIFECYCLE_RULES) -> bool:
+        """Return whether a verifier is registered that does not know these rules."""
         async with self._pool.session() as session:
-            return bool(await session.fetchval(f"SELECT {_OLD_RULES}"))
+            return bool(
+                await session.fetchval(
+                    "SELECT EXISTS (SELECT FROM verifier v WHERE v.rules < $1)", rules
+                )
+            )
 
     @retry_on_conflict
-    async def free_expired_name(self, account_id: str, name_key: str, now: datetime) -> bool:
-        """Take the name from a token that has expired; return whether there was one."""
+    async def free_expired_name(
+        self, account_id: str, name_key: str, now: datetime, audit_context: AuditContext
+    ) -> bool:
+        """Take the name from a token that has expired; return whether there was one.
+
+        The expired token gets an entry of the call that takes its name.
+        """
         async with self._pool.session() as session:
             status = await session.execute(
                 """
-                UPDATE token
-                   -- Unique, and still found by a search for a part of the name.
-                   SET name_key = chr(1) || id || chr(1) || name_key, version = version + 1
-                 WHERE account_id = $1 AND name_key = $2 AND delete_time IS NULL
-                   AND expire_time <= $3
+                WITH freed AS (
+                    UPDATE token
+                       -- Unique, and still found by a search for a part of the name.
+                       SET name_key = chr(1) || id || chr(1) || name_key, version = version + 1
+                     WHERE account_id = $1 AND name_key = $2 AND delete_time IS NULL
+                       AND expire_time <= $3
+                    RETURNING id)
+                INSERT INTO audit (account_id, token_id, caller, method, peer, request_id, reason)
+                SELECT $1, id, $4, $5, $6, $7, $8 FROM freed
                 """,
                 account_id,
                 name_key,
                 now,
+                audit_context.caller,
+                audit_context.method,
+                audit_context.peer,
+                audit_context.request_id,
+                NAME_FREED,
             )
-        return bool(status != "UPDATE 0")
+        return bool(status != "INSERT 0 0")

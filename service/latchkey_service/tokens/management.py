@@ -37,6 +37,7 @@ from latchkey_service.tokens.validation import (
     networks_in,
     new_token_violations,
     permissions_in,
+    rate_limit_in,
     ttl_violations,
 )
 from latchkey_service.tokens.verdict import Scope, SecretRecord, TokenRecord, TokenSecret
@@ -66,6 +67,8 @@ class NewToken:
     allowed_networks: Sequence[str] = ()
     permissions: Sequence[str] = ()
     request_id: str = ""
+    rate_limit: tuple[int, timedelta, int] | None = None
+    """Count, period and burst."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,8 @@ class Tokens:
         self._sealer = Sealer(keyring.peppers)
         self._ack_waiter = ack_waiter
         self._reads = reads
-        self._confirming = asyncio.Semaphore(CONFIRMING_MAX)
+        self.confirming = asyncio.Semaphore(CONFIRMING_MAX)
+        """Hold it while you write receipts. DeleteAll does so too."""
         self._secret_prefix = secret_prefix
         self._now = now
         self._random_bytes = random_bytes
@@ -145,6 +149,7 @@ class Tokens:
         violations += bad_expiry or lifetime_violations(field, expire_time, lifetime, now)
         networks = networks_in(new.allowed_networks, violations)
         permissions = permissions_in(new.permissions, violations)
+        rate_limit = rate_limit_in(new.rate_limit, violations)
         check(*violations)
         began = await self._reads.begin(deadline)
         minted = self._keyring.mint(self._secret_prefix, self._random_bytes)
@@ -161,6 +166,7 @@ class Tokens:
             permissions=permissions,
             description=new.description,
             secrets=(TokenSecret(minted.hint, now, None),),
+            rate_limit=rate_limit,
         )
         digest = minted.digest
         secret = SecretRecord(digest.value, digest.pepper_id, None, None, False, None)  # noqa: FBT003 - by position
@@ -258,7 +264,7 @@ class Tokens:
         on_wait()
         acknowledgements = await self._ack_waiter.wait(position, wait_until)
         # All Deletes that waited for the same hung verifier arrive here at once.
-        async with self._confirming:
+        async with self.confirming:
             return await self._store.confirm_deletion(token_id, deletion.position, acknowledgements)
 
     async def invalidate_all(

@@ -245,6 +245,8 @@ def _rules_of(token: TokenRecord) -> tuple[Any, ...]:
         token.disable_time is not None,
         token.allowed_networks,
         token.permissions,
+        # Absent without a limit, so that the seals of earlier releases stay right.
+        *(() if token.rate_limit is None else (token.rate_limit,)),
     )
 
 

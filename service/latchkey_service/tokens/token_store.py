@@ -16,7 +16,7 @@ from latchkey_coherence.verdict_cache import Position
 
 from latchkey_service.audit.audit_log import AuditContext
 from latchkey_service.coherence.ack_rules import Acknowledgements
-from latchkey_service.coherence.snapshot import Snapshot, mark_in, mark_out
+from latchkey_service.coherence.snapshot import SNAPSHOT, Snapshot, mark_in, mark_out, snapshot_of
 from latchkey_service.coherence.verifier_state import EVERY_TOKEN
 from latchkey_service.errors import StoreUnavailable
 from latchkey_service.postgres.connections import (
@@ -28,14 +28,14 @@ from latchkey_service.postgres.connections import (
 )
 from latchkey_service.postgres.sessions import Pooler
 from latchkey_service.secret_format import Digest
+from latchkey_service.tokens.event_table import NO_EVENTS, Outbox
 from latchkey_service.tokens.fleet import KnownPepper
 from latchkey_service.tokens.receipt_table import RECEIPT, RECEIPT_COUNT, Deletion
 from latchkey_service.tokens.token_table import (
     COLUMNS,
     DETAILS,
-    SNAPSHOT,
     detailed_record_of,
-    snapshot_of,
+    rate_columns,
 )
 from latchkey_service.tokens.verdict import TokenRecord
 
@@ -57,6 +57,9 @@ SELECT p.id,
 _PEPPER_LOCK = 0x706570706572  # "pepper"
 # Each host of a new fleet holds the lock for a few round trips, and all of them may start at once.
 _PEPPER_LOCK_SECONDS = 10
+
+_CREATED = "SELECT $6, account_id, id, $3, $7, $12 FROM token"
+_DELETED = "SELECT moment, $1, id, name, expire_time, $3 FROM stamped JOIN token USING (id)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +87,8 @@ class Request:
 class TokenStore:
     """Reads and writes tokens. Every method raises StoreUnavailable if Postgres is too slow."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def __init__(self, pool: Pool, outbox: Outbox = NO_EVENTS) -> None:
+        self._pool, self._outbox = pool, outbox
 
     @classmethod
     async def open(cls, database_url: str, pooler: Pooler = "none") -> "TokenStore":
@@ -174,8 +177,10 @@ class TokenStore:
                 token AS (
                     INSERT INTO token (id, account_id, name, name_key, scope, create_time,
                                        expire_time, hint, labels, description, allowed_networks,
-                                       permissions, seal, seal_pepper_id)
-                    SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $16, $17, $18, $26, $11
+                                       permissions, seal, seal_pepper_id, rate_count,
+                                       rate_period_seconds, rate_burst)
+                    SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $16, $17, $18, $26, $11, $27, $28,
+                           $29
                      WHERE $21::uuid IS NULL OR EXISTS (SELECT FROM asked)
                     RETURNING id, account_id),
                 audited AS (
@@ -183,6 +188,7 @@ class TokenStore:
                     SELECT account_id, id, $12, $13, $14, $15 FROM token),
                 -- A database restored while this process runs may lack the process's pepper.
                 known AS (INSERT INTO pepper (id) VALUES ($11) ON CONFLICT DO NOTHING)
+                {self._outbox.insert_for(audit_context.method, _CREATED)}
                 INSERT INTO secret (digest, pepper_id, token_id, hint, create_time, request_id,
                                     seal)
                 SELECT $10, $11, id, $8, $6, $19, $20 FROM token WHERE {DURABLE}
@@ -213,6 +219,7 @@ class TokenStore:
                     None if request is None else request.asked,
                     None if request is None else request.reusable_before,
                     token_seal,
+                    *rate_columns(record.rate_limit),
                 )
         return status != "INSERT 0 0"
 
@@ -306,6 +313,7 @@ class TokenStore:
                         INSERT INTO audit (time, account_id, token_id, caller, method, peer,
                                            request_id)
                         SELECT moment, $1, id, $3, $4, $5, $6 FROM stamped)
+                    {self._outbox.insert_for(audit_context.method, _DELETED)}
                     INSERT INTO deletion AS d (token_id, revision, mark, commit_time)
                     SELECT id, revision, mark, moment FROM stamped
                     RETURNING {RECEIPT}

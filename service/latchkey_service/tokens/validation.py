@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Network, ip_network
 from uuid import UUID
 
+from latchkey_coherence.rate import RateLimit
 from latchkey_coherence.verdict import PERMISSION
 
 from latchkey_service.errors import FieldViolation, InvalidArgument, ViolationReason
@@ -36,6 +37,7 @@ __all__ = [
     "new_token_violations",
     "permissions_in",
     "printable",
+    "rate_limit_in",
     "request_id_in",
     "secret_violations",
     "ttl_violations",
@@ -44,6 +46,8 @@ __all__ = [
 DESCRIPTION_LENGTH_MAX = 256
 NETWORKS_MAX = 32
 PERMISSIONS_MAX = 64
+RATE_MAX = 1_000_000
+RATE_PERIODS = (timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1))
 NAME_LENGTH_MAX = 64
 LABELS_MAX = 16
 LABEL_KEY_LENGTH_MAX = 63
@@ -279,6 +283,29 @@ def permissions_in(texts: Sequence[str], violations: list[FieldViolation]) -> tu
         if not PERMISSION.fullmatch(text)
     ]
     return tuple(dict.fromkeys(texts))
+
+
+def rate_limit_in(
+    asked: tuple[int, timedelta, int] | None, violations: list[FieldViolation]
+) -> RateLimit | None:
+    """Return the limit for a count, a period and a burst. Adds to `violations`.
+
+    A burst of 0 stands for the count.
+    """
+    if asked is None:
+        return None
+    count, period, burst = asked
+    found = []
+    if not 1 <= count <= RATE_MAX:
+        found.append(FieldViolation("rate_limit.count", f"must be 1 to {RATE_MAX:,}"))
+    if period not in RATE_PERIODS:
+        found.append(
+            FieldViolation("rate_limit.period", "must be one second, one minute or one hour")
+        )
+    if not 0 <= burst <= RATE_MAX:
+        found.append(FieldViolation("rate_limit.burst", f"must be 0 to {RATE_MAX:,}"))
+    violations += found
+    return None if found else RateLimit(count, round(period.total_seconds()), burst or count)
 
 
 def request_id_in(text: str, violations: list[FieldViolation]) -> UUID | None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from hashlib import sha256
 from typing import Final, NamedTuple
 
+from latchkey_coherence.rate import Share
 from latchkey_coherence.verdict import Networks
 from latchkey_coherence.verdict_cache import NOWHERE, Position
 
@@ -25,6 +26,7 @@ from latchkey_service.secret_format import IMPORTED_LENGTH_MAX, Keyring, Malform
 from latchkey_service.tokens.batched_lookup import Found, LeasedLookup, Lookup
 from latchkey_service.tokens.imported import Imported, ImportedSecrets
 from latchkey_service.tokens.seal import SealGuard
+from latchkey_service.tokens.token_rates import TokenRates
 from latchkey_service.tokens.verdict import (
     CachedToken,
     SecretRecord,
@@ -48,6 +50,8 @@ class Answer(NamedTuple):
     """The token's account; empty without a token."""
     position: Position = NOWHERE
     record: CachedToken | None = None
+    retry_seconds: float = 0.0
+    """With RATE_LIMITED: when to try again."""
 
 
 class Question(NamedTuple):
@@ -88,9 +92,11 @@ class Verifier:
         cache_seconds: float,
         randomness: Callable[[], float],
         guard: SealGuard,
+        rates: TokenRates,
         imported: ImportedSecrets,
     ) -> None:
         self._guard = guard
+        self._rates = rates
         self._keyring = keyring
         self._lookup = LeasedLookup(lookup, reads)
         self.imported = imported
@@ -124,6 +130,9 @@ class Verifier:
         if record is None or now >= record.keep_until:
             return None
         record.used = True
+        if record.share is not None:
+            question = Question(presented, required_scope, client_address, required_permissions)
+            return self._limited_from_cache(record, record.share, question, now)
         # No applied invalidation names it, or it would not be in the cache.
         return Answer(
             decide(record, required_scope, self._unix_time(), client_address, required_permissions),
@@ -153,7 +162,10 @@ class Verifier:
             (found,) = await self._lookup.find((parsed,), deadline)
         self.answered_by_read += 1
         # Reads the time after the wait, because expiry is judged at the time of the answer.
-        return self._judge(question, found, self._unix_time())
+        answer = self._judge(question, found, self._unix_time())
+        if _is_limited(answer):
+            (answer,) = await self._admit([(question, answer)], deadline)
+        return answer
 
     async def verify_batch(
         self, questions: Sequence[Question], seconds_left: float | None, caller: str = ""
@@ -178,12 +190,23 @@ class Verifier:
         self.answered_by_form += by_form
         self.answered_by_read += len(digests) + len(imported)
         now = self._unix_time()
-        return [
+        answers = [
             one
             if isinstance(one, Answer)
             else self._judge(question, next(others if isinstance(one, Imported) else founds), now)
             for one, question in zip(parsed, questions, strict=True)
         ]
+        # Answers from the cache have spent their calls.
+        limited = [
+            number
+            for number, (one, answer) in enumerate(zip(parsed, answers, strict=True))
+            if not isinstance(one, Answer) and _is_limited(answer)
+        ]
+        if limited:
+            admitted = await self._admit([(questions[n], answers[n]) for n in limited], deadline)
+            for number, answer in zip(limited, admitted, strict=True):
+                answers[number] = answer
+        return answers
 
     async def check(self, deadline: float) -> None:
         """Return if a verify that needs a look-up would succeed now; otherwise raise as `verify`.
@@ -191,6 +214,44 @@ class Verifier:
         For the health service.
         """
         await self._lookup.find((ABSENT_DIGEST,), deadline)
+
+    def _limited_from_cache(
+        self, record: CachedToken, share: Share, question: Question, now: float
+    ) -> Answer | None:
+        """Return the answer about a token with a rate limit, or None if a draw is needed.
+
+        Only a verify that would be VALID spends a call.
+        """
+        answer = Answer(
+            decide(record, question.required_scope, self._unix_time(), *question[2:]),
+            record.token,
+            record.account_id,
+            self._cache.position,
+            record,
+        )
+        if answer.verdict is not Verdict.VALID:
+            return answer
+        retry_seconds = self._rates.admit_now(share, now)
+        return None if retry_seconds is None else _limited(answer, retry_seconds)
+
+    async def _admit(
+        self, limited: Sequence[tuple[Question, Answer]], deadline: float
+    ) -> list[Answer]:
+        """Spend a call for each VALID answer about a token with a rate limit, if there is one."""
+        shares = [
+            answer.record.share
+            for _, answer in limited
+            if answer.record is not None and answer.record.share is not None
+        ]
+        retries = await self._rates.admit(shares, deadline)
+        # The secret may have expired during the wait.
+        now = self._unix_time()
+        return [
+            answer._replace(verdict=Verdict.EXPIRED)
+            if answer.record is not None and answer.record.expires <= now
+            else _limited(answer, retry_seconds)
+            for (_, answer), retry_seconds in zip(limited, retries, strict=True)
+        ]
 
     def _deadline(self, seconds_left: float | None) -> float:
         """Return when a verify that began now gives up."""
@@ -226,6 +287,7 @@ class Verifier:
             if read.allowed_networks and not ended
             else None,
             permissions=frozenset(read.permissions) if read.permissions else None,
+            share=None if ended else self._rates.share_of(read.id, read.rate_limit),
             retires_older=secret.digest if secret.older and not ended else None,
             # Random, from half of the time to all of it, so that tokens read together, for example
             # after a start, do not expire together.
@@ -254,6 +316,19 @@ class Verifier:
                 return Answer(Verdict.UNKNOWN, position=self._cache.position)
             return imported
         return UNKNOWN if digest is None else digest
+
+
+def _is_limited(answer: Answer) -> bool:
+    """Return whether an answer is VALID only if its token has a call to spend."""
+    record = answer.record
+    return answer.verdict is Verdict.VALID and record is not None and record.share is not None
+
+
+def _limited(answer: Answer, retry_seconds: float) -> Answer:
+    """Return an answer that is VALID, or RATE_LIMITED if its token has to wait."""
+    if not retry_seconds:
+        return answer
+    return answer._replace(verdict=Verdict.RATE_LIMITED, retry_seconds=retry_seconds)
 
 
 def _ends_at(token: TokenRecord, secret: SecretRecord) -> float:

@@ -298,11 +298,11 @@ async def test_append_only(database_url: str) -> None:
             with pytest.raises(asyncpg.InsufficientPrivilegeError, match="append-only"):
                 await connection.execute(statement)
             await connection.execute("RESET latchkey.audit_retention")
-    assert len(await table.list(Filter(), None, 10)) == 5
+    assert len((await table.list(Filter(), None, 10))[0]) == 5
     assert await table.purge(now - timedelta(days=2.5), 1) == 1
     assert await table.purge(now - timedelta(days=2.5), 10) == 1
     assert await table.purge(now - timedelta(days=2.5), 10) == 0
-    assert len(await table.list(Filter(), None, 10)) == 3
+    assert len((await table.list(Filter(), None, 10))[0]) == 3
     await pool.close()
 
 

@@ -48,6 +48,7 @@ def test_public_names_are_pinned() -> None:
         "Outcome",
         "Page",
         "PermissionDenied",
+        "RateLimit",
         "Receipt",
         "ResourceExhausted",
         "Revocation",
@@ -121,6 +122,7 @@ def test_every_rpc_has_a_client_method() -> None:
             "get_status": "status",
             "audit_service._list": "audit_page",
             "revoke_secret": "revoke_secrets",
+            "report_secret": "report_secrets",
             "import": "import_tokens",
         }.get(snake, snake)
         method = getattr(latchkey.Client, ours)

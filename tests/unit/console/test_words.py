@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from latchkey_cli.times import relative
-from latchkey_console.text import folded, name_key, visible
+from latchkey_console.text import folded, visible
 from latchkey_console.times import ago, exact, iso, minute
-from latchkey_service.tokens import names
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 
@@ -72,13 +71,5 @@ def test_visible(text: str, shown: str) -> None:
 
 
 def test_folding() -> None:
-    """Search is lenient. Name comparison equals the service's."""
+    """Search is lenient."""
     assert folded("ＡＢ②") == "ab2"
-    assert name_key(" STRASSE ") == name_key("straße")
-    assert name_key("x²") == name_key("x2")
-
-
-@given(st.text(max_size=64))
-def test_names_are_compared_as_in_the_service(name: str) -> None:
-    """The console and the service agree on which names are the same."""
-    assert name_key(name) == names.name_key(name)
