@@ -20,7 +20,6 @@ from latchkey_service.tokens.event_store import EventStore
 from latchkey_service.tokens.event_table import Outbox
 from latchkey_service.tokens.lifecycle import REQUEST_AGE_MAX
 from latchkey_service.tokens.rate_table import RateTable
-from latchkey_service.tokens.token_store import TokenStore
 from latchkey_service.tokens.upkeep_store import UpkeepStore
 from latchkey_service.tokens.usage_table import UsageTable
 
@@ -166,7 +165,7 @@ def log_counts(counts: Counts, gauges: Gauges) -> None:
         logger().info("counts", pid=os.getpid(), **summary, **gauges())
 
 
-async def purge(store: TokenStore, retention: timedelta, now: Callable[[], datetime]) -> None:
+async def purge(store: UpkeepStore, retention: timedelta, now: Callable[[], datetime]) -> None:
     """Remove old tombstones once an hour. Runs until cancelled."""
 
     async def purge_all() -> None:

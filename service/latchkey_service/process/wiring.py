@@ -281,7 +281,7 @@ async def running(
         log_counts_regularly(counts, gauges),
         follow_peppers(table, identity.id),
         primary.run(),
-        purge(store, retention, _now),
+        purge(management.upkeep_store, retention, _now),
         purge_lifecycle(
             management.upkeep_store,
             timedelta(days=settings.expired_retention_days),
