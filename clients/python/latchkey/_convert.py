@@ -18,6 +18,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 from latchkey._rate_messages import (
     duration_in,
     rate_limit_in,
+    rate_limit_out,
     shares_in,
     shares_out,
 )
@@ -247,6 +248,7 @@ def imported_out(token: ImportedToken) -> pb.ImportedToken:
                 None if token.create_time is None else time_out(token.create_time, "create_time")
             ),
             disabled=token.disabled,
+            rate_limit=None if token.rate_limit is None else rate_limit_out(token.rate_limit),
         )
     )
 

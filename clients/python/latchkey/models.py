@@ -251,6 +251,7 @@ class ImportedToken:
     description: str = ""
     allowed_networks: Sequence[str] = ()
     permissions: Sequence[str] = ()
+    rate_limit: RateLimit | None = None
     disabled: bool = False
 
 

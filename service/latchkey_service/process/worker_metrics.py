@@ -131,6 +131,10 @@ class WorkerMetrics:
         found.add_histogram("latchkey_lookup_seconds", self.lookup.seconds)
         found.add("latchkey_lookup_failures", self.lookup.failures)
         found.add("latchkey_lookup_waiting", self.lookup.waiting)
+        imported = self.verifier.imported
+        for result in ("found", "absent", "remembered", "rejected"):
+            found.add("latchkey_imported_lookups", imported.results[result], result)
+        found.add("latchkey_imported_lookup_waiting", imported.waiting)
         found.add("latchkey_rate_draws", self.rate_draws.statements)
         used, idle = self.pool.usage()
         found.add("latchkey_pool_connections", used, "used")

@@ -183,9 +183,14 @@ def _filter(message: pb.TokenFilter) -> Filter:
 
 
 def _row(token: pb.ImportedToken) -> Row:
-    """Return a row. A time that cannot be represented is one of its violations."""
+    """Return a row. A time or duration that cannot be represented is one of its violations."""
     times: dict[str, datetime] = {}
     violations: list[FieldViolation] = []
+    rate_limit = None
+    try:
+        rate_limit = rate_limit_of(token)
+    except InvalidArgument as error:
+        violations += error.violations
     for field in ("expire_time", "create_time"):
         if token.HasField(field):
             try:
@@ -205,5 +210,6 @@ def _row(token: pb.ImportedToken) -> Row:
         token.hint,
         times.get("create_time"),
         token.disabled,
+        rate_limit,
         tuple(violations),
     )
