@@ -13,6 +13,7 @@ from latchkey_proto.v1 import token_service_pb2 as pb
 
 from latchkey import _convert
 from latchkey._connection import Connection
+from latchkey._filters import filter_out
 from latchkey.errors import InternalError, invalid
 from latchkey.models import (
     UNCHANGED,
@@ -23,7 +24,6 @@ from latchkey.models import (
     Scope,
     SecretOutcome,
     TokenFilter,
-    TokenState,
     Unchanged,
 )
 from latchkey.secret import Secret
@@ -33,11 +33,6 @@ _OUTCOMES: Final[Mapping[int, SecretOutcome]] = {
     pb.SECRET_OUTCOME_ENDED_BEFORE: SecretOutcome.ENDED_BEFORE,
     pb.SECRET_OUTCOME_UNKNOWN: SecretOutcome.UNKNOWN,
     pb.SECRET_OUTCOME_MALFORMED: SecretOutcome.MALFORMED,
-}
-_STATES_OUT: Final[Mapping[TokenState, pb.TokenState.ValueType]] = {
-    TokenState.ACTIVE: pb.TOKEN_STATE_ACTIVE,
-    TokenState.DISABLED: pb.TOKEN_STATE_DISABLED,
-    TokenState.EXPIRED: pb.TOKEN_STATE_EXPIRED,
 }
 
 
@@ -246,7 +241,7 @@ class LifecycleCalls(Connection):
         request = _convert.build(
             lambda: pb.DeleteAllRequest(
                 account_id=account_id,
-                filter=_filter_out(wanted),
+                filter=filter_out(wanted),
                 dry_run=dry_run,
                 no_wait=no_wait,
             )
@@ -264,19 +259,3 @@ def _change_in(
     answer: pb.UpdateResponse | pb.DisableResponse | pb.EnableResponse | pb.RetireSecretsResponse,
 ) -> Change:
     return Change(token=_convert.token_in(answer.token), receipt=_convert.receipt_of(answer))
-
-
-def _filter_out(wanted: TokenFilter) -> pb.TokenFilter:
-    message = pb.TokenFilter(name_contains=wanted.name_contains, label=wanted.labels)
-    if wanted.scope is not None:
-        message.scope = _convert.scope_out(wanted.scope, "filter.scope")
-    if wanted.state is not None:
-        message.state = _STATES_OUT[wanted.state]
-    if wanted.expires_before is not None:
-        time = _convert.time_out(wanted.expires_before, "filter.expires_before")
-        message.expires_before.CopyFrom(time)
-    if wanted.unused_since is not None:
-        message.unused_since.CopyFrom(_convert.time_out(wanted.unused_since, "filter.unused_since"))
-    if wanted.can_write is not None:
-        message.can_write = wanted.can_write
-    return message

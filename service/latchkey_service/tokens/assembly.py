@@ -17,6 +17,8 @@ from latchkey_service.tokens.confirmation import Confirmations
 from latchkey_service.tokens.first_use import FirstUse
 from latchkey_service.tokens.lifecycle import Lifecycle
 from latchkey_service.tokens.lifecycle_store import LifecycleStore
+from latchkey_service.tokens.list_store import ListStore
+from latchkey_service.tokens.listing import Listing
 from latchkey_service.tokens.management import Tokens
 from latchkey_service.tokens.seal import SealGuard
 from latchkey_service.tokens.token_store import TokenStore
@@ -32,6 +34,7 @@ class Management:
     tokens: Tokens
     lifecycle: Lifecycle
     bulk: Bulk
+    listing: Listing
     guard: SealGuard
     first_use: FirstUse
     upkeep_store: UpkeepStore
@@ -54,5 +57,6 @@ def build_management(
         store, tokens, keyring, guard, confirmations, reads, secret_prefix, now, os.urandom
     )
     bulk = Bulk(BulkStore(pool), store, keyring, confirmations, reads, now)
+    listing = Listing(ListStore(pool), reads, now)
     first_use = FirstUse(lifecycle.retire_older, boottime)
-    return Management(tokens, lifecycle, bulk, guard, first_use, UpkeepStore(pool))
+    return Management(tokens, lifecycle, bulk, listing, guard, first_use, UpkeepStore(pool))
