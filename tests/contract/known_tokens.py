@@ -30,7 +30,7 @@ FILTERS: list[dict[str, Any]] = [
     {"scope": READ},
     {"scope": WRITE, "state": pb.TOKEN_STATE_ACTIVE},
     {"name_contains": "API"},
-    {"search": "api"},
+    {"search": "API 0"},
     {"label": {"team": "a"}},
     {"state": pb.TOKEN_STATE_ACTIVE},
     {"state": pb.TOKEN_STATE_DISABLED},

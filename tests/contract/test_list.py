@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 from latchkey_proto.v1 import token_service_pb2 as pb
-from latchkey_service.tokens import list_store, usage_writer
+from latchkey_service.tokens import listing, usage_writer
 
 from tests.contract.known_tokens import (
     DAY,
@@ -58,11 +58,13 @@ async def pages(
     raise AssertionError("the list does not end")
 
 
-@pytest.fixture(params=[10_000, 7], ids=["whole", "in parts"])
+@pytest.fixture(params=[(10_000, 1_000), (7, 3)], ids=["whole", "in parts"])
 def examined(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The number of tokens that one call reads: the usual one, and one that all lists exceed."""
-    monkeypatch.setattr(list_store, "EXAMINED_MAX", request.param)
-    return int(request.param)
+    """The number of tokens that one call reads, in two steps: the usual one, and one that all lists
+    exceed."""
+    monkeypatch.setattr(listing, "EXAMINED_MAX", request.param[0])
+    monkeypatch.setattr(listing, "EXAMINED_FIRST", request.param[1])
+    return int(request.param[0])
 
 
 async def test_filters_and_orders(
@@ -103,7 +105,7 @@ async def test_a_call_reads_a_bounded_number_of_tokens(
 ) -> None:
     """If the tokens that one call reads do not match, the page is empty but not the last one, and
     the count is marked as a lower bound. At the exact limit it is not."""
-    monkeypatch.setattr(list_store, "EXAMINED_MAX", 4)
+    monkeypatch.setattr(listing, "EXAMINED_MAX", 4)
     wanted = await create(name="wanted")
     for _ in range(3):
         await create()
@@ -136,7 +138,7 @@ async def test_a_natural_order_skips_what_does_not_match(
     """Filters on expiry and on use find their tokens in one call, in their own order, however many
     other tokens there are, and their counts are exact."""
     tokens = await known_tokens(create, connection, 30)
-    monkeypatch.setattr(list_store, "EXAMINED_MAX", 24)
+    monkeypatch.setattr(listing, "EXAMINED_MAX", 24)
     natural: list[tuple[Any, dict[str, Any]]] = [
         (EXPIRY, {"expires_before": timestamp(NOW + DAY)}),
         (EXPIRY, {"never_expires": True}),
@@ -170,7 +172,7 @@ async def test_ids(
     another account."""
     tokens = [(await create()).token.id for _ in range(8)]
     other = (await create(account_id="other")).token.id
-    monkeypatch.setattr(list_store, "EXAMINED_MAX", 3)
+    monkeypatch.setattr(listing, "EXAMINED_MAX", 3)
     chosen = [tokens[0], tokens[7]]
     for order in (NEWEST, EXPIRY, LAST_USE):
         selected = pb.TokenFilter(ids=[*chosen, other, "tok_never", chosen[0]])
@@ -203,6 +205,7 @@ async def test_search_by_the_last_characters_of_a_secret(
 
     assert await found(other.swapcase()) == [created.token.id]
     assert await found(rotated.token.hint[-4:]) == [created.token.id]
+    assert await found(rotated.token.hint) == [created.token.id]
     assert await found("FIRST") == [created.token.id]
     await stub.RetireSecrets(pb.RetireSecretsRequest(account_id="acme", id=created.token.id))
     assert await found(other) == []

@@ -172,7 +172,7 @@ SearchOption = Annotated[
         "--search",
         metavar="TEXT",
         show_default=False,
-        help="Tokens with this text in the name or in the hint of a secret.",
+        help="Tokens with this text in the name or at the end of a secret.",
     ),
 ]
 NeverUsedOption = Annotated[

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from typing import Final
 
-__all__ = ["folded", "name_key", "visible", "visible_lines"]
+__all__ = ["name_key", "searchable", "visible", "visible_lines"]
 
 # These two invisible characters join emoji and the letters of many scripts.
 _JOINERS: Final = frozenset({"\u200c", "\u200d"})
@@ -12,6 +12,9 @@ _JOINERS: Final = frozenset({"\u200c", "\u200d"})
 # and private-use and unassigned characters. This includes tag characters: showing hidden text
 # matters more than regional flags.
 _SHOWN_AS_CODE: Final = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+
+# Rejected in names and searches.
+_REJECTED: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 # Default_Ignorable_Code_Point of Unicode 16, as in the service (tokens/names.py).
 _IGNORABLE: Final = re.compile(
@@ -33,9 +36,10 @@ def visible_lines(text: str) -> str:
     return "\n".join(map(visible, text.split("\n")))
 
 
-def folded(text: str) -> str:
-    """Return the form of `text` for searching, which ignores case and Unicode composition."""
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+def searchable(text: str) -> str:
+    """Return `text` without characters that the service rejects in searches, or an empty text."""
+    clean = "".join(c for c in text if unicodedata.category(c) not in _REJECTED)
+    return clean if name_key(clean) else ""
 
 
 def name_key(name: str) -> str:

@@ -215,7 +215,7 @@ class TokenFilter:
     ids: tuple[str, ...] | None = None
     """Tokens with one of these ids: 1 to 1,000."""
     search: str = ""
-    """Tokens with this text in their name, or in the hint of a secret that works."""
+    """Tokens with this text in their name, or in the last four characters of a working secret."""
     never_used: bool | None = None
     """True: tokens without a recorded use. False: tokens with one."""
     never_expires: bool | None = None

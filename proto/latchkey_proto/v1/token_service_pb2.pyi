@@ -516,8 +516,9 @@ class TokenFilter(_message.Message):
     false: all others.
     """
     search: _builtins.str
-    """Tokens whose name contains this text, as with `name_contains`, or one of
-    whose working secrets has it in its hint: 0-64 characters.
+    """Tokens whose name contains this text, as with `name_contains`, or that have a
+    working secret with this text among its last four characters: 0-64
+    characters. The text may also be the hint of a secret.
     """
     never_used: _builtins.bool
     """true: tokens without a recorded use. false: tokens with one."""

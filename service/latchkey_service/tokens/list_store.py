@@ -12,7 +12,7 @@ from latchkey_service.tokens.filter_table import (
     Start,
     best_order,
     condition_of,
-    direction_of,
+    order_of,
     walk,
 )
 from latchkey_service.tokens.filters import Filter, Order
@@ -28,11 +28,7 @@ from latchkey_service.tokens.verdict import TokenRecord
 if TYPE_CHECKING:
     import asyncpg
 
-__all__ = ["EXAMINED_MAX", "Found", "ListStore"]
-
-# Tokens that one statement reads, some 20 ms for the slowest filter. A larger limit would finish
-# more lists in one call, and a smaller one would count fewer tokens exactly.
-EXAMINED_MAX = 10_000
+__all__ = ["Found", "ListStore"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,62 +61,71 @@ class ListStore:
         now: datetime,
         start: Start | None,
         size: int,
-        count: bool,
+        examined: int,
+        counted: int,
     ) -> tuple[Found, Snapshot]:
         """Return up to `size` live tokens that match, those after `start`, and the snapshot.
 
-        `selected` is folded. Reads at most EXAMINED_MAX tokens for the list, and as many to count.
+        `selected` is folded. Reads at most `examined` tokens for the list. Counts among the first
+        `counted` tokens, if that is more than 0.
         """
         # One more than requested shows whether anything follows.
         arguments = Arguments(account_id, size + 1)
-        matches = f"t.id IS NOT NULL AND {condition_of(selected, now, arguments)}"
+        matches = (
+            "t.account_id = $1 AND t.delete_time IS NULL"
+            f" AND {condition_of(selected, now, arguments)}"
+        )
+        if selected == Filter():
+            examined = min(examined, size + 1)
         walked = walk(
             selected,
             order,
             reverse=reverse,
             now=now,
             start=start,
-            limit=EXAMINED_MAX,
+            limit=examined,
             arguments=arguments,
         )
-        way = direction_of(order, reverse=reverse)
-        counted = "(SELECT NULL::bigint AS matching, NULL::bigint AS walked) c"
-        if count:
+        counts = "(SELECT NULL::bigint AS matching, NULL::bigint AS walked) c"
+        if counted:
             everything = walk(
                 selected,
                 best_order(selected),
                 reverse=False,
                 now=now,
                 start=None,
-                limit=EXAMINED_MAX + 1,
+                limit=counted + 1,
                 arguments=arguments,
             )
-            counted = f"""(SELECT count(*) FILTER (WHERE {matches}) AS matching, count(*) AS walked
+            counts = f"""(SELECT count(*) FILTER (WHERE {matches}) AS matching, count(*) AS walked
                              FROM ({everything}) t) c"""  # noqa: S608 - constants and conditions
-        # The last token that the walk may read comes back too, as the place to go on from.
+        # The last token that the walk may read comes back too, as the place to go on from. OFFSET 0
+        # keeps the planner from computing the condition twice for each token.
         query = f"""
             SELECT h.revision, h.mark, h.timeline, c.matching, c.walked, page.*
               FROM {SNAPSHOT}
-             CROSS JOIN {counted}
+             CROSS JOIN {counts}
               LEFT JOIN (
-                   SELECT t.n, t.key, t.key_id, coalesce({matches}, false), {COLUMNS}, {DETAILS}
-                     FROM ({walked}) t
-                    WHERE ({matches}) OR t.n = {EXAMINED_MAX}
-                    ORDER BY t.key {way}, t.key_id {way}
+                   SELECT t.n, t.key, t.key_id, t.matches, {COLUMNS}, {DETAILS}
+                     FROM (SELECT t.*, coalesce({matches}, false) AS matches
+                             FROM ({walked}) t
+                           OFFSET 0) t
+                    WHERE t.matches OR t.n = {examined}
+                    ORDER BY {order_of(selected, order, reverse=reverse)}
                     LIMIT $2) page ON true
              ORDER BY page.n
             """  # noqa: S608 - constants, and conditions without values
         async with self._pool.session() as session:
             rows = await session.fetch(query, *arguments.values)
         matching, walked_rows = rows[0][3:5]
-        total = None if matching is None else min(matching, EXAMINED_MAX)
-        capped = bool(walked_rows is not None and walked_rows > EXAMINED_MAX)
+        total = None if matching is None else min(matching, counted)
+        capped = bool(walked_rows is not None and walked_rows > counted)
         found = [row for row in rows if row[5] is not None]
         matched = [row for row in found if row[8]]
         following = None
         if len(matched) > size:
             following = _start(matched[size - 1])
-        elif found and found[-1][5] == EXAMINED_MAX:
+        elif found and found[-1][5] == examined:
             following = _start(found[-1])
         records = [detailed_record_of(row) for row in matched[:size]]
         return Found(records, following, total, capped), snapshot_of(rows[0])
