@@ -1,6 +1,7 @@
 """Sorting, selecting and reviewing many tokens, in a real browser."""
 
 import re
+from functools import partial
 
 import grpc
 import pytest
@@ -44,6 +45,14 @@ def sorting(browser: Browser) -> dict[str, str | None]:
     }
 
 
+def is_sorted(browser: Browser, column: str, direction: str) -> bool:
+    return sorting(browser)[column] == direction
+
+
+def is_shown(browser: Browser, expected: list[str]) -> bool:
+    return names(browser) == expected
+
+
 def test_sort_by_column(browser: Browser, world: World, script: bool) -> None:
     """Each header sorts in both directions and states its order, which the address keeps."""
     world.create("forever", days_old=3)
@@ -60,10 +69,7 @@ def test_sort_by_column(browser: Browser, world: World, script: bool) -> None:
     ):
         browser.click(f"#sort-{order}")
         column = {"expiry": "Expires", "newest": "Created At"}[order]
-        browser.until(
-            lambda column=column, direction=direction: sorting(browser)[column] == direction,
-            f"{column} {direction}",
-        )
+        browser.until(partial(is_sorted, browser, column, direction), f"{column} {direction}")
         assert names(browser) == expected
         if script:
             browser.focused(f"#sort-{order}")
@@ -123,7 +129,7 @@ def test_filter_by_state(browser: Browser, world: World, script: bool) -> None:
         Select(browser.find("#state")).select_by_value(state)
         if not script:
             browser.click("#filter button")
-        browser.until(lambda expected=expected: names(browser) == expected, state)
+        browser.until(partial(is_shown, browser, expected), state)
         assert browser.text("#count") == "1 token of 57 in all"
         assert f"state={state}" in browser.driver.current_url
 
