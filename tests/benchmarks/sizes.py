@@ -103,8 +103,17 @@ async def _seed(url: str, name: str, tokens: int, keyring: Keyring) -> tuple[str
     try:
         pepper = keyring.peppers[0].id
         await connection.execute("INSERT INTO pepper (id) VALUES ($1)", pepper)
-        # No triggers and no checks of foreign keys: they take most of the time.
-        await connection.execute("SET session_replication_role = replica")
+        # Triggers and checks of foreign keys would take most of the time.
+        for table in ("token", "token_usage"):
+            await connection.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
+        keys = await connection.fetch(
+            """
+            SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint
+             WHERE contype = 'f' AND conrelid = 'secret'::regclass
+            """
+        )
+        for key, _ in keys:
+            await connection.execute(f"ALTER TABLE secret DROP CONSTRAINT {key}")
         await connection.execute("SET maintenance_work_mem = '512MB'")
         indexes = await connection.fetch(
             """
@@ -132,6 +141,10 @@ async def _seed(url: str, name: str, tokens: int, keyring: Keyring) -> tuple[str
         )
         for _, definition in indexes:
             await connection.execute(definition)
+        for key, definition in keys:
+            await connection.execute(f"ALTER TABLE secret ADD CONSTRAINT {key} {definition}")
+        for table in ("token", "token_usage"):
+            await connection.execute(f"ALTER TABLE {table} ENABLE TRIGGER USER")
         for table in (*TABLES, "head"):
             await connection.execute(f"ALTER TABLE {table} SET (autovacuum_enabled = false)")
         await connection.execute("VACUUM (ANALYZE)")

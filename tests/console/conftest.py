@@ -78,9 +78,6 @@ class World:
             *(token.id, token.hint, caller, last),
         )
         self.sql(
-            "UPDATE token_last_use SET last_used_time = $2 WHERE token_id = $1", token.id, last
-        )
-        self.sql(
             "INSERT INTO token_usage_day (token_id, caller, day, count) VALUES ($1, $2, $3, $4)",
             *(token.id, caller, last.date(), count),
         )

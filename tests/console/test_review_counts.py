@@ -51,10 +51,6 @@ async def test_counts_are_the_findings_of_all_rows(address: str, shared_servers:
                 await connection.execute(
                     "INSERT INTO token_usage VALUES ($1, '', 'shop', $2, $2)", token_id, NOW - used
                 )
-                await connection.execute(
-                    "UPDATE token_last_use SET last_used_time = $2 WHERE token_id = $1",
-                    *(token_id, NOW - used),
-                )
         now = NOW + timedelta(seconds=1)
         listed = await listing.fetch(client, "acme", Filter(rows=500), now)
         assert listed.use_recorded

@@ -152,8 +152,4 @@ async def known_tokens(create: Create, connection: Any, count: int) -> list[Know
             await connection.execute(
                 "INSERT INTO token_usage VALUES ($1, '', 'shop', $2, $2)", known.id, known.used
             )
-            await connection.execute(
-                "UPDATE token_last_use SET last_used_time = $2 WHERE token_id = $1",
-                *(known.id, known.used),
-            )
     return found

@@ -145,6 +145,7 @@ async def test_a_natural_order_skips_what_does_not_match(
         (EXPIRY, {"state": pb.TOKEN_STATE_EXPIRED}),
         (LAST_USE, {"never_used": True}),
         (LAST_USE, {"unused_since": timestamp(NOW - 5 * DAY)}),
+        (LAST_USE, {"unused_since": timestamp(NOW - 2 * DAY), "never_used": False}),
     ]
     for order, selected in natural:
         matching = [token for token in tokens if matches(token, selected)]

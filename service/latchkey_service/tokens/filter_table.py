@@ -228,10 +228,11 @@ def _bounds(selected: Filter, order: Order, now: datetime, arguments: Arguments)
         if selected.state == State.ACTIVE or selected.can_write:
             bounds.append(f"{_EXPIRY} > {arguments.add(now, 'timestamptz')}")
     elif order is Order.LAST_USE:
-        # The table may be behind the last use, but never ahead of it.
+        # The table may be behind the last use, but never ahead of it, and it has every first use.
         if selected.unused_since is not None:
             since = arguments.add(selected.unused_since, "timestamptz")
             bounds.append(f"u.last_used_time < {since}")
-        if selected.never_used:
-            bounds.append("u.last_used_time = '-infinity'::timestamptz")
+        if selected.never_used is not None:
+            sign = "=" if selected.never_used else ">"
+            bounds.append(f"u.last_used_time {sign} '-infinity'::timestamptz")
     return bounds

@@ -273,7 +273,7 @@ async def test_a_database_with_tokens_is_migrated(empty_url: str) -> None:
 
 async def test_the_order_by_last_use_covers_tokens_of_earlier_releases(empty_url: str) -> None:
     """After the migration, each live token has a last use: those from before, with their uses, and
-    those that a host of the previous release creates, deletes or removes afterwards."""
+    those that a host of the previous release creates, uses, deletes or removes afterwards."""
     migrations = bundled()
     add = """
         INSERT INTO token (id, account_id, name, name_key, scope, create_time, delete_time, hint)
@@ -292,6 +292,15 @@ async def test_the_order_by_last_use_covers_tokens_of_earlier_releases(empty_url
         )
         await migrate(empty_url, migrations)
         await connection.execute(add, ["dead-2", "new-1", "new-2", "new-3"])
+        await connection.execute(
+            """
+            INSERT INTO token_usage (token_id, hint, caller, first_time, last_time)
+            VALUES ('unused', '', 'a', '2026-03-01Z', '2026-03-02Z'),
+                   ('unused', '', 'b', '2026-03-01Z', '2026-03-03Z'),
+                   ('used', '', 'c', '2026-03-01Z', '2026-03-04Z')
+                ON CONFLICT (token_id, hint, caller) DO NOTHING
+            """
+        )
         await connection.execute("UPDATE token SET delete_time = now() WHERE id = 'new-1'")
         await connection.execute("DELETE FROM token WHERE id = 'new-2'")
         await connection.execute("UPDATE token SET delete_time = now() WHERE id = 'dead-1'")
@@ -300,6 +309,6 @@ async def test_the_order_by_last_use_covers_tokens_of_earlier_releases(empty_url
         )
     assert [tuple(row) for row in rows] == [
         ("new-3", "a", "-infinity"),
-        ("unused", "a", "-infinity"),
+        ("unused", "a", "2026-03-03 00:00:00+00"),
         ("used", "a", "2026-02-03 00:00:00+00"),
     ]

@@ -5,8 +5,9 @@ CREATE INDEX token_list_expiry
     ON token (account_id, coalesce(expire_time, 'infinity'::timestamptz), id)
     WHERE delete_time IS NULL;
 
--- One row for each live token, with the time of its last use to within a minute; '-infinity': no use
--- recorded. Never later than the last use in token_usage, which is exact and decides about filters.
+-- One row for each live token, with the time of its last use to within a minute; '-infinity' exactly
+-- if no use is recorded. Never later than the last use in token_usage, which is exact and decides
+-- about filters.
 --
 -- A separate table, because recording a use must not lock the token's row: Deletes would wait for
 -- it. For the same reason, there is no foreign key.
@@ -45,6 +46,24 @@ BEGIN
 END
 $$;
 
+-- The previous release records uses in token_usage alone. In this release, the statement that records
+-- a use has changed the row already, so this finds nothing to do. In the order of their ids, like
+-- that statement, so that two of them do not wait for each other.
+CREATE FUNCTION token_last_use_begin() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM FROM token_last_use
+      WHERE token_id IN (SELECT token_id FROM added) AND last_used_time = '-infinity'
+      ORDER BY token_id FOR UPDATE;
+    UPDATE token_last_use o SET last_used_time = u.last_time
+      FROM (SELECT token_id, max(last_time) AS last_time FROM added GROUP BY token_id) u
+     WHERE o.token_id = u.token_id AND o.last_used_time = '-infinity';
+    RETURN NULL;
+END
+$$;
+
+CREATE TRIGGER token_last_use_begin AFTER INSERT ON token_usage
+    REFERENCING NEW TABLE AS added
+    FOR EACH STATEMENT EXECUTE FUNCTION token_last_use_begin();
 CREATE TRIGGER token_last_use_add AFTER INSERT ON token
     REFERENCING NEW TABLE AS added
     FOR EACH STATEMENT EXECUTE FUNCTION token_last_use_add();
