@@ -89,10 +89,10 @@ class TokenServiceStub:
     One call examines at most 10,000 tokens, so that it takes the same time
     however many tokens the account has. A page may therefore have fewer tokens
     than requested, or none, and still have a `next_page_token` (AIP-158).
-    Three filters skip the tokens that do not match, so that the limit does not
-    matter: `expires_before` and `never_expires` with TOKEN_ORDER_EXPIRY, and
-    `unused_since` and `never_used` with TOKEN_ORDER_LAST_USE. `ids` finds its
-    tokens in any order.
+    Some filters skip the tokens that do not match, so that the limit does not
+    matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
+    TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
+    TOKEN_ORDER_LAST_USE, and `ids` with any order.
     Errors: INVALID_ARGUMENT, also for a condition that this server does not
     know; UNAVAILABLE.
     """
@@ -277,10 +277,10 @@ class TokenServiceAsyncStub(TokenServiceStub):
     One call examines at most 10,000 tokens, so that it takes the same time
     however many tokens the account has. A page may therefore have fewer tokens
     than requested, or none, and still have a `next_page_token` (AIP-158).
-    Three filters skip the tokens that do not match, so that the limit does not
-    matter: `expires_before` and `never_expires` with TOKEN_ORDER_EXPIRY, and
-    `unused_since` and `never_used` with TOKEN_ORDER_LAST_USE. `ids` finds its
-    tokens in any order.
+    Some filters skip the tokens that do not match, so that the limit does not
+    matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
+    TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
+    TOKEN_ORDER_LAST_USE, and `ids` with any order.
     Errors: INVALID_ARGUMENT, also for a condition that this server does not
     know; UNAVAILABLE.
     """
@@ -480,10 +480,10 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         One call examines at most 10,000 tokens, so that it takes the same time
         however many tokens the account has. A page may therefore have fewer tokens
         than requested, or none, and still have a `next_page_token` (AIP-158).
-        Three filters skip the tokens that do not match, so that the limit does not
-        matter: `expires_before` and `never_expires` with TOKEN_ORDER_EXPIRY, and
-        `unused_since` and `never_used` with TOKEN_ORDER_LAST_USE. `ids` finds its
-        tokens in any order.
+        Some filters skip the tokens that do not match, so that the limit does not
+        matter: `expires_before`, `never_expires` and TOKEN_STATE_EXPIRED with
+        TOKEN_ORDER_EXPIRY, `unused_since` and `never_used` with
+        TOKEN_ORDER_LAST_USE, and `ids` with any order.
         Errors: INVALID_ARGUMENT, also for a condition that this server does not
         know; UNAVAILABLE.
         """
